@@ -147,7 +147,7 @@ def convert(args: argparse.Namespace) -> None:
     _begin()
     from grpo.cli.commands import convert, summary
 
-    conversion = convert.convert(args.source, args.destination, config, mtp=args.mtp, console=summary.CONSOLE)
+    conversion = convert.Converter(args.source, config, mtp=args.mtp).convert(args.destination, summary.CONSOLE)
     convert.show(conversion, summary.CONSOLE)
     _write(args.json, asdict(conversion))
 
@@ -158,9 +158,9 @@ def quantize(args: argparse.Namespace) -> None:
         return
     _begin()
     from grpo.cli.commands import summary
-    from grpo.cli.quantize.quantize import as_json, quantize, show
+    from grpo.cli.quantize.quantize import Quantizer, as_json, show
 
-    result = quantize(args.destination, config, summary.CONSOLE)
+    result = Quantizer(config, summary.CONSOLE).quantize(args.destination)
     show(result, summary.CONSOLE)
     _write(args.json, as_json(result))
 

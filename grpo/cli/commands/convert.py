@@ -57,56 +57,59 @@ class Conversion:
     draft_agreement: float | None = None
 
 
-def convert(source: str, destination: Path, config: ConvertConfig, *, mtp: bool, console: Console) -> Conversion:
-    """Writes `destination`, complete or not at all. What is wrong with the source, the destination, the sizes or the
-    text is raised before any weight is read; RecoveryDiverged and ParityFailed come later."""
-    with new_folder(destination) as folder:
-        check_model(source)
-        converter = _Converter(source, config, mtp)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        dense = load_dense(source).to(device_of(config.device))
-        with progress_bars(console, enabled=True) as converter.progress:
-            policy = converter.build(dense)
-        save_as(policy, source, folder)
-        saved, result = Policy.load(folder).to(dense.device), converter.result
-        result.parity = parity(converter.reference, saved.trunk, parity_prompts(dense.tokenizer))
-        result.destination = str(destination)
-        require_parity(result.parity, source, destination)
-    return result
-
-
-class _Converter:
-    """Goes from a dense model to the policy that is saved. `reference` is the model that this policy must equal."""
+class Converter:
+    """Makes a policy of the dense model `source`; `mtp`: with a draft head."""
 
     progress: Progress
-    reference: PreTrainedModel
+    reference: PreTrainedModel  # which the policy must equal
 
-    def __init__(self, source: str, config: ConvertConfig, mtp: bool) -> None:
-        self.config, self.mtp = config, mtp
+    def __init__(self, source: str, config: ConvertConfig, *, mtp: bool) -> None:
+        self.source, self.config, self.mtp = source, config, mtp
         self.result = Conversion("", ParityReport(0.0, 0.0, 0.0, 0.0, False, 0))
-        dense = read_config(source)
+        self.shards: ExpertShards | None = None
+        self.text: CalibrationText | None = None
+
+    def convert(self, destination: Path, console: Console) -> Conversion:
+        """Writes `destination`, complete or not at all. What is wrong with the source, the destination, the sizes or
+        the text is raised before any weight is read; RecoveryDiverged and ParityFailed come later."""
+        with new_folder(destination) as folder:
+            check_model(self.source)
+            self._check()
+            if self.config.threads:
+                torch.set_num_threads(self.config.threads)
+            dense = load_dense(self.source).to(device_of(self.config.device))
+            with progress_bars(console, enabled=True) as self.progress:
+                policy = self._build(dense)
+            save_as(policy, self.source, folder)
+            saved = Policy.load(folder).to(dense.device)
+            self.result.parity = parity(self.reference, saved.trunk, parity_prompts(dense.tokenizer))
+            self.result.destination = str(destination)
+            require_parity(self.result.parity, self.source, destination)
+        return self.result
+
+    def _check(self) -> None:
+        """Raises what is wrong with the shape and the text; finds how the feed-forward is cut into experts."""
+        config = self.config
+        dense = read_config(self.source)
         check_convertible(dense)
         if config.rank is not None:
             check_sizes(dense, config.rank, config.rotary)
-        elif config.calibrate is not None and not mtp:
+        elif config.calibrate is not None and not self.mtp:
             raise ValueError(f"calibrate={config.calibrate!r} is for --rank and --mtp; the exact form needs no text")
-        self.shards: ExpertShards | None = None
         if config.ffn != "dense":
             self.shards = ExpertShards(**config.experts.model_dump(exclude={"noise"}))
             self.shards.check(dense)
-        self.text: CalibrationText | None = None
         if config.calibrate is not None:
             window = min(config.window, dense.max_position_embeddings)
             self.text = calibration_text(
                 config.calibrate,
-                read_tokenizer(source),
+                read_tokenizer(self.source),
                 tokens=max(config.calibrate_tokens, config.recover * config.recovery.windows_per_step * window),
                 heldout_tokens=config.heldout_tokens,
                 window=window,
             )
 
-    def build(self, dense: Policy) -> Policy:
+    def _build(self, dense: Policy) -> Policy:
         """Returns the policy to save; `result` gets what the report says."""
         config, result, self.reference = self.config, self.result, dense.trunk
         if config.rank is None:

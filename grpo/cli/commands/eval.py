@@ -141,7 +141,8 @@ class _Evaluator:
         if self.use and self.use.source.checkpoint is None:
             context = known_context(self.use.source.folder)
         same = config.model_dump(include={*PromptOptions.model_fields, "holdout", "holdout_seed"})
-        data = DataOptions(name=config.data, split=(config.holdout and config.split) or "train", **same)
+        same |= {"name": config.data, "split": (config.holdout and config.split) or "train"}
+        data = DataOptions(**same)
         self.split = data.split if config.holdout else config.split or default_heldout_split(data.name)
         return Task(
             data,

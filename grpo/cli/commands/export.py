@@ -143,10 +143,10 @@ def _read_run(run: Path) -> Run:
     folder = _run_around(run)
     if folder is None or not (folder / "config.yaml").is_file():
         raise ExportError(f"RUN={str(run)!r} is no run folder (no environment.json and config.yaml in it)")
-    config, _ = read_yaml(folder / "config.yaml")
-    if "model" not in config:
+    options, _ = read_yaml(folder / "config.yaml")
+    if "model" not in options:
         raise ExportError(f"{folder / 'config.yaml'} names no `model`; it is not the configuration of a run")
-    return Run(folder, config)
+    return Run(folder, options)
 
 
 def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:

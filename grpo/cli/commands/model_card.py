@@ -79,14 +79,14 @@ def model_card(
     """Returns the card of `what` of `run`, exported as `name` into `folder`; `base`: the adapters' base, None if
     merged. `left` is a sentence on what the export leaves out. `step` is the exported one; later numbers are left
     out."""
-    config, _ = read_yaml(run / "config.yaml")
+    options, _ = read_yaml(run / "config.yaml")
     here = hardware.read(run / hardware.FILE)
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     lines = [line for line in lines if step is None or line["step"] <= step]
     with expecting(run / "config.yaml", "configuration of a run"):
-        evaluations = list(_evaluations(config.get("data", {}).get("name"), lines))
-    method = "GRPO" if "steps" in config else "supervised fine-tuning"
-    method = "teaching the draft head" if "head" in config else method
+        evaluations = list(_evaluations(options.get("data", {}).get("name"), lines))
+    method = "GRPO" if "steps" in options else "supervised fine-tuning"
+    method = "teaching the draft head" if "head" in options else method
     parts = [
         f"# {name}",
         f"{'Adapters (LoRA)' if base else 'Weights'} from {method} with quartet-rl: {what}, run `{run.name}`, "
@@ -101,7 +101,8 @@ def model_card(
         f"[The report of the run](run/{REPORT}) shows its curves, and rollouts token by token."
         if (run / REPORT).is_file()
         else f"`quartet report {run.name}` writes its curves, and rollouts token by token, into one page.",
-        f"The effective configuration (`run/config.yaml`):\n\n{_code('yaml', yaml.safe_dump(config, sort_keys=False))}",
+        "The effective configuration (`run/config.yaml`):\n\n"
+        + _code("yaml", yaml.safe_dump(options, sort_keys=False)),
         "## Hardware, versions, command",
         *_machines(run, here),
         "## Licence",

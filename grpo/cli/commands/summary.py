@@ -162,10 +162,7 @@ def dry_run(
     run = _DryRun(config, device_gib)
     saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=run.steps)
     refuse_folder(config.output_dir, resuming=resume is not None)
-    with open_task(config) as task:
-        if resume is not None and not force:
-            refuse_changed_rewards(config.output_dir, task.describe_rewards())
-        run.show(task)
+    run.show(same_rewards=resume is not None and not force)
     return run.fits()
 
 
@@ -174,11 +171,7 @@ def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float 
     of the head, memory and disk. Returns whether that fits."""
     run = _MtpDryRun(config, device_gib)
     refuse_folder(config.output_dir, resuming=resuming)
-    with open_task(config) as task:
-        from grpo.cli.mtp import Streams
-
-        Streams(task, config)
-        run.show(task)
+    run.show()
     return run.fits()
 
 
@@ -198,15 +191,21 @@ class _DryRun:
         config = self.config
         return config.steps if isinstance(config, TrainConfig | MtpConfig) else config.warm_start.steps
 
-    def show(self, task: Task) -> None:
-        """Print what the run will do, and its sizes."""
-        check_prompts(self.plan, task)
-        table = Table(title="dry run: nothing was trained", show_header=False)
-        table.add_row("training examples", f"{len(task.train):,} ({self.config.data.name}, {self.config.data.split})")
-        table.add_row("held-out examples", f"{len(task.heldout):,}")
-        for name, value in self.rows(task):
-            table.add_row(name, value)
+    def show(self, same_rewards: bool = False) -> None:
+        """Print what the run will do, and its sizes; refuse other rewards than the recorded ones where it goes on."""
+        table, data = Table(title="dry run: nothing was trained", show_header=False), self.config.data
+        with open_task(self.config) as task:
+            if same_rewards:
+                refuse_changed_rewards(self.config.output_dir, task.describe_rewards())
+            self.check(task)
+            table.add_row("training examples", f"{len(task.train):,} ({data.name}, {data.split})")
+            table.add_row("held-out examples", f"{len(task.heldout):,}")
+            for name, value in self.rows(task):
+                table.add_row(name, value)
         CONSOLE.print(table)
+
+    def check(self, task: Task) -> None:
+        check_prompts(self.plan, task)
 
     def fits(self) -> bool:
         """Print memory by device, and whether this machine has that much, and the disk. Returns whether it has."""
@@ -269,6 +268,13 @@ class _DryRun:
 
 class _MtpDryRun(_DryRun):
     """Looks at what `quartet mtp` will do and need."""
+
+    def check(self, task: Task) -> None:
+        from grpo.cli.mtp import Streams
+
+        assert isinstance(self.config, MtpConfig)
+        Streams(task, self.config)  # may refuse
+        super().check(task)
 
     def rows(self, task: Task) -> Iterator[tuple[str, str]]:
         config, shape = self.config, self.plan.shape

@@ -57,25 +57,23 @@ class Quantization:
         return self.fidelity.perplexity / self.fidelity.dense_perplexity - 1
 
 
-def quantize(destination: Path, config: QuantizeConfig, console: Console) -> Quantization:
-    """Writes `destination`, complete or not at all. `config.model` is quantised, and stays as it is. What is wrong with
-    the packages, the text, the source or the destination is raised before weights are read."""
-    quantizer = _Quantizer(config, console)
-    compressor.require_packages()
-    with new_folder(destination) as folder:
-        result = quantizer.write(folder, destination)
-        write_json(folder / REPORT, as_json(result))
-    return result
-
-
-class _Quantizer:
-    """Quantises the policy of `config`, and measures what that costs."""
+class Quantizer:
+    """Quantises the policy of `config`, which stays as it is, and measures what that costs."""
 
     def __init__(self, config: QuantizeConfig, console: Console) -> None:
         self.config, self.console, self.use = config, console, PolicyInUse(config)
         self.template = PromptTemplate(config.template, config.system_prompt, user_turn=config.user_turn)
 
-    def write(self, folder: Path, destination: Path) -> Quantization:
+    def quantize(self, destination: Path) -> Quantization:
+        """Writes `destination`, complete or not at all. What is wrong with the packages, the text, the source or the
+        destination is raised before weights are read."""
+        compressor.require_packages()
+        with new_folder(destination) as folder:
+            result = self._write(folder, destination)
+            write_json(folder / REPORT, as_json(result))
+        return result
+
+    def _write(self, folder: Path, destination: Path) -> Quantization:
         """Write the files that `destination` will hold, and compare them with the policy that they come from."""
         config, source = self.config, self.use.source
         text = self._text()
