@@ -176,9 +176,15 @@ def inspect(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     _begin()
-    from grpo.cli.commands.export import run_export
+    from grpo.cli.commands.export import ExportError, export, export_and_push
 
-    print(escaped(run_export(args.run, args.destination, args.push_to_hub, adapter=args.adapter)))
+    if args.push_to_hub is not None:
+        message = export_and_push(args.run, args.destination, args.push_to_hub, adapter=args.adapter)
+    elif args.destination is not None:
+        message = export(args.run, args.destination, adapter=args.adapter)
+    else:
+        raise ExportError("name the folder to write, DST, or a repository: --push_to_hub OWNER/NAME")
+    print(escaped(message))
 
 
 def view(args: argparse.Namespace) -> None:

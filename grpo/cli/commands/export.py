@@ -41,6 +41,7 @@ from grpo.source.policy_source import RECORD, PolicySource, find_policy, load_fo
 from policies import lora, presets
 from policies.attention import sees_prompts_whole
 from policies.checkpoint import check_policy
+from policies.conversion.dense import LICENCE_FILES
 from policies.files import gguf, hub
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
@@ -48,7 +49,6 @@ from policies.layout import FIXED_FIELDS, WeightFiles, find_file
 from policies.policy import Policy, read_config
 from policies.routing.heads import DynamicHeadsConfig
 
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)
 # Modules that peft takes for routed experts or the router in models whose experts transformers stacks.
 REINTERPRETED = {"gate_proj", "up_proj", "down_proj", "gate"}
@@ -267,15 +267,6 @@ def export_and_push(run: Path, destination: Path | None, repo_id: str, *, adapte
             copy = f"; the export is in {destination}" if destination else ""
             raise ExportError(f"--push_to_hub {repo_id}: the hub refused it: {error}{copy}") from error
     return f"{message}\npushed to {commit.repo_url.url if commit.repo_url else repo_id} (a new repository is private)"
-
-
-def run_export(run: Path, destination: Path | None, repo_id: str | None, *, adapter: bool = False) -> str:
-    """Runs the command: writes a folder, uploads it, or both. Raises ExportError where neither is asked for."""
-    if repo_id is not None:
-        return export_and_push(run, destination, repo_id, adapter=adapter)
-    if destination is None:
-        raise ExportError("name the folder to write, DST, or a repository: --push_to_hub OWNER/NAME")
-    return export(run, destination, adapter=adapter)
 
 
 def check(api: HfApi, repo_id: str) -> None:

@@ -85,6 +85,7 @@ def model_card(
     lines = [line for line in lines if step is None or line["step"] <= step]
     with expecting(run / "config.yaml", "configuration of a run"):
         evaluations = list(_evaluations(options.get("data", {}).get("name"), lines))
+    effective = yaml.safe_dump(options, sort_keys=False)
     method = "GRPO" if "steps" in options else "supervised fine-tuning"
     method = "teaching the draft head" if "head" in options else method
     parts = [
@@ -101,8 +102,7 @@ def model_card(
         f"[The report of the run](run/{REPORT}) shows its curves, and rollouts token by token."
         if (run / REPORT).is_file()
         else f"`quartet report {run.name}` writes its curves, and rollouts token by token, into one page.",
-        "The effective configuration (`run/config.yaml`):\n\n"
-        + _code("yaml", yaml.safe_dump(options, sort_keys=False)),
+        f"The effective configuration (`run/config.yaml`):\n\n{_code('yaml', effective)}",
         "## Hardware, versions, command",
         *_machines(run, here),
         "## Licence",
