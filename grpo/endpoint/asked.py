@@ -122,6 +122,7 @@ class Asked(BaseModel):
 
     model: str
     temperature: Annotated[float | None, AfterValidator(_temperature)] = Field(default=None, ge=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
     stop: Annotated[Any, AfterValidator(_stops)] = []
     n: int | None = Field(default=None, ge=1, le=MOST_COMPLETIONS)
@@ -155,7 +156,7 @@ class Asked(BaseModel):
     @property
     def limit(self) -> int | None:
         """The most tokens of a completion, where the request says so."""
-        raise NotImplementedError
+        return self.max_tokens
 
     @property
     def wants_logprobs(self) -> bool:
@@ -172,7 +173,6 @@ class CompletionAsked(Asked):
     }
 
     prompt: Annotated[Any, BeforeValidator(_prompts)]
-    max_tokens: int | None = Field(default=None, ge=1)
     logprobs: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
@@ -184,10 +184,6 @@ class CompletionAsked(Asked):
     @property
     def prompts(self) -> int:
         return len(self.prompt)
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_tokens
 
     @property
     def wants_logprobs(self) -> bool:
@@ -206,7 +202,6 @@ class ChatAsked(Asked):
     UNUSED = (*Asked.UNUSED, "parallel_tool_calls")
 
     messages: Annotated[list[Annotated[Any, BeforeValidator(_message)]], FailFast()] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     tools: Annotated[list[dict[str, Any]] | None, FailFast()] = None
