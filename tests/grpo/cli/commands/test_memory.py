@@ -18,13 +18,7 @@ from rich.console import Console
 from small_learner import small_learner, term_of
 
 from grpo.cli.commands import machine, memory, memory_table, shares
-from grpo.cli.commands.memory import (
-    MemoryOfRun,
-    activation_bytes,
-    derived_bytes,
-    storage_bytes,
-    tensors_of,
-)
+from grpo.cli.commands.memory import MemoryOfRun, activation_bytes, derived_bytes, storage_bytes, tensors_of
 from grpo.cli.commands.shares import Shares
 from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions

@@ -104,9 +104,8 @@ def test_what_else_was_in_no_plan(random_policy):
 
 def advice(shape, config, gib: float, gpus: float = ANY) -> str:
     there = machine.Memory("memory", gib * machine.GIB, gib * machine.GIB, gpus)
-    return LessMemory(
-        config, lambda other: there.used(MemoryOfRun(shape, True, other).devices(there.gpus)), there.gpus
-    ).words()
+    search = LessMemory(config, lambda other: there.used(MemoryOfRun(shape, True, other).devices(gpus)), gpus)
+    return search.words()
 
 
 def recommended(said: str) -> dict[str, str]:
