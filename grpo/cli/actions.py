@@ -21,8 +21,8 @@ EXIT_ERROR, EXIT_USAGE = 1, 2
 
 
 def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) -> Any:
-    """Returns the options: defaults, then what a run folder brings, the file, the command line. None: they were to be
-    printed, which is done."""
+    """Returns the options: of the command, a run folder, the file, the command line. None: they were only to be
+    printed."""
     from grpo.config.options import dump_yaml, load
 
     known = {name: value for name, value in (brought or {}).items() if name in args.options.model_fields}

@@ -13,8 +13,8 @@ from rewards.isolation.pool import WorkerPool
 
 
 def open_agents(options: AgentOptions) -> WorkerPool:
-    """Returns the processes in which the agent runs. Raises RewardError if it cannot be loaded there, or not with so
-    little memory."""
+    """Returns the processes in which the agent runs. Raises RewardError if they cannot load it, or have too little
+    memory."""
     scoring = options.reward if isinstance(options, RewardsOptions) else ScoringOptions()
     pool = WorkerPool(
         [{"kind": "agent", "function": options.agent}],

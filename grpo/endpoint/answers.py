@@ -91,8 +91,7 @@ class Answer:
         }
 
     def _version(self) -> int:
-        """Returns the newest version, where a newer policy was loaded between the choices, of which each names its
-        own."""
+        """Returns the newest version: a newer policy may come between the choices, and each names its own."""
         return max(done.policy_version for done in self.done.values())
 
     def _frame(self, kind: str, choices: list[dict[str, Any]], version: int) -> dict[str, Any]:

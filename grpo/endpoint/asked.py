@@ -101,8 +101,7 @@ class _Stream(BaseModel):
 
 
 class Asked(BaseModel):
-    """What both kinds of requests have. `prompt_id` is a part of the noise's key: with another one, or another seed,
-    other tokens are drawn."""
+    """Both kinds of requests have this. With another `prompt_id`, a part of the noise's key, other tokens are drawn."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 

@@ -179,8 +179,7 @@ class Episode(Served):
         return self._prompt(text, ""), text
 
     def _after(self, segment: Growing, said: Said, tools: list[dict[str, Any]] | None) -> list[int] | None:
-        """Returns the ids of what a request says after all that the segment has said; None where it goes on
-        otherwise."""
+        """Returns the ids of what a request says after all that the segment has said; None where it says otherwise."""
         known = segment.said
         if segment.waits or type(known) is not type(said) or said[: len(known)] != known or tools != segment.tools:
             return None

@@ -37,8 +37,7 @@ def shell() -> str:
 
 
 def self_contained(title: str, answers: Mapping[str, Any]) -> str:
-    """Returns the same page as one file. `answers` holds what the server would have answered, by the path that is asked
-    for."""
+    """Returns the same page as one file; `answers` are what the server would have answered, by path."""
     embedded = json.dumps(answers, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
     scripts = [plotly(), *(_asset(name) for name in SCRIPTS)]
     parts = [f'<script type="application/json" id="answers">{embedded}</script>']

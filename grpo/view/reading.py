@@ -22,8 +22,7 @@ HEADER_BYTES = 18  # the longest header of a zstandard frame
 
 
 def check_files(*paths: Path) -> None:
-    """Files that are not there pass. Raises ValueError for a pipe, a device or a folder, and for a file that is too
-    large."""
+    """Raises ValueError for a pipe, a device or a folder, and for a file that is too large. A missing file passes."""
     for path in paths:
         if not path.exists():
             continue

@@ -35,8 +35,8 @@ class RunFiles:
         self._step: tuple[int, float, list[list[dict[str, Any]]]] | None = None
 
     def overview(self, after: int = -1) -> dict[str, Any]:
-        """Returns metrics of the steps from `after` on, their meaning, the machine, the steps whose rollouts were
-        recorded."""
+        """Returns metrics of the steps from `after` on, their meaning, the machine, the steps with recorded
+        rollouts."""
         options, machine = self.folder / "config.yaml", self.folder / hardware.FILE
         check_files(self.folder / "metrics.jsonl", options, machine)
         measured = read_metrics(self.folder)
@@ -78,8 +78,7 @@ class RunFiles:
         return {"step": step, "groups": groups, "failures": failures}
 
     def group(self, step: int, number: int) -> dict[str, Any]:
-        """Returns a group with every token: its text and what was recorded of it. Raises IndexError where there is
-        none."""
+        """Returns a group with every token: its text and its record. Raises IndexError where there is none."""
         groups = self._groups(step)
         if not 0 <= number < len(groups):
             raise IndexError(f"step {step} has groups 0 to {len(groups) - 1}, and none with the number {number}")

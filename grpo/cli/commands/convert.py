@@ -45,9 +45,8 @@ class Compression:
 
 @dataclass
 class Conversion:
-    """`parity` compares the saved policy with the dense model, or with that model after compression or noise:
-    `against` says which. `noise` is how far noise on the experts moved it. `draft_agreement` is a share of the
-    held-out tokens."""
+    """`parity` compares the saved policy with the dense model, or with that after compression or noise: `against` says
+    which. `noise` is how far noise on the experts moved it. `draft_agreement` is a share of the held-out tokens."""
 
     destination: str
     parity: ParityReport

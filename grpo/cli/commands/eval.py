@@ -64,15 +64,9 @@ class ModelEvaluation:
 
 
 class CompletionsFile:
-    """`completions.jsonl` in a folder: every completion with its mark, written while the evaluation goes on.
-
-    {"prompt_id": "gsm8k/test/0", "way": "greedy", "sample": 0, "prompt": "...", "completion": "...", "answer": "18",
-     "solution": "...", "correct": true, "reward": 1.0, "parts": {"gsm8k": 1.0}, "failures": [],
-     "finish_reason": "stop", "tokens": 93}
-
-    `correct` is null where the first reward gave no mark, or its marks do not say right or wrong. Raises
-    FileExistsError if the file exists.
-    """
+    """Writes every completion with its mark to `completions.jsonl` in a folder, while the evaluation goes on. `correct`
+    is null where the first reward gave no mark, or its marks do not say right or wrong. Raises FileExistsError if the
+    file exists."""
 
     def __init__(self, folder: Path, task: Task) -> None:
         self.path, self.task = folder / COMPLETIONS, task

@@ -144,8 +144,7 @@ def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
 
 
 def _values(result: Evaluation) -> dict[str, Any]:
-    """Returns the figures, without `correct`, `accuracy`, `interval_95`, `pass_at` and `majority_at` where there is no
-    accuracy."""
+    """Returns the figures, without those of right and wrong completions where there is no accuracy."""
     values = {name: value for name, value in vars(result).items() if name not in OTHERWISE}
     if result.interval is not None:
         values |= {

@@ -21,9 +21,8 @@ CONTEXT = 4096
 
 
 def inspect(model: str, context: int | None = None) -> Anatomy:
-    """Count the parts of a preset, a run, a checkpoint folder, a GGUF file or a hub id, without loading or fetching its
-    weights. `context`: tokens to attend to; 4096 or the policy's longest by default. The files of a folder are checked,
-    too. Raises PolicyError."""
+    """Counts the parts of a preset, a run, a checkpoint folder, a GGUF file or a hub id, without loading or fetching
+    weights. `context`: tokens to attend to; 4096 or the longest by default. The files of a folder are checked, too."""
     source = find_policy(model, read=False)
     shape, preset = shape_of(source), source.base in presets.PRESETS
     depth = shape.num_nextn_predict_layers if preset else _mtp_depth(source.base, read_config(source.base))

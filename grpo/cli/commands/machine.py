@@ -55,8 +55,7 @@ class Memory(NamedTuple):
         return cls("memory", *main_memory())
 
     def needed(self, devices: Sequence[DeviceMemory]) -> dict[str, float]:
-        """Returns the bytes by the part of the run that needs them, in order. On CPUs all processes share the
-        memory."""
+        """Returns the bytes that each part of the run needs, in order. On CPUs all processes share the memory."""
         if self.gpus:
             on_gpus = [it for it in devices if not it.on_host]
             return {f"{phase} ({it.name})": size for it in on_gpus for phase, size in it.phases.items()}
@@ -76,10 +75,9 @@ class Memory(NamedTuple):
 def verdicts(
     devices: Sequence[DeviceMemory], memory: Memory, folder: Path, disk: float, less: Callable[[], str], less_disk: str
 ) -> Iterator[Verdict]:
-    """Yields what the run needs of memory and of disk, what there is, whether it fits, and at which part of the run it
-    will not. `devices` are those of `memory_of_run`; `disk` bytes will be written into `folder`. `less` is asked what
-    would make it fit, if it does not. Main memory beside that of devices is compared only where the devices are at
-    hand."""
+    """Yields what the run needs of memory and of disk, what there is, and whether it fits, or at which part of the run
+    it will not. `devices` are those of `MemoryOfRun`; `disk` bytes will be written into `folder`. `less` is asked what
+    would make it fit. Main memory beside that of devices is compared only where they are at hand."""
     yield _verdict(memory.name, memory.needed(devices), memory.total, memory.free, less, SPARE)
     if memory.gpus:
         yield _main_memory(devices, at_hand="device of" not in memory.name)
@@ -108,8 +106,7 @@ def main_memory() -> tuple[float, float]:
 def _verdict(
     what: str, needed: Mapping[str, float], total: float, free: float, less: Callable[[], str], spare: float = 0.0
 ) -> Verdict:
-    """Compares: `needed` are bytes by the part of the run that needs them, in order; the share `spare` of `total` stays
-    free."""
+    """Compares the bytes `needed` by each part of the run, in order; the share `spare` of `total` stays free."""
     most = max(needed.values())
     here = f"{total / GIB:,.1f} GiB" + ("" if free == total else f", {free / GIB:,.1f} GiB of them free")
     both = f"about {most / GIB:,.1f} GiB are needed, there are {here}"
@@ -169,7 +166,7 @@ class LessMemory:
             return math.inf
 
     def _families(self) -> Iterator[list[Changes]]:
-        """Yields changes of one kind each, the weakest of a kind first. First come those that change nothing that is
+        """Yields changes of one kind each, the weakest first. At first come those that change nothing that is
         learned."""
         config, rollout, gpus = self.config, self.config.rollout, self.gpus
         sampler_apart = isinstance(config, TrainConfig) and rollout.backend != "vllm" and config.agent is None

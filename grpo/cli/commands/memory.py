@@ -62,7 +62,7 @@ class MemoryOfRun:
         """Returns one entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no
         Ray workers), the other ranks where there are any, and a Ray worker, or what is on a GPU together. `gpus`: see
         `on_devices`. Raises ValueError for adapters that the model cannot have, and for a `learner.parallel` that fits
-        no number of processes."""
+        no run."""
         config, rollout, offloads, warm = self.config, self.config.rollout, False, list[DeviceMemory]()
         reads_weights = rollout.backend != "vllm"  # a sampler beside one learner reads its weights, see LocalPool
         if isinstance(config, MtpConfig):
@@ -91,8 +91,8 @@ class MemoryOfRun:
         return [device.offloaded() if offloads else device for device in devices]
 
     def learner(self, *, warm_start: bool = False, processes: int = 0) -> DeviceMemory:
-        """Returns what `Learner` holds on each of so many ranks (0: see `Shares.of`). A warm start trains every weight,
-        and has no reference."""
+        """Returns what `Learner` holds on each of so many ranks (0: see `Shares.of`). A warm start trains all, without
+        reference."""
         config, dtype = self.config, self.dtype
         assert isinstance(config, SftConfig)
         options, grpo = config.learner, config if isinstance(config, TrainConfig) and not warm_start else None
@@ -235,8 +235,7 @@ class MemoryOfRun:
 def activation_bytes(
     policy: Policy, tokens: int, row: int, dtype: torch.dtype, head_depth: int, checkpointing: bool
 ) -> int:
-    """Returns roughly the bytes of a micro-batch of `tokens` in rows of `row`, by the formula at the top of this
-    file."""
+    """Returns roughly the bytes of a micro-batch of `tokens` in rows of `row`, by the formula above."""
     shape = policy.config
     layers, count = _kept_bytes(policy.trunk, shape, dtype), shape.num_hidden_layers
     experts = sum(weight.nbytes for weight in _adapted(policy) if weight.dim() == 3)

@@ -20,8 +20,7 @@ WARM_START = "warm start"  # it is over before GRPO begins
 @dataclass(frozen=True)
 class DeviceMemory:
     """A device holds these bytes. The fields before `loading` are held all the time, gradients only while a step
-    learns, and the others one at a time. `host` is in main memory, where the run has devices with memory of their
-    own."""
+    learns, and the others one at a time. `host` is in main memory, where the run has devices with their own."""
 
     name: str
     count: int = 1  # of such devices

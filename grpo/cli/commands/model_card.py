@@ -77,8 +77,7 @@ def model_card(
     step: int | None = None,
 ) -> str:
     """Returns the card of `what` of `run`, exported as `name` into `folder`; `base`: the adapters' base, None if
-    merged. `left` is a sentence on what the export leaves out. `step` is the exported one; later numbers are left
-    out."""
+    merged. `left` says what the export leaves out. `step` is the exported one; later numbers are left out."""
     options, _ = read_yaml(run / "config.yaml")
     here = hardware.read(run / hardware.FILE)
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []

@@ -66,8 +66,8 @@ class Replay:
 
 
 def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
-    """Scores the rollouts of `run` with `function`; the run's folder stays as it is. The columns are those of the run's
-    data, found by prompt id."""
+    """Scores the rollouts of `run` with `function`, and leaves its folder as it is. The columns are found by prompt
+    id."""
     settings = _settings(run)
     find_reward(function)  # a misspelt name must not cost a download
     steps = _steps(run, config.steps)

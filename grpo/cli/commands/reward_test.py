@@ -198,8 +198,8 @@ class _Trial:
             )
 
     def score_alone(self, scorer: Scorer) -> None:
-        """Completions in calls of their own: how long a gold solution takes, and whether the score depends on its
-        batch."""
+        """Completions in calls of their own tell how long a gold solution takes, and whether the batch changes a
+        score."""
         rows = range(min(len(self.examples), ALONE))
         kinds = range(max(map(len, self.probes)) - 1)
         others = dict.fromkeys((i, 1 + (i + j) % (len(self.probes[i]) - 1)) for j in kinds for i in rows)  # all soon

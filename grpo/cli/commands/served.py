@@ -74,7 +74,7 @@ class ServedPool:
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        """Returns a group for each prompt. If some fail, RolloutError is raised at the end, with the groups of the
+        """Returns a group for each prompt. If some fail, it raises RolloutError at the end, with the groups of the
         others."""
         groups: dict[int, RolloutGroup] = {}
         faults = []
@@ -158,8 +158,7 @@ class ServedPool:
 
 def open_served(config: EvalConfig) -> ServedPool:
     """Returns the server that `config.model` is the address of. Raises ValueError where it does not answer, and for
-    options that only a policy in this process could follow. Drafts change no token, so that `draft_tokens` has no
-    effect."""
+    options that only a policy in this process could follow. Drafts change no token, so `draft_tokens` has no effect."""
     ours = {"accept": config.accept != "exact", "tools and environment": config.has_tools}
     if wrong := [name for name, is_set in ours.items() if is_set]:
         raise ValueError(

@@ -137,8 +137,7 @@ class Quantizer:
         return evaluate_model(EvalConfig(**options | {"model": model, "output": output}), self.console, met=met)
 
     def _copy_beside(self, folder: Path, problems: set[str]) -> None:
-        """Copies the licence, and names the problems that were trained on or measured on, which must not be
-        evaluated."""
+        """Copies the licence, and names the problems that were met, which must not be evaluated."""
         for name in LICENCE_FILES:
             if file := find_file(self.use.source.base, name):
                 shutil.copy(file, folder / name)

@@ -39,8 +39,7 @@ ENDS_WITH_US = (  # run by the child: the kernel is to end it when we are gone, 
 
 
 class ServerOfVLLM:
-    """Starts vLLM's server with the policy of `config`. Raises ValueError or RolloutError where vLLM is not
-    installed."""
+    """Starts vLLM's server with the policy of `config`. Raises ValueError or RolloutError where there is no vLLM."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.config, self.use = config, PolicyInUse(config)

@@ -50,8 +50,8 @@ def read_key(file: Path | None, host: str) -> str | None:
 
 
 def load_engine(use: PolicyInUse, newer: PolicySource | None = None, like: Engine | None = None) -> Engine:
-    """Returns an engine with this policy, or a newer one. Its depth controller takes the costs of `like`, or measures
-    them."""
+    """Returns an engine with this policy, or a newer one. Its depth controller measures costs, or takes those of
+    `like`."""
     policy, options = use.load(newer), use.config
     with use.phase("loading"):
         costs = like.costs if like is not None else None

@@ -46,8 +46,7 @@ class GroupPart:
 
 @dataclass
 class TokenPart:
-    """A token of the group that was asked for did this. Where `weight` is above 0 the step raised its
-    log-probability."""
+    """A token of the group that was asked for did this; where `weight` is above 0 the step raised its probability."""
 
     sample: int
     position: int

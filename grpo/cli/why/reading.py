@@ -65,8 +65,7 @@ class Part:
         return self.dot / (self.norm * whole) if self.norm * whole else 0.0
 
     def cosine_with_rest(self, whole: float) -> float:
-        """Returns the cosine with what the others gave, G - g: ⟨g, G - g⟩ / (|g| |G - g|); 0 where one of the two is
-        nothing.
+        """Returns the cosine with what the others gave, G - g: ⟨g, G - g⟩ / (|g| |G - g|); 0 without one of the two.
 
         >>> round(Part(dot=0.5, square=1.0).cosine_with_rest(1.0), 3)       # g = (1, 0), G = (.5, .866)
         -0.5
@@ -82,7 +81,7 @@ class Reader:
     parts of each group, and of at most `most` tokens in each row of group `tokens_of`."""
 
     def __init__(self, wholes: Sequence[Gradient] | None = None, tokens_of: int | None = None, most: int = 0) -> None:
-        self.first, self.tokens_of, self.most = wholes, tokens_of, most
+        self.known, self.tokens_of, self.most = wholes, tokens_of, most
         self.wholes: list[Gradient] = []
         self.groups: defaultdict[int, Part] = defaultdict(Part)
         self.tokens: defaultdict[tuple[int, int], Part] = defaultdict(Part)  # by Sample.index and place in it
@@ -102,7 +101,7 @@ class Reader:
         the policy loss as it is; `others` are the losses without a clip, a mask or a correction, and "as it is" what
         they are compared with."""
         self._group = mini.rows[0].group
-        if self.first is None:
+        if self.known is None:
             return
         weights_CL, on_CL = _by_logprob(loss, out), _by_logprob(others.pop("as it is"), out)
         off = {name: _by_logprob(other, out) for name, other in others.items()}
@@ -130,24 +129,24 @@ class Reader:
         return [(c, t) for c, t in pairs if strength_CL[c, t] > 0]
 
     def _read_token(self, learner: ReadLearner, part: Part, logprob: Tensor, weight: float) -> None:
-        if weight == 0.0 or self.first is None:
+        if weight == 0.0 or self.known is None:
             return
         parts = torch.autograd.grad(logprob, learner.moved, retain_graph=True, allow_unused=True)
         gradient: Gradient = [None if one is None else one.float() * weight for one in parts]
-        part.dot += dot(gradient, self.first[self._update])
+        part.dot += dot(gradient, self.known[self._update])
         part.square += dot(gradient, gradient)
         part.weight -= weight
 
     def read(self, learner: ReadLearner, done: int, total: int) -> None:
         """Reads what a row gave: after its backward pass, and before the update that follows the last one."""
         part = learner.take_gradient()
-        if self.first is not None:
+        if self.known is not None:
             if self._open is not None and self._open[0] != self._group:
                 self._close()
             self._open = self._group, add(self._open[1] if self._open else [], part)
         self._sum = add(self._sum, part)
         if done % (total // learner.options.updates_per_batch) == 0:
-            if self.first is not None:
+            if self.known is not None:
                 self._close()
             self.wholes.append([None if one is None else one.clone() for one in self._sum])  # clipping changes them
             learner.put_gradient(self._sum)
@@ -155,9 +154,9 @@ class Reader:
 
     def _close(self) -> None:
         assert self._open is not None
-        assert self.first is not None
+        assert self.known is not None
         (number, gradient), self._open = self._open, None
-        self.groups[number].dot += dot(gradient, self.first[self._update])
+        self.groups[number].dot += dot(gradient, self.known[self._update])
         self.groups[number].square += dot(gradient, gradient)
 
 
@@ -212,7 +211,7 @@ class ReadTerm(PolicyTerm):
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         loss, others = super().scalar(mini, forward, work), {}
         sums, settled, options = work.sums, work.fixed[self.name], self.options
-        if self.reader.first is not None:
+        if self.reader.known is not None:
             for name, (changed, correction) in without(options, settled.correction).items():
                 work.sums, work.fixed[self.name] = defaultdict(float), replace(settled, correction=correction)
                 self.options = changed
