@@ -1,8 +1,5 @@
-"""What each command of `quartet` does, from its parsed arguments to what it prints.
-
-The work is done in train, sft, mtp, commands/ and the other rooms, which are imported inside the functions: they load
-transformers or Ray.
-"""
+"""What each command of `quartet` does, from its parsed arguments to what it prints. The rooms that do the work are
+imported inside the functions: they load transformers or Ray."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class Answer:
 
 
 def event(content: dict[str, Any] | str) -> bytes:
-    """One event of a stream.
+    """Returns one event of a stream.
 
     >>> event({"a": 1}), event("[DONE]")
     (b'data: {"a": 1}\\n\\n', b'data: [DONE]\\n\\n')

@@ -75,11 +75,9 @@ class Comparison:
 
 
 def compare(folders: Sequence[Path], metrics: Sequence[str] = (), steps: Sequence[int] = ()) -> Comparison:
-    """Without `metrics`: the mean reward and the held-out accuracy, or the held-out reward where there is none.
-
-    Without `steps`: at most STEPS_SHOWN of those that have the metric, evenly spaced. Raises ValueError for a folder
-    that is no run, for two runs with the same options and seed, which are one and the same, and for a metric or step
-    that no run has.
+    """Compares runs by these metrics: without them by the mean reward and the held-out accuracy, or the held-out reward
+    where there is none. Without `steps` it takes at most STEPS_SHOWN of those that have the metric, evenly spaced.
+    Raises ValueError for a folder that is no run, for two runs that are one, and for what no run has recorded.
 
     >>> compare([Path("runs/a0"), Path("runs/a1")]).points["eval/accuracy"][60]["A"].values
     [0.771, 0.754]

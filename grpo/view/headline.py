@@ -33,8 +33,6 @@ def difference_interval(first: float, second: float, counts: tuple[float, float]
 def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a sentence for sampled and one for greedy evaluations; without any, one about the reward in training.
 
-    `rows`: `read_metrics`.
-
     >>> headline([{"step": step, "eval/accuracy": share, "eval/prompts": 10} for step, share in ((0, 0.2), (9, 0.5))])
     ['Held out, sampled: accuracy 0.200 at step 0, 0.500 at step 9, on 10 problems. The difference is +0.300 ...']
     """

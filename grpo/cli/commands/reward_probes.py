@@ -75,7 +75,7 @@ def probes(examples: Sequence[Example]) -> list[list[Probe]]:
 
 
 def misprint(solution: str) -> str | None:
-    """`solution` with its last digit raised by one, 9 to 0; None where it has none.
+    """Returns `solution` with its last digit raised by one, 9 to 0; None where it has none.
 
     >>> misprint("6 * 7 = 42, so #### 1,234 apples")
     '6 * 7 = 42, so #### 1,235 apples'

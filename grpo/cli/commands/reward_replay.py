@@ -55,7 +55,7 @@ class StepChange:
 
 @dataclass
 class Replay:
-    """`changes` are sorted, the largest first."""
+    """What has changed is here: `changes` are sorted, the largest first."""
 
     run: str
     function: str
@@ -105,11 +105,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
                 completion_ids=[[line["token_ids"] for line in group] for group in groups],
                 messages=[group[0].get("messages") for group in groups],
                 trainer_state={"global_step": step - 1, "max_steps": settings["steps"], "epoch": 0.0},
-                completion_columns=[
-                    {name: [_number(line["extras"].get(name)) for line in group] for name in models}
-                    | {name: [_environment_reward(line) for line in group] for name in acted}
-                    for group in groups
-                ],
+                completion_columns=[_extra_columns(group, models, acted) for group in groups],
                 turns=[[line.get("turns", []) for line in group] if "turns" in group[0] else None for group in groups],
             )
             before = [
@@ -175,12 +171,12 @@ def _columns(examples: dict[str, Example], line: dict[str, Any], data: str) -> d
     return example.columns
 
 
-def _number(recorded: float | None) -> float:
-    return float("nan") if recorded is None else recorded  # NaN is null in JSON
-
-
-def _environment_reward(line: dict[str, Any]) -> float | str | None:
-    return environment_reward(ToolStats(**line["tools"]) if "tools" in line else None)
+def _extra_columns(group: list[dict[str, Any]], models: list[str], acted: list[str]) -> dict[str, list[Any]]:
+    """Returns the columns of completions that are in the record: scores of reward models, rewards of environments."""
+    scores = {name: [line["extras"].get(name) for line in group] for name in models}
+    numbers = {name: [float("nan") if v is None else v for v in values] for name, values in scores.items()}  # null: NaN
+    stats = [ToolStats(**line["tools"]) if "tools" in line else None for line in group] if acted else []
+    return {**numbers, **dict.fromkeys(acted, [environment_reward(each) for each in stats])}
 
 
 def _mean(groups: list[list[float | None]]) -> float | None:
