@@ -175,8 +175,8 @@ def _extra_columns(group: list[dict[str, Any]], models: list[str], acted: list[s
     """Returns the columns of completions that are in the record: scores of reward models, rewards of environments."""
     scores = {name: [line["extras"].get(name) for line in group] for name in models}
     numbers = {name: [float("nan") if v is None else v for v in values] for name, values in scores.items()}  # null: NaN
-    stats = [ToolStats(**line["tools"]) if "tools" in line else None for line in group] if acted else []
-    return {**numbers, **dict.fromkeys(acted, [environment_reward(each) for each in stats])}
+    stats = [ToolStats(**line["tools"]) if "tools" in line else None for line in group]
+    return numbers | {name: [environment_reward(each) for each in stats] for name in acted}
 
 
 def _mean(groups: list[list[float | None]]) -> float | None:
