@@ -17,8 +17,8 @@ from rollout.serving import News
 
 
 class Answer:
-    """One request and what has become of it. Every answer says which version of the policy it is from, `seed`, and
-    whether drafts were verified (`accept`)."""
+    """One request gets this answer. It says which version of the policy it is from, `seed`, and whether drafts were
+    verified (`accept`)."""
 
     def __init__(self, served: Served, asked: Asked, jobs: Sequence[Job]) -> None:
         self.served, self.asked, self.jobs = served, asked, jobs

@@ -30,7 +30,7 @@ ENDS = "the server ends, and the request had no more time (--shutdown_s); send i
 
 
 class Rows:
-    """The rows of one request. `news` gives their new tokens, in the event loop of the server."""
+    """One request has these rows. `news` gives their new tokens, in the event loop of the server."""
 
     def __init__(self, served: Served, jobs: Sequence[Job]) -> None:
         self.served, self.loop = served, asyncio.get_running_loop()
@@ -66,7 +66,7 @@ class Rows:
 
 
 class _Stream(StreamingResponse):
-    """A stream that frees its rows however it ends."""
+    """The stream frees its rows however it ends."""
 
     def __init__(self, answer: Answer, rows: Rows) -> None:
         super().__init__(self._events(answer, rows), headers=HEADERS, media_type="text/event-stream")

@@ -145,7 +145,7 @@ class Asked(BaseModel):
 
     @property
     def completions(self) -> int:
-        """Completions of each prompt."""
+        """Each prompt gets so many completions."""
         return self.n or 1
 
     @property
@@ -154,7 +154,7 @@ class Asked(BaseModel):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens of a completion, where the request says so."""
+        """A completion has at most so many tokens, where the request says so."""
         return self.max_tokens
 
     @property
@@ -163,7 +163,7 @@ class Asked(BaseModel):
 
 
 class CompletionAsked(Asked):
-    """A request to /v1/completions."""
+    """A client asks /v1/completions for this."""
 
     ONLY = Asked.ONLY | {
         "echo": ((False,), "a prompt is not repeated"),
@@ -190,7 +190,7 @@ class CompletionAsked(Asked):
 
 
 class ChatAsked(Asked):
-    """A request to /v1/chat/completions. `tools` and messages are given to the chat template as they are."""
+    """A client asks /v1/chat/completions for this. `tools` and messages are given to the chat template as they are."""
 
     ONLY = Asked.ONLY | {
         "top_logprobs": ((0,), SAMPLED_ALONE),

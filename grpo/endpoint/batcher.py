@@ -25,7 +25,7 @@ class Full(Exception):
 
 @dataclass
 class Counts:
-    """What a server has done since it began. `row_rounds` / `rounds` are the rows of a mean round."""
+    """A server has done this since it began. `row_rounds` / `rounds` are the rows of a mean round."""
 
     completions: int = 0
     completion_tokens: int = 0

@@ -20,7 +20,7 @@ MOST_CONNECTIONS, MOST_ACCEPTED = 512, 128  # open, and accepted at once
 
 
 class Connection(H11Protocol):
-    """One connection. The newest one takes the place of the one that has waited longest without a request."""
+    """A new connection takes the place of the one that has waited longest without a request."""
 
     limit: asyncio.TimerHandle | None = None  # of the head
     unread: asyncio.TimerHandle | None = None

@@ -29,7 +29,7 @@ AS_IT_IS = PromptTemplate("{prompt}")
 
 @dataclass(frozen=True)
 class Job:
-    """One completion that is asked for, and its place among the choices."""
+    """One completion is asked for, and has this place among the choices."""
 
     index: int
     prompt: Prompt
@@ -48,8 +48,8 @@ def _say_what_becomes_of_tools(shown: bool) -> None:
 
 
 class Served:
-    """A policy under a name. `defaults` hold for what a request does not say. `meaning` says what the policy is, such
-    as "the newest checkpoint; the run has not ended"."""
+    """A policy is served under a name. `defaults` hold for what a request does not say. `meaning` says what the policy
+    is, such as "the newest checkpoint; the run has not ended"."""
 
     def __init__(self, name: str, batcher: Batcher, defaults: SamplingParams, meaning: str) -> None:
         self.name, self.batcher, self.defaults, self.meaning = name, batcher, defaults, meaning

@@ -24,7 +24,7 @@ STEPS_SHOWN = 12
 
 
 class Run:
-    """A run folder: its seed, its other options by dotted key, and its metrics by step."""
+    """A run folder has a seed, other options by dotted key, and metrics by step."""
 
     def __init__(self, folder: Path) -> None:
         file = check_run(folder) / "config.yaml"
@@ -41,7 +41,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Point:
-    """One metric of a group at one step: a value of each run that has one, at least one."""
+    """One metric of a group has these values at one step: one of each run that has it, at least one."""
 
     values: list[float]
 
@@ -51,7 +51,7 @@ class Point:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The interval of the mean over seeds; see `mean_interval`."""
+        """The mean over seeds lies in it; see `mean_interval`."""
         return mean_interval(self.values)
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`groups` by letter, the options in which they differ by letter, and the points by metric, step and letter."""
+    """Runs are in `groups` by letter, with the options in which they differ, and points by metric, step and letter."""
 
     groups: dict[str, list[Run]]
     differing: dict[str, dict[str, Any]]

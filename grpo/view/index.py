@@ -57,7 +57,8 @@ def cache_folder() -> Path:
 
 
 class Index:
-    """The completions of one run folder. Where the cache cannot be written, the database is a temporary file."""
+    """Indexes the completions of one run folder. Where the cache cannot be written, the database is a temporary
+    file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._writing, self._free = folder, threading.Lock(), threading.BoundedSemaphore(SEARCHES)

@@ -17,7 +17,7 @@ GROUPS_PER_STEP = 8
 
 @dataclass(frozen=True)
 class Report:
-    """A report that is written, at `path`. A notebook shows it in a frame."""
+    """A report is written at `path`. A notebook shows it in a frame."""
 
     path: Path
 

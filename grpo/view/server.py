@@ -30,7 +30,7 @@ HEADERS = {
 
 
 class Shown:
-    """The runs of a page, and what it may ask of them. Raises ValueError for a folder that holds no run."""
+    """The page has these runs, and may ask this of them. Raises ValueError for a folder that holds no run."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.runs = [RunFiles(folder) for folder in folders]

@@ -43,8 +43,8 @@ COMPLETIONS = "completions.jsonl"
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """What `quartet eval` found. `results` hold `sampled` and `greedy`, or the one that was asked for. `trained_on`
-    counts the problems that the policy was trained on; more than 0 only with `allow_trained_on`."""
+    """`quartet eval` has measured this. `results` hold `sampled` and `greedy`, or the one that was asked for.
+    `trained_on` counts the problems that the policy was trained on; more than 0 only with `allow_trained_on`."""
 
     config: EvalConfig
     source: PolicySource

@@ -55,7 +55,7 @@ REINTERPRETED = {"gate_proj", "up_proj", "down_proj", "gate"}
 
 
 class ExportError(ValueError):
-    """A run that cannot be exported as asked; the message says what is missing and what to do."""
+    """A run cannot be exported as asked; the message says what is missing and what to do."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def base(self) -> str:
-        """What GRPO started from: the warm start that the run made, else its `model`; folders by their whole path."""
+        """GRPO started from this: the warm start that the run made, else its `model`; folders have their whole path."""
         warm = self.folder / "warm_start"
         base = find_policy(str(warm) if warm.is_dir() else str(self.config["model"])).folder
         return str(Path(base).resolve()) if Path(base).is_dir() else base

@@ -47,7 +47,7 @@ class DeviceMemory:
 
     @property
     def phases(self) -> dict[str, int]:
-        """The most at each part of a run is here, in its order.
+        """Each part of a run needs so much at most; they are in its order.
 
         >>> DeviceMemory("a", weights=2, moments=8, activations=5, rollout=3, publication=1).phases
         {'loading': 2, 'sampling': 13, 'learning': 15, 'publishing': 11, 'saving': 10}
@@ -79,7 +79,7 @@ class DeviceMemory:
         return DeviceMemory(name, self.count, in_turn, **sizes)
 
     def offloaded(self) -> DeviceMemory:
-        """With `learner.parallel.fsdp_cpu_offload` the shards of the learner are in main memory."""
+        """Moves the shards of the learner to main memory, as `learner.parallel.fsdp_cpu_offload` does."""
         shards: dict[str, Any] = dict.fromkeys(("weights", "masters", "gradients", "moments", "reference", "older"), 0)
         return replace(self, **shards, host=self.host + sum(getattr(self, name) for name in shards))
 
@@ -115,7 +115,7 @@ def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, g
 
 
 def _together(worker: DeviceMemory, workers: int, on_one: int) -> list[DeviceMemory]:
-    """Workers have devices without a learner, `on_one` on each."""
+    """Puts workers on devices without a learner, `on_one` on each."""
     if on_one == 1:
         return [replace(worker, name=each_of(workers, "worker"), count=workers)]
     count = ceil(workers / on_one)

@@ -50,7 +50,7 @@ VLLM_ON_CPU = """\
 
 @dataclass(frozen=True)
 class Origin:
-    """The model that training started from, and its licence: `terms` are fields of its own model card."""
+    """Training started from this model, and with its licence: `terms` are fields of its own model card."""
 
     model: str
     preset: bool = False

@@ -15,7 +15,7 @@ from rollout.sampling import SamplingParams
 
 
 class PolicyInUse:
-    """The policy that `config.model` names. Raises what the plan refuses, before any weight is read."""
+    """Finds and loads the policy that `config.model` names. Raises what the plan refuses, before any weight is read."""
 
     def __init__(self, config: Any) -> None:
         self.config, self.source = config, find_policy(config.model)

@@ -73,7 +73,7 @@ def recover(
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:
-    """0 … count − 1, in another order in every pass."""
+    """Yields 0 … count − 1, in another order in every pass."""
     generator = random.Random(f"recovery {seed}")
     while True:
         yield from generator.sample(range(count), count)

@@ -24,7 +24,7 @@ SCORE = "score"  # the weighted sum, not one reward's value
 
 @dataclass(frozen=True)
 class Change:
-    """One completion whose value is not what was recorded."""
+    """The value of one completion is not what was recorded."""
 
     step: int
     prompt_id: str
@@ -35,13 +35,13 @@ class Change:
 
     @property
     def size(self) -> float:
-        """The distance that the value moved; from or to an abstention counts as the farthest."""
+        """The value moved so far; from or to an abstention counts as the farthest."""
         return float("inf") if self.before is None or self.after is None else abs(self.after - self.before)
 
 
 @dataclass(frozen=True)
 class StepChange:
-    """One step: means over completions with a value, and groups whose values are all equal, before and after."""
+    """A step has these means over completions with a value, and groups whose values are all equal, before and after."""
 
     step: int
     completions: int
@@ -55,7 +55,7 @@ class StepChange:
 
 @dataclass
 class Replay:
-    """What has changed is here: `changes` are sorted, the largest first."""
+    """A run was scored again; `changes` are sorted, the largest first."""
 
     run: str
     function: str

@@ -31,7 +31,7 @@ Scores = list[list[float | None]]  # [row][probe]
 
 @dataclass(frozen=True)
 class KindResult:
-    """How one kind of completion scored. `full` counts full marks, `unexpected` those that are not as expected."""
+    """One kind of completion scored so. `full` counts full marks, `unexpected` those that are not as expected."""
 
     kind: str
     count: int
@@ -45,7 +45,7 @@ class KindResult:
 
 @dataclass(frozen=True)
 class Surprise:
-    """A completion whose score is unexpected. A `fault` fails the test; the others are worth a look."""
+    """The score of a completion is unexpected. A `fault` fails the test; the others are worth a look."""
 
     prompt_id: str
     kind: str
@@ -123,7 +123,7 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
 
 
 class _Trial:
-    """The probes of each example, how to score them all, and what their `scores` say for the `check`."""
+    """Scores the probes of all examples, and tells the `check` what these `scores` say."""
 
     check: RewardCheck
     scores: Scores
@@ -179,14 +179,14 @@ class _Trial:
         return tried.rewards[0]
 
     def _failed(self, failure: RewardFailure, i: int, probe: Probe) -> RewardError:
-        """The failure by the row of the data and the kind of completion."""
+        """Returns the failure by the row of the data and the kind of completion."""
         return RewardError(
             f"reward {self.function!r} fails on row {i + 1} ({self.examples[i].example_id}): {failure.kind}: "
             f"{failure.message}\nThe completion ({KINDS[probe.kind].meaning}): {probe.text[:200]!r}"
         )
 
     def compare(self, name: str, others: dict[tuple[int, int], float | None], near: float) -> None:
-        """Determinism: the same completions by row and place, scored in another way."""
+        """Notes where the same completions, by row and place, got other scores in another way."""
         places = [(i, j) for (i, j), other in others.items() if not _equal(self.scores[i][j], other, near)]
         self.check.differing[name] = len(places)
         if places:
@@ -249,7 +249,7 @@ class _Trial:
         return {"full": not full, "less": full, "odd": full, "same": not _equal(score, self.scores[i][0])}[expected]
 
     def weigh(self, timeout_s: float) -> None:
-        """Correlation with length, and time against the limit."""
+        """Notes the correlation with length, and the time against the limit."""
         check = self.check
         for name, kinds in {"gold": ("gold",), "gold, wrong and other": ("gold", "wrong", "other")}.items():
             pairs: list[tuple[float, Any]] = [

@@ -32,7 +32,7 @@ def prompts_of(texts: Sequence[str], file: Path | None) -> list[Example]:
 
 
 def read_prompts(path: Path) -> list[Example]:
-    """Lines such as `{"prompt": "2 + 3 = ?"}`. `-` is standard input, where a line may also be plain text. Raises
+    """Reads lines such as `{"prompt": "2 + 3 = ?"}`. `-` is standard input, where a line may also be plain text. Raises
     ValueError naming file and line."""
     stdin = str(path) == "-"
     if not stdin and not path.is_file():
@@ -75,7 +75,7 @@ def _example(name: str, prompt: str, row: dict[str, Any]) -> Example:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Groups in the order of the prompts; `faults` says which prompts have no group, and why."""
+    """Groups are in the order of the prompts; `faults` says which prompts have no group, and why."""
 
     groups: list[RolloutGroup]
     tokenizer: PreTrainedTokenizerBase

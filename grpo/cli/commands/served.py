@@ -53,7 +53,7 @@ class ServedPool:
 
     @property
     def source(self) -> PolicySource:
-        """What is evaluated, with the versions that have answered so far."""
+        """This is evaluated, with the versions that have answered so far."""
         meaning, versions = f"served as {self.name!r}: {self.meaning}", sorted(self.versions)
         if versions:
             meaning += f"; policy version {versions[0]}"

@@ -25,7 +25,7 @@ BY_TENSOR = ("mlp.", "embed_tokens.", "lm_head.")  # the parts of the trunk that
 
 @dataclass(frozen=True)
 class Shares:
-    """How many ranks share a learner, and in which way. Without arguments: one process."""
+    """So many ranks share a learner, and in this way. Without arguments it is one process."""
 
     fsdp: int = 1
     tensor: int = 1
@@ -46,7 +46,7 @@ class Shares:
 
     @property
     def gathers(self) -> bool:
-        """Whether FSDP wraps the policy, which it does for copies too."""
+        """FSDP wraps the policy, which it does for copies too."""
         return self.replicate * self.fsdp > 1
 
     def visiting(self, name: str, weight: Tensor) -> float:

@@ -67,7 +67,7 @@ CONSOLE = Terminal()
 
 
 def summary(result: Result) -> None:
-    """The end of a run: held-out results before and after, speed with and without drafts, where things are."""
+    """Prints the end of a run: held-out results before and after, speed with and without drafts, where things are."""
     if result.evaluations:
         evaluations(result.evaluations)
     if result.speeds:

@@ -37,7 +37,7 @@ REPORT = "quantization_report.json"
 
 @dataclass(frozen=True)
 class Quantization:
-    """What quantising has done. `fidelity` is of the files that were written, read again by stock transformers, on text
+    """Quantising has done this. `fidelity` is of the files that were written, read again by stock transformers, on text
     that nothing was measured on. `bytes_before` and `bytes_after` are those of the safetensors; `kept` names the
     matrices that keep their precision. `evaluations` are none, or before and after."""
 
@@ -53,7 +53,7 @@ class Quantization:
 
     @property
     def perplexity_change(self) -> float:
-        """The change as a share: .03 is 3 %."""
+        """The perplexity has changed by this share: .03 is 3 %."""
         return self.fidelity.perplexity / self.fidelity.dense_perplexity - 1
 
 

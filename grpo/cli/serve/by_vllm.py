@@ -107,7 +107,7 @@ class ServerOfVLLM:
         return environment
 
     def _wait(self, health: str) -> None:
-        """Return as soon as the server answers."""
+        """Returns as soon as the server answers."""
         deadline = time.monotonic() + START_S
         while True:
             if self.process.poll() is not None:

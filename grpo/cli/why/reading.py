@@ -161,7 +161,7 @@ class Reader:
 
 
 class ReadLearner(Learner):
-    """A learner whose step a `reader` may read. Each row is then a micro-batch, group after group."""
+    """A `reader` may read a step of this learner. Each row is then a micro-batch, group after group."""
 
     reader: Reader | None = None
 
