@@ -26,7 +26,7 @@ import transformers
 from torch.distributed import TCPStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.cli.commands.memory import learner_memory
+from grpo.cli.commands.memory import MemoryOfRun
 from grpo.config.learner import ParallelOptions
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
@@ -172,7 +172,7 @@ def main() -> None:
             wide = config.model_copy(
                 update={"learner": config.learner.model_copy(update={"parallel": ParallelOptions(fsdp=size)})}
             )
-            said = learner_memory(shape, given.head, wide)
+            said = MemoryOfRun(shape, given.head, wide).learner()
             held = sum((said.weights, said.masters, said.gradients, said.moments, said.buffers)) / MIB
             learning = said.phases["learning"] / MIB
             for rank, found in enumerate(start(words, size)):

@@ -29,6 +29,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
 
+from grpo.cli.commands.policy_in_use import PolicyInUse  # noqa: E402
 from grpo.cli.config.serve import ServeConfig  # noqa: E402
 from grpo.cli.serve.server import load_engine  # noqa: E402
 from grpo.config.options import load  # noqa: E402
@@ -37,7 +38,6 @@ from grpo.data.prompts import encode_prompt  # noqa: E402
 from grpo.data.word_problems import word_problems  # noqa: E402
 from grpo.endpoint.served import AS_IT_IS  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
-from grpo.source.policy_source import find_policy  # noqa: E402
 from grpo.task.sampling import sampling_params  # noqa: E402
 
 CLIENTS = [1, 8, 32, 64]
@@ -117,7 +117,7 @@ def one_at_a_time(
 ) -> dict[str, float]:
     """The engine alone."""
     config = load(ServeConfig, None, {"model": model} | options)
-    engine = load_engine(config, find_policy(model))
+    engine = load_engine(PolicyInUse(config))
     params = replace(sampling_params(engine.policy, config, 1, 0), max_completion_tokens=limit)
     took, tokens = [], 0
     for i in range(requests):

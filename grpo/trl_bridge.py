@@ -38,7 +38,7 @@ BEYOND_DELTA = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_ind
 
 
 class BridgeError(ValueError):
-    """A trainer that our pool cannot sample for; the message names the setting and the way out."""
+    """Our pool cannot sample for this trainer; the message names the setting and the way out."""
 
 
 class rollout_func:
@@ -102,7 +102,7 @@ class rollout_func:
         freeze_exact_parts(policy)
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list]:
-        """TRL's contract: one completion for every entry of `prompts`, in which each prompt comes G times in a row."""
+        """Returns what TRL asks for: a completion of every entry of `prompts`, where each comes G times in a row."""
         mode = "train" if trainer.model.training else "eval"
         size: int = getattr(trainer, "num_generations" if mode == "train" else "num_generations_eval")
         if self.pool is None:
@@ -118,11 +118,8 @@ class rollout_func:
         self.calls[mode] = step, call + 1
         self.publications += 1
         self.pool.publish(self.policy.publication(), self.publications)
-        options = SamplingOptions(
-            temperature=trainer.temperature,
-            max_completion_tokens=trainer.max_completion_length,
-            draft_tokens=self.draft_tokens,
-        )
+        longest, drafts = trainer.max_completion_length, self.draft_tokens
+        options = SamplingOptions(temperature=trainer.temperature, max_completion_tokens=longest, draft_tokens=drafts)
         params = sampling_params(self.policy, options, size, trainer.args.seed).at(step, call)
         params = replace(params, stop_token_ids=tuple(trainer.eos_token_ids))
         groups = self.pool.sample(self._encode(prompts, size, mode, trainer), params)
@@ -142,7 +139,7 @@ class rollout_func:
             self.pool = None
 
     def _encode(self, prompts: list[Any], size: int, mode: str, trainer: GRPOTrainer) -> list[Prompt]:
-        """One Prompt a group, tokenised as TRL does it. Its place in the whole batch keys its noise."""
+        """Makes one Prompt a group, tokenised as TRL does it. Its place in the whole batch keys its noise."""
         chosen = prompts[::size]
         if len(prompts) % size or any(prompts[i] != chosen[i // size] for i in range(len(prompts))):
             raise BridgeError(
@@ -151,17 +148,16 @@ class rollout_func:
             )
         tokenizer = trainer.processing_class
         if isinstance(chosen[0], str):
-            encoded = tokenizer(text=chosen)["input_ids"]
+            encoded = tokenizer(text=chosen)
         else:
             options: Any = trainer.chat_template_kwargs
-            encoded = tokenizer.apply_chat_template(
-                chosen, add_generation_prompt=True, tokenize=True, return_dict=True, **options
-            )["input_ids"]
+            look = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            encoded = tokenizer.apply_chat_template(chosen, **look, **options)
         first = trainer.accelerator.process_index * len(chosen)
         chats = [None if isinstance(prompt, str) else prompt for prompt in chosen]
         return [
             Prompt(f"trl/{mode}/{first + i}", str(chosen[i]), list(ids), messages=chats[i])
-            for i, ids in enumerate(encoded)
+            for i, ids in enumerate(encoded["input_ids"])
         ]
 
     def _report(self, groups: Sequence[RolloutGroup], step: int, trainer: GRPOTrainer) -> None:
@@ -188,9 +184,8 @@ class rollout_func:
             raise BridgeError(
                 "rollout_func: the trainer trains another model than this policy's; use GRPOTrainer(model=policy.trunk)"
             )
-        wrong = {
-            k: getattr(trainer, k) for k, plain in PLAIN_SAMPLING.items() if getattr(trainer, k) not in (plain, None)
-        }
+        values = {name: getattr(trainer, name) for name in PLAIN_SAMPLING}
+        wrong = {name: value for name, value in values.items() if value not in (PLAIN_SAMPLING[name], None)}
         if trainer.args.generation_kwargs:
             wrong["generation_kwargs"] = trainer.args.generation_kwargs
         if wrong:
@@ -208,8 +203,8 @@ class rollout_func:
 def _check_adapter(model: PeftModel) -> None:
     adapter = model.peft_config[ADAPTER] if model.active_adapter == ADAPTER else None
     if not isinstance(adapter, LoraConfig):
-        found = type(adapter).__name__ if adapter else f"an adapter called {model.active_adapter!r}"
-        raise BridgeError(f"peft_config: {found} cannot be merged for sampling; use a LoraConfig called {ADAPTER!r}")
+        other = type(adapter).__name__ if adapter else f"an adapter called {model.active_adapter!r}"
+        raise BridgeError(f"peft_config: {other} cannot be merged for sampling; use a LoraConfig called {ADAPTER!r}")
     if extra := [name for name in BEYOND_DELTA if getattr(adapter, name, None)]:
         raise BridgeError(
             f"peft_config: {extra[0]}={getattr(adapter, extra[0])!r} trains more than W + BA, which is all that our "
@@ -218,7 +213,7 @@ def _check_adapter(model: PeftModel) -> None:
 
 
 class HeadAge:
-    """How far the policy has moved on since its MTP head was last trained, and what that did to the acceptance."""
+    """Tells how far the policy has moved on since its draft head was trained, and what that did to the acceptance."""
 
     def __init__(self, warn_every: int) -> None:
         self.warn_every = warn_every

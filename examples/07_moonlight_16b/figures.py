@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo.cli.commands import memory
-from grpo.cli.commands.memory import memory_of_run
+from grpo.cli.commands.memory import MemoryOfRun
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
@@ -28,16 +28,16 @@ def _block() -> str:
     shape = read_config(HERE / "architecture")
     names = ("2_grpo_lora", "3_grpo_lora_workers", "4_grpo_full")
     lora, workers, spread = (load(TrainConfig, HERE / f"{name}.yaml", {}) for name in names)
-    (head,) = memory_of_run(shape, True, load(MtpConfig, HERE / "1_mtp.yaml", {}))
+    (head,) = MemoryOfRun(shape, True, load(MtpConfig, HERE / "1_mtp.yaml", {})).devices()
     alone = load(TrainConfig, HERE / "2_grpo_lora.yaml", {"learner.parallel.fsdp": None})
-    (whole,) = memory_of_run(shape, True, alone)
-    rank_0, rank = memory_of_run(shape, True, lora)
-    learner, worker = memory_of_run(shape, True, workers)
-    first, other = memory_of_run(shape, True, spread)
-    (full,) = memory_of_run(shape, True, alone.model_copy(update={"lora": None}))
+    (whole,) = MemoryOfRun(shape, True, alone).devices()
+    rank_0, rank = MemoryOfRun(shape, True, lora).devices()
+    learner, worker = MemoryOfRun(shape, True, workers).devices()
+    first, other = MemoryOfRun(shape, True, spread).devices()
+    (full,) = MemoryOfRun(shape, True, alone.model_copy(update={"lora": None})).devices()
     assert alone.lora is not None
     with_experts = alone.lora.model_copy(update={"targets": [*(alone.lora.targets or []), "experts"]})
-    (experts,) = memory_of_run(shape, True, alone.model_copy(update={"lora": with_experts}))
+    (experts,) = MemoryOfRun(shape, True, alone.model_copy(update={"lora": with_experts})).devices()
     with torch.device("meta"):
         trunk = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
         mtp = sum(p.numel() for p in MTPHead(shape).parameters())

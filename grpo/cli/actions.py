@@ -1,8 +1,5 @@
-"""What each command of `quartet` does, from its parsed arguments to what it prints.
-
-The work is done in train, sft, mtp, commands/ and the other rooms, which are imported inside the functions: they load
-transformers or Ray.
-"""
+"""What each command of `quartet` does, from its parsed arguments to what it prints. The rooms that do the work are
+imported inside the functions: they load transformers or Ray."""
 
 from __future__ import annotations
 
@@ -20,29 +17,32 @@ from rewards.isolation.output import escaped
 EXIT_ERROR, EXIT_USAGE = 1, 2
 
 
-def _load(args: argparse.Namespace, file: Path | None = None, brought: Mapping[str, Any] | None = None) -> Any:
-    """The command's options: their defaults, then those of them that a run folder brings, the file, the command line.
-
-    None where they were only to be printed, which then is done.
-    """
+def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) -> Any:
+    """Returns the options: of the command, a run folder, the file, the command line. None: they were only to be
+    printed."""
     from grpo.config.options import dump_yaml, load
 
     known = {name: value for name, value in (brought or {}).items() if name in args.options.model_fields}
-    on_removed = _warn if getattr(args, "resume", None) else None
+    on_removed = print_error if getattr(args, "resume", None) else None
+    file = getattr(args, "config", None)
     config: Any = load(args.options, file, known | args.overrides, args.flags, on_removed=on_removed)
     if getattr(args, "print_config", False):
         print(dump_yaml(config), end="")
         return None
-    args.output_dir = getattr(config, "output_dir", None)
+    args.output_dir = config.output_dir if "output_dir" in args.options.model_fields else None
     return config
 
 
-def _warn(text: str) -> None:
-    fail(text, 0)
+def _load_for_policy(args: argparse.Namespace, model: str, data: str | None = None) -> tuple[Any, bool]:
+    """Returns the options of a command that uses the policy `model`, and whether its run folder brings some of them."""
+    from grpo.cli.config.inference import defaults_of_run
+
+    brought = defaults_of_run(Path(model), data)
+    return _load(args, brought | {"model": model}), bool(brought)
 
 
 def _begin() -> None:
-    """The first sign of life, before torch and transformers are loaded, which takes seconds."""
+    """Gives the first sign of life, before torch and transformers are loaded, which takes seconds."""
     if os.environ.get("RANK", "0") == "0":
         print("loading torch and transformers ...", flush=True)
 
@@ -52,7 +52,7 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _load(args, args.config)
+    config = _load(args)
     if config is None:
         return 0
     _begin()
@@ -71,11 +71,10 @@ def run(args: argparse.Namespace) -> int:
 def mtp(args: argparse.Namespace) -> int:
     from grpo.config.mtp import defaults_of_run
 
-    file: Path | None = args.config
-    if file is None or file.suffix in (".yaml", ".yml"):
-        config = _load(args, file)
-    else:
-        config = _load(args, brought=defaults_of_run(file) | {"model": str(file)})
+    brought, file = {}, args.config
+    if file is not None and file.suffix not in (".yaml", ".yml"):
+        brought, args.config = defaults_of_run(file) | {"model": str(file)}, None
+    config = _load(args, brought)
     if config is None:
         return 0
     _begin()
@@ -93,42 +92,36 @@ def mtp(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from grpo.cli.config.inference import defaults_of_run
-
-    first = args.policies[0]
-    brought = defaults_of_run(Path(first), args.overrides.get("data"))
-    config = _load(args, brought=brought | {"model": first})
+    config, _ = _load_for_policy(args, args.policies[0], args.overrides.get("data"))
     if config is None:
         return 0
     _begin()
     from grpo.cli.commands import eval_report, summary
     from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
 
-    found: list[ModelEvaluation] = []
-    for policy in args.policies:
-        output = config.output and config.output / str(len(found)) if found else config.output
-        own = config.model_copy(update={"model": policy, "output": output})
-        found.append(evaluate_model(own, summary.CONSOLE, args.policies[len(found) + 1 :]))
-        eval_report.show(found[-1], summary.CONSOLE)
-    if len(found) > 1:
-        eval_report.show_paired(found[0], found[1:], summary.CONSOLE)
-    _write(args.json, eval_report.as_json(found[0]) if len(found) == 1 else eval_report.paired_as_json(found))
-    return EXIT_ERROR if any(evaluation.without_any_mark for evaluation in found) else 0
+    evaluations: list[ModelEvaluation] = []
+    for number, policy in enumerate(args.policies):
+        output = config.output and config.output / str(number) if number else config.output
+        options = config.model_copy(update={"model": policy, "output": output})
+        evaluations.append(evaluate_model(options, summary.CONSOLE, args.policies[number + 1 :]))
+        eval_report.show(evaluations[-1], summary.CONSOLE)
+    first, *others = evaluations
+    if others:
+        eval_report.show_paired(first, others, summary.CONSOLE)
+    _write(args.json, eval_report.paired_as_json(evaluations) if others else eval_report.as_json(first))
+    return EXIT_ERROR if any(evaluation.without_any_mark for evaluation in evaluations) else 0
 
 
 def sample(args: argparse.Namespace) -> int:
     if not args.prompt and args.prompts is None:
         args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')
-    from grpo.cli.config.inference import defaults_of_run
-
-    brought = defaults_of_run(Path(args.policy), args.overrides.get("data"))
-    config = _load(args, brought=brought | {"model": args.policy})
+    config, of_run = _load_for_policy(args, args.policy, args.overrides.get("data"))
     _begin()
     from grpo.cli.commands import summary
     from grpo.cli.commands.sample import prompts_of, sample
 
     examples = prompts_of(args.prompt, args.prompts)
-    if brought and "template" not in args.overrides:
+    if of_run and "template" not in args.overrides:
         shots = f" and {config.few_shot} worked examples" if config.few_shot else ""
         print(f"prompts are written as in the run: template {config.template!r}{shots}")
     sampled = sample(config, examples, summary.CONSOLE)
@@ -138,9 +131,7 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace) -> None:
-    from grpo.cli.config.inference import defaults_of_run
-
-    config = _load(args, brought=defaults_of_run(Path(args.policy)) | {"model": args.policy})
+    config, _ = _load_for_policy(args, args.policy)
     if config is None:
         return
     from grpo.cli.serve.server import serve
@@ -153,26 +144,22 @@ def convert(args: argparse.Namespace) -> None:
     _begin()
     from grpo.cli.commands import convert, summary
 
-    conversion = convert.convert(args.source, args.destination, config, mtp=args.mtp, console=summary.CONSOLE)
+    conversion = convert.Converter(args.source, config, mtp=args.mtp).convert(args.destination, summary.CONSOLE)
     convert.show(conversion, summary.CONSOLE)
     _write(args.json, asdict(conversion))
 
 
 def quantize(args: argparse.Namespace) -> None:
-    from grpo.cli.config.inference import defaults_of_run
-
-    brought = defaults_of_run(Path(args.source), args.overrides.get("data"))
-    config = _load(args, brought=brought | {"model": args.source})
+    config, _ = _load_for_policy(args, args.source, args.overrides.get("data"))
     if config is None:
         return
     _begin()
     from grpo.cli.commands import summary
-    from grpo.cli.quantize import report
-    from grpo.cli.quantize.quantize import quantize
+    from grpo.cli.quantize.quantize import Quantizer, as_json, show
 
-    result = quantize(args.destination, config, summary.CONSOLE)
-    report.show(result, summary.CONSOLE)
-    _write(args.json, report.as_json(result))
+    result = Quantizer(config, summary.CONSOLE).quantize(args.destination)
+    show(result, summary.CONSOLE)
+    _write(args.json, as_json(result))
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -186,9 +173,15 @@ def inspect(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     _begin()
-    from grpo.cli.commands.push import run_export
+    from grpo.cli.commands.export import ExportError, export, export_and_push
 
-    print(escaped(run_export(args.run, args.destination, args.push_to_hub, adapter=args.adapter)))
+    if args.push_to_hub is not None:
+        message = export_and_push(args.run, args.destination, args.push_to_hub, adapter=args.adapter)
+    elif args.destination is not None:
+        message = export(args.run, args.destination, adapter=args.adapter)
+    else:
+        raise ExportError("name the folder to write, DST, or a repository: --push_to_hub OWNER/NAME")
+    print(escaped(message))
 
 
 def view(args: argparse.Namespace) -> None:
@@ -207,8 +200,8 @@ def why(args: argparse.Namespace) -> None:
     from grpo.cli.why.report import tell
     from grpo.run.console import Terminal
 
-    given = {name: getattr(args, name) for name in ("group", "groups", "tokens", "heldout", "what_if")}
-    _write(args.json, asdict(tell(args.run, args.step, Terminal(), **given)))
+    options = {name: getattr(args, name) for name in ("group", "groups", "tokens", "heldout", "what_if")}
+    _write(args.json, asdict(tell(args.run, args.step, Terminal(), **options)))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -265,25 +258,29 @@ EXPECTED = {
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
-    """The classes of EXPECTED that are loaded: no other one can have been raised, and loading one may fail."""
+    """Returns the classes of EXPECTED that are loaded: no other one can have been raised, and loading one may fail."""
     loaded = {module: name for module, name in EXPECTED.items() if hasattr(sys.modules.get(module), name)}
     return ValueError, OSError, *(getattr(sys.modules[module], name) for module, name in loaded.items())
 
 
 def option_of(error: Exception, args: argparse.Namespace) -> str:
-    """`output_dir: ` for an error of the operating system about a file in the folder that this option names."""
+    """Returns `output_dir: ` for an error of the operating system about a file in the folder that this option names."""
     if not isinstance(error, OSError) or not isinstance(error.filename, str | Path):
         return ""  # one of our own messages, which name it themselves
     file = Path(error.filename).absolute()
-    given = {name: value for name, value in vars(args).items() if isinstance(value, Path)}
-    given |= {name: value for name, value in getattr(args, "overrides", {}).items() if isinstance(value, str | Path)}
-    named = {name: Path(value).absolute() for name, value in given.items() if str(value)}
-    of_file = [name for name, path in named.items() if file == path or path in file.parents or file in path.parents]
-    longest = max(of_file, key=lambda name: len(named[name].parts), default=None)
+    paths = {name: value for name, value in vars(args).items() if isinstance(value, Path)}
+    paths |= {name: value for name, value in getattr(args, "overrides", {}).items() if isinstance(value, str | Path)}
+    places = {name: Path(value).absolute() for name, value in paths.items() if str(value)}
+    of_file = [name for name, path in places.items() if file == path or path in file.parents or file in path.parents]
+    longest = max(of_file, key=lambda name: len(places[name].parts), default=None)
     return f"{longest}: " if longest else ""
 
 
 def fail(message: str, code: int) -> int:
-    """The one place that prints errors. They quote what others wrote: rewards, column names, checkpoints."""
-    print(escaped(f"quartet: {message}"), file=sys.stderr)
+    print_error(message)
     return code
+
+
+def print_error(message: str) -> None:
+    """Prints every error: no other place does. Errors quote what others wrote: rewards, column names, checkpoints."""
+    print(escaped(f"quartet: {message}"), file=sys.stderr)

@@ -45,11 +45,7 @@ _WHAT = (
 )
 MTP = (_argument("config", metavar="CONFIG.yaml|MODEL", help=_WHAT, **_FILE), *_RUN)
 _WHAT = "a run, a checkpoint, a hub id, or http://HOST:PORT of a server; further ones are compared with the first"
-EVAL = (
-    _argument("policies", nargs="+", metavar="MODEL", help=_WHAT),
-    _PRINT_CONFIG,
-    _json("what the tables show"),
-)
+EVAL = (_argument("policies", nargs="+", metavar="MODEL", help=_WHAT), _PRINT_CONFIG, _json("what the tables show"))
 _WHAT = 'lines such as {"prompt": "2 + 3 = ?"}; - reads standard input, where a line may also be plain text'
 SAMPLE = (
     _POLICY,

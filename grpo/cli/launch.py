@@ -21,10 +21,8 @@ from policies.files.atomic import write_file
 
 
 def launch(config: LearningConfig, **flags: Any) -> Result | None:
-    """`quartet train` or `quartet sft`: what the summary shows, None in a process that shows none.
-
-    `flags` are resume, stop_after and force.
-    """
+    """Runs `quartet train` or `quartet sft`. Returns what the summary shows, None in a process that shows none. `flags`
+    are resume, stop_after and force."""
     if config.learner.workers and "WORLD_SIZE" not in os.environ:
         return _through_ray(config, flags)
     with command_line():
@@ -34,11 +32,9 @@ def launch(config: LearningConfig, **flags: Any) -> Result | None:
 
 
 def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
-    """`learner.workers` ranks on the cluster of RAY_ADDRESS, or on one of our own on this machine.
-
-    A signal reaches them through a file in the run folder, which all machines see. Raises Stopped, or RankFailed with
-    the words of the rank that failed first.
-    """
+    """Runs `learner.workers` ranks on the cluster of RAY_ADDRESS, or on one of our own. A signal reaches them through a
+    file in the run folder, which all machines see. Raises Stopped, or RankFailed with the words of the rank that failed
+    first."""
     config = with_threads(config, flags.get("resume"), check_plan(config).shape)
     os.environ |= {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} | os.environ
     from ray.train import RunConfig, ScalingConfig
@@ -58,7 +54,7 @@ def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
 
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
-            """None: ours tells the ranks, which save."""
+            """Registers none: ours tells the ranks, which save."""
 
     def tell(number: int) -> None:
         asked.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +86,7 @@ def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
 
 
 def _rank(given: dict[str, Any]) -> Result | Stopped | None:
-    """What each worker of Ray Train runs. Rank 0 returns how the run has ended."""
+    """Runs on each worker of Ray Train. Rank 0 returns how the run has ended."""
     os.chdir(given["at"])
     signals.asked_by = given["config"].output_dir / ASKED
     try:

@@ -42,8 +42,8 @@ class AgentSampler:
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        """A group of episodes for each prompt; why an agent has failed is in `Completion.tools`. Raises RolloutError
-        for a prompt that leaves no room for a completion, and where logits were not finite."""
+        """Returns a group of episodes for each prompt; why an agent has failed is in `Completion.tools`. Raises
+        RolloutError for a prompt that leaves no room for a completion, and where logits were not finite."""
         self.pool.check_stop()
         engine = copy.copy(self.pool.published())
         engine.check(prompts, params)
@@ -69,17 +69,17 @@ class AgentSampler:
         self.pool.keep()
 
     def _watch(self, future: Future[Any], sampling: _Sampling, on_finished: OnFinished | None) -> None:
-        told = 0
+        """Wait for the end. Raises what stops the run or has ended the decoding."""
+        reported = 0
         while not wait([future], POLL_S).done:
             self.pool.check_stop()
             sampling.check()
-            ended = sampling.ended
-            if on_finished and ended > told:
-                on_finished(ended - told)
-                told = ended
+            if on_finished and (new := sampling.ended - reported):
+                on_finished(new)
+                reported += new
         sampling.check()
         if on_finished and not future.exception():
-            on_finished(len(sampling.begun) - told)
+            on_finished(len(sampling.begun) - reported)
 
     def _end_agents(self) -> None:
         if self._agents is not None:
@@ -93,7 +93,7 @@ class AgentSampler:
 
 
 class _Sampling:
-    """One call of `AgentSampler.sample`."""
+    """Makes one call of `AgentSampler.sample`."""
 
     def __init__(
         self, sampler: AgentSampler, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams
@@ -104,15 +104,16 @@ class _Sampling:
         self.begun = [self._begin(place) for place in range(len(prompts) * self.size)]
 
     def _begin(self, place: int) -> tuple[Episode, dict[str, Any]]:
-        """An episode, and what its agent is called with."""
+        """Returns an episode, and what its agent is called with."""
         number, sample = divmod(place, self.size)
         prompt, endpoint = self.prompts[number], self.sampler.endpoint
         episode = Episode(prompt, sample, self.batcher, self.params, self.sampler.temperature)
-        given = {**prompt.columns, "prompt": prompt.text, "base_url": endpoint.open(episode), "api_key": endpoint.key}
-        return episode, {"function": 0, "given": given, "seed": seeds(self.params, prompt.prompt_id, sample)[1]}
+        address = {"base_url": endpoint.open(episode), "api_key": endpoint.key}
+        values = {**prompt.columns, "prompt": prompt.text, **address}
+        return episode, {"function": 0, "given": values, "seed": seeds(self.params, prompt.prompt_id, sample)[1]}
 
     def run(self, agents: WorkerPool) -> list[RolloutGroup]:
-        """The groups, once every agent has returned or failed."""
+        """Returns the groups, once every agent has returned or failed."""
         size = self.size
         replies = agents.run([request for _, request in self.begun], on_reply=self._end)
         for place, reply in enumerate(replies):

@@ -15,17 +15,15 @@ WORKERS, TIMEOUT_S = 4, 120.0  # where the options do not say; an agent thinks l
 
 
 def open_agents(options: AgentOptions) -> WorkerPool:
-    """The processes in which the agent runs. Raises RewardError if it cannot be loaded there, or not with so little
+    """Returns the processes in which the agent runs. Raises RewardError if they cannot load it, or have too little
     memory."""
-    description = {"kind": "agent", "function": options.agent}
     scoring = options.reward if isinstance(options, RewardsOptions) else ScoringOptions()
-    memory = (options.program_memory_mb or 0) << 20
     pool = WorkerPool(
-        [description],
+        [{"kind": "agent", "function": options.agent}],
         size=options.program_workers or WORKERS,
         timeout_s=options.program_timeout_s or TIMEOUT_S,
         pass_variables=scoring.pass_variables,
-        memory=memory,
+        memory=(options.program_memory_mb or 0) << 20,
     )
     try:
         pool.run([])
@@ -37,8 +35,8 @@ def open_agents(options: AgentOptions) -> WorkerPool:
 
 def check_agent(options: AgentOptions, columns: Mapping[str, Any]) -> None:
     """Raises ValueError or RewardError where the agent cannot be called with these columns."""
-    if taken := [name for name in OWN if name in columns]:
-        raise ValueError(f"agent={options.agent}: column {taken[0]!r} has the name of what every agent gets; rename it")
+    if same := [name for name in OWN if name in columns]:
+        raise ValueError(f"agent={options.agent}: column {same[0]!r} has the name of what every agent gets; rename it")
     try:
         json.dumps(columns)
     except (TypeError, ValueError) as error:

@@ -1,11 +1,11 @@
-"""What a client gets: completions and chunks in OpenAI's form."""
+"""Completions and chunks in OpenAI's form: what a client gets."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,8 +17,8 @@ from rollout.serving import News
 
 
 class Answer:
-    """One request and what has become of it. Every answer says which version of the policy it is from, `seed`, and
-    whether drafts were verified (`accept`)."""
+    """One request gets this answer. It says which version of the policy it is from, `seed`, and whether drafts were
+    verified (`accept`)."""
 
     def __init__(self, served: Served, asked: Asked, jobs: Sequence[Job]) -> None:
         self.served, self.asked, self.jobs = served, asked, jobs
@@ -35,14 +35,13 @@ class Answer:
         return len(self.done) == len(self.jobs)
 
     def whole(self) -> dict[str, Any]:
-        """The answer without streaming."""
+        """Returns the answer without streaming."""
         choices = [self._choice(job) for job in self.jobs]
-        return self._frame("chat.completion" if self.is_chat else "text_completion", choices, self._version()) | {
-            "usage": self.usage()
-        }
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._frame(kind, choices, self._version()) | {"usage": self.usage()}
 
     def pieces(self, index: int, news: News) -> list[dict[str, Any]]:
-        """The chunks of one round of one completion."""
+        """Returns the chunks of one round of one completion."""
         stream, completion, chunks = self.streams[index], news.completion, []
         if completion is None:
             text = stream.add(news.token_ids)
@@ -51,32 +50,34 @@ class Answer:
             text = stream.finish(completion.text)
         ids, logprobs = self._without_stop(news.token_ids, news.logprobs)
         scored = self._logprobs(ids, logprobs) if self.asked.wants_logprobs and ids else None
+
+        def add(delta: dict[str, Any], logprobs: Any = None, reason: str | None = None, **ids: Any) -> None:
+            content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
+            choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason, **ids}
+            chunks.append(self._chunk([choice], news.version))
+
         if self.is_chat and index not in self.opened:
             self.opened.add(index)
-            start = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-            chunks.append(self._chunk([{"index": index, **start}], news.version))
+            add({"role": "assistant", "content": ""})
         if text or scored:
-            said: dict[str, Any] = {"delta": {"content": text}} if self.is_chat else {"text": text}
-            chunks.append(
-                self._chunk([{"index": index, **said, "logprobs": scored, "finish_reason": None}], news.version)
-            )
+            add({"content": text}, scored)
         if completion is not None:
-            said = {"delta": {}} if self.is_chat else {"text": ""}
-            end = {"index": index, **said, "logprobs": None, "finish_reason": completion.finish_reason}
-            chunks.append(self._chunk([end | self._ids(index, completion)], news.version))
+            add({}, None, completion.finish_reason, **self._ids(index, completion))
         return chunks
 
     def closing(self) -> list[dict[str, Any]]:
-        """The chunk after the last token, for clients that want the usage."""
+        """Returns the chunk after the last token, for clients that want the usage."""
         options = self.asked.stream_options
-        wanted = options is not None and options.include_usage
-        return [self._chunk([], self._version()) | {"usage": self.usage()}] if wanted else []
+        if options is None or not options.include_usage:
+            return []
+        return [self._chunk([], self._version()) | {"usage": self.usage()}]
 
     def usage(self) -> dict[str, Any]:
         prompts = {id(job.params): len(job.prompt.token_ids) for job in self.jobs}  # those of one prompt share it
-        prompt, completion = sum(prompts.values()), sum(len(done.token_ids) for done in self.done.values())
-        accepted = sum(sum(done.draft.accepted) for done in self.done.values())
-        drafted = sum(sum(done.draft.drafted) for done in self.done.values())
+        completions = list(self.done.values())
+        prompt, completion = sum(prompts.values()), sum(len(done.token_ids) for done in completions)
+        accepted = sum(sum(done.draft.accepted) for done in completions)
+        drafted = sum(sum(done.draft.drafted) for done in completions)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -85,12 +86,12 @@ class Answer:
                 "accepted_prediction_tokens": accepted,
                 "rejected_prediction_tokens": drafted - accepted,
             },
-            "target_forwards": sum(done.draft.target_forwards for done in self.done.values()),
-            "fallbacks": sum(done.draft.fallbacks for done in self.done.values()),
+            "target_forwards": sum(done.draft.target_forwards for done in completions),
+            "fallbacks": sum(done.draft.fallbacks for done in completions),
         }
 
     def _version(self) -> int:
-        """The newest one, where a newer policy was loaded between the choices; each of them names its own."""
+        """Returns the newest version: a newer policy may come between the choices, and each names its own."""
         return max(done.policy_version for done in self.done.values())
 
     def _frame(self, kind: str, choices: list[dict[str, Any]], version: int) -> dict[str, Any]:
@@ -112,24 +113,25 @@ class Answer:
 
     def _choice(self, job: Job) -> dict[str, Any]:
         completion = self.done[job.index]
-        message = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
-        said: Mapping[str, Any] = message if self.is_chat else {"text": completion.text}
+        content: dict[str, Any] = {"text": completion.text}
+        if self.is_chat:
+            content = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
         scored = None
         if self.asked.wants_logprobs:
             scored = self._logprobs(*self._without_stop(completion.token_ids, completion.logprobs))
-        reason = {"finish_reason": completion.finish_reason}
-        return {"index": job.index, **said, "logprobs": scored, **reason} | self._ids(job.index, completion)
+        end = {"logprobs": scored, "finish_reason": completion.finish_reason}
+        return {"index": job.index, **content, **end, **self._ids(job.index, completion)}
 
     def _ids(self, index: int, completion: Completion) -> dict[str, Any]:
-        own = {"policy_version": completion.policy_version}
-        if not self.asked.return_token_ids:
-            return own
-        return own | {"token_ids": completion.token_ids, "prompt_token_ids": self.jobs[index].prompt.token_ids}
+        ids: dict[str, Any] = {"policy_version": completion.policy_version}
+        if self.asked.return_token_ids:
+            ids |= {"token_ids": completion.token_ids, "prompt_token_ids": self.jobs[index].prompt.token_ids}
+        return ids
 
     def _without_stop(self, ids: list[int], logprobs: list[float]) -> tuple[list[int], list[float]]:
         """A stop token is no part of the text."""
-        kept = len(ids) - bool(ids and ids[-1] in self.stops)
-        return ids[:kept], logprobs[:kept]
+        length = len(ids) - bool(ids and ids[-1] in self.stops)
+        return ids[:length], logprobs[:length]
 
     def _logprobs(self, ids: list[int], logprobs: list[float]) -> dict[str, Any]:
         texts = [str(self.tokenizer.decode([token])) for token in ids]
@@ -143,8 +145,8 @@ class Answer:
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
 
-def event(content: Mapping[str, Any] | str) -> bytes:
-    """One event of a stream.
+def event(content: dict[str, Any] | str) -> bytes:
+    """Returns one event of a stream.
 
     >>> event({"a": 1}), event("[DONE]")
     (b'data: {"a": 1}\\n\\n', b'data: [DONE]\\n\\n')

@@ -21,7 +21,6 @@ from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked, read
 from grpo.endpoint.batcher import Full
 from grpo.endpoint.served import Job, Served
 from rollout.serving import News
-from rollout.serving import Request as Row
 
 MOST_BYTES, BODY_S = 1 << 22, 30.0  # of a body, and the seconds that it may take to arrive
 LARGE, MOST_LARGE = 1 << 16, 1 << 24  # a body of more bytes is large; so many bytes of large ones may be here at once
@@ -30,15 +29,15 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 ENDS = "the server ends, and the request had no more time (--shutdown_s); send it again"
 
 
-class Wanted:
-    """The rows of one request. `news` gives their new tokens, in the event loop of the server."""
+class Rows:
+    """One request has these rows. `news` gives their new tokens, in the event loop of the server."""
 
     def __init__(self, served: Served, jobs: Sequence[Job]) -> None:
         self.served, self.loop = served, asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
-        self.rows: list[Row] = [job.request(self._tell) for job in jobs]
+        self.requests = [job.request(self._tell) for job in jobs]
         try:
-            served.batcher.submit(self.rows)
+            served.batcher.submit(self.requests)
         except Full as full:
             message = f"too many requests wait (at most {served.batcher.most_waiting}); try again in {full.retry_s} s"
             headers = {"Retry-After": str(full.retry_s)}
@@ -49,9 +48,9 @@ class Wanted:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, news))
 
     async def news(self) -> AsyncIterator[tuple[int, News]]:
-        """Until every row has ended. Raises ApiError where one can get no more."""
+        """News come until every row has ended. Raises ApiError where one can get no more."""
         ended = 0
-        while ended < len(self.rows):
+        while ended < len(self.requests):
             index, news = await self.queue.get()
             if news.error is not None:
                 raise ApiError(news.error, 503 if "has ended" in news.error else 500, code="decoding_failed")
@@ -63,15 +62,15 @@ class Wanted:
 
     def leave(self) -> None:
         """Nobody reads the rest: the rows are free."""
-        self.served.batcher.cancel(self.rows)
+        self.served.batcher.cancel(self.requests)
 
 
 class _Stream(StreamingResponse):
-    """A stream that frees its rows however it ends."""
+    """The stream frees its rows however it ends."""
 
-    def __init__(self, answer: Answer, wanted: Wanted) -> None:
-        super().__init__(self._events(answer, wanted), headers=HEADERS, media_type="text/event-stream")
-        self.wanted = wanted
+    def __init__(self, answer: Answer, rows: Rows) -> None:
+        super().__init__(self._events(answer, rows), headers=HEADERS, media_type="text/event-stream")
+        self.rows = rows
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -81,12 +80,12 @@ class _Stream(StreamingResponse):
         except asyncio.CancelledError:  # by the server, when its grace period ends
             await send({"type": "http.response.body", "body": event(ApiError(ENDS, 503).body()), "more_body": False})
         finally:
-            self.wanted.leave()
+            self.rows.leave()
 
     @staticmethod
-    async def _events(answer: Answer, wanted: Wanted) -> AsyncIterator[bytes]:
+    async def _events(answer: Answer, rows: Rows) -> AsyncIterator[bytes]:
         try:
-            async for index, news in wanted.news():
+            async for index, news in rows.news():
                 for chunk in answer.pieces(index, news):
                     yield event(chunk)
         except ApiError as error:
@@ -98,10 +97,9 @@ class _Stream(StreamingResponse):
 
 
 def questions(of: Callable[[Request], Served], key: str | None, prefix: str = "") -> list[Route]:
-    """The routes of OpenAI's API under `prefix`; `of` says what is asked. With a `key` every question about models
-    needs it as `Authorization: Bearer KEY`; without one only a request that names a loopback host is answered, so that
-    no web page can ask by a name of its own.
-    """
+    """Returns the routes of OpenAI's API under `prefix`; `of` says what is asked. With a `key` every question about
+    models needs it as `Authorization: Bearer KEY`; without one only a request that names a loopback host is answered,
+    so that no web page can ask by a name of its own."""
     bodies = Bodies()
 
     def answering(kind: type[Asked]) -> Callable[[Request], Awaitable[Response]]:
@@ -116,22 +114,22 @@ def questions(of: Callable[[Request], Served], key: str | None, prefix: str = ""
                 return Answer(served, asked, served.jobs(asked))
 
             async with bodies.of(request) as body:
-                begun = await asyncio.to_thread(understand, body)
-            wanted = Wanted(served, begun.jobs)
-            if begun.asked.stream:
-                return _Stream(begun, wanted)
+                answer = await asyncio.to_thread(understand, body)
+            rows = Rows(served, answer.jobs)
+            if answer.asked.stream:
+                return _Stream(answer, rows)
             try:
-                return await _whole(request, begun, wanted)
+                return await _whole(request, answer, rows)
             finally:
-                wanted.leave()
+                rows.leave()
 
-        async def answer(request: Request) -> Response:
+        async def respond_in_time(request: Request) -> Response:
             try:
                 return await respond(request)
             except asyncio.CancelledError:  # by the server, when its grace period ends
                 raise ApiError(ENDS, 503) from None
 
-        return answer
+        return respond_in_time
 
     def models(request: Request) -> Response:
         _refuse_strangers(request, key)
@@ -153,14 +151,11 @@ def questions(of: Callable[[Request], Served], key: str | None, prefix: str = ""
 
 
 def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitable[None]] | None = None) -> Starlette:
-    """The application of one policy, see `questions`. `starts` runs beside the server until it ends."""
+    """Returns the application of one policy, see `questions`. `starts` runs beside the server until it ends."""
 
     def health(request: Request) -> Response:
-        alive = served.batcher.alive
-        state = {
-            "status": "ok" if alive else "the decoding thread has ended",
-            "policy_version": served.batcher.engine.version,
-        }
+        alive, version = served.batcher.alive, served.batcher.engine.version
+        state = {"status": "ok" if alive else "the decoding thread has ended", "policy_version": version}
         return JSONResponse(state, 200 if alive else 503, HEADERS)
 
     def metrics(request: Request) -> Response:
@@ -175,21 +170,14 @@ def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitabl
             beside.cancel()
         await asyncio.to_thread(served.batcher.close)
 
-    application = Starlette(
-        routes=[
-            *questions(lambda request: served, key),
-            Route("/health", health),
-            Route("/metrics", metrics),
-        ],
-        exception_handlers=HANDLERS,
-        lifespan=lifespan,
-    )
+    routes = [*questions(lambda request: served, key), Route("/health", health), Route("/metrics", metrics)]
+    application = Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
     application.router.redirect_slashes = False  # a redirection is no answer in OpenAI's form
     return application
 
 
 def prometheus(served: Served) -> str:
-    """What was counted, in the text form of Prometheus."""
+    """The text form of Prometheus has what was counted."""
     lines = []
     values = served.batcher.metrics() | {"policy_version": served.batcher.engine.version}
     for name, value in values.items():
@@ -198,11 +186,11 @@ def prometheus(served: Served) -> str:
     return "\n".join(lines) + "\n"
 
 
-async def _whole(request: Request, answer: Answer, wanted: Wanted) -> Response:
-    """The answer in one piece. The rows are given up where the client goes away before."""
+async def _whole(request: Request, answer: Answer, rows: Rows) -> Response:
+    """The answer comes in one piece. The rows are given up where the client goes away before."""
 
     async def collect() -> None:
-        async for index, news in wanted.news():
+        async for index, news in rows.news():
             if news.completion is not None:
                 answer.done[index] = news.completion
 
@@ -222,15 +210,6 @@ async def _whole(request: Request, answer: Answer, wanted: Wanted) -> Response:
     return await asyncio.to_thread(lambda: JSONResponse(answer.whole(), headers=HEADERS))
 
 
-@asynccontextmanager
-async def _in_time() -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(BODY_S):
-            yield
-    except TimeoutError:
-        raise ApiError(f"the body has not arrived within {BODY_S:g} s", 408) from None
-
-
 class Bodies:
     """Reads the bodies of requests, and bounds what large ones hold together."""
 
@@ -239,20 +218,23 @@ class Bodies:
 
     @asynccontextmanager
     async def of(self, request: Request) -> AsyncIterator[bytes]:
-        """A body, which counts until the context ends."""
+        """A body counts until the context ends."""
         held = 0
         try:
             body = bytearray()
-            async with _in_time():
-                async for part in request.stream():
-                    body += part
-                    if len(body) > MOST_BYTES:
-                        raise ApiError(f"the body has more than {MOST_BYTES:,} bytes; shorten it", 413)
-                    if len(body) > LARGE:
-                        self.held, held = self.held + len(body) - held, len(body)
-                    if held and self.held > MOST_LARGE:
-                        message = "too many large bodies arrive at once; send this one again later"
-                        raise ApiError(message, 429, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+            try:
+                async with asyncio.timeout(BODY_S):
+                    async for part in request.stream():
+                        body += part
+                        if len(body) > MOST_BYTES:
+                            raise ApiError(f"the body has more than {MOST_BYTES:,} bytes; shorten it", 413)
+                        if len(body) > LARGE:
+                            self.held, held = self.held + len(body) - held, len(body)
+                        if held and self.held > MOST_LARGE:
+                            message = "too many large bodies arrive at once; send this one again later"
+                            raise ApiError(message, 429, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+            except TimeoutError:
+                raise ApiError(f"the body has not arrived within {BODY_S:g} s", 408) from None
             yield bytes(body)
         finally:
             self.held -= held
@@ -260,8 +242,8 @@ class Bodies:
 
 def _refuse_strangers(request: Request, key: str | None) -> None:
     if key is not None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), key.encode()):
+        answer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(answer.encode(), key.encode()):
             whose = "the key of --api_key_file, or the api_key that an agent was given"
             message = f"the key is missing or wrong; send Authorization: Bearer KEY, with {whose}"
             raise ApiError(message, 401, code="invalid_api_key")
@@ -272,7 +254,7 @@ def _refuse_strangers(request: Request, key: str | None) -> None:
         raise ApiError(f"host {host!r:.60}: without a key only {LOOPBACK[0]} and {LOOPBACK[1]} are answered", 403)
 
 
-async def _said(_: Request, error: Any) -> Response:
+async def _refused(_: Request, error: Any) -> Response:
     return JSONResponse(error.body(), error.status, HEADERS | error.headers)
 
 
@@ -290,9 +272,4 @@ async def _broken(_: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(message, 500).body(), 500, HEADERS)
 
 
-HANDLERS: dict[Any, Any] = {
-    ApiError: _said,
-    HTTPException: _not_found,
-    ClientDisconnect: _gone,
-    Exception: _broken,
-}
+HANDLERS: dict[Any, Any] = {ApiError: _refused, HTTPException: _not_found, ClientDisconnect: _gone, Exception: _broken}

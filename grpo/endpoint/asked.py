@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -31,21 +31,22 @@ SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 60, 60
 Kind = TypeVar("Kind", bound="Asked")
 
 
-def _prompts(given: Any) -> list[Any]:
-    """A text, token ids, or a list of one of them: always as a list of prompts."""
-    ids = isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
-    prompts = [given] if ids or isinstance(given, str) else given
+def _prompts(value: Any) -> list[Any]:
+    """A text, token ids, or a list of one of them becomes a list of prompts."""
+
+    def is_ids(part: Any) -> bool:
+        return isinstance(part, list) and bool(part) and all(type(token) is int for token in part)
+
+    prompts = [value] if is_ids(value) or isinstance(value, str) else value
     if not isinstance(prompts, list) or not prompts:
         raise ValueError("give a text, a list of token ids, or a list of these")
-    for prompt in prompts:
-        is_ids = isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
-        if not is_ids and not (isinstance(prompt, str) and prompt):
-            raise ValueError("a prompt is a text or a list of token ids, and not empty")
+    if not all(is_ids(prompt) or (isinstance(prompt, str) and prompt) for prompt in prompts):
+        raise ValueError("a prompt is a text or a list of token ids, and not empty")
     return prompts
 
 
-def _stops(given: Any) -> list[str]:
-    stops = [given] if isinstance(given, str) else given or []
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError("give a text or a list of texts, none of them empty")
     if len(stops) > MOST_STOPS:
@@ -55,51 +56,43 @@ def _stops(given: Any) -> list[str]:
     return stops
 
 
-def _temperature(given: float | None) -> float | None:
-    if given and given < LOWEST_TEMPERATURE:
+def _temperature(value: float | None) -> float | None:
+    if value and value < LOWEST_TEMPERATURE:
         raise ValueError(f"use 0 (greedy), or {LOWEST_TEMPERATURE:g} or more")
-    return given
+    return value
 
 
-def _message(given: Any) -> dict[str, Any]:
-    """A message with its content as one text. What else it has is passed on to the chat template."""
-    if not isinstance(given, dict) or given.get("role") not in ROLES:
+def _message(value: Any) -> dict[str, Any]:
+    """A message gets its content as one text. What else it has is passed on to the chat template."""
+    if not isinstance(value, dict) or value.get("role") not in ROLES:
         raise ValueError(f"a message is an object whose role is one of {', '.join(ROLES)}")
-    content = given.get("content")
+    content = value.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise ValueError("content has parts of type text alone; the policy reads nothing else")
         content = "".join(str(part.get("text", "")) for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError("content is a text")
-    if content is None and not given.get("tool_calls"):
+    calls = value.get("tool_calls")
+    if content is None and not calls:
         raise ValueError("content is missing")
-    return {**given, "content": content or ""} | _calls(given)
+    message = {**value, "content": content or ""}
+    if calls:
+        message["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [{}])]
+    return message
 
 
-def _calls(message: Mapping[str, Any]) -> dict[str, Any]:
+def _call(call: Any) -> dict[str, Any]:
     """Chat templates want the arguments of a call as an object; OpenAI's clients send them as a JSON text."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return {}
-    read = []
-    for call in calls if isinstance(calls, list) else [{}]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError('a call of a tool is {"type": "function", "function": {"name": ..., "arguments": ...}}')
-        arguments = function.get("arguments")
-        read.append({**call, "function": {**function, "arguments": _object(arguments)}})
-    return {"tool_calls": read}
-
-
-def _object(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        value = parse_json(arguments)
-    except ValueError:
-        return arguments  # as a model wrote it
-    return arguments if unfit(value) else value
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError('a call of a tool is {"type": "function", "function": {"name": ..., "arguments": ...}}')
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(ValueError):  # else it stays as a model wrote it
+            value = parse_json(arguments)
+            arguments = arguments if unfit(value) else value
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 class _Stream(BaseModel):
@@ -108,8 +101,7 @@ class _Stream(BaseModel):
 
 
 class Asked(BaseModel):
-    """What both kinds of requests have. `prompt_id` is a part of the noise's key: with another one, or another seed,
-    other tokens are drawn."""
+    """Both kinds of requests have this. With another `prompt_id`, a part of the noise's key, other tokens are drawn."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -124,16 +116,12 @@ class Asked(BaseModel):
         "logit_bias": (({},), WHOLE),
     }
     UNUSED: ClassVar[tuple[str, ...]] = (
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     )
 
     model: str
     temperature: Annotated[float | None, AfterValidator(_temperature)] = Field(default=None, ge=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
     stop: Annotated[Any, AfterValidator(_stops)] = []
     n: int | None = Field(default=None, ge=1, le=MOST_COMPLETIONS)
@@ -144,23 +132,20 @@ class Asked(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_the_neutral(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            raise ValueError("a request is a JSON object")
+    def _without_the_neutral(cls, request: dict[str, Any]) -> dict[str, Any]:
         for name, (allowed, why) in cls.ONLY.items():
-            value = given.get(name)
-            if value is not None and (
-                isinstance(value, bool) is not isinstance(allowed[0], bool) or value not in allowed
-            ):
+            value = request.get(name)
+            fits = isinstance(value, bool) is isinstance(allowed[0], bool) and value in allowed
+            if value is not None and not fits:
                 raise ApiError(f"{name}={value!r:.60}: {why}; leave it out", param=name, code="unsupported_value")
-        for name in given:
+        for name in request:
             if name not in cls.model_fields and name not in cls.ONLY and name not in cls.UNUSED:
                 raise ApiError(f"there is no field {name:.60}; leave it out", param=name[:60], code="unknown_parameter")
-        return {name: value for name, value in given.items() if name in cls.model_fields}
+        return {name: value for name, value in request.items() if name in cls.model_fields}
 
     @property
     def completions(self) -> int:
-        """Completions of each prompt."""
+        """Each prompt gets so many completions."""
         return self.n or 1
 
     @property
@@ -169,7 +154,8 @@ class Asked(BaseModel):
 
     @property
     def limit(self) -> int | None:
-        raise NotImplementedError
+        """A completion has at most so many tokens, where the request says so."""
+        return self.max_tokens
 
     @property
     def wants_logprobs(self) -> bool:
@@ -177,7 +163,7 @@ class Asked(BaseModel):
 
 
 class CompletionAsked(Asked):
-    """A request to /v1/completions."""
+    """A client asks /v1/completions for this."""
 
     ONLY = Asked.ONLY | {
         "echo": ((False,), "a prompt is not repeated"),
@@ -186,7 +172,6 @@ class CompletionAsked(Asked):
     }
 
     prompt: Annotated[Any, BeforeValidator(_prompts)]
-    max_tokens: int | None = Field(default=None, ge=1)
     logprobs: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
@@ -200,16 +185,12 @@ class CompletionAsked(Asked):
         return len(self.prompt)
 
     @property
-    def limit(self) -> int | None:
-        return self.max_tokens
-
-    @property
     def wants_logprobs(self) -> bool:
         return self.logprobs is not None
 
 
 class ChatAsked(Asked):
-    """A request to /v1/chat/completions. `tools` and messages are given to the chat template as they are."""
+    """A client asks /v1/chat/completions for this. `tools` and messages are given to the chat template as they are."""
 
     ONLY = Asked.ONLY | {
         "top_logprobs": ((0,), SAMPLED_ALONE),
@@ -220,7 +201,6 @@ class ChatAsked(Asked):
     UNUSED = (*Asked.UNUSED, "parallel_tool_calls")
 
     messages: Annotated[list[Annotated[Any, BeforeValidator(_message)]], FailFast()] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     tools: Annotated[list[dict[str, Any]] | None, FailFast()] = None
@@ -235,27 +215,21 @@ class ChatAsked(Asked):
 
 
 def read(kind: type[Kind], body: bytes) -> Kind:
-    """The request in a body. Raises ApiError, which names the field and what would work."""
+    """Returns the request in a body. Raises ApiError, which names the field and what would work."""
     try:
-        given = parse_json(body)
+        request = parse_json(body)
     except ValueError as error:
         raise ApiError(f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(given, dict):
-        raise ApiError(f"the body is a JSON {type(given).__name__}; send an object", code="invalid_json")
-    if fault := unfit(given):
+    if not isinstance(request, dict):
+        raise ApiError(f"the body is a JSON {type(request).__name__}; send an object", code="invalid_json")
+    if fault := unfit(request):
         raise ApiError(f"the body {fault}", code="invalid_value")
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(request)
     except ValidationError as error:
-        raise _api_error(error) from None
-
-
-def _api_error(error: ValidationError) -> ApiError:
-    """The first fault."""
-    fault = error.errors(include_url=False)[0]
-    place = [str(part) for part in fault["loc"]]
-    param = ".".join(place) or None
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "missing":
-        return ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
-    return ApiError(f"{param}={SHORT.repr(fault['input'])}: {message}", param=param, code="invalid_value")
+        first = error.errors(include_url=False)[0]
+        param, message = ".".join(map(str, first["loc"])) or None, first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise ApiError(f"{param} is missing", param=param, code="missing_required_parameter") from None
+        fault = f"{param}={SHORT.repr(first['input'])}: {message}"
+        raise ApiError(fault, param=param, code="invalid_value") from None

@@ -16,7 +16,7 @@ from rollout.serving import News, Request, Serving
 
 
 class Full(Exception):
-    """Too many requests wait. `retry_s`: whole seconds after which it is worth trying again."""
+    """Too many requests wait; after `retry_s` whole seconds it is worth trying again."""
 
     def __init__(self, retry_s: int) -> None:
         super().__init__(retry_s)
@@ -25,7 +25,7 @@ class Full(Exception):
 
 @dataclass
 class Counts:
-    """What a server has done since it began. `row_rounds` / `rounds` are the rows of a mean round."""
+    """A server has done this since it began. `row_rounds` / `rounds` are the rows of a mean round."""
 
     completions: int = 0
     completion_tokens: int = 0
@@ -34,7 +34,7 @@ class Counts:
     failed: int = 0
     rounds: int = 0
     row_rounds: int = 0
-    target_forwards: int = 0  # summed over completions, as the following
+    target_forwards: int = 0  # of all completions together, as the next three
     drafted: int = 0
     accepted: int = 0
     fallbacks: int = 0  # accept: margin; forwards with a draft that was not clear enough
@@ -43,12 +43,10 @@ class Counts:
 
 
 class Batcher:
-    """Requests of one policy join its running batch between rounds.
-
-    Those that come while a batch is decoded wait for others for at most `wait_s`, or until they fill the free rows, as
-    each join copies the caches of all rows. At most `most_waiting` wait. `replace` gives a newer policy: the requests
-    that are decoded stay with the one that began them, and all others get the newer one.
-    """
+    """Requests of one policy join its running batch between rounds. Those that come while a batch is decoded wait for
+    others for at most `wait_s`, or until they fill the free rows, as each join copies the caches of all rows. At most
+    `most_waiting` wait. `replace` gives a newer policy: the requests that are decoded stay with the one that began
+    them, and all others get the newer one."""
 
     def __init__(self, engine: Engine, params: SamplingParams, *, most_waiting: int, wait_s: float) -> None:
         self.params, self.most_waiting, self.wait_s = params, most_waiting, wait_s
@@ -72,7 +70,7 @@ class Batcher:
 
     @property
     def rows(self) -> int:
-        """Rows that are decoded now."""
+        """So many rows are decoded now."""
         return sum(len(batch.requests) for batch in list(self._batches))
 
     @property
@@ -80,7 +78,7 @@ class Batcher:
         return len(self._new) + sum(len(batch.asked) for batch in list(self._batches))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """They join the batch. Raises Full, and then none of them does."""
+        """Lets them join the batch. Raises Full, and then none of them does."""
         with self._changed:
             free, waiting = max(0, self.engine.max_rows - self.rows), self.waiting
             if waiting + len(requests) > self.most_waiting + free:
@@ -92,7 +90,7 @@ class Batcher:
             request.tell(News(error="the server has ended"))
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """Nobody waits for these any more. Those that have ended already are left alone."""
+        """Give these up: nobody waits for them any more. Those that have ended already are left alone."""
         with self._changed:
             self._gone += requests
             self._changed.notify()
@@ -121,8 +119,7 @@ class Batcher:
                 try:
                     self._round(batch)
                 except Exception as error:  # such as lack of memory: this batch fails, and the server goes on
-                    given_up = batch.give_up(f"decoding failed: {type(error).__name__}: {error}")
-                    self.counts.failed += len(given_up)
+                    self.counts.failed += len(batch.give_up(f"decoding failed: {type(error).__name__}: {error}"))
                     self.error = error
                     fresh = Serving(self.engine.decoder, self.params)
                     self._batches = [fresh if other is batch else other for other in self._batches]
@@ -131,7 +128,7 @@ class Batcher:
             batch.give_up("the server has ended")
 
     def _take(self) -> bool:
-        """Wait for something to do, and take over what others have left here. False at the end."""
+        """Waits for something to do, and takes over what others have left here. False at the end."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or self._new or self._gone or self._newer or any(b.busy for b in self._batches)
@@ -143,7 +140,10 @@ class Batcher:
                     self._batches[-1].add(request)
                 return False
         if newer is not None:
-            self._swap(newer)
+            batch, self.engine = Serving(newer.decoder, self.params), newer
+            batch.asked, self._batches[-1].asked = self._batches[-1].asked, batch.asked
+            self._batches.append(batch)
+            self.counts.policies += 1
         now = time.monotonic()
         for request in new:
             self._began[request] = now
@@ -157,13 +157,6 @@ class Batcher:
                 for batch in self._batches:
                     batch.drop(request)
         return True
-
-    def _swap(self, engine: Engine) -> None:
-        batch = Serving(engine.decoder, self.params)
-        batch.asked, self._batches[-1].asked = self._batches[-1].asked, batch.asked
-        self._batches.append(batch)
-        self.engine = engine
-        self.counts.policies += 1
 
     def _round(self, batch: Serving) -> None:
         if not batch.busy:
@@ -187,10 +180,8 @@ class Batcher:
                 counts.completions += 1
                 counts.completion_tokens += len(completion.token_ids)
                 counts.target_forwards += draft.target_forwards
-                counts.drafted, counts.accepted = (
-                    counts.drafted + sum(draft.drafted),
-                    counts.accepted + sum(draft.accepted),
-                )
+                counts.drafted += sum(draft.drafted)
+                counts.accepted += sum(draft.accepted)
                 counts.fallbacks += draft.fallbacks
                 self._seconds += (time.monotonic() - self._began[request] - self._seconds) / 8
             if completion is not None or news.error is not None:

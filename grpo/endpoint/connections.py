@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -19,14 +20,14 @@ MOST_CONNECTIONS, MOST_ACCEPTED = 512, 128  # open, and accepted at once
 
 
 class Connection(H11Protocol):
-    """One connection. The newest one takes the place of the one that has waited longest without a request."""
+    """A new connection takes the place of the one that has waited longest without a request."""
 
     limit: asyncio.TimerHandle | None = None  # of the head
     unread: asyncio.TimerHandle | None = None
 
     @property
     def waits(self) -> bool:
-        """No request is being answered."""
+        """It waits while no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: Any) -> None:
@@ -35,8 +36,7 @@ class Connection(H11Protocol):
         self.limit = self.loop.call_later(HEAD_S, self._late)
         others = [other for other in self.connections if other is not self and not other.transport.is_closing()]
         if len(others) >= most_connections()[0]:
-            idle = [other for other in others if isinstance(other, Connection) and other.waits]
-            if idle:
+            if idle := [other for other in others if isinstance(other, Connection) and other.waits]:
                 min(idle, key=lambda other: other.since).transport.abort()
             else:
                 self._refuse("too many connections are open; try again later", 503)
@@ -87,29 +87,18 @@ class Connection(H11Protocol):
 
 
 def most_connections() -> tuple[int, int]:
-    """Connections that may be open, and those that may be accepted at once.
-
-    Where no file is left for one, asyncio writes a traceback, and that thousands of times in a second.
-    """
-    try:
+    """Returns how many connections may be open, and how many may be accepted at once. Where no file is left for one,
+    asyncio writes a traceback, and that thousands of times in a second."""
+    with suppress(ImportError):  # Windows has no such limit
         import resource
 
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    except ImportError:  # Windows, which has no such limit
-        return MOST_CONNECTIONS, MOST_ACCEPTED
-    if files == resource.RLIM_INFINITY:
-        return MOST_CONNECTIONS, MOST_ACCEPTED
-    return min(MOST_CONNECTIONS, files // 3), min(MOST_ACCEPTED, files // 10)
+        if files != resource.RLIM_INFINITY:
+            return min(MOST_CONNECTIONS, files // 3), min(MOST_ACCEPTED, files // 10)
+    return MOST_CONNECTIONS, MOST_ACCEPTED
 
 
 def settings(application: Starlette, **own: Any) -> uvicorn.Config:
-    """What every server of ours has, besides its `own`: a quiet log, and nothing but HTTP/1.1."""
-    backlog = max(1, most_connections()[1])
-    common: dict[str, Any] = {
-        "log_level": "error",
-        "http": Connection,
-        "ws": "none",
-        "backlog": backlog,
-        "server_header": False,
-    }
-    return uvicorn.Config(application, **common | own)
+    """Every server of ours has, besides its `own` settings, a quiet log, and nothing but HTTP/1.1."""
+    common: dict[str, Any] = {"log_level": "error", "http": Connection, "ws": "none", "server_header": False}
+    return uvicorn.Config(application, backlog=max(1, most_connections()[1]), **common | own)

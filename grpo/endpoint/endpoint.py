@@ -34,13 +34,13 @@ class Endpoint:
         self._thread.start()
 
     def open(self, episode: Episode) -> str:
-        """The `base_url` at which this episode is asked from now on."""
+        """Returns the `base_url` at which this episode is asked from now on."""
         name = secrets.token_hex(8)
         self.episodes[name] = episode
         return f"http://{self._address}/episodes/{name}/v1"
 
     def forget(self) -> None:
-        """No episode is there any more."""
+        """Answer no episode any more."""
         self.episodes = {}
 
     def close(self) -> None:

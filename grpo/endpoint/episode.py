@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from grpo.data.prompts import apply_chat_template
 from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked
 from grpo.endpoint.batcher import Batcher
@@ -29,8 +28,8 @@ Said: TypeAlias = str | list[int] | list[dict[str, Any]]
 
 @dataclass(eq=False)
 class Growing:
-    """A segment: `ids` follow those of `prompt`, and `said` is both as the client knows them, with which a request must
-    begin to go on. It `waits` while a request of it is answered, and for ever if the client went away before."""
+    """A segment: its `ids` follow those of `prompt`, and `said` is both as the client knows them, with which a request
+    must begin to go on. It `waits` while a request of it is answered, and for ever if the client went away before."""
 
     prompt: Prompt
     said: Said
@@ -42,7 +41,7 @@ class Growing:
     waits: bool = True
 
     def add(self, read: Sequence[int], completion: Completion) -> None:
-        """What the agent wrote, and the answer."""
+        """Append what the agent wrote, and the answer."""
         self.ids += [*read, *completion.token_ids]
         self.logprobs += [*[0.0] * len(read), *completion.logprobs]
         self.sampled += [*[False] * len(read), *[True] * len(completion.token_ids)]
@@ -66,9 +65,7 @@ class Recorded(Job):
 
 class Episode(Served):
     """What an agent asks is answered by the batch, as one completion of `prompt`, the one with this `sample` index.
-
-    `params` are those of the rollout; `temperature` is the one that a request may name.
-    """
+    `params` are those of the rollout; `temperature` is the one that a request may name."""
 
     def __init__(self, prompt: Prompt, sample: int, batcher: Batcher, params: SamplingParams, temperature: float):
         super().__init__("policy", batcher, params, "it learns from what it is asked here")
@@ -80,7 +77,7 @@ class Episode(Served):
         self._lock = threading.Lock()
 
     def jobs(self, asked: Asked) -> list[Job]:
-        """The completion that is asked for. Raises ApiError for what cannot be learned from."""
+        """Returns the completion that is asked for. Raises ApiError for what cannot be learned from."""
         self._refuse(asked)
         asked = self._limited(asked)
         first, said = self._read(asked)
@@ -89,16 +86,16 @@ class Episode(Served):
             if self.ended:
                 raise ApiError("this episode has ended", 404, code="episode_ended")
             longest = sorted(self.segments, key=lambda segment: -len(segment.said))
-            found = next(((s, ids) for s in longest if (ids := self._after(s, said, tools)) is not None), None)
-            segment, read = found or (Growing(replace(first, prompt_id=self._name(first.token_ids)), said, tools), [])
+            known = next(((s, ids) for s in longest if (ids := self._after(s, said, tools)) is not None), None)
+            segment, read = known or (Growing(replace(first, prompt_id=self._name(first.token_ids)), said, tools), [])
             start = len(segment.ids) + len(read)
             prompt = replace(segment.prompt, token_ids=[*segment.prompt.token_ids, *segment.ids, *read])
             param = "messages" if isinstance(asked, ChatAsked) else "prompt"
             params = replace(self._params(asked, prompt, param, self.defaults.seed), start=start)
-            is_task = not found and first.token_ids == self.prompt.token_ids
-            new = [] if is_task else _new(segment.said if found else None, said)
+            is_task = not known and first.token_ids == self.prompt.token_ids
+            new = [] if is_task else _new(segment.said if known else None, said)
             segment.waits = True
-            if not found:
+            if not known:
                 self.segments.append(segment)
 
         def keep(completion: Completion) -> None:
@@ -118,7 +115,7 @@ class Episode(Served):
             self.ended = True
 
     def finish(self, reply: Mapping[str, Any]) -> Completion:
-        """The completion, given what the agent returned or why it failed."""
+        """Returns the completion, given what the agent returned or why it failed."""
         self.end()
         stats = ToolStats(calls=self.requests, errors=self.requests - len(self.answers), reward=reply.get("reward"))
         if "kind" in reply:
@@ -133,14 +130,15 @@ class Episode(Served):
             begins = []  # as without an agent
         reasons: list[FinishReason] = [answer.finish_reason for answer in self.answers] or ["environment"]
         reason: FinishReason = "abort" if "abort" in reasons else "environment" if stats.failure else reasons[-1]
-        shown = ids[:-1] if ids and ids[-1] in self.defaults.stop_token_ids else ids
+        visible = ids[:-1] if ids and ids[-1] in self.defaults.stop_token_ids else ids
+        drafts = sum((answer.draft for answer in self.answers), DraftStats())
         return Completion(
             token_ids=ids,
             logprobs=[value for segment in grown for value in segment.logprobs],
-            text=str(self.tokenizer.decode(shown)),
+            text=str(self.tokenizer.decode(visible)),
             finish_reason=reason,
             policy_version=self.batcher.engine.version,
-            draft=self._drafts([depth for segment in grown for depth in segment.depths]),
+            draft=replace(drafts, depths=[depth for segment in grown for depth in segment.depths]),
             turns=self.turns,
             sampled=[own for segment in grown for own in segment.sampled],
             tools=stats,
@@ -150,10 +148,10 @@ class Episode(Served):
     # ---- what a request says ------------------------------------------------------------------------------------
 
     def _refuse(self, asked: Asked) -> None:
-        """What would not be learned from as it was sampled."""
-        given, own = asked.temperature, self.temperature
+        """Raises ApiError for what would not be learned from as it was sampled."""
+        other, own = asked.temperature, self.temperature
         wrong = {
-            "temperature": given not in (None, own) and f"{given:g}: the run learns at {own:g} (rollout.temperature)",
+            "temperature": other not in (None, own) and f"{other:g}: the run learns at {own:g} (rollout.temperature)",
             "n": asked.completions > 1 and f"{asked.n}: an episode has one line of answers; ask again for another one",
             "seed": asked.seed is not None and f"{asked.seed}: the noise is the run's, and another one at every step",
             "prompt_id": asked.prompt_id is not None and f"{asked.prompt_id!r:.60}: the noise is the run's",
@@ -167,21 +165,21 @@ class Episode(Served):
                 raise ApiError(f"{name}={why}{out}", param=name, code="unsupported_value")
 
     def _limited(self, asked: Asked) -> Asked:
-        """With the temperature and at most the tokens of the rollout."""
+        """Returns the request with the temperature of the rollout and at most its tokens."""
         limit = None if asked.limit is None else min(asked.limit, self.defaults.max_completion_tokens)
         limits = {"max_tokens": limit} | ({"max_completion_tokens": limit} if isinstance(asked, ChatAsked) else {})
         return asked.model_copy(update=limits | {"temperature": None})
 
     def _read(self, asked: Asked) -> tuple[Prompt, Said]:
-        """The whole request as a prompt, and as the client says it."""
+        """Returns the whole request as a prompt, and as the client says it."""
         if isinstance(asked, ChatAsked):
             return self._chat(asked), [_plain(message) for message in asked.messages]
         assert isinstance(asked, CompletionAsked)
-        [given] = asked.prompt
-        return self._prompt(given, ""), given
+        [text] = asked.prompt
+        return self._prompt(text, ""), text
 
     def _after(self, segment: Growing, said: Said, tools: list[dict[str, Any]] | None) -> list[int] | None:
-        """The ids of what a request says after all that the segment has said; None where it does not go on with it."""
+        """Returns the ids of what a request says after all that the segment has said; None where it says otherwise."""
         known = segment.said
         if segment.waits or type(known) is not type(said) or said[: len(known)] != known or tools != segment.tools:
             return None
@@ -190,11 +188,8 @@ class Episode(Served):
         new: list[Any] = list(said[len(known) :])
         if not isinstance(known[-1], dict):  # ids
             return new
-        answer = {**known[-1], "content": PLACE}
-        options: dict[str, Any] = {"tools": tools} if tools else {}
-        shown: list[Any] = [*known[:-1], answer, *new]
-        text = apply_chat_template(self.tokenizer, shown, add_generation_prompt=True, tokenize=False, **options)
-        _, *after = str(text).split(PLACE)
+        messages: list[Any] = [*known[:-1], {**known[-1], "content": PLACE}, *new]
+        _, *after = self._by_template(messages, tools).split(PLACE)
         if len(after) != 1:  # the template shows the answer elsewhere, or not at all
             return None
         ids = self.tokenizer.encode(after[0], add_special_tokens=False)
@@ -203,20 +198,18 @@ class Episode(Served):
         return ids[1:] if ends_twice else ids
 
     def _name(self, ids: list[int]) -> str:
-        """Of the noise of a segment: that of the completion without an agent for the prompt of the data, else by its
-        prompt and by how often the episode has asked it, so that requests may come in any order."""
+        """Returns the key of a segment's noise. For the prompt of the data it is that of the completion without an
+        agent. Else it tells the prompt, and how often the episode has asked it, so that requests may come in any
+        order."""
         before = sum(segment.prompt.token_ids == ids for segment in self.segments)
         if not before and ids == self.prompt.token_ids:
             return self.prompt.prompt_id
         digest = hashlib.blake2b(json.dumps(ids).encode(), digest_size=12).hexdigest()
         return f"{self.prompt.prompt_id}/{digest}/{before}"
 
-    def _drafts(self, depths: list[int]) -> DraftStats:
-        return replace(sum((answer.draft for answer in self.answers), DraftStats()), depths=depths)
-
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Clients send an answer back with fields that say nothing, such as `refusal: null`."""
+    """Drops fields that say nothing, such as `refusal: null`, with which clients send an answer back."""
     return {
         name: value for name, value in message.items() if name in ("role", "content") or value not in (None, [], {})
     }
@@ -230,8 +223,8 @@ def _with_answer(said: Said, completion: Completion) -> Said:
 
 
 def _new(known: Said | None, said: Said) -> list[dict[str, Any]]:
-    """What a request says after what is known, as messages; what was said in ids has no text. An answer in it is not
-    one of the policy, or not as it was given: it is a part of the prompt."""
+    """Returns what a request says after what is known, as messages; what was said in ids has no text. An answer in it
+    is not one of the policy, or not as it was given: it is a part of the prompt."""
     rest = said[len(known or "") :]
     if isinstance(rest, str):
         return [{"role": "user", "content": rest}] if rest else []

@@ -29,7 +29,7 @@ AS_IT_IS = PromptTemplate("{prompt}")
 
 @dataclass(frozen=True)
 class Job:
-    """One completion that is asked for, and its place among the choices."""
+    """One completion is asked for, and has this place among the choices."""
 
     index: int
     prompt: Prompt
@@ -41,17 +41,15 @@ class Job:
 
 @cache
 def _say_what_becomes_of_tools(shown: bool) -> None:
-    """Once: a client that waits for `tool_calls` would take the answer for one without calls."""
+    """Says it once: a client that waits for `tool_calls` would take the answer for one without calls."""
     template = "shows them to the policy" if shown else "does not show them to the policy"
     calls = "calls in an answer stay text, as the policy wrote them"
     print(f"a request has tools: the chat template {template}, and {calls}", file=sys.stderr, flush=True)
 
 
 class Served:
-    """A policy under a name. `defaults` hold for what a request does not say.
-
-    `meaning` says what the policy is, such as "the newest checkpoint; the run has not ended".
-    """
+    """A policy is served under a name. `defaults` hold for what a request does not say. `meaning` says what the policy
+    is, such as "the newest checkpoint; the run has not ended"."""
 
     def __init__(self, name: str, batcher: Batcher, defaults: SamplingParams, meaning: str) -> None:
         self.name, self.batcher, self.defaults, self.meaning = name, batcher, defaults, meaning
@@ -65,24 +63,24 @@ class Served:
         return self.batcher.engine.policy.max_length
 
     def jobs(self, asked: Asked) -> list[Job]:
-        """The completions of a request. Raises ApiError for what cannot be sampled."""
+        """Returns the completions of a request. Raises ApiError for what cannot be sampled."""
         if asked.model != self.name:
             message = f"the model {asked.model!r:.60} does not exist; here it is {self.name!r}"
             raise ApiError(message, 404, param="model", code="model_not_found")
         most, count = self.batcher.most_waiting, asked.prompts * asked.completions
         if count > most:
             raise ApiError(f"{count} completions in one request; ask for at most {most}", param="n")
-        texts, param = [], "prompt"
+        prompts, param = [], "prompt"
         if isinstance(asked, ChatAsked):
-            texts, param = [self._chat(asked)], "messages"
+            prompts, param = [self._chat(asked)], "messages"
         elif isinstance(asked, CompletionAsked):
-            texts = [self._prompt(given, asked.prompt_id or "") for given in asked.prompt]
+            prompts = [self._prompt(text, asked.prompt_id or "") for text in asked.prompt]
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
         jobs: list[Job] = []
-        for prompt in texts:
+        for prompt in prompts:
             params = self._params(asked, prompt, param, seed)
-            for sample in range(asked.completions):
-                jobs.append(Job(len(jobs), replace(prompt, first_sample=sample), params))
+            samples = [replace(prompt, first_sample=sample) for sample in range(asked.completions)]
+            jobs += [Job(number, each, params) for number, each in enumerate(samples, start=len(jobs))]
         return jobs
 
     def _params(self, asked: Asked, prompt: Prompt, param: str, seed: int) -> SamplingParams:
@@ -107,12 +105,12 @@ class Served:
             raise ApiError(str(error), param=param, code="invalid_value") from None
         return params
 
-    def _prompt(self, given: str | list[int], prompt_id: str) -> Prompt:
-        if not isinstance(given, str):
-            return Prompt(prompt_id, "", given)
-        self._refuse_long(given, "prompt")
+    def _prompt(self, text: str | list[int], prompt_id: str) -> Prompt:
+        if not isinstance(text, str):
+            return Prompt(prompt_id, "", text)
+        self._refuse_long(text, "prompt")
         try:
-            return encode_prompt(Example(prompt_id, given, "", {"prompt": given}), self.tokenizer, AS_IT_IS)
+            return encode_prompt(Example(prompt_id, text, "", {"prompt": text}), self.tokenizer, AS_IT_IS)
         except ValueError as error:
             raise ApiError(str(error), param="prompt", code="invalid_value") from None
 
@@ -129,20 +127,22 @@ class Served:
             )
         self._refuse_long(json.dumps(asked.messages, ensure_ascii=False), "messages")
         self._refuse_long(json.dumps(asked.tools or [], ensure_ascii=False), "tools")
-        options: dict[str, Any] = {"tools": asked.tools} if asked.tools else {}
         if asked.tools:
             _say_what_becomes_of_tools("tools" in str(self.tokenizer.chat_template))
         try:
-            text = apply_chat_template(
-                self.tokenizer, asked.messages, add_generation_prompt=True, tokenize=False, **options
-            )
+            text = self._by_template(asked.messages, asked.tools)
         except ValueError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
-        self._refuse_long(str(text), "messages")
-        ids = self.tokenizer.encode(str(text), add_special_tokens=False)
-        return Prompt(asked.prompt_id or "", str(text), ids, messages=asked.messages)
+        self._refuse_long(text, "messages")
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return Prompt(asked.prompt_id or "", text, ids, messages=asked.messages)
+
+    def _by_template(self, messages: list[Any], tools: list[dict[str, Any]] | None) -> str:
+        """Returns what the chat template makes of messages. Raises ValueError for those that it refuses."""
+        options: dict[str, Any] = {"add_generation_prompt": True} | ({"tools": tools} if tools else {})
+        return str(apply_chat_template(self.tokenizer, messages, tokenize=False, **options))
 
     def _refuse_long(self, text: str, param: str) -> None:
-        """Before it is tokenised, which takes a second for a megabyte."""
+        """Refuse a text before it is tokenised, which takes a second for a megabyte."""
         if fault := beyond_context(text, self.context):
             raise ApiError(f"{param} {fault}; shorten it", param=param, code="context_length_exceeded")

@@ -10,7 +10,7 @@ BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no whole charact
 
 
 class TextStream:
-    """Tokens in, text out. Text is held back while it may be half a character, or the beginning of a stop text.
+    """Tokens come in, text goes out. It is held back while it may be half a character, or the beginning of a stop text.
 
     >>> stream = TextStream(tokenizer, ["Question:"])
     >>> stream.add(tokenizer.encode("So 4.\\nQue")), stream.finish("So 4.\\nQuick")
@@ -25,7 +25,7 @@ class TextStream:
         self.sent = 0
 
     def add(self, token_ids: Sequence[int]) -> str:
-        """The next piece, perhaps empty, once these tokens follow."""
+        """Returns the next piece, perhaps empty, once these tokens follow."""
         self.ids += token_ids
         known = str(self.tokenizer.decode(self.ids[self.start : self.end]))
         whole = str(self.tokenizer.decode(self.ids[self.start :]))
@@ -35,12 +35,12 @@ class TextStream:
         return self._piece(len(self.text) - self._held())
 
     def finish(self, whole: str) -> str:
-        """The last piece, given the text of the completion."""
+        """Returns the last piece, given the text of the completion."""
         self.text = whole
         return self._piece(len(whole))
 
     def _held(self) -> int:
-        """Characters at the end that may begin a stop text."""
+        """Returns how many characters at the end may begin a stop text."""
         most = max(map(len, self.stop_strings), default=0) - 1
         tails = range(min(most, len(self.text)), 0, -1)
         return next((n for n in tails if any(s.startswith(self.text[-n:]) for s in self.stop_strings)), 0)

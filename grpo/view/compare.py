@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +11,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from grpo.algorithm.statistics import mean_interval
 from grpo.algorithm.verdicts import ACCURACY, MEAN_REWARD
@@ -24,17 +24,17 @@ REWARD = "reward/mean"
 STEPS_SHOWN = 12
 
 
-@dataclass(frozen=True)
 class Run:
-    """A run folder: its options by dotted key, and its metrics by step."""
+    """A run folder has a seed, other options by dotted key, and metrics by step."""
 
-    folder: Path
-    options: dict[str, Any]
-    rows: dict[int, dict[str, float]]
-
-    @property
-    def seed(self) -> Any:
-        return self.options.get("seed")
+    def __init__(self, folder: Path) -> None:
+        file = check_run(folder) / "config.yaml"
+        if not file.is_file():
+            raise ValueError(f"RUN={folder}: has no config.yaml, so nothing says which runs belong together")
+        options = flat(recorded_options(file)[1])
+        self.folder, self.seed = folder, options.get("seed")
+        self.options = {key: value for key, value in options.items() if key not in OF_A_SEED}
+        self.rows: dict[int, dict[str, float]] = {row["step"]: row for row in read_metrics(folder)}
 
     def values(self, metric: str) -> dict[int, float]:
         return {step: row[metric] for step, row in self.rows.items() if row.get(metric) is not None}
@@ -42,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Point:
-    """One metric of a group at one step: a value of each run that has one, at least one."""
+    """One metric of a group has these values at one step: one of each run that has it, at least one."""
 
     values: list[float]
 
@@ -52,7 +52,7 @@ class Point:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of the mean over seeds; see `mean_interval`."""
+        """The mean over seeds lies in it; see `mean_interval`."""
         return mean_interval(self.values)
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`groups` by letter, the options in which they differ by letter, and the points by metric, step and letter."""
+    """Runs are in `groups` by letter, with the options in which they differ, and points by metric, step and letter."""
 
     groups: dict[str, list[Run]]
     differing: dict[str, dict[str, Any]]
@@ -76,29 +76,26 @@ class Comparison:
 
 
 def compare(folders: Sequence[Path], metrics: Sequence[str] = (), steps: Sequence[int] = ()) -> Comparison:
-    """Without `metrics`: the mean reward and the held-out accuracy, or the held-out reward where there is none.
-
-    Without `steps`: at most STEPS_SHOWN of those that have the metric, evenly spaced. Raises ValueError for a folder
-    that is no run, for two runs with the same options and seed, which are one and the same, and for a metric or step
-    that no run has.
+    """Compares runs by these metrics: without them by the mean reward and the held-out accuracy, or the held-out reward
+    where there is none. Without `steps` it takes at most STEPS_SHOWN of those that have the metric, evenly spaced.
+    Raises ValueError for a folder that is no run, for two runs that are one, and for what no run has recorded.
 
     >>> compare([Path("runs/a0"), Path("runs/a1")]).points["eval/accuracy"][60]["A"].values
     [0.771, 0.754]
     """
-    runs = [_read(folder) for folder in folders]
-    grouped: list[list[Run]] = []
+    runs = [Run(folder) for folder in folders]
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        same = next((group for group in grouped if _apart_from_seed(group[0]) == _apart_from_seed(run)), None)
+        same = next((group for group in groups.values() if group[0].options == run.options), None)
         if same is None:
-            grouped.append([run])
-            continue
+            rounds, place = divmod(len(groups), len(ascii_uppercase))  # A to Z, then A1, B1 and so on
+            same = groups[ascii_uppercase[place] + (str(rounds) if rounds else "")] = []
         if twin := next((other for other in same if other.seed == run.seed), None):
             raise ValueError(
                 f"RUN={run.folder}: {twin.folder} has the same options and seed {run.seed}, so the two are one run and "
                 "say nothing about its spread; name one of them"
             )
         same.append(run)
-    groups = {_letter(i): group for i, group in enumerate(grouped)}
     recorded = {name for run in runs for row in run.rows.values() for name, value in row.items() if value is not None}
     for name in metrics:
         if name not in recorded:
@@ -108,27 +105,10 @@ def compare(folders: Sequence[Path], metrics: Sequence[str] = (), steps: Sequenc
     chosen = list(metrics) or [name for name in (REWARD, held_out) if name in recorded]
     if not chosen:
         raise ValueError(f"the runs have recorded neither {REWARD} nor {held_out}; name others with --metrics")
-    keys = sorted({key for group in grouped for key in group[0].options} - set(OF_A_SEED))
+    keys = sorted({key for run in runs for key in run.options})
     differing = {key: {letter: group[0].options.get(key) for letter, group in groups.items()} for key in keys}
     differing = {key: of for key, of in differing.items() if any(value != of["A"] for value in of.values())}
     return Comparison(groups, differing, {name: _points(name, groups, steps) for name in chosen})
-
-
-def _read(folder: Path) -> Run:
-    config = check_run(folder) / "config.yaml"
-    if not config.is_file():
-        raise ValueError(f"RUN={folder}: has no config.yaml, so nothing says which runs belong together")
-    return Run(folder, flat(recorded_options(config)[1]), {row["step"]: row for row in read_metrics(folder)})
-
-
-def _apart_from_seed(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run.options.items() if key not in OF_A_SEED}
-
-
-def _letter(number: int) -> str:
-    """A to Z, then A1, B1 and so on."""
-    rounds, place = divmod(number, len(ascii_uppercase))
-    return ascii_uppercase[place] + (str(rounds) if rounds else "")
 
 
 def _points(metric: str, groups: dict[str, list[Run]], steps: Sequence[int]) -> dict[int, dict[str, Point]]:
@@ -136,26 +116,21 @@ def _points(metric: str, groups: dict[str, list[Run]], steps: Sequence[int]) -> 
     there = sorted({step for group in values.values() for run in group for step in run})
     if lost := sorted(set(steps) - {step for group in groups.values() for run in group for step in run.rows}):
         raise ValueError(f"--steps {lost[0]}: no run has recorded this step")
-    found: dict[int, dict[str, Point]] = {}
-    for step in [step for step in there if step in steps] if steps else _spread(there):
+    if steps:
+        there = [step for step in there if step in steps]
+    elif len(there) > STEPS_SHOWN:  # the first, the last, and evenly spaced ones between them
+        there = [there[round(i * (len(there) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)]
+    points: dict[int, dict[str, Point]] = {}
+    for step in there:
         at = {letter: [run[step] for run in group if step in run] for letter, group in values.items()}
-        found[step] = {letter: Point(numbers) for letter, numbers in at.items() if numbers}
-    return found
-
-
-def _spread(steps: Sequence[int]) -> list[int]:
-    """The first, the last, and evenly spaced ones between them."""
-    if len(steps) <= STEPS_SHOWN:
-        return list(steps)
-    return [steps[round(i * (len(steps) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)]
+        points[step] = {letter: Point(numbers) for letter, numbers in at.items() if numbers}
+    return points
 
 
 def show(comparison: Comparison, console: Console) -> None:
     groups = comparison.groups
     console.print("runs that differ in nothing but the seed are one group")
-    table = Table()
-    for name in ("", "seeds", "runs"):
-        table.add_column(name, overflow="fold")
+    table = Table(*(Column(name, overflow="fold") for name in ("", "seeds", "runs")))
     for letter, group in groups.items():
         seeds = ", ".join(str(run.seed) for run in group)
         table.add_row(letter, seeds, "\n".join(str(run.folder) for run in group))
@@ -168,13 +143,19 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(table)
     for metric, points in comparison.points.items():
         console.print(metric, highlight=False)
-        table = Table()
-        for heading in ("step", *(f"{letter} (n = {len(group)})" for letter, group in groups.items())):
-            table.add_column(heading, justify="right")
+        headings = ("step", *(f"{letter} (n = {len(group)})" for letter, group in groups.items()))
+        table = Table(*(Column(heading, justify="right") for heading in headings))
         for step, at in points.items():
             table.add_row(str(step), *(_cell(at.get(letter), len(group)) for letter, group in groups.items()))
         console.print(table)
-    for line in _notes(comparison):
+    counts = {len(point.values) for of in comparison.points.values() for at in of.values() for point in at.values()}
+    notes = {
+        "one seed: the value itself; it says nothing about how far another seed would be from it": counts & {1},
+        "two seeds: their mean and the two values; they are too few for an interval": counts & {2},
+        "three seeds and more: their mean ± half of its 95 % interval (Student's t)": counts - {1, 2},
+    }
+    folders = " ".join(str(run.folder) for group in groups.values() for run in group)
+    for line in (*filter(notes.get, notes), f"`quartet view {folders}` draws the curves over one another"):
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -184,36 +165,19 @@ def _cell(point: Point | None, runs: int) -> str:
     return str(point) if len(point.values) == runs else f"{point} [n = {len(point.values)}]"
 
 
-def _notes(comparison: Comparison) -> Iterator[str]:
-    counts = {len(point.values) for of in comparison.points.values() for at in of.values() for point in at.values()}
-    if counts & {1}:
-        yield "one seed: the value itself; it says nothing about how far another seed would be from it"
-    if counts & {2}:
-        yield "two seeds: their mean and the two values; they are too few for an interval"
-    if counts - {1, 2}:
-        yield "three seeds and more: their mean ± half of its 95 % interval (Student's t)"
-    folders = " ".join(str(run.folder) for group in comparison.groups.values() for run in group)
-    yield f"`quartet view {folders}` draws the curves over one another"
-
-
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """What the tables show, with every run's value."""
-    return {
-        "groups": {
-            letter: {"runs": [str(run.folder) for run in group], "seeds": [run.seed for run in group]}
-            for letter, group in comparison.groups.items()
-        },
-        "differing": comparison.differing,
-        "metrics": {
-            metric: [
-                {"step": step}
-                | {
-                    letter: {"n": len(point.values), "mean": point.mean, "interval_95": point.interval}
-                    | {"values": point.values}
-                    for letter, point in at.items()
-                }
-                for step, at in points.items()
-            ]
-            for metric, points in comparison.points.items()
-        },
+    """Returns what the tables show, with every run's value."""
+
+    def content(point: Point) -> dict[str, Any]:
+        values = point.values
+        return {"n": len(values), "mean": point.mean, "interval_95": point.interval, "values": values}
+
+    groups = {
+        letter: {"runs": [str(run.folder) for run in group], "seeds": [run.seed for run in group]}
+        for letter, group in comparison.groups.items()
     }
+    metrics = {
+        metric: [{"step": step, **{letter: content(point) for letter, point in at.items()}} for step, at in of.items()]
+        for metric, of in comparison.points.items()
+    }
+    return {"groups": groups, "differing": comparison.differing, "metrics": metrics}

@@ -15,7 +15,7 @@ AVERAGED = 10  # training steps at each end of a run without evaluations
 
 
 def difference_interval(first: float, second: float, counts: tuple[float, float]) -> tuple[float, float]:
-    """95 % interval of second − first, two proportions of so many problems each, from their Wilson intervals.
+    """Returns the 95 % interval of second − first, two shares of so many problems each, from their Wilson intervals.
 
     Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10. Two evaluations
     of the same problems differ by less than independent ones, so that for them it is wider than need be.
@@ -31,24 +31,19 @@ def difference_interval(first: float, second: float, counts: tuple[float, float]
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for sampled and one for greedy evaluations; without any, one about the reward in training.
-
-    `rows`: `read_metrics`.
+    """Returns a sentence for sampled and one for greedy evaluations; without any, one about the reward in training.
 
     >>> headline([{"step": step, "eval/accuracy": share, "eval/prompts": 10} for step, share in ((0, 0.2), (9, 0.5))])
     ['Held out, sampled: accuracy 0.200 at step 0, 0.500 at step 9, on 10 problems. The difference is +0.300 ...']
     """
-    metric = held_out_metric(rows)
-    said = [
-        _evaluated([row for row in rows if row.get(name) is not None], name, f"Held out, {how}")
-        for name, how in ((metric, "sampled"), (f"{metric}_greedy", "greedy"))
-    ]
-    return [sentence for sentence in said if sentence] or _trained(rows)
+    metric, sentences = held_out_metric(rows), []
+    for name, how in ((metric, "sampled"), (f"{metric}_greedy", "greedy")):
+        if evaluated := [row for row in rows if row.get(name) is not None]:
+            sentences.append(_evaluated(evaluated, name, f"Held out, {how}"))
+    return sentences or _trained(rows)
 
 
-def _evaluated(rows: Sequence[Mapping[str, Any]], name: str, what: str) -> str | None:
-    if not rows:
-        return None
+def _evaluated(rows: Sequence[Mapping[str, Any]], name: str, what: str) -> str:
     first, last = rows[0], rows[-1]
     count = last.get("eval/prompts") or 0
     judged = name.startswith(ACCURACY)

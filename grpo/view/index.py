@@ -1,4 +1,4 @@
-"""What the pages "search" and "data" ask of all completions of a run: a database in the user's cache.
+"""A database in the user's cache, which the pages "search" and "data" ask about all completions of a run.
 
 It is built once, step by step while the page is open, and only new or changed records are read after that. It is not in
 the run folder: whoever made that folder could put a link to another database there, or a database of his own.
@@ -15,8 +15,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,13 @@ create index if not exists of_step on completions (step);
 create index if not exists of_prompt on completions (prompt_id, step);
 create table if not exists prompts (prompt_id text primary key, text text);
 """
+BOUNDS = {"low": "reward >= ?", "high": "reward <= ?", "first": "step >= ?", "last": "step <= ?"}
+CLAUSES = BOUNDS | {
+    "prompt": "completions.prompt_id = ?",
+    "reason": "completions.reason = ?",
+    "text": "(instr(lower(completions.text), lower(?)) or instr(lower(prompts.text), lower(?)))",
+    "regex": "(matches(completions.text) or matches(prompts.text))",
+}
 WITHOUT_COMPLETION = (
     "delete from prompts where not exists (select 1 from completions where completions.prompt_id = prompts.prompt_id)"
 )
@@ -47,7 +57,8 @@ def cache_folder() -> Path:
 
 
 class Index:
-    """The completions of one run folder. Where the cache cannot be written, the database is a temporary file."""
+    """Indexes the completions of one run folder. Where the cache cannot be written, the database is a temporary
+    file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._writing, self._free = folder, threading.Lock(), threading.BoundedSemaphore(SEARCHES)
@@ -78,7 +89,7 @@ class Index:
             yield database
 
     def keep_up(self, stop: threading.Event) -> None:
-        """`update`, where a full disk is a fault that the page shows."""
+        """Update the index; a full disk is a fault that the page shows."""
         try:
             self.update(stop)
             self._fault = None
@@ -86,8 +97,8 @@ class Index:
             self._fault = f"the index {self.path} cannot be written: {error}"
 
     def update(self, stop: threading.Event) -> int:
-        """Read the records that are new or have changed, newest first; forget those that are gone. How many were read.
-        Ends after the record at hand where `stop` is set."""
+        """Read the records that are new or have changed, newest first, and forget those that are gone. Returns how many
+        were read. Ends after the record at hand where `stop` is set."""
         read = 0
         with self._writing, self._open() as database:
             known = {row["step"]: (row["size"], row["changed"]) for row in database.execute("select * from records")}
@@ -139,38 +150,27 @@ class Index:
         database.executemany("insert or replace into prompts values (?,?)", prompts.items())
 
     def state(self) -> dict[str, Any]:
-        """How many of the recorded steps are in the index, and the faults of those that could not be read."""
+        """Returns how many of the recorded steps are in the index, and the faults of those that could not be read."""
         with self._open() as database:
             count = database.execute("select count(*) from records").fetchone()[0]
             faults = [row["fault"] for row in database.execute("select fault from records where fault is not null")]
         faults += [self._fault] if self._fault else []
         return {"indexed": count, "recorded": len(recorded_steps(self.folder)), "faults": faults}
 
-    def search(self, wanted: Mapping[str, str]) -> dict[str, Any]:
-        """Completions, newest first: `text` or `regex` in them or their prompts, `low` and `high` bounds of the reward,
-        `first` and `last` step, `prompt` id, `reason` of their end.
-
-        Raises ValueError for a bound that is no number and for a regular expression that is none.
-        """
-        clauses, values = ["1"], list[Any]()
-        bounds = {"low": "reward >= ?", "high": "reward <= ?", "first": "step >= ?", "last": "step <= ?"}
-        for name, clause in bounds.items():
-            if given := wanted.get(name):
-                try:
-                    values.append(float(given))
-                except ValueError as error:
-                    raise ValueError(f"{name}={given!r} is no number") from error
-                clauses.append(clause)
-        for name, column in {"prompt": "prompt_id", "reason": "reason"}.items():
-            if given := wanted.get(name):
-                clauses.append(f"completions.{column} = ?")
-                values.append(given)
-        if text := wanted.get("text"):
-            clauses.append("(instr(lower(completions.text), lower(?)) or instr(lower(prompts.text), lower(?)))")
-            values += [text, text]
-        regex = wanted.get("regex")
-        if regex:
-            clauses.append("(matches(completions.text) or matches(prompts.text))")
+    def search(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        """Returns completions, newest first: `text` or `regex` in them or their prompts, `low` and `high` bounds of the
+        reward, `first` and `last` step, `prompt` id, `reason` of their end. Raises ValueError for a bound that is no
+        number and for a regular expression that is none."""
+        clauses, values, regex = ["1"], list[Any](), asked.get("regex")
+        for name, clause in CLAUSES.items():
+            value = asked.get(name)
+            if not value:
+                continue
+            clauses.append(clause)
+            try:
+                values += [float(value) if name in BOUNDS else value] * clause.count("?")
+            except ValueError as error:
+                raise ValueError(f"{name}={value!r} is no number") from error
         query = (
             "select step, number, sample, completions.prompt_id, reward, length, reason, "
             "substr(completions.text, 1, 400) as text, substr(prompts.text, 1, 200) as prompt "
@@ -181,20 +181,20 @@ class Index:
         return {"found": rows[:FOUND_AT_MOST], "more": len(rows) > FOUND_AT_MOST}
 
     def _rows(self, query: str, values: list[Any], regex: str | None) -> list[dict[str, Any]]:
-        """What a process of its own finds, which is ended after SEARCH_S seconds and when the page ends."""
+        """Returns what a process of its own finds, which is ended after SEARCH_S seconds and when the page ends."""
         if not self._free.acquire(blocking=False):
             raise ValueError(f"{SEARCHES} searches of this run are going on; wait until one has ended")
-        asked = {"path": str(self.path), "query": query, "values": values, "regex": regex, "seconds": SEARCH_S}
+        request = {"path": str(self.path), "query": query, "values": values, "regex": regex, "seconds": SEARCH_S}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         try:
             with subprocess.Popen([sys.executable, "-I", searching.__file__], **pipes, text=True) as process:
                 self._searches.add(process)
                 try:
-                    said = process.communicate(json.dumps(asked), SEARCH_S)[0]
+                    text = process.communicate(json.dumps(request), SEARCH_S)[0]
                 finally:
                     process.kill()
                     self._searches.discard(process)
-            answer = json.loads(said)
+            answer = json.loads(text)
         except subprocess.TimeoutExpired as error:
             raise ValueError(f"the search took more than {SEARCH_S:g} s; {EASIER}") from error
         except (ValueError, OSError) as error:
@@ -206,33 +206,25 @@ class Index:
         return list(answer["rows"])
 
     def prompts(self) -> list[dict[str, Any]]:
-        """Every prompt with its number of completions, the share of them with full marks (a first reward of 1 or more)
-        over all and step by step, and how many other prompts have the same text."""
+        """Returns every prompt with its number of completions, the share of them with full marks (a first reward of 1
+        or more) over all and step by step, and how many other prompts have the same text."""
         with self._open() as database:
             rows = database.execute(
                 "select prompt_id, step, count(*) as n, sum(mark >= 1) as right, avg(reward) as reward "
                 "from completions group by prompt_id, step order by prompt_id, step"
             ).fetchall()
             texts = {row["prompt_id"]: row["text"] for row in database.execute("select * from prompts")}
-        same: dict[str, int] = {}
-        for text in texts.values():
-            same[text] = same.get(text, 0) + 1
-        found: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            text = texts.get(row["prompt_id"], "")
-            entry = found.setdefault(
-                row["prompt_id"],
-                {"prompt_id": row["prompt_id"], "prompt": text[:200], "n": 0, "right": 0, "same": same.get(text, 1) - 1}
-                | {"steps": [], "rates": []},
-            )
-            entry["n"] += row["n"]
-            entry["right"] += row["right"] or 0
-            entry["steps"].append(row["step"])
-            entry["rates"].append((row["right"] or 0) / row["n"])
-        return list(found.values())
+        same, prompts = Counter(texts.values()), []
+        for prompt_id, of_prompt in groupby(rows, key=itemgetter("prompt_id")):
+            text, steps = texts.get(prompt_id, ""), list(of_prompt)
+            entry = {"prompt_id": prompt_id, "prompt": text[:200], "same": max(same[text], 1) - 1}
+            entry |= {"n": sum(row["n"] for row in steps), "right": sum(row["right"] or 0 for row in steps)}
+            entry |= {"steps": [row["step"] for row in steps]}
+            prompts.append(entry | {"rates": [(row["right"] or 0) / row["n"] for row in steps]})
+        return prompts
 
     def places(self, prompt_id: str) -> list[dict[str, Any]]:
-        """Where this prompt was drawn: step and number of the group, ascending."""
+        """Returns the step and the number of the group wherever this prompt was drawn, ascending."""
         with self._open() as database:
             rows = database.execute(
                 "select distinct step, number from completions where prompt_id = ? order by step, number", (prompt_id,)
@@ -254,5 +246,5 @@ def _remove_old(cache: Path) -> None:
 
 
 def _storable(text: str) -> str:
-    """Without lone surrogates, which SQLite refuses."""
+    """Replace lone surrogates, which SQLite refuses."""
     return text.encode("utf-8", "replace").decode()

@@ -31,13 +31,13 @@ FRAME = """<!doctype html>
 
 
 def shell() -> str:
-    """The served page, whose parts are files of their own."""
+    """Returns the served page, whose parts are files of their own."""
     scripts = "\n".join(f'<script src="/assets/{name}"></script>' for name in ("plotly.js", *SCRIPTS))
     return FRAME.format(title="quartet view", head='<link rel="stylesheet" href="/assets/view.css">', scripts=scripts)
 
 
 def self_contained(title: str, answers: Mapping[str, Any]) -> str:
-    """The same page as one file. `answers` holds what the server would have answered, by the path that is asked for."""
+    """Returns the same page as one file; `answers` are what the server would have answered, by path."""
     embedded = json.dumps(answers, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
     scripts = [plotly(), *(_asset(name) for name in SCRIPTS)]
     parts = [f'<script type="application/json" id="answers">{embedded}</script>']
@@ -49,10 +49,10 @@ def self_contained(title: str, answers: Mapping[str, Any]) -> str:
 def plotly() -> str:
     """Plotly's script as its Python package ships it. Raises ValueError without it. The package itself is not
     imported, which would take a second."""
-    found = importlib.util.find_spec("plotly")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("plotly")
+    if package is None or package.origin is None:
         raise ValueError(PACKAGES)
-    return (Path(found.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    return (Path(package.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
 def _asset(name: str) -> str:

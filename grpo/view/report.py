@@ -17,7 +17,7 @@ GROUPS_PER_STEP = 8
 
 @dataclass(frozen=True)
 class Report:
-    """A report that is written, at `path`. A notebook shows it in a frame."""
+    """A report is written at `path`. A notebook shows it in a frame."""
 
     path: Path
 
@@ -30,10 +30,8 @@ class Report:
 
 def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Path:
     """Write the report of a run. `steps`: those whose rollouts it contains, without it the first, middle and last one.
-
     Of each step the groups with the widest spread of rewards are chosen, at most GROUPS_PER_STEP. Raises ValueError for
-    a folder that is no run, FileNotFoundError for a step that was not recorded.
-    """
+    a folder that is no run, FileNotFoundError for a step that was not recorded."""
     run = RunFiles(folder)
     overview = run.overview()
     recorded: list[int] = overview["recorded"]
@@ -41,8 +39,8 @@ def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Pa
         steps = sorted({recorded[0], recorded[len(recorded) // 2], recorded[-1]}) if recorded else []
     answers: dict[str, Any] = {"runs": [run.name], "0/events": run.events()}
     for step in steps:
-        answers[f"0/step/{step}"] = found = run.step(step)
-        for number in _telling(found["groups"]):
+        answers[f"0/step/{step}"] = content = run.step(step)
+        for number in _telling(content["groups"]):
             answers[f"0/group/{step}/{number}"] = run.group(step, number)
     answers["0/overview"] = overview | {"recorded": list(steps)}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +49,7 @@ def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Pa
 
 
 def _telling(groups: Sequence[dict[str, Any]]) -> list[int]:
-    """The numbers of the groups whose rewards differ most, ascending."""
+    """Returns the numbers of the groups whose rewards differ most, ascending."""
 
     def spread(number: int) -> float:
         rewards = [reward for reward in groups[number]["rewards"] if reward is not None]

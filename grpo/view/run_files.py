@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,9 @@ from grpo.algorithm.verdicts import ACCURACY
 from grpo.run import hardware
 from grpo.run.metrics import METRICS
 from grpo.run.metrics import check as row_of
-from grpo.run.records import (
-    check_run,
-    read_events,
-    read_metrics,
-    recorded_steps,
-    rollout_path,
-    split_groups,
-)
+from grpo.run.records import check_run, read_events, read_metrics, recorded_steps, rollout_path, split_groups
 from grpo.view.headline import headline
-from grpo.view.reading import check_files, read_step
-from grpo.view.token_texts import find_tokenizer, token_texts
+from grpo.view.reading import check_files, find_tokenizer, read_step, token_texts
 
 ACCURACIES = (ACCURACY, f"{ACCURACY}_greedy")
 
@@ -43,9 +35,10 @@ class RunFiles:
         self._step: tuple[int, float, list[list[dict[str, Any]]]] | None = None
 
     def overview(self, after: int = -1) -> dict[str, Any]:
-        """Metrics of the steps from `after` on, their meaning, the machine, the steps whose rollouts were recorded."""
-        config, machine = self.folder / "config.yaml", self.folder / hardware.FILE
-        check_files(self.folder / "metrics.jsonl", config, machine)
+        """Returns metrics of the steps from `after` on, their meaning, the machine, the steps with recorded
+        rollouts."""
+        options, machine = self.folder / "config.yaml", self.folder / hardware.FILE
+        check_files(self.folder / "metrics.jsonl", options, machine)
         measured = read_metrics(self.folder)
         rows = [self._with_interval(row) for row in measured if row["step"] >= after]
         names = sorted({name for row in rows for name in row} - {"step"})
@@ -55,7 +48,7 @@ class RunFiles:
             "rows": rows,
             "meanings": {name: _meaning(name) for name in names},
             "recorded": recorded_steps(self.folder),
-            "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+            "config": options.read_text(encoding="utf-8", errors="replace") if options.is_file() else "",
             "machine": hardware.caption(hardware.read(machine)) if machine.is_file() else "",
             "ended": next((e for e in reversed(self.events()) if e["event"] in ("end", "resume")), None),
         }
@@ -65,7 +58,7 @@ class RunFiles:
         return read_events(self.folder)
 
     def step(self, step: int) -> dict[str, Any]:
-        """The groups of a step, each in a few numbers. Raises FileNotFoundError without a record."""
+        """Returns the groups of a step, each in a few numbers. Raises FileNotFoundError without a record."""
         groups = []
         for lines in self._groups(step):
             rewards = [line.get("reward") for line in lines]
@@ -85,7 +78,7 @@ class RunFiles:
         return {"step": step, "groups": groups, "failures": failures}
 
     def group(self, step: int, number: int) -> dict[str, Any]:
-        """A group with every token: its text and what was recorded of it. Raises IndexError where there is none."""
+        """Returns a group with every token: its text and its record. Raises IndexError where there is none."""
         groups = self._groups(step)
         if not 0 <= number < len(groups):
             raise IndexError(f"step {step} has groups 0 to {len(groups) - 1}, and none with the number {number}")
@@ -100,24 +93,19 @@ class RunFiles:
         }
 
     def _completion(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        shown = ("sample", "text", "reward", "parts", "extras", "advantage", "finish_reason", "policy_version", "turns")
-        found = {name: line.get(name) for name in shown}
-        count = len(line["token_ids"])
-        for name in ("logprobs", "policy_logprobs", "sampled", "versions"):
-            values = line.get(name)
-            found[name] = values if isinstance(values, list) and len(values) == count else None
-        draft = line.get("draft")
-        depths = draft.get("depths") if isinstance(draft, dict) else None
-        found["depths"] = depths if isinstance(depths, list) and len(depths) == count else None
-        return found | {"tokens": self._texts(line["token_ids"])}
-
-    def _texts(self, token_ids: Sequence[int]) -> list[str]:
+        plain = ("sample", "text", "reward", "parts", "extras", "advantage", "finish_reason", "policy_version", "turns")
+        draft, token_ids = line.get("draft"), line["token_ids"]
+        by_token = {name: line.get(name) for name in ("logprobs", "policy_logprobs", "sampled", "versions")}
+        by_token["depths"] = draft.get("depths") if isinstance(draft, dict) else None
+        for name, values in by_token.items():
+            by_token[name] = values if isinstance(values, list) and len(values) == len(token_ids) else None
         if self._tokenizer is None:
             self._tokenizer = find_tokenizer(self.folder)
-        return token_texts(self._tokenizer, token_ids)
+        content = {name: line.get(name) for name in plain} | by_token
+        return content | {"tokens": token_texts(self._tokenizer, token_ids)}
 
     def _groups(self, step: int) -> list[list[dict[str, Any]]]:
-        """The lines of a step, group by group. The last step that was asked for is kept."""
+        """Returns the lines of a step, group by group. The last step that was asked for is kept."""
         path = rollout_path(self.folder, step)
         changed = path.stat().st_mtime if path.exists() else 0.0
         if self._step is None or self._step[:2] != (step, changed):
@@ -125,7 +113,7 @@ class RunFiles:
         return self._step[2]
 
     def _with_interval(self, row: dict[str, Any]) -> dict[str, Any]:
-        """With the 95 % intervals of the accuracies of this step."""
+        """Add the 95 % intervals of the accuracies of this step."""
         count = row.get("eval/prompts")
         for name in ACCURACIES:
             if (value := row.get(name)) is not None and count:
@@ -134,7 +122,7 @@ class RunFiles:
 
 
 def finite(value: Any) -> Any:
-    """The same without numbers that JSON does not know, which a damaged record may hold: they become null."""
+    """Numbers that JSON does not know, which a damaged record may hold, become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

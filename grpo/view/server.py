@@ -30,7 +30,7 @@ HEADERS = {
 
 
 class Shown:
-    """The runs of a page, and what it may ask of them. Raises ValueError for a folder that holds no run."""
+    """The page has these runs, and may ask this of them. Raises ValueError for a folder that holds no run."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.runs = [RunFiles(folder) for folder in folders]
@@ -44,7 +44,7 @@ class Shown:
             stop.wait(UPDATE_S)
 
     def questions(self) -> dict[str, Callable[[dict[str, str]], Any]]:
-        """By path: what is answered, given the parameters of path and query."""
+        """Returns what answers a path, from the parameters of path and query."""
 
         def run(asked: dict[str, str]) -> RunFiles:
             return self.runs[_number(asked, "run", len(self.runs))]
@@ -68,7 +68,7 @@ class Shown:
 
 
 def app(shown: Shown, token: str) -> Any:
-    """The Starlette application. Raises ValueError without the packages of the extra `view`."""
+    """Returns the Starlette application. Raises ValueError without the packages of the extra `view`."""
     try:
         from starlette.applications import Starlette
         from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -94,14 +94,14 @@ def app(shown: Shown, token: str) -> Any:
                 fault = "the token is missing or wrong; open the address that quartet view has printed"
                 return JSONResponse({"error": fault}, 403, HEADERS)
             try:
-                found = make(dict(request.query_params) | dict(request.path_params))
+                content = make(dict(request.query_params) | dict(request.path_params))
             except (ValueError, IndexError, FileNotFoundError) as error:
                 missing = isinstance(error, IndexError | FileNotFoundError)
                 return JSONResponse({"error": str(error)}, 404 if missing else 400, HEADERS)
             except Exception as error:  # a record as no run writes it, or a fault of ours: the page shows it
                 fault = f"the page has failed at this: {type(error).__name__}: {error}"
                 return JSONResponse({"error": fault}, 500, HEADERS)
-            body = json.dumps(finite(found), ensure_ascii=True, allow_nan=False)
+            body = json.dumps(finite(content), ensure_ascii=True, allow_nan=False)
             return Response(body, 200, HEADERS, "application/json")
 
         return handler

@@ -12,7 +12,7 @@ from small_learner import small_learner
 
 from grpo.cli.commands import summary
 from grpo.cli.commands.export import export
-from grpo.cli.commands.memory import learner_memory
+from grpo.cli.commands.memory import MemoryOfRun
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.run.records import read_metrics
@@ -118,7 +118,7 @@ def test_the_learner_holds_what_the_dry_run_foretold(folder, tmp_path, dtype, ta
     policy = Policy.load(folder, getattr(torch, dtype), in_4_bits=True)
     policy.add_lora(4, 32.0, targets)
     learner = small_learner(policy, config.learner, config.mtp)
-    foretold = learner_memory(policy.config, True, config, lora_options=config.lora)
+    foretold = MemoryOfRun(policy.config, True, config).learner()
     held = [(weight, weight.quant_state) for weight in policy.parameters() if four_bit.is_held(weight)]
     tensors = [*policy.parameters(), *policy.buffers(), *(part for _, q in held for part in (q.absmax, q.code))]
     assert foretold.weights == sum(tensor.nbytes for tensor in tensors)
@@ -127,7 +127,7 @@ def test_the_learner_holds_what_the_dry_run_foretold(folder, tmp_path, dtype, ta
     fresh = [t for t in learner.weights().values() if t.untyped_storage()._cdata not in own]
     assert foretold.publication == sum(tensor.nbytes for tensor in fresh)
     usual = config.model_copy(update={"lora": config.lora.model_copy(update={"base": None})})
-    assert learner_memory(policy.config, True, usual, lora_options=usual.lora).weights > foretold.weights
+    assert MemoryOfRun(policy.config, True, usual).learner().weights > foretold.weights
 
 
 @needs_bitsandbytes

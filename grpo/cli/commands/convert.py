@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from transformers import DeepseekV3ForCausalLM, PretrainedConfig, PreTrainedModel
+from rich.table import Column, Table
+from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from grpo.cli.commands.recovery import recover
 from grpo.cli.config.convert import ConvertConfig
@@ -45,9 +45,8 @@ class Compression:
 
 @dataclass
 class Conversion:
-    """`parity` compares the saved policy with the dense model, or with that model after compression or noise:
-    `against` says which. `noise` is how far noise on the experts moved it. `draft_agreement` is a share of the
-    held-out tokens."""
+    """`parity` compares the saved policy with the dense model, or with that after compression or noise: `against` says
+    which. `noise` is how far noise on the experts moved it. `draft_agreement` is a share of the held-out tokens."""
 
     destination: str
     parity: ParityReport
@@ -57,130 +56,124 @@ class Conversion:
     draft_agreement: float | None = None
 
 
-def convert(source: str, destination: Path, config: ConvertConfig, *, mtp: bool, console: Console) -> Conversion:
-    """Writes `destination`, complete or not at all.
+class Converter:
+    """Makes a policy of the dense model `source`; `mtp`: with a draft head."""
 
-    Raises FileExistsError for a destination that is not empty, OSError for one that cannot be written, PolicyError for
-    a damaged source, UnsupportedCheckpoint for one that cannot be converted, ValueError for sizes out of range and
-    text that is too short; all of them before any weight is read. Raises RecoveryDiverged and ParityFailed later.
-    """
-    with new_folder(destination) as folder:
-        check_model(source)
-        shards = check(read_config(source), config, mtp)
-        text = _text(source, config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        dense = load_dense(source).to(device_of(config.device))
-        with progress_bars(console, enabled=True) as progress:
-            policy, reference, result = _build(dense, text, shards, config, mtp, progress)
-        save_as(policy, source, folder)
-        saved = Policy.load(folder).to(dense.device)
-        result.parity = parity(reference, saved.trunk, parity_prompts(dense.tokenizer))
-        result.destination = str(destination)
-        require_parity(result.parity, source, destination)
-    return result
+    progress: Progress
+    reference: PreTrainedModel  # which the policy must equal
 
+    def __init__(self, source: str, config: ConvertConfig, *, mtp: bool) -> None:
+        self.source, self.config, self.mtp = source, config, mtp
+        self.result = Conversion("", ParityReport(0.0, 0.0, 0.0, 0.0, False, 0))
+        self.shards: ExpertShards | None = None
+        self.text: CalibrationText | None = None
 
-def check(dense: PretrainedConfig, config: ConvertConfig, mtp: bool) -> ExpertShards | None:
-    """How the feed-forward is cut into experts, or None. Raises where the dense configuration does not allow it."""
-    check_convertible(dense)
-    if config.rank is not None:
-        check_sizes(dense, config.rank, config.rotary)
-    elif config.calibrate is not None and not mtp:
-        raise ValueError(f"calibrate={config.calibrate!r} is for --rank and --mtp; the exact form needs no text")
-    if config.ffn == "dense":
-        return None
-    shards = ExpertShards(**config.experts.model_dump(exclude={"noise"}))
-    shards.check(dense)
-    return shards
+    def convert(self, destination: Path, console: Console) -> Conversion:
+        """Writes `destination`, complete or not at all. What is wrong with the source, the destination, the sizes or
+        the text is raised before any weight is read; RecoveryDiverged and ParityFailed come later."""
+        with new_folder(destination) as folder:
+            check_model(self.source)
+            self._check()
+            if self.config.threads:
+                torch.set_num_threads(self.config.threads)
+            dense = load_dense(self.source).to(device_of(self.config.device))
+            with progress_bars(console, enabled=True) as self.progress:
+                policy = self._build(dense)
+            save_as(policy, self.source, folder)
+            saved = Policy.load(folder).to(dense.device)
+            self.result.parity = parity(self.reference, saved.trunk, parity_prompts(dense.tokenizer))
+            self.result.destination = str(destination)
+            require_parity(self.result.parity, self.source, destination)
+        return self.result
 
+    def _check(self) -> None:
+        """Raises what is wrong with the shape and the text; finds how the feed-forward is cut into experts."""
+        config = self.config
+        dense = read_config(self.source)
+        check_convertible(dense)
+        if config.rank is not None:
+            check_sizes(dense, config.rank, config.rotary)
+        elif config.calibrate is not None and not self.mtp:
+            raise ValueError(f"calibrate={config.calibrate!r} is for --rank and --mtp; the exact form needs no text")
+        if config.ffn != "dense":
+            self.shards = ExpertShards(**config.experts.model_dump(exclude={"noise"}))
+            self.shards.check(dense)
+        if config.calibrate is not None:
+            window = min(config.window, dense.max_position_embeddings)
+            self.text = calibration_text(
+                config.calibrate,
+                read_tokenizer(self.source),
+                tokens=max(config.calibrate_tokens, config.recover * config.recovery.windows_per_step * window),
+                heldout_tokens=config.heldout_tokens,
+                window=window,
+            )
 
-def _text(source: str, config: ConvertConfig) -> CalibrationText | None:
-    if config.calibrate is None:
-        return None
-    window = min(config.window, read_config(source).max_position_embeddings)
-    return calibration_text(
-        config.calibrate,
-        read_tokenizer(source),
-        tokens=max(config.calibrate_tokens, config.recover * config.recovery.windows_per_step * window),
-        heldout_tokens=config.heldout_tokens,
-        window=window,
-    )
+    def _build(self, dense: Policy) -> Policy:
+        """Returns the policy to save; `result` gets what the report says."""
+        config, result, self.reference = self.config, self.result, dense.trunk
+        if config.rank is None:
+            trunk = convert_dense(dense.trunk)
+        else:
+            assert self.text is not None
+            trunk, result.compression = self._compress(dense.trunk, self.text, config.rank)
+            self.reference, result.against = trunk, "the compressed policy"
+        if self.shards is not None:
+            trunk = shard_feed_forward(trunk, self.shards, config.seed)
+            if config.experts.noise:
+                prompts = parity_prompts(dense.tokenizer)
+                require_parity(parity(self.reference, trunk, prompts), "what experts are made of", result.against)
+                add_noise(trunk, config.experts.noise, config.seed)
+                result.noise = parity(self.reference, trunk, prompts)
+                self.reference, result.against = trunk, "the policy with noise"
+        policy = Policy(trunk, None, dense.tokenizer)
+        if self.mtp:
+            text = self.text
+            if text is None:
+                rows = self_written(dense.trunk, dense.tokenizer, length=min(128, dense.max_length), seed=config.seed)
+                last = len(rows) // 5
+                text = CalibrationText(rows[:-last], rows[-last:])
+            with self._bar("fitting the draft head", len(text.windows)) as advance:
+                policy.mtp = start_head(trunk, text.windows, advance)
+            result.draft_agreement = draft_agreement(policy, text.heldout)
+        return policy
 
-
-def _build(
-    dense: Policy,
-    text: CalibrationText | None,
-    shards: ExpertShards | None,
-    config: ConvertConfig,
-    mtp: bool,
-    progress: Progress,
-) -> tuple[Policy, PreTrainedModel, Conversion]:
-    """The policy to save, the model that it must equal, and what the report says."""
-    prompts = parity_prompts(dense.tokenizer)
-    nothing_yet = ParityReport(0.0, 0.0, 0.0, 0.0, False, 0)
-    result, reference = Conversion("", nothing_yet), dense.trunk
-    if config.rank is None:
-        trunk = convert_dense(dense.trunk)
-    else:
-        assert text is not None
-        trunk, result.compression = _compress(dense.trunk, text, config, config.rank, progress)
-        reference, result.against = trunk, "the compressed policy"
-    if shards is not None:
-        trunk = shard_feed_forward(trunk, shards, config.seed)
-        if config.experts.noise:
-            require_parity(parity(reference, trunk, prompts), "what experts are made of", result.against)
-            add_noise(trunk, config.experts.noise, config.seed)
-            result.noise = parity(reference, trunk, prompts)
-            reference, result.against = trunk, "the policy with noise"
-    policy = Policy(trunk, None, dense.tokenizer)
-    if mtp:
-        if text is None:
-            rows = self_written(dense.trunk, dense.tokenizer, length=min(128, dense.max_length), seed=config.seed)
-            held = len(rows) // 5
-            text = CalibrationText(rows[:-held], rows[-held:])
-        with _bar(progress, "fitting the draft head", len(text.windows)) as advance:
-            policy.mtp = start_head(trunk, text.windows, advance)
-        result.draft_agreement = draft_agreement(policy, text.heldout)
-    return policy, reference, result
-
-
-def _compress(
-    dense: PreTrainedModel, text: CalibrationText, config: ConvertConfig, rank: int, progress: Progress
-) -> tuple[DeepseekV3ForCausalLM, Compression]:
-    measured = text.windows[: -(-config.calibrate_tokens // len(text.windows[0]))]
-    with _bar(progress, "measuring the dense model", len(measured)) as advance:
-        moments = observe(dense, measured, advance)
-    with _bar(progress, "compressing", 1):
-        student, split = compress(dense, moments, rank, config.rotary)
-    _, groups, head_dim = dense_shape(dense.config)
-    result = Compression(
-        cache=rank,
-        dense_cache=2 * groups * head_dim,
-        rotary=2 * len(split.rotary),
-        latents=split.latents,
-        compressed=fidelity(dense, student, text.heldout),
-        steps_asked=config.recover,
-    )
-    if config.recover:
-        task = progress.add_task("recovering", total=config.recover, unit="steps")
-
-        def on_step(step: int, loss: float) -> None:
-            progress.update(task, completed=step, description=f"recovering, KL {loss:.4f}")
-
-        result.steps = recover(
-            student, dense, text.windows, config.recover, config.recovery, seed=config.seed, on_step=on_step
+    def _compress(
+        self, dense: PreTrainedModel, text: CalibrationText, rank: int
+    ) -> tuple[DeepseekV3ForCausalLM, Compression]:
+        """Returns the compressed model, after its recovery, and what that cost."""
+        config = self.config
+        measured = text.windows[: -(-config.calibrate_tokens // len(text.windows[0]))]
+        with self._bar("measuring the dense model", len(measured)) as advance:
+            moments = observe(dense, measured, advance)
+        with self._bar("compressing", 1):
+            student, split = compress(dense, moments, rank, config.rotary)
+        _, groups, head_dim = dense_shape(dense.config)
+        result = Compression(
+            cache=rank,
+            dense_cache=2 * groups * head_dim,
+            rotary=2 * len(split.rotary),
+            latents=split.latents,
+            compressed=fidelity(dense, student, text.heldout),
+            steps_asked=config.recover,
         )
-        progress.remove_task(task)
-        result.recovered = fidelity(dense, student, text.heldout)
-    return student, result
+        if config.recover:
+            bar = self.progress.add_task("recovering", total=config.recover, unit="steps")
 
+            def on_step(step: int, loss: float) -> None:
+                self.progress.update(bar, completed=step, description=f"recovering, KL {loss:.4f}")
 
-@contextmanager
-def _bar(progress: Progress, what: str, total: int) -> Iterator[Callable[[], None]]:
-    task = progress.add_task(what, total=total, unit="windows" if total > 1 else "")
-    yield lambda: progress.advance(task)
-    progress.remove_task(task)
+            result.steps = recover(
+                student, dense, text.windows, config.recover, config.recovery, seed=config.seed, on_step=on_step
+            )
+            self.progress.remove_task(bar)
+            result.recovered = fidelity(dense, student, text.heldout)
+        return student, result
+
+    @contextmanager
+    def _bar(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        task = self.progress.add_task(what, total=total, unit="windows" if total > 1 else "")
+        yield lambda: self.progress.advance(task)
+        self.progress.remove_task(task)
 
 
 def show(conversion: Conversion, console: Console) -> None:
@@ -209,17 +202,20 @@ def show(conversion: Conversion, console: Console) -> None:
 
 def _table(compression: Compression) -> Table:
     before, after = compression.compressed, compression.recovered
-    saved = 1 - compression.cache / compression.dense_cache
-    table = Table(title=f"{before.num_tokens:,} held-out tokens", title_justify="left")
-    table.add_column("")
-    for column in ("dense", "compressed", *([f"after {compression.steps} steps"] if after else [])):
-        table.add_column(column, justify="right")
-    compressed = [before] + ([after] if after else [])
-    cache = f"{compression.cache} (−{100 * saved:.0f} %)"
+    compressed = {"compressed": before} | ({f"after {compression.steps} steps": after} if after else {})
+    headings = ("dense", *compressed)
+    table = Table(
+        "",
+        *(Column(heading, justify="right") for heading in headings),
+        title=f"{before.num_tokens:,} held-out tokens",
+        title_justify="left",
+    )
+    cache = f"{compression.cache} (−{100 * (1 - compression.cache / compression.dense_cache):.0f} %)"
     split = f"{compression.latents} + {compression.rotary}"
     table.add_row("cached numbers a token and layer", f"{compression.dense_cache}", *[cache for _ in compressed])
     table.add_row("latents + rotary key", "", *[split for _ in compressed])
-    table.add_row("mean KL from dense, nats a token", "0", *[f"{f.kl_mean:.4f}" for f in compressed])
-    table.add_row("top-1 agreement", "100 %", *[f"{100 * f.top1_agreement:.1f} %" for f in compressed])
-    table.add_row("perplexity", f"{before.dense_perplexity:.3f}", *[f"{f.perplexity:.3f}" for f in compressed])
+    table.add_row("mean KL from dense, nats a token", "0", *[f"{f.kl_mean:.4f}" for f in compressed.values()])
+    table.add_row("top-1 agreement", "100 %", *[f"{100 * f.top1_agreement:.1f} %" for f in compressed.values()])
+    perplexities = [f"{f.perplexity:.3f}" for f in compressed.values()]
+    table.add_row("perplexity", f"{before.dense_perplexity:.3f}", *perplexities)
     return table

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from grpo.algorithm.statistics import corpus_bleu
+from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.commands.served import is_address, open_served
 from grpo.cli.config.inference import EvalConfig
 from grpo.config.data import DataOptions, PromptOptions
@@ -26,16 +27,14 @@ from grpo.evaluation.perplexity import Perplexity, gold_perplexity
 from grpo.run.console import progress_bars
 from grpo.run.memory_errors import phase
 from grpo.run.stop import signals
-from grpo.source.policy_source import PolicySource, find_policy, known_context, load_found
-from grpo.task.check import check_plan
-from grpo.task.sampling import agent_of, environment_of, sampling_params
+from grpo.source.policy_source import PolicySource, find_policy, known_context
+from grpo.task.sampling import agent_of
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.depth import Workload
 from rollout.faults import RolloutError
-from rollout.group import RolloutGroup
-from rollout.pool import Sampler
+from rollout.group import Prompt, RolloutGroup
 from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
 
@@ -44,10 +43,8 @@ COMPLETIONS = "completions.jsonl"
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """What `quartet eval` found. `results` hold `sampled` and `greedy`, or the one that was asked for.
-
-    `trained_on` counts the problems that the policy was trained on; more than 0 only with `allow_trained_on`.
-    """
+    """`quartet eval` has measured this. `results` hold `sampled` and `greedy`, or the one that was asked for.
+    `trained_on` counts the problems that the policy was trained on; more than 0 only with `allow_trained_on`."""
 
     config: EvalConfig
     source: PolicySource
@@ -67,15 +64,9 @@ class ModelEvaluation:
 
 
 class CompletionsFile:
-    """`completions.jsonl` in a folder: every completion with its mark, written while the evaluation goes on.
-
-    {"prompt_id": "gsm8k/test/0", "way": "greedy", "sample": 0, "prompt": "...", "completion": "...", "answer": "18",
-     "solution": "...", "correct": true, "reward": 1.0, "parts": {"gsm8k": 1.0}, "failures": [],
-     "finish_reason": "stop", "tokens": 93}
-
-    `correct` is null where the first reward gave no mark, or its marks do not say right or wrong. Raises
-    FileExistsError if the file exists.
-    """
+    """Writes every completion with its mark to `completions.jsonl` in a folder, while the evaluation goes on. `correct`
+    is null where the first reward gave no mark, or its marks do not say right or wrong. Raises FileExistsError if the
+    file exists."""
 
     def __init__(self, folder: Path, task: Task) -> None:
         self.path, self.task = folder / COMPLETIONS, task
@@ -85,13 +76,27 @@ class CompletionsFile:
         self.path.touch()
 
     def write(self, way: str, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
-        lines = [
-            json.dumps({"prompt_id": group.prompt.prompt_id, "way": way} | line, ensure_ascii=False, default=str) + "\n"
-            for group, score in zip(groups, scores, strict=True)
-            for line in self._lines(group, score)
-        ]
+        """Append a line for every completion."""
+        task = self.task
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(lines)
+            for group, score in zip(groups, scores, strict=True):
+                for sample, completion in enumerate(group.completions):
+                    line = {
+                        "prompt_id": group.prompt.prompt_id,
+                        "way": way,
+                        "sample": sample,
+                        "prompt": group.prompt.text,
+                        "completion": completion.text,
+                        "answer": task.read_answer(completion.answer),
+                        "solution": group.prompt.columns.get(task.solution_column),
+                        "correct": task.verdicts.of(score.parts[task.first_reward][sample]),
+                        "reward": score.rewards[sample],
+                        "parts": {name: values[sample] for name, values in score.parts.items()},
+                        "failures": [str(failure) for failure in score.errors if failure.sample_index == sample],
+                        "finish_reason": completion.finish_reason,
+                        "tokens": len(completion.token_ids),
+                    }
+                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     def close(self) -> None:
         """Set `correct` to null in all lines if a late mark has shown that the reward is no accuracy."""
@@ -101,83 +106,65 @@ class CompletionsFile:
         text = "".join(json.dumps(row | {"correct": None}, ensure_ascii=False) + "\n" for row in rows)
         self.path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
-    def _lines(self, group: RolloutGroup, score: GroupScore) -> list[dict[str, Any]]:
-        task, columns = self.task, group.prompt.columns
-        return [
-            {
-                "sample": sample,
-                "prompt": group.prompt.text,
-                "completion": completion.text,
-                "answer": task.read_answer(completion.answer),
-                "solution": columns.get(task.solution_column),
-                "correct": task.verdicts.of(score.parts[task.first_reward][sample]),
-                "reward": score.rewards[sample],
-                "parts": {name: values[sample] for name, values in score.parts.items()},
-                "failures": [str(failure) for failure in score.errors if failure.sample_index == sample],
-                "finish_reason": completion.finish_reason,
-                "tokens": len(completion.token_ids),
-            }
-            for sample, completion in enumerate(group.completions)
-        ]
-
 
 def evaluate_model(
     config: EvalConfig, console: Console, others: Sequence[str] = (), met: Collection[str] = ()
 ) -> ModelEvaluation:
     """Evaluate the policy of `config`. What can be checked of model and data is checked before the policy is loaded.
-
     `others` are evaluated on the same problems later: what one of them was trained on is refused now. So are the
-    problems that were `met` otherwise, by their fingerprints.
-    """
-    served = open_served(config) if is_address(config.model) else None
-    source = served.source if served else find_policy(config.model)
-    if not served:
-        check_plan(config, source)
-    data = DataOptions(
-        name=config.data,
-        split=(config.holdout and config.split) or "train",
-        **{name: getattr(config, name) for name in (*PromptOptions.model_fields, "holdout", "holdout_seed")},
-    )
-    split = data.split if config.holdout else config.split or default_heldout_split(config.data)
-    met = frozenset(met) if served else trained_on(source.folder).union(met)
-    refused = met.union(*(trained_on(find_policy(other).folder) for other in others if not is_address(other)))
-    context = known_context(source.folder) if not served and source.checkpoint is None else None
-    with Task(
-        data,
-        rewards_of(config),
-        config.reward,
-        seed=config.seed,
-        train=False,
-        heldout=config.limit,
-        heldout_split=split,
-        reward_models=config.reward_models,
-        device=config.device,
-        met=frozenset() if config.allow_trained_on else refused,
-        contexts={config.prompt_column: context} if context else None,
-        environment=environment_of(config),
-        agent=agent_of(config),
-    ) as task:
-        completions = CompletionsFile(config.output, task) if config.output else None
-        write = completions.write if completions else None
-        policy = None if served else load_found(source, config)
-        sampling = SamplingParams(
-            max(config.samples, 1), config.temperature, config.max_completion_tokens, seed=config.seed
+    problems that were `met` otherwise, by their fingerprints."""
+    evaluator = _Evaluator(config, others, met)
+    with evaluator.open_task() as task:
+        return evaluator.run(task, console)
+
+
+class _Evaluator:
+    """Evaluates the policy of `config`, which is loaded here, or that of a server."""
+
+    def __init__(self, config: EvalConfig, others: Sequence[str], met: Collection[str]) -> None:
+        self.config = config
+        self.served = open_served(config) if is_address(config.model) else None
+        self.use = None if self.served else PolicyInUse(config)
+        self.agent = agent_of(config)
+        self.met = trained_on(self.use.source.folder).union(met) if self.use else frozenset(met)
+        self.refused = self.met.union(*(trained_on(find_policy(it).folder) for it in others if not is_address(it)))
+
+    def open_task(self) -> Task:
+        """Returns the held-out problems and the rewards."""
+        config, context = self.config, None
+        if self.use and self.use.source.checkpoint is None:
+            context = known_context(self.use.source.folder)
+        same = config.model_dump(include={*PromptOptions.model_fields, "holdout", "holdout_seed"})
+        same |= {"name": config.data, "split": (config.holdout and config.split) or "train"}
+        data = DataOptions(**same)
+        self.split = data.split if config.holdout else config.split or default_heldout_split(data.name)
+        return Task(
+            data,
+            rewards_of(config),
+            config.reward,
+            seed=config.seed,
+            train=False,
+            heldout=config.limit,
+            heldout_split=self.split,
+            reward_models=config.reward_models,
+            device=config.device,
+            met=frozenset() if config.allow_trained_on else self.refused,
+            contexts={config.prompt_column: context} if context else None,
+            environment=self.use.environment if self.use else None,
+            agent=self.agent,
         )
-        if policy:
-            task.check_lengths(policy, config.max_completion_tokens)
-            prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
-            sampling = sampling_params(policy, config, sampling.group_size, config.seed, dtype=config.dtype)
-        else:
-            assert served is not None
-            prompts = [served.prompt(example, task.template) for example in task.heldout]
-        sampling = replace(sampling, margin=config.margin, stop_strings=config.stop_strings)
-        sampling = replace(sampling, environment=environment_of(config))
+
+    def run(self, task: Task, console: Console) -> ModelEvaluation:
+        """Sample in every way, score, and measure."""
+        config = self.config
+        completions = CompletionsFile(config.output, task) if config.output else None
+        policy, sampler, prompts, sampling = self._open(task)
         asked = {"sampled": config.samples > 0, "greedy": config.greedy}
         ways = {way: params for way, params in both_ways(sampling).items() if asked[way]}
-        pool = served or _open(policy, config, sampling)
+        write = completions.write if completions else None
         try:
             with phase("evaluating", config), progress_bars(console, enabled=True) as progress:
-                results = evaluate_ways(pool, task, prompts, ways, config.prompts_per_batch, progress, write)
+                results = evaluate_ways(sampler, task, prompts, ways, config.prompts_per_batch, progress, write)
         except RolloutError as error:
             if completions is None or not error.groups:
                 raise
@@ -185,34 +172,42 @@ def evaluate_model(
         finally:
             if completions:
                 completions.close()
-            if isinstance(pool, AgentSampler):
-                pool.close()
+            if isinstance(sampler, AgentSampler):
+                sampler.close()
         bleus = {name: _bleu(result, task) for name, result in results.items()}
         return ModelEvaluation(
             config=config,
-            source=served.source if served else source,
-            split=split,
+            source=self.use.source if self.use else sampler.source,
+            split=self.split,
             problems=len(prompts),
-            trained_on=sum(fingerprint in met for fingerprint in task.fingerprints(task.heldout)),
+            trained_on=sum(fingerprint in self.met for fingerprint in task.fingerprints(task.heldout)),
             rewards=task.scorer.describe(),
             results={name: replace(result, bleu=bleus[name][0]) for name, result in results.items()},
-            perplexity=_perplexity(policy, task) if policy else None,
+            perplexity=policy and _perplexity(policy, task),
             bleu_signature=next(signature for _, signature in bleus.values()),
             peak_memory_gib=peak_memory_gib(),
             no_accuracy=task.verdicts.note,
         )
 
-
-def _open(policy: Policy | None, config: EvalConfig, sampling: SamplingParams) -> Sampler:
-    assert policy is not None
-    with phase("loading", config):
-        dtype, size = getattr(torch, config.dtype), config.prompts_per_batch
-        pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=size, check_stop=signals.check))
-    if sampling.draft_tokens is None and policy.mtp is not None:
-        rows = config.prompts_per_batch * sampling.group_size
-        pool.use_costs(None, Workload.of(sampling, rows))  # else measured on the clock
-    agent = agent_of(config)
-    return AgentSampler(pool, agent, config.temperature) if agent else pool
+    def _open(self, task: Task) -> tuple[Policy | None, Any, list[Prompt], SamplingParams]:
+        """Returns the policy that is loaded here, what samples, the prompts, and how the policy answers."""
+        config, size = self.config, max(self.config.samples, 1)
+        if self.served:
+            limit, stops = config.max_completion_tokens, config.stop_strings
+            sampling = SamplingParams(size, config.temperature, limit, seed=config.seed, stop_strings=stops)
+            return None, self.served, [self.served.prompt(it, task.template) for it in task.heldout], sampling
+        assert self.use is not None
+        policy = self.use.load()
+        task.check_lengths(policy, config.max_completion_tokens)
+        prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+        sampling, batch = self.use.sampling(policy, size, config.seed, config.stop_strings), config.prompts_per_batch
+        with self.use.phase("loading"):
+            dtype = getattr(torch, config.dtype)
+            pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=batch, check_stop=signals.check))
+        if sampling.draft_tokens is None and policy.mtp is not None:
+            pool.use_costs(None, Workload.of(sampling, batch * sampling.group_size))  # else measured on the clock
+        sampler = AgentSampler(pool, self.agent, config.temperature) if self.agent else pool
+        return policy, sampler, prompts, sampling
 
 
 def _perplexity(policy: Policy, task: Task) -> Perplexity | None:
@@ -221,19 +216,19 @@ def _perplexity(policy: Policy, task: Task) -> Perplexity | None:
 
 
 def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
-    """BLEU of all completions against the gold solutions as they are trained on; None where there are none."""
+    """Returns BLEU of all completions against the gold solutions as they are trained on; None where there are none."""
     pairs = [
         (text, example.solution)
         for group, example in zip(result.groups, task.heldout, strict=True)
         for text in group.texts
         if example.solution
     ]
-    found = corpus_bleu([text for text, _ in pairs], [solution for _, solution in pairs]) if pairs else None
-    return found or (None, None)
+    score = corpus_bleu([text for text, _ in pairs], [solution for _, solution in pairs]) if pairs else None
+    return score or (None, None)
 
 
 def peak_memory_gib() -> dict[str, float]:
-    """The most memory that this process has held so far (without its reward workers), and the most on the device."""
+    """Returns the most memory that this process has held (without its reward workers), and the most on the device."""
     if sys.platform == "win32":
         most = psutil.Process().memory_info().peak_wset
     else:

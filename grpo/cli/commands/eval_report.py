@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from grpo.algorithm.statistics import INTERVAL_METHOD, Estimate
 from grpo.cli.commands.eval import COMPLETIONS, ModelEvaluation
@@ -18,52 +18,52 @@ from grpo.run import hardware
 FAILURES_SHOWN = 5
 FAILURES_KEPT = 100
 PER_PROBLEM = "by_problem", "rewards_by_problem"
+OTHERWISE = ("groups", "failures", *PER_PROBLEM, "correct", "interval", "pass_at", "majority_at")
 
 
 def show(evaluation: ModelEvaluation, console: Console) -> None:
-    """A row for every figure, a column for every way of sampling; at most 80 columns wide."""
+    """Prints a row for every figure, a column for every way of sampling; at most 80 columns wide."""
     config, results = evaluation.config, evaluation.results
-    cells = {name: _cells(result) for name, result in results.items()}
-    table = Table(title=f"{config.data}, {evaluation.split}: {evaluation.problems:,} problems", title_justify="left")
-    table.add_column("(95 % interval)")
-    for name in results:
-        table.add_column(name, justify="right")
-    for label in dict.fromkeys(label for own in cells.values() for label in own):
-        table.add_row(label, *(own.get(label, "") for own in cells.values()))
+    columns = [_cells(result) for result in results.values()]
+    title = f"{config.data}, {evaluation.split}: {evaluation.problems:,} problems"
+    headings = [Column(name, justify="right") for name in results]
+    table = Table("(95 % interval)", *headings, title=title, title_justify="left")
+    for label in dict.fromkeys(label for cells in columns for label in cells):
+        table.add_row(label, *(cells.get(label, "") for cells in columns))
     console.print(table)
     for line in _notes(evaluation):
         console.print(line, markup=False, highlight=False, soft_wrap=True)  # paths are not broken into lines
 
 
 def show_paired(first: ModelEvaluation, others: Sequence[ModelEvaluation], console: Console) -> None:
-    """A row for each way of sampling and each policy after the first: its difference from the first one."""
-    table = Table(title=f"against {escape(str(first.config.model))}, problem by problem", title_justify="left")
-    for name in ("policy", "", "difference (95 % interval)", "problems", "unpaired"):
-        table.add_column(name, justify="left" if name in ("policy", "") else "right")
+    """Prints for each way of sampling and each policy after the first its difference from the first one."""
+    title = f"against {escape(str(first.config.model))}, problem by problem"
+    numbers = [Column(name, justify="right") for name in ("difference (95 % interval)", "problems", "unpaired")]
+    table = Table("policy", "", *numbers, title=title, title_justify="left")
     for other in others:
-        for way, found in pairs(first, other).items():
-            more = "-" if found.unpaired is None else f"{found.unpaired:.1f} x"
-            known = found.low is not None
-            shown = f"{found.value:+.3f} " + (f"({found.low:+.3f} to {found.high:+.3f})" if known else "(unknown)")
-            table.add_row(escape(str(other.config.model)), way, shown, f"{found.problems:,}", more)
+        for way, pair in pairs(first, other).items():
+            more = "-" if pair.unpaired is None else f"{pair.unpaired:.1f} x"
+            interval = "(unknown)" if pair.low is None else f"({pair.low:+.3f} to {pair.high:+.3f})"
+            name, difference = escape(str(other.config.model)), f"{pair.value:+.3f} {interval}"
+            table.add_row(name, way, difference, f"{pair.problems:,}", more)
     console.print(table)
     console.print("unpaired: how many times as many problems the same interval would need without common noise")
 
 
 def pairs(first: ModelEvaluation, other: ModelEvaluation) -> dict[str, PairedDifference]:
-    """By way of sampling, over the problems that both have."""
+    """Returns the difference of each way of sampling, over the problems that both have."""
     return {way: compare(first.results[way], result) for way, result in other.results.items()}
 
 
 def _cells(result: Evaluation) -> dict[str, str]:
-    """label -> figure, in the order of the table."""
+    """Returns the figures by label, in the order of the table."""
     cells = {}
     if result.interval is not None and result.accuracy is not None:
         low, high = result.interval
         cells["accuracy"] = f"{result.accuracy:.3f} ({low:.3f}-{high:.3f})"
         cells["correct"] = f"{result.correct:,} of {result.completions:,}"
-    cells |= {f"pass@{k}": _shown(passed) for k, passed in result.pass_at.items() if k > 1}
-    cells |= {f"majority of {k}": _shown(vote) for k, vote in result.majority_at.items() if k > 1}
+    cells |= {f"pass@{k}": _words(passed) for k, passed in result.pass_at.items() if k > 1}
+    cells |= {f"majority of {k}": _words(vote) for k, vote in result.majority_at.items() if k > 1}
     cells["reward, mean"] = "-" if result.reward_mean is None else f"{result.reward_mean:.3f}"
     if len(result.parts) > 1:
         cells |= {f"  {name}": f"{value:.3f}" for name, value in result.parts.items()}
@@ -85,8 +85,8 @@ def _cells(result: Evaluation) -> dict[str, str]:
     return cells
 
 
-def _shown(found: Estimate) -> str:
-    return f"{found.value:.3f} ({found.low:.3f}-{found.high:.3f})"
+def _words(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.3f}-{estimate.high:.3f})"
 
 
 def _notes(evaluation: ModelEvaluation) -> list[str]:
@@ -115,14 +115,14 @@ def _notes(evaluation: ModelEvaluation) -> list[str]:
 
 
 def paired_as_json(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:
-    """Every policy as `as_json` has it, and the differences from the first one."""
+    """Returns every policy as `as_json` has it, and the differences from the first one."""
     first, *others = evaluations
     paired = [{"model": other.config.model} | {w: vars(p) for w, p in pairs(first, other).items()} for other in others]
     return {"models": [as_json(evaluation) for evaluation in evaluations], "against_first": paired}
 
 
 def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
-    """What the table shows and how it was measured, with the machine (contract 11)."""
+    """Returns what the table shows and how it was measured, with the machine (contract 11)."""
     config, source, perplexity = evaluation.config, evaluation.source, evaluation.perplexity
     return {
         "model": config.model,
@@ -144,24 +144,20 @@ def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
 
 
 def _values(result: Evaluation) -> dict[str, Any]:
-    """Without `correct`, `accuracy`, `interval_95`, `pass_at` and `majority_at` where there is no accuracy."""
-    judged = ("correct", "interval", "pass_at", "majority_at")
-    plain = {
-        name: value for name, value in vars(result).items() if name not in ("groups", "failures", *PER_PROBLEM, *judged)
-    }
+    """Returns the figures, without those of right and wrong completions where there is no accuracy."""
+    values = {name: value for name, value in vars(result).items() if name not in OTHERWISE}
     if result.interval is not None:
-        plain |= {
+        values |= {
             "correct": result.correct,
             "accuracy": result.accuracy,
             "interval_95": list(result.interval),
             "pass_at": {str(k): _estimate(passed) for k, passed in result.pass_at.items()},
             "majority_at": {str(k): _estimate(vote) for k, vote in result.majority_at.items()},
         }
-    return plain | {
-        "failures": failure_kinds(result.failures),
-        "first_failures": [vars(failure) for failure in result.failures[:FAILURES_KEPT]],
-    }
+    first = [vars(failure) for failure in result.failures[:FAILURES_KEPT]]
+    return values | {"failures": failure_kinds(result.failures), "first_failures": first}
 
 
-def _estimate(found: Estimate) -> dict[str, Any]:
-    return {"value": found.value, "interval_95": [found.low, found.high], "problems": found.problems}
+def _estimate(estimate: Estimate) -> dict[str, Any]:
+    interval = [estimate.low, estimate.high]
+    return {"value": estimate.value, "interval_95": interval, "problems": estimate.problems}

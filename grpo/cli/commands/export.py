@@ -8,7 +8,8 @@
             report.html                                  what `quartet report` has made, where it is there
         trained_on.txt                                   fingerprints of the problems that it was trained on
 
-`--adapter` writes the adapters of a LoRA run instead, in peft's format.
+`--adapter` writes the adapters of a LoRA run instead, in peft's format. `--push_to_hub OWNER/NAME` makes a model
+repository of the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
@@ -38,21 +41,21 @@ from grpo.source.policy_source import RECORD, PolicySource, find_policy, load_fo
 from policies import lora, presets
 from policies.attention import sees_prompts_whole
 from policies.checkpoint import check_policy
-from policies.files import gguf
+from policies.conversion.dense import LICENCE_FILES
+from policies.files import gguf, hub
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
 from policies.layout import FIXED_FIELDS, WeightFiles, find_file
 from policies.policy import Policy, read_config
 from policies.routing.heads import DynamicHeadsConfig
 
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)
 # Modules that peft takes for routed experts or the router in models whose experts transformers stacks.
 REINTERPRETED = {"gate_proj", "up_proj", "down_proj", "gate"}
 
 
 class ExportError(ValueError):
-    """A run that cannot be exported as asked; the message says what is missing and what to do."""
+    """A run cannot be exported as asked; the message says what is missing and what to do."""
 
 
 @dataclass(frozen=True)
@@ -62,63 +65,61 @@ class Run:
 
     @property
     def base(self) -> str:
-        """What GRPO started from: the warm start that the run made, else its `model`; folders by their whole path."""
+        """GRPO started from this: the warm start that the run made, else its `model`; folders have their whole path."""
         warm = self.folder / "warm_start"
         base = find_policy(str(warm) if warm.is_dir() else str(self.config["model"])).folder
         return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def export(run: str | Path, destination: str | Path, *, adapter: bool = False, hub_id: str = "") -> str:
-    """Writes `destination`, complete or not at all, and returns what to tell the user. `hub_id` is what its model
-    card loads, where that is not the folder.
-
-    `run` is a run folder or a checkpoint inside one. Raises FileExistsError for a destination that exists, ExportError,
-    PolicyError or CheckpointError for a run that cannot be exported.
-    """
+    """Writes `destination`, complete or not at all, and returns what to tell the user. `run` is a run folder or a
+    checkpoint inside one. The model card loads `hub_id`, where that is not the folder. Raises FileExistsError,
+    ExportError, PolicyError or CheckpointError for what cannot be exported."""
     run, destination = Path(run), Path(destination)
     if destination.exists() or destination.is_symlink():
         raise FileExistsError(f"destination={str(destination)!r} exists; remove it or name another")
-    found = _read_run(run)
+    record = _read_run(run)
     source = find_policy(str(run))
     shape = shape_of(source)
-    whole = sees_prompts_whole(shape)
-    if whole or isinstance(shape, DynamicHeadsConfig):
-        what = "prompt_attention=bidirectional" if whole else "dynamic heads (active_heads)"
+    sees_whole = sees_prompts_whole(shape)
+    if sees_whole or isinstance(shape, DynamicHeadsConfig):
+        what = "prompt_attention=bidirectional" if sees_whole else "dynamic heads (active_heads)"
         raise ExportError(
             f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
         )
-    origin = origin_of(found.config["model"])
+    origin = origin_of(record.config["model"])
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
         folder = Path(scratch) / destination.name
-        left = ""
+        notes = []
         if adapter:
-            if _write_adapter(found, source, folder).mtp is not None:
-                left = "The draft head is not among them: export without `--adapter` for it."
-            if found.config["lora"].get("base"):
-                left += " They were trained over a base in 4 bits: load it so, or export without `--adapter`."
-                left = left.strip()
+            if _write_adapter(record, source, folder).mtp is not None:
+                notes.append("The draft head is not among them: export without `--adapter` for it.")
+            if record.config["lora"].get("base"):
+                notes.append("They were trained over a base in 4 bits: load it so, or export without `--adapter`.")
         else:
-            _write_merged(source, found, folder)
+            _write_merged(source, record, folder)
         for file in origin.licence_files:
             shutil.copy(file, folder / file.name)
         heed_umask(folder)
         (folder / "run").mkdir()
         for name in RUN_FILES:
-            if (found.folder / name).is_file():
-                shutil.copy(found.folder / name, folder / "run" / name)
-        base = found.base if adapter else None
-        what, called = _what(source), hub_id or destination.name
-        card = model_card(found.folder, called, origin, what, base, folder, left, source.step)
+            if (record.folder / name).is_file():
+                shutil.copy(record.folder / name, folder / "run" / name)
+        what = source.meaning if source.step is None else f"{source.meaning} (its weights are of step {source.step})"
+        if source.checkpoint is not None:
+            what = f"checkpoint {source.checkpoint.name}"
+        base, called, left = record.base if adapter else None, hub_id or destination.name, " ".join(notes)
+        card = model_card(record.folder, called, origin, what, base, folder, left, source.step)
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(destination)
-    licence = f"licence: {origin.licence_note}"
-    said = f"{'adapters' if adapter else 'policy'} of {run} ({source.meaning}) written to {destination}; {licence}"
-    return f"{said}\n{left}" if left else said
+    what, licence = "adapters" if adapter else "policy", f"licence: {origin.licence_note}"
+    message = f"{what} of {run} ({source.meaning}) written to {destination}; {licence}"
+    return f"{message}\n{left}" if left else message
 
 
 def origin_of(model: str) -> Origin:
-    """The model that the weights of `model` first came from, through runs that continue runs, and its licence."""
+    """Returns the model whose weights `model` began with, through runs that continue runs, and its licence."""
     while run := _run_around(Path(model)):
         model = str(_read_run(run).config["model"])
     if model in presets.PRESETS:
@@ -126,14 +127,12 @@ def origin_of(model: str) -> Origin:
     files = [Path(path) for name in LICENCE_FILES if (path := find_file(model, name))]
     card = find_file(model, "README.md")
     data = ModelCard(Path(card).read_text(encoding="utf-8"), ignore_metadata_errors=True).data if card else None
-    terms = {
-        key: str(value) for key in ("license", "license_name", "license_link") if (value := getattr(data, key, None))
-    }
-    return Origin(model, terms=terms, licence_files=files)
+    terms = {key: getattr(data, key, None) for key in ("license", "license_name", "license_link")}
+    return Origin(model, terms={key: str(value) for key, value in terms.items() if value}, licence_files=files)
 
 
 def _run_around(path: Path) -> Path | None:
-    """The run that `path` is, or that holds it as policy/, warm_start/ or checkpoints/step_000010/."""
+    """Returns the run that `path` is, or that holds it as policy/, warm_start/ or checkpoints/step_000010/."""
     if not path.is_dir():
         return None
     path = path.resolve()
@@ -144,16 +143,10 @@ def _read_run(run: Path) -> Run:
     folder = _run_around(run)
     if folder is None or not (folder / "config.yaml").is_file():
         raise ExportError(f"RUN={str(run)!r} is no run folder (no environment.json and config.yaml in it)")
-    _, config = recorded_options(folder / "config.yaml")
-    if "model" not in config:
+    _, options = recorded_options(folder / "config.yaml")
+    if "model" not in options:
         raise ExportError(f"{folder / 'config.yaml'} names no `model`; it is not the configuration of a run")
-    return Run(folder, config)
-
-
-def _what(source: PolicySource) -> str:
-    if source.checkpoint is not None:
-        return f"checkpoint {source.checkpoint.name}"
-    return source.meaning if source.step is None else f"{source.meaning} (its weights are of step {source.step})"
+    return Run(folder, options)
 
 
 def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
@@ -163,30 +156,29 @@ def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
         return
     if not WeightFiles(source.folder).shapes:  # reads headers: a damaged file is not passed on
         raise ExportError(f"{source.folder} holds no safetensors; let the run end: --resume auto")
-    config = read_config(source.folder)
+    shape = read_config(source.folder)
     check_policy(Path(source.folder))
     # The export may be edited, and the record names a checkpoint of the run.
     shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(DIGESTS, RECORD))
-    if isinstance(config, DeepseekV3Config):  # a policy that was saved before we wrote these fields
+    if isinstance(shape, DeepseekV3Config):  # a policy that was saved before we wrote these fields
         file = folder / "config.json"
         fields = json.loads(file.read_text(encoding="utf-8")) | FIXED_FIELDS
         file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
-    """The policy whose adapters were written."""
+    """Write the adapters of a LoRA run. Returns the policy that has them."""
     options = run.config.get("lora")
     if not options:
         raise ExportError(f"{run.folder} trained every weight (lora: null), so there is no adapter; drop --adapter")
-    if run.base in presets.PRESETS:
-        raise ExportError(
-            f"the base of {run.folder} is preset {run.base!r}, random weights that nobody has; drop --adapter"
-        )
-    if gguf.file_of(run.base):
-        raise ExportError(f"the base of {run.folder} is a GGUF file, which peft cannot load by name; drop --adapter")
-    newest = source.checkpoint or checkpoint.newest(run.folder / "checkpoints")
-    if newest is None:
-        raise ExportError(f"{run.folder} has no checkpoint, where adapters are kept; drop --adapter")
+    base, newest = run.base, source.checkpoint or checkpoint.newest(run.folder / "checkpoints")
+    for fault, why in (
+        (base in presets.PRESETS, f"the base of {run.folder} is preset {base!r}, random weights that nobody has"),
+        (gguf.file_of(base), f"the base of {run.folder} is a GGUF file, which peft cannot load by name"),
+        (newest is None, f"{run.folder} has no checkpoint, where adapters are kept"),
+    ):
+        if fault:
+            raise ExportError(f"{why}; drop --adapter")
     policy = load_found(source if source.checkpoint else find_policy(str(newest)), _options(run), merged=False)
     if source.checkpoint is None:
         check_policy(Path(source.folder))
@@ -202,11 +194,9 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
 
 
 def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
-    """The configuration under which `PeftModel.from_pretrained(base, ...)` puts our adapters where they were.
-
+    """Returns the configuration under which `PeftModel.from_pretrained(base, ...)` puts our adapters where they were.
     In a model whose experts transformers stacks, peft takes gate_proj, up_proj and down_proj among target_modules for
-    the routed experts. As target_parameters, with `.weight`, they mean the dense and shared ones.
-    """
+    the routed experts. As target_parameters, with `.weight`, they mean the dense and shared ones."""
     stacked = get_checkpoint_conversion_mapping(model.config.model_type) is not None
     modules, parameters = set(), set()
     for name, layer in lora.adapters(model):
@@ -251,9 +241,50 @@ def _refuse_moved_parts(policy: Policy, base: str) -> None:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference as a share of the largest value."""
+    """Returns the largest difference as a share of the largest value."""
     return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-6))
 
 
 def _options(run: Run) -> ModelOptions:
     return ModelOptions(dtype=run.config.get("dtype", "float32"), device="cpu")
+
+
+def export_and_push(run: Path, destination: Path | None, repo_id: str, *, adapter: bool = False) -> str:
+    """Writes `destination` (None: a folder that is removed afterwards), uploads it, and returns what to tell the user.
+    A repository that is not there is made, and is private. The token is the one of `hf auth login` or HF_TOKEN. Raises
+    ExportError for a name or token that cannot be used, before anything is written, and where the hub refuses."""
+    api = HfApi(endpoint=constants.ENDPOINT)
+    check(api, repo_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = destination or Path(scratch) / repo_id.rpartition("/")[2]
+        message = export(run, folder, adapter=adapter, hub_id=repo_id)
+        try:
+            api.create_repo(repo_id, private=True, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=f"quartet export of {run.name}"
+            )
+        except (HfHubHTTPError, OSError) as error:
+            copy = f"; the export is in {destination}" if destination else ""
+            raise ExportError(f"--push_to_hub {repo_id}: the hub refused it: {error}{copy}") from error
+    return f"{message}\npushed to {commit.repo_url.url if commit.repo_url else repo_id} (a new repository is private)"
+
+
+def check(api: HfApi, repo_id: str) -> None:
+    """Raises ExportError unless this can be pushed to."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ExportError(f"--push_to_hub {repo_id!r} is no name of a repository: {error}") from None
+    if "/" not in repo_id:
+        raise ExportError(f"--push_to_hub {repo_id!r} has no owner: write OWNER/NAME")
+    if why := hub.unreachable():
+        raise ExportError(
+            f"--push_to_hub {repo_id}: {why}. Leave it out, and where there is a network: hf upload {repo_id} FOLDER"
+        )
+    try:
+        api.whoami()
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise ExportError(
+            f"--push_to_hub {repo_id}: the hub does not know who you are ({type(error).__name__}); log in with "
+            "`hf auth login`, or set HF_TOKEN to a token that may write"
+        ) from error

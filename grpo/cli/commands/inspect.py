@@ -21,33 +21,28 @@ CONTEXT = 4096
 
 
 def inspect(model: str, context: int | None = None) -> Anatomy:
-    """Count the parts of a preset, a run, a checkpoint folder, a GGUF file or a hub id, without loading or fetching its
-    weights.
-
-    `context`: tokens to attend to; 4096 or the policy's longest by default. The files of a folder are checked, too.
-    Raises PolicyError.
-    """
+    """Counts the parts of a preset, a run, a checkpoint folder, a GGUF file or a hub id, without loading or fetching
+    weights. `context`: tokens to attend to; 4096 or the longest by default. The files of a folder are checked, too."""
     source = find_policy(model, read=False)
-    config, preset = shape_of(source), source.base in presets.PRESETS
-    depth = config.num_nextn_predict_layers if preset else _mtp_depth(source.base, read_config(source.base))
-    longest = max(getattr(config, "max_position_embeddings", None) or 0, 0) or CONTEXT  # XLNet says -1: there is none
-    options = LoraOptions()
-    context = min(CONTEXT, longest) if context is None else context
-    return anatomy(config, depth, context=context, lora_rank=options.rank, lora_alpha=options.alpha)
+    shape, preset = shape_of(source), source.base in presets.PRESETS
+    depth = shape.num_nextn_predict_layers if preset else _mtp_depth(source.base, read_config(source.base))
+    longest = max(getattr(shape, "max_position_embeddings", None) or 0, 0) or CONTEXT  # XLNet says -1: there is none
+    context, lora = min(CONTEXT, longest) if context is None else context, LoraOptions()
+    return anatomy(shape, depth, context=context, lora_rank=lora.rank, lora_alpha=lora.alpha)
 
 
-def _mtp_depth(model: str, config: Any) -> int:
-    """How many MTP layers are stored, as far as that is known without fetching weights."""
-    if not isinstance(config, DeepseekV3Config):
+def _mtp_depth(model: str, shape: Any) -> int:
+    """Returns how many MTP layers are stored, as far as that is known without fetching weights."""
+    if not isinstance(shape, DeepseekV3Config):
         return 0
     if Path(model).is_dir():
         files = WeightFiles(model)
         if files.shapes:
-            check_tensors(files, config)
-            return len(mtp_layers(config, files.shapes))
+            check_tensors(files, shape)
+            return len(mtp_layers(shape, files.shapes))
     elif index := find_file(model, INDEX):
-        return len(mtp_layers(config, read_index(model, index)))
-    return config.num_nextn_predict_layers
+        return len(mtp_layers(shape, read_index(model, index)))
+    return shape.num_nextn_predict_layers
 
 
 def table(model: str, anatomy: Anatomy) -> Table:
@@ -58,7 +53,7 @@ def table(model: str, anatomy: Anatomy) -> Table:
 
 
 def as_json(model: str, anatomy: Anatomy) -> dict[str, Any]:
-    """{"model": "tiny", "parameters": 2287616, ..., "cache_bytes": {"float32": 1024, "bfloat16": 512}, ...}"""
+    """Returns {"model": "tiny", "parameters": 2287616, ..., "cache_bytes": {"float32": 1024, "bfloat16": 512}, ...}"""
     numbers = anatomy.cache_numbers
     return asdict(anatomy) | {
         "model": model,

@@ -1,24 +1,20 @@
 """Memory of a run by device, from its configuration alone: models are built without storage, no weight is loaded.
 
-Exact, to the byte: weights (codes and scales of a base in 4 bits), fp32 copies, gradients, moments, reference,
-teacher, the sampler and its derived tensors, W + ΔW.
-What a rank holds of a sharded learner is in shares.py. Rough, to a third or so:
+These are exact to the byte: weights (codes and scales of a base in 4 bits), fp32 copies, gradients, moments,
+reference, teacher, the sampler and its derived tensors, W + ΔW. What a rank holds of a sharded learner is in shares.py.
+These are rough, to a third or so:
 
     activations   each token keeps, for the backward pass, the input and the output of every linear module and of the
                   experts that it uses, and of every norm its fp32 input, that normalised, and the result; with
                   gradient checkpointing the input of every layer and all this for one layer. Also the attention mask of
-                  rows up to 2,048 tokens, one chunk of logits in four copies, and a gradient of the LM head. Adapters
-                  of routed experts keep W + ΔW.
+                  rows up to 2,048 tokens, one chunk of logits in four copies, and a gradient of the LM head.
     rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
-
     graphs        for each size of a recorded CUDA graph the logits, one layer and the scores of its tokens
-    host          what is built in main memory before it is moved to a device: whole policies, but for shards, which
-                  are read from their files; what `learner.parallel.fsdp_cpu_offload` leaves there, and a worker that
-                  has left its device
+    host          whole policies that are built in main memory before they are moved to a device, and what
+                  `learner.parallel.fsdp_cpu_offload` or a worker that has left its device keeps there
 
-Not counted: what torch itself needs (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation (leave a
-fifth free), reward models, the evaluation of `quartet sft`, the parts of 1 GB in which weights travel to Ray workers
-through main memory, the compiler of a graph on a CPU.
+These are not counted: what torch itself needs (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation
+(leave a fifth free), reward models, the evaluation of `quartet sft`, weights on their way to Ray workers, a compiler.
 """
 
 from __future__ import annotations
@@ -34,11 +30,9 @@ from transformers import DeepseekV3Config, PretrainedConfig
 
 from grpo.cli.commands.memory_table import WARM_START, DeviceMemory, each_of, on_devices
 from grpo.cli.commands.shares import Shares, largest_bytes, moment_bytes
-from grpo.config.learner import LoraOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.policy import ModelOptions
 from grpo.config.run import LearningConfig, TrainConfig
-from grpo.config.sampling import RolloutOptions
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.run.hardware import device_of
 from grpo.source.policy_source import meta_policy, read_shape
@@ -54,239 +48,228 @@ from rollout.depth import GRAPH_DEPTHS
 Part = TypeVar("Part")
 
 MAX_ROWS = 256  # that an engine decodes together
-
-
-def memory_of_run(
-    shape: PretrainedConfig, head: bool, config: LearningConfig | MtpConfig, gpus: float = 0
-) -> list[DeviceMemory]:
-    """One entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no Ray workers),
-    the other ranks where there are any, and a Ray worker, or what is on a GPU together.
-
-    `head`: there is a draft head. `gpus`: see `on_devices`. Raises ValueError for adapters that the model cannot have,
-    and for a `learner.parallel` that fits no number of processes.
-    """
-    if isinstance(config, MtpConfig):
-        learner = head_learner_memory(shape, config)
-    elif isinstance(config, TrainConfig):
-        learner = learner_memory(shape, head, config, lora_options=config.lora)
-        teacher = teacher_bytes(config)
-        learner = replace(learner, teacher=teacher, host=max(learner.host, teacher))
-    else:
-        return [learner_memory(shape, head, config)]
-    found = []
-    if isinstance(config, TrainConfig) and config.warm_start.steps:
-        found.append(replace(learner_memory(shape, head, config, warm_start=True), name=WARM_START))
-    rollout = config.whole_rollout
-    workers, ranks = rollout.samplers, learner.count
-    sampler = sampler_memory(shape, head, config, on_gpu=bool(gpus))
-    if workers:
-        sampler = replace(sampler, name=each_of(workers, "worker"), count=workers)
-        found += on_devices(learner, sampler, config, gpus)
-    else:
-        if ranks == 1 and rollout.backend != "vllm" and not getattr(config, "lora", None):
-            sampler = replace(sampler, sampler=0, host=0)  # it reads the learner's weights, see LocalPool
-        name = "learner and sampler" if ranks == 1 else "rank 0, which samples"
-        both = replace(learner, count=1).beside(sampler, 1, name, in_turn=False)
-        found.append(replace(both, host=max(learner.host, sampler.host)))  # one is moved before the other is made
-        if ranks > 1:
-            found.append(replace(learner, name=each_of(ranks - 1, "other rank"), count=ranks - 1))
-    if not gpus:
-        return [replace(it, host=0) for it in found]
-    offload = isinstance(config, LearningConfig) and config.learner.parallel.fsdp_cpu_offload
-    return [it.offloaded() if offload else it for it in found]
-
-
-def learner_memory(
-    shape: PretrainedConfig,
-    head: bool,
-    config: LearningConfig,
-    *,
-    lora_options: LoraOptions | None = None,
-    warm_start: bool = False,
-    processes: int = 0,
-) -> DeviceMemory:
-    """What `Learner` holds on each of so many ranks (0: see `Shares.of`). Its warm start trains every weight and has
-    no reference."""
-    dtype, shares = (
-        getattr(torch, config.dtype),
-        Shares.of(config.learner.parallel, processes or config.learner.workers),
-    )
-    policy = meta_policy(shape, head, dtype)
-    freeze_exact_parts(policy)
-    plain = dict(policy.named_parameters())
-    small = four_bit.chosen(policy.trunk) if lora_options is not None and lora_options.base else {}
-    if lora_options is not None:
-        policy.add_lora(lora_options.rank, lora_options.alpha, lora_options.targets)
-    grpo = isinstance(config, TrainConfig) and not warm_start
-    weights = dict(policy.named_parameters())
-    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
-    below = {name: weight for name, weight in trained.items() if weight.dtype != torch.float32}
-    # A draft head that is left as it is has masters, but never a gradient.
-    depth = config.mtp.depth if policy.mtp is not None and config.mtp.loss_weight else 0
-    taught = {name: weight for name, weight in trained.items() if depth or not name.startswith("mtp.")}
-    value: dict[str, Tensor] = {}
-    if isinstance(config, TrainConfig) and grpo and config.loss.advantage in ("gae", "rank_softmax"):
-        from grpo.learner.terms.value import ValueHead
-
-        with torch.device("meta"):
-            value = dict(ValueHead(shape.hidden_size, config.value.hidden_size).named_parameters())
-    row, tokens = _row_tokens(config), config.learner.tokens_per_micro_batch
-    anchored = False
-    if isinstance(config, TrainConfig) and grpo:
-        tokens = min(tokens, config.prompts_per_step * row)
-        anchored = config.loss.beta > 0 and lora_options is None
-
-    def held(chosen: Mapping[str, Tensor], bytes_of: Callable[[Tensor], float] = lambda weight: 4) -> int:
-        """Bytes of the shares of a rank, where a number of a weight takes `bytes_of` it."""
-        return round(sum(shares.held(name, weight) * bytes_of(weight) for name, weight in chosen.items()))
-
-    def kept_as(weight: Tensor) -> int:
-        return weight.element_size() if config.learner.rounds else 4
-
-    saved = sum(weight.nbytes - four_bit.bytes_of(weight) for weight in small.values())
-    published = {id(weight): weight.nbytes for weight in (*_adapted(policy), *small.values())}
-    eight = config.learner.optimizer != "adamw"
-    whole = 2 * largest_bytes(weights.values(), 4) if shares.ranks > 1 else 0  # the parts, then together
-    buffers = sum(buffer.nbytes for buffer in policy.buffers())
-    used = {name: weight for name, weight in weights.items() if depth or not name.startswith("mtp.")}
-    outside, layer = shares.gathered_bytes(used)
-    loading = sum(weight.nbytes for name, weight in weights.items() if name.startswith("mtp.")) if shares.gathers else 0
-    learns_head = policy.lm_head.numel() * 4 if policy.lm_head.requires_grad else 0
-    activations = activation_bytes(policy, tokens, row, dtype, depth, config.learner.gradient_checkpointing)
-    whole_policy = sum(weight.nbytes for weight in plain.values()) + buffers
-    return DeviceMemory(
-        "learner" if shares.ranks == 1 else f"each of {shares.ranks} ranks",
-        shares.ranks,
-        weights=held(weights, Tensor.element_size) + held(value) + buffers - saved,
-        masters=0 if config.learner.rounds else held(below),
-        older=held(trained, kept_as) if isinstance(config, TrainConfig) and grpo and config.rollout.ahead > 1 else 0,
-        gradients=held(taught | value),
-        moments=held(taught | value, lambda weight: moment_bytes(weight) if eight else 8),
-        reference=held(plain, Tensor.element_size) + buffers if anchored else 0,
-        loading=loading,
-        activations=activations + learns_head + max((weight.nbytes for weight in small.values()), default=0),
-        buffers=round(outside),
-        gathered=round(outside + 4 * layer),
-        publication=(sum(published.values()) if grpo else 0) + whole,
-        saving=whole,
-        host=whole_policy if shares.ranks == 1 else loading + largest_bytes(weights.values(), dtype.itemsize),
-    )
-
-
-def teacher_bytes(config: TrainConfig) -> int:
-    """What the teacher of `loss.advantage: distill` holds on each rank, whole; its forwards keep nothing."""
-    if config.distill.teacher is None or config.distill.url is not None:
-        return 0
-    options = ModelOptions(model=config.distill.teacher, dtype=config.dtype, device=config.device)
-    return storage_bytes(tensors_of(meta_policy(*read_shape(options), getattr(torch, options.dtype))))
-
-
-def head_learner_memory(shape: PretrainedConfig, config: MtpConfig) -> DeviceMemory:
-    """What `HeadLearner` holds: a frozen trunk, its hidden states of a whole batch, and a head that learns."""
-    dtype = getattr(torch, config.dtype)
-    policy = meta_policy(shape, True, dtype)
-    assert policy.mtp is not None
-    taught, tokens = sum(p.numel() for p in policy.mtp.parameters()), config.head.tokens_per_update
-    states = corpus_bytes(shape, config) // config.steps
-    kept = config.head.depth * tokens * sum(_kept_bytes(policy.mtp, shape, dtype).values())
-    return DeviceMemory(
-        "learner",
-        weights=storage_bytes(tensors_of(policy)),
-        masters=4 * sum(p.numel() for p in policy.mtp.parameters() if p.dtype != torch.float32),
-        gradients=4 * taught,
-        moments=8 * taught,
-        activations=states + kept + _logits_bytes(dtype),
-        host=storage_bytes(tensors_of(policy)),
-    )
-
-
 ASSUMED_PROMPT = 256  # where prompts are not known yet
 
 
-def corpus_bytes(shape: PretrainedConfig, config: MtpConfig) -> int:
-    """What `quartet mtp` keeps on disk of completions as long as they may be, of as many solutions, and of prompts of
-    ASSUMED_PROMPT with each of them."""
-    completions = config.prompts_per_step * config.rollout.group_size + config.head.solutions
-    tokens = completions * (ASSUMED_PROMPT + config.rollout.max_completion_tokens)
-    return config.steps * tokens * (shape.hidden_size * getattr(torch, config.dtype).itemsize + 32)
+class MemoryOfRun:
+    """Foretells what a run with a policy of this `shape` holds; `head`: it has a draft head."""
 
+    def __init__(self, shape: PretrainedConfig, head: bool, config: LearningConfig | MtpConfig) -> None:
+        self.shape, self.head, self.config = shape, head, config
+        self.dtype = getattr(torch, config.dtype)
 
-def sampler_memory(
-    shape: PretrainedConfig, head: bool, config: TrainConfig | MtpConfig, *, on_gpu: bool = False
-) -> DeviceMemory:
-    """What an `Engine` holds that decodes from a copy of the policy, in process or in a Ray worker; or the server of
-    vLLM that a run starts."""
-    dtype, rollout = getattr(torch, config.dtype), config.whole_rollout
-    rows = min(rollout.prompts_per_shard * rollout.group_size, MAX_ROWS)
-    entry = cache_numbers(shape) or 0
-    if head:
-        entry += shape.kv_lora_rank + shape.qk_rope_head_dim
-    cache = rows * rollout.max_completion_tokens * entry * dtype.itemsize
-    logits = rows * shape.vocab_size * (dtype.itemsize + 4)
-    policy = meta_policy(shape, head and isinstance(shape, DeepseekV3Config), dtype)
-    own = storage_bytes(tensors_of(policy))
-    found = DeviceMemory("sampler", sampler=own, rollout=cache + logits, host=own)
-    if rollout.backend == "vllm":
-        from rollout.backends.vllm.settings import KV_CACHE_BYTES
+    def devices(self, gpus: float = 0) -> list[DeviceMemory]:
+        """Returns one entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no
+        Ray workers), the other ranks where there are any, and a Ray worker, or what is on a GPU together. `gpus`: see
+        `on_devices`. Raises ValueError for adapters that the model cannot have, and for a `learner.parallel` that fits
+        no run."""
+        config, rollout, offloads, warm = self.config, self.config.whole_rollout, False, list[DeviceMemory]()
+        reads_weights = rollout.backend != "vllm"  # a sampler beside one learner reads its weights, see LocalPool
+        if isinstance(config, MtpConfig):
+            learner = self.head_learner()
+        elif isinstance(config, TrainConfig):
+            teacher, learner = self._teacher_bytes(), self.learner()
+            learner = replace(learner, teacher=teacher, host=max(learner.host, teacher))
+            offloads, reads_weights = config.learner.parallel.fsdp_cpu_offload, reads_weights and not config.lora
+            warm = [replace(self.learner(warm_start=True), name=WARM_START)] if config.warm_start.steps else []
+        else:
+            return [self.learner()]
+        ranks, sampler = learner.count, self.sampler(on_gpu=bool(gpus))
+        if workers := rollout.samplers:
+            sampler = replace(sampler, name=each_of(workers, "worker"), count=workers)
+            devices = [*warm, *on_devices(learner, sampler, config, gpus)]
+        else:
+            if ranks == 1 and reads_weights:
+                sampler = replace(sampler, sampler=0, host=0)
+            name = "learner and sampler" if ranks == 1 else "rank 0, which samples"
+            both = replace(learner, count=1).beside(sampler, 1, name, in_turn=False)
+            both = replace(both, host=max(learner.host, sampler.host))  # one is moved before the other is made
+            others = [replace(learner, name=each_of(ranks - 1, "other rank"), count=ranks - 1)] if ranks > 1 else []
+            devices = [*warm, both, *others]
+        if not gpus:
+            return [replace(device, host=0) for device in devices]
+        return [device.offloaded() if offloads else device for device in devices]
 
-        given = 0 if on_gpu else rollout.vllm.engine.get("kv_cache_memory_bytes", KV_CACHE_BYTES)
-        return DeviceMemory("sampler") if rollout.vllm.url else replace(found, rollout=given or found.rollout)
-    if not isinstance(shape, DeepseekV3Config):  # its own forward decodes, and its parameters are cast in place
-        return found
-    unbiased = deepcopy(shape)  # what is derived from biases is small, and cannot be derived without storage
-    unbiased.attention_bias = False
-    derived = derived_bytes(meta_policy(unbiased, head, dtype), dtype, device_of(config.device))
-    graphs = graph_bytes(policy, rollout, dtype) if on_gpu and rollout.compile == "on" else 0
-    return replace(found, derived=derived, publication=derived, graphs=graphs)
+    def learner(self, *, warm_start: bool = False, processes: int = 0) -> DeviceMemory:
+        """Returns what `Learner` holds on each of so many ranks (0: see `Shares.of`). A warm start trains all, without
+        reference."""
+        config, dtype = self.config, self.dtype
+        assert isinstance(config, LearningConfig)
+        options, grpo = config.learner, config if isinstance(config, TrainConfig) and not warm_start else None
+        shares = Shares.of(options.parallel, processes or options.workers)
+        adapters = grpo.lora if grpo else None
+        policy = meta_policy(self.shape, self.head, dtype)
+        freeze_exact_parts(policy)
+        plain = dict(policy.named_parameters())
+        small = four_bit.chosen(policy.trunk) if adapters and adapters.base else {}
+        if adapters:
+            policy.add_lora(adapters.rank, adapters.alpha, adapters.targets)
+        weights = dict(policy.named_parameters())
+        trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        below = {name: weight for name, weight in trained.items() if weight.dtype != torch.float32}
+        # A draft head that is left as it is has masters, but never a gradient.
+        depth = config.mtp.depth if policy.mtp is not None and config.mtp.loss_weight else 0
+        taught = {name: weight for name, weight in trained.items() if depth or not name.startswith("mtp.")}
+        value: dict[str, Tensor] = {}
+        if grpo and grpo.loss.advantage in ("gae", "rank_softmax"):
+            from grpo.learner.terms.value import HIDDEN, ValueHead
 
+            with torch.device("meta"):
+                value = dict(ValueHead(self.shape.hidden_size, HIDDEN).named_parameters())
+        row, tokens = (
+            config.whole_rollout.group_size * config.whole_rollout.max_completion_tokens,
+            options.tokens_per_micro_batch,
+        )
+        if grpo:
+            tokens = min(tokens, grpo.prompts_per_step * row)
 
-def graph_bytes(policy: Policy, rollout: RolloutOptions, dtype: torch.dtype) -> int:
-    """What CUDA graphs of every number of rows and drafts keep for themselves, for caches of one size. Rough."""
-    config, layers = policy.config, _kept_bytes(policy.trunk, policy.config, dtype)
-    from rollout.compiled.rounds import ENTRIES, ROWS
+        def held(chosen: Mapping[str, Tensor], bytes_of: Callable[[Tensor], float] = lambda weight: 4) -> int:
+            """Returns the bytes that a rank holds of these weights, where a number of one takes `bytes_of` it."""
+            return round(sum(shares.held(name, weight) * bytes_of(weight) for name, weight in chosen.items()))
 
-    entries = -(-(ASSUMED_PROMPT + rollout.max_completion_tokens) // ENTRIES) * ENTRIES
-    drafts = rollout.draft_tokens or 0
-    depths = (0,) if policy.mtp is None else GRAPH_DEPTHS if rollout.draft_tokens is None else {0, drafts}
-    tokens = sum(rows * (depth + 1) for rows in ROWS for depth in depths)
-    scores = config.num_attention_heads * entries * 4
-    return tokens * (config.vocab_size * (dtype.itemsize + 4) + max(layers.values(), default=0) + scores)
+        def older(weight: Tensor) -> int:
+            return weight.element_size() if options.rounds else 4
+
+        saved = sum(weight.nbytes - four_bit.bytes_of(weight) for weight in small.values())
+        published = {id(weight): weight.nbytes for weight in (*_adapted(policy), *small.values())}
+        whole = 2 * largest_bytes(weights.values(), 4) if shares.ranks > 1 else 0  # the parts, then together
+        buffers = sum(buffer.nbytes for buffer in policy.buffers())
+        outside, layer = shares.gathered_bytes(
+            {name: weight for name, weight in weights.items() if depth or not name.startswith("mtp.")}
+        )
+        loading = sum(w.nbytes for name, w in weights.items() if name.startswith("mtp.")) if shares.gathers else 0
+        learns_lm_head = policy.lm_head.numel() * 4 if policy.lm_head.requires_grad else 0
+        activations = activation_bytes(policy, tokens, row, dtype, depth, options.gradient_checkpointing)
+        eight_bits = options.optimizer != "adamw"
+        whole_policy = sum(weight.nbytes for weight in plain.values()) + buffers
+        return DeviceMemory(
+            "learner" if shares.ranks == 1 else f"each of {shares.ranks} ranks",
+            shares.ranks,
+            weights=held(weights, Tensor.element_size) + held(value) + buffers - saved,
+            masters=0 if options.rounds else held(below),
+            older=held(trained, older) if grpo and grpo.rollout.ahead > 1 else 0,
+            gradients=held(taught | value),
+            moments=held(taught | value, lambda weight: moment_bytes(weight) if eight_bits else 8),
+            reference=held(plain, Tensor.element_size) + buffers if grpo and grpo.loss.beta > 0 and not adapters else 0,
+            loading=loading,
+            activations=activations + learns_lm_head + max((weight.nbytes for weight in small.values()), default=0),
+            buffers=round(outside),
+            gathered=round(outside + 4 * layer),
+            publication=(sum(published.values()) if grpo else 0) + whole,
+            saving=whole,
+            host=whole_policy if shares.ranks == 1 else loading + largest_bytes(weights.values(), dtype.itemsize),
+        )
+
+    def _teacher_bytes(self) -> int:
+        """Returns what the teacher of `loss.advantage: distill` holds on each rank: its forwards keep nothing."""
+        config = self.config
+        assert isinstance(config, TrainConfig)
+        if config.distill.teacher is None or config.distill.url is not None:
+            return 0
+        options = ModelOptions(model=config.distill.teacher, dtype=config.dtype, device=config.device)
+        return storage_bytes(tensors_of(meta_policy(*read_shape(options), self.dtype)))
+
+    def head_learner(self) -> DeviceMemory:
+        """Returns what `HeadLearner` holds: a frozen trunk, its hidden states, and a draft head that learns."""
+        policy = meta_policy(self.shape, True, self.dtype)
+        assert policy.mtp is not None
+        assert isinstance(self.config, MtpConfig)
+        head, parameters = self.config.head, list(policy.mtp.parameters())
+        taught, all_tensors = sum(p.numel() for p in parameters), storage_bytes(tensors_of(policy))
+        of_token = sum(_kept_bytes(policy.mtp, self.shape, self.dtype).values())
+        activations = self.corpus_bytes() // self.config.steps + head.depth * head.tokens_per_update * of_token
+        return DeviceMemory(
+            "learner",
+            weights=all_tensors,
+            masters=4 * sum(p.numel() for p in parameters if p.dtype != torch.float32),
+            gradients=4 * taught,
+            moments=8 * taught,
+            activations=activations + _logits_bytes(self.dtype),
+            host=all_tensors,
+        )
+
+    def corpus_bytes(self) -> int:
+        """Returns what `quartet mtp` keeps on disk of completions as long as they may be, of as many solutions, and of
+        prompts of ASSUMED_PROMPT with each of them."""
+        assert isinstance(self.config, MtpConfig)
+        rollout = self.config.whole_rollout
+        completions = self.config.prompts_per_step * rollout.group_size + self.config.head.solutions
+        tokens = self.config.steps * completions * (ASSUMED_PROMPT + rollout.max_completion_tokens)
+        return tokens * (self.shape.hidden_size * self.dtype.itemsize + 32)
+
+    def sampler(self, *, on_gpu: bool = False) -> DeviceMemory:
+        """Returns what an `Engine` holds that decodes from a copy of the policy, in process or in a Ray worker; or the
+        server of vLLM that a run starts."""
+        shape, head, dtype, rollout = self.shape, self.head, self.dtype, self.config.whole_rollout
+        rows = min(rollout.prompts_per_shard * rollout.group_size, MAX_ROWS)
+        entry = (cache_numbers(shape) or 0) + (shape.kv_lora_rank + shape.qk_rope_head_dim if head else 0)
+        cache = rows * rollout.max_completion_tokens * entry * dtype.itemsize
+        logits = rows * shape.vocab_size * (dtype.itemsize + 4)
+        policy = meta_policy(shape, head and isinstance(shape, DeepseekV3Config), dtype)
+        copy = storage_bytes(tensors_of(policy))
+        sampler = DeviceMemory("sampler", sampler=copy, rollout=cache + logits, host=copy)
+        if rollout.backend == "vllm":
+            from rollout.backends.vllm.settings import KV_CACHE_BYTES
+
+            vllm_cache = 0 if on_gpu else rollout.vllm.engine.get("kv_cache_memory_bytes", KV_CACHE_BYTES)
+            elsewhere = DeviceMemory("sampler")
+            return elsewhere if rollout.vllm.url else replace(sampler, rollout=vllm_cache or sampler.rollout)
+        if not isinstance(shape, DeepseekV3Config):  # its own forward decodes, and its parameters are cast in place
+            return sampler
+        unbiased = deepcopy(shape)  # what is derived from biases is small, and cannot be derived without storage
+        unbiased.attention_bias = False
+        derived = derived_bytes(meta_policy(unbiased, head, dtype), dtype, device_of(self.config.device))
+        graphs = self._graph_bytes(policy) if on_gpu and rollout.compile == "on" else 0
+        return replace(sampler, derived=derived, publication=derived, graphs=graphs)
+
+    def _graph_bytes(self, policy: Policy) -> int:
+        """Returns roughly what CUDA graphs of every number of rows and drafts keep, for caches of one size."""
+        from rollout.compiled.rounds import ENTRIES, ROWS
+
+        rollout, layers = self.config.whole_rollout, _kept_bytes(policy.trunk, self.shape, self.dtype)
+        entries = -(-(ASSUMED_PROMPT + rollout.max_completion_tokens) // ENTRIES) * ENTRIES
+        drafts = rollout.draft_tokens or 0
+        depths = (0,) if policy.mtp is None else GRAPH_DEPTHS if rollout.draft_tokens is None else {0, drafts}
+        tokens = sum(rows * (depth + 1) for rows in ROWS for depth in depths)
+        scores = self.shape.num_attention_heads * entries * 4
+        return tokens * (self.shape.vocab_size * (self.dtype.itemsize + 4) + max(layers.values(), default=0) + scores)
 
 
 def activation_bytes(
     policy: Policy, tokens: int, row: int, dtype: torch.dtype, head_depth: int, checkpointing: bool
 ) -> int:
-    """Bytes of one micro-batch of `tokens` in rows of `row`, by the formula at the top of this file. Rough."""
-    layers, count = _kept_bytes(policy.trunk, policy.config, dtype), policy.config.num_hidden_layers
+    """Returns roughly the bytes of a micro-batch of `tokens` in rows of `row`, by the formula above."""
+    shape = policy.config
+    layers, count = _kept_bytes(policy.trunk, shape, dtype), shape.num_hidden_layers
     experts = sum(weight.nbytes for weight in _adapted(policy) if weight.dim() == 3)
-    kept = tokens * sum(layers.values()) + experts
+    size = tokens * sum(layers.values()) + experts
     if checkpointing:
-        largest = max(layers.values(), default=0)
-        kept = tokens * (count * policy.config.hidden_size * dtype.itemsize + largest) + experts // count
+        size = tokens * (count * shape.hidden_size * dtype.itemsize + max(layers.values(), default=0))
+        size += experts // count
     if policy.mtp is not None:
-        kept += head_depth * tokens * sum(_kept_bytes(policy.mtp, policy.config, dtype).values())
+        size += head_depth * tokens * sum(_kept_bytes(policy.mtp, shape, dtype).values())
     mask = tokens * row * dtype.itemsize if row <= PIECE else 0
-    return kept + mask + _logits_bytes(dtype)
+    return size + mask + _logits_bytes(dtype)
 
 
 def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> int:
-    """What decoding in `dtype` on `device` holds besides the policy's own tensors; `policy` may be without storage."""
-    own, derived = {_storage(tensor) for tensor in tensors_of(policy)}, derive(policy, dtype)
-    held = storage_bytes(tensor for tensor in tensors_of(derived) if _storage(tensor) not in own)
+    """Returns what decoding holds besides the policy's own tensors; `policy` may be without storage."""
+    storages, derived = {_storage(tensor) for tensor in tensors_of(policy)}, derive(policy, dtype)
+    held = storage_bytes(tensor for tensor in tensors_of(derived) if _storage(tensor) not in storages)
     if policy.device.type == "meta" and will_block(dtype, device):
-        shared = {id(it): it.weight.nbytes for it in parts_of(derived, FixedLinear) if _storage(it.weight) in own}
+        shared = {id(it): it.weight.nbytes for it in parts_of(derived, FixedLinear) if _storage(it.weight) in storages}
         held += sum(shared.values())
     return held
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storage of `tensors`; what several share counts once."""
+    """Returns the bytes of the storage of `tensors`; what several share counts once."""
     sizes = {_storage(t): t.nbytes if t.is_mkldnn else t.untyped_storage().nbytes() for t in tensors}
     return sum(sizes.values())
 
 
 def tensors_of(holder: Any) -> Iterator[Tensor]:
-    """Every tensor of a module, of one of our own plain objects, or of several."""
+    """Yields every tensor of a module, of one of our own plain objects, or of several."""
     return parts_of(holder, Tensor)
 
 
@@ -307,29 +290,25 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _adapted(policy: Policy) -> Iterator[Tensor]:
-    """The weights that have adapters; `Policy.weights()` makes W + ΔW of each."""
+    """Yields the weights that have adapters; `Policy.weights()` makes W + ΔW of each."""
     for module in (policy.trunk, *([] if policy.mtp is None else [policy.mtp])):
         for _, layer in lora.adapters(module):
             name = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
             yield getattr(layer.get_base_layer(), name)
 
 
-def _row_tokens(config: LearningConfig | MtpConfig) -> int:
-    return config.whole_rollout.group_size * config.rollout.max_completion_tokens
-
-
 def _logits_bytes(dtype: torch.dtype) -> int:
     return CHUNK_ELEMENTS * ((1 + GRADIENT_CHUNKS) * dtype.itemsize + 3 * 4)
 
 
-def _kept_bytes(model: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that a token keeps, by layer number; "" for what is in no layer."""
-    kept: dict[str, int] = {}
+def _kept_bytes(model: nn.Module, shape: PretrainedConfig, dtype: torch.dtype) -> dict[str, int]:
+    """Returns the bytes that a token keeps, by layer number; "" for what is in no layer."""
+    sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
         if ".experts." in name and parameter.dim() == 3:
-            size = config.num_experts_per_tok * sum(parameter.shape[1:]) * dtype.itemsize
+            size = shape.num_experts_per_tok * sum(parameter.shape[1:]) * dtype.itemsize
         elif "norm" in name and parameter.dim() == 1:
             size = parameter.numel() * (4 + 4 + dtype.itemsize)
         elif parameter.dim() == 2 and not any(part in name for part in ("embed", "lm_head")):
@@ -337,5 +316,5 @@ def _kept_bytes(model: nn.Module, config: PretrainedConfig, dtype: torch.dtype) 
         else:
             continue
         layer = name.split(".layers.", 1)[1].split(".", 1)[0] if ".layers." in name else ""
-        kept[layer] = kept.get(layer, 0) + size
-    return kept
+        sizes[layer] = sizes.get(layer, 0) + size
+    return sizes

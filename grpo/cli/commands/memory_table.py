@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from grpo.config.run import LearningConfig, RunConfig
 
@@ -19,8 +19,8 @@ WARM_START = "warm start"  # it is over before GRPO begins
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device. The fields before `loading` are held all the time, gradients only while a step learns, and
-    the others one at a time. `host` is in main memory, where the run has devices with memory of their own."""
+    """A device holds these bytes. The fields before `loading` are held all the time, gradients only while a step
+    learns, and the others one at a time. `host` is in main memory, where the run has devices with their own."""
 
     name: str
     count: int = 1  # of such devices
@@ -47,7 +47,7 @@ class DeviceMemory:
 
     @property
     def phases(self) -> dict[str, int]:
-        """The most at each part of a run, in its order.
+        """Each part of a run needs so much at most; they are in its order.
 
         >>> DeviceMemory("a", weights=2, moments=8, activations=5, rollout=3, publication=1).phases
         {'loading': 2, 'sampling': 13, 'learning': 15, 'publishing': 11, 'saving': 10}
@@ -69,7 +69,7 @@ class DeviceMemory:
         return max(self.phases.values())
 
     def beside(self, other: DeviceMemory, times: int, name: str, *, in_turn: bool) -> DeviceMemory:
-        """This process and `times` others of one kind on the same device.
+        """Adds `times` others of one kind on the same device to this process.
 
         >>> both = DeviceMemory("a", weights=2).beside(DeviceMemory("b", sampler=5), 2, "both", in_turn=True)
         >>> both.phases
@@ -79,7 +79,7 @@ class DeviceMemory:
         return DeviceMemory(name, self.count, in_turn, **sizes)
 
     def offloaded(self) -> DeviceMemory:
-        """With `learner.parallel.fsdp_cpu_offload`: the shards of the learner are in main memory."""
+        """Moves the shards of the learner to main memory, as `learner.parallel.fsdp_cpu_offload` does."""
         shards: dict[str, Any] = dict.fromkeys(("weights", "masters", "gradients", "moments", "reference", "older"), 0)
         return replace(self, **shards, host=self.host + sum(getattr(self, name) for name in shards))
 
@@ -89,21 +89,17 @@ def each_of(count: int, what: str) -> str:
 
 
 def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, gpus: float) -> list[DeviceMemory]:
-    """The devices of the learners and of the Ray workers, from what one process of each holds.
-
-    `gpus`: how many there are. 0 is a run on CPUs, where no process has a device of its own. Infinity: as many as the
-    run asks for.
-    """
-    rollout = config.whole_rollout
-    share, workers, ranks = rollout.gpus_per_worker, worker.count, learner.count
+    """Returns the devices of the learners and of the Ray workers, from what one process of each holds. `gpus`: how many
+    there are. 0 is a run on CPUs, where no process has a device of its own. Infinity: as many as the run asks for."""
+    share, workers, ranks = config.whole_rollout.gpus_per_worker, worker.count, learner.count
     if not gpus:
         return [learner, worker]
     placed_by_ray = isinstance(config, LearningConfig) and config.learner.workers > 0
     no_others = gpus <= ranks and not placed_by_ray
-    if not share or (no_others and rollout.ahead):  # Ray is shown the GPUs that the learners leave: none
+    if not share or (no_others and config.whole_rollout.ahead):  # Ray is shown the GPUs that the learners leave: none
         return [learner, replace(worker, name=f"{worker.name}, on CPUs", on_host=True)]
     on_one = min(int(1 / share + 1e-6), workers)
-    if not (rollout.colocate or no_others):
+    if not (config.whole_rollout.colocate or no_others):
         return [learner, *_together(worker, workers, on_one)]
     beside = 1 if placed_by_ray else on_one  # a learner that Ray has placed leaves room for one, see gpu_share
     shared = min(ranks, ceil(workers / beside))
@@ -119,7 +115,7 @@ def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, g
 
 
 def _together(worker: DeviceMemory, workers: int, on_one: int) -> list[DeviceMemory]:
-    """Workers without a learner on their devices, `on_one` on each."""
+    """Puts workers on devices without a learner, `on_one` on each."""
     if on_one == 1:
         return [replace(worker, name=each_of(workers, "worker"), count=workers)]
     count = ceil(workers / on_one)
@@ -150,14 +146,12 @@ ROWS = {
 
 
 def table(devices: Sequence[DeviceMemory]) -> Table:
-    """A table in GiB with a column per kind of device; rows of zeros are left out."""
-    shown = Table(title="memory in GiB, by device", title_justify="left")
-    shown.add_column("")
-    for device in devices:
-        shown.add_column(device.name, justify="right")
+    """Returns a table in GiB with a column per kind of device; rows of zeros are left out."""
+    columns = [Column(device.name, justify="right") for device in devices]
+    result = Table("", *columns, title="memory in GiB, by device", title_justify="left")
     for name, words in ROWS.items():
         sizes = [getattr(device, name) for device in devices]
         if any(sizes):
             end = name in ("buffers", "saving", "peak")
-            shown.add_row(words, *(f"{size / 2**30:,.2f}" if size else "" for size in sizes), end_section=end)
-    return shown
+            result.add_row(words, *(f"{size / 2**30:,.2f}" if size else "" for size in sizes), end_section=end)
+    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ VLLM_ON_CPU = """\
 
 @dataclass(frozen=True)
 class Origin:
-    """The model that training started from, and its licence: `terms` are fields of its own model card."""
+    """Training started from this model, and with its licence: `terms` are fields of its own model card."""
 
     model: str
     preset: bool = False
@@ -61,9 +61,9 @@ class Origin:
     def licence_note(self) -> str:
         if self.preset:
             return f"none; the weights were trained from scratch (preset {self.model})"
-        names = [file.name for file in self.licence_files]
-        named = [self.terms["license"]] if "license" in self.terms else []
-        return ", ".join(named + names) or f"none was found with {self.model}; ask its author before you share this"
+        names = [str(self.terms[key]) for key in self.terms if key == "license"]
+        names += [file.name for file in self.licence_files]
+        return ", ".join(names) or f"none was found with {self.model}; ask its author before you share this"
 
 
 def model_card(
@@ -76,32 +76,32 @@ def model_card(
     left: str = "",
     step: int | None = None,
 ) -> str:
-    """`what` of the run `run` is exported as `name` into `folder`; `base`: the adapters' base, None if merged.
-
-    `left` is a sentence on what the export leaves out. `step` is the exported step; later numbers are left out.
-    """
-    _, config = recorded_options(run / "config.yaml")
+    """Returns the card of `what` of `run`, exported as `name` into `folder`; `base`: the adapters' base, None if
+    merged. `left` says what the export leaves out. `step` is the exported one; later numbers are left out."""
+    _, options = recorded_options(run / "config.yaml")
     here = hardware.read(run / hardware.FILE)
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     lines = [line for line in lines if step is None or line["step"] <= step]
     with expecting(run / "config.yaml", "configuration of a run"):
-        evaluations = list(_evaluations(config, lines))
-    method = "GRPO" if "steps" in config else "supervised fine-tuning"
-    method = "teaching the draft head" if "head" in config else method
+        evaluations = list(_evaluations(options.get("data", {}).get("name"), lines))
+    effective = yaml.safe_dump(options, sort_keys=False)
+    method = "GRPO" if "steps" in options else "supervised fine-tuning"
+    method = "teaching the draft head" if "head" in options else method
     parts = [
         f"# {name}",
         f"{'Adapters (LoRA)' if base else 'Weights'} from {method} with quartet-rl: {what}, run `{run.name}`, "
         f"which started from `{origin.model}`." + (f" {left}" if left else ""),
         "## Use",
         _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=base)),
-        *_drafting(folder),
-        *_in_vllm(folder, name),
+        *_for_other_programs(folder, name),
         "## Held-out problems",
         *evaluations,
         "## Training",
         *_training(lines),
-        _report(run),
-        f"The effective configuration (`run/config.yaml`):\n\n{_code('yaml', yaml.safe_dump(config, sort_keys=False))}",
+        f"[The report of the run](run/{REPORT}) shows its curves, and rollouts token by token."
+        if (run / REPORT).is_file()
+        else f"`quartet report {run.name}` writes its curves, and rollouts token by token, into one page.",
+        f"The effective configuration (`run/config.yaml`):\n\n{_code('yaml', effective)}",
         "## Hardware, versions, command",
         *_machines(run, here),
         "## Licence",
@@ -122,33 +122,26 @@ def _front_matter(origin: Origin, base: str | None) -> str:
     return data.to_yaml()
 
 
-def _drafting(folder: Path) -> Iterator[str]:
-    config_file = folder / "config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
-    depth, first = config.get("num_nextn_predict_layers", 0), config.get("num_hidden_layers", 0)
-    if config.get("model_type") != "deepseek_v3" or not depth:
+def _for_other_programs(folder: Path, name: str) -> Iterator[str]:
+    """Yields how transformers drafts, and how vLLM's build for CPUs must be started, which else answers wrongly."""
+    file = folder / "config.json"
+    shape = read_json(file) if file.is_file() else {}
+    if shape.get("model_type") != "deepseek_v3":
         return
-    yield (
-        f"The draft head (multi-token prediction) follows the last layer, in DeepSeek-V3's naming: "
-        f"`model.layers.{first}`{f' to `model.layers.{first + depth - 1}`' if depth > 1 else ''}. "
-        "transformers names these tensors as unexpected when it loads the model without it."
-    )
-    if config["first_k_dense_replace"] < first:
-        layers = "|".join(str(first + k) for k in range(depth))
-        yield "Drafting with it in transformers, one sequence at a time:\n\n" + _code(
-            "python", DRAFT_WITH_MTP.format(layers=layers)
+    depth, first = shape.get("num_nextn_predict_layers", 0), shape.get("num_hidden_layers", 0)
+    if depth:
+        yield (
+            f"The draft head (multi-token prediction) follows the last layer, in DeepSeek-V3's naming: "
+            f"`model.layers.{first}`{f' to `model.layers.{first + depth - 1}`' if depth > 1 else ''}. "
+            "transformers names these tensors as unexpected when it loads the model without it."
         )
-    else:
+    if depth and shape["first_k_dense_replace"] < first:
+        layers = "|".join(str(first + k) for k in range(depth))
+        code = _code("python", DRAFT_WITH_MTP.format(layers=layers))
+        yield f"Drafting with it in transformers, one sequence at a time:\n\n{code}"
+    elif depth:
         yield "Its block is dense like the trunk; transformers' own MTP module expects experts and cannot load it."
-
-
-def _in_vllm(folder: Path, name: str) -> Iterator[str]:
-    """How vLLM's build for CPUs must be started: its answers are wrong otherwise, and it does not say so."""
-    config_file = folder / "config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
-    if config.get("model_type") != "deepseek_v3":
-        return
-    of_its_kernel = (config.get("kv_lora_rank"), config.get("qk_rope_head_dim")) == (512, 64)
+    of_its_kernel = (shape.get("kv_lora_rank"), shape.get("qk_rope_head_dim")) == (512, 64)
     disable = "" if of_its_kernel else "VLLM_MLA_DISABLE=1 "
     why = "" if of_its_kernel else " Its kernel for this attention takes latents of 512 + 64 alone, hence the variable."
     yield (
@@ -158,8 +151,12 @@ def _in_vllm(folder: Path, name: str) -> Iterator[str]:
     )
 
 
-def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iterator[str]:
-    """The first and the last evaluation on record, by accuracy or, where the reward is none, by mean reward."""
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))
+
+
+def _evaluations(data: str | None, lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields the first and the last evaluation on record, by accuracy or, where the reward is none, by mean reward."""
     measure = held_out_metric(lines)
     evaluated = [line for line in lines if line.get(measure) is not None]
     if not evaluated:
@@ -169,26 +166,23 @@ def _evaluations(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> Iter
     headings = ["mean reward, sampled", "mean reward, greedy"]
     if judged:
         headings = ["accuracy, sampled", "95 % interval", "accuracy, greedy", "95 % interval"]
-    rows = [f"| | problems | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
-    for when, line in zip(("before", "after"), (evaluated[0], evaluated[-1]), strict=True):
-        if when == "after" and len(evaluated) == 1:
-            break
+    rows = []
+    ends = [("before", evaluated[0]), ("after", evaluated[-1])]
+    for when, line in ends[: len(evaluated)]:
         count = int(line["eval/prompts"])
         cells = [f"{when} (step {line['step']})", str(count)]
         for metric in (measure, f"{measure}_greedy"):
             value = line.get(metric)
             cells.append("-" if value is None else f"{value:.3f}")
-            if judged:
-                cells.append("-" if value is None else _interval(value, count))
-        rows.append("| " + " | ".join(cells) + " |")
-    data = config.get("data", {})
+            cells += ["-" if value is None else _interval(value, count)] if judged else []
+        rows.append(cells)
     says = "the first reward says which completions are right" if judged else "the rewards do not say right or wrong"
-    yield f"Held-out problems of `{data.get('name')}`; {says}."
-    yield "\n".join(rows)
+    yield f"Held-out problems of `{data}`; {says}."
+    yield _table(["", "problems", *headings], rows)
 
 
 def _interval(accuracy: float, problems: int) -> str:
-    """Wilson's interval; empty where the share is not of whole problems: some had no mark, or several completions."""
+    """Returns Wilson's interval; none where the share is not one of whole problems, as with several completions."""
     if abs(accuracy * problems - round(accuracy * problems)) > 1e-6:
         return "-"
     low, high = wilson_interval(round(accuracy * problems), problems)
@@ -200,37 +194,25 @@ def _training(lines: list[dict[str, Any]]) -> Iterator[str]:
     if not steps:
         yield "The run recorded no training step."
         return
-    first, last = steps[0], steps[-1]
-    rows = [f"| metric | step {first['step']} | step {last['step']} | meaning |", "|---|---|---|---|"]
+    first, last, rows = steps[0], steps[-1], []
     for metric in (*SHOWN_METRICS, "loss/sft"):
-        if first.get(metric) is None and last.get(metric) is None:
-            continue
-        values = ["-" if line.get(metric) is None else f"{line[metric]:.4g}" for line in (first, last)]
-        rows.append(f"| `{metric}` | {values[0]} | {values[1]} | {_meaning(metric)} |")
+        if first.get(metric) is not None or last.get(metric) is not None:
+            values = ["-" if line.get(metric) is None else f"{line[metric]:.4g}" for line in (first, last)]
+            meaning = METRICS.get(metric) or METRICS[re.sub(r"\d+$", "<d>", metric)]
+            rows.append([f"`{metric}`", *values, meaning])
     yield f"{last['step']} steps; every step's numbers are in `run/metrics.jsonl`."
-    yield "\n".join(rows)
-
-
-def _report(run: Path) -> str:
-    if (run / REPORT).is_file():
-        return f"[The report of the run](run/{REPORT}) shows its curves, and rollouts token by token."
-    return f"`quartet report {run.name}` writes its curves, and rollouts token by token, into one page."
-
-
-def _meaning(metric: str) -> str:
-    return METRICS.get(metric) or METRICS[re.sub(r"\d+$", "<d>", metric)]
+    yield _table(["metric", f"step {first['step']}", f"step {last['step']}", "meaning"], rows)
 
 
 def _machines(run: Path, here: dict[str, Any]) -> Iterator[str]:
-    """The machine of the start, and of every resume."""
+    """Yields the machine of the start, and of every resume."""
     rows = [f"- started {here['time']}: {hardware.caption(here)}"]
     path = run / "events.jsonl"
     with expecting(path, "record of events"):
         for event in read_objects(path, whole_lines(path)) if path.is_file() else []:
             if event.get("event") == "resume" and "environment" in event:
-                rows.append(
-                    f"- resumed at step {event['step']}, {event['time']}: {hardware.caption(event['environment'])}"
-                )
+                machine = hardware.caption(event["environment"])
+                rows.append(f"- resumed at step {event['step']}, {event['time']}: {machine}")
     yield "\n".join(rows)
     yield ", ".join(f"{package} {version}" for package, version in here["versions"].items())
 

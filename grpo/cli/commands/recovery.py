@@ -31,22 +31,19 @@ def recover(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> int:
     """Train `student` in place; returns the number of steps done, fewer than `steps` where Ctrl-C or SIGTERM ended it.
-
     A signal takes effect between two steps. The loss is KL(dense ‖ student) in nats per token over the vocabulary, on
-    `windows` [T] in shuffled order. `on_step(step, loss)` is called after every step. Raises RecoveryDiverged.
-    """
+    `windows` [T] in shuffled order. `on_step(step, loss)` is called after every step. Raises RecoveryDiverged."""
     frozen = tuple(frozen_parameter_names(student.config))
-    trained = []
     for name, parameter in student.named_parameters():
-        wanted = options.trained == "all" or ".self_attn." in name
-        parameter.requires_grad_(wanted and not name.endswith(frozen))
-        trained += [parameter] if parameter.requires_grad else []
+        chosen = options.trained == "all" or ".self_attn." in name
+        parameter.requires_grad_(chosen and not name.endswith(frozen))
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     factor = schedule("cosine", steps, options.warmup_steps)
-    order, done, asked = _shuffled(len(windows), seed), 0, list[int]()
+    order, done, stops = _shuffled(len(windows), seed), 0, list[int]()
     try:
-        with signals.heard(asked.append, once=True):
-            while done < steps and not asked:
+        with signals.heard(stops.append, once=True):
+            while done < steps and not stops:
                 loss = 0.0
                 for _ in range(options.windows_per_step):
                     ids = windows[next(order)][None].to(dense.device)
@@ -76,7 +73,7 @@ def recover(
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:
-    """0 … count − 1, in another order in every pass."""
+    """Yields 0 … count − 1, in another order in every pass."""
     generator = random.Random(f"recovery {seed}")
     while True:
         yield from generator.sample(range(count), count)

@@ -49,34 +49,33 @@ class Probe(NamedTuple):
 
 
 def probes(examples: Sequence[Example]) -> list[list[Probe]]:
-    """The completions to try on each example, without the kinds that cannot be made of it.
+    """Returns the completions to try on each example, without the kinds that cannot be made of it.
 
     >>> [probe.text for probe in probes([Example("a", "2 + 3 = ?", "#### 5")])[0][:4]]
     ['#### 5', '', ' \\n\\t \\n', '#### 6']
     """
-    return [_probes(examples, i) for i in range(len(examples))]
-
-
-def _probes(examples: Sequence[Example], i: int) -> list[Probe]:
-    gold = examples[i].solution
-    wrong, other = misprint(gold), _another(examples, i)
-    texts = {
-        "gold": gold,
-        "empty": "",
-        "blank": " \n\t \n",
-        "wrong": wrong,
-        "other": other,
-        "hostile": HOSTILE[i] if i < len(HOSTILE) else None,
-        "padded": f"\n\n{gold}\n\n",
-        "followed": f"{gold}\nI hope this helps!",
-        "hedged": f"{gold}\n{wrong or other}" if wrong or other else None,
-        "echo": examples[i].question,
-    }
-    return [Probe(kind, text) for kind, text in texts.items() if text is not None]
+    rows = []
+    for i, example in enumerate(examples):
+        gold = example.solution
+        wrong, other = misprint(gold), _another(examples, i)
+        texts = {
+            "gold": gold,
+            "empty": "",
+            "blank": " \n\t \n",
+            "wrong": wrong,
+            "other": other,
+            "hostile": HOSTILE[i] if i < len(HOSTILE) else None,
+            "padded": f"\n\n{gold}\n\n",
+            "followed": f"{gold}\nI hope this helps!",
+            "hedged": f"{gold}\n{wrong or other}" if wrong or other else None,
+            "echo": example.question,
+        }
+        rows.append([Probe(kind, text) for kind, text in texts.items() if text is not None])
+    return rows
 
 
 def misprint(solution: str) -> str | None:
-    """`solution` with its last digit raised by one, 9 to 0; None where it has none.
+    """Returns `solution` with its last digit raised by one, 9 to 0; None where it has none.
 
     >>> misprint("6 * 7 = 42, so #### 1,234 apples")
     '6 * 7 = 42, so #### 1,235 apples'
@@ -89,12 +88,12 @@ def misprint(solution: str) -> str | None:
 
 
 def _another(examples: Sequence[Example], i: int) -> str | None:
-    """The next solution with another last number, or with another text if it has no number."""
-    own = _said(examples[i].solution)
+    """Returns the next solution with another last number, or with another text if it has no number."""
+    answer = _answer(examples[i].solution)
     following = (examples[(i + step) % len(examples)].solution for step in range(1, min(len(examples), 50)))
-    return next((solution for solution in following if _said(solution) != own), None)
+    return next((solution for solution in following if _answer(solution) != answer), None)
 
 
-def _said(solution: str) -> str:
+def _answer(solution: str) -> str:
     numbers = _NUMBER.findall(solution)
     return numbers[-1].replace(",", "") if numbers else " ".join(solution.lower().split())

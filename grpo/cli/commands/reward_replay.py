@@ -24,7 +24,7 @@ SCORE = "score"  # the weighted sum, not one reward's value
 
 @dataclass(frozen=True)
 class Change:
-    """One completion whose value is not what was recorded."""
+    """The value of one completion is not what was recorded."""
 
     step: int
     prompt_id: str
@@ -35,13 +35,13 @@ class Change:
 
     @property
     def size(self) -> float:
-        """How far the value moved; from or to an abstention counts as the farthest."""
+        """The value moved so far; from or to an abstention counts as the farthest."""
         return float("inf") if self.before is None or self.after is None else abs(self.after - self.before)
 
 
 @dataclass(frozen=True)
 class StepChange:
-    """One step: means over completions with a value, and groups whose values are all equal, before and after."""
+    """A step has these means over completions with a value, and groups whose values are all equal, before and after."""
 
     step: int
     completions: int
@@ -55,7 +55,7 @@ class StepChange:
 
 @dataclass
 class Replay:
-    """`changes` are sorted, the largest first."""
+    """A run was scored again; `changes` are sorted, the largest first."""
 
     run: str
     function: str
@@ -66,16 +66,20 @@ class Replay:
 
 
 def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
-    """Score the rollouts of `run` with `function`; the run's folder stays as it is.
-
-    The columns are those of the run's data, found by prompt id. Raises FileNotFoundError for a folder that is no run,
-    ValueError for steps, names or prompts that are not there, RewardError for a reward that fails.
-    """
+    """Scores the rollouts of `run` with `function`, and leaves its folder as it is. The columns are found by prompt
+    id."""
     settings = _settings(run)
     find_reward(function)  # a misspelt name must not cost a download
     steps = _steps(run, config.steps)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
-    examples = {example.example_id: example for example in _examples(settings)}
+    data = DataOptions.model_validate(settings["data"])
+    try:
+        rows_of_data = examples_of(data, data.name, data.split, limit=data.limit, seed=settings["seed"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; run this where the run was started: the path of its data is relative to there"
+        ) from error
+    examples = {example.example_id: example for example in rows_of_data}
     against = _against(config.against, spec.label, list(read_rollouts(run, steps[0])[0]["parts"]))
     models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores are in the record
     acted = [REWARD] if settings.get("environment") or settings.get("tools") else []
@@ -101,14 +105,13 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
                 completion_ids=[[line["token_ids"] for line in group] for group in groups],
                 messages=[group[0].get("messages") for group in groups],
                 trainer_state={"global_step": step - 1, "max_steps": settings["steps"], "epoch": 0.0},
-                completion_columns=[
-                    {name: [_number(line["extras"].get(name)) for line in group] for name in models}
-                    | {name: [_environment_reward(line) for line in group] for name in acted}
-                    for group in groups
-                ],
+                completion_columns=[_extra_columns(group, models, acted) for group in groups],
                 turns=[[line.get("turns", []) for line in group] if "turns" in group[0] else None for group in groups],
             )
-            before = [[_recorded(line, against) for line in group] for group in groups]
+            before = [
+                [line["reward"] if against == SCORE else line["parts"].get(against) for line in group]
+                for group in groups
+            ]
             after = [score.rewards for score in scores]
             changes = [
                 Change(step, line["prompt_id"], line["sample"], old, new, line["text"])
@@ -138,32 +141,23 @@ def _settings(run: Path) -> dict[str, Any]:
     return settings
 
 
-def _steps(run: Path, wanted: list[int] | None) -> list[int]:
-    there = recorded_steps(run)
-    if not there:
+def _steps(run: Path, steps: list[int] | None) -> list[int]:
+    recorded = recorded_steps(run)
+    if not recorded:
         raise ValueError(f"{run} has recorded no rollouts yet")
-    if missing := [step for step in wanted or [] if step not in there]:
-        raise ValueError(f"steps={wanted}: {run} has no step {missing[0]}; its steps are {there[0]} to {there[-1]}")
-    return there if wanted is None else sorted(set(wanted))
+    if missing := [step for step in steps or [] if step not in recorded]:
+        ends = f"{recorded[0]} to {recorded[-1]}"
+        raise ValueError(f"steps={steps}: {run} has no step {missing[0]}; its steps are {ends}")
+    return recorded if steps is None else sorted(set(steps))
 
 
-def _against(wanted: str | None, label: str, parts: list[str]) -> str:
-    if wanted is None:
+def _against(name: str | None, label: str, parts: list[str]) -> str:
+    names = [*parts, SCORE]
+    if name is None:
         return label if label in parts else parts[0] if len(parts) == 1 else SCORE
-    if wanted not in (*parts, SCORE):
-        hint = did_you_mean(wanted, [*parts, SCORE])
-        raise ValueError(f"against={wanted!r} was not recorded{hint}; there are {', '.join([*parts, SCORE])}")
-    return wanted
-
-
-def _examples(settings: dict[str, Any]) -> list[Example]:
-    data = DataOptions.model_validate(settings["data"])
-    try:
-        return examples_of(data, data.name, data.split, limit=data.limit, seed=settings["seed"])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; run this where the run was started: the path of its data is relative to there"
-        ) from error
+    if name not in names:
+        raise ValueError(f"against={name!r} was not recorded{did_you_mean(name, names)}; there are {', '.join(names)}")
+    return name
 
 
 def _columns(examples: dict[str, Example], line: dict[str, Any], data: str) -> dict[str, Any]:
@@ -177,16 +171,12 @@ def _columns(examples: dict[str, Example], line: dict[str, Any], data: str) -> d
     return example.columns
 
 
-def _number(recorded: float | None) -> float:
-    return float("nan") if recorded is None else recorded  # NaN is null in JSON
-
-
-def _environment_reward(line: dict[str, Any]) -> float | str | None:
-    return environment_reward(ToolStats(**line["tools"]) if "tools" in line else None)
-
-
-def _recorded(line: dict[str, Any], against: str) -> float | None:
-    return line["reward"] if against == SCORE else line["parts"].get(against)
+def _extra_columns(group: list[dict[str, Any]], models: list[str], acted: list[str]) -> dict[str, list[Any]]:
+    """Returns the columns of completions that are in the record: scores of reward models, rewards of environments."""
+    scores = {name: [line["extras"].get(name) for line in group] for name in models}
+    numbers = {name: [float("nan") if v is None else v for v in values] for name, values in scores.items()}  # null: NaN
+    stats = [ToolStats(**line["tools"]) if "tools" in line else None for line in group]
+    return numbers | {name: [environment_reward(each) for each in stats] for name in acted}
 
 
 def _mean(groups: list[list[float | None]]) -> float | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from grpo.cli.commands.reward_probes import KINDS
@@ -18,39 +20,33 @@ SURPRISES_PER_KIND, CHANGES, FAILURES = 2, 8, 3
 
 
 def show_check(check: RewardCheck, console: Console) -> None:
+    say = partial(_say, console)
     source = f", SHA-256 {check.sha256[:12]}" if check.sha256 else ""
-    _say(
-        console,
-        f"reward {check.function}{source}, on {check.rows} rows of {check.data}; full marks: {check.full_marks:g}",
-    )
+    say(f"reward {check.function}{source}, on {check.rows} rows of {check.data}; full marks: {check.full_marks:g}")
     console.print(_kinds(check))
     same = ", ".join(f"{name}: {f'{count} differ' if count else 'the same'}" for name, count in check.differing.items())
-    _say(console, f"determinism   {same}")
+    say(f"determinism   {same}")
     times = ", ".join(f"{name} {value:.2f}" for name, value in check.latency_ms.items())
-    _say(console, f"latency       one completion, ms: {times}; in batches {check.completions_per_second:,.0f} a second")
+    say(f"latency       one completion, ms: {times}; in batches {check.completions_per_second:,.0f} a second")
     correlations = ", ".join(
         f"{name}: {'the score is constant' if r is None else f'r = {r:+.2f}'}"
         for name, r in check.length_correlation.items()
     )
-    _say(console, f"with length   {correlations}")
+    say(f"with length   {correlations}")
     if check.logged:
         sums = ", ".join(f"{name} {total:,.10g}" for name, total in check.logged.items())
-        _say(console, f"logged        in all: {sums}")
-    _say(console, f"evaluation    {check.no_accuracy or 'its marks say right or wrong: accuracy is reported'}")
+        say(f"logged        in all: {sums}")
+    say(f"evaluation    {check.no_accuracy or 'its marks say right or wrong: accuracy is reported'}")
     if check.surprises:
         console.print(_surprises(check.surprises, console.encoding))
-    for note in check.notes:
-        _say(console, f"note: {note}")
-    for problem in check.problems:
-        _say(console, f"problem: {problem}")
-    _say(console, "FAILED" if check.problems else "passed")
+    for line in (*(f"note: {note}" for note in check.notes), *(f"problem: {problem}" for problem in check.problems)):
+        say(line)
+    say("FAILED" if check.problems else "passed")
 
 
 def _kinds(check: RewardCheck) -> Table:
-    table = Table(title="what completions score", title_justify="left")
-    table.add_column("completion", no_wrap=True)
-    for name in ("mean", "range", "full", "due"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = [Column(name, justify="right", no_wrap=True) for name in ("mean", "range", "full", "due")]
+    table = Table(Column("completion", no_wrap=True), *columns, title="what completions score", title_justify="left")
     for row in check.kinds:
         if row.count:
             expected = KINDS[row.kind].expected
@@ -68,29 +64,29 @@ def _kinds(check: RewardCheck) -> Table:
 
 
 def _surprises(surprises: Sequence[Surprise], encoding: str) -> Table:
-    table = Table(title="surprising cases", title_justify="left")
-    table.add_column("completion", overflow="fold", ratio=1)
-    table.add_column("its text, and the row", overflow="fold", ratio=3)
-    for name in ("score", "due"):
-        table.add_column(name, justify="right", no_wrap=True)
-    shown: Counter[str] = Counter()
+    texts = [Column("completion", overflow="fold", ratio=1), Column("its text, and the row", overflow="fold", ratio=3)]
+    numbers = [Column(name, justify="right", no_wrap=True) for name in ("score", "due")]
+    table = Table(*texts, *numbers, title="surprising cases", title_justify="left")
+    counts: Counter[str] = Counter()
     for surprise in sorted(surprises, key=lambda surprise: not surprise.fault):
-        shown[surprise.kind] += 1
-        if shown[surprise.kind] <= SURPRISES_PER_KIND:
+        counts[surprise.kind] += 1
+        if counts[surprise.kind] <= SURPRISES_PER_KIND:
             text = f"{visible(surprise.completion, 120, encoding)}\n({surprise.prompt_id})".strip()
             table.add_row(KINDS[surprise.kind].meaning, Text(text), _number(surprise.score), surprise.expected)
-    if more := sum(max(0, count - SURPRISES_PER_KIND) for count in shown.values()):
+    if more := sum(max(0, count - SURPRISES_PER_KIND) for count in counts.values()):
         table.caption = f"and {more} more; --json writes them all"
     return table
 
 
 def show_replay(replay: Replay, console: Console) -> None:
-    _say(console, f"{replay.run}: {replay.function} against the recorded {replay.against}")
-    table = Table(title="by step", title_justify="left")
-    for name in ("step", "completions", "recorded", "now", "difference", "changed", "tied groups"):
-        table.add_column(name, justify="right", no_wrap=True)
+    say, encoding = partial(_say, console), console.encoding
+    say(f"{replay.run}: {replay.function} against the recorded {replay.against}")
+    headings = ("step", "completions", "recorded", "now", "difference", "changed", "tied groups")
+    columns = [Column(name, justify="right", no_wrap=True) for name in headings]
+    table = Table(*columns, title="by step", title_justify="left")
     for row in replay.steps:
         difference = None if row.before is None or row.after is None else row.after - row.before
+        tied = f"{row.tied_before} → {row.tied_after} of {row.groups}"
         table.add_row(
             str(row.step),
             str(row.completions),
@@ -98,37 +94,28 @@ def show_replay(replay: Replay, console: Console) -> None:
             _number(row.after),
             "-" if difference is None else f"{difference:+.3f}",
             f"{row.changed / row.completions:.0%}",
-            f"{row.tied_before} → {row.tied_after} of {row.groups}".encode(console.encoding, "replace").decode(
-                console.encoding
-            ),
+            tied.encode(encoding, "replace").decode(encoding),
         )
     console.print(table)
     if replay.changes:
-        console.print(_changes(replay, console.encoding))
+        console.print(_changes(replay, encoding))
     for failure in replay.failures[:FAILURES]:
-        _say(console, f"problem: {failure}")
+        say(f"problem: {failure}")
     if len(replay.failures) > FAILURES:
-        _say(console, f"problem: and {len(replay.failures) - FAILURES} more failures; --json writes them all")
+        say(f"problem: and {len(replay.failures) - FAILURES} more failures; --json writes them all")
     completions = sum(row.completions for row in replay.steps)
-    _say(console, f"{len(replay.changes)} of {completions} completions score differently")
+    say(f"{len(replay.changes)} of {completions} completions score differently")
 
 
 def _changes(replay: Replay, encoding: str) -> Table:
-    table = Table(title="changed most", title_justify="left", show_lines=True)
-    table.add_column("step", justify="right")
-    table.add_column("prompt, sample", overflow="fold", ratio=2)
-    table.add_column("completion", overflow="fold", ratio=4)
-    for name in ("recorded", "now"):
-        table.add_column(name, justify="right", no_wrap=True)
+    texts = [Column("prompt, sample", overflow="fold", ratio=2), Column("completion", overflow="fold", ratio=4)]
+    numbers = [Column(name, justify="right", no_wrap=True) for name in ("recorded", "now")]
+    look: dict[str, Any] = {"title": "changed most", "title_justify": "left", "show_lines": True}
+    table = Table(Column("step", justify="right"), *texts, *numbers, **look)
     different = {(change.completion, change.before, change.after): change for change in reversed(replay.changes)}
     for change in list(different.values())[: -CHANGES - 1 : -1]:
-        table.add_row(
-            str(change.step),
-            Text(f"{change.prompt_id}, {change.sample}"),
-            Text(visible(change.completion, 200, encoding)),
-            _number(change.before),
-            _number(change.after),
-        )
+        place, text = Text(f"{change.prompt_id}, {change.sample}"), Text(visible(change.completion, 200, encoding))
+        table.add_row(str(change.step), place, text, _number(change.before), _number(change.after))
     return table
 
 

@@ -31,7 +31,7 @@ Scores = list[list[float | None]]  # [row][probe]
 
 @dataclass(frozen=True)
 class KindResult:
-    """How one kind of completion scored. `full` counts full marks, `unexpected` those that are not as expected."""
+    """One kind of completion scored so. `full` counts full marks, `unexpected` those that are not as expected."""
 
     kind: str
     count: int
@@ -45,7 +45,7 @@ class KindResult:
 
 @dataclass(frozen=True)
 class Surprise:
-    """A completion whose score is unexpected. A `fault` fails the test; the others are worth a look."""
+    """The score of a completion is unexpected. A `fault` fails the test; the others are worth a look."""
 
     prompt_id: str
     kind: str
@@ -86,41 +86,47 @@ class RewardCheck:
 
 
 def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
-    """Try `function` (a built-in name or `path/to/file.py:function`) on the data of `config`.
-
-    Raises RewardError, with function, row and cause, for one that cannot be loaded, asks for a column that is not
-    there, raises, hangs, dies or gives no number; ValueError and OSError for data that cannot be read.
-    """
+    """Tries `function` (a built-in name or `path/to/file.py:function`) on the data of `config`. Raises RewardError,
+    with function, row and cause, for one that cannot be loaded or fails."""
     find_reward(function)  # a misspelt name must not cost a download
     examples = examples_of(config, config.data, config.split, purpose="eval", limit=config.limit)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
-    columns = list(examples[0].columns)
-    options: dict[str, Any] = {"columns": columns, "pass_variables": config.pass_variables}
-    with Scorer([spec], timeout_s=config.timeout_s, on_error=config.on_error, **options) as scorer:
+    options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": config.on_error}
+    with Scorer([spec], timeout_s=config.timeout_s, pass_variables=config.pass_variables, **options) as scorer:
         trial = _Trial(function, examples)
-        gold = trial.dry_run(scorer)
-        verdicts = Verdicts(spec.label, scorer.right_at(spec.label), gold)
+        verdicts = Verdicts(spec.label, scorer.right_at(spec.label), trial.dry_run(scorer))
         full_marks = verdicts.full_marks if config.full_marks is None else config.full_marks
-        [described] = scorer.describe()
-        check = RewardCheck(function, described["sha256"], config.data, len(examples), full_marks, config.shaping)
+        sha256 = scorer.describe()[0]["sha256"]
+        trial.check = check = RewardCheck(function, sha256, config.data, len(examples), full_marks, config.shaping)
         started = time.perf_counter()
-        scores = trial.score(scorer)
-        check.completions_per_second = sum(map(len, scores)) / (time.perf_counter() - started)
+        trial.scores = trial.score(scorer)
+        check.completions_per_second = sum(map(len, trial.scores)) / (time.perf_counter() - started)
         check.logged, check.failures = trial.logged, trial.failures
-        _compare(check, trial, spec, scorer, scores, columns, config.on_error)
-        _score_alone(check, trial, scorer, scores)
-        for row in scores:
+        others = {"scored again": trial.score(scorer)}
+        with (
+            contextlib.redirect_stdout(sys.stderr),  # where a worker's prints go
+            Scorer([spec], isolated=False, **options) as here,
+        ):
+            others["in this process"] = trial.score(here)
+        others["among other completions"] = trial.score(scorer, backwards=True)
+        for name, scores in others.items():
+            trial.compare(name, {(i, j): score for i, row in enumerate(scores) for j, score in enumerate(row)}, 1e-9)
+        trial.score_alone(scorer)
+        for row in trial.scores:
             verdicts.see(row)
         check.no_accuracy = verdicts.note
         if scorer.asks_for("completion_ids"):
             check.notes.append("completion_ids were made up: the bytes of the text, one token each")
-    _judge(check, trial, scores)
-    _weigh(check, trial, scores, config.timeout_s)
+    trial.judge()
+    trial.weigh(config.timeout_s)
     return check
 
 
 class _Trial:
-    """The probes of each example, and how to score them all."""
+    """Scores the probes of all examples, and tells the `check` what these `scores` say."""
+
+    check: RewardCheck
+    scores: Scores
 
     def __init__(self, function: str, examples: Sequence[Example]):
         self.function, self.examples = function, examples
@@ -132,15 +138,11 @@ class _Trial:
         self.failures: list[str] = []
 
     def score(self, scorer: Scorer, *, backwards: bool = False) -> Scores:
-        """The scores of all probes; `backwards` puts every completion into another place of the batch."""
-        order = range(len(self.examples))[:: -1 if backwards else 1]
+        """Returns the scores of all probes; `backwards` puts every completion into another place of the batch."""
         step = -1 if backwards else 1
+        order = range(len(self.examples))[::step]
         groups = self._score(scorer, order, [self.probes[i][::step] for i in order])
         return [rewards[::step] for rewards in groups][::step]
-
-    def alone(self, scorer: Scorer, i: int, j: int) -> float | None:
-        """The score of one completion in a call of its own."""
-        return self._score(scorer, [i], [[self.probes[i][j]]])[0][0]
 
     def _score(self, scorer: Scorer, rows: Sequence[int], chosen: list[list[Probe]]) -> Scores:
         texts = [[probe.text for probe in row] for row in chosen]
@@ -157,157 +159,123 @@ class _Trial:
             )
         except RewardFailed as error:
             i = self.row_of[error.failure.prompt_id]
-            raise self.failed(error.failure, i, chosen[list(rows).index(i)][error.failure.sample_index]) from None
+            raise self._failed(error.failure, i, chosen[list(rows).index(i)][error.failure.sample_index]) from None
         self.failures = [str(failure) for group in groups for failure in group.errors]
-        self.logged = {
-            name: math.fsum(value for group in groups for value in group.extras.get(name, []) if value is not None)
-            for name in dict.fromkeys(name for group in groups for name in group.extras)
-            if all(isinstance(v, int | float | None) for group in groups for v in group.extras.get(name, []))
-        }
+        logged: dict[str, list[Any]] = {}
+        for group in groups:
+            for name, values in group.extras.items():
+                logged[name] = logged.get(name, []) + values
+        numbers = {name: v for name, v in logged.items() if all(isinstance(x, int | float | None) for x in v)}
+        self.logged = {name: math.fsum(x for x in values if x is not None) for name, values in numbers.items()}
         return [group.rewards for group in groups]
 
     def dry_run(self, scorer: Scorer) -> float | None:
-        """The score of the first gold solution."""
+        """Returns the score of the first gold solution."""
+        first = self.examples[0]
         try:
-            first = self.examples[0]
             tried = scorer.dry_run(self.prompts[0], first.solution, first.columns, messages=self.messages[0])
-            return tried.rewards[0]
         except RewardFailed as error:
-            raise self.failed(error.failure, 0, self.probes[0][0]) from None
+            raise self._failed(error.failure, 0, self.probes[0][0]) from None
+        return tried.rewards[0]
 
-    def failed(self, failure: RewardFailure, i: int, probe: Probe) -> RewardError:
-        """The failure by the row of the data and the kind of completion."""
+    def _failed(self, failure: RewardFailure, i: int, probe: Probe) -> RewardError:
+        """Returns the failure by the row of the data and the kind of completion."""
         return RewardError(
             f"reward {self.function!r} fails on row {i + 1} ({self.examples[i].example_id}): {failure.kind}: "
             f"{failure.message}\nThe completion ({KINDS[probe.kind].meaning}): {probe.text[:200]!r}"
         )
 
+    def compare(self, name: str, others: dict[tuple[int, int], float | None], near: float) -> None:
+        """Notes where the same completions, by row and place, got other scores in another way."""
+        places = [(i, j) for (i, j), other in others.items() if not _equal(self.scores[i][j], other, near)]
+        self.check.differing[name] = len(places)
+        if places:
+            i, j = places[0]
+            self.check.problems.append(
+                f"{len(places)} completions score differently {name}: first on row {i + 1} "
+                f"({self.examples[i].example_id}), {KINDS[self.probes[i][j].kind].meaning}: "
+                f"{_words(self.scores[i][j])}, then {_words(others[i, j])}"
+            )
 
-def _compare(
-    check: RewardCheck,
-    trial: _Trial,
-    spec: RewardSpec,
-    scorer: Scorer,
-    scores: Scores,
-    columns: list[str],
-    on_error: str,
-) -> None:
-    """Determinism: the same completions again, in this process, and in another order."""
-    others = {"scored again": trial.score(scorer)}
-    with (
-        contextlib.redirect_stdout(sys.stderr),  # where a worker's prints go
-        Scorer([spec], columns=columns, on_error=on_error, isolated=False) as here,
-    ):
-        others["in this process"] = trial.score(here)
-    others["among other completions"] = trial.score(scorer, backwards=True)
-    for name, other in others.items():
-        found = {(i, j): score for i, row in enumerate(other) for j, score in enumerate(row)}
-        _note_differing(check, trial, name, scores, found, 1e-9)
+    def score_alone(self, scorer: Scorer) -> None:
+        """Completions in calls of their own tell how long a gold solution takes, and whether the batch changes a
+        score."""
+        rows = range(min(len(self.examples), ALONE))
+        kinds = range(max(map(len, self.probes)) - 1)
+        others = dict.fromkeys((i, 1 + (i + j) % (len(self.probes[i]) - 1)) for j in kinds for i in rows)  # all soon
+        times, alone = [], {}
+        end = time.perf_counter() + ALONE_S
+        for i, j in [*((i, 0) for i in rows), *list(others)[:ALONE]]:
+            started = time.perf_counter()
+            alone[i, j] = self._score(scorer, [i], [[self.probes[i][j]]])[0][0]
+            times += [1000 * (time.perf_counter() - started)] if j == 0 else []
+            if time.perf_counter() > end:
+                break
+        self.compare("alone", alone, ROUNDING)
+        cuts = quantiles(times * 2, n=100, method="inclusive")  # twice: one value alone has no quantiles
+        self.check.latency_ms = {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(times)}
 
+    def judge(self) -> None:
+        """Compare every score with what its kind should get."""
+        check = self.check
+        below = f"below {check.full_marks:g}"
+        due = {"full": f"{check.full_marks:g}", "less": below, "same": "as gold", "odd": below}
+        for kind, (expected, meaning) in KINDS.items():
+            places = [(i, j) for i, row in enumerate(self.probes) for j, probe in enumerate(row) if probe.kind == kind]
+            values = [score for i, j in places if (score := self.scores[i][j]) is not None]
+            unexpected = [] if check.shaping else [(i, j) for i, j in places if self._is_unexpected(expected, i, j)]
+            mean, low, high = fmean(values) if values else None, min(values, default=None), max(values, default=None)
+            full = sum(value >= check.full_marks for value in values)
+            abstained = len(places) - len(values)
+            check.kinds.append(KindResult(kind, len(places), mean, low, high, full, abstained, len(unexpected)))
+            fault = expected in ("full", "less")
+            for i, j in unexpected:
+                name, text = self.examples[i].example_id, self.probes[i][j].text
+                check.surprises.append(Surprise(name, kind, self.scores[i][j], due[expected], text, fault))
+            if unexpected:
+                what = {"full": "miss full marks", "same": "score not as it does"}.get(expected, "get full marks")
+                messages = check.problems if fault else check.notes
+                messages.append(f"{meaning}: {len(unexpected)} of {len(places)} {what}")
+        if abstained := sum(kind.abstained for kind in check.kinds) - len(check.failures):
+            check.notes.append(f"{abstained} completions got no score: the function abstained")
+        if check.failures:
+            check.problems.append(f"{len(check.failures)} completions failed; the first: {check.failures[0]}")
+        if not check.shaping and not any(probe.kind in ("wrong", "other") for row in self.probes for probe in row):
+            check.notes.append("no wrong completion could be made: no gold solution has a digit, and all are alike")
 
-def _note_differing(
-    check: RewardCheck,
-    trial: _Trial,
-    name: str,
-    scores: Scores,
-    others: dict[tuple[int, int], float | None],
-    near: float,
-) -> None:
-    places = [(i, j) for (i, j), other in others.items() if not _equal(scores[i][j], other, near)]
-    check.differing[name] = len(places)
-    if places:
-        i, j = places[0]
-        check.problems.append(
-            f"{len(places)} completions score differently {name}: first on row {i + 1} "
-            f"({trial.examples[i].example_id}), {KINDS[trial.probes[i][j].kind].meaning}: "
-            f"{_shown(scores[i][j])}, then {_shown(others[i, j])}"
-        )
+    def _is_unexpected(self, expected: str, i: int, j: int) -> bool:
+        score = self.scores[i][j]
+        full = score is not None and score >= self.check.full_marks
+        return {"full": not full, "less": full, "odd": full, "same": not _equal(score, self.scores[i][0])}[expected]
+
+    def weigh(self, timeout_s: float) -> None:
+        """Notes the correlation with length, and the time against the limit."""
+        check = self.check
+        for name, kinds in {"gold": ("gold",), "gold, wrong and other": ("gold", "wrong", "other")}.items():
+            pairs: list[tuple[float, Any]] = [
+                (float(len(probe.text)), score)
+                for row, values in zip(self.probes, self.scores, strict=True)
+                for probe, score in zip(row, values, strict=True)
+                if probe.kind in kinds and score is not None
+            ]
+            r = None
+            with contextlib.suppress(StatisticsError, TypeError):  # constant, or fewer than two
+                r = correlation(*zip(*pairs, strict=True))
+            check.length_correlation[name] = r
+            if r is not None and abs(r) >= STRONG:
+                more = "more" if r > 0 else "less"
+                check.notes.append(f"longer completions score {more}: r = {r:+.2f} with length ({name})")
+        seconds = BATCH / check.completions_per_second
+        if seconds > timeout_s / 2:
+            check.notes.append(
+                f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {timeout_s:g} s that "
+                "reward.timeout_s allows; raise it for training"
+            )
 
 
 def _equal(one: float | None, other: float | None, near: float = 1e-9) -> bool:
     return one == other or (None not in (one, other) and math.isclose(one or 0.0, other or 0.0, rel_tol=near))
 
 
-def _score_alone(check: RewardCheck, trial: _Trial, scorer: Scorer, scores: Scores) -> None:
-    """Completions in calls of their own: how long a gold solution takes, and whether the score depends on its batch."""
-    rows = range(min(len(trial.examples), ALONE))
-    kinds = range(max(map(len, trial.probes)) - 1)
-    others = dict.fromkeys((i, 1 + (i + j) % (len(trial.probes[i]) - 1)) for j in kinds for i in rows)  # all kinds soon
-    times, alone = [], {}
-    end = time.perf_counter() + ALONE_S
-    for i, j in [*((i, 0) for i in rows), *list(others)[:ALONE]]:
-        started = time.perf_counter()
-        alone[i, j] = trial.alone(scorer, i, j)
-        times += [1000 * (time.perf_counter() - started)] if j == 0 else []
-        if time.perf_counter() > end:
-            break
-    _note_differing(check, trial, "alone", scores, alone, ROUNDING)
-    cuts = quantiles(times * 2, n=100, method="inclusive")  # twice: one value alone has no quantiles
-    check.latency_ms = {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(times)}
-
-
-def _judge(check: RewardCheck, trial: _Trial, scores: Scores) -> None:
-    """Compare every score with what its kind should get."""
-    for kind, (expected, meaning) in KINDS.items():
-        places = [(i, j) for i, row in enumerate(trial.probes) for j, probe in enumerate(row) if probe.kind == kind]
-        values = [score for i, j in places if (score := scores[i][j]) is not None]
-        unexpected = [] if check.shaping else [(i, j) for i, j in places if _unexpected(expected, scores[i], j, check)]
-        mean, low, high = fmean(values) if values else None, min(values, default=None), max(values, default=None)
-        full = sum(value >= check.full_marks for value in values)
-        abstained = len(places) - len(values)
-        check.kinds.append(KindResult(kind, len(places), mean, low, high, full, abstained, len(unexpected)))
-        fault = expected in ("full", "less")
-        due = {"full": f"{check.full_marks:g}", "less": f"below {check.full_marks:g}", "same": "as gold"}
-        wanted = due.get(expected, due["less"])
-        check.surprises += [
-            Surprise(trial.examples[i].example_id, kind, scores[i][j], wanted, trial.probes[i][j].text, fault)
-            for i, j in unexpected
-        ]
-        if unexpected:
-            what = {"full": "miss full marks", "same": "score not as it does"}.get(expected, "get full marks")
-            (check.problems if fault else check.notes).append(f"{meaning}: {len(unexpected)} of {len(places)} {what}")
-    if abstained := sum(kind.abstained for kind in check.kinds) - len(check.failures):
-        check.notes.append(f"{abstained} completions got no score: the function abstained")
-    if check.failures:
-        check.problems.append(f"{len(check.failures)} completions failed; the first: {check.failures[0]}")
-    if not check.shaping and not any(probe.kind in ("wrong", "other") for row in trial.probes for probe in row):
-        check.notes.append("no wrong completion could be made: no gold solution has a digit, and all are alike")
-
-
-def _unexpected(expected: str, row: Sequence[float | None], j: int, check: RewardCheck) -> bool:
-    score = row[j]
-    full = score is not None and score >= check.full_marks
-    return {"full": not full, "less": full, "odd": full, "same": not _equal(score, row[0])}[expected]
-
-
-def _weigh(check: RewardCheck, trial: _Trial, scores: Scores, timeout_s: float) -> None:
-    """Correlation with length, and time against the limit."""
-    for name, kinds in {"gold": ("gold",), "gold, wrong and other": ("gold", "wrong", "other")}.items():
-        pairs = [
-            (float(len(probe.text)), score)
-            for row, values in zip(trial.probes, scores, strict=True)
-            for probe, score in zip(row, values, strict=True)
-            if probe.kind in kinds and score is not None
-        ]
-        r = _correlation(pairs)
-        check.length_correlation[name] = r
-        if r is not None and abs(r) >= STRONG:
-            more = "more" if r > 0 else "less"
-            check.notes.append(f"longer completions score {more}: r = {r:+.2f} with length ({name})")
-    seconds = BATCH / check.completions_per_second
-    if seconds > timeout_s / 2:
-        check.notes.append(
-            f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {timeout_s:g} s that reward.timeout_s "
-            "allows; raise it for training"
-        )
-
-
-def _correlation(pairs: list[tuple[float, Any]]) -> float | None:
-    try:
-        return correlation(*zip(*pairs, strict=True))
-    except (StatisticsError, TypeError):  # constant, or fewer than two
-        return None
-
-
-def _shown(score: float | None) -> str:
+def _words(score: float | None) -> str:
     return "abstained" if score is None else f"{score:g}"

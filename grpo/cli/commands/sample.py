@@ -12,22 +12,19 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.inference import SampleConfig
 from grpo.config.json_file import parse_json, unfit
 from grpo.data.examples import Example, beyond_context, examples_of
 from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.run.console import progress_bars
-from grpo.run.memory_errors import phase
-from grpo.source.policy_source import find_policy, load_found
-from grpo.task.check import check_plan
-from grpo.task.sampling import environment_of, sampling_params
 from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pools import PoolOptions, open_pool
 
 
 def prompts_of(texts: Sequence[str], file: Path | None) -> list[Example]:
-    """The prompts of the command line, then those of a file."""
+    """Returns the prompts of the command line, then those of a file."""
     if "" in texts:
         raise ValueError('--prompt "": is empty; write the text that the policy continues')
     examples = [_example(f"prompt {number}", text, {}) for number, text in enumerate(texts, start=1)]
@@ -35,10 +32,8 @@ def prompts_of(texts: Sequence[str], file: Path | None) -> list[Example]:
 
 
 def read_prompts(path: Path) -> list[Example]:
-    """Lines such as `{"prompt": "2 + 3 = ?"}`. `-` is standard input, where a line may also be plain text.
-
-    Raises ValueError naming file and line.
-    """
+    """Reads lines such as `{"prompt": "2 + 3 = ?"}`. `-` is standard input, where a line may also be plain text. Raises
+    ValueError naming file and line."""
     stdin = str(path) == "-"
     if not stdin and not path.is_file():
         raise ValueError(f"--prompts {path}: there is no such file")
@@ -74,13 +69,13 @@ def _read_lines(text: str, source: str, plain: bool) -> list[Example]:
 
 
 def _example(name: str, prompt: str, row: dict[str, Any]) -> Example:
-    """The noise depends on `name`, which leaves out the file's name: a copy of the file gives the same tokens."""
+    """Makes an example of a prompt. Its noise depends on `name`, not on the file's: a copy gives the same tokens."""
     return Example(name, prompt, "", {**row, "prompt": prompt})
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Groups in the order of the prompts; `faults` says which prompts have no group, and why."""
+    """Groups are in the order of the prompts; `faults` says which prompts have no group, and why."""
 
     groups: list[RolloutGroup]
     tokenizer: PreTrainedTokenizerBase
@@ -89,27 +84,23 @@ class Sampled:
 
 def sample(config: SampleConfig, examples: list[Example], console: Console) -> Sampled:
     """Sample one group per prompt. If a prompt cannot be continued, the others still are."""
-    worked = (
-        examples_of(config, config.data, "train", limit=config.few_shot, seed=config.seed) if config.few_shot else []
-    )
+    shots = config.few_shot
+    worked = examples_of(config, config.data, "train", limit=shots, seed=config.seed) if shots else []
     template = PromptTemplate(config.template, config.system_prompt, worked, config.user_turn)
     # A run's template may call the prompt by the name of its column.
     examples = [replace(e, columns={config.prompt_column: e.question} | e.columns) for e in examples]
     if not template.is_chat:
         template.render(examples[0])
-    source = find_policy(config.model)
-    check_plan(config, source)
-    policy = load_found(source, config)
-    params = sampling_params(policy, config, config.samples, config.seed, dtype=config.dtype)
-    params = replace(params, margin=config.margin, stop_strings=config.stop_strings)
-    params = replace(params, environment=environment_of(config))
+    use = PolicyInUse(config)
+    policy = use.load()
+    params = use.sampling(policy, config.samples, config.seed, config.stop_strings)
     for example in examples:
         if fault := beyond_context(example.question, policy.max_length):
             raise ValueError(f"--prompts, {example.example_id}: the prompt {fault}")
     prompts = [encode_prompt(example, policy.tokenizer, template) for example in examples]
-    with phase("loading", config):
+    with use.phase("loading"):
         pool = open_pool(policy, PoolOptions(dtype=getattr(torch, config.dtype)))
-    with phase("sampling", config), progress_bars(console, enabled=True) as progress:
+    with use.phase("sampling"), progress_bars(console, enabled=True) as progress:
         bar = progress.add_task("sampling", total=len(prompts) * params.group_size)
         try:
             return Sampled(pool.sample(prompts, params, lambda ended: progress.advance(bar, ended)), policy.tokenizer)

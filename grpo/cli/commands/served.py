@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 from grpo.cli.config.inference import EvalConfig
@@ -31,11 +32,9 @@ def is_address(model: str) -> bool:
 
 class ServedPool:
     """Samples from the server at an address such as `http://127.0.0.1:8000` or `.../v1`, `concurrency` prompts at once.
-
     A server of quartet is told the prompts' ids, so that its tokens are those of an evaluation in one process. Another
     one does not tell its token ids: each is then -1, and their number is the server's. Raises ValueError where nothing
-    answers there.
-    """
+    answers there."""
 
     def __init__(self, address: str, key: str, concurrency: int) -> None:
         self.address, self.key, self.concurrency = address.rstrip("/").removesuffix("/v1"), key, concurrency
@@ -54,7 +53,7 @@ class ServedPool:
 
     @property
     def source(self) -> PolicySource:
-        """What is evaluated, with the versions that have answered so far."""
+        """This is evaluated, with the versions that have answered so far."""
         meaning, versions = f"served as {self.name!r}: {self.meaning}", sorted(self.versions)
         if versions:
             meaning += f"; policy version {versions[0]}"
@@ -64,65 +63,65 @@ class ServedPool:
         return PolicySource(self.address, meaning, self.address, step=versions[-1] if versions else None)
 
     def prompt(self, example: Example, template: PromptTemplate) -> Prompt:
-        """The prompt without token ids: the server has the tokenizer, and the chat template."""
+        """Returns the prompt without token ids: the server has the tokenizer, and the chat template."""
         messages = template.messages(example)
         text = template.render(example) if messages is None else "".join(f"{m['content']}\n" for m in messages)
         return Prompt(example.example_id, text, [], example.columns, messages)
 
     def keep(self) -> None:
-        """Its weights do not change."""
+        """Does nothing: its weights do not change."""
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        """One group for each prompt. If some fail, RolloutError is raised at the end, with the groups of the others."""
+        """Returns a group for each prompt. If some fail, it raises RolloutError at the end, with the groups of the
+        others."""
         groups: dict[int, RolloutGroup] = {}
         faults = []
         with ThreadPoolExecutor(self.concurrency, "served") as threads:
-            asked = {threads.submit(self._group, prompt, params): number for number, prompt in enumerate(prompts)}
-            for future in as_completed(asked):
+            numbers = {threads.submit(self._group, prompt, params): number for number, prompt in enumerate(prompts)}
+            for future in as_completed(numbers):
+                number = numbers[future]
                 try:
-                    groups[asked[future]] = future.result()
+                    groups[number] = future.result()
                 except (RuntimeError, ValueError) as error:
-                    faults.append(f"prompt {prompts[asked[future]].prompt_id!r}: {error}")
+                    faults.append(f"prompt {prompts[number].prompt_id!r}: {error}")
                 if on_finished:
                     on_finished(params.group_size)
-        found = [groups[number] for number in sorted(groups)]
+        in_order = [groups[number] for number in sorted(groups)]
         if faults:
-            raise RolloutError("\n".join(sorted(faults)), found)
-        return found
+            raise RolloutError("\n".join(sorted(faults)), in_order)
+        return in_order
 
     def _group(self, prompt: Prompt, params: SamplingParams) -> RolloutGroup:
         if self.is_ours:
-            own = {"seed": params.seed, "n": params.group_size, "prompt_id": prompt.prompt_id, "return_token_ids": True}
-            return RolloutGroup(prompt, self._ask(prompt, params, own))
+            ours = {"n": params.group_size, "prompt_id": prompt.prompt_id, "return_token_ids": True}
+            return RolloutGroup(prompt, self._ask(prompt, params, seed=params.seed, **ours))
         completions = []
         for sample in range(params.group_size):
             key = f"{params.seed}/{params.step}/{params.draw}/{sample}/{prompt.prompt_id}".encode()
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
-            completions += self._ask(prompt, params, {"seed": seed})
+            completions += self._ask(prompt, params, seed=seed)
         return RolloutGroup(prompt, completions)
 
-    def _ask(self, prompt: Prompt, params: SamplingParams, own: dict[str, Any]) -> list[Completion]:
-        asked: dict[str, Any] = {"model": self.name, "temperature": params.temperature} | own
-        asked["max_tokens"] = params.max_completion_tokens
+    def _ask(self, prompt: Prompt, params: SamplingParams, **fields: Any) -> list[Completion]:
+        request = {"model": self.name, "temperature": params.temperature, **fields}
+        request["max_tokens"] = params.max_completion_tokens
         if params.stop_strings:
-            asked["stop"] = list(params.stop_strings)
+            request["stop"] = list(params.stop_strings)
         chat = prompt.messages is not None
-        asked |= {"messages": prompt.messages} if chat else {"prompt": prompt.text}
-        url = f"{self.address}/v1/{'chat/completions' if chat else 'completions'}"
-        expected = own.get("n", 1)
-        found, _ = post(
-            url,
-            json.dumps(asked).encode(),
-            lambda body: self._read(body, expected),
+        request |= {"messages": prompt.messages} if chat else {"prompt": prompt.text}
+        completions, _ = post(
+            f"{self.address}/v1/{'chat/completions' if chat else 'completions'}",
+            json.dumps(request).encode(),
+            lambda body: self._read(body, fields.get("n", 1)),
             token=self.key,
             request_timeout_s=ANSWER_S,
             retries=RETRIES,
             backoff_s=BACKOFF_S,
             longest_wait_s=LONGEST_WAIT_S,
         )
-        return found
+        return completions
 
     def _read(self, body: bytes, expected: int) -> list[Completion]:
         try:
@@ -141,14 +140,14 @@ class ServedPool:
 
     def _completion(self, choice: dict[str, Any], tokens: int) -> Completion:
         text = choice["message"]["content"] if "message" in choice else choice["text"]
-        ids, version = choice.get("token_ids"), choice.get("policy_version", 0)
+        ids, version = choice.get("token_ids"), int(choice.get("policy_version", 0))
         if "policy_version" in choice:
-            self.versions.add(int(version))
+            self.versions.add(version)
         reason = REASONS.get(choice["finish_reason"])
         if reason is None:
             raise ValueError(f"finish_reason={choice['finish_reason']!r}")
         ids = [UNKNOWN] * tokens if ids is None else [int(token) for token in ids]
-        return Completion(ids, [0.0] * len(ids), str(text or ""), reason, int(version))
+        return Completion(ids, [0.0] * len(ids), str(text or ""), reason, version)
 
     def _models(self) -> list[dict[str, Any]]:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -157,22 +156,21 @@ class ServedPool:
             return parse_json(response.read(MOST_BYTES))["data"]
 
 
-def refuse_what_the_server_decides(config: EvalConfig) -> None:
-    """Raises ValueError for options that only a policy in this process could follow. Drafts change no token, so that
-    `draft_tokens` has no effect."""
-    given = {"accept": config.accept != "exact", "tools and environment": config.has_tools}
-    if wrong := [name for name, there in given.items() if there]:
+def open_served(config: EvalConfig) -> ServedPool:
+    """Returns the server that `config.model` is the address of. Raises ValueError where it does not answer, and for
+    options that only a policy in this process could follow. Drafts change no token, so `draft_tokens` has no effect."""
+    ours = {"accept": config.accept != "exact", "tools and environment": config.has_tools}
+    if wrong := [name for name, is_set in ours.items() if is_set]:
         raise ValueError(
             f"{', '.join(wrong)}: the server at {config.model} decides that; give it to `quartet serve`, or evaluate "
             "the run itself"
         )
-
-
-def open_served(config: EvalConfig) -> ServedPool:
-    """The server that `config.model` is the address of. Raises ValueError where it does not answer."""
-    refuse_what_the_server_decides(config)
-    file = config.api_key_file
-    if file is not None and not file.is_file():
-        raise ValueError(f"api_key_file={file}: there is no such file; write the key into it")
-    key = file.read_text(encoding="utf-8").strip() if file else ""
+    key = key_of(config.api_key_file) if config.api_key_file else ""
     return ServedPool(config.model, key, config.prompts_per_batch)
+
+
+def key_of(file: Path) -> str:
+    """Returns the key that is in a file. Raises ValueError where there is no such file."""
+    if not file.is_file():
+        raise ValueError(f"api_key_file={file}: there is no such file; write the key into it")
+    return file.read_text(encoding="utf-8").strip()

@@ -25,7 +25,7 @@ BY_TENSOR = ("mlp.", "embed_tokens.", "lm_head.")  # the parts of the trunk that
 
 @dataclass(frozen=True)
 class Shares:
-    """How many ranks share a learner, and in which way. Without arguments: one process."""
+    """So many ranks share a learner, and in this way. Without arguments it is one process."""
 
     fsdp: int = 1
     tensor: int = 1
@@ -34,10 +34,8 @@ class Shares:
 
     @classmethod
     def of(cls, options: ParallelOptions, processes: int = 0) -> Shares:
-        """For so many processes; 0: those that were launched with this one, else as many as the options imply.
-
-        Raises ValueError as `ParallelOptions.shares` does.
-        """
+        """Makes the shares for so many processes; 0: those that were launched with this one, else as many as the
+        options imply. Raises ValueError as `ParallelOptions.shares` does."""
         implied = options.replicate * options.tensor * (options.fsdp or 1)
         size = processes or int(os.environ.get("WORLD_SIZE", "0")) or implied
         return cls(options.shares(size), options.tensor, options.expert, options.replicate)
@@ -48,19 +46,20 @@ class Shares:
 
     @property
     def gathers(self) -> bool:
-        """Whether FSDP wraps the policy, which it does for copies too."""
+        """FSDP wraps the policy, which it does for copies too."""
         return self.replicate * self.fsdp > 1
 
     def visiting(self, name: str, weight: Tensor) -> float:
-        """Numbers of `weight` that a rank computes with, once FSDP has gathered them."""
+        """Returns how many numbers of `weight` a rank computes with, once FSDP has gathered them."""
         if ".lora_" in name or name.startswith("mtp."):
             return weight.numel()
         if ".experts." in name and self.expert > 1:
             return weight.numel() / self.expert
-        return weight.numel() / (self.tensor if any(part in name for part in BY_TENSOR) and _cut(name) else 1)
+        is_router = ".gate." in name  # it is whole
+        return weight.numel() / (self.tensor if any(part in name for part in BY_TENSOR) and not is_router else 1)
 
     def held(self, name: str, weight: Tensor) -> float:
-        """Numbers of `weight` that a rank keeps, rank 0 where they differ.
+        """Returns how many numbers of `weight` a rank keeps, rank 0 where they differ.
 
         >>> import torch
         >>> one, names = torch.empty(128, 64, 32), ("trunk.model.layers.1.mlp.experts.down_proj", "mtp.eh_proj.weight")
@@ -77,12 +76,10 @@ class Shares:
         return there * ceil(rows / over) / rows
 
     def gathered_bytes(self, weights: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Bytes that FSDP has whole beside the shares: (what is in no layer, the largest layer).
-
-        The first is gathered from the forward to the backward pass, and FSDP keeps a buffer of that size (measured). Of
-        layers it holds four at a time: the weights of one, those of the next that is under way, the gradient of
-        one, and that gradient on its way to the shards.
-        """
+        """Returns bytes that FSDP has whole beside the shares: (what is in no layer, the largest layer). The first is
+        gathered from the forward to the backward pass, and FSDP keeps a buffer of that size (measured). Of layers it
+        holds four at a time: one's weights, those of the next that is under way, the gradient of one, and that gradient
+        on its way to the shards."""
         sizes: dict[str, float] = {"": 0.0}
         for name, weight in weights.items() if self.gathers else ():
             layer = name.split(".layers.", 1)[1].split(".", 1)[0] if ".layers." in name else ""
@@ -91,17 +88,12 @@ class Shares:
         return sizes.pop(""), max(sizes.values(), default=0.0)
 
 
-def _cut(name: str) -> bool:
-    """The router of a layer of experts is whole."""
-    return ".gate." not in name
-
-
 def largest_bytes(weights: Iterable[Tensor], itemsize: int) -> int:
-    """Of the largest weight, whole: what visits a rank when it is loaded, published or saved."""
+    """Returns the size of the largest weight, which visits a rank whole when it is loaded, published or saved."""
     return max((weight.numel() for weight in weights), default=0) * itemsize
 
 
 def moment_bytes(weight: Tensor) -> float:
-    """Of AdamW's two moments, for a number of this weight, in 8 bits."""
+    """Returns the bytes of AdamW's two moments in 8 bits, for a number of this weight."""
     block = block_of(weight)
     return 2 + 8 / block if block else 8

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.cli.commands import machine, memory, memory_table
-from grpo.cli.commands.draft_colours import LEGEND, coloured
-from grpo.cli.commands.memory_table import DeviceMemory
-from grpo.config.learner import LoraOptions, ParallelOptions
+from grpo.cli.commands import machine, memory_table
+from grpo.cli.commands.memory import MemoryOfRun
+from grpo.config.learner import ParallelOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
@@ -30,18 +29,45 @@ from grpo.run.reward_record import refuse_changed_rewards
 from grpo.source.policy_source import meta_policy
 from grpo.task.check import check_plan, open_task
 from grpo.task.parts import check_prompts
-from grpo.task.plan import Plan
 from grpo.task.task import Task
 from policies import four_bit
 from policies.checkpoint import check_policy
 from policies.mtp import MTPHead
-from rollout.group import RolloutGroup, tokens_per_forward
+from rollout.group import Completion, RolloutGroup, tokens_per_forward
+
+STYLES = ("", "green", "bold green", "bold cyan", "bold blue")  # by depth; deeper ones look like the last
+LEGEND = Text.assemble(
+    "the trunk's own tokens, and drafts accepted at depth ",
+    *((f"{depth} ", style) for depth, style in enumerate(STYLES) if depth),
+    "and deeper",
+    style="dim",
+)
+
+
+def coloured(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Returns the text with each token in the colour of the depth at which it was drafted and accepted."""
+    text, depths = Text(), completion.draft.depths or [0] * len(completion.token_ids)
+    for piece, depth in zip(pieces(completion.token_ids, tokenizer), depths, strict=True):
+        text.append(visible(piece), style=STYLES[min(depth, len(STYLES) - 1)])
+    return text
+
+
+def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the text that each token adds. The token that completes a character of several tokens has all of it."""
+    texts, before = [], ""
+    for end in range(1, len(token_ids) + 1):
+        text = str(tokenizer.decode(token_ids[:end], skip_special_tokens=False))
+        whole = text.removesuffix("\N{REPLACEMENT CHARACTER}") if end < len(token_ids) else text
+        texts.append(whole[len(before) :])
+        before = whole if len(whole) > len(before) else before
+    return texts
+
 
 CONSOLE = Terminal()
 
 
 def summary(result: Result) -> None:
-    """The end of a run: held-out results before and after, speed with and without drafts, where things are."""
+    """Prints the end of a run: held-out results before and after, speed with and without drafts, where things are."""
     if result.evaluations:
         evaluations(result.evaluations)
     if result.speeds:
@@ -53,43 +79,31 @@ def summary(result: Result) -> None:
 
 
 def evaluations(results: Mapping[str, Evaluation]) -> None:
-    """Print a row for every evaluation; it fits 80 columns, with headings in one line.
-
-    If one of them has no accuracy, all of them show the mean reward.
-    """
+    """Print a row for every evaluation; it fits 80 columns, with headings in one line. If one of them has no accuracy,
+    all of them show the mean reward."""
     judged = all(result.interval is not None for result in results.values())
     measures = ("correct", "accuracy (95 %)") if judged else ("completions", "reward, mean")
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
-    table = Table(title="held-out problems", title_justify="left", **look)
-    for name in ("", *measures, "tokens/forward", "tokens/s"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    names = ("", *measures, "tokens/forward", "tokens/s")
+    columns = [Column(name, justify="right" if name else "left", no_wrap=True) for name in names]
+    table = Table(*columns, title="held-out problems", title_justify="left", **look)
     for name, result in results.items():
-        table.add_row(
-            name,
-            *(_judged(result) if judged else (str(result.completions), _mean(result.reward_mean))),
-            f"{result.tokens_per_forward:.2f}",
-            f"{result.tokens_per_second:.0f}",
-        )
+        mean = "-" if result.reward_mean is None else f"{result.reward_mean:.3f}"
+        cells = [str(result.completions), mean]
+        if judged:
+            assert result.interval is not None
+            low, high = result.interval
+            cells = [f"{result.correct}/{result.completions}", f"{result.accuracy:.3f} ({low:.2f}-{high:.2f})"]
+        table.add_row(name, *cells, f"{result.tokens_per_forward:.2f}", f"{result.tokens_per_second:.0f}")
     CONSOLE.print(table)
     if unmarked := sum(result.without_mark for result in results.values()):
         failed = sum(len(result.failures) for result in results.values())
         CONSOLE.print(f"{unmarked} more completions have no mark; rewards failed {failed} times", highlight=False)
 
 
-def _judged(result: Evaluation) -> tuple[str, str]:
-    assert result.interval is not None
-    low, high = result.interval
-    return f"{result.correct}/{result.completions}", f"{_mean(result.accuracy)} ({low:.2f}-{high:.2f})"
-
-
-def _mean(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def speeds(results: Sequence[Speed]) -> None:
-    table = Table(title="sampling speed, completion tokens per second (the tokens are the same)")
-    for name in ("rows", "MTP off", "MTP on", "gain", "tokens/forward"):
-        table.add_column(name, justify="right")
+    columns = [Column(name, justify="right") for name in ("rows", "MTP off", "MTP on", "gain", "tokens/forward")]
+    table = Table(*columns, title="sampling speed, completion tokens per second (the tokens are the same)")
     for speed in results:
         table.add_row(
             str(speed.rows),
@@ -120,24 +134,17 @@ def groups(sampled: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, 
 
 
 def groups_as_json(sampled: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
-    """`{"prompt", "completions": [{"text", "token_ids", "logprobs", "finish_reason", "draft"}]}` per group, with
+    """Each group is `{"prompt", "completions": [{"text", "token_ids", "logprobs", "finish_reason", "draft"}]}`, with
     `turns`, `sampled` and `tools` where there were tools."""
+
+    def content(completion: Completion) -> dict[str, Any]:
+        plain = {name: getattr(completion, name) for name in ("text", "token_ids", "logprobs", "finish_reason")}
+        return {**plain, "draft": asdict(completion.draft), **completion.episode}
+
+    prompts = [group.prompt.columns.get("prompt", group.prompt.text) for group in sampled]
     return [
-        {
-            "prompt": group.prompt.columns.get("prompt", group.prompt.text),
-            "completions": [
-                {
-                    "text": completion.text,
-                    "token_ids": completion.token_ids,
-                    "logprobs": completion.logprobs,
-                    "finish_reason": completion.finish_reason,
-                    "draft": asdict(completion.draft),
-                    **completion.episode,
-                }
-                for completion in group.completions
-            ],
-        }
-        for group in sampled
+        {"prompt": prompt, "completions": [content(completion) for completion in group.completions]}
+        for prompt, group in zip(prompts, sampled, strict=True)
     ]
 
 
@@ -152,127 +159,145 @@ def dry_run(
     """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
     counts, estimates, and whether this machine, or devices of `device_gib`, have what they ask for, which is
     returned."""
-    plan = _check(config, device_gib)
-    saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=config.steps)
+    run = _DryRun(config, device_gib)
+    saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=run.steps)
     refuse_folder(config.output_dir, resuming=resume is not None)
-    with open_task(config) as task:
-        if resume is not None and not force:
-            refuse_changed_rewards(config.output_dir, task.describe_rewards())
-        check_prompts(plan, task)
-        table = Table(title="dry run: nothing was trained", show_header=False)
-        rows, disk = _estimates(config, plan.shape, plan.head)
-        for name, value in (*_counts(config, task), *rows):
-            table.add_row(name, value)
-        CONSOLE.print(table)
-    return _show_memory(partial(memory.memory_of_run, plan.shape, plan.head), config, disk, device_gib)
+    run.show(same_rewards=resume is not None and not force)
+    return run.fits()
 
 
 def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float | None = None) -> bool:
     """Check data, template, rewards, model and folder of `quartet mtp` without training; print counts, FLOPs per token
     of the head, memory and disk. Returns whether that fits."""
-    plan = _check(config, device_gib)
-    shape = plan.shape
+    run = _MtpDryRun(config, device_gib)
     refuse_folder(config.output_dir, resuming=resuming)
-    assert isinstance(shape, DeepseekV3Config)  # others have been refused
-    with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in MTPHead(shape).named_parameters()}
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    own = sum(sizes.values()) - experts + experts * shape.num_experts_per_tok // shape.n_routed_experts
-    depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
-    completions = config.prompts_per_step * config.rollout.group_size
-    with open_task(config) as task:
+    run.show()
+    return run.fits()
+
+
+class _DryRun:
+    """Looks at what a run of `config` will do and need. Raises what the run refuses, and a wrong digest of a saved
+    policy, which the run reads when it loads it."""
+
+    def __init__(self, config: LearningConfig | MtpConfig, device_gib: float | None) -> None:
+        self.config, self.device_gib, self.disk = config, device_gib, 0.0
+        self.plan = check_plan(config, on_cpu=False if device_gib else None)
+        check_policy(Path(self.plan.source.folder))
+        self.head = self.plan.head or isinstance(config, MtpConfig)
+        self.memory = MemoryOfRun(self.plan.shape, self.head, config)
+
+    @property
+    def steps(self) -> int:
+        config = self.config
+        return config.steps
+
+    def show(self, same_rewards: bool = False) -> None:
+        """Print what the run will do, and its sizes; refuse other rewards than the recorded ones where it goes on."""
+        table, data = Table(title="dry run: nothing was trained", show_header=False), self.config.data
+        with open_task(self.config) as task:
+            if same_rewards:
+                refuse_changed_rewards(self.config.output_dir, task.describe_rewards())
+            self.check(task)
+            table.add_row("training examples", f"{len(task.train):,} ({data.name}, {data.split})")
+            table.add_row("held-out examples", f"{len(task.heldout):,}")
+            for name, value in self.rows(task):
+                table.add_row(name, value)
+        CONSOLE.print(table)
+
+    def check(self, task: Task) -> None:
+        check_prompts(self.plan, task)
+
+    def fits(self) -> bool:
+        """Print memory by device, and whether this machine has that much, and the disk. Returns whether it has."""
+        there = machine.Memory.there(hardware.device_of(self.config.device), self.device_gib)
+        devices = self.memory.devices(there.gpus)
+        CONSOLE.print(memory_table.table(devices))
+
+        def used(other: Any) -> float:
+            return there.used(MemoryOfRun(self.plan.shape, self.head, other).devices(there.gpus))
+
+        def less() -> str:
+            CONSOLE.print("looking for options with which it fits ...")
+            return machine.LessMemory(self.config, used, there.gpus).words()
+
+        every = self.config.checkpoint.keep
+        less_disk = f"{'' if every == 1 else f'lower checkpoint.keep={every}, '}make room, or use another output_dir"
+        verdicts = list(machine.verdicts(devices, there, self.config.output_dir, self.disk, less, less_disk))
+        for verdict in verdicts:
+            CONSOLE.print(verdict.line, markup=False, highlight=False, soft_wrap=True)
+        return all(verdict.fits for verdict in verdicts)
+
+    def rows(self, task: Task) -> Iterator[tuple[str, str]]:
+        """Yields what the run will do, and its sizes on disk: the model is built without storage."""
+        config = self.config
+        assert isinstance(config, LearningConfig)
+        rewards = ", ".join(f"{reward.function} × {reward.weight:g}" for reward in config.rewards)
+        yield "rewards", rewards if task.scores else "none: nothing is scored"
+        warm = config.supervision
+        if warm.steps:
+            yield "warm start", f"{warm.steps:,} steps × {warm.batch_size} examples"
+        if isinstance(config, TrainConfig):
+            group, prompts = config.rollout.group_size, config.prompts_per_step
+            yield "steps", f"{config.steps:,}"
+            yield "prompts per step", f"{prompts:,}"
+            yield "completions per step", f"{prompts * group:,} ({prompts} prompts × {group})"
+            yield "updates per step", f"{config.learner.updates_per_batch:,}"
+            yield "completions in all", f"{config.steps * prompts * group:,}"
+        shape, grpo = self.plan.shape, isinstance(config, TrainConfig)
+        trunk = meta_policy(shape, False, torch.float32).trunk
+        total = trained = sum(p.numel() for p in trunk.parameters())
+        lora = config.lora if isinstance(config, TrainConfig) else None
+        if lora is not None:  # the run will know whether it has a draft head
+            policy = meta_policy(shape, isinstance(shape, DeepseekV3Config), torch.float32)
+            policy.add_lora(lora.rank, lora.alpha, lora.targets)
+            trained = sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
+        yield "parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})"
+        if lora is not None and lora.base:
+            yield "base in 4 bits", _in_4_bits(trunk)
+        one = config.learner.model_copy(update={"parallel": ParallelOptions(fsdp=1)})
+        alone = MemoryOfRun(shape, self.head, config.model_copy(update={"learner": one}))
+        learner = alone.learner(processes=1)
+        each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
+        saved = math.ceil(self.steps / config.checkpoint.every)
+        copies = min(config.checkpoint.keep or saved, saved)
+        yield "disk: checkpoints", f"{_gib(each * copies)} ({copies} kept)"
+        policies = total * (2 if config.dtype == "bfloat16" else 4) * (1 + (grpo and config.supervision.steps > 0))
+        yield "disk: policies", _gib(policies)
+        self.disk = policies + each * min(copies + 1, saved)  # the next one is complete before the oldest is deleted
+
+
+class _MtpDryRun(_DryRun):
+    """Looks at what `quartet mtp` will do and need."""
+
+    def check(self, task: Task) -> None:
         from grpo.cli.mtp import Streams
 
-        Streams(task, config)
-        check_prompts(plan, task)
-        table = Table(title="dry run: nothing was trained", show_header=False)
-        table.add_row("training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})")
-        table.add_row("held-out examples", f"{len(task.heldout):,}")
-    solutions = f" and {config.head.solutions:,} gold solutions" if config.head.solutions else ""
-    table.add_row("corpus", f"{config.steps:,} steps × {completions:,} completions{solutions}")
-    table.add_row("epochs over it", f"{config.head.epochs:,} at most")
-    table.add_row("completions in all", f"{config.steps * completions:,}")
-    table.add_row("draft vocabulary", f"{width:,} of {shape.vocab_size:,} tokens")
-    table.add_row("head: parameters", f"{sum(sizes.values()) / 1e6:,.1f} M, {depth} depths")
-    table.add_row("head: FLOPs per token and pass", f"{6 * own * depth / 1e6:,.0f} M")
-    table.add_row("LM head: the same", f"{(2 + 4 * depth) * shape.hidden_size * width / 1e6:,.0f} M")
-    CONSOLE.print(table)
-    learner = memory.head_learner_memory(shape, config)
-    saved = math.ceil(config.steps / config.checkpoint.every) + config.head.epochs
-    kept = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
-    disk = learner.weights + kept * (learner.gradients + learner.moments) + memory.corpus_bytes(shape, config)
-    return _show_memory(partial(memory.memory_of_run, shape, True), config, disk, device_gib)
+        assert isinstance(self.config, MtpConfig)
+        Streams(task, self.config)  # may refuse
+        super().check(task)
 
-
-def _check(config: LearningConfig | MtpConfig, gib: float | None) -> Plan:
-    """All that the run refuses, and the digests of a policy that a run has saved, which are read when it is loaded."""
-    plan = check_plan(config, on_cpu=False if gib else None)
-    check_policy(Path(plan.source.folder))
-    return plan
-
-
-def _show_memory(
-    plan: Callable[[Any, float], Sequence[DeviceMemory]],
-    config: LearningConfig | MtpConfig,
-    disk: float,
-    gib: float | None,
-) -> bool:
-    """Print memory by device, and whether this machine has that much, and `disk` bytes of disk. Returns whether."""
-    there = machine.Memory.there(hardware.device_of(config.device), gib)
-    devices = plan(config, there.gpus)
-    CONSOLE.print(memory_table.table(devices))
-
-    def less() -> str:
-        CONSOLE.print("looking for options with which it fits ...")
-        return machine.less_memory(config, lambda other: there.used(plan(other, there.gpus)), there.gpus)
-
-    keep = "" if config.checkpoint.keep == 1 else f"lower checkpoint.keep={config.checkpoint.keep}, "
-    less_disk = f"{keep}make room, or use another output_dir"
-    verdicts = list(machine.verdicts(devices, there, config.output_dir, disk, less, less_disk))
-    for verdict in verdicts:
-        CONSOLE.print(verdict.line, markup=False, highlight=False, soft_wrap=True)
-    return all(verdict.fits for verdict in verdicts)
-
-
-def _counts(config: LearningConfig, task: Task) -> Iterator[tuple[str, str]]:
-    yield "training examples", f"{len(task.train):,} ({config.data.name}, {config.data.split})"
-    yield "held-out examples", f"{len(task.heldout):,}"
-    rewards = ", ".join(f"{reward.function} × {reward.weight:g}" for reward in config.rewards)
-    yield "rewards", rewards if task.scores else "none: nothing is scored"
-    warm = config.supervision
-    if warm.steps:
-        yield "warm start", f"{warm.steps:,} steps × {warm.batch_size} examples"
-    if isinstance(config, TrainConfig):
-        group, prompts = config.rollout.group_size, config.prompts_per_step
-        yield "steps", f"{config.steps:,}"
-        yield "prompts per step", f"{prompts:,}"
-        yield "completions per step", f"{prompts * group:,} ({prompts} prompts × {group})"
-        yield "updates per step", f"{config.learner.updates_per_batch:,}"
-        yield "completions in all", f"{config.steps * prompts * group:,}"
-
-
-def _estimates(config: LearningConfig, shape: Any, head: bool) -> tuple[list[tuple[str, str]], float]:
-    """Sizes from the config alone, and the bytes on disk: the model is built without storage."""
-    trunk = meta_policy(shape, False, torch.float32).trunk
-    total = sum(p.numel() for p in trunk.parameters())
-    size = 2 if config.dtype == "bfloat16" else 4
-    lora = config.lora if isinstance(config, TrainConfig) else None
-    trained = total if lora is None else _lora_parameters(shape, lora)
-    rows = [("parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})")]
-    if lora is not None and lora.base:
-        rows.append(("base in 4 bits", _in_4_bits(trunk)))
-    grpo = isinstance(config, TrainConfig)
-    policies = disk = total * size * (1 + (grpo and config.supervision.steps > 0))
-    alone = config.model_copy(
-        update={"learner": config.learner.model_copy(update={"parallel": ParallelOptions(fsdp=1)})}
-    )
-    learner = memory.learner_memory(shape, head, alone, lora_options=lora, processes=1)
-    each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
-    saved = math.ceil(config.steps / config.checkpoint.every)
-    kept = min(config.checkpoint.keep or saved, saved)
-    rows.append(("disk: checkpoints", f"{_gib(each * kept)} ({kept} kept)"))
-    disk += each * min(kept + 1, saved)  # the next one is complete before the oldest is deleted
-    return [*rows, ("disk: policies", _gib(policies))], disk
+    def rows(self, task: Task) -> Iterator[tuple[str, str]]:
+        config, shape = self.config, self.plan.shape
+        assert isinstance(config, MtpConfig)
+        assert isinstance(shape, DeepseekV3Config)  # others have been refused
+        with torch.device("meta"):
+            sizes = {name: p.numel() for name, p in MTPHead(shape).named_parameters()}
+        experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        active = sum(sizes.values()) - experts + experts * shape.num_experts_per_tok // shape.n_routed_experts
+        depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
+        completions = config.prompts_per_step * config.whole_rollout.group_size
+        solutions = f" and {config.head.solutions:,} gold solutions" if config.head.solutions else ""
+        yield "corpus", f"{config.steps:,} steps × {completions:,} completions{solutions}"
+        yield "epochs over it", f"{config.head.epochs:,} at most"
+        yield "completions in all", f"{config.steps * completions:,}"
+        yield "draft vocabulary", f"{width:,} of {shape.vocab_size:,} tokens"
+        yield "head: parameters", f"{sum(sizes.values()) / 1e6:,.1f} M, {depth} depths"
+        yield "head: FLOPs per token and pass", f"{6 * active * depth / 1e6:,.0f} M"
+        yield "LM head: the same", f"{(2 + 4 * depth) * shape.hidden_size * width / 1e6:,.0f} M"
+        learner = self.memory.head_learner()
+        saved = math.ceil(config.steps / config.checkpoint.every) + config.head.epochs
+        copies = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
+        self.disk = learner.weights + copies * (learner.gradients + learner.moments) + self.memory.corpus_bytes()
 
 
 def _in_4_bits(trunk: PreTrainedModel) -> str:
@@ -280,14 +305,6 @@ def _in_4_bits(trunk: PreTrainedModel) -> str:
     experts = sum(weight.numel() for name, weight in trunk.named_parameters() if ".experts." in name)
     left = f", routers and routed experts ({experts / 1e6:,.1f} M)" if experts else ""
     return f"{chosen / 1e6:,.1f} M parameters, not those of embedding, LM head, norms{left}"
-
-
-def _lora_parameters(shape: Any, options: LoraOptions) -> int:
-    """Raises ValueError for targets that the model does not have."""
-    may_draft = isinstance(shape, DeepseekV3Config)  # the run will know whether it has a head
-    policy = meta_policy(shape, may_draft, torch.float32)
-    policy.add_lora(options.rank, options.alpha, options.targets)
-    return sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
 
 
 def _gib(size: float) -> str:

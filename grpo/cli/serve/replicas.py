@@ -1,4 +1,4 @@
-"""`quartet serve --replicas N`: Ray Serve starts, scales and restarts copies of the server behind one address."""
+"""`quartet serve --replicas N`: Ray Serve starts, scales and restarts copies of the server at one address."""
 
 from __future__ import annotations
 
@@ -15,39 +15,32 @@ from rollout.cluster import start_ray, stop_ray
 
 PACKAGES = "replicas={}: Ray Serve's packages are missing: pip install 'quartet-rl[serve-ray]'"
 
-
 Begin = Callable[[ServeConfig, Callable[[str], None]], tuple[Any, Any]]
 
 
-def replica(begin: Begin, config: ServeConfig) -> Any:
-    """The ASGI application of one replica, which loads its own copy of the policy by `begin`."""
-    application, _ = begin(config, partial(print, file=sys.stderr, flush=True))
-    return application
-
-
 def serve_replicas(config: ServeConfig, begin: Begin, say: Callable[[str], None]) -> None:
-    """Serve until a signal comes. Every replica has `threads` processors, and a queue and a batch of its own.
-
-    Raises ValueError without the packages of the extra `serve-ray`.
-    """
+    """Serve until a signal comes. Every replica loads its own copy of the policy by `begin`, and has `threads`
+    processors, a queue and a batch. Raises ValueError without the packages of the extra `serve-ray`."""
     try:
         from ray import serve
         from ray.serve.config import AutoscalingConfig, HTTPOptions
     except ImportError as error:
         raise ValueError(PACKAGES.format(config.replicas)) from error
     most, threads = config.max_replicas or config.replicas, config.threads or 1
-    own = config.model_copy(update={"threads": threads, "model": _absolute(config.model), "replicas": 1})
+    folder = Path(config.model)  # a replica works in another one
+    model = str(folder.absolute()) if folder.exists() else config.model
+    options = config.model_copy(update={"threads": threads, "model": model, "replicas": 1})
     start_ray(cpus=most * threads + 1)
     try:
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-        scaled = {"num_replicas": config.replicas} if most == config.replicas else {}
-        if not scaled:
-            scaled["autoscaling_config"] = AutoscalingConfig(
-                min_replicas=config.replicas, max_replicas=most, target_ongoing_requests=config.max_batch_size
-            )
+        scale: dict[str, Any] = {"num_replicas": config.replicas}
+        if most != config.replicas:
+            bounds = {"min_replicas": config.replicas, "max_replicas": most}
+            scale = {"autoscaling_config": AutoscalingConfig(**bounds, target_ongoing_requests=config.max_batch_size)}
 
         def build() -> Any:  # a function: Ray Serve takes any other callable for the application itself
-            return replica(begin, own)
+            application, _ = begin(options, partial(print, file=sys.stderr, flush=True))
+            return application
 
         deployment = serve.deployment(
             serve.ingress(build)(type("Policy", (), {})),
@@ -55,19 +48,13 @@ def serve_replicas(config: ServeConfig, begin: Begin, say: Callable[[str], None]
             ray_actor_options={"num_cpus": threads},
             max_ongoing_requests=config.max_batch_size + config.max_queue,
             graceful_shutdown_timeout_s=config.shutdown_s,
-            **scaled,
+            **scale,
         )
         serve.run(deployment.bind(), name="quartet", route_prefix="/")
-        say(
-            f"{config.called} in {config.replicas} replicas at http://{config.host}:{config.port}/v1   (Ctrl-C ends it)"
-        )
+        address = f"http://{config.host}:{config.port}/v1"
+        say(f"{config.called} in {config.replicas} replicas at {address}   (Ctrl-C ends it)")
         threading.Event().wait()  # a signal raises out of it
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         serve.shutdown()
         stop_ray()
-
-
-def _absolute(model: str) -> str:
-    """A replica works in another folder."""
-    return str(Path(model).absolute()) if Path(model).exists() else model

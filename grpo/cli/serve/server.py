@@ -1,23 +1,27 @@
-"""`quartet serve` answers requests for a policy's completions. It runs in one process, or in several by Ray Serve."""
+"""`quartet serve` answers requests for a policy's completions. It runs in one process, or in several by Ray Serve.
+
+It may follow a run that is still training: the newest checkpoint then replaces the policy that is served.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import ipaddress
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo.cli.commands.policy_in_use import PolicyInUse
+from grpo.cli.commands.served import key_of
 from grpo.cli.config.serve import ServeConfig
 from grpo.run.listening import listen
-from grpo.run.memory_errors import phase
-from grpo.source.policy_source import PolicySource, find_policy, load_found
-from grpo.task.check import check_plan
-from grpo.task.sampling import sampling_params
+from grpo.source.policy_source import PolicySource, find_policy
 from rollout.depth import Workload
 from rollout.engine import Engine
 
@@ -27,82 +31,112 @@ if TYPE_CHECKING:
 PACKAGES = "quartet serve needs the packages of the extra serve: pip install 'quartet-rl[serve]'"
 
 
-def read_key(config: ServeConfig) -> str | None:
-    """The key that clients must show. Raises ValueError for another address than loopback without one."""
-    if config.api_key_file is None:
-        if not _is_loopback(config.host):
+def read_key(file: Path | None, host: str) -> str | None:
+    """Returns the key that clients must show. Raises ValueError for another address than loopback without one."""
+    if file is None:
+        loopback = host.lower() == "localhost"
+        with suppress(ValueError):
+            loopback = loopback or ipaddress.ip_address(host).is_loopback
+        if not loopback:
             raise ValueError(
-                f"host={config.host!r} lets other machines in; give a file with a key, --api_key_file FILE, or leave "
-                "--host out"
+                f"host={host!r} lets other machines in; give a file with a key, --api_key_file FILE, or leave --host "
+                "out"
             )
         return None
-    if not config.api_key_file.is_file():
-        raise ValueError(f"api_key_file={config.api_key_file}: there is no such file; write the key into it")
-    key = config.api_key_file.read_text(encoding="utf-8").strip()
+    key = key_of(file)
     if len(key) < 8 or not key.isascii() or not key.isprintable():
-        raise ValueError(
-            f"api_key_file={config.api_key_file}: a key has 8 printable ASCII characters or more, in one line"
-        )
+        raise ValueError(f"api_key_file={file}: a key has 8 printable ASCII characters or more, in one line")
     return key
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def load_engine(config: ServeConfig, source: PolicySource, like: Engine | None = None) -> Engine:
-    """An engine with the policy of `source`. Its depth controller takes the costs of the engine `like` it, or measures
-    them."""
-    policy = load_found(source, config)
-    with phase("loading", config):
+def load_engine(use: PolicyInUse, newer: PolicySource | None = None, like: Engine | None = None) -> Engine:
+    """Returns an engine with this policy, or a newer one. Its depth controller measures costs, or takes those of
+    `like`."""
+    policy, options = use.load(newer), use.config
+    with use.phase("loading"):
         costs = like.costs if like is not None else None
-        engine = Engine(policy, getattr(torch, config.dtype), max_rows=config.max_batch_size, costs=costs)
-        engine.version = source.step or 0
-        if config.draft_tokens is None and engine.head is not None and costs is None:
-            params = sampling_params(policy, config, 1, 0, dtype=config.dtype)
-            engine.measure_costs(Workload.of(params, config.max_batch_size))
+        engine = Engine(policy, getattr(torch, options.dtype), max_rows=options.max_batch_size, costs=costs)
+        engine.version = (newer or use.source).step or 0
+        if options.draft_tokens is None and engine.head is not None and costs is None:
+            engine.measure_costs(Workload.of(use.sampling(policy), options.max_batch_size))
     return engine
 
 
+LOOK_S = 5.0
+
+
+class Follower:
+    """Looks every `LOOK_S` seconds. A checkpoint that cannot be loaded is reported once and counted, and the policy
+    from before stays. `load` makes an engine of a source, whose version is the source's step."""
+
+    def __init__(
+        self, run: str, step: int | None, load: Callable[[PolicySource], Engine], say: Callable[[str], None]
+    ) -> None:
+        if not (Path(run) / "environment.json").is_file():
+            raise ValueError(f"--follow: {run} is no run folder, and nothing else gets newer; leave --follow out")
+        self.run, self.step, self.load, self.say = run, step, load, say
+        self._failed: str | None = None
+
+    async def keep_up(self, served: Served) -> None:
+        """Looks again and again, until it is cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await asyncio.to_thread(self.look, served)
+
+    def look(self, served: Served) -> bool:
+        """Looks once. Returns whether there was a newer policy, which then is served."""
+        folder = None
+        try:
+            source = find_policy(self.run, read=False)
+            folder = source.folder
+            if source.step == self.step or folder == self._failed:
+                return False
+            source = find_policy(self.run)  # its tensors, now
+            engine = self.load(source)
+        except Exception as error:
+            self._failed = folder
+            served.batcher.counts.not_loaded += 1
+            self.say(f"{folder or self.run} cannot be served, the policy from before stays: {error}")
+            return False
+        self.step, served.meaning = source.step, source.meaning
+        served.batcher.replace(engine)
+        self.say(f"policy version {engine.version} is served from now on: {source.folder} ({source.meaning})")
+        return True
+
+
 def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> tuple[Any, Served]:
-    """The ASGI application and what it serves. Raises ValueError without the packages of the extra `serve`."""
+    """Returns the ASGI application and what it serves. Raises ValueError without the packages of the extra `serve`."""
     try:
         from grpo.endpoint.app import app
     except ModuleNotFoundError as error:
         raise ValueError(PACKAGES) from error
-    from grpo.cli.serve.follow import Follower
     from grpo.endpoint.batcher import Batcher
     from grpo.endpoint.served import Served
 
-    key = read_key(config)
-    source = find_policy(config.model)
-    engines: list[Engine] = []
+    key = read_key(config.api_key_file, config.host)
+    use = PolicyInUse(config)
 
     def load(newer: PolicySource) -> Engine:
-        return load_engine(config, newer, engines[0])
+        return load_engine(use, newer, batcher.engine)
 
-    check_plan(config, source)
-    follower = Follower(config.model, source.step, load, say) if follow else None
-    engines.append(load_engine(config, source))
-    params = replace(sampling_params(engines[0].policy, config, 1, 0, dtype=config.dtype), margin=config.margin)
-    engines[0].check([], params)
-    batcher = Batcher(engines[0], params, most_waiting=config.max_queue, wait_s=config.batch_wait_ms / 1e3)
-    served = Served(config.called, batcher, params, source.meaning)
+    follower = Follower(config.model, use.source.step, load, say) if follow else None
+    engine = load_engine(use)
+    params = use.sampling(engine.policy)
+    engine.check([], params)
+    batcher = Batcher(engine, params, most_waiting=config.max_queue, wait_s=config.batch_wait_ms / 1e3)
+    served = Served(config.called, batcher, params, use.source.meaning)
     return app(served, key, starts=partial(follower.keep_up, served) if follower else None), served
 
 
 def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> None:
     """Serve until a signal comes. Then no new request is taken, and those that run have `shutdown_s` seconds."""
-    key = read_key(config)
+    key = read_key(config.api_key_file, config.host)
     if config.backend == "vllm":
-        from grpo.cli.serve.by_vllm import serve_by_vllm
+        from grpo.cli.serve.by_vllm import ServerOfVLLM
 
         if follow:
             raise ValueError("--follow is for backend=native, our own engine; drop one of the two")
-        return serve_by_vllm(config, key, say)
+        return ServerOfVLLM(config).serve(key, say)
     if (config.max_replicas or config.replicas) > 1:
         from grpo.cli.serve.replicas import serve_replicas
 
@@ -117,5 +151,5 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
 
         version = f"policy version {served.batcher.engine.version}"
         say(f"{served.name} ({version}, {served.meaning}) at http://{address}/v1   (Ctrl-C ends it)")
-        own = {"lifespan": "on", "timeout_graceful_shutdown": config.shutdown_s, "timeout_keep_alive": 75}
-        uvicorn.Server(settings(application, **own)).run(sockets=[listening])
+        timeouts = {"lifespan": "on", "timeout_graceful_shutdown": config.shutdown_s, "timeout_keep_alive": 75}
+        uvicorn.Server(settings(application, **timeouts)).run(sockets=[listening])

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.algorithm.ties import tied
-from grpo.cli.why.reading import Part, Reader, ReadLearner, dot
-from grpo.cli.why.recorded import read_config, read_groups
-from grpo.cli.why.rewind import Rewind, difference, first_step
+from grpo.cli.why.reading import Reader, ReadLearner, dot
+from grpo.cli.why.rewind import Rewind, difference, read_config
 from grpo.config.options import add_options, parse
 from grpo.config.run import TrainConfig
 from grpo.evaluation.perplexity import gold_perplexity
@@ -20,7 +19,6 @@ from grpo.learner.batch import PackedRow
 from grpo.learner.update import NonFiniteStep
 from grpo.run.records import read_metrics, read_rollouts, split_groups
 from grpo.task.task import Task
-from rewards.group_score import GroupScore
 from rollout.group import ENDED
 
 AFFORDABLE = 600.0  # seconds of leaving groups out, by the run's own times
@@ -30,8 +28,8 @@ FREE_OF_LEARNER = ("learning_rate", "max_grad_norm", "updates_per_batch", "weigh
 
 @dataclass
 class GroupPart:
-    """A group of the step. `effect`: how much it added to the held-out log-probability, nats per token; None where the
-    group was not left out. `removed` is by what has changed the weights of its tokens, a share of them."""
+    """A group did this in the step. `effect` is what it added to the held-out log-probability, nats per token; None
+    where it was not left out. `removed` is by what has changed the weights of its tokens, a share of them."""
 
     number: int
     prompt_id: str
@@ -48,7 +46,7 @@ class GroupPart:
 
 @dataclass
 class TokenPart:
-    """A token of the group that was asked for. `weight` above 0: the step raised its log-probability."""
+    """A token of the group that was asked for did this; where `weight` is above 0 the step raised its probability."""
 
     sample: int
     position: int
@@ -62,7 +60,7 @@ class TokenPart:
 
 @dataclass
 class Alternative:
-    """The step as it might have been: the `change` of the held-out log-probability, and the gradient."""
+    """The step might have been so: the `change` of the held-out log-probability, and the gradient."""
 
     what: str
     norm: float
@@ -98,7 +96,7 @@ class Explanation:
 
     @property
     def norm(self) -> float:
-        """Of the gradients of all updates, as one vector."""
+        """The gradients of all updates are one vector, whose norm it is."""
         return math.hypot(*self.norms)
 
 
@@ -118,9 +116,7 @@ def explain(
     `groups`: leave out at most so many, those with the largest part of the gradient; None: all that ten minutes are
     enough for, by the run's own times. `group`: leave out this one alone, and read at most `tokens` of its tokens.
     `what_if` are alternatives such as `["loss.advantage=rloo"]`. `say` gets the cost before anything is computed.
-
-    Raises FileNotFoundError for a folder that is no run and a step that is not recorded, ConfigError or ValueError for
-    what cannot be explained, NonFiniteStep for a step that was not finite.
+    Raises NonFiniteStep for a step that was not finite, and other errors for what cannot be explained.
 
     >>> explain(Path("runs/demo"), 31).groups[0].effect
     0.00042
@@ -133,28 +129,71 @@ def explain(
     recorded = split_groups(read_rollouts(run, step))
     if group is not None and not 0 <= group < len(recorded):
         raise ValueError(f"--group {group}: step {step} has groups 0 to {len(recorded) - 1}")
-    rows = {row["step"]: row for row in read_metrics(run)}
     with Task.of(config, scores=False) as task:
-        rewind = Rewind(config, step, task)
-        held, words = _held_out(config, task, rewind, {lines[0]["prompt_id"] for lines in recorded}, heldout)
-        seconds = _Cost(rows, recorded, held, step)
-        most = 1 if group is not None else min(groups or seconds.affordable, len(recorded))
-        say(seconds.said(first_step(config, step), most, len(alternatives), tokens if group is not None else 0))
-        return _Explainer(rewind, held, words, rows.get(step, {})).explain(group, most, tokens, alternatives)
+        explainer = _Explainer(Rewind(config, step, task), recorded, heldout)
+        most = 1 if group is not None else min(groups or explainer.affordable, len(recorded))
+        say(explainer.cost(most, len(alternatives), tokens if group is not None else 0))
+        return explainer.explain(group, most, tokens, alternatives)
 
 
 class _Explainer:
-    def __init__(self, rewind: Rewind, held: Sequence[PackedRow], words: str, metrics: Mapping[str, Any]) -> None:
-        self.rewind, self.held, self.words, self.metrics, self.step = rewind, held, words, metrics, rewind.step
+    """Takes the step again, as it was and in other ways, and measures each by held-out solutions."""
+
+    def __init__(self, rewind: Rewind, recorded: Sequence[Sequence[Mapping[str, Any]]], heldout: int) -> None:
+        self.rewind, self.step, self.count = rewind, rewind.step, len(recorded)
+        self.rows = {row["step"]: row for row in read_metrics(rewind.config.output_dir)}
+        self.held, self.words = self._held_out({lines[0]["prompt_id"] for lines in recorded}, heldout)
+        tokens = sum(len(line["token_ids"]) for lines in recorded for line in lines)
+        measuring = sum(row.length for row in self.held) / max(tokens, 1) / 3  # a forward pass is a third of a step
+        self.seconds = self._seconds(self.step) * (1 + measuring)
+
+    def _held_out(self, drawn: set[str], count: int) -> tuple[list[PackedRow], str]:
+        """Returns gold solutions that the step has not learned from, and in words which."""
+        config, task, policy = self.rewind.config, self.rewind.task, self.rewind.policy
+        unseen = [example for example in task.train if example.example_id not in drawn]
+        examples, words = (task.heldout, "held-out problems") if task.heldout else (unseen, "other training problems")
+        stop = policy.stop_token_ids[0]
+        with_solution = [example for example in examples if example.solution.strip()][:count]
+        rows = [task.solution(example, policy.tokenizer, stop) for example in with_solution]
+        if not any(row.length <= policy.max_length for row in rows):
+            raise ValueError(
+                f"{config.output_dir} has no {words} with a solution, by which the effect of a step could be measured; "
+                "name a column that has one: data.solution_column"
+            )
+        return rows, f"the gold solutions of {len(rows)} {words}"
+
+    def _seconds(self, step: int) -> float:
+        """Returns how long the run learned at this step."""
+        return self.rows.get(step, {}).get("time/learn") or 0.0
+
+    @property
+    def affordable(self) -> int:
+        """So many groups may be left out within AFFORDABLE seconds: one at least."""
+        return max(1, int(AFFORDABLE / self.seconds)) if self.seconds else self.count
+
+    def cost(self, most: int, alternatives: int, tokens: int) -> str:
+        """Returns what the explanation takes, by the times that the run's own steps took."""
+        begins = self.rewind.begins
+        seconds = sum(self._seconds(step) for step in range(begins + 1, self.step))
+        seconds += (4 + most + 2 * alternatives) * self.seconds
+        seconds += tokens * self._seconds(self.step) * 2 / 3 / self.count
+        begin = f"checkpoint {begins}" if begins else "the start of the run"
+        steps = f"{self.step - 1 - begins} recorded steps from {begin}"
+        steps += f", the step itself three times, and once without each of {most}"
+        more = f", {alternatives} alternatives" if alternatives else ""
+        more += f", up to {tokens} tokens one by one" if tokens else ""
+        all_groups = most == self.count
+        kind = " groups" if all_groups else f" of {self.count} groups, those with the largest part of the gradient"
+        return f"cost: {steps}{kind}{more}; about {max(seconds, 1):,.0f} s at the speed of the run's own steps"
 
     def explain(
         self, group: int | None, most: int, tokens: int, alternatives: Mapping[str, TrainConfig]
     ) -> Explanation:
-        rewind, config = self.rewind, self.rewind.config
+        rewind = self.rewind
         for step in range(rewind.begins + 1, self.step):
             rewind.replay(step)
         rewind.hold()
-        self.groups, self.scores = read_groups(config, self.step, rewind.task, rewind.policy)
+        self.groups, self.scores = rewind.recorded(self.step)
         before = self._measure(rewind.learner)
         try:
             metrics = rewind.take(rewind.learner, self.groups, self.scores, self.step)
@@ -163,14 +202,17 @@ class _Explainer:
                 f"{error}: this step changed nothing, and neither gradient nor effect can be told"
             ) from None
         after = self._measure(rewind.learner)
-        reader = self._read(rewind.back(), self.scores, group, tokens)
+        # Twice: the parts are compared with the whole, which is known at the end of the step alone.
+        batch = rewind.prepare(rewind.back(), self.groups, self.scores, self.step)
+        whole = rewind.learner.read(Reader(), batch)
+        reader = rewind.back().read(Reader(whole.wholes, group, tokens), batch)
         parts = [self._part(number, reader) for number in range(len(self.groups))]
         order = sorted(range(len(parts)), key=lambda number: -abs(reader.groups[number].dot))
         for number in [group] if group is not None else order[:most]:
             parts[number].effect = after - self._without(number)
-        compared, worst, off = difference(self.metrics, metrics)
-        found = Explanation(
-            run=str(config.output_dir),
+        compared, worst, off = difference(self.rows.get(self.step, {}), metrics)
+        return Explanation(
+            run=str(rewind.config.output_dir),
             step=self.step,
             begins=rewind.begins,
             compared=compared,
@@ -181,28 +223,21 @@ class _Explainer:
             before=before,
             after=after,
             norms=[math.sqrt(dot(whole, whole)) for whole in reader.wholes],
-            largest_norm=config.learner.max_grad_norm,
+            largest_norm=rewind.config.learner.max_grad_norm,
             groups=parts,
             tokens_of=group,
-            tokens=self._tokens(group, reader),
+            tokens=[] if group is None else self._tokens(group, reader),
+            what_if=[self._alternative(what, other, reader, before) for what, other in alternatives.items()],
         )
-        for what, other in alternatives.items():
-            found.what_if.append(self._alternative(what, other, reader, before))
-        return found
 
     def _measure(self, learner: ReadLearner) -> float:
-        found = gold_perplexity(learner.policy, self.held)
-        assert found is not None
-        return -found.nats_per_token
-
-    def _read(self, learner: ReadLearner, scores: Sequence[GroupScore], group: int | None, tokens: int) -> Reader:
-        """Twice: the parts are compared with the whole, which is known at the end of the step alone."""
-        batch = self.rewind.prepare(learner, self.groups, scores, self.step)
-        whole = learner.read(Reader(), batch)
-        return self.rewind.back().read(Reader(whole.wholes, group, tokens), batch)
+        """Returns the mean log-probability of a token of the held-out solutions."""
+        perplexity = gold_perplexity(learner.policy, self.held)
+        assert perplexity is not None
+        return -perplexity.nats_per_token
 
     def _without(self, number: int) -> float:
-        """The held-out log-probability after the step without this group."""
+        """Returns the held-out log-probability after the step without this group."""
         left = [i for i in range(len(self.groups)) if i != number]
         learner = self.rewind.back()
         if left:
@@ -225,46 +260,37 @@ class _Explainer:
             removed=part.removed(),
         )
 
-    def _tokens(self, group: int | None, reader: Reader) -> list[TokenPart]:
-        """Those that gave most first."""
-        if group is None:
-            return []
-        size, tokenizer = len(self.groups[0].completions), self.rewind.policy.tokenizer
+    def _tokens(self, group: int, reader: Reader) -> list[TokenPart]:
+        """Returns the tokens of a group, those that gave most first."""
+        completions, tokenizer = self.groups[group].completions, self.rewind.policy.tokenizer
+        norm, tokens = reader.norm, []
+        for (index, position), part in reader.tokens.items():
+            sample = index % len(completions)
+            text = str(tokenizer.decode([completions[sample].token_ids[position]]))
+            share, cosine = part.dot / norm**2 if norm else 0.0, part.cosine(norm)
+            tokens.append(TokenPart(sample, position, text, part.weight, part.norm, cosine, share, part.removed()))
+        return sorted(tokens, key=lambda token: -abs(token.share))
 
-        def shown(index: int, position: int, part: Part) -> TokenPart:
-            token = self.groups[group].completions[index % size].token_ids[position]
-            norm = reader.norm
-            share = part.dot / norm**2 if norm else 0.0
-            text = str(tokenizer.decode([token]))
-            cosine, removed = part.cosine(norm), part.removed()
-            return TokenPart(index % size, position, text, part.weight, part.norm, cosine, share, removed)
-
-        found = [shown(*place, part) for place, part in reader.tokens.items()]
-        return sorted(found, key=lambda token: -abs(token.share))
-
-    def _alternative(self, what: str, config: TrainConfig, real: Reader, before: float) -> Alternative:
-        scores, weights = self.scores, None
-        if config.rewards != self.rewind.config.rewards or config.reward_models != self.rewind.config.reward_models:
-            with Task.of(config) as task:
+    def _alternative(self, what: str, other: TrainConfig, real: Reader, before: float) -> Alternative:
+        """Returns the step with the options of `other`, on the same rollouts."""
+        scores, weights, options = self.scores, None, self.rewind.config
+        if (other.rewards, other.reward_models) != (options.rewards, options.reward_models):
+            with Task.of(other) as task:
                 task.reached(self.step - 1)
                 scores, weights = task.score(self.groups), task.reward_weights
-        learner = self.rewind.back(self.rewind.make(config, weights))
+        learner = self.rewind.back(self.rewind.make(other, weights))
         batch = self.rewind.prepare(learner, self.groups, scores, self.step)
-        reader = learner.read(Reader(), batch)
-        cosine = None
+        reader, cosine = learner.read(Reader(), batch), None
         if reader.norm and real.norm:
-            first, other = reader.wholes[0], real.wholes[0]
-            lengths = (dot(first, first) * dot(other, other)) ** 0.5
-            cosine = dot(first, other) / lengths if lengths else None
+            mine, first = reader.wholes[0], real.wholes[0]
+            lengths = (dot(mine, mine) * dot(first, first)) ** 0.5
+            cosine = dot(mine, first) / lengths if lengths else None
         return Alternative(what, reader.norm, cosine, batch.tied_groups, self._measure(learner) - before)
 
 
 def read_alternative(run: Path, words: Sequence[str]) -> TrainConfig:
-    """The run's configuration with `key=value` of the loss, the advantage, the reward or the clip.
-
-    Raises ConfigError for values and keys that the options do not have, ValueError for those that change more than how
-    the step learns from its rollouts.
-    """
+    """Returns the run's configuration with `key=value` of the loss, the advantage, the reward or the clip. Raises
+    ConfigError or ValueError for other keys, which change more than how the step learns from its rollouts."""
     parser = argparse.ArgumentParser()
     add_options(parser, TrainConfig)
     if bad := [word for word in words if "=" not in word]:
@@ -284,55 +310,3 @@ def read_alternative(run: Path, words: Sequence[str]) -> TrainConfig:
             "choose an estimator without one"
         )
     return config
-
-
-def _held_out(
-    config: TrainConfig, task: Task, rewind: Rewind, drawn: set[str], count: int
-) -> tuple[list[PackedRow], str]:
-    """Gold solutions that the step has not learned from, and in words which."""
-    unseen = [example for example in task.train if example.example_id not in drawn]
-    examples, words = (task.heldout, "held-out problems") if task.heldout else (unseen, "other training problems")
-    token = rewind.policy.stop_token_ids[0]
-    with_solution = [example for example in examples if example.solution.strip()][:count]
-    rows = [task.solution(example, rewind.policy.tokenizer, token) for example in with_solution]
-    if not any(row.length <= rewind.policy.max_length for row in rows):
-        raise ValueError(
-            f"{config.output_dir} has no {words} with a solution, by which the effect of a step could be measured; "
-            "name a column that has one: data.solution_column"
-        )
-    return rows, f"the gold solutions of {len(rows)} {words}"
-
-
-class _Cost:
-    """What an explanation takes, by the times that the run's own steps took."""
-
-    def __init__(
-        self,
-        rows: Mapping[int, Mapping[str, Any]],
-        recorded: Sequence[Sequence[Mapping[str, Any]]],
-        held: Sequence[PackedRow],
-        step: int,
-    ) -> None:
-        self.step, self.groups = step, len(recorded)
-        self.learn = {number: row.get("time/learn") or 0.0 for number, row in rows.items()}
-        tokens = sum(len(line["token_ids"]) for lines in recorded for line in lines)
-        measuring = sum(row.length for row in held) / max(tokens, 1) / 3  # a forward pass is a third of a step
-        self.each = self.learn.get(step, 0.0) * (1 + measuring)
-
-    @property
-    def affordable(self) -> int:
-        """How many groups may be left out within AFFORDABLE seconds: one at least."""
-        return max(1, int(AFFORDABLE / self.each)) if self.each else self.groups
-
-    def said(self, begins: int, most: int, alternatives: int, tokens: int) -> str:
-        replayed = self.step - 1 - begins
-        seconds = sum(self.learn.get(step, 0.0) for step in range(begins + 1, self.step))
-        seconds += (4 + most + 2 * alternatives) * self.each
-        seconds += tokens * self.learn.get(self.step, 0.0) * 2 / 3 / self.groups
-        begin = f"checkpoint {begins}" if begins else "the start of the run"
-        steps = f"{replayed} recorded steps from {begin}, the step itself three times, and once without each of {most}"
-        more = f", {alternatives} alternatives" if alternatives else ""
-        more += f", up to {tokens} tokens one by one" if tokens else ""
-        kind = "" if most == self.groups else f" of {self.groups} groups, those with the largest part of the gradient"
-        kind = kind or " groups"
-        return f"cost: {steps}{kind}{more}; about {max(seconds, 1):,.0f} s at the speed of the run's own steps"

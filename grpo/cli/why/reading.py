@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo.algorithm import own
 from grpo.config.loss import CorrectionMode, LossOptions
@@ -30,11 +30,9 @@ NO_CLIP = 1e9  # a ratio never comes near it
 
 @dataclass
 class Part:
-    """What a group or a token has given to the gradient: ⟨part, whole⟩ and |part|², over the updates of the step.
-
+    """A group or a token has given this to the gradient: ⟨part, whole⟩ and |part|², over the updates of the step.
     `weights` are, by what may take some of it away, Σ|w without it - w| and Σ|w without it| over the tokens, where w is
-    the derivative of the loss by the token's log-probability.
-    """
+    the derivative of the loss by the token's log-probability."""
 
     dot: float = 0.0
     square: float = 0.0
@@ -46,7 +44,8 @@ class Part:
         self.weights[name][1] += before
 
     def removed(self) -> dict[str, float]:
-        """By what has changed the weights: Σ|change| over Σ|w without it|, 0 where it has changed nothing.
+        """Returns the share that each cause has changed: Σ|change| over Σ|w without it|, 0 where it has changed
+        nothing.
 
         >>> Part(weights={"clip": [0.5, 2.0]}).removed()
         {'clip': 0.25}
@@ -58,7 +57,7 @@ class Part:
         return math.sqrt(self.square)
 
     def cosine(self, whole: float) -> float:
-        """With the whole gradient, whose norm is `whole`; 0 without a part.
+        """Returns the cosine with the whole gradient, whose norm is `whole`; 0 without a part.
 
         >>> Part(dot=3.0, square=9.0).cosine(2.0)
         0.5
@@ -66,7 +65,7 @@ class Part:
         return self.dot / (self.norm * whole) if self.norm * whole else 0.0
 
     def cosine_with_rest(self, whole: float) -> float:
-        """With what the others gave, G - g: ⟨g, G - g⟩ / (|g| |G - g|); 0 where one of the two is nothing.
+        """Returns the cosine with what the others gave, G - g: ⟨g, G - g⟩ / (|g| |G - g|); 0 without one of the two.
 
         >>> round(Part(dot=0.5, square=1.0).cosine_with_rest(1.0), 3)       # g = (1, 0), G = (.5, .866)
         -0.5
@@ -82,7 +81,7 @@ class Reader:
     parts of each group, and of at most `most` tokens in each row of group `tokens_of`."""
 
     def __init__(self, wholes: Sequence[Gradient] | None = None, tokens_of: int | None = None, most: int = 0) -> None:
-        self.given, self.tokens_of, self.most = wholes, tokens_of, most
+        self.known, self.tokens_of, self.most = wholes, tokens_of, most
         self.wholes: list[Gradient] = []
         self.groups: defaultdict[int, Part] = defaultdict(Part)
         self.tokens: defaultdict[tuple[int, int], Part] = defaultdict(Part)  # by Sample.index and place in it
@@ -92,19 +91,17 @@ class Reader:
 
     @property
     def norm(self) -> float:
-        """Of the whole gradient."""
+        """The whole gradient has this norm."""
         return math.sqrt(sum(dot(whole, whole) for whole in self.wholes))
 
     def weigh(
         self, learner: ReadLearner, mini: MicroBatch, out: Forward, loss: Tensor, others: dict[str, Tensor]
     ) -> None:
-        """The weights of the tokens of one row, with what changed them; then the tokens' own gradients.
-
-        `loss` is the policy loss as it is; `others` the losses without a clip, a mask or a correction, and "as it is"
-        what they are compared with.
-        """
+        """Reads the weights of the tokens of one row, with what changed them; then the tokens' own gradients. `loss` is
+        the policy loss as it is; `others` are the losses without a clip, a mask or a correction, and "as it is" what
+        they are compared with."""
         self._group = mini.rows[0].group
-        if self.given is None:
+        if self.known is None:
             return
         weights_CL, on_CL = _by_logprob(loss, out), _by_logprob(others.pop("as it is"), out)
         off = {name: _by_logprob(other, out) for name, other in others.items()}
@@ -119,7 +116,7 @@ class Reader:
                 part.note(name, (off_CL - on_CL)[c, t].abs().item(), off_CL[c, t].abs().item())
 
     def _chosen(self, mini: MicroBatch, strength_CL: Tensor) -> list[tuple[int, int]]:
-        """Completion and position of the strongest tokens of a row; they are the same at every update."""
+        """Returns completion and position of the strongest tokens of a row; they are the same at every update."""
         if self._update:
             place = {
                 (sample.index, sample.start + t): (c, t)
@@ -132,25 +129,24 @@ class Reader:
         return [(c, t) for c, t in pairs if strength_CL[c, t] > 0]
 
     def _read_token(self, learner: ReadLearner, part: Part, logprob: Tensor, weight: float) -> None:
-        if weight == 0.0 or self.given is None:
+        if weight == 0.0 or self.known is None:
             return
-        moved = [parameter for parameter in learner.policy.trunk.parameters() if parameter.requires_grad]
-        found = torch.autograd.grad(logprob, moved, retain_graph=True, allow_unused=True)
-        gradient: Gradient = [None if one is None else one.float() * weight for one in found]
-        part.dot += dot(gradient, self.given[self._update])
+        parts = torch.autograd.grad(logprob, learner.moved, retain_graph=True, allow_unused=True)
+        gradient: Gradient = [None if one is None else one.float() * weight for one in parts]
+        part.dot += dot(gradient, self.known[self._update])
         part.square += dot(gradient, gradient)
         part.weight -= weight
 
     def read(self, learner: ReadLearner, done: int, total: int) -> None:
-        """Called after the backward pass of each row, and before the update that follows the last one."""
+        """Reads what a row gave: after its backward pass, and before the update that follows the last one."""
         part = learner.take_gradient()
-        if self.given is not None:
+        if self.known is not None:
             if self._open is not None and self._open[0] != self._group:
                 self._close()
             self._open = self._group, add(self._open[1] if self._open else [], part)
         self._sum = add(self._sum, part)
         if done % (total // learner.options.updates_per_batch) == 0:
-            if self.given is not None:
+            if self.known is not None:
                 self._close()
             self.wholes.append([None if one is None else one.clone() for one in self._sum])  # clipping changes them
             learner.put_gradient(self._sum)
@@ -158,14 +154,14 @@ class Reader:
 
     def _close(self) -> None:
         assert self._open is not None
-        assert self.given is not None
+        assert self.known is not None
         (number, gradient), self._open = self._open, None
-        self.groups[number].dot += dot(gradient, self.given[self._update])
+        self.groups[number].dot += dot(gradient, self.known[self._update])
         self.groups[number].square += dot(gradient, gradient)
 
 
 class ReadLearner(Learner):
-    """A learner whose step a `reader` may read. Each row is then a micro-batch, group after group."""
+    """A `reader` may read a step of this learner. Each row is then a micro-batch, group after group."""
 
     reader: Reader | None = None
 
@@ -179,18 +175,22 @@ class ReadLearner(Learner):
             self.terms, self.reader = terms, None
         return reader
 
+    @property
+    def moved(self) -> list[nn.Parameter]:
+        """The trained parameters of the trunk are in this order."""
+        return [parameter for parameter in self.policy.trunk.parameters() if parameter.requires_grad]
+
     def take_gradient(self) -> Gradient:
-        """What the backward passes since the last call gave; it leaves the parameters."""
-        moved = [self.masters.of(parameter) for parameter in self.policy.trunk.parameters() if parameter.requires_grad]
-        gradient = [tensor.grad for tensor in moved]
-        for tensor in moved:
+        """Returns what the backward passes since the last call gave; it leaves the parameters."""
+        masters = [self.masters.of(parameter) for parameter in self.moved]
+        gradient = [tensor.grad for tensor in masters]
+        for tensor in masters:
             tensor.grad = None
         return gradient
 
     def put_gradient(self, gradient: Gradient) -> None:
-        moved = [self.masters.of(parameter) for parameter in self.policy.trunk.parameters() if parameter.requires_grad]
-        for tensor, part in zip(moved, gradient, strict=True):
-            tensor.grad = part
+        for parameter, part in zip(self.moved, gradient, strict=True):
+            self.masters.of(parameter).grad = part
 
     def _shared(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
         if self.reader is None:
@@ -201,7 +201,7 @@ class ReadLearner(Learner):
 
 
 class ReadTerm(PolicyTerm):
-    """The policy loss of a learner, whose weights of the tokens a reader gets."""
+    """This policy loss of a learner gives the weights of the tokens to a reader."""
 
     def __init__(self, term: Term, learner: ReadLearner, reader: Reader) -> None:
         assert isinstance(term, PolicyTerm)
@@ -211,7 +211,7 @@ class ReadTerm(PolicyTerm):
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         loss, others = super().scalar(mini, forward, work), {}
         sums, settled, options = work.sums, work.fixed[self.name], self.options
-        if self.reader.given is not None:
+        if self.reader.known is not None:
             for name, (changed, correction) in without(options, settled.correction).items():
                 work.sums, work.fixed[self.name] = defaultdict(float), replace(settled, correction=correction)
                 self.options = changed
@@ -224,40 +224,40 @@ class ReadTerm(PolicyTerm):
 def without(
     options: LossOptions, correction: CorrectionMode | None
 ) -> dict[str, tuple[LossOptions, CorrectionMode | None]]:
-    """The loss without each thing that takes something from a token, and "as it is"; KL and entropy are left out.
+    """Returns the loss without each thing that takes from a token, and "as it is"; KL and entropy are left out.
 
     >>> list(without(LossOptions(mask_truncated_completions=True), "token_truncate"))
     ['as it is', 'clip', 'truncation', 'importance weights']
     """
     plain = options.model_copy(update={"beta": 0.0, "entropy_coef": 0.0})
-    found = {"as it is": (plain, correction)}
+    losses = {"as it is": (plain, correction)}
     if options.loss_type in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo") and not own.is_own(options.loss_type):
         open_ = {"epsilon": NO_CLIP, "epsilon_high": NO_CLIP, "delta": None}
-        found["clip"] = plain.model_copy(update=open_), correction
+        losses["clip"] = plain.model_copy(update=open_), correction
     if options.mask_truncated_completions:
-        found["truncation"] = plain.model_copy(update={"mask_truncated_completions": False}), correction
+        losses["truncation"] = plain.model_copy(update={"mask_truncated_completions": False}), correction
     if options.top_entropy_quantile < 1:
-        found["low entropy"] = plain.model_copy(update={"top_entropy_quantile": 1.0}), correction
+        losses["low entropy"] = plain.model_copy(update={"top_entropy_quantile": 1.0}), correction
     if correction is not None:
-        found["importance weights"] = plain, None
-    return found
+        losses["importance weights"] = plain, None
+    return losses
 
 
 def dot(a: Gradient, b: Gradient) -> float:
-    """⟨a, b⟩ over all parameters."""
+    """Returns ⟨a, b⟩ over all parameters."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     return math.fsum(torch.dot(x.flatten(), y.flatten()).item() for x, y in pairs)
 
 
 def add(a: Gradient, b: Gradient) -> Gradient:
-    """a + b; an empty `a` is nothing. The tensors of `a` may change."""
+    """Returns a + b; an empty `a` is nothing. The tensors of `a` may change."""
     if not a:
         return [None if part is None else part.clone() for part in b]
     return [y if x is None else x if y is None else x.add_(y) for x, y in zip(a, b, strict=True)]
 
 
 def _by_logprob(loss: Tensor, out: Forward) -> Tensor:
-    """[C, L]: the derivative of a loss by the log-probability of each token."""
+    """Returns [C, L]: the derivative of a loss by the log-probability of each token."""
     if not loss.requires_grad:
         return torch.zeros_like(out.logprobs)
     [weights] = torch.autograd.grad(loss, out.logprobs, retain_graph=True, allow_unused=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from grpo.cli.why.explain import Explanation, GroupPart, explain
@@ -18,93 +18,103 @@ CLOSE = 1e-3  # a step whose metrics differ by more is not the one that was reco
 NAMED, GROUPS, TOKENS, CHARACTERS = 3, 40, 24, 60
 
 
-def opponents(found: Explanation) -> list[GroupPart]:
-    """The groups that work against the others, the strongest first: by their gradients, or because the step would have
-    done more than twice as much without them."""
+def opponents(step: Explanation) -> list[GroupPart]:
+    """Returns the groups that work against the others, the strongest first: by their gradients, or because the step
+    would have done more than twice as much without them."""
 
     def hinders(group: GroupPart) -> bool:
-        return group.effect is not None and group.effect * found.change < 0 and abs(group.effect) > abs(found.change)
+        return group.effect is not None and group.effect * step.change < 0 and abs(group.effect) > abs(step.change)
 
-    against = [group for group in found.groups if group.cosine_with_rest < OPPOSES or hinders(group)]
+    against = [group for group in step.groups if group.cosine_with_rest < OPPOSES or hinders(group)]
     return sorted(against, key=lambda group: (group.cosine_with_rest >= OPPOSES, group.cosine_with_rest))
 
 
-def answer(found: Explanation) -> list[str]:
-    """What the step did and because of what, in sentences. A group that works against the others comes first."""
-    if not found.updates:
-        return [f"Step {found.step} changed nothing: {_why_nothing(found)}."]
+def answer(step: Explanation) -> list[str]:
+    """Returns sentences on what the step did and because of what. A group that works against the others comes first."""
+    if not step.updates:
+        why = "every advantage was zero"
+        if all(group.tied for group in step.groups):
+            why = f"in each of its {len(step.groups)} groups all rewards are equal, so there was nothing to prefer"
+        return [f"Step {step.step} changed nothing: {why}."]
     lines = [
-        f"{_name(group)} works against the other groups of step {found.step}: the cosine of its gradient with theirs "
-        f"is {group.cosine_with_rest:+.2f}{_effect(group)}. Its rewards are {_rewards(group)}: look at them first."
-        for group in opponents(found)[:NAMED]
+        f"Group {group.number} ({group.prompt_id}) works against the other groups of step {step.step}: the cosine of "
+        f"its gradient with theirs is {group.cosine_with_rest:+.2f}{_effect(group)}. Its rewards are "
+        f"{_rewards(group)}: look at them first."
+        for group in opponents(step)[:NAMED]
     ]
-    change = found.change
-    said = f"The step {_raised(change)} the log-probability of {found.held_out} by {abs(change):.3g} nats per token"
-    if found.tokens_of is not None:
-        group = found.groups[found.tokens_of]
-        return [
-            *lines,
-            f"{said}, to which {_name(group, begins=False)} added {group.effect or 0.0:+.2g}.{_strongest(found)}",
-        ]
-    causes = [group for group in found.groups if group.effect is not None and group.effect * change > 0]
-    causes.sort(key=lambda group: -abs(group.effect or 0.0))
+    change = step.change
+    line = f"The step {_raised(change)} the log-probability of {step.held_out} by {abs(change):.3g} nats per token"
+    if step.tokens_of is not None:
+        group = step.groups[step.tokens_of]
+        end = " None of its tokens has a part."
+        if step.tokens:
+            token = step.tokens[0]
+            done = "raised" if token.weight > 0 else "lowered"
+            end = f" Its strongest token is {token.text!r} of completion {token.sample}, which the step {done}."
+        part = f"to which group {group.number} ({group.prompt_id}) added {group.effect or 0.0:+.2g}"
+        return [*lines, f"{line}, {part}.{end}"]
+    effects = [(group, group.effect) for group in step.groups if group.effect is not None]
+    causes = sorted((it for it in effects if it[1] * change > 0), key=lambda it: -abs(it[1]))
     if causes:
-        said += f" because of {_name(causes[0], begins=False)}{_without(causes[0], change)}"
-        said += f", and of {_numbers(causes[1:NAMED])}" if causes[1:] else ""
+        (group, effect), *others = causes
+        line += f" because of group {group.number} ({group.prompt_id})"
+        line += f" (without it the change would have been {change - effect:+.3g})"
+        named = [f"group {other.number} ({its:+.2g})" for other, its in others[: NAMED - 1]]
+        line += f", and of {' and '.join(named)}" if named else ""
     else:
-        said += ", and no group that was left out is the reason"
-    return [*lines, f"{said}."]
+        line += ", and no group that was left out is the reason"
+    return [*lines, f"{line}."]
 
 
-def tell(run: Path, step: int, console: Console, **given: Any) -> Explanation:
-    """Explain a step on this console; `given` and what is raised are those of `explain`."""
-    found = explain(run, step, say=partial(_say, console), **given)
-    show(found, console)
-    return found
+def tell(run: Path, step: int, console: Console, **options: Any) -> Explanation:
+    """Explain a step on this console; `options` and what is raised are those of `explain`."""
+    explanation = explain(run, step, say=partial(_say, console), **options)
+    show(explanation, console)
+    return explanation
 
 
-def show(found: Explanation, console: Console) -> None:
-    for line in answer(found):
+def show(step: Explanation, console: Console) -> None:
+    for line in (*answer(step), _replay(step)):
         _say(console, line)
-    _say(console, _again(found))
-    norms, cut = ", ".join(f"{norm:.3g}" for norm in found.norms), sum(n > found.largest_norm for n in found.norms)
-    limit = f"; {cut} of them cut to learner.max_grad_norm={found.largest_norm:g}" if cut else ""
-    _say(console, f"held out: {found.before:.4f} before, {found.after:.4f} after; norm of each update: {norms}{limit}")
-    console.print(_groups(found, console.encoding))
-    if found.tokens:
-        console.print(_tokens(found, console.encoding))
-    if found.what_if:
-        console.print(_what_if(found, console.encoding))
+    norms, cut = ", ".join(f"{norm:.3g}" for norm in step.norms), sum(n > step.largest_norm for n in step.norms)
+    limit = f"; {cut} of them cut to learner.max_grad_norm={step.largest_norm:g}" if cut else ""
+    _say(console, f"held out: {step.before:.4f} before, {step.after:.4f} after; norm of each update: {norms}{limit}")
+    console.print(_groups(step, console.encoding))
+    if step.tokens:
+        console.print(_tokens(step, console.encoding))
+    if step.what_if:
+        console.print(_what_if(step, console.encoding))
 
 
-def _again(found: Explanation) -> str:
-    if not found.compared:
+def _replay(step: Explanation) -> str:
+    if not step.compared:
         return "replay: no metric of this step was recorded, so nobody can say whether it is the same step"
-    begin = f"checkpoint {found.begins}" if found.begins else "the start of the run"
-    if not found.difference:
-        return f"replay: from {begin}; all {found.compared} recorded metrics of the learner came out to the same bits"
-    close = f"{found.difference:.1g} ({found.worst})"
-    if found.difference < CLOSE:
-        return f"replay: from {begin}; the {found.compared} recorded metrics of the learner came out within {close}"
+    begin = f"checkpoint {step.begins}" if step.begins else "the start of the run"
+    if not step.difference:
+        return f"replay: from {begin}; all {step.compared} recorded metrics of the learner came out to the same bits"
+    close = f"{step.difference:.1g} ({step.worst})"
+    if step.difference < CLOSE:
+        return f"replay: from {begin}; the {step.compared} recorded metrics of the learner came out within {close}"
     return (
         f"replay: from {begin}; THIS IS NOT THE STEP THAT WAS RECORDED: its metrics differ by up to {close}. The run "
         "may have had another configuration then, another device or another version"
     )
 
 
-def _groups(found: Explanation, encoding: str) -> Table:
-    table = Table(title="groups, the strongest first", title_justify="left")
-    removed = sorted({name for group in found.groups for name, share in group.removed.items() if share})
-    for name in ("group", "reward", "cut", "norm", "cosine", "with rest", "held out"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in removed:
-        table.add_column(f"-{name}", justify="right")
-    table.add_column("prompt", overflow="fold", ratio=1)
-    shown = [group for group in found.groups if found.tokens_of in (None, group.number)]
-    for group in sorted(shown, key=lambda group: -abs(group.norm * group.cosine))[:GROUPS]:
+def _groups(step: Explanation, encoding: str) -> Table:
+    removed = sorted({name for group in step.groups for name, share in group.removed.items() if share})
+    headings = ("group", "reward", "cut", "norm", "cosine", "with rest", "held out")
+    numbers = [Column(name, justify="right", no_wrap=True) for name in headings]
+    shares = [Column(f"-{name}", justify="right") for name in removed]
+    prompt = Column("prompt", overflow="fold", ratio=1)
+    table = Table(*numbers, *shares, prompt, title="groups, the strongest first", title_justify="left")
+    listed = [group for group in step.groups if step.tokens_of in (None, group.number)]
+    for group in sorted(listed, key=lambda group: -abs(group.norm * group.cosine))[:GROUPS]:
+        rewards = [reward for reward in group.rewards if reward is not None]
+        mean = f"{sum(rewards) / len(rewards):.3g}" if rewards else "-"
         table.add_row(
             str(group.number),
-            "tied" if group.tied else _mean(group.rewards),
+            "tied" if group.tied else mean,
             str(group.cut or ""),
             f"{group.norm:.3g}",
             f"{group.cosine:+.2f}",
@@ -117,14 +127,13 @@ def _groups(found: Explanation, encoding: str) -> Table:
     return table
 
 
-def _tokens(found: Explanation, encoding: str) -> Table:
-    shown = f"the {TOKENS} strongest" if len(found.tokens) > TOKENS else "strongest first"
-    table = Table(title=f"tokens of group {found.tokens_of}, {shown}; --json writes all", title_justify="left")
-    table.add_column("token")
-    for name in ("sample", "position", "weight", "norm", "cosine", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("removed")
-    for token in found.tokens[:TOKENS]:
+def _tokens(step: Explanation, encoding: str) -> Table:
+    order = f"the {TOKENS} strongest" if len(step.tokens) > TOKENS else "strongest first"
+    headings = ("sample", "position", "weight", "norm", "cosine", "share")
+    numbers = [Column(name, justify="right", no_wrap=True) for name in headings]
+    title = f"tokens of group {step.tokens_of}, {order}; --json writes all"
+    table = Table("token", *numbers, "removed", title=title, title_justify="left")
+    for token in step.tokens[:TOKENS]:
         table.add_row(
             Text(repr(visible(token.text, CHARACTERS, encoding))),
             str(token.sample),
@@ -139,42 +148,23 @@ def _tokens(found: Explanation, encoding: str) -> Table:
     return table
 
 
-def _what_if(found: Explanation, encoding: str) -> Table:
-    table = Table(title="what if", title_justify="left")
-    table.add_column("the same rollouts with", overflow="fold", ratio=1)
-    for name in ("tied groups", "norm", "cosine with the real one", "held out"):
-        table.add_column(name, justify="right")
-    tied = sum(group.tied for group in found.groups)
-    table.add_row("what the run had", str(tied), f"{found.norm:.3g}", "+1.00", f"{found.change:+.3g}")
-    for other in found.what_if:
+def _what_if(step: Explanation, encoding: str) -> Table:
+    numbers = [
+        Column(name, justify="right") for name in ("tied groups", "norm", "cosine with the real one", "held out")
+    ]
+    rollouts = Column("the same rollouts with", overflow="fold", ratio=1)
+    table = Table(rollouts, *numbers, title="what if", title_justify="left")
+    tied = sum(group.tied for group in step.groups)
+    table.add_row("what the run had", str(tied), f"{step.norm:.3g}", "+1.00", f"{step.change:+.3g}")
+    for other in step.what_if:
         cosine = "-" if other.cosine is None else f"{other.cosine:+.2f}"
         what = Text(visible(other.what, 200, encoding))
         table.add_row(what, str(other.tied), f"{other.norm:.3g}", cosine, f"{other.change:+.3g}")
     return table
 
 
-def _why_nothing(found: Explanation) -> str:
-    if all(group.tied for group in found.groups):
-        return f"in each of its {len(found.groups)} groups all rewards are equal, so there was nothing to prefer"
-    return "every advantage was zero"
-
-
-def _name(group: GroupPart, begins: bool = True) -> str:
-    return f"{'G' if begins else 'g'}roup {group.number} ({group.prompt_id})"
-
-
-def _numbers(groups: list[GroupPart]) -> str:
-    return " and ".join(f"group {group.number} ({group.effect:+.2g})" for group in groups)
-
-
 def _raised(change: float) -> str:
     return "raised" if change > 0 else "lowered" if change < 0 else "did not change"
-
-
-def _without(group: GroupPart, change: float) -> str:
-    """What the step would have done without a group."""
-    assert group.effect is not None
-    return f" (without it the change would have been {change - group.effect:+.3g})"
 
 
 def _effect(group: GroupPart) -> str:
@@ -183,22 +173,9 @@ def _effect(group: GroupPart) -> str:
     return f", and it {_raised(group.effect)} the held-out log-probability by {abs(group.effect):.2g}"
 
 
-def _strongest(found: Explanation) -> str:
-    if not found.tokens:
-        return " None of its tokens has a part."
-    token = found.tokens[0]
-    done = "raised" if token.weight > 0 else "lowered"
-    return f" Its strongest token is {token.text!r} of completion {token.sample}, which the step {done}."
-
-
 def _rewards(group: GroupPart) -> str:
-    shown = ", ".join("none" if reward is None else f"{reward:.3g}" for reward in group.rewards[:16])
-    return shown + (", ..." if len(group.rewards) > 16 else "")
-
-
-def _mean(rewards: list[float | None]) -> str:
-    there = [reward for reward in rewards if reward is not None]
-    return f"{sum(there) / len(there):.3g}" if there else "-"
+    first = ", ".join("none" if reward is None else f"{reward:.3g}" for reward in group.rewards[:16])
+    return first + (", ..." if len(group.rewards) > 16 else "")
 
 
 def _say(console: Console, text: str) -> None:

@@ -11,6 +11,7 @@ from grpo.algorithm.statistics import wilson_interval
 from grpo.cli.parse import main
 from grpo.run import hardware
 from grpo.run.records import read_metrics, read_rollouts, split_groups
+from grpo.view.reading import find_tokenizer, token_texts
 from grpo.view.run_files import RunFiles, finite
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
@@ -60,8 +61,8 @@ def test_a_token_that_completes_a_character_has_all_of_it(run):
     tokenizer = Tokenizer.from_file(str(CASE / "warm_start/tokenizer.json"))
     ids = tokenizer.encode("née 😀!").ids
     assert len(ids) > len("née 😀!")  # characters in several tokens
-    assert "".join(run._texts(ids)) == "née 😀!"
-    assert not any("�" in text for text in run._texts(ids))
+    assert "".join(token_texts(find_tokenizer(run.folder), ids)) == "née 😀!"
+    assert not any("�" in text for text in token_texts(find_tokenizer(run.folder), ids))
 
 
 def test_a_report_of_damaged_files_has_no_traceback(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from grpo.view.token_texts import find_tokenizer, token_texts
+from grpo.view.reading import find_tokenizer, token_texts
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
@@ -47,7 +47,7 @@ def test_a_decoder_of_sentencepiece_is_used(tmp_path):
 
 
 def test_a_long_text_ends_in_numbers(monkeypatch):
-    monkeypatch.setattr("grpo.view.token_texts.TEXT_AT_MOST", 3)
+    monkeypatch.setattr("grpo.view.reading.TEXT_AT_MOST", 3)
     tokenizer = find_tokenizer(CASE)
     first, *_, last = token_texts(tokenizer, [tokenizer.token_to_id("a")] * 6)
     assert (first, last[0]) == ("a", "<")

@@ -181,8 +181,8 @@ def test_everything_at_once(convert, text, logits):
     assert torch.equal(logits(policy.trunk), logits(folder))
 
 
-@pytest.mark.parametrize("step", ["_text", "load_dense", "observe", "compress", "recover", "shard_feed_forward",
-                                  "start_head", "save_as", "parity"])  # fmt: skip
+@pytest.mark.parametrize("step", ["calibration_text", "load_dense", "observe", "compress", "recover",
+                                  "shard_feed_forward", "start_head", "save_as", "parity"])  # fmt: skip
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError], ids=["ctrl-c", "error"])
 def test_nothing_is_left_wherever_it_ends(source, text, tmp_path, monkeypatch, capsys, step, interruption):
     def stop(*_: object, **__: object) -> None:

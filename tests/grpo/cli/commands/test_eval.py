@@ -569,7 +569,7 @@ def test_what_is_wrong_is_said_before_the_policy_is_loaded(trained, monkeypatch)
     def never(*_, **__):
         raise AssertionError("the policy was loaded")
 
-    monkeypatch.setattr("grpo.cli.commands.eval.load_found", never)
+    monkeypatch.setattr("grpo.cli.commands.policy_in_use.load_found", never)
     for given, message in (
         ({"data": "no_such.jsonl"}, "no file or folder"),
         ({"template": "{nothing}"}, "asks for {nothing}"),

@@ -18,14 +18,7 @@ from rich.console import Console
 from small_learner import small_learner, term_of
 
 from grpo.cli.commands import machine, memory, memory_table, shares
-from grpo.cli.commands.memory import (
-    activation_bytes,
-    derived_bytes,
-    learner_memory,
-    memory_of_run,
-    storage_bytes,
-    tensors_of,
-)
+from grpo.cli.commands.memory import MemoryOfRun, activation_bytes, derived_bytes, storage_bytes, tensors_of
 from grpo.cli.commands.shares import Shares
 from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
@@ -86,7 +79,7 @@ def test_a_learner_holds_what_was_foretold(random_policy, tmp_path, dtype, targe
     if config.lora:
         policy.add_lora(config.lora.rank, config.lora.alpha, config.lora.targets)
     learner = small_learner(policy, config.learner, config.mtp)
-    foretold = learner_memory(shape, True, config, lora_options=config.lora)
+    foretold = MemoryOfRun(shape, True, config).learner()
     assert foretold.weights == storage_bytes(tensors_of(policy))
     assert foretold.weights == sum(t.nbytes for t in (*policy.parameters(), *policy.buffers()))
     assert foretold.masters == sum(master.nbytes for _, master in learner.masters.pairs)
@@ -135,7 +128,7 @@ def test_a_row_that_cannot_be_halved_is_rounded_up():
 def test_what_is_shared_shrinks_and_what_is_gathered_stays(random_policy):
     shape, found = random_policy().config, {}
     for ranks in (1, 2, 4):
-        found[ranks] = learner_memory(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": ranks}))
+        found[ranks] = MemoryOfRun(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": ranks})).learner()
     for name in ("weights", "gradients", "moments"):
         one, two, four = (getattr(found[ranks], name) for ranks in (1, 2, 4))
         assert two == pytest.approx(one / 2, rel=0.02)
@@ -144,8 +137,8 @@ def test_what_is_shared_shrinks_and_what_is_gathered_stays(random_policy):
     assert found[2].gathered == found[4].gathered > 0
     assert found[2].count == 2
     config = options(TrainConfig, **{"learner.parallel.fsdp": 2, "mtp.loss_weight": 0})
-    assert learner_memory(shape, True, config).gathered < found[2].gathered  # a head at rest is not gathered
-    first, others = memory_of_run(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": 4}))
+    assert MemoryOfRun(shape, True, config).learner().gathered < found[2].gathered  # a head at rest is not gathered
+    first, others = MemoryOfRun(shape, True, options(TrainConfig, **{"learner.parallel.fsdp": 4})).devices()
     assert (first.name, others.name, others.count) == ("rank 0, which samples", "each of 3 other ranks", 3)
     assert first.peak > others.peak
 
@@ -158,14 +151,14 @@ def test_moments_of_8_bits_are_what_was_foretold(random_policy):
     step(learner)
     tensors, _ = learner.state()
     kept = sum(t.nbytes for name, t in tensors["optimizer"].items() if not name.endswith("/step"))
-    assert learner_memory(policy.config, True, config).moments == kept
+    assert MemoryOfRun(policy.config, True, config).learner().moments == kept
 
 
 def test_what_is_not_trained_costs_nothing(random_policy):
     """An exact form keeps its latent norms, a head with loss_weight 0 gets no gradient, and AdamW skips both."""
     policy = random_policy(quartet_exact_mla=True, attention_bias=True)
     config = options(TrainConfig, **{"mtp.loss_weight": 0})
-    foretold = learner_memory(policy.config, True, config)
+    foretold = MemoryOfRun(policy.config, True, config).learner()
     learner = small_learner(policy, LearnerOptions(), MTPOptions(loss_weight=0))
     step(learner)
     with_gradient = [p for p in moved(learner) if p.grad is not None]
@@ -179,11 +172,11 @@ def test_a_reference_is_a_second_policy_unless_adapters_can_be_switched_off(rand
     policy = random_policy()
     learner = small_learner(policy, LearnerOptions(), MTPOptions(), LossOptions(beta=0.1))
     config = options(TrainConfig, **{"loss.beta": 0.1})
-    foretold = learner_memory(policy.config, True, config)
+    foretold = MemoryOfRun(policy.config, True, config).learner()
     assert foretold.reference == storage_bytes(tensors_of(learner.likelihood.reference))
-    assert learner_memory(policy.config, True, config, warm_start=True).reference == 0
+    assert MemoryOfRun(policy.config, True, config).learner(warm_start=True).reference == 0
     adapted = options(TrainConfig, **{"loss.beta": 0.1, "lora.rank": 2})
-    assert learner_memory(policy.config, True, adapted, lora_options=adapted.lora).reference == 0
+    assert MemoryOfRun(policy.config, True, adapted).learner().reference == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,19 +186,19 @@ def test_a_teacher_is_held_whole_on_every_rank(hf_policy, random_policy, tmp_pat
     shape, folder = random_policy().config, str(tmp_path / "policy")
     given = {"loss.advantage": "distill", "distill.teacher": folder}
     for more in ({}, {"learner.parallel.fsdp": 2}, {"rollout.workers": 2}):
-        found = memory_of_run(shape, True, options(TrainConfig, dtype, **given | more))
+        found = MemoryOfRun(shape, True, options(TrainConfig, dtype, **given | more)).devices()
         assert len(found) == (2 if more else 1)
         samples = [device.name.endswith("workers") for device in found]
         held = storage_bytes(tensors_of(teacher))
         assert [device.teacher for device in found] == [0 if alone else held for alone in samples]
-    [with_it] = memory_of_run(shape, True, options(TrainConfig, dtype, **given))
-    [without] = memory_of_run(shape, True, options(TrainConfig, dtype))
+    [with_it] = MemoryOfRun(shape, True, options(TrainConfig, dtype, **given)).devices()
+    [without] = MemoryOfRun(shape, True, options(TrainConfig, dtype)).devices()
     assert with_it.peak - without.peak == with_it.teacher > 0
     assert [row for row in memory_table.table([replace(with_it, teacher=2**30)]).columns[0].cells if "teacher" in row]
-    warm = memory_of_run(shape, True, options(TrainConfig, dtype, **given | {"warm_start.steps": 1}))[0]
+    warm = MemoryOfRun(shape, True, options(TrainConfig, dtype, **given | {"warm_start.steps": 1})).devices()[0]
     assert (warm.name, warm.teacher) == ("warm start", 0)
     elsewhere = options(TrainConfig, dtype, **given | {"distill.url": "http://127.0.0.1:9/v1"})
-    assert memory_of_run(shape, True, elsewhere) == [without]
+    assert MemoryOfRun(shape, True, elsewhere).devices() == [without]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,7 +207,7 @@ def test_samplers_hold_what_was_foretold(random_policy, tmp_path, dtype, shape):
     """In process nothing of its own, it reads the learner's weights; in a Ray worker a copy in their precision."""
     policy = in_dtype(random_policy(**shape), dtype, tmp_path)
     here, elsewhere = (
-        memory_of_run(policy.config, True, options(TrainConfig, dtype, **{"rollout.workers": workers}))[-1]
+        MemoryOfRun(policy.config, True, options(TrainConfig, dtype, **{"rollout.workers": workers})).devices()[-1]
         for workers in (0, 1)
     )
     local = LocalPool(policy, PoolOptions(dtype=dtype, prompts_per_shard=2)).engine
@@ -231,7 +224,7 @@ def test_samplers_hold_what_was_foretold(random_policy, tmp_path, dtype, shape):
 
 def test_biases_cost_what_is_left_out_of_the_derived(random_policy):
     policy = random_policy(attention_bias=True)
-    (foretold,) = memory_of_run(policy.config, True, options(TrainConfig))
+    (foretold,) = MemoryOfRun(policy.config, True, options(TrainConfig)).devices()
     assert 0 < derived_bytes(policy, torch.float32, policy.device) - foretold.derived < 0.02 * foretold.derived
 
 
@@ -240,7 +233,7 @@ def test_any_causal_lm_decodes_with_its_own_forward(hf_policy, tmp_path, dtype):
     policy = in_dtype(hf_policy("llama"), dtype, tmp_path)
     for workers in (0, 2):
         config = options(TrainConfig, dtype, **{"rollout.workers": workers, "rollout.max_completion_tokens": 10})
-        found = memory_of_run(policy.config, False, config)[-1]
+        found = MemoryOfRun(policy.config, False, config).devices()[-1]
         assert (found.sampler, found.derived) == (storage_bytes(tensors_of(policy)) if workers else 0, 0)
         cache = 64 * 10 * 3 * 2 * 2 * 8  # rows · tokens · layers · (K and V) · KV heads · width of a head
         logits = 64 * policy.config.vocab_size
@@ -283,11 +276,11 @@ def test_checkpointing_keeps_one_layer(random_policy):
 
 def test_what_samples_ahead_is_a_worker_with_a_copy_of_its_own(random_policy):
     shape = random_policy().config
-    learner, worker = memory_of_run(shape, True, options(TrainConfig, **{"rollout.ahead": 1}))
+    learner, worker = MemoryOfRun(shape, True, options(TrainConfig, **{"rollout.ahead": 1})).devices()
     assert (learner.name, learner.sampler, worker.name) == ("learner", 0, "the worker")
     assert worker.sampler > 0
     assert learner.older == 0
-    older, _ = memory_of_run(shape, True, options(TrainConfig, **{"rollout.ahead": 2}))
+    older, _ = MemoryOfRun(shape, True, options(TrainConfig, **{"rollout.ahead": 2})).devices()
     trained = sum(p.numel() for p in random_policy().parameters())
     assert 4 * trained == older.older == older.peak - learner.peak
 
@@ -309,11 +302,11 @@ def test_the_ray_workers_of_a_run(given, samplers):
 def test_each_kind_of_device_has_a_column(random_policy):
     shape = random_policy().config
     both = {"warm_start.steps": 3, "rollout.workers": 4, "lora.rank": 2}
-    warm, learner, worker = memory_of_run(shape, True, options(TrainConfig, **both))
+    warm, learner, worker = MemoryOfRun(shape, True, options(TrainConfig, **both)).devices()
     assert [device.name for device in (warm, learner, worker)] == ["warm start", "learner", "each of 4 workers"]
     assert warm.gradients > learner.gradients  # the warm start trains every weight, adapters or not
     assert learner.sampler == learner.rollout == worker.weights == worker.moments == 0
-    (alone,) = memory_of_run(shape, True, options(SftConfig))
+    (alone,) = MemoryOfRun(shape, True, options(SftConfig)).devices()
     assert (alone.sampler, alone.publication) == (0, 0)
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(memory_table.table([warm, learner, worker]))
@@ -324,7 +317,7 @@ def test_each_kind_of_device_has_a_column(random_policy):
 
 def test_teaching_a_head_trains_the_head_alone(random_policy):
     policy = random_policy()
-    (device,) = memory_of_run(policy.config, True, options(MtpConfig))
+    (device,) = MemoryOfRun(policy.config, True, options(MtpConfig)).devices()
     assert policy.mtp is not None
     head = sum(p.numel() for p in policy.mtp.parameters())
     assert (device.gradients, device.moments, device.masters) == (4 * head, 8 * head, 0)

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from grpo.cli.commands import machine
-from grpo.cli.commands.machine import less_memory
-from grpo.cli.commands.memory import memory_of_run
+from grpo.cli.commands.machine import LessMemory
+from grpo.cli.commands.memory import MemoryOfRun
 from grpo.cli.commands.memory_table import DeviceMemory, on_devices
 from grpo.cli.parse import main
 from grpo.config.options import load
@@ -68,8 +68,8 @@ def test_who_is_away_holds_nothing_while_the_learner_works():
 def test_a_plan_of_colocated_workers_is_the_sum_of_both(random_policy):
     shape = random_policy().config
     given = {"learner.workers": 4, "rollout.workers": 4, "rollout.gpus_per_worker": 0.4}
-    [both] = memory_of_run(shape, True, options(**given, **{"rollout.colocate": True}), ANY)
-    learner, worker = memory_of_run(shape, True, options(**given | {"rollout.gpus_per_worker": 1.0}), ANY)
+    [both] = MemoryOfRun(shape, True, options(**given, **{"rollout.colocate": True})).devices(ANY)
+    learner, worker = MemoryOfRun(shape, True, options(**given | {"rollout.gpus_per_worker": 1.0})).devices(ANY)
     assert both.phases["sampling"] == learner.phases["sampling"] + worker.phases["sampling"]
     assert both.phases["learning"] == learner.phases["learning"]
     assert both.host == learner.host + worker.host
@@ -80,20 +80,22 @@ def test_what_else_was_in_no_plan(random_policy):
     """Recorded graphs, shards that wait in main memory, and vLLM, whose copy is its own."""
     shape = random_policy().config
     graphs = {
-        compile: memory_of_run(shape, True, options(**{"rollout.compile": compile}), ANY)[0].graphs
+        compile: MemoryOfRun(shape, True, options(**{"rollout.compile": compile})).devices(ANY)[0].graphs
         for compile in ("auto", "on")
     }
     assert graphs["auto"] == 0 < graphs["on"]
-    assert memory_of_run(shape, True, options(**{"rollout.compile": "on"}), 0)[0].graphs == 0
+    assert MemoryOfRun(shape, True, options(**{"rollout.compile": "on"})).devices(0)[0].graphs == 0
     spread = {"learner.parallel.fsdp": 2, "rollout.workers": 1}
-    rank, _ = memory_of_run(shape, True, options(**spread), ANY)
-    away, _ = memory_of_run(shape, True, options(**spread, **{"learner.parallel.fsdp_cpu_offload": True}), ANY)
+    rank, _ = MemoryOfRun(shape, True, options(**spread)).devices(ANY)
+    away, _ = MemoryOfRun(shape, True, options(**spread, **{"learner.parallel.fsdp_cpu_offload": True})).devices(ANY)
     assert (away.weights, away.moments, away.activations) == (0, 0, rank.activations)
     assert away.host - rank.host == rank.weights + rank.gradients + rank.moments
-    [own], [vllm] = (memory_of_run(shape, True, options(**more)) for more in ({}, {"rollout.backend": "vllm"}))
+    [own], [vllm] = (MemoryOfRun(shape, True, options(**more)).devices() for more in ({}, {"rollout.backend": "vllm"}))
     assert own.sampler == 0 < vllm.sampler
     assert vllm.rollout == KV_CACHE_BYTES
-    [elsewhere] = memory_of_run(shape, True, options(**{"rollout.backend": "vllm", "rollout.vllm.url": "http://a:1"}))
+    [elsewhere] = MemoryOfRun(
+        shape, True, options(**{"rollout.backend": "vllm", "rollout.vllm.url": "http://a:1"})
+    ).devices()
     assert elsewhere.sampler == elsewhere.rollout == 0
 
 
@@ -102,7 +104,8 @@ def test_what_else_was_in_no_plan(random_policy):
 
 def advice(shape, config, gib: float, gpus: float = ANY) -> str:
     there = machine.Memory("memory", gib * machine.GIB, gib * machine.GIB, gpus)
-    return less_memory(config, lambda other: there.used(memory_of_run(shape, True, other, there.gpus)), there.gpus)
+    search = LessMemory(config, lambda other: there.used(MemoryOfRun(shape, True, other).devices(gpus)), gpus)
+    return search.words()
 
 
 def recommended(said: str) -> dict[str, str]:
@@ -114,13 +117,13 @@ def test_what_is_recommended_makes_it_fit_and_is_not_set_yet(random_policy):
     set_already = {"learner.gradient_checkpointing": True, "dtype": "bfloat16", "rollout.workers": 1}
     config = options(**set_already, **{"learner.tokens_per_micro_batch": 8192})
     there = machine.Memory("", machine.GIB, 0, ANY)
-    full = there.used(memory_of_run(shape, True, config, ANY)) * (1 - machine.SPARE)  # GiB
+    full = there.used(MemoryOfRun(shape, True, config).devices(ANY)) * (1 - machine.SPARE)  # GiB
     said = advice(shape, config, full)  # a fifth too little
     assert said.startswith("it fits with ")
     assert not recommended(said).keys() & set_already.keys()
     for key, value in recommended(said).items():
         changed = load(TrainConfig, None, {"output_dir": "x", **set_already, key: value})
-        size = there.used(memory_of_run(shape, True, changed, ANY)) * (1 - machine.SPARE)
+        size = there.used(MemoryOfRun(shape, True, changed).devices(ANY)) * (1 - machine.SPARE)
         assert size <= full * (1 - machine.SPARE), key
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from small_learner import small_learner
 
 from grpo.cli.commands import machine, summary
-from grpo.cli.commands.draft_colours import pieces
 from grpo.cli.commands.memory_table import DeviceMemory
+from grpo.cli.commands.summary import pieces
 from grpo.config.options import load
 from grpo.config.problems import command_line
 from grpo.config.run import SftConfig

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, 
 
 from grpo.cli.parse import main
 from grpo.cli.quantize import compressor
-from grpo.cli.quantize.report import REPORT
+from grpo.cli.quantize.quantize import REPORT
 from grpo.data.calibration_text import calibration_text
 from grpo.data.word_problems import word_problems
 from policies import presets

@@ -17,10 +17,10 @@ import pytest
 import torch
 from serving_cases import Running, until
 
+from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.parse import main
-from grpo.cli.serve.follow import Follower
-from grpo.cli.serve.server import load_engine, read_key
+from grpo.cli.serve.server import Follower, load_engine, read_key
 from grpo.config.options import load
 from grpo.endpoint import app as application
 from grpo.source.policy_source import find_policy, load_found
@@ -351,15 +351,14 @@ def test_a_fault_of_the_engine_is_told_and_the_next_request_is_served(running, m
 
 def test_another_address_needs_a_key(tmp_path, model, capsys):
     key = tmp_path / "key"
-    options = {"model": model, "host": "0.0.0.0"}
-    assert read_key(load(ServeConfig, None, options | {"host": "LOCALHOST"})) is None
+    assert read_key(None, "LOCALHOST") is None
     assert main(["serve", model, "--host", "0.0.0.0"]) == 1
     assert "lets other machines in; give a file with a key, --api_key_file" in capsys.readouterr().err
     with pytest.raises(ValueError, match="there is no such file"):
-        read_key(load(ServeConfig, None, options | {"api_key_file": key}))
+        read_key(key, "0.0.0.0")
     key.write_text("short\n")
     with pytest.raises(ValueError, match="8 printable ASCII characters"):
-        read_key(load(ServeConfig, None, options | {"api_key_file": key}))
+        read_key(key, "0.0.0.0")
     key.write_text("secret-of-ours\n")
     server = Running(model, api_key_file=key)
     try:
@@ -391,12 +390,12 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
     train(micro_config(run))
     (run / "policy").rename(tmp_path / "policy")
     (run / "checkpoints/step_000003").rename(tmp_path / "step_000003")
-    config = load(ServeConfig, None, {"model": str(run), "threads": 1, "draft_tokens": 0, "name": "micro"})
+    use = PolicyInUse(load(ServeConfig, None, {"model": str(run), "threads": 1, "draft_tokens": 0, "name": "micro"}))
     with pytest.raises(ValueError, match="is no run folder"):
         Follower(str(tmp_path), 2, load_engine, print)
     server = Running(str(run), draft_tokens=0, name="micro")
     served, said = server.served, []
-    follower = Follower(str(run), 2, lambda source: load_engine(config, source, served.batcher.engine), said.append)
+    follower = Follower(str(run), 2, lambda source: load_engine(use, source, served.batcher.engine), said.append)
     answers = []
     try:
         assert not follower.look(served)
@@ -409,7 +408,7 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
             answers = [before.result(), after]
         assert [answer["policy_version"] for answer in answers] == [2, 3]
         for answer, step in zip(answers, (2, 3), strict=True):
-            engine = load_engine(config, find_policy(str(run / f"checkpoints/step_{step:06d}")))
+            engine = load_engine(use, find_policy(str(run / f"checkpoints/step_{step:06d}")))
             limit = 100 if step == 2 else 30
             assert answer["choices"][0]["text"] == alone(engine, "2 + 2 = ", 5, limit=limit).text
         assert "policy version 3 is served from now on" in said[0]

@@ -13,8 +13,8 @@ from rich.console import Console
 from grpo.cli.parse import main
 from grpo.cli.why import explain as explaining
 from grpo.cli.why.explain import explain
-from grpo.cli.why.recorded import read_config
 from grpo.cli.why.report import answer, opponents, show
+from grpo.cli.why.rewind import read_config
 from grpo.run import checkpoint
 from grpo.run.records import read_rollouts, rollout_path
 from grpo.steps.ahead import Batches

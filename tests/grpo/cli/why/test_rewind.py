@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.cli.why.recorded import read_config, read_groups
-from grpo.cli.why.rewind import Rewind, difference, first_step
+from grpo.cli.why.rewind import Rewind, difference, read_config
 from grpo.learner.learner import Learner
 from grpo.learner.terms import draft_head
 from grpo.run import checkpoint
@@ -27,11 +26,12 @@ KINDS = {
 }
 
 
-def replayed(folder: Path, step: int) -> Learner:
-    """The learner after `step`, by the records."""
+def replayed(folder: Path, step: int, begins: int) -> Learner:
+    """The learner after `step`, by the records from the step `begins` on."""
     config = read_config(folder)
     with Task.of(config, scores=False) as task:
         rewind = Rewind(config, step, task)
+        assert rewind.begins == begins
         for each in range(rewind.begins + 1, step + 1):
             rewind.replay(each)
         return rewind.learner
@@ -41,8 +41,8 @@ def recorded_gains(folder: Path) -> list[float | None]:
     """What drafts gained in the groups of each step, which says whether the head learns from them."""
     config = read_config(folder)
     with Task.of(config, scores=False) as task:
-        policy = Rewind(config, 1, task).learner.policy
-        groups = [read_groups(config, step, task, policy)[0] for step in range(1, config.steps + 1)]
+        rewind = Rewind(config, 1, task)
+        groups = [rewind.recorded(step)[0] for step in range(1, config.steps + 1)]
     return [draft_gain([c for group in of_step for c in group.completions]) for of_step in groups]
 
 
@@ -59,8 +59,7 @@ def test_a_replayed_step_leaves_the_bits_of_its_checkpoint(micro_config, tmp_pat
     expected = {f"{k}/{n}": t for k, part in saved.tensors.items() for n, t in part.items() if k != "ahead"}
     shutil.rmtree(checkpoint.saved(root)[2])
     for begins in (1, 0):  # one step before the last is replayed, then both, from the warm start
-        assert first_step(read_config(tmp_path / "run"), 3) == begins
-        found = flat(replayed(tmp_path / "run", 3))
+        found = flat(replayed(tmp_path / "run", 3, begins))
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
         shutil.rmtree(checkpoint.saved(root)[1], ignore_errors=True) if begins else None
