@@ -10,7 +10,9 @@ A sharded weight is a DTensor. Everything outside the model's own forward reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -28,6 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from policies.layout import PolicyError
 
 T = TypeVar("T")
+AT_ONCE = 5e9  # bytes of whole layers that are gathered for one file
 EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # names of their number
 
 
@@ -130,6 +133,26 @@ def release(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def gathered_parts(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The whole tensors of `state` on rank 0, some layers at a time. All ranks take part; the others get nothing."""
+    layers = defaultdict(list)
+    for name in state:
+        numbered = re.match(r".*?\.\d+\.", name)
+        layers[numbered[0] if numbered else ""].append(name)
+    part, size = {}, 0
+    for names in layers.values():
+        for name in names:
+            value = whole(state[name])
+            if leads():
+                part[name] = value.cpu() if isinstance(state[name], DTensor) else value
+            size += value.nbytes
+        if size >= AT_ONCE:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
 
 
 def place() -> tuple[int, int]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from policies.four_bit import plain_weight
-from policies.layout import expert_views, head_state, layer_name, may_idle
+from policies.layout import expert_views
 from policies.lora import Adapter
+from policies.mtp_layers import head_state, layer_name
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import whole
@@ -135,8 +136,7 @@ def in_checkpoint_layout(policy: Policy, weights: Mapping[str, Tensor]) -> dict[
     if policy.backend == "transformers":
         return revert_weight_conversion(policy.trunk, trunk)
     if head:
-        config = policy.config
-        trunk |= head_state(config, config.num_hidden_layers, head, may_idle(config))
+        trunk |= head_state(policy.config, head)
     return {name: view for stacked, tensor in trunk.items() for name, view in expert_views(stacked, tensor)}
 
 
