@@ -66,15 +66,12 @@ class MTPHead(nn.Module):
                 parameter.zero_()
 
     def cast(self, dtype: torch.dtype) -> MTPHead:
-        """Cast in place, as transformers casts a trunk: the router's weight and bias stay in float32."""
-        router = {name: tensor for name, tensor in self.state_dict().items() if ".gate." in name}
-        self.to(dtype)
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            if name in router:
-                tensor.data = router[name]
+        """Cast in place, see `cast_in_place`."""
+        cast_in_place(self, dtype)
         return self
 
     def enter(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        """The block's input of entries, from the embeddings of their tokens and the hidden states before them."""
         return self.eh_proj(torch.cat([self.enorm(embeddings), self.hnorm(hidden)], dim=-1))
 
     def unroll(
@@ -153,6 +150,18 @@ class MTPHead(nn.Module):
             for weight, (_, value) in zip(weights[1:], chain, strict=True):
                 out = out + weight * value.transpose(1, 2)
         return attention.o_proj(out.flatten(2))
+
+
+def cast_in_place(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a module as transformers casts what it loads: routers and rotary frequencies stay in float32."""
+
+    def tensors() -> list[tuple[str, Tensor]]:
+        return [*module.named_parameters(), *module.named_buffers()]
+
+    exact = {name: tensor.data for name, tensor in tensors() if ".gate." in name or "inv_freq" in name}
+    module.to(dtype)
+    for name, tensor in tensors():
+        tensor.data = exact.get(name, tensor.data)
 
 
 def draft_loss(
