@@ -17,9 +17,13 @@ from grpo.algorithm.losses import mask_truncated_completions, top_entropy_of, to
 from grpo.algorithm.surrogates import importance_correction, kl_penalty
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
-from policies.logprobs import entropy, token_logprobs
+from policies.logprobs import token_logprobs
 
 torch.set_num_threads(1)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    return torch.distributions.Categorical(logits=logits).entropy()
 
 
 def policy_loss(*tensors: torch.Tensor, **given: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
