@@ -9,6 +9,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
 from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
 from rollout.group import Prompt
@@ -139,6 +140,13 @@ def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
     if written > 0 and decoding.live is not None:
         for cache in (decoding.cache, decoding.drafter.cache if decoding.drafter else None):
             if cache is not None:
-                cache.lengthen(written)
+                _lengthen(getattr(cache, "latents", cache), written)
         decoding.live.count = decoding.live.count + written
     return decoding
+
+
+def _lengthen(cache: LatentCache, tokens: int) -> None:
+    """Gives every row so many more tokens, of which each vector is ones."""
+    for latents in cache.layers_RTE:
+        latents[:, int(cache.lengths_R.min()) : int(cache.lengths_R.max()) + tokens] = 1
+    cache.advance(tokens)

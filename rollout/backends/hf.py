@@ -92,9 +92,6 @@ class RowCache:
     def advance(self, kept_R: Tensor) -> None:
         self.latents.advance(kept_R.repeat_interleave(self.slots_RK.shape[1])[self.order])
 
-    def lengthen(self, tokens: int) -> None:
-        self.latents.lengthen(tokens)
-
     def join(self, others: Sequence[RowCache]) -> RowCache:
         """One cache with these rows and those of `others`."""
         caches = [self, *others]

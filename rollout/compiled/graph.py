@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.decoding.absorbed import AbsorbedBlock
-from policies.decoding.experts import run_few_experts
 from policies.decoding.kernels import attention, plain_attention
 from policies.decoding.linear import FixedLinear
 from rollout.backends import Decoder
@@ -174,6 +174,7 @@ def weights(decoder: Decoder, bucket: Bucket) -> dict[str, Tensor]:
 def _parts(decoder: Decoder, bucket: Bucket) -> list[tuple[str, Any]]:
     trunk, head = decoder.trunk, decoder.head
     parts = [("trunk", trunk), ("rope", trunk.rope), *((f"block{i}", block) for i, block in enumerate(trunk.blocks))]
+    parts += [(f"heads{i}", block.choice) for i, block in enumerate(trunk.blocks) if block.choice is not None]
     if bucket.drafts and head is not None:
         parts += [("head", head), ("head_block", head.block)]
         if decoder.draft_vocabulary is not None:
@@ -184,7 +185,7 @@ def _parts(decoder: Decoder, bucket: Bucket) -> list[tuple[str, Any]]:
 def _tensors(part: Any) -> dict[str, Tensor]:
     found = {}
     for name, value in vars(part).items():
-        if isinstance(value, Tensor) and name not in ("experts", "active_heads"):  # those of the last call
+        if isinstance(value, Tensor) and name not in ("experts", "chosen"):  # those of the last call
             found[name] = value
         elif isinstance(value, FixedLinear):
             found |= {f"{name}_weight": value.weight}
@@ -198,6 +199,9 @@ def _with(decoder: Decoder, tensors: dict[str, Tensor]) -> Any:
     trunk = _copy(decoder.trunk, "trunk", tensors)
     trunk.rope = _copy(trunk.rope, "rope", tensors)
     trunk.blocks = [_block(block, f"block{i}", tensors) for i, block in enumerate(trunk.blocks)]
+    for i, block in enumerate(trunk.blocks):
+        if block.choice is not None:
+            block.choice = _copy(block.choice, f"heads{i}", tensors)
     head = decoder.head
     if head is not None and "head_norm" in tensors:
         shares = head.logits is decoder.trunk.logits
@@ -218,6 +222,20 @@ def _block(block: AbsorbedBlock, name: str, tensors: dict[str, Tensor]) -> Absor
     made: AbsorbedBlock = _copy(block, name, tensors)
     made.run_experts = run_few_experts
     return made
+
+
+def run_few_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Computes as `run_experts`, for few tokens: the chosen experts are gathered, or all are computed. Gathering reads,
+    writes and reads again, so it is for half of the experts or fewer. A graph has no grouped product in float32, which
+    is a loop over the experts on a CPU."""
+    if 2 * experts_Nk.numel() <= len(gate_up):
+        gate, up = torch.einsum("nkid,nd->nki", gate_up[experts_Nk], x_ND).chunk(2, dim=-1)
+        out = torch.einsum("nkdi,nki->nkd", down[experts_Nk], F.silu(gate) * up)
+        return (out * weights_Nk[..., None].to(out.dtype)).sum(1)
+    share_NE = x_ND.new_zeros(len(x_ND), len(gate_up)).scatter(1, experts_Nk, weights_Nk.to(x_ND.dtype))
+    gate, up = torch.einsum("eid,nd->eni", gate_up, x_ND).chunk(2, dim=-1)
+    out = torch.einsum("edi,eni->end", down, F.silu(gate) * up)
+    return torch.einsum("end,ne->nd", out, share_NE)
 
 
 def _copy(part: Any, name: str, tensors: dict[str, Tensor]) -> Any:

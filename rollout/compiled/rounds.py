@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policies.decoding.absorbed import AbsorbedTrunk
-from policies.decoding.latent_cache import LatentCache
+from policies.decoding.latent_cache import LatentCache, room
 from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs
 from rollout.compiled.recorded import RecordedRound
@@ -157,5 +157,20 @@ def _arrange(caches: list[LatentCache], places: int) -> int:
         )
         entries = -(-most // ENTRIES) * ENTRIES
         for cache in caches:
-            cache.own_rows(places, entries)
+            _own_rows(cache, places, entries)
     return entries
+
+
+def _own_rows(cache: LatentCache, places: int, entries: int) -> None:
+    """Gives every row a copy of its prompt, `entries` entries, and a place among `places`, of which some stay empty."""
+    prefix, lengths = cache.prefix, cache.lengths_R
+    starts = torch.zeros_like(lengths) if prefix is None else prefix.lengths_P[prefix.row_prompt_R]
+    ends = list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
+    for layer, latents in enumerate(cache.layers_RTE):
+        whole = room((places, entries, latents.shape[2]), dtype=latents.dtype, device=latents.device)
+        for row, (start, end) in enumerate(ends):
+            if prefix is not None:
+                whole[row, :start] = prefix.latents_LPTE[layer, prefix.row_prompt_R[row], :start]
+            whole[row, start:end] = latents[row, : end - start]
+        cache.layers_RTE[layer] = whole
+    cache.lengths_R, cache.prefix = starts + lengths, None
