@@ -129,7 +129,13 @@ class Engine:
         if params.draft_tokens is None and self.head is not None and prompts and not self._knows_costs(params):
             longest = max(len(prompt.token_ids) for prompt in prompts)
             self.measure_costs(Workload.of(params, len(prompts) * params.group_size, longest))
-        decoding, announced = Decoding(self.decoder, prompts, params, episodes=episodes), 0
+        if episodes is None:
+            decoding = Decoding(self.decoder, prompts, params)
+        else:
+            from rollout.environments.decoding import EpisodeDecoding
+
+            decoding = EpisodeDecoding(self.decoder, prompts, params, episodes)
+        announced = 0
         while True:
             if on_finished and decoding.ended_rows > announced:  # some end with their first token, in the prefill
                 on_finished(decoding.ended_rows - announced)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -65,26 +64,6 @@ class DraftStats:
     depths: list[int] = field(default_factory=list)
     cost: float = 0.0
     plain_cost: float = 0.0
-
-    def __add__(self, after: DraftStats) -> DraftStats:
-        """Of two parts of a completion, one after the other.
-
-        >>> (DraftStats(2, [2], [1], depths=[0, 1, 0]) + DraftStats(1, [1, 1], [0, 0], depths=[0, 0])).drafted
-        [3, 1]
-        """
-        return DraftStats(
-            target_forwards=self.target_forwards + after.target_forwards,
-            drafted=_sums(self.drafted, after.drafted),
-            accepted=_sums(self.accepted, after.accepted),
-            fallbacks=self.fallbacks + after.fallbacks,
-            depths=self.depths + after.depths,
-            cost=self.cost + after.cost,
-            plain_cost=self.plain_cost + after.plain_cost,
-        )
-
-
-def _sums(one: Iterable[int], other: Iterable[int]) -> list[int]:
-    return [x + y for x, y in zip_longest(one, other, fillvalue=0)]
 
 
 @dataclass
@@ -185,10 +164,6 @@ class Completion:
         """What a reward reads: the text, or that of the policy's last turn where there were tools."""
         return answer_of(self.text, self.turns)
 
-    @property
-    def version_of_tokens(self) -> list[int]:
-        return self.versions or [self.policy_version] * len(self.token_ids)
-
 
 def answer_of(text: str, turns: list[dict[str, Any]]) -> str:
     """The text of the policy's last turn, or `text` without turns.
@@ -198,52 +173,6 @@ def answer_of(text: str, turns: list[dict[str, Any]]) -> str:
     """
     said = [message["content"] for message in turns if message["role"] == "assistant"]
     return said[-1] if said else text
-
-
-def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
-    """Tokens that a decoding forward of the trunk gave: 1 without drafts, 1 + Σ acceptance at depth d with them.
-
-    It is None where no completion has more than its first token. Reading a tool's tokens gives the first token of the
-    next turn, as reading the prompt gives that of the first turn.
-    """
-    tokens = forwards = 0
-    for completion in completions:
-        tokens += completion.num_sampled - completion.num_turns
-        forwards += completion.draft.target_forwards
-    return tokens / forwards if forwards else None
-
-
-def draft_gain(completions: Iterable[Completion]) -> float | None:
-    """How much faster drafts made decoding, by the table of costs and not by a clock: 1 without any. It is None where
-    there is no table.
-
-    >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(1, cost=8.0, plain_cost=10.0))
-    >>> draft_gain([one])
-    1.25
-    """
-    drafts = [completion.draft for completion in completions]
-    cost = sum(draft.cost for draft in drafts)
-    return sum(draft.plain_cost for draft in drafts) / cost if cost else None
-
-
-def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
-    """By depth, what share of the head's drafts was accepted where all before them were: what the next rollouts may
-    expect. Empty where the head has drafted nothing.
-
-    >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(9, drafted=[8, 4], accepted=[6, 2]))
-    >>> head_accepted([one])  # 6/8, and (2/4) / (6/8)
-    (0.75, 0.6667)
-    """
-    made, taken = list[int](), list[int]()
-    for completion in completions:
-        made, taken = _sums(made, completion.draft.drafted), _sums(taken, completion.draft.accepted)
-    shares, before = list[float](), 1.0
-    for drafted, accepted in zip(made, taken, strict=True):
-        if not drafted or not before:
-            break
-        shares.append(round(min(accepted / drafted / before, 1.0), 4))
-        before = accepted / drafted
-    return tuple(shares)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from rollout.pool import PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
-from rollout.results import Lengths
 from rollout.sampling import SamplingParams
 from rollout.workers import START_TIMEOUT_S, Call, Lost, Workers
 
@@ -32,6 +32,32 @@ class Given:
     """A call by which a worker gives its weights to another."""
 
     to: int
+
+
+class Lengths:
+    """How long the longest completion of each prompt was when it was last sampled.
+
+    Shards that should take longest begin first, so that at the end few workers wait for one. What a shard holds, and so
+    every token, is the same in any order.
+
+    >>> lengths.order([[short], [long, short], [new]])      # a prompt that was never sampled counts as the mean
+    [1, 2, 0]
+    """
+
+    def __init__(self) -> None:
+        self.longest: dict[str, int] = {}
+
+    def order(self, shards: Sequence[Sequence[Prompt]]) -> list[int]:
+        """The numbers of the shards, in the order in which they begin."""
+        usual = fmean(self.longest.values()) if self.longest else 0.0
+        expected = [max(self.longest.get(prompt.prompt_id, usual) for prompt in shard) for shard in shards]
+        return sorted(range(len(shards)), key=lambda number: -expected[number])
+
+    def saw(self, groups: Sequence[RolloutGroup]) -> None:
+        """Note the lengths of groups that were just sampled."""
+        for group in groups:
+            if group.completions:
+                self.longest[group.prompt.prompt_id] = max(len(c.token_ids) for c in group.completions)
 
 
 class RayPool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,31 +16,6 @@ from rollout.rows import Rows
 
 if TYPE_CHECKING:
     from rollout.stop_strings import StopStrings
-
-
-class Lengths:
-    """How long the longest completion of each prompt was when it was last sampled.
-
-    Shards that should take longest begin first, so that at the end few workers wait for one. What a shard holds, and so
-    every token, is the same in any order.
-
-    >>> lengths.order([[short], [long, short], [new]])      # a prompt that was never sampled counts as the mean
-    [1, 2, 0]
-    """
-
-    def __init__(self) -> None:
-        self.longest: dict[str, int] = {}
-
-    def order(self, shards: Sequence[Sequence[Prompt]]) -> list[int]:
-        """The numbers of the shards."""
-        usual = fmean(self.longest.values()) if self.longest else 0.0
-        expected = [max(self.longest.get(prompt.prompt_id, usual) for prompt in shard) for shard in shards]
-        return sorted(range(len(shards)), key=lambda number: -expected[number])
-
-    def saw(self, groups: Sequence[RolloutGroup]) -> None:
-        for group in groups:
-            if group.completions:
-                self.longest[group.prompt.prompt_id] = max(len(c.token_ids) for c in group.completions)
 
 
 class Results:

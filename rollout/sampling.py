@@ -54,7 +54,7 @@ class SamplingParams:
     `stop_strings` end a completion with the token that completes one of them, and its text before the string. They are
     never used in training, where the text is that of the tokens. With an `environment` a completion is an episode of
     several turns, and `max_completion_tokens` limits all that is sampled and written in it. No token depends on
-    `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/group.py).
+    `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/depth.py).
     """
 
     group_size: int = 8
@@ -234,21 +234,6 @@ def choose(
         p, ids = F.pad(p_NV, (0, 1)).gather(1, members), vocabulary.named[members]
     best = (p.log() + noise.gumbel(ids)).argmax(-1)
     return ids[rows, best], p[rows, best].log()
-
-
-def choose_by_row(
-    logits_NV: Tensor, temperature_N: Tensor, noise: Noise, vocabulary: DraftVocabulary | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `choose` with a temperature for every row, by the same operators for all of them, as a graph needs it."""
-    greedy = temperature_N == 0
-    scaled = logits_NV.float() / torch.where(greedy, 1.0, temperature_N)[:, None]
-    best = scaled.argmax(-1)
-    best = best if vocabulary is None else vocabulary.ids[best]
-    drawn, logprobs = choose(scaled, 1.0, noise, vocabulary)
-    own = logprobs
-    if vocabulary is None:  # drafts are not scored
-        own = scaled.gather(1, best[:, None])[:, 0] - scaled.logsumexp(-1)
-    return torch.where(greedy, best, drawn), torch.where(greedy, own, logprobs)
 
 
 def pick(

@@ -15,8 +15,9 @@ from rich.progress import Progress
 from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
 from grpo.task.task import Task
 from rewards.group_score import GroupScore, RewardFailure
+from rollout.depth import tokens_per_forward
 from rollout.faults import RolloutError
-from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
+from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 

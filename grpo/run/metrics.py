@@ -11,7 +11,8 @@ from typing import Any
 
 from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore, mean
-from rollout.group import Completion, RolloutGroup, draft_gain, tokens_per_forward
+from rollout.depth import draft_gain, tokens_per_forward
+from rollout.group import Completion, RolloutGroup
 
 COUNTS = ("drafted", "accepted")
 

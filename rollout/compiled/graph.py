@@ -22,7 +22,7 @@ from policies.decoding.kernels import attention, plain_attention
 from policies.decoding.linear import FixedLinear
 from rollout.backends import Decoder
 from rollout.drafts.speculative import until_end, verify_draft
-from rollout.sampling import Noise, choose_by_row
+from rollout.sampling import DraftVocabulary, Noise, choose
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,21 @@ class Round(nn.Module):
         kept, stopped = until_end(targets, accepted, given.alive, given.limit - given.count, given.stops)
         found = targets, logprobs, hidden, kept, stopped
         return found if drafts is None or accepted is None else (*found, drafts, accepted)
+
+
+def choose_by_row(
+    logits_NV: Tensor, temperature_N: Tensor, noise: Noise, vocabulary: DraftVocabulary | None = None
+) -> tuple[Tensor, Tensor]:
+    """Chooses as `choose` with a temperature for every row, by the same operators for all rows."""
+    greedy = temperature_N == 0
+    scaled = logits_NV.float() / torch.where(greedy, 1.0, temperature_N)[:, None]
+    best = scaled.argmax(-1)
+    best = best if vocabulary is None else vocabulary.ids[best]
+    drawn, logprobs = choose(scaled, 1.0, noise, vocabulary)
+    of_best = logprobs
+    if vocabulary is None:  # drafts are not scored
+        of_best = scaled.gather(1, best[:, None])[:, 0] - scaled.logsumexp(-1)
+    return torch.where(greedy, best, drawn), torch.where(greedy, of_best, logprobs)
 
 
 def _chain(decoder: Decoder, given: Inputs, noise: Noise, depth: int) -> Tensor:

@@ -18,7 +18,7 @@ from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.store import CompiledRound, find
 from rollout.depth import FEW_ROWS, GRAPH_DEPTHS
 from rollout.drafts.head import Drafter
-from rollout.rows import Found, Rows
+from rollout.rows import Rows, Tokens
 from rollout.sampling import SamplingParams
 
 ROWS = (1, 2, 4, FEW_ROWS)  # places of a graph
@@ -104,7 +104,7 @@ class Rounds:
         limit: Tensor | int,
         temperature: Tensor | float,
         start: Tensor | int,
-    ) -> Found:
+    ) -> Tokens:
         """With `depth` drafts of each row. The last three are those of all rows, or of each."""
         count = len(live.index)
         places = next(rows for rows in ROWS if rows >= count)
@@ -140,11 +140,11 @@ class Rounds:
             tokens_RS, hidden_RSD = drafter.take(live, readable(depth))
             given.unread_tokens_BS, given.unread_hidden_BSD = of_places(tokens_RS), of_places(hidden_RSD)
             given.head_lengths, given.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
-        found = Found(*(x[:count] for x in self.graphs.run(self.decoder, bucket, given)))
+        tokens = Tokens(*(x[:count] for x in self.graphs.run(self.decoder, bucket, given)))
         if head:
             head.advance(live.unread)
             live.unread = torch.zeros_like(live.unread)
-        return found
+        return tokens
 
 
 def _arrange(caches: list[LatentCache], places: int) -> int:

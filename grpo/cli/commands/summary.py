@@ -35,7 +35,8 @@ from grpo.task.task import Task
 from policies import four_bit
 from policies.checkpoint import check_policy
 from policies.mtp import MTPHead
-from rollout.group import RolloutGroup, tokens_per_forward
+from rollout.depth import tokens_per_forward
+from rollout.group import RolloutGroup
 
 CONSOLE = Terminal()
 
