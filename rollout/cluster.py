@@ -159,18 +159,19 @@ def _vital_processes() -> dict[str, psutil.Process]:
     }
 
 
-def _lives(process: psutil.Process) -> bool:
+def _status(process: psutil.Process) -> str | None:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.status() if process.is_running() else None
     except psutil.NoSuchProcess:
-        return False
+        return None
+
+
+def _lives(process: psutil.Process) -> bool:
+    return _status(process) not in (None, psutil.STATUS_ZOMBIE)
 
 
 def _stopped(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return False
+    return _status(process) == psutil.STATUS_STOPPED
 
 
 class Seclusion:
@@ -231,28 +232,18 @@ class Seclusion:
 _seclusion: Seclusion | None = None  # of the cluster that this process has started; Ray allows one for each process
 
 
-def start_ray(cpus: int, address: str | None = None, hidden_gpus: int = 0) -> None:
-    """Start a cluster of our own on loopback, without dashboard and usage reports, or connect to an existing one by its
-    address, with the user's own settings. A cluster of our own has no use of the first `hidden_gpus` of this machine.
-    A handler of SIGTERM that the caller has stays.
-    """
-    _silence_remarks()
-    with _without_handlers():
-        _start_ray(cpus, address, hidden_gpus)
-
-
 @contextmanager
 def _without_handlers() -> Iterator[None]:
     """Inside it Ray installs none of its two handlers of SIGTERM where there is one already: the one in Python would
     come first, and at the end one in C++, unseen by Python, which leaves none when Ray is shut down."""
     import ray
 
-    own: Any = signal.getsignal(signal.SIGTERM)
-    if not callable(own):
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    if not callable(handler):
         yield
         return
     utils, constants = cast(Any, ray._private.utils), cast(Any, ray._private.ray_constants)
-    usual, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    usual, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
     off = getattr(constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", False)
     constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
     try:
@@ -261,7 +252,7 @@ def _without_handlers() -> Iterator[None]:
         utils.set_sigterm_handler = usual
         constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = off
         with suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, own)  # Ray 2.52 does not know that constant
+            signal.signal(signal.SIGTERM, handler)  # Ray 2.52 does not know that constant
 
 
 def _silence_remarks() -> None:
@@ -293,10 +284,16 @@ def stop_ray() -> None:
         _seclusion = None
 
 
-def _start_ray(cpus: int, address: str | None, hidden_gpus: int) -> None:
+@_without_handlers()
+def start_ray(cpus: int, address: str | None = None, hidden_gpus: int = 0) -> None:
+    """Start a cluster of our own on loopback, without dashboard and usage reports, or connect to an existing one by its
+    address, with the user's own settings. A cluster of our own has no use of the first `hidden_gpus` of this machine.
+    A handler of SIGTERM that the caller has stays.
+    """
     global _seclusion
     import ray
 
+    _silence_remarks()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = address or os.environ.get("RAY_ADDRESS")

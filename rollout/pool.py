@@ -38,13 +38,12 @@ class Sampler(Protocol):
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        """One group per prompt, in their order. If some prompts fail, the others are still sampled, and the
+        """Samples one group per prompt, in their order. If some prompts fail, the others are still sampled, and the
         RolloutError that names the failed ones has the other `groups`."""
         ...
 
     def keep(self) -> None:
-        """The learner is about to change the weights that were published, and what is sampled still needs them."""
-        ...
+        """Is told that the learner is about to change the published weights, which what is sampled still needs."""
 
 
 class Pool(Sampler, Protocol):
@@ -57,12 +56,12 @@ class Pool(Sampler, Protocol):
         ...
 
     def sleep(self) -> None:
-        """Nothing is sampled before the next publication: samplers on the learner's GPUs leave their memory."""
-        ...
+        """Is told that nothing is sampled before the next publication: samplers on the learner's GPUs leave their
+        memory."""
 
     def held(self) -> dict[str, Held]:
         """By sampler, the digests of the tensors that it holds; empty where `publish` has compared them already."""
-        ...
+        return {}
 
     def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
         """Sets the table that every depth controller uses; without `costs` it is measured for this work."""
@@ -70,7 +69,7 @@ class Pool(Sampler, Protocol):
 
     def metrics(self) -> dict[str, float]:
         """faults/* and publish/* since the last call; empty without workers."""
-        ...
+        return {}
 
     def close(self) -> None: ...
 

@@ -19,7 +19,7 @@ from rollout.depth import CostTable, Workload
 from rollout.faults import Faults, OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
 from rollout.places import Places
-from rollout.pool import PoolOptions
+from rollout.pool import Pool, PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
@@ -60,7 +60,7 @@ class Lengths:
                 self.longest[group.prompt.prompt_id] = max(len(c.token_ids) for c in group.completions)
 
 
-class RayPool:
+class RayPool(Pool):
     """Ray actors with an engine each. A worker that dies or is late is replaced, and its shard is sampled again, which
     gives the same tokens. Raises RolloutError when workers are lost again and again, or when Ray itself dies.
 
@@ -199,7 +199,8 @@ class RayPool:
         waiting = list(jobs.items())[::-1]
         calls: dict[Any, Call] = {}
         try:
-            while waiting or calls or (everyone and not self._all_in()):
+            ready = self.passed if self.canaries else self.confirmed
+            while waiting or calls or (everyone and not (ready and ready.issuperset(self.workers.there()))):
                 self._hand_out(waiting, calls, limit_s, late, everyone)
                 for call, answer, lost in self.workers.ended(calls) if calls else ():
                     if isinstance(call.what, Given):
@@ -216,10 +217,6 @@ class RayPool:
             for call in calls.values():
                 if isinstance(call.what, Given):  # it would go on taking old weights
                     self.workers.restart(call.what.to)
-
-    def _all_in(self) -> bool:
-        ready = self.passed if self.canaries else self.confirmed
-        return bool(ready) and ready.issuperset(self.workers.there())
 
     def _hand_out(self, waiting: list, calls: dict[Any, Call], limit_s: float, late: str, everyone: bool) -> None:
         """Something to do for each worker that has nothing to do."""
@@ -330,9 +327,6 @@ class RayPool:
             for call, _, lost in self.workers.ended(calls):
                 if lost:
                     self._replace(call, lost)
-
-    def held(self) -> dict[str, Held]:
-        return {}
 
     def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
         """One worker measures them alone, with the threads that a worker has."""
