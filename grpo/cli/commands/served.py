@@ -15,7 +15,7 @@ from grpo.config.json_file import parse_json
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate
 from grpo.source.policy_source import PolicySource
-from rewards.http_post import MOST_BYTES, Unusable, post
+from rewards.http_post import MOST_BYTES, Tries, Unusable, post
 from rollout.faults import OnFinished, RolloutError
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -112,17 +112,8 @@ class ServedPool:
         asked |= {"messages": prompt.messages} if chat else {"prompt": prompt.text}
         url = f"{self.address}/v1/{'chat/completions' if chat else 'completions'}"
         expected = own.get("n", 1)
-        found, _ = post(
-            url,
-            json.dumps(asked).encode(),
-            lambda body: self._read(body, expected),
-            token=self.key,
-            request_timeout_s=ANSWER_S,
-            retries=RETRIES,
-            backoff_s=BACKOFF_S,
-            longest_wait_s=LONGEST_WAIT_S,
-        )
-        return found
+        tries = Tries(ANSWER_S, RETRIES, BACKOFF_S, LONGEST_WAIT_S)
+        return post(url, json.dumps(asked).encode(), lambda body: self._read(body, expected), tries, token=self.key)
 
     def _read(self, body: bytes, expected: int) -> list[Completion]:
         try:
