@@ -112,24 +112,23 @@ class Scorer:
         of the assistant. Raises RewardError as described for the class.
         """
         ids = [None] * len(prompts) if completion_ids is None else completion_ids
-        own = [{}] * len(prompts) if completion_columns is None else completion_columns
+        each = [{}] * len(prompts) if completion_columns is None else completion_columns
         chats = [None] * len(prompts) if messages is None else messages
         episodes = [None] * len(prompts) if turns is None else turns
-        parts = (prompts, completions, columns, prompt_ids, ids, own, chats, episodes)
+        parts = (prompts, completions, columns, prompt_ids, ids, each, chats, episodes)
         if len(set(map(len, parts))) > 1:
             raise RewardError(
                 "prompts, completions, columns, prompt_ids, completion_ids, completion_columns, messages and turns "
-                "have the lengths "
-                f"{', '.join(str(len(part)) for part in parts)}; give one of each per group"
+                f"have the lengths {', '.join(str(len(part)) for part in parts)}; give one of each per group"
             )
         groups = []
         for prompt, texts, row, prompt_id, tokens, values, chat, episode in zip(*parts, strict=True):
-            for name, there in {"completion_ids": tokens, "turns": episode, **values}.items():
-                if there is not None and len(there) != len(texts):
-                    raise RewardError(f"prompt {prompt_id!r}: {len(there)} {name}, {len(texts)} completions")
+            for name, part in {"completion_ids": tokens, "turns": episode, **values}.items():
+                if part is not None and len(part) != len(texts):
+                    raise RewardError(f"prompt {prompt_id!r}: {len(part)} {name}, {len(texts)} completions")
             tokens = None if tokens is None else [list(sample) for sample in tokens]
-            said = None if episode is None else list(episode)
-            groups.append(Group(prompt, list(texts), row, prompt_id, tokens, values, chat, said))
+            episode = None if episode is None else list(episode)
+            groups.append(Group(prompt, list(texts), row, prompt_id, tokens, values, chat, episode))
         return self._score(groups, trainer_state, self._policy)
 
     def dry_run(
@@ -173,8 +172,8 @@ class Scorer:
     def take_lost(self) -> tuple[int, float]:
         """How many worker processes died or were late since the last call, and the seconds that it took until their
         work was done again or given up."""
-        found, self._lost, self._lost_s = (self._lost, self._lost_s), 0, 0.0
-        return found
+        lost, self._lost, self._lost_s = (self._lost, self._lost_s), 0, 0.0
+        return lost
 
     def close(self) -> None:
         """End all worker processes. The scorer cannot be used afterwards."""

@@ -119,14 +119,15 @@ class Engine:
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: Callable[[int], None] | None = None
     ) -> list[RolloutGroup]:
-        """One group per prompt. `on_finished` gets the number of completions that have ended since it was last called.
+        """Samples one group per prompt. `on_finished` gets how many completions have ended since it was last called.
 
         If a prompt cannot be continued or logits are not finite, the other prompts are still sampled, and RolloutError
         is raised at the end with their `groups`.
         """
         self._check_params(params)
         episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
-        if params.draft_tokens is None and self.head is not None and prompts and not self._knows_costs(params):
+        lacks_costs = self.costs is None or (self.costs.graphs is None and params.compiled)
+        if params.draft_tokens is None and self.head is not None and prompts and lacks_costs:
             longest = max(len(prompt.token_ids) for prompt in prompts)
             self.measure_costs(Workload.of(params, len(prompts) * params.group_size, longest))
         if episodes is None:
@@ -164,10 +165,3 @@ class Engine:
 
         self.costs = measure(self.decoder, replace(work, rows=min(work.rows, self.max_rows)), depth)
         return self.costs
-
-    def _knows_costs(self, params: SamplingParams) -> bool:
-        """Whether the depth controller has a table for what these parameters draft."""
-        costs = self.costs
-        if costs is None:
-            return False
-        return costs.graphs is not None or self.head is None or not Workload.of(params, 1).graphs

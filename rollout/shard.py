@@ -23,10 +23,10 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.results import Results
 from rollout.rows import Prefilled, Rows, Tokens, prefill_size
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
+from rollout.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from rollout.compiled.rounds import Rounds
-    from rollout.stop_strings import StopStrings
 
 # One prefill reads at most so many tokens with padding; on a CPU, more do not fit its caches.
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
@@ -49,11 +49,7 @@ class Decoding:
         self.drafts = Drafts(decoder, params, self.longest)
         self.drafter, self.room = self.drafts.head, self.drafts.room
         self.steps = torch.arange(self.room, device=self.device)
-        self.strings: StopStrings | None = None
-        if params.stop_strings:
-            from rollout.stop_strings import StopStrings
-
-            self.strings = StopStrings(decoder.tokenizer, params.stop_strings)
+        self.strings = StopStrings(decoder.tokenizer, params.stop_strings) if params.stop_strings else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
         self.results = Results(len(prompts) * params.group_size, self.room, self.drafts.max_depth, self.device)
         # Sorted by length, so that the prompts of one prefill need little padding; the longest are taken first.
