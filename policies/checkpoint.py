@@ -266,12 +266,12 @@ def _quiet_loading() -> Iterator[list[logging.LogRecord]]:
     """Hides what transformers logs, such as the MTP layer's keys as unexpected, and yields it instead."""
     library, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
     level, handlers, propagate = library.level, library.handlers, library.propagate
-    kept = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
-    library.handlers, library.propagate = [kept], False  # transformers propagates where CI is set
+    handler = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    library.handlers, library.propagate = [handler], False  # transformers propagates where CI is set
     library.setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     try:
-        yield kept.buffer
+        yield handler.buffer
     finally:
         library.handlers, library.propagate = handlers, propagate
         library.setLevel(level)

@@ -63,11 +63,11 @@ class WeightFiles:
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names start with `prefix`."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path in sorted({path for name, path in self.file_of.items() if name.startswith(prefix)}):
             with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-        return found
+                tensors |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+        return tensors
 
     def _shard(self, name: str, index: Mapping[str, str]) -> str:
         if path := find_file(self.source, name):

@@ -84,8 +84,8 @@ def mtp_layers(config: PretrainedConfig, names: Iterable[str]) -> list[int]:
     >>> mtp_layers(DeepseekV3Config(num_hidden_layers=2), ["model.layers.1.mlp.up_proj", "model.layers.2.enorm.weight"])
     [2]
     """
-    found = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    return sorted(layer for layer in found if layer >= getattr(config, "num_hidden_layers", 0))
+    numbers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    return sorted(layer for layer in numbers if layer >= getattr(config, "num_hidden_layers", 0))
 
 
 def stored_head(

@@ -85,10 +85,12 @@ def routed_experts(config: PretrainedConfig) -> int:
 def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str, Any]:
     """For `from_pretrained`: every rank reads its shards alone. Raises PolicyError where one would get no expert."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    own, ranks = routed_experts(config) // layout.ep_size, layout.efsdp_size
-    if own and -(-own // ranks) * (ranks - 1) >= own:  # FSDP cuts into equal shares, and the last ones can be empty
+    experts, ranks = routed_experts(config) // layout.ep_size, layout.efsdp_size
+    if (
+        experts and -(-experts // ranks) * (ranks - 1) >= experts
+    ):  # FSDP cuts into equal shares, and the last ones can be empty
         raise PolicyError(
-            f"learner.parallel: FSDP cannot spread {own} experts over {ranks} ranks, since one would get none; choose "
+            f"learner.parallel: FSDP cannot spread {experts} experts over {ranks} ranks, since one would get none; choose "
             f"numbers where fsdp x tensor / expert divides {routed_experts(config)} / expert"
         )
     # Final norm, embedding and LM head belong to the root then, which stays gathered until the backward pass. By the

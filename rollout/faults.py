@@ -95,19 +95,19 @@ class Faults:
     def metrics(self) -> dict[str, float]:
         """faults/* since the last call; empty where nothing was lost."""
         with self._lock:
-            found, self._unreported = dict(self._unreported), defaultdict(float)
-        return found
+            metrics, self._unreported = dict(self._unreported), defaultdict(float)
+        return metrics
 
 
 def why_died(error: Exception) -> tuple[Kind, str]:
     """What was lost with a Ray actor, and why, in fewer words than Ray's where these only guess."""
-    said = " ".join(str(error).split())
-    if "its node has died" in said:
-        node = re.search(r"Node Id: (\w+)", said)
+    words = " ".join(str(error).split())
+    if "its node has died" in words:
+        node = re.search(r"Node Id: (\w+)", words)
         return "node", f"its machine left the cluster{f' (node {node[1][:8]})' if node else ''}"
-    if "Worker exit type: SYSTEM_ERROR" in said and (process := re.search(r"pid: (\d+)", said)):
+    if "Worker exit type: SYSTEM_ERROR" in words and (process := re.search(r"pid: (\d+)", words)):
         return "worker", f"its process {process[1]} was killed or crashed, perhaps since memory ran out"
-    return "worker", f"it died: {said}"
+    return "worker", f"it died: {words}"
 
 
 def prompt_fault(prompt: Prompt, params: SamplingParams, vocabulary: int, limit: int) -> str | None:

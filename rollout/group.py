@@ -171,8 +171,8 @@ def answer_of(text: str, turns: list[dict[str, Any]]) -> str:
     >>> answer_of("4.5>>5", [{"role": "tool", "content": "4.5"}, {"role": "assistant", "content": "5"}])
     '5'
     """
-    said = [message["content"] for message in turns if message["role"] == "assistant"]
-    return said[-1] if said else text
+    texts = [message["content"] for message in turns if message["role"] == "assistant"]
+    return texts[-1] if texts else text
 
 
 @dataclass

@@ -277,9 +277,9 @@ class RayPool(Pool):
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
         self.check_stop()
-        version, found = self._version(), shards(prompts, self.prompts_per_shard)
-        order = self.lengths.order(found)
-        jobs = {number: ("sample", (list(found[number]), params, version, self.costs)) for number in order}
+        version, parts = self._version(), shards(prompts, self.prompts_per_shard)
+        order = self.lengths.order(parts)
+        jobs = {number: ("sample", (list(parts[number]), params, version, self.costs)) for number in order}
         done: dict[int, list[RolloutGroup]] = {}
         faults: dict[int, str] = {}
         late = f"its shard took longer than rollout.timeout_s={self.timeout_s:g}"
@@ -290,7 +290,7 @@ class RayPool(Pool):
                 else:
                     done[number] = answer
                     if on_finished:
-                        on_finished(len(found[number]) * params.group_size)
+                        on_finished(len(parts[number]) * params.group_size)
         self.lengths.saw(groups := [group for number in sorted(done) for group in done[number]])
         if faults:
             raise RolloutError("\n".join(faults[number] for number in sorted(faults)), groups)
@@ -299,9 +299,9 @@ class RayPool(Pool):
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         """By each worker that holds the weights; one that is lost meanwhile is replaced, and passes them later."""
         self.check_stop()
-        version, self.canaries, found = self._version(), None, dict[int, list[RolloutGroup]]()
+        version, self.canaries, groups = self._version(), None, dict[int, list[RolloutGroup]]()
         late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
-        while not found:
+        while not groups:
             self._settle()
             arguments, limit_s = (list(prompts), params, version, self.costs), self.publish_timeout_s
             calls = {self.workers.call(i, "sample", *arguments): Call(i, 0, limit_s, late) for i in self.confirmed}
@@ -310,9 +310,9 @@ class RayPool(Pool):
                     if lost:
                         self._replace(call, lost)
                     else:
-                        found[call.worker] = _sound(answer)
-        self.canaries, self.passed = (prompts, params, found[min(found)]), set(found)
-        return {f"worker {i}": found[i] for i in sorted(found)}
+                        groups[call.worker] = _sound(answer)
+        self.canaries, self.passed = (prompts, params, groups[min(groups)]), set(groups)
+        return {f"worker {i}": groups[i] for i in sorted(groups)}
 
     def keep(self) -> None:
         self.sender.keep()

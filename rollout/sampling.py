@@ -197,9 +197,9 @@ def by_temperature(temperature_N: Tensor, make: Callable[[float, Chosen], tuple[
     if len(different) == 1:
         return make(different[0], slice(None))
     rows = [(temperature_N == temperature).nonzero()[:, 0] for temperature in different]
-    found = zip(*map(make, different, rows), strict=True)
+    results = zip(*map(make, different, rows), strict=True)
     order = torch.cat(rows).argsort()
-    return tuple(torch.cat(parts)[order] for parts in found)
+    return tuple(torch.cat(parts)[order] for parts in results)
 
 
 def choose(

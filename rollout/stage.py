@@ -38,8 +38,8 @@ class Stage:
         faults = [prompt if isinstance(prompt, str) else fault(prompt) for prompt in begun]
         if episodes:
             episodes.keep([not why for why in faults])
-        kept = [prompt for prompt, why in zip(begun, faults, strict=True) if isinstance(prompt, Prompt) and not why]
-        return episodes, kept, [why for why in faults if why]
+        sound = [prompt for prompt, why in zip(begun, faults, strict=True) if isinstance(prompt, Prompt) and not why]
+        return episodes, sound, [why for why in faults if why]
 
     def close(self) -> None:
         """End the processes of the tools, where there are any."""

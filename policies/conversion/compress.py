@@ -218,11 +218,11 @@ def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None)
     @cache
     def split(pairs: int) -> Split:
         chosen = ranked[:pairs].sort().values
-        kept = torch.stack([chosen // loss.shape[1], chosen % loss.shape[1]], 1)
-        unrotated = unrotated_pairs(kept, *loss.shape)
+        rotary_pairs = torch.stack([chosen // loss.shape[1], chosen % loss.shape[1]], 1)
+        unrotated = unrotated_pairs(rotary_pairs, *loss.shape)
         latents = budget - 2 * pairs
         tails = [float((layer.joint(unrotated)[2][latents:]).sum()) / layer.total for layer in layers]
-        return Split(kept, latents, float(loss.sum() - loss.flatten()[chosen].sum()) + sum(tails) / len(layers))
+        return Split(rotary_pairs, latents, float(loss.sum() - loss.flatten()[chosen].sum()) + sum(tails) / len(layers))
 
     if rotary is not None:
         return split(rotary // 2)
@@ -238,9 +238,9 @@ def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None)
 
 def unrotated_pairs(rotary: Tensor, frequencies: int, groups: int) -> Tensor:
     """The components [N, 2] that are not in `rotary`."""
-    kept = torch.zeros(frequencies, groups, dtype=torch.bool)
-    kept[rotary[:, 0], rotary[:, 1]] = True
-    return (~kept).nonzero()
+    rotates = torch.zeros(frequencies, groups, dtype=torch.bool)
+    rotates[rotary[:, 0], rotary[:, 1]] = True
+    return (~rotates).nonzero()
 
 
 def _complex(weight: Tensor, heads: int) -> Tensor:

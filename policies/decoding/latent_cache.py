@@ -168,12 +168,12 @@ class LatentCache:
         no unrotated key. The query includes the softmax scale already.
         """
         rows, new, heads, key_width = query_RSHK.shape
-        own = self.layers_RTE[layer]
-        own.view(-1, own.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
+        latents_RTE = self.layers_RTE[layer]
+        latents_RTE.view(-1, latents_RTE.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
         query = query_RSHK.reshape(rows, new * heads, key_width)
         if self._mask_RNT is None:
             self._mask_RNT = self._mask_RST[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
-        out, total = attention(query, own[:rows, : self._reach], self.value_width, self._mask_RNT)
+        out, total = attention(query, latents_RTE[:rows, : self._reach], self.value_width, self._mask_RNT)
         if self.prefix is not None:
             latents, mask = self.prefix.latents_LPTE[layer], self.prefix.mask_P1T(self.first)
             shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, mask)

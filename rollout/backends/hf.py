@@ -112,9 +112,9 @@ class RowCache:
         kept = slots_RK.flatten().sort().values
         return RowCache(self.latents.take(kept), torch.searchsorted(kept, slots_RK))
 
-    def put(self, rows: Tensor, taken: RowCache) -> None:
+    def put(self, rows: Tensor, cache: RowCache) -> None:
         """The inverse of `take`."""
-        self.latents.put(self.slots_RK[rows].flatten().sort().values, taken.latents)
+        self.latents.put(self.slots_RK[rows].flatten().sort().values, cache.latents)
 
 
 _CACHE: ContextVar[PromptCache | RowCache] = ContextVar("cache of the forward that runs")

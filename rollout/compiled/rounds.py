@@ -45,17 +45,17 @@ class Graphs:
         for graph in self.loaded.values():
             graph.release()
 
-    def run(self, decoder: Decoder, bucket: Bucket, given: Inputs) -> list[Tensor]:
+    def run(self, decoder: Decoder, bucket: Bucket, inputs: Inputs) -> list[Tensor]:
         if self.trunk is not decoder.trunk:
             self.trunk = decoder.trunk
             for (each, _), graph in self.loaded.items():
                 graph.bind(decoder, each)
-        key = bucket, len(given.stops)
+        key = bucket, len(inputs.stops)
         if key not in self.loaded:
-            graph = find(decoder, bucket, given, self.compiling)
+            graph = find(decoder, bucket, inputs, self.compiling)
             graph.bind(decoder, bucket)
             self.loaded[key] = graph
-        return self.loaded[key](given)
+        return self.loaded[key](inputs)
 
 
 def readable(depth: int) -> int:
@@ -122,7 +122,7 @@ class Rounds:
                 x = torch.cat([x, x.new_zeros(places - count, *x.shape[1:])])
             return x.contiguous()
 
-        given = Inputs(
+        inputs = Inputs(
             last=of_places(live.last),
             count=of_places(live.count),
             prompt_length=of_places(live.prompt_length),
@@ -136,11 +136,11 @@ class Rounds:
             layers=cache.layers_RTE,
         )
         if head and drafter:
-            given.unread = of_places(live.unread)
+            inputs.unread = of_places(live.unread)
             tokens_RS, hidden_RSD = drafter.take(live, readable(depth))
-            given.unread_tokens_BS, given.unread_hidden_BSD = of_places(tokens_RS), of_places(hidden_RSD)
-            given.head_lengths, given.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
-        tokens = Tokens(*(x[:count] for x in self.graphs.run(self.decoder, bucket, given)))
+            inputs.unread_tokens_BS, inputs.unread_hidden_BSD = of_places(tokens_RS), of_places(hidden_RSD)
+            inputs.head_lengths, inputs.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
+        tokens = Tokens(*(x[:count] for x in self.graphs.run(self.decoder, bucket, inputs)))
         if head:
             head.advance(live.unread)
             live.unread = torch.zeros_like(live.unread)
@@ -150,8 +150,8 @@ class Rounds:
 def _arrange(caches: list[LatentCache], places: int) -> int:
     """Gives the rows of the caches places of their own, where they have none yet. Returns the entries of each."""
     shapes = {(*cache.layers_RTE[0].shape[:2], cache.prefix is None) for cache in caches}
-    rows, entries, own = next(iter(shapes))
-    if len(shapes) > 1 or not own or rows != places or entries % ENTRIES:
+    rows, entries, alone = next(iter(shapes))
+    if len(shapes) > 1 or not alone or rows != places or entries % ENTRIES:
         most = max(
             cache.capacity + (0 if cache.prefix is None else cache.prefix.latents_LPTE.shape[2]) for cache in caches
         )

@@ -54,8 +54,8 @@ class CompiledRound:
     def release(self) -> None:
         self.bound = {}
 
-    def __call__(self, given: Inputs) -> list[Tensor]:
-        return self.loaded.loader.boxed_run(given.flat())
+    def __call__(self, inputs: Inputs) -> list[Tensor]:
+        return self.loaded.loader.boxed_run(inputs.flat())
 
 
 def find(

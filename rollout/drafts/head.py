@@ -36,10 +36,10 @@ class Drafter:
     `room`: most tokens that a row may write; `longest`: tokens of the longest prompt; `given`: most tokens of a round.
     """
 
-    def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int, given: int) -> None:
+    def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int, most_new: int) -> None:
         assert decoder.head is not None
         self.head, self.vocabulary, self.context = decoder.head, decoder.draft_vocabulary, decoder.context
-        self.params, self.room, self.longest, self.given = params, room, longest, given
+        self.params, self.room, self.longest, self.given = params, room, longest, most_new
         self.steps = torch.arange(room, device=self.head.trunk.device)
         self.cache: LatentCache | None = None  # None until something is drafted
         self.prefilled: list[Prefilled] = []

@@ -82,20 +82,20 @@ def compare(
     """
     worst = Agreement(0.0, 0.0, None)
     for worker, groups in sampled.items():
-        found = [
+        tokens = [
             (abs(own - score) if own == own and score == score else float("inf"), group, i, t, own, score)
             for group, by_completion in zip(groups, scores[worker], strict=True)
             for i, (completion, of_learner) in enumerate(zip(group.completions, by_completion, strict=True))
             for t, (own, score) in enumerate(zip(completion.logprobs, of_learner, strict=True))
         ]
-        mean, most = sum(far for far, *_ in found) / len(found), max(far for far, *_ in found)
-        own_N, score_N = (torch.tensor([entry[at] for entry in found], dtype=torch.float64) for at in (4, 5))
+        mean, most = sum(far for far, *_ in tokens) / len(tokens), max(far for far, *_ in tokens)
+        own_N, score_N = (torch.tensor([entry[at] for entry in tokens], dtype=torch.float64) for at in (4, 5))
         spread = max(score_N.std(unbiased=False).item(), LEAST_SPREAD)
         tolerance = Tolerance(*(limit * spread for limit in astuple(TOLERANCES[dtype])))
         fault = worst.fault
         if not fault and (mean > tolerance.mean or most > tolerance.most):
             limit = tolerance.most if most > tolerance.most else tolerance.mean
-            _, group, i, t, own, score = next(each for each in found if each[0] > limit)
+            _, group, i, t, own, score = next(each for each in tokens if each[0] > limit)
             fault = (
                 f"{worker} computes other log-probabilities than the learner with version {version}: mean difference "
                 f"{mean:.2g}, largest {most:.2g} nats, where {tolerance.mean:.2g} and {tolerance.most:.2g} are allowed "
@@ -123,13 +123,13 @@ def _wrong_slope(own_N: torch.Tensor, score_N: torch.Tensor) -> float | None:
     return slope if slope > 0 and abs(slope - 1) > SLOPE + ERRORS * error else None
 
 
-def other_canaries(own: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype) -> str | None:
+def other_canaries(groups: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype) -> str | None:
     """How the canaries of a sampler differ from those of one that has passed, or None.
 
     The tokens are the same up to ties, and where two completions part, no more of them is compared.
     """
     far, count, total = [0.0], 0, 0
-    for mine, other in zip(own, passed, strict=True):
+    for mine, other in zip(groups, passed, strict=True):
         for one, two in zip(mine.completions, other.completions, strict=True):
             total += len(two.token_ids)
             for t, (token, expected) in enumerate(zip(one.token_ids, two.token_ids, strict=True)):

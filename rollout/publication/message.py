@@ -96,14 +96,14 @@ class Sender:
         self._last = self.version = None
         self._source, changed = now, now.changes(last)
         since = former if len(changed) < len(now) else None
-        found: dict[str, dict[str, str]] = {}
+        by_name: dict[str, dict[str, str]] = {}
 
         def seen(name: str, value: Tensor) -> None:
-            found[name] = self._digests_of(value)
+            by_name[name] = self._digests_of(value)
 
         names = now.read(last)
         yield from _messages(now, names, changed, version, since, self.part_bytes, seen)
-        self._digests = {name: found[name] if name in found else self._digests[name] for name in now}
+        self._digests = {name: by_name[name] if name in by_name else self._digests[name] for name in now}
         self._last, self.version = now if now.fixed else Publication({}), version
 
     def keep(self) -> None:
@@ -131,8 +131,8 @@ class Sender:
     def difference(self, held: Held) -> str | None:
         """The first tensor that a worker does not hold as it was published, see `first_difference`."""
         for name, digests in self._digests.items():
-            kind, found = held.get(name, ("", ""))
-            if not found or digests.get(kind) != found:
+            kind, digest = held.get(name, ("", ""))
+            if not digest or digests.get(kind) != digest:
                 return name
         return next((name for name in held if name not in self._digests), None)
 

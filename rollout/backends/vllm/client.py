@@ -71,12 +71,12 @@ class Client:
         return state
 
     def _refuse_plain(self) -> None:
-        found: dict[str, Any] = {}
+        answer: dict[str, Any] = {}
         with suppress(RolloutError):
-            [found] = self._ask("GET", "/version", (), 0, ANSWER_S)
-        if "version" in found:
+            [answer] = self._ask("GET", "/version", (), 0, ANSWER_S)
+        if "version" in answer:
             raise RolloutError(
-                f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {found['version']}). It cannot confirm the "
+                f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {answer['version']}). It cannot confirm the "
                 "digests of the weights that it has taken, takes them in its development mode alone and then from "
                 "whoever reaches its port, and its batches depend on the clock. Start inside/quartet_server.py with "
                 "the same interpreter in its place (docs/guides/vllm.md), or leave the url out"

@@ -98,11 +98,11 @@ class Updates:
 
     def _place(self, tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> None:
         """Where the layout has the tensors under adapters."""
-        found = {id(tensor): name for name, tensor in in_checkpoint_layout(self.policy, tensors).items()}
+        names = {id(tensor): name for name, tensor in in_checkpoint_layout(self.policy, tensors).items()}
         self._names, self.merged = {}, []
         for name, adapter in adapters.items():
-            if adapter.experts == 1 and id(tensors[name]) in found:
-                self._names[name] = found[id(tensors[name])]
+            if adapter.experts == 1 and id(tensors[name]) in names:
+                self._names[name] = names[id(tensors[name])]
             elif adapter.experts > 1 and not adapter.transposed and self.policy.backend == "native":
                 part, _, rest = name.partition(".")
                 layers = self.policy.config.num_hidden_layers
@@ -162,9 +162,9 @@ def first_difference(tensors: Mapping[str, Tensor], held: Mapping[str, str]) -> 
     hashlib, and not the faster digests of rollout.publication, since vLLM's environment need have nothing else.
     """
     for name, tensor in tensors.items():
-        found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(_bytes(tensor))
-        if held.get(name) != found.hexdigest():
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+        if held.get(name) != digest.hexdigest():
             return name
     return next((name for name in held if name not in tensors), None)
 

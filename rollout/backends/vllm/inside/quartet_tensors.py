@@ -50,21 +50,21 @@ def read(path: str, tensors: list[list[Any]]) -> dict[str, torch.Tensor]:
     """`tensors`: [name, dtype, shape] of each in the file, in order."""
     with open(path, "rb") as file:
         held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    found, offset = {}, 0
+    tensors_read, offset = {}, 0
     for name, dtype, shape in tensors:
         kind, count = getattr(torch, dtype), 1
         for size in shape:
             count *= size
-        found[name] = torch.frombuffer(held, dtype=kind, count=count, offset=offset).view(shape)
+        tensors_read[name] = torch.frombuffer(held, dtype=kind, count=count, offset=offset).view(shape)
         offset += -(-count * kind.itemsize // ALIGNMENT) * ALIGNMENT
-    return found
+    return tensors_read
 
 
 def digests(weights: dict[str, torch.Tensor]) -> dict[str, str]:
     """Of type, shape and bits, as rollout/backends/vllm/weights.py makes them."""
-    found = {}
+    by_name = {}
     for name, tensor in weights.items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        found[name] = digest.hexdigest()
-    return found
+        by_name[name] = digest.hexdigest()
+    return by_name
