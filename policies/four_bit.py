@@ -44,11 +44,11 @@ def settle(trunk: PreTrainedModel) -> None:
 
 def chosen(trunk: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The weights of a model without adapters that `loading` would put into 4 bits; it may be without storage."""
-    plain = get_keys_to_not_convert(trunk)
+    ignored = get_keys_to_not_convert(trunk)
     return {
         f"{name}.weight": module.weight
         for name, module in trunk.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, plain)
+        if type(module) is nn.Linear and should_convert_module(name, ignored)
     }
 
 

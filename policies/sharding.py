@@ -86,12 +86,11 @@ def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str,
     """For `from_pretrained`: every rank reads its shards alone. Raises PolicyError where one would get no expert."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     experts, ranks = routed_experts(config) // layout.ep_size, layout.efsdp_size
-    if (
-        experts and -(-experts // ranks) * (ranks - 1) >= experts
-    ):  # FSDP cuts into equal shares, and the last ones can be empty
+    # FSDP cuts into equal shares, and the last ones can be empty.
+    if experts and -(-experts // ranks) * (ranks - 1) >= experts:
         raise PolicyError(
-            f"learner.parallel: FSDP cannot spread {experts} experts over {ranks} ranks, since one would get none; choose "
-            f"numbers where fsdp x tensor / expert divides {routed_experts(config)} / expert"
+            f"learner.parallel: FSDP cannot spread {experts} experts over {ranks} ranks, since one would get none; "
+            f"choose numbers where fsdp x tensor / expert divides {routed_experts(config)} / expert"
         )
     # Final norm, embedding and LM head belong to the root then, which stays gathered until the backward pass. By the
     # plan of transformers FSDP gathers the head in its forward, which we never call: logits are made in chunks.

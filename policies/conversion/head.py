@@ -29,8 +29,8 @@ def start_head(
     with torch.random.fork_rng(devices=[]):
         head = MTPHead(trunk.config).to(trunk.device)
     last = trunk.model.layers[-1]
-    names = head.block.state_dict()  # without a router of heads: a draft head uses all of them
-    head.block.load_state_dict({name: tensor for name, tensor in last.state_dict().items() if name in names})
+    state = head.block.state_dict()  # without a router of heads: a draft head uses all of them
+    head.block.load_state_dict({name: tensor for name, tensor in last.state_dict().items() if name in state})
     head.norm.load_state_dict(trunk.model.norm.state_dict())
     seen: list[Tensor] = []
     width = trunk.config.hidden_size

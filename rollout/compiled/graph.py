@@ -95,13 +95,11 @@ class GraphCache:
 
     def attend(self, layer: int, query_BSHK: Tensor, new_BSE: Tensor) -> Tensor:
         rows, new, heads = query_BSHK.shape[:3]
-        layer_cache = self.layers[layer]
-        layer_cache.view(-1, layer_cache.shape[-1]).index_copy_(0, self.at, new_BSE.flatten(0, 1))
+        cached = self.layers[layer]
+        cached.view(-1, cached.shape[-1]).index_copy_(0, self.at, new_BSE.flatten(0, 1))
         mask = self.mask_BSC[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
-        attend = (
-            plain_attention if layer_cache.device.type == "cpu" else attention
-        )  # on a CPU the compiler fuses products
-        out, _ = attend(query_BSHK.flatten(1, 2), layer_cache, self.value_width, mask)
+        attend = plain_attention if cached.device.type == "cpu" else attention  # on a CPU the compiler fuses products
+        out, _ = attend(query_BSHK.flatten(1, 2), cached, self.value_width, mask)
         return out.view(rows, new, heads, self.value_width)
 
     def advance(self, kept_B: Tensor | int) -> None:

@@ -33,13 +33,13 @@ class Unread:
 class Drafter:
     """A head that never drafts reads nothing; one that drafts again first reads what was verified since.
 
-    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt; `given`: most tokens of a round.
+    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt; `most_new`: most tokens of a round.
     """
 
     def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int, most_new: int) -> None:
         assert decoder.head is not None
         self.head, self.vocabulary, self.context = decoder.head, decoder.draft_vocabulary, decoder.context
-        self.params, self.room, self.longest, self.given = params, room, longest, most_new
+        self.params, self.room, self.longest, self.most_new = params, room, longest, most_new
         self.steps = torch.arange(room, device=self.head.trunk.device)
         self.cache: LatentCache | None = None  # None until something is drafted
         self.prefilled: list[Prefilled] = []
@@ -79,7 +79,7 @@ class Drafter:
         about those of the rows."""
         prompts = sum(part.token_ids_PT.numel() for part in self.prefilled)
         count = sum(len(part.numbers_P) for part in self.prefilled)
-        rows = int((live.unread - self.given).clamp(min=0).sum())
+        rows = int((live.unread - self.most_new).clamp(min=0).sum())
         return rows + prompts * min(len(live.index), count) // max(count, 1)
 
     def take(self, live: Rows, width: int) -> tuple[Tensor, Tensor]:

@@ -76,8 +76,8 @@ class Client:
             [answer] = self._ask("GET", "/version", (), 0, ANSWER_S)
         if "version" in answer:
             raise RolloutError(
-                f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {answer['version']}). It cannot confirm the "
-                "digests of the weights that it has taken, takes them in its development mode alone and then from "
+                f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {answer['version']}). It cannot confirm "
+                "the digests of the weights that it has taken, takes them in its development mode alone and then from "
                 "whoever reaches its port, and its batches depend on the clock. Start inside/quartet_server.py with "
                 "the same interpreter in its place (docs/guides/vllm.md), or leave the url out"
             )
