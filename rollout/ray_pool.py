@@ -211,8 +211,12 @@ class RayPool(Pool):
                     elif call.what:
                         self.faults.done(("job", call.what[0]))
                         yield call.what[0], answer
-                    else:
-                        self._passes(call.worker, _sound(answer))
+                    elif self.canaries:
+                        if fault := other_canaries(_sound(answer), self.canaries[2], self.precision):
+                            raise RolloutError(
+                                f"worker {call.worker}, which is new, {fault} (version {self.published})"
+                            )
+                        self.passed.add(call.worker)
         finally:
             for call in calls.values():
                 if isinstance(call.what, Given):  # it would go on taking old weights
@@ -260,13 +264,6 @@ class RayPool(Pool):
             raise RolloutError(self._refusal(taker, wrong))
         else:
             self._confirm(taker)
-
-    def _passes(self, i: int, own: list[RolloutGroup]) -> None:
-        assert self.canaries is not None
-        *_, passed = self.canaries
-        if fault := other_canaries(own, passed, self.precision):
-            raise RolloutError(f"worker {i}, which is new, {fault} (version {self.published})")
-        self.passed.add(i)
 
     def _version(self) -> int:
         if self.published is None:

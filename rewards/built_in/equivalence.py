@@ -33,18 +33,17 @@ def math_equivalence(prompts: list | None, completions: Completions, answer: lis
     >>> math_equivalence(None, [r"so $\frac{1}{2}$", "so 2"], answer=["0.5", "0.5"])
     [1.0, 0.0]
     """
-    pairs = zip(completions, answer, strict=True)
-    return [float(verify(_gold(gold), _parse(text_of(text)), timeout_seconds=None)) for text, gold in pairs]
-
-
-def _parse(text: str) -> list:
-    return parse(text, parsing_timeout=None)
+    scores = []
+    for text, gold in zip(completions, answer, strict=True):
+        expression = parse(text_of(text), parsing_timeout=None)
+        scores.append(float(verify(_gold(gold), expression, timeout_seconds=None)))
+    return scores
 
 
 @functools.lru_cache(maxsize=4096)
 def _gold(answer: str | int | float) -> list:
     expression = str(answer).rpartition("####")[2].strip()
-    parsed = _parse(expression) or _parse(f"${expression}$")
+    parsed = parse(expression, parsing_timeout=None) or parse(f"${expression}$", parsing_timeout=None)
     if not parsed:
         raise ValueError(f"math-verify cannot read the gold answer {expression[-60:]!r}")
     return parsed

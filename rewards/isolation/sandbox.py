@@ -146,7 +146,8 @@ def _run(code: str, stdin: str, limits: Limits) -> Outcome:
         command = [_bubblewrap(), *_walls(limits)]
         command += ["--seccomp", str(rules.fileno()), "--json-status-fd", str(status.fileno())]
         command += ["--file", str(program.fileno()), "/tmp/main.py", "--chdir", "/tmp", "--remount-ro", "/", "--"]
-        command += [*_python(), json.dumps(_rlimits(limits)), json.dumps(_packages())]
+        command += [os.path.realpath(sys.executable), "-P", "-s", "-S", "-B", "-u", "-c", _START]
+        command += [json.dumps(_rlimits(limits)), json.dumps(_packages())]
         started = time.monotonic()
         process = subprocess.Popen(
             command,
@@ -181,11 +182,7 @@ def _run(code: str, stdin: str, limits: Limits) -> Outcome:
 
 
 def _limit_of(exit_code: int, errors: str) -> Limit | None:
-    by_signal: dict[int, Limit] = {
-        signal.SIGSYS: "system call",
-        signal.SIGXCPU: "time",
-        signal.SIGXFSZ: "output",
-    }
+    by_signal: dict[int, Limit] = {signal.SIGSYS: "system call", signal.SIGXCPU: "time", signal.SIGXFSZ: "output"}
     if (limit := by_signal.get(exit_code - 128)) or not exit_code:
         return limit
     last = errors.strip().rpartition("\n")[2]
@@ -216,10 +213,6 @@ def _rlimits(limits: Limits) -> dict[str, int]:
         "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 0,
     }
-
-
-def _python() -> list[str]:
-    return [os.path.realpath(sys.executable), "-P", "-s", "-S", "-B", "-u", "-c", _START]
 
 
 def _packages() -> list[str]:

@@ -33,7 +33,7 @@ class Unread:
 class Drafter:
     """A head that never drafts reads nothing; one that drafts again first reads what was verified since.
 
-    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt; `most_new`: most tokens of a round.
+    `room`: most tokens that a row may write; `longest`: those of the longest prompt; `most_new`: most of a round.
     """
 
     def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int, most_new: int) -> None:
@@ -155,7 +155,7 @@ class Drafter:
         return self.cache
 
     def _clamp(self, positions: Tensor) -> Tensor:
-        """A block may reach past the context, where no token is kept."""
+        """Limits positions to the context: a block may reach past it, where no token is kept."""
         return positions.clamp(max=self.context - 1)
 
     def _read_prompts(self, live: Rows) -> LatentCache:

@@ -22,11 +22,6 @@ LONGEST = 1000  # characters of an error of vLLM's
 PROTOCOL = 3
 
 
-def short(text: str) -> str:
-    """vLLM's errors can name every model that it knows."""
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-
-
 class Lost(RolloutError):
     """The server is unreachable, has died or has stopped answering. `how` says which, in a few words."""
 
@@ -161,7 +156,9 @@ class Client:
             if not isinstance(answer, dict):
                 raise ValueError(f"it answers {line[:80]!r}")
             if "error" in answer:
-                raise RolloutError(f"vLLM at {self.url} cannot answer {path}: {short(answer['error'])}")
+                why = str(answer["error"])  # it can name every model that vLLM knows
+                why = why if len(why) <= LONGEST else f"{why[: LONGEST // 2]} ... {why[-LONGEST // 2 :]}"
+                raise RolloutError(f"vLLM at {self.url} cannot answer {path}: {why}")
             if response.status != 200:
                 raise ValueError(f"it answers {path} with status {response.status}")
             yield answer

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from select import select
-from typing import Any, BinaryIO
+from typing import Any
 
 from rollout.backends.vllm.client import Lost
 from rollout.faults import RolloutError
@@ -96,19 +96,17 @@ class VLLMProcess:
         if code >= 0:
             return f"{named} has ended with status {code}"
         name = signal.Signals(-code).name
-        return f"{named} was ended by {name}" + (
-            ", perhaps since the host had no memory left" if name == "SIGKILL" else ""
-        )
+        why = ", perhaps since the host had no memory left" if name == "SIGKILL" else ""
+        return f"{named} was ended by {name}{why}"
 
     def told(self) -> str:
         """What is known of its end, for an error."""
         state = self.state()
         with open(self.log, "rb") as file:
-            lines = last_lines(file)
-        return (
-            f"{state[0].upper()}{state[1:]}; go on with --resume auto. The end of its log, {self.log}:\n"
-            + "\n".join(lines)
-        )
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
+            lines = file.read().decode(errors="replace").splitlines()[-TOLD_LINES:]
+        about = f"{state[0].upper()}{state[1:]}; go on with --resume auto. The end of its log, {self.log}:"
+        return "\n".join([about, *lines])
 
     def close(self) -> None:
         """Ends it and all that it has started."""
@@ -119,9 +117,3 @@ class VLLMProcess:
                 self.process.wait(END_S)
         if self.process.stdout:
             self.process.stdout.close()
-
-
-def last_lines(file: BinaryIO, count: int = TOLD_LINES) -> list[str]:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 20_000))
-    return file.read().decode(errors="replace").splitlines()[-count:]

@@ -71,11 +71,8 @@ class Engine:
         self.chosen = bypasses.ALL - set(load["without"]) if self.on_cpu else frozenset()
         arguments = dict(load["arguments"])
         if self.on_cpu:
-            for name, value in {
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_MLA_DISABLE": "1",  # its MLA kernel for CPUs takes latents of 512 + 64 only
-            }.items():
-                os.environ.setdefault(name, value)
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            os.environ.setdefault("VLLM_MLA_DISABLE", "1")  # its MLA kernel for CPUs takes latents of 512 + 64 only
             if arguments.get("enforce_eager"):  # else a sampler's few operators are compiled at every start
                 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -190,8 +187,8 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({"/load": self._load, "/publish": self._publish, "/sample": self._sample})
 
     def _answer(self, ways: dict[str, Any]) -> None:
-        given = self.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode()):
+        key = self.headers.get("Authorization", "")
+        if not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
             self._say(401, {"error": "wrong token"})
         elif self.path not in ways:
             self._say(404, {"error": f"no such path: {self.path}"})
@@ -208,10 +205,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _state(self) -> None:
         engine = self.server.engine
-        known = (
-            {"load": engine.load, "version": engine.version, "context": engine.context} if engine else {"load": None}
-        )
-        self._say(200, state() | known)
+        names = ("load", "version", "context") if engine else ()
+        self._say(200, state() | {"load": None} | {name: getattr(engine, name) for name in names})
 
     def _load(self) -> None:
         load = json.loads(self._body())
