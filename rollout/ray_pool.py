@@ -211,11 +211,11 @@ class RayPool(Pool):
                     elif call.what:
                         self.faults.done(("job", call.what[0]))
                         yield call.what[0], answer
-                    elif self.canaries:
+                    else:
+                        assert self.canaries is not None
+                        new = f"worker {call.worker}, which is new,"
                         if fault := other_canaries(_sound(answer), self.canaries[2], self.precision):
-                            raise RolloutError(
-                                f"worker {call.worker}, which is new, {fault} (version {self.published})"
-                            )
+                            raise RolloutError(f"{new} {fault} (version {self.published})")
                         self.passed.add(call.worker)
         finally:
             for call in calls.values():

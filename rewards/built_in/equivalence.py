@@ -35,8 +35,8 @@ def math_equivalence(prompts: list | None, completions: Completions, answer: lis
     """
     scores = []
     for text, gold in zip(completions, answer, strict=True):
-        expression = parse(text_of(text), parsing_timeout=None)
-        scores.append(float(verify(_gold(gold), expression, timeout_seconds=None)))
+        is_equal = verify(_gold(gold), parse(text_of(text), parsing_timeout=None), timeout_seconds=None)
+        scores.append(float(is_equal))
     return scores
 
 
