@@ -70,13 +70,14 @@ class WeightFiles:
         return tensors
 
     def _shard(self, name: str, index: Mapping[str, str]) -> str:
-        if path := find_file(self.source, name):
-            return path
-        lost = sorted(tensor for tensor, file in index.items() if file == name)
-        raise PolicyError(
-            f"model={self.source!r} lacks the file {name}, in which {INDEX} places {len(lost)} tensors "
-            f"({lost[0]}, ...); copy or download it again"
-        )
+        path = find_file(self.source, name)
+        if path is None:
+            lost = sorted(tensor for tensor, file in index.items() if file == name)
+            raise PolicyError(
+                f"model={self.source!r} lacks the file {name}, in which {INDEX} places {len(lost)} tensors "
+                f"({lost[0]}, ...); copy or download it again"
+            )
+        return path
 
     def _read_header(self, path: str) -> None:
         try:
@@ -94,7 +95,7 @@ class WeightFiles:
 
 
 def expert_views(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A stacked tensor as the layout names it: experts one by one, gate and up apart. Other tensors stay whole."""
+    """Yields a stacked tensor as the layout names it: experts one by one, gate and up apart. Others stay whole."""
     experts, _, fused = name.rpartition(".")
     if not experts.endswith(".experts"):
         yield name, stacked
@@ -118,6 +119,7 @@ def find_file(source: str, name: str) -> str | None:
 
 
 def read_index(source: str, path: str) -> dict[str, str]:
+    """The file of each tensor, by the index at `path`. Raises PolicyError if it is damaged."""
     try:
         index = dict(json.loads(Path(path).read_text())["weight_map"])
         if wrong := [name for name, file in index.items() if not isinstance(file, str) or Path(file).name != file]:

@@ -51,7 +51,6 @@ class Engine:
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy new weights and rebuild everything derived from them."""
-        self.derived = False
         self._release()
         self.policy.load_weights(weights)
         self._derive()
@@ -61,9 +60,9 @@ class Engine:
         """Drop what was derived from the weights, until the next publication."""
         self._release()
         del self.trunk, self.head
-        self.derived = False
 
     def _release(self) -> None:
+        self.derived = False
         for graphs in self.graphs:
             graphs.release()
 
@@ -80,6 +79,7 @@ class Engine:
 
     @property
     def decoder(self) -> Decoder:
+        """What a shard decodes with until the next publication."""
         tokenizer, context = self.policy.tokenizer, self.policy.max_length
         parts = self.trunk, self.head, self.draft_vocabulary, tokenizer, context
         graphs = self.graphs if self.copies == PLAIN else None

@@ -102,8 +102,8 @@ class Completion:
     With an external agent they are the messages that it and the policy have exchanged. `segments` are then the parts of
     `token_ids` that follow a prompt of their own; without any all of them follow the prompt of the group.
 
-    With stop strings, which training does not have, they may end with the token that completed
-    one, and `text` ends before the string.
+    With stop strings, which training does not have, they may end with the token that completed one, and `text` ends
+    before the string.
 
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
     `routing` [Lc, routers, k], integers: the experts and dynamic heads that the trunk used when it read
@@ -156,8 +156,8 @@ class Completion:
         """`turns`, `sampled`, `tools` and `segments` as JSON takes them; nothing without tools."""
         if self.tools is None:
             return {}
-        own = {"segments": [asdict(segment) for segment in self.segments]} if self.segments else {}
-        return {"turns": self.turns, "sampled": self.sampled, "tools": asdict(self.tools), **own}
+        segments = {"segments": [asdict(segment) for segment in self.segments]} if self.segments else {}
+        return {"turns": self.turns, "sampled": self.sampled, "tools": asdict(self.tools), **segments}
 
     @property
     def answer(self) -> str:

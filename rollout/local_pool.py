@@ -56,6 +56,8 @@ class LocalPool(Pool):
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
+        """Samples shard by shard, see `Pool`."""
+
         def tell(ended: int) -> None:
             self.check_stop()
             if on_finished:

@@ -24,8 +24,8 @@ class Stage:
     def begin(
         self, prompts: Sequence[Prompt], params: SamplingParams, fault: Callable[[Prompt], str | None]
     ) -> tuple[Episodes | None, list[Prompt], list[str]]:
-        """The prompts that can be continued, with what their environments add, and why others cannot. `fault` says why
-        an engine cannot continue a prompt. There are no Episodes without an environment."""
+        """Begin the episodes, which are None without an environment. Returns them, the prompts that can be continued,
+        with what their environments add, and why others cannot; `fault` says why an engine cannot continue a prompt."""
         episodes, begun = None, list[Prompt | str](prompts)
         if params.environment is not None:
             from rollout.environments.episodes import Arena, Episodes

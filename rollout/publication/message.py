@@ -108,7 +108,7 @@ class Sender:
 
     def keep(self) -> None:
         """From now on `again` reads a copy: the learner goes on while samplers still need this version."""
-        self._source = self._source.kept()
+        self._source = self._source.copy()
 
     def again(self) -> Iterator[Message]:
         """All that was published last, once more from the learner's own tensors. Raises RolloutError where they are

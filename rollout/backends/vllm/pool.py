@@ -280,7 +280,7 @@ class VLLMPool(Pool):
     def keep(self) -> None:
         if self.published is not None:
             source, version = self.published
-            self.published = source.kept(), version
+            self.published = source.copy(), version
 
     def _check(self, params: SamplingParams) -> None:
         params.check()
