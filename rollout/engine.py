@@ -133,7 +133,7 @@ class Engine:
         if episodes is None:
             decoding = Decoding(self.decoder, prompts, params)
         else:
-            from rollout.environments.decoding import EpisodeDecoding
+            from rollout.episode_decoding import EpisodeDecoding
 
             decoding = EpisodeDecoding(self.decoder, prompts, params, episodes)
         announced = 0
