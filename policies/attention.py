@@ -177,7 +177,7 @@ class Packing:
 
 
 def _visible(sees: Sees, shape: Sequence[int], device: torch.device) -> Tensor:
-    """`shape` is [B, 1, Q, T]."""
+    """Says of each query and token of `shape` [B, 1, Q, T] whether the one attends to the other."""
     b, h, q, k = (torch.arange(size, device=device) for size in shape)
     return sees(b[:, None, None, None], h[:, None, None], q[:, None], k)
 

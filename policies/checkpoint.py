@@ -157,7 +157,7 @@ def save(folder: Path, policy: Checkpoint) -> None:
 
 
 def _write(trunk: PreTrainedModel, parts: Iterable[dict[str, Tensor]], folder: Path) -> None:
-    """As transformers writes them: one file for each part, with an index where there are several."""
+    """Writes the tensors as transformers does: one file for each part, with an index where there are several."""
     files: list[Path] = []
     for part in parts:
         trunk.save_pretrained(folder, state_dict=part, max_shard_size="1TB")

@@ -78,7 +78,8 @@ def logprobs_from_hidden(
 
 
 class _Scored(torch.autograd.Function):
-    """With log p = x - log Z: ∂ log p_i / ∂x_j = 1[i = j] - p_j and ∂H / ∂x_j = -p_j (log p_j + H)."""
+    """Scores chunk by chunk. With log p = x - log Z: ∂ log p_i / ∂x_j = 1[i = j] - p_j and ∂H / ∂x_j = -p_j (log p_j +
+    H)."""
 
     @staticmethod
     def forward(

@@ -207,7 +207,7 @@ class _Divergences(torch.autograd.Function):
         measure: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         *outputs_ND: Tensor,
     ) -> Tensor:
-        """`drafts` are chunks of C targets [C], and which depths [D, C] draft them."""
+        """Sums over `drafts`, which are chunks of C targets [C], and which depths [D, C] draft them."""
         total = torch.zeros((), dtype=torch.float32, device=teacher_ND.device)
         gradients = [torch.zeros_like(output) for output in outputs_ND]
         for at, alive_DC in drafts:

@@ -56,7 +56,7 @@ class Split:
 
     @classmethod
     def of(cls, weight: Tensor) -> Split | None:
-        """None where neither splits it."""
+        """How a weight is split; None where neither splits it."""
         if isinstance(weight, DTensor):
             for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
                 if name in ("tp", "ep") and (mesh := weight.device_mesh[name]).size() > 1:
@@ -83,7 +83,8 @@ def routed_experts(config: PretrainedConfig) -> int:
 
 
 def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str, Any]:
-    """For `from_pretrained`: every rank reads its shards alone. Raises PolicyError where one would get no expert."""
+    """Arguments of `from_pretrained`, by which every rank reads its shards alone. Raises PolicyError where one would
+    get no expert."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     experts, ranks = routed_experts(config) // layout.ep_size, layout.efsdp_size
     # FSDP cuts into equal shares, and the last ones can be empty.

@@ -205,7 +205,7 @@ def _note(extras: dict[str, list], i: int, count: int, column: str, value: Any) 
 
 
 def bind(function: Reward, arguments: Mapping[str, Any]) -> Reward:
-    """`function` with keyword arguments fixed. A per-completion function gets them whole, not row by row."""
+    """The function with keyword arguments fixed. A per-completion function gets them whole, not row by row."""
     if not arguments:
         return function
     if hasattr(function, "of_one"):

@@ -146,7 +146,8 @@ class Cluster:
 
 
 def _vital_processes() -> dict[str, psutil.Process]:
-    """By name: the raylet of this process, and the gcs_server of its cluster if that runs on this machine."""
+    """The processes without which Ray ends, by name: the raylet of this process, and the gcs_server of its cluster if
+    that runs on this machine."""
     import ray
 
     node = ray._private.worker._global_node

@@ -49,8 +49,8 @@ def measure(decoder: Decoder, work: Workload, depth: int) -> CostTable:
 
 
 def _sizes(most: int) -> list[int]:
-    """1, 2, 4, 8, 16, 24, 32, 48, 64, ... and `most` itself. At 48 rows a draft costs a tenth of a round more than the
-    line from 32 to 64 says, and at 24 as much less: kernels compute rows in blocks.
+    """The numbers of rows to time: 1, 2, 4, 8, 16, 24, 32, 48, ... and `most`. At 48 rows a draft costs a tenth of a
+    round more than the line from 32 to 64 says, and at 24 as much less: kernels compute rows in blocks.
 
     >>> _sizes(100)
     [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100]
@@ -60,7 +60,7 @@ def _sizes(most: int) -> list[int]:
 
 
 def _doubling(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself.
+    """The numbers 1, 2, 4, ... and `most` itself.
 
     >>> _doubling(6)
     [1, 2, 4, 6]
@@ -69,8 +69,8 @@ def _doubling(most: int) -> list[int]:
 
 
 def _by_depth(costs: dict[Way, float], ways: list[Way]) -> list[float]:
-    """Of these ways, from no draft on; linear between the depths that were measured. More drafts never cost less: where
-    it looks so, the machine was faster for a moment.
+    """The costs of these ways by depth, from no draft on; linear between the depths that were measured. More drafts
+    never cost less: where it looks so, the machine was faster for a moment.
 
     >>> _by_depth({Way(0): 1.0, Way(1): 2.0, Way(3): 6.0, Way(4): 5.0}, [Way(0), Way(1), Way(3), Way(4)])
     [1.0, 2.0, 4.0, 6.0, 6.0]

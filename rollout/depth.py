@@ -51,7 +51,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class CostTable:
-    """`rounds[i][k]`: milliseconds of a round with `rows[i]` live rows that makes k drafts each and verifies them.
+    """What rounds cost: `rounds[i][k]` are the milliseconds of one with `rows[i]` live rows that makes k drafts each
+    and verifies them.
 
     `graphs`: the same of compiled rounds, for as many of the first `rows` as graphs decode.
     `reading`: milliseconds in which the head reads a token that it has missed; 0 where that was not measured.
@@ -156,7 +157,7 @@ class DepthController:
         self.known_speeds: dict[int, dict[int, float]] = {}  # of graphs, by rows, until something is observed
 
     def observe(self, rows: int, accepted: Sequence[int]) -> None:
-        """Of `rows` rows with drafts, `accepted[d]` accepted theirs at depth d + 1 and all before it."""
+        """Note that of `rows` rows with drafts `accepted[d]` accepted theirs at depth d + 1 and all before it."""
         self.known_speeds.clear()
         reached = rows
         for depth, count in enumerate(accepted):
@@ -165,7 +166,7 @@ class DepthController:
             reached = count
 
     def tokens(self, depth: int) -> list[float]:
-        """By the number of drafts, 0 to `depth`: the tokens that a forward is expected to give a row."""
+        """The tokens, by the number of drafts, 0 to `depth`, that a forward is expected to give a row."""
         chain, expected = 1.0, [1.0]
         for d in range(depth):
             chain *= self.accepted[d] / self.reached[d]

@@ -41,7 +41,7 @@ class Engine:
         costs: CostTable | None = None,
         copies: Copies = PLAIN,
     ) -> None:
-        """`copies`: the matrices that it decodes with may have fewer bits than those that it holds."""
+        """By `copies` the matrices that it decodes with have fewer bits than those that it holds."""
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
         self.copies, self.version = copies, 0

@@ -62,15 +62,15 @@ class Faults:
         self._lock = Lock()  # with rollout.ahead a thread samples while another asks for the metrics
 
     def published(self) -> None:
-        """From here on losses count anew, and work that was missing is given up."""
+        """Is told of a publication: losses count anew from here on, and work that was missing is given up."""
         self.since_publication = 0
         self._missing.clear()
 
     def lost(
         self, kind: Kind, what: str, reason: str, *, work: Hashable, since: float, action: str = "it is replaced"
     ) -> None:
-        """`work` had begun at `since`, of time.monotonic(), and has to be done again. Raises RolloutError where too
-        much was lost."""
+        """Is told of a loss: `work`, which had begun at `since` of time.monotonic(), is to be done again. Raises
+        RolloutError where too much was lost."""
         self.since_publication += 1
         given_up = self.since_publication > self.most
         self.on_lost(what, reason, "the run ends" if given_up else action)

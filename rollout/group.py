@@ -153,7 +153,7 @@ class Completion:
 
     @property
     def episode(self) -> dict[str, Any]:
-        """`turns`, `sampled`, `tools` and `segments` as JSON takes them; nothing without tools."""
+        """The `turns`, `sampled`, `tools` and `segments` as JSON takes them; nothing without tools."""
         if self.tools is None:
             return {}
         segments = {"segments": [asdict(segment) for segment in self.segments]} if self.segments else {}

@@ -60,7 +60,8 @@ class Pool(Sampler, Protocol):
         memory."""
 
     def held(self) -> dict[str, Held]:
-        """By sampler, the digests of the tensors that it holds; empty where `publish` has compared them already."""
+        """The digests of the tensors that each sampler holds, by its name; empty where `publish` has compared them
+        already."""
         return {}
 
     def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:

@@ -156,8 +156,9 @@ class RayPool(Pool):
                 raise RolloutError(self._refusal(i, wrong))
 
     def _stream_again(self, to: Sequence[int]) -> None:
-        """From the learner's tensors. Some move in a forward of the learner and come back (peft's routed experts). With
-        rollout.ahead the learner may update them in another thread while they are read: then `keep` has made a copy."""
+        """Publish once more from the learner's tensors. Some move in a forward of the learner and come back (peft's
+        routed experts). With rollout.ahead the learner may update them in another thread while they are read: then
+        `keep` has made a copy."""
         deadline = time.monotonic() + self.publish_timeout_s
         while True:
             try:
@@ -294,7 +295,8 @@ class RayPool(Pool):
         return groups
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        """By each worker that holds the weights; one that is lost meanwhile is replaced, and passes them later."""
+        """Sample on each worker that holds the weights; one that is lost meanwhile is replaced, and passes them
+        later."""
         self.check_stop()
         version, self.canaries, groups = self._version(), None, dict[int, list[RolloutGroup]]()
         late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"

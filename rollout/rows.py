@@ -61,7 +61,7 @@ class Rows:
 
     @property
     def every(self) -> Tensor:
-        """0 … R - 1, to name each row in an index."""
+        """The numbers 0 … R - 1, to name each row in an index."""
         return torch.arange(len(self.index), device=self.index.device)
 
     def select(self, rows: Tensor) -> Rows:

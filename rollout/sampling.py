@@ -45,7 +45,8 @@ class EnvironmentSpec:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`temperature` 0 is greedy. `step` and `draw` are part of every noise key, so a new step has new noise.
+    """How completions are sampled. A `temperature` of 0 is greedy. `step` and `draw` are part of every noise key, so a
+    new step has new noise.
 
     `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: it takes a
     draft unverified where its two best log-probabilities differ by more than `margin`; it is never used in training
@@ -157,7 +158,7 @@ class Noise:
         return self._view(lambda x: x[rows])
 
     def flatten(self) -> Noise:
-        """[R, S, ...] -> [R · S, ...]."""
+        """The noise as rows alone: [R, S, ...] -> [R · S, ...]."""
         return self._view(lambda x: x.flatten(0, 1))
 
     def _view(self, view: Callable[[Tensor], Tensor]) -> Noise:

@@ -44,8 +44,8 @@ RIDGE = 1e-9
 
 @dataclass(frozen=True)
 class Split:
-    """`rotary` [C, 2]: (frequency, rank of the component) of each rotary pair; `latents`: r; `error`: the predicted
-    error as a share of what attention computes."""
+    """How the cached numbers are shared out. `rotary` [C, 2] has (frequency, rank of the component) of each rotary
+    pair, `latents` is r, and `error` the predicted error as a share of what attention computes."""
 
     rotary: Tensor
     latents: int
@@ -106,8 +106,8 @@ class _Layer:
             self.metric[at, at] += out_HDd[h].T @ out_HDd[h]
 
     def joint(self, unrotated: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For `unrotated` [N, 2]: its map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and of Lᵀ Cov(u) L the
-        eigenvalues and eigenvectors, descending."""
+        """What the components `unrotated` [N, 2] need: its map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and of Lᵀ
+        Cov(u) L the eigenvalues and eigenvectors, descending."""
         frequencies, groups = self.loss.shape
         flat, pairs = unrotated[:, 0] * groups + unrotated[:, 1], frequencies * groups
         of = torch.cat([flat, pairs + flat, torch.arange(2 * pairs, len(self.u))])

@@ -46,7 +46,7 @@ def code(
     log_extra: Callable[[str, list], None] | None = None,
     **_,
 ) -> list[float]:
-    """1.0 where every test passes, else 0.0, or with `partial_marks` the share that passes.
+    """Gives 1.0 where every test passes, else 0.0, or with `partial_marks` the share that passes.
 
     The program is the last block between ``` marks, or without one the whole completion. `tests` is for each completion
     Python text, such as `assert double(2) == 4`, or a list of such texts, which run after the program, in its names. A

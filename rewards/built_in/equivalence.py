@@ -25,7 +25,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 
 @right_at(1.0)
 def math_equivalence(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
-    r"""1.0 if the last expression of the completion equals the gold one, else 0.0.
+    r"""Gives 1.0 if the last expression of the completion equals the gold one, else 0.0.
 
     `answer` is an expression (LaTeX or plain), or a solution that ends with `#### expression`. A completion without
     a readable expression scores 0.0; an unreadable gold raises ValueError.

@@ -201,7 +201,8 @@ def _expects_messages(error: BaseException) -> str:
 
 
 def _describe(error: BaseException, path: str | None) -> str:
-    """`ValueError: boom (my_rewards.py:12 in grade)`, with the innermost line of the user's file or else of any."""
+    """Writes an error as `ValueError: boom (my_rewards.py:12 in grade)`, with the innermost line of the user's file or
+    else of any."""
     frames = list(traceback.extract_tb(error.__traceback__))
     frames = [frame for frame in frames if frame.filename == path] or frames
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""

@@ -115,7 +115,7 @@ class _Episode:
         return self.history == request["history"] and all(self.request[k] == request[k] for k in made_from)
 
     def _reset(self, columns: dict[str, Any]) -> str | None:
-        """With all columns, or those that it names where it has no `**kwargs`."""
+        """Calls `reset` with all columns, or those that it names where it has no `**kwargs`."""
         reset = self.environment.reset
         parameters = inspect.signature(reset).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -157,7 +157,7 @@ class _Episode:
 
     @contextmanager
     def _randomness(self) -> Iterator[None]:
-        """`random` and numpy's legacy functions go on where this episode has left them."""
+        """Lets `random` and numpy's legacy functions go on where this episode has left them."""
         random.setstate(self._random)
         numpy = sys.modules.get("numpy.random")
         if numpy is not None:

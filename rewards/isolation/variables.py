@@ -48,7 +48,7 @@ def worker_variables(names: Iterable[str] = ()) -> dict[str, str]:
 
 
 def hint_at_withheld(message: str, names: Iterable[str] = ()) -> str:
-    """`message`, with the way out if it names a variable that is set here and was not passed to the worker."""
+    """The message, with the way out if it names a variable that is set here and was not passed to the worker."""
     passed = worker_variables(names)
     words = set(re.findall(r"\w+", message))
     withheld = [name for name in os.environ if name in words and "_" in name.strip("_") and name not in passed]

@@ -36,7 +36,7 @@ class Bucket:
 
 @dataclass
 class Inputs:
-    """[B] first everywhere. The last five are there with drafts alone: see Rows and Drafter."""
+    """What a round reads, [B] first everywhere. The last five are there with drafts alone: see Rows and Drafter."""
 
     last: Tensor
     count: Tensor
@@ -78,7 +78,7 @@ class Inputs:
 
 
 class GraphCache:
-    """`LatentCache` for rows without a shared prompt, as a graph computes it: every entry is read, and masked."""
+    """A `LatentCache` for rows without a shared prompt, as a graph computes it: every entry is read, and masked."""
 
     def __init__(self, layers: Sequence[Tensor], lengths_B: Tensor, value_width: int, first: int = 0) -> None:
         self.layers, self.lengths, self.value_width, self.first = layers, lengths_B, value_width, first
@@ -155,7 +155,8 @@ def choose_by_row(
 
 
 def _chain(decoder: Decoder, inputs: Inputs, noise: Noise, depth: int) -> Tensor:
-    """As `Drafter.draft`, for a head that has at most so many tokens of each row to read as there is place for."""
+    """Drafts as `Drafter.draft` does, for a head that has at most so many tokens of each row to read as there is place
+    for."""
     head = decoder.head
     assert head is not None
     assert inputs.unread is not None

@@ -105,7 +105,7 @@ class Rounds:
         temperature: Tensor | float,
         start: Tensor | int,
     ) -> Tokens:
-        """With `depth` drafts of each row. The last three are those of all rows, or of each."""
+        """Decode a round with `depth` drafts of each row. The last three are those of all rows, or of each."""
         count = len(live.index)
         places = next(rows for rows in ROWS if rows >= count)
         head = drafter.ready(live) if depth and drafter else None

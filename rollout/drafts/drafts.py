@@ -103,7 +103,8 @@ class Drafts:
         return Drafted(*self.head.draft(live, depth, noise, temperature))
 
     def catch_up(self, live: Rows, fits: bool) -> None:
-        """Before a compiled round with drafts the head reads what it has missed, unless that `fits` into the round."""
+        """Let the head read what it has missed before a compiled round with drafts, unless that `fits` into the
+        round."""
         if self.head:
             self._add_reading(self.head, live)
             if not fits:

@@ -56,7 +56,8 @@ class Drafter:
             self.cache = self.cache.join([self._read(prefilled)])
 
     def select(self, live: Rows, kept_R: Tensor) -> None:
-        """`live` are the rows that were `kept_R`. What the others had is dropped when it is most of what is held."""
+        """Keep the rows `kept_R`, which `live` are now. What the others had is dropped when it is most of what is
+        held."""
         if self.cache is not None:
             self.cache.select(kept_R)
         if sum(part.tokens_RS.numel() for part in self.unread) > MOST_HELD * int(live.unread.sum()):
@@ -159,7 +160,7 @@ class Drafter:
         return positions.clamp(max=self.context - 1)
 
     def _read_prompts(self, live: Rows) -> LatentCache:
-        """Before its first draft the head reads the prompts of the rows that are still live."""
+        """Let the head read the prompts of the rows that are still live, before its first draft."""
         group = self.params.group_size
         numbers_R = live.index // group
         caches, kept = [], []

@@ -160,7 +160,7 @@ def run(pool: WorkerPool, requests: Sequence[dict[str, Any]]) -> list[dict[str, 
 
 
 def seeds(params: SamplingParams, prompt_id: str, sample: int) -> tuple[int, int]:
-    """Of the group and of the rollout, from their keys: seed, step, draw, prompt, and sample."""
+    """The seeds of a group and of a rollout, from their keys: seed, step, draw, prompt, and sample."""
     text = f"environment/{params.seed}/{params.step}/{params.draw}/{prompt_id}".encode()
     group = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     first, second = (word % 2**32 for word in row_key(params, prompt_id, sample))

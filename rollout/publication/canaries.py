@@ -22,7 +22,7 @@ DRAFTS = 2  # where a controller would choose; its table of costs may not be mea
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Of |sampler's - learner's log-probability|: of its mean over all canaries, and of one token.
+    """The most that |sampler's - learner's log-probability| may be: its mean over all canaries, and that of one token.
 
     Both are in units of the spread (standard deviation) of the learner's log-probabilities over the canaries: rounding
     moves those of a policy with larger logits, or at a lower temperature, further.
@@ -58,7 +58,8 @@ def canary_prompts(vocabulary: int, context: int) -> list[Prompt]:
 
 
 def canary_params(params: SamplingParams, context: int) -> SamplingParams:
-    """As `params` say, but hotter, short, of full length, and with drafts that need no table of costs."""
+    """The parameters of canaries, which are `params` but hotter, short, of full length, and with drafts that need no
+    table of costs."""
     drafts = DRAFTS if params.draft_tokens is None else params.draft_tokens
     return replace(
         params,

@@ -79,7 +79,7 @@ class Sender:
     """The side of the learner. It keeps the digests of what was published last, and no tensor of its own."""
 
     def __init__(self, *, cast: torch.dtype | None = None, part_bytes: int = PART_BYTES) -> None:
-        """`cast`: samplers may hold tensors in this type. `part_bytes`: the size from which a message is sent."""
+        """Samplers may hold tensors in the type `cast`. A message is sent from `part_bytes` on."""
         self.cast, self.part_bytes = cast, part_bytes
         self.version: int | None = None
         self._last: Publication | None = None  # of which the fixed tensors need not be sent again
@@ -107,7 +107,7 @@ class Sender:
         self._last, self.version = now if now.fixed else Publication({}), version
 
     def keep(self) -> None:
-        """From now on `again` reads a copy: the learner goes on while samplers still need this version."""
+        """Make a copy, which `again` reads from now on: the learner goes on while samplers still need this version."""
         self._source = self._source.copy()
 
     def again(self) -> Iterator[Message]:

@@ -138,7 +138,8 @@ class VLLMPool(Pool):
         self.published = source, version
 
     def _everything(self, source: Publication) -> wire.Update:
-        """For a server that holds nothing. Raises RolloutError where other ranks would have to take part."""
+        """All weights, for a server that holds nothing. Raises RolloutError where other ranks would have to take
+        part."""
         if any(isinstance(tensor, DTensor) for tensor in source.tensors.values()):
             raise RolloutError(
                 "vLLM was lost and started again, but the weights are spread over several ranks, which cannot publish "
@@ -165,8 +166,8 @@ class VLLMPool(Pool):
         return answer["held"], answer["unused"]
 
     def _publish_again(self) -> None:
-        """To a new server: what was published last, to the bit. With rollout.ahead the learner may be about to change
-        it in another thread: then `keep` has made a copy, which is read next."""
+        """Publish what was published last to a new server, to the bit. With rollout.ahead the learner may be about to
+        change it in another thread: then `keep` has made a copy, which is read next."""
         deadline = time.monotonic() + self.settings.publish_s
         while True:
             assert self.published is not None

@@ -29,7 +29,8 @@ ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it, as inside/quar
 
 @dataclass(frozen=True)
 class Update:
-    """`tensors` are sent. `adapters` has by tensor the names of its A and B among them, and the scale of B A.
+    """What a server is sent: `tensors`. `adapters` has by tensor the names of its A and B among them, and the scale of
+    B A.
 
     `whole`: every tensor is there. Otherwise it is for a server that holds the whole one called `base`, and has what
     can have changed since that one.
@@ -97,7 +98,7 @@ class Updates:
         )
 
     def _place(self, tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> None:
-        """Where the layout has the tensors under adapters."""
+        """Note where the layout has the tensors under adapters."""
         names = {id(tensor): name for name, tensor in in_checkpoint_layout(self.policy, tensors).items()}
         self._names, self.merged = {}, []
         for name, adapter in adapters.items():
@@ -112,7 +113,7 @@ class Updates:
         self._under = {name: tensors[name].cpu() for name in self.merged}
 
     def _factors(self, name: str, adapter: Adapter) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """Of each tensor of the layout under this adapter: its name, the name of A, A [r, in] and B [out, r]."""
+        """Yields for each tensor of the layout under this adapter its name, the name of A, A [r, in] and B [out, r]."""
         name, a, b, count = self._names[name], adapter.a, adapter.b, adapter.experts
         if count == 1:
             yield name, f"{name}.lora_A", a, b
@@ -141,7 +142,7 @@ def in_checkpoint_layout(policy: Policy, weights: Mapping[str, Tensor]) -> dict[
 
 
 def described(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
-    """[name, dtype, shape] of each, in order."""
+    """Describes tensors by [name, dtype, shape], in order."""
     return [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
 
 

@@ -54,7 +54,8 @@ def installed() -> tuple[str, bool]:
 
 
 def state() -> dict[str, Any]:
-    """`tried`: somebody has compared the log-probabilities of this version with the learner's."""
+    """What the server says of itself. `tried`: somebody has compared the log-probabilities of this version with the
+    learner's."""
     version, on_cpu = installed()
     tried = {"tried": version in bypasses.TRIED, "tried_versions": bypasses.TRIED}
     return {"protocol": PROTOCOL, "vllm": version, "on_cpu": on_cpu, **tried}
@@ -96,7 +97,7 @@ class Engine:
         self.context = self.engine.model_config.max_model_len
 
     def publish(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
-        """`unused` names what no worker has loaded."""
+        """Load a publication. Returns the digests of it, and in `unused` the names of what no worker has loaded."""
         if not header["whole"] and header["base"] != self.base:
             raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
         if self.torn:
@@ -128,7 +129,7 @@ class Engine:
             raise RuntimeError("vLLM could not empty its prefix cache")
 
     def sample(self, job: dict[str, Any], said: Any) -> dict[str, Any]:
-        """`said` is called with the number of completions that have ended; it raises where nobody listens."""
+        """Sample a job. `said` gets the number of completions that have ended, and raises where nobody listens."""
         import torch
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind

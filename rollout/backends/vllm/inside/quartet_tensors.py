@@ -37,7 +37,7 @@ def _place(tensor: torch.Tensor) -> int:
 
 @torch.no_grad()
 def merged(held: dict[str, torch.Tensor], adapters: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
-    """Without A and B, and with W + ΔW where there are some, as policies/lora.py computes it on a CPU."""
+    """The tensors without A and B, and with W + ΔW where there are some, as policies/lora.py computes it on a CPU."""
     factors = {name for a, b, _ in adapters.values() for name in (a, b)}
     weights = {name: tensor for name, tensor in held.items() if name not in factors}
     for name, (a, b, scale) in adapters.items():
@@ -47,7 +47,7 @@ def merged(held: dict[str, torch.Tensor], adapters: dict[str, list[Any]]) -> dic
 
 
 def read(path: str, tensors: list[list[Any]]) -> dict[str, torch.Tensor]:
-    """`tensors`: [name, dtype, shape] of each in the file, in order."""
+    """Reads the tensors of a file; `tensors` has [name, dtype, shape] of each in order."""
     with open(path, "rb") as file:
         held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors_read, offset = {}, 0
@@ -61,7 +61,7 @@ def read(path: str, tensors: list[list[Any]]) -> dict[str, torch.Tensor]:
 
 
 def digests(weights: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Of type, shape and bits, as rollout/backends/vllm/weights.py makes them."""
+    """Digests of type, shape and bits, as rollout/backends/vllm/weights.py makes them."""
     by_name = {}
     for name, tensor in weights.items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
