@@ -132,8 +132,8 @@ def read_index(source: str, path: str) -> dict[str, str]:
 def frozen_parameter_names(config: PretrainedConfig) -> list[str]:
     """Names of the parameters that training must not change; empty for a model that was not converted.
 
-    PEFT and other wrappers put a prefix before a name, so compare with `name.endswith(...)`. The last name of each
-    layer is that of the bias inside a LoRA adapter.
+    Wrappers put a prefix before a name, so compare with `name.endswith(...)`. The last name of each layer is that of
+    the bias inside a LoRA adapter.
 
     >>> frozen_parameter_names(DeepseekV3Config(num_hidden_layers=1, quartet_exact_mla=True))[:2]
     ['model.layers.0.self_attn.kv_a_layernorm.weight', 'model.layers.0.self_attn.kv_a_proj_with_mqa.bias']

@@ -45,8 +45,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
 def shifted_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of tokens 1 … T-1 of whole rows: [B, T, V], [B, T] -> [B, T-1].
 
-    logits[:, t] predict token_ids[:, t + 1], so the first token has no log-probability and the last logits have
-    no token: row [a, b, c] gives [log p(b | a), log p(c | a b)].
+    A row [a, b, c] gives [log p(b | a), log p(c | a b)], since logits[:, t] predict token_ids[:, t + 1].
 
     >>> shifted_logprobs(torch.zeros(1, 3, 4), torch.tensor([[3, 0, 1]])).exp()
     tensor([[0.2500, 0.2500]])
@@ -65,9 +64,8 @@ def logprobs_from_hidden(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies without all logits in memory at once: [N, D], [V, D], [N] -> [N], [N].
 
-    `chunk` rows of logits are made at a time, and again in the backward pass, whose gradients of GRADIENT_CHUNKS times
-    as many rows are there at once. So memory grows with chunk · V and not with N · V.
-    Differentiable in `hidden` and `lm_head_weight`, the entropy only with `entropy_grad=True`.
+    `chunk` rows of logits are made at a time, and again in the backward pass, so memory grows with chunk · V and not
+    with N · V. Differentiable in `hidden` and `lm_head_weight`, the entropy only with `entropy_grad=True`.
 
     >>> hidden, lm_head_weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
     >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head_weight, torch.tensor([0, 1]))

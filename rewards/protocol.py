@@ -117,9 +117,8 @@ def right_at(mark: float | None) -> Callable[[AnyReward], AnyReward]:
     """Declare what the marks of a reward mean: a completion is right from `mark` on, and wrong below it.
 
     If its first reward is declared so, an evaluation reports accuracy, pass@k and majority votes, and otherwise the
-    mean reward. None declares that marks do not mean right or wrong (a format, a length). Without a declaration, they
-    do so only if every mark that was seen is 0 or 1. The `mark` is before the reward's weight. Raises ValueError for a
-    `mark` that is not finite.
+    mean reward. None declares that marks do not mean right or wrong. Without a declaration they do so only if every
+    mark that was seen is 0 or 1. The `mark` is before the reward's weight. Raises ValueError if it is not finite.
 
     >>> @right_at(1.0)
     ... def works(completions, answer, **_):        # 1.0 for the right answer, 0.5 more for an equation

@@ -32,10 +32,9 @@ class Scorer:
 
     `timeout_s` limits each call, whether of a batch (at most 256 completions) or of one completion. Raises RewardError
     if a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
-    functions in this process, without a limit, for a debugger or to compare the scores. A function that was handed over
-    from Python (`registry.name_callable`) has no file for a worker to load: then all are called here, as all are on
-    Windows, with a warning. `pass_variables` are environment variables for the workers besides the usual few
-    (`rewards.isolation.variables`).
+    functions in this process, without a limit. All are called so where one was handed over from Python, and has no file
+    for a worker to load, and on Windows, with a warning. `pass_variables` are environment variables for the workers
+    besides the usual few (`rewards.isolation.variables`).
 
     >>> with Scorer([RewardSpec("gsm8k"), RewardSpec("gsm8k_format", weight=0.5)], columns=["answer"]) as scorer:
     ...     [group] = scorer.score(["6 * 7 = "], [["#### 42", "41"]], [{"answer": "#### 42"}], prompt_ids=["a"])
@@ -105,11 +104,10 @@ class Scorer:
 
         A reward is the weighted sum over the functions that did not abstain, or None if all did. `completion_ids`
         [P][G][L] and `trainer_state` (JSON-able; functions get an object: `trainer_state.global_step`) are for
-        functions that ask for them. `completion_columns` [P]{name: [G]} are columns with a value for every completion,
-        such as a reward model's score; they replace a column of the same name. `messages` [P] are the chat messages of
-        the prompts, for functions with `chat`; without them the prompt is one message of the user. `turns` [P][G] are
-        the messages of completions that are episodes, for the same functions; without them a completion is one message
-        of the assistant. Raises RewardError as described for the class.
+        functions that ask for them. `completion_columns` [P]{name: [G]} have a value for every completion, and replace
+        a column of the same name. Functions with `chat` read `messages` [P] of the prompts and `turns` [P][G] of
+        episodes; without them a text is one message of the user or of the assistant. Raises RewardError as described
+        for the class.
         """
         ids = [None] * len(prompts) if completion_ids is None else completion_ids
         each = [{}] * len(prompts) if completion_columns is None else completion_columns

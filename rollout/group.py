@@ -70,10 +70,8 @@ class DraftStats:
 class ToolStats:
     """What the tools of one episode did: `calls` that were made, `errors` that tools raised, and `bad_calls` that named
     no tool, had wrong arguments or could not be read. `reward` is what the environment's `get_reward` gave. `failure`
-    says why the environment could not go on, `{"kind": ..., "message": ...}`.
-
-    An external agent has it too: `calls` are its requests, `errors` those that got no answer, and `reward` is what it
-    returned.
+    says why the environment could not go on, `{"kind": ..., "message": ...}`. Of an external agent `calls` are its
+    requests, `errors` those that got no answer, and `reward` is what it returned.
     """
 
     calls: int = 0
@@ -94,16 +92,14 @@ class Segment:
 
 @dataclass
 class Completion:
-    """One sampled completion. `token_ids` end with the stop token when `finish_reason` is `stop`.
+    """One sampled completion. `token_ids` end with the stop token when `finish_reason` is `stop`, and with stop
+    strings, which training does not have, with the token that completed one; `text` ends before it.
 
     With tools it is an episode of several turns. `turns` are then its messages, the assistant's and the tools', and
     `sampled` [Lc] is false for tokens that a tool wrote, whose `logprobs` are 0. Both are empty without tools.
 
-    With an external agent they are the messages that it and the policy have exchanged. `segments` are then the parts of
+    With an external agent `turns` are the messages that it and the policy have exchanged, and `segments` the parts of
     `token_ids` that follow a prompt of their own; without any all of them follow the prompt of the group.
-
-    With stop strings, which training does not have, they may end with the token that completed one, and `text` ends
-    before the string.
 
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
     `routing` [Lc, routers, k], integers: the experts and dynamic heads that the trunk used when it read

@@ -21,9 +21,9 @@ from rollout.sampling import SamplingParams
 class LocalPool(Pool):
     """One engine in this process, without Ray.
 
-    It has no copy of a policy that has its own precision, no adapters and no shards: it reads that policy's weights,
-    and a publication derives anew what follows from them. If they have moved since, it refuses to sample (contract 5).
-    When other weights are published to it, it makes a copy.
+    It reads the weights of a policy that has its precision, no adapters and no shards, and a publication derives anew
+    what follows from them. If they have moved since, it refuses to sample (contract 5). It makes a copy of another
+    policy, and when other weights are published to it.
     """
 
     def __init__(self, policy: Policy, options: PoolOptions = PoolOptions()) -> None:  # noqa: B008

@@ -168,10 +168,8 @@ class Noise:
 
 
 class DraftVocabulary:
-    """The tokens that may be drafted, ascending, and their places in the blocks of the whole vocabulary.
-
-    Drafts are cheaper without rare tokens, and no sampled token changes: the trunk gives those that cannot be drafted.
-    """
+    """The tokens that may be drafted, ascending, and their places in the blocks of the whole vocabulary. Drafts are
+    cheaper without rare tokens, and no sampled token changes: the trunk gives those that cannot be drafted."""
 
     def __init__(self, ids_K: Tensor, vocabulary: int) -> None:
         self.ids = ids_K
@@ -208,10 +206,9 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """Sampled token ids [N] and their log-probabilities [N] under softmax(logits / T); greedy ones are scored at T = 1.
 
-    From a large vocabulary a block is drawn and then a token inside it, each as the largest perturbed log-probability.
-    This is exact, since P(block) · P(token | block) = P(token), and needs a hundredth of the noise. With a draft
-    `vocabulary` the logits are those of its K tokens, and the noise is the same. `temperature` [N], float64, gives
-    every row its own.
+    From a large vocabulary a block is drawn and then a token inside it, each as the largest perturbed log-probability:
+    P(block) · P(token | block) = P(token), with a hundredth of the noise. With a draft `vocabulary` the logits are
+    those of its K tokens, and the noise is the same. `temperature` [N], float64, gives every row its own.
     """
     if isinstance(temperature, Tensor):
         return by_temperature(temperature, lambda t, r: choose(logits_NV[r], t, noise.of(r), vocabulary))
