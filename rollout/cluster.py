@@ -21,6 +21,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,7 +30,6 @@ import psutil
 import torch
 
 from policies.files import abandoned
-from rollout.deadline import within
 from rollout.faults import Faults, RolloutError
 from rollout.places import refuse_open
 
@@ -100,13 +100,24 @@ class Cluster:
         >>> cluster.ask(ray.cluster_resources)
         {"CPU": 4.0, "node:127.0.0.1": 1.0}
         """
-        try:
-            return within(ASK_S, self.check, lambda: call(*arguments))
-        except TimeoutError:
-            raise RolloutError(
-                f"Ray's gcs_server has not answered {getattr(call, '__name__', 'a question')} for {ASK_S:g} s: it "
-                "hangs, or the network to it. Start the cluster again, and go on with --resume auto"
-            ) from None
+        answer = Future[T]()
+
+        def act() -> None:
+            try:
+                answer.set_result(call(*arguments))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=act, daemon=True, name="ray call").start()
+        deadline = time.monotonic() + ASK_S
+        while not wait([answer], POLL_S).done:
+            self.check()
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    f"Ray's gcs_server has not answered {getattr(call, '__name__', 'a question')} for {ASK_S:g} s: it "
+                    "hangs, or the network to it. Start the cluster again, and go on with --resume auto"
+                )
+        return answer.result()
 
     def put(self, value: Any, faults: Faults, limit_s: float, while_waiting: Callable[[], None]) -> Any:
         """A reference to `value` in shared memory. A full one is waited for: RolloutError after `limit_s` seconds."""
