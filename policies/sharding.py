@@ -167,9 +167,9 @@ def leads() -> bool:
     return place()[0] == 0
 
 
-def everyone(own: T) -> list[T]:
+def everyone(value: T) -> list[T]:
     """What every process gives, on all of them."""
-    entries: list[Any] = [own] * place()[1]
+    entries: list[Any] = [value] * place()[1]
     if dist.is_initialized():
-        dist.all_gather_object(entries, own)
+        dist.all_gather_object(entries, value)
     return entries

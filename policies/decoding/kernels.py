@@ -89,10 +89,10 @@ def cuda_attention_agrees(device: torch.device, dtype: torch.dtype, widths: tupl
     query, cached = query.to(dtype), cached.to(dtype)
     expected = plain_attention(query.double(), cached.double(), value_width, mask.double())
     try:
-        found = cuda_attention(query, cached, value_width, mask)
+        result = cuda_attention(query, cached, value_width, mask)
         sees = ~hidden.all(-1)
-        far = max(float((f - e)[sees].abs().max()) for f, e in zip(found, expected, strict=True))
-        if far <= CLOSE.get(dtype, 0.0) and bool(found[0].isfinite().all()):
+        far = max(float((f - e)[sees].abs().max()) for f, e in zip(result, expected, strict=True))
+        if far <= CLOSE.get(dtype, 0.0) and bool(result[0].isfinite().all()):
             return True
         why = f"its results are up to {far:.2g} from those of plain products"
     except RuntimeError as error:  # among them what is not implemented for this device or these widths

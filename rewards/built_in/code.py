@@ -62,12 +62,12 @@ def code(
     if problem := unavailable():
         raise SandboxUnavailable(problem)
     limits = Limits(seconds=seconds, memory=memory_mib << 20)
-    each = [_tests(given) for given in tests]
+    each = [_tests(texts) for texts in tests]
     programs = [program_of(text_of(completion)) for completion in completions]
     with ThreadPoolExecutor(max(concurrency, 1)) as threads:
         results = list(threads.map(partial(_passed, limits=limits), programs, each))
     if log_extra:
-        log_extra("code_result", [said for _, said in results])
+        log_extra("code_result", [words for _, words in results])
     return [
         passed / len(tests_of_one) if partial_marks else float(passed == len(tests_of_one))
         for (passed, _), tests_of_one in zip(results, each, strict=True)

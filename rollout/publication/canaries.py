@@ -84,10 +84,10 @@ def compare(
     worst = Agreement(0.0, 0.0, None)
     for worker, groups in sampled.items():
         tokens = [
-            (abs(own - score) if own == own and score == score else float("inf"), group, i, t, own, score)
+            (abs(ours - score) if ours == ours and score == score else float("inf"), group, i, t, ours, score)
             for group, by_completion in zip(groups, scores[worker], strict=True)
             for i, (completion, of_learner) in enumerate(zip(group.completions, by_completion, strict=True))
-            for t, (own, score) in enumerate(zip(completion.logprobs, of_learner, strict=True))
+            for t, (ours, score) in enumerate(zip(completion.logprobs, of_learner, strict=True))
         ]
         mean, most = sum(far for far, *_ in tokens) / len(tokens), max(far for far, *_ in tokens)
         own_N, score_N = (torch.tensor([entry[at] for entry in tokens], dtype=torch.float64) for at in (4, 5))
@@ -96,12 +96,12 @@ def compare(
         fault = worst.fault
         if not fault and (mean > tolerance.mean or most > tolerance.most):
             limit = tolerance.most if most > tolerance.most else tolerance.mean
-            _, group, i, t, own, score = next(each for each in tokens if each[0] > limit)
+            _, group, i, t, ours, score = next(each for each in tokens if each[0] > limit)
             fault = (
                 f"{worker} computes other log-probabilities than the learner with version {version}: mean difference "
                 f"{mean:.2g}, largest {most:.2g} nats, where {tolerance.mean:.2g} and {tolerance.most:.2g} are allowed "
                 f"in {str(dtype).removeprefix('torch.')}. The first token that differs is token {t} of completion {i} "
-                f"of {group.prompt.prompt_id}, id {group.completions[i].token_ids[t]}: sampler {own:.5f}, learner "
+                f"of {group.prompt.prompt_id}, id {group.completions[i].token_ids[t]}: sampler {ours:.5f}, learner "
                 f"{score:.5f}"
             )
         elif not fault and (slope := _wrong_slope(own_N, score_N)):

@@ -81,14 +81,14 @@ def draft_stats(drafted: Sequence[int], accepted: Sequence[int], tokens: int, de
     if not depth:
         return DraftStats(tokens - 1, depths=[0] * tokens)
     stats = DraftStats(drafted=[0] * depth, accepted=[0] * depth, depths=[0])
-    for made, taken in zip(drafted, accepted, strict=True):
+    for made, right in zip(drafted, accepted, strict=True):
         room = tokens - len(stats.depths)
         if room <= 0:
             break
         stats.target_forwards += 1
-        kept = min(taken, room)
+        count = min(right, room)
         for at in range(made):
             stats.drafted[at] += 1
-            stats.accepted[at] += at < kept
-        stats.depths += [*range(1, kept + 1), 0][:room]
+            stats.accepted[at] += at < count
+        stats.depths += [*range(1, count + 1), 0][:room]
     return stats

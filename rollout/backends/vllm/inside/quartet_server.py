@@ -128,8 +128,8 @@ class Engine:
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache")
 
-    def sample(self, job: dict[str, Any], said: Any) -> dict[str, Any]:
-        """Sample a job. `said` gets the number of completions that have ended, and raises where nobody listens."""
+    def sample(self, job: dict[str, Any], tell: Any) -> dict[str, Any]:
+        """Sample a job. `tell` gets the number of completions that have ended, and raises where nobody listens."""
         import torch
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -157,7 +157,7 @@ class Engine:
                 for output in engine.step():
                     ended[int(output.request_id)] = _completion(output.outputs[0])
                     cached += output.num_cached_tokens or 0
-                said(len(ended))
+                tell(len(ended))
         except BaseException:
             engine.abort_request([str(i) for i in range(len(job["rows"])) if i not in ended])
             raise
