@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,18 +180,16 @@ def effective_weight(module: nn.Module) -> Tensor:
     return base if module.disable_adapters else base + module.get_delta_weight(ADAPTER)
 
 
-class adapter_off:
-    """Context in which the model computes with its base weights alone: the reference policy of a LoRA run."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = [layer for _, layer in adapters(model)]
-
-    def __enter__(self) -> None:
-        for layer in self.layers:
-            layer.enable_adapters(False)
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Lets the model compute with its base weights alone: the reference policy of a LoRA run."""
+    layers = [layer for _, layer in adapters(model)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
             layer.enable_adapters(True)
 
 

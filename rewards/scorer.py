@@ -69,16 +69,14 @@ class Scorer:
         isolated = isolated and not any(spec.function in CALLABLES for spec in specs)
         from rewards.isolation.pool import ISOLATES, ThisProcess, WorkerPool
 
-        if isolated and not ISOLATES:
+        self._pool: WorkerPool | ThisProcess = ThisProcess(descriptions)
+        if isolated and ISOLATES:
+            self._pool = WorkerPool(descriptions, size=workers, timeout_s=timeout_s, pass_variables=named)
+        elif isolated:
             logger.warning(
                 "on Windows rewards run in the process of the run: reward.timeout_s ends no call that hangs, and a "
                 "reward may read what the run may; Linux, macOS and WSL 2 have processes for them"
             )
-        self._pool: WorkerPool | ThisProcess = (
-            WorkerPool(descriptions, size=workers, timeout_s=timeout_s, pass_variables=named)
-            if isolated and ISOLATES
-            else ThisProcess(descriptions)
-        )
         try:
             for function, signature in zip(self._functions, self._pool.signatures(), strict=True):
                 function.signature = signature

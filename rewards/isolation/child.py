@@ -111,13 +111,7 @@ class LoadedReward:
         completions = _flat(request["completions"])
         prompts = _repeat(request["prompts"], counts)
         if self.chat:
-            prompts = [
-                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts
-            ]
-            completions = [
-                [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-                for completion in completions
-            ]
+            prompts, completions = _as_messages(prompts, "user"), _as_messages(completions, "assistant")
         extras: dict[str, list] = {}
         metrics: dict[str, list[float]] = {}
 
@@ -169,6 +163,10 @@ KINDS = {
 
 def _repeat(values: list, counts: list[int]) -> list:
     return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+
+
+def _as_messages(texts: list, role: str) -> list:
+    return [[{"role": role, "content": text}] if isinstance(text, str) else text for text in texts]
 
 
 def _flat(groups: list[list]) -> list:
