@@ -80,19 +80,15 @@ class PoolOptions:
     """What a pool is opened with: each kind of pool reads what concerns it.
 
     `dtype` is the precision of sampling. At most `prompts_per_shard` prompts are decoded together; vLLM batches by
-    itself. `copies`: the matrices that samplers decode with may have fewer bits, and are made anew by each publication.
+    itself. By `copies` the matrices of samplers have fewer bits. `check_stop` is called before sampling, as completions
+    end, and several times a second while workers or a server are waited for; what it raises ends what the pool does.
 
-    `check_stop` is called before sampling, as completions end, and several times a second while workers or a server
-    are waited for. An exception that it raises ends what the pool is doing.
-
-    With `workers` Ray's actors sample, each with `threads` processors and, where the cluster has GPUs, `gpus` of one;
-    `placement_timeout_s` is how long the pool waits for room in the cluster at `address`. A worker that takes longer
-    than `timeout_s` for a shard, or than `publish_timeout_s` to take new weights over, is replaced, as if it had died.
-    With `colocate` workers and learner take turns on the same GPUs; None: where there are no others. `on_lost` gets
-    what died or was late, such as "worker 1", the reason, and what is done. `on_ready` gets the number of each worker
-    that has started, and where it is.
-
-    With `vllm`, its VLLMSettings, a server of vLLM samples in their place, with `threads`.
+    With `workers` Ray's actors sample, each with `threads` processors and, where the cluster has GPUs, `gpus` of one.
+    The pool waits `placement_timeout_s` for room in the cluster at `address`. A worker that takes longer than
+    `timeout_s` for a shard, or `publish_timeout_s` to take new weights over, is replaced, as if it had died. With
+    `colocate` workers and learner take turns on the same GPUs; None: where there are no others. `on_lost` gets what
+    died or was late, such as "worker 1", the reason, and what is done; `on_ready` gets the number of each worker that
+    has started, and where it is. With `vllm`, its VLLMSettings, a server of vLLM samples in their place.
     """
 
     workers: int = 0

@@ -76,11 +76,7 @@ def judge(
         raise ValueError(f"lowest={lowest}, highest={highest}: give a scale on which lowest is below highest")
     if concurrency < 1:
         raise ValueError(f"concurrency={concurrency}: 1 or more requests are under way at a time")
-    rows = {
-        "prompt": [_as_text(prompt) for prompt in prompts],
-        "completion": list(map(text_of, completions)),
-        **columns,
-    }
+    rows = {"prompt": list(map(_as_text, prompts)), "completion": list(map(text_of, completions)), **columns}
     added = {"temperature": 0, "max_tokens": 300} if body is None else dict(body)
     system = {"role": "system", "content": SYSTEM.format(lowest=lowest, highest=highest)}
     requests = []
@@ -89,7 +85,10 @@ def judge(
         sent = {"model": model, "messages": [system, asked], "response_format": _response_format(lowest, highest)}
         requests.append(json.dumps(sent | added, sort_keys=True).encode(errors="backslashreplace"))
     account = f"{url} {model} {prefix}"
-    with Verdicts.open(cache or _in_run(trainer_state)) as verdicts:
+    folder = getattr(trainer_state, "output_dir", None)
+    if not cache and folder and Path(folder).is_dir():  # a run that has not begun yet has no place for verdicts
+        cache = str(Path(folder) / CACHE)
+    with Verdicts.open(cache or None) as verdicts:
         ask = partial(
             _ask,
             url=f"{url.rstrip('/')}/chat/completions",
@@ -231,12 +230,6 @@ def _as_text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {text_of([message])}" for message in prompt)
-
-
-def _in_run(trainer_state: Any) -> str | None:
-    """Where the verdicts of a run are kept; a run that has not begun yet has no place for them."""
-    folder = getattr(trainer_state, "output_dir", None)
-    return str(Path(folder) / CACHE) if folder and Path(folder).is_dir() else None
 
 
 def _log(

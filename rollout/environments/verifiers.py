@@ -66,7 +66,11 @@ def verifiers(task: Any) -> type[Verifiers]:
     kind = v1.task_type(task) if isinstance(task, str) else task
     toolsets = kind.toolsets(kind.config_type()())
     overridden = [name for name in ("setup", "finalize") if getattr(kind, name) is not getattr(v1.Task, name)]
-    asks = [name for name, reward in inspect.getmembers(kind, inspect.isfunction) if _needs_runtime(reward)]
+    asks = []
+    for name, function in inspect.getmembers(kind, inspect.isfunction):
+        runtime = inspect.signature(function).parameters.get("runtime")
+        if hasattr(function, "reward") and runtime is not None and runtime.default is runtime.empty:
+            asks.append(name)
     for what, there in {
         "a container": kind.NEEDS_CONTAINER,
         f"the method {' and '.join(overridden)}": overridden,
@@ -86,11 +90,6 @@ def verifiers(task: Any) -> type[Verifiers]:
     if not methods:
         raise ValueError(f"task {kind.__name__} has no tools; use its rewards without an environment")
     return type(kind.__name__, (Verifiers,), {"_kind": kind, **methods})
-
-
-def _needs_runtime(function: Callable[..., Any]) -> bool:
-    runtime = inspect.signature(function).parameters.get("runtime")
-    return hasattr(function, "reward") and runtime is not None and runtime.default is runtime.empty
 
 
 def _method(title: str, place: int, name: str, tool: Callable[..., Any]) -> Callable[..., Any]:
