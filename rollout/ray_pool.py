@@ -200,8 +200,7 @@ class RayPool(Pool):
         waiting = list(jobs.items())[::-1]
         calls: dict[Any, Call] = {}
         try:
-            ready = self.passed if self.canaries else self.confirmed
-            while waiting or calls or (everyone and not (ready and ready.issuperset(self.workers.there()))):
+            while waiting or calls or (everyone and not self._all_in()):
                 self._hand_out(waiting, calls, limit_s, late, everyone)
                 for call, answer, lost in self.workers.ended(calls) if calls else ():
                     if isinstance(call.what, Given):
@@ -222,6 +221,10 @@ class RayPool(Pool):
             for call in calls.values():
                 if isinstance(call.what, Given):  # it would go on taking old weights
                     self.workers.restart(call.what.to)
+
+    def _all_in(self) -> bool:
+        ready = self.passed if self.canaries else self.confirmed
+        return bool(ready) and ready.issuperset(self.workers.there())
 
     def _hand_out(self, waiting: list, calls: dict[Any, Call], limit_s: float, late: str, everyone: bool) -> None:
         """Something to do for each worker that has nothing to do."""
