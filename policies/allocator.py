@@ -15,7 +15,7 @@ _MOST = 2**25  # the largest that older versions of glibc accept
 
 
 def keep_freed_memory() -> None:
-    """May be called again. Does nothing if the C library has no `mallopt`."""
+    """Tells the C library so. It may be called again, and does nothing if the C library has no `mallopt`."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         if not libc.mallopt(_M_MMAP_THRESHOLD, _BYTES):
             libc.mallopt(_M_MMAP_THRESHOLD, _MOST)

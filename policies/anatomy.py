@@ -18,12 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
 
 from policies.attention import sees_prompts_whole
 from policies.mtp import MTPHead
@@ -96,8 +91,8 @@ def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank
     except Exception as error:
         if isinstance(config, DeepseekV3Config):
             raise
-        said = f"{type(error).__name__}: {str(error)[:300]}"  # of transformers or peft, whose models are of many forms
-        raise PolicyError(f"a model of type {config.model_type!r} cannot be counted: {said}") from error
+        words = f"{type(error).__name__}: {str(error)[:300]}"  # of transformers or peft, whose models are of many forms
+        raise PolicyError(f"a model of type {config.model_type!r} cannot be counted: {words}") from error
 
 
 def _anatomy(config: PretrainedConfig, mtp_depth: int, context: int, lora_rank: int, lora_alpha: float) -> Anatomy:

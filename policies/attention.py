@@ -1,8 +1,6 @@
 """Attention of packed rows `[prompt | c1 | … | cG]` without the scores that a mask would discard, nor the mask.
 
-A token of a completion attends to its prompt and to the tokens before it there, one of a prompt to those before it, or
-in a prefix-LM to the whole prompt. All kernels derive what they need from `Packing`, the number of every token's
-completion:
+All kernels derive from `Packing` what attends to what:
 
     CPU                   blocks of scores, here
     CUDA                  torch's flex attention under a `BlockMask`, by transformers
@@ -10,9 +8,8 @@ completion:
 
 On a CPU there is one block of scores for the prompt's keys and one for each completion, in pieces of 2,048 queries.
 Blocks are merged by the logarithms of their softmax's denominators, and the backward pass computes their weights again
-from the merged ones, as FlashAttention does (Dao et al. 2022, sections 3.1 and B.2). Of the 425,000 pairs of tokens in
-a row of a 140-token prompt and eight completions of 64 tokens, 124,000 are computed. Below float32 the scores are
-float32, and other products have the tensors' precision.
+from the merged ones, as FlashAttention does (Dao et al. 2022, sections 3.1 and B.2). Of the pairs of tokens in a row of
+a 140-token prompt and eight completions of 64 tokens, 29 % are computed. Below float32 the scores are float32.
 """
 
 from __future__ import annotations
@@ -67,7 +64,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """All that the tokens of a micro-batch attend to. Made for one forward pass: what is derived from it is kept.
+    """All that the tokens of a micro-batch attend to, and what is derived from that in one forward pass.
 
     `segment` [B, T] is 0 in a prompt, 1 … G in its completions and below 0 in padding. A token attends to the prompt
     and to its own completion, up to itself; padding to itself alone, since a softmax of nothing is NaN. With
@@ -93,7 +90,7 @@ class Packing:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """For the kernel on a CPU. Every token is a query of one block or of two, and padding of none."""
+        """The blocks of the kernel on a CPU. Every token is a query of one block or of two, and padding of none."""
         return [block for row, numbers in enumerate(self.segment.tolist()) for block in self._row(row, numbers)]
 
     def _row(self, row: int, numbers: list[int]) -> Iterator[Block]:
@@ -113,17 +110,16 @@ class Packing:
 
     @cached_property
     def pays(self) -> bool:
-        """Blocks need more operators and compute the scores twice, so they pay if they spare half of the pairs
-        (measured), and where rows are so long that a mask is large. With one completion in each row they spare too
-        few."""
+        """Whether blocks are faster than a mask. They need more operators and compute the scores twice, so they pay if
+        they spare half of the pairs (measured), and where rows are so long that a mask is large."""
         rows, queries, length = self.shape
         return length > PIECE or sum(block.pairs for block in self.blocks) <= rows * queries * length / 2
 
     @cached_property
     def tiles(self) -> BlockMask:
-        """For flex attention: which tiles of 128 queries and 128 keys it computes, and which of them in part.
+        """The tiles of 128 queries and 128 keys that flex attention computes, and which of them in part.
 
-        A few rows of tiles are found at a time, since torch looks at every pair of tokens for that.
+        A few rows of tiles are looked for at a time, since torch looks at every pair of tokens for that.
         """
         rows, queries, length = self.shape
         parts = [
@@ -137,10 +133,8 @@ class Packing:
         return BlockMask.from_kv_blocks(*joined, mask_mod=self.sees_from(0), seq_lengths=(queries, length))
 
     def sees_from(self, query: int) -> Sees:
-        """Whether a token of a row [b] is attended to [k] by a query [q] that is counted from `query`; [h] is any head.
-
-        All that another micro-batch has otherwise is in tensors. Else a kernel would be compiled for each.
-        """
+        """Says whether a token of a row [b] is attended to [k] by a query [q] that is counted from `query`, by any
+        head [h]. All that differs between micro-batches is in tensors. Else a kernel would be compiled for each."""
         segment, first = self.segment, torch.tensor(self.first + query, device=self.segment.device)
         both_ways = self.both_ways
 
@@ -154,18 +148,18 @@ class Packing:
 
     @property
     def visible(self) -> Tensor:
-        """[B, Q, T], true where a query attends to a token."""
+        """The mask [B, Q, T], true where a query attends to a token."""
         rows, queries, length = self.shape
         return _visible(self.sees_from(0), (rows, 1, queries, length), self.segment.device)[:, 0]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """[B, 1, Q, T], 0 where a query attends to a token and the lowest number elsewhere."""
+        """The mask [B, 1, Q, T], 0 where a query attends to a token and the lowest number elsewhere."""
         if dtype not in self._masks:
             self._masks[dtype] = _additive(self.visible[:, None], dtype)
         return self._masks[dtype]
 
     def mask_for(self, implementation: str | None, dtype: torch.dtype) -> Tensor | BlockMask:
-        """What a model of transformers gets as its mask: the dense one where no kernel of `attend` spares it.
+        """The mask that a model of transformers gets: the dense one where no kernel of `attend` spares it.
 
         transformers hands a `BlockMask` on as it is. The kernel on a CPU reads blocks, so there it is one tile in part.
         """
@@ -174,13 +168,13 @@ class Packing:
         if implementation == ATTENTION and self.pays:
             rows, queries, length = self.shape
             one, place = torch.ones(rows, 1, 1, dtype=torch.int32), torch.zeros(rows, 1, 1, 1, dtype=torch.int32)
-            given: dict[str, Any] = {"BLOCK_SIZE": (queries, length), "seq_lengths": (queries, length)}
-            return BlockMask.from_kv_blocks(one, place, mask_mod=self.sees_from(0), compute_q_blocks=False, **given)
+            sizes: dict[str, Any] = {"BLOCK_SIZE": (queries, length), "seq_lengths": (queries, length)}
+            return BlockMask.from_kv_blocks(one, place, mask_mod=self.sees_from(0), compute_q_blocks=False, **sizes)
         return self.mask(dtype)
 
 
 def _visible(sees: Sees, shape: Sequence[int], device: torch.device) -> Tensor:
-    """`shape` is [B, 1, Q, T]."""
+    """Says of each query and token of `shape` [B, 1, Q, T] whether the one attends to the other."""
     b, h, q, k = (torch.arange(size, device=device) for size in shape)
     return sees(b[:, None, None, None], h[:, None, None], q[:, None], k)
 
@@ -195,6 +189,8 @@ def _by_tiles(tensor: Tensor) -> bool:
 
 
 class _PackedAttention(torch.autograd.Function):
+    """The kernel on a CPU, see the top of this file."""
+
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float
@@ -241,7 +237,7 @@ def _at(x_BHT: Tensor, block: Block) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
-    """[H, queries, keys] in float32 or above, -inf for keys after their query."""
+    """Computes [H, queries, keys] in float32 or above, -inf for keys after their query."""
     wide = torch.promote_types(query.dtype, torch.float32)
     keys = key[block.row, :, block.keys].to(wide)
     scores = (_at(query, block).to(wide) @ keys.transpose(1, 2)).mul_(scale)
@@ -259,15 +255,15 @@ def _for_every_head(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Queries [B, H, Q, K], keys [B, h, T, K] and values [B, h, T, V] -> [B, Q, H, V] and [B, H, Q]; h divides H.
+    """Attends by queries [B, H, Q, K] to keys [B, h, T, K] and values [B, h, T, V]; h divides H. Returns [B, Q, H, V],
+    and [B, H, Q], the logarithm of the softmax's denominator, by which more keys can be merged.
 
-    The second is the logarithm of the softmax's denominator, by which more keys can be merged. Both are differentiable.
-    Of padding they are those of its own key, or by blocks zero and minus infinity.
+    Both are differentiable. For padding they are those of its own key, or by blocks zero and minus infinity.
     """
     if _by_tiles(query):
         q, k, v = _wide_enough(query, key, value)
-        given: dict[str, Any] = {"scale": scale, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
-        out, aux = compile_friendly_flex_attention(q, k, v, block_mask=packing.tiles, **given)
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
+        out, aux = compile_friendly_flex_attention(q, k, v, block_mask=packing.tiles, **options)
         out, total = out[..., : value.shape[-1]], aux.lse
     else:
         out, total = _PackedAttention.apply(query, key, value, packing, scale)
@@ -275,7 +271,7 @@ def packed_attention(
 
 
 def _wide_enough(*heads: Tensor) -> list[Tensor]:
-    """With zeros, up to the least width of flex attention on CUDA. Only tiny policies are narrower."""
+    """Pads with zeros, up to the least width of flex attention on CUDA. Only tiny policies are narrower."""
     return [F.pad(x, (0, max(0, NARROWEST - x.shape[-1]))) for x in heads]
 
 
@@ -287,17 +283,17 @@ def attend(
     attention_mask: Tensor | BlockMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packing: Packing | None = None,
-    head_weights: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """[B, T, H, V]: packed rows by the kernel of their device, and all else by transformers' `sdpa` under a mask.
+    """Attends [B, T, H, V]: packed rows by the kernel of their device, all else by transformers' `sdpa` under a mask.
 
-    `Packing.mask_for` gives the mask. A model that does not hand `packing` on makes the dense one for every layer.
-    `head_weights` [B, T, H] weigh the heads, see heads.py.
+    `Packing.mask_for` gives the mask. The `packing` is among the options of a model that hands it on; any other model
+    makes the dense mask for every layer. `head_weights` [B, T, H] there weigh the attention heads, see heads.py.
     """
+    packing: Packing | None = options.pop("packing", None)
+    head_weights: Tensor | None = options.pop("head_weights", None)
     if head_weights is not None:
-        out, total = attend(module, query, key, value, attention_mask, scaling, dropout, packing, **options)
+        out, total = attend(module, query, key, value, attention_mask, scaling, dropout, packing=packing, **options)
         return out * head_weights[..., None].to(out.dtype), total
     if isinstance(attention_mask, BlockMask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

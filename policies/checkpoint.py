@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging.handlers import MemoryHandler
@@ -21,7 +19,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -40,32 +37,16 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from policies import four_bit, lora, sharding
-from policies import layout as hf
 from policies.files import gguf
 from policies.files.atomic import heed_umask, write_folder
 from policies.files.digests import DIGESTS, fault
-from policies.layout import PolicyError, Shape, WeightFiles, find_file, mtp_layers
+from policies.layout import PolicyError, WeightFiles, find_file
 from policies.mtp import MTPHead
-
-LOGGER = logging.getLogger(__name__)
-AT_ONCE = 5e9  # bytes of whole layers that are gathered for one file
-NO_HEAD = (
-    "model=%r: config.json promises num_nextn_predict_layers=%d, but no MTP layer is stored (transformers drops them "
-    "when it saves): no draft head; add_mtp: true gives a fresh one"
-)
-OWN_COPIES = (
-    "model=%r: %s differ from the trunk's. The draft head uses the trunk's in their place, so it may draft worse than "
-    "before (no token changes), and a policy that is saved does not hold them"
-)
-FURTHER_LAYERS = (
-    "model=%r has %d MTP layers: the first is trained and drafts at every depth, the others are kept and saved "
-    "as they are"
-)
 
 
 @dataclass
 class Checkpoint:
-    """What a folder holds of a policy; the fields are those of `policies.policy.Policy`."""
+    """What a folder holds of a policy. The fields are those of `policies.policy.Policy`."""
 
     trunk: PreTrainedModel
     mtp: MTPHead | None
@@ -83,7 +64,8 @@ def load(
     layout: DistributedConfig | None = None,
     in_4_bits: bool = False,
 ) -> Checkpoint:
-    """See `Policy.load`."""
+    """Reads a policy, see `Policy.load`."""
+    from policies import contradictions, mtp_layers
     from policies.files import packed
 
     config = read_config(source, writes=True)
@@ -97,52 +79,39 @@ def load(
     if codes and in_4_bits:
         raise PolicyError(f"model={str(source)!r} is quantised already; leave lora.base out, or name the original")
     if isinstance(config, DeepseekV3Config) and files.shapes and not codes:
-        hf.check_tensors(files, config)
+        contradictions.check_tensors(files, config)
     elif getattr(config, "quantization_config", None) is None:
-        _refuse_larger(files, config)
+        contradictions.refuse_larger(files, config)
     tokenizer = read_tokenizer(source)
     trunk, report = _load_trunk(source, dtype, layout, in_4_bits, packed.loading(source) if codes else {})
     if codes or not isinstance(trunk, DeepseekV3ForCausalLM):
-        _check_report(source, config, report)
+        contradictions.check_report(source, config, report)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
         return Checkpoint(trunk, None, tokenizer)
-    policy, layers = Checkpoint(trunk, None, tokenizer), mtp_layers(config, files.shapes)
-    if layers or add_mtp:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            policy.mtp = MTPHead(trunk.config).cast(dtype)
-    elif config.num_nextn_predict_layers:
-        LOGGER.warning(NO_HEAD, files.source, config.num_nextn_predict_layers)
-    if policy.mtp is not None and layers:
-        hf.fill_head(policy.mtp, files.read(f"model.layers.{layers[0]}."), layers[0])
-        for layer in layers[1:]:
-            policy.further_mtp |= files.read(f"model.layers.{layer}.")
-        if own := hf.own_copies(files, layers[0], trunk):
-            LOGGER.warning(OWN_COPIES, files.source, ", ".join(own))
-    if policy.mtp is not None:
-        policy.draft_ids = hf.read_draft_vocabulary(files.source, trunk.config.vocab_size)
-    if len(layers) > 1:
-        LOGGER.warning(FURTHER_LAYERS, files.source, len(layers))
-    return policy
+    head, further = mtp_layers.stored_head(files, trunk, dtype, fresh=add_mtp, seed=seed)
+    ids = None if head is None else mtp_layers.read_draft_vocabulary(files.source, trunk.config.vocab_size)
+    return Checkpoint(trunk, head, tokenizer, ids, further)
 
 
 def _load_trunk(
     source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None, in_4_bits: bool, codes: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and the report of transformers on its tensors. `codes`: how packed weights are read."""
-    given = codes | (sharding.layout_arguments(source, layout) if layout else {})
-    given |= four_bit.loading(dtype) if in_4_bits else {}
-    given |= {"quantization_config": GgufConfig(dequantize=True)} if gguf.file_of(source) else {}
+    from policies.contradictions import refuse_untied
+
+    options = codes | (sharding.layout_arguments(source, layout) if layout else {})
+    options |= four_bit.loading(dtype) if in_4_bits else {}
+    options |= {"quantization_config": GgufConfig(dequantize=True)} if gguf.file_of(source) else {}
     try:
         with _quiet_loading() as logged, gguf.named(source) as named:
             trunk, report = AutoModelForCausalLM.from_pretrained(
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # `_check_report` refuses them by name
+                ignore_mismatched_sizes=True,  # `check_report` refuses them by name
                 output_loading_info=True,
                 **named,
-                **given,
+                **options,
             )
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error
@@ -153,22 +122,23 @@ def _load_trunk(
         raise PolicyError(f"model={str(source)!r} has experts missing or of unequal shapes: {unfit[:5]}") from error
     except Exception as error:
         raise _unusable(source, "config.json or a weight", error) from error
-    _refuse_untied(source, trunk)
+    refuse_untied(source, trunk)
     if in_4_bits or codes:
         four_bit.settle(trunk)
     return trunk, report
 
 
 def save(folder: Path, policy: Checkpoint) -> None:
-    """See `Policy.save`."""
+    """Writes a policy, see `Policy.save`."""
+    from policies import mtp_layers
+
     trunk, config = policy.trunk, policy.trunk.config
-    state, further = lora.merged_state(trunk), mtp_layers(config, policy.further_mtp)
+    state, further = lora.merged_state(trunk), mtp_layers.mtp_layers(config, policy.further_mtp)
     if policy.mtp is not None:
-        head = lora.merged_state(policy.mtp)
-        state |= hf.head_state(config, config.num_hidden_layers, head, hf.may_idle(config)) | policy.further_mtp
+        state |= mtp_layers.head_state(config, lora.merged_state(policy.mtp)) | policy.further_mtp
     if isinstance(trunk, DeepseekV3ForCausalLM):
         config.num_nextn_predict_layers = 0 if policy.mtp is None else 1 + len(further)
-    parts = _gathered(state)
+    parts = sharding.gathered_parts(state)
     if not sharding.leads():
         for _ in parts:
             pass
@@ -180,34 +150,14 @@ def save(folder: Path, policy: Checkpoint) -> None:
             heed_umask(partial)
             policy.tokenizer.save_pretrained(partial)
             if policy.draft_ids is not None:
-                hf.write_draft_vocabulary(partial, policy.draft_ids)
+                mtp_layers.write_draft_vocabulary(partial, policy.draft_ids)
     except (OSError, SafetensorError) as error:
         what = f"cannot write the policy to {folder}: {error}; needs {sum(t.nbytes for t in state.values())} bytes"
         raise PolicyError(f"{what}: make room or use another disk; what was saved before is intact") from error
 
 
-def _gathered(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The whole tensors of `state` on rank 0, some layers at a time. All ranks take part; the others get nothing."""
-    layers = defaultdict(list)
-    for name in state:
-        numbered = re.match(r".*?\.\d+\.", name)
-        layers[numbered[0] if numbered else ""].append(name)
-    found, size = {}, 0
-    for names in layers.values():
-        for name in names:
-            value = sharding.whole(state[name])
-            if sharding.leads():
-                found[name] = value.cpu() if isinstance(state[name], DTensor) else value
-            size += value.nbytes
-        if size >= AT_ONCE:
-            yield found
-            found, size = {}, 0
-    if found:
-        yield found
-
-
 def _write(trunk: PreTrainedModel, parts: Iterable[dict[str, Tensor]], folder: Path) -> None:
-    """As transformers writes them: one file for each part, with an index where there are several."""
+    """Writes the tensors as transformers does: one file for each part, with an index where there are several."""
     files: list[Path] = []
     for part in parts:
         trunk.save_pretrained(folder, state_dict=part, max_shard_size="1TB")
@@ -229,20 +179,21 @@ def check_policy(folder: Path) -> None:
 
     A folder without digests passes: it comes from another tool or an older version.
     """
-    if (folder / DIGESTS).is_file() and (found := fault(folder, DIGESTS)):
+    if (folder / DIGESTS).is_file() and (damage := fault(folder, DIGESTS)):
         raise PolicyError(
-            f"model={str(folder)!r} is damaged: {found}; restore the file from a copy, or delete "
+            f"model={str(folder)!r} is damaged: {damage}; restore the file from a copy, or delete "
             f"{folder / DIGESTS} if you have changed the policy yourself"
         )
 
 
 def check_files(folder: Path) -> None:
     """Raises PolicyError for what `load` refuses of a folder, as far as the headers of its files tell."""
+    from policies import contradictions
     from policies.files import packed
 
     config, files = read_config(folder, writes=True), WeightFiles(folder)
     if isinstance(config, DeepseekV3Config) and files.shapes and not packed.is_packed(config):
-        hf.check_tensors(files, config)
+        contradictions.check_tensors(files, config)
     read_tokenizer(folder)
 
 
@@ -300,32 +251,6 @@ def _refuse_absent(source: str | Path) -> None:
         raise PolicyError(f"model={str(source)!r}: {why}")
 
 
-def _refuse_larger(files: WeightFiles, config: PretrainedConfig) -> None:
-    """Raises PolicyError for a configuration of a far larger model than the files hold: transformers would make up the
-    rest before it tells what is missing."""
-    stored = sum(math.prod(shape) for shape in files.shapes.values())
-    try:
-        with torch.device("meta"):
-            trunk = AutoModelForCausalLM.from_config(config)
-    except Exception:  # transformers will name what is wrong with the configuration
-        return
-    described = sum(parameter.numel() for parameter in trunk.parameters())
-    if stored and described > 4 * stored:
-        what = f"config.json describes {described:,} parameters, and the files hold {stored:,}"
-        raise PolicyError(f"model={files.source!r}: {what}; {hf.WAY_OUT}")
-
-
-def _refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
-    """transformers keeps a stored LM head that differs from the embedding; a model made from the config has none."""
-    head = trunk.get_output_embeddings()
-    tied = getattr(trunk.config, "tie_word_embeddings", False)
-    if tied and head is not None and head.weight is not trunk.get_input_embeddings().weight:
-        raise PolicyError(
-            f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
-            "head that differs from the embedding; set it to false, or remove the head's tensor"
-        )
-
-
 def _unusable(source: str | Path, what: str, error: Exception) -> PolicyError:
     return PolicyError(f"model={str(source)!r}: {what} is not usable: {type(error).__name__}: {error}")
 
@@ -341,25 +266,14 @@ def _quiet_loading() -> Iterator[list[logging.LogRecord]]:
     """Hides what transformers logs, such as the MTP layer's keys as unexpected, and yields it instead."""
     library, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
     level, handlers, propagate = library.level, library.handlers, library.propagate
-    kept = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
-    library.handlers, library.propagate = [kept], False  # transformers propagates where CI is set
+    handler = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    library.handlers, library.propagate = [handler], False  # transformers propagates where CI is set
     library.setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     try:
-        yield kept.buffer
+        yield handler.buffer
     finally:
         library.handlers, library.propagate = handlers, propagate
         library.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _check_report(source: str | Path, config: PretrainedConfig, report: dict) -> None:
-    """Raises PolicyError, which names missing, misshapen and stray tensors. MTP layers, after the last, are ignored."""
-    stray = set(report["unexpected_keys"])
-    stray -= {n for layer in mtp_layers(config, stray) for n in stray if n.startswith(f"model.layers.{layer}.")}
-    found: dict[str, Shape] = dict.fromkeys(stray, ())
-    expected: dict[str, Shape] = dict.fromkeys(report["missing_keys"], ())
-    for name, stored, own in report["mismatched_keys"]:
-        found[name], expected[name] = tuple(stored), tuple(own)
-    hf.refuse_differences(source, expected, found)

@@ -1,18 +1,25 @@
-"""Fields of a configuration that contradict each other, found before a weight is read; all of DeepSeek-V3's."""
+"""Fields of a configuration that contradict each other, and checkpoints whose tensors contradict it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, DeepseekV3Config, PretrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from policies.bounds import beyond, read_fields
 from policies.files.packed import is_packed, unreadable
-from policies.layout import FIXED_FIELDS, PolicyError, find_file
+from policies.layout import FIXED_FIELDS, WAY_OUT, PolicyError, Shape, WeightFiles, expert_views, find_file
+from policies.mtp import MTPHead
+from policies.mtp_layers import head_state, may_idle, mtp_layers, router_name
+
+MANY = 100_000  # tensors; DeepSeek-V3 has 46,000
 
 # Relatives of DeepSeek-V3 by the beginning of their model_type, and why they cannot be a policy of ours.
 REFUSED_TYPES = {
@@ -173,3 +180,101 @@ def _router(config: DeepseekV3Config) -> Iterator[str]:
             f"num_experts_per_tok={top_k} contradicts topk_group={chosen}: {chosen} of n_group={groups} expert groups "
             f"hold {chosen * size} of n_routed_experts={experts}; use {chosen * size} or less"
         )
+
+
+def check_tensors(files: WeightFiles, config: DeepseekV3Config) -> None:
+    """Raises PolicyError if tensors of a checkpoint are missing, not explained by its config, or of other shapes."""
+    first, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    layers = mtp_layers(config, files.shapes)
+    stored = {name: shape for name, shape in files.shapes.items() if not _is_copy(config, name)}
+    try:
+        with torch.device("meta"):
+            state = dict(AutoModelForCausalLM.from_config(config).state_dict())
+            for layer in range(first, first + depth if layers else first):
+                idle = may_idle(config) and router_name(layer) in stored
+                state |= head_state(config, MTPHead(config).state_dict(), layer, idle)
+    except Exception as error:  # sizes that make no model fail in many places
+        raise PolicyError(f"model={files.source!r}: config.json makes no model: {error!r}; {WAY_OUT}") from error
+    if config.tie_word_embeddings and "lm_head.weight" not in stored:
+        state.pop("lm_head.weight", None)
+    names = sum(2 * len(tensor) if name.endswith("gate_up_proj") else 1 for name, tensor in state.items())
+    if names > MANY + 10 * len(stored):  # their names alone would fill the memory
+        what = f"config.json describes about {names:,} tensors, and the files hold {len(stored):,}"
+        raise PolicyError(f"model={files.source!r}: {what}; {WAY_OUT}")
+    expected: dict[str, Shape] = {}
+    for name, tensor in state.items():
+        views = [(name, tensor)] if name in stored else expert_views(name, tensor)
+        expected |= {view_name: tuple(view.shape) for view_name, view in views}
+    try:
+        refuse_differences(files.source, expected, stored)
+    except PolicyError as error:
+        if layers and len(layers) != depth:
+            raise PolicyError(
+                f"{error}. num_nextn_predict_layers={depth} contradicts {len(layers)} stored MTP layers "
+                f"(model.layers.{layers[0]} ...): set it to {len(layers)}, or remove their tensors"
+            ) from error
+        raise
+
+
+def refuse_differences(source: str | Path, expected: Mapping[str, Shape], stored: Mapping[str, Shape]) -> None:
+    """Raises PolicyError, which names tensors that are missing, misshapen or not expected."""
+
+    def described(name: str) -> str:
+        shapes = [list(shapes[name]) for shapes in (expected, stored) if name in shapes]
+        if len(shapes) == 2:
+            return f"{name} (expected {shapes[0]}, found {shapes[1]})"
+        return f"{name} {shapes[0]}" if shapes[0] else name
+
+    misshapen = {name for name in expected.keys() & stored.keys() if expected[name] != stored[name]}
+    for kind, names in (
+        ("lacks the tensors", expected.keys() - stored.keys()),
+        ("has tensors of another shape:", misshapen),
+        ("has tensors that its config does not explain:", stored.keys() - expected.keys()),
+    ):
+        if names:
+            shown = ", ".join(map(described, sorted(names)[:5]))
+            raise PolicyError(f"model={str(source)!r} {kind} {shown} ({len(names)} in all); {WAY_OUT}")
+
+
+def _is_copy(config: DeepseekV3Config, name: str) -> bool:
+    """Released checkpoints repeat embedding and LM head in their MTP layers, old ones the rotary frequencies."""
+    layer = re.match(r"model\.layers\.(\d+)\.(embed_tokens\.|shared_head\.head\.)", name)
+    return bool(layer and int(layer[1]) >= config.num_hidden_layers) or name.endswith(".rotary_emb.inv_freq")
+
+
+def refuse_larger(files: WeightFiles, config: PretrainedConfig) -> None:
+    """Raises PolicyError for a configuration of a far larger model than the files hold: transformers would make up the
+    rest before it tells what is missing."""
+    stored = sum(math.prod(shape) for shape in files.shapes.values())
+    try:
+        with torch.device("meta"):
+            trunk = AutoModelForCausalLM.from_config(config)
+    except Exception:  # transformers will name what is wrong with the configuration
+        return
+    described = sum(parameter.numel() for parameter in trunk.parameters())
+    if stored and described > 4 * stored:
+        what = f"config.json describes {described:,} parameters, and the files hold {stored:,}"
+        raise PolicyError(f"model={files.source!r}: {what}; {WAY_OUT}")
+
+
+def refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
+    """Raises PolicyError for a stored LM head that differs from an embedding to which it is tied. transformers keeps
+    it, and a model made from the configuration has none."""
+    head = trunk.get_output_embeddings()
+    tied = getattr(trunk.config, "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not trunk.get_input_embeddings().weight:
+        raise PolicyError(
+            f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
+            "head that differs from the embedding; set it to false, or remove the head's tensor"
+        )
+
+
+def check_report(source: str | Path, config: PretrainedConfig, report: dict) -> None:
+    """Raises PolicyError, which names missing, misshapen and stray tensors. MTP layers, after the last, are ignored."""
+    stray = set(report["unexpected_keys"])
+    layers = tuple(f"model.layers.{layer}." for layer in mtp_layers(config, stray))
+    stored: dict[str, Shape] = {name: () for name in stray if not name.startswith(layers)}
+    expected: dict[str, Shape] = dict.fromkeys(report["missing_keys"], ())
+    for name, stored_shape, shape in report["mismatched_keys"]:
+        stored[name], expected[name] = tuple(stored_shape), tuple(shape)
+    refuse_differences(source, expected, stored)

@@ -44,11 +44,11 @@ def settle(trunk: PreTrainedModel) -> None:
 
 def chosen(trunk: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The weights of a model without adapters that `loading` would put into 4 bits; it may be without storage."""
-    kept = get_keys_to_not_convert(trunk)
+    ignored = get_keys_to_not_convert(trunk)
     return {
         f"{name}.weight": module.weight
         for name, module in trunk.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, kept)
+        if type(module) is nn.Linear and should_convert_module(name, ignored)
     }
 
 
@@ -85,8 +85,8 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of `model` without scales. What is in 4 bits is there as the parameter, for `plain_weight`."""
     held = {name: parameter for name, parameter in model.named_parameters() if is_held(parameter)}
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    own = {name: tensor for name, tensor in state.items() if f"{name.rpartition('.weight.')[0]}.weight" not in held}
-    return own | held
+    plain = {name: tensor for name, tensor in state.items() if f"{name.rpartition('.weight.')[0]}.weight" not in held}
+    return plain | held
 
 
 def counts(trunk: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # rows of logits held in fp32 at a time: 256 · 49,152 · 4 bytes = 50 MB
 GRADIENT_CHUNKS = 4  # whose gradients become one product with the hidden states: the sum is as large as the LM head
@@ -35,29 +34,23 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
             f"logits {list(logits.shape)} and token_ids {list(token_ids.shape)} are not aligned: every token "
             "needs the logits that predicted it; shifted_logprobs() takes whole rows and shifts them"
         )
-    chunks = zip(_rows(logits), token_ids.reshape(-1).split(CHUNK), strict=True)
-    return torch.cat([_gather(_scaled(rows, temperature), ids) for rows, ids in chunks]).view(token_ids.shape)
+    logprobs = []
+    rows = logits.reshape(-1, logits.shape[-1]).split(CHUNK)
+    for rows_NV, ids_N in zip(rows, token_ids.reshape(-1).split(CHUNK), strict=True):
+        x = scaled(rows_NV, temperature)
+        logprobs.append(x.gather(-1, ids_N[:, None])[:, 0] - x.logsumexp(-1))
+    return torch.cat(logprobs).view(token_ids.shape)
 
 
 def shifted_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of tokens 1 … T-1 of whole rows: [B, T, V], [B, T] -> [B, T-1].
 
-    logits[:, t] predict token_ids[:, t + 1], so the first token has no log-probability and the last logits have
-    no token: row [a, b, c] gives [log p(b | a), log p(c | a b)].
+    A row [a, b, c] gives [log p(b | a), log p(c | a b)], since logits[:, t] predict token_ids[:, t + 1].
 
     >>> shifted_logprobs(torch.zeros(1, 3, 4), torch.tensor([[3, 0, 1]])).exp()
     tensor([[0.2500, 0.2500]])
     """
     return token_logprobs(logits[:, :-1], token_ids[:, 1:], temperature)
-
-
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature): [..., V] -> [...].
-
-    >>> entropy(torch.zeros(4))                                     # four equally likely tokens: log 4
-    tensor(1.3863)
-    """
-    return torch.cat([_entropy(_scaled(rows, temperature)) for rows in _rows(logits)]).view(logits.shape[:-1])
 
 
 def logprobs_from_hidden(
@@ -71,62 +64,20 @@ def logprobs_from_hidden(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies without all logits in memory at once: [N, D], [V, D], [N] -> [N], [N].
 
-    `chunk` rows of logits are made at a time, and again in the backward pass, whose gradients of GRADIENT_CHUNKS times
-    as many rows are there at once. So memory grows with chunk · V and not with N · V.
-    Differentiable in `hidden` and `lm_head_weight`, the entropy only with `entropy_grad=True`.
+    `chunk` rows of logits are made at a time, and again in the backward pass, so memory grows with chunk · V and not
+    with N · V. Differentiable in `hidden` and `lm_head_weight`, the entropy only with `entropy_grad=True`.
 
     >>> hidden, lm_head_weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
     >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head_weight, torch.tensor([0, 1]))
     >>> logprobs.exp(), entropies                                   # log 2 and 2 log 2 - 3/4 log 3
     (tensor([0.5000, 0.7500]), tensor([0.6931, 0.5623]))
     """
-    scored: tuple[Tensor, Tensor] = _Scored.apply(hidden, lm_head_weight, token_ids, temperature, chunk, entropy_grad)
-    return scored
-
-
-def logprobs_at(
-    hidden: Tensor, lm_head_weight: Tensor, token_ids: Tensor, temperature: float = 1.0, *, chunk: int = CHUNK
-) -> Tensor:
-    """Log-probabilities of K tokens at every position: [N, D], [V, D], [N, K] -> [N, K].
-
-    `chunk` rows of logits are held at a time, and made again in the backward pass. Differentiable in `hidden` and
-    `lm_head_weight`.
-
-    >>> hidden, lm_head_weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
-    >>> logprobs_at(hidden, lm_head_weight, torch.tensor([[0, 1], [1, 0]])).exp()
-    tensor([[0.5000, 0.5000],
-            [0.7500, 0.2500]])
-    """
-
-    def of_rows(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        logits = _scaled(F.linear(rows, weight), temperature)
-        return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
-
-    parts = zip(hidden.split(chunk), token_ids.split(chunk), strict=True)
-    return torch.cat([checkpoint(of_rows, rows, lm_head_weight, ids, use_reentrant=False) for rows, ids in parts])
-
-
-@torch.no_grad()
-def top_logprobs(
-    hidden: Tensor, lm_head_weight: Tensor, k: int, temperature: float = 1.0, *, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of every position and their log-probabilities, without gradients: [N, D], [V, D] ->
-    [N, k] of both. A k above V is V.
-
-    >>> top_logprobs(torch.tensor([[1.0]]), torch.tensor([[0.0], [1.0986123]]), k=1)     # 3/4: -0.2877
-    (tensor([[1]]), tensor([[-0.2877]]))
-    """
-    ids, logprobs = [], []
-    for rows in hidden.split(chunk):
-        logits = _scaled(F.linear(rows, lm_head_weight), temperature)
-        top = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        ids.append(top.indices)
-        logprobs.append(top.values - logits.logsumexp(-1, keepdim=True))
-    return torch.cat(ids), torch.cat(logprobs)
+    return _Scored.apply(hidden, lm_head_weight, token_ids, temperature, chunk, entropy_grad)
 
 
 class _Scored(torch.autograd.Function):
-    """With log p = x - log Z: ∂ log p_i / ∂x_j = 1[i = j] - p_j and ∂H / ∂x_j = -p_j (log p_j + H)."""
+    """Scores chunk by chunk. With log p = x - log Z: ∂ log p_i / ∂x_j = 1[i = j] - p_j and ∂H / ∂x_j = -p_j (log p_j +
+    H)."""
 
     @staticmethod
     def forward(
@@ -134,7 +85,7 @@ class _Scored(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs, totals, entropies = [], [], []
         for rows, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True):
-            logits = _scaled(F.linear(rows, weight), temperature)
+            logits = scaled(F.linear(rows, weight), temperature)
             totals.append(logits.logsumexp(-1))
             log_p = logits.sub_(totals[-1][:, None])
             logprobs.append(log_p.gather(-1, ids[:, None])[:, 0])
@@ -161,19 +112,15 @@ class _Scored(torch.autograd.Function):
             of_logits = hidden.new_empty(len(hidden[together]), len(weight))
             for part, start in zip(of_logits.split(ctx.chunk), range(first, len(hidden), ctx.chunk), strict=False):
                 at = slice(start, start + len(part))
-                x = _scaled(F.linear(hidden[at], weight), ctx.temperature).sub_(totals[at, None])
-                given = of_logprob[at, None]
+                x = scaled(F.linear(hidden[at], weight), ctx.temperature).sub_(totals[at, None])
+                upstream = of_logprob[at, None]
                 if gradients[1] is None:
-                    x = x.exp_().mul_(-given)
+                    x = x.exp_().mul_(-upstream)
                 else:
-                    x = (
-                        x.exp()
-                        .mul_(
-                            x.clamp_(min=LEAST_LOGPROB).add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(given)
-                        )
-                        .neg_()
-                    )
-                part.copy_(x.scatter_add_(1, token_ids[at, None], given).div_(ctx.temperature))
+                    p = x.exp()
+                    x.clamp_(min=LEAST_LOGPROB).add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(upstream)
+                    x = p.mul_(x).neg_()
+                part.copy_(x.scatter_add_(1, token_ids[at, None], upstream).div_(ctx.temperature))
             grad_hidden[together] = of_logits @ weight
             if grad_weight is not None and grad_weight.dtype == weight.dtype:
                 grad_weight.addmm_(of_logits.T, hidden[together])
@@ -183,21 +130,9 @@ class _Scored(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _rows(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits.reshape(-1, logits.shape[-1]).split(CHUNK)
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits of the temperature-scaled distribution, in fp32 or above. Raises ValueError for a temperature of 0."""
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be positive; greedy decoding has no log-probabilities")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1 else logits / temperature
-
-
-def _gather(logits: Tensor, token_ids: Tensor) -> Tensor:
-    return logits.gather(-1, token_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    products = logits.softmax(-1) * logits.masked_fill(logits.isneginf(), 0.0)  # p is 0 there
-    return logits.logsumexp(-1) - products.sum(-1)  # H = log Z - Σ p·x

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,21 +53,21 @@ def inject(
     available = target_names(trunk) | ({HEAD} if head is not None else set())
     defaults = [target for target in DEFAULT_TARGETS if target in available]
     defaults = defaults or sorted(target_names(trunk.get_decoder()))  # GPT-NeoX and others have other names
-    wanted = defaults if targets is None else list(targets)
-    if not wanted:  # GPT-2, whose layers are convolutions in name
+    names = defaults if targets is None else list(targets)
+    if not names:  # GPT-2, whose layers are convolutions in name
         raise ValueError("lora.rank: this policy has no linear layer that an adapter could be added to; leave lora out")
-    for target in wanted:
+    for target in names:
         if target not in available:
             near = difflib.get_close_matches(target, available, n=3) or sorted(available)
             near = ["router", *near] if target == "gate" and "router" in available else near
             raise ValueError(f"lora.targets: {target!r} matches no module of this policy; it has {', '.join(near)}")
-    if "lm_head" in wanted and getattr(trunk.config, "tie_word_embeddings", False):
+    if "lm_head" in names and getattr(trunk.config, "tie_word_embeddings", False):
         raise ValueError("lora.targets: 'lm_head' is also the embedding of this policy, which has no adapter; drop it")
-    if set(wanted) == {HEAD}:
+    if set(names) == {HEAD}:
         raise ValueError("lora.targets: 'mtp' alone leaves the trunk nothing to learn with; name targets of it as well")
-    _adapt(trunk, rank, alpha, [target for target in wanted if target != HEAD])
-    if head is not None and HEAD in wanted:
-        _adapt(head, rank, alpha, [target for target in target_names(head) if target != "router" or target in wanted])
+    _adapt(trunk, rank, alpha, [target for target in names if target != HEAD])
+    if head is not None and HEAD in names:
+        _adapt(head, rank, alpha, [target for target in target_names(head) if target != "router" or target in names])
 
 
 def target_names(model: nn.Module) -> set[str]:
@@ -180,18 +180,16 @@ def effective_weight(module: nn.Module) -> Tensor:
     return base if module.disable_adapters else base + module.get_delta_weight(ADAPTER)
 
 
-class adapter_off:
-    """Context in which the model computes with its base weights alone: the reference policy of a LoRA run."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = [layer for _, layer in adapters(model)]
-
-    def __enter__(self) -> None:
-        for layer in self.layers:
-            layer.enable_adapters(False)
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Lets the model compute with its base weights alone: the reference policy of a LoRA run."""
+    layers = [layer for _, layer in adapters(model)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
             layer.enable_adapters(True)
 
 
@@ -236,11 +234,11 @@ def unmerged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Adapt
         return name.replace(".base_layer", "")
 
     names = {id(parameter): plain(name) for name, parameter in model.named_parameters()}
-    found = {}
+    by_name = {}
     for _, layer in adapters(model):
         of_parameter = isinstance(layer, ParamWrapper)
         base = getattr(layer.get_base_layer(), layer.parameter_name if of_parameter else "weight")
-        found[names[id(base)]] = Adapter(
+        by_name[names[id(base)]] = Adapter(
             layer.lora_A[ADAPTER].weight.detach(),
             layer.lora_B[ADAPTER].weight.detach(),
             layer.scaling[ADAPTER],
@@ -248,7 +246,7 @@ def unmerged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Adapt
             of_parameter and not layer._did_swap_in_out_features,
         )
     state = four_bit.state_of(model)
-    return {plain(name): tensor for name, tensor in state.items() if ".lora_" not in name}, found
+    return {plain(name): tensor for name, tensor in state.items() if ".lora_" not in name}, by_name
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
@@ -256,7 +254,5 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
     peft's merge and unmerge in place drift by rounding; here the base is only read.
     """
-    state, found = unmerged_state(model)
-    return {
-        name: found[name].merge(tensor) if name in found else plain_weight(tensor) for name, tensor in state.items()
-    }
+    state, by_name = unmerged_state(model)
+    return {name: by_name[name].merge(t) if name in by_name else plain_weight(t) for name, t in state.items()}

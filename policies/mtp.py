@@ -34,21 +34,15 @@ Divergence = Literal["kl", "tv"]
 DEPTH_DECAY = 0.6  # weight of depth d in the draft loss ∝ 0.6^(d-1) (FastMTP)
 
 
-def block_config(config: DeepseekV3Config) -> DeepseekV3Config:
-    """The configuration of the head's block: MoE like the trunk's last layers, or dense if the trunk has no experts."""
-    dense = config.first_k_dense_replace >= config.num_hidden_layers
-    block = copy.deepcopy(config)
-    block.first_k_dense_replace = 1 if dense else 0
-    return block
-
-
 class MTPHead(nn.Module):
-    """Norms, projection and one decoder layer. Embedding, rotary module and LM head are the trunk's."""
+    """The draft head: norms, a projection and one decoder layer, which is MoE like the trunk's last layers, or dense if
+    the trunk has no experts. Embedding, rotary module and LM head are the trunk's."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.config = block_config(config)
+        self.config = copy.deepcopy(config)
+        self.config.first_k_dense_replace = int(config.first_k_dense_replace >= config.num_hidden_layers)
         self.enorm = DeepseekV3RMSNorm(hidden, eps=eps)
         self.hnorm = DeepseekV3RMSNorm(hidden, eps=eps)
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
@@ -58,7 +52,7 @@ class MTPHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Linear and expert weights ~ N(0, initializer_range), norms 1, biases 0."""
+        """Draw linear and expert weights from N(0, initializer_range) and set biases to 0; norms are 1 already."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, self.config.initializer_range)
@@ -66,15 +60,12 @@ class MTPHead(nn.Module):
                 parameter.zero_()
 
     def cast(self, dtype: torch.dtype) -> MTPHead:
-        """Cast in place, as transformers casts a trunk: the router's weight and bias stay in float32."""
-        router = {name: tensor for name, tensor in self.state_dict().items() if ".gate." in name}
-        self.to(dtype)
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            if name in router:
-                tensor.data = router[name]
+        """Cast in place, see `cast_in_place`."""
+        cast_in_place(self, dtype)
         return self
 
     def enter(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        """The block's input of entries, from the embeddings of their tokens and the hidden states before them."""
         return self.eh_proj(torch.cat([self.enorm(embeddings), self.hnorm(hidden)], dim=-1))
 
     def unroll(
@@ -137,11 +128,7 @@ class MTPHead(nn.Module):
         return torch.cat([unrotated, rotary], dim=-1), key, value
 
     def _attend(
-        self,
-        query_BHQK: Tensor,
-        base: tuple[Tensor, Tensor],
-        chain: list[tuple[Tensor, Tensor]],
-        packing: Packing,
+        self, query_BHQK: Tensor, base: tuple[Tensor, Tensor], chain: list[tuple[Tensor, Tensor]], packing: Packing
     ) -> Tensor:
         """One softmax over the entries at depth 1 and the chain's own: each part is weighed by its denominator."""
         attention = self.block.self_attn
@@ -155,6 +142,18 @@ class MTPHead(nn.Module):
         return attention.o_proj(out.flatten(2))
 
 
+def cast_in_place(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a module as transformers casts what it loads: routers and rotary frequencies stay in float32."""
+
+    def tensors() -> list[tuple[str, Tensor]]:
+        return [*module.named_parameters(), *module.named_buffers()]
+
+    exact = {name: tensor.data for name, tensor in tensors() if ".gate." in name or "inv_freq" in name}
+    module.to(dtype)
+    for name, tensor in tensors():
+        tensor.data = exact.get(name, tensor.data)
+
+
 def draft_loss(
     outputs: Sequence[Tensor],
     teacher_hidden_BTD: Tensor,
@@ -166,7 +165,7 @@ def draft_loss(
     draft_ids: Tensor | None = None,
     divergence: Divergence = "kl",
 ) -> Tensor:
-    """The distance of each depth's drafts from the trunk at the rollout temperature, weighted 0.6^(d−1).
+    """Measures how far each depth's drafts are from the trunk at the rollout temperature, weighted 0.6^(d−1).
 
     `outputs[d-1][n]` drafts token n + d. Its teacher is the trunk's distribution of that token, from the hidden state
     that precedes it, `teacher_hidden_BTD[n + d]`. `segment_BT` numbers the completions of a row from 1, or the turns of
@@ -189,7 +188,9 @@ def draft_loss(
     weights = [weight / sum(weights) for weight in weights]
     teacher_ND = teacher_hidden_BTD.detach().flatten(0, 1)
     rows = [output.flatten(0, 1) for output in outputs]
-    return _Divergences.apply(teacher_ND, head, targets, alive_DN, weights, temperature, divergence, chunk, *rows)
+    drafts = zip(targets.split(chunk), alive_DN.split(chunk, dim=1), strict=True)
+    measure = _forward_kl if divergence == "kl" else _total_variation
+    return _Divergences.apply(teacher_ND, head, list(drafts), weights, temperature, measure, *rows)
 
 
 class _Divergences(torch.autograd.Function):
@@ -200,23 +201,20 @@ class _Divergences(torch.autograd.Function):
         ctx: Any,
         teacher_ND: Tensor,
         head_VD: Tensor,
-        targets_M: Tensor,
-        alive_DM: Tensor,
+        drafts: Sequence[tuple[Tensor, Tensor]],
         weights: Sequence[float],
         temperature: float,
-        divergence: Divergence,
-        chunk: int,
+        measure: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         *outputs_ND: Tensor,
     ) -> Tensor:
+        """Sums over `drafts`, which are chunks of C targets [C], and which depths [D, C] draft them."""
         total = torch.zeros((), dtype=torch.float32, device=teacher_ND.device)
         gradients = [torch.zeros_like(output) for output in outputs_ND]
-        measure = _forward_kl if divergence == "kl" else _total_variation
-        for at, alive_DC in zip(targets_M.split(chunk), alive_DM.split(chunk, dim=1), strict=True):
+        for at, alive_DC in drafts:
             log_p = F.log_softmax(F.linear(teacher_ND[at], head_VD).float() / temperature, dim=-1)
             p = log_p.exp()
-            for d, (output, gradient, weight, alive) in enumerate(
-                zip(outputs_ND, gradients, weights, alive_DC, strict=True), start=1
-            ):
+            of_depths = zip(outputs_ND, gradients, weights, alive_DC, strict=True)
+            for d, (output, gradient, weight, alive) in enumerate(of_depths, start=1):
                 entries = (at - d).clamp(min=0)  # of dead ones any entry will do: they are masked
                 log_q = F.log_softmax(F.linear(output[entries], head_VD).float() / temperature, dim=-1)
                 values, slopes = measure(p, log_p, log_q)
@@ -229,17 +227,17 @@ class _Divergences(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*[None] * 8, *[gradient * upstream for gradient in ctx.saved_tensors])
+        return (*[None] * 6, *[gradient * upstream for gradient in ctx.saved_tensors])
 
 
 def _forward_kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ p log(p/q) of each row, and its gradient in q's logits: q − p."""
+    """Computes Σ p log(p/q) of each row, and its gradient in q's logits: q − p."""
     values = torch.einsum("nv,nv->n", p, (log_p - log_q).masked_fill_(p == 0, 0.0))  # neither may have a token: -∞ + ∞
     return values, log_q.exp_().sub_(p)
 
 
 def _total_variation(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """1 − Σ min(p, q) of each row, and its gradient in q's logits: q (Q − [q < p]), Q the mass of q where q < p."""
+    """Computes 1 − Σ min(p, q) of each row, and its gradient in q's logits: q (Q − [q < p]), Q the mass where q < p."""
     q = log_q.exp_()
     below = (q < p).to(q.dtype)
     mass = torch.einsum("nv,nv->n", q, below)

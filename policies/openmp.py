@@ -19,12 +19,12 @@ CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
 def waiting_variables() -> dict[str, str]:
-    """For the environment of a process that will load torch. Empty if the user has chosen how threads wait."""
+    """Variables for a process that will load torch. There are none if the user has chosen how threads wait."""
     return {} if any(name in os.environ for name in CHOICES) else dict(WAITING)
 
 
 def wait_briefly() -> None:
-    """For this process and those that it starts. Nothing is changed if torch is loaded already, since the runtime has
-    read its variables then."""
+    """Sets them for this process and those that it starts. Nothing is changed if torch is loaded already, since the
+    runtime has read its variables then."""
     if "torch" not in sys.modules:
         os.environ |= waiting_variables()

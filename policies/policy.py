@@ -1,4 +1,4 @@
-"""The policy: a causal language model, its tokenizer, and optionally an MTP head."""
+"""The policy: a causal language model, its tokenizer, and optionally a draft head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from policies import checkpoint, lora, sharding
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.layout import FIXED_FIELDS, PolicyError
-from policies.mtp import MTPHead
+from policies.mtp import MTPHead, cast_in_place
 from policies.publication import Publication
 from policies.routing.heads import with_dynamic_heads
 
@@ -35,12 +35,13 @@ __all__ = ["Policy", "PolicyError", "digest", "read_config", "read_tokenizer"]
 
 
 class Policy(nn.Module):
-    """`trunk` is transformers' own model; `mtp` drafts. Token ids, hidden states and logits are [B, T, ·]."""
+    """What learns, samples and is saved. `trunk` is transformers' own model, and `mtp` drafts. Token ids, hidden states
+    and logits are [B, T, ·]."""
 
     def __init__(self, trunk: PreTrainedModel, mtp: MTPHead | None, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.trunk, self.mtp, self.tokenizer = trunk, mtp, tokenizer
-        # The tokens that the head may draft [K], ascending; None: all. It is a buffer only to follow the device.
+        # The tokens that the draft head may draft [K], ascending; None: all. It is a buffer only to follow the device.
         self.draft_ids: Tensor | None
         self.register_buffer("draft_ids", None, persistent=False)
         # A checkpoint's MTP layers after the first, by their names there. They are kept and saved as they are.
@@ -52,10 +53,10 @@ class Policy(nn.Module):
         self.attend_to_prompts()
 
     def attend_to_prompts(self, how: str | None = None) -> None:
-        """What the tokens of a prompt see of it: `causal` or `bidirectional`; None: as the configuration says, in which
-        it is kept. Raises PolicyError for anything else, and for a model of another kind that would be bidirectional.
-        """
-        how = how or getattr(self.config, PROMPT_ATTENTION, "causal")
+        """Set what the tokens of a prompt see of it, `causal` or `bidirectional`, in the configuration; None leaves it.
+        Raises PolicyError for anything else, and for a model of another kind that would be bidirectional."""
+        before = getattr(self.config, PROMPT_ATTENTION, "causal")
+        how = how or before
         if how not in ("causal", "bidirectional"):
             raise PolicyError(f"config.json: {PROMPT_ATTENTION}={how!r}: use causal or bidirectional")
         if how == "bidirectional" and self.backend != "native":
@@ -63,12 +64,12 @@ class Policy(nn.Module):
                 f"policy.{PROMPT_ATTENTION}=bidirectional: a model of type {self.config.model_type!r} masks its "
                 "prompts by itself; use a DeepSeek-V3 policy (quartet convert), or causal"
             )
-        if how != getattr(self.config, PROMPT_ATTENTION, "causal"):
+        if how != before:
             self.config.update({PROMPT_ATTENTION: how})
 
     def choose_heads(self, active: float, shared: int, seed: int = 0) -> None:
-        """Give every layer a router that chooses the share `active` of the heads for each token, where it has none yet:
-        see heads.py. Raises PolicyError for numbers that do not fit, and for weights that are sharded or in 4 bits."""
+        """Give every layer a router that chooses the share `active` of its attention heads for each token, where it has
+        none yet. See `with_dynamic_heads`, also for what is refused."""
         self.trunk = with_dynamic_heads(self.trunk, active, shared, seed)
 
     @property
@@ -81,13 +82,13 @@ class Policy(nn.Module):
 
     @property
     def lm_head(self) -> Tensor:
-        """[V, D], whole where it is sharded."""
+        """The weight of the LM head [V, D], whole where it is sharded."""
         tied = getattr(self.config, "tie_word_embeddings", False)  # inkling has no such field
         return lora.effective_weight(self.trunk.get_input_embeddings() if tied else self.trunk.get_output_embeddings())
 
     @property
     def backend(self) -> Literal["native", "transformers"]:
-        """What decodes it: absorbed MLA with drafts (DeepSeek-V3), or the model's own forward without drafts."""
+        """Says what decodes it: absorbed MLA with drafts (DeepSeek-V3), or the model's own forward without drafts."""
         return "native" if isinstance(self.trunk, DeepseekV3ForCausalLM) else "transformers"
 
     @property
@@ -139,7 +140,7 @@ class Policy(nn.Module):
         depth: int,
         first: int = 0,
     ) -> list[Tensor]:
-        """The head's outputs at depths 1 … depth, see `MTPHead.unroll`. The trunk gets no gradient (contract 7)."""
+        """The draft head's outputs, see `MTPHead.unroll`. The trunk gets no gradient (contract 7)."""
         assert self.mtp is not None
         model = self.trunk.get_decoder()
         with torch.no_grad():
@@ -154,26 +155,18 @@ class Policy(nn.Module):
         )
 
     def cast(self, dtype: torch.dtype) -> Policy:
-        """Cast in place, as transformers casts what it loads: routers and rotary frequencies stay in float32."""
-        exact = {name: tensor.data for name, tensor in self._named_tensors() if ".gate." in name or "inv_freq" in name}
-        self.to(dtype)
-        for name, tensor in self._named_tensors():
-            tensor.data = exact.get(name, tensor.data)
+        """Cast in place, see `cast_in_place`."""
+        cast_in_place(self, dtype)
         return self
 
-    def _named_tensors(self) -> list[tuple[str, Tensor]]:
-        """Parameters and buffers, including those that no checkpoint holds."""
-        return [*self.named_parameters(), *self.named_buffers()]
-
     def sharing(self, *, head: bool) -> Policy:
-        """A copy of a policy without adapters, which has the same trunk's weights in memory, so nothing may move them,
-        and with `head` the draft head's too. Biases of routers are its own. A sharded policy cannot be copied."""
-        weights = self.parameters() if head else self.trunk.parameters()
-        same: dict[int, Any] = {id(weight): weight for weight in weights}
-        return copy.deepcopy(self, same | {id(self.tokenizer): self.tokenizer})
+        """A copy of a policy without adapters that shares the trunk's weights in memory, so nothing may move them, and
+        with `head` the draft head's too. Biases of routers are its own. A sharded policy cannot be copied."""
+        shared: dict[int, Any] = {id(weight): weight for weight in (self if head else self.trunk).parameters()}
+        return copy.deepcopy(self, shared | {id(self.tokenizer): self.tokenizer})
 
     def add_lora(self, rank: int, alpha: float, targets: list[str] | None = None) -> None:
-        """Freeze the trunk and add adapters to it. The MTP head stays fully trainable unless `targets` hold "mtp"."""
+        """Freeze the trunk and add adapters to it. The draft head stays fully trainable unless `targets` hold "mtp"."""
         lora.inject(self.trunk, rank, alpha, targets, self.mtp)
 
     def weights(self) -> dict[str, Tensor]:
@@ -182,14 +175,14 @@ class Policy(nn.Module):
         return dict(self.publication())
 
     def publication(self) -> Publication:
-        """The same, with each adapter apart from its weight until that is read."""
+        """The tensors of `weights`, with each adapter apart from its weight until that is read."""
         tensors: dict[str, Tensor] = {}
         adapters: dict[str, lora.Adapter] = {}
         for part, model in (("trunk", self.trunk), ("mtp", self.mtp)):
             if model is not None:
-                state, found = lora.unmerged_state(model)
+                state, of_part = lora.unmerged_state(model)
                 tensors |= {f"{part}.{name}": tensor for name, tensor in state.items()}
-                adapters |= {f"{part}.{name}": adapter for name, adapter in found.items()}
+                adapters |= {f"{part}.{name}": adapter for name, adapter in of_part.items()}
         if self.draft_ids is not None:
             tensors["draft_ids"] = self.draft_ids
         named = self.named_parameters(remove_duplicate=False) if adapters else ()
@@ -198,29 +191,26 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy published tensors into this policy without adapters: all of its tensors in their shapes, or none.
-
-        Its own tensors stay as they are.
-        """
-        own = self.state_dict(keep_vars=True)
+        """Copy published tensors into this policy without adapters: all of its tensors in their shapes, or none."""
+        state = self.state_dict(keep_vars=True)
         weights = dict(weights)
         draft_ids = weights.pop("draft_ids", None)  # it may be absent, or of another length than our own
-        if unknown := [name for name in weights if name not in own]:
+        if unknown := [name for name in weights if name not in state]:
             raise PolicyError(f"the publication has tensors that this policy lacks: {unknown[:5]}")
-        if missing := [name for name in own if name not in weights]:
+        if missing := [name for name in state if name not in weights]:
             raise PolicyError(f"the publication lacks tensors of this policy: {missing[:5]}")
         for name, tensor in weights.items():
-            if tensor.shape != own[name].shape:
-                raise PolicyError(f"published {name} is {list(tensor.shape)}, here it is {list(own[name].shape)}")
+            if tensor.shape != state[name].shape:
+                raise PolicyError(f"published {name} is {list(tensor.shape)}, here it is {list(state[name].shape)}")
         for name, tensor in weights.items():
-            if tensor.data_ptr() != own[name].data_ptr():
-                own[name].copy_(sharding.whole(tensor))
+            if tensor.data_ptr() != state[name].data_ptr():  # it may be this policy's own
+                state[name].copy_(sharding.whole(tensor))
         self.draft_ids = None if draft_ids is None else draft_ids.to(self.device, copy=True)
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint with adapters merged, all of it or nothing. Raises PolicyError if the disk refuses."""
-        parts = self.trunk, self.mtp, self.tokenizer, self.draft_ids, self.further_mtp
-        checkpoint.save(Path(folder), Checkpoint(*parts))
+        stored = Checkpoint(self.trunk, self.mtp, self.tokenizer, self.draft_ids, self.further_mtp)
+        checkpoint.save(Path(folder), stored)
 
     def merged(self) -> Policy:
         """A copy on the same device, in the same precision, with its adapters merged."""
@@ -280,9 +270,9 @@ class Policy(nn.Module):
 
 def digest(weights: Mapping[str, Tensor]) -> str:
     """A fingerprint of names, shapes and bits, the same in every process (contract 5)."""
-    whole = hashlib.blake2b(digest_size=16)
+    fingerprint = hashlib.blake2b(digest_size=16)
     for name in sorted(weights):
         tensor = sharding.whole(weights[name].detach()).cpu().contiguous()
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
+        fingerprint.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        fingerprint.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return fingerprint.hexdigest()

@@ -59,9 +59,9 @@ def small_tokenizer(corpus: Iterable[str], vocab_size: int = VOCABULARY) -> PreT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
 
 
-def build(preset: str, corpus: Iterable[str], seed: int = 0, vocab_size: int = VOCABULARY) -> Policy:
+def build(preset: str, corpus: Iterable[str], seed: int = 0) -> Policy:
     """A fresh policy. The tokenizer learns from `corpus`, text of the kind it will read; `seed` fixes the weights."""
-    tokenizer = small_tokenizer(corpus, vocab_size)
+    tokenizer = small_tokenizer(corpus)
     config = DeepseekV3Config(
         vocab_size=len(tokenizer),
         bos_token_id=None,

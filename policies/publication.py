@@ -16,8 +16,8 @@ from policies.lora import Adapter
 
 
 class Publication(Mapping[str, Tensor]):
-    """The tensors by name. One with an adapter is merged, W + ΔW, whenever it is read, one in 4 bits gets its numbers
-    then, and nothing else is copied.
+    """The published tensors by name. One with an adapter is merged, W + ΔW, whenever it is read, one in 4 bits gets its
+    numbers then, and nothing else is copied.
 
     `tensors` are those without their adapters, and `adapters` those of some of them. `fixed` names the ones that
     stay as they are while the adapters learn; without adapters there are none.
@@ -30,25 +30,23 @@ class Publication(Mapping[str, Tensor]):
         fixed: frozenset[str] = frozenset(),
     ) -> None:
         self.tensors, self.adapters, self.fixed = dict(tensors), dict(adapters or {}), fixed
-        local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in self.tensors.items() if n in fixed}
         # Where the fixed tensors are, and how often they have been written to. Of those under adapters nobody knows:
         # peft replaces routed experts in every forward, and torch counts it as a write.
-        self.marks = {
-            name: (tensor.data_ptr(), 0 if name in self.adapters else tensor._version) for name, tensor in local.items()
-        }
+        self.marks = {}
+        for name in fixed & self.tensors.keys():
+            tensor = self.tensors[name]
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            self.marks[name] = local.data_ptr(), 0 if name in self.adapters else local._version
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> Publication:
-        """Of tensors that nobody knows more about."""
+        """The publication of tensors that nobody knows more about."""
         return weights if isinstance(weights, Publication) else cls(weights)
 
-    def kept(self) -> Publication:
-        """The same with copies of what a learner changes."""
+    def copy(self) -> Publication:
+        """A publication with copies of what a learner changes."""
         tensors = {name: t if name in self.fixed else t.detach().clone() for name, t in self.tensors.items()}
-        adapters = {
-            name: replace(adapter, a=adapter.a.detach().clone(), b=adapter.b.detach().clone())
-            for name, adapter in self.adapters.items()
-        }
+        adapters = {n: replace(x, a=x.a.detach().clone(), b=x.b.detach().clone()) for n, x in self.adapters.items()}
         return Publication(tensors, adapters, self.fixed)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -10,7 +10,9 @@ A sharded weight is a DTensor. Everything outside the model's own forward reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -28,6 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from policies.layout import PolicyError
 
 T = TypeVar("T")
+AT_ONCE = 5e9  # bytes of whole layers that are gathered for one file
 EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # names of their number
 
 
@@ -53,7 +56,7 @@ class Split:
 
     @classmethod
     def of(cls, weight: Tensor) -> Split | None:
-        """None where neither splits it."""
+        """How a weight is split; None where neither splits it."""
         if isinstance(weight, DTensor):
             for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
                 if name in ("tp", "ep") and (mesh := weight.device_mesh[name]).size() > 1:
@@ -80,13 +83,15 @@ def routed_experts(config: PretrainedConfig) -> int:
 
 
 def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str, Any]:
-    """For `from_pretrained`: every rank reads its shards alone. Raises PolicyError where one would get no expert."""
+    """Arguments of `from_pretrained`, by which every rank reads its shards alone. Raises PolicyError where one would
+    get no expert."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    own, ranks = routed_experts(config) // layout.ep_size, layout.efsdp_size
-    if own and -(-own // ranks) * (ranks - 1) >= own:  # FSDP cuts into equal shares, and the last ones can be empty
+    experts, ranks = routed_experts(config) // layout.ep_size, layout.efsdp_size
+    # FSDP cuts into equal shares, and the last ones can be empty.
+    if experts and -(-experts // ranks) * (ranks - 1) >= experts:
         raise PolicyError(
-            f"learner.parallel: FSDP cannot spread {own} experts over {ranks} ranks, since one would get none; choose "
-            f"numbers where fsdp x tensor / expert divides {routed_experts(config)} / expert"
+            f"learner.parallel: FSDP cannot spread {experts} experts over {ranks} ranks, since one would get none; "
+            f"choose numbers where fsdp x tensor / expert divides {routed_experts(config)} / expert"
         )
     # Final norm, embedding and LM head belong to the root then, which stays gathered until the backward pass. By the
     # plan of transformers FSDP gathers the head in its forward, which we never call: logits are made in chunks.
@@ -132,6 +137,26 @@ def release(module: nn.Module) -> None:
             part.reshard()
 
 
+def gathered_parts(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The whole tensors of `state` on rank 0, some layers at a time. All ranks take part; the others get nothing."""
+    layers = defaultdict(list)
+    for name in state:
+        numbered = re.match(r".*?\.\d+\.", name)
+        layers[numbered[0] if numbered else ""].append(name)
+    part, size = {}, 0
+    for names in layers.values():
+        for name in names:
+            value = whole(state[name])
+            if leads():
+                part[name] = value.cpu() if isinstance(state[name], DTensor) else value
+            size += value.nbytes
+        if size >= AT_ONCE:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
+
+
 def place() -> tuple[int, int]:
     """The rank of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -142,9 +167,9 @@ def leads() -> bool:
     return place()[0] == 0
 
 
-def everyone(own: T) -> list[T]:
+def everyone(value: T) -> list[T]:
     """What every process gives, on all of them."""
-    entries: list[Any] = [own] * place()[1]
+    entries: list[Any] = [value] * place()[1]
     if dist.is_initialized():
-        dist.all_gather_object(entries, own)
+        dist.all_gather_object(entries, value)
     return entries

@@ -40,13 +40,13 @@ def write(tensors: Tensors, folder: Path) -> list[Path]:
     written, refused = [], None
     for part, mapping in tensors.items():
         writers = sorted({owner[part, name] for name in mapping}) or [0]
-        own = {name: tensor for name, tensor in mapping.items() if owner[part, name] == rank}
-        values = _gathered(mapping, own)
+        mine = {name: tensor for name, tensor in mapping.items() if owner[part, name] == rank}
+        values = _gathered(mapping, mine)
         if rank in writers:
             number = f"-{writers.index(rank) + 1:05d}-of-{len(writers):05d}" if len(writers) > 1 else ""
             path = folder / f"{part}{number}.safetensors"
             try:
-                save_file(own, values, path)
+                save_file(mine, values, path)
                 written.append(path)
             except OSError as error:
                 refused = refused or OSError(error.errno, error.strerror, str(path))  # a write names no file
@@ -60,11 +60,11 @@ def write(tensors: Tensors, folder: Path) -> list[Path]:
 def owners(tensors: Tensors, ranks: int) -> dict[tuple[str, str], int]:
     """Which process writes which tensor: from the largest on, the one that has the fewest bytes so far."""
     sizes = {(part, name): _bytes(tensor) for part, mapping in tensors.items() for name, tensor in mapping.items()}
-    loads, found = [0] * ranks, {}
+    loads, owner = [0] * ranks, {}
     for key in sorted(sizes, key=lambda key: -sizes[key]):
-        found[key] = rank = loads.index(min(loads))
+        owner[key] = rank = loads.index(min(loads))
         loads[rank] += sizes[key]
-    return found
+    return owner
 
 
 def save_file(shapes: Mapping[str, Tensor], values: Iterable[Tensor], path: Path) -> None:
@@ -108,11 +108,11 @@ class _Stored(Mapping[str, Tensor]):
         return len(self._file_of)
 
 
-def _gathered(mapping: Mapping[str, Tensor], own: Collection[str]) -> Iterator[Tensor]:
-    """The tensors of `own`, whole. All others are gathered in between, for the processes that write them."""
+def _gathered(mapping: Mapping[str, Tensor], mine: Collection[str]) -> Iterator[Tensor]:
+    """The tensors of `mine`, whole. All others are gathered in between, for the processes that write them."""
     for name, tensor in mapping.items():
         value = whole(tensor.detach())
-        if name in own:
+        if name in mine:
             yield value
 
 

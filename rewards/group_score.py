@@ -75,7 +75,7 @@ class RewardFailure:
 
 
 class RewardFailed(RewardError):
-    """The failure at which `on_error: abort` ended; `failure` names function, prompt and sample."""
+    """Scoring ended at a failure, as `on_error: abort` says; `failure` names function, prompt and sample."""
 
     def __init__(self, message: str, failure: RewardFailure):
         super().__init__(message)
@@ -136,17 +136,13 @@ class GroupTally:
             for error in errors:
                 self.parts[error.function][error.sample_index] = policy.substitute
         dropped = bool(errors) and policy.action == "drop_group"
-        if dropped:
-            left_out = set(range(self.size))
-        rewards = [None if sample in left_out else self._weighted_sum(sample) for sample in range(self.size)]
+        rewards: list[float | None] = []
+        for sample in range(self.size):
+            values = [(weight, self.parts[name][sample]) for name, weight in self.weights.items()]
+            terms = [weight * value for weight, value in values if value is not None]
+            rewards.append(sum(terms) if terms and not dropped and sample not in left_out else None)
         metrics = {name: mean(values) for name, values in self.metrics.items()}
         return GroupScore(rewards, self.parts, errors, self.extras, metrics, dropped)
-
-    def _weighted_sum(self, sample: int) -> float | None:
-        terms = [
-            weight * value for name, weight in self.weights.items() if (value := self.parts[name][sample]) is not None
-        ]
-        return sum(terms) if terms else None
 
 
 def _fault(value: float, weight: float) -> dict[str, str] | None:

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 Answer = TypeVar("Answer")
@@ -37,26 +38,33 @@ def bearer(token_variable: str | None) -> str:
     return os.environ[token_variable]
 
 
+@dataclass(frozen=True)
+class Tries:
+    """How long one try may take, and how many follow it: after `backoff_s`, then twice that, and so on, or after what
+    the server asks for, `longest_wait_s` at most."""
+
+    request_timeout_s: float
+    retries: int
+    backoff_s: float
+    longest_wait_s: float = 30.0
+
+
 def post(
     url: str,
     body: bytes,
     read: Callable[[bytes], Answer],
+    tries: Tries,
     *,
     token: str = "",
-    request_timeout_s: float,
-    retries: int,
-    backoff_s: float,
-    longest_wait_s: float = 30.0,
     before_try: Callable[[], None] = lambda: None,
-) -> tuple[Answer, int]:
-    """What `read` makes of the answer to the JSON `body`, and how many tries that took.
+) -> Answer:
+    """Sends the JSON `body` and returns what `read` makes of the answer.
 
-    After a refused or broken connection, a timeout, the statuses 408, 429 and 5xx, and an answer for which `read`
-    raises Unusable, the request is sent again, up to `retries` times, after `backoff_s`, then twice that, and so on, or
-    after what `Retry-After` asks for. `Idempotency-Key` is a digest of the body, so that the server can recognise a
-    repeat; after an unusable answer it is another one. `before_try` is called before each try and may raise. Raises
+    The request is sent again after a refused or broken connection, a timeout, the statuses 408, 429 and 5xx, and an
+    answer for which `read` raises Unusable. `Idempotency-Key` is a digest of the body, so that the server can recognise
+    a repeat; after an unusable answer it is another one. `before_try` is called before each try and may raise. Raises
     ValueError for an address that is none, and RuntimeError, without the token, if there is no usable answer, or if the
-    server asks to wait for more than `longest_wait_s`.
+    server asks by `Retry-After` to wait for too long.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"url={url!r}: it is reached by http:// or https://")
@@ -66,20 +74,20 @@ def post(
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url, data=body, headers=headers)
     opener = urllib.request.build_opener(_NoRedirect)
-    cause, wait_s = "", 0.0
-    for attempt in range(1, retries + 2):
+    cause = ""
+    for attempt in range(1, tries.retries + 2):
         before_try()
-        wait_s = backoff_s * 2 ** (attempt - 1)
+        wait_s = tries.backoff_s * 2 ** (attempt - 1)
         try:
-            with opener.open(request, timeout=request_timeout_s) as response:
-                return read(response.read(MOST_BYTES)), attempt
+            with opener.open(request, timeout=tries.request_timeout_s) as response:
+                return read(response.read(MOST_BYTES))
         except urllib.error.HTTPError as error:
             cause = f"HTTP {error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
             if error.code not in (408, 429) and error.code < 500:
                 break
             asked = _retry_after(error.headers.get("Retry-After"))
-            if asked is not None and asked > longest_wait_s:
-                cause += f" (it asks to wait for {asked:g} s, more than {longest_wait_s:g} s)"
+            if asked is not None and asked > tries.longest_wait_s:
+                cause += f" (it asks to wait for {asked:g} s, more than {tries.longest_wait_s:g} s)"
                 break
             wait_s = wait_s if asked is None else asked
         except Unusable as error:
@@ -87,7 +95,7 @@ def post(
             request.add_header("Idempotency-Key", f"{digest}-{attempt}")
         except (OSError, http.client.HTTPException) as error:  # OSError covers URLError and timeouts
             cause = f"{type(error).__name__}: {error}"
-        if attempt <= retries:
+        if attempt <= tries.retries:
             time.sleep(wait_s)
     message = f"{url} gave no usable answer after {attempt} tries: {cause}"
     raise RuntimeError(message.replace(token, "[key]") if token else message)

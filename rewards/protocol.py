@@ -25,7 +25,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -103,6 +103,11 @@ class Signature:
                 )
 
 
+async def awaited(result: Awaitable[Any]) -> Any:
+    """The value of what an async function has returned, in a coroutine, as event loops ask for one."""
+    return await result
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
@@ -112,9 +117,8 @@ def right_at(mark: float | None) -> Callable[[AnyReward], AnyReward]:
     """Declare what the marks of a reward mean: a completion is right from `mark` on, and wrong below it.
 
     If its first reward is declared so, an evaluation reports accuracy, pass@k and majority votes, and otherwise the
-    mean reward. None declares that marks do not mean right or wrong (a format, a length). Without a declaration, they
-    do so only if every mark that was seen is 0 or 1. The `mark` is before the reward's weight. Raises ValueError for a
-    `mark` that is not finite.
+    mean reward. None declares that marks do not mean right or wrong. Without a declaration they do so only if every
+    mark that was seen is 0 or 1. The `mark` is before the reward's weight. Raises ValueError if it is not finite.
 
     >>> @right_at(1.0)
     ... def works(completions, answer, **_):        # 1.0 for the right answer, 0.5 more for an equation
@@ -144,13 +148,13 @@ def per_completion(function: Reward) -> Reward:
     >>> exact(prompts=["1 + 1 = ", "1 + 2 = "], completions=["2", "4"], answer=["2", "3"])
     [1.0, 0.0]
     """
-    own = inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
     signature = Signature.of(function)
 
-    def rows(prompts: Sequence, completions: Sequence, given: dict, extras: dict) -> Iterator[dict[str, Any]]:
+    def rows(prompts: Sequence, completions: Sequence, rest: dict, extras: dict) -> Iterator[dict[str, Any]]:
         columns = {
             name: values
-            for name, values in (given | {"prompt": prompts, "completion": completions}).items()
+            for name, values in (rest | {"prompt": prompts, "completion": completions}).items()
             if signature.asks_for(name) or (signature.takes_rest and name not in PROVIDED)
         }
         columns.pop("log_extra", None)
@@ -161,36 +165,36 @@ def per_completion(function: Reward) -> Reward:
                 row["log_extra"] = functools.partial(_note, extras, i, len(completions))
             yield row | whole
 
-    def flush(extras: dict[str, list], given: dict) -> None:
-        if log_extra := given.get("log_extra"):
+    def flush(extras: dict[str, list], rest: dict) -> None:
+        if log_extra := rest.get("log_extra"):
             for column, values in extras.items():
                 log_extra(column, values)
 
     if inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
-        async def reward(prompts, completions, **given):
+        async def reward(prompts, completions, **rest):
             extras: dict[str, list] = {}
-            scores = [function(**row) for row in rows(prompts, completions, given, extras)]
+            scores = [function(**row) for row in rows(prompts, completions, rest, extras)]
             result = list(await asyncio.gather(*scores))
-            flush(extras, given)
+            flush(extras, rest)
             return result
     else:
 
         @functools.wraps(function)
-        def reward(prompts, completions, **given):
+        def reward(prompts, completions, **rest):
             extras: dict[str, list] = {}
-            result = [function(**row) for row in rows(prompts, completions, given, extras)]
-            flush(extras, given)
+            result = [function(**row) for row in rows(prompts, completions, rest, extras)]
+            flush(extras, rest)
             return result
 
-    kept = [
+    others = [
         parameter if parameter.kind is parameter.VAR_KEYWORD else parameter.replace(kind=parameter.KEYWORD_ONLY)
-        for name, parameter in own.items()
+        for name, parameter in parameters.items()
         if name not in ("prompt", "completion")
     ]
     lists = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("prompts", "completions")]
-    reward.__signature__ = inspect.Signature(lists + kept)  # type: ignore[attr-defined]
+    reward.__signature__ = inspect.Signature(lists + others)  # type: ignore[attr-defined]
     reward.of_one = function  # type: ignore[attr-defined]
     return reward
 
@@ -200,7 +204,7 @@ def _note(extras: dict[str, list], i: int, count: int, column: str, value: Any) 
 
 
 def bind(function: Reward, arguments: Mapping[str, Any]) -> Reward:
-    """`function` with keyword arguments fixed. A per-completion function gets them whole, not row by row."""
+    """The function with keyword arguments fixed. A per-completion function gets them whole, not row by row."""
     if not arguments:
         return function
     if hasattr(function, "of_one"):
@@ -218,8 +222,8 @@ def text_of(completion: str | Messages) -> str:
     """
     if isinstance(completion, str):
         return completion
-    said = [message for message in completion if message.get("role") == "assistant"] or completion
-    content = said[-1].get("content") if said else ""
+    messages = [message for message in completion if message.get("role") == "assistant"] or completion
+    content = messages[-1].get("content") if messages else ""
     if isinstance(content, list):  # content blocks
         return "".join(block.get("text", "") for block in content)
     return content or ""

@@ -24,15 +24,15 @@ def code_sha256(content: bytes, name: str) -> str:
     except (SyntaxError, ValueError):
         return hashlib.sha256(content).hexdigest()
     binds = [_bound(statement) for statement in statements]
-    own: set[str] = set().union(*binds)  # the file's own names, without built-in functions
-    sets = [bound | _changed(statement) & own for statement, bound in zip(statements, binds, strict=True)]
-    reached, taken = {name}, {i for i, bound in enumerate(binds) if "*" in bound}
-    while new := {i for i in range(len(statements)) if i not in taken and reached & sets[i]}:
-        taken |= new
+    defined: set[str] = set().union(*binds)  # the file's own names, without built-in functions
+    sets = [bound | _changed(statement) & defined for statement, bound in zip(statements, binds, strict=True)]
+    reached, included = {name}, {i for i, bound in enumerate(binds) if "*" in bound}
+    while new := {i for i in range(len(statements)) if i not in included and reached & sets[i]}:
+        included |= new
         reached |= set().union(*(names[i] for i in new))
-    if name not in own or reached & DYNAMIC:
+    if name not in defined or reached & DYNAMIC:
         return hashlib.sha256(content).hexdigest()
-    text = "\n".join(ast.unparse(statements[i]) for i in sorted(taken))
+    text = "\n".join(ast.unparse(statements[i]) for i in sorted(included))
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 

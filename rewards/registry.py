@@ -113,19 +113,17 @@ def load_function(function: str | Source, what: str) -> Callable[..., Any]:
 def load_class(name: str, what: str) -> type:
     """The class that `path/to/file.py:Class` or `package.module:Class` names; `what` is the option that errors name.
     Raises RewardError."""
-    place, _, attribute = name.rpartition(":")
-    if place.endswith(".py"):
-        module, where = _module_of(find_function(name, what)), place
-    else:
-        module, where = importlib.import_module(place), place
-    found = getattr(module, attribute, None)
-    if not isinstance(found, type):
-        own = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
+    where, _, attribute = name.rpartition(":")
+    is_file = where.endswith(".py")
+    module = _module_of(find_function(name, what)) if is_file else importlib.import_module(where)
+    value = getattr(module, attribute, None)
+    if not isinstance(value, type):
+        names = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
         raise RewardError(
-            f"{what} {name!r}: {where} has no class {attribute!r}{did_you_mean(attribute, own)}. It defines: "
-            f"{', '.join(own) or 'no class'}"
+            f"{what} {name!r}: {where} has no class {attribute!r}{did_you_mean(attribute, names)}. It defines: "
+            f"{', '.join(names) or 'no class'}"
         )
-    return found
+    return value
 
 
 def name_callable(reward: Reward) -> str:
@@ -136,19 +134,19 @@ def name_callable(reward: Reward) -> str:
 
 
 def _attribute_of(module: ModuleType, source: Source, what: str) -> Callable[..., Any]:
-    found = getattr(module, source.attribute, None)
-    if not callable(found) or isinstance(found, type):
-        own = [
-            name
-            for name, value in vars(module).items()
-            if callable(value) and not isinstance(value, type) and getattr(value, "__module__", "") == module.__name__
-        ]
+    def is_function(value: Any) -> bool:
+        return callable(value) and not isinstance(value, type)
+
+    function: Any = getattr(module, source.attribute, None)
+    if not is_function(function):
+        defined = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
+        names = [name for name, value in defined.items() if is_function(value)]
         fault = "is no function" if hasattr(module, source.attribute) else "is not there"
         raise RewardError(
-            f"{what} {source.function!r}: {source.attribute!r} {fault}{did_you_mean(source.attribute, own)}. "
-            f"{source.path} defines: {', '.join(own) or 'no function'}"
+            f"{what} {source.function!r}: {source.attribute!r} {fault}{did_you_mean(source.attribute, names)}. "
+            f"{source.path} defines: {', '.join(names) or 'no function'}"
         )
-    return found
+    return function
 
 
 class _ReadOnce(importlib.abc.SourceLoader):

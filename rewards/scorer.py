@@ -32,10 +32,9 @@ class Scorer:
 
     `timeout_s` limits each call, whether of a batch (at most 256 completions) or of one completion. Raises RewardError
     if a function cannot be loaded, or asks for a column that is not among `columns`. `isolated=False` calls the
-    functions in this process, without a limit, for a debugger or to compare the scores. A function that was handed over
-    from Python (`registry.name_callable`) has no file for a worker to load: then all are called here, as all are on
-    Windows, with a warning. `pass_variables` are environment variables for the workers besides the usual few
-    (`rewards.isolation.variables`).
+    functions in this process, without a limit. All are called so where one was handed over from Python, and has no file
+    for a worker to load, and on Windows, with a warning. `pass_variables` are environment variables for the workers
+    besides the usual few (`rewards.isolation.variables`).
 
     >>> with Scorer([RewardSpec("gsm8k"), RewardSpec("gsm8k_format", weight=0.5)], columns=["answer"]) as scorer:
     ...     [group] = scorer.score(["6 * 7 = "], [["#### 42", "41"]], [{"answer": "#### 42"}], prompt_ids=["a"])
@@ -70,16 +69,14 @@ class Scorer:
         isolated = isolated and not any(spec.function in CALLABLES for spec in specs)
         from rewards.isolation.pool import ISOLATES, ThisProcess, WorkerPool
 
-        if isolated and not ISOLATES:
+        self._pool: WorkerPool | ThisProcess = ThisProcess(descriptions)
+        if isolated and ISOLATES:
+            self._pool = WorkerPool(descriptions, size=workers, timeout_s=timeout_s, pass_variables=named)
+        elif isolated:
             logger.warning(
                 "on Windows rewards run in the process of the run: reward.timeout_s ends no call that hangs, and a "
                 "reward may read what the run may; Linux, macOS and WSL 2 have processes for them"
             )
-        self._pool: WorkerPool | ThisProcess = (
-            WorkerPool(descriptions, size=workers, timeout_s=timeout_s, pass_variables=named)
-            if isolated and ISOLATES
-            else ThisProcess(descriptions)
-        )
         try:
             for function, signature in zip(self._functions, self._pool.signatures(), strict=True):
                 function.signature = signature
@@ -105,31 +102,29 @@ class Scorer:
 
         A reward is the weighted sum over the functions that did not abstain, or None if all did. `completion_ids`
         [P][G][L] and `trainer_state` (JSON-able; functions get an object: `trainer_state.global_step`) are for
-        functions that ask for them. `completion_columns` [P]{name: [G]} are columns with a value for every completion,
-        such as a reward model's score; they replace a column of the same name. `messages` [P] are the chat messages of
-        the prompts, for functions with `chat`; without them the prompt is one message of the user. `turns` [P][G] are
-        the messages of completions that are episodes, for the same functions; without them a completion is one message
-        of the assistant. Raises RewardError as described for the class.
+        functions that ask for them. `completion_columns` [P]{name: [G]} have a value for every completion, and replace
+        a column of the same name. Functions with `chat` read `messages` [P] of the prompts and `turns` [P][G] of
+        episodes; without them a text is one message of the user or of the assistant. Raises RewardError as described
+        for the class.
         """
         ids = [None] * len(prompts) if completion_ids is None else completion_ids
-        own = [{}] * len(prompts) if completion_columns is None else completion_columns
+        each = [{}] * len(prompts) if completion_columns is None else completion_columns
         chats = [None] * len(prompts) if messages is None else messages
         episodes = [None] * len(prompts) if turns is None else turns
-        parts = (prompts, completions, columns, prompt_ids, ids, own, chats, episodes)
+        parts = (prompts, completions, columns, prompt_ids, ids, each, chats, episodes)
         if len(set(map(len, parts))) > 1:
             raise RewardError(
                 "prompts, completions, columns, prompt_ids, completion_ids, completion_columns, messages and turns "
-                "have the lengths "
-                f"{', '.join(str(len(part)) for part in parts)}; give one of each per group"
+                f"have the lengths {', '.join(str(len(part)) for part in parts)}; give one of each per group"
             )
         groups = []
         for prompt, texts, row, prompt_id, tokens, values, chat, episode in zip(*parts, strict=True):
-            for name, there in {"completion_ids": tokens, "turns": episode, **values}.items():
-                if there is not None and len(there) != len(texts):
-                    raise RewardError(f"prompt {prompt_id!r}: {len(there)} {name}, {len(texts)} completions")
+            for name, part in {"completion_ids": tokens, "turns": episode, **values}.items():
+                if part is not None and len(part) != len(texts):
+                    raise RewardError(f"prompt {prompt_id!r}: {len(part)} {name}, {len(texts)} completions")
             tokens = None if tokens is None else [list(sample) for sample in tokens]
-            said = None if episode is None else list(episode)
-            groups.append(Group(prompt, list(texts), row, prompt_id, tokens, values, chat, said))
+            episode = None if episode is None else list(episode)
+            groups.append(Group(prompt, list(texts), row, prompt_id, tokens, values, chat, episode))
         return self._score(groups, trainer_state, self._policy)
 
     def dry_run(
@@ -173,8 +168,8 @@ class Scorer:
     def take_lost(self) -> tuple[int, float]:
         """How many worker processes died or were late since the last call, and the seconds that it took until their
         work was done again or given up."""
-        found, self._lost, self._lost_s = (self._lost, self._lost_s), 0, 0.0
-        return found
+        lost, self._lost, self._lost_s = (self._lost, self._lost_s), 0, 0.0
+        return lost
 
     def close(self) -> None:
         """End all worker processes. The scorer cannot be used afterwards."""

@@ -38,6 +38,8 @@ class RewardSpec:
 
 @dataclass
 class Group:
+    """One prompt with its completions, and what functions may ask for beside them."""
+
     prompt: Any
     completions: list[str]
     columns: Mapping[str, Any]
@@ -48,18 +50,20 @@ class Group:
     turns: list[Messages] | None = None  # of each completion, where they are episodes
 
     def only(self, sample: int) -> Group:
+        """The group with this completion alone."""
         ids = None if self.completion_ids is None else [self.completion_ids[sample]]
-        own = {name: [values[sample]] for name, values in self.completion_columns.items()}
+        each = {name: [values[sample]] for name, values in self.completion_columns.items()}
         turns = None if self.turns is None else [self.turns[sample]]
-        return replace(
-            self, completions=[self.completions[sample]], completion_ids=ids, completion_columns=own, turns=turns
-        )
+        texts = [self.completions[sample]]
+        return replace(self, completions=texts, completion_ids=ids, completion_columns=each, turns=turns)
 
     def renamed(self, names: Mapping[str, str]) -> Group:
         """The group with the columns to which `names` maps parameters also under the parameters' names."""
-        own = {name: self.columns[column] for name, column in names.items() if column in self.columns}
+        columns = {name: self.columns[column] for name, column in names.items() if column in self.columns}
         each = {name: self.completion_columns[c] for name, c in names.items() if c in self.completion_columns}
-        return replace(self, columns={**self.columns, **own}, completion_columns={**self.completion_columns, **each})
+        return replace(
+            self, columns={**self.columns, **columns}, completion_columns={**self.completion_columns, **each}
+        )
 
 
 class RewardFunction:
@@ -71,25 +75,23 @@ class RewardFunction:
         self.signature = Signature((), (), False)  # known once a worker has loaded it
 
     def description(self) -> dict[str, Any]:
-        return asdict(self.source) | {
-            "content": self.source.content.decode("latin-1"),
-            "arguments": self.spec.arguments,
-            "chat": self.spec.chat,
-        }
+        """What a worker needs to load the function."""
+        content = self.source.content.decode("latin-1")
+        return asdict(self.source) | {"content": content, "arguments": self.spec.arguments, "chat": self.spec.chat}
 
     def check(self, columns: Sequence[str] | None) -> None:
         """Raise RewardError for mistyped names and, if the columns are known, for a parameter without a value."""
-        label, own = repr(self.spec.function), self.spec.columns
-        self.signature.check_arguments(label, own)
+        label, names = repr(self.spec.function), self.spec.columns
+        self.signature.check_arguments(label, names)
         if columns is None:
             return
-        for name, column in own.items():
+        for name, column in names.items():
             if column not in columns:
                 raise RewardError(
                     f"reward {label}: columns={{{name}: {column}}}, but there is no column {column!r}"
                     f"{did_you_mean(column, columns)}. Columns: {', '.join(sorted(columns)) or 'none'}"
                 )
-        self.signature.check(label, [*columns, *own], self.spec.arguments)
+        self.signature.check(label, [*columns, *names], self.spec.arguments)
 
     def request(self, groups: Sequence[Group], trainer_state: Mapping[str, Any] | None) -> dict[str, Any]:
         """The message for a batch. Raises RewardError if something that the function asks for is missing."""
@@ -131,8 +133,8 @@ class RewardFunction:
             )
         optional = [name for name in signature.optional if name in columns and self.source.path]
         rest = [name for name in dict.fromkeys(columns) if signature.takes_rest and not signature.asks_for(name)]
-        taken = (*PROVIDED, *self.spec.arguments)
-        return [name for name in (*signature.required, *optional, *rest) if name not in taken]
+        others = (*PROVIDED, *self.spec.arguments)
+        return [name for name in (*signature.required, *optional, *rest) if name not in others]
 
     def _value(self, group: Group, name: str) -> Any:
         if name not in group.columns:
@@ -149,6 +151,7 @@ class RewardFunction:
 
 
 def check_specs(specs: Sequence[RewardSpec], substitute: float) -> None:
+    """Raises RewardError for rewards that cannot be combined; `substitute` is the number of `on_error: score=...`."""
     if not specs:
         raise RewardError("no reward is given; name at least one, such as RewardSpec('gsm8k')")
     labels = [spec.label for spec in specs]

@@ -21,6 +21,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,7 +30,6 @@ import psutil
 import torch
 
 from policies.files import abandoned
-from rollout.deadline import within
 from rollout.faults import Faults, RolloutError
 from rollout.places import refuse_open
 
@@ -100,13 +100,24 @@ class Cluster:
         >>> cluster.ask(ray.cluster_resources)
         {"CPU": 4.0, "node:127.0.0.1": 1.0}
         """
-        try:
-            return within(ASK_S, self.check, lambda: call(*arguments))
-        except TimeoutError:
-            raise RolloutError(
-                f"Ray's gcs_server has not answered {getattr(call, '__name__', 'a question')} for {ASK_S:g} s: it "
-                "hangs, or the network to it. Start the cluster again, and go on with --resume auto"
-            ) from None
+        answer = Future[T]()
+
+        def act() -> None:
+            try:
+                answer.set_result(call(*arguments))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=act, daemon=True, name="ray call").start()
+        deadline = time.monotonic() + ASK_S
+        while not wait([answer], POLL_S).done:
+            self.check()
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    f"Ray's gcs_server has not answered {getattr(call, '__name__', 'a question')} for {ASK_S:g} s: it "
+                    "hangs, or the network to it. Start the cluster again, and go on with --resume auto"
+                )
+        return answer.result()
 
     def put(self, value: Any, faults: Faults, limit_s: float, while_waiting: Callable[[], None]) -> Any:
         """A reference to `value` in shared memory. A full one is waited for: RolloutError after `limit_s` seconds."""
@@ -146,7 +157,8 @@ class Cluster:
 
 
 def _vital_processes() -> dict[str, psutil.Process]:
-    """By name: the raylet of this process, and the gcs_server of its cluster if that runs on this machine."""
+    """The processes without which Ray ends, by name: the raylet of this process, and the gcs_server of its cluster if
+    that runs on this machine."""
     import ray
 
     node = ray._private.worker._global_node
@@ -159,18 +171,19 @@ def _vital_processes() -> dict[str, psutil.Process]:
     }
 
 
-def _lives(process: psutil.Process) -> bool:
+def _status(process: psutil.Process) -> str | None:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.status() if process.is_running() else None
     except psutil.NoSuchProcess:
-        return False
+        return None
+
+
+def _lives(process: psutil.Process) -> bool:
+    return _status(process) not in (None, psutil.STATUS_ZOMBIE)
 
 
 def _stopped(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return False
+    return _status(process) == psutil.STATUS_STOPPED
 
 
 class Seclusion:
@@ -231,28 +244,18 @@ class Seclusion:
 _seclusion: Seclusion | None = None  # of the cluster that this process has started; Ray allows one for each process
 
 
-def start_ray(cpus: int, address: str | None = None, hidden_gpus: int = 0) -> None:
-    """Start a cluster of our own on loopback, without dashboard and usage reports, or connect to an existing one by its
-    address, with the user's own settings. A cluster of our own has no use of the first `hidden_gpus` of this machine.
-    A handler of SIGTERM that the caller has stays.
-    """
-    _silence_remarks()
-    with _without_handlers():
-        _start_ray(cpus, address, hidden_gpus)
-
-
 @contextmanager
 def _without_handlers() -> Iterator[None]:
     """Inside it Ray installs none of its two handlers of SIGTERM where there is one already: the one in Python would
     come first, and at the end one in C++, unseen by Python, which leaves none when Ray is shut down."""
     import ray
 
-    own: Any = signal.getsignal(signal.SIGTERM)
-    if not callable(own):
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    if not callable(handler):
         yield
         return
     utils, constants = cast(Any, ray._private.utils), cast(Any, ray._private.ray_constants)
-    usual, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    usual, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
     off = getattr(constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", False)
     constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
     try:
@@ -261,7 +264,7 @@ def _without_handlers() -> Iterator[None]:
         utils.set_sigterm_handler = usual
         constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = off
         with suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, own)  # Ray 2.52 does not know that constant
+            signal.signal(signal.SIGTERM, handler)  # Ray 2.52 does not know that constant
 
 
 def _silence_remarks() -> None:
@@ -293,10 +296,16 @@ def stop_ray() -> None:
         _seclusion = None
 
 
-def _start_ray(cpus: int, address: str | None, hidden_gpus: int) -> None:
+@_without_handlers()
+def start_ray(cpus: int, address: str | None = None, hidden_gpus: int = 0) -> None:
+    """Start a cluster of our own on loopback, without dashboard and usage reports, or connect to an existing one by its
+    address, with the user's own settings. A cluster of our own has no use of the first `hidden_gpus` of this machine.
+    A handler of SIGTERM that the caller has stays.
+    """
     global _seclusion
     import ray
 
+    _silence_remarks()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = address or os.environ.get("RAY_ADDRESS")

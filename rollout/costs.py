@@ -9,6 +9,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
 from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
 from rollout.group import Prompt
@@ -48,8 +49,8 @@ def measure(decoder: Decoder, work: Workload, depth: int) -> CostTable:
 
 
 def _sizes(most: int) -> list[int]:
-    """1, 2, 4, 8, 16, 24, 32, 48, 64, ... and `most` itself. At 48 rows a draft costs a tenth of a round more than the
-    line from 32 to 64 says, and at 24 as much less: kernels compute rows in blocks.
+    """The numbers of rows to time: 1, 2, 4, 8, 16, 24, 32, 48, ... and `most`. At 48 rows a draft costs a tenth of a
+    round more than the line from 32 to 64 says, and at 24 as much less: kernels compute rows in blocks.
 
     >>> _sizes(100)
     [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100]
@@ -59,7 +60,7 @@ def _sizes(most: int) -> list[int]:
 
 
 def _doubling(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself.
+    """The numbers 1, 2, 4, ... and `most` itself.
 
     >>> _doubling(6)
     [1, 2, 4, 6]
@@ -68,8 +69,8 @@ def _doubling(most: int) -> list[int]:
 
 
 def _by_depth(costs: dict[Way, float], ways: list[Way]) -> list[float]:
-    """Of these ways, from no draft on; linear between the depths that were measured. More drafts never cost less: where
-    it looks so, the machine was faster for a moment.
+    """The costs of these ways by depth, from no draft on; linear between the depths that were measured. More drafts
+    never cost less: where it looks so, the machine was faster for a moment.
 
     >>> _by_depth({Way(0): 1.0, Way(1): 2.0, Way(3): 6.0, Way(4): 5.0}, [Way(0), Way(1), Way(3), Way(4)])
     [1.0, 2.0, 4.0, 6.0, 6.0]
@@ -139,6 +140,13 @@ def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
     if written > 0 and decoding.live is not None:
         for cache in (decoding.cache, decoding.drafter.cache if decoding.drafter else None):
             if cache is not None:
-                cache.lengthen(written)
+                _lengthen(getattr(cache, "latents", cache), written)
         decoding.live.count = decoding.live.count + written
     return decoding
+
+
+def _lengthen(cache: LatentCache, tokens: int) -> None:
+    """Gives every row so many more tokens, of which each vector is ones."""
+    for latents in cache.layers_RTE:
+        latents[:, int(cache.lengths_R.min()) : int(cache.lengths_R.max()) + tokens] = 1
+    cache.advance(tokens)

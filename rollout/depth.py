@@ -1,4 +1,4 @@
-"""How many tokens to draft before the next verification, 0 included: what gives the most tokens per millisecond.
+"""How many tokens to draft before the next verification, 0 included, and what drafts have gained.
 
 A draft is accepted only after every shallower one, so with conditional acceptances a_i a forward is expected to give
 1 + Σ_{d≤k} Π_{i≤d} a_i tokens (Leviathan et al. 2023, eq. 1, there with one a for all depths). Its cost comes from a
@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from policies.files.atomic import write_file
+from rollout.group import Completion
 from rollout.sampling import SamplingParams
 
 # Assumed of every depth before the first draft: ¾ are accepted, if nothing better is known.
@@ -49,7 +51,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class CostTable:
-    """`rounds[i][k]`: milliseconds of a round with `rows[i]` live rows that makes k drafts each and verifies them.
+    """What rounds cost: `rounds[i][k]` are the milliseconds of one with `rows[i]` live rows that makes k drafts each
+    and verifies them.
 
     `graphs`: the same of compiled rounds, for as many of the first `rows` as graphs decode.
     `reading`: milliseconds in which the head reads a token that it has missed; 0 where that was not measured.
@@ -154,7 +157,7 @@ class DepthController:
         self.known_speeds: dict[int, dict[int, float]] = {}  # of graphs, by rows, until something is observed
 
     def observe(self, rows: int, accepted: Sequence[int]) -> None:
-        """Of `rows` rows with drafts, `accepted[d]` accepted theirs at depth d + 1 and all before it."""
+        """Note that of `rows` rows with drafts `accepted[d]` accepted theirs at depth d + 1 and all before it."""
         self.known_speeds.clear()
         reached = rows
         for depth, count in enumerate(accepted):
@@ -163,7 +166,7 @@ class DepthController:
             reached = count
 
     def tokens(self, depth: int) -> list[float]:
-        """By the number of drafts, 0 to `depth`: the tokens that a forward is expected to give a row."""
+        """The tokens, by the number of drafts, 0 to `depth`, that a forward is expected to give a row."""
         chain, expected = 1.0, [1.0]
         for d in range(depth):
             chain *= self.accepted[d] / self.reached[d]
@@ -199,3 +202,51 @@ class DepthController:
             if depth and speed > best[1]:
                 best = depth, speed
         return best if best[0] else (0, plain)
+
+
+def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
+    """How many tokens a decoding forward of the trunk gave: 1 without drafts, 1 + Σ acceptance at depth d with them.
+
+    It is None where no completion has more than its first token. Reading a tool's tokens gives the first token of the
+    next turn, as reading the prompt gives that of the first turn.
+    """
+    tokens = forwards = 0
+    for completion in completions:
+        tokens += completion.num_sampled - completion.num_turns
+        forwards += completion.draft.target_forwards
+    return tokens / forwards if forwards else None
+
+
+def draft_gain(completions: Iterable[Completion]) -> float | None:
+    """How much faster drafts made decoding, by the table of costs and not by a clock: 1 without any. It is None where
+    there is no table.
+
+    >>> from rollout.group import DraftStats
+    >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(1, cost=8.0, plain_cost=10.0))
+    >>> draft_gain([one])
+    1.25
+    """
+    drafts = [completion.draft for completion in completions]
+    cost = sum(draft.cost for draft in drafts)
+    return sum(draft.plain_cost for draft in drafts) / cost if cost else None
+
+
+def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
+    """What share of the head's drafts was accepted at each depth, where all before them were: what the next rollouts
+    may expect. It is empty where the head has drafted nothing.
+
+    >>> from rollout.group import DraftStats
+    >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(9, drafted=[8, 4], accepted=[6, 2]))
+    >>> head_accepted([one])  # 6/8, and (2/4) / (6/8)
+    (0.75, 0.6667)
+    """
+    drafts = [completion.draft for completion in completions]
+    drafted_by_depth = map(sum, zip_longest(*(draft.drafted for draft in drafts), fillvalue=0))
+    accepted_by_depth = map(sum, zip_longest(*(draft.accepted for draft in drafts), fillvalue=0))
+    shares, before = list[float](), 1.0
+    for drafted, accepted in zip(drafted_by_depth, accepted_by_depth, strict=True):
+        if not drafted or not before:
+            break
+        shares.append(round(min(accepted / drafted / before, 1.0), 4))
+        before = accepted / drafted
+    return tuple(shares)

@@ -41,7 +41,7 @@ class Engine:
         costs: CostTable | None = None,
         copies: Copies = PLAIN,
     ) -> None:
-        """`copies`: the matrices that it decodes with may have fewer bits than those that it holds."""
+        """By `copies` the matrices that it decodes with have fewer bits than those that it holds."""
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
         self.copies, self.version = copies, 0
@@ -51,7 +51,6 @@ class Engine:
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy new weights and rebuild everything derived from them."""
-        self.derived = False
         self._release()
         self.policy.load_weights(weights)
         self._derive()
@@ -61,9 +60,9 @@ class Engine:
         """Drop what was derived from the weights, until the next publication."""
         self._release()
         del self.trunk, self.head
-        self.derived = False
 
     def _release(self) -> None:
+        self.derived = False
         for graphs in self.graphs:
             graphs.release()
 
@@ -80,6 +79,7 @@ class Engine:
 
     @property
     def decoder(self) -> Decoder:
+        """What a shard decodes with until the next publication."""
         tokenizer, context = self.policy.tokenizer, self.policy.max_length
         parts = self.trunk, self.head, self.draft_vocabulary, tokenizer, context
         graphs = self.graphs if self.copies == PLAIN else None
@@ -119,17 +119,24 @@ class Engine:
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: Callable[[int], None] | None = None
     ) -> list[RolloutGroup]:
-        """One group per prompt. `on_finished` gets the number of completions that have ended since it was last called.
+        """Samples one group per prompt. `on_finished` gets how many completions have ended since it was last called.
 
         If a prompt cannot be continued or logits are not finite, the other prompts are still sampled, and RolloutError
         is raised at the end with their `groups`.
         """
         self._check_params(params)
         episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
-        if params.draft_tokens is None and self.head is not None and prompts and not self._knows_costs(params):
+        lacks_costs = self.costs is None or (self.costs.graphs is None and params.compiled)
+        if params.draft_tokens is None and self.head is not None and prompts and lacks_costs:
             longest = max(len(prompt.token_ids) for prompt in prompts)
             self.measure_costs(Workload.of(params, len(prompts) * params.group_size, longest))
-        decoding, announced = Decoding(self.decoder, prompts, params, episodes=episodes), 0
+        if episodes is None:
+            decoding = Decoding(self.decoder, prompts, params)
+        else:
+            from rollout.episode_decoding import EpisodeDecoding
+
+            decoding = EpisodeDecoding(self.decoder, prompts, params, episodes)
+        announced = 0
         while True:
             if on_finished and decoding.ended_rows > announced:  # some end with their first token, in the prefill
                 on_finished(decoding.ended_rows - announced)
@@ -158,10 +165,3 @@ class Engine:
 
         self.costs = measure(self.decoder, replace(work, rows=min(work.rows, self.max_rows)), depth)
         return self.costs
-
-    def _knows_costs(self, params: SamplingParams) -> bool:
-        """Whether the depth controller has a table for what these parameters draft."""
-        costs = self.costs
-        if costs is None:
-            return False
-        return costs.graphs is not None or self.head is None or not Workload.of(params, 1).graphs

@@ -62,15 +62,15 @@ class Faults:
         self._lock = Lock()  # with rollout.ahead a thread samples while another asks for the metrics
 
     def published(self) -> None:
-        """From here on losses count anew, and work that was missing is given up."""
+        """Is told of a publication: losses count anew from here on, and work that was missing is given up."""
         self.since_publication = 0
         self._missing.clear()
 
     def lost(
         self, kind: Kind, what: str, reason: str, *, work: Hashable, since: float, action: str = "it is replaced"
     ) -> None:
-        """`work` had begun at `since`, of time.monotonic(), and has to be done again. Raises RolloutError where too
-        much was lost."""
+        """Is told of a loss: `work`, which had begun at `since` of time.monotonic(), is to be done again. Raises
+        RolloutError where too much was lost."""
         self.since_publication += 1
         given_up = self.since_publication > self.most
         self.on_lost(what, reason, "the run ends" if given_up else action)
@@ -95,19 +95,19 @@ class Faults:
     def metrics(self) -> dict[str, float]:
         """faults/* since the last call; empty where nothing was lost."""
         with self._lock:
-            found, self._unreported = dict(self._unreported), defaultdict(float)
-        return found
+            metrics, self._unreported = dict(self._unreported), defaultdict(float)
+        return metrics
 
 
 def why_died(error: Exception) -> tuple[Kind, str]:
     """What was lost with a Ray actor, and why, in fewer words than Ray's where these only guess."""
-    said = " ".join(str(error).split())
-    if "its node has died" in said:
-        node = re.search(r"Node Id: (\w+)", said)
+    words = " ".join(str(error).split())
+    if "its node has died" in words:
+        node = re.search(r"Node Id: (\w+)", words)
         return "node", f"its machine left the cluster{f' (node {node[1][:8]})' if node else ''}"
-    if "Worker exit type: SYSTEM_ERROR" in said and (process := re.search(r"pid: (\d+)", said)):
+    if "Worker exit type: SYSTEM_ERROR" in words and (process := re.search(r"pid: (\d+)", words)):
         return "worker", f"its process {process[1]} was killed or crashed, perhaps since memory ran out"
-    return "worker", f"it died: {said}"
+    return "worker", f"it died: {words}"
 
 
 def prompt_fault(prompt: Prompt, params: SamplingParams, vocabulary: int, limit: int) -> str | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class DraftStats:
     plain_cost: float = 0.0
 
     def __add__(self, after: DraftStats) -> DraftStats:
-        """Of two parts of a completion, one after the other.
+        """Adds the drafts of the part of a completion that comes after this one.
 
         >>> (DraftStats(2, [2], [1], depths=[0, 1, 0]) + DraftStats(1, [1, 1], [0, 0], depths=[0, 0])).drafted
         [3, 1]
@@ -83,18 +82,12 @@ class DraftStats:
         )
 
 
-def _sums(one: Iterable[int], other: Iterable[int]) -> list[int]:
-    return [x + y for x, y in zip_longest(one, other, fillvalue=0)]
-
-
 @dataclass
 class ToolStats:
     """What the tools of one episode did: `calls` that were made, `errors` that tools raised, and `bad_calls` that named
     no tool, had wrong arguments or could not be read. `reward` is what the environment's `get_reward` gave. `failure`
-    says why the environment could not go on, `{"kind": ..., "message": ...}`.
-
-    An external agent has it too: `calls` are its requests, `errors` those that got no answer, and `reward` is what it
-    returned.
+    says why the environment could not go on, `{"kind": ..., "message": ...}`. Of an external agent `calls` are its
+    requests, `errors` those that got no answer, and `reward` is what it returned.
     """
 
     calls: int = 0
@@ -115,16 +108,14 @@ class Segment:
 
 @dataclass
 class Completion:
-    """One sampled completion. `token_ids` end with the stop token when `finish_reason` is `stop`.
+    """One sampled completion. `token_ids` end with the stop token when `finish_reason` is `stop`, and with stop
+    strings, which training does not have, with the token that completed one; `text` ends before it.
 
     With tools it is an episode of several turns. `turns` are then its messages, the assistant's and the tools', and
     `sampled` [Lc] is false for tokens that a tool wrote, whose `logprobs` are 0. Both are empty without tools.
 
-    With an external agent they are the messages that it and the policy have exchanged. `segments` are then the parts of
+    With an external agent `turns` are the messages that it and the policy have exchanged, and `segments` the parts of
     `token_ids` that follow a prompt of their own; without any all of them follow the prompt of the group.
-
-    With stop strings, which training does not have, they may end with the token that completed
-    one, and `text` ends before the string.
 
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
     `routing` [Lc, routers, k], integers: the experts and dynamic heads that the trunk used when it read
@@ -174,20 +165,16 @@ class Completion:
 
     @property
     def episode(self) -> dict[str, Any]:
-        """`turns`, `sampled`, `tools` and `segments` as JSON takes them; nothing without tools."""
+        """The `turns`, `sampled`, `tools` and `segments` as JSON takes them; nothing without tools."""
         if self.tools is None:
             return {}
-        own = {"segments": [asdict(segment) for segment in self.segments]} if self.segments else {}
-        return {"turns": self.turns, "sampled": self.sampled, "tools": asdict(self.tools), **own}
+        segments = {"segments": [asdict(segment) for segment in self.segments]} if self.segments else {}
+        return {"turns": self.turns, "sampled": self.sampled, "tools": asdict(self.tools), **segments}
 
     @property
     def answer(self) -> str:
         """What a reward reads: the text, or that of the policy's last turn where there were tools."""
         return answer_of(self.text, self.turns)
-
-    @property
-    def version_of_tokens(self) -> list[int]:
-        return self.versions or [self.policy_version] * len(self.token_ids)
 
 
 def answer_of(text: str, turns: list[dict[str, Any]]) -> str:
@@ -196,54 +183,8 @@ def answer_of(text: str, turns: list[dict[str, Any]]) -> str:
     >>> answer_of("4.5>>5", [{"role": "tool", "content": "4.5"}, {"role": "assistant", "content": "5"}])
     '5'
     """
-    said = [message["content"] for message in turns if message["role"] == "assistant"]
-    return said[-1] if said else text
-
-
-def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
-    """Tokens that a decoding forward of the trunk gave: 1 without drafts, 1 + Σ acceptance at depth d with them.
-
-    It is None where no completion has more than its first token. Reading a tool's tokens gives the first token of the
-    next turn, as reading the prompt gives that of the first turn.
-    """
-    tokens = forwards = 0
-    for completion in completions:
-        tokens += completion.num_sampled - completion.num_turns
-        forwards += completion.draft.target_forwards
-    return tokens / forwards if forwards else None
-
-
-def draft_gain(completions: Iterable[Completion]) -> float | None:
-    """How much faster drafts made decoding, by the table of costs and not by a clock: 1 without any. It is None where
-    there is no table.
-
-    >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(1, cost=8.0, plain_cost=10.0))
-    >>> draft_gain([one])
-    1.25
-    """
-    drafts = [completion.draft for completion in completions]
-    cost = sum(draft.cost for draft in drafts)
-    return sum(draft.plain_cost for draft in drafts) / cost if cost else None
-
-
-def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
-    """By depth, what share of the head's drafts was accepted where all before them were: what the next rollouts may
-    expect. Empty where the head has drafted nothing.
-
-    >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(9, drafted=[8, 4], accepted=[6, 2]))
-    >>> head_accepted([one])  # 6/8, and (2/4) / (6/8)
-    (0.75, 0.6667)
-    """
-    made, taken = list[int](), list[int]()
-    for completion in completions:
-        made, taken = _sums(made, completion.draft.drafted), _sums(taken, completion.draft.accepted)
-    shares, before = list[float](), 1.0
-    for drafted, accepted in zip(made, taken, strict=True):
-        if not drafted or not before:
-            break
-        shares.append(round(min(accepted / drafted / before, 1.0), 4))
-        before = accepted / drafted
-    return tuple(shares)
+    texts = [message["content"] for message in turns if message["role"] == "assistant"]
+    return texts[-1] if texts else text
 
 
 @dataclass
@@ -271,3 +212,7 @@ def environment_reward(tools: ToolStats | None) -> float | str | None:
         return None
     failure = tools.failure
     return tools.reward if failure is None else f"{failure['kind']}: {failure['message']}"
+
+
+def _sums(one: Iterable[int], other: Iterable[int]) -> list[int]:
+    return [x + y for x, y in zip_longest(one, other, fillvalue=0)]

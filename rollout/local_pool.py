@@ -13,17 +13,17 @@ from rollout.depth import CostTable, Workload
 from rollout.engine import Engine
 from rollout.faults import OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
-from rollout.pool import PoolOptions
+from rollout.pool import Pool, PoolOptions
 from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
 
 
-class LocalPool:
+class LocalPool(Pool):
     """One engine in this process, without Ray.
 
-    It has no copy of a policy that has its own precision, no adapters and no shards: it reads that policy's weights,
-    and a publication derives anew what follows from them. If they have moved since, it refuses to sample (contract 5).
-    When other weights are published to it, it makes a copy.
+    It reads the weights of a policy that has its precision, no adapters and no shards, and a publication derives anew
+    what follows from them. If they have moved since, it refuses to sample (contract 5). It makes a copy of another
+    policy, and when other weights are published to it.
     """
 
     def __init__(self, policy: Policy, options: PoolOptions = PoolOptions()) -> None:  # noqa: B008
@@ -36,8 +36,8 @@ class LocalPool:
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         if self.shares:
-            own = self.engine.policy.state_dict()
-            if any(name in own and own[name].data_ptr() != tensor.data_ptr() for name, tensor in weights.items()):
+            state = self.engine.policy.state_dict()
+            if any(name in state and state[name].data_ptr() != tensor.data_ptr() for name, tensor in weights.items()):
                 self.shares, self.engine.policy = False, self.engine.policy.merged()
         self.engine.publish(weights, version)
         self._published = self._writes()
@@ -56,6 +56,8 @@ class LocalPool:
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
+        """Samples shard by shard, see `Pool`."""
+
         def tell(ended: int) -> None:
             self.check_stop()
             if on_finished:
@@ -78,12 +80,6 @@ class LocalPool:
         self.check_stop()
         return {"the sampler": self.published().sample(prompts, params)}
 
-    def keep(self) -> None:
-        pass
-
-    def sleep(self) -> None:
-        pass
-
     def held(self) -> dict[str, Held]:
         if self.shares and self.engine.derived:  # it reads the learner's own
             return {}
@@ -93,9 +89,6 @@ class LocalPool:
         self.check_stop()
         self.engine.costs = costs or self.engine.measure_costs(work)
         return self.engine.costs
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
     def close(self) -> None:
         self.engine.close()

@@ -92,8 +92,8 @@ def refuse_open(address: str | None = None) -> None:
         mode is None and loader.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     ):
         return
-    found = services.canonicalize_bootstrap_address(address) if address == "auto" else address
-    host = (found or "127.0.0.1:0").split("://")[-1].rpartition(":")[0].strip("[]")
+    resolved = services.canonicalize_bootstrap_address(address) if address == "auto" else address
+    host = (resolved or "127.0.0.1:0").split("://")[-1].rpartition(":")[0].strip("[]")
     try:
         if ip_address(socket.gethostbyname(host)).is_loopback:
             return

@@ -38,13 +38,12 @@ class Sampler(Protocol):
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        """One group per prompt, in their order. If some prompts fail, the others are still sampled, and the
+        """Samples one group per prompt, in their order. If some prompts fail, the others are still sampled, and the
         RolloutError that names the failed ones has the other `groups`."""
         ...
 
     def keep(self) -> None:
-        """The learner is about to change the weights that were published, and what is sampled still needs them."""
-        ...
+        """Is told that the learner is about to change the published weights, which what is sampled still needs."""
 
 
 class Pool(Sampler, Protocol):
@@ -57,12 +56,13 @@ class Pool(Sampler, Protocol):
         ...
 
     def sleep(self) -> None:
-        """Nothing is sampled before the next publication: samplers on the learner's GPUs leave their memory."""
-        ...
+        """Is told that nothing is sampled before the next publication: samplers on the learner's GPUs leave their
+        memory."""
 
     def held(self) -> dict[str, Held]:
-        """By sampler, the digests of the tensors that it holds; empty where `publish` has compared them already."""
-        ...
+        """The digests of the tensors that each sampler holds, by its name; empty where `publish` has compared them
+        already."""
+        return {}
 
     def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
         """Sets the table that every depth controller uses; without `costs` it is measured for this work."""
@@ -70,7 +70,7 @@ class Pool(Sampler, Protocol):
 
     def metrics(self) -> dict[str, float]:
         """faults/* and publish/* since the last call; empty without workers."""
-        ...
+        return {}
 
     def close(self) -> None: ...
 
@@ -80,19 +80,15 @@ class PoolOptions:
     """What a pool is opened with: each kind of pool reads what concerns it.
 
     `dtype` is the precision of sampling. At most `prompts_per_shard` prompts are decoded together; vLLM batches by
-    itself. `copies`: the matrices that samplers decode with may have fewer bits, and are made anew by each publication.
+    itself. By `copies` the matrices of samplers have fewer bits. `check_stop` is called before sampling, as completions
+    end, and several times a second while workers or a server are waited for; what it raises ends what the pool does.
 
-    `check_stop` is called before sampling, as completions end, and several times a second while workers or a server
-    are waited for. An exception that it raises ends what the pool is doing.
-
-    With `workers` Ray's actors sample, each with `threads` processors and, where the cluster has GPUs, `gpus` of one;
-    `placement_timeout_s` is how long the pool waits for room in the cluster at `address`. A worker that takes longer
-    than `timeout_s` for a shard, or than `publish_timeout_s` to take new weights over, is replaced, as if it had died.
-    With `colocate` workers and learner take turns on the same GPUs; None: where there are no others. `on_lost` gets
-    what died or was late, such as "worker 1", the reason, and what is done. `on_ready` gets the number of each worker
-    that has started, and where it is.
-
-    With `vllm`, its VLLMSettings, a server of vLLM samples in their place, with `threads`.
+    With `workers` Ray's actors sample, each with `threads` processors and, where the cluster has GPUs, `gpus` of one.
+    The pool waits `placement_timeout_s` for room in the cluster at `address`. A worker that takes longer than
+    `timeout_s` for a shard, or `publish_timeout_s` to take new weights over, is replaced, as if it had died. With
+    `colocate` workers and learner take turns on the same GPUs; None: where there are no others. `on_lost` gets what
+    died or was late, such as "worker 1", the reason, and what is done; `on_ready` gets the number of each worker that
+    has started, and where it is. With `vllm`, its VLLMSettings, a server of vLLM samples in their place.
     """
 
     workers: int = 0

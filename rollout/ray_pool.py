@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from rollout.depth import CostTable, Workload
 from rollout.faults import Faults, OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
 from rollout.places import Places
-from rollout.pool import PoolOptions
+from rollout.pool import Pool, PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
-from rollout.results import Lengths
 from rollout.sampling import SamplingParams
 from rollout.workers import START_TIMEOUT_S, Call, Lost, Workers
 
@@ -34,7 +34,33 @@ class Given:
     to: int
 
 
-class RayPool:
+class Lengths:
+    """How long the longest completion of each prompt was when it was last sampled.
+
+    Shards that should take longest begin first, so that at the end few workers wait for one. What a shard holds, and so
+    every token, is the same in any order.
+
+    >>> lengths.order([[short], [long, short], [new]])      # a prompt that was never sampled counts as the mean
+    [1, 2, 0]
+    """
+
+    def __init__(self) -> None:
+        self.longest: dict[str, int] = {}
+
+    def order(self, shards: Sequence[Sequence[Prompt]]) -> list[int]:
+        """The numbers of the shards, in the order in which they begin."""
+        usual = fmean(self.longest.values()) if self.longest else 0.0
+        expected = [max(self.longest.get(prompt.prompt_id, usual) for prompt in shard) for shard in shards]
+        return sorted(range(len(shards)), key=lambda number: -expected[number])
+
+    def saw(self, groups: Sequence[RolloutGroup]) -> None:
+        """Note the lengths of groups that were just sampled."""
+        for group in groups:
+            if group.completions:
+                self.longest[group.prompt.prompt_id] = max(len(c.token_ids) for c in group.completions)
+
+
+class RayPool(Pool):
     """Ray actors with an engine each. A worker that dies or is late is replaced, and its shard is sampled again, which
     gives the same tokens. Raises RolloutError when workers are lost again and again, or when Ray itself dies.
 
@@ -130,8 +156,9 @@ class RayPool:
                 raise RolloutError(self._refusal(i, wrong))
 
     def _stream_again(self, to: Sequence[int]) -> None:
-        """From the learner's tensors. Some move in a forward of the learner and come back (peft's routed experts). With
-        rollout.ahead the learner may update them in another thread while they are read: then `keep` has made a copy."""
+        """Publish once more from the learner's tensors. Some move in a forward of the learner and come back (peft's
+        routed experts). With rollout.ahead the learner may update them in another thread while they are read: then
+        `keep` has made a copy."""
         deadline = time.monotonic() + self.publish_timeout_s
         while True:
             try:
@@ -185,7 +212,11 @@ class RayPool:
                         self.faults.done(("job", call.what[0]))
                         yield call.what[0], answer
                     else:
-                        self._passes(call.worker, _sound(answer))
+                        assert self.canaries is not None
+                        new = f"worker {call.worker}, which is new,"
+                        if fault := other_canaries(_sound(answer), self.canaries[2], self.precision):
+                            raise RolloutError(f"{new} {fault} (version {self.published})")
+                        self.passed.add(call.worker)
         finally:
             for call in calls.values():
                 if isinstance(call.what, Given):  # it would go on taking old weights
@@ -238,13 +269,6 @@ class RayPool:
         else:
             self._confirm(taker)
 
-    def _passes(self, i: int, own: list[RolloutGroup]) -> None:
-        assert self.canaries is not None
-        *_, passed = self.canaries
-        if fault := other_canaries(own, passed, self.precision):
-            raise RolloutError(f"worker {i}, which is new, {fault} (version {self.published})")
-        self.passed.add(i)
-
     def _version(self) -> int:
         if self.published is None:
             raise RolloutError("the last publication was not confirmed by every worker: publish the weights again")
@@ -254,9 +278,9 @@ class RayPool:
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
         self.check_stop()
-        version, found = self._version(), shards(prompts, self.prompts_per_shard)
-        order = self.lengths.order(found)
-        jobs = {number: ("sample", (list(found[number]), params, version, self.costs)) for number in order}
+        version, parts = self._version(), shards(prompts, self.prompts_per_shard)
+        order = self.lengths.order(parts)
+        jobs = {number: ("sample", (list(parts[number]), params, version, self.costs)) for number in order}
         done: dict[int, list[RolloutGroup]] = {}
         faults: dict[int, str] = {}
         late = f"its shard took longer than rollout.timeout_s={self.timeout_s:g}"
@@ -267,18 +291,19 @@ class RayPool:
                 else:
                     done[number] = answer
                     if on_finished:
-                        on_finished(len(found[number]) * params.group_size)
+                        on_finished(len(parts[number]) * params.group_size)
         self.lengths.saw(groups := [group for number in sorted(done) for group in done[number]])
         if faults:
             raise RolloutError("\n".join(faults[number] for number in sorted(faults)), groups)
         return groups
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        """By each worker that holds the weights; one that is lost meanwhile is replaced, and passes them later."""
+        """Sample on each worker that holds the weights; one that is lost meanwhile is replaced, and passes them
+        later."""
         self.check_stop()
-        version, self.canaries, found = self._version(), None, dict[int, list[RolloutGroup]]()
+        version, self.canaries, groups = self._version(), None, dict[int, list[RolloutGroup]]()
         late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
-        while not found:
+        while not groups:
             self._settle()
             arguments, limit_s = (list(prompts), params, version, self.costs), self.publish_timeout_s
             calls = {self.workers.call(i, "sample", *arguments): Call(i, 0, limit_s, late) for i in self.confirmed}
@@ -287,9 +312,9 @@ class RayPool:
                     if lost:
                         self._replace(call, lost)
                     else:
-                        found[call.worker] = _sound(answer)
-        self.canaries, self.passed = (prompts, params, found[min(found)]), set(found)
-        return {f"worker {i}": found[i] for i in sorted(found)}
+                        groups[call.worker] = _sound(answer)
+        self.canaries, self.passed = (prompts, params, groups[min(groups)]), set(groups)
+        return {f"worker {i}": groups[i] for i in sorted(groups)}
 
     def keep(self) -> None:
         self.sender.keep()
@@ -304,9 +329,6 @@ class RayPool:
             for call, _, lost in self.workers.ended(calls):
                 if lost:
                     self._replace(call, lost)
-
-    def held(self) -> dict[str, Held]:
-        return {}
 
     def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
         """One worker measures them alone, with the threads that a worker has."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from statistics import fmean
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,34 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rollout.drafts.drafts import Drafted
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
 from rollout.rows import Rows
-
-if TYPE_CHECKING:
-    from rollout.stop_strings import StopStrings
-
-
-class Lengths:
-    """How long the longest completion of each prompt was when it was last sampled.
-
-    Shards that should take longest begin first, so that at the end few workers wait for one. What a shard holds, and so
-    every token, is the same in any order.
-
-    >>> lengths.order([[short], [long, short], [new]])      # a prompt that was never sampled counts as the mean
-    [1, 2, 0]
-    """
-
-    def __init__(self) -> None:
-        self.longest: dict[str, int] = {}
-
-    def order(self, shards: Sequence[Sequence[Prompt]]) -> list[int]:
-        """The numbers of the shards."""
-        usual = fmean(self.longest.values()) if self.longest else 0.0
-        expected = [max(self.longest.get(prompt.prompt_id, usual) for prompt in shard) for shard in shards]
-        return sorted(range(len(shards)), key=lambda number: -expected[number])
-
-    def saw(self, groups: Sequence[RolloutGroup]) -> None:
-        for group in groups:
-            if group.completions:
-                self.longest[group.prompt.prompt_id] = max(len(c.token_ids) for c in group.completions)
+from rollout.stop_strings import StopStrings
 
 
 class Results:
@@ -73,7 +44,7 @@ class Results:
     def add(
         self, live: Rows, ids_RS: Tensor, logprobs_RS: Tensor, kept_R: Tensor, stopped_R: Tensor, cut_R: Tensor | None
     ) -> None:
-        """The first `kept_R` of these tokens are the next ones of the rows."""
+        """Add the first `kept_R` of these tokens to the rows."""
         at = self._places(live, live.count, ids_RS.shape[1])
         self.token_ids[at], self.logprobs[at] = ids_RS, logprobs_RS
         self.counts[live.index] = live.count + kept_R
@@ -84,9 +55,9 @@ class Results:
     def add_drafts(self, live: Rows, drafts: Drafted, accepted_R: Tensor, kept_R: Tensor) -> None:
         depth = drafts.depth
         steps, alive = self.steps[:depth], live.alive[:, None]
-        taken = (steps < torch.minimum(accepted_R, kept_R)[:, None]) & alive
-        self.accepted[live.index, :depth] += taken
-        self.depths[self._places(live, live.count, depth)] = ((steps + 1) * taken).to(torch.uint8)
+        right = (steps < torch.minimum(accepted_R, kept_R)[:, None]) & alive
+        self.accepted[live.index, :depth] += right
+        self.depths[self._places(live, live.count, depth)] = ((steps + 1) * right).to(torch.uint8)
         if drafts.confident_RK is not None:
             self.fallbacks[live.index] += live.alive & (accepted_R < depth)
 
@@ -96,13 +67,13 @@ class Results:
             self.drafted[live.index, : drafts.depth] += live.alive[:, None]
 
     def add_routing(self, live: Rows, experts: Tensor, new: int) -> None:
-        """`experts` [R · S, routers, k]: the experts and heads of each row's last token and of the drafts after it."""
+        """Add the experts and heads [R · S, routers, k] of each row's last token and of the drafts after it."""
         assert self.routing is not None  # since the prefill
         experts = experts.view(-1, new, *experts.shape[1:])
         self.routing[self._places(live, live.count - 1, new)] = experts.to(torch.int16)
 
     def add_prompt_routing(self, numbers: Sequence[int], experts: Tensor, lengths_P: Tensor, longest: int) -> None:
-        """`experts` [P · longest, routers, k]: the experts and heads of the prompts with these numbers."""
+        """Add the experts and heads [P · longest, routers, k] of the prompts with these numbers."""
         experts = experts.view(len(numbers), longest, *experts.shape[1:])
         if self.routing is None:
             shape = *self.token_ids.shape, *experts.shape[2:]
@@ -111,14 +82,14 @@ class Results:
             self.prompt_routing[i] = row[:length].to(torch.int16).cpu()
 
     def of(self, rows: Sequence[int]) -> Results:
-        """Of these completions alone, as copies."""
+        """A copy with these completions alone."""
         some = copy.copy(self)
         for name, value in self._by_completion().items():
             vars(some)[name] = value[list(rows)]
         return some
 
     def clear(self, rows: Sequence[int]) -> None:
-        """The places of these completions are for other ones from now on."""
+        """Make the places of these completions free for other ones."""
         for value in self._by_completion().values():
             value[list(rows)] = 0
 
@@ -128,10 +99,11 @@ class Results:
     def groups(
         self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
     ) -> list[RolloutGroup]:
-        counted = (self.forwards, self.drafted, self.accepted, self.fallbacks)
-        stats = zip(*(x.tolist() for x in counted), strict=True)
-        found = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
-        rows = enumerate(zip(*(x.tolist() for x in found), strict=True))
+        """The groups of all prompts; `version` is that of the policy."""
+        of_drafts = (self.forwards, self.drafted, self.accepted, self.fallbacks)
+        stats = zip(*(x.tolist() for x in of_drafts), strict=True)
+        of_tokens = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
+        rows = enumerate(zip(*(x.tolist() for x in of_tokens), strict=True))
         routing = None
         if self.routing is not None:
             routing = self.routing.cpu()

@@ -16,10 +16,10 @@ def prefill_size(lengths: Sequence[int], tokens: int) -> int:
     >>> prefill_size([40, 40, 39, 10, 10], 200), prefill_size([40, 10, 10], 1000), prefill_size([99], 10)
     (3, 3, 1)
     """
-    own = 0
+    unpadded = 0
     for size, length in enumerate(lengths):
-        own += length
-        if size and lengths[0] * (size + 1) > min(tokens, max(tokens / 4, 1.1 * own)):
+        unpadded += length
+        if size and lengths[0] * (size + 1) > min(tokens, max(tokens / 4, 1.1 * unpadded)):
             return size
     return len(lengths)
 
@@ -61,11 +61,12 @@ class Rows:
 
     @property
     def every(self) -> Tensor:
-        """0 … R - 1, to name each row in an index."""
+        """The numbers 0 … R - 1, to name each row in an index."""
         return torch.arange(len(self.index), device=self.index.device)
 
-    def select(self, kept: Tensor) -> Rows:
-        return Rows(**{name: value[kept] for name, value in vars(self).items()})
+    def select(self, rows: Tensor) -> Rows:
+        """A copy of these rows."""
+        return Rows(**{name: value[rows] for name, value in vars(self).items()})
 
     def put(self, rows: Tensor, part: Rows) -> None:
         """The inverse of `select`: these rows become those of `part`."""
@@ -78,7 +79,7 @@ class Rows:
 
 
 @dataclass
-class Found:
+class Tokens:
     """What a round gives for R rows, see `Round.forward`."""
 
     targets: Tensor

@@ -45,7 +45,8 @@ class EnvironmentSpec:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`temperature` 0 is greedy. `step` and `draw` are part of every noise key, so a new step has new noise.
+    """How completions are sampled. A `temperature` of 0 is greedy. `step` and `draw` are part of every noise key, so a
+    new step has new noise.
 
     `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: it takes a
     draft unverified where its two best log-probabilities differ by more than `margin`; it is never used in training
@@ -54,7 +55,7 @@ class SamplingParams:
     `stop_strings` end a completion with the token that completes one of them, and its text before the string. They are
     never used in training, where the text is that of the tokens. With an `environment` a completion is an episode of
     several turns, and `max_completion_tokens` limits all that is sampled and written in it. No token depends on
-    `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/group.py).
+    `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/depth.py).
     """
 
     group_size: int = 8
@@ -157,7 +158,7 @@ class Noise:
         return self._view(lambda x: x[rows])
 
     def flatten(self) -> Noise:
-        """[R, S, ...] -> [R · S, ...]."""
+        """The noise as rows alone: [R, S, ...] -> [R · S, ...]."""
         return self._view(lambda x: x.flatten(0, 1))
 
     def _view(self, view: Callable[[Tensor], Tensor]) -> Noise:
@@ -167,10 +168,8 @@ class Noise:
 
 
 class DraftVocabulary:
-    """The tokens that may be drafted, ascending, and their places in the blocks of the whole vocabulary.
-
-    Drafts are cheaper without rare tokens, and no sampled token changes: the trunk gives those that cannot be drafted.
-    """
+    """The tokens that may be drafted, ascending, and their places in the blocks of the whole vocabulary. Drafts are
+    cheaper without rare tokens, and no sampled token changes: the trunk gives those that cannot be drafted."""
 
     def __init__(self, ids_K: Tensor, vocabulary: int) -> None:
         self.ids = ids_K
@@ -197,9 +196,9 @@ def by_temperature(temperature_N: Tensor, make: Callable[[float, Chosen], tuple[
     if len(different) == 1:
         return make(different[0], slice(None))
     rows = [(temperature_N == temperature).nonzero()[:, 0] for temperature in different]
-    found = zip(*map(make, different, rows), strict=True)
+    results = zip(*map(make, different, rows), strict=True)
     order = torch.cat(rows).argsort()
-    return tuple(torch.cat(parts)[order] for parts in found)
+    return tuple(torch.cat(parts)[order] for parts in results)
 
 
 def choose(
@@ -207,10 +206,9 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """Sampled token ids [N] and their log-probabilities [N] under softmax(logits / T); greedy ones are scored at T = 1.
 
-    From a large vocabulary a block is drawn and then a token inside it, each as the largest perturbed log-probability.
-    This is exact, since P(block) · P(token | block) = P(token), and needs a hundredth of the noise. With a draft
-    `vocabulary` the logits are those of its K tokens, and the noise is the same. `temperature` [N], float64, gives
-    every row its own.
+    From a large vocabulary a block is drawn and then a token inside it, each as the largest perturbed log-probability:
+    P(block) · P(token | block) = P(token), with a hundredth of the noise. With a draft `vocabulary` the logits are
+    those of its K tokens, and the noise is the same. `temperature` [N], float64, gives every row its own.
     """
     if isinstance(temperature, Tensor):
         return by_temperature(temperature, lambda t, r: choose(logits_NV[r], t, noise.of(r), vocabulary))
@@ -234,21 +232,6 @@ def choose(
         p, ids = F.pad(p_NV, (0, 1)).gather(1, members), vocabulary.named[members]
     best = (p.log() + noise.gumbel(ids)).argmax(-1)
     return ids[rows, best], p[rows, best].log()
-
-
-def choose_by_row(
-    logits_NV: Tensor, temperature_N: Tensor, noise: Noise, vocabulary: DraftVocabulary | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `choose` with a temperature for every row, by the same operators for all of them, as a graph needs it."""
-    greedy = temperature_N == 0
-    scaled = logits_NV.float() / torch.where(greedy, 1.0, temperature_N)[:, None]
-    best = scaled.argmax(-1)
-    best = best if vocabulary is None else vocabulary.ids[best]
-    drawn, logprobs = choose(scaled, 1.0, noise, vocabulary)
-    own = logprobs
-    if vocabulary is None:  # drafts are not scored
-        own = scaled.gather(1, best[:, None])[:, 0] - scaled.logsumexp(-1)
-    return torch.where(greedy, best, drawn), torch.where(greedy, own, logprobs)
 
 
 def pick(

@@ -156,12 +156,12 @@ class Serving(Decoding):
                 self.ends[place] = StopStrings(self.decoder.tokenizer, request.params.stop_strings)
         self.strings = next(iter(self.ends.values()), None)
         params = [request.params for request in joining.values()]
-        self.limits[places] = self.limits.new_tensor([own.max_completion_tokens for own in params])
-        self.starts[places] = self.starts.new_tensor([own.start for own in params])
-        self.temperatures[places] = self.temperatures.new_tensor([own.temperature for own in params])
+        self.limits[places] = self.limits.new_tensor([each.max_completion_tokens for each in params])
+        self.starts[places] = self.starts.new_tensor([each.start for each in params])
+        self.temperatures[places] = self.temperatures.new_tensor([each.temperature for each in params])
         self.waiting = sorted(places, key=lambda place: len(self.prompts[place].token_ids))
         self.longest = len(self.prompts[self.waiting[-1]].token_ids)
-        self.room = max(own.max_completion_tokens for own in params) + self.drafts.max_depth + 1
+        self.room = max(each.max_completion_tokens for each in params) + self.drafts.max_depth + 1
         if self.drafter:
             self.drafter.room, self.drafter.longest = self.room, self.longest
         self._admit(len(places))
@@ -178,7 +178,7 @@ class Serving(Decoding):
         return self._at_once(super()._graph_depth(live))
 
     def _at_once(self, depth: int) -> int:
-        """As in any shard, but the head drafts at once, and again before it has too much to read."""
+        """Chooses the depth as in any shard, but the head drafts at once, and again before it has too much to read."""
         if self.drafter and not depth and (self.drafter.cache is None or self.undrafted >= UNREAD):
             depth = 1
         self.undrafted = 0 if depth else self.undrafted + 1

@@ -21,13 +21,12 @@ from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.speculative import until_end, verify_draft
 from rollout.group import Prompt, RolloutGroup
 from rollout.results import Results
-from rollout.rows import Found, Prefilled, Rows, prefill_size
+from rollout.rows import Prefilled, Rows, Tokens, prefill_size
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
+from rollout.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from rollout.compiled.rounds import Rounds
-    from rollout.environments.episodes import Episodes
-    from rollout.stop_strings import StopStrings
 
 # One prefill reads at most so many tokens with padding; on a CPU, more do not fit its caches.
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
@@ -36,21 +35,13 @@ PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 1024
 class Decoding:
     """Decodes one shard: call `forward` until `done`, then take the `groups`.
 
-    A row whose logits are not finite is aborted. With `aborts=False` it goes on, to measure time. With `episodes` a row
-    that ends a turn waits for its tools while the others are decoded, and goes on in its place after what they wrote.
+    A row whose logits are not finite is aborted. With `aborts=False` it goes on, to measure time.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        *,
-        aborts: bool = True,
-        episodes: Episodes | None = None,
+        self, decoder: Decoder, prompts: Sequence[Prompt], params: SamplingParams, *, aborts: bool = True
     ) -> None:
         self.decoder, self.prompts, self.params, self.aborts = decoder, prompts, params, aborts
-        self.episodes = episodes
         self.trunk, self.device = decoder.trunk, decoder.trunk.device
         self.vocabulary = len(decoder.trunk.embedding)
         self.prefill_tokens = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
@@ -58,11 +49,7 @@ class Decoding:
         self.drafts = Drafts(decoder, params, self.longest)
         self.drafter, self.room = self.drafts.head, self.drafts.room
         self.steps = torch.arange(self.room, device=self.device)
-        self.strings: StopStrings | None = None
-        if params.stop_strings:
-            from rollout.stop_strings import StopStrings
-
-            self.strings = StopStrings(decoder.tokenizer, params.stop_strings)
+        self.strings = StopStrings(decoder.tokenizer, params.stop_strings) if params.stop_strings else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
         self.results = Results(len(prompts) * params.group_size, self.room, self.drafts.max_depth, self.device)
         # Sorted by length, so that the prompts of one prefill need little padding; the longest are taken first.
@@ -91,12 +78,12 @@ class Decoding:
         return self.params.max_completion_tokens
 
     def start(self, rows: Rows) -> int | Tensor:
-        """Tokens that a completion had before its prompt ended: [R, 1], or the same for all. Its noise goes on after
-        them."""
+        """Tokens that a completion had before its prompt ended, after which its noise goes on: [R, 1], or one for
+        all."""
         return self.params.start
 
     def key(self, number: int, sample: int) -> tuple[int, int]:
-        """Of the noise of one completion of the prompt with this number."""
+        """The key of the noise of one completion of the prompt with this number."""
         prompt = self.prompts[number]
         return row_key(self.params, prompt.prompt_id, prompt.first_sample + sample)
 
@@ -104,8 +91,9 @@ class Decoding:
         return self.strings
 
     def groups(self) -> list[RolloutGroup]:
-        found = self.results.groups(self.prompts, self.decoder.tokenizer, self.strings, self.decoder.version)
-        return self.drafts.with_costs(found)
+        """What was sampled, once all have ended."""
+        groups = self.results.groups(self.prompts, self.decoder.tokenizer, self.strings, self.decoder.version)
+        return self.drafts.with_costs(groups)
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
@@ -164,15 +152,11 @@ class Decoding:
         """Count the rows that ended. They leave when they are an eighth of the batch, since moving the caches at each
         end would cost more."""
         live = self._count()
-        # By counts, never by a clock: tools run while the others are decoded, until an eighth of the rows waits.
-        while self.episodes is not None and 0 < (self.held - self.alive) * 8 >= self.alive:
-            self._go_on(live, self.episodes)
-            live = self._count()
         if 0 < self.held <= len(live.alive) * 7 // 8:
             self._keep((live.alive | live.waits).nonzero()[:, 0])
 
     def _keep(self, rows: Tensor) -> None:
-        """The others leave."""
+        """These rows stay, and the others leave."""
         assert self.live is not None
         self.live = self.live.select(rows)
         self.cache.select(rows)
@@ -180,53 +164,14 @@ class Decoding:
             self.drafter.select(self.live, rows)
 
     def _count(self) -> Rows:
-        """Find the rows that ended, and ask the environments of those that ended a turn."""
+        """Find the rows that ended."""
         live = self.live
         assert live is not None
-        stopped = self.results.stopped[live.index]
-        if self.episodes is not None:
-            rows = (live.alive & stopped & ~self.results.cut[live.index]).nonzero()[:, 0]
-            ended = {int(i): self.results.token_ids[i, : self.results.counts[i]].tolist() for i in live.index[rows]}
-            live.waits[rows] = torch.tensor(self.episodes.ask(ended), dtype=torch.bool, device=self.device)
-        live.alive = live.alive & ~stopped & (live.count < self.limit(live))
+        live.alive = live.alive & ~self.results.stopped[live.index] & (live.count < self.limit(live))
         self.alive = int(live.alive.sum())
         self.held = self.alive + int(live.waits.sum())
         self.ended_rows = self.admitted - self.held
         return live
-
-    # ---- between turns ------------------------------------------------------------------------------------------
-
-    def _go_on(self, live: Rows, episodes: Episodes) -> None:
-        """Wait for the tools. The rows whose episodes go on read what these wrote, and get their next token."""
-        written, rows = episodes.written(), live.waits.nonzero()[:, 0].tolist()
-        live.waits = torch.zeros_like(live.waits)
-        reads = [(row, ids) for row in rows if (ids := written[int(live.index[row])]) is not None]
-        while reads:
-            size = max(1, self.prefill_tokens // (1 + max(len(ids) for _, ids in reads)))
-            self._read(live, reads[:size])
-            reads = reads[size:]
-
-    def _read(self, live: Rows, reads: Sequence[tuple[int, list[int]]]) -> None:
-        """One forward of these rows alone: their stop token, and the tokens that follow it."""
-        rows = torch.tensor([row for row, _ in reads], device=self.device)
-        new = torch.tensor([len(ids) for _, ids in reads], device=self.device)
-        part, longest = live.select(rows), int(new.max())
-        ids = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in reads], device=self.device)
-        inputs = torch.cat([self.results.token_ids[part.index, part.count - 1][:, None], ids], dim=1)
-        positions = (part.prompt_length + part.count - 1)[:, None] + self.steps[: longest + 1]
-        cache = self.cache.take(rows)
-        hidden = self.trunk(inputs, positions.clamp(max=self.decoder.context - 1), cache)
-        if self.params.record_routing:
-            self.results.add_routing(part, self.trunk.routing(), longest + 1)
-        cache.advance(new + 1)
-        self.cache.put(rows, cache)
-        self.results.stopped[part.index] = False
-        self.results.add(part, ids, torch.zeros_like(ids, dtype=torch.float32), new, torch.zeros_like(part.waits), None)
-        self.drafts.keep(part, ids, hidden[:, :-1], new)
-        part.count, part.alive = part.count + new, torch.ones_like(part.alive)
-        last = hidden[part.every, new][:, None]
-        self._settle(part, self.trunk.logits(last), last, None, self._noise(part, 1))
-        live.put(rows, part)
 
     # ---- one round ----------------------------------------------------------------------------------------------
 
@@ -237,13 +182,7 @@ class Decoding:
         waits = bool(self.waiting) or self.held > self.alive  # a graph takes rows without a shared prompt, to the end
         eager = waits or self.strings is not None or len(live.index) > FEW_ROWS  # a stop string is in no graph
         rounds = None if eager else self.rounds
-        if rounds:
-            depth = self._graph_depth(live)
-            if depth:
-                self.drafts.catch_up(live, rounds.fits(live, depth))
-            drafted, kept = self._forward_by_graph(live, rounds, depth)
-        else:
-            drafted, kept = self._forward(live)
+        drafted, kept = self._forward_by_graph(live, rounds) if rounds else self._forward(live)
         self.drafts.add_cost(self.alive, drafted, kept, by_graph=rounds is not None)
         self.cache.advance(kept)
         self._retire()
@@ -265,12 +204,15 @@ class Decoding:
         self.results.add_forward(live, drafted)
         return drafted, self._settle(live, self.trunk.logits(hidden), hidden, drafted, noise)
 
-    def _forward_by_graph(self, live: Rows, rounds: Rounds, depth: int) -> tuple[Drafted | None, Tensor]:
-        own = {"limit": self.limit(live), "temperature": self.temperature(live), "start": self.start(live)}
-        found = rounds(live, self.cache, self.drafter, depth, **own)
-        drafted = None if found.drafts is None else Drafted(found.drafts)
+    def _forward_by_graph(self, live: Rows, rounds: Rounds) -> tuple[Drafted | None, Tensor]:
+        depth = self._graph_depth(live)
+        if depth:
+            self.drafts.catch_up(live, rounds.fits(live, depth))
+        limits = {"limit": self.limit(live), "temperature": self.temperature(live), "start": self.start(live)}
+        tokens = rounds(live, self.cache, self.drafter, depth, **limits)
+        drafted = None if tokens.drafts is None else Drafted(tokens.drafts)
         self.results.add_forward(live, drafted)
-        return drafted, self._take(live, found, drafted)
+        return drafted, self._take(live, tokens, drafted)
 
     def _plan(self, live: Rows) -> int:
         """How many tokens are drafted next: at most what the row with the most room can still use."""
@@ -290,29 +232,28 @@ class Decoding:
         """Choose tokens, keep those up to the first draft that fails, and return how many each row kept [R]."""
         targets, logprobs, accepted = self._choose(live, logits_RSV, drafted, noise)
         kept, stopped = until_end(targets, accepted, live.alive, self.limit(live) - live.count, self.stops)
-        found = Found(targets, logprobs, hidden_RSD, kept, stopped, accepted=accepted)
+        tokens = Tokens(targets, logprobs, hidden_RSD, kept, stopped, accepted=accepted)
         if self.strings is not None:
-            found.kept, found.cut = self._until_strings(live, found)
-            found.stopped = stopped | found.cut
-        return self._take(live, found, drafted)
+            tokens.kept, tokens.cut = self._until_strings(live, tokens)
+            tokens.stopped = stopped | tokens.cut
+        return self._take(live, tokens, drafted)
 
-    def _take(self, live: Rows, found: Found, drafted: Drafted | None) -> Tensor:
-        """Note what was found. Returns how many tokens each row kept [R], which are none where one is not finite."""
-        targets, logprobs, accepted = found.targets, found.logprobs, found.accepted
-        kept, stopped = found.kept, found.stopped
-        taken = self.steps[: targets.shape[1]] < kept[:, None]
-        if not bool(torch.isfinite(logprobs.where(taken, logprobs.new_zeros(())).sum())) and self.aborts:
-            broken = (taken & ~torch.isfinite(logprobs)).any(1)
+    def _take(self, live: Rows, tokens: Tokens, drafted: Drafted | None) -> Tensor:
+        """Note what was chosen. Returns how many tokens each row kept [R], which are none where one is not finite."""
+        logprobs, kept, stopped = tokens.logprobs, tokens.kept, tokens.stopped
+        counts_RS = self.steps[: logprobs.shape[1]] < kept[:, None]
+        if not bool(torch.isfinite(logprobs.where(counts_RS, logprobs.new_zeros(())).sum())) and self.aborts:
+            broken = (counts_RS & ~torch.isfinite(logprobs)).any(1)
             self.results.aborted[live.index] |= broken
             live.alive = live.alive & ~broken
             kept, stopped = kept * ~broken, stopped & ~broken
-        self.results.add(live, targets, logprobs, kept, stopped, found.cut)
-        if drafted and accepted is not None:
-            self.results.add_drafts(live, drafted, accepted, kept)
-            self.drafts.observe(live, self.alive, drafted, accepted)
-        live.last = targets.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
+        self.results.add(live, tokens.targets, logprobs, kept, stopped, tokens.cut)
+        if drafted and tokens.accepted is not None:
+            self.results.add_drafts(live, drafted, tokens.accepted, kept)
+            self.drafts.observe(live, self.alive, drafted, tokens.accepted)
+        live.last = tokens.targets.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
         live.count = live.count + kept
-        self.drafts.keep(live, targets, found.hidden, kept)
+        self.drafts.keep(live, tokens.targets, tokens.hidden, kept)
         return kept
 
     def _choose(
@@ -332,10 +273,10 @@ class Decoding:
         targets = torch.where(self.steps[:new] < accepted[:, None], F.pad(drafted.tokens_RK, (0, 1)), targets)
         return targets, logprobs_of(flat, targets.flatten(), temperature).view(-1, new), accepted
 
-    def _until_strings(self, live: Rows, found: Found) -> tuple[Tensor, Tensor]:
+    def _until_strings(self, live: Rows, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """How many tokens each row keeps [R] up to its first stop string, and which rows [R] end with one."""
-        kept, cut = found.kept.tolist(), [False] * len(found.kept)
-        rows = zip(*(x.tolist() for x in (live.index, live.count, found.targets, found.stopped)), strict=True)
+        kept, cut = tokens.kept.tolist(), [False] * len(tokens.kept)
+        rows = zip(*(x.tolist() for x in (live.index, live.count, tokens.targets, tokens.stopped)), strict=True)
         for i, (index, count, targets, stopped) in enumerate(rows):
             new, strings = targets[: kept[i] - stopped], self.stop_strings(index)  # a stop token is no text
             if not new or strings is None:

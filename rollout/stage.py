@@ -24,8 +24,8 @@ class Stage:
     def begin(
         self, prompts: Sequence[Prompt], params: SamplingParams, fault: Callable[[Prompt], str | None]
     ) -> tuple[Episodes | None, list[Prompt], list[str]]:
-        """The prompts that can be continued, with what their environments add, and why others cannot. `fault` says why
-        an engine cannot continue a prompt. There are no Episodes without an environment."""
+        """Begin the episodes, which are None without an environment. Returns them, the prompts that can be continued,
+        with what their environments add, and why others cannot; `fault` says why an engine cannot continue a prompt."""
         episodes, begun = None, list[Prompt | str](prompts)
         if params.environment is not None:
             from rollout.environments.episodes import Arena, Episodes
@@ -38,8 +38,8 @@ class Stage:
         faults = [prompt if isinstance(prompt, str) else fault(prompt) for prompt in begun]
         if episodes:
             episodes.keep([not why for why in faults])
-        kept = [prompt for prompt, why in zip(begun, faults, strict=True) if isinstance(prompt, Prompt) and not why]
-        return episodes, kept, [why for why in faults if why]
+        sound = [prompt for prompt, why in zip(begun, faults, strict=True) if isinstance(prompt, Prompt) and not why]
+        return episodes, sound, [why for why in faults if why]
 
     def close(self) -> None:
         """End the processes of the tools, where there are any."""

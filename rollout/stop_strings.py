@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 class StopStrings:
@@ -23,15 +21,15 @@ class StopStrings:
 
     def end(self, ids: list[int], known: int) -> int | None:
         """The number of tokens that complete the first stop string, or None. The first `known` tokens have none."""
-        if not self._said(ids[max(0, known - self.window) :]):
+        if not self._contained(ids[max(0, known - self.window) :]):
             return None
-        return next((n for n in range(known + 1, len(ids) + 1) if self._said(ids[:n])), None)
+        return next((n for n in range(known + 1, len(ids) + 1) if self._contained(ids[:n])), None)
 
     def cut(self, text: str) -> str:
         """The text before its first stop string."""
         places = [place for string in self.strings if (place := text.find(string)) >= 0]
         return text[: min(places)] if places else text
 
-    def _said(self, ids: list[int]) -> bool:
+    def _contained(self, ids: list[int]) -> bool:
         text = str(self.tokenizer.decode(ids))
         return any(string in text for string in self.strings)

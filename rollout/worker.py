@@ -75,8 +75,8 @@ class Worker:
     def __init__(
         self, skeleton: dict[str, bytes], held: str, dtype: str, device: str, threads: int, copies: Copies = PLAIN
     ) -> None:
-        """`held`: precision of its copy of the policy and of the published weights; `dtype`: precision of decoding, in
-        which `copies` may have fewer bits."""
+        """Makes a copy of the policy. `held`: precision of its copy of the policy and of the published weights;
+        `dtype`: precision of decoding, in which `copies` may have fewer bits."""
         torch.set_num_threads(threads)
         policy = Policy.from_skeleton(skeleton, getattr(torch, held)).to(device)
         self.engine = Engine(policy, getattr(torch, dtype), copies=copies)

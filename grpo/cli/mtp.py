@@ -35,7 +35,8 @@ from grpo.steps.publisher import open_publisher
 from grpo.task.task import Task
 from policies import presets
 from policies.conversion.head import start_head
-from policies.layout import WeightFiles, mtp_layers
+from policies.layout import WeightFiles
+from policies.mtp_layers import mtp_layers
 from policies.policy import Policy, PolicyError, read_config
 from rollout.group import RolloutGroup
 from rollout.pool import Pool

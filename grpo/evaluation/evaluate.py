@@ -16,8 +16,9 @@ from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at
 from grpo.run.metrics import mean_of
 from grpo.task.task import Task
 from rewards.group_score import GroupScore, RewardFailure
+from rollout.depth import tokens_per_forward
 from rollout.faults import RolloutError
-from rollout.group import Completion, Prompt, RolloutGroup, tokens_per_forward
+from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from grpo.algorithm import advantages, own
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, TrainingBatch, split_rows
-from rollout.group import ENDED, RolloutGroup, draft_gain
+from rollout.depth import draft_gain
+from rollout.group import ENDED, RolloutGroup
 
 if TYPE_CHECKING:
     from grpo.learner.lessons import Lesson

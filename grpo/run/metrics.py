@@ -10,7 +10,8 @@ from statistics import pstdev
 
 from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore, mean
-from rollout.group import Completion, DraftStats, RolloutGroup, draft_gain, tokens_per_forward
+from rollout.depth import draft_gain, tokens_per_forward
+from rollout.group import Completion, DraftStats, RolloutGroup
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
 METRICS: dict[str, str] = {

@@ -20,9 +20,9 @@ from grpo.steps.pool import sampling_of
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
-from rollout.depth import FEW_ROWS, PROMPT_TOKENS
+from rollout.depth import FEW_ROWS, PROMPT_TOKENS, head_accepted
 from rollout.faults import OnFinished
-from rollout.group import Prompt, RolloutGroup, head_accepted
+from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 

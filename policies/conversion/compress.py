@@ -44,8 +44,8 @@ RIDGE = 1e-9
 
 @dataclass(frozen=True)
 class Split:
-    """`rotary` [C, 2]: (frequency, rank of the component) of each rotary pair; `latents`: r; `error`: the predicted
-    error as a share of what attention computes."""
+    """How the cached numbers are shared out. `rotary` [C, 2] has (frequency, rank of the component) of each rotary
+    pair, `latents` is r, and `error` the predicted error as a share of what attention computes."""
 
     rotary: Tensor
     latents: int
@@ -106,8 +106,8 @@ class _Layer:
             self.metric[at, at] += out_HDd[h].T @ out_HDd[h]
 
     def joint(self, unrotated: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For `unrotated` [N, 2]: its map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and of Lᵀ Cov(u) L the
-        eigenvalues and eigenvectors, descending."""
+        """What the components `unrotated` [N, 2] need: its map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and of Lᵀ
+        Cov(u) L the eigenvalues and eigenvectors, descending."""
         frequencies, groups = self.loss.shape
         flat, pairs = unrotated[:, 0] * groups + unrotated[:, 1], frequencies * groups
         of = torch.cat([flat, pairs + flat, torch.arange(2 * pairs, len(self.u))])
@@ -218,11 +218,11 @@ def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None)
     @cache
     def split(pairs: int) -> Split:
         chosen = ranked[:pairs].sort().values
-        kept = torch.stack([chosen // loss.shape[1], chosen % loss.shape[1]], 1)
-        unrotated = unrotated_pairs(kept, *loss.shape)
+        rotary_pairs = torch.stack([chosen // loss.shape[1], chosen % loss.shape[1]], 1)
+        unrotated = unrotated_pairs(rotary_pairs, *loss.shape)
         latents = budget - 2 * pairs
         tails = [float((layer.joint(unrotated)[2][latents:]).sum()) / layer.total for layer in layers]
-        return Split(kept, latents, float(loss.sum() - loss.flatten()[chosen].sum()) + sum(tails) / len(layers))
+        return Split(rotary_pairs, latents, float(loss.sum() - loss.flatten()[chosen].sum()) + sum(tails) / len(layers))
 
     if rotary is not None:
         return split(rotary // 2)
@@ -238,9 +238,9 @@ def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None)
 
 def unrotated_pairs(rotary: Tensor, frequencies: int, groups: int) -> Tensor:
     """The components [N, 2] that are not in `rotary`."""
-    kept = torch.zeros(frequencies, groups, dtype=torch.bool)
-    kept[rotary[:, 0], rotary[:, 1]] = True
-    return (~kept).nonzero()
+    rotates = torch.zeros(frequencies, groups, dtype=torch.bool)
+    rotates[rotary[:, 0], rotary[:, 1]] = True
+    return (~rotates).nonzero()
 
 
 def _complex(weight: Tensor, heads: int) -> Tensor:

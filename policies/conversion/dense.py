@@ -133,8 +133,8 @@ def load_dense(source: str) -> Policy:
 def new_folder(destination: str | Path) -> Iterator[Path]:
     """A folder to write into, which becomes `destination` at the end of the block, unless the block raises."""
     destination = Path(destination)
-    taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
-    if taken or destination.is_symlink():
+    occupied = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    if occupied or destination.is_symlink():
         raise FileExistsError(f"destination={str(destination)!r} is not empty; remove it or name another")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -151,8 +151,8 @@ def save_as(policy: Policy, source: str, folder: Path) -> None:
     """Writes `policy` into `folder`, with the licence of `source`."""
     policy.save(folder)
     for name in LICENCE_FILES:
-        if found := find_file(source, name):
-            shutil.copy(found, folder / name)
+        if path := find_file(source, name):
+            shutil.copy(path, folder / name)
 
 
 def parity_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str] | None = None) -> list[Tensor]:

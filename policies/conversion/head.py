@@ -29,8 +29,8 @@ def start_head(
     with torch.random.fork_rng(devices=[]):
         head = MTPHead(trunk.config).to(trunk.device)
     last = trunk.model.layers[-1]
-    own = head.block.state_dict()  # without a router of heads: a draft head uses all of them
-    head.block.load_state_dict({name: tensor for name, tensor in last.state_dict().items() if name in own})
+    state = head.block.state_dict()  # without a router of heads: a draft head uses all of them
+    head.block.load_state_dict({name: tensor for name, tensor in last.state_dict().items() if name in state})
     head.norm.load_state_dict(trunk.model.norm.state_dict())
     seen: list[Tensor] = []
     width = trunk.config.hidden_size
@@ -43,8 +43,8 @@ def start_head(
             hidden = trunk.model(ids, use_cache=False).last_hidden_state[0, :-1]
             target = seen.pop()[0, 1:]
             embeddings = trunk.model.embed_tokens(ids)[0, 1:]
-            given = torch.cat([head.enorm(embeddings), head.hnorm(hidden)], dim=1)
-            rows = torch.cat([given, target], dim=1).double()
+            inputs = torch.cat([head.enorm(embeddings), head.hnorm(hidden)], dim=1)
+            rows = torch.cat([inputs, target], dim=1).double()
             rows = (rows / target.double().norm(dim=1, keepdim=True)).cpu()
             gram += rows[:, : 2 * width].T @ rows
             on_window()

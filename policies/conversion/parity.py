@@ -63,12 +63,12 @@ def parity(
     differences, largest, kls, agreements, identical = [], [], [], [], True
     for row in token_ids:
         ids = row[None].to(dense.device)
-        expected, got = dense(ids).logits[0].double(), converted(ids).logits[0].double()
-        differences.append((expected - got).abs().max().item())
+        expected, actual = dense(ids).logits[0].double(), converted(ids).logits[0].double()
+        differences.append((expected - actual).abs().max().item())
         largest.append(expected.abs().max().item())
-        log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
+        log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
         kls.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        agreements.append(expected.argmax(-1) == got.argmax(-1))
+        agreements.append(expected.argmax(-1) == actual.argmax(-1))
         texts = [_greedy(model, ids, new_tokens) for model in (dense, converted)]
         identical = identical and torch.equal(*texts)
     return ParityReport(

@@ -7,9 +7,6 @@ result is mapped back. Everything here is derived from a policy's weights and is
 
 from __future__ import annotations
 
-import copy
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,19 +14,20 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
 from policies.attention import sees_prompts_whole
+from policies.decoding.dynamic_heads import HeadChoice
 from policies.decoding.experts import held, route, run_experts
 from policies.decoding.latent_cache import LatentCache
 from policies.decoding.linear import FixedLinear
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the pairs (x[i], x[i + d/2]). `cos` and `sin` are those of `RotaryTable`."""
+    """Rotates the pairs (x[i], x[i + d/2]). `cos` and `sin` are those of `RotaryTable`."""
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
 class RotaryTable:
-    """[cos | cos] and [-sin | sin] of every position [T, rope], computed once by the policy's own rotary module."""
+    """The tables [cos | cos] and [-sin | sin] of every position [T, rope], made once by the policy's rotary module."""
 
     def __init__(self, rotary: torch.nn.Module, length: int, dtype: torch.dtype, device: torch.device) -> None:
         positions = torch.arange(length, device=device)[None]
@@ -57,6 +55,9 @@ class AbsorbedBlock:
         self.post_norm = layer.post_attention_layernorm.weight.detach().to(dtype)
         self.kv_norm = attention.kv_a_layernorm.weight.detach().to(dtype)
         self.kv_eps = attention.kv_a_layernorm.variance_epsilon
+        self.choice = None
+        if (router := getattr(attention, "gate", None)) is not None:
+            self.choice = HeadChoice(router, config.active_heads, config.shared_heads)
         self._absorb(attention, dtype)
         self._take_feed_forward(layer.mlp, dtype)
 
@@ -66,14 +67,6 @@ class AbsorbedBlock:
         up_key, up_value = expand[:, :nope], expand[:, nope:]
         kv_weight = attention.kv_a_proj_with_mqa.weight.detach().float()
         kv_bias = attention.kv_a_proj_with_mqa.bias
-        self.head_gate: Tensor | None = None
-        if (router := getattr(attention, "gate", None)) is not None:
-            # The shared heads are chosen like the others: by a bias of infinity, with the weight of a logit of 0, 1.
-            first = (self.config.shared_heads, 0)
-            self.head_gate = F.pad(router.weight.detach().float(), (0, 0, *first))
-            self.head_bias = F.pad(router.e_score_correction_bias.detach().float(), first, value=math.inf)
-            self.head_sizes = copy.copy(router.sizes)
-            self.head_sizes.num_experts_per_tok = self.config.active_heads
         last = attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj
         query = last.weight.detach().float().view(heads, nope + self.rope, -1) * attention.scaling
         if self.config.rope_interleave:
@@ -127,7 +120,8 @@ class AbsorbedBlock:
         self.dense_down = FixedLinear(dense.down_proj.weight.detach().to(dtype))
 
     def __call__(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache, layer: int) -> Tensor:
-        """[B, S, D] -> [B, S, D]. Appends S vectors to each row of the planned cache. `rope`: cos, sin [B, S, rope]."""
+        """Computes [B, S, D] -> [B, S, D], and appends S vectors to each row of the planned cache. `rope` is cos and
+        sin, [B, S, rope] each."""
         cos, sin = rope
         batch, new, hidden = x_BSD.shape
         h = F.rms_norm(x_BSD, (hidden,), self.input_norm, self.eps)
@@ -149,37 +143,18 @@ class AbsorbedBlock:
             ],
             dim=-1,
         )
-        if self.head_gate is None:
+        if self.choice is None:
             attended = cache.attend(layer, rotated, vector)
         else:
-            attended = self._attend_by_some(h, rotated, vector, cache, layer)
+            attended = self.choice.attend(h, rotated, vector, cache, layer)
         if self.up_value is not None:
             attended = torch.einsum("bshr,hrv->bshv", attended, self.up_value)
         x = x_BSD + self.out(attended.flatten(2))
         h = F.rms_norm(x, (hidden,), self.post_norm, self.eps).view(-1, hidden)
         return x + self.feed_forward(h).view_as(x)
 
-    def _attend_by_some(
-        self, h_BSD: Tensor, query_BSHK: Tensor, new_BSE: Tensor, cache: LatentCache, layer: int
-    ) -> Tensor:
-        """As `cache.attend`, by the heads that the router chooses; of the others the result is 0. Queries of all heads
-        are one product before, since to gather rows of its matrix for each token would cost more."""
-        batch, new, heads, width = query_BSHK.shape
-        assert self.head_gate is not None
-        logits_NH = F.linear(h_BSD.float().flatten(0, 1), self.head_gate)
-        routed = route(logits_NH, self.head_bias, self.head_sizes)
-        self.active_heads = routed[1]
-        weights, chosen = (part_Nk.view(batch, new, -1, 1) for part_Nk in routed)
-        out = cache.attend(layer, query_BSHK.gather(2, chosen.expand(-1, -1, -1, width)), new_BSE)
-        out = out * weights.to(out.dtype)
-        return out.new_zeros(batch, new, heads, out.shape[-1]).scatter(2, chosen.expand_as(out), out)
-
-    def routed_heads(self) -> Tensor:
-        """The heads that the router chose in the last call, [N, k]; they are numbered after the shared ones from 0."""
-        shared = self.config.shared_heads
-        return self.active_heads.sort(-1).values[:, shared:] - shared
-
     def feed_forward(self, h_ND: Tensor) -> Tensor:
+        """The dense part, or the shared expert and the chosen ones: [N, D] -> [N, D]."""
         gate, up = self.dense_gate_up(h_ND).chunk(2, dim=-1)
         dense = self.dense_down(F.silu(gate) * up)
         if self.gate is None:
@@ -204,15 +179,16 @@ class AbsorbedTrunk:
         self.rope = RotaryTable(model.rotary_emb, length, dtype, self.device)
 
     def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> LatentCache:
-        """`prompts_R`: the lengths of the prompts that are read first, if they are."""
+        """An empty cache of the trunk. `prompts_R`: the lengths of the prompts that are read first, if they are."""
         cache = self.cache_of(len(self.blocks), rows, capacity)
         cache.whole_R = prompts_R if self.both_ways else None
         return cache
 
     def cache_of(self, layers: int, rows: int, capacity: int, first: int = 0) -> LatentCache:
+        """An empty cache of so many layers like the trunk's."""
         rank = self.config.kv_lora_rank
         shape = layers, rows, capacity, rank + self.config.qk_rope_head_dim
-        return LatentCache(*shape, rank, dtype=self.dtype, device=self.device, first=first)
+        return LatentCache(shape, rank, dtype=self.dtype, device=self.device, first=first)
 
     def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:
         """Final hidden states [B, S, D], after the last norm."""
@@ -225,11 +201,11 @@ class AbsorbedTrunk:
 
     @property
     def has_routers(self) -> bool:
-        return any(block.gate is not None or block.head_gate is not None for block in self.blocks)
+        return any(block.gate is not None or block.choice is not None for block in self.blocks)
 
     def routing(self) -> Tensor:
         """What the routers chose in the last call, [B · S, routers, k], in the order of `RoutingReplay`."""
         chosen = [block.experts for block in self.blocks if block.gate is not None]
-        chosen += [block.routed_heads() for block in self.blocks if block.head_gate is not None]
+        chosen += [block.choice.routed() for block in self.blocks if block.choice is not None]
         most = max(part_Nk.shape[1] for part_Nk in chosen)
         return torch.stack([F.pad(part_Nk, (0, most - part_Nk.shape[1]), value=-1) for part_Nk in chosen], dim=1)

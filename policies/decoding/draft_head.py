@@ -17,7 +17,7 @@ class AbsorbedHead:
     """The head for drafting: plain tensors and the absorbed block, which each publication derives again."""
 
     def __init__(self, head: MTPHead, trunk: AbsorbedTrunk, draft_ids: Tensor | None = None) -> None:
-        """`draft_ids` [K], ascending: the tokens that have `logits`; None: all."""
+        """Only the tokens `draft_ids` [K], ascending, have `logits`; None: all have."""
         dtype = trunk.dtype
         self.trunk, self.config = trunk, head.config
         self.enorm = head.enorm.weight.detach().to(dtype)
@@ -32,7 +32,7 @@ class AbsorbedHead:
         )
 
     def cache(self, rows: int, capacity: int) -> LatentCache:
-        """Without the first token of each row, to which the head has no entry."""
+        """An empty cache without the first token of each row, for which the head has no entry."""
         return self.trunk.cache_of(1, rows, capacity, first=1)
 
     def __call__(self, token_ids_BS: Tensor, hidden_BSD: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:

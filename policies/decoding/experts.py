@@ -15,7 +15,7 @@ from policies.decoding.quantized import round_experts
 
 
 def route(router_logits_NE: Tensor, bias_E: Tensor, config: DeepseekV3Config) -> tuple[Tensor, Tensor]:
-    """Sigmoid router of DeepSeek-V3 (eq. 12–16): it chooses by score + bias and weighs by score.
+    """Chooses experts by the sigmoid router of DeepSeek-V3 (eq. 12–16): by score + bias, and weighs them by score.
 
     An expert group's score is the sum of its two best experts. Returns (weights, experts), both [N, k].
     """
@@ -37,7 +37,7 @@ Matrices: TypeAlias = Tensor | Sequence[FixedLinear]  # of all experts: [E, out,
 
 
 def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Matrices, down: Matrices) -> Tensor:
-    """Σ_k weight · Expert_k(x) [N, D], by two grouped matrix products over the tokens sorted by expert."""
+    """Computes Σ_k weight · Expert_k(x) [N, D], by two grouped matrix products over the tokens sorted by expert."""
     top_k = experts_Nk.shape[1]
     sorted_experts, order = experts_Nk.flatten().sort(stable=True)
     ends = torch.searchsorted(
@@ -50,28 +50,14 @@ def run_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: M
     return torch.empty_like(out).index_copy_(0, order, out).view(len(x_ND), top_k, -1).sum(1)
 
 
-def run_few_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """As `run_experts`, for a graph of few tokens: the chosen experts are gathered, or all are computed. Gathering
-    reads, writes and reads again, so it is for half of the experts or fewer. A graph has no grouped product in float32,
-    which is a loop over the experts on a CPU."""
-    if 2 * experts_Nk.numel() <= len(gate_up):
-        gate, up = torch.einsum("nkid,nd->nki", gate_up[experts_Nk], x_ND).chunk(2, dim=-1)
-        out = torch.einsum("nkdi,nki->nkd", down[experts_Nk], F.silu(gate) * up)
-        return (out * weights_Nk[..., None].to(out.dtype)).sum(1)
-    share_NE = x_ND.new_zeros(len(x_ND), len(gate_up)).scatter(1, experts_Nk, weights_Nk.to(x_ND.dtype))
-    gate, up = torch.einsum("eid,nd->eni", gate_up, x_ND).chunk(2, dim=-1)
-    out = torch.einsum("edi,eni->end", down, F.silu(gate) * up)
-    return torch.einsum("end,ne->nd", out, share_NE)
-
-
 def held(stack_EOI: Tensor) -> Matrices:
     """The experts as a sampler holds them, see quantized.py."""
-    found = round_experts(stack_EOI, will_block(stack_EOI.dtype, stack_EOI.device))
-    return found if isinstance(found, Tensor) else [FixedLinear(expert) for expert in found]
+    experts = round_experts(stack_EOI, will_block(stack_EOI.dtype, stack_EOI.device))
+    return experts if isinstance(experts, Tensor) else [FixedLinear(expert) for expert in experts]
 
 
 def _grouped(x_MI: Tensor, matrices: Matrices, ends_E: Tensor) -> Tensor:
-    """[M, out]: each expert's rows, which end at `ends_E`, by its matrix."""
+    """Multiplies each expert's rows, which end at `ends_E`, by its matrix: [M, out]."""
     if isinstance(matrices, Tensor):
         return F.grouped_mm(x_MI, matrices.transpose(1, 2), offs=ends_E)
     parts = x_MI.tensor_split(ends_E.tolist()[:-1])

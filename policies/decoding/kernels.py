@@ -34,7 +34,7 @@ def attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT:
 
 
 def plain_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
-    """By products and a softmax, on any device."""
+    """Attends by products and a softmax, on any device."""
     scores = query_BNK @ cached_BTE[..., -query_BNK.shape[-1] :].transpose(1, 2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + mask_BNT
     weights = scores.softmax(-1).nan_to_num()  # of a query to which nothing is visible
@@ -42,7 +42,7 @@ def plain_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mas
 
 
 def cpu_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
-    """By torch's kernel for a CPU, which reads latents in place; a batched product would copy them in bf16.
+    """Attends by torch's kernel for a CPU, which reads latents in place; a batched product would copy them in bf16.
 
     It needs keys and values of one width. The narrower of them is widened into its neighbour's entries, which are
     multiplied by zeros of the query or cut off the result.
@@ -59,8 +59,8 @@ def cpu_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_
 
 
 def cuda_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
-    """By torch's memory-efficient kernel for CUDA (Rabe & Staats 2021), which reads latents in place and never writes
-    the scores. It takes any widths, and a mask whose rows begin at multiples of 16 entries.
+    """Attends by torch's memory-efficient kernel for CUDA (Rabe & Staats 2021), which reads latents in place and never
+    writes the scores. It takes any widths, and a mask whose rows begin at multiples of 16 entries.
     """
     queries, entries = query_BNK.shape[1], mask_BNT.shape[-1]
     mask = mask_BNT.to(query_BNK.dtype)
@@ -89,10 +89,10 @@ def cuda_attention_agrees(device: torch.device, dtype: torch.dtype, widths: tupl
     query, cached = query.to(dtype), cached.to(dtype)
     expected = plain_attention(query.double(), cached.double(), value_width, mask.double())
     try:
-        found = cuda_attention(query, cached, value_width, mask)
+        result = cuda_attention(query, cached, value_width, mask)
         sees = ~hidden.all(-1)
-        far = max(float((f - e)[sees].abs().max()) for f, e in zip(found, expected, strict=True))
-        if far <= CLOSE.get(dtype, 0.0) and bool(found[0].isfinite().all()):
+        far = max(float((f - e)[sees].abs().max()) for f, e in zip(result, expected, strict=True))
+        if far <= CLOSE.get(dtype, 0.0) and bool(result[0].isfinite().all()):
             return True
         why = f"its results are up to {far:.2g} from those of plain products"
     except RuntimeError as error:  # among them what is not implemented for this device or these widths

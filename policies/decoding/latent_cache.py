@@ -29,8 +29,8 @@ class Prefix:
     row_prompt_R: Tensor
 
     def __post_init__(self) -> None:
-        # Rows of one prompt are next to each other. If prompts have unequal numbers of live rows, each gets `widest`
-        # slots, so that one batched matrix product serves all rows of a prompt together.
+        # Rows of one prompt are neighbours. If prompts have unequal numbers of live rows, each gets `widest` slots, so
+        # that one batched matrix product serves all rows of a prompt together.
         counts_P = torch.bincount(self.row_prompt_R, minlength=len(self.lengths_P))
         first_P = counts_P.cumsum(0) - counts_P
         self.widest = int(counts_P.max())
@@ -40,7 +40,8 @@ class Prefix:
         self._mask: tuple[int, Tensor] | None = None
 
     def mask_P1T(self, first: int) -> Tensor:
-        """-inf at the entries of a prompt to which its rows may not attend: those before `first`, and padding."""
+        """The mask that is -inf at the entries of a prompt to which its rows may not attend: those before `first`, and
+        padding."""
         if self._mask is None or self._mask[0] != first:
             columns = torch.arange(self.latents_LPTE.shape[2], device=self.lengths_P.device)
             visible_PT = (columns < self.lengths_P[:, None]) & (columns >= first)
@@ -48,7 +49,7 @@ class Prefix:
         return self._mask[1]
 
     def by_prompt(self, x_RF: Tensor) -> Tensor:
-        """[R, n, F] -> [P, widest * n, F], zeros in empty slots."""
+        """Arranges [R, n, F] as [P, widest * n, F], with zeros in empty slots."""
         prompts, n = len(self.lengths_P), x_RF.shape[1]
         if not self.dense:
             padded = x_RF.new_zeros(prompts * self.widest, *x_RF.shape[1:])
@@ -62,6 +63,7 @@ class Prefix:
         return x if self.dense else x[self.slots_R]
 
     def join(self, others: Sequence[Prefix]) -> Prefix:
+        """One prefix with these prompts, and then those of `others`."""
         prefixes = [self, *others]
         longest = max(prefix.latents_LPTE.shape[2] for prefix in prefixes)
         latents = [F.pad(p.latents_LPTE, (0, 0, 0, longest - p.latents_LPTE.shape[2])) for p in prefixes]
@@ -73,6 +75,7 @@ class Prefix:
         )
 
     def select(self, rows: Tensor) -> Prefix:
+        """The prefix of these rows alone, without prompts that none of them continues."""
         alive, row_prompt_R = torch.unique(self.row_prompt_R[rows], return_inverse=True)
         if len(alive) == len(self.lengths_P):
             return Prefix(self.latents_LPTE, self.lengths_P, row_prompt_R)
@@ -83,18 +86,15 @@ class LatentCache:
     """A preallocated cache. `plan(S)` makes room for S tokens in each row, the layers `attend`, and `advance(n)` keeps
     the first n of them. The next plan overwrites what comes after a row's length, so a rollback costs nothing.
 
-    Every layer has a tensor of its own, so that only one at a time exists twice while all are copied.
-    There may be more places than rows (see `own_rows`); the last of them are empty then.
-    `first` hides the first entries of every prompt, since an MTP head has no entry for a prompt's first token.
-    `whole_R`, where it is set: lengths of prompts that the next plan reads, whose tokens see each other (prefix-LM).
+    `shape` is (layers, rows, entries of a row, E). Every layer has a tensor of its own, so that only one at a time
+    exists twice while all are copied. There may be more places than rows (see compiled/rounds.py); the last of them are
+    empty then. `first` hides the first entries of every prompt, since a draft head has no entry for a prompt's first
+    token. `whole_R`, where it is set: lengths of prompts that the next plan reads, whose tokens see each other.
     """
 
     def __init__(
         self,
-        layers: int,
-        rows: int,
-        capacity: int,
-        width: int,
+        shape: tuple[int, int, int, int],
         value_width: int,
         *,
         dtype: torch.dtype,
@@ -102,10 +102,10 @@ class LatentCache:
         prefix: Prefix | None = None,
         first: int = 0,
     ) -> None:
-        zeros = torch.zeros if prefix is None else _room  # the cache of prompts is filled at once
-        shape = rows, capacity, width
-        self.layers_RTE = [zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
+        layers, *of_layer = shape
+        zeros = torch.zeros if prefix is None else room  # the cache of prompts is filled at once
+        self.layers_RTE = [zeros(of_layer, dtype=dtype, device=device) for _ in range(layers)]
+        self.lengths_R = torch.zeros(shape[1], dtype=torch.long, device=device)
         self.value_width = value_width
         self.prefix = prefix
         self.first = first
@@ -116,7 +116,7 @@ class LatentCache:
         """The empty cache of the rows that continue `prefix`."""
         latents = prefix.latents_LPTE
         shape = len(latents), len(prefix.row_prompt_R), capacity, latents.shape[-1]
-        return cls(*shape, value_width, dtype=latents.dtype, device=latents.device, prefix=prefix, first=first)
+        return cls(shape, value_width, dtype=latents.dtype, device=latents.device, prefix=prefix, first=first)
 
     @property
     def rows(self) -> int:
@@ -124,6 +124,7 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
+        """How many entries a row has room for."""
         return self.layers_RTE[0].shape[1]
 
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> LatentCache:
@@ -167,12 +168,12 @@ class LatentCache:
         no unrotated key. The query includes the softmax scale already.
         """
         rows, new, heads, key_width = query_RSHK.shape
-        own = self.layers_RTE[layer]
-        own.view(-1, own.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
+        latents_RTE = self.layers_RTE[layer]
+        latents_RTE.view(-1, latents_RTE.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
         query = query_RSHK.reshape(rows, new * heads, key_width)
         if self._mask_RNT is None:
             self._mask_RNT = self._mask_RST[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
-        out, total = attention(query, own[:rows, : self._reach], self.value_width, self._mask_RNT)
+        out, total = attention(query, latents_RTE[:rows, : self._reach], self.value_width, self._mask_RNT)
         if self.prefix is not None:
             latents, mask = self.prefix.latents_LPTE[layer], self.prefix.mask_P1T(self.first)
             shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, mask)
@@ -183,29 +184,9 @@ class LatentCache:
             out = torch.lerp(out, shared_out, share.to(out.dtype))
         return out.reshape(rows, new, heads, self.value_width)
 
-    def own_rows(self, places: int, entries: int) -> None:
-        """Give every row a copy of its prompt, `entries` entries, and a place among `places`, of which some stay empty:
-        as a graph needs them, whose sizes are fixed."""
-        prefix, lengths = self.prefix, self.lengths_R
-        starts = torch.zeros_like(lengths) if prefix is None else prefix.lengths_P[prefix.row_prompt_R]
-        ends = list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
-        for layer, latents in enumerate(self.layers_RTE):
-            whole = _room((places, entries, latents.shape[2]), dtype=latents.dtype, device=latents.device)
-            for row, (start, end) in enumerate(ends):
-                if prefix is not None:
-                    whole[row, :start] = prefix.latents_LPTE[layer, prefix.row_prompt_R[row], :start]
-                whole[row, start:end] = latents[row, : end - start]
-            self.layers_RTE[layer] = whole
-        self.lengths_R, self.prefix = starts + lengths, None
-
     def advance(self, kept_R: Tensor | int) -> None:
+        """Keep the first `kept_R` of the tokens that were planned."""
         self.lengths_R = self.lengths_R + kept_R
-
-    def lengthen(self, tokens: int) -> None:
-        """Every row gets so many more tokens, of which each vector is ones: for measuring what long rows cost."""
-        for latents in self.layers_RTE:
-            latents[:, int(self.lengths_R.min()) : int(self.lengths_R.max()) + tokens] = 1
-        self.advance(tokens)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in ascending order; drop the others, and prompts that no row needs any more."""
@@ -215,20 +196,20 @@ class LatentCache:
 
     def take(self, rows: Tensor) -> LatentCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
-        taken, reach = copy.copy(self), int(self.lengths_R[rows].max())
-        taken.lengths_R, taken.layers_RTE = self.lengths_R[rows], []
-        taken.prefix = None if self.prefix is None else self.prefix.select(rows)
+        cache, reach = copy.copy(self), int(self.lengths_R[rows].max())
+        cache.lengths_R, cache.layers_RTE = self.lengths_R[rows], []
+        cache.prefix = None if self.prefix is None else self.prefix.select(rows)
         for latents in self.layers_RTE:
-            part = _room((len(rows), *latents.shape[1:]), dtype=latents.dtype, device=latents.device)
+            part = room((len(rows), *latents.shape[1:]), dtype=latents.dtype, device=latents.device)
             part[:, :reach] = latents[rows, :reach]
-            taken.layers_RTE.append(part)
-        return taken
+            cache.layers_RTE.append(part)
+        return cache
 
-    def put(self, rows: Tensor, taken: LatentCache) -> None:
+    def put(self, rows: Tensor, cache: LatentCache) -> None:
         """The inverse of `take`: these rows become what they are there."""
-        reach = int(taken.lengths_R.max())
-        self.lengths_R = self.lengths_R.index_copy(0, rows, taken.lengths_R)
-        for latents, part in zip(self.layers_RTE, taken.layers_RTE, strict=True):
+        reach = int(cache.lengths_R.max())
+        self.lengths_R = self.lengths_R.index_copy(0, rows, cache.lengths_R)
+        for latents, part in zip(self.layers_RTE, cache.layers_RTE, strict=True):
             latents[rows, :reach] = part[:, :reach]
 
     def join(self, others: Sequence[LatentCache]) -> LatentCache:
@@ -246,7 +227,7 @@ class LatentCache:
         counts, reaches = [len(part) for part in lengths], [int(part.max()) for part in lengths]
         for layer, latents in enumerate(self.layers_RTE):
             shape = sum(counts), capacity, latents.shape[2]
-            whole = _room(shape, dtype=latents.dtype, device=latents.device)
+            whole = room(shape, dtype=latents.dtype, device=latents.device)
             for cache, chosen, part, reach in zip(caches, rows, whole.split(counts), reaches, strict=True):
                 part[:, :reach] = cache.layers_RTE[layer][: cache.rows][chosen, :reach]
                 cache.layers_RTE[layer] = latents.new_empty(0)  # a view would keep the whole tensor
@@ -254,9 +235,9 @@ class LatentCache:
         self.lengths_R = torch.cat(lengths)
 
 
-def _room(shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, since a masked entry has weight 0, and 0 · NaN would be NaN. On a CPU they take no memory until they are
-    written, and free it at once: most completions end before their limit."""
+def room(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Makes zeros, since a masked entry has weight 0, and 0 · NaN would be NaN. On a CPU they take no memory until they
+    are written, and free it at once: most completions end before their limit."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -34,7 +34,7 @@ class FixedLinear:
         self.weight: Any = _block(weight) if self.blocked and weight is not None else weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """Multiplies [..., in] -> [..., out]."""
         if self.packed is None:
             return self._product(x, self.bias)
         if x.numel() <= self.packed.most_rows * self.in_features:
@@ -50,7 +50,7 @@ class FixedLinear:
 
 
 def kind_of(linear: FixedLinear) -> str:
-    """`none`, `int8` or `int4`."""
+    """The kind of a product's weights: `none`, `int8` or `int4`."""
     return "none" if linear.packed is None else linear.packed.kind
 
 

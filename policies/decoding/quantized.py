@@ -52,7 +52,7 @@ class Packed:
     scale_O: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O] by the packed kernel."""
+        """Multiplies [..., I] -> [..., O] by the packed kernel."""
         flat = x.reshape(-1, x.shape[-1])
         return _product(self.kind, flat, self.codes, self.scales).view(*x.shape[:-1], -1)
 

@@ -65,5 +65,6 @@ def remove_abandoned(place: Path, prefix: str) -> None:
 
 if __name__ == "__main__":
     sys.stdin.read()
-    if (own := Path(sys.argv[1])).exists():
-        remove(own)
+    folder = Path(sys.argv[1])
+    if folder.exists():
+        remove(folder)

@@ -38,9 +38,9 @@ def fault(folder: Path, name: str, needed: Collection[str] = (), share: slice = 
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{name} cannot be read ({error!r})"
     for file in sorted(listed)[share]:
-        found = size_and_hash(folder / file) if (folder / file).is_file() else "missing"
-        if found != expected.get(file):
-            return f"{file} is {found}, {name} says {expected.get(file)}"
+        present = size_and_hash(folder / file) if (folder / file).is_file() else "missing"
+        if present != expected.get(file):
+            return f"{file} is {present}, {name} says {expected.get(file)}"
     return None
 
 

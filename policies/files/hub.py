@@ -58,13 +58,13 @@ def _ask(endpoint: str) -> str:
         return str(error)
 
 
-def why_absent(source: str | Path, kind: str = "model") -> str:
+def why_absent(source: str | Path) -> str:
     """Why the hub id `source` cannot be loaded, with the way out. Empty if it may be: `source` is a folder, the hub
     answers, or the cache has a copy."""
     source = str(source)
     if not is_id(source) or not (why := unreachable()):
         return ""
-    if kind == "model" and isinstance(try_to_load_from_cache(source, "config.json"), str):
+    if isinstance(try_to_load_from_cache(source, "config.json"), str):
         return ""
     return (
         f"{why}, and the cache of the hub ({constants.HF_HUB_CACHE}) has no copy of it; where there is a network, "

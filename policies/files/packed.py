@@ -19,8 +19,8 @@ def is_packed(config: PretrainedConfig) -> bool:
     >>> is_packed(PretrainedConfig(quantization_config={"quant_method": "compressed-tensors"}))
     True
     """
-    given = getattr(config, "quantization_config", None)
-    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    fields = getattr(config, "quantization_config", None)
+    method = fields.get("quant_method") if isinstance(fields, dict) else getattr(fields, "quant_method", None)
     return str(getattr(method, "value", method)) == "compressed-tensors"
 
 
@@ -30,12 +30,12 @@ def unreadable(config: PretrainedConfig) -> str | None:
     Zero points are refused since transformers leaves out those of routed experts, and activations of few bits since the
     policy would be another one here than where they are rounded.
     """
-    given = config.quantization_config
-    read = given if isinstance(given, dict) else given.to_dict()
-    groups = read.get("config_groups") or {}
-    if read.get("format") != "pack-quantized" or not groups:
-        what = f"format={read.get('format')!r}, and pack-quantized alone is read"
-    elif read.get("kv_cache_scheme"):
+    fields = config.quantization_config
+    fields = fields if isinstance(fields, dict) else fields.to_dict()
+    groups = fields.get("config_groups") or {}
+    if fields.get("format") != "pack-quantized" or not groups:
+        what = f"format={fields.get('format')!r}, and pack-quantized alone is read"
+    elif fields.get("kv_cache_scheme"):
         what = "kv_cache_scheme is set, and the cache is not rounded here"
     elif any(group.get(name) for group in groups.values() for name in ("input_activations", "output_activations")):
         what = "activations have few bits, and they are not rounded here"

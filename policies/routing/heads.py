@@ -36,7 +36,8 @@ from policies.layout import PolicyError
 
 
 class DynamicHeadsConfig(DeepseekV3Config):
-    """`active_heads` compute for every token: the first `shared_heads`, and those that the router chooses."""
+    """The configuration: `active_heads` compute for a token, the first `shared_heads` and those that a router
+    chooses."""
 
     model_type = "deepseek_v3_dynamic_heads"
     active_heads: int = 2
@@ -80,7 +81,7 @@ class DynamicHeadsForCausalLM(DeepseekV3ForCausalLM):
 
 
 def head_weights(attention: nn.Module, hidden_BTD: Tensor) -> Tensor:
-    """Of every head of a layer, [B, T, H]; 0 where it does not compute."""
+    """The weight of every attention head of a layer, [B, T, H]; 0 where it does not compute."""
     logits_NR, weights_Nk, heads_Nk = attention.gate(hidden_BTD)
     routed_NR = weights_Nk.new_zeros(logits_NR.shape).scatter(1, heads_Nk, weights_Nk)
     return F.pad(routed_NR, (attention.config.shared_heads, 0), value=1.0).view(*hidden_BTD.shape[:2], -1)
@@ -93,8 +94,8 @@ def _choose(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def heads_config(config: PretrainedConfig, active: float, shared: int) -> DynamicHeadsConfig:
-    """`config` with dynamic heads: the share `active` of its heads. Raises PolicyError for numbers that make no choice,
-    or that are not those of a policy that has routers.
+    """The configuration `config` with the share `active` of its heads. Raises PolicyError for numbers that make no
+    choice, or that are not those of a policy that has routers.
 
     >>> heads_config(DeepseekV3Config(num_attention_heads=96, num_key_value_heads=96), 0.33, shared=2).active_heads
     32
@@ -123,7 +124,8 @@ def heads_config(config: PretrainedConfig, active: float, shared: int) -> Dynami
 
 
 def with_dynamic_heads(trunk: PreTrainedModel, active: float, shared: int, seed: int = 0) -> PreTrainedModel:
-    """`trunk` where it has such heads already, else a model of its own tensors and fresh routers, drawn from `seed`.
+    """The trunk itself where it has such heads already, else a model of its own tensors and fresh routers, drawn from
+    `seed`.
 
     Raises PolicyError as `heads_config` does, and for weights that are sharded, in 4 bits or with adapters.
     """

@@ -57,8 +57,8 @@ def _replay(
     chosen_Nk: Tensor, router: DeepseekV3TopkRouter, inputs: object, output: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of what was chosen, as the router would give them (DeepSeek-V3, arXiv:2412.19437, eq. 13)."""
-    logits, _, own = output
-    chosen = torch.where(chosen_Nk < 0, own, chosen_Nk)
+    logits, _, choice = output
+    chosen = torch.where(chosen_Nk < 0, choice, chosen_Nk)
     weights = logits.sigmoid().gather(1, chosen)
     if router.norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)

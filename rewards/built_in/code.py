@@ -46,7 +46,7 @@ def code(
     log_extra: Callable[[str, list], None] | None = None,
     **_,
 ) -> list[float]:
-    """1.0 where every test passes, else 0.0, or with `partial_marks` the share that passes.
+    """Gives 1.0 where every test passes, else 0.0, or with `partial_marks` the share that passes.
 
     The program is the last block between ``` marks, or without one the whole completion. `tests` is for each completion
     Python text, such as `assert double(2) == 4`, or a list of such texts, which run after the program, in its names. A
@@ -62,15 +62,15 @@ def code(
     if problem := unavailable():
         raise SandboxUnavailable(problem)
     limits = Limits(seconds=seconds, memory=memory_mib << 20)
-    each = [_tests(given) for given in tests]
+    each = [_tests(texts) for texts in tests]
     programs = [program_of(text_of(completion)) for completion in completions]
     with ThreadPoolExecutor(max(concurrency, 1)) as threads:
         results = list(threads.map(partial(_passed, limits=limits), programs, each))
     if log_extra:
-        log_extra("code_result", [said for _, said in results])
+        log_extra("code_result", [words for _, words in results])
     return [
-        passed / len(own) if partial_marks else float(passed == len(own))
-        for (passed, _), own in zip(results, each, strict=True)
+        passed / len(tests_of_one) if partial_marks else float(passed == len(tests_of_one))
+        for (passed, _), tests_of_one in zip(results, each, strict=True)
     ]
 
 
@@ -84,10 +84,10 @@ def program_of(text: str) -> str:
     return blocks[-1] if blocks else text
 
 
-def _tests(given: str | Sequence[str]) -> list[str]:
-    tests = [given] if isinstance(given, str) else list(given)
+def _tests(texts: str | Sequence[str]) -> list[str]:
+    tests = [texts] if isinstance(texts, str) else list(texts)
     if not tests or not all(isinstance(test, str) and test.strip() for test in tests):
-        raise ValueError(f"tests={given!r:.200}: a problem has one test or more, each of them Python text")
+        raise ValueError(f"tests={texts!r:.200}: a problem has one test or more, each of them Python text")
     for test in tests:
         try:
             ast.parse(test)
@@ -99,11 +99,11 @@ def _tests(given: str | Sequence[str]) -> list[str]:
 def _passed(program: str, tests: list[str], limits: Limits) -> tuple[int, str]:
     """How many tests passed, and in words what became of the others."""
     word = secrets.token_hex(16)
-    given = json.dumps({"word": word, "program": program, "tests": tests})
-    outcome = run_python(_HARNESS, stdin=f"{given}\n", limits=limits)
-    said = dict(line.split(" ", 2)[1:] for line in outcome.stdout.splitlines() if line.startswith(f"{word} "))
-    wrong = [f"test {i}: {what}" for i, what in said.items() if what != "passed"]
-    if len(said) < len(tests):
+    message = json.dumps({"word": word, "program": program, "tests": tests})
+    outcome = run_python(_HARNESS, stdin=f"{message}\n", limits=limits)
+    results = dict(line.split(" ", 2)[1:] for line in outcome.stdout.splitlines() if line.startswith(f"{word} "))
+    wrong = [f"test {i}: {what}" for i, what in results.items() if what != "passed"]
+    if len(results) < len(tests):
         last = outcome.stderr.strip().rpartition("\n")[2]
         wrong.append(f"limit: {outcome.limit}" if outcome.limit else last or f"it ended with {outcome.exit_code}")
-    return sum(what == "passed" for what in said.values()), "; ".join(wrong)[:500] or "passed"
+    return sum(what == "passed" for what in results.values()), "; ".join(wrong)[:500] or "passed"

@@ -18,7 +18,11 @@ def column(prompts: list | None, completions: Completions, name: str, **columns)
     """
     if name not in columns:
         raise ValueError(f"there is no column {name!r}; the columns are {', '.join(sorted(columns)) or 'none'}")
-    return [None if value is None else _finite(name, value) for value in columns[name]]
+    for value in columns[name]:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not is_number:
+            raise ValueError(f"column {name!r} holds {value!r}, which is not a finite number")
+    return [None if value is None else float(value) for value in columns[name]]
 
 
 def environment(
@@ -31,7 +35,7 @@ def environment(
     >>> environment(None, ["so 4", "so 5"], environment_reward=[0.25, None])
     [0.25, None]
     """
-    return [_given(value, "the environment could not go on") for value in environment_reward]
+    return [_score(value, "the environment could not go on") for value in environment_reward]
 
 
 def agent(
@@ -44,16 +48,10 @@ def agent(
     >>> agent(None, ["so 4", "so 5"], agent_reward=[0.25, None])
     [0.25, None]
     """
-    return [_given(value, "the agent has failed") for value in agent_reward]
+    return [_score(value, "the agent has failed") for value in agent_reward]
 
 
-def _given(value: float | str | None, failed: str) -> float | ValueError | None:
+def _score(value: float | str | None, failed: str) -> float | ValueError | None:
     if isinstance(value, str):
         return ValueError(f"{failed}: {value}")
     return None if value is None else float(value)
-
-
-def _finite(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"column {name!r} holds {value!r}, which is not a finite number")
-    return float(value)

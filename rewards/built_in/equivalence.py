@@ -25,7 +25,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 
 @right_at(1.0)
 def math_equivalence(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
-    r"""1.0 if the last expression of the completion equals the gold one, else 0.0.
+    r"""Gives 1.0 if the last expression of the completion equals the gold one, else 0.0.
 
     `answer` is an expression (LaTeX or plain), or a solution that ends with `#### expression`. A completion without
     a readable expression scores 0.0; an unreadable gold raises ValueError.
@@ -33,18 +33,17 @@ def math_equivalence(prompts: list | None, completions: Completions, answer: lis
     >>> math_equivalence(None, [r"so $\frac{1}{2}$", "so 2"], answer=["0.5", "0.5"])
     [1.0, 0.0]
     """
-    pairs = zip(completions, answer, strict=True)
-    return [float(verify(_gold(gold), _parse(text_of(text)), timeout_seconds=None)) for text, gold in pairs]
-
-
-def _parse(text: str) -> list:
-    return parse(text, parsing_timeout=None)
+    scores = []
+    for text, gold in zip(completions, answer, strict=True):
+        is_equal = verify(_gold(gold), parse(text_of(text), parsing_timeout=None), timeout_seconds=None)
+        scores.append(float(is_equal))
+    return scores
 
 
 @functools.lru_cache(maxsize=4096)
 def _gold(answer: str | int | float) -> list:
     expression = str(answer).rpartition("####")[2].strip()
-    parsed = _parse(expression) or _parse(f"${expression}$")
+    parsed = parse(expression, parsing_timeout=None) or parse(f"${expression}$", parsing_timeout=None)
     if not parsed:
         raise ValueError(f"math-verify cannot read the gold answer {expression[-60:]!r}")
     return parsed

@@ -11,7 +11,7 @@ from rewards.protocol import Completions, right_at, text_of
 
 @right_at(None)
 def regex_format(prompts: list | None, completions: Completions, pattern: str, **_) -> list[float]:
-    """1.0 if `pattern` is found. Anchor it (`\\A`, `\\Z`) to match the whole; with `(?s)` a `.` matches newlines too.
+    """Gives 1.0 if `pattern` is found. Anchor it (`\\A`, `\\Z`) to match all; with `(?s)` a `.` matches newlines too.
 
     Python's `re` backtracks: a pattern such as `(a+)+b` may never end, and then the scorer's time limit kills it.
 
@@ -26,7 +26,7 @@ def regex_format(prompts: list | None, completions: Completions, pattern: str, *
 def tag_format(
     prompts: list | None, completions: Completions, tags: Sequence[str] = ("think", "answer"), **_
 ) -> list[float]:
-    """1.0 if the completion is `<tag>...</tag>` for each of `tags`, each once, in their order, and nothing else.
+    """Gives 1.0 if the completion is `<tag>...</tag>` for each of `tags`, once, in their order, and nothing else.
 
     >>> tag_format(None, ["<think>6 * 7</think> <answer>42</answer>", "<answer>42</answer>"])
     [1.0, 0.0]
@@ -36,7 +36,7 @@ def tag_format(
 
 @right_at(None)
 def gsm8k_format(prompts: list | None, completions: Completions, **_) -> list[float]:
-    r"""1.0 if the completion has one `####` and ends with it and a number, like GSM8K's solutions.
+    r"""Gives 1.0 if the completion has one `####` and ends with it and a number, like GSM8K's solutions.
 
     >>> gsm8k_format(None, ["6 * 7 = 42\n#### 42", "42", "#### 42 is the answer"])
     [1.0, 0.0, 0.0]

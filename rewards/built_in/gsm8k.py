@@ -94,7 +94,7 @@ def _gold_answer(text: str) -> Decimal:
 
 @right_at(1.0)
 def gsm8k(prompts: list | None, completions: Completions, answer: list[str], mode: Mode = "strict", **_) -> list[float]:
-    """1.0 if the completion's final number equals the gold one, else 0.0. Raises ValueError for a bad gold answer.
+    """Gives 1.0 if the completion's final number is the gold one, else 0.0. Raises ValueError for a bad gold answer.
 
     TRL passes every column of the data to a reward, so a list for `mode` is a column of that name and is ignored.
 
@@ -109,19 +109,19 @@ def gsm8k(prompts: list | None, completions: Completions, answer: list[str], mod
 
 @right_at(1.0)
 def gsm8k_flexible(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
-    """`gsm8k` that takes the last number anywhere in the completion."""
+    """Scores as `gsm8k`, by the last number anywhere in the completion."""
     return gsm8k(prompts, completions, answer, mode="flexible")
 
 
 @right_at(1.0)
 def gsm8k_boxed(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
-    r"""`gsm8k` that takes the number in the last `\boxed{}`."""
+    r"""Scores as `gsm8k`, by the number in the last `\boxed{}`."""
     return gsm8k(prompts, completions, answer, mode="boxed")
 
 
 @right_at(1.0)
 def gsm8k_lm_eval(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
-    """1.0 if lm-evaluation-harness' `exact_match,strict-match` of GSM8K (task version 3.0) is 1, else 0.0.
+    """Gives 1.0 if lm-evaluation-harness' `exact_match,strict-match` of GSM8K (task version 3.0) is 1, else 0.0.
 
     Use it to compare with published figures, and `gsm8k` to train, since here a policy may guess first and go on.
     It compares texts without commas and one last full stop. The differences are

@@ -15,7 +15,7 @@ def length_penalty(
     exact: bool = False,
     **_,
 ) -> list[float]:
-    """`-per_token * max(0, length - target)`, or with `exact` `-per_token * |length - target|`.
+    """Gives `-per_token * max(0, length - target)`, or with `exact` `-per_token * |length - target|`.
 
     The exact form is the length term of LCPO-Exact (Aggarwal & Welleck, L1, 2025, eq. 1; their alpha is 0.0003).
 
@@ -35,7 +35,7 @@ def repetition_penalty(
     max_penalty: float = -1.0,
     **_,
 ) -> list[float]:
-    """`max_penalty * (1 - distinct n-grams / n-grams)` (Yeo et al., Demystifying Long CoT, 2025, appendix C.2).
+    """Gives `max_penalty * (1 - distinct n-grams / n-grams)` (Yeo et al., Demystifying Long CoT, 2025, app. C.2).
 
     A completion shorter than one n-gram scores 0.
 
@@ -56,7 +56,8 @@ def repetition_penalty(
 def soft_overlong_punishment(
     prompts: list | None, completions: list, completion_ids: list[list[int]], max_length: int, cache_length: int, **_
 ) -> list[float]:
-    """0 up to `max_length - cache_length` tokens, then linear to -1 at `max_length` (DAPO, Yu et al. 2025, eq. 13).
+    """Gives 0 up to `max_length - cache_length` tokens, then falls to -1 at `max_length` (DAPO, Yu et al. 2025, eq.
+    13).
 
     >>> soft_overlong_punishment(None, ["..."], completion_ids=[[7] * 90], max_length=100, cache_length=20)
     [-0.5]

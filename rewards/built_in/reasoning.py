@@ -71,15 +71,11 @@ def _answer(text: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
-    if calls := _code_runners(DATASETS[task][0].score_answer):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(DATASETS[task][0].score_answer)))
+    names = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    if calls := sorted(name for name in names if name.rpartition(".")[2] in RUNS_CODE):
         raise RewardError(
             f"reasoning_gym:{task} scores a completion by running it as code ({', '.join(calls)}), which we never do "
             "with a model's text; choose another task, or write a reward for it"
         )
     return get_score_answer_fn(task)
-
-
-def _code_runners(function: Callable) -> list[str]:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    return sorted(name for name in called if name.rpartition(".")[2] in RUNS_CODE)

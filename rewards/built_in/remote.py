@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from rewards.http_post import bearer, post
+from rewards.http_post import Tries, bearer, post
 from rewards.protocol import PROVIDED, Completions
 
 
@@ -29,20 +29,11 @@ def remote(
     """
     sent = {name: values for name, values in columns.items() if name not in PROVIDED}
     body = json.dumps({"prompts": prompts, "completions": completions, "columns": sent}).encode()
-    rewards, _ = post(
-        url,
-        body,
-        lambda answer: _rewards(answer, url),
-        token=bearer(token_variable),
-        request_timeout_s=request_timeout_s,
-        retries=retries,
-        backoff_s=backoff_s,
-    )
-    return rewards
 
+    def read(answer: bytes) -> list[float | None]:
+        try:
+            return json.loads(answer)["rewards"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RuntimeError(f'{url} answered {answer[:200]!r} instead of {{"rewards": [...]}}') from error
 
-def _rewards(body: bytes, url: str) -> list[float | None]:
-    try:
-        return json.loads(body)["rewards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RuntimeError(f'{url} answered {body[:200]!r} instead of {{"rewards": [...]}}') from error
+    return post(url, body, read, Tries(request_timeout_s, retries, backoff_s), token=bearer(token_variable))

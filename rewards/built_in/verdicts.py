@@ -20,7 +20,7 @@ class Verdict(NamedTuple):
 
 
 class Verdicts:
-    """In a SQLite file that several processes may use, or in the memory of this one."""
+    """The verdicts in a SQLite file that several processes may use, or in the memory of this one."""
 
     def __init__(self, path: str) -> None:
         self._database = sqlite3.connect(path, timeout=60.0, check_same_thread=False)
@@ -29,32 +29,30 @@ class Verdicts:
     @classmethod
     @contextmanager
     def open(cls, path: str | None) -> Iterator[Verdicts]:
-        """None is the memory. Raises ValueError for a file that is no such cache or cannot be written."""
+        """Opens the file `path`, or the memory without one. Raises ValueError for a file that is no such cache or
+        cannot be written."""
         if path is None:
             _memory[:] = _memory or [cls(":memory:")]
             yield _memory[0]
             return
-        kept = None
+        verdicts = None
         try:
-            kept = cls(path)
-            yield kept
+            verdicts = cls(path)
+            yield verdicts
         except sqlite3.Error as error:
             raise ValueError(f"cache={path!r} cannot be used as the cache of a judge: {error}; name another") from error
         finally:
-            if kept:
-                kept._database.close()
+            if verdicts:
+                verdicts._database.close()
 
     def find(self, digests: Sequence[str]) -> dict[str, Verdict]:
-        """The verdicts that there are."""
-        found: dict[str, Verdict] = {}
-        for digest in dict.fromkeys(digests):
-            query = "select score, reason from verdicts where digest = ?"
-            if row := self._database.execute(query, (digest,)).fetchone():
-                found[digest] = Verdict(*row)
-        return found
+        """The verdicts that there are, by digest."""
+        query = "select score, reason from verdicts where digest = ?"
+        rows = {digest: self._database.execute(query, (digest,)).fetchone() for digest in digests}
+        return {digest: Verdict(*row) for digest, row in rows.items() if row}
 
     def keep(self, verdicts: Mapping[str, Verdict], account: str, tokens: int) -> None:
-        """Together, so that no verdict is there whose tokens are not accounted for."""
+        """Keeps verdicts and what they took together: no verdict is there whose tokens are not accounted for."""
         with self._database:
             rows = [(digest, *verdict) for digest, verdict in verdicts.items()]
             self._database.executemany("insert or ignore into verdicts values (?, ?, ?)", rows)

@@ -11,11 +11,11 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rewards.isolation.environments import Nothing
-from rewards.protocol import RewardError
+from rewards.protocol import RewardError, awaited
 from rewards.registry import find_function, load_function
 
 OWN = ("base_url", "api_key", "prompt")  # what an agent gets besides the columns of its example
@@ -42,14 +42,14 @@ class LoadedAgent:
 
         Keys of the request: `given` (arguments by name) and `seed`, of `random` and of numpy's random functions.
         """
-        given = {name: value for name, value in request["given"].items() if self.takes_all or name in self.names}
+        arguments = {name: value for name, value in request["given"].items() if self.takes_all or name in self.names}
         random.seed(request["seed"])
         if numpy := sys.modules.get("numpy.random"):
             numpy.seed(request["seed"] % 2**32)
         try:
-            result = self.agent(**given)
+            result = self.agent(**arguments)
             if inspect.isawaitable(result):
-                result = self._loop.run_until_complete(_awaited(result))
+                result = self._loop.run_until_complete(awaited(result))
             if result is not None and not hasattr(result, "__float__"):
                 return {"kind": "not_a_number", "message": f"returned {result!r:.80}; return a number or None"}
             return {"reward": None if result is None else float(result)}
@@ -58,13 +58,6 @@ class LoadedAgent:
         except MemoryError as error:
             return {"kind": "memory", "message": f"it needs more memory than its process may have ({error!s:.200})"}
         except BaseException as error:  # also SystemExit, since an agent must not end the worker
-            return {"kind": "raised", "message": f"{type(error).__name__}: {error!s:.2000}{self._where(error)}"}
-
-    def _where(self, error: BaseException) -> str:
-        """The innermost line of the agent's file."""
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.path]
-        return f" (line {own[-1].lineno} in {own[-1].name})" if own else ""
-
-
-async def _awaited(result: Awaitable[Any]) -> Any:
-    return await result
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.path]
+            where = f" (line {frames[-1].lineno} in {frames[-1].name})" if frames else ""
+            return {"kind": "raised", "message": f"{type(error).__name__}: {error!s:.2000}{where}"}

@@ -25,7 +25,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
-from rewards.protocol import Reward, RewardError, Signature, bind
+from rewards.protocol import Reward, RewardError, Signature, awaited, bind
 from rewards.registry import Source, load_reward
 
 
@@ -79,8 +79,8 @@ def load(descriptions: list[dict], functions: list[Any]) -> dict:
         kind = description.get("kind", "reward")
         try:
             module, _, name = KINDS[kind].partition(":")
-            given = {key: value for key, value in description.items() if key != "kind"}
-            functions.append(getattr(import_module(module), name)(**given))
+            arguments = {key: value for key, value in description.items() if key != "kind"}
+            functions.append(getattr(import_module(module), name)(**arguments))
         except RewardError as error:
             return {"error": str(error)}
         except BaseException as error:
@@ -111,13 +111,7 @@ class LoadedReward:
         completions = _flat(request["completions"])
         prompts = _repeat(request["prompts"], counts)
         if self.chat:
-            prompts = [
-                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts
-            ]
-            completions = [
-                [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-                for completion in completions
-            ]
+            prompts, completions = _as_messages(prompts, "user"), _as_messages(completions, "assistant")
         extras: dict[str, list] = {}
         metrics: dict[str, list[float]] = {}
 
@@ -130,26 +124,22 @@ class LoadedReward:
         def log_metric(name: str, value: float) -> None:
             metrics.setdefault(name, []).append(float(value))
 
-        given: dict[str, Any] = {
-            "prompts": prompts,
-            "completions": completions,
-            "log_extra": log_extra,
-            "log_metric": log_metric,
-        }
+        provided: dict[str, Any] = {"prompts": prompts, "completions": completions}
+        provided |= {"log_extra": log_extra, "log_metric": log_metric}
         if "completion_ids" in request:
-            given["completion_ids"] = _flat(request["completion_ids"])
+            provided["completion_ids"] = _flat(request["completion_ids"])
         if "trainer_state" in request:
-            given["trainer_state"] = SimpleNamespace(**request["trainer_state"])
-        arguments = {name: value for name, value in given.items() if self.signature.asks_for(name)}
+            provided["trainer_state"] = SimpleNamespace(**request["trainer_state"])
+        arguments = {name: value for name, value in provided.items() if self.signature.asks_for(name)}
         arguments |= {name: _repeat(values, counts) for name, values in request["columns"].items()}
         arguments |= {name: _flat(values) for name, values in request["completion_columns"].items()}
         try:
             result = self.reward(**arguments)
             if inspect.isawaitable(result):
-                result = asyncio.run(_await(result))
+                result = asyncio.run(awaited(result))
             if not hasattr(result, "__iter__") or isinstance(result, str | bytes | Mapping):
-                shown = repr(result)[:80]
-                return {"kind": "wrong_length", "message": f"returned {shown}, not a list of {len(completions)}"}
+                message = f"returned {repr(result)[:80]}, not a list of {len(completions)}"
+                return {"kind": "wrong_length", "message": message}
             rewards = [_number(value) for value in result]
         except KeyboardInterrupt:  # Ctrl-C, if this is the user's own process
             raise
@@ -175,12 +165,12 @@ def _repeat(values: list, counts: list[int]) -> list:
     return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
 
 
+def _as_messages(texts: list, role: str) -> list:
+    return [[{"role": role, "content": text}] if isinstance(text, str) else text for text in texts]
+
+
 def _flat(groups: list[list]) -> list:
     return [value for group in groups for value in group]
-
-
-async def _await(result):
-    return await result
 
 
 def _number(value: Any) -> float | dict | None:
@@ -209,8 +199,9 @@ def _expects_messages(error: BaseException) -> str:
 
 
 def _describe(error: BaseException, path: str | None) -> str:
-    """`ValueError: boom (my_rewards.py:12 in grade)`, with the innermost line of the user's file or else of any."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == path] or frames
-    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name})" if own else ""
+    """Writes an error as `ValueError: boom (my_rewards.py:12 in grade)`, with the innermost line of the user's file or
+    else of any."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    frames = [frame for frame in frames if frame.filename == path] or frames
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
     return "".join(traceback.format_exception_only(error)).strip()[:2000] + where

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from rewards.protocol import awaited
 from rewards.registry import load_class as load_class
 from rewards.registry import load_function as load_function
 
@@ -89,7 +90,7 @@ class LoadedEnvironments:
 
     def wait(self, result: Any) -> Any:
         """The result, also of an async function."""
-        return self._loop.run_until_complete(_awaited(result)) if inspect.isawaitable(result) else result
+        return self._loop.run_until_complete(awaited(result)) if inspect.isawaitable(result) else result
 
 
 class _Episode:
@@ -114,7 +115,7 @@ class _Episode:
         return self.history == request["history"] and all(self.request[k] == request[k] for k in made_from)
 
     def _reset(self, columns: dict[str, Any]) -> str | None:
-        """With all columns, or those that it names where it has no `**kwargs`."""
+        """Calls `reset` with all columns, or those that it names where it has no `**kwargs`."""
         reset = self.environment.reset
         parameters = inspect.signature(reset).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -146,9 +147,9 @@ class _Episode:
         get_reward = getattr(self.environment, "get_reward", None)
         if get_reward is None:
             return None
-        given = {"turns": turns} if "turns" in inspect.signature(get_reward).parameters else {}
+        arguments = {"turns": turns} if "turns" in inspect.signature(get_reward).parameters else {}
         with self._randomness():
-            reward = self.loaded.wait(get_reward(**given))
+            reward = self.loaded.wait(get_reward(**arguments))
         return None if reward is None else float(reward)
 
     def _seed(self, seed: int) -> None:
@@ -156,7 +157,7 @@ class _Episode:
 
     @contextmanager
     def _randomness(self) -> Iterator[None]:
-        """`random` and numpy's legacy functions go on where this episode has left them."""
+        """Lets `random` and numpy's legacy functions go on where this episode has left them."""
         random.setstate(self._random)
         numpy = sys.modules.get("numpy.random")
         if numpy is not None:
@@ -173,7 +174,3 @@ def _short(text: str, name: str) -> str:
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{name} wrote {len(text):,} characters; it may write {MOST_CHARACTERS:,}")
     return text
-
-
-async def _awaited(result: Any) -> Any:
-    return await result

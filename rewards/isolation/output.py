@@ -15,7 +15,7 @@ IN_A_CALL, IN_ALL = 16 << 10, 1 << 20  # bytes that are shown; a worker that pri
 
 
 def escaped(text: str, keep: str = LINES) -> str:
-    r"""`text` with everything that a terminal does not show as a character written as an escape, except `keep`.
+    r"""The text with everything that a terminal does not show as a character written as an escape, except `keep`.
 
     That is: control characters (terminals act on some of them), marks that turn the direction of writing, and lone
     surrogates, which no terminal can encode.

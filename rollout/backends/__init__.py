@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from policies.decoding.absorbed import AbsorbedTrunk
+from policies.decoding.draft_head import AbsorbedHead
 from policies.decoding.quantized import held_as
 from policies.policy import Policy
 from rollout.depth import CostTable
@@ -16,7 +17,6 @@ from rollout.pool import PLAIN, Copies
 from rollout.sampling import DraftVocabulary
 
 if TYPE_CHECKING:
-    from policies.decoding.draft_head import AbsorbedHead
     from rollout.backends.hf import HFTrunk
 
 
@@ -35,9 +35,7 @@ class Decoder:
     version: int
     max_rows: int
     costs: CostTable | None
-    graphs: list[Any] | None = (
-        None  # the engine's rollout.compiled.rounds.Graphs, once asked for; None: no graph can be
-    )
+    graphs: list[Any] | None = None  # the engine's `compiled.rounds.Graphs`, once asked for; None: no graph can be
 
 
 def derive(
@@ -54,7 +52,5 @@ def derive(
         trunk = AbsorbedTrunk(policy.trunk, dtype, policy.max_length)
     if policy.mtp is None:
         return trunk, None
-    from policies.decoding.draft_head import AbsorbedHead
-
     with held_as(copies.drafts):
         return trunk, AbsorbedHead(policy.mtp, trunk, policy.draft_ids)

@@ -92,9 +92,6 @@ class RowCache:
     def advance(self, kept_R: Tensor) -> None:
         self.latents.advance(kept_R.repeat_interleave(self.slots_RK.shape[1])[self.order])
 
-    def lengthen(self, tokens: int) -> None:
-        self.latents.lengthen(tokens)
-
     def join(self, others: Sequence[RowCache]) -> RowCache:
         """One cache with these rows and those of `others`."""
         caches = [self, *others]
@@ -115,9 +112,9 @@ class RowCache:
         kept = slots_RK.flatten().sort().values
         return RowCache(self.latents.take(kept), torch.searchsorted(kept, slots_RK))
 
-    def put(self, rows: Tensor, taken: RowCache) -> None:
+    def put(self, rows: Tensor, cache: RowCache) -> None:
         """The inverse of `take`."""
-        self.latents.put(self.slots_RK[rows].flatten().sort().values, taken.latents)
+        self.latents.put(self.slots_RK[rows].flatten().sort().values, cache.latents)
 
 
 _CACHE: ContextVar[PromptCache | RowCache] = ContextVar("cache of the forward that runs")

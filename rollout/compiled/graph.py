@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.decoding.absorbed import AbsorbedBlock
-from policies.decoding.experts import run_few_experts
 from policies.decoding.kernels import attention, plain_attention
 from policies.decoding.linear import FixedLinear
 from rollout.backends import Decoder
 from rollout.drafts.speculative import until_end, verify_draft
-from rollout.sampling import Noise, choose_by_row
+from rollout.sampling import DraftVocabulary, Noise, choose
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Bucket:
 
 @dataclass
 class Inputs:
-    """[B] first everywhere. The last five are there with drafts alone: see Rows and Drafter."""
+    """What a round reads, [B] first everywhere. The last five are there with drafts alone: see Rows and Drafter."""
 
     last: Tensor
     count: Tensor
@@ -78,7 +78,7 @@ class Inputs:
 
 
 class GraphCache:
-    """`LatentCache` for rows without a shared prompt, as a graph computes it: every entry is read, and masked."""
+    """A `LatentCache` for rows without a shared prompt, as a graph computes it: every entry is read, and masked."""
 
     def __init__(self, layers: Sequence[Tensor], lengths_B: Tensor, value_width: int, first: int = 0) -> None:
         self.layers, self.lengths, self.value_width, self.first = layers, lengths_B, value_width, first
@@ -95,11 +95,11 @@ class GraphCache:
 
     def attend(self, layer: int, query_BSHK: Tensor, new_BSE: Tensor) -> Tensor:
         rows, new, heads = query_BSHK.shape[:3]
-        own = self.layers[layer]
-        own.view(-1, own.shape[-1]).index_copy_(0, self.at, new_BSE.flatten(0, 1))
+        cached = self.layers[layer]
+        cached.view(-1, cached.shape[-1]).index_copy_(0, self.at, new_BSE.flatten(0, 1))
         mask = self.mask_BSC[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
-        attend = plain_attention if own.device.type == "cpu" else attention  # on a CPU the compiler fuses products
-        out, _ = attend(query_BSHK.flatten(1, 2), own, self.value_width, mask)
+        attend = plain_attention if cached.device.type == "cpu" else attention  # on a CPU the compiler fuses products
+        out, _ = attend(query_BSHK.flatten(1, 2), cached, self.value_width, mask)
         return out.view(rows, new, heads, self.value_width)
 
     def advance(self, kept_B: Tensor | int) -> None:
@@ -120,43 +120,59 @@ class Round(nn.Module):
         which rows stop [B]. With drafts also those [B, k] and how many are accepted [B]."""
         decoder, depth = _with(self.decoder, dict(self.named_buffers(remove_duplicate=False))), self.bucket.drafts
         trunk = decoder.trunk
-        given = Inputs.of(flat, len(trunk.blocks))
+        inputs = Inputs.of(flat, len(trunk.blocks))
         steps = torch.arange(depth + 1)
-        noise = Noise(given.keys_B2[:, None], (given.start + given.count)[:, None] + steps, len(trunk.embedding))
-        ids, drafts = given.last[:, None], None
+        noise = Noise(inputs.keys_B2[:, None], (inputs.start + inputs.count)[:, None] + steps, len(trunk.embedding))
+        ids, drafts = inputs.last[:, None], None
         if depth:
-            drafts = _chain(decoder, given, noise, depth)
+            drafts = _chain(decoder, inputs, noise, depth)
             ids = torch.cat([ids, drafts], dim=1)
-        positions = (given.prompt_length + given.count - 1)[:, None] + steps
-        cache: Any = GraphCache(given.layers, given.lengths, trunk.config.kv_lora_rank)
+        positions = (inputs.prompt_length + inputs.count - 1)[:, None] + steps
+        cache: Any = GraphCache(inputs.layers, inputs.lengths, trunk.config.kv_lora_rank)
         hidden = trunk(ids, positions.clamp(max=decoder.context - 1), cache)
         flat_logits = trunk.logits(hidden).flatten(0, 1)
-        by_token = given.temperature.repeat_interleave(depth + 1)
+        by_token = inputs.temperature.repeat_interleave(depth + 1)
         targets, logprobs = (x.view(-1, depth + 1) for x in choose_by_row(flat_logits, by_token, noise.flatten()))
         accepted = None if drafts is None else verify_draft(targets, drafts)
-        kept, stopped = until_end(targets, accepted, given.alive, given.limit - given.count, given.stops)
-        found = targets, logprobs, hidden, kept, stopped
-        return found if drafts is None or accepted is None else (*found, drafts, accepted)
+        kept, stopped = until_end(targets, accepted, inputs.alive, inputs.limit - inputs.count, inputs.stops)
+        results = targets, logprobs, hidden, kept, stopped
+        return results if drafts is None or accepted is None else (*results, drafts, accepted)
 
 
-def _chain(decoder: Decoder, given: Inputs, noise: Noise, depth: int) -> Tensor:
-    """As `Drafter.draft`, for a head that has at most so many tokens of each row to read as there is place for."""
+def choose_by_row(
+    logits_NV: Tensor, temperature_N: Tensor, noise: Noise, vocabulary: DraftVocabulary | None = None
+) -> tuple[Tensor, Tensor]:
+    """Chooses as `choose` with a temperature for every row, by the same operators for all rows."""
+    greedy = temperature_N == 0
+    scaled = logits_NV.float() / torch.where(greedy, 1.0, temperature_N)[:, None]
+    best = scaled.argmax(-1)
+    best = best if vocabulary is None else vocabulary.ids[best]
+    drawn, logprobs = choose(scaled, 1.0, noise, vocabulary)
+    of_best = logprobs
+    if vocabulary is None:  # drafts are not scored
+        of_best = scaled.gather(1, best[:, None])[:, 0] - scaled.logsumexp(-1)
+    return torch.where(greedy, best, drawn), torch.where(greedy, of_best, logprobs)
+
+
+def _chain(decoder: Decoder, inputs: Inputs, noise: Noise, depth: int) -> Tensor:
+    """Drafts as `Drafter.draft` does, for a head that has at most so many tokens of each row to read as there is place
+    for."""
     head = decoder.head
     assert head is not None
-    assert given.unread is not None
-    assert given.unread_tokens_BS is not None
-    assert given.head_layer is not None
-    assert given.head_lengths is not None
-    cache: Any = GraphCache([given.head_layer], given.head_lengths, head.trunk.config.kv_lora_rank, first=1)
-    ends = given.prompt_length + given.count
-    positions = (ends - given.unread)[:, None] + torch.arange(given.unread_tokens_BS.shape[1])
+    assert inputs.unread is not None
+    assert inputs.unread_tokens_BS is not None
+    assert inputs.head_layer is not None
+    assert inputs.head_lengths is not None
+    cache: Any = GraphCache([inputs.head_layer], inputs.head_lengths, head.trunk.config.kv_lora_rank, first=1)
+    ends = inputs.prompt_length + inputs.count
+    positions = (ends - inputs.unread)[:, None] + torch.arange(inputs.unread_tokens_BS.shape[1])
     most = decoder.context - 1
-    out = head(given.unread_tokens_BS, given.unread_hidden_BSD, positions.clamp(max=most), cache)
-    cache.advance(given.unread)
-    out = out[torch.arange(len(ends)), (given.unread - 1).clamp(min=0)]
+    out = head(inputs.unread_tokens_BS, inputs.unread_hidden_BSD, positions.clamp(max=most), cache)
+    cache.advance(inputs.unread)
+    out = out[torch.arange(len(ends)), (inputs.unread - 1).clamp(min=0)]
     drafts: list[Tensor] = []
     for d in range(depth):
-        drafts.append(choose_by_row(head.logits(out), given.temperature, noise.at(d), decoder.draft_vocabulary)[0])
+        drafts.append(choose_by_row(head.logits(out), inputs.temperature, noise.at(d), decoder.draft_vocabulary)[0])
         if d + 1 < depth:
             out = head(drafts[-1][:, None], out[:, None], (ends + d)[:, None].clamp(max=most), cache)[:, 0]
             cache.advance(1)
@@ -165,15 +181,16 @@ def _chain(decoder: Decoder, given: Inputs, noise: Noise, depth: int) -> Tensor:
 
 def weights(decoder: Decoder, bucket: Bucket) -> dict[str, Tensor]:
     """All tensors of the decoder that a round reads, by name."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, part in _parts(decoder, bucket):
-        found |= {f"{name}_{key}": value for key, value in _tensors(part).items()}
-    return found
+        tensors |= {f"{name}_{key}": value for key, value in _tensors(part).items()}
+    return tensors
 
 
 def _parts(decoder: Decoder, bucket: Bucket) -> list[tuple[str, Any]]:
     trunk, head = decoder.trunk, decoder.head
     parts = [("trunk", trunk), ("rope", trunk.rope), *((f"block{i}", block) for i, block in enumerate(trunk.blocks))]
+    parts += [(f"heads{i}", block.choice) for i, block in enumerate(trunk.blocks) if block.choice is not None]
     if bucket.drafts and head is not None:
         parts += [("head", head), ("head_block", head.block)]
         if decoder.draft_vocabulary is not None:
@@ -182,15 +199,15 @@ def _parts(decoder: Decoder, bucket: Bucket) -> list[tuple[str, Any]]:
 
 
 def _tensors(part: Any) -> dict[str, Tensor]:
-    found = {}
+    tensors = {}
     for name, value in vars(part).items():
-        if isinstance(value, Tensor) and name not in ("experts", "active_heads"):  # those of the last call
-            found[name] = value
+        if isinstance(value, Tensor) and name not in ("experts", "chosen"):  # those of the last call
+            tensors[name] = value
         elif isinstance(value, FixedLinear):
-            found |= {f"{name}_weight": value.weight}
+            tensors |= {f"{name}_weight": value.weight}
             if value.bias is not None:
-                found[f"{name}_bias"] = value.bias
-    return found
+                tensors[f"{name}_bias"] = value.bias
+    return tensors
 
 
 def _with(decoder: Decoder, tensors: dict[str, Tensor]) -> Any:
@@ -198,6 +215,9 @@ def _with(decoder: Decoder, tensors: dict[str, Tensor]) -> Any:
     trunk = _copy(decoder.trunk, "trunk", tensors)
     trunk.rope = _copy(trunk.rope, "rope", tensors)
     trunk.blocks = [_block(block, f"block{i}", tensors) for i, block in enumerate(trunk.blocks)]
+    for i, block in enumerate(trunk.blocks):
+        if block.choice is not None:
+            block.choice = _copy(block.choice, f"heads{i}", tensors)
     head = decoder.head
     if head is not None and "head_norm" in tensors:
         shares = head.logits is decoder.trunk.logits
@@ -208,25 +228,39 @@ def _with(decoder: Decoder, tensors: dict[str, Tensor]) -> Any:
     vocabulary = decoder.draft_vocabulary
     if vocabulary is not None and "vocabulary_ids" in tensors:
         vocabulary = _copy(vocabulary, "vocabulary", tensors)
-    made: Any = copy.copy(decoder)
+    copied: Any = copy.copy(decoder)
     for name, value in {"trunk": trunk, "head": head, "draft_vocabulary": vocabulary}.items():
-        object.__setattr__(made, name, value)  # the copy is as frozen as the decoder
-    return made
+        object.__setattr__(copied, name, value)  # the copy is as frozen as the decoder
+    return copied
 
 
 def _block(block: AbsorbedBlock, name: str, tensors: dict[str, Tensor]) -> AbsorbedBlock:
-    made: AbsorbedBlock = _copy(block, name, tensors)
-    made.run_experts = run_few_experts
-    return made
+    copied: AbsorbedBlock = _copy(block, name, tensors)
+    copied.run_experts = run_few_experts
+    return copied
+
+
+def run_few_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Computes as `run_experts`, for few tokens: the chosen experts are gathered, or all are computed. Gathering reads,
+    writes and reads again, so it is for half of the experts or fewer. A graph has no grouped product in float32, which
+    is a loop over the experts on a CPU."""
+    if 2 * experts_Nk.numel() <= len(gate_up):
+        gate, up = torch.einsum("nkid,nd->nki", gate_up[experts_Nk], x_ND).chunk(2, dim=-1)
+        out = torch.einsum("nkdi,nki->nkd", down[experts_Nk], F.silu(gate) * up)
+        return (out * weights_Nk[..., None].to(out.dtype)).sum(1)
+    share_NE = x_ND.new_zeros(len(x_ND), len(gate_up)).scatter(1, experts_Nk, weights_Nk.to(x_ND.dtype))
+    gate, up = torch.einsum("eid,nd->eni", gate_up, x_ND).chunk(2, dim=-1)
+    out = torch.einsum("edi,eni->end", down, F.silu(gate) * up)
+    return torch.einsum("end,ne->nd", out, share_NE)
 
 
 def _copy(part: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    made = copy.copy(part)
+    copied = copy.copy(part)
     for key, value in vars(part).items():
         if isinstance(value, FixedLinear):
             linear = copy.copy(value)
             linear.weight, linear.bias = tensors[f"{name}_{key}_weight"], tensors.get(f"{name}_{key}_bias")
-            vars(made)[key] = linear
+            vars(copied)[key] = linear
         elif f"{name}_{key}" in tensors:
-            vars(made)[key] = tensors[f"{name}_{key}"]
-    return made
+            vars(copied)[key] = tensors[f"{name}_{key}"]
+    return copied

@@ -40,24 +40,24 @@ class RecordedRound:
         self.small: dict[str, Tensor] = {}
         self.addresses: list[int] = []
 
-    def __call__(self, given: Inputs) -> list[Tensor]:
-        addresses = [cache.data_ptr() for cache in given.caches]
+    def __call__(self, inputs: Inputs) -> list[Tensor]:
+        addresses = [cache.data_ptr() for cache in inputs.caches]
         if self.replay is None or self.addresses != addresses:
             self._forget()
-            small = {name: part.clone() for name, part in given.others.items()}
-            self.replay = self._record(replace(given, layers=list(given.layers), **small))
+            small = {name: part.clone() for name, part in inputs.others.items()}
+            self.replay = self._record(replace(inputs, layers=list(inputs.layers), **small))
             self.small, self.addresses = small, addresses
-        for name, part in given.others.items():
+        for name, part in inputs.others.items():
             self.small[name].copy_(part)
-        return [found.clone() for found in self.replay()]
+        return [output.clone() for output in self.replay()]
 
-    def _record(self, given: Inputs) -> Callable[[], list[Tensor]]:
-        module, device = self.module, given.last.device
+    def _record(self, inputs: Inputs) -> Callable[[], list[Tensor]]:
+        module, device = self.module, inputs.last.device
         assert module is not None
 
         def run() -> list[Tensor]:
             with device:  # on which the round makes its ranges
-                return list(module(*given.flat()))
+                return list(module(*inputs.flat()))
 
         if device.type != "cuda":
             return run
@@ -70,10 +70,10 @@ class RecordedRound:
                     run()
             torch.cuda.current_stream().wait_stream(aside)
             with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                found = run()
+                outputs = run()
 
         def replay() -> list[Tensor]:
             graph.replay()
-            return found
+            return outputs
 
         return replay

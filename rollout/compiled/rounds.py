@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policies.decoding.absorbed import AbsorbedTrunk
-from policies.decoding.latent_cache import LatentCache
+from policies.decoding.latent_cache import LatentCache, room
 from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.store import CompiledRound, find
 from rollout.depth import FEW_ROWS, GRAPH_DEPTHS
 from rollout.drafts.head import Drafter
-from rollout.rows import Found, Rows
+from rollout.rows import Rows, Tokens
 from rollout.sampling import SamplingParams
 
 ROWS = (1, 2, 4, FEW_ROWS)  # places of a graph
@@ -45,17 +45,17 @@ class Graphs:
         for graph in self.loaded.values():
             graph.release()
 
-    def run(self, decoder: Decoder, bucket: Bucket, given: Inputs) -> list[Tensor]:
+    def run(self, decoder: Decoder, bucket: Bucket, inputs: Inputs) -> list[Tensor]:
         if self.trunk is not decoder.trunk:
             self.trunk = decoder.trunk
             for (each, _), graph in self.loaded.items():
                 graph.bind(decoder, each)
-        key = bucket, len(given.stops)
+        key = bucket, len(inputs.stops)
         if key not in self.loaded:
-            graph = find(decoder, bucket, given, self.compiling)
+            graph = find(decoder, bucket, inputs, self.compiling)
             graph.bind(decoder, bucket)
             self.loaded[key] = graph
-        return self.loaded[key](given)
+        return self.loaded[key](inputs)
 
 
 def readable(depth: int) -> int:
@@ -104,8 +104,8 @@ class Rounds:
         limit: Tensor | int,
         temperature: Tensor | float,
         start: Tensor | int,
-    ) -> Found:
-        """With `depth` drafts of each row. The last three are those of all rows, or of each."""
+    ) -> Tokens:
+        """Decode a round with `depth` drafts of each row. The last three are those of all rows, or of each."""
         count = len(live.index)
         places = next(rows for rows in ROWS if rows >= count)
         head = drafter.ready(live) if depth and drafter else None
@@ -122,7 +122,7 @@ class Rounds:
                 x = torch.cat([x, x.new_zeros(places - count, *x.shape[1:])])
             return x.contiguous()
 
-        given = Inputs(
+        inputs = Inputs(
             last=of_places(live.last),
             count=of_places(live.count),
             prompt_length=of_places(live.prompt_length),
@@ -136,26 +136,41 @@ class Rounds:
             layers=cache.layers_RTE,
         )
         if head and drafter:
-            given.unread = of_places(live.unread)
+            inputs.unread = of_places(live.unread)
             tokens_RS, hidden_RSD = drafter.take(live, readable(depth))
-            given.unread_tokens_BS, given.unread_hidden_BSD = of_places(tokens_RS), of_places(hidden_RSD)
-            given.head_lengths, given.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
-        found = Found(*(x[:count] for x in self.graphs.run(self.decoder, bucket, given)))
+            inputs.unread_tokens_BS, inputs.unread_hidden_BSD = of_places(tokens_RS), of_places(hidden_RSD)
+            inputs.head_lengths, inputs.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
+        tokens = Tokens(*(x[:count] for x in self.graphs.run(self.decoder, bucket, inputs)))
         if head:
             head.advance(live.unread)
             live.unread = torch.zeros_like(live.unread)
-        return found
+        return tokens
 
 
 def _arrange(caches: list[LatentCache], places: int) -> int:
     """Gives the rows of the caches places of their own, where they have none yet. Returns the entries of each."""
     shapes = {(*cache.layers_RTE[0].shape[:2], cache.prefix is None) for cache in caches}
-    rows, entries, own = next(iter(shapes))
-    if len(shapes) > 1 or not own or rows != places or entries % ENTRIES:
+    rows, entries, alone = next(iter(shapes))
+    if len(shapes) > 1 or not alone or rows != places or entries % ENTRIES:
         most = max(
             cache.capacity + (0 if cache.prefix is None else cache.prefix.latents_LPTE.shape[2]) for cache in caches
         )
         entries = -(-most // ENTRIES) * ENTRIES
         for cache in caches:
-            cache.own_rows(places, entries)
+            _own_rows(cache, places, entries)
     return entries
+
+
+def _own_rows(cache: LatentCache, places: int, entries: int) -> None:
+    """Gives every row a copy of its prompt, `entries` entries, and a place among `places`, of which some stay empty."""
+    prefix, lengths = cache.prefix, cache.lengths_R
+    starts = torch.zeros_like(lengths) if prefix is None else prefix.lengths_P[prefix.row_prompt_R]
+    ends = list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
+    for layer, latents in enumerate(cache.layers_RTE):
+        whole = room((places, entries, latents.shape[2]), dtype=latents.dtype, device=latents.device)
+        for row, (start, end) in enumerate(ends):
+            if prefix is not None:
+                whole[row, :start] = prefix.latents_LPTE[layer, prefix.row_prompt_R[row], :start]
+            whole[row, start:end] = latents[row, : end - start]
+        cache.layers_RTE[layer] = whole
+    cache.lengths_R, cache.prefix = starts + lengths, None

@@ -54,8 +54,8 @@ class CompiledRound:
     def release(self) -> None:
         self.bound = {}
 
-    def __call__(self, given: Inputs) -> list[Tensor]:
-        return self.loaded.loader.boxed_run(given.flat())
+    def __call__(self, inputs: Inputs) -> list[Tensor]:
+        return self.loaded.loader.boxed_run(inputs.flat())
 
 
 def find(
@@ -85,7 +85,7 @@ def _compile(module: Round, example: Inputs, path: Path) -> None:
 
 
 def _key(decoder: Decoder, bucket: Bucket, example: Inputs) -> str:
-    """Of all that a graph depends on: sizes, this processor, threads, torch, and our own source."""
+    """A digest of all that a graph depends on: sizes, this processor, threads, torch, and our own source."""
     tensors = {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in weights(decoder, bucket).items()}
     about = {
         "bucket": vars(bucket),

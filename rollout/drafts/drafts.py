@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
 from rollout.depth import GRAPH_DEPTHS, DepthController, Patience
+from rollout.drafts.head import Drafter
 from rollout.group import RolloutGroup
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import Noise, SamplingParams
-
-if TYPE_CHECKING:
-    from rollout.drafts.head import Drafter
 
 
 @dataclass
@@ -48,11 +45,8 @@ class Drafts:
         self.controller = DepthController(None if self.fixed else costs, self.max_depth, params.head_accepted)
         # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
         self.room = params.max_completion_tokens + self.max_depth + 1
-        has_head = has_head and self.max_depth > 0
         self.head: Drafter | None = None
-        if has_head:
-            from rollout.drafts.head import Drafter
-
+        if has_head and self.max_depth > 0:
             self.head = Drafter(decoder, params, self.room, longest, self.max_depth + 1)
         self.cost = self.plain_cost = 0.0  # of all rounds, in milliseconds
 
@@ -78,13 +72,9 @@ class Drafts:
         if self.head is None:
             return 0
         depth, speed = self.controller.choose(alive, most)
-        if (
-            depth
-            and (missed := self.head.missed(live))
-            and not self._reads(missed, self.controller.plain(alive), speed)
-        ):
-            return 0
-        return depth
+        missed = self.head.missed(live) if depth else 0
+        waits = missed and not self._reads(missed, self.controller.plain(alive), speed)
+        return 0 if waits else depth
 
     def of_graph(self, live: Rows) -> int:
         """How many drafts a compiled round of these rows makes."""
@@ -94,7 +84,8 @@ class Drafts:
             return self.max_depth
         speeds = self.controller.graph_speeds(len(live.index))
         depth = max(speeds, key=speeds.__getitem__)
-        waits = depth and (missed := self.head.missed(live)) and not self._reads(missed, speeds[0], speeds[depth])
+        missed = self.head.missed(live) if depth else 0
+        waits = missed and not self._reads(missed, speeds[0], speeds[depth])
         return 0 if waits else depth
 
     def _reads(self, missed: int, slower: float, speed: float) -> bool:
@@ -104,7 +95,7 @@ class Drafts:
         return self.reading.over(self.controller.costs.reading * missed, 1 / slower - 1 / speed)
 
     def draft(self, live: Rows, depth: int, noise: Noise, temperature: float | Tensor) -> Drafted | None:
-        """So many drafts. `temperature` is that of all rows, or of each [R]."""
+        """Make so many drafts. `temperature` is that of all rows, or of each [R]."""
         if not depth or not self.head:
             return None
         self.reading = Patience()  # it has missed nothing then
@@ -112,14 +103,15 @@ class Drafts:
         return Drafted(*self.head.draft(live, depth, noise, temperature))
 
     def catch_up(self, live: Rows, fits: bool) -> None:
-        """Before a compiled round with drafts the head reads what it has missed, unless that `fits` into the round."""
+        """Let the head read what it has missed before a compiled round with drafts, unless that `fits` into the
+        round."""
         if self.head:
             self._add_reading(self.head, live)
             if not fits:
                 self.head.read_ahead(live)
 
     def add_cost(self, alive: int, drafted: Drafted | None, kept_R: Tensor, by_graph: bool) -> None:
-        """Of a round in which the live rows got `kept_R` tokens."""
+        """Add the cost of a round in which the live rows got `kept_R` tokens."""
         if costs := self.controller.costs:
             cost = plain = costs.milliseconds(alive, 0, by_graph)
             if drafted:  # else each row got one token: a short round notices a sum
@@ -141,6 +133,7 @@ class Drafts:
             self.cost += costs.reading * head.missed(live)
 
     def observe(self, live: Rows, alive: int, drafted: Drafted, accepted_R: Tensor) -> None:
+        """Tell the controller what was accepted."""
         if self.fixed:
             return  # there is nothing to choose
         steps = torch.arange(drafted.depth, device=self.device)

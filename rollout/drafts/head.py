@@ -33,13 +33,13 @@ class Unread:
 class Drafter:
     """A head that never drafts reads nothing; one that drafts again first reads what was verified since.
 
-    `room`: most tokens that a row may write; `longest`: tokens of the longest prompt; `given`: most tokens of a round.
+    `room`: most tokens that a row may write; `longest`: those of the longest prompt; `most_new`: most of a round.
     """
 
-    def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int, given: int) -> None:
+    def __init__(self, decoder: Decoder, params: SamplingParams, room: int, longest: int, most_new: int) -> None:
         assert decoder.head is not None
         self.head, self.vocabulary, self.context = decoder.head, decoder.draft_vocabulary, decoder.context
-        self.params, self.room, self.longest, self.given = params, room, longest, given
+        self.params, self.room, self.longest, self.most_new = params, room, longest, most_new
         self.steps = torch.arange(room, device=self.head.trunk.device)
         self.cache: LatentCache | None = None  # None until something is drafted
         self.prefilled: list[Prefilled] = []
@@ -56,7 +56,8 @@ class Drafter:
             self.cache = self.cache.join([self._read(prefilled)])
 
     def select(self, live: Rows, kept_R: Tensor) -> None:
-        """`live` are the rows that were `kept_R`. What the others had is dropped when it is most of what is held."""
+        """Keep the rows `kept_R`, which `live` are now. What the others had is dropped when it is most of what is
+        held."""
         if self.cache is not None:
             self.cache.select(kept_R)
         if sum(part.tokens_RS.numel() for part in self.unread) > MOST_HELD * int(live.unread.sum()):
@@ -79,7 +80,7 @@ class Drafter:
         about those of the rows."""
         prompts = sum(part.token_ids_PT.numel() for part in self.prefilled)
         count = sum(len(part.numbers_P) for part in self.prefilled)
-        rows = int((live.unread - self.given).clamp(min=0).sum())
+        rows = int((live.unread - self.most_new).clamp(min=0).sum())
         return rows + prompts * min(len(live.index), count) // max(count, 1)
 
     def take(self, live: Rows, width: int) -> tuple[Tensor, Tensor]:
@@ -155,11 +156,11 @@ class Drafter:
         return self.cache
 
     def _clamp(self, positions: Tensor) -> Tensor:
-        """A block may reach past the context, where no token is kept."""
+        """Limits positions to the context: a block may reach past it, where no token is kept."""
         return positions.clamp(max=self.context - 1)
 
     def _read_prompts(self, live: Rows) -> LatentCache:
-        """Before its first draft the head reads the prompts of the rows that are still live."""
+        """Let the head read the prompts of the rows that are still live, before its first draft."""
         group = self.params.group_size
         numbers_R = live.index // group
         caches, kept = [], []

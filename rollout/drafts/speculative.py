@@ -24,7 +24,7 @@ def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
 def until_end(
     targets_RS: Tensor, accepted_R: Tensor | None, alive_R: Tensor, left_R: Tensor | int, stops: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How many of its tokens each row keeps [R], and which rows stop [R]: at the first of the `stops` that is kept.
+    """Says how many of its tokens each row keeps [R], and which rows stop [R], at the first of the `stops` it keeps.
 
     `accepted_R` are None without drafts; `left_R` is how many tokens a row may still get.
 

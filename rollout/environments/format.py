@@ -14,16 +14,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 
 from rewards.isolation.chat_template import render
 from rollout.environments.response import response_template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Answers = Callable[[str, Mapping[str, Any]], str]
 LONGEST_CALL = 20_000  # characters; a longer call is refused before it is parsed
@@ -87,16 +85,16 @@ class TurnFormat:
         self._parameters = {tool.__name__: list(inspect.signature(tool).parameters) for tool in tools}
         self._arguments = {tool.__name__: _arguments_of(tool) for tool in tools}
         self._tokenizer = tokenizer
-        own = None if plain else response_template(tokenizer)
-        if own is None and plain is False:
+        template = None if plain else response_template(tokenizer)
+        if template is None and plain is False:
             raise ValueError(
                 f"the chat template of {tokenizer.name_or_path!r} has no form for calls of tools; use the plain form"
             )
-        self.is_plain = own is None
+        self.is_plain = template is None
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = [*added.values(), *tokenizer.all_special_tokens]
         self._stops = {tokenizer.eos_token_id, *stop_token_ids}
-        self._response_template = own
+        self._response_template = template
         if not self.is_plain:
             self._opening = self._render([_USER], add_generation_prompt=True)
 
@@ -180,9 +178,9 @@ class TurnFormat:
         sampled: list[bool] = []
         start = 0
         for mark in _CLOSED_MARK.finditer(solution):
-            said, _, result = mark.group()[2:-2].rpartition("=")
+            text, _, result = mark.group()[2:-2].rpartition("=")
             try:
-                call = self._checked(*self._from_mark(said))
+                call = self._checked(*self._from_mark(text))
             except BadCall:
                 continue
             if answers is not None:
@@ -207,8 +205,8 @@ class TurnFormat:
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
             raise BadCall(f"Wrong arguments of {name}: {'; '.join(faults)[:500]}.") from error
-        given = sorted(checked.model_fields_set, key=list(type(checked).model_fields).index)
-        return Call(name, {self._parameters[name][int(field[1:])]: getattr(checked, field) for field in given})
+        fields = sorted(checked.model_fields_set, key=list(type(checked).model_fields).index)
+        return Call(name, {self._parameters[name][int(field[1:])]: getattr(checked, field) for field in fields})
 
     def _read_marks(self, text: str) -> tuple[str, list[tuple[str, Any]]]:
         """The plain form. A call ends its turn and goes from `<<` to `=`; marks that the model has closed are text."""
@@ -220,48 +218,49 @@ class TurnFormat:
             if "\n" in hidden[start:] or ">>" in hidden[start:]:
                 return text, []
             raise BadCall("A call begins with << and ends with = at the end of a turn.")
-        if len(said := text[start + 2 : inside.end() - 1]) > LONGEST_CALL:
-            raise BadCall(f"A call may have {LONGEST_CALL} characters; this one has {len(said)}.")
-        return text[:start], [self._from_mark(said)]
+        call = text[start + 2 : inside.end() - 1]
+        if len(call) > LONGEST_CALL:
+            raise BadCall(f"A call may have {LONGEST_CALL} characters; this one has {len(call)}.")
+        return text[:start], [self._from_mark(call)]
 
-    def _from_mark(self, said: str) -> tuple[str, Any]:
+    def _from_mark(self, call: str) -> tuple[str, Any]:
         """A tool's name, which may be left out if there is one tool, and its arguments: a JSON object, or the text
         itself for a tool with one parameter."""
-        name, _, rest = said.strip().partition(" ")
+        name, _, rest = call.strip().partition(" ")
         if name not in self._tools:
             if len(self._tools) > 1:
                 raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._tools)}.")
-            name, rest = next(iter(self._tools), ""), said
-        said, fields = rest.strip(), self._parameters.get(name, [])
+            name, rest = next(iter(self._tools), ""), call
+        text, fields = rest.strip(), self._parameters.get(name, [])
         try:
-            read = json.loads(said) if said else {}
+            arguments = json.loads(text) if text else {}
         except ValueError:
-            read = None
-        if isinstance(read, dict) and (set(read) <= set(fields) or len(fields) != 1):
-            return name, read
+            arguments = None
+        if isinstance(arguments, dict) and (set(arguments) <= set(fields) or len(fields) != 1):
+            return name, arguments
         if len(fields) == 1:
-            return name, {fields[0]: said}
+            return name, {fields[0]: text}
         raise BadCall(f"The arguments of {name} must be a JSON object with the keys {', '.join(fields)}.")
 
     def _mark(self, call: Call) -> str:
         fields, values = self._parameters[call.name], list(call.arguments.values())
         alone = len(fields) == len(values) == 1 and isinstance(values[0], str)
-        said = values[0] if alone else json.dumps(call.arguments)
-        return said if len(self._tools) == 1 else f"{call.name} {said}"
+        arguments = values[0] if alone else json.dumps(call.arguments)
+        return arguments if len(self._tools) == 1 else f"{call.name} {arguments}"
 
     def _read_own(self, ids: list[int]) -> tuple[str, list[tuple[str, Any]]]:
         """The model's own form, by transformers' response parsing."""
         try:
-            said = self._tokenizer.parse_response(
+            turn = self._tokenizer.parse_response(
                 ids, self._response_template, prefix=self._opening, tools=self.schemas
             )
-            calls = [call.get("function", call) for call in said.get("tool_calls") or []]
-            read = [(str(call["name"]), call.get("arguments") or {}) for call in calls]
+            functions = [call.get("function", call) for call in turn.get("tool_calls") or []]
+            calls = [(str(call["name"]), call.get("arguments") or {}) for call in functions]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadCall(f"This call cannot be read: {error!s:.200}.") from error
-        if any(len(json.dumps(arguments)) > LONGEST_CALL for _, arguments in read):
+        if any(len(json.dumps(arguments)) > LONGEST_CALL for _, arguments in calls):
             raise BadCall(f"A call may have {LONGEST_CALL} characters.")
-        return str(said.get("content") or ""), read
+        return str(turn.get("content") or ""), calls
 
     def _about(self) -> str:
         """The tools and the marks, for the system message of a chat in the plain form."""
@@ -269,9 +268,9 @@ class TurnFormat:
         for schema in self.schemas:
             function = schema["function"]
             fields = list(function["parameters"]["properties"])
-            said = fields[0] if len(fields) == 1 else json.dumps(dict.fromkeys(fields, "..."))
+            arguments = fields[0] if len(fields) == 1 else json.dumps(dict.fromkeys(fields, "..."))
             name = f"{function['name']} " if len(self.schemas) > 1 else ""
-            lines.append(f"<<{name}{said}=result>> {function['description']}")
+            lines.append(f"<<{name}{arguments}=result>> {function['description']}")
         return "\n".join(lines)
 
     def _up_to_the_stop_token(self, text: str) -> str:

@@ -32,10 +32,10 @@ class OpenEnv:
 
         result = self._client.step(CallToolAction(tool_name=tool, arguments=arguments))
         self._note(result)
-        said = result.observation
-        if error := getattr(said, "error", None):
+        observation = result.observation
+        if error := getattr(observation, "error", None):
             raise RuntimeError(error.message)
-        value = getattr(said, "result", None)
+        value = getattr(observation, "result", None)
         return str(value["data"] if isinstance(value, dict) and "data" in value else value)
 
     def _note(self, result: Any) -> None:
@@ -88,8 +88,8 @@ def _method(tool: Any) -> Callable[..., Any]:
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
         )
-        said = re.search(rf"^\s*{re.escape(name)}\b[^:\n]*:\s*(.+)", described, re.MULTILINE)
-        lines.append(f"    {name}: {schema.get('description') or (said.group(1) if said else name)}")
+        match = re.search(rf"^\s*{re.escape(name)}\b[^:\n]*:\s*(.+)", described, re.MULTILINE)
+        lines.append(f"    {name}: {schema.get('description') or (match.group(1) if match else name)}")
     call.__name__ = tool.name
     call.__doc__ = "\n".join([about.strip() or tool.name, *(["", "Args:", *lines] if lines else [])])
     call.__annotations__ = hints

@@ -56,8 +56,8 @@ def path_of(spec: EnvironmentSpec, name: str) -> str:
     >>> path_of(EnvironmentSpec(environments=(("", "word_game"),)), "")
     'rollout.environments.word_game:WordGame'
     """
-    given = dict(spec.environments)[name]
-    return BUILT_IN.get(given, given)
+    path = dict(spec.environments)[name]
+    return BUILT_IN.get(path, path)
 
 
 def chosen(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> str:
@@ -74,13 +74,13 @@ def chosen(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> str:
 def columns_of(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> dict[str, Any]:
     """What `reset` gets: all columns but the one that chooses. Raises ValueError for a value that JSON cannot hold."""
     several = [name for name, _ in spec.environments] not in ([], [""])
-    given = {name: value for name, value in columns.items() if not (several and name == COLUMN)}
-    for name, value in given.items():
+    sent = {name: value for name, value in columns.items() if not (several and name == COLUMN)}
+    for name, value in sent.items():
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"column {name!r} cannot be sent to an environment: {error}") from error
-    return given
+    return sent
 
 
 def tools_of(spec: EnvironmentSpec, name: str) -> list[Callable[..., Any]]:
@@ -88,16 +88,16 @@ def tools_of(spec: EnvironmentSpec, name: str) -> list[Callable[..., Any]]:
 
     Raises RewardError or ValueError for what is no tool or no environment.
     """
-    found: list[Callable[..., Any]] = [load_function(tool, "tools") for tool in spec.tools]
+    tools: list[Callable[..., Any]] = [load_function(tool, "tools") for tool in spec.tools]
     if spec.environments:
         path = path_of(spec, name)
         environment = load_class(path, "environment")
         if not callable(getattr(environment, "reset", None)):
             raise ValueError(f"environment {path!r} has no method `reset`, which is called for each rollout")
-        found += [types.MethodType(method, object()) for method in methods_of(environment).values()]
-        if not found:
+        tools += [types.MethodType(method, object()) for method in methods_of(environment).values()]
+        if not tools:
             raise ValueError(f"environment {path!r} has no tools: give it a public method besides {' and '.join(OWN)}")
-    return found
+    return tools
 
 
 def answers_of(spec: EnvironmentSpec, name: str) -> Answers | None:
@@ -108,8 +108,8 @@ def answers_of(spec: EnvironmentSpec, name: str) -> Answers | None:
     >>> answers_of(EnvironmentSpec(environments=(("", "calculator"),)), "")("calculate", {"expression": "48/2"})
     '24'
     """
-    given = dict(spec.environments).get(name)
-    environment = load_class(BUILT_IN[given], "environment") if given in BUILT_IN else None
+    path = dict(spec.environments).get(name)
+    environment = load_class(BUILT_IN[path], "environment") if path in BUILT_IN else None
     if environment is None or not getattr(environment, "pure", False):
         return None
     its = environment()
@@ -151,16 +151,16 @@ def check(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> None:
 def run(pool: WorkerPool, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The replies, see `LoadedEnvironments.call`. A worker that died may have been killed from outside, so its request
     is repeated once."""
-    asked = [request | {"function": 0} for request in requests]
-    replies = pool.run(asked)
+    numbered = [request | {"function": 0} for request in requests]
+    replies = pool.run(numbered)
     for i, reply in enumerate(replies):
         if reply is not None and reply.get("kind") == "died":
-            [replies[i]] = pool.run([asked[i]])
+            [replies[i]] = pool.run([numbered[i]])
     return [reply for reply in replies if reply is not None]
 
 
 def seeds(params: SamplingParams, prompt_id: str, sample: int) -> tuple[int, int]:
-    """Of the group and of the rollout, from their keys: seed, step, draw, prompt, and sample."""
+    """The seeds of a group and of a rollout, from their keys: seed, step, draw, prompt, and sample."""
     text = f"environment/{params.seed}/{params.step}/{params.draw}/{prompt_id}".encode()
     group = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     first, second = (word % 2**32 for word in row_key(params, prompt_id, sample))

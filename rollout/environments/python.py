@@ -43,13 +43,13 @@ class Python:
             program: The whole program. It prints its result.
         """
         outcome = run_python(program, limits=LIMITS)
-        said = [outcome.stdout.strip()]
+        parts = [outcome.stdout.strip()]
         if outcome.limit is not None:
-            said.append(f"error: {_ENDED[outcome.limit]}")
+            parts.append(f"error: {_ENDED[outcome.limit]}")
         elif outcome.exit_code:
             last = outcome.stderr.strip().rpartition("\n")[2]
-            said.append(f"error: {last or f'exit code {outcome.exit_code}'}")
-        text = "\n".join(part for part in said if part)
+            parts.append(f"error: {last or f'exit code {outcome.exit_code}'}")
+        text = "\n".join(filter(None, parts))
         if len(text) > LONGEST_ANSWER:
             half = LONGEST_ANSWER // 2
             text = f"{text[:half]}\n...\n{text[-half:]}"

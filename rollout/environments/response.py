@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from rewards.isolation.chat_template import render
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     """How the model writes calls: its tokenizer says so, or TRL knows its chat template. None if it writes none."""
     if not tokenizer.chat_template:
         return None
-    if own := getattr(tokenizer, "response_template", None):
-        return own
+    if template := getattr(tokenizer, "response_template", None):
+        return template
     from trl.chat_template_utils import add_response_schema, supports_tool_calling
 
     try:

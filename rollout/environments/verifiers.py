@@ -65,11 +65,15 @@ def verifiers(task: Any) -> type[Verifiers]:
         raise ImportError("a task of verifiers needs the package: pip install 'quartet-rl[verifiers]'") from error
     kind = v1.task_type(task) if isinstance(task, str) else task
     toolsets = kind.toolsets(kind.config_type()())
-    own = [name for name in ("setup", "finalize") if getattr(kind, name) is not getattr(v1.Task, name)]
-    asks = [name for name, reward in inspect.getmembers(kind, inspect.isfunction) if _needs_runtime(reward)]
+    overridden = [name for name in ("setup", "finalize") if getattr(kind, name) is not getattr(v1.Task, name)]
+    asks = []
+    for name, function in inspect.getmembers(kind, inspect.isfunction):
+        runtime = inspect.signature(function).parameters.get("runtime")
+        if hasattr(function, "reward") and runtime is not None and runtime.default is runtime.empty:
+            asks.append(name)
     for what, there in {
         "a container": kind.NEEDS_CONTAINER,
-        f"the method {' and '.join(own)}": own,
+        f"the method {' and '.join(overridden)}": overridden,
         f"a runtime for {', '.join(asks)}": asks,
         "a state for each of several toolsets": sum(type(toolset.state) is not v1.State for toolset in toolsets) > 1,
     }.items():
@@ -81,29 +85,24 @@ def verifiers(task: Any) -> type[Verifiers]:
     for place, toolset in enumerate(toolsets):
         for name, tool in inspect.getmembers(type(toolset), inspect.isfunction):
             if getattr(tool, "tool", False):
-                said = "_".join(filter(None, [toolset.server_name, getattr(tool, "tool_name", None) or name]))
-                methods[said] = _method(said, place, name, tool)
+                method = "_".join(filter(None, [toolset.server_name, getattr(tool, "tool_name", None) or name]))
+                methods[method] = _method(method, place, name, tool)
     if not methods:
         raise ValueError(f"task {kind.__name__} has no tools; use its rewards without an environment")
     return type(kind.__name__, (Verifiers,), {"_kind": kind, **methods})
 
 
-def _needs_runtime(function: Callable[..., Any]) -> bool:
-    runtime = inspect.signature(function).parameters.get("runtime")
-    return hasattr(function, "reward") and runtime is not None and runtime.default is runtime.empty
-
-
-def _method(said: str, place: int, name: str, tool: Callable[..., Any]) -> Callable[..., Any]:
+def _method(title: str, place: int, name: str, tool: Callable[..., Any]) -> Callable[..., Any]:
     """A method with the tool's signature, and a docstring that describes each argument, as transformers wants it."""
 
     async def call(self: Verifiers, **arguments: Any) -> Any:
         return await self._call(place, name, arguments)
 
-    about, _, described = inspect.cleandoc(tool.__doc__ or said).partition("Args:")
+    about, _, described = inspect.cleandoc(tool.__doc__ or title).partition("Args:")
     fields = [field for field in inspect.signature(tool).parameters if field != "self"]
-    found = {field: re.search(rf"^\s*{field}\b[^:\n]*:\s*(.+)", described, re.MULTILINE) for field in fields}
-    lines = [f"    {field}: {match.group(1) if match else field}" for field, match in found.items()]
-    call.__name__ = said
+    matches = {field: re.search(rf"^\s*{field}\b[^:\n]*:\s*(.+)", described, re.MULTILINE) for field in fields}
+    lines = [f"    {field}: {match.group(1) if match else field}" for field, match in matches.items()]
+    call.__name__ = title
     call.__doc__ = "\n".join([about.strip(), *(["", "Args:", *lines] if lines else [])])
     call.__annotations__ = inspect.get_annotations(tool, eval_str=True)
     call.__signature__ = inspect.signature(tool, eval_str=True)  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ class WordGame:
     """
 
     def reset(self, question: str, word: str, **columns: Any) -> None:
-        """`question` is the list of words, and `word` the one to find."""
+        """Begin a game with the list of words `question`, of which `word` is to be found."""
         self._words, self._word = question.split(), word
         self._guesses: list[str] = []
         self.done = False
@@ -43,7 +43,7 @@ class WordGame:
         return _answer(self._words, word, self._word)
 
     def get_reward(self) -> float:
-        """1 if the word was found, else 0."""
+        """Gives 1 if the word was found, else 0."""
         return float(self._word in self._guesses)
 
 

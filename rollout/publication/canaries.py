@@ -22,7 +22,7 @@ DRAFTS = 2  # where a controller would choose; its table of costs may not be mea
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Of |sampler's - learner's log-probability|: of its mean over all canaries, and of one token.
+    """The most that |sampler's - learner's log-probability| may be: its mean over all canaries, and that of one token.
 
     Both are in units of the spread (standard deviation) of the learner's log-probabilities over the canaries: rounding
     moves those of a policy with larger logits, or at a lower temperature, further.
@@ -58,7 +58,8 @@ def canary_prompts(vocabulary: int, context: int) -> list[Prompt]:
 
 
 def canary_params(params: SamplingParams, context: int) -> SamplingParams:
-    """As `params` say, but hotter, short, of full length, and with drafts that need no table of costs."""
+    """The parameters of canaries, which are `params` but hotter, short, of full length, and with drafts that need no
+    table of costs."""
     drafts = DRAFTS if params.draft_tokens is None else params.draft_tokens
     return replace(
         params,
@@ -82,25 +83,25 @@ def compare(
     """
     worst = Agreement(0.0, 0.0, None)
     for worker, groups in sampled.items():
-        found = [
-            (abs(own - score) if own == own and score == score else float("inf"), group, i, t, own, score)
+        tokens = [
+            (abs(ours - score) if ours == ours and score == score else float("inf"), group, i, t, ours, score)
             for group, by_completion in zip(groups, scores[worker], strict=True)
             for i, (completion, of_learner) in enumerate(zip(group.completions, by_completion, strict=True))
-            for t, (own, score) in enumerate(zip(completion.logprobs, of_learner, strict=True))
+            for t, (ours, score) in enumerate(zip(completion.logprobs, of_learner, strict=True))
         ]
-        mean, most = sum(far for far, *_ in found) / len(found), max(far for far, *_ in found)
-        own_N, score_N = (torch.tensor([entry[at] for entry in found], dtype=torch.float64) for at in (4, 5))
+        mean, most = sum(far for far, *_ in tokens) / len(tokens), max(far for far, *_ in tokens)
+        own_N, score_N = (torch.tensor([entry[at] for entry in tokens], dtype=torch.float64) for at in (4, 5))
         spread = max(score_N.std(unbiased=False).item(), LEAST_SPREAD)
         tolerance = Tolerance(*(limit * spread for limit in astuple(TOLERANCES[dtype])))
         fault = worst.fault
         if not fault and (mean > tolerance.mean or most > tolerance.most):
             limit = tolerance.most if most > tolerance.most else tolerance.mean
-            _, group, i, t, own, score = next(each for each in found if each[0] > limit)
+            _, group, i, t, ours, score = next(each for each in tokens if each[0] > limit)
             fault = (
                 f"{worker} computes other log-probabilities than the learner with version {version}: mean difference "
                 f"{mean:.2g}, largest {most:.2g} nats, where {tolerance.mean:.2g} and {tolerance.most:.2g} are allowed "
                 f"in {str(dtype).removeprefix('torch.')}. The first token that differs is token {t} of completion {i} "
-                f"of {group.prompt.prompt_id}, id {group.completions[i].token_ids[t]}: sampler {own:.5f}, learner "
+                f"of {group.prompt.prompt_id}, id {group.completions[i].token_ids[t]}: sampler {ours:.5f}, learner "
                 f"{score:.5f}"
             )
         elif not fault and (slope := _wrong_slope(own_N, score_N)):
@@ -123,13 +124,13 @@ def _wrong_slope(own_N: torch.Tensor, score_N: torch.Tensor) -> float | None:
     return slope if slope > 0 and abs(slope - 1) > SLOPE + ERRORS * error else None
 
 
-def other_canaries(own: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype) -> str | None:
+def other_canaries(groups: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype) -> str | None:
     """How the canaries of a sampler differ from those of one that has passed, or None.
 
     The tokens are the same up to ties, and where two completions part, no more of them is compared.
     """
     far, count, total = [0.0], 0, 0
-    for mine, other in zip(own, passed, strict=True):
+    for mine, other in zip(groups, passed, strict=True):
         for one, two in zip(mine.completions, other.completions, strict=True):
             total += len(two.token_ids)
             for t, (token, expected) in enumerate(zip(one.token_ids, two.token_ids, strict=True)):

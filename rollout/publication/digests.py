@@ -14,11 +14,11 @@ Held = dict[str, tuple[str, str]]  # by tensor: its type, and its digest
 
 
 def digest_of(tensor: Tensor) -> str:
-    """Of shape, type and bits, the same in every process; as fast as memory, and not made against forgery."""
+    """A digest of shape, type and bits, the same in every process; as fast as memory, and not made against forgery."""
     host = whole(tensor.detach()).cpu().contiguous()
-    found = xxhash.xxh3_128(f"{host.dtype} {tuple(host.shape)}".encode())
-    found.update(host.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    digest = xxhash.xxh3_128(f"{host.dtype} {tuple(host.shape)}".encode())
+    digest.update(host.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def digests(weights: Mapping[str, Tensor]) -> Held:

@@ -79,7 +79,7 @@ class Sender:
     """The side of the learner. It keeps the digests of what was published last, and no tensor of its own."""
 
     def __init__(self, *, cast: torch.dtype | None = None, part_bytes: int = PART_BYTES) -> None:
-        """`cast`: samplers may hold tensors in this type. `part_bytes`: the size from which a message is sent."""
+        """Samplers may hold tensors in the type `cast`. A message is sent from `part_bytes` on."""
         self.cast, self.part_bytes = cast, part_bytes
         self.version: int | None = None
         self._last: Publication | None = None  # of which the fixed tensors need not be sent again
@@ -96,19 +96,19 @@ class Sender:
         self._last = self.version = None
         self._source, changed = now, now.changes(last)
         since = former if len(changed) < len(now) else None
-        found: dict[str, dict[str, str]] = {}
+        by_name: dict[str, dict[str, str]] = {}
 
         def seen(name: str, value: Tensor) -> None:
-            found[name] = self._digests_of(value)
+            by_name[name] = self._digests_of(value)
 
         names = now.read(last)
         yield from _messages(now, names, changed, version, since, self.part_bytes, seen)
-        self._digests = {name: found[name] if name in found else self._digests[name] for name in now}
+        self._digests = {name: by_name[name] if name in by_name else self._digests[name] for name in now}
         self._last, self.version = now if now.fixed else Publication({}), version
 
     def keep(self) -> None:
-        """From now on `again` reads a copy: the learner goes on while samplers still need this version."""
-        self._source = self._source.kept()
+        """Make a copy, which `again` reads from now on: the learner goes on while samplers still need this version."""
+        self._source = self._source.copy()
 
     def again(self) -> Iterator[Message]:
         """All that was published last, once more from the learner's own tensors. Raises RolloutError where they are
@@ -131,8 +131,8 @@ class Sender:
     def difference(self, held: Held) -> str | None:
         """The first tensor that a worker does not hold as it was published, see `first_difference`."""
         for name, digests in self._digests.items():
-            kind, found = held.get(name, ("", ""))
-            if not found or digests.get(kind) != found:
+            kind, digest = held.get(name, ("", ""))
+            if not digest or digests.get(kind) != digest:
                 return name
         return next((name for name in held if name not in self._digests), None)
 

@@ -30,7 +30,8 @@ def rounded_trunk(policy: Policy, kind: str) -> AbsorbedTrunk:
 def logprobs_of_trunk(
     trunk: AbsorbedTrunk, groups: Sequence[RolloutGroup], temperature: float
 ) -> list[list[list[float]]]:
-    """By group and completion, of each token. The completions of a group have one length, as canaries have."""
+    """The log-probabilities of each token, by group and completion. The completions of a group have one length, as
+    canaries have."""
     return [_of_group(trunk, group, temperature) for group in groups]
 
 

@@ -24,7 +24,7 @@ from conftest import MICRO
 from many_ranks import learner_of
 from recorded import groups_of
 
-import policies.checkpoint
+import policies.sharding
 from grpo.config.learner import ParallelOptions
 from grpo.learner.parallel import join
 from grpo.run import checkpoint
@@ -77,7 +77,7 @@ def save(learner, ranks, folder: Path) -> dict:
     wait()
     checkpoint.save(root, 1, tensors, {"learner": state})
     if ranks.size > 1:
-        policies.checkpoint.AT_ONCE = 40_000
+        policies.sharding.AT_ONCE = 40_000
     learner.policy.save(folder / "policy")
     kept = flat(tensors)
     if ranks.first:

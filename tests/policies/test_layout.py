@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from policies.contradictions import contradictions
-from policies.layout import WeightFiles, check_tensors
+from policies.contradictions import check_tensors, contradictions
+from policies.layout import WeightFiles
 from policies.policy import Policy, PolicyError, read_config
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30]])

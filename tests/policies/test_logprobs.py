@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import policies.few_logprobs
 import policies.logprobs
+from policies.few_logprobs import logprobs_at, top_logprobs
 from policies.logprobs import (
     CHUNK,
     GRADIENT_CHUNKS,
-    entropy,
-    logprobs_at,
     logprobs_from_hidden,
     shifted_logprobs,
     token_logprobs,
-    top_logprobs,
 )
 
 torch.set_num_threads(1)
@@ -29,15 +28,14 @@ def reference(logits, token_ids, temperature):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(policies.logprobs).failed == 0
+    for module in (policies.logprobs, policies.few_logprobs):
+        assert doctest.testmod(module).failed == 0
 
 
 def test_by_hand_with_temperature():
     # temperature 2 halves the logits: (0, log 9) / 2 = (0, log 3), so p = (1/4, 3/4)
     logits = torch.tensor([0.0, math.log(9)])
     assert token_logprobs(logits, torch.tensor(1), temperature=2.0).item() == pytest.approx(math.log(3 / 4))
-    # H = 1/4 log 4 + 3/4 log(4/3)
-    assert entropy(logits, temperature=2.0).item() == pytest.approx(math.log(4) / 4 + 3 / 4 * math.log(4 / 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,27 +43,14 @@ def test_by_hand_with_temperature():
 def test_equals_log_softmax(shape, dtype):
     torch.manual_seed(0)
     logits, token_ids = 5 * torch.randn(*shape, 11, dtype=dtype), torch.randint(11, shape)
-    logprobs, entropies = reference(logits, token_ids, 0.7)
+    logprobs, _ = reference(logits, token_ids, 0.7)
     assert token_logprobs(logits, token_ids, 0.7).dtype == torch.float32
     torch.testing.assert_close(token_logprobs(logits, token_ids, 0.7), logprobs, rtol=0, atol=1e-5)
-    torch.testing.assert_close(entropy(logits, 0.7), entropies, rtol=0, atol=1e-5)
 
 
 def test_huge_logits_stay_finite():
     logits = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
     assert token_logprobs(logits, torch.tensor([0, 0])).tolist() == [0.0, -1e4]
-    assert entropy(logits).tolist() == [0.0, 0.0]
-
-
-def test_a_token_without_probability_takes_nothing_from_entropy_or_gradient():
-    """Logits 0, log 3, -∞: p = 1/4, 3/4, 0, and ∂H / ∂x_j = -p_j (log p_j + H), 0 for the third."""
-    logits = torch.tensor([0.0, math.log(3), -math.inf], requires_grad=True)
-    by_hand = math.log(4) / 4 + 3 / 4 * math.log(4 / 3)
-    found = entropy(logits)
-    found.backward()
-    assert found.item() == pytest.approx(by_hand)
-    slope = -0.25 * (math.log(0.25) + by_hand)
-    assert logits.grad.tolist() == pytest.approx([slope, -slope, 0.0])
 
 
 @pytest.mark.parametrize("entropy_grad", [False, True])

@@ -23,9 +23,10 @@ from engine_cases import (
 
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy
+from rollout.depth import tokens_per_forward
 from rollout.engine import Engine
 from rollout.faults import RolloutError
-from rollout.group import Prompt, tokens_per_forward
+from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
 torch.set_num_threads(1)

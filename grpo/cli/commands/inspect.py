@@ -14,7 +14,9 @@ from grpo.config.learner import LoraOptions
 from grpo.source.policy_source import find_policy, shape_of
 from policies import presets
 from policies.anatomy import LORA_AIM, Anatomy, anatomy
-from policies.layout import INDEX, WeightFiles, check_tensors, find_file, mtp_layers, read_index
+from policies.contradictions import check_tensors
+from policies.layout import INDEX, WeightFiles, find_file, read_index
+from policies.mtp_layers import mtp_layers
 from policies.policy import read_config
 
 CONTEXT = 4096

@@ -16,7 +16,7 @@ from grpo.config.json_file import parse_json
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate
 from grpo.source.policy_source import PolicySource
-from rewards.http_post import MOST_BYTES, Unusable, post
+from rewards.http_post import MOST_BYTES, Tries, Unusable, post
 from rollout.faults import OnFinished, RolloutError
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
@@ -111,17 +111,9 @@ class ServedPool:
             request["stop"] = list(params.stop_strings)
         chat = prompt.messages is not None
         request |= {"messages": prompt.messages} if chat else {"prompt": prompt.text}
-        completions, _ = post(
-            f"{self.address}/v1/{'chat/completions' if chat else 'completions'}",
-            json.dumps(request).encode(),
-            lambda body: self._read(body, fields.get("n", 1)),
-            token=self.key,
-            request_timeout_s=ANSWER_S,
-            retries=RETRIES,
-            backoff_s=BACKOFF_S,
-            longest_wait_s=LONGEST_WAIT_S,
-        )
-        return completions
+        url = f"{self.address}/v1/{'chat/completions' if chat else 'completions'}"
+        tries, expected = Tries(ANSWER_S, RETRIES, BACKOFF_S, LONGEST_WAIT_S), fields.get("n", 1)
+        return post(url, json.dumps(request).encode(), lambda body: self._read(body, expected), tries, token=self.key)
 
     def _read(self, body: bytes, expected: int) -> list[Completion]:
         try:

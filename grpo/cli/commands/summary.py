@@ -33,7 +33,8 @@ from grpo.task.task import Task
 from policies import four_bit
 from policies.checkpoint import check_policy
 from policies.mtp import MTPHead
-from rollout.group import Completion, RolloutGroup, tokens_per_forward
+from rollout.depth import tokens_per_forward
+from rollout.group import Completion, RolloutGroup
 
 STYLES = ("", "green", "bold green", "bold cyan", "bold blue")  # by depth; deeper ones look like the last
 LEGEND = Text.assemble(

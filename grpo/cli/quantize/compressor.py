@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from policies import layout, lora
+from policies import layout, lora, mtp_layers
 from policies.policy import Policy
 
 PACKAGES = ("llmcompressor", "compressed_tensors")
@@ -157,8 +157,7 @@ def save(policy: Policy, folder: Path) -> None:
     if policy.mtp is None:
         return
     shape = policy.config
-    head = lora.merged_state(policy.mtp)
-    state = layout.head_state(shape, shape.num_hidden_layers, head, layout.may_idle(shape))
+    state = mtp_layers.head_state(shape, lora.merged_state(policy.mtp))
     views = (
         view for name, tensor in (state | policy.further_mtp).items() for view in layout.expert_views(name, tensor)
     )
@@ -166,12 +165,12 @@ def save(policy: Policy, folder: Path) -> None:
     _add_tensors(folder, tensors)
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
-    mtp = layout.mtp_layers(shape, tensors)
+    mtp = mtp_layers.mtp_layers(shape, tensors)
     fields["num_nextn_predict_layers"] = len(mtp)
     fields["quantization_config"]["ignore"] += [rf"re:model\.layers\.({'|'.join(map(str, mtp))})\..*"]
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if policy.draft_ids is not None:
-        layout.write_draft_vocabulary(folder, policy.draft_ids)
+        mtp_layers.write_draft_vocabulary(folder, policy.draft_ids)
 
 
 def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -13,7 +13,8 @@ from grpo.config.distill import DistillOptions
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
 from grpo.learner.likelihood import Forward, Likelihood
 from grpo.learner.terms.term import Term, Work
-from policies.logprobs import CHUNK_ELEMENTS, LEAST_LOGPROB, logprobs_at, top_logprobs
+from policies.few_logprobs import logprobs_at, top_logprobs
+from policies.logprobs import CHUNK_ELEMENTS, LEAST_LOGPROB
 from policies.policy import Policy
 
 if TYPE_CHECKING:

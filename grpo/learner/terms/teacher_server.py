@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grpo.learner.batch import MicroBatch
 from grpo.learner.likelihood import Likelihood
-from rewards.http_post import Unusable, post
+from rewards.http_post import Tries, Unusable, post
 
 CONCURRENCY = 16  # requests at a time; vLLM batches them
 TIMEOUT_S, RETRIES, BACKOFF_S = 300.0, 4, 1.0
@@ -85,11 +85,9 @@ class TeacherServer:
                 self.url,
                 json.dumps(asked).encode(),
                 partial(_read, ids=ids, start=start, k=k),
+                Tries(TIMEOUT_S, RETRIES, BACKOFF_S),
                 token=self.token,
-                request_timeout_s=TIMEOUT_S,
-                retries=RETRIES,
-                backoff_s=BACKOFF_S,
-            )[0]
+            )
         except (RuntimeError, ValueError) as error:
             raise TeacherError(
                 f"distill.url: {error}. It must be an endpoint with vLLM's prompt_logprobs (`vllm serve {self.model}`, "

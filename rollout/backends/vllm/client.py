@@ -22,11 +22,6 @@ LONGEST = 1000  # characters of an error of vLLM's
 PROTOCOL = 3
 
 
-def short(text: str) -> str:
-    """vLLM's errors can name every model that it knows."""
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-
-
 class Lost(RolloutError):
     """The server is unreachable, has died or has stopped answering. `how` says which, in a few words."""
 
@@ -71,13 +66,13 @@ class Client:
         return state
 
     def _refuse_plain(self) -> None:
-        found: dict[str, Any] = {}
+        answer: dict[str, Any] = {}
         with suppress(RolloutError):
-            [found] = self._ask("GET", "/version", (), 0, ANSWER_S)
-        if "version" in found:
+            [answer] = self._ask("GET", "/version", (), 0, ANSWER_S)
+        if "version" in answer:
             raise RolloutError(
-                f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {found['version']}). It cannot confirm the "
-                "digests of the weights that it has taken, takes them in its development mode alone and then from "
+                f"rollout.vllm.url={self.url} is a plain `vllm serve` (vLLM {answer['version']}). It cannot confirm "
+                "the digests of the weights that it has taken, takes them in its development mode alone and then from "
                 "whoever reaches its port, and its batches depend on the clock. Start inside/quartet_server.py with "
                 "the same interpreter in its place (docs/guides/vllm.md), or leave the url out"
             )
@@ -161,7 +156,9 @@ class Client:
             if not isinstance(answer, dict):
                 raise ValueError(f"it answers {line[:80]!r}")
             if "error" in answer:
-                raise RolloutError(f"vLLM at {self.url} cannot answer {path}: {short(answer['error'])}")
+                why = str(answer["error"])  # it can name every model that vLLM knows
+                why = why if len(why) <= LONGEST else f"{why[: LONGEST // 2]} ... {why[-LONGEST // 2 :]}"
+                raise RolloutError(f"vLLM at {self.url} cannot answer {path}: {why}")
             if response.status != 200:
                 raise ValueError(f"it answers {path} with status {response.status}")
             yield answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,8 +15,8 @@ from rollout.sampling import SamplingParams, row_key
 
 
 def seed_of(params: SamplingParams, prompt_id: str, sample: int, at: int = 0) -> int:
-    """From (run seed, step, draw, prompt, sample), as our own noise is keyed, and the completion's length `at` which
-    this turn begins.
+    """The seed of a turn, from (run seed, step, draw, prompt, sample), as our own noise is keyed, and the length `at`
+    which the turn begins.
 
     >>> seed_of(SamplingParams(step=1), "a", 0) == seed_of(SamplingParams(step=2), "a", 0)
     False
@@ -45,16 +46,22 @@ class Row:
         seed = seed_of(params, self.prompt.prompt_id, self.sample, len(self.ids))
         return [[*self.prompt.token_ids, *self.ids], seed, params.max_completion_tokens - len(self.ids)]
 
-    def add(self, found: Mapping[str, Any]) -> None:
-        """`found`: a turn as inside/quartet_server.py gives it. `abort` where a log-probability is not finite."""
-        ids, logprobs = found["ids"], found["logprobs"]
+    def add(self, turn: Mapping[str, Any]) -> None:
+        """Adds a turn as inside/quartet_server.py gives it. `abort` where a log-probability is not finite."""
+        ids, logprobs = turn["ids"], turn["logprobs"]
         finite = all(value is not None and math.isfinite(value) for value in logprobs)
-        self.reason = ("stop" if found["reason"] == "stop" else "length") if finite else "abort"
+        self.reason = ("stop" if turn["reason"] == "stop" else "length") if finite else "abort"
         self.ids, self.logprobs = self.ids + ids, self.logprobs + logprobs
-        self.draft += draft_stats(found["drafted"], found["accepted"], len(ids), self.draft_tokens)
+        self._add_drafts(draft_stats(turn["drafted"], turn["accepted"], len(ids), self.draft_tokens))
+
+    def _add_drafts(self, draft: DraftStats) -> None:
+        self.draft.target_forwards += draft.target_forwards
+        self.draft.drafted = list(map(sum, zip_longest(self.draft.drafted, draft.drafted, fillvalue=0)))
+        self.draft.accepted = list(map(sum, zip_longest(self.draft.accepted, draft.accepted, fillvalue=0)))
+        self.draft.depths += draft.depths
 
     def write(self, ids: Sequence[int]) -> None:
-        """What tools wrote after the turn."""
+        """Adds what tools wrote after the turn."""
         self.ids, self.logprobs = [*self.ids, *ids], self.logprobs + [0.0] * len(ids)
         self.draft.depths += [0] * len(ids)
 
@@ -64,7 +71,7 @@ class Row:
 
 
 def draft_stats(drafted: Sequence[int], accepted: Sequence[int], tokens: int, depth: int) -> DraftStats:
-    """From the drafts that were made and accepted in every forward after the first token; nothing without drafts.
+    """Counts the drafts that were made and accepted in every forward after the first token; nothing without drafts.
 
     A forward gives the drafts that it accepts and one token of the trunk's own; what passes the end is not kept.
 
@@ -74,14 +81,14 @@ def draft_stats(drafted: Sequence[int], accepted: Sequence[int], tokens: int, de
     if not depth:
         return DraftStats(tokens - 1, depths=[0] * tokens)
     stats = DraftStats(drafted=[0] * depth, accepted=[0] * depth, depths=[0])
-    for made, taken in zip(drafted, accepted, strict=True):
+    for made, right in zip(drafted, accepted, strict=True):
         room = tokens - len(stats.depths)
         if room <= 0:
             break
         stats.target_forwards += 1
-        kept = min(taken, room)
+        count = min(right, room)
         for at in range(made):
             stats.drafted[at] += 1
-            stats.accepted[at] += at < kept
-        stats.depths += [*range(1, kept + 1), 0][:room]
+            stats.accepted[at] += at < count
+        stats.depths += [*range(1, count + 1), 0][:room]
     return stats

@@ -24,17 +24,18 @@ from rollout.depth import CostTable, Workload
 from rollout.environments.episodes import Episodes
 from rollout.faults import Faults, OnFinished, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
-from rollout.pool import PoolOptions
+from rollout.pool import Pool, PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.sampling import SamplingParams
 from rollout.stage import Stage
 
 LOAD_S = 600.0  # vLLM imports itself and makes the model
 PAUSE_S = 0.2  # until weights are read again that were moving
+LOST_ELSEWHERE = "See its log, start it again at the address in rollout.vllm.url, and go on with --resume auto"
 T = TypeVar("T")
 
 
-class VLLMPool:
+class VLLMPool(Pool):
     """A Pool (see rollout/pool.py) whose engine is vLLM's, in a process of its own.
 
     The prompts of a call are sampled together; vLLM batches them by itself. With an environment every turn of the
@@ -83,7 +84,7 @@ class VLLMPool:
     def _open(self) -> None:
         """A server with the model, whose weights are published next."""
         self._end()
-        url, token, why = self.settings.url, self.settings.token, _lost_elsewhere
+        url, token, why = self.settings.url, self.settings.token, lambda: LOST_ELSEWHERE
         if url is None:
             self.process = VLLMProcess(self.settings.python, self.settings.log, self.threads, self.check_stop)
             url, token, why = self.process.url, self.process.token, self.process.told
@@ -101,14 +102,14 @@ class VLLMPool:
             try:
                 if self._is_lost:
                     self._open()
-                found = act()
+                answer = act()
             except Lost as lost:
                 if self.settings.url is not None:
                     raise
                 self._lose(lost.how, work, began)
             else:
                 self.faults.done(work)
-                return found
+                return answer
 
     def _lose(self, how: str, work: str, began: float) -> None:
         self._is_lost, self.version = True, None
@@ -137,7 +138,8 @@ class VLLMPool:
         self.published = source, version
 
     def _everything(self, source: Publication) -> wire.Update:
-        """For a server that holds nothing. Raises RolloutError where other ranks would have to take part."""
+        """All weights, for a server that holds nothing. Raises RolloutError where other ranks would have to take
+        part."""
         if any(isinstance(tensor, DTensor) for tensor in source.tensors.values()):
             raise RolloutError(
                 "vLLM was lost and started again, but the weights are spread over several ranks, which cannot publish "
@@ -164,8 +166,8 @@ class VLLMPool:
         return answer["held"], answer["unused"]
 
     def _publish_again(self) -> None:
-        """To a new server: what was published last, to the bit. With rollout.ahead the learner may be about to change
-        it in another thread: then `keep` has made a copy, which is read next."""
+        """Publish what was published last to a new server, to the bit. With rollout.ahead the learner may be about to
+        change it in another thread: then `keep` has made a copy, which is read next."""
         deadline = time.monotonic() + self.settings.publish_s
         while True:
             assert self.published is not None
@@ -194,16 +196,6 @@ class VLLMPool:
         if self.published is None:
             raise RolloutError("vLLM has not confirmed the last publication: publish the weights again")
         self._check(params)
-        groups, faults = self._groups(prompts, params, on_finished)
-        if fault := not_finite(groups):
-            faults.append(fault)
-        if faults:
-            raise RolloutError("\n".join(faults), groups)
-        return groups
-
-    def _groups(
-        self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None
-    ) -> tuple[list[RolloutGroup], list[str]]:
         told = 0
 
         def tell(ended: int) -> None:
@@ -217,7 +209,12 @@ class VLLMPool:
                 self._publish_again()
             return self._answer(prompts, params, tell)
 
-        return self._mended("sample", act)
+        groups, faults = self._mended("sample", act)
+        if fault := not_finite(groups):
+            faults.append(fault)
+        if faults:
+            raise RolloutError("\n".join(faults), groups)
+        return groups
 
     def _answer(
         self, prompts: Sequence[Prompt], params: SamplingParams, tell: Callable[[int], None] = lambda ended: None
@@ -234,8 +231,9 @@ class VLLMPool:
         rows = [Row(prompt, sample, drafts) for prompt in prompts for sample in range(size)]
         live, goes_on = list(range(len(rows))), False
         while live:
-            found = self._turn([rows[i] for i in live], params, goes_on, tell if episodes is None else _nobody)
-            for i, turn in zip(live, found, strict=True):
+            # Turns that end are no completions.
+            turns = self._turn([rows[i] for i in live], params, goes_on, (lambda ended: None) if episodes else tell)
+            for i, turn in zip(live, turns, strict=True):
                 rows[i].add(turn)
             live, goes_on = self._go_on(rows, live, episodes) if episodes else [], True
             tell(len(rows) - len(live))
@@ -247,8 +245,7 @@ class VLLMPool:
 
     def _go_on(self, rows: Sequence[Row], live: Sequence[int], episodes: Episodes) -> list[int]:
         """The rows whose episodes go on, after what their tools wrote. Waits for the tools."""
-        asked = {i: rows[i].ids for i in live if rows[i].reason == "stop"}
-        episodes.ask(asked)
+        episodes.ask({i: rows[i].ids for i in live if rows[i].reason == "stop"})
         written = {i: ids for i, ids in episodes.written(self.check_stop).items() if ids is not None}
         for i, ids in written.items():
             rows[i].write(ids)
@@ -264,13 +261,13 @@ class VLLMPool:
             "temperature": params.temperature,
             "stop_token_ids": list(params.stop_token_ids),
         }
-        found: list[dict[str, Any]] = []
+        turns: list[dict[str, Any]] = []
         for answer in self.client.post("/sample", job, limit_s=self.settings.silence_s):
-            found = answer.get("completions", found)
-            tell(len(found) or answer["ended"])
-        if len(found) != len(rows):
-            raise RolloutError(f"vLLM at {self.client.url} gave {len(found)} completions, not {len(rows)}")
-        return found
+            turns = answer.get("completions", turns)
+            tell(len(turns) or answer["ended"])
+        if len(turns) != len(rows):
+            raise RolloutError(f"vLLM at {self.client.url} gave {len(turns)} completions, not {len(rows)}")
+        return turns
 
     def _fault(self, params: SamplingParams, prompt: Prompt) -> str | None:
         return prompt_fault(prompt, params, self.policy.config.vocab_size, self.context)
@@ -284,13 +281,7 @@ class VLLMPool:
     def keep(self) -> None:
         if self.published is not None:
             source, version = self.published
-            self.published = source.kept(), version
-
-    def sleep(self) -> None:
-        pass
-
-    def held(self) -> dict[str, dict[str, tuple[str, str]]]:
-        return {}  # `publish` has compared them
+            self.published = source.copy(), version
 
     def _check(self, params: SamplingParams) -> None:
         params.check()
@@ -316,9 +307,9 @@ class VLLMPool:
         raise RolloutError("vLLM drafts at one depth: with it rollout.draft_tokens is a number, or null for none")
 
     def metrics(self) -> dict[str, float]:
-        found = self.faults.metrics() | self._unreported
+        metrics = self.faults.metrics() | self._unreported
         self._unreported.clear()
-        return found
+        return metrics
 
     def close(self) -> None:
         self.stage.close()
@@ -328,11 +319,3 @@ class VLLMPool:
         if self.process is not None:
             self.process.close()
             self.process = None
-
-
-def _nobody(ended: int) -> None:
-    """Turns that end are no completions."""
-
-
-def _lost_elsewhere() -> str:
-    return "See its log, start it again at the address in rollout.vllm.url, and go on with --resume auto"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from select import select
-from typing import Any, BinaryIO
+from typing import Any
 
 from rollout.backends.vllm.client import Lost
 from rollout.faults import RolloutError
@@ -35,9 +35,9 @@ def state_of(python: Path, option: str = "rollout.vllm.python") -> dict[str, Any
         )
         return json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
+        words = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
         raise RolloutError(
-            f"{option}={python} cannot run vLLM's server: {' '.join(said)}; install it with `make vllm`"
+            f"{option}={python} cannot run vLLM's server: {' '.join(words)}; install it with `make vllm`"
         ) from error
 
 
@@ -56,14 +56,14 @@ class VLLMProcess:
     def __init__(self, python: Path, log: Path, threads: int, while_waiting: Callable[[], None]) -> None:
         self.log, self.token = log, secrets.token_hex(32)
         log.parent.mkdir(parents=True, exist_ok=True)
-        given = clean_environment() | {"OMP_NUM_THREADS": str(threads), TOKEN: self.token}
+        environment = clean_environment() | {"OMP_NUM_THREADS": str(threads), TOKEN: self.token}
         with open(log, "ab") as written:
             self.process = subprocess.Popen(
                 [str(python), str(SERVER), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=written,
-                env=given,
+                env=environment,
                 start_new_session=True,
             )
         try:
@@ -74,13 +74,13 @@ class VLLMProcess:
 
     def _port(self, while_waiting: Callable[[], None]) -> int:
         """What it says first."""
-        said, deadline = self.process.stdout, time.monotonic() + START_S
-        assert said is not None
-        while not select([said], [], [], 0.1)[0]:
+        output, deadline = self.process.stdout, time.monotonic() + START_S
+        assert output is not None
+        while not select([output], [], [], 0.1)[0]:
             while_waiting()
             if time.monotonic() > deadline:
                 raise Lost(f"vLLM's server has not started within {START_S:g} s. {self.told()}")
-        line = said.readline()
+        line = output.readline()
         if not line:
             self.process.wait()
             raise Lost(f"vLLM's server could not start. {self.told()}")
@@ -96,19 +96,17 @@ class VLLMProcess:
         if code >= 0:
             return f"{named} has ended with status {code}"
         name = signal.Signals(-code).name
-        return f"{named} was ended by {name}" + (
-            ", perhaps since the host had no memory left" if name == "SIGKILL" else ""
-        )
+        why = ", perhaps since the host had no memory left" if name == "SIGKILL" else ""
+        return f"{named} was ended by {name}{why}"
 
     def told(self) -> str:
         """What is known of its end, for an error."""
         state = self.state()
         with open(self.log, "rb") as file:
-            lines = last_lines(file)
-        return (
-            f"{state[0].upper()}{state[1:]}; go on with --resume auto. The end of its log, {self.log}:\n"
-            + "\n".join(lines)
-        )
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
+            lines = file.read().decode(errors="replace").splitlines()[-TOLD_LINES:]
+        about = f"{state[0].upper()}{state[1:]}; go on with --resume auto. The end of its log, {self.log}:"
+        return "\n".join([about, *lines])
 
     def close(self) -> None:
         """Ends it and all that it has started."""
@@ -119,9 +117,3 @@ class VLLMProcess:
                 self.process.wait(END_S)
         if self.process.stdout:
             self.process.stdout.close()
-
-
-def last_lines(file: BinaryIO, count: int = TOLD_LINES) -> list[str]:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 20_000))
-    return file.read().decode(errors="replace").splitlines()[-count:]

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from policies.four_bit import plain_weight
-from policies.layout import expert_views, head_state, layer_name, may_idle
+from policies.layout import expert_views
 from policies.lora import Adapter
+from policies.mtp_layers import head_state, layer_name
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import whole
@@ -28,7 +29,8 @@ ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it, as inside/quar
 
 @dataclass(frozen=True)
 class Update:
-    """`tensors` are sent. `adapters` has by tensor the names of its A and B among them, and the scale of B A.
+    """What a server is sent: `tensors`. `adapters` has by tensor the names of its A and B among them, and the scale of
+    B A.
 
     `whole`: every tensor is there. Otherwise it is for a server that holds the whole one called `base`, and has what
     can have changed since that one.
@@ -96,12 +98,12 @@ class Updates:
         )
 
     def _place(self, tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> None:
-        """Where the layout has the tensors under adapters."""
-        found = {id(tensor): name for name, tensor in in_checkpoint_layout(self.policy, tensors).items()}
+        """Note where the layout has the tensors under adapters."""
+        names = {id(tensor): name for name, tensor in in_checkpoint_layout(self.policy, tensors).items()}
         self._names, self.merged = {}, []
         for name, adapter in adapters.items():
-            if adapter.experts == 1 and id(tensors[name]) in found:
-                self._names[name] = found[id(tensors[name])]
+            if adapter.experts == 1 and id(tensors[name]) in names:
+                self._names[name] = names[id(tensors[name])]
             elif adapter.experts > 1 and not adapter.transposed and self.policy.backend == "native":
                 part, _, rest = name.partition(".")
                 layers = self.policy.config.num_hidden_layers
@@ -111,7 +113,7 @@ class Updates:
         self._under = {name: tensors[name].cpu() for name in self.merged}
 
     def _factors(self, name: str, adapter: Adapter) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """Of each tensor of the layout under this adapter: its name, the name of A, A [r, in] and B [out, r]."""
+        """Yields for each tensor of the layout under this adapter its name, the name of A, A [r, in] and B [out, r]."""
         name, a, b, count = self._names[name], adapter.a, adapter.b, adapter.experts
         if count == 1:
             yield name, f"{name}.lora_A", a, b
@@ -135,13 +137,12 @@ def in_checkpoint_layout(policy: Policy, weights: Mapping[str, Tensor]) -> dict[
     if policy.backend == "transformers":
         return revert_weight_conversion(policy.trunk, trunk)
     if head:
-        config = policy.config
-        trunk |= head_state(config, config.num_hidden_layers, head, may_idle(config))
+        trunk |= head_state(policy.config, head)
     return {name: view for stacked, tensor in trunk.items() for name, view in expert_views(stacked, tensor)}
 
 
 def described(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
-    """[name, dtype, shape] of each, in order."""
+    """Describes tensors by [name, dtype, shape], in order."""
     return [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
 
 
@@ -162,9 +163,9 @@ def first_difference(tensors: Mapping[str, Tensor], held: Mapping[str, str]) -> 
     hashlib, and not the faster digests of rollout.publication, since vLLM's environment need have nothing else.
     """
     for name, tensor in tensors.items():
-        found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(_bytes(tensor))
-        if held.get(name) != found.hexdigest():
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+        if held.get(name) != digest.hexdigest():
             return name
     return next((name for name in held if name not in tensors), None)
 

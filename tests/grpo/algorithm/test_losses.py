@@ -20,9 +20,13 @@ from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.terms import distill
 from grpo.learner.terms.distill import top_k_kl
-from policies.logprobs import entropy, token_logprobs
+from policies.logprobs import token_logprobs
 
 torch.set_num_threads(1)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    return torch.distributions.Categorical(logits=logits).entropy()
 
 
 def policy_loss(

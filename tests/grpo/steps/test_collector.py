@@ -16,7 +16,8 @@ from grpo.steps.loop import Run
 from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import GroupScore
-from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, head_accepted
+from rollout.depth import head_accepted
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
 
 

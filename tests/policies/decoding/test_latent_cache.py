@@ -13,9 +13,8 @@ WIDTH, VALUE, HEADS = 5, 3, 2
 
 
 def make(rows: int, capacity: int = 16, layers: int = 2, first: int = 0) -> LatentCache:
-    return LatentCache(
-        layers, rows, capacity, WIDTH, VALUE, dtype=torch.float32, device=torch.device("cpu"), first=first
-    )
+    shape = layers, rows, capacity, WIDTH
+    return LatentCache(shape, VALUE, dtype=torch.float32, device=torch.device("cpu"), first=first)
 
 
 def attend_by_hand(query_HK: torch.Tensor, seen_TE: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 from rewards import RewardError, RewardFailed, RewardSpec, Scorer
 from rewards.built_in.judge import judge
-from rewards.http_post import post
+from rewards.http_post import Tries, post
 from tests.cases.judges import TOKENS, judge_server, verdict
 
 RUBRIC = "{prompt}|{completion}|{answer}"
@@ -116,7 +116,7 @@ def test_waits_double(monkeypatch):
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
     with judge_server(lambda _: (500, {}, {})) as server, pytest.raises(RuntimeError, match="after 4 tries: HTTP 500"):
-        post(server.url, b'{"messages": [{"content": ""}]}', bytes, request_timeout_s=5, retries=3, backoff_s=0.5)
+        post(server.url, b'{"messages": [{"content": ""}]}', bytes, Tries(5, 3, 0.5))
     assert waits == [0.5, 1.0, 2.0]
 
 

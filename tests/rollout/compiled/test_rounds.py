@@ -16,9 +16,9 @@ from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.rounds import Graphs
 from rollout.compiled.store import SMALL, CompiledRound
 from rollout.costs import REPEATS
-from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, CostTable, Workload
+from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, CostTable, Workload, draft_gain
 from rollout.engine import Engine
-from rollout.group import Prompt, RolloutGroup, draft_gain
+from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 from rollout.serving import Request, Serving
 from rollout.shard import Decoding

@@ -8,10 +8,9 @@ from engine_cases import PARAMS, completions, prompts_of, taught
 
 from policies.policy import Policy
 from rollout import group
-from rollout.depth import CostTable
+from rollout.depth import CostTable, draft_gain
 from rollout.drafts.drafts import Drafts
 from rollout.engine import Engine
-from rollout.group import draft_gain
 
 FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20, stop_token_ids=())
 

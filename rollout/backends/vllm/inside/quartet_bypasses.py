@@ -53,7 +53,7 @@ def allow_any_temperature() -> None:
 
 
 def _expand(x: torch.Tensor, ends: torch.Tensor, count: int, replace_from: int = 0, replace_to: int = 0):
-    """[a, b] with ends [2, 5] -> [a, a, b, b, b], where `replace_to` takes the place of `replace_from`."""
+    """Expands [a, b] with ends [2, 5] -> [a, a, b, b, b], where `replace_to` takes the place of `replace_from`."""
     import torch
 
     expanded = x.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)).long())

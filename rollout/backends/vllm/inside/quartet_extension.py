@@ -12,7 +12,8 @@ bypasses.allow_any_temperature()  # a worker checks the requests that reach it o
 
 
 class Extension:
-    """Its method is called by `collective_rpc`, in every worker process of the engine."""
+    """What vLLM's workers can do more. Its method is called by `collective_rpc`, in every worker process of the
+    engine."""
 
     weight_transfer_engine: Any  # the worker's own
 

@@ -54,7 +54,8 @@ def installed() -> tuple[str, bool]:
 
 
 def state() -> dict[str, Any]:
-    """`tried`: somebody has compared the log-probabilities of this version with the learner's."""
+    """What the server says of itself. `tried`: somebody has compared the log-probabilities of this version with the
+    learner's."""
     version, on_cpu = installed()
     tried = {"tried": version in bypasses.TRIED, "tried_versions": bypasses.TRIED}
     return {"protocol": PROTOCOL, "vllm": version, "on_cpu": on_cpu, **tried}
@@ -71,11 +72,8 @@ class Engine:
         self.chosen = bypasses.ALL - set(load["without"]) if self.on_cpu else frozenset()
         arguments = dict(load["arguments"])
         if self.on_cpu:
-            for name, value in {
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_MLA_DISABLE": "1",  # its MLA kernel for CPUs takes latents of 512 + 64 only
-            }.items():
-                os.environ.setdefault(name, value)
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            os.environ.setdefault("VLLM_MLA_DISABLE", "1")  # its MLA kernel for CPUs takes latents of 512 + 64 only
             if arguments.get("enforce_eager"):  # else a sampler's few operators are compiled at every start
                 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -99,7 +97,7 @@ class Engine:
         self.context = self.engine.model_config.max_model_len
 
     def publish(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
-        """`unused` names what no worker has loaded."""
+        """Load a publication. Returns the digests of it, and in `unused` the names of what no worker has loaded."""
         if not header["whole"] and header["base"] != self.base:
             raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
         if self.torn:
@@ -130,8 +128,8 @@ class Engine:
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache")
 
-    def sample(self, job: dict[str, Any], said: Any) -> dict[str, Any]:
-        """`said` is called with the number of completions that have ended; it raises where nobody listens."""
+    def sample(self, job: dict[str, Any], tell: Any) -> dict[str, Any]:
+        """Sample a job. `tell` gets the number of completions that have ended, and raises where nobody listens."""
         import torch
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -159,7 +157,7 @@ class Engine:
                 for output in engine.step():
                     ended[int(output.request_id)] = _completion(output.outputs[0])
                     cached += output.num_cached_tokens or 0
-                said(len(ended))
+                tell(len(ended))
         except BaseException:
             engine.abort_request([str(i) for i in range(len(job["rows"])) if i not in ended])
             raise
@@ -190,8 +188,8 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({"/load": self._load, "/publish": self._publish, "/sample": self._sample})
 
     def _answer(self, ways: dict[str, Any]) -> None:
-        given = self.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode()):
+        key = self.headers.get("Authorization", "")
+        if not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
             self._say(401, {"error": "wrong token"})
         elif self.path not in ways:
             self._say(404, {"error": f"no such path: {self.path}"})
@@ -208,10 +206,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _state(self) -> None:
         engine = self.server.engine
-        known = (
-            {"load": engine.load, "version": engine.version, "context": engine.context} if engine else {"load": None}
-        )
-        self._say(200, state() | known)
+        names = ("load", "version", "context") if engine else ()
+        self._say(200, state() | {"load": None} | {name: getattr(engine, name) for name in names})
 
     def _load(self) -> None:
         load = json.loads(self._body())

@@ -37,7 +37,7 @@ def _place(tensor: torch.Tensor) -> int:
 
 @torch.no_grad()
 def merged(held: dict[str, torch.Tensor], adapters: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
-    """Without A and B, and with W + ΔW where there are some, as policies/lora.py computes it on a CPU."""
+    """The tensors without A and B, and with W + ΔW where there are some, as policies/lora.py computes it on a CPU."""
     factors = {name for a, b, _ in adapters.values() for name in (a, b)}
     weights = {name: tensor for name, tensor in held.items() if name not in factors}
     for name, (a, b, scale) in adapters.items():
@@ -47,24 +47,24 @@ def merged(held: dict[str, torch.Tensor], adapters: dict[str, list[Any]]) -> dic
 
 
 def read(path: str, tensors: list[list[Any]]) -> dict[str, torch.Tensor]:
-    """`tensors`: [name, dtype, shape] of each in the file, in order."""
+    """Reads the tensors of a file; `tensors` has [name, dtype, shape] of each in order."""
     with open(path, "rb") as file:
         held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    found, offset = {}, 0
+    tensors_read, offset = {}, 0
     for name, dtype, shape in tensors:
         kind, count = getattr(torch, dtype), 1
         for size in shape:
             count *= size
-        found[name] = torch.frombuffer(held, dtype=kind, count=count, offset=offset).view(shape)
+        tensors_read[name] = torch.frombuffer(held, dtype=kind, count=count, offset=offset).view(shape)
         offset += -(-count * kind.itemsize // ALIGNMENT) * ALIGNMENT
-    return found
+    return tensors_read
 
 
 def digests(weights: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Of type, shape and bits, as rollout/backends/vllm/weights.py makes them."""
-    found = {}
+    """Digests of type, shape and bits, as rollout/backends/vllm/weights.py makes them."""
+    by_name = {}
     for name, tensor in weights.items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        found[name] = digest.hexdigest()
-    return found
+        by_name[name] = digest.hexdigest()
+    return by_name

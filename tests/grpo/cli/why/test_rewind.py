@@ -14,7 +14,7 @@ from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.task.task import Task
 from grpo.train import train
-from rollout.group import draft_gain
+from rollout.depth import draft_gain
 
 KINDS = {
     "full": {},
