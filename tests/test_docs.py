@@ -23,7 +23,7 @@ from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.config.reward_commands import ReplayConfig, RewardTestConfig
 from grpo.cli.parse import build_parser
 from grpo.config.mtp import MtpConfig
-from grpo.config.older import removed
+from grpo.config.names import removed
 from grpo.config.options import load, parse
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.task.plan import Plan

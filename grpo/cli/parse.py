@@ -49,14 +49,14 @@ def _open_closed_files() -> None:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    from grpo.config.aliases import table
+    from grpo.config.names import aliases
     from grpo.config.options import ConfigError, parse
     from grpo.config.problems import as_here
 
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(EscapingFormatter())
     name = next(iter(sys.argv[1:] if argv is None else argv), "")
-    if name not in _commands() and (way_on := table("removed_commands").get(name)):
+    if name not in _commands() and (way_on := aliases("removed_commands").get(name)):
         return fail(f"{name}: this command is gone; {way_on}", EXIT_USAGE)
     parser = build_parser()
     try:

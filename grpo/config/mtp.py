@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from grpo.config.json_file import expecting
-from grpo.config.older import recorded_options
+from grpo.config.names import recorded_options
 from grpo.config.options import Options
 from grpo.config.reward import RewardsOptions
-from grpo.config.run import EvalOptions, RunConfig, SftConfig
+from grpo.config.run import EvalOptions, LinesOptions, RunConfig, SftConfig
 from grpo.config.sampling import WorkersOptions
 
 
@@ -68,6 +68,7 @@ class MtpConfig(RunConfig):
     rollout: WorkersOptions = WorkersOptions(group_size=4)
     head: HeadOptions = HeadOptions()
     eval: EvalOptions = EvalOptions(limit=32)
+    log: LinesOptions = LinesOptions()
 
 
 def scores_nothing(config: RunConfig) -> bool:

@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from grpo.config import older
+from grpo.config import names
 from grpo.config.json_file import unfit
 from grpo.config.problems import Source, describe, in_python, unknown_option
 from grpo.config.yaml_file import ConfigError, Place, parse_yaml, read_yaml, to_yaml
@@ -74,7 +74,7 @@ class Options(BaseModel):
         """Raises ConfigError with what the command line says of such options. Files and parts of other options are
         validated without it."""
         if command := getattr(type(self), "command", ""):
-            given = older.renew(command, given, _warn_of_old_name)
+            given = names.renew(command, given, _warn_of_old_name)
         try:
             super().__init__(**given)
         except ValidationError as error:
@@ -307,7 +307,7 @@ def load(
     `overrides` and `flags` come from `parse`. Raises ConfigError with all problems at once, one line each:
     `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`. `on_removed` is for what an older
     version wrote: an option that is no longer there is left out, and a sentence about it goes to this function. Old
-    names work, see older.py; without `on_removed` a warning says so.
+    names work, see names.py; without `on_removed` a warning says so.
     """
     data: dict[str, Any] = {}
     lines: dict[Place, int] = {}
@@ -320,8 +320,8 @@ def load(
     unread = bool(problems)
     command = getattr(model_cls, "command", "")
     tell = None if on_removed else _warn_of_old_name
-    data, lines = older.renew(command, data, tell), {older.new_place(command, place): n for place, n in lines.items()}
-    overrides = older.renew_keys(command, overrides, tell)
+    data, lines = names.renew(command, data, tell), {names.new_place(command, place): n for place, n in lines.items()}
+    overrides = names.renew_keys(command, overrides, tell)
     for key, value in overrides.items():
         if fault := unfit(value):  # bytes on the command line that are no text
             problems.append(describe(key, {}, "command line", fault))
@@ -333,7 +333,7 @@ def load(
     defaults = model_cls.model_construct()
     options = {option.key: option for option in _options(defaults)}
     leaves = {key for key, option in options.items() if option.model is None or option.in_list}
-    older.drop_unused(data, leaves, on_removed)
+    names.drop_unused(data, leaves, on_removed)
     data = _fill(defaults, data)
     try:
         model = model_cls.model_validate(data)
@@ -347,7 +347,7 @@ def load(
 
 
 def _warn_of_old_name(old: str, new: str) -> None:
-    LOGGER.warning("%s is %s now; the old name works until %s", old, new, older.WORKS_UNTIL)
+    LOGGER.warning("%s is %s now; the old name works until %s", old, new, names.WORKS_UNTIL)
 
 
 def dump_yaml(model: BaseModel) -> str:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from grpo.config.aliases import hint
-from grpo.config.older import of_another_command, removed
+from grpo.config.names import hint, of_another_command, removed
 from grpo.config.yaml_file import ConfigError, Place, show_place, to_yaml
 
 SIMILAR = 0.7  # of 1: below it a suggestion misleads

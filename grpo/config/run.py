@@ -72,13 +72,18 @@ class GrpoEvalOptions(EvalOptions):
 class LogOptions(Options):
     """What a person sees and what is kept."""
 
-    every: int = Field(default=1, ge=1)
-    """Print a line after every n-th step, and after the first and the last one. A terminal shows a panel instead."""
     trackers: list[str] | None = None
     """Trackers of accelerate (`tensorboard`, `wandb`, ...); TensorBoard when installed, [] for none."""
 
 
-class GrpoLogOptions(LogOptions):
+class LinesOptions(LogOptions):
+    """What a person sees and what is kept."""
+
+    every: int = Field(default=1, ge=1)
+    """Print a line after every n-th step, and after the first and the last one. A terminal shows a panel instead."""
+
+
+class GrpoLogOptions(LinesOptions):
     """What a person sees and what is kept."""
 
     table_every: int = Field(default=10, ge=1)

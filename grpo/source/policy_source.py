@@ -23,7 +23,7 @@ from transformers.distributed import DistributedConfig
 
 from grpo.config.json_file import read_json
 from grpo.config.mtp import MtpConfig
-from grpo.config.older import recorded_options
+from grpo.config.names import recorded_options
 from grpo.config.options import load
 from grpo.config.policy import ArchitectureOptions, ModelOptions
 from grpo.config.run import LearningConfig, SftConfig, TrainConfig

@@ -37,7 +37,7 @@ ATTEMPTS = 2
 def open_publisher(run: Run[Any], learner: Learner, params: SamplingParams) -> Iterator[Publisher]:
     """Opens the pool of a run, which holds the learner's weights; see `Publisher`."""
     with closing(open_run_pool(run, learner.policy)) as pool:
-        publisher = Publisher(pool, learner, params, run.config.rollout.quantization)
+        publisher = Publisher(pool, learner, params, run.config.whole_rollout.quantization)
         with run.phase("publishing"):
             publisher.publish()
         yield publisher

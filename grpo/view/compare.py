@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from grpo.algorithm.statistics import mean_interval
 from grpo.algorithm.verdicts import ACCURACY, MEAN_REWARD
-from grpo.config.older import recorded_options
+from grpo.config.names import recorded_options
 from grpo.config.yaml_file import flat
 from grpo.run.records import check_run, read_metrics
 

@@ -33,7 +33,7 @@ from transformers import DeepseekV3Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from grpo.cli.commands.model_card import REPORT, Origin, model_card
-from grpo.config.older import recorded_options
+from grpo.config.names import recorded_options
 from grpo.config.policy import ModelOptions
 from grpo.data.leakage import TRAINED_ON
 from grpo.run import checkpoint

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from grpo.algorithm.statistics import wilson_interval
 from grpo.algorithm.verdicts import ACCURACY, held_out_metric
 from grpo.config.json_file import expecting, read_json, read_objects, whole_lines
-from grpo.config.older import recorded_options
+from grpo.config.names import recorded_options
 from grpo.run import hardware
 from grpo.run.metrics import METRICS
 from grpo.run.records import read_metrics

@@ -10,7 +10,7 @@ from grpo.algorithm.ties import tied
 from grpo.cli.config.reward_commands import ReplayConfig
 from grpo.config.data import DataOptions
 from grpo.config.json_file import expecting
-from grpo.config.older import recorded_options
+from grpo.config.names import recorded_options
 from grpo.data.examples import Example, examples_of
 from grpo.run.records import read_rollouts, recorded_steps, split_groups
 from rewards.group_score import RewardFailure, mean

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from grpo.config.data import PromptOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.json_file import expecting
-from grpo.config.older import recorded_options
+from grpo.config.names import recorded_options
 from grpo.config.options import Lines
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions, ScoringOptions

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo.cli.why.reading import ReadLearner
 from grpo.config.json_file import expecting
-from grpo.config.older import recorded_options
+from grpo.config.names import recorded_options
 from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import TrainingBatch

@@ -9,8 +9,9 @@ from trl import GRPOConfig
 
 from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.parse import build_parser
-from grpo.config.aliases import hint, table
 from grpo.config.mtp import MtpConfig
+from grpo.config.names import aliases as table
+from grpo.config.names import hint
 from grpo.config.options import ConfigError, _options, load
 from grpo.config.problems import unknown_option
 from grpo.config.run import SftConfig, TrainConfig
