@@ -39,26 +39,12 @@ def default_then(key: str) -> Any:
     return next((options[key] for options in table("removed").values() if key in options), ABSENT)
 
 
-@cache
-def _defaults_elsewhere() -> dict[str, Any]:
-    """The options of the commands that train, with their defaults."""
-    from grpo.config.mtp import MtpConfig
-    from grpo.config.options import _options
-    from grpo.config.run import SftConfig, TrainConfig
-
-    commands: tuple[Any, ...] = (MtpConfig, SftConfig, TrainConfig)
-    return {option.key: option.default for cls in commands for option in _options(cls.model_construct())}
-
-
-def of_another_command(key: str) -> bool:
-    """Whether `quartet train`, `sft` or `mtp` has an option of this name."""
-    return key in _defaults_elsewhere()
-
-
-def drop_unused(options: dict[str, Any], known: Set[str], tell: Callable[[str], None] | None = None) -> None:
-    """Takes out what the command, which has the `known` options, would not use: options of another command, or that are
-    gone, with their defaults. With `tell` also those with other values: a run that goes on has recorded them, and it
-    hears of what is gone."""
+def drop_unused(
+    options: dict[str, Any], known: Set[str], elsewhere: Mapping[str, Any], tell: Callable[[str], None] | None = None
+) -> None:
+    """Takes out what the command, which has the `known` options, would not use: options that other commands have, with
+    their defaults `elsewhere`, or that are gone. With `tell` also those with other values: a run that goes on has
+    recorded them, and it hears of what is gone."""
     for name, items in options.items():
         for item in items if isinstance(items, list) else ():
             for last in list(item) if isinstance(item, dict) else ():
@@ -69,7 +55,7 @@ def drop_unused(options: dict[str, Any], known: Set[str], tell: Callable[[str], 
         names = key.split(".")
         if known & {".".join(names[: depth + 1]) for depth in range(len(names))}:
             continue
-        then = default_then(key) if removed(key) else _defaults_elsewhere().get(key, ABSENT)
+        then = default_then(key) if removed(key) else elsewhere.get(key, ABSENT)
         same = then is not ABSENT and (value == then or plain(value) == plain(then))
         if same or (tell and then is not ABSENT):
             take(options, key)
@@ -228,7 +214,7 @@ def _entry(ends: Sequence[str]) -> tuple[str, str]:
     """The part of the table that has one of these names, and what it says. A whole name goes before a beginning."""
     parts = ("means", "not_supported")
     whole = ((part, said) for end in ends for part in parts if (said := aliases(part).get(end)))
-    begun = ((p, said) for end in ends for p in parts for name, said in table(p).items() if fnmatchcase(end, name))
+    begun = ((p, said) for end in ends for p in parts for name, said in aliases(p).items() if fnmatchcase(end, name))
     return next(chain(whole, begun), ("means", ""))
 
 

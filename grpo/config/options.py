@@ -44,6 +44,7 @@ from grpo.config.yaml_file import ConfigError, Place, parse_yaml, read_yaml, to_
 __all__ = ["ConfigError", "Options", "add_options", "dump_yaml", "load", "parse", "reference_page"]
 
 LOGGER = logging.getLogger(__name__)
+COMMANDS: dict[str, type[BaseModel]] = {}  # the options of each command that is imported, by its name
 Model = TypeVar("Model", bound=BaseModel)
 
 _SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}
@@ -80,10 +81,18 @@ class Options(BaseModel):
         except ValidationError as error:
             defaults = type(self).model_construct()
             command = getattr(defaults, "command", "")
-            source = Source(None, {}, {}, [option.key for option in _options(defaults)], [], command)
+            source = Source(
+                None, {}, {}, [option.key for option in _options(defaults)], [], command, _elsewhere(command)
+            )
             raise ConfigError(map(in_python, source.explain(error.errors(), given))) from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """What is a command's has its name, and commands know of each other's options."""
+        if command := cls.__dict__.get("command"):
+            COMMANDS[command] = cls
 
 
 class _Option(NamedTuple):
@@ -294,6 +303,12 @@ def _fill(defaults: BaseModel, given: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
+def _elsewhere(command: str) -> dict[str, Any]:
+    """The options of all commands that are imported, with their defaults; none for what is no command's."""
+    others = [cls.model_construct() for cls in COMMANDS.values()] if command else []
+    return {option.key: option.default for other in others for option in _options(other)}
+
+
 def load(
     model_cls: type[Model],
     config_file: Path | None,
@@ -333,13 +348,14 @@ def load(
     defaults = model_cls.model_construct()
     options = {option.key: option for option in _options(defaults)}
     leaves = {key for key, option in options.items() if option.model is None or option.in_list}
-    names.drop_unused(data, leaves, on_removed)
+    elsewhere = _elsewhere(command)
+    names.drop_unused(data, leaves, elsewhere, on_removed)
     data = _fill(defaults, data)
     try:
         model = model_cls.model_validate(data)
     except ValidationError as error:
         errors = [item for item in error.errors() if not (unread and item["type"] == "missing")]
-        source = Source(config_file, lines, overrides, list(options), list(flags), command)
+        source = Source(config_file, lines, overrides, list(options), list(flags), command, elsewhere)
         problems = source.explain(errors, data) + problems
     if problems:
         raise ConfigError(problems)

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from grpo.config.names import hint, of_another_command, removed
+from grpo.config.names import hint, removed
 from grpo.config.yaml_file import ConfigError, Place, show_place, to_yaml
 
 SIMILAR = 0.7  # of 1: below it a suggestion misleads
@@ -40,14 +40,16 @@ def describe(key: str, value: Any, where: str, what: str) -> str:
     return f"{key}{got}{f' ({where})' if where else ''}: {what}"
 
 
-def unknown_option(key: str, value: Any, where: str, names: Iterable[str], command: str = "") -> str:
+def unknown_option(
+    key: str, value: Any, where: str, names: Iterable[str], command: str = "", elsewhere: Collection[str] = ()
+) -> str:
     """About an unknown option: our name for another trainer's option, or why we have none, or the nearest name, or that
     this command has no use for it."""
     wanted = re.sub(r"\[\d+\]", "[]", key).replace("-", "_")
     names = list(names)
     way_out = removed(wanted) or hint(wanted, names) or _nearest(wanted, names)
     what = way_out if way_out.startswith(("not supported", "it is gone")) else f"no such option; {way_out}"
-    if command and of_another_command(wanted):
+    if wanted in elsewhere:
         what = f"quartet {command} does not use it; {hint(wanted, names) or 'leave it out'}"
     return describe(key, {} if value is None else value, where, what)
 
@@ -87,6 +89,7 @@ class Source(NamedTuple):
     names: list[str]  # every dotted key of the model
     flags: list[str]  # the command line's other options
     command: str = ""  # `sft` of `quartet sft`
+    elsewhere: Collection[str] = ()  # the options of other commands
 
     def where(self, place: Place) -> str:
         """`command line`, `demo.yaml, line 3`, or nothing for a default."""
@@ -101,14 +104,19 @@ class Source(NamedTuple):
     def unknown(self, place: Place, value: Any) -> list[str]:
         typed = [key for key in self.overrides if tuple(key.split("."))[: len(place)] == place]
         names = [*self.names, *self.flags]
-        problems = [unknown_option(key, self.overrides[key], "command line", names, self.command) for key in typed]
+        problems = [
+            unknown_option(key, self.overrides[key], "command line", names, self.command, self.elsewhere)
+            for key in typed
+        ]
         if place in self.lines or not typed:
             leaves = list(_leaves(place, value))
             foreign = any(hint(show_place(leaf), self.names) for leaf, _ in leaves[1:])  # another trainer's section
             for leaf, content in leaves[1:] if foreign else leaves[:1]:
                 if not foreign or not isinstance(content, Mapping):
                     problems.append(
-                        unknown_option(show_place(leaf), content, self.where(leaf), self.names, self.command)
+                        unknown_option(
+                            show_place(leaf), content, self.where(leaf), self.names, self.command, self.elsewhere
+                        )
                     )
         return problems
 

@@ -2,6 +2,7 @@
 recorded: a read that only refuses the option, copies it or writes it down does not count."""
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.terms.draft_head import teaching
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.task.check import check_plan
+from grpo.task.task import Task
 
 COPIES = ("/pydantic/", "grpo/config/options.py", "grpo/task/table.py")  # and writes down, and refuses
 Reads = set[tuple[str, str]]
@@ -87,7 +89,15 @@ def not_finite(monkeypatch) -> None:
     monkeypatch.setattr(Update, "backward", once)
 
 
-def test_supervised_steps_read_all_their_options(micro_config, policy_folder, not_finite, tmp_path):
+@pytest.fixture
+def rows(tmp_path) -> dict[str, Any]:
+    """Data without a split to evaluate, of which a share is held out."""
+    lines = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"name": str(tmp_path / "rows.jsonl"), "holdout": 0.25}
+
+
+def test_supervised_steps_read_all_their_options(micro_config, policy_folder, not_finite, rows, tmp_path):
     from grpo.sft import sft
 
     given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards", "data"})
@@ -97,10 +107,11 @@ def test_supervised_steps_read_all_their_options(micro_config, policy_folder, no
         sft(SftConfig(output_dir=tmp_path / "r", eval={"limit": 2}, learner={"workers": 0}, **given, **small))
         acts = {"environment": "calculator", "learner": {"on_non_finite": "skip"}}
         sft(SftConfig(output_dir=tmp_path / "e", eval={"limit": 2}, **given, **small, **acts))
+        Task.of(SftConfig(output_dir=tmp_path / "h", **given | {"data": rows}), scores=False).close()
     assert unread(SftConfig, reads) == set()
 
 
-def test_grpo_reads_all_its_options(micro_config, micro_policy, policy_folder, not_finite, tmp_path):
+def test_grpo_reads_all_its_options(micro_config, micro_policy, policy_folder, not_finite, rows, tmp_path):
     from grpo.steps.vllm import vllm_settings
     from grpo.train import train
 
@@ -124,4 +135,5 @@ def test_grpo_reads_all_its_options(micro_config, micro_policy, policy_folder, n
             check_plan(outside)  # vLLM is not installed here: what it would be started with
         vllm_settings(outside.rollout, tmp_path)
         teaching(micro_policy(), outside.mtp, [], step=1, gain=1.0)  # drafts that gain too little
+        Task.of(TrainConfig(output_dir=tmp_path / "h", data=rows), scores=False).close()
     assert unread(TrainConfig, reads) == set()
