@@ -3,6 +3,7 @@ and real GSM8K where QUARTET_GSM8K or a folder beside the checkout has it."""
 
 import copy
 import faulthandler
+import gc
 import os
 import random
 import signal
@@ -33,6 +34,8 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN or ("PYTEST_XDIST_WORKER" in os.environ and number != signal.SIGINT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
 
+os.fsync = lambda _: None  # no test turns the power off, and waiting for a disk is a tenth of a run's time
+
 # The same examples at every run, however long one of them takes.
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")
@@ -60,6 +63,10 @@ def pytest_fixture_setup(fixturedef: Any) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(2)  # captured later
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # else the collector reads all modules and all tests again and again, for a tenth of the time
 
 
 @pytest.hookimpl(wrapper=True)
