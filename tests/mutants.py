@@ -16,6 +16,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -42,7 +43,7 @@ PAIRS = [
 ]
 OPPOSITE = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])} | {ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult}
 OTHER_NAME = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "mean", "mean": "sum"}
-PATIENCE_S = 8.0  # how long tests may take in all before a mutant has survived; the first of them runs in any case
+PATIENCE_S, FIRST = 8.0, 5  # of the processor, of the tests that a mutant has survived; so many of them run in any case
 
 
 def changes_of(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
@@ -136,11 +137,11 @@ class Reach:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        start, self.here = time.perf_counter(), set()
+        start, self.here = time.process_time(), set()
         try:
             return (yield)
         finally:
-            self.lines[item.nodeid], self.seconds[item.nodeid] = self.here, time.perf_counter() - start
+            self.lines[item.nodeid], self.seconds[item.nodeid] = self.here, time.process_time() - start
             self.here = self.everywhere
 
 
@@ -201,20 +202,21 @@ def reach_of(tree: Path, file: str, words: list[str]) -> Reach:
 
 def meet(tree: Path, file: str, reach: Reach, line: int, source: str) -> str:
     """What becomes of one mutant."""
-    names, total = [], 0.0
-    for name in sorted(reach.seconds, key=reach.seconds.__getitem__):
-        if line in reach.lines[name] and (not names or total + reach.seconds[name] < PATIENCE_S):
+    names, total, mirror = [], 0.0, f"/test_{Path(file).name}::"
+    for name in sorted(reach.seconds, key=lambda name: (mirror not in name, reach.seconds[name])):
+        if line in reach.lines[name] and (len(names) < FIRST or total + reach.seconds[name] < PATIENCE_S):
             names, total = [*names, name], total + reach.seconds[name]
     if not names:
         return "unreached"
 
     def work() -> int:
         (tree / file).write_text(source)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(20 + 3 * total), int(30 + 3 * total)))
         sys.dont_write_bytecode = True
         return run_tests(tree, sorted({name.partition("::")[0] for name in names}), Only(names))
 
     try:
-        return "survived" if in_fork(work, 20 + 5 * total) == 0 else "killed"
+        return "survived" if in_fork(work, 600 + 20 * total) == 0 else "killed"
     finally:
         shutil.copy2(ROOT / file, tree / file)  # with its time, so that its bytecode counts again
 
