@@ -329,8 +329,7 @@ def test_tied_embeddings_contradict_a_stored_head_of_its_own(saved):
 
 
 @pytest.mark.parametrize(
-    ("file", "named"),
-    [("generation_config.json", "generation_config.json"), ("tokenizer.json", "its tokenizer")],
+    ("file", "named"), [("generation_config.json", "generation_config.json"), ("tokenizer.json", "its tokenizer")]
 )
 def test_a_small_file_that_is_damaged_is_named(saved, file, named):
     (saved / file).write_text("{")

@@ -525,12 +525,7 @@ def test_equals_trl(loss_type, level, variant):
         options = TRL_VARIANTS[variant] | LOSS_TYPES[loss_type]
         options |= {"loss_type": loss_type, "importance_sampling_level": level}
         ours, metrics = toy_loss(
-            logits,
-            token_ids,
-            given,
-            **options,
-            importance_sampling_clip_max=1.5,
-            importance_sampling_clip_min=0.5,
+            logits, token_ids, given, **options, importance_sampling_clip_max=1.5, importance_sampling_clip_min=0.5
         )
         expected, trl_metrics = trl_loss(token_logprobs(logits, token_ids), entropy(logits), given, **options)
         assert ours.item() == pytest.approx(expected.item(), abs=1e-5)

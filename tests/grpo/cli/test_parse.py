@@ -33,14 +33,6 @@ MICRO_RUN = [
 
 
 @pytest.fixture(scope="module")
-def model(micro_policy, tmp_path_factory) -> str:
-    """A checkpoint of a micro policy: a fresh process knows no micro preset."""
-    folder = tmp_path_factory.mktemp("models") / "micro"
-    micro_policy(0).save(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def run(model, letters, tmp_path_factory) -> Path:
     """The folder of a run that `quartet train` has made from a file."""
     folder = tmp_path_factory.mktemp("run")

@@ -153,10 +153,7 @@ def test_trls_conversational_data_are_accepted(tmp_path):
     worked = [{"role": "user", "content": "1 + 1 = ?"}, {"role": "assistant", "content": "#### 2"}]
     assert template.messages(talk) == [SYSTEM, *worked, *TALK[1:]]
     assert PromptTemplate("chat").messages(talk) == TALK
-    assert PromptTemplate("chat", system_prompt="Add.").messages(asked) == [
-        {"role": "system", "content": "Add."},
-        USER,
-    ]
+    assert PromptTemplate("chat", system_prompt="Add.").messages(asked) == [{"role": "system", "content": "Add."}, USER]
     assert PromptTemplate("{question}\n").render(asked) == "2 + 3 = ?\n"
     with pytest.raises(ValueError, match="is a chat of several messages; use template: chat"):
         PromptTemplate("{question}\n").render(talk)
@@ -174,10 +171,7 @@ def test_their_solution_may_be_a_message_of_the_assistant(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (
-            [USER, {"role": "assistant", "content": "5"}],
-            "is a chat that does not end with a message of the user",
-        ),
+        ([USER, {"role": "assistant", "content": "5"}], "is a chat that does not end with a message of the user"),
         ([{"role": "user"}], """'prompt' has a message that is not {"role": text, "content": text}"""),
         ([], "'prompt' is a list instead of text"),
         (["2 + 3 = ?"], "'prompt' is a list instead of text"),

@@ -162,13 +162,7 @@ def test_contract_9_random_states_and_bits_come_back(tmp_path):
         "rng": {"torch": generator.get_state()},
         "nothing": {},
     }
-    state = {
-        "python": [version, list(words), gauss],
-        "tenth": 0.1,
-        "name": "Zoë\ud800",
-        "none": None,
-        "yes": True,
-    }
+    state = {"python": [version, list(words), gauss], "tenth": 0.1, "name": "Zoë\ud800", "none": None, "yes": True}
     loaded = checkpoint.load(checkpoint.save(tmp_path, 7, tensors, state))
     assert (loaded.step, loaded.state) == (7, state)
     assert loaded.tensors.keys() == tensors.keys()

@@ -160,13 +160,6 @@ def _command(model: str, folder: object, steps: int) -> list[str]:
     return [*words, "--checkpoint.every", "1000"]
 
 
-@pytest.fixture(scope="module")
-def model(micro_policy, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "micro"
-    micro_policy(0).save(folder)
-    return str(folder)
-
-
 @pytest.mark.slow
 def test_ctrl_c_on_a_terminal_ends_the_run_in_the_panel_and_leaves_the_terminal_sane(model, tmp_path):
     screen = Screen()

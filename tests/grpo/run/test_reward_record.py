@@ -183,10 +183,7 @@ def learners(micro_policy):
 def test_advantages_under_drop_sample_equal_those_of_the_remaining_seven(tmp_path, learners, fault):
     """One of eight completions fails; the learner gets the batch that the other seven make."""
     (tmp_path / "own.py").write_text(FAULTY)
-    rewards = [
-        RewardOptions(function=f"{tmp_path}/own.py:faulty"),
-        RewardOptions(function="gsm8k_format", weight=0.5),
-    ]
+    rewards = [RewardOptions(function=f"{tmp_path}/own.py:faulty"), RewardOptions(function="gsm8k_format", weight=0.5)]
     seven = ["0.1", "0.9", "0.4", "-2", "0.35", "7", "0.2"]
     second = ["1", "2", "3", "4", "5", "6", "8"]
 

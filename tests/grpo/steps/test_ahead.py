@@ -330,37 +330,13 @@ def test_contract_12_twelve_disturbed_steps_give_the_same_bits(options, tmp_path
 @pytest.mark.long
 @pytest.mark.slow
 @both
-def test_contract_15_two_ranks_sample_ahead_as_one_process(micro_policy, letters, tmp_path, ahead):
+def test_contract_15_two_ranks_sample_ahead_as_one_process(run_words, tmp_path, ahead):
     """And a stop in the middle changes no bit of them either."""
-    micro_policy(0).save(tmp_path / "model")
 
     def words(name: str, *more: str) -> list[str]:
-        options = {
-            "output_dir": tmp_path / name,
-            "model": tmp_path / "model",
-            "threads": 1,
-            "steps": 5,
-            "prompts_per_step": 3,
-            "rollout.group_size": 3,
-            "rollout.max_completion_tokens": 6,
-            "rollout.draft_tokens": 2,  # the costs that null measures differ between two runs
-            "rollout.ahead": ahead,
-            "learner.learning_rate": 1e-3,
-            "data.levels": [1],
-            "data.limit": 12,
-            "rewards": f"[{{function: '{letters}'}}]",
-            "mtp.depth": 2,
-            "log.trackers": "[]",
-            "checkpoint.every": 1,
-            "checkpoint.keep": "null",
-        }
-        return [
-            "-m",
-            "grpo",
-            "train",
-            *(word for key, value in options.items() for word in (f"--{key}", str(value))),
-            *more,
-        ]
+        # the costs that null measures differ between two runs
+        given = {"steps": 5, "rollout.draft_tokens": 2, "rollout.ahead": ahead, "checkpoint.keep": "null"}
+        return [*run_words(tmp_path / name, **given), *more]
 
     run_ranks(words("whole"), 2)
     run_ranks(words("alone"), 1)

@@ -17,14 +17,6 @@ from grpo.train import train
 from rollout.faults import RolloutError
 
 
-@pytest.fixture(scope="module")
-def model(micro_policy, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "micro"
-    policy = micro_policy(0)
-    policy.save(folder)
-    return str(folder)
-
-
 def _write(path: Path, *lines: str) -> Path:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path

@@ -46,8 +46,7 @@ def _groups(seed=0) -> list[RolloutGroup]:
 
     return [
         RolloutGroup(
-            Prompt(f"p/{g}", "", tokens(1 + 3 * g)),
-            [Completion(tokens(n), [-1.0] * n, "", "stop", 0) for n in lengths],
+            Prompt(f"p/{g}", "", tokens(1 + 3 * g)), [Completion(tokens(n), [-1.0] * n, "", "stop", 0) for n in lengths]
         )
         for g, lengths in enumerate(LENGTHS)
     ]
