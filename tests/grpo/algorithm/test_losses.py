@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trl_scoring import trl_scores
 
 import grpo.algorithm.losses
 import grpo.algorithm.surrogates
@@ -567,44 +568,17 @@ def test_importance_correction_equals_trl(mode):
     count, length = mask.shape
     sampling = [row[:n].tolist() for row, n in zip(given["sampling_logprobs"], lengths, strict=True)]
     completion_ids = [[1] * n for n in lengths]
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device("cpu"), process_index=0, gather=lambda x: x),
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
-        args=SimpleNamespace(
-            per_device_train_batch_size=count,
-            steps_per_generation=1,
-            gradient_accumulation_steps=1,
-            gradient_checkpointing_kwargs=None,
-        ),
-        _tokenizer=SimpleNamespace(pad_token_id=0),
+    output = trl_scores(
+        GRPOTrainer,
+        count,
         _generate=lambda _: ([[1]] * count, completion_ids, None, [""] * count, sampling, {}, None, None),
-        _calculate_rewards=lambda *_: torch.zeros(count, 1),
         _get_per_token_logps_and_entropies=lambda *_, **__: (given["old_logprobs"], None, None),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _logs=defaultdict(list) | {"rewards": defaultdict(list)},
-        _pending_extra_logs={},
-        _pending_metrics={},
-        reward_weights=torch.ones(1),
-        reward_funcs=[None],
-        reward_func_names=[""],
-        multi_objective_aggregation="sum_then_normalize",
-        scale_rewards="group",
-        num_generations=count,
-        num_iterations=1,
-        beta=0.0,
-        tools=None,
-        environments=None,
-        environment_factories=None,
-        pad_to_multiple_of=None,
-        mask_truncated_completions=False,
         use_vllm=True,
         vllm_importance_sampling_correction=True,
         vllm_importance_sampling_mode=mode,
         vllm_importance_sampling_clip_max=1.5,
         vllm_importance_sampling_clip_min=0.5,
-        log_multimodal=False,
     )
-    output = GRPOTrainer._generate_and_score_completions(trainer, [{"prompt": ""}] * count)
     expected = output["importance_sampling_ratio"]
     assert expected.shape[1] == (1 if mode.startswith("sequence") else length)
     assert len(expected.unique()) > 2  # bounds bite here and there

@@ -191,16 +191,7 @@ def test_all_problems_come_at_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_the_printed_config_is_the_effective_one_and_reads_back(tmp_path, capsys, command):
-    words = [
-        "--output_dir",
-        "runs/a",
-        "--rollout.group_size",
-        "6",
-        "--data.levels",
-        "[1, 3]",
-        "--learner.betas",
-        "[0.9, 0.99]",
-    ]
+    words = ["--output_dir=runs/a", "--rollout.group_size=6", "--data.levels=[1, 3]", "--learner.betas=[0.9, 0.99]"]
     words += ["--lora.rank", "4", "--steps", "7"] if command == "train" else []
     assert main([command, *words, "--print_config"]) == 0
     first = capsys.readouterr().out

@@ -24,8 +24,6 @@ def jsonl(folder: Path, *lines: str, name: str = "data.jsonl") -> str:
     return str(path)
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
-
 NESTED = '{"question": "q", "answer": "1", "more": ' + "[" * 5000 + "]" * 5000 + "}"
 DEEP = '{"question": "q", "answer": "1", "more": ' + "[" * 200 + "]" * 200 + "}"
 
@@ -74,9 +72,6 @@ def test_the_dry_run_finds_a_lone_surrogate(tmp_path, capsys):
     file = jsonl(tmp_path, GOOD, SURROGATE)
     assert main(["train", "--output_dir", str(tmp_path / "r"), "--data.name", file, "--dry_run"]) == 1
     assert "row 2: 'question' holds the lone surrogate" in capsys.readouterr().err
-
-
-# ---- ten million characters -----------------------------------------------------------------------------------------
 
 
 def never(*_, **__):
@@ -141,9 +136,6 @@ def test_eval_and_sample_refuse_a_prompt_of_ten_megabytes(tmp_path, micro_policy
     prompts = jsonl(tmp_path, {"prompt": "a"}, {"prompt": long}, name="prompts.jsonl")
     assert main(["sample", str(tmp_path / "model"), "--prompts", prompts, "--threads", "1"]) == 1
     assert "line 2: the prompt has 10,000,000 characters" in capsys.readouterr().err
-
-
-# ---- prompts and configurations -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

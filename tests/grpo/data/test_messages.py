@@ -130,9 +130,6 @@ def test_a_reward_that_takes_strings_for_messages_is_told_of_chat_true(source, f
     assert "chat: true" not in str(error.value)
 
 
-# ---- conversational data --------------------------------------------------------------------------------------------
-
-
 def _write(tmp_path, *prompts, **columns) -> str:
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": prompt, "answer": "#### 5"} | columns) for prompt in prompts))
@@ -207,9 +204,6 @@ def test_a_run_on_conversational_data(micro_config, chatty, source, tmp_path):
     }
     train(micro_config(tmp_path / "run", **given))
     assert Policy.load(tmp_path / "run/policy").tokenizer.chat_template == CHAT
-
-
-# ---- TRL ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_data_column_called_mode_does_not_break_gsm8k_in_trl_or_here():

@@ -219,9 +219,6 @@ def test_metrics_of_an_evaluation_are_documented():
     assert all(check(name) for name in metrics)
 
 
-# ---- inside a run ---------------------------------------------------------------------------------------------------
-
-
 def _held_out(pool, task, options, log) -> HeldOut:
     held_out = HeldOut(task, SimpleNamespace(tokenizer=None), pool, log, options, SAMPLING)
     held_out.prompts = _prompts(2)

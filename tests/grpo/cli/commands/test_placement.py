@@ -94,9 +94,6 @@ def test_what_else_was_in_no_plan(random_policy):
     assert elsewhere.sampler == elsewhere.rollout == 0
 
 
-# ---- what is recommended --------------------------------------------------------------------------------------------
-
-
 def advice(shape, config, gib: float, gpus: float = ANY) -> str:
     there = machine.Memory("memory", gib * machine.GIB, gib * machine.GIB, gpus)
     return less_memory(config, lambda other: there.used(memory_of_run(shape, True, other, there.gpus)), there.gpus)

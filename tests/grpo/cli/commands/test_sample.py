@@ -181,9 +181,6 @@ def test_margin_is_counted_and_named(model, tmp_path):
         _groups(model, path, accept="margin", draft_tokens=0)
 
 
-# ---- a run's template, and where prompts come from ------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def run(micro_config, tmp_path_factory):
     """A run whose template, worked example and sampling are not the defaults, and its configuration."""
