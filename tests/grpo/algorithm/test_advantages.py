@@ -12,6 +12,7 @@ import grpo.algorithm.advantages
 import grpo.config.loss
 from grpo.algorithm.advantages import (
     EPSILON,
+    distill,
     gae,
     group_relative,
     multi_objective,
@@ -22,6 +23,7 @@ from grpo.algorithm.advantages import (
     tied_groups,
     whiten,
 )
+from grpo.algorithm.ties import tied
 from rewards.group_score import LARGEST
 
 torch.set_num_threads(1)
@@ -103,6 +105,13 @@ def test_gae_by_hand():
     advantages_BT, returns_BT = gae(rewards, values, mask, gamma=0.9, lam=0.5)
     close(advantages_BT, [[2.5325, 3.85, 7.0], [3.0, 0.0, 0.0]])
     close(returns_BT, [[3.5325, 5.85, 10.0], [4.0, 0.0, 0.0]])
+    close(gae(rewards, values, mask)[0], gae(rewards, values, mask, gamma=1.0, lam=0.95)[0])
+    close(gae(rewards[1:, :1], values[1:, :1], mask[1:, :1])[0], [[3.0]])  # one token is a completion too
+
+
+def test_a_teacher_says_nothing_off_the_mask():
+    logprobs, mask = torch.tensor([[0.5, NAN]]).log(), torch.tensor([[True, False]])
+    assert distill(logprobs, logprobs, mask).tolist() == [[0.0, 0.0]]
 
 
 def test_gae_with_lambda_one_is_return_minus_value():
@@ -163,6 +172,11 @@ def test_rewards_that_differ_only_by_fp32_rounding_are_tied():
     assert tied_P.item()
     assert not advantages_PG.any()
     assert not tied_groups(torch.tensor([[0.3, 0.3, 0.3001]])).item()
+    large = [[1e6, 1e6 + 0.5], [1e6, 1e6 + 3]]
+    assert tied_groups(torch.tensor(large, dtype=torch.float64)).tolist() == [tied(row) for row in large]
+    assert [tied(row) for row in large] == [True, False]
+    with pytest.raises(ValueError, match=r"a reward among \[0.0, inf\] is infinite; return a finite number, or None"):
+        tied([0.0, math.inf])
 
 
 @pytest.mark.parametrize("estimator", GROUP_RELATIVE)
