@@ -335,9 +335,6 @@ def test_an_update_outside_of_a_step_is_refused(micro_config, tmp_path):
             session.optim_step()
 
 
-# ---- the examples ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def own_run(micro_config, tmp_path):
     """The file of a short run with adapters."""
