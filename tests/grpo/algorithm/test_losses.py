@@ -15,7 +15,7 @@ import grpo.algorithm.losses
 import grpo.algorithm.surrogates
 from grpo.algorithm import losses
 from grpo.algorithm.losses import mask_truncated_completions, top_entropy_of, top_k_kl, value_loss
-from grpo.algorithm.surrogates import importance_correction, kl_penalty
+from grpo.algorithm.surrogates import importance_correction, kl_penalty, sapo_surrogate
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
 from policies.logprobs import entropy, token_logprobs
@@ -178,6 +178,9 @@ def test_importance_correction_by_hand(mode, weights):
     actual = importance_correction(old.log(), sampling.log(), mask, mode, clip_max=3.0, clip_min=0.4)
     assert not actual.requires_grad
     torch.testing.assert_close(actual[:, :2], torch.tensor(weights))
+    bounded = [importance_correction(old.log(), sampling.log(), mask, mode, *bounds) for bounds in ((), (3.0, None))]
+    assert bounded[0].equal(bounded[1])  # 3 is the bound where none is given
+    assert sapo_surrogate(old, -old).equal(sapo_surrogate(old, -old, 1.0, 1.05))
 
 
 def test_entropy_bonus_and_top_entropy_by_hand():
