@@ -178,8 +178,8 @@ def test_importance_correction_by_hand(mode, weights):
     actual = importance_correction(old.log(), sampling.log(), mask, mode, clip_max=3.0, clip_min=0.4)
     assert not actual.requires_grad
     torch.testing.assert_close(actual[:, :2], torch.tensor(weights))
-    bounded = [importance_correction(old.log(), sampling.log(), mask, mode, *bounds) for bounds in ((), (3.0, None))]
-    assert bounded[0].equal(bounded[1])  # 3 is the bound where none is given
+    usual = importance_correction(old.log(), sampling.log(), mask, "token_truncate")
+    assert usual[0, :2].tolist() == pytest.approx([3.0, 0.5])  # of 4 and 1/2: the bound above is 3, and below is none
     assert sapo_surrogate(old, -old).equal(sapo_surrogate(old, -old, 1.0, 1.05))
 
 
@@ -434,7 +434,13 @@ def test_contract_1_only_the_mask_decides_what_counts(loss_type, level):
         ({"beta": 0.1}, "beta=0.1 needs reference_logprobs"),
         ({"beta": 0.1, "kl_estimator": "k4", "reference_logprobs": OLD}, "kl_estimator='k4' is unknown"),
         ({"importance_sampling_mode": "token_mask"}, "token_mask needs sampling_logprobs"),
-        ({"importance_sampling_mode": "mask", "sampling_logprobs": OLD}, "importance_sampling_mode='mask' is unknown"),
+        *(
+            (
+                {"importance_sampling_mode": mode, "sampling_logprobs": OLD},
+                f"importance_sampling_mode='{mode}' is unknown",
+            )
+            for mode in ("mask", "token_clamp", "word_mask")
+        ),
         ({"entropy_coef": 0.1}, "entropy_coef=0.1 needs entropy"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 needs entropy"),
     ],
