@@ -91,6 +91,12 @@ def test_loss_by_hand(name):
     assert metrics["loss/policy"].item() == loss.item()
 
 
+def test_a_step_of_one_token_is_divided_by_one():
+    one, mask = torch.ones(1, 1), torch.tensor([[True]])
+    assert policy_loss(-one, None, one[0], mask)[0].item() == -1
+    assert policy_loss(-one, None, 0 * one[0], mask, entropy=one, entropy_coef=0.5)[0].item() == -0.5
+
+
 def test_metrics_by_hand():
     _, metrics = policy_loss(
         POLICY,

@@ -187,7 +187,7 @@ def test_a_hostile_configuration_is_refused_by_name(tmp_path, capsys, name):
     assert message in shown
 
 
-@pytest.mark.parametrize("value", ["&a [*a]", "[" * 2000, '{"function": &a {x: *a}}', "'\ud83d'", "b\udcff"])
+@pytest.mark.parametrize("value", ["&a [*a]", "[" * 300, '{"function": &a {x: *a}}', "'\ud83d'", "b\udcff"])
 def test_a_hostile_value_on_the_command_line_is_refused_by_its_key(tmp_path, capsys, value):
     assert main(["train", "--output_dir", str(tmp_path / "r"), "--rewards", value]) == 2
     assert "rewards" in capsys.readouterr().err
