@@ -93,8 +93,19 @@ def test_loss_by_hand(name):
 
 def test_a_step_of_one_token_is_divided_by_one():
     one, mask = torch.ones(1, 1), torch.tensor([[True]])
-    assert policy_loss(-one, None, one[0], mask)[0].item() == -1
+    for kind in ("dapo", "bnpo"):
+        assert policy_loss(-one, None, one[0], mask, loss_type=kind)[0].item() == -1
     assert policy_loss(-one, None, 0 * one[0], mask, entropy=one, entropy_coef=0.5)[0].item() == -0.5
+    assert value_loss(one, 0.9 * one, 0 * one, mask)[0].item() == pytest.approx(0.5)  # 0.1 from 0.9 is not clipped
+    assert top_entropy_of(one[:0, 0], 0.2).tokens == 0
+
+
+def test_nothing_is_clipped_at_the_bound_or_where_there_is_no_advantage():
+    one, mask = torch.ones(1, 1), torch.tensor([[True]])
+    at_bound = [policy_loss(-one, -one, sign * one[0], mask, epsilon=0.0) for sign in (1, -1)]
+    at_bound.append(policy_loss(-one, -one, one[0], mask, loss_type="cispo", epsilon_high=1.0))
+    without = [policy_loss(-one, old * one, 0 * one[0], mask) for old in (0, -2)]
+    assert [metrics["policy/clip_fraction"].item() for _, metrics in at_bound + without] == [0] * 5
 
 
 def test_metrics_by_hand():
