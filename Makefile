@@ -12,7 +12,7 @@ VLLM := .vllm
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
-.PHONY: help demo reference docs smollm2 vllm quantize test test-slow test-vllm test-browser gpu peers house lint clean
+.PHONY: help demo reference docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu peers house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -52,6 +52,9 @@ test-vllm: $(DEV_STAMP) $(VLLM_STAMP) ## install vLLM, then run the tests that n
 test-browser: $(DEV_STAMP) ## install playwright, then look at the page of a run in chromium, which must be installed
 	$(PIP) 'playwright>=1.50'
 	$(PYTEST) -m browser tests/browser $(ARGS)
+
+mutants: $(DEV_STAMP) ## change one thing at a time and see whether a test notices; it goes on where it was stopped; ARGS=FILES
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 gpu: $(DEV_STAMP) ## on a CUDA machine: its tests, and rollouts and steps against generate and TRL; ARGS=--cpu in small
 	$(BIN)/python benchmarks/gpu.py $(ARGS)

@@ -3,6 +3,7 @@ and real GSM8K where QUARTET_GSM8K or a folder beside the checkout has it."""
 
 import copy
 import faulthandler
+import gc
 import os
 import random
 import signal
@@ -33,6 +34,8 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN or ("PYTEST_XDIST_WORKER" in os.environ and number != signal.SIGINT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
 
+os.fsync = lambda _: None  # no test turns the power off, and waiting for a disk is a tenth of a run's time
+
 # The same examples at every run, however long one of them takes.
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")
@@ -60,6 +63,10 @@ def pytest_fixture_setup(fixturedef: Any) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(2)  # captured later
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # else the collector reads all modules and all tests again and again, for a tenth of the time
 
 
 @pytest.hookimpl(wrapper=True)
@@ -143,6 +150,14 @@ def micro_policy(micro_preset: str) -> Callable[[int], Any]:
 
 
 @pytest.fixture(scope="session")
+def model(micro_policy: Callable[[int], Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a saved micro policy, for processes that know no micro preset. No test writes into it."""
+    folder = tmp_path_factory.mktemp("models") / "micro"
+    micro_policy(0).save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def letters() -> str:
     """A reward by path that even an untrained policy earns in parts, so that groups are not tied."""
     return f"{Path(__file__).parent / 'cases/letters.py'}:letters"
@@ -177,6 +192,31 @@ def micro_config(micro_preset: str, letters: str) -> Callable[..., Any]:
         "log.trackers": [],
     }
     return lambda output_dir, **given: load(TrainConfig, None, options | {"output_dir": output_dir} | given)
+
+
+@pytest.fixture(scope="session")
+def run_words(model: str, letters: str) -> Callable[..., list[str]]:
+    """`run_words(folder, "sft", **{"steps": 3})`: the words after `python` of a small run in a process of its own."""
+
+    def words(folder: Path, command: str = "train", reward: str = letters, **given: object) -> list[str]:
+        options: dict[str, object] = {
+            "output_dir": folder,
+            "model": model,
+            "threads": 1,
+            "data.levels": [1],
+            "data.limit": 12,
+            "rollout.max_completion_tokens": 6,
+            "rewards": f"[{{function: '{reward}'}}]",
+            "mtp.depth": 2,
+            "log.trackers": "[]",
+            "checkpoint.every": 1,
+        }
+        if command == "train":
+            options |= {"steps": 2, "prompts_per_step": 3, "rollout.group_size": 3, "learner.learning_rate": 1e-3}
+        both = (word for key, value in (options | given).items() for word in (f"--{key}", str(value)))
+        return ["-m", "grpo", command, *both]
+
+    return words
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 LENGTH, MAX_POSITIONS, VOCABULARY = 96, 64, 101
 
@@ -27,10 +24,7 @@ ROPES = {
         **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0},
         **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
     },
-    "yarn": {
-        **{"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0},
-        **{"original_max_position_embeddings": 16},
-    },
+    "yarn": {**{"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}, **{"original_max_position_embeddings": 16}},
 }
 
 

@@ -23,10 +23,7 @@ def main(source: str, folder: str, dtype: str, saved: str | None = None) -> None
     ranks = join(True, ParallelOptions())
     policy = Policy.load(source, getattr(torch, dtype), layout=ranks.layout)
     options = LearnerOptions(
-        optimizer="adamw_8bit",
-        stochastic_rounding=dtype == "bfloat16",
-        learning_rate=1e-3,
-        tokens_per_micro_batch=60,
+        optimizer="adamw_8bit", stochastic_rounding=dtype == "bfloat16", learning_rate=1e-3, tokens_per_micro_batch=60
     )
     learner = small_learner(policy, options, MTPOptions(depth=2), ranks=ranks)
     first = 1

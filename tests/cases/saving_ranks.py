@@ -109,7 +109,7 @@ def load(learner, folder: Path) -> dict:
     return {"compared": len(own), "other": [name for name, tensor in own.items() if not tensor.equal(expected[name])]}
 
 
-def main(folder: Path, action: str) -> None:
+def main(folder: Path, action: str) -> dict:
     torch.set_num_threads(1)
     PRESETS["micro"] = MICRO
     ranks = join(True, ParallelOptions())
@@ -118,10 +118,10 @@ def main(folder: Path, action: str) -> None:
     wait()
     learner = learner_of(folder / "model", {"loss": {"advantage": "gae"}}, ranks)
     found = save(learner, ranks, folder) if action == "save" else load(learner, folder)
-    print(json.dumps(found))
     if dist.is_initialized():
         dist.destroy_process_group()  # else its threads may abort the end of the process
+    return found
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))

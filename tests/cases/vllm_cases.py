@@ -7,10 +7,7 @@ import pytest
 
 PYTHON = Path(__file__).parents[2] / ".vllm/bin/python"
 HEADS = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}  # a size that its attention on CPUs knows
-needs_vllm = [
-    pytest.mark.peer,
-    pytest.mark.skipif(not PYTHON.is_file(), reason="vLLM is not installed: make vllm"),
-]
+needs_vllm = [pytest.mark.peer, pytest.mark.skipif(not PYTHON.is_file(), reason="vLLM is not installed: make vllm")]
 
 
 def gone(pid: int, seconds: float = 20.0) -> bool:

@@ -155,10 +155,7 @@ def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
         ({"advantage": "{}:unmarked"}, "unmarked is not marked: write @grpo.advantage above it"),
         ({"loss_type": "{}:centred"}, r"centred is not marked: write @grpo.objective\(aggregate=\"dapo\"\) above it"),
         ({"advantage": "{}:centered"}, r"'centered' is not there \(did you mean 'centred'"),
-        (
-            {"advantage": "nowhere.py:centred"},
-            "'nowhere.py:centred': .*nowhere.py is not an existing Python file",
-        ),
+        ({"advantage": "nowhere.py:centred"}, "'nowhere.py:centred': .*nowhere.py is not an existing Python file"),
     ],
 )
 def test_what_is_not_there_or_not_marked_is_refused_before_a_model_is_loaded(file, options, message):

@@ -36,18 +36,7 @@ LEAVING = {
     "the page": (["grpo/view"], None),
     "TRL's users": (["grpo/trl_bridge.py"], None),
 }
-SHORT = [
-    "--steps",
-    "2",
-    "--warm_start.steps",
-    "3",
-    "--eval.limit",
-    "0",
-    "--prompts_per_step",
-    "4",
-    "--checkpoint.every",
-    "1",
-]
+SHORT = ["--steps=2", "--warm_start.steps=3", "--eval.limit=0", "--prompts_per_step=4", "--checkpoint.every=1"]
 
 
 def tree(folder):

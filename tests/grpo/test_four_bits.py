@@ -3,6 +3,7 @@
 import json
 import re
 from importlib import util
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,10 +40,8 @@ def test_a_device_that_bitsandbytes_cannot_use_is_refused_before_the_model_is_lo
 
 
 @pytest.fixture(scope="module")
-def folder(micro_policy, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "policy"
-    micro_policy(0).save(folder)
-    return folder
+def folder(model):
+    return Path(model)
 
 
 @needs_bitsandbytes

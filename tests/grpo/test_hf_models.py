@@ -51,9 +51,6 @@ def _padded_logprobs(policy) -> torch.Tensor:
     return logprobs * mask[:, len(PROMPT) :]
 
 
-# ---- the learner ----
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_contract_10_packed_is_padded(hf_policy, kind, attention):
@@ -72,9 +69,6 @@ def test_contract_10_packed_is_padded(hf_policy, kind, attention):
         both.append({name: p.grad.clone() for name, p in policy.trunk.named_parameters()})
     for name, gradient in both[1].items():
         assert (both[0][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
-
-
-# ---- the run ----
 
 
 @pytest.fixture(scope="module")
@@ -167,31 +161,12 @@ def test_what_is_saved_is_what_transformers_loads(config_of, saved, tmp_path, ki
 def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     """sft, train with a warm start, eval and sample, as a user types them."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n')
-    common = [
-        "--threads",
-        "1",
-        "--data.levels",
-        "[1]",
-        "--data.limit",
-        "12",
-        "--eval.limit",
-        "4",
-        "--log.trackers",
-        "[]",
-    ]
+    common = ["--threads=1", "--data.levels=[1]", "--data.limit=12", "--eval.limit=4", "--log.trackers=[]"]
     common += ["--rollout.max_completion_tokens", "8", "--warm_start.steps", "2", "--warm_start.batch_size", "2"]
     model = ["--model", saved("qwen2")]
     assert main(["sft", *model, *common, "--output_dir", str(tmp_path / "sft")]) == 0
-    grpo = [
-        "--steps",
-        "2",
-        "--prompts_per_step",
-        "2",
-        "--rollout.group_size",
-        "2",
-        "--rewards",
-        f"[{{function: {letters}}}]",
-    ]
+    grpo = ["--steps", "2", "--prompts_per_step", "2", "--rollout.group_size", "2"]
+    grpo += ["--rewards", f"[{{function: {letters}}}]"]
     assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "train")]) == 0
     assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "dry"), "--dry_run"]) == 0
     for run in ("sft", "train"):
@@ -201,9 +176,6 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     assert main(["sample", str(tmp_path / "train"), *arguments]) == 0
     assert len(json.loads(out.read_text())["groups"][0]["completions"]) == 4
     assert "held-out problems" in capsys.readouterr().out
-
-
-# ---- refusals, before anything is loaded or computed ----
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ def test_the_same_configuration_gives_the_same_bits(run, micro_config, tmp_path)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.slow
 def test_the_same_configuration_gives_the_same_bits_with_adapters(micro_config, tmp_path):
     """peft draws the first values of the adapters: `seed` must reach them, too."""
     for i, name in enumerate("ab"):

@@ -118,9 +118,6 @@ def test_bfloat16_is_as_near_as_torchs_own():
     assert ours < 1.2 * theirs
 
 
-# ---- which kernel computes what ----
-
-
 @pytest.mark.parametrize("given", [{"dropout": 0.1}, {"position_bias": torch.zeros(1, 1, 11, 11)}])
 @pytest.mark.parametrize("handed_on", [True, False])
 def test_what_the_kernel_cannot_do_goes_to_transformers_with_a_dense_mask(given, handed_on, monkeypatch):
@@ -201,9 +198,6 @@ def test_a_policys_states_and_gradients_are_those_of_the_mask(random_policy, che
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=5e-5)  # 2.4e-5 with AVX2 alone
-
-
-# ---- flex attention: torch's, not compiled, as it runs on a CPU ----
 
 
 def flex_on_cpu(patch):

@@ -56,7 +56,7 @@ def test_the_linear_modules_are_in_4_bits_and_take_what_was_foretold(folder, dty
     foretold = {f"trunk.{name}": weight for name, weight in four_bit.chosen(plain.trunk).items()}
     assert held(policy).keys() == foretold.keys()
     assert {name.split(".")[-2] for name in foretold} == {
-        *("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        *("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
     for name, weight in held(policy).items():
         state = weight.quant_state

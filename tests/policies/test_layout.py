@@ -89,9 +89,6 @@ def deep(saved) -> Path:
     return saved
 
 
-# ---- what arrives ----
-
-
 def test_stock_shards_with_fine_grained_experts_load_and_give_equal_logits(random_policy, tmp_path, caplog):
     policy = random_policy(3, mtp=False, **FINE_GRAINED)
     stock = policy.trunk
@@ -186,9 +183,6 @@ def test_a_dense_policy_refuses_a_head_whose_experts_do_something(random_policy,
         Policy.load(tmp_path / "policy")
 
 
-# ---- files that are wrong ----
-
-
 def test_a_missing_shard_is_named_with_what_it_held(saved):
     lost = shard(saved)[1]
     (saved / lost).unlink()
@@ -271,9 +265,6 @@ def test_old_checkpoints_rotary_frequencies_and_a_stored_tied_head_are_no_fault(
     Policy.load(tmp_path / "policy")
 
 
-# ---- fields that contradict each other ----
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -329,8 +320,7 @@ def test_tied_embeddings_contradict_a_stored_head_of_its_own(saved):
 
 
 @pytest.mark.parametrize(
-    ("file", "named"),
-    [("generation_config.json", "generation_config.json"), ("tokenizer.json", "its tokenizer")],
+    ("file", "named"), [("generation_config.json", "generation_config.json"), ("tokenizer.json", "its tokenizer")]
 )
 def test_a_small_file_that_is_damaged_is_named(saved, file, named):
     (saved / file).write_text("{")

@@ -192,9 +192,6 @@ def test_a_chain_does_not_see_other_chains_or_completions(random_policy):
             assert entries & meaningful == reached, (changed, d)
 
 
-# ---- the loss ----
-
-
 def test_draft_loss_by_hand():
     """Two tokens in the vocabulary, width 1, LM head (0, 1): a state x means p = (1 − σ(x), σ(x))."""
     lm_head = torch.tensor([[0.0], [1.0]])
@@ -335,9 +332,6 @@ def test_entries_that_start_no_chain_are_read_and_not_computed(policy):
         torch.testing.assert_close(short[mini.scored], whole[mini.scored], rtol=0, atol=1e-5)
 
 
-# ---- a trimmed draft vocabulary ----
-
-
 def trimmed(policy, every: int = 3) -> torch.Tensor:
     return torch.tensor(sorted({*range(0, policy.config.vocab_size, every), *policy.stop_token_ids}))
 
@@ -420,9 +414,6 @@ def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(random_poli
         assert torch.equal(gradient, beside[name]), name
     # The policy's own loss gives all of the trunk gradients, so the comparison above compares something.
     assert len(without) == len(dict(policy.trunk.named_parameters()))
-
-
-# ---- the module ----
 
 
 def test_the_head_is_moe_like_the_trunk_and_dense_beside_a_dense_trunk(random_policy):

@@ -53,9 +53,6 @@ def saved(random_policy, tmp_path) -> Path:
     return tmp_path / "policy"
 
 
-# ---- saving and loading ----
-
-
 @pytest.mark.parametrize("mtp", [True, False])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_round_trip_changes_nothing(random_policy, tmp_path, config, mtp):
@@ -227,8 +224,6 @@ def test_a_dense_model_is_a_policy_without_head(tmp_path, random_policy):
     assert torch.equal(logits(loaded.trunk), logits(dense.trunk))
 
 
-# ---- what is wrong is named ----
-
 TRUNK_TENSORS = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.gate.weight"]
 HEAD_TENSORS = ["eh_proj.weight", "shared_head.norm.weight", "mlp.gate.weight", "mlp.experts.2.up_proj.weight"]
 HEAD_TENSORS = [LAYER + name for name in HEAD_TENSORS]
@@ -308,9 +303,6 @@ def test_pickled_weights_are_not_read(random_policy, tmp_path):
         Policy.load(tmp_path / "policy")
 
 
-# ---- weights on the wire ----
-
-
 def test_a_skeleton_and_published_weights_make_the_same_policy(random_policy):
     policy = random_policy(1, attention_bias=True)
     other = Policy.from_skeleton(policy.skeleton())
@@ -378,9 +370,6 @@ def test_the_digest_changes_with_a_bit_a_name_a_shape_and_a_type():
 def test_the_digest_is_that_of_a_transposed_tensors_values():
     weight = torch.arange(6.0).view(2, 3)
     assert digest({"w": weight.T}) == digest({"w": weight.T.contiguous()}) != digest({"w": weight.view(3, 2)})
-
-
-# ---- hidden states ----
 
 
 def test_hidden_states_follow_the_packing(random_policy):

@@ -215,10 +215,7 @@ def test_everything_that_a_function_asks_for_arrives():
     with Scorer([mine("everything", arguments={"scale": 2.0})], columns=["answer", "bonus"], workers=2) as scorer:
         arguments = (["p", "q"], [["x", "y"], ["z"]], [{"answer": "1", "bonus": 0.5}, {"answer": "1", "bonus": 0}])
         scores = scorer.score(
-            *arguments,
-            prompt_ids=["a", "b"],
-            completion_ids=[[[7, 8], [9]], [[]]],
-            trainer_state={"global_step": 3},
+            *arguments, prompt_ids=["a", "b"], completion_ids=[[[7, 8], [9]], [[]]], trainer_state={"global_step": 3}
         )
         with pytest.raises(RewardError, match=r"asks for completion_ids; pass completion_ids to Scorer.score"):
             scorer.score(*arguments, prompt_ids=["a", "b"], trainer_state={})

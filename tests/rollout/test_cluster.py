@@ -108,9 +108,6 @@ def test_a_raylet_of_somebody_else_that_stays_stopped_is_named_and_lives(ray_pro
     assert ray_process.status() == psutil.STATUS_STOPPED
 
 
-# ---- a gcs_server that does not answer ----
-
-
 def test_what_the_gcs_server_does_not_answer_is_an_error_after_a_while(ray_process, monkeypatch):
     """It may be on another machine, where nobody sees that it was stopped."""
     cluster, hangs = Cluster(1), threading.Event()
@@ -148,9 +145,6 @@ def test_a_gcs_server_under_sigstop_holds_no_question(monkeypatch):
     finally:
         gcs.resume()
         cluster.close()
-
-
-# ---- a full object store ----
 
 
 class FullStore:

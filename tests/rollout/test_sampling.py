@@ -46,9 +46,6 @@ def test_docstring_examples():
     assert doctest.testmod(rollout.sampling).failed == 0
 
 
-# ---- noise ----
-
-
 def noise_along(axis: str) -> torch.Tensor:
     """2^18 uniforms as [A, B], in which only `axis` changes along B."""
     if axis == "token":
@@ -143,9 +140,6 @@ def test_contract_4_prompt_and_sample_are_in_the_key():
 def test_contract_4_what_does_not_name_a_sample_is_not_in_the_key(change):
     """Above all the number of drafts; the temperature is divided out of the logits, not out of the noise."""
     assert row_key(replace(PARAMS, **change), "a", 0) == row_key(PARAMS, "a", 0)
-
-
-# ---- choices ----
 
 
 def draw(logits: torch.Tensor, temperature: float, count: int) -> torch.Tensor:
@@ -287,9 +281,6 @@ def test_contract_2_logprobs_score_under_the_temperature_that_sampled(temperatur
 def test_greedy_choices_are_scored_at_temperature_one():
     logits = torch.tensor([[0.0, math.log(3.0)]])
     assert logprobs_of(logits, torch.tensor([1]), 0.0).item() == pytest.approx(math.log(3 / 4))
-
-
-# ---- parameters ----
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,11 @@
 
 import doctest
 import math
-from collections import defaultdict
-from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
+from trl_scoring import trl_scores
 
 import grpo.algorithm.advantages
 import grpo.algorithm.values
@@ -20,7 +19,9 @@ from grpo.algorithm.advantages import (
     rloo,
     tied_groups,
 )
+from grpo.algorithm.ties import tied
 from grpo.algorithm.values import gae, outcome_rewards, rank_softmax_weights, whiten
+from grpo.learner.terms.distill import distill
 from rewards.group_score import LARGEST
 
 torch.set_num_threads(1)
@@ -34,9 +35,6 @@ def close(actual, expected, atol=1e-6):
 def test_docstring_examples():
     assert doctest.testmod(grpo.algorithm.advantages).failed == 0
     assert doctest.testmod(grpo.algorithm.values).failed == 0
-
-
-# ---- by hand -----------------------------------------------------------------------------------------------------
 
 
 def test_group_relative_by_hand():
@@ -106,6 +104,13 @@ def test_gae_by_hand():
     advantages_BT, returns_BT = gae(rewards, values, mask, gamma=0.9, lam=0.5)
     close(advantages_BT, [[2.5325, 3.85, 7.0], [3.0, 0.0, 0.0]])
     close(returns_BT, [[3.5325, 5.85, 10.0], [4.0, 0.0, 0.0]])
+    close(gae(rewards, values, mask)[0], gae(rewards, values, mask, gamma=1.0, lam=0.95)[0])
+    close(gae(rewards[1:, :1], values[1:, :1], mask[1:, :1])[0], [[3.0]])  # one token is a completion too
+
+
+def test_a_teacher_says_nothing_off_the_mask():
+    logprobs, mask = torch.tensor([[0.5, NAN]]).log(), torch.tensor([[True, False]])
+    assert distill(logprobs, logprobs, mask).tolist() == [[0.0, 0.0]]
 
 
 def test_gae_with_lambda_one_is_return_minus_value():
@@ -132,8 +137,6 @@ def test_whiten_gives_mean_zero_and_std_one_on_the_mask():
     assert white_BT[mask_BT].std().item() == pytest.approx(1, abs=1e-4)
     assert not white_BT[~mask_BT].any()
 
-
-# ---- ties --------------------------------------------------------------------------------------------------------
 
 GROUP_RELATIVE = {
     "group": lambda rewards: group_relative(rewards),
@@ -168,6 +171,11 @@ def test_rewards_that_differ_only_by_fp32_rounding_are_tied():
     assert tied_P.item()
     assert not advantages_PG.any()
     assert not tied_groups(torch.tensor([[0.3, 0.3, 0.3001]])).item()
+    large = [[1e6, 1e6 + 0.5], [1e6, 1e6 + 3]]
+    assert tied_groups(torch.tensor(large, dtype=torch.float64)).tolist() == [tied(row) for row in large]
+    assert [tied(row) for row in large] == [True, False]
+    with pytest.raises(ValueError, match=r"a reward among \[0.0, inf\] is infinite; return a finite number, or None"):
+        tied([0.0, math.inf])
 
 
 @pytest.mark.parametrize("estimator", GROUP_RELATIVE)
@@ -199,9 +207,6 @@ def test_reinforce_plus_plus_keeps_a_tied_group_and_zeroes_a_tied_batch():
     assert not reinforce_plus_plus([[0.1, 0.1, 0.1], [0.1, 0.1, None]])[0].any()
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------
-
-
 def test_bad_input_names_the_way_out():
     with pytest.raises(ValueError, match=r"reward at \[1, 0\] is inf; return a finite number, or None to abstain"):
         group_relative([[0.0, 1.0], [math.inf, 0.0]])
@@ -213,33 +218,18 @@ def test_bad_input_names_the_way_out():
         multi_objective([[[0.0, 1.0], [1.0, 1.0]]], [1, 1], "sum")
 
 
-# ---- the installed TRL -------------------------------------------------------------------------------------------
-
-
 def trl_advantages(trainer_class, rewards_PGK, weights, aggregation="sum_then_normalize", scale_rewards="group"):
-    """Runs TRL's own scoring on given rewards: a trainer with everything but that taken away."""
+    """Runs TRL's own scoring on given rewards."""
     prompts, group_size, functions = rewards_PGK.shape
     count = prompts * group_size
     generated = [[1]] * count, [[2]] * count, None, [""] * count, None, {}, None, None
     if trainer_class.__name__ == "RLOOTrainer":
         generated = [[1]] * count, [[2]] * count, [""] * count
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device("cpu"), process_index=0, gather=lambda x: x),
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
-        args=SimpleNamespace(
-            per_device_train_batch_size=count,
-            steps_per_generation=1,
-            gradient_accumulation_steps=1,
-            gradient_checkpointing_kwargs=None,
-        ),
-        _tokenizer=SimpleNamespace(pad_token_id=0),
+    output = trl_scores(
+        trainer_class,
+        count,
         _generate=lambda prompts: generated,
         _calculate_rewards=lambda *_: rewards_PGK.reshape(count, functions).clone(),
-        _get_per_token_logps_and_entropies=lambda *_, **__: (torch.zeros(count, 1), None, None),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _logs=defaultdict(list) | {"rewards": defaultdict(list)},
-        _pending_extra_logs={},
-        _pending_metrics={},
         reward_weights=torch.tensor(weights),
         reward_funcs=range(functions),
         reward_func_names=range(functions),
@@ -248,17 +238,7 @@ def trl_advantages(trainer_class, rewards_PGK, weights, aggregation="sum_then_no
         scale_rewards=scale_rewards,
         normalize_advantages=False,
         num_generations=group_size,
-        num_iterations=1,
-        beta=0.0,
-        tools=None,
-        environments=None,
-        environment_factories=None,
-        pad_to_multiple_of=None,
-        mask_truncated_completions=False,
-        use_vllm=False,
-        log_multimodal=False,
     )
-    output = trainer_class._generate_and_score_completions(trainer, [{"prompt": ""}] * count)
     return output["advantages"].view(prompts, group_size)
 
 

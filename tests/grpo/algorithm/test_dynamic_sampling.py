@@ -133,8 +133,6 @@ def test_new_prompts_take_the_places_until_the_budget_is_spent():
     assert drawn.tied == []
 
 
-# ---- in a run -------------------------------------------------------------------------------------------------------
-
 COARSE = """
 def coarse(completions, **_):
     return [float(completion.count("e") > 2) for completion in completions]

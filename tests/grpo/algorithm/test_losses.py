@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trl_scoring import trl_scores
 
 import grpo.algorithm.losses
 import grpo.algorithm.surrogates
 from grpo.algorithm import losses
 from grpo.algorithm.losses import SAPO_TEMPERATURES, top_entropy_of
-from grpo.algorithm.surrogates import importance_correction, kl_penalty
+from grpo.algorithm.surrogates import importance_correction, kl_penalty, sapo_surrogate
 from grpo.algorithm.values import value_loss
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
@@ -101,6 +102,23 @@ def test_loss_by_hand(name):
     loss, metrics = policy_loss(POLICY, OLD, ADVANTAGES, MASK, loss_type=name.split()[0], **options)
     assert loss.item() == pytest.approx(expected, abs=1e-5)
     assert metrics["loss/policy"].item() == loss.item()
+
+
+def test_a_step_of_one_token_is_divided_by_one():
+    one, mask = torch.ones(1, 1), torch.tensor([[True]])
+    for kind in ("dapo", "bnpo"):
+        assert policy_loss(-one, None, one[0], mask, loss_type=kind)[0].item() == -1
+    assert policy_loss(-one, None, 0 * one[0], mask, entropy=one, entropy_coef=0.5)[0].item() == -0.5
+    assert value_loss(one, 0.9 * one, 0 * one, mask)[0].item() == pytest.approx(0.5)  # 0.1 from 0.9 is not clipped
+    assert top_entropy_of(one[:0, 0], 0.2).tokens == 0
+
+
+def test_nothing_is_clipped_at_the_bound_or_where_there_is_no_advantage():
+    one, mask = torch.ones(1, 1), torch.tensor([[True]])
+    at_bound = [policy_loss(-one, -one, sign * one[0], mask, epsilon=0.0) for sign in (1, -1)]
+    at_bound.append(policy_loss(-one, -one, one[0], mask, loss_type="cispo", epsilon_high=1.0))
+    without = [policy_loss(-one, old * one, 0 * one[0], mask) for old in (0, -2)]
+    assert [metrics["policy/clip_fraction"].item() for _, metrics in at_bound + without] == [0] * 5
 
 
 def test_metrics_by_hand():
@@ -190,6 +208,9 @@ def test_importance_correction_by_hand(mode, weights):
     actual = importance_correction(old.log(), sampling.log(), mask, mode, clip_max=3.0, clip_min=0.4)
     assert not actual.requires_grad
     torch.testing.assert_close(actual[:, :2], torch.tensor(weights))
+    usual = importance_correction(old.log(), sampling.log(), mask, "token_truncate")
+    assert usual[0, :2].tolist() == pytest.approx([3.0, 0.5])  # of 4 and 1/2: the bound above is 3, and below is none
+    assert sapo_surrogate(old, -old).equal(sapo_surrogate(old, -old, 1.0, 1.05))
 
 
 def test_entropy_bonus_and_top_entropy_by_hand():
@@ -441,7 +462,13 @@ def test_contract_1_only_the_mask_decides_what_counts(loss_type, level):
         ({"beta": 0.1}, "beta=0.1 needs reference_logprobs"),
         ({"beta": 0.1, "kl_estimator": "k4", "reference_logprobs": OLD}, "kl_estimator='k4' is unknown"),
         ({"importance_sampling_mode": "token_mask"}, "token_mask needs sampling_logprobs"),
-        ({"importance_sampling_mode": "mask", "sampling_logprobs": OLD}, "importance_sampling_mode='mask' is unknown"),
+        *(
+            (
+                {"importance_sampling_mode": mode, "sampling_logprobs": OLD},
+                f"importance_sampling_mode='{mode}' is unknown",
+            )
+            for mode in ("mask", "token_clamp", "word_mask")
+        ),
         ({"entropy_coef": 0.1}, "entropy_coef=0.1 needs entropy"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 needs entropy"),
     ],
@@ -536,12 +563,7 @@ def test_equals_trl(loss_type, level, variant):
         options = TRL_VARIANTS[variant] | LOSS_TYPES[loss_type]
         options |= {"loss_type": loss_type, "importance_sampling_level": level}
         ours, metrics = toy_loss(
-            logits,
-            token_ids,
-            given,
-            **options,
-            importance_sampling_clip_max=1.5,
-            importance_sampling_clip_min=0.5,
+            logits, token_ids, given, **options, importance_sampling_clip_max=1.5, importance_sampling_clip_min=0.5
         )
         expected, trl_metrics = trl_loss(token_logprobs(logits, token_ids), entropy(logits), given, **options)
         assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -583,44 +605,17 @@ def test_importance_correction_equals_trl(mode):
     count, length = mask.shape
     sampling = [row[:n].tolist() for row, n in zip(given["sampling_logprobs"], lengths, strict=True)]
     completion_ids = [[1] * n for n in lengths]
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device("cpu"), process_index=0, gather=lambda x: x),
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
-        args=SimpleNamespace(
-            per_device_train_batch_size=count,
-            steps_per_generation=1,
-            gradient_accumulation_steps=1,
-            gradient_checkpointing_kwargs=None,
-        ),
-        _tokenizer=SimpleNamespace(pad_token_id=0),
+    output = trl_scores(
+        GRPOTrainer,
+        count,
         _generate=lambda _: ([[1]] * count, completion_ids, None, [""] * count, sampling, {}, None, None),
-        _calculate_rewards=lambda *_: torch.zeros(count, 1),
         _get_per_token_logps_and_entropies=lambda *_, **__: (given["old_logprobs"], None, None),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _logs=defaultdict(list) | {"rewards": defaultdict(list)},
-        _pending_extra_logs={},
-        _pending_metrics={},
-        reward_weights=torch.ones(1),
-        reward_funcs=[None],
-        reward_func_names=[""],
-        multi_objective_aggregation="sum_then_normalize",
-        scale_rewards="group",
-        num_generations=count,
-        num_iterations=1,
-        beta=0.0,
-        tools=None,
-        environments=None,
-        environment_factories=None,
-        pad_to_multiple_of=None,
-        mask_truncated_completions=False,
         use_vllm=True,
         vllm_importance_sampling_correction=True,
         vllm_importance_sampling_mode=mode,
         vllm_importance_sampling_clip_max=1.5,
         vllm_importance_sampling_clip_min=0.5,
-        log_multimodal=False,
     )
-    output = GRPOTrainer._generate_and_score_completions(trainer, [{"prompt": ""}] * count)
     expected = output["importance_sampling_ratio"]
     assert expected.shape[1] == (1 if mode.startswith("sequence") else length)
     assert len(expected.unique()) > 2  # bounds bite here and there

@@ -188,9 +188,6 @@ def test_the_best_step_is_by_mean_reward_once_a_step_has_no_accuracy():
     assert best_step([{"step": 1, "eval/reward_mean": -2.0}, {"step": 2, "eval/reward_mean": -1.0}], [1, 2]) == 2
 
 
-# ---- what a run shows: `letters` of the fixture gives twentieths ----------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def run(micro_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verdicts") / "run"

@@ -25,33 +25,9 @@ from rollout.cluster import Seclusion
 
 
 @pytest.fixture(scope="module")
-def words(micro_policy, letters, tmp_path_factory):
+def words(run_words):
     """`words(folder, **options)`: a small run with two learner ranks."""
-    model = tmp_path_factory.mktemp("model") / "micro"
-    micro_policy(0).save(model)
-
-    def words(folder: Path, **given: object) -> list[str]:
-        options = {
-            "output_dir": folder,
-            "model": model,
-            "threads": 1,
-            "steps": 2,
-            "prompts_per_step": 3,
-            "rollout.group_size": 3,
-            "rollout.max_completion_tokens": 6,
-            "learner.workers": 2,
-            "learner.learning_rate": 1e-3,
-            "data.levels": [1],
-            "data.limit": 12,
-            "rewards": f"[{{function: '{letters}'}}]",
-            "mtp.depth": 2,
-            "log.trackers": "[]",
-            "checkpoint.every": 1,
-        }
-        both = (word for key, value in (options | given).items() for word in (f"--{key}", str(value)))
-        return [sys.executable, "-m", "grpo", "train", *both]
-
-    return words
+    return lambda folder, **given: [sys.executable, *run_words(folder, **{"learner.workers": 2} | given)]
 
 
 def _weights(folder: Path) -> dict:

@@ -33,14 +33,6 @@ MICRO_RUN = [
 
 
 @pytest.fixture(scope="module")
-def model(micro_policy, tmp_path_factory) -> str:
-    """A checkpoint of a micro policy: a fresh process knows no micro preset."""
-    folder = tmp_path_factory.mktemp("models") / "micro"
-    micro_policy(0).save(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def run(model, letters, tmp_path_factory) -> Path:
     """The folder of a run that `quartet train` has made from a file."""
     folder = tmp_path_factory.mktemp("run")
@@ -199,16 +191,8 @@ def test_all_problems_come_at_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_the_printed_config_is_the_effective_one_and_reads_back(tmp_path, capsys, command):
-    words = [
-        "--output_dir",
-        "runs/a",
-        "--rollout.max_completion_tokens",
-        "6",
-        "--data.levels",
-        "[1, 3]",
-        "--learner.betas",
-        "[0.9, 0.99]",
-    ]
+    words = ["--output_dir=runs/a", "--rollout.max_completion_tokens=6"]
+    words += ["--data.levels=[1, 3]", "--learner.betas=[0.9, 0.99]"]
     words += ["--lora.rank", "4", "--steps", "7"] if command == "train" else []
     assert main([command, *words, "--print_config"]) == 0
     first = capsys.readouterr().out

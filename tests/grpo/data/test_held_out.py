@@ -38,9 +38,6 @@ def questions(examples) -> set[str]:
     return {example.question for example in examples}
 
 
-# ---- one data file --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("model", [TrainConfig, SftConfig, MtpConfig])
 def test_contract_16_one_file_is_not_evaluated_on_the_rows_that_it_trains(tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl", range(40))
@@ -96,9 +93,6 @@ def test_a_share_that_cannot_be_held_out_is_refused(tmp_path, data, options, mes
         task_of({"name": str(rows)} | data, heldout=5, **options)
 
 
-# ---- overlap --------------------------------------------------------------------------------------------------------
-
-
 def test_contract_16_equal_rows_of_two_files_are_refused_by_name(tmp_path):
     write_rows(tmp_path / "train.jsonl", range(20))
     write_rows(tmp_path / "test.jsonl", range(17, 30))
@@ -150,9 +144,6 @@ def test_a_training_problem_whose_solution_every_prompt_shows_is_refused(tmp_pat
     rows = write_rows(tmp_path / "rows.jsonl", [0, 1, 2, 0])
     with pytest.raises(ValueError, match=r"few_shot=1: .* 1 of the others are the same problems: .*rows/3"):
         task_of({"name": str(rows), "few_shot": 1})
-
-
-# ---- what a policy met before ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -130,9 +130,6 @@ def test_a_reward_that_takes_strings_for_messages_is_told_of_chat_true(source, f
     assert "chat: true" not in str(error.value)
 
 
-# ---- conversational data --------------------------------------------------------------------------------------------
-
-
 def _write(tmp_path, *prompts, **columns) -> str:
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": prompt, "answer": "#### 5"} | columns) for prompt in prompts))
@@ -153,10 +150,7 @@ def test_trls_conversational_data_are_accepted(tmp_path):
     worked = [{"role": "user", "content": "1 + 1 = ?"}, {"role": "assistant", "content": "#### 2"}]
     assert template.messages(talk) == [SYSTEM, *worked, *TALK[1:]]
     assert PromptTemplate("chat").messages(talk) == TALK
-    assert PromptTemplate("chat", system_prompt="Add.").messages(asked) == [
-        {"role": "system", "content": "Add."},
-        USER,
-    ]
+    assert PromptTemplate("chat", system_prompt="Add.").messages(asked) == [{"role": "system", "content": "Add."}, USER]
     assert PromptTemplate("{question}\n").render(asked) == "2 + 3 = ?\n"
     with pytest.raises(ValueError, match="is a chat of several messages; use template: chat"):
         PromptTemplate("{question}\n").render(talk)
@@ -174,10 +168,7 @@ def test_their_solution_may_be_a_message_of_the_assistant(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (
-            [USER, {"role": "assistant", "content": "5"}],
-            "is a chat that does not end with a message of the user",
-        ),
+        ([USER, {"role": "assistant", "content": "5"}], "is a chat that does not end with a message of the user"),
         ([{"role": "user"}], """'prompt' has a message that is not {"role": text, "content": text}"""),
         ([], "'prompt' is a list instead of text"),
         (["2 + 3 = ?"], "'prompt' is a list instead of text"),
@@ -213,9 +204,6 @@ def test_a_run_on_conversational_data(micro_config, chatty, source, tmp_path):
     }
     train(micro_config(tmp_path / "run", **given))
     assert Policy.load(tmp_path / "run/policy").tokenizer.chat_template == CHAT
-
-
-# ---- TRL ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_data_column_called_mode_does_not_break_gsm8k_in_trl_or_here():

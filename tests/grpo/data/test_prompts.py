@@ -73,10 +73,7 @@ def test_worked_examples_and_an_instruction_in_the_users_message(tokenizer):
     template = PromptTemplate("chat", system_prompt="Add.", few_shot=[SHOT, SHOT], user_turn=form)
     worked = "Question: 1 + 1 = ?\nAnswer: 1 + 1 = 2\n#### 2\n\n"
     asked = f"Answer with a number.\n\n{worked}{worked}Question: 2 + 3 = ?\nAnswer:"
-    assert template.messages(EXAMPLE) == [
-        {"role": "system", "content": "Add."},
-        {"role": "user", "content": asked},
-    ]
+    assert template.messages(EXAMPLE) == [{"role": "system", "content": "Add."}, {"role": "user", "content": asked}]
     assert encode_prompt(EXAMPLE, tokenizer, template).text == (
         f"<s>system\nAdd.</s>\n<s>user\n{asked}</s>\n<s>assistant\n"
     )

@@ -68,8 +68,7 @@ class PoolOfBrokenWeights(FakePool):
 
 
 @pytest.mark.parametrize(
-    ("broken", "batches", "scored"),
-    [({"p/1", "p/4"}, 3, ["p/0", "p/2", "p/3"]), ({"p/2", "p/3"}, 2, ["p/0", "p/1"])],
+    ("broken", "batches", "scored"), [({"p/1", "p/4"}, 3, ["p/0", "p/2", "p/3"]), ({"p/2", "p/3"}, 2, ["p/0", "p/1"])]
 )
 def test_prompts_that_cannot_be_sampled_cost_no_other_one(broken, batches, scored):
     """The others are scored and handed on; a batch without any sample ends it, for there the weights are gone."""
@@ -218,9 +217,6 @@ def test_metrics_of_an_evaluation_are_documented():
     assert metrics["eval/part/gsm8k"] == 0.5
     assert metrics["time/evaluate"] == 2.0
     assert all(check(name) for name in metrics)
-
-
-# ---- inside a run ---------------------------------------------------------------------------------------------------
 
 
 def _held_out(pool, task, options, log) -> HeldOut:

@@ -801,9 +801,7 @@ def test_several_rewards_can_be_normalised_each_before_they_are_summed(micro_pol
     parts = {"right": [1.0, 1.0, 0.0], "short": [0.1, 0.3, 0.2]}
     score = GroupScore([1.1, 1.3, 0.2], parts)
     learner = _learner(
-        micro_policy(0),
-        multi_objective_aggregation="normalize_then_sum",
-        reward_weights={"right": 1.0, "short": 1.0},
+        micro_policy(0), multi_objective_aggregation="normalize_then_sum", reward_weights={"right": 1.0, "short": 1.0}
     )
     groups = _groups(learner.policy)[:1]
     # The docstring of advantages.multi_objective works these out.

@@ -21,8 +21,7 @@ from rollout.group import Completion, Prompt, RolloutGroup
 
 GROUPS = [
     RolloutGroup(
-        Prompt("p", "", [5, 6, 7]),
-        [Completion([8 + i, 9, 10 + i], [-1.0] * 3, "", "stop", 0) for i in range(3)],
+        Prompt("p", "", [5, 6, 7]), [Completion([8 + i, 9, 10 + i], [-1.0] * 3, "", "stop", 0) for i in range(3)]
     )
 ]
 SCORES = [GroupScore([1.0, 0.0, 0.5], {"exact": [1.0, 0.0, 0.5]})]

@@ -148,10 +148,7 @@ def test_sizes_that_do_not_fit_the_number_of_processes_are_named(options, size, 
     ("options", "named"),
     [
         ({"tensor": 3}, "learner.parallel.tensor=3 does not divide the width of an expert, 16"),
-        (
-            {"tensor": 8},
-            "tensor=8 leaves each rank 2 of an expert's 16 units, which must be a multiple of 4",
-        ),
+        ({"tensor": 8}, "tensor=8 leaves each rank 2 of an expert's 16 units, which must be a multiple of 4"),
         ({"expert": 3}, "learner.parallel.expert=3 does not divide this model's 4 routed experts"),
     ],
 )
@@ -191,32 +188,13 @@ def test_other_architectures_are_split_where_transformers_has_a_plan():
 
 
 @pytest.fixture(scope="module")
-def run(micro_policy, letters, tmp_path_factory):
-    """`run(folder, reward)`: the words of a small run behind `python -m grpo`."""
-    model = tmp_path_factory.mktemp("model") / "micro"
-    micro_policy(0).save(model)
+def run(run_words):
+    """`run(folder, reward=...)`: the words of a small run behind `python -m grpo`."""
+    few = {"warm_start.steps": 2, "warm_start.batch_size": 4}
 
-    def words(folder: Path, reward: str = letters, command: str = "train", **given: object) -> list[str]:
-        options = {
-            "output_dir": folder,
-            "model": model,
-            "threads": 1,
-            "warm_start.steps": 2,
-            "warm_start.batch_size": 4,
-            "data.levels": [1],
-            "data.limit": 12,
-            "rollout.max_completion_tokens": 6,
-            "rewards": f"[{{function: '{reward}'}}]",
-            "mtp.depth": 2,
-            "log.trackers": "[]",
-            "checkpoint.every": 1,
-        }
-        if command == "train":
-            options |= {"steps": 2, "prompts_per_step": 3, "rollout.group_size": 3, "learner.learning_rate": 1e-4}
-        return [
-            *("-m", "grpo", command),
-            *(word for key, value in (options | given).items() for word in (f"--{key}", str(value))),
-        ]
+    def words(folder: Path, command: str = "train", **given: object) -> list[str]:
+        slow = {"learner.learning_rate": 1e-4} if command == "train" else {}
+        return run_words(folder, command, **few | slow | given)
 
     return words
 

@@ -54,9 +54,6 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
         assert (one[name] - other[name]).norm() <= 1e-4 * other[name].norm() + 1e-7, name
 
 
-# ---- which terms there are ------------------------------------------------------------------------------------------
-
-
 class Confidence(Term):
     """That of the docstring of Term."""
 
@@ -109,9 +106,6 @@ def test_an_estimator_whose_term_is_not_there_is_refused_by_name(micro_policy, m
     monkeypatch.setattr(build, "FEATURES", tuple(feature for feature in build.FEATURES if feature.name != name))
     with pytest.raises(ValueError, match=rf"loss\.advantage={advantage}: no term of the loss estimates it; use .*rloo"):
         learner_of(micro_policy(0), **given)
-
-
-# ---- what a step is made of -----------------------------------------------------------------------------------------
 
 
 def test_gradients_add_up_until_the_optimizer_takes_them(micro_policy):

@@ -3,7 +3,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import kills_itself
 
 from grpo.run import checkpoint
 from grpo.run.checkpoint import CheckpointError
@@ -39,42 +39,6 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
-def _killed(action, call: int) -> bool:
-    """Run `action` in a process that kills itself just before its `call`-th change to the disk.
-
-    False when it ended before that.
-    """
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        calls = 0
-
-        def deadly(function):
-            def wrapper(*args, **kwargs):
-                nonlocal calls
-                calls += 1
-                if calls == call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
-
-            return wrapper
-
-        try:
-            for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
-                setattr(os, name, deadly(getattr(os, name)))
-            tensor_files.save_file = deadly(tensor_files.save_file)
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
-
-
 def test_a_checkpoints_files_have_the_mode_that_the_umask_gives(tmp_path):
     before = os.umask(0o027)
     try:
@@ -91,7 +55,7 @@ def test_contract_9_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
     for call in range(1, 100):
         root = tmp_path / str(call)
         _save(root, 1, 1.0)
-        killed = _killed(lambda root=root: _save(root, 2, 2.0, keep=1), call)
+        killed = kills_itself(lambda root=root: _save(root, 2, 2.0, keep=1), call)
         newest = checkpoint.find(root, "auto")
         outcomes.append(_value(newest))
         assert newest.name == f"step_{int(outcomes[-1]):06d}"
@@ -113,7 +77,7 @@ def test_contract_9_a_killed_save_over_the_only_checkpoint_leaves_one_of_the_two
     for call in range(1, 100):
         root = tmp_path / str(call)
         _save(root, 1, 1.0)
-        killed = _killed(lambda root=root: _save(root, 1, 2.0), call)
+        killed = kills_itself(lambda root=root: _save(root, 1, 2.0), call)
         outcomes.append(_value(checkpoint.find(root, "auto")))
         _save(root, 1, 3.0)
         assert _value(checkpoint.find(root, "auto")) == 3.0
@@ -162,13 +126,7 @@ def test_contract_9_random_states_and_bits_come_back(tmp_path):
         "rng": {"torch": generator.get_state()},
         "nothing": {},
     }
-    state = {
-        "python": [version, list(words), gauss],
-        "tenth": 0.1,
-        "name": "Zoë\ud800",
-        "none": None,
-        "yes": True,
-    }
+    state = {"python": [version, list(words), gauss], "tenth": 0.1, "name": "Zoë\ud800", "none": None, "yes": True}
     loaded = checkpoint.load(checkpoint.save(tmp_path, 7, tensors, state))
     assert (loaded.step, loaded.state) == (7, state)
     assert loaded.tensors.keys() == tensors.keys()

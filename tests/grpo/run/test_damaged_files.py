@@ -45,8 +45,6 @@ SETTINGS: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
-
 WRONG = [None, True, -1, 0, 0.5, 1e308, 10**400, 10**9, float("nan"), float("-inf"), "", "x", "\ud83d", "\x1b", [], {}]
 WRONG += [[None], [[]], {"a": None}, "../../x", [1, "x"]]
 
@@ -73,7 +71,7 @@ def _mistyped(draw, document: Any) -> str:
     wrong = draw(st.sampled_from(WRONG))
     if how == "deep":
         marked = "@deep@" if not place else _with(document, place, lambda part, key: part.__setitem__(key, "@deep@"))
-        depth = draw(st.sampled_from([150, 900, 5000]))
+        depth = draw(st.sampled_from([150, 900, 2000]))
         return json.dumps(marked).replace('"@deep@"', "[" * depth + "]" * depth)
     if not place:
         return json.dumps(wrong)
@@ -120,9 +118,6 @@ def read_or_refuse(read: Callable[[], Any], name: str) -> None:
     except PRINTED as error:
         said = f"{type(error).__name__}: {error}"
     assert name in said
-
-
-# ---- a run folder ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +231,6 @@ def test_a_damaged_checkpoint(run, tmp_path, rehashed, data):
     read_or_refuse(lambda: checkpoint.load(copy), "step_000002")
 
 
-# ---- data and prompts -----------------------------------------------------------------------------------------------
-
 ROWS = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}", "more": {"a": [1, None]}, "x": 0.5} for i in range(3)]
 CONTENTS = {
     "data.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
@@ -279,8 +272,6 @@ def test_damaged_prompts(tmp_path, data):
     file.write_bytes(data.draw(damaged(b'{"prompt": "2 + 3 = ?"}\n{"prompt": "a", "more": [1]}\n')))
     read_or_refuse(lambda: read_prompts(file), file.name)
 
-
-# ---- the folder of a model ------------------------------------------------------------------------------------------
 
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}"
 

@@ -148,28 +148,10 @@ def test_a_pipe_gets_a_line_every_few_steps_and_no_control_code(tmp_path, monkey
 
 
 def _command(model: str, folder: object, steps: int) -> list[str]:
-    words = [
-        sys.executable,
-        "-m",
-        "grpo",
-        "train",
-        "--model",
-        model,
-        "--output_dir",
-        str(folder),
-        "--steps",
-        str(steps),
-    ]
-    words += ["--threads", "1", "--prompts_per_step", "2", "--data.levels", "[1]", "--data.limit", "8"]
+    words = [sys.executable, "-m", "grpo", "train", "--model", model, "--output_dir", str(folder)]
+    words += f"--steps {steps} --threads 1 --prompts_per_step 2 --data.levels [1] --data.limit 8".split()
     words += ["--rollout.group_size", "2", "--rollout.max_completion_tokens", "6", "--log.trackers", "[]"]
     return [*words, "--checkpoint.every", "1000"]
-
-
-@pytest.fixture(scope="module")
-def model(micro_policy, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "micro"
-    micro_policy(0).save(folder)
-    return str(folder)
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def _config(micro_config, folder: Path, kind: str, **given):
 
 VARIANTS = {  # of others, which `make test-slow` runs
     *("full, epochs end between steps", "full, with a reference", "cosine, share", "short first, dynamic sampling"),
-    *("lora", "curriculum"),
+    *("lora", "curriculum", "balanced", "dynamic sampling, epochs end inside refills"),
 }
 COARSE = """
 def coarse(completions, **_):

@@ -141,7 +141,7 @@ def test_a_run_of_an_older_version_compares_whole_files(file, micro_config):
 
 
 FAULTY = """
-import os, re
+import os, time
 
 ODD = {"nan": float("nan"), "inf": float("inf"), "none": None}
 
@@ -151,7 +151,7 @@ def faulty(completions, **_):
         if text == "raise":
             raise ValueError("boom")
         if text == "hang":
-            re.match(r"(a+)+$", "a" * 60 + "b")
+            time.sleep(60)
         if text == "die":
             os._exit(3)
         if text != "short":
@@ -183,10 +183,7 @@ def learners(micro_policy):
 def test_advantages_under_drop_sample_equal_those_of_the_remaining_seven(tmp_path, learners, fault):
     """One of eight completions fails; the learner gets the batch that the other seven make."""
     (tmp_path / "own.py").write_text(FAULTY)
-    rewards = [
-        RewardOptions(function=f"{tmp_path}/own.py:faulty"),
-        RewardOptions(function="gsm8k_format", weight=0.5),
-    ]
+    rewards = [RewardOptions(function=f"{tmp_path}/own.py:faulty"), RewardOptions(function="gsm8k_format", weight=0.5)]
     seven = ["0.1", "0.9", "0.4", "-2", "0.35", "7", "0.2"]
     second = ["1", "2", "3", "4", "5", "6", "8"]
 

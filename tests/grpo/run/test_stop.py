@@ -195,9 +195,6 @@ def test_a_stop_in_the_last_evaluation_loses_nothing(micro_config, whole, tmp_pa
     assert (folder / "policy").exists()
 
 
-# ---- failures -------------------------------------------------------------------------------------------------------
-
-
 def _events(folder, name: str) -> list[dict]:
     return [e for e in map(json.loads, (folder / "events.jsonl").read_text().splitlines()) if e["event"] == name]
 
@@ -301,9 +298,6 @@ def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_con
             train(micro_config(folder, **SMALL))
     assert list(checkpoint.saved(folder / "checkpoints")) == [2]
     _resumes_to_the_same(micro_config, folder, whole)
-
-
-# ---- the signals themselves -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,6 @@ def _option(folder, model):
     return ["--model", model, f"--steps{EVIL}", "3"]
 
 
-@pytest.fixture(scope="module")
-def model(micro_policy, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "micro"
-    micro_policy(0).save(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("hostile", [_reward, _column, _bad_cell, _model_type, _option])
 def test_an_error_shows_control_characters_and_sends_none(tmp_path, model, capsys, hostile):
     words = ["train", "--output_dir", str(tmp_path / "r"), "--threads", "1", "--dry_run", *hostile(tmp_path, model)]

@@ -29,9 +29,6 @@ def two_cores(monkeypatch) -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-# ---- how threads wait ----
-
-
 def display(*words: str, **variables: str) -> str:
     """What OpenMP goes by in a fresh interpreter."""
     kept = {name: value for name, value in os.environ.items() if name not in CHOICES}
@@ -62,9 +59,6 @@ def test_a_program_that_has_loaded_torch_keeps_its_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     wait_briefly()
     assert not set(CHOICES) & os.environ.keys()
-
-
-# ---- how many there are ----
 
 
 def test_the_number_follows_from_the_size_alone(monkeypatch):

@@ -34,6 +34,11 @@ HARD = {"curriculum.by_difficulty": True, "rollout.refill_draws": 1, "rollout.re
 both = pytest.mark.parametrize("ahead", [1, 2])
 
 
+def slow(*values):
+    """Another case of what a quick one proves."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     start_ray(4)
@@ -141,7 +146,7 @@ def test_contract_12_a_batch_has_the_weights_of_its_schedule(whole, ahead):
     assert ages == [min(ahead, step) for step in range(6)]
 
 
-@both
+@pytest.mark.parametrize("ahead", [slow(1), 2])
 @pytest.mark.usefixtures("without_ray")
 def test_contract_12_an_evaluation_has_the_weights_of_its_step(options, tmp_path, ahead, monkeypatch):
     seen, real = [], HeldOut.evaluate
@@ -168,9 +173,8 @@ def test_contract_12_timing_deaths_and_workers_change_no_bit(options, whole, tmp
     same(tmp_path / "run", whole[2])
 
 
-@both
 @pytest.mark.usefixtures("without_ray")
-@pytest.mark.parametrize("stop", [2, 3])  # before and after an evaluation
+@pytest.mark.parametrize(("ahead", "stop"), [(1, 3), (2, 2), slow(1, 2), slow(2, 3)])  # before and after an evaluation
 def test_contract_12_a_stopped_run_goes_on_with_the_batches_in_flight(options, whole, tmp_path, ahead, stop):
     config = options(tmp_path / "run", ahead)
     with pytest.raises(Stopped):
@@ -183,7 +187,7 @@ def test_contract_12_a_stopped_run_goes_on_with_the_batches_in_flight(options, w
 
 
 @pytest.mark.usefixtures("without_ray")
-@pytest.mark.parametrize(("ahead", "call"), [(1, 4), (1, 5), (2, 5), (2, 6)])
+@pytest.mark.parametrize(("ahead", "call"), [(1, 5), (2, 5), slow(1, 4), slow(2, 6)])
 def test_contract_9_a_failure_ahead_of_its_time_saves_the_last_whole_step(
     options, whole, tmp_path, monkeypatch, ahead, call
 ):
@@ -206,8 +210,9 @@ def test_contract_9_a_failure_ahead_of_its_time_saves_the_last_whole_step(
 
 
 @pytest.mark.usefixtures("without_ray")
-@pytest.mark.parametrize("how", ["failure", "signal"])
-@pytest.mark.parametrize("batch", [4, 5])  # whose weights are those before step 2, which is saved anyway, and step 3
+@pytest.mark.parametrize(  # the weights of batch 4 are those before step 2, which is saved anyway, and of 5 step 3
+    ("batch", "how"), [(4, "signal"), (5, "failure"), slow(4, "failure"), slow(5, "signal")]
+)
 def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
     options, whole, tmp_path, monkeypatch, batch, how
 ):
@@ -325,37 +330,13 @@ def test_contract_12_twelve_disturbed_steps_give_the_same_bits(options, tmp_path
 @pytest.mark.long
 @pytest.mark.slow
 @both
-def test_contract_15_two_ranks_sample_ahead_as_one_process(micro_policy, letters, tmp_path, ahead):
+def test_contract_15_two_ranks_sample_ahead_as_one_process(run_words, tmp_path, ahead):
     """And a stop in the middle changes no bit of them either."""
-    micro_policy(0).save(tmp_path / "model")
 
     def words(name: str, *more: str) -> list[str]:
-        options = {
-            "output_dir": tmp_path / name,
-            "model": tmp_path / "model",
-            "threads": 1,
-            "steps": 5,
-            "prompts_per_step": 3,
-            "rollout.group_size": 3,
-            "rollout.max_completion_tokens": 6,
-            "rollout.draft_tokens": 2,  # the costs that null measures differ between two runs
-            "rollout.ahead": ahead,
-            "learner.learning_rate": 1e-3,
-            "data.levels": [1],
-            "data.limit": 12,
-            "rewards": f"[{{function: '{letters}'}}]",
-            "mtp.depth": 2,
-            "log.trackers": "[]",
-            "checkpoint.every": 1,
-            "checkpoint.keep": "null",
-        }
-        return [
-            "-m",
-            "grpo",
-            "train",
-            *(word for key, value in options.items() for word in (f"--{key}", str(value))),
-            *more,
-        ]
+        # the costs that null measures differ between two runs
+        given = {"steps": 5, "rollout.draft_tokens": 2, "rollout.ahead": ahead, "checkpoint.keep": "null"}
+        return [*run_words(tmp_path / name, **given), *more]
 
     run_ranks(words("whole"), 2)
     run_ranks(words("alone"), 1)

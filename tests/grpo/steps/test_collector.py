@@ -53,8 +53,6 @@ def test_contract_9_what_became_of_the_drafts_of_a_step_is_what_the_next_one_exp
     assert [expected[step] for step in (1, 2, 3, 4)] == [(), *shares]
 
 
-# ---- steps that are sampled and scored by hand ----
-
 DRAFTS = (DraftStats(9, [8, 4], [6, 2]), DraftStats(9, [8, 8], [2, 2]))  # of the first draw and of a refill
 
 

@@ -110,9 +110,6 @@ def test_ranks_that_share_a_policy_publish_its_adapters_alone(micro_policy, tmp_
     assert [first[2], *(line[2] for line in later)] == ["True"] * 3
 
 
-# ---- whole runs ----
-
-
 @pytest.fixture
 def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
     """A run with a Ray worker that goes on until something happens to it."""

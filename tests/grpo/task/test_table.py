@@ -38,10 +38,7 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         ({"eval.every": 5}, "eval.limit=0 with eval.every=5: that evaluates nothing"),
         ({"curriculum.completion_tokens": 300}, "=300 is for the first step, and it grows to rollout.max_completion"),
         ({"loss.loss_type": "cispo"}, "loss.epsilon_high=null with loss.loss_type=cispo: cispo needs the cap"),
-        (
-            SUMS | {"loss.advantage": "rloo"},
-            "advantage=rloo with .*_then_sum: .* takes the weighted sum; use",
-        ),
+        (SUMS | {"loss.advantage": "rloo"}, "advantage=rloo with .*_then_sum: .* takes the weighted sum; use"),
         ({"loss.advantage": "distill"}, "distill.teacher=null with loss.advantage=distill: distill needs a teacher"),
         (TEACHER | {"loss.advantage": "rloo"}, "advantage=rloo with distill.teacher=nowhere: distill alone has a"),
         (TEACHER | {"rollout.temperature": 0.7}, "temperature=0.7 with distill.url=h: .* at temperature 1 alone"),
@@ -50,10 +47,7 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         (INT8 | {"rollout.backend": "transformers"}, "with rollout.quantization=int8: our own"),
         (INT8 | {"loss.importance_correction": "none"}, "=none with rollout.quantization=int8: what samples"),
         (VLLM | {"rollout.workers": 2}, "rollout.workers=2 with rollout.backend=vllm.*set workers to 0"),
-        (
-            VLLM | {"learner.routing_replay": True},
-            "replay=true with .*vLLM 0.32 returns .*, which needs Triton",
-        ),
+        (VLLM | {"learner.routing_replay": True}, "replay=true with .*vLLM 0.32 returns .*, which needs Triton"),
         (VLLM | {"log.measure_speed": True}, "log.measure_speed=true with .*: vLLM cannot leave its drafts out"),
         (VLLM | {"rollout.vllm.engine": {"dtype": "half"}}, "with rollout.vllm.engine.dtype=half: quartet sets that"),
         (NF4 | {"learner.workers": 2}, "nf4 with several ranks .* learn in one process, or set lora.base to null"),

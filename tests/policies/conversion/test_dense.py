@@ -171,11 +171,7 @@ def test_parity_notices_a_wrong_frequency() -> None:
     dense = dense_model()
     converted = convert_dense(dense)
     rope = converted.config.rope_parameters
-    rope["short_factor"] = [
-        *rope["short_factor"][:5],
-        rope["short_factor"][5] * 1.1,
-        *rope["short_factor"][6:],
-    ]
+    rope["short_factor"] = [*rope["short_factor"][:5], rope["short_factor"][5] * 1.1, *rope["short_factor"][6:]]
     wrong = DeepseekV3ForCausalLM(converted.config).eval()
     wrong.load_state_dict(converted.state_dict())
     assert not parity(dense, wrong, random_ids(length=MAX_POSITIONS // 2), new_tokens=2).passed

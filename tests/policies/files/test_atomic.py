@@ -2,39 +2,11 @@
 
 import errno
 import os
-import signal
 
 import pytest
+from killing import kills_itself
 
 from policies.files.atomic import tidy, write_file, write_folder
-
-
-def _killed(action, call: int) -> bool:
-    """Run `action` in a process that kills itself before its `call`-th change to the disk; False when it ended."""
-    child = os.fork()
-    if child == 0:
-        calls = 0
-
-        def deadly(function):
-            def wrapper(*args, **kwargs):
-                nonlocal calls
-                calls += 1
-                if calls == call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
-
-            return wrapper
-
-        try:
-            for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
-                setattr(os, name, deadly(getattr(os, name)))
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
 
 
 def _fill(folder, value: str) -> None:
@@ -61,7 +33,7 @@ def test_a_killed_write_leaves_the_former_or_the_new(tmp_path):
             write_file(place / "file", "new")
             _fill(place / "folder", "new")
 
-        killed = _killed(rewrite, call)
+        killed = kills_itself(rewrite, call)
         assert (place / "file").read_text() in ("old", "new")
         tidy(place)
         outcomes.append(_value(place / "folder"))

@@ -79,10 +79,7 @@ ATTACKS = {
     "infinite output": ("for _ in range(10**5): print('x' * 1000)", "output"),
     "infinite errors": ("import sys\nfor _ in range(10**5): sys.stderr.write('x' * 1000)", "output"),
     "huge file": ("open('x', 'wb').write(b'x' * (1 << 20))", "output"),
-    "many files": (
-        "for i in range(1000): open(f'x{{i}}', 'wb').write(b'x' * 60_000)",
-        "scratch",
-    ),
+    "many files": ("for i in range(1000): open(f'x{{i}}', 'wb').write(b'x' * 60_000)", "scratch"),
     "signal to the parent": ("import os, signal; os.kill({pid}, signal.SIGCONT)", None),
     "signal to everything": ("import os, signal; os.kill(-1, signal.SIGCONT)", None),
     "ptrace": (NATIVE + "libc.ptrace(16, 1, 0, 0)", "system call"),
@@ -96,10 +93,7 @@ ATTACKS = {
     "io_uring": (NATIVE + "print(libc.syscall(425, 8, None), ctypes.get_errno())", None),
     "native code that calls ptrace": (MAPPED.format(code="b865000000bf000000000f05c3"), "system call"),
     "native code in 32 bits": (MAPPED.format(code="b802000000cd80c3"), "system call"),  # fork by its number of 32 bits
-    "raise its own limits": (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
-        None,
-    ),
+    "raise its own limits": ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", None),
     "deep recursion": ("def f(): f()\nf()", None),
     "crash": ("import ctypes; ctypes.string_at(0)", None),
     "os._exit": ("import os; print('so far', flush=True); os._exit(7)", None),

@@ -115,12 +115,7 @@ def test_a_marked_solution_becomes_an_episode():
     assert tokenizer.decode(ids, skip_special_tokens=True) == SOLUTION.replace("=25.50>>", "=25.5>>")
     assert tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "24>>25.5>>"
     turns = tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if own]).split("<|end|>")
-    assert turns == [
-        "He has 48/2 = <<48/2=",
-        "24 left.\nThat is 24+1.5 = $<<24+1.5=",
-        "25.50.\n#### 25.50",
-        "",
-    ]
+    assert turns == ["He has 48/2 = <<48/2=", "24 left.\nThat is 24+1.5 = $<<24+1.5=", "25.50.\n#### 25.50", ""]
 
 
 def test_marks_that_are_no_calls_stay_text():

@@ -42,9 +42,6 @@ def refused(words: list[str], capsys, *parts: str) -> None:
         assert part in shown
 
 
-# ---- chat templates -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def chat_model(micro_policy, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "chat"
@@ -66,9 +63,6 @@ def test_so_it_is_by_the_dry_run_of_mtp_and_only_where_it_is_used(chat_model, tm
     words += ["--rollout.max_completion_tokens", "16"]
     assert main([*words, "--dry_run"]) == 0
     refused([*words, "--data.template", "chat", "--dry_run"], capsys, str(chat_model), "ZeroDivisionError")
-
-
-# ---- the files of a run ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -303,10 +303,7 @@ def test_before_the_first_checkpoint_it_is_the_warm_start(unfinished, tmp_path):
     shutil.copytree(unfinished / "stopped", folder)
     shutil.rmtree(folder / "checkpoints")
     found = find_policy(str(folder))
-    assert (found.folder, found.meaning) == (
-        str(folder / "warm_start"),
-        "the warm start; no step of GRPO is saved yet",
-    )
+    assert (found.folder, found.meaning) == (str(folder / "warm_start"), "the warm start; no step of GRPO is saved yet")
     shutil.rmtree(folder / "warm_start")
     with pytest.raises(PolicyError, match="has not saved a policy yet"):
         find_policy(str(folder))

@@ -84,9 +84,6 @@ def run(request, runs):
     return runs[request.param]
 
 
-# ---- what other tools load ----
-
-
 @pytest.mark.slow
 def test_stock_transformers_loads_the_live_policy(run, base, tmp_path):
     folder, live = run
@@ -200,9 +197,6 @@ def test_a_checkpoint_inside_a_run_is_exported_as_of_its_step(runs, tmp_path):
     )
 
 
-# ---- the card ----
-
-
 def test_the_card_says_what_the_run_says(runs, base, tmp_path):
     folder, _ = runs["lora", True]
     export(folder, tmp_path / "exported")
@@ -296,9 +290,6 @@ def test_the_origin_is_found_through_runs_that_continue_runs(runs, base, tmp_pat
     (tmp_path / "bare").mkdir()
     assert "ask its author" in origin_of(str(tmp_path / "bare")).licence_note
     assert "from scratch" in origin_of("tiny").licence_note
-
-
-# ---- what is refused ----
 
 
 def test_an_existing_destination_is_left_alone(runs, tmp_path, capsys):

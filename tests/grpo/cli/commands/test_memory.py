@@ -332,8 +332,6 @@ def test_docstring_examples():
     assert sum(doctest.testmod(module).failed for module in (memory, memory_table, shares)) == 0
 
 
-# ---- Moonlight-16B-A3B, whose architecture is all that the example's folder has --------------------------------------
-
 MOONLIGHT = ROOT / "examples/07_moonlight_16b"
 
 

@@ -45,10 +45,7 @@ def test_colocated_workers_are_beside_a_learner():
     thirds = turns | {"rollout.gpus_per_worker": 1 / 3}
     assert placed(2, 3, **thirds) == [("one rank and 3 workers, in turn", 1, 19), ("the other rank", 1, 10)]
     by_ray = turns | {"learner.workers": 2, "rollout.gpus_per_worker": 0.3}  # a rank leaves .3 of its GPU
-    assert placed(2, 5, **by_ray) == [
-        ("each of 2 ranks and worker, in turn", 2, 13),
-        ("the GPU of 3 workers", 1, 9),
-    ]
+    assert placed(2, 5, **by_ray) == [("each of 2 ranks and worker, in turn", 2, 13), ("the GPU of 3 workers", 1, 9)]
 
 
 def test_where_there_is_no_other_gpu_they_take_turns_and_with_ahead_workers_have_none():
@@ -97,9 +94,6 @@ def test_what_else_was_in_no_plan(random_policy):
         shape, True, options(**{"rollout.backend": "vllm", "rollout.vllm.url": "http://a:1"})
     ).devices()
     assert elsewhere.sampler == elsewhere.rollout == 0
-
-
-# ---- what is recommended --------------------------------------------------------------------------------------------
 
 
 def advice(shape, config, gib: float, gpus: float = ANY) -> str:

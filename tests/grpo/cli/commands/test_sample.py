@@ -17,14 +17,6 @@ from grpo.train import train
 from rollout.faults import RolloutError
 
 
-@pytest.fixture(scope="module")
-def model(micro_policy, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "micro"
-    policy = micro_policy(0)
-    policy.save(folder)
-    return str(folder)
-
-
 def _write(path: Path, *lines: str) -> Path:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
@@ -187,9 +179,6 @@ def test_margin_is_counted_and_named(model, tmp_path):
     assert all(c["draft"]["fallbacks"] >= c["draft"]["target_forwards"] - 1 for c in group["completions"])
     with pytest.raises(RolloutError, match="accept=margin takes drafts unverified, but there are none"):
         _groups(model, path, accept="margin", draft_tokens=0)
-
-
-# ---- a run's template, and where prompts come from ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

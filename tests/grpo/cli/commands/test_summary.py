@@ -177,9 +177,6 @@ def test_a_long_path_is_not_broken_into_lines(shown, tmp_path):
     assert str(folder) in shown.export_text()
 
 
-# ---- the dry run ----------------------------------------------------------------------------------------------------
-
-
 def _dry_run(shown: Console, config) -> dict[str, str]:
     summary.dry_run(config)
     cells = re.findall(r"│ (.+?) +│ (.+?) +│", shown.export_text())

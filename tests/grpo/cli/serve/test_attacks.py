@@ -71,9 +71,6 @@ def is_closed(connection: socket.socket, most: int = 1) -> bool:
         return True
 
 
-# ---- bodies ----
-
-
 def test_a_key_that_is_there_twice_is_found_in_linear_time():
     text = "{" + ",".join(f'"key{i}": 1' for i in range(14_000)) + ', "key13999": 1}'
     start = time.process_time()
@@ -147,9 +144,6 @@ def test_large_bodies_are_bounded_together_and_small_ones_pass(running, monkeypa
         assert running.complete("1", max_tokens=1)["choices"]
         first.close()
         until(lambda: running.ask("/v1/completions", b" " * 6_000)[0] == 400)  # what the others held is free
-
-
-# ---- connections ----
 
 
 def test_a_head_that_does_not_arrive_is_given_up(running, monkeypatch):
@@ -227,9 +221,6 @@ def test_a_client_that_reads_nothing_is_left(monkeypatch):
         closed = any(is_closed(connection, 1 << 20) for _ in range(500))
         ended.set()
         assert closed
-
-
-# ---- the end ----
 
 
 def test_at_the_end_of_the_grace_period_requests_get_an_error(model, monkeypatch, capfd):

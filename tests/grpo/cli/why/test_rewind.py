@@ -50,7 +50,9 @@ def flat(learner: Learner) -> dict[str, torch.Tensor]:
     return {f"{kind}/{name}": t for kind, part in learner.state()[0].items() for name, t in part.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("lora", "bfloat16"))) for kind in KINDS]
+)
 def test_a_replayed_step_leaves_the_bits_of_its_checkpoint(micro_config, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(draft_head, "PAYS", math.inf)  # the head rests wherever a gain is known, also in the record
     train(micro_config(tmp_path / "run", **KINDS[kind]))

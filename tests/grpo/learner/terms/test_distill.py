@@ -112,14 +112,6 @@ def test_the_learners_gradient_is_that_of_transformers_own_forward(
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.trunk.state_dict().items())
 
 
-@pytest.fixture(scope="module")
-def folders(random_policy, tmp_path_factory):
-    root = tmp_path_factory.mktemp("policies")
-    for seed, name in ((1, "student"), (2, "teacher")):
-        random_policy(seed, mtp=False).save(root / name)
-    return root
-
-
 def options_of(folders, micro_config, output, **given):
     options = {
         "model": str(folders / "student"),

@@ -138,14 +138,6 @@ def test_the_place_of_every_value_by_hand():
         assert TeacherServer(server.url, "t").score([IDS, IDS], [1, 2], 0) == [[{6: -0.25}, {7: -1.5}], [{7: -1.5}]]
 
 
-@pytest.fixture(scope="module")
-def folders(random_policy, tmp_path_factory):
-    root = tmp_path_factory.mktemp("policies")
-    for seed, name in ((1, "student"), (2, "teacher")):
-        random_policy(seed, mtp=False).save(root / name)
-    return root
-
-
 def options_of(folders, **given):
     options = {"model": str(folders / "student"), "loss.advantage": "distill", "warm_start.steps": 0}
     options |= {"rollout.draft_tokens": 0, "distill.teacher": str(folders / "teacher"), "rollout.temperature": 1.0}

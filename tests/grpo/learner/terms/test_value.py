@@ -46,8 +46,7 @@ def _groups(seed=0) -> list[RolloutGroup]:
 
     return [
         RolloutGroup(
-            Prompt(f"p/{g}", "", tokens(1 + 3 * g)),
-            [Completion(tokens(n), [-1.0] * n, "", "stop", 0) for n in lengths],
+            Prompt(f"p/{g}", "", tokens(1 + 3 * g)), [Completion(tokens(n), [-1.0] * n, "", "stop", 0) for n in lengths]
         )
         for g, lengths in enumerate(LENGTHS)
     ]
@@ -59,9 +58,6 @@ def _scores(rewards=REWARDS) -> list[GroupScore]:
 
 def _gradients(module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-# ---- by hand ------------------------------------------------------------------------------------------------------
 
 
 def test_docstring_examples():
@@ -164,9 +160,6 @@ def test_the_value_head_starts_at_zero_and_draws_nothing_from_the_global_noise()
     assert torch.equal(head.layers[0].weight, again.layers[0].weight)
     assert len(list(ValueHead(8, 0).parameters())) == 2
     assert head(torch.randn(5, 8).bfloat16()).dtype == torch.float32
-
-
-# ---- one step -----------------------------------------------------------------------------------------------------
 
 
 def _padded_hidden(policy, prompt, ids):
@@ -323,9 +316,6 @@ def test_equal_advantages_are_whitened_to_zero_and_the_values_learn_all_the_same
     assert any(not torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
 
 
-# ---- saved, and not published -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("advantage", ["gae", "rank_softmax"])
 def test_the_largest_scores_that_a_reward_may_give_take_a_finite_step(micro_policy, advantage):
     learner = _learner(micro_policy(0), advantage)
@@ -350,7 +340,7 @@ def test_a_state_with_another_estimator_is_refused(micro_policy, saved, resumed)
         learner.load_state(tensors, state)
 
 
-@pytest.mark.parametrize("advantage", ["gae", "rank_softmax"])
+@pytest.mark.parametrize("advantage", ["gae", pytest.param("rank_softmax", marks=pytest.mark.slow)])
 def test_contract_9_a_stopped_run_with_values_resumes_to_the_same_bits(micro_config, tmp_path, advantage):
     def config(folder) -> TrainConfig:
         given = {"loss.advantage": advantage, "learner.updates_per_batch": 2, "data.limit": 10, "steps": 4}
