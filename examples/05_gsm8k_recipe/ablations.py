@@ -57,7 +57,7 @@ def marks(run: Path) -> list[dict[str, float]]:
 
 
 def losses(run: Path) -> Solutions:
-    config = EvalConfig(model=str(run), dtype="bfloat16", data="gsm8k")
+    config = EvalConfig(model=str(run), dtype="bfloat16", data={"name": "gsm8k"})
     policy = load_found(find_policy(config.model), config)
     with Task(DataOptions(name="gsm8k"), config.rewards, config.reward, train=False, heldout=None) as task:
         found = {}

@@ -20,8 +20,8 @@ mkdir -p "$runs"
 evaluate() { # NAME SAMPLES
   [ -f "$runs/eval_$1.json" ] && return
   rm -rf "$runs/eval_$1" # of an evaluation that was stopped: it begins again
-  quartet eval "$runs/$1" --data "$runs/easiest.jsonl" --dtype bfloat16 --temperature 0.7 --samples "$2" \
-    --max_completion_tokens 200 --draft_tokens 0 --prompts_per_batch 64 \
+  quartet eval "$runs/$1" --data.name "$runs/easiest.jsonl" --dtype bfloat16 --rollout.temperature 0.7 --eval.samples "$2" \
+    --rollout.max_completion_tokens 200 --rollout.draft_tokens 0 --rollout.prompts_per_shard 64 \
     --output "$runs/eval_$1" --json "$runs/eval_$1.json" "${options[@]}"
 }
 

@@ -13,8 +13,8 @@ mkdir -p "$curve"
 point() { # STEP MODEL
   [ -f "$curve/step_$1.json" ] && return
   rm -rf "$curve/step_$1" # of an evaluation that was stopped: it begins again
-  quartet eval "$2" --data "$curve/easiest.jsonl" --dtype bfloat16 --temperature 0.7 \
-    --samples "${SAMPLES:-8}" --max_completion_tokens 200 --draft_tokens 0 \
+  quartet eval "$2" --data.name "$curve/easiest.jsonl" --dtype bfloat16 --rollout.temperature 0.7 \
+    --eval.samples "${SAMPLES:-8}" --rollout.max_completion_tokens 200 --rollout.draft_tokens 0 \
     --output "$curve/step_$1" --json "$curve/step_$1.json" "${options[@]}"
 }
 

@@ -9,8 +9,8 @@ options=("$@") # for every command, such as: --threads 2
 evaluate() { # NAME MODEL
   [ -f "$runs/eval_$1.json" ] && return
   rm -rf "$runs/eval_$1" # of an evaluation that was stopped: it begins again
-  quartet eval "$2" --data gsm8k --split test --dtype bfloat16 --temperature 0.7 \
-    --samples "${SAMPLES:-8}" --max_completion_tokens 200 \
+  quartet eval "$2" --data.name gsm8k --eval.split test --dtype bfloat16 --rollout.temperature 0.7 \
+    --eval.samples "${SAMPLES:-8}" --rollout.max_completion_tokens 200 \
     --output "$runs/eval_$1" --json "$runs/eval_$1.json" "${options[@]}"
 }
 

@@ -22,7 +22,7 @@ def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) ->
     printed."""
     from grpo.config.options import dump_yaml, load
 
-    known = {name: value for name, value in (brought or {}).items() if name in args.options.model_fields}
+    known = _of_command(args.options, brought or {})
     on_removed = print_error if getattr(args, "resume", None) else None
     file = getattr(args, "config", None)
     config: Any = load(args.options, file, known | args.overrides, args.flags, on_removed=on_removed)
@@ -33,10 +33,21 @@ def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) ->
     return config
 
 
-def _load_for_policy(args: argparse.Namespace, model: str, data: str | None = None) -> tuple[Any, bool]:
+def _of_command(options: Any, brought: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those options of a run that the command has, too."""
+    known = {name: value for name, value in brought.items() if name in options.model_fields}
+    defaults = options.model_construct()
+    for name in {"data", "rollout", "eval"} & set(known):
+        section = type(getattr(defaults, name)).model_fields
+        known[name] = {key: value for key, value in known[name].items() if key in section}
+    return known
+
+
+def _load_for_policy(args: argparse.Namespace, model: str) -> tuple[Any, bool]:
     """Returns the options of a command that uses the policy `model`, and whether its run folder brings some of them."""
     from grpo.cli.config.inference import defaults_of_run
 
+    data = args.overrides.get("data.name", args.overrides.get("data"))
     brought = defaults_of_run(Path(model), data)
     return _load(args, brought | {"model": model}), bool(brought)
 
@@ -92,7 +103,7 @@ def mtp(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    config, _ = _load_for_policy(args, args.policies[0], args.overrides.get("data"))
+    config, _ = _load_for_policy(args, args.policies[0])
     if config is None:
         return 0
     _begin()
@@ -115,15 +126,15 @@ def evaluate(args: argparse.Namespace) -> int:
 def sample(args: argparse.Namespace) -> int:
     if not args.prompt and args.prompts is None:
         args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')
-    config, of_run = _load_for_policy(args, args.policy, args.overrides.get("data"))
+    config, of_run = _load_for_policy(args, args.policy)
     _begin()
     from grpo.cli.commands import summary
     from grpo.cli.commands.sample import prompts_of, sample
 
     examples = prompts_of(args.prompt, args.prompts)
-    if of_run and "template" not in args.overrides:
-        shots = f" and {config.few_shot} worked examples" if config.few_shot else ""
-        print(f"prompts are written as in the run: template {config.template!r}{shots}")
+    if of_run and not {"template", "data.template"} & set(args.overrides):
+        shots = f" and {config.data.few_shot} worked examples" if config.data.few_shot else ""
+        print(f"prompts are written as in the run: template {config.data.template!r}{shots}")
     sampled = sample(config, examples, summary.CONSOLE)
     summary.groups(sampled.groups, sampled.tokenizer)
     _write(args.json, {"groups": summary.groups_as_json(sampled.groups)})
@@ -150,7 +161,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def quantize(args: argparse.Namespace) -> None:
-    config, _ = _load_for_policy(args, args.source, args.overrides.get("data"))
+    config, _ = _load_for_policy(args, args.source)
     if config is None:
         return
     _begin()

@@ -51,7 +51,6 @@ def _open_closed_files() -> None:
 def _main(argv: Sequence[str] | None) -> int:
     from grpo.config.names import aliases
     from grpo.config.options import ConfigError, parse
-    from grpo.config.problems import as_here
 
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(EscapingFormatter())
@@ -61,8 +60,6 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
         args = parse(parser, argv)
-        if getattr(args, "options", None):
-            args.overrides = as_here(args.options, args.overrides)
         signals.unwinds = args.command not in (actions.run, actions.mtp)  # a run takes notes once there is work to save
         return int(args.command(args) or 0)
     except (Exception, KeyboardInterrupt) as error:

@@ -1,18 +1,16 @@
 """What is wrong with a configuration, said so that it can be put right: key, value, place, way out."""
 
 import difflib
-import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from grpo.config.names import hint, removed
-from grpo.config.yaml_file import ConfigError, Place, show_place, to_yaml
+from grpo.config.yaml_file import Place, show_place, to_yaml
 
 SIMILAR = 0.7  # of 1: below it a suggestion misleads
 # What a program calls a flag of the command line, which it hands over as an argument.
@@ -24,9 +22,6 @@ _IN_PYTHON = {
     r"--(resume|stop_after)\b": r"\1",
     r"see --help all for all options": "`quartet reference` prints all options",
 }
-# Names of `quartet train`, in commands that have the same options without sections; "": it is about what is trained on.
-_SECTIONS = ("data", "rollout", "eval")
-_OTHERS = {"data.name": "data", "rollout.group_size": "samples", "data.split": "", "data.limit": ""}
 _commands = 0
 
 
@@ -183,32 +178,3 @@ def python_words() -> Iterator[None]:
         if not _commands:
             error.args = tuple(in_python(part) if isinstance(part, str) else part for part in error.args)
         raise
-
-
-def as_here(options: type[BaseModel], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`overrides` with `template` in place of `data.template` where `options` has no section `data`, and so on.
-
-    Raises ConfigError for an option of `data` that there is not, or that is about what is trained on.
-
-    >>> as_here(EvalConfig, {"data.name": "gsm8k", "rollout.temperature": 0.7})
-    {'data': 'gsm8k', 'temperature': 0.7}
-    """
-    names, found, problems = options.model_fields, {}, []
-    for key, value in overrides.items():
-        section, _, last = key.partition(".")
-        here = _OTHERS.get(key, last)
-        if section not in _SECTIONS or not last or _is_section(names.get(section)):
-            found[key] = value
-        elif here in names:
-            found[here] = value
-        elif section in names:  # a text, inside which nothing can be set
-            problems.append(unknown_option(key, value, "command line", names))
-        else:
-            found[key] = value
-    if problems:
-        raise ConfigError(problems)
-    return found
-
-
-def _is_section(field: Any) -> bool:
-    return field is not None and inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)

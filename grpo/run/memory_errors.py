@@ -45,11 +45,11 @@ WAYS: dict[Phase, tuple[Way, ...]] = {
     ),
     "sampling": (
         *(Way("rollout.prompts_per_shard"), Way("rollout.max_completion_tokens"), Way("rollout.group_size")),
-        *(Way("max_completion_tokens"), Way("samples")),  # of quartet sample
+        Way("samples"),  # of quartet sample
     ),
     "evaluating": (
         *(Way("rollout.max_completion_tokens"), Way("eval.samples")),
-        *(Way("prompts_per_batch"), Way("samples"), Way("max_completion_tokens")),  # of quartet eval
+        Way("rollout.prompts_per_shard"),  # of quartet eval
     ),
     "learning": (
         Way("learner.tokens_per_micro_batch"),

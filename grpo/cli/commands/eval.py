@@ -17,7 +17,7 @@ from grpo.algorithm.statistics import corpus_bleu
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.commands.served import is_address, open_served
 from grpo.cli.config.inference import EvalConfig
-from grpo.config.data import DataOptions, PromptOptions
+from grpo.config.data import DataOptions
 from grpo.config.environment import rewards_of
 from grpo.data.examples import default_heldout_split
 from grpo.data.leakage import trained_on
@@ -134,22 +134,20 @@ class _Evaluator:
         config, context = self.config, None
         if self.use and self.use.source.checkpoint is None:
             context = known_context(self.use.source.folder)
-        same = config.model_dump(include={*PromptOptions.model_fields, "holdout", "holdout_seed"})
-        same |= {"name": config.data, "split": (config.holdout and config.split) or "train"}
-        data = DataOptions(**same)
-        self.split = data.split if config.holdout else config.split or default_heldout_split(data.name)
+        data, options = DataOptions(**config.data.model_dump()), config.eval
+        self.split = options.split or (data.split if data.holdout else default_heldout_split(data.name))
         return Task(
             data,
             rewards_of(config),
             config.reward,
             seed=config.seed,
             train=False,
-            heldout=config.limit,
+            heldout=options.limit,
             heldout_split=self.split,
             reward_models=config.reward_models,
             device=config.device,
             met=frozenset() if config.allow_trained_on else self.refused,
-            contexts={config.prompt_column: context} if context else None,
+            contexts={data.prompt_column: context} if context else None,
             environment=self.use.environment if self.use else None,
             agent=self.agent,
         )
@@ -159,12 +157,12 @@ class _Evaluator:
         config = self.config
         completions = CompletionsFile(config.output, task) if config.output else None
         policy, sampler, prompts, sampling = self._open(task)
-        asked = {"sampled": config.samples > 0, "greedy": config.greedy}
+        asked = {"sampled": config.eval.samples > 0, "greedy": config.eval.greedy}
         ways = {way: params for way, params in both_ways(sampling).items() if asked[way]}
         write = completions.write if completions else None
         try:
             with phase("evaluating", config), progress_bars(console, enabled=True) as progress:
-                results = evaluate_ways(sampler, task, prompts, ways, config.prompts_per_batch, progress, write)
+                results = evaluate_ways(sampler, task, prompts, ways, config.rollout.prompts_per_shard, progress, write)
         except RolloutError as error:
             if completions is None or not error.groups:
                 raise
@@ -191,22 +189,22 @@ class _Evaluator:
 
     def _open(self, task: Task) -> tuple[Policy | None, Any, list[Prompt], SamplingParams]:
         """Returns the policy that is loaded here, what samples, the prompts, and how the policy answers."""
-        config, size = self.config, max(self.config.samples, 1)
+        config, rollout, size = self.config, self.config.rollout, max(self.config.eval.samples, 1)
         if self.served:
-            limit, stops = config.max_completion_tokens, config.stop_strings
-            sampling = SamplingParams(size, config.temperature, limit, seed=config.seed, stop_strings=stops)
+            limit, stops = rollout.max_completion_tokens, config.stop_strings
+            sampling = SamplingParams(size, rollout.temperature, limit, seed=config.seed, stop_strings=stops)
             return None, self.served, [self.served.prompt(it, task.template) for it in task.heldout], sampling
         assert self.use is not None
         policy = self.use.load()
-        task.check_lengths(policy, config.max_completion_tokens)
+        task.check_lengths(policy, rollout.max_completion_tokens)
         prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
-        sampling, batch = self.use.sampling(policy, size, config.seed, config.stop_strings), config.prompts_per_batch
+        sampling, batch = self.use.sampling(policy, size, config.seed, config.stop_strings), rollout.prompts_per_shard
         with self.use.phase("loading"):
             dtype = getattr(torch, config.dtype)
             pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=batch, check_stop=signals.check))
         if sampling.draft_tokens is None and policy.mtp is not None:
             pool.use_costs(None, Workload.of(sampling, batch * sampling.group_size))  # else measured on the clock
-        sampler = AgentSampler(pool, self.agent, config.temperature) if self.agent else pool
+        sampler = AgentSampler(pool, self.agent, rollout.temperature) if self.agent else pool
         return policy, sampler, prompts, sampling
 
 

@@ -25,7 +25,7 @@ def show(evaluation: ModelEvaluation, console: Console) -> None:
     """Prints a row for every figure, a column for every way of sampling; at most 80 columns wide."""
     config, results = evaluation.config, evaluation.results
     columns = [_cells(result) for result in results.values()]
-    title = f"{config.data}, {evaluation.split}: {evaluation.problems:,} problems"
+    title = f"{config.data.name}, {evaluation.split}: {evaluation.problems:,} problems"
     headings = [Column(name, justify="right") for name in results]
     table = Table("(95 % interval)", *headings, title=title, title_justify="left")
     for label in dict.fromkeys(label for cells in columns for label in cells):
@@ -127,7 +127,7 @@ def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
     return {
         "model": config.model,
         "policy": {"folder": source.folder, "meaning": source.meaning},
-        "data": config.data,
+        "data": config.data.name,
         "split": evaluation.split,
         "problems": evaluation.problems,
         "trained_on": evaluation.trained_on,

@@ -33,5 +33,5 @@ class PolicyInUse:
         self, policy: Policy, completions: int = 1, seed: int = 0, stops: tuple[str, ...] = ()
     ) -> SamplingParams:
         """Returns how the policy answers by the options, with their margin and environment."""
-        params = sampling_params(policy, self.config, completions, seed, dtype=self.config.dtype)
-        return replace(params, margin=self.config.margin, stop_strings=stops, environment=self.environment)
+        params = sampling_params(policy, self.config.rollout, completions, seed, dtype=self.config.dtype)
+        return replace(params, margin=self.config.rollout.margin, stop_strings=stops, environment=self.environment)

@@ -84,11 +84,11 @@ class Sampled:
 
 def sample(config: SampleConfig, examples: list[Example], console: Console) -> Sampled:
     """Sample one group per prompt. If a prompt cannot be continued, the others still are."""
-    shots = config.few_shot
-    worked = examples_of(config, config.data, "train", limit=shots, seed=config.seed) if shots else []
-    template = PromptTemplate(config.template, config.system_prompt, worked, config.user_turn)
+    data, shots = config.data, config.data.few_shot
+    worked = examples_of(data, data.name, "train", limit=shots, seed=config.seed) if shots else []
+    template = PromptTemplate(data.template, data.system_prompt, worked, data.user_turn)
     # A run's template may call the prompt by the name of its column.
-    examples = [replace(e, columns={config.prompt_column: e.question} | e.columns) for e in examples]
+    examples = [replace(e, columns={data.prompt_column: e.question} | e.columns) for e in examples]
     if not template.is_chat:
         template.render(examples[0])
     use = PolicyInUse(config)

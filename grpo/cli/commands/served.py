@@ -151,14 +151,14 @@ class ServedPool:
 def open_served(config: EvalConfig) -> ServedPool:
     """Returns the server that `config.model` is the address of. Raises ValueError where it does not answer, and for
     options that only a policy in this process could follow. Drafts change no token, so `draft_tokens` has no effect."""
-    ours = {"accept": config.accept != "exact", "tools and environment": config.has_tools}
+    ours = {"accept": config.rollout.accept != "exact", "tools and environment": config.has_tools}
     if wrong := [name for name, is_set in ours.items() if is_set]:
         raise ValueError(
             f"{', '.join(wrong)}: the server at {config.model} decides that; give it to `quartet serve`, or evaluate "
             "the run itself"
         )
     key = key_of(config.api_key_file) if config.api_key_file else ""
-    return ServedPool(config.model, key, config.prompts_per_batch)
+    return ServedPool(config.model, key, config.rollout.prompts_per_shard)
 
 
 def key_of(file: Path) -> str:

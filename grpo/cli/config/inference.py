@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,15 +11,13 @@ from grpo.config.data import PromptOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.json_file import expecting
 from grpo.config.names import recorded_options
-from grpo.config.options import Lines
+from grpo.config.options import Lines, Options
 from grpo.config.policy import ModelOptions
 from grpo.config.reward import RewardsOptions, ScoringOptions
 from grpo.config.sampling import LOWEST_TEMPERATURE, AnswerOptions
 
-LOGGER = logging.getLogger(__name__)
 
-
-class _UseOptions(EnvironmentOptions, AnswerOptions, PromptOptions, ModelOptions):
+class _UseOptions(EnvironmentOptions, ModelOptions):
     stop: str | list[str] = Field(default_factory=list)
     """Texts that end a completion, like `until` of lm-evaluation-harness: the completion ends before the first of them.
     Give one text, in which \\n is a line break, or a list such as ["Question:", "</s>"]."""
@@ -39,40 +36,61 @@ class _UseOptions(EnvironmentOptions, AnswerOptions, PromptOptions, ModelOptions
         return stop
 
 
-class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
-    """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings its data and rewards."""
+class EvaluatedDataOptions(PromptOptions):
+    """Where problems come from, and how they become prompts."""
 
-    data: str = "word_problems"
+    name: str = "word_problems"
     """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with test.jsonl, or one data file."""
+    split: str = "train"
+    """The split of which a run with `data.holdout` holds out a share."""
+    holdout: float | None = Field(default=None, gt=0, lt=1)
+    """Evaluate only the share that a run with this `data.holdout` holds out; null evaluates `eval.split`."""
+    holdout_seed: int = 0
+    """The run's `data.holdout_seed`."""
+
+
+class EvaluatedOptions(Options):
+    """What is evaluated, and how often."""
+
     split: str | None = None
     """The split; `heldout` for word_problems and reasoning_gym, `test` otherwise."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first problems, at most this many; null uses all."""
-    holdout: float | None = Field(default=None, gt=0, lt=1)
-    """Evaluate only the share of `split` (by default `train`) that a run with this `data.holdout` holds out."""
-    holdout_seed: int = 0
-    """The run's `data.holdout_seed`."""
-    allow_trained_on: bool = False
-    """Evaluate also problems that the policy was trained on, and report how many. Otherwise they are refused."""
     samples: int = Field(default=1, ge=0)
     """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too (where there is
     an accuracy); 0 for none."""
     greedy: bool = True
     """Evaluate greedy decoding as well."""
-    output: Path | None = None
-    """A folder for completions.jsonl: every completion with its mark, written while the evaluation goes on."""
+
+
+class EvaluatedRolloutOptions(AnswerOptions):
+    """How the policy answers."""
+
     temperature: float = Field(default=1.0, ge=LOWEST_TEMPERATURE)
     """Sampling temperature of the sampled row; the greedy row has none."""
-    prompts_per_batch: int = Field(default=32, ge=1)
+    prompts_per_shard: int = Field(default=32, ge=1)
     """Problems that are sampled together."""
+
+
+class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
+    """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings its data and rewards."""
+
+    command: ClassVar[str] = "eval"
+    data: EvaluatedDataOptions = EvaluatedDataOptions()
+    eval: EvaluatedOptions = EvaluatedOptions()
+    rollout: EvaluatedRolloutOptions = EvaluatedRolloutOptions()
+    allow_trained_on: bool = False
+    """Evaluate also problems that the policy was trained on, and report how many. Otherwise they are refused."""
+    output: Path | None = None
+    """A folder for completions.jsonl: every completion with its mark, written while the evaluation goes on."""
     api_key_file: Path | None = None
     """MODEL may be the address of a server, http://HOST:PORT: a file with the key that it wants."""
     reward: ScoringOptions = ScoringOptions(on_error="drop_sample")
 
     @model_validator(mode="after")
     def _something(self) -> EvalConfig:
-        if not (self.samples or self.greedy):
-            raise ValueError("samples=0 and greedy=false leave nothing to evaluate; use one of them")
+        if not (self.eval.samples or self.eval.greedy):
+            raise ValueError("eval.samples=0 and eval.greedy=false leave nothing to evaluate; use one of them")
         if self.agent and (self.stop or self.model.startswith(("http://", "https://"))):
             raise ValueError(
                 f"agent={self.agent} asks a policy that is loaded here, and stops itself: leave the agent out "
@@ -81,28 +99,33 @@ class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
         return self
 
 
-class SampleConfig(_UseOptions):
-    """Completions of your own prompts. A run folder brings its template, worked examples, temperature and limit."""
+class SampledDataOptions(PromptOptions):
+    """How your prompts are written, and where worked examples come from."""
 
-    samples: int = Field(default=4, ge=1)
-    """Completions per prompt."""
-    temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature; 0 is greedy."""
-    template: Annotated[str, Lines] = "{prompt}"
-    """A format string around `prompt`, or `chat` for the model's own chat template. A run folder brings its own."""
-    data: str = "word_problems"
+    name: str = "word_problems"
     """few_shot: where the worked examples come from, as in `quartet eval`; `levels`, `task_options` and
     `solution_column` are about these data."""
+    template: Annotated[str, Lines] = "{prompt}"
+    """A format string around `prompt`, or `chat` for the model's own chat template. A run folder brings its own."""
     prompt_column: str = "question"
     """The column that is the prompt: in the worked examples, and as a name for your prompt in `template`."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_eval_says(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or "group_size" not in given or "samples" in given:
-            return given
-        LOGGER.warning("quartet sample: group_size is samples now, as in quartet eval; the old name works until 0.2")
-        return {"samples" if name == "group_size" else name: value for name, value in given.items()}
+
+class SampledRolloutOptions(AnswerOptions):
+    """How the policy answers."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+
+
+class SampleConfig(_UseOptions):
+    """Completions of your own prompts. A run folder brings its template, worked examples, temperature and limit."""
+
+    command: ClassVar[str] = "sample"
+    samples: int = Field(default=4, ge=1)
+    """Completions per prompt."""
+    data: SampledDataOptions = SampledDataOptions()
+    rollout: SampledRolloutOptions = SampledRolloutOptions()
 
 
 def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
@@ -128,24 +151,20 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     of_data, rollout, reward = run["data"], run["rollout"], dict(run["reward"])
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"
-    brought = {
-        **{name: of_data[name] for name in ("template", "system_prompt", "user_turn", "few_shot") if name in of_data},
-        **{name: rollout[name] for name in ("temperature", "max_completion_tokens", "draft_tokens")},
-        **{name: run[name] for name in ("seed", "rewards")},
-        **{name: run[name] for name in (*EnvironmentOptions.model_fields, *AgentOptions.model_fields) if name in run},
+    prompts = ("template", "system_prompt", "user_turn", "few_shot")
+    problems = ("name", "split", "holdout", "holdout_seed", "task_options", "prompt_column", "solution_column")
+    sampling = ("temperature", "max_completion_tokens", "draft_tokens")
+    acting = (*EnvironmentOptions.model_fields, *AgentOptions.model_fields)
+    brought: dict[str, Any] = {
+        "data": {name: of_data[name] for name in prompts if name in of_data},
+        "rollout": {name: rollout[name] for name in sampling},
+        **{name: run[name] for name in ("seed", "rewards", *acting) if name in run},
         "reward_models": run.get("reward_models", []),
         "reward": reward,
     }
     if data not in (None, of_data["name"]):
         return brought
-    holdout = of_data.get("holdout")
-    return brought | {
-        "data": of_data["name"],
-        "split": of_data["split"] if holdout else run["eval"]["split"],
-        "holdout": holdout,
-        "holdout_seed": of_data.get("holdout_seed", 0),
-        "levels": run["eval"]["levels"] or of_data["levels"],
-        "task_options": of_data.get("task_options", {}),
-        **{name: of_data[name] for name in ("prompt_column", "solution_column")},
-        "limit": run["eval"]["limit"] or None,
-    }
+    brought["data"] |= {name: of_data[name] for name in problems if name in of_data}
+    brought["data"]["levels"] = run["eval"]["levels"] or of_data["levels"]
+    split = None if of_data.get("holdout") else run["eval"]["split"]
+    return brought | {"eval": {"split": split, "limit": run["eval"]["limit"] or None}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,9 +11,20 @@ from grpo.config.policy import ModelOptions
 from grpo.config.sampling import AnswerOptions
 
 
-class ServeConfig(AnswerOptions, ModelOptions):
+class ServedRolloutOptions(AnswerOptions):
+    """How the policy answers."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature of requests that name none; 0 is greedy."""
+    max_completion_tokens: int = Field(default=256, ge=1)
+    """Longest completion of requests that name no limit, in tokens."""
+
+
+class ServeConfig(ModelOptions):
     """A policy for other programs, by OpenAI's API. A run folder brings its temperature, limit and drafts."""
 
+    command: ClassVar[str] = "serve"
+    rollout: ServedRolloutOptions = ServedRolloutOptions()
     backend: Literal["native", "vllm"] = "native"
     """What decodes: our engine, or vLLM's own server of the same API (`make vllm`), which uses no drafts here, and has
     noise and a queue of its own."""
@@ -27,10 +38,6 @@ class ServeConfig(AnswerOptions, ModelOptions):
     """The name that requests call the policy by; null takes the last part of MODEL."""
     api_key_file: Path | None = None
     """A file with the key that clients must send, as `Authorization: Bearer KEY`."""
-    temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature of requests that name none; 0 is greedy."""
-    max_completion_tokens: int = Field(default=256, ge=1)
-    """Longest completion of requests that name no limit, in tokens."""
     max_batch_size: int = Field(default=32, ge=1)
     """Completions that are decoded together; the others wait."""
     batch_wait_ms: float = Field(default=50.0, ge=0)
@@ -54,9 +61,14 @@ class ServeConfig(AnswerOptions, ModelOptions):
     @model_validator(mode="after")
     def _more(self) -> ServeConfig:
         if self.backend == "vllm":
-            for name, kept in {"accept": "exact", "replicas": 1, "max_replicas": None}.items():
-                if (given := getattr(self, name)) != kept:
-                    raise ValueError(f"{name}={given} is for backend=native, our own engine; drop one of the two")
+            ours = (
+                ("rollout.accept", self.rollout.accept, "exact"),
+                ("replicas", self.replicas, 1),
+                ("max_replicas", self.max_replicas, None),
+            )
+            for name, value, usual in ours:
+                if value != usual:
+                    raise ValueError(f"{name}={value} is for backend=native, our own engine; drop one of the two")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is less than replicas={self.replicas}; raise it")
         return self

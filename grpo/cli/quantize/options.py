@@ -15,9 +15,11 @@ class QuantizeConfig(EvalConfig):
 
     common: ClassVar[tuple[str, ...]] = (
         *("method", "bits", "calibrate", "group_size", "calibrate_tokens", "heldout_tokens", "window"),
-        *("data", "split", "limit", "samples", "greedy", "template", "max_completion_tokens", "rewards"),
+        *("data.name", "eval.split", "eval.limit", "eval.samples", "eval.greedy", "data.template"),
+        *("rollout.max_completion_tokens", "rewards"),
         *("dtype", "device", "threads", "seed"),
     )
+    command: ClassVar[str] = "quantize"
     method: Literal["awq", "gptq", "rtn"] = "gptq"
     """`gptq` corrects each column's error in the columns after it, `awq` scales up the inputs that matter most, `rtn`
     rounds to nearest."""

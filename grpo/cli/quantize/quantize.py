@@ -62,7 +62,7 @@ class Quantizer:
 
     def __init__(self, config: QuantizeConfig, console: Console) -> None:
         self.config, self.console, self.use = config, console, PolicyInUse(config)
-        self.template = PromptTemplate(config.template, config.system_prompt, user_turn=config.user_turn)
+        self.template = PromptTemplate(config.data.template, config.data.system_prompt, user_turn=config.data.user_turn)
 
     def quantize(self, destination: Path) -> Quantization:
         """Writes `destination`, complete or not at all. What is wrong with the packages, the text, the source or the
@@ -78,7 +78,9 @@ class Quantizer:
         config, source = self.config, self.use.source
         text = self._text()
         problems = {self._fingerprint(example) for example in text.examples}
-        evaluations = [self._evaluate(source.folder, "before", problems)] if "data" in config.model_fields_set else []
+        evaluations = (
+            [self._evaluate(source.folder, "before", problems)] if "name" in config.data.model_fields_set else []
+        )
         started = time.perf_counter()
         policy = self.use.load()
         size = sum(tensor.nbytes for tensor in dict(policy.named_parameters()).values())
@@ -107,12 +109,12 @@ class Quantizer:
     def _text(self) -> CalibrationText:
         """Returns the text that is measured on, without the share that a run holds out."""
         config, base = self.config, self.use.source.base
-        shape, share = read_config(base), config.holdout
+        shape, share = read_config(base), config.data.holdout
         if is_packed(shape):
             raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
 
         def held_out(example: Example) -> bool:
-            return share is not None and in_holdout(self._fingerprint(example), share, config.holdout_seed)
+            return share is not None and in_holdout(self._fingerprint(example), share, config.data.holdout_seed)
 
         return calibration_text(
             config.calibrate,

@@ -77,7 +77,7 @@ class ServerOfVLLM:
         config, policy = self.config, self.use.load()
         with self.use.phase("loading"):
             policy.save(folder)
-        sampling = {"temperature": config.temperature, "max_new_tokens": config.max_completion_tokens}
+        sampling = {"temperature": config.rollout.temperature, "max_new_tokens": config.rollout.max_completion_tokens}
         options = {
             "model": str(folder),
             "served-model-name": config.called,

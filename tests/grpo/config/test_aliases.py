@@ -148,9 +148,9 @@ def test_every_option_and_command_that_a_note_or_a_reason_names_exists():
         (SftConfig, "per_device_train_batch_size", "prompts_per_step"),
         (MtpConfig, "learning_rate", "head.learning_rate"),
         (MtpConfig, "num_generations", "rollout.group_size"),
-        (EvalConfig, "max_new_tokens", "max_completion_tokens"),
-        (EvalConfig, "num_generations", "samples"),
-        (EvalConfig, "dataset_name", "data"),
+        (EvalConfig, "max_new_tokens", "rollout.max_completion_tokens"),
+        (EvalConfig, "num_generations", "eval.samples"),
+        (EvalConfig, "dataset_name", "data.name"),
         (SampleConfig, "num_generations", "samples"),
     ],
 )

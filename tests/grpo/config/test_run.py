@@ -9,6 +9,7 @@ from trl import GRPOConfig
 import grpo
 from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
+from grpo.cli.config.serve import ServeConfig
 from grpo.config.data import DataOptions
 from grpo.config.loss import LossOptions
 from grpo.config.options import ConfigError, _options, dump_yaml, load
@@ -184,35 +185,58 @@ def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):
     run = load(TrainConfig, None, given)
     (tmp_path / "config.yaml").write_text(dump_yaml(run))
     config = load(EvalConfig, None, defaults_of_run(tmp_path))
-    data = {name: getattr(run.data, name) for name in ("prompt_column", "solution_column", "template", "few_shot")}
-    assert {name: getattr(config, name) for name in data} == data
-    assert (config.data, config.split, config.levels, config.limit) == ("gsm8k", "validation", [2, 3], 17)
-    assert (config.temperature, config.max_completion_tokens, config.draft_tokens) == (0.5, 99, 3)
-    assert (config.seed, config.system_prompt) == (5, "Be brief.")
+    same = ("name", "prompt_column", "solution_column", "template", "few_shot", "system_prompt")
+    assert {name: getattr(config.data, name) for name in same} == {name: getattr(run.data, name) for name in same}
+    assert (config.data.name, config.data.system_prompt, config.data.levels) == ("gsm8k", "Be brief.", [2, 3])
+    assert (config.eval.split, config.eval.limit) == ("validation", 17)
+    rollout = config.rollout
+    assert (rollout.temperature, rollout.max_completion_tokens, rollout.draft_tokens) == (0.5, 99, 3)
+    assert config.seed == 5
     assert (config.rewards, config.reward) == (run.rewards, run.reward)
 
 
 def test_a_run_without_evaluation_is_evaluated_on_everything(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_yaml(load(TrainConfig, None, {"output_dir": str(tmp_path)})))
     config = load(EvalConfig, None, defaults_of_run(tmp_path))
-    assert config.limit is None
-    assert config.levels == DataOptions().levels
+    assert config.eval.limit is None
+    assert config.data.levels == DataOptions().levels
 
 
 def test_eval_has_the_defaults_of_training():
     """`quartet eval MODEL` after `quartet train --model MODEL` asks the same questions in the same way."""
     ours, data, rollout = EvalConfig(), DataOptions(), RolloutOptions()
     for name in ("prompt_column", "solution_column", "template", "system_prompt", "few_shot", "levels"):
-        assert getattr(ours, name) == getattr(data, name)
+        assert getattr(ours.data, name) == getattr(data, name)
     for name in ("temperature", "max_completion_tokens", "draft_tokens"):
-        assert getattr(ours, name) == getattr(rollout, name)
-    assert ours.data == data.name
+        assert getattr(ours.rollout, name) == getattr(rollout, name)
+    assert ours.data.name == data.name
 
 
-def test_samples_is_the_word_of_eval_and_sample_and_the_former_one_works_with_a_remark(caplog):
-    assert load(EvalConfig, None, {"samples": 3}).samples == load(SampleConfig, None, {"samples": 3}).samples == 3
-    assert "samples" not in caplog.text
-    assert load(SampleConfig, None, {"group_size": 3}).samples == SampleConfig(group_size=3).samples == 3
-    assert caplog.text.count("group_size is samples now, as in quartet eval; the old name works until 0.2") == 2
-    with pytest.raises(ConfigError, match="group_size=3: no such option"):
-        SampleConfig(group_size=3, samples=3)
+def test_the_names_of_an_older_version_work_with_a_word(caplog):
+    new = {"data.name": "gsm8k", "data.few_shot": 2, "rollout.temperature": 0.5, "eval.samples": 3, "eval.limit": 9}
+    old = {"data": "gsm8k", "few_shot": 2, "temperature": 0.5, "samples": 3, "limit": 9}
+    config = load(EvalConfig, None, new)
+    assert caplog.text == ""
+    assert load(EvalConfig, None, old) == EvalConfig(**old) == config
+    assert caplog.text.count("limit is eval.limit now; the old name works until 0.3") == 2
+    assert load(EvalConfig, None, {"rollout.group_size": 3}).eval.samples == 3
+    assert (
+        load(SampleConfig, None, {"group_size": 3, "data": "gsm8k"}).samples == SampleConfig(group_size=3).samples == 3
+    )
+    assert load(ServeConfig, None, {"max_completion_tokens": 9}).rollout.max_completion_tokens == 9
+    sft = load(SftConfig, None, {"output_dir": "r", "warm_start.steps": 7, "warm_start.learning_rate": 0.1})
+    assert (sft.steps, sft.learner.learning_rate) == (7, 0.1)
+
+
+def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():
+    """A file for several commands may say what is usual; a run that goes on has recorded more than is used today."""
+    usual = {"output_dir": "r", "rollout.workers": 0, "loss": {"beta": 0.0}, "curriculum.draft_depth": None}
+    assert load(SftConfig, None, usual) == load(SftConfig, None, {"output_dir": "r"})
+    with pytest.raises(
+        ConfigError, match=r"^rollout.workers=2 .command line.: quartet sft does not use it; leave it out$"
+    ):
+        load(SftConfig, None, usual | {"rollout.workers": 2})
+    words: list[str] = []
+    recorded = usual | {"rollout.workers": 2, "curriculum.draft_depth": 1}
+    assert load(SftConfig, None, recorded, on_removed=words.append).output_dir == Path("r")
+    assert [word.partition(":")[0] for word in words] == ["curriculum.draft_depth=1"]

@@ -2,9 +2,8 @@
 
 import pytest
 
-from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.config.options import ConfigError, load
-from grpo.config.problems import as_here, command_line, in_python, python_words
+from grpo.config.problems import command_line, in_python, python_words
 from grpo.config.run import TrainConfig
 from grpo.config.sampling import RolloutOptions
 
@@ -50,17 +49,3 @@ def test_a_function_for_programs_names_arguments_and_a_command_flags():
     with command_line(), pytest.raises(ValueError, match="go on with --resume auto --force"):
         fails()
     assert in_python("use --force to go on, or --stop_after") == "use force=True to go on, or stop_after"
-
-
-def test_the_names_of_train_work_in_the_commands_that_use_a_policy():
-    given = {"data.name": "gsm8k", "data.template": "chat", "rollout.temperature": 0.5, "rollout.group_size": 3}
-    meant = {"data": "gsm8k", "template": "chat", "temperature": 0.5, "samples": 3}
-    for options in (EvalConfig, SampleConfig):
-        assert as_here(options, given | {"seed": 1}) == meant | {"seed": 1}
-        assert load(options, None, as_here(options, given)).samples == 3
-    assert as_here(EvalConfig, {"eval.limit": 5, "eval.split": "test"}) == {"limit": 5, "split": "test"}
-    assert as_here(TrainConfig, given) == given
-    with pytest.raises(ConfigError, match=r"^data.split=train \(command line\): no such option; did you mean split\?$"):
-        as_here(EvalConfig, {"data.split": "train"})  # which is what was trained on
-    with pytest.raises(ConfigError, match="rollout.groupsize=3 .*no such option"):
-        load(EvalConfig, None, as_here(EvalConfig, {"rollout.groupsize": 3}))

@@ -212,7 +212,7 @@ def test_contract_16_a_run_that_held_out_a_share_is_evaluated_on_that_share(tmp_
     run = load(TrainConfig, None, given | {"eval.limit": 50})
     (tmp_path / "config.yaml").write_text(dump_yaml(run))
     config = load(EvalConfig, None, defaults_of_run(tmp_path) | {"seed": 9})
-    assert (config.holdout, config.holdout_seed, config.split) == (0.25, 2, "train")
+    assert (config.data.holdout, config.data.holdout_seed, config.data.split) == (0.25, 2, "train")
     with Task.of(run) as task, task_of({"name": str(rows), "holdout": 0.25, "holdout_seed": 2}, heldout=None) as again:
         assert questions(task.heldout) == questions(again.heldout)
 
