@@ -29,7 +29,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -267,12 +267,14 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     args, rest = parser.parse_known_args(_join(words, unknown.__contains__))  # no value taken for a positional
     options = getattr(args, "options_parser", parser)._option_string_actions
     args.flags = [flag.lstrip("-") for flag, action in options.items() if not isinstance(action, _Override)]
-    extra = {}
+    extra, command = {}, getattr(getattr(args, "options", None), "command", "")
     for word in rest:
         name, _, text = word.partition("=")
         if not name.startswith("-"):
             raise ConfigError([f"{name}: this word follows no option; see --help all"])
-        extra[name.lstrip("-")] = _value(Any, text)
+        key = name.lstrip("-")
+        action = options.get(f"--{names.new_key(command, 'data.name' if key == 'data' else key)}")  # of an old name
+        extra[key] = _value(Any, text) if action is None else cast(Any, action.type)(text)
     if extra and not hasattr(args, "overrides"):
         raise ConfigError(unknown_option(key, extra[key], "command line", args.flags) for key in extra)
     args.overrides = getattr(args, "overrides", {}) | extra

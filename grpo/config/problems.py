@@ -44,7 +44,7 @@ def unknown_option(
     names = list(names)
     way_out = removed(wanted) or hint(wanted, names) or _nearest(wanted, names)
     what = way_out if way_out.startswith(("not supported", "it is gone")) else f"no such option; {way_out}"
-    if wanted in elsewhere:
+    if wanted in elsewhere and not way_out.startswith("it is gone"):
         what = f"quartet {command} does not use it; {hint(wanted, names) or 'leave it out'}"
     return describe(key, {} if value is None else value, where, what)
 

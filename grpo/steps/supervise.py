@@ -54,11 +54,12 @@ def supervise(policy: Policy, task: Task, run: Run[Any]) -> None:
 def learner_of(run: Run[Any], policy: Policy) -> Learner:
     """Adapters are not used here even where GRPO will: LoRA starts from the warm policy."""
     config, options = run.config, run.config.supervision
+    of_solutions = {"updates_per_batch": 1, "learning_rate": options.learning_rate}  # the others are of rollouts
     with run.phase("loading"):
         terms = [SupervisedTerm(), *terms_of(policy, config)]
         return Learner(
             policy,
-            LearnerOptions(**config.learner.model_dump() | {"learning_rate": options.learning_rate}),
+            LearnerOptions(**config.learner.model_dump() | of_solutions),
             terms,
             Likelihood(policy, watchers=terms),
             schedule=schedule(options.schedule, options.steps, options.warmup_steps),

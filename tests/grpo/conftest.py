@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def quick_starts() -> Iterator[None]:
     """Texts of defaults and word problems depend on their arguments alone. How well times are measured matters to no
     test of this folder: those of the measurements are in tests/rollout."""

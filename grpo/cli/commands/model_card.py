@@ -152,7 +152,8 @@ def _for_other_programs(folder: Path, name: str) -> Iterator[str]:
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))
+    lines = (headings, ["---"] * len(headings), *rows)
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|" for cells in lines)
 
 
 def _evaluations(data: str | None, lines: list[dict[str, Any]]) -> Iterator[str]:

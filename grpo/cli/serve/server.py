@@ -57,7 +57,7 @@ def load_engine(use: PolicyInUse, newer: PolicySource | None = None, like: Engin
         costs = like.costs if like is not None else None
         engine = Engine(policy, getattr(torch, options.dtype), max_rows=options.max_batch_size, costs=costs)
         engine.version = (newer or use.source).step or 0
-        if options.draft_tokens is None and engine.head is not None and costs is None:
+        if options.rollout.draft_tokens is None and engine.head is not None and costs is None:
             engine.measure_costs(Workload.of(use.sampling(policy), options.max_batch_size))
     return engine
 

@@ -356,7 +356,7 @@ def test_yaml_scalars_hold_no_surprises():
 )
 def test_a_text_of_lines_has_line_breaks_as_help_shows_them(typed, read, tmp_path):
     """`--template '{question}\n'` in a shell hands over a backslash and an n."""
-    for config, keys in ((TrainConfig, ("data.template", "data.user_turn")), (SampleConfig, ("template",))):
+    for config, keys in ((TrainConfig, ("data.template", "data.user_turn")), (SampleConfig, ("data.template",))):
         parser = argparse.ArgumentParser()
         add_options(parser, config)
         overrides = parse(parser, [word for key in keys for word in (f"--{key}", typed)]).overrides

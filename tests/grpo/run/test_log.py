@@ -15,7 +15,7 @@ import torch
 import zstandard
 from rich.console import Console
 
-from grpo.config.run import LogOptions
+from grpo.config.run import GrpoLogOptions, LogOptions
 from grpo.run import log as run_log
 from grpo.run.hardware import command
 from grpo.run.log import Resume, RunLog
@@ -38,7 +38,7 @@ def _open(
 ) -> tuple[RunLog, io.StringIO]:
     shown = io.StringIO()
     console = Console(file=shown, width=width, **console_options or {})
-    options = LogOptions(**{"trackers": []} | more)
+    options = GrpoLogOptions(**{"trackers": []} | more)
     return RunLog(folder, config, options, resume=resume, quiet=quiet, console=console), shown
 
 

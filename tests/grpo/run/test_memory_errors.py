@@ -38,9 +38,11 @@ PLACES = {
 def test_a_run_says_in_one_message_what_was_going_on_and_what_to_lower(
     name, micro_policy, letters, tmp_path, monkeypatch, capsys
 ):
-    sample = rollout.engine.Engine.sample
+    sample, forward = rollout.engine.Engine.sample, Likelihood.forward
 
     def full(*given, **named):
+        if name == "learning" and not torch.is_grad_enabled():  # the canaries of a publication
+            return forward(*given, **named)
         if PLACES[name][1] == "sample" and given[1][0].prompt_id.startswith("canary/"):  # they are few and short
             return sample(*given, **named)
         raise torch.OutOfMemoryError(CUDA)

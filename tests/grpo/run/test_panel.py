@@ -13,7 +13,7 @@ import time
 import pytest
 from rich.console import Console
 
-from grpo.config.run import LogOptions
+from grpo.config.run import LinesOptions, LogOptions
 from grpo.run.console import Terminal
 from grpo.run.log import RunLog
 from grpo.run.panel import BLOCKS, PLAIN_BLOCKS, Panel, clock, sparkline
@@ -128,7 +128,7 @@ def test_a_pipe_gets_a_line_every_few_steps_and_no_control_code(tmp_path, monkey
         RunLog(
             tmp_path / "run",
             "",
-            LogOptions(trackers=[], every=every),
+            LinesOptions(trackers=[], every=every),
             last=5,
             console=Terminal(file=stream, color_system=None),
         ) as log,

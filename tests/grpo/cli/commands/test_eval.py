@@ -17,6 +17,7 @@ from grpo.cli.commands.eval import evaluate_model, peak_memory_gib
 from grpo.cli.commands.export import export
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.cli.parse import main
+from grpo.config.names import leaves
 from grpo.config.options import ConfigError, load
 from grpo.config.run import TrainConfig
 from grpo.evaluation.perplexity import Perplexity, gold_perplexity
@@ -66,7 +67,7 @@ def test_a_run_folder_brings_its_held_out_problems_along(trained):
     """`quartet eval RUN` meets the problems, prompts and noise of the run's own last evaluation."""
     folder, summary = trained
     config = _config(folder)
-    assert (config.template, config.limit) == ("Q: {question}\nA: ", 5)
+    assert (config.data.template, config.eval.limit) == ("Q: {question}\nA: ", 5)
     results = evaluate_model(config, QUIET).results
     for name in ("sampled", "greedy"):
         assert _same_results(results[name], summary.evaluations[f"after GRPO, {name}"])
@@ -83,8 +84,9 @@ def test_levels_and_split_of_the_evaluation_win_over_those_of_training(micro_con
 def test_other_data_come_without_the_runs_split_columns_and_limit(trained):
     folder, _ = trained
     brought = defaults_of_run(folder, data="gsm8k")
-    assert {"template", "rewards", "temperature", "seed"} <= brought.keys()
-    assert not {"data", "split", "levels", "limit", "prompt_column", "solution_column"} & brought.keys()
+    assert {"rewards", "seed", "data.template", "rollout.temperature"} <= {*brought, *dict(leaves(brought))}
+    assert not {"name", "split", "levels", "prompt_column", "solution_column"} & brought["data"].keys()
+    assert "eval" not in brought
     assert defaults_of_run(folder, data="word_problems") == defaults_of_run(folder)
 
 
@@ -232,8 +234,8 @@ def test_a_policy_that_was_changed_on_purpose_is_accepted_without_its_digests(un
 def test_a_checkpoint_of_a_run_can_be_named(unfinished):
     step = unfinished / "run/checkpoints/step_000002"
     config = _config(step)
-    assert config.data == "word_problems"
-    assert config.limit == 4
+    assert config.data.name == "word_problems"
+    assert config.eval.limit == 4
     assert find_policy(str(step)).meaning == f"a checkpoint of {unfinished / 'run'}"
     stopped = load_found(find_policy(str(unfinished / "stopped")), config).weights()
     assert all(
@@ -352,7 +354,7 @@ def test_several_samples_greedy_only_and_sampled_only(trained):
     sampled = evaluate_model(_config(folder, samples=3, greedy=False, rewards=rewards), QUIET).results
     assert list(sampled) == ["sampled"]
     assert _same_results(sampled["sampled"], both["sampled"])
-    with pytest.raises(ConfigError, match="samples=0 and greedy=false leave nothing to evaluate"):
+    with pytest.raises(ConfigError, match="eval.samples=0 and eval.greedy=false leave nothing to evaluate"):
         _config(folder, samples=0, greedy=False)
 
 
@@ -386,9 +388,12 @@ def test_how_stop_strings_are_given(capsys, trained):
     for command in (["eval", str(folder)], ["sample", str(folder), "--prompts", "x.jsonl"]):
         assert main([*command, "--stop", "[a, '']"]) == 2
         assert "an empty text would end every completion" in capsys.readouterr().err
-    for key in ("stop", "rollout.stop"):  # contract 1: training learns from what was sampled, all of it
+    for key, why in (
+        ("stop", "quartet train does not use it"),
+        ("rollout.stop", "no such option"),
+    ):  # contract 1: training learns from what was sampled, all of it
         assert main(["train", "--print_config", "--output_dir", "x", f"--{key}", "a"]) == 2
-        assert f"{key}=a (command line): no such option" in capsys.readouterr().err
+        assert f"{key}=a (command line): {why}" in capsys.readouterr().err
 
 
 # ---- perplexity and memory ------------------------------------------------------------------------------------------
@@ -537,7 +542,7 @@ def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, tmp_pa
     assert "sampled" in document["bleu_signature"] or "version:" in document["bleu_signature"]
     assert "Wilson" in document["interval_method"]
     assert document["rewards"][0]["sha256"]
-    assert document["options"]["samples"] == 4
+    assert document["options"]["eval"]["samples"] == 4
     assert {"hardware", "versions", "command"} <= document["environment"].keys()
 
 
