@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest
+# Many tests wait for processes and clocks, so one worker more than there are cores, but at most four.
+WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 VLLM := .vllm
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
@@ -41,7 +43,7 @@ quantize: $(RUN_STAMP) ## install what quartet quantize needs; llm-compressor as
 	$(PIP) --no-deps "llmcompressor==0.14.0.1"
 
 test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four cores
-	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not peer and not browser" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not peer and not browser" $(ARGS)
 
 test-slow: $(DEV_STAMP) ## the long proofs
 	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu and not peer and not browser" $(ARGS)

@@ -6,30 +6,33 @@ from typing import Any
 
 import pytest
 
+import rollout.costs
+from grpo.config import options
+from grpo.data import word_problems as module
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_starts() -> Iterator[None]:
+TEXTS: dict[str, str] = {}
+MAKE, PROBLEMS = options.to_yaml, functools.cache(module.word_problems)
+
+
+def to_yaml(value: Any, inline: bool = False) -> str:
+    if not inline:
+        return MAKE(value)
+    key = f"{type(value)} {value!r}"
+    if key not in TEXTS:
+        TEXTS[key] = MAKE(value, inline=True)
+    return TEXTS[key]
+
+
+def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: int = 20_000) -> list[dict[str, Any]]:
+    return [row.copy() for row in PROBLEMS(split, tuple(levels), seed, count=count)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
     """Texts of defaults and word problems depend on their arguments alone. How well times are measured matters to no
-    test of this folder: those of the measurements are in tests/rollout."""
-    import rollout.costs
-    from grpo.config import options
-    from grpo.data import word_problems as module
-
-    texts, make, problems = dict[str, str](), options.to_yaml, functools.cache(module.word_problems)
-
-    def to_yaml(value: Any, inline: bool = False) -> str:
-        if not inline:
-            return make(value)
-        key = f"{type(value)} {value!r}"
-        if key not in texts:
-            texts[key] = make(value, inline=True)
-        return texts[key]
-
-    def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: int = 20_000) -> list[dict[str, Any]]:
-        return [row.copy() for row in problems(split, tuple(levels), seed, count=count)]
-
+    test of this folder: those of the measurements are in tests/rollout. Only tests of this folder see these."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(options, "to_yaml", to_yaml)
         patch.setattr(module, "word_problems", word_problems)
         patch.setattr(rollout.costs, "REPEATS", 1)
-        yield
+        return (yield)

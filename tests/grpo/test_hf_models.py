@@ -203,7 +203,7 @@ def test_a_head_that_is_not_trained_asks_for_nothing(config_of, tmp_path):
 
 
 def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
-    with pytest.raises(ValueError, match=r"^draft_tokens=3 with .*quartet convert"):
+    with pytest.raises(ValueError, match=r"^rollout.draft_tokens=3 with .*quartet convert"):
         check_plan(EvalConfig(model=saved("llama"), rollout={"draft_tokens": 3}))
     assert check_plan(EvalConfig(model=saved("llama"), rollout={"draft_tokens": 0})).source.base == saved("llama")
 
