@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,9 +29,11 @@ def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: in
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Texts of defaults and word problems depend on their arguments alone. How well times are measured matters to no
-    test of this folder: those of the measurements are in tests/rollout. Only tests of this folder see these."""
+    test of this folder: those of the measurements are in tests/rollout. Workers of xdist call this for every test."""
+    if not item.path.is_relative_to(Path(__file__).parent):
+        return (yield)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(options, "to_yaml", to_yaml)
         patch.setattr(module, "word_problems", word_problems)
