@@ -357,3 +357,10 @@ def test_the_search_answers_what_somebody_new_asks_in_one_try(site):
     first = [items[places[0]]["location"] if places else "nothing" for places in json.loads(done.stdout)]
     wrong = [pair for pair in zip(QUESTIONS, first, strict=True) if not pair[1].startswith(QUESTIONS[pair[0]])]
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_quotes_files_as_the_site_reads_it(page):
+    """A formatter has once put blanks into it, and the site showed the line in place of the file."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("--8")]
+    assert all(re.fullmatch(r'--8<-- "\S+"', line) for line in lines)
