@@ -87,6 +87,8 @@ def renew(command: str, options: Mapping[str, Any], tell: Callable[[str, str], N
         put(options, "value.vf_coef", 0.0)
     elif trains_trunk is True:
         put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1))
+    if command == "sft" and get(options, "warm_start.levels"):  # what is evaluated had those of `data`
+        put(options, "eval.levels", get(options, "eval.levels") or get(options, "data.levels", [1, 2]))
     for old, new in table("renamed").get(command, {}).items():
         value = take(options, old)
         if value is not ABSENT and value != table("then").get(old, ABSENT):
