@@ -95,7 +95,7 @@ class TrainingBatch:
     seconds: float = 0.0  # that the values took
     tokens_by_version: dict[int, int] = field(default_factory=dict)  # completion tokens that each version has sampled
     draft_gain: float | None = None  # of their decoding; None where it is not known
-    draft_depth: int | None = None  # how deep the draft head learns; None: `mtp.depth`
+    draft_depth: int | None = None  # how deep the draft head learns from lessons; None: as its options say
     lessons: Sequence[Lesson] = ()  # recorded ones, which the draft head learns from where there are no rows
 
     def age(self, version: int) -> float:

@@ -111,11 +111,11 @@ def pack(
     )
 
 
-def supervised(rows: Sequence[PackedRow], step: int = 0, draft_depth: int | None = None) -> TrainingBatch:
+def supervised(rows: Sequence[PackedRow], step: int = 0) -> TrainingBatch:
     """A batch of gold solutions, one in each row."""
     rows = [replace(row, group=i) for i, row in enumerate(rows)]
     tokens = sum(row.num_completion_tokens for row in rows)
-    return TrainingBatch(rows, torch.zeros(len(rows), 1), len(rows), tokens, step, draft_depth=draft_depth)
+    return TrainingBatch(rows, torch.zeros(len(rows), 1), len(rows), tokens, step)
 
 
 def recorded(lessons: Sequence[Lesson], step: int = 0, draft_depth: int | None = None) -> TrainingBatch:

@@ -79,8 +79,8 @@ METRICS: dict[str, str] = {
     "draft/drafted_depth_<d>": "drafts made at depth d, count",
     "draft/tokens_per_forward": "completion tokens after the first / decoding forwards of the trunk; 1 without drafts",
     "draft/gain": "what the tokens cost without drafts / what their rounds cost, both by draft_costs.json and of all "
-    "draws; 1 where none was drafted, absent where no table chooses how many: with a number as rollout.draft_tokens, a "
-    "growing curriculum.draft_depth, an agent, vLLM, or nothing to draft from",
+    "draws; 1 where none was drafted, absent where no table chooses how many: with a number as rollout.draft_tokens, "
+    "an agent, vLLM, or nothing to draft from",
     "rollout/tail": "forwards of a shard in which an eighth of its completions or fewer were still decoded, fraction, "
     "mean over the shards of the first draw",
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",

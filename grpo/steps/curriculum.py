@@ -61,7 +61,7 @@ class Curriculum(Listener):
     def __init__(self, run: Run[TrainConfig], task: Task) -> None:
         config = run.config
         self.options, self.seed, self.ahead = config.curriculum, config.seed, config.rollout.ahead
-        self.deepest, self.longest = config.mtp.depth, config.rollout.max_completion_tokens
+        self.longest = config.rollout.max_completion_tokens
         self.pass_rate = task.pass_rate
         self.examples = sorted(task.train, key=lambda example: len(example.solution))
         self.seen: Counter[str] = Counter()

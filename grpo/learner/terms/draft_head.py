@@ -54,9 +54,7 @@ class DraftHeadTerm(Term):
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
         began, together = time.perf_counter(), work.ranks.readers > 1
         weights = {} if work.update else work.fixed[self.name]
-        depth = work.batch.draft_depth or self.options.depth
-        options = self.options.model_copy(update={"depth": depth})
-        temperature = work.likelihood.temperature
+        options, temperature = self.options, work.likelihood.temperature
         loss = head_loss(self.policy, options, mini, forward.preceding, weights, temperature, together)
         if loss is None:
             return None
