@@ -628,7 +628,7 @@ def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, 
 def test_what_sft_refuses(micro_preset, tmp_path):
     with pytest.raises(Stopped):
         sft(_sft_config(micro_preset, tmp_path / "run"), stop_after=2)
-    with pytest.raises(ValueError, match="warm_start.batch_size: 4 then, 5 now"):
+    with pytest.raises(ValueError, match="prompts_per_step: 4 then, 5 now"):
         sft(_sft_config(micro_preset, tmp_path / "run", **{"prompts_per_step": 5}), resume="auto")
     with pytest.raises(ValueError, match="force=True only lets"):
         sft(_sft_config(micro_preset, tmp_path / "run"), force=True)
