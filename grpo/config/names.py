@@ -83,10 +83,8 @@ def renew(command: str, options: Mapping[str, Any], tell: Callable[[str, str], N
     if take(options, "learner.stochastic_rounding") is True:
         put(options, "learner.optimizer", "adamw_8bit_stochastic")
     trains_trunk = take(options, "value.train_trunk")
-    if trains_trunk is False:
-        put(options, "value.vf_coef", 0.0)
-    elif trains_trunk is True:
-        put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1))
+    if trains_trunk is not ABSENT:
+        put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1) if trains_trunk else 0.0)
     if command == "sft" and get(options, "warm_start.levels"):  # what is evaluated had those of `data`
         put(options, "eval.levels", get(options, "eval.levels") or get(options, "data.levels", [1, 2]))
     for old, new in table("renamed").get(command, {}).items():
