@@ -47,6 +47,8 @@ class VLLMOptions(Options):
     environment variable QUARTET_VLLM_TOKEN holds its token."""
     engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's engine, such as {max_model_len: 2048} or {tensor_parallel_size: 2}."""
+    untried_version: bool = False
+    """Go on with a version of vLLM whose log-probabilities nobody has compared with ours yet."""
 
 
 class WorkersOptions(SamplingOptions):

@@ -20,6 +20,8 @@ FREE_TO_CHANGE = (
     *("reward.timeout_s", "reward.workers", "reward.pass_variables", "rollout.timeout_s"),
     *("learner.workers", "learner.parallel", "program_workers", "program_timeout_s", "program_memory_mb"),
 )
+# Options that are gone, and without which a run would not go on to the same bits.
+LEARNED = ("loss.", "value.", "curriculum.", "warm_start.", "policy.", "rollout.partial", "rollout.accept")
 
 
 def saved_state(
@@ -67,12 +69,14 @@ def refuse_changed_config(saved: Path, config: RunConfig) -> None:
     # Over `steps`: other steps are another schedule.
     decays = not isinstance(config, LearningConfig) or config.learner.schedule != "constant"
     free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
-    before = load(type(config), saved, {"output_dir": config.output_dir}, on_removed=lambda text: None)
+    gone: list[str] = []
+    before = load(type(config), saved, {"output_dir": config.output_dir}, on_removed=gone.append)
     changed = [
         f"  {key}: {then!r} then, {now!r} now"
         for key, (then, now) in differences(*(parse_yaml(dump_yaml(each)) for each in (before, config))).items()
         if not key.startswith(free)
     ]
+    changed += [f"  {text}" for text in gone if text.startswith(LEARNED)]
     if changed:
         raise ValueError(
             f"{saved.parent} was started with another configuration:\n"

@@ -3,7 +3,6 @@ wrong with it."""
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from policies import four_bit, presets
 from policies.checkpoint import check_files
 from policies.layout import find_file
 from policies.policy import read_tokenizer
-
-LOGGER = logging.getLogger(__name__)
 
 
 def check_own_functions(plan: Plan) -> None:
@@ -155,11 +152,12 @@ def _ask_server(options: VLLMOptions) -> None:
     else:
         key = "rollout.vllm.python"
         state, where = installed_vllm(options.python, key), f"{key}={options.python}"
-    if not state["tried"]:
+    if not (state["tried"] or options.untried_version):
         tried = ", ".join(state["tried_versions"])
-        LOGGER.warning(
-            f"{where}: nobody has compared the log-probabilities of vLLM {state['vllm']} with ours, and older ones "
-            f"were wrong on CPUs. The canaries of each publication will tell; {tried} have been compared (make vllm)"
+        raise ValueError(
+            f"{where}: nobody has compared the log-probabilities of vLLM {state['vllm']} with ours, and older "
+            f"ones were silently wrong on CPUs; install one of {tried} (make vllm), or set "
+            "rollout.vllm.untried_version"
         )
 
 

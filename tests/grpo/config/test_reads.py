@@ -130,9 +130,13 @@ def test_grpo_reads_all_its_options(micro_config, micro_policy, policy_folder, n
     with recorded() as reads:
         for number, options in enumerate(variants):
             train(micro_config(tmp_path / str(number), **options))
-        outside = micro_config(tmp_path / "vllm", **{"rollout.backend": "vllm", "rollout.vllm.python": "nowhere"})
-        with pytest.raises(ValueError, match="no such interpreter"):
-            check_plan(outside)  # vLLM is not installed here: what it would be started with
+        python = tmp_path / "python"  # vLLM is not installed here: what it would be started with
+        state = '{"protocol": 2, "vllm": "0.99.0", "on_cpu": true, "tried": false, "tried_versions": []}'
+        python.write_text(f"#!/bin/sh\necho '{state}'\n")
+        python.chmod(0o755)
+        outside = micro_config(tmp_path / "vllm", **{"rollout.backend": "vllm", "rollout.vllm.python": str(python)})
+        with pytest.raises(ValueError, match="nobody has compared"):
+            check_plan(outside)
         vllm_settings(outside.rollout, tmp_path)
         teaching(micro_policy(), outside.mtp, [], step=1, gain=1.0)  # drafts that gain too little
         Task.of(TrainConfig(output_dir=tmp_path / "h", data=rows), scores=False).close()

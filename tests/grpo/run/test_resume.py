@@ -634,3 +634,14 @@ def test_what_sft_refuses(micro_preset, tmp_path):
         sft(_sft_config(micro_preset, tmp_path / "run"), force=True)
     with pytest.raises(FileExistsError, match="already holds a run"):
         sft(_sft_config(micro_preset, tmp_path / "run"))
+
+
+def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(micro_config, tmp_path):
+    """Only where what is learned would be another thing: a timeout that is gone changes no bit."""
+    config = micro_config(tmp_path)
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(config).replace("rollout:\n", "rollout:\n  publish_timeout_s: 7.0\n"))
+    refuse_changed_config(file, config)
+    file.write_text(dump_yaml(config).replace("curriculum:\n", "curriculum:\n  draft_depth: 1\n"))
+    with pytest.raises(ValueError, match=r"curriculum.draft_depth=1: it is gone, since [^\n]*\n.*use --force"):
+        refuse_changed_config(file, config)

@@ -71,15 +71,16 @@ def test_a_server_that_is_not_there_is_named(micro_config, tmp_path, monkeypatch
         check_plan(micro_config(tmp_path / "r", **{"rollout.backend": "vllm"}, **given))
 
 
-def test_a_version_that_nobody_has_tried_is_told(micro_config, tmp_path, python, caplog):
-    check_plan(micro_config(tmp_path / "r", **{"rollout.backend": "vllm", "rollout.vllm.python": str(python)}))
-    assert "log-probabilities of vLLM 0.99.0 with ours" in caplog.text
-    assert "canaries of each publication will tell; 0.32.0 have been compared (make vllm)" in caplog.text
+def test_a_version_that_nobody_has_tried_needs_a_word(micro_config, tmp_path, python):
+    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python)}
+    with pytest.raises(ValueError, match="vLLM 0.99.0 with ours.*one of 0.32.0 .make vllm.*untried_version"):
+        check_plan(micro_config(tmp_path / "r", **given))
+    check_plan(micro_config(tmp_path / "r", **given, **{"rollout.vllm.untried_version": True}))
 
 
 def test_the_exact_mla_form_is_refused_and_its_original_is_not(micro_config, tmp_path, python, dense_folder):
     convert_checkpoint(str(dense_folder), tmp_path / "mla")
-    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python)}
+    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python), "rollout.vllm.untried_version": True}
     given |= DENSE
     with pytest.raises(ValueError, match="dense model in MLA form.*name the dense original"):
         check_plan(micro_config(tmp_path / "r", model=str(tmp_path / "mla"), **given))
