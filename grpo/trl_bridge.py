@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+METRICS = {"draft/head_age": "steps of TRL's trainer since the MTP head was last trained (TRL bridge only), count"}
 PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}  # trainer attributes
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP")
 # what makes an adapter more than W + ΔW, or trains weights outside of adapters

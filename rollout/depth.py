@@ -231,6 +231,14 @@ def draft_gain(completions: Iterable[Completion]) -> float | None:
     return sum(draft.plain_cost for draft in drafts) / cost if cost else None
 
 
+def drafts_by_depth(completions: Iterable[Completion]) -> list[tuple[int, int]]:
+    """How many drafts were made at each depth, and how many of them were accepted."""
+    drafts = [completion.draft for completion in completions]
+    made = map(sum, zip_longest(*(draft.drafted for draft in drafts), fillvalue=0))
+    accepted = map(sum, zip_longest(*(draft.accepted for draft in drafts), fillvalue=0))
+    return list(zip(made, accepted, strict=True))
+
+
 def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
     """What share of the head's drafts was accepted at each depth, where all before them were: what the next rollouts
     may expect. It is empty where the head has drafted nothing.
@@ -240,11 +248,8 @@ def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
     >>> head_accepted([one])  # 6/8, and (2/4) / (6/8)
     (0.75, 0.6667)
     """
-    drafts = [completion.draft for completion in completions]
-    drafted_by_depth = map(sum, zip_longest(*(draft.drafted for draft in drafts), fillvalue=0))
-    accepted_by_depth = map(sum, zip_longest(*(draft.accepted for draft in drafts), fillvalue=0))
     shares, before = list[float](), 1.0
-    for drafted, accepted in zip(drafted_by_depth, accepted_by_depth, strict=True):
+    for drafted, accepted in drafts_by_depth(completions):
         if not drafted or not before:
             break
         shares.append(round(min(accepted / drafted / before, 1.0), 4))

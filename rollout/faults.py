@@ -12,6 +12,7 @@ from typing import Literal
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
+METRICS = {"faults/sampling_seconds": "from the start of what a pool has lost to its being done again, seconds"}
 OnFinished = Callable[[int], None]  # gets the number of completions that have ended since it was last called
 OnLost = Callable[[str, str, str], None]  # gets what was lost, such as "worker 1", why, and what is done about it
 Kind = Literal["worker", "node", "object_store", "vllm"]
@@ -42,7 +43,8 @@ class RolloutError(RuntimeError):
 
 
 class Faults:
-    """Counts what a pool has lost, and the seconds that it took until the lost work was done again.
+    """Counts what a pool has lost, and the seconds that it took until the lost work was done again. What else a pool
+    tells adds to `unreported`, by metric.
 
     `most` losses are mended between two publications; the next one ends the run. Work that is lost at the same time
     counts once: the seconds are those in which any of it was missing.
@@ -56,7 +58,7 @@ class Faults:
     def __init__(self, on_lost: OnLost = lambda what, reason, action: None, most: int = MOST_LOST) -> None:
         self.on_lost, self.most = on_lost, most
         self.since_publication = 0
-        self._unreported: defaultdict[str, float] = defaultdict(float)
+        self.unreported: defaultdict[str, float] = defaultdict(float)
         self._missing: set[Hashable] = set()  # lost work
         self._began = 0.0  # when the first of it began
         self._lock = Lock()  # with rollout.ahead a thread samples while another asks for the metrics
@@ -80,7 +82,7 @@ class Faults:
                 f"{VLLM_ADVICE if kind == 'vllm' else ADVICE}; go on with --resume auto"
             )
         with self._lock:
-            self._unreported[f"faults/{kind}"] += 1
+            self.unreported[f"faults/{kind}"] += 1
             self._began = min(self._began, since) if self._missing else since
             self._missing.add(work)
 
@@ -90,12 +92,12 @@ class Faults:
             if work in self._missing:
                 self._missing.remove(work)
                 if not self._missing:
-                    self._unreported["faults/sampling_seconds"] += time.monotonic() - self._began
+                    self.unreported["faults/sampling_seconds"] += time.monotonic() - self._began
 
     def metrics(self) -> dict[str, float]:
-        """faults/* since the last call; empty where nothing was lost."""
+        """What was counted since the last call; faults/* are absent where nothing was lost."""
         with self._lock:
-            metrics, self._unreported = dict(self._unreported), defaultdict(float)
+            metrics, self.unreported = dict(self.unreported), defaultdict(float)
         return metrics
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -25,6 +24,13 @@ from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
 from rollout.sampling import SamplingParams
 from rollout.workers import START_TIMEOUT_S, Call, Lost, Workers
+
+METRICS = {
+    "faults/worker": "Ray workers replaced that died or passed rollout.timeout_s, rollout.publish_timeout_s; count",
+    "faults/node": "Ray workers that were replaced since their machine left the cluster, count",
+    "faults/object_store": "times that Ray's object store was full and was waited for, count",
+    "time/confirm": "from the message to the last worker's confirmation; part of time/publish, seconds",
+}
 
 
 @dataclass
@@ -89,7 +95,6 @@ class RayPool(Pool):
         # Prompts and parameters of the canaries of this version, and what a worker has sampled that passed them.
         self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None
         self.passed: set[int] = set()  # the workers that have passed them
-        self._unreported: defaultdict[str, float] = defaultdict(float)
         try:
             self.workers = Workers(places, arguments, self.cluster, self.check_stop, self.faults, options.on_ready)
             self.workers.wait_for(places.count)
@@ -112,7 +117,7 @@ class RayPool(Pool):
         started = time.monotonic()
         self._stream(self.sender.messages(weights, version), self.workers.there() or self.workers.wait_for(1))
         self._settle()
-        self._unreported["time/confirm"] += time.monotonic() - started
+        self.faults.unreported["time/confirm"] += time.monotonic() - started
         self.published = version
 
     def _stream(self, messages: Iterator[Message], to: Sequence[int], *, again: bool = False) -> None:
@@ -135,7 +140,7 @@ class RayPool(Pool):
                     break
                 limit_s = self.publish_timeout_s
                 sent = self.cluster.put(message, self.faults, limit_s, self.workers.while_waiting)
-                self._unreported["publish/bytes"] += message.bytes
+                self.faults.unreported["publish/bytes"] += message.bytes
                 calls = {self.workers.call(i, "publish", sent): Call(i, None, limit_s, late, began) for i in taking}
                 while calls:
                     for call, answer, lost in self.workers.ended(calls):
@@ -261,7 +266,7 @@ class RayPool(Pool):
             self._replace(replace(call, worker=taker), lost)
             return
         held, sent = _sound(answer)
-        self._unreported["publish/bytes"] += sent
+        self.faults.unreported["publish/bytes"] += sent
         if isinstance(held, tuple):
             self._replace(replace(call, worker=taker), held)
         elif wrong := self.sender.difference(held):
@@ -340,9 +345,7 @@ class RayPool(Pool):
         return self.costs
 
     def metrics(self) -> dict[str, float]:
-        metrics = self.faults.metrics() | self._unreported
-        self._unreported.clear()
-        return metrics
+        return self.faults.metrics()
 
     def close(self) -> None:
         with suppress(RolloutError, AttributeError):  # if the cluster has died, no worker is left

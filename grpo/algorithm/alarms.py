@@ -14,11 +14,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any
 
 from rewards.built_in.gsm8k import NUMBER, extract_answer, gold_answer
-
-Kind = Literal["length", "repetition", "copied", "format", "identical", "held_out"]
 
 WINDOW = 5  # steps that are looked at together
 LIMITS: dict[str, float] = {

@@ -42,6 +42,17 @@ from rollout.group import RolloutGroup
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
+METRICS = {
+    "corpus/taught_tokens": "tokens that this step has kept for the head to learn from (quartet mtp), count",
+    "corpus/held_out_tokens": "the same of rollouts that tell what an epoch gains, and are not learned from, count",
+    "draft/heldout_acceptance_depth_<d>": "drafts at depth d that the trunk would have taken in held-out rollouts "
+    "after an epoch / chains of that depth (quartet mtp)",
+    "draft/heldout_tokens_per_forward": "1 + the sum of draft/heldout_acceptance_depth_<d>",
+    "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
+    "curriculum/draft_depth": "depth to which the draft head is unrolled at this step",
+    "speed/taught_tokens_per_second": "tokens of an epoch that the head has learned from / seconds (quartet mtp)",
+    "eval/acceptance_depth_<d>": "draft/acceptance_depth_<d> on held-out prompts (quartet mtp)",
+}
 FITTED_EXAMPLES = 128  # training examples that a new head is fitted to
 HELD_OUT = 8  # one of so many training prompts: its rollouts are not taught
 

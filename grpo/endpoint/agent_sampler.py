@@ -21,6 +21,7 @@ from rollout.local_pool import LocalPool
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
+METRICS = {"agent/segments_mean": "texts of an episode, mean; absent where each is the data's prompt continued"}
 WAIT_S = 0.01  # that a request may wait for others before it joins the running batch
 POLL_S = 0.1
 ROWS_OF_WORKER = 8  # requests of one agent that are decoded together

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import zip_longest
 from statistics import fmean, median
 
 from rich.progress import Progress
@@ -16,12 +15,28 @@ from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at
 from grpo.run.metrics import mean_of
 from grpo.task.task import Task
 from rewards.group_score import GroupScore, RewardFailure
-from rollout.depth import tokens_per_forward
+from rollout.depth import drafts_by_depth, tokens_per_forward
 from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
+METRICS = {
+    "eval/accuracy": "held-out completions that the first reward calls right, fraction; only where it says so",
+    "eval/accuracy_greedy": "the same for greedy completions, fraction",
+    "eval/reward_mean": "score of a held-out completion, mean",
+    "eval/reward_mean_greedy": "the same for greedy completions, mean",
+    "eval/part/<name>": "value of the reward function `name` on held-out completions, mean",
+    "eval/pass_at_<d>": "held-out prompts that at least one of d completions solves, fraction",
+    "eval/majority_at_<d>": "held-out prompts whose most frequent answer among d completions is right, fraction",
+    "eval/without_mark": "held-out completions without a mark (the reward abstained or failed), count",
+    "eval/reward_errors": "failures of reward functions on held-out completions, count",
+    "eval/prompts": "held-out prompts evaluated, count",
+    "eval/completion_length_mean": "length of a held-out completion, stop token included, mean, tokens",
+    "eval/completion_clipped": "held-out completions cut by max_completion_tokens, fraction",
+    "eval/tokens_per_forward": "draft/tokens_per_forward on held-out prompts",
+    "time/evaluate": "held-out evaluation, off the training clock, seconds",
+}
 OnFinished = Callable[[int], None]
 OnBatch = Callable[[Sequence[RolloutGroup], Sequence[GroupScore]], None]
 
@@ -126,7 +141,6 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
     )
     tokens = sum(len(completion.token_ids) for completion in completions)
     drafts = [completion.draft for completion in completions]
-    drafted, accepted = _by_depth([d.drafted for d in drafts]), _by_depth([d.accepted for d in drafts])
     forwards = sum(draft.target_forwards for draft in drafts)
     parts = {
         name: [part for score in scores for part in score.parts[name] if part is not None] for name in scores[0].parts
@@ -151,7 +165,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
             k: estimate([pass_at_k(len(right), sum(right), k) for right in marked if len(right) >= k]) for k in ks
         },
         majority_at={k: _majority(task, groups, verdicts, k) for k in ks},
-        acceptance=[taken / made for made, taken in zip(drafted, accepted, strict=True) if made],
+        acceptance=[accepted / made for made, accepted in drafts_by_depth(completions) if made],
         fallback_rate=sum(draft.fallbacks for draft in drafts) / forwards if forwards else 0.0,
         failures=failures,
         by_problem=[fmean(right) if right else None for right in marked],
@@ -164,10 +178,6 @@ def _majority(task: Task, groups: Sequence[RolloutGroup], verdicts: Sequence[lis
     answers = [[task.read_answer(text) for text in group.texts] for group in groups]
     votes = [majority_at_k(own, verdict, k) for own, verdict in zip(answers, verdicts, strict=True)]
     return estimate([vote for vote in votes if vote is not None])
-
-
-def _by_depth(counts: Sequence[Sequence[int]]) -> list[int]:
-    return [sum(depth) for depth in zip_longest(*counts, fillvalue=0)]
 
 
 def both_ways(sampling: SamplingParams) -> dict[str, SamplingParams]:

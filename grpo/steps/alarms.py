@@ -18,6 +18,16 @@ from rollout.group import RolloutGroup
 if TYPE_CHECKING:
     from grpo.steps.loop import Run
 
+METRICS = {
+    "alarm/length/<name>": "correlation of the marks of `name` with length inside groups; alarms look at five steps",
+    "alarm/repetition/<name>": "the same with the share of 3-grams of tokens that a completion had before",
+    "alarm/copied/<name>": "the same with: the answer is a number of the question, and wrong",
+    "alarm/right/<name>": "the same with being right, where the data have gold answers of numbers",
+    "alarm/format/<name>": "wrong completions among those with the best mark of `name`; only where nine of ten "
+    "well-formed ones have it; fraction",
+    "alarm/identical": "completions whose text another prompt got too, fraction",
+}
+
 
 def listener(run: Run[TrainConfig], task: Task) -> Listener | None:
     return AlarmListener(task.watched_rewards(), run.log.event) if run.ranks.first else None

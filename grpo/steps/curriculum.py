@@ -25,6 +25,12 @@ from rollout.sampling import SamplingParams
 if TYPE_CHECKING:
     from grpo.steps.loop import Run
 
+METRICS = {
+    "curriculum/open": "training examples that are open yet (curriculum.shortest_share), fraction",
+    "curriculum/seen": "training examples that were drawn at least once, fraction",
+    "curriculum/pass_rate": "running share of a prompt's marked completions with full marks, mean over the prompts met",
+    "curriculum/completion_tokens": "length limit of completions at this step, tokens",
+}
 MEMORY = 0.5  # share of the former estimate in a prompt's running pass rate
 FLOOR = 0.01  # weight of a prompt that always or never passes: it is drawn now and then, because policies change
 

@@ -13,8 +13,7 @@ from grpo.algorithm.statistics import wilson_interval
 from grpo.algorithm.ties import tied
 from grpo.algorithm.verdicts import ACCURACY
 from grpo.run import hardware
-from grpo.run.metrics import METRICS
-from grpo.run.metrics import check as row_of
+from grpo.run.metrics import meaning
 from grpo.run.records import check_run, read_events, read_metrics, recorded_steps, rollout_path, split_groups
 from grpo.view.headline import headline
 from grpo.view.reading import check_files, find_tokenizer, read_step, token_texts
@@ -46,7 +45,7 @@ class RunFiles:
             "name": self.name,
             "headline": headline(measured),
             "rows": rows,
-            "meanings": {name: _meaning(name) for name in names},
+            "meanings": {name: meaning(name.removesuffix("/low").removesuffix("/high")) for name in names},
             "recorded": recorded_steps(self.folder),
             "config": options.read_text(encoding="utf-8", errors="replace") if options.is_file() else "",
             "machine": hardware.caption(hardware.read(machine)) if machine.is_file() else "",
@@ -59,21 +58,19 @@ class RunFiles:
 
     def step(self, step: int) -> dict[str, Any]:
         """Returns the groups of a step, each in a few numbers. Raises FileNotFoundError without a record."""
-        groups = []
-        for lines in self._groups(step):
-            rewards = [line.get("reward") for line in lines]
-            groups.append(
-                {
-                    "prompt_id": lines[0]["prompt_id"],
-                    "prompt": lines[0]["prompt"],
-                    "rewards": rewards,
-                    "advantages": [line.get("advantage") for line in lines],
-                    "lengths": [len(line["token_ids"]) for line in lines],
-                    "reasons": [line.get("finish_reason") for line in lines],
-                    "parts": {name: [line["parts"].get(name) for line in lines] for name in lines[0]["parts"]},
-                    "tied": tied(rewards),
-                }
-            )
+        groups = [
+            {
+                "prompt_id": lines[0]["prompt_id"],
+                "prompt": lines[0]["prompt"],
+                "rewards": [line.get("reward") for line in lines],
+                "advantages": [line.get("advantage") for line in lines],
+                "lengths": [len(line["token_ids"]) for line in lines],
+                "reasons": [line.get("finish_reason") for line in lines],
+                "parts": {name: [line["parts"].get(name) for line in lines] for name in lines[0]["parts"]},
+                "tied": tied([line.get("reward") for line in lines]),
+            }
+            for lines in self._groups(step)
+        ]
         failures = [e for e in self.events() if e.get("step") == step and "error" in e]
         return {"step": step, "groups": groups, "failures": failures}
 
@@ -128,10 +125,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     return [finite(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _meaning(name: str) -> str:
-    try:
-        return METRICS[row_of(name.removesuffix("/low").removesuffix("/high"))]
-    except ValueError:
-        return ""

@@ -14,6 +14,13 @@ import torch
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
+METRICS = {
+    "canary/logprob_abs_mean": "mismatch/logprob_abs_mean of a publication's canaries, which both score with the same "
+    "weights: what precision and backend alone give, nats",
+    "canary/logprob_abs_max": "the largest of them",
+    "canary/repeats": "1 where a publication's first canaries differed by more than is allowed, and its second did not",
+    "time/canaries": "sampling the canaries, scoring them, comparing digests; part of time/publish, seconds",
+}
 PROMPTS, PROMPT_TOKENS, COMPLETIONS, TOKENS = 3, 12, 2, 8
 # A policy that is sure of every token gives log-probabilities of zero whatever is wrong; this much hotter it does not.
 HOTTER = 4.0

@@ -1,5 +1,6 @@
 """Features leave whole: without its files and its line of a table a feature is gone, and the demo trains as before."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from grpo.config.features import FEATURES
+from grpo.run.metrics import documented
 
 ROOT = Path(__file__).parents[2]
 TABLE, SAMPLERS = "grpo/config/features.py", "rollout/pools.py"
@@ -36,6 +38,19 @@ LEAVING = {
     "the page": (["grpo/view"], None),
     "TRL's users": (["grpo/trl_bridge.py"], None),
 }
+# The metrics that a feature alone writes, of those features that write any.
+METRICS = {
+    "distill": "loss/teacher_kl",
+    "balance": "loss/balance_.*|moe/.*|heads/.*",
+    "value": "loss/value|value/.*",
+    "draft_head": "loss/mtp.*|time/draft_head",
+    "curriculum": "curriculum/(?!draft_depth).*",
+    "alarms": "alarm/.*",
+    "Ray workers": "faults/(worker|node|object_store)|time/confirm",
+    "vLLM": "faults/vllm",
+    "agents": "agent/.*",
+    "TRL's users": "draft/head_age",
+}
 SHORT = ["--steps=2", "--warm_start.steps=3", "--eval.limit=0", "--prompts_per_step=4", "--checkpoint.every=1"]
 
 
@@ -46,16 +61,37 @@ def tree(folder):
     return folder
 
 
+def run(folder, code, *words):
+    """What a fresh interpreter prints that imports the packages of this folder."""
+    environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    command = [sys.executable, "-P", "-c", code, *words]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    return ended.stdout
+
+
 def demo(folder):
     """Two steps of the demo by the code in this folder. A clock measures what drafts cost, so their number is fixed."""
     words = [*SHORT, "--rollout.draft_tokens", "2", "--output_dir", str(folder / "run"), "--log.trackers", "[]"]
     code = "import sys; from grpo.__main__ import main; sys.exit(main())"
-    command = [sys.executable, "-P", "-c", code, "train", str(folder / "examples/01_demo.yaml"), *words]
-    environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    run(folder, code, "train", str(folder / "examples/01_demo.yaml"), *words)
     with safe_open(folder / "run/policy/model.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def without(features, folder):
+    """The folder without the files of these features."""
+    for path in (folder / name for feature in features for name in LEAVING[feature][0]):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
+
+
+def check_metrics(features, folder):
+    """The reference of the folder has all metrics but those of these features."""
+    gone = "|".join(METRICS[feature] for feature in features if feature in METRICS)
+    rest = {name: meaning for name, meaning in documented().items() if not re.fullmatch(gone, name)}
+    code = "import json; from grpo.run.metrics import documented; print(json.dumps(documented()))"
+    assert json.loads(run(folder, code)) == rest
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +102,8 @@ def whole(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("feature", LEAVING)
 def test_a_feature_leaves_whole(feature, whole, tmp_path):
-    files, line = LEAVING[feature]
-    folder = tree(tmp_path)
-    for name in files:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder, line = without([feature], tree(tmp_path)), LEAVING[feature][1]
+    check_metrics([feature], folder)
     if line is not None:
         table = folder / line[0]
         text = table.read_text()
@@ -83,6 +116,11 @@ def test_a_feature_leaves_whole(feature, whole, tmp_path):
         if feature == "draft_head" and name.startswith(f"model.layers.{layers}."):
             continue  # that is the head, which nothing teaches then
         assert torch.equal(weights[name], tensor), name
+
+
+def test_metrics_leave_with_their_features(tmp_path):
+    assert all(any(re.fullmatch(names, name) for name in documented()) for names in METRICS.values())
+    check_metrics(LEAVING, without(LEAVING, tree(tmp_path)))
 
 
 def test_every_feature_of_the_table_is_tried():

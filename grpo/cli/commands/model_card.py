@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from grpo.algorithm.verdicts import ACCURACY, held_out_metric
 from grpo.config.json_file import expecting, read_json, read_objects, whole_lines
 from grpo.config.names import recorded_options
 from grpo.run import hardware
-from grpo.run.metrics import METRICS
+from grpo.run.metrics import meaning
 from grpo.run.records import read_metrics
 
 REPORT = "report.html"
@@ -199,8 +198,7 @@ def _training(lines: list[dict[str, Any]]) -> Iterator[str]:
     for metric in (*SHOWN_METRICS, "loss/sft"):
         if first.get(metric) is not None or last.get(metric) is not None:
             values = ["-" if line.get(metric) is None else f"{line[metric]:.4g}" for line in (first, last)]
-            meaning = METRICS.get(metric) or METRICS[re.sub(r"\d+$", "<d>", metric)]
-            rows.append([f"`{metric}`", *values, meaning])
+            rows.append([f"`{metric}`", *values, meaning(metric)])
     yield f"{last['step']} steps; every step's numbers are in `run/metrics.jsonl`."
     yield _table(["metric", f"step {first['step']}", f"step {last['step']}", "meaning"], rows)
 

@@ -26,6 +26,18 @@ from policies.policy import Policy
 from policies.routing.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
 from policies.routing.routers import Part, RoutingRecorder, routers
 
+METRICS = {
+    "loss/balance_entropy": "log E - H(mean soft choice), before its weight, mean over layers, nats; 0 is balanced",
+    "loss/balance_sequence": "balance loss of a completion, before its weight, mean over layers; 1 is balanced",
+    "loss/balance_heads_<name>": "loss/balance_<name> of dynamic heads (active_heads)",
+    "moe/load_min": "load of the least used expert / even share, mean over layers; 1 is balanced",
+    "moe/load_max": "load of the most used expert / even share, mean over layers; 1 is balanced",
+    "moe/max_violation": "moe/load_max - 1",
+    "moe/router_entropy": "entropy of a token's gate, mean over tokens and layers, nats; log E is indifference",
+    "moe/dead_experts": "experts that no token of the step chose, over all layers, count",
+    "moe/layer_<d>/<name>": "moe/<name> of layer d alone",
+    "heads/<name>": "moe/<name> of the attention heads that active_heads lets a router choose",
+}
 PREFIX: dict[Part, str] = {"mlp": "moe", "self_attn": "heads"}  # of the names of metrics
 
 

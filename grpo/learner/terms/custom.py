@@ -18,6 +18,7 @@ from grpo.learner.terms.term import Term, Work
 from policies.lora import has_adapter
 
 Loss = str | LossOptions | Term | Callable[..., Tensor]
+METRICS = {"loss/own": "the loss that a loop of your own gave to forward_backward, as it is summed up"}
 NAME = "loss/own"
 
 

@@ -20,6 +20,11 @@ from policies.policy import Policy
 if TYPE_CHECKING:
     from rewards.group_score import GroupScore
 
+METRICS = {
+    "loss/teacher_kl": "KL of the policy from the teacher (loss.advantage: distill), mean, nats per token: "
+    "an estimate, or with distill.top_k the KL of the teacher's k tokens and the rest",
+}
+
 
 class Scores(Protocol):
     """Where a teacher's log-probabilities come from: weights that are loaded here, or a server."""

@@ -20,6 +20,12 @@ from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
 
+METRICS = {
+    "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
+    "loss/mtp_tv": "the same by total variation (head.tv, mtp.tv): share of drafts rejected at best, fraction",
+    "time/draft_head": "the draft head and its loss, without most of its backward; and all that tied groups take which "
+    "are read for it alone; part of time/learn, seconds",
+}
 PAYS = 1.1  # least gain of a step's rollouts that is worth what the head's learning takes
 
 

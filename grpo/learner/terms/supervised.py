@@ -8,6 +8,8 @@ from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
 from grpo.learner.likelihood import Forward
 from grpo.learner.terms.term import Term, Work
 
+METRICS = {"loss/sft": "cross-entropy of the gold solutions in the warm start, mean, nats per token"}
+
 
 class SupervisedTerm(Term):
     """-Σ log π / N over the N sampled tokens of the batch. A batch for it has no advantages."""

@@ -25,6 +25,12 @@ from policies.policy import Policy
 if TYPE_CHECKING:
     from rewards.group_score import GroupScore
 
+METRICS = {
+    "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",
+    "value/clip_fraction": "tokens whose value the clip holds back, fraction",
+    "value/explained_variance": "1 - Var(return - value) / Var(return) over tokens; 1 is a perfect value function",
+    "value/grad_norm": "norm of the value head's gradient before clipping",
+}
 HIDDEN = 128  # width of the value head's hidden layer
 APART = 0.1  # weight of its loss where the trunk learns nothing from it; AdamW's steps hardly depend on it
 RANK_TEMPERATURE = 1.0  # weights are softmax(rank / this)

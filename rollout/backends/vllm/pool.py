@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ from rollout.publication.canaries import other_canaries
 from rollout.sampling import SamplingParams
 from rollout.stage import Stage
 
+METRICS = {"faults/vllm": "restarts: vLLM died or was late (rollout.vllm.silence_s, rollout.publish_timeout_s), count"}
 LOAD_S = 600.0  # vLLM imports itself and makes the model
 PAUSE_S = 0.2  # until weights are read again that were moving
 LOST_ELSEWHERE = "See its log, start it again at the address in rollout.vllm.url, and go on with --resume auto"
@@ -71,7 +71,6 @@ class VLLMPool(Pool):
         self.digests: dict[str, str] = {}  # of all that was published, by its name in the layout
         self.published: tuple[Publication, int] | None = None  # the learner's tensors, or a copy of them
         self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None  # of this version
-        self._unreported: defaultdict[str, float] = defaultdict(float)
         self.process: VLLMProcess | None = None
         self._is_lost = False
         try:
@@ -162,7 +161,7 @@ class VLLMPool(Pool):
         header, size = update.header() | {"version": version}, wire.length(update.tensors)
         parts = wire.stream(update.tensors)
         answer = self.client.upload("/publish", header, parts, size, limit_s=self.settings.publish_s)
-        self._unreported["publish/bytes"] += size
+        self.faults.unreported["publish/bytes"] += size
         return answer["held"], answer["unused"]
 
     def _publish_again(self) -> None:
@@ -307,9 +306,7 @@ class VLLMPool(Pool):
         raise RolloutError("vLLM drafts at one depth: with it rollout.draft_tokens is a number, or null for none")
 
     def metrics(self) -> dict[str, float]:
-        metrics = self.faults.metrics() | self._unreported
-        self._unreported.clear()
-        return metrics
+        return self.faults.metrics()
 
     def close(self) -> None:
         self.stage.close()

@@ -1,9 +1,13 @@
+import importlib
 import re
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from grpo.run.metrics import METRICS, check, rollout_metrics, table, tail_share
+from grpo.run.metrics import check, documented, meaning, rollout_metrics, table, tail_share
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
@@ -105,13 +109,13 @@ def test_an_undocumented_name_raises_with_the_nearest(name, nearest):
 
 
 def test_every_pattern_documents_itself_and_no_other():
-    for pattern in METRICS:
+    for pattern in documented():
         assert check(pattern.replace("<d>", "1").replace("<name>", "x")) == pattern
 
 
 def test_every_metric_that_the_code_names_is_documented():
     root = Path(__file__).parents[3]
-    areas = "|".join({name.partition("/")[0] for name in METRICS})
+    areas = "|".join({name.partition("/")[0] for name in documented()})
     literal = re.compile(rf'"((?:{areas})/[a-z0-9_/]+)"')
     sources = [path for package in ("grpo", "rollout", "policies") for path in (root / package).rglob("*.py")]
     names = {name for path in sources for name in literal.findall(path.read_text())}
@@ -120,9 +124,42 @@ def test_every_metric_that_the_code_names_is_documented():
         check(name)
 
 
+def test_a_file_documents_what_it_writes_and_no_other_file_does():
+    """What is read of a file is what it has when it is imported; `draft/gain` has one meaning."""
+    root = Path(__file__).parents[3]
+    tables = {}
+    for path in sorted(path for package in ("grpo", "rollout") for path in (root / package).rglob("*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        if "\nMETRICS" in path.read_text() and module != "grpo.trl_bridge":  # which needs peers
+            tables[module] = importlib.import_module(module).METRICS
+    assert {f"grpo.learner.terms.{name}" for name in ("balance", "distill", "draft_head", "value")} <= tables.keys()
+    rows = [row for table in tables.values() for row in table.items()]
+    assert len(rows) == len(dict(rows))
+    assert documented().keys() - dict(rows).keys() == {"draft/head_age"}
+    assert dict(rows).items() <= documented().items()
+
+
+def test_reading_the_meanings_loads_nothing():
+    code = "import sys, grpo.run.metrics as m; before = {*sys.modules}; m.table(); print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_a_meaning_is_that_of_the_row_and_empty_without_one():
+    assert meaning("moe/layer_3/load_min") == documented()["moe/layer_<d>/<name>"] != ""
+    assert meaning("heads/load_min") == documented()["heads/<name>"]
+    assert meaning("reward/meen") == ""
+
+
+def test_areas_stand_together():
+    areas = [name.partition("/")[0] for name in documented()]
+    assert len([area for area, before in pairwise(["", *areas]) if area != before]) == len(set(areas))
+    assert areas[0] == "reward"
+
+
 def test_the_table_is_markdown_with_one_row_a_metric():
     lines = table().splitlines()
-    assert len(lines) == 2 + len(METRICS)
+    assert len(lines) == 2 + len(documented())
     for line in lines:
         assert line.replace(r"\|", "").count("|") == 3
 
