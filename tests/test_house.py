@@ -292,7 +292,7 @@ def test_training_loads_no_feature_that_nobody_has_asked_for():
     ours = [name for name in FEATURES if name.split(".")[0] in MAY_IMPORT]
     modules = {name for package in MAY_IMPORT for name in house.modules_of(ROOT, package)}
     assert [name for name in ours if name not in modules] == []
-    assert _features_loaded("import grpo.train") == []
+    assert _features_loaded("import grpo.train, grpo.run.metrics\ngrpo.run.metrics.documented()") == []
     assert "rollout.ray_pool" in _features_loaded("import grpo.train, rollout.ray_pool")
 
 

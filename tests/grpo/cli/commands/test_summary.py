@@ -66,6 +66,7 @@ def _group(prompt: str = "6 * 7 = ?", **columns) -> RolloutGroup:
 
 
 def test_groups_as_json_is_the_documented_form_to_the_letter():
+    draft = {"target_forwards": 1, "fallbacks": 0, "depths": [], "cost": 0.0, "plain_cost": 0.0}
     assert summary.groups_as_json([_group(prompt="6 * 7 = ?"), _group(prompt="text")])[0] == {
         "prompt": "6 * 7 = ?\n",
         "completions": [
@@ -74,30 +75,14 @@ def test_groups_as_json_is_the_documented_form_to_the_letter():
                 "token_ids": [4, 2, 0],
                 "logprobs": [-0.1, -0.2, -0.3],
                 "finish_reason": "stop",
-                "draft": {
-                    "target_forwards": 1,
-                    "drafted": [2, 2],
-                    "accepted": [1, 0],
-                    "fallbacks": 0,
-                    "depths": [],
-                    "cost": 0.0,
-                    "plain_cost": 0.0,
-                },
+                "draft": draft | {"drafted": [2, 2], "accepted": [1, 0]},
             },
             {
                 "text": "\x1b[31m41",
                 "token_ids": [4, 1],
                 "logprobs": [-0.1, -1.2],
                 "finish_reason": "length",
-                "draft": {
-                    "target_forwards": 1,
-                    "drafted": [1, 1],
-                    "accepted": [0, 0],
-                    "fallbacks": 0,
-                    "depths": [],
-                    "cost": 0.0,
-                    "plain_cost": 0.0,
-                },
+                "draft": draft | {"drafted": [1, 1], "accepted": [0, 0]},
             },
         ],
     }
