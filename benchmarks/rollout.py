@@ -280,7 +280,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     config.eval.limit = max(config.eval.limit, 2 * max(args.rows) * args.repeats)
     results: dict[str, Any] = {}
     with Task.of(config) as task:
-        prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+        prompts = [task.prompt(example, policy.tokenizer) for example in task.held_out]
     stops = tuple(policy.stop_token_ids)
     depths: list[int | None] = [0, *args.depths, None]
     for rows in args.rows:

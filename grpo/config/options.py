@@ -75,7 +75,7 @@ class Options(BaseModel):
         """Raises ConfigError with what the command line says of such options. Files and parts of other options are
         validated without it."""
         if command := getattr(type(self), "command", ""):
-            given = names.renew(command, given, _warn_of_old_name)
+            given = names.renew(command, given, warn_of_old_name)
         try:
             super().__init__(**given)
         except ValidationError as error:
@@ -336,7 +336,7 @@ def load(
             problems += error.problems
     unread = bool(problems)
     command = getattr(model_cls, "command", "")
-    tell = None if on_removed else _warn_of_old_name
+    tell = None if on_removed else warn_of_old_name
     data, lines = names.renew(command, data, tell), {names.new_place(command, place): n for place, n in lines.items()}
     overrides = names.renew_keys(command, overrides, tell)
     for key, value in overrides.items():
@@ -364,7 +364,8 @@ def load(
     return model
 
 
-def _warn_of_old_name(old: str, new: str) -> None:
+def warn_of_old_name(old: str, new: str) -> None:
+    """Tells a user who has written an old name of an option, a split or a flag."""
     LOGGER.warning("%s is %s now; the old name works until %s", old, new, names.WORKS_UNTIL)
 
 

@@ -57,7 +57,7 @@ class EvalOptions(Options):
     """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too where there is an
     accuracy."""
     split: str | None = None
-    """The held-out split; `heldout` for word_problems, `test` otherwise."""
+    """The held-out split; `held_out` for word_problems, `test` otherwise."""
     levels: list[int] | None = None
     """Levels of `word_problems`; those of `data` by default."""
 

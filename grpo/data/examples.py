@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from grpo.config.data import ProblemOptions
 from grpo.config.json_file import unfit
+from grpo.config.options import warn_of_old_name
 from grpo.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
 from grpo.data.source import BUILT_IN, GSM8K, REASONING_GYM, TOO_MANY_FIELDS, file_rows, load_dataset, local_file
 from rewards.protocol import text_of
@@ -107,6 +108,9 @@ def load_examples(
     options = options or ProblemOptions()
     if options.task_options and not source.startswith(REASONING_GYM):
         raise ValueError(f"task_options={options.task_options} are for reasoning_gym tasks; {name_or_path} has none")
+    if split == "heldout" and default_held_out_split(source) == "held_out":
+        warn_of_old_name(f"split heldout of {source}", "held_out")
+        split = "held_out"
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, None)
     problems = _made(source, split, levels, seed, limit, options.task_options)
@@ -208,13 +212,13 @@ def gold_checks(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> list[Check]
     return [check]
 
 
-def default_heldout_split(name: str) -> str:
+def default_held_out_split(name: str) -> str:
     """The split for evaluation where the user names none.
 
-    >>> default_heldout_split("gsm8k"), default_heldout_split("reasoning_gym:leg_counting")
-    ('test', 'heldout')
+    >>> default_held_out_split("gsm8k"), default_held_out_split("reasoning_gym:leg_counting")
+    ('test', 'held_out')
     """
-    return "heldout" if name in ("word_problems", "word_game") or name.startswith(REASONING_GYM) else "test"
+    return "held_out" if name in ("word_problems", "word_game") or name.startswith(REASONING_GYM) else "test"
 
 
 def _checked(

@@ -46,7 +46,7 @@ class HeldOut:
         self.task, self.pool, self.log, self.sampling = task, pool, log, sampling
         self.every, self.heed = every, heed
         self.tokenizer = policy.tokenizer
-        self.prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+        self.prompts = [task.prompt(example, policy.tokenizer) for example in task.held_out]
         self.results: dict[str, Evaluation] = {}
 
     def due(self, step: int, last: int) -> bool:

@@ -136,8 +136,8 @@ class HeadLearner(Learner):
             self._undo(before)
             self.stage += 1
         self.policy_version = version + 1
-        shares = {f"draft/heldout_acceptance_depth_{d}": share for d, share in enumerate(accepted, start=1)}
-        return metrics | {"draft/heldout_tokens_per_forward": tokens_per_forward} | shares
+        shares = {f"draft/held_out_acceptance_depth_{d}": share for d, share in enumerate(accepted, start=1)}
+        return metrics | {"draft/held_out_tokens_per_forward": tokens_per_forward} | shares
 
     def _pass_over(self, taught: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
         depth, order, loss = self.depth_at(epoch), list(range(len(taught))), f"loss/mtp{'_tv' if self.tv else ''}"

@@ -86,9 +86,9 @@ METRICS: dict[str, str] = {
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
     "corpus/taught_tokens": "tokens that this step has kept for the head to learn from (quartet mtp), count",
     "corpus/held_out_tokens": "the same of rollouts that tell what an epoch gains, and are not learned from, count",
-    "draft/heldout_acceptance_depth_<d>": "drafts at depth d that the trunk would have taken in those rollouts "
+    "draft/held_out_acceptance_depth_<d>": "drafts at depth d that the trunk would have taken in those rollouts "
     "after an epoch / chains of that depth (quartet mtp)",
-    "draft/heldout_tokens_per_forward": "1 + the sum of draft/heldout_acceptance_depth_<d>",
+    "draft/held_out_tokens_per_forward": "1 + the sum of draft/held_out_acceptance_depth_<d>",
     "draft/head_age": "steps that TRL's trainer has taken since the MTP head was last trained (TRL bridge only), count",
     "draft/fallback_rate": "forwards that fell back to plain decoding / forwards of the trunk",
     "moe/load_min": "load of the least used expert / even share, mean over layers; 1 is balanced",

@@ -20,6 +20,8 @@ from policies.files.atomic import write_file
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup, ToolStats
 
+RENAMED = ("draft/heldout_", "draft/held_out_")  # metrics of version 0.1, and what they are called since
+
 
 def check_run(folder: Path) -> Path:
     """The folder itself. Raises ValueError for one that holds no run."""
@@ -38,8 +40,9 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """
     steps: dict[int, dict[str, Any]] = {}
     path = output_dir / "metrics.jsonl"
-    for values in _measured(path, whole_lines(path)):
-        steps.setdefault(values["step"], {}).update(values)
+    for line in _measured(path, whole_lines(path)):
+        values = {name.replace(*RENAMED): value for name, value in line.items()}
+        steps.setdefault(line["step"], {}).update(values)
     return [steps[step] for step in sorted(steps)]
 
 

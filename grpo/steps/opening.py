@@ -53,7 +53,7 @@ def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
     for its completion."""
     config = run.config if model is None else run.config.model_copy(update={"model": model})
     policy = load_policy(config, task.corpus(), run.ranks)
-    if task.heldout or isinstance(config, TrainConfig | MtpConfig):
+    if task.held_out or isinstance(config, TrainConfig | MtpConfig):
         task.check_lengths(policy, config.rollout.max_completion_tokens)
     return policy
 

@@ -108,7 +108,7 @@ def check_prompts(plan: Plan, task: Task) -> None:
     if tokenizer is None:
         return
     config, policy = plan.options, plan.bare_policy(tokenizer)
-    if isinstance(config, TrainConfig | MtpConfig) or (isinstance(config, RunConfig) and task.heldout):
+    if isinstance(config, TrainConfig | MtpConfig) or (isinstance(config, RunConfig) and task.held_out):
         task.check_lengths(policy, config.rollout.max_completion_tokens)
     _ = policy.stop_token_ids  # raises where there is none
 

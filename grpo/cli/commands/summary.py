@@ -200,7 +200,7 @@ class _DryRun:
                 refuse_changed_rewards(self.config.output_dir, task.describe_rewards())
             self.check(task)
             table.add_row("training examples", f"{len(task.train):,} ({data.name}, {data.split})")
-            table.add_row("held-out examples", f"{len(task.heldout):,}")
+            table.add_row("held-out examples", f"{len(task.held_out):,}")
             for name, value in self.rows(task):
                 table.add_row(name, value)
         CONSOLE.print(table)

@@ -117,7 +117,7 @@ def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, t
     results = mtp(config(tmp_path / "run", **given))
     # What an epoch's held-out rollouts promise is what drafts then are.
     before, *lines, after = read_metrics(tmp_path / "run")
-    promised = [line["draft/heldout_tokens_per_forward"] for line in lines if "curriculum/draft_depth" in line]
+    promised = [line["draft/held_out_tokens_per_forward"] for line in lines if "curriculum/draft_depth" in line]
     assert max(promised) > promised[0] + 0.3
     # On held-out problems, which a policy that knows 16 by heart continues as it likes, the head gains less.
     assert after["eval/tokens_per_forward"] > before["eval/tokens_per_forward"] + 0.2
@@ -159,9 +159,9 @@ def test_rollouts_come_first_and_epochs_over_them_last(whole):
     assert all("completion/tokens" not in line and sum(line.get(loss, 0) for loss in losses) > 0 for line in epochs)
     assert [line["curriculum/draft_depth"] for line in epochs] == [1, 2, 3, 3]
     for line in epochs:
-        shares = [line[f"draft/heldout_acceptance_depth_{d}"] for d in (1, 2, 3)]
+        shares = [line[f"draft/held_out_acceptance_depth_{d}"] for d in (1, 2, 3)]
         assert 1 >= shares[0] >= shares[1] >= shares[2] >= 0
-        assert line["draft/heldout_tokens_per_forward"] == pytest.approx(1 + sum(shares))
+        assert line["draft/held_out_tokens_per_forward"] == pytest.approx(1 + sum(shares))
     assert not any(name.startswith(("reward/", "group/")) for line in lines for name in line)
 
 
@@ -607,7 +607,7 @@ def test_more_prompts_than_there_are_is_refused_before_the_model_loads(config, t
 
 def test_a_test_split_is_never_trained_on(config, tmp_path):
     with pytest.raises(ValueError, match="must not be trained on"):
-        mtp(config(tmp_path / "run", **{"data.split": "heldout"}))
+        mtp(config(tmp_path / "run", **{"data.split": "held_out"}))
 
 
 def test_a_model_of_another_type_is_refused_with_the_way_out(hf_policy, config, tmp_path):
