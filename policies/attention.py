@@ -37,7 +37,7 @@ STRIP = 1024  # queries for which tiles are found at a time, a multiple of their
 NARROWEST = 16  # head of flex attention on CUDA
 # Kernels are compiled for a few shapes each, and past this limit torch would compute every score without a word.
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: row, head, query, key
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: row, attention head, query, key
 
 
 def sees_prompts_whole(config: PretrainedConfig) -> bool:

@@ -43,7 +43,7 @@ def inject(
 
     "experts" and "router" mean the 3-D parameters of the routed experts and the routers' weights, "head_router" those
     of dynamic heads. "mtp" freezes the draft head too and adapts all of it: linear layers, experts, and the router if
-    "router" is named too. Without "mtp" the head stays fully trainable. As peft starts B at zero, the first step
+    "router" is named too. Without "mtp" the draft head stays fully trainable. As peft starts B at zero, the first step
     changes B alone.
 
     Raises ValueError, which names a target that matches nothing and the nearest names, or where nothing can be adapted.

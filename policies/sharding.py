@@ -94,7 +94,7 @@ def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str,
             f"choose numbers where fsdp x tensor / expert divides {routed_experts(config)} / expert"
         )
     # Final norm, embedding and LM head belong to the root then, which stays gathered until the backward pass. By the
-    # plan of transformers FSDP gathers the head in its forward, which we never call: logits are made in chunks.
+    # plan of transformers FSDP gathers the LM head in its forward, which we never call: logits are made in chunks.
     config.base_model_fsdp_plan = {"layers.*": "free_full_weight"}
     return {"config": config, "distributed_config": layout}
 

@@ -55,7 +55,7 @@ class CostTable:
     and verifies them.
 
     `graphs`: the same of compiled rounds, for as many of the first `rows` as graphs decode.
-    `reading`: milliseconds in which the head reads a token that it has missed; 0 where that was not measured.
+    `reading`: milliseconds in which the draft head reads a token that it has missed; 0 where that was not measured.
     Costs are linear between two numbers of rows and constant outside. A depth that was not measured costs infinity.
 
     >>> CostTable(rows=[1, 3], rounds=[[10.0, 12.0], [20.0, 28.0]]).milliseconds(2, 1)
@@ -232,8 +232,8 @@ def draft_gain(completions: Iterable[Completion]) -> float | None:
 
 
 def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
-    """What share of the head's drafts was accepted at each depth, where all before them were: what the next rollouts
-    may expect. It is empty where the head has drafted nothing.
+    """What share of the draft head's drafts was accepted at each depth, where all before them were: what the next
+    rollouts may expect. It is empty where the draft head has drafted nothing.
 
     >>> from rollout.group import DraftStats
     >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(9, drafted=[8, 4], accepted=[6, 2]))

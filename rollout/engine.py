@@ -97,7 +97,7 @@ class Engine:
         if params.draft_tokens and self.head is None:
             raise RolloutError(
                 f"rollout.draft_tokens={params.draft_tokens}, but this policy has no MTP head; set it to 0, or load "
-                "the policy with a head"
+                "the policy with a draft head"
             )
         if params.accept == "margin" and (self.head is None or params.draft_tokens == 0):
             raise RolloutError(

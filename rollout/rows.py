@@ -49,7 +49,7 @@ class Rows:
     count: Tensor  # tokens of its completion so far, `last` included
     alive: Tensor  # False once it has ended, and while it waits for its tools
     waits: Tensor  # True while it waits for its tools
-    unread: Tensor  # how many tokens the head has not read
+    unread: Tensor  # how many tokens the draft head has not read
     since: Tensor  # the number of the first tokens of the row among all that `Drafter` was given
 
     @classmethod

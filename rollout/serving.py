@@ -21,7 +21,7 @@ from rollout.sampling import SamplingParams, row_key
 from rollout.shard import Decoding
 from rollout.stop_strings import StopStrings
 
-UNREAD = 64  # rounds without a draft; in the next one the head drafts, so that what it has not read stays short
+UNREAD = 64  # rounds without a draft; in the next one the draft head drafts, so that what it has not read stays short
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ class Serving(Decoding):
         return self._at_once(super()._graph_depth(live))
 
     def _at_once(self, depth: int) -> int:
-        """Chooses the depth as in any shard, but the head drafts at once, and again before it has too much to read."""
+        """Chooses the depth as in any shard, but the draft head drafts at once, and again before it has too much to
+        read."""
         if self.drafter and not depth and (self.drafter.cache is None or self.undrafted >= UNREAD):
             depth = 1
         self.undrafted = 0 if depth else self.undrafted + 1

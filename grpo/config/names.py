@@ -118,9 +118,10 @@ def new_place(command: str, place: Place) -> Place:
 
 
 def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
-    """The command whose run has written this config.yaml, and its options under today's names."""
+    """Tells which command's run has written this config.yaml, and gives its options under today's names."""
     options, _ = read_yaml(file)
-    command = "train" if "loss" in options else "mtp" if "head" in options else "sft"
+    of_mtp = get(options, "mtp.epochs") or get(options, "head.epochs")
+    command = "train" if "loss" in options else "mtp" if of_mtp else "sft"
     return command, renew(command, options)
 
 
@@ -223,4 +224,4 @@ def _here(target: str, known: Collection[str]) -> list[str]:
     if target.startswith("--"):
         return [target]
     last = target.rpartition(".")[2]
-    return [key for key in (target, f"head.{last}", f"recovery.{last}", last) if key in known]
+    return [key for key in (target, f"mtp.{last}", f"recovery.{last}", last) if key in known]

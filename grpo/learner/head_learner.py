@@ -2,7 +2,7 @@
 
 The trunk reads a text once, without gradient; its hidden states serve every pass (`grpo.learner.lessons`).
 
-FLOPs per token of a pass, with P parameters in the head, depth k and K drafted tokens of V: 6·P·k for the head and
+FLOPs per token of a pass, with P parameters in the draft head, depth k and K drafted tokens of V: 6·P·k for it and
 (2 + 4·k)·D·K for the LM head (teacher once, draft and gradient at each depth). SmolLM2-135M with k = 4: 0.12 + 0.51
 GFLOP with V = 49,152, 0.12 + 0.09 with K = 8,192. The reading once is 0.25.
 """
@@ -39,8 +39,8 @@ RATES = (1.0, 0.25, 0.0625)  # of the peak; an epoch that gains nothing goes to 
 class HeadLearner(Learner):
     """A learner whose trunk is frozen: only `policy.mtp` moves, and is all that a checkpoint keeps of the policy.
 
-    `best` are the tokens a forward of held-out rollouts that the head would give, None before the first epoch; `stage`
-    counts the epochs that gained nothing.
+    `best` are the tokens a forward of held-out rollouts that the draft head would give, None before the first epoch;
+    `stage` counts the epochs that gained nothing.
     """
 
     def __init__(self, policy: Policy, options: HeadOptions, *, temperature: float, seed: int) -> None:
@@ -64,7 +64,7 @@ class HeadLearner(Learner):
 
     @property
     def ended(self) -> bool:
-        """Whether the head gains nothing at the lowest rate either."""
+        """Whether the draft head gains nothing at the lowest rate either."""
         return self.stage == len(RATES)
 
     def depth_at(self, epoch: int) -> int:

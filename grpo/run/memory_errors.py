@@ -54,7 +54,7 @@ WAYS: dict[Phase, tuple[Way, ...]] = {
     "learning": (
         Way("learner.tokens_per_micro_batch"),
         Way("learner.gradient_checkpointing", "set {key}: true", lambda on: not on),
-        Way("head.tokens_per_update"),  # of quartet mtp
+        Way("mtp.tokens_per_update"),  # of quartet mtp
         SHARDS,
     ),
     "stepping": (

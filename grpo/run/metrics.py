@@ -51,7 +51,7 @@ METRICS: dict[str, str] = {
     "loss/teacher_kl": "KL of the policy from the teacher (loss.advantage: distill), mean, nats per token: "
     "an estimate, or with distill.top_k the KL of the teacher's k tokens and the rest",
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
-    "loss/mtp_tv": "the same by total variation (head.tv, mtp.tv): share of drafts rejected at best, fraction",
+    "loss/mtp_tv": "the same by total variation (mtp.tv): share of drafts rejected at best, fraction",
     "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",
     "loss/balance_entropy": "log E - H(mean soft choice), before its weight, mean over layers, nats; 0 is balanced",
     "loss/balance_sequence": "balance loss of a completion, before its weight, mean over layers; 1 is balanced",
@@ -84,7 +84,7 @@ METRICS: dict[str, str] = {
     "rollout/tail": "forwards of a shard in which an eighth of its completions or fewer were still decoded, fraction, "
     "mean over the shards of the first draw",
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
-    "corpus/taught_tokens": "tokens that this step has kept for the head to learn from (quartet mtp), count",
+    "corpus/taught_tokens": "tokens that this step has kept for the draft head to learn from (quartet mtp), count",
     "corpus/held_out_tokens": "the same of rollouts that tell what an epoch gains, and are not learned from, count",
     "draft/held_out_acceptance_depth_<d>": "drafts at depth d that the trunk would have taken in those rollouts "
     "after an epoch / chains of that depth (quartet mtp)",
@@ -140,7 +140,7 @@ METRICS: dict[str, str] = {
     "time/evaluate": "held-out evaluation, off the training clock, seconds",
     "time/checkpoint": "writing a checkpoint, seconds",
     "speed/completion_tokens_per_second": "completion tokens / time/rollout",
-    "speed/taught_tokens_per_second": "tokens of an epoch that the head has learned from / seconds (quartet mtp)",
+    "speed/taught_tokens_per_second": "tokens of an epoch that the draft head has learned from / seconds (quartet mtp)",
     "eval/accuracy": "held-out completions that the first reward calls right, fraction; only where it says so",
     "eval/accuracy_greedy": "the same for greedy completions, fraction",
     "eval/reward_mean": "score of a held-out completion, mean",

@@ -153,7 +153,7 @@ def shape_of(source: PolicySource) -> PretrainedConfig:
 
 
 def as_asked(shape: PretrainedConfig, asked: ModelOptions | None) -> PretrainedConfig:
-    """`shape`, which it may change, with the heads and the attention to prompts of `asked`. Raises PolicyError."""
+    """Gives `shape`, which it may change, the attention that `asked` names. Raises PolicyError."""
     if not isinstance(asked, ArchitectureOptions):
         return shape
     if asked.active_heads:

@@ -31,7 +31,7 @@ PROMPTS_READ = 256  # whose lengths say how long sequences become
 
 class Collector:
     """Draws the groups of each step from `pool`, which is set before the first. Its state is the order of the data,
-    what listeners keep, and `head_accepted`: what became of the head's drafts in the last step."""
+    what listeners keep, and `head_accepted`: what became of the draft head's drafts in the last step."""
 
     pool: Sampler
 

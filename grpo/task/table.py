@@ -132,7 +132,7 @@ def _set_by_quartet(options: object) -> str:
 def _taught_head(options: object) -> str:
     mtp = option(options, "mtp")
     changed = [(name, value) for name, value in mtp or () if value != getattr(type(mtp)(), name)]
-    return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if mtp and mtp.loss_weight else ""
+    return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if option(mtp, "loss_weight") else ""
 
 
 def _adapters_alone(options: object) -> bool:
@@ -157,7 +157,7 @@ def _prompt_seen_whole(plan: Plan) -> str:
 
 def _new_heads(plan: Plan) -> str:
     new = asks_for_heads(plan.options) and not isinstance(shape_of(plan.source), DynamicHeadsConfig)
-    return f"new active_heads (model={plan.options.model!r} has no routers of heads)" if new else ""
+    return f"new active_heads (model={plan.options.model!r} has no routers of attention heads)" if new else ""
 
 
 def _no_routers(plan: Plan) -> bool:

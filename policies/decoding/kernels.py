@@ -1,7 +1,7 @@
 """Attention of queries to cached vectors, by the kernel of their device.
 
-Axes: B rows or prompts, N queries (new tokens times heads), T cached vectors of width E, K width of a key.
-All heads attend to the same vectors, so the queries of a row's heads are those of one head for a kernel.
+Axes: B rows or prompts, N queries (new tokens times attention heads), T cached vectors of width E, K width of a key.
+All attention heads attend to the same vectors, so the queries of a row's heads are those of one head for a kernel.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class LatentCache:
         if self.prefix is None and self.first:
             visible &= (columns >= self.first) | (columns == at_RS[..., None])
         self._mask_RST = _mask(visible, self.layers_RTE[0].dtype)
-        self._mask_RNT: Tensor | None = None  # the same for every head; made when their number is known
+        self._mask_RNT: Tensor | None = None  # the same for every attention head; made when their number is known
 
     def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor) -> Tensor:
         """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V].

@@ -155,8 +155,8 @@ def choose_by_row(
 
 
 def _chain(decoder: Decoder, inputs: Inputs, noise: Noise, depth: int) -> Tensor:
-    """Drafts as `Drafter.draft` does, for a head that has at most so many tokens of each row to read as there is place
-    for."""
+    """Drafts as `Drafter.draft` does, for a draft head that has at most so many tokens of each row to read as there is
+    place for."""
     head = decoder.head
     assert head is not None
     assert inputs.unread is not None
