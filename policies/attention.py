@@ -41,7 +41,7 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: r
 
 
 def sees_prompts_whole(config: PretrainedConfig) -> bool:
-    """Whether the tokens of a prompt attend to all of it."""
+    """Tells whether the tokens of a prompt attend to all of it."""
     return getattr(config, PROMPT_ATTENTION, "causal") == "bidirectional"
 
 
@@ -110,8 +110,8 @@ class Packing:
 
     @cached_property
     def pays(self) -> bool:
-        """Whether blocks are faster than a mask. They need more operators and compute the scores twice, so they pay if
-        they spare half of the pairs (measured), and where rows are so long that a mask is large."""
+        """Tells whether blocks are faster than a mask. They need more operators and compute the scores twice, so they
+        pay if they spare half of the pairs (measured), and where rows are so long that a mask is large."""
         rows, queries, length = self.shape
         return length > PIECE or sum(block.pairs for block in self.blocks) <= rows * queries * length / 2
 

@@ -72,7 +72,7 @@ def head_state(
 
 
 def may_idle(config: DeepseekV3Config) -> bool:
-    """Whether this is a dense trunk whose draft head can be stored as MoE with few zeros, as a converted one can."""
+    """Tells whether this dense trunk's draft head can be stored as MoE with few zeros, as a converted one can."""
     dense = config.first_k_dense_replace >= config.num_hidden_layers
     shared = config.n_shared_experts * config.moe_intermediate_size
     return dense and shared == config.intermediate_size and 2 <= config.n_routed_experts <= 8 and config.n_group == 1

@@ -56,7 +56,7 @@ class Split:
 
     @classmethod
     def of(cls, weight: Tensor) -> Split | None:
-        """How a weight is split; None where neither splits it."""
+        """Tells how a weight is split; None where neither splits it."""
         if isinstance(weight, DTensor):
             for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
                 if name in ("tp", "ep") and (mesh := weight.device_mesh[name]).size() > 1:
@@ -72,7 +72,7 @@ class Split:
 
 
 def routed_experts(config: PretrainedConfig) -> int:
-    """How many routed experts a layer has; each architecture has its own name for that. 0: none.
+    """Tells how many routed experts a layer has; each architecture has its own name for that. 0: none.
 
     >>> from transformers import Qwen3MoeConfig
     >>> routed_experts(Qwen3MoeConfig(num_experts=64)), routed_experts(PretrainedConfig())
@@ -163,12 +163,12 @@ def place() -> tuple[int, int]:
 
 
 def leads() -> bool:
-    """Whether this process is alone or rank 0."""
+    """Tells whether this process is alone or rank 0."""
     return place()[0] == 0
 
 
 def everyone(value: T) -> list[T]:
-    """What every process gives, on all of them."""
+    """Gathers what every process gives, on all of them."""
     entries: list[Any] = [value] * place()[1]
     if dist.is_initialized():
         dist.all_gather_object(entries, value)

@@ -133,6 +133,6 @@ class Results:
         ]
 
     def _places(self, live: Rows, start_R: Tensor, new: int) -> tuple[Tensor, Tensor]:
-        """Where `new` tokens of each row go, from `start_R` on. The last place is never kept: it takes what is past it,
-        such as the padding after a short text of a tool."""
+        """Gives the places of `new` tokens of each row, from `start_R` on. The last place is never kept: it takes what
+        is past it, such as the padding after a short text of a tool."""
         return live.index[:, None], (start_R[:, None] + self.steps[:new]).clamp(max=len(self.steps) - 1)

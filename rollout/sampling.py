@@ -184,7 +184,7 @@ class DraftVocabulary:
 
 
 def by_temperature(temperature_N: Tensor, make: Callable[[float, Chosen], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What `make` gives for the rows of each temperature, called once for each; the results [N] are in row order.
+    """Calls `make` for the rows of each temperature, once for each; the results [N] are in row order.
 
     A row thus gets the bits that it would get in a batch of its own temperature. `temperature_N` is float64, since a
     temperature such as 0.7 would be another one in float32.

@@ -84,7 +84,7 @@ class Serving(Decoding):
 
     @property
     def free(self) -> int:
-        """Rows that could join."""
+        """Counts the rows that could join."""
         return self.most_rows - len(self.requests)
 
     def add(self, request: Request) -> None:
@@ -92,7 +92,7 @@ class Serving(Decoding):
         self.asked.append(request)
 
     def drop(self, request: Request) -> None:
-        """Nobody waits for it any more: its row is free from now on. It may have ended already."""
+        """Frees the row of a request that nobody waits for any more. It may have ended already."""
         if request in self.asked:
             self.asked.remove(request)
         for place, other in list(self.requests.items()):
@@ -139,7 +139,7 @@ class Serving(Decoding):
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
     def _refill(self) -> None:
-        """Nobody joins in the middle of a round."""
+        """Lets requests join between rounds."""
 
     def _join(self) -> None:
         if self.live is not None and 0 < self.alive < len(self.live.alive):

@@ -104,7 +104,7 @@ def objective_of(name: str) -> Objective:
 
 
 def aggregate_of(loss_type: str) -> LossType:
-    """Whose denominators a loss has: its own, or for a user's objective those that its decorator names."""
+    """Tells whose denominators a loss has: its own, or for a user's objective those that its decorator names."""
     found = _load(loss_type, "objective").aggregate if is_own(loss_type) else loss_type  # type: ignore[attr-defined]
     return cast(LossType, found)
 

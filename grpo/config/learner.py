@@ -74,7 +74,7 @@ class UpdateOptions(Options):
 
     @property
     def rounds(self) -> bool:
-        """Whether weights are rounded by chance, without fp32 masters."""
+        """Tells whether weights are rounded by chance, without fp32 masters."""
         return self.optimizer == "adamw_8bit_stochastic"
 
 

@@ -72,14 +72,14 @@ class MtpConfig(RunConfig):
 
 
 def scores_nothing(config: RunConfig) -> bool:
-    """Whether rewards are for an evaluation alone, there is none, and nobody named one: the default reads numbers, and
-    data for supervised training need not have any."""
+    """Tells whether nothing is scored: rewards are for an evaluation alone, there is none, and nobody named one: the
+    default reads numbers, and data for supervised training need not have any."""
     unused = isinstance(config, SftConfig | MtpConfig) and not config.eval.limit
     return unused and config.rewards == RewardsOptions().rewards
 
 
 def defaults_of_run(folder: Path) -> dict[str, Any]:
-    """What a run folder brings to `quartet mtp FOLDER`: data, rewards, sampling and precision of that run."""
+    """Reads what a run folder brings to `quartet mtp FOLDER`: data, rewards, sampling and precision of that run."""
     path = folder / "config.yaml"
     if not path.is_file():
         return {}

@@ -149,7 +149,8 @@ class Source(NamedTuple):
 
 
 def in_python(message: str) -> str:
-    """
+    """Names arguments of Python in place of flags.
+
     >>> in_python("stopped after step 3; go on with --resume auto")
     'stopped after step 3; go on with resume="auto"'
     """
@@ -160,7 +161,7 @@ def in_python(message: str) -> str:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Inside it, a command calls the functions that programs may call too: messages keep their flags."""
+    """Marks that a command calls what programs may call too: inside it messages keep their flags."""
     global _commands
     _commands += 1
     try:
@@ -171,7 +172,7 @@ def command_line() -> Iterator[None]:
 
 @contextmanager
 def python_words() -> Iterator[None]:
-    """For a function that programs call: what it raises names arguments in place of flags."""
+    """Surrounds a function that programs call: what it raises names arguments in place of flags."""
     try:
         yield
     except BaseException as error:  # also a stop

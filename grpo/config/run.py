@@ -111,7 +111,7 @@ class RunConfig(RewardsOptions, ModelOptions):
 
     @property
     def whole_rollout(self) -> RolloutOptions:
-        """How it samples: `rollout`, with the defaults of what the command has no option for."""
+        """Gives all options of sampling: `rollout`, with the defaults of what the command has no option for."""
         return RolloutOptions.of(self.rollout)
 
 
@@ -123,7 +123,7 @@ class LearningConfig(sections("sft"), EnvironmentOptions, ArchitectureOptions, R
 
     @property
     def supervision(self) -> WarmStartOptions:
-        """The supervised steps of the run."""
+        """Gives the options of the run's supervised steps; each command has them in another place."""
         raise NotImplementedError
 
 

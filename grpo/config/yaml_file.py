@@ -161,12 +161,12 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
 
 
 def changed_options(saved: Path, now: str) -> dict[str, tuple[Any, Any]]:
-    """What a run's config.yaml and a YAML text differ in. Raises ConfigError naming a file that is damaged."""
+    """Tells what a run's config.yaml and a YAML text differ in. Raises ConfigError naming a file that is damaged."""
     return differences(read_yaml(saved)[0], parse_yaml(now))
 
 
 def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
-    """What two trees of options differ in, by dotted key.
+    """Tells what two trees of options differ in, by dotted key.
 
     >>> differences({"steps": 3, "lora": {"rank": 4}}, {"steps": 5, "lora": {"rank": 4}})
     {'steps': (3, 5)}

@@ -48,7 +48,7 @@ class Example:
 
 
 def beyond_context(text: str, context: int) -> str | None:
-    """Why `text` cannot fit into a context of `context` tokens, by its length alone; None if a tokenizer must decide.
+    """Says why `text` cannot fit into a context of `context` tokens, by its length; None if a tokenizer must decide.
 
     >>> beyond_context("2 + 3 = ?" * 10_000, context=512)
     'has 90,000 characters, more than a context of 512 tokens can hold'
@@ -254,7 +254,7 @@ def _checked(
 
 
 def _fault(row: Any, needed: list[str]) -> str | None:
-    """What is wrong with a row, or None."""
+    """Tells what is wrong with a row, or None."""
     if isinstance(row, ValueError):
         return f"not JSON ({row})"
     if not isinstance(row, dict):
@@ -291,7 +291,7 @@ def too_long(column: str, context: int, columns: Mapping[str, Any]) -> str | Non
 
 
 def _fault_of_chat(messages: list[dict[str, Any]], last: str) -> str | None:
-    """What is wrong with chat messages in TRL's conversational form, or None."""
+    """Tells what is wrong with chat messages in TRL's conversational form, or None."""
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             return f'has a message that is not {{"role": text, "content": text}}: {str(message)[:60]}'

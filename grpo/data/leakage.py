@@ -39,7 +39,7 @@ def refuse_evaluation_data(source: str, split: str, path: Path | None) -> None:
 
 
 def is_gsm8k_test_question(texts: Iterable[Any]) -> bool:
-    """Whether one of the texts is a question of GSM8K's test set, whatever its file is called.
+    """Tells whether one of the texts is a question of GSM8K's test set, whatever its file is called.
 
     Letter case, punctuation and white space do not count. A question inside a longer text is not found.
     """
@@ -71,7 +71,7 @@ def problem_fingerprint(content: str) -> str:
 
 
 def in_held_out(fingerprint: str, share: float, seed: int) -> bool:
-    """Whether the problem belongs to the share that is held out. Other problems, such as appended rows, change nothing.
+    """Tells whether the problem is one of the share that is held out. Other problems, as in new rows, change nothing.
 
     >>> [in_held_out(f"{i:012x}", 0.25, seed=0) for i in range(6)]
     [True, False, False, False, False, True]

@@ -60,7 +60,7 @@ def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: in
 
 
 def is_held_out(numbers: Iterable[int]) -> bool:
-    """Whether the problems whose questions give these numbers, in any order, are held out: about one in eight.
+    """Tells whether the problems whose questions give these numbers, in any order, are held out: about one in eight.
 
     The answer is the same for every template, name and thing, for every level and seed, and on every machine.
     """
@@ -69,7 +69,7 @@ def is_held_out(numbers: Iterable[int]) -> bool:
 
 
 def shared_with_training(train: Iterable[str], held_out: Iterable[str]) -> tuple[int, int]:
-    """How many held-out problems have a template, and how many have the numbers, of a training problem. Both are ids.
+    """Counts the held-out problems that have a template, and those that have the numbers, of a training problem, by id.
 
     The numbers are those of the question, in any order, whatever the template.
 

@@ -67,7 +67,7 @@ class Evaluation:
         return None if self.correct is None or not self.completions else self.correct / self.completions
 
     def without_verdicts(self) -> Evaluation:
-        """The same, where the marks turned out to say neither right nor wrong."""
+        """Leaves out what counts right answers, where the marks turned out to say neither right nor wrong."""
         rewards = self.rewards_by_problem
         return replace(self, correct=None, interval=None, pass_at={}, majority_at={}, by_problem=rewards)
 
@@ -220,7 +220,7 @@ def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
 
 
 def failure_kinds(failures: Sequence[RewardFailure]) -> dict[str, int]:
-    """How often each reward failed in which way.
+    """Counts how often each reward failed in which way.
 
     >>> failure_kinds([RewardFailure("mine", "a", 0, "timeout", "no result after 10 s")])
     {'mine: timeout': 1}

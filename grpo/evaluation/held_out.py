@@ -54,7 +54,8 @@ class HeldOut:
         return bool(self.prompts) and step < last and (step == 0 or bool(self.every and step % self.every == 0))
 
     def done(self, step: int) -> bool:
-        """Whether the evaluation of this step is recorded. A run that was cut off before it still has to make it."""
+        """Tells whether the evaluation of this step is recorded. A run that was cut off before it still has to make
+        one."""
         return any(line["step"] == step and "eval/prompts" in line for line in read_metrics(self.log.output_dir))
 
     def evaluate(
@@ -90,7 +91,7 @@ class HeldOut:
         return named
 
     def speeds(self) -> list[Speed]:
-        """How fast it samples with and without drafts, at 1, 8 and 32 rows."""
+        """Measures how fast it samples with and without drafts, at 1, 8 and 32 rows."""
         if not self.prompts or self.sampling.draft_tokens == 0:
             return []
         return measure_speed(self.pool, self.prompts, self.sampling, rows=(1, 8, 32))

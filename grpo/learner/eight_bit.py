@@ -44,7 +44,7 @@ def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float], *, rounds: bo
 
 
 def block_of(weight: Tensor) -> int:
-    """How many numbers of a moment share a scale, the same on every rank; 0 where it stays fp32.
+    """Counts the numbers of a moment that share a scale, the same on every rank; 0 where it stays fp32.
 
     >>> block_of(torch.zeros(49152, 576)), block_of(torch.zeros(576))
     (192, 0)
@@ -60,8 +60,8 @@ def block_of(weight: Tensor) -> int:
 
 
 def parts(moment: Tensor) -> dict[str, Tensor]:
-    """What a checkpoint keeps of an entry of the optimizer's state, by the end of its name: itself, or codes [..., N]
-    and scales [..., N / block], sharded as it is."""
+    """Gives what a checkpoint keeps of an entry of the optimizer's state, by the end of its name: itself, or codes
+    [..., N] and scales [..., N / block], sharded as it is."""
     own: Any = moment.to_local() if isinstance(moment, DTensor) else moment
     if not hasattr(own, "codes"):
         return {"": moment}

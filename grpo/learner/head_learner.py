@@ -64,7 +64,7 @@ class HeadLearner(Learner):
 
     @property
     def ended(self) -> bool:
-        """Whether the draft head gains nothing at the lowest rate either."""
+        """Tells whether teaching has ended: the draft head gains nothing at the lowest rate either."""
         return self.stage == len(RATES)
 
     def depth_at(self, epoch: int) -> int:
@@ -73,7 +73,7 @@ class HeadLearner(Learner):
 
     @property
     def tv(self) -> bool:
-        """Whether an epoch minimises total variation."""
+        """Tells whether an epoch minimises total variation."""
         return self.head_options.tv and self.stage > 0
 
     # ---- the corpus ---------------------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ class HeadLearner(Learner):
         }
 
     def acceptance(self, lessons: Sequence[Lesson]) -> list[float]:
-        """Which share of its drafts at depths 1 … `depth` the trunk would have taken in these rollouts, if a chain had
-        been drafted after every token."""
+        """Measures which share of its drafts at depths 1 … `depth` the trunk would have taken in these rollouts, if a
+        chain had been drafted after every token."""
         drafts, hits = (torch.zeros(self.head_options.depth) for _ in range(2))
         for lesson in lessons:
             for d, (drafted, right) in enumerate(self.drafts(lesson)):
@@ -181,7 +181,8 @@ class HeadLearner(Learner):
 
     @torch.no_grad()
     def drafts(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor]]:
-        """For depths 1 … `depth`: after which tokens a chain has a draft so deep [B, T], and where the trunk takes it.
+        """Tells for depths 1 … `depth` after which tokens a chain has a draft so deep [B, T], and where the trunk takes
+        it.
 
         A draft is drawn with the noise that its token was sampled with, so it is right where it equals that token, and
         taken where those before it are right too (contract 3).

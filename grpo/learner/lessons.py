@@ -43,7 +43,7 @@ class Lesson:
 
     @property
     def prompt_lengths(self) -> Tensor:
-        """[B]"""
+        """Counts the tokens of each prompt [B]."""
         return (self.turn == 0).sum(1)
 
     @property
@@ -52,7 +52,7 @@ class Lesson:
         return [ids[turn == 0].tolist() for ids, turn in zip(self.token_ids, self.turn, strict=True)]
 
     def unrolled(self, policy: Policy, depth: int) -> list[Tensor]:
-        """What the draft head gives at depths 1 … `depth`."""
+        """Runs the draft head at depths 1 … `depth`."""
         tokens = self.preceding, self.token_ids, self.position_ids, self.head_segment
         return policy.unroll(*tokens, depth, int(self.prompt_lengths.min()))
 

@@ -66,7 +66,7 @@ class Ranks:
         return sorted(rows, key=lambda row: -row.length)[self.reader if reader is None else reader :: self.readers]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank. If it raises there, every rank raises."""
+        """Gives what `make` returns on rank 0, on every rank. If it raises there, every rank raises."""
         if self.size == 1:
             return make()
         told: list[Any] = [None, None]  # what was made, and the error of the others where it was not

@@ -116,7 +116,7 @@ def save(
 
 
 def _together(target: Path, tensors: Tensors, act: Callable[[], Any] | None) -> list[Any]:
-    """What `act` returns on each rank. Where it fails on one, every rank raises the same CheckpointError."""
+    """Gives what `act` returns on each rank. Where it fails on one, every rank raises the same CheckpointError."""
     done, refused = None, None
     try:
         done = act() if act else None
@@ -177,7 +177,7 @@ def discard_after(root: Path, step: int) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """For readers beside a living run: nothing is repaired. None if there is no checkpoint."""
+    """Finds the newest checkpoint for readers beside a living run: nothing is repaired. None if there is none."""
     return next(reversed(saved(root).values()), None)
 
 
@@ -188,7 +188,7 @@ def saved(root: Path) -> dict[int, Path]:
 
 
 def _fault(path: Path, together: bool = False) -> str | None:
-    """What is wrong with a checkpoint, in words, or None."""
+    """Tells what is wrong with a checkpoint, in words, or None."""
     if not together:
         return fault(path, MANIFEST, needed=[STATE])
     rank, ranks = place()

@@ -71,7 +71,7 @@ _WORDS: dict[str, tuple[str, float, str]] = {
 
 
 def step_words(metrics: Mapping[str, float], without: Collection[str] = ()) -> list[str]:
-    """What a person reads of a step; what was not measured is left out, and so is what `without` names.
+    """Gives what a person reads of a step; what was not measured is left out, and so is what `without` names.
 
     >>> step_words({"reward/mean": 0.5, "group/tied": 0.25, "time/step": 1.44}, without=["reward"])
     ['tied 25%', '1.4 s']

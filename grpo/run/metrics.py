@@ -190,7 +190,7 @@ def table() -> str:
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> dict[str, float]:
-    """What one step's P groups and their P GroupScores say: reward/*, group/*, completion/* and draft/*.
+    """Measures what one step's P groups and their P GroupScores say: reward/*, group/*, completion/* and draft/*.
 
     What was not measured is left out: `reward/mean` if all abstained, acceptance without drafts.
 
@@ -250,7 +250,7 @@ def tail_share(groups: Sequence[RolloutGroup], prompts_per_shard: int) -> dict[s
 
 
 def _acceptance(drafts: Sequence[DraftStats]) -> dict[str, float]:
-    """How many drafts were made at each depth, and what share of them was accepted."""
+    """Counts how many drafts were made at each depth, and what share of them was accepted."""
     counts = [[draft.drafted for draft in drafts], [draft.accepted for draft in drafts]]
     drafted, accepted = ([sum(at) for at in zip_longest(*by_depth, fillvalue=0)] for by_depth in counts)
     metrics: dict[str, float] = {}
@@ -281,6 +281,6 @@ def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:
 
 
 def mean_of(values: Iterable[float]) -> float | None:
-    """None of none."""
+    """Gives the mean; None of no values."""
     values = list(values)
     return mean(values) if values else None

@@ -181,7 +181,7 @@ def _is_metric(value: Any) -> bool:
 
 
 def _rollout_fault(line: dict[str, Any]) -> str | None:
-    """What a recorded completion lacks of what its readers need, or None."""
+    """Tells what a recorded completion lacks of what its readers need, or None."""
     kinds = {"prompt_id": str, "prompt": str, "sample": int, "text": str, "token_ids": list, "parts": dict}
     for name, kind in (kinds | {"extras": dict}).items():
         if not isinstance(line.get(name), kind):

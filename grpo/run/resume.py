@@ -120,7 +120,7 @@ def base_digest(policy: Policy, kept: Collection[str]) -> str:
 
 
 def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:
-    """Why these adapters do not belong on this policy, and the way out; None where they do.
+    """Says why these adapters do not belong on this policy, and the way out; None where they do.
 
     `source` is the option or folder that the base came from. A checkpoint without a digest is not checked: those of
     full updates hold every weight, and earlier versions recorded none.

@@ -91,8 +91,8 @@ class Signals:
         self._terminals: list[int] = []
 
     def listen(self, note: Callable[[int], object] | None = None, *, once: bool = False) -> Callable[[], None]:
-        """From now on the first signal calls `note`, where there is one, and ends nothing. With `once` a second one has
-        the effect that it had before. That comes back when what is returned is called."""
+        """Listens: from now on the first signal calls `note`, where there is one, and ends nothing. With `once` a
+        second one has the effect that it had before. That comes back when what is returned is called."""
         former = vars(self).copy()
         usual: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
         usual = {n: handler for n, handler in usual.items() if handler != signal.SIG_IGN or n == signal.SIGINT}
@@ -124,8 +124,8 @@ class Signals:
             raise Stopped(number=self.number)
 
     def stopped(self, error: BaseException) -> Stopped | None:
-        """How the user has ended the command that raises `error`, or None. A library may have made another exception
-        of ours."""
+        """Tells how the user has ended the command that raises `error`, or None. A library may have made another
+        exception of ours."""
         if isinstance(error, Stopped):
             return error
         number = self.number or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)

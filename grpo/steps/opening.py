@@ -75,7 +75,7 @@ def shared_policy(run: Run[TrainConfig], plain: Policy | None, of: Run[TrainConf
 
 
 def base_weights(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
-    """With LoRA a checkpoint keeps the digest of the weights under the adapters."""
+    """Lets checkpoints of LoRA keep the digest of the weights under the adapters."""
     if not run.config.lora:
         return {}
     warm = f"warm start {run.folder / 'warm_start'}"

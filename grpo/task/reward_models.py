@@ -258,7 +258,7 @@ def check_teacher(config: TrainConfig) -> None:
 
 
 def _difference(policy: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
-    """How two tokenizers differ, in words; empty where they do not."""
+    """Says how two tokenizers differ, in words; empty where they do not."""
     own, other = policy.get_vocab(), teacher.get_vocab()
     if different := sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token)):
         first = different[0]

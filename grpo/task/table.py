@@ -34,7 +34,7 @@ Form = Callable[[Any], str | bool]  # its words in a message, or True for its na
 
 @cache
 def table() -> dict[str, dict[str, str]]:
-    """What, what it does not go with, and why.
+    """Maps what a plan asks for to what it does not go with, and why.
 
     >>> table()["eval.every"]
     {'eval.limit=0': 'that evaluates nothing; set eval.limit, or drop eval.every'}
@@ -73,7 +73,7 @@ def contradictions(plan: Plan) -> Iterator[str]:
 
 
 def asked(plan: Plan, what: str) -> str:
-    """How the plan asks for this, in the words of a message; empty where it does not."""
+    """Says how the plan asks for this, in the words of a message; empty where it does not."""
     if what in SITUATIONS:
         words = SITUATIONS[what](plan.options)
         return what if words is True else words or ""
@@ -96,7 +96,7 @@ def option(options: object, key: str) -> Any:
 
 
 def _of_model(plan: Plan, form: Form) -> str | bool:
-    """Nothing where the model cannot be read, which is then the plan's fault."""
+    """Asks for a form of the model; it has none where it cannot be read, which is then the plan's fault."""
     try:
         return not plan.fault and form(plan)
     except REFUSALS as error:

@@ -46,7 +46,8 @@ LONGEST_TEXT = 4000  # characters of an example that a preset's tokenizer learns
 
 
 class Task:
-    """Training and held-out examples, the prompt template and the scorer. Close it: the scorer holds processes."""
+    """Holds training and held-out examples, the prompt template and the scorer. Close it: the scorer holds
+    processes."""
 
     def __init__(
         self,
@@ -147,7 +148,8 @@ class Task:
 
     @classmethod
     def of(cls, config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
-        """Without `model_known` nothing is asked of the model, so that the data can be checked when it is not there."""
+        """Opens the task of a run. Without `model_known` nothing is asked of the model, which need not be there
+        then."""
         held = config.eval
         context = known_context(config.model) if model_known else None
         learns = isinstance(config, LearningConfig) and config.supervision.steps > 0  # from solutions
@@ -205,7 +207,7 @@ class Task:
         refuse_overlap(self.fingerprints(problems), known, "were trained on", f"{TAKE_OUT}.")
 
     def describe_rewards(self) -> list[dict[str, Any]]:
-        """What a run records of its reward functions; nothing where another process scores."""
+        """Describes the reward functions, as a run records them; nothing where another process scores."""
         return self.scorer.describe() if self.scores else []
 
     def record_split(self, run_log: RunLog) -> None:
@@ -294,7 +296,7 @@ class Task:
         return scores
 
     def score_by(self, rewards: Reward | Sequence[Reward], groups: Sequence[RolloutGroup]) -> list[GroupScore]:
-        """The same by these functions of this process, in place of the rewards of the run."""
+        """Scores the groups by these functions of this process, in place of the rewards of the run."""
         functions = rewards if isinstance(rewards, Sequence) else [rewards]
         specs = [RewardSpec(name_callable(function)) for function in functions]
         models = self.models.names if self.models else []
@@ -363,7 +365,7 @@ def _two_splits(
     held_out_split: str | None,
     held_out_levels: list[int],
 ) -> tuple[Sequence[Example], Sequence[Example]]:
-    """`wanted` training examples and `held_out` others from a split of their own; None for all, 0 for none."""
+    """Loads `wanted` training examples and `held_out` others from their own split; None for all, 0 for none."""
     if wanted != 0 and held_out != 0 and Path(data.name).is_file():
         raise ValueError(
             f"{data.name} is one file, and rows that are trained on or shown as worked examples must not be evaluated. "

@@ -106,8 +106,8 @@ class _Layer:
             self.metric[at, at] += out_HDd[h].T @ out_HDd[h]
 
     def joint(self, unrotated: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the components `unrotated` [N, 2] need: its map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and of Lᵀ
-        Cov(u) L the eigenvalues and eigenvectors, descending."""
+        """Computes what the components `unrotated` [N, 2] need: its map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and
+        of Lᵀ Cov(u) L the eigenvalues and eigenvectors, descending."""
         frequencies, groups = self.loss.shape
         flat, pairs = unrotated[:, 0] * groups + unrotated[:, 1], frequencies * groups
         of = torch.cat([flat, pairs + flat, torch.arange(2 * pairs, len(self.u))])
@@ -211,7 +211,7 @@ def check_sizes(config: PreTrainedConfig, rank: int, rotary: int | None = None) 
 
 
 def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None) -> Split:
-    """How much of `rank` is for the rotary key: the split with the least error over all layers."""
+    """Tells how much of `rank` is for the rotary key: the split with the least error over all layers."""
     loss = torch.stack([layer.loss / layer.total for layer in layers]).mean(0)  # [J, G]
     ranked = loss.flatten().argsort(descending=True)
     budget = rank - NUM_CONSTANTS
@@ -245,8 +245,8 @@ def unrotated_pairs(rotary: Tensor, frequencies: int, groups: int) -> Tensor:
 
 
 def _complex(weight: Tensor, heads: int) -> Tensor:
-    """Rows (j, j + d/2) of every attention head, which rotate together, as complex rows: [heads·d, D] -> [heads, d/2,
-    D]."""
+    """Joins rows (j, j + d/2) of every attention head, which rotate together, to complex rows: [heads·d, D] -> [heads,
+    d/2, D]."""
     halves = weight.view(heads, 2, -1, weight.shape[1])
     return torch.complex(halves[:, 0].contiguous(), halves[:, 1].contiguous())
 

@@ -79,7 +79,7 @@ PARITY_TEXTS = (
 
 
 def convert_dense(model: PreTrainedModel) -> DeepseekV3ForCausalLM:
-    """The same function of the tokens as `model`, as MLA with a dense feed-forward in every layer.
+    """Makes a model that computes what `model` does, with MLA and a dense feed-forward in every layer.
 
     The result is in float32 like `model`, on the same device and in eval mode; `model` does not change. Raises
     `UnsupportedCheckpoint` if the result would not be exact.

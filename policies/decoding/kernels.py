@@ -75,7 +75,7 @@ def cuda_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask
 
 @cache
 def cuda_attention_agrees(device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]) -> bool:
-    """Whether torch's kernel takes keys, vectors and values of these widths and computes what plain products do.
+    """Tells whether torch's kernel takes keys, vectors and values of these widths and computes what plain products do.
 
     Tried once; a warning says why not, and plain products are computed from then on.
     """

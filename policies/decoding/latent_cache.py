@@ -124,7 +124,7 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
-        """How many entries a row has room for."""
+        """Tells how many entries a row has room for."""
         return self.layers_RTE[0].shape[1]
 
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> LatentCache:

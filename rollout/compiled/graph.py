@@ -57,7 +57,7 @@ class Inputs:
 
     @property
     def caches(self) -> list[Tensor]:
-        """What a round changes in place."""
+        """Gives what a round changes in place."""
         return [*self.layers, *([] if self.head_layer is None else [self.head_layer])]
 
     @property

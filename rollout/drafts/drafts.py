@@ -51,7 +51,7 @@ class Drafts:
         self.cost = self.plain_cost = 0.0  # of all rounds, in milliseconds
 
     def begin(self, prefilled: Prefilled) -> None:
-        """Rows of these prompts are added after the live ones."""
+        """Adds rows of these prompts after the live ones."""
         if self.head:
             if self.head.cache is not None and (costs := self.controller.costs):  # else it may never read them
                 self.cost += costs.reading * prefilled.token_ids_PT.numel()
@@ -63,8 +63,8 @@ class Drafts:
             self.head.keep(live, tokens_RS, hidden_RSD, kept_R)
 
     def plan(self, live: Rows, alive: int, most: int) -> int:
-        """How many tokens are drafted next. `alive` of the rows go on; the one with the most room can still use `most`
-        drafts. The draft head waits until drafting is worth what it has to read first."""
+        """Tells how many tokens are drafted next. `alive` of the rows go on; the one with the most room can still use
+        `most` drafts. The draft head waits until drafting is worth what it has to read first."""
         if not self.max_depth or most < 1:
             return 0
         if self.fixed:
@@ -77,7 +77,7 @@ class Drafts:
         return 0 if waits else depth
 
     def of_graph(self, live: Rows) -> int:
-        """How many drafts a compiled round of these rows makes."""
+        """Tells how many drafts a compiled round of these rows makes."""
         if not self.head:
             return 0
         if self.fixed:
@@ -89,8 +89,8 @@ class Drafts:
         return 0 if waits else depth
 
     def _reads(self, missed: int, slower: float, speed: float) -> bool:
-        """Whether the draft head reads the tokens that it has missed, and drafts. Both speeds are tokens a millisecond,
-        without it and with it."""
+        """Tells whether the draft head reads the tokens that it has missed, and drafts. Both speeds are tokens a
+        millisecond, without it and with it."""
         assert self.controller.costs is not None
         return self.reading.over(self.controller.costs.reading * missed, 1 / slower - 1 / speed)
 

@@ -49,7 +49,7 @@ class Drafter:
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
     def hold(self, prefilled: Prefilled) -> None:
-        """Rows of these prompts are added after the live ones."""
+        """Adds rows of these prompts after the live ones."""
         if self.cache is None:
             self.prefilled.append(prefilled)
         else:
@@ -76,15 +76,16 @@ class Drafter:
         live.unread = live.unread + kept_R
 
     def missed(self, live: Rows) -> int:
-        """How many tokens the draft head has to read before it can draft, other than what a round may give a row.
-        Prompts are about those of the rows."""
+        """Counts the tokens that the draft head has to read before it can draft, other than what a round may give a
+        row. Prompts are about those of the rows."""
         prompts = sum(part.token_ids_PT.numel() for part in self.prefilled)
         count = sum(len(part.numbers_P) for part in self.prefilled)
         rows = int((live.unread - self.most_new).clamp(min=0).sum())
         return rows + prompts * min(len(live.index), count) // max(count, 1)
 
     def take(self, live: Rows, width: int) -> tuple[Tensor, Tensor]:
-        """What the draft head is to read now: tokens [R, width] and states [R, width, D], of each row `live.unread`."""
+        """Gives what the draft head is to read now: tokens [R, width], states [R, width, D], `live.unread` of each
+        row."""
         held, self.unread = self.unread, []
         if len(held) == 1 and held[0].index_R is live.index:  # the round before drafted, and no row left
             more = width - held[0].tokens_RS.shape[1]

@@ -9,7 +9,7 @@ from rollout.sampling import by_temperature
 
 
 def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
-    """How many drafts of each row the trunk accepts [R]: the leading ones that equal its own choice.
+    """Counts how many drafts of each row the trunk accepts [R]: the leading ones that equal its own choice.
 
     `targets_RS` (S = K + 1) are the trunk's choices in place of each of the K drafts and after the last one. The token
     after the last accepted draft is therefore always the trunk's own (the bonus token).
@@ -40,7 +40,8 @@ def until_end(
 
 
 def confident_drafts(logits_NV: Tensor, temperature: float | Tensor, margin: float) -> Tensor:
-    """Which drafts `accept: margin` takes [N]: log p(best) − log p(second best) > `margin` nats at the temperature.
+    """Tells which drafts `accept: margin` takes [N]: log p(best) − log p(second best) > `margin` nats at the
+    temperature.
 
     >>> confident_drafts(torch.tensor([[5.0, 1.0, 0.0], [1.0, 0.5, 0.0]]), temperature=1.0, margin=2.0)
     tensor([ True, False])

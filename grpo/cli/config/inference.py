@@ -24,7 +24,8 @@ class _UseOptions(EnvironmentOptions, ModelOptions):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        r"""In one text, as a shell passes it on, `\n` and `\t` mean a line break and a tab."""
+        r"""Gives the texts that end a completion. In one text, as a shell passes it on, `\n` and `\t` mean line break
+        and tab."""
         given = [self.stop.replace(r"\n", "\n").replace(r"\t", "\t")] if isinstance(self.stop, str) else self.stop
         return tuple(given)
 

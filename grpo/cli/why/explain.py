@@ -168,7 +168,7 @@ class _Explainer:
 
     @property
     def affordable(self) -> int:
-        """So many groups may be left out within AFFORDABLE seconds: one at least."""
+        """Counts the groups that may be left out within AFFORDABLE seconds: one at least."""
         return max(1, int(AFFORDABLE / self.seconds)) if self.seconds else self.count
 
     def cost(self, most: int, alternatives: int, tokens: int) -> str:

@@ -46,7 +46,7 @@ class TeacherServer:
         self.url, self.model, self.token = f"{url.rstrip('/')}/completions", model, os.environ.get(TOKEN, "")
 
     def logprobs(self, likelihood: Likelihood, mini: MicroBatch) -> Tensor:
-        """[C, L] of the tokens that were sampled."""
+        """Scores the tokens that were sampled [C, L]."""
         ids = mini.token_ids[mini.scored].tolist()
         values = [position[token] for token, position in zip(ids, self._positions(mini, 0), strict=True)]
         return mini.by_completion(torch.tensor(values, device=mini.mask.device))
@@ -58,7 +58,7 @@ class TeacherServer:
         return ids_NK, torch.tensor([[value for _, value in tokens] for tokens in found], device=mini.mask.device)
 
     def _positions(self, mini: MicroBatch, k: int) -> list[Position]:
-        """What the server says of every scored token, in the order of `mini.scored`."""
+        """Gives what the server says of every scored token, in the order of `mini.scored`."""
         pairs = [(row.prompt_token_ids, sample) for row in mini.rows for sample in row.samples]
         texts = [prompt + sample.token_ids for prompt, sample in pairs]
         scored = self.score(texts, [len(prompt) for prompt, _ in pairs], k)

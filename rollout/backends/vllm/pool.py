@@ -96,7 +96,7 @@ class VLLMPool(Pool):
         self._is_lost = False
 
     def _mended(self, work: str, act: Callable[[], T]) -> T:
-        """What `act` returns. If the server is lost, there is a new one, with no weights, and `act` is called again."""
+        """Calls `act` and gives what it returns; again, with a new server without weights, where the server is lost."""
         while True:
             began = time.monotonic()
             try:
