@@ -150,7 +150,7 @@ def _adapt_parameter(layer: ParamWrapper, base: nn.Module, split: Split | None) 
             return forward(*inputs)
         if split:  # [E, out, r] and [E, r, in], where the weight is [E, out, in]
             lhs, rhs, scale = layer.get_delta_factors(ADAPTER)
-            parts = split.part(lhs, kept=2), split.part(rhs, kept=1)
+            parts = split.part(lhs, whole=2), split.part(rhs, whole=1)
             base._parameters[name] = torch.baddbmm(weight.to_local(), *parts, alpha=scale)
         else:
             base._parameters[name] = weight + layer.get_delta_weight(ADAPTER)

@@ -63,9 +63,9 @@ class Split:
                     return cls(mesh, placement)
         return None
 
-    def part(self, factor: Tensor, kept: int | None = None) -> Tensor:
+    def part(self, factor: Tensor, whole: int | None = None) -> Tensor:
         """This rank's part of a whole factor that has the dimensions of the weight, except for `kept`."""
-        if self.placement.dim == kept:
+        if self.placement.dim == whole:
             return factor
         parts, _ = self.placement._split_tensor(factor, self.mesh.size(), with_padding=False, contiguous=False)
         return parts[self.mesh.get_local_rank()]

@@ -76,12 +76,12 @@ def unfit(value: Any, level: int = 0) -> str | None:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in content:
             raise ValueError(f"the key {name!r:.100} is there twice; keep one")
-        found[name] = value
-    return found
+        content[name] = value
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

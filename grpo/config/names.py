@@ -187,7 +187,7 @@ def _copy(options: Mapping[str, Any]) -> dict[str, Any]:
 def aliases(part: str) -> dict[str, str]:
     """`means`, `not_supported` or `removed_commands`: a name that is none, and what is said about it."""
     content = parse_yaml((FOLDER / "aliases.yaml").read_text(encoding="utf-8"))[part]
-    return {name: said for said, names in content.items() for name in names}
+    return {name: meaning for meaning, names in content.items() for name in names}
 
 
 def hint(name: str, known: Collection[str]) -> str | None:
@@ -201,21 +201,21 @@ def hint(name: str, known: Collection[str]) -> str | None:
     'not supported, because'
     """
     section, dot, _ = name.partition(".")
-    part, said = _entry([name.split(".", start)[start] for start in range(name.count(".") + 1)])
+    part, meaning = _entry([name.split(".", start)[start] for start in range(name.count(".") + 1)])
     if part == "not_supported":
-        return f"not supported, because {said}"
-    keys, _, note = said.partition("; ")
-    found = next((key for target in keys.split() for key in _here(target, known)), None)
-    if found and dot and (own := f"{section}.{found.rpartition('.')[2]}") in known:
-        found = own  # mtp.lr is mtp.learning_rate
-    return found and f"did you mean {found}?" + (f" ({note})" if note else "")
+        return f"not supported, because {meaning}"
+    keys, _, note = meaning.partition("; ")
+    option = next((key for target in keys.split() for key in _here(target, known)), None)
+    if option and dot and (sibling := f"{section}.{option.rpartition('.')[2]}") in known:
+        option = sibling  # mtp.lr is mtp.learning_rate
+    return option and f"did you mean {option}?" + (f" ({note})" if note else "")
 
 
 def _entry(ends: Sequence[str]) -> tuple[str, str]:
     """The part of the table that has one of these names, and what it says. A whole name goes before a beginning."""
     parts = ("means", "not_supported")
-    whole = ((part, said) for end in ends for part in parts if (said := aliases(part).get(end)))
-    begun = ((p, said) for end in ends for p in parts for name, said in aliases(p).items() if fnmatchcase(end, name))
+    whole = ((part, meaning) for end in ends for part in parts if (meaning := aliases(part).get(end)))
+    begun = ((p, meaning) for end in ends for p in parts for n, meaning in aliases(p).items() if fnmatchcase(end, n))
     return next(chain(whole, begun), ("means", ""))
 
 

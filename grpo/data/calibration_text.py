@@ -49,17 +49,17 @@ def calibration_text(
     """
     bos = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]
     body, end = window - len(bos), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    wanted = -(-tokens // window) + -(-held_out_tokens // window)
+    most = -(-tokens // window) + -(-held_out_tokens // window)
     ids: list[int] = []
     examples: list[Example] = []
-    for document, example in _documents(source, wanted * window * CHARACTERS_PER_TOKEN):
+    for document, example in _documents(source, most * window * CHARACTERS_PER_TOKEN):
         if example and left_out(example):
             continue
         examples += [example] if example else []
         ids += tokenizer(document, add_special_tokens=False).input_ids + end
-        if len(ids) >= wanted * body:
+        if len(ids) >= most * body:
             break
-    count = min(wanted, len(ids) // body)
+    count = min(most, len(ids) // body)
     if count < 2:
         raise ValueError(
             f"calibrate={source!r} holds {len(ids)} tokens, and two windows of window={window} are the least, one to "

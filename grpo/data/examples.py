@@ -243,7 +243,7 @@ def _checked(
         fault = _fault(row, needed)
         if not fault:
             examples.append(_example(f"{prefix}/{number - 1}", {**absent, **row}, *needed))
-            fault = next((found for check in checks if (found := check(examples[-1].columns))), None)
+            fault = next(filter(None, (check(examples[-1].columns) for check in checks)), None)
         if fault:
             bad.append(f"row {number}: {fault}")
     if bad:

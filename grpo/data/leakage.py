@@ -113,10 +113,10 @@ def trained_on(model: str | Path) -> frozenset[str]:
     places = (folder, folder / "run", folder.parent, folder.parent.parent)
     for index, place in enumerate(places):
         if (place / TRAINED_ON).is_file() and (index < 2 or (place / "environment.json").is_file()):
-            found = (place / TRAINED_ON).read_bytes().split()
-            if wrong := [line for line in found if not _FINGERPRINT.fullmatch(line)]:
+            lines = (place / TRAINED_ON).read_bytes().split()
+            if wrong := [line for line in lines if not _FINGERPRINT.fullmatch(line)]:
                 raise ValueError(f"{place / TRAINED_ON} is damaged: {wrong[0]!r:.60} is no fingerprint of a problem")
-            return frozenset(line.decode() for line in found)
+            return frozenset(line.decode() for line in lines)
     return frozenset()
 
 

@@ -77,8 +77,8 @@ def shared_with_training(train: Iterable[str], held_out: Iterable[str]) -> tuple
     (1, 0)
     """
     templates, numbers = (set(kinds) for kinds in zip(*map(_template_and_numbers, train), strict=True))
-    found = [_template_and_numbers(problem_id) for problem_id in held_out]
-    return sum(template in templates for template, _ in found), sum(given in numbers for _, given in found)
+    contents = [_template_and_numbers(problem_id) for problem_id in held_out]
+    return sum(template in templates for template, _ in contents), sum(drawn in numbers for _, drawn in contents)
 
 
 def _template_and_numbers(problem_id: str) -> tuple[str, tuple[int, ...]]:

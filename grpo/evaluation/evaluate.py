@@ -112,12 +112,12 @@ def evaluate(
 def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], seconds: float) -> Evaluation:
     completions = [completion for group in groups for completion in group.completions]
     marks = [score.parts[task.first_reward] for score in scores]
-    verdicts = [[task.verdicts.of(mark) for mark in own] for own in marks]
+    verdicts = [[task.verdicts.of(mark) for mark in group] for group in marks]
     marked = [[right for right in verdict if right is not None] for verdict in verdicts]
     means = estimate([fmean(right) for right in marked if right])
     rewards = [reward for score in scores for reward in score.rewards if reward is not None]
     failures = [failure for score in scores for failure in score.errors]
-    unmarked = sum(own.count(None) for own in marks)
+    unmarked = sum(group.count(None) for group in marks)
     failed = sum(
         marks[i][failure.sample_index] is None
         for i, score in enumerate(scores)
@@ -151,7 +151,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
             k: estimate([pass_at_k(len(right), sum(right), k) for right in marked if len(right) >= k]) for k in ks
         },
         majority_at={k: _majority(task, groups, verdicts, k) for k in ks},
-        acceptance=[taken / made for made, taken in zip(drafted, accepted, strict=True) if made],
+        acceptance=[hits / made for made, hits in zip(drafted, accepted, strict=True) if made],
         fallback_rate=sum(draft.fallbacks for draft in drafts) / forwards if forwards else 0.0,
         failures=failures,
         by_problem=[fmean(right) if right else None for right in marked],
@@ -162,7 +162,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
 
 def _majority(task: Task, groups: Sequence[RolloutGroup], verdicts: Sequence[list[bool | None]], k: int) -> Estimate:
     answers = [[task.read_answer(text) for text in group.texts] for group in groups]
-    votes = [majority_at_k(own, verdict, k) for own, verdict in zip(answers, verdicts, strict=True)]
+    votes = [majority_at_k(group, verdict, k) for group, verdict in zip(answers, verdicts, strict=True)]
     return estimate([vote for vote in votes if vote is not None])
 
 

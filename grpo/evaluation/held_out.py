@@ -41,7 +41,7 @@ class HeldOut:
         log: RunLog,
         sampling: SamplingParams,
         every: int | None = None,
-        heed: Callable[[int, Mapping[str, Evaluation]], None] = lambda step, found: None,
+        heed: Callable[[int, Mapping[str, Evaluation]], None] = lambda step, results: None,
     ) -> None:
         self.task, self.pool, self.log, self.sampling = task, pool, log, sampling
         self.every, self.heed = every, heed
@@ -126,9 +126,9 @@ class Result:
 
     def __repr__(self) -> str:
         """The folder, and what greedy decoding got; where nothing was decoded greedily, what sampling got."""
-        greedy = {name: found for name, found in self.evaluations.items() if "greedy" in name}
-        shown = [f"{name}: {_mark(found)}" for name, found in (greedy or self.evaluations).items()]
-        return f"Result({str(self.folder)!r}: {'; '.join(shown) or 'nothing was evaluated'})"
+        greedy = {name: result for name, result in self.evaluations.items() if "greedy" in name}
+        lines = [f"{name}: {_mark(result)}" for name, result in (greedy or self.evaluations).items()]
+        return f"Result({str(self.folder)!r}: {'; '.join(lines) or 'nothing was evaluated'})"
 
 
 def _mark(evaluation: Evaluation) -> str:

@@ -159,12 +159,12 @@ def find(root: Path, which: str) -> Path | None:
     "auto" skips no damaged checkpoint: `load` refuses it and names the one before.
     """
     _recover(root)
-    found = list(saved(root).values())
+    checkpoints = list(saved(root).values())
     if which == "auto":
-        return found[-1] if found else None
+        return checkpoints[-1] if checkpoints else None
     if (Path(which) / MANIFEST).is_file():
         return Path(which)
-    listing = ", ".join(map(str, found)) or f"none in {root}"
+    listing = ", ".join(map(str, checkpoints)) or f"none in {root}"
     raise CheckpointError(f"{which} is no checkpoint (no {MANIFEST} in it); use auto, or one of: {listing}")
 
 
@@ -183,8 +183,8 @@ def newest(root: Path) -> Path | None:
 
 def saved(root: Path) -> dict[int, Path]:
     """The checkpoints in `root` by step, ascending."""
-    found = ((int(path.name[5:]), path) for path in root.glob("step_*") if path.name[5:].isdecimal())
-    return dict(sorted(found))
+    steps = ((int(path.name[5:]), path) for path in root.glob("step_*") if path.name[5:].isdecimal())
+    return dict(sorted(steps))
 
 
 def _fault(path: Path, together: bool = False) -> str | None:
@@ -192,8 +192,8 @@ def _fault(path: Path, together: bool = False) -> str | None:
     if not together:
         return fault(path, MANIFEST, needed=[STATE])
     rank, ranks = place()
-    found = everyone(fault(path, MANIFEST, needed=[STATE], share=slice(rank, None, ranks)))
-    return next(filter(None, found), None)
+    faults = everyone(fault(path, MANIFEST, needed=[STATE], share=slice(rank, None, ranks)))
+    return next(filter(None, faults), None)
 
 
 def _remove(path: Path) -> None:

@@ -110,6 +110,6 @@ def _ways_out(name: Phase, options: Any) -> str:
     return ", ".join([*first, f"or {last}"]) if first else last
 
 
-def _beginning(said: str) -> str:
+def _beginning(message: str) -> str:
     """The first sentences of torch's message, which say how much was wanted and how much there was."""
-    return ". ".join(said.split("\n")[0].split(". ")[:3]).rstrip(".")
+    return ". ".join(message.split("\n")[0].split(". ")[:3]).rstrip(".")

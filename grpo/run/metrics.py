@@ -177,8 +177,8 @@ def check(name: str) -> str:
     >>> check("draft/acceptance_depth_3")
     'draft/acceptance_depth_<d>'
     """
-    if found := next((pattern for pattern, regex in _PATTERNS.items() if regex.fullmatch(name)), None):
-        return found
+    if row := next((pattern for pattern, regex in _PATTERNS.items() if regex.fullmatch(name)), None):
+        return row
     nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0)[0]
     raise ValueError(f"metric {name!r} is not documented; did you mean {nearest!r}? METRICS has all names")
 

@@ -112,8 +112,8 @@ class Panel:
 
     def _draw_on(self, step: int, metrics: Mapping[str, Any]) -> None:
         for label, names in CURVES.items():
-            found = [metrics[name] for name in names if metrics.get(name) is not None]
-            self._curves[label] += [(step, found[0])] if found else []
+            values = [metrics[name] for name in names if metrics.get(name) is not None]
+            self._curves[label] += [(step, values[0])] if values else []
 
     def _render(self) -> RenderableType:
         lines: list[RenderableType] = [self._headline()]

@@ -133,8 +133,8 @@ def rollout_lines(
 
 def recorded_steps(output_dir: Path) -> list[int]:
     """The steps whose rollouts are there, ascending; other files are passed over."""
-    found = (_step(path) for path in (output_dir / "rollouts").glob("step_*.jsonl.zst"))
-    return sorted(step for step in found if step is not None)
+    steps = (_step(path) for path in (output_dir / "rollouts").glob("step_*.jsonl.zst"))
+    return sorted(step for step in steps if step is not None)
 
 
 def holds_a_run(output_dir: Path) -> bool:
@@ -149,15 +149,15 @@ def truncate(output_dir: Path, step: int) -> None:
     if (output_dir / "metrics.jsonl").exists():
         keep_lines(output_dir, lambda line: line["step"] <= last)
     for path in (output_dir / "rollouts").glob("step_*"):
-        if (found := _step(path)) is not None and (found > step or path.suffix == ".partial"):
+        if (number := _step(path)) is not None and (number > step or path.suffix == ".partial"):
             path.unlink()
 
 
-def keep_lines(output_dir: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+def keep_lines(output_dir: Path, stays: Callable[[dict[str, Any]], bool]) -> None:
     path = output_dir / "metrics.jsonl"
     lines = whole_lines(path)
-    kept = [line + b"\n" for line, row in zip(lines, _measured(path, lines), strict=True) if wanted(row)]
-    write_file(path, b"".join(kept))
+    content = [line + b"\n" for line, row in zip(lines, _measured(path, lines), strict=True) if stays(row)]
+    write_file(path, b"".join(content))
 
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:

@@ -29,9 +29,9 @@ def last_words(text: str) -> Iterator[None]:
     session waits for the end of a pipe, whose other end is here.
     """
     command = ["sh", "-c", 'read -r left || printf "%s\\n" "$LAST_WORDS" >&2']
-    given: dict[str, Any] = {"env": os.environ | {"LAST_WORDS": text}, "stdin": subprocess.PIPE}
+    settings: dict[str, Any] = {"env": os.environ | {"LAST_WORDS": text}, "stdin": subprocess.PIPE}
     try:
-        waits = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, **given)
+        waits = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, **settings)
     except OSError:  # there is no shell, or no room for it
         yield
         return

@@ -79,14 +79,14 @@ class Task:
         checks += [partial(too_long, column, context) for column, context in (contexts or {}).items()]
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
         load = partial(examples_of, data, data.name, seed=seed, checks=checks)
-        wanted = data.limit if train else data.few_shot
+        count = data.limit if train else data.few_shot
         if data.held_out:
             from grpo.data.held_out import held_out_share
 
             both = held_out_share(data, load, self.template, held_out_split)
         else:
-            both = _two_splits(data, load, wanted, held_out, held_out_split, held_out_levels or data.levels)
-        self.train, self.held_out = both[0][:wanted], both[1][:held_out]
+            both = _two_splits(data, load, count, held_out, held_out_split, held_out_levels or data.levels)
+        self.train, self.held_out = both[0][:count], both[1][:held_out]
         first = (self.train or self.held_out)[0]
         shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
         self._refuse_overlap(shown, met, data)
@@ -360,18 +360,18 @@ def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:
 def _two_splits(
     data: DataOptions,
     load: Callable[..., Sequence[Example]],
-    wanted: int | None,
+    count: int | None,
     held_out: int | None,
     held_out_split: str | None,
     held_out_levels: list[int],
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Loads `wanted` training examples and `held_out` others from their own split; None for all, 0 for none."""
-    if wanted != 0 and held_out != 0 and Path(data.name).is_file():
+    if count != 0 and held_out != 0 and Path(data.name).is_file():
         raise ValueError(
             f"{data.name} is one file, and rows that are trained on or shown as worked examples must not be evaluated. "
             "Hold out a share of its rows by their content (data.held_out: 0.1, of quartet eval too), or give "
             "a folder with train.jsonl and test.jsonl"
         )
-    train = [] if wanted == 0 else load(data.split, "train", data.levels, wanted)
+    train = [] if count == 0 else load(data.split, "train", data.levels, count)
     split = held_out_split or default_held_out_split(data.name)
     return train, [] if held_out == 0 else load(split, "eval", held_out_levels, held_out)

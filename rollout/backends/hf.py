@@ -103,15 +103,15 @@ class RowCache:
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in ascending order, and drop the others."""
         slots_RK = self.slots_RK[rows]
-        kept = slots_RK.flatten().sort().values
-        self.latents.select(kept)
-        self._place(torch.searchsorted(kept, slots_RK))
+        order = slots_RK.flatten().sort().values
+        self.latents.select(order)
+        self._place(torch.searchsorted(order, slots_RK))
 
     def take(self, rows: Tensor) -> RowCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         slots_RK = self.slots_RK[rows]
-        kept = slots_RK.flatten().sort().values
-        return RowCache(self.latents.take(kept), torch.searchsorted(kept, slots_RK))
+        order = slots_RK.flatten().sort().values
+        return RowCache(self.latents.take(order), torch.searchsorted(order, slots_RK))
 
     def put(self, rows: Tensor, cache: RowCache) -> None:
         """The inverse of `take`."""

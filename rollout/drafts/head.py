@@ -164,15 +164,15 @@ class Drafter:
         """Let the draft head read the prompts of the rows that are still live, before its first draft."""
         group = self.params.group_size
         numbers_R = live.index // group
-        caches, kept = [], []
+        caches, parts = [], []
         for prefilled in self.prefilled:
             needed = torch.isin(prefilled.numbers_P, numbers_R)
             if bool(needed.any()):
                 chosen = Prefilled(**{name: value[needed] for name, value in vars(prefilled).items()})
                 caches.append(self._read(chosen))
-                kept.append(chosen.numbers_P)
+                parts.append(chosen.numbers_P)
         self.prefilled = []
-        numbers = torch.cat(kept)
+        numbers = torch.cat(parts)
         place = torch.zeros(int(numbers.max()) + 1, dtype=torch.long, device=numbers.device)
         place[numbers] = torch.arange(len(numbers), device=numbers.device)
         cache = caches[0].join(caches[1:])

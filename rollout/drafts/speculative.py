@@ -32,11 +32,11 @@ def until_end(
     (tensor([2]), tensor([True]))
     """
     steps = torch.arange(targets_RS.shape[1], device=targets_RS.device)
-    kept = alive_R.long() if accepted_R is None else accepted_R + 1
-    kept = torch.minimum(kept, torch.as_tensor(left_R, device=kept.device)) * alive_R
-    is_stop = (targets_RS[..., None] == stops).any(-1) & (steps < kept[:, None])
+    lengths = alive_R.long() if accepted_R is None else accepted_R + 1
+    lengths = torch.minimum(lengths, torch.as_tensor(left_R, device=lengths.device)) * alive_R
+    is_stop = (targets_RS[..., None] == stops).any(-1) & (steps < lengths[:, None])
     stopped = is_stop.any(1)
-    return torch.where(stopped, is_stop.long().argmax(1) + 1, kept), stopped
+    return torch.where(stopped, is_stop.long().argmax(1) + 1, lengths), stopped
 
 
 def confident_drafts(logits_NV: Tensor, temperature: float | Tensor, margin: float) -> Tensor:

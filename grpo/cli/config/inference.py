@@ -26,8 +26,8 @@ class _UseOptions(EnvironmentOptions, ModelOptions):
     def stop_strings(self) -> tuple[str, ...]:
         r"""Gives the texts that end a completion. In one text, as a shell passes it on, `\n` and `\t` mean line break
         and tab."""
-        given = [self.stop.replace(r"\n", "\n").replace(r"\t", "\t")] if isinstance(self.stop, str) else self.stop
-        return tuple(given)
+        texts = [self.stop.replace(r"\n", "\n").replace(r"\t", "\t")] if isinstance(self.stop, str) else self.stop
+        return tuple(texts)
 
     @field_validator("stop")
     @classmethod

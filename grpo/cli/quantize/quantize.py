@@ -45,7 +45,7 @@ class Quantization:
     destination: str
     bytes_before: int
     bytes_after: int
-    kept: list[str]
+    whole: list[str]
     fidelity: Fidelity
     seconds: float
     versions: dict[str, str]
@@ -99,7 +99,7 @@ class Quantizer:
             destination=str(destination),
             bytes_before=size if source.checkpoint else _bytes(Path(source.folder)) or size,
             bytes_after=_bytes(folder),
-            kept=whole,
+            whole=whole,
             fidelity=fidelity(policy.trunk, small.trunk.to(policy.device), text.held_out),
             seconds=seconds,
             versions={name: metadata.version(name) for name in ("llmcompressor", "compressed-tensors")},
@@ -176,9 +176,9 @@ def show(result: Quantization, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"on {figures.num_tokens:,} tokens of {config.calibrate}, held out; quantised in {result.seconds:.0f} s")
-    if result.kept:
+    if result.whole:
         why = f"group_size={config.group_size} does not divide their rows"
-        say(f"{len(result.kept)} matrices keep their precision, such as {result.kept[0]}: {why}")
+        say(f"{len(result.whole)} matrices keep their precision, such as {result.whole[0]}: {why}")
     for evaluation in result.evaluations:
         eval_report.show(evaluation, console)
     if result.evaluations:
@@ -193,7 +193,7 @@ def as_json(result: Quantization) -> dict[str, Any]:
         "weights_bytes": {"before": result.bytes_before, "after": result.bytes_after},
         "held_out": asdict(result.fidelity) | {"perplexity_change": result.perplexity_change},
         "accuracy": eval_report.paired_as_json(both) if both else None,
-        "matrices_kept": result.kept,
+        "matrices_kept": result.whole,
         "seconds": result.seconds,
         "options": result.config.model_dump(mode="json"),
         "environment": hardware.describe() | result.versions,

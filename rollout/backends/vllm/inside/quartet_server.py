@@ -238,12 +238,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.begun, last = True, [0, time.monotonic()]
 
-        def said(ended: int) -> None:
+        def report(ended: int) -> None:
             if ended > last[0] or time.monotonic() - last[1] > BEAT_S:
                 last[:] = ended, time.monotonic()
                 self._line({"ended": ended})
 
-        self._line(engine.sample(job, said))
+        self._line(engine.sample(job, report))
 
     def _engine(self) -> Engine:
         if self.server.engine is None:
