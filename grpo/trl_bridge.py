@@ -225,8 +225,7 @@ class HeadAge:
         return step - self.trained_at
 
     def note(self, step: int, head: Mapping[str, Tensor], acceptance: list[float]) -> str | None:
-        """Takes the draft head's weights and its acceptance at a step; returns what there is to warn of, every so
-        often."""
+        """Notes weights and acceptance of the draft head at a step; returns what there is to warn of, now and then."""
         if (now := digest(head)) != self.trained_digest:
             self.trained_digest, self.trained_at, self.warned_at, self.fresh = now, step, step, acceptance
         if step - self.warned_at < self.warn_every:

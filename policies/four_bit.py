@@ -90,8 +90,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def counts(trunk: nn.Module) -> dict[str, Any]:
-    """Counts the weights of a loaded base that are in 4 bits, those that are not, and the routed experts' among
-    these."""
+    """Counts the weights of a loaded base in 4 bits, those that are not, and the routed experts' among these."""
     base = [(name, weight) for name, weight in trunk.named_parameters() if ".lora_" not in name]
     held = sum(weight.quant_state.shape.numel() for _, weight in base if is_held(weight))
     others = [(name, weight.numel()) for name, weight in base if not is_held(weight)]

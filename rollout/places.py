@@ -64,8 +64,7 @@ def _share(resources: Mapping[str, float]) -> str:
 
 
 def here() -> dict[str, Any]:
-    """Tells where this process is: the node of Ray's cluster it belongs to, or its machine; its number; and what it
-    uses."""
+    """Tells where this process is: its node of Ray's cluster, or its machine; its number; and what it uses."""
     device: dict[str, Any] = {"threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         device["gpu"] = torch.cuda.current_device()

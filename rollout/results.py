@@ -67,8 +67,7 @@ class Results:
             self.drafted[live.index, : drafts.depth] += live.alive[:, None]
 
     def add_routing(self, live: Rows, experts: Tensor, new: int) -> None:
-        """Add the experts and attention heads [R · S, routers, k] of each row's last token and of the drafts after
-        it."""
+        """Adds the experts and attention heads [R · S, routers, k] of each row's last token and the drafts after it."""
         assert self.routing is not None  # since the prefill
         experts = experts.view(-1, new, *experts.shape[1:])
         self.routing[self._places(live, live.count - 1, new)] = experts.to(torch.int16)

@@ -178,8 +178,7 @@ class Serving(Decoding):
         return self._at_once(super()._graph_depth(live))
 
     def _at_once(self, depth: int) -> int:
-        """Chooses the depth as in any shard, but the draft head drafts at once, and again before it has too much to
-        read."""
+        """Chooses the depth as in any shard, but drafts at once, and again before there is too much to read."""
         if self.drafter and not depth and (self.drafter.cache is None or self.undrafted >= UNREAD):
             depth = 1
         self.undrafted = 0 if depth else self.undrafted + 1

@@ -111,9 +111,7 @@ WHY = (
     _argument("--group", type=int, metavar="N", help="this group of the step alone, token by token"),
     _argument("--groups", type=int, metavar="N", help="leave out at most N groups; by default what ten minutes allow"),
     _argument("--tokens", type=int, default=400, metavar="N", help="with --group: read at most N tokens; 400"),
-    _argument(
-        "--held_out", "--held-out", type=int, default=64, metavar="N", help="measure by the solutions of N problems; 64"
-    ),
+    _argument("--held_out", "--held-out", type=int, default=64, metavar="N", help="measure by N solutions; 64"),
     _argument("--heldout", dest="held_out", type=_old_held_out, default=argparse.SUPPRESS, help=argparse.SUPPRESS),
     _argument("--what_if", "--what-if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
     _json("all that was found"),

@@ -54,8 +54,7 @@ class HeldOut:
         return bool(self.prompts) and step < last and (step == 0 or bool(self.every and step % self.every == 0))
 
     def done(self, step: int) -> bool:
-        """Tells whether the evaluation of this step is recorded. A run that was cut off before it still has to make
-        one."""
+        """Tells whether this step's evaluation is recorded. A run that was cut off before it still has to make it."""
         return any(line["step"] == step and "eval/prompts" in line for line in read_metrics(self.log.output_dir))
 
     def evaluate(

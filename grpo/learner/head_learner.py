@@ -181,8 +181,7 @@ class HeadLearner(Learner):
 
     @torch.no_grad()
     def drafts(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tells for depths 1 … `depth` after which tokens a chain has a draft so deep [B, T], and where the trunk takes
-        it.
+        """Yields for depths 1 … `depth` where a chain has a draft so deep [B, T], and where the trunk takes it.
 
         A draft is drawn with the noise that its token was sampled with, so it is right where it equals that token, and
         taken where those before it are right too (contract 3).

@@ -81,8 +81,7 @@ class Likelihood:
 
     @torch.no_grad()
     def of_reference(self, mini: MicroBatch) -> Tensor:
-        """Scores by the reference [C, L]: adapters off, or the frozen copy. Both equal the policy at step 0, so the KL
-        starts at 0."""
+        """Scores by the reference [C, L]: adapters off, or the frozen copy. Both equal the policy at step 0."""
         if self.reference is not None:
             return self.forward(mini, self.reference).logprobs
         with ExitStack() as stack:

@@ -41,8 +41,7 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
     path = output_dir / "metrics.jsonl"
     for line in _measured(path, whole_lines(path)):
-        values = {name.replace(*RENAMED): value for name, value in line.items()}
-        steps.setdefault(line["step"], {}).update(values)
+        steps.setdefault(line["step"], {}).update((name.replace(*RENAMED), value) for name, value in line.items())
     return [steps[step] for step in sorted(steps)]
 
 

@@ -155,8 +155,7 @@ def use_costs_of_run(
     sampling: SamplingParams,
     longest_prompt: int = PROMPT_TOKENS,
 ) -> None:
-    """Gives the pool a table of costs where a controller chooses the depth: the saved one, or one that is measured and
-    saved."""
+    """Gives the pool its table of costs where a controller chooses the depth: the saved one, or one measured now."""
     rollout = run.config.whole_rollout
     if rollout.draft_tokens is not None or policy.mtp is None or rollout.backend == "vllm":
         return

@@ -46,8 +46,7 @@ LONGEST_TEXT = 4000  # characters of an example that a preset's tokenizer learns
 
 
 class Task:
-    """Holds training and held-out examples, the prompt template and the scorer. Close it: the scorer holds
-    processes."""
+    """Holds training and held-out examples, prompt template and scorer. Close it: the scorer holds processes."""
 
     def __init__(
         self,
@@ -148,8 +147,7 @@ class Task:
 
     @classmethod
     def of(cls, config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
-        """Opens the task of a run. Without `model_known` nothing is asked of the model, which need not be there
-        then."""
+        """Opens the task of a run. Without `model_known` nothing is asked of the model, which need not be there."""
         held = config.eval
         context = known_context(config.model) if model_known else None
         learns = isinstance(config, LearningConfig) and config.supervision.steps > 0  # from solutions

@@ -138,8 +138,7 @@ class _Layer:
         plain = self.queries[:, nope] * (keep * rope_scale**2)  # [H, F, D]
         queries = torch.cat([plain.real, plain.imag, rotary_queries], dim=1)
 
-        # Attention head h multiplies unrotated component i, of frequency f(i), by q_f · z_i: its key at f is Σ_i
-        # conj(z_i) a_i.
+        # Attention head h multiplies component i, of frequency f(i), by q_f · z_i: its key at f is Σ_i conj(z_i) a_i.
         turned = self.turned[unrotated[:, 0], :, unrotated[:, 1]]  # [N, H]
         at = torch.zeros(len(nope), len(unrotated), dtype=torch.complex128)
         at[[nope.index(f) for f in unrotated[:, 0].tolist()], range(len(unrotated))] = 1
@@ -245,8 +244,7 @@ def unrotated_pairs(rotary: Tensor, frequencies: int, groups: int) -> Tensor:
 
 
 def _complex(weight: Tensor, heads: int) -> Tensor:
-    """Joins rows (j, j + d/2) of every attention head, which rotate together, to complex rows: [heads·d, D] -> [heads,
-    d/2, D]."""
+    """Joins rows (j, j + d/2) of attention heads, which rotate together: [heads·d, D] -> complex [heads, d/2, D]."""
     halves = weight.view(heads, 2, -1, weight.shape[1])
     return torch.complex(halves[:, 0].contiguous(), halves[:, 1].contiguous())
 

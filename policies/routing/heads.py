@@ -1,8 +1,7 @@
 """Dynamic heads: of every token some attention heads compute, and a router in each layer chooses them.
 
-A mixture of attention heads (Jin et al. 2024, arXiv:2410.11842, section 3.2), with DeepSeek-V3's own router in place of
-the two softmaxes there, so that what balances experts balances attention heads too. The first `shared_heads` always
-compute, with weight
+A mixture of attention heads (Jin et al. 2024, arXiv:2410.11842, section 3.2), with DeepSeek-V3's router in place of two
+softmaxes, so that what balances experts balances them too. The first `shared_heads` always compute, with weight
 1. Of the R others the router chooses k by score + bias, and weighs a chosen one by twice its score, which is 1 where
 its logit is 0. So a policy that keeps all of its attention heads, with routers of zeros, computes what it did before.
 

@@ -28,8 +28,7 @@ def column(prompts: list | None, completions: Completions, name: str, **columns)
 def environment(
     prompts: list | None, completions: Completions, environment_reward: list[float | str | None], **_
 ) -> list[float | ValueError | None]:
-    """Gives the marks of `get_reward` of each completion's environment; None abstains. Runs with tools have this
-    reward.
+    """Gives what each completion's environment gave (`get_reward`); None abstains. Runs with tools have this reward.
 
     A text in its place says why the environment could not go on: that is a failure of the completion.
 

@@ -48,8 +48,7 @@ class LoadedEnvironments:
         self._episodes: OrderedDict[str, _Episode] = OrderedDict()
 
     def call(self, request: dict) -> dict:
-        """Makes the calls of one turn and gives their answers, or why the environment cannot go on: {"kind",
-        "message"}.
+        """Answers the calls of one turn, or says why the environment cannot go on: {"kind", "message"}.
 
         Keys of the request: `episode` (a name), `environment` (a key of `environments`), `columns`, `seeds` (of the
         group and of the rollout), `history` and `calls` ([[tool, arguments], ...]), and `ends`, which asks for the

@@ -2,8 +2,7 @@
 
 The model's own forward runs, except for its attention, which is ours. Grouped-query attention is MLA attention with
 one latent row per KV head: the vector of a cached token is [value | key], and the query heads that share a KV head are
-the attention heads of its row. So the latent cache serves here too: it stores a prompt once and takes rows of every
-length.
+the attention heads of its row. So the latent cache serves here too: it stores a prompt once, for rows of every length.
 
 Axes: P prompts, G completions each, R rows, S new tokens a row, H query heads, K KV heads, N = H / K.
 """

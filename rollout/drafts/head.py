@@ -84,8 +84,7 @@ class Drafter:
         return rows + prompts * min(len(live.index), count) // max(count, 1)
 
     def take(self, live: Rows, width: int) -> tuple[Tensor, Tensor]:
-        """Gives what the draft head is to read now: tokens [R, width], states [R, width, D], `live.unread` of each
-        row."""
+        """Takes what the draft head reads now: tokens [R, width], states [R, width, D], `live.unread` of each row."""
         held, self.unread = self.unread, []
         if len(held) == 1 and held[0].index_R is live.index:  # the round before drafted, and no row left
             more = width - held[0].tokens_RS.shape[1]

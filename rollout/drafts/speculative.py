@@ -40,8 +40,7 @@ def until_end(
 
 
 def confident_drafts(logits_NV: Tensor, temperature: float | Tensor, margin: float) -> Tensor:
-    """Tells which drafts `accept: margin` takes [N]: log p(best) − log p(second best) > `margin` nats at the
-    temperature.
+    """Finds the drafts that `accept: margin` takes [N]: log p(best) − log p(second) > `margin` nats at the temperature.
 
     >>> confident_drafts(torch.tensor([[5.0, 1.0, 0.0], [1.0, 0.5, 0.0]]), temperature=1.0, margin=2.0)
     tensor([ True, False])

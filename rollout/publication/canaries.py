@@ -76,8 +76,7 @@ def canary_params(params: SamplingParams, context: int) -> SamplingParams:
 def compare(
     sampled: Mapping[str, Sequence[RolloutGroup]], scores: Mapping[str, Scores], version: int, dtype: torch.dtype
 ) -> Agreement:
-    """Measures how far the log-probabilities of each sampler are from the learner's `scores`, over all samplers the
-    worst.
+    """Measures how far log-probabilities of each sampler are from the learner's `scores`, over all samplers the worst.
 
     Another temperature moves all of them in proportion, which a straight line through them shows where rounding would
     hide it from the differences: its slope is the learner's temperature by the sampler's.

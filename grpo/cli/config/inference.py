@@ -24,8 +24,7 @@ class _UseOptions(EnvironmentOptions, ModelOptions):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        r"""Gives the texts that end a completion. In one text, as a shell passes it on, `\n` and `\t` mean line break
-        and tab."""
+        r"""Gives the texts that end a completion. One alone comes from a shell: `\n` is a line break, `\t` a tab."""
         texts = [self.stop.replace(r"\n", "\n").replace(r"\t", "\t")] if isinstance(self.stop, str) else self.stop
         return tuple(texts)
 

@@ -119,8 +119,7 @@ def _chunk(lm_head_VD: Tensor) -> int:
 
 
 def distill(old_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Gives the advantages of on-policy distillation: Â_t = log π_T(y_t) - log π_old(y_t), 0 off the mask. [B, T] of
-    three -> [B, T].
+    """Gives on-policy distillation: Â_t = log π_T(y_t) - log π_old(y_t), 0 off the mask. [B, T] of three -> [B, T].
 
     Its policy gradient is in expectation minus the gradient of KL(π || π_T) of the next token, at the states that the
     policy itself has reached (Gu et al., MiniLLM, arXiv:2306.08543, eq. 3-4, without what a token does to later ones;

@@ -76,9 +76,7 @@ def test_contract_16_a_folder_without_a_test_file_can_be_split_too(tmp_path):
     with task_of({"name": str(tmp_path), "held_out": 0.2}, held_out=5) as task:
         assert len(task.held_out) == 5
         assert not questions(task.train) & questions(task.held_out)
-        assert (
-            len(task.train) + len(task.held_out) <= 50
-        )  # the held-out ones beyond the limit are not trained on either
+        assert len(task.train) + len(task.held_out) <= 50  # nor are held-out ones beyond the limit trained on
 
 
 @pytest.mark.parametrize(
@@ -215,10 +213,8 @@ def test_contract_16_a_run_that_held_out_a_share_is_evaluated_on_that_share(tmp_
     (tmp_path / "config.yaml").write_text(dump_yaml(run))
     config = load(EvalConfig, None, defaults_of_run(tmp_path) | {"seed": 9})
     assert (config.data.held_out, config.data.held_out_seed, config.data.split) == (0.25, 2, "train")
-    with (
-        Task.of(run) as task,
-        task_of({"name": str(rows), "held_out": 0.25, "held_out_seed": 2}, held_out=None) as again,
-    ):
+    data = {"name": str(rows), "held_out": 0.25, "held_out_seed": 2}
+    with Task.of(run) as task, task_of(data, held_out=None) as again:
         assert questions(task.held_out) == questions(again.held_out)
 
 
