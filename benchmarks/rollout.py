@@ -10,7 +10,7 @@ model's. `--only 'ours graphs'` is ours with k = 0 and `compile: on`, for jobs o
     python benchmarks/rollout.py --vllm PATH/TO/ITS/python           # see benchmarks/peers/README.md
     python benchmarks/rollout.py --gain runs/NAME --rows 1,2,4 --depths 1,2,3,4,6,8
 
-`--gain` measures MTP on one policy with a head, on its own held-out problems, completions ending where they end.
+`--gain` measures MTP on one policy with a draft head, on its own held-out problems, completions ending where they end.
 Without a head in MODEL, ours is k = 0 alone.
 """
 
@@ -256,9 +256,8 @@ def show(jobs: Sequence[Job], rates: dict[str, dict[str, float]]) -> None:
 
 def gain(args: argparse.Namespace) -> dict[str, Any]:
     """The same held-out problems with every depth, in turn; the tokens are the same, so the seconds compare."""
-    import yaml
-
     from grpo.config.mtp import MtpConfig
+    from grpo.config.names import recorded_options
     from grpo.config.options import load
     from grpo.config.run import TrainConfig
     from grpo.source.policy_source import find_policy, load_found
@@ -270,7 +269,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     from rollout.sampling import SamplingParams
 
     path = args.gain / "config.yaml"
-    taught = "head" in yaml.safe_load(path.read_text())  # a run of `quartet mtp`
+    taught = recorded_options(path)[0] == "mtp"
     config: Any = load(MtpConfig if taught else TrainConfig, path, {}, [])
     temperature = config.rollout.temperature if args.temperature is None else args.temperature
     dtype = getattr(torch, args.dtype or config.dtype)
@@ -280,7 +279,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     config.eval.limit = max(config.eval.limit, 2 * max(args.rows) * args.repeats)
     results: dict[str, Any] = {}
     with Task.of(config) as task:
-        prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+        prompts = [task.prompt(example, policy.tokenizer) for example in task.held_out]
     stops = tuple(policy.stop_token_ids)
     depths: list[int | None] = [0, *args.depths, None]
     for rows in args.rows:

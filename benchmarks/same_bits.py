@@ -79,7 +79,7 @@ SCENARIOS: dict[str, list[list[str]]] = {
             *FEW[2:],
             "--steps",
             "2",
-            "--head.epochs",
+            "--head.epochs",  # today mtp.epochs; the base may be older
             "2",
             "--rollout.max_completion_tokens",
             "24",

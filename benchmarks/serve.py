@@ -145,7 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     options = {name: getattr(args, name) for name in ("threads", "draft_tokens", "dtype")}
     options = {name: value for name, value in options.items() if value is not None}
-    prompts = [f"{row['question']}\n" for row in word_problems("heldout", [1, 2], count=64)]
+    prompts = [f"{row['question']}\n" for row in word_problems("held_out", [1, 2], count=64)]
     alone = one_at_a_time(args.model, options, prompts, max(8, args.requests * 2), args.max_tokens)
     print(f"one at a time: {alone['tokens_per_second']:.1f} tokens/s, p50 {alone['p50_s']:.3f} s")
     sizes = {name: getattr(args, name) for name in ("clients", "requests", "max_tokens", *options)}

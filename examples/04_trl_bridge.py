@@ -3,7 +3,7 @@
     python examples/04_trl_bridge.py
 
 First `quartet sft` gives the policy something to say (kept in runs/trl_bridge), then TRL trains it. The MTP head drafts
-for TRL but is not trained by it: TRL's log shows the head's age and how many of its drafts are accepted.
+for TRL but is not trained by it: TRL's log shows the draft head's age and how many of its drafts are accepted.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def sft(
 
 
 def _evaluate(when: str, run: Run[SftConfig], task: Task, policy: Policy) -> dict[str, Evaluation]:
-    if not task.heldout:
+    if not task.held_out:
         return {}
     options = run.config.eval
     sampling = replace(sampling_of(run, policy, options.samples), environment=task.actor.environment)

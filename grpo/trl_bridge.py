@@ -57,8 +57,8 @@ class rollout_func:
     it: `draft/acceptance_depth_*` and `draft/head_age` are logged by the trainer, and every `warn_every` steps a
     warning says how the acceptance has changed. `draft_tokens` means what `rollout.draft_tokens` does in a config.
 
-    Raises BridgeError for drafts without a head, and in the first call for a trainer that trains another model or asks
-    for what would bias the gradient (top-p and the like).
+    Raises BridgeError for drafts without a draft head, and in the first call for a trainer that trains another model or
+    asks for what would bias the gradient (top-p and the like).
 
     >>> policy = Policy.load("models/smollm2-135m-mla")
     >>> rollout = rollout_func(policy)
@@ -220,13 +220,13 @@ class HeadAge:
         self.warn_every = warn_every
         self.trained_at = self.warned_at = 0
         self.trained_digest = ""
-        self.fresh: list[float] = []  # acceptance per depth when the head was last trained
+        self.fresh: list[float] = []  # acceptance per depth when the draft head was last trained
 
     def steps(self, step: int) -> int:
         return step - self.trained_at
 
     def note(self, step: int, head: Mapping[str, Tensor], acceptance: list[float]) -> str | None:
-        """Takes the head's weights and its acceptance at a step; returns what there is to warn of, every so often."""
+        """Notes weights and acceptance of the draft head at a step; returns what there is to warn of, now and then."""
         if (now := digest(head)) != self.trained_digest:
             self.trained_digest, self.trained_at, self.warned_at, self.fresh = now, step, step, acceptance
         if step - self.warned_at < self.warn_every:
@@ -236,6 +236,6 @@ class HeadAge:
         return (
             f"the MTP head is {self.steps(step)} steps older than the policy, since TRL does not train it. Drafts "
             f"accepted per depth: {then} at step {self.trained_at}, {later} at step {step}. Tokens stay exact, but "
-            "where acceptance falls sampling gets slower: save the policy and train it with quartet, head and all, or "
-            "use draft_tokens=0"
+            "where acceptance falls sampling gets slower: save the policy and train it with quartet, draft head too, "
+            "or use draft_tokens=0"
         )

@@ -152,7 +152,7 @@ def _experts_per_token(config: PretrainedConfig) -> int:
 def cache_numbers(config: PretrainedConfig) -> int | None:
     """The count of numbers that all layers keep for a token. Times 4 or 2 it is bytes in float32 or bfloat16.
 
-    >>> cache_numbers(DeepseekV3Config())  # 61 · (512 + 64); keys and values of all 128 heads would be 57 times that
+    >>> cache_numbers(DeepseekV3Config())  # 61 · (512 + 64); keys and values of 128 attention heads: 57 times that
     35136
     """
     if isinstance(config, DeepseekV3Config):

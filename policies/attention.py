@@ -37,11 +37,11 @@ STRIP = 1024  # queries for which tiles are found at a time, a multiple of their
 NARROWEST = 16  # head of flex attention on CUDA
 # Kernels are compiled for a few shapes each, and past this limit torch would compute every score without a word.
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: row, head, query, key
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: row, attention head, query, key
 
 
 def sees_prompts_whole(config: PretrainedConfig) -> bool:
-    """Whether the tokens of a prompt attend to all of it."""
+    """Tells whether the tokens of a prompt attend to all of it."""
     return getattr(config, PROMPT_ATTENTION, "causal") == "bidirectional"
 
 
@@ -110,8 +110,8 @@ class Packing:
 
     @cached_property
     def pays(self) -> bool:
-        """Whether blocks are faster than a mask. They need more operators and compute the scores twice, so they pay if
-        they spare half of the pairs (measured), and where rows are so long that a mask is large."""
+        """Tells whether blocks are faster than a mask. They need more operators and compute the scores twice, so they
+        pay if they spare half of the pairs (measured), and where rows are so long that a mask is large."""
         rows, queries, length = self.shape
         return length > PIECE or sum(block.pairs for block in self.blocks) <= rows * queries * length / 2
 

@@ -141,7 +141,7 @@ def _attention(config: DeepseekV3Config) -> Iterator[str]:
     if config.num_key_value_heads != heads:
         yield (
             f"num_key_value_heads={config.num_key_value_heads} contradicts num_attention_heads={heads}: "
-            f"MLA expands its latent for every head; use {heads}"
+            f"MLA expands its latent for every attention head; use {heads}"
         )
 
 
@@ -154,7 +154,7 @@ def _dynamic_heads(config: DeepseekV3Config) -> Iterator[str]:
     if not 0 <= shared < active <= heads or heads - shared < 2:
         yield (
             f"active_heads={active} and shared_heads={shared} of num_attention_heads={heads}: a router chooses "
-            "active_heads - shared_heads, 1 or more, of the heads that are not shared, 2 or more"
+            "active_heads - shared_heads, 1 or more, of the attention heads that are not shared, 2 or more"
         )
 
 
@@ -265,7 +265,7 @@ def refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
     if tied and head is not None and head.weight is not trunk.get_input_embeddings().weight:
         raise PolicyError(
             f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
-            "head that differs from the embedding; set it to false, or remove the head's tensor"
+            "head that differs from the embedding; set it to false, or remove the LM head's tensor"
         )
 
 

@@ -53,7 +53,7 @@ def chosen(trunk: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def bytes_of(weight: Tensor) -> int:
-    """What an ordinary weight [out, in] takes in 4 bits.
+    """Counts what an ordinary weight [out, in] takes in 4 bits.
 
     >>> bytes_of(torch.empty(576, 576)) / 576**2
     0.5626929012345679
@@ -62,7 +62,7 @@ def bytes_of(weight: Tensor) -> int:
 
 
 def is_held(parameter: Tensor) -> bool:
-    """Whether this parameter is in 4 bits."""
+    """Tells whether this parameter is in 4 bits."""
     return getattr(parameter, "quant_state", None) is not None
 
 
@@ -90,7 +90,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def counts(trunk: nn.Module) -> dict[str, Any]:
-    """How many weights of a loaded base are in 4 bits, how many are not, and how many of those are routed experts'."""
+    """Counts the weights of a loaded base in 4 bits, those that are not, and the routed experts' among these."""
     base = [(name, weight) for name, weight in trunk.named_parameters() if ".lora_" not in name]
     held = sum(weight.quant_state.shape.numel() for _, weight in base if is_held(weight))
     others = [(name, weight.numel()) for name, weight in base if not is_held(weight)]

@@ -107,7 +107,7 @@ def expert_views(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def find_file(source: str, name: str) -> str | None:
-    """Where the file `name` of a folder or hub id is, or None. A GGUF file that is named itself is alone."""
+    """Finds the file `name` of a folder or hub id, or None. A GGUF file that is named itself is alone."""
     if Path(source).is_file():
         return None
     if not Path(source).is_dir():

@@ -43,7 +43,7 @@ def inject(
 
     "experts" and "router" mean the 3-D parameters of the routed experts and the routers' weights, "head_router" those
     of dynamic heads. "mtp" freezes the draft head too and adapts all of it: linear layers, experts, and the router if
-    "router" is named too. Without "mtp" the head stays fully trainable. As peft starts B at zero, the first step
+    "router" is named too. Without "mtp" the draft head stays fully trainable. As peft starts B at zero, the first step
     changes B alone.
 
     Raises ValueError, which names a target that matches nothing and the nearest names, or where nothing can be adapted.
@@ -150,7 +150,7 @@ def _adapt_parameter(layer: ParamWrapper, base: nn.Module, split: Split | None) 
             return forward(*inputs)
         if split:  # [E, out, r] and [E, r, in], where the weight is [E, out, in]
             lhs, rhs, scale = layer.get_delta_factors(ADAPTER)
-            parts = split.part(lhs, kept=2), split.part(rhs, kept=1)
+            parts = split.part(lhs, whole=2), split.part(rhs, whole=1)
             base._parameters[name] = torch.baddbmm(weight.to_local(), *parts, alpha=scale)
         else:
             base._parameters[name] = weight + layer.get_delta_weight(ADAPTER)

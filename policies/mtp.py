@@ -1,6 +1,6 @@
 """The multi-token prediction head (DeepSeek-V3, eq. 21–23): one module that is applied recurrently to any depth.
 
-An entry n of the head combines the hidden state that precedes token n with the embedding of token n, and predicts
+An entry n of the draft head combines the hidden state that precedes token n with the embedding of token n, and predicts
 token n + 1. Depth 1 takes the trunk's hidden states. Depth d continues a chain: it takes the previous depth's output
 instead and embeds token n + d − 1. In training and in drafting alike, an entry attends to
 
@@ -174,7 +174,7 @@ def draft_loss(
     Returns the sum over drafts, to be divided by the step's completion tokens.
 
     `divergence`: `kl`, forward KL(trunk ‖ draft), or `tv`, 1 − Σ min(p, q), the share of drafts that the best coupling
-    would reject (Bebop). If the head has a trimmed vocabulary, both are renormalised over its `draft_ids` [K]:
+    would reject (Bebop). If the draft head has a trimmed vocabulary, both are renormalised over its `draft_ids` [K]:
     Σ p log(p/q) over K has its minimum at q = p / p(K) too, and nothing is computed over all V.
 
     FLOPs per scored token, V or K columns: 2·D·V for the teacher, which all depths share, and 4·D·V for each depth.

@@ -72,7 +72,7 @@ def head_state(
 
 
 def may_idle(config: DeepseekV3Config) -> bool:
-    """Whether this is a dense trunk whose head can be stored as MoE with few zeros, as a converted one can."""
+    """Tells whether this dense trunk's draft head can be stored as MoE with few zeros, as a converted one can."""
     dense = config.first_k_dense_replace >= config.num_hidden_layers
     shared = config.n_shared_experts * config.moe_intermediate_size
     return dense and shared == config.intermediate_size and 2 <= config.n_routed_experts <= 8 and config.n_group == 1
@@ -93,7 +93,7 @@ def stored_head(
 ) -> tuple[MTPHead | None, dict[str, Tensor]]:
     """The draft head of a checkpoint whose `trunk` is loaded, and the tensors of its further MTP layers by name.
 
-    Where no MTP layer is stored the head is None, or with `fresh` one that is drawn from `seed`.
+    Where no MTP layer is stored the draft head is None, or with `fresh` one that is drawn from `seed`.
     """
     config, layers = trunk.config, mtp_layers(trunk.config, files.shapes)
     if not layers and not fresh:
@@ -117,7 +117,7 @@ def stored_head(
 def fill_head(head: MTPHead, stored: Mapping[str, Tensor], layer: int) -> None:
     """Copy MTP layer `layer` of a checkpoint into `head`; `check_tensors` has checked that its tensors fit.
 
-    Raises PolicyError if the head is dense and the layer an MoE block whose routed experts compute something.
+    Raises PolicyError if the draft head is dense and the layer an MoE block whose routed experts compute something.
     """
     if not hasattr(head.block.mlp, "experts") and router_name(layer) in stored:
         routed = f"model.layers.{layer}.mlp.experts."

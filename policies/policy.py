@@ -254,7 +254,7 @@ class Policy(nn.Module):
         layout: DistributedConfig | None = None,
         in_4_bits: bool = False,
     ) -> Policy:
-        """A policy from a folder or hub id. `add_mtp` gives a fresh head to a DeepSeek-V3 trunk that has none.
+        """A policy from a folder or hub id. `add_mtp` gives a fresh draft head to a DeepSeek-V3 trunk that has none.
 
         With `layout` its weights are spread over the processes of this run, see sharding.py. With `in_4_bits` it can
         learn by adapters alone, see four_bit.py.

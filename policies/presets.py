@@ -19,7 +19,7 @@ PRESETS: dict[str, dict] = {
         "moe_intermediate_size": 96,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "num_key_value_heads": 4,  # MLA expands its latent for every head
+        "num_key_value_heads": 4,  # MLA expands its latent for every attention head
         "qk_nope_head_dim": 32,
         "qk_rope_head_dim": 16,
         "v_head_dim": 32,

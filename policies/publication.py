@@ -79,7 +79,7 @@ class Publication(Mapping[str, Tensor]):
             yield from (adapter.a, adapter.b)
 
     def read_parts(self, since: Publication | None) -> Iterator[Tensor]:
-        """What `read` names, in this order: each tensor, and A and B of its adapter."""
+        """Yields what `read` names, in this order: each tensor, and A and B of its adapter."""
         for name in self.read(since):
             yield self.tensors[name]
             if adapter := self.adapters.get(name):

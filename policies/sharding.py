@@ -56,23 +56,23 @@ class Split:
 
     @classmethod
     def of(cls, weight: Tensor) -> Split | None:
-        """How a weight is split; None where neither splits it."""
+        """Tells how a weight is split; None where neither splits it."""
         if isinstance(weight, DTensor):
             for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
                 if name in ("tp", "ep") and (mesh := weight.device_mesh[name]).size() > 1:
                     return cls(mesh, placement)
         return None
 
-    def part(self, factor: Tensor, kept: int | None = None) -> Tensor:
+    def part(self, factor: Tensor, whole: int | None = None) -> Tensor:
         """This rank's part of a whole factor that has the dimensions of the weight, except for `kept`."""
-        if self.placement.dim == kept:
+        if self.placement.dim == whole:
             return factor
         parts, _ = self.placement._split_tensor(factor, self.mesh.size(), with_padding=False, contiguous=False)
         return parts[self.mesh.get_local_rank()]
 
 
 def routed_experts(config: PretrainedConfig) -> int:
-    """How many routed experts a layer has; each architecture has its own name for that. 0: none.
+    """Tells how many routed experts a layer has; each architecture has its own name for that. 0: none.
 
     >>> from transformers import Qwen3MoeConfig
     >>> routed_experts(Qwen3MoeConfig(num_experts=64)), routed_experts(PretrainedConfig())
@@ -94,7 +94,7 @@ def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str,
             f"choose numbers where fsdp x tensor / expert divides {routed_experts(config)} / expert"
         )
     # Final norm, embedding and LM head belong to the root then, which stays gathered until the backward pass. By the
-    # plan of transformers FSDP gathers the head in its forward, which we never call: logits are made in chunks.
+    # plan of transformers FSDP gathers the LM head in its forward, which we never call: logits are made in chunks.
     config.base_model_fsdp_plan = {"layers.*": "free_full_weight"}
     return {"config": config, "distributed_config": layout}
 
@@ -163,12 +163,12 @@ def place() -> tuple[int, int]:
 
 
 def leads() -> bool:
-    """Whether this process is alone or rank 0."""
+    """Tells whether this process is alone or rank 0."""
     return place()[0] == 0
 
 
 def everyone(value: T) -> list[T]:
-    """What every process gives, on all of them."""
+    """Gathers what every process gives, on all of them."""
     entries: list[Any] = [value] * place()[1]
     if dist.is_initialized():
         dist.all_gather_object(entries, value)

@@ -58,7 +58,7 @@ def write(tensors: Tensors, folder: Path) -> list[Path]:
 
 
 def owners(tensors: Tensors, ranks: int) -> dict[tuple[str, str], int]:
-    """Which process writes which tensor: from the largest on, the one that has the fewest bytes so far."""
+    """Decides which process writes which tensor: from the largest on, the one that has the fewest bytes so far."""
     sizes = {(part, name): _bytes(tensor) for part, mapping in tensors.items() for name, tensor in mapping.items()}
     loads, owner = [0] * ranks, {}
     for key in sorted(sizes, key=lambda key: -sizes[key]):

@@ -146,7 +146,7 @@ class GroupTally:
 
 
 def _fault(value: float, weight: float) -> dict[str, str] | None:
-    """Why no advantage can be computed from this value, or None."""
+    """Says why no advantage can be computed from this value, or None."""
     if not math.isfinite(value):
         return {"kind": "nan" if math.isnan(value) else "inf", "message": f"returned {value}"}
     if max(abs(value), abs(weight * value)) <= LARGEST:

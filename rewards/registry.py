@@ -80,7 +80,7 @@ def find_function(function: str, what: str) -> Source:
 
 
 def _of_hub(name: str) -> str:
-    """What a hub id can be here; empty for another name."""
+    """Gives what a hub id can be here; empty for another name."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or name.endswith(".py"):
         return ""
     return (

@@ -148,11 +148,11 @@ class Scorer:
         return self._score([group], state, FailurePolicy("abort"), rerun=False)[0]
 
     def right_at(self, label: str) -> RightAt:
-        """What the function with this label has declared about its marks, see `rewards.right_at`."""
+        """Gives what the function with this label has declared about its marks, see `rewards.right_at`."""
         return next(function.signature.right_at for function in self._functions if function.label == label)
 
     def asks_for(self, name: str) -> bool:
-        """Whether one of the functions has a parameter of this name."""
+        """Tells whether one of the functions has a parameter of this name."""
         return any(function.signature.asks_for(name) for function in self._functions)
 
     def describe(self) -> list[dict[str, Any]]:
@@ -166,8 +166,8 @@ class Scorer:
         ]
 
     def take_lost(self) -> tuple[int, float]:
-        """How many worker processes died or were late since the last call, and the seconds that it took until their
-        work was done again or given up."""
+        """Tells how many worker processes died or were late since the last call, and the seconds that it took until
+        their work was done again or given up."""
         lost, self._lost, self._lost_s = (self._lost, self._lost_s), 0, 0.0
         return lost
 

@@ -75,7 +75,7 @@ class RewardFunction:
         self.signature = Signature((), (), False)  # known once a worker has loaded it
 
     def description(self) -> dict[str, Any]:
-        """What a worker needs to load the function."""
+        """Gives what a worker needs to load the function."""
         content = self.source.content.decode("latin-1")
         return asdict(self.source) | {"content": content, "arguments": self.spec.arguments, "chat": self.spec.chat}
 

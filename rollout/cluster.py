@@ -94,8 +94,8 @@ class Cluster:
             )
 
     def ask(self, call: Callable[..., T], *arguments: Any) -> T:
-        """What a `call` of Ray's returns that the cluster's gcs_server has to answer: such calls know no time limit.
-        Raises RolloutError where that has died, or has not answered for ASK_S seconds; the call is left in a thread.
+        """Makes a `call` of Ray's that the cluster's gcs_server has to answer: such calls know no time limit. Raises
+        RolloutError where that has died, or has not answered for ASK_S seconds; the call is left in a thread.
 
         >>> cluster.ask(ray.cluster_resources)
         {"CPU": 4.0, "node:127.0.0.1": 1.0}

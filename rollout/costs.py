@@ -105,7 +105,7 @@ def _rounds(decoder: Decoder, work: Workload, rows: int, ways: list[Way]) -> dic
 
 
 def _reading(decoder: Decoder) -> float:
-    """Median milliseconds in which the head reads one of many tokens, as it does before its first draft."""
+    """Median milliseconds in which the draft head reads one of many tokens, as it does before its first draft."""
     head, length = decoder.head, min(PROMPT_TOKENS, decoder.context)
     if head is None:
         return 0.0
@@ -123,9 +123,9 @@ def _reading(decoder: Decoder) -> float:
 
 
 def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
-    """A batch after its first round, in which the head reads the prompt, with half of the tokens that a completion may
-    have: attention to them is what many drafts cost. A graph attends to all places from the start. Rows with logits
-    that are not finite go on: sampling reports them, with their prompt."""
+    """A batch after its first round, in which the draft head reads the prompt, with half of the tokens that a
+    completion may have: attention to them is what many drafts cost. A graph attends to all places from the start. Rows
+    with logits that are not finite go on: sampling reports them, with their prompt."""
     more = (REPEATS * (2 if way.by_graph else 1) + 1) * (way.depth + 1) + 2
     length = max(1, min(PROMPT_TOKENS, decoder.context - more))
     written = 0 if way.by_graph else min(work.completion_tokens // 2, MOST_WRITTEN, decoder.context - length - more)

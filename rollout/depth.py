@@ -55,7 +55,7 @@ class CostTable:
     and verifies them.
 
     `graphs`: the same of compiled rounds, for as many of the first `rows` as graphs decode.
-    `reading`: milliseconds in which the head reads a token that it has missed; 0 where that was not measured.
+    `reading`: milliseconds in which the draft head reads a token that it has missed; 0 where that was not measured.
     Costs are linear between two numbers of rows and constant outside. A depth that was not measured costs infinity.
 
     >>> CostTable(rows=[1, 3], rounds=[[10.0, 12.0], [20.0, 28.0]]).milliseconds(2, 1)
@@ -133,7 +133,7 @@ class Patience:
     price: float = math.inf
 
     def over(self, price: float, lost: float) -> bool:
-        """Whether to begin now. If not, the next round loses `lost`. Both are milliseconds."""
+        """Tells whether to begin now. If not, the next round loses `lost`. Both are milliseconds."""
         self.price = min(self.price, price)
         if self.lost >= self.price:
             self.lost, self.price = 0.0, math.inf
@@ -205,7 +205,7 @@ class DepthController:
 
 
 def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
-    """How many tokens a decoding forward of the trunk gave: 1 without drafts, 1 + Σ acceptance at depth d with them.
+    """Counts the tokens of a decoding forward of the trunk: 1 without drafts, 1 + Σ acceptance at depth d with them.
 
     It is None where no completion has more than its first token. Reading a tool's tokens gives the first token of the
     next turn, as reading the prompt gives that of the first turn.
@@ -218,8 +218,8 @@ def tokens_per_forward(completions: Iterable[Completion]) -> float | None:
 
 
 def draft_gain(completions: Iterable[Completion]) -> float | None:
-    """How much faster drafts made decoding, by the table of costs and not by a clock: 1 without any. It is None where
-    there is no table.
+    """Tells how much faster drafts made decoding, by the table of costs and not by a clock: 1 without any. It is None
+    where there is no table.
 
     >>> from rollout.group import DraftStats
     >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(1, cost=8.0, plain_cost=10.0))
@@ -240,8 +240,8 @@ def drafts_by_depth(completions: Iterable[Completion]) -> list[tuple[int, int]]:
 
 
 def head_accepted(completions: Iterable[Completion]) -> tuple[float, ...]:
-    """What share of the head's drafts was accepted at each depth, where all before them were: what the next rollouts
-    may expect. It is empty where the head has drafted nothing.
+    """Gives the share of the draft head's drafts that was accepted at each depth, where all before them were: what the
+    next rollouts may expect. It is empty where the draft head has drafted nothing.
 
     >>> from rollout.group import DraftStats
     >>> one = Completion([5, 6], [-0.1, -0.2], "", "stop", 0, draft=DraftStats(9, drafted=[8, 4], accepted=[6, 2]))

@@ -41,7 +41,7 @@ class Engine:
         costs: CostTable | None = None,
         copies: Copies = PLAIN,
     ) -> None:
-        """By `copies` the matrices that it decodes with have fewer bits than those that it holds."""
+        """Makes an engine; by `copies` the matrices that it decodes with have fewer bits than those that it holds."""
         keep_freed_memory()
         self.policy, self.dtype, self.max_rows, self.costs = policy, dtype, max_rows, costs
         self.copies, self.version = copies, 0
@@ -79,7 +79,7 @@ class Engine:
 
     @property
     def decoder(self) -> Decoder:
-        """What a shard decodes with until the next publication."""
+        """Gives what a shard decodes with until the next publication."""
         tokenizer, context = self.policy.tokenizer, self.policy.max_length
         parts = self.trunk, self.head, self.draft_vocabulary, tokenizer, context
         graphs = self.graphs if self.copies == PLAIN else None
@@ -97,7 +97,7 @@ class Engine:
         if params.draft_tokens and self.head is None:
             raise RolloutError(
                 f"rollout.draft_tokens={params.draft_tokens}, but this policy has no MTP head; set it to 0, or load "
-                "the policy with a head"
+                "the policy with a draft head"
             )
         if params.accept == "margin" and (self.head is None or params.draft_tokens == 0):
             raise RolloutError(

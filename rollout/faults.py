@@ -102,7 +102,7 @@ class Faults:
 
 
 def why_died(error: Exception) -> tuple[Kind, str]:
-    """What was lost with a Ray actor, and why, in fewer words than Ray's where these only guess."""
+    """Tells what was lost with a Ray actor, and why, in fewer words than Ray's where these only guess."""
     words = " ".join(str(error).split())
     if "its node has died" in words:
         node = re.search(r"Node Id: (\w+)", words)
@@ -113,7 +113,7 @@ def why_died(error: Exception) -> tuple[Kind, str]:
 
 
 def prompt_fault(prompt: Prompt, params: SamplingParams, vocabulary: int, limit: int) -> str | None:
-    """Why this prompt cannot be continued within `limit` tokens, and the way out."""
+    """Says why this prompt cannot be continued within `limit` tokens, and the way out."""
     length = len(prompt.token_ids)
     if length == 0:
         return f"prompt {prompt.prompt_id!r} has no tokens; a policy continues at least one"

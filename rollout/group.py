@@ -138,8 +138,8 @@ class Completion:
     segments: list[Segment] = field(default_factory=list)
 
     def parts(self, prompt: Prompt) -> Iterator[tuple[list[int], slice]]:
-        """What the policy read first, and which tokens follow it: the whole completion after `prompt`, or each of its
-        segments.
+        """Gives what the policy read first, and which tokens follow it: the whole completion after `prompt`, or each of
+        its segments.
 
         >>> one = Completion([5, 6, 7], [-0.1, -0.3, -0.2], "", "stop", 0, segments=[Segment(0, [1]), Segment(2, [4])])
         >>> list(one.parts(Prompt("a", "", [9])))
@@ -152,7 +152,7 @@ class Completion:
 
     @property
     def num_sampled(self) -> int:
-        """How many of its tokens the policy sampled.
+        """Counts those of its tokens that the policy sampled.
 
         >>> Completion([5, 6, 7], [-0.1, 0.0, -0.2], "", "stop", 0, sampled=[True, False, True]).num_sampled
         2
@@ -174,7 +174,7 @@ class Completion:
 
     @property
     def answer(self) -> str:
-        """What a reward reads: the text, or that of the policy's last turn where there were tools."""
+        """Gives what a reward reads: the text, or that of the policy's last turn where there were tools."""
         return answer_of(self.text, self.turns)
 
 
@@ -198,12 +198,12 @@ class RolloutGroup:
 
     @property
     def texts(self) -> list[str]:
-        """What rewards read, see `Completion.answer`."""
+        """Gives what rewards read, see `Completion.answer`."""
         return [completion.answer for completion in self.completions]
 
     @property
     def turns(self) -> list[list[dict[str, Any]]] | None:
-        """What rewards with `chat: true` read of episodes: the messages of each. None without tools."""
+        """Gives what rewards with `chat: true` read of episodes: the messages of each. None without tools."""
         return [completion.turns for completion in self.completions] if any(c.tools for c in self.completions) else None
 
 

@@ -43,7 +43,7 @@ class LocalPool(Pool):
         self._published = self._writes()
 
     def _writes(self) -> int:
-        """How often torch has written to the weights that are shared."""
+        """Tells how often torch has written to the weights that are shared."""
         shared = self.engine.policy.state_dict(keep_vars=True).values() if self.shares else ()
         return sum(tensor._version for tensor in shared)
 

@@ -30,7 +30,7 @@ class Places:
     colocate: bool | None = None
 
     def taken(self, policy: Policy) -> tuple[bool, int]:
-        """Whether workers and learner take turns, and how many of this machine's GPUs are the learner's alone.
+        """Tells whether workers and learner take turns, and how many of this machine's GPUs are the learner's alone.
 
         Ray places the learners of Ray Train itself. It knows nothing of others, which have the first GPUs.
         """
@@ -46,7 +46,7 @@ class Places:
         return f"{self.count} x {self.threads} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
 
     def lacking(self, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]) -> str:
-        """What is said where the cluster has no room for them: `ray.nodes()` and `ray.available_resources()`."""
+        """Gives what is said where the cluster has no room for them: `ray.nodes()` and `ray.available_resources()`."""
         has = "; ".join(
             f"node {node['NodeID'][:8]} on {node['NodeManagerHostname']}: {_share(node['Resources'])}"
             for node in nodes
@@ -64,7 +64,7 @@ def _share(resources: Mapping[str, float]) -> str:
 
 
 def here() -> dict[str, Any]:
-    """Where this process is: the node of Ray's cluster it belongs to, or its machine; its number; and what it uses."""
+    """Tells where this process is: its node of Ray's cluster, or its machine; its number; and what it uses."""
     device: dict[str, Any] = {"threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         device["gpu"] = torch.cuda.current_device()

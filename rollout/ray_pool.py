@@ -259,7 +259,7 @@ class RayPool(Pool):
                 ask(i, job, limit_s, late, method, *arguments)
 
     def _given(self, call: Call, answer: tuple[Held | Lost, int] | None, lost: Lost | None) -> None:
-        """What has become of two workers of which one has given the other its weights."""
+        """Tells what has become of two workers of which one has given the other its weights."""
         taker = call.what.to
         if lost:  # if they are late, nobody knows which of them does not answer
             self._replace(call, lost)
@@ -355,7 +355,7 @@ class RayPool(Pool):
 
 
 def _sound(answer: Any) -> Any:
-    """What a worker has answered, unless it is an error."""
+    """Passes on what a worker has answered, unless it is an error."""
     if isinstance(answer, RolloutError):
         raise answer
     return answer

@@ -67,13 +67,13 @@ class Results:
             self.drafted[live.index, : drafts.depth] += live.alive[:, None]
 
     def add_routing(self, live: Rows, experts: Tensor, new: int) -> None:
-        """Add the experts and heads [R · S, routers, k] of each row's last token and of the drafts after it."""
+        """Adds the experts and attention heads [R · S, routers, k] of each row's last token and the drafts after it."""
         assert self.routing is not None  # since the prefill
         experts = experts.view(-1, new, *experts.shape[1:])
         self.routing[self._places(live, live.count - 1, new)] = experts.to(torch.int16)
 
     def add_prompt_routing(self, numbers: Sequence[int], experts: Tensor, lengths_P: Tensor, longest: int) -> None:
-        """Add the experts and heads [P · longest, routers, k] of the prompts with these numbers."""
+        """Add the experts and attention heads [P · longest, routers, k] of the prompts with these numbers."""
         experts = experts.view(len(numbers), longest, *experts.shape[1:])
         if self.routing is None:
             shape = *self.token_ids.shape, *experts.shape[2:]
@@ -132,6 +132,6 @@ class Results:
         ]
 
     def _places(self, live: Rows, start_R: Tensor, new: int) -> tuple[Tensor, Tensor]:
-        """Where `new` tokens of each row go, from `start_R` on. The last place is never kept: it takes what is past it,
-        such as the padding after a short text of a tool."""
+        """Gives the places of `new` tokens of each row, from `start_R` on. The last place is never kept: it takes what
+        is past it, such as the padding after a short text of a tool."""
         return live.index[:, None], (start_R[:, None] + self.steps[:new]).clamp(max=len(self.steps) - 1)

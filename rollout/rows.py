@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def prefill_size(lengths: Sequence[int], tokens: int) -> int:
-    """How many prompts the next prefill reads, of those with these descending lengths: at most `tokens` with padding,
-    and at most a fourth of that where padding would be more than a tenth. It is one at least.
+    """Counts how many prompts the next prefill reads, of those with these descending lengths: at most `tokens` with
+    padding, and at most a fourth of that where padding would be more than a tenth. It is one at least.
 
     >>> prefill_size([40, 40, 39, 10, 10], 200), prefill_size([40, 10, 10], 1000), prefill_size([99], 10)
     (3, 3, 1)
@@ -49,12 +49,12 @@ class Rows:
     count: Tensor  # tokens of its completion so far, `last` included
     alive: Tensor  # False once it has ended, and while it waits for its tools
     waits: Tensor  # True while it waits for its tools
-    unread: Tensor  # how many tokens the head has not read
+    unread: Tensor  # how many tokens the draft head has not read
     since: Tensor  # the number of the first tokens of the row among all that `Drafter` was given
 
     @classmethod
     def start(cls, index: Tensor, keys_R2: Tensor, prompt_length: Tensor, since: int) -> Rows:
-        """Rows without a token. Their first has the number `since`."""
+        """Makes rows without a token. Their first has the number `since`."""
         none, alive = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
         waits, first = torch.zeros_like(alive), torch.full_like(index, since)
         return cls(index, keys_R2, prompt_length, none, none, alive, waits, none, first)

@@ -51,11 +51,11 @@ class SamplingParams:
     `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: it takes a
     draft unverified where its two best log-probabilities differ by more than `margin`; it is never used in training
     (contract 3). `start` counts the tokens that the completions have already, as the end of their prompts: the noise
-    goes on after them. `record_routing` records the experts and heads of every token, for a learner that replays them.
-    `stop_strings` end a completion with the token that completes one of them, and its text before the string. They are
-    never used in training, where the text is that of the tokens. With an `environment` a completion is an episode of
-    several turns, and `max_completion_tokens` limits all that is sampled and written in it. No token depends on
-    `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/depth.py).
+    goes on after them. `record_routing` records the experts and attention heads of every token, for a learner that
+    replays them. `stop_strings` end a completion with the token that completes one of them, and its text before the
+    string. They are never used in training, where the text is that of the tokens. With an `environment` a completion is
+    an episode of several turns, and `max_completion_tokens` limits all that is sampled and written in it. No token
+    depends on `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/depth.py).
     """
 
     group_size: int = 8
@@ -184,7 +184,7 @@ class DraftVocabulary:
 
 
 def by_temperature(temperature_N: Tensor, make: Callable[[float, Chosen], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What `make` gives for the rows of each temperature, called once for each; the results [N] are in row order.
+    """Calls `make` for the rows of each temperature, once for each; the results [N] are in row order.
 
     A row thus gets the bits that it would get in a batch of its own temperature. `temperature_N` is float64, since a
     temperature such as 0.7 would be another one in float32.

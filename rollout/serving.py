@@ -21,7 +21,7 @@ from rollout.sampling import SamplingParams, row_key
 from rollout.shard import Decoding
 from rollout.stop_strings import StopStrings
 
-UNREAD = 64  # rounds without a draft; in the next one the head drafts, so that what it has not read stays short
+UNREAD = 64  # rounds without a draft; in the next one the draft head drafts, so that what it has not read stays short
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Serving(Decoding):
 
     @property
     def free(self) -> int:
-        """Rows that could join."""
+        """Counts the rows that could join."""
         return self.most_rows - len(self.requests)
 
     def add(self, request: Request) -> None:
@@ -92,7 +92,7 @@ class Serving(Decoding):
         self.asked.append(request)
 
     def drop(self, request: Request) -> None:
-        """Nobody waits for it any more: its row is free from now on. It may have ended already."""
+        """Frees the row of a request that nobody waits for any more. It may have ended already."""
         if request in self.asked:
             self.asked.remove(request)
         for place, other in list(self.requests.items()):
@@ -139,7 +139,7 @@ class Serving(Decoding):
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
     def _refill(self) -> None:
-        """Nobody joins in the middle of a round."""
+        """Lets requests join between rounds."""
 
     def _join(self) -> None:
         if self.live is not None and 0 < self.alive < len(self.live.alive):
@@ -178,7 +178,7 @@ class Serving(Decoding):
         return self._at_once(super()._graph_depth(live))
 
     def _at_once(self, depth: int) -> int:
-        """Chooses the depth as in any shard, but the head drafts at once, and again before it has too much to read."""
+        """Chooses the depth as in any shard, but drafts at once, and again before there is too much to read."""
         if self.drafter and not depth and (self.drafter.cache is None or self.undrafted >= UNREAD):
             depth = 1
         self.undrafted = 0 if depth else self.undrafted + 1

@@ -91,7 +91,7 @@ class Decoding:
         return self.strings
 
     def groups(self) -> list[RolloutGroup]:
-        """What was sampled, once all have ended."""
+        """Gives what was sampled, once all have ended."""
         groups = self.results.groups(self.prompts, self.decoder.tokenizer, self.strings, self.decoder.version)
         return self.drafts.with_costs(groups)
 
@@ -215,7 +215,7 @@ class Decoding:
         return drafted, self._take(live, tokens, drafted)
 
     def _plan(self, live: Rows) -> int:
-        """How many tokens are drafted next: at most what the row with the most room can still use."""
+        """Tells how many tokens are drafted next: at most what the row with the most room can still use."""
         if not self.drafts.max_depth:
             return 0
         left = self.limit(live) - live.count
@@ -274,7 +274,7 @@ class Decoding:
         return targets, logprobs_of(flat, targets.flatten(), temperature).view(-1, new), accepted
 
     def _until_strings(self, live: Rows, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """How many tokens each row keeps [R] up to its first stop string, and which rows [R] end with one."""
+        """Tells how many tokens each row keeps [R] up to its first stop string, and which rows [R] end with one."""
         kept, cut = tokens.kept.tolist(), [False] * len(tokens.kept)
         rows = zip(*(x.tolist() for x in (live.index, live.count, tokens.targets, tokens.stopped)), strict=True)
         for i, (index, count, targets, stopped) in enumerate(rows):

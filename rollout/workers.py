@@ -83,8 +83,8 @@ class Workers:
         self._starting[self.actors[i].ready.remote()] = Call(i, None, START_TIMEOUT_S, late)
 
     def there(self) -> list[int]:
-        """Those that have started. One that does not start in time is replaced. Raises RolloutError where there is
-        none, and no place for one."""
+        """Gives those that have started. One that does not start in time is replaced. Raises RolloutError where there
+        is none, and no place for one."""
         for call, where, lost in self.ended(self._starting, wait_s=0) if self._starting else ():
             if not lost:
                 self.on_ready(call.worker, where)
@@ -103,11 +103,11 @@ class Workers:
         return [i for i in range(len(self.actors)) if i not in starting]
 
     def _placed(self) -> bool:
-        """Whether Ray has found a place for every worker."""
+        """Tells whether Ray has found a place for every worker."""
         return bool(self.cluster.ask(self.ray.util.placement_group_table, self.group)["state"] == "CREATED")
 
     def wait_for(self, count: int) -> list[int]:
-        """Those that have started, once there are so many of them."""
+        """Waits until so many have started, and gives those."""
         while len(there := self.there()) < count:
             self.pause()
         return there
@@ -139,7 +139,7 @@ class Workers:
         return ended
 
     def _get(self, reference: Any) -> Any:
-        """What a worker returns; a RolloutError is returned too, since it may hold groups."""
+        """Gets what a worker returns; a RolloutError is returned too, since it may hold groups."""
         errors = self.ray.exceptions
         try:
             return self.ray.get(reference)

@@ -219,7 +219,7 @@ def test_links_lead_somewhere(page):
     "page", [page for page in WRITTEN if page.parent != LOG], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_files_options_and_metrics_that_are_named_exist(page):
-    """`examples/01_demo.yaml`, `rollout.draft_tokens: null`, `--head.depth 2`, `loss/kl`."""
+    """`examples/01_demo.yaml`, `rollout.draft_tokens: null`, `--mtp.depth 2`, `loss/kl`."""
     reference = REFERENCE.read_text(encoding="utf-8")
     keys = set(re.findall(r"^\| <h6[^>]*>`([^`]+)`", reference, re.MULTILINE))
     options = {key for key in keys if "/" not in key}

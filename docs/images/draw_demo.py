@@ -30,8 +30,8 @@ rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitli
 hardware = json.loads((run / "environment.json").read_text())
 
 figure = Figure(figsize=(8, 3.2), dpi=110, layout="constrained", facecolor="white")
-training, heldout = figure.subplots(1, 2, sharey=True, width_ratios=[1.7, 1])
-for axes in (training, heldout):
+training, held_out = figure.subplots(1, 2, sharey=True, width_ratios=[1.7, 1])
+for axes in (training, held_out):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E6E6E6")
     axes.tick_params(colors=GREY)
@@ -52,12 +52,12 @@ for name, label, color, shift in (
 ):
     values, counts = [row[name] for row in ends], [row["eval/prompts"] for row in ends]
     bars = list(zip(*map(half_widths, values, counts), strict=True))
-    heldout.errorbar([i + shift for i in range(len(values))], values, bars, color=color, marker="o", capsize=3)
-    heldout.plot([], [], color=color, marker="o", label=f"{label}: {values[0]:.3f} to {values[-1]:.3f}")
-heldout.set_title(f"{ends[0]['eval/prompts']:.0f} held-out problems, 95 %", loc="left", fontsize=10)
-heldout.set_xticks(range(len(ends)), ["before GRPO", "after GRPO"])
-heldout.set_xlim(-0.4, 1.4)
-heldout.legend(frameon=False, loc="lower right", fontsize=8)
+    held_out.errorbar([i + shift for i in range(len(values))], values, bars, color=color, marker="o", capsize=3)
+    held_out.plot([], [], color=color, marker="o", label=f"{label}: {values[0]:.3f} to {values[-1]:.3f}")
+held_out.set_title(f"{ends[0]['eval/prompts']:.0f} held-out problems, 95 %", loc="left", fontsize=10)
+held_out.set_xticks(range(len(ends)), ["before GRPO", "after GRPO"])
+held_out.set_xlim(-0.4, 1.4)
+held_out.legend(frameon=False, loc="lower right", fontsize=8)
 
 machine, versions = hardware["hardware"], hardware["versions"]
 figure.supxlabel(

@@ -59,9 +59,9 @@ def marks(run: Path) -> list[dict[str, float]]:
 def losses(run: Path) -> Solutions:
     config = EvalConfig(model=str(run), dtype="bfloat16", data={"name": "gsm8k"})
     policy = load_found(find_policy(config.model), config)
-    with Task(DataOptions(name="gsm8k"), config.rewards, config.reward, train=False, heldout=None) as task:
+    with Task(DataOptions(name="gsm8k"), config.rewards, config.reward, train=False, held_out=None) as task:
         found = {}
-        for example in task.heldout[::EVERY]:
+        for example in task.held_out[::EVERY]:
             row = task.solution(example, policy.tokenizer, policy.stop_token_ids[0])
             if it := gold_perplexity(policy, [row]):
                 found[example.example_id] = (it.nats_per_token * it.tokens, it.tokens)

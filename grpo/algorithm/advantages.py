@@ -135,7 +135,7 @@ def reinforce_plus_plus(rewards_PG: Rewards, *, baseline: bool = False) -> tuple
 
 
 def tied_groups(rewards_PG: Rewards) -> Tensor:
-    """[P] bool: `tied` (grpo/algorithm/ties.py) for each group."""
+    """Tells of each group [P] whether it is `tied` (grpo/algorithm/ties.py)."""
     rewards_PG = as_tensor(rewards_PG)
     highest_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest_P = rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1)

@@ -51,7 +51,7 @@ class Alarm:
     examples: list[dict[str, Any]]
 
     @property
-    def said(self) -> str:
+    def words(self) -> str:
         return f"the reward {self.reward} {SAID[self.kind].format(value=self.value)}"
 
 
@@ -84,10 +84,10 @@ class Watched:
         >>> seen.length, seen.repetition, seen.copied, seen.formed, seen.right
         (4.0, 0.0, 1.0, True, 0.0)
         """
-        said, gold = extract_answer(text, "flexible"), _gold(answer)
+        reply, gold = extract_answer(text, "flexible"), _gold(answer)
         formed = extract_answer(text) is not None or extract_answer(text, "boxed") is not None
-        copied = said is not None and said != gold and said in _numbers(question)
-        right = None if gold is None else float(said == gold)
+        copied = reply is not None and reply != gold and reply in _numbers(question)
+        right = None if gold is None else float(reply == gold)
         return cls(prompt_id, text, float(len(ids)), repeated(ids), float(copied), formed, right, marks)
 
 
@@ -110,8 +110,8 @@ def _gold(answer: Any) -> Decimal | None:
 
 
 def _numbers(text: str) -> set[Decimal]:
-    found = (extract_answer(match[0], "flexible") for match in NUMBER.finditer(text))
-    return {number for number in found if number is not None}
+    numbers = (extract_answer(match[0], "flexible") for match in NUMBER.finditer(text))
+    return {number for number in numbers if number is not None}
 
 
 @dataclass(frozen=True)
@@ -224,29 +224,29 @@ class Alarms:
     def __init__(self, rewards: Sequence[str]) -> None:
         self.steps: dict[str, deque[Step]] = {name: deque(maxlen=WINDOW) for name in rewards}
         self.shares: deque[float] = deque(maxlen=WINDOW)
-        self.given: set[tuple[str, str]] = set()
+        self.earlier: set[tuple[str, str]] = set()
         self.values: dict[str, float] = {}
         self._means: list[float] = []  # of the first reward, by step since the last evaluation
         self._accuracy: float | None = None  # of that evaluation
 
     def observe(self, groups: Sequence[Sequence[Watched]]) -> list[Alarm]:
         """The alarms of a step, over the window. `values` are then those of the step alone, by metric."""
-        self.values, found = {}, []
+        self.values, alarms = {}, []
         self.shares.append(identical(groups))
         for name, steps in self.steps.items():
             steps.append(look(groups, name))
             values = values_of(steps)
             self.values |= {f"alarm/{kind}/{name}": value for kind, value in values_of([steps[-1]], 1).items()}
             if len(steps) == WINDOW and (kind := judged(values)):
-                found.append(self._alarm(kind, name, values[kind], groups))
+                alarms.append(self._alarm(kind, name, values[kind], groups))
         self.values["alarm/identical"] = self.shares[-1]
         share = _mean(list(self.shares))
         first = next(iter(self.steps))
         if len(self.shares) == WINDOW and share >= LIMITS["identical"]:
-            found.append(self._alarm("identical", first, share, groups))
+            alarms.append(self._alarm("identical", first, share, groups))
         marks = [mark for group in groups for seen in group if (mark := seen.marks.get(first)) is not None]
         self._means += [_mean(marks)] if marks else []
-        return [alarm for alarm in found if alarm is not None]
+        return [alarm for alarm in alarms if alarm is not None]
 
     def evaluated(self, accuracy: float, completions: int) -> list[Alarm]:
         """The alarm of an evaluation of so many completions: since the last one the reward rose, and accuracy fell by
@@ -261,9 +261,9 @@ class Alarms:
         return [alarm] if alarm else []
 
     def _alarm(self, kind: str, reward: str, value: float, groups: Sequence[Sequence[Watched]]) -> Alarm | None:
-        if (kind, reward) in self.given:
+        if (kind, reward) in self.earlier:
             return None
-        self.given.add((kind, reward))
+        self.earlier.add((kind, reward))
         return Alarm(kind, reward, value, _examples(kind, reward, value, groups))
 
 

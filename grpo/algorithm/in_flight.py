@@ -36,33 +36,33 @@ def plain(value: Any) -> Any:
     return {key: plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
-def group_of(found: Mapping[str, Any], prompt_of: PromptOf) -> RolloutGroup:
+def group_of(record: Mapping[str, Any], prompt_of: PromptOf) -> RolloutGroup:
     """The inverse of `plain` for a group; `prompt_of` gives the prompt of an id."""
-    prompt = replace(prompt_of(found["prompt_id"]), **found["prompt"])
-    return RolloutGroup(prompt, list(map(_completion, found["completions"])), _tensor(found["prompt_routing"]))
+    prompt = replace(prompt_of(record["prompt_id"]), **record["prompt"])
+    return RolloutGroup(prompt, list(map(_completion, record["completions"])), _tensor(record["prompt_routing"]))
 
 
-def drawn_of(found: Mapping[str, Any], prompt_of: PromptOf) -> Drawn:
+def drawn_of(record: Mapping[str, Any], prompt_of: PromptOf) -> Drawn:
     """The inverse of `plain` for what a step has drawn."""
     made = {
-        "groups": [group_of(each, prompt_of) for each in found["groups"]],
-        "scores": [_score(each) for each in found["scores"]],
-        "replaced": [(group_of(one, prompt_of), _score(other)) for one, other in found["replaced"]],
+        "groups": [group_of(each, prompt_of) for each in record["groups"]],
+        "scores": [_score(each) for each in record["scores"]],
+        "replaced": [(group_of(one, prompt_of), _score(other)) for one, other in record["replaced"]],
     }
-    return Drawn(**{**found, **made})
+    return Drawn(**{**record, **made})
 
 
-def _completion(found: Mapping[str, Any]) -> Completion:
-    tools = None if found["tools"] is None else ToolStats(**found["tools"])
-    draft = {field.name: found["draft"][field.name] for field in fields(DraftStats) if field.name in found["draft"]}
-    parts = {"draft": DraftStats(**draft), "routing": _tensor(found["routing"]), "tools": tools}
-    segments = [Segment(**segment) for segment in found.get("segments", [])]
-    return Completion(**{**found, **parts, "segments": segments})
+def _completion(record: Mapping[str, Any]) -> Completion:
+    tools = None if record["tools"] is None else ToolStats(**record["tools"])
+    draft = {field.name: record["draft"][field.name] for field in fields(DraftStats) if field.name in record["draft"]}
+    parts = {"draft": DraftStats(**draft), "routing": _tensor(record["routing"]), "tools": tools}
+    segments = [Segment(**segment) for segment in record.get("segments", [])]
+    return Completion(**{**record, **parts, "segments": segments})
 
 
-def _score(found: Mapping[str, Any]) -> GroupScore:
-    return GroupScore(**{**found, "errors": [RewardFailure(**error) for error in found["errors"]]})
+def _score(record: Mapping[str, Any]) -> GroupScore:
+    return GroupScore(**{**record, "errors": [RewardFailure(**error) for error in record["errors"]]})
 
 
-def _tensor(found: Mapping[str, Any] | None) -> Tensor | None:
-    return None if found is None else torch.tensor(found["numbers"], dtype=getattr(torch, found["dtype"]))
+def _tensor(record: Mapping[str, Any] | None) -> Tensor | None:
+    return None if record is None else torch.tensor(record["numbers"], dtype=getattr(torch, record["dtype"]))

@@ -77,8 +77,8 @@ def estimate(
     function, rewards, lengths = _load(name, "advantage"), _tensor(rewards_PG), torch.tensor(lengths_PG)
     tensors = {part: _tensor(marks) for part, marks in (parts or {}).items()}
     more = {"lengths_PG": lengths, "parts": defaultdict(lambda: rewards) if parts is None else tensors}
-    taken = {name: value for name, value in more.items() if name in inspect.signature(function).parameters}
-    advantages, there = function(rewards.clone(), **taken), ~rewards.isnan()
+    arguments = {name: value for name, value in more.items() if name in inspect.signature(function).parameters}
+    advantages, there = function(rewards.clone(), **arguments), ~rewards.isnan()
     by_token = isinstance(advantages, Tensor) and advantages.dim() == 3
     shape = [*rewards.shape, *([max(int(lengths.max()), advantages.shape[-1])] if by_token else [])]
     if not isinstance(advantages, Tensor) or [*advantages.shape] != shape or not advantages[there].isfinite().all():
@@ -104,9 +104,9 @@ def objective_of(name: str) -> Objective:
 
 
 def aggregate_of(loss_type: str) -> LossType:
-    """Whose denominators a loss has: its own, or for a user's objective those that its decorator names."""
-    found = _load(loss_type, "objective").aggregate if is_own(loss_type) else loss_type  # type: ignore[attr-defined]
-    return cast(LossType, found)
+    """Tells whose denominators a loss has: its own, or for a user's objective those that its decorator names."""
+    aggregate = _load(loss_type, "objective").aggregate if is_own(loss_type) else loss_type  # type: ignore[attr-defined]
+    return cast(LossType, aggregate)
 
 
 def try_out(options: LossOptions, group_size: int) -> None:
@@ -130,9 +130,9 @@ def try_out(options: LossOptions, group_size: int) -> None:
                 raise ValueError(f"{name} failed when it was tried: {type(error).__name__}: {error}") from error
 
 
-def _shaped(name: str, found: object, like: Tensor) -> None:
-    if not isinstance(found, Tensor) or found.shape != like.shape:
-        shown = list(found.shape) if isinstance(found, Tensor) else found
+def _shaped(name: str, value: object, like: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        shown = list(value.shape) if isinstance(value, Tensor) else value
         raise ValueError(f"loss.loss_type={name} gave {shown}; give a tensor {list(like.shape)}")
 
 

@@ -146,7 +146,7 @@ def powers_of_two(most: int) -> list[int]:
 
 
 def answer_reader(function: str, arguments: dict[str, Any]) -> Callable[[str], Hashable | None]:
-    r"""How the final answer of a completion is read for the vote, after the reward function that marks it.
+    r"""Tells how the final answer of a completion is read for the vote, after the reward function that marks it.
 
     gsm8k's rewards read a number as they do for the mark. For others, an answer is the content of the last
     `<answer>` tags, else what follows the last `####`, else the whole completion; blanks and case do not count.

@@ -9,7 +9,7 @@ RELATIVE, ABSOLUTE = 1e-6, 1e-8  # how far apart rewards may be that are the sam
 
 
 def tied(rewards: Sequence[float | None]) -> bool:
-    """Whether there are fewer than two rewards, or all are equal up to fp32 rounding; None and NaN are none.
+    """Tells whether there are fewer than two rewards, or all are equal up to fp32 rounding; None and NaN are none.
 
     Raises ValueError for an infinite one.
 

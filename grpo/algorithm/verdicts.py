@@ -46,16 +46,16 @@ class Verdicts:
             self.see(mark for i, mark in enumerate(score.parts[self.reward]) if i not in failed)
 
     def of(self, mark: float | None) -> bool | None:
-        """Whether a completion with this mark is right; None without a mark, and where marks do not say so."""
+        """Tells whether a completion with this mark is right; None without a mark, and where marks do not say so."""
         return None if mark is None or not self.are_given else _reaches(mark, self.right_at)
 
     def has_full_marks(self, mark: float | None) -> bool | None:
-        """Whether a completion with this mark has `full_marks`; None without a mark."""
+        """Tells whether a completion with this mark has `full_marks`; None without a mark."""
         return None if mark is None else _reaches(mark, self.full_marks)
 
     @property
     def note(self) -> str | None:
-        """Why there is no accuracy, for a person."""
+        """Says why there is no accuracy, for a person."""
         if self.are_given:
             return None
         if self.declared:
@@ -72,7 +72,7 @@ def _reaches(mark: float, bar: float) -> bool:
 
 
 def held_out_metric(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What the evaluations of a run are compared by: `eval/accuracy` where all that have a mark have it.
+    """Gives what the evaluations of a run are compared by: `eval/accuracy` where all that have a mark have it.
 
     `lines`: `read_metrics`. A reward without a declaration may show at a late step that its marks are no verdicts.
 

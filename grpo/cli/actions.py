@@ -211,7 +211,7 @@ def why(args: argparse.Namespace) -> None:
     from grpo.cli.why.report import tell
     from grpo.run.console import Terminal
 
-    options = {name: getattr(args, name) for name in ("group", "groups", "tokens", "heldout", "what_if")}
+    options = {name: getattr(args, name) for name in ("group", "groups", "tokens", "held_out", "what_if")}
     _write(args.json, asdict(tell(args.run, args.step, Terminal(), **options)))
 
 

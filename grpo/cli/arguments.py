@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ def _flag(name: str, what: str) -> Argument:
 
 def _json(what: str) -> Argument:
     return _argument("--json", type=Path, metavar="OUT", help=f"write {what} to this file")
+
+
+def _old_held_out(count: str) -> int:
+    """Reads N of `--heldout N`, as version 0.1 wrote `--held_out N`."""
+    from grpo.config.options import warn_of_old_name
+
+    warn_of_old_name("--heldout", "--held_out")
+    return int(count)
 
 
 _FILE: dict[str, Any] = {"type": Path, "nargs": "?"}
@@ -102,7 +111,8 @@ WHY = (
     _argument("--group", type=int, metavar="N", help="this group of the step alone, token by token"),
     _argument("--groups", type=int, metavar="N", help="leave out at most N groups; by default what ten minutes allow"),
     _argument("--tokens", type=int, default=400, metavar="N", help="with --group: read at most N tokens; 400"),
-    _argument("--heldout", type=int, default=64, metavar="N", help="measure by the solutions of N problems; 64"),
+    _argument("--held_out", "--held-out", type=int, default=64, metavar="N", help="measure by N solutions; 64"),
+    _argument("--heldout", dest="held_out", type=_old_held_out, default=argparse.SUPPRESS, help=argparse.SUPPRESS),
     _argument("--what_if", "--what-if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
     _json("all that was found"),
 )

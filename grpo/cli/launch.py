@@ -85,12 +85,12 @@ def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
     return ended
 
 
-def _rank(given: dict[str, Any]) -> Result | Stopped | None:
+def _rank(job: dict[str, Any]) -> Result | Stopped | None:
     """Runs on each worker of Ray Train. Rank 0 returns how the run has ended."""
-    os.chdir(given["at"])
-    signals.asked_by = given["config"].output_dir / ASKED
+    os.chdir(job["at"])
+    signals.asked_by = job["config"].output_dir / ASKED
     try:
-        result = launch(given["config"], **given["flags"])
+        result = launch(job["config"], **job["flags"])
         return result and replace(result, policy=cast(Any, None))
     except Stopped as stopped:
         return stopped

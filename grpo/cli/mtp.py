@@ -2,10 +2,10 @@
 
 Each of the first steps, in the order of the code below:
 1. samples groups from the policy,
-2. reads them once with the frozen trunk, and keeps what the head can learn from on disk.
+2. reads them once with the frozen trunk, and keeps what the draft head can learn from on disk.
 
 Each of the others is an epoch over all of that, which
-3. teaches the head the trunk's distributions at every depth,
+3. teaches the draft head the trunk's distributions at every depth,
 4. measures on the rollouts of other prompts which drafts the trunk would have taken, and is undone if they are no more.
 """
 
@@ -43,17 +43,17 @@ from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
 METRICS = {
-    "corpus/taught_tokens": "tokens that this step has kept for the head to learn from (quartet mtp), count",
+    "corpus/taught_tokens": "tokens that this step has kept for the draft head to learn from (quartet mtp), count",
     "corpus/held_out_tokens": "the same of rollouts that tell what an epoch gains, and are not learned from, count",
-    "draft/heldout_acceptance_depth_<d>": "drafts at depth d that the trunk would have taken in held-out rollouts "
+    "draft/held_out_acceptance_depth_<d>": "drafts at depth d that the trunk would have taken in held-out rollouts "
     "after an epoch / chains of that depth (quartet mtp)",
-    "draft/heldout_tokens_per_forward": "1 + the sum of draft/heldout_acceptance_depth_<d>",
+    "draft/held_out_tokens_per_forward": "1 + the sum of draft/held_out_acceptance_depth_<d>",
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
     "curriculum/draft_depth": "depth to which the draft head is unrolled at this step",
-    "speed/taught_tokens_per_second": "tokens of an epoch that the head has learned from / seconds (quartet mtp)",
+    "speed/taught_tokens_per_second": "tokens of an epoch that the draft head has learned from / seconds (quartet mtp)",
     "eval/acceptance_depth_<d>": "draft/acceptance_depth_<d> on held-out prompts (quartet mtp)",
 }
-FITTED_EXAMPLES = 128  # training examples that a new head is fitted to
+FITTED_EXAMPLES = 128  # training examples that a new draft head is fitted to
 HELD_OUT = 8  # one of so many training prompts: its rollouts are not taught
 
 
@@ -63,17 +63,17 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
     Raises Stopped when the run was asked to end early, PolicyError for a model that can have no draft head.
     """
     flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
-    last = config.steps + config.head.epochs
+    last = config.steps + config.mtp.epochs
     with open_run(config, last, ready=lambda task: Streams(task, config), **flags) as (run, task):
         config, streams = run.config, Streams(task, config)
         policy = _policy_with_head(run, task)
         with run.phase("loading"):
-            learner = HeadLearner(policy, config.head, temperature=config.rollout.temperature, seed=config.seed)
+            learner = HeadLearner(policy, config.mtp, temperature=config.rollout.temperature, seed=config.seed)
         run.restore(learner=learner, prompts=streams)
         if learner.ended:
             run.last = run.start
         params = sampling_of(run, policy, config.rollout.group_size)
-        sampling = replace(sampling_of(run, policy, config.eval.samples), draft_tokens=config.head.depth)
+        sampling = replace(sampling_of(run, policy, config.eval.samples), draft_tokens=config.mtp.depth)
         with open_publisher(run, learner, sampling) as publisher:
             pool = publisher.pool
             use_costs_of_run(run, pool, policy, params)
@@ -84,7 +84,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                     _evaluate(held_out, 0, "before")
                 with run.log.progress() as progress:
                     bar = progress.add_task("sampling what the draft head learns from", total=config.steps)
-                    teaching = progress.add_task("teaching the draft head", total=config.head.epochs)
+                    teaching = progress.add_task("teaching the draft head", total=config.mtp.epochs)
                     for step in run.steps():
                         if step <= config.steps:
                             _sample(run, task, streams, pool, params.at(step), learner, corpus)
@@ -110,9 +110,9 @@ def _policy_with_head(run: Run[MtpConfig], task: Task) -> Policy:
     config, policy = run.config, first_policy(run, task)
     if policy.mtp is None:
         raise PolicyError(f"add_mtp=False, but model={config.model!r} has no MTP head to teach; leave add_mtp out")
-    if config.head.draft_vocabulary is None:
+    if config.mtp.draft_vocabulary is None:
         policy.draft_ids = None
-    if run.saved is None and (config.head.restart or (config.head.restart is None and not stores_head(config.model))):
+    if run.saved is None and (config.mtp.restart or (config.mtp.restart is None and not stores_head(config.model))):
         taught, _ = split(task, config.seed)
         policy.mtp.load_state_dict(start_head(policy.trunk, _fitting_text(task, taught, policy)).state_dict())
     return policy
@@ -146,8 +146,8 @@ class Streams:
     def __init__(self, task: Task, config: MtpConfig) -> None:
         taught, held_out = split(task, config.seed)
         held = -(-config.prompts_per_step // HELD_OUT)
-        self.counts = {"taught": config.prompts_per_step - held, "held_out": held, "solutions": config.head.solutions}
-        for key, kind in (("head.solutions", "solutions"), ("prompts_per_step", "taught")):
+        self.counts = {"taught": config.prompts_per_step - held, "held_out": held, "solutions": config.mtp.solutions}
+        for key, kind in (("mtp.solutions", "solutions"), ("prompts_per_step", "taught")):
             if self.counts[kind] > len(taught):
                 raise ValueError(
                     f"{key}={self.counts[kind]}, but {len(taught)} training examples are learned from, and the others "
@@ -197,7 +197,7 @@ def _sample(
             "taught": learner.read([*rows_of(taught, most), *solutions]),
             "held_out": learner.read(rows_of(held_out, most), held_out, params),
         }
-        run.learn(lambda: corpus.add(params.step, lessons), rate="head.learning_rate")
+        run.learn(lambda: corpus.add(params.step, lessons), rate="mtp.learning_rate")
 
 
 def _cut(row: PackedRow, length: int) -> PackedRow:
@@ -214,7 +214,7 @@ def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int)
     with run.timed("time/learn"), run.phase("learning"):
         if epoch == 1 and (size := learner.head_options.draft_vocabulary) is not None:
             learner.policy.draft_ids = learner.frequent_tokens(corpus.lessons("taught", 1, device), size)
-        run.learn(lambda: learner.teach(taught, held_out, epoch, step), rate="head.learning_rate")
+        run.learn(lambda: learner.teach(taught, held_out, epoch, step), rate="mtp.learning_rate")
 
 
 def _evaluate(held_out: HeldOut, step: int, when: str) -> None:
@@ -225,7 +225,7 @@ def _evaluate(held_out: HeldOut, step: int, when: str) -> None:
 
 
 def stores_head(model: str) -> bool:
-    """Whether the checkpoint has MTP layers; a preset's head is as random as its trunk, and stays."""
+    """Whether the checkpoint has MTP layers; a preset's draft head is as random as its trunk, and stays."""
     model = find_policy(model, read=False).base
     return model in presets.PRESETS or bool(mtp_layers(read_config(model), WeightFiles(model).shapes))
 

@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_closed_files() -> None:
-    """Where standard input, output or error is closed, the next file would get its number, and what a library prints
-    would be written into it."""
+    """Opens standard input, output and error where they are closed: the next file would get their number, and what a
+    library prints would be written into it."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

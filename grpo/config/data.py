@@ -47,10 +47,10 @@ class SourceOptions(Options):
     """The split that is trained on; a test split is refused here."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first examples, at most this many; null uses all."""
-    holdout: float | None = Field(default=None, gt=0, lt=1)
+    held_out: float | None = Field(default=None, gt=0, lt=1)
     """Hold out this share of the examples for evaluation, where the data has no split for it. The content of a problem
     decides whether it is held out, so that rows appended later move no other row."""
-    holdout_seed: int = 0
+    held_out_seed: int = 0
     """Another number holds out other problems. The run's `seed` has no influence on them, so that runs with different
     seeds can be compared."""
 

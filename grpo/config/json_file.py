@@ -46,8 +46,8 @@ def _checked(text: bytes, kind: type, where: str) -> Any:
 
 @contextmanager
 def expecting(path: Path | str, what: str) -> Iterator[None]:
-    """For code that takes a parsed file apart: raises ValueError with the file's name where something is missing or has
-    another type."""
+    """Surrounds code that takes a parsed file apart: raises ValueError with the file's name where something is missing
+    or has another type."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError, ValueError) as error:
@@ -57,7 +57,7 @@ def expecting(path: Path | str, what: str) -> Iterator[None]:
 
 
 def unfit(value: Any, level: int = 0) -> str | None:
-    """Why tokenizers, rewards and records cannot take `value`, or None: a lone surrogate, or nested too deeply.
+    """Says why tokenizers, rewards and records cannot take `value`, or None: a lone surrogate, or nested too deeply.
 
     >>> unfit({"question": "q37\\ud83d"})
     "holds the lone surrogate '\\\\ud83d', half a character"
@@ -76,16 +76,16 @@ def unfit(value: Any, level: int = 0) -> str | None:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in content:
             raise ValueError(f"the key {name!r:.100} is there twice; keep one")
-        found[name] = value
-    return found
+        content[name] = value
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
-    """For a person and for programs: indented, and in UTF-8. Folders on the way are made."""
+    """Writes JSON for a person and for programs: indented, and in UTF-8. Folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # lone surrogates, as JSON escapes

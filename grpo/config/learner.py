@@ -28,9 +28,9 @@ class ParallelOptions(Options):
         others = self.replicate * self.tensor
         fsdp = self.fsdp or max(size // others, 1)
         if others * fsdp != size:
-            wanted = f"a multiple of {others}" if self.fsdp is None else str(others * fsdp)
+            count = f"a multiple of {others}" if self.fsdp is None else str(others * fsdp)
             raise ValueError(
-                f"learner.parallel: replicate={self.replicate}, fsdp={self.fsdp}, tensor={self.tensor} need {wanted} "
+                f"learner.parallel: replicate={self.replicate}, fsdp={self.fsdp}, tensor={self.tensor} need {count} "
                 f"processes, and there are {size}; start so many with accelerate launch, torchrun or learner.workers"
             )
         if self.expert > 1 and (fsdp * self.tensor % self.expert or self.expert % self.tensor):
@@ -74,7 +74,7 @@ class UpdateOptions(Options):
 
     @property
     def rounds(self) -> bool:
-        """Whether weights are rounded by chance, without fp32 masters."""
+        """Tells whether weights are rounded by chance, without fp32 masters."""
         return self.optimizer == "adamw_8bit_stochastic"
 
 

@@ -81,11 +81,11 @@ class LossOptions(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _third_phase(cls, given: Any) -> Any:
+    def _third_phase(cls, options: Any) -> Any:
         """rank_softmax updates by -mean(weight · Â · log π), unless another loss is asked for by name."""
-        if isinstance(given, dict) and given.get("advantage") == "rank_softmax":
-            return {"loss_type": "reinforce"} | given
-        return given
+        if isinstance(options, dict) and options.get("advantage") == "rank_softmax":
+            return {"loss_type": "reinforce"} | options
+        return options
 
     @model_validator(mode="after")
     def _says_nothing_that_is_not_read(self) -> LossOptions:

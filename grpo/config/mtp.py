@@ -28,7 +28,7 @@ class HeadOptions(Options):
     tv: bool = True
     """After the first epoch that gained nothing minimise total variation, the share of rejected drafts, and not KL."""
     restart: bool | None = None
-    """Start the head as the trunk's last layer, fitted to training examples; null does so where there is none."""
+    """Start the draft head as the trunk's last layer, fitted to training examples; null does so where there is none."""
     draft_vocabulary: int | None = Field(default=None, ge=16)
     """Draft only from this many tokens: the most frequent ones in the first step's rollouts, and the stop tokens. null
     drafts any token. Fewer make drafts cheaper and never change a completion."""
@@ -37,7 +37,7 @@ class HeadOptions(Options):
     tokens_per_update: int = Field(default=1024, ge=1)
     """Padded tokens of one optimizer update; groups longer than this are cut."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of the head, which it reaches after 20 updates."""
+    """Peak learning rate of the draft head, which it reaches after 20 updates."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW weight decay, on matrices only."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -45,41 +45,41 @@ class HeadOptions(Options):
 
 
 class MtpConfig(RunConfig):
-    """Self-distillation of the draft head: sample a corpus from the policy, teach the head the policy's distributions.
+    """Self-distillation of the draft head: sample a corpus from the policy, teach it the policy's distributions.
     Rewards are for the evaluation alone: drafts change no token, so accuracy is the same before and after."""
 
     command: ClassVar[str] = "mtp"
     # What `quartet mtp --help` shows; `--help all` shows all.
     common: ClassVar[tuple[str, ...]] = (
         *("model", "output_dir", "data.name", "data.template", "steps", "prompts_per_step", "rollout.group_size"),
-        *("rollout.temperature", "rollout.max_completion_tokens", "head.depth", "head.epochs"),
-        *("head.learning_rate", "head.draft_vocabulary", "head.solutions", "head.restart", "head.tokens_per_update"),
+        *("rollout.temperature", "rollout.max_completion_tokens", "mtp.depth", "mtp.epochs"),
+        *("mtp.learning_rate", "mtp.draft_vocabulary", "mtp.solutions", "mtp.restart", "mtp.tokens_per_update"),
         *("eval.limit", "checkpoint.every", "dtype", "threads", "seed"),
     )
     output_dir: Path
-    """The run folder; the policy with its taught head is written to `policy/` in it."""
+    """The run folder; the policy with its taught draft head is written to `policy/` in it."""
     add_mtp: bool = True
     """Give a fresh draft head to a DeepSeek-V3 checkpoint that has none."""
     steps: int = Field(default=60, ge=1)
-    """Batches of rollouts, which make the corpus; head.epochs pass over it afterwards, and count as steps too."""
+    """Batches of rollouts, which make the corpus; mtp.epochs pass over it afterwards, and count as steps too."""
     prompts_per_step: int = Field(default=16, ge=2)
     """Prompts per batch; its completions are this times rollout.group_size. The rollouts of an eighth of the training
     prompts are not learned from: they tell what an epoch gains."""
     rollout: WorkersOptions = WorkersOptions(group_size=4)
-    head: HeadOptions = HeadOptions()
+    mtp: HeadOptions = HeadOptions()
     eval: EvalOptions = EvalOptions(limit=32)
     log: LinesOptions = LinesOptions()
 
 
 def scores_nothing(config: RunConfig) -> bool:
-    """Whether rewards are for an evaluation alone, there is none, and nobody named one: the default reads numbers, and
-    data for supervised training need not have any."""
+    """Tells whether nothing is scored: rewards are for an evaluation alone, there is none, and nobody named one: the
+    default reads numbers, and data for supervised training need not have any."""
     unused = isinstance(config, SftConfig | MtpConfig) and not config.eval.limit
     return unused and config.rewards == RewardsOptions().rewards
 
 
 def defaults_of_run(folder: Path) -> dict[str, Any]:
-    """What a run folder brings to `quartet mtp FOLDER`: data, rewards, sampling and precision of that run."""
+    """Reads what a run folder brings to `quartet mtp FOLDER`: data, rewards, sampling and precision of that run."""
     path = folder / "config.yaml"
     if not path.is_file():
         return {}

@@ -20,12 +20,12 @@ FOLDER = Path(__file__).parent
 
 @cache
 def table(part: str) -> dict[str, Any]:
-    """`renamed`, `removed` or `then`, as it is written."""
+    """Reads `renamed`, `removed` or `then` as it is written."""
     return parse_yaml((FOLDER / "older.yaml").read_text(encoding="utf-8"))[part]
 
 
 def removed(key: str) -> str | None:
-    """What became of an option that an older version had; None for any other key.
+    """Says what became of an option that an older version had; None for any other key.
 
     >>> removed("rollout.publish_deltas")[:17]
     'it is gone, since'
@@ -43,8 +43,8 @@ def drop_unused(
     options: dict[str, Any], known: Set[str], elsewhere: Mapping[str, Any], tell: Callable[[str], None] | None = None
 ) -> None:
     """Takes out what the command, which has the `known` options, would not use: options that other commands have, with
-    their defaults `elsewhere`, or that are gone. With `tell` also those with other values: a run that goes on has
-    recorded them, and it hears of what is gone."""
+    their defaults `elsewhere`, or that are gone. With `tell` it takes out those with other values, too: a run that goes
+    on has recorded them, and it hears of what is gone."""
     for name, items in options.items():
         for item in items if isinstance(items, list) else ():
             for last in list(item) if isinstance(item, dict) else ():
@@ -76,7 +76,7 @@ def new_key(command: str, key: str) -> str:
 
 
 def renew(command: str, options: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
-    """Options of `quartet COMMAND`, by section, under today's names. `tell` hears of each that has another one now."""
+    """Gives options of `quartet COMMAND`, by section, today's names. `tell` hears of each that has another one now."""
     options = _copy(options)
     if command and isinstance(dataset := options.get("data"), str):
         options["data"] = {"name": dataset}
@@ -99,7 +99,7 @@ def renew(command: str, options: Mapping[str, Any], tell: Callable[[str, str], N
 def renew_keys(
     command: str, overrides: Mapping[str, Any], tell: Callable[[str, str], None] | None = None
 ) -> dict[str, Any]:
-    """The same of options by their whole key, as a command line gives them."""
+    """Does the same to options by their whole key, as a command line gives them."""
     renewed = {}
     for key, value in overrides.items():
         is_name = command and key == "data" and isinstance(value, str)
@@ -111,16 +111,17 @@ def renew_keys(
 
 
 def new_place(command: str, place: Place) -> Place:
-    """Where an option of a file is under today's name."""
+    """Tells where an option of a file is under today's name."""
     if not all(isinstance(part, str) for part in place):
         return place
     return tuple(new_key(command, ".".join(map(str, place))).split("."))
 
 
 def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
-    """The command whose run has written this config.yaml, and its options under today's names."""
+    """Tells which command's run has written this config.yaml, and gives its options under today's names."""
     options, _ = read_yaml(file)
-    command = "train" if "loss" in options else "mtp" if "head" in options else "sft"
+    of_mtp = get(options, "mtp.epochs") or get(options, "head.epochs")
+    command = "train" if "loss" in options else "mtp" if of_mtp else "sft"
     return command, renew(command, options)
 
 
@@ -128,7 +129,7 @@ def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
 
 
 def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What is in no further section, by its whole key.
+    """Yields the options that are no sections, by their whole keys.
 
     >>> list(leaves({"rollout": {"group_size": 4}, "steps": 2}))
     [('rollout.group_size', 4), ('steps', 2)]
@@ -171,7 +172,7 @@ def put(options: dict[str, Any], key: str, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """As a YAML file holds it: a list for a tuple, a text for a path."""
+    """Gives the value as a YAML file holds it: a list for a tuple, a text for a path."""
     return parse_yaml(to_yaml(value))
 
 
@@ -186,11 +187,11 @@ def _copy(options: Mapping[str, Any]) -> dict[str, Any]:
 def aliases(part: str) -> dict[str, str]:
     """`means`, `not_supported` or `removed_commands`: a name that is none, and what is said about it."""
     content = parse_yaml((FOLDER / "aliases.yaml").read_text(encoding="utf-8"))[part]
-    return {name: said for said, names in content.items() for name in names}
+    return {name: meaning for meaning, names in content.items() for name in names}
 
 
 def hint(name: str, known: Collection[str]) -> str | None:
-    """What to say to somebody who gave `name`, an option of another trainer, to a command that has the `known` ones.
+    """Tells what to say of `name`, an option of another trainer, to who gave it to a command with the `known` ones.
 
     None where the name is no other trainer's, or means something that this command does not have.
 
@@ -200,21 +201,21 @@ def hint(name: str, known: Collection[str]) -> str | None:
     'not supported, because'
     """
     section, dot, _ = name.partition(".")
-    part, said = _entry([name.split(".", start)[start] for start in range(name.count(".") + 1)])
+    part, meaning = _entry([name.split(".", start)[start] for start in range(name.count(".") + 1)])
     if part == "not_supported":
-        return f"not supported, because {said}"
-    keys, _, note = said.partition("; ")
-    found = next((key for target in keys.split() for key in _here(target, known)), None)
-    if found and dot and (own := f"{section}.{found.rpartition('.')[2]}") in known:
-        found = own  # mtp.lr is mtp.learning_rate
-    return found and f"did you mean {found}?" + (f" ({note})" if note else "")
+        return f"not supported, because {meaning}"
+    keys, _, note = meaning.partition("; ")
+    option = next((key for target in keys.split() for key in _here(target, known)), None)
+    if option and dot and (sibling := f"{section}.{option.rpartition('.')[2]}") in known:
+        option = sibling  # mtp.lr is mtp.learning_rate
+    return option and f"did you mean {option}?" + (f" ({note})" if note else "")
 
 
 def _entry(ends: Sequence[str]) -> tuple[str, str]:
     """The part of the table that has one of these names, and what it says. A whole name goes before a beginning."""
     parts = ("means", "not_supported")
-    whole = ((part, said) for end in ends for part in parts if (said := aliases(part).get(end)))
-    begun = ((p, said) for end in ends for p in parts for name, said in aliases(p).items() if fnmatchcase(end, name))
+    whole = ((part, meaning) for end in ends for part in parts if (meaning := aliases(part).get(end)))
+    begun = ((p, meaning) for end in ends for p in parts for n, meaning in aliases(p).items() if fnmatchcase(end, n))
     return next(chain(whole, begun), ("means", ""))
 
 
@@ -223,4 +224,4 @@ def _here(target: str, known: Collection[str]) -> list[str]:
     if target.startswith("--"):
         return [target]
     last = target.rpartition(".")[2]
-    return [key for key in (target, f"head.{last}", f"recovery.{last}", last) if key in known]
+    return [key for key in (target, f"mtp.{last}", f"recovery.{last}", last) if key in known]

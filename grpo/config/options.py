@@ -71,20 +71,20 @@ class Options(BaseModel):
         defer_build=True,  # a command has options of its own alone, and must say something within a second
     )
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         """Raises ConfigError with what the command line says of such options. Files and parts of other options are
         validated without it."""
         if command := getattr(type(self), "command", ""):
-            given = names.renew(command, given, _warn_of_old_name)
+            options = names.renew(command, options, warn_of_old_name)
         try:
-            super().__init__(**given)
+            super().__init__(**options)
         except ValidationError as error:
             defaults = type(self).model_construct()
             command = getattr(defaults, "command", "")
             source = Source(
                 None, {}, {}, [option.key for option in _options(defaults)], [], command, _elsewhere(command)
             )
-            raise ConfigError(map(in_python, source.explain(error.errors(), given))) from None
+            raise ConfigError(map(in_python, source.explain(error.errors(), options))) from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
@@ -295,11 +295,11 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = copy.deepcopy(value)
 
 
-def _fill(defaults: BaseModel, given: dict[str, Any]) -> dict[str, Any]:
+def _fill(defaults: BaseModel, options: dict[str, Any]) -> dict[str, Any]:
     """`given` over what `defaults` was built with, so that a partial mapping keeps the rest of a default."""
-    filled = {name: getattr(defaults, name) for name in defaults.model_fields_set} | given
+    filled = {name: getattr(defaults, name) for name in defaults.model_fields_set} | options
     for name in type(defaults).model_fields:
-        default, below = getattr(defaults, name, None), given.get(name, {})
+        default, below = getattr(defaults, name, None), options.get(name, {})
         if isinstance(default, BaseModel) and isinstance(below, dict):
             filled[name] = _fill(default, below)
     return filled
@@ -336,7 +336,7 @@ def load(
             problems += error.problems
     unread = bool(problems)
     command = getattr(model_cls, "command", "")
-    tell = None if on_removed else _warn_of_old_name
+    tell = None if on_removed else warn_of_old_name
     data, lines = names.renew(command, data, tell), {names.new_place(command, place): n for place, n in lines.items()}
     overrides = names.renew_keys(command, overrides, tell)
     for key, value in overrides.items():
@@ -364,7 +364,8 @@ def load(
     return model
 
 
-def _warn_of_old_name(old: str, new: str) -> None:
+def warn_of_old_name(old: str, new: str) -> None:
+    """Tells a user who has written an old name of an option, a split or a flag."""
     LOGGER.warning("%s is %s now; the old name works until %s", old, new, names.WORKS_UNTIL)
 
 

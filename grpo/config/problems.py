@@ -40,28 +40,28 @@ def unknown_option(
 ) -> str:
     """About an unknown option: our name for another trainer's option, or why we have none, or the nearest name, or that
     this command has no use for it."""
-    wanted = re.sub(r"\[\d+\]", "[]", key).replace("-", "_")
+    query = re.sub(r"\[\d+\]", "[]", key).replace("-", "_")
     names = list(names)
-    way_out = removed(wanted) or hint(wanted, names) or _nearest(wanted, names)
+    way_out = removed(query) or hint(query, names) or _nearest(query, names)
     what = way_out if way_out.startswith(("not supported", "it is gone")) else f"no such option; {way_out}"
-    if wanted in elsewhere and not way_out.startswith("it is gone"):
-        what = f"quartet {command} does not use it; {hint(wanted, names) or 'leave it out'}"
+    if query in elsewhere and not way_out.startswith("it is gone"):
+        what = f"quartet {command} does not use it; {hint(query, names) or 'leave it out'}"
     return describe(key, {} if value is None else value, where, what)
 
 
-def _nearest(wanted: str, names: list[str]) -> str:
+def _nearest(query: str, names: list[str]) -> str:
     """A name that ends alike is nearer than one that only looks alike. Several that end alike are all shown."""
-    last = wanted.rpartition(".")[2]
+    last = query.rpartition(".")[2]
     alike = [name for name in names if name.rpartition(".")[2] == last]
-    if "." in wanted:
-        found = difflib.get_close_matches(wanted, alike, n=1, cutoff=0.5)
-        found = found or difflib.get_close_matches(wanted, names, n=1, cutoff=SIMILAR)
-        found = [name for name in found if difflib.SequenceMatcher(None, name.rpartition(".")[2], last).ratio() >= 0.5]
+    if "." in query:
+        matches = difflib.get_close_matches(query, alike, n=1, cutoff=0.5)
+        matches = matches or difflib.get_close_matches(query, names, n=1, cutoff=SIMILAR)
+        matches = [m for m in matches if difflib.SequenceMatcher(None, m.rpartition(".")[2], last).ratio() >= 0.5]
     else:
         ends = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in names}, n=1, cutoff=SIMILAR)
-        found = alike or difflib.get_close_matches(wanted, names, n=1, cutoff=SIMILAR)
-        found = found or [name for name in names if name.rpartition(".")[2] in ends]
-    shown = [name for name in found if "[]" not in name] or found  # an item of a list has no option of its own
+        matches = alike or difflib.get_close_matches(query, names, n=1, cutoff=SIMILAR)
+        matches = matches or [name for name in names if name.rpartition(".")[2] in ends]
+    shown = [name for name in matches if "[]" not in name] or matches  # an item of a list has no option of its own
     if not shown or len(shown) > 4:
         return "see --help all for all options"
     return f"did you mean {' or '.join([', '.join(shown[:-1]), shown[-1]] if shown[1:] else shown)}?"
@@ -149,7 +149,8 @@ class Source(NamedTuple):
 
 
 def in_python(message: str) -> str:
-    """
+    """Names arguments of Python in place of flags.
+
     >>> in_python("stopped after step 3; go on with --resume auto")
     'stopped after step 3; go on with resume="auto"'
     """
@@ -160,7 +161,7 @@ def in_python(message: str) -> str:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Inside it, a command calls the functions that programs may call too: messages keep their flags."""
+    """Marks that a command calls what programs may call too: inside it messages keep their flags."""
     global _commands
     _commands += 1
     try:
@@ -171,7 +172,7 @@ def command_line() -> Iterator[None]:
 
 @contextmanager
 def python_words() -> Iterator[None]:
-    """For a function that programs call: what it raises names arguments in place of flags."""
+    """Surrounds a function that programs call: what it raises names arguments in place of flags."""
     try:
         yield
     except BaseException as error:  # also a stop

@@ -57,7 +57,7 @@ class EvalOptions(Options):
     """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too where there is an
     accuracy."""
     split: str | None = None
-    """The held-out split; `heldout` for word_problems, `test` otherwise."""
+    """The held-out split; `held_out` for word_problems, `test` otherwise."""
     levels: list[int] | None = None
     """Levels of `word_problems`; those of `data` by default."""
 
@@ -111,7 +111,7 @@ class RunConfig(RewardsOptions, ModelOptions):
 
     @property
     def whole_rollout(self) -> RolloutOptions:
-        """How it samples: `rollout`, with the defaults of what the command has no option for."""
+        """Gives all options of sampling: `rollout`, with the defaults of what the command has no option for."""
         return RolloutOptions.of(self.rollout)
 
 
@@ -123,7 +123,7 @@ class LearningConfig(sections("sft"), EnvironmentOptions, ArchitectureOptions, R
 
     @property
     def supervision(self) -> WarmStartOptions:
-        """The supervised steps of the run."""
+        """Gives the options of the run's supervised steps; each command has them in another place."""
         raise NotImplementedError
 
 

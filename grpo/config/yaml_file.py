@@ -151,22 +151,22 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
         raise ConfigError([f"{path}: is empty; write options such as `steps: 10`, or name no file"])
     if not isinstance(data, dict):
         raise ConfigError([f"{path}: expected a mapping such as `steps: 10`, got {to_yaml(data, inline=True)}"])
-    repeated = [(place, found) for place, found in lines.items() if len(found) > 1]
+    repeated = [(place, numbers) for place, numbers in lines.items() if len(numbers) > 1]
     if repeated:
         raise ConfigError(
-            f"{path}: {show_place(place)} is given on lines {' and '.join(map(str, found))}; keep one"
-            for place, found in repeated
+            f"{path}: {show_place(place)} is given on lines {' and '.join(map(str, numbers))}; keep one"
+            for place, numbers in repeated
         )
-    return data, {place: found[0] for place, found in lines.items()}
+    return data, {place: numbers[0] for place, numbers in lines.items()}
 
 
 def changed_options(saved: Path, now: str) -> dict[str, tuple[Any, Any]]:
-    """What a run's config.yaml and a YAML text differ in. Raises ConfigError naming a file that is damaged."""
+    """Tells what a run's config.yaml and a YAML text differ in. Raises ConfigError naming a file that is damaged."""
     return differences(read_yaml(saved)[0], parse_yaml(now))
 
 
 def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
-    """What two trees of options differ in, by dotted key.
+    """Tells what two trees of options differ in, by dotted key.
 
     >>> differences({"steps": 3, "lora": {"rank": 4}}, {"steps": 5, "lora": {"rank": 4}})
     {'steps': (3, 5)}

@@ -20,11 +20,11 @@ CHARACTERS_PER_TOKEN = 8  # more of a file is not read
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows of token ids [T], all of one length: `heldout` are the last ones of the text and in no other list.
+    """Windows of token ids [T], all of one length: `held_out` are the last ones of the text and in no other list.
     `examples` are the problems that all of them come from, where the source has problems."""
 
     windows: list[Tensor]
-    heldout: list[Tensor]
+    held_out: list[Tensor]
     examples: list[Example] = field(default_factory=list)
 
 
@@ -33,40 +33,40 @@ def calibration_text(
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int,
-    heldout_tokens: int,
+    held_out_tokens: int,
     window: int,
     left_out: Callable[[Example], bool] = lambda example: False,
 ) -> CalibrationText:
-    """Gives at most `tokens` for measuring and training, and after them `heldout_tokens` that are held out.
+    """Gives at most `tokens` for measuring and training, and after them `held_out_tokens` that are held out.
 
     Problems that are `left_out` are not read. A shorter text is used completely, and a fifth of its windows are held
     out. Documents end with the tokenizer's eos; each window starts with bos where the tokenizer puts one before a text.
     Raises ValueError for a text of fewer than two windows or one that is named after a test set, and what
     `load_examples` raises.
 
-    >>> calibration_text("gsm8k", tokenizer, tokens=4096, heldout_tokens=1024, window=512).heldout[0].shape
+    >>> calibration_text("gsm8k", tokenizer, tokens=4096, held_out_tokens=1024, window=512).held_out[0].shape
     torch.Size([512])
     """
     bos = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]
     body, end = window - len(bos), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    wanted = -(-tokens // window) + -(-heldout_tokens // window)
+    most = -(-tokens // window) + -(-held_out_tokens // window)
     ids: list[int] = []
     examples: list[Example] = []
-    for document, example in _documents(source, wanted * window * CHARACTERS_PER_TOKEN):
+    for document, example in _documents(source, most * window * CHARACTERS_PER_TOKEN):
         if example and left_out(example):
             continue
         examples += [example] if example else []
         ids += tokenizer(document, add_special_tokens=False).input_ids + end
-        if len(ids) >= wanted * body:
+        if len(ids) >= most * body:
             break
-    count = min(wanted, len(ids) // body)
+    count = min(most, len(ids) // body)
     if count < 2:
         raise ValueError(
             f"calibrate={source!r} holds {len(ids)} tokens, and two windows of window={window} are the least, one to "
             "measure and one to hold out; give a longer text, or a smaller window"
         )
     rows = [torch.tensor(bos + ids[i * body : (i + 1) * body]) for i in range(count)]
-    held = max(1, min(-(-heldout_tokens // window), count // 5))
+    held = max(1, min(-(-held_out_tokens // window), count // 5))
     return CalibrationText(rows[:-held], rows[-held:], examples)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from grpo.config.data import ProblemOptions
 from grpo.config.json_file import unfit
+from grpo.config.options import warn_of_old_name
 from grpo.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
 from grpo.data.source import BUILT_IN, GSM8K, REASONING_GYM, TOO_MANY_FIELDS, file_rows, load_dataset, local_file
 from rewards.protocol import text_of
@@ -47,7 +48,7 @@ class Example:
 
 
 def beyond_context(text: str, context: int) -> str | None:
-    """Why `text` cannot fit into a context of `context` tokens, by its length alone; None if a tokenizer must decide.
+    """Says why `text` cannot fit into a context of `context` tokens, by its length; None if a tokenizer must decide.
 
     >>> beyond_context("2 + 3 = ?" * 10_000, context=512)
     'has 90,000 characters, more than a context of 512 tokens can hold'
@@ -107,6 +108,9 @@ def load_examples(
     options = options or ProblemOptions()
     if options.task_options and not source.startswith(REASONING_GYM):
         raise ValueError(f"task_options={options.task_options} are for reasoning_gym tasks; {name_or_path} has none")
+    if split == "heldout" and default_held_out_split(source) == "held_out":
+        warn_of_old_name(f"split heldout of {source}", "held_out")
+        split = "held_out"
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, None)
     problems = _made(source, split, levels, seed, limit, options.task_options)
@@ -208,13 +212,13 @@ def gold_checks(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> list[Check]
     return [check]
 
 
-def default_heldout_split(name: str) -> str:
+def default_held_out_split(name: str) -> str:
     """The split for evaluation where the user names none.
 
-    >>> default_heldout_split("gsm8k"), default_heldout_split("reasoning_gym:leg_counting")
-    ('test', 'heldout')
+    >>> default_held_out_split("gsm8k"), default_held_out_split("reasoning_gym:leg_counting")
+    ('test', 'held_out')
     """
-    return "heldout" if name in ("word_problems", "word_game") or name.startswith(REASONING_GYM) else "test"
+    return "held_out" if name in ("word_problems", "word_game") or name.startswith(REASONING_GYM) else "test"
 
 
 def _checked(
@@ -239,7 +243,7 @@ def _checked(
         fault = _fault(row, needed)
         if not fault:
             examples.append(_example(f"{prefix}/{number - 1}", {**absent, **row}, *needed))
-            fault = next((found for check in checks if (found := check(examples[-1].columns))), None)
+            fault = next(filter(None, (check(examples[-1].columns) for check in checks)), None)
         if fault:
             bad.append(f"row {number}: {fault}")
     if bad:
@@ -250,7 +254,7 @@ def _checked(
 
 
 def _fault(row: Any, needed: list[str]) -> str | None:
-    """What is wrong with a row, or None."""
+    """Tells what is wrong with a row, or None."""
     if isinstance(row, ValueError):
         return f"not JSON ({row})"
     if not isinstance(row, dict):
@@ -287,7 +291,7 @@ def too_long(column: str, context: int, columns: Mapping[str, Any]) -> str | Non
 
 
 def _fault_of_chat(messages: list[dict[str, Any]], last: str) -> str | None:
-    """What is wrong with chat messages in TRL's conversational form, or None."""
+    """Tells what is wrong with chat messages in TRL's conversational form, or None."""
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             return f'has a message that is not {{"role": text, "content": text}}: {str(message)[:60]}'

@@ -11,11 +11,11 @@ from typing import Any
 
 from policies.files.atomic import write_file
 
-EVALUATION_SPLITS = ("test", "heldout", "all")
+EVALUATION_SPLITS = ("test", "held_out", "heldout", "all")
 TRAINED_ON = "trained_on.txt"  # in a run folder: a fingerprint a line
 
 _NUMBERED = r"(?:[-_.]?\d+(?:[-_.]of[-_.]\d+)?)?"  # of a shard, as in test-00000-of-00001
-_EVALUATION_FILE = re.compile(rf"all|(?:.*[-_.])?(?:test|heldout){_NUMBERED}|(?:test|heldout)[-_.].*")
+_EVALUATION_FILE = re.compile(rf"all|(?:.*[-_.])?(?:test|held_?out){_NUMBERED}|(?:test|held_?out)[-_.].*")
 _NOT_CONTENT = re.compile(r"""["'`“”‘’]|[.,:;?]+(?!\w)|\s+""")
 _FINGERPRINT = re.compile(rb"[0-9a-f]{12}")
 NAMED = 5
@@ -39,7 +39,7 @@ def refuse_evaluation_data(source: str, split: str, path: Path | None) -> None:
 
 
 def is_gsm8k_test_question(texts: Iterable[Any]) -> bool:
-    """Whether one of the texts is a question of GSM8K's test set, whatever its file is called.
+    """Tells whether one of the texts is a question of GSM8K's test set, whatever its file is called.
 
     Letter case, punctuation and white space do not count. A question inside a longer text is not found.
     """
@@ -70,12 +70,13 @@ def problem_fingerprint(content: str) -> str:
     return _digest(_NOT_CONTENT.sub("", content))
 
 
-def in_holdout(fingerprint: str, share: float, seed: int) -> bool:
-    """Whether the problem belongs to the share that is held out. Other problems, such as appended rows, change nothing.
+def in_held_out(fingerprint: str, share: float, seed: int) -> bool:
+    """Tells whether the problem is one of the share that is held out. Other problems, as in new rows, change nothing.
 
-    >>> [in_holdout(f"{i:012x}", 0.25, seed=0) for i in range(6)]
+    >>> [in_held_out(f"{i:012x}", 0.25, seed=0) for i in range(6)]
     [True, False, False, False, False, True]
     """
+    # every later version draws by the word of the first, so that no problem changes sides
     drawn = hashlib.sha256(f"holdout/{seed}/{fingerprint}".encode()).digest()[:6]
     return int.from_bytes(drawn) < share * 2**48
 
@@ -112,10 +113,10 @@ def trained_on(model: str | Path) -> frozenset[str]:
     places = (folder, folder / "run", folder.parent, folder.parent.parent)
     for index, place in enumerate(places):
         if (place / TRAINED_ON).is_file() and (index < 2 or (place / "environment.json").is_file()):
-            found = (place / TRAINED_ON).read_bytes().split()
-            if wrong := [line for line in found if not _FINGERPRINT.fullmatch(line)]:
+            lines = (place / TRAINED_ON).read_bytes().split()
+            if wrong := [line for line in lines if not _FINGERPRINT.fullmatch(line)]:
                 raise ValueError(f"{place / TRAINED_ON} is damaged: {wrong[0]!r:.60} is no fingerprint of a problem")
-            return frozenset(line.decode() for line in found)
+            return frozenset(line.decode() for line in lines)
     return frozenset()
 
 

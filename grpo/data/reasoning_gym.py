@@ -13,7 +13,7 @@ from typing import Any
 from grpo.data.source import REASONING_GYM as PREFIX
 from rewards.protocol import RewardError
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "held_out")
 JUNK = ("I do not know.", "lorem ipsum dolor sit amet", "?!")  # texts without an answer
 HELD_OUT = 4  # one question in this many
 COUNT = 2_000  # some tasks take 0.1 s and more to make one
@@ -49,7 +49,7 @@ def _problems(dataset: Any, task: str, split: str, seed: int) -> Iterator[dict[s
         entry = dataset[index]
         question = entry["question"]
         key = hashlib.sha256(question.encode()).digest()
-        if key in met or (key[0] % HELD_OUT == 0) != (split == "heldout"):
+        if key in met or (key[0] % HELD_OUT == 0) != (split == "held_out"):
             continue
         met.add(key)
         metadata = json.loads(json.dumps(entry["metadata"], default=str))  # the scorer's processes exchange JSON

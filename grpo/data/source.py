@@ -29,12 +29,12 @@ def local_file(source: str, split: str) -> Path | None:
     path = Path(source).expanduser()
     if path.is_dir():
         candidates = [path / f"{split}{kind}" for kind in FILE_KINDS]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if found is None:
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if file is None:
             there = ", ".join(sorted(child.name for child in path.iterdir())) or "nothing"
-            wanted = ", ".join(candidate.name for candidate in candidates)
-            raise FileNotFoundError(f"{path} holds none of {wanted}; it holds {there}")
-        return found
+            names = ", ".join(candidate.name for candidate in candidates)
+            raise FileNotFoundError(f"{path} holds none of {names}; it holds {there}")
+        return file
     if path.is_file():
         if path.suffix not in FILE_KINDS:
             raise ValueError(f"{path} cannot be read; the kinds of file that can be are {', '.join(FILE_KINDS)}")
@@ -55,8 +55,8 @@ def file_rows(path: Path) -> Iterable[tuple[int, Any]]:
     if path.suffix == ".json":
         rows = _json_or_error(path.read_bytes().removeprefix(codecs.BOM_UTF8))
         if not isinstance(rows, list):
-            found = rows if isinstance(rows, ValueError) else f"it holds a {type(rows).__name__}"
-            raise ValueError(f"{path} must hold a JSON list of objects: {found}")
+            fault = rows if isinstance(rows, ValueError) else f"it holds a {type(rows).__name__}"
+            raise ValueError(f"{path} must hold a JSON list of objects: {fault}")
     elif path.suffix == ".csv":
         rows = _csv_rows(path)
     else:

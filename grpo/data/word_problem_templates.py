@@ -91,13 +91,13 @@ class Level:
 
 def _templates(text: str) -> tuple[Template, ...]:
     """One template a paragraph: its name and what is `given`, its question, and a line for each step."""
-    found = []
+    templates = []
     for paragraph in text.strip().split("\n\n"):
         asked, *steps = paragraph.split("\n- ")
         head, _, question = asked.partition("\n")
         name, *given = head.split(" | ")
-        found.append(Template(name, question.replace("\n", " "), tuple(steps), tuple(given)))
-    return tuple(found)
+        templates.append(Template(name, question.replace("\n", " "), tuple(steps), tuple(given)))
+    return tuple(templates)
 
 
 ONE_STEP = _templates("""

@@ -28,7 +28,7 @@ from typing import Any
 
 from grpo.data.word_problem_templates import LEVELS, NAMES, THINGS, Template
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "held_out")
 SALT = 256  # of the first 300, it spreads the held-out numbers most evenly over the templates of levels 1 and 2
 
 
@@ -60,7 +60,7 @@ def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: in
 
 
 def is_held_out(numbers: Iterable[int]) -> bool:
-    """Whether the problems whose questions give these numbers, in any order, are held out: about one in eight.
+    """Tells whether the problems whose questions give these numbers, in any order, are held out: about one in eight.
 
     The answer is the same for every template, name and thing, for every level and seed, and on every machine.
     """
@@ -68,8 +68,8 @@ def is_held_out(numbers: Iterable[int]) -> bool:
     return hashlib.sha256(content.encode()).digest()[0] % 8 == 0
 
 
-def shared_with_training(train: Iterable[str], heldout: Iterable[str]) -> tuple[int, int]:
-    """How many held-out problems have a template, and how many have the numbers, of a training problem. Both are ids.
+def shared_with_training(train: Iterable[str], held_out: Iterable[str]) -> tuple[int, int]:
+    """Counts the held-out problems that have a template, and those that have the numbers, of a training problem, by id.
 
     The numbers are those of the question, in any order, whatever the template.
 
@@ -77,8 +77,8 @@ def shared_with_training(train: Iterable[str], heldout: Iterable[str]) -> tuple[
     (1, 0)
     """
     templates, numbers = (set(kinds) for kinds in zip(*map(_template_and_numbers, train), strict=True))
-    found = [_template_and_numbers(problem_id) for problem_id in heldout]
-    return sum(template in templates for template, _ in found), sum(given in numbers for _, given in found)
+    contents = [_template_and_numbers(problem_id) for problem_id in held_out]
+    return sum(template in templates for template, _ in contents), sum(drawn in numbers for _, drawn in contents)
 
 
 def _template_and_numbers(problem_id: str) -> tuple[str, tuple[int, ...]]:
@@ -98,15 +98,16 @@ def _problems(split: str, level: int, seed: int) -> Iterator[dict[str, Any]]:
 
 def _of_template(split: str, level: int, template: Template, seed: int) -> Iterator[dict[str, Any]]:
     """The template's problems that are in the split. Problem number `card` has its mixed-radix digits as parts."""
+    seeded = f"{split.replace('_', '')}/{level}/{template.name}/{seed}"  # as in version 0.1, where it was `heldout`
     parts = [THINGS, NAMES, *LEVELS[level].operand_ranges(template)]
-    for card in _shuffled(math.prod(map(len, parts)), f"{split}/{level}/{template.name}/{seed}"):
+    for card in _shuffled(math.prod(map(len, parts)), seeded):
         chosen: list[Any] = []
         for part in parts:
             card, digit = divmod(card, len(part))
             chosen.append(part[digit])
         things, name, *operands = chosen
         numbers = template.numbers(operands)
-        if is_held_out(numbers[letter] for letter in template.asked) != (split == "heldout"):
+        if is_held_out(numbers[letter] for letter in template.asked) != (split == "held_out"):
             continue
         question, answer = template.render(operands, name, things)
         problem_id = f"word_problems/{level}/{template.name}/{name}-{things}-{'-'.join(map(str, operands))}"

@@ -159,6 +159,7 @@ class Asked(BaseModel):
 
     @property
     def wants_logprobs(self) -> bool:
+        """Tells whether the answer has log-probabilities; each kind of request asks for them in its own way."""
         raise NotImplementedError
 
 

@@ -70,7 +70,7 @@ class Batcher:
 
     @property
     def rows(self) -> int:
-        """So many rows are decoded now."""
+        """Counts the rows that are decoded now."""
         return sum(len(batch.requests) for batch in list(self._batches))
 
     @property

@@ -140,7 +140,7 @@ class Episode(Served):
             policy_version=self.batcher.engine.version,
             draft=replace(drafts, depths=[depth for segment in grown for depth in segment.depths]),
             turns=self.turns,
-            sampled=[own for segment in grown for own in segment.sampled],
+            sampled=[flag for segment in grown for flag in segment.sampled],
             tools=stats,
             segments=begins,
         )
@@ -149,9 +149,9 @@ class Episode(Served):
 
     def _refuse(self, asked: Asked) -> None:
         """Raises ApiError for what would not be learned from as it was sampled."""
-        other, own = asked.temperature, self.temperature
+        other, ours = asked.temperature, self.temperature
         wrong = {
-            "temperature": other not in (None, own) and f"{other:g}: the run learns at {own:g} (rollout.temperature)",
+            "temperature": other not in (None, ours) and f"{other:g}: the run learns at {ours:g} (rollout.temperature)",
             "n": asked.completions > 1 and f"{asked.n}: an episode has one line of answers; ask again for another one",
             "seed": asked.seed is not None and f"{asked.seed}: the noise is the run's, and another one at every step",
             "prompt_id": asked.prompt_id is not None and f"{asked.prompt_id!r:.60}: the noise is the run's",

@@ -82,7 +82,7 @@ class Evaluation:
         return None if self.correct is None or not self.completions else self.correct / self.completions
 
     def without_verdicts(self) -> Evaluation:
-        """The same, where the marks turned out to say neither right nor wrong."""
+        """Leaves out what counts right answers, where the marks turned out to say neither right nor wrong."""
         rewards = self.rewards_by_problem
         return replace(self, correct=None, interval=None, pass_at={}, majority_at={}, by_problem=rewards)
 
@@ -127,12 +127,12 @@ def evaluate(
 def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], seconds: float) -> Evaluation:
     completions = [completion for group in groups for completion in group.completions]
     marks = [score.parts[task.first_reward] for score in scores]
-    verdicts = [[task.verdicts.of(mark) for mark in own] for own in marks]
+    verdicts = [[task.verdicts.of(mark) for mark in group] for group in marks]
     marked = [[right for right in verdict if right is not None] for verdict in verdicts]
     means = estimate([fmean(right) for right in marked if right])
     rewards = [reward for score in scores for reward in score.rewards if reward is not None]
     failures = [failure for score in scores for failure in score.errors]
-    unmarked = sum(own.count(None) for own in marks)
+    unmarked = sum(group.count(None) for group in marks)
     failed = sum(
         marks[i][failure.sample_index] is None
         for i, score in enumerate(scores)
@@ -176,7 +176,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
 
 def _majority(task: Task, groups: Sequence[RolloutGroup], verdicts: Sequence[list[bool | None]], k: int) -> Estimate:
     answers = [[task.read_answer(text) for text in group.texts] for group in groups]
-    votes = [majority_at_k(own, verdict, k) for own, verdict in zip(answers, verdicts, strict=True)]
+    votes = [majority_at_k(group, verdict, k) for group, verdict in zip(answers, verdicts, strict=True)]
     return estimate([vote for vote in votes if vote is not None])
 
 
@@ -230,7 +230,7 @@ def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
 
 
 def failure_kinds(failures: Sequence[RewardFailure]) -> dict[str, int]:
-    """How often each reward failed in which way.
+    """Counts how often each reward failed in which way.
 
     >>> failure_kinds([RewardFailure("mine", "a", 0, "timeout", "no result after 10 s")])
     {'mine: timeout': 1}

@@ -41,12 +41,12 @@ class HeldOut:
         log: RunLog,
         sampling: SamplingParams,
         every: int | None = None,
-        heed: Callable[[int, Mapping[str, Evaluation]], None] = lambda step, found: None,
+        heed: Callable[[int, Mapping[str, Evaluation]], None] = lambda step, results: None,
     ) -> None:
         self.task, self.pool, self.log, self.sampling = task, pool, log, sampling
         self.every, self.heed = every, heed
         self.tokenizer = policy.tokenizer
-        self.prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+        self.prompts = [task.prompt(example, policy.tokenizer) for example in task.held_out]
         self.results: dict[str, Evaluation] = {}
 
     def due(self, step: int, last: int) -> bool:
@@ -54,7 +54,7 @@ class HeldOut:
         return bool(self.prompts) and step < last and (step == 0 or bool(self.every and step % self.every == 0))
 
     def done(self, step: int) -> bool:
-        """Whether the evaluation of this step is recorded. A run that was cut off before it still has to make it."""
+        """Tells whether this step's evaluation is recorded. A run that was cut off before it still has to make it."""
         return any(line["step"] == step and "eval/prompts" in line for line in read_metrics(self.log.output_dir))
 
     def evaluate(
@@ -90,7 +90,7 @@ class HeldOut:
         return named
 
     def speeds(self) -> list[Speed]:
-        """How fast it samples with and without drafts, at 1, 8 and 32 rows."""
+        """Measures how fast it samples with and without drafts, at 1, 8 and 32 rows."""
         if not self.prompts or self.sampling.draft_tokens == 0:
             return []
         return measure_speed(self.pool, self.prompts, self.sampling, rows=(1, 8, 32))
@@ -125,9 +125,9 @@ class Result:
 
     def __repr__(self) -> str:
         """The folder, and what greedy decoding got; where nothing was decoded greedily, what sampling got."""
-        greedy = {name: found for name, found in self.evaluations.items() if "greedy" in name}
-        shown = [f"{name}: {_mark(found)}" for name, found in (greedy or self.evaluations).items()]
-        return f"Result({str(self.folder)!r}: {'; '.join(shown) or 'nothing was evaluated'})"
+        greedy = {name: result for name, result in self.evaluations.items() if "greedy" in name}
+        lines = [f"{name}: {_mark(result)}" for name, result in (greedy or self.evaluations).items()]
+        return f"Result({str(self.folder)!r}: {'; '.join(lines) or 'nothing was evaluated'})"
 
 
 def _mark(evaluation: Evaluation) -> str:

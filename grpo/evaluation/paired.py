@@ -64,7 +64,7 @@ def _interval(differences: Sequence[float], otherwise: float) -> tuple[float, fl
     squares = [difference**2 for difference in differences if difference]
     added = math.sqrt(fmean(squares)) if squares else otherwise
     more = [*differences, *[-added, added] * LOST_AND_WON]
-    intervals = [found for values in (differences, more) if (found := mean_interval(values))]
+    intervals = list(filter(None, map(mean_interval, (differences, more))))
     return min(low for low, _ in intervals), max(high for _, high in intervals)
 
 

@@ -72,7 +72,7 @@ class PackedRow:
 
     @property
     def num_completion_tokens(self) -> int:
-        """Those that were sampled."""
+        """Counts the tokens that were sampled."""
         return sum(sample.num_sampled for sample in self.samples)
 
     @property
@@ -99,7 +99,7 @@ class TrainingBatch:
     lessons: Sequence[Lesson] = ()  # recorded ones, which the draft head learns from where there are no rows
 
     def age(self, version: int) -> float:
-        """How many versions older than `version` the policy was that sampled a token, mean over tokens."""
+        """Tells how many versions older than `version` the policy was that sampled a token, as the mean over tokens."""
         tokens = sum(self.tokens_by_version.values())
         return sum(max(version - v, 0) * n for v, n in self.tokens_by_version.items()) / max(tokens, 1)
 
@@ -109,7 +109,7 @@ class TrainingBatch:
 
     @property
     def from_rollouts(self) -> bool:
-        """Whether a policy has sampled it."""
+        """Tells whether a policy has sampled it."""
         return bool(self.tokens_by_version)
 
 
@@ -130,7 +130,7 @@ class MicroBatch:
 
     @property
     def learns(self) -> bool:
-        """Whether the policy learns from it; if not, the draft head does."""
+        """Tells whether the policy learns from it; if not, the draft head does."""
         return any(row.learns for row in self.rows)
 
     @property
@@ -140,17 +140,17 @@ class MicroBatch:
 
     @property
     def scored(self) -> Tensor:
-        """[B, T]: token n was sampled."""
+        """Marks the tokens that were sampled [B, T]."""
         return self.turn > 0
 
     @property
     def head_segment(self) -> Tensor:
-        """For the MTP head: as `segment`, but the first token, which has no entry, is padding."""
+        """Gives `segment` as the MTP head sees it: the first token, which has no entry, is padding."""
         return F.pad(self.segment[:, 1:], (1, 0), value=-1)
 
     @property
     def advantages(self) -> Tensor:
-        """[C], or [C, L] where every token has its own."""
+        """Gives the advantages [C], or [C, L] where every token has its own."""
         if any(sample.token_advantages for sample in self.samples):
             return self.padded([sample.token_advantages for sample in self.samples])
         return torch.tensor([sample.advantage for sample in self.samples], device=self.mask.device)
@@ -191,7 +191,7 @@ def split_rows(
     prompt_routing: Tensor | None = None,
     group: int = 0,
 ) -> list[PackedRow]:
-    """Rows of at most `max_tokens`, as few as first-come packing gives; a single long completion gets its own."""
+    """Packs samples first come into few rows of at most `max_tokens`; a single long completion gets its own."""
     parts: list[list[Sample]] = [[]]
     length = len(prompt_token_ids)
     for sample in samples:
@@ -204,7 +204,7 @@ def split_rows(
 
 
 def micro_batches(rows: Sequence[PackedRow], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Rows of similar length together, at most `max_tokens` padded tokens at a time."""
+    """Puts rows of similar length together, at most `max_tokens` padded tokens at a time."""
     return (collate(part, device) for part in cut(rows, max_tokens))
 
 
@@ -264,7 +264,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
 
 
 def _turns(sample: Sample) -> Tensor:
-    """[Lc]: 1 for the tokens of the first turn, 2 for those of the second, and so on; -1 for what tools wrote.
+    """Numbers the turn of each token [Lc]: 1 for the first, 2 for the second, and so on; -1 for what tools wrote.
 
     >>> _turns(Sample(0, [4, 5, 6, 7], sampled=[True, False, False, True])).tolist()
     [1, -1, -1, 2]
@@ -275,7 +275,7 @@ def _turns(sample: Sample) -> Tensor:
 
 
 def _routing(rows: Sequence[PackedRow], longest: int, device: torch.device) -> Tensor | None:
-    """[B, T, routers, k], or None where no row has any."""
+    """Pads the recorded choices of routers to [B, T, routers, k]; None where no row has any."""
     recorded = [
         [(row.prompt_routing, len(row.prompt_token_ids))] + [(s.routing, len(s.token_ids)) for s in row.samples]
         for row in rows

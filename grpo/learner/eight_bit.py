@@ -44,7 +44,7 @@ def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float], *, rounds: bo
 
 
 def block_of(weight: Tensor) -> int:
-    """How many numbers of a moment share a scale, the same on every rank; 0 where it stays fp32.
+    """Counts the numbers of a moment that share a scale, the same on every rank; 0 where it stays fp32.
 
     >>> block_of(torch.zeros(49152, 576)), block_of(torch.zeros(576))
     (192, 0)
@@ -60,12 +60,12 @@ def block_of(weight: Tensor) -> int:
 
 
 def parts(moment: Tensor) -> dict[str, Tensor]:
-    """What a checkpoint keeps of an entry of the optimizer's state, by the end of its name: itself, or codes [..., N]
-    and scales [..., N / block], sharded as it is."""
-    own: Any = moment.to_local() if isinstance(moment, DTensor) else moment
-    if not hasattr(own, "codes"):
+    """Gives what a checkpoint keeps of an entry of the optimizer's state, by the end of its name: itself, or codes
+    [..., N] and scales [..., N / block], sharded as it is."""
+    local: Any = moment.to_local() if isinstance(moment, DTensor) else moment
+    if not hasattr(local, "codes"):
         return {"": moment}
-    return {CODES: _spread(own.codes, moment), SCALE: _spread(own.scale.view(*own.shape[:-1], -1), moment)}
+    return {CODES: _spread(local.codes, moment), SCALE: _spread(local.scale.view(*local.shape[:-1], -1), moment)}
 
 
 def moment_of(
@@ -77,14 +77,14 @@ def moment_of(
     weight, or a run goes on from fp32 moments.
     """
     fresh = cast(Any, optimizer)._new_buffer(weight, signed)
-    own: Any = fresh.to_local() if isinstance(fresh, DTensor) else fresh
-    if scale is not None and hasattr(own, "codes") and _own(like(scale, weight)).numel() == own.scale.numel():
-        own.codes.copy_(_own(like(value, weight)))
-        own.scale.copy_(_own(like(scale, weight)).flatten())
+    local: Any = fresh.to_local() if isinstance(fresh, DTensor) else fresh
+    if scale is not None and hasattr(local, "codes") and _local(like(scale, weight)).numel() == local.scale.numel():
+        local.codes.copy_(_local(like(value, weight)))
+        local.scale.copy_(_local(like(scale, weight)).flatten())
         return fresh
     if scale is not None:
         value = _numbers(value, scale, signed)
-    own.copy_(_own(like(value, weight)).to(own.device))
+    local.copy_(_local(like(value, weight)).to(local.device))
     return fresh
 
 
@@ -95,16 +95,16 @@ def _numbers(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     return (numbers.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _spread(own: Tensor, moment: Tensor) -> Tensor:
+def _spread(local: Tensor, moment: Tensor) -> Tensor:
     """`own` of every rank as one tensor that is sharded as `moment` is, with rows of another length."""
     if not isinstance(moment, DTensor):
-        return own
-    shape = [*moment.shape[:-1], moment.shape[-1] * own.shape[-1] // moment.to_local().shape[-1]]
+        return local
+    shape = [*moment.shape[:-1], moment.shape[-1] * local.shape[-1] // moment.to_local().shape[-1]]
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        own, moment.device_mesh, moment.placements, run_check=False, shape=torch.Size(shape), stride=stride
+        local, moment.device_mesh, moment.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )

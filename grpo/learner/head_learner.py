@@ -2,7 +2,7 @@
 
 The trunk reads a text once, without gradient; its hidden states serve every pass (`grpo.learner.lessons`).
 
-FLOPs per token of a pass, with P parameters in the head, depth k and K drafted tokens of V: 6·P·k for the head and
+FLOPs per token of a pass, with P parameters in the draft head, depth k and K drafted tokens of V: 6·P·k for it and
 (2 + 4·k)·D·K for the LM head (teacher once, draft and gradient at each depth). SmolLM2-135M with k = 4: 0.12 + 0.51
 GFLOP with V = 49,152, 0.12 + 0.09 with K = 8,192. The reading once is 0.25.
 """
@@ -39,8 +39,8 @@ RATES = (1.0, 0.25, 0.0625)  # of the peak; an epoch that gains nothing goes to 
 class HeadLearner(Learner):
     """A learner whose trunk is frozen: only `policy.mtp` moves, and is all that a checkpoint keeps of the policy.
 
-    `best` are the tokens a forward of held-out rollouts that the head would give, None before the first epoch; `stage`
-    counts the epochs that gained nothing.
+    `best` are the tokens a forward of held-out rollouts that the draft head would give, None before the first epoch;
+    `stage` counts the epochs that gained nothing.
     """
 
     def __init__(self, policy: Policy, options: HeadOptions, *, temperature: float, seed: int) -> None:
@@ -64,7 +64,7 @@ class HeadLearner(Learner):
 
     @property
     def ended(self) -> bool:
-        """Whether the head gains nothing at the lowest rate either."""
+        """Tells whether teaching has ended: the draft head gains nothing at the lowest rate either."""
         return self.stage == len(RATES)
 
     def depth_at(self, epoch: int) -> int:
@@ -73,7 +73,7 @@ class HeadLearner(Learner):
 
     @property
     def tv(self) -> bool:
-        """Whether an epoch minimises total variation."""
+        """Tells whether an epoch minimises total variation."""
         return self.head_options.tv and self.stage > 0
 
     # ---- the corpus ---------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ class HeadLearner(Learner):
             self._undo(before)
             self.stage += 1
         self.policy_version = version + 1
-        shares = {f"draft/heldout_acceptance_depth_{d}": share for d, share in enumerate(accepted, start=1)}
-        return metrics | {"draft/heldout_tokens_per_forward": tokens_per_forward} | shares
+        shares = {f"draft/held_out_acceptance_depth_{d}": share for d, share in enumerate(accepted, start=1)}
+        return metrics | {"draft/held_out_tokens_per_forward": tokens_per_forward} | shares
 
     def _pass_over(self, taught: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
         depth, order, loss = self.depth_at(epoch), list(range(len(taught))), f"loss/mtp{'_tv' if self.tv else ''}"
@@ -165,8 +165,8 @@ class HeadLearner(Learner):
         }
 
     def acceptance(self, lessons: Sequence[Lesson]) -> list[float]:
-        """Which share of its drafts at depths 1 … `depth` the trunk would have taken in these rollouts, if a chain had
-        been drafted after every token."""
+        """Measures which share of its drafts at depths 1 … `depth` the trunk would have taken in these rollouts, if a
+        chain had been drafted after every token."""
         drafts, hits = (torch.zeros(self.head_options.depth) for _ in range(2))
         for lesson in lessons:
             for d, (drafted, right) in enumerate(self.drafts(lesson)):
@@ -181,7 +181,7 @@ class HeadLearner(Learner):
 
     @torch.no_grad()
     def drafts(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor]]:
-        """For depths 1 … `depth`: after which tokens a chain has a draft so deep [B, T], and where the trunk takes it.
+        """Yields for depths 1 … `depth` where a chain has a draft so deep [B, T], and where the trunk takes it.
 
         A draft is drawn with the noise that its token was sampled with, so it is right where it equals that token, and
         taken where those before it are right too (contract 3).

@@ -88,7 +88,7 @@ class Learner:
 
     @property
     def updates(self) -> int:
-        """How many this object has made: whether it has moved."""
+        """Counts the updates that this object has made: above 0 it has moved."""
         return self.update.count
 
     # ---- what a step learns from ------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ class Learner:
         return rows
 
     def _drop(self) -> None:
-        """No gradient waits."""
+        """Drops the gradients that wait."""
         self.update.zero()
         self._open = []
 
@@ -302,12 +302,12 @@ class Learner:
     # ---- weights and state --------------------------------------------------------------------------------------
 
     def weights(self) -> Publication:
-        """What is published: to be read before the next step."""
+        """Gives what is published; it is to be read before the next step."""
         self._published = self.policy_version
         return self.policy.publication()
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """What a checkpoint keeps; see state.py."""
+        """Gives what a checkpoint keeps; see state.py."""
         counters = {"policy_version": self.policy_version, "skipped_in_a_row": self.skipped_in_a_row}
         return learner_state.take(*self._stateful), counters
 

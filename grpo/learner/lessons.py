@@ -3,8 +3,8 @@
     corpus/step_000001/taught.safetensors      the lessons of one step: 0/token_ids, 0/preceding, ...
                        held_out.safetensors    those of rollouts that are not taught, with 0/noise_keys
 
-The trunk reads a text once; then the head can pass over it as often as it gains, and nothing is sampled again. The
-trunk's distributions are not kept, since its LM head gives them from the hidden states, exactly.
+The trunk reads a text once; then the draft head can pass over it as often as it gains, and nothing is sampled again.
+The trunk's distributions are not kept, since its LM head gives them from the hidden states, exactly.
 
 Bytes per token: 32 + D · bytes of a number, and 8 more where it is held out. SmolLM2-135M in bfloat16: 1.2 KB.
 """
@@ -27,7 +27,7 @@ KINDS = ("taught", "held_out")
 
 @dataclass(frozen=True)
 class Lesson:
-    """A micro-batch as the head reads it; the names are those of `MicroBatch`."""
+    """A micro-batch as the draft head reads it; the names are those of `MicroBatch`."""
 
     token_ids: Tensor  # [B, T]
     position_ids: Tensor  # [B, T]
@@ -43,7 +43,7 @@ class Lesson:
 
     @property
     def prompt_lengths(self) -> Tensor:
-        """[B]"""
+        """Counts the tokens of each prompt [B]."""
         return (self.turn == 0).sum(1)
 
     @property
@@ -52,7 +52,7 @@ class Lesson:
         return [ids[turn == 0].tolist() for ids, turn in zip(self.token_ids, self.turn, strict=True)]
 
     def unrolled(self, policy: Policy, depth: int) -> list[Tensor]:
-        """What the draft head gives at depths 1 … `depth`."""
+        """Runs the draft head at depths 1 … `depth`."""
         tokens = self.preceding, self.token_ids, self.position_ids, self.head_segment
         return policy.unroll(*tokens, depth, int(self.prompt_lengths.min()))
 

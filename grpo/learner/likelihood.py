@@ -75,13 +75,13 @@ class Likelihood:
         return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding, records)
 
     def preceding(self, mini: MicroBatch, policy: Policy | None = None) -> Tensor:
-        """[B, T, D] the hidden state that predicts each token."""
+        """Gives the hidden state that predicts each token [B, T, D]."""
         hidden = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.segment)
         return hidden.gather(1, mini.before[..., None].expand_as(hidden))
 
     @torch.no_grad()
     def of_reference(self, mini: MicroBatch) -> Tensor:
-        """[C, L]: adapters off, or the frozen copy. Both equal the policy at step 0, so the KL starts at zero."""
+        """Scores by the reference [C, L]: adapters off, or the frozen copy. Both equal the policy at step 0."""
         if self.reference is not None:
             return self.forward(mini, self.reference).logprobs
         with ExitStack() as stack:

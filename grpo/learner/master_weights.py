@@ -22,7 +22,7 @@ class MasterWeights:
     """
 
     def __init__(self, module: nn.Module, *, rounds: bool = False) -> None:
-        """With `rounds` there are no copies, and gradients alone are fp32."""
+        """Copies the weights that are not fp32. With `rounds` there are no copies, and gradients alone are fp32."""
         low = [p for p in module.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
         self.pairs = [] if rounds else [(p, p.detach().float()) for p in low]
         self.rounded = low if rounds else []
@@ -31,7 +31,7 @@ class MasterWeights:
         self._of = {id(p): master for p, master in self.pairs}
 
     def of(self, parameter: Tensor) -> Tensor:
-        """What the optimizer moves in place of this parameter."""
+        """Gives what the optimizer moves in place of this parameter."""
         return self._of.get(id(parameter), parameter)
 
     def backward(self, loss: Tensor) -> None:

@@ -26,7 +26,7 @@ def freeze_exact_parts(policy: Policy) -> None:
 
 
 def groups_of(module: nn.Module | None, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """What is trained of a module, as groups for the optimizer. Weight decay is on matrices only."""
+    """Gives what is trained of a module, as groups for the optimizer. Weight decay is on matrices only."""
     trained = [p for p in module.parameters() if p.requires_grad] if module is not None else []
     groups = []
     for matrices, decay in ((True, weight_decay), (False, 0.0)):

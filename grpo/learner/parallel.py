@@ -66,7 +66,7 @@ class Ranks:
         return sorted(rows, key=lambda row: -row.length)[self.reader if reader is None else reader :: self.readers]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank. If it raises there, every rank raises."""
+        """Gives what `make` returns on rank 0, on every rank. If it raises there, every rank raises."""
         if self.size == 1:
             return make()
         told: list[Any] = [None, None]  # what was made, and the error of the others where it was not
@@ -104,13 +104,13 @@ class Ranks:
         for tensor in tensors if self.size > 1 else ():
             dist.all_reduce(tensor if self._counts else tensor.zero_())
 
-    def union(self, own: dict[Key, T]) -> dict[Key, T]:
+    def union(self, local: dict[Key, T]) -> dict[Key, T]:
         """The entries of all readers."""
-        return {key: value for part in self.gather(own) for key, value in part.items()}
+        return {key: value for part in self.gather(local) for key, value in part.items()}
 
-    def gather(self, own: T) -> list[T]:
+    def gather(self, local: T) -> list[T]:
         """One entry of each reader. Tensors in it must be in the host's memory."""
-        parts = [own] if self.size == 1 else everyone(own if self._counts else None)
+        parts = [local] if self.size == 1 else everyone(local if self._counts else None)
         return [part for part in parts if part is not None]
 
     @contextmanager

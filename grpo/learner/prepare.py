@@ -131,7 +131,7 @@ def tokens_in_loss(rows: Sequence[PackedRow]) -> int:
 def _recorded(routing: Tensor | None, group: RolloutGroup) -> Tensor:
     if routing is None:
         raise ValueError(
-            f"learner.routing_replay: the sampler recorded no experts or heads for prompt {group.prompt.prompt_id!r}; "
-            "set it to false, or sample with an engine that records them"
+            f"learner.routing_replay: the sampler recorded no experts or attention heads for prompt "
+            f"{group.prompt.prompt_id!r}; set it to false, or sample with an engine that records them"
         )
     return routing

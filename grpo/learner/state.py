@@ -57,8 +57,8 @@ def put(
 ) -> None:
     """The inverse of `take`. Raises ValueError naming what does not fit this learner; then nothing was changed."""
     release(policy)
-    own = _named_parameters(policy, modules) | dict(policy.named_buffers())
-    wrong = [f"{n} {list(t.shape)}" for n, t in tensors["policy"].items() if n not in own or own[n].shape != t.shape]
+    now = _named_parameters(policy, modules) | dict(policy.named_buffers())
+    wrong = [f"{n} {list(t.shape)}" for n, t in tensors["policy"].items() if n not in now or now[n].shape != t.shape]
     if wrong:
         raise ValueError(f"the checkpoint is of another policy: {wrong[:5]} do not fit; check model and lora")
     lacking = [n for n, p in policy.named_parameters() if p.requires_grad and n not in tensors["policy"]]
@@ -69,19 +69,19 @@ def put(
         raise ValueError("the checkpoint's moments have 8 bits; resume with learner.optimizer: adamw_8bit")
     for part in sorted({*modules, *tensors} - OTHERS):
         parameters = dict(modules[part].named_parameters()) if part in modules else {}
-        kept = tensors.get(part, {})
-        if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in kept.items()}:
+        saved = tensors.get(part, {})
+        if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in saved.items()}:
             raise ValueError(
                 f"the checkpoint's {part} tensors are not those of this run; resume with the loss options that it had "
                 "(loss.beta, loss.advantage, value), or start a new run from its policy"
             )
         for name, parameter in parameters.items():
-            parameter.copy_(like(kept[name], parameter))
+            parameter.copy_(like(saved[name], parameter))
     put_weights(tensors["policy"], policy, masters)
     stored = tensors["optimizer"]
     for name in stored:
         owner, key = name.removesuffix(CODES).rsplit("/", 1)
-        moved, value = masters.of(own[owner]), stored[name]
+        moved, value = masters.of(now[owner]), stored[name]
         if key.endswith(SCALE):
             continue  # it was read with its codes
         if in_8_bits and key != "step":
@@ -98,9 +98,9 @@ def put(
 def put_weights(weights: Mapping[str, Tensor], policy: Policy, masters: MasterWeights) -> None:
     """The policy takes the weights that `take` gives under "policy"."""
     release(policy)
-    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    now = dict(policy.named_parameters()) | dict(policy.named_buffers())
     for name, tensor in weights.items():
-        moved = masters.of(own[name])
+        moved = masters.of(now[name])
         moved.copy_(like(tensor, moved))
     masters.write_back()
 

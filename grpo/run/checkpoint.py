@@ -116,7 +116,7 @@ def save(
 
 
 def _together(target: Path, tensors: Tensors, act: Callable[[], Any] | None) -> list[Any]:
-    """What `act` returns on each rank. Where it fails on one, every rank raises the same CheckpointError."""
+    """Gives what `act` returns on each rank. Where it fails on one, every rank raises the same CheckpointError."""
     done, refused = None, None
     try:
         done = act() if act else None
@@ -159,12 +159,12 @@ def find(root: Path, which: str) -> Path | None:
     "auto" skips no damaged checkpoint: `load` refuses it and names the one before.
     """
     _recover(root)
-    found = list(saved(root).values())
+    checkpoints = list(saved(root).values())
     if which == "auto":
-        return found[-1] if found else None
+        return checkpoints[-1] if checkpoints else None
     if (Path(which) / MANIFEST).is_file():
         return Path(which)
-    listing = ", ".join(map(str, found)) or f"none in {root}"
+    listing = ", ".join(map(str, checkpoints)) or f"none in {root}"
     raise CheckpointError(f"{which} is no checkpoint (no {MANIFEST} in it); use auto, or one of: {listing}")
 
 
@@ -177,23 +177,23 @@ def discard_after(root: Path, step: int) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """For readers beside a living run: nothing is repaired. None if there is no checkpoint."""
+    """Finds the newest checkpoint for readers beside a living run: nothing is repaired. None if there is none."""
     return next(reversed(saved(root).values()), None)
 
 
 def saved(root: Path) -> dict[int, Path]:
     """The checkpoints in `root` by step, ascending."""
-    found = ((int(path.name[5:]), path) for path in root.glob("step_*") if path.name[5:].isdecimal())
-    return dict(sorted(found))
+    steps = ((int(path.name[5:]), path) for path in root.glob("step_*") if path.name[5:].isdecimal())
+    return dict(sorted(steps))
 
 
 def _fault(path: Path, together: bool = False) -> str | None:
-    """What is wrong with a checkpoint, in words, or None."""
+    """Tells what is wrong with a checkpoint, in words, or None."""
     if not together:
         return fault(path, MANIFEST, needed=[STATE])
     rank, ranks = place()
-    found = everyone(fault(path, MANIFEST, needed=[STATE], share=slice(rank, None, ranks)))
-    return next(filter(None, found), None)
+    faults = everyone(fault(path, MANIFEST, needed=[STATE], share=slice(rank, None, ranks)))
+    return next(filter(None, faults), None)
 
 
 def _remove(path: Path) -> None:

@@ -63,7 +63,7 @@ _WORDS: dict[str, tuple[str, float, str]] = {
     "clipped": ("clipped {:.0f}%", 100, "completion/clipped"),
     "entropy": ("entropy {:.3f}", 1, "policy/entropy"),
     "forward": ("{:.2f} tokens/forward", 1, "draft/tokens_per_forward"),
-    "held out": ("held out {:.2f} tokens/forward", 1, "draft/heldout_tokens_per_forward"),
+    "held out": ("held out {:.2f} tokens/forward", 1, "draft/held_out_tokens_per_forward"),
     "speed": ("{:.0f} tokens/s", 1, "speed/completion_tokens_per_second"),
     "taught": ("{:.0f} tokens/s", 1, "speed/taught_tokens_per_second"),
     "time": ("{:.1f} s", 1, "time/step"),
@@ -71,7 +71,7 @@ _WORDS: dict[str, tuple[str, float, str]] = {
 
 
 def step_words(metrics: Mapping[str, float], without: Collection[str] = ()) -> list[str]:
-    """What a person reads of a step; what was not measured is left out, and so is what `without` names.
+    """Gives what a person reads of a step; what was not measured is left out, and so is what `without` names.
 
     >>> step_words({"reward/mean": 0.5, "group/tied": 0.25, "time/step": 1.44}, without=["reward"])
     ['tied 25%', '1.4 s']

@@ -60,7 +60,7 @@ def describe() -> dict[str, Any]:
 
 
 def command(argv: Sequence[str]) -> str:
-    """What to paste into a shell, in the same folder, to do again what a process does that was started with `argv`.
+    """Gives what a shell must be told, in the same folder, to do again what a process started with `argv` does.
 
     >>> command(["/usr/bin/python3", "-m", "grpo", "train", "my run.yaml"])
     "python3 -m grpo train 'my run.yaml'"
@@ -73,7 +73,7 @@ def command(argv: Sequence[str]) -> str:
 
 
 def _program(word: str) -> str:
-    """By its name where a shell finds it under that name, else by its path, from here if it is inside this folder."""
+    """Names a program as a shell finds it, else by its path, from here if it is inside this folder."""
     if os.sep not in word or shutil.which(Path(word).name) == os.path.abspath(word):
         return Path(word).name
     path = Path(word).absolute()
@@ -81,7 +81,7 @@ def _program(word: str) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `describe` said when the file was written. Raises ValueError naming the file where it is damaged."""
+    """Gives what `describe` said when the file was written. Raises ValueError naming the file where it is damaged."""
     environment = read_json(path)
     with expecting(path, "description of a machine"):
         caption(environment)

@@ -13,7 +13,7 @@ GONE = "was deleted, moved or replaced while the run wrote to it; put it back, a
 
 
 def open_lines(path: Path) -> FileIO:
-    """For lines at the end; half a line that a killed writer has left there goes."""
+    """Opens a file to append lines; half a line that a killed writer has left there goes."""
     stream = path.open("ab+", buffering=0)
     end = stream.seek(0, os.SEEK_END)
     while end:

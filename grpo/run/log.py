@@ -204,8 +204,8 @@ class RunLog:
             self.say(f"  what may help: {way}")
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the log: the line of its step, where the disk has refused it. All others are on
-        the disk then."""
+        """Gives what a checkpoint keeps of the log: the line of its step, where the disk has refused it. All others are
+        on the disk then."""
         for stream in (self._metrics, self._events):
             os.fsync(stream.fileno())
         return {} if self.unwritten is None else {"unwritten": self.unwritten}
@@ -231,8 +231,8 @@ class RunLog:
         self._track(lambda tracker: tracker.log(finished, step=self._last_step or 0))
 
     def _early_ends(self, resumes: bool) -> dict[str, float]:
-        """How often the run ended before its time, by run/* metric; empty where it never did. What was killed has no
-        event `end` before the next `resume`, which this process has yet to write."""
+        """Counts how often the run ended before its time, by run/* metric; empty where it never did. What was killed
+        has no event `end` before the next `resume`, which this process has yet to write."""
         events = [event for event in read_events(self.output_dir) if event["event"] in ("end", "resume")]
         ends = Counter(event.get("how") for event in events if event["event"] == "end")
         turns = [event["event"] for event in events] + ["resume"] * resumes

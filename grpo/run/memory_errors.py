@@ -54,7 +54,7 @@ WAYS: dict[Phase, tuple[Way, ...]] = {
     "learning": (
         Way("learner.tokens_per_micro_batch"),
         Way("learner.gradient_checkpointing", "set {key}: true", lambda on: not on),
-        Way("head.tokens_per_update"),  # of quartet mtp
+        Way("mtp.tokens_per_update"),  # of quartet mtp
         SHARDS,
     ),
     "stepping": (
@@ -67,8 +67,8 @@ WAYS: dict[Phase, tuple[Way, ...]] = {
 
 @contextmanager
 def phase(name: Phase, options: Any) -> Iterator[None]:
-    """Inside it, full memory raises OutOfMemory, which says what was going on and what to lower. Of phases inside
-    each other the innermost is named.
+    """Names what is going on inside it: full memory raises OutOfMemory, which says what was going on and what to lower.
+    Of phases inside each other the innermost is named.
 
     `options` are those of the command, or an object that has some of them. What the failed computation has
     held is freed, so that a checkpoint can still be written.
@@ -90,7 +90,7 @@ def phase(name: Phase, options: Any) -> Iterator[None]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether this error says that there is no memory left, on a device, on the host or in a Ray worker."""
+    """Tells whether this error says that there is no memory left, on a device, on the host or in a Ray worker."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     torch = sys.modules.get("torch")  # a torch that is not loaded, or cannot be, has raised nothing
@@ -110,6 +110,6 @@ def _ways_out(name: Phase, options: Any) -> str:
     return ", ".join([*first, f"or {last}"]) if first else last
 
 
-def _beginning(said: str) -> str:
+def _beginning(message: str) -> str:
     """The first sentences of torch's message, which say how much was wanted and how much there was."""
-    return ". ".join(said.split("\n")[0].split(". ")[:3]).rstrip(".")
+    return ". ".join(message.split("\n")[0].split(". ")[:3]).rstrip(".")

@@ -128,7 +128,7 @@ def table() -> str:
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> dict[str, float]:
-    """What one step's P groups and their P GroupScores say: reward/*, group/*, completion/* and draft/*.
+    """Measures what one step's P groups and their P GroupScores say: reward/*, group/*, completion/* and draft/*.
 
     What was not measured is left out: `reward/mean` if all abstained, acceptance without drafts.
 
@@ -210,6 +210,6 @@ def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:
 
 
 def mean_of(values: Iterable[float]) -> float | None:
-    """None of none."""
+    """Gives the mean; None of no values."""
     values = list(values)
     return mean(values) if values else None

@@ -48,7 +48,8 @@ def sparkline(values: Sequence[float], width: int = WIDTH, blocks: str = BLOCKS)
 
 
 def clock(seconds: float) -> str:
-    """
+    """Shows seconds as a clock does.
+
     >>> clock(42.4), clock(3723)
     ('0:42', '1:02:03')
     """
@@ -111,8 +112,8 @@ class Panel:
 
     def _draw_on(self, step: int, metrics: Mapping[str, Any]) -> None:
         for label, names in CURVES.items():
-            found = [metrics[name] for name in names if metrics.get(name) is not None]
-            self._curves[label] += [(step, found[0])] if found else []
+            values = [metrics[name] for name in names if metrics.get(name) is not None]
+            self._curves[label] += [(step, values[0])] if values else []
 
     def _render(self) -> RenderableType:
         lines: list[RenderableType] = [self._headline()]
@@ -145,7 +146,7 @@ class Panel:
         return grid
 
     def _split(self) -> str:
-        """What the last step's time was spent on, in shares of it."""
+        """Says what the last step's time was spent on, in shares of it."""
         whole = self._metrics.get("time/step", 0.0)
         shares = {label: self._metrics.get(name, 0.0) / whole for label, name in PHASES.items()} if whole else {}
         return "  ".join(f"{label} {share:.0%}" for label, share in shares.items() if share >= 0.005)

@@ -20,6 +20,8 @@ from policies.files.atomic import write_file
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup, ToolStats
 
+RENAMED = ("draft/heldout_", "draft/held_out_")  # metrics of version 0.1, and what they are called since
+
 
 def check_run(folder: Path) -> Path:
     """The folder itself. Raises ValueError for one that holds no run."""
@@ -38,8 +40,8 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """
     steps: dict[int, dict[str, Any]] = {}
     path = output_dir / "metrics.jsonl"
-    for values in _measured(path, whole_lines(path)):
-        steps.setdefault(values["step"], {}).update(values)
+    for line in _measured(path, whole_lines(path)):
+        steps.setdefault(line["step"], {}).update((name.replace(*RENAMED), value) for name, value in line.items())
     return [steps[step] for step in sorted(steps)]
 
 
@@ -130,8 +132,8 @@ def rollout_lines(
 
 def recorded_steps(output_dir: Path) -> list[int]:
     """The steps whose rollouts are there, ascending; other files are passed over."""
-    found = (_step(path) for path in (output_dir / "rollouts").glob("step_*.jsonl.zst"))
-    return sorted(step for step in found if step is not None)
+    steps = (_step(path) for path in (output_dir / "rollouts").glob("step_*.jsonl.zst"))
+    return sorted(step for step in steps if step is not None)
 
 
 def holds_a_run(output_dir: Path) -> bool:
@@ -146,15 +148,15 @@ def truncate(output_dir: Path, step: int) -> None:
     if (output_dir / "metrics.jsonl").exists():
         keep_lines(output_dir, lambda line: line["step"] <= last)
     for path in (output_dir / "rollouts").glob("step_*"):
-        if (found := _step(path)) is not None and (found > step or path.suffix == ".partial"):
+        if (number := _step(path)) is not None and (number > step or path.suffix == ".partial"):
             path.unlink()
 
 
-def keep_lines(output_dir: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+def keep_lines(output_dir: Path, stays: Callable[[dict[str, Any]], bool]) -> None:
     path = output_dir / "metrics.jsonl"
     lines = whole_lines(path)
-    kept = [line + b"\n" for line, row in zip(lines, _measured(path, lines), strict=True) if wanted(row)]
-    write_file(path, b"".join(kept))
+    content = [line + b"\n" for line, row in zip(lines, _measured(path, lines), strict=True) if stays(row)]
+    write_file(path, b"".join(content))
 
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:
@@ -178,7 +180,7 @@ def _is_metric(value: Any) -> bool:
 
 
 def _rollout_fault(line: dict[str, Any]) -> str | None:
-    """What a recorded completion lacks of what its readers need, or None."""
+    """Tells what a recorded completion lacks of what its readers need, or None."""
     kinds = {"prompt_id": str, "prompt": str, "sample": int, "text": str, "token_ids": list, "parts": dict}
     for name, kind in (kinds | {"extras": dict}).items():
         if not isinstance(line.get(name), kind):

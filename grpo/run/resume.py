@@ -107,7 +107,7 @@ class BaseWeights:
             self.on_change(_other_base(self.source, self.step, then, self.digest))
 
 
-def base_digest(policy: Policy, kept: Collection[str]) -> str:
+def base_digest(policy: Policy, names: Collection[str]) -> str:
     """A digest of the weights that a checkpoint does not hold; `kept` are the names that it does hold.
 
     For a LoRA run these are the base weights. Bits and names count, and how many files they came from does not.
@@ -115,12 +115,12 @@ def base_digest(policy: Policy, kept: Collection[str]) -> str:
     from policies import four_bit  # with transformers, which readers of a run's records do not need
     from policies.policy import digest
 
-    weights = {n.replace(".base_layer", ""): weight for n, weight in policy.named_parameters() if n not in kept}
+    weights = {n.replace(".base_layer", ""): weight for n, weight in policy.named_parameters() if n not in names}
     return digest({n + end: part for n, weight in weights.items() for end, part in four_bit.parts(weight).items()})
 
 
 def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:
-    """Why these adapters do not belong on this policy, and the way out; None where they do.
+    """Says why these adapters do not belong on this policy, and the way out; None where they do.
 
     `source` is the option or folder that the base came from. A checkpoint without a digest is not checked: those of
     full updates hold every weight, and earlier versions recorded none.

@@ -45,7 +45,7 @@ def record_rewards(run_log: RunLog, rewards: Sequence[dict[str, Any]]) -> None:
 
 
 def _changed(former: Sequence[dict[str, Any]], rewards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of `rewards` that have another hash than in `former`; a run of an older version has the file's alone."""
+    """Finds those of `rewards` with another hash than in `former`; a run of an older version has the file's alone."""
     then = {reward["name"]: reward for reward in former}
     changed = []
     for reward in rewards:

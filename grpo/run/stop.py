@@ -29,9 +29,9 @@ def last_words(text: str) -> Iterator[None]:
     session waits for the end of a pipe, whose other end is here.
     """
     command = ["sh", "-c", 'read -r left || printf "%s\\n" "$LAST_WORDS" >&2']
-    given: dict[str, Any] = {"env": os.environ | {"LAST_WORDS": text}, "stdin": subprocess.PIPE}
+    settings: dict[str, Any] = {"env": os.environ | {"LAST_WORDS": text}, "stdin": subprocess.PIPE}
     try:
-        waits = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, **given)
+        waits = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, **settings)
     except OSError:  # there is no shell, or no room for it
         yield
         return
@@ -91,8 +91,8 @@ class Signals:
         self._terminals: list[int] = []
 
     def listen(self, note: Callable[[int], object] | None = None, *, once: bool = False) -> Callable[[], None]:
-        """From now on the first signal calls `note`, where there is one, and ends nothing. With `once` a second one has
-        the effect that it had before. That comes back when what is returned is called."""
+        """Listens: from now on the first signal calls `note`, where there is one, and ends nothing. With `once` a
+        second one has the effect that it had before. That comes back when what is returned is called."""
         former = vars(self).copy()
         usual: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
         usual = {n: handler for n, handler in usual.items() if handler != signal.SIG_IGN or n == signal.SIGINT}
@@ -124,8 +124,8 @@ class Signals:
             raise Stopped(number=self.number)
 
     def stopped(self, error: BaseException) -> Stopped | None:
-        """How the user has ended the command that raises `error`, or None. A library may have made another exception
-        of ours."""
+        """Tells how the user has ended the command that raises `error`, or None. A library may have made another
+        exception of ours."""
         if isinstance(error, Stopped):
             return error
         number = self.number or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)

@@ -81,7 +81,7 @@ def log_rollouts(tracker: Any, step: int, lines: Sequence[Mapping[str, Any]]) ->
 
 
 def _storable(value: Any) -> Any:
-    """Without lone surrogates, which UTF-8 lacks, and with the advantages of single tokens as their mean."""
+    """Replaces lone surrogates, which UTF-8 lacks, and takes the mean of advantages of single tokens."""
     if isinstance(value, list):
         return sum(value) / max(1, len(value))
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

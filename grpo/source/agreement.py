@@ -30,11 +30,11 @@ def check_agreement(policy: Policy) -> None:
     refuse_rescaled(policy.config)
     dtype = next(policy.parameters()).dtype
     try:
-        sampled, packed, own = _three_ways(policy, dtype)
+        sampled, packed, plain = _three_ways(policy, dtype)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise _refusal(kind, f"{type(error).__name__}: {error}") from error
     for name, got in (("sampler", sampled), ("learner", packed)):
-        difference = (got - own).abs().max().item()
+        difference = (got - plain).abs().max().item()
         if not difference <= TOLERANCE[dtype]:
             raise _refusal(
                 kind, f"the {name} computes other log-probabilities than its own forward, by {difference:.1g}"
@@ -72,5 +72,5 @@ def _three_ways(policy: Policy, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
 
     rows = torch.tensor([prompt + tokens for tokens in ids], device=policy.device)
     logits = policy.trunk(input_ids=rows, use_cache=False).logits[:, len(prompt) - 1 : -1]
-    own = token_logprobs(logits, rows[:, len(prompt) :]).flatten()
-    return sampled, packed.cpu(), own.cpu()
+    plain = token_logprobs(logits, rows[:, len(prompt) :]).flatten()
+    return sampled, packed.cpu(), plain.cpu()

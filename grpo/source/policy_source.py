@@ -72,7 +72,7 @@ class PolicySource:
 
 
 def find_policy(model: str, *, read: bool = True) -> PolicySource:
-    """What `model` means; without `read` the tensors of a checkpoint are left where they are.
+    """Finds what `model` means; without `read` the tensors of a checkpoint are left where they are.
 
     Raises PolicyError for a path that is not there, a misspelt preset and a run that has saved nothing yet,
     CheckpointError for a checkpoint that is damaged, ValueError or OSError for the configuration of its run.
@@ -153,7 +153,7 @@ def shape_of(source: PolicySource) -> PretrainedConfig:
 
 
 def as_asked(shape: PretrainedConfig, asked: ModelOptions | None) -> PretrainedConfig:
-    """`shape`, which it may change, with the heads and the attention to prompts of `asked`. Raises PolicyError."""
+    """Gives `shape`, which it may change, the attention that `asked` names. Raises PolicyError."""
     if not isinstance(asked, ArchitectureOptions):
         return shape
     if asked.active_heads:
@@ -164,7 +164,7 @@ def as_asked(shape: PretrainedConfig, asked: ModelOptions | None) -> PretrainedC
 
 
 def asks_for_heads(options: ModelOptions) -> bool:
-    """Whether the options ask for dynamic heads."""
+    """Tells whether the options ask for dynamic heads."""
     return isinstance(options, ArchitectureOptions) and options.active_heads is not None
 
 
@@ -231,12 +231,12 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
 
 
 def load_beside(options: ModelOptions, model: str) -> Policy:
-    """Another policy, such as a teacher, in the precision and on the device of the one that `options` mean."""
+    """Loads another policy, such as a teacher, in the precision and on the device of the one that `options` mean."""
     return load_policy(ModelOptions(model=model, dtype=options.dtype, device=options.device))
 
 
 def in_4_bits(options: object) -> bool:
-    """Whether a run keeps the weights under its adapters in 4 bits."""
+    """Tells whether a run keeps the weights under its adapters in 4 bits."""
     return getattr(getattr(options, "lora", None), "base", None) == "nf4"
 
 
@@ -340,7 +340,7 @@ def save_policy(policy: Policy, folder: Path, step: int) -> None:
 
 
 def _went_on(run: Path, newest: Path) -> bool:
-    """Whether `newest` is not the checkpoint that `policy/` was saved with, be it of a later or of an earlier step.
+    """Tells whether `policy/` was saved with another checkpoint than `newest`, be it of a later or an earlier step.
 
     A run of an older version has no record in `policy/`. It ended where its configuration says, or it has not ended.
     """

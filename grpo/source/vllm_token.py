@@ -22,7 +22,7 @@ def vllm_token(options: VLLMOptions) -> str:
 
 
 def installed_vllm(python: Path, key: str) -> dict[str, Any]:
-    """What the vLLM of this interpreter, which the option `key` names, says of itself.
+    """Gives what the vLLM of this interpreter, which the option `key` names, says of itself.
 
     Raises ValueError or RolloutError where it cannot be started.
     """

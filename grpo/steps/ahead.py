@@ -108,7 +108,7 @@ class Batches:
                 self.collector.pool.keep()  # for a worker that takes the place of one that died
 
     def _completed(self) -> bool:
-        """Whether nothing is sampled now. Raises what the sampling has raised, if it has ended."""
+        """Tells whether no batch is being sampled now. Raises what the sampling has raised, if it has ended."""
         if idle := self._idle():
             self.complete()
         return idle
@@ -131,7 +131,7 @@ class Batches:
             raise error
 
     def settle(self) -> None:
-        """Wait until nothing is sampled. A batch that failed leaves no trace, and its error waits for `complete`."""
+        """Waits until nothing is sampled. A batch that failed leaves no trace, and its error waits for `complete`."""
         if self._sampling is None:
             return
         (future, before), self._sampling = self._sampling, None
@@ -170,7 +170,7 @@ class Batches:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Without the batches, for which `begin` makes the prompts anew from the data."""
+        """Loads all but the batches, for which `begin` makes the prompts anew from the data."""
         self.collector.load_state_dict(state)
         self._saved = state
 

@@ -57,7 +57,7 @@ class AlarmListener(Listener):
     def _sound(self, step: int, alarms: Sequence[Alarm]) -> None:
         for alarm in alarms:
             what = {"kind": alarm.kind, "reward": alarm.reward, "value": round(alarm.value, 4)}
-            self.event("alarm", step=step, said=alarm.said, unshown=what | {"examples": alarm.examples})
+            self.event("alarm", step=step, said=alarm.words, unshown=what | {"examples": alarm.examples})
 
 
 def _watched(group: RolloutGroup, score: GroupScore | None) -> list[Watched]:

@@ -31,7 +31,7 @@ PROMPTS_READ = 256  # whose lengths say how long sequences become
 
 class Collector:
     """Draws the groups of each step from `pool`, which is set before the first. Its state is the order of the data,
-    what listeners keep, and `head_accepted`: what became of the head's drafts in the last step."""
+    what listeners keep, and `head_accepted`: what became of the draft head's drafts in the last step."""
 
     pool: Sampler
 
@@ -71,7 +71,7 @@ class Collector:
         return [self.task.prompt(example, self.tokenizer) for example in examples]
 
     def params(self, step: int) -> SamplingParams:
-        """How the completions of a step are sampled."""
+        """Tells how the completions of a step are sampled."""
         params = replace(self.sampling, head_accepted=self.head_accepted)
         for listener in self.listeners:
             params = listener.limit(step, params)
@@ -141,7 +141,7 @@ class Collector:
     # ---- its state --------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Any:
-        """What `put_back` needs to undo what is collected from now on."""
+        """Gives what `put_back` needs to undo what is collected from now on."""
         return self.stream.state_dict(), [listener.state_dict() for listener in self.listeners], self.head_accepted
 
     def put_back(self, before: Any) -> None:

@@ -46,7 +46,7 @@ def completion_tokens(options: CurriculumOptions, longest: int, step: int) -> in
 
 
 def learnability(pass_rate: float) -> float:
-    """How much a group of this prompt can teach: the variance p·(1−p) of its outcome."""
+    """Measures how much a group of this prompt can teach: the variance p·(1−p) of its outcome."""
     return max(pass_rate * (1 - pass_rate), FLOOR)
 
 

@@ -21,7 +21,7 @@ def scorer(policy: Policy, copies: str) -> Callable[[Sequence[RolloutGroup], flo
 def fault_without_rounding(
     policy: Policy, groups: Sequence[RolloutGroup], temperature: float, version: int
 ) -> str | None:
-    """How the decoder differs from the learner where its matrices are not rounded: rounded ones are compared with
+    """Tells how the decoder differs from the learner where its matrices are not rounded: rounded ones are compared with
     the same decoder, which would hide an error of its own. One sampler's tokens do for all."""
     decoded = scorer(policy, "none")(groups, temperature)
     held = []

@@ -47,7 +47,7 @@ class Listener:
         """Is called after each draw of a step."""
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What it has to say of a step that was drawn."""
+        """Gives the metrics of a step that was drawn."""
         return {}
 
     def prepare(self, batch: TrainingBatch) -> TrainingBatch:
@@ -62,7 +62,7 @@ class Listener:
         """Is called after an evaluation; `results` are by way of sampling."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON takes it, with names that no other listener has."""
+        """Gives its state as JSON takes it, with names that no other listener has."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

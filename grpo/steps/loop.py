@@ -200,7 +200,7 @@ class Run(Generic[Config]):
 
     @property
     def moved(self) -> bool:
-        """Whether the step in progress has changed the policy."""
+        """Tells whether the step in progress has changed the policy."""
         return self._learner.updates != self._updates
 
     def alone(self, act: Callable[..., object], *arguments: Any, **named: Any) -> None:
@@ -208,7 +208,7 @@ class Run(Generic[Config]):
         self.ranks.from_first(lambda: act(*arguments, **named) and None)
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
-        """What lacks memory inside says which options of this run to change."""
+        """Surrounds a part of the step: what lacks memory inside says which options of this run to change."""
         return phase(name, self.config)
 
     @contextmanager
@@ -221,10 +221,10 @@ class Run(Generic[Config]):
     def learn(
         self, act: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any
     ) -> dict[str, float]:
-        """What `act` returns, as metrics of the step. A step that is not finite makes no update, and the run goes on
-        without it, or NonFiniteStep says what to do: by `learner.on_non_finite`. `rate` is the option of the learning
-        rate, `batch` the file that holds what was to be learned from, where there are such a file and learner.*
-        options; `unshown` goes into the record of events."""
+        """Gives what `act` returns, as metrics of the step. A step that is not finite makes no update, and the run goes
+        on without it, or NonFiniteStep says what to do: by `learner.on_non_finite`. `rate` is the option of the
+        learning rate, `batch` the file that holds what was to be learned from, where there are such a file and
+        learner.* options; `unshown` goes into the record of events."""
         try:
             with self.phase("learning"):
                 metrics = act()
@@ -309,7 +309,7 @@ class Run(Generic[Config]):
 
     @property
     def ended_before(self) -> bool:
-        """Whether the run that is resumed had come to its end already."""
+        """Tells whether the run that is resumed had come to its end already."""
         return self.start == self.last and (self.folder / "policy").exists()
 
     # ---- the end ----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
     for its completion."""
     config = run.config if model is None else run.config.model_copy(update={"model": model})
     policy = load_policy(config, task.corpus(), run.ranks)
-    if task.heldout or isinstance(config, TrainConfig | MtpConfig):
+    if task.held_out or isinstance(config, TrainConfig | MtpConfig):
         task.check_lengths(policy, config.rollout.max_completion_tokens)
     return policy
 
@@ -75,7 +75,7 @@ def shared_policy(run: Run[TrainConfig], plain: Policy | None, of: Run[TrainConf
 
 
 def base_weights(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:
-    """With LoRA a checkpoint keeps the digest of the weights under the adapters."""
+    """Lets checkpoints of LoRA keep the digest of the weights under the adapters."""
     if not run.config.lora:
         return {}
     warm = f"warm start {run.folder / 'warm_start'}"

@@ -130,7 +130,7 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
 
 
 def _places(rollout: RolloutOptions) -> list[dict[str, Any]]:
-    """Where every rank is; nothing where no worker or server samples. Every rank takes part."""
+    """Asks where every rank is; gives nothing where no worker or server samples. Every rank takes part."""
     if not rollout.samplers:
         return []
     from rollout.places import here
@@ -155,7 +155,7 @@ def use_costs_of_run(
     sampling: SamplingParams,
     longest_prompt: int = PROMPT_TOKENS,
 ) -> None:
-    """Where a controller chooses the depth: the table that was saved, or a new one, measured once and saved."""
+    """Gives the pool its table of costs where a controller chooses the depth: the saved one, or one measured now."""
     rollout = run.config.whole_rollout
     if rollout.draft_tokens is not None or policy.mtp is None or rollout.backend == "vllm":
         return

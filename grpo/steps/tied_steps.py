@@ -37,7 +37,7 @@ class TiedSteps(Listener):
         return {}
 
     def observe(self, drawn: Drawn, advantages: Any) -> tuple[str, list[str]] | None:
-        """Why nothing is learned, and what to change, after a step whose batch had these advantages [P, G], or
+        """Says why nothing is learned, and what to change, after a step whose batch had these advantages [P, G], or
         [P, G, Lc] by token. None where the step taught something, where it is too early, and where it was said before.
         """
         self.in_a_row = [] if _any(advantages) else [*self.in_a_row, drawn][-STEPS:]
@@ -87,7 +87,7 @@ class TiedSteps(Listener):
         ]
 
     def _spread(self) -> list[str]:
-        """What makes the completions of a group differ, and what replaces groups in which they do not."""
+        """Tells what makes the completions of a group differ, and what replaces groups in which they do not."""
         rollout = self.run.config.rollout
         return [
             f"raise rollout.temperature (now {rollout.temperature:g})",

@@ -42,8 +42,8 @@ class Acting(Actor):
     def added(self, columns: Sequence[Mapping[str, Any]], groups: Sequence[RolloutGroup]) -> list[Mapping[str, Any]]:
         [name] = self.columns
         return [
-            {**own, name: [environment_reward(completion.tools) for completion in group.completions]}
-            for own, group in zip(columns, groups, strict=True)
+            {**row, name: [environment_reward(completion.tools) for completion in group.completions]}
+            for row, group in zip(columns, groups, strict=True)
         ]
 
     def solution(self, prompt: Prompt, marked: str, tokenizer: PreTrainedTokenizerBase, stop: int) -> PackedRow | None:

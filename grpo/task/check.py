@@ -28,8 +28,8 @@ class Refused(ValueError):
 
 
 def check_plan(options: ModelOptions, source: PolicySource | None = None, *, on_cpu: bool | None = None) -> Plan:
-    """What the loader needs to know. Raises what is wrong, and Refused for several things: then the data and rewards of
-    a run are looked at, too, so that all is told at once.
+    """Finds what the loader needs to know. Raises what is wrong, and Refused for several things: then data and rewards
+    of a run are looked at, too, so that all is told at once.
 
     `source` is what `options.model` means, where that is known. `on_cpu`: whether the run will be on CPUs, where that
     is not `options.device`'s to say.

@@ -43,7 +43,7 @@ def check_weights(plan: Plan) -> None:
 
 
 def check_shape(plan: Plan) -> None:
-    """What a model of this shape cannot do; it is built without storage."""
+    """Raises what a model of this shape cannot do; it is built without storage."""
     options = plan.options
     if not isinstance(options, RunConfig):
         return
@@ -80,14 +80,14 @@ def try_four_bits(plan: Plan) -> None:
 
 
 def try_vllm(plan: Plan) -> None:
-    """Where several processes learn, the first one samples."""
+    """Asks vLLM's server what it is. Where several processes learn, the first one samples, and so it alone asks."""
     samples = os.environ.get("RANK", "0") == "0"
     if samples and isinstance(plan.options, TrainConfig) and asked(plan, "rollout.backend=vllm"):
         _ask_server(plan.options.rollout.vllm)
 
 
 def check_processes(plan: Plan, on_cpu: bool) -> None:
-    """How many processes learn and sample, and where."""
+    """Checks how many processes learn and sample, and where: there must be room for them."""
     config = plan.options
     if not isinstance(config, LearningConfig):
         return
@@ -102,19 +102,19 @@ def check_processes(plan: Plan, on_cpu: bool) -> None:
 
 
 def check_prompts(plan: Plan, task: Task) -> None:
-    """Whether every prompt leaves room for its completion, which the run sees when it has its tokenizer. Nothing is
-    checked of a folder that has no tokenizer, since only its shape can be asked for."""
+    """Checks that every prompt leaves room for its completion, which the run sees when it has its tokenizer. Nothing
+    is checked of a folder that has no tokenizer, since only its shape can be asked for."""
     tokenizer = _tokenizer_of(plan, task)
     if tokenizer is None:
         return
     config, policy = plan.options, plan.bare_policy(tokenizer)
-    if isinstance(config, TrainConfig | MtpConfig) or (isinstance(config, RunConfig) and task.heldout):
+    if isinstance(config, TrainConfig | MtpConfig) or (isinstance(config, RunConfig) and task.held_out):
         task.check_lengths(policy, config.rollout.max_completion_tokens)
     _ = policy.stop_token_ids  # raises where there is none
 
 
 def gpu_share(config: LearningConfig) -> float:
-    """What Ray gives each rank of a GPU: all of it, or with `rollout.colocate` what a worker leaves.
+    """Says what Ray gives each rank of a GPU: all of it, or with `rollout.colocate` what a worker leaves.
 
     More than half, so that no two ranks get the same one. Raises ValueError where a worker would leave less.
 

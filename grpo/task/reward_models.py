@@ -66,11 +66,11 @@ class ModelRewards:
 
     def __init__(self, options: Sequence[RewardModelOptions], columns: Iterable[str] = ()) -> None:
         self.options = options
-        taken = {*columns, *PROVIDED}
+        names = {*columns, *PROVIDED}
         for chosen in options:
-            if chosen.name in taken:
+            if chosen.name in names:
                 raise ValueError(f"reward_models: the name {chosen.name!r} is taken by another column; choose another")
-            taken.add(chosen.name)
+            names.add(chosen.name)
             _check(chosen)
         self.models: list[_Model] = []
 
@@ -93,9 +93,9 @@ class ModelRewards:
     @staticmethod
     def record(scores: Sequence[GroupScore], columns: Sequence[ModelColumns]) -> None:
         """Let metrics and the rollout record see the columns, whether a reward reads them or not."""
-        for score, own in zip(scores, columns, strict=True):
-            score.extras |= own
-            score.metrics |= {name: mean(values) for name, values in own.items()}
+        for score, marks in zip(scores, columns, strict=True):
+            score.extras |= marks
+            score.metrics |= {name: mean(values) for name, values in marks.items()}
 
 
 def _check(chosen: RewardModelOptions) -> None:
@@ -258,13 +258,13 @@ def check_teacher(config: TrainConfig) -> None:
 
 
 def _difference(policy: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
-    """How two tokenizers differ, in words; empty where they do not."""
-    own, other = policy.get_vocab(), teacher.get_vocab()
-    if different := sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token)):
+    """Says how two tokenizers differ, in words; empty where they do not."""
+    ours, other = policy.get_vocab(), teacher.get_vocab()
+    if different := sorted(token for token in ours.keys() | other.keys() if ours.get(token) != other.get(token)):
         first = different[0]
         return (
-            f"{len(different)} of {len(own)} tokens have another id or are not there, the first of them {first!r} "
-            f"({own.get(first)} and {other.get(first)})"
+            f"{len(different)} of {len(ours)} tokens have another id or are not there, the first of them {first!r} "
+            f"({ours.get(first)} and {other.get(first)})"
         )
     for text in PROBES:
         ids = [tokenizer.encode(text, add_special_tokens=False) for tokenizer in (policy, teacher)]

@@ -37,7 +37,7 @@ def sampling_params(
     dtype: str = "float32",
     rounds: int = 0,
 ) -> SamplingParams:
-    """How `policy` samples under these options: its own stop tokens, drafts where it has something to draft from.
+    """Tells how `policy` samples under these options: its own stop tokens, drafts where it has something to draft from.
 
     vLLM has nothing that chooses their number: null is none there. The sampler computes in `dtype`, and `rounds` with
     few rows are planned. Raises ValueError for `compile: on` where no graph can decode.
@@ -67,7 +67,7 @@ def _accept(options: SamplingOptions) -> Literal["exact", "margin"]:
 
 
 def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype: str) -> str | None:
-    """Why no graph can decode a policy that is `native` to our engine or not; None where one can."""
+    """Says why no graph can decode a policy that is `native` to our engine or not; None where one can."""
     if not native or getattr(options, "backend", None) == "vllm":
         return "this policy is not decoded by our own engine"
     if device.type == "cuda":
@@ -85,7 +85,7 @@ def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype
 
 
 def environment_of(options: object) -> EnvironmentSpec | None:
-    """What the policy acts in under the options of a command; None without tools, and for commands without them."""
+    """Gives what the policy acts in under these options; None without tools, and for commands without them."""
     if not isinstance(options, EnvironmentOptions) or not options.has_tools:
         return None
     classes = options.environment or {}

@@ -34,7 +34,7 @@ Form = Callable[[Any], str | bool]  # its words in a message, or True for its na
 
 @cache
 def table() -> dict[str, dict[str, str]]:
-    """What, what it does not go with, and why.
+    """Maps what a plan asks for to what it does not go with, and why.
 
     >>> table()["eval.every"]
     {'eval.limit=0': 'that evaluates nothing; set eval.limit, or drop eval.every'}
@@ -73,7 +73,7 @@ def contradictions(plan: Plan) -> Iterator[str]:
 
 
 def asked(plan: Plan, what: str) -> str:
-    """How the plan asks for this, in the words of a message; empty where it does not."""
+    """Says how the plan asks for this, in the words of a message; empty where it does not."""
     if what in SITUATIONS:
         words = SITUATIONS[what](plan.options)
         return what if words is True else words or ""
@@ -96,7 +96,7 @@ def option(options: object, key: str) -> Any:
 
 
 def _of_model(plan: Plan, form: Form) -> str | bool:
-    """Nothing where the model cannot be read, which is then the plan's fault."""
+    """Asks for a form of the model; it has none where it cannot be read, which is then the plan's fault."""
     try:
         return not plan.fault and form(plan)
     except REFUSALS as error:
@@ -132,7 +132,7 @@ def _set_by_quartet(options: object) -> str:
 def _taught_head(options: object) -> str:
     mtp = option(options, "mtp")
     changed = [(name, value) for name, value in mtp or () if value != getattr(type(mtp)(), name)]
-    return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if mtp and mtp.loss_weight else ""
+    return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if option(mtp, "loss_weight") else ""
 
 
 def _adapters_alone(options: object) -> bool:
@@ -157,7 +157,7 @@ def _prompt_seen_whole(plan: Plan) -> str:
 
 def _new_heads(plan: Plan) -> str:
     new = asks_for_heads(plan.options) and not isinstance(shape_of(plan.source), DynamicHeadsConfig)
-    return f"new active_heads (model={plan.options.model!r} has no routers of heads)" if new else ""
+    return f"new active_heads (model={plan.options.model!r} has no routers of attention heads)" if new else ""
 
 
 def _no_routers(plan: Plan) -> bool:

@@ -23,7 +23,7 @@ from grpo.config.environment import AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig, scores_nothing
 from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.config.run import LearningConfig, TrainConfig
-from grpo.data.examples import Example, beyond_context, default_heldout_split, examples_of, gold_checks, too_long
+from grpo.data.examples import Example, beyond_context, default_held_out_split, examples_of, gold_checks, too_long
 from grpo.data.leakage import problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.learner.batch import PackedRow, Sample
@@ -46,7 +46,7 @@ LONGEST_TEXT = 4000  # characters of an example that a preset's tokenizer learns
 
 
 class Task:
-    """Training and held-out examples, the prompt template and the scorer. Close it: the scorer holds processes."""
+    """Holds training and held-out examples, prompt template and scorer. Close it: the scorer holds processes."""
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class Task:
         *,
         seed: int = 0,
         train: bool = True,
-        heldout: int | None = 0,
-        heldout_split: str | None = None,
-        heldout_levels: list[int] | None = None,
+        held_out: int | None = 0,
+        held_out_split: str | None = None,
+        held_out_levels: list[int] | None = None,
         reward_models: Sequence[RewardModelOptions] = (),
         device: str = "auto",
         met: Collection[str] = frozenset(),
@@ -67,7 +67,7 @@ class Task:
         environment: EnvironmentSpec | None = None,
         agent: AgentOptions | None = None,
     ) -> None:
-        """`heldout`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
+        """`held_out`: how many held-out problems, None for all of them, 0 for none. `device` is the reward models'.
 
         `met` are fingerprints of problems that the policy was trained on before. Raises ValueError where one of these,
         a training problem or a worked example is among the held-out problems. `contexts` are the numbers of tokens that
@@ -78,15 +78,15 @@ class Task:
         checks += [partial(too_long, column, context) for column, context in (contexts or {}).items()]
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
         load = partial(examples_of, data, data.name, seed=seed, checks=checks)
-        wanted = data.limit if train else data.few_shot
-        if data.holdout:
-            from grpo.data.holdout import held_out_share
+        count = data.limit if train else data.few_shot
+        if data.held_out:
+            from grpo.data.held_out import held_out_share
 
-            both = held_out_share(data, load, self.template, heldout_split)
+            both = held_out_share(data, load, self.template, held_out_split)
         else:
-            both = _two_splits(data, load, wanted, heldout, heldout_split, heldout_levels or data.levels)
-        self.train, self.heldout = both[0][:wanted], both[1][:heldout]
-        first = (self.train or self.heldout)[0]
+            both = _two_splits(data, load, count, held_out, held_out_split, held_out_levels or data.levels)
+        self.train, self.held_out = both[0][:count], both[1][:held_out]
+        first = (self.train or self.held_out)[0]
         shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
         self._refuse_overlap(shown, met, data)
         self.template = replace(self.template, few_shot=shown)
@@ -147,7 +147,7 @@ class Task:
 
     @classmethod
     def of(cls, config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
-        """Without `model_known` nothing is asked of the model, so that the data can be checked when it is not there."""
+        """Opens the task of a run. Without `model_known` nothing is asked of the model, which need not be there."""
         held = config.eval
         context = known_context(config.model) if model_known else None
         learns = isinstance(config, LearningConfig) and config.supervision.steps > 0  # from solutions
@@ -157,9 +157,9 @@ class Task:
             [] if scores_nothing(config) else rewards_of(config),
             config.reward,
             seed=config.seed,
-            heldout=held.limit,
-            heldout_split=held.split,
-            heldout_levels=held.levels,
+            held_out=held.limit,
+            held_out_split=held.split,
+            held_out_levels=held.levels,
             reward_models=config.reward_models,
             device=config.device,
             met=trained_on(config.model) if model_known else (),
@@ -185,14 +185,14 @@ class Task:
         """Raises ValueError for an evaluated problem that training meets, and for one whose solution a prompt shows."""
         train, shots = self.fingerprints(self.train), self.fingerprints(shown)
         self.trained_on = frozenset({*met, *train, *shots})
-        heldout = self.fingerprints(self.heldout)
-        hold_out = "hold out a share of the training data by content (data.holdout: 0.1)"
+        held_out = self.fingerprints(self.held_out)
+        hold_out = "hold out a share of the training data by content (data.held_out: 0.1)"
         for known, what, way_out in (
             (shots, "are shown with their solutions as worked examples (few_shot)", f"{TAKE_OUT}, or {hold_out}"),
             (train, f"are trained on too ({data.name}, {data.split})", f"{TAKE_OUT}, or {hold_out}"),
             (dict.fromkeys(met, ""), "were trained on by the run that the model comes from", f"{TAKE_OUT}"),
         ):
-            refuse_overlap(heldout, known, what, f"{way_out}.")
+            refuse_overlap(held_out, known, what, f"{way_out}.")
         if both := [name for fingerprint, name in train.items() if fingerprint in shots]:
             raise ValueError(
                 f"few_shot={data.few_shot}: the first {data.few_shot} examples are shown with their solutions, and "
@@ -205,7 +205,7 @@ class Task:
         refuse_overlap(self.fingerprints(problems), known, "were trained on", f"{TAKE_OUT}.")
 
     def describe_rewards(self) -> list[dict[str, Any]]:
-        """What a run records of its reward functions; nothing where another process scores."""
+        """Describes the reward functions, as a run records them; nothing where another process scores."""
         return self.scorer.describe() if self.scores else []
 
     def record_split(self, run_log: RunLog) -> None:
@@ -213,13 +213,13 @@ class Task:
         if not self.leads:
             return
         record_trained_on(run_log.output_dir, self.trained_on)
-        if not self.heldout:
+        if not self.held_out:
             return
-        line = f"{len(self.heldout):,} held-out problems: none is trained on or shown as a worked example"
+        line = f"{len(self.held_out):,} held-out problems: none is trained on or shown as a worked example"
         if self.train and self.train[0].example_id.startswith("word_problems/"):
             from grpo.data.word_problems import shared_with_training
 
-            templates, numbers = shared_with_training(*([e.example_id for e in s] for s in (self.train, self.heldout)))
+            templates, numbers = shared_with_training(*([e.example_id for e in s] for s in (self.train, self.held_out)))
             line += f"; {templates:,} share a template with training, {numbers:,} share their numbers"
         run_log.say(line)
 
@@ -230,7 +230,7 @@ class Task:
     def check_lengths(self, policy: Policy, max_completion_tokens: int) -> None:
         """Raises ValueError where a prompt leaves no room for its completion: now, rather than when its turn comes."""
         room, long = policy.max_length - max_completion_tokens, []
-        for example in (*self.train, *self.heldout):
+        for example in (*self.train, *self.held_out):
             text = self.template.render(example, policy.tokenizer)
             if fault := beyond_context(text, policy.max_length):
                 raise ValueError(f"the prompt of {example.example_id!r} {fault}; take it out of the data")
@@ -294,7 +294,7 @@ class Task:
         return scores
 
     def score_by(self, rewards: Reward | Sequence[Reward], groups: Sequence[RolloutGroup]) -> list[GroupScore]:
-        """The same by these functions of this process, in place of the rewards of the run."""
+        """Scores the groups by these functions of this process, in place of the rewards of the run."""
         functions = rewards if isinstance(rewards, Sequence) else [rewards]
         specs = [RewardSpec(name_callable(function)) for function in functions]
         models = self.models.names if self.models else []
@@ -358,18 +358,18 @@ def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:
 def _two_splits(
     data: DataOptions,
     load: Callable[..., Sequence[Example]],
-    wanted: int | None,
-    heldout: int | None,
-    heldout_split: str | None,
-    heldout_levels: list[int],
+    count: int | None,
+    held_out: int | None,
+    held_out_split: str | None,
+    held_out_levels: list[int],
 ) -> tuple[Sequence[Example], Sequence[Example]]:
-    """`wanted` training examples and `heldout` others from a split of their own; None for all, 0 for none."""
-    if wanted != 0 and heldout != 0 and Path(data.name).is_file():
+    """Loads `wanted` training examples and `held_out` others from their own split; None for all, 0 for none."""
+    if count != 0 and held_out != 0 and Path(data.name).is_file():
         raise ValueError(
             f"{data.name} is one file, and rows that are trained on or shown as worked examples must not be evaluated. "
-            "Hold out a share of its rows by their content (data.holdout: 0.1; --holdout 0.1 of quartet eval), or give "
+            "Hold out a share of its rows by their content (data.held_out: 0.1, of quartet eval too), or give "
             "a folder with train.jsonl and test.jsonl"
         )
-    train = [] if wanted == 0 else load(data.split, "train", data.levels, wanted)
-    split = heldout_split or default_heldout_split(data.name)
-    return train, [] if heldout == 0 else load(split, "eval", heldout_levels, heldout)
+    train = [] if count == 0 else load(data.split, "train", data.levels, count)
+    split = held_out_split or default_held_out_split(data.name)
+    return train, [] if held_out == 0 else load(split, "eval", held_out_levels, held_out)

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a dense model's attention, and how far back its heads attend.
+"""Second moments of the inputs of a dense model's attention, and how far back its attention heads attend.
 
 L layers, D hidden size, H query heads, J = head_dim / 2 rotary frequencies, T tokens of a window.
 """
@@ -25,9 +25,9 @@ class LayerMoments:
     """Moments of the normed input x of one layer's attention, in float64 on the CPU.
 
     `queries` [D, D] is E[x xᵀ] over all tokens. `keys` [D, D] and `mean` [D] are E[x xᵀ] and E[x] with each token
-    weighed by the attention that it gets from all heads, since errors of a token without attention do not matter.
-    `turn` [H, J] is E[e^{iω(n − m)}] over what head h attends to from position m: 1 if the rotation of frequency ω
-    hardly changes over the distances at which the head attends, near 0 if it makes many turns.
+    weighed by the attention that it gets from all attention heads, since errors of a token without attention do not
+    matter. `turn` [H, J] is E[e^{iω(n − m)}] over what attention head h attends to from position m: 1 if the rotation
+    of frequency ω hardly changes over the distances at which the attention head attends, near 0 if it makes many turns.
     """
 
     queries: Tensor

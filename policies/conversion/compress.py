@@ -8,14 +8,14 @@ a latent shared by values and unrotated keys, and the constants that cancel its 
 with it. At each frequency the G complex keys, weighed by the queries that they are multiplied with, become G
 uncorrelated components (a complex unitary PCA). The components that lose most without rotation keep it.
 
-**The others** lose it: for head h they are turned by the mean angle over the tokens that it attends to,
+**The others** lose it: for attention head h they are turned by the mean angle over the tokens that it attends to,
 E[e^{iω(n−m)}]. With the values they form one vector u. The latent keeps its r principal components under the metric M,
 which is the cost of an error,
 
     E[(u − û)ᵀ M (u − û)],   M = Σ_h  ρ_h E[q_h q_hᵀ] / d   for keys,   Σ_h W_o,hᵀ W_o,h   for values,
 
-in squared units of the attention's output: a logit that is off by ε moves the output of head h by ε times the spread
-of its values, ρ_h = tr(W_o,h Cov(v) W_o,hᵀ). A constant latent keeps the means of values exactly. The means of
+in squared units of the attention's output: a logit that is off by ε moves the output of attention head h by ε times the
+spread of its values, ρ_h = tr(W_o,h Cov(v) W_o,hᵀ). A constant latent keeps the means of values exactly. The means of
 unrotated keys shift all logits of a query alike, which does not change the softmax.
 
 G KV groups, H query heads, J = d/2 frequencies, C rotary and N unrotated components, r latents.
@@ -106,8 +106,8 @@ class _Layer:
             self.metric[at, at] += out_HDd[h].T @ out_HDd[h]
 
     def joint(self, unrotated: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the components `unrotated` [N, 2] need: its map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and of Lᵀ
-        Cov(u) L the eigenvalues and eigenvectors, descending."""
+        """Computes what the components `unrotated` [N, 2] need: its map x -> u [2N + G·d, D], a root L of M = L Lᵀ, and
+        of Lᵀ Cov(u) L the eigenvalues and eigenvectors, descending."""
         frequencies, groups = self.loss.shape
         flat, pairs = unrotated[:, 0] * groups + unrotated[:, 1], frequencies * groups
         of = torch.cat([flat, pairs + flat, torch.arange(2 * pairs, len(self.u))])
@@ -138,7 +138,7 @@ class _Layer:
         plain = self.queries[:, nope] * (keep * rope_scale**2)  # [H, F, D]
         queries = torch.cat([plain.real, plain.imag, rotary_queries], dim=1)
 
-        # Head h multiplies unrotated component i, of frequency f(i), by q_f · z_i: its key at f is Σ_i conj(z_i) a_i.
+        # Attention head h multiplies component i, of frequency f(i), by q_f · z_i: its key at f is Σ_i conj(z_i) a_i.
         turned = self.turned[unrotated[:, 0], :, unrotated[:, 1]]  # [N, H]
         at = torch.zeros(len(nope), len(unrotated), dtype=torch.complex128)
         at[[nope.index(f) for f in unrotated[:, 0].tolist()], range(len(unrotated))] = 1
@@ -210,7 +210,7 @@ def check_sizes(config: PreTrainedConfig, rank: int, rotary: int | None = None) 
 
 
 def choose_split(layers: Sequence[_Layer], rank: int, rotary: int | None = None) -> Split:
-    """How much of `rank` is for the rotary key: the split with the least error over all layers."""
+    """Tells how much of `rank` is for the rotary key: the split with the least error over all layers."""
     loss = torch.stack([layer.loss / layer.total for layer in layers]).mean(0)  # [J, G]
     ranked = loss.flatten().argsort(descending=True)
     budget = rank - NUM_CONSTANTS
@@ -244,7 +244,7 @@ def unrotated_pairs(rotary: Tensor, frequencies: int, groups: int) -> Tensor:
 
 
 def _complex(weight: Tensor, heads: int) -> Tensor:
-    """Rows (j, j + d/2) of every head, which rotate together, as complex rows: [heads·d, D] -> [heads, d/2, D]."""
+    """Joins rows (j, j + d/2) of attention heads, which rotate together: [heads·d, D] -> complex [heads, d/2, D]."""
     halves = weight.view(heads, 2, -1, weight.shape[1])
     return torch.complex(halves[:, 0].contiguous(), halves[:, 1].contiguous())
 

@@ -7,14 +7,14 @@ The dense model has n query heads, G key/value heads (KV groups) and head dimens
 dimension R, `qk_nope_head_dim=0`). A query head fills its own group's block and is zero elsewhere, so q·k is
 the dense product. DeepSeek scales scores by R^-½ and Llama by d^-½, so the query is multiplied by √(R/d) = √G.
 
-**Rotation.** Llama rotates the pair (j, j + d/2) of a head at frequency ω_j; DeepSeek rotates the neighbours
+**Rotation.** Llama rotates the pair (j, j + d/2) of an attention head at frequency ω_j; DeepSeek rotates the neighbours
 (2p, 2p + 1) of its key at θ^(-2p/R). Pair p = g·d/2 + j takes its two rows from (j, j + d/2) of group g. To
 repeat the same ω_j in every group, `rope_type="longrope"` divides each frequency by a factor of its own:
 1/(factor_p · θ^(2p/R)). With θ = 1 the factor is simply 1/ω_j, which gives ω_j back with the same bits (at most
 one bit off if the dense model scales its frequencies). Short and long factors are equal, so the length of the
 context changes nothing.
 
-**Values.** The latent is W_v x itself, R numbers; `kv_b_proj` gives each head its group's block.
+**Values.** The latent is W_v x itself, R numbers; `kv_b_proj` gives each attention head its group's block.
 
 **Cancelling the latent's RMSNorm.** The norm divides by the root of the latent's mean square, which differs
 from token to token. Four constant latents (zero rows in the weight, B_i in the bias) make the difference
@@ -79,7 +79,7 @@ PARITY_TEXTS = (
 
 
 def convert_dense(model: PreTrainedModel) -> DeepseekV3ForCausalLM:
-    """The same function of the tokens as `model`, as MLA with a dense feed-forward in every layer.
+    """Makes a model that computes what `model` does, with MLA and a dense feed-forward in every layer.
 
     The result is in float32 like `model`, on the same device and in eval mode; `model` does not change. Raises
     `UnsupportedCheckpoint` if the result would not be exact.
@@ -178,7 +178,7 @@ def mla_config(model: Any, frequencies: Tensor, latents: int, unrotated: int = 0
     heads, _, head_dim = dense_shape(dense)
     factors = (1 / frequencies.double()).tolist()
     fields = {field: getattr(dense, field) for field in SHARED_FIELDS} | {
-        "num_key_value_heads": heads,  # MLA expands its latent for every head
+        "num_key_value_heads": heads,  # MLA expands its latent for every attention head
         "q_lora_rank": None,
         "kv_lora_rank": latents + NUM_CONSTANTS,
         "qk_nope_head_dim": unrotated,

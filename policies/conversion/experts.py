@@ -75,7 +75,7 @@ class ExpertShards:
 
 @torch.no_grad()
 def shard_feed_forward(model: DeepseekV3ForCausalLM, shape: ExpertShards, seed: int = 0) -> DeepseekV3ForCausalLM:
-    """The same function of the tokens as `model`, whose layers are all dense, with experts after the first
+    """Makes a model that computes what `model`, whose layers are all dense, does, with experts after the first
     `shape.dense_layers`. `seed` fixes the router. Raises as `ExpertShards.check` does."""
     shape.check(model.config)
     k, groups = shape.experts_per_group, shape.expert_groups

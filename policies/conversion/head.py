@@ -1,8 +1,8 @@
 """A draft head for a trunk that has none. It starts as the trunk's last layer and can draft before any training.
 
-The last layer turns the residual stream x_n into what predicts token n + 1. A head does not have x_n, but the embedding
-of token n and the hidden state before it. `eh_proj` is the linear map of these two that is nearest to x_n on given text
-(ridge regression with each token weighed by 1 / |x_n|², since the layer norms its input).
+The last layer turns the residual stream x_n into what predicts token n + 1. A draft head does not have x_n, but the
+embedding of token n and the hidden state before it. `eh_proj` is the linear map of these two that is nearest to x_n on
+given text (ridge regression with each token weighed by 1 / |x_n|², since the layer norms its input).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ RIDGE = 1e-3  # of the mean diagonal
 def start_head(
     trunk: DeepseekV3ForCausalLM, windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None
 ) -> MTPHead:
-    """A head of `trunk`, fitted on `windows`, token ids [T] each, T ≥ 2. Nothing in it is random."""
+    """A draft head of `trunk`, fitted on `windows`, token ids [T] each, T ≥ 2. Nothing in it is random."""
     with torch.random.fork_rng(devices=[]):
         head = MTPHead(trunk.config).to(trunk.device)
     last = trunk.model.layers[-1]
-    state = head.block.state_dict()  # without a router of heads: a draft head uses all of them
+    state = head.block.state_dict()  # without a router of attention heads: a draft head uses all of them
     head.block.load_state_dict({name: tensor for name, tensor in last.state_dict().items() if name in state})
     head.norm.load_state_dict(trunk.model.norm.state_dict())
     seen: list[Tensor] = []

@@ -204,7 +204,7 @@ class AbsorbedTrunk:
         return any(block.gate is not None or block.choice is not None for block in self.blocks)
 
     def routing(self) -> Tensor:
-        """What the routers chose in the last call, [B · S, routers, k], in the order of `RoutingReplay`."""
+        """Gives what the routers chose in the last call, [B · S, routers, k], in the order of `RoutingReplay`."""
         chosen = [block.experts for block in self.blocks if block.gate is not None]
         chosen += [block.choice.routed() for block in self.blocks if block.choice is not None]
         most = max(part_Nk.shape[1] for part_Nk in chosen)

@@ -14,7 +14,7 @@ from policies.mtp import MTPHead
 
 
 class AbsorbedHead:
-    """The head for drafting: plain tensors and the absorbed block, which each publication derives again."""
+    """The draft head as samplers use it: plain tensors and the absorbed block, which each publication derives again."""
 
     def __init__(self, head: MTPHead, trunk: AbsorbedTrunk, draft_ids: Tensor | None = None) -> None:
         """Only the tokens `draft_ids` [K], ascending, have `logits`; None: all have."""
@@ -32,7 +32,7 @@ class AbsorbedHead:
         )
 
     def cache(self, rows: int, capacity: int) -> LatentCache:
-        """An empty cache without the first token of each row, for which the head has no entry."""
+        """An empty cache without the first token of each row, for which the draft head has no entry."""
         return self.trunk.cache_of(1, rows, capacity, first=1)
 
     def __call__(self, token_ids_BS: Tensor, hidden_BSD: Tensor, position_ids_BS: Tensor, cache: LatentCache) -> Tensor:

@@ -25,8 +25,8 @@ class HeadChoice:
         self.sizes.num_experts_per_tok = active
 
     def attend(self, h_BSD: Tensor, query_BSHK: Tensor, new_BSE: Tensor, cache: LatentCache, layer: int) -> Tensor:
-        """Attends as `cache.attend` by the heads that the router chooses for `h_BSD`; the others give 0. Queries of all
-        heads are one product before, since to gather rows of its matrix for each token would cost more."""
+        """Attends as `cache.attend` by the attention heads that the router chooses for `h_BSD`; the others give 0.
+        Queries of all are one product before, since to gather rows of its matrix for each token would cost more."""
         batch, new, heads, width = query_BSHK.shape
         routed = route(F.linear(h_BSD.float().flatten(0, 1), self.gate), self.bias, self.sizes)
         self.chosen = routed[1]
@@ -36,5 +36,5 @@ class HeadChoice:
         return out.new_zeros(batch, new, heads, out.shape[-1]).scatter(2, chosen.expand_as(out), out)
 
     def routed(self) -> Tensor:
-        """The heads that the router chose in the last call, [N, k]; they are numbered after the shared ones from 0."""
+        """Gives the attention heads of the router's last call [N, k], numbered after the shared ones from 0."""
         return self.chosen.sort(-1).values[:, self.shared :] - self.shared

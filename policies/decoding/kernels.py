@@ -1,7 +1,7 @@
 """Attention of queries to cached vectors, by the kernel of their device.
 
-Axes: B rows or prompts, N queries (new tokens times heads), T cached vectors of width E, K width of a key.
-All heads attend to the same vectors, so the queries of a row's heads are those of one head for a kernel.
+Axes: B rows or prompts, N queries (new tokens times attention heads), T cached vectors of width E, K width of a key.
+All attention heads attend to the same vectors, so the queries of a row's heads are those of one head for a kernel.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def cuda_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask
 
 @cache
 def cuda_attention_agrees(device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]) -> bool:
-    """Whether torch's kernel takes keys, vectors and values of these widths and computes what plain products do.
+    """Tells whether torch's kernel takes keys, vectors and values of these widths and computes what plain products do.
 
     Tried once; a warning says why not, and plain products are computed from then on.
     """

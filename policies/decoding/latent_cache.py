@@ -124,7 +124,7 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
-        """How many entries a row has room for."""
+        """Tells how many entries a row has room for."""
         return self.layers_RTE[0].shape[1]
 
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> LatentCache:
@@ -159,7 +159,7 @@ class LatentCache:
         if self.prefix is None and self.first:
             visible &= (columns >= self.first) | (columns == at_RS[..., None])
         self._mask_RST = _mask(visible, self.layers_RTE[0].dtype)
-        self._mask_RNT: Tensor | None = None  # the same for every head; made when their number is known
+        self._mask_RNT: Tensor | None = None  # the same for every attention head; made when their number is known
 
     def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor) -> Tensor:
         """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V].

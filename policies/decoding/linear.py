@@ -55,7 +55,7 @@ def kind_of(linear: FixedLinear) -> str:
 
 
 def will_block(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights of this kind are copied into blocks."""
+    """Tells whether weights of this kind are copied into blocks."""
     return dtype == torch.bfloat16 and device.type == "cpu" and _can_block()
 
 
@@ -69,7 +69,7 @@ def _product(x: Tensor, blocked: Any, bias: Tensor | None) -> Tensor:
 
 @cache
 def _can_block() -> bool:
-    """Whether this build of torch and this processor compute a small product correctly."""
+    """Tells whether this build of torch and this processor compute a small product correctly."""
     x, weight, bias = torch.linspace(-1, 2, 96 + 512 + 16).bfloat16().split([96, 512, 16])
     x, weight = x.view(3, 32), weight.view(16, 32)
     try:

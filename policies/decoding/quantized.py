@@ -35,7 +35,7 @@ def held_as(kind: str) -> Iterator[None]:
 
 
 def kind_now() -> str:
-    """What the block around asks for."""
+    """Gives the kind of quantisation that the block around asks for."""
     return _KIND.get()
 
 
@@ -141,7 +141,7 @@ def _product(kind: str, x: Tensor, codes: Any, scales: Any) -> Tensor:
 
 @cache
 def _can_multiply(kind: str) -> bool:
-    """Whether this build of torch and this processor compute a small product of this kind correctly."""
+    """Tells whether this build of torch and this processor compute a small product of this kind correctly."""
     x, weight = torch.linspace(-1, 2, 96 + 1024).bfloat16().split([96, 1024])
     x, weight = x.view(3, 32), weight.view(32, 32)
     codes, scales = grid(weight, kind)

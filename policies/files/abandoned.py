@@ -34,7 +34,7 @@ def take_lock(file: IO[str]) -> bool:
 
 
 def _processes(folder: Path) -> Iterator[psutil.Process]:
-    """Those that have the folder's token, or name the folder in their command."""
+    """Finds the processes that have the folder's token, or name the folder in their command."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             named = process.pid != os.getpid() and any(str(folder) in word for word in process.cmdline())

@@ -30,8 +30,8 @@ def write_digests(folder: Path) -> None:
 
 
 def fault(folder: Path, name: str, needed: Collection[str] = (), share: slice = slice(None)) -> str | None:
-    """What is wrong with a folder, in words, or None. Unlisted weights are wrong, and so are absent `needed` files;
-    other files may have been added. `share` looks at some of the files only, in the order of their names."""
+    """Tells what is wrong with a folder, in words, or None. Unlisted weights are wrong, and so are absent `needed`
+    files; other files may have been added. `share` looks at some of the files only, in the order of their names."""
     try:
         expected = dict(json.loads((folder / name).read_text())["files"])
         listed = {*expected, *(file.name for file in folder.glob("*.safetensors")), *needed}

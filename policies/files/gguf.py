@@ -34,7 +34,7 @@ def named(source: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def why_unreadable(source: str | Path) -> str:
-    """Why the GGUF file of `source` cannot be read, with the way out; empty if it may be, and for anything else."""
+    """Says why the GGUF file of `source` cannot be read, and the way out; empty if it can, and for anything else."""
     if (file := file_of(source)) is None:
         return ""
     if importlib.util.find_spec("gguf") is None:

@@ -18,7 +18,7 @@ TIMEOUT_S = 5.0
 
 
 def is_id(source: str) -> bool:
-    """Whether this can only be a hub id: it has the form of one and is not on this disk."""
+    """Tells whether this can only be a hub id: it has the form of one and is not on this disk."""
     try:
         validate_repo_id(source)
     except HFValidationError:
@@ -28,7 +28,7 @@ def is_id(source: str) -> bool:
 
 @cache
 def unreachable() -> str:
-    """Why hub ids can only come from the cache, or empty. With a reason, the hub's libraries no longer try."""
+    """Says why hub ids can only come from the cache, or empty. With a reason, the hub's libraries no longer try."""
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set, so nothing is fetched"
     why = _silence(constants.ENDPOINT)
@@ -37,7 +37,7 @@ def unreachable() -> str:
 
 
 def _silence(endpoint: str) -> str:
-    """Why the hub does not answer, or empty if it answers anything."""
+    """Says why the hub does not answer, or empty if it answers anything."""
     silence = [f"no answer within {TIMEOUT_S:g} s"]
     # In a thread, since the time limit of urllib excludes the look-up of a name.
     asking = threading.Thread(target=lambda: silence.append(_ask(endpoint)), daemon=True)
@@ -59,8 +59,8 @@ def _ask(endpoint: str) -> str:
 
 
 def why_absent(source: str | Path) -> str:
-    """Why the hub id `source` cannot be loaded, with the way out. Empty if it may be: `source` is a folder, the hub
-    answers, or the cache has a copy."""
+    """Says why the hub id `source` cannot be loaded, with the way out. Empty if it may be: `source` is a folder, the
+    hub answers, or the cache has a copy."""
     source = str(source)
     if not is_id(source) or not (why := unreachable()):
         return ""

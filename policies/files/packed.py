@@ -14,7 +14,7 @@ from transformers import CompressedTensorsConfig, PretrainedConfig
 
 
 def is_packed(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint of this configuration holds codes and scales.
+    """Tells whether the checkpoint of this configuration holds codes and scales.
 
     >>> is_packed(PretrainedConfig(quantization_config={"quant_method": "compressed-tensors"}))
     True
@@ -25,7 +25,7 @@ def is_packed(config: PretrainedConfig) -> bool:
 
 
 def unreadable(config: PretrainedConfig) -> str | None:
-    """Why a packed checkpoint cannot be multiplied out here: what is in its configuration, and the way out.
+    """Says why a packed checkpoint cannot be multiplied out here: what is in its configuration, and the way out.
 
     Zero points are refused since transformers leaves out those of routed experts, and activations of few bits since the
     policy would be another one here than where they are rounded.

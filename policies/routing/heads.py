@@ -1,9 +1,9 @@
 """Dynamic heads: of every token some attention heads compute, and a router in each layer chooses them.
 
-A mixture of heads (Jin et al. 2024, arXiv:2410.11842, section 3.2), with DeepSeek-V3's own router in place of the two
-softmaxes there, so that what balances experts balances heads too. The first `shared_heads` always compute, with weight
+A mixture of attention heads (Jin et al. 2024, arXiv:2410.11842, section 3.2), with DeepSeek-V3's router in place of two
+softmaxes, so that what balances experts balances them too. The first `shared_heads` always compute, with weight
 1. Of the R others the router chooses k by score + bias, and weighs a chosen one by twice its score, which is 1 where
-its logit is 0. So a policy that keeps all of its heads, with routers of zeros, computes what it did without them.
+its logit is 0. So a policy that keeps all of its attention heads, with routers of zeros, computes what it did before.
 
 config.json                         model_type: deepseek_v3_dynamic_heads, active_heads = shared + k, shared_heads
 model.layers.{l}.self_attn.gate     weight [R, D], e_score_correction_bias [R]; both float32
@@ -45,7 +45,7 @@ class DynamicHeadsConfig(DeepseekV3Config):
 
 
 class HeadRouter(DeepseekV3TopkRouter):
-    """The router of one layer's heads. Its outputs number the heads after the shared ones from 0."""
+    """The router of one layer's attention heads. Its outputs number those after the shared ones from 0."""
 
     def __init__(self, config: DynamicHeadsConfig) -> None:
         chosen = config.active_heads - config.shared_heads
@@ -69,7 +69,7 @@ class DynamicHeadsForCausalLM(DeepseekV3ForCausalLM):
 
     def __init__(self, config: DynamicHeadsConfig) -> None:
         super().__init__(config)
-        self.config._attn_implementation = ATTENTION  # no other one weighs the heads
+        self.config._attn_implementation = ATTENTION  # no other one weighs the attention heads
         for layer in self.model.layers:
             layer.self_attn.register_forward_pre_hook(_choose, with_kwargs=True)
         self.fresh_routers()
@@ -89,7 +89,7 @@ def head_weights(attention: nn.Module, hidden_BTD: Tensor) -> Tensor:
 
 def _choose(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
     if attention.config._attn_implementation != ATTENTION:
-        raise PolicyError(f"attn_implementation={attention.config._attn_implementation!r} would compute all heads")
+        raise PolicyError(f"attn_implementation={attention.config._attn_implementation!r} computes all attention heads")
     return args, kwargs | {"head_weights": head_weights(attention, kwargs["hidden_states"])}
 
 
@@ -124,8 +124,8 @@ def heads_config(config: PretrainedConfig, active: float, shared: int) -> Dynami
 
 
 def with_dynamic_heads(trunk: PreTrainedModel, active: float, shared: int, seed: int = 0) -> PreTrainedModel:
-    """The trunk itself where it has such heads already, else a model of its own tensors and fresh routers, drawn from
-    `seed`.
+    """The trunk itself where it has such attention heads already, else a model of its own tensors and fresh routers,
+    drawn from `seed`.
 
     Raises PolicyError as `heads_config` does, and for weights that are sharded, in 4 bits or with adapters.
     """

@@ -1,8 +1,8 @@
-"""Routing replay: a forward that uses the experts and heads that another one has chosen (R3, arXiv:2510.11370).
+"""Routing replay: a forward that uses the experts and attention heads of another one (R3, arXiv:2510.11370).
 
-Sampler and learner round differently, so a router near a tie chooses another expert or head for the same token. No
-importance ratio describes such a jump well. Replay keeps the choice; the weights of what was chosen are computed again,
-so the router continues to learn.
+Sampler and learner round differently, so a router near a tie chooses another expert or attention head for the same
+token. No importance ratio describes such a jump well. Replay keeps the choice; the weights of what was chosen are
+computed again, so the router continues to learn.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _tests(texts: str | Sequence[str]) -> list[str]:
 
 
 def _passed(program: str, tests: list[str], limits: Limits) -> tuple[int, str]:
-    """How many tests passed, and in words what became of the others."""
+    """Runs the tests; counts those that pass, and says in words what became of the others."""
     word = secrets.token_hex(16)
     message = json.dumps({"word": word, "program": program, "tests": tests})
     outcome = run_python(_HARNESS, stdin=f"{message}\n", limits=limits)

@@ -28,7 +28,7 @@ def column(prompts: list | None, completions: Completions, name: str, **columns)
 def environment(
     prompts: list | None, completions: Completions, environment_reward: list[float | str | None], **_
 ) -> list[float | ValueError | None]:
-    """What `get_reward` of each completion's environment gave; None abstains. Runs with tools have this reward.
+    """Gives what each completion's environment gave (`get_reward`); None abstains. Runs with tools have this reward.
 
     A text in its place says why the environment could not go on: that is a failure of the completion.
 
@@ -41,7 +41,7 @@ def environment(
 def agent(
     prompts: list | None, completions: Completions, agent_reward: list[float | str | None], **_
 ) -> list[float | ValueError | None]:
-    """What the agent of each completion returned; None abstains. Runs with an agent have this reward.
+    """Gives what the agent of each completion returned; None abstains. Runs with an agent have this reward.
 
     A text in its place says why the agent has failed: that is a failure of the completion.
 

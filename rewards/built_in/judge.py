@@ -52,7 +52,7 @@ def judge(
     log_metric: Callable[[str, float], None] | None = None,
     **columns,
 ) -> list[float | Exception]:
-    """The judge's score of each completion, from `lowest` to `highest`, or the exception that it failed with.
+    """The judge gives each completion a score from `lowest` to `highest`, or the exception that it failed with.
 
     `url` ends before `/chat/completions`, such as `http://127.0.0.1:8000/v1`. `rubric` is a format string. It must name
     `{completion}` and may name `{prompt}` and any column of the data, such as `{answer}`. `token_variable` names the

@@ -48,7 +48,7 @@ class LoadedEnvironments:
         self._episodes: OrderedDict[str, _Episode] = OrderedDict()
 
     def call(self, request: dict) -> dict:
-        """What the calls of one turn give, or why the environment cannot go on: {"kind", "message"}.
+        """Answers the calls of one turn, or says why the environment cannot go on: {"kind", "message"}.
 
         Keys of the request: `episode` (a name), `environment` (a key of `environments`), `columns`, `seeds` (of the
         group and of the rollout), `history` and `calls` ([[tool, arguments], ...]), and `ends`, which asks for the
@@ -143,7 +143,7 @@ class _Episode:
         return not callable(done) and bool(done)
 
     def reward(self, turns: list[dict[str, Any]]) -> float | None:
-        """What `get_reward` gives, with `turns` where it has a parameter of that name."""
+        """Asks `get_reward` for the reward, with `turns` where it has a parameter of that name."""
         get_reward = getattr(self.environment, "get_reward", None)
         if get_reward is None:
             return None

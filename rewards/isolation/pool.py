@@ -127,7 +127,7 @@ class WorkerProcess:
 
 
 def stuck_at(trace: str) -> str:
-    """Where a worker was when its time was over: the innermost line of a reward in faulthandler's dump."""
+    """Tells where a worker was when its time was over: the innermost line of a reward in faulthandler's dump."""
     frames = re.findall(r'File "(.+)", line (\d+) in (.+)', trace.split("\n\n")[-1])  # the main thread comes last
     libraries = (os.path.dirname(os.__file__), *(str(folder) for folder in sys.path if "-packages" in folder))
     frames = [frame for frame in frames if not frame[0].startswith(("<", *libraries))] or frames
@@ -166,7 +166,7 @@ class WorkerPool:
         self._output = Output()
 
     def take_lost(self) -> list[float]:
-        """When the requests began whose workers died or were late, since the last call; in time.monotonic()."""
+        """Gives when the requests began whose workers died or were late since the last call, in time.monotonic()."""
         lost, self._lost = self._lost, []
         return lost
 

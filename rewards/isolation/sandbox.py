@@ -121,7 +121,7 @@ def run_python(code: str, *, stdin: str = "", limits: Limits | None = None) -> O
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why no code can be run on this machine, or None. The first call tries it, which takes a tenth of a second."""
+    """Says why no code can be run on this machine, or None. The first call tries it, for a tenth of a second."""
     if sys.platform != "linux":
         return (
             "code that a model wrote runs in a sandbox of Linux's namespaces, which this system does not have: use "

@@ -2,7 +2,7 @@
 
 The model's own forward runs, except for its attention, which is ours. Grouped-query attention is MLA attention with
 one latent row per KV head: the vector of a cached token is [value | key], and the query heads that share a KV head are
-the heads of its row. So the latent cache serves here too: it stores a prompt once and takes rows of every length.
+the attention heads of its row. So the latent cache serves here too: it stores a prompt once, for rows of every length.
 
 Axes: P prompts, G completions each, R rows, S new tokens a row, H query heads, K KV heads, N = H / K.
 """
@@ -64,7 +64,7 @@ class PromptCache:
 
 class RowCache:
     """Keys and values of the rows. `slots_RK`: the place of each KV head of each row in the latent cache, which needs
-    those of one prompt and head side by side, [P, K, G], while rows are [P, G]."""
+    those of one prompt and attention head side by side, [P, K, G], while rows are [P, G]."""
 
     def __init__(self, latents: LatentCache, slots_RK: Tensor) -> None:
         self.latents = latents
@@ -102,15 +102,15 @@ class RowCache:
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in ascending order, and drop the others."""
         slots_RK = self.slots_RK[rows]
-        kept = slots_RK.flatten().sort().values
-        self.latents.select(kept)
-        self._place(torch.searchsorted(kept, slots_RK))
+        order = slots_RK.flatten().sort().values
+        self.latents.select(order)
+        self._place(torch.searchsorted(order, slots_RK))
 
     def take(self, rows: Tensor) -> RowCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         slots_RK = self.slots_RK[rows]
-        kept = slots_RK.flatten().sort().values
-        return RowCache(self.latents.take(kept), torch.searchsorted(kept, slots_RK))
+        order = slots_RK.flatten().sort().values
+        return RowCache(self.latents.take(order), torch.searchsorted(order, slots_RK))
 
     def put(self, rows: Tensor, cache: RowCache) -> None:
         """The inverse of `take`."""

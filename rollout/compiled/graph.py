@@ -57,7 +57,7 @@ class Inputs:
 
     @property
     def caches(self) -> list[Tensor]:
-        """What a round changes in place."""
+        """Gives what a round changes in place."""
         return [*self.layers, *([] if self.head_layer is None else [self.head_layer])]
 
     @property
@@ -155,8 +155,8 @@ def choose_by_row(
 
 
 def _chain(decoder: Decoder, inputs: Inputs, noise: Noise, depth: int) -> Tensor:
-    """Drafts as `Drafter.draft` does, for a head that has at most so many tokens of each row to read as there is place
-    for."""
+    """Drafts as `Drafter.draft` does, for a draft head that has at most so many tokens of each row to read as there is
+    place for."""
     head = decoder.head
     assert head is not None
     assert inputs.unread is not None

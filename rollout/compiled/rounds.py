@@ -59,13 +59,13 @@ class Graphs:
 
 
 def readable(depth: int) -> int:
-    """How many tokens of a row the head may have to read in a graph: those that the round before gave."""
+    """Tells how many tokens of a row the draft head may have to read in a graph: those that the round before gave."""
     return max(depth, *GRAPH_DEPTHS) + 1
 
 
 def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
-    """Whether graphs are asked for, and can be: they compute drafts of the head, or none, in float32 on a CPU or in any
-    precision on a CUDA device. Where a controller chooses how many, it must know what they cost as graphs."""
+    """Tells whether graphs are asked for, and can be: they compute the draft head's drafts or none, in float32 on a CPU
+    or in any precision on a CUDA device. Where a controller chooses how many, it must know what they cost as graphs."""
     trunk = decoder.trunk
     plain = not (params.stop_strings or params.record_routing or params.accept != "exact")
     device = trunk.device.type
@@ -91,7 +91,7 @@ class Rounds:
         self.stops = F.pad(stops, (0, STOPS - len(stops) % STOPS), value=-1)
 
     def fits(self, live: Rows, depth: int) -> bool:
-        """Whether the head has no more to read than a graph with drafts reads."""
+        """Tells whether the draft head has no more to read than a graph with drafts reads."""
         return int(live.unread.max()) <= readable(depth)
 
     def __call__(

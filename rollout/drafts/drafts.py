@@ -1,4 +1,4 @@
-"""The drafts of a shard: how many the head makes before the next verification, the drafts, and what became of them."""
+"""The drafts of a shard: how many are made before the next verification, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Drafts:
             # Where graphs are wanted, more than they draft would only make all caches longer.
             self.max_depth = min(costs.max_depth, GRAPH_DEPTHS[-1]) if params.compiled else costs.max_depth
         self.fixed = params.draft_tokens is not None
-        self.reading = Patience()  # what the head has missed
+        self.reading = Patience()  # what the draft head has missed
         self.controller = DepthController(None if self.fixed else costs, self.max_depth, params.head_accepted)
         # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
         self.room = params.max_completion_tokens + self.max_depth + 1
@@ -51,7 +51,7 @@ class Drafts:
         self.cost = self.plain_cost = 0.0  # of all rounds, in milliseconds
 
     def begin(self, prefilled: Prefilled) -> None:
-        """Rows of these prompts are added after the live ones."""
+        """Adds rows of these prompts after the live ones."""
         if self.head:
             if self.head.cache is not None and (costs := self.controller.costs):  # else it may never read them
                 self.cost += costs.reading * prefilled.token_ids_PT.numel()
@@ -63,8 +63,8 @@ class Drafts:
             self.head.keep(live, tokens_RS, hidden_RSD, kept_R)
 
     def plan(self, live: Rows, alive: int, most: int) -> int:
-        """How many tokens are drafted next. `alive` of the rows go on; the one with the most room can still use `most`
-        drafts. The head waits until drafting is worth what it has to read first."""
+        """Tells how many tokens are drafted next. `alive` of the rows go on; the one with the most room can still use
+        `most` drafts. The draft head waits until drafting is worth what it has to read first."""
         if not self.max_depth or most < 1:
             return 0
         if self.fixed:
@@ -77,7 +77,7 @@ class Drafts:
         return 0 if waits else depth
 
     def of_graph(self, live: Rows) -> int:
-        """How many drafts a compiled round of these rows makes."""
+        """Tells how many drafts a compiled round of these rows makes."""
         if not self.head:
             return 0
         if self.fixed:
@@ -89,8 +89,8 @@ class Drafts:
         return 0 if waits else depth
 
     def _reads(self, missed: int, slower: float, speed: float) -> bool:
-        """Whether the head reads the tokens that it has missed, and drafts. Both speeds are tokens a millisecond,
-        without it and with it."""
+        """Tells whether the draft head reads the tokens that it has missed, and drafts. Both speeds are tokens a
+        millisecond, without it and with it."""
         assert self.controller.costs is not None
         return self.reading.over(self.controller.costs.reading * missed, 1 / slower - 1 / speed)
 
@@ -103,7 +103,7 @@ class Drafts:
         return Drafted(*self.head.draft(live, depth, noise, temperature))
 
     def catch_up(self, live: Rows, fits: bool) -> None:
-        """Let the head read what it has missed before a compiled round with drafts, unless that `fits` into the
+        """Let the draft head read what it has missed before a compiled round with drafts, unless that `fits` into the
         round."""
         if self.head:
             self._add_reading(self.head, live)

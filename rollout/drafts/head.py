@@ -31,7 +31,7 @@ class Unread:
 
 
 class Drafter:
-    """A head that never drafts reads nothing; one that drafts again first reads what was verified since.
+    """A draft head that never drafts reads nothing; one that drafts again first reads what was verified since.
 
     `room`: most tokens that a row may write; `longest`: those of the longest prompt; `most_new`: most of a round.
     """
@@ -43,13 +43,13 @@ class Drafter:
         self.steps = torch.arange(room, device=self.head.trunk.device)
         self.cache: LatentCache | None = None  # None until something is drafted
         self.prefilled: list[Prefilled] = []
-        self.unread: list[Unread] = []  # moved nowhere until the head reads them, since it may never do
+        self.unread: list[Unread] = []  # moved nowhere until the draft head reads them, since it may never do
         self.number = 0  # of the next of them
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
     def hold(self, prefilled: Prefilled) -> None:
-        """Rows of these prompts are added after the live ones."""
+        """Adds rows of these prompts after the live ones."""
         if self.cache is None:
             self.prefilled.append(prefilled)
         else:
@@ -76,15 +76,15 @@ class Drafter:
         live.unread = live.unread + kept_R
 
     def missed(self, live: Rows) -> int:
-        """How many tokens the head has to read before it can draft, other than what a round may give a row. Prompts are
-        about those of the rows."""
+        """Counts the tokens that the draft head has to read before it can draft, other than what a round may give a
+        row. Prompts are about those of the rows."""
         prompts = sum(part.token_ids_PT.numel() for part in self.prefilled)
         count = sum(len(part.numbers_P) for part in self.prefilled)
         rows = int((live.unread - self.most_new).clamp(min=0).sum())
         return rows + prompts * min(len(live.index), count) // max(count, 1)
 
     def take(self, live: Rows, width: int) -> tuple[Tensor, Tensor]:
-        """What the head is to read now: tokens [R, width] and states [R, width, D], of each row `live.unread`."""
+        """Takes what the draft head reads now: tokens [R, width], states [R, width, D], `live.unread` of each row."""
         held, self.unread = self.unread, []
         if len(held) == 1 and held[0].index_R is live.index:  # the round before drafted, and no row left
             more = width - held[0].tokens_RS.shape[1]
@@ -108,7 +108,7 @@ class Drafter:
     # ---- drafting -----------------------------------------------------------------------------------------------
 
     def draft(self, live: Rows, depth: int, noise: Noise, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Drafts [R, k] of the head, chosen with the same noise that the trunk's choice will use; with
+        """Drafts [R, k] of the draft head, chosen with the same noise that the trunk's choice will use; with
         `accept: margin` also which of them are taken unverified [R, k]."""
         drafts, confident = [], []
         out = self._catch_up(live)
@@ -126,7 +126,7 @@ class Drafter:
         return torch.stack(drafts, dim=1), torch.stack(confident, dim=1) if confident else None
 
     def _catch_up(self, live: Rows) -> Tensor:
-        """Read what was verified since the last draft; returns the head's output for each row's newest token [R, D]."""
+        """Read what was verified since the last draft; returns the output for each row's newest token [R, D]."""
         out = self._read_tokens(live, *self.take(live, int(live.unread.max())))
         self.ready(live).advance(live.unread)
         out = out[live.every, live.unread - 1]
@@ -145,7 +145,7 @@ class Drafter:
         self.unread = [Unread(self.number, live.index, none, tokens[newest], hidden[newest], live.unread)]
 
     def _read_tokens(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor) -> Tensor:
-        """The head's output after each of the unread tokens [R, S, D]. The caller advances the cache."""
+        """The draft head's output after each of the unread tokens [R, S, D]. The caller advances the cache."""
         positions = (live.prompt_length + live.count - live.unread)[:, None] + self.steps[: tokens_RS.shape[1]]
         return self.head(tokens_RS, hidden_RSD, self._clamp(positions), self.ready(live))
 
@@ -160,18 +160,18 @@ class Drafter:
         return positions.clamp(max=self.context - 1)
 
     def _read_prompts(self, live: Rows) -> LatentCache:
-        """Let the head read the prompts of the rows that are still live, before its first draft."""
+        """Let the draft head read the prompts of the rows that are still live, before its first draft."""
         group = self.params.group_size
         numbers_R = live.index // group
-        caches, kept = [], []
+        caches, parts = [], []
         for prefilled in self.prefilled:
             needed = torch.isin(prefilled.numbers_P, numbers_R)
             if bool(needed.any()):
                 chosen = Prefilled(**{name: value[needed] for name, value in vars(prefilled).items()})
                 caches.append(self._read(chosen))
-                kept.append(chosen.numbers_P)
+                parts.append(chosen.numbers_P)
         self.prefilled = []
-        numbers = torch.cat(kept)
+        numbers = torch.cat(parts)
         place = torch.zeros(int(numbers.max()) + 1, dtype=torch.long, device=numbers.device)
         place[numbers] = torch.arange(len(numbers), device=numbers.device)
         cache = caches[0].join(caches[1:])

@@ -9,7 +9,7 @@ from rollout.sampling import by_temperature
 
 
 def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
-    """How many drafts of each row the trunk accepts [R]: the leading ones that equal its own choice.
+    """Counts how many drafts of each row the trunk accepts [R]: the leading ones that equal its own choice.
 
     `targets_RS` (S = K + 1) are the trunk's choices in place of each of the K drafts and after the last one. The token
     after the last accepted draft is therefore always the trunk's own (the bonus token).
@@ -32,15 +32,15 @@ def until_end(
     (tensor([2]), tensor([True]))
     """
     steps = torch.arange(targets_RS.shape[1], device=targets_RS.device)
-    kept = alive_R.long() if accepted_R is None else accepted_R + 1
-    kept = torch.minimum(kept, torch.as_tensor(left_R, device=kept.device)) * alive_R
-    is_stop = (targets_RS[..., None] == stops).any(-1) & (steps < kept[:, None])
+    lengths = alive_R.long() if accepted_R is None else accepted_R + 1
+    lengths = torch.minimum(lengths, torch.as_tensor(left_R, device=lengths.device)) * alive_R
+    is_stop = (targets_RS[..., None] == stops).any(-1) & (steps < lengths[:, None])
     stopped = is_stop.any(1)
-    return torch.where(stopped, is_stop.long().argmax(1) + 1, kept), stopped
+    return torch.where(stopped, is_stop.long().argmax(1) + 1, lengths), stopped
 
 
 def confident_drafts(logits_NV: Tensor, temperature: float | Tensor, margin: float) -> Tensor:
-    """Which drafts `accept: margin` takes [N]: log p(best) − log p(second best) > `margin` nats at the temperature.
+    """Finds the drafts that `accept: margin` takes [N]: log p(best) − log p(second) > `margin` nats at the temperature.
 
     >>> confident_drafts(torch.tensor([[5.0, 1.0, 0.0], [1.0, 0.5, 0.0]]), temperature=1.0, margin=2.0)
     tensor([ True, False])

@@ -73,7 +73,7 @@ class Calculator:
     pure = True
 
     def reset(self, **columns: Any) -> None:
-        """Nothing is kept between problems."""
+        """Keeps nothing between problems."""
 
     def calculate(self, expression: str) -> str:
         """Evaluates an arithmetic expression.

@@ -108,7 +108,7 @@ class Episodes:
         return [wrong.get(i) or self._begun(first[i], by_prompt[i]) for i in range(len(prompts))]
 
     def keep(self, sampled: Sequence[bool]) -> None:
-        """Which of the prompts are sampled, by their places in `begin`."""
+        """Keeps those of the prompts that are sampled, by their places in `begin`."""
         self.episodes = [episode for episode in self.episodes if sampled[episode.number]]
 
     def _begun(self, episode: Episode, replies: Sequence[Mapping[str, Any]]) -> Prompt | str:
@@ -154,8 +154,8 @@ class Episodes:
         return waits
 
     def written(self, while_waiting: Callable[[], None] = lambda: None) -> dict[int, list[int] | None]:
-        """What the tools wrote, as ids that follow the turns; None where the episode has ended. Waits for them, and
-        calls `while_waiting` several times a second; an exception that it raises ends the wait."""
+        """Gives what the tools wrote, as ids that follow the turns; None where the episode has ended. Waits for them,
+        and calls `while_waiting` several times a second; an exception that it raises ends the wait."""
         written: dict[int, list[int] | None] = {}
         for asked, replies in self._asked:
             while not wait([replies], POLL_S).done:

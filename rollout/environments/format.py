@@ -115,7 +115,7 @@ class TurnFormat:
         return self._encode(self._render(asked, add_generation_prompt=True))
 
     def read(self, token_ids: Sequence[int]) -> Turn:
-        """What a sampled turn says; `token_ids` may end with its stop token. It never raises for what a model wrote."""
+        """Reads a sampled turn; `token_ids` may end with its stop token. It never raises for what a model wrote."""
         ids = list(token_ids)
         try:
             if self.is_plain:

@@ -51,7 +51,7 @@ BUILT_IN = {
 
 
 def path_of(spec: EnvironmentSpec, name: str) -> str:
-    """Where the class of this environment is.
+    """Gives the path of this environment's class.
 
     >>> path_of(EnvironmentSpec(environments=(("", "word_game"),)), "")
     'rollout.environments.word_game:WordGame'
@@ -72,7 +72,7 @@ def chosen(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> str:
 
 
 def columns_of(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """What `reset` gets: all columns but the one that chooses. Raises ValueError for a value that JSON cannot hold."""
+    """Gives `reset` its columns: all but the one that chooses. Raises ValueError for a value that JSON cannot hold."""
     several = [name for name, _ in spec.environments] not in ([], [""])
     sent = {name: value for name, value in columns.items() if not (several and name == COLUMN)}
     for name, value in sent.items():
@@ -101,7 +101,7 @@ def tools_of(spec: EnvironmentSpec, name: str) -> list[Callable[..., Any]]:
 
 
 def answers_of(spec: EnvironmentSpec, name: str) -> Answers | None:
-    """What the tools of a built-in environment that is `pure` answer to a call: tool and arguments. None for any other.
+    """Gives what the tools of a built-in `pure` environment answer to a call: tool and arguments. None for any other.
 
     They are called in this process, so what they answer depends on the arguments alone. It raises what the tool raises.
 

@@ -34,7 +34,7 @@ class Python:
             raise SandboxUnavailable(problem)
 
     def reset(self, **columns: Any) -> None:
-        """Nothing is kept between problems, nor between calls."""
+        """Keeps nothing between problems, nor between calls."""
 
     def run(self, program: str) -> str:
         """Runs a Python program and gives what it prints.

@@ -12,7 +12,7 @@ from rewards.isolation.chat_template import render
 
 
 def response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """How the model writes calls: its tokenizer says so, or TRL knows its chat template. None if it writes none."""
+    """Finds how the model writes calls: its tokenizer says so, or TRL knows its chat template. None: it writes none."""
     if not tokenizer.chat_template:
         return None
     if template := getattr(tokenizer, "response_template", None):

@@ -51,23 +51,24 @@ def word_games(split: str, seed: int = 0, *, count: int = COUNT) -> list[dict[st
     """Games with the keys `question` (the list), `word`, `answer` and `id`; a list of words is there once.
 
     `answer` is a game to learn the form from, in the marks of `TurnFormat.demonstration`. Each guess is drawn at random
-    from the words that are still possible. A hash of the list puts about one in eight into the split `heldout`,
-    whatever the seed. Raises ValueError for another split than `train` and `heldout`, and for more than 20,000 games.
+    from the words that are still possible. A hash of the list puts about one in eight into the split `held_out`,
+    whatever the seed. Raises ValueError for another split than `train` and `held_out`, and for more than 20,000 games.
 
     >>> game = word_games("train", count=1)[0]
     >>> game["question"], game["word"], game["answer"]
     ('dog eel emu fly hog jay pig', 'hog', '<<fly=after>><<jay=before>><<hog=yes>>')
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"word_game has no split {split!r}; use train or heldout")
+    if split not in ("train", "held_out"):
+        raise ValueError(f"word_game has no split {split!r}; use train or held_out")
     if not 1 <= count <= 20_000:
         raise ValueError(f"word_game cannot make {count} games; ask for 1 to 20,000")
-    rng = random.Random(f"word_game/{split}/{seed}")
+    seeded = split.replace("_", "")  # as in version 0.1, where it was `heldout`
+    rng = random.Random(f"word_game/{seeded}/{seed}")
     games: dict[str, dict[str, str]] = {}
     while len(games) < count:
         words = sorted(rng.sample(_WORDS.split(), LENGTH))
         question = " ".join(words)
-        if question in games or (hashlib.sha256(question.encode()).digest()[0] % 8 == 0) != (split == "heldout"):
+        if question in games or (hashlib.sha256(question.encode()).digest()[0] % 8 == 0) != (split == "held_out"):
             continue
         word, possible, marks = rng.choice(words), words, list[str]()
         while word in possible and len(marks) < GUESSES:

@@ -56,7 +56,7 @@ class Agreement:
 
 
 def canary_prompts(vocabulary: int, context: int) -> list[Prompt]:
-    """The same for every version: tokens from everywhere in the vocabulary."""
+    """Makes prompts that are the same for every version, of tokens from everywhere in the vocabulary."""
     length = max(1, min(PROMPT_TOKENS, context // 2))
     return [
         Prompt(f"canary/{i}", "", [(7919 * (i * length + t) + 13) % vocabulary for t in range(length)])
@@ -83,7 +83,7 @@ def canary_params(params: SamplingParams, context: int) -> SamplingParams:
 def compare(
     sampled: Mapping[str, Sequence[RolloutGroup]], scores: Mapping[str, Scores], version: int, dtype: torch.dtype
 ) -> Agreement:
-    """How far the log-probabilities of each sampler are from the learner's `scores`, over all samplers the worst.
+    """Measures how far log-probabilities of each sampler are from the learner's `scores`, over all samplers the worst.
 
     Another temperature moves all of them in proportion, which a straight line through them shows where rounding would
     hide it from the differences: its slope is the learner's temperature by the sampler's.
@@ -132,7 +132,7 @@ def _wrong_slope(own_N: torch.Tensor, score_N: torch.Tensor) -> float | None:
 
 
 def other_canaries(groups: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype) -> str | None:
-    """How the canaries of a sampler differ from those of one that has passed, or None.
+    """Tells how the canaries of a sampler differ from those of one that has passed, or None.
 
     The tokens are the same up to ties, and where two completions part, no more of them is compared.
     """

@@ -173,7 +173,7 @@ def _messages(
 
 
 def everything(weights: Publication, version: int, part_bytes: int = PART_BYTES) -> Iterator[Message]:
-    """What a worker gives to one that holds nothing, or something else than it should."""
+    """Reads all that a worker gives to one that holds nothing, or something else than it should."""
     return _messages(weights, list(weights), weights.tensors, version, None, part_bytes)
 
 

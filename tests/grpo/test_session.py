@@ -313,7 +313,7 @@ def test_contract_16_what_is_held_out_is_not_learned_and_what_was_learned_is_not
                 session.prepare(groups, session.score(groups))
             with pytest.raises(ValueError, match="were trained on"):
                 session.evaluate(session.task.train[:2])
-            assert session.evaluate(session.task.heldout[:2])["sampled"].prompts == 2
+            assert session.evaluate(session.task.held_out[:2])["sampled"].prompts == 2
             session.record(step, session.learn(session.prepare(session.draw(step))))
 
 
@@ -331,7 +331,7 @@ def test_recorded_lessons_teach_the_draft_head_and_nothing_else(micro_config, tm
             moved = {name for name, tensor in now.items() if not torch.equal(tensor, before[name])}
             assert moved
             assert all(name.startswith("mtp.") for name in moved)
-            token, [example, *_] = session.policy.stop_token_ids[0], session.task.heldout
+            token, [example, *_] = session.policy.stop_token_ids[0], session.task.held_out
             rows = [session.task.solution(example, session.policy.tokenizer, token)]
             with pytest.raises(ValueError, match="is held out, and nothing may be learned from it"):
                 session.prepare(reader.read(rows))

@@ -221,7 +221,7 @@ def test_a_run_that_never_took_a_step_leaves_no_stale_warm_start(micro_config, t
         ({"model": "mikro"}, PolicyError, "model='mikro': there is no such folder; did you mean the preset 'micro'"),
         ({"prompts_per_step": 25}, ValueError, "prompts_per_step=25, but there are 24 training examples"),
         ({"rewards": [{"function": "gsm8q"}]}, RewardError, "gsm8k"),
-        ({"data.split": "heldout"}, ValueError, "is for evaluation and must not be trained on"),
+        ({"data.split": "held_out"}, ValueError, "is for evaluation and must not be trained on"),
         ({"log.trackers": ["wandbb"]}, ValueError, "wandbb"),
     ],
 )

@@ -104,7 +104,7 @@ class Converter:
                 config.calibrate,
                 read_tokenizer(self.source),
                 tokens=max(config.calibrate_tokens, config.recover * config.recovery.windows_per_step * window),
-                heldout_tokens=config.heldout_tokens,
+                held_out_tokens=config.held_out_tokens,
                 window=window,
             )
 
@@ -134,7 +134,7 @@ class Converter:
                 text = CalibrationText(rows[:-last], rows[-last:])
             with self._bar("fitting the draft head", len(text.windows)) as advance:
                 policy.mtp = start_head(trunk, text.windows, advance)
-            result.draft_agreement = draft_agreement(policy, text.heldout)
+            result.draft_agreement = draft_agreement(policy, text.held_out)
         return policy
 
     def _compress(
@@ -153,7 +153,7 @@ class Converter:
             dense_cache=2 * groups * head_dim,
             rotary=2 * len(split.rotary),
             latents=split.latents,
-            compressed=fidelity(dense, student, text.heldout),
+            compressed=fidelity(dense, student, text.held_out),
             steps_asked=config.recover,
         )
         if config.recover:
@@ -166,7 +166,7 @@ class Converter:
                 student, dense, text.windows, config.recover, config.recovery, seed=config.seed, on_step=on_step
             )
             self.progress.remove_task(bar)
-            result.recovered = fidelity(dense, student, text.heldout)
+            result.recovered = fidelity(dense, student, text.held_out)
         return student, result
 
     @contextmanager

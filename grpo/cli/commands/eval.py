@@ -19,7 +19,7 @@ from grpo.cli.commands.served import is_address, open_served
 from grpo.cli.config.inference import EvalConfig
 from grpo.config.data import DataOptions
 from grpo.config.environment import rewards_of
-from grpo.data.examples import default_heldout_split
+from grpo.data.examples import default_held_out_split
 from grpo.data.leakage import trained_on
 from grpo.endpoint.agent_sampler import AgentSampler
 from grpo.evaluation.evaluate import Evaluation, both_ways, evaluate_ways
@@ -135,15 +135,15 @@ class _Evaluator:
         if self.use and self.use.source.checkpoint is None:
             context = known_context(self.use.source.folder)
         data, options = DataOptions(**config.data.model_dump()), config.eval
-        self.split = options.split or (data.split if data.holdout else default_heldout_split(data.name))
+        self.split = options.split or (data.split if data.held_out else default_held_out_split(data.name))
         return Task(
             data,
             rewards_of(config),
             config.reward,
             seed=config.seed,
             train=False,
-            heldout=options.limit,
-            heldout_split=self.split,
+            held_out=options.limit,
+            held_out_split=self.split,
             reward_models=config.reward_models,
             device=config.device,
             met=frozenset() if config.allow_trained_on else self.refused,
@@ -178,7 +178,7 @@ class _Evaluator:
             source=self.use.source if self.use else sampler.source,
             split=self.split,
             problems=len(prompts),
-            trained_on=sum(fingerprint in self.met for fingerprint in task.fingerprints(task.heldout)),
+            trained_on=sum(fingerprint in self.met for fingerprint in task.fingerprints(task.held_out)),
             rewards=task.scorer.describe(),
             results={name: replace(result, bleu=bleus[name][0]) for name, result in results.items()},
             perplexity=policy and _perplexity(policy, task),
@@ -193,11 +193,11 @@ class _Evaluator:
         if self.served:
             limit, stops = rollout.max_completion_tokens, config.stop_strings
             sampling = SamplingParams(size, rollout.temperature, limit, seed=config.seed, stop_strings=stops)
-            return None, self.served, [self.served.prompt(it, task.template) for it in task.heldout], sampling
+            return None, self.served, [self.served.prompt(it, task.template) for it in task.held_out], sampling
         assert self.use is not None
         policy = self.use.load()
         task.check_lengths(policy, rollout.max_completion_tokens)
-        prompts = [task.prompt(example, policy.tokenizer) for example in task.heldout]
+        prompts = [task.prompt(example, policy.tokenizer) for example in task.held_out]
         sampling, batch = self.use.sampling(policy, size, config.seed, config.stop_strings), rollout.prompts_per_shard
         with self.use.phase("loading"):
             dtype = getattr(torch, config.dtype)
@@ -210,14 +210,14 @@ class _Evaluator:
 
 def _perplexity(policy: Policy, task: Task) -> Perplexity | None:
     stop = policy.stop_token_ids[0]
-    return gold_perplexity(policy, [task.solution(e, policy.tokenizer, stop) for e in task.heldout if e.solution])
+    return gold_perplexity(policy, [task.solution(e, policy.tokenizer, stop) for e in task.held_out if e.solution])
 
 
 def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
     """Returns BLEU of all completions against the gold solutions as they are trained on; None where there are none."""
     pairs = [
         (text, example.solution)
-        for group, example in zip(result.groups, task.heldout, strict=True)
+        for group, example in zip(result.groups, task.held_out, strict=True)
         for text in group.texts
         if example.solution
     ]

@@ -235,8 +235,8 @@ def _refuse_moved_parts(policy: Policy, base: str) -> None:
     """Refuse a run that moved more than its adapters: the experts' bias of a balanced run."""
     files = WeightFiles(base)
     biases = {n.replace(".base_layer", ""): b for n, b in policy.trunk.named_buffers() if n.endswith("correction_bias")}
-    for name, own in biases.items():
-        if not torch.equal(files.read(name)[name].float(), own.float()):
+    for name, bias in biases.items():
+        if not torch.equal(files.read(name)[name].float(), bias.float()):
             raise ExportError(f"the run moved {name} (balance.bias_rate), which an adapter cannot hold; drop --adapter")
 
 

@@ -24,7 +24,7 @@ PROCESS = 0.4 * GIB  # what torch itself needs in each process
 SPARE = 0.2  # the share of memory that stays free: for fragments, and for what is estimated too low
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 Changes = dict[str, Any]  # {"learner.gradient_checkpointing": True}
-SMALLEST = {"learner.tokens_per_micro_batch": 512, "head.tokens_per_update": 128, "rollout.max_completion_tokens": 64}
+SMALLEST = {"learner.tokens_per_micro_batch": 512, "mtp.tokens_per_update": 128, "rollout.max_completion_tokens": 64}
 MOST = 3  # changes that are named as enough by themselves
 LEAST_GAIN = 0.99  # of what is needed: a change that leaves more is not named
 MOST_RANKS = 64
@@ -180,7 +180,7 @@ class LessMemory:
                 yield [{"learner.gradient_checkpointing": True}]
             yield from _halves("learner.tokens_per_micro_batch", config.learner.tokens_per_micro_batch)
         elif isinstance(config, MtpConfig):
-            yield from _halves("head.tokens_per_update", config.head.tokens_per_update)
+            yield from _halves("mtp.tokens_per_update", config.mtp.tokens_per_update)
         yield from _halves("rollout.prompts_per_shard", rollout.prompts_per_shard)
         if rollout.samplers > 1 and not gpus:
             yield from _halves("rollout.workers", rollout.workers)

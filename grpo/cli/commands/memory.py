@@ -30,7 +30,7 @@ from transformers import DeepseekV3Config, PretrainedConfig
 
 from grpo.cli.commands.memory_table import WARM_START, DeviceMemory, each_of, on_devices
 from grpo.cli.commands.shares import Shares, largest_bytes, moment_bytes
-from grpo.config.mtp import MtpConfig
+from grpo.config.mtp import HeadOptions, MtpConfig
 from grpo.config.policy import ModelOptions
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.optimizer import freeze_exact_parts
@@ -173,8 +173,8 @@ class MemoryOfRun:
         """Returns what `HeadLearner` holds: a frozen trunk, its hidden states, and a draft head that learns."""
         policy = meta_policy(self.shape, True, self.dtype)
         assert policy.mtp is not None
-        assert isinstance(self.config, MtpConfig)
-        head, parameters = self.config.head, list(policy.mtp.parameters())
+        assert isinstance(self.config.mtp, HeadOptions)
+        head, parameters = self.config.mtp, list(policy.mtp.parameters())
         taught, all_tensors = sum(p.numel() for p in parameters), storage_bytes(tensors_of(policy))
         of_token = sum(_kept_bytes(policy.mtp, self.shape, self.dtype).values())
         activations = self.corpus_bytes() // self.config.steps + head.depth * head.tokens_per_update * of_token
@@ -191,9 +191,9 @@ class MemoryOfRun:
     def corpus_bytes(self) -> int:
         """Returns what `quartet mtp` keeps on disk of completions as long as they may be, of as many solutions, and of
         prompts of ASSUMED_PROMPT with each of them."""
-        assert isinstance(self.config, MtpConfig)
+        assert isinstance(self.config.mtp, HeadOptions)
         rollout = self.config.whole_rollout
-        completions = self.config.prompts_per_step * rollout.group_size + self.config.head.solutions
+        completions = self.config.prompts_per_step * rollout.group_size + self.config.mtp.solutions
         tokens = self.config.steps * completions * (ASSUMED_PROMPT + rollout.max_completion_tokens)
         return tokens * (self.shape.hidden_size * self.dtype.itemsize + 32)
 

@@ -77,7 +77,7 @@ def model_card(
 ) -> str:
     """Returns the card of `what` of `run`, exported as `name` into `folder`; `base`: the adapters' base, None if
     merged. `left` says what the export leaves out. `step` is the exported one; later numbers are left out."""
-    _, options = recorded_options(run / "config.yaml")
+    command, options = recorded_options(run / "config.yaml")
     here = hardware.read(run / hardware.FILE)
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     lines = [line for line in lines if step is None or line["step"] <= step]
@@ -85,7 +85,7 @@ def model_card(
         evaluations = list(_evaluations(options.get("data", {}).get("name"), lines))
     effective = yaml.safe_dump(options, sort_keys=False)
     method = "GRPO" if "steps" in options else "supervised fine-tuning"
-    method = "teaching the draft head" if "head" in options else method
+    method = "teaching the draft head" if command == "mtp" else method
     parts = [
         f"# {name}",
         f"{'Adapters (LoRA)' if base else 'Weights'} from {method} with quartet-rl: {what}, run `{run.name}`, "

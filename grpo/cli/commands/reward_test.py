@@ -89,7 +89,8 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
     """Tries `function` (a built-in name or `path/to/file.py:function`) on the data of `config`. Raises RewardError,
     with function, row and cause, for one that cannot be loaded or fails."""
     find_reward(function)  # a misspelt name must not cost a download
-    examples = examples_of(config, config.data, config.split, purpose="eval", limit=config.limit)
+    data = config.data
+    examples = examples_of(data, data.name, data.split, purpose="eval", limit=data.limit)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
     options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": config.on_error}
     with Scorer([spec], timeout_s=config.timeout_s, pass_variables=config.pass_variables, **options) as scorer:
@@ -97,7 +98,7 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
         verdicts = Verdicts(spec.label, scorer.right_at(spec.label), trial.dry_run(scorer))
         full_marks = verdicts.full_marks if config.full_marks is None else config.full_marks
         sha256 = scorer.describe()[0]["sha256"]
-        trial.check = check = RewardCheck(function, sha256, config.data, len(examples), full_marks, config.shaping)
+        trial.check = check = RewardCheck(function, sha256, data.name, len(examples), full_marks, config.shaping)
         started = time.perf_counter()
         trial.scores = trial.score(scorer)
         check.completions_per_second = sum(map(len, trial.scores)) / (time.perf_counter() - started)

@@ -17,7 +17,7 @@ from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerB
 from grpo.cli.commands import machine, memory_table
 from grpo.cli.commands.memory import MemoryOfRun
 from grpo.config.learner import ParallelOptions
-from grpo.config.mtp import MtpConfig
+from grpo.config.mtp import HeadOptions, MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
@@ -169,7 +169,7 @@ def dry_run(
 
 def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float | None = None) -> bool:
     """Check data, template, rewards, model and folder of `quartet mtp` without training; print counts, FLOPs per token
-    of the head, memory and disk. Returns whether that fits."""
+    of the draft head, memory and disk. Returns whether that fits."""
     run = _MtpDryRun(config, device_gib)
     refuse_folder(config.output_dir, resuming=resuming)
     run.show()
@@ -200,7 +200,7 @@ class _DryRun:
                 refuse_changed_rewards(self.config.output_dir, task.describe_rewards())
             self.check(task)
             table.add_row("training examples", f"{len(task.train):,} ({data.name}, {data.split})")
-            table.add_row("held-out examples", f"{len(task.heldout):,}")
+            table.add_row("held-out examples", f"{len(task.held_out):,}")
             for name, value in self.rows(task):
                 table.add_row(name, value)
         CONSOLE.print(table)
@@ -279,24 +279,24 @@ class _MtpDryRun(_DryRun):
 
     def rows(self, task: Task) -> Iterator[tuple[str, str]]:
         config, shape = self.config, self.plan.shape
-        assert isinstance(config, MtpConfig)
+        assert isinstance(config.mtp, HeadOptions)
         assert isinstance(shape, DeepseekV3Config)  # others have been refused
         with torch.device("meta"):
             sizes = {name: p.numel() for name, p in MTPHead(shape).named_parameters()}
         experts = sum(size for name, size in sizes.items() if ".experts." in name)
         active = sum(sizes.values()) - experts + experts * shape.num_experts_per_tok // shape.n_routed_experts
-        depth, width = config.head.depth, min(config.head.draft_vocabulary or shape.vocab_size, shape.vocab_size)
+        depth, width = config.mtp.depth, min(config.mtp.draft_vocabulary or shape.vocab_size, shape.vocab_size)
         completions = config.prompts_per_step * config.whole_rollout.group_size
-        solutions = f" and {config.head.solutions:,} gold solutions" if config.head.solutions else ""
+        solutions = f" and {config.mtp.solutions:,} gold solutions" if config.mtp.solutions else ""
         yield "corpus", f"{config.steps:,} steps × {completions:,} completions{solutions}"
-        yield "epochs over it", f"{config.head.epochs:,} at most"
+        yield "epochs over it", f"{config.mtp.epochs:,} at most"
         yield "completions in all", f"{config.steps * completions:,}"
         yield "draft vocabulary", f"{width:,} of {shape.vocab_size:,} tokens"
-        yield "head: parameters", f"{sum(sizes.values()) / 1e6:,.1f} M, {depth} depths"
-        yield "head: FLOPs per token and pass", f"{6 * active * depth / 1e6:,.0f} M"
+        yield "draft head: parameters", f"{sum(sizes.values()) / 1e6:,.1f} M, {depth} depths"
+        yield "draft head: FLOPs per token and pass", f"{6 * active * depth / 1e6:,.0f} M"
         yield "LM head: the same", f"{(2 + 4 * depth) * shape.hidden_size * width / 1e6:,.0f} M"
         learner = self.memory.head_learner()
-        saved = math.ceil(config.steps / config.checkpoint.every) + config.head.epochs
+        saved = math.ceil(config.steps / config.checkpoint.every) + config.mtp.epochs
         copies = min((config.checkpoint.keep or saved) + 1, saved)  # the next one is complete before the oldest goes
         self.disk = learner.weights + copies * (learner.gradients + learner.moments) + self.memory.corpus_bytes()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,7 @@ class RecoveryOptions(Options):
 class ConvertConfig(Options):
     """A dense Llama-family checkpoint as a DeepSeek-V3 policy: exactly, or with a smaller cache."""
 
+    command: ClassVar[str] = "convert"
     ffn: Literal["dense", "moe"] = "dense"
     """What becomes of the feed-forward: `dense` as it was, `moe` experts with a router, exact all the same."""
     experts: ExpertOptions = ExpertOptions()
@@ -56,7 +57,7 @@ class ConvertConfig(Options):
     (.jsonl, .json, .parquet, .csv), or a dataset such as `gsm8k`. Its last part is held out for the report."""
     calibrate_tokens: int = Field(default=16384, ge=1)
     """Tokens that are measured."""
-    heldout_tokens: int = Field(default=4096, ge=1)
+    held_out_tokens: int = Field(default=4096, ge=1)
     """Tokens held out for the report; at most a fifth of the text."""
     window: int = Field(default=512, ge=2)
     """Tokens that are read at once; distances beyond are not measured."""

@@ -24,9 +24,9 @@ class _UseOptions(EnvironmentOptions, ModelOptions):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        r"""In one text, as a shell passes it on, `\n` and `\t` mean a line break and a tab."""
-        given = [self.stop.replace(r"\n", "\n").replace(r"\t", "\t")] if isinstance(self.stop, str) else self.stop
-        return tuple(given)
+        r"""Gives the texts that end a completion. One alone comes from a shell: `\n` is a line break, `\t` a tab."""
+        texts = [self.stop.replace(r"\n", "\n").replace(r"\t", "\t")] if isinstance(self.stop, str) else self.stop
+        return tuple(texts)
 
     @field_validator("stop")
     @classmethod
@@ -42,18 +42,18 @@ class EvaluatedDataOptions(PromptOptions):
     name: str = "word_problems"
     """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with test.jsonl, or one data file."""
     split: str = "train"
-    """The split of which a run with `data.holdout` holds out a share."""
-    holdout: float | None = Field(default=None, gt=0, lt=1)
-    """Evaluate only the share that a run with this `data.holdout` holds out; null evaluates `eval.split`."""
-    holdout_seed: int = 0
-    """The run's `data.holdout_seed`."""
+    """The split of which a run with `data.held_out` holds out a share."""
+    held_out: float | None = Field(default=None, gt=0, lt=1)
+    """Evaluate only the share that a run with this `data.held_out` holds out; null evaluates `eval.split`."""
+    held_out_seed: int = 0
+    """The run's `data.held_out_seed`."""
 
 
 class EvaluatedOptions(Options):
     """What is evaluated, and how often."""
 
     split: str | None = None
-    """The split; `heldout` for word_problems and reasoning_gym, `test` otherwise."""
+    """The split; `held_out` for word_problems and reasoning_gym, `test` otherwise."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first problems, at most this many; null uses all."""
     samples: int = Field(default=1, ge=0)
@@ -152,7 +152,7 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"
     prompts = ("template", "system_prompt", "user_turn", "few_shot")
-    problems = ("name", "split", "holdout", "holdout_seed", "task_options", "prompt_column", "solution_column")
+    problems = ("name", "split", "held_out", "held_out_seed", "task_options", "prompt_column", "solution_column")
     sampling = ("temperature", "max_completion_tokens", "draft_tokens")
     acting = (*EnvironmentOptions.model_fields, *AgentOptions.model_fields)
     brought: dict[str, Any] = {
@@ -166,5 +166,5 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
         return brought
     brought["data"] |= {name: of_data[name] for name in problems if name in of_data}
     brought["data"]["levels"] = run["eval"]["levels"] or of_data["levels"]
-    split = None if of_data.get("holdout") else run["eval"]["split"]
+    split = None if of_data.get("held_out") else run["eval"]["split"]
     return brought | {"eval": {"split": split, "limit": run["eval"]["limit"] or None}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from grpo.config.data import ProblemOptions
@@ -17,15 +19,22 @@ class _TrialOptions(CallOptions):
     """`abort` ends at the first failure; `drop_sample` counts failures and goes on."""
 
 
-class RewardTestConfig(_TrialOptions, ProblemOptions):
-    """Try a reward function on data, without a model: gold solutions get full marks, empty and wrong ones do not."""
+class TriedDataOptions(ProblemOptions):
+    """Which problems the function scores solutions of."""
 
-    data: str = "word_problems"
+    name: str = "word_problems"
     """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with train.jsonl, or one data file."""
     split: str = "train"
     """The split."""
     limit: int | None = Field(default=200, ge=1)
     """Use only the first rows, at most this many; null uses all."""
+
+
+class RewardTestConfig(_TrialOptions):
+    """Try a reward function on data, without a model: gold solutions get full marks, empty and wrong ones do not."""
+
+    command: ClassVar[str] = "reward test"
+    data: TriedDataOptions = TriedDataOptions()
     full_marks: float | None = None
     """What a right completion scores; by default what the function declares (`rewards.right_at`), else 1, or what the
     first gold solution gets where that is more."""

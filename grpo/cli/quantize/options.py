@@ -14,7 +14,7 @@ class QuantizeConfig(EvalConfig):
     accuracy is measured, before and after; it is measured where `data` is given, or where a run folder brings it."""
 
     common: ClassVar[tuple[str, ...]] = (
-        *("method", "bits", "calibrate", "group_size", "calibrate_tokens", "heldout_tokens", "window"),
+        *("method", "bits", "calibrate", "group_size", "calibrate_tokens", "held_out_tokens", "window"),
         *("data.name", "eval.split", "eval.limit", "eval.samples", "eval.greedy", "data.template"),
         *("rollout.max_completion_tokens", "rewards"),
         *("dtype", "device", "threads", "seed"),
@@ -35,7 +35,7 @@ class QuantizeConfig(EvalConfig):
     precision."""
     calibrate_tokens: int = Field(default=16384, ge=1)
     """Tokens that the model is measured on."""
-    heldout_tokens: int = Field(default=8192, ge=1)
+    held_out_tokens: int = Field(default=8192, ge=1)
     """Tokens held out for the report; at most a fifth of the text."""
     window: int = Field(default=512, ge=2)
     """Tokens that are read at once."""

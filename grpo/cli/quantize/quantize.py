@@ -23,7 +23,7 @@ from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.json_file import write_json
 from grpo.data.calibration_text import CalibrationText, calibration_text
 from grpo.data.examples import Example
-from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, trained_on
+from grpo.data.leakage import in_held_out, problem_fingerprint, record_trained_on, trained_on
 from grpo.data.prompts import PromptTemplate
 from grpo.run import hardware
 from policies.conversion.dense import LICENCE_FILES, new_folder
@@ -45,7 +45,7 @@ class Quantization:
     destination: str
     bytes_before: int
     bytes_after: int
-    kept: list[str]
+    whole: list[str]
     fidelity: Fidelity
     seconds: float
     versions: dict[str, str]
@@ -99,8 +99,8 @@ class Quantizer:
             destination=str(destination),
             bytes_before=size if source.checkpoint else _bytes(Path(source.folder)) or size,
             bytes_after=_bytes(folder),
-            kept=whole,
-            fidelity=fidelity(policy.trunk, small.trunk.to(policy.device), text.heldout),
+            whole=whole,
+            fidelity=fidelity(policy.trunk, small.trunk.to(policy.device), text.held_out),
             seconds=seconds,
             versions={name: metadata.version(name) for name in ("llmcompressor", "compressed-tensors")},
             evaluations=evaluations,
@@ -109,18 +109,18 @@ class Quantizer:
     def _text(self) -> CalibrationText:
         """Returns the text that is measured on, without the share that a run holds out."""
         config, base = self.config, self.use.source.base
-        shape, share = read_config(base), config.data.holdout
+        shape, share = read_config(base), config.data.held_out
         if is_packed(shape):
             raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
 
         def held_out(example: Example) -> bool:
-            return share is not None and in_holdout(self._fingerprint(example), share, config.data.holdout_seed)
+            return share is not None and in_held_out(self._fingerprint(example), share, config.data.held_out_seed)
 
         return calibration_text(
             config.calibrate,
             read_tokenizer(base),
             tokens=config.calibrate_tokens,
-            heldout_tokens=config.heldout_tokens,
+            held_out_tokens=config.held_out_tokens,
             window=min(config.window, shape.max_position_embeddings),
             left_out=held_out,
         )
@@ -176,9 +176,9 @@ def show(result: Quantization, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"on {figures.num_tokens:,} tokens of {config.calibrate}, held out; quantised in {result.seconds:.0f} s")
-    if result.kept:
+    if result.whole:
         why = f"group_size={config.group_size} does not divide their rows"
-        say(f"{len(result.kept)} matrices keep their precision, such as {result.kept[0]}: {why}")
+        say(f"{len(result.whole)} matrices keep their precision, such as {result.whole[0]}: {why}")
     for evaluation in result.evaluations:
         eval_report.show(evaluation, console)
     if result.evaluations:
@@ -191,9 +191,9 @@ def as_json(result: Quantization) -> dict[str, Any]:
     both = result.evaluations
     return {
         "weights_bytes": {"before": result.bytes_before, "after": result.bytes_after},
-        "heldout": asdict(result.fidelity) | {"perplexity_change": result.perplexity_change},
+        "held_out": asdict(result.fidelity) | {"perplexity_change": result.perplexity_change},
         "accuracy": eval_report.paired_as_json(both) if both else None,
-        "matrices_kept": result.kept,
+        "matrices_kept": result.whole,
         "seconds": result.seconds,
         "options": result.config.model_dump(mode="json"),
         "environment": hardware.describe() | result.versions,

@@ -107,7 +107,7 @@ def explain(
     group: int | None = None,
     groups: int | None = None,
     tokens: int = 400,
-    heldout: int = 64,
+    held_out: int = 64,
     what_if: Sequence[Sequence[str]] = (),
     say: Callable[[str], None] = print,
 ) -> Explanation:
@@ -121,7 +121,7 @@ def explain(
     >>> explain(Path("runs/demo"), 31).groups[0].effect
     0.00042
     """
-    for name, value in (("groups", groups), ("tokens", tokens), ("heldout", heldout)):
+    for name, value in (("groups", groups), ("tokens", tokens), ("held_out", held_out)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: give 1 or more, or leave it out")
     config = read_config(run)
@@ -130,7 +130,7 @@ def explain(
     if group is not None and not 0 <= group < len(recorded):
         raise ValueError(f"--group {group}: step {step} has groups 0 to {len(recorded) - 1}")
     with Task.of(config, scores=False) as task:
-        explainer = _Explainer(Rewind(config, step, task), recorded, heldout)
+        explainer = _Explainer(Rewind(config, step, task), recorded, held_out)
         most = 1 if group is not None else min(groups or explainer.affordable, len(recorded))
         say(explainer.cost(most, len(alternatives), tokens if group is not None else 0))
         return explainer.explain(group, most, tokens, alternatives)
@@ -139,10 +139,10 @@ def explain(
 class _Explainer:
     """Takes the step again, as it was and in other ways, and measures each by held-out solutions."""
 
-    def __init__(self, rewind: Rewind, recorded: Sequence[Sequence[Mapping[str, Any]]], heldout: int) -> None:
+    def __init__(self, rewind: Rewind, recorded: Sequence[Sequence[Mapping[str, Any]]], held_out: int) -> None:
         self.rewind, self.step, self.count = rewind, rewind.step, len(recorded)
         self.rows = {row["step"]: row for row in read_metrics(rewind.config.output_dir)}
-        self.held, self.words = self._held_out({lines[0]["prompt_id"] for lines in recorded}, heldout)
+        self.held, self.words = self._held_out({lines[0]["prompt_id"] for lines in recorded}, held_out)
         tokens = sum(len(line["token_ids"]) for lines in recorded for line in lines)
         measuring = sum(row.length for row in self.held) / max(tokens, 1) / 3  # a forward pass is a third of a step
         self.seconds = self._seconds(self.step) * (1 + measuring)
@@ -151,7 +151,7 @@ class _Explainer:
         """Returns gold solutions that the step has not learned from, and in words which."""
         config, task, policy = self.rewind.config, self.rewind.task, self.rewind.policy
         unseen = [example for example in task.train if example.example_id not in drawn]
-        examples, words = (task.heldout, "held-out problems") if task.heldout else (unseen, "other training problems")
+        examples, words = (task.held_out, "held-out problems") if task.held_out else (unseen, "other training problems")
         stop = policy.stop_token_ids[0]
         with_solution = [example for example in examples if example.solution.strip()][:count]
         rows = [task.solution(example, policy.tokenizer, stop) for example in with_solution]
@@ -168,7 +168,7 @@ class _Explainer:
 
     @property
     def affordable(self) -> int:
-        """So many groups may be left out within AFFORDABLE seconds: one at least."""
+        """Counts the groups that may be left out within AFFORDABLE seconds: one at least."""
         return max(1, int(AFFORDABLE / self.seconds)) if self.seconds else self.count
 
     def cost(self, most: int, alternatives: int, tokens: int) -> str:

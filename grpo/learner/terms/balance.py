@@ -148,7 +148,7 @@ class Load:
         self.first_bias = [router.e_score_correction_bias.clone() for router in of_layers.values()]
 
     def begin(self, rows: Sequence[PackedRow]) -> Count:
-        """Nothing yet of a batch whose rows these are."""
+        """Gives an empty count for a batch whose rows these are."""
         device = next(iter(self.routers.values())).weight.device
         return Count(
             sum(row.num_completion_tokens for row in rows),

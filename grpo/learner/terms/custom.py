@@ -23,9 +23,9 @@ NAME = "loss/own"
 
 
 def as_term(loss: Loss, first: Term) -> Term:
-    """What `forward_backward` takes as its loss, as a term in place of `first`: a loss_type or "supervised", options, a
-    term, a function of four tensors (`PerToken`) or of one or two lists of them (`OfAll`). Raises ValueError for
-    others.
+    """Gives what `forward_backward` takes as its loss, as a term in place of `first`: a loss_type or "supervised",
+    options, a term, a function of four tensors (`PerToken`) or of one or two lists of them (`OfAll`). Raises ValueError
+    for others.
     """
     if isinstance(loss, Term):
         return loss
@@ -79,8 +79,8 @@ class PerToken(Term):
 
 
 class OfAll(Term):
-    """A function of the log-probabilities of all completions of the batch, [Lc] each in the order of [group, sample],
-    to a scalar; with the reference's as a second list where it takes two.
+    """The loss is a function of the log-probabilities of all completions of the batch, [Lc] each in the order of
+    [group, sample]; it takes the reference's as a second list where it has two parameters.
 
     It is called once before each update, on every rank with all completions. The gradient by each log-probability then
     weighs that token wherever its row lies: in another micro-batch, or on another rank.
@@ -151,5 +151,5 @@ def _segments(mini: MicroBatch, logprobs_CL: Tensor) -> dict[tuple[int, int], li
 
 
 def _whole(work: Work, segments: dict[tuple[int, int], list[float]]) -> dict[int, list[float]]:
-    """The same values of each completion whole, in the order of [group, sample]."""
+    """Joins the values of segments to those of whole completions, in the order of [group, sample]."""
     return dict(sorted(by_completion(work.rows, segments).items()))

@@ -30,7 +30,7 @@ class Scores(Protocol):
     """Where a teacher's log-probabilities come from: weights that are loaded here, or a server."""
 
     def logprobs(self, likelihood: Likelihood, mini: MicroBatch) -> Tensor:
-        """[C, L] of the tokens that were sampled."""
+        """Scores the tokens that were sampled [C, L]."""
 
     def top(self, likelihood: Likelihood, mini: MicroBatch, k: int) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens at every scored token, and their log-probabilities: [N, k] of both."""
@@ -124,7 +124,7 @@ def _chunk(lm_head_VD: Tensor) -> int:
 
 
 def distill(old_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """On-policy distillation: Â_t = log π_T(y_t) - log π_old(y_t), 0 off the mask. [B, T] of three -> [B, T].
+    """Gives on-policy distillation: Â_t = log π_T(y_t) - log π_old(y_t), 0 off the mask. [B, T] of three -> [B, T].
 
     Its policy gradient is in expectation minus the gradient of KL(π || π_T) of the next token, at the states that the
     policy itself has reached (Gu et al., MiniLLM, arXiv:2306.08543, eq. 3-4, without what a token does to later ones;

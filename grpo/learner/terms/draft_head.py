@@ -22,11 +22,11 @@ from policies.policy import Policy
 
 METRICS = {
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
-    "loss/mtp_tv": "the same by total variation (head.tv, mtp.tv): share of drafts rejected at best, fraction",
+    "loss/mtp_tv": "the same by total variation (mtp.tv): share of drafts rejected at best, fraction",
     "time/draft_head": "the draft head and its loss, without most of its backward; and all that tied groups take which "
     "are read for it alone; part of time/learn, seconds",
 }
-PAYS = 1.1  # least gain of a step's rollouts that is worth what the head's learning takes
+PAYS = 1.1  # least gain of a step's rollouts that is worth what the draft head's learning takes
 
 
 def term(policy: Policy, config: Any, load: Any = None) -> DraftHeadTerm | None:
@@ -95,11 +95,11 @@ class DraftHeadTerm(Term):
 def teaching(
     policy: Policy, options: MTPOptions, rows: Sequence[PackedRow], step: int, gain: float | None = None
 ) -> dict[int, float]:
-    """The groups that the head learns from at this step, with the weight of each of their tokens.
+    """The groups that the draft head learns from at this step, with the weight of each of their tokens.
 
     Every `every` steps, from a share of the groups that is another one each time. Where drafts are known to have had
     little `gain` in the rollouts that are learned from, it is every `idle_every` steps, if not null, and from groups
-    alone that are not tied: to read a tied group for the head takes longer than what the head then does with it.
+    alone that are not tied: to read a tied group for the draft head takes longer than what it then does with it.
     """
     rest = options.idle_every if isinstance(options, GrpoMTPOptions) and gain is not None and gain < PAYS else None
     every = max(options.every, rest or 1)
@@ -119,7 +119,7 @@ def head_loss(
     preceding_BTD: Tensor,  # the hidden state that predicts each token
     weights: Mapping[int, float],  # see `teaching`
     temperature: float,
-    together: bool = False,  # several ranks gather the head's weights at once
+    together: bool = False,  # several ranks gather the draft head's weights at once
 ) -> Tensor | None:
     """The draft loss of the rows that teach, weighted. Where this micro-batch has none of them it is None, or
     `together` that of its first row, with weight zero.

@@ -95,7 +95,7 @@ class PolicyTerm(Term):
         return loss
 
     def mask(self, mini: MicroBatch) -> Tensor:
-        """[C, L]: the tokens in the loss."""
+        """Marks the tokens in the loss [C, L]."""
         return mini.loss_mask if self.options.mask_truncated_completions else mini.mask
 
 

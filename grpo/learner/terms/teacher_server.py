@@ -46,27 +46,27 @@ class TeacherServer:
         self.url, self.model, self.token = f"{url.rstrip('/')}/completions", model, os.environ.get(TOKEN, "")
 
     def logprobs(self, likelihood: Likelihood, mini: MicroBatch) -> Tensor:
-        """[C, L] of the tokens that were sampled."""
+        """Scores the tokens that were sampled [C, L]."""
         ids = mini.token_ids[mini.scored].tolist()
         values = [position[token] for token, position in zip(ids, self._positions(mini, 0), strict=True)]
         return mini.by_completion(torch.tensor(values, device=mini.mask.device))
 
     def top(self, likelihood: Likelihood, mini: MicroBatch, k: int) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens at every scored token, and their log-probabilities: [N, k] of both."""
-        found = [sorted(position.items(), key=lambda it: -it[1])[:k] for position in self._positions(mini, k)]
-        ids_NK = torch.tensor([[token for token, _ in tokens] for tokens in found], device=mini.mask.device)
-        return ids_NK, torch.tensor([[value for _, value in tokens] for tokens in found], device=mini.mask.device)
+        likeliest = [sorted(position.items(), key=lambda it: -it[1])[:k] for position in self._positions(mini, k)]
+        ids_NK = torch.tensor([[token for token, _ in tokens] for tokens in likeliest], device=mini.mask.device)
+        return ids_NK, torch.tensor([[value for _, value in tokens] for tokens in likeliest], device=mini.mask.device)
 
     def _positions(self, mini: MicroBatch, k: int) -> list[Position]:
-        """What the server says of every scored token, in the order of `mini.scored`."""
+        """Gives what the server says of every scored token, in the order of `mini.scored`."""
         pairs = [(row.prompt_token_ids, sample) for row in mini.rows for sample in row.samples]
         texts = [prompt + sample.token_ids for prompt, sample in pairs]
         scored = self.score(texts, [len(prompt) for prompt, _ in pairs], k)
         sampled = [sample.sampled or [True] * len(sample.token_ids) for _, sample in pairs]
         return [
             position
-            for positions, kept in zip(scored, sampled, strict=True)
-            for position, counts in zip(positions, kept, strict=True)
+            for positions, flags in zip(scored, sampled, strict=True)
+            for position, counts in zip(positions, flags, strict=True)
             if counts
         ]
 
@@ -98,12 +98,12 @@ class TeacherServer:
 def _read(answer: bytes, ids: list[int], start: int, k: int) -> list[Position]:
     """Raises Unusable for an answer that does not score these tokens."""
     try:
-        found: Any = json.loads(answer)["choices"][0]["prompt_logprobs"]
-        positions = [{int(token): float(it["logprob"]) for token, it in place.items()} for place in found[start:]]
+        scores: Any = json.loads(answer)["choices"][0]["prompt_logprobs"]
+        positions = [{int(token): float(it["logprob"]) for token, it in place.items()} for place in scores[start:]]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise Unusable(f"an answer without prompt_logprobs ({type(error).__name__}: {error})") from error
-    if len(found) != len(ids):
-        raise Unusable(f"it has read {len(found)} tokens, and {len(ids)} were given")
+    if len(scores) != len(ids):
+        raise Unusable(f"it has read {len(scores)} tokens, and {len(ids)} were given")
     for token, position in zip(ids[start:], positions, strict=True):
         if token not in position or len(position) < k:
             raise Unusable(

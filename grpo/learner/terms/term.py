@@ -75,14 +75,14 @@ class Term:
         return batch
 
     def teaches(self, batch: TrainingBatch) -> bool:
-        """Whether it has something to teach where every advantage of a batch is zero."""
+        """Tells whether it has something to teach where every advantage of a batch is zero."""
         return False
 
     def begin(self, work: Work) -> None:
         """It is called before the first update and before `needs`; `work.rows` are still all rows of the batch."""
 
     def needs(self, row: PackedRow, work: Work) -> bool:
-        """Whether it reads a tied row."""
+        """Tells whether it reads a tied row."""
         return False
 
     def before_update(self, work: Work) -> None:
@@ -93,16 +93,16 @@ class Term:
         return advantages
 
     def per_token(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
-        """[C, L]: the loss of each token, of which the mean over the step's tokens is taken."""
+        """Gives the loss of each token [C, L], of which the mean over the step's tokens is taken."""
         raise NotImplementedError(f"{type(self).__name__} overrides neither per_token nor scalar")
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
-        """The summand of this micro-batch. None where it has none."""
+        """Gives the summand of this micro-batch; None where it has none."""
         per_token = self.per_token(mini, forward, work).masked_fill(~mini.loss_mask, 0.0)
         return per_token.sum() / max(work.batch.num_completion_tokens, 1)
 
     def lesson(self, lesson: Lesson, work: Work) -> Tensor:
-        """The loss of a recorded lesson, where it `reads_lessons`."""
+        """Gives the loss of a recorded lesson, where the term `reads_lessons`."""
         raise NotImplementedError(f"{type(self).__name__} does not override lesson")
 
     def end(self, works: Sequence[Work]) -> dict[str, float]:

@@ -52,7 +52,7 @@ class Client:
         self.token, self.while_waiting, self.why = token, while_waiting, why
 
     def state(self) -> dict[str, Any]:
-        """What the server says of itself: `vllm`, its version, `tried`, `on_cpu`, and the `load` that it holds."""
+        """Asks the server about itself: `vllm`, its version, `tried`, `on_cpu`, and the `load` that it holds."""
         try:
             [state] = self._ask("GET", "/state", (), 0, ANSWER_S)
         except NotOurs:

@@ -42,7 +42,7 @@ class Row:
     draft: DraftStats = field(default_factory=DraftStats)
 
     def request(self, params: SamplingParams) -> list[Any]:
-        """What is sampled next: its token ids, its seed, and the most tokens."""
+        """Gives what is sampled next: its token ids, its seed, and the most tokens."""
         seed = seed_of(params, self.prompt.prompt_id, self.sample, len(self.ids))
         return [[*self.prompt.token_ids, *self.ids], seed, params.max_completion_tokens - len(self.ids)]
 

@@ -55,14 +55,14 @@ class VLLMPool(Pool):
         settings = options.vllm
         self.settings, self.policy, self.context = settings, policy, policy.max_length
         if isinstance(policy.config, DynamicHeadsConfig):
-            raise RolloutError("rollout.backend=vllm: vLLM computes all heads, and this policy has dynamic ones")
+            raise RolloutError("rollout.backend=vllm: vLLM computes all attention heads, this policy chooses some")
         if sees_prompts_whole(policy.config):
             raise RolloutError("rollout.backend=vllm: vLLM reads prompts causally, and this policy sees them whole")
         self.precision, self.threads, self.check_stop = options.dtype, options.threads, options.check_stop
         if settings.draft_tokens and policy.mtp is None:
             raise RolloutError(
                 f"rollout.draft_tokens={settings.draft_tokens}, but this policy has no MTP head; "
-                "set it to 0, or load the policy with a head"
+                "set it to 0, or load the policy with a draft head"
             )
         self.stage = Stage(policy.tokenizer)
         self.faults = Faults(options.on_lost)
@@ -95,7 +95,7 @@ class VLLMPool(Pool):
         self._is_lost = False
 
     def _mended(self, work: str, act: Callable[[], T]) -> T:
-        """What `act` returns. If the server is lost, there is a new one, with no weights, and `act` is called again."""
+        """Calls `act` and gives what it returns; again, with a new server without weights, where the server is lost."""
         while True:
             began = time.monotonic()
             try:

@@ -26,8 +26,8 @@ TOLD_LINES = 12  # of the log, in an error
 
 
 def state_of(python: Path, option: str = "rollout.vllm.python") -> dict[str, Any]:
-    """What a server with this interpreter, the value of `option`, would say of itself. Raises RolloutError where it
-    cannot start."""
+    """Gives what a server with this interpreter, the value of `option`, would say of itself. Raises RolloutError where
+    it cannot start."""
     command = [str(python), str(SERVER), "--state"]
     try:
         done = subprocess.run(
@@ -100,7 +100,7 @@ class VLLMProcess:
         return f"{named} was ended by {name}{why}"
 
     def told(self) -> str:
-        """What is known of its end, for an error."""
+        """Tells what is known of its end, for an error."""
         state = self.state()
         with open(self.log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))

@@ -89,7 +89,7 @@ class Updates:
 
     @property
     def follows(self) -> bool:
-        """Whether what was taken last is known to arrive at a server that holds what was before it."""
+        """Tells whether what was taken last is known to arrive at a server that holds what was before it."""
         return self._last is not None
 
     def _layout(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def test_a_hacked_reward_is_named_once_with_examples(kind, seed):
     assert [alarm.kind for alarm in found] == [kind]
     [alarm] = found
     assert alarm.reward == "mine"
-    assert alarm.said.startswith("the reward mine ")
+    assert alarm.words.startswith("the reward mine ")
     assert abs(alarm.value) >= LIMITS[kind]
     assert len({example["prompt_id"] for example in alarm.examples}) == 3
     assert alarm.examples[0]["mark"] >= alarm.examples[-1]["mark"] > 0

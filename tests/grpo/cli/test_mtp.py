@@ -70,12 +70,12 @@ def config(taught, letters):
             "rollout.max_completion_tokens": 16,
             "rollout.draft_tokens": 3,
             "rewards": [{"function": letters}],
-            "head.depth": 3,
-            "head.epochs": EPOCHS,
-            "head.solutions": 2,
-            "head.tokens_per_update": 128,
-            "head.learning_rate": 5e-3,
-            "head.draft_vocabulary": 64,
+            "mtp.depth": 3,
+            "mtp.epochs": EPOCHS,
+            "mtp.solutions": 2,
+            "mtp.tokens_per_update": 128,
+            "mtp.learning_rate": 5e-3,
+            "mtp.draft_vocabulary": 64,
             "eval.limit": 0,
             "checkpoint.keep": None,
             "log.trackers": [],
@@ -112,12 +112,12 @@ def _untimed(folder: Path) -> list[dict]:
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, tmp_path):
-    given = {"steps": 4, "head.epochs": 8, "eval.limit": 12, "head.draft_vocabulary": None, "prompts_per_step": 8}
-    given["head.restart"] = False
+    given = {"steps": 4, "mtp.epochs": 8, "eval.limit": 12, "mtp.draft_vocabulary": None, "prompts_per_step": 8}
+    given["mtp.restart"] = False
     results = mtp(config(tmp_path / "run", **given))
     # What an epoch's held-out rollouts promise is what drafts then are.
     before, *lines, after = read_metrics(tmp_path / "run")
-    promised = [line["draft/heldout_tokens_per_forward"] for line in lines if "curriculum/draft_depth" in line]
+    promised = [line["draft/held_out_tokens_per_forward"] for line in lines if "curriculum/draft_depth" in line]
     assert max(promised) > promised[0] + 0.3
     # On held-out problems, which a policy that knows 16 by heart continues as it likes, the head gains less.
     assert after["eval/tokens_per_forward"] > before["eval/tokens_per_forward"] + 0.2
@@ -138,15 +138,15 @@ def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, t
 @pytest.mark.slow
 def test_a_new_head_starts_as_the_trunks_last_layer_and_a_stored_one_only_where_asked(config, taught, tmp_path):
     def first_acceptance(name: str, **given) -> float:
-        mtp(config(tmp_path / name, **{"steps": 1, "eval.limit": 12, "head.learning_rate": 1e-6} | given))
+        mtp(config(tmp_path / name, **{"steps": 1, "eval.limit": 12, "mtp.learning_rate": 1e-6} | given))
         return read_metrics(tmp_path / name)[0]["eval/acceptance_depth_1"]
 
     started = first_acceptance("started")
-    random = first_acceptance("random", **{"head.restart": False})
+    random = first_acceptance("random", **{"mtp.restart": False})
     assert started > random + 0.1
     stored = {"model": str(tmp_path / "random/policy")}
     assert first_acceptance("kept", **stored) < started - 0.1
-    assert first_acceptance("again", **stored | {"head.restart": True}) > random + 0.1
+    assert first_acceptance("again", **stored | {"mtp.restart": True}) > random + 0.1
 
 
 @pytest.mark.slow
@@ -159,9 +159,9 @@ def test_rollouts_come_first_and_epochs_over_them_last(whole):
     assert all("completion/tokens" not in line and sum(line.get(loss, 0) for loss in losses) > 0 for line in epochs)
     assert [line["curriculum/draft_depth"] for line in epochs] == [1, 2, 3, 3]
     for line in epochs:
-        shares = [line[f"draft/heldout_acceptance_depth_{d}"] for d in (1, 2, 3)]
+        shares = [line[f"draft/held_out_acceptance_depth_{d}"] for d in (1, 2, 3)]
         assert 1 >= shares[0] >= shares[1] >= shares[2] >= 0
-        assert line["draft/heldout_tokens_per_forward"] == pytest.approx(1 + sum(shares))
+        assert line["draft/held_out_tokens_per_forward"] == pytest.approx(1 + sum(shares))
     assert not any(name.startswith(("reward/", "group/")) for line in lines for name in line)
 
 
@@ -206,7 +206,7 @@ def test_the_policy_of_a_run_drafts_from_its_trimmed_vocabulary(whole, config):
 
 
 def test_null_drafts_from_the_whole_vocabulary_again(whole, config, tmp_path):
-    mtp(config(tmp_path / "run", model=str(whole), steps=1, **{"head.draft_vocabulary": None}))
+    mtp(config(tmp_path / "run", model=str(whole), steps=1, **{"mtp.draft_vocabulary": None}))
     assert Policy.load(tmp_path / "run/policy").draft_ids is None
 
 
@@ -309,7 +309,7 @@ def test_contract_9_a_signal_while_the_head_is_taught_finishes_the_step(whole, c
 
 
 def test_a_resume_with_another_configuration_is_refused(whole, config):
-    for given in ({"head.learning_rate": 0.5}, {"steps": STEPS + 1}):
+    for given in ({"mtp.learning_rate": 0.5}, {"steps": STEPS + 1}):
         with pytest.raises(ValueError, match=next(iter(given)).replace(".", r"\.")):
             mtp(config(whole, **given), resume="auto")
 
@@ -443,7 +443,7 @@ def test_a_first_epoch_that_is_undone_leaves_no_moments(random_policy, monkeypat
 def test_a_run_ends_where_three_epochs_have_gained_nothing(config, tmp_path, monkeypatch):
     """And it goes on from there as one that has ended."""
     monkeypatch.setattr(HeadLearner, "acceptance", lambda learner, held_out: [0.5, 0.2, 0.1])
-    folder, given = tmp_path / "run", {"steps": 1, "head.epochs": 9, "head.curriculum": False}
+    folder, given = tmp_path / "run", {"steps": 1, "mtp.epochs": 9, "mtp.curriculum": False}
     mtp(config(folder, **given))
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -559,10 +559,10 @@ def test_the_command_takes_a_model_or_a_file(taught, letters, tmp_path, capsys):
     config.write_text(f"model: {taught}\noutput_dir: {tmp_path / 'a'}\nsteps: 2\nrewards:\n- function: {letters}\n")
     words = ["--threads", "1", "--prompts_per_step", "2", "--data.levels", "[1]", "--data.limit", "8"]
     words += ["--rollout.max_completion_tokens", "6", "--rollout.draft_tokens", "1", "--log.trackers", "[]"]
-    words += ["--head.depth", "2", "--head.epochs", "2", "--eval.limit", "2"]
+    words += ["--mtp.depth", "2", "--mtp.epochs", "2", "--eval.limit", "2"]
     assert main(["mtp", str(config), *words, "--dry_run"]) == 0
     shown = capsys.readouterr().out
-    assert "head: FLOPs per token and pass" in shown
+    assert "draft head: FLOPs per token and pass" in shown
     assert "memory: fits: about" in shown
     assert f"disk at {tmp_path}: fits: about" in shown
     assert not (tmp_path / "a").exists()
@@ -588,7 +588,7 @@ def test_a_checkpoint_folder_brings_nothing_along(taught):
     [
         ({"prompts_per_step": 1}, "prompts_per_step=1.*greater than or equal to 2"),
         ({"eval.every": 2}, "eval.every=2 .command line.: quartet mtp does not use it; leave it out"),
-        ({"head.draft_vocabulary": 3}, "head.draft_vocabulary"),
+        ({"mtp.draft_vocabulary": 3}, "mtp.draft_vocabulary"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(config, tmp_path, given, message):
@@ -600,14 +600,14 @@ def test_more_prompts_than_there_are_is_refused_before_the_model_loads(config, t
     monkeypatch.setattr("grpo.steps.opening.load_policy", lambda *a: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="prompts_per_step=50, but there are 10 training examples"):
         mtp(config(tmp_path / "run", prompts_per_step=50))
-    with pytest.raises(ValueError, match="head.solutions=9, but 8 training examples are learned from.*lower it"):
-        mtp(config(tmp_path / "run", **{"head.solutions": 9}))
+    with pytest.raises(ValueError, match="mtp.solutions=9, but 8 training examples are learned from.*lower it"):
+        mtp(config(tmp_path / "run", **{"mtp.solutions": 9}))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_test_split_is_never_trained_on(config, tmp_path):
     with pytest.raises(ValueError, match="must not be trained on"):
-        mtp(config(tmp_path / "run", **{"data.split": "heldout"}))
+        mtp(config(tmp_path / "run", **{"data.split": "held_out"}))
 
 
 def test_a_model_of_another_type_is_refused_with_the_way_out(hf_policy, config, tmp_path):
@@ -640,9 +640,9 @@ def test_a_head_that_diverges_says_what_to_lower_and_goes_on_from_the_checkpoint
 
     with monkeypatch.context() as patch:
         patch.setattr(DraftHeadTerm, "lesson", diverging)
-        with pytest.raises(NonFiniteStep, match=r'step 4: the loss is nan.*Lower head.learning_rate.*resume="auto"'):
+        with pytest.raises(NonFiniteStep, match=r'step 4: the loss is nan.*Lower mtp.learning_rate.*resume="auto"'):
             mtp(config(tmp_path / "run", **given))
-    mtp(config(tmp_path / "run", **given | {"head.learning_rate": 1e-3}), resume="auto", force=True)
+    mtp(config(tmp_path / "run", **given | {"mtp.learning_rate": 1e-3}), resume="auto", force=True)
     assert (tmp_path / "run/policy").exists()
 
 

@@ -146,7 +146,7 @@ def test_every_option_and_command_that_a_note_or_a_reason_names_exists():
         (SftConfig, "learning_rate", "learner.learning_rate"),
         (SftConfig, "max_steps", "steps"),
         (SftConfig, "per_device_train_batch_size", "prompts_per_step"),
-        (MtpConfig, "learning_rate", "head.learning_rate"),
+        (MtpConfig, "learning_rate", "mtp.learning_rate"),
         (MtpConfig, "num_generations", "rollout.group_size"),
         (EvalConfig, "max_new_tokens", "rollout.max_completion_tokens"),
         (EvalConfig, "num_generations", "eval.samples"),

@@ -94,7 +94,7 @@ def rows(tmp_path) -> dict[str, Any]:
     """Data without a split to evaluate, of which a share is held out."""
     lines = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {"name": str(tmp_path / "rows.jsonl"), "holdout": 0.25}
+    return {"name": str(tmp_path / "rows.jsonl"), "held_out": 0.25}
 
 
 def test_supervised_steps_read_all_their_options(micro_config, policy_folder, not_finite, rows, tmp_path):

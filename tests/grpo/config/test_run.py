@@ -8,10 +8,14 @@ from trl import GRPOConfig
 
 import grpo
 from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
+from grpo.cli.config.convert import ConvertConfig
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
 from grpo.cli.config.serve import ServeConfig
+from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.data import DataOptions
 from grpo.config.loss import LossOptions
+from grpo.config.mtp import MtpConfig
+from grpo.config.names import recorded_options
 from grpo.config.options import ConfigError, _options, dump_yaml, load
 from grpo.config.reward import ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
@@ -212,7 +216,7 @@ def test_eval_has_the_defaults_of_training():
     assert ours.data.name == data.name
 
 
-def test_the_names_of_an_older_version_work_with_a_word(caplog):
+def test_the_names_of_an_older_version_work_with_a_word(caplog, tmp_path):
     new = {"data.name": "gsm8k", "data.few_shot": 2, "rollout.temperature": 0.5, "eval.samples": 3, "eval.limit": 9}
     old = {"data": "gsm8k", "few_shot": 2, "temperature": 0.5, "samples": 3, "limit": 9}
     config = load(EvalConfig, None, new)
@@ -226,6 +230,23 @@ def test_the_names_of_an_older_version_work_with_a_word(caplog):
     assert load(ServeConfig, None, {"max_completion_tokens": 9}).rollout.max_completion_tokens == 9
     sft = load(SftConfig, None, {"output_dir": "r", "warm_start.steps": 7, "warm_start.learning_rate": 0.1})
     assert (sft.steps, sft.learner.learning_rate) == (7, 0.1)
+    caplog.clear()
+    share = {"data.holdout": 0.1, "data.holdout_seed": 3}
+    for command in (TrainConfig, SftConfig, MtpConfig):
+        data = load(command, None, {"output_dir": "r"} | share).data
+        assert (data.held_out, data.held_out_seed) == (0.1, 3)
+    assert caplog.text.count("data.holdout is data.held_out now") == 3
+    assert load(MtpConfig, None, {"output_dir": "r", "head.epochs": 3}).mtp.epochs == 3
+    (tmp_path / "config.yaml").write_text("output_dir: r\nhead: {epochs: 3, depth: 2}\n")
+    in_python = MtpConfig(output_dir="r", head={"epochs": 3, "depth": 2})
+    assert load(MtpConfig, tmp_path / "config.yaml", {}) == in_python
+    command, options = recorded_options(tmp_path / "config.yaml")
+    assert (command, options["mtp"]) == ("mtp", {"epochs": 3, "depth": 2})
+    assert "head is mtp now; the old name works until 0.3" in caplog.text
+    for old in ("holdout", "data.holdout"):
+        assert load(EvalConfig, None, {old: 0.1}).data.held_out == 0.1
+    assert load(ConvertConfig, None, {"heldout_tokens": 9}).held_out_tokens == 9
+    assert load(QuantizeConfig, None, {"calibrate": "t", "heldout_tokens": 9}).held_out_tokens == 9
 
 
 def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():

@@ -84,7 +84,15 @@ def test_word_problems_are_examples():
     assert {example.columns["level"] for example in examples} == {1, 2}
     assert examples[0].solution == examples[0].columns["answer"]
     assert examples[0].example_id == examples[0].columns["id"]
-    assert load_examples("word_problems", "heldout", purpose="eval", limit=1)[0].columns["level"] == 1
+    assert load_examples("word_problems", "held_out", purpose="eval", limit=1)[0].columns["level"] == 1
+
+
+@pytest.mark.parametrize("name", ["word_problems", "word_game"])
+def test_the_old_name_of_a_split_works_with_a_word(name, caplog):
+    new = load_examples(name, "held_out", purpose="eval", limit=20)
+    assert caplog.text == ""
+    assert load_examples(name, "heldout", purpose="eval", limit=20) == new
+    assert f"split heldout of {name} is held_out now; the old name works until 0.3" in caplog.text
     assert len(load_examples("word_problems", "train", levels=[2])) == 20_000
 
 
@@ -109,7 +117,7 @@ def test_a_failing_hub_is_explained(monkeypatch):
         load_examples("gsm8k", "train")
 
 
-@pytest.mark.parametrize("split", ["test", "test[:10]", "train+test[:50%]", "heldout", "all"])
+@pytest.mark.parametrize("split", ["test", "test[:10]", "train+test[:50%]", "held_out", "heldout", "all"])
 @pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k", "someone/sums", "word_problems"])
 def test_never_train_on_test(name, split, hub):
     with pytest.raises(ValueError, match=r"is for evaluation and must not be trained on; .*eval.split"):

@@ -14,7 +14,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.options import dump_yaml, load
 from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, trained_on
+from grpo.data.leakage import in_held_out, problem_fingerprint, record_trained_on, trained_on
 from grpo.sft import sft
 from grpo.task.task import Task
 
@@ -42,65 +42,65 @@ def questions(examples) -> set[str]:
 def test_contract_16_one_file_is_not_evaluated_on_the_rows_that_it_trains(tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl", range(40))
     given = {"output_dir": str(tmp_path / "r"), "data.name": str(rows), "eval.limit": 20}
-    with pytest.raises(ValueError, match=r"rows.jsonl is one file.*data.holdout: 0.1.*or give a folder with train"):
+    with pytest.raises(ValueError, match=r"rows.jsonl is one file.*data.held_out: 0.1.*or give a folder with train"):
         Task.of(load(model, None, given))
-    with Task.of(load(model, None, given | {"data.holdout": 0.3})) as task:
-        assert task.heldout
-        assert not questions(task.train) & questions(task.heldout)
-        assert len(task.train) + len(task.heldout) <= 40
+    with Task.of(load(model, None, given | {"data.held_out": 0.3})) as task:
+        assert task.held_out
+        assert not questions(task.train) & questions(task.held_out)
+        assert len(task.train) + len(task.held_out) <= 40
 
 
 def test_contract_16_the_share_depends_on_content_alone(tmp_path):
     """Rows that are appended, moved or doubled move no other row to the other side; the run's seed does not either."""
     first = write_rows(tmp_path / "a.jsonl", range(200))
     second = write_rows(tmp_path / "b.jsonl", [*reversed(range(300)), *range(50)])
-    with task_of({"name": str(first), "holdout": 0.2}, heldout=None) as task:
-        train, held = questions(task.train), questions(task.heldout)
+    with task_of({"name": str(first), "held_out": 0.2}, held_out=None) as task:
+        train, held = questions(task.train), questions(task.held_out)
     assert 20 <= len(held) <= 60
     assert len(train) + len(held) == 200
-    with task_of({"name": str(second), "holdout": 0.2}, heldout=None, seed=5) as task:
+    with task_of({"name": str(second), "held_out": 0.2}, held_out=None, seed=5) as task:
         assert questions(task.train) >= train
-        assert questions(task.heldout) >= held
-        assert not questions(task.train) & questions(task.heldout)
-    with task_of({"name": str(first), "holdout": 0.2, "holdout_seed": 1}, heldout=None) as task:
-        assert questions(task.heldout) != held
+        assert questions(task.held_out) >= held
+        assert not questions(task.train) & questions(task.held_out)
+    with task_of({"name": str(first), "held_out": 0.2, "held_out_seed": 1}, held_out=None) as task:
+        assert questions(task.held_out) != held
 
 
 def test_the_share_is_a_share():
-    held = [in_holdout(problem_fingerprint(f"What is {i} + 1?"), 0.1, seed=3) for i in range(10_000)]
+    held = [in_held_out(problem_fingerprint(f"What is {i} + 1?"), 0.1, seed=3) for i in range(10_000)]
     assert 850 < sum(held) < 1_150
 
 
 def test_contract_16_a_folder_without_a_test_file_can_be_split_too(tmp_path):
     write_rows(tmp_path / "train.jsonl", range(50))
-    with task_of({"name": str(tmp_path), "holdout": 0.2}, heldout=5) as task:
-        assert len(task.heldout) == 5
-        assert not questions(task.train) & questions(task.heldout)
-        assert len(task.train) + len(task.heldout) <= 50  # the held-out ones beyond the limit are not trained on either
+    with task_of({"name": str(tmp_path), "held_out": 0.2}, held_out=5) as task:
+        assert len(task.held_out) == 5
+        assert not questions(task.train) & questions(task.held_out)
+        assert len(task.train) + len(task.held_out) <= 50  # nor are held-out ones beyond the limit trained on
 
 
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        ({"name": "word_problems", "holdout": 0.1}, {}, "word_problems has a held-out split of its own"),
-        ({"holdout": 0.1}, {"heldout_split": "validation"}, "eval.split=validation names another split; drop one"),
-        ({"holdout": 0.001}, {}, "holds out 0 of 20 examples; use another share, or more data"),
+        ({"name": "word_problems", "held_out": 0.1}, {}, "word_problems has a held-out split of its own"),
+        ({"held_out": 0.1}, {"held_out_split": "validation"}, "eval.split=validation names another split; drop one"),
+        ({"held_out": 0.001}, {}, "holds out 0 of 20 examples; use another share, or more data"),
     ],
 )
 def test_a_share_that_cannot_be_held_out_is_refused(tmp_path, data, options, message):
     rows = write_rows(tmp_path / "rows.jsonl", range(20))
     with pytest.raises(ValueError, match=message):
-        task_of({"name": str(rows)} | data, heldout=5, **options)
+        task_of({"name": str(rows)} | data, held_out=5, **options)
 
 
 def test_contract_16_equal_rows_of_two_files_are_refused_by_name(tmp_path):
     write_rows(tmp_path / "train.jsonl", range(20))
     write_rows(tmp_path / "test.jsonl", range(17, 30))
     message = (
-        r"3 of 13 problems that are to be evaluated are trained on too .*/test/0 \(it is .*/train/17\).*data.holdout"
+        r"3 of 13 problems that are to be evaluated are trained on too .*/test/0 \(it is .*/train/17\).*data.held_out"
     )
     with pytest.raises(ValueError, match=message):
-        task_of({"name": str(tmp_path)}, heldout=None)
+        task_of({"name": str(tmp_path)}, held_out=None)
 
 
 @pytest.mark.parametrize(
@@ -122,22 +122,22 @@ def test_contract_16_a_problem_is_what_its_prompt_shows(tmp_path):
     for split, page in (("train", "Ada wrote it."), ("test", "Bob wrote it.")):
         row = {"question": "Who wrote it?", "context": page, "answer": "#### 1"}
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    with task_of({"name": str(tmp_path), "template": "{context} {question}"}, heldout=None) as task:
-        assert task.heldout
+    with task_of({"name": str(tmp_path), "template": "{context} {question}"}, held_out=None) as task:
+        assert task.held_out
     with pytest.raises(ValueError, match="1 of 1 problems that are to be evaluated are trained on too"):
-        task_of({"name": str(tmp_path)}, heldout=None)
+        task_of({"name": str(tmp_path)}, held_out=None)
 
 
 def test_contract_16_no_prompt_shows_the_solution_of_an_evaluated_problem(tmp_path):
     write_rows(tmp_path / "train.jsonl", range(10))
     write_rows(tmp_path / "test.jsonl", [30, 1, 31])
     with pytest.raises(ValueError, match=r"1 of 3 .* are shown with their solutions as worked examples \(few_shot\)"):
-        task_of({"name": str(tmp_path), "few_shot": 2}, train=False, heldout=None)
-    with task_of({"name": str(tmp_path), "few_shot": 1}, train=False, heldout=None) as task:
-        assert len(task.heldout) == 3
+        task_of({"name": str(tmp_path), "few_shot": 2}, train=False, held_out=None)
+    with task_of({"name": str(tmp_path), "few_shot": 1}, train=False, held_out=None) as task:
+        assert len(task.held_out) == 3
     rows = write_rows(tmp_path / "rows.jsonl", range(10))
     with pytest.raises(ValueError, match="is one file, and rows that are trained on or shown as worked examples"):
-        task_of({"name": str(rows), "few_shot": 1}, train=False, heldout=None)
+        task_of({"name": str(rows), "few_shot": 1}, train=False, held_out=None)
 
 
 def test_a_training_problem_whose_solution_every_prompt_shows_is_refused(tmp_path):
@@ -208,13 +208,14 @@ def test_contract_16_a_chain_of_runs_remembers_every_link(tmp_path):
 
 def test_contract_16_a_run_that_held_out_a_share_is_evaluated_on_that_share(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", range(60))
-    given = {"output_dir": str(tmp_path), "data.name": str(rows), "data.holdout": 0.25, "data.holdout_seed": 2}
+    given = {"output_dir": str(tmp_path), "data.name": str(rows), "data.held_out": 0.25, "data.held_out_seed": 2}
     run = load(TrainConfig, None, given | {"eval.limit": 50})
     (tmp_path / "config.yaml").write_text(dump_yaml(run))
     config = load(EvalConfig, None, defaults_of_run(tmp_path) | {"seed": 9})
-    assert (config.data.holdout, config.data.holdout_seed, config.data.split) == (0.25, 2, "train")
-    with Task.of(run) as task, task_of({"name": str(rows), "holdout": 0.25, "holdout_seed": 2}, heldout=None) as again:
-        assert questions(task.heldout) == questions(again.heldout)
+    assert (config.data.held_out, config.data.held_out_seed, config.data.split) == (0.25, 2, "train")
+    data = {"name": str(rows), "held_out": 0.25, "held_out_seed": 2}
+    with Task.of(run) as task, task_of(data, held_out=None) as again:
+        assert questions(task.held_out) == questions(again.held_out)
 
 
 def test_a_run_says_how_its_held_out_problems_are_set_apart(micro_policy, tmp_path, capsys):

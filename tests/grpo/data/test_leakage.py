@@ -70,7 +70,8 @@ def test_the_split_by_name(name, split):
             "test_1.jsonl",
             "test-00000-of-00001.jsonl",
         ),
-        *("gsm8k.test.jsonl", "heldout.jsonl", "my_heldout_2.jsonl", "test_questions.jsonl"),
+        *("gsm8k.test.jsonl", "held_out.jsonl", "my_held_out_2.jsonl", "test_questions.jsonl"),
+        *("heldout.jsonl", "my_heldout_2.jsonl"),
     ],
 )
 def test_a_file_by_its_name(tmp_path, name):

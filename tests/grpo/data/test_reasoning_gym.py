@@ -35,10 +35,10 @@ def test_the_documented_example():
 
 def test_no_question_is_in_both_splits_whatever_the_seeds():
     train = {p["question"] for seed in (0, 1, 7) for p in reasoning_gym_problems("gcd", "train", seed, count=300)}
-    heldout = {p["question"] for seed in (0, 1, 9) for p in reasoning_gym_problems("gcd", "heldout", seed, count=100)}
+    held_out = {p["question"] for seed in (0, 1, 9) for p in reasoning_gym_problems("gcd", "held_out", seed, count=100)}
     assert len(train) >= 300
-    assert len(heldout) >= 100
-    assert not train & heldout
+    assert len(held_out) >= 100
+    assert not train & held_out
 
 
 def test_problems_are_distinct_and_end_where_the_task_repeats_itself():
@@ -48,9 +48,9 @@ def test_problems_are_distinct_and_end_where_the_task_repeats_itself():
 
 
 def test_training_on_the_held_out_problems_is_refused():
-    with pytest.raises(ValueError, match=r"'heldout' of reasoning_gym:leg_counting is for evaluation"):
-        load_examples(LEGS, "heldout")
-    assert load_examples(LEGS, "heldout", purpose="eval", limit=1)
+    with pytest.raises(ValueError, match=r"'held_out' of reasoning_gym:leg_counting is for evaluation"):
+        load_examples(LEGS, "held_out")
+    assert load_examples(LEGS, "held_out", purpose="eval", limit=1)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,6 @@ def test_such_a_task_can_do_with_a_reward_of_ones_own(tmp_path):
 
 def test_a_run_is_trained_and_evaluated_on_disjoint_problems():
     data = DataOptions(name=LEGS, limit=6)
-    with Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions(), heldout=4) as task:
-        assert (len(task.train), len(task.heldout), task.full_marks) == (6, 4, 1.0)
-        assert not {e.question for e in task.train} & {e.question for e in task.heldout}
+    with Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions(), held_out=4) as task:
+        assert (len(task.train), len(task.held_out), task.full_marks) == (6, 4, 1.0)
+        assert not {e.question for e in task.train} & {e.question for e in task.held_out}

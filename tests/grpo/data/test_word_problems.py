@@ -7,7 +7,7 @@ from grpo.data.word_problem_templates import LEVELS, NAMES, THINGS, Template
 from grpo.data.word_problems import is_held_out, shared_with_training, word_problems
 
 EVERY_PROBLEM = 10**9
-COUNTS = {("train", 1): 6_912, ("heldout", 1): 1_280, ("train", 2): 85_632, ("heldout", 2): 12_288}
+COUNTS = {("train", 1): 6_912, ("held_out", 1): 1_280, ("train", 2): 85_632, ("held_out", 2): 12_288}
 
 
 def some_of_every_level(split, count=2_000, seed=0):
@@ -37,7 +37,7 @@ def check_arithmetic(problem):
     return len(lines)
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", ["train", "held_out"])
 def test_answers_are_right_in_every_step(split):
     steps = {1: 1, 2: 2, 3: 2, 4: 3}
     for problem in some_of_every_level(split):
@@ -89,7 +89,7 @@ def test_each_template_answers_what_its_words_ask():
     assert seen == set(HAND_WORKED)
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", ["train", "held_out"])
 def test_numbers_are_at_least_two_so_that_plurals_are_right(split):
     for problem in some_of_every_level(split):
         assert min(integers(problem["question"] + problem["answer"])) >= 2, problem
@@ -114,30 +114,30 @@ def content(problem):
 def test_contract_16_held_out_means_unseen_under_every_name_every_problem(levels):
     """The numbers of a held-out problem are in no training problem of any template, name, thing, seed and order."""
     train = word_problems("train", levels, 0, count=EVERY_PROBLEM)
-    heldout = word_problems("heldout", levels, 7, count=EVERY_PROBLEM)
+    held_out = word_problems("held_out", levels, 7, count=EVERY_PROBLEM)
     if len(levels) == 1:
-        assert (len(train), len(heldout)) == (COUNTS["train", *levels], COUNTS["heldout", *levels])
-    assert not {problem["question"] for problem in train} & {problem["question"] for problem in heldout}
-    assert not {content(problem) for problem in train} & {content(problem) for problem in heldout}
+        assert (len(train), len(held_out)) == (COUNTS["train", *levels], COUNTS["held_out", *levels])
+    assert not {problem["question"] for problem in train} & {problem["question"] for problem in held_out}
+    assert not {content(problem) for problem in train} & {content(problem) for problem in held_out}
     met = {tuple(sorted(integers(problem["question"]))) for problem in train}
-    assert not met & {tuple(sorted(integers(problem["question"]))) for problem in heldout}
+    assert not met & {tuple(sorted(integers(problem["question"]))) for problem in held_out}
 
 
 def test_contract_16_held_out_means_unseen_under_every_name_any_level_any_seed():
     train = [p for seed in range(3) for p in some_of_every_level("train", 6_000, seed)]
-    heldout = [p for seed in range(3) for p in some_of_every_level("heldout", 1_000, seed)]
+    held_out = [p for seed in range(3) for p in some_of_every_level("held_out", 1_000, seed)]
     met = {tuple(sorted(integers(problem["question"]))) for problem in train}
-    unmet = {tuple(sorted(integers(problem["question"]))) for problem in heldout}
+    unmet = {tuple(sorted(integers(problem["question"]))) for problem in held_out}
     assert len(met) > 10_000
     assert len(unmet) > 1_000
     assert not met & unmet
 
 
 def test_what_is_shared_with_training_is_counted():
-    train, heldout = (word_problems(split, [1, 2], count=600) for split in ("train", "heldout"))
-    ids = [[problem["id"] for problem in problems] for problems in (train, heldout)]
+    train, held_out = (word_problems(split, [1, 2], count=600) for split in ("train", "held_out"))
+    ids = [[problem["id"] for problem in problems] for problems in (train, held_out)]
     assert shared_with_training(*ids) == (600, 0)
-    mixed = heldout + train[:7]
+    mixed = held_out + train[:7]
     met = {tuple(sorted(integers(problem["question"]))) for problem in mixed}
     shared = sum(tuple(sorted(integers(problem["question"]))) in met for problem in train)
     assert shared_with_training([problem["id"] for problem in mixed], ids[0]) == (600, shared)
@@ -160,7 +160,7 @@ def test_about_one_problem_in_eight_of_every_template_is_held_out():
 
 
 def test_names_and_things_take_part_in_both_splits():
-    for split in ("train", "heldout"):
+    for split in ("train", "held_out"):
         questions = [problem["question"] for problem in word_problems(split, [2], count=8_000)]
         for word in (*NAMES, *THINGS):
             assert 700 < sum(word in question for question in questions) < 1_800, (split, word)
@@ -187,7 +187,7 @@ def test_a_problem_depends_on_split_levels_seed_and_index_alone():
 
 
 def test_the_same_problems_on_every_machine():
-    assert word_problems("heldout", [4], count=1) == [
+    assert word_problems("held_out", [4], count=1) == [
         {
             "question": "Ben has 4 bags of 25 apples and 8 boxes of 22 apples. How many apples does Ben have in all?",
             "answer": (
@@ -210,7 +210,7 @@ def test_levels_and_templates_take_turns():
 
 
 def test_an_exhausted_level_ends_the_mixture():
-    assert len(word_problems("heldout", [1, 2], count=EVERY_PROBLEM)) == 2 * 1_280
+    assert len(word_problems("held_out", [1, 2], count=EVERY_PROBLEM)) == 2 * 1_280
 
 
 def test_every_step_of_every_template_has_its_equation():
@@ -226,7 +226,7 @@ def test_every_step_of_every_template_has_its_equation():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("test", [1]), "no split 'test'; use one of train, heldout"),
+        (("test", [1]), "no split 'test'; use one of train, held_out"),
         (("train", []), r"levels=\[\]"),
         (("train", [1, 5]), r"levels=\[1, 5\]; name each of \[1, 2, 3, 4\] at most once"),
         (("train", [1, 1]), r"levels=\[1, 1\]"),

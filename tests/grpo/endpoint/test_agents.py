@@ -246,7 +246,7 @@ def test_a_run_of_an_agent_is_evaluated_replayed_and_explained(whole, tmp_path):
     assert main(["sample", str(whole), "--prompt", "3 + 4 = ?", "--threads", "1"]) == 0  # without the agent
     again = replay(whole, "agent", ReplayConfig())
     assert (again.changes, again.failures, again.against) == ([], [], "agent")
-    found = explain(whole, 2, group=0, tokens=5, heldout=2, say=lambda text: None)
+    found = explain(whole, 2, group=0, tokens=5, held_out=2, say=lambda text: None)
     assert found.difference < 1e-4
     assert len(found.tokens) == 10  # of both rows
 

@@ -108,7 +108,7 @@ def test_every_option_that_a_phase_names_is_there(tmp_path):
             config = getattr(config, part)
         return True
 
-    keys = {way.key for ways in WAYS.values() for way in ways} - {"head.tokens_per_update"}  # of MtpConfig
+    keys = {way.key for ways in WAYS.values() for way in ways} - {"mtp.tokens_per_update"}  # of MtpConfig
     assert [key for key in sorted(keys) if not any(has(config, key) for config in configs)] == []
 
 

@@ -153,8 +153,8 @@ def test_a_supervised_run_and_one_of_the_head_are_checked_alike(micro_preset, ra
     config = load(SftConfig, None, {**long, "data.levels": [1], "data.limit": 24, "eval.limit": 2})
     assert "pass the policy's context" in both([lambda: summary.dry_run(config), lambda: sft(config)])
     given = {"output_dir": tmp_path / "r", "data.limit": 24, "data.levels": [1]}
-    head = load(MtpConfig, None, {"model": micro_preset, **given, "head.solutions": 23, "eval.limit": 2})
-    assert "head.solutions=23, but" in both([lambda: summary.mtp_dry_run(head), lambda: mtp(head)])
+    head = load(MtpConfig, None, {"model": micro_preset, **given, "mtp.solutions": 23, "eval.limit": 2})
+    assert "mtp.solutions=23, but" in both([lambda: summary.mtp_dry_run(head), lambda: mtp(head)])
     random_policy(mtp=False).save(tmp_path / "m")
     none = load(MtpConfig, None, {"model": str(tmp_path / "m"), "add_mtp": False, **given})
     assert "(no draft head): there is nothing to teach" in both([lambda: summary.mtp_dry_run(none), lambda: mtp(none)])

@@ -35,12 +35,12 @@ def _task(data: DataOptions, rewards=GSM8K, **options) -> Task:
 
 
 def test_built_in_problems_are_split_by_purpose():
-    with _task(DataOptions(levels=[1], limit=50), heldout=20) as task:
-        assert (len(task.train), len(task.heldout)) == (50, 20)
-        assert not {e.question for e in task.train} & {e.question for e in task.heldout}
+    with _task(DataOptions(levels=[1], limit=50), held_out=20) as task:
+        assert (len(task.train), len(task.held_out)) == (50, 20)
+        assert not {e.question for e in task.train} & {e.question for e in task.held_out}
         assert "".join(task.corpus(limit=2)).count("####") == 2
     with _task(DataOptions(levels=[1], limit=50)) as task:
-        assert not task.heldout
+        assert not task.held_out
 
 
 def test_a_run_config_makes_its_task(folder):
@@ -52,7 +52,7 @@ def test_a_run_config_makes_its_task(folder):
         eval={"limit": 2},
     )
     with Task.of(config) as task:
-        assert [example.question for example in task.heldout] == [f"Once more: {r['question']}" for r in ROWS[:2]]
+        assert [example.question for example in task.held_out] == [f"Once more: {r['question']}" for r in ROWS[:2]]
         assert task.reward_weights == {"gsm8k": 2.0, "form": 1.0}
         assert task.first_reward == "gsm8k"
         # A worked example goes in front of every prompt, and is not trained on.
@@ -145,8 +145,8 @@ def test_scores_come_by_group_with_the_columns_of_its_prompt(folder):
 
 
 def test_real_gsm8k_is_a_task(gsm8k_folder):
-    with _task(DataOptions(name=str(gsm8k_folder), limit=20), heldout=10) as task:
-        assert (len(task.train), len(task.heldout)) == (20, 10)
+    with _task(DataOptions(name=str(gsm8k_folder), limit=20), held_out=10) as task:
+        assert (len(task.train), len(task.held_out)) == (20, 10)
         assert all("<<" not in example.solution and "####" in example.solution for example in task.train)
         assert all("<<" in example.columns["answer"] for example in task.train)
 
@@ -168,7 +168,7 @@ def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tm
 
 def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored(tmp_path):
     (tmp_path / "words.jsonl").write_text("".join(f'{{"question": "Say {w}.", "answer": "{w}"}}\n' for w in "abcdefgh"))
-    given = {"output_dir": tmp_path / "r", "data": DataOptions(name=str(tmp_path / "words.jsonl"), holdout=0.25)}
+    given = {"output_dir": tmp_path / "r", "data": DataOptions(name=str(tmp_path / "words.jsonl"), held_out=0.25)}
     given |= {"warm_start": {"steps": 1, "batch_size": 2}}
     with Task.of(SftConfig(**given)) as task:
         assert {example.solution for example in task.train} <= set("abcdefgh")
@@ -195,8 +195,8 @@ def test_full_marks_are_what_the_gold_solution_gets(tmp_path):
 def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_the_first_step(folder, random_policy):
     """To the token: 256 are the policy's context. Characters of several bytes must not hide a long prompt."""
     policy, data = random_policy(0), DataOptions(name=str(folder), template="{question}")
-    with _task(data, heldout=3) as task:
-        prompts = [task.prompt(example, policy.tokenizer) for example in (*task.train, *task.heldout)]
+    with _task(data, held_out=3) as task:
+        prompts = [task.prompt(example, policy.tokenizer) for example in (*task.train, *task.held_out)]
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         room = 256 - len(longest.token_ids)
         task.check_lengths(policy, room)

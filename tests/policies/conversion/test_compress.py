@@ -79,13 +79,13 @@ def test_the_moments_are_those_of_the_attention_itself() -> None:
 def test_a_smaller_cache_costs_more_and_each_choice_beats_its_neighbours() -> None:
     dense = learned_model()
     windows = list(random_ids(8))
-    moments, heldout = observe(dense, windows), list(random_ids(10)[8:])
+    moments, held_out = observe(dense, windows), list(random_ids(10)[8:])
     kls, errors = [], []
     for rank in (44, 32, 20):
         converted, split = compress(dense, moments, rank)
         assert converted.config.kv_lora_rank + converted.config.qk_rope_head_dim == rank
         assert converted.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.shape[0] == rank
-        kls.append(fidelity(dense, converted, heldout).kl_mean)
+        kls.append(fidelity(dense, converted, held_out).kl_mean)
         errors.append(split.error)
         for other in (2, 2 * len(split.rotary) + 2, 2 * len(split.rotary) - 2):
             if 2 <= other <= min(rank - 6, 24):
@@ -104,8 +104,8 @@ def test_measuring_beats_not_measuring() -> None:
         layer.queries, layer.keys = torch.eye(48).double(), torch.eye(48).double()
         layer.mean.zero_()
         layer.turn.zero_()
-    heldout = list(random_ids(10)[8:])
-    kl, kl_blind = (fidelity(dense, compress(dense, m, 36)[0], heldout).kl_mean for m in (moments, blind))
+    held_out = list(random_ids(10)[8:])
+    kl, kl_blind = (fidelity(dense, compress(dense, m, 36)[0], held_out).kl_mean for m in (moments, blind))
     assert kl < 0.7 * kl_blind
 
 

@@ -213,7 +213,7 @@ def test_another_attention_than_ours_is_refused(policy, tmp_path):
     ids = torch.tensor([[3, 4, 5]])
     torch.testing.assert_close(model.model(ids).last_hidden_state[0], states(policy, [3], [4, 5]))
     model.config._attn_implementation = "eager"
-    with pytest.raises(PolicyError, match="attn_implementation='eager' would compute all heads"):
+    with pytest.raises(PolicyError, match="attn_implementation='eager' computes all attention heads"):
         model(ids)
 
 
@@ -259,7 +259,7 @@ def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_co
     ("given", "said"),
     [
         ({"active_heads": 1.5}, "active_heads"),
-        ({"rollout.backend": "vllm"}, "vLLM computes all heads"),
+        ({"rollout.backend": "vllm"}, "vLLM computes all attention heads"),
         ({"lora.rank": 2, "warm_start.steps": 0}, "adapters alone do not train them; add head_router"),
     ],
 )

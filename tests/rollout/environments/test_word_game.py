@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from grpo.data.examples import default_heldout_split, load_examples
+from grpo.data.examples import default_held_out_split, load_examples
 from policies.presets import small_tokenizer
 from rollout.environments.format import TurnFormat
 from rollout.environments.word_game import GUESSES, WordGame, word_games
@@ -55,14 +55,14 @@ def test_who_reads_the_answers_wins():
 
 
 def test_games_are_distinct_and_held_out_by_their_words():
-    train, heldout = word_games("train", count=3000), word_games("heldout", count=1000)
-    lists = [game["question"] for game in (*train, *heldout)]
+    train, held_out = word_games("train", count=3000), word_games("held_out", count=1000)
+    lists = [game["question"] for game in (*train, *held_out)]
     assert len(set(lists)) == 4000
     assert all(game["word"] in game["question"].split() == sorted(game["question"].split()) for game in train)
     assert word_games("train", seed=1, count=10) != train[:10] == word_games("train", count=10)
     other_seed = {game["question"] for game in word_games("train", seed=1, count=3000)}
-    assert not other_seed & {game["question"] for game in heldout}
-    with pytest.raises(ValueError, match="word_game has no split 'test'; use train or heldout"):
+    assert not other_seed & {game["question"] for game in held_out}
+    with pytest.raises(ValueError, match="word_game has no split 'test'; use train or held_out"):
         word_games("test")
     with pytest.raises(ValueError, match="word_game cannot make 20001 games"):
         word_games("train", count=20001)
@@ -72,8 +72,8 @@ def test_a_run_can_name_the_games_as_data():
     examples = load_examples("word_game", "train", limit=5)
     assert [example.columns["word"] for example in examples] == [game["word"] for game in word_games("train", count=5)]
     assert examples[0].solution == examples[0].columns["answer"]
-    assert default_heldout_split("word_game") == "heldout"
-    assert len(load_examples("word_game", "heldout", purpose="eval")) == 5000
+    assert default_held_out_split("word_game") == "held_out"
+    assert len(load_examples("word_game", "held_out", purpose="eval")) == 5000
 
 
 def test_a_demonstration_is_a_game():

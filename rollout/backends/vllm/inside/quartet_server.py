@@ -54,8 +54,8 @@ def installed() -> tuple[str, bool]:
 
 
 def state() -> dict[str, Any]:
-    """What the server says of itself. `tried`: somebody has compared the log-probabilities of this version with the
-    learner's."""
+    """Gives what the server says of itself. `tried`: somebody has compared the log-probabilities of this version with
+    the learner's."""
     version, on_cpu = installed()
     tried = {"tried": version in bypasses.TRIED, "tried_versions": bypasses.TRIED}
     return {"protocol": PROTOCOL, "vllm": version, "on_cpu": on_cpu, **tried}
@@ -121,7 +121,7 @@ class Engine:
         self._call("finish_weight_update")
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
-        """What each worker of vLLM answers."""
+        """Gives what each worker of vLLM answers."""
         return self.engine.collective_rpc(method, args=arguments)
 
     def _forget_prefixes(self) -> None:
@@ -238,12 +238,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.begun, last = True, [0, time.monotonic()]
 
-        def said(ended: int) -> None:
+        def report(ended: int) -> None:
             if ended > last[0] or time.monotonic() - last[1] > BEAT_S:
                 last[:] = ended, time.monotonic()
                 self._line({"ended": ended})
 
-        self._line(engine.sample(job, said))
+        self._line(engine.sample(job, report))
 
     def _engine(self) -> Engine:
         if self.server.engine is None:

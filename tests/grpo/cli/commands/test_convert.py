@@ -20,7 +20,7 @@ from grpo.data.word_problems import word_problems
 from policies.policy import Policy
 from policies.presets import small_tokenizer
 
-SMALL = ["--window", "32", "--calibrate_tokens", "640", "--heldout_tokens", "128", "--threads", "1"]
+SMALL = ["--window", "32", "--calibrate_tokens", "640", "--held_out_tokens", "128", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +145,8 @@ def test_compression_reports_cache_kl_agreement_and_perplexity_and_recovery_give
 def test_the_reported_numbers_are_those_of_the_saved_files(convert, source, text):
     folder, report = convert("--rank", "24", "--calibrate", text, *SMALL)
     held = convert_command.calibration_text(
-        text, AutoTokenizer.from_pretrained(source), tokens=640, heldout_tokens=128, window=32
-    ).heldout
+        text, AutoTokenizer.from_pretrained(source), tokens=640, held_out_tokens=128, window=32
+    ).held_out
     dense, saved = (AutoModelForCausalLM.from_pretrained(model) for model in (source, folder))
     ids = torch.stack(held)
     with torch.no_grad():

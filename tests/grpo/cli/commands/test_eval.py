@@ -527,7 +527,7 @@ def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, tmp_pa
 
     document = json.loads(out.read_text())
     assert (document["model"], document["data"], document["split"], document["problems"]) == (
-        *(str(folder), "word_problems", "heldout"),
+        *(str(folder), "word_problems", "held_out"),
         5,
     )
     assert document["policy"] == {"folder": f"{folder}/policy", "meaning": "the end of the run"}

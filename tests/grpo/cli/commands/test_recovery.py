@@ -110,13 +110,13 @@ def test_windows_stand_side_by_side_and_the_last_are_held_out(tokenizer, tmp_pat
     file = tmp_path / "text.txt"
     file.write_text("3 + 4 = 7\n" * 40)
     ids = [*tokenizer(file.read_text()).input_ids, tokenizer.eos_token_id]
-    found = calibration_text(str(file), tokenizer, tokens=24, heldout_tokens=10, window=8)
-    rows = [row.tolist() for row in [*found.windows, *found.heldout]]
-    assert (len(found.windows), len(found.heldout)) == (4, 1)  # 3 + 2 asked for, at most a fifth held out
+    found = calibration_text(str(file), tokenizer, tokens=24, held_out_tokens=10, window=8)
+    rows = [row.tolist() for row in [*found.windows, *found.held_out]]
+    assert (len(found.windows), len(found.held_out)) == (4, 1)  # 3 + 2 asked for, at most a fifth held out
     assert rows == [ids[i : i + 8] for i in range(0, 40, 8)]
-    few = calibration_text(str(file), tokenizer, tokens=10**6, heldout_tokens=10**6, window=8)
+    few = calibration_text(str(file), tokenizer, tokens=10**6, held_out_tokens=10**6, window=8)
     count = len(ids) // 8
-    assert (len(few.windows), len(few.heldout)) == (count - count // 5, count // 5)
+    assert (len(few.windows), len(few.held_out)) == (count - count // 5, count // 5)
 
 
 def test_documents_of_a_data_file_end_with_eos_and_each_window_starts_with_bos(tokenizer, tmp_path):
@@ -129,8 +129,8 @@ def test_documents_of_a_data_file_end_with_eos_and_each_window_starts_with_bos(t
         return out
 
     with_bos.bos_token_id, with_bos.eos_token_id = 2, tokenizer.eos_token_id
-    found = calibration_text(str(tmp_path / "data.jsonl"), with_bos, tokens=10**6, heldout_tokens=8, window=8)
-    every = [*found.windows, *found.heldout]
+    found = calibration_text(str(tmp_path / "data.jsonl"), with_bos, tokens=10**6, held_out_tokens=8, window=8)
+    every = [*found.windows, *found.held_out]
     assert {(row[0].item(), len(row)) for row in every} == {(2, 8)}
     ids = [
         i for row in rows for i in (*tokenizer(f"{row['question']}\n{row['answer']}").input_ids, with_bos.eos_token_id)

@@ -105,8 +105,8 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
-def check(function: str, **options):
-    return check_reward(function, RewardTestConfig(**{"limit": 12, "levels": [1]} | options))
+def check(function: str, data: str = "word_problems", limit: int = 12, **options):
+    return check_reward(function, RewardTestConfig(data={"name": data, "limit": limit, "levels": [1]}, **options))
 
 
 def kinds(found) -> dict[str, int]:
@@ -221,7 +221,8 @@ def test_abstentions_and_slowness_are_said(file):
     ],
 )
 def test_a_failure_names_function_row_and_cause(file, capsys, function, row, cause, completion):
-    assert main(["reward", "test", f"{file}:{function}", "--limit", "6", "--levels", "[1]", "--timeout_s", "0.8"]) == 1
+    six = ["--data.limit", "6", "--data.levels", "[1]"]
+    assert main(["reward", "test", f"{file}:{function}", *six, "--timeout_s", "0.8"]) == 1
     message = capsys.readouterr().err
     for part in (f"mine.py:{function}' fails on {row}", cause, completion):
         assert part in message
@@ -250,13 +251,13 @@ def test_the_row_of_a_failure_is_the_one_at_fault(tmp_path):
         (["{file}:contain"], 1, "did you mean 'contains'?"),
         (["{file}x:contains"], 1, "is not an existing Python file"),
         (["gsm8"], 1, "did you mean 'gsm8k'?"),
-        (["gsm8", "--data", "nobody/nothing"], 1, "did you mean 'gsm8k'?"),  # before any download
-        (["gsm8k", "--data", "nowhere.jsonl"], 1, "there is no file or folder 'nowhere.jsonl'"),
-        (["gsm8k", "--data", "gsm8"], 1, "did you mean 'gsm8k'?"),
-        (["gsm8k", "--data", "{empty}"], 1, "has no rows"),
-        (["gsm8k", "--solution_column", "solution", "--data", "{rows}"], 1, "has no column 'solution'"),
-        (["gsm8k", "--limt", "3"], 2, "did you mean limit?"),
-        (["gsm8k", "--limit", "0"], 2, "limit=0"),
+        (["gsm8", "--data.name", "nobody/nothing"], 1, "did you mean 'gsm8k'?"),  # before any download
+        (["gsm8k", "--data.name", "nowhere.jsonl"], 1, "there is no file or folder 'nowhere.jsonl'"),
+        (["gsm8k", "--data.name", "gsm8"], 1, "did you mean 'gsm8k'?"),
+        (["gsm8k", "--data.name", "{empty}"], 1, "has no rows"),
+        (["gsm8k", "--data.solution_column", "solution", "--data.name", "{rows}"], 1, "has no column 'solution'"),
+        (["gsm8k", "--limt", "3"], 2, "did you mean data.limit?"),
+        (["gsm8k", "--data.limit", "0"], 2, "data.limit=0"),
         (["length_penalty", "--arguments.targt", "3"], 1, "no parameter 'targt' to bind (did you mean 'target'?)"),
     ],
 )
@@ -268,16 +269,19 @@ def test_what_a_newcomer_gets_wrong_is_answered(file, tmp_path, capsys, words, c
     assert message in capsys.readouterr().err
 
 
-def test_what_is_printed_and_written(file, tmp_path, capsys):
+def test_what_is_printed_and_written(file, tmp_path, capsys, caplog):
     out = tmp_path / "new" / "found.json"
-    assert main(["reward", "test", f"{file}:contains", "--limit", "5", "--levels", "[1]", "--json", str(out)]) == 1
+    five = ["--data.limit", "5", "--data.levels", "[1]"]
+    assert main(["reward", "test", f"{file}:contains", *five, "--json", str(out)]) == 1
     shown = capsys.readouterr().out
     for part in ("on 5 rows of word_problems; full marks: 1", "surprising cases", "determinism", "p99", "FAILED"):
         assert part in shown
     found = json.loads(out.read_text())
     assert found["rows"] == 5
     assert {"function", "sha256", "kinds", "differing", "latency_ms", "surprises", "problems"} <= found.keys()
-    assert main(["reward", "test", "gsm8k", "--limit", "5"]) == 0
+    assert caplog.text == ""
+    assert main(["reward", "test", "gsm8k", "--data", "word_problems", "--limit", "5"]) == 0  # as version 0.1 had it
+    assert "limit is data.limit now; the old name works until 0.3" in caplog.text
     assert capsys.readouterr().out.rstrip().endswith("passed")
 
 
@@ -291,7 +295,8 @@ def test_text_that_is_no_unicode_is_written_all_the_same(file, tmp_path, capsys)
 
 def test_it_loads_no_model_library():
     code = (
-        "import sys; from grpo.cli.parse import main; assert main(['reward', 'test', 'gsm8k', '--limit', '2']) == 0; "
+        "import sys; from grpo.cli.parse import main; "
+        "assert main(['reward', 'test', 'gsm8k', '--data.limit', '2']) == 0; "
         "print(*{'transformers', 'ray', 'peft', 'datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -307,9 +312,9 @@ def test_bleu_of_the_solutions_by_a_column_of_another_name(capsys):
     pytest.importorskip("sacrebleu")
     found = check("bleu", columns={"reference": "answer"})
     assert found.problems == []  # only gold itself has BLEU 1
-    assert main(["reward", "test", "bleu", "--limit", "3"]) == 1
+    assert main(["reward", "test", "bleu", "--data.limit", "3"]) == 1
     assert "columns: {reference: ...}" in capsys.readouterr().err
-    assert main(["reward", "test", "bleu", "--columns.reference", "answer", "--limit", "3"]) == 0
+    assert main(["reward", "test", "bleu", "--columns.reference", "answer", "--data.limit", "3"]) == 0
 
 
 def test_probes():

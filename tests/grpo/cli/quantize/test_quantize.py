@@ -20,7 +20,7 @@ from policies.conversion.dense import convert_checkpoint
 from policies.files import packed
 from policies.policy import Policy, PolicyError
 
-SIZES = ["--window", "32", "--calibrate_tokens", "256", "--heldout_tokens", "128", "--threads", "1", "--device", "cpu"]
+SIZES = ["--window", "32", "--calibrate_tokens", "256", "--held_out_tokens", "128", "--threads", "1", "--device", "cpu"]
 CORPUS = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=100)]
 PACKED = {
     "quant_method": "compressed-tensors",
@@ -75,7 +75,7 @@ def test_transformers_and_quartet_read_the_same_numbers(quantize, source, method
     assert (folder / "LICENSE").read_text() == "do as you like"
     report = json.loads((folder / REPORT).read_text())
     assert report["weights_bytes"]["after"] < report["weights_bytes"]["before"]
-    assert 0 < report["heldout"]["top1_agreement"] < 1
+    assert 0 < report["held_out"]["top1_agreement"] < 1
     assert report["matrices_kept"] == [f"model.layers.{layer}.{name}" for layer, name in KEPT]
 
 
@@ -123,8 +123,8 @@ def test_a_llama_as_it_comes_and_as_mla(quantize, tmp_path, converted):
 
 def test_the_report_is_of_other_text_than_the_calibration(source):
     tokenizer = AutoTokenizer.from_pretrained(source)
-    text = calibration_text("word_problems", tokenizer, tokens=256, heldout_tokens=128, window=32)
-    assert not {tuple(w.tolist()) for w in text.windows} & {tuple(w.tolist()) for w in text.heldout}
+    text = calibration_text("word_problems", tokenizer, tokens=256, held_out_tokens=128, window=32)
+    assert not {tuple(w.tolist()) for w in text.windows} & {tuple(w.tolist()) for w in text.held_out}
 
 
 def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch, capfd, source, tmp_path):
@@ -169,7 +169,7 @@ def test_problems_that_are_calibrated_on_are_not_evaluated(capfd, source, tmp_pa
     )
     assert "8 of 8 problems that are to be evaluated were trained on" in said
     tokenizer = AutoTokenizer.from_pretrained(source)
-    sizes = {"tokens": 10**5, "heldout_tokens": 64, "window": 32}
+    sizes = {"tokens": 10**5, "held_out_tokens": 64, "window": 32}
     whole = calibration_text(data, tokenizer, **sizes).examples
     left = calibration_text(data, tokenizer, left_out=lambda example: "7" in example.question, **sizes).examples
     assert [e.question for e in left] == [e.question for e in whole if "7" not in e.question]

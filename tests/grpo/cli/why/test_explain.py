@@ -63,7 +63,7 @@ def measured(config, folder: Path) -> float:
     policy = Policy.load(folder)
     found = []
     with Task.of(config, scores=False) as task:
-        for example in task.heldout:
+        for example in task.held_out:
             row = task.solution(example, policy.tokenizer, policy.stop_token_ids[0])
             prompt, ids = row.prompt_token_ids, row.samples[0].token_ids
             logits = policy.trunk(input_ids=torch.tensor([prompt + ids])).logits[0].double()
@@ -86,7 +86,7 @@ def test_leaving_a_group_out_equals_training_without_it(run, micro_config, tmp_p
 
 def test_the_step_itself_comes_out_to_the_same_bits(run):
     for step in (1, 2, 3):
-        found = explain(run, step, heldout=2, groups=1)
+        found = explain(run, step, held_out=2, groups=1)
         assert (found.begins, found.difference, found.updates) == (step - 1, 0.0, 2)
         assert found.compared >= 6
         assert [group.effect is not None for group in found.groups].count(True) == 1
@@ -101,7 +101,7 @@ def test_a_flipped_reward_is_the_first_thing_named(micro_config, tmp_path, flipp
     options = {
         "data.name": str(tmp_path / "data.jsonl"),
         "data.limit": None,
-        "data.holdout": 0.5,
+        "data.held_out": 0.5,
         "eval.limit": 2,
         "steps": 1,
         "rollout.group_size": 128,
@@ -171,17 +171,18 @@ def test_a_step_of_tied_groups_changed_nothing(micro_config, tmp_path):
     assert all(group.effect == 0.0 for group in found.groups)
 
 
-def test_the_command_answers_in_words_first_and_escapes_what_others_wrote(run, tmp_path, capsys):
+def test_the_command_answers_in_words_first_and_escapes_what_others_wrote(run, tmp_path, capsys, caplog):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     assert main(["why", str(copy), "3", "--heldout", "2", "--json", str(tmp_path / "out.json")]) == 0
     said = capsys.readouterr().out
+    assert "--heldout is --held_out now; the old name works until 0.3" in caplog.text
     assert said.startswith("cost: 0 recorded steps from checkpoint 2")
     assert "because of group " in said.splitlines()[1] + said.splitlines()[2]
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["groups"]) == 4
     assert found["step"] == 3
-    shown = explain(run, 3, heldout=2, groups=1)
+    shown = explain(run, 3, held_out=2, groups=1)
     hostile = replace(shown, groups=[replace(shown.groups[0], prompt="\x1b[31m[red]", prompt_id="a\x07\nb")])
     hostile.groups[0].effect = hostile.change
     console = Console(width=200, record=True)
