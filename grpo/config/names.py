@@ -85,14 +85,17 @@ def renew(command: str, options: Mapping[str, Any], tell: Callable[[str, str], N
     trains_trunk = take(options, "value.train_trunk")
     if trains_trunk is not ABSENT:
         put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1) if trains_trunk else 0.0)
-    if command == "sft" and get(options, "warm_start.levels"):  # what is evaluated had those of `data`
-        put(options, "eval.levels", get(options, "eval.levels") or get(options, "data.levels", [1, 2]))
     for old, new in table("renamed").get(command, {}).items():
         value = take(options, old)
         if value is not ABSENT and value != table("then").get(old, ABSENT):
             put(options, new, value)
             if tell:
                 tell(old, new)
+    accept = take(options, "rollout.accept") if command in ("eval", "sample", "serve", "quantize") else ABSENT
+    if accept == "exact":
+        take(options, "rollout.margin")  # it was not read
+    elif accept == "margin":
+        put(options, "rollout.margin", get(options, "rollout.margin", 2.0))
     return options
 
 

@@ -31,10 +31,9 @@ class SamplingOptions(Options):
 class AnswerOptions(SamplingOptions):
     """How a policy answers where nothing is learned from its answers: drafts may be taken unverified."""
 
-    accept: Literal["exact", "margin"] = "exact"
-    """`exact` never changes a token. `margin` is lossy: clear drafts are taken unverified (and counted)."""
-    margin: float = Field(default=2.0, ge=0)
-    """accept: margin takes a draft whose best token leads the second by more than this many nats."""
+    margin: float | None = Field(default=None, ge=0)
+    """Take a draft unverified (and count it) where its best token leads the second by more than this many nats. That is
+    lossy; null never changes a token."""
 
 
 class VLLMOptions(Options):
@@ -96,9 +95,8 @@ class RolloutOptions(WorkersOptions):
     learned; each publication makes them anew. The importance correction is on. Held-out problems are answered with them
     too."""
     refill_draws: int = Field(default=0, ge=0)
-    """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
-    refill_prompts: Literal["new", "same"] = "new"
-    """What takes a tied group's place: the next prompts of the data, or the same prompt with new noise."""
+    """Dynamic sampling: the next prompts of the data take the place of tied groups, at most this many times per step; 0
+    keeps them."""
 
     @property
     def publish_timeout_s(self) -> float:

@@ -25,7 +25,7 @@ def held_out_share(
         )
     train: list[Example] = []
     held: list[Example] = []
-    for example in load(data.split, "train", data.levels, data.limit):
+    for example in load(data.split, "train", limit=data.limit):
         fingerprint = problem_fingerprint(template.content(example))
         (held if in_holdout(fingerprint, data.holdout, data.holdout_seed) else train).append(example)
     if not train or not held:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from grpo.config.json_file import read_objects, whole_lines
-from grpo.config.run import GrpoLogOptions, LinesOptions, LogOptions
+from grpo.config.run import GrpoLogOptions, LogOptions
 from grpo.config.yaml_file import changed_options
 from grpo.run import hardware
 from grpo.run.console import Terminal, progress_bars, sample_table, step_line, visible
@@ -91,7 +91,6 @@ class RunLog:
     ) -> None:
         # Everything that can be refused is refused before the folder is touched.
         self._options = options or GrpoLogOptions()
-        self._every = self._options.every if isinstance(self._options, LinesOptions) else 1
         tracker_names = installed(self._options.trackers)
         refuse_folder(output_dir, resuming=resume is not None)
         self._lock = lock or RunLock(output_dir)
@@ -100,7 +99,7 @@ class RunLog:
         resumes = holds_a_run(output_dir)
         self.output_dir = output_dir
         self.console = console or Terminal(quiet=quiet)
-        self._quiet, self._last = quiet, last
+        self._quiet = quiet
         self._events_seen: Counter[str] = Counter()
         self._checked: set[str] = set()
         self._last_step: int | None = None
@@ -132,7 +131,7 @@ class RunLog:
         self._last_step = step
         if self._panel:
             self._panel.step(step, finite)
-        elif show and (step in (1, self._last) or step % self._every == 0):
+        elif show:
             self.say(step_line(step, finite))
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:

@@ -51,7 +51,7 @@ METRICS: dict[str, str] = {
     "loss/teacher_kl": "KL of the policy from the teacher (loss.advantage: distill), mean, nats per token: "
     "an estimate, or with distill.top_k the KL of the teacher's k tokens and the rest",
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
-    "loss/mtp_tv": "the same by total variation (head.tv, mtp.tv): share of drafts rejected at best, fraction",
+    "loss/mtp_tv": "the same by total variation (mtp.tv, quartet mtp): share of drafts rejected at best, fraction",
     "loss/value": "loss of the value head (PPO baseline), mean per token, squared score",
     "loss/balance_entropy": "log E - H(mean soft choice), before its weight, mean over layers, nats; 0 is balanced",
     "loss/balance_sequence": "balance loss of a completion, before its weight, mean over layers; 1 is balanced",

@@ -114,7 +114,7 @@ class Collector:
             return groups, scores
 
         def replacements(tied: list[Prompt], draw: int) -> Sequence[Prompt]:
-            return tied if options.refill_prompts == "same" else self.prompts(len(tied), step, draw)
+            return self.prompts(len(tied), step, draw)
 
         with Progress(disable=True) if quiet else self.run.log.progress() as progress:
             prompts = self.prompts(self.config.prompts_per_step, step)

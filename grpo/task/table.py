@@ -114,7 +114,7 @@ def _word(value: Any) -> str:
 def _ranks(options: object) -> str:
     """Several processes that learn, as far as the options and the launcher say."""
     layout = option(options, "learner.parallel")
-    shares = (layout.fsdp or 1, layout.expert, layout.replicate * layout.tensor) if layout else ()
+    shares = (layout.fsdp or 1, layout.expert, layout.tensor) if layout else ()
     several = max(int(os.environ.get("WORLD_SIZE", "1")), option(options, "learner.workers") or 0, *shares) > 1
     return "several ranks (learner.workers, learner.parallel, accelerate launch or torchrun)" if several else ""
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
-from grpo.cli.commands.recovery import recover
+from grpo.cli.commands.recovery import WINDOWS_PER_STEP, recover
 from grpo.cli.config.convert import ConvertConfig
 from grpo.data.calibration_text import CalibrationText, calibration_text
 from grpo.run.console import progress_bars
@@ -103,7 +103,7 @@ class Converter:
             self.text = calibration_text(
                 config.calibrate,
                 read_tokenizer(self.source),
-                tokens=max(config.calibrate_tokens, config.recover * config.recovery.windows_per_step * window),
+                tokens=max(config.calibrate_tokens, config.recover * WINDOWS_PER_STEP * window),
                 heldout_tokens=config.heldout_tokens,
                 window=window,
             )

@@ -88,11 +88,11 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     result = Replay(str(run), function, against)
     with Scorer(
         [spec],
-        on_error=config.on_error,
-        timeout_s=config.timeout_s,
-        workers=config.workers,
+        on_error=config.reward.on_error,
+        timeout_s=config.reward.timeout_s,
+        workers=config.reward.workers,
         columns=columns,
-        pass_variables=config.pass_variables,
+        pass_variables=config.reward.pass_variables,
     ) as scorer:
         for step in steps:
             groups = split_groups(read_rollouts(run, step))

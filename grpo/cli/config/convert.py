@@ -31,13 +31,8 @@ class RecoveryOptions(Options):
     trained: Literal["attention", "all"] = "attention"
     """What is trained: the attention, which compression has changed, or all weights."""
     learning_rate: float = Field(default=3e-5, gt=0)
-    """Peak learning rate of AdamW, decaying to 0 along a cosine; a few steps at ten times that do harm."""
-    warmup_steps: int = Field(default=2, ge=0)
-    """Steps of linear warm-up."""
-    windows_per_step: int = Field(default=4, ge=1)
-    """Windows of text in an update."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Peak learning rate of AdamW, decaying to 0 along a cosine after two steps of warm-up; a few steps at ten times
+    that do harm."""
 
 
 class ConvertConfig(Options):

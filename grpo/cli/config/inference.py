@@ -165,6 +165,6 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     if data not in (None, of_data["name"]):
         return brought
     brought["data"] |= {name: of_data[name] for name in problems if name in of_data}
-    brought["data"]["levels"] = run["eval"]["levels"] or of_data["levels"]
+    brought["data"]["levels"] = run["eval"].get("levels") or of_data["levels"]
     split = None if of_data.get("holdout") else run["eval"]["split"]
     return brought | {"eval": {"split": split, "limit": run["eval"]["limit"] or None}}

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
-from grpo.cli.config.serve import ServeConfig
+from grpo.cli.config.serve import SHUTDOWN_S, ServeConfig
 from grpo.run.listening import keep
 from grpo.source.vllm_token import installed_vllm
 from rollout.backends.vllm.process import clean_environment
@@ -126,9 +126,9 @@ class ServerOfVLLM:
         return ValueError(f"{what} (status {self.process.poll()}): {first[:2000]}")
 
     def _end(self) -> None:
-        """End the server. Running requests have `shutdown_s` seconds."""
+        """End the server. Running requests have SHUTDOWN_S seconds."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        for number, patience in ((signal.SIGTERM, self.config.shutdown_s), (signal.SIGKILL, 5.0)):
+        for number, patience in ((signal.SIGTERM, SHUTDOWN_S), (signal.SIGKILL, 5.0)):
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, number)
             with suppress(subprocess.TimeoutExpired):

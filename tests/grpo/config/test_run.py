@@ -24,7 +24,6 @@ CONFIGS = [TrainConfig, SftConfig, EvalConfig, SampleConfig]
 TRL_NAMES = {
     "importance_correction": None,  # `vllm_importance_sampling_correction` and `.._mode`; ours is off, contract 8
     "importance_clip_max": "vllm_importance_sampling_clip_max",
-    "importance_clip_min": "vllm_importance_sampling_clip_min",
     "kl_estimator": None,
     "advantage": None,
 }
@@ -174,7 +173,7 @@ def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):
         "data.system_prompt": "Be brief.",
         "data.few_shot": 2,
         "eval.split": "validation",
-        "eval.levels": [2, 3],
+        "data.levels": [2, 3],
         "eval.limit": 17,
         "rollout.temperature": 0.5,
         "rollout.max_completion_tokens": 99,

@@ -95,7 +95,7 @@ def test_reward_test_hands_over_the_question_as_the_users_message(source, tmp_pa
     data = tmp_path / "train.jsonl"
     rows = [{"question": f"{i} + 1 = ?", "answer": f"so #### {i + 1}"} for i in range(3)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    options = {"data": str(data), "chat": True, "shaping": True, "arguments": {"expected": "user"}}
+    options = {"data": {"name": str(data)}, "chat": True, "shaping": True, "arguments": {"expected": "user"}}
     assert check_reward(f"{source}:roles", RewardTestConfig(**options)).problems == []
 
 

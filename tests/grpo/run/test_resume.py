@@ -14,7 +14,7 @@ from grpo.config.options import dump_yaml, load
 from grpo.config.run import SftConfig
 from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep, Update
-from grpo.run import checkpoint, log
+from grpo.run import checkpoint, log, resume
 from grpo.run.log import RunLog
 from grpo.run.records import best_step, read_metrics, read_rollouts
 from grpo.run.resume import base_changed, refuse_changed_config
@@ -53,7 +53,6 @@ KINDS = {
         "lora.rank": 4,
         **CURRICULUM,
         "rollout.refill_draws": 2,
-        "rollout.refill_prompts": "same",
     },
 }
 
@@ -285,15 +284,16 @@ def test_what_does_not_touch_the_training_may_change(micro_config, whole, given)
     refuse_changed_config(folder / "config.yaml", _config(micro_config, folder, "full", **given))
 
 
-def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp_path):
+def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp_path, monkeypatch):
     """Where the default is no longer null: a run that was begun with null does not go on with the new default."""
-    config, saved = _config(micro_config, tmp_path, "full"), tmp_path / "config.yaml"
+    monkeypatch.setattr(resume, "FREE_TO_CHANGE", ("output_dir",))
+    config, saved = _config(micro_config, tmp_path, "full", **{"checkpoint.keep": 2}), tmp_path / "config.yaml"
     now = dump_yaml(config)
-    assert now.count("  idle_every: 10\n") == 1
-    saved.write_text(now.replace("  idle_every: 10\n", ""))
+    assert now.count("  keep: 2\n") == 1
+    saved.write_text(now.replace("  keep: 2\n", ""))
     refuse_changed_config(saved, config)
-    saved.write_text(now.replace("idle_every: 10", "idle_every: null"))
-    with pytest.raises(ValueError, match="mtp.idle_every: None then, 10 now"):
+    saved.write_text(now.replace("  keep: 2\n", "  keep: null\n"))
+    with pytest.raises(ValueError, match="checkpoint.keep: None then, 2 now"):
         refuse_changed_config(saved, config)
 
 

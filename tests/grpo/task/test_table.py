@@ -52,7 +52,7 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         (VLLM | {"rollout.vllm.engine": {"dtype": "half"}}, "with rollout.vllm.engine.dtype=half: quartet sets that"),
         (NF4 | {"learner.workers": 2}, "nf4 with several ranks .* learn in one process, or set lora.base to null"),
         (NF4 | {"learner.parallel.fsdp": 2}, "lora.base=nf4 with several ranks"),
-        (NF4 | {"learner.parallel.replicate": 2}, "lora.base=nf4 with several ranks"),
+        (NF4 | {"learner.parallel.tensor": 2}, "lora.base=nf4 with several ranks"),
         (NF4 | {"warm_start.steps": 3}, "warm_start.steps=3 with lora.base=nf4: .* run quartet sft before"),
         (NF4 | {"model": "tiny"}, "lora.base=nf4 with model='tiny' .a preset.: .* random weights; train it before"),
         (NF4 | {"model": "a.gguf"}, "lora.base=nf4 with model='a.gguf' .*: .* name the model that it was made from"),

@@ -14,7 +14,7 @@ from grpo.cli.parse import main
             ["--vllm_python", "nowhere/python"],
             "vllm_python=nowhere/python: there is no such interpreter .* `make vllm`",
         ),
-        (["--accept", "margin"], "accept=margin is for backend=native"),
+        (["--rollout.margin", "2"], "rollout.margin=2.0 is for backend=native"),
         (["--replicas", "2"], "replicas=2 is for backend=native"),
         (["--follow"], "--follow is for backend=native"),
     ],
