@@ -82,6 +82,11 @@ def renew(command: str, options: Mapping[str, Any], tell: Callable[[str, str], N
         options["data"] = {"name": dataset}
     if take(options, "learner.stochastic_rounding") is True:
         put(options, "learner.optimizer", "adamw_8bit_stochastic")
+    models = options.get("reward_models")
+    for model in models if isinstance(models, list) else ():
+        if isinstance(model, dict) and model.get("chat") is True:
+            del model["chat"]
+            model["kind"] = "chat_classifier"
     trains_trunk = take(options, "value.train_trunk")
     if trains_trunk is not ABSENT:
         put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1) if trains_trunk else 0.0)
@@ -178,8 +183,10 @@ def plain(value: Any) -> Any:
     return parse_yaml(to_yaml(value))
 
 
-def _copy(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _copy(value) if isinstance(value, dict) else value for name, value in options.items()}
+def _copy(options: Any) -> Any:
+    if isinstance(options, list):
+        return [_copy(item) for item in options]
+    return {name: _copy(value) for name, value in options.items()} if isinstance(options, dict) else options
 
 
 # ---- names of other trainers -----------------------------------------------------------------------------------------

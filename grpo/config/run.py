@@ -76,8 +76,6 @@ class LogOptions(Options):
 class GrpoLogOptions(LogOptions):
     """What a person sees and what is kept."""
 
-    table_every: int = Field(default=10, ge=1)
-    """Show a table of sample completions after every n-th step."""
     measure_speed: bool = False
     """At the end, time sampling with and without drafts on held-out prompts."""
 

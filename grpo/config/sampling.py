@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator
@@ -37,13 +36,12 @@ class AnswerOptions(SamplingOptions):
 
 
 class VLLMOptions(Options):
-    """vLLM as the sampler, where rollout.backend is vllm. `make vllm` installs it beside quartet."""
+    """vLLM as the sampler, where rollout.backend is vllm. `make vllm` installs it beside quartet; the environment
+    variable QUARTET_VLLM_PYTHON names the interpreter of another environment that has it."""
 
-    python: Path = Path(".vllm/bin/python")
-    """The interpreter of vLLM's environment; a server is started with it and ends with the run."""
     url: str | None = None
-    """http://HOST:PORT of a server that runs already (see docs/guides/vllm.md); null starts one on loopback. The
-    environment variable QUARTET_VLLM_TOKEN holds its token."""
+    """http://HOST:PORT of a server that runs already (see docs/guides/vllm.md); null starts one on loopback, which ends
+    with the run. The environment variable QUARTET_VLLM_TOKEN holds its token."""
     engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's engine, such as {max_model_len: 2048} or {tensor_parallel_size: 2}."""
     untried_version: bool = False

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from grpo.run.panel import Panel
 
 SHOWN_PER_EVENT = 3
+TABLE_EVERY = 10  # steps; `quartet view` shows every completion
 SHOWN_ALWAYS = ("learner", "worker")  # of which one is not like another
 WRITTEN = (
     *("config.yaml", "environment.json", "metrics.jsonl", "rewards.json", "draft_costs.json"),
@@ -174,7 +175,7 @@ class RunLog:
         drawn = [draw for draw in draws or [0] * len(groups) for _ in range(size)]
         text = "".join(json_line({**head, "draw": draw, **line}) for draw, line in zip(drawn, lines, strict=True))
         write_file(rollout_path(self.output_dir, step), zstandard.compress(text.encode()))
-        shows = isinstance(self._options, GrpoLogOptions) and (step == 1 or step % self._options.table_every == 0)
+        shows = isinstance(self._options, GrpoLogOptions) and (step == 1 or step % TABLE_EVERY == 0)
         if policy_logprobs is None and shows:
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
             self._track(lambda tracker: log_rollouts(tracker, step, lines))

@@ -32,8 +32,6 @@ class ServeConfig(ModelOptions):
     backend: Literal["native", "vllm"] = "native"
     """What decodes: our engine, or vLLM's own server of the same API (`make vllm`), which uses no drafts here, and has
     noise and a queue of its own."""
-    vllm_python: Path = Path(".vllm/bin/python")
-    """backend: vllm: the interpreter of vLLM's environment."""
     host: str = "127.0.0.1"
     """The address to listen on, by default this machine alone. Another one needs `api_key_file`."""
     port: int = Field(default=8000, ge=0, le=65535)

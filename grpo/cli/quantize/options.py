@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from grpo.cli.config.inference import EvalConfig
+from grpo.cli.config.inference import MeasuredConfig
 
 
-class QuantizeConfig(EvalConfig):
+class QuantizeConfig(MeasuredConfig):
     """A policy in 4 or 8 bits a weight, in files that transformers and vLLM load. The options of `quartet eval` say how
     accuracy is measured, before and after; it is measured where `data` is given, or where a run folder brings it."""
 

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from grpo.cli.commands import eval_report
 from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
 from grpo.cli.commands.policy_in_use import PolicyInUse
-from grpo.cli.config.inference import EvalConfig
+from grpo.cli.config.inference import EvalConfig, MeasuredConfig
 from grpo.cli.quantize import compressor
 from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.json_file import write_json
@@ -134,7 +134,7 @@ class Quantizer:
 
     def _evaluate(self, model: str, which: str, met: Collection[str] = ()) -> ModelEvaluation:
         """Evaluate as `quartet eval` does. Problems that were `met` are refused."""
-        options = self.config.model_dump(include=set(EvalConfig.model_fields))
+        options = self.config.model_dump(include=set(MeasuredConfig.model_fields))
         output = self.config.output and self.config.output / which
         return evaluate_model(EvalConfig(**options | {"model": model, "output": output}), self.console, met=met)
 

@@ -618,7 +618,7 @@ def test_importance_correction_equals_trl(mode):
     assert expected.shape[1] == (1 if mode.startswith("sequence") else length)
     assert len(expected.unique()) > 2  # bounds bite here and there
     assert torch.isin(expected, torch.tensor([0.0, 0.5, 1.5])).any()
-    ours = importance_correction(given["old_logprobs"], given["sampling_logprobs"], mask, mode, 1.5, 0.5)
+    ours = importance_correction(given["old_logprobs"], given["sampling_logprobs"], mask, mode, 1.5)
     torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=0, atol=1e-5)
 
 
