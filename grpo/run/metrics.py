@@ -28,7 +28,6 @@ METRICS: dict[str, str] = {
     "curriculum/open": "training examples that are open yet (curriculum.shortest_share), fraction",
     "curriculum/seen": "training examples that were drawn at least once, fraction",
     "curriculum/pass_rate": "running share of a prompt's marked completions with full marks, mean over the prompts met",
-    "curriculum/completion_tokens": "length limit of completions at this step, tokens",
     "curriculum/draft_depth": "depth to which the draft head is unrolled at this step",
     "completion/tokens": "completion tokens sampled, stop tokens included, count; without what tools wrote",
     "completion/length_mean": "length of a completion, stop token included, mean, tokens",

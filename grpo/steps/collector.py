@@ -72,10 +72,7 @@ class Collector:
 
     def params(self, step: int) -> SamplingParams:
         """How the completions of a step are sampled."""
-        params = replace(self.sampling, head_accepted=self.head_accepted)
-        for listener in self.listeners:
-            params = listener.limit(step, params)
-        return params
+        return replace(self.sampling, head_accepted=self.head_accepted)
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished) -> list[RolloutGroup]:
         """A group of each prompt, by `params.at(step, draw)`."""

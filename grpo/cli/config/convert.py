@@ -50,11 +50,9 @@ class ConvertConfig(Options):
     """Text that compression and the draft head are fitted to: a text file, a file with questions and answers
     (.jsonl, .json, .parquet, .csv), or a dataset such as `gsm8k`. Its last part is held out for the report."""
     calibrate_tokens: int = Field(default=16384, ge=1)
-    """Tokens that are measured."""
+    """Tokens that are measured, 512 at a time; longer distances are not."""
     heldout_tokens: int = Field(default=4096, ge=1)
     """Tokens held out for the report; at most a fifth of the text."""
-    window: int = Field(default=512, ge=2)
-    """Tokens that are read at once; distances beyond are not measured."""
     recover: int = Field(default=0, ge=0)
     """Steps of KL distillation after compression; Ctrl-C ends it early and keeps what it has reached."""
     recovery: RecoveryOptions = RecoveryOptions()

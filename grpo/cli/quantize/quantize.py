@@ -21,7 +21,7 @@ from grpo.cli.config.inference import EvalConfig, MeasuredConfig
 from grpo.cli.quantize import compressor
 from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.json_file import write_json
-from grpo.data.calibration_text import CalibrationText, calibration_text
+from grpo.data.calibration_text import WINDOW, CalibrationText, calibration_text
 from grpo.data.examples import Example
 from grpo.data.leakage import in_holdout, problem_fingerprint, record_trained_on, trained_on
 from grpo.data.prompts import PromptTemplate
@@ -121,7 +121,7 @@ class Quantizer:
             read_tokenizer(base),
             tokens=config.calibrate_tokens,
             heldout_tokens=config.heldout_tokens,
-            window=min(config.window, shape.max_position_embeddings),
+            window=min(WINDOW, shape.max_position_embeddings),
             left_out=held_out,
         )
 

@@ -230,8 +230,9 @@ def test_quantising_reads_all_its_options(acts, tmp_path, monkeypatch):
     monkeypatch.setattr(compressor, "require_packages", lambda: None)  # the files keep their precision
     monkeypatch.setattr(compressor, "quantize", lambda *_, **__: [])
     monkeypatch.setattr(compressor, "save", lambda policy, folder: policy.save(folder))
+    monkeypatch.setattr(quantize, "WINDOW", 16)
     monkeypatch.setattr(quantize.metadata, "version", lambda name: "0")
-    small = {"calibrate": "word_problems", "calibrate_tokens": 64, "heldout_tokens": 32, "window": 16}
+    small = {"calibrate": "word_problems", "calibrate_tokens": 64, "heldout_tokens": 32}
     with recorded() as reads:
         for number, given in enumerate(acts):
             config = load(QuantizeConfig, None, given | small | {"output": tmp_path / str(number)})

@@ -30,7 +30,6 @@ STEPS = 5
 CURRICULUM = {
     "curriculum.steps": 4,
     "curriculum.by_difficulty": True,
-    "curriculum.completion_tokens": 5,
 }
 KINDS = {
     # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
