@@ -75,9 +75,9 @@ def new_key(command: str, key: str) -> str:
     return key
 
 
-def renew(command: str, options: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
+def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
     """Options of `quartet COMMAND`, by section, under today's names. `tell` hears of each that has another one now."""
-    options = _copy(options)
+    options: dict[str, Any] = _copy(former)
     if command and isinstance(dataset := options.get("data"), str):
         options["data"] = {"name": dataset}
     if take(options, "learner.stochastic_rounding") is True:

@@ -77,8 +77,9 @@ def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype
         return f"there is no C++ compiler ({compiler})"
     if isinstance(options, RolloutOptions) and options.quantization != "none":
         return "a graph has no matrices of fewer bits"
-    lossy = isinstance(options, AnswerOptions) and options.margin is not None
-    return f"rollout.margin={options.margin} takes drafts unverified" if lossy else None
+    if isinstance(options, AnswerOptions) and options.margin is not None:
+        return f"rollout.margin={options.margin} takes drafts unverified"
+    return None
 
 
 def environment_of(options: object) -> EnvironmentSpec | None:

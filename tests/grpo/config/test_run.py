@@ -9,6 +9,7 @@ from trl import GRPOConfig
 import grpo
 from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
+from grpo.cli.config.reward_commands import RewardTestConfig
 from grpo.cli.config.serve import ServeConfig
 from grpo.config.data import DataOptions
 from grpo.config.loss import LossOptions
@@ -225,6 +226,23 @@ def test_the_names_of_an_older_version_work_with_a_word(caplog):
     assert load(ServeConfig, None, {"max_completion_tokens": 9}).rollout.max_completion_tokens == 9
     sft = load(SftConfig, None, {"output_dir": "r", "warm_start.steps": 7, "warm_start.learning_rate": 0.1})
     assert (sft.steps, sft.learner.learning_rate) == (7, 0.1)
+    tried = load(RewardTestConfig, None, {"data": "gsm8k", "limit": 5, "on_error": "drop_sample"})
+    assert (tried.data.name, tried.data.limit, tried.reward.on_error) == ("gsm8k", 5, "drop_sample")
+
+
+@pytest.mark.parametrize(
+    ("older", "margin"),
+    [("{accept: margin, margin: 3.0}", 3.0), ("{accept: margin}", 2.0), ("{accept: exact, margin: 2.0}", None)],
+)
+def test_an_older_file_says_in_two_options_what_one_says_now(tmp_path, older, margin):
+    judge = {"name": "judge", "model": "m"}
+    models = "[{name: judge, model: m, chat: true}, {name: other, model: m, chat: false}]"
+    (tmp_path / "older.yaml").write_text(f"rollout: {older}\nreward_models: {models}\n")
+    config = load(EvalConfig, tmp_path / "older.yaml", {})
+    assert config.rollout.margin == margin
+    assert [model.kind for model in config.reward_models] == ["chat_classifier", "classifier"]
+    with pytest.raises(ConfigError, match="chat=true .*kind: chat_classifier says both"):
+        load(EvalConfig, None, {"reward_models": [judge | {"chat": True}]})
 
 
 def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():

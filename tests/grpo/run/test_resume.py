@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -635,12 +636,27 @@ def test_what_sft_refuses(micro_preset, tmp_path):
         sft(_sft_config(micro_preset, tmp_path / "run"))
 
 
-def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(micro_config, tmp_path):
+@pytest.mark.parametrize(
+    ("section", "option", "value"),
+    [
+        ("curriculum", "draft_depth", "1"),
+        ("curriculum", "completion_tokens", "5"),
+        ("rollout", "refill_prompts", "same"),
+        ("warm_start", "levels", "[2]"),
+        ("mtp", "idle_every", "null"),
+        ("loss", "importance_clip_min", "0.5"),
+        ("value", "cliprange_value", "0.1"),
+    ],
+)
+def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(
+    micro_config, tmp_path, section, option, value
+):
     """Only where what is learned would be another thing: a timeout that is gone changes no bit."""
     config = micro_config(tmp_path)
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config).replace("rollout:\n", "rollout:\n  publish_timeout_s: 7.0\n"))
     refuse_changed_config(file, config)
-    file.write_text(dump_yaml(config).replace("curriculum:\n", "curriculum:\n  draft_depth: 1\n"))
-    with pytest.raises(ValueError, match=r"curriculum.draft_depth=1: it is gone, since [^\n]*\n.*use --force"):
+    file.write_text(dump_yaml(config).replace(f"\n{section}:\n", f"\n{section}:\n  {option}: {value}\n"))
+    said = f"{section}.{option}={value}: it is gone, since "
+    with pytest.raises(ValueError, match=re.escape(said) + r"[^\n]*\n.*use --force"):
         refuse_changed_config(file, config)
