@@ -20,7 +20,6 @@ from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.mtp import MtpConfig
 from grpo.config.options import Options, _options, load
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.learner.terms.draft_head import teaching
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.task.check import check_plan
 from grpo.task.task import Task
@@ -137,7 +136,7 @@ def test_supervised_steps_read_all_their_options(micro_config, policy_folder, no
     assert unread(SftConfig, reads) == set()
 
 
-def test_grpo_reads_all_its_options(micro_config, micro_policy, policy_folder, not_finite, rows, tmp_path, monkeypatch):
+def test_grpo_reads_all_its_options(micro_config, policy_folder, not_finite, rows, tmp_path, monkeypatch):
     from grpo.steps.vllm import vllm_settings
     from grpo.train import train
 
@@ -145,7 +144,7 @@ def test_grpo_reads_all_its_options(micro_config, micro_policy, policy_folder, n
     ties = {"rewards": [{"function": "gsm8k_format"}], "rollout.refill_draws": 1}
     reward_models = {"reward_models": [{"name": "judge", "model": str(policy_folder.parent / "judge")}]}
     variants: list[dict[str, Any]] = [
-        {"eval.limit": 2, "checkpoint.keep_best": True} | ties,
+        {"eval.limit": 2, "checkpoint.keep_best": True, "curriculum.shortest_share": 0.5} | ties,
         {"lora.rank": 2, "loss.importance_correction": "token_truncate", "mtp.every": 1},
         {"loss.advantage": "gae", "learner.on_non_finite": "skip"},
         model | reward_models | {"loss.advantage": "distill", "distill.teacher": str(policy_folder)},
@@ -164,7 +163,6 @@ def test_grpo_reads_all_its_options(micro_config, micro_policy, policy_folder, n
         with pytest.raises(ValueError, match="nobody has compared"):
             check_plan(outside)
         vllm_settings(outside.rollout, tmp_path)
-        teaching(micro_policy(), outside.mtp, [], step=1, gain=1.0)  # drafts that gain too little
         Task.of(TrainConfig(output_dir=tmp_path / "h", data=rows), scores=False).close()
     assert unread(TrainConfig, reads) == set()
 
