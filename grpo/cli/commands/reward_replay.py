@@ -90,7 +90,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
         [spec],
         on_error=config.reward.on_error,
         timeout_s=config.reward.timeout_s,
-        workers=config.reward.workers,
+        workers=settings["reward"]["workers"],
         columns=columns,
         pass_variables=config.reward.pass_variables,
     ) as scorer:
@@ -137,7 +137,7 @@ def _settings(run: Path) -> dict[str, Any]:
     with expecting(path, "configuration of a run"):
         DataOptions.model_validate(settings["data"])
         [str(model["name"]) for model in settings.get("reward_models", [])]
-        int(settings["steps"]), int(settings["seed"])
+        int(settings["steps"]), int(settings["seed"]), int(settings["reward"]["workers"])
     return settings
 
 

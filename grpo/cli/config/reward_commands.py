@@ -33,13 +33,6 @@ class TriedScoringOptions(Options):
     """Environment variables that the function may read besides the usual few, such as [OPENAI_API_KEY]."""
 
 
-class ReplayedScoringOptions(TriedScoringOptions):
-    """How the function is run, and what happens when it fails."""
-
-    workers: int = Field(default=1, ge=1)
-    """Processes that score."""
-
-
 class RewardTestConfig(CallOptions):
     """Try a reward function on data, without a model: gold solutions get full marks, empty and wrong ones do not."""
 
@@ -54,10 +47,11 @@ class RewardTestConfig(CallOptions):
 
 
 class ReplayConfig(CallOptions):
-    """Score the recorded completions of a run again, with another function, and show what changes."""
+    """Score the recorded completions of a run again, with another function, in as many processes as the run had, and
+    show what changes."""
 
     command: ClassVar[str] = "reward replay"
-    reward: ReplayedScoringOptions = ReplayedScoringOptions()
+    reward: TriedScoringOptions = TriedScoringOptions()
     against: str | None = None
     """The recorded value to compare with: a reward's name, or `score` for the weighted sum. null takes the reward of
     the same name, else the only one, else `score`."""
