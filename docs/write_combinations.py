@@ -15,8 +15,6 @@ made from `grpo/task/table.yaml` by `make reference`.
 |---|---|---|
 {rows}
 
-Some options are meant for the first step, and what they grow to is not less: {growing}.
-
 {packages}.
 """
 
@@ -39,12 +37,11 @@ def page() -> str:
         for this, row in content()["not_with"].items()
         for others, why in row.items()
     ]
-    growing = ", ".join(f"`{key}` to `{end}`" for key, end in content()["grows_to"].items())
     packages = [
         f"{words(what)} needs the extra `{extra}` ({', '.join(names.split())})"
         for what, (names, extra, _) in content()["packages"].items()
     ]
-    return PAGE.format(rows="\n".join(rows), growing=growing, packages="; ".join(packages))
+    return PAGE.format(rows="\n".join(rows), packages="; ".join(packages))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Server:
     def __init__(self, model: str, files: int | None = None) -> None:
         command = [sys.executable, "-m", "grpo", "serve", model, "--port", "0", "--name", "tiny", "--threads", "1"]
         limit = f"ulimit -n {files}; " if files else ""
-        shell = ["bash", "-c", f"{limit}exec {shlex.join(command)} --shutdown_s 2"]
+        shell = ["bash", "-c", f"{limit}exec {shlex.join(command)}"]
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - it ends with this object
         self.process = subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=self.errors, text=True)
         assert self.process.stdout is not None

@@ -97,8 +97,8 @@ def policy_loss(
         watched |= {"mismatch/logprob_abs_mean": log_ratio.abs(), "mismatch/kl": log_ratio.expm1() - log_ratio}
     if correction is not None:
         sampling_logprobs = _need(logprobs.sampling, "sampling_logprobs", correction)
-        bounds = options.importance_clip_max, options.importance_clip_min
-        weight = importance_correction(old_logprobs, sampling_logprobs, mask, correction, *bounds)
+        bound = options.importance_clip_max
+        weight = importance_correction(old_logprobs, sampling_logprobs, mask, correction, bound)
         objective = objective * weight
         watched["mismatch/weight_mean"] = weight
 

@@ -105,14 +105,12 @@ def importance_correction(
     sampling_logprobs: Tensor,
     mask: Tensor,
     mode: CorrectionMode,
-    clip_max: float | None = 3.0,
-    clip_min: float | None = None,
+    clip_max: float = 3.0,
 ) -> Tensor:
     """Weights π_old / μ, without gradient, for tokens sampled in another precision or by older weights.
 
     "token_…" gives each token its ratio, [B, T]; "sequence_…" the completion their product, [B, 1].
-    "…_truncate" clamps into [clip_min, clip_max] (TIS, Yao et al. 2025); "…_mask" puts 0 outside (MIS, Liu et
-    al. 2025).
+    "…_truncate" takes at most `clip_max` (TIS, Yao et al. 2025); "…_mask" puts 0 above it (MIS, Liu et al. 2025).
 
     >>> old, sampling, mask = torch.tensor([[0.6, 0.3]]), torch.tensor([[0.2, 0.2]]), torch.ones(1, 2) > 0
     >>> importance_correction(old.log(), sampling.log(), mask, "token_truncate", clip_max=2.0)  # 3 and 1.5
@@ -128,5 +126,5 @@ def importance_correction(
         raise ValueError(f"importance_sampling_mode={mode!r} is unknown; use {modes}")
     log_ratio = (old_logprobs - sampling_logprobs).masked_fill(~mask, 0.0)
     ratio = (log_ratio.sum(-1, keepdim=True) if level == "sequence" else log_ratio).exp()
-    clamped = ratio.clamp(min=clip_min or 0.0, max=clip_max)
+    clamped = ratio.clamp(max=clip_max)
     return clamped if bound == "truncate" else ratio.masked_fill(ratio != clamped, 0.0)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from grpo.algorithm.advantages import Rewards, as_tensor, normalize, same
 
+CLIPRANGE = 0.2  # PPO's, and TRL's cliprange_value: a value that moved further learns no further from the same batch
+
 
 @torch.no_grad()
 def gae(
@@ -88,10 +90,9 @@ def value_loss(
     returns: Tensor,
     mask: Tensor,
     *,
-    cliprange_value: float = 0.2,
     num_completion_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """½ max((V - R)², (clip(V, V_old ± c) - R)²), a mean over the step's tokens. Returns (summand, metrics).
+    """½ max((V - R)², (clip(V, V_old ± CLIPRANGE) - R)²), a mean over the step's tokens. Returns (summand, metrics).
 
     Source: PPO's released code; detail 9 of Huang et al., "The 37 implementation details of PPO", 2022.
 
@@ -100,7 +101,7 @@ def value_loss(
     tensor(0.8125)
     """
     num_tokens = max(1, int(mask.sum()) if num_completion_tokens is None else num_completion_tokens)
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    clipped = old_values + (values - old_values).clamp(-CLIPRANGE, CLIPRANGE)
     squares, clipped_squares = (values - returns).square(), (clipped - returns).square()
     loss = torch.maximum(squares, clipped_squares).masked_fill(~mask, 0.0).sum() / num_tokens / 2
     clip_fraction = ((clipped_squares > squares) & mask).sum() / num_tokens

@@ -8,10 +8,10 @@ from grpo.config.options import Options
 
 
 class CurriculumOptions(Options):
-    """What GRPO begins with: short prompts, learnable prompts, short completions. Off by default."""
+    """What GRPO begins with: problems with short solutions, and those that can be learned from. Off by default."""
 
     steps: int = Field(default=100, ge=1)
-    """The step at which the curriculum ends; everything below grows linearly until then."""
+    """The step at which all examples may be drawn; their share grows linearly until then."""
     shortest_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the training examples that may be drawn at step 1: those with the shortest gold solutions. Among the
     examples that may be drawn, those drawn least often come first."""
@@ -19,5 +19,3 @@ class CurriculumOptions(Options):
     """Draw prompts in proportion to p(1−p), where p is the running share of a prompt's completions with full marks (1,
     what a gold solution gets where that is more, or what the reward declares). Prompts not yet drawn count as the mean
     of the others."""
-    completion_tokens: int | None = Field(default=None, ge=1)
-    """Length limit of completions at step 1; it grows to rollout.max_completion_tokens. null is the full limit."""

@@ -10,35 +10,35 @@ from grpo.config.options import Options
 
 
 class ParallelOptions(Options):
-    """How several processes share one learner: their number is replicate x fsdp x tensor."""
+    """How several processes share one learner. What fsdp x tensor leaves of them are copies, each for other rows."""
 
     fsdp: int | None = Field(default=None, ge=1)
-    """Ranks that each hold a share of every weight, gradient and moment (FSDP2); null: all that the others leave."""
+    """Ranks that each hold a share of every weight, gradient and moment (FSDP2); null: all, so that there is one copy.
+    """
     tensor: int = Field(default=1, ge=1)
     """Ranks that each compute a part of every MLP, expert, embedding and LM head, on the same rows."""
     expert: int = Field(default=1, ge=1)
     """Ranks that each hold some of the routed experts whole; tokens travel to them. It divides fsdp x tensor."""
-    replicate: int = Field(default=1, ge=1)
-    """Copies of all that, each for other rows."""
     fsdp_cpu_offload: bool = False
     """Shards wait in the memory of the host, and each layer visits the device: slow, and small there."""
 
-    def shares(self, size: int) -> int:
-        """`fsdp` for a run of `size` processes. Raises ValueError where the options do not fit their number."""
-        others = self.replicate * self.tensor
-        fsdp = self.fsdp or max(size // others, 1)
-        if others * fsdp != size:
-            count = f"a multiple of {others}" if self.fsdp is None else str(others * fsdp)
+    def shares(self, size: int) -> tuple[int, int]:
+        """`fsdp` and the number of copies for a run of `size` processes. Raises ValueError where the options do not fit
+        their number."""
+        fsdp = self.fsdp or max(size // self.tensor, 1)
+        copies, rest = divmod(size, fsdp * self.tensor)
+        if rest:
             raise ValueError(
-                f"learner.parallel: replicate={self.replicate}, fsdp={self.fsdp}, tensor={self.tensor} need {count} "
-                f"processes, and there are {size}; start so many with accelerate launch, torchrun or learner.workers"
+                f"learner.parallel: fsdp={self.fsdp}, tensor={self.tensor} need a multiple of "
+                f"{(self.fsdp or 1) * self.tensor} processes, and there are {size}; start so many with accelerate "
+                "launch, torchrun or learner.workers"
             )
         if self.expert > 1 and (fsdp * self.tensor % self.expert or self.expert % self.tensor):
             raise ValueError(
                 f"learner.parallel.expert={self.expert} must divide fsdp x tensor = {fsdp * self.tensor} and be a "
                 f"multiple of tensor = {self.tensor}"
             )
-        return fsdp
+        return fsdp, copies
 
 
 class UpdateOptions(Options):
@@ -112,7 +112,9 @@ class LoraOptions(Options):
 
 
 class MTPOptions(Options):
-    """Training of the draft head beside the policy."""
+    """Training of the draft head beside the policy. During GRPO it rests while drafts gain less than a tenth in the
+    rollouts (`draft/gain`): it learns in every tenth step, from groups that are not tied. The gain follows from
+    draft_costs.json: runs that measured other costs may train their draft heads in other steps."""
 
     loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the draft loss; 0 leaves the draft head as it is."""
@@ -127,15 +129,6 @@ class MTPOptions(Options):
     taught: the gradient vanishes where it gives a token of the trunk hardly any probability."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Learning rate of the draft head."""
-
-
-class GrpoMTPOptions(MTPOptions):
-    """Training of the draft head during GRPO, detached from the policy."""
-
-    idle_every: int | None = Field(default=10, ge=1)
-    """While drafts gain less than a tenth in the rollouts (`draft/gain`), train the draft head only in every n-th step,
-    from groups that are not tied; null for no such rest. The gain follows from draft_costs.json: runs that measured
-    other costs may train their draft heads in other steps."""
 
 
 class SftMTPOptions(MTPOptions):
@@ -165,5 +158,3 @@ class WarmStartOptions(Options):
     """Decay over the warm start."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    levels: list[int] | None = None
-    """Levels of `word_problems` for the warm start; those of `data` by default."""

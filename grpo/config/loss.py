@@ -76,8 +76,6 @@ class LossOptions(Options):
     with vLLM: always sequence_mask)."""
     importance_clip_max: float = Field(default=3.0, gt=0)
     """Largest weight of the importance correction."""
-    importance_clip_min: float | None = Field(default=None, ge=0)
-    """Smallest weight of the importance correction."""
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from grpo.config.json_file import expecting
 from grpo.config.names import recorded_options
 from grpo.config.options import Options
 from grpo.config.reward import RewardsOptions
-from grpo.config.run import EvalOptions, LinesOptions, RunConfig, SftConfig
+from grpo.config.run import EvalOptions, RunConfig, SftConfig
 from grpo.config.sampling import WorkersOptions
 
 
@@ -19,14 +19,11 @@ class HeadOptions(Options):
     """How the draft head is taught; the trunk stays as it is."""
 
     depth: int = Field(default=4, ge=1)
-    """How many depths are unrolled, and drafted in the evaluation."""
-    curriculum: bool = True
-    """The first epochs unroll 1, 2, ... depths; false unrolls all of them from the start."""
+    """How many depths are unrolled, and drafted in the evaluation; the first epochs unroll 1, 2, ... of them."""
     epochs: int = Field(default=12, ge=1)
     """Most passes over the corpus. An epoch that gains nothing in held-out rollouts is undone, and the next one has a
-    quarter of the learning rate; the third such epoch is the last."""
-    tv: bool = True
-    """After the first epoch that gained nothing minimise total variation, the share of rejected drafts, and not KL."""
+    quarter of the learning rate and minimises total variation, the share of rejected drafts, and not KL; the third such
+    epoch is the last."""
     restart: bool | None = None
     """Start the draft head as the trunk's last layer, fitted to training examples; null does so where there is none."""
     draft_vocabulary: int | None = Field(default=None, ge=16)
@@ -38,10 +35,6 @@ class HeadOptions(Options):
     """Padded tokens of one optimizer update; groups longer than this are cut."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of the draft head, which it reaches after 20 updates."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW weight decay, on matrices only."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
 
 
 class MtpConfig(RunConfig):
@@ -68,7 +61,6 @@ class MtpConfig(RunConfig):
     rollout: WorkersOptions = WorkersOptions(group_size=4)
     mtp: HeadOptions = HeadOptions()
     eval: EvalOptions = EvalOptions(limit=32)
-    log: LinesOptions = LinesOptions()
 
 
 def scores_nothing(config: RunConfig) -> bool:
@@ -92,7 +84,7 @@ def defaults_of_run(folder: Path) -> dict[str, Any]:
 
 def _defaults(run: dict[str, Any]) -> dict[str, Any]:
     whole = ("data", "rewards", "reward_models", "reward", "dtype", "device", "seed")
-    parts = {"rollout": ("temperature", "max_completion_tokens", "prompts_per_shard"), "eval": ("split", "levels")}
+    parts = {"rollout": ("temperature", "max_completion_tokens", "prompts_per_shard"), "eval": ("split",)}
     brought = {name: run[name] for name in whole if name in run}
     return brought | {
         part: {name: run[part][name] for name in names if name in run[part]} for part, names in parts.items()

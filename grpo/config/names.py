@@ -75,24 +75,32 @@ def new_key(command: str, key: str) -> str:
     return key
 
 
-def renew(command: str, options: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
+def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
     """Gives options of `quartet COMMAND`, by section, today's names. `tell` hears of each that has another one now."""
-    options = _copy(options)
+    options: dict[str, Any] = _copy(former)
     if command and isinstance(dataset := options.get("data"), str):
         options["data"] = {"name": dataset}
     if take(options, "learner.stochastic_rounding") is True:
         put(options, "learner.optimizer", "adamw_8bit_stochastic")
+    models = options.get("reward_models")
+    for model in models if isinstance(models, list) else ():
+        if isinstance(model, dict) and model.get("chat") is True:
+            del model["chat"]
+            model["kind"] = "chat_classifier"
     trains_trunk = take(options, "value.train_trunk")
     if trains_trunk is not ABSENT:
         put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1) if trains_trunk else 0.0)
-    if command == "sft" and get(options, "warm_start.levels"):  # what is evaluated had those of `data`
-        put(options, "eval.levels", get(options, "eval.levels") or get(options, "data.levels", [1, 2]))
     for old, new in table("renamed").get(command, {}).items():
         value = take(options, old)
         if value is not ABSENT and value != table("then").get(old, ABSENT):
             put(options, new, value)
             if tell:
                 tell(old, new)
+    accept = take(options, "rollout.accept") if command in ("eval", "sample", "serve", "quantize") else ABSENT
+    if accept == "exact":
+        take(options, "rollout.margin")  # it was not read
+    elif accept == "margin":
+        put(options, "rollout.margin", get(options, "rollout.margin", 2.0))
     return options
 
 
@@ -176,8 +184,10 @@ def plain(value: Any) -> Any:
     return parse_yaml(to_yaml(value))
 
 
-def _copy(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _copy(value) if isinstance(value, dict) else value for name, value in options.items()}
+def _copy(options: Any) -> Any:
+    if isinstance(options, list):
+        return [_copy(item) for item in options]
+    return {name: _copy(value) for name, value in options.items()} if isinstance(options, dict) else options
 
 
 # ---- names of other trainers -----------------------------------------------------------------------------------------

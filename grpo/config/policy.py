@@ -30,7 +30,7 @@ class ArchitectureOptions(Options):
 
     add_mtp: bool = False
     """Give a fresh draft head to a DeepSeek-V3 checkpoint that has none. Teach it with `quartet mtp` before GRPO, where
-    a draft head that gains nothing yet learns only in every `mtp.idle_every`-th step."""
+    a draft head that gains nothing yet learns only in every tenth step."""
     prompt_attention: Literal["causal", "bidirectional"] | None = None
     """What the tokens of a prompt see of it: those before them (`causal`), or all of it (`bidirectional`, a prefix-LM).
     Completions are causal either way. null: as the checkpoint was trained, `causal` where it does not say."""

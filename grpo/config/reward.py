@@ -48,18 +48,17 @@ class RewardModelOptions(Options):
     """Name of the column, and of the scores in metrics and in the rollout record."""
     model: str
     """A checkpoint folder (safetensors), a run folder or a hub id; frozen, on the policy's device."""
-    kind: Literal["classifier", "perplexity"] = "classifier"
-    """`classifier`: a logit of any sequence classifier. `perplexity`: the perplexity of the completion under a language
+    kind: Literal["classifier", "chat_classifier", "perplexity"] = "classifier"
+    """`classifier`: a logit of any sequence classifier, which reads question and completion as one text;
+    `chat_classifier`: through its own chat template. `perplexity`: the perplexity of the completion under a language
     model with its own tokenizer. It is 1 or more, and lower is better, so give it a negative weight."""
     label: int | None = Field(default=None, ge=0)
-    """classifier: the label whose logit is the score; required where there is more than one."""
-    chat: bool = False
-    """classifier: read question and completion through the model's own chat template, instead of as one text."""
+    """The label of a classifier whose logit is the score; required where there is more than one."""
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> RewardModelOptions:
-        if self.kind == "perplexity" and (self.label is not None or self.chat):
-            raise ValueError("label and chat are for kind: classifier; drop them")
+        if self.kind == "perplexity" and self.label is not None:
+            raise ValueError("label is for classifiers; drop it")
         return self
 
 

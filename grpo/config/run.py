@@ -14,7 +14,6 @@ from grpo.config.data import DataOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.features import sections
 from grpo.config.learner import (
-    GrpoMTPOptions,
     LearnerOptions,
     LoraOptions,
     MTPOptions,
@@ -58,8 +57,6 @@ class EvalOptions(Options):
     accuracy."""
     split: str | None = None
     """The held-out split; `held_out` for word_problems, `test` otherwise."""
-    levels: list[int] | None = None
-    """Levels of `word_problems`; those of `data` by default."""
 
 
 class GrpoEvalOptions(EvalOptions):
@@ -76,18 +73,9 @@ class LogOptions(Options):
     """Trackers of accelerate (`tensorboard`, `wandb`, ...); TensorBoard when installed, [] for none."""
 
 
-class LinesOptions(LogOptions):
+class GrpoLogOptions(LogOptions):
     """What a person sees and what is kept."""
 
-    every: int = Field(default=1, ge=1)
-    """Print a line after every n-th step, and after the first and the last one. A terminal shows a panel instead."""
-
-
-class GrpoLogOptions(LinesOptions):
-    """What a person sees and what is kept."""
-
-    table_every: int = Field(default=10, ge=1)
-    """Show a table of sample completions after every n-th step."""
     measure_speed: bool = False
     """At the end, time sampling with and without drafts on held-out prompts."""
 
@@ -169,7 +157,6 @@ class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ign
     """Prompts per step; completions per step are this times rollout.group_size."""
     rollout: RolloutOptions = RolloutOptions()
     learner: LearnerOptions = LearnerOptions()
-    mtp: GrpoMTPOptions = GrpoMTPOptions()
     eval: GrpoEvalOptions = GrpoEvalOptions()
     checkpoint: GrpoCheckpointOptions = GrpoCheckpointOptions()
     log: GrpoLogOptions = GrpoLogOptions()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator
@@ -31,20 +30,18 @@ class SamplingOptions(Options):
 class AnswerOptions(SamplingOptions):
     """How a policy answers where nothing is learned from its answers: drafts may be taken unverified."""
 
-    accept: Literal["exact", "margin"] = "exact"
-    """`exact` never changes a token. `margin` is lossy: clear drafts are taken unverified (and counted)."""
-    margin: float = Field(default=2.0, ge=0)
-    """accept: margin takes a draft whose best token leads the second by more than this many nats."""
+    margin: float | None = Field(default=None, ge=0)
+    """Take a draft unverified (and count it) where its best token leads the second by more than this many nats. That is
+    lossy; null never changes a token."""
 
 
 class VLLMOptions(Options):
-    """vLLM as the sampler, where rollout.backend is vllm. `make vllm` installs it beside quartet."""
+    """vLLM as the sampler, where rollout.backend is vllm. `make vllm` installs it beside quartet; the environment
+    variable QUARTET_VLLM_PYTHON names the interpreter of another environment that has it."""
 
-    python: Path = Path(".vllm/bin/python")
-    """The interpreter of vLLM's environment; a server is started with it and ends with the run."""
     url: str | None = None
-    """http://HOST:PORT of a server that runs already (see docs/guides/vllm.md); null starts one on loopback. The
-    environment variable QUARTET_VLLM_TOKEN holds its token."""
+    """http://HOST:PORT of a server that runs already (see docs/guides/vllm.md); null starts one on loopback, which ends
+    with the run. The environment variable QUARTET_VLLM_TOKEN holds its token."""
     engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's engine, such as {max_model_len: 2048} or {tensor_parallel_size: 2}."""
     untried_version: bool = False
@@ -96,9 +93,8 @@ class RolloutOptions(WorkersOptions):
     learned; each publication makes them anew. The importance correction is on. Held-out problems are answered with them
     too."""
     refill_draws: int = Field(default=0, ge=0)
-    """Dynamic sampling: tied groups are sampled again, at most this many times per step; 0 keeps them."""
-    refill_prompts: Literal["new", "same"] = "new"
-    """What takes a tied group's place: the next prompts of the data, or the same prompt with new noise."""
+    """Dynamic sampling: the next prompts of the data take the place of tied groups, at most this many times per step; 0
+    keeps them."""
 
     @property
     def publish_timeout_s(self) -> float:

@@ -15,8 +15,6 @@ class ValueOptions(Options):
     vf_coef: float = Field(default=0.0, ge=0)
     """Weight of the value loss in the trunk's gradient, such as 0.1; with 0 the value head reads detached hidden
     states, and the trunk learns nothing from it."""
-    cliprange_value: float = Field(default=0.2, gt=0)
-    """A value that moved further than this from its old one learns no further from the same batch."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token."""
     lam: float = Field(default=0.95, ge=0, le=1)

@@ -16,6 +16,7 @@ from grpo.data.source import FILE_KINDS
 
 TEXT_KINDS = (".txt", ".md")
 CHARACTERS_PER_TOKEN = 8  # more of a file is not read
+WINDOW = 512  # tokens that are read at once
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def calibration_text(
     if count < 2:
         raise ValueError(
             f"calibrate={source!r} holds {len(ids)} tokens, and two windows of window={window} are the least, one to "
-            "measure and one to hold out; give a longer text, or a smaller window"
+            "measure and one to hold out; give a longer text"
         )
     rows = [torch.tensor(bos + ids[i * body : (i + 1) * body]) for i in range(count)]
     held = max(1, min(-(-held_out_tokens // window), count // 5))

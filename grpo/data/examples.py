@@ -177,12 +177,11 @@ def examples_of(
     name: str,
     split: str,
     purpose: Literal["train", "eval"] = "train",
-    levels: Sequence[int] | None = None,
     limit: int | None = None,
     **more: Any,
 ) -> list[Example]:
-    """`load_examples` with a command's options, and their levels unless others are given."""
-    levels = levels or options.levels if name == "word_problems" else None
+    """`load_examples` with a command's options."""
+    levels = options.levels if name == "word_problems" else None
     return load_examples(name, split, options, purpose=purpose, levels=levels, limit=limit, **more)
 
 

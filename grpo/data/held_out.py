@@ -27,7 +27,7 @@ def held_out_share(
         )
     train: list[Example] = []
     held: list[Example] = []
-    for example in load(data.split, "train", data.levels, data.limit):
+    for example in load(data.split, "train", limit=data.limit):
         fingerprint = problem_fingerprint(template.content(example))
         (held if in_held_out(fingerprint, data.held_out, data.held_out_seed) else train).append(example)
     if not train or not held:

@@ -26,7 +26,7 @@ MOST_BYTES, BODY_S = 1 << 22, 30.0  # of a body, and the seconds that it may tak
 LARGE, MOST_LARGE = 1 << 16, 1 << 24  # a body of more bytes is large; so many bytes of large ones may be here at once
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-ENDS = "the server ends, and the request had no more time (--shutdown_s); send it again"
+ENDS = "the server ends, and the request had no more time; send it again"
 
 
 class Rows:

@@ -49,11 +49,7 @@ class HeadLearner(Learner):
         self.term = DraftHeadTerm(policy, MTPOptions(depth=options.depth, learning_rate=options.learning_rate))
         super().__init__(
             policy,
-            LearnerOptions(
-                weight_decay=options.weight_decay,
-                max_grad_norm=options.max_grad_norm,
-                tokens_per_micro_batch=options.tokens_per_update,
-            ),
+            LearnerOptions(tokens_per_micro_batch=options.tokens_per_update),
             [self.term],
             Likelihood(policy, temperature=temperature),
             schedule=lambda _: self.warm_up * RATES[self.stage],
@@ -68,13 +64,14 @@ class HeadLearner(Learner):
         return self.stage == len(RATES)
 
     def depth_at(self, epoch: int) -> int:
-        """1 in the first epoch, then one more in each, up to `depth`; without a curriculum always `depth`."""
-        return min(epoch, self.head_options.depth) if self.head_options.curriculum else self.head_options.depth
+        """1 in the first epoch, then one more in each, up to `depth`."""
+        return min(epoch, self.head_options.depth)
 
     @property
     def tv(self) -> bool:
-        """Tells whether an epoch minimises total variation."""
-        return self.head_options.tv and self.stage > 0
+        """Whether an epoch minimises total variation. By KL a head is as unsure as the mean of all that the trunk could
+        mean, and where it has learned nothing yet the gradient of total variation vanishes."""
+        return self.stage > 0
 
     # ---- the corpus ---------------------------------------------------------------------------------------------
 

@@ -189,7 +189,7 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
     """
     refuse_processes(cpu, options)
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    fsdp = options.shares(size)
+    fsdp, copies = options.shares(size)
     if size == 1:
         return ALONE
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and os.path.isdir("/sys/class/net/lo"):
@@ -203,7 +203,7 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
         fsdp_size=fsdp,
         tp_size=options.tensor,
         ep_size=options.expert,
-        dp_replicate_size=options.replicate,
+        dp_replicate_size=copies,
         fsdp_cpu_offload=options.fsdp_cpu_offload,
         ep_implementation="all_to_all",
     )

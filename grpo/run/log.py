@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from grpo.config.json_file import read_objects, whole_lines
-from grpo.config.run import GrpoLogOptions, LinesOptions, LogOptions
+from grpo.config.run import GrpoLogOptions, LogOptions
 from grpo.config.yaml_file import changed_options
 from grpo.run import hardware
 from grpo.run.console import Terminal, progress_bars, sample_table, step_line, visible
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from grpo.run.panel import Panel
 
 SHOWN_PER_EVENT = 3
+TABLE_EVERY = 10  # steps; `quartet view` shows every completion
 SHOWN_ALWAYS = ("learner", "worker")  # of which one is not like another
 WRITTEN = (
     *("config.yaml", "environment.json", "metrics.jsonl", "rewards.json", "draft_costs.json"),
@@ -91,7 +92,6 @@ class RunLog:
     ) -> None:
         # Everything that can be refused is refused before the folder is touched.
         self._options = options or GrpoLogOptions()
-        self._every = self._options.every if isinstance(self._options, LinesOptions) else 1
         tracker_names = installed(self._options.trackers)
         refuse_folder(output_dir, resuming=resume is not None)
         self._lock = lock or RunLock(output_dir)
@@ -100,7 +100,7 @@ class RunLog:
         resumes = holds_a_run(output_dir)
         self.output_dir = output_dir
         self.console = console or Terminal(quiet=quiet)
-        self._quiet, self._last = quiet, last
+        self._quiet = quiet
         self._events_seen: Counter[str] = Counter()
         self._checked: set[str] = set()
         self._last_step: int | None = None
@@ -132,7 +132,7 @@ class RunLog:
         self._last_step = step
         if self._panel:
             self._panel.step(step, finite)
-        elif show and (step in (1, self._last) or step % self._every == 0):
+        elif show:
             self.say(step_line(step, finite))
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
@@ -175,7 +175,7 @@ class RunLog:
         drawn = [draw for draw in draws or [0] * len(groups) for _ in range(size)]
         text = "".join(json_line({**head, "draw": draw, **line}) for draw, line in zip(drawn, lines, strict=True))
         write_file(rollout_path(self.output_dir, step), zstandard.compress(text.encode()))
-        shows = isinstance(self._options, GrpoLogOptions) and (step == 1 or step % self._options.table_every == 0)
+        shows = isinstance(self._options, GrpoLogOptions) and (step == 1 or step % TABLE_EVERY == 0)
         if policy_logprobs is None and shows:
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
             self._track(lambda tracker: log_rollouts(tracker, step, lines))

@@ -21,7 +21,10 @@ FREE_TO_CHANGE = (
     *("learner.workers", "learner.parallel", "program_workers", "program_timeout_s", "program_memory_mb"),
 )
 # Options that are gone, and without which a run would not go on to the same bits.
-LEARNED = ("loss.", "value.", "curriculum.", "warm_start.", "policy.", "rollout.partial", "rollout.accept")
+LEARNED = (
+    *("loss.", "value.", "curriculum.", "warm_start.", "policy.", "mtp.", "head."),
+    *("rollout.partial", "rollout.accept", "rollout.refill_prompts"),
+)
 
 
 def saved_state(

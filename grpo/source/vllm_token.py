@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from grpo.config.sampling import VLLMOptions
-from rollout.backends.vllm.process import TOKEN, state_of
+from rollout.backends.vllm.process import INTERPRETER, TOKEN, interpreter, state_of
 
 
 def vllm_token(options: VLLMOptions) -> str:
@@ -21,16 +20,13 @@ def vllm_token(options: VLLMOptions) -> str:
     return token
 
 
-def installed_vllm(python: Path, key: str) -> dict[str, Any]:
-    """Gives what the vLLM of this interpreter, which the option `key` names, says of itself.
-
-    Raises ValueError or RolloutError where it cannot be started.
-    """
+def installed_vllm() -> dict[str, Any]:
+    """What the vLLM that is installed here says of itself. Raises ValueError or RolloutError where it cannot start."""
     if sys.platform != "linux":
-        raise ValueError(f"{key}: quartet starts vLLM's server on Linux alone; drop the backend vllm")
-    if not python.is_file():
+        raise ValueError("backend=vllm: quartet starts vLLM's server on Linux alone; drop it")
+    if not interpreter().is_file():
         raise ValueError(
-            f"{key}={python}: there is no such interpreter here; `make vllm` installs vLLM into .vllm, or name the one "
-            "of another environment"
+            f"backend=vllm: there is no interpreter {interpreter()} here; `make vllm` installs vLLM into .vllm, or "
+            f"name that of another environment in {INTERPRETER}"
         )
-    return state_of(python, key)
+    return state_of(interpreter())

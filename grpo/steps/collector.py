@@ -71,11 +71,8 @@ class Collector:
         return [self.task.prompt(example, self.tokenizer) for example in examples]
 
     def params(self, step: int) -> SamplingParams:
-        """Tells how the completions of a step are sampled."""
-        params = replace(self.sampling, head_accepted=self.head_accepted)
-        for listener in self.listeners:
-            params = listener.limit(step, params)
-        return params
+        """How the completions of a step are sampled."""
+        return replace(self.sampling, head_accepted=self.head_accepted)
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished) -> list[RolloutGroup]:
         """A group of each prompt, by `params.at(step, draw)`."""
@@ -114,7 +111,7 @@ class Collector:
             return groups, scores
 
         def replacements(tied: list[Prompt], draw: int) -> Sequence[Prompt]:
-            return tied if options.refill_prompts == "same" else self.prompts(len(tied), step, draw)
+            return self.prompts(len(tied), step, draw)
 
         with Progress(disable=True) if quiet else self.run.log.progress() as progress:
             prompts = self.prompts(self.config.prompts_per_step, step)

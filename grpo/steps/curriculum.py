@@ -1,4 +1,4 @@
-"""What a step trains on: which prompts, how long their completions may be, how deep the draft head learns.
+"""Which prompts a step trains on.
 
 Everything is a function of the seed, the step and the outcomes that were recorded, never of a clock (contract 9).
 """
@@ -9,10 +9,8 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from grpo.config.curriculum import CurriculumOptions
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.learner.optimizer import ramp
@@ -20,7 +18,6 @@ from grpo.steps.listener import Listener
 from grpo.task.task import Task
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
-from rollout.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from grpo.steps.loop import Run
@@ -29,7 +26,6 @@ METRICS = {
     "curriculum/open": "training examples that are open yet (curriculum.shortest_share), fraction",
     "curriculum/seen": "training examples that were drawn at least once, fraction",
     "curriculum/pass_rate": "running share of a prompt's marked completions with full marks, mean over the prompts met",
-    "curriculum/completion_tokens": "length limit of completions at this step, tokens",
 }
 MEMORY = 0.5  # share of the former estimate in a prompt's running pass rate
 FLOOR = 0.01  # weight of a prompt that always or never passes: it is drawn now and then, because policies change
@@ -39,19 +35,13 @@ def listener(run: Run[TrainConfig], task: Task) -> Listener:
     return Curriculum(run, task)
 
 
-def completion_tokens(options: CurriculumOptions, longest: int, step: int) -> int:
-    """The length limit of completions at `step`; `longest` is rollout.max_completion_tokens."""
-    first = longest if options.completion_tokens is None else options.completion_tokens
-    return round(ramp(step, options.steps, first, longest))
-
-
 def learnability(pass_rate: float) -> float:
     """Measures how much a group of this prompt can teach: the variance p·(1−p) of its outcome."""
     return max(pass_rate * (1 - pass_rate), FLOOR)
 
 
 class Curriculum(Listener):
-    """Which problems a step draws, and how long and how deep it goes. Without an option it has no say.
+    """Which problems a step draws. Without an option it has no say.
 
     `shortest_share` opens the examples by the length of their gold solution, shortest first. Of the open examples,
     those drawn least often come first. `by_difficulty` draws from the open ones without replacement, with probability
@@ -67,7 +57,6 @@ class Curriculum(Listener):
     def __init__(self, run: Run[TrainConfig], task: Task) -> None:
         config = run.config
         self.options, self.seed, self.ahead = config.curriculum, config.seed, config.rollout.ahead
-        self.longest = config.rollout.max_completion_tokens
         self.pass_rate = task.pass_rate
         self.examples = sorted(task.train, key=lambda example: len(example.solution))
         self.seen: Counter[str] = Counter()
@@ -105,10 +94,6 @@ class Curriculum(Listener):
         self.seen.update(example.example_id for example in chosen)
         return chosen
 
-    def limit(self, step: int, params: SamplingParams) -> SamplingParams:
-        """Completions are at most as long as the step's limit."""
-        return replace(params, max_completion_tokens=completion_tokens(self.options, self.longest, step))
-
     # ---- pass rates -------------------------------------------------------------------------------------------------
 
     def begins(self, step: int) -> None:
@@ -140,8 +125,6 @@ class Curriculum(Listener):
             values["curriculum/seen"] = len(self.seen) / len(self.examples)
         if self.pass_rates:
             values["curriculum/pass_rate"] = sum(self.pass_rates.values()) / len(self.pass_rates)
-        if self.options.completion_tokens is not None:
-            values["curriculum/completion_tokens"] = float(completion_tokens(self.options, self.longest, step))
         return values
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from grpo.learner.batch import TrainingBatch
 from grpo.task.task import Task
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
-from rollout.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from grpo.steps.loop import Run
@@ -38,10 +37,6 @@ class Listener:
         """The problems of a draw, all different; None: the next ones of the data. `draw` counts the refills of a
         step."""
         return None
-
-    def limit(self, step: int, params: SamplingParams) -> SamplingParams:
-        """Changes how the step samples."""
-        return params
 
     def sampled(self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
         """Is called after each draw of a step."""

@@ -27,7 +27,7 @@ from policies.policy import Policy
 def supervise(policy: Policy, task: Task, run: Run[Any]) -> None:
     """Train `policy` in place for the steps of `run`; the last step's metrics are left in `run.metrics`."""
     config, options, learner = run.config, run.config.supervision, learner_of(run, policy)
-    prompts = PromptStream(task.train_for(options.levels), config.seed)
+    prompts = PromptStream(task.train, config.seed)
     run.restore(learner=learner, prompts=prompts)
     token = policy.stop_token_ids[0]
     with run, run.log.progress() as progress:

@@ -39,7 +39,6 @@ def vllm_settings(rollout: RolloutOptions, folder: Path) -> VLLMSettings:
     return VLLMSettings(
         url=options.url,
         token=vllm_token(options) if options.url else "",
-        python=options.python,
         engine=options.engine,
         draft_tokens=rollout.draft_tokens or 0,
         log=folder / "vllm.log",

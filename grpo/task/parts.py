@@ -146,12 +146,12 @@ def _ask_server(options: VLLMOptions) -> None:
     """Asks the server, or the interpreter that would run it, for its version. A server has ten seconds to answer."""
     from grpo.source.vllm_token import installed_vllm, vllm_token
     from rollout.backends.vllm.client import Client
+    from rollout.backends.vllm.process import interpreter
 
     if options.url:
         state, where = Client(options.url, vllm_token(options)).state(), f"rollout.vllm.url={options.url}"
     else:
-        key = "rollout.vllm.python"
-        state, where = installed_vllm(options.python, key), f"{key}={options.python}"
+        state, where = installed_vllm(), str(interpreter())
     if not (state["tried"] or options.untried_version):
         tried = ", ".join(state["tried_versions"])
         raise ValueError(

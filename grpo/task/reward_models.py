@@ -79,7 +79,7 @@ class ModelRewards:
         return [chosen.name for chosen in self.options]
 
     def load(self, device: torch.device) -> None:
-        kinds = {"classifier": _Classifier, "perplexity": _Perplexity}
+        kinds = {"classifier": _Classifier, "chat_classifier": _Classifier, "perplexity": _Perplexity}
         self.models = [kinds[chosen.kind](chosen, device) for chosen in self.options]
 
     def columns(self, groups: Sequence[RolloutGroup]) -> list[ModelColumns]:
@@ -191,13 +191,14 @@ class _Classifier(_Model):
         )
         if report["missing_keys"]:  # transformers would make them up
             raise ValueError(f"it lacks the tensors {', '.join(sorted(report['missing_keys'])[:5])}")
-        if self.options.chat and not self.tokenizer.chat_template:
-            raise ValueError("chat: true, but its tokenizer has no chat template")
-        if self.options.chat:  # one that raises does so now
+        if self.options.kind == "chat_classifier":
+            if not self.tokenizer.chat_template:
+                raise ValueError("kind: chat_classifier, but its tokenizer has no chat template")
+            # A template that raises does so now.
             self._encode(Prompt("", "question", []), Completion([], [], "answer", "stop", 0))
 
     def _encode(self, prompt: Prompt, completion: Completion) -> tuple[list[int], int]:
-        if not self.options.chat:
+        if self.options.kind == "classifier":
             return list(self.tokenizer(prompt.text + completion.text)["input_ids"]), 0
         question = prompt.columns.get("question", prompt.text)
         messages = prompt.messages or [{"role": "user", "content": question}]

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -50,8 +50,9 @@ def sampling_params(
         stop_token_ids=tuple(policy.stop_token_ids),
         seed=seed,
         draft_tokens=options.draft_tokens if chosen else options.draft_tokens or 0,
-        accept=_accept(options),
     )
+    if isinstance(options, AnswerOptions) and options.margin is not None:
+        params = replace(params, accept="margin", margin=options.margin)
     fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(GRAPH_DEPTHS))
     if options.compile == "off" or (options.compile == "auto" and rounds < fewest):
         return params
@@ -59,11 +60,6 @@ def sampling_params(
     if why and options.compile == "on":
         raise ValueError(f"compile=on: {why}, so no graph can decode; leave it out")
     return replace(params, compiled=not why)
-
-
-def _accept(options: SamplingOptions) -> Literal["exact", "margin"]:
-    """What is learned from has no drafts that were not verified."""
-    return options.accept if isinstance(options, AnswerOptions) else "exact"
 
 
 def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype: str) -> str | None:
@@ -81,7 +77,9 @@ def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype
         return f"there is no C++ compiler ({compiler})"
     if isinstance(options, RolloutOptions) and options.quantization != "none":
         return "a graph has no matrices of fewer bits"
-    return "accept=margin takes drafts unverified" if _accept(options) != "exact" else None
+    if isinstance(options, AnswerOptions) and options.margin is not None:
+        return f"rollout.margin={options.margin} takes drafts unverified"
+    return None
 
 
 def environment_of(options: object) -> EnvironmentSpec | None:

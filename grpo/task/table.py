@@ -49,7 +49,7 @@ def table() -> dict[str, dict[str, str]]:
 
 @cache
 def content() -> dict[str, Any]:
-    """`not_with`, `grows_to` and `packages` as they are written."""
+    """`not_with` and `packages` as they are written."""
     return parse_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
@@ -62,10 +62,6 @@ def contradictions(plan: Plan) -> Iterator[str]:
             first, second = (this, other) if right in FORMS else (other, this)
             if other:
                 yield f"{first} with {second}: {why}"
-    for key, end in content()["grows_to"].items():
-        first, last = option(plan.options, key), option(plan.options, end)
-        if first is not None and last is not None and first > last:
-            yield f"{key}={first} is for the first step, and it grows to {end}={last}: use at most {last}"
     for what, (packages, extra, way_out) in content()["packages"].items():
         this = asked(plan, what)
         if this and any(find_spec(package) is None for package in packages.split()):
@@ -114,7 +110,7 @@ def _word(value: Any) -> str:
 def _ranks(options: object) -> str:
     """Several processes that learn, as far as the options and the launcher say."""
     layout = option(options, "learner.parallel")
-    shares = (layout.fsdp or 1, layout.expert, layout.replicate * layout.tensor) if layout else ()
+    shares = (layout.fsdp or 1, layout.expert, layout.tensor) if layout else ()
     several = max(int(os.environ.get("WORLD_SIZE", "1")), option(options, "learner.workers") or 0, *shares) > 1
     return "several ranks (learner.workers, learner.parallel, accelerate launch or torchrun)" if several else ""
 

@@ -58,7 +58,6 @@ class Task:
         train: bool = True,
         held_out: int | None = 0,
         held_out_split: str | None = None,
-        held_out_levels: list[int] | None = None,
         reward_models: Sequence[RewardModelOptions] = (),
         device: str = "auto",
         met: Collection[str] = frozenset(),
@@ -84,7 +83,7 @@ class Task:
 
             both = held_out_share(data, load, self.template, held_out_split)
         else:
-            both = _two_splits(data, load, count, held_out, held_out_split, held_out_levels or data.levels)
+            both = _two_splits(data, load, count, held_out, held_out_split)
         self.train, self.held_out = both[0][:count], both[1][:held_out]
         first = (self.train or self.held_out)[0]
         shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
@@ -159,7 +158,6 @@ class Task:
             seed=config.seed,
             held_out=held.limit,
             held_out_split=held.split,
-            held_out_levels=held.levels,
             reward_models=config.reward_models,
             device=config.device,
             met=trained_on(config.model) if model_known else (),
@@ -171,8 +169,7 @@ class Task:
         task.trainer_state["output_dir"] = str(config.output_dir)
         try:
             if isinstance(config, TrainConfig) and learns:
-                examples = task.train_for(config.warm_start.levels)
-                _refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, examples)
+                _refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, task.train)
             _refuse_too_few("prompts_per_step", config.prompts_per_step, task.train)
             if isinstance(config, TrainConfig):
                 task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
@@ -243,15 +240,6 @@ class Task:
                 f"pass the policy's context of {policy.max_length} with max_completion_tokens={max_completion_tokens}; "
                 "lower it, or take them out of the data"
             )
-
-    def train_for(self, levels: list[int] | None) -> Sequence[Example]:
-        """The training examples, of these levels only where the data has levels."""
-        if levels is None:
-            return self.train
-        chosen = [example for example in self.train if example.columns.get("level") in levels]
-        if missing := [level for level in levels if level not in {e.columns["level"] for e in chosen}]:
-            raise ValueError(f"warm_start.levels={levels}: the training data has none of {missing}; see data.levels")
-        return chosen
 
     def corpus(self, limit: int = 4000) -> Iterator[str]:
         """Text of the kind that the policy will read, for a preset's tokenizer; of a long one the beginning."""
@@ -361,7 +349,6 @@ def _two_splits(
     count: int | None,
     held_out: int | None,
     held_out_split: str | None,
-    held_out_levels: list[int],
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Loads `wanted` training examples and `held_out` others from their own split; None for all, 0 for none."""
     if count != 0 and held_out != 0 and Path(data.name).is_file():
@@ -370,6 +357,6 @@ def _two_splits(
             "Hold out a share of its rows by their content (data.held_out: 0.1, of quartet eval too), or give "
             "a folder with train.jsonl and test.jsonl"
         )
-    train = [] if count == 0 else load(data.split, "train", data.levels, count)
+    train = [] if count == 0 else load(data.split, "train", limit=count)
     split = held_out_split or default_held_out_split(data.name)
-    return train, [] if held_out == 0 else load(split, "eval", held_out_levels, held_out)
+    return train, [] if held_out == 0 else load(split, "eval", limit=held_out)

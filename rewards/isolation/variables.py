@@ -56,5 +56,5 @@ def hint_at_withheld(message: str, names: Iterable[str] = ()) -> str:
         return message
     return (
         f"{message}. {', '.join(withheld)}: set here, but rewards get only a few environment variables; pass more with "
-        f"reward.pass_variables: [{', '.join(withheld)}] (quartet reward: --pass_variables)"
+        f"reward.pass_variables: [{', '.join(withheld)}]"
     )

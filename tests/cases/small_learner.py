@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo.config.balance import BalanceOptions
 from grpo.config.distill import DistillOptions
-from grpo.config.learner import GrpoMTPOptions, LearnerOptions, MTPOptions, SftMTPOptions
+from grpo.config.learner import LearnerOptions, MTPOptions, SftMTPOptions
 from grpo.config.loss import LossOptions
 from grpo.config.value import ValueOptions
 from grpo.learner.build import make, terms_of
@@ -38,7 +38,7 @@ def small_learner(
     config = SimpleNamespace(
         learner=options or LearnerOptions(),
         loss=loss or LossOptions(),
-        mtp=mtp or GrpoMTPOptions(),
+        mtp=mtp or MTPOptions(),
         balance=balance or BalanceOptions(),
         value=value or ValueOptions(),
         distill=distill,

@@ -19,7 +19,7 @@ HERE = ROOT / "examples/08_cluster"
 
 
 def test_the_configuration_is_one():
-    assert load(TrainConfig, HERE / "grpo.yaml", {"learner.workers": 8}).learner.parallel.shares(8) == 8
+    assert load(TrainConfig, HERE / "grpo.yaml", {"learner.workers": 8}).learner.parallel.shares(8) == (8, 1)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from grpo.config.yaml_file import parse_yaml
 from grpo.evaluation.held_out import HeldOut
+from grpo.learner.terms import draft_head
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, resume
@@ -510,10 +511,10 @@ def converted(micro_policy, tmp_path_factory) -> str:
         {"add_mtp": True, "lora.rank": 4},
     ],
 )
-def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_path, given):
+def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_path, given, monkeypatch):
+    monkeypatch.setattr(draft_head, "PAYS", 0.0)  # a new head pays nothing yet, and is to learn in every step
     drafts = {"rollout.draft_tokens": None, "warm_start.steps": 0, "model": converted}
-    drafts |= {"mtp.every": 1, "mtp.idle_every": None}  # a new head pays nothing yet, and is to learn in every step
-    train(micro_config(tmp_path / "r", **drafts | given))
+    train(micro_config(tmp_path / "r", **drafts | {"mtp.every": 1} | given))
     for line in read_metrics(tmp_path / "r"):
         assert line["mismatch/logprob_abs_mean"] < 1e-4
         assert line["learner/updates"] == 1

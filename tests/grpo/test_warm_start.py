@@ -98,20 +98,6 @@ def test_without_a_loss_weight_the_head_stays_as_it_is(micro_policy, micro_confi
     assert not any(name.startswith("mtp.") for name in moved)
 
 
-def test_levels_of_its_own(micro_policy, micro_config, tmp_path, monkeypatch):
-    prompts: list[str] = []
-    solution = Task.solution
-
-    def note(self, example, *rest):
-        prompts.append(example.columns["level"])
-        return solution(self, example, *rest)
-
-    monkeypatch.setattr(Task, "solution", note)
-    config = _config(micro_config, tmp_path, **{"data.levels": [1, 2], "warm_start.levels": [2]})
-    _warm(micro_policy(0), config, tmp_path / "r")
-    assert prompts == [2] * 16
-
-
 def test_a_warm_start_that_diverges_says_so(micro_policy, micro_config, tmp_path):
     policy = micro_policy(0)
     with torch.no_grad():

@@ -13,9 +13,9 @@ from rich.progress import Progress
 from rich.table import Column, Table
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
-from grpo.cli.commands.recovery import recover
+from grpo.cli.commands.recovery import WINDOWS_PER_STEP, recover
 from grpo.cli.config.convert import ConvertConfig
-from grpo.data.calibration_text import CalibrationText, calibration_text
+from grpo.data.calibration_text import WINDOW, CalibrationText, calibration_text
 from grpo.run.console import progress_bars
 from grpo.run.hardware import device_of
 from grpo.source.policy_source import check_model
@@ -99,11 +99,11 @@ class Converter:
             self.shards = ExpertShards(**config.experts.model_dump(exclude={"noise"}))
             self.shards.check(dense)
         if config.calibrate is not None:
-            window = min(config.window, dense.max_position_embeddings)
+            window = min(WINDOW, dense.max_position_embeddings)
             self.text = calibration_text(
                 config.calibrate,
                 read_tokenizer(self.source),
-                tokens=max(config.calibrate_tokens, config.recover * config.recovery.windows_per_step * window),
+                tokens=max(config.calibrate_tokens, config.recover * WINDOWS_PER_STEP * window),
                 held_out_tokens=config.held_out_tokens,
                 window=window,
             )

@@ -32,6 +32,6 @@ class PolicyInUse:
     def sampling(
         self, policy: Policy, completions: int = 1, seed: int = 0, stops: tuple[str, ...] = ()
     ) -> SamplingParams:
-        """Returns how the policy answers by the options, with their margin and environment."""
+        """Returns how the policy answers by the options, with their environment."""
         params = sampling_params(policy, self.config.rollout, completions, seed, dtype=self.config.dtype)
-        return replace(params, margin=self.config.rollout.margin, stop_strings=stops, environment=self.environment)
+        return replace(params, stop_strings=stops, environment=self.environment)

@@ -15,6 +15,8 @@ from grpo.learner.optimizer import norm_of, schedule
 from grpo.run.stop import signals
 from policies.layout import frozen_parameter_names
 
+WARM_UP, WINDOWS_PER_STEP, MAX_GRAD_NORM = 2, 4, 1.0  # steps, windows of text in an update; as it was measured
+
 
 class RecoveryDiverged(RuntimeError):
     """A step of the recovery was not finite."""
@@ -39,22 +41,22 @@ def recover(
         parameter.requires_grad_(chosen and not name.endswith(frozen))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    factor = schedule("cosine", steps, options.warmup_steps)
+    factor = schedule("cosine", steps, WARM_UP)
     order, done, stops = _shuffled(len(windows), seed), 0, list[int]()
     try:
         with signals.heard(stops.append, once=True):
             while done < steps and not stops:
                 loss = 0.0
-                for _ in range(options.windows_per_step):
+                for _ in range(WINDOWS_PER_STEP):
                     ids = windows[next(order)][None].to(dense.device)
                     with torch.no_grad():
                         log_p = dense(ids).logits[0].log_softmax(-1)
                     kl = F.kl_div(student(ids).logits[0].log_softmax(-1), log_p, reduction="sum", log_target=True)
-                    share = kl / ids.numel() / options.windows_per_step
+                    share = kl / ids.numel() / WINDOWS_PER_STEP
                     share.backward()
                     loss += share.item()
                 norm = norm_of([parameter.grad for parameter in trained if parameter.grad is not None])
-                torch.nn.utils.clip_grads_with_norm_(trained, options.max_grad_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(trained, MAX_GRAD_NORM, norm)
                 if not torch.isfinite(norm):
                     raise RecoveryDiverged(
                         f"step {done + 1} of the recovery: loss {loss}, gradient norm {norm.item()}; use a smaller "

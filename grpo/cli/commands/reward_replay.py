@@ -88,11 +88,11 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     result = Replay(str(run), function, against)
     with Scorer(
         [spec],
-        on_error=config.on_error,
-        timeout_s=config.timeout_s,
-        workers=config.workers,
+        on_error=config.reward.on_error,
+        timeout_s=config.reward.timeout_s,
+        workers=settings["reward"]["workers"],
         columns=columns,
-        pass_variables=config.pass_variables,
+        pass_variables=config.reward.pass_variables,
     ) as scorer:
         for step in steps:
             groups = split_groups(read_rollouts(run, step))
@@ -137,7 +137,7 @@ def _settings(run: Path) -> dict[str, Any]:
     with expecting(path, "configuration of a run"):
         DataOptions.model_validate(settings["data"])
         [str(model["name"]) for model in settings.get("reward_models", [])]
-        int(settings["steps"]), int(settings["seed"])
+        int(settings["steps"]), int(settings["seed"]), int(settings["reward"]["workers"])
     return settings
 
 

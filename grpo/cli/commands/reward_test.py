@@ -89,11 +89,11 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
     """Tries `function` (a built-in name or `path/to/file.py:function`) on the data of `config`. Raises RewardError,
     with function, row and cause, for one that cannot be loaded or fails."""
     find_reward(function)  # a misspelt name must not cost a download
-    data = config.data
+    data, scoring = config.data, config.reward
     examples = examples_of(data, data.name, data.split, purpose="eval", limit=data.limit)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
-    options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": config.on_error}
-    with Scorer([spec], timeout_s=config.timeout_s, pass_variables=config.pass_variables, **options) as scorer:
+    options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": scoring.on_error}
+    with Scorer([spec], timeout_s=scoring.timeout_s, pass_variables=scoring.pass_variables, **options) as scorer:
         trial = _Trial(function, examples)
         verdicts = Verdicts(spec.label, scorer.right_at(spec.label), trial.dry_run(scorer))
         full_marks = verdicts.full_marks if config.full_marks is None else config.full_marks
@@ -119,7 +119,7 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
         if scorer.asks_for("completion_ids"):
             check.notes.append("completion_ids were made up: the bytes of the text, one token each")
     trial.judge()
-    trial.weigh(config.timeout_s)
+    trial.weigh(scoring.timeout_s)
     return check
 
 

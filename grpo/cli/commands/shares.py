@@ -36,9 +36,10 @@ class Shares:
     def of(cls, options: ParallelOptions, processes: int = 0) -> Shares:
         """Makes the shares for so many processes; 0: those that were launched with this one, else as many as the
         options imply. Raises ValueError as `ParallelOptions.shares` does."""
-        implied = options.replicate * options.tensor * (options.fsdp or 1)
+        implied = options.tensor * (options.fsdp or 1)
         size = processes or int(os.environ.get("WORLD_SIZE", "0")) or implied
-        return cls(options.shares(size), options.tensor, options.expert, options.replicate)
+        fsdp, copies = options.shares(size)
+        return cls(fsdp, options.tensor, options.expert, copies)
 
     @property
     def ranks(self) -> int:

@@ -31,13 +31,8 @@ class RecoveryOptions(Options):
     trained: Literal["attention", "all"] = "attention"
     """What is trained: the attention, which compression has changed, or all weights."""
     learning_rate: float = Field(default=3e-5, gt=0)
-    """Peak learning rate of AdamW, decaying to 0 along a cosine; a few steps at ten times that do harm."""
-    warmup_steps: int = Field(default=2, ge=0)
-    """Steps of linear warm-up."""
-    windows_per_step: int = Field(default=4, ge=1)
-    """Windows of text in an update."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Peak learning rate of AdamW, decaying to 0 along a cosine after two steps of warm-up; a few steps at ten times
+    that do harm."""
 
 
 class ConvertConfig(Options):
@@ -56,11 +51,9 @@ class ConvertConfig(Options):
     """Text that compression and the draft head are fitted to: a text file, a file with questions and answers
     (.jsonl, .json, .parquet, .csv), or a dataset such as `gsm8k`. Its last part is held out for the report."""
     calibrate_tokens: int = Field(default=16384, ge=1)
-    """Tokens that are measured."""
+    """Tokens that are measured, 512 at a time; longer distances are not."""
     held_out_tokens: int = Field(default=4096, ge=1)
     """Tokens held out for the report; at most a fifth of the text."""
-    window: int = Field(default=512, ge=2)
-    """Tokens that are read at once; distances beyond are not measured."""
     recover: int = Field(default=0, ge=0)
     """Steps of KL distillation after compression; Ctrl-C ends it early and keeps what it has reached."""
     recovery: RecoveryOptions = RecoveryOptions()

@@ -72,10 +72,9 @@ class EvaluatedRolloutOptions(AnswerOptions):
     """Problems that are sampled together."""
 
 
-class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
-    """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings its data and rewards."""
+class MeasuredConfig(AgentOptions, RewardsOptions, _UseOptions):
+    """What is evaluated, and how; quantising measures so, before and after."""
 
-    command: ClassVar[str] = "eval"
     data: EvaluatedDataOptions = EvaluatedDataOptions()
     eval: EvaluatedOptions = EvaluatedOptions()
     rollout: EvaluatedRolloutOptions = EvaluatedRolloutOptions()
@@ -83,12 +82,10 @@ class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
     """Evaluate also problems that the policy was trained on, and report how many. Otherwise they are refused."""
     output: Path | None = None
     """A folder for completions.jsonl: every completion with its mark, written while the evaluation goes on."""
-    api_key_file: Path | None = None
-    """MODEL may be the address of a server, http://HOST:PORT: a file with the key that it wants."""
     reward: ScoringOptions = ScoringOptions(on_error="drop_sample")
 
     @model_validator(mode="after")
-    def _something(self) -> EvalConfig:
+    def _something(self) -> MeasuredConfig:
         if not (self.eval.samples or self.eval.greedy):
             raise ValueError("eval.samples=0 and eval.greedy=false leave nothing to evaluate; use one of them")
         if self.agent and (self.stop or self.model.startswith(("http://", "https://"))):
@@ -97,6 +94,14 @@ class EvalConfig(AgentOptions, RewardsOptions, _UseOptions):
                 "(agent: null), or give MODEL as a folder, without stop"
             )
         return self
+
+
+class EvalConfig(MeasuredConfig):
+    """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings its data and rewards."""
+
+    command: ClassVar[str] = "eval"
+    api_key_file: Path | None = None
+    """MODEL may be the address of a server, http://HOST:PORT: a file with the key that it wants."""
 
 
 class SampledDataOptions(PromptOptions):
@@ -165,6 +170,6 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     if data not in (None, of_data["name"]):
         return brought
     brought["data"] |= {name: of_data[name] for name in problems if name in of_data}
-    brought["data"]["levels"] = run["eval"]["levels"] or of_data["levels"]
+    brought["data"]["levels"] = run["eval"].get("levels") or of_data["levels"]
     split = None if of_data.get("held_out") else run["eval"]["split"]
     return brought | {"eval": {"split": split, "limit": run["eval"]["limit"] or None}}

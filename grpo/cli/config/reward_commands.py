@@ -7,20 +7,12 @@ from typing import ClassVar
 from pydantic import Field
 
 from grpo.config.data import ProblemOptions
+from grpo.config.options import Options
 from grpo.config.reward import CallOptions
 
 
-class _TrialOptions(CallOptions):
-    timeout_s: float = Field(default=10.0, gt=0)
-    """Wall-clock seconds that the function may take per batch of at most 256 completions."""
-    pass_variables: list[str] = Field(default_factory=list)
-    """Environment variables that the function may read besides the usual few, such as [OPENAI_API_KEY]."""
-    on_error: str = Field(default="abort", pattern=r"^(abort|drop_sample)$")
-    """`abort` ends at the first failure; `drop_sample` counts failures and goes on."""
-
-
 class TriedDataOptions(ProblemOptions):
-    """Which problems the function scores solutions of."""
+    """The data that a reward function is tried on."""
 
     name: str = "word_problems"
     """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with train.jsonl, or one data file."""
@@ -30,11 +22,23 @@ class TriedDataOptions(ProblemOptions):
     """Use only the first rows, at most this many; null uses all."""
 
 
-class RewardTestConfig(_TrialOptions):
+class TriedScoringOptions(Options):
+    """How the function is run, and what happens when it fails."""
+
+    on_error: str = Field(default="abort", pattern=r"^(abort|drop_sample)$")
+    """`abort` ends at the first failure; `drop_sample` counts failures and goes on."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Wall-clock seconds that the function may take per batch of at most 256 completions."""
+    pass_variables: list[str] = Field(default_factory=list)
+    """Environment variables that the function may read besides the usual few, such as [OPENAI_API_KEY]."""
+
+
+class RewardTestConfig(CallOptions):
     """Try a reward function on data, without a model: gold solutions get full marks, empty and wrong ones do not."""
 
     command: ClassVar[str] = "reward test"
     data: TriedDataOptions = TriedDataOptions()
+    reward: TriedScoringOptions = TriedScoringOptions()
     full_marks: float | None = None
     """What a right completion scores; by default what the function declares (`rewards.right_at`), else 1, or what the
     first gold solution gets where that is more."""
@@ -42,13 +46,14 @@ class RewardTestConfig(_TrialOptions):
     """The function does not judge the answer (a format, a length): any completion may get full marks, or miss them."""
 
 
-class ReplayConfig(_TrialOptions):
-    """Score the recorded completions of a run again, with another function, and show what changes."""
+class ReplayConfig(CallOptions):
+    """Score the recorded completions of a run again, with another function, in as many processes as the run had, and
+    show what changes."""
 
+    command: ClassVar[str] = "reward replay"
+    reward: TriedScoringOptions = TriedScoringOptions()
     against: str | None = None
     """The recorded value to compare with: a reward's name, or `score` for the weighted sum. null takes the reward of
     the same name, else the only one, else `score`."""
     steps: list[int] | None = None
     """Steps to score, such as `[1, 50]`; null scores all that are recorded."""
-    workers: int = Field(default=1, ge=1)
-    """Processes that score."""

@@ -10,6 +10,10 @@ from pydantic import Field, model_validator
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import AnswerOptions
 
+WAIT_S = 0.05  # a request waits so long for others before it joins a running batch: each join moves the caches of all
+MOST_WAITING = 128  # completions that wait for a free row; a request for more is answered with status 429
+SHUTDOWN_S = 30  # that running requests have after SIGTERM; Kubernetes waits as long
+
 
 class ServedRolloutOptions(AnswerOptions):
     """How the policy answers."""
@@ -28,8 +32,6 @@ class ServeConfig(ModelOptions):
     backend: Literal["native", "vllm"] = "native"
     """What decodes: our engine, or vLLM's own server of the same API (`make vllm`), which uses no drafts here, and has
     noise and a queue of its own."""
-    vllm_python: Path = Path(".vllm/bin/python")
-    """backend: vllm: the interpreter of vLLM's environment."""
     host: str = "127.0.0.1"
     """The address to listen on, by default this machine alone. Another one needs `api_key_file`."""
     port: int = Field(default=8000, ge=0, le=65535)
@@ -40,18 +42,9 @@ class ServeConfig(ModelOptions):
     """A file with the key that clients must send, as `Authorization: Bearer KEY`."""
     max_batch_size: int = Field(default=32, ge=1)
     """Completions that are decoded together; the others wait."""
-    batch_wait_ms: float = Field(default=50.0, ge=0)
-    """Milliseconds that a request may wait for others before it joins a running batch. An idle server does not wait."""
-    max_queue: int = Field(default=128, ge=1)
-    """Completions that may wait for a free row; a request for more is answered with status 429 and Retry-After."""
-    shutdown_s: int = Field(default=30, ge=1)
-    """Seconds that running requests have to finish after SIGTERM."""
     replicas: int = Field(default=1, ge=1)
     """Copies of the policy, each in a process with `threads` processors (1 by default), by Ray Serve where there are
     several (extra `serve-ray`)."""
-    max_replicas: int | None = Field(default=None, ge=1)
-    """Ray Serve begins more replicas when all batches are full, up to so many, and ends them again; null keeps
-    `replicas`."""
 
     @property
     def called(self) -> str:
@@ -62,13 +55,10 @@ class ServeConfig(ModelOptions):
     def _more(self) -> ServeConfig:
         if self.backend == "vllm":
             ours = (
-                ("rollout.accept", self.rollout.accept, "exact"),
+                ("rollout.margin", self.rollout.margin, None),
                 ("replicas", self.replicas, 1),
-                ("max_replicas", self.max_replicas, None),
             )
             for name, value, usual in ours:
                 if value != usual:
                     raise ValueError(f"{name}={value} is for backend=native, our own engine; drop one of the two")
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(f"max_replicas={self.max_replicas} is less than replicas={self.replicas}; raise it")
         return self

@@ -6,15 +6,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from grpo.cli.config.inference import EvalConfig
+from grpo.cli.config.inference import MeasuredConfig
 
 
-class QuantizeConfig(EvalConfig):
+class QuantizeConfig(MeasuredConfig):
     """A policy in 4 or 8 bits a weight, in files that transformers and vLLM load. The options of `quartet eval` say how
     accuracy is measured, before and after; it is measured where `data` is given, or where a run folder brings it."""
 
     common: ClassVar[tuple[str, ...]] = (
-        *("method", "bits", "calibrate", "group_size", "calibrate_tokens", "held_out_tokens", "window"),
+        *("method", "bits", "calibrate", "group_size", "calibrate_tokens", "held_out_tokens"),
         *("data.name", "eval.split", "eval.limit", "eval.samples", "eval.greedy", "data.template"),
         *("rollout.max_completion_tokens", "rewards"),
         *("dtype", "device", "threads", "seed"),
@@ -34,8 +34,6 @@ class QuantizeConfig(EvalConfig):
     """Neighbouring weights of a row that share a scale. A matrix with rows that it does not divide keeps its
     precision."""
     calibrate_tokens: int = Field(default=16384, ge=1)
-    """Tokens that the model is measured on."""
+    """Tokens that the model is measured on, 512 at a time."""
     held_out_tokens: int = Field(default=8192, ge=1)
     """Tokens held out for the report; at most a fifth of the text."""
-    window: int = Field(default=512, ge=2)
-    """Tokens that are read at once."""

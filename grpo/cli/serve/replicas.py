@@ -1,4 +1,4 @@
-"""`quartet serve --replicas N`: Ray Serve starts, scales and restarts copies of the server at one address."""
+"""`quartet serve --replicas N`: Ray Serve starts and restarts copies of the server at one address."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grpo.cli.config.serve import ServeConfig
+from grpo.cli.config.serve import MOST_WAITING, SHUTDOWN_S, ServeConfig
 from rollout.cluster import start_ray, stop_ray
 
 PACKAGES = "replicas={}: Ray Serve's packages are missing: pip install 'quartet-rl[serve-ray]'"
@@ -23,20 +23,16 @@ def serve_replicas(config: ServeConfig, begin: Begin, say: Callable[[str], None]
     processors, a queue and a batch. Raises ValueError without the packages of the extra `serve-ray`."""
     try:
         from ray import serve
-        from ray.serve.config import AutoscalingConfig, HTTPOptions
+        from ray.serve.config import HTTPOptions
     except ImportError as error:
         raise ValueError(PACKAGES.format(config.replicas)) from error
-    most, threads = config.max_replicas or config.replicas, config.threads or 1
+    threads = config.threads or 1
     folder = Path(config.model)  # a replica works in another one
     model = str(folder.absolute()) if folder.exists() else config.model
     options = config.model_copy(update={"threads": threads, "model": model, "replicas": 1})
-    start_ray(cpus=most * threads + 1)
+    start_ray(cpus=config.replicas * threads + 1)
     try:
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-        scale: dict[str, Any] = {"num_replicas": config.replicas}
-        if most != config.replicas:
-            bounds = {"min_replicas": config.replicas, "max_replicas": most}
-            scale = {"autoscaling_config": AutoscalingConfig(**bounds, target_ongoing_requests=config.max_batch_size)}
 
         def build() -> Any:  # a function: Ray Serve takes any other callable for the application itself
             application, _ = begin(options, partial(print, file=sys.stderr, flush=True))
@@ -46,9 +42,9 @@ def serve_replicas(config: ServeConfig, begin: Begin, say: Callable[[str], None]
             serve.ingress(build)(type("Policy", (), {})),
             name="policy",
             ray_actor_options={"num_cpus": threads},
-            max_ongoing_requests=config.max_batch_size + config.max_queue,
-            graceful_shutdown_timeout_s=config.shutdown_s,
-            **scale,
+            max_ongoing_requests=config.max_batch_size + MOST_WAITING,
+            graceful_shutdown_timeout_s=SHUTDOWN_S,
+            num_replicas=config.replicas,
         )
         serve.run(deployment.bind(), name="quartet", route_prefix="/")
         address = f"http://{config.host}:{config.port}/v1"

@@ -19,7 +19,7 @@ import torch
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.commands.served import key_of
-from grpo.cli.config.serve import ServeConfig
+from grpo.cli.config.serve import MOST_WAITING, SHUTDOWN_S, WAIT_S, ServeConfig
 from grpo.run.listening import listen
 from grpo.source.policy_source import PolicySource, find_policy
 from rollout.depth import Workload
@@ -123,13 +123,13 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
     engine = load_engine(use)
     params = use.sampling(engine.policy)
     engine.check([], params)
-    batcher = Batcher(engine, params, most_waiting=config.max_queue, wait_s=config.batch_wait_ms / 1e3)
+    batcher = Batcher(engine, params, most_waiting=MOST_WAITING, wait_s=WAIT_S)
     served = Served(config.called, batcher, params, use.source.meaning)
     return app(served, key, starts=partial(follower.keep_up, served) if follower else None), served
 
 
 def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> None:
-    """Serve until a signal comes. Then no new request is taken, and those that run have `shutdown_s` seconds."""
+    """Serve until a signal comes. Then no new request is taken, and those that run have SHUTDOWN_S seconds."""
     key = read_key(config.api_key_file, config.host)
     if config.backend == "vllm":
         from grpo.cli.serve.by_vllm import ServerOfVLLM
@@ -137,7 +137,7 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
         if follow:
             raise ValueError("--follow is for backend=native, our own engine; drop one of the two")
         return ServerOfVLLM(config).serve(key, say)
-    if (config.max_replicas or config.replicas) > 1:
+    if config.replicas > 1:
         from grpo.cli.serve.replicas import serve_replicas
 
         return serve_replicas(config, partial(begin, follow=follow), say)
@@ -151,5 +151,5 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
 
         version = f"policy version {served.batcher.engine.version}"
         say(f"{served.name} ({version}, {served.meaning}) at http://{address}/v1   (Ctrl-C ends it)")
-        timeouts = {"lifespan": "on", "timeout_graceful_shutdown": config.shutdown_s, "timeout_keep_alive": 75}
+        timeouts = {"lifespan": "on", "timeout_graceful_shutdown": SHUTDOWN_S, "timeout_keep_alive": 75}
         uvicorn.Server(settings(application, **timeouts)).run(sockets=[listening])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.config.learner import GrpoMTPOptions, MTPOptions, SftMTPOptions
+from grpo.config.learner import MTPOptions, SftMTPOptions
 from grpo.learner.batch import MicroBatch, PackedRow
 from grpo.learner.lessons import Lesson
 from grpo.learner.likelihood import Forward
@@ -22,11 +22,12 @@ from policies.policy import Policy
 
 METRICS = {
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
-    "loss/mtp_tv": "the same by total variation (mtp.tv): share of drafts rejected at best, fraction",
+    "loss/mtp_tv": "the same by total variation (mtp.tv, quartet mtp): share of drafts rejected at best, fraction",
     "time/draft_head": "the draft head and its loss, without most of its backward; and all that tied groups take which "
     "are read for it alone; part of time/learn, seconds",
 }
 PAYS = 1.1  # least gain of a step's rollouts that is worth what the draft head's learning takes
+IDLE_EVERY = 10  # often enough to learn that drafts pay again, for a tenth of the cost
 
 
 def term(policy: Policy, config: Any, load: Any = None) -> DraftHeadTerm | None:
@@ -98,11 +99,11 @@ def teaching(
     """The groups that the draft head learns from at this step, with the weight of each of their tokens.
 
     Every `every` steps, from a share of the groups that is another one each time. Where drafts are known to have had
-    little `gain` in the rollouts that are learned from, it is every `idle_every` steps, if not null, and from groups
-    alone that are not tied: to read a tied group for the draft head takes longer than what it then does with it.
+    little `gain` in the rollouts that are learned from, it is every `IDLE_EVERY` steps, and from groups alone that are
+    not tied: to read a tied group for the draft head takes longer than what the draft head then does with it.
     """
-    rest = options.idle_every if isinstance(options, GrpoMTPOptions) and gain is not None and gain < PAYS else None
-    every = max(options.every, rest or 1)
+    rest = gain is not None and gain < PAYS
+    every = max(options.every, IDLE_EVERY) if rest else options.every
     if policy.mtp is None or options.loss_weight == 0 or step % every:
         return {}
     groups = list(dict.fromkeys(row.group for row in rows if not (rest and row.tied)))

@@ -92,7 +92,6 @@ class ValueTerm(Term):
             mini.padded([sample.values for sample in mini.samples]),
             mini.padded([sample.returns for sample in mini.samples]),
             mini.loss_mask,
-            cliprange_value=self.options.cliprange_value,
             num_completion_tokens=work.batch.num_completion_tokens,
         )
         for name, value in metrics.items():

@@ -19,15 +19,19 @@ from rollout.faults import RolloutError
 
 SERVER = Path(__file__).parent / "inside" / "quartet_server.py"
 PYTHON = Path(".vllm/bin/python")  # where `make vllm` puts it
+INTERPRETER = "QUARTET_VLLM_PYTHON"  # the environment variable that names another one
 TOKEN = "QUARTET_VLLM_TOKEN"  # the environment variable of the server's secret
 START_S = 60.0  # the server listens before it imports vLLM
 END_S = 5.0
 TOLD_LINES = 12  # of the log, in an error
 
 
-def state_of(python: Path, option: str = "rollout.vllm.python") -> dict[str, Any]:
-    """Gives what a server with this interpreter, the value of `option`, would say of itself. Raises RolloutError where
-    it cannot start."""
+def interpreter() -> Path:
+    return Path(os.environ.get(INTERPRETER) or PYTHON)
+
+
+def state_of(python: Path) -> dict[str, Any]:
+    """What a server with this interpreter would say of itself. Raises RolloutError where it cannot start."""
     command = [str(python), str(SERVER), "--state"]
     try:
         done = subprocess.run(
@@ -37,7 +41,8 @@ def state_of(python: Path, option: str = "rollout.vllm.python") -> dict[str, Any
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         words = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
         raise RolloutError(
-            f"{option}={python} cannot run vLLM's server: {' '.join(words)}; install it with `make vllm`"
+            f"{python} cannot run vLLM's server: {' '.join(words)}; install it with `make vllm`, or name the "
+            f"interpreter of another environment in {INTERPRETER}"
         ) from error
 
 

@@ -195,17 +195,17 @@ def test_kl_gradients_are_what_the_docstring_says():
 @pytest.mark.parametrize(
     ("mode", "weights"),
     [  # ratios π_old / μ: 4, 1/2 and 1, 1/5 (the third token is padding); products 2 and 1/5
-        ("token_truncate", [[3.0, 0.5], [1.0, 0.4]]),
-        ("token_mask", [[0.0, 0.5], [1.0, 0.0]]),
-        ("sequence_truncate", [[2.0], [0.4]]),
-        ("sequence_mask", [[2.0], [0.0]]),
+        ("token_truncate", [[3.0, 0.5], [1.0, 0.2]]),
+        ("token_mask", [[0.0, 0.5], [1.0, 0.2]]),
+        ("sequence_truncate", [[2.0], [0.2]]),
+        ("sequence_mask", [[2.0], [0.2]]),
     ],
 )
 def test_importance_correction_by_hand(mode, weights):
     old, sampling = torch.tensor([[0.8, 0.3, 1.0], [0.5, 0.1, 1.0]]), torch.tensor([[0.2, 0.6, 0.1], [0.5, 0.5, 0.1]])
     mask = torch.tensor([[True, True, False]] * 2)
     old.requires_grad_()
-    actual = importance_correction(old.log(), sampling.log(), mask, mode, clip_max=3.0, clip_min=0.4)
+    actual = importance_correction(old.log(), sampling.log(), mask, mode, clip_max=3.0)
     assert not actual.requires_grad
     torch.testing.assert_close(actual[:, :2], torch.tensor(weights))
     usual = importance_correction(old.log(), sampling.log(), mask, "token_truncate")
@@ -499,7 +499,7 @@ def trl_loss(logprobs, entropies, given, **options):
     }
     if mode:
         inputs["importance_sampling_ratio"] = importance_correction(
-            given["old_logprobs"], given["sampling_logprobs"], given["mask"], mode, 1.5, 0.5
+            given["old_logprobs"], given["sampling_logprobs"], given["mask"], mode, 1.5
         )
     epsilon, epsilon_high = options.get("epsilon", 0.2), options.get("epsilon_high")
     accelerator = SimpleNamespace(
@@ -562,9 +562,7 @@ def test_equals_trl(loss_type, level, variant):
         logits, token_ids, given = toy(seed)
         options = TRL_VARIANTS[variant] | LOSS_TYPES[loss_type]
         options |= {"loss_type": loss_type, "importance_sampling_level": level}
-        ours, metrics = toy_loss(
-            logits, token_ids, given, **options, importance_sampling_clip_max=1.5, importance_sampling_clip_min=0.5
-        )
+        ours, metrics = toy_loss(logits, token_ids, given, **options, importance_sampling_clip_max=1.5)
         expected, trl_metrics = trl_loss(token_logprobs(logits, token_ids), entropy(logits), given, **options)
         assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
         gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, expected)]
@@ -589,7 +587,7 @@ def test_options_and_defaults_are_those_of_trl():
     assert theirs["use_bias_correction_kl"]
     assert LossOptions().kl_estimator == "unbiased"
     assert theirs["vllm_importance_sampling_clip_max"] == LossOptions().importance_clip_max
-    assert theirs["vllm_importance_sampling_clip_min"] == LossOptions().importance_clip_min
+    assert theirs["vllm_importance_sampling_clip_min"] is None
     assert theirs["num_iterations"] == LearnerOptions().updates_per_batch
     for name in ("epsilon", "epsilon_high"):
         assert getattr(LossOptions(), name) == theirs[name]
@@ -614,13 +612,13 @@ def test_importance_correction_equals_trl(mode):
         vllm_importance_sampling_correction=True,
         vllm_importance_sampling_mode=mode,
         vllm_importance_sampling_clip_max=1.5,
-        vllm_importance_sampling_clip_min=0.5,
+        vllm_importance_sampling_clip_min=None,
     )
     expected = output["importance_sampling_ratio"]
     assert expected.shape[1] == (1 if mode.startswith("sequence") else length)
     assert len(expected.unique()) > 2  # bounds bite here and there
     assert torch.isin(expected, torch.tensor([0.0, 0.5, 1.5])).any()
-    ours = importance_correction(given["old_logprobs"], given["sampling_logprobs"], mask, mode, 1.5, 0.5)
+    ours = importance_correction(given["old_logprobs"], given["sampling_logprobs"], mask, mode, 1.5)
     torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=0, atol=1e-5)
 
 

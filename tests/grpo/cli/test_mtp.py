@@ -375,11 +375,9 @@ def _rows(seed: int = 0, count: int = 3) -> list[PackedRow]:
     return [PackedRow(tokens(5 + i), [Sample(j, tokens(6)) for j in range(3)]) for i in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("curriculum", "depth", "expected"), [(True, 3, [1, 2, 3, 3, 3]), (False, 3, [3] * 5), (True, 1, [1] * 5)]
-)
-def test_depths_grow_by_one_in_each_epoch(random_policy, curriculum, depth, expected):
-    learner = _learner(random_policy(0), depth=depth, curriculum=curriculum)
+@pytest.mark.parametrize(("depth", "expected"), [(3, [1, 2, 3, 3, 3]), (1, [1] * 5)])
+def test_depths_grow_by_one_in_each_epoch(random_policy, depth, expected):
+    learner = _learner(random_policy(0), depth=depth)
     assert [learner.depth_at(epoch) for epoch in range(1, 6)] == expected
 
 
@@ -411,9 +409,9 @@ def test_what_recorded_rollouts_would_accept_is_what_decoding_accepted(random_po
     assert taken > 5
 
 
-@pytest.mark.parametrize("curriculum", [False, True])
-def test_an_epoch_that_gains_nothing_is_undone_and_the_third_is_the_last(random_policy, monkeypatch, curriculum):
-    learner = _learner(random_policy(4), depth=2, curriculum=curriculum, learning_rate=1e-2)
+@pytest.mark.parametrize("grows", [False, True])
+def test_an_epoch_that_gains_nothing_is_undone_and_the_third_is_the_last(random_policy, monkeypatch, grows):
+    learner = _learner(random_policy(4), depth=2 if grows else 1, learning_rate=1e-2)
     lessons = learner.read(_rows())
     found = iter([[0.2, 0.1], [0.3, 0.1], [0.3, 0.104], [0.5, 0.3], [0.1, 0.1], [0.5, 0.3]])
     monkeypatch.setattr(learner, "acceptance", lambda held_out: next(found))
@@ -422,16 +420,16 @@ def test_an_epoch_that_gains_nothing_is_undone_and_the_third_is_the_last(random_
         before = learner.state()[0]["policy"]["mtp.eh_proj.weight"].clone()
         rates.append(learner.teach(lessons, lessons, epoch, epoch)["learner/learning_rate"])
         kept.append(not torch.equal(before, learner.state()[0]["policy"]["mtp.eh_proj.weight"]))
-    # Gains of .1 and .004 (too little, but with a curriculum the depth has grown), then .296, then none, twice.
-    assert kept == [True, curriculum, True, False, False]
+    # Gains of .1 and .004 (too little, but the depth may have grown), then .296, then none, twice.
+    assert kept == [True, grows, True, False, False]
     assert learner.best == pytest.approx(1.8)
-    assert learner.ended == (not curriculum)
+    assert learner.ended == (not grows)
     full = [1e-2 * len(lessons) / 20, 1e-2, 1e-2, 1e-2, 2.5e-3]
-    assert rates == pytest.approx(full if curriculum else [*full[:2], 2.5e-3, 2.5e-3, 6.25e-4])
+    assert rates == pytest.approx(full if grows else [*full[:2], 2.5e-3, 2.5e-3, 6.25e-4])
 
 
 def test_a_first_epoch_that_is_undone_leaves_no_moments(random_policy, monkeypatch):
-    learner = _learner(random_policy(4), depth=2, curriculum=False)
+    learner = _learner(random_policy(4), depth=1)
     lessons, before = learner.read(_rows()), learner._copy()
     monkeypatch.setattr(learner, "acceptance", lambda held_out: [0.2, 0.1])
     learner.teach(lessons, lessons, 1, 1)
@@ -443,7 +441,7 @@ def test_a_first_epoch_that_is_undone_leaves_no_moments(random_policy, monkeypat
 def test_a_run_ends_where_three_epochs_have_gained_nothing(config, tmp_path, monkeypatch):
     """And it goes on from there as one that has ended."""
     monkeypatch.setattr(HeadLearner, "acceptance", lambda learner, held_out: [0.5, 0.2, 0.1])
-    folder, given = tmp_path / "run", {"steps": 1, "mtp.epochs": 9, "mtp.curriculum": False}
+    folder, given = tmp_path / "run", {"steps": 1, "mtp.epochs": 9, "mtp.depth": 1}
     mtp(config(folder, **given))
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -455,10 +453,8 @@ def test_a_run_ends_where_three_epochs_have_gained_nothing(config, tmp_path, mon
 
 
 def test_total_variation_begins_after_the_first_epoch_that_gains_nothing(random_policy):
-    learner = _learner(random_policy(0), tv=True)
+    learner = _learner(random_policy(0))
     assert [setattr(learner, "stage", stage) or learner.tv for stage in range(3)] == [False, True, True]
-    learner.head_options.tv = False
-    assert not learner.tv
 
 
 def test_frequent_tokens_are_those_that_the_policy_expects_to_say(random_policy):
@@ -509,8 +505,9 @@ def test_an_epoch_reads_the_disk_and_not_the_trunk(random_policy, monkeypatch, t
     policy, reads = random_policy(6), []
     hidden = Policy.hidden
     monkeypatch.setattr(Policy, "hidden", lambda self, *a: reads.append(1) or hidden(self, *a))
-    learner = _learner(policy, tokens_per_update=40, curriculum=False, depth=2, tv=False)
-    monkeypatch.setattr(learner, "acceptance", lambda held_out: [0.1 * learner.policy_version, 0.0])
+    learner = _learner(policy, tokens_per_update=40, depth=1)
+    gains = iter(range(99))  # every epoch gains, so that none of them goes on to total variation
+    monkeypatch.setattr(learner, "acceptance", lambda held_out: [0.1 * next(gains)])
     lessons, corpus = learner.read(_rows()), Corpus(tmp_path / "corpus")
     corpus.add(1, {"taught": lessons[:2], "held_out": []})
     corpus.add(2, {"taught": lessons[2:], "held_out": []})

@@ -169,7 +169,7 @@ def test_what_is_like_nothing_gets_no_suggestion(name):
 
 
 def test_a_word_with_several_meanings_shows_them_all():
-    assert said("levels") == "no such option; did you mean data.levels, eval.levels or warm_start.levels?"
+    assert said("workers") == "no such option; did you mean reward.workers, rollout.workers or learner.workers?"
 
 
 def test_a_section_of_verls_is_answered_line_by_line(tmp_path):

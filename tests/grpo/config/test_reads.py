@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
+from rich.console import Console
 from transformers import DeepseekV3ForSequenceClassification
 
-from grpo.config.options import Options, _options
+from grpo.cli.config.inference import EvalConfig, SampleConfig
+from grpo.cli.config.serve import ServeConfig
+from grpo.cli.quantize.options import QuantizeConfig
+from grpo.config.mtp import MtpConfig
+from grpo.config.options import Options, _options, load
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.learner.terms.draft_head import teaching
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.task.check import check_plan
 from grpo.task.task import Task
 
+AGENTS = Path(__file__).parents[2] / "cases/agents.py"
+QUIET = Console(quiet=True)
 COPIES = ("/pydantic/", "grpo/config/options.py", "grpo/task/table.py")  # and writes down, and refuses
 Reads = set[tuple[str, str]]
 
@@ -37,8 +44,9 @@ def recorded() -> Iterator[Reads]:
         cls = type(self)
         if name in cls.__pydantic_fields__:
             code = sys._getframe(1).f_code
-            checks = "grpo/config/" in code.co_filename and code.co_name.startswith("_")
-            if not checks and not any(place in code.co_filename for place in COPIES):
+            place = code.co_filename
+            checks = ("grpo/config/" in place or "grpo/cli/config/" in place) and code.co_name.startswith("_")
+            if not checks and not any(copy in place for copy in COPIES):
                 reads.add((definer(cls, name), name))
         return object.__getattribute__(self, name)
 
@@ -50,7 +58,8 @@ def recorded() -> Iterator[Reads]:
 
 
 def unread(cls: type[Options], reads: Reads) -> set[str]:
-    """The options of a command that nothing has read."""
+    """The options of a command that nothing has read. Data that are evaluated are read as those of a run."""
+    copied = {("EvaluatedDataOptions", name) for source, name in reads if source == "SourceOptions"}
 
     def of(cls: Any, prefix: str) -> Iterator[str]:
         for option in _options(cls.model_construct()):
@@ -59,7 +68,7 @@ def unread(cls: type[Options], reads: Reads) -> set[str]:
             if option.model is not None:
                 yield from of(option.model, f"{prefix}{option.key}.")
             is_section = option.model is not None and not option.in_list
-            if not is_section and (definer(cls, option.key), option.key) not in reads:
+            if not is_section and (definer(cls, option.key), option.key) not in reads | copied:
                 yield prefix + option.key
 
     return set(of(cls, ""))
@@ -74,6 +83,22 @@ def policy_folder(micro_policy, tmp_path_factory) -> Path:
     DeepseekV3ForSequenceClassification(policy.config).save_pretrained(folder.parent / "judge")
     policy.tokenizer.save_pretrained(folder.parent / "judge")
     return folder
+
+
+@pytest.fixture
+def judged(policy_folder, letters) -> dict[str, Any]:
+    """A policy on problems of its level, and a reward function and a reward model that score it."""
+    judge = {"name": "judge", "model": str(policy_folder.parent / "judge")}
+    return {
+        "model": str(policy_folder),
+        "threads": 1,
+        "data.levels": [1],
+        "rewards": [{"function": letters}],
+        "reward_models": [judge],
+        "rollout.max_completion_tokens": 8,
+        "rollout.draft_tokens": 1,
+        "eval.limit": 2,
+    }
 
 
 @pytest.fixture
@@ -111,21 +136,20 @@ def test_supervised_steps_read_all_their_options(micro_config, policy_folder, no
     assert unread(SftConfig, reads) == set()
 
 
-def test_grpo_reads_all_its_options(micro_config, micro_policy, policy_folder, not_finite, rows, tmp_path):
+def test_grpo_reads_all_its_options(micro_config, policy_folder, not_finite, rows, tmp_path, monkeypatch):
     from grpo.steps.vllm import vllm_settings
     from grpo.train import train
 
     model = {"model": str(policy_folder), "warm_start.steps": 0}
     ties = {"rewards": [{"function": "gsm8k_format"}], "rollout.refill_draws": 1}
     reward_models = {"reward_models": [{"name": "judge", "model": str(policy_folder.parent / "judge")}]}
-    agents = Path(__file__).parents[2] / "cases/agents.py"
     variants: list[dict[str, Any]] = [
-        {"eval.limit": 2, "checkpoint.keep_best": True} | ties,
+        {"eval.limit": 2, "checkpoint.keep_best": True, "curriculum.shortest_share": 0.5} | ties,
         {"lora.rank": 2, "loss.importance_correction": "token_truncate", "mtp.every": 1},
         {"loss.advantage": "gae", "learner.on_non_finite": "skip"},
         model | reward_models | {"loss.advantage": "distill", "distill.teacher": str(policy_folder)},
         {"environment": "calculator"},
-        {"agent": f"{agents}:once", "program_workers": 1, "steps": 1},
+        {"agent": f"{AGENTS}:once", "program_workers": 1, "steps": 1},
     ]
     with recorded() as reads:
         for number, options in enumerate(variants):
@@ -134,10 +158,86 @@ def test_grpo_reads_all_its_options(micro_config, micro_policy, policy_folder, n
         state = '{"protocol": 2, "vllm": "0.99.0", "on_cpu": true, "tried": false, "tried_versions": []}'
         python.write_text(f"#!/bin/sh\necho '{state}'\n")
         python.chmod(0o755)
-        outside = micro_config(tmp_path / "vllm", **{"rollout.backend": "vllm", "rollout.vllm.python": str(python)})
+        monkeypatch.setenv("QUARTET_VLLM_PYTHON", str(python))
+        outside = micro_config(tmp_path / "vllm", **{"rollout.backend": "vllm"})
         with pytest.raises(ValueError, match="nobody has compared"):
             check_plan(outside)
         vllm_settings(outside.rollout, tmp_path)
-        teaching(micro_policy(), outside.mtp, [], step=1, gain=1.0)  # drafts that gain too little
         Task.of(TrainConfig(output_dir=tmp_path / "h", data=rows), scores=False).close()
     assert unread(TrainConfig, reads) == set()
+
+
+def test_teaching_a_draft_head_reads_all_its_options(judged, rows, tmp_path):
+    from grpo.cli.mtp import mtp
+
+    small = {"steps": 2, "prompts_per_step": 4, "rollout.group_size": 2, "mtp.epochs": 1, "mtp.depth": 1}
+    small |= {"mtp.solutions": 1, "mtp.draft_vocabulary": 16, "log.trackers": [], "data.limit": 24}
+    with recorded() as reads:
+        mtp(load(MtpConfig, None, judged | small | {"output_dir": tmp_path / "r"}))
+        Task.of(MtpConfig(output_dir=tmp_path / "h", data=rows), scores=False).close()
+    assert unread(MtpConfig, reads) == set()
+
+
+@pytest.fixture
+def acts(judged, rows) -> list[dict[str, Any]]:
+    """What is evaluated in several ways: with few words, by tools, by an agent, and a share that was held out."""
+    return [
+        judged | {"data.name": "word_problems", "stop": ["x"]},
+        judged | {"environment": "calculator", "reward_models": [], "eval.greedy": False},
+        judged | {"agent": f"{AGENTS}:once", "program_workers": 1, "reward_models": [], "eval.limit": 1},
+        judged | {"data": rows, "reward_models": []},
+    ]
+
+
+def test_an_evaluation_reads_all_its_options(acts, tmp_path):
+    from grpo.cli.commands.eval import evaluate_model
+    from grpo.cli.commands.served import open_served
+
+    with recorded() as reads:
+        for number, given in enumerate(acts):
+            evaluate_model(load(EvalConfig, None, given | {"output": tmp_path / str(number)}), QUIET)
+        with pytest.raises(ValueError, match="there is no such file"):
+            open_served(EvalConfig(model="http://127.0.0.1:1", api_key_file=tmp_path / "key"))
+    assert unread(EvalConfig, reads) == set()
+
+
+def test_sampling_reads_all_its_options(policy_folder, rows):
+    from grpo.cli.commands.sample import prompts_of, sample
+
+    given = {"model": str(policy_folder), "threads": 1, "samples": 1, "rollout.max_completion_tokens": 8}
+    with recorded() as reads:
+        worked = {"data.name": rows["name"], "data.few_shot": 1, "data.template": "{question}"}
+        word_problems = {"data.few_shot": 1, "data.template": "{question}"}
+        for more in (worked, word_problems, {"environment": "calculator"}):
+            sample(load(SampleConfig, None, given | more), prompts_of(["1 + 1 = ?"], None), QUIET)
+    assert unread(SampleConfig, reads) == set()
+
+
+def test_a_server_reads_all_its_options(policy_folder, monkeypatch):
+    from grpo.cli.serve.server import serve
+
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)  # it has all that it needs by then
+    with recorded() as reads:
+        serve(load(ServeConfig, None, {"model": str(policy_folder), "threads": 1, "port": 0}))
+    assert unread(ServeConfig, reads) == set()
+
+
+def test_quantising_reads_all_its_options(acts, tmp_path, monkeypatch):
+    from grpo.cli.quantize import compressor, quantize
+
+    monkeypatch.setattr(compressor, "require_packages", lambda: None)  # the files keep their precision
+    monkeypatch.setattr(compressor, "quantize", lambda *_, **__: [])
+    monkeypatch.setattr(compressor, "save", lambda policy, folder: policy.save(folder))
+    monkeypatch.setattr(quantize, "WINDOW", 16)
+    monkeypatch.setattr(quantize.metadata, "version", lambda name: "0")
+    small = {"calibrate": "word_problems", "calibrate_tokens": 64, "held_out_tokens": 32}
+    with recorded() as reads:
+        for number, given in enumerate(acts):
+            config = load(QuantizeConfig, None, given | small | {"output": tmp_path / str(number)})
+            quantizer = quantize.Quantizer(config, QUIET)
+            if number:
+                quantizer._text()
+                quantizer._evaluate(config.model, "before")
+            else:
+                quantize.show(quantizer.quantize(tmp_path / "to"), QUIET)
+    assert unread(QuantizeConfig, reads) == set()

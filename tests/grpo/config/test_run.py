@@ -10,6 +10,7 @@ import grpo
 from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
 from grpo.cli.config.convert import ConvertConfig
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
+from grpo.cli.config.reward_commands import RewardTestConfig
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.data import DataOptions
@@ -28,7 +29,6 @@ CONFIGS = [TrainConfig, SftConfig, EvalConfig, SampleConfig]
 TRL_NAMES = {
     "importance_correction": None,  # `vllm_importance_sampling_correction` and `.._mode`; ours is off, contract 8
     "importance_clip_max": "vllm_importance_sampling_clip_max",
-    "importance_clip_min": "vllm_importance_sampling_clip_min",
     "kl_estimator": None,
     "advantage": None,
 }
@@ -178,7 +178,7 @@ def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):
         "data.system_prompt": "Be brief.",
         "data.few_shot": 2,
         "eval.split": "validation",
-        "eval.levels": [2, 3],
+        "data.levels": [2, 3],
         "eval.limit": 17,
         "rollout.temperature": 0.5,
         "rollout.max_completion_tokens": 99,
@@ -247,6 +247,23 @@ def test_the_names_of_an_older_version_work_with_a_word(caplog, tmp_path):
         assert load(EvalConfig, None, {old: 0.1}).data.held_out == 0.1
     assert load(ConvertConfig, None, {"heldout_tokens": 9}).held_out_tokens == 9
     assert load(QuantizeConfig, None, {"calibrate": "t", "heldout_tokens": 9}).held_out_tokens == 9
+    tried = load(RewardTestConfig, None, {"data": "gsm8k", "limit": 5, "on_error": "drop_sample"})
+    assert (tried.data.name, tried.data.limit, tried.reward.on_error) == ("gsm8k", 5, "drop_sample")
+
+
+@pytest.mark.parametrize(
+    ("older", "margin"),
+    [("{accept: margin, margin: 3.0}", 3.0), ("{accept: margin}", 2.0), ("{accept: exact, margin: 2.0}", None)],
+)
+def test_an_older_file_says_in_two_options_what_one_says_now(tmp_path, older, margin):
+    judge = {"name": "judge", "model": "m"}
+    models = "[{name: judge, model: m, chat: true}, {name: other, model: m, chat: false}]"
+    (tmp_path / "older.yaml").write_text(f"rollout: {older}\nreward_models: {models}\n")
+    config = load(EvalConfig, tmp_path / "older.yaml", {})
+    assert config.rollout.margin == margin
+    assert [model.kind for model in config.reward_models] == ["chat_classifier", "classifier"]
+    with pytest.raises(ConfigError, match="chat=true .*kind: chat_classifier says both"):
+        load(EvalConfig, None, {"reward_models": [judge | {"chat": True}]})
 
 
 def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():

@@ -12,12 +12,13 @@ import torch
 from small_learner import last_work, small_learner, supervised_learner, term_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.config.learner import GrpoMTPOptions, LearnerOptions, MTPOptions
+from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
 from grpo.learner.learner import Learner
 from grpo.learner.optimizer import norm_of, schedule
 from grpo.learner.prepare import supervised, tokens_in_loss
+from grpo.learner.terms import draft_head
 from grpo.learner.terms.draft_head import teaching
 from grpo.learner.update import NonFiniteStep
 from policies.conversion.dense import convert_dense
@@ -36,8 +37,8 @@ def _learner(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given) -> Le
     options = {
         name: given.pop(name) for name in list(given) if name in LearnerOptions.model_fields and name != "schedule"
     }
-    chosen = {name: given.pop(name) for name in ("share", "every", "idle_every") if name in given}
-    head = GrpoMTPOptions(loss_weight=mtp, depth=depth, **chosen)
+    chosen = {name: given.pop(name) for name in ("share", "every") if name in given}
+    head = MTPOptions(loss_weight=mtp, depth=depth, **chosen)
     options = {"learning_rate": 1e-3, "max_grad_norm": 1e9} | options
     return small_learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
 
@@ -861,10 +862,11 @@ def test_the_head_learns_every_so_many_steps_from_another_share_of_the_groups(mi
     assert not all(torch.equal(p, before[name]) for name, p in policy.mtp.named_parameters())
 
 
-def test_the_head_rests_while_drafts_gain_nothing(micro_policy):
+def test_the_head_rests_while_drafts_gain_nothing(micro_policy, monkeypatch):
     """By what drafts gained in the rollouts that are learned from, which the record has."""
     policy = micro_policy(0)
-    learner = _learner(policy, mtp=1.0, idle_every=3)
+    monkeypatch.setattr(draft_head, "IDLE_EVERY", 3)
+    learner = _learner(policy, mtp=1.0)
     taught = {}
     for gain in (0.9, 1.09, 1.1, 2.0):
         groups = _groups(policy)
@@ -879,8 +881,7 @@ def test_the_head_rests_while_drafts_gain_nothing(micro_policy):
     assert list(teaching(policy, options, rows, 3, gain=1.0)) == [0, 1], "the trunk reads the tied group for nothing"
     assert list(teaching(policy, options, rows, 3, gain=1.2)) == [0, 1, 2]
     assert teaching(policy, options, rows[2:], 3, gain=1.0) == {}
-    without_rest = options.model_copy(update={"idle_every": None})
-    assert all(list(teaching(policy, without_rest, rows, step, gain=1.0)) == [0, 1, 2] for step in range(1, 7))
+    assert all(list(teaching(policy, options, rows, step, gain=None)) == [0, 1, 2] for step in range(1, 7))
     assert learner.step(learner.prepare(_groups(policy), _scores()), 1)["time/draft_head"] > 0
 
 

@@ -163,8 +163,9 @@ def test_groups_scores_and_advantages_must_match(tmp_path):
         log.rollouts(1, [_group(), _group()], [_score()], [[0.0, 0.0]])
 
 
-def test_the_table_comes_every_few_steps_and_reads_no_markup(tmp_path):
-    log, shown = _open(tmp_path, table_every=2, console_options={"force_terminal": True, "color_system": None})
+def test_the_table_comes_every_few_steps_and_reads_no_markup(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, "TABLE_EVERY", 2)
+    log, shown = _open(tmp_path, console_options={"force_terminal": True, "color_system": None})
     group = _group(("[bold]4[/bold]\x1b[31m", "five"), prompt="[red]2 + 2")
     for step in (1, 2, 3, 4):
         log.rollouts(step, [group], [_score((1.0, 0.5))], [[0.75, -0.75]])

@@ -13,7 +13,7 @@ import time
 import pytest
 from rich.console import Console
 
-from grpo.config.run import LinesOptions, LogOptions
+from grpo.config.run import LogOptions
 from grpo.run.console import Terminal
 from grpo.run.log import RunLog
 from grpo.run.panel import BLOCKS, PLAIN_BLOCKS, Panel, clock, sparkline
@@ -120,15 +120,14 @@ def test_former_steps_are_on_the_curve_and_time_left_is_that_of_the_last_steps(m
     assert "▁██" in shown.get()
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_pipe_gets_a_line_every_few_steps_and_no_control_code(tmp_path, monkeypatch, every):
+def test_a_pipe_gets_a_line_of_every_step_and_no_control_code(tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as some CI systems set it
     with (
         open(tmp_path / "out", "w") as stream,
         RunLog(
             tmp_path / "run",
             "",
-            LinesOptions(trackers=[], every=every),
+            LogOptions(trackers=[]),
             last=5,
             console=Terminal(file=stream, color_system=None),
         ) as log,
@@ -140,7 +139,7 @@ def test_a_pipe_gets_a_line_every_few_steps_and_no_control_code(tmp_path, monkey
         assert not log.note("x")
     text = (tmp_path / "out").read_text()
     steps = [int(line.split()[1]) for line in text.splitlines()]
-    assert steps == ([1, 2, 3, 4, 5] if every == 1 else [1, 2, 4, 5])
+    assert steps == [1, 2, 3, 4, 5]
     assert "\x1b" not in text
     assert "\r" not in text
     line = "step     1  reward 0.500  tied 25%  step KL 0.0012  grad norm 0.31  1234 tokens/s  2.0 s"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from grpo.config.options import dump_yaml, load
 from grpo.config.run import SftConfig
 from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep, Update
-from grpo.run import checkpoint, log
+from grpo.run import checkpoint, log, resume
 from grpo.run.log import RunLog
 from grpo.run.records import best_step, read_metrics, read_rollouts
 from grpo.run.resume import base_changed, refuse_changed_config
@@ -27,7 +28,10 @@ from policies.files.digests import DIGESTS, write_digests
 from policies.policy import Policy, PolicyError
 
 STEPS = 5
-CURRICULUM = {"curriculum.steps": 4, "curriculum.by_difficulty": True, "curriculum.completion_tokens": 5}
+CURRICULUM = {
+    "curriculum.steps": 4,
+    "curriculum.by_difficulty": True,
+}
 KINDS = {
     # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
     "full": {"data.limit": 10},
@@ -49,7 +53,6 @@ KINDS = {
         "lora.rank": 4,
         **CURRICULUM,
         "rollout.refill_draws": 2,
-        "rollout.refill_prompts": "same",
     },
 }
 
@@ -271,7 +274,7 @@ def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_pa
     "given",
     [
         {"checkpoint.every": 4, "checkpoint.keep": 1},
-        {"log.table_every": 3, "eval.every": 1, "eval.limit": 2},
+        {"log.measure_speed": True, "eval.every": 1, "eval.limit": 2},
         {"reward.timeout_s": 3.0, "threads": None},
         {"steps": 9},
     ],
@@ -281,15 +284,16 @@ def test_what_does_not_touch_the_training_may_change(micro_config, whole, given)
     refuse_changed_config(folder / "config.yaml", _config(micro_config, folder, "full", **given))
 
 
-def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp_path):
+def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp_path, monkeypatch):
     """Where the default is no longer null: a run that was begun with null does not go on with the new default."""
-    config, saved = _config(micro_config, tmp_path, "full"), tmp_path / "config.yaml"
+    monkeypatch.setattr(resume, "FREE_TO_CHANGE", ("output_dir",))
+    config, saved = _config(micro_config, tmp_path, "full", **{"checkpoint.keep": 2}), tmp_path / "config.yaml"
     now = dump_yaml(config)
-    assert now.count("  idle_every: 10\n") == 1
-    saved.write_text(now.replace("  idle_every: 10\n", ""))
+    assert now.count("  keep: 2\n") == 1
+    saved.write_text(now.replace("  keep: 2\n", ""))
     refuse_changed_config(saved, config)
-    saved.write_text(now.replace("idle_every: 10", "idle_every: null"))
-    with pytest.raises(ValueError, match="mtp.idle_every: None then, 10 now"):
+    saved.write_text(now.replace("  keep: 2\n", "  keep: null\n"))
+    with pytest.raises(ValueError, match="checkpoint.keep: None then, 2 now"):
         refuse_changed_config(saved, config)
 
 
@@ -632,12 +636,27 @@ def test_what_sft_refuses(micro_preset, tmp_path):
         sft(_sft_config(micro_preset, tmp_path / "run"))
 
 
-def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(micro_config, tmp_path):
+@pytest.mark.parametrize(
+    ("section", "option", "value"),
+    [
+        ("curriculum", "draft_depth", "1"),
+        ("curriculum", "completion_tokens", "5"),
+        ("rollout", "refill_prompts", "same"),
+        ("warm_start", "levels", "[2]"),
+        ("mtp", "idle_every", "null"),
+        ("loss", "importance_clip_min", "0.5"),
+        ("value", "cliprange_value", "0.1"),
+    ],
+)
+def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(
+    micro_config, tmp_path, section, option, value
+):
     """Only where what is learned would be another thing: a timeout that is gone changes no bit."""
     config = micro_config(tmp_path)
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config).replace("rollout:\n", "rollout:\n  publish_timeout_s: 7.0\n"))
     refuse_changed_config(file, config)
-    file.write_text(dump_yaml(config).replace("curriculum:\n", "curriculum:\n  draft_depth: 1\n"))
-    with pytest.raises(ValueError, match=r"curriculum.draft_depth=1: it is gone, since [^\n]*\n.*use --force"):
+    file.write_text(dump_yaml(config).replace(f"\n{section}:\n", f"\n{section}:\n  {option}: {value}\n"))
+    said = f"{section}.{option}={value}: it is gone, since "
+    with pytest.raises(ValueError, match=re.escape(said) + r"[^\n]*\n.*use --force"):
         refuse_changed_config(file, config)

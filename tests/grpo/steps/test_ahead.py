@@ -30,7 +30,7 @@ from rollout.cluster import start_ray
 from rollout.local_pool import LocalPool
 
 RUN = {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2}
-HARD = {"curriculum.by_difficulty": True, "rollout.refill_draws": 1, "rollout.refill_prompts": "new"}
+HARD = {"curriculum.by_difficulty": True, "rollout.refill_draws": 1}
 both = pytest.mark.parametrize("ahead", [1, 2])
 
 

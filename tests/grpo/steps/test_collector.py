@@ -105,7 +105,7 @@ def test_contract_12_the_rates_of_a_batch_are_known_to_those_that_have_its_weigh
 
 
 def test_drafts_of_groups_that_were_replaced_count_too(by_hand):
-    collector, _ = by_hand([[1.0, 1.0], [1.0, 0.0]], **{"rollout.refill_draws": 1, "rollout.refill_prompts": "same"})
+    collector, _ = by_hand([[1.0, 1.0], [1.0, 0.0]], **{"rollout.refill_draws": 1})
     drawn = collector.collect(1, quiet=True)
     assert (len(drawn.groups), drawn.refilled) == (1, 1)
     assert collector.head_accepted == (0.5, 0.6667)  # 8/16, and then 4/12 over 8/16

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.algorithm.verdicts import Verdicts
-from grpo.config.curriculum import CurriculumOptions
 from grpo.config.run import TrainConfig
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
@@ -14,7 +13,7 @@ from grpo.learner.optimizer import ramp
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.steps.collector import Collector
-from grpo.steps.curriculum import Curriculum, completion_tokens, learnability
+from grpo.steps.curriculum import Curriculum, learnability
 from grpo.steps.loop import Run
 from grpo.task.task import Task
 from grpo.train import train
@@ -53,12 +52,6 @@ def _ids(examples) -> list[str]:
 def test_a_ramp_is_straight_and_then_flat():
     assert [ramp(step, 5, 2, 10) for step in range(1, 8)] == [2, 4, 6, 8, 10, 10, 10]
     assert ramp(1, 1, 2, 10) == 10
-
-
-def test_completions_grow_longer():
-    options = CurriculumOptions(steps=4, completion_tokens=10)
-    assert [completion_tokens(options, 40, step) for step in (1, 2, 3, 4, 9)] == [10, 20, 30, 40, 40]
-    assert completion_tokens(CurriculumOptions(), 40, 1) == 40
 
 
 def test_without_options_it_is_the_shuffled_stream():
@@ -206,7 +199,6 @@ def test_a_run_with_every_curriculum(micro_config, tmp_path):
         "curriculum.steps": 3,
         "curriculum.shortest_share": 0.3,
         "curriculum.by_difficulty": True,
-        "curriculum.completion_tokens": 4,
         "mtp.every": 1,
     }
     config = micro_config(tmp_path / "r", **given)
@@ -214,8 +206,6 @@ def test_a_run_with_every_curriculum(micro_config, tmp_path):
         curriculum_examples = task.train
     train(config)
     lines = read_metrics(tmp_path / "r")
-    assert [line["curriculum/completion_tokens"] for line in lines] == [4, 7, 10]
-    assert [line["completion/length_max"] for line in lines] == [4, 7, 10]
     assert [line["curriculum/open"] for line in lines] == pytest.approx([8 / 24, 16 / 24, 1])
     rates: dict[str, float] = {}
     for step in (1, 2, 3):

@@ -96,7 +96,7 @@ def flat(found, name):
 
 def test_a_classifiers_score_is_its_logit_whatever_the_batch(folders):
     options = {"name": "rm_score", "model": str(folders / "score")}
-    rewards, found = columns(options, options | {"name": "chat", "chat": True}, options | {"name": "one"})
+    rewards, found = columns(options, options | {"name": "chat", "kind": "chat_classifier"}, options | {"name": "one"})
     model, tokenizer = rewards.models[0].model, rewards.models[0].tokenizer
     chat = ["<user>2 + 3?<assistant> 2 + 3 = 5", "<user>2 + 3?<assistant> I do not know", "<user>2 + 3?<assistant> 5"]
     chat.append("<user>and<assistant> a much longer completion than any other")
@@ -216,7 +216,10 @@ def _without_template(folder, target):
         ({"model": "{root}/score", "name": "completions"}, "the name 'completions' is taken"),
         ({"model": "{root}/pickled"}, "rm: .*pickled cannot be loaded: .*safetensors"),
         ({"model": "{root}/headless"}, "lacks the tensors score.weight"),
-        ({"model": "{root}/plain", "chat": True}, "chat: true, but its tokenizer has no chat template"),
+        (
+            {"model": "{root}/plain", "kind": "chat_classifier"},
+            "chat_classifier, but its tokenizer has no chat template",
+        ),
         ({"model": "{root}/score", "kind": "perplexity"}, "rm: .* cannot be loaded: "),
     ],
 )
@@ -239,9 +242,8 @@ def test_names_are_unique_and_options_fit_the_kind(folders):
     one = RewardModelOptions(name="a", model=str(folders / "score"))
     with pytest.raises(ValueError, match="the name 'a' is taken"):
         ModelRewards([one, one])
-    for wrong in ({"label": 1}, {"chat": True}):
-        with pytest.raises(ConfigError, match="label and chat are for kind: classifier"):
-            RewardModelOptions(name="a", model="m", kind="perplexity", **wrong)
+    with pytest.raises(ConfigError, match="label is for classifiers"):
+        RewardModelOptions(name="a", model="m", kind="perplexity", label=1)
     with pytest.raises(ConfigError, match="name"):
         RewardModelOptions(name="not a name", model="m")
 

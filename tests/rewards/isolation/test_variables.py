@@ -139,10 +139,10 @@ def test_the_commands_take_the_list(environment, tmp_path, capsys):
         "    assert os.environ['OPENAI_API_KEY'] == 'sk-1'\n"
         "    return [float(c.rstrip().split()[-1:] == a.split()[-1:]) for c, a in zip(completions, answer)]\n"
     )
-    words = ["reward", "test", f"{file}:grade", "--limit", "3"]
+    words = ["reward", "test", f"{file}:grade", "--data.limit", "3"]
     assert main(words) == 1
-    assert "--pass_variables" in capsys.readouterr().err
-    main([*words, "--pass_variables", "[OPENAI_API_KEY]"])
+    assert "reward.pass_variables" in capsys.readouterr().err
+    main([*words, "--reward.pass_variables", "[OPENAI_API_KEY]"])
     assert "OPENAI_API_KEY" not in capsys.readouterr().err
     words = ["train", "--model", "tiny", "--output_dir", str(tmp_path / "r"), "--dry_run", "--data.limit", "200"]
     words += ["--rewards", f"[{{function: '{file}:grade'}}]"]

@@ -20,7 +20,12 @@ from grpo.data.word_problems import word_problems
 from policies.policy import Policy
 from policies.presets import small_tokenizer
 
-SMALL = ["--window", "32", "--calibrate_tokens", "640", "--held_out_tokens", "128", "--threads", "1"]
+SMALL = ["--calibrate_tokens", "640", "--held_out_tokens", "128", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def short_windows(monkeypatch) -> None:
+    monkeypatch.setattr(convert_command, "WINDOW", 32)
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,6 @@ def trained(micro_config, tmp_path_factory):
         "data.template": "Q: {question}\nA: ",
         "data.few_shot": 1,
         "eval.limit": 5,
-        "eval.levels": [1, 2],
         "rollout.temperature": 0.8,
     }
     return folder, train(micro_config(folder, **given))
@@ -74,9 +73,10 @@ def test_a_run_folder_brings_its_held_out_problems_along(trained):
     assert results["sampled"].groups[0].prompt.text.count("Q: ") == 2  # the worked example is there
 
 
-def test_levels_and_split_of_the_evaluation_win_over_those_of_training(micro_config, tmp_path):
-    given = {"steps": 1, "eval.limit": 4, "eval.levels": [2], "data.levels": [1]}
-    train(micro_config(tmp_path / "r", **given))
+def test_levels_that_an_older_run_evaluated_win_over_those_of_training(micro_config, tmp_path):
+    train(micro_config(tmp_path / "r", **{"steps": 1, "eval.limit": 4, "data.levels": [1]}))
+    recorded = tmp_path / "r/config.yaml"
+    recorded.write_text(recorded.read_text().replace("eval:\n", "eval:\n  levels: [2]\n"))
     groups = evaluate_model(_config(tmp_path / "r"), QUIET).results["greedy"].groups
     assert [group.prompt.columns["level"] for group in groups] == [2] * 4
 

@@ -100,7 +100,6 @@ def test_a_learner_holds_what_was_foretold(random_policy, tmp_path, dtype, targe
         ({"fsdp": 2, "tensor": 2}, {"experts": 4, "q_proj": 2, "router": 2, "lm_head": 4}),
         ({"fsdp": 4, "expert": 2}, {"experts": 4, "q_proj": 4, "shared": 4}),
         ({"fsdp": 2, "tensor": 2, "expert": 4}, {"experts": 4, "q_proj": 2, "shared": 4, "head": 2}),
-        ({"replicate": 3}, {"experts": 1, "q_proj": 1}),
     ],
 )
 def test_a_rank_holds_its_share(layout, cut):
@@ -122,6 +121,7 @@ def test_a_rank_holds_its_share(layout, cut):
 
 
 def test_a_row_that_cannot_be_halved_is_rounded_up():
+    assert Shares.of(ParallelOptions(fsdp=1), 3) == Shares(replicate=3)  # whole copies
     assert Shares(fsdp=2).held("trunk.model.norm.weight", torch.empty(33)) == 17
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grpo.cli.commands import recovery
 from grpo.cli.commands.recovery import RecoveryDiverged, recover
 from grpo.cli.config.convert import RecoveryOptions
 from grpo.data.calibration_text import calibration_text
@@ -20,7 +21,13 @@ from policies.layout import frozen_parameter_names
 from policies.presets import small_tokenizer
 
 torch.set_num_threads(1)
-OPTIONS = RecoveryOptions(learning_rate=3e-3, warmup_steps=1, windows_per_step=2)
+OPTIONS = RecoveryOptions(learning_rate=3e-3)
+
+
+@pytest.fixture(autouse=True)
+def small_updates(monkeypatch):
+    monkeypatch.setattr(recovery, "WINDOWS_PER_STEP", 2)
+    monkeypatch.setattr(recovery, "WARM_UP", 1)
 
 
 @pytest.fixture
@@ -55,12 +62,12 @@ def test_only_what_is_asked_for_moves_and_never_the_cancelled_norm(pair, trained
     assert all(p.requires_grad and p.grad is None for p in student.parameters())
 
 
-def test_it_comes_nearer_and_the_first_loss_is_the_kl_of_the_windows_it_read(pair):
+def test_it_comes_nearer_and_the_first_loss_is_the_kl_of_the_windows_it_read(pair, monkeypatch):
     student, dense, windows = pair
     losses: list[float] = []
     before = fidelity(dense, student, windows)
-    everything = OPTIONS.model_copy(update={"windows_per_step": len(windows)})
-    recover(student, dense, windows, 30, everything, on_step=lambda step, loss: losses.append(loss))
+    monkeypatch.setattr(recovery, "WINDOWS_PER_STEP", len(windows))
+    recover(student, dense, windows, 30, OPTIONS, on_step=lambda step, loss: losses.append(loss))
     assert losses[0] == pytest.approx(before.kl_mean, rel=1e-4)
     assert fidelity(dense, student, windows).kl_mean < 0.5 * before.kl_mean
 

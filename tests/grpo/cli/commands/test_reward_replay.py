@@ -10,6 +10,7 @@ import pytest
 from grpo.cli.commands.reward_replay import replay
 from grpo.cli.config.reward_commands import ReplayConfig
 from grpo.cli.parse import main
+from grpo.config.options import load
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.train import train
 
@@ -41,7 +42,7 @@ def run(micro_config, tmp_path_factory) -> Path:
 
 
 def again(run: Path, function: str, **options):
-    return replay(run, f"{run.parent}/mine.py:{function}", ReplayConfig(**options))
+    return replay(run, f"{run.parent}/mine.py:{function}", load(ReplayConfig, None, options))
 
 
 def test_the_same_function_changes_nothing(run):
@@ -85,9 +86,9 @@ def test_failures_end_it_or_are_counted(run, capsys):
     assert "raised: ValueError: too long (mine.py:" in capsys.readouterr().err
     long = [line for step in (1, 2) for line in read_rollouts(run, step) if len(line["text"]) > 8]
     assert long
-    result = again(run, "fails_on_long", on_error="drop_sample")
+    result = again(run, "fails_on_long", **{"reward.on_error": "drop_sample"})
     assert len(result.failures) == len(long)
-    assert main(["reward", "replay", str(run), "--with", function, "--on_error", "drop_sample"]) == 1
+    assert main(["reward", "replay", str(run), "--with", function, "--reward.on_error", "drop_sample"]) == 1
     assert "problem: reward 'fails_on_long' failed on prompt" in capsys.readouterr().out
 
 
@@ -117,7 +118,7 @@ def test_the_run_is_not_touched_and_json_goes_where_it_is_told(run, tmp_path, ca
         (["{run}", "--with", "gsm8"], 1, "did you mean 'gsm8k'?"),
         (["{run}", "--with", "bleu"], 1, "asks for the column 'reference', which is not there"),
         (["{run}/..", "--with", "gsm8k"], 1, "is no run folder: it has no config.yaml"),
-        (["{run}", "--with", "gsm8k", "--on_error", "drop_group"], 2, "on_error=drop_group"),
+        (["{run}", "--with", "gsm8k", "--reward.on_error", "drop_group"], 2, "on_error=drop_group"),
     ],
 )
 def test_what_is_not_there_is_named(run, capsys, words, code, message):

@@ -16,6 +16,7 @@ from grpo.cli.commands.reward_report import show_check
 from grpo.cli.commands.reward_test import check_reward
 from grpo.cli.config.reward_commands import RewardTestConfig
 from grpo.cli.parse import main
+from grpo.config.options import load
 from grpo.data.examples import Example
 from grpo.run.console import Terminal
 from rewards import RewardError
@@ -105,8 +106,8 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
-def check(function: str, data: str = "word_problems", limit: int = 12, **options):
-    return check_reward(function, RewardTestConfig(data={"name": data, "limit": limit, "levels": [1]}, **options))
+def check(function: str, **options):
+    return check_reward(function, load(RewardTestConfig, None, {"data.limit": 12, "data.levels": [1]} | options))
 
 
 def kinds(found) -> dict[str, int]:
@@ -178,7 +179,7 @@ def test_the_rounding_of_a_model_that_scores_batches_is_no_dependence(file):
 def test_correlation_with_length_by_hand(file, tmp_path):
     rows = [{"question": "?", "answer": "x" * n} for n in (1, 2, 3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = check(f"{file}:by_length", data=str(tmp_path / "rows.jsonl"), shaping=True)
+    found = check(f"{file}:by_length", **{"data.name": str(tmp_path / "rows.jsonl")}, shaping=True)
     assert found.length_correlation["gold"] == pytest.approx(-1.0)
     assert any("longer completions score less: r = -1.00 with length (gold)" in note for note in found.notes)
     assert check("gsm8k").length_correlation["gold"] is None  # constant
@@ -202,7 +203,7 @@ def test_everything_that_a_function_may_ask_for_is_there(file):
 
 def test_abstentions_and_slowness_are_said(file):
     assert "118 completions got no score: the function abstained" in check(f"{file}:abstains").notes
-    slow = check(f"{file}:slow", limit=2, timeout_s=1.2, shaping=True)
+    slow = check(f"{file}:slow", **{"data.limit": 2, "reward.timeout_s": 1.2}, shaping=True)
     assert any("a batch of 256 completions takes about" in note for note in slow.notes)
 
 
@@ -221,8 +222,8 @@ def test_abstentions_and_slowness_are_said(file):
     ],
 )
 def test_a_failure_names_function_row_and_cause(file, capsys, function, row, cause, completion):
-    six = ["--data.limit", "6", "--data.levels", "[1]"]
-    assert main(["reward", "test", f"{file}:{function}", *six, "--timeout_s", "0.8"]) == 1
+    words = ["--data.limit", "6", "--data.levels", "[1]", "--reward.timeout_s", "0.8"]
+    assert main(["reward", "test", f"{file}:{function}", *words]) == 1
     message = capsys.readouterr().err
     for part in (f"mine.py:{function}' fails on {row}", cause, completion):
         assert part in message
@@ -236,7 +237,7 @@ def test_the_row_of_a_failure_is_the_one_at_fault(tmp_path):
         "def own(completions, answer):\n    return [1 / (a != '#### 3') for a in answer]\n"
     )
     with pytest.raises(RewardError, match=r"fails on row 4 \(.*/rows/3\): raised: ZeroDivisionError"):
-        check(f"{tmp_path}/own.py:own", data=str(tmp_path / "rows.jsonl"))
+        check(f"{tmp_path}/own.py:own", **{"data.name": str(tmp_path / "rows.jsonl")})
 
 
 @pytest.mark.parametrize(
@@ -251,11 +252,11 @@ def test_the_row_of_a_failure_is_the_one_at_fault(tmp_path):
         (["{file}:contain"], 1, "did you mean 'contains'?"),
         (["{file}x:contains"], 1, "is not an existing Python file"),
         (["gsm8"], 1, "did you mean 'gsm8k'?"),
-        (["gsm8", "--data.name", "nobody/nothing"], 1, "did you mean 'gsm8k'?"),  # before any download
-        (["gsm8k", "--data.name", "nowhere.jsonl"], 1, "there is no file or folder 'nowhere.jsonl'"),
-        (["gsm8k", "--data.name", "gsm8"], 1, "did you mean 'gsm8k'?"),
-        (["gsm8k", "--data.name", "{empty}"], 1, "has no rows"),
-        (["gsm8k", "--data.solution_column", "solution", "--data.name", "{rows}"], 1, "has no column 'solution'"),
+        (["gsm8", "--data", "nobody/nothing"], 1, "did you mean 'gsm8k'?"),  # before any download
+        (["gsm8k", "--data", "nowhere.jsonl"], 1, "there is no file or folder 'nowhere.jsonl'"),
+        (["gsm8k", "--data", "gsm8"], 1, "did you mean 'gsm8k'?"),
+        (["gsm8k", "--data", "{empty}"], 1, "has no rows"),
+        (["gsm8k", "--data.solution_column", "solution", "--data", "{rows}"], 1, "has no column 'solution'"),
         (["gsm8k", "--limt", "3"], 2, "did you mean data.limit?"),
         (["gsm8k", "--data.limit", "0"], 2, "data.limit=0"),
         (["length_penalty", "--arguments.targt", "3"], 1, "no parameter 'targt' to bind (did you mean 'target'?)"),
@@ -271,8 +272,8 @@ def test_what_a_newcomer_gets_wrong_is_answered(file, tmp_path, capsys, words, c
 
 def test_what_is_printed_and_written(file, tmp_path, capsys, caplog):
     out = tmp_path / "new" / "found.json"
-    five = ["--data.limit", "5", "--data.levels", "[1]"]
-    assert main(["reward", "test", f"{file}:contains", *five, "--json", str(out)]) == 1
+    words = ["--data.limit", "5", "--data.levels", "[1]", "--json", str(out)]
+    assert main(["reward", "test", f"{file}:contains", *words]) == 1
     shown = capsys.readouterr().out
     for part in ("on 5 rows of word_problems; full marks: 1", "surprising cases", "determinism", "p99", "FAILED"):
         assert part in shown
@@ -305,7 +306,7 @@ def test_it_loads_no_model_library():
 
 def test_real_gsm8k_with_each_way_of_reading_it(gsm8k_folder):
     for function in ("gsm8k", "gsm8k_flexible"):
-        assert check(function, data=str(gsm8k_folder), limit=100).problems == []
+        assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 100}).problems == []
 
 
 def test_bleu_of_the_solutions_by_a_column_of_another_name(capsys):
@@ -333,7 +334,7 @@ def test_probes():
 
 def test_data_without_a_wrong_completion_says_so(tmp_path, file):
     (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')
-    found = check(f"{file}:everything", data=str(tmp_path / "rows.jsonl"))
+    found = check(f"{file}:everything", **{"data.name": str(tmp_path / "rows.jsonl")})
     assert any("no wrong completion could be made" in note for note in found.notes)
 
 
@@ -350,11 +351,11 @@ def test_a_judge_shows_its_cost_what_was_kept_and_what_failed():
             "retries": 1,
             "backoff_s": 0.001,
         }
-        found = check("judge", limit=3, arguments=arguments, on_error="drop_sample")
+        found = check("judge", arguments=arguments, **{"data.limit": 3, "reward.on_error": "drop_sample"})
         shown = StringIO()
         show_check(found, Terminal(file=shown, width=200))
         with pytest.raises(RewardError, match=r"fails on row 1 .*the verdict is no JSON"):
-            check("judge", limit=3, arguments=arguments)
+            check("judge", arguments=arguments, **{"data.limit": 3})
     empty = 3 * 2 + 1  # nothing, only spaces, and one hostile text that ends with the marks
     assert len(found.failures) == empty
     assert found.problems[0].startswith(f"{empty} completions failed; the first: reward 'judge' failed on prompt")

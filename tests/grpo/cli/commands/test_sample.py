@@ -175,10 +175,10 @@ def test_a_prompt_that_cannot_be_continued_costs_no_other_one(model, tmp_path):
 
 def test_margin_is_counted_and_named(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}')
-    [group] = _groups(model, path, accept="margin", margin=1e9, draft_tokens=2)
+    [group] = _groups(model, path, margin=1e9, draft_tokens=2)
     assert all(c["draft"]["fallbacks"] >= c["draft"]["target_forwards"] - 1 for c in group["completions"])
     with pytest.raises(RolloutError, match="accept=margin takes drafts unverified, but there are none"):
-        _groups(model, path, accept="margin", draft_tokens=0)
+        _groups(model, path, margin=2.0, draft_tokens=0)
 
 
 @pytest.fixture(scope="module")

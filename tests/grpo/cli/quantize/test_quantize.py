@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, 
 
 from grpo.cli.parse import main
 from grpo.cli.quantize import compressor
+from grpo.cli.quantize import quantize as quantize_command
 from grpo.cli.quantize.quantize import REPORT
 from grpo.data.calibration_text import calibration_text
 from grpo.data.word_problems import word_problems
@@ -20,13 +21,18 @@ from policies.conversion.dense import convert_checkpoint
 from policies.files import packed
 from policies.policy import Policy, PolicyError
 
-SIZES = ["--window", "32", "--calibrate_tokens", "256", "--held_out_tokens", "128", "--threads", "1", "--device", "cpu"]
+SIZES = ["--calibrate_tokens", "256", "--held_out_tokens", "128", "--threads", "1", "--device", "cpu"]
 CORPUS = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=100)]
 PACKED = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
     "config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": True}, "input_activations": None}},
 }
+
+
+@pytest.fixture(autouse=True)
+def short_windows(monkeypatch) -> None:
+    monkeypatch.setattr(quantize_command, "WINDOW", 32)
 
 
 @pytest.fixture(scope="module")

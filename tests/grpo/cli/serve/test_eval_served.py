@@ -105,7 +105,7 @@ def test_a_server_of_somebody_else_is_asked_for_one_completion_at_a_time():
     ("words", "said"),
     [
         (["http://127.0.0.1:1"], "does not answer as OpenAI's API does"),
-        (["http://127.0.0.1:1", "--accept", "margin"], "accept: the server at"),
+        (["http://127.0.0.1:1", "--rollout.margin", "2"], "rollout.margin: the server at"),
         (["http://127.0.0.1:1", "--api_key_file", "nowhere"], "api_key_file=nowhere: there is no such file"),
     ],
 )

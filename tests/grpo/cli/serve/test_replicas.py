@@ -23,7 +23,7 @@ def test_a_replica_builds_its_own_application_by_a_plain_function(monkeypatch):
         given["build"] = build
         raise Stop
 
-    config = types.SimpleNamespace(HTTPOptions=lambda **_: None, AutoscalingConfig=None)
+    config = types.SimpleNamespace(HTTPOptions=lambda **_: None)
     nothing = {name: lambda **_: None for name in ("start", "shutdown", "deployment")}
     serve = types.SimpleNamespace(ingress=ingress, config=config, **nothing)
     monkeypatch.setitem(sys.modules, "ray.serve", serve)

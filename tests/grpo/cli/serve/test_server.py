@@ -20,6 +20,7 @@ from serving_cases import Running, until
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.parse import main
+from grpo.cli.serve import server as serving
 from grpo.cli.serve.server import Follower, load_engine, read_key
 from grpo.config.options import load
 from grpo.endpoint import app as application
@@ -307,8 +308,9 @@ def test_a_client_that_goes_away_frees_its_row(running, slow, stream):
     assert running.batcher.counts.cancelled == before + 1
 
 
-def test_too_many_requests_get_429_and_all_others_their_tokens(model, engine, slow):
-    server = Running(model, max_batch_size=1, max_queue=2, draft_tokens=0)
+def test_too_many_requests_get_429_and_all_others_their_tokens(model, engine, slow, monkeypatch):
+    monkeypatch.setattr(serving, "MOST_WAITING", 2)
+    server = Running(model, max_batch_size=1, draft_tokens=0)
     try:
         busy = server.begins({"max_tokens": 200})
         until(lambda: server.batcher.rows == 1)
@@ -373,7 +375,7 @@ def test_another_address_needs_a_key(tmp_path, model, capsys):
 
 
 def test_margin_says_so_and_is_counted(model):
-    server = Running(model, accept="margin", margin=0.5)
+    server = Running(model, margin=0.5)
     try:
         answer = server.complete("8 + 8 = ", max_tokens=40)
         assert (answer["accept"], answer["system_fingerprint"]) == ("margin", "policy-version-0-margin")

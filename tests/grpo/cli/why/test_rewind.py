@@ -18,7 +18,7 @@ from rollout.depth import draft_gain
 
 KINDS = {
     "full": {},
-    "preset": {"warm_start.steps": 0, "rollout.draft_tokens": None, "mtp.every": 1, "mtp.idle_every": 2},
+    "preset": {"warm_start.steps": 0, "rollout.draft_tokens": None, "mtp.every": 1},
     "lora": {"lora.rank": 4, "loss.beta": 0.1},
     "ppo": {"loss.advantage": "gae", "loss.beta": 0.1, "learner.updates_per_batch": 2},
     "bfloat16": {"dtype": "bfloat16"},
@@ -55,6 +55,7 @@ def flat(learner: Learner) -> dict[str, torch.Tensor]:
 )
 def test_a_replayed_step_leaves_the_bits_of_its_checkpoint(micro_config, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(draft_head, "PAYS", math.inf)  # the head rests wherever a gain is known, also in the record
+    monkeypatch.setattr(draft_head, "IDLE_EVERY", 2)
     train(micro_config(tmp_path / "run", **KINDS[kind]))
     root = tmp_path / "run/checkpoints"
     saved = checkpoint.load(checkpoint.saved(root)[3])

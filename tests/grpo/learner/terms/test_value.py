@@ -10,6 +10,7 @@ from safetensors import safe_open
 from small_learner import small_learner, term_of
 
 import grpo.learner.terms.value
+from grpo.algorithm import values as value_functions
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.config.run import TrainConfig
@@ -256,9 +257,10 @@ def test_every_rank_values_its_share_of_the_rows(micro_policy):
     assert all(torch.allclose(both[i], values, atol=1e-6) for i, values in alone.items())
 
 
-def test_the_values_learn_what_the_score_will_be(micro_policy):
+def test_the_values_learn_what_the_score_will_be(micro_policy, monkeypatch):
+    monkeypatch.setattr(value_functions, "CLIPRANGE", 1e9)
     policy = micro_policy(0)
-    learner = _learner(policy, learning_rate=1e-12, value={"learning_rate": 1e-2, "cliprange_value": 1e9, "lam": 1})
+    learner = _learner(policy, learning_rate=1e-12, value={"learning_rate": 1e-2, "lam": 1})
     groups = _groups()
     first = learner.step(learner.prepare(groups, _scores()), 1)
     for step in range(2, 60):
@@ -282,10 +284,9 @@ def test_the_value_loss_reaches_the_trunk_only_where_asked(micro_policy):
         assert not all(torch.equal(gradients[0][name], g) for name, g in trained.items())
 
 
-def test_several_updates_meet_the_clips(micro_policy):
-    learner = _learner(
-        micro_policy(8), updates_per_batch=4, learning_rate=1e-2, epsilon=0.05, value={"cliprange_value": 0.01}
-    )
+def test_several_updates_meet_the_clips(micro_policy, monkeypatch):
+    monkeypatch.setattr(value_functions, "CLIPRANGE", 0.01)
+    learner = _learner(micro_policy(8), updates_per_batch=4, learning_rate=1e-2, epsilon=0.05)
     metrics = learner.step(learner.prepare(_groups(8), _scores()), 1)
     assert metrics["policy/clip_fraction"] > 0
     assert metrics["value/clip_fraction"] > 0

@@ -9,7 +9,7 @@ import urllib.request
 
 import psutil
 import pytest
-from vllm_cases import HEADS, PYTHON, gone, needs_vllm
+from vllm_cases import HEADS, gone, needs_vllm
 
 from policies.policy import Policy
 from rollout.engine import Engine
@@ -24,7 +24,7 @@ def test_vllm_answers_with_the_policys_tokens_and_log_probabilities_and_leaves_n
     random_policy(3, **HEADS).save(folder)
     key.write_text("a-long-key")
     command = [sys.executable, "-m", "grpo", "serve", str(folder), "--backend", "vllm", "--port", "0"]
-    command += ["--vllm_python", str(PYTHON), "--threads", "1", "--api_key_file", str(key)]
+    command += ["--threads", "1", "--api_key_file", str(key)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             said = server.stdout.readline()

@@ -289,7 +289,7 @@ def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(m
     kept = dict(PRESETS[micro_preset])
     PRESETS[micro_preset].update(HEADS)
     try:
-        given = {"rollout.backend": "vllm", "rollout.vllm.python": PYTHON, "steps": 2}
+        given = {"rollout.backend": "vllm", "steps": 2}
         whole = train(micro_config(tmp_path / "whole", **given))
         with pytest.raises(Stopped):
             train(micro_config(tmp_path / "parts", **given), stop_after=1)
@@ -361,7 +361,7 @@ def test_a_run_whose_server_is_killed_twice_is_that_of_one_that_is_not(
     struck_at("_answer", 4)
     struck_at("_upload", 3)
     monkeypatch.setitem(PRESETS, micro_preset, {**PRESETS[micro_preset], **HEADS})
-    given, results = {"rollout.backend": "vllm", "rollout.vllm.python": PYTHON, "steps": 2}, []
+    given, results = {"rollout.backend": "vllm", "steps": 2}, []
     for struck in (False, True):
         results.append(train(micro_config(tmp_path / str(struck), **given)))
     a, b = (result.policy.state_dict() for result in results)
