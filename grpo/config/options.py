@@ -27,7 +27,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
@@ -79,11 +79,7 @@ class Options(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            defaults = type(self).model_construct()
-            command = getattr(defaults, "command", "")
-            source = Source(
-                None, {}, {}, [option.key for option in _options(defaults)], [], command, _elsewhere(command)
-            )
+            source = Source(None, {}, {}, list(_defaults(type(self))), [], command, _elsewhere(command))
             raise ConfigError(map(in_python, source.explain(error.errors(), given))) from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -305,10 +301,16 @@ def _fill(defaults: BaseModel, given: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
+@cache
+def _defaults(model_cls: type[BaseModel]) -> dict[str, Any]:
+    """The defaults of all options of a model, by their keys."""
+    return {option.key: option.default for option in _options(model_cls.model_construct())}
+
+
 def _elsewhere(command: str) -> dict[str, Any]:
     """The options of all commands that are imported, with their defaults; none for what is no command's."""
-    others = [cls.model_construct() for cls in COMMANDS.values()] if command else []
-    return {option.key: option.default for other in others for option in _options(other)}
+    others = map(_defaults, COMMANDS.values()) if command else []
+    return {key: default for defaults in others for key, default in defaults.items()}
 
 
 def load(
