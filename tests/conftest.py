@@ -34,6 +34,11 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN or ("PYTEST_XDIST_WORKER" in os.environ and number != signal.SIGINT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
 
+# Collection imports some hundred files, and most of what it makes stays: looking for garbage there takes a fifth of the
+# time, and so does compiling the files, which every worker would do again where no bytecode is written.
+gc.disable()
+WRITES_NOTHING, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+
 os.fsync = lambda _: None  # no test turns the power off, and waiting for a disk is a tenth of a run's time
 
 # The same examples at every run, however long one of them takes.
@@ -66,7 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
+    sys.dont_write_bytecode = WRITES_NOTHING
     gc.freeze()  # else the collector reads all modules and all tests again and again, for a tenth of the time
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
