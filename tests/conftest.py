@@ -25,7 +25,7 @@ os.environ |= {  # before anything imports torch, transformers or ray
     "HF_DATASETS_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-STDERR = pytest.StashKey[int]()
+STDERR, WRITES_NOTHING = pytest.StashKey[int](), pytest.StashKey[bool]()
 LIMIT_S, SLOW_LIMIT_S = 300, 3600  # of one test; the time that it takes on a busy machine is not known
 
 # Under nohup or in the background of a script some signals are ignored, and every child would inherit that. A handler
@@ -33,11 +33,6 @@ LIMIT_S, SLOW_LIMIT_S = 300, 3600  # of one test; the time that it takes on a bu
 for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN or ("PYTEST_XDIST_WORKER" in os.environ and number != signal.SIGINT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
-
-# Collection imports some hundred files, and most of what it makes stays: looking for garbage there takes a fifth of the
-# time, and so does compiling the files, which every worker would do again where no bytecode is written.
-gc.disable()
-WRITES_NOTHING, sys.dont_write_bytecode = sys.dont_write_bytecode, False
 
 os.fsync = lambda _: None  # no test turns the power off, and waiting for a disk is a tenth of a run's time
 
@@ -67,11 +62,15 @@ def pytest_fixture_setup(fixturedef: Any) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Collection imports some hundred files, and most of what it makes stays: looking for garbage there takes a fifth
+    of the time, and so does compiling the files, which every worker would do again where no bytecode is written."""
     config.stash[STDERR] = os.dup(2)  # captured later
+    config.stash[WRITES_NOTHING], sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    gc.disable()
 
 
-def pytest_collection_finish() -> None:
-    sys.dont_write_bytecode = WRITES_NOTHING
+def pytest_collection_finish(session: pytest.Session) -> None:
+    sys.dont_write_bytecode = session.config.stash[WRITES_NOTHING]
     gc.freeze()  # else the collector reads all modules and all tests again and again, for a tenth of the time
     gc.enable()
 
