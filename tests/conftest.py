@@ -3,6 +3,7 @@ and real GSM8K where QUARTET_GSM8K or a folder beside the checkout has it."""
 
 import copy
 import faulthandler
+import functools
 import gc
 import os
 import random
@@ -152,7 +153,8 @@ def micro_policy(micro_preset: str) -> Callable[[int], Any]:
 
     torch.set_num_threads(1)
     corpus = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=200)]
-    return lambda seed=0: build(micro_preset, corpus, seed)
+    built = functools.cache(lambda seed: build(micro_preset, corpus, seed))  # which takes three times as long as a copy
+    return lambda seed=0: copy.deepcopy(built(seed))
 
 
 @pytest.fixture(scope="session")

@@ -309,8 +309,7 @@ def _defaults(model_cls: type[BaseModel]) -> dict[str, Any]:
 
 def _elsewhere(command: str) -> dict[str, Any]:
     """The options of all commands that are imported, with their defaults; none for what is no command's."""
-    others = map(_defaults, COMMANDS.values()) if command else []
-    return {key: default for defaults in others for key, default in defaults.items()}
+    return {key: default for cls in COMMANDS.values() for key, default in _defaults(cls).items()} if command else {}
 
 
 def load(
@@ -352,14 +351,13 @@ def load(
     defaults = model_cls.model_construct()
     options = {option.key: option for option in _options(defaults)}
     leaves = {key for key, option in options.items() if option.model is None or option.in_list}
-    elsewhere = _elsewhere(command)
-    names.drop_unused(data, leaves, elsewhere, on_removed)
+    names.drop_unused(data, leaves, _elsewhere(command), on_removed)
     data = _fill(defaults, data)
     try:
         model = model_cls.model_validate(data)
     except ValidationError as error:
         errors = [item for item in error.errors() if not (unread and item["type"] == "missing")]
-        source = Source(config_file, lines, overrides, list(options), list(flags), command, elsewhere)
+        source = Source(config_file, lines, overrides, list(options), list(flags), command, _elsewhere(command))
         problems = source.explain(errors, data) + problems
     if problems:
         raise ConfigError(problems)
