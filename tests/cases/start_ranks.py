@@ -57,24 +57,13 @@ def run_ranks(command: Sequence[str], size: int) -> list[str]:
 
 
 def results_of_ranks(function: Callable[..., Any], *arguments: Any, size: int = 2) -> list[Any]:
-    """What `function` returns on each rank. Ranks are copies of this process, which need not import torch and
-    transformers again for 5 s; where there is a GPU they are processes of their own, as autograd has threads for it."""
+    """What `function` returns on each rank; ranks wait for each other in it. They are copies of this process, which
+    need not import torch for 5 s; where there is a GPU, for which autograd has threads, they begin anew."""
     _store, shared = meeting(size)
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-    results = [context.SimpleQueue() for _ in range(size)]
-    variables = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    ranks = [
-        context.Process(target=_be_rank, args=(function, arguments, *own), daemon=True)
-        for own in zip(variables, results, strict=True)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=900)
-    assert [rank.exitcode for rank in ranks] == [0] * size, "what they raised is above"
-    return [result.get() for result in results]
+    with multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork").Pool(size) as pool:
+        return pool.starmap(_be_rank, [(rank, shared, function, arguments) for rank in range(size)], chunksize=1)
 
 
-def _be_rank(function: Callable[..., Any], arguments: tuple, variables: Mapping[str, str], result: Any) -> None:
-    os.environ |= variables
-    result.put(function(*arguments))
+def _be_rank(rank: int, shared: Mapping[str, str], function: Callable[..., Any], arguments: tuple) -> Any:
+    os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return function(*arguments)
