@@ -3,6 +3,7 @@ and real GSM8K where QUARTET_GSM8K or a folder beside the checkout has it."""
 
 import copy
 import faulthandler
+import functools
 import gc
 import os
 import random
@@ -25,7 +26,7 @@ os.environ |= {  # before anything imports torch, transformers or ray
     "HF_DATASETS_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-STDERR = pytest.StashKey[int]()
+STDERR, WRITES_NOTHING = pytest.StashKey[int](), pytest.StashKey[bool]()
 LIMIT_S, SLOW_LIMIT_S = 300, 3600  # of one test; the time that it takes on a busy machine is not known
 
 # Under nohup or in the background of a script some signals are ignored, and every child would inherit that. A handler
@@ -62,11 +63,17 @@ def pytest_fixture_setup(fixturedef: Any) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Collection imports some hundred files, and most of what it makes stays: looking for garbage there takes a fifth
+    of the time, and so does compiling the files, which every worker would do again where no bytecode is written."""
     config.stash[STDERR] = os.dup(2)  # captured later
+    config.stash[WRITES_NOTHING], sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    gc.disable()
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    sys.dont_write_bytecode = session.config.stash[WRITES_NOTHING]
     gc.freeze()  # else the collector reads all modules and all tests again and again, for a tenth of the time
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -146,7 +153,8 @@ def micro_policy(micro_preset: str) -> Callable[[int], Any]:
 
     torch.set_num_threads(1)
     corpus = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=200)]
-    return lambda seed=0: build(micro_preset, corpus, seed)
+    built = functools.cache(lambda seed: build(micro_preset, corpus, seed))  # which takes three times as long as a copy
+    return lambda seed=0: copy.deepcopy(built(seed))
 
 
 @pytest.fixture(scope="session")

@@ -177,7 +177,7 @@ def understand(words: list[str]) -> None:
 def understand_quartet(arguments: list[str]) -> None:
     if arguments[-1] in ("--help", "--version"):
         return
-    args = parse(build_parser(), arguments)
+    args = parse(build_parser(arguments), arguments)
     name = next((name for name in OPTIONS_OF if arguments[: len(name.split())] == name.split()), None)
     if name is None:
         assert callable(args.command)

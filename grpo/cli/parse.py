@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_closed_files()
     wait_briefly()  # before anything loads torch
     with signals.heard():
-        return _main(argv)
+        return _main(sys.argv[1:] if argv is None else argv)
 
 
 def _open_closed_files() -> None:
@@ -48,18 +48,18 @@ def _open_closed_files() -> None:
             os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
 
 
-def _main(argv: Sequence[str] | None) -> int:
+def _main(words: Sequence[str]) -> int:
     from grpo.config.names import aliases
     from grpo.config.options import ConfigError, parse
 
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(EscapingFormatter())
-    name = next(iter(sys.argv[1:] if argv is None else argv), "")
+    name = next(iter(words), "")
     if name not in _commands() and (way_on := aliases("removed_commands").get(name)):
         return fail(f"{name}: this command is gone; {way_on}", EXIT_USAGE)
-    parser = build_parser()
+    parser = build_parser(words)
     try:
-        args = parse(parser, argv)
+        args = parse(parser, words)
         signals.unwinds = args.command not in (actions.run, actions.mtp)  # a run takes notes once there is work to save
         return int(args.command(args) or 0)
     except (Exception, KeyboardInterrupt) as error:
@@ -79,7 +79,7 @@ class Command(NamedTuple):
     """A row of the table: what `quartet NAME` is for, which function runs it, its arguments and its options."""
 
     help: str
-    run: Callable[[argparse.Namespace], int | None]
+    run: Callable[[argparse.Namespace], int | None] | None = None  # one without has other commands below it
     takes: Sequence[arguments.Argument] = ()
     options: type[BaseModel] | None = None
 
@@ -103,7 +103,7 @@ def _commands() -> dict[str, Command]:
         ),
         "sample": Command("completions of your own prompts", actions.sample, arguments.SAMPLE, SampleConfig),
         "serve": Command("a policy for other programs, by OpenAI's API", actions.serve, arguments.SERVE, ServeConfig),
-        "reward": Command("try a reward function, or score a run again with another one", _help),
+        "reward": Command("try a reward function, or score a run again with another one"),
         "reward test": Command(
             "gold, empty, wrong and hostile completions", actions.reward_test, arguments.REWARD_TEST, RewardTestConfig
         ),
@@ -119,7 +119,7 @@ def _commands() -> dict[str, Command]:
             arguments.QUANTIZE,
             QuantizeConfig,
         ),
-        "policy": Command("what a policy is made of", _help),
+        "policy": Command("what a policy is made of"),
         "policy inspect": Command(
             "parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share",
             actions.inspect,
@@ -136,10 +136,12 @@ def _commands() -> dict[str, Command]:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands. `args.command` is the function to call, `args.options` the class of the options."""
+def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands, with the options of the one that `words` begin with; without words it has those of
+    all. `args.command` is the function to call, `args.options` the class of the options."""
     from grpo.config.options import add_options
 
+    begun = None if words is None else " ".join(word for word in words if not word.startswith("-"))
     parser = argparse.ArgumentParser(
         prog="quartet", description="GRPO for MoE/MLA language models with lossless multi-token rollouts."
     )
@@ -149,12 +151,12 @@ def build_parser() -> argparse.ArgumentParser:
         group, _, last = name.rpartition(" ")
         options = command.options
         sub = groups[group].add_parser(last, help=command.help, description=options.__doc__ if options else None)
-        if command.run is _help:
+        if command.run is None:
             groups[name] = _add_group(sub)
             continue
         for names, settings in command.takes:
             sub.add_argument(*names, **settings)
-        if options:
+        if options and (begun is None or f"{begun} ".startswith(f"{name} ")):
             add_options(sub, options)
         sub.set_defaults(command=command.run, options=options)
     return parser
@@ -162,12 +164,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_group(parser: argparse.ArgumentParser) -> Any:
     """Places for commands; without one of them the parser's help is printed."""
-    parser.set_defaults(command=lambda _: _help(parser))
+    parser.set_defaults(command=lambda _: parser.print_help())
     return parser.add_subparsers(title="commands", metavar="COMMAND")
-
-
-def _help(parser: Any) -> None:
-    parser.print_help()
 
 
 def _reference(args: argparse.Namespace) -> None:

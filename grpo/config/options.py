@@ -27,7 +27,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
@@ -79,11 +79,7 @@ class Options(BaseModel):
         try:
             super().__init__(**options)
         except ValidationError as error:
-            defaults = type(self).model_construct()
-            command = getattr(defaults, "command", "")
-            source = Source(
-                None, {}, {}, [option.key for option in _options(defaults)], [], command, _elsewhere(command)
-            )
+            source = Source(None, {}, {}, list(_defaults(type(self))), [], command, _elsewhere(command))
             raise ConfigError(map(in_python, source.explain(error.errors(), options))) from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -305,10 +301,15 @@ def _fill(defaults: BaseModel, options: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
+@cache
+def _defaults(model_cls: type[BaseModel]) -> dict[str, Any]:
+    """The defaults of all options of a model, by their keys."""
+    return {option.key: option.default for option in _options(model_cls.model_construct())}
+
+
 def _elsewhere(command: str) -> dict[str, Any]:
     """The options of all commands that are imported, with their defaults; none for what is no command's."""
-    others = [cls.model_construct() for cls in COMMANDS.values()] if command else []
-    return {option.key: option.default for other in others for option in _options(other)}
+    return {key: default for cls in COMMANDS.values() for key, default in _defaults(cls).items()} if command else {}
 
 
 def load(
@@ -350,14 +351,13 @@ def load(
     defaults = model_cls.model_construct()
     options = {option.key: option for option in _options(defaults)}
     leaves = {key for key, option in options.items() if option.model is None or option.in_list}
-    elsewhere = _elsewhere(command)
-    names.drop_unused(data, leaves, elsewhere, on_removed)
+    names.drop_unused(data, leaves, _elsewhere(command), on_removed)
     data = _fill(defaults, data)
     try:
         model = model_cls.model_validate(data)
     except ValidationError as error:
         errors = [item for item in error.errors() if not (unread and item["type"] == "missing")]
-        source = Source(config_file, lines, overrides, list(options), list(flags), command, elsewhere)
+        source = Source(config_file, lines, overrides, list(options), list(flags), command, _elsewhere(command))
         problems = source.explain(errors, data) + problems
     if problems:
         raise ConfigError(problems)

@@ -1,11 +1,8 @@
-"""Run by test_eight_bit.py as N ranks: steps with 8-bit moments, saved, and taken up again.
-
-python eight_bit_ranks.py POLICY FOLDER float32|bfloat16 [CHECKPOINT]      with RANK and WORLD_SIZE set, or not
+"""Run by test_eight_bit.py in N ranks: steps with 8-bit moments, saved, and taken up again.
 
 It makes three steps, or those that are left after CHECKPOINT. FOLDER gets step_000002 and step_000003.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +15,7 @@ from grpo.run import checkpoint
 from policies.policy import Policy
 
 
-def main(source: str, folder: str, dtype: str, saved: str | None = None) -> None:
+def main(source: Path, folder: Path, dtype: str, saved: Path | None = None) -> None:
     torch.set_num_threads(1)
     ranks = join(True, ParallelOptions())
     policy = Policy.load(source, getattr(torch, dtype), layout=ranks.layout)
@@ -28,14 +25,10 @@ def main(source: str, folder: str, dtype: str, saved: str | None = None) -> None
     learner = small_learner(policy, options, MTPOptions(depth=2), ranks=ranks)
     first = 1
     if saved:
-        found = checkpoint.load(Path(saved))
+        found = checkpoint.load(saved)
         learner.load_state(found.tensors, found.state)
         first = found.step + 1
     for step in range(first, 4):
         learner.step(learner.prepare(*groups_of(5)), step)
         if step > 1:
-            checkpoint.save(Path(folder), step, *learner.state())
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+            checkpoint.save(folder, step, *learner.state())

@@ -1,24 +1,20 @@
-"""Run by test_parallel.py as N gloo processes: learners of several layouts, compared with one process alone.
+"""Run by test_parallel.py in N gloo processes: learners of several layouts, compared with one process alone.
 
-python many_ranks.py FOLDER CASES        with RANK and WORLD_SIZE set; CASES is JSON {name: {"parallel": {...}, ...}}
+main(FOLDER, CASES)        with RANK and WORLD_SIZE set; CASES is {name: {"parallel": {...}, ...}}
 
-Rank 0 computes what one process would, and writes FOLDER/differences.json: by case the largest relative difference of
-a gradient of the first step, of a weight after five steps by SGD, of a loss of five steps by AdamW, and whether a
-second run of the same layout gave the same bits.
+Rank 0 computes what one process would, and returns by case the largest relative difference of a gradient of the first
+step, of a weight after five steps by SGD, of a loss of five steps by AdamW, and whether a second run of the same layout
+gave the same bits.
 """
 
-import json
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from small_learner import small_learner
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MICRO
 from recorded import groups_of
+from small_learner import small_learner
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,7 +117,7 @@ def far(one: dict, other: dict) -> float:
     return max(((one[n] - other[n]).norm() / one[n].norm().clamp(min=1e-8)).item() for n in one)
 
 
-def main(folder: Path, cases: dict) -> None:
+def main(folder: Path, cases: dict) -> dict[str, dict]:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     rank = int(os.environ["RANK"])
@@ -158,9 +154,5 @@ def main(folder: Path, cases: dict) -> None:
                 "same_bits": all(torch.equal(t, again[2][n]) for n, t in found["adamw"][2].items()),
             }
             differences[name] |= counted
-            (folder / "differences.json").write_text(json.dumps(differences))
         dist.barrier()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    return differences

@@ -1,12 +1,10 @@
-"""Run by test_pool.py as N ranks that share a policy with adapters: three publications, gathered part by part.
+"""Run by test_pool.py in N ranks that share a policy with adapters: three publications, gathered part by part.
 
-python publishing_ranks.py POLICY      with RANK and WORLD_SIZE set
-
-Rank 0 prints, of each publication: how many tensors were sent, and whether a worker holds the bits that the ranks would
-merge themselves.
+Rank 0 returns, of each publication: how many tensors were sent, whether a worker holds the bits that the ranks would
+merge themselves, and how many these are.
 """
 
-import sys
+from pathlib import Path
 
 import torch
 
@@ -22,7 +20,7 @@ from rollout.publication.message import Sender
 from rollout.worker import Receiver
 
 
-def main(source: str) -> None:
+def main(source: Path) -> list[tuple[int, bool, int]]:
     torch.set_num_threads(1)
     ranks = join(True, ParallelOptions())
     policy = Policy.load(source, layout=ranks.layout)
@@ -30,6 +28,7 @@ def main(source: str) -> None:
     policy.add_lora(4, 8.0)
     others, sender = NoPool(Publication.read_parts), Sender(part_bytes=10_000)
     worker = Receiver(Engine(Policy.from_skeleton(policy.skeleton())))
+    told = []
     for version in range(3):
         with torch.no_grad():
             for parameter in policy.parameters():
@@ -43,8 +42,5 @@ def main(source: str) -> None:
             others.publish(policy.publication(), version)
         merged = {name: whole(tensor) for name, tensor in policy.weights().items()}
         if ranks.first:
-            print(version, tensors, held == digests(merged), len(merged), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+            told.append((tensors, held == digests(merged), len(merged)))
+    return told

@@ -1,28 +1,23 @@
-"""Run by test_sharded_checkpoint.py as N gloo processes that share a learner: each prints a line of JSON.
-
-python saving_ranks.py FOLDER ACTION        with RANK and WORLD_SIZE set
+"""Run by test_sharded_checkpoint.py in N gloo processes that share a learner: main(FOLDER, ACTION), RANK and WORLD_SIZE
+being set.
 
     save    step 1 and the policy are saved, and FOLDER/whole.safetensors holds the tensors; then a rank cannot write
             step 2, and a file of step 3 is damaged
     load    the learner goes on from step 1; its tensors are compared with those of FOLDER/whole.safetensors
 """
 
-import json
 import os
 import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MICRO
 from many_ranks import learner_of
 from recorded import groups_of
+from safetensors.torch import load_file, save_file
 
 import policies.sharding
 from grpo.config.learner import ParallelOptions
@@ -121,7 +116,3 @@ def main(folder: Path, action: str) -> dict:
     if dist.is_initialized():
         dist.destroy_process_group()  # else its threads may abort the end of the process
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))

@@ -165,7 +165,7 @@ YAML = {
     "one key again and again": ("a0: &a0 1\n" + "".join(f"a{i}: &a{i} {{k: *a{i - 1}, k: *a{i - 1}}}\n"
                                                         for i in range(1, 60)), "more than 100,000 values"),
     "a bomb as a key": (bomb("a{0}: &a{0} {1}\n") + "? *a59\n: 1\n", "more than 100,000 values"),
-    "deep": ("steps: " + "[" * 2000, "nested more than 100 levels deep"),
+    "deep": ("steps: " + "[" * 600, "nested more than 100 levels deep"),
     "deep mapping": ("".join("  " * i + "a:\n" for i in range(300)), "nested more than 100 levels deep"),
     "a lone surrogate": ('output_dir: "\\ud83d"\n', "lone surrogate"),
     "a tag": ("steps: !!set {1}\n", "could not determine a constructor"),

@@ -6,11 +6,12 @@ from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
 
+import eight_bit_ranks
 import pytest
 import torch
 from recorded import groups_of
 from small_learner import small_learner
-from start_ranks import run_ranks
+from start_ranks import results_of_ranks
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.learner import eight_bit
@@ -19,7 +20,6 @@ from grpo.learner.learner import Learner
 from grpo.learner.master_weights import MasterWeights
 from grpo.run import checkpoint
 
-CASES = Path(__file__).parents[2] / "cases"
 EIGHT = LearnerOptions(optimizer="adamw_8bit", learning_rate=1e-3, tokens_per_micro_batch=60)
 needs_torchao = pytest.mark.skipif(util.find_spec("torchao") is None, reason="torchao is not installed")
 
@@ -160,10 +160,9 @@ def _large_moments(learner):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # the latter without masters, rounded by chance
 def test_two_ranks_resume_to_the_same_bits_and_one_rank_takes_their_moments(wide_policy, tmp_path, dtype):
     wide_policy().save(tmp_path / "policy")
-    script = [str(CASES / "eight_bit_ranks.py"), str(tmp_path / "policy")]
 
     def run(folder: str, size: int, *saved: Path):
-        run_ranks([*script, str(tmp_path / folder), dtype, *map(str, saved)], size)
+        results_of_ranks(eight_bit_ranks.main, tmp_path / "policy", tmp_path / folder, dtype, *saved, size=size)
         return checkpoint.load(tmp_path / folder / "step_000003").tensors
 
     whole = run("whole", 2)

@@ -1,7 +1,6 @@
 """Several processes: the gradients of one, and nobody left hanging when one of them fails."""
 
 import functools
-import json
 import random
 import re
 import shutil
@@ -12,9 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import many_ranks
 import pytest
 import torch
-from start_ranks import end_of, start_ranks
+from start_ranks import end_of, results_of_ranks, start_ranks
 from transformers import DeepseekV2Config, DeepseekV3Config, GPT2Config, JetMoeConfig, Qwen2Config, Qwen3MoeConfig
 
 from grpo.config.learner import LoraOptions, ParallelOptions
@@ -87,9 +87,7 @@ CASES = {
 
 
 def _differences(size: int, folder: Path, cases: dict) -> dict[str, dict]:
-    ended = end_of(start_ranks([str(HERE / "many_ranks.py"), str(folder), json.dumps(cases)], size), timeout=900)
-    assert [code for code, _, _ in ended] == [0] * size, ended
-    return json.loads((folder / "differences.json").read_text())
+    return results_of_ranks(many_ranks.main, folder, cases, size=size)[0]
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +104,8 @@ def _check(found: dict) -> None:
 
 
 def test_contract_15_two_ranks_give_the_gradients_of_one(tmp_path):
-    """One layout; the slow tests below have the others."""
-    [found] = _differences(2, tmp_path, {"fsdp": CASES[2]["fsdp"]}).values()
+    """One layout and two steps; the slow tests below have five, and the other layouts."""
+    [found] = _differences(2, tmp_path, {"fsdp": CASES[2]["fsdp"] | {"steps": 2}}).values()
     _check(found)
 
 

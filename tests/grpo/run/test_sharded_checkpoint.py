@@ -12,25 +12,23 @@ import saving_ranks
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from start_ranks import run_ranks
+from start_ranks import results_of_ranks
 
 from grpo.run import checkpoint
 from policies.policy import Policy
 from policies.tensor_files import owners
 
 SLOW = pytest.mark.slow
-SCRIPT = Path(__file__).parents[2] / "cases/saving_ranks.py"
 
 
 def _ranks(folder: Path, action: str, size: int) -> list[dict]:
-    """What each rank has printed last."""
-    shown = run_ranks([str(SCRIPT), str(folder), action], size)
-    return [json.loads(out.splitlines()[-1]) for out in shown]
+    """What each rank has found."""
+    return results_of_ranks(saving_ranks.main, folder, action, size=size)
 
 
 @pytest.fixture(scope="module")
 def saved(micro_preset, tmp_path_factory) -> Callable[[int], tuple[Path, list[dict]]]:
-    """A folder that so many ranks have saved into, and what they have printed."""
+    """A folder that so many ranks have saved into, and what they have found."""
 
     @functools.cache
     def save(size: int) -> tuple[Path, list[dict]]:

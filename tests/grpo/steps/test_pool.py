@@ -10,8 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
+import publishing_ranks
 import pytest
-from start_ranks import run_ranks
+from start_ranks import results_of_ranks
 
 import grpo.steps.pool
 from grpo.config.run import LogOptions
@@ -102,12 +103,12 @@ def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypat
 def test_ranks_that_share_a_policy_publish_its_adapters_alone(micro_policy, tmp_path):
     """Rank 0 gathers everything once, and later A, B and the draft head; the other ranks take part."""
     micro_policy(0).save(tmp_path / "policy")
-    told, _ = run_ranks([str(ROOT / "tests/cases/publishing_ranks.py"), str(tmp_path / "policy")], 2)
-    first, *later = [line.split() for line in told.splitlines()[-3:]]
-    assert first[1] == first[3]
+    told, _ = results_of_ranks(publishing_ranks.main, tmp_path / "policy")
+    first, *later = told
+    assert first[0] == first[2]
     head = sum(name.startswith("mtp.") for name in micro_policy(0).weights())
-    assert [line[1] for line in later] == [str(head + 1)] * 2  # and the expert bias
-    assert [first[2], *(line[2] for line in later)] == ["True"] * 3
+    assert [sent for sent, *_ in later] == [head + 1] * 2  # and the expert bias
+    assert [same for _, same, _ in told] == [True] * 3
 
 
 @pytest.fixture
