@@ -15,6 +15,7 @@ a 140-token prompt and eight completions of 64 tokens, 29 % are computed. Below 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -43,6 +44,17 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: r
 def sees_prompts_whole(config: PretrainedConfig) -> bool:
     """Whether the tokens of a prompt attend to all of it."""
     return getattr(config, PROMPT_ATTENTION, "causal") == "bidirectional"
+
+
+@contextmanager
+def attending_by(config: PretrainedConfig, name: str) -> Iterator[None]:
+    """The model of this configuration attends by the implementation `name` of transformers' registry meanwhile."""
+    usual = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
 
 
 @dataclass(frozen=True)

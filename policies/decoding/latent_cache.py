@@ -194,7 +194,7 @@ class LatentCache:
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)
 
-    def take(self, rows: Tensor) -> LatentCache:
+    def take(self, rows: Tensor, new: Tensor | None = None) -> LatentCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         cache, reach = copy.copy(self), int(self.lengths_R[rows].max())
         cache.lengths_R, cache.layers_RTE = self.lengths_R[rows], []

@@ -14,12 +14,13 @@ from contextvars import ContextVar
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from policies.attention import attending_by
 from policies.decoding.latent_cache import LatentCache, Prefix
+from policies.policy import Policy
 
 ATTENTION = "quartet"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # some models add these to their scores
@@ -106,7 +107,7 @@ class RowCache:
         self.latents.select(kept)
         self._place(torch.searchsorted(kept, slots_RK))
 
-    def take(self, rows: Tensor) -> RowCache:
+    def take(self, rows: Tensor, new: Tensor) -> RowCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         slots_RK = self.slots_RK[rows]
         kept = slots_RK.flatten().sort().values
@@ -139,14 +140,14 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 class HFTrunk:
-    """The model for decoding. `trunk` must have plain weights; its parameters are cast to `dtype` in place."""
+    """The model for decoding. The policy must have plain weights; its parameters are cast to `dtype` in place."""
 
-    def __init__(self, trunk: PreTrainedModel, dtype: torch.dtype) -> None:
-        for parameter in trunk.parameters():
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        for parameter in policy.trunk.parameters():
             parameter.data = parameter.data.to(dtype)
-        self.config, self.decoder, self.dtype = trunk.config, trunk.get_decoder(), dtype
-        self.embedding = trunk.get_input_embeddings().weight.detach()
-        self.head = trunk.get_output_embeddings().weight.detach()
+        self.config, self.decoder, self.dtype = policy.config, policy.trunk.get_decoder(), dtype
+        self.embedding = policy.trunk.get_input_embeddings().weight.detach()
+        self.logits = policy.output.logits
         self.device: torch.device = self.embedding.device
 
     def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> PromptCache:
@@ -155,14 +156,10 @@ class HFTrunk:
     def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: PromptCache | RowCache) -> Tensor:
         """Final hidden states [B, S, D], after the last norm."""
         cache.plan(token_ids_BS.shape[1])
-        usual, active = self.config._attn_implementation, _CACHE.set(cache)
-        self.config._attn_implementation = ATTENTION
+        active = _CACHE.set(cache)
         try:
-            out = self.decoder(input_ids=token_ids_BS, position_ids=position_ids_BS, use_cache=False)
+            with attending_by(self.config, ATTENTION):
+                out = self.decoder(input_ids=token_ids_BS, position_ids=position_ids_BS, use_cache=False)
         finally:
-            self.config._attn_implementation = usual
             _CACHE.reset(active)
         return out.last_hidden_state
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head)
