@@ -8,11 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from policies.paths import States
+from policies.sharding import decoder
 
 # Fields of configurations: by the first logits are multiplied, and by the second divided. HyperCLOVA X multiplies.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-CAPS = ("final_logit_softcapping",)
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,20 @@ class LMHead:
         if self.scale != 1.0:
             x = x * self.scale
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
+
+
+def last_states(trunk: PreTrainedModel, by: States, **options: Any) -> tuple[Tensor, Any]:
+    """The states [B, T, D] that the LM head of a model multiplies, and all that transformers gave with them."""
+    if by == "decoder":
+        out = decoder(trunk)(**options)
+        return out.last_hidden_state, out
+    lm_head: Any = trunk.get_output_embeddings()
+    lm_head.forward = lambda states: states
+    try:
+        out = trunk(**options)
+    finally:
+        del lm_head.forward
+    return out.logits, out
 
 
 def scale_and_cap(config: Any) -> tuple[float, float | None]:

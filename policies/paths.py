@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 Sampler = Literal["own", "joined", "apart", "whole"]
 Rows = Literal["packed", "alone"]
+States = Literal["decoder", "head"]
 SAMPLERS: dict[Sampler, str] = {
     "own": "our cache",
     "joined": "transformers' cache",
@@ -18,11 +19,17 @@ ROWS: dict[Rows, str] = {
     "packed": "a prompt is read once for its completions",
     "alone": "every completion is read with its prompt",
 }
+STATES: dict[States, str] = {
+    "decoder": "the LM head multiplies what the decoder gives",
+    "head": "the LM head multiplies what its own forward gives it",
+}
 
 
 @dataclass(frozen=True)
 class Paths:
-    """`sampler`: what keeps what was read; `rows`: how the learner reads a group. The load check chooses both.
+    """`sampler`: what keeps what was read; `rows`: how the learner reads a group; `states`: what gives the states that
+    the LM head multiplies, the decoder or, in models that change them again, a forward that ends at the LM head. The
+    load check chooses them.
 
     >>> str(Paths("joined", "alone"))
     "sampled by transformers' cache; every completion is read with its prompt"
@@ -30,6 +37,7 @@ class Paths:
 
     sampler: Sampler = "own"
     rows: Rows = "packed"
+    states: States = "decoder"
 
     def __str__(self) -> str:
         return f"sampled by {SAMPLERS[self.sampler]}; {ROWS[self.rows]}"
@@ -41,5 +49,3 @@ class Paths:
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
         return cls(**json.loads(content))
-
-

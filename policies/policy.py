@@ -27,13 +27,17 @@ from policies import checkpoint, lora, sharding
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, attending_by, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.layout import FIXED_FIELDS, PolicyError
-from policies.lm_head import LMHead, scale_and_cap
+from policies.lm_head import LMHead, last_states, scale_and_cap
 from policies.mtp import MTPHead, cast_in_place
 from policies.paths import Paths
 from policies.publication import Publication
 from policies.routing.heads import with_dynamic_heads
 
 __all__ = ["Policy", "PolicyError", "digest", "read_config", "read_tokenizer"]
+
+
+BOUNDLESS = 1 << 20  # tokens
+LIMITS = ("max_position_embeddings", "max_seq_len", "context_length", "index_topk")
 
 
 class Policy(nn.Module):
@@ -103,21 +107,14 @@ class Policy(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """The context in tokens, within which no sliding window hides a token and no position changes its rotation."""
-        config = self.config
-        limits = [getattr(config, "max_position_embeddings", None)]
-        layers = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-        for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
-            if kind in layers:
-                limits.append(getattr(config, name, None))
+        """The context in tokens, within which no position changes its rotation and an indexer leaves out no token;
+        BOUNDLESS where the configuration names no limit, as of recurrent models."""
+        config = self.config.get_text_config()
+        limits = [getattr(config, name, None) for name in LIMITS]
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("dynamic", "longrope"):
             limits.append(rope.get("original_max_position_embeddings"))
-        if not any(limits):
-            raise PolicyError(
-                f"a model of type {config.model_type!r} has no max_position_embeddings, so its context is unknown"
-            )
-        return min(limit for limit in limits if limit)
+        return min((limit for limit in limits if limit and limit > 0), default=BOUNDLESS)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -152,10 +149,9 @@ class Policy(nn.Module):
                 prompt, completion = (segment == 0).nonzero()[:, 0], (segment == number).nonzero()[:, 0]
                 places.append((b, torch.cat([prompt, completion]), len(prompt) if number > 1 else 0))
                 rows.append(token_ids_BT[b, places[-1][1]])
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         with attending_by(self.config, self.own_attention):
-            hidden = sharding.decoder(self.trunk)(
-                input_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False
-            ).last_hidden_state
+            hidden, _ = last_states(self.trunk, self.paths.states, input_ids=token_ids, use_cache=False)
         packed = hidden.new_zeros(*token_ids_BT.shape, hidden.shape[-1])
         where = [(torch.full_like(at[start:], b), at[start:]) for b, at, start in places]
         values = [hidden[i, start : len(at)] for i, (_, at, start) in enumerate(places)]

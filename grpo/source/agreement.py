@@ -11,16 +11,17 @@ from torch import Tensor
 
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.attention import attending_by
+from policies.lm_head import last_states
 from policies.logprobs import shifted_logprobs, token_logprobs
-from policies.paths import ROWS, SAMPLERS
+from policies.paths import ROWS, SAMPLERS, STATES
 from policies.policy import Policy, PolicyError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a log-probability; what is really wrong is off by more
-PROMPTS = ([2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8, 9, 10, 11])  # token ids
-TOKENS = 8  # of a completion
+PROMPTS, TOKENS = (5, 21), 8  # tokens of a prompt, and of a completion
 GROUPS = (2, 6)  # completions of a row: few, which a mask reads faster, and many, where blocks pay (see Packing.pays)
+READERS = {"states": "the LM head", "sampler": "the sampler", "rows": "the learner"}
 Scores = Callable[[], tuple[Tensor, Tensor]]  # log-probabilities by a path, and by the model's own forward
 
 
@@ -33,13 +34,18 @@ def check_agreement(policy: Policy) -> None:
     kind, dtype = policy.config.model_type, next(policy.parameters()).dtype
     if policy.trunk.get_output_embeddings() is None:
         raise _refusal(kind, "it has no LM head")
-    _choose(policy, "sampler", SAMPLERS, lambda: _sampled(policy, dtype), TOLERANCE[dtype])
-    _choose(policy, "rows", ROWS, lambda: _packed(policy), TOLERANCE[dtype])
+    _choose(policy, "states", STATES, lambda: _whole(policy), TOLERANCE[dtype])
+    ours = policy.paths.states == "decoder"
+    _choose(policy, "sampler", SAMPLERS, lambda: _sampled(policy, dtype), TOLERANCE[dtype], ours)
+    _choose(policy, "rows", ROWS, lambda: _packed(policy), TOLERANCE[dtype], ours)
 
 
-def _choose(policy: Policy, name: str, words: Mapping[Any, str], scores: Scores, tolerance: float) -> None:
-    fault = ""
-    for path, meaning in words.items():
+def _choose(
+    policy: Policy, name: str, words: Mapping[Any, str], scores: Scores, tolerance: float, ours: bool = True
+) -> None:
+    """Without `ours`, the first path, the code is not ours."""
+    fault, paths = "", list(words)[0 if ours else 1 :]
+    for path in paths:
         policy.paths = replace(policy.paths, **{name: path})
         try:
             by_path, own = scores()
@@ -50,8 +56,9 @@ def _choose(policy: Policy, name: str, words: Mapping[Any, str], scores: Scores,
         if difference <= tolerance:
             return
         fault = f"log-probabilities differ from those of its own forward by {difference:.1g}"
-    reader = {"sampler": "sampler", "rows": "learner"}[name]
-    raise _refusal(policy.config.model_type, f"the {reader} fails in every way, and at last ({meaning}): {fault}")
+    raise _refusal(
+        policy.config.model_type, f"{READERS[name]} fails in every way, and at last ({words[paths[-1]]}): {fault}"
+    )
 
 
 def _refusal(kind: str, reason: str) -> PolicyError:
@@ -66,17 +73,27 @@ def _sampled(policy: Policy, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     from rollout.engine import Engine
 
     params = SamplingParams(group_size=2, max_completion_tokens=TOKENS)
-    prompts = [Prompt(f"agreement/{n}", "", token_ids) for n, token_ids in enumerate(PROMPTS)]
+    prompts = [Prompt(f"agreement/{n}", "", token_ids) for n, token_ids in enumerate(_prompts(policy))]
     groups = Engine(policy, dtype).sample(prompts, params)
     pairs = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
     sampled = torch.tensor([value for _, completion in pairs for value in completion.logprobs])
     return sampled, torch.cat([_own(policy, prompt, completion.token_ids) for prompt, completion in pairs])
 
 
+def _whole(policy: Policy) -> tuple[Tensor, Tensor]:
+    """Log-probabilities by the LM head, and by the model's own forward."""
+    prompt, completion = _prompts(policy)
+    row = torch.tensor([prompt + completion], device=policy.device)
+    with attending_by(policy.config, policy.own_attention):
+        states, _ = last_states(policy.trunk, policy.paths.states, input_ids=row, use_cache=False)
+    by_states = shifted_logprobs(policy.output.logits(states), row)[0, len(prompt) - 1 :]
+    return by_states.cpu(), _own(policy, prompt, completion)
+
+
 def _packed(policy: Policy) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given tokens: by the learner's rows, and by the model's own forward."""
     vocabulary, packed, own = len(policy.lm_head), [], []
-    for prompt, count in zip(PROMPTS, GROUPS, strict=True):
+    for prompt, count in zip(_prompts(policy), GROUPS, strict=True):
         completions = [[(7 * c + 3 * t) % (vocabulary - 2) + 2 for t in range(TOKENS)] for c in range(count)]
         mini = collate([PackedRow(prompt, [Sample(c, ids) for c, ids in enumerate(completions)])], policy.device)
         hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
@@ -84,6 +101,12 @@ def _packed(policy: Policy) -> tuple[Tensor, Tensor]:
         packed.append(token_logprobs(policy.output.logits(preceding), mini.token_ids[mini.scored]).cpu())
         own += [_own(policy, prompt, ids) for ids in completions]
     return torch.cat(packed), torch.cat(own)
+
+
+def _prompts(policy: Policy) -> list[list[int]]:
+    """Token ids of a short and of a longer prompt, which is no longer than the context allows."""
+    short, longer = PROMPTS
+    return [list(range(2, 2 + length)) for length in (short, min(longer, policy.max_length - TOKENS - short))]
 
 
 def _own(policy: Policy, prompt: list[int], completion: list[int]) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,22 @@ class PromptCache:
         self.layers.clear()
 
     def attend(
-        self, module: nn.Module, query_PHTD: Tensor, key_PKTD: Tensor, value_PKTD: Tensor, scale: float
+        self,
+        module: nn.Module,
+        query_PHTD: Tensor,
+        key_PKTD: Tensor,
+        value_PKTD: Tensor,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         """Plain causal attention [P, T, H, ·]. Tokens of a prompt never attend to the padding after it."""
         self.layers[module.layer_idx] = torch.cat([value_PKTD, key_PKTD], dim=-1)
         self.value_width = value_PKTD.shape[-1]
-        return sdpa_attention_forward(module, query_PHTD, key_PKTD, value_PKTD, None, scaling=scale, is_causal=True)[0]
+        options: dict[str, Any] = {"attention_mask": None, "is_causal": True}
+        if window is not None and query_PHTD.shape[2] > window:
+            ones = torch.ones(query_PHTD.shape[2], query_PHTD.shape[2], dtype=torch.bool, device=query_PHTD.device)
+            options = {"attention_mask": ones.tril().triu(1 - window), "is_causal": False}
+        return sdpa_attention_forward(module, query_PHTD, key_PKTD, value_PKTD, scaling=scale, **options)[0]
 
     def advance(self, lengths_P: Tensor) -> None:
         self.lengths = lengths_P
@@ -78,14 +89,20 @@ class RowCache:
         self.latents.plan(new)
 
     def attend(
-        self, module: nn.Module, query_RHSD: Tensor, key_RKSD: Tensor, value_RKSD: Tensor, scale: float
+        self,
+        module: nn.Module,
+        query_RHSD: Tensor,
+        key_RKSD: Tensor,
+        value_RKSD: Tensor,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         """Append the new tokens and attend, [R, S, H, ·]."""
         rows, heads = self.slots_RK.shape
         query_RKSND = (query_RHSD * scale).unflatten(1, (heads, -1)).transpose(2, 3)
         entries_RKSE = torch.cat([value_RKSD, key_RKSD], dim=-1)
         out = self.latents.attend(
-            module.layer_idx, query_RKSND.flatten(0, 1)[self.order], entries_RKSE.flatten(0, 1)[self.order]
+            module.layer_idx, query_RKSND.flatten(0, 1)[self.order], entries_RKSE.flatten(0, 1)[self.order], window
         )
         out_RKSNV = out[self.slots_RK.flatten()].unflatten(0, (rows, heads))
         return out_RKSNV.transpose(1, 2).flatten(2, 3)
@@ -128,12 +145,13 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **options: object,
 ) -> tuple[Tensor, None]:
     if added := [name for name in UNSUPPORTED if options.get(name) is not None]:
         raise ValueError(f"{type(module).__name__} adds {added[0]} to its attention scores, which rollouts cannot do")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _CACHE.get().attend(module, query, key, value, scale), None
+    return _CACHE.get().attend(module, query, key, value, scale, sliding_window), None
 
 
 AttentionInterface.register(ATTENTION, _attend)

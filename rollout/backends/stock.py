@@ -30,6 +30,7 @@ from transformers.cache_utils import (
 )
 
 from policies.attention import attending_by
+from policies.lm_head import last_states
 from policies.paths import Sampler
 from policies.policy import Policy
 
@@ -164,12 +165,13 @@ class StockTrunk:
     def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
         for parameter in policy.trunk.parameters():
             parameter.data = parameter.data.to(dtype)
-        self.sampler, self.own_attention, self.dtype = policy.paths.sampler, policy.own_attention, dtype
-        self.config, self.decoder = policy.config, policy.trunk.get_decoder()
+        self.sampler, self.states, self.dtype = policy.paths.sampler, policy.paths.states, dtype
+        self.config, self.own_attention, self.trunk = policy.config, policy.own_attention, policy.trunk
         self.embedding = policy.trunk.get_input_embeddings().weight.detach()
         self.logits = policy.output.logits
         self.device: torch.device = self.embedding.device
-        self.takes = frozenset(inspect.signature(self.decoder.forward).parameters)
+        reader = policy.trunk if self.states == "head" else policy.trunk.get_decoder()
+        self.takes = frozenset(inspect.signature(reader.forward).parameters)
 
     def cache(self, rows: int, capacity: int, prompts_R: Tensor) -> StockPrompts:
         return StockPrompts(self.sampler, prompts_R)
@@ -191,11 +193,11 @@ class StockTrunk:
             columns = torch.arange(part.length + new, device=self.device)
             options["attention_mask"] = (columns >= part.pads_R[:, None]).long()
         with attending_by(self.config, self.own_attention):
-            out = self.decoder(input_ids=token_ids_RS, **options)
+            hidden, out = last_states(self.trunk, self.states, input_ids=token_ids_RS, **options)
         if self.sampler != "whole":
             part.cache = next(cache for name in CACHES if (cache := getattr(out, name, None)) is not None)
         part.length += new
-        return out.last_hidden_state
+        return hidden
 
 
 def _read_alone(trunk: StockTrunk, token_ids_RT: Tensor, lengths_R: Tensor) -> tuple[list[Part], Tensor]:
