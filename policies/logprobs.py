@@ -8,6 +8,7 @@ Shapes: B rows of T tokens, N scored tokens, vocabulary V, width D.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,7 +78,16 @@ def logprobs_from_hidden(
     bias = head.bias
     if head.scale != 1.0:
         hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
-    return _Scored.apply(hidden, head.weight, bias, head.cap, token_ids, temperature, chunk, entropy_grad)
+    how = _How(head.cap, temperature, chunk, entropy_grad)
+    return _Scored.apply(hidden, head.weight, bias, token_ids, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    cap: float | None
+    temperature: float
+    chunk: int
+    entropy_grad: bool
 
 
 class _Scored(torch.autograd.Function):
@@ -86,36 +96,29 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        cap: float | None,
-        token_ids: Tensor,
-        temperature: float,
-        chunk: int,
-        entropy_grad: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
-        head = LMHead(weight, bias, cap=cap)
+        head = LMHead(weight, bias, cap=how.cap)
         logprobs, totals, entropies = [], [], []
-        for rows, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True):
-            logits = scaled(head.logits(rows), temperature)
+        for rows, ids in zip(hidden.split(how.chunk), token_ids.split(how.chunk), strict=True):
+            logits = scaled(head.logits(rows), how.temperature)
             totals.append(logits.logsumexp(-1))
             log_p = logits.sub_(totals[-1][:, None])
             logprobs.append(log_p.gather(-1, ids[:, None])[:, 0])
             entropies.append(-log_p.exp().mul_(log_p.clamp_(min=LEAST_LOGPROB)).sum(-1))
         entropy_N = torch.cat(entropies)
         ctx.save_for_backward(hidden, weight, bias, token_ids, torch.cat(totals), entropy_N)
-        ctx.temperature, ctx.chunk, ctx.cap = temperature, chunk, cap
+        ctx.how = how
         ctx.set_materialize_grads(False)
-        if not entropy_grad:
+        if not how.entropy_grad:
             ctx.mark_non_differentiable(entropy_N)
         return torch.cat(logprobs), entropy_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, token_ids, totals, entropies = ctx.saved_tensors
-        head = LMHead(weight, bias, cap=ctx.cap)
+        how: _How = ctx.how
+        head = LMHead(weight, bias, cap=how.cap)
         zero = torch.zeros_like(totals)
         of_logprob, of_entropy = (zero if gradient is None else gradient for gradient in gradients)
         grad_hidden, grad_weight, grad_bias = torch.empty_like(hidden), None, None
@@ -124,14 +127,14 @@ class _Scored(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         if ctx.needs_input_grad[2]:
             grad_bias = torch.zeros_like(bias)
-        for first in range(0, len(hidden), GRADIENT_CHUNKS * ctx.chunk):
-            together = slice(first, first + GRADIENT_CHUNKS * ctx.chunk)
+        for first in range(0, len(hidden), GRADIENT_CHUNKS * how.chunk):
+            together = slice(first, first + GRADIENT_CHUNKS * how.chunk)
             of_logits = hidden.new_empty(len(hidden[together]), len(weight))
-            for part, start in zip(of_logits.split(ctx.chunk), range(first, len(hidden), ctx.chunk), strict=False):
+            for part, start in zip(of_logits.split(how.chunk), range(first, len(hidden), how.chunk), strict=False):
                 at = slice(start, start + len(part))
                 logits = head.logits(hidden[at])
-                slope = None if ctx.cap is None else 1 - (logits / ctx.cap) ** 2
-                x = scaled(logits, ctx.temperature).sub_(totals[at, None])
+                slope = None if how.cap is None else 1 - (logits / how.cap) ** 2
+                x = scaled(logits, how.temperature).sub_(totals[at, None])
                 upstream = of_logprob[at, None]
                 if gradients[1] is None:
                     x = x.exp_().mul_(-upstream)
@@ -139,7 +142,7 @@ class _Scored(torch.autograd.Function):
                     p = x.exp()
                     x.clamp_(min=LEAST_LOGPROB).add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(upstream)
                     x = p.mul_(x).neg_()
-                x = x.scatter_add_(1, token_ids[at, None], upstream).div_(ctx.temperature)
+                x = x.scatter_add_(1, token_ids[at, None], upstream).div_(how.temperature)
                 part.copy_(x if slope is None else x * slope)
             grad_hidden[together] = of_logits @ weight
             if grad_bias is not None:
@@ -149,7 +152,7 @@ class _Scored(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight.add_(of_logits.T @ hidden[together])
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
