@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def ours(kind: str) -> dict[str, Any]:
     for name, length, count, pays in (("short", 5, 8, True), ("blocks", 37, 12, True), ("mask", 37, 2, False)):
         prompt = next(row for row in torch_rows if len(row) == length).tolist()
         samples = [torch.randint(2, zoo.VOCABULARY, (8,)).tolist() for _ in range(count)]
-        found[name] = _tried(lambda p=prompt, s=samples, w=pays: _packed(policy, stock, p, s, w))
+        found[name] = _tried(partial(_packed, policy, stock, prompt, samples, pays))
     return found
 
 
@@ -248,24 +249,27 @@ def facts(model: Any) -> dict[str, Any]:
     }
 
 
+HOW: tuple[dict[str, Any], ...] = ({}, {"mask_steps": False}, {"shift": 2})  # as `Stock` takes them
+
+
 def stock_paths(model: Any) -> dict[str, Any]:
-    """Everything that is asked of transformers alone."""
-    stock, found = Stock(model), dict[str, Any]()
+    """Everything that is asked of transformers alone, in the first way in which padded rows decode right."""
+    tries = [Stock(model, **how) for how in HOW]
     with torch.no_grad():
+        decoded = [_tried(partial(stock.decode, stock.rows, 1, False)) for stock in tries]
+        right = [i for i, worst in enumerate(decoded) if isinstance(worst, float) and worst < 1e-3]
+        best = right[0] if right else 0
+        stock = tries[best]
         cache = _tried(lambda: _cache(stock._step(*_padded(stock.rows[:1], True), None, False)))
-        found["cache"] = cache if isinstance(cache, str) else _describe(cache)
-        for how in ({}, {"mask_steps": False}, {"shift": 2}):
-            stock = Stock(model, **how)
-            found["how"], found["decode"] = str(how), _tried(lambda s=stock: s.decode(s.rows, 1, False))
-            if isinstance(found["decode"], float) and found["decode"] < 1e-3:
-                break
-        else:
-            stock, found["how"] = Stock(model), "{}"
-            found["decode"] = _tried(lambda: stock.decode(stock.rows, 1, False))
-        found["decode, fan, leave"] = _tried(lambda: stock.decode(stock.rows, FAN, True))
-        found["decode alone"] = _tried(lambda: max(stock.decode([row], 3, True) for row in stock.rows))
+        found = {
+            "how": str(HOW[best]),
+            "cache": cache if isinstance(cache, str) else _describe(cache),
+            "decode": decoded[best],
+            "decode, fan, leave": _tried(lambda: stock.decode(stock.rows, FAN, True)),
+            "decode alone": _tried(lambda: max(stock.decode([row], 3, True) for row in stock.rows)),
+        }
     for name, left, masked in (("right", False, True), ("left", True, True), ("right, no mask", False, False)):
-        found[name] = _tried(lambda a=left, b=masked: stock.padded_rows(a, b))
+        found[name] = _tried(partial(stock.padded_rows, left, masked))
     with torch.no_grad(), suppress(AttributeError, ValueError):
         model.set_experts_implementation("eager")
     with torch.no_grad():  # what is left in float64 is no rounding
