@@ -116,23 +116,26 @@ class Stock:
             mine = logprobs[i, -len(row) :] if left else logprobs[i, : len(row)]
             worst = max(worst, _apart(mine[-DECODED - 1 :], self.alone(row)[-DECODED - 1 :]))
             chosen.append(mine[-DECODED - 1 : -1].gather(1, row[-DECODED:, None]).sum())
-        wanted = self.gradients(lambda: sum(self._completion(row) for row in self.rows))
-        return worst, _gradients_apart(self.gradients(lambda: sum(chosen)), wanted)
+        wanted = gradients(self.model, lambda: sum(self._completion(row) for row in self.rows))
+        return worst, _gradients_apart(gradients(self.model, lambda: sum(chosen)), wanted)
 
     def _completion(self, row: Tensor, count: int = DECODED) -> Tensor:
         return self.alone(row)[-count - 1 : -1].gather(1, row[-count:, None]).sum()
 
-    def gradients(self, total: Callable[[], Any]) -> dict[str, Tensor]:
-        self.model.zero_grad()
-        with torch.enable_grad():
-            total().backward()
-        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+def gradients(model: Any, total: Callable[[], Any]) -> dict[str, Tensor]:
+    model.zero_grad()
+    with torch.enable_grad():
+        total().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def select(cache: Any, index: Tensor) -> None:
     """These rows of the cache, in this order and as often."""
     if hasattr(cache, "reorder_cache"):
         cache.reorder_cache(index)
+        if hasattr(cache, "linear_cache"):  # MiniMax: its own, which that leaves alone
+            cache.linear_cache = [state if isinstance(state, list) else state[index] for state in cache.linear_cache]
     elif isinstance(cache, list):
         cache[:] = [tensor.index_select(0, index) for tensor in cache]
     else:
@@ -173,10 +176,13 @@ def ours(kind: str) -> dict[str, Any]:
     bounds is measured with a wide one, as our engine has no other."""
     policy = zoo.policy(kind)
     found: dict[str, Any] = {"context": policy.max_length}
-    if policy.max_length < 64:
-        policy = zoo.policy(kind, **_wide(policy.config))
+    wide = _wide(policy.config) if policy.max_length < 64 else {}
+    policy = zoo.policy(kind, **wide)
     found["load check"] = _tried(lambda: check_agreement(policy) or "passes")
-    stock, torch_rows = Stock(policy.trunk), [torch.randint(2, zoo.VOCABULARY, (length,)) for length in LENGTHS]
+    stock = Stock(
+        zoo.tiny(kind, **wide)
+    )  # a policy's trunk attends by our kernel, and some types then leave out theirs
+    torch_rows = [torch.randint(2, zoo.VOCABULARY, (length,)) for length in LENGTHS]
     prompts = [Prompt(str(row.numel()), "", row.tolist()) for row in torch_rows]
     params = SamplingParams(group_size=12, max_completion_tokens=8)
 
@@ -208,8 +214,8 @@ def _packed(policy: Policy, stock: Stock, prompt: list[int], samples: list[list[
     rows = [torch.tensor(prompt + ids) for ids in samples]
     alone = [stock.alone(row)[-9:-1].gather(1, row[-8:, None])[:, 0] for row in rows]
     worst = _apart(packed, torch.cat(alone))
-    wanted = stock.gradients(lambda: torch.cat(alone).sum())
-    return worst, _gradients_apart(stock.gradients(lambda: packed.sum()), wanted)
+    wanted = gradients(stock.model, lambda: torch.cat(alone).sum())
+    return worst, _gradients_apart(gradients(policy.trunk, lambda: packed.sum()), wanted)
 
 
 def _wide(config: Any) -> dict[str, int]:
