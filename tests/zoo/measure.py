@@ -1,4 +1,6 @@
-"""Does each type of the zoo compute the same by every path? Run it: `PYTHONPATH=.:tests python tests/zoo/measure.py [KIND ...]`.
+"""Does each type of the zoo compute the same by every path?
+
+    PYTHONPATH=.:tests python tests/zoo/measure.py [KIND ...]
 
 The reference is each row alone by the whole forward. Against it stand transformers' own cache with left-padded rows,
 padded rows without a cache, and our own engine and packed rows. It writes `runs/zoo.json`, a type at a time.
