@@ -44,8 +44,8 @@ SIZES: dict[int, str] = {
     2: "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads num_experts_per_tok n_group "
     "num_experts_per_token moe_topk moe_k num_expert_group n_groups mamba_n_groups mamba_ngroups "
     "num_query_groups top_k_experts",
-    16: "index_n_heads head_dim dim_head d_head kv_channels qk_nope_head_dim v_head_dim kv_lora_rank linear_head_dim index_head_dim "
-    "linear_value_head_dim mamba_d_head mamba_head_dim attention_head_size swa_head_dim global_head_dim "
+    16: "head_dim dim_head d_head kv_channels qk_nope_head_dim v_head_dim kv_lora_rank linear_head_dim index_head_dim "
+    "index_n_heads linear_value_head_dim mamba_d_head mamba_head_dim attention_head_size swa_head_dim global_head_dim "
     "hidden_size_per_layer_input laurel_rank index_topk mamba_dt_rank swa_v_head_dim",
     24: "q_lora_rank",
     8: "qk_rope_head_dim linear_key_head_dim mamba_d_state state_size ssm_state_size mamba_n_heads mamba_num_heads "
@@ -140,8 +140,9 @@ def tiny(kind: str, layers: int | None = None, seed: int = 0, **changes: Any) ->
     with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        constant = {name for name, _ in model.named_buffers() if "bias" not in name and "scalar" not in name}
         for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and name not in constant:
                 tensor.copy_(_random(name, tensor))
             elif "tid2eid" in name:  # DeepSeek-V4: the experts of each token
                 tensor.copy_(torch.rand(len(tensor), SMALL["num_experts"]).topk(tensor.shape[1]).indices)
