@@ -15,7 +15,8 @@ a 140-token prompt and eight completions of 64 tokens, 29 % are computed. Below 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -43,6 +44,17 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: r
 def sees_prompts_whole(config: PretrainedConfig) -> bool:
     """Tells whether the tokens of a prompt attend to all of it."""
     return getattr(config, PROMPT_ATTENTION, "causal") == "bidirectional"
+
+
+@contextmanager
+def attending_by(config: PretrainedConfig, name: str) -> Iterator[None]:
+    """The model of this configuration attends by the implementation `name` of transformers' registry meanwhile."""
+    usual = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
 
 
 @dataclass(frozen=True)
@@ -80,13 +92,32 @@ class Packing:
     segment: Tensor
     first: int = 0
     both_ways: bool = False
+    window: int | None = None  # a token attends to so many of those before it, itself included, by their positions
     _masks: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    _windows: dict[int, Packing] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """B, Q and T."""
         rows, length = self.segment.shape
         return rows, length - self.first, length
+
+    def within(self, window: int | None) -> Packing:
+        """What is attended to by a layer whose window slides: the same where no row is longer than the window."""
+        if window is None or self.segment.shape[1] <= window:
+            return self
+        if window not in self._windows:
+            self._windows[window] = replace(self, window=window, _masks={}, _windows={})
+        return self._windows[window]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[B, T] the place of a token in its prompt, or in its prompt and its completion."""
+        number = self.segment.clamp(min=0)
+        place = torch.arange(number.shape[1], device=number.device).expand_as(number)
+        begins = place.new_full((len(number), int(number.max()) + 1), number.shape[1])
+        begins = begins.scatter_reduce(1, number, place, "amin")
+        return place - begins.gather(1, number) + (self.segment == 0).sum(1, keepdim=True) * (number > 0)
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -136,12 +167,15 @@ class Packing:
         """Says whether a token of a row [b] is attended to [k] by a query [q] that is counted from `query`, by any
         head [h]. All that differs between micro-batches is in tensors. Else a kernel would be compiled for each."""
         segment, first = self.segment, torch.tensor(self.first + query, device=self.segment.device)
-        both_ways = self.both_ways
+        both_ways, window = self.both_ways, self.window
+        positions = None if window is None else self.positions
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             q = q + first
             of_query, of_key = segment[b, q], segment[b, k]
             seen = ((of_key == of_query) | (of_key == 0)) & (of_key >= 0) & (k <= q) | (k == q)
+            if positions is not None:
+                seen = seen & (positions[b, q] - positions[b, k] < window)
             return seen | ((of_key == 0) & (of_query == 0)) if both_ways else seen
 
         return sees
@@ -291,6 +325,9 @@ def attend(
     makes the dense mask for every layer. `head_weights` [B, T, H] there weigh the attention heads, see heads.py.
     """
     packing: Packing | None = options.pop("packing", None)
+    if packing is not None and (windowed := packing.within(options.get("sliding_window"))) is not packing:
+        packing = windowed
+        attention_mask = packing.tiles if _by_tiles(query) else packing.mask(query.dtype)
     head_weights: Tensor | None = options.pop("head_weights", None)
     if head_weights is not None:
         out, total = attend(module, query, key, value, attention_mask, scaling, dropout, packing=packing, **options)

@@ -6,38 +6,40 @@ Shapes: N scored tokens, K tokens of each position, vocabulary V, width D. All i
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from policies.lm_head import LMHead
 from policies.logprobs import CHUNK, scaled
 
 
 def logprobs_at(
-    hidden: Tensor, lm_head_weight: Tensor, token_ids: Tensor, temperature: float = 1.0, *, chunk: int = CHUNK
+    hidden: Tensor, lm_head: Tensor | LMHead, token_ids: Tensor, temperature: float = 1.0, *, chunk: int = CHUNK
 ) -> Tensor:
     """Log-probabilities of K tokens at every position: [N, D], [V, D], [N, K] -> [N, K].
 
     `chunk` rows of logits are held at a time, and made again in the backward pass. Differentiable in `hidden` and
-    `lm_head_weight`.
+    the LM head.
 
-    >>> hidden, lm_head_weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
-    >>> logprobs_at(hidden, lm_head_weight, torch.tensor([[0, 1], [1, 0]])).exp()
+    >>> hidden, lm_head = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
+    >>> logprobs_at(hidden, lm_head, torch.tensor([[0, 1], [1, 0]])).exp()
     tensor([[0.5000, 0.5000],
             [0.7500, 0.2500]])
     """
 
-    def of_rows(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        logits = scaled(F.linear(rows, weight), temperature)
+    head = LMHead(lm_head) if isinstance(lm_head, Tensor) else lm_head
+
+    def of_rows(rows: Tensor, ids: Tensor) -> Tensor:
+        logits = scaled(head.logits(rows), temperature)
         return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
     parts = zip(hidden.split(chunk), token_ids.split(chunk), strict=True)
-    return torch.cat([checkpoint(of_rows, rows, lm_head_weight, ids, use_reentrant=False) for rows, ids in parts])
+    return torch.cat([checkpoint(of_rows, rows, ids, use_reentrant=False) for rows, ids in parts])
 
 
 @torch.no_grad()
 def top_logprobs(
-    hidden: Tensor, lm_head_weight: Tensor, k: int, temperature: float = 1.0, *, chunk: int = CHUNK
+    hidden: Tensor, lm_head: Tensor | LMHead, k: int, temperature: float = 1.0, *, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens of every position and their log-probabilities, without gradients: [N, D], [V, D] ->
     [N, k] of both. A k above V is V.
@@ -45,9 +47,10 @@ def top_logprobs(
     >>> top_logprobs(torch.tensor([[1.0]]), torch.tensor([[0.0], [1.0986123]]), k=1)     # 3/4: -0.2877
     (tensor([[1]]), tensor([[-0.2877]]))
     """
+    head = LMHead(lm_head) if isinstance(lm_head, Tensor) else lm_head
     ids, logprobs = [], []
     for rows in hidden.split(chunk):
-        logits = scaled(F.linear(rows, lm_head_weight), temperature)
+        logits = scaled(head.logits(rows), temperature)
         top = logits.topk(min(k, logits.shape[-1]), dim=-1)
         ids.append(top.indices)
         logprobs.append(top.values - logits.logsumexp(-1, keepdim=True))

@@ -8,11 +8,13 @@ Shapes: B rows of T tokens, N scored tokens, vocabulary V, width D.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from policies.lm_head import LMHead
 
 CHUNK = 256  # rows of logits held in fp32 at a time: 256 · 49,152 · 4 bytes = 50 MB
 GRADIENT_CHUNKS = 4  # whose gradients become one product with the hidden states: the sum is as large as the LM head
@@ -55,7 +57,7 @@ def shifted_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0
 
 def logprobs_from_hidden(
     hidden: Tensor,
-    lm_head_weight: Tensor,
+    lm_head: Tensor | LMHead,
     token_ids: Tensor,
     temperature: float = 1.0,
     *,
@@ -65,54 +67,74 @@ def logprobs_from_hidden(
     """Log-probabilities and entropies without all logits in memory at once: [N, D], [V, D], [N] -> [N], [N].
 
     `chunk` rows of logits are made at a time, and again in the backward pass, so memory grows with chunk · V and not
-    with N · V. Differentiable in `hidden` and `lm_head_weight`, the entropy only with `entropy_grad=True`.
+    with N · V. Differentiable in `hidden` and in the LM head, the entropy only with `entropy_grad=True`.
 
-    >>> hidden, lm_head_weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
-    >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head_weight, torch.tensor([0, 1]))
+    >>> hidden, lm_head = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
+    >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head, torch.tensor([0, 1]))
     >>> logprobs.exp(), entropies                                   # log 2 and 2 log 2 - 3/4 log 3
     (tensor([0.5000, 0.7500]), tensor([0.6931, 0.5623]))
     """
-    return _Scored.apply(hidden, lm_head_weight, token_ids, temperature, chunk, entropy_grad)
+    head = LMHead(lm_head) if isinstance(lm_head, Tensor) else lm_head
+    bias = head.bias
+    if head.scale != 1.0:
+        hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
+    how = _How(head.cap, temperature, chunk, entropy_grad)
+    return _Scored.apply(hidden, head.weight, bias, token_ids, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    cap: float | None
+    temperature: float
+    chunk: int
+    entropy_grad: bool
 
 
 class _Scored(torch.autograd.Function):
     """Scores chunk by chunk. With log p = x - log Z: ∂ log p_i / ∂x_j = 1[i = j] - p_j and ∂H / ∂x_j = -p_j (log p_j +
-    H)."""
+    H). Of a capped logit y = c tanh(z / c) the slope is ∂y / ∂z = 1 - (y / c)²."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, chunk: int, entropy_grad: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
+        head = LMHead(weight, bias, cap=how.cap)
         logprobs, totals, entropies = [], [], []
-        for rows, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True):
-            logits = scaled(F.linear(rows, weight), temperature)
+        for rows, ids in zip(hidden.split(how.chunk), token_ids.split(how.chunk), strict=True):
+            logits = scaled(head.logits(rows), how.temperature)
             totals.append(logits.logsumexp(-1))
             log_p = logits.sub_(totals[-1][:, None])
             logprobs.append(log_p.gather(-1, ids[:, None])[:, 0])
             entropies.append(-log_p.exp().mul_(log_p.clamp_(min=LEAST_LOGPROB)).sum(-1))
         entropy_N = torch.cat(entropies)
-        ctx.save_for_backward(hidden, weight, token_ids, torch.cat(totals), entropy_N)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.save_for_backward(hidden, weight, bias, token_ids, torch.cat(totals), entropy_N)
+        ctx.how = how
         ctx.set_materialize_grads(False)
-        if not entropy_grad:
+        if not how.entropy_grad:
             ctx.mark_non_differentiable(entropy_N)
         return torch.cat(logprobs), entropy_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, token_ids, totals, entropies = ctx.saved_tensors
+        hidden, weight, bias, token_ids, totals, entropies = ctx.saved_tensors
+        how: _How = ctx.how
+        head = LMHead(weight, bias, cap=how.cap)
         zero = torch.zeros_like(totals)
         of_logprob, of_entropy = (zero if gradient is None else gradient for gradient in gradients)
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        grad_hidden, grad_weight, grad_bias = torch.empty_like(hidden), None, None
         if ctx.needs_input_grad[1]:
             # Summed in fp32, since bf16 would lose a little of the sum with every chunk.
             grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for first in range(0, len(hidden), GRADIENT_CHUNKS * ctx.chunk):
-            together = slice(first, first + GRADIENT_CHUNKS * ctx.chunk)
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros_like(bias)
+        for first in range(0, len(hidden), GRADIENT_CHUNKS * how.chunk):
+            together = slice(first, first + GRADIENT_CHUNKS * how.chunk)
             of_logits = hidden.new_empty(len(hidden[together]), len(weight))
-            for part, start in zip(of_logits.split(ctx.chunk), range(first, len(hidden), ctx.chunk), strict=False):
+            for part, start in zip(of_logits.split(how.chunk), range(first, len(hidden), how.chunk), strict=False):
                 at = slice(start, start + len(part))
-                x = scaled(F.linear(hidden[at], weight), ctx.temperature).sub_(totals[at, None])
+                logits = head.logits(hidden[at])
+                slope = None if how.cap is None else 1 - (logits / how.cap) ** 2
+                x = scaled(logits, how.temperature).sub_(totals[at, None])
                 upstream = of_logprob[at, None]
                 if gradients[1] is None:
                     x = x.exp_().mul_(-upstream)
@@ -120,14 +142,17 @@ class _Scored(torch.autograd.Function):
                     p = x.exp()
                     x.clamp_(min=LEAST_LOGPROB).add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(upstream)
                     x = p.mul_(x).neg_()
-                part.copy_(x.scatter_add_(1, token_ids[at, None], upstream).div_(ctx.temperature))
+                x = x.scatter_add_(1, token_ids[at, None], upstream).div_(how.temperature)
+                part.copy_(x if slope is None else x * slope)
             grad_hidden[together] = of_logits @ weight
+            if grad_bias is not None:
+                grad_bias += of_logits.sum(0)
             if grad_weight is not None and grad_weight.dtype == weight.dtype:
                 grad_weight.addmm_(of_logits.T, hidden[together])
             elif grad_weight is not None:
                 grad_weight.add_(of_logits.T @ hidden[together])
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:

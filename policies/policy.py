@@ -24,14 +24,20 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from policies import checkpoint, lora, sharding
-from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
+from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, attending_by, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.layout import FIXED_FIELDS, PolicyError
+from policies.lm_head import LMHead, last_states, scale_and_cap
 from policies.mtp import MTPHead, cast_in_place
+from policies.paths import Paths
 from policies.publication import Publication
 from policies.routing.heads import with_dynamic_heads
 
 __all__ = ["Policy", "PolicyError", "digest", "read_config", "read_tokenizer"]
+
+
+BOUNDLESS = 1 << 20  # tokens
+LIMITS = ("max_position_embeddings", "max_seq_len", "context_length", "index_topk")
 
 
 class Policy(nn.Module):
@@ -44,9 +50,11 @@ class Policy(nn.Module):
         # The tokens that the draft head may draft [K], ascending; None: all. It is a buffer only to follow the device.
         self.draft_ids: Tensor | None
         self.register_buffer("draft_ids", None, persistent=False)
+        self.paths = Paths()  # what the load check found for a model of transformers
         # A checkpoint's MTP layers after the first, by their names there. They are kept and saved as they are.
         self.further_mtp: dict[str, Tensor] = {}
-        if trunk.config._attn_implementation == "sdpa":
+        self.own_attention = trunk.config._attn_implementation  # of the trunk, as its makers have it
+        if self.own_attention == "sdpa":
             trunk.config._attn_implementation = ATTENTION
         if self.backend == "native":  # vLLM reads them and routes differently without them; transformers ignores them
             trunk.config.update(FIXED_FIELDS)
@@ -87,27 +95,26 @@ class Policy(nn.Module):
         return lora.effective_weight(self.trunk.get_input_embeddings() if tied else self.trunk.get_output_embeddings())
 
     @property
+    def output(self) -> LMHead:
+        """How logits follow from hidden states."""
+        bias = getattr(self.trunk.get_output_embeddings(), "bias", None)
+        return LMHead(self.lm_head, bias, *scale_and_cap(self.config))
+
+    @property
     def backend(self) -> Literal["native", "transformers"]:
         """Says what decodes it: absorbed MLA with drafts (DeepSeek-V3), or the model's own forward without drafts."""
         return "native" if isinstance(self.trunk, DeepseekV3ForCausalLM) else "transformers"
 
     @property
     def max_length(self) -> int:
-        """The context in tokens, within which no sliding window hides a token and no position changes its rotation."""
-        config = self.config
-        limits = [getattr(config, "max_position_embeddings", None)]
-        layers = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-        for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
-            if kind in layers:
-                limits.append(getattr(config, name, None))
+        """The context in tokens, within which no position changes its rotation and an indexer leaves out no token;
+        BOUNDLESS where the configuration names no limit, as of recurrent models."""
+        config = self.config.get_text_config()
+        limits = [getattr(config, name, None) for name in LIMITS]
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("dynamic", "longrope"):
             limits.append(rope.get("original_max_position_embeddings"))
-        if not any(limits):
-            raise PolicyError(
-                f"a model of type {config.model_type!r} has no max_position_embeddings, so its context is unknown"
-            )
-        return min(limit for limit in limits if limit)
+        return min((limit for limit in limits if limit and limit > 0), default=BOUNDLESS)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -122,6 +129,8 @@ class Policy(nn.Module):
     def hidden(self, token_ids_BT: Tensor, position_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
         """Final hidden states [B, T, D] of packed rows. `segment_BT` is 0 in a prompt, 1 … G in its completions and
         below 0 in padding; ones alone are ordinary causal rows. See `Packing` for what attends to what."""
+        if self.paths.rows == "alone":
+            return self._hidden_alone(token_ids_BT, segment_BT)
         packing = Packing(segment_BT, both_ways=sees_prompts_whole(self.config))
         return sharding.decoder(self.trunk)(
             input_ids=token_ids_BT,
@@ -130,6 +139,23 @@ class Policy(nn.Module):
             use_cache=False,
             packing=packing,
         ).last_hidden_state
+
+    def _hidden_alone(self, token_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
+        """The same, each completion read with its prompt in a row of its own, by the model's own masks and positions.
+        What comes after a row is padding, which a causal model does not see."""
+        rows, places = [], []
+        for b, segment in enumerate(segment_BT):
+            for number in range(1, max(int(segment.max()), 1) + 1):
+                prompt, completion = (segment == 0).nonzero()[:, 0], (segment == number).nonzero()[:, 0]
+                places.append((b, torch.cat([prompt, completion]), len(prompt) if number > 1 else 0))
+                rows.append(token_ids_BT[b, places[-1][1]])
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        with attending_by(self.config, self.own_attention):
+            hidden, _ = last_states(self.trunk, self.paths.states, input_ids=token_ids, use_cache=False)
+        packed = hidden.new_zeros(*token_ids_BT.shape, hidden.shape[-1])
+        where = [(torch.full_like(at[start:], b), at[start:]) for b, at, start in places]
+        values = [hidden[i, start : len(at)] for i, (_, at, start) in enumerate(places)]
+        return packed.index_put(tuple(torch.cat(parts) for parts in zip(*where, strict=True)), torch.cat(values))
 
     def unroll(
         self,
@@ -226,7 +252,7 @@ class Policy(nn.Module):
                 self.trunk.generation_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        return files | {"mtp": b"" if self.mtp is None else b"1"}
+        return files | {"mtp": b"" if self.mtp is None else b"1", "paths": self.paths.to_bytes()}
 
     @classmethod
     def from_skeleton(cls, files: Mapping[str, bytes], dtype: torch.dtype = torch.float32) -> Policy:
@@ -241,7 +267,9 @@ class Policy(nn.Module):
                 mtp = MTPHead(trunk.config).cast(dtype) if files["mtp"] else None
             if "generation_config.json" in files:
                 trunk.generation_config = GenerationConfig.from_pretrained(folder)
-        return cls(trunk.eval(), mtp, tokenizer)
+        policy = cls(trunk.eval(), mtp, tokenizer)
+        policy.paths = Paths.from_bytes(files["paths"])
+        return policy
 
     @classmethod
     def load(

@@ -58,7 +58,7 @@ class EpisodeDecoding(Decoding):
         ids: Tensor = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in reads], device=self.device)
         inputs = torch.cat([self.results.token_ids[part.index, part.count - 1][:, None], ids], dim=1)
         positions = (part.prompt_length + part.count - 1)[:, None] + self.steps[: longest + 1]
-        cache = self.cache.take(rows)
+        cache = self.cache.take(rows, new + 1)
         hidden = self.trunk(inputs, positions.clamp(max=self.decoder.context - 1), cache)
         if self.params.record_routing:
             self.results.add_routing(part, self.trunk.routing(), longest + 1)

@@ -110,7 +110,7 @@ class Learner:
             scores,
             estimated if advantages is None else advantages,
             tied_P,
-            max_tokens=options.tokens_per_micro_batch,
+            max_tokens=options.tokens_per_micro_batch if self.policy.paths.rows == "packed" else 0,
             routing_replay=options.routing_replay,
             mask_truncated=self.loss.mask_truncated_completions,
         )

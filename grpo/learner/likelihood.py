@@ -63,13 +63,13 @@ class Likelihood:
                 watchers = self.watchers if learning else ()
                 records = {watcher.name: stack.enter_context(watcher.recording(policy)) for watcher in watchers}
                 preceding = self.preceding(mini, policy)
-            lm_head = policy.lm_head
+            lm_head = policy.output
             logprobs, entropy = logprobs_from_hidden(
                 preceding[mini.scored],
                 lm_head,
                 mini.token_ids[mini.scored],
                 self.temperature,
-                chunk=max(1, CHUNK_ELEMENTS // lm_head.shape[0]),
+                chunk=max(1, CHUNK_ELEMENTS // len(lm_head.weight)),
                 entropy_grad=self.entropy_grad,
             )
         return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding, records)

@@ -1,51 +1,64 @@
-"""Does a model that we did not write compute what we rely on? Five tokens and their continuations tell."""
+"""Does a model that we did not write compute what we rely on? Its own forward, row by row, tells."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from grpo.learner.batch import PackedRow, Sample, collate
-from policies.logprobs import token_logprobs
+from policies.attention import attending_by
+from policies.lm_head import last_states
+from policies.logprobs import shifted_logprobs, token_logprobs
+from policies.paths import ROWS, SAMPLERS, STATES
 from policies.policy import Policy, PolicyError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
-RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a log-probability; what is really wrong is off by more
+PROMPTS, TOKENS = (5, 21), 8  # tokens of a prompt, and of a completion
+GROUPS = (2, 6)  # completions of a row: few, which a mask reads faster, and many, where blocks pay (see Packing.pays)
+READERS = {"states": "the LM head", "sampler": "the sampler", "rows": "the learner"}
+Scores = Callable[[], tuple[Tensor, Tensor]]  # log-probabilities by a path, and by the model's own forward
 
 
 @torch.no_grad()
 def check_agreement(policy: Policy) -> None:
-    """Sampler, learner and the model's own forward must give the same log-probabilities.
+    """Sampler and learner must give the log-probabilities of the model's own forward of each row alone.
 
-    A model whose logits are not LM head · hidden state, whose positions do not follow `position_ids` or which has
-    something else than attention under our mask would be trained on numbers that are not its own. Raises PolicyError
-    naming the model type.
+    Sets `policy.paths` to the fastest paths that do. Raises PolicyError naming the model type where none does.
     """
-    kind = policy.config.model_type
+    kind, dtype = policy.config.model_type, next(policy.parameters()).dtype
     if policy.trunk.get_output_embeddings() is None:
         raise _refusal(kind, "it has no LM head")
-    refuse_rescaled(policy.config)
-    dtype = next(policy.parameters()).dtype
-    try:
-        sampled, packed, plain = _three_ways(policy, dtype)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise _refusal(kind, f"{type(error).__name__}: {error}") from error
-    for name, got in (("sampler", sampled), ("learner", packed)):
-        difference = (got - plain).abs().max().item()
-        if not difference <= TOLERANCE[dtype]:
-            raise _refusal(
-                kind, f"the {name} computes other log-probabilities than its own forward, by {difference:.1g}"
-            )
+    _choose(policy, "states", STATES, lambda: _whole(policy), TOLERANCE[dtype])
+    ours = policy.paths.states == "decoder"
+    _choose(policy, "sampler", SAMPLERS, lambda: _sampled(policy, dtype), TOLERANCE[dtype], ours)
+    _choose(policy, "rows", ROWS, lambda: _packed(policy), TOLERANCE[dtype], ours)
 
 
-def refuse_rescaled(shape: PretrainedConfig) -> None:
-    """Raises PolicyError where logits are made of LM head · hidden state by a further step."""
-    if scaled := [name for name in RESCALED if getattr(shape, name, None) not in (None, 1.0)]:
-        value = getattr(shape, scaled[0])
-        raise _refusal(shape.model_type, f"its logits are not LM head · hidden state ({scaled[0]}={value})")
+def _choose(
+    policy: Policy, name: str, words: Mapping[Any, str], scores: Scores, tolerance: float, ours: bool = True
+) -> None:
+    """Without `ours`, the first path, the code is not ours."""
+    fault, paths = "", list(words)[0 if ours else 1 :]
+    for path in paths:
+        policy.paths = replace(policy.paths, **{name: path})
+        try:
+            by_path, own = scores()
+        except Exception as error:  # whatever a model that nobody here wrote may raise
+            fault = f"{type(error).__name__}: {error}"
+            continue
+        difference = (by_path - own).abs().max().item()
+        if difference <= tolerance:
+            return
+        fault = f"log-probabilities differ from those of its own forward by {difference:.1g}"
+    raise _refusal(
+        policy.config.model_type, f"{READERS[name]} fails in every way, and at last ({words[paths[-1]]}): {fault}"
+    )
 
 
 def _refusal(kind: str, reason: str) -> PolicyError:
@@ -55,22 +68,49 @@ def _refusal(kind: str, reason: str) -> PolicyError:
     )
 
 
-def _three_ways(policy: Policy, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of sampled tokens by the engine, by the learner's packed row, and by the model itself."""
+def _sampled(policy: Policy, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens that the engine has sampled: by it, and by the model's own forward."""
     from rollout.engine import Engine
 
-    prompt = list(range(2, 7))
-    params = SamplingParams(group_size=2, max_completion_tokens=4)
-    [group] = Engine(policy, dtype).sample([Prompt("agreement", "", prompt)], params)
-    ids = [completion.token_ids for completion in group.completions]
-    sampled = torch.tensor([value for completion in group.completions for value in completion.logprobs])
+    params = SamplingParams(group_size=2, max_completion_tokens=TOKENS)
+    prompts = [Prompt(f"agreement/{n}", "", token_ids) for n, token_ids in enumerate(_prompts(policy))]
+    groups = Engine(policy, dtype).sample(prompts, params)
+    pairs = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
+    sampled = torch.tensor([value for _, completion in pairs for value in completion.logprobs])
+    return sampled, torch.cat([_own(policy, prompt, completion.token_ids) for prompt, completion in pairs])
 
-    mini = collate([PackedRow(prompt, [Sample(i, tokens) for i, tokens in enumerate(ids)])], policy.device)
-    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
-    preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))[mini.scored]
-    packed = token_logprobs(preceding @ policy.lm_head.T, mini.token_ids[mini.scored])
 
-    rows = torch.tensor([prompt + tokens for tokens in ids], device=policy.device)
-    logits = policy.trunk(input_ids=rows, use_cache=False).logits[:, len(prompt) - 1 : -1]
-    plain = token_logprobs(logits, rows[:, len(prompt) :]).flatten()
-    return sampled, packed.cpu(), plain.cpu()
+def _whole(policy: Policy) -> tuple[Tensor, Tensor]:
+    """Log-probabilities by the LM head, and by the model's own forward."""
+    prompt, completion = _prompts(policy)
+    row = torch.tensor([prompt + completion], device=policy.device)
+    with attending_by(policy.config, policy.own_attention):
+        states, _ = last_states(policy.trunk, policy.paths.states, input_ids=row, use_cache=False)
+    by_states = shifted_logprobs(policy.output.logits(states), row)[0, len(prompt) - 1 :]
+    return by_states.cpu(), _own(policy, prompt, completion)
+
+
+def _packed(policy: Policy) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given tokens: by the learner's rows, and by the model's own forward."""
+    vocabulary, packed, own = len(policy.lm_head), [], []
+    for prompt, count in zip(_prompts(policy), GROUPS, strict=True):
+        completions = [[(7 * c + 3 * t) % (vocabulary - 2) + 2 for t in range(TOKENS)] for c in range(count)]
+        mini = collate([PackedRow(prompt, [Sample(c, ids) for c, ids in enumerate(completions)])], policy.device)
+        hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
+        preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))[mini.scored]
+        packed.append(token_logprobs(policy.output.logits(preceding), mini.token_ids[mini.scored]).cpu())
+        own += [_own(policy, prompt, ids) for ids in completions]
+    return torch.cat(packed), torch.cat(own)
+
+
+def _prompts(policy: Policy) -> list[list[int]]:
+    """Token ids of a short and of a longer prompt, which is no longer than the context allows."""
+    short, longer = PROMPTS
+    return [list(range(2, 2 + length)) for length in (short, min(longer, policy.max_length - TOKENS - short))]
+
+
+def _own(policy: Policy, prompt: list[int], completion: list[int]) -> Tensor:
+    row = torch.tensor([prompt + completion], device=policy.device)
+    with attending_by(policy.config, policy.own_attention):
+        logits = policy.trunk(input_ids=row, use_cache=False).logits
+    return shifted_logprobs(logits, row)[0, len(prompt) - 1 :].cpu()

@@ -17,6 +17,7 @@ from grpo.source.policy_source import load_policy, with_threads
 from grpo.steps.loop import Run
 from grpo.task.check import check_plan, open_task
 from grpo.task.task import Task
+from policies.paths import Paths
 from policies.policy import Policy
 
 Config = TypeVar("Config", bound=LearningConfig | MtpConfig)
@@ -53,6 +54,8 @@ def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
     for its completion."""
     config = run.config if model is None else run.config.model_copy(update={"model": model})
     policy = load_policy(config, task.corpus(), run.ranks)
+    if policy.paths != Paths():
+        run.log.say(f"a model of type {policy.config.model_type!r} is {policy.paths}")
     if task.held_out or isinstance(config, TrainConfig | MtpConfig):
         task.check_lengths(policy, config.rollout.max_completion_tokens)
     return policy

@@ -47,9 +47,6 @@ def check_shape(plan: Plan) -> None:
     options = plan.options
     if not isinstance(options, RunConfig):
         return
-    from grpo.source.agreement import refuse_rescaled  # one command of many looks at shapes
-
-    refuse_rescaled(plan.shape)
     policy = plan.bare_policy()
     if isinstance(options, LearningConfig):
         check_terms(policy, options)

@@ -39,6 +39,11 @@ class Prefix:
         self.dense = len(self.row_prompt_R) == len(self.lengths_P) * self.widest
         self._mask: tuple[int, Tensor] | None = None
 
+    @property
+    def longest(self) -> int:
+        """Entries of a prompt, padding included."""
+        return self.latents_LPTE.shape[2]
+
     def mask_P1T(self, first: int) -> Tensor:
         """The mask that is -inf at the entries of a prompt to which its rows may not attend: those before `first`, and
         padding."""
@@ -158,11 +163,14 @@ class LatentCache:
             self.whole_R = None  # what comes after the prompt is causal
         if self.prefix is None and self.first:
             visible &= (columns >= self.first) | (columns == at_RS[..., None])
+        self._at_RS, self._visible = at_RS, visible
         self._mask_RST = _mask(visible, self.layers_RTE[0].dtype)
         self._mask_RNT: Tensor | None = None  # the same for every attention head; made when their number is known
+        self._windows: dict[int, tuple[Tensor, Tensor | None]] = {}  # the masks of layers whose window slides
 
-    def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor) -> Tensor:
-        """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V].
+    def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor, window: int | None = None) -> Tensor:
+        """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V]. With `window` a token
+        attends to so many before it, itself included.
 
         The key of a cached vector is its last K entries: the whole vector, or only its rotated part if the policy has
         no unrotated key. The query includes the softmax scale already.
@@ -173,9 +181,13 @@ class LatentCache:
         query = query_RSHK.reshape(rows, new * heads, key_width)
         if self._mask_RNT is None:
             self._mask_RNT = self._mask_RST[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
-        out, total = attention(query, latents_RTE[:rows, : self._reach], self.value_width, self._mask_RNT)
+        mask_RNT, of_prefix = self._mask_RNT, None
+        if window is not None and window < self._reach + (0 if self.prefix is None else self.prefix.longest):
+            mask_RNT, of_prefix = self._masks_within(window, heads)
+        out, total = attention(query, latents_RTE[:rows, : self._reach], self.value_width, mask_RNT)
         if self.prefix is not None:
-            latents, mask = self.prefix.latents_LPTE[layer], self.prefix.mask_P1T(self.first)
+            latents = self.prefix.latents_LPTE[layer]
+            mask = self.prefix.mask_P1T(self.first) if of_prefix is None else of_prefix
             shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, mask)
             if self.first:  # in a prompt of one token nothing is visible
                 shared_total = shared_total + mask.amax(-1, keepdim=True)
@@ -183,6 +195,24 @@ class LatentCache:
             share = torch.sigmoid(shared_total - total)  # of the prompt in the softmax over both
             out = torch.lerp(out, shared_out, share.to(out.dtype))
         return out.reshape(rows, new, heads, self.value_width)
+
+    def _masks_within(self, window: int, heads: int) -> tuple[Tensor, Tensor | None]:
+        """The masks of the rows' entries [R, N, T] and of their prompts' [P, N, T]. Where a window has left a prompt
+        behind, all of it has the lowest number and not minus infinity, of which a kernel would make NaN."""
+        if window not in self._windows:
+            at_RS1, dtype = self._at_RS[..., None], self.layers_RTE[0].dtype
+            columns = torch.arange(self._reach, device=at_RS1.device)
+            own = _mask(self._visible & (columns > at_RS1 - window), dtype)
+            of_prefix = None
+            if self.prefix is not None:
+                first_RS1 = self.prefix.lengths_P[self.prefix.row_prompt_R][:, None, None] + at_RS1 - window + 1
+                columns = torch.arange(self.prefix.longest, device=at_RS1.device)
+                hidden = (columns < first_RS1)[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
+                lowest = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+                lowest = lowest.masked_fill_(hidden, torch.finfo(dtype).min / 2)
+                of_prefix = self.prefix.by_prompt(lowest) + self.prefix.mask_P1T(self.first)
+            self._windows[window] = own[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2), of_prefix
+        return self._windows[window]
 
     def advance(self, kept_R: Tensor | int) -> None:
         """Keep the first `kept_R` of the tokens that were planned."""
@@ -194,7 +224,7 @@ class LatentCache:
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)
 
-    def take(self, rows: Tensor) -> LatentCache:
+    def take(self, rows: Tensor, new: Tensor | None = None) -> LatentCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         cache, reach = copy.copy(self), int(self.lengths_R[rows].max())
         cache.lengths_R, cache.layers_RTE = self.lengths_R[rows], []

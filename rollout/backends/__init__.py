@@ -18,6 +18,7 @@ from rollout.sampling import DraftVocabulary
 
 if TYPE_CHECKING:
     from rollout.backends.hf import HFTrunk
+    from rollout.backends.stock import StockTrunk
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,18 @@ class Decoder:
 
 def derive(
     policy: Policy, dtype: torch.dtype, copies: Copies = PLAIN
-) -> tuple[AbsorbedTrunk | HFTrunk, AbsorbedHead | None]:
+) -> tuple[AbsorbedTrunk | HFTrunk | StockTrunk, AbsorbedHead | None]:
     """Trunk and draft head for decoding, derived from the weights that the policy has now."""
     if policy.backend == "transformers":
         if copies != PLAIN:
             raise ValueError(f"rollout.quantization={copies.trunk}: transformers' own forward has no matrices of ours")
+        if policy.paths.sampler != "own":
+            from rollout.backends.stock import StockTrunk
+
+            return StockTrunk(policy, dtype), None
         from rollout.backends.hf import HFTrunk
 
-        return HFTrunk(policy.trunk, dtype), None
+        return HFTrunk(policy, dtype), None
     with held_as(copies.trunk):
         trunk = AbsorbedTrunk(policy.trunk, dtype, policy.max_length)
     if policy.mtp is None:

@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from itertools import accumulate
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from policies.attention import attending_by
 from policies.decoding.latent_cache import LatentCache, Prefix
+from policies.policy import Policy
 
 ATTENTION = "quartet"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # some models add these to their scores
@@ -35,12 +37,22 @@ class PromptCache:
         self.layers.clear()
 
     def attend(
-        self, module: nn.Module, query_PHTD: Tensor, key_PKTD: Tensor, value_PKTD: Tensor, scale: float
+        self,
+        module: nn.Module,
+        query_PHTD: Tensor,
+        key_PKTD: Tensor,
+        value_PKTD: Tensor,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         """Plain causal attention [P, T, H, ·]. Tokens of a prompt never attend to the padding after it."""
         self.layers[module.layer_idx] = torch.cat([value_PKTD, key_PKTD], dim=-1)
         self.value_width = value_PKTD.shape[-1]
-        return sdpa_attention_forward(module, query_PHTD, key_PKTD, value_PKTD, None, scaling=scale, is_causal=True)[0]
+        options: dict[str, Any] = {"attention_mask": None, "is_causal": True}
+        if window is not None and query_PHTD.shape[2] > window:
+            ones = torch.ones(query_PHTD.shape[2], query_PHTD.shape[2], dtype=torch.bool, device=query_PHTD.device)
+            options = {"attention_mask": ones.tril().triu(1 - window), "is_causal": False}
+        return sdpa_attention_forward(module, query_PHTD, key_PKTD, value_PKTD, scaling=scale, **options)[0]
 
     def advance(self, lengths_P: Tensor) -> None:
         self.lengths = lengths_P
@@ -77,14 +89,20 @@ class RowCache:
         self.latents.plan(new)
 
     def attend(
-        self, module: nn.Module, query_RHSD: Tensor, key_RKSD: Tensor, value_RKSD: Tensor, scale: float
+        self,
+        module: nn.Module,
+        query_RHSD: Tensor,
+        key_RKSD: Tensor,
+        value_RKSD: Tensor,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         """Append the new tokens and attend, [R, S, H, ·]."""
         rows, heads = self.slots_RK.shape
         query_RKSND = (query_RHSD * scale).unflatten(1, (heads, -1)).transpose(2, 3)
         entries_RKSE = torch.cat([value_RKSD, key_RKSD], dim=-1)
         out = self.latents.attend(
-            module.layer_idx, query_RKSND.flatten(0, 1)[self.order], entries_RKSE.flatten(0, 1)[self.order]
+            module.layer_idx, query_RKSND.flatten(0, 1)[self.order], entries_RKSE.flatten(0, 1)[self.order], window
         )
         out_RKSNV = out[self.slots_RK.flatten()].unflatten(0, (rows, heads))
         return out_RKSNV.transpose(1, 2).flatten(2, 3)
@@ -106,7 +124,7 @@ class RowCache:
         self.latents.select(order)
         self._place(torch.searchsorted(order, slots_RK))
 
-    def take(self, rows: Tensor) -> RowCache:
+    def take(self, rows: Tensor, new: Tensor) -> RowCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         slots_RK = self.slots_RK[rows]
         order = slots_RK.flatten().sort().values
@@ -127,26 +145,27 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **options: object,
 ) -> tuple[Tensor, None]:
     if added := [name for name in UNSUPPORTED if options.get(name) is not None]:
         raise ValueError(f"{type(module).__name__} adds {added[0]} to its attention scores, which rollouts cannot do")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _CACHE.get().attend(module, query, key, value, scale), None
+    return _CACHE.get().attend(module, query, key, value, scale, sliding_window), None
 
 
 AttentionInterface.register(ATTENTION, _attend)
 
 
 class HFTrunk:
-    """The model for decoding. `trunk` must have plain weights; its parameters are cast to `dtype` in place."""
+    """The model for decoding. The policy must have plain weights; its parameters are cast to `dtype` in place."""
 
-    def __init__(self, trunk: PreTrainedModel, dtype: torch.dtype) -> None:
-        for parameter in trunk.parameters():
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        for parameter in policy.trunk.parameters():
             parameter.data = parameter.data.to(dtype)
-        self.config, self.decoder, self.dtype = trunk.config, trunk.get_decoder(), dtype
-        self.embedding = trunk.get_input_embeddings().weight.detach()
-        self.head = trunk.get_output_embeddings().weight.detach()
+        self.config, self.decoder, self.dtype = policy.config, policy.trunk.get_decoder(), dtype
+        self.embedding = policy.trunk.get_input_embeddings().weight.detach()
+        self.logits = policy.output.logits
         self.device: torch.device = self.embedding.device
 
     def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> PromptCache:
@@ -155,14 +174,10 @@ class HFTrunk:
     def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: PromptCache | RowCache) -> Tensor:
         """Final hidden states [B, S, D], after the last norm."""
         cache.plan(token_ids_BS.shape[1])
-        usual, active = self.config._attn_implementation, _CACHE.set(cache)
-        self.config._attn_implementation = ATTENTION
+        active = _CACHE.set(cache)
         try:
-            out = self.decoder(input_ids=token_ids_BS, position_ids=position_ids_BS, use_cache=False)
+            with attending_by(self.config, ATTENTION):
+                out = self.decoder(input_ids=token_ids_BS, position_ids=position_ids_BS, use_cache=False)
         finally:
-            self.config._attn_implementation = usual
             _CACHE.reset(active)
         return out.last_hidden_state
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head)

@@ -20,7 +20,8 @@ from grpo.source.agreement import check_agreement
 from grpo.source.policy_source import load_policy
 from grpo.task.check import check_plan
 from grpo.train import train
-from policies.policy import PolicyError
+from policies.paths import Paths
+from policies.policy import Policy, PolicyError
 
 CPU = torch.device("cpu")
 PROMPT = [5, 9, 2, 7, 7, 30]
@@ -209,27 +210,52 @@ def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "reason"),
+    ("kind", "config", "paths"),
     [
-        ("gemma2", {"head_dim": 8}, "final_logit_softcapping=30.0"),
-        ("granite", {"logits_scaling": 4.0}, "logits_scaling=4.0"),
-        ("cohere", {}, "logit_scale=0.0625"),
-        ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "adds s_aux to its attention"),
-        ("bloom", {}, "do not attend through the attention interface"),
-        ("inkling_text", INKLING, "adds position_bias to its attention"),
-        ("mamba", {}, "do not attend through the attention interface"),
-        ("bloom", {"max_position_embeddings": None}, "has no max_position_embeddings"),
+        ("granite", {"logits_scaling": 4.0}, Paths()),
+        ("cohere", {}, Paths()),
+        ("phi", {}, Paths()),  # its LM head has a bias
+        ("gpt2", {"n_positions": 256}, Paths("own", "alone")),
+        ("gemma2", {"head_dim": 8}, Paths("joined")),  # its scores are capped
+        ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, Paths("joined")),  # sinks
+        ("bloom", {"max_position_embeddings": None}, Paths("joined", "alone")),
+        ("falcon", {}, Paths("joined", "alone")),  # it asks for torch's attention by its name
+        ("inkling_text", INKLING, Paths("joined", "alone")),
+        ("mamba", {}, Paths("apart", "alone")),  # it does not heed padding
+        ("rwkv", {"attention_hidden_size": 32, "context_length": 256}, Paths("whole", "alone")),
+        ("bert", {"is_decoder": True}, Paths("joined", "alone", "head")),
     ],
 )
-def test_a_model_that_computes_something_else_is_refused_by_name(hf_policy, kind, config, reason):
-    with pytest.raises(PolicyError, match=f"a model of type '{kind}' cannot be trained here: .*{reason}"):
-        check_agreement(hf_policy(kind, **config))
+def test_the_fastest_path_that_agrees_is_taken(hf_policy, kind, config, paths):
+    policy = hf_policy(kind, 3, **config)
+    check_agreement(policy)
+    assert policy.paths == paths
+    assert Policy.from_skeleton(policy.skeleton()).paths == paths  # a worker's
 
 
-def test_a_configuration_without_a_word_about_ties_is_refused_by_what_the_model_computes(hf_policy, tmp_path):
+def test_what_the_load_check_found_comes_with_the_policy_of_a_folder(hf_policy, tmp_path):
     hf_policy("inkling_text", **INKLING).save(tmp_path)
-    with pytest.raises(PolicyError, match="a model of type 'inkling_text' cannot be trained here: .*position_bias"):
-        load_policy(EvalConfig(model=str(tmp_path)))
+    assert load_policy(EvalConfig(model=str(tmp_path))).paths == Paths("joined", "alone")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_contract_10_rows_alone_are_packed_rows(hf_policy, kind):
+    policy, mini = hf_policy(kind, 1, **KINDS[kind] | {"sliding_window": 8}), collate([_row(), _row()], CPU)
+    both = []
+    for rows in ("packed", "alone"):
+        policy.paths = Paths(rows=rows)
+        policy.zero_grad()
+        logprobs = small_learner(policy, LearnerOptions(), MTPOptions()).likelihood.forward(mini).logprobs
+        logprobs.square().sum().backward()
+        both.append((logprobs.detach(), policy.trunk.get_input_embeddings().weight.grad.clone()))
+    for packed, alone in zip(*both, strict=True):
+        assert (packed - alone).abs().max() <= 2e-5 * packed.abs().max()
+
+
+def test_a_model_whose_forward_is_not_causal_is_refused_by_name(hf_policy):
+    """BERT as it is made to fill gaps."""
+    with pytest.raises(PolicyError, match="a model of type 'bert' cannot be trained here: the sampler fails in every"):
+        check_agreement(hf_policy("bert", 3, is_decoder=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -239,12 +265,6 @@ def test_models_that_agree_are_taken(hf_policy, kind, dtype):
     for parameter in policy.parameters():
         parameter.data = parameter.data.to(dtype)
     check_agreement(policy)
-
-
-def test_a_bias_of_the_lm_head_is_noticed(hf_policy):
-    policy = hf_policy("phi")
-    with pytest.raises(PolicyError, match="the sampler computes other log-probabilities than its own forward"):
-        check_agreement(policy)
 
 
 def test_positions_that_nobody_can_restart_are_noticed(hf_policy, monkeypatch):
@@ -258,8 +278,8 @@ def test_positions_that_nobody_can_restart_are_noticed(hf_policy, monkeypatch):
         return forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **rest)
 
     monkeypatch.setattr(decoder, "forward", counting)
-    with pytest.raises(PolicyError, match="the learner computes other log-probabilities than its own forward"):
-        check_agreement(policy)
+    check_agreement(policy)
+    assert policy.paths == Paths("own", "alone")
 
 
 def test_every_linear_layer_takes_adapters_whatever_its_name(hf_policy):

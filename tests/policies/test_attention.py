@@ -257,6 +257,20 @@ def test_block_mask_mask_and_blocks_are_the_dense_mask(shapes, first, head, long
     assert torch.equal(by_blocks, expected & real)
 
 
+@pytest.mark.parametrize("window", [1, 3, 6, 40])
+def test_a_window_hides_by_positions(window):
+    """A completion continues the positions of its prompt, whatever completion lies between them."""
+    packing = Packing(rows((5, [4, 7]), (8, [2, 6])).segment)
+    expected, windowed = packing.visible.clone(), packing.within(window)
+    positions = [[*range(5), *range(5, 9), *range(5, 12)], [*range(8), 8, 9, *range(8, 14)]]
+    for b, of_row in enumerate(positions):
+        for q, k in itertools.product(range(len(of_row)), repeat=2):
+            expected[b, q, k] &= of_row[q] - of_row[k] < window
+    assert torch.equal(windowed.visible, expected)
+    assert (windowed is packing) == (window == 40)
+    assert packing.within(window) is windowed
+
+
 def test_a_block_mask_is_torchs_own():
     """Made in strips or at once."""
     packing = Packing(rows((300, [500, 700]), (900, [100])).segment)

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import policies.few_logprobs
 import policies.logprobs
 from policies.few_logprobs import logprobs_at, top_logprobs
+from policies.lm_head import LMHead, scale_and_cap
 from policies.logprobs import (
     CHUNK,
     GRADIENT_CHUNKS,
@@ -108,6 +110,49 @@ def test_from_hidden_equals_full_logits_with_gradients(entropy_grad):
     for ours, expected in zip(chunked, full, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     assert chunked[1].requires_grad == entropy_grad
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_logits_that_are_scaled_shifted_and_capped_have_the_gradients_of_plain_torch(scale, cap, entropy_grad):
+    torch.manual_seed(0)
+    token_ids, upstream = torch.randint(13, (23,)), torch.randn(2, 23)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((23, 8), (13, 8), (13,))]
+
+    def run(score):
+        logprobs, entropies = score(*leaves)
+        loss = (upstream[0] * logprobs).sum() + (upstream[1] * entropies).sum() * entropy_grad
+        return logprobs, entropies, *torch.autograd.grad(loss, leaves)
+
+    def plain(hidden, weight, bias):
+        logits = scale * (hidden @ weight.T + bias)
+        return reference(logits if cap is None else cap * torch.tanh(logits / cap), token_ids, 0.7)
+
+    def ours(hidden, weight, bias):
+        head = LMHead(weight, bias, scale, cap)
+        few = logprobs_at(hidden, head, token_ids[:, None], 0.7, chunk=5)[:, 0]
+        logprobs, entropies = logprobs_from_hidden(hidden, head, token_ids, 0.7, chunk=5, entropy_grad=entropy_grad)
+        torch.testing.assert_close(few, logprobs)
+        return logprobs, entropies
+
+    for values in zip(run(ours), run(plain), strict=True):
+        torch.testing.assert_close(*values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "expected"),
+    [
+        ("llama", {}, (1.0, None)),
+        ("cohere", {"logit_scale": 0.0625}, (0.0625, None)),
+        ("granite", {"logits_scaling": 8}, (0.125, None)),  # divided
+        ("hyperclovax", {"logits_scaling": 8}, (8.0, None)),  # multiplied
+        ("gemma2", {"final_logit_softcapping": 30.0}, (1.0, 30.0)),
+        ("muse_glimmer", {"output_multiplier": 0.5, "final_logit_softcapping": 20.0}, (0.5, 20.0)),
+    ],
+)
+def test_what_is_done_to_logits_is_read_from_the_configuration(kind, fields, expected):
+    assert scale_and_cap(SimpleNamespace(model_type=kind, **fields)) == expected
 
 
 def test_the_gradient_of_the_lm_head_does_not_lose_bits_with_every_chunk():

@@ -14,6 +14,7 @@ from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
 from grpo.learner.likelihood import Forward, Likelihood
 from grpo.learner.terms.term import Term, Work
 from policies.few_logprobs import logprobs_at, top_logprobs
+from policies.lm_head import LMHead
 from policies.logprobs import CHUNK_ELEMENTS, LEAST_LOGPROB
 from policies.policy import Policy
 
@@ -49,8 +50,8 @@ class TeacherPolicy:
 
     @torch.no_grad()
     def top(self, likelihood: Likelihood, mini: MicroBatch, k: int) -> tuple[Tensor, Tensor]:
-        hidden_ND, head_VD = likelihood.preceding(mini, self.policy)[mini.scored], self.policy.lm_head
-        return top_logprobs(hidden_ND, head_VD, k, likelihood.temperature, chunk=_chunk(head_VD))
+        hidden_ND, lm_head = likelihood.preceding(mini, self.policy)[mini.scored], self.policy.output
+        return top_logprobs(hidden_ND, lm_head, k, likelihood.temperature, chunk=_chunk(lm_head))
 
 
 def term(policy: Policy, config: Any, load: Callable[[str], Policy] | None) -> DistillTerm | None:
@@ -111,16 +112,16 @@ class DistillTerm(Term):
             return None
         likelihood = work.likelihood
         ids_NK, teacher_NK = self.scores.top(likelihood, mini, self.top_k)
-        hidden_ND, head_VD = forward.preceding[mini.scored], likelihood.policy.lm_head
-        policy_NK = logprobs_at(hidden_ND, head_VD, ids_NK, likelihood.temperature, chunk=_chunk(head_VD))
+        hidden_ND, lm_head = forward.preceding[mini.scored], likelihood.policy.output
+        policy_NK = logprobs_at(hidden_ND, lm_head, ids_NK, likelihood.temperature, chunk=_chunk(lm_head))
         kl_CL = mini.by_completion(top_k_kl(policy_NK, teacher_NK)).masked_fill(~mini.loss_mask, 0.0)
         loss = kl_CL.sum() / max(work.batch.num_completion_tokens, 1)
         work.note("loss/teacher_kl", loss.item())
         return loss
 
 
-def _chunk(lm_head_VD: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS // lm_head_VD.shape[0])
+def _chunk(lm_head: LMHead) -> int:
+    return max(1, CHUNK_ELEMENTS // len(lm_head.weight))
 
 
 def distill(old_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import pytest
 import ray
 import torch
 
-from policies.policy import Policy, PolicyError
+from policies.attention import attending_by
+from policies.paths import Paths
+from policies.policy import BOUNDLESS, Policy, PolicyError
 from rollout.backends.hf import RowCache
 from rollout.cluster import start_ray
 from rollout.engine import Engine
@@ -34,6 +36,31 @@ KINDS: dict[str, dict] = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
 }
 ESSENTIAL = ("llama", "qwen2", "qwen3")
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+# Windows that slide while both caches are in use; states beside the cache; sinks; a mask by ALiBi; no cache at all.
+STOCK: dict[str, tuple[dict, Paths]] = {
+    "qwen3_5_text": (LINEAR | {"head_dim": 8, "num_hidden_layers": 4}, Paths("joined", "alone")),
+    "mamba2": ({"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 16}, Paths("apart", "alone")),
+    "gpt_oss": (
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+        Paths("joined"),
+    ),
+    "bloom": ({}, Paths("joined", "alone")),
+    "rwkv": ({"attention_hidden_size": 32, "context_length": 256}, Paths("whole", "alone")),
+}
+
+
+@pytest.fixture(scope="module")
+def stock(hf_policy):
+    """`stock("bloom")`: a policy that transformers' own cache decodes."""
+
+    def build(kind: str) -> Policy:
+        config, paths = STOCK[kind]
+        policy = hf_policy(kind, 3, **config)
+        policy.paths = paths
+        return policy
+
+    return build
 
 
 def completions(groups: list[RolloutGroup]) -> list[Completion]:
@@ -52,7 +79,8 @@ def differences(policy: Policy, groups: list[RolloutGroup], temperature: float) 
         for completion in group.completions:
             ids = torch.tensor(completion.token_ids)
             row = torch.tensor([group.prompt.token_ids + completion.token_ids])
-            logits = policy.trunk(input_ids=row, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
+            with attending_by(policy.config, policy.own_attention):
+                logits = policy.trunk(input_ids=row, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
             own = (logits.float() / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]
             found.append((own - torch.tensor(completion.logprobs)).abs())
     return torch.cat(found)
@@ -70,6 +98,26 @@ def test_contract_2_log_probabilities_are_the_models_own(hf_policy, kind):
     assert len(lengths) > 4  # ragged, so that rows of several lengths and prompts were decoded together
     assert {c.finish_reason for c in completions(groups)} == {"stop", "length"}
     assert all(c.draft.target_forwards == len(c.token_ids) - 1 for c in completions(groups))
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_contracts_2_and_4_by_transformers_own_cache(stock, kind):
+    """Rows that leave and come, with little room too, and alone."""
+    policy = stock(kind)
+    groups = Engine(policy).sample(PROMPTS, PARAMS)
+    assert differences(policy, groups, PARAMS.temperature).max() < 1e-4
+    assert len({len(ids) for ids in tokens(groups)}) > 4
+    assert tokens(Engine(policy, max_rows=8).sample(PROMPTS, PARAMS)) == tokens(groups)
+    alone = [group for prompt in PROMPTS[:3] for group in Engine(policy).sample([prompt], PARAMS)]
+    assert tokens(alone) == tokens(groups[:3])
+
+
+@pytest.mark.parametrize("sampler", ["joined", "apart", "whole"])
+def test_every_way_to_keep_what_was_read_gives_the_same_tokens(hf_policy, sampler):
+    policy = hf_policy("gemma3_text", 3, head_dim=8, sliding_window=16)
+    expected = tokens(Engine(policy).sample(PROMPTS, PARAMS))
+    policy.paths = Paths(sampler)
+    assert tokens(Engine(policy).sample(PROMPTS, PARAMS)) == expected
 
 
 @pytest.mark.parametrize("kind", ESSENTIAL)
@@ -178,14 +226,12 @@ def test_attention_that_is_more_than_attention_is_refused(hf_policy):
     [
         ("qwen2", {}, 256),
         ("qwen2", {"sliding_window": 64}, 256),  # not used unless use_sliding_window says so
-        ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, 64),
-        ("mistral", {"sliding_window": 64}, 64),
-        ("mistral", {"sliding_window": None}, 256),
-        ("gemma3_text", {"head_dim": 8, "sliding_window": 32}, 32),
+        ("mistral", {"sliding_window": 64}, 256),  # which slides
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 256),
+        ("glm_moe_dsa", {"index_topk": 64}, 64),  # beyond it an indexer leaves tokens out
     ],
 )
-def test_the_context_ends_where_a_window_would_hide_something(hf_policy, kind, config, context):
+def test_the_context_ends_where_something_would_be_computed_otherwise(hf_policy, kind, config, context):
     policy = hf_policy(kind, **config)
     assert policy.max_length == context
     prompt = Prompt("long", "", [5] * (context - 10))
@@ -195,12 +241,18 @@ def test_the_context_ends_where_a_window_would_hide_something(hf_policy, kind, c
         engine.check([prompt], replace(PARAMS, max_completion_tokens=11))
 
 
-def test_within_its_window_a_sliding_model_is_the_models_own(hf_policy):
-    policy = hf_policy("mistral", sliding_window=64)
-    params = replace(PARAMS, max_completion_tokens=34, stop_token_ids=())
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("window", [5, 20, 64])
+def test_a_window_slides_over_prompts_and_completions(hf_policy, window, group_size):
+    policy = hf_policy("mistral", 3, sliding_window=window)
+    params = replace(PARAMS, max_completion_tokens=34, stop_token_ids=(), group_size=group_size)
     groups = Engine(policy).sample(PROMPTS, params)
-    assert max(len(g.prompt.token_ids) for g in groups) + 34 == 64
-    assert differences(policy, groups, PARAMS.temperature).max() < 1e-4
+    assert max(len(g.prompt.token_ids) for g in groups) == 30
+    assert differences(policy, groups, PARAMS.temperature).max() < 2e-5
+
+
+def test_a_model_without_a_limit_has_no_end_of_its_context(hf_policy):
+    assert hf_policy("mamba", max_position_embeddings=None).max_length == BOUNDLESS
 
 
 def test_the_tokenizers_own_stop_token_comes_first(hf_policy):

@@ -23,6 +23,7 @@ from talking import Talking
 
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.logprobs import token_logprobs
+from policies.paths import Paths
 from rollout.engine import Engine
 from rollout.environments.episodes import Arena, Episode, Episodes
 from rollout.environments.format import Call, Turn
@@ -145,8 +146,11 @@ def test_contract_2_the_sampler_scores_as_the_learner_does(engine, draft_tokens)
     assert _assert_learner_agrees(engine.policy, groups, EPISODES.temperature) > 800
 
 
-def test_models_of_transformers_have_episodes_too(hf_policy):
-    engine = Engine(hf_policy("qwen3", 3))
+@pytest.mark.parametrize("paths", [Paths(), Paths("joined", "alone"), Paths("apart"), Paths("whole")])
+def test_models_of_transformers_have_episodes_too(hf_policy, paths):
+    policy = hf_policy("qwen3", 3)
+    policy.paths = paths
+    engine = Engine(policy)
     try:
         groups = engine.sample(PROMPTS, replace(EPISODES, temperature=1.0))
         assert _assert_learner_agrees(engine.policy, groups, 1.0) > 200

@@ -1,0 +1,29 @@
+"""The zoo itself: every type is in it or is refused with a reason, and no model of it is neutral."""
+
+import pytest
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import zoo
+
+
+def test_every_causal_type_is_here_or_is_refused_with_a_reason():
+    assert {*zoo.kinds(), *zoo.refused()} == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert all(zoo.refused().values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5", "gemma4_text/experts", "nemotron_h", "deepseek_v4"])
+def test_a_model_is_tiny_always_the_same_and_far_from_uniform(kind):
+    model, again = zoo.tiny(kind), zoo.tiny(kind)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+    with torch.no_grad():
+        logits = model(input_ids=torch.randint(2, zoo.VOCABULARY, (1, 40)), use_cache=False).logits
+    assert 1 < logits.std(-1).mean() < 4
+    assert all(p.std() > 0 for p in model.parameters() if p.numel() > 1)
+
+
+def test_layers_are_as_many_as_asked_for():
+    assert zoo.tiny_config("qwen3_5_text").layer_types == ["linear_attention", "full_attention"]
+    assert zoo.tiny_config("qwen3_5_text", layers=3).num_hidden_layers == 3
+    assert zoo.tiny_config("lfm2", layers=2).layer_types == ["conv", "full_attention"]
