@@ -77,7 +77,7 @@ class Session:
         self.held_out = HeldOut(task, self.policy, self.pool, run.log, sampling, self._evaluated)
         self._own_loss: tuple[Loss, Term] | None = None  # the last one, which may go on with the same batch
         self._prepared: tuple[Drawn, TrainingBatch] | None = None  # what the step learns from
-        self._examples: list[str] = []  # whose solutions were taken last
+        self._examples: list[str] = []  # whose solutions were taken last, where it learns from solutions
         self._of_grpo = " GRPO" if isinstance(self.config, TrainConfig) else ""
 
     @classmethod
@@ -234,6 +234,7 @@ class Session:
             unscored = [GroupScore([0.0] * len(group.completions), {}) for group in sampled]
             drawn = Drawn(list(sampled), list(unscored if scores is None else scores), [0] * len(sampled))
             self.run.metrics |= rollout_metrics(drawn.groups, drawn.scores)
+        self._examples = []
         with self.run.phase("learning"):
             batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
             for listener in self.collector.listeners:

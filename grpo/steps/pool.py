@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import everyone, whole
 from rollout.depth import FEW_ROWS, PROMPT_TOKENS, CostTable, Workload
-from rollout.group import RolloutGroup
 from rollout.pool import Copies, Pool, PoolOptions, Sampler
 from rollout.pools import open_pool
 from rollout.publication.digests import Held
@@ -57,17 +56,16 @@ class NoPool:
     def sleep(self) -> None:
         pass
 
-    def sample(self, *_: object) -> list[RolloutGroup]:
+    def sample(self, *_: object) -> NoReturn:
         raise RuntimeError("rank 0 alone samples, and a session of quartet sft only to evaluate")
 
-    def sample_on_each(self, *_: object) -> dict[str, list[RolloutGroup]]:
-        raise RuntimeError("rank 0 alone samples")
+    sample_on_each = sample
 
     def held(self) -> dict[str, Held]:
         return {}
 
-    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
-        raise RuntimeError("rank 0 alone samples")
+    def use_costs(self, costs: CostTable | None, work: Workload) -> NoReturn:
+        self.sample()
 
     def metrics(self) -> dict[str, float]:
         return {}
