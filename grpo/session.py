@@ -69,8 +69,8 @@ class Session:
         self.run, self.task, self.learner, self.collector, self.config = run, task, learner, collector, run.config
         self.policy, self.ranks, self.plain = learner.policy, run.ranks, plain
         self.batches = Batches(run, collector, learner, self._publish)
-        self.canaries: SamplingParams | None = None  # how samplers are checked that a session has from end to end
-        self.publisher: Publisher | None = None  # of these
+        self.canaries: SamplingParams | None = None  # None: there are samplers only while it evaluates
+        self.publisher: Publisher | None = None
         self.pool: Pool = NoPool()
         collector.pool = self.pool
         sampling = replace(sampling_of(run, self.policy, run.config.eval.samples), environment=task.actor.environment)
@@ -290,7 +290,8 @@ class Session:
                 if on_micro_batch:
                     on_micro_batch(finished, total)
                 if not moved and finished * self.learner.options.updates_per_batch < total:
-                    if self.ranks.size == 1:  # several ranks finish their step: they are in it together
+                    # Several ranks finish their step, which they are in together; so does a short one on solutions.
+                    if self.ranks.size == 1 and not self._examples:
                         signals.check()
                     self.batches.go_on(self.step)
 
@@ -346,7 +347,7 @@ class Session:
         if problems is not None:
             self.task.refuse_trained_on(problems)
         with ExitStack() as stack:
-            if self.publisher is None:  # there is a pool for as long as this
+            if self.publisher is None:
                 pool = open_run_pool(self.run, self.policy, prompts_per_shard=64)
                 self.held_out.pool = stack.enter_context(closing(pool))
             return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
