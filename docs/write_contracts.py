@@ -103,7 +103,7 @@ CLAUSES = {
         "on_that_share",
         "What cannot": "refused one_file",
     },
-    17: {"Everything": "primitives two_ranks"},
+    17: {"Everything": "primitives supervises two_ranks"},
 }
 
 

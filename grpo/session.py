@@ -1,24 +1,24 @@
 """The primitives of a training: a policy that learns, its samplers, and what a step does with them.
 
-`quartet train` is a loop over these (grpo/train.py), and a loop of your own is the same lines (contract 17).
+`quartet train` and `quartet sft` are loops over these (grpo/train.py, grpo/sft.py), and a loop of your own is the same
+lines (contract 17).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from grpo.algorithm.dynamic_sampling import Drawn
-from grpo.config.run import TrainConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.examples import Example
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import PackedRow, TrainingBatch
-from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.learner.prepare import Advantages, recorded, supervised
@@ -26,20 +26,19 @@ from grpo.run import checkpoint
 from grpo.run.metrics import rollout_metrics
 from grpo.run.records import rollout_path
 from grpo.run.stop import signals
-from grpo.source.policy_source import load_beside, save_policy
+from grpo.source.policy_source import save_policy
 from grpo.steps.ahead import Batches
 from grpo.steps.collector import Collector
-from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
-from grpo.steps.opening import base_weights, first_policy, open_run, shared_policy
-from grpo.steps.pool import open_sampler, sampling_of, use_costs_of_run
+from grpo.steps.opening import grpo_session, open_run
+from grpo.steps.pool import NoPool, open_run_pool, open_sampler, sampling_of, use_costs_of_run
 from grpo.steps.publisher import Publisher, open_publisher
 from grpo.task.task import Task
-from policies import four_bit
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.pool import Sampler
+from rollout.pool import Pool
+from rollout.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from grpo.learner.lessons import Lesson
@@ -51,6 +50,9 @@ class Session:
     """A policy that learns and its samplers, as a configuration says: with its warm start, its curriculum and its
     schedule. Every rank of a run calls the same primitives in the same order, and gets the same values.
 
+    With the configuration of `quartet sft`, and in a warm start, it learns from `solutions`, and samples only to
+    evaluate.
+
     >>> with Session.open(TrainConfig(output_dir="runs/mine", steps=20)) as session:
     ...     for step in session.run.steps():
     ...         groups = session.sample(session.prompts(step), step=step)
@@ -60,20 +62,29 @@ class Session:
     ...         session.record(step, metrics)
     """
 
-    def __init__(self, run: Run[TrainConfig], task: Task, learner: Learner, plain: Policy | None = None) -> None:
+    def __init__(
+        self, run: Run[Any], task: Task, learner: Learner, collector: Collector, plain: Policy | None = None
+    ) -> None:
         """`plain` shares the frozen weights, without adapters: what other sessions begin with."""
-        self.run, self.task, self.learner, self.config = run, task, learner, run.config
+        self.run, self.task, self.learner, self.collector, self.config = run, task, learner, collector, run.config
         self.policy, self.ranks, self.plain = learner.policy, run.ranks, plain
-        self.collector = Collector(run, task, learner.policy, listeners_of(run, task))
-        self.batches = Batches(run, self.collector, learner, self._publish)
+        self.batches = Batches(run, collector, learner, self._publish)
+        self.canaries: SamplingParams | None = None  # None: there are samplers only while it evaluates
+        self.publisher: Publisher | None = None
+        self.pool: Pool = NoPool()
+        collector.pool = self.pool
+        sampling = replace(sampling_of(run, self.policy, run.config.eval.samples), environment=task.actor.environment)
+        self.held_out = HeldOut(task, self.policy, self.pool, run.log, sampling, self._evaluated)
         self._own_loss: tuple[Loss, Term] | None = None  # the last one, which may go on with the same batch
         self._prepared: tuple[Drawn, TrainingBatch] | None = None  # what the step learns from
+        self._examples: list[str] = []  # whose solutions were taken last, where it learns from solutions
+        self._of_grpo = " GRPO" if isinstance(self.config, TrainConfig) else ""
 
     @classmethod
     @contextmanager
     def open(
         cls,
-        config: TrainConfig,
+        config: TrainConfig | SftConfig,
         *,
         base: Session | None = None,
         resume: str | None = None,
@@ -85,40 +96,33 @@ class Session:
         `base`: both have the frozen weights of one policy, in memory once, each with adapters of its own."""
         flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
         with open_run(config, config.steps, **flags) as (run, task):
-            config, ranks = run.config, run.ranks
-            if base is None and config.warm_start.steps:
-                from grpo.steps.supervise import warm_start
+            from grpo.steps.supervise import supervised_session, warm_start
 
-                warm_start(run, task)
-            start = str(run.folder / "warm_start") if config.warm_start.steps else None
-            again, beside = partial(first_policy, run, task, start), partial(load_beside, config)
-            policy = again() if base is None else shared_policy(run, base.plain, base.run)
-            counts = four_bit.counts(policy.trunk)
-            if counts["in_4_bits"]:
-                run.log.event("base_in_4_bits", **counts)
-            plain = policy.sharing(head=True) if config.lora and ranks.layout is None else None
-            learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
-            session = cls(run, task, learner, plain)
-            run.restore(learner=learner, curriculum=session.batches, **base_weights(run, learner))
-            with (
-                open_publisher(run, learner, sampling_of(run, policy, 1)) as publisher,
-                open_sampler(run, task, publisher.pool) as sampler,
-                open_sampler(run, task, publisher.pool) as examiner,  # an agent may remember what it has met
-            ):
-                session._begin(publisher, sampler, examiner)
-                with run:
-                    session.batches.begin()
-                    session._evaluate_first()
-                    yield session
+            if isinstance(config, SftConfig):
+                session = supervised_session(cls, run, task)
+            else:
+                if base is None and config.warm_start.steps:
+                    warm_start(run, task, cls)
+                session = grpo_session(cls, run, task, base)
+            with session.begun():
+                yield session
 
-    def _begin(self, publisher: Publisher, sampler: Sampler, examiner: Sampler) -> None:
-        """Samplers hold the weights; measure what their drafts cost."""
-        config, policy, run = self.config, self.policy, self.run
-        self.publisher, self.pool, self.collector.pool = publisher, publisher.pool, sampler
-        run.alone(use_costs_of_run, run, self.pool, policy, self.collector.sampling, self.collector.longest_prompt)
-        sampling = replace(sampling_of(run, policy, config.eval.samples), environment=self.task.actor.environment)
-        log, every = run.log, config.eval.every
-        self.held_out = HeldOut(self.task, policy, examiner, log, sampling, every, self._evaluated)
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The steps are inside, after the first evaluation."""
+        run, task = self.run, self.task
+        with ExitStack() as stack:
+            if self.canaries:
+                self.publisher = stack.enter_context(open_publisher(run, self.learner, self.canaries))
+                self.pool = self.publisher.pool
+                self.collector.pool = stack.enter_context(open_sampler(run, task, self.pool))
+                self.held_out.pool = stack.enter_context(open_sampler(run, task, self.pool))  # agents have a memory
+                run.alone(use_costs_of_run, run, task, self.pool, self.policy, self.collector.sampling)
+            stack.enter_context(run)
+            self.batches.begin()
+            if self._evaluates(run.step) and not self.held_out.done(run.step):
+                self.evaluate(when=f"before{self._of_grpo}" if run.step == 0 else None)
+            yield
 
     @property
     def step(self) -> int:
@@ -132,7 +136,6 @@ class Session:
         sampled ahead, as the configuration says."""
         drawn = self.batches.take(step)
         self.run.metrics |= drawn.metrics
-        self.run.alone(self.pool.sleep)
         self.batches.go_on(step)
         return drawn
 
@@ -158,9 +161,7 @@ class Session:
             self.collector.learn_drafts(groups)
             return groups
 
-        groups = self.ranks.from_first(act)
-        self.run.alone(self.pool.sleep)
-        return groups
+        return self.ranks.from_first(act)
 
     def score(
         self, groups: Sequence[RolloutGroup], rewards: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
@@ -179,11 +180,13 @@ class Session:
         """Prompts of the training data with their gold solutions, the next ones in the order of the data."""
         token = self.policy.stop_token_ids[0]
 
-        def take() -> list[PackedRow]:
+        def take() -> tuple[list[str], list[PackedRow]]:
             examples: list[Example] = self.collector.stream.take(count)
-            return [self.task.solution(example, self.policy.tokenizer, token) for example in examples]
+            rows = [self.task.solution(example, self.policy.tokenizer, token) for example in examples]
+            return [example.example_id for example in examples], rows
 
-        return self.ranks.from_first(take)
+        self._examples, rows = self.ranks.from_first(take)
+        return rows
 
     def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
         """Texts as a group, as if they had been sampled; each ends with the stop token. Their log-probabilities are not
@@ -212,6 +215,7 @@ class Session:
         Rows of `solutions` become a batch for supervised steps, lessons that `quartet mtp` has recorded one for the
         draft head. Groups without scores are not recorded. Raises ValueError for a prompt of a held-out problem
         (contract 16), and for lessons where there is no draft head."""
+        self.run.alone(self.pool.sleep)
         if isinstance(groups, Drawn):
             drawn = groups
         elif groups and isinstance(groups[0], PackedRow):
@@ -230,6 +234,7 @@ class Session:
             unscored = [GroupScore([0.0] * len(group.completions), {}) for group in sampled]
             drawn = Drawn(list(sampled), list(unscored if scores is None else scores), [0] * len(sampled))
             self.run.metrics |= rollout_metrics(drawn.groups, drawn.scores)
+        self._examples = []
         with self.run.phase("learning"):
             batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
             for listener in self.collector.listeners:
@@ -253,7 +258,7 @@ class Session:
     def learn(self, batch: TrainingBatch) -> dict[str, float]:
         """`learner.updates_per_batch` times `forward_backward` and `optim_step`, while these move the policy."""
         metrics: dict[str, float] = {}
-        last = self.config.learner.updates_per_batch
+        last = self.learner.options.updates_per_batch
         for update in range(1, last + 1):
             before = self.learner.updates
             metrics |= self.forward_backward(batch) | self.optim_step(ends=update == last)
@@ -284,8 +289,9 @@ class Session:
                 progress.update(bar, completed=finished, total=total)
                 if on_micro_batch:
                     on_micro_batch(finished, total)
-                if not moved and finished * self.config.learner.updates_per_batch < total:
-                    if self.ranks.size == 1:  # several ranks finish their step: they are in it together
+                if not moved and finished * self.learner.options.updates_per_batch < total:
+                    # Several ranks finish their step, which they are in together; so does a short one on solutions.
+                    if self.ranks.size == 1 and not self._examples:
                         signals.check()
                     self.batches.go_on(self.step)
 
@@ -317,8 +323,10 @@ class Session:
         return metrics
 
     def _learn(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
-        file = rollout_path(self.run.folder, self.step)
-        return self.run.learn(act, rate="learner.learning_rate", batch=file)
+        rate = f"{'warm_start' if self.run.inner else 'learner'}.learning_rate"
+        if self._examples:
+            return self.run.learn(act, rate=rate, batch=self.run.folder / "events.jsonl", examples=self._examples)
+        return self.run.learn(act, rate=rate, batch=rollout_path(self.run.folder, self.step))
 
     # ---- publishing, evaluating, keeping ----------------------------------------------------------------------------
 
@@ -329,19 +337,24 @@ class Session:
             self.batches.settle()
             self._publish()
 
-    def _publish(self) -> None:
-        self.publisher.keep_up(self.run)
+    def _publish(self, anew: bool = False) -> None:
+        if self.publisher is not None:
+            self.publisher.keep_up(self.run, anew)
 
     def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:
         """The held-out problems or others, by way of sampling and greedily, as metrics of the run; with `when` they are
         in its result under names of their own. Raises ValueError for a problem that was trained on (contract 16)."""
         if problems is not None:
             self.task.refuse_trained_on(problems)
-        return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
+        with ExitStack() as stack:
+            if self.publisher is None:
+                pool = open_run_pool(self.run, self.policy, prompts_per_shard=64)
+                self.held_out.pool = stack.enter_context(closing(pool))
+            return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
 
     def evaluate_if_due(self, step: int) -> None:
         if self._evaluates(step):
-            self.run.alone(self.held_out.evaluate, step)
+            self.evaluate()
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """The line of the step in metrics.jsonl; where nothing was learned, its completions say so, too."""
@@ -350,7 +363,7 @@ class Session:
 
     def save_if_due(self, step: int) -> None:
         """A checkpoint every `checkpoint.every` steps, at the end, and where an evaluation may find the best."""
-        self.run.save_if_due(self.config.checkpoint.keep_best and self._evaluates(step))
+        self.run.save_if_due(self._evaluates(step) and self.config.checkpoint.keep_best)
 
     def save(self, folder: Path | str) -> Path:
         """A checkpoint in `folder`, beside those of the run; the path for `load`."""
@@ -362,25 +375,19 @@ class Session:
         policy's."""
         self.batches.settle()
         self.run.load(checkpoint.load(Path(path), together=True))
-        self.publisher.version = None  # another policy may have had the same
-        self._publish()
+        self._publish(anew=True)  # another policy may have had the same version
         self.batches.begin()
 
     def finish(self) -> Result:
         """Evaluate at the end, and write the policy to `output_dir/policy`."""
-        run, config = self.run, self.config
-        if not run.ended_before:
-            run.alone(self.held_out.evaluate, run.last, "after GRPO")
-        speeds = self.held_out.speeds() if config.log.measure_speed and self.ranks.first else []
+        run, held_out = self.run, self.held_out
+        if held_out.prompts and not run.ended_before:
+            self.evaluate(when=f"after{self._of_grpo}")
+        measures = isinstance(self.config, TrainConfig) and self.config.log.measure_speed and self.ranks.first
+        speeds = held_out.speeds() if measures else []
         save_policy(self.policy, run.folder / "policy", run.last)
-        if config.checkpoint.keep_best:
-            self._save_best()
-        return Result(run.folder, self.policy, self.held_out.results, speeds)
-
-    def _evaluate_first(self) -> None:
-        step = self.run.step
-        if self._evaluates(step) and not self.held_out.done(step):
-            self.run.alone(self.held_out.evaluate, step, "before GRPO" if step == 0 else None)
+        self._save_best()
+        return Result(run.folder, self.policy, held_out.results, speeds)
 
     def _evaluates(self, step: int) -> bool:
         return self.held_out.due(step, self.run.last)

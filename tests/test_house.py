@@ -23,8 +23,8 @@ MAY_IMPORT = {
 FLOORS = (
     ("__init__", "__main__"),
     ("cli",),
-    ("train",),
-    ("session", "sft", "trl_bridge"),
+    ("train", "sft"),
+    ("session", "trl_bridge"),
     ("steps", "evaluation"),
     ("task",),
     ("source", "endpoint"),

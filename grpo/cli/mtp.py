@@ -12,7 +12,7 @@ Each of the others is an epoch over all of that, which
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,17 +21,20 @@ import torch
 from grpo.config.mtp import MtpConfig
 from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
-from grpo.evaluation.held_out import HeldOut, Result
+from grpo.evaluation.held_out import Result
 from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
+from grpo.run.log import RunLog
 from grpo.run.metrics import rollout_metrics
 from grpo.run.stop import signals
-from grpo.source.policy_source import find_policy, save_policy
+from grpo.session import Session
+from grpo.source.policy_source import find_policy
+from grpo.steps.collector import Collector
+from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
 from grpo.steps.opening import first_policy, open_run
-from grpo.steps.pool import sampling_of, use_costs_of_run
-from grpo.steps.publisher import open_publisher
+from grpo.steps.pool import sampling_of
 from grpo.task.task import Task
 from policies import presets
 from policies.conversion.head import start_head
@@ -39,8 +42,6 @@ from policies.layout import WeightFiles
 from policies.mtp_layers import mtp_layers
 from policies.policy import Policy, PolicyError, read_config
 from rollout.group import RolloutGroup
-from rollout.pool import Pool
-from rollout.sampling import SamplingParams
 
 METRICS = {
     "corpus/taught_tokens": "tokens that this step has kept for the draft head to learn from (quartet mtp), count",
@@ -69,40 +70,33 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
         policy = _policy_with_head(run, task)
         with run.phase("loading"):
             learner = HeadLearner(policy, config.mtp, temperature=config.rollout.temperature, seed=config.seed)
+        params = sampling_of(run, policy, config.rollout.group_size)
+        collector = Collector(run, task, policy, params, streams.streams["taught"], [Depths(run.log)])
+        session = Session(run, task, learner, collector)
+        corpus, sampling = Corpus(run.folder / "corpus"), session.held_out.sampling
+        session.canaries = session.held_out.sampling = replace(sampling, draft_tokens=config.mtp.depth)
         run.restore(learner=learner, prompts=streams)
         if learner.ended:
             run.last = run.start
-        params = sampling_of(run, policy, config.rollout.group_size)
-        sampling = replace(sampling_of(run, policy, config.eval.samples), draft_tokens=config.mtp.depth)
-        with open_publisher(run, learner, sampling) as publisher:
-            pool = publisher.pool
-            use_costs_of_run(run, pool, policy, params)
-            held_out = HeldOut(task, policy, pool, run.log, sampling)
-            corpus = Corpus(run.folder / "corpus")
-            with run:
-                if run.step == 0:
-                    _evaluate(held_out, 0, "before")
-                with run.log.progress() as progress:
-                    bar = progress.add_task("sampling what the draft head learns from", total=config.steps)
-                    teaching = progress.add_task("teaching the draft head", total=config.mtp.epochs)
-                    for step in run.steps():
-                        if step <= config.steps:
-                            _sample(run, task, streams, pool, params.at(step), learner, corpus)
-                        else:
-                            _teach(run, learner, corpus, step)
-                        run.reached()
-                        if learner.ended:
-                            run.last = step
-                        if step == run.last:
-                            publisher.keep_up(run)
-                        run.record(pool.metrics())
-                        run.save_if_due(also=step >= config.steps)  # an epoch takes long
-                        progress.update(bar, completed=min(step, config.steps))
-                        progress.update(teaching, completed=max(step - config.steps, 0))
-                if not run.ended_before:
-                    _evaluate(held_out, run.last, "after")
-        save_policy(policy, run.folder / "policy", run.last)
-    return Result(run.folder, policy, held_out.results)
+        with session.begun():
+            with run.log.progress() as progress:
+                bar = progress.add_task("sampling what the draft head learns from", total=config.steps)
+                teaching = progress.add_task("teaching the draft head", total=config.mtp.epochs)
+                for step in run.steps():
+                    if step <= config.steps:
+                        metrics = _sample(session, streams, learner, corpus, step)
+                    else:
+                        metrics = _teach(run, learner, corpus, step)
+                    run.reached()
+                    if learner.ended:
+                        run.last = step
+                    if step == run.last:
+                        session.publish()
+                    session.record(step, metrics)
+                    run.save_if_due(also=step >= config.steps)  # an epoch takes long
+                    progress.update(bar, completed=min(step, config.steps))
+                    progress.update(teaching, completed=max(step - config.steps, 0))
+            return session.finish()
 
 
 def _policy_with_head(run: Run[MtpConfig], task: Task) -> Policy:
@@ -171,21 +165,12 @@ class Streams:
             stream.load_state_dict(state[name])
 
 
-def _sample(
-    run: Run[MtpConfig],
-    task: Task,
-    streams: Streams,
-    pool: Pool,
-    params: SamplingParams,
-    learner: HeadLearner,
-    corpus: Corpus,
-) -> None:
+def _sample(session: Session, streams: Streams, learner: HeadLearner, corpus: Corpus, step: int) -> dict[str, float]:
     """A step of the corpus: the rollouts of the next prompts and the next solutions, as the trunk reads them."""
-    policy, most = learner.policy, learner.head_options.tokens_per_update
+    run, task, policy, most = session.run, session.task, learner.policy, learner.head_options.tokens_per_update
     examples = streams.take()
     prompts = [task.prompt(example, policy.tokenizer) for kind in KINDS for example in examples[kind]]
-    with run.timed("time/rollout"), run.phase("sampling"):
-        groups = pool.sample(prompts, params)
+    groups = session.sample(prompts, step=step, head_accepted=())
     metrics = rollout_metrics(groups, [])
     run.metrics |= {name: value for name, value in metrics.items() if not name.startswith(("reward/", "group/"))}
     signals.check()
@@ -195,9 +180,9 @@ def _sample(
     with run.timed("time/learn"), run.phase("learning"):
         lessons = {
             "taught": learner.read([*rows_of(taught, most), *solutions]),
-            "held_out": learner.read(rows_of(held_out, most), held_out, params),
+            "held_out": learner.read(rows_of(held_out, most), held_out, session.collector.params(step).at(step)),
         }
-        run.learn(lambda: corpus.add(params.step, lessons), rate="mtp.learning_rate")
+        return run.learn(lambda: corpus.add(step, lessons), rate="mtp.learning_rate")
 
 
 def _cut(row: PackedRow, length: int) -> PackedRow:
@@ -207,21 +192,25 @@ def _cut(row: PackedRow, length: int) -> PackedRow:
     return replace(row, samples=[replace(solution, token_ids=token_ids)])
 
 
-def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int) -> None:
+def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int) -> dict[str, float]:
     """An epoch over the corpus."""
     device, epoch = learner.policy.device, step - run.config.steps
     taught, held_out = (corpus.lessons(kind, run.config.steps, device) for kind in KINDS)
     with run.timed("time/learn"), run.phase("learning"):
         if epoch == 1 and (size := learner.head_options.draft_vocabulary) is not None:
             learner.policy.draft_ids = learner.frequent_tokens(corpus.lessons("taught", 1, device), size)
-        run.learn(lambda: learner.teach(taught, held_out, epoch, step), rate="mtp.learning_rate")
+        return run.learn(lambda: learner.teach(taught, held_out, epoch, step), rate="mtp.learning_rate")
 
 
-def _evaluate(held_out: HeldOut, step: int, when: str) -> None:
-    """Drafts at every depth, on held-out prompts with the same noise before and after."""
-    if results := held_out.evaluate(step, when):
-        accepted = enumerate(results[f"{when}, sampled"].acceptance, start=1)
-        held_out.log.evaluation(step, {f"eval/acceptance_depth_{depth}": share for depth, share in accepted})
+class Depths(Listener):
+    """Records which share of the drafts at every depth was accepted in an evaluation."""
+
+    def __init__(self, log: RunLog) -> None:
+        self.log = log
+
+    def evaluated(self, step: int, results: Mapping[str, Any]) -> None:
+        accepted = enumerate(results["sampled"].acceptance, start=1)
+        self.log.evaluation(step, {f"eval/acceptance_depth_{depth}": share for depth, share in accepted})
 
 
 def stores_head(model: str) -> bool:

@@ -30,8 +30,10 @@ class HeldOut:
     """Samples every held-out problem as `sampling` says and greedily, with the same noise each time.
 
     `results` are the evaluations so far that have a name, such as "before GRPO, sampled". `heed` is called with the
-    step and its evaluations by way of sampling.
+    step and its evaluations by way of sampling. They are due before the first step, and after `every` so many.
     """
+
+    every: int | None = None
 
     def __init__(
         self,
@@ -40,11 +42,9 @@ class HeldOut:
         pool: Sampler,
         log: RunLog,
         sampling: SamplingParams,
-        every: int | None = None,
         heed: Callable[[int, Mapping[str, Evaluation]], None] = lambda step, results: None,
     ) -> None:
-        self.task, self.pool, self.log, self.sampling = task, pool, log, sampling
-        self.every, self.heed = every, heed
+        self.task, self.pool, self.log, self.sampling, self.heed = task, pool, log, sampling, heed
         self.tokenizer = policy.tokenizer
         self.prompts = [task.prompt(example, policy.tokenizer) for example in task.held_out]
         self.results: dict[str, Evaluation] = {}

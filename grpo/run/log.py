@@ -135,6 +135,13 @@ class RunLog:
         elif show:
             self.say(step_line(step, finite))
 
+    def supervised(self, step: int, last: int, metrics: Mapping[str, float]) -> None:
+        """Show one in ten steps on gold solutions, or one in fifty."""
+        if step == last or step % max(1, min(50, last // 10)) == 0:
+            names = [name for name in ("loss/sft", "loss/mtp", "loss/mtp_tv") if name in metrics]
+            shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
+            self.say(f"warm start {step:4d}/{last}  {shown}")
+
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Record held-out results, as `eval/NAME` where a name has no area yet, and show them in one line.
 

@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor
 
 from grpo.algorithm.dynamic_sampling import Drawn
-from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.state import put_weights
 from grpo.steps.collector import Collector
@@ -38,11 +37,9 @@ class Batches:
     learner's weights to the workers, where these hold other ones.
     """
 
-    def __init__(
-        self, run: Run[TrainConfig], collector: Collector, learner: Learner, publish: Callable[[], object]
-    ) -> None:
+    def __init__(self, run: Run[Any], collector: Collector, learner: Learner, publish: Callable[[], object]) -> None:
         self.run, self.collector, self.learner, self.publish = run, collector, learner, publish
-        self.ahead = run.config.rollout.ahead
+        self.ahead = 0 if run.inner else run.config.whole_rollout.ahead
         self.ready: dict[int, Drawn] = {}
         self.next = 1  # the first batch that was not begun
         self._saved: dict[str, Any] = {}

@@ -10,50 +10,40 @@ from typing import Any
 from rich.progress import Progress
 
 from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
-from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptStream
 from grpo.run.metrics import rollout_metrics, tail_share
 from grpo.run.stop import signals
 from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
-from grpo.steps.pool import sampling_of
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
-from rollout.depth import FEW_ROWS, PROMPT_TOKENS, head_accepted
+from rollout.depth import head_accepted
 from rollout.faults import OnFinished
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
-PROMPTS_READ = 256  # whose lengths say how long sequences become
-
 
 class Collector:
-    """Draws the groups of each step from `pool`, which is set before the first. Its state is the order of the data,
-    what listeners keep, and `head_accepted`: what became of the draft head's drafts in the last step."""
+    """Draws the groups of each step from `pool`, which is set before the first. `sampling` is how completions are
+    sampled. Its state is the order of the data, what listeners keep, and `head_accepted`: what became of the draft
+    head's drafts in the last step."""
 
     pool: Sampler
 
-    def __init__(self, run: Run[TrainConfig], task: Task, policy: Policy, listeners: Sequence[Listener]) -> None:
-        self.run, self.task, self.listeners = run, task, listeners
-        self.config = config = run.config
-        options, shard = config.rollout, config.rollout.prompts_per_shard
-        self.stream = PromptStream(task.train, config.seed)
-        self.tokenizer, self.backend = policy.tokenizer, options.backend or policy.backend
-        rounds = 0
-        if shard * options.group_size <= FEW_ROWS:
-            rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens
-        self.sampling = replace(
-            sampling_of(run, policy, options.group_size, rounds=rounds),
-            record_routing=config.learner.routing_replay,
-            environment=task.actor.environment,
-        )
-        self.longest_prompt = PROMPT_TOKENS
-        if self.sampling.compiled:  # graphs have as much room as the first prompts tell
-            prompts = [task.prompt(example, policy.tokenizer) for example in task.train[:PROMPTS_READ]]
-            self.longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
-            run.log.event("graphs", compile=options.compile, planned_rounds=rounds)
+    def __init__(
+        self,
+        run: Run[Any],
+        task: Task,
+        policy: Policy,
+        sampling: SamplingParams,
+        stream: PromptStream,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self.run, self.task, self.listeners, self.stream, self.sampling = run, task, listeners, stream, sampling
+        self.config, self.tokenizer = run.config, policy.tokenizer
+        self.backend = run.config.whole_rollout.backend or policy.backend
         self.head_accepted: tuple[float, ...] = ()
 
     # ---- one draw ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
-"""One training in one folder: opened, restored, counted, recorded, saved and stopped. `quartet train`, `sft` and `mtp`
-use it."""
+"""One training in one folder: opened, restored, counted, recorded, saved and stopped. Every session has one."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ import psutil
 import torch
 
 from grpo.config.options import dump_yaml
-from grpo.config.run import RunConfig, TrainConfig
+from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.update import NonFiniteStep
@@ -47,15 +46,6 @@ class Run(Generic[Config]):
 
     Used as a context manager around its steps, it keeps this promise: however the steps end, the last whole one is
     saved before. A step that fails before its first update is undone, one that fails later counts.
-
-    >>> with Run.open(config, steps, rewards) as run:  # the folder is locked, its files are open
-    ...     run.restore(learner=learner, prompts=prompts)  # from the checkpoint to go on from
-    ...     with run:
-    ...         for step in run.steps():
-    ...             run.learn(lambda: learner.step(batch, step), rate="learner.learning_rate", batch=file)
-    ...             run.reached()
-    ...             run.record()
-    ...             run.save_if_due()
     """
 
     def __init__(
@@ -256,11 +246,12 @@ class Run(Generic[Config]):
             raise RuntimeError("an update outside of a step of the run: make it inside of `for step in run.steps():`")
         self.step = self._begun
 
-    def record(self, more: Mapping[str, float] | None = None, *, show: bool = True) -> None:
+    def record(self, more: Mapping[str, float] | None = None) -> None:
         """The line of the step in metrics.jsonl."""
-        if self.inner:
-            return
         self.metrics |= more or {}
+        if self.inner:
+            self.log.supervised(self.step, self.last, self.metrics)
+            return
         self.metrics["time/step"] = time.perf_counter() - self._started
         if "time/rollout" in self.metrics:
             tokens = self.metrics["completion/tokens"]
@@ -269,7 +260,10 @@ class Run(Generic[Config]):
         if torch.cuda.is_available():
             self.metrics["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._recorded = self.step
-        self.log.step(self.step, self.metrics, show=show)
+        supervises = isinstance(self.config, SftConfig)
+        self.log.step(self.step, self.metrics, show=not supervises)
+        if supervises:
+            self.log.supervised(self.step, self.last, self.metrics)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from grpo.config.mtp import MtpConfig
 from grpo.config.problems import python_words
 from grpo.config.run import LearningConfig, TrainConfig
+from grpo.data.prompts import PromptStream
+from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, joined
 from grpo.run.hardware import device_of
 from grpo.run.resume import BaseWeights
-from grpo.source.policy_source import load_policy, with_threads
+from grpo.source.policy_source import load_beside, load_policy, with_threads
+from grpo.steps.collector import Collector
+from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
+from grpo.steps.pool import sampling_of, sampling_of_steps
 from grpo.task.check import check_plan, open_task
 from grpo.task.task import Task
+from policies import four_bit
 from policies.paths import Paths
 from policies.policy import Policy
 
@@ -75,6 +82,26 @@ def shared_policy(run: Run[TrainConfig], plain: Policy | None, of: Run[TrainConf
         if here != there:
             raise ValueError(f"base=: {name}={here!r}, and the other session has {name}={there!r}; make them the same")
     return plain.sharing(head=False)
+
+
+def grpo_session(session_of: Callable[..., Any], run: Run[TrainConfig], task: Task, base: Any = None) -> Any:
+    """A session of `grpo.session` that learns by GRPO; after a warm start it begins with the policy of that. `base` is
+    another session, whose frozen weights it shares."""
+    config, ranks = run.config, run.ranks
+    start = str(run.folder / "warm_start") if config.warm_start.steps else None
+    again, beside = partial(first_policy, run, task, start), partial(load_beside, config)
+    policy = again() if base is None else shared_policy(run, base.plain, base.run)
+    counts = four_bit.counts(policy.trunk)
+    if counts["in_4_bits"]:
+        run.log.event("base_in_4_bits", **counts)
+    plain = policy.sharing(head=True) if config.lora and ranks.layout is None else None
+    learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
+    stream = PromptStream(task.train, config.seed)
+    collector = Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, listeners_of(run, task))
+    session = session_of(run, task, learner, collector, plain)
+    session.held_out.every, session.canaries = config.eval.every, sampling_of(run, policy, 1)
+    run.restore(learner=learner, curriculum=session.batches, **base_weights(run, learner))
+    return session
 
 
 def base_weights(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeights]:

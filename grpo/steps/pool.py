@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,24 +21,25 @@ from grpo.task.task import Task
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import everyone, whole
-from rollout.depth import PROMPT_TOKENS, CostTable, Workload
-from rollout.group import RolloutGroup
+from rollout.depth import FEW_ROWS, PROMPT_TOKENS, CostTable, Workload
 from rollout.pool import Copies, Pool, PoolOptions, Sampler
 from rollout.pools import open_pool
 from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
 
+PROMPTS_READ = 256  # whose lengths say how long sequences become
+
 Reads = Callable[[Publication, Publication | None], Iterator[Tensor]]
 
 
 class NoPool:
-    """The pool of a rank that does not sample: it takes part in publications.
+    """The pool of a rank that does not sample: it takes part in publications. That of a session that only supervises.
 
     `reads`: what the pool of rank 0 reads of a publication after another one; without it the merged weights. `in_turn`:
     samplers use this GPU after each publication.
     """
 
-    def __init__(self, reads: Reads | None, in_turn: bool = False) -> None:
+    def __init__(self, reads: Reads | None = None, in_turn: bool = False) -> None:
         self.reads, self.in_turn, self._last = reads, in_turn, Publication({})
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -54,17 +56,16 @@ class NoPool:
     def sleep(self) -> None:
         pass
 
-    def sample(self, *_: object) -> list[RolloutGroup]:
-        raise RuntimeError("rank 0 alone samples")
+    def sample(self, *_: object) -> NoReturn:
+        raise RuntimeError("rank 0 alone samples, and a session of quartet sft only to evaluate")
 
-    def sample_on_each(self, *_: object) -> dict[str, list[RolloutGroup]]:
-        raise RuntimeError("rank 0 alone samples")
+    sample_on_each = sample
 
     def held(self) -> dict[str, Held]:
         return {}
 
-    def use_costs(self, costs: CostTable | None, work: Workload) -> CostTable:
-        raise RuntimeError("rank 0 alone samples")
+    def use_costs(self, costs: CostTable | None, work: Workload) -> NoReturn:
+        self.sample()
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -77,6 +78,17 @@ def sampling_of(run: Run[Any], policy: Policy, group_size: int, *, rounds: int =
     """The run's way to sample groups of this size; see `sampling_params`."""
     config = run.config
     return sampling_params(policy, config.rollout, group_size, config.seed, dtype=config.dtype, rounds=rounds)
+
+
+def sampling_of_steps(run: Run[TrainConfig], task: Task, policy: Policy) -> SamplingParams:
+    """How the steps of a run of GRPO sample."""
+    config, options, shard, rounds = run.config, run.config.rollout, run.config.rollout.prompts_per_shard, 0
+    if shard * options.group_size <= FEW_ROWS:
+        rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens
+    sampling = sampling_of(run, policy, options.group_size, rounds=rounds)
+    if sampling.compiled:
+        run.log.event("graphs", compile=options.compile, planned_rounds=rounds)
+    return replace(sampling, record_routing=config.learner.routing_replay, environment=task.actor.environment)
 
 
 def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
@@ -148,19 +160,17 @@ def open_sampler(run: Run[TrainConfig], task: Task, pool: Pool) -> AbstractConte
     return closing(AgentSampler(pool, agent, run.config.rollout.temperature))
 
 
-def use_costs_of_run(
-    run: Run[Any],
-    pool: Pool,
-    policy: Policy,
-    sampling: SamplingParams,
-    longest_prompt: int = PROMPT_TOKENS,
-) -> None:
+def use_costs_of_run(run: Run[Any], task: Task, pool: Pool, policy: Policy, sampling: SamplingParams) -> None:
     """Gives the pool its table of costs where a controller chooses the depth: the saved one, or one measured now."""
     rollout = run.config.whole_rollout
     if rollout.draft_tokens is not None or policy.mtp is None or rollout.backend == "vllm":
         return
     path = run.folder / "draft_costs.json"
-    work = Workload.of(sampling, rollout.prompts_per_shard * rollout.group_size, longest_prompt)
+    longest = PROMPT_TOKENS
+    if sampling.compiled:  # graphs have as much room as the first prompts tell
+        prompts = [task.prompt(example, policy.tokenizer) for example in task.train[:PROMPTS_READ]]
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+    work = Workload.of(sampling, rollout.prompts_per_shard * rollout.group_size, longest)
     saved = CostTable.load(path) if run.resumes and path.exists() else None
     if saved is not None and work.graphs and saved.graphs is None:
         saved = None  # of a run that had no graphs

@@ -92,9 +92,9 @@ class Publisher:
             "time/canaries": time.perf_counter() - started,
         }
 
-    def keep_up(self, run: Run[Any]) -> None:
-        """Publish in a step of a run, where the samplers hold other weights than the learner."""
-        if self.version != self.learner.policy_version:
+    def keep_up(self, run: Run[Any], anew: bool = False) -> None:
+        """Publish in a step of a run where the samplers hold other weights than the learner, or `anew`."""
+        if anew or self.version != self.learner.policy_version:
             with run.timed("time/publish"), run.phase("publishing"):
                 run.metrics |= self.publish()
 

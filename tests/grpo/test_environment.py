@@ -213,16 +213,17 @@ def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tm
 
 def test_a_warm_start_learns_calls_and_not_their_results(micro_config, tmp_path, monkeypatch):
     """A marked solution is an episode; what the tool wrote is no target."""
-    seen, step = [], Learner.step
+    seen, forward_backward = [], Learner.forward_backward
 
-    def spy(learner, batch, **given):
+    def spy(learner, batch, *rest):
         seen.extend([] if batch.from_rollouts else batch.rows)
-        return step(learner, batch, **given)
+        return forward_backward(learner, batch, *rest)
 
-    monkeypatch.setattr(Learner, "step", spy)
+    monkeypatch.setattr(Learner, "forward_backward", spy)
     given = {"environment": "word_game", "data.name": "word_game", "rewards": [], "steps": 1, "warm_start.steps": 1}
     train(micro_config(tmp_path / "run", **given))
     torch.manual_seed(0)
+    assert seen
     for row in seen:
         [sample] = row.samples
         assert 0 < sample.num_sampled < len(sample.token_ids)
@@ -231,18 +232,19 @@ def test_a_warm_start_learns_calls_and_not_their_results(micro_config, tmp_path,
 
 def test_a_warm_start_shows_what_the_calculator_writes(micro_config, tmp_path, monkeypatch):
     """The solutions say 3.00 and 7, as GSM8K's may; the episode says what the policy will read."""
-    seen, step = [], Learner.step
+    seen, forward_backward = [], Learner.forward_backward
 
-    def spy(learner, batch, **given):
+    def spy(learner, batch, *rest):
         seen.extend((row, learner.policy.tokenizer) for row in batch.rows if not batch.from_rollouts)
-        return step(learner, batch, **given)
+        return forward_backward(learner, batch, *rest)
 
-    monkeypatch.setattr(Learner, "step", spy)
+    monkeypatch.setattr(Learner, "forward_backward", spy)
     solution = "He pays <<2*1.50=3.00>>3.00 and <<3+3=7>>7.\n#### 3"
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": f"{i}?", "answer": solution}) + "\n" for i in range(8)))
     given = {"environment": "calculator", "data.name": str(data), "data.limit": None, "warm_start.steps": 1, "steps": 1}
     train(micro_config(tmp_path / "run", **given))
+    assert seen
     for row, tokenizer in seen:
         [sample] = row.samples
         written = [i for i, own in zip(sample.token_ids, sample.sampled, strict=True) if not own]

@@ -14,9 +14,11 @@ from start_ranks import run_ranks
 from grpo import Session
 from grpo.config.mtp import HeadOptions
 from grpo.config.options import dump_yaml
+from grpo.config.run import SftConfig
 from grpo.learner.head_learner import HeadLearner
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
+from grpo.sft import sft
 from grpo.train import train
 
 LOOPS = Path(__file__).parents[2] / "examples/12_own_loop"
@@ -71,6 +73,22 @@ def test_contract_17_a_loop_over_the_primitives_gives_the_bits_of_quartet_train(
         load_file(tmp_path / run / f"checkpoints/step_{steps:06d}/optimizer.safetensors") for run in ("ours", "theirs")
     ]
     assert all(torch.equal(tensor, parts[1][name]) for name, tensor in parts[0].items())
+
+
+def test_contract_17_a_loop_that_supervises_gives_the_bits_of_quartet_sft(micro_config, tmp_path):
+    given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards", "data"})
+    given |= {"steps": 7, "prompts_per_step": 4, "eval": {"limit": 2}, "rollout": {"max_completion_tokens": 5}}
+    sft(SftConfig(output_dir=tmp_path / "ours", **given))
+    with Session.open(SftConfig(output_dir=tmp_path / "theirs", **given)) as session:
+        for step in session.run.steps():
+            batch = session.prepare(session.solutions(4))
+            session.record(step, session.forward_backward(batch) | session.optim_step())
+            session.save_if_due(step)
+        result = session.finish()
+    assert list(result.evaluations) == ["before, sampled", "before, greedy", "after, sampled", "after, greedy"]
+    for file in ("policy/model", "checkpoints/step_000007/optimizer"):
+        first, second = (load_file(tmp_path / run / f"{file}.safetensors") for run in ("ours", "theirs"))
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from grpo.run import checkpoint, resume
 from grpo.run.metrics import check
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
+from grpo.steps.ahead import Batches
 from grpo.steps.loop import Run
 from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
@@ -208,7 +209,7 @@ def test_a_run_that_never_took_a_step_leaves_no_stale_warm_start(micro_config, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(HeldOut, "due", interrupt)
+        patch.setattr(Batches, "begin", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(micro_config(tmp_path / "r"))
     first = _weights(tmp_path / "r/warm_start")

@@ -12,8 +12,9 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run.log import RunLog
+from grpo.session import Session
 from grpo.steps.loop import Run
-from grpo.steps.supervise import supervise
+from grpo.steps.supervise import supervise, supervised_session
 from grpo.task.task import Task
 from policies.policy import Policy
 
@@ -22,7 +23,7 @@ def _warm(policy: Policy, config, folder, console=None) -> dict[str, float]:
     with Task.of(config) as task, RunLog(folder, "", LogOptions(trackers=[]), quiet=True, console=console) as log:
         where = {"checkpoints": folder / "warm_start_checkpoints", "saved": None}
         run = Run(config, log, ALONE, last=config.supervision.steps, of=" of the warm start", **where)
-        supervise(policy, task, run)
+        supervise(supervised_session(Session, run, task, policy))
         return dict(run.metrics)
 
 
@@ -66,13 +67,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_order_does_not(micro_poli
 
 def test_every_example_is_seen_before_one_comes_again(micro_policy, micro_config, tmp_path, monkeypatch):
     seen: list[list[int]] = []
-    step = Learner.step
+    forward_backward = Learner.forward_backward
 
-    def note(self, batch):
+    def note(self, batch, *rest):
         seen.extend(row.prompt_token_ids for row in batch.rows)
-        return step(self, batch)
+        return forward_backward(self, batch, *rest)
 
-    monkeypatch.setattr(Learner, "step", note)
+    monkeypatch.setattr(Learner, "forward_backward", note)
     _warm(micro_policy(0), _config(micro_config, tmp_path, **{"warm_start.steps": 6}), tmp_path / "r")
     assert len(seen) == 24 == len({tuple(ids) for ids in seen})
 

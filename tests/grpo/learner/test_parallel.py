@@ -383,7 +383,7 @@ import os, runpy, signal, sys
 import grpo.session, grpo.steps.pool
 from rollout.depth import Workload
 
-def costs(pool, *_, **__):
+def costs(run, task, pool, *_):
     os.kill(os.getpid(), signal.SIGTERM)
     pool.use_costs(None, Workload(1))
 

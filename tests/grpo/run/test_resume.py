@@ -581,7 +581,7 @@ def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset
 @pytest.mark.parametrize(
     ("owner", "name", "call", "error"),
     [
-        (Learner, "step", 4, NonFiniteStep("the loss is nan")),
+        (Learner, "forward_backward", 4, NonFiniteStep("the loss is nan")),
         (log, "append_line", 4, OSError(28, "No space left on device")),  # one evaluation, then one a step
         pytest.param(Update, "make", 4, OSError(28, "No space left on device"), marks=pytest.mark.long),
     ],
@@ -611,14 +611,14 @@ def test_contract_9_a_failure_in_supervised_fine_tuning_saves_the_last_whole_ste
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, tmp_path, monkeypatch, kind):
-    step = Learner.step
+    forward_backward = Learner.forward_backward
 
-    def interrupted(self, batch):
+    def interrupted(self, batch, *rest):
         if batch.step == 3:
             signal.raise_signal(kind)
-        return step(self, batch)
+        return forward_backward(self, batch, *rest)
 
-    monkeypatch.setattr(Learner, "step", interrupted)
+    monkeypatch.setattr(Learner, "forward_backward", interrupted)
     with pytest.raises(Stopped, match='stopped after step 3; go on with resume="auto"'):
         sft(_sft_config(micro_preset, tmp_path / "run", **{"checkpoint.every": 100}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [3]

@@ -90,7 +90,7 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
         pytest.param(
             signal.SIGINT,
             Learner,
-            "step",
+            "forward_backward",
             2,
             None,
             "stopped after step 2 of the warm start; go on",
@@ -228,7 +228,9 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
         (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
         pytest.param(RunLog, "rollouts", 5, FULL, 2, marks=pytest.mark.slow),
         pytest.param(HeldOut, "evaluate", 2, REWARD, 3, marks=pytest.mark.slow),
-        pytest.param(Learner, "step", 3, NonFiniteStep("the loss is nan"), "warm start", marks=pytest.mark.slow),
+        pytest.param(
+            Learner, "forward_backward", 3, NonFiniteStep("the loss is nan"), "warm start", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_contract_9_a_failure_saves_the_last_whole_step(

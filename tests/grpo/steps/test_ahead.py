@@ -283,8 +283,8 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
 
     pool = SimpleNamespace(keep=lambda: kept.append(batches.next - 1))
     parts = {"prompt": None, "snapshot": lambda: None, "collect": collect, "pool": pool}
-    rollout = SimpleNamespace(ahead=ahead)
-    run = SimpleNamespace(config=SimpleNamespace(rollout=rollout), ranks=ALONE, saved=None, step=0, last=9)
+    config = SimpleNamespace(whole_rollout=SimpleNamespace(ahead=ahead))
+    run = SimpleNamespace(config=config, inner=False, ranks=ALONE, saved=None, step=0, last=9)
     run.timed = lambda name: nullcontext()
     learner = SimpleNamespace(policy_version=0, state=lambda: [{"policy": {}}])
     batches = Batches(run, SimpleNamespace(**parts), learner, int)

@@ -8,11 +8,13 @@ from rich.progress import Progress
 
 from grpo.algorithm.verdicts import Verdicts
 from grpo.data.examples import Example
+from grpo.data.prompts import PromptStream
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_rollouts
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
 from grpo.steps.loop import Run
+from grpo.steps.pool import sampling_of_steps
 from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import GroupScore
@@ -88,7 +90,8 @@ def by_hand(micro_config, tmp_path, monkeypatch):
         monkeypatch.setattr(curriculum, "choose", lambda *a: known.append(dict(curriculum.pass_rates)) or choose(*a))
         policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
         run = Run(config, log, ALONE, saved=None, last=3)
-        collector = Collector(run, task, policy, [curriculum])
+        sampling = sampling_of_steps(run, task, policy)
+        collector = Collector(run, task, policy, sampling, PromptStream(task.train), [curriculum])
         collector.pool = SimpleNamespace(sample=sample)
         return collector, known
 

@@ -15,6 +15,7 @@ from grpo.run.records import read_metrics, read_rollouts
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum, learnability
 from grpo.steps.loop import Run
+from grpo.steps.pool import sampling_of_steps
 from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import GroupScore, RewardFailure
@@ -42,7 +43,8 @@ def _collector(examples, config) -> Collector:
     )
     policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
     run = Run(config, None, ALONE, saved=None, last=9)
-    return Collector(run, task, policy, [_curriculum(examples, config)])
+    stream, listeners = PromptStream(examples, config.seed), [_curriculum(examples, config)]
+    return Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, listeners)
 
 
 def _ids(examples) -> list[str]:
