@@ -100,7 +100,7 @@ def mutants_of(source: str) -> dict[str, tuple[int, str]]:
         for field, value in ast.iter_fields(node):
             for child in value if isinstance(value, list) else [value]:
                 is_text = isinstance(child, ast.JoinedStr) or (isinstance(node, ast.Raise) and field == "exc")
-                is_text |= isinstance(child, ast.keyword) and child.arg == "strict"  # for the reader, and for mypy
+                is_text |= isinstance(child, ast.keyword) and child.arg in ("strict", "frozen")  # guards
                 is_text |= isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
                 if isinstance(child, ast.AST) and not is_text and field not in ("annotation", "returns"):
                     visit(child, place, statement)

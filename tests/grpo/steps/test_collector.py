@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from grpo.algorithm.verdicts import Verdicts
 from grpo.data.examples import Example
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_rollouts
+from grpo.run.stop import Stopped, signals
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
+from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
 from grpo.task.task import Task
 from grpo.train import train
-from rewards.group_score import GroupScore, RewardFailure
+from rewards.group_score import GroupScore, RewardFailed, RewardFailure
 from rollout.depth import head_accepted
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
@@ -115,16 +118,34 @@ def test_contract_12_the_rates_of_a_batch_are_known_to_those_that_have_its_weigh
     assert known == [{"a": 0.5} if step - 1 - ahead >= 1 else {} for step in range(1, 5)]
 
 
-def test_a_refilled_step_counts_all_that_was_drawn(by_hand):
+def test_a_refilled_step_counts_all_that_was_drawn(by_hand, monkeypatch):
     """Drafts of groups that were replaced count too. Only a first draw has whole shards: one of 8 and 4 forwards."""
-    collector, _ = by_hand([[1.0, None], [1.0, 0.0]], **{"rollout.refill_draws": 1, "rollout.refill_prompts": "same"})
+    refill = {"rollout.refill_draws": 1, "rollout.refill_prompts": "same"}
+    collector, _ = by_hand([[1.0, None], [1.0, 0.0]], ("a", "b"), **refill)
     drawn, log = collector.collect(3), collector.run.log
     assert (len(drawn.groups), drawn.refilled) == (1, 1)
+    assert drawn.replaced[0][0].prompt == drawn.groups[0].prompt
     assert collector.head_accepted == (0.5, 0.6667)  # 8/16, and then 4/12 over 8/16
     assert (drawn.metrics["group/drawn"], drawn.metrics["rollout/tail"], collector.backend) == (2, 0.5, "native")
     assert log.bars == [[("step 3: sampling", 1, 4)], [("step 3: refill 1", 1, 4)]]
     assert log.reached == [2], "the step before has learned"
     assert log.events == [("reward_error", {"step": 3, **vars(FAILURE)})]
+    monkeypatch.setattr(signals, "check", Mock(side_effect=Stopped))
+    with pytest.raises(Stopped):
+        collector.collect(4)
+
+
+def test_the_first_listener_that_chooses_has_its_problems_and_what_the_reward_cannot_do_is_an_event(by_hand):
+    collector, _ = by_hand([], ("a", "bbb", "cc"))
+    chooser, draws, failed = Listener(), [], RewardFailed("boom", FAILURE)
+    chooser.choose = lambda count, step, draw: draws.append(draw) or collector.task.train[-count:]
+    collector.listeners = [Listener(), chooser, Listener()]
+    assert ([prompt.prompt_id for prompt in collector.prompts(1, step=1)], draws) == (["cc"], [0])
+    assert collector.prompt("bbb").prompt_id == "bbb"
+    collector.task.score = Mock(side_effect=failed)
+    with pytest.raises(RewardFailed):
+        collector.score([], 1)
+    assert collector.run.log.events == [("reward_error", {"step": 1, **vars(FAILURE)})]
 
 
 @pytest.mark.parametrize(("size", "rounds"), [(4, 2 * 3 * 6), (5, 0)])  # nine prompts are three shards of four
@@ -144,6 +165,7 @@ def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
     assert (collector.run.log.bars, capsys.readouterr().out) == ([[]], ""), "quiet draws no bars"
     before, snapshot = collector.state_dict(), collector.snapshot()
     collector.collect(2, quiet=True)
+    collector.stream.take(1)
     assert collector.state_dict() != before
     collector.put_back(snapshot)
     assert collector.state_dict() == before
