@@ -111,9 +111,8 @@ def _gold(answer: Any) -> Decimal | None:
         return None
 
 
-def _numbers(text: str) -> set[Decimal]:
-    found = (extract_answer(match[0], "flexible") for match in NUMBER.finditer(text))
-    return {number for number in found if number is not None}
+def _numbers(text: str) -> set[Decimal | None]:
+    return {extract_answer(match[0], "flexible") for match in NUMBER.finditer(text)}
 
 
 @dataclass(frozen=True)

@@ -160,12 +160,18 @@ def test_graphs_are_planned_for_few_rows_and_the_longest_prompt(by_hand, monkeyp
 
 
 def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
-    collector, _ = by_hand([[1.0, 0.0]], **{"curriculum.by_difficulty": True, "rollout.ahead": 1})
+    options = {"curriculum.by_difficulty": True, "rollout.ahead": 1}
+    collector, _ = by_hand([[1.0, 0.0]], **options)
     collector.collect(1, quiet=True)
     assert (collector.run.log.bars, capsys.readouterr().out) == ([[]], ""), "quiet draws no bars"
+    collector.stream.take(1)
     before, snapshot = collector.state_dict(), collector.snapshot()
     collector.collect(2, quiet=True)
     collector.stream.take(1)
     assert collector.state_dict() != before
     collector.put_back(snapshot)
     assert collector.state_dict() == before
+    assert before["head_accepted"] == [0.75, 0.6667]  # 12/16, and then 4/8 over that
+    other, _ = by_hand([], **options)
+    other.load_state_dict(before)
+    assert other.state_dict() == before
