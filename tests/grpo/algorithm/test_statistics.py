@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from grpo.algorithm.statistics import (
     Estimate,
+    Z,
     answer_reader,
     corpus_bleu,
     estimate,
@@ -41,6 +42,7 @@ def test_the_interval_of_a_few_seeds_by_hand():
 def test_the_interval_is_wilsons(hits, trials, expected):
     """Against the roots of (p - hits/trials)² = z² p (1 - p) / trials, which define it, and published values."""
     low, high = wilson_interval(hits, trials)
+    assert (wilson_interval(0, 5)[0], wilson_interval(5, 5)[1]) == (0.0, 1.0), "rounding passes no bound"
     assert (low, high) == pytest.approx(expected, abs=1e-4)
     for p in (low, high):
         assert (p - hits / trials) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / trials, abs=1e-12)
@@ -101,6 +103,9 @@ def test_the_interval_of_few_problems_by_hand():
 def test_students_t_goes_on_after_its_table(degrees, exact):
     assert student_t(degrees) == pytest.approx(exact, abs=0.0035)
     assert student_t(0) == math.inf
+    for n in range(3, 31):  # the table, by three terms of the expansion
+        series = Z + (Z**3 + Z) / (4 * n) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * n**2)
+        assert student_t(n) == pytest.approx(series, abs=3.3 / n**3 + 0.001), n
 
 
 def test_the_interval_has_a_width_where_nothing_succeeded():
