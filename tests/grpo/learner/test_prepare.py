@@ -77,6 +77,7 @@ def test_groups_become_rows_with_their_prompt_once():
     assert (second.prompt_routing.flatten().tolist(), second.samples[1].routing.tolist()) == ([8, 9], [[[8]]])
     assert (batch.num_samples, batch.num_completion_tokens, batch.tied_groups, batch.draft_gain) == (3, 2 + 2, 1, 1.5)
     assert batch.tokens_by_version == {1: 2 + 2 + 2, 2: 1, 4: 1}
+    assert batch.age(3) == (2 * 6 + 1 * 1 + 0 * 1) / 8
     by_token = [[(0.1, 0.2), (0.0, 0.0)], [(1.0, 2.0, 3.0), (4.0,)]]
     batch = pack(groups, scores, by_token, torch.tensor([True, False]), **options | {"mask_truncated": False})
     told = [(sample.advantage, sample.token_advantages) for row in batch.rows for sample in row.samples]
