@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.learner.batch import PackedRow, Sample, TrainingBatch, collate, micro_batches, split_rows
+from grpo.learner.batch import PackedRow, Sample, TrainingBatch, by_completion, collate, cut, micro_batches, split_rows
 from policies.attention import Packing
 
 CPU = torch.device("cpu")
@@ -68,6 +68,20 @@ def test_rows_are_split_at_the_budget_in_order_and_a_long_completion_gets_its_ow
     assert [[sample.index for sample in row.samples] for row in rows] == [[0, 1], [2], [3]]
     assert [row.length for row in rows] == [8, 11, 3]
     assert len(split_rows([5, 5], samples, max_tokens=100)) == 1
+    assert {row.group for row in [*rows, PackedRow([1], [])]} == {0}
+
+
+def test_the_segments_of_a_completion_come_together_and_one_without_values_leaves_it_out():
+    rows = [PackedRow([7], [Sample(4, [1], start=2)]), PackedRow([8], [Sample(4, [5, 6])]), _row([9], [1], start=5)]
+    assert by_completion(rows, {(4, 0): [0.1, 0.2], (4, 2): [0.3]}) == {4: [0.1, 0.2, 0.3]}
+    assert by_completion(rows, {(4, 0): [0.1, 0.2], (5, 0): [0.3]}) == {5: [0.3]}
+
+
+def test_rows_from_which_the_draft_head_alone_learns_come_last_and_by_themselves():
+    head, long, short = PackedRow([1], [Sample(0, [2])], learns=False), _row([1], [2, 3, 4]), _row([1], [2])
+    assert list(cut([head, long, short], 99)) == [[short, long], [head]]
+    assert list(cut([head, long, short], 7)) == [[short], [long], [head]]
+    assert list(cut([long, short], 8)) == [[short, long]]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,5 +1,6 @@
 """From scores to advantages, and from groups to rows."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample
-from grpo.learner.prepare import estimate, pack, recorded, supervised
+from grpo.learner.prepare import estimate, pack, recorded, supervised, tokens_in_loss
 from policies.files.atomic import write_file
 from rewards.group_score import GroupScore
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
@@ -75,9 +76,12 @@ def test_groups_become_rows_with_their_prompt_once():
     assert told == [(0, [1, 2], 0.5, [], True), (2, [5, 6, 7], -1.0, [], True), (3, [8], 1.0, [], False)]
     assert (second.samples[0].sampled, second.samples[0].sampling_logprobs) == ([True, False, True], [-5, -6, -7])
     assert (second.prompt_routing.flatten().tolist(), second.samples[1].routing.tolist()) == ([8, 9], [[[8]]])
-    assert (batch.num_samples, batch.num_completion_tokens, batch.tied_groups, batch.draft_gain) == (3, 2 + 2, 1, 1.5)
+    assert (batch.num_samples, batch.num_completion_tokens, batch.tied_groups, batch.step) == (3, 2 + 2, 1, 0)
+    assert batch.draft_gain == 1.5
     assert batch.tokens_by_version == {1: 2 + 2 + 2, 2: 1, 4: 1}
     assert batch.age(3) == (2 * 6 + 1 * 1 + 0 * 1) / 8
+    assert replace(batch, tokens_by_version={0: 1}).age(1) == 1
+    assert batch != replace(batch)
     by_token = [[(0.1, 0.2), (0.0, 0.0)], [(1.0, 2.0, 3.0), (4.0,)]]
     batch = pack(groups, scores, by_token, torch.tensor([True, False]), **options | {"mask_truncated": False})
     told = [(sample.advantage, sample.token_advantages) for row in batch.rows for sample in row.samples]
@@ -92,7 +96,8 @@ def test_groups_become_rows_with_their_prompt_once():
 def test_solutions_and_lessons_have_no_advantage_and_each_solution_is_a_group():
     batch = supervised([PackedRow([5], [Sample(0, [1, 2])]), PackedRow([6], [Sample(0, [3])])])
     assert ([row.group for row in batch.rows], batch.num_samples, batch.num_completion_tokens) == ([0, 1], 2, 3)
-    assert (batch.advantages.tolist(), batch.step) == ([[0.0], [0.0]], 0)
+    assert (batch.advantages.tolist(), batch.step, batch.tied_groups, batch.seconds) == ([[0.0], [0.0]], 0, 0, 0)
+    assert tokens_in_loss(batch.rows) == 3
     batch = recorded([SimpleNamespace(tokens=3), SimpleNamespace(tokens=4)])
     assert (batch.rows, batch.num_samples, batch.num_completion_tokens, batch.step) == ([], 0, 7, 0)
     assert batch.advantages.shape == (0, 1)
