@@ -50,7 +50,7 @@ class Batches:
         self._error: BaseException | None = None
         self._before: tuple[int, Any] = (0, None)  # a step whose batch was not sampled ahead, the collector before it
         self._older: tuple[int, dict[str, Tensor]] | None = None  # version and weights of the batch that is sampled
-        self._thread = ThreadPoolExecutor(1, "sampling") if run.ranks.first else None
+        self._thread = ThreadPoolExecutor(1, "sampling") if self.ahead and run.ranks.first else None
 
     def begin(self) -> None:
         """Take the batches that a checkpoint holds. One whose weights the learner has no longer is sampled here."""
