@@ -22,7 +22,7 @@ def test_a_packed_row_holds_its_prompt_once():
     assert mini.token_ids.tolist() == [[7, 8, 1, 2, 3]]
     assert mini.position_ids.tolist() == [[0, 1, 2, 3, 2]]
     assert mini.segment.tolist() == [[0, 0, 1, 1, 2]]
-    assert mini.before[0, 2:].tolist() == [1, 2, 1]  # the prompt's last token predicts both first tokens
+    assert mini.before.tolist() == [[0, 0, 1, 2, 1]]  # the prompt's last token predicts both first tokens
     assert mini.scored.tolist() == [[False, False, True, True, True]]
     assert mini.mask.tolist() == [[True, True], [True, False]]
     assert Packing(mini.segment).visible[0].int().tolist() == [
@@ -34,6 +34,14 @@ def test_a_packed_row_holds_its_prompt_once():
     ]
     # The MTP head has no entry for the first token: it combines a token with the state before it.
     assert mini.head_segment.tolist() == [[-1, 0, 1, 1, 2]]
+
+
+def test_turns_are_counted_over_a_row_and_what_tools_wrote_is_in_none():
+    samples = [Sample(0, [1, 2, 3, 4], sampled=[True, True, False, True]), Sample(1, [5], sampled=[False])]
+    mini = collate([PackedRow([7], [*samples, Sample(2, [6, 8])])], CPU)
+    assert mini.turn.tolist() == [[0, 1, 1, -1, 2, -1, 3, 3]]
+    assert mini.segment.tolist() == [[0, 1, 1, 1, 1, 2, 3, 3]]
+    assert mini.mask.int().tolist() == [[1, 1, 0, 1], [0] * 4, [1, 1, 0, 0]]
 
 
 def test_padding_is_seen_by_nobody_and_sees_something():
