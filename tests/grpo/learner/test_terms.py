@@ -18,6 +18,8 @@ from grpo.config.loss import LossOptions
 from grpo.learner import build
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
+from grpo.learner.parallel import ALONE
+from grpo.learner.prepare import recorded
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.term import Term
 
@@ -83,7 +85,7 @@ class Number(Term):
 
 
 def learner_with(policy, *terms: Term, **options) -> Learner:
-    options = LearnerOptions(**{"learning_rate": 1e-9, "tokens_per_micro_batch": 40} | options)
+    options = LearnerOptions(**{"learning_rate": 1e-9, "max_grad_norm": 1e9, "tokens_per_micro_batch": 40} | options)
     return Learner(policy, options, terms, Likelihood(policy))
 
 
@@ -142,10 +144,30 @@ def test_a_loss_takes_the_place_of_the_first_term_alone(micro_policy):
 
 def test_a_rank_with_fewer_micro_batches_reads_the_shortest_row_for_company(micro_policy):
     learner = learner_with(micro_policy(0), Number(1))
-    rows = sorted(batch_of(learner).rows, key=lambda row: row.length)[:3]
+    batch = batch_of(learner)
+    rows = sorted(batch.rows, key=lambda row: row.length)
     learner.ranks = SimpleNamespace(share=lambda rows, reader=1: rows[reader::2], reader=1, readers=2)
     [own, company] = learner._shared(rows)
     assert ([own.counts, company.counts], own.rows, company.rows) == ([True, False], rows[1:2], rows[:1])
+    learner.ranks, learner._shared = ALONE, lambda rows: iter([company])
+    assert "loss/total" not in learner.forward_backward(batch)
+    assert not any(gradient.any() for gradient in gradients(learner).values())
+
+
+def test_lessons_are_read_by_the_terms_that_learn_from_them_alone(micro_policy):
+    class Reader(Term):
+        reads_lessons = True
+
+        def lesson(self, lesson, work):
+            work.note("seen", lesson.tokens)
+            return learner.policy.lm_head.sum()
+
+    learner = learner_with(micro_policy(0), Number(1), Reader())
+    metrics = learner.step(recorded([SimpleNamespace(tokens=3), SimpleNamespace(tokens=4)]), 2)
+    assert metrics["seen"] == 7
+    assert learner.policy.lm_head.grad.unique().tolist() == [2.0]
+    assert {"learner/updates", "policy/step_kl"}.isdisjoint(metrics)
+    assert learner.policy_version == 0
 
 
 def test_a_users_term_adds_its_gradient_and_no_other(micro_policy, monkeypatch):
