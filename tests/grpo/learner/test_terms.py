@@ -117,7 +117,9 @@ def test_summands_metrics_and_seconds_of_a_step_by_hand(micro_policy):
         "time/learn": 10 + 2 * (5 + 1),  # the clock is read five times more in a backward pass, and once in a step
     }
     work = last_work(learner)
-    assert (work.batch.step, work.update, work.seconds_apart) == (7, 2, 2)
+    assert (work.batch.step, work.update, work.seconds_apart, work.minis) == (7, 2, 2, ())
+    assert "policy/step_kl" in metrics
+    assert learner.forward_backward(work.batch)["loss/total"] == 9
     tied = replace(batch, rows=[replace(row, samples=[]) for row in batch.rows])
     learner.terms = [Number(1)]
     assert learner.step(tied)["time/learn"] == 11
@@ -145,7 +147,7 @@ def test_a_loss_takes_the_place_of_the_first_term_alone(micro_policy):
 def test_a_rank_with_fewer_micro_batches_reads_the_shortest_row_for_company(micro_policy):
     learner = learner_with(micro_policy(0), Number(1))
     batch = batch_of(learner)
-    rows = sorted(batch.rows, key=lambda row: row.length)
+    rows = [replace(batch.rows[0], samples=batch.rows[0].samples[:1]), *batch.rows[1:]]
     learner.ranks = SimpleNamespace(share=lambda rows, reader=1: rows[reader::2], reader=1, readers=2)
     [own, company] = learner._shared(rows)
     assert ([own.counts, company.counts], own.rows, company.rows) == ([True, False], rows[1:2], rows[:1])
@@ -296,6 +298,7 @@ def test_an_exception_in_the_middle_leaves_no_gradient(micro_policy, monkeypatch
 def test_a_state_that_is_loaded_knows_no_batch(micro_policy):
     learner = learner_of(micro_policy(0), **BOTH)
     tensors, state = copy.deepcopy(learner.state())
+    assert tensors.keys() == {"policy", "optimizer"}
     batch, metrics = batch_of(learner), []
     for _ in range(2):
         metrics.append(learner.step(batch))
