@@ -50,7 +50,7 @@ def test_the_interval_is_wilsons(hits, trials, expected):
 
 def test_nothing_tried_is_nothing_known():
     assert wilson_interval(0, 0) == (0.0, 1.0)
-    assert (estimate([]).low, estimate([]).high, estimate([]).problems) == (0.0, 1.0, 0)
+    assert estimate([]) == Estimate(0.0, 0.0, 1.0, 0)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))
@@ -97,6 +97,8 @@ def test_the_interval_of_few_problems_by_hand():
     # .25, .5, .5, .75: p = .5, variance .125 / 3: 4 · .25 / (.125 / 3) · (1.96 / 3.182)² = 9.106
     narrow = estimate([0.25, 0.5, 0.5, 0.75])
     assert (narrow.low, narrow.high) == pytest.approx(wilson_interval(9.106 / 2, 9.106), abs=1e-4)
+    # .5, .6: p = .55, variance .005: 2 · .2475 / .005 · (1.96 / 12.706)² = 2.3557
+    assert estimate([0.5, 0.6]).low == pytest.approx(wilson_interval(0.55 * 2.3557, 2.3557)[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(("degrees", "exact"), [(1, 12.706), (30, 2.0423), (31, 2.0395), (40, 2.0211), (120, 1.9799)])

@@ -90,6 +90,18 @@ def test_rows_from_which_the_draft_head_alone_learns_come_last_and_by_themselves
     assert list(cut([head, long, short], 99)) == [[short, long], [head]]
     assert list(cut([head, long, short], 7)) == [[short], [long], [head]]
     assert list(cut([long, short], 8)) == [[short, long]]
+    assert [len(part) for part in cut([short] * 4, 4)] == [2, 2]
+    assert collate([short], CPU).advantages.tolist() == [0.0]
+
+
+def test_what_was_recorded_of_prompts_and_completions_stands_in_their_places():
+    recorded = torch.tensor([3, 4])[:, None, None]
+    rows = [PackedRow([7, 8], [Sample(0, [1]), Sample(1, [2, 3], routing=recorded)], recorded), _row([9], [1])]
+    assert collate(rows, CPU).routing[..., 0, 0].tolist() == [[3, 4, -1, 3, 4], [-1] * 5]
+    assert collate(rows[1:], CPU).routing is None
+    rows.append(PackedRow([7, 8], [Sample(2, [1])], recorded.expand(2, 1, 2)))
+    with pytest.raises(ValueError, match=r"routings of one step differ in \[routers, k\]: \[\[1, 1\], \[1, 2\]\]"):
+        collate(rows, CPU)
 
 
 @settings(max_examples=60, deadline=None)
