@@ -175,7 +175,7 @@ def test_contract_6_a_vote_without_a_mark_is_not_counted_as_wrong():
         ("gsm8k_flexible", {}, "so 42 it is", Decimal(42)),
         ("gsm8k_boxed", {}, r"\boxed{42}", Decimal(42)),
         ("gsm8k_lm_eval", {}, "#### 1,042.\n#### 7", "1042"),
-        ("reasoning_gym", {}, "<answer>one</answer> or <answer> Two\n three </answer>", "two three"),
+        ("reasoning_gym", {}, "<answer>0</answer><answer>one</answer> or <answer> Two\n three </answer>", "two three"),
         ("mine.py:score", {}, "because #### Yes", "yes"),
         ("mine.py:score", {}, "  Yes ", "yes"),
         ("mine.py:score", {}, " ", None),
