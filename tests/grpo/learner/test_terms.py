@@ -119,6 +119,7 @@ def test_summands_metrics_and_seconds_of_a_step_by_hand(micro_policy):
     work = last_work(learner)
     assert (work.batch.step, work.update, work.seconds_apart, work.minis) == (7, 2, 2, ())
     assert "policy/step_kl" in metrics
+    assert learner.updates == 2
     assert learner.forward_backward(work.batch)["loss/total"] == 9
     tied = replace(batch, rows=[replace(row, samples=[]) for row in batch.rows])
     learner.terms = [Number(1)]
