@@ -58,11 +58,7 @@ class Update:
         self.masters.backward(loss * ranks.readers)  # gradients are averaged over them
 
     def make(
-        self,
-        step: int,
-        ranks: Ranks,
-        modules: Mapping[str, nn.Module],
-        learning_rate: float | None = None,
+        self, step: int, ranks: Ranks, modules: Mapping[str, nn.Module], learning_rate: float | None = None
     ) -> dict[str, float]:
         """Clip the gradient of each module by itself, and step with the schedule's learning rates, or with
         `learning_rate` for the trunk, which comes first, and the others in proportion.

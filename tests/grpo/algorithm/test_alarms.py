@@ -168,7 +168,7 @@ def test_examples_have_the_highest_marks_and_then_the_most_of_the_feature():
     def seen(name, mark, length, right):
         return Watched(name[0], name, length, 0.0, 0.0, True, right, {"mine": mark})
 
-    groups = [[seen("a1", 1, 5, 0), seen("a2", 1, 3, 1)], [], [seen("b1", 2, 9, 1), seen("b2", None, 1, 0)]]
+    groups = [[seen("a2", 1, 3, 1), seen("a1", 1, 5, 0)], [], [seen("b1", 2, 9, 1), seen("b2", None, 1, 0)]]
     texts = [
         [example["text"] for example in _examples(kind, "mine", value, groups)]
         for kind, value in (("length", 0.9), ("length", -0.9), ("format", 0.9))
@@ -202,6 +202,7 @@ def test_the_same_text_for_different_questions_is_an_alarm():
 
     watch, found = Alarms(["mine"]), []
     for groups in rollouts(lambda seen, rng: rng.random()):
+        assert found == []
         found += watch.observe(stuck(groups))
     assert [(alarm.kind, alarm.value) for alarm in found] == [("identical", 0.5)]
     watch.observe(groups)
@@ -234,7 +235,8 @@ def test_a_fall_of_two_standard_errors_since_the_last_evaluation_sounds():
     watch.evaluated(1.0, 4)
     watch._means = [-4.0, 0.0, 0.0, 9.0, 0.0, 0.0]  # of the first five 1, of the last five 9/5
     assert [alarm.value for alarm in watch.evaluated(0.5, 4)] == [2.0]
-    assert watch.evaluated(0.0, 4) == [], "nothing was sampled since"
+    watch._means = [1.0]
+    assert watch.evaluated(0.0, 4) == [], "the reward did not rise"
 
 
 @pytest.mark.long
