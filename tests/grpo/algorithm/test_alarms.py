@@ -231,12 +231,11 @@ def test_a_reward_that_rises_while_held_out_accuracy_falls(before, after, rises,
 
 def test_a_fall_of_two_standard_errors_since_the_last_evaluation_sounds():
     """A half less of four completions, where the error is the root of (0 + 1/4) / 4."""
-    watch = Alarms(["mine"])
-    watch.evaluated(1.0, 4)
-    watch._means = [-4.0, 0.0, 0.0, 9.0, 0.0, 0.0]  # of the first five 1, of the last five 9/5
-    assert [alarm.value for alarm in watch.evaluated(0.5, 4)] == [2.0]
-    watch._means = [1.0]
-    assert watch.evaluated(0.0, 4) == [], "the reward did not rise"
+    for means, values in (([-4.0, 0.0, 0.0, 9.0, 0.0, 0.0], [2.0]), ([1.0], []), ([], [])):  # of five: from 1 to 9/5
+        watch = Alarms(["mine"])
+        watch.evaluated(1.0, 4)
+        watch._means = means
+        assert [alarm.value for alarm in watch.evaluated(0.5, 4)] == values
 
 
 @pytest.mark.long
