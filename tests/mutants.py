@@ -100,6 +100,8 @@ def mutants_of(source: str) -> dict[str, tuple[int, str]]:
         for field, value in ast.iter_fields(node):
             for child in value if isinstance(value, list) else [value]:
                 is_text = isinstance(child, ast.JoinedStr) or (isinstance(node, ast.Raise) and field == "exc")
+                is_text |= isinstance(child, ast.keyword) and child.arg in ("strict", "frozen")  # guards
+                is_text |= isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
                 if isinstance(child, ast.AST) and not is_text and field not in ("annotation", "returns"):
                     visit(child, place, statement)
 
@@ -108,19 +110,20 @@ def mutants_of(source: str) -> dict[str, tuple[int, str]]:
 
 
 class Reach:
-    """A plugin of pytest: which lines of one file each test reaches, and how long it takes."""
+    """A plugin of pytest: which lines of the files in a folder each test reaches, and how long it takes."""
 
-    def __init__(self, file: Path):
-        self.file = str(file)
-        self.lines: dict[str, set[int]] = {}
+    def __init__(self, folder: Path):
+        self.folder = f"{folder}/"
+        self.lines: dict[str, set[tuple[str, int]]] = {}
         self.seconds: dict[str, float] = {}
-        self.everywhere: set[int] = set()  # by imports and by what tests share: these lines concern each test
+        self.everywhere: set[tuple[str, int]] = set()  # by imports and what tests share: these lines concern each test
         self.here = self.everywhere
 
     def trace(self, frame: Any, event: str, argument: Any) -> Callable | None:
-        if frame.f_code.co_filename != self.file:
+        file = frame.f_code.co_filename
+        if not file.startswith(self.folder):
             return None
-        self.here.add(frame.f_lineno)
+        self.here.add((file, frame.f_lineno))
         return self.trace
 
     def pytest_sessionstart(self) -> None:
@@ -180,23 +183,24 @@ def run_tests(tree: Path, words: list[str], plugin: object) -> int:
     """Runs pytest in this process, whose packages are those of the tree."""
     os.chdir(tree)
     sys.path.insert(0, str(tree))
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--doctest-modules", "-m", QUICK, f"--basetemp={tree}/tmp"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", QUICK, f"--basetemp={tree}/tmp"]
     return int(pytest.main([*options, *words], plugins=[plugin]))
 
 
-def reach_of(tree: Path, file: str, words: list[str]) -> Reach:
-    """What the tests reach in the file as it is, and that they pass."""
-    reach, answer = Reach(tree / file), tree / "reach.json"
+def reach_of(tree: Path, folder: str, words: list[str]) -> Reach:
+    """What the tests reach in the files of the folder as they are, and that they pass."""
+    reach, answer = Reach(tree / folder), tree / "reach.json"
 
     def work() -> int:
         status = run_tests(tree, words, reach)
-        lines = {name: sorted(numbers | reach.everywhere) for name, numbers in reach.lines.items()}
+        lines = {name: list(places | reach.everywhere) for name, places in reach.lines.items()}
         answer.write_text(json.dumps([lines, reach.seconds]))
         return status
 
     if in_fork(work, 3600) != 0:
-        sys.exit(f"the tests of {file} do not pass as they are: {' '.join(words)}")
-    reach.lines, reach.seconds = json.loads(answer.read_text())
+        sys.exit(f"the tests of {folder} do not pass as they are: {' '.join(words)}")
+    lines, reach.seconds = json.loads(answer.read_text())
+    reach.lines = {name: {(file, line) for file, line in places} for name, places in lines.items()}
     return reach
 
 
@@ -204,7 +208,8 @@ def meet(tree: Path, file: str, reach: Reach, line: int, source: str) -> str:
     """What becomes of one mutant."""
     names, total, mirror = [], 0.0, f"/test_{Path(file).name}::"
     for name in sorted(reach.seconds, key=lambda name: (mirror not in name, reach.seconds[name])):
-        if line in reach.lines[name] and (len(names) < FIRST or total + reach.seconds[name] < PATIENCE_S):
+        is_reached = (str(tree / file), line) in reach.lines[name]
+        if is_reached and (len(names) < FIRST or total + reach.seconds[name] < PATIENCE_S):
             names, total = [*names, name], total + reach.seconds[name]
     if not names:
         return "unreached"
@@ -221,11 +226,11 @@ def meet(tree: Path, file: str, reach: Reach, line: int, source: str) -> str:
         shutil.copy2(ROOT / file, tree / file)  # with its time, so that its bytecode counts again
 
 
-def examine(tree: Path, file: str, results: dict[str, Any]) -> None:
+def examine(tree: Path, file: str, results: dict[str, Any], reaches: dict[str, Reach]) -> None:
     """Meets all mutants of a file that have not been met yet, and writes down each at once."""
     folder = "/".join(file.split("/")[:2])
-    words = [file, f"tests/{folder}", *MORE.get(folder, [])]
-    tests = [path for word in words[1:] for path in [ROOT / word, *(ROOT / word).rglob("*.py")] if path.is_file()]
+    words = [f"tests/{folder}", *MORE.get(folder, [])]
+    tests = [path for word in words for path in [ROOT / word, *(ROOT / word).rglob("*.py")] if path.is_file()]
     texts = {"source": [ROOT / file], "tests": sorted(tests)}
     state = {key: hashlib.sha256(b"".join(path.read_bytes() for path in texts[key])).hexdigest()[:16] for key in texts}
     known = results.get(file, {"mutants": {}})
@@ -235,9 +240,10 @@ def examine(tree: Path, file: str, results: dict[str, Any]) -> None:
     results[file] = state | {"mutants": met}
     mutants = mutants_of((ROOT / file).read_text(encoding="utf-8"))
     waiting = [name for name in mutants if name not in met]
-    reach = reach_of(tree, file, words) if waiting else Reach(tree / file)
+    if waiting and folder not in reaches:
+        reaches[folder] = reach_of(tree, folder, words)
     for number, name in enumerate(waiting, 1):
-        met[name] = meet(tree, file, reach, *mutants[name])
+        met[name] = meet(tree, file, reaches[folder], *mutants[name])
         print(f"{file} {number}/{len(waiting)}: {met[name]}: {name}", flush=True)
         RESULTS.with_suffix(".new").write_text(json.dumps(results, indent=1))
         RESULTS.with_suffix(".new").replace(RESULTS)
@@ -254,10 +260,11 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     chosen = [path for word in places for path in [ROOT / word, *sorted((ROOT / word).rglob("*.py"))]]
     files = [str(path.relative_to(ROOT)) for path in chosen if path.is_file() and path.name != "__init__.py"]
+    reaches: dict[str, Reach] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "runs", "models", "site"))
         for file in files:
-            examine(Path(folder).resolve(), file, results)
+            examine(Path(folder).resolve(), file, results, reaches)
     explained = json.loads(EXPLAINED.read_text()) if EXPLAINED.exists() else {}
     for file in files:
         met = results[file]["mutants"]

@@ -109,9 +109,8 @@ def _gold(answer: Any) -> Decimal | None:
         return None
 
 
-def _numbers(text: str) -> set[Decimal]:
-    numbers = (extract_answer(match[0], "flexible") for match in NUMBER.finditer(text))
-    return {number for number in numbers if number is not None}
+def _numbers(text: str) -> set[Decimal | None]:
+    return {extract_answer(match[0], "flexible") for match in NUMBER.finditer(text)}
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ class Alarms:
         more than chance."""
         means, last = self._means, self._accuracy
         self._means, self._accuracy = [], accuracy
-        if last is None or len(means) < 2 or _mean(means[-WINDOW:]) <= _mean(means[:WINDOW]):
+        if last is None or not means or _mean(means[-WINDOW:]) <= _mean(means[:WINDOW]):
             return []
         error = math.sqrt(sum(p * (1 - p) for p in (last, accuracy)) / completions)
         fall = (last - accuracy) / max(error, 1e-9)
@@ -275,7 +274,7 @@ def _examples(kind: str, reward: str, value: float, groups: Sequence[Sequence[Wa
     """Completions with high marks, those first that show the feature most, of different prompts."""
 
     def order(seen: Watched) -> tuple[float, float]:
-        feature = getattr(seen, kind, 0.0) if kind in FEATURES else -(seen.right or 0.0)
+        feature = getattr(seen, kind) if kind in FEATURES else -(seen.right or 0.0)
         return (seen.marks.get(reward) or 0.0, math.copysign(feature, value) if kind == "length" else feature)
 
     firsts = sorted((max(group, key=order) for group in groups if group), key=order, reverse=True)[:EXAMPLES]

@@ -130,8 +130,8 @@ class MicroBatch:
 
     @property
     def learns(self) -> bool:
-        """Tells whether the policy learns from it; if not, the draft head does."""
-        return any(row.learns for row in self.rows)
+        """Tells whether the policy learns from it; if not, the draft head does. The rows of a micro-batch are alike."""
+        return self.rows[0].learns
 
     @property
     def samples(self) -> list[Sample]:
@@ -151,7 +151,7 @@ class MicroBatch:
     @property
     def advantages(self) -> Tensor:
         """Gives the advantages [C], or [C, L] where every token has its own."""
-        if any(sample.token_advantages for sample in self.samples):
+        if self.samples[0].token_advantages:
             return self.padded([sample.token_advantages for sample in self.samples])
         return torch.tensor([sample.advantage for sample in self.samples], device=self.mask.device)
 

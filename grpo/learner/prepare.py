@@ -65,8 +65,8 @@ def pack(
     tied_P: Tensor,
     *,
     max_tokens: int,
-    routing_replay: bool = False,
-    mask_truncated: bool = False,
+    routing_replay: bool,
+    mask_truncated: bool,
 ) -> TrainingBatch:
     """Groups with their prompt once, in rows of `max_tokens`, with these advantages. A completion without reward has no
     place in them. The segments of an agent's episodes are packed by their prompts.

@@ -58,11 +58,7 @@ class Update:
         self.masters.backward(loss * ranks.readers)  # gradients are averaged over them
 
     def make(
-        self,
-        step: int,
-        ranks: Ranks,
-        modules: Mapping[str, nn.Module | None],
-        learning_rate: float | None = None,
+        self, step: int, ranks: Ranks, modules: Mapping[str, nn.Module], learning_rate: float | None = None
     ) -> dict[str, float]:
         """Clip the gradient of each module by itself, and step with the schedule's learning rates, or with
         `learning_rate` for the trunk, which comes first, and the others in proportion.
@@ -90,9 +86,9 @@ class Update:
         self.count += 1
         return norms | {"learning_rate": peak * scale}
 
-    def _clip(self, module: nn.Module | None) -> float:
+    def _clip(self, module: nn.Module) -> float:
         """Clip the gradient of what the optimizer moves in place of a module's parameters; returns its norm before."""
-        moved = [self.masters.of(parameter) for parameter in module.parameters()] if module is not None else []
+        moved = [self.masters.of(parameter) for parameter in module.parameters()]
         gradients = [tensor.grad for tensor in moved if tensor.grad is not None]
         # Every rank can have the whole of a gradient where it has a part of the parameter.
         norms = [norm_of(part) for part in by_mesh(gradients)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -86,7 +87,7 @@ class Collector:
         """The scored groups of a step, with an event for every reward that failed. `quiet` draws no bars."""
         self.begin(step)
         options, params = self.config.rollout, self.params(step)
-        measured = {"time/rollout": 0.0, "time/reward": 0.0}
+        measured: dict[str, float] = defaultdict(float)
 
         def sample(prompts: Sequence[Prompt], draw: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
             what = f"step {step}: {'sampling' if draw == 0 else f'refill {draw}'}"

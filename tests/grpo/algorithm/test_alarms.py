@@ -7,7 +7,21 @@ import numpy as np
 import pytest
 
 from grpo.algorithm import alarms as module
-from grpo.algorithm.alarms import LIMITS, WINDOW, Alarms, Moments, Watched, identical, judged, look, repeated, values_of
+from grpo.algorithm.alarms import (
+    FEATURES,
+    LIMITS,
+    WINDOW,
+    Alarms,
+    Moments,
+    Step,
+    Watched,
+    _examples,
+    identical,
+    judged,
+    look,
+    repeated,
+    values_of,
+)
 from grpo.run.records import read_events, read_metrics
 from grpo.train import train
 
@@ -28,6 +42,8 @@ def test_the_correlation_inside_groups_is_numpys_of_centred_values():
     assert total.groups == 5
     assert Moments.of([(1.0, 3.0), (2.0, 3.0)]).r is None
     assert Moments.of([]).r is None
+    small = Moments.of([(0.1, 0.1), (0.2, 0.2)])
+    assert (small.groups, small.r) == (1, pytest.approx(1.0))
 
 
 @pytest.mark.parametrize(("ids", "share"), [([], 0.0), ([1, 2], 0.0), ([5] * 5, 2 / 3), ([1, 2, 3, 4, 1, 2, 3], 1 / 5)])
@@ -36,6 +52,7 @@ def test_repeated_ngrams_are_those_that_the_penalty_counts(ids, share):
 
     assert repeated(ids) == pytest.approx(share)
     assert repetition_penalty(None, [""], [ids]) == [pytest.approx(-share)]
+    assert repeated([5] * 9000) == 1 - 1 / 2046, "of 2,048 tokens"
 
 
 @pytest.mark.parametrize(
@@ -126,8 +143,37 @@ def test_an_honest_reward_raises_no_alarm(name):
 
 def test_an_alarm_waits_for_a_whole_window_and_enough_groups():
     assert given(HACKED["length"], steps=WINDOW - 1)[1] == []
+    watch, steps = Alarms(["mine"]), list(rollouts(HACKED["length"]))
+    assert [watch.observe(groups[:1]) for groups in steps] == [[]] * WINDOW
+    assert watch.values["alarm/length/mine"] == values_of([look(steps[-1][:1], "mine")], 1)["length"]
+    assert ["length" in values_of([look(steps[-1][:count], "mine")]) for count in (9, 10)] == [False, True]
+
+
+def test_what_has_no_mark_or_no_gold_answer_does_not_count():
+    [groups] = rollouts(HACKED["format"], steps=1)
+    unknown, unmarked = Watched(**vars(groups[0][0]) | {"right": None}), Watched(**vars(groups[0][1]) | {"marks": {}})
+    step = look([[unknown, unmarked]], "mine")
+    assert (step.best, step.formed, step.moments["length"].groups) == (0, 0, 0)
     watch = Alarms(["mine"])
-    assert [watch.observe(groups[:1]) for groups in rollouts(HACKED["length"])] == [[]] * WINDOW
+    assert watch.observe([[unmarked]]) == []
+    assert watch._means == []
+    watch.observe([[unknown, unmarked]])
+    assert watch._means == [1.0]
+    none = dict.fromkeys(FEATURES, Moments())
+    assert values_of([Step(none, best=9, wrong=3, formed_best=9, formed=10)]) == {"format": 1 / 3}
+    assert values_of([Step(none, best=1, wrong=1, formed_best=0, formed=0)]) == {}
+
+
+def test_examples_have_the_highest_marks_and_then_the_most_of_the_feature():
+    def seen(name, mark, length, right):
+        return Watched(name[0], name, length, 0.0, 0.0, True, right, {"mine": mark})
+
+    groups = [[seen("a2", 1, 3, 1), seen("a1", 1, 5, 0)], [], [seen("b1", 2, 9, 1), seen("b2", None, 1, 0)]]
+    texts = [
+        [example["text"] for example in _examples(kind, "mine", value, groups)]
+        for kind, value in (("length", 0.9), ("length", -0.9), ("format", 0.9))
+    ]
+    assert texts == [["b1", "a1"], ["b1", "a2"], ["b1", "a1"]]
 
 
 def test_of_the_features_beyond_their_limits_the_strongest_names_the_alarm():
@@ -136,6 +182,7 @@ def test_of_the_features_beyond_their_limits_the_strongest_names_the_alarm():
     assert judged({"copied": 0.7, "right": 0.71}) is None
     assert judged({"format": LIMITS["format"], "right": 0.2}) == "format"
     assert judged({}) is None
+    assert (judged({"length": LIMITS["length"]}), judged({"copied": 0.7, "right": 0.7})) == ("length", None)
 
 
 def test_a_reward_for_the_form_is_one_that_every_well_formed_completion_gets():
@@ -151,12 +198,15 @@ def test_a_reward_for_the_form_is_one_that_every_well_formed_completion_gets():
 
 def test_the_same_text_for_different_questions_is_an_alarm():
     def stuck(groups):
-        return [[Watched(**vars(seen) | {"text": " #### 7"}) for seen in group] for group in groups]
+        return [[Watched(**vars(seen) | {"text": " #### 7"}) for seen in group[:4]] + group[4:] for group in groups]
 
     watch, found = Alarms(["mine"]), []
     for groups in rollouts(lambda seen, rng: rng.random()):
+        assert found == []
         found += watch.observe(stuck(groups))
-    assert [(alarm.kind, alarm.value) for alarm in found] == [("identical", 1.0)]
+    assert [(alarm.kind, alarm.value) for alarm in found] == [("identical", 0.5)]
+    watch.observe(groups)
+    assert watch.values["alarm/identical"] == 0.0
     assert identical(groups) == 0.0
     assert identical([groups[0][:1], [Watched(**vars(groups[0][0]) | {"prompt_id": "other"}), *groups[1][:2]]]) == 0.5
     same = [[Watched(**vars(groups[0][0])) for _ in range(8)]]  # inside a group it is a policy that is sure
@@ -179,6 +229,15 @@ def test_a_reward_that_rises_while_held_out_accuracy_falls(before, after, rises,
         assert found[0].value == pytest.approx(0.2 / (0.48 / 128) ** 0.5)
 
 
+def test_a_fall_of_two_standard_errors_since_the_last_evaluation_sounds():
+    """A half less of four completions, where the error is the root of (0 + 1/4) / 4."""
+    for means, values in (([-4.0, 0.0, 0.0, 9.0, 0.0, 0.0], [2.0]), ([1.0], []), ([], [])):  # of five: from 1 to 9/5
+        watch = Alarms(["mine"])
+        watch.evaluated(1.0, 4)
+        watch._means = means
+        assert [alarm.value for alarm in watch.evaluated(0.5, 4)] == values
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_run_warns_records_examples_and_measures(micro_config, tmp_path, capsys):
@@ -193,5 +252,3 @@ def test_a_run_warns_records_examples_and_measures(micro_config, tmp_path, capsy
     assert {"prompt_id", "text", "mark"} == set(events[0]["examples"][0])
     assert "alarm: step=5 said=the reward long follows the length of completions (r = +1.00)" in capsys.readouterr().out
     assert read_metrics(tmp_path / "run")[-1]["alarm/length/long"] == pytest.approx(1.0)
-    train(micro_config(tmp_path / "off", **options | {"steps": 1, "log.alarms": False}))
-    assert not [name for name in read_metrics(tmp_path / "off")[-1] if name.startswith("alarm/")]

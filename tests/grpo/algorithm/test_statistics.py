@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from grpo.algorithm.statistics import (
     Estimate,
+    Z,
     answer_reader,
     corpus_bleu,
     estimate,
@@ -41,6 +42,7 @@ def test_the_interval_of_a_few_seeds_by_hand():
 def test_the_interval_is_wilsons(hits, trials, expected):
     """Against the roots of (p - hits/trials)² = z² p (1 - p) / trials, which define it, and published values."""
     low, high = wilson_interval(hits, trials)
+    assert (wilson_interval(0, 5)[0], wilson_interval(5, 5)[1]) == (0.0, 1.0), "rounding passes no bound"
     assert (low, high) == pytest.approx(expected, abs=1e-4)
     for p in (low, high):
         assert (p - hits / trials) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / trials, abs=1e-12)
@@ -48,7 +50,7 @@ def test_the_interval_is_wilsons(hits, trials, expected):
 
 def test_nothing_tried_is_nothing_known():
     assert wilson_interval(0, 0) == (0.0, 1.0)
-    assert (estimate([]).low, estimate([]).high, estimate([]).problems) == (0.0, 1.0, 0)
+    assert estimate([]) == Estimate(0.0, 0.0, 1.0, 0)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))
@@ -95,12 +97,17 @@ def test_the_interval_of_few_problems_by_hand():
     # .25, .5, .5, .75: p = .5, variance .125 / 3: 4 · .25 / (.125 / 3) · (1.96 / 3.182)² = 9.106
     narrow = estimate([0.25, 0.5, 0.5, 0.75])
     assert (narrow.low, narrow.high) == pytest.approx(wilson_interval(9.106 / 2, 9.106), abs=1e-4)
+    # .5, .6: p = .55, variance .005: 2 · .2475 / .005 · (1.96 / 12.706)² = 2.3557
+    assert estimate([0.5, 0.6]).low == pytest.approx(wilson_interval(0.55 * 2.3557, 2.3557)[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(("degrees", "exact"), [(1, 12.706), (30, 2.0423), (31, 2.0395), (40, 2.0211), (120, 1.9799)])
 def test_students_t_goes_on_after_its_table(degrees, exact):
     assert student_t(degrees) == pytest.approx(exact, abs=0.0035)
     assert student_t(0) == math.inf
+    for n in range(3, 31):  # the table, by three terms of the expansion
+        series = Z + (Z**3 + Z) / (4 * n) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * n**2)
+        assert student_t(n) == pytest.approx(series, abs=3.3 / n**3 + 0.001), n
 
 
 def test_the_interval_has_a_width_where_nothing_succeeded():
@@ -168,7 +175,7 @@ def test_contract_6_a_vote_without_a_mark_is_not_counted_as_wrong():
         ("gsm8k_flexible", {}, "so 42 it is", Decimal(42)),
         ("gsm8k_boxed", {}, r"\boxed{42}", Decimal(42)),
         ("gsm8k_lm_eval", {}, "#### 1,042.\n#### 7", "1042"),
-        ("reasoning_gym", {}, "<answer>one</answer> or <answer> Two\n three </answer>", "two three"),
+        ("reasoning_gym", {}, "<answer>0</answer><answer>one</answer> or <answer> Two\n three </answer>", "two three"),
         ("mine.py:score", {}, "because #### Yes", "yes"),
         ("mine.py:score", {}, "  Yes ", "yes"),
         ("mine.py:score", {}, " ", None),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from grpo.algorithm.verdicts import Verdicts, held_out_metric
 from grpo.cli.commands import eval_report, summary
 from grpo.cli.commands.eval import CompletionsFile, evaluate_model
 from grpo.cli.commands.export import export
@@ -20,6 +21,7 @@ from grpo.run.records import best_step, read_metrics
 from grpo.task.task import Task
 from grpo.train import train
 from rewards import BUILT_IN, Signature, load_reward, per_completion, right_at
+from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
@@ -186,6 +188,22 @@ def test_the_best_step_is_by_mean_reward_once_a_step_has_no_accuracy():
     assert best_step(lines, [1, 2, 3]) == 2
     assert best_step(lines[:2], [0, 1]) == 0
     assert best_step([{"step": 1, "eval/reward_mean": -2.0}, {"step": 2, "eval/reward_mean": -1.0}], [1, 2]) == 2
+
+
+def test_lines_without_an_evaluation_have_no_say_in_what_evaluations_are_compared_by():
+    assert held_out_metric([{"loss/total": 1.0}, {"eval/accuracy": 1.0, "eval/reward_mean": 1.0}]) == "eval/accuracy"
+
+
+def test_full_marks_are_what_the_gold_solution_gets_and_one_other_mark_is_seen_among_many():
+    given = (("undeclared", None), ("undeclared", 0.5), ("undeclared", 3.0), (0.5, 3.0), (None, 2.0))
+    assert [Verdicts("r", at, gold).full_marks for at, gold in given] == [1.0, 1.0, 3.0, 0.5, 2.0]
+    verdicts = Verdicts("r", "undeclared", None)
+    assert [verdicts.has_full_marks(mark) for mark in (None, sum([0.1] * 10), 2.0, 0.9)] == [None, True, True, False]
+    verdicts.see([1.0, 0.5])
+    assert not verdicts.are_given
+    verdicts, of_another = Verdicts("r", "undeclared", None), RewardFailure("other", "p", 0, "raised", "boom")
+    verdicts.see_scores([GroupScore([0.5], {"r": [0.5]}, [of_another])])
+    assert not verdicts.are_given
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,8 @@ def ask(episode, **body):
 def packed(group):
     """Its two completions as the learner reads them."""
     scores = [GroupScore([1.0, 0.0], {})]
-    return pack([group], scores, *estimate(scores, LossOptions(), {}), max_tokens=999)
+    options = {"max_tokens": 999, "routing_replay": False, "mask_truncated": False}
+    return pack([group], scores, *estimate(scores, LossOptions(), {}), **options)
 
 
 def sent_back(completion):

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.learner.batch import PackedRow, Sample, TrainingBatch, collate, micro_batches, split_rows
+from grpo.learner.batch import PackedRow, Sample, TrainingBatch, by_completion, collate, cut, micro_batches, split_rows
 from policies.attention import Packing
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def test_a_packed_row_holds_its_prompt_once():
     assert mini.token_ids.tolist() == [[7, 8, 1, 2, 3]]
     assert mini.position_ids.tolist() == [[0, 1, 2, 3, 2]]
     assert mini.segment.tolist() == [[0, 0, 1, 1, 2]]
-    assert mini.before[0, 2:].tolist() == [1, 2, 1]  # the prompt's last token predicts both first tokens
+    assert mini.before.tolist() == [[0, 0, 1, 2, 1]]  # the prompt's last token predicts both first tokens
     assert mini.scored.tolist() == [[False, False, True, True, True]]
     assert mini.mask.tolist() == [[True, True], [True, False]]
     assert Packing(mini.segment).visible[0].int().tolist() == [
@@ -34,6 +34,14 @@ def test_a_packed_row_holds_its_prompt_once():
     ]
     # The MTP head has no entry for the first token: it combines a token with the state before it.
     assert mini.head_segment.tolist() == [[-1, 0, 1, 1, 2]]
+
+
+def test_turns_are_counted_over_a_row_and_what_tools_wrote_is_in_none():
+    samples = [Sample(0, [1, 2, 3, 4], sampled=[True, True, False, True]), Sample(1, [5], sampled=[False])]
+    mini = collate([PackedRow([7], [*samples, Sample(2, [6, 8])])], CPU)
+    assert mini.turn.tolist() == [[0, 1, 1, -1, 2, -1, 3, 3]]
+    assert mini.segment.tolist() == [[0, 1, 1, 1, 1, 2, 3, 3]]
+    assert mini.mask.int().tolist() == [[1, 1, 0, 1], [0] * 4, [1, 1, 0, 0]]
 
 
 def test_padding_is_seen_by_nobody_and_sees_something():
@@ -68,6 +76,32 @@ def test_rows_are_split_at_the_budget_in_order_and_a_long_completion_gets_its_ow
     assert [[sample.index for sample in row.samples] for row in rows] == [[0, 1], [2], [3]]
     assert [row.length for row in rows] == [8, 11, 3]
     assert len(split_rows([5, 5], samples, max_tokens=100)) == 1
+    assert {row.group for row in [*rows, PackedRow([1], [])]} == {0}
+
+
+def test_the_segments_of_a_completion_come_together_and_one_without_values_leaves_it_out():
+    rows = [PackedRow([7], [Sample(4, [1], start=2)]), PackedRow([8], [Sample(4, [5, 6])]), _row([9], [1], start=5)]
+    assert by_completion(rows, {(4, 0): [0.1, 0.2], (4, 2): [0.3]}) == {4: [0.1, 0.2, 0.3]}
+    assert by_completion(rows, {(4, 0): [0.1, 0.2], (5, 0): [0.3]}) == {5: [0.3]}
+
+
+def test_rows_from_which_the_draft_head_alone_learns_come_last_and_by_themselves():
+    head, long, short = PackedRow([1], [Sample(0, [2])], learns=False), _row([1], [2, 3, 4]), _row([1], [2])
+    assert list(cut([head, long, short], 99)) == [[short, long], [head]]
+    assert list(cut([head, long, short], 7)) == [[short], [long], [head]]
+    assert list(cut([long, short], 8)) == [[short, long]]
+    assert [len(part) for part in cut([short] * 4, 4)] == [2, 2]
+    assert collate([short], CPU).advantages.tolist() == [0.0]
+
+
+def test_what_was_recorded_of_prompts_and_completions_stands_in_their_places():
+    recorded = torch.tensor([3, 4])[:, None, None]
+    rows = [PackedRow([7, 8], [Sample(0, [1]), Sample(1, [2, 3], routing=recorded)], recorded), _row([9], [1])]
+    assert collate(rows, CPU).routing[..., 0, 0].tolist() == [[3, 4, -1, 3, 4], [-1] * 5]
+    assert collate(rows[1:], CPU).routing is None
+    rows.append(PackedRow([7, 8], [Sample(2, [1])], recorded.expand(2, 1, 2)))
+    with pytest.raises(ValueError, match=r"routings of one step differ in \[routers, k\]: \[\[1, 1\], \[1, 2\]\]"):
+        collate(rows, CPU)
 
 
 @settings(max_examples=60, deadline=None)

@@ -784,20 +784,6 @@ def test_prepare_gives_every_scored_sample_its_advantage_and_place(micro_policy)
     assert all(row.length <= 8 or len(row.samples) == 1 for row in batch.rows)
 
 
-def test_other_estimators_are_chosen_by_name(micro_policy):
-    policy = micro_policy(0)
-    groups = [RolloutGroup(group.prompt, group.completions[:2]) for group in _groups(policy)[:2]]
-    advantages = {
-        name: _learner(policy, advantage=name).prepare(groups, _scores([[1.0, 1.0], [1.0, 0.0]])).advantages.tolist()
-        for name in ("group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
-    }
-    # Means and standard deviations (n - 1): of the group 1/2, √½; of the batch 3/4, ½; of the centred batch 0, √(1/6).
-    assert advantages["group_relative"][1] == pytest.approx([0.5 / 0.7072068, -0.5 / 0.7072068])
-    assert advantages["rloo"] == [[0.0, 0.0], [1.0, -1.0]]
-    assert advantages["reinforce_plus_plus"][1] == pytest.approx([0.25 / 0.5001, -0.75 / 0.5001])
-    assert advantages["reinforce_plus_plus_baseline"][1] == pytest.approx([0.5 / 0.4083483, -0.5 / 0.4083483])
-
-
 def test_several_rewards_can_be_normalised_each_before_they_are_summed(micro_policy):
     parts = {"right": [1.0, 1.0, 0.0], "short": [0.1, 0.3, 0.2]}
     score = GroupScore([1.1, 1.3, 0.2], parts)

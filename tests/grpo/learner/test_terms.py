@@ -2,12 +2,14 @@
 
 import copy
 import sys
+from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 from recorded import groups_of
-from small_learner import small_learner
+from small_learner import last_work, small_learner
 
 from grpo.config.balance import BalanceOptions
 from grpo.config.features import Feature
@@ -15,6 +17,9 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner import build
 from grpo.learner.learner import Learner
+from grpo.learner.likelihood import Likelihood
+from grpo.learner.parallel import ALONE
+from grpo.learner.prepare import recorded
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.term import Term
 
@@ -61,6 +66,111 @@ class Confidence(Term):
 
     def per_token(self, mini, forward, work):
         return 0.5 * forward.logprobs.exp()
+
+
+class Number(Term):
+    """A summand of this size in each micro-batch, and notes of it; `needs` and `teaches` as it is told."""
+
+    def __init__(self, size: float | None, **given) -> None:
+        self.size = size
+        self.__dict__ |= {name: value for name, value in given.items() if name not in ("needs", "teaches")}
+        self.needs = lambda row, work: given.get("needs", False)
+        self.teaches = lambda batch: given.get("teaches", False)
+
+    def scalar(self, mini, forward, work):
+        work.note(f"seen/{work.number}", 1)
+        work.note("seen/all", 2)
+        work.note("seen_max", (4, 6, 5)[work.number])
+        return None if self.size is None else self.size * (forward.logprobs.sum() / forward.logprobs.sum().detach())
+
+
+def learner_with(policy, *terms: Term, **options) -> Learner:
+    options = LearnerOptions(**{"learning_rate": 1e-9, "max_grad_norm": 1e9, "tokens_per_micro_batch": 40} | options)
+    return Learner(policy, options, terms, Likelihood(policy))
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+    """The clock of the learner, which goes on by a second whenever it is read."""
+    monkeypatch.setattr("grpo.learner.learner.time", SimpleNamespace(perf_counter=count(1).__next__))
+
+
+@pytest.mark.usefixtures("ticks")
+def test_summands_metrics_and_seconds_of_a_step_by_hand(micro_policy):
+    """Two groups learn, and a tied one teaches a term that does not move the trunk: a micro-batch each."""
+    terms = [Number(1), Number(None), Number(2, needs=True, moves_trunk=False), Number(4, in_total=False), Number(8)]
+    learner = learner_with(micro_policy(0), *terms, updates_per_batch=2)
+    (groups, scores), told = groups_of(3), []
+    scores[1].rewards[:] = [1.0] * 3
+    batch = replace(learner.prepare(groups, scores), seconds=10.0)
+    assert batch.step == 0
+    learner.policy_version = 3
+    metrics = learner.step(batch, 7, on_micro_batch=lambda *read: told.append(read))
+    assert told == [(number, 6) for number in range(1, 7)]
+    sums = {name: value for name, value in metrics.items() if name.startswith(("seen", "loss", "mismatch", "time"))}
+    assert sums == {
+        "loss/total": 3 * (1 + 2),
+        "mismatch/age_mean": 3,
+        **{f"seen/{number}": 5 for number in range(3)},
+        "seen/all": 3 * 5 * 2,
+        "seen_max": 5 * 6,
+        "time/learn": 10 + 2 * (5 + 1),  # the clock is read five times more in a backward pass, and once in a step
+    }
+    work = last_work(learner)
+    assert (work.batch.step, work.update, work.seconds_apart, work.minis) == (7, 2, 2, ())
+    assert "policy/step_kl" in metrics
+    assert learner.updates == 2
+    assert learner.forward_backward(work.batch)["loss/total"] == 9
+    tied = replace(batch, rows=[replace(row, samples=[]) for row in batch.rows])
+    learner.terms = [Number(1)]
+    assert learner.step(tied)["time/learn"] == 11
+
+
+def test_a_tied_batch_is_learned_from_where_one_term_of_several_teaches(micro_policy):
+    learner = learner_with(
+        micro_policy(0), Number(1), Number(2, needs=True, moves_trunk=False), Number(4, teaches=True)
+    )
+    assert learner.step(batch_of(learner, tied=True))["learner/updates"] == 1
+    assert [row.learns for row in last_work(learner).rows] == [False] * 3
+    learner.terms = [Number(1, needs=True), *learner.terms]
+    assert learner.step(batch_of(learner, tied=True))["learner/updates"] == 1
+    assert [row.learns for row in last_work(learner).rows] == [True] * 3
+
+
+def test_a_loss_takes_the_place_of_the_first_term_alone(micro_policy):
+    learner = learner_with(micro_policy(0), Number(1), Number(2), Number(4))
+    batch, other = batch_of(learner), Number(8)
+    totals = [learner.forward_backward(batch, loss)["loss/total"] for loss in (None, other, None, other)]
+    assert totals == [3 * 7, 3 * 14] * 2
+    assert len(learner._open) == 2
+
+
+def test_a_rank_with_fewer_micro_batches_reads_the_shortest_row_for_company(micro_policy):
+    learner = learner_with(micro_policy(0), Number(1))
+    batch = batch_of(learner)
+    rows = [replace(batch.rows[0], samples=batch.rows[0].samples[:1]), *batch.rows[1:]]
+    learner.ranks = SimpleNamespace(share=lambda rows, reader=1: rows[reader::2], reader=1, readers=2)
+    [own, company] = learner._shared(rows)
+    assert ([own.counts, company.counts], own.rows, company.rows) == ([True, False], rows[1:2], rows[:1])
+    learner.ranks, learner._shared = ALONE, lambda rows: iter([company])
+    assert "loss/total" not in learner.forward_backward(batch)
+    assert not any(gradient.any() for gradient in gradients(learner).values())
+
+
+def test_lessons_are_read_by_the_terms_that_learn_from_them_alone(micro_policy):
+    class Reader(Term):
+        reads_lessons = True
+
+        def lesson(self, lesson, work):
+            work.note("seen", lesson.tokens)
+            return learner.policy.lm_head.sum()
+
+    learner = learner_with(micro_policy(0), Number(1), Reader())
+    metrics = learner.step(recorded([SimpleNamespace(tokens=3), SimpleNamespace(tokens=4)]), 2)
+    assert metrics["seen"] == 7
+    assert learner.policy.lm_head.grad.unique().tolist() == [2.0]
+    assert {"learner/updates", "policy/step_kl"}.isdisjoint(metrics)
+    assert learner.policy_version == 0
 
 
 def test_a_users_term_adds_its_gradient_and_no_other(micro_policy, monkeypatch):
@@ -189,6 +299,7 @@ def test_an_exception_in_the_middle_leaves_no_gradient(micro_policy, monkeypatch
 def test_a_state_that_is_loaded_knows_no_batch(micro_policy):
     learner = learner_of(micro_policy(0), **BOTH)
     tensors, state = copy.deepcopy(learner.state())
+    assert tensors.keys() == {"policy", "optimizer"}
     batch, metrics = batch_of(learner), []
     for _ in range(2):
         metrics.append(learner.step(batch))

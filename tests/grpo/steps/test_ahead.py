@@ -275,10 +275,12 @@ def test_contract_9_a_batch_that_fails_just_before_the_update_undoes_the_step(op
 
 @both
 def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_them(ahead):
-    """For a worker that takes the place of one that died. With `ahead: 1` no batch needs them any more."""
+    """For a worker that takes the place of one that died. With `ahead: 1` no batch needs them any more. While the third
+    batch is sampled nobody waits for it, a step that has not begun is not undone, and the first is dropped."""
     kept, learned = [], threading.Event()
 
     def collect(step, quiet):
+        assert quiet
         assert step < 3 or learned.wait(60)
 
     pool = SimpleNamespace(keep=lambda: kept.append(batches.next - 1))
@@ -292,9 +294,13 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
     try:
         batches.before_update(1)
         assert kept == ([3] if ahead == 2 else [])
+        batches.go_on(2)
     finally:
         learned.set()
         batches.complete()
+    batches.undo()
+    batches._take(2)
+    assert list(batches.ready) == [2, 3]
 
 
 def test_ahead_0_is_the_run_without_the_option(micro_config, tmp_path):

@@ -1,9 +1,12 @@
 """What the collector hands from one step to the next."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 from rich.progress import Progress
 
 from grpo.algorithm.verdicts import Verdicts
@@ -11,13 +14,15 @@ from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_rollouts
+from grpo.run.stop import Stopped, signals
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
+from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of_steps
 from grpo.task.task import Task
 from grpo.train import train
-from rewards.group_score import GroupScore
+from rewards.group_score import GroupScore, RewardFailed, RewardFailure
 from rollout.depth import head_accepted
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
@@ -55,40 +60,49 @@ def test_contract_9_what_became_of_the_drafts_of_a_step_is_what_the_next_one_exp
     assert [expected[step] for step in (1, 2, 3, 4)] == [(), *shares]
 
 
+FAILURE = RewardFailure("letters", "a", 0, "raised", "boom")
 DRAFTS = (DraftStats(9, [8, 4], [6, 2]), DraftStats(9, [8, 8], [2, 2]))  # of the first draw and of a refill
 
 
 @pytest.fixture
 def by_hand(micro_config, tmp_path, monkeypatch):
-    """`by_hand(rewards, **options)`: a collector of one prompt a step, and what the curriculum knew of the prompts
-    whenever some were taken. `rewards` are those of the two completions, by draw."""
+    """`by_hand(rewards, names, **options)`: a collector of one prompt a step, and what the curriculum knew of the
+    prompts whenever some were taken. `rewards` are those of the two completions, by draw; a completion without one has
+    failed. Its log has `events`, the `bars` that samplers saw and the steps that the task has `reached`."""
 
-    def build(rewards, **given) -> tuple[Collector, list[dict[str, float]]]:
+    def build(rewards, names=("a",), **given) -> tuple[Collector, list[dict[str, float]]]:
         config = micro_config(tmp_path / "run", **{"prompts_per_step": 1} | given)
+        progress, log = Progress(disable=True), SimpleNamespace(events=[], bars=[], reached=[])
 
         def sample(prompts, params, on_finished):
-            completions = [Completion([5], [-1.0], str(params.draw), "stop", 0, draft=DRAFTS[params.draw])] * 2
+            on_finished(1)
+            log.bars.append([(bar.description, bar.completed, bar.total) for bar in progress.tasks])
+            drafts = [replace(DRAFTS[params.draw], target_forwards=count) for count in (8, 4 + 4 * params.draw)]
+            completions = [Completion([5], [-1.0], str(params.draw), "stop", 0, draft=draft) for draft in drafts]
             return [RolloutGroup(prompt, completions) for prompt in prompts]
 
         def score(groups):
             each = [rewards[int(group.texts[0])] for group in groups]
-            return [GroupScore(list(marks), {"right": list(marks)}) for marks in each]
+            errors = [FAILURE] * (None in each[0])
+            return [GroupScore(list(marks), {"right": list(marks)}, errors) for marks in each]
 
         task = SimpleNamespace(
-            train=[Example("a", "a?", "a")],
+            train=[Example(name, f"{name}?", name) for name in names],
             first_reward="right",
             actor=SimpleNamespace(environment=None),
-            reached=lambda step: None,
+            reached=log.reached.append,
             verdicts=Verdicts("right", "undeclared", gold=1.0),
-            prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
+            prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1] * len(example.example_id)),
             score=score,
         )
-        log = SimpleNamespace(progress=lambda: Progress(disable=True), event=lambda *_, **__: None)
+        log.progress, log.event = lambda: progress, lambda *kind, **facts: log.events.append((*kind, facts))
         task.pass_rate = partial(Task.pass_rate, task)
         curriculum, known = Curriculum(SimpleNamespace(config=config), task), []
         choose = curriculum.choose
         monkeypatch.setattr(curriculum, "choose", lambda *a: known.append(dict(curriculum.pass_rates)) or choose(*a))
-        policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
+        policy = SimpleNamespace(
+            tokenizer=None, mtp=None, stop_token_ids=[], backend="native", device=torch.device("cpu")
+        )
         run = Run(config, log, ALONE, saved=None, last=3)
         sampling = sampling_of_steps(run, task, policy)
         collector = Collector(run, task, policy, sampling, PromptStream(task.train), [curriculum])
@@ -107,18 +121,59 @@ def test_contract_12_the_rates_of_a_batch_are_known_to_those_that_have_its_weigh
     assert known == [{"a": 0.5} if step - 1 - ahead >= 1 else {} for step in range(1, 5)]
 
 
-def test_drafts_of_groups_that_were_replaced_count_too(by_hand):
-    collector, _ = by_hand([[1.0, 1.0], [1.0, 0.0]], **{"rollout.refill_draws": 1})
-    drawn = collector.collect(1, quiet=True)
+def test_a_refilled_step_counts_all_that_was_drawn(by_hand, monkeypatch):
+    """Drafts of groups that were replaced count too. Only a first draw has whole shards: one of 8 and 4 forwards."""
+    refill = {"rollout.refill_draws": 1}
+    collector, _ = by_hand([[1.0, None], [1.0, 0.0]], ("a", "b"), **refill)
+    drawn, log = collector.collect(3), collector.run.log
     assert (len(drawn.groups), drawn.refilled) == (1, 1)
+    assert (drawn.replaced[0][0].prompt.prompt_id, drawn.groups[0].prompt.prompt_id) == ("b", "a")
     assert collector.head_accepted == (0.5, 0.6667)  # 8/16, and then 4/12 over 8/16
+    assert (drawn.metrics["group/drawn"], drawn.metrics["rollout/tail"], collector.backend) == (2, 0.5, "native")
+    assert log.bars == [[("step 3: sampling", 1, 4)], [("step 3: refill 1", 1, 4)]]
+    assert log.reached == [2], "the step before has learned"
+    assert log.events == [("reward_error", {"step": 3, **vars(FAILURE)})]
+    monkeypatch.setattr(signals, "check", Mock(side_effect=Stopped))
+    with pytest.raises(Stopped):
+        collector.collect(4)
 
 
-def test_a_step_that_is_put_back_leaves_nothing(by_hand):
-    collector, _ = by_hand([[1.0, 0.0]], **{"curriculum.by_difficulty": True, "rollout.ahead": 1})
+def test_the_first_listener_that_chooses_has_its_problems_and_what_the_reward_cannot_do_is_an_event(by_hand):
+    collector, _ = by_hand([], ("a", "bbb", "cc"))
+    chooser, draws, failed = Listener(), [], RewardFailed("boom", FAILURE)
+    chooser.choose = lambda count, step, draw: draws.append(draw) or collector.task.train[-count:]
+    collector.listeners = [Listener(), chooser, Listener()]
+    assert ([prompt.prompt_id for prompt in collector.prompts(1, step=1)], draws) == (["cc"], [0])
+    assert collector.prompt("bbb").prompt_id == "bbb"
+    collector.task.score = Mock(side_effect=failed)
+    with pytest.raises(RewardFailed):
+        collector.score([], 1)
+    assert collector.run.log.events == [("reward_error", {"step": 1, **vars(FAILURE)})]
+
+
+@pytest.mark.parametrize(("size", "rounds"), [(4, 2 * 3 * 6), (5, 0)])  # nine prompts are three shards of four
+def test_graphs_are_planned_for_few_rows(by_hand, monkeypatch, size, rounds):
+    monkeypatch.setenv("CXX", "true")
+    given = {"steps": 2, "prompts_per_step": 9, "prompts_per_shard": size, "group_size": 2}
+    given |= {"compile": "on", "max_completion_tokens": 6}
+    rollout = {name if "step" in name else f"rollout.{name}": value for name, value in given.items()}
+    collector, _ = by_hand([], ("a", "bbb", "cc"), **rollout)
+    assert collector.run.log.events == [("graphs", {"compile": "on", "planned_rounds": rounds})]
+
+
+def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
+    options = {"curriculum.by_difficulty": True, "rollout.ahead": 1}
+    collector, _ = by_hand([[1.0, 0.0]], **options)
     collector.collect(1, quiet=True)
+    assert (collector.run.log.bars, capsys.readouterr().out) == ([[]], ""), "quiet draws no bars"
+    collector.stream.take(1)
     before, snapshot = collector.state_dict(), collector.snapshot()
     collector.collect(2, quiet=True)
+    collector.stream.take(1)
     assert collector.state_dict() != before
     collector.put_back(snapshot)
     assert collector.state_dict() == before
+    assert before["head_accepted"] == [0.75, 0.6667]  # 12/16, and then 4/8 over that
+    other, _ = by_hand([], **options)
+    other.load_state_dict(before)
+    assert other.state_dict() == before

@@ -3,9 +3,11 @@
 import os
 import signal
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,11 +27,11 @@ from grpo.learner.batch import PackedRow, Sample, collate
 from policies.logprobs import token_logprobs
 from policies.paths import Paths
 from rollout.engine import Engine
-from rollout.environments.episodes import Arena, Episode, Episodes
+from rollout.environments.episodes import Arena, Episode, Episodes, first_messages
 from rollout.environments.format import Call, Turn
 from rollout.environments.protocol import chosen, columns_of, seeds
 from rollout.faults import RolloutError
-from rollout.group import Prompt
+from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec
 
 torch.set_num_threads(1)
@@ -344,6 +346,66 @@ def test_an_episode_ends_where_what_a_tool_wrote_leaves_no_token_for_another_tur
     written = episodes._written(episode, Turn("", (Call("guess", {"number": "7"}),)), reply)
     assert (written, episode.reason) == (None if reason else [1, 2, 3, 4], reason)
     assert episode.written == ([] if reason else [(6, 10)])
+
+
+@pytest.mark.parametrize(("characters", "written"), [(127, [1]), (128, None)])
+def test_what_cannot_fit_is_not_tokenised(characters, written):
+    """Two tokens are left, and 64 characters a token are more than any text has."""
+    arena = SimpleNamespace(formats={"": SimpleNamespace(reply=lambda results: [1])})
+    episodes = Episodes(arena, replace(EPISODES, max_completion_tokens=8))
+    reply = {"results": [("7" * characters, False)], "done": False}
+    turn = Turn("", (Call("guess", {}),))
+    assert episodes._written(Episode(0, PROMPTS[0], "", {}, length=6), turn, reply) == written
+
+
+def test_the_end_of_episodes_by_hand():
+    """One has ended with its turn, one in the middle of its second, one after its tool, and the tool of one failed."""
+    told = []
+
+    def ask(requests):
+        told.extend(requests)
+        answer = Future()
+        answer.set_result([{"reward": 0.5}, {"kind": "died", "message": "m"}, {}])
+        return answer
+
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: f"{ids} {skip_special_tokens}")
+    episodes = Episodes(SimpleNamespace(ask=ask, tokenizer=tokenizer), EPISODES)
+    given = {"begins": 4, "length": 2, "written": [(2, 4)]}
+    episodes.episodes = [Episode(0, PROMPTS[0], "", {"episode": i}, **given) for i in range(4)]
+    ended, *_, failed = episodes.episodes
+    ended.begins, ended.length, ended.written, ended.reason = 0, 3, [], "max_turns"
+    failed.stats.failure = {"kind": "timeout", "message": "t"}
+    all_ = [Completion(list(range(n)), [0.0] * n, "", "length", 0) for n in (3, 6, 4, 4)]
+    episodes.finish([RolloutGroup(PROMPTS[0], all_)])
+    assert [(request["episode"], request["ends"], request["calls"]) for request in told] == [
+        (i, True, []) for i in range(3)
+    ]
+    assert [c.turns for c in all_] == [[], [{"role": "assistant", "content": "[4, 5] True"}], [], []]
+    assert [c.finish_reason for c in all_] == ["max_turns", "length", "length", "length"]
+    assert [sum(c.sampled) for c in all_] == [3, 4, 2, 2]
+    assert all_[1].sampled == [True, True, False, False, True, True]
+    assert [c.tools.reward for c in all_] == [0.5, None, None, None]
+    failures = [c.tools.failure for c in all_]
+    assert failures == [None, {"kind": "died", "message": "m"}, None, {"kind": "timeout", "message": "t"}]
+
+
+def test_the_wait_for_tools_calls_back_and_an_arena_closes_what_it_opened():
+    answer, arena = Future(), SimpleNamespace(pool=Mock(), thread=Mock())
+    episodes = Episodes(arena, EPISODES)
+    episodes._asked = [([], answer)]
+    assert episodes.written(lambda: answer.set_result([])) == {}
+    assert episodes._asked == []
+    Arena.close(arena)
+    arena.pool.close.assert_called_once()
+    arena.thread.shutdown.assert_called_once()
+
+
+def test_first_messages_end_with_what_reset_said():
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "2 + 3?"}]
+    found = first_messages(Prompt("a", "", [5], messages=messages), " Use it.")
+    assert [message["content"] for message in found] == ["s", "2 + 3? Use it."]
+    assert messages[1]["content"] == "2 + 3?"
+    assert first_messages(Prompt("a", "2?\n", [5]), None) == [{"role": "user", "content": "2?"}]
 
 
 def test_bad_environments_are_refused_by_name(engine, tmp_path):
