@@ -104,6 +104,10 @@ CLAUSES = {
         "What cannot": "refused one_file",
     },
     17: {"Everything": "primitives supervises two_ranks"},
+    18: {
+        "A command": "test_what_a_command_does_not_use_is_refused_unless_it_is_its_default",
+        "What goes": "test_all_contradictions_are_found_at_once",
+    },
 }
 
 

@@ -25,7 +25,7 @@ def test_hangs():
 """
 
 
-def test_children_of_nohup_have_default_signals_and_a_test_that_hangs_ends_by_name(tmp_path):
+def test_contract_21_children_of_nohup_have_default_signals_and_a_test_that_hangs_ends_by_name(tmp_path):
     text = CONFTEST.read_text()
     (tmp_path / "conftest.py").write_text(text.replace("LIMIT_S, SLOW_LIMIT_S = 300,", "LIMIT_S, SLOW_LIMIT_S = 3,"))
     (tmp_path / "test_it.py").write_text(SUITE)
@@ -53,6 +53,6 @@ def shared() -> list[float]:
 
 
 @pytest.mark.parametrize("place", ["first", "second"])
-def test_what_a_test_draws_does_not_depend_on_those_before_it(request, shared, place):
+def test_contract_21_what_a_test_draws_does_not_depend_on_those_before_it(request, shared, place):
     assert shared == draws_of("shared")
     assert draws() == draws_of(request.node.name)

@@ -122,7 +122,7 @@ def rows(tmp_path) -> dict[str, Any]:
     return {"name": str(tmp_path / "rows.jsonl"), "held_out": 0.25}
 
 
-def test_supervised_steps_read_all_their_options(micro_config, policy_folder, not_finite, rows, tmp_path):
+def test_contract_18_supervised_steps_read_all_their_options(micro_config, policy_folder, not_finite, rows, tmp_path):
     from grpo.sft import sft
 
     given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards", "data"})
@@ -136,7 +136,7 @@ def test_supervised_steps_read_all_their_options(micro_config, policy_folder, no
     assert unread(SftConfig, reads) == set()
 
 
-def test_grpo_reads_all_its_options(micro_config, policy_folder, not_finite, rows, tmp_path, monkeypatch):
+def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, not_finite, rows, tmp_path, monkeypatch):
     from grpo.steps.vllm import vllm_settings
     from grpo.train import train
 
@@ -167,7 +167,7 @@ def test_grpo_reads_all_its_options(micro_config, policy_folder, not_finite, row
     assert unread(TrainConfig, reads) == set()
 
 
-def test_teaching_a_draft_head_reads_all_its_options(judged, rows, tmp_path):
+def test_contract_18_teaching_a_draft_head_reads_all_its_options(judged, rows, tmp_path):
     from grpo.cli.mtp import mtp
 
     small = {"steps": 2, "prompts_per_step": 4, "rollout.group_size": 2, "mtp.epochs": 1, "mtp.depth": 1}
@@ -189,7 +189,7 @@ def acts(judged, rows) -> list[dict[str, Any]]:
     ]
 
 
-def test_an_evaluation_reads_all_its_options(acts, tmp_path):
+def test_contract_18_an_evaluation_reads_all_its_options(acts, tmp_path):
     from grpo.cli.commands.eval import evaluate_model
     from grpo.cli.commands.served import open_served
 
@@ -201,7 +201,7 @@ def test_an_evaluation_reads_all_its_options(acts, tmp_path):
     assert unread(EvalConfig, reads) == set()
 
 
-def test_sampling_reads_all_its_options(policy_folder, rows):
+def test_contract_18_sampling_reads_all_its_options(policy_folder, rows):
     from grpo.cli.commands.sample import prompts_of, sample
 
     given = {"model": str(policy_folder), "threads": 1, "samples": 1, "rollout.max_completion_tokens": 8}
@@ -213,7 +213,7 @@ def test_sampling_reads_all_its_options(policy_folder, rows):
     assert unread(SampleConfig, reads) == set()
 
 
-def test_a_server_reads_all_its_options(policy_folder, monkeypatch):
+def test_contract_18_a_server_reads_all_its_options(policy_folder, monkeypatch):
     from grpo.cli.serve.server import serve
 
     monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)  # it has all that it needs by then
@@ -222,7 +222,7 @@ def test_a_server_reads_all_its_options(policy_folder, monkeypatch):
     assert unread(ServeConfig, reads) == set()
 
 
-def test_quantising_reads_all_its_options(acts, tmp_path, monkeypatch):
+def test_contract_18_quantising_reads_all_its_options(acts, tmp_path, monkeypatch):
     from grpo.cli.quantize import compressor, quantize
 
     monkeypatch.setattr(compressor, "require_packages", lambda: None)  # the files keep their precision
