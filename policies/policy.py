@@ -135,10 +135,21 @@ class Policy(nn.Module):
         return sharding.decoder(self.trunk)(
             input_ids=token_ids_BT,
             position_ids=position_ids_BT,
-            attention_mask=packing.mask_for(self.config._attn_implementation, self.trunk.dtype),
+            attention_mask=self._mask(packing),
             use_cache=False,
             packing=packing,
         ).last_hidden_state
+
+    def _mask(self, packing: Packing) -> Any:
+        """The mask of packed rows: one for each kind of layer where the model attends by itself and a window slides."""
+        how, dtype = self.config._attn_implementation, self.trunk.dtype
+        mask = packing.mask_for(how, dtype)
+        windowed = packing if how == ATTENTION else packing.within(getattr(self.config, "sliding_window", None))
+        if windowed is packing:
+            return mask
+        of_window = windowed.mask(dtype)
+        by_layer = getattr(self.config, "layer_types", None)
+        return {"full_attention": mask, "sliding_attention": of_window} if by_layer else of_window
 
     def _hidden_alone(self, token_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
         """The same, each completion read with its prompt in a row of its own, by the model's own masks and positions.
