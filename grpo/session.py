@@ -33,7 +33,7 @@ from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
 from grpo.steps.opening import base_weights, first_policy, open_run, shared_policy
 from grpo.steps.pool import open_sampler, sampling_of, use_costs_of_run
-from grpo.steps.publisher import Publisher, open_publisher
+from grpo.steps.publisher import Publisher, open_publisher, refuse_mismatch
 from grpo.task.task import Task
 from policies import four_bit
 from policies.policy import Policy
@@ -68,6 +68,7 @@ class Session:
         self.batches = Batches(run, self.collector, learner, self._publish)
         self._own_loss: tuple[Loss, Term] | None = None  # the last one, which may go on with the same batch
         self._prepared: tuple[Drawn, TrainingBatch] | None = None  # what the step learns from
+        self._drawn: TrainingBatch | None = None  # the same, where the run itself has sampled it
 
     @classmethod
     @contextmanager
@@ -234,6 +235,7 @@ class Session:
             batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
             for listener in self.collector.listeners:
                 batch = listener.prepare(batch)
+        self._drawn = batch if drawn is groups else None
         if scores is not None or drawn is groups:
             self._prepared = drawn, batch
             self._keep(drawn, batch)
@@ -289,7 +291,11 @@ class Session:
                         signals.check()
                     self.batches.go_on(self.step)
 
-            return self._learn(lambda: self.learner.forward_backward(batch, term, advance))
+            metrics = self._learn(lambda: self.learner.forward_backward(batch, term, advance))
+        exact = self.config.dtype == "float32" and self.config.rollout.quantization == "none"
+        if exact and self._drawn is batch and not (self.learner.updates or batch.age(self.learner.policy_version)):
+            refuse_mismatch(self.policy, self.config.model, metrics)
+        return metrics
 
     def optim_step(
         self,
