@@ -78,9 +78,10 @@ def cut(config: PretrainedConfig, layers: int = 1, *, narrow: bool = True) -> Pr
         small = _cut(fields, layers, narrow)
     else:
         name = next(name for name in config.sub_configs if getattr(config, name) is text)
-        towers = {part: {depth: 1 for depth in DEPTHS if depth in fields[part]} for part in config.sub_configs}
-        small = {part: fields[part] | ones for part, ones in towers.items() if fields.get(part)}
-        small = _tokens(fields) | small | {name: _cut(fields[name], layers, narrow)}
+        small = fields | _tokens(fields) | {name: _cut(fields[name], layers, narrow)}
+        for tower in config.sub_configs.keys() - {name}:  # for pictures and sound
+            if fields.get(tower):
+                small[tower] = fields[tower] | {depth: 1 for depth in DEPTHS if depth in fields[tower]}
     while True:
         cut_config = _configuration(config, small)
         with torch.device("meta"):
