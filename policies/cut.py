@@ -8,6 +8,7 @@ a state that is wrong shows in the log-probabilities.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -24,44 +25,28 @@ ENOUGH, MOST = 20e6, 200e6  # parameters: above the first, widths are halved whe
 MOST_KINDS = 8
 SPREAD = 2.0  # the standard deviation of the logits of random weights
 
-
-def _names(text: str) -> tuple[str, ...]:
-    """Fields of configurations, which every architecture calls otherwise."""
-    return tuple(text.split())
-
-
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")  # so many are of another kind
 LAST_LAYERS = ("num_kv_shared_layers",)
-PERIODS = _names(
-    "attn_layer_period expert_layer_period decoder_sparse_step interleave_moe_layer_step moe_layer_interval "
-    "full_attention_interval global_attn_every_n_layers sliding_window_pattern"
-)
-FEED_FORWARDS = _names(
-    "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff dff intermediate_size_mlp decoder_ffn_dim "
-    "dense_intermediate_size prefix_dense_intermediate_size moe_intermediate_size shared_expert_intermediate_size "
-    "shared_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size "
-    "moe_shared_expert_intermediate_size"
-)
-CHOSEN = _names("num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts")
-HALVED = _names(
-    "hidden_size d_model n_embd emb_dim embedding_size embedding_dim embd_dim word_embed_proj_dim lru_width d_inner "
-    "mamba_d_ssm num_attention_heads n_head n_heads num_heads decoder_attention_heads attention_heads "
-    "swa_num_attention_heads linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads "
-    "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads"
-)
-KV_HEADS = {"num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"}  # one of them cannot be halved
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 BUDGETS = {"index_topk_blocks": 2, "indexer_budget": BUDGET}
-WINDOWS = _names(
-    "sliding_window sliding_window_size attention_chunk_size chunk_size mamba_chunk_size block_size window_size "
-    "attention_window_size local_attention index_block_size rel_extent compress_rates"
-)
+# Every architecture has its own names for the fields of its configuration; these are patterns of their names.
+PERIODS = r"_period$|_interval$|every_n_layers$|(sparse|layer)_step$|window_pattern$"
+FEED_FORWARDS = r"intermediate_size|(ffn|ffn_hidden|decoder_ffn)_(dim|size)$|^(n_inner|d_ff|dff)$"
+WIDTHS = r"^(hidden_size|d_model|n_embd|lru_width|d_inner|mamba_d_ssm|word_embed_proj_dim)$|^emb.*_(dim|size)$"
+HEADS, KV_HEADS = r"^(?!index).*heads$|^n_head$", r"(key_value|kv)_heads$"
+WINDOWS = r"(^|_)(window|window_size|chunk_size|block_size)$|^(local_attention|rel_extent|compress_rates)$"
+
+
+def _named(pattern: str, fields: dict[str, Any]) -> dict[str, int]:
+    """The fields with numbers whose names have this pattern."""
+    return {name: value for name, value in fields.items() if re.search(pattern, name) and type(value) is int}
 
 
 def has_windows(config: PretrainedConfig) -> bool:
     """Whether windows, chunks, blocks or an indexer make long prompts something else than short ones."""
     fields = config.get_text_config(decoder=True).to_dict()
-    return any(fields.get(name) for name in (*WINDOWS, *BUDGETS))
+    return any(_named(WINDOWS, fields).values()) or any(fields.get(name) for name in (*BUDGETS, "compress_rates"))
 
 
 def cut(config: PretrainedConfig, layers: int = 1, *, narrow: bool = True) -> PretrainedConfig:
@@ -72,31 +57,26 @@ def cut(config: PretrainedConfig, layers: int = 1, *, narrow: bool = True) -> Pr
     >>> cut(LlamaConfig(hidden_size=64, num_attention_heads=4)).num_hidden_layers
     2
     """
-    fields = config.to_dict()
-    text = config.get_text_config(decoder=True)
-    if text is config:
-        small = _cut(fields, layers, narrow)
-    else:
-        name = next(name for name in config.sub_configs if getattr(config, name) is text)
-        small = fields | _tokens(fields) | {name: _cut(fields[name], layers, narrow)}
-        for tower in config.sub_configs.keys() - {name}:  # for pictures and sound
-            if fields.get(tower):
-                small[tower] = fields[tower] | {depth: 1 for depth in DEPTHS if depth in fields[tower]}
+    fields, text = config.to_dict(), config.get_text_config(decoder=True)
+    name = next((name for name in config.sub_configs if getattr(config, name) is text), None)
+    small = _cut(fields if name is None else fields[name], layers, narrow)
+    for tower in config.sub_configs.keys() - {name}:  # for pictures and sound
+        if fields.get(tower):
+            fields[tower] |= {depth: 1 for depth in DEPTHS if depth in fields[tower]}
     while True:
-        cut_config = _configuration(config, small)
+        whole = small if name is None else fields | _tokens(fields) | {name: small}
+        kept = {key: value for key, value in whole.items() if key not in ("quantization_config", "dtype")}
+        small_config = type(config).from_dict(kept)
         with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(cut_config).parameters())
-        narrower = _halved(small) if narrow and text is config and count > ENOUGH else None
-        if narrower is None:
+            trunk = AutoModelForCausalLM.from_config(small_config)
+        count = sum(parameter.numel() for parameter in trunk.parameters())
+        halved = _halved(small) if narrow and count > ENOUGH else None
+        if halved is None:
             break
-        small = narrower
+        small = halved
     if count > MOST:
         raise ValueError(f"two of its layers have {count / 1e6:.0f} million weights already")
-    return cut_config
-
-
-def _configuration(config: PretrainedConfig, fields: dict[str, Any]) -> PretrainedConfig:
-    return type(config).from_dict({k: v for k, v in fields.items() if k not in ("quantization_config", "dtype")})
+    return small_config
 
 
 def cut_model(
@@ -125,11 +105,9 @@ def cut_model(
 
 def _cut(fields: dict[str, Any], layers: int, narrow: bool) -> dict[str, Any]:
     small = fields | cut_layers(fields, layers) | _tokens(fields)
-    for name in WINDOWS:
-        if isinstance(small.get(name), int):
-            small[name] = min(small[name], WINDOW)
-        elif isinstance(small.get(name), dict):
-            small[name] = {key: min(value, WINDOW) for key, value in small[name].items()}
+    small |= {name: min(window, WINDOW) for name, window in _named(WINDOWS, small).items()}
+    if small.get("compress_rates"):  # DeepSeek-V4
+        small["compress_rates"] = {kind: min(rate, WINDOW) for kind, rate in small["compress_rates"].items()}
     small |= {name: min(small[name], budget) for name, budget in BUDGETS.items() if small.get(name)}
     return small | (_narrow(small) if narrow else {})
 
@@ -163,8 +141,7 @@ def cut_layers(fields: dict[str, Any], layers: int = 1, least: int = 2) -> dict[
     for kind in list(dict.fromkeys(kinds))[:MOST_KINDS]:
         chosen += [place for place in range(depth) if kinds[place] == kind][:layers]
     if len(set(kinds)) == 1:  # then the kinds may recur with a period
-        period = max(value for name in PERIODS if isinstance(value := fields.get(name, 1), int))
-        chosen = list(range(min(depth, max(period, 1) * layers)))
+        chosen = list(range(min(depth, max([1, *_named(PERIODS, fields).values()]) * layers)))
     others = [place for place in range(depth) if place not in chosen]
     chosen = sorted(chosen + others[: max(0, least - len(chosen))])
     small: dict[str, Any] = dict.fromkeys(depths, len(chosen))
@@ -198,13 +175,9 @@ def _tokens(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _narrow(fields: dict[str, Any]) -> dict[str, Any]:
     """Narrow feed-forwards and few experts, from which as many are chosen as before."""
-    small: dict[str, Any] = {}
-    for name in FEED_FORWARDS:
-        value = fields.get(name)
-        if isinstance(value, int):
-            small[name] = min(value, WIDTH)
-        elif isinstance(value, list):
-            small[name] = [min(width, WIDTH) for width in value]
+    small: dict[str, Any] = {name: min(size, WIDTH) for name, size in _named(FEED_FORWARDS, fields).items()}
+    if isinstance(sizes := fields.get("intermediate_size"), list):  # of each layer
+        small["intermediate_size"] = [min(size, WIDTH) for size in sizes]
     chosen = max((fields[name] for name in CHOSEN if isinstance(fields.get(name), int)), default=1)
     groups = next((fields[name] for name in ("n_group", "num_expert_group") if fields.get(name)), 1)
     of_group = max(2, -(-2 * chosen // (fields.get("topk_group") or groups)), -(-8 // groups))
@@ -215,9 +188,9 @@ def _narrow(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _halved(fields: dict[str, Any]) -> dict[str, Any] | None:
-    """Half of the hidden size and of all attention heads; None where one of these is odd, or 2."""
-    halves = {name: fields[name] for name in HALVED if isinstance(fields.get(name), int) and fields[name]}
-    halves = {name: value for name, value in halves.items() if not (name in KV_HEADS and value == 1)}
+    """Half of the hidden size and of all attention heads; None where one of these is odd, or 2 (but for KV heads)."""
+    halves = _named(f"{WIDTHS}|{HEADS}", fields)
+    halves = {name: value for name, value in halves.items() if value and not (re.search(KV_HEADS, name) and value <= 2)}
     if any(value % 2 or value < 4 for value in halves.values()):
         return None
     return fields | {name: value // 2 for name, value in halves.items()}

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from policies import checkpoint, lora, sharding
-from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, attending_by, sees_prompts_whole
+from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.layout import FIXED_FIELDS, PolicyError
 from policies.lm_head import LMHead, last_states, scale_and_cap
@@ -161,8 +161,8 @@ class Policy(nn.Module):
                 places.append((b, torch.cat([prompt, completion]), len(prompt) if number > 1 else 0))
                 rows.append(token_ids_BT[b, places[-1][1]])
         token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        with attending_by(self.config, self.own_attention):
-            hidden, _ = last_states(self.trunk, self.paths.states, input_ids=token_ids, use_cache=False)
+        self.config._attn_implementation = self.own_attention  # for good: checkpoints are read again in backward passes
+        hidden, _ = last_states(self.trunk, self.paths.states, input_ids=token_ids, use_cache=False)
         packed = hidden.new_zeros(*token_ids_BT.shape, hidden.shape[-1])
         where = [(torch.full_like(at[start:], b), at[start:]) for b, at, start in places]
         values = [hidden[i, start : len(at)] for i, (_, at, start) in enumerate(places)]

@@ -121,16 +121,19 @@ def by_lm_head(policy: Policy) -> tuple[Tensor, Tensor]:
     return by_states.cpu(), own_logprobs(policy, prompt, completion)
 
 
-def by_learner(policy: Policy) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of given tokens: by the learner's rows, and by the model's own forward."""
-    vocabulary, packed, own = len(policy.lm_head), [], []
+def by_learner(policy: Policy, together: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given tokens: by the learner's rows, and by the model's own forward. `together`: the shorter
+    row is padded to the longer one."""
+    vocabulary, rows, packed, own = len(policy.lm_head), [], [], []
     for prompt, count in zip(tried_prompts(policy), GROUPS, strict=True):
         completions = [[(7 * c + 3 * t) % (vocabulary - 2) + 2 for t in range(TOKENS)] for c in range(count)]
-        mini = collate([PackedRow(prompt, [Sample(c, ids) for c, ids in enumerate(completions)])], policy.device)
+        rows.append(PackedRow(prompt, [Sample(c, ids) for c, ids in enumerate(completions)]))
+        own += [own_logprobs(policy, prompt, ids) for ids in completions]
+    for batch in [rows] if together else [[row] for row in rows]:
+        mini = collate(batch, policy.device)
         hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
         preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))[mini.scored]
         packed.append(token_logprobs(policy.output.logits(preceding), mini.token_ids[mini.scored]).cpu())
-        own += [own_logprobs(policy, prompt, ids) for ids in completions]
     return torch.cat(packed), torch.cat(own)
 
 

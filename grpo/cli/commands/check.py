@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,14 +27,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from grpo.learner.batch import PackedRow, Sample, collate
-from grpo.source.agreement import EXACT, STOCK, by_learner, by_lm_head, by_sampler, choose_paths, own_logprobs
+from grpo.source.agreement import EXACT, STOCK, by_learner, by_lm_head, by_sampler, choose_paths
 from grpo.source.policy_source import find_policy, shape_of
 from policies import lora
 from policies.cut import CHOSEN, cut_model, has_windows, quiet
 from policies.layout import PolicyError
 from policies.lm_head import last_states
-from policies.logprobs import token_logprobs
 from policies.policy import Policy, read_tokenizer
 from policies.presets import PRESETS, small_tokenizer
 from policies.sharding import routed_experts
@@ -42,7 +41,7 @@ from rollout.engine import Engine
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
-STOCK_NAME, OURS, TRL = "transformers", "quartet", "TRL"
+TRANSFORMERS, OURS, TRL = "transformers", "quartet", "TRL"
 PROMPT, DECODED = 21, 8  # tokens; windows, chunks and blocks of the small model are shorter
 LENGTHS = (9, 13, 29)  # of rows that are padded or packed together
 WIDE = 4096  # a window that no row of these leaves
@@ -81,14 +80,12 @@ class Row:
     def measure(self, column: str, difference: Callable[[], float], most: float = STOCK) -> None:
         """What `difference` gives is wrong above `most`, and so is a failure."""
         try:
-            value: float | str = difference()
+            value = difference()
+            self.say(column, value if value == value else "not a number", wrong=not value <= most)
         except Exception as error:  # whatever a model that nobody here wrote may raise
-            value = f"{type(error).__name__}: {error}"[:200]
-        self.values[column] = value
-        if isinstance(value, str) or not value <= most:
-            self.wrong.append(column)
+            self.say(column, f"{type(error).__name__}: {error}"[:200], wrong=True)
 
-    def say(self, column: str, word: str, wrong: bool = False) -> None:
+    def say(self, column: str, word: float | str, wrong: bool = False) -> None:
         self.values[column] = word
         if wrong:
             self.wrong.append(column)
@@ -104,12 +101,19 @@ def check(model: str, layers: int = 1) -> list[Row]:
     Raises PolicyError for what is none of these, ValueError where no small model can be built.
     """
     config, source = _configuration(model)
-    tokenizer = None
-    if source is not None and source not in PRESETS:
-        with suppress(OSError, ValueError):
-            tokenizer = read_tokenizer(source)
-    stops = _stops(config, source)
-    return [*examine(config, layers), reach_of_lora(config), *examine_text(tokenizer, stops)]
+    rows = [*examine(config, layers), reach_of_lora(config)]
+    if source is None or source in PRESETS:
+        return rows  # nobody has given it a tokenizer
+    try:
+        tokenizer = read_tokenizer(source)
+    except (OSError, ValueError) as error:
+        rows.append(Row("template"))
+        rows[-1].say(TRANSFORMERS, f"no tokenizer: {error}"[:200])
+        return rows
+    eos = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    with suppress(OSError, ValueError):
+        eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
+    return [*rows, *examine_text(tokenizer, eos if isinstance(eos, list) else [] if eos is None else [eos])]
 
 
 def _configuration(model: str) -> tuple[PretrainedConfig, str | None]:
@@ -127,9 +131,6 @@ def _configuration(model: str) -> tuple[PretrainedConfig, str | None]:
     return shape_of(source), source.base
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
-
-
 def examine(config: PretrainedConfig, layers: int = 1) -> list[Row]:
     """The rows of the table that a small model of this configuration gives."""
     model = cut_model(config, layers)
@@ -141,16 +142,15 @@ def examine(config: PretrainedConfig, layers: int = 1) -> list[Row]:
     ]
     with quiet(), torch.no_grad():
         paths = Row("quartet's paths")
-        paths.values[STOCK_NAME] = f"{type(model).__name__}, {_count(model)}"
-        if policy.backend == "native":
-            paths.say(OURS, "its own")
-        else:
-            try:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        paths.say(TRANSFORMERS, f"{type(model).__name__}, {count / 1e6:.1f} M weights")
+        try:
+            if policy.backend == "transformers":
                 choose_paths(policy, EXACT)
-                paths.say(OURS, str(policy.paths))
-            except PolicyError as error:
-                paths.say(OURS, str(error), wrong=True)
-                paths.note = str(error)
+            paths.say(OURS, str(policy.paths))
+        except PolicyError as error:
+            paths.say(OURS, "refused", wrong=True)
+            paths.note = str(error)
         return [
             paths,
             *_differences(model, policy, rows),
@@ -161,33 +161,32 @@ def examine(config: PretrainedConfig, layers: int = 1) -> list[Row]:
         ]
 
 
-def _count(model: nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M weights"
-
-
 def _differences(model: PreTrainedModel, policy: Policy, rows: Sequence[Tensor]) -> list[Row]:
     """Whether log-probabilities are those of each row alone, whatever it is read with."""
     names = ("causal", "prefill + decode = whole forward", "batch invariance", "left = right padding", "packed = alone")
     causal, decoded, batch, padded, packed = (Row(name) for name in names)
     long = rows[-1]
     causal.measure(
-        STOCK_NAME, lambda: max(_apart(_alone(model, long[:n]), _alone(model, long)[:n]) for n in (5, 12, 20))
+        TRANSFORMERS, lambda: max(_apart(_alone(model, long[:n]), _alone(model, long)[:n]) for n in (5, 12, 20))
     )
-    decoded.measure(STOCK_NAME, lambda: _apart(_decoded(model, long), _alone(model, long)[PROMPT - 1 :]))
+    after = _alone(model, long)[PROMPT - 1 :]
+    decoded.measure(TRANSFORMERS, lambda: _best(model, lambda placed: _apart(_decoded(model, long, placed), after)))
     decoded.measure(OURS, lambda: _apart(*by_sampler(policy)))
     others = torch.stack([long, long.flip(0), long.roll(3)])
     batch.measure(
-        STOCK_NAME, lambda: _apart(_logprobs(model, others), torch.stack([_alone(model, row) for row in others]))
+        TRANSFORMERS, lambda: _apart(_logprobs(model, others), torch.stack([_alone(model, row) for row in others]))
     )
     batch.measure(OURS, lambda: _beside_others(policy, rows))
-    padded.measure(STOCK_NAME, lambda: max(_padded(model, rows, left) for left in (True, False)))
-    padded.measure(OURS, lambda: _rows_beside_others(policy))
+    padded.measure(
+        TRANSFORMERS, lambda: max(_best(model, partial(_padded, model, rows, left)) for left in (True, False))
+    )
+    padded.measure(OURS, lambda: _apart(*by_learner(policy, together=True)))
     with suppress(ImportError):
         from trl import GRPOTrainer
         from trl.trainer.utils import add_fused_lm_head
 
         padded.measure(TRL, lambda: _by_trl(GRPOTrainer, add_fused_lm_head, model, rows))
-    packed.measure(STOCK_NAME, lambda: _packed(model, rows))
+    packed.measure(TRANSFORMERS, lambda: _packed(model, rows))
     packed.measure(OURS, lambda: _apart(*by_learner(policy)))
     return [causal, decoded, batch, padded, packed]
 
@@ -204,28 +203,34 @@ def _alone(model: PreTrainedModel, row: Tensor) -> Tensor:
     return _logprobs(model, row[None])[0]
 
 
-def _decoded(model: PreTrainedModel, row: Tensor) -> Tensor:
-    """Log-probabilities after a prompt and after each token that its cache decodes."""
+def _decoded(model: PreTrainedModel, row: Tensor, placed: bool) -> Tensor:
+    """Log-probabilities after a prompt and after each token that its cache decodes; `placed`: with positions."""
     takes = inspect.signature(model.forward).parameters
     out = model(input_ids=row[None, :PROMPT], use_cache=True)
     logits = [out.logits[0, -1]]
     for place in range(PROMPT, len(row)):
-        cache = next(cache for name in CACHES if (cache := getattr(out, name, None)) is not None)
+        cache = next((cache for name in CACHES if (cache := getattr(out, name, None)) is not None), None)
+        if cache is None:
+            raise ValueError("its forward gives no cache")
         options: dict[str, Any] = {name: cache for name in CACHES if name in takes}
-        if "position_ids" in takes:
-            options["position_ids"] = torch.tensor([[place]])
+        options |= {"position_ids": torch.tensor([[place]])} if placed else {}
         out = model(input_ids=row[None, place : place + 1], use_cache=True, **options)
         logits.append(out.logits[0, -1])
     return torch.stack(logits).float().log_softmax(-1)
 
 
-def _padded(model: PreTrainedModel, rows: Sequence[Tensor], left: bool) -> float:
+def _padded(model: PreTrainedModel, rows: Sequence[Tensor], left: bool, placed: bool) -> float:
     token_ids, mask = _pad(rows, left)
-    options = {"attention_mask": mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    out = _logprobs(model, token_ids, **options)
+    positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if placed else {}
+    out = _logprobs(model, token_ids, attention_mask=mask, **positions)
     return max(_apart(out[i][mask[i].bool()], _alone(model, row)) for i, row in enumerate(rows))
+
+
+def _best(model: PreTrainedModel, difference: Callable[[bool], float]) -> float:
+    """With the positions of tokens or without, whichever a model is made for: some count from another number."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return difference(False)
+    return min(difference(False), difference(True))
 
 
 def _pad(rows: Sequence[Tensor], left: bool) -> tuple[Tensor, Tensor]:
@@ -245,10 +250,7 @@ def _packed(model: PreTrainedModel, rows: Sequence[Tensor]) -> float:
 def _by_trl(trainer: Any, add_head: Callable[[Any], None], model: PreTrainedModel, rows: Sequence[Tensor]) -> float:
     """TRL's function: prompts padded at the left and completions at the right."""
     add_head(patched := copy.deepcopy(model))
-    prompts, completions = (
-        [row[:-DECODED] for row in rows],
-        [row[-n:] for row, n in zip(rows, (4, 6, DECODED), strict=True)],
-    )
+    completions = [row[-n:] for row, n in zip(rows, (4, 6, DECODED), strict=True)]
     prompts = [row[: -len(completion)] for row, completion in zip(rows, completions, strict=True)]
     parts = [_pad(prompts, True), _pad(completions, False)]
     token_ids, mask = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))
@@ -264,24 +266,14 @@ def _by_trl(trainer: Any, add_head: Callable[[Any], None], model: PreTrainedMode
 def _beside_others(policy: Policy, rows: Sequence[Tensor]) -> float:
     """A prompt that the engine samples alone, and beside others: the same tokens, the same log-probabilities."""
     params = SamplingParams(group_size=2, max_completion_tokens=DECODED)
-    prompts = [Prompt(f"check/{n}", "", row.tolist()) for n, row in enumerate(rows)]
+    longest = max(1, policy.max_length - DECODED)
+    prompts = [Prompt(f"check/{n}", "", row.tolist()[:longest]) for n, row in enumerate(rows)]
     engine = Engine(policy, policy.trunk.dtype)
     pairs = zip(engine.sample(prompts, params), (engine.sample([p], params)[0] for p in prompts), strict=True)
     completions = [(a, b) for one, other in pairs for a, b in zip(one.completions, other.completions, strict=True)]
     if any(a.token_ids != b.token_ids for a, b in completions):
         raise ValueError("other tokens beside other prompts")
     return max(_apart(torch.tensor(a.logprobs), torch.tensor(b.logprobs)) for a, b in completions)
-
-
-def _rows_beside_others(policy: Policy) -> float:
-    """Rows of the learner that are padded to the longest."""
-    groups = [([3, 4, 5], [[6, 7], [8]]), (list(range(9, 30)), [[31, 32, 33, 34], [35]])]
-    rows = [PackedRow(prompt, [Sample(i, ids) for i, ids in enumerate(group)]) for prompt, group in groups]
-    mini = collate(rows, policy.device)
-    hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
-    preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))[mini.scored]
-    together = token_logprobs(policy.output.logits(preceding), mini.token_ids[mini.scored])
-    return _apart(together, torch.cat([own_logprobs(policy, prompt, ids) for prompt, group in groups for ids in group]))
 
 
 def _windows(model: PreTrainedModel, row: Tensor) -> list[Row]:
@@ -297,11 +289,8 @@ def _windows(model: PreTrainedModel, row: Tensor) -> list[Row]:
     wide.load_state_dict(model.state_dict(), strict=False)
     changed = _apart(_alone(wide, row), _alone(model, row)) > EXACT
     result = Row("windows")
-    result.say(STOCK_NAME, "they slide" if changed else "ignored", wrong=not changed)
+    result.say(TRANSFORMERS, "they slide" if changed else "ignored", wrong=not changed)
     return [result]
-
-
-# ---- experts ---------------------------------------------------------------------------------------------------------
 
 
 def _router(model: PreTrainedModel, row: Tensor) -> list[Row]:
@@ -324,7 +313,7 @@ def _router(model: PreTrainedModel, row: Tensor) -> list[Row]:
         rounded.append((again == scores).float().mean())
     tied, unmoved = torch.stack(ties).mean().item(), torch.stack(rounded).mean().item()
     words = [f"{tied:.0%} of tokens tied"] * (tied > 0) + ["rounded to fewer bits"] * (unmoved > 0.1)
-    result.say(STOCK_NAME, ", ".join(words) or "no ties", wrong=bool(words))
+    result.say(TRANSFORMERS, ", ".join(words) or "no ties", wrong=bool(words))
     low = copy.deepcopy(model).to(torch.bfloat16)
     kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     for name, parameter in low.named_parameters():
@@ -334,10 +323,10 @@ def _router(model: PreTrainedModel, row: Tensor) -> list[Row]:
         pairs = zip(calls, _routed(low, row, experts), strict=True)
         sets = [(scores.topk(chosen).indices, other.topk(chosen).indices) for (_, _, scores), (_, _, other) in pairs]
         share = torch.cat([(a.sort().values != b.sort().values).any(1).float() for a, b in sets]).mean().item()
-        flips.say(STOCK_NAME, f"{share:.0%} of tokens")
+        flips.say(TRANSFORMERS, f"{share:.0%} of tokens")
         flips.note = WHAT_TO_DO["router flips"] if share else ""
     except RuntimeError as error:
-        flips.say(STOCK_NAME, f"no bfloat16: {error}"[:100])
+        flips.say(TRANSFORMERS, f"no bfloat16: {error}"[:100])
     return [result, flips]
 
 
@@ -369,15 +358,12 @@ def _scores(output: Any, experts: int) -> Any:
     return next((part.detach().reshape(-1, experts) for part in fits), None)
 
 
-# ---- gradients and heads ---------------------------------------------------------------------------------------------
-
-
 @torch.enable_grad()
 def _checkpointing(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
     """The largest difference of a gradient with and without, relative to the largest entry of its tensor."""
     result = Row("gradient checkpointing")
     losses: list[tuple[str, PreTrainedModel, Callable[[], Tensor]]] = [
-        (STOCK_NAME, model, lambda: _alone(model, row)[:-1].gather(1, row[1:, None]).sum()),
+        (TRANSFORMERS, model, lambda: _alone(model, row)[:-1].gather(1, row[1:, None]).sum()),
         (OURS, policy.trunk, lambda: by_learner(policy)[0].sum()),
     ]
     for column, trunk, loss in losses:
@@ -418,7 +404,7 @@ def _lm_head(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     result.measure(OURS, lambda: _apart(*by_lm_head(policy)))
     if not isinstance(getattr(lm_head, "weight", None), Tensor):
-        result.say(STOCK_NAME, "of its own kind")
+        result.say(TRANSFORMERS, "of its own kind")
         return result
     same = lm_head.weight is embedding.weight
     states, _ = last_states(model, "head", input_ids=row[None], use_cache=False)
@@ -428,7 +414,7 @@ def _lm_head(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
         words += f", and tie_word_embeddings={str(tied).lower()}"
     elif _apart(lm_head(states), expected) > STOCK:
         words += ", and its forward multiplies by another weight"
-    result.say(STOCK_NAME, words, wrong="and" in words)
+    result.say(TRANSFORMERS, words, wrong="and" in words)
     return result
 
 
@@ -446,7 +432,7 @@ def reach_of_lora(config: PretrainedConfig) -> Row:
         share = sum(weight.numel() for weight in {id(weight): weight for weight in adapted}.values()) / total
         reached = {name.rsplit(".", 1)[-1] for name, _ in lora.adapters(trunk)}
         result.say(OURS, f"reaches {share:.0%} of the weights")
-        others = sorted(names - reached - set(lora.PARAMETERS))
+        others = sorted(names - reached - {*lora.PARAMETERS, "lm_head"})
         if share < 0.9:
             result.note = f"{WHAT_TO_DO['LoRA']}: {', '.join(others) or 'none of them can be named'}"
     except Exception as error:  # of transformers or peft, whose models are of many forms
@@ -457,39 +443,28 @@ def reach_of_lora(config: PretrainedConfig) -> Row:
 # ---- tokens and templates --------------------------------------------------------------------------------------------
 
 
-def _stops(config: PretrainedConfig, source: str | None) -> list[int]:
-    """The stop tokens that a model names."""
-    eos = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
-    if source is not None and source not in PRESETS:
-        with suppress(OSError, ValueError):
-            eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
-    return list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
-
-
 def examine_text(tokenizer: Any, stops: Sequence[int]) -> list[Row]:
-    """The rows of the table that a tokenizer gives; none without one."""
-    if tokenizer is None:
-        return []
+    """The rows of the table that a tokenizer gives."""
     template, trip, ends = Row("template"), Row("round trip"), Row("stop and pad")
     end, words, wrong = _template(tokenizer)
-    template.say(STOCK_NAME, words, wrong)
+    template.say(TRANSFORMERS, words, wrong)
     template.note = WHAT_TO_DO["template"] if words not in ("none", "keeps turns") else ""
     changed = tokenizer.decode(tokenizer.encode(TEXT, add_special_tokens=False)).lstrip() != TEXT
     ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     ids = ordinary[:: max(1, len(ordinary) // 1000)]
     others = sum(tokenizer.encode(tokenizer.decode([i]), add_special_tokens=False) != [i] for i in ids) / len(ids)
-    trip.say(STOCK_NAME, f"{others:.1%} of ids come back as others" + ", and text is changed" * changed, changed)
+    trip.say(TRANSFORMERS, f"{others:.1%} of ids come back as others" + ", and text is changed" * changed, changed)
     stops = list(stops) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
     names = ", ".join(repr(tokenizer.decode([stop])) for stop in stops)
     if not stops:
-        ends.say(STOCK_NAME, "no stop token", wrong=True)
+        ends.say(TRANSFORMERS, "no stop token", wrong=True)
     elif end is not None and end not in stops:
-        ends.say(STOCK_NAME, f"a turn ends with {tokenizer.decode([end])!r}, and stops are {names}", wrong=True)
+        ends.say(TRANSFORMERS, f"a turn ends with {tokenizer.decode([end])!r}, and stops are {names}", wrong=True)
     elif tokenizer.pad_token_id in stops:
-        ends.say(STOCK_NAME, f"{tokenizer.pad_token!r} is both")
+        ends.say(TRANSFORMERS, f"{tokenizer.pad_token!r} is both")
         ends.note = "a trainer that masks pads never teaches the stop: set another pad_token; quartet counts lengths"
     else:
-        ends.say(STOCK_NAME, names)
+        ends.say(TRANSFORMERS, names)
     return [template, trip, ends]
 
 
@@ -526,7 +501,7 @@ def _template(tokenizer: Any) -> tuple[int | None, str, bool]:
 
 
 def table(model: str, rows: Sequence[Row]) -> Table:
-    columns = [name for name in (STOCK_NAME, OURS, TRL) if any(name in row.values for row in rows)]
+    columns = [name for name in (TRANSFORMERS, OURS, TRL) if any(name in row.values for row in rows)]
     result = Table("", *columns, title=f"{model}, a small model with random weights in float32", title_justify="left")
     for row in rows:
         result.add_row(row.name, *(_cell(row, column) for column in columns))
