@@ -50,15 +50,15 @@ _OF_CUT: dict[str, Paths] = {}  # by configuration, attention and device
 def fastest_of_cut(policy: Policy) -> Paths:
     """The fastest paths that agree on a small model of this architecture in float32, whose windows are short. Where
     there is none, those of transformers where there are windows, since nobody has tried ours beyond them."""
-    config, device = policy.config, policy.device
-    key = f"{config.to_json_string(use_diff=False)} {policy.own_attention} {device}"
+    shape, device = policy.config, policy.device
+    key = f"{shape.to_json_string(use_diff=False)} {policy.own_attention} {device}"
     if key not in _OF_CUT:
         try:
-            small = Policy(cut_model(config, attention=policy.own_attention).to(device), None, policy.tokenizer)
+            small = Policy(cut_model(shape, attention=policy.own_attention).to(device), None, policy.tokenizer)
             choose_paths(small, EXACT)
             _OF_CUT[key] = small.paths
         except ValueError:  # it cannot be built, or is no better than rounding allows
-            _OF_CUT[key] = Paths("apart", "alone") if has_windows(config) else FASTEST
+            _OF_CUT[key] = Paths("apart", "alone") if has_windows(shape) else FASTEST
     return _OF_CUT[key]
 
 

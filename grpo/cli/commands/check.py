@@ -77,7 +77,7 @@ class Row:
     wrong: list[str] = field(default_factory=list)
     note: str = ""
 
-    def measure(self, column: str, difference: Callable[[], float], most: float = STOCK) -> None:
+    def compare(self, column: str, difference: Callable[[], float], most: float = STOCK) -> None:
         """What `difference` gives is wrong above `most`, and so is a failure."""
         try:
             value = difference()
@@ -100,8 +100,8 @@ def check(model: str, layers: int = 1) -> list[Row]:
 
     Raises PolicyError for what is none of these, ValueError where no small model can be built.
     """
-    config, source = _configuration(model)
-    rows = [*examine(config, layers), reach_of_lora(config)]
+    shape, source = _configuration(model)
+    rows = [*examine(shape, layers), reach_of_lora(shape)]
     if source is None or source in PRESETS:
         return rows  # nobody has given it a tokenizer
     try:
@@ -110,7 +110,7 @@ def check(model: str, layers: int = 1) -> list[Row]:
         rows.append(Row("template"))
         rows[-1].say(TRANSFORMERS, f"no tokenizer: {error}"[:200])
         return rows
-    eos = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    eos = getattr(shape.get_text_config(decoder=True), "eos_token_id", None)
     with suppress(OSError, ValueError):
         eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
     return [*rows, *examine_text(tokenizer, eos if isinstance(eos, list) else [] if eos is None else [eos])]
@@ -131,9 +131,9 @@ def _configuration(model: str) -> tuple[PretrainedConfig, str | None]:
     return shape_of(source), source.base
 
 
-def examine(config: PretrainedConfig, layers: int = 1) -> list[Row]:
+def examine(shape: PretrainedConfig, layers: int = 1) -> list[Row]:
     """The rows of the table that a small model of this configuration gives."""
-    model = cut_model(config, layers)
+    model = cut_model(shape, layers)
     policy = Policy(copy.deepcopy(model), None, small_tokenizer(["2 + 2 = 4\n"], 272))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     rows = [
@@ -166,28 +166,28 @@ def _differences(model: PreTrainedModel, policy: Policy, rows: Sequence[Tensor])
     names = ("causal", "prefill + decode = whole forward", "batch invariance", "left = right padding", "packed = alone")
     causal, decoded, batch, padded, packed = (Row(name) for name in names)
     long = rows[-1]
-    causal.measure(
+    causal.compare(
         TRANSFORMERS, lambda: max(_apart(_alone(model, long[:n]), _alone(model, long)[:n]) for n in (5, 12, 20))
     )
     after = _alone(model, long)[PROMPT - 1 :]
-    decoded.measure(TRANSFORMERS, lambda: _best(model, lambda placed: _apart(_decoded(model, long, placed), after)))
-    decoded.measure(OURS, lambda: _apart(*by_sampler(policy)))
+    decoded.compare(TRANSFORMERS, lambda: _best(model, lambda placed: _apart(_decoded(model, long, placed), after)))
+    decoded.compare(OURS, lambda: _apart(*by_sampler(policy)))
     others = torch.stack([long, long.flip(0), long.roll(3)])
-    batch.measure(
+    batch.compare(
         TRANSFORMERS, lambda: _apart(_logprobs(model, others), torch.stack([_alone(model, row) for row in others]))
     )
-    batch.measure(OURS, lambda: _beside_others(policy, rows))
-    padded.measure(
+    batch.compare(OURS, lambda: _beside_others(policy, rows))
+    padded.compare(
         TRANSFORMERS, lambda: max(_best(model, partial(_padded, model, rows, left)) for left in (True, False))
     )
-    padded.measure(OURS, lambda: _apart(*by_learner(policy, together=True)))
+    padded.compare(OURS, lambda: _apart(*by_learner(policy, together=True)))
     with suppress(ImportError):
         from trl import GRPOTrainer
         from trl.trainer.utils import add_fused_lm_head
 
-        padded.measure(TRL, lambda: _by_trl(GRPOTrainer, add_fused_lm_head, model, rows))
-    packed.measure(TRANSFORMERS, lambda: _packed(model, rows))
-    packed.measure(OURS, lambda: _apart(*by_learner(policy)))
+        padded.compare(TRL, lambda: _by_trl(GRPOTrainer, add_fused_lm_head, model, rows))
+    packed.compare(TRANSFORMERS, lambda: _packed(model, rows))
+    packed.compare(OURS, lambda: _apart(*by_learner(policy)))
     return [causal, decoded, batch, padded, packed]
 
 
@@ -282,10 +282,10 @@ def _windows(model: PreTrainedModel, row: Tensor) -> list[Row]:
     names = [name for name in SLIDING if isinstance(getattr(text, name, None), int)]
     if not (names and has_windows(model.config)):
         return []
-    config = copy.deepcopy(model.config)
+    shape = copy.deepcopy(model.config)
     for name in names:
-        setattr(config.get_text_config(decoder=True), name, WIDE)
-    wide = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        setattr(shape.get_text_config(decoder=True), name, WIDE)
+    wide = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
     wide.load_state_dict(model.state_dict(), strict=False)
     changed = _apart(_alone(wide, row), _alone(model, row)) > EXACT
     result = Row("windows")
@@ -370,7 +370,7 @@ def _checkpointing(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
         if not trunk.supports_gradient_checkpointing:
             result.say(column, "not offered")
             continue
-        result.measure(column, lambda trunk=trunk, loss=loss: _with_and_without(trunk, loss), most=1e-2)  # type: ignore[misc]
+        result.compare(column, lambda trunk=trunk, loss=loss: _with_and_without(trunk, loss), most=1e-2)  # type: ignore[misc]
     return result
 
 
@@ -402,7 +402,7 @@ def _lm_head(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
     """Whether the LM head is the embedding where the configuration says so, and multiplies what we multiply."""
     result, lm_head, embedding = Row("LM head"), model.get_output_embeddings(), model.get_input_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    result.measure(OURS, lambda: _apart(*by_lm_head(policy)))
+    result.compare(OURS, lambda: _apart(*by_lm_head(policy)))
     if not isinstance(getattr(lm_head, "weight", None), Tensor):
         result.say(TRANSFORMERS, "of its own kind")
         return result
@@ -418,12 +418,12 @@ def _lm_head(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
     return result
 
 
-def reach_of_lora(config: PretrainedConfig) -> Row:
+def reach_of_lora(shape: PretrainedConfig) -> Row:
     """The share of a full model's weights, embedding and LM head aside, that LoRA adapts by default."""
     result = Row("LoRA")
     try:
         with torch.device("meta"), quiet():
-            trunk = AutoModelForCausalLM.from_config(config)
+            trunk = AutoModelForCausalLM.from_config(shape)
             ends = {id(module.weight) for module in (trunk.get_input_embeddings(), trunk.get_output_embeddings())}
             total = sum(p.numel() for p in trunk.parameters() if p.dim() > 1 and id(p) not in ends)
             names = lora.target_names(trunk)
