@@ -51,13 +51,13 @@ def fastest_of_cut(policy: Policy) -> Paths:
     """The fastest paths that agree on a small model of this architecture in float32, whose windows are short. Where
     there is none, those of transformers where there are windows, since nobody has tried ours beyond them."""
     shape, device = policy.config, policy.device
-    key = f"{shape.to_json_string(use_diff=False)} {policy.own_attention} {device}"
+    key = f"{shape.to_dict()} {policy.own_attention} {device}"
     if key not in _OF_CUT:
         try:
             small = Policy(cut_model(shape, attention=policy.own_attention).to(device), None, policy.tokenizer)
             choose_paths(small, EXACT)
             _OF_CUT[key] = small.paths
-        except ValueError:  # it cannot be built, or is no better than rounding allows
+        except (ValueError, RuntimeError):  # it cannot be built or held, or every path rounds too much
             _OF_CUT[key] = Paths("apart", "alone") if has_windows(shape) else FASTEST
     return _OF_CUT[key]
 

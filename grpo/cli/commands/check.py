@@ -98,10 +98,13 @@ class Row:
 def check(model: str, layers: int = 1) -> list[Row]:
     """What is right and what is wrong with a preset, a folder, a hub id or a type of transformers, such as `qwen3_5`.
 
-    Raises PolicyError for what is none of these, ValueError where no small model can be built.
+    Raises PolicyError for what is none of these, and where no small model can be built.
     """
     shape, source = _configuration(model)
-    rows = [*examine(shape, layers), reach_of_lora(shape)]
+    try:
+        rows = [*examine(shape, layers), reach_of_lora(shape)]
+    except ValueError as error:
+        raise PolicyError(f"model={model!r}: {error}; name a folder or a hub id whose config.json is whole") from error
     if source is None or source in PRESETS:
         return rows  # nobody has given it a tokenizer
     try:

@@ -253,6 +253,10 @@ def test_the_command_writes_a_table_and_json_and_ends_with_1_where_something_is_
     [
         (["qwen33"], "model='qwen33': there is no such folder; .*; did you mean the type 'qwen3' of transformers"),
         (["clip"], "model='clip': transformers has no causal language model of this type; name another"),
+        (
+            ["lfm2_moe"],
+            "model='lfm2_moe': no small model of type 'lfm2_moe' can be built: .*; name a folder or a hub id",
+        ),
         (["llama", "--layers", "0"], "--layers=0: give 1 or more of each kind"),
     ],
 )
