@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policies import checkpoint, lora, sharding
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
@@ -33,7 +34,7 @@ from policies.paths import Paths
 from policies.publication import Publication
 from policies.routing.heads import with_dynamic_heads
 
-__all__ = ["Policy", "PolicyError", "digest", "read_config", "read_tokenizer"]
+__all__ = ["Policy", "PolicyError", "checkpoint_layers", "digest", "read_config", "read_tokenizer"]
 
 
 BOUNDLESS = 1 << 20  # tokens
@@ -305,6 +306,17 @@ class Policy(nn.Module):
         policy.draft_ids, policy.further_mtp = stored.draft_ids, stored.further_mtp
         sharding.wrap(policy.trunk, policy.mtp)
         return policy
+
+
+def checkpoint_layers(trunk: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Lets backward passes compute these layers of a model again in place of keeping what they computed."""
+    trunk.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True  # else transformers ignores it; what is inside (dropout) stays in eval mode
+        for name in [name for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(layer, name, 0.0)  # OPT drops in the layer itself
+    return layers
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:

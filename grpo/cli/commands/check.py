@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -33,7 +32,7 @@ from policies import lora
 from policies.cut import CHOSEN, cut_model, has_windows, quiet
 from policies.layout import PolicyError
 from policies.lm_head import last_states
-from policies.policy import Policy, read_tokenizer
+from policies.policy import Policy, checkpoint_layers, read_tokenizer
 from policies.presets import PRESETS, small_tokenizer
 from policies.sharding import routed_experts
 from rollout.backends.stock import CACHES
@@ -379,10 +378,7 @@ def _checkpointing(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
 
 def _with_and_without(trunk: PreTrainedModel, loss: Callable[[], Tensor]) -> float:
     plain = _gradients(trunk, loss)
-    trunk.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.training = True
+    layers = checkpoint_layers(trunk)
     try:
         again = _gradients(trunk, loss)
     finally:

@@ -215,6 +215,11 @@ def test_a_tokenizer_that_changes_text_is_named_and_what_is_only_worth_knowing_i
 # ---- what is right ---------------------------------------------------------------------------------------------------
 
 
+def test_layers_that_are_computed_again_drop_nothing(without_trl):
+    """OPT drops in the layer itself, which checkpoints only in training mode."""
+    assert _wrong(examine(zoo.tiny_config("opt"))) == {"packed = alone": ["transformers"]}
+
+
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "deepseek_v3", "falcon"])
 def test_what_is_right_has_small_numbers(without_trl, kind):
     rows = examine(zoo.tiny_config(kind))
