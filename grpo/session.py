@@ -32,7 +32,7 @@ from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.steps.opening import grpo_session, open_run
 from grpo.steps.pool import NoPool, open_run_pool, open_sampler, sampling_of, use_costs_of_run
-from grpo.steps.publisher import Publisher, open_publisher
+from grpo.steps.publisher import Publisher, open_publisher, refuse_mismatch
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore
@@ -79,6 +79,7 @@ class Session:
         self._prepared: tuple[Drawn, TrainingBatch] | None = None  # what the step learns from
         self._examples: list[str] = []  # whose solutions were taken last, where it learns from solutions
         self._of_grpo = " GRPO" if isinstance(self.config, TrainConfig) else ""
+        self._drawn: TrainingBatch | None = None  # the same, where the run itself has sampled it
 
     @classmethod
     @contextmanager
@@ -239,6 +240,7 @@ class Session:
             batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
             for listener in self.collector.listeners:
                 batch = listener.prepare(batch)
+        self._drawn = batch if drawn is groups else None
         if scores is not None or drawn is groups:
             self._prepared = drawn, batch
             self._keep(drawn, batch)
@@ -295,7 +297,11 @@ class Session:
                         signals.check()
                     self.batches.go_on(self.step)
 
-            return self._learn(lambda: self.learner.forward_backward(batch, term, advance))
+            metrics = self._learn(lambda: self.learner.forward_backward(batch, term, advance))
+        if self._drawn is batch and not (self.learner.updates or batch.age(self.learner.policy_version)):
+            if self.config.dtype == "float32" and self.config.rollout.quantization == "none":
+                refuse_mismatch(self.policy, self.config.model, metrics)
+        return metrics
 
     def optim_step(
         self,

@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policies import checkpoint, lora, sharding
-from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, attending_by, sees_prompts_whole
+from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.layout import FIXED_FIELDS, PolicyError
 from policies.lm_head import LMHead, last_states, scale_and_cap
@@ -33,7 +34,7 @@ from policies.paths import Paths
 from policies.publication import Publication
 from policies.routing.heads import with_dynamic_heads
 
-__all__ = ["Policy", "PolicyError", "digest", "read_config", "read_tokenizer"]
+__all__ = ["Policy", "PolicyError", "checkpoint_layers", "digest", "read_config", "read_tokenizer"]
 
 
 BOUNDLESS = 1 << 20  # tokens
@@ -135,10 +136,21 @@ class Policy(nn.Module):
         return sharding.decoder(self.trunk)(
             input_ids=token_ids_BT,
             position_ids=position_ids_BT,
-            attention_mask=packing.mask_for(self.config._attn_implementation, self.trunk.dtype),
+            attention_mask=self._mask(packing),
             use_cache=False,
             packing=packing,
         ).last_hidden_state
+
+    def _mask(self, packing: Packing) -> Any:
+        """The mask of packed rows: one for each kind of layer where the model attends by itself and a window slides."""
+        how, dtype = self.config._attn_implementation, self.trunk.dtype
+        mask = packing.mask_for(how, dtype)
+        windowed = packing if how == ATTENTION else packing.within(getattr(self.config, "sliding_window", None))
+        if windowed is packing:
+            return mask
+        of_window = windowed.mask(dtype)
+        by_layer = getattr(self.config, "layer_types", None)
+        return {"full_attention": mask, "sliding_attention": of_window} if by_layer else of_window
 
     def _hidden_alone(self, token_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
         """The same, each completion read with its prompt in a row of its own, by the model's own masks and positions.
@@ -150,8 +162,8 @@ class Policy(nn.Module):
                 places.append((b, torch.cat([prompt, completion]), len(prompt) if number > 1 else 0))
                 rows.append(token_ids_BT[b, places[-1][1]])
         token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        with attending_by(self.config, self.own_attention):
-            hidden, _ = last_states(self.trunk, self.paths.states, input_ids=token_ids, use_cache=False)
+        self.config._attn_implementation = self.own_attention  # for good: checkpoints are read again in backward passes
+        hidden, _ = last_states(self.trunk, self.paths.states, input_ids=token_ids, use_cache=False)
         packed = hidden.new_zeros(*token_ids_BT.shape, hidden.shape[-1])
         where = [(torch.full_like(at[start:], b), at[start:]) for b, at, start in places]
         values = [hidden[i, start : len(at)] for i, (_, at, start) in enumerate(places)]
@@ -294,6 +306,17 @@ class Policy(nn.Module):
         policy.draft_ids, policy.further_mtp = stored.draft_ids, stored.further_mtp
         sharding.wrap(policy.trunk, policy.mtp)
         return policy
+
+
+def checkpoint_layers(trunk: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Lets backward passes compute these layers of a model again in place of keeping what they computed."""
+    trunk.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True  # else transformers ignores it; what is inside (dropout) stays in eval mode
+        for name in [name for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(layer, name, 0.0)  # OPT drops in the layer itself
+    return layers
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:

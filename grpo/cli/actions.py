@@ -182,6 +182,20 @@ def inspect(args: argparse.Namespace) -> None:
     _write(args.json, inspect.as_json(args.model, anatomy))
 
 
+def check(args: argparse.Namespace) -> int:
+    if args.layers < 1:
+        return fail(f"--layers={args.layers}: give 1 or more of each kind", EXIT_USAGE)
+    _begin()
+    from grpo.cli.commands import check, summary
+
+    rows = check.check(args.model, args.layers)
+    summary.CONSOLE.print(check.table(args.model, rows))
+    for line in check.lines(rows):
+        summary.CONSOLE.print(line, markup=False, highlight=False)
+    _write(args.json, dict(check.as_json(args.model, rows)))
+    return EXIT_ERROR if any(row.wrong for row in rows) else 0
+
+
 def export(args: argparse.Namespace) -> None:
     _begin()
     from grpo.cli.commands.export import ExportError, export, export_and_push

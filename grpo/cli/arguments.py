@@ -82,6 +82,12 @@ QUANTIZE = (
     _PRINT_CONFIG,
     _json("the report, which is beside the weights as well"),
 )
+_WHAT = "a preset, a run folder, a checkpoint folder, a hub id, or a model type of transformers such as qwen3_5"
+CHECK = (
+    _argument("model", metavar="MODEL", help=_WHAT),
+    _argument("--layers", type=int, default=1, metavar="N", help="try so many layers of each kind; 1"),
+    _json("the table"),
+)
 _WHAT = "tokens to attend to; by default 4096, or the policy's longest context if that is less"
 INSPECT = (
     _argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder, a GGUF file or a hub id"),

@@ -125,6 +125,9 @@ def _commands() -> dict[str, Command]:
             actions.inspect,
             arguments.INSPECT,
         ),
+        "check": Command(
+            "does an architecture train right: by transformers, by quartet, by TRL", actions.check, arguments.CHECK
+        ),
         "export": Command(
             "a run's policy for other tools, with tokenizer, licence and model card", actions.export, arguments.EXPORT
         ),

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
@@ -33,7 +32,7 @@ from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.prepare import Advantages, estimate, pack
 from grpo.learner.terms.term import Term, Work
 from grpo.learner.update import Update
-from policies.policy import Policy
+from policies.policy import Policy, checkpoint_layers
 from policies.publication import Publication
 from rollout.group import RolloutGroup
 
@@ -72,10 +71,7 @@ class Learner:
         """log π_old of what the last step learned from, by Sample.index; what needed no forward is not there."""
         freeze_exact_parts(policy)
         if options.gradient_checkpointing:
-            policy.trunk.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in policy.trunk.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True  # else transformers ignores it; what is inside (dropout) stays in eval mode
+            checkpoint_layers(policy.trunk)
         self.masters = MasterWeights(policy, rounds=options.rounds)
         groups = groups_of(policy.trunk, options.learning_rate, options.weight_decay)
         for term in terms:

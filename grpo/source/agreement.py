@@ -11,41 +11,72 @@ from torch import Tensor
 
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.attention import attending_by
+from policies.cut import cut_model, has_windows
 from policies.lm_head import last_states
 from policies.logprobs import shifted_logprobs, token_logprobs
-from policies.paths import ROWS, SAMPLERS, STATES
+from policies.paths import ROWS, SAMPLERS, STATES, Paths
 from policies.policy import Policy, PolicyError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a log-probability; what is really wrong is off by more
+EXACT = 1e-4  # the same of a small model with random weights in float32
+STOCK = 3e-3  # by transformers' own cache there, which rounds otherwise than its forward (Nemotron-H)
 PROMPTS, TOKENS = (5, 21), 8  # tokens of a prompt, and of a completion
 GROUPS = (2, 6)  # completions of a row: few, which a mask reads faster, and many, where blocks pay (see Packing.pays)
 READERS = {"states": "the LM head", "sampler": "the sampler", "rows": "the learner"}
+FASTEST = Paths()
 Scores = Callable[[], tuple[Tensor, Tensor]]  # log-probabilities by a path, and by the model's own forward
 
 
-@torch.no_grad()
 def check_agreement(policy: Policy) -> None:
     """Sampler and learner must give the log-probabilities of the model's own forward of each row alone.
 
-    Sets `policy.paths` to the fastest paths that do. Raises PolicyError naming the model type where none does.
+    Sets `policy.paths` to the fastest paths that do. Where the rows tried are shorter than a window, or the precision
+    is too low to tell, they are chosen on a small model of the same architecture first, see `fastest_of_cut`. Raises
+    PolicyError naming the model type where none does.
     """
-    kind, dtype = policy.config.model_type, next(policy.parameters()).dtype
+    dtype, fastest = next(policy.parameters()).dtype, FASTEST
     if policy.trunk.get_output_embeddings() is None:
-        raise _refusal(kind, "it has no LM head")
-    _choose(policy, "states", STATES, lambda: _whole(policy), TOLERANCE[dtype])
-    ours = policy.paths.states == "decoder"
-    _choose(policy, "sampler", SAMPLERS, lambda: _sampled(policy, dtype), TOLERANCE[dtype], ours)
-    _choose(policy, "rows", ROWS, lambda: _packed(policy), TOLERANCE[dtype], ours)
+        raise _refusal(policy.config.model_type, "it has no LM head")
+    if dtype != torch.float32 or has_windows(policy.config):
+        fastest = fastest_of_cut(policy)
+    choose_paths(policy, TOLERANCE[dtype], fastest)
 
 
-def _choose(
-    policy: Policy, name: str, words: Mapping[Any, str], scores: Scores, tolerance: float, ours: bool = True
-) -> None:
-    """Without `ours`, the first path, the code is not ours."""
-    fault, paths = "", list(words)[0 if ours else 1 :]
-    for path in paths:
+_OF_CUT: dict[str, Paths] = {}  # by configuration, attention and device
+
+
+def fastest_of_cut(policy: Policy) -> Paths:
+    """The fastest paths that agree on a small model of this architecture in float32, whose windows are short. Where
+    there is none, those of transformers where there are windows, since nobody has tried ours beyond them."""
+    shape, device = policy.config, policy.device
+    key = f"{shape.to_dict()} {policy.own_attention} {device}"
+    if key not in _OF_CUT:
+        try:
+            small = Policy(cut_model(shape, attention=policy.own_attention).to(device), None, policy.tokenizer)
+            choose_paths(small, EXACT)
+            _OF_CUT[key] = small.paths
+        except (ValueError, RuntimeError):  # it cannot be built or held, or every path rounds too much
+            _OF_CUT[key] = Paths("apart", "alone") if has_windows(shape) else FASTEST
+    return _OF_CUT[key]
+
+
+@torch.no_grad()
+def choose_paths(policy: Policy, tolerance: float, fastest: Paths = FASTEST) -> None:
+    """Sets `policy.paths` to the fastest paths whose log-probabilities are within `tolerance`, none of them faster than
+    `fastest`. Raises PolicyError where none is."""
+    _choose(policy, "states", STATES, lambda: by_lm_head(policy), tolerance, fastest.states)
+    if policy.paths.states == "head":  # then our cache and packed rows do not serve
+        fastest = Paths("joined" if fastest.sampler == "own" else fastest.sampler, "alone")
+    _choose(policy, "sampler", SAMPLERS, lambda: by_sampler(policy), tolerance, fastest.sampler)
+    _choose(policy, "rows", ROWS, lambda: by_learner(policy), tolerance, fastest.rows)
+
+
+def _choose(policy: Policy, name: str, words: Mapping[Any, str], scores: Scores, tolerance: float, first: str) -> None:
+    """The paths before `first` are not tried."""
+    fault, paths = "", list(words)
+    for path in paths[paths.index(first) :]:
         policy.paths = replace(policy.paths, **{name: path})
         try:
             by_path, own = scores()
@@ -53,7 +84,7 @@ def _choose(
             fault = f"{type(error).__name__}: {error}"
             continue
         difference = (by_path - own).abs().max().item()
-        if difference <= tolerance:
+        if difference <= (tolerance if path == paths[0] else max(tolerance, STOCK)):
             return
         fault = f"log-probabilities differ from those of its own forward by {difference:.1g}"
     raise _refusal(
@@ -68,48 +99,51 @@ def _refusal(kind: str, reason: str) -> PolicyError:
     )
 
 
-def _sampled(policy: Policy, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def by_sampler(policy: Policy) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens that the engine has sampled: by it, and by the model's own forward."""
     from rollout.engine import Engine
 
     params = SamplingParams(group_size=2, max_completion_tokens=TOKENS)
-    prompts = [Prompt(f"agreement/{n}", "", token_ids) for n, token_ids in enumerate(_prompts(policy))]
-    groups = Engine(policy, dtype).sample(prompts, params)
+    prompts = [Prompt(f"agreement/{n}", "", token_ids) for n, token_ids in enumerate(tried_prompts(policy))]
+    groups = Engine(policy, next(policy.parameters()).dtype).sample(prompts, params)
     pairs = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
     sampled = torch.tensor([value for _, completion in pairs for value in completion.logprobs])
-    return sampled, torch.cat([_own(policy, prompt, completion.token_ids) for prompt, completion in pairs])
+    return sampled, torch.cat([own_logprobs(policy, prompt, completion.token_ids) for prompt, completion in pairs])
 
 
-def _whole(policy: Policy) -> tuple[Tensor, Tensor]:
+def by_lm_head(policy: Policy) -> tuple[Tensor, Tensor]:
     """Log-probabilities by the LM head, and by the model's own forward."""
-    prompt, completion = _prompts(policy)
+    prompt, completion = tried_prompts(policy)
     row = torch.tensor([prompt + completion], device=policy.device)
     with attending_by(policy.config, policy.own_attention):
         states, _ = last_states(policy.trunk, policy.paths.states, input_ids=row, use_cache=False)
     by_states = shifted_logprobs(policy.output.logits(states), row)[0, len(prompt) - 1 :]
-    return by_states.cpu(), _own(policy, prompt, completion)
+    return by_states.cpu(), own_logprobs(policy, prompt, completion)
 
 
-def _packed(policy: Policy) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of given tokens: by the learner's rows, and by the model's own forward."""
-    vocabulary, packed, own = len(policy.lm_head), [], []
-    for prompt, count in zip(_prompts(policy), GROUPS, strict=True):
+def by_learner(policy: Policy, together: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given tokens: by the learner's rows, and by the model's own forward. `together`: the shorter
+    row is padded to the longer one."""
+    vocabulary, rows, packed, own = len(policy.lm_head), [], [], []
+    for prompt, count in zip(tried_prompts(policy), GROUPS, strict=True):
         completions = [[(7 * c + 3 * t) % (vocabulary - 2) + 2 for t in range(TOKENS)] for c in range(count)]
-        mini = collate([PackedRow(prompt, [Sample(c, ids) for c, ids in enumerate(completions)])], policy.device)
+        rows.append(PackedRow(prompt, [Sample(c, ids) for c, ids in enumerate(completions)]))
+        own += [own_logprobs(policy, prompt, ids) for ids in completions]
+    for batch in [rows] if together else [[row] for row in rows]:
+        mini = collate(batch, policy.device)
         hidden = policy.hidden(mini.token_ids, mini.position_ids, mini.segment)
         preceding = hidden.gather(1, mini.before[..., None].expand_as(hidden))[mini.scored]
         packed.append(token_logprobs(policy.output.logits(preceding), mini.token_ids[mini.scored]).cpu())
-        own += [_own(policy, prompt, ids) for ids in completions]
     return torch.cat(packed), torch.cat(own)
 
 
-def _prompts(policy: Policy) -> list[list[int]]:
+def tried_prompts(policy: Policy) -> list[list[int]]:
     """Token ids of a short and of a longer prompt, which is no longer than the context allows."""
     short, longer = PROMPTS
     return [list(range(2, 2 + length)) for length in (short, min(longer, policy.max_length - TOKENS - short))]
 
 
-def _own(policy: Policy, prompt: list[int], completion: list[int]) -> Tensor:
+def own_logprobs(policy: Policy, prompt: list[int], completion: list[int]) -> Tensor:
     row = torch.tensor([prompt + completion], device=policy.device)
     with attending_by(policy.config, policy.own_attention):
         logits = policy.trunk(input_ids=row, use_cache=False).logits

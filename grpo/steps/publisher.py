@@ -13,9 +13,12 @@ from torch import Tensor
 
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
+from grpo.learner.terms.policy import FARTHEST
 from grpo.run.stop import Stopped
 from grpo.steps.loop import Run
 from grpo.steps.pool import open_run_pool
+from policies.policy import Policy
+from policies.sharding import routed_experts
 from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pool import Pool
@@ -31,6 +34,9 @@ ADVICE = (
 # Two experts of nearly equal score may change places between sampler and learner, which moves a log-probability by more
 # than rounding does. That does not happen twice, to other tokens, and a fault does.
 ATTEMPTS = 2
+# What the first batch may show where sampler and learner compute in float32, in nats: of one token, and where such a
+# change of places may have moved that one, of all tokens in the mean.
+MISMATCH, MISMATCH_MEAN = 0.1, 1e-3
 
 
 @contextmanager
@@ -136,3 +142,17 @@ class Publisher:
 
 def _refuse(fault: str) -> NoReturn:
     raise RolloutError(f"{fault}. {ADVICE}")
+
+
+def refuse_mismatch(policy: Policy, model: str, metrics: Mapping[str, float]) -> None:
+    """Raises RolloutError where the first batch shows that sampler and learner compute different models. The canaries
+    cannot: they are shorter than windows and blocks of many models."""
+    most, mean = metrics.get(FARTHEST, 0.0), metrics.get("mismatch/logprob_abs_mean", 0.0)
+    if not (most > MISMATCH and (mean > MISMATCH_MEAN or not routed_experts(policy.config))):
+        return
+    raise RolloutError(
+        f"sampler and learner compute different log-probabilities of what was sampled first, by up to {most:.2g} nats "
+        f"({FARTHEST}; {MISMATCH:g} is the most in float32), before any update: a model of type "
+        f"{policy.config.model_type!r}, {policy.paths}. Nothing was learned. `quartet check {model}` shows what "
+        "differs; train another model until that is mended"
+    )

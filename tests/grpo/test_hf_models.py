@@ -238,9 +238,10 @@ def test_what_the_load_check_found_comes_with_the_policy_of_a_folder(hf_policy, 
     assert load_policy(EvalConfig(model=str(tmp_path))).paths == Paths("joined", "alone")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss"])
 def test_contract_10_rows_alone_are_packed_rows(hf_policy, kind):
-    policy, mini = hf_policy(kind, 1, **KINDS[kind] | {"sliding_window": 8}), collate([_row(), _row()], CPU)
+    sizes = KINDS.get(kind, {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}) | {"sliding_window": 8}
+    policy, mini = hf_policy(kind, 1, **sizes), collate([_row(), _row()], CPU)
     both = []
     for rows in ("packed", "alone"):
         policy.paths = Paths(rows=rows)

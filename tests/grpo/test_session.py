@@ -20,6 +20,7 @@ from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.train import train
+from rollout.faults import RolloutError
 
 LOOPS = Path(__file__).parents[2] / "examples/12_own_loop"
 
@@ -118,6 +119,20 @@ def test_drawing_is_prompts_sampling_and_scoring(micro_config, tmp_path):
     assert all(
         torch.equal(tensor, dict(two.policy.named_parameters())[name]) for name, tensor in one.policy.named_parameters()
     )
+
+
+def test_a_first_batch_that_sampler_and_learner_read_differently_stops_the_run(micro_config, tmp_path, monkeypatch):
+    """The canaries are too short to show it."""
+    far = {"mismatch/logprob_abs_max": 0.2, "mismatch/logprob_abs_mean": 0.01}
+    with Session.open(micro_config(tmp_path)) as session:
+        monkeypatch.setattr(session.learner, "forward_backward", lambda *rest: far)
+        for step in session.run.steps():
+            batch = session.prepare(session.draw(step))
+            with pytest.raises(RolloutError, match=r"up to 0.2 nats .*, before any update: .*`quartet check micro`"):
+                session.forward_backward(batch)
+            far["mismatch/logprob_abs_mean"] = 1e-4  # one token, whose experts are others
+            session.forward_backward(batch)
+            break
 
 
 def test_an_advantage_of_each_token_is_the_gradients_weight(micro_config, tmp_path):

@@ -7,30 +7,25 @@ in its log-probabilities. `refused()` says why the other types are not here.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from grpo.data.word_problems import word_problems
+from policies.cut import DEPTHS, quiet, randomize
 from policies.policy import Policy
 from policies.presets import small_tokenizer
 
 TABLE = json.loads((Path(__file__).parent / "exceptions.json").read_text())
 VOCABULARY = 272  # the least that holds all bytes, special tokens and a few words
-SPREAD = 2.0  # of the logits of a tiny model: their standard deviation
 MOST_LAYERS = 4
 
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 SIZES: dict[int, str] = {
     VOCABULARY: "vocab_size vocab_size_per_layer_input",
     64: "hidden_size d_model n_embd emb_dim embedding_size embedding_dim embd_dim word_embed_proj_dim lru_width "
@@ -89,7 +84,7 @@ def tiny_config(kind: str, layers: int | None = None, **changes: Any) -> Pretrai
     the language model that shall have other values."""
     own = TABLE["fields"].get(kind.partition("/")[0], {}) | TABLE["variants"].get(kind, {}) | changes
     form = CONFIG_MAPPING[kind.partition("/")[0]]
-    with _quiet():
+    with quiet():
         if "text_config" not in form.sub_configs:
             return _small(form, layers, own)
         usual = form()
@@ -137,16 +132,10 @@ def _one_of_each(usual: dict[str, Any], layers: int | None) -> dict[str, Any]:
 def tiny(kind: str, layers: int | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of this type with random weights in float32, always the same ones."""
     config = tiny_config(kind, layers, **changes)
-    with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        constant = {name for name, _ in model.named_buffers() if "bias" not in name and "scalar" not in name}
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and name not in constant:
-                tensor.copy_(_random(name, tensor))
-            elif "tid2eid" in name:  # DeepSeek-V4: the experts of each token
-                tensor.copy_(torch.rand(len(tensor), SMALL["num_experts"]).topk(tensor.shape[1]).indices)
-        _spread(model)
+        randomize(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 0, 1
     return model
 
@@ -160,51 +149,3 @@ def policy(kind: str, layers: int | None = None, seed: int = 0, **changes: Any) 
 def _tokenizer() -> PreTrainedTokenizerFast:
     problems = word_problems("train", [1], count=50)
     return small_tokenizer([f"{row['question']}\n{row['answer']}\n" for row in problems], VOCABULARY)
-
-
-def _random(name: str, tensor: Tensor) -> Tensor:
-    """Other values for a weight. What is a vector moves about the value that its layer begins with: 1 or 0 for a norm,
-    a decay that is sane for a recurrent state."""
-    noise = torch.randn(tensor.shape)
-    if "inv_freq" in name or "rotary" in name or "embed_positions" in name:
-        return tensor
-    if "conv" in name and tensor.dim() == 3:
-        return noise / tensor.shape[-1] ** 0.5
-    if name.endswith(("dt_bias", "dt_proj.bias")):
-        return noise - 2  # with the next, a recurrent state remembers some ten tokens, so that a leak shows
-    if "A_log" in name:
-        return tensor.clamp(max=0.0) + 0.3 * noise
-    if "norm" in name and "post_" in name:
-        return tensor + 1 + 0.3 * noise  # else the embedding outweighs what the layers add to it
-    if tensor.dim() < 2 or tensor.shape[-1] == 1:
-        alike = tensor.numel() > 1 and tensor.std() < 0.1 * tensor.mean().abs()  # then noise that fits its size
-        return tensor + 0.3 * noise * (tensor.mean().abs() if alike else 1)
-    if "emb" in name or "wte" in name or "wpe" in name:
-        return noise * max(tensor.std().item(), 0.3)
-    return 1.5 * noise / tensor.shape[-1] ** 0.5
-
-
-def _spread(model: PreTrainedModel) -> None:
-    """Scales the LM head so that probabilities are far from uniform and from certain."""
-    tokens = torch.randint(2, VOCABULARY, (2, 24))
-    for _ in range(3):
-        logits = model(input_ids=tokens, use_cache=False).logits.float()
-        lm_head = model.get_output_embeddings()
-        if lm_head is None or not isinstance(lm_head, nn.Module):
-            return
-        lm_head.weight.mul_(SPREAD / logits.std(-1).mean())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what transformers says of odd token ids and missing kernels."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)

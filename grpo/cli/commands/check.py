@@ -1,0 +1,525 @@
+"""`quartet check`: does an architecture train right, by transformers itself, by quartet and by TRL?
+
+It is tried on a small model with random weights, see `policies.cut`. What differs from the model's own forward of each
+row alone is wrong, and every wrong number comes with what to do about it.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from grpo.source.agreement import EXACT, STOCK, by_learner, by_lm_head, by_sampler, choose_paths
+from grpo.source.policy_source import find_policy, shape_of
+from policies import lora
+from policies.cut import CHOSEN, cut_model, has_windows, quiet
+from policies.layout import PolicyError
+from policies.lm_head import last_states
+from policies.policy import Policy, checkpoint_layers, read_tokenizer
+from policies.presets import PRESETS, small_tokenizer
+from policies.sharding import routed_experts
+from rollout.backends.stock import CACHES
+from rollout.engine import Engine
+from rollout.group import Prompt
+from rollout.sampling import SamplingParams
+
+TRANSFORMERS, OURS, TRL = "transformers", "quartet", "TRL"
+PROMPT, DECODED = 21, 8  # tokens; windows, chunks and blocks of the small model are shorter
+LENGTHS = (9, 13, 29)  # of rows that are padded or packed together
+WIDE = 4096  # a window that no row of these leaves
+SLIDING = ("sliding_window", "sliding_window_size", "attention_chunk_size")
+TEXT = "x  = 1 ;\n\tif a : b , c .\n\n  é 漢字 🙂 don't"  # spaces that some tokenizers lose
+SAID = "It is  4.\n\n    So: 4"
+THOUGHT = "adding both"
+WHAT_TO_DO = {
+    "packed = alone": "do not pack rows (TRL: packing=False, padding_free=False); quartet packs only where it is right",
+    "prefill + decode = whole forward": "sample without this cache (use_cache=False), and report it to transformers",
+    "causal": "a token sees what comes after it: no trainer can use this; set is_decoder or causal in config.json",
+    "left = right padding": "read rows of one length together (per_device_train_batch_size=1), or pad the other side",
+    "batch invariance": "rows read each other's states: sample and learn one row at a time, and report it",
+    "windows": "the window in config.json is not applied: keep contexts shorter than it, and report it",
+    "router": "compute the router in float32 (transformers: _keep_in_fp32_modules); break ties by random weights",
+    "router flips": "learner.routing_replay: true, or dtype: float32; elsewhere replay the sampler's experts",
+    "gradient checkpointing": "leave it off (learner.gradient_checkpointing, gradient_checkpointing=False)",
+    "LM head": "set tie_word_embeddings in config.json to what the weights are",
+    "template": "over several turns keep the ids of what was sampled, as quartet does, and never render again",
+    "round trip": "hand ids, never text, from the sampler to the learner, as quartet does",
+    "stop and pad": "name the token that ends a turn in eos_token_id of generation_config.json, and another pad_token",
+    "LoRA": "name the other modules in lora.targets",
+}
+
+
+@dataclass
+class Row:
+    """What was asked, and by column a number or a word. `wrong` are the columns in which it is wrong, `note` says what
+    is worth knowing all the same."""
+
+    name: str
+    values: dict[str, float | str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    note: str = ""
+
+    def compare(self, column: str, difference: Callable[[], float], most: float = STOCK) -> None:
+        """What `difference` gives is wrong above `most`, and so is a failure."""
+        try:
+            value = difference()
+            self.say(column, value if value == value else "not a number", wrong=not value <= most)
+        except Exception as error:  # whatever a model that nobody here wrote may raise
+            self.say(column, f"{type(error).__name__}: {error}"[:200], wrong=True)
+
+    def say(self, column: str, word: float | str, wrong: bool = False) -> None:
+        self.values[column] = word
+        if wrong:
+            self.wrong.append(column)
+
+    @property
+    def advice(self) -> str:
+        return self.note or (WHAT_TO_DO[self.name] if self.wrong else "")
+
+
+def check(model: str, layers: int = 1) -> list[Row]:
+    """What is right and what is wrong with a preset, a folder, a hub id or a type of transformers, such as `qwen3_5`.
+
+    Raises PolicyError for what is none of these, and where no small model can be built.
+    """
+    shape, source = _configuration(model)
+    try:
+        rows = [*examine(shape, layers), reach_of_lora(shape)]
+    except ValueError as error:
+        raise PolicyError(f"model={model!r}: {error}; name a folder or a hub id whose config.json is whole") from error
+    if source is None or source in PRESETS:
+        return rows  # nobody has given it a tokenizer
+    try:
+        tokenizer = read_tokenizer(source)
+    except (OSError, ValueError) as error:
+        rows.append(Row("template"))
+        rows[-1].say(TRANSFORMERS, f"no tokenizer: {error}"[:200])
+        return rows
+    eos = getattr(shape.get_text_config(decoder=True), "eos_token_id", None)
+    with suppress(OSError, ValueError):
+        eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
+    return [*rows, *examine_text(tokenizer, eos if isinstance(eos, list) else [] if eos is None else [eos])]
+
+
+def _configuration(model: str) -> tuple[PretrainedConfig, str | None]:
+    if model in CONFIG_MAPPING and not Path(model).exists():
+        if model not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise PolicyError(f"model={model!r}: transformers has no causal language model of this type; name another")
+        with quiet():
+            return CONFIG_MAPPING[model](), None
+    try:
+        source = find_policy(model, read=False)
+    except PolicyError as error:
+        near = difflib.get_close_matches(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
+        meant = f"; did you mean the type {near[0]!r} of transformers?" if near else ""
+        raise PolicyError(f"{error}{meant}") from error
+    return shape_of(source), source.base
+
+
+def examine(shape: PretrainedConfig, layers: int = 1) -> list[Row]:
+    """The rows of the table that a small model of this configuration gives."""
+    model = cut_model(shape, layers)
+    policy = Policy(copy.deepcopy(model), None, small_tokenizer(["2 + 2 = 4\n"], 272))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rows = [
+        torch.tensor([(37 * t * t + 11 * t + 5 * n) % (vocabulary - 12) + 2 for t in range(LENGTHS[n])])
+        for n in range(3)
+    ]
+    with quiet(), torch.no_grad():
+        paths = Row("quartet's paths")
+        count = sum(parameter.numel() for parameter in model.parameters())
+        paths.say(TRANSFORMERS, f"{type(model).__name__}, {count / 1e6:.1f} M weights")
+        try:
+            if policy.backend == "transformers":
+                choose_paths(policy, EXACT)
+            paths.say(OURS, str(policy.paths))
+        except PolicyError as error:
+            paths.say(OURS, "refused", wrong=True)
+            paths.note = str(error)
+        return [
+            paths,
+            *_differences(model, policy, rows),
+            *_windows(model, rows[-1]),
+            *_router(model, rows[-1]),
+            _checkpointing(model, policy, rows[-1]),
+            _lm_head(model, policy, rows[-1]),
+        ]
+
+
+def _differences(model: PreTrainedModel, policy: Policy, rows: Sequence[Tensor]) -> list[Row]:
+    """Whether log-probabilities are those of each row alone, whatever it is read with."""
+    names = ("causal", "prefill + decode = whole forward", "batch invariance", "left = right padding", "packed = alone")
+    causal, decoded, batch, padded, packed = (Row(name) for name in names)
+    long = rows[-1]
+    causal.compare(
+        TRANSFORMERS, lambda: max(_apart(_alone(model, long[:n]), _alone(model, long)[:n]) for n in (5, 12, 20))
+    )
+    after = _alone(model, long)[PROMPT - 1 :]
+    decoded.compare(TRANSFORMERS, lambda: _best(model, lambda placed: _apart(_decoded(model, long, placed), after)))
+    decoded.compare(OURS, lambda: _apart(*by_sampler(policy)))
+    others = torch.stack([long, long.flip(0), long.roll(3)])
+    batch.compare(
+        TRANSFORMERS, lambda: _apart(_logprobs(model, others), torch.stack([_alone(model, row) for row in others]))
+    )
+    batch.compare(OURS, lambda: _beside_others(policy, rows))
+    padded.compare(
+        TRANSFORMERS, lambda: max(_best(model, partial(_padded, model, rows, left)) for left in (True, False))
+    )
+    padded.compare(OURS, lambda: _apart(*by_learner(policy, together=True)))
+    with suppress(ImportError):
+        from trl import GRPOTrainer
+        from trl.trainer.utils import add_fused_lm_head
+
+        padded.compare(TRL, lambda: _by_trl(GRPOTrainer, add_fused_lm_head, model, rows))
+    packed.compare(TRANSFORMERS, lambda: _packed(model, rows))
+    packed.compare(OURS, lambda: _apart(*by_learner(policy)))
+    return [causal, decoded, batch, padded, packed]
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def _logprobs(model: PreTrainedModel, token_ids: Tensor, **options: Any) -> Tensor:
+    return model(input_ids=token_ids, use_cache=False, **options).logits.float().log_softmax(-1)
+
+
+def _alone(model: PreTrainedModel, row: Tensor) -> Tensor:
+    return _logprobs(model, row[None])[0]
+
+
+def _decoded(model: PreTrainedModel, row: Tensor, placed: bool) -> Tensor:
+    """Log-probabilities after a prompt and after each token that its cache decodes; `placed`: with positions."""
+    takes = inspect.signature(model.forward).parameters
+    out = model(input_ids=row[None, :PROMPT], use_cache=True)
+    logits = [out.logits[0, -1]]
+    for place in range(PROMPT, len(row)):
+        cache = next((cache for name in CACHES if (cache := getattr(out, name, None)) is not None), None)
+        if cache is None:
+            raise ValueError("its forward gives no cache")
+        options: dict[str, Any] = {name: cache for name in CACHES if name in takes}
+        options |= {"position_ids": torch.tensor([[place]])} if placed else {}
+        out = model(input_ids=row[None, place : place + 1], use_cache=True, **options)
+        logits.append(out.logits[0, -1])
+    return torch.stack(logits).float().log_softmax(-1)
+
+
+def _padded(model: PreTrainedModel, rows: Sequence[Tensor], left: bool, placed: bool) -> float:
+    token_ids, mask = _pad(rows, left)
+    positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if placed else {}
+    out = _logprobs(model, token_ids, attention_mask=mask, **positions)
+    return max(_apart(out[i][mask[i].bool()], _alone(model, row)) for i, row in enumerate(rows))
+
+
+def _best(model: PreTrainedModel, difference: Callable[[bool], float]) -> float:
+    """With the positions of tokens or without, whichever a model is made for: some count from another number."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return difference(False)
+    return min(difference(False), difference(True))
+
+
+def _pad(rows: Sequence[Tensor], left: bool) -> tuple[Tensor, Tensor]:
+    side = "left" if left else "right"
+    pad = nn.utils.rnn.pad_sequence
+    ones = [torch.ones_like(row) for row in rows]
+    return pad(list(rows), True, 1, side), pad(ones, True, 0, side)
+
+
+def _packed(model: PreTrainedModel, rows: Sequence[Tensor]) -> float:
+    """Rows one after another, as trainers without padding give them: their positions begin anew."""
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    out = _logprobs(model, torch.cat(list(rows))[None], position_ids=positions[None])[0]
+    return max(_apart(mine, _alone(model, row)) for mine, row in zip(out.split(list(LENGTHS)), rows, strict=True))
+
+
+def _by_trl(trainer: Any, add_head: Callable[[Any], None], model: PreTrainedModel, rows: Sequence[Tensor]) -> float:
+    """TRL's function: prompts padded at the left and completions at the right."""
+    add_head(patched := copy.deepcopy(model))
+    completions = [row[-n:] for row, n in zip(rows, (4, 6, DECODED), strict=True)]
+    prompts = [row[: -len(completion)] for row, completion in zip(rows, completions, strict=True)]
+    parts = [_pad(prompts, True), _pad(completions, False)]
+    token_ids, mask = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))
+    myself = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext), temperature=1.0, model_kwarg_keys=set())
+    function = inspect.unwrap(trainer._get_per_token_logps_and_entropies)  # without its profiler
+    by_trl = function(myself, patched, token_ids, mask, DECODED)[0]
+    return max(
+        _apart(by_trl[i, : len(done)], _alone(model, row)[-len(done) - 1 : -1].gather(1, done[:, None])[:, 0])
+        for i, (row, done) in enumerate(zip(rows, completions, strict=True))
+    )
+
+
+def _beside_others(policy: Policy, rows: Sequence[Tensor]) -> float:
+    """A prompt that the engine samples alone, and beside others: the same tokens, the same log-probabilities."""
+    params = SamplingParams(group_size=2, max_completion_tokens=DECODED)
+    longest = max(1, policy.max_length - DECODED)
+    prompts = [Prompt(f"check/{n}", "", row.tolist()[:longest]) for n, row in enumerate(rows)]
+    engine = Engine(policy, policy.trunk.dtype)
+    pairs = zip(engine.sample(prompts, params), (engine.sample([p], params)[0] for p in prompts), strict=True)
+    completions = [(a, b) for one, other in pairs for a, b in zip(one.completions, other.completions, strict=True)]
+    if any(a.token_ids != b.token_ids for a, b in completions):
+        raise ValueError("other tokens beside other prompts")
+    return max(_apart(torch.tensor(a.logprobs), torch.tensor(b.logprobs)) for a, b in completions)
+
+
+def _windows(model: PreTrainedModel, row: Tensor) -> list[Row]:
+    """Whether a window that is in the configuration changes anything."""
+    text = model.config.get_text_config(decoder=True)
+    names = [name for name in SLIDING if isinstance(getattr(text, name, None), int)]
+    if not (names and has_windows(model.config)):
+        return []
+    shape = copy.deepcopy(model.config)
+    for name in names:
+        setattr(shape.get_text_config(decoder=True), name, WIDE)
+    wide = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+    wide.load_state_dict(model.state_dict(), strict=False)
+    changed = _apart(_alone(wide, row), _alone(model, row)) > EXACT
+    result = Row("windows")
+    result.say(TRANSFORMERS, "they slide" if changed else "ignored", wrong=not changed)
+    return [result]
+
+
+def _router(model: PreTrainedModel, row: Tensor) -> list[Row]:
+    """Ties and rounding of routers in float32, and the share of tokens that have other experts in bfloat16."""
+    text = model.config.get_text_config(decoder=True)
+    experts, fields = routed_experts(text), text.to_dict()
+    chosen = next((fields[name] for name in CHOSEN if isinstance(fields.get(name), int)), 1)
+    if not 0 < chosen < experts:
+        return []
+    calls = _routed(model, row, experts)
+    if not calls:
+        return []
+    result, flips = Row("router"), Row("router flips")
+    ties, rounded = [], []
+    for module, inputs, scores in calls:
+        top = scores.topk(chosen + 1).values
+        ties.append((top[:, -1] == top[:, -2]).float().mean())
+        noise = 1 + 1e-5 * torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0))
+        again = _scores(module.forward(inputs[0] * noise, *inputs[1:]), experts)
+        rounded.append((again == scores).float().mean())
+    tied, unmoved = torch.stack(ties).mean().item(), torch.stack(rounded).mean().item()
+    words = [f"{tied:.0%} of tokens tied"] * (tied > 0) + ["rounded to fewer bits"] * (unmoved > 0.1)
+    result.say(TRANSFORMERS, ", ".join(words) or "no ties", wrong=bool(words))
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for name, parameter in low.named_parameters():
+        if any(part in name for part in kept):
+            parameter.data = parameter.data.float()
+    try:
+        pairs = zip(calls, _routed(low, row, experts), strict=True)
+        sets = [(scores.topk(chosen).indices, other.topk(chosen).indices) for (_, _, scores), (_, _, other) in pairs]
+        share = torch.cat([(a.sort().values != b.sort().values).any(1).float() for a, b in sets]).mean().item()
+        flips.say(TRANSFORMERS, f"{share:.0%} of tokens")
+        flips.note = WHAT_TO_DO["router flips"] if share else ""
+    except RuntimeError as error:
+        flips.say(TRANSFORMERS, f"no bfloat16: {error}"[:100])
+    return [result, flips]
+
+
+def _routed(model: PreTrainedModel, row: Tensor, experts: int) -> list[tuple[nn.Module, tuple[Any, ...], Tensor]]:
+    """Each router in a forward of a row: its inputs, and its scores [T, experts]."""
+    calls: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        scores = _scores(output, experts)
+        if scores is not None and inputs:
+            calls.append((module, inputs, scores))
+
+    weights = {name: parameter for name, parameter in model.named_parameters() if re.search("gate|router", name)}
+    names = {name.rpartition(".")[0] for name, w in weights.items() if w.dim() == 2 and len(w) == experts}
+    hooks = [model.get_submodule(name).register_forward_hook(note) for name in names]
+    try:
+        _alone(model, row)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _scores(output: Any, experts: int) -> Any:
+    parts = output if isinstance(output, tuple | list) else [output]
+    fits = (
+        part for part in parts if isinstance(part, Tensor) and part.is_floating_point() and part.shape[-1] == experts
+    )
+    return next((part.detach().reshape(-1, experts) for part in fits), None)
+
+
+@torch.enable_grad()
+def _checkpointing(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
+    """The largest difference of a gradient with and without, relative to the largest entry of its tensor."""
+    result = Row("gradient checkpointing")
+    losses: list[tuple[str, PreTrainedModel, Callable[[], Tensor]]] = [
+        (TRANSFORMERS, model, lambda: _alone(model, row)[:-1].gather(1, row[1:, None]).sum()),
+        (OURS, policy.trunk, lambda: by_learner(policy)[0].sum()),
+    ]
+    for column, trunk, loss in losses:
+        if not trunk.supports_gradient_checkpointing:
+            result.say(column, "not offered")
+            continue
+        result.compare(column, lambda trunk=trunk, loss=loss: _with_and_without(trunk, loss), most=1e-2)  # type: ignore[misc]
+    return result
+
+
+def _with_and_without(trunk: PreTrainedModel, loss: Callable[[], Tensor]) -> float:
+    plain = _gradients(trunk, loss)
+    layers = checkpoint_layers(trunk)
+    try:
+        again = _gradients(trunk, loss)
+    finally:
+        trunk.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.training = False
+    least = max(gradient.abs().max().item() for gradient in plain.values()) / 1000
+    if plain.keys() != again.keys():
+        raise ValueError(f"no gradient for {sorted(plain.keys() ^ again.keys())[0]}")
+    return max(_apart(again[name], plain[name]) / max(plain[name].abs().max().item(), least) for name in plain)
+
+
+def _gradients(trunk: PreTrainedModel, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    trunk.zero_grad()
+    loss().backward()
+    return {name: p.grad.clone() for name, p in trunk.named_parameters() if p.grad is not None}
+
+
+def _lm_head(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
+    """Whether the LM head is the embedding where the configuration says so, and multiplies what we multiply."""
+    result, lm_head, embedding = Row("LM head"), model.get_output_embeddings(), model.get_input_embeddings()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    result.compare(OURS, lambda: _apart(*by_lm_head(policy)))
+    if not isinstance(getattr(lm_head, "weight", None), Tensor):
+        result.say(TRANSFORMERS, "of its own kind")
+        return result
+    same = lm_head.weight is embedding.weight
+    states, _ = last_states(model, "head", input_ids=row[None], use_cache=False)
+    expected = F.linear(states, embedding.weight if tied else lm_head.weight, getattr(lm_head, "bias", None))
+    words = "tied" if same else "apart"
+    if tied != same:
+        words += f", and tie_word_embeddings={str(tied).lower()}"
+    elif _apart(lm_head(states), expected) > STOCK:
+        words += ", and its forward multiplies by another weight"
+    result.say(TRANSFORMERS, words, wrong="and" in words)
+    return result
+
+
+def reach_of_lora(shape: PretrainedConfig) -> Row:
+    """The share of a full model's weights, embedding and LM head aside, that LoRA adapts by default."""
+    result = Row("LoRA")
+    try:
+        with torch.device("meta"), quiet():
+            trunk = AutoModelForCausalLM.from_config(shape)
+            ends = {id(module.weight) for module in (trunk.get_input_embeddings(), trunk.get_output_embeddings())}
+            total = sum(p.numel() for p in trunk.parameters() if p.dim() > 1 and id(p) not in ends)
+            names = lora.target_names(trunk)
+            lora.inject(trunk, 8, 16.0)
+        adapted = [getattr(m.get_base_layer(), getattr(m, "parameter_name", "weight")) for _, m in lora.adapters(trunk)]
+        share = sum(weight.numel() for weight in {id(weight): weight for weight in adapted}.values()) / total
+        reached = {name.rsplit(".", 1)[-1] for name, _ in lora.adapters(trunk)}
+        result.say(OURS, f"reaches {share:.0%} of the weights")
+        others = sorted(names - reached - {*lora.PARAMETERS, "lm_head"})
+        if share < 0.9:
+            result.note = f"{WHAT_TO_DO['LoRA']}: {', '.join(others) or 'none of them can be named'}"
+    except Exception as error:  # of transformers or peft, whose models are of many forms
+        result.say(OURS, f"{type(error).__name__}: {error}"[:200], wrong=True)
+    return result
+
+
+# ---- tokens and templates --------------------------------------------------------------------------------------------
+
+
+def examine_text(tokenizer: Any, stops: Sequence[int]) -> list[Row]:
+    """The rows of the table that a tokenizer gives."""
+    template, trip, ends = Row("template"), Row("round trip"), Row("stop and pad")
+    end, words, wrong = _template(tokenizer)
+    template.say(TRANSFORMERS, words, wrong)
+    template.note = WHAT_TO_DO["template"] if words not in ("none", "keeps turns") else ""
+    changed = tokenizer.decode(tokenizer.encode(TEXT, add_special_tokens=False)).lstrip() != TEXT
+    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    ids = ordinary[:: max(1, len(ordinary) // 1000)]
+    others = sum(tokenizer.encode(tokenizer.decode([i]), add_special_tokens=False) != [i] for i in ids) / len(ids)
+    trip.say(TRANSFORMERS, f"{others:.1%} of ids come back as others" + ", and text is changed" * changed, changed)
+    stops = list(stops) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    names = ", ".join(repr(tokenizer.decode([stop])) for stop in stops)
+    if not stops:
+        ends.say(TRANSFORMERS, "no stop token", wrong=True)
+    elif end is not None and end not in stops:
+        ends.say(TRANSFORMERS, f"a turn ends with {tokenizer.decode([end])!r}, and stops are {names}", wrong=True)
+    elif tokenizer.pad_token_id in stops:
+        ends.say(TRANSFORMERS, f"{tokenizer.pad_token!r} is both")
+        ends.note = "a trainer that masks pads never teaches the stop: set another pad_token; quartet counts lengths"
+    else:
+        ends.say(TRANSFORMERS, names)
+    return [template, trip, ends]
+
+
+def _template(tokenizer: Any) -> tuple[int | None, str, bool]:
+    """The token that ends a turn, what the template does to what was said before, and whether that is wrong."""
+    if not tokenizer.chat_template:
+        return None, "none", False
+
+    def render(said: str, turns: int, begins: bool) -> str:
+        messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": said}]
+        messages.append({"role": "user", "content": "Sure?"})
+        return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=begins))
+
+    try:
+        first, one, two = render(SAID, 1, True), render(SAID, 2, False), render(SAID, 3, True)
+        thoughts = render(f"<think>\n{THOUGHT}\n</think>\n\n{SAID}", 3, True)
+        trimmed = render(f" {SAID} ", 3, True)
+    except Exception as error:  # whatever a template raises
+        return None, f"{type(error).__name__}: {error}"[:200], True
+    without = [re.sub(r"<think>.*?</think>\s*|<think>\s*$", "", text, flags=re.DOTALL) for text in (first, one, two)]
+    after = tokenizer.encode(one.rpartition(SAID)[2].lstrip(), add_special_tokens=False)
+    end = after[0] if SAID in one and after else None
+    if SAID not in two:
+        same_words = " ".join(SAID.split()) in " ".join(two.split())
+        return end, "loses spaces" if same_words else "rewrites turns", True
+    if not (without[1].startswith(without[0].rstrip()) and without[2].startswith(without[1].rstrip())):
+        return end, "rewrites turns", True
+    if THOUGHT not in thoughts or not two.startswith(one.rstrip()):
+        return end, "drops earlier thoughts", False
+    return end, "keeps turns" if f" {SAID} " in trimmed else "trims what was said", False
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def table(model: str, rows: Sequence[Row]) -> Table:
+    columns = [name for name in (TRANSFORMERS, OURS, TRL) if any(name in row.values for row in rows)]
+    result = Table("", *columns, title=f"{model}, a small model with random weights in float32", title_justify="left")
+    for row in rows:
+        result.add_row(row.name, *(_cell(row, column) for column in columns))
+    return result
+
+
+def _cell(row: Row, column: str) -> str:
+    value = row.values.get(column, "")
+    text = f"{value:.0e}" if isinstance(value, float) else value
+    return f"{text}  WRONG" if column in row.wrong else text
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """What to do, row by row."""
+    return [
+        f"{row.name}{': wrong in ' * bool(row.wrong)}{', '.join(row.wrong)}: {row.advice}" for row in rows if row.advice
+    ]
+
+
+def as_json(model: str, rows: Sequence[Row]) -> Mapping[str, Any]:
+    found = [{"name": r.name, "values": r.values, "wrong": r.wrong, "what_to_do": r.advice} for r in rows]
+    return {"model": model, "right": not any(row.wrong for row in rows), "rows": found}
