@@ -65,5 +65,8 @@ def results_of_ranks(function: Callable[..., Any], *arguments: Any, size: int = 
 
 
 def _be_rank(rank: int, shared: Mapping[str, str], function: Callable[..., Any], arguments: tuple) -> Any:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a test before that was alone in this process
     os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     return function(*arguments)
