@@ -53,6 +53,8 @@ RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED
 # Modules that peft takes for routed experts or the router in models whose experts transformers stacks.
 REINTERPRETED = {"gate_proj", "up_proj", "down_proj", "gate"}
 
+MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # peft refuses an adapter of their out_proj
+
 
 class ExportError(ValueError):
     """A run cannot be exported as asked; the message says what is missing and what to do."""
@@ -184,6 +186,8 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
         check_policy(Path(source.folder))
         _refuse_other_base(policy, source.folder, run.base)
     _refuse_moved_parts(policy, run.base)
+    if policy.config.model_type in MAMBA and any(name.endswith("out_proj") for name, _ in lora.adapters(policy.trunk)):
+        raise ExportError(f"peft loads no adapter of out_proj for {policy.config.model_type!r}; drop --adapter")
     folder.mkdir()
     tensors = {name: t for name, t in policy.trunk.state_dict().items() if ".lora_" in name}
     stored = {f"base_model.model.{name.replace(f'.{lora.ADAPTER}', '')}": t.contiguous() for name, t in tensors.items()}
@@ -213,6 +217,7 @@ def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
         lora_dropout=0.0,
         target_modules=sorted(modules),
         target_parameters=sorted(parameters) or None,
+        fan_in_fan_out=any(layer.fan_in_fan_out for _, layer in lora.adapters(model)),
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
         inference_mode=True,
