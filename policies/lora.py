@@ -31,9 +31,10 @@ ADAPTER = "default"
 
 HEAD = "mtp"
 OWN_READING = r"self\.{}\.weight(?: @|\.(?!shape|dtype|device|data)\w+\()"  # in the code of the module around a layer
-TOWERS = ("vision", "visual", "image", "audio", "speech")  # inside the decoder of some models; they read no text
+ASIDE = ("vision", "visual", "image", "audio", "speech", "pooler")  # in the decoder of some models, but not for text
 BY_NAME = "adapted where `{}` is a target"
 READ = "the module around it reads the weight itself"
+INDEXER = "what an indexer chooses has no gradient"
 SHARED = "its weight is another layer's too"
 CONVOLUTION, OTHER = "a convolution", "no linear layer"
 
@@ -67,6 +68,8 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
             if any(part == "gate" or "router" in part for part in path):
                 targets = ("head_router" if "self_attn" in path else "router", *targets)
                 why_not = BY_NAME.format(targets[0])
+            elif any("indexer" in part for part in path):
+                targets, why_not = (), INDEXER
             elif uses[id(weight)] > 1:
                 targets, why_not = (), SHARED
             elif getattr(module, "out_features", 0) == 1:
@@ -140,7 +143,7 @@ def _of_decoder(trunk: nn.Module) -> tuple[list[Matrix], list[Matrix]]:
     decoder = trunk.get_decoder()
     decoder = trunk.base_model if decoder is lm_head else decoder  # ModernBERT calls its LM head its decoder
     inside = {id(module) for module in decoder.modules()} - {id(lm_head)}
-    place = {name: id(module) for name, module in trunk.named_modules() if not any(part in name for part in TOWERS)}
+    place = {name: id(module) for name, module in trunk.named_modules() if not any(part in name for part in ASIDE)}
     everything = [each for each in matrices(trunk) if place.get(each.module) in inside | {id(lm_head)}]
     return [each for each in everything if place[each.module] in inside], everything
 
