@@ -17,10 +17,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
 
 from policies import lora
 from policies.attention import sees_prompts_whole
+from policies.layout import auto_class
 from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError
 
@@ -100,7 +101,7 @@ def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank
 def _anatomy(config: PretrainedConfig, mtp_depth: int, context: int, lora_rank: int, lora_alpha: float) -> Anatomy:
     text = config.get_text_config(decoder=True)  # of a model that reads pictures too, the part that writes
     with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(config)
+        trunk = auto_class(config).from_config(config)
         head = MTPHead(config) if mtp_depth and isinstance(config, DeepseekV3Config) else None
         total, active = count_parameters(trunk, text)
         mtp = mtp_depth * sum(p.numel() for p in head.parameters()) if head else 0

@@ -20,9 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -40,7 +38,7 @@ from policies import four_bit, lora, sharding
 from policies.files import gguf
 from policies.files.atomic import heed_umask, write_folder
 from policies.files.digests import DIGESTS, fault
-from policies.layout import PolicyError, WeightFiles, find_file
+from policies.layout import PolicyError, WeightFiles, auto_class, find_file, is_language_model
 from policies.mtp import MTPHead
 
 
@@ -83,7 +81,7 @@ def load(
     elif getattr(config, "quantization_config", None) is None:
         contradictions.refuse_larger(files, config)
     tokenizer = read_tokenizer(source)
-    trunk, report = _load_trunk(source, dtype, layout, in_4_bits, packed.loading(source) if codes else {})
+    trunk, report = _load_trunk(source, config, dtype, layout, in_4_bits, packed.loading(source) if codes else {})
     if codes or not isinstance(trunk, DeepseekV3ForCausalLM):
         contradictions.check_report(source, config, report)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
@@ -94,7 +92,12 @@ def load(
 
 
 def _load_trunk(
-    source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None, in_4_bits: bool, codes: dict[str, Any]
+    source: str | Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    layout: DistributedConfig | None,
+    in_4_bits: bool,
+    codes: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and the report of transformers on its tensors. `codes`: how packed weights are read."""
     from policies.contradictions import refuse_untied
@@ -104,7 +107,7 @@ def _load_trunk(
     options |= {"quantization_config": GgufConfig(dequantize=True)} if gguf.file_of(source) else {}
     try:
         with _quiet_loading() as logged, gguf.named(source) as named:
-            trunk, report = AutoModelForCausalLM.from_pretrained(
+            trunk, report = auto_class(config).from_pretrained(
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -213,7 +216,7 @@ def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig
         if isinstance(error, OSError | ValueError) and not of_gguf:
             raise _unreachable(source, error) from error
         raise _unusable(source, of_gguf.name if of_gguf else "config.json", error) from error
-    if writes and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if writes and not is_language_model(config):
         raise PolicyError(
             f"model={str(source)!r} is of type {config.model_type!r}, of which transformers makes no causal language "
             "model (AutoModelForCausalLM): use another model, or the language model inside it"

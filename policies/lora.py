@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +96,9 @@ def _is_read(around: nn.Module, name: str) -> bool:
     return re.search(OWN_READING.format(re.escape(name)), _source(type(around))) is not None
 
 
-_source = functools.cache(inspect.getsource)
+@functools.cache
+def _source(form: Hashable) -> str:
+    return inspect.getsource(form)  # type: ignore[arg-type]
 
 
 def inject(

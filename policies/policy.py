@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -26,7 +25,7 @@ from transformers.distributed import DistributedConfig
 from policies import checkpoint, lora, sharding
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, attending_by, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
-from policies.layout import FIXED_FIELDS, PolicyError
+from policies.layout import FIXED_FIELDS, PolicyError, auto_class
 from policies.lm_head import LMHead, last_states, scale_and_cap
 from policies.mtp import MTPHead, cast_in_place
 from policies.paths import Paths
@@ -59,6 +58,11 @@ class Policy(nn.Module):
         if self.backend == "native":  # vLLM reads them and routes differently without them; transformers ignores them
             trunk.config.update(FIXED_FIELDS)
         self.attend_to_prompts()
+        if "text_config" in trunk.config.sub_configs:  # what reads pictures stays as it is
+            kept = {id(p) for part in (trunk.get_decoder(), trunk.get_output_embeddings()) for p in part.parameters()}
+            for parameter in trunk.parameters():
+                if id(parameter) not in kept:
+                    parameter.requires_grad_(False)
 
     def attend_to_prompts(self, how: str | None = None) -> None:
         """Set what the tokens of a prompt see of it, `causal` or `bidirectional`, in the configuration; None leaves it.
@@ -98,7 +102,7 @@ class Policy(nn.Module):
     def output(self) -> LMHead:
         """How logits follow from hidden states."""
         bias = getattr(self.trunk.get_output_embeddings(), "bias", None)
-        return LMHead(self.lm_head, bias, *scale_and_cap(self.config))
+        return LMHead(self.lm_head, bias, *scale_and_cap(self.config.get_text_config(decoder=True)))
 
     @property
     def backend(self) -> Literal["native", "transformers"]:
@@ -263,7 +267,7 @@ class Policy(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder)
             config = AutoConfig.from_pretrained(folder)
             with torch.random.fork_rng(devices=[]):
-                trunk = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                trunk = auto_class(config).from_config(config, dtype=dtype)
                 mtp = MTPHead(trunk.config).cast(dtype) if files["mtp"] else None
             if "generation_config.json" in files:
                 trunk.generation_config = GenerationConfig.from_pretrained(folder)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig
+from transformers import DeepseekV3Config, PretrainedConfig
 from transformers.distributed import DistributedConfig
 
 from grpo.config.json_file import read_json
@@ -39,6 +39,7 @@ from policies.checkpoint import check_policy
 from policies.files import gguf
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests
+from policies.layout import auto_class
 from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError, read_config
 from policies.routing.heads import heads_config
@@ -189,7 +190,7 @@ def read_shape(options: ModelOptions, source: PolicySource | None = None) -> tup
 def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype, tokenizer: Any = None) -> Policy:
     """A policy without storage."""
     with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        trunk = auto_class(shape).from_config(shape, dtype=dtype)
         mtp = MTPHead(cast(DeepseekV3Config, shape)).cast(dtype) if head else None
     return Policy(trunk, mtp, tokenizer)
 
