@@ -41,6 +41,9 @@ from policies.files.digests import DIGESTS, fault
 from policies.layout import PolicyError, WeightFiles, auto_class, find_file, is_language_model
 from policies.mtp import MTPHead
 
+# How pictures become numbers; a model that reads them is not loaded without.
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
 
 @dataclass
 class Checkpoint:
@@ -51,6 +54,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     draft_ids: Tensor | None = None
     further_mtp: dict[str, Tensor] = field(default_factory=dict)
+    processor: dict[str, bytes] = field(default_factory=dict)
 
 
 def load(
@@ -85,7 +89,9 @@ def load(
     if codes or not isinstance(trunk, DeepseekV3ForCausalLM):
         contradictions.check_report(source, config, report)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
-        return Checkpoint(trunk, None, tokenizer)
+        places = {name: find_file(files.source, name) for name in PROCESSOR if "text_config" in config.sub_configs}
+        processor = {name: Path(place).read_bytes() for name, place in places.items() if place}
+        return Checkpoint(trunk, None, tokenizer, processor=processor)
     head, further = mtp_layers.stored_head(files, trunk, dtype, fresh=add_mtp, seed=seed)
     ids = None if head is None else mtp_layers.read_draft_vocabulary(files.source, trunk.config.vocab_size)
     return Checkpoint(trunk, head, tokenizer, ids, further)
@@ -152,6 +158,8 @@ def save(folder: Path, policy: Checkpoint) -> None:
                 _write(trunk, parts, partial)
             heed_umask(partial)
             policy.tokenizer.save_pretrained(partial)
+            for name, content in policy.processor.items():
+                (partial / name).write_bytes(content)
             if policy.draft_ids is not None:
                 mtp_layers.write_draft_vocabulary(partial, policy.draft_ids)
     except (OSError, SafetensorError) as error:
@@ -229,11 +237,14 @@ def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, a GGUF file or hub id. Raises PolicyError if it is missing or damaged, or if the
     generation config is damaged, which transformers ignores silently."""
+    from policies.files import hub
+
     name = "generation_config.json"
     _refuse_absent(source)
     try:
         if find_file(str(source), name):
-            GenerationConfig.from_pretrained(source)
+            repository, revision = hub.split(source)
+            GenerationConfig.from_pretrained(repository, revision=revision or "main")
         name = "its tokenizer"
         with gguf.named(source) as named:
             tokenizer = AutoTokenizer.from_pretrained(**named, trust_remote_code=False)

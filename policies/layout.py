@@ -129,12 +129,12 @@ def find_file(source: str, name: str) -> str | None:
     """Where the file `name` of a folder or hub id is, or None. A GGUF file that is named itself is alone."""
     if Path(source).is_file():
         return None
-    if not Path(source).is_dir():
-        from policies.files import hub
+    from policies.files import hub
 
-        if hub.is_id(source):
-            hub.unreachable()  # it tells the hub's libraries; else each absent file costs a minute of retries
-    return cached_file(source, name, **OPTIONAL)
+    if not Path(source).is_dir() and hub.is_id(source):
+        hub.unreachable()  # it tells the hub's libraries; else each absent file costs a minute of retries
+    repository, revision = hub.split(source)
+    return cached_file(repository, name, revision=revision, **OPTIONAL)
 
 
 def read_index(source: str, path: str) -> dict[str, str]:

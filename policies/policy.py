@@ -52,6 +52,7 @@ class Policy(nn.Module):
         self.paths = Paths()  # what the load check found for a model of transformers
         # A checkpoint's MTP layers after the first, by their names there. They are kept and saved as they are.
         self.further_mtp: dict[str, Tensor] = {}
+        self.processor: dict[str, bytes] = {}  # files that go with a model which reads pictures
         self.own_attention = trunk.config._attn_implementation  # of the trunk, as its makers have it
         if self.own_attention == "sdpa":
             trunk.config._attn_implementation = ATTENTION
@@ -239,7 +240,7 @@ class Policy(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint with adapters merged, all of it or nothing. Raises PolicyError if the disk refuses."""
-        stored = Checkpoint(self.trunk, self.mtp, self.tokenizer, self.draft_ids, self.further_mtp)
+        stored = Checkpoint(self.trunk, self.mtp, self.tokenizer, self.draft_ids, self.further_mtp, self.processor)
         checkpoint.save(Path(folder), stored)
 
     def merged(self) -> Policy:
@@ -296,6 +297,7 @@ class Policy(nn.Module):
         stored = checkpoint.load(source, dtype, add_mtp=add_mtp, seed=seed, layout=layout, in_4_bits=in_4_bits)
         policy = cls(stored.trunk, stored.mtp, stored.tokenizer)
         policy.draft_ids, policy.further_mtp = stored.draft_ids, stored.further_mtp
+        policy.processor = stored.processor
         sharding.wrap(policy.trunk, policy.mtp)
         return policy
 

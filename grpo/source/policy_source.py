@@ -122,7 +122,10 @@ def check_model(model: str) -> None:
         return
     if model.endswith(gguf.SUFFIX):
         raise PolicyError(f"model={model!r}: there is no such file")
-    looks_local = model.startswith(("/", ".", "~")) or model.count("/") != 1 or Path(model.split("/")[0]).exists()
+    from policies.files import hub
+
+    name, _ = hub.split(model)
+    looks_local = model.startswith(("/", ".", "~")) or name.count("/") != 1 or Path(model.split("/")[0]).exists()
     if looks_local:
         near = difflib.get_close_matches(model, presets.PRESETS, n=1)
         hint = f"did you mean the preset {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
@@ -131,8 +134,6 @@ def check_model(model: str) -> None:
         if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
             hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
         raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
-    from policies.files import hub
-
     if why := hub.why_absent(model):
         raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
 
@@ -236,6 +237,11 @@ def load_beside(options: ModelOptions, model: str) -> Policy:
     return load_policy(ModelOptions(model=model, dtype=options.dtype, device=options.device))
 
 
+def template_options(options: Any) -> dict[str, Any]:
+    """What a run hands to the chat template wherever it writes a prompt."""
+    return getattr(getattr(options, "data", None), "chat_template_kwargs", {})
+
+
 def in_4_bits(options: object) -> bool:
     """Whether a run keeps the weights under its adapters in 4 bits."""
     return getattr(getattr(options, "lora", None), "base", None) == "nf4"
@@ -286,6 +292,7 @@ def _load(
 
 
 def _as_asked(policy: Policy, options: ModelOptions) -> Policy:
+    policy.tokenizer.chat_template_kwargs = template_options(options)
     if isinstance(options, ArchitectureOptions):
         policy.attend_to_prompts(options.prompt_attention)
         if options.active_heads:

@@ -218,7 +218,8 @@ def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
         target_modules=sorted(modules),
         target_parameters=sorted(parameters) or None,
         fan_in_fan_out=any(layer.fan_in_fan_out for _, layer in lora.adapters(model)),
-        base_model_name_or_path=base,
+        base_model_name_or_path=hub.split(base)[0],
+        revision=hub.split(base)[1],
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

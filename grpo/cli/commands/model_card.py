@@ -18,6 +18,7 @@ from grpo.config.names import recorded_options
 from grpo.run import hardware
 from grpo.run.metrics import METRICS
 from grpo.run.records import read_metrics
+from policies.files import hub
 
 REPORT = "report.html"
 SHOWN_METRICS = (
@@ -35,7 +36,7 @@ LOAD_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
@@ -92,7 +93,7 @@ def model_card(
         f"{'Adapters (LoRA)' if base else 'Weights'} from {method} with quartet-rl: {what}, run `{run.name}`, "
         f"which started from `{origin.model}`." + (f" {left}" if left else ""),
         "## Use",
-        _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=base)),
+        _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=_quoted(base))),
         *_for_other_programs(folder, name),
         "## Held-out problems",
         *evaluations,
@@ -110,12 +111,19 @@ def model_card(
     return f"---\n{_front_matter(origin, base)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
+def _quoted(base: str | None) -> str:
+    """Returns the arguments of Python that name a base, with its revision where it has one."""
+    name, revision = hub.split(base or "")
+    return f'"{name}"' + (f', revision="{revision}"' if revision else "")
+
+
 def _front_matter(origin: Origin, base: str | None) -> str:
-    shared = not origin.preset and not Path(origin.model).exists() and origin.model.count("/") == 1
+    model, _ = hub.split(origin.model)
+    shared = not origin.preset and not Path(origin.model).exists() and model.count("/") == 1
     data = ModelCardData(
         library_name="peft" if base else "transformers",
         pipeline_tag="text-generation",
-        base_model=origin.model if shared else None,
+        base_model=model if shared else None,
         tags=["grpo", "quartet-rl"],
         **origin.terms,
     )

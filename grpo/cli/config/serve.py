@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from grpo.config.data import TemplateOptions
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import AnswerOptions
 
@@ -24,6 +25,7 @@ class ServeConfig(ModelOptions):
     """A policy for other programs, by OpenAI's API. A run folder brings its temperature, limit and drafts."""
 
     command: ClassVar[str] = "serve"
+    data: TemplateOptions = TemplateOptions()
     rollout: ServedRolloutOptions = ServedRolloutOptions()
     backend: Literal["native", "vllm"] = "native"
     """What decodes: our engine, or vLLM's own server of the same API (`make vllm`), which uses no drafts here, and has
@@ -65,6 +67,7 @@ class ServeConfig(ModelOptions):
                 ("rollout.accept", self.rollout.accept, "exact"),
                 ("replicas", self.replicas, 1),
                 ("max_replicas", self.max_replicas, None),
+                ("data.chat_template_kwargs", self.data.chat_template_kwargs, {}),
             )
             for name, value, usual in ours:
                 if value != usual:
