@@ -45,7 +45,7 @@ from policies.conversion.dense import LICENCE_FILES
 from policies.files import gguf, hub
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
-from policies.layout import FIXED_FIELDS, WeightFiles, find_file
+from policies.layout import FIXED_FIELDS, WeightFiles, auto_class, find_file
 from policies.policy import Policy, read_config
 from policies.routing.heads import DynamicHeadsConfig
 
@@ -112,7 +112,9 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         if source.checkpoint is not None:
             what = f"checkpoint {source.checkpoint.name}"
         base, called, left = record.base if adapter else None, hub_id or destination.name, " ".join(notes)
-        card = model_card(record.folder, called, origin, what, base, folder, left, source.step)
+        card = model_card(
+            record.folder, called, origin, what, base, folder, left, source.step, auto_class(shape).__name__
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(destination)
     what, licence = "adapters" if adapter else "policy", f"licence: {origin.licence_note}"

@@ -27,16 +27,16 @@ SHOWN_METRICS = (
     *("speed/completion_tokens_per_second", "time/step"),
 )
 LOAD_MERGED = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
 LOAD_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base})
+base = {auto}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
@@ -76,9 +76,11 @@ def model_card(
     folder: Path,
     left: str = "",
     step: int | None = None,
+    auto: str = "AutoModelForCausalLM",
 ) -> str:
     """Returns the card of `what` of `run`, exported as `name` into `folder`; `base`: the adapters' base, None if
-    merged. `left` says what the export leaves out. `step` is the exported one; later numbers are left out."""
+    merged. `left` says what the export leaves out. `step` is the exported one; later numbers are left out.
+    `auto` is the class of transformers that loads it."""
     _, options = recorded_options(run / "config.yaml")
     here = hardware.read(run / hardware.FILE)
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
@@ -93,7 +95,7 @@ def model_card(
         f"{'Adapters (LoRA)' if base else 'Weights'} from {method} with quartet-rl: {what}, run `{run.name}`, "
         f"which started from `{origin.model}`." + (f" {left}" if left else ""),
         "## Use",
-        _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=_quoted(base))),
+        _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=_quoted(base), auto=auto)),
         *_for_other_programs(folder, name),
         "## Held-out problems",
         *evaluations,
