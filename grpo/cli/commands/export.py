@@ -112,9 +112,8 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         if source.checkpoint is not None:
             what = f"checkpoint {source.checkpoint.name}"
         base, called, left = record.base if adapter else None, hub_id or destination.name, " ".join(notes)
-        card = model_card(
-            record.folder, called, origin, what, base, folder, left, source.step, auto_class(shape).__name__
-        )
+        auto = auto_class(shape).__name__
+        card = model_card(record.folder, called, origin, what, base, folder, left, source.step, auto)
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(destination)
     what, licence = "adapters" if adapter else "policy", f"licence: {origin.licence_note}"

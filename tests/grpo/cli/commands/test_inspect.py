@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from grpo.cli.commands.inspect import inspect, table
 from grpo.cli.parse import main
@@ -127,11 +127,18 @@ def test_experts_whose_number_has_another_name_are_counted(tmp_path):
 
 
 def test_a_model_that_writes_no_text_is_refused_in_a_sentence(tmp_path):
+    clip = _as_published("clip", tmp_path)
+    with pytest.raises(PolicyError, match="is of type 'clip', of which transformers makes no causal language model"):
+        inspect(clip)
+    with pytest.raises(PolicyError, match="is of type 'clip', of which transformers makes no causal language model"):
+        Policy.load(clip)
+
+
+def test_a_model_that_has_no_class_for_its_language_model_alone_is_counted_whole(tmp_path):
     aria = _as_published("aria", tmp_path, text_config=TEXT, vision_config=EYES | {"model_type": "idefics3_vision"})
-    with pytest.raises(PolicyError, match="is of type 'aria', of which transformers makes no causal language model"):
-        inspect(aria)
-    with pytest.raises(PolicyError, match="is of type 'aria', of which transformers makes no causal language model"):
-        Policy.load(aria)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(aria))
+    assert inspect(aria).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_what_adapters_reach_is_said_with_the_rest_and_the_reason(tmp_path, capsys):
