@@ -41,6 +41,8 @@ REFUSED_TYPES = {
         "use a DeepSeek-V3 checkpoint"
     ),
 }
+# What tells a layout that a maker's own programs read: a file beside the weights, or a field of config.json.
+ORIGINAL_LAYOUTS = {"params.json": "Mistral", "inter_dim": "DeepSeek"}
 POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
@@ -64,6 +66,13 @@ def refuse_type(source: str | Path) -> None:
         raise PolicyError(f"model={str(source)!r}: config.json is damaged or hostile: " + "; ".join(faults[:5]))
     kind = fields.get("model_type")
     if not isinstance(kind, str):
+        for name, maker in ORIGINAL_LAYOUTS.items():
+            if name in fields or find_file(str(source), name):
+                raise PolicyError(
+                    f"model={str(source)!r} is in {maker}'s own layout, by {name}, and transformers does not read its "
+                    "weights: use the files that were published for transformers (config.json with a model_type, "
+                    "model*.safetensors), mostly in the same repository"
+                )
         return
     if why := next((why for start, why in REFUSED_TYPES.items() if kind.startswith(start)), ""):
         raise PolicyError(f"model={str(source)!r} is of type {kind!r}: {why}")

@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +62,11 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
         for parameter, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2 or parameter.endswith("bias") or isinstance(module, nn.Embedding):
                 continue
-            path, last = name.split("."), name.rpartition(".")[2]
+            path = name.split(".")
+            last = path[-1]
             linear = isinstance(module, nn.Linear | Conv1D) and parameter == "weight"
-            targets, why_not = (last,) if linear else (), ""
+            targets: tuple[str, ...] = (last,) if linear else ()
+            why_not = ""
             if any(part == "gate" or "router" in part for part in path):
                 targets = ("head_router" if "self_attn" in path else "router", *targets)
                 why_not = BY_NAME.format(targets[0])
@@ -91,14 +93,14 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _is_read(around: nn.Module, name: str) -> bool:
     """Whether a module of transformers reads the weight of a linear layer that it has, past an adapter."""
-    if not type(around).__module__.startswith("transformers.models."):
-        return False
-    return re.search(OWN_READING.format(re.escape(name)), _source(type(around))) is not None
+    form: Any = type(around)
+    own = form.__module__.startswith("transformers.models.")
+    return own and re.search(OWN_READING.format(re.escape(name)), _source(form)) is not None
 
 
 @functools.cache
-def _source(form: Hashable) -> str:
-    return inspect.getsource(form)  # type: ignore[arg-type]
+def _source(form: Any) -> str:
+    return inspect.getsource(form)
 
 
 def inject(

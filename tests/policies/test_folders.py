@@ -1,5 +1,7 @@
 """Folders as they are published: a model that also reads pictures learns to write, and keeps the rest."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -9,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from grpo.cli.parse import main
 from grpo.source.agreement import check_agreement
 from policies import lora
-from policies.policy import Policy
+from policies.policy import Policy, PolicyError
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 WHOLE = {"gemma3": {}, "mistral3": {}, "qwen2_5_vl": ROPE, "qwen3_vl": {}, "qwen3_5": {}, "internvl": {}, "gemma4": {}}
@@ -89,3 +91,16 @@ def test_options_of_the_chat_template_reach_prompts_and_are_brought_by_a_run(ran
     for more, told in (([], True), (["--data.chat_template_kwargs={}"], False)):
         assert main(["sample", str(tmp_path / "run"), "--prompt", "Hi", "--samples=1", *more]) == 0
         assert ("<no thought>" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "told"),
+    [
+        ("params.json", {"dim": 64, "n_layers": 2}, "is in Mistral's own layout, by params.json"),
+        ("config.json", {"dim": 64, "inter_dim": 96, "n_layers": 2}, "is in DeepSeek's own layout, by inter_dim"),
+    ],
+)
+def test_a_layout_of_a_maker_that_transformers_does_not_read_is_refused_with_the_way_out(tmp_path, file, fields, told):
+    (tmp_path / file).write_text(json.dumps(fields))
+    with pytest.raises(PolicyError, match=f"{told}.*use the files that were published for transformers"):
+        Policy.load(tmp_path)

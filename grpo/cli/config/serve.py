@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -63,7 +63,7 @@ class ServeConfig(ModelOptions):
     @model_validator(mode="after")
     def _more(self) -> ServeConfig:
         if self.backend == "vllm":
-            ours = (
+            ours: tuple[tuple[str, Any, Any], ...] = (
                 ("rollout.accept", self.rollout.accept, "exact"),
                 ("replicas", self.replicas, 1),
                 ("max_replicas", self.max_replicas, None),
