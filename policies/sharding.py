@@ -27,7 +27,6 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from policies.files import hub
 from policies.layout import PolicyError
 
 T = TypeVar("T")
@@ -86,6 +85,8 @@ def routed_experts(config: PretrainedConfig) -> int:
 def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained`, by which every rank reads its shards alone. Raises PolicyError where one would
     get no expert."""
+    from policies.files import hub
+
     config = AutoConfig.from_pretrained(**hub.arguments(source), trust_remote_code=False)
     experts, ranks = routed_experts(config) // layout.ep_size, layout.efsdp_size
     # FSDP cuts into equal shares, and the last ones can be empty.

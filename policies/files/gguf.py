@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from policies.files import hub
-
 SUFFIX = ".gguf"
 
 
@@ -28,6 +26,8 @@ def named(source: str | Path) -> Iterator[dict[str, Any]]:
     """The arguments that name `source`, for `from_pretrained`. A GGUF file is alone in a folder as long as that: beside
     it transformers would read another model's adapter and tokenizer too."""
     if (file := file_of(source)) is None:
+        from policies.files import hub
+
         yield hub.arguments(source)
         return
     with tempfile.TemporaryDirectory() as folder:

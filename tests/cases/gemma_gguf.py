@@ -8,22 +8,15 @@ import gguf
 import zoo
 from transformers import PreTrainedModel
 
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "input_layernorm": "attn_norm",
+from tests.cases.gguf_file import NAMES as LLAMA
+from tests.cases.gguf_file import begun, end
+
+NAMES = LLAMA | {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
 }
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 TEXT = ["▁", *"0123456789+=?", "▁=", "▁+"]
@@ -45,20 +38,11 @@ def write_gemma_gguf(file: Path) -> PreTrainedModel:
         eos_token_id=5,
     )
     config = model.config
-    writer = gguf.GGUFWriter(file, "gemma3")
-    writer.add_name("small")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer = begun(file, "gemma3", config)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(1_000_000.0)
     writer.add_sliding_window(config.sliding_window)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
@@ -75,12 +59,9 @@ def write_gemma_gguf(file: Path) -> PreTrainedModel:
     for name, tensor in model.state_dict().items():
         layer, _, rest = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
         inner = name.startswith("model.layers.")
-        part = NAMES.get(rest if inner else name.removesuffix(".weight"))
-        if part:  # the LM head is the embedding
+        part = NAMES[rest if inner else name.removesuffix(".weight")]
+        if part != "output":  # it is the embedding
             data = (tensor + 1 if "norm" in part else tensor).contiguous().numpy()
             writer.add_tensor(f"blk.{layer}.{part}.weight" if inner else f"{part}.weight", data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    end(writer)
     return model

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         raise ExportError(
             f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
         )
-    origin = origin_of(record.config["model"])
+    origin = replace(origin_of(record.config["model"]), auto=auto_class(shape).__name__)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
         folder = Path(scratch) / destination.name
@@ -112,8 +112,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         if source.checkpoint is not None:
             what = f"checkpoint {source.checkpoint.name}"
         base, called, left = record.base if adapter else None, hub_id or destination.name, " ".join(notes)
-        auto = auto_class(shape).__name__
-        card = model_card(record.folder, called, origin, what, base, folder, left, source.step, auto)
+        card = model_card(record.folder, called, origin, what, base, folder, left, source.step)
         (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(destination)
     what, licence = "adapters" if adapter else "policy", f"licence: {origin.licence_note}"

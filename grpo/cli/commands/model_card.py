@@ -51,9 +51,11 @@ VLLM_ON_CPU = """\
 
 @dataclass(frozen=True)
 class Origin:
-    """Training started from this model, and with its licence: `terms` are fields of its own model card."""
+    """Training started from this model, which `auto` of transformers loads, and with its licence: `terms` are fields of
+    its own model card."""
 
     model: str
+    auto: str = "AutoModelForCausalLM"
     preset: bool = False
     terms: dict[str, Any] = field(default_factory=dict)
     licence_files: list[Path] = field(default_factory=list)
@@ -76,11 +78,9 @@ def model_card(
     folder: Path,
     left: str = "",
     step: int | None = None,
-    auto: str = "AutoModelForCausalLM",
 ) -> str:
     """Returns the card of `what` of `run`, exported as `name` into `folder`; `base`: the adapters' base, None if
-    merged. `left` says what the export leaves out. `step` is the exported one; later numbers are left out.
-    `auto` is the class of transformers that loads it."""
+    merged. `left` says what the export leaves out. `step` is the exported one; later numbers are left out."""
     _, options = recorded_options(run / "config.yaml")
     here = hardware.read(run / hardware.FILE)
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
@@ -95,7 +95,9 @@ def model_card(
         f"{'Adapters (LoRA)' if base else 'Weights'} from {method} with quartet-rl: {what}, run `{run.name}`, "
         f"which started from `{origin.model}`." + (f" {left}" if left else ""),
         "## Use",
-        _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=_quoted(base), auto=auto)),
+        _code(
+            "python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=_quoted(base), auto=origin.auto)
+        ),
         *_for_other_programs(folder, name),
         "## Held-out problems",
         *evaluations,
