@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from grpo.cli.commands.export import MAMBA, peft_config
+from grpo.cli.commands.export import ExportError, _refuse_lost_adapters, peft_config
 from policies import lora
 from policies.policy import Policy, digest
 from rollout.pools import open_pool
@@ -81,7 +81,7 @@ def test_adapters_are_on_the_linear_layers_begin_as_nothing_and_merge(kind):
     holds(kind)
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", [*FEW, "laguna"])
 def test_adapters_reach_a_sampler_and_peft(kind, tmp_path):
     policy = exact(kind)
     policy.trunk.float()
@@ -89,13 +89,16 @@ def test_adapters_reach_a_sampler_and_peft(kind, tmp_path):
     pool = open_pool(policy)
     pool.publish(moved(policy).weights(), 1)
     assert digest(pool.engine.policy.weights()) == digest(policy.weights())
-    if kind in MAMBA:
-        return
     zoo.tiny(kind).save_pretrained(tmp_path / "base")
     factors = {n.replace(".default", ""): t for n, t in policy.trunk.state_dict().items() if ".lora_" in n}
     (tmp_path / "adapter").mkdir()
     save_file({f"base_model.model.{n}": t for n, t in factors.items()}, tmp_path / "adapter/adapter_model.safetensors")
     peft_config(policy.trunk, 4, 8.0, str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    if kind in ("mamba2", "laguna"):
+        with pytest.raises(ExportError, match="peft .*; drop --adapter"):
+            _refuse_lost_adapters(policy, tmp_path / "adapter")
+        return
+    _refuse_lost_adapters(policy, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(logprobs(loaded.base_model.model), logprobs(policy.trunk), rtol=0, atol=1e-4)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor
@@ -52,8 +53,6 @@ from policies.routing.heads import DynamicHeadsConfig
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)
 # Modules that peft takes for routed experts or the router in models whose experts transformers stacks.
 REINTERPRETED = {"gate_proj", "up_proj", "down_proj", "gate"}
-
-MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # peft refuses an adapter of their out_proj
 
 
 class ExportError(ValueError):
@@ -186,15 +185,28 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
         check_policy(Path(source.folder))
         _refuse_other_base(policy, source.folder, run.base)
     _refuse_moved_parts(policy, run.base)
-    if policy.config.model_type in MAMBA and any(name.endswith("out_proj") for name, _ in lora.adapters(policy.trunk)):
-        raise ExportError(f"peft loads no adapter of out_proj for {policy.config.model_type!r}; drop --adapter")
     folder.mkdir()
     tensors = {name: t for name, t in policy.trunk.state_dict().items() if ".lora_" in name}
     stored = {f"base_model.model.{name.replace(f'.{lora.ADAPTER}', '')}": t.contiguous() for name, t in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     peft_config(policy.trunk, options["rank"], options["alpha"], run.base).save_pretrained(folder)
+    _refuse_lost_adapters(policy, folder)
     policy.tokenizer.save_pretrained(folder)
     return policy
+
+
+def _refuse_lost_adapters(policy: Policy, folder: Path) -> None:
+    """Refuse adapters that peft does not take back, by loading them into a model without storage."""
+    with torch.device("meta"):
+        bare = auto_class(policy.config).from_config(policy.config)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            PeftModel.from_pretrained(bare, folder)
+        except ValueError as error:
+            raise ExportError(f"peft refuses these adapters ({error}); drop --adapter") from error
+    if lost := [str(warning.message) for warning in told if "missing adapter keys" in str(warning.message)]:
+        raise ExportError(f"peft gives some layers of this model other names ({lost[0][:200]} ...); drop --adapter")
 
 
 def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
