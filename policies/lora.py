@@ -152,11 +152,6 @@ def _of_decoder(trunk: nn.Module) -> tuple[list[Matrix], list[Matrix]]:
     return [each for each in everything if place[each.module] in inside], everything
 
 
-def target_names(model: nn.Module) -> set[str]:
-    """The names that `lora.targets` may hold."""
-    return {target for each in matrices(model) for target in each.targets}
-
-
 def reach(trunk: nn.Module, targets: Sequence[str] | None = None) -> tuple[float, dict[str, str]]:
     """The share of the decoder's matrices, embeddings apart, that `inject` would put adapters on, and the names of the
     others with the reason. The trunk has no adapters yet.

@@ -71,7 +71,7 @@ def test_every_default_target_gets_a_gradient(policy):
 
 def everything(policy: Policy) -> list[str]:
     """All that `lora.targets` may name."""
-    return [*sorted(lora.target_names(policy.trunk)), "mtp"]
+    return [*sorted({target for each in lora.matrices(policy.trunk) for target in each.targets}), "mtp"]
 
 
 def test_every_target_has_a_gradient_after_one_step(policy):
