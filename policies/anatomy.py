@@ -12,15 +12,16 @@ d_n, d_r = the unrotated and rotated part of a query, d_v of a value, S tokens t
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import DeepseekV3Config, PretrainedConfig, PreTrainedTokenizerBase
 
+from policies import lora
 from policies.attention import sees_prompts_whole
+from policies.layout import auto_class
 from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError
 
@@ -44,8 +45,8 @@ class Anatomy:
     """Parameters are numbers of weights, where tied ones count once. The `active` ones are those that one token uses:
     the whole embedding, and of the routed experts the share that is chosen. `cache_numbers` and FLOPs are per token
     over all layers, None if layers do not attend fully. `prefill_flops` is the mean over a prompt of `context` tokens,
-    `decode_flops` is for the token after it. `lora_parameters` are the adapters of every default target, 0
-    where peft adapts none of the layers."""
+    `decode_flops` is for the token after it. `lora_parameters` are the adapters of every default target, `lora_reach`
+    is the share of the trunk's matrices that they are on, and `lora_left` says of the others why they are not."""
 
     model_type: str
     layers: int
@@ -64,6 +65,8 @@ class Anatomy:
     decode_flops: float | None
     lora_rank: int
     lora_parameters: int
+    lora_reach: float
+    lora_left: dict[str, str]
 
     @property
     def lora_share(self) -> float:
@@ -71,8 +74,8 @@ class Anatomy:
 
     @property
     def lora_rank_within_aim(self) -> int:
-        """The largest rank whose adapters are at most 3 % of the parameters, or 0 if rank 1 has more, or none exist."""
-        return self.lora_parameters and int(LORA_AIM * self.parameters * self.lora_rank / self.lora_parameters)
+        """The largest rank whose adapters are at most 3 % of the parameters, or 0 if rank 1 has more."""
+        return int(LORA_AIM * self.parameters * self.lora_rank / self.lora_parameters)
 
 
 def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank: int, lora_alpha: float) -> Anatomy:
@@ -98,7 +101,7 @@ def anatomy(config: PretrainedConfig, mtp_depth: int, *, context: int, lora_rank
 def _anatomy(config: PretrainedConfig, mtp_depth: int, context: int, lora_rank: int, lora_alpha: float) -> Anatomy:
     text = config.get_text_config(decoder=True)  # of a model that reads pictures too, the part that writes
     with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(config)
+        trunk = auto_class(config).from_config(config)
         head = MTPHead(config) if mtp_depth and isinstance(config, DeepseekV3Config) else None
         total, active = count_parameters(trunk, text)
         mtp = mtp_depth * sum(p.numel() for p in head.parameters()) if head else 0
@@ -106,8 +109,8 @@ def _anatomy(config: PretrainedConfig, mtp_depth: int, context: int, lora_rank: 
         prefill, decode = (None, None) if cache is None else _flops(trunk, config, context)
         experts = _experts(trunk, text)
         policy = Policy(trunk, head, cast(PreTrainedTokenizerBase, None))
-        with suppress(ValueError):  # peft finds no layer that it can adapt
-            policy.add_lora(lora_rank, lora_alpha)
+        share, left = lora.reach(trunk)
+        policy.add_lora(lora_rank, lora_alpha)
     return Anatomy(
         model_type=config.model_type,
         layers=text.num_hidden_layers,
@@ -126,6 +129,8 @@ def _anatomy(config: PretrainedConfig, mtp_depth: int, context: int, lora_rank: 
         decode_flops=decode,
         lora_rank=lora_rank,
         lora_parameters=sum(p.numel() for name, p in trunk.named_parameters() if ".lora_" in name),
+        lora_reach=share,
+        lora_left=left,
     )
 
 

@@ -20,9 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -40,8 +38,11 @@ from policies import four_bit, lora, sharding
 from policies.files import gguf
 from policies.files.atomic import heed_umask, write_folder
 from policies.files.digests import DIGESTS, fault
-from policies.layout import PolicyError, WeightFiles, find_file
+from policies.layout import PolicyError, WeightFiles, auto_class, find_file, is_language_model
 from policies.mtp import MTPHead
+
+# How pictures become numbers; a model that reads them is not loaded without.
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     draft_ids: Tensor | None = None
     further_mtp: dict[str, Tensor] = field(default_factory=dict)
+    processor: dict[str, bytes] = field(default_factory=dict)
 
 
 def load(
@@ -83,18 +85,25 @@ def load(
     elif getattr(config, "quantization_config", None) is None:
         contradictions.refuse_larger(files, config)
     tokenizer = read_tokenizer(source)
-    trunk, report = _load_trunk(source, dtype, layout, in_4_bits, packed.loading(source) if codes else {})
+    trunk, report = _load_trunk(source, config, dtype, layout, in_4_bits, packed.loading(source) if codes else {})
     if codes or not isinstance(trunk, DeepseekV3ForCausalLM):
         contradictions.check_report(source, config, report)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
-        return Checkpoint(trunk, None, tokenizer)
+        places = {name: find_file(files.source, name) for name in PROCESSOR if "text_config" in config.sub_configs}
+        processor = {name: Path(place).read_bytes() for name, place in places.items() if place}
+        return Checkpoint(trunk, None, tokenizer, processor=processor)
     head, further = mtp_layers.stored_head(files, trunk, dtype, fresh=add_mtp, seed=seed)
     ids = None if head is None else mtp_layers.read_draft_vocabulary(files.source, trunk.config.vocab_size)
     return Checkpoint(trunk, head, tokenizer, ids, further)
 
 
 def _load_trunk(
-    source: str | Path, dtype: torch.dtype, layout: DistributedConfig | None, in_4_bits: bool, codes: dict[str, Any]
+    source: str | Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    layout: DistributedConfig | None,
+    in_4_bits: bool,
+    codes: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and the report of transformers on its tensors. `codes`: how packed weights are read."""
     from policies.contradictions import refuse_untied
@@ -104,7 +113,7 @@ def _load_trunk(
     options |= {"quantization_config": GgufConfig(dequantize=True)} if gguf.file_of(source) else {}
     try:
         with _quiet_loading() as logged, gguf.named(source) as named:
-            trunk, report = AutoModelForCausalLM.from_pretrained(
+            trunk, report = auto_class(config).from_pretrained(
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -149,6 +158,8 @@ def save(folder: Path, policy: Checkpoint) -> None:
                 _write(trunk, parts, partial)
             heed_umask(partial)
             policy.tokenizer.save_pretrained(partial)
+            for name, content in policy.processor.items():
+                (partial / name).write_bytes(content)
             if policy.draft_ids is not None:
                 mtp_layers.write_draft_vocabulary(partial, policy.draft_ids)
     except (OSError, SafetensorError) as error:
@@ -213,7 +224,7 @@ def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig
         if isinstance(error, OSError | ValueError) and not of_gguf:
             raise _unreachable(source, error) from error
         raise _unusable(source, of_gguf.name if of_gguf else "config.json", error) from error
-    if writes and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if writes and not is_language_model(config):
         raise PolicyError(
             f"model={str(source)!r} is of type {config.model_type!r}, of which transformers makes no causal language "
             "model (AutoModelForCausalLM): use another model, or the language model inside it"
@@ -226,11 +237,14 @@ def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, a GGUF file or hub id. Raises PolicyError if it is missing or damaged, or if the
     generation config is damaged, which transformers ignores silently."""
+    from policies.files import hub
+
     name = "generation_config.json"
     _refuse_absent(source)
     try:
         if find_file(str(source), name):
-            GenerationConfig.from_pretrained(source)
+            repository, revision = hub.split(source)
+            GenerationConfig.from_pretrained(repository, revision=revision or "main")
         name = "its tokenizer"
         with gguf.named(source) as named:
             tokenizer = AutoTokenizer.from_pretrained(**named, trust_remote_code=False)

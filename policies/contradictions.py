@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, DeepseekV3Config, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from policies.bounds import beyond, read_fields
 from policies.files.packed import is_packed, unreadable
-from policies.layout import FIXED_FIELDS, WAY_OUT, PolicyError, Shape, WeightFiles, expert_views, find_file
+from policies.layout import FIXED_FIELDS, WAY_OUT, PolicyError, Shape, WeightFiles, auto_class, expert_views, find_file
 from policies.mtp import MTPHead
 from policies.mtp_layers import head_state, may_idle, mtp_layers, router_name
 
@@ -41,6 +41,8 @@ REFUSED_TYPES = {
         "use a DeepSeek-V3 checkpoint"
     ),
 }
+# What tells a layout that a maker's own programs read: a file beside the weights, or a field of config.json.
+ORIGINAL_LAYOUTS = {"params.json": "Mistral", "inter_dim": "DeepSeek"}
 POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
@@ -64,6 +66,13 @@ def refuse_type(source: str | Path) -> None:
         raise PolicyError(f"model={str(source)!r}: config.json is damaged or hostile: " + "; ".join(faults[:5]))
     kind = fields.get("model_type")
     if not isinstance(kind, str):
+        for name, maker in ORIGINAL_LAYOUTS.items():
+            if name in fields or find_file(str(source), name):
+                raise PolicyError(
+                    f"model={str(source)!r} is in {maker}'s own layout, by {name}, and transformers does not read its "
+                    "weights: use the files that were published for transformers (config.json with a model_type, "
+                    "model*.safetensors), mostly in the same repository"
+                )
         return
     if why := next((why for start, why in REFUSED_TYPES.items() if kind.startswith(start)), ""):
         raise PolicyError(f"model={str(source)!r} is of type {kind!r}: {why}")
@@ -189,7 +198,7 @@ def check_tensors(files: WeightFiles, config: DeepseekV3Config) -> None:
     stored = {name: shape for name, shape in files.shapes.items() if not _is_copy(config, name)}
     try:
         with torch.device("meta"):
-            state = dict(AutoModelForCausalLM.from_config(config).state_dict())
+            state = dict(auto_class(config).from_config(config).state_dict())
             for layer in range(first, first + depth if layers else first):
                 idle = may_idle(config) and router_name(layer) in stored
                 state |= head_state(config, MTPHead(config).state_dict(), layer, idle)
@@ -248,7 +257,7 @@ def refuse_larger(files: WeightFiles, config: PretrainedConfig) -> None:
     stored = sum(math.prod(shape) for shape in files.shapes.values())
     try:
         with torch.device("meta"):
-            trunk = AutoModelForCausalLM.from_config(config)
+            trunk = auto_class(config).from_config(config)
     except Exception:  # transformers will name what is wrong with the configuration
         return
     described = sum(parameter.numel() for parameter in trunk.parameters())

@@ -16,7 +16,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
 Shape = tuple[int, ...]
@@ -30,6 +36,19 @@ OPTIONAL: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
 }
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that builds a policy. A model that reads pictures too is built whole where its folder
+    says so, or where transformers has no class for its language model alone."""
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    named = whole in (config.architectures or ()) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    reads_pictures = bool(whole) and "text_config" in config.sub_configs and not config.is_encoder_decoder
+    return AutoModelForImageTextToText if named and reads_pictures else AutoModelForCausalLM
+
+
+def is_language_model(config: PretrainedConfig) -> bool:
+    return auto_class(config) is AutoModelForImageTextToText or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 class PolicyError(ValueError):
@@ -110,12 +129,12 @@ def find_file(source: str, name: str) -> str | None:
     """Finds the file `name` of a folder or hub id, or None. A GGUF file that is named itself is alone."""
     if Path(source).is_file():
         return None
-    if not Path(source).is_dir():
-        from policies.files import hub
+    from policies.files import hub
 
-        if hub.is_id(source):
-            hub.unreachable()  # it tells the hub's libraries; else each absent file costs a minute of retries
-    return cached_file(source, name, **OPTIONAL)
+    if not Path(source).is_dir() and hub.is_id(source):
+        hub.unreachable()  # it tells the hub's libraries; else each absent file costs a minute of retries
+    repository, revision = hub.split(source)
+    return cached_file(repository, name, revision=revision, **OPTIONAL)
 
 
 def read_index(source: str, path: str) -> dict[str, str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +20,8 @@ from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 from policies import four_bit
 from policies.four_bit import is_held, plain_weight
@@ -23,69 +29,169 @@ from policies.sharding import Split, gathered, like, release
 
 ADAPTER = "default"
 
-DEFAULT_TARGETS = (
-    "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "o_proj",
-    "gate_proj", "up_proj", "down_proj", "experts",
-)  # fmt: skip
-# Targets that are parameters rather than linear modules, by the ends of their names.
-PARAMETERS = {
-    "experts": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-    "router": ("mlp.gate.weight",),
-    "head_router": ("self_attn.gate.weight",),
-}
 HEAD = "mtp"
+OWN_READING = r"self\.{}\.weight(?: @|\.(?!shape|dtype|device|data)\w+\()"  # in the code of the module around a layer
+ASIDE = ("vision", "visual", "image", "audio", "speech", "pooler")  # in the decoder of some models, but not for text
+BY_NAME = "adapted where `{}` is a target"
+READ = "the module around it reads the weight itself"
+INDEXER = "what an indexer chooses has no gradient"
+SHARED = "its weight is another layer's too"
+CONVOLUTION, OTHER = "a convolution", "no linear layer"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of a model, or a stack of them, and where its adapter would go.
+
+    `parameter` is its name in `module`, and empty for a linear layer, which is adapted as a module. `targets` are the
+    names by which `lora.targets` means it. `why_not`: why it has no adapter by default; empty where it has one.
+    """
+
+    module: str
+    parameter: str
+    numbers: int
+    targets: tuple[str, ...]
+    why_not: str
+
+
+def matrices(model: nn.Module) -> Iterator[Matrix]:
+    """The matrices of `model` without adapters and without its embeddings, by structure: what a router, an expert or a
+    linear layer is called differs in every architecture."""
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        for parameter, weight in module.named_parameters(recurse=False):
+            if weight.dim() < 2 or parameter.endswith("bias") or isinstance(module, nn.Embedding):
+                continue
+            path = name.split(".")
+            last = path[-1]
+            linear = isinstance(module, nn.Linear | Conv1D) and parameter == "weight"
+            targets: tuple[str, ...] = (last,) if linear else ()
+            why_not = ""
+            if any(part == "gate" or "router" in part for part in path):
+                targets = ("head_router" if "self_attn" in path else "router", *targets)
+                why_not = BY_NAME.format(targets[0])
+            elif any("indexer" in part for part in path):
+                targets, why_not = (), INDEXER
+            elif uses[id(weight)] > 1:
+                targets, why_not = (), SHARED
+            elif getattr(module, "out_features", 0) == 1:
+                why_not = BY_NAME.format(last)
+            elif linear and _is_read(model.get_submodule(name.rpartition(".")[0]), last):
+                targets, why_not = (), READ
+            elif not linear and weight.dim() == 3 and "expert" in f"{name} {type(module).__name__}".lower():
+                targets = ("experts",)
+            elif not linear:
+                why_not = CONVOLUTION if isinstance(module, _ConvNd) else OTHER
+            yield Matrix(name, "" if linear and _is_plain(module) else parameter, weight.numel(), targets, why_not)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether this computes x W. Some models have linear layers that compute something else."""
+    own = type(layer).forward not in (nn.Linear.forward, Conv1D.forward)
+    return not (own and type(layer).__module__.startswith("transformers.models."))
+
+
+def _is_read(around: nn.Module, name: str) -> bool:
+    """Whether a module of transformers reads the weight of a linear layer that it has, past an adapter."""
+    form: Any = type(around)
+    own = form.__module__.startswith("transformers.models.")
+    return own and re.search(OWN_READING.format(re.escape(name)), _source(form)) is not None
+
+
+@functools.cache
+def _source(form: Any) -> str:
+    return inspect.getsource(form)
 
 
 def inject(
     trunk: nn.Module, rank: int, alpha: float, targets: Sequence[str] | None = None, head: nn.Module | None = None
 ) -> None:
-    """Freeze `trunk` and add adapters to the named modules of it, or without `targets` to every default one it has.
+    """Freeze `trunk` and add adapters to the named modules of it, or without `targets` to every linear layer of its
+    decoder and every stack of experts.
 
     "experts" and "router" mean the 3-D parameters of the routed experts and the routers' weights, "head_router" those
     of dynamic heads. "mtp" freezes the draft head too and adapts all of it: linear layers, experts, and the router if
     "router" is named too. Without "mtp" the draft head stays fully trainable. As peft starts B at zero, the first step
     changes B alone.
 
-    Raises ValueError, which names a target that matches nothing and the nearest names, or where nothing can be adapted.
+    Raises ValueError, which names a target that matches nothing and the nearest names.
 
     >>> inject(policy.trunk, 8, 16.0, ["o_proj", "experts", "router", "mtp"], policy.mtp)
     """
-    available = target_names(trunk) | ({HEAD} if head is not None else set())
-    defaults = [target for target in DEFAULT_TARGETS if target in available]
-    defaults = defaults or sorted(target_names(trunk.get_decoder()))  # GPT-NeoX and others have other names
-    names = defaults if targets is None else list(targets)
-    if not names:  # GPT-2, whose layers are convolutions in name
-        raise ValueError("lora.rank: this policy has no linear layer that an adapter could be added to; leave lora out")
-    for target in names:
+    _adapt(trunk, rank, alpha, _chosen(trunk, targets, head))
+    if head is not None and targets is not None and HEAD in targets:
+        routed = "router" in targets
+        _adapt(head, rank, alpha, [each for each in matrices(head) if routed or "router" not in each.targets])
+
+
+def _chosen(trunk: nn.Module, targets: Sequence[str] | None, head: nn.Module | None) -> list[Matrix]:
+    there, everything = _of_decoder(trunk)
+    if targets is None:
+        return [each for each in there if not each.why_not]
+    if "lm_head" in targets and getattr(trunk.config, "tie_word_embeddings", False):
+        raise ValueError("lora.targets: 'lm_head' is also the embedding of this policy, which has no adapter; drop it")
+    available = {target for each in everything for target in each.targets} | ({HEAD} if head is not None else set())
+    for target in targets:
         if target not in available:
             near = difflib.get_close_matches(target, available, n=3) or sorted(available)
             near = ["router", *near] if target == "gate" and "router" in available else near
             raise ValueError(f"lora.targets: {target!r} matches no module of this policy; it has {', '.join(near)}")
-    if "lm_head" in names and getattr(trunk.config, "tie_word_embeddings", False):
-        raise ValueError("lora.targets: 'lm_head' is also the embedding of this policy, which has no adapter; drop it")
-    if set(names) == {HEAD}:
+    if set(targets) == {HEAD}:
         raise ValueError("lora.targets: 'mtp' alone leaves the trunk nothing to learn with; name targets of it as well")
-    _adapt(trunk, rank, alpha, [target for target in names if target != HEAD])
-    if head is not None and HEAD in names:
-        _adapt(head, rank, alpha, [target for target in target_names(head) if target != "router" or target in names])
+    return [each for each in everything if set(each.targets) & set(targets)]
 
 
-def target_names(model: nn.Module) -> set[str]:
-    """The names that `lora.targets` may hold: last names of linear modules of `model`, and keys of PARAMETERS."""
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for target, ends in PARAMETERS.items():
-        if any(name.endswith(ends) for name, _ in model.named_parameters()):
-            names.add(target)
-    return names
+def _of_decoder(trunk: nn.Module) -> tuple[list[Matrix], list[Matrix]]:
+    """The matrices of the decoder, and these and the LM head's. Some models call themselves their decoder."""
+    lm_head = trunk.get_output_embeddings()
+    decoder = trunk.get_decoder()
+    decoder = trunk.base_model if decoder is lm_head else decoder  # ModernBERT calls its LM head its decoder
+    inside = {id(module) for module in decoder.modules()} - {id(lm_head)}
+    place = {name: id(module) for name, module in trunk.named_modules() if not any(part in name for part in ASIDE)}
+    everything = [each for each in matrices(trunk) if place.get(each.module) in inside | {id(lm_head)}]
+    return [each for each in everything if place[each.module] in inside], everything
 
 
-def _adapt(model: nn.Module, rank: int, alpha: float, targets: Collection[str]) -> None:
+def reach(trunk: nn.Module, targets: Sequence[str] | None = None) -> tuple[float, dict[str, str]]:
+    """The share of the decoder's matrices, embeddings apart, that `inject` would put adapters on, and the names of the
+    others with the reason. The trunk has no adapters yet.
+
+    >>> reach(policy.trunk, ["q_proj", "o_proj", "experts"])[1]
+    {'gate_proj': 'not among lora.targets', 'mlp.gate': 'adapted where `router` is a target', ...}
+    """
+    there, _ = _of_decoder(trunk)
+    chosen = set(_chosen(trunk, targets, trunk))  # whether there is a draft head changes nothing
+    left: dict[str, str] = {}
+    for each in there:
+        if each not in chosen:
+            path = f"{each.module}.{each.parameter}".removesuffix(".").removesuffix(".weight").split(".")
+            name = ".".join([part for part in path if not part.isdigit()][-2:])
+            left[name] = each.why_not or "not among lora.targets"
+    return sum(each.numbers for each in there if each in chosen) / sum(each.numbers for each in there), left
+
+
+def reach_in_words(share: float, left: dict[str, str]) -> str:
+    """What `reach` gives, in a line.
+
+    >>> reach_in_words(0.991, {"mamba.conv1d": "a convolution"})
+    '99.1% of the matrices of the trunk; not mamba.conv1d (a convolution)'
+    """
+    names: dict[str, list[str]] = {}
+    for name, why_not in left.items():
+        names.setdefault(why_not, []).append(name)
+    rest = ", ".join(f"{', '.join(each)} ({why_not})" for why_not, each in names.items())
+    return f"{share:.1%} of the matrices of the trunk" + (f"; not {rest}" if rest else "")
+
+
+def _adapt(model: nn.Module, rank: int, alpha: float, chosen: Collection[Matrix]) -> None:
+    layers = [each.module for each in chosen if not each.parameter]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
-        target_modules=sorted(target for target in targets if target not in PARAMETERS),
-        target_parameters=[name for target, names in PARAMETERS.items() if target in targets for name in names] or None,
+        target_modules=[f"0.{name}" for name in layers],
+        target_parameters=[f"0.{each.module}.{each.parameter}" for each in chosen if each.parameter] or None,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in layers),
     )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         config._register_custom_module({nn.Linear: _Whole})
@@ -197,7 +303,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 class Adapter:
     """The adapter of one weight as it is published: A [E r, in] and B [out, E r] for E experts, 1 for a plain matrix.
 
-    `transposed`: the weights of the experts are [in, out] each, and not [out, in].
+    `transposed`: the weight, or that of each expert, is [in, out] and not [out, in].
     """
 
     a: Tensor
@@ -220,6 +326,8 @@ class Adapter:
             delta = (b.float() @ a.float() * self.scale).to(dtype)
         else:
             delta = b @ a * self.scale
+        if self.transposed and self.experts == 1:
+            delta = delta.T
         return base + like(delta.to(base.dtype), base)
 
 
@@ -243,7 +351,8 @@ def unmerged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Adapt
             layer.lora_B[ADAPTER].weight.detach(),
             layer.scaling[ADAPTER],
             layer.num_experts if of_parameter else 1,
-            of_parameter and not layer._did_swap_in_out_features,
+            getattr(layer, "fan_in_fan_out", False)
+            or (of_parameter and layer.num_experts > 1 and not layer._did_swap_in_out_features),
         )
     state = four_bit.state_of(model)
     return {plain(name): tensor for name, tensor in state.items() if ".lora_" not in name}, by_name

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -27,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from policies import checkpoint, lora, sharding
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
-from policies.layout import FIXED_FIELDS, PolicyError
+from policies.layout import FIXED_FIELDS, PolicyError, auto_class
 from policies.lm_head import LMHead, last_states, scale_and_cap
 from policies.mtp import MTPHead, cast_in_place
 from policies.paths import Paths
@@ -54,12 +53,18 @@ class Policy(nn.Module):
         self.paths = Paths()  # what the load check found for a model of transformers
         # A checkpoint's MTP layers after the first, by their names there. They are kept and saved as they are.
         self.further_mtp: dict[str, Tensor] = {}
+        self.processor: dict[str, bytes] = {}  # files that go with a model which reads pictures
         self.own_attention = trunk.config._attn_implementation  # of the trunk, as its makers have it
         if self.own_attention == "sdpa":
             trunk.config._attn_implementation = ATTENTION
         if self.backend == "native":  # vLLM reads them and routes differently without them; transformers ignores them
             trunk.config.update(FIXED_FIELDS)
         self.attend_to_prompts()
+        if "text_config" in trunk.config.sub_configs:  # what reads pictures stays as it is
+            kept = {id(p) for part in (trunk.get_decoder(), trunk.get_output_embeddings()) for p in part.parameters()}
+            for parameter in trunk.parameters():
+                if id(parameter) not in kept:
+                    parameter.requires_grad_(False)
 
     def attend_to_prompts(self, how: str | None = None) -> None:
         """Set what the tokens of a prompt see of it, `causal` or `bidirectional`, in the configuration; None leaves it.
@@ -99,7 +104,7 @@ class Policy(nn.Module):
     def output(self) -> LMHead:
         """How logits follow from hidden states."""
         bias = getattr(self.trunk.get_output_embeddings(), "bias", None)
-        return LMHead(self.lm_head, bias, *scale_and_cap(self.config))
+        return LMHead(self.lm_head, bias, *scale_and_cap(self.config.get_text_config(decoder=True)))
 
     @property
     def backend(self) -> Literal["native", "transformers"]:
@@ -247,7 +252,7 @@ class Policy(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint with adapters merged, all of it or nothing. Raises PolicyError if the disk refuses."""
-        stored = Checkpoint(self.trunk, self.mtp, self.tokenizer, self.draft_ids, self.further_mtp)
+        stored = Checkpoint(self.trunk, self.mtp, self.tokenizer, self.draft_ids, self.further_mtp, self.processor)
         checkpoint.save(Path(folder), stored)
 
     def merged(self) -> Policy:
@@ -275,7 +280,7 @@ class Policy(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder)
             config = AutoConfig.from_pretrained(folder)
             with torch.random.fork_rng(devices=[]):
-                trunk = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                trunk = auto_class(config).from_config(config, dtype=dtype)
                 mtp = MTPHead(trunk.config).cast(dtype) if files["mtp"] else None
             if "generation_config.json" in files:
                 trunk.generation_config = GenerationConfig.from_pretrained(folder)
@@ -304,6 +309,7 @@ class Policy(nn.Module):
         stored = checkpoint.load(source, dtype, add_mtp=add_mtp, seed=seed, layout=layout, in_4_bits=in_4_bits)
         policy = cls(stored.trunk, stored.mtp, stored.tokenizer)
         policy.draft_ids, policy.further_mtp = stored.draft_ids, stored.further_mtp
+        policy.processor = stored.processor
         sharding.wrap(policy.trunk, policy.mtp)
         return policy
 

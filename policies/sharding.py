@@ -85,7 +85,9 @@ def routed_experts(config: PretrainedConfig) -> int:
 def layout_arguments(source: str | Path, layout: DistributedConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained`, by which every rank reads its shards alone. Raises PolicyError where one would
     get no expert."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    from policies.files import hub
+
+    config = AutoConfig.from_pretrained(**hub.arguments(source), trust_remote_code=False)
     experts, ranks = routed_experts(config) // layout.ep_size, layout.efsdp_size
     # FSDP cuts into equal shares, and the last ones can be empty.
     if experts and -(-experts // ranks) * (ranks - 1) >= experts:

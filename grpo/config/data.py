@@ -22,7 +22,14 @@ class ProblemOptions(Options):
     """The column with the gold solution; rewards receive it under its own name."""
 
 
-class PromptOptions(ProblemOptions):
+class TemplateOptions(Options):
+    """What a chat template is told besides the messages."""
+
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the model's own chat template, such as {enable_thinking: false}, wherever it writes a prompt."""
+
+
+class PromptOptions(TemplateOptions, ProblemOptions):
     """How problems become prompts; every command that prompts a policy has these options."""
 
     template: Annotated[str, Lines] = "{question}\n"

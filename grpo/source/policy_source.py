@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig
+from transformers import DeepseekV3Config, PretrainedConfig
 from transformers.distributed import DistributedConfig
 
 from grpo.config.json_file import read_json
@@ -39,6 +39,7 @@ from policies.checkpoint import check_policy
 from policies.files import gguf
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests
+from policies.layout import auto_class
 from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError, read_config
 from policies.routing.heads import heads_config
@@ -121,7 +122,10 @@ def check_model(model: str) -> None:
         return
     if model.endswith(gguf.SUFFIX):
         raise PolicyError(f"model={model!r}: there is no such file")
-    looks_local = model.startswith(("/", ".", "~")) or model.count("/") != 1 or Path(model.split("/")[0]).exists()
+    from policies.files import hub
+
+    name, _ = hub.split(model)
+    looks_local = model.startswith(("/", ".", "~")) or name.count("/") != 1 or Path(model.split("/")[0]).exists()
     if looks_local:
         near = difflib.get_close_matches(model, presets.PRESETS, n=1)
         hint = f"did you mean the preset {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
@@ -130,8 +134,6 @@ def check_model(model: str) -> None:
         if re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
             hint += f"; if a hub id was meant, write its owner too: OWNER/{model}"
         raise PolicyError(f"model={model!r}: there is no such folder; {hint}")
-    from policies.files import hub
-
     if why := hub.why_absent(model):
         raise PolicyError(f"model={model!r} is neither a preset, a checkpoint folder nor a reachable hub id: {why}")
 
@@ -189,7 +191,7 @@ def read_shape(options: ModelOptions, source: PolicySource | None = None) -> tup
 def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype, tokenizer: Any = None) -> Policy:
     """A policy without storage."""
     with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        trunk = auto_class(shape).from_config(shape, dtype=dtype)
         mtp = MTPHead(cast(DeepseekV3Config, shape)).cast(dtype) if head else None
     return Policy(trunk, mtp, tokenizer)
 
@@ -233,6 +235,11 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
 def load_beside(options: ModelOptions, model: str) -> Policy:
     """Loads another policy, such as a teacher, in the precision and on the device of the one that `options` mean."""
     return load_policy(ModelOptions(model=model, dtype=options.dtype, device=options.device))
+
+
+def template_options(options: Any) -> dict[str, Any]:
+    """What a run hands to the chat template wherever it writes a prompt."""
+    return getattr(getattr(options, "data", None), "chat_template_kwargs", {})
 
 
 def in_4_bits(options: object) -> bool:
@@ -285,6 +292,7 @@ def _load(
 
 
 def _as_asked(policy: Policy, options: ModelOptions) -> Policy:
+    policy.tokenizer.chat_template_kwargs = template_options(options)
     if isinstance(options, ArchitectureOptions):
         policy.attend_to_prompts(options.prompt_attention)
         if options.active_heads:

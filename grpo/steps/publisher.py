@@ -63,7 +63,7 @@ class Publisher:
         self.version: int | None = None  # that the samplers hold
         policy = learner.policy
         self.dtype, self.context = policy.trunk.dtype, policy.max_length
-        self.prompts = canary_prompts(policy.config.vocab_size, self.context)
+        self.prompts = canary_prompts(policy.config.get_text_config().vocab_size, self.context)
 
     def publish(self) -> dict[str, float]:
         """Every rank takes part. Returns canary/* of this publication, nothing where a stop has cut it short."""

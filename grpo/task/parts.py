@@ -17,6 +17,7 @@ from grpo.learner.build import check_terms
 from grpo.learner.parallel import refuse_layout, refuse_processes
 from grpo.run import trackers
 from grpo.run.hardware import device_of
+from grpo.source.policy_source import template_options
 from grpo.task.plan import Plan
 from grpo.task.table import asked
 from grpo.task.task import Task
@@ -136,7 +137,9 @@ def _tokenizer_of(plan: Plan, task: Task) -> PreTrainedTokenizerBase | None:
         return presets.small_tokenizer(task.corpus(), presets.VOCABULARY)
     if not plan.has_files and os.path.isdir(base) and not find_file(base, "tokenizer_config.json"):
         return None
-    return read_tokenizer(base)
+    tokenizer = read_tokenizer(base)
+    tokenizer.chat_template_kwargs = template_options(plan.options)
+    return tokenizer
 
 
 def _ask_server(options: VLLMOptions) -> None:

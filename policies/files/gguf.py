@@ -26,7 +26,9 @@ def named(source: str | Path) -> Iterator[dict[str, Any]]:
     """The arguments that name `source`, for `from_pretrained`. A GGUF file is alone in a folder as long as that: beside
     it transformers would read another model's adapter and tokenizer too."""
     if (file := file_of(source)) is None:
-        yield {"pretrained_model_name_or_path": source}
+        from policies.files import hub
+
+        yield hub.arguments(source)
         return
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, file.name).symlink_to(file.resolve())

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -20,10 +21,26 @@ TIMEOUT_S = 5.0
 def is_id(source: str) -> bool:
     """Tells whether this can only be a hub id: it has the form of one and is not on this disk."""
     try:
-        validate_repo_id(source)
+        validate_repo_id(split(source)[0])
     except HFValidationError:
         return False
     return not Path(source).exists()
+
+
+def split(source: str | Path) -> tuple[str, str | None]:
+    """A hub id and its revision; whatever is on this disk has none.
+
+    >>> split("owner/name@v1.0")
+    ('owner/name', 'v1.0')
+    """
+    name, _, revision = str(source).partition("@")
+    return (name, revision) if revision and not Path(source).exists() else (str(source), None)
+
+
+def arguments(source: str | Path) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that name `source`."""
+    name, revision = split(source)
+    return {"pretrained_model_name_or_path": name} | ({"revision": revision} if revision else {})
 
 
 @cache
@@ -64,9 +81,11 @@ def why_absent(source: str | Path) -> str:
     source = str(source)
     if not is_id(source) or not (why := unreachable()):
         return ""
-    if isinstance(try_to_load_from_cache(source, "config.json"), str):
+    name, revision = split(source)
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return ""
+    download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     return (
         f"{why}, and the cache of the hub ({constants.HF_HUB_CACHE}) has no copy of it; where there is a network, "
-        f"`hf download {source} --local-dir FOLDER` makes a folder to name here"
+        f"`{download} --local-dir FOLDER` makes a folder to name here"
     )

@@ -16,7 +16,8 @@ def render(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **options: Any
 ) -> str:
     """The text of `tokenizer.apply_chat_template(messages, tools, tokenize=False, **options)`, which is the function of
-    transformers. Raises ValueError with what the template raises, or with the limit that it exceeds.
+    transformers. Raises ValueError with what the template raises, or with the limit that it exceeds. A run's
+    `data.chat_template_kwargs`, which its tokenizer carries, are options of every call.
 
     >>> render(tokenizer, [{"role": "user", "content": "2 + 3 = ?"}], add_generation_prompt=True)
     '<|user|>2 + 3 = ?<|assistant|>'
@@ -26,7 +27,7 @@ def render(
         "template": tokenizer.get_chat_template(None, tools),
         "messages": [{name: value for name, value in turn.items() if value is not None} for turn in messages],
         "tools": tools,
-        "options": {**tokenizer.special_tokens_map, **options},
+        "options": {**tokenizer.special_tokens_map, **getattr(tokenizer, "chat_template_kwargs", {}), **options},
     }
     [reply] = _pool().run([request])
     if reply is not None and reply.get("kind") == "died":  # perhaps by somebody's hand: the same once more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -29,6 +30,28 @@ NAMES = {
 }
 
 
+def begun(file: Path, architecture: str, config: Any) -> gguf.GGUFWriter:
+    """A writer that knows the sizes."""
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_name("small")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    return writer
+
+
+def end(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_gguf(file: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32) -> LlamaForCausalLM:
     """Write `file`, with matrices of `kind`, and give the model that it was made from, which stays in float32."""
     tokenizer = small_tokenizer(TEXTS)
@@ -47,18 +70,9 @@ def write_gguf(file: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizati
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config).eval()
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_name("small")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer = begun(file, "llama", config)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(10_000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -84,8 +98,5 @@ def write_gguf(file: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizati
             stored,
             raw_dtype=kind if tensor.dim() == 2 else None,
         )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    end(writer)
     return model

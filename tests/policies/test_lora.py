@@ -71,7 +71,7 @@ def test_every_default_target_gets_a_gradient(policy):
 
 def everything(policy: Policy) -> list[str]:
     """All that `lora.targets` may name."""
-    return [*sorted(lora.target_names(policy.trunk)), "mtp"]
+    return [*sorted({target for each in lora.matrices(policy.trunk) for target in each.targets}), "mtp"]
 
 
 def test_every_target_has_a_gradient_after_one_step(policy):
@@ -182,7 +182,8 @@ def test_the_head_is_trained_whole_unless_it_is_a_target(random_policy):
 
 
 def expected_targets(policy: Policy) -> set[str]:
-    expected = set(lora.DEFAULT_TARGETS) - {"k_proj", "v_proj"}  # Llama's
+    expected = {"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    expected |= {"gate_proj", "up_proj", "down_proj", "experts"}
     expected -= {"q_proj"} if policy.config.q_lora_rank else {"q_a_proj", "q_b_proj"}
     return expected - ({"experts"} if policy.config.first_k_dense_replace == 2 else set())
 

@@ -12,7 +12,7 @@ CONFIGS = {"plain": {}, "query_latent": {"q_lora_rank": 10}, "one_expert": {"n_r
 
 def adapted(policy: Policy) -> Policy:
     """With adapters on everything but the draft head, none of which is zero."""
-    policy.add_lora(2, 3.0, sorted(lora.target_names(policy.trunk)))
+    policy.add_lora(2, 3.0, sorted({target for each in lora.matrices(policy.trunk) for target in each.targets}))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if ".lora_B." in name:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,7 +46,7 @@ from policies.conversion.dense import LICENCE_FILES
 from policies.files import gguf, hub
 from policies.files.atomic import heed_umask
 from policies.files.digests import DIGESTS
-from policies.layout import FIXED_FIELDS, WeightFiles, find_file
+from policies.layout import FIXED_FIELDS, WeightFiles, auto_class, find_file
 from policies.policy import Policy, read_config
 from policies.routing.heads import DynamicHeadsConfig
 
@@ -87,7 +88,7 @@ def export(run: str | Path, destination: str | Path, *, adapter: bool = False, h
         raise ExportError(
             f"{run} has {what}, which no other program computes: use it with quartet, by `model: {source.folder}`"
         )
-    origin = origin_of(record.config["model"])
+    origin = replace(origin_of(record.config["model"]), auto=auto_class(shape).__name__)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
         folder = Path(scratch) / destination.name
@@ -189,8 +190,23 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
     stored = {f"base_model.model.{name.replace(f'.{lora.ADAPTER}', '')}": t.contiguous() for name, t in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     peft_config(policy.trunk, options["rank"], options["alpha"], run.base).save_pretrained(folder)
+    _refuse_lost_adapters(policy, folder)
     policy.tokenizer.save_pretrained(folder)
     return policy
+
+
+def _refuse_lost_adapters(policy: Policy, folder: Path) -> None:
+    """Refuse adapters that peft does not take back, by loading them into a model without storage."""
+    with torch.device("meta"):
+        bare = auto_class(policy.config).from_config(policy.config)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            PeftModel.from_pretrained(bare, folder)
+        except ValueError as error:
+            raise ExportError(f"peft refuses these adapters ({error}); drop --adapter") from error
+    if lost := [str(warning.message) for warning in told if "missing adapter keys" in str(warning.message)]:
+        raise ExportError(f"peft gives some layers of this model other names ({lost[0][:200]} ...); drop --adapter")
 
 
 def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
@@ -213,7 +229,9 @@ def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
         lora_dropout=0.0,
         target_modules=sorted(modules),
         target_parameters=sorted(parameters) or None,
-        base_model_name_or_path=base,
+        fan_in_fan_out=any(layer.fan_in_fan_out for _, layer in lora.adapters(model)),
+        base_model_name_or_path=hub.split(base)[0],
+        revision=hub.split(base)[1],
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

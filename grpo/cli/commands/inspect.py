@@ -16,6 +16,7 @@ from policies import presets
 from policies.anatomy import LORA_AIM, Anatomy, anatomy
 from policies.contradictions import check_tensors
 from policies.layout import INDEX, WeightFiles, find_file, read_index
+from policies.lora import reach_in_words
 from policies.mtp_layers import mtp_layers
 from policies.policy import read_config
 
@@ -92,8 +93,8 @@ def _rows(a: Anatomy) -> Iterator[tuple[str, str]]:
     reached = f"reached at rank {a.lora_rank_within_aim}" if a.lora_rank_within_aim else "out of reach at this size"
     aim = f"aim: {LORA_AIM:.0%}, {reached}" if a.lora_share > LORA_AIM else ""
     share = f"{a.lora_share:.2%} of the parameters" + (f"; {aim}" if aim else "")
-    trains = f"{_count(a.lora_parameters)}, {share}" if a.lora_parameters else "nothing: peft adapts none of the layers"
-    yield f"LoRA of rank {a.lora_rank} trains", trains
+    yield f"LoRA of rank {a.lora_rank} trains", f"{_count(a.lora_parameters)}, {share}"
+    yield "on", reach_in_words(a.lora_reach, a.lora_left)
     if a.mtp_depth:
         yield "", "and the MTP head in full, unless lora.targets names mtp"
 

@@ -56,6 +56,7 @@ class MemoryOfRun:
 
     def __init__(self, shape: PretrainedConfig, head: bool, config: LearningConfig | MtpConfig) -> None:
         self.shape, self.head, self.config = shape, head, config
+        self.text = shape.get_text_config(decoder=True)  # of a model that reads pictures, the part that writes
         self.dtype = getattr(torch, config.dtype)
 
     def devices(self, gpus: float = 0) -> list[DeviceMemory]:
@@ -115,7 +116,7 @@ class MemoryOfRun:
             from grpo.learner.terms.value import HIDDEN, ValueHead
 
             with torch.device("meta"):
-                value = dict(ValueHead(self.shape.hidden_size, HIDDEN).named_parameters())
+                value = dict(ValueHead(self.text.hidden_size, HIDDEN).named_parameters())
         row, tokens = (
             config.whole_rollout.group_size * config.whole_rollout.max_completion_tokens,
             options.tokens_per_micro_batch,
@@ -202,9 +203,9 @@ class MemoryOfRun:
         server of vLLM that a run starts."""
         shape, head, dtype, rollout = self.shape, self.head, self.dtype, self.config.whole_rollout
         rows = min(rollout.prompts_per_shard * rollout.group_size, MAX_ROWS)
-        entry = (cache_numbers(shape) or 0) + (shape.kv_lora_rank + shape.qk_rope_head_dim if head else 0)
+        entry = (cache_numbers(self.text) or 0) + (shape.kv_lora_rank + shape.qk_rope_head_dim if head else 0)
         cache = rows * rollout.max_completion_tokens * entry * dtype.itemsize
-        logits = rows * shape.vocab_size * (dtype.itemsize + 4)
+        logits = rows * self.text.vocab_size * (dtype.itemsize + 4)
         policy = meta_policy(shape, head and isinstance(shape, DeepseekV3Config), dtype)
         copy = storage_bytes(tensors_of(policy))
         sampler = DeviceMemory("sampler", sampler=copy, rollout=cache + logits, host=copy)
@@ -226,20 +227,20 @@ class MemoryOfRun:
         """Returns roughly what CUDA graphs of every number of rows and drafts keep, for caches of one size."""
         from rollout.compiled.rounds import ENTRIES, ROWS
 
-        rollout, layers = self.config.whole_rollout, _kept_bytes(policy.trunk, self.shape, self.dtype)
+        rollout, layers = self.config.whole_rollout, _kept_bytes(policy.trunk, self.text, self.dtype)
         entries = -(-(ASSUMED_PROMPT + rollout.max_completion_tokens) // ENTRIES) * ENTRIES
         drafts = rollout.draft_tokens or 0
         depths = (0,) if policy.mtp is None else GRAPH_DEPTHS if rollout.draft_tokens is None else {0, drafts}
         tokens = sum(rows * (depth + 1) for rows in ROWS for depth in depths)
-        scores = self.shape.num_attention_heads * entries * 4
-        return tokens * (self.shape.vocab_size * (self.dtype.itemsize + 4) + max(layers.values(), default=0) + scores)
+        scores = self.text.num_attention_heads * entries * 4
+        return tokens * (self.text.vocab_size * (self.dtype.itemsize + 4) + max(layers.values(), default=0) + scores)
 
 
 def activation_bytes(
     policy: Policy, tokens: int, row: int, dtype: torch.dtype, head_depth: int, checkpointing: bool
 ) -> int:
     """Returns roughly the bytes of a micro-batch of `tokens` in rows of `row`, by the formula above."""
-    shape = policy.config
+    shape = policy.config.get_text_config(decoder=True)
     layers, count = _kept_bytes(policy.trunk, shape, dtype), shape.num_hidden_layers
     experts = sum(weight.nbytes for weight in _adapted(policy) if weight.dim() == 3)
     size = tokens * sum(layers.values()) + experts

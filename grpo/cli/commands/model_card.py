@@ -17,6 +17,7 @@ from grpo.config.names import recorded_options
 from grpo.run import hardware
 from grpo.run.metrics import meaning
 from grpo.run.records import read_metrics
+from policies.files import hub
 
 REPORT = "report.html"
 SHOWN_METRICS = (
@@ -25,16 +26,16 @@ SHOWN_METRICS = (
     *("speed/completion_tokens_per_second", "time/step"),
 )
 LOAD_MERGED = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
 LOAD_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = {auto}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
@@ -49,9 +50,11 @@ VLLM_ON_CPU = """\
 
 @dataclass(frozen=True)
 class Origin:
-    """Training started from this model, and with its licence: `terms` are fields of its own model card."""
+    """Training started from this model, which `auto` of transformers loads, and with its licence: `terms` are fields of
+    its own model card."""
 
     model: str
+    auto: str = "AutoModelForCausalLM"
     preset: bool = False
     terms: dict[str, Any] = field(default_factory=dict)
     licence_files: list[Path] = field(default_factory=list)
@@ -91,7 +94,9 @@ def model_card(
         f"{'Adapters (LoRA)' if base else 'Weights'} from {method} with quartet-rl: {what}, run `{run.name}`, "
         f"which started from `{origin.model}`." + (f" {left}" if left else ""),
         "## Use",
-        _code("python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=base)),
+        _code(
+            "python", (LOAD_ADAPTER if base else LOAD_MERGED).format(name=name, base=_quoted(base), auto=origin.auto)
+        ),
         *_for_other_programs(folder, name),
         "## Held-out problems",
         *evaluations,
@@ -109,12 +114,19 @@ def model_card(
     return f"---\n{_front_matter(origin, base)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
+def _quoted(base: str | None) -> str:
+    """Returns the arguments of Python that name a base, with its revision where it has one."""
+    name, revision = hub.split(base or "")
+    return f'"{name}"' + (f', revision="{revision}"' if revision else "")
+
+
 def _front_matter(origin: Origin, base: str | None) -> str:
-    shared = not origin.preset and not Path(origin.model).exists() and origin.model.count("/") == 1
+    model, _ = hub.split(origin.model)
+    shared = not origin.preset and not Path(origin.model).exists() and model.count("/") == 1
     data = ModelCardData(
         library_name="peft" if base else "transformers",
         pipeline_tag="text-generation",
-        base_model=origin.model if shared else None,
+        base_model=model if shared else None,
         tags=["grpo", "quartet-rl"],
         **origin.terms,
     )

@@ -32,6 +32,7 @@ from grpo.task.parts import check_prompts
 from grpo.task.task import Task
 from policies import four_bit
 from policies.checkpoint import check_policy
+from policies.lora import reach, reach_in_words
 from policies.mtp import MTPHead
 from rollout.depth import tokens_per_forward
 from rollout.group import Completion, RolloutGroup
@@ -250,6 +251,7 @@ class _DryRun:
         lora = config.lora if isinstance(config, TrainConfig) else None
         if lora is not None:  # the run will know whether it has a draft head
             policy = meta_policy(shape, isinstance(shape, DeepseekV3Config), torch.float32)
+            yield "adapters are on", reach_in_words(*reach(policy.trunk, lora.targets))
             policy.add_lora(lora.rank, lora.alpha, lora.targets)
             trained = sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
         yield "parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})"

@@ -156,7 +156,7 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     of_data, rollout, reward = run["data"], run["rollout"], dict(run["reward"])
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"
-    prompts = ("template", "system_prompt", "user_turn", "few_shot")
+    prompts = ("template", "system_prompt", "user_turn", "few_shot", "chat_template_kwargs")
     problems = ("name", "split", "held_out", "held_out_seed", "task_options", "prompt_column", "solution_column")
     sampling = ("temperature", "max_completion_tokens", "draft_tokens")
     acting = (*EnvironmentOptions.model_fields, *AgentOptions.model_fields)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from grpo.config.data import TemplateOptions
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import AnswerOptions
 
@@ -28,6 +29,7 @@ class ServeConfig(ModelOptions):
     """A policy for other programs, by OpenAI's API. A run folder brings its temperature, limit and drafts."""
 
     command: ClassVar[str] = "serve"
+    data: TemplateOptions = TemplateOptions()
     rollout: ServedRolloutOptions = ServedRolloutOptions()
     backend: Literal["native", "vllm"] = "native"
     """What decodes: our engine, or vLLM's own server of the same API (`make vllm`), which uses no drafts here, and has
@@ -54,9 +56,10 @@ class ServeConfig(ModelOptions):
     @model_validator(mode="after")
     def _more(self) -> ServeConfig:
         if self.backend == "vllm":
-            ours = (
+            ours: tuple[tuple[str, Any, Any], ...] = (
                 ("rollout.margin", self.rollout.margin, None),
                 ("replicas", self.replicas, 1),
+                ("data.chat_template_kwargs", self.data.chat_template_kwargs, {}),
             )
             for name, value, usual in ours:
                 if value != usual:

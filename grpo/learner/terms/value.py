@@ -55,7 +55,7 @@ class ValueTerm(Term):
     def __init__(self, policy: Policy, options: ValueOptions, *, ranked: bool) -> None:
         """`ranked`: advantages are weighted by the completion's rank in its group."""
         self.options, self.ranked = options, ranked
-        self.head = self.module = ValueHead(policy.config.hidden_size, HIDDEN).to(policy.device)
+        self.head = self.module = ValueHead(policy.config.get_text_config().hidden_size, HIDDEN).to(policy.device)
 
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
         return [{"params": list(self.head.parameters()), "peak": self.options.learning_rate, "weight_decay": 0.0}]

@@ -102,7 +102,7 @@ class Updates:
         names = {id(tensor): name for name, tensor in in_checkpoint_layout(self.policy, tensors).items()}
         self._names, self.merged = {}, []
         for name, adapter in adapters.items():
-            if adapter.experts == 1 and id(tensors[name]) in names:
+            if adapter.experts == 1 and not adapter.transposed and id(tensors[name]) in names:
                 self._names[name] = names[id(tensors[name])]
             elif adapter.experts > 1 and not adapter.transposed and self.policy.backend == "native":
                 part, _, rest = name.partition(".")

@@ -69,6 +69,8 @@ def said(key: str, model=TrainConfig, flags=("resume", "dry_run", "print_config"
         ("optim", "learner.optimizer"),
         ("dataset_config", "data.name"),
         ("torch_compile", "rollout.compile"),
+        ("model_revision", "model"),
+        ("chat_template_kwargs", "data.chat_template_kwargs"),
     ],
 )
 def test_a_name_of_another_trainer_leads_to_our_option(name, ours):
@@ -85,7 +87,6 @@ def test_a_name_of_another_trainer_leads_to_our_option(name, ours):
         ("hub_model_id", "`quartet export RUN --push_to_hub OWNER/NAME` uploads the policy"),
         ("load_in_8bit", "lora.base: nf4 is the only base in fewer bits"),
         ("bnb_4bit_use_double_quant", "are not quantised again"),
-        ("model_revision", "`hf download OWNER/NAME --revision REVISION"),
         ("data.max_prompt_length", "a prompt is never cut"),
     ],
 )

@@ -5,10 +5,16 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
+from grpo.source.agreement import check_agreement
 from policies.files import gguf
 from policies.layout import find_file
+from policies.paths import Paths
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from policies.presets import small_tokenizer
+from rollout.engine import Engine
+from rollout.group import Prompt
+from rollout.sampling import SamplingParams
+from tests.cases.gemma_gguf import write_gemma_gguf
 from tests.cases.gguf_file import TEXTS, write_gguf
 
 IDS = torch.arange(40)[None]
@@ -30,6 +36,25 @@ def test_a_file_computes_what_its_model_computes_and_so_do_copies_of_it(tmp_path
     for copy in worker, Policy.load(tmp_path / "saved"):
         assert torch.equal(copy.trunk(IDS).logits, logits)
         assert getattr(copy.config, "quantization_config", None) is None
+
+
+@torch.no_grad()
+def test_gemma_3_computes_and_writes_what_its_model_does(tmp_path):
+    """With windows, norms that the file holds one higher, two rotations and a vocabulary with scores."""
+    model = write_gemma_gguf(tmp_path / "gemma.gguf")
+    policy = Policy.load(tmp_path / "gemma.gguf")
+    torch.testing.assert_close(policy.trunk(IDS + 6).logits, model(IDS + 6).logits, rtol=0, atol=1e-5)
+    check_agreement(policy)
+    assert str(policy.paths) == str(Paths("own", "packed"))
+    prompt = policy.tokenizer.encode("2 + 3 = ?")
+    [group] = Engine(policy, torch.float32).sample(
+        [Prompt("0", "", prompt)], SamplingParams(1, max_completion_tokens=12, temperature=0.0)
+    )
+    stock = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
+    assert group.completions[0].token_ids == stock
+    assert policy.tokenizer.decode(prompt) == "<bos>2 + 3 = ?"
+    policy.save(tmp_path / "saved")
+    assert torch.equal(Policy.load(tmp_path / "saved").trunk(IDS).logits, policy.trunk(IDS).logits)
 
 
 def test_quantised_weights_are_made_dense(tmp_path):

@@ -6,11 +6,13 @@ import time
 
 import pytest
 from huggingface_hub import constants
+from transformers import LlamaConfig
 
 from grpo.config.reward import RewardModelOptions
 from grpo.data.examples import load_examples
 from grpo.source.policy_source import check_model
 from grpo.task.reward_models import ModelRewards
+from policies import layout
 from policies.files import hub
 from policies.policy import AutoConfig, AutoTokenizer, PolicyError, read_config, read_tokenizer
 
@@ -66,6 +68,26 @@ def test_a_copy_in_the_cache_is_used_without_the_hub(online, tmp_path):
     (repository / "snapshots/a1b2/config.json").write_text("{}")
     assert hub.why_absent("owner/name") == ""
     assert hub.why_absent("owner/other")
+
+
+def test_a_revision_of_a_hub_id_is_looked_up_by_itself(online, tmp_path, monkeypatch):
+    online(NOBODY)
+    snapshots, asked = tmp_path / "cache/models--owner--name/snapshots", []
+    (snapshots / "a1b2").mkdir(parents=True)
+    (snapshots / "a1b2/config.json").write_text("{}")
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs/v1.0").write_text("a1b2")
+    assert hub.why_absent("owner/name@v1.0") == ""
+    assert "`hf download owner/name --revision v2 --local-dir FOLDER`" in hub.why_absent("owner/name@v2")
+    check_model("owner/name@v1.0")
+    monkeypatch.setattr(layout, "cached_file", lambda *names, revision, **_: asked.append((*names, revision)))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda **given: asked.append(given) or LlamaConfig())
+    read_config("owner/name@v1.0")
+    assert asked[0] == ("owner/name", "config.json", "v1.0")
+    given = {"pretrained_model_name_or_path": "owner/name", "revision": "v1.0", "trust_remote_code": False}
+    assert asked[-1] == given
+    (tmp_path / "a@b").mkdir()
+    assert hub.split(tmp_path / "a@b") == (str(tmp_path / "a@b"), None)
 
 
 def test_an_environment_without_network_is_named_as_what_it_is(online, monkeypatch):

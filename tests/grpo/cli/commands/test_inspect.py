@@ -9,11 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from grpo.cli.commands.inspect import inspect, table
 from grpo.cli.parse import main
-from policies.lora import inject
 from policies.policy import Policy, PolicyError
 
 
@@ -128,21 +127,29 @@ def test_experts_whose_number_has_another_name_are_counted(tmp_path):
 
 
 def test_a_model_that_writes_no_text_is_refused_in_a_sentence(tmp_path):
+    clip = _as_published("clip", tmp_path)
+    with pytest.raises(PolicyError, match="is of type 'clip', of which transformers makes no causal language model"):
+        inspect(clip)
+    with pytest.raises(PolicyError, match="is of type 'clip', of which transformers makes no causal language model"):
+        Policy.load(clip)
+
+
+def test_a_model_that_has_no_class_for_its_language_model_alone_is_counted_whole(tmp_path):
     aria = _as_published("aria", tmp_path, text_config=TEXT, vision_config=EYES | {"model_type": "idefics3_vision"})
-    with pytest.raises(PolicyError, match="is of type 'aria', of which transformers makes no causal language model"):
-        inspect(aria)
-    with pytest.raises(PolicyError, match="is of type 'aria', of which transformers makes no causal language model"):
-        Policy.load(aria)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(aria))
+    assert inspect(aria).parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_a_model_whose_layers_take_no_adapters_is_counted(tmp_path, capsys):
+def test_what_adapters_reach_is_said_with_the_rest_and_the_reason(tmp_path, capsys):
     small = _as_published("gpt2", tmp_path, n_layer=1, n_embd=32, n_head=2, n_positions=64)
     assert main(["policy", "inspect", small]) == 0
-    assert "nothing: peft adapts none of the layers" in capsys.readouterr().out
+    assert "100.0% of the matrices of the trunk" in capsys.readouterr().out
     counted = inspect(small)
-    assert (counted.lora_parameters, counted.lora_rank_within_aim) == (0, 0)
-    with torch.device("meta"), pytest.raises(ValueError, match="lora.rank: this policy has no linear layer"):
-        inject(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small)), 8, 16.0)
+    assert (counted.lora_reach, counted.lora_left) == (1.0, {})
+    routed = inspect("tiny")
+    assert 0.95 < routed.lora_reach < 1
+    assert routed.lora_left == {"mlp.gate": "adapted where `router` is a target"}
 
 
 def test_a_model_without_a_longest_context_is_counted(tmp_path):

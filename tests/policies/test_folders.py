@@ -1,0 +1,106 @@
+"""Folders as they are published: a model that also reads pictures learns to write, and keeps the rest."""
+
+import json
+
+import pytest
+import torch
+import yaml
+import zoo
+from transformers import AutoModelForImageTextToText
+
+from grpo.cli.parse import main
+from grpo.source.agreement import check_agreement
+from policies import lora
+from policies.policy import Policy, PolicyError
+
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+WHOLE = {"gemma3": {}, "mistral3": {}, "qwen2_5_vl": ROPE, "qwen3_vl": {}, "qwen3_5": {}, "internvl": {}, "gemma4": {}}
+CHAT = "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if enable_thinking is false %}<no thought>\n{% endif %}"
+
+
+@pytest.fixture
+def published(request, tmp_path):
+    """A folder with a tiny model that reads pictures, as `transformers` saves it, and its files for pictures."""
+    kind = request.param
+    with zoo._quiet(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(zoo.tiny_config(kind, **WHOLE[kind]), dtype=torch.float32)
+    model.generation_config.eos_token_id = 0
+    folder = tmp_path / kind
+    model.save_pretrained(folder)
+    zoo.policy("llama").tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 28}')
+    return folder
+
+
+def other_tensors(before: torch.nn.Module, after: torch.nn.Module) -> set[str]:
+    state = after.state_dict()
+    assert state.keys() == before.state_dict().keys()
+    return {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, state[name])}
+
+
+@pytest.mark.parametrize("published", WHOLE, indirect=True)
+def test_the_language_model_alone_learns_and_the_rest_is_saved_as_it_was(published, tmp_path):
+    policy = Policy.load(published)
+    check_agreement(policy)
+    learning = {name for name, p in policy.trunk.named_parameters() if p.requires_grad}
+    assert learning
+    assert all("language_model" in name or name == "lm_head.weight" for name in learning)
+    with torch.no_grad():
+        for name, parameter in policy.trunk.named_parameters():
+            if name in learning:
+                parameter.add_(0.01)
+    policy.save(tmp_path / "saved")
+    before = AutoModelForImageTextToText.from_pretrained(published)
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert type(after) is type(before)
+    tied = set() if "lm_head.weight" in learning else {"lm_head.weight"}
+    assert other_tensors(before, after) == learning | (tied & after.state_dict().keys())
+    assert (tmp_path / "saved/preprocessor_config.json").read_text() == '{"size": 28}'
+    copy = policy.merged()
+    assert type(copy.trunk) is type(policy.trunk)
+    assert other_tensors(policy.trunk, copy.trunk) == set()
+    assert lora.reach(policy.trunk)[0] > 0.95
+
+
+@pytest.mark.parametrize("published", ["mistral3"], indirect=True)
+def test_a_run_trains_it_and_exports_it_whole(published, tmp_path, capsys):
+    words = [f"--model={published}", f"--output_dir={tmp_path / 'run'}", "--steps=1", "--prompts_per_step=2"]
+    words += ["--rollout.group_size=2", "--rollout.max_completion_tokens=4", "--eval.limit=0", "--lora.rank=2"]
+    assert main(["train", *words, "--device=cpu", "--dry_run"]) == 0
+    assert "100.0% of the matrices of the trunk" in capsys.readouterr().out
+    assert main(["train", *words, "--device=cpu"]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    before = AutoModelForImageTextToText.from_pretrained(published)
+    changed = other_tensors(before, AutoModelForImageTextToText.from_pretrained(tmp_path / "exported"))
+    assert all("language_model.layers" in name for name in changed)
+    assert 'AutoModelForImageTextToText.from_pretrained("exported")' in (tmp_path / "exported/README.md").read_text()
+
+
+def test_options_of_the_chat_template_reach_prompts_and_are_brought_by_a_run(random_policy, tmp_path, capsys):
+    policy = random_policy(4, vocab_size=600)
+    policy.tokenizer.chat_template = CHAT
+    policy.save(tmp_path / "base")
+    words = [f"--model={tmp_path / 'base'}", f"--output_dir={tmp_path / 'run'}", "--data.template=chat", "--steps=1"]
+    words += ["--prompts_per_step=2", "--rollout.group_size=2", "--rollout.max_completion_tokens=4", "--eval.limit=0"]
+    assert main(["train", *words, "--device=cpu", "--data.chat_template_kwargs={enable_thinking: false}"]) == 0
+    assert "<no thought>" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["chat_template_kwargs"] == {
+        "enable_thinking": False
+    }
+    for more, told in (([], True), (["--data.chat_template_kwargs={}"], False)):
+        assert main(["sample", str(tmp_path / "run"), "--prompt", "Hi", "--samples=1", *more]) == 0
+        assert ("<no thought>" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "told"),
+    [
+        ("params.json", {"dim": 64, "n_layers": 2}, "is in Mistral's own layout, by params.json"),
+        ("config.json", {"dim": 64, "inter_dim": 96, "n_layers": 2}, "is in DeepSeek's own layout, by inter_dim"),
+    ],
+)
+def test_a_layout_of_a_maker_that_transformers_does_not_read_is_refused_with_the_way_out(tmp_path, file, fields, told):
+    (tmp_path / file).write_text(json.dumps(fields))
+    with pytest.raises(PolicyError, match=f"{told}.*use the files that were published for transformers"):
+        Policy.load(tmp_path)
