@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve()
 # What a newer commit calls otherwise: patterns of names in JSON, in tensor files and of files. The base's names are
 # rewritten before they are compared.
-RENAMED: list[tuple[str, str]] = []
+RENAMED: list[tuple[str, str]] = [("heldout", "held_out")]
 # Names that a newer commit leaves out, since the feature has gone: the base's values are not looked at.
 REMOVED = [r"sources", r"empty", r"lookups"]
 UNTIMED = re.compile(r"^(time/|speed/|memory/)|seconds|^(time|pid|rss)$")

@@ -298,9 +298,9 @@ class Session:
                     self.batches.go_on(self.step)
 
             metrics = self._learn(lambda: self.learner.forward_backward(batch, term, advance))
-        if self._drawn is batch and not (self.learner.updates or batch.age(self.learner.policy_version)):
-            if self.config.dtype == "float32" and self.config.rollout.quantization == "none":
-                refuse_mismatch(self.policy, self.config.model, metrics)
+        first = self._drawn is batch and not (self.learner.updates or batch.age(self.learner.policy_version))
+        if first and self.config.dtype == "float32" and self.config.rollout.quantization == "none":
+            refuse_mismatch(self.policy, self.config.model, metrics)
         return metrics
 
     def optim_step(

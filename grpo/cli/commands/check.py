@@ -418,22 +418,14 @@ def _lm_head(model: PreTrainedModel, policy: Policy, row: Tensor) -> Row:
 
 
 def reach_of_lora(shape: PretrainedConfig) -> Row:
-    """The share of a full model's weights, embedding and LM head aside, that LoRA adapts by default."""
+    """The share of a full model's matrices that LoRA adapts by default."""
     result = Row("LoRA")
     try:
         with torch.device("meta"), quiet():
-            trunk = AutoModelForCausalLM.from_config(shape)
-            ends = {id(module.weight) for module in (trunk.get_input_embeddings(), trunk.get_output_embeddings())}
-            total = sum(p.numel() for p in trunk.parameters() if p.dim() > 1 and id(p) not in ends)
-            names = lora.target_names(trunk)
-            lora.inject(trunk, 8, 16.0)
-        adapted = [getattr(m.get_base_layer(), getattr(m, "parameter_name", "weight")) for _, m in lora.adapters(trunk)]
-        share = sum(weight.numel() for weight in {id(weight): weight for weight in adapted}.values()) / total
-        reached = {name.rsplit(".", 1)[-1] for name, _ in lora.adapters(trunk)}
+            share, left = lora.reach(AutoModelForCausalLM.from_config(shape))
         result.say(OURS, f"reaches {share:.0%} of the weights")
-        others = sorted(names - reached - {*lora.PARAMETERS, "lm_head"})
         if share < 0.9:
-            result.note = f"{WHAT_TO_DO['LoRA']}: {', '.join(others) or 'none of them can be named'}"
+            result.note = f"{WHAT_TO_DO['LoRA']}: {lora.reach_in_words(share, left)}"
     except Exception as error:  # of transformers or peft, whose models are of many forms
         result.say(OURS, f"{type(error).__name__}: {error}"[:200], wrong=True)
     return result
