@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 from grpo.cli.parse import main
 from grpo.source.agreement import check_agreement
 from policies import lora
+from policies.cut import quiet
 from policies.policy import Policy, PolicyError
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
@@ -22,7 +23,7 @@ CHAT = "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if enable_thinkin
 def published(request, tmp_path):
     """A folder with a tiny model that reads pictures, as `transformers` saves it, and its files for pictures."""
     kind = request.param
-    with zoo._quiet(), torch.random.fork_rng():
+    with quiet(), torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(zoo.tiny_config(kind, **WHOLE[kind]), dtype=torch.float32)
     model.generation_config.eos_token_id = 0
@@ -77,6 +78,7 @@ def test_a_run_trains_it_and_exports_it_whole(published, tmp_path, capsys):
     assert 'AutoModelForImageTextToText.from_pretrained("exported")' in (tmp_path / "exported/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_options_of_the_chat_template_reach_prompts_and_are_brought_by_a_run(random_policy, tmp_path, capsys):
     policy = random_policy(4, vocab_size=600)
     policy.tokenizer.chat_template = CHAT
