@@ -14,7 +14,7 @@ VLLM := .vllm
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
-.PHONY: help demo reference docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu peers house lint clean
+.PHONY: help demo reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu peers house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -29,6 +29,9 @@ reference: $(RUN_STAMP) ## write the pages that are made from the source: option
 	$(BIN)/python docs/write_combinations.py > docs/guides/combinations.md
 	$(BIN)/python docs/write_contracts.py > docs/contracts.md
 	$(BIN)/python docs/write_grpo-in-200-lines.py > docs/grpo-in-200-lines.md
+
+models: $(DEV_STAMP) ## write docs/models.md: how a tiny model of every causal type of transformers is read, in 5 minutes
+	$(BIN)/python docs/write_models.py > docs/models.md
 
 docs: $(DEV_STAMP) reference ## build the site into site/, where every warning is an error
 	$(BIN)/zensical build --clean --strict

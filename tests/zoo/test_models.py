@@ -1,0 +1,64 @@
+"""Every type of the zoo is read as docs/models.md says, and learns."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_learner import small_learner
+
+import zoo
+from grpo.config.learner import LearnerOptions
+from grpo.source.agreement import by_learner, by_sampler, check_agreement
+from rewards.group_score import GroupScore
+from rollout.engine import Engine
+from rollout.group import Prompt
+from rollout.sampling import SamplingParams
+
+DOCS = Path(__file__).parents[2] / "docs"
+sys.path.insert(0, str(DOCS))
+import write_models  # noqa: E402 - it is beside the pages
+
+ROWS = {row.split("`")[1]: row for row in (DOCS / "models.md").read_text().splitlines() if row.startswith("| `")}
+OFTEN = ("qwen3_5_text", "gemma4_text", "gpt_oss", "granitemoehybrid", "lfm2", "glm_moe_dsa", "bert", "rwkv")
+TRAINS = [kind for kind, row in ROWS.items() if row.count(" | ") == 4]
+
+
+def test_the_page_has_every_type():
+    assert set(ROWS) == {*zoo.kinds(), *zoo.refused()}
+    assert len(TRAINS) >= 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", zoo.kinds())
+def test_a_type_is_read_as_the_page_says(kind):
+    trains, row = write_models.row_of(kind)
+    assert trains == (kind in TRAINS)
+    if trains:
+        assert row.split(" | ")[:3] == ROWS[kind].split(" | ")[:3]
+        assert all(float(number) < 2e-4 for number in re.findall(r"\d+e-?\d+", row))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    "kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.long) for kind in TRAINS]
+)
+def test_two_steps_move_it_and_sampler_and_learner_agree_after_them(kind, lora):
+    policy = zoo.policy(kind)
+    check_agreement(policy)
+    if lora:
+        policy.add_lora(4, 8.0)
+    before = {name: p.detach().clone() for name, p in policy.trunk.named_parameters() if p.requires_grad}
+    learner = small_learner(policy, LearnerOptions(learning_rate=1e-3))
+    params = SamplingParams(group_size=3, max_completion_tokens=6)
+    for step in (1, 2):
+        groups = Engine(policy.merged()).sample([Prompt(f"p/{step}", "", [3, 5, 7, 9])], params)
+        scores = [GroupScore([0.0, 1.0, 2.0], {})]
+        learner.step(learner.prepare(groups, scores, step=step))
+    assert any(not torch.equal(before[name], p) for name, p in policy.trunk.named_parameters() if name in before)
+    merged = policy.merged()
+    for scores_of in (by_sampler, by_learner):
+        ours, own = scores_of(merged)
+        assert (ours - own).abs().max() < 2e-3
