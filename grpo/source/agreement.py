@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.attention import attending_by
 from policies.cut import cut_model, has_windows
+from policies.layout import is_language_model
 from policies.lm_head import last_states
 from policies.logprobs import shifted_logprobs, token_logprobs
 from policies.paths import ROWS, SAMPLERS, STATES, Paths
@@ -39,6 +40,8 @@ def check_agreement(policy: Policy) -> None:
     dtype, fastest = next(policy.parameters()).dtype, FASTEST
     if policy.trunk.get_output_embeddings() is None:
         raise _refusal(policy.config.model_type, "it has no LM head")
+    if not is_language_model(policy.config):
+        raise _refusal(policy.config.model_type, "transformers builds its language model with the rest alone")
     if dtype != torch.float32 or has_windows(policy.config):
         fastest = fastest_of_cut(policy)
     choose_paths(policy, TOLERANCE[dtype], fastest)
