@@ -188,11 +188,11 @@ def test_other_architectures_are_split_where_transformers_has_a_plan():
 @pytest.fixture(scope="module")
 def run(run_words):
     """`run(folder, reward=...)`: the words of a small run behind `python -m grpo`."""
-    few = {"warm_start.steps": 2, "warm_start.batch_size": 4}
+    few = {"warm_start.steps": 2, "warm_start.batch_size": 4, "learner.learning_rate": 1e-4}
 
     def words(folder: Path, command: str = "train", **given: object) -> list[str]:
-        slow = {"learner.learning_rate": 1e-4} if command == "train" else {}
-        return run_words(folder, command, **few | slow | given)
+        slow = few if command == "train" else {"prompts_per_step": 4}
+        return run_words(folder, command, **slow | given)
 
     return words
 
@@ -227,7 +227,7 @@ def test_a_run_of_two_ranks_through_accelerate_is_that_of_one(run, tmp_path):
 @pytest.mark.slow
 def test_supervised_fine_tuning_of_two_ranks_is_that_of_one(run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    given = {"rewards": "[{function: gsm8k}]", "warm_start.steps": 3}
+    given = {"rewards": "[{function: gsm8k}]", "steps": 3}
     subprocess.run([sys.executable, *run(one, command="sft", **given)], check=True, capture_output=True)
     ended = end_of(start_ranks(run(two, command="sft", **given)))
     assert [code for code, _, _ in ended] == [0, 0], ended
