@@ -560,10 +560,10 @@ def test_a_run_whose_last_evaluation_was_cut_off_is_evaluated_when_it_is_resumed
     config = micro_config(tmp_path / "r", **{"eval.limit": 3})
     evaluate = HeldOut.evaluate
 
-    def cut_off(self, step, when=None):
+    def cut_off(self, step, *rest):
         if step == 3:
             raise KeyboardInterrupt
-        return evaluate(self, step, when)
+        return evaluate(self, step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(HeldOut, "evaluate", cut_off)

@@ -164,10 +164,10 @@ def test_contract_9_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on
     train(micro_config(tmp_path / "whole", **SMALL | given))
     folder, record = tmp_path / "run", HeldOut.evaluate
 
-    def interrupted(self, step, when=None):
+    def interrupted(self, step, *rest):
         if step == 2:
             _terminate()
-        return record(self, step, when)
+        return record(self, step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(HeldOut, "evaluate", interrupted)
@@ -181,10 +181,10 @@ def test_contract_9_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on
 def test_a_stop_in_the_last_evaluation_loses_nothing(micro_config, whole, tmp_path, monkeypatch):
     folder, record = tmp_path / "run", HeldOut.evaluate
 
-    def interrupted(self, step, when=None):
+    def interrupted(self, step, *rest):
         if step == 3:
             _terminate()
-        return record(self, step, when)
+        return record(self, step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(HeldOut, "evaluate", interrupted)
