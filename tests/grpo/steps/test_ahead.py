@@ -221,7 +221,8 @@ def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
 
     def learn(self, **given):
         metrics = step(self, **given)
-        updated.set() if self.step == batch - 2 else None
+        if self.step == batch - 2 and not self.run.inner:  # the warm start has steps, too
+            updated.set()
         return metrics
 
     def ending(self, number, *arguments):
