@@ -44,7 +44,7 @@ def _named(pattern: str, fields: dict[str, Any]) -> dict[str, int]:
 
 
 def has_windows(config: PretrainedConfig) -> bool:
-    """Whether windows, chunks, blocks or an indexer make long prompts something else than short ones."""
+    """Tells whether windows, chunks, blocks or an indexer make long prompts something else than short ones."""
     fields = config.get_text_config(decoder=True).to_dict()
     return any(_named(WINDOWS, fields).values()) or any(fields.get(name) for name in (*BUDGETS, "compress_rates"))
 

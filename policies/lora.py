@@ -86,7 +86,7 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether this computes x W. Some models have linear layers that compute something else."""
+    """Tells whether this computes x W. Some models have linear layers that compute something else."""
     own = type(layer).forward not in (nn.Linear.forward, Conv1D.forward)
     return not (own and type(layer).__module__.startswith("transformers.models."))
 

@@ -43,7 +43,7 @@ class Paths:
         return f"sampled by {SAMPLERS[self.sampler]}; {ROWS[self.rows]}"
 
     def to_bytes(self) -> bytes:
-        """As it travels to a worker."""
+        """Writes it as JSON, which travels to a worker."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod

@@ -102,7 +102,7 @@ class Policy(nn.Module):
 
     @property
     def output(self) -> LMHead:
-        """How logits follow from hidden states."""
+        """Says how logits follow from hidden states."""
         bias = getattr(self.trunk.get_output_embeddings(), "bias", None)
         return LMHead(self.lm_head, bias, *scale_and_cap(self.config.get_text_config(decoder=True)))
 
@@ -158,8 +158,8 @@ class Policy(nn.Module):
         return {"full_attention": mask, "sliding_attention": of_window} if by_layer else of_window
 
     def _hidden_alone(self, token_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
-        """The same, each completion read with its prompt in a row of its own, by the model's own masks and positions.
-        What comes after a row is padding, which a causal model does not see."""
+        """Reads each completion with its prompt in a row of its own, by the model's own masks and positions, and gives
+        the same as `hidden`. What comes after a row is padding, which a causal model does not see."""
         rows, places = [], []
         for b, segment in enumerate(segment_BT):
             for number in range(1, max(int(segment.max()), 1) + 1):

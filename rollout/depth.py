@@ -40,7 +40,7 @@ class Workload:
 
     @classmethod
     def of(cls, params: SamplingParams, rows: int, longest_prompt: int = PROMPT_TOKENS) -> Workload:
-        """That of these parameters.
+        """Gives the workload of these parameters.
 
         >>> Workload.of(SamplingParams(max_completion_tokens=200, compiled=True), rows=64)
         Workload(rows=64, completion_tokens=200, graphs=296)
@@ -232,7 +232,7 @@ def draft_gain(completions: Iterable[Completion]) -> float | None:
 
 
 def drafts_by_depth(completions: Iterable[Completion]) -> list[tuple[int, int]]:
-    """How many drafts were made at each depth, and how many of them were accepted."""
+    """Counts the drafts that were made at each depth, and those of them that were accepted."""
     drafts = [completion.draft for completion in completions]
     made = map(sum, zip_longest(*(draft.drafted for draft in drafts), fillvalue=0))
     accepted = map(sum, zip_longest(*(draft.accepted for draft in drafts), fillvalue=0))

@@ -43,8 +43,8 @@ def drop_unused(
     options: dict[str, Any], known: Set[str], elsewhere: Mapping[str, Any], tell: Callable[[str], None] | None = None
 ) -> None:
     """Takes out what the command, which has the `known` options, would not use: options that other commands have, with
-    their defaults `elsewhere`, or that are gone. With `tell` it takes out those with other values, too: a run that goes
-    on has recorded them, and it hears of what is gone."""
+    their defaults `elsewhere`, or that are gone. With `tell` it takes out those with other values, too, since an older
+    run has recorded them; `tell` is called with each option that is gone."""
     for name, items in options.items():
         for item in items if isinstance(items, list) else ():
             for last in list(item) if isinstance(item, dict) else ():
@@ -76,7 +76,7 @@ def new_key(command: str, key: str) -> str:
 
 
 def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
-    """Gives options of `quartet COMMAND`, by section, today's names. `tell` hears of each that has another one now."""
+    """Gives options of `quartet COMMAND`, by section, today's names. `tell` is called with each old and new name."""
     options: dict[str, Any] = _copy(former)
     if command and isinstance(dataset := options.get("data"), str):
         options["data"] = {"name": dataset}

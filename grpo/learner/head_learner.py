@@ -69,8 +69,8 @@ class HeadLearner(Learner):
 
     @property
     def tv(self) -> bool:
-        """Whether an epoch minimises total variation. By KL a head is as unsure as the mean of all that the trunk could
-        mean, and where it has learned nothing yet the gradient of total variation vanishes."""
+        """Tells whether an epoch minimises total variation. The first do not: where the draft head has learned nothing,
+        that gradient vanishes. KL alone would leave it as unsure as the mean of all that the trunk could mean."""
         return self.stage > 0
 
     # ---- the corpus ---------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def check(name: str) -> str:
 
 
 def meaning(name: str) -> str:
-    """What a metric means; "" where nothing documents it."""
+    """Says what a metric means; "" where nothing documents it."""
     try:
         return documented()[check(name)]
     except ValueError:

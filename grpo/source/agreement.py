@@ -22,7 +22,7 @@ from rollout.sampling import SamplingParams
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a log-probability; what is really wrong is off by more
 EXACT = 1e-4  # the same of a small model with random weights in float32
-STOCK = 3e-3  # by transformers' own cache there, which rounds otherwise than its forward (Nemotron-H)
+STOCK = 3e-3  # by transformers' own cache, which rounds otherwise than its forward (Nemotron-H)
 PROMPTS, TOKENS = (5, 21), 8  # tokens of a prompt, and of a completion
 GROUPS = (2, 6)  # completions of a row: few, which a mask reads faster, and many, where blocks pay (see Packing.pays)
 READERS = {"states": "the LM head", "sampler": "the sampler", "rows": "the learner"}
@@ -87,7 +87,7 @@ def _choose(policy: Policy, name: str, words: Mapping[Any, str], scores: Scores,
             fault = f"{type(error).__name__}: {error}"
             continue
         difference = (by_path - own).abs().max().item()
-        if difference <= (tolerance if path == paths[0] else max(tolerance, STOCK)):
+        if difference <= (max(tolerance, STOCK) if path in ("joined", "apart") else tolerance):
             return
         fault = f"log-probabilities differ from those of its own forward by {difference:.1g}"
     raise _refusal(

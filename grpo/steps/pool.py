@@ -81,7 +81,7 @@ def sampling_of(run: Run[Any], policy: Policy, group_size: int, *, rounds: int =
 
 
 def sampling_of_steps(run: Run[TrainConfig], task: Task, policy: Policy) -> SamplingParams:
-    """How the steps of a run of GRPO sample."""
+    """Tells how the steps of a run of GRPO sample."""
     config, options, shard, rounds = run.config, run.config.rollout, run.config.rollout.prompts_per_shard, 0
     if shard * options.group_size <= FEW_ROWS:
         rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens

@@ -197,8 +197,8 @@ class LatentCache:
         return out.reshape(rows, new, heads, self.value_width)
 
     def _masks_within(self, window: int, heads: int) -> tuple[Tensor, Tensor | None]:
-        """The masks of the rows' entries [R, N, T] and of their prompts' [P, N, T]. Where a window has left a prompt
-        behind, all of it has the lowest number and not minus infinity, of which a kernel would make NaN."""
+        """Gives the masks of the rows' entries [R, N, T] and of their prompts' [P, N, T]. A prompt that a window has
+        passed is masked by a low number: of minus infinity everywhere a kernel would make NaN."""
         if window not in self._windows:
             at_RS1, dtype = self._at_RS[..., None], self.layers_RTE[0].dtype
             columns = torch.arange(self._reach, device=at_RS1.device)

@@ -506,7 +506,7 @@ def _cell(row: Row, column: str) -> str:
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """What to do, row by row."""
+    """Says what to do, row by row."""
     return [
         f"{row.name}{': wrong in ' * bool(row.wrong)}{', '.join(row.wrong)}: {row.advice}" for row in rows if row.advice
     ]

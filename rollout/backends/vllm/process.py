@@ -31,7 +31,7 @@ def interpreter() -> Path:
 
 
 def state_of(python: Path) -> dict[str, Any]:
-    """What a server with this interpreter would say of itself. Raises RolloutError where it cannot start."""
+    """Asks a server with this interpreter what it says of itself. Raises RolloutError where it cannot start."""
     command = [str(python), str(SERVER), "--state"]
     try:
         done = subprocess.run(
