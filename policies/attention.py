@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, flex_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from policies.scoring import capped, sdpa, with_sink
 
 ATTENTION = "sdpa_packed"
 PROMPT_ATTENTION = "prompt_attention"  # a field of config.json that only we read
-BEYOND = ("softcap", "s_aux", "position_bias")  # some models add these to their scores
 PIECE = 2048  # queries of a block; rows up to it have the same bits as without pieces
 STRIP = 1024  # queries for which tiles are found at a time, a multiple of their 128
 NARROWEST = 16  # head of flex attention on CUDA
@@ -227,14 +227,14 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, cap: float | None
     ) -> tuple[Tensor, Tensor]:
         k, v = _for_every_head(query, key, value)
         wide = torch.promote_types(query.dtype, torch.float32)
         out = query.new_zeros(*query.shape[:3], v.shape[-1], dtype=wide)
         total = query.new_full(query.shape[:3], -torch.inf, dtype=wide)  # logarithms of the denominators so far
         for block in packing.blocks:
-            scores_HQK = _scores(query, k, block, scale)
+            scores_HQK = _scores(query, k, block, scale, cap)
             here, before = _at(out, block), _at(total, block)
             after = torch.logaddexp(before, scores_HQK.logsumexp(-1))
             weights = scores_HQK.sub_(after[..., None]).exp_().to(v.dtype)
@@ -242,7 +242,7 @@ class _PackedAttention(torch.autograd.Function):
             before.copy_(after)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, total)
-        ctx.packing, ctx.scale = packing, scale
+        ctx.packing, ctx.scale, ctx.cap = packing, scale, cap
         ctx.set_materialize_grads(False)
         return out, total
 
@@ -255,26 +255,28 @@ class _PackedAttention(torch.autograd.Function):
         along = (grad * out).sum(-1, dtype=total.dtype)
         along = along if grad_total is None else along - grad_total
         for block in ctx.packing.blocks:
-            weights_HQK = _scores(query, k, block, ctx.scale).sub_(_at(total, block)[..., None]).exp_()
+            scores_HQK = _scores(query, k, block, ctx.scale, ctx.cap)
+            slope = None if ctx.cap is None else 1 - (scores_HQK.clamp(min=-ctx.cap) / ctx.cap) ** 2
+            weights_HQK = scores_HQK.sub_(_at(total, block)[..., None]).exp_()
             g, (k_here, v_here) = _at(grad, block), (x[block.row, :, block.keys] for x in (k, v))
             of_v[block.row, :, block.keys] += weights_HQK.to(v.dtype).transpose(1, 2) @ g
             weights_HQK *= (g @ v_here.transpose(1, 2)) - _at(along, block)[..., None]
-            of_scores = weights_HQK.mul_(ctx.scale).to(k.dtype)
+            of_scores = weights_HQK.mul_(ctx.scale if slope is None else ctx.scale * slope).to(k.dtype)
             _at(of_q, block).add_(of_scores @ k_here)
             of_k[block.row, :, block.keys] += of_scores.transpose(1, 2) @ _at(query, block)
         of_k, of_v = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (of_k, of_v))
-        return of_q, of_k, of_v, None, None
+        return of_q, of_k, of_v, None, None, None
 
 
 def _at(x_BHT: Tensor, block: Block) -> Tensor:
     return x_BHT[block.row, :, block.queries]
 
 
-def _scores(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
+def _scores(query: Tensor, key: Tensor, block: Block, scale: float, cap: float | None) -> Tensor:
     """Computes [H, queries, keys] in float32 or above, -inf for keys after their query."""
     wide = torch.promote_types(query.dtype, torch.float32)
     keys = key[block.row, :, block.keys].to(wide)
-    scores = (_at(query, block).to(wide) @ keys.transpose(1, 2)).mul_(scale)
+    scores = capped((_at(query, block).to(wide) @ keys.transpose(1, 2)).mul_(scale), cap)
     some = scores[:, : max(keys.shape[1] - 1 - block.ahead, 0)]  # the queries that do not see all of the keys
     later = torch.ones(some.shape[1:], dtype=torch.bool, device=key.device).triu_(1 + block.ahead)
     some.masked_fill_(later, -torch.inf)
@@ -287,12 +289,13 @@ def _for_every_head(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attends by queries [B, H, Q, K] to keys [B, h, T, K] and values [B, h, T, V]; h divides H. Returns [B, Q, H, V],
     and [B, H, Q], the logarithm of the softmax's denominator, by which more keys can be merged.
 
-    Both are differentiable. For padding they are those of its own key, or by blocks zero and minus infinity.
+    Both are differentiable. For padding they are those of its own key, or by blocks zero and minus infinity. With `cap`
+    c a score s becomes c tanh(s / c), on a CPU only.
     """
     if _by_tiles(query):
         q, k, v = _wide_enough(query, key, value)
@@ -300,7 +303,7 @@ def packed_attention(
         out, aux = compile_friendly_flex_attention(q, k, v, block_mask=packing.tiles, **options)
         out, total = out[..., : value.shape[-1]], aux.lse
     else:
-        out, total = _PackedAttention.apply(query, key, value, packing, scale)
+        out, total = _PackedAttention.apply(query, key, value, packing, scale, cap)
     return out.transpose(1, 2), total
 
 
@@ -332,21 +335,20 @@ def attend(
     if head_weights is not None:
         out, total = attend(module, query, key, value, attention_mask, scaling, dropout, packing=packing, **options)
         return out * head_weights[..., None].to(out.dtype), total
+    cap, sink, bias = (options.get(name) for name in ("softcap", "s_aux", "position_bias"))  # of a few models
     if isinstance(attention_mask, BlockMask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        beyond = {name for name in BEYOND if options.get(name) is not None}
-        if _by_tiles(query) and not (dropout or "position_bias" in beyond):
+        if _by_tiles(query) and not dropout and bias is None:
             wide = _wide_enough(query, key, value)
             out, total = flex_attention_forward(module, *wide, attention_mask, scaling=scale, **options)
             return out[..., : value.shape[-1]], total
-        if packing is not None and not (_by_tiles(query) or dropout or beyond):
-            return packed_attention(query, key, value, packing, scale)[0], None
+        if packing is not None and not (_by_tiles(query) or dropout) and bias is None:
+            out, total = packed_attention(query, key, value, packing, scale, cap)
+            return out if sink is None else with_sink(out, total.transpose(1, 2)[..., None], sink[:, None])[0], None
         if packing is None:
             visible = _visible(attention_mask.mask_mod, attention_mask.shape, query.device)
         attention_mask = packing.mask(query.dtype) if packing else _additive(visible, query.dtype)
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
-    )
+    return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
 
 
 AttentionInterface.register(ATTENTION, attend)

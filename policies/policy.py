@@ -32,6 +32,7 @@ from policies.mtp import MTPHead, cast_in_place
 from policies.paths import Paths
 from policies.publication import Publication
 from policies.routing.heads import with_dynamic_heads
+from policies.scoring import has_indexer
 
 __all__ = ["Policy", "PolicyError", "checkpoint_layers", "digest", "read_config", "read_tokenizer"]
 
@@ -55,7 +56,8 @@ class Policy(nn.Module):
         self.further_mtp: dict[str, Tensor] = {}
         self.processor: dict[str, bytes] = {}  # files that go with a model which reads pictures
         self.own_attention = trunk.config._attn_implementation  # of the trunk, as its makers have it
-        if self.own_attention == "sdpa":
+        # Torch's `sdpa` has neither sinks nor caps. Ours has them, as flex attention has them of models that name it.
+        if self.own_attention == "sdpa" or (trunk._supports_flex_attn and not trunk._supports_sdpa):
             trunk.config._attn_implementation = ATTENTION
         if self.backend == "native":  # vLLM reads them and routes differently without them; transformers ignores them
             trunk.config.update(FIXED_FIELDS)
@@ -135,7 +137,8 @@ class Policy(nn.Module):
     def hidden(self, token_ids_BT: Tensor, position_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
         """Final hidden states [B, T, D] of packed rows. `segment_BT` is 0 in a prompt, 1 … G in its completions and
         below 0 in padding; ones alone are ordinary causal rows. See `Packing` for what attends to what."""
-        if self.paths.rows == "alone":
+        leaves_out = has_indexer(self.config) and int(position_ids_BT.max()) >= self.max_length
+        if self.paths.rows == "alone" or leaves_out:
             return self._hidden_alone(token_ids_BT, segment_BT)
         packing = Packing(segment_BT, both_ways=sees_prompts_whole(self.config))
         return sharding.decoder(self.trunk)(
@@ -149,7 +152,7 @@ class Policy(nn.Module):
     def _mask(self, packing: Packing) -> Any:
         """The mask of packed rows: one for each kind of layer where the model attends by itself and a window slides."""
         how, dtype = self.config._attn_implementation, self.trunk.dtype
-        mask = packing.mask_for(how, dtype)
+        mask = packing.mask(dtype) if has_indexer(self.config) else packing.mask_for(how, dtype)
         windowed = packing if how == ATTENTION else packing.within(getattr(self.config, "sliding_window", None))
         if windowed is packing:
             return mask

@@ -13,16 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policies.scoring import capped
+
 ALIGNED = 16  # entries: where a row of torch's mask begins on CUDA
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
+def attention(
+    query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attended values [B, N, V], and the logarithms of the softmax's denominators [B, N, 1], in float32 or above.
 
     Keys are the last K entries of the cached vectors and values the first V. A query to which nothing is visible gets
-    arbitrary finite values.
+    arbitrary finite values. With `cap` c a score s becomes c tanh(s / c), which no kernel of torch computes.
     """
+    if cap is not None:
+        return plain_attention(query_BNK, cached_BTE, value_width, mask_BNT, cap)
     device, widths = query_BNK.device, (query_BNK.shape[-1], cached_BTE.shape[-1], value_width)
     if device.type == "cpu":
         attend = cpu_attention
@@ -33,10 +39,12 @@ def attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT:
     return attend(query_BNK, cached_BTE, value_width, mask_BNT)
 
 
-def plain_attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor) -> tuple[Tensor, Tensor]:
+def plain_attention(
+    query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT: Tensor, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attends by products and a softmax, on any device."""
     scores = query_BNK @ cached_BTE[..., -query_BNK.shape[-1] :].transpose(1, 2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + mask_BNT
+    scores = capped(scores.to(torch.promote_types(scores.dtype, torch.float32)), cap) + mask_BNT
     weights = scores.softmax(-1).nan_to_num()  # of a query to which nothing is visible
     return weights.to(cached_BTE.dtype) @ cached_BTE[..., :value_width], scores.logsumexp(-1, keepdim=True)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policies.decoding.kernels import attention
+from policies.scoring import PLAIN, Scoring, with_sink
 
 
 @dataclass
@@ -168,14 +169,13 @@ class LatentCache:
         self._mask_RNT: Tensor | None = None  # the same for every attention head; made when their number is known
         self._windows: dict[int, tuple[Tensor, Tensor | None]] = {}  # the masks of layers whose window slides
 
-    def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor, window: int | None = None) -> Tensor:
-        """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V]. With `window` a token
-        attends to so many before it, itself included.
+    def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
+        """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V]. A sink is [R, H] here.
 
         The key of a cached vector is its last K entries: the whole vector, or only its rotated part if the policy has
         no unrotated key. The query includes the softmax scale already.
         """
-        rows, new, heads, key_width = query_RSHK.shape
+        (rows, new, heads, key_width), (window, cap, sink) = query_RSHK.shape, scoring
         latents_RTE = self.layers_RTE[layer]
         latents_RTE.view(-1, latents_RTE.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
         query = query_RSHK.reshape(rows, new * heads, key_width)
@@ -184,11 +184,13 @@ class LatentCache:
         mask_RNT, of_prefix = self._mask_RNT, None
         if window is not None and window < self._reach + (0 if self.prefix is None else self.prefix.longest):
             mask_RNT, of_prefix = self._masks_within(window, heads)
-        out, total = attention(query, latents_RTE[:rows, : self._reach], self.value_width, mask_RNT)
+        out, total = attention(query, latents_RTE[:rows, : self._reach], self.value_width, mask_RNT, cap)
+        if sink is not None:
+            out, total = with_sink(out, total, sink.repeat(1, new)[..., None])
         if self.prefix is not None:
             latents = self.prefix.latents_LPTE[layer]
             mask = self.prefix.mask_P1T(self.first) if of_prefix is None else of_prefix
-            shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, mask)
+            shared_out, shared_total = attention(self.prefix.by_prompt(query), latents, self.value_width, mask, cap)
             if self.first:  # in a prompt of one token nothing is visible
                 shared_total = shared_total + mask.amax(-1, keepdim=True)
             shared_out, shared_total = (self.prefix.by_row(x, new * heads) for x in (shared_out, shared_total))

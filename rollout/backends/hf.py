@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from policies.attention import attending_by
 from policies.decoding.latent_cache import LatentCache, Prefix
 from policies.policy import Policy
+from policies.scoring import Scoring, has_indexer, sdpa
 
 ATTENTION = "quartet"
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # some models add these to their scores
 
 
 class PromptCache:
@@ -32,6 +31,7 @@ class PromptCache:
 
     def __init__(self) -> None:
         self.layers: dict[int, Tensor] = {}
+        self.value_widths: dict[int, int] = {}
 
     def plan(self, new: int) -> None:
         self.layers.clear()
@@ -43,25 +43,38 @@ class PromptCache:
         key_PKTD: Tensor,
         value_PKTD: Tensor,
         scale: float,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Plain causal attention [P, T, H, ·]. Tokens of a prompt never attend to the padding after it."""
         self.layers[module.layer_idx] = torch.cat([value_PKTD, key_PKTD], dim=-1)
-        self.value_width = value_PKTD.shape[-1]
-        options: dict[str, Any] = {"attention_mask": None, "is_causal": True}
+        self.value_widths[module.layer_idx] = value_PKTD.shape[-1]
+        window, cap, sink = scoring
+        mask = None
         if window is not None and query_PHTD.shape[2] > window:
             ones = torch.ones(query_PHTD.shape[2], query_PHTD.shape[2], dtype=torch.bool, device=query_PHTD.device)
-            options = {"attention_mask": ones.tril().triu(1 - window), "is_causal": False}
-        return sdpa_attention_forward(module, query_PHTD, key_PKTD, value_PKTD, scaling=scale, **options)[0]
+            mask = ones.tril().triu(1 - window)
+        options = {"scaling": scale, "softcap": cap, "s_aux": sink, "is_causal": mask is None}
+        if cap is None and sink is None:
+            return sdpa(module, query_PHTD, key_PKTD, value_PKTD, mask, **options)[0]
+        # One prompt after another, since all of its scores are in memory.
+        prompts = zip(query_PHTD[:, None], key_PKTD[:, None], value_PKTD[:, None], strict=True)
+        return torch.cat([sdpa(module, *prompt, mask, **options)[0] for prompt in prompts])
 
     def advance(self, lengths_P: Tensor) -> None:
         self.lengths = lengths_P
 
-    def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> RowCache:
+    def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> RowCache | RowCaches:
         """The cache of P · G empty rows that continue these prompts, with room for `capacity` tokens each."""
         if not self.layers:
             raise ValueError("its layers do not attend through the attention interface of transformers")
-        entries_LPKTE = torch.stack([self.layers[layer] for layer in sorted(self.layers)])
+        alike: dict[tuple[int, ...], list[int]] = {}  # layers by heads and widths
+        for layer in sorted(self.layers):
+            alike.setdefault((*self.layers[layer].shape, self.value_widths[layer]), []).append(layer)
+        caches = [self._fan_out(layers, group_size, capacity) for layers in alike.values()]
+        return caches[0] if len(caches) == 1 else RowCaches(caches)
+
+    def _fan_out(self, layers: list[int], group_size: int, capacity: int) -> RowCache:
+        entries_LPKTE = torch.stack([self.layers[layer] for layer in layers])
         prompts, heads = entries_LPKTE.shape[1:3]
         device, count = entries_LPKTE.device, prompts * heads
         prefix = Prefix(
@@ -69,17 +82,17 @@ class PromptCache:
             self.lengths.repeat_interleave(heads),
             torch.arange(count, device=device).repeat_interleave(group_size),
         )
-        latents = LatentCache.after(prefix, capacity, self.value_width)
+        latents = LatentCache.after(prefix, capacity, self.value_widths[layers[0]])
         slots = torch.arange(count * group_size, device=device).view(prompts, heads, group_size)
-        return RowCache(latents, slots.transpose(1, 2).reshape(-1, heads))
+        return RowCache(latents, slots.transpose(1, 2).reshape(-1, heads), layers)
 
 
 class RowCache:
-    """Keys and values of the rows. `slots_RK`: the place of each KV head of each row in the latent cache, which needs
-    those of one prompt and attention head side by side, [P, K, G], while rows are [P, G]."""
+    """Keys and values of the rows in layers that are alike. `slots_RK`: the place of each KV head of each row in the
+    latent cache, which needs those of one prompt and attention head side by side, [P, K, G], while rows are [P, G]."""
 
-    def __init__(self, latents: LatentCache, slots_RK: Tensor) -> None:
-        self.latents = latents
+    def __init__(self, latents: LatentCache, slots_RK: Tensor, layers: list[int]) -> None:
+        self.latents, self.layers = latents, layers
         self._place(slots_RK)
 
     def _place(self, slots_RK: Tensor) -> None:
@@ -95,15 +108,16 @@ class RowCache:
         key_RKSD: Tensor,
         value_RKSD: Tensor,
         scale: float,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Append the new tokens and attend, [R, S, H, ·]."""
         rows, heads = self.slots_RK.shape
         query_RKSND = (query_RHSD * scale).unflatten(1, (heads, -1)).transpose(2, 3)
         entries_RKSE = torch.cat([value_RKSD, key_RKSD], dim=-1)
-        out = self.latents.attend(
-            module.layer_idx, query_RKSND.flatten(0, 1)[self.order], entries_RKSE.flatten(0, 1)[self.order], window
-        )
+        query, entries = (x.flatten(0, 1)[self.order] for x in (query_RKSND, entries_RKSE))
+        if scoring.sink is not None:
+            scoring = scoring._replace(sink=scoring.sink.view(heads, -1).repeat(rows, 1)[self.order])
+        out = self.latents.attend(self.layers.index(module.layer_idx), query, entries, scoring)
         out_RKSNV = out[self.slots_RK.flatten()].unflatten(0, (rows, heads))
         return out_RKSNV.transpose(1, 2).flatten(2, 3)
 
@@ -115,7 +129,7 @@ class RowCache:
         caches = [self, *others]
         before = accumulate((cache.slots_RK.numel() for cache in caches), initial=0)
         slots = [cache.slots_RK + count for cache, count in zip(caches, before, strict=False)]
-        return RowCache(self.latents.join([cache.latents for cache in others]), torch.cat(slots))
+        return RowCache(self.latents.join([cache.latents for cache in others]), torch.cat(slots), self.layers)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in ascending order, and drop the others."""
@@ -128,14 +142,50 @@ class RowCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         slots_RK = self.slots_RK[rows]
         order = slots_RK.flatten().sort().values
-        return RowCache(self.latents.take(order), torch.searchsorted(order, slots_RK))
+        return RowCache(self.latents.take(order), torch.searchsorted(order, slots_RK), self.layers)
 
     def put(self, rows: Tensor, cache: RowCache) -> None:
         """The inverse of `take`."""
         self.latents.put(self.slots_RK[rows].flatten().sort().values, cache.latents)
 
 
-_CACHE: ContextVar[PromptCache | RowCache] = ContextVar("cache of the forward that runs")
+class RowCaches:
+    """Keys and values of the rows where layers differ in their heads: a `RowCache` for each shape, used alike."""
+
+    def __init__(self, caches: Sequence[RowCache]) -> None:
+        self.caches = caches
+        self.of_layer = {layer: cache for cache in caches for layer in cache.layers}
+
+    def plan(self, new: int) -> None:
+        for cache in self.caches:
+            cache.plan(new)
+
+    def attend(self, module: nn.Module, *arguments: Any) -> Tensor:
+        return self.of_layer[module.layer_idx].attend(module, *arguments)
+
+    def advance(self, kept_R: Tensor) -> None:
+        for cache in self.caches:
+            cache.advance(kept_R)
+
+    def join(self, others: Sequence[RowCaches]) -> RowCaches:
+        joined = []
+        for place, cache in enumerate(self.caches):
+            joined.append(cache.join([other.caches[place] for other in others]))
+        return RowCaches(joined)
+
+    def select(self, rows: Tensor) -> None:
+        for cache in self.caches:
+            cache.select(rows)
+
+    def take(self, rows: Tensor, new: Tensor) -> RowCaches:
+        return RowCaches([cache.take(rows, new) for cache in self.caches])
+
+    def put(self, rows: Tensor, cache: RowCaches) -> None:
+        for here, there in zip(self.caches, cache.caches, strict=True):
+            here.put(rows, there)
+
+
+_CACHE: ContextVar[PromptCache | RowCache | RowCaches] = ContextVar("cache of the forward that runs")
 
 
 def _attend(
@@ -146,12 +196,13 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    if added := [name for name in UNSUPPORTED if options.get(name) is not None]:
-        raise ValueError(f"{type(module).__name__} adds {added[0]} to its attention scores, which rollouts cannot do")
+    if options.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds position_bias to its scores, which rollouts cannot do")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _CACHE.get().attend(module, query, key, value, scale, sliding_window), None
+    scoring = Scoring(sliding_window, options.get("softcap"), options.get("s_aux"))
+    return _CACHE.get().attend(module, query, key, value, scale, scoring), None
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -166,18 +217,25 @@ class HFTrunk:
         self.config, self.decoder, self.dtype = policy.config, policy.trunk.get_decoder(), dtype
         self.embedding = policy.trunk.get_input_embeddings().weight.detach()
         self.logits = policy.output.logits
+        self.has_indexer = has_indexer(policy.config)
         self.device: torch.device = self.embedding.device
 
     def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> PromptCache:
         return PromptCache()
 
-    def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: PromptCache | RowCache) -> Tensor:
+    def __call__(
+        self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: PromptCache | RowCache | RowCaches
+    ) -> Tensor:
         """Final hidden states [B, S, D], after the last norm."""
-        cache.plan(token_ids_BS.shape[1])
+        rows, new = token_ids_BS.shape
+        cache.plan(new)
+        options: dict[str, Any] = {"position_ids": position_ids_BS, "use_cache": False}
+        if self.has_indexer:
+            options["attention_mask"] = torch.ones(rows, 1, new, new, dtype=torch.bool, device=self.device)
         active = _CACHE.set(cache)
         try:
             with attending_by(self.config, ATTENTION):
-                out = self.decoder(input_ids=token_ids_BS, position_ids=position_ids_BS, use_cache=False)
+                out = self.decoder(input_ids=token_ids_BS, **options)
         finally:
             _CACHE.reset(active)
         return out.last_hidden_state

@@ -36,6 +36,9 @@ KINDS: dict[str, dict] = {
 INKLING = {"head_dim": 8, "swa_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "d_rel": 4}
 INKLING |= {"rel_extent": 32, "sliding_window_size": 16, "moe_intermediate_size": 16, "n_routed_experts": 4}
 INKLING |= {"num_experts_per_tok": 2, "n_shared_experts": 1}
+INDEXER = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 6}
+INDEXER |= {"qk_rope_head_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64, "n_routed_experts": 4}
+INDEXER |= {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
 def _row() -> PackedRow:
@@ -216,8 +219,9 @@ def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
         ("cohere", {}, Paths()),
         ("phi", {}, Paths()),  # its LM head has a bias
         ("gpt2", {"n_positions": 256}, Paths("own", "alone")),
-        ("gemma2", {"head_dim": 8}, Paths("joined")),  # its scores are capped
-        ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, Paths("joined")),  # sinks
+        ("gemma2", {"head_dim": 8}, Paths()),  # its scores are capped
+        ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, Paths()),  # sinks
+        ("glm_moe_dsa", INDEXER, Paths()),
         ("bloom", {"max_position_embeddings": None}, Paths("joined", "alone")),
         ("falcon", {}, Paths("joined", "alone")),  # it asks for torch's attention by its name
         ("inkling_text", INKLING, Paths("joined", "alone")),

@@ -122,7 +122,7 @@ def test_bfloat16_is_as_near_as_torchs_own():
 @pytest.mark.parametrize("handed_on", [True, False])
 def test_what_the_kernel_cannot_do_goes_to_transformers_with_a_dense_mask(given, handed_on, monkeypatch):
     seen = []
-    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **options: seen.append((args[4], options)))
+    monkeypatch.setattr(attention, "sdpa", lambda *args, **options: seen.append((args[4], options)))
     mini = rows((2, [3, 3, 3]))
     packing = Packing(mini.segment)
     mask = packing.mask_for(attention.ATTENTION, torch.float64)
@@ -164,6 +164,26 @@ def test_a_group_is_attended_packed_and_scaled_as_usual():
     mask = packing.mask_for(attention.ATTENTION, torch.float64)
     out, _ = attend(torch.nn.Module(), query, key, value, mask, packing=packing)
     assert torch.equal(out, packed_attention(query, key, value, packing, 0.5)[0])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("cap", "sinks"), [(None, [0.5, -1.0, 2.0, 0.0]), (1.5, None), (1.5, [0.5, -1.0, 2.0, 0.0])])
+def test_capped_scores_and_sinks_have_the_values_and_gradients_of_all_scores(cap, sinks, window):
+    mini = rows((2, [6, 5, 6]), (4, [3]))
+    packing, real = Packing(mini.segment), mini.segment >= 0
+    results = []
+    for mask in (packing.mask_for(attention.ATTENTION, torch.float64), packing.within(window).mask(torch.float64)):
+        tensors = inputs(mini, 4, 2, 8, 6)
+        if sinks is not None:
+            tensors.append(torch.tensor(sinks, dtype=torch.float64, requires_grad=True))
+        given = {"softcap": cap, "s_aux": None if sinks is None else tensors[-1], "sliding_window": window}
+        by_blocks = {"packing": packing} if isinstance(mask, flex.BlockMask) else {}
+        out, _ = attend(torch.nn.Module(), *tensors[:3], mask, scaling=SCALE, **given, **by_blocks)
+        weights = torch.randn(out[real].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (out[real] * weights).sum().backward()
+        results.append([out[real], *(x.grad for x in tensors)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def gradients_of(policy, mini, segment, checkpointing):

@@ -402,3 +402,25 @@ def test_the_checkpoint_can_be_moved(saved, tmp_path):
     expected = tensors(Policy.load(saved))
     shutil.move(saved, tmp_path / "elsewhere")
     assert_same(tensors(Policy.load(tmp_path / "elsewhere")), expected)
+
+
+@pytest.mark.parametrize(("prompt", "implementation"), [(5, "sdpa_packed"), (20, "sdpa")])
+def test_packed_rows_of_a_model_with_an_indexer_are_right_also_where_it_leaves_tokens_out(
+    hf_policy, prompt, implementation
+):
+    """The packed row is always longer than the 12 tokens that the indexer chooses, and its sequences only once."""
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 6}
+    indexer = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 12}
+    policy = hf_policy("deepseek_v32", 3, num_key_value_heads=4, first_k_dense_replace=3, **ranks, **indexer)
+    given = torch.randint(2, 200, (prompt,), generator=torch.Generator().manual_seed(0))
+    completions = torch.randint(2, 200, (4, 6), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat([given, completions.flatten()])[None]
+    places = torch.cat([torch.arange(prompt), *[torch.arange(prompt, prompt + 6)] * 4])[None]
+    segment = torch.tensor([[0] * prompt + [number for number in (1, 2, 3, 4) for _ in range(6)]])
+    with torch.no_grad():
+        hidden = policy.hidden(ids, places, segment)[0, prompt:].view(4, 6, -1)
+        assert policy.config._attn_implementation == implementation
+        policy.config._attn_implementation = policy.own_attention
+        rows = torch.cat([given.expand(4, -1), completions], dim=1)
+        own = policy.trunk.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state[:, prompt:]
+    torch.testing.assert_close(hidden, own, rtol=1e-4, atol=1e-4)

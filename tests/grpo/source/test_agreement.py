@@ -42,7 +42,7 @@ def test_a_window_that_short_rows_never_leave_is_tried(hf_policy, monkeypatch, c
     assert policy.config.sliding_window == 128
     monkeypatch.setattr(Packing, "within", lambda self, window: self)
     check_agreement(policy)
-    assert policy.paths == Paths("joined", "alone")
+    assert policy.paths == Paths("own", "alone")
 
 
 def test_float32_without_windows_builds_nothing(hf_policy, cuts):

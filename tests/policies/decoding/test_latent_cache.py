@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.decoding.latent_cache import LatentCache, Prefix
+from policies.scoring import PLAIN, Scoring, capped
 
 WIDTH, VALUE, HEADS = 5, 3, 2
 
@@ -17,26 +18,33 @@ def make(rows: int, capacity: int = 16, layers: int = 2, first: int = 0) -> Late
     return LatentCache(shape, VALUE, dtype=torch.float32, device=torch.device("cpu"), first=first)
 
 
-def attend_by_hand(query_HK: torch.Tensor, seen_TE: torch.Tensor) -> torch.Tensor:
-    scores = query_HK @ seen_TE[:, -query_HK.shape[-1] :].T
-    return scores.softmax(-1) @ seen_TE[:, :VALUE]
+def attend_by_hand(query_HK: torch.Tensor, seen_TE: torch.Tensor, scoring: Scoring = PLAIN) -> torch.Tensor:
+    scores = capped(query_HK @ seen_TE[:, -query_HK.shape[-1] :].T, scoring.cap)
+    if scoring.sink is not None:
+        scores = torch.cat([scores, scoring.sink[0, :, None]], dim=-1)
+    return scores.softmax(-1)[:, : len(seen_TE)] @ seen_TE[:, :VALUE]
 
 
 class Rows:
     """A cache beside plain lists of what every row has kept: one [L, E] tensor a token."""
 
-    def __init__(self, cache: LatentCache, seen: list[list[torch.Tensor]], key_width: int = WIDTH) -> None:
-        self.cache, self.seen, self.key_width = cache, seen, key_width
+    def __init__(
+        self, cache: LatentCache, seen: list[list[torch.Tensor]], key_width: int = WIDTH, scoring: Scoring = PLAIN
+    ) -> None:
+        self.cache, self.seen, self.key_width, self.scoring = cache, seen, key_width, scoring
 
     def step(self, new: int, kept: list[int]) -> None:
         layers, rows = len(self.cache.layers_RTE), len(self.seen)
         queries, vectors = torch.randn(layers, rows, new, HEADS, self.key_width), torch.randn(layers, rows, new, WIDTH)
         self.cache.plan(new)
         for layer in range(layers):
-            out = self.cache.attend(layer, queries[layer], vectors[layer])
+            scoring = self.scoring
+            if scoring.sink is not None:
+                scoring = scoring._replace(sink=scoring.sink.expand(rows, -1))
+            out = self.cache.attend(layer, queries[layer], vectors[layer], scoring)
             for r, s in itertools.product(range(rows), range(new)):
                 seen = torch.stack([*(entry[layer] for entry in self.seen[r]), *vectors[layer, r, : s + 1]])
-                torch.testing.assert_close(out[r, s], attend_by_hand(queries[layer, r, s], seen))
+                torch.testing.assert_close(out[r, s], attend_by_hand(queries[layer, r, s], seen, self.scoring))
         for r, count in enumerate(kept):
             self.seen[r] += vectors[:, r, :count].unbind(1)
         self.cache.advance(torch.tensor(kept))
@@ -48,13 +56,14 @@ class Rows:
 
 @pytest.mark.parametrize("key_width", [WIDTH, 2])  # 2: keys are the rotated part alone
 @pytest.mark.parametrize("shared", [False, True])
-def test_attention_equals_loops(shared, key_width):
+@pytest.mark.parametrize("scoring", [PLAIN, Scoring(cap=0.7), Scoring(sink=torch.tensor([[0.5, -1.5]]))])
+def test_attention_equals_loops(shared, key_width, scoring):
     torch.manual_seed(0)
-    rows = Rows(make(3), [[], [], []], key_width)
+    rows = Rows(make(3), [[], [], []], key_width, scoring)
     rows.step(4, [4, 2, 1])
     if shared:
         seen = [list(row) for row in rows.seen for _ in range(2)]
-        rows = Rows(rows.cache.fan_out(2, 12), seen, key_width)
+        rows = Rows(rows.cache.fan_out(2, 12), seen, key_width, scoring)
         assert rows.cache.rows == 6
         rows.step(1, [1] * 6)
         rows.step(3, [0, 3, 1, 2, 0, 1])

@@ -10,7 +10,7 @@ import torch
 from policies.attention import attending_by
 from policies.paths import Paths
 from policies.policy import BOUNDLESS, Policy, PolicyError
-from rollout.backends.hf import RowCache
+from rollout.backends.hf import RowCache, RowCaches, _attend
 from rollout.cluster import start_ray
 from rollout.engine import Engine
 from rollout.faults import RolloutError
@@ -25,7 +25,8 @@ STOPS = tuple(range(7, 280, 15))
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 8 + n)]) for i, n in enumerate((9, 1, 17, 4, 4, 30))]
 PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=30, stop_token_ids=STOPS, seed=5, step=2)
 # As many KV heads as heads, one, and two; tied; biases; a norm on queries and keys; a head wider than its share;
-# layers that slide within a window longer than any row; learned positions; parallel blocks; experts.
+# layers that slide within a window longer than any row; learned positions; parallel blocks; experts; sinks; caps;
+# layers whose attention heads differ in number and width, and that read the keys of others; an indexer.
 KINDS: dict[str, dict] = {
     "llama": {"num_key_value_heads": 4},
     "qwen2": {"tie_word_embeddings": True},
@@ -34,6 +35,32 @@ KINDS: dict[str, dict] = {
     "gpt2": {"n_positions": 256},
     "gpt_neox": {},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    "gemma2": {"head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "sliding_window": 16,
+        "vocab_size_per_layer_input": 280,
+        "hidden_size_per_layer_input": 8,
+    },
+    "deepseek_v32": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 6,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 64,
+        "first_k_dense_replace": 3,
+    },
 }
 ESSENTIAL = ("llama", "qwen2", "qwen3")
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -130,7 +157,7 @@ def test_greedy_decoding_is_that_of_generate(hf_policy, kind):
         assert group.completions[0].token_ids == out[0, row.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("kind", ESSENTIAL)
+@pytest.mark.parametrize("kind", [*ESSENTIAL, "gemma4_text"])
 def test_contract_4_tokens_do_not_depend_on_what_runs_beside_them(hf_policy, kind):
     engine = Engine(hf_policy(kind, 4, **KINDS[kind]))
     together = tokens(engine.sample(PROMPTS, PARAMS))
@@ -216,9 +243,39 @@ def test_drafts_asked_of_a_model_without_a_head_are_refused(hf_policy):
         Engine(hf_policy("qwen2")).sample(PROMPTS, replace(PARAMS, draft_tokens=2))
 
 
-def test_attention_that_is_more_than_attention_is_refused(hf_policy):
-    with pytest.raises(ValueError, match="Gemma2Attention adds softcap to its attention scores"):
-        Engine(hf_policy("gemma2", head_dim=8)).sample(PROMPTS, PARAMS)
+def test_attention_that_is_more_than_attention_is_refused():
+    row = torch.zeros(1, 1, 1, 4)
+    with pytest.raises(ValueError, match="Module adds position_bias to its scores, which rollouts cannot do"):
+        _attend(torch.nn.Module(), row, row, row, None, position_bias=torch.zeros(1, 1, 1, 1))
+
+
+def test_layers_that_differ_have_caches_of_their_own(hf_policy):
+    """Rows that are taken, read something and are put back are in all of them what they are alone."""
+    policy = hf_policy("gemma4_text", 3, **KINDS["gemma4_text"])
+    trunk, expected = Engine(policy).decoder.trunk, []
+    ids, lengths = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([4, 2])
+    with torch.inference_mode():
+        for alone in (False, True):
+            prompts = trunk.cache(2, 0)
+            trunk(ids, torch.arange(4).expand(2, -1), prompts)
+            prompts.advance(lengths)
+            cache = prompts.fan_out(2, 8)
+            assert isinstance(cache, RowCaches)
+            assert [part.slots_RK.shape[1] for part in cache.caches] == [2, 1]
+            if alone:
+                cache.select(torch.tensor([1, 2]))
+            rows = torch.arange(2) if alone else torch.tensor([1, 2])
+            part = cache.take(rows, torch.tensor([1, 1]))
+            trunk(torch.tensor([[9], [10]]), torch.tensor([[4], [2]]), part)
+            part.advance(torch.tensor([1, 1]))
+            cache.put(rows, part)
+            count = 2 if alone else 4
+            new = torch.full((count, 1), 11)
+            places = torch.tensor([5, 3]) if alone else torch.tensor([4, 5, 3, 2])
+            expected.append(trunk(new, places[:, None], cache)[rows])
+        torch.testing.assert_close(*expected)
+        whole = policy.trunk.get_decoder()(input_ids=torch.tensor([[3, 4, 5, 6, 9, 11]]), use_cache=False)
+        torch.testing.assert_close(expected[0][0, 0], whole.last_hidden_state[0, -1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
