@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 class Scoring(NamedTuple):
     """How a layer scores. A sink is the score of a key without a value, one for each attention head."""
 
+    scale: float = 1.0  # of the products of queries and keys
     window: int | None = None  # a token attends to so many before it, itself included
     cap: float | None = None  # c: a score s becomes c tanh(s / c)
     sink: Tensor | None = None
@@ -55,6 +56,6 @@ def sdpa(
 
 
 def has_indexer(config: PretrainedConfig) -> bool:
-    """Tells whether an indexer chooses to which tokens others attend. Within the context it chooses them all, whatever
-    the mask shows that it asks for, so its choice needs no heed."""
+    """Tells whether an indexer chooses the tokens that are attended to. Up to `Policy.max_length` it chooses them all,
+    so its choice is ignored; it only must be handed a dense mask."""
     return bool(getattr(config.get_text_config(decoder=True), "index_topk", None))

@@ -175,7 +175,7 @@ class LatentCache:
         The key of a cached vector is its last K entries: the whole vector, or only its rotated part if the policy has
         no unrotated key. The query includes the softmax scale already.
         """
-        (rows, new, heads, key_width), (window, cap, sink) = query_RSHK.shape, scoring
+        (rows, new, heads, key_width), (_, window, cap, sink) = query_RSHK.shape, scoring
         latents_RTE = self.layers_RTE[layer]
         latents_RTE.view(-1, latents_RTE.shape[-1]).index_copy_(0, self._flat, new_RSE.reshape(rows * new, -1))
         query = query_RSHK.reshape(rows, new * heads, key_width)

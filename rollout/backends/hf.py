@@ -37,18 +37,12 @@ class PromptCache:
         self.layers.clear()
 
     def attend(
-        self,
-        module: nn.Module,
-        query_PHTD: Tensor,
-        key_PKTD: Tensor,
-        value_PKTD: Tensor,
-        scale: float,
-        scoring: Scoring,
+        self, module: nn.Module, query_PHTD: Tensor, key_PKTD: Tensor, value_PKTD: Tensor, scoring: Scoring
     ) -> Tensor:
         """Plain causal attention [P, T, H, ·]. Tokens of a prompt never attend to the padding after it."""
         self.layers[module.layer_idx] = torch.cat([value_PKTD, key_PKTD], dim=-1)
         self.value_widths[module.layer_idx] = value_PKTD.shape[-1]
-        window, cap, sink = scoring
+        scale, window, cap, sink = scoring
         mask = None
         if window is not None and query_PHTD.shape[2] > window:
             ones = torch.ones(query_PHTD.shape[2], query_PHTD.shape[2], dtype=torch.bool, device=query_PHTD.device)
@@ -102,17 +96,11 @@ class RowCache:
         self.latents.plan(new)
 
     def attend(
-        self,
-        module: nn.Module,
-        query_RHSD: Tensor,
-        key_RKSD: Tensor,
-        value_RKSD: Tensor,
-        scale: float,
-        scoring: Scoring,
+        self, module: nn.Module, query_RHSD: Tensor, key_RKSD: Tensor, value_RKSD: Tensor, scoring: Scoring
     ) -> Tensor:
         """Append the new tokens and attend, [R, S, H, ·]."""
         rows, heads = self.slots_RK.shape
-        query_RKSND = (query_RHSD * scale).unflatten(1, (heads, -1)).transpose(2, 3)
+        query_RKSND = (query_RHSD * scoring.scale).unflatten(1, (heads, -1)).transpose(2, 3)
         entries_RKSE = torch.cat([value_RKSD, key_RKSD], dim=-1)
         query, entries = (x.flatten(0, 1)[self.order] for x in (query_RKSND, entries_RKSE))
         if scoring.sink is not None:
@@ -201,8 +189,8 @@ def _attend(
     if options.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds position_bias to its scores, which rollouts cannot do")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scoring = Scoring(sliding_window, options.get("softcap"), options.get("s_aux"))
-    return _CACHE.get().attend(module, query, key, value, scale, scoring), None
+    scoring = Scoring(scale, sliding_window, options.get("softcap"), options.get("s_aux"))
+    return _CACHE.get().attend(module, query, key, value, scoring), None
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -424,3 +424,9 @@ def test_packed_rows_of_a_model_with_an_indexer_are_right_also_where_it_leaves_t
         rows = torch.cat([given.expand(4, -1), completions], dim=1)
         own = policy.trunk.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state[:, prompt:]
     torch.testing.assert_close(hidden, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "implementation"), [("gpt_oss", "sdpa_packed"), ("bloom", "eager")])
+def test_attention_beyond_sdpa_is_ours_where_flex_attention_could_do_it(hf_policy, kind, implementation):
+    policy = hf_policy(kind, **{"max_position_embeddings": 256, "num_local_experts": 2, "num_experts_per_tok": 1})
+    assert (policy.own_attention, policy.config._attn_implementation) == ("eager", implementation)
