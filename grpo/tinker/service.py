@@ -115,10 +115,17 @@ class Model:
 
 
 class SamplingSession:
-    """What a sampling client has: weights, by their path, or the base's."""
+    """What a sampling client has: weights, by their path, or the base's. `place` counts those of the same weights that
+    its session had before."""
 
-    def __init__(self, folder: Path, id_: str, path: str | None) -> None:
-        self.folder, self.id, self.files, self.path = folder, id_, Requests(folder), path
+    def __init__(self, folder: Path, id_: str, path: str | None, place: int) -> None:
+        self.folder, self.id, self.files, self.path, self.place = folder, id_, Requests(folder), path, place
+
+    def key(self, number: int) -> str:
+        """What the noise of a request depends on: the same in another session that asks the same in the same order. An
+        SDK that tries again may give a sampling session another number, so that is no part of it."""
+        weights = "base" if self.path is None else self.path.partition(":train:")[2]
+        return f"{weights}/{self.place}/{number}"
 
 
 class Service:
@@ -180,8 +187,10 @@ class Service:
         with self._mutex:
             if id_ not in self.samplers:
                 folder = self.folder / "samplers" / _file(id_)
-                sampling = SamplingSession(folder, id_, path)
-                write_file(folder / "sampler.json", json.dumps({"id": id_, "path": path}))
+                of_session = [s for s in self.samplers.values() if s.id.startswith(f"{session}:") and s.path == path]
+                sampling = SamplingSession(folder, id_, path, len(of_session))
+                content = {"id": id_, "path": path, "place": sampling.place}
+                write_file(folder / "sampler.json", json.dumps(content))
                 self.samplers[id_] = sampling
         return id_
 
@@ -292,7 +301,7 @@ class Service:
                     self._enter(job)
         for folder in sorted(path.parent for path in (self.folder / "samplers").glob("*/sampler.json")):
             content = json.loads((folder / "sampler.json").read_bytes())
-            sampling = SamplingSession(folder, content["id"], content["path"])
+            sampling = SamplingSession(folder, content["id"], content["path"], content["place"])
             self.samplers[sampling.id] = sampling
             for path in sorted(sampling.files.results.iterdir()):
                 self._finished(Job(sampling, int(path.stem), "", b"", result=sampling.files.result(int(path.stem))))
@@ -355,8 +364,7 @@ class Service:
     def _of_sampler(self, job: Job) -> tuple[str, bytes]:
         sampling = job.owner
         assert isinstance(sampling, SamplingSession)
-        key = f"{sampling.id.rpartition(':')[2]}/{job.number}"
-        asked = sampler.read(json.loads(job.body), key, self.base.stop_token_ids)
+        asked = sampler.read(json.loads(job.body), sampling.key(job.number), self.base.stop_token_ids)
         spec, folder = None, None
         if sampling.path is not None:
             _, folder = self._folder_of(sampling.path)
