@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -86,6 +85,10 @@ def app(service: Service, key: str | None = None) -> Starlette:
     application = Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
     application.router.redirect_slashes = False
     return application
+
+
+class _Path(BaseModel):
+    tinker_path: str
 
 
 class _Api:
@@ -270,7 +273,7 @@ class _Api:
         return {}
 
     async def weights_info(self, request: Request, body: bytes) -> Any:
-        spec = self.service.spec_of(json.loads(body)["tinker_path"])
+        spec = self.service.spec_of(_Path.model_validate_json(body).tinker_path)
         flags = {name: getattr(spec, name) for name in ("train_unembed", "train_mlp", "train_attn")}
         return {"base_model": self.service.name} | _lora(spec.rank) | flags
 
@@ -298,7 +301,7 @@ async def _refused(_: Request, error: Any) -> Response:
 
 async def _not_here(request: Request, error: Any) -> Response:
     message = f"{request.method} {request.url.path}: this server has no such part of Tinker's API"
-    return JSONResponse({"detail": message}, error.status_code, HEADERS)
+    return JSONResponse({"detail": message}, 404, HEADERS)
 
 
 async def _gone(_: Request, error: Exception) -> Response:
