@@ -119,12 +119,14 @@ def test_a_sampler_has_the_weights_of_its_time_and_the_base_has_none(service):
         client.learn(rate=0.1)
     after = client.sampler()
     assert samples(sample(service, before, 0))[:2] == want[:2]
-    assert samples(sample(service, base, sampling_params={"seed": 3}))[1] != samples(
-        sample(service, after, sampling_params={"seed": 3})
-    )[1]
-    assert samples(sample(service, before, 1, sampling_params={"seed": 3}))[1] == samples(
-        sample(service, base, 1, sampling_params={"seed": 3})
-    )[1]
+    assert (
+        samples(sample(service, base, sampling_params={"seed": 3}))[1]
+        != samples(sample(service, after, sampling_params={"seed": 3}))[1]
+    )
+    assert (
+        samples(sample(service, before, 1, sampling_params={"seed": 3}))[1]
+        == samples(sample(service, base, 1, sampling_params={"seed": 3}))[1]
+    )
 
 
 def test_samples_and_log_probabilities_are_those_of_the_policy(service):
@@ -249,7 +251,7 @@ def test_stops_are_heeded(service):
     assert len(tokens) == 8
     cut = samples(sample(service, sampler, 1, sampling_params={"seed": 1, "stop": [tokens[3]]}))
     assert cut[0][0] == tokens[: tokens.index(tokens[3]) + 1]
-    assert [s.stop_reason for s in message.sequences][0] == messages.STOP_REASON_LENGTH
+    assert message.sequences[0].stop_reason == messages.STOP_REASON_LENGTH
     assert cut[2].sequences[0].stop_reason == messages.STOP_REASON_STOP
 
 
@@ -264,7 +266,9 @@ def test_stops_are_heeded(service):
 def test_models_that_cannot_be_are_refused_and_say_so_later(service, request_, words):
     model = f"{service.create_session({})}:train:0"
     assert words in error(service.ask(model, 0, "create_model", json.dumps(request_).encode()))
-    assert "could not be made" in error(service.ask(model, 1, "optim_step", json.dumps({"adam_params": adam(1)}).encode()))
+    assert "could not be made" in error(
+        service.ask(model, 1, "optim_step", json.dumps({"adam_params": adam(1)}).encode())
+    )
 
 
 def test_what_is_not_there_is_named(service):

@@ -201,7 +201,9 @@ def test_what_is_not_finite_is_refused_and_the_next_step_is_as_if_it_had_not_bee
     assert all(torch.equal(value, other.state()["policy"][name]) for name, value in trainer.state()["policy"].items())
 
 
-@pytest.mark.parametrize("changes", [{"beta1": 1.0}, {"learning_rate": math.nan}, {"eps": -1.0}, {"weight_decay": -1.0}])
+@pytest.mark.parametrize(
+    "changes", [{"beta1": 1.0}, {"learning_rate": math.nan}, {"eps": -1.0}, {"weight_decay": -1.0}]
+)
 def test_numbers_of_adamw_that_make_no_sense_are_refused_by_name(base, changes):
     with pytest.raises(Refused, match=f"adam_params.{next(iter(changes))}"):
         Trainer(base, Spec(2)).optim_step(ADAM | {"learning_rate": 1e-3} | changes)
