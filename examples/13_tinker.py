@@ -42,9 +42,8 @@ for step in range(STEPS):
     for problem, prompt, future in asked:
         sequences = future.result().sequences
         answer = problem["answer"].rpartition("####")[2].strip()
-        scores = [
-            float(tokenizer.decode(s.tokens).rpartition("####")[2].strip(" \n<|end|>") == answer) for s in sequences
-        ]
+        texts = [tokenizer.decode(sequence.tokens, skip_special_tokens=True) for sequence in sequences]
+        scores = [float(text.rpartition("####")[2].strip() == answer) for text in texts]
         mean = sum(scores) / len(scores)
         rewards += scores
         if 0 < mean < 1:  # a tied group teaches nothing
