@@ -146,7 +146,7 @@ def serve(args: argparse.Namespace) -> None:
     if config is None:
         return
     if args.train:
-        from grpo.tinker.server import serve_training
+        from grpo.cli.serve.training import serve_training
 
         return serve_training(config)
     from grpo.cli.serve.server import serve
