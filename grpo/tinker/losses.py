@@ -14,11 +14,11 @@ from torch import Tensor
 from grpo.tinker.wire import Datum, Refused
 
 CLIPS = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
-Config = Mapping[str, float]
+Settings = Mapping[str, float]
 Inputs = Mapping[str, Tensor]
 
 
-def cross_entropy(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
+def cross_entropy(logprobs: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """-Σ w log p. The weights are 0 where nothing is to be learned.
 
     >>> cross_entropy(torch.tensor([-2.0, -3.0]), {"weights": torch.tensor([0.0, 1.0])}, {})
@@ -27,7 +27,7 @@ def cross_entropy(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
     return -(logprobs * inputs["weights"]).sum()
 
 
-def importance_sampling(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
+def importance_sampling(logprobs: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """-Σ p/q A, with q what sampled.
 
     >>> sampled = {"logprobs": torch.tensor([-1.0]), "advantages": torch.tensor([2.0])}
@@ -37,43 +37,43 @@ def importance_sampling(logprobs: Tensor, inputs: Inputs, config: Config) -> Ten
     return -((logprobs - inputs["logprobs"]).exp() * inputs["advantages"]).sum()
 
 
-def ppo(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
+def ppo(logprobs: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """-Σ min(r A, clip(r) A) with r = p/q (Schulman et al., 2017, arXiv 1707.06347, equation 7)."""
     ratio = (logprobs - inputs["logprobs"]).exp()
-    return -torch.minimum(ratio * inputs["advantages"], _clip(ratio, config) * inputs["advantages"]).sum()
+    return -torch.minimum(ratio * inputs["advantages"], _clip(ratio, settings) * inputs["advantages"]).sum()
 
 
-def cispo(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
+def cispo(logprobs: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """-Σ sg(clip(r)) A log p: what is clipped weighs the gradient (MiniMax, 2025, arXiv 2506.13585)."""
     ratio = (logprobs.detach() - inputs["logprobs"]).exp()
-    return -(_clip(ratio, config) * logprobs * inputs["advantages"]).sum()
+    return -(_clip(ratio, settings) * logprobs * inputs["advantages"]).sum()
 
 
-def dro(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
+def dro(logprobs: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """-Σ (log p A - β/2 (log p/q)²): a quadratic penalty for leaving what sampled (arXiv 2405.19107)."""
     penalty = (logprobs - inputs["logprobs"]).square()
-    return -(logprobs * inputs["advantages"] - 0.5 * config["beta"] * penalty).sum()
+    return -(logprobs * inputs["advantages"] - 0.5 * settings["beta"] * penalty).sum()
 
 
-def gspo(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
+def gspo(logprobs: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """PPO's sum with one ratio for the sequence, the geometric mean over the tokens of `sequence_ratio_mask`; its value
     is every token's, and its gradient is that of the token (Zheng et al., 2025, arXiv 2507.18071, GSPO-token)."""
     log_ratio = (logprobs.detach() - inputs["logprobs"])[inputs["sequence_ratio_mask"] != 0].mean()
     ratio = (log_ratio + logprobs - logprobs.detach()).exp()
-    return -torch.minimum(ratio * inputs["advantages"], _clip(ratio, config) * inputs["advantages"]).sum()
+    return -torch.minimum(ratio * inputs["advantages"], _clip(ratio, settings) * inputs["advantages"]).sum()
 
 
-def _clip(ratio: Tensor, config: Config) -> Tensor:
-    return ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+def _clip(ratio: Tensor, settings: Settings) -> Tensor:
+    return ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`inputs` are what it reads beside `target_tokens`; `config` what may be set, and to what it is set otherwise."""
+    """`inputs` are what it reads beside `target_tokens`; `settings` what may be set, with what it is otherwise."""
 
-    of: Callable[[Tensor, Inputs, Config], Tensor]
+    of: Callable[[Tensor, Inputs, Settings], Tensor]
     inputs: tuple[str, ...]
-    config: Config
+    settings: Settings
 
 
 OF_POLICY = ("logprobs", "advantages")
@@ -91,14 +91,14 @@ UNPUBLISHED = {
 }
 
 
-def loss_of(name: str, config: Mapping[str, float | str]) -> tuple[Loss, dict[str, float]]:
+def loss_of(name: str, changes: Mapping[str, float | str]) -> tuple[Loss, dict[str, float]]:
     """The loss of this name with its settings. Raises Refused for another name, or a setting that it has not."""
     if name not in LOSSES:
         why = UNPUBLISHED.get(name, f"there is none of this name; use {', '.join(LOSSES)}")
         raise Refused(f"loss_fn={name!r}: {why}")
     loss = LOSSES[name]
-    settings = dict(loss.config)
-    for key, value in config.items():
+    settings = dict(loss.settings)
+    for key, value in changes.items():
         if key not in settings or not isinstance(value, int | float):
             known = ", ".join(settings) or "nothing"
             raise Refused(f"loss_fn_config[{key!r}]={value!r}: {name} takes numbers for {known}")

@@ -86,8 +86,8 @@ class Trainer:
 
     def forward_backward(self, request: ForwardBackward) -> Outputs:
         """The log-probability of every target, and the gradient of the loss beside those that wait. Raises Refused."""
-        loss, settings = loss_of(request.loss, request.config)
-        vocabulary = self.policy.config.get_text_config(decoder=True).vocab_size
+        loss, settings = loss_of(request.loss, request.settings)
+        vocabulary = self.policy.trunk.get_input_embeddings().num_embeddings
         if not request.data:
             raise Refused("data: there is no datum")
         for place, datum in enumerate(request.data):

@@ -38,7 +38,7 @@ class ForwardBackward:
     model_id: str
     number: int
     loss: str
-    config: dict[str, float | str]
+    settings: dict[str, float | str]
     data: list[Datum]
     backward: bool
 
@@ -58,12 +58,12 @@ def read_forward_backward(body: bytes) -> ForwardBackward:
         message.ParseFromString(body)
     except DecodeError as error:
         raise Refused(f"forward_backward: the body is no ForwardBackwardRequest ({error})") from None
-    config: dict[str, float | str] = dict(message.loss_fn_config)
+    settings: dict[str, float | str] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
-        config[name] = value.text if value.WhichOneof("value") == "text" else value.number
+        settings[name] = value.text if value.WhichOneof("value") == "text" else value.number
     data = [_datum(datum, place) for place, datum in enumerate(message.data)]
     return ForwardBackward(
-        message.model_id, message.seq_id, message.loss_fn, config, data, backward=not message.forward_only
+        message.model_id, message.seq_id, message.loss_fn, settings, data, backward=not message.forward_only
     )
 
 

@@ -101,7 +101,7 @@ def test_a_datum_that_a_loss_cannot_read_is_refused_with_its_place(name, tokens,
 
 
 def test_every_loss_has_its_inputs_and_settings_named():
-    assert {name: (entry.inputs, tuple(entry.config)) for name, entry in LOSSES.items()} == {
+    assert {name: (entry.inputs, tuple(entry.settings)) for name, entry in LOSSES.items()} == {
         "cross_entropy": (("weights",), ()),
         "importance_sampling": (("logprobs", "advantages"), ()),
         "ppo": (("logprobs", "advantages"), ("clip_low_threshold", "clip_high_threshold")),
