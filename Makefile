@@ -11,10 +11,11 @@ PYTEST := $(BIN)/python -m pytest
 # Many tests wait for processes and clocks, so one worker more than there are cores, but at most four.
 WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 VLLM := .vllm
+COOKBOOK := .cookbook
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
-.PHONY: help demo reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu peers house lint clean
+.PHONY: help demo reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu peers tinker house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -69,6 +70,12 @@ peers: $(DEV_STAMP) ## ours beside TRL and vLLM, into docs/peers.md, in under an
 	$(BIN)/python examples/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
+tinker: $(DEV_STAMP) ## recipes of the Tinker cookbook against `quartet serve --train`, which listens already; ARGS="rl_loop --model FOLDER"
+	@test -e $(COOKBOOK)/.installed || { $(PYTHON) -m venv --clear $(COOKBOOK) && \
+	  $(COOKBOOK)/bin/python -m pip install --quiet --disable-pip-version-check 'tinker-cookbook[math-rl]==0.6.1' && \
+	  touch $(COOKBOOK)/.installed; }
+	PYTHONPATH=. $(COOKBOOK)/bin/python -m benchmarks.cookbook $(ARGS)
+
 house: $(DEV_STAMP) ## count lines, options, rooms and arrows, beside their budgets; ARGS=--lower writes what has fallen
 	$(BIN)/python tests/house.py $(ARGS)
 
@@ -78,7 +85,7 @@ lint: $(DEV_STAMP) ## style and types
 	$(BIN)/mypy
 
 clean: ## remove the environments, builds and caches; runs/ and models/ stay
-	rm -rf $(VENV) $(VLLM) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(COOKBOOK) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find policies rollout rewards grpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation is taken up again.

@@ -145,6 +145,10 @@ def serve(args: argparse.Namespace) -> None:
     config, _ = _load_for_policy(args, args.policy)
     if config is None:
         return
+    if args.train:
+        from grpo.cli.serve.training import serve_training
+
+        return serve_training(config)
     from grpo.cli.serve.server import serve
 
     serve(config, follow=args.follow)

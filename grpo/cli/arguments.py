@@ -47,6 +47,7 @@ _RUN = (
 )
 _DESTINATION = _argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
 
+_TRAIN = "train and sample by Tinker's API, with the client that its SDK brings"
 _WHAT = "options from a file; the command line wins"
 TRAIN = (_argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
 _WHAT = (
@@ -63,7 +64,7 @@ SAMPLE = (
     _json("groups and completions"),
 )
 _WHAT = "serve the newest checkpoint of a run that is still training, as soon as it is saved"
-SERVE = (_POLICY, _flag("follow", _WHAT), _PRINT_CONFIG)
+SERVE = (_POLICY, _flag("follow", _WHAT), _flag("train", _TRAIN), _PRINT_CONFIG)
 REWARD_TEST = (_argument("function", **_FUNCTION), _json("what was found"))
 REWARD_REPLAY = (
     _argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),

@@ -48,6 +48,9 @@ class ServeConfig(ModelOptions):
     """Copies of the policy, each in a process with `threads` processors (1 by default), by Ray Serve where there are
     several (extra `serve-ray`)."""
 
+    state: Path = Path("runs/tinker")
+    """The folder that keeps what `--train` trains; a server that begins again with it goes on from there."""
+
     @property
     def called(self) -> str:
         """The name of the policy."""

@@ -1,0 +1,130 @@
+"""What a sampling client asks: one engine, which takes the weights of one sampler after the other.
+
+Every request is decoded by itself, so that no token and no log-probability depends on what else is asked meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.learner import state
+from grpo.learner.master_weights import MasterWeights
+from grpo.tinker.trainer import Spec
+from grpo.tinker.wire import Refused, Sampled
+from policies import tensor_files
+from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
+from policies.policy import Policy
+from rollout.engine import Engine
+from rollout.faults import RolloutError
+from rollout.group import ENDED, Prompt
+from rollout.sampling import SamplingParams
+
+MOST_SAMPLES = 1024
+UNKNOWN = ("topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs", "prompt_alt_tokens_k")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for samples. `key` is what the noise depends on besides the seed: where it was sent from, unless it
+    names a seed of its own."""
+
+    prompt: list[int]
+    count: int
+    params: SamplingParams
+    key: str
+    last: int  # tokens of the prompt whose log-probabilities are asked for
+
+
+def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) -> Asked:
+    """Understands a SampleRequest, as JSON. Raises Refused for what is not here, and for values that are wrong."""
+    for name in UNKNOWN:
+        if request.get(name):
+            raise Refused(f"{name}: not here; the server gives the log-probabilities of what is sampled and prompted")
+    prompt = []
+    for chunk in request["prompt"]["chunks"]:
+        if chunk.get("type", "encoded_text") != "encoded_text":
+            raise Refused(f"prompt: a chunk of type {chunk['type']}; this server reads text: send encoded_text")
+        prompt += chunk["tokens"]
+    if not prompt:
+        raise Refused("prompt: it has no token; send at least one")
+    asked, count = request["sampling_params"], request.get("num_samples", 1)
+    if asked.get("top_k", -1) not in (-1, 0) or asked.get("top_p", 1) != 1:
+        raise Refused("sampling_params: top_k and top_p would change the distribution that is trained; leave them out")
+    if not 1 <= count <= MOST_SAMPLES:
+        raise Refused(f"num_samples={count}: use 1 to {MOST_SAMPLES}")
+    stop, seed = asked.get("stop"), asked.get("seed")
+    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    texts, ids = tuple(s for s in stops if isinstance(s, str)), tuple(s for s in stops if isinstance(s, int))
+    params = SamplingParams(
+        group_size=count,
+        temperature=asked.get("temperature", 1.0),
+        max_completion_tokens=asked.get("max_tokens") or 0,
+        stop_token_ids=ids if ids or stop == [] else tuple(stop_token_ids),
+        stop_strings=texts,
+        seed=0 if seed is None else seed,
+    )
+    last = 0
+    if request.get("prompt_logprobs"):
+        last = request.get("prompt_logprobs_last_n") or len(prompt) - 1
+        if not 0 <= last < max(len(prompt), 2):
+            raise Refused(
+                f"prompt_logprobs_last_n={last}: use 1 to {len(prompt) - 1}, the prompt's tokens but its first"
+            )
+    return Asked(prompt, count, params, key if seed is None else "", last)
+
+
+class Sampler:
+    """One engine, with weights of its own. `of` is which sampler's it holds."""
+
+    def __init__(self, base: Policy, dtype: torch.dtype) -> None:
+        self.base, self.of, self.count = base, "", 0
+        self.engine = Engine(base.merged(), dtype)
+
+    def take(self, name: str, spec: Spec | None, folder: Path | None) -> None:
+        """Hold the weights of this sampler: those in `folder`, of a policy of this `spec`, or the base's."""
+        if name == self.of:
+            return
+        policy = self.base
+        if spec is not None and folder is not None:
+            policy = spec.build(self.base)
+            state.put_weights(tensor_files.read(folder, {"policy"})["policy"], policy, MasterWeights(policy))
+        self.of, self.count = "", self.count + 1  # where it fails, it holds nobody's
+        self.engine.publish(policy.weights(), self.count)
+        self.of = name
+
+    def sample(self, asked: Asked) -> tuple[list[Sampled], list[float] | None]:
+        """The samples, and the log-probabilities of the prompt's tokens where they are asked for, NaN for others."""
+        context = self.engine.policy.max_length
+        room = context - len(asked.prompt)
+        limit = asked.params.max_completion_tokens or room
+        if room < limit or room < 1:
+            raise Refused(
+                f"the context is {context} tokens: the prompt has {len(asked.prompt)}, and max_tokens is {limit}"
+            )
+        prompt = Prompt(asked.key, "", asked.prompt)
+        params = SamplingParams(**{**vars(asked.params), "max_completion_tokens": limit})
+        try:
+            [group] = self.engine.sample([prompt], params)
+        except (RolloutError, ValueError) as error:
+            raise Refused(str(error)) from None
+        sampled = [Sampled(c.token_ids, c.logprobs, c.finish_reason in ENDED) for c in group.completions]
+        return sampled, self._of_prompt(asked.prompt, asked.last) if asked.last else None
+
+    @torch.inference_mode()
+    def _of_prompt(self, token_ids: list[int], last: int) -> list[float]:
+        policy = self.engine.policy
+        ids = torch.tensor([token_ids], device=policy.device)
+        positions = torch.arange(len(token_ids), device=policy.device)[None]
+        hidden = policy.hidden(ids, positions, torch.zeros_like(ids))[0]
+        lm_head = policy.output
+        chunk = max(1, CHUNK_ELEMENTS // len(lm_head.weight))
+        logprobs: Tensor
+        logprobs, _ = logprobs_from_hidden(hidden[-last - 1 : -1], lm_head, ids[0, -last:], 1.0, chunk=chunk)
+        return [math.nan] * (len(token_ids) - last) + logprobs.tolist()

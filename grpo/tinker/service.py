@@ -1,0 +1,509 @@
+"""Sessions, models and samplers of Tinker's API, and the futures of what they are asked.
+
+Every request has a number of its client's own, in whose order it takes effect. It is written to the folder before it is
+acknowledged, and so is its result before anybody sees it. A service that is killed goes on from there: a model begins
+with the last state that was kept and does again what came after it, to the same bits.
+
+FOLDER/sessions/ID.json                         a session
+FOLDER/models/ID/requests/00000003.optim_step   what was asked
+FOLDER/models/ID/results/00000003.json          what it came to (.pb: a protobuf message)
+FOLDER/models/ID/state/                         what is trained, as it was after a number
+FOLDER/models/ID/weights/NAME/, sampler_weights/NAME/
+FOLDER/samplers/ID/                             its weights' path, its requests and results
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from grpo.run.lock import RunLock
+from grpo.tinker import sampler, wire
+from grpo.tinker.sampler import Sampler
+from grpo.tinker.trainer import Spec, Trainer
+from grpo.tinker.wire import Refused
+from policies import tensor_files
+from policies.files.atomic import tidy, write_file, write_folder
+from policies.policy import Policy
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+KEEP_STATE_S = 30.0  # between two states of a model that are kept: what came after the last one is done again
+RESULTS = 4096  # the last ones of each model and sampler are kept
+UNNAMED = 16  # weights for sampling without a name that are kept of each model
+TURNS = 16  # requests of one sampler in a row while others wait: each change of weights merges adapters again
+
+
+class Unknown(Exception):
+    """There is no such thing here; the message names it."""
+
+
+@dataclass
+class Job:
+    """A request whose result may be waited for. `result` is a protobuf message, or JSON."""
+
+    owner: Model | SamplingSession
+    number: int
+    kind: str
+    body: bytes
+    again: bool = False  # it was done before the service was killed, and its result is known
+    result: tuple[str, bytes] | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def request_id(self) -> str:
+        return f"{self.owner.id}:{self.number}"
+
+
+class Requests:
+    """The requests and results of one model or sampler, in files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.requests, self.results = folder / "requests", folder / "results"
+        for part in (self.requests, self.results):
+            part.mkdir(parents=True, exist_ok=True)
+            tidy(part)
+
+    def keep(self, number: int, kind: str, body: bytes) -> None:
+        write_file(self.requests / f"{number:08d}.{kind}", body)
+
+    def keep_result(self, number: int, form: str, content: bytes) -> None:
+        write_file(self.results / f"{number:08d}.{form}", content)
+
+    def stored(self) -> list[tuple[int, str, bytes]]:
+        """Returns the numbers, kinds and bodies, in order."""
+        paths = sorted(path for path in self.requests.iterdir() if not path.name.startswith("."))
+        return [(int(path.stem), path.suffix[1:], path.read_bytes()) for path in paths]
+
+    def result(self, number: int) -> tuple[str, bytes] | None:
+        for form in ("pb", "json"):
+            with suppress(FileNotFoundError):
+                return form, (self.results / f"{number:08d}.{form}").read_bytes()
+        return None
+
+    def forget(self, number: int) -> None:
+        """Remove requests up to this one, and results long before it."""
+        for folder, last in ((self.requests, number), (self.results, number - RESULTS)):
+            for path in folder.iterdir():
+                if path.stem.isdigit() and int(path.stem) <= last:
+                    path.unlink()
+
+
+class Model:
+    """What a training client has. Its requests wait until those with lower numbers are here."""
+
+    def __init__(self, folder: Path, id_: str) -> None:
+        self.folder, self.id, self.files = folder, id_, Requests(folder)
+        self.next = 0
+        self.waiting: dict[int, Job] = {}
+        self.spec: Spec | None = None
+        self.trainer: Trainer | None = None
+        self.kept_at = time.monotonic()
+
+
+class SamplingSession:
+    """What a sampling client has: weights, by their path, or the base's. `place` counts those of the same weights that
+    its session had before."""
+
+    def __init__(self, folder: Path, id_: str, path: str | None, place: int) -> None:
+        self.folder, self.id, self.files, self.path, self.place = folder, id_, Requests(folder), path, place
+
+    def key(self, number: int) -> str:
+        """What the noise of a request depends on: the same in another session that asks the same in the same order. An
+        SDK that tries again may give a sampling session another number, so that is no part of it."""
+        weights = "base" if self.path is None else self.path.partition(":train:")[2]
+        return f"{weights}/{self.place}/{number}"
+
+
+class Service:
+    """Answers for one policy. Two threads compute: one trains in the order of requests, and one samples."""
+
+    def __init__(self, base: Policy, name: str, folder: Path, dtype: torch.dtype) -> None:
+        self.base, self.name, self.folder = base, name, folder
+        self.lock = RunLock(folder)
+        self.lock.take()
+        for part in ("sessions", "models", "samplers"):
+            (folder / part).mkdir(exist_ok=True)
+            tidy(folder / part)
+        self._mutex = threading.RLock()
+        self.sessions: dict[str, dict[str, Any]] = {}
+        self.models: dict[str, Model] = {}
+        self.samplers: dict[str, SamplingSession] = {}
+        self.jobs: dict[str, Job] = {}
+        self.sampler = Sampler(base, dtype)
+        self._training: SimpleQueue[Job | None] = SimpleQueue()
+        self._samples: list[Job] = []
+        self._wakes = threading.Condition(self._mutex)
+        self._closed = False
+        self._recover()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._train, self._sample)]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- what is there -------------------------------------------------------------------------------------------
+
+    def create_session(self, request: Mapping[str, Any]) -> str:
+        session = secrets.token_hex(8)
+        content = {"tags": request.get("tags", []), "metadata": request.get("user_metadata"), "at": time.time()}
+        write_file(self.folder / "sessions" / f"{session}.json", json.dumps(content))
+        with self._mutex:
+            self.sessions[session] = content
+        return session
+
+    def session(self, session: str) -> dict[str, Any]:
+        if session not in self.sessions:
+            raise Unknown(f"session {session!r:.60}: there is none of this id; make a new ServiceClient")
+        return self.sessions[session]
+
+    def model(self, model_id: str) -> Model:
+        if model_id not in self.models:
+            raise Unknown(f"model {model_id!r:.80}: there is none of this id")
+        return self.models[model_id]
+
+    def sampling_session(self, id_: str) -> SamplingSession:
+        if id_ not in self.samplers:
+            raise Unknown(f"sampling session {id_!r:.80}: there is none of this id")
+        return self.samplers[id_]
+
+    def add_sampler(self, session: str, number: int, path: str | None) -> str:
+        """A sampler of these weights; asked again with its number it is the same one."""
+        self.session(session)
+        if path is not None:
+            self._folder_of(path)
+        id_ = f"{session}:sample:{number}"
+        with self._mutex:
+            if id_ not in self.samplers:
+                folder = self.folder / "samplers" / _file(id_)
+                of_session = [s for s in self.samplers.values() if s.id.startswith(f"{session}:") and s.path == path]
+                sampling = SamplingSession(folder, id_, path, len(of_session))
+                content = {"id": id_, "path": path, "place": sampling.place}
+                write_file(folder / "sampler.json", json.dumps(content))
+                self.samplers[id_] = sampling
+        return id_
+
+    def _folder_of(self, path: str) -> tuple[Model, Path]:
+        """The model and the folder of weights that were saved. Raises Refused for a path that leads nowhere."""
+        parts = path.removeprefix("tinker://").split("/")
+        if path.startswith("tinker://") and len(parts) == 3 and parts[1] in ("weights", "sampler_weights"):
+            model = self.models.get(parts[0])
+            if model is not None and (NAME.fullmatch(parts[2]) or parts[2].startswith("@")):
+                folder = model.folder / parts[1] / parts[2]
+                if (folder / "spec.json").is_file():
+                    return model, folder
+        raise Refused(f"path {path!r:.120}: no weights are saved here under it; it is tinker://RUN/weights/NAME")
+
+    def checkpoints(self, model: Model) -> list[dict[str, Any]]:
+        """What is saved of a model under names, as Tinker's Checkpoint has it."""
+        found = []
+        for part, kind in (("weights", "training"), ("sampler_weights", "sampler")):
+            folder = model.folder / part
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if NAME.fullmatch(path.name):
+                    size = sum(file.stat().st_size for file in path.iterdir())
+                    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(path.stat().st_mtime))
+                    place = f"{part}/{path.name}"
+                    found.append(
+                        {"checkpoint_id": place, "checkpoint_type": kind, "time": at, "size_bytes": size}
+                        | {"tinker_path": f"tinker://{model.id}/{place}"}
+                    )
+        return found
+
+    def delete_checkpoint(self, model: Model, place: str) -> None:
+        _, folder = self._folder_of(f"tinker://{model.id}/{place}")
+        shutil.rmtree(folder)
+
+    def spec_of(self, path: str) -> Spec:
+        """What the policy is whose weights were saved there."""
+        return _spec(self._folder_of(path)[1])
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def ask(self, model_id: str, number: int | None, kind: str, body: bytes) -> Job:
+        """A request to a model, which has a result when those with lower numbers have theirs. Sent again, it is the
+        same one. Number 0 makes the model."""
+        if number is None or not 0 <= number < 10**8:
+            raise Refused(f"seq_id={number}: number the requests of a model from 1 on, in their order")
+        with self._mutex:
+            if number == 0:
+                model = self.models.setdefault(model_id, Model(self.folder / "models" / _file(model_id), model_id))
+            else:
+                model = self.model(model_id)
+            if (known := self.jobs.get(f"{model_id}:{number}")) is not None:
+                return known
+            if number < model.next:
+                raise Unknown(f"request {number} of model {model_id}: its result is no longer kept")
+            model.files.keep(number, kind, body)
+            return self._enter(Job(model, number, kind, body))
+
+    def ask_sampler(self, id_: str, number: int | None, body: bytes) -> Job:
+        sampling = self.sampling_session(id_)
+        if number is None or number < 0:
+            raise Refused(f"seq_id={number}: number the requests of a sampling session")
+        with self._mutex:
+            if (known := self.jobs.get(f"{id_}:{number}")) is not None:
+                return known
+            sampling.files.keep(number, "sample", body)
+            return self._enter_sample(Job(sampling, number, "sample", body))
+
+    def job(self, request_id: str) -> Job:
+        if request_id not in self.jobs:
+            raise Unknown(f"request {request_id!r:.80}: nothing was asked under this id, or long ago")
+        return self.jobs[request_id]
+
+    def _enter(self, job: Job) -> Job:
+        model = job.owner
+        assert isinstance(model, Model)
+        self.jobs[job.request_id] = model.waiting[job.number] = job
+        while (ready := model.waiting.pop(model.next, None)) is not None:
+            model.next += 1
+            self._training.put(ready)
+        return job
+
+    def _enter_sample(self, job: Job) -> Job:
+        self.jobs[job.request_id] = job
+        self._samples.append(job)
+        self._wakes.notify()
+        return job
+
+    def _recover(self) -> None:
+        """Take up what a service before has left."""
+        for path in sorted((self.folder / "sessions").glob("*.json")):
+            self.sessions[path.stem] = json.loads(path.read_bytes())
+        for folder in sorted((self.folder / "models").iterdir()):
+            model = Model(folder, folder.name.replace(".", ":"))
+            self.models[model.id] = model
+            tidy(folder)
+            if (folder / "state" / "spec.json").is_file():
+                model.next = _number(folder / "state") + 1
+            for path in sorted(model.files.results.iterdir()):
+                number = int(path.stem)
+                if number < model.next:
+                    self._finished(Job(model, number, "", b"", result=model.files.result(number)))
+            for number, kind, body in model.files.stored():
+                if number >= model.next:
+                    job = Job(model, number, kind, body, result=model.files.result(number))
+                    if job.result is not None:
+                        job.again = True
+                        job.done.set()
+                    self._enter(job)
+        for folder in sorted(path.parent for path in (self.folder / "samplers").glob("*/sampler.json")):
+            content = json.loads((folder / "sampler.json").read_bytes())
+            sampling = SamplingSession(folder, content["id"], content["path"], content["place"])
+            self.samplers[sampling.id] = sampling
+            for path in sorted(sampling.files.results.iterdir()):
+                self._finished(Job(sampling, int(path.stem), "", b"", result=sampling.files.result(int(path.stem))))
+            for number, kind, body in sampling.files.stored():
+                if f"{sampling.id}:{number}" not in self.jobs:
+                    self._enter_sample(Job(sampling, number, kind, body))
+
+    def _finished(self, job: Job) -> None:
+        job.done.set()
+        self.jobs[job.request_id] = job
+
+    # ---- the two threads -----------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """What runs is finished; what waits is done by the next service in this folder."""
+        with self._mutex:
+            self._closed = True
+            self._wakes.notify()
+        self._training.put(None)
+        for thread in self._threads:
+            thread.join()
+        self.lock.release()
+
+    def _train(self) -> None:
+        while (job := self._training.get()) is not None and not self._closed:
+            self._do(job, self._of_model)
+
+    def _sample(self) -> None:
+        turns = 0
+        while True:
+            with self._mutex:
+                while not self._samples and not self._closed:
+                    self._wakes.wait()
+                if self._closed:
+                    return
+                same = [job for job in self._samples if job.owner.id == self.sampler.of]
+                turns = turns + 1 if same and turns < TURNS else 0
+                job = same[0] if turns else self._samples[0]
+                self._samples.remove(job)
+            self._do(job, self._of_sampler)
+
+    def _do(self, job: Job, act: Callable[[Job], tuple[str, bytes]]) -> None:
+        try:
+            form, content = act(job)
+        except (Refused, Unknown) as error:
+            form, content = "json", json.dumps({"error": str(error), "category": "user"}).encode()
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            said = f"the server has a fault: {type(error).__name__}: {error}; its standard error has more"
+            form, content = "json", json.dumps({"error": said, "category": "server"}).encode()
+        if job.result is None:
+            job.owner.files.keep_result(job.number, form, content)
+            job.result = form, content
+        job.body = b""
+        job.done.set()
+        self.jobs.pop(f"{job.owner.id}:{job.number - RESULTS}", None)
+        if isinstance(job.owner, Model):
+            self._keep_state(job.owner, job)
+
+    def _of_sampler(self, job: Job) -> tuple[str, bytes]:
+        sampling = job.owner
+        assert isinstance(sampling, SamplingSession)
+        asked = sampler.read(json.loads(job.body), sampling.key(job.number), self.base.stop_token_ids)
+        spec, folder = None, None
+        if sampling.path is not None:
+            _, folder = self._folder_of(sampling.path)
+            spec = _spec(folder)
+        self.sampler.take(sampling.id, spec, folder)
+        sequences, of_prompt = self.sampler.sample(asked)
+        with self._mutex:
+            old = [number for number, _, _ in sampling.files.stored()][:-RESULTS]
+            if old:
+                sampling.files.forget(old[-1])
+        return "pb", wire.write_samples(sequences, of_prompt)
+
+    def _of_model(self, job: Job) -> tuple[str, bytes]:
+        model = job.owner
+        assert isinstance(model, Model)
+        act: Callable[[Model, Job], dict[str, Any] | bytes] = getattr(self, f"_{job.kind}")
+        if job.number > 0 and model.trainer is None:
+            self._restore(model)
+        answer = act(model, job)
+        return ("pb", answer) if isinstance(answer, bytes) else ("json", json.dumps(answer).encode())
+
+    def _create_model(self, model: Model, job: Job) -> dict[str, Any]:
+        request = json.loads(job.body)
+        if (name := request["base_model"]) != self.name:
+            raise Refused(f"base_model={name!r:.80}: this server has {self.name!r}")
+        family = request.get("optimizer_config", {}).get("type", "adamw")
+        if family != "adamw":
+            raise Refused(f"optimizer_config.type={family!r:.40}: this server has adamw")
+        lora = dict(request.get("lora_config") or {"rank": 0})
+        lora["seed"] = int(model.id.rpartition(":")[2]) if lora.get("seed") is None else lora["seed"]
+        if not 0 <= lora["rank"] <= 4096:
+            raise Refused(f"lora_config.rank={lora['rank']}: use 1 to 4096, or 0 to train all weights")
+        self._begin(model, Spec(**lora))
+        return {"model_id": model.id, "type": "create_model"}
+
+    def _begin(self, model: Model, spec: Spec) -> None:
+        model.trainer, model.spec = Trainer(self.base, spec), spec
+        write_file(model.folder / "spec.json", json.dumps(spec.to_json()))
+
+    def _load_weights(self, model: Model, job: Job) -> dict[str, Any]:
+        request = json.loads(job.body)
+        if request.get("base_model") not in (None, self.name):
+            raise Refused(f"base_model={request['base_model']!r:.80}: this server has {self.name!r}")
+        _, folder = self._folder_of(request["path"])
+        if job.number == 0:
+            self._begin(model, _spec(folder))
+        assert model.trainer is not None
+        tensors = tensor_files.read(folder)
+        if request["optimizer"] and "optimizer" not in tensors:
+            raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
+        model.trainer.load(tensors, optimizer=request["optimizer"])
+        return {"path": request["path"], "type": "load_weights"}
+
+    def _forward_backward(self, model: Model, job: Job) -> dict[str, Any] | bytes:
+        request = wire.read_forward_backward(job.body)
+        if job.again and not request.backward:
+            return {}
+        return wire.write_outputs(self._trainer(model).forward_backward(request))
+
+    def _optim_step(self, model: Model, job: Job) -> dict[str, Any]:
+        request = json.loads(job.body)
+        if "adam_params" not in request:
+            raise Refused("optimizer_params: this server has AdamW; send adam_params")
+        return {"metrics": self._trainer(model).optim_step(request["adam_params"]), "type": "optim_step"}
+
+    def _save_weights(self, model: Model, job: Job) -> dict[str, Any]:
+        request = json.loads(job.body)
+        path = self._save(model, job, "weights", request.get("path") or f"{job.number:08d}", request, optimizer=True)
+        return {"path": path, "type": "save_weights"}
+
+    def _save_weights_for_sampler(self, model: Model, job: Job) -> dict[str, Any]:
+        request = json.loads(job.body)
+        if request.get("kind", "snapshot") != "snapshot":
+            raise Refused("kind='inflight': weights that change while they sample are not here; use kind='snapshot'")
+        if (name := request.get("path")) is not None:
+            path = self._save(model, job, "sampler_weights", name, request, optimizer=False)
+            return {"path": path, "type": "save_weights_for_sampler"}
+        path = self._save(model, job, "sampler_weights", f"@{job.number:08d}", request, optimizer=False)
+        id_ = self.add_sampler(model.id.partition(":")[0], request.get("sampling_session_seq_id") or 0, path)
+        unnamed = sorted((model.folder / "sampler_weights").glob("@*"))
+        for folder in unnamed[:-UNNAMED]:
+            shutil.rmtree(folder)
+        return {"sampling_session_id": id_, "type": "save_weights_for_sampler"}
+
+    def _save(
+        self, model: Model, job: Job, part: str, name: str, request: Mapping[str, Any], *, optimizer: bool
+    ) -> str:
+        if not (NAME.fullmatch(name) or name == f"@{job.number:08d}"):
+            raise Refused(f"path={name!r:.120}: a name has letters, digits and . _ - alone, 100 at most")
+        folder = model.folder / part / name
+        path = f"tinker://{model.id}/{part}/{name}"
+        if job.again:
+            return path
+        if folder.exists() and part == "weights" and not request.get("overwrite") and _number(folder) != job.number:
+            raise Refused(f"path={name!r}: a state of this name exists; choose another, or overwrite=True")
+        self._write(self._trainer(model), folder, job.number, optimizer=optimizer)
+        return path
+
+    def _trainer(self, model: Model) -> Trainer:
+        if model.trainer is None:
+            raise Refused(f"model {model.id} could not be made; see its first request's error")
+        return model.trainer
+
+    # ---- states --------------------------------------------------------------------------------------------------
+
+    def _write(self, trainer: Trainer, folder: Path, number: int, *, optimizer: bool = True) -> None:
+        folder.parent.mkdir(exist_ok=True)
+        with write_folder(folder) as partial:
+            partial.mkdir()
+            tensor_files.write(trainer.state(optimizer=optimizer), partial)
+            (partial / "spec.json").write_text(json.dumps(trainer.spec.to_json() | {"number": number}))
+
+    def _keep_state(self, model: Model, job: Job) -> None:
+        """Keep what is trained now and then, where no gradient waits."""
+        if job.kind != "optim_step" or model.trainer is None:
+            return
+        if time.monotonic() - model.kept_at > KEEP_STATE_S:
+            self._write(model.trainer, model.folder / "state", job.number)
+            model.files.forget(job.number)
+            model.kept_at = time.monotonic()
+
+    def _restore(self, model: Model) -> None:
+        """The trainer as the last state has it that was kept."""
+        folder = model.folder / "state"
+        if (folder / "spec.json").is_file():
+            self._begin(model, _spec(folder))
+            assert model.trainer is not None
+            model.trainer.load(tensor_files.read(folder))
+
+
+def _spec(folder: Path) -> Spec:
+    content = json.loads((folder / "spec.json").read_bytes())
+    return Spec(**{name: content[name] for name in Spec().to_json()})
+
+
+def _number(folder: Path) -> int:
+    """The number of the request after which these weights were written."""
+    return int(json.loads((folder / "spec.json").read_bytes())["number"])
+
+
+def _file(id_: str) -> str:
+    return id_.replace(":", ".")

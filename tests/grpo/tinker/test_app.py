@@ -1,0 +1,196 @@
+"""Tinker's SDK against a server in a thread of this process, and what is no request of the SDK."""
+
+import json
+import random
+import socket
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+import tinker
+import torch
+import uvicorn
+from tinker import types
+
+from grpo.endpoint.connections import settings
+from grpo.run.listening import listen
+from grpo.tinker.app import app
+from grpo.tinker.service import Service
+
+TOKENS = [5, 9, 12, 7, 3, 8]
+
+
+class Running:
+    def __init__(self, base, folder, key=None):
+        self.service = Service(base, "llama", folder, torch.float32)
+        self.socket, self.address = listen("127.0.0.1", 0)
+        self.server = uvicorn.Server(settings(app(self.service, key), lifespan="on"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
+        self.thread.start()
+
+    def ask(self, path, body=None, headers=None, method=None):
+        data = json.dumps(body).encode() if isinstance(body, dict) else body
+        request = urllib.request.Request(f"http://{self.address}/api/v1/{path}", data, headers or {}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join()
+        self.socket.close()
+
+
+@pytest.fixture(scope="module")
+def server(base, tmp_path_factory):
+    running = Running(base, tmp_path_factory.mktemp("state"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def client(server):
+    client = tinker.ServiceClient(base_url=f"http://{server.address}", api_key="tml-any")
+    yield client
+    client.close("success").result()
+
+
+def datum(tokens=TOKENS):
+    inputs = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
+    return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+
+
+def test_the_sdk_trains_samples_saves_and_goes_on(server, client):
+    training = client.create_lora_training_client(base_model="llama", rank=4).result()
+    assert training.get_info().lora_rank == 4
+    losses = []
+    for _ in range(3):
+        forward = training.forward_backward([datum(), datum(TOKENS[::-1])], "cross_entropy")
+        step = training.optim_step(types.AdamParams(learning_rate=2e-2))
+        losses.append(forward.result().metrics["loss:sum"])
+        assert step.result().metrics["grad_norm"] > 0
+    assert losses == sorted(losses, reverse=True)
+    sampling = training.save_weights_and_get_sampling_client().result()
+    found = sampling.sample(types.ModelInput.from_ints(TOKENS[:2]), 3, types.SamplingParams(max_tokens=4)).result()
+    assert [len(sequence.tokens) for sequence in found.sequences] == [4, 4, 4]
+    assert len({sequence.sequence_id for sequence in found.sequences}) == 3
+    prompt = types.ModelInput.from_ints(TOKENS)
+    logprobs = sampling.compute_logprobs(prompt).result()
+    forward = training.forward([datum()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"]
+    assert logprobs[0] is None
+    assert logprobs[1:] == pytest.approx(forward.data, abs=2e-5)
+    assert sampling.compute_logprobs(prompt, prompt_logprobs_last_n=2).result()[:4] == [None] * 4
+    path = training.save_state("here").result().path
+    other = client.create_training_client_from_state_with_optimizer(path).result()
+    assert other.forward([datum()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data == pytest.approx(
+        forward.data, abs=0
+    )
+    named = training.save_weights_for_sampler("named").result().path
+    assert client.create_sampling_client(model_path=named).result().get_base_model() == "llama"
+    rest = tinker.RestClient(base_url=f"http://{server.address}", api_key="tml-any")
+    checkpoints = rest.list_checkpoints(training.model_id).result().checkpoints
+    assert {checkpoint.checkpoint_id for checkpoint in checkpoints} == {"weights/here", "sampler_weights/named"}
+    assert rest.get_weights_info_by_tinker_path(path).result().lora_rank == 4
+    assert rest.get_server_capabilities().result().supported_models[0].model_name == "llama"
+    assert training.model_id in {run.training_run_id for run in rest.list_training_runs().result().training_runs}
+    rest.delete_checkpoint_from_tinker_path(path).result()
+
+
+def test_a_loss_of_the_clients_own_has_its_gradient(client):
+    """`forward_backward_custom` of a loss that the server has too ends in the same step."""
+    sampled = {"logprobs": [-2.0] * 5, "advantages": [1.0, -1.0, 0.5, 0.0, 2.0]}
+
+    def ppo(data, logprobs):
+        ratio = (logprobs[0] + 2.0).exp()
+        advantages = torch.tensor(sampled["advantages"])
+        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum(), {}
+
+    inputs = {"target_tokens": TOKENS[1:]} | sampled
+    of_policy = types.Datum(model_input=types.ModelInput.from_ints(TOKENS[:-1]), loss_fn_inputs=inputs)
+    found = []
+    for own in (True, False):
+        training = client.create_lora_training_client(base_model="llama", rank=4, seed=7).result()
+        if own:
+            training.forward_backward_custom([of_policy], ppo).result()
+        else:
+            training.forward_backward([of_policy], "ppo").result()
+        training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        found.append(training.forward([datum()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data)
+    assert list(found[0]) == pytest.approx(list(found[1]), abs=1e-4)
+
+
+def test_errors_come_in_the_form_of_the_sdk(client):
+    training = client.create_lora_training_client(base_model="llama", rank=4).result()
+    with pytest.raises(tinker.RequestFailedError, match="its formula is not published") as refusal:
+        training.forward_backward([datum()], "stable_reinforce").result()
+    assert refusal.value.category == types.RequestErrorCategory.User
+    training.forward([datum()], "cross_entropy").result()  # and it goes on
+    with pytest.raises(tinker.RequestFailedError, match="this server has 'llama'"):
+        client.create_lora_training_client(base_model="none", rank=4).result()
+    with pytest.raises(tinker.BadRequestError, match="no weights are saved here"):
+        client.create_sampling_client(model_path="tinker://a/weights/b").result()
+    with pytest.raises(tinker.NotFoundError, match="no such part of Tinker's API"):
+        tinker.RestClient(base_url=client._base_url, api_key="tml-any").publish_checkpoint_from_tinker_path(
+            "tinker://a/weights/b"
+        ).result()
+
+
+def test_a_key_is_asked_for_where_there_is_one(base, tmp_path):
+    running = Running(base, tmp_path / "state", key="tml-secret")
+    try:
+        assert running.ask("healthz")[0] == 401
+        assert running.ask("healthz", headers={"X-API-Key": "tml-wrong"})[0] == 401
+        assert running.ask("healthz", headers={"X-API-Key": "tml-secret"}) == (200, {"status": "ok"})
+        with pytest.raises(tinker.AuthenticationError, match="set TINKER_API_KEY"):
+            tinker.ServiceClient(base_url=f"http://{running.address}", api_key="tml-wrong").create_sampling_client(
+                base_model="llama"
+            ).result()
+    finally:
+        running.close()
+
+
+def test_without_a_key_no_other_host_name_is_answered(server):
+    status, said = server.ask("healthz", headers={"Host": "evil.example"})
+    assert status == 403
+    assert "evil.example" in said["detail"]
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_hostile_requests_get_an_error_in_form_and_the_server_goes_on(server, client, count):
+    """Malformed, huge, half-sent: by a seed, over every path."""
+    draw = random.Random(count)
+    training = client.create_lora_training_client(base_model="llama", rank=2).result()
+    want = training.forward([datum()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data
+    paths = [route.path.removeprefix("/api/v1/") for route in app(server.service).routes]
+    values = [None, -1, 2**70, 0.5, "", "x" * 5000, "../../etc/passwd", [], {}, [[]], True, "\udc80", training.model_id]
+    keys = ["model_id", "session_id", "seq_id", "model_seq_id", "base_model", "path", "request_id", "prompt", "type"]
+    keys += ["sampling_params", "sampling_session_id", "lora_config", "adam_params", "optimizer", "num_samples", "tags"]
+    statuses = set()
+    for _ in range(count):
+        path = draw.choice([*paths, "nothing", "sessions/%2e%2e/finish"])
+        path = path.replace("{session}", "..").replace("{run}", "%2e%2e").replace("{place:path}", "../../x")
+        path = path.replace("{sampler}", draw.choice(["..", training.model_id]))
+        kind = draw.randrange(5)
+        if kind == 0:
+            body = draw.randbytes(draw.randrange(2000))
+        elif kind == 1:
+            body = b"{" * draw.randrange(1, 20000)
+        elif kind == 2:
+            half = socket.create_connection(server.socket.getsockname())
+            half.sendall(f"POST /api/v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\nhalf".encode())
+            half.close()
+            continue
+        else:
+            body = {draw.choice(keys): draw.choice(values) for _ in range(draw.randrange(8))}
+        status, said = server.ask(path, body, method=draw.choice(["POST", "POST", "POST", "GET", "DELETE"]))
+        statuses.add(status)
+        assert status < 500, (path, body, said)
+        assert status < 400 or isinstance(said["detail"], str)
+    assert {400, 404, 422} <= statuses
+    assert len(server.ask("create_session", b" " * (1 << 26) + b"{}")[1]["detail"]) < 200
+    assert training.forward([datum()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data == pytest.approx(
+        want, abs=0
+    )

@@ -1,0 +1,300 @@
+"""Requests and their results: their order, what is asked twice, other clients, and a service that goes on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tinker.proto import tinker_public_pb2 as messages
+
+from grpo.run.lock import FolderInUse
+from grpo.tinker import service as of_service
+from grpo.tinker.service import Service, Unknown
+from grpo.tinker.wire import Refused
+
+TOKENS = [5, 9, 12, 7, 3, 8]
+
+
+class Client:
+    """Numbers its requests as the SDK does, and sends them in any order."""
+
+    def __init__(self, service: Service, rank=4, seed=None):
+        self.service = service
+        self.session = service.create_session({})
+        self.model = f"{self.session}:train:0"
+        self.number = 0
+        self.ask("create_model", base_model="llama", lora_config={"rank": rank} | ({"seed": seed} if seed else {}))
+
+    def ask(self, kind, **request):
+        job = self.service.ask(self.model, self.number, kind, json.dumps(request).encode())
+        self.number += 1
+        return job
+
+    def learn(self, tokens=TOKENS, number=None, rate=1e-2):
+        """A supervised step, of which both requests are under way."""
+        body = supervised(self.model, self.number, tokens)
+        first = self.service.ask(self.model, self.number, "forward_backward", body)
+        self.number += 1
+        return first, self.ask("optim_step", adam_params=adam(rate))
+
+    def sampler(self):
+        job = self.ask("save_weights_for_sampler", sampling_session_seq_id=self.number)
+        return answer(job)["sampling_session_id"]
+
+
+def adam(rate):
+    return {"learning_rate": rate, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "grad_clip_norm": 0.0}
+
+
+def supervised(model, number, tokens):
+    message = messages.ForwardBackwardRequest(model_id=model, seq_id=number, loss_fn="cross_entropy")
+    datum = message.data.add()
+    datum.model_input.add().encoded_text.tokens = np.array(tokens[:-1], dtype=np.int32).tobytes()
+    targets = np.array(tokens[1:], dtype=np.int64)
+    datum.loss_fn_inputs["target_tokens"].CopyFrom(
+        messages.Tensor(dtype=messages.DTYPE_INT64, dense=targets.tobytes(), shape=[len(targets)])
+    )
+    return message.SerializeToString()
+
+
+def sample(service, sampler, number=0, **changes):
+    request = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": TOKENS[:3]}]}, "num_samples": 2}
+    request |= {"sampling_params": {"max_tokens": 8} | changes.pop("sampling_params", {})} | changes
+    return service.ask_sampler(sampler, number, json.dumps(request).encode())
+
+
+def result(job):
+    assert job.done.wait(60)
+    return job.result
+
+
+def answer(job):
+    form, content = result(job)
+    assert form == "json"
+    said = json.loads(content)
+    assert "error" not in said, said
+    return said
+
+
+def error(job):
+    return json.loads(result(job)[1])["error"]
+
+
+def samples(job):
+    form, content = result(job)
+    assert form == "pb", content
+    message = messages.SampleResponse.FromString(content)
+    tokens = [np.frombuffer(s.tokens, np.int32).tolist() for s in message.sequences]
+    return tokens, [np.frombuffer(s.logprobs, np.float32).tolist() for s in message.sequences], message
+
+
+def test_requests_take_effect_in_the_order_of_their_numbers(service):
+    client, turned = Client(service), Client(service)
+    want = [result(job) for _ in range(2) for job in client.learn()]
+    bodies = []
+    for number in (1, 3):
+        bodies.append((number, "forward_backward", supervised(turned.model, number, TOKENS)))
+        bodies.append((number + 1, "optim_step", json.dumps({"adam_params": adam(1e-2)}).encode()))
+    jobs = {number: service.ask(turned.model, number, kind, body) for number, kind, body in reversed(bodies)}
+    assert [result(jobs[number]) for number in sorted(jobs)] == want
+    assert want[0] != want[2]  # the second loss is another one: it has learned
+
+
+def test_a_request_that_is_sent_again_is_the_same_one(service):
+    client = Client(service)
+    first, _ = client.learn()
+    again = service.ask(client.model, 1, "forward_backward", supervised(client.model, 1, TOKENS))
+    assert again is first
+    known = sample(service, client.sampler())
+    assert sample(service, known.owner.id) is known
+
+
+def test_a_sampler_has_the_weights_of_its_time_and_the_base_has_none(service):
+    client = Client(service)
+    base = service.add_sampler(client.session, 99, None)
+    before = client.sampler()
+    want = samples(sample(service, before))
+    for _ in range(5):
+        client.learn(rate=0.1)
+    after = client.sampler()
+    assert samples(sample(service, before, 0))[:2] == want[:2]
+    assert (
+        samples(sample(service, base, sampling_params={"seed": 3}))[1]
+        != samples(sample(service, after, sampling_params={"seed": 3}))[1]
+    )
+    assert (
+        samples(sample(service, before, 1, sampling_params={"seed": 3}))[1]
+        == samples(sample(service, base, 1, sampling_params={"seed": 3}))[1]
+    )
+
+
+def test_samples_and_log_probabilities_are_those_of_the_policy(service):
+    client = Client(service)
+    for _ in range(3):
+        client.learn(rate=0.05)
+    asked = sample(service, client.sampler(), prompt_logprobs=True)
+    tokens, logprobs, message = samples(asked)
+    trunk = service.models[client.model].trainer.policy.trunk
+    assert tokens[0] != tokens[1]
+    for ids, of in zip(tokens, logprobs, strict=True):
+        whole = torch.tensor([TOKENS[:3] + ids])
+        want = trunk(input_ids=whole).logits[0, 2:-1].log_softmax(-1).gather(-1, whole[0, 3:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(of), want.detach(), atol=2e-5, rtol=0)
+    of_prompt = np.frombuffer(message.prompt_logprobs, np.float32)
+    want = trunk(input_ids=torch.tensor([TOKENS[:3]])).logits[0, :-1].log_softmax(-1)
+    assert np.isnan(of_prompt[0])
+    assert of_prompt[1:] == pytest.approx([want[i, TOKENS[i + 1]].item() for i in range(2)], abs=2e-5)
+
+
+def test_clients_do_not_see_each_others_weights(base, tmp_path):
+    """Three at once, in turns, get what each gets alone."""
+
+    def run(name, together):
+        service = Service(base, "llama", tmp_path / name, torch.float32)
+        try:
+            clients = [Client(service, seed=seed) for seed in (1, 2, 3)]
+            data = [TOKENS, TOKENS[::-1], [3, 3, 4, 5, 6]]
+            jobs = [[], [], []]
+            order = [0, 1, 2] * 3 if together else [0] * 3 + [1] * 3 + [2] * 3
+            for who in order:
+                jobs[who] += clients[who].learn(data[who])
+            asked = [sample(service, client.sampler()) for client in clients]
+            return [[result(job) for job in of] for of in jobs], [samples(job)[:2] for job in asked]
+        finally:
+            service.close()
+
+    assert run("together", True) == run("apart", False)
+
+
+@pytest.mark.parametrize("keep_state_s", [0.0, 1e9])
+def test_a_service_that_was_killed_goes_on_to_the_same_bits(base, tmp_path, monkeypatch, keep_state_s):
+    """By the state that was kept last, or by doing everything again."""
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", keep_state_s)
+
+    def begin(name):
+        return Service(base, "llama", tmp_path / name, torch.float32)
+
+    whole = begin("whole")
+    client = Client(whole)
+    want = [result(job) for _ in range(4) for job in client.learn()]
+    sampled = samples(sample(whole, client.sampler()))[:2]
+    whole.close()
+
+    first = begin("killed")
+    client = Client(first)
+    [result(job) for _ in range(2) for job in client.learn()]
+    client.service._closed = True  # what is asked from now on is acknowledged, and not done
+    client.service._training.put(None)
+    client.service._threads[0].join()
+    client.learn()
+    first.lock.release()
+    second = begin("killed")
+    client.service = second
+    found = [result(second.job(f"{client.model}:{number}")) for number in range(1, 7)]
+    found += [result(job) for job in client.learn()]
+    assert found == want
+    assert samples(sample(second, client.sampler()))[:2] == sampled
+    second.close()
+
+
+def test_one_service_at_a_time_has_a_folder(service, base):
+    with pytest.raises(FolderInUse, match="state is in use"):
+        Service(base, "llama", service.folder, torch.float32)
+
+
+def test_states_are_saved_listed_loaded_and_removed(service):
+    client = Client(service)
+    client.learn()
+    path = answer(client.ask("save_weights", path="one"))["path"]
+    assert path == f"tinker://{client.model}/weights/one"
+    assert "a state of this name exists" in error(client.ask("save_weights", path="one"))
+    assert "a name has letters" in error(client.ask("save_weights", path="../../etc"))
+    answer(client.ask("save_weights", path="one", overwrite=True))
+    want = [result(job) for job in client.learn()]
+    body = json.dumps({"path": path, "optimizer": True}).encode()
+    answer(service.ask(f"{client.session}:train:1", 0, "load_weights", body))
+    client.model, client.number = f"{client.session}:train:1", 1
+    assert [result(job) for job in client.learn()] == want
+    model = service.model(f"{client.session}:train:0")
+    assert [checkpoint["checkpoint_id"] for checkpoint in service.checkpoints(model)] == ["weights/one"]
+    service.delete_checkpoint(model, "weights/one")
+    assert service.checkpoints(model) == []
+    assert "no weights are saved here" in error(client.ask("load_weights", path=path, optimizer=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sampling_params": {"top_k": 3}}, "top_k and top_p"),
+        ({"sampling_params": {"top_p": 0.9}}, "top_k and top_p"),
+        ({"sampling_params": {"max_tokens": 100}}, "the context is 64 tokens"),
+        ({"sampling_params": {"temperature": -1}}, "temperature=-1"),
+        ({"sampling_params": {"stop": [10**6]}}, "outside the vocabulary"),
+        ({"num_samples": 0}, "use 1 to 1024"),
+        ({"topk_prompt_logprobs": 3}, "topk_prompt_logprobs: not here"),
+        ({"prompt": {"chunks": []}}, "it has no token"),
+        ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [10**6]}]}}, "vocabulary"),
+        ({"prompt": {"chunks": [{"type": "image", "data": ""}]}}, "this server reads text"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": 3}, "use 1 to 2"),
+    ],
+)
+def test_samples_that_cannot_be_are_refused_by_name(service, changes, words):
+    sampler = service.add_sampler(service.create_session({}), 0, None)
+    assert words in error(sample(service, sampler, **changes))
+    assert len(samples(sample(service, sampler, 1))[0]) == 2  # and it goes on
+
+
+def test_stops_are_heeded(service):
+    sampler = service.add_sampler(service.create_session({}), 0, None)
+    [tokens, _], _, message = samples(sample(service, sampler, sampling_params={"seed": 1, "stop": []}))
+    assert len(tokens) == 8
+    cut = samples(sample(service, sampler, 1, sampling_params={"seed": 1, "stop": [tokens[3]]}))
+    assert cut[0][0] == tokens[: tokens.index(tokens[3]) + 1]
+    assert message.sequences[0].stop_reason == messages.STOP_REASON_LENGTH
+    assert cut[2].sequences[0].stop_reason == messages.STOP_REASON_STOP
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"base_model": "other", "lora_config": {"rank": 4}}, "this server has 'llama'"),
+        ({"base_model": "llama", "lora_config": {"rank": -1}}, "rank=-1"),
+        ({"base_model": "llama", "lora_config": {"rank": 4}, "optimizer_config": {"type": "dimuon"}}, "has adamw"),
+    ],
+)
+def test_models_that_cannot_be_are_refused_and_say_so_later(service, request_, words):
+    model = f"{service.create_session({})}:train:0"
+    assert words in error(service.ask(model, 0, "create_model", json.dumps(request_).encode()))
+    assert "could not be made" in error(
+        service.ask(model, 1, "optim_step", json.dumps({"adam_params": adam(1)}).encode())
+    )
+
+
+def test_what_is_not_there_is_named(service):
+    for ask in (
+        lambda: service.session("none"),
+        lambda: service.ask("none:train:0", 1, "optim_step", b"{}"),
+        lambda: service.ask_sampler("none:sample:0", 0, b"{}"),
+        lambda: service.job("none:1"),
+    ):
+        with pytest.raises(Unknown, match="none"):
+            ask()
+    for path in ("tinker://a/weights/b", "tinker://../weights/b", "/etc/passwd", "tinker://a/b/c/d"):
+        with pytest.raises(Refused, match="no weights are saved here"):
+            service.add_sampler(service.create_session({}), 0, path)
+
+
+def test_old_requests_and_results_are_not_kept(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 0.0)
+    monkeypatch.setattr(of_service, "RESULTS", 3)
+    service = Service(base, "llama", tmp_path / "state", torch.float32)
+    client = Client(service)
+    last = [job for _ in range(4) for job in client.learn()][-1]
+    result(last)
+    service.close()
+    folder: Path = service.models[client.model].files.results
+    assert sorted(int(path.stem) for path in folder.iterdir()) == [6, 7, 8]
+    assert not list(service.models[client.model].files.requests.iterdir())
+    with pytest.raises(Unknown):
+        service.job(f"{client.model}:1")

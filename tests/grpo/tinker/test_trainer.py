@@ -1,0 +1,209 @@
+"""What a training client moves: its gradients and steps are our learner's and plain torch's."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from grpo.config.learner import LearnerOptions
+from grpo.learner.batch import PackedRow, Sample, TrainingBatch
+from grpo.learner.learner import Learner
+from grpo.learner.likelihood import Likelihood
+from grpo.learner.terms.custom import PerToken
+from grpo.tinker.losses import LOSSES, loss_of
+from grpo.tinker.trainer import Spec, Trainer
+from grpo.tinker.wire import Datum, ForwardBackward, Refused
+
+ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_clip_norm": 0.5}
+
+
+def data(vocabulary, name, sizes=(7, 4, 11), seed=1):
+    """Datums of several turns: some tokens count, some do not, and targets that do not count are 0."""
+    draw = torch.Generator().manual_seed(seed)
+    out = []
+    for size in sizes:
+        ids = torch.randint(1, vocabulary, (size + 1,), generator=draw)
+        counts = torch.rand(size, generator=draw) < 0.6
+        counts[-1] = True
+        of = {"target_tokens": ids[1:].where(counts, 0)}
+        if name == "cross_entropy":
+            of["weights"] = torch.rand(size, generator=draw) * counts
+        else:
+            of["logprobs"] = -5 * torch.rand(size, generator=draw) * counts
+            of["advantages"] = torch.randn(size, generator=draw) * counts
+        if name == "gspo":
+            of["sequence_ratio_mask"] = counts.float()
+        out.append(Datum(ids[:-1].tolist(), of))
+    return out
+
+
+def ask(datums, name="cross_entropy", backward=True, **config):
+    return ForwardBackward("m", 1, name, config, datums, backward)
+
+
+def plain_loss(model, datums, name):
+    """Each datum alone, by transformers' own forward and torch's own log-softmax."""
+    entry, settings = loss_of(name, {})
+    losses, logprobs = [], []
+    for datum in datums:
+        logits = model(input_ids=torch.tensor([datum.tokens])).logits[0].float()
+        of = logits.log_softmax(-1).gather(-1, datum.inputs["target_tokens"][:, None])[:, 0]
+        logprobs.append(of)
+        losses.append(entry.of(of, datum.inputs, settings))
+    return torch.stack(losses).sum(), logprobs
+
+
+def gradients(module):
+    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gradients_and_log_probabilities_are_those_of_plain_torch(base, name, rank, monkeypatch):
+    monkeypatch.setattr("grpo.tinker.trainer.OPTIONS", LearnerOptions(learning_rate=1.0, tokens_per_micro_batch=16))
+    trainer = Trainer(base, Spec(rank))
+    if rank:  # B begins at zero, and A would have no gradient
+        with torch.no_grad():
+            for parameter in trainer.policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    datums = data(len(base.tokenizer), name)
+    loss, logprobs = plain_loss(trainer.policy.trunk, datums, name)
+    loss.backward()
+    want = gradients(trainer.policy.trunk)
+    trainer.update.zero()
+    outputs = trainer.forward_backward(ask(datums, name))
+    found = gradients(trainer.policy.trunk)
+    assert outputs.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-5)
+    for datum, of in zip(outputs.by_datum, logprobs, strict=True):
+        torch.testing.assert_close(datum["logprobs"], of.detach(), atol=1e-5, rtol=0)
+    assert found.keys() == want.keys()
+    assert len(want) > 10
+    for key in want:
+        torch.testing.assert_close(found[key], want[key], atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_are_those_of_our_own_learner(base):
+    """A sum over tokens there, the mean of a step's tokens here."""
+    [datum] = data(len(base.tokenizer), "importance_sampling", sizes=(9,))
+    datum.inputs["target_tokens"] = torch.tensor([*datum.tokens[1:], 3])
+    trainer = Trainer(base, Spec(0))
+    trainer.forward_backward(ask([datum], "importance_sampling"))
+    want = gradients(trainer.policy.trunk)
+    policy = Spec(0).build(base)
+
+    def loss(logprobs, sampling, advantages, mask):
+        return -(logprobs - sampling).exp() * advantages
+
+    learner = Learner(policy, LearnerOptions(learning_rate=1.0), [PerToken(loss)], Likelihood(policy))
+    sample = Sample(
+        0,
+        datum.inputs["target_tokens"].tolist(),
+        datum.inputs["logprobs"].tolist(),
+        token_advantages=datum.inputs["advantages"].tolist(),
+    )
+    learner.forward_backward(TrainingBatch([PackedRow(datum.tokens[:1], [sample])], torch.ones(1, 1), 1, 9))
+    for key, gradient in gradients(policy.trunk).items():
+        torch.testing.assert_close(9 * gradient, want[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_five_steps_are_those_of_torchs_adamw(base, rank):
+    trainer = Trainer(base, Spec(rank))
+    plain = copy.deepcopy(trainer.policy.trunk)
+    moved = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(moved, lr=1.0)
+    for step in range(5):
+        datums = data(len(base.tokenizer), "ppo", seed=step)
+        rate = 1e-3 * (step + 1)
+        trainer.forward_backward(ask(datums[:1], "ppo"))
+        trainer.forward_backward(ask(datums[1:], "ppo"))  # gradients add up
+        trainer.optim_step(ADAM | {"learning_rate": rate})
+        optimizer.zero_grad()
+        plain_loss(plain, datums, "ppo")[0].backward()
+        torch.nn.utils.clip_grad_norm_(moved, ADAM["grad_clip_norm"])
+        changes = {"lr": rate, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+        optimizer.param_groups[0].update(changes)
+        optimizer.step()
+    for (name, found), want in zip(trainer.policy.trunk.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, want, atol=1e-4, rtol=0, msg=name)
+
+
+def test_a_forward_alone_leaves_no_gradient_and_several_targets_are_scored(base):
+    trainer = Trainer(base, Spec(4))
+    [datum] = data(len(base.tokenizer), "cross_entropy", sizes=(5,))
+    two = torch.stack([datum.inputs["target_tokens"], datum.inputs["target_tokens"] + 1], dim=1)
+    outputs = trainer.forward_backward(ask([Datum(datum.tokens, {"target_tokens": two})], backward=False))
+    one = trainer.forward_backward(ask([datum], backward=False)).by_datum[0]["logprobs"]
+    assert outputs.by_datum[0]["logprobs"].shape == (5, 2)
+    torch.testing.assert_close(outputs.by_datum[0]["logprobs"][:, 0], one)
+    assert not gradients(trainer.policy.trunk)
+
+
+def test_adapters_are_where_they_were_asked_for(base):
+    def names(**flags):
+        policy = Spec(2, **flags).build(base)
+        return {n.split(".lora_")[0].rpartition(".")[2] for n, p in policy.named_parameters() if p.requires_grad}
+
+    attention, mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+    assert names() == attention | mlp | {"lm_head"}
+    assert names(train_mlp=False, train_unembed=False) == attention
+    assert names(train_attn=False, train_unembed=False) == mlp
+    tied = copy.deepcopy(base)
+    tied.trunk.config.tie_word_embeddings = True
+    with pytest.raises(Refused, match="LM head of this model is its embedding"):
+        Spec(2, train_attn=False, train_mlp=False).build(tied)
+
+
+def test_a_policy_that_trains_all_weights_moves_them_and_nobody_elses(base):
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    Spec(2).build(base)  # which freezes what it shares
+    trainer = Trainer(base, Spec(0))
+    trainer.forward_backward(ask(data(len(base.tokenizer), "cross_entropy")))
+    trainer.optim_step(ADAM | {"learning_rate": 1e-2})
+    own = dict(trainer.policy.named_parameters())
+    assert all(not torch.equal(own[name], value) for name, value in before.items() if "embed" not in name)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
+
+
+def test_a_state_comes_back_to_the_same_bits_with_its_moments_or_without(base):
+    first = Trainer(base, Spec(4))
+
+    def step(trainer, seed):
+        trainer.forward_backward(ask(data(len(base.tokenizer), "cross_entropy", seed=seed)))
+        trainer.optim_step(ADAM | {"learning_rate": 1e-2})
+        return {name: value.clone() for name, value in trainer.state()["policy"].items()}
+
+    step(first, 1)
+    state = {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in first.state().items()}
+    want = step(first, 2)
+    whole, weights = Trainer(base, Spec(4, seed=5)), Trainer(base, Spec(4, seed=6))
+    whole.load(state)
+    weights.load(state, optimizer=False)
+    found, without = step(whole, 2), step(weights, 2)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert any(not torch.equal(without[name], want[name]) for name in want)
+    with pytest.raises(Refused, match="do not fit"):
+        Trainer(base, Spec(8)).load(state)
+
+
+def test_what_is_not_finite_is_refused_and_the_next_step_is_as_if_it_had_not_been(base):
+    trainer, other = Trainer(base, Spec(4)), Trainer(base, Spec(4))
+    datums = data(len(base.tokenizer), "importance_sampling")
+    bad = data(len(base.tokenizer), "importance_sampling")
+    bad[0].inputs["logprobs"] = torch.full_like(bad[0].inputs["logprobs"], -1e4)
+    with pytest.raises(Refused, match="the loss is nan"):
+        trainer.forward_backward(ask(bad, "importance_sampling"))
+    for each in (trainer, other):
+        each.forward_backward(ask(datums, "importance_sampling"))
+        each.optim_step(ADAM | {"learning_rate": 1e-2})
+    assert all(torch.equal(value, other.state()["policy"][name]) for name, value in trainer.state()["policy"].items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"beta1": 1.0}, {"learning_rate": math.nan}, {"eps": -1.0}, {"weight_decay": -1.0}]
+)
+def test_numbers_of_adamw_that_make_no_sense_are_refused_by_name(base, changes):
+    with pytest.raises(Refused, match=f"adam_params.{next(iter(changes))}"):
+        Trainer(base, Spec(2)).optim_step(ADAM | {"learning_rate": 1e-3} | changes)
