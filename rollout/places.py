@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from policies import devices
 from policies.policy import Policy
 
 
@@ -36,10 +37,11 @@ class Places:
         """
         import ray
 
-        if policy.device.type != "cuda" or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        if policy.device.type == "cpu" or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
             return bool(self.colocate), 0
         learners = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        turns = torch.cuda.device_count() <= learners if self.colocate is None else self.colocate
+        others = torch.accelerator.device_count() > learners and devices.has_cuda(policy.device)  # that can be hidden
+        turns = self.colocate if self.colocate is not None else not others
         return turns, 0 if turns else learners
 
     def __str__(self) -> str:
@@ -66,8 +68,8 @@ def _share(resources: Mapping[str, float]) -> str:
 def here() -> dict[str, Any]:
     """Tells where this process is: its node of Ray's cluster, or its machine; its number; and what it uses."""
     device: dict[str, Any] = {"threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        device["gpu"] = torch.cuda.current_device()
+    if torch.accelerator.is_available():
+        device["gpu"] = torch.accelerator.current_device_index()
     node = socket.gethostname()
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():

@@ -13,12 +13,12 @@ from typing import Any
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import parse_yaml, to_yaml
-from grpo.run.hardware import device_of
 from grpo.source.policy_source import asks_for_heads, shape_of
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.sampling import no_graph
-from policies import presets
+from policies import devices, presets
 from policies.attention import sees_prompts_whole
+from policies.devices import device_of
 from policies.files import gguf
 from policies.policy import read_tokenizer
 from policies.routing.heads import DynamicHeadsConfig
@@ -131,6 +131,16 @@ def _taught_head(options: object) -> str:
     return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if option(mtp, "loss_weight") else ""
 
 
+def _off_the_cpu(options: object) -> str:
+    name = option(options, "device")
+    return "" if device_of(name).type == "cpu" else f"device={name}"
+
+
+def _emulates_bfloat16(options: object) -> str:
+    name = option(options, "device")
+    return f"device={name}" if devices.has_bfloat16(device_of(name)) is False else ""
+
+
 def _adapters_alone(options: object) -> bool:
     lora = option(options, "lora")
     return bool(lora and not option(options, "warm_start.steps") and "head_router" not in (lora.targets or ()))
@@ -181,6 +191,8 @@ SITUATIONS: Mapping[str, Form] = {
     "drafts of vLLM": _drafts_of_vllm,
     "an argument of vLLM's engine": _set_by_quartet,
     "training of the draft head": _taught_head,
+    "an accelerator": _off_the_cpu,
+    "an accelerator without bfloat16": _emulates_bfloat16,
     "adapters alone": _adapters_alone,
     "a teacher that is a preset": _preset_as_teacher,
 }

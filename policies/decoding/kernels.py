@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policies import devices
+
 ALIGNED = 16  # entries: where a row of torch's mask begins on CUDA
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -26,7 +28,7 @@ def attention(query_BNK: Tensor, cached_BTE: Tensor, value_width: int, mask_BNT:
     device, widths = query_BNK.device, (query_BNK.shape[-1], cached_BTE.shape[-1], value_width)
     if device.type == "cpu":
         attend = cpu_attention
-    elif device.type == "cuda" and cuda_attention_agrees(device, query_BNK.dtype, widths):
+    elif devices.has_cuda(device) and cuda_attention_agrees(device, query_BNK.dtype, widths):
         attend = cuda_attention
     else:
         attend = plain_attention
