@@ -35,9 +35,8 @@ class Places:
 
         Ray places the learners of Ray Train itself. It knows nothing of others, which have the first GPUs.
         """
-        import ray
-
-        if policy.device.type == "cpu" or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        ray = sys.modules.get("ray")
+        if policy.device.type == "cpu" or (ray and ray.is_initialized()) or os.environ.get("RAY_ADDRESS"):
             return bool(self.colocate), 0
         learners = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         others = torch.accelerator.device_count() > learners and devices.has_cuda(policy.device)  # that can be hidden
@@ -63,6 +62,13 @@ class Places:
 
 def _share(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"
+
+
+def visible_gpus(hidden: int) -> str:
+    """Gives what CUDA_VISIBLE_DEVICES names without the first `hidden` GPUs that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.accelerator.device_count())]
+    return ",".join(gpus[hidden:])
 
 
 def here() -> dict[str, Any]:

@@ -8,10 +8,11 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from select import select
+from types import MappingProxyType
 from typing import Any
 
 from rollout.backends.vllm.client import Lost
@@ -52,16 +53,24 @@ def clean_environment() -> dict[str, str]:
 
 
 class VLLMProcess:
-    """A server of our own, with its `url` and `token`. Its log is appended to the file `log`.
+    """A server of our own, with its `url` and `token`. Its log is appended to the file `log`. `more` is set in its
+    environment.
 
     It is in a process group of its own, so that Ctrl-C reaches us alone, and it watches us: if we are killed, it ends.
     Raises Lost, a RolloutError, if it does not listen in time.
     """
 
-    def __init__(self, python: Path, log: Path, threads: int, while_waiting: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        python: Path,
+        log: Path,
+        threads: int,
+        while_waiting: Callable[[], None],
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.log, self.token = log, secrets.token_hex(32)
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = clean_environment() | {"OMP_NUM_THREADS": str(threads), TOKEN: self.token}
+        environment = clean_environment() | {"OMP_NUM_THREADS": str(threads), TOKEN: self.token, **more}
         with open(log, "ab") as written:
             self.process = subprocess.Popen(
                 [str(python), str(SERVER), "--parent", str(os.getpid())],
