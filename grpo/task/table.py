@@ -132,13 +132,13 @@ def _taught_head(options: object) -> str:
 
 
 def _off_the_cpu(options: object) -> str:
-    name = option(options, "device")
-    return "" if device_of(name).type == "cpu" else f"device={name}"
+    device = device_of(option(options, "device"))
+    return "" if device.type == "cpu" else f"device={device}"
 
 
 def _emulates_bfloat16(options: object) -> str:
-    name = option(options, "device")
-    return f"device={name}" if devices.has_bfloat16(device_of(name)) is False else ""
+    device = device_of(option(options, "device"))
+    return f"device={device}" if devices.has_bfloat16(device) is False else ""
 
 
 def _adapters_alone(options: object) -> bool:
@@ -192,6 +192,7 @@ SITUATIONS: Mapping[str, Form] = {
     "an argument of vLLM's engine": _set_by_quartet,
     "training of the draft head": _taught_head,
     "an accelerator": _off_the_cpu,
+    "Apple's GPU": lambda options: device_of(option(options, "device")).type == "mps" and "Apple's GPU (device)",
     "an accelerator without bfloat16": _emulates_bfloat16,
     "adapters alone": _adapters_alone,
     "a teacher that is a preset": _preset_as_teacher,
