@@ -230,10 +230,8 @@ def _by_tiles(tensor: Tensor) -> bool:
 
 def _options(query: Tensor, value: Tensor) -> dict[str, int] | None:
     """The options of flex attention's kernels for such tensors; None where it cannot train on their device."""
-    if not _by_tiles(query):
-        return None
-    widths = query.shape[-1], value.shape[-1]
-    return kernel_options(compile_friendly_flex_attention, query.device, query.dtype, widths)
+    kind = query.device, query.dtype, query.shape[-1], value.shape[-1]
+    return kernel_options(compile_friendly_flex_attention, *kind) if _by_tiles(query) else None
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -6,22 +6,15 @@ import torch
 from torch import Tensor
 
 
-def accelerator() -> torch.device:
-    """Gives this machine's accelerator: cuda (ROCm's has that name too), xpu, mps; the CPU where there is none."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def device_of(name: str) -> torch.device:
-    """Gives the device that an option names; `auto` is the accelerator. Raises ValueError, with the devices that are
-    there, for one that is not."""
-    there = ["cpu"]
-    if accelerator().type != "cpu":
-        there += [accelerator().type, *(f"{accelerator().type}:{i}" for i in range(torch.accelerator.device_count()))]
-    if name == "auto":
-        return accelerator()
-    if name not in there:
+def device_of(name: str = "auto") -> torch.device:
+    """Gives the device that an option names. `auto` is this machine's accelerator: cuda (ROCm's has this name too),
+    xpu, mps; the CPU where there is none. Raises ValueError, with the devices that are there, for one that is not."""
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    numbered = [f"{best.type}:{i}" for i in range(torch.accelerator.device_count())]
+    there = dict.fromkeys(["cpu", best.type, *numbered])
+    if name not in there and name != "auto":
         raise ValueError(f"device={name}: there is no such device here; use {', '.join(there)}, or auto")
-    return torch.device(name)
+    return best if name == "auto" else torch.device(name)
 
 
 def has_cuda(device: torch.device) -> bool:
@@ -31,30 +24,19 @@ def has_cuda(device: torch.device) -> bool:
 
 
 def has_bfloat16(device: torch.device) -> bool | None:
-    """Tells whether a device computes in bfloat16 itself, where torch would emulate it; None where it does not say."""
+    """Tells whether an accelerator computes in bfloat16 itself, where torch would emulate it; None: it does not say."""
     says = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     return None if says is None or device.type == "cpu" else bool(says(False))
 
 
-def precision(name: str) -> str:
-    """Gives the precision that a device has where nobody has said one; float32 for one that is not there, which is
-    refused elsewhere."""
-    try:
-        return "bfloat16" if has_bfloat16(device_of(name)) else "float32"
-    except ValueError:
-        return "float32"
+def has_float64(device: torch.device) -> bool:
+    """Tells whether a device computes in float64: Apple's do not, nor do some of Intel's."""
+    return device.type != "mps" and (device.type != "xpu" or torch.xpu.get_device_properties(device).has_fp64)
 
 
 def wide(tensor: Tensor) -> Tensor:
     """Gives the tensor in float64, on the CPU where its device has none."""
-    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
-
-
-def has_float64(device: torch.device) -> bool:
-    """Tells whether a device computes in float64: Apple's do not, nor do some of Intel's."""
-    if device.type == "xpu":
-        return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return device.type != "mps"
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
 
 
 def wait_for(device: torch.device) -> None:
@@ -66,21 +48,19 @@ def wait_for(device: torch.device) -> None:
 
 
 def empty_cache() -> None:
-    """Gives memory back to the accelerator, if there is one, that torch keeps for later tensors of this process."""
-    if accelerator().type != "cpu":
-        torch.get_device_module(accelerator()).empty_cache()
+    """Gives back what torch keeps of the accelerator's memory for later tensors of this process."""
+    getattr(torch.get_device_module(device_of()), "empty_cache", lambda: None)()
 
 
-def peak_gib() -> float | None:
-    """Gives the most memory that this process has held on the accelerator; None where none says so, as Apple's."""
-    most = getattr(torch.get_device_module(accelerator()), "max_memory_allocated", None)
-    return None if most is None else most() / 2**30
+def peak_gib() -> dict[str, float]:
+    """Gives the most memory that this process has held on the `device`; nothing where none says so, as Apple's."""
+    most = getattr(torch.get_device_module(device_of()), "max_memory_allocated", None)
+    return {} if most is None else {"device": most() / 2**30}
 
 
 def names() -> list[str]:
-    """Describes each accelerator of this machine, such as `NVIDIA H100, 80 GiB`; one that says nothing by its kind."""
-    properties = getattr(torch.get_device_module(accelerator()), "get_device_properties", None)
-    if properties is None:
-        return [] if accelerator().type == "cpu" else [accelerator().type]
-    each = [properties(index) for index in range(torch.accelerator.device_count())]
-    return [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in each]
+    """Describes each accelerator of this machine, such as `NVIDIA H100, 80 GiB`; Apple's by its kind alone."""
+    properties = getattr(torch.get_device_module(device_of()), "get_device_properties", None)
+    each = map(properties, range(torch.accelerator.device_count())) if properties else ()
+    kind = [] if properties or device_of().type == "cpu" else [device_of().type]
+    return kind + [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in each]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -29,12 +30,13 @@ class ModelOptions(Options):
     @classmethod
     def _of_device(cls, dtype: str, info: ValidationInfo) -> str:
         """Gives what `auto` is on the device of these options, so that config.yaml says it."""
-        device = info.data.get("device", "cpu")
-        if dtype != "auto" or device == "cpu":
-            return "float32" if dtype == "auto" else dtype
-        from policies.devices import precision  # torch takes seconds
+        name = info.data.get("device", "cpu")
+        if dtype == "auto" and name != "cpu":
+            from policies.devices import device_of, has_bfloat16  # torch takes seconds
 
-        return precision(device)
+            with suppress(ValueError):  # a device that is not there is refused elsewhere
+                dtype = "bfloat16" if has_bfloat16(device_of(name)) else dtype
+        return "float32" if dtype == "auto" else dtype
 
 
 class ArchitectureOptions(Options):

@@ -52,17 +52,14 @@ def norm_of(alike: Sequence[Tensor]) -> Tensor:
     and of the part of a rank less so. Elsewhere every kernel that is launched costs time, and torch has one for all.
     """
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in alike]
-    total = by_pieces(parts) if parts[0].device.type == "cpu" else at_once(parts)
+    pieces = [piece for part in parts for piece in part.flatten().split(PIECE)]
+    on_cpu = parts[0].device.type == "cpu"
+    total = torch.stack([piece.square().sum() for piece in pieces]).sum() if on_cpu else at_once(parts)
     if isinstance(first := alike[0], DTensor):
         assert not any(placement.is_partial() for placement in first.placements), first.placements
         to_add = [Replicate() if placement.is_replicate() else Partial() for placement in first.placements]
         total = DTensor.from_local(total, first.device_mesh, to_add).full_tensor()
     return total.sqrt()
-
-
-def by_pieces(parts: Iterable[Tensor]) -> Tensor:
-    """Σx² in pieces that take little memory, two kernels for each."""
-    return torch.stack([piece.square().sum() for part in parts for piece in part.flatten().split(PIECE)]).sum()
 
 
 def at_once(parts: Sequence[Tensor]) -> Tensor:

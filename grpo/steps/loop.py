@@ -257,9 +257,7 @@ class Run(Generic[Config]):
             tokens = self.metrics["completion/tokens"]
             self.metrics["speed/completion_tokens_per_second"] = tokens / self.metrics["time/rollout"]
         self.metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
-        device_gib = peak_gib()
-        if device_gib is not None:
-            self.metrics["memory/device_gib"] = device_gib
+        self.metrics |= {f"memory/{name}_gib": gib for name, gib in peak_gib().items()}
         self._recorded = self.step
         supervises = isinstance(self.config, SftConfig)
         self.log.step(self.step, self.metrics, show=not supervises)

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -19,9 +19,6 @@ from policies.policy import Policy
 from rollout.depth import GRAPH_DEPTHS
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec, SamplingParams
-
-if TYPE_CHECKING:
-    pass
 
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
 

@@ -10,15 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import parse_yaml, to_yaml
 from grpo.source.policy_source import asks_for_heads, shape_of
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.sampling import no_graph
-from policies import devices, presets
+from policies import presets
 from policies.attention import sees_prompts_whole
-from policies.devices import device_of
+from policies.devices import device_of, has_bfloat16
 from policies.files import gguf
 from policies.policy import read_tokenizer
 from policies.routing.heads import DynamicHeadsConfig
@@ -131,14 +133,9 @@ def _taught_head(options: object) -> str:
     return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if option(mtp, "loss_weight") else ""
 
 
-def _off_the_cpu(options: object) -> str:
-    device = device_of(option(options, "device"))
-    return "" if device.type == "cpu" else f"device={device}"
-
-
-def _emulates_bfloat16(options: object) -> str:
-    device = device_of(option(options, "device"))
-    return f"device={device}" if devices.has_bfloat16(device) is False else ""
+def _device_that(holds: Callable[[torch.device], bool]) -> Form:
+    """The form of a run on such a device."""
+    return lambda options: holds(device := device_of(option(options, "device"))) and f"device={device}"
 
 
 def _adapters_alone(options: object) -> bool:
@@ -191,9 +188,9 @@ SITUATIONS: Mapping[str, Form] = {
     "drafts of vLLM": _drafts_of_vllm,
     "an argument of vLLM's engine": _set_by_quartet,
     "training of the draft head": _taught_head,
-    "an accelerator": _off_the_cpu,
-    "Apple's GPU": lambda options: device_of(option(options, "device")).type == "mps" and "Apple's GPU (device)",
-    "an accelerator without bfloat16": _emulates_bfloat16,
+    "an accelerator": _device_that(lambda device: device.type != "cpu"),
+    "an accelerator without bfloat16": _device_that(lambda device: has_bfloat16(device) is False),
+    "Apple's GPU": _device_that(lambda device: device.type == "mps"),
     "adapters alone": _adapters_alone,
     "a teacher that is a preset": _preset_as_teacher,
 }

@@ -40,7 +40,7 @@ def test_without_an_accelerator_there_is_the_cpu(accelerator):
         device_of("cuda")
     devices.empty_cache()
     devices.wait_for(torch.device("cpu"))
-    assert (devices.names(), devices.peak_gib()) == ([], None)
+    assert (devices.names(), devices.peak_gib()) == ([], {})
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_device_says_its_name_its_memory_and_its_peak(accelerator):
         get_device_name=lambda device: "Arc",
     )
     assert devices.names() == ["Arc, 16 GiB"] * 2
-    assert devices.peak_gib() == 3.0
+    assert devices.peak_gib() == {"device": 3.0}
     devices.wait_for(torch.device("xpu:1"))
     assert waited == [torch.device("xpu:1")]
     devices.empty_cache()
@@ -103,7 +103,7 @@ def test_a_device_says_its_name_its_memory_and_its_peak(accelerator):
 
 def test_apples_gpu_shares_the_memory_and_says_little(accelerator, monkeypatch):
     accelerator("mps")
-    assert (devices.names(), devices.peak_gib()) == (["mps"], None)
+    assert (devices.names(), devices.peak_gib()) == (["mps"], {})
     memory = Memory.there(torch.device("mps"), None)
     assert (memory.name, memory.total, memory.gpus) == ("memory", main_memory()[0], 0)
     waited: list[bool] = []

@@ -234,6 +234,4 @@ def peak_memory_gib() -> dict[str, float]:
         import resource
 
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # or KiB
-    peak = {"rss": most / 2**30}
-    device_gib = peak_gib()
-    return peak if device_gib is None else peak | {"device": device_gib}
+    return {"rss": most / 2**30} | peak_gib()

@@ -90,14 +90,13 @@ class VLLMPool(Pool):
         self._end()
         url, token, why = self.settings.url, self.settings.token, lambda: LOST_ELSEWHERE
         if url is None:
-            settings, more = self.settings, {"CUDA_VISIBLE_DEVICES": self.gpus} if self.gpus else {}
-            self.process = VLLMProcess(settings.python, settings.log, self.threads, self.check_stop, more)
+            settings = self.settings
+            self.process = VLLMProcess(settings.python, settings.log, self.threads, self.check_stop, self.gpus)
             url, token, why = self.process.url, self.process.token, self.process.told
         self.client = Client(url, token, self.check_stop, why)
         on_cpu = self.client.state()["on_cpu"]
         self.in_turn &= not on_cpu
-        places = {"shares": not self.gpus, "in_turn": self.in_turn}
-        load = self.settings.load(self.policy, self.precision, self.context, on_cpu, **places)
+        load = self.settings.load(self.policy, self.precision, self.context, on_cpu, not self.gpus, self.in_turn)
         [self.state] = self.client.post("/load", load, limit_s=LOAD_S)  # what the server says of itself
         self.context = min(self.context, self.state["context"])
         self._is_lost = False

@@ -38,14 +38,7 @@ class VLLMSettings:
     without: Sequence[str] = ()  # bypasses of inside/quartet_bypasses.py that a test leaves out
 
     def load(
-        self,
-        policy: Policy,
-        dtype: torch.dtype,
-        context: int,
-        on_cpu: bool,
-        *,
-        shares: bool = True,
-        in_turn: bool = False,
+        self, policy: Policy, dtype: torch.dtype, context: int, on_cpu: bool, shares: bool = True, in_turn: bool = False
     ) -> dict[str, Any]:
         """The request that has the model made; its weights are published afterwards. On a GPU that it `shares` with the
         learner vLLM has a part of the memory, which it leaves to the learner where they work `in_turn`."""

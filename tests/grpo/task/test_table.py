@@ -90,7 +90,7 @@ def test_missing_packages_are_named_with_their_extra_and_ranks_that_others_have_
             {"dtype": "bfloat16"},
             "dtype=bfloat16 with device=cuda: .* torch would emulate it.* set dtype to",
         ),
-        ("mps", {"learner.workers": 2}, "several ranks .* with Apple's GPU .*: .* learn in one process, or set device"),
+        ("mps", {"learner.workers": 2}, "several ranks .* with device=mps: .* learn in one process, or set device"),
         ("cuda", {"device": "mps"}, "device=mps: there is no such device here; use cpu, cuda, cuda:0, or auto"),
     ],
 )

@@ -70,7 +70,6 @@ class Engine:
         self.version: int | None = None
         self.base: str | None = None  # of the last whole publication
         self.torn = False  # a publication has failed in the middle, and vLLM cannot begin another
-        self.asleep = False
         self.chosen = bypasses.ALL - set(load["without"]) if self.on_cpu else frozenset()
         arguments = dict(load["arguments"])
         if self.on_cpu:
@@ -105,9 +104,8 @@ class Engine:
         if self.torn:
             raise RuntimeError("a publication has failed in the middle: start this server anew")
         self.version, self.base, self.torn = None, None, True
-        if self.asleep:
+        if not self.on_cpu and self.engine.is_sleeping():
             self.engine.wake_up()
-            self.asleep = False
         self._update("start_weight_update", {"path": path, "header": header})
         if all(self._call("supports_draft_weight_updates")):
             self._update("start_draft_weight_update", {})  # with the same weights
@@ -122,7 +120,7 @@ class Engine:
 
     def sleep(self) -> None:
         """Leaves the GPU. The weights wait in the host's memory: a publication would not bring vLLM's buffers back."""
-        self.version, self.asleep = None, True
+        self.version = None
         self._forget_prefixes()
         self.engine.sleep(level=1)
 
