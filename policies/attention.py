@@ -3,8 +3,8 @@
 All kernels derive from `Packing` what attends to what:
 
     CPU                   blocks of scores, here
-    CUDA                  torch's flex attention under a `BlockMask`, by transformers
-    what neither can do   torch's `sdpa`, or what the model brings, under a dense mask [B, 1, T, T]
+    CUDA                  torch's flex attention under a `BlockMask`, by transformers; see tiles.py
+    what neither can do   torch's `sdpa`, or what the model brings, under a dense mask [B, 1, T, T]; so on other devices
 
 On a CPU there is one block of scores for the prompt's keys and one for each completion, in pieces of 2,048 queries.
 Blocks are merged by the logarithms of their softmax's denominators, and the backward pass computes their weights again
@@ -29,15 +29,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, flex_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from policies import devices
 from policies.scoring import capped, sdpa, with_sink
+from policies.tiles import kernel_options, length_of, padded
 
 ATTENTION = "sdpa_packed"
 PROMPT_ATTENTION = "prompt_attention"  # a field of config.json that only we read
 PIECE = 2048  # queries of a block; rows up to it have the same bits as without pieces
 STRIP = 1024  # queries for which tiles are found at a time, a multiple of their 128
-NARROWEST = 16  # head of flex attention on CUDA
-# Kernels are compiled for a few shapes each, and past this limit torch would compute every score without a word.
-torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # torch's mask_mod: row, attention head, query, key
 
 
@@ -147,6 +146,12 @@ class Packing:
         return length > PIECE or sum(block.pairs for block in self.blocks) <= rows * queries * length / 2
 
     @cached_property
+    def padded(self) -> Packing:
+        """The same packing with so much padding that flex attention is compiled for few lengths."""
+        more = length_of(self.shape[1]) - self.shape[1]
+        return replace(self, segment=F.pad(self.segment, (0, more), value=-1), _masks={}, _windows={})
+
+    @cached_property
     def tiles(self) -> BlockMask:
         """The tiles of 128 queries and 128 keys that flex attention computes, and which of them in part.
 
@@ -198,8 +203,8 @@ class Packing:
         transformers hands a `BlockMask` on as it is. The kernel on a CPU reads blocks, so there it is one tile in part.
         """
         if implementation == ATTENTION and _by_tiles(self.segment):
-            return self.tiles
-        if implementation == ATTENTION and self.pays:
+            return self.padded.tiles
+        if implementation == ATTENTION and self.segment.device.type == "cpu" and self.pays:
             rows, queries, length = self.shape
             one, place = torch.ones(rows, 1, 1, dtype=torch.int32), torch.zeros(rows, 1, 1, 1, dtype=torch.int32)
             sizes: dict[str, Any] = {"BLOCK_SIZE": (queries, length), "seq_lengths": (queries, length)}
@@ -219,7 +224,13 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_tiles(tensor: Tensor) -> bool:
-    return tensor.device.type != "cpu"
+    return devices.has_cuda(tensor.device)
+
+
+def _options(query: Tensor, value: Tensor) -> dict[str, int] | None:
+    """The options of flex attention's kernels for such tensors; None where it cannot train on their device."""
+    kind = query.device, query.dtype, query.shape[-1], value.shape[-1]
+    return kernel_options(compile_friendly_flex_attention, *kind) if _by_tiles(query) else None
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -297,19 +308,16 @@ def packed_attention(
     Both are differentiable. For padding they are those of its own key, or by blocks zero and minus infinity. With `cap`
     c a score s becomes c tanh(s / c), on a CPU only.
     """
-    if _by_tiles(query):
-        q, k, v = _wide_enough(query, key, value)
+    kernel = _options(query, value)
+    if kernel is not None:
+        tiles, queries = packing.padded.tiles, query.shape[2]
         options: dict[str, Any] = {"scale": scale, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
-        out, aux = compile_friendly_flex_attention(q, k, v, block_mask=packing.tiles, **options)
-        out, total = out[..., : value.shape[-1]], aux.lse
+        tensors = padded(tiles, query, key, value)
+        out, aux = compile_friendly_flex_attention(*tensors, block_mask=tiles, kernel_options=kernel, **options)
+        out, total = out[:, :, :queries, : value.shape[-1]], aux.lse[:, :, :queries]
     else:
         out, total = _PackedAttention.apply(query, key, value, packing, scale, cap)
     return out.transpose(1, 2), total
-
-
-def _wide_enough(*heads: Tensor) -> list[Tensor]:
-    """Pads with zeros, up to the least width of flex attention on CUDA. Only tiny policies are narrower."""
-    return [F.pad(x, (0, max(0, NARROWEST - x.shape[-1]))) for x in heads]
 
 
 def attend(
@@ -330,7 +338,7 @@ def attend(
     packing: Packing | None = options.pop("packing", None)
     if packing is not None and (windowed := packing.within(options.get("sliding_window"))) is not packing:
         packing = windowed
-        attention_mask = packing.tiles if _by_tiles(query) else packing.mask(query.dtype)
+        attention_mask = packing.mask_for(ATTENTION if _by_tiles(query) else None, query.dtype)
     head_weights: Tensor | None = options.pop("head_weights", None)
     if head_weights is not None:
         out, total = attend(module, query, key, value, attention_mask, scaling, dropout, packing=packing, **options)
@@ -338,15 +346,18 @@ def attend(
     cap, sink, bias = (options.get(name) for name in ("softcap", "s_aux", "position_bias"))  # of a few models
     if isinstance(attention_mask, BlockMask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if _by_tiles(query) and not dropout and bias is None:
-            wide = _wide_enough(query, key, value)
-            out, total = flex_attention_forward(module, *wide, attention_mask, scaling=scale, **options)
-            return out[..., : value.shape[-1]], total
+        kernel = None if dropout or bias is not None else _options(query, value)
+        if kernel is not None:
+            tensors = padded(attention_mask, query, key, value)
+            how: dict[str, Any] = options | {"scaling": scale, "kernel_options": kernel}
+            out, total = flex_attention_forward(module, *tensors, attention_mask, **how)
+            return out[:, : query.shape[2], :, : value.shape[-1]], total
         if packing is not None and not (_by_tiles(query) or dropout) and bias is None:
             out, total = packed_attention(query, key, value, packing, scale, cap)
             return out if sink is None else with_sink(out, total.transpose(1, 2)[..., None], sink[:, None])[0], None
         if packing is None:
-            visible = _visible(attention_mask.mask_mod, attention_mask.shape, query.device)
+            shape = (*attention_mask.shape[:2], query.shape[2], key.shape[2])
+            visible = _visible(attention_mask.mask_mod, shape, query.device)
         attention_mask = packing.mask(query.dtype) if packing else _additive(visible, query.dtype)
     return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
 

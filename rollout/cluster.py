@@ -27,11 +27,10 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import psutil
-import torch
 
 from policies.files import abandoned
 from rollout.faults import Faults, RolloutError
-from rollout.places import refuse_open
+from rollout.places import refuse_open, visible_gpus
 
 GCS_TIMEOUT_S = 24 * 3600  # Ray's own 60 s end a process while it learns, before `check` can name the reason
 LONGEST_FOLDER = 21  # letters: paths of Ray's sockets begin with it, and systems allow them 103 to 107
@@ -319,8 +318,7 @@ def start_ray(cpus: int, address: str | None = None, hidden_gpus: int = 0) -> No
     _seclusion = Seclusion()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden_gpus:
-        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[hidden_gpus:])
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(hidden_gpus)
     # Ray reads 127.0.0.1 as "find my address" and then listens on every interface, except where it supports no
     # clusters at all, as on Windows: there it binds all its processes to loopback.
     constants = ray._private.ray_constants

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from policies.decoding.latent_cache import LatentCache
+from policies.devices import wait_for
 from rollout.backends import Decoder
 from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
 from rollout.group import Prompt
@@ -96,8 +97,7 @@ def _rounds(decoder: Decoder, work: Workload, rows: int, ways: list[Way]) -> dic
                 decoding.forward()
             started = time.perf_counter()
             decoding.forward()
-            if decoder.trunk.device.type == "cuda":
-                torch.cuda.synchronize(decoder.trunk.device)
+            wait_for(decoder.trunk.device)
             times[way] = 1e3 * (time.perf_counter() - started)
         turns.append(times)
     first = median(times[ways[0]] for times in turns)
@@ -116,8 +116,7 @@ def _reading(decoder: Decoder) -> float:
     for _ in range(REPEATS):
         started = time.perf_counter()
         head(ids, states, positions, head.cache(READ_ROWS, length))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         times.append(1e3 * (time.perf_counter() - started))
     return median(times) / ids.numel()
 

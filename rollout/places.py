@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from policies import devices
 from policies.policy import Policy
 
 
@@ -34,12 +35,12 @@ class Places:
 
         Ray places the learners of Ray Train itself. It knows nothing of others, which have the first GPUs.
         """
-        import ray
-
-        if policy.device.type != "cuda" or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        ray = sys.modules.get("ray")
+        if policy.device.type == "cpu" or (ray and ray.is_initialized()) or os.environ.get("RAY_ADDRESS"):
             return bool(self.colocate), 0
         learners = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        turns = torch.cuda.device_count() <= learners if self.colocate is None else self.colocate
+        others = torch.accelerator.device_count() > learners and devices.has_cuda(policy.device)  # that can be hidden
+        turns = self.colocate if self.colocate is not None else not others
         return turns, 0 if turns else learners
 
     def __str__(self) -> str:
@@ -63,11 +64,18 @@ def _share(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"
 
 
+def visible_gpus(hidden: int) -> str:
+    """Gives what CUDA_VISIBLE_DEVICES names without the first `hidden` GPUs that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.accelerator.device_count())]
+    return ",".join(gpus[hidden:])
+
+
 def here() -> dict[str, Any]:
     """Tells where this process is: its node of Ray's cluster, or its machine; its number; and what it uses."""
     device: dict[str, Any] = {"threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        device["gpu"] = torch.cuda.current_device()
+    if torch.accelerator.is_available():
+        device["gpu"] = torch.accelerator.current_device_index()
     node = socket.gethostname()
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from policies.devices import empty_cache
 from policies.policy import Policy
 from rollout.cluster import Cluster
 from rollout.depth import CostTable, Workload
@@ -87,7 +87,7 @@ class RayPool(Pool):
         if not self.cluster.ask(ray.cluster_resources).get("GPU"):
             places = replace(places, gpus=0.0)
         precisions = (str(kind).removeprefix("torch.") for kind in (next(policy.parameters()).dtype, dtype))
-        arguments = (policy.skeleton(), *precisions, "cuda" if places.gpus else "cpu", places.threads, options.copies)
+        arguments = (policy.skeleton(), *precisions, "auto" if places.gpus else "cpu", places.threads, options.copies)
         self.sender = Sender(cast=dtype if policy.backend == "transformers" else None)
         self.published: int | None = None  # the version that the confirmed workers hold
         self.confirmed: set[int] = set()
@@ -112,8 +112,8 @@ class RayPool(Pool):
         """
         self.published, self.canaries = None, None
         self.faults.published()
-        if self.in_turn and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self.in_turn:
+            empty_cache()
         started = time.monotonic()
         self._stream(self.sender.messages(weights, version), self.workers.there() or self.workers.wait_for(1))
         self._settle()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from policies.devices import has_float64
 from rollout.backends import Decoder
 from rollout.group import Completion, Prompt
 from rollout.results import Results
@@ -75,7 +76,8 @@ class Serving(Decoding):
         self.prompts: list[Prompt] = [Prompt("", "", [])] * self.most_rows
         self.limits = torch.ones(self.most_rows, dtype=torch.long, device=self.device)
         self.starts = torch.zeros(self.most_rows, dtype=torch.long, device=self.device)
-        self.temperatures = torch.ones(self.most_rows, dtype=torch.float64, device=self.device)
+        kind = torch.float64 if has_float64(self.device) else torch.float32
+        self.temperatures = torch.ones(self.most_rows, dtype=kind, device=self.device)
         self.ends: dict[int, StopStrings] = {}
 
     @property

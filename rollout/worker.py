@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policies import devices
 from policies.lora import Adapter
 from policies.policy import Policy
 from policies.publication import Publication
@@ -76,9 +77,9 @@ class Worker:
         self, skeleton: dict[str, bytes], held: str, dtype: str, device: str, threads: int, copies: Copies = PLAIN
     ) -> None:
         """Makes a copy of the policy. `held`: precision of its copy of the policy and of the published weights;
-        `dtype`: precision of decoding, in which `copies` may have fewer bits."""
+        `dtype`: precision of decoding, in which `copies` may have fewer bits. `device` is `auto` or `cpu`."""
         torch.set_num_threads(threads)
-        policy = Policy.from_skeleton(skeleton, getattr(torch, held)).to(device)
+        policy = Policy.from_skeleton(skeleton, getattr(torch, held)).to(devices.device_of(device))
         self.engine = Engine(policy, getattr(torch, dtype), copies=copies)
         self.engine.version = -1
         self.receiver = Receiver(self.engine)
@@ -110,8 +111,7 @@ class Worker:
         """Leave the GPU to the learner until the next publication. The weights wait in the host's memory."""
         self.engine.forget()
         self.engine.policy.to("cpu")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        devices.empty_cache()
 
     def measure_costs(self, work: Workload) -> CostTable:
         return self.engine.measure_costs(work)

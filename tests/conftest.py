@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -133,6 +134,22 @@ MICRO = {
 }
 
 
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`accelerator("xpu", count=2, is_bf16_supported=...)`: torch says that this machine has such devices, and the
+    module of their kind has these functions."""
+    import torch
+
+    def pretend(kind: str, count: int = 1, **functions: Any) -> None:
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device(kind))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+        module = torch.get_device_module
+        own = SimpleNamespace(**functions)
+        monkeypatch.setattr(torch, "get_device_module", lambda device: own if device.type == kind else module(device))
+
+    return pretend
+
+
 @pytest.fixture(scope="session")
 def micro_preset() -> Iterator[str]:
     """`model: micro`: one dense and one MoE layer of width 32, small enough for hundreds of forwards in a test."""
@@ -179,6 +196,7 @@ def micro_config(micro_preset: str, letters: str) -> Callable[..., Any]:
 
     options = {
         "model": micro_preset,
+        "dtype": "float32",
         "threads": 1,
         "steps": 3,
         "prompts_per_step": 4,

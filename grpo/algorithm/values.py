@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm.advantages import Rewards, as_tensor, normalize, same
+from policies.devices import wide
 
 CLIPRANGE = 0.2  # PPO's, and TRL's cliprange_value: a value that moved further learns no further from the same batch
 
@@ -61,7 +62,7 @@ def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     >>> whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]))   # mean 2, std √2
     tensor([[-0.7071,  0.7071,  0.0000]])
     """
-    return normalize(x_BT.double().masked_fill(~mask_BT, torch.nan)).nan_to_num(nan=0.0).to(x_BT.dtype)
+    return normalize(wide(x_BT.masked_fill(~mask_BT, torch.nan))).nan_to_num(nan=0.0).to(x_BT)
 
 
 def rank_softmax_weights(returns_PG: Rewards, temperature: float = 1.0) -> Tensor:

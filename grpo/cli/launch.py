@@ -7,16 +7,18 @@ import shutil
 from dataclasses import replace
 from typing import Any, cast
 
+from torch.distributed import get_default_backend_for_device
+
 from grpo.config.problems import command_line
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.parallel import RankFailed
-from grpo.run.hardware import device_of
 from grpo.run.stop import ASKED, Stopped, say_stopping, signals
 from grpo.sft import sft
 from grpo.source.policy_source import with_threads
 from grpo.task.check import check_plan
 from grpo.task.parts import gpu_share
 from grpo.train import Result, train
+from policies.devices import device_of
 from policies.files.atomic import write_file
 
 
@@ -46,8 +48,8 @@ def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
 
     if "RAY_ADDRESS" not in os.environ:  # it would ask the dashboard, which our own cluster has none of
         data_parallel_trainer.PlacementGroupCleanerCallback = ControllerCallback
-    gpus = device_of(config.device).type == "cuda"
-    share = gpu_share(config) if gpus else 0
+    device = device_of(config.device).type
+    share = 0 if device == "cpu" else gpu_share(config)
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
     files, asked = config.output_dir / "ray", config.output_dir / ASKED
     workers, threads = config.learner.workers, config.threads or 1
@@ -64,8 +66,8 @@ def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
     trainer = Trainer(
         _rank,
         train_loop_config={"config": config, "flags": flags, "at": os.getcwd()},
-        torch_config=TorchConfig("nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(None, workers, gpus, {"CPU": threads, "GPU": share}),
+        torch_config=TorchConfig(get_default_backend_for_device(device)),
+        scaling_config=ScalingConfig(None, workers, bool(share), {"CPU": threads, "GPU": share}),
         run_config=RunConfig(storage_path=str(files)),
     )
     asked.unlink(missing_ok=True)

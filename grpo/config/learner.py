@@ -69,7 +69,7 @@ class UpdateOptions(Options):
     gives up after three such steps in a row."""
     workers: int = Field(default=0, ge=0)
     """Learner ranks that Ray Train starts, on the cluster of RAY_ADDRESS or on this machine; 0: accelerate, torchrun or
-    nobody has started several."""
+    nobody has started several. By NCCL they are experimental: never run on a GPU."""
     parallel: ParallelOptions = ParallelOptions()
 
     @property

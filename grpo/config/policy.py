@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from grpo.config.options import Options
 
@@ -14,15 +15,28 @@ class ModelOptions(Options):
 
     model: str = "tiny"
     """A preset (`tiny`), a checkpoint folder, a GGUF file or a hub id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of learner and sampler; the optimizer keeps fp32 copies of bfloat16 weights."""
+    device: str = "auto"
+    """`cpu`, or an accelerator of this machine (`cuda`, `xpu`, `mps`); `auto` takes the accelerator if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of learner and sampler; the optimizer keeps fp32 copies of bfloat16 weights. `auto` is bfloat16 on an
+    accelerator that computes in it, and float32 elsewhere."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of this process. null takes OMP_NUM_THREADS where it is set, else one thread for every 8 M parameters
     of the policy, but no more than there are cores. A resumed run keeps its number of threads."""
-    device: str = "auto"
-    """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     seed: int = 0
     """Seed of everything: weights of a preset, data order, sampling noise."""
+
+    @field_validator("dtype")
+    @classmethod
+    def _of_device(cls, dtype: str, info: ValidationInfo) -> str:
+        """Gives what `auto` is on the device of these options, so that config.yaml says it."""
+        name = info.data.get("device", "cpu")
+        if dtype == "auto" and name != "cpu":
+            from policies.devices import device_of, has_bfloat16  # torch takes seconds
+
+            with suppress(ValueError):  # a device that is not there is refused elsewhere
+                dtype = "bfloat16" if has_bfloat16(device_of(name)) else dtype
+        return "float32" if dtype == "auto" else dtype
 
 
 class ArchitectureOptions(Options):

@@ -23,8 +23,8 @@ class SamplingOptions(Options):
     compile: Literal["auto", "on", "off"] = "auto"
     """Decode by compiled graphs while at most 8 completions are left, where the policy is our own, in float32 on a CPU.
     A graph takes about a minute once, and is kept in ~/.cache/quartet. `auto` compiles where a run plans 100,000 such
-    rounds or more, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs. In float32 graphs
-    change no token."""
+    rounds or more, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs
+    (experimental: never run on a GPU). In float32 graphs change no token."""
 
 
 class AnswerOptions(SamplingOptions):
@@ -60,9 +60,11 @@ class WorkersOptions(SamplingOptions):
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of each Ray worker."""
     gpus_per_worker: float = Field(default=1.0, ge=0, le=1)
-    """Share of a GPU of each Ray worker, where the cluster has GPUs; with .5 two share one, with 0 they use none."""
+    """Share of a GPU of each Ray worker, where the cluster has GPUs; with .5 two share one (experimental: never run on
+    a GPU), with 0 they use none. `device: cpu` is 0."""
     colocate: bool = False
-    """Ray workers and learner use the same GPUs in turn, which they do anyway where there is only one."""
+    """Ray workers, or vLLM, and learner use the same GPUs in turn, which they do anyway where there is only one.
+    Experimental: never run on a GPU."""
     prompts_per_shard: int = Field(default=8, ge=1)
     """Prompts whose groups are sampled together; the number of workers never changes a token."""
     timeout_s: float = Field(default=3600.0, gt=0)
@@ -82,7 +84,8 @@ class RolloutOptions(WorkersOptions):
 
     backend: Literal["native", "transformers", "vllm"] | None = None
     """What samples: our engine, which decodes DeepSeek-V3 policies itself (`native`) and other models by transformers'
-    own forward (null: the one that fits), or vLLM in an environment of its own."""
+    own forward (null: the one that fits), or vLLM in an environment of its own (on a GPU experimental: never run on a
+    GPU)."""
     ahead: Literal[0, 1, 2] = 0
     """1 samples the next batch while the learner works on this one, with weights that are one step older, by at least
     one worker. 2 samples one more, with weights two steps older, so that a slow batch delays nothing. Timing changes no
@@ -90,8 +93,8 @@ class RolloutOptions(WorkersOptions):
     vllm: VLLMOptions = VLLMOptions()
     quantization: Literal["none", "int8", "int4"] = "none"
     """The matrices that our engine samples and drafts with, routed experts included, in fewer bits than those that are
-    learned; each publication makes them anew. The importance correction is on. Held-out problems are answered with them
-    too."""
+    learned, on a CPU; each publication makes them anew. The importance correction is on. Held-out problems are answered
+    with them too."""
     refill_draws: int = Field(default=0, ge=0)
     """Dynamic sampling: the next prompts of the data take the place of tied groups, at most this many times per step; 0
     keeps them."""

@@ -10,6 +10,7 @@ import torch
 
 from grpo.learner.batch import PackedRow, micro_batches
 from grpo.learner.likelihood import Likelihood
+from policies.devices import wide
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.policy import Policy
 
@@ -48,7 +49,7 @@ def gold_perplexity(policy: Policy, rows: Sequence[PackedRow]) -> Perplexity | N
         logprobs, _ = logprobs_from_hidden(
             preceding[mini.scored], policy.output, mini.token_ids[mini.scored], chunk=chunk
         )
-        nats -= logprobs.double().sum().item()
+        nats -= wide(logprobs).sum().item()
         tokens += len(logprobs)
     if not tokens:
         return None

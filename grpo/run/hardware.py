@@ -14,15 +14,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from grpo.config.json_file import expecting, read_json
 from grpo.config.yaml_file import read_yaml
-
-if TYPE_CHECKING:
-    import torch
 
 PARAMETERS_PER_THREAD = 8_000_000  # the demo's 2 M learn no faster with two threads, 135 M do
 FILE = "environment.json"
@@ -42,7 +39,8 @@ def describe() -> dict[str, Any]:
     """
     import torch  # seconds, which the page of a run does without
 
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    from policies import devices
+
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(sys.orig_argv),
@@ -50,7 +48,7 @@ def describe() -> dict[str, Any]:
             "cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpus": [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
+            "gpus": devices.names(),
         },
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -112,16 +110,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def device_of(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={name}: there is no CUDA device here; use cpu or auto")
-    return torch.device(name)
 
 
 def threads_for(parameters: int) -> int:

@@ -30,12 +30,13 @@ from grpo.config.run import LearningConfig, SftConfig, TrainConfig
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
-from grpo.run.hardware import device_of, saved_threads, threads_for
+from grpo.run.hardware import saved_threads, threads_for
 from grpo.run.memory_errors import phase
 from grpo.run.resume import base_changed
 from policies import presets
 from policies.attention import PROMPT_ATTENTION
 from policies.checkpoint import check_policy
+from policies.devices import device_of
 from policies.files import gguf
 from policies.files.atomic import write_file
 from policies.files.digests import write_digests

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
 import psutil
-import torch
 
 from grpo.config.options import dump_yaml
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
@@ -30,6 +29,7 @@ from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run.stop import Stopped, last_words, say_stopping, signals
+from policies.devices import peak_gib
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -257,8 +257,7 @@ class Run(Generic[Config]):
             tokens = self.metrics["completion/tokens"]
             self.metrics["speed/completion_tokens_per_second"] = tokens / self.metrics["time/rollout"]
         self.metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
-        if torch.cuda.is_available():
-            self.metrics["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.metrics |= {f"memory/{name}_gib": gib for name, gib in peak_gib().items()}
         self._recorded = self.step
         supervises = isinstance(self.config, SftConfig)
         self.log.step(self.step, self.metrics, show=not supervises)

@@ -14,7 +14,6 @@ from grpo.data.prompts import PromptStream
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, joined
-from grpo.run.hardware import device_of
 from grpo.run.resume import BaseWeights
 from grpo.source.policy_source import load_beside, load_policy, with_threads
 from grpo.steps.collector import Collector
@@ -24,6 +23,7 @@ from grpo.steps.pool import sampling_of, sampling_of_steps
 from grpo.task.check import check_plan, open_task
 from grpo.task.task import Task
 from policies import four_bit
+from policies.devices import device_of
 from policies.paths import Paths
 from policies.policy import Policy
 

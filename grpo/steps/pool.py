@@ -18,6 +18,7 @@ from grpo.run.stop import signals
 from grpo.steps.loop import Run
 from grpo.task.sampling import sampling_params
 from grpo.task.task import Task
+from policies.devices import empty_cache
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import everyone, whole
@@ -47,8 +48,8 @@ class NoPool:
             last, self._last = self._last, Publication.of(weights)
         for tensor in self.reads(self._last, last) if self.reads else weights.values():
             whole(tensor)  # every rank gathers it when rank 0 does
-        if self.in_turn and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self.in_turn:
+            empty_cache()
 
     def keep(self) -> None:
         pass
@@ -116,7 +117,7 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
         prompts_per_shard=rollout.prompts_per_shard,
         timeout_s=rollout.timeout_s,
         publish_timeout_s=rollout.publish_timeout_s,
-        gpus=rollout.gpus_per_worker,
+        gpus=0.0 if run.config.device == "cpu" else rollout.gpus_per_worker,
         placement_timeout_s=rollout.timeout_s / 12,
         colocate=False if rollout.ahead else rollout.colocate or None,
         copies=Copies(rollout.quantization, rollout.quantization),

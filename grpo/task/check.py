@@ -14,12 +14,12 @@ from grpo.config.environment import rewards_of
 from grpo.config.mtp import MtpConfig
 from grpo.config.policy import ModelOptions
 from grpo.config.run import LearningConfig, RunConfig
-from grpo.run.hardware import device_of
 from grpo.source.policy_source import PolicySource
 from grpo.task.parts import FIRST, OF_MODEL, TRIES, check_processes
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.table import contradictions
 from grpo.task.task import Task, reward_specs
+from policies.devices import device_of
 from rewards.scorer import Scorer
 
 

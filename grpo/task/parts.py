@@ -16,13 +16,13 @@ from grpo.config.sampling import VLLMOptions
 from grpo.learner.build import check_terms
 from grpo.learner.parallel import refuse_layout, refuse_processes
 from grpo.run import trackers
-from grpo.run.hardware import device_of
 from grpo.source.policy_source import template_options
 from grpo.task.plan import Plan
 from grpo.task.table import asked
 from grpo.task.task import Task
 from policies import four_bit, presets
 from policies.checkpoint import check_files
+from policies.devices import device_of
 from policies.layout import find_file
 from policies.policy import read_tokenizer
 

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.sampling import AnswerOptions, RolloutOptions, SamplingOptions
 from grpo.learner.batch import PackedRow
+from policies import devices
 from policies.policy import Policy
 from rollout.depth import GRAPH_DEPTHS
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec, SamplingParams
-
-if TYPE_CHECKING:
-    pass
 
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
 
@@ -66,7 +64,7 @@ def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype
     """Says why no graph can decode a policy that is `native` to our engine or not; None where one can."""
     if not native or getattr(options, "backend", None) == "vllm":
         return "this policy is not decoded by our own engine"
-    if device.type == "cuda":
+    if devices.has_cuda(device):
         if options.compile == "auto":
             return "no GPU has told yet what recorded rounds gain"
     elif device.type != "cpu":

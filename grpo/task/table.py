@@ -10,15 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import parse_yaml, to_yaml
-from grpo.run.hardware import device_of
 from grpo.source.policy_source import asks_for_heads, shape_of
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.sampling import no_graph
 from policies import presets
 from policies.attention import sees_prompts_whole
+from policies.devices import device_of, has_bfloat16
 from policies.files import gguf
 from policies.policy import read_tokenizer
 from policies.routing.heads import DynamicHeadsConfig
@@ -131,6 +133,11 @@ def _taught_head(options: object) -> str:
     return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if option(mtp, "loss_weight") else ""
 
 
+def _device_that(holds: Callable[[torch.device], bool]) -> Form:
+    """The form of a run on such a device."""
+    return lambda options: holds(device := device_of(option(options, "device"))) and f"device={device}"
+
+
 def _adapters_alone(options: object) -> bool:
     lora = option(options, "lora")
     return bool(lora and not option(options, "warm_start.steps") and "head_router" not in (lora.targets or ()))
@@ -181,6 +188,9 @@ SITUATIONS: Mapping[str, Form] = {
     "drafts of vLLM": _drafts_of_vllm,
     "an argument of vLLM's engine": _set_by_quartet,
     "training of the draft head": _taught_head,
+    "an accelerator": _device_that(lambda device: device.type != "cpu"),
+    "an accelerator without bfloat16": _device_that(lambda device: has_bfloat16(device) is False),
+    "Apple's GPU": _device_that(lambda device: device.type == "mps"),
     "adapters alone": _adapters_alone,
     "a teacher that is a preset": _preset_as_teacher,
 }

@@ -27,10 +27,10 @@ from grpo.data.examples import Example, beyond_context, default_held_out_split, 
 from grpo.data.leakage import problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.learner.batch import PackedRow, Sample
-from grpo.run.hardware import device_of
 from grpo.run.log import RunLog
 from grpo.source.policy_source import known_context
 from grpo.task.sampling import Actor, agent_of, environment_of
+from policies.devices import device_of
 from policies.policy import Policy
 from rewards.protocol import Reward
 from rewards.registry import name_callable

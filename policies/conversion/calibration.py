@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from policies.conversion.supported import dense_shape
+from policies.devices import wide
 
 
 @dataclass
@@ -70,11 +71,11 @@ def _observer(config: Any, total: dict[str, Any]) -> Callable[[Any, tuple, dict]
         angle_TJ = torch.complex(cos[0, :, : head_dim // 2], sin[0, :, : head_dim // 2])
         angle_TJ = angle_TJ / angle_TJ.abs()  # without the attention factor of yarn
         seen_HTJ = attended_HTT.to(angle_TJ.dtype) @ angle_TJ
-        x = x[0].double()
-        received_T = attended_HTT.sum((0, 1)).double() / heads
+        x = wide(x[0])
+        received_T = wide(attended_HTT.sum((0, 1))) / heads
         total["queries"] += x.T @ x
         total["keys"] += (x * received_T[:, None]).T @ x
         total["mean"] += received_T @ x
-        total["turn"] += (seen_HTJ * angle_TJ.conj()).sum(1).to(torch.complex128)
+        total["turn"] += (seen_HTJ * angle_TJ.conj()).sum(1).to(x.device).to(torch.complex128)
 
     return observe_layer

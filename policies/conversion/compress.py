@@ -57,7 +57,7 @@ class _Layer:
 
     def __init__(self, attention: Any, config: PreTrainedConfig, moments: LayerMoments, rope_scale: float) -> None:
         heads, groups, d = dense_shape(config)
-        weights = (getattr(attention, f"{name}_proj").weight.detach().double().cpu() for name in "qkvo")
+        weights = (getattr(attention, f"{name}_proj").weight.detach().cpu().double() for name in "qkvo")
         q, k, self.values, out = weights
         self.group = torch.arange(heads) // (heads // groups)
         self.queries = _complex(q, heads)  # [H, J, D]

@@ -57,6 +57,7 @@ from transformers.initialization import no_init_weights
 
 from policies.conversion.parity import ParityFailed, ParityReport, parity
 from policies.conversion.supported import UnsupportedCheckpoint, check_convertible, dense_shape
+from policies.devices import wide
 from policies.layout import find_file
 from policies.policy import Policy, read_config
 
@@ -176,7 +177,7 @@ def mla_config(model: Any, frequencies: Tensor, latents: int, unrotated: int = 0
     `latents` beside the constants, and `unrotated` dimensions of a query for the latent."""
     dense = model.config
     heads, _, head_dim = dense_shape(dense)
-    factors = (1 / frequencies.double()).tolist()
+    factors = (1 / wide(frequencies)).tolist()
     fields = {field: getattr(dense, field) for field in SHARED_FIELDS} | {
         "num_key_value_heads": heads,  # MLA expands its latent for every attention head
         "q_lora_rank": None,

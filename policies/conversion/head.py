@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from policies.devices import wide
 from policies.mtp import MTPHead
 from policies.policy import Policy
 
@@ -44,8 +45,8 @@ def start_head(
             target = seen.pop()[0, 1:]
             embeddings = trunk.model.embed_tokens(ids)[0, 1:]
             inputs = torch.cat([head.enorm(embeddings), head.hnorm(hidden)], dim=1)
-            rows = torch.cat([inputs, target], dim=1).double()
-            rows = (rows / target.double().norm(dim=1, keepdim=True)).cpu()
+            rows = wide(torch.cat([inputs, target], dim=1))
+            rows = (rows / wide(target).norm(dim=1, keepdim=True)).cpu()
             gram += rows[:, : 2 * width].T @ rows
             on_window()
     within, towards = gram[:, : 2 * width], gram[:, 2 * width :]

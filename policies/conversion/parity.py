@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from policies.devices import wide
+
 
 class ParityFailed(RuntimeError):
     """The converted model does not compute what the dense one does. No folder was written."""
@@ -63,7 +65,7 @@ def parity(
     differences, largest, kls, agreements, identical = [], [], [], [], True
     for row in token_ids:
         ids = row[None].to(dense.device)
-        expected, actual = dense(ids).logits[0].double(), converted(ids).logits[0].double()
+        expected, actual = (wide(model(ids).logits[0]) for model in (dense, converted))
         differences.append((expected - actual).abs().max().item())
         largest.append(expected.abs().max().item())
         log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
@@ -75,7 +77,7 @@ def parity(
         max_logit_difference=torch.tensor(differences).max().item(),  # Python's max() would lose a NaN
         max_logit=torch.tensor(largest).max().item(),
         kl_mean=torch.cat(kls).mean().item(),
-        top1_agreement=torch.cat(agreements).double().mean().item(),
+        top1_agreement=wide(torch.cat(agreements)).mean().item(),
         greedy_identical=identical,
         num_tokens=sum(len(kl) for kl in kls),
     )
@@ -106,7 +108,7 @@ def fidelity(dense: PreTrainedModel, model: PreTrainedModel, windows: Sequence[T
         kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
         agreed = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
         nats = (-log[:-1].gather(1, ids[0, 1:, None]).sum() for log in (log_q, log_p))
-        sums += torch.stack([kl, agreed, *nats]).double().cpu()
+        sums += torch.stack([kl, agreed, *nats]).cpu().double()
         count, scored = count + len(log_p), scored + len(log_p) - 1
     kl, agreed, nats, dense_nats = sums
     return Fidelity(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policies import devices
 from policies.scoring import capped
 
 ALIGNED = 16  # entries: where a row of torch's mask begins on CUDA
@@ -32,7 +33,7 @@ def attention(
     device, widths = query_BNK.device, (query_BNK.shape[-1], cached_BTE.shape[-1], value_width)
     if device.type == "cpu":
         attend = cpu_attention
-    elif device.type == "cuda" and cuda_attention_agrees(device, query_BNK.dtype, widths):
+    elif devices.has_cuda(device) and cuda_attention_agrees(device, query_BNK.dtype, widths):
         attend = cuda_attention
     else:
         attend = plain_attention

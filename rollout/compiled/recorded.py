@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from policies import devices
 from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs, Round
 
@@ -59,7 +60,7 @@ class RecordedRound:
             with device:  # on which the round makes its ranges
                 return list(module(*inputs.flat()))
 
-        if device.type != "cuda":
+        if not devices.has_cuda(device):
             return run
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policies import devices
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.latent_cache import LatentCache, room
 from rollout.backends import Decoder
@@ -68,8 +69,8 @@ def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
     or in any precision on a CUDA device. Where a controller chooses how many, it must know what they cost as graphs."""
     trunk = decoder.trunk
     plain = not (params.stop_strings or params.record_routing or params.accept != "exact")
-    device = trunk.device.type
-    fits = isinstance(trunk, AbsorbedTrunk) and (device == "cuda" or (device, trunk.dtype) == ("cpu", torch.float32))
+    on_cpu = trunk.device.type == "cpu" and trunk.dtype == torch.float32
+    fits = isinstance(trunk, AbsorbedTrunk) and (on_cpu or devices.has_cuda(trunk.device))
     known = params.draft_tokens is not None or (decoder.costs is not None and decoder.costs.graphs is not None)
     return params.compiled and decoder.graphs is not None and plain and fits and known
 

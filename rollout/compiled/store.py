@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from policies import devices
 from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs, Round, weights
 from rollout.compiled.recorded import RecordedRound
@@ -63,7 +64,7 @@ def find(
 ) -> CompiledRound | RecordedRound:
     """The graph of this bucket, from disk or compiled now, which takes a minute; `compiling` is told before. On a GPU
     the round is recorded when it is first called."""
-    if example.last.is_cuda:
+    if devices.has_cuda(example.last.device):
         return RecordedRound()
     path = FOLDER / f"{_key(decoder, bucket, example)}.pt2"
     if not path.exists():

@@ -2,9 +2,9 @@
 
     vllm_fake.py FILE SERVER ...
 
-Each line of FILE names a moment (load, publish, sample) and a signal. The first one is taken out when its moment comes,
-and the server gets the signal. `always` as a third word leaves the line there, and `sample odd` makes other tokens from
-then on. The tokens follow from all weights, with their adapters, and from the seeds.
+Each line of FILE names a moment (load, publish, sleep, sample) and a signal. The first one is taken out when its moment
+comes, and the server gets the signal. `always` as a third word leaves the line there, and `sample odd` makes other
+tokens from then on. The tokens follow from all weights, with their adapters, and from the seeds.
 """
 
 import hashlib
@@ -55,6 +55,10 @@ class Engine:
         self.version, self.base = header["version"], header["base"]
         return {"held": tensors.digests(read), "unused": []}
 
+    def sleep(self) -> None:
+        struck("sleep")
+        self.version = None
+
     def sample(self, job: dict[str, Any], said: Any) -> dict[str, Any]:
         if self.version != job["version"]:
             raise RuntimeError(f"it holds version {self.version}")
@@ -73,7 +77,7 @@ class Engine:
 
 def main() -> None:
     server.Engine = Engine  # type: ignore[misc,assignment]
-    server.installed = lambda: ("0.32.0", True)
+    server.installed = lambda: ("0.32.0", os.environ.get("CUDA_VISIBLE_DEVICES") != "7,8")
     sys.argv = [str(SERVER), *sys.argv[3:]]
     server.main()
 

@@ -230,6 +230,7 @@ def flex_on_cpu(patch):
         return flex.flex_attention(*tensors, **given)
 
     patch.setattr(attention, "_by_tiles", lambda tensor: True)
+    patch.setattr(attention, "kernel_options", lambda *_: {})
     patch.setattr(attention, "compile_friendly_flex_attention", plain)
     patch.setattr(flex_in_transformers, "compile_friendly_flex_attention", plain)
     patch.setattr(flex, "_validate_device", lambda *tensors: None)

@@ -73,7 +73,7 @@ def test_a_process_says_where_it_is():
     ],
 )
 def test_who_has_which_gpu(monkeypatch, gpus, ranks, colocate, expected):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -88,7 +88,7 @@ def test_who_has_which_gpu(monkeypatch, gpus, ranks, colocate, expected):
 def test_ray_does_not_see_the_gpu_of_the_learner(monkeypatch, visible, seen):
     found: list[str | None] = []
     monkeypatch.setattr(ray, "init", lambda **_: found.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:

@@ -17,7 +17,6 @@ from grpo.cli.commands.recovery import WINDOWS_PER_STEP, recover
 from grpo.cli.config.convert import ConvertConfig
 from grpo.data.calibration_text import WINDOW, CalibrationText, calibration_text
 from grpo.run.console import progress_bars
-from grpo.run.hardware import device_of
 from grpo.source.policy_source import check_model
 from policies.conversion.calibration import observe
 from policies.conversion.compress import check_sizes, compress
@@ -26,6 +25,7 @@ from policies.conversion.experts import ExpertShards, add_noise, shard_feed_forw
 from policies.conversion.head import draft_agreement, self_written, start_head
 from policies.conversion.parity import Fidelity, ParityReport, fidelity, parity
 from policies.conversion.supported import check_convertible, dense_shape
+from policies.devices import device_of
 from policies.policy import Policy, read_config, read_tokenizer
 
 

@@ -30,6 +30,7 @@ from grpo.run.stop import signals
 from grpo.source.policy_source import PolicySource, find_policy, known_context
 from grpo.task.sampling import agent_of
 from grpo.task.task import Task
+from policies.devices import peak_gib
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.depth import Workload
@@ -233,7 +234,4 @@ def peak_memory_gib() -> dict[str, float]:
         import resource
 
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # or KiB
-    peak = {"rss": most / 2**30}
-    if torch.cuda.is_available():
-        peak["device"] = torch.cuda.max_memory_allocated() / 2**30
-    return peak
+    return {"rss": most / 2**30} | peak_gib()

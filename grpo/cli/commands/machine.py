@@ -48,11 +48,12 @@ class Memory(NamedTuple):
         """Looks at the devices at hand, or takes as many as are asked for of `gib` GiB each."""
         if gib:
             return cls(f"memory of a device of {gib:g} GiB", gib * GIB, gib * GIB, float("inf"))
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            gpus = float("inf") if "RAY_ADDRESS" in os.environ else torch.cuda.device_count()
-            return cls(f"memory of {torch.cuda.get_device_name(device)}", total, free, gpus)
-        return cls("memory", *main_memory())
+        module = torch.get_device_module(device)
+        if not hasattr(module, "mem_get_info"):  # a CPU, or an accelerator that shares its memory, as Apple's
+            return cls("memory", *main_memory())
+        free, total = module.mem_get_info(device)
+        gpus = float("inf") if "RAY_ADDRESS" in os.environ else torch.accelerator.device_count()
+        return cls(f"memory of {module.get_device_name(device)}", total, free, gpus)
 
     def needed(self, devices: Sequence[DeviceMemory]) -> dict[str, float]:
         """Returns the bytes that each part of the run needs, in order. On CPUs all processes share the memory."""

@@ -34,12 +34,12 @@ from grpo.config.mtp import HeadOptions, MtpConfig
 from grpo.config.policy import ModelOptions
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.optimizer import freeze_exact_parts
-from grpo.run.hardware import device_of
 from grpo.source.policy_source import meta_policy, read_shape
 from policies import four_bit, lora
 from policies.anatomy import cache_numbers
 from policies.attention import PIECE
 from policies.decoding.linear import FixedLinear, will_block
+from policies.devices import device_of
 from policies.logprobs import CHUNK_ELEMENTS, GRADIENT_CHUNKS
 from policies.policy import Policy
 from rollout.backends import derive

@@ -32,6 +32,7 @@ from grpo.task.parts import check_prompts
 from grpo.task.task import Task
 from policies import four_bit
 from policies.checkpoint import check_policy
+from policies.devices import device_of
 from policies.lora import reach, reach_in_words
 from policies.mtp import MTPHead
 from rollout.depth import tokens_per_forward
@@ -211,7 +212,7 @@ class _DryRun:
 
     def fits(self) -> bool:
         """Print memory by device, and whether this machine has that much, and the disk. Returns whether it has."""
-        there = machine.Memory.there(hardware.device_of(self.config.device), self.device_gib)
+        there = machine.Memory.there(device_of(self.config.device), self.device_gib)
         devices = self.memory.devices(there.gpus)
         CONSOLE.print(memory_table.table(devices))
 

@@ -58,7 +58,7 @@ class ConvertConfig(Options):
     """Steps of KL distillation after compression; Ctrl-C ends it early and keeps what it has reached."""
     recovery: RecoveryOptions = RecoveryOptions()
     device: str = "auto"
-    """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
+    """`cpu`, or an accelerator of this machine (`cuda`, `xpu`, `mps`); `auto` takes the accelerator if there is one."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; all cores by default."""
     seed: int = 0

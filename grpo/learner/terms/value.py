@@ -20,6 +20,7 @@ from grpo.config.value import ValueOptions
 from grpo.learner.batch import MicroBatch, PackedRow, Sample, TrainingBatch
 from grpo.learner.likelihood import Forward
 from grpo.learner.terms.term import Term, Work
+from policies.devices import wide
 from policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -172,8 +173,8 @@ def explained_variance(values_N: Tensor, returns_N: Tensor) -> dict[str, float]:
     >>> explained_variance(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 2.0, 4.0]))    # 1 - 1 / 4
     {'value/explained_variance': 0.75}
     """
-    variance = returns_N.double().var(correction=0)
+    variance = wide(returns_N).var(correction=0)
     if variance <= 1e-12:
         return {}
-    residual = (returns_N - values_N).double().var(correction=0)
+    residual = wide(returns_N - values_N).var(correction=0)
     return {"value/explained_variance": 1.0 - (residual / variance).item()}

@@ -23,6 +23,7 @@ from rollout.depth import CostTable, Workload
 from rollout.environments.episodes import Episodes
 from rollout.faults import Faults, OnFinished, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
+from rollout.places import Places, visible_gpus
 from rollout.pool import Pool, PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.sampling import SamplingParams
@@ -72,6 +73,10 @@ class VLLMPool(Pool):
         self.published: tuple[Publication, int] | None = None  # the learner's tensors, or a copy of them
         self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None  # of this version
         self.process: VLLMProcess | None = None
+        # GPUs that are not the learner's where this machine has any, else its own, in turn unless it samples ahead.
+        in_turn, learners = Places(1, options.threads, 1.0, 0.0, options.colocate).taken(policy)
+        self.gpus = visible_gpus(learners) if learners else ""
+        self.in_turn = in_turn and settings.url is None
         self._is_lost = False
         try:
             self._open()
@@ -85,11 +90,13 @@ class VLLMPool(Pool):
         self._end()
         url, token, why = self.settings.url, self.settings.token, lambda: LOST_ELSEWHERE
         if url is None:
-            self.process = VLLMProcess(self.settings.python, self.settings.log, self.threads, self.check_stop)
+            settings = self.settings
+            self.process = VLLMProcess(settings.python, settings.log, self.threads, self.check_stop, self.gpus)
             url, token, why = self.process.url, self.process.token, self.process.told
         self.client = Client(url, token, self.check_stop, why)
         on_cpu = self.client.state()["on_cpu"]
-        load = self.settings.load(self.policy, self.precision, self.context, on_cpu)
+        self.in_turn &= not on_cpu
+        load = self.settings.load(self.policy, self.precision, self.context, on_cpu, not self.gpus, self.in_turn)
         [self.state] = self.client.post("/load", load, limit_s=LOAD_S)  # what the server says of itself
         self.context = min(self.context, self.state["context"])
         self._is_lost = False
@@ -281,6 +288,13 @@ class VLLMPool(Pool):
         if self.published is not None:
             source, version = self.published
             self.published = source.copy(), version
+
+    def sleep(self) -> None:
+        """vLLM leaves the GPU that it shares with the learner. Experimental: never run on a GPU."""
+        if not self.in_turn or self.published is None:
+            return
+        self.version = self.published = None
+        self._mended("sleep", lambda: list(self.client.post("/sleep", {}, limit_s=self.settings.publish_s)))
 
     def _check(self, params: SamplingParams) -> None:
         params.check()

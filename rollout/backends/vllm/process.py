@@ -52,16 +52,19 @@ def clean_environment() -> dict[str, str]:
 
 
 class VLLMProcess:
-    """A server of our own, with its `url` and `token`. Its log is appended to the file `log`.
+    """A server of our own, with its `url` and `token`. Its log is appended to the file `log`. It sees `gpus`, or all.
 
     It is in a process group of its own, so that Ctrl-C reaches us alone, and it watches us: if we are killed, it ends.
     Raises Lost, a RolloutError, if it does not listen in time.
     """
 
-    def __init__(self, python: Path, log: Path, threads: int, while_waiting: Callable[[], None]) -> None:
+    def __init__(
+        self, python: Path, log: Path, threads: int, while_waiting: Callable[[], None], gpus: str = ""
+    ) -> None:
         self.log, self.token = log, secrets.token_hex(32)
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = clean_environment() | {"OMP_NUM_THREADS": str(threads), TOKEN: self.token}
+        environment |= {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
         with open(log, "ab") as written:
             self.process = subprocess.Popen(
                 [str(python), str(SERVER), "--parent", str(os.getpid())],

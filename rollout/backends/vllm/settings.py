@@ -15,7 +15,7 @@ from rollout.backends.vllm.process import interpreter
 MAX_ROWS = 256  # completions that are decoded together, as many as in our own engine
 KV_CACHE_BYTES = 2 << 30  # on a CPU; vLLM waits with rows that have no place in it
 MOST_TOKENS = 4096  # of a forward on a CPU
-GPU_SHARE = 0.4  # of a GPU's memory, which the learner needs too
+GPU_SHARE = 0.4  # of the memory of a GPU that the learner needs too; of another one vLLM takes what it likes
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,11 @@ class VLLMSettings:
     publish_s: float = 600.0
     without: Sequence[str] = ()  # bypasses of inside/quartet_bypasses.py that a test leaves out
 
-    def load(self, policy: Policy, dtype: torch.dtype, context: int, on_cpu: bool) -> dict[str, Any]:
-        """The request that has the model made; its weights are published afterwards."""
+    def load(
+        self, policy: Policy, dtype: torch.dtype, context: int, on_cpu: bool, shares: bool = True, in_turn: bool = False
+    ) -> dict[str, Any]:
+        """The request that has the model made; its weights are published afterwards. On a GPU that it `shares` with the
+        learner vLLM has a part of the memory, which it leaves to the learner where they work `in_turn`."""
         arguments: dict[str, Any] = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": context,
@@ -50,7 +53,8 @@ class VLLMSettings:
             # It cannot read a prompt in pieces and draw with a seed: a generator of a CPU cannot be turned back.
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, MOST_TOKENS)}
         else:
-            arguments["gpu_memory_utilization"] = GPU_SHARE
+            arguments |= {"gpu_memory_utilization": GPU_SHARE} if shares else {}
+            arguments |= {"enable_sleep_mode": True} if in_turn else {}
         if self.draft_tokens:
             # Drafts that are drawn are accepted where a policy is not sure, and greedy ones are not.
             drawn = {"num_speculative_tokens": self.draft_tokens, "draft_sample_method": "probabilistic"}

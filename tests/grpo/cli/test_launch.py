@@ -118,11 +118,12 @@ def test_ray_train_is_asked_for_that_share_and_refuses_before_it_starts(monkeypa
     """Without a GPU: only what Ray Train is told."""
     import ray.train.torch
 
-    asked = {}
+    asked, backends = {}, []
 
     class Trainer:
-        def __init__(self, _, scaling_config, **more):
+        def __init__(self, _, scaling_config, torch_config, **more):
             asked.update(scaling_config.resources_per_worker)
+            backends.append((torch_config.backend, scaling_config.use_gpu))
 
         def fit(self):
             return SimpleNamespace(return_value=None)
@@ -136,6 +137,11 @@ def test_ray_train_is_asked_for_that_share_and_refuses_before_it_starts(monkeypa
     assert asked == {}
     launch(micro_config(tmp_path / "r", **given, **{"rollout.gpus_per_worker": 0.3}))
     assert asked == {"CPU": 3, "GPU": 0.7}
+    for device in ("xpu", "cpu"):
+        monkeypatch.setattr("grpo.cli.launch.device_of", lambda _, device=device: torch.device(device))
+        launch(micro_config(tmp_path / "r", **given, **{"rollout.gpus_per_worker": 0.3}))
+    assert backends == [("nccl", True), ("xccl", True), ("gloo", False)]
+    assert asked == {"CPU": 3, "GPU": 0}
 
 
 @pytest.mark.slow

@@ -278,3 +278,10 @@ def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():
     recorded = usual | {"rollout.workers": 2, "curriculum.draft_depth": 1}
     assert load(SftConfig, None, recorded, on_removed=words.append).output_dir == Path("r")
     assert [word.partition(":")[0] for word in words] == ["curriculum.draft_depth=1"]
+
+
+def test_what_no_gpu_has_run_says_so_in_its_help():
+    """Until a GPU has: recorded rounds, vLLM there, GPUs that are shared, and learners that sum by NCCL."""
+    options = {option.key: option for option in _options(TrainConfig.model_construct())}
+    for key in ("rollout.compile", "rollout.backend", "rollout.colocate", "rollout.gpus_per_worker", "learner.workers"):
+        assert "xperimental: never run on a GPU" in options[key].help, key

@@ -6,17 +6,19 @@ import random
 import statistics
 from collections import defaultdict
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
 from small_learner import last_work, small_learner, supervised_learner, term_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
 from grpo.learner.learner import Learner
-from grpo.learner.optimizer import norm_of, schedule
+from grpo.learner.optimizer import at_once, norm_of, schedule
 from grpo.learner.prepare import supervised, tokens_in_loss
 from grpo.learner.terms import draft_head
 from grpo.learner.terms.draft_head import teaching
@@ -471,6 +473,26 @@ def test_contract_15_the_norm_of_a_large_matrix_does_not_depend_on_how_many_hold
         exact = matrix.double().norm().item()
         found = [norm_of([matrix]), norm_of(matrix.chunk(8)), norm_of([matrix.T, torch.zeros(3)])]
         assert [norm.item() for norm in found] == pytest.approx([exact] * 3, rel=1e-6)
+
+
+def test_the_norm_of_many_tensors_is_a_few_kernels_on_an_accelerator():
+    """The same to 2e-7, where the pieces would be two kernels for each 2^18 numbers."""
+
+    class Counted(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(64 * i, 33, generator=generator) * 10.0 ** -(i % 5) for i in range(1, 41)] + [torch.zeros(0)]
+    expected = norm_of(parts)  # which are on a CPU
+    with Counted():
+        norm = at_once(parts).sqrt()
+    assert norm.item() == pytest.approx(expected.item(), rel=2e-7)
+    assert len(Counted.names) < 20
+    assert at_once([part.bfloat16() for part in parts]).dtype == torch.float32
 
 
 def test_later_steps_are_those_of_torchs_own_adamw_with_clipped_gradients(micro_policy):

@@ -98,6 +98,16 @@ def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypat
     assert (worker["worker"], worker["node"], worker["process"]) == (1, "1a2b3c4d on a", 7)
 
 
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", 0.0), ("auto", 1.0)])
+def test_workers_of_a_run_on_a_cpu_use_no_gpu(micro_config, micro_policy, tmp_path, monkeypatch, device, gpus):
+    given: list[PoolOptions] = []
+    monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
+    config = micro_config(tmp_path, **{"rollout.workers": 1, "device": device})
+    with RunLog(tmp_path, "", LogOptions(trackers=[]), quiet=True) as run_log:
+        open_run_pool(run_of(config, run_log), micro_policy())
+    assert given[0].gpus == gpus
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_ranks_that_share_a_policy_publish_its_adapters_alone(micro_policy, tmp_path):

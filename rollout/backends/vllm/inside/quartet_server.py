@@ -11,6 +11,7 @@ and `rollout.vllm.url` names it. Requests are answered one after the other, each
     GET  /state      what is installed and what is loaded
     POST /load       {"config": ..., "arguments": ..., "without": []}: makes the engine, whose weights are none yet
     POST /publish    one line of JSON, then the bytes of the tensors; answers the digests of what was read
+    POST /sleep      {}: leaves the GPU to the learner until the next publication
     POST /sample     {"rows": [[ids, seed, most]], ...}: lines of JSON, the last one with the completions; with
                      "goes_on" they are later turns of rows that it has read before
 
@@ -103,6 +104,8 @@ class Engine:
         if self.torn:
             raise RuntimeError("a publication has failed in the middle: start this server anew")
         self.version, self.base, self.torn = None, None, True
+        if not self.on_cpu and self.engine.is_sleeping():
+            self.engine.wake_up()
         self._update("start_weight_update", {"path": path, "header": header})
         if all(self._call("supports_draft_weight_updates")):
             self._update("start_draft_weight_update", {})  # with the same weights
@@ -114,6 +117,12 @@ class Engine:
             raise RuntimeError("the workers of vLLM have loaded different weights")
         self.version, self.base = header["version"], header["base"]
         return {"held": held, "unused": [name for name in unused if all(name in each for _, each in answers)]}
+
+    def sleep(self) -> None:
+        """Leaves the GPU. The weights wait in the host's memory: a publication would not bring vLLM's buffers back."""
+        self.version = None
+        self._forget_prefixes()
+        self.engine.sleep(level=1)
 
     def _update(self, start: str, told: dict[str, Any]) -> None:
         self._call(start)
@@ -185,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({"/state": self._state})
 
     def do_POST(self) -> None:
-        self._answer({"/load": self._load, "/publish": self._publish, "/sample": self._sample})
+        self._answer({"/load": self._load, "/publish": self._publish, "/sleep": self._sleep, "/sample": self._sample})
 
     def _answer(self, ways: dict[str, Any]) -> None:
         key = self.headers.get("Authorization", "")
@@ -231,6 +240,10 @@ class Handler(BaseHTTPRequestHandler):
             self._say(200, engine.publish(f"/proc/{os.getpid()}/fd/{held}", header))
         finally:
             os.close(held)
+
+    def _sleep(self) -> None:
+        self._engine().sleep()
+        self._state()
 
     def _sample(self) -> None:
         job, engine = json.loads(self._body()), self._engine()

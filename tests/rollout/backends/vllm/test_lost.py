@@ -264,3 +264,38 @@ def test_a_stop_ends_the_start_of_a_new_one(case):
     case.strike("sample SIGKILL")
     with pytest.raises(Stop):
         case.sample()
+
+
+@pytest.mark.parametrize("strike", ["", "sleep SIGKILL"])
+def test_it_leaves_a_gpu_that_it_shares_until_the_next_publication(case, monkeypatch, strike):
+    """As far as no GPU shows it: a fake server that says that it is on one."""
+    expected = case.sample()
+    monkeypatch.setattr("rollout.places.Places.taken", lambda *_: (True, 0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,8")
+    pool = VLLMPool(case.policy, PoolOptions(vllm=case.settings, colocate=True))
+    try:
+        arguments = pool.state["load"]["arguments"]
+        assert (arguments["gpu_memory_utilization"], arguments["enable_sleep_mode"]) == (0.4, True)
+        case.strike(strike)
+        pool.sleep()
+        with pytest.raises(RolloutError, match="has not confirmed the last publication"):
+            pool.sample(PROMPTS, PARAMS)
+        pool.publish(case.policy.publication(), 0)
+        assert pool.sample(PROMPTS, PARAMS) == expected
+    finally:
+        pool.close()
+
+
+def test_it_has_the_gpus_that_are_not_the_learners_and_all_of_their_memory(case, monkeypatch):
+    monkeypatch.setattr("rollout.places.Places.taken", lambda *_: (False, 1))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7,8")
+    pool = VLLMPool(case.policy, PoolOptions(vllm=case.settings))
+    pool.sleep()  # it shares nothing
+    try:
+        assert {"gpu_memory_utilization", "enable_sleep_mode"}.isdisjoint(pool.state["load"]["arguments"])
+        assert pool.process is not None
+        environment = Path(f"/proc/{pool.process.process.pid}/environ").read_bytes().split(b"\0")
+        assert b"CUDA_VISIBLE_DEVICES=7,8" in environment
+        assert pool.sample(PROMPTS, PARAMS) == case.sample()
+    finally:
+        pool.close()
