@@ -120,22 +120,6 @@ class Packing:
         return place - begins.gather(1, number) + (self.segment == 0).sum(1, keepdim=True) * (number > 0)
 
     @cached_property
-    def alone(self) -> tuple[Tensor, Tensor]:
-        """Each completion after its prompt in a row of its own. [R, L] says which token of all rows stands there, -1 in
-        padding, and [B, T] where among those each token is found, that of a prompt before its first completion."""
-        number = torch.arange(self.segment.numel(), device=self.segment.device).view_as(self.segment)
-        rows = [
-            tokens[(segment == 0) | (segment == completion)]
-            for segment, tokens in zip(self.segment, number, strict=True)
-            for completion in range(1, max(int(segment.max()), 1) + 1)
-        ]
-        places_RL = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        where = (places_RL >= 0).flatten().nonzero()[:, 0]
-        first = torch.zeros_like(number).flatten()
-        first = first.scatter_reduce(0, places_RL.flatten()[where], where, "amin", include_self=False)
-        return places_RL, first.view_as(number)
-
-    @cached_property
     def blocks(self) -> list[Block]:
         """The blocks of the kernel on a CPU. Every token is a query of one block or of two, and padding of none."""
         return [block for row, numbers in enumerate(self.segment.tolist()) for block in self._row(row, numbers)]

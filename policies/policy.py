@@ -60,7 +60,7 @@ class Policy(nn.Module):
         if self.backend == "native":  # vLLM reads them and routes differently without them; transformers ignores them
             trunk.config.update(FIXED_FIELDS)
         self.attend_to_prompts()
-        self.recurrent = mixers.read_alone(trunk)
+        self.recurrent = mixers.read_packed(trunk)
         if "text_config" in trunk.config.sub_configs:  # what reads pictures stays as it is
             kept = {id(p) for part in (trunk.get_decoder(), trunk.get_output_embeddings()) for p in part.parameters()}
             for parameter in trunk.parameters():
@@ -161,11 +161,19 @@ class Policy(nn.Module):
     def _hidden_alone(self, token_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
         """Reads each completion with its prompt in a row of its own, by the model's own masks and positions, and gives
         the same as `hidden`. What comes after a row is padding, which a causal model does not see."""
-        places_RL, first_BT = Packing(segment_BT).alone
-        token_ids = token_ids_BT.flatten()[places_RL].masked_fill(places_RL < 0, 0)
+        rows, places = [], []
+        for b, segment in enumerate(segment_BT):
+            for number in range(1, max(int(segment.max()), 1) + 1):
+                prompt, completion = (segment == 0).nonzero()[:, 0], (segment == number).nonzero()[:, 0]
+                places.append((b, torch.cat([prompt, completion]), len(prompt) if number > 1 else 0))
+                rows.append(token_ids_BT[b, places[-1][1]])
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         self.config._attn_implementation = self.own_attention  # for good: checkpoints are read again in backward passes
         hidden, _ = last_states(self.trunk, self.paths.states, input_ids=token_ids, use_cache=False)
-        return hidden.flatten(0, 1)[first_BT]
+        packed = hidden.new_zeros(*token_ids_BT.shape, hidden.shape[-1])
+        where = [(torch.full_like(at[start:], b), at[start:]) for b, at, start in places]
+        values = [hidden[i, start : len(at)] for i, (_, at, start) in enumerate(places)]
+        return packed.index_put(tuple(torch.cat(parts) for parts in zip(*where, strict=True)), torch.cat(values))
 
     def unroll(
         self,
