@@ -23,7 +23,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policies import checkpoint, lora, sharding
+from policies import checkpoint, lora, mixers, sharding
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
 from policies.layout import FIXED_FIELDS, PolicyError, auto_class
@@ -62,6 +62,7 @@ class Policy(nn.Module):
         if self.backend == "native":  # vLLM reads them and routes differently without them; transformers ignores them
             trunk.config.update(FIXED_FIELDS)
         self.attend_to_prompts()
+        self.recurrent = mixers.read_packed(trunk)
         if "text_config" in trunk.config.sub_configs:  # what reads pictures stays as it is
             kept = {id(p) for part in (trunk.get_decoder(), trunk.get_output_embeddings()) for p in part.parameters()}
             for parameter in trunk.parameters():
@@ -150,15 +151,15 @@ class Policy(nn.Module):
         ).last_hidden_state
 
     def _mask(self, packing: Packing) -> Any:
-        """The mask of packed rows: one for each kind of layer where the model attends by itself and a window slides."""
+        """The mask of packed rows: one for each kind of layer where some have none, or where a model attends by itself
+        and a window slides."""
         how, dtype = self.config._attn_implementation, self.trunk.dtype
         mask = packing.mask(dtype) if has_indexer(self.config) else packing.mask_for(how, dtype)
         windowed = packing if how == ATTENTION else packing.within(getattr(self.config, "sliding_window", None))
-        if windowed is packing:
-            return mask
-        of_window = windowed.mask(dtype)
-        by_layer = getattr(self.config, "layer_types", None)
-        return {"full_attention": mask, "sliding_attention": of_window} if by_layer else of_window
+        of_window = mask if windowed is packing else windowed.mask(dtype)
+        if self.recurrent or (of_window is not mask and getattr(self.config, "layer_types", None)):
+            return {"full_attention": mask, "sliding_attention": of_window, "linear_attention": None, "conv": None}
+        return of_window
 
     def _hidden_alone(self, token_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
         """Reads each completion with its prompt in a row of its own, by the model's own masks and positions, and gives

@@ -33,6 +33,9 @@ KINDS: dict[str, dict] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 32},
     "gpt2": {"n_positions": 256},
 }
+LINEAR = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+LINEAR |= {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 INKLING = {"head_dim": 8, "swa_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "d_rel": 4}
 INKLING |= {"rel_extent": 32, "sliding_window_size": 16, "moe_intermediate_size": 16, "n_routed_experts": 4}
 INKLING |= {"num_experts_per_tok": 2, "n_shared_experts": 1}
@@ -83,7 +86,7 @@ def saved(hf_policy, tmp_path_factory):
     def folder_of(kind: str) -> str:
         folder = root / kind
         if not folder.exists():
-            policy = hf_policy(kind, 2, **KINDS[kind])
+            policy = hf_policy(kind, 2, **(KINDS | {"qwen3_5_text": LINEAR})[kind])
             policy.trunk.save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
         return str(folder)
@@ -109,6 +112,7 @@ def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     [
         ("llama", True),
         ("qwen3", False),
+        ("qwen3_5_text", False),
         *(pytest.param(*case, marks=pytest.mark.long) for case in (("llama", False), ("qwen2", False))),
         *(pytest.param(*case, marks=pytest.mark.long) for case in (("qwen2", True), ("qwen3", True))),
     ],

@@ -33,7 +33,7 @@ def test_the_paths_of_bfloat16_are_those_of_float32(hf_policy, cuts):
         parameter.data = parameter.data.to(torch.bfloat16)
     check_agreement(policy)
     check_agreement(policy)
-    assert policy.paths == Paths("joined", "alone")
+    assert policy.paths == Paths("joined")
     assert cuts == ["falcon_h1"]
 
 
