@@ -280,7 +280,7 @@ def test_a_head_that_drafts_goes_on_when_others_join(policy, monkeypatch):
     assert all(drafted[drafted.index(1) :])
 
 
-LONG = pytest.param([8], 0.5, marks=[pytest.mark.slow, pytest.mark.long])
+LONG = pytest.param([8], 0.5, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize("group_size", [1, 2])

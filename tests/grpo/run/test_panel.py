@@ -187,7 +187,6 @@ def test_the_panel_tells_of_the_stop_that_was_asked_for(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_run_in_a_pipe_writes_no_escape_byte(model, tmp_path):
     environment = os.environ | {"FORCE_COLOR": "", "TERM": "xterm"}
     command = _command(model, tmp_path / "run", 2)

@@ -84,7 +84,6 @@ def test_drafts_of_every_turn_are_what_the_trained_head_says(engine, monkeypatch
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_contract_3_speculation_is_lossless_over_20_000_multi_turn_tokens(engine):
     params = replace(EPISODES, group_size=8)
     assert sum(assert_lossless(engine, PROMPTS, params.at(step), depths=(1, 2, 3, 4)) for step in range(6)) > 20_000
