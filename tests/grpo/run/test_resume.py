@@ -120,7 +120,7 @@ def _stop_after(micro_config, folder: Path, kind: str, k: int) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "k"),
-    [pytest.param(kind, k, marks=pytest.mark.long * (k == 3 or kind in VARIANTS)) for k in (2, 3) for kind in KINDS],
+    [pytest.param(kind, k, marks=[pytest.mark.long] * (k == 3 or kind in VARIANTS)) for k in (2, 3) for kind in KINDS],
 )
 def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, tmp_path, kind, k):
     reference, folder = whole(kind), tmp_path / "run"
