@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -89,3 +90,13 @@ def _run(words: list[str]) -> None:
     else:
         sys.argv, sys.path[:0] = words, [os.path.dirname(words[0])]
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _of_rewards(command: Sequence[str], **given: Any) -> subprocess.Popen:
+    is_limited = command[-1] != "0"  # in memory, of which this process holds much
+    return (subprocess.Popen if is_limited or sys.platform != "linux" else Copy)(command, **given)
+
+
+OF_REWARDS = SimpleNamespace(
+    **vars(subprocess) | {"Popen": _of_rewards}
+)  # in place of `rewards.isolation.pool.subprocess`

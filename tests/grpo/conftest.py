@@ -1,16 +1,13 @@
 """What a command works out at each start, and nearly every test here starts one: worked out once, or with less care."""
 
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from copies import Copy
+from copies import OF_REWARDS
 
 import rollout.costs
 from grpo.config import options, yaml_file
@@ -33,14 +30,6 @@ class Quick(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
 
 def loader(text: str) -> Any:
     return Quick(text) if len(text) > LONG_TEXT else LOADER(text)  # a run has written it
-
-
-def popen(command: Sequence[str], **given: Any) -> subprocess.Popen:
-    is_limited = command[-1] != "0"  # in memory, of which this process holds much
-    return (subprocess.Popen if is_limited or sys.platform != "linux" else Copy)(command, **given)
-
-
-SUBPROCESS = SimpleNamespace(**vars(subprocess) | {"Popen": popen})
 
 
 def to_yaml(value: Any, inline: bool = False) -> str:
@@ -70,7 +59,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         patch.setattr(rollout.costs, "REPEATS", 1)
         patch.setattr(rollout.costs, "_sizes", lambda most: sorted({1, most}))
         patch.setattr(yaml_file, "_Loader", loader)
-        patch.setattr(pool, "subprocess", SUBPROCESS)
+        patch.setattr(pool, "subprocess", OF_REWARDS)
         if item.path.stem != "test_publisher":
             patch.setattr(canaries, "TOKENS", 4)
         return (yield)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, tokens, unrolled_logits
+from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens, unrolled_logits
 
 import rollout.rows
 import rollout.shard
@@ -30,8 +30,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def policy(random_policy) -> Policy:
-    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+def policy(taught_policy) -> Policy:
+    return taught_policy()
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,7 @@ KINDS = {
 
 def _config(micro_config, folder: Path, kind: str, **given):
     options = {"steps": STEPS, "learner.weight_decay": 0.01, "warm_start.batch_size": 3} | KINDS[kind]
+    options["rollout.max_completion_tokens"] = 6
     if "dynamic" in kind:
         options["rewards"] = [{"function": f"{folder.parent / 'coarse.py'}:coarse"}]
         (folder.parent / "coarse.py").write_text(COARSE)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, tokens
+from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens
 from torch import Tensor
 
 from policies.policy import Policy
@@ -62,8 +62,8 @@ def made(monkeypatch) -> list[Bucket]:
 
 
 @pytest.fixture(scope="module")
-def policy(random_policy) -> Policy:
-    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+def policy(taught_policy) -> Policy:
+    return taught_policy()
 
 
 def assert_same(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> list[RolloutGroup]:

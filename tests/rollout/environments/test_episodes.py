@@ -11,16 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from engine_cases import (
-    PARAMS,
-    assert_lossless,
-    completions,
-    drafts_in_training,
-    prompts_of,
-    spied_drafts,
-    taught,
-    tokens,
-)
+from copies import OF_REWARDS
+from engine_cases import PARAMS, assert_lossless, completions, drafts_in_training, prompts_of, spied_drafts, tokens
 from talking import Talking
 
 from grpo.learner.batch import PackedRow, Sample, collate
@@ -47,12 +39,13 @@ SLOW = replace(SPEC, environments=(("", f"{GUESSING}:Slow"),), timeout_s=0.5)
 def _talking():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rollout.environments.episodes.TurnFormat", Talking)
+        patch.setattr("rewards.isolation.pool.subprocess", OF_REWARDS)
         yield
 
 
 @pytest.fixture(scope="module")
-def engine(random_policy):
-    engine = Engine(taught(random_policy(11, attention_bias=True), 0.8, steps=25))
+def engine(taught_policy):
+    engine = Engine(taught_policy())
     yield engine
     engine.close()
 
