@@ -125,11 +125,7 @@ def test_a_pipe_gets_a_line_of_every_step_and_no_control_code(tmp_path, monkeypa
     with (
         open(tmp_path / "out", "w") as stream,
         RunLog(
-            tmp_path / "run",
-            "",
-            LogOptions(trackers=[]),
-            last=5,
-            console=Terminal(file=stream, color_system=None),
+            tmp_path / "run", "", LogOptions(trackers=[]), last=5, console=Terminal(file=stream, color_system=None)
         ) as log,
     ):
         for step in range(1, 6):

@@ -28,10 +28,7 @@ from policies.files.digests import DIGESTS, write_digests
 from policies.policy import Policy, PolicyError
 
 STEPS = 5
-CURRICULUM = {
-    "curriculum.steps": 4,
-    "curriculum.by_difficulty": True,
-}
+CURRICULUM = {"curriculum.steps": 4, "curriculum.by_difficulty": True}
 KINDS = {
     # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
     "full": {"data.limit": 10},
@@ -48,12 +45,7 @@ KINDS = {
         "rollout.refill_draws": 2,
     },
     "dynamic sampling, epochs end inside refills": {"data.limit": 10, "rollout.refill_draws": 2},
-    "lora, curriculum, dynamic sampling": {
-        "data.limit": 14,
-        "lora.rank": 4,
-        **CURRICULUM,
-        "rollout.refill_draws": 2,
-    },
+    "lora, curriculum, dynamic sampling": {"data.limit": 14, "lora.rank": 4, **CURRICULUM, "rollout.refill_draws": 2},
 }
 
 
