@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+NAME = "copy"  # of such a process, whose command line is that of the tests
 
 
 def no_limit() -> None:
@@ -55,6 +58,7 @@ def _be(words: Sequence[str], ends: dict[int, int], passed: Collection[int], fol
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _let_go(ends, passed)
         faulthandler.enable(2)
+        Path("/proc/self/comm").write_text(NAME)
         _run([str(word) for word in words])
     except SystemExit as end:
         os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
