@@ -9,12 +9,14 @@ import os
 import random
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import copies
 import hypothesis
 import numpy
 import pytest
@@ -82,11 +84,19 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A test that takes too long ends this process, which first shows where every thread of it is. Timers that raise in
     the main thread would be the ones that a run sets itself."""
     quick = not any(item.get_closest_marker(name) for name in ("slow", "gpu", "peer", "browser"))
-    faulthandler.dump_traceback_later(LIMIT_S if quick else SLOW_LIMIT_S, exit=True, file=item.config.stash[STDERR])
+    end = time.monotonic() + (LIMIT_S if quick else SLOW_LIMIT_S)
+    file = item.config.stash[STDERR]
+    copies.arm = lambda: faulthandler.dump_traceback_later(max(0.1, end - time.monotonic()), exit=True, file=file)
+    copies.arm()
     try:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("long"):
+        item.add_marker("slow")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

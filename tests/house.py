@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -59,21 +60,27 @@ def modules_imported(module: str, file: Path, modules: Mapping[str, Path]) -> se
 
     A module that is named in a text, as in a registry that imports by name, counts as imported.
     """
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    names = _names_imported(package, file.read_text(encoding="utf-8"))
+    return {name if name in modules else source for name, source in names} & set(modules) - {module}
+
+
+@functools.cache  # several numbers ask for it
+def _names_imported(package: str, text: str) -> set[tuple[str, str]]:
+    """Each name that is imported by a text of this package, and the module that has it where it is none itself."""
     imported = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
+            imported |= {(alias.name, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
-            above = package[: len(package) - node.level + 1] if node.level else []
+            folders = package.split(".")
+            above = folders[: len(folders) - node.level + 1] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                name = f"{source}.{alias.name}"
-                imported.add(name if name in modules else source)
+            imported |= {(f"{source}.{alias.name}", source) for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             name = node.value.partition(":")[0]
-            imported |= {name} if "." in name else set()
-    return imported & set(modules) - {module}
+            imported |= {(name, name)} if "." in name else set()
+    return imported
 
 
 def room_of(module: str) -> str:
@@ -155,24 +162,17 @@ def source_files(root: Path, *folders: str) -> list[Path]:
     return sorted(file for folder in folders for file in (root / folder).rglob("*") if file.suffix in endings)
 
 
-def loaded_by_train(root: Path) -> tuple[int, int]:
-    """How many modules of ours `import grpo.train` loads, and their lines. A file of one line is none."""
-    code = "import grpo.train, sys\n"
-    code += f"answer = [m.__file__ for n, m in sys.modules.items() if n.split('.')[0] in {PACKAGES}]"
-    files = [Path(name) for name in _answer_of(code, root)]
-    return sum(lines_of([file]) > 1 for file in files), lines_of(files)
+_FRESH = """
+import grpo.train, json, sys
+answer = {"files": [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] in sys.argv[1:]]}
 
+import grpo.run.metrics
+grpo.run.metrics.documented()
+answer["training"] = [*sys.modules]
 
-def options_of_commands(root: Path) -> dict[str, list[str]]:
-    """The keys that each command accepts in a file or as `--key`; below an item of a list `key[].name`."""
-    return dict(_answer_of(_KEYS, root))
-
-
-_KEYS = """
 from grpo.cli.parse import _commands
 from grpo.config.options import _options
-
-answer = {
+answer["keys"] = {
     name: [option.key for option in _options(command.options.model_construct())]
     for name, command in _commands().items()
     if command.options
@@ -180,12 +180,14 @@ answer = {
 """
 
 
-def _answer_of(code: str, root: Path) -> Any:
-    """What a fresh interpreter calls `answer` after this code."""
-    code += "\nimport json\nprint(json.dumps(answer))"
+def fresh(root: Path, more: str = "") -> dict[str, Any]:
+    """Tells what a fresh interpreter finds: our `files` that `import grpo.train` loads, all modules that `training`
+    loads, the `keys` that each command accepts in a file or as `--key` (below an item of a list `key[].name`), and what
+    `more` code adds to its `answer`."""
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-P", "-c", f"{_FRESH}{more}\nprint(json.dumps(answer))", *PACKAGES]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -197,12 +199,11 @@ def sections_of(root: Path) -> set[str]:
     return {ast.unparse(field.target) for field in fields if "Options" in ast.unparse(field.annotation)}
 
 
-def counts(root: Path = ROOT) -> dict[str, int]:
-    """Every number that has a budget, by name."""
+def counts(answer: Mapping[str, Any], root: Path = ROOT) -> dict[str, int]:
+    """Every number that has a budget, by name; `answer` is that of `fresh`."""
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for p in PACKAGES for file in (root / p).rglob("*.py")}
     rooms, sections = arrows_of(root), sections_of(root)
-    keys = options_of_commands(root)
-    modules, lines = loaded_by_train(root)
+    loaded, keys = [Path(file) for file in answer["files"]], answer["keys"]
     functions = [function for tree in trees.values() for function in functions_of(tree)]
     stays = [stays_of_config(tree, sections) for file, tree in trees.items() if "grpo" in file.relative_to(root).parts]
     return {
@@ -213,8 +214,8 @@ def counts(root: Path = ROOT) -> dict[str, int]:
         "rooms of grpo": len(rooms),
         "floors of grpo": floors_of(rooms),
         "arrows between rooms of grpo": sum(map(len, rooms.values())),
-        "modules that import grpo.train loads": modules,
-        "lines that import grpo.train loads": lines,
+        "modules that import grpo.train loads": sum(lines_of([file]) > 1 for file in loaded),  # one line is none
+        "lines that import grpo.train loads": lines_of(loaded),
         **{f"options of {command}": len(names) for command, names in sorted(keys.items())},
         "options of all commands": len({name for names in keys.values() for name in names}),
         f"functions with more than {MOST_PARAMETERS} parameters": sum(
@@ -230,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lower", action="store_true", help="write the numbers that have fallen into the budgets")
     lower = parser.parse_args().lower
-    numbers, budgets = counts(), json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    numbers, budgets = counts(fresh(ROOT)), json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     for name, number in numbers.items():
         budget = budgets.get(name)
         note = "" if budget in (None, number) else f"   (budget {budget})"

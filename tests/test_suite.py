@@ -1,5 +1,6 @@
 """What conftest.py promises: signals, seeds and the limit of time."""
 
+import os
 import random
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def test_contract_21_children_of_nohup_have_default_signals_and_a_test_that_hang
     (tmp_path / "test_it.py").write_text(SUITE)
     pytest_of_nohup = "trap '' INT QUIT HUP; exec \"$0\" -m pytest -p no:cacheprovider -v test_it.py"
     command = ["sh", "-c", pytest_of_nohup, sys.executable]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    variables = os.environ | {"PYTHONPATH": str(CONFTEST.parent / "cases")}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
     assert "test_a_child_has_default_signals PASSED" in done.stdout
     assert done.returncode == 1
     assert f'File "{tmp_path / "test_it.py"}", line 11 in test_hangs' in done.stderr

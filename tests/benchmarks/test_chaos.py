@@ -24,7 +24,6 @@ def test_a_seed_has_its_plan_and_all_seeds_together_have_every_strike_in_every_m
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])  # one of each kind of run
 def test_a_run_that_is_struck_ends_like_one_that_is_not(tmp_path, seed):
     command = [sys.executable, "-m", "benchmarks.chaos", "--faults", "3", "--runs", "1", "--first", str(seed)]

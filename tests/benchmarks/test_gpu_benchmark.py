@@ -116,7 +116,6 @@ def test_a_script_finds_our_packages_and_not_the_files_beside_it():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_small_form_runs_every_piece(tmp_path):
     file = tmp_path / "gpu.json"
     command = [sys.executable, str(SCRIPT), "--cpu", "--minutes", "30", "--json", str(file)]

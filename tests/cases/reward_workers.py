@@ -1,6 +1,7 @@
 """The processes in which this one runs rewards, tools and agents."""
 
 import psutil
+from copies import NAME
 
 from rewards.isolation import chat_template
 
@@ -10,5 +11,5 @@ def reward_workers() -> list[psutil.Process]:
     this process, and is none of them."""
     made = chat_template._pool.cache_info().currsize
     rendering = {worker._process.pid for worker in chat_template._pool()._workers} if made else set()
-    children = psutil.Process().children(recursive=True)
-    return [c for c in children if c.pid not in rendering and "rewards.isolation.child" in " ".join(c.cmdline())]
+    children = [c for c in psutil.Process().children(recursive=True) if c.pid not in rendering]
+    return [c for c in children if c.name() == NAME or "rewards.isolation.child" in " ".join(c.cmdline())]

@@ -2,9 +2,10 @@
 
     vllm_fake.py FILE SERVER ...
 
-Each line of FILE names a moment (load, publish, sleep, sample) and a signal. The first one is taken out when its moment
-comes, and the server gets the signal. `always` as a third word leaves the line there, and `sample odd` makes other
-tokens from then on. The tokens follow from all weights, with their adapters, and from the seeds.
+Each line of FILE names a moment (start, load, publish, sleep, sample) and a signal. The first one is taken out when its
+moment comes, and the server gets the signal. `always` as a third word leaves the line there, `sample odd` makes other tokens
+from then on, and after `start odd` nothing is heard of it for a minute. The tokens follow from all weights, with their
+adapters, and from the seeds.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,8 @@ def main() -> None:
     server.Engine = Engine  # type: ignore[misc,assignment]
     server.installed = lambda: ("0.32.0", os.environ.get("CUDA_VISIBLE_DEVICES") != "7,8")
     sys.argv = [str(SERVER), *sys.argv[3:]]
+    if struck("start"):
+        time.sleep(60)
     server.main()
 
 

@@ -6,15 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from copies import OF_REWARDS
 
 import rollout.costs
-from grpo.config import options
+from grpo.config import options, yaml_file
 from grpo.data import word_problems as module
 from grpo.run import hardware
+from rewards.isolation import pool
+from rollout.publication import canaries
 
 TEXTS: dict[str, str] = {}
 MAKE, PROBLEMS = options.to_yaml, functools.cache(module.word_problems)
 VERSION = functools.cache(hardware._version)
+LOADER, LONG_TEXT = yaml_file._Loader, 1000
+
+
+class Quick(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Reads what the loader of configurations reads, in a tenth of the time, and has other words for a refusal."""
+
+    yaml_constructors, yaml_implicit_resolvers = LOADER.yaml_constructors, LOADER.yaml_implicit_resolvers
+
+
+def loader(text: str) -> Any:
+    return Quick(text) if len(text) > LONG_TEXT else LOADER(text)  # a run has written it
 
 
 def to_yaml(value: Any, inline: bool = False) -> str:
@@ -32,9 +47,9 @@ def word_problems(split: str, levels: Sequence[int], seed: int = 0, *, count: in
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Texts of defaults, word problems and versions depend on their arguments alone. How well times are measured
-    matters to no test of this folder: those of the measurements are in tests/rollout. Workers of xdist call this for
-    every test."""
+    """Texts of defaults, word problems and versions depend on their arguments alone. How well times are measured, how
+    many tokens canaries have and how processes of rewards begin matters to no test of this folder: their own are in
+    tests/rollout and tests/rewards. Workers of xdist call this for every test."""
     if not item.path.is_relative_to(Path(__file__).parent):
         return (yield)
     with pytest.MonkeyPatch.context() as patch:
@@ -42,4 +57,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         patch.setattr(module, "word_problems", word_problems)
         patch.setattr(hardware, "_version", VERSION)
         patch.setattr(rollout.costs, "REPEATS", 1)
+        patch.setattr(rollout.costs, "_sizes", lambda most: sorted({1, most}))
+        patch.setattr(yaml_file, "_Loader", loader)
+        patch.setattr(pool, "subprocess", OF_REWARDS)
+        if item.path.stem != "test_publisher":
+            patch.setattr(canaries, "TOKENS", 4)
         return (yield)

@@ -136,7 +136,6 @@ def test_grpo_trains_it_and_contract_9_a_stopped_run_resumes_to_the_same_bits(co
     assert (read_metrics(whole)[0].get("loss/kl") == pytest.approx(0.0, abs=1e-6)) == lora
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_adapters_with_two_workers_train_to_the_same_bits(config_of, tmp_path):
     alone, two = tmp_path / "alone", tmp_path / "two"

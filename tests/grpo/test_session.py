@@ -65,8 +65,8 @@ def written(config, path):
 def test_contract_17_a_loop_over_the_primitives_gives_the_bits_of_quartet_train(
     micro_config, tmp_path, monkeypatch, options
 ):
-    steps = 8  # two more than an epoch has
-    config = micro_config(tmp_path / "ours", steps=steps, **options)
+    steps = 4  # one more than an epoch has
+    config = micro_config(tmp_path / "ours", steps=steps, **options | {"data.limit": 12})
     train(config)
     run_loop(monkeypatch, "train.py", written(config, tmp_path / "run.yaml"), f"output_dir={tmp_path / 'theirs'}")
     assert_same_run(tmp_path / "ours", tmp_path / "theirs", steps)

@@ -13,13 +13,7 @@ import policies.few_logprobs
 import policies.logprobs
 from policies.few_logprobs import logprobs_at, top_logprobs
 from policies.lm_head import LMHead, scale_and_cap
-from policies.logprobs import (
-    CHUNK,
-    GRADIENT_CHUNKS,
-    logprobs_from_hidden,
-    shifted_logprobs,
-    token_logprobs,
-)
+from policies.logprobs import CHUNK, GRADIENT_CHUNKS, logprobs_from_hidden, shifted_logprobs, token_logprobs
 
 torch.set_num_threads(1)
 

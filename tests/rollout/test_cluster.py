@@ -28,7 +28,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind")
 @pytest.mark.parametrize("how", ["watched", "alone"])
 def test_the_folder_and_processes_of_a_killed_run_are_removed_and_those_of_a_living_one_stay(
@@ -129,7 +128,6 @@ def test_what_the_gcs_server_does_not_answer_is_an_error_after_a_while(ray_proce
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
 def test_a_gcs_server_under_sigstop_holds_no_question(monkeypatch):
     """The real one, which nobody watches here, as that of a cluster on other machines."""

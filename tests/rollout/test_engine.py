@@ -34,8 +34,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def policy(random_policy) -> Policy:
-    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+def policy(taught_policy) -> Policy:
+    return taught_policy()
 
 
 @pytest.fixture(scope="module")

@@ -352,7 +352,6 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, polici
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_in_the_middle(
     cluster, random_policy, tmp_path
@@ -382,7 +381,6 @@ def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_i
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_worker_that_answers_no_more_gives_its_place_to_its_replacement(pool, expected):
     """Ray may lose sight of a worker that still lives; it must not keep the processor that the next one waits for."""
     process = psutil.Process(ray.get(call(pool.workers.actors[0], lambda _: os.getpid())))
@@ -477,7 +475,6 @@ def test_contract_13_every_worker_samples_the_canaries_and_a_new_one_passes_thos
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "waits_in", ["sample", *(pytest.param(x, marks=pytest.mark.long) for x in ("publish", "use_costs"))]
 )
@@ -526,7 +523,6 @@ def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replace
         pool.costs = None
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_are_sent_once_more(
     cluster, random_policy, monkeypatch
@@ -751,7 +747,6 @@ def test_a_cluster_listens_on_loopback_only_and_a_closed_pool_leaves_nothing_beh
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_ctrl_c_while_a_second_pool_samples_leaves_no_process(script):
     line(script, "sampled 1")
     script.stdin.write("\n")

@@ -151,7 +151,6 @@ def test_contract_13_canaries_catch_an_error_of_the_decoder_itself(random_policy
         publisher.publish()
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_contract_5_workers_hold_the_same_matrices(random_policy):
     policy, copies = random_policy(17), Copies("int8", "int4")

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine_cases import PROMPTS, STOPS, taught
+from engine_cases import PROMPTS, STOPS
 
 from rollout.depth import CostTable
 from rollout.drafts.speculative import confident_drafts
@@ -19,8 +19,8 @@ BASE = SamplingParams(group_size=1, temperature=1.0, max_completion_tokens=40, s
 
 
 @pytest.fixture(scope="module")
-def policy(random_policy):
-    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+def policy(taught_policy):
+    return taught_policy()
 
 
 class Client:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, tokens, unrolled_logits
+from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens, unrolled_logits
 
 import rollout.rows
 import rollout.shard
@@ -30,8 +30,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def policy(random_policy) -> Policy:
-    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+def policy(taught_policy) -> Policy:
+    return taught_policy()
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_a_head_that_drafts_goes_on_when_others_join(policy, monkeypatch):
     assert all(drafted[drafted.index(1) :])
 
 
-LONG = pytest.param([8], 0.5, marks=[pytest.mark.slow, pytest.mark.long])
+LONG = pytest.param([8], 0.5, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize("group_size", [1, 2])

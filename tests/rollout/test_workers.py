@@ -128,7 +128,6 @@ def nodes() -> Iterator:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_machine_that_leaves_is_one_loss_and_one_that_comes_is_used(random_policy, nodes):
     """The tokens are those of one process, whoever samples them."""
     policy, lost, ready = random_policy(21), [], {}

@@ -239,7 +239,6 @@ def test_a_fall_of_two_standard_errors_since_the_last_evaluation_sounds():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_run_warns_records_examples_and_measures(micro_config, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "def long(completions, completion_ids, **_):\n    return [len(ids) / 48 for ids in completion_ids]\n"

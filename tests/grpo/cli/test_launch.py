@@ -58,7 +58,6 @@ def two_nodes(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_four_samplers_on_two_nodes_and_learners_on_one_say_where_they_are_and_end_with_ctrl_c(
     words, tmp_path, two_nodes
 ):
@@ -86,7 +85,6 @@ def test_four_samplers_on_two_nodes_and_learners_on_one_say_where_they_are_and_e
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_two_ranks_and_two_samplers_on_two_nodes_learn_as_one_process(words, tmp_path, two_nodes):
     """The whole run is one command."""
     given = {"rollout.workers": 2}
@@ -169,7 +167,6 @@ def test_in_each_gpu_there_is_one_learner_and_one_worker():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_two_ranks_in_turn_with_their_worker_learn_as_one_process(words, tmp_path):
     done = _run(words(tmp_path / "many", **{"rollout.workers": 1, "rollout.colocate": "true"}))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -203,7 +200,6 @@ def test_ctrl_c_saves_and_leaves_no_process(words, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_reward_that_fails_ends_the_run_with_its_message(words, tmp_path):
     own = tmp_path / "own.py"
     own.write_text(

@@ -110,7 +110,6 @@ def _untimed(folder: Path) -> list[dict]:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_head_learns_to_draft_and_the_trunk_keeps_its_bits(config, taught, tmp_path):
     given = {"steps": 4, "mtp.epochs": 8, "eval.limit": 12, "mtp.draft_vocabulary": None, "prompts_per_step": 8}
     given["mtp.restart"] = False

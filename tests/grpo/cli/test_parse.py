@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import psutil
 import pytest
+from copies import Copy
 
 from grpo.cli.actions import EXPECTED
 from grpo.cli.config.inference import EvalConfig, SampleConfig
@@ -428,16 +429,16 @@ def test_the_module_is_the_command_and_hands_over_the_exit_code(tmp_path):
 class Process:
     """`python -m grpo train` in a session of its own, as a terminal would start it."""
 
-    def __init__(self, model: str, letters: str, folder: Path, *words: str) -> None:
+    def __init__(self, model: str, letters: str, folder: Path, workers: int) -> None:
         self.folder, self.started = folder, list[psutil.Process]()
-        command = [sys.executable, "-X", "faulthandler", "-m", "grpo", "train", "--output_dir", str(folder)]
-        command += ["--model", model, *MICRO_RUN]
+        command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(folder)]
+        command += ["--model", model, "--rollout.workers", str(workers), *MICRO_RUN]
         command += ["--rewards", f"[{{function: '{letters}'}}]", "--steps", "100000", "--checkpoint.every", "1000"]
         self.stderr = folder.with_suffix(".err")
-        self.process = subprocess.Popen(
-            [*command, *words],
+        self.process = (subprocess.Popen if workers else Copy)(  # a copy may have had another Ray
+            command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             stdout=subprocess.DEVNULL,
             stderr=self.stderr.open("w"),
             start_new_session=True,
@@ -481,10 +482,8 @@ class Process:
     ("number", "group", "workers"),
     [
         (signal.SIGTERM, False, 0),
-        pytest.param(signal.SIGHUP, False, 0, marks=[pytest.mark.slow, pytest.mark.long]),
-        pytest.param(
-            signal.SIGINT, True, 0, marks=[pytest.mark.slow, pytest.mark.long]
-        ),  # a terminal's Ctrl-C reaches the whole group
+        pytest.param(signal.SIGHUP, False, 0, marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, True, 0, marks=pytest.mark.long),  # a terminal's Ctrl-C reaches the whole group
         pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
     ],
 )
@@ -492,7 +491,7 @@ def test_a_signal_saves_the_last_whole_step_and_the_run_can_be_resumed(
     model, letters, tmp_path, capsys, number, group, workers
 ):
     folder = tmp_path / "r"
-    run = Process(model, letters, folder, "--rollout.workers", str(workers))
+    run = Process(model, letters, folder, workers)
     run.wait_for_step(2)
     assert run.started  # at least the process that scores
     code, shown = run.end(number, group)
@@ -550,11 +549,10 @@ def test_a_signal_in_a_command_without_checkpoints_is_one_line(run, monkeypatch,
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_sigterm_while_ray_starts_is_one_line(model, letters, tmp_path):
     for delay in (0.2, 1.0, 2.0):
-        run = Process(model, letters, tmp_path / f"{delay}", "--rollout.workers", "2")
+        run = Process(model, letters, tmp_path / f"{delay}", 2)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not any(
             "gcs_server" in child.name() for child in psutil.Process(run.process.pid).children(recursive=True)

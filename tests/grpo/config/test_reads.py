@@ -151,9 +151,10 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, not
         {"environment": "calculator"},
         {"agent": f"{AGENTS}:once", "program_workers": 1, "steps": 1},
     ]
+    small = {"steps": 2, "prompts_per_step": 2, "rollout.max_completion_tokens": 6}
     with recorded() as reads:
         for number, options in enumerate(variants):
-            train(micro_config(tmp_path / str(number), **options))
+            train(micro_config(tmp_path / str(number), **small | options))
         python = tmp_path / "python"  # vLLM is not installed here: what it would be started with
         state = '{"protocol": 2, "vllm": "0.99.0", "on_cpu": true, "tried": false, "tried_versions": []}'
         python.write_text(f"#!/bin/sh\necho '{state}'\n")

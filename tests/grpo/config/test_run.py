@@ -139,11 +139,7 @@ def test_cispo_with_its_cap_is_fine():
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "reinforce"])
 def test_an_option_is_refused_exactly_where_it_changes_no_loss(loss_type):
     torch.manual_seed(0)
-    others = {
-        "epsilon": 0.01,
-        "epsilon_high": 0.02,
-        "delta": 1.01,
-    }
+    others = {"epsilon": 0.01, "epsilon_high": 0.02, "delta": 1.01}
     logprobs, old, mask = torch.randn(4, 5), torch.randn(4, 5), torch.ones(4, 5, dtype=torch.bool)
     usual = {"epsilon_high": 1.5} if loss_type == "cispo" else {}
 

@@ -1,6 +1,7 @@
 """Tasks of reasoning-gym by name: the same problems every time, disjoint splits, their own scorers."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,7 +12,7 @@ from grpo.data.reasoning_gym import reasoning_gym_problems
 from grpo.task.task import Task
 from rewards import RewardError, RewardSpec, Scorer, load_reward
 
-pytest.importorskip("reasoning_gym")
+pytestmark = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="needs the extra reasoning-gym")
 reasoning_gym = load_reward("reasoning_gym")
 
 LEGS = "reasoning_gym:leg_counting"

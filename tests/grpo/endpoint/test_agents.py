@@ -84,7 +84,6 @@ def test_contract_1_the_learner_scores_what_was_sampled(whole):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_contract_4_any_number_of_processes_gives_the_same_bits(micro_config, whole, tmp_path):
     train(micro_config(tmp_path / "one", agent=TWICE, program_workers=1, **SHORT))
     assert [sampled(tmp_path / "one", step) for step in (1, 2)] == [sampled(whole, step) for step in (1, 2)]
@@ -93,7 +92,6 @@ def test_contract_4_any_number_of_processes_gives_the_same_bits(micro_config, wh
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_contract_9_a_stopped_run_goes_on_to_the_same_bits(micro_config, whole, tmp_path):
     config = micro_config(tmp_path / "again", agent=TWICE, **SHORT, **{"eval.limit": 2})
     with pytest.raises(BaseException, match="stopped after step 1"):

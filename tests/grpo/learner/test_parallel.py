@@ -119,7 +119,6 @@ def test_every_layout_learns_as_one_process(differences, size, case):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_layout_in_bf16_learns_as_one_process_up_to_rounding(tmp_path):
     [found] = _differences(2, tmp_path, {"bf16": {"parallel": {}, "dtype": "bfloat16"}}).values()
     assert found["gradients"] <= 1e-2
@@ -202,7 +201,6 @@ def _weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_run_of_two_ranks_through_accelerate_is_that_of_one(run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run([sys.executable, *run(one)], check=True, capture_output=True)
@@ -224,7 +222,6 @@ def test_a_run_of_two_ranks_through_accelerate_is_that_of_one(run, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_supervised_fine_tuning_of_two_ranks_is_that_of_one(run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     given = {"rewards": "[{function: gsm8k}]", "steps": 3}
@@ -257,7 +254,6 @@ def test_a_failure_of_rank_0_ends_every_rank_with_its_message(run, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_failure_of_rank_0_saves_the_last_whole_step(run, tmp_path):
     """Every rank learns of it at the same point, so together they can still save what was learned."""
     (tmp_path / "own.py").write_text(
@@ -275,7 +271,6 @@ def test_a_failure_of_rank_0_saves_the_last_whole_step(run, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
     ended = end_of(start_ranks(run(tmp_path / "r", prompts_per_step=99)))
     assert [code for code, _, _ in ended] == [1, 1]
@@ -283,7 +278,6 @@ def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_what_rank_0_meets_alone_is_told_by_every_rank(run, tmp_path):
     """Here a folder that holds a run: only rank 0 looks at it, while the others wait in their next exchange."""
     shutil.copytree(HERE / "run_0.1.0/run", tmp_path / "r")
@@ -319,7 +313,6 @@ runpy.run_module("grpo", run_name="__main__")
 """
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_ends_the_run_on_all(run, tmp_path):
     folder = tmp_path / "r"
@@ -336,7 +329,6 @@ def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_ends_the_run_on_all(r
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_rank_that_would_get_no_expert_is_refused(run, tmp_path):
     ended = end_of(start_ranks(run(tmp_path / "r"), size=3))
     assert [code for code, _, _ in ended] == [1, 1, 1]
@@ -344,7 +336,6 @@ def test_a_rank_that_would_get_no_expert_is_refused(run, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_other(run, tmp_path, victim):
     folder = tmp_path / "r"
@@ -401,7 +392,6 @@ runpy.run_module("grpo", run_name="__main__")
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", [pytest.param("measuring", marks=pytest.mark.long), "opening"])
 def test_a_stop_before_the_first_step_ends_every_rank_alike(run, tmp_path, moment):
     """Rank 0 tells the others, or they wait for it inside a publication."""
@@ -411,7 +401,6 @@ def test_a_stop_before_the_first_step_ends_every_rank_alike(run, tmp_path, momen
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(run, tmp_path):
     """Steps and saves take turns of a few hundredths of a second here, so some of the moments are in a save."""
     folder, noise = tmp_path / "r", random.Random(0)
@@ -435,7 +424,6 @@ def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_a_run_of_two_ranks_resumes_on_another_number(run, tmp_path, size):
     """The curve goes on: the same steps as of a run that was never interrupted, within rounding."""
@@ -451,7 +439,6 @@ def test_a_run_of_two_ranks_resumes_on_another_number(run, tmp_path, size):
         assert torch.allclose(tensor, _weights(parts, 4)[name], rtol=1e-3, atol=2e-5), name
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -463,7 +450,6 @@ def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_128_experts_each_split_in_8_learn_as_one_process(tmp_path):
     """And the bytes that ranks exchange are those of the formula: see `exchanged` in many_ranks.py."""
     shape = {"n_routed_experts": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2}

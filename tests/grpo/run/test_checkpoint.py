@@ -285,7 +285,6 @@ while True:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_contract_9_kill_9_at_random_moments_of_real_saves_loses_nothing_that_was_announced(tmp_path):
     """A process saves one checkpoint after the other until it is killed; the next goes on behind what it left."""
     generator, step = random.Random(5), 0

@@ -125,11 +125,7 @@ def test_a_pipe_gets_a_line_of_every_step_and_no_control_code(tmp_path, monkeypa
     with (
         open(tmp_path / "out", "w") as stream,
         RunLog(
-            tmp_path / "run",
-            "",
-            LogOptions(trackers=[]),
-            last=5,
-            console=Terminal(file=stream, color_system=None),
+            tmp_path / "run", "", LogOptions(trackers=[]), last=5, console=Terminal(file=stream, color_system=None)
         ) as log,
     ):
         for step in range(1, 6):
@@ -187,7 +183,6 @@ def test_the_panel_tells_of_the_stop_that_was_asked_for(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_run_in_a_pipe_writes_no_escape_byte(model, tmp_path):
     environment = os.environ | {"FORCE_COLOR": "", "TERM": "xterm"}
     command = _command(model, tmp_path / "run", 2)

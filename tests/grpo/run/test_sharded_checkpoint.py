@@ -39,7 +39,6 @@ def saved(micro_preset, tmp_path_factory) -> Callable[[int], tuple[Path, list[di
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_every_rank_writes_its_share_in_files_of_whole_tensors(saved):
     folder, _ = saved(2)
     path = folder / "checkpoints/step_000001"
@@ -68,7 +67,6 @@ def test_one_process_writes_one_file_for_each_mapping(saved):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"), [(2, 1), (2, 2), pytest.param(1, 2, marks=SLOW), pytest.param(2, 4, marks=SLOW)]
 )
@@ -79,7 +77,7 @@ def test_a_checkpoint_fits_any_number_of_ranks(saved, before, after):
         assert found["other"] == []
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.long])])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_cannot_write_ends_every_rank_with_the_same_words(saved, victim):
     _, shown = saved(2)
     found = [rank[f"rank {victim}"] for rank in shown]

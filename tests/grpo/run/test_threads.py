@@ -88,7 +88,7 @@ def _started(config, **flags):
     """The configuration of a run that was opened and has made no step."""
     with pytest.MonkeyPatch.context() as patch:
         opened = []
-        patch.setattr("grpo.steps.opening.first_policy", lambda run, *_: opened.append(run.config) or 1 / 0)
+        patch.setattr("grpo.steps.supervise.first_policy", lambda run, *_: opened.append(run.config) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config, **flags)
     return opened[0]

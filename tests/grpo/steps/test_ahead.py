@@ -29,7 +29,8 @@ from rewards.group_score import RewardFailed, RewardFailure
 from rollout.cluster import start_ray
 from rollout.local_pool import LocalPool
 
-RUN = {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2}
+SMALL = {"prompts_per_step": 2, "rollout.max_completion_tokens": 6}
+RUN = SMALL | {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2}
 HARD = {"curriculum.by_difficulty": True, "rollout.refill_draws": 1}
 both = pytest.mark.parametrize("ahead", [1, 2])
 
@@ -306,14 +307,13 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
 
 def test_ahead_0_is_the_run_without_the_option(micro_config, tmp_path):
     for name, given in (("plain", {}), ("zero", {"rollout.ahead": 0})):
-        train(micro_config(tmp_path / name, **HARD | given))
+        train(micro_config(tmp_path / name, **SMALL | HARD | given))
     assert kept(tmp_path / "plain", 3) == kept(tmp_path / "zero", 3)
     saved = checkpoint.load(tmp_path / "zero/checkpoints/step_000003").state["curriculum"]
     assert not {"batches", "later"} & saved.keys()
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @both
 @pytest.mark.usefixtures("cluster")
 def test_contract_12_twelve_disturbed_steps_give_the_same_bits(options, tmp_path, ahead):
@@ -335,7 +335,6 @@ def test_contract_12_twelve_disturbed_steps_give_the_same_bits(options, tmp_path
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @both
 def test_contract_15_two_ranks_sample_ahead_as_one_process(run_words, tmp_path, ahead):
     """And a stop in the middle changes no bit of them either."""

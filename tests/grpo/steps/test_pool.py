@@ -109,7 +109,6 @@ def test_workers_of_a_run_on_a_cpu_use_no_gpu(micro_config, micro_policy, tmp_pa
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_ranks_that_share_a_policy_publish_its_adapters_alone(micro_policy, tmp_path):
     """Rank 0 gathers everything once, and later A, B and the draft head; the other ranks take part."""
     micro_policy(0).save(tmp_path / "policy")
@@ -181,7 +180,6 @@ def ends(run: subprocess.Popen, stderr: Path) -> tuple[int, list[str]]:
     return run.returncode, [line for line in text.splitlines() if line.startswith("quartet:")]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_run_whose_worker_was_killed_goes_on_and_tells(start, tmp_path):
     run = start()
@@ -200,7 +198,6 @@ def test_a_run_whose_worker_was_killed_goes_on_and_tells(start, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_sigterm_ends_a_run_that_waits_for_a_stopped_worker(start, tmp_path):
     run = start()
     until_step(run, 2)
@@ -213,7 +210,6 @@ def test_sigterm_ends_a_run_that_waits_for_a_stopped_worker(start, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_stopped_worker_is_replaced_after_its_time(start, tmp_path):
     run = start(**{"rollout.timeout_s": "5"})
     until_step(run, 2)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from copies import Copy
 
 from grpo.cli.parse import main
 from grpo.evaluation.held_out import Result
@@ -35,7 +36,7 @@ def _write(folder: Path, step: int, lines: list[dict]) -> None:
 class Served:
     def __init__(self, *words: str) -> None:
         command = [sys.executable, "-m", "grpo", "view", *words]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = Copy(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.said = self.process.stdout.readline()
         self.address, self.token = re.search(r"open (http://\S+)/\?token=(\S+)", self.said).groups()
 

@@ -32,7 +32,6 @@ def test_gold_passes_and_a_mutant_fails_on_one_task_of_each_family():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_gold_passes_and_mutants_fail_on_164_tasks():
     tasks = small_tasks()
     assert len({task.question for task in tasks}) == 164
@@ -112,7 +111,6 @@ def test_contract_6_a_machine_without_a_sandbox_is_a_failure_and_no_zero(monkeyp
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_programs_that_attack_the_sandbox_earn_nothing():
     attacks = [program for program, _ in ATTACKS.values()]
     assert len(attacks) >= 30

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import PARAMS, PROMPTS, completions, prompts_of, taught, tokens
+from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens
 from torch import Tensor
 
 from policies.policy import Policy
@@ -62,8 +62,8 @@ def made(monkeypatch) -> list[Bucket]:
 
 
 @pytest.fixture(scope="module")
-def policy(random_policy) -> Policy:
-    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+def policy(taught_policy) -> Policy:
+    return taught_policy()
 
 
 def assert_same(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> list[RolloutGroup]:
@@ -104,7 +104,6 @@ def test_a_graph_chooses_the_heads_that_eager_code_chooses(random_policy, made):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_contract_3_over_many_tokens(policy, made):
     engine, prompts = Engine(policy), prompts_of(5, 12, seed=3)
     params = replace(PARAMS, max_completion_tokens=60, stop_token_ids=(7,), draft_tokens=2)
@@ -242,7 +241,6 @@ def test_contracts_3_and_4_a_recorded_round_changes_no_token(policy, random_poli
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_compiled_round_is_kept_on_disk_without_weights(random_policy, tmp_path, monkeypatch):
     """Compiled once; another engine finds it, with its own weights, and a publication compiles nothing."""
     from rollout.compiled import store

@@ -4,7 +4,7 @@ import doctest
 from dataclasses import replace
 
 import pytest
-from engine_cases import PARAMS, completions, prompts_of, taught
+from engine_cases import PARAMS, completions, prompts_of
 
 from policies.policy import Policy
 from rollout import group
@@ -16,8 +16,8 @@ FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20
 
 
 @pytest.fixture(scope="module")
-def policy(random_policy) -> Policy:
-    return taught(random_policy(11, attention_bias=True), 0.8, steps=25)
+def policy(taught_policy) -> Policy:
+    return taught_policy()
 
 
 def test_docstring_examples():

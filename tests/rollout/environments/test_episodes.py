@@ -11,16 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from engine_cases import (
-    PARAMS,
-    assert_lossless,
-    completions,
-    drafts_in_training,
-    prompts_of,
-    spied_drafts,
-    taught,
-    tokens,
-)
+from copies import OF_REWARDS
+from engine_cases import PARAMS, assert_lossless, completions, drafts_in_training, prompts_of, spied_drafts, tokens
 from talking import Talking
 
 from grpo.learner.batch import PackedRow, Sample, collate
@@ -47,12 +39,13 @@ SLOW = replace(SPEC, environments=(("", f"{GUESSING}:Slow"),), timeout_s=0.5)
 def _talking():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rollout.environments.episodes.TurnFormat", Talking)
+        patch.setattr("rewards.isolation.pool.subprocess", OF_REWARDS)
         yield
 
 
 @pytest.fixture(scope="module")
-def engine(random_policy):
-    engine = Engine(taught(random_policy(11, attention_bias=True), 0.8, steps=25))
+def engine(taught_policy):
+    engine = Engine(taught_policy())
     yield engine
     engine.close()
 
@@ -84,7 +77,6 @@ def test_drafts_of_every_turn_are_what_the_trained_head_says(engine, monkeypatch
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_contract_3_speculation_is_lossless_over_20_000_multi_turn_tokens(engine):
     params = replace(EPISODES, group_size=8)
     assert sum(assert_lossless(engine, PROMPTS, params.at(step), depths=(1, 2, 3, 4)) for step in range(6)) > 20_000

@@ -152,7 +152,6 @@ def traced() -> Iterator[None]:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_publication_never_holds_a_second_copy_of_the_weights(random_policy, monkeypatch, traced, adapters):
     """As from a GPU or from shards, where each tensor is copied to the host: a part and a tensor, and nothing after."""

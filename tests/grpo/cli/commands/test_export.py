@@ -64,6 +64,7 @@ def runs(base, micro_config, tmp_path_factory) -> dict[tuple[str, bool], tuple[P
         for mtp in (True, False):
             folder, live = tmp_path_factory.mktemp(kind) / "run", []
             given = {"model": str(base[mtp]), "warm_start.steps": 0, "steps": 2, "eval.limit": 6, **options}
+            given |= {"prompts_per_step": 2, "rollout.max_completion_tokens": 6}
             given |= {} if mtp else {"rollout.draft_tokens": 0}
             if kind == "lora" and mtp:  # adapters in the draft head and in what it shares with the trunk, too
                 given["lora.targets"] = [*LORA["lora.targets"], "lm_head", "mtp"]

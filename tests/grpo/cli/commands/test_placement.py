@@ -127,8 +127,9 @@ def test_what_fits_only_together_is_named_together_and_what_cannot_fit_is_said(r
     several = advice(shape, config, 0.18)
     assert several.endswith(" together")
     assert len(recommended(several)) > 1
-    assert advice(shape, config, 1e-6).startswith("no option makes it fit, even with ")
-    assert advice(shape, config, 1e-6).endswith("use larger devices or a smaller model")
+    least = advice(shape, config, 1e-6)
+    assert least.startswith("no option makes it fit, even with ")
+    assert least.endswith("use larger devices or a smaller model")
     on_cpus = advice(shape, config, 0.9, gpus=0)  # two processes
     assert "learner.workers" not in on_cpus
     assert "colocate" not in on_cpus

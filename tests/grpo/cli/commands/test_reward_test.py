@@ -20,6 +20,7 @@ from grpo.config.options import load
 from grpo.data.examples import Example
 from grpo.run.console import Terminal
 from rewards import RewardError
+from rewards.isolation import pool
 from tests.cases.judges import judge_server, verdict
 
 EXAMPLE = Path(__file__).parents[4] / "examples/03_custom_reward.py"
@@ -148,7 +149,8 @@ def test_gold_that_misses_full_marks_is_a_problem_and_a_score_that_minds_spaces_
     assert wrong.problems == ["gold solution: 12 of 12 miss full marks"]
 
 
-def test_scores_that_differ_are_told_apart_by_what_they_differ_with(file):
+def test_scores_that_differ_are_told_apart_by_what_they_differ_with(file, monkeypatch):
+    monkeypatch.setattr(pool, "subprocess", subprocess)  # a fresh interpreter has a seed of hashes of its own
     random_ = check(f"{file}:random_bonus")
     assert all(count > 50 for count in random_.differing.values())
     assert any("score differently scored again: first on row 1 (word_problems/1/" in p for p in random_.problems)

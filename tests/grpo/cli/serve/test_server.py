@@ -429,7 +429,6 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_sigterm_lets_running_requests_finish(model):
     command = [sys.executable, "-m", "grpo", "serve", model, "--port", "0", "--threads", "1", "--draft_tokens", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -73,7 +73,6 @@ def measured(config, folder: Path) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_leaving_a_group_out_equals_training_without_it(run, micro_config, tmp_path, monkeypatch):
     found = explain(run, 3)
     after = measured(read_config(run), run / "policy")

@@ -123,7 +123,6 @@ def options_of(folders, micro_config, output, **given):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_a_run_comes_nearer_to_its_teacher_and_goes_on_to_the_same_bits(folders, micro_config, tmp_path, top_k):
     options = {"steps": 12, "prompts_per_step": 8, "learner.learning_rate": 2e-2, "checkpoint.every": 6}

@@ -1,15 +1,18 @@
 """A server of our own that dies or hangs is replaced, with the same weights and the same canaries, and counted."""
 
 import os
-import shlex
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from copies import Copy
 from engine_cases import completions, prompts_of
 from talking import Talking
 from vllm_cases import gone
@@ -27,20 +30,20 @@ from rollout.sampling import EnvironmentSpec, SamplingParams
 PROMPTS, CANARIES = prompts_of(9, 1, 17), prompts_of(4)
 PARAMS = SamplingParams(3, 0.7, 8, seed=5, step=2)
 LIMIT_S = 3.0
-GUESSING = Path(__file__).parents[3] / "cases/guessing.py"
+CASES = Path(__file__).parents[3] / "cases"
+GUESSING = CASES / "guessing.py"
 
 
 class Case:
     """A pool with a fake server, the strikes that it still gets, and what was told of its losses."""
 
     def __init__(self, policy: Policy, folder: Path) -> None:
-        self.policy, self.file, python = policy, folder / "strikes", folder / "python"
+        self.policy, self.file = policy, folder / "strikes"
         self.file.write_text("")
-        script = Path(__file__).parents[3] / "cases/vllm_fake.py"
-        python.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(script), str(self.file)])} "$@"\n')
-        python.chmod(0o755)
         self.told: list[tuple[str, ...]] = []
-        self.settings = VLLMSettings(python=python, log=folder / "vllm.log", silence_s=LIMIT_S, publish_s=LIMIT_S)
+        self.settings = VLLMSettings(
+            python=Path(sys.executable), log=folder / "vllm.log", silence_s=LIMIT_S, publish_s=LIMIT_S
+        )
         self.pool = VLLMPool(policy, PoolOptions(vllm=self.settings, on_lost=lambda *what: self.told.append(what)))
 
     def strike(self, *lines: str) -> None:
@@ -58,6 +61,17 @@ class Case:
         with torch.no_grad():
             for parameter in self.policy.parameters():
                 parameter.add_(1.0)
+
+
+@pytest.fixture(autouse=True)
+def fake_servers(monkeypatch, tmp_path) -> None:
+    """What a pool starts as its server is a copy of this process that runs the fake one."""
+
+    def popen(command: Sequence[str], **options: Any) -> Copy:
+        return Copy([command[0], str(CASES / "vllm_fake.py"), str(tmp_path / "strikes"), *command[1:]], **options)
+
+    replaced = SimpleNamespace(**vars(subprocess) | {"Popen": popen})
+    monkeypatch.setattr("rollout.backends.vllm.process.subprocess", replaced)
 
 
 @pytest.fixture
@@ -126,7 +140,6 @@ def test_one_that_is_lost_between_two_turns_gives_the_same_episodes(case, monkey
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("number", HOW)
 def test_one_that_is_lost_in_a_publication_gets_it_from_the_beginning(case, number):
     case.strike(f"publish {number}")
@@ -175,7 +188,6 @@ def test_contract_5_with_adapters_a_new_one_gets_everything_and_the_next_publica
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_losses_one_after_the_other_end_the_run_with_the_culprit(case):
     case.strike("sample SIGKILL", "load SIGKILL", "publish SIGKILL")
     expected = case.sample()
@@ -208,7 +220,6 @@ def test_contract_13_a_new_one_passes_the_canaries_that_the_lost_one_has_passed(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_weights_that_the_learner_no_longer_has_are_not_published_again(case):
     expected = case.sample()
     case.pool.keep()
@@ -242,7 +253,6 @@ def test_weights_that_the_learner_changes_while_they_are_sent_again_are_sent_onc
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_weights_that_are_spread_over_ranks_are_not_published_again(case, monkeypatch):
     monkeypatch.setattr(pool_module, "DTensor", torch.Tensor)
     case.strike("publish SIGKILL")
@@ -261,7 +271,7 @@ def test_a_stop_ends_the_start_of_a_new_one(case):
             raise Stop
 
     case.pool.check_stop = case.pool.client.while_waiting = stop
-    case.strike("sample SIGKILL")
+    case.strike("sample SIGKILL", "start odd")
     with pytest.raises(Stop):
         case.sample()
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from copies import Copy
 from vllm_cases import gone
 
 from rollout.backends.vllm.client import Client
@@ -82,13 +83,11 @@ def test_a_server_that_cannot_start_tells_why(tmp_path):
         VLLMProcess(bad, tmp_path / "log", 1, lambda: None)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=[pytest.mark.slow, pytest.mark.long])]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_it_does_not_outlive_the_trainer(tmp_path, number):
     environment = os.environ | {"PYTHONPATH": str(SERVER.parents[4])}
     command = [sys.executable, "-c", OF_A_TRAINER, str(tmp_path / "log")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
+    with Copy(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout is not None
         pid = int(trainer.stdout.readline())
         assert not gone(pid, 0.2)
