@@ -68,7 +68,7 @@ def pretend(card: str) -> None:
     sys.modules["torch._higher_order_ops.flex_attention"]._permute_strides = permuted  # which would copy on the card
     config.force_disable_caches, config.compile_threads = True, 1
 
-    def compiled(_: Any, name: str, source: str, device: str = "cuda") -> Any:
+    def compiled(_: Any, name: str, source: str, **__: Any) -> Any:
         from torch._inductor.async_compile import _load_triton_kernel_from_source
 
         kernel = _load_triton_kernel_from_source(name, source)
