@@ -284,9 +284,12 @@ def run_all(
         elif left < 1:
             record["error"] = f"the {seconds / 60:g} minutes were over; raise --minutes"
         else:
-            started = time.monotonic()
+            started, before = time.monotonic(), os.times()
             record |= run_one(piece, min(left, most, seconds / 3))
             record["seconds"] = round(time.monotonic() - started, 1)
+            after = os.times()
+            cpu = after.children_user + after.children_system - before.children_user - before.children_system
+            record["cpu_seconds"] = round(cpu, 1)
         records[piece.name] = record
         write(records)
         [kind] = {"result", "error", "left_out"} & record.keys()

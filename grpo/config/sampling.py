@@ -23,8 +23,8 @@ class SamplingOptions(Options):
     compile: Literal["auto", "on", "off"] = "auto"
     """Decode by compiled graphs while at most 8 completions are left, where the policy is our own, in float32 on a CPU.
     A graph takes about a minute once, and is kept in ~/.cache/quartet. `auto` compiles where a run plans 100,000 such
-    rounds or more, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs. In float32 graphs
-    change no token."""
+    rounds or more, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs (experimental: never run on a
+    GPU). In float32 graphs change no token."""
 
 
 class AnswerOptions(SamplingOptions):
@@ -60,7 +60,7 @@ class WorkersOptions(SamplingOptions):
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of each Ray worker."""
     gpus_per_worker: float = Field(default=1.0, ge=0, le=1)
-    """Share of a GPU of each Ray worker, where the cluster has GPUs; with .5 two share one, with 0 they use none."""
+    """Each Ray worker's share of a GPU, where there are any; .5: two share one (experimental: never run on a GPU), 0: none."""
     colocate: bool = False
     """Ray workers and learner use the same GPUs in turn, which they do anyway where there is only one."""
     prompts_per_shard: int = Field(default=8, ge=1)
@@ -82,7 +82,7 @@ class RolloutOptions(WorkersOptions):
 
     backend: Literal["native", "transformers", "vllm"] | None = None
     """What samples: our engine, which decodes DeepSeek-V3 policies itself (`native`) and other models by transformers'
-    own forward (null: the one that fits), or vLLM in an environment of its own."""
+    own forward (null: the one that fits), or vLLM in an environment of its own (experimental: never run on a GPU)."""
     ahead: Literal[0, 1, 2] = 0
     """1 samples the next batch while the learner works on this one, with weights that are one step older, by at least
     one worker. 2 samples one more, with weights two steps older, so that a slow batch delays nothing. Timing changes no
