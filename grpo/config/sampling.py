@@ -60,7 +60,7 @@ class WorkersOptions(SamplingOptions):
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of each Ray worker."""
     gpus_per_worker: float = Field(default=1.0, ge=0, le=1)
-    """Each Ray worker's share of a GPU, where there are any; .5: two share one (experimental: never run on a GPU), 0: none."""
+    """A Ray worker's share of a GPU, if there is any; .5: two share one (experimental: never run on a GPU), 0: none."""
     colocate: bool = False
     """Ray workers and learner use the same GPUs in turn, which they do anyway where there is only one."""
     prompts_per_shard: int = Field(default=8, ge=1)
