@@ -14,8 +14,11 @@ VLLM := .vllm
 COOKBOOK := .cookbook
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
+KERNELS := .kernels
+TRITON_VERSION := 3.7.1# of torch 2.13
+KERNELS_STAMP := $(KERNELS)/.installed-$(TRITON_VERSION)
 
-.PHONY: help demo reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu peers tinker house lint clean
+.PHONY: help demo reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers tinker house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -62,8 +65,13 @@ test-browser: $(DEV_STAMP) ## install playwright, then look at the page of a run
 mutants: $(DEV_STAMP) ## change one thing at a time and see whether a test notices; it goes on where it was stopped; ARGS=FILES
 	$(BIN)/python tests/mutants.py $(ARGS)
 
-gpu: $(DEV_STAMP) ## on a CUDA machine: its tests, and rollouts and steps against generate and TRL; ARGS=--cpu in small
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+gpu: ## on a CUDA machine, also without network: checks, tests, rollouts and steps beside peers; ARGS=--cpu in small
+	@if test ! -e $(DEV_STAMP) && $(PYTHON) -c 'import torch, transformers, peft, accelerate' 2>/dev/null; then \
+	  $(PYTHON) benchmarks/gpu.py $(ARGS); \
+	else $(MAKE) --no-print-directory $(DEV_STAMP) && $(BIN)/python benchmarks/gpu.py $(ARGS); fi
+
+kernels: $(KERNELS_STAMP) ## compile flex attention and sampling for A100, L4 and H100, none of which need be here
+	PYTHONPATH=.:$(KERNELS) $(BIN)/python benchmarks/kernels.py $(ARGS)
 
 peers: $(DEV_STAMP) ## ours beside TRL and vLLM, into docs/peers.md, in under an hour; ARGS=--small in minutes
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its row says so"
@@ -85,7 +93,7 @@ lint: $(DEV_STAMP) ## style and types
 	$(BIN)/mypy
 
 clean: ## remove the environments, builds and caches; runs/ and models/ stay
-	rm -rf $(VENV) $(VLLM) $(COOKBOOK) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(COOKBOOK) $(KERNELS) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find policies rollout rewards grpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation is taken up again.
@@ -115,4 +123,10 @@ $(VLLM_STAMP):
 	@for package in torchaudio torchcodec; do \
 	  $(VLLM)/bin/python -c "import $$package" >/dev/null 2>&1 || \
 	  $(VLLM)/bin/python -m pip uninstall --quiet --yes $$package; done
+	@touch $@
+
+# A folder of its own: torch's build for a CPU lowers for cards, too, once Triton can be imported.
+$(KERNELS_STAMP): $(RUN_STAMP)
+	rm -rf $(KERNELS)
+	$(PIP) --target $(KERNELS) --no-deps triton==$(TRITON_VERSION)
 	@touch $@

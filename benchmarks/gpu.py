@@ -1,17 +1,19 @@
-"""Everything that a CUDA machine can tell about quartet, within minutes: tests, rollouts, learning. `make gpu` runs it.
+"""What a CUDA machine can tell about quartet, the most important first. `make gpu` runs it; it needs no network.
 
+    checks      benchmarks/on_device.py: kernels, gradients, profiles, recorded rounds, publication, memory, resuming
     tests       those marked `gpu`, and from two GPUs on the one of FSDP
     rollouts    ours against transformers' `generate`: benchmarks/rollout.py
-    learning    a whole step of GRPO against TRL's `GRPOTrainer`: benchmarks/learner.py
-    policies    SmolLM2-135M-Instruct (dense for the peers, its exact MLA form for us), and a random MLA/MoE policy of
-                1.1 billion parameters, the same for both
+    steps       a whole step of GRPO, ours and last TRL's `GRPOTrainer`: benchmarks/learner.py
+    policies    a random MLA/MoE policy of 1.1 billion parameters, the same for both, and where it can be had
+                SmolLM2-135M-Instruct (dense for the peers, its exact MLA form for us)
 
-Each piece is a process of its own, on one GPU unless it is the tests. A piece that fails is recorded with its error,
-and the others still run. One JSON gets card, versions, commands and figures. The exit code is 0 if no piece failed, 1
-if one failed or found no time left, 2 if there is no GPU. What was left out, with its reason, has not failed.
+Each piece is a process of its own, of two minutes at most, on one GPU unless it is a test. Its figures, its error or
+why it was left out are in the JSON as soon as it ends. A piece is left out where a package is missing that it imports;
+with `--wheels FOLDER` packages come from there. The exit code is 0 if no piece failed, 1 if one failed or found no time
+left, 2 if there is no GPU.
 
     make gpu                                              # runs/gpu.json
-    make gpu ARGS="--json out.json --minutes 20"
+    make gpu ARGS="--json out.json --minutes 20 --wheels wheels"
     make gpu ARGS=--cpu                                   # the same in small, with the tiny policy, without a GPU
 """
 
@@ -30,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -71,10 +74,15 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_DISABLED": "true",
     "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(ROOT),
 }
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 LOG = 4000  # characters of its output that a failed piece leaves
+PIECE_S, SMALL_PIECE_S = 120, 600  # the latter on a CPU that others use too
+# What a piece imports beside torch, transformers, accelerate and peft, which every image for training has.
+OURS_NEEDS = ("pydantic", "zstandard", "xxhash")
+TEST_NEEDS, TRL_NEEDS = (*OURS_NEEDS, "pytest", "hypothesis"), (*OURS_NEEDS, "datasets", "trl")
+CHECKS: dict[str, Sequence[str]] = {"decoding": (), "learning": OURS_NEEDS, "recorded": ()}
+LATER_CHECKS = ("publication", "memory", "sleep", "resume")
 TRL, OURS = ("trl", "trl_no_checkpointing"), ("ours_mla",)
 
 
@@ -99,12 +107,14 @@ CPU = Sizes(rows=8, tokens=8, repeats=1, prompts=2, group=2, step_tokens=8, step
 
 @dataclass(frozen=True)
 class Piece:
-    """One process. `read` makes figures of what it has left when it ended well; `needs` is another piece's name."""
+    """One process. `read` makes figures of what it has printed or left when it ended well; `needs` is another piece's
+    name, and `modules` are what must be importable."""
 
     name: str
     command: Sequence[str]
-    read: Callable[[], Any] = lambda: None
+    read: Callable[[str], Any] = lambda output: None
     needs: str | None = None
+    modules: Sequence[str] = ()
     may_be_left_out: bool = False  # its failure is no failure of ours: the reason is recorded
     one_gpu: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -114,60 +124,84 @@ class Piece:
 
 
 def pieces(device: str, folder: Path, models: Path) -> Iterator[Piece]:
-    yield tests(device, folder)
-    python, random = sys.executable, folder / "random"
-    if device == "cpu":
-        yield Piece("prepare tiny", [python, "benchmarks/gpu.py", "--prepare", str(random), "--cpu"])
-        yield from compared("tiny", random, random, CPU, device, folder, (*TRL[1:], *OURS))
-        return
-    dense, mla = models / "smollm2-135m-instruct", models / "smollm2-135m-mla"
-    script = [python, "examples/prepare_smollm2.py", "--dense", str(dense), "--converted", str(mla)]
-    yield Piece("prepare smollm2", script, may_be_left_out=True)
-    yield Piece("prepare 1b", [python, "benchmarks/gpu.py", "--prepare", str(random)])
-    yield from compared("smollm2", dense, mla, GPU, device, folder, (*TRL, "ours_dense", *OURS))
-    yield from compared("1b", random, random, GPU, device, folder, (*TRL, *OURS))
+    small, random = device == "cpu", folder / "random"
+    sizes, name = (CPU, "tiny") if small else (GPU, "1b")
+
+    def check(name: str, modules: Sequence[str], needs: str | None) -> Piece:
+        words = [sys.executable, "benchmarks/on_device.py", name, device, str(random), *(["--small"] if small else [])]
+        return Piece(name, words, lambda output: json.loads(output.splitlines()[-1]), needs, modules)
+
+    yield check("kernels", (), None)
+    yield check("flex", (), None)
+    yield tests(device, folder, "tests", "not fsdp")
+    prepared = f"prepare {name}"
+    words = [sys.executable, "benchmarks/gpu.py", "--prepare", str(random), *(["--cpu"] if small else [])]
+    yield Piece(prepared, words)
+    for each, modules in CHECKS.items():
+        yield check(each, modules, prepared)
+    yield from rollouts(name, random, random, sizes, device, folder)
+    for each in LATER_CHECKS:
+        yield check(each, OURS_NEEDS, prepared)
+    yield tests(device, folder, "tests of fsdp", "fsdp")
+    yield from steps(name, random, random, sizes, device, folder, OURS)
+    trl = [steps(name, random, random, sizes, device, folder, TRL[1:] if small else TRL)]
+    if not small:
+        dense, mla = models / "smollm2-135m-instruct", models / "smollm2-135m-mla"
+        script = [sys.executable, "examples/prepare_smollm2.py", "--dense", str(dense), "--converted", str(mla)]
+        yield Piece("prepare smollm2", script, may_be_left_out=True)
+        yield from rollouts("smollm2", dense, mla, sizes, device, folder)
+        yield from steps("smollm2", dense, mla, sizes, device, folder, ("ours_dense", *OURS))
+        trl.append(steps("smollm2", dense, mla, sizes, device, folder, TRL))
+    yield from chain(*trl)
 
 
-def tests(device: str, folder: Path) -> Piece:
+def tests(device: str, folder: Path, name: str, chosen: str) -> Piece:
     marked = [
         file.relative_to(ROOT) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()
     ]
-    report = folder / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--junitxml", str(report), *map(str, marked)]
+    report = folder / f"{name}.xml"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", chosen, "-v", "--junitxml", str(report)]
 
-    def read() -> dict[str, Any]:
+    def read(_: str) -> dict[str, Any]:
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
         skipped = {case.get("name"): part.get("message") for case in cases for part in case.iter("skipped")}
         seconds = {case.get("name"): float(case.get("time", 0)) for case in cases}
         return {"passed": len(cases) - len(skipped), "skipped": skipped, "seconds": seconds}
 
-    return Piece("tests", command, read, one_gpu=False, environment={"QUARTET_GPU_TESTS": device})
+    environment, words = {"QUARTET_GPU_TESTS": device}, [*command, *map(str, marked)]
+    return Piece(name, words, read, modules=TEST_NEEDS, one_gpu=False, environment=environment)
 
 
-def compared(
-    policy: str, dense: Path, mla: Path, sizes: Sizes, device: str, folder: Path, learners: Sequence[str]
-) -> Iterator[Piece]:
-    """Rollouts and steps of one policy, each contender by itself; the models are there once "prepare" has made them."""
-    python, needs = sys.executable, f"prepare {policy}"
-    models = ["--dense", str(dense), "--device", device]
-    jobs = folder / f"{policy}.json"
-    given = [str(dense), str(jobs), str(sizes.rows), str(sizes.tokens), str(sizes.repeats)]
-    yield Piece(f"prompts {policy}", [python, "benchmarks/gpu.py", "--jobs", *given], needs=needs)
+def rollouts(policy: str, dense: Path, mla: Path, sizes: Sizes, device: str, folder: Path) -> Iterator[Piece]:
+    """Rollouts of one policy, each contender by itself; the models are there once "prepare" has made them."""
+    jobs, needs = folder / f"{policy}.json", f"prompts {policy}"
+    words = [sys.executable, "benchmarks/gpu.py", "--jobs", str(dense), str(jobs)]
+    words += [str(sizes.rows), str(sizes.tokens), str(sizes.repeats)]
+    yield Piece(needs, words, needs=f"prepare {policy}", modules=OURS_NEEDS)
     for contender in ("generate", "ours k=0", *(["ours graphs", "ours plain"] if device == "cuda" else [])):
         out = folder / f"{policy} rollout {contender}.json"
-        words = [python, "benchmarks/rollout.py", *models, "--model", str(mla), "--work", contender]
-        read = partial(rates, jobs, out)
-        yield Piece(f"rollout {policy}: {contender}", [*words, str(jobs), str(out)], read, f"prompts {policy}")
+        words = [sys.executable, "benchmarks/rollout.py", "--dense", str(dense), "--device", device]
+        words += ["--model", str(mla), "--work", contender, str(jobs), str(out)]
+        yield Piece(f"rollout {policy}: {contender}", words, partial(rates, jobs, out), needs, OURS_NEEDS)
+
+
+def steps(
+    policy: str, dense: Path, mla: Path, sizes: Sizes, device: str, folder: Path, learners: Sequence[str]
+) -> Iterator[Piece]:
+    """Steps of one policy, likewise."""
     for contender in learners:
         out = folder / f"{policy} step {contender}.json"
-        words = [python, "benchmarks/learner.py", *models, "--mla", str(mla), "--data", "word_problems"]
+        words = [sys.executable, "benchmarks/learner.py", "--dense", str(dense), "--device", device]
+        words += ["--mla", str(mla), "--data", "word_problems"]
         words += ["--dtype", "bfloat16", "--prompts", str(sizes.prompts), "--group_size", str(sizes.group)]
         words += ["--tokens", str(sizes.step_tokens), "--steps", str(sizes.steps), "--groups", str(sizes.groups)]
         words += ["--contender", contender, "--json", str(out), *(["--threads", "1"] if device == "cpu" else [])]
-        yield Piece(f"step {policy}: {contender}", words, lambda out=out: json.loads(out.read_text()), needs)
+        modules = TRL_NEEDS if contender in TRL else OURS_NEEDS
+        read = partial(lambda out, _: json.loads(out.read_text()), out)
+        yield Piece(f"step {policy}: {contender}", words, read, f"prepare {policy}", modules)
 
 
-def rates(jobs: Path, out: Path) -> dict[str, Any]:
+def rates(jobs: Path, out: Path, _: str = "") -> dict[str, Any]:
     """Tokens a second of every job, and what the contender has measured."""
     result = json.loads(out.read_text())
     made = [benchmark("rollout").Job(**job) for job in json.loads(jobs.read_text())]
@@ -227,33 +261,67 @@ def write_jobs(tokenizer_of: str, out: str, rows: str, tokens: str, repeats: str
 # ---- running them ---------------------------------------------------------------------------------------------------
 
 
-def run_all(all_pieces: Iterable[Piece], seconds: float) -> dict[str, dict[str, Any]]:
+def run_all(
+    all_pieces: Iterable[Piece],
+    seconds: float,
+    most: float = PIECE_S,
+    write: Callable[[dict[str, dict[str, Any]]], None] = lambda records: None,
+) -> dict[str, dict[str, Any]]:
     """Each piece's record, by its name: command and seconds, then `result`, `error` or `left_out` with the reason.
 
-    A piece gets a third of `seconds` at most, and all together get no more than `seconds`.
+    A piece gets `most` and a third of `seconds` at most, and all together get no more than `seconds`. `write` gets all
+    records after each piece, so that a run that is cut off has said what it knows.
     """
     records: dict[str, dict[str, Any]] = {}
     end = time.monotonic() + seconds
     for piece in all_pieces:
         left = end - time.monotonic()
         record: dict[str, Any] = {"command": hardware.command(piece.command)}
-        if piece.needs and "result" not in records[piece.needs]:
+        if lacking := missing(piece.modules):
+            record["left_out"] = f"not installed here: {', '.join(lacking)}; --wheels FOLDER takes packages from there"
+        elif piece.needs and "result" not in records[piece.needs]:
             record["left_out"] = f"it needs {piece.needs!r}, which there is not"
         elif left < 1:
             record["error"] = f"the {seconds / 60:g} minutes were over; raise --minutes"
         else:
-            started = time.monotonic()
-            record |= run_one(piece, min(left, seconds / 3))
+            started, before = time.monotonic(), os.times()
+            record |= run_one(piece, min(left, most, seconds / 3))
             record["seconds"] = round(time.monotonic() - started, 1)
+            after = os.times()
+            cpu = after.children_user + after.children_system - before.children_user - before.children_system
+            record["cpu_seconds"] = round(cpu, 1)
         records[piece.name] = record
+        write(records)
         [kind] = {"result", "error", "left_out"} & record.keys()
         told = "passed" if kind == "result" else f"{kind.replace('_', ' ')}: {record[kind].splitlines()[-1]}"
         print(f"{record.get('seconds', 0.0):6.1f} s  {piece.name:34s} {told}", flush=True)
     return records
 
 
+def missing(modules: Iterable[str]) -> list[str]:
+    return [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+def add_wheels(wheels: Path, folder: Path) -> None:
+    """Installs into `folder` what pieces lack and `wheels` has, and puts it on the path of this process and of pieces.
+
+    Nothing of the machine's own environment is changed.
+    """
+    for module in missing(TEST_NEEDS + TRL_NEEDS):
+        words = ["--no-index", "--find-links", str(wheels), "--prefix", str(folder), module]
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", *words], capture_output=True, text=True, check=False
+        )
+        print(f"{module}: {'from ' + str(wheels) if done.returncode == 0 else done.stderr.strip().splitlines()[-1]}")
+    found = [str(path) for path in folder.rglob("*-packages")]
+    sys.path += found
+    os.environ["PYTHONPATH"] = os.pathsep.join([*found, *filter(None, [os.environ.get("PYTHONPATH")])])
+    importlib.invalidate_caches()
+
+
 def run_one(piece: Piece, seconds: float) -> dict[str, Any]:
-    environment = os.environ | ENVIRONMENT | piece.environment
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path)} | piece.environment
     if piece.one_gpu:  # transformers' Trainer would spread its model over all
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -269,12 +337,13 @@ def run_one(piece: Piece, seconds: float) -> dict[str, Any]:
                 os.killpg(process.pid, signal.SIGKILL)  # and what it has left behind
             process.wait()
         log.seek(0)
-        said = log.read()[-LOG:].strip()
+        output = log.read().strip()
+    said = output[-LOG:]
     try:
         if code == 0:
-            return {"result": piece.read()}
+            return {"result": piece.read(output)}
         error = f"{said}\n" + (f"exit code {code}" if code is not None else f"it was ended after {seconds:.0f} s")
-    except (OSError, ValueError, KeyError, ElementTree.ParseError) as wrong:
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as wrong:
         error = f"{said}\nits results cannot be read: {type(wrong).__name__}: {wrong}"
     return {"left_out" if piece.may_be_left_out else "error": error}
 
@@ -330,6 +399,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where everything goes (default: runs/gpu.json)")
     parser.add_argument("--cpu", action="store_true", help="the same in small, without a GPU")
     parser.add_argument("--minutes", type=float, default=9.0, help="no piece runs longer than this after the start")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels, for what this machine lacks")
     parser.add_argument("--models", type=Path, default=Path("models"), help="where SmolLM2 is, or will be")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--jobs", nargs=5, help=argparse.SUPPRESS)
@@ -345,23 +415,30 @@ def main() -> int:
     out = args.json or ROOT / "runs" / ("gpu_cpu_form.json" if args.cpu else "gpu.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
+        if args.wheels:
+            add_wheels(args.wheels, Path(folder, "wheels"))
         device = "cpu" if args.cpu else "cuda"
         chosen = pieces(device, Path(folder), args.models)
         if args.cpu:  # threads that wait for each other are slow beside other work
             chosen = (replace(piece, environment={**piece.environment, **ONE_THREAD}) for piece in chosen)
-        records = run_all(chosen, 60 * args.minutes)
-    failed = [name for name, record in records.items() if "error" in record]
-    report = {
-        "form": "small, on the CPU" if args.cpu else "GPU",
-        "environment": hardware.describe() | {"cards": cards(), "cuda": torch.version.cuda},
-        "sizes": asdict(CPU if args.cpu else GPU),
-        "seconds": round(time.monotonic() - started, 1),
-        "failed": failed,
-        "figures": figures(records),
-        "pieces": json.loads(json.dumps(records).replace(folder, "OUT")),
-    }
-    out.write_text(json.dumps(report, indent=1) + "\n")
+        environment = hardware.describe() | {"cards": cards(), "cuda": torch.version.cuda}
+
+        def write(records: dict[str, dict[str, Any]]) -> None:
+            report.update(
+                form="small, on the CPU" if args.cpu else "GPU",
+                environment=environment,
+                sizes=asdict(CPU if args.cpu else GPU),
+                seconds=round(time.monotonic() - started, 1),
+                failed=[name for name, record in records.items() if "error" in record],
+                figures=figures(records),
+                pieces=json.loads(json.dumps(records).replace(folder, "OUT")),
+            )
+            out.write_text(json.dumps(report, indent=1) + "\n")
+
+        run_all(chosen, 60 * args.minutes, SMALL_PIECE_S if args.cpu else PIECE_S, write)
+    failed = report["failed"]
     show(report["figures"])
     print(f"{report['seconds']} s; {f'failed: {failed}' if failed else 'everything passed'}; written to {out}")
     return 1 if failed else 0

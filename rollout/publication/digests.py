@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import xxhash
 from torch import Tensor
 
 from policies.sharding import whole
@@ -15,6 +14,8 @@ Held = dict[str, tuple[str, str]]  # by tensor: its type, and its digest
 
 def digest_of(tensor: Tensor) -> str:
     """A digest of shape, type and bits, the same in every process; as fast as memory, and not made against forgery."""
+    import xxhash  # which decoding alone does without
+
     host = whole(tensor.detach()).cpu().contiguous()
     digest = xxhash.xxh3_128(f"{host.dtype} {tuple(host.shape)}".encode())
     digest.update(host.reshape(-1).view(torch.uint8).numpy().data)
