@@ -4,8 +4,8 @@
 
 Each line of FILE names a moment (start, load, publish, sleep, sample) and a signal. The first one is taken out when its
 moment comes, and the server gets the signal. `always` as a third word leaves the line there, `sample odd` makes other
-tokens from then on, and after `start odd` nothing is heard of it for a minute. The tokens follow from all weights, with their
-adapters, and from the seeds.
+tokens from then on, and after `start odd` nothing is heard of it for a minute. The tokens follow from all weights, with
+their adapters, and from the seeds.
 """
 
 import hashlib
