@@ -40,6 +40,19 @@ def marked(rewards_PG, *, parts):
 def narrow(rewards_PG):
     return rewards_PG[..., None]
 
+@advantage
+def infinite(rewards_PG):
+    return rewards_PG.log()
+
+@advantage
+def longer(rewards_PG):
+    return rewards_PG[..., None].expand(-1, -1, 5)
+
+@advantage
+def tried(rewards_PG, lengths_PG):
+    assert (rewards_PG.tolist(), lengths_PG.tolist()) == ([[0, 1, 0], [1, 0, 0]], [[1, 2, 3]] * 2)
+    return rewards_PG
+
 @objective(aggregate="dapo")
 def plain(ratio, advantages, policy_logprobs, options):
     return advantages * policy_logprobs
@@ -117,8 +130,10 @@ def test_an_estimator_of_the_users_own_is_used(file, micro_config, tmp_path):
     advantages, tied = estimate(scores, LossOptions(advantage=f"{file}:centred"), {})
     assert advantages.tolist() == [[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
     assert tied.tolist() == [False, True]
-    with pytest.raises(ValueError, match=r"wide gave \[1, 7\], finite: True; give a finite tensor \[2, 3\]"):
-        estimate(scores, LossOptions(advantage=f"{file}:wide"), {})
+    own.try_out(LossOptions(advantage=f"{file}:tried"), 3)
+    for name, shown in (("wide", r"\[1, 7\], finite: True"), ("infinite", r"\[2, 3\], finite: False")):
+        with pytest.raises(ValueError, match=rf"{name} gave {shown}; give a finite tensor \[2, 3\]"):
+            estimate(scores, LossOptions(advantage=f"{file}:{name}"), {})
     ours = grpo.train(micro_config(tmp_path / "a", **{"loss.scale_rewards": "none"}), reward=short)
     theirs = grpo.train(micro_config(tmp_path / "b", **{"loss.advantage": f"{file}:centred"}), reward=short)
     assert [line["loss/policy"] for line in ours.metrics if "loss/policy" in line] == pytest.approx(
@@ -134,6 +149,8 @@ def test_an_estimator_may_give_an_advantage_to_every_token(file, micro_config, t
     assert tied.tolist() == [False]
     advantages, _ = estimate(scores, LossOptions(advantage=f"{file}:marked"), {}, [[3, 2]])
     assert advantages.tolist() == [[2.0, 4.0]]
+    advantages, _ = estimate(scores, LossOptions(advantage=f"{file}:longer"), {}, [[3, 2]])
+    assert advantages == [[[1.0, 1.0, 1.0], [0.0, 0.0]]]
     with pytest.raises(ValueError, match=r"narrow gave \[1, 2, 1\], finite: True; give a finite tensor \[1, 2, 3\]"):
         estimate(scores, LossOptions(advantage=f"{file}:narrow"), {}, [[3, 2]])
     result = grpo.train(micro_config(tmp_path / "a", **{"loss.advantage": f"{file}:late"}), reward=short)

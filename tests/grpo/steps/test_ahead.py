@@ -304,6 +304,13 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
     assert list(batches.ready) == [2, 3]
 
 
+@pytest.mark.parametrize(("ahead", "first"), [(0, True), (1, False), (1, True)])
+def test_only_the_first_rank_has_a_thread_and_only_where_it_samples_ahead(ahead, first):
+    config = SimpleNamespace(whole_rollout=SimpleNamespace(ahead=ahead))
+    run = SimpleNamespace(config=config, inner=False, ranks=SimpleNamespace(first=first))
+    assert bool(Batches(run, None, None, int)._thread) == bool(ahead and first)
+
+
 def test_ahead_0_is_the_run_without_the_option(micro_config, tmp_path):
     for name, given in (("plain", {}), ("zero", {"rollout.ahead": 0})):
         train(micro_config(tmp_path / name, **HARD | given))
