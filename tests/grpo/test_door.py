@@ -55,6 +55,7 @@ def tried(rewards_PG, lengths_PG):
 
 @objective(aggregate="dapo")
 def plain(ratio, advantages, policy_logprobs, options):
+    assert (policy_logprobs <= 0).all()
     return advantages * policy_logprobs
 
 def unmarked(rewards_PG):
@@ -130,7 +131,7 @@ def test_an_estimator_of_the_users_own_is_used(file, micro_config, tmp_path):
     advantages, tied = estimate(scores, LossOptions(advantage=f"{file}:centred"), {})
     assert advantages.tolist() == [[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
     assert tied.tolist() == [False, True]
-    own.try_out(LossOptions(advantage=f"{file}:tried"), 3)
+    own.try_out(LossOptions(advantage=f"{file}:tried", loss_type=f"{file}:plain"), 3)
     for name, shown in (("wide", r"\[1, 7\], finite: True"), ("infinite", r"\[2, 3\], finite: False")):
         with pytest.raises(ValueError, match=rf"{name} gave {shown}; give a finite tensor \[2, 3\]"):
             estimate(scores, LossOptions(advantage=f"{file}:{name}"), {})
@@ -172,7 +173,7 @@ def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
         ({"advantage": "{}:unmarked"}, "unmarked is not marked: write @grpo.advantage above it"),
         ({"loss_type": "{}:centred"}, r"centred is not marked: write @grpo.objective\(aggregate=\"dapo\"\) above it"),
         ({"advantage": "{}:centered"}, r"'centered' is not there \(did you mean 'centred'"),
-        ({"advantage": "nowhere.py:centred"}, "'nowhere.py:centred': .*nowhere.py is not an existing Python file"),
+        ({"advantage": "nowhere.py:centred"}, "loss.advantage 'nowhere.py:centred': .*nowhere.py is not an existing"),
     ],
 )
 def test_what_is_not_there_or_not_marked_is_refused_before_a_model_is_loaded(file, options, message):
