@@ -303,6 +303,8 @@ def by_hand(ahead: int, collect, **given) -> Batches:
 def learn(batches: Batches, step: int) -> None:
     """A step of the loop, whose evaluation publishes where nothing is sampled ahead."""
     assert batches.take(step).draws == [step]
+    while not batches._idle():
+        time.sleep(0.001)
     batches.go_on(step)
     batches.before_update(step)
     batches.learner.policy_version += 1
@@ -364,8 +366,8 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
         assert batches.next == 4
     finally:
         learned.set()
-        batches.complete()
-    batches.undo()
+        batches.undo()
+    assert batches._sampling is None
     batches._take(2)
     assert list(batches.ready) == [2, 3]
 
