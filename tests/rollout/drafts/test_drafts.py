@@ -162,6 +162,7 @@ def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
     assert drafts.reading is not former
     assert isinstance(drafts.reading, Patience)
     drafts.catch_up(live, fits=True)
+    assert head.asked[-1][0] == "draft"
     drafts.catch_up(live, fits=False)
     assert head.asked == [
         ("hold", (prompts,)),
@@ -187,13 +188,14 @@ def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
 
 def test_costs_are_shared_by_forwards_and_what_was_accepted_is_told(drafts_of):
     drafts, told = drafts_of(None, DEEP), []
-    drafts.cost, drafts.plain_cost = 8.0004, 4.0
+    drafts.cost, drafts.plain_cost = 8.0004, 4.0004
     group_ = RolloutGroup(prompts_of(2)[0], [Completion([1], [0.0], "", "stop", 0, DraftStats(n)) for n in (1, 3, 0)])
     assert drafts.with_costs([group_]) == [group_]
     assert [(c.draft.cost, c.draft.plain_cost) for c in group_.completions] == [(2.0, 1.0), (6.0, 3.0), (0, 0)]
-    group_.completions[:2] = []
-    drafts.with_costs([group_])
-    assert group_.completions[0].draft.cost == 0
+    for alone, costs in ((0, (8.0, 4.0)), (2, (0, 0))):
+        completion = group_.completions[alone]
+        drafts.with_costs([replace(group_, completions=[completion])])
+        assert (completion.draft.cost, completion.draft.plain_cost) == costs
     drafts.controller.observe = lambda *given: told.append(given)
     live = SimpleNamespace(alive=torch.tensor([True, False, True]))
     drafts.observe(live, 2, Drafted(torch.zeros(3, 2)), torch.tensor([2, 1, 1]))

@@ -366,7 +366,7 @@ def test_the_beginning_and_the_turns_of_episodes_by_hand():
 
     def ask(requests):
         told.append([(request["episode"], request["history"], request["calls"]) for request in requests])
-        assert not any(request["ends"] for request in requests)
+        assert not any(request["ends"] or "turns" in request for request in requests)
         answer = Future()
         answer.set_result(answers.pop(0))
         return answer
@@ -394,6 +394,7 @@ def test_the_beginning_and_the_turns_of_episodes_by_hand():
     assert episodes.episodes[1].request["seeds"] == list(seeds(episodes.params, "a", 1))
     episodes.keep([True, False, False, False, True])
     one, two, three, four = episodes.episodes
+    assert (one.begins, one.length) == (0, 0)
 
     both = [["f", {"n": 1}], ["g", {}]]
     results = {"results": [("7", False), ("no", True)], "done": False}
@@ -438,9 +439,8 @@ def test_the_end_of_episodes_by_hand():
     failed.stats.failure = {"kind": "timeout", "message": "t"}
     all_ = [Completion(list(range(n)), [0.0] * n, "", "length", 0) for n in (3, 6, 4, 4)]
     episodes.finish([RolloutGroup(PROMPTS[0], all_)])
-    assert [(request["episode"], request["ends"], request["calls"]) for request in told] == [
-        (i, True, []) for i in range(3)
-    ]
+    asked = [(request["episode"], request["ends"], request["calls"], request["turns"]) for request in told]
+    assert asked == [(i, True, [], episodes.episodes[i].turns) for i in range(3)]
     assert [c.turns for c in all_] == [[], [{"role": "assistant", "content": "[4, 5] True"}], [], []]
     assert [c.finish_reason for c in all_] == ["max_turns", "length", "length", "length"]
     assert [sum(c.sampled) for c in all_] == [3, 4, 2, 2]
