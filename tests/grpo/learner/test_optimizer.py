@@ -47,7 +47,8 @@ def test_a_norm_by_hand(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "steps", "warmup", "expected"),
     [
-        ("constant", 3, 2, [0.5, 1, 1]),
+        ("constant", 4, 0, [1, 1, 1, 1]),
+        ("constant", 4, 2, [0.5, 1, 1, 1]),
         ("linear", 4, 2, [0.5, 1, 1, 0.5]),
         ("cosine", 4, 0, [1, 0.8536, 0.5, 0.1464]),
         ("linear", 2, 2, [0.5, 1, 1]),  # one step more than was planned

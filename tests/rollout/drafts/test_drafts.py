@@ -12,8 +12,10 @@ from policies.policy import Policy
 from rollout import group
 from rollout.depth import CostTable, Patience, draft_gain
 from rollout.drafts.drafts import Drafted, Drafts
+from rollout.drafts.head import Drafter
 from rollout.engine import Engine
 from rollout.group import Completion, DraftStats, RolloutGroup
+from rollout.rows import Prefilled
 
 FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20, stop_token_ids=())
 
@@ -200,3 +202,12 @@ def test_costs_are_shared_by_forwards_and_what_was_accepted_is_told(drafts_of):
     live = SimpleNamespace(alive=torch.tensor([True, False, True]))
     drafts.observe(live, 2, Drafted(torch.zeros(3, 2)), torch.tensor([2, 1, 1]))
     assert told == [(2, [2, 1])]
+
+
+@pytest.mark.parametrize(("prompts", "missed"), [([(2, 6), (1, 3)], 3 + 10), ([(1, 3)], 3 + 3), ([], 3)])
+def test_what_a_head_has_missed_by_hand(prompts, missed):
+    """A row has five unread, of which a round gives two. Of the prompts' tokens two rows need two thirds or all."""
+    drafter = object.__new__(Drafter)
+    drafter.most_new = 2
+    drafter.prefilled = [Prefilled(torch.zeros(n), torch.zeros(n, length), None, None) for n, length in prompts]
+    assert drafter.missed(SimpleNamespace(unread=torch.tensor([5, 1]), index=[0, 1])) == missed
