@@ -53,7 +53,6 @@ class Update:
     def backward(self, loss: Tensor, step: int, ranks: Ranks) -> None:
         """Raises NonFiniteStep; with several ranks, all of them see it in the gradient of the whole batch."""
         if ranks.size == 1 and not math.isfinite(loss.item()):
-            self.zero()
             raise NonFiniteStep(f"step {step}: the loss is {loss.item()}")
         self.masters.backward(loss * ranks.readers)  # gradients are averaged over them
 

@@ -69,8 +69,7 @@ class Drafts:
             return 0
         if self.fixed:
             return min(self.max_depth, most)
-        if self.head is None:
-            return 0
+        assert self.head is not None  # else nothing can be drafted
         depth, speed = self.controller.choose(alive, most)
         missed = self.head.missed(live) if depth else 0
         waits = missed and not self._reads(missed, self.controller.plain(alive), speed)

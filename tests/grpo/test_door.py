@@ -40,8 +40,22 @@ def marked(rewards_PG, *, parts):
 def narrow(rewards_PG):
     return rewards_PG[..., None]
 
+@advantage
+def infinite(rewards_PG):
+    return rewards_PG.log()
+
+@advantage
+def longer(rewards_PG):
+    return rewards_PG[..., None].expand(-1, -1, 5)
+
+@advantage
+def tried(rewards_PG, lengths_PG):
+    assert (rewards_PG.tolist(), lengths_PG.tolist()) == ([[0, 1, 0], [1, 0, 0]], [[1, 2, 3]] * 2)
+    return rewards_PG
+
 @objective(aggregate="dapo")
 def plain(ratio, advantages, policy_logprobs, options):
+    assert (policy_logprobs <= 0).all()
     return advantages * policy_logprobs
 
 def unmarked(rewards_PG):
@@ -117,8 +131,10 @@ def test_an_estimator_of_the_users_own_is_used(file, micro_config, tmp_path):
     advantages, tied = estimate(scores, LossOptions(advantage=f"{file}:centred"), {})
     assert advantages.tolist() == [[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
     assert tied.tolist() == [False, True]
-    with pytest.raises(ValueError, match=r"wide gave \[1, 7\], finite: True; give a finite tensor \[2, 3\]"):
-        estimate(scores, LossOptions(advantage=f"{file}:wide"), {})
+    own.try_out(LossOptions(advantage=f"{file}:tried", loss_type=f"{file}:plain"), 3)
+    for name, shown in (("wide", r"\[1, 7\], finite: True"), ("infinite", r"\[2, 3\], finite: False")):
+        with pytest.raises(ValueError, match=rf"{name} gave {shown}; give a finite tensor \[2, 3\]"):
+            estimate(scores, LossOptions(advantage=f"{file}:{name}"), {})
     ours = grpo.train(micro_config(tmp_path / "a", **{"loss.scale_rewards": "none"}), reward=short)
     theirs = grpo.train(micro_config(tmp_path / "b", **{"loss.advantage": f"{file}:centred"}), reward=short)
     assert [line["loss/policy"] for line in ours.metrics if "loss/policy" in line] == pytest.approx(
@@ -134,6 +150,8 @@ def test_an_estimator_may_give_an_advantage_to_every_token(file, micro_config, t
     assert tied.tolist() == [False]
     advantages, _ = estimate(scores, LossOptions(advantage=f"{file}:marked"), {}, [[3, 2]])
     assert advantages.tolist() == [[2.0, 4.0]]
+    advantages, _ = estimate(scores, LossOptions(advantage=f"{file}:longer"), {}, [[3, 2]])
+    assert advantages == [[[1.0, 1.0, 1.0], [0.0, 0.0]]]
     with pytest.raises(ValueError, match=r"narrow gave \[1, 2, 1\], finite: True; give a finite tensor \[1, 2, 3\]"):
         estimate(scores, LossOptions(advantage=f"{file}:narrow"), {}, [[3, 2]])
     result = grpo.train(micro_config(tmp_path / "a", **{"loss.advantage": f"{file}:late"}), reward=short)
@@ -155,7 +173,7 @@ def test_an_objective_of_the_users_own_is_used_with_its_denominators(file):
         ({"advantage": "{}:unmarked"}, "unmarked is not marked: write @grpo.advantage above it"),
         ({"loss_type": "{}:centred"}, r"centred is not marked: write @grpo.objective\(aggregate=\"dapo\"\) above it"),
         ({"advantage": "{}:centered"}, r"'centered' is not there \(did you mean 'centred'"),
-        ({"advantage": "nowhere.py:centred"}, "'nowhere.py:centred': .*nowhere.py is not an existing Python file"),
+        ({"advantage": "nowhere.py:centred"}, "loss.advantage 'nowhere.py:centred': .*nowhere.py is not an existing"),
     ],
 )
 def test_what_is_not_there_or_not_marked_is_refused_before_a_model_is_loaded(file, options, message):

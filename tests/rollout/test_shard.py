@@ -211,6 +211,7 @@ def test_the_head_is_given_what_each_row_has_unread_in_order(policy):
 
     def taken(live: Rows, width: int) -> list[list[int]]:
         ids, states = drafter.take(live, width)
+        assert ids.shape[1] == width
         assert torch.equal(states[..., 0], ids.float())
         return [row[:count] for row, count in zip(ids.tolist(), live.unread.tolist(), strict=True)]
 
@@ -227,6 +228,10 @@ def test_the_head_is_given_what_each_row_has_unread_in_order(policy):
     live.unread = torch.zeros_like(live.unread)
     keep(live, [17, 18], [19, 20], [21, 22], kept=[2, 1, 1])
     assert taken(live, 3) == [[17, 18], [19], [21]]
+    live.unread = torch.zeros_like(live.unread)
+    for number in (26, 29):
+        keep(live, [number], [number + 1], [number + 2], kept=[1, 1, 1])
+    assert taken(live, 2) == [[26, 29], [27, 30], [28, 31]]
     live.unread = torch.zeros_like(live.unread)
     keep(live, [23], [24], [25], kept=[1, 0, 1])
     assert taken(live.select(torch.tensor([2, 0])), 1) == [[25], [23]]

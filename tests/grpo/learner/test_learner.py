@@ -956,19 +956,6 @@ def test_load_statistics_count_the_tokens_of_the_completions_once(micro_policy):
     assert metrics["moe/max_violation"] == pytest.approx(load.max().item() - 1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "warmup", "expected"),
-    [
-        ("constant", 0, [1, 1, 1, 1]),
-        ("constant", 2, [0.5, 1, 1, 1]),
-        ("linear", 2, [0.5, 1, 1, 0.5]),
-        ("cosine", 0, [1, 0.8536, 0.5, 0.1464]),
-    ],
-)
-def test_schedules_by_hand(kind, warmup, expected):
-    assert [schedule(kind, 4, warmup)(step) for step in (1, 2, 3, 4)] == pytest.approx(expected, abs=1e-4)
-
-
 def test_the_schedule_scales_both_learning_rates(micro_policy):
     learner = _learner(micro_policy(0), mtp=1.0, learning_rate=1e-3, schedule=schedule("linear", 4, 0))
     for step, factor in ((1, 1.0), (2, 0.75), (4, 0.25)):

@@ -1,19 +1,23 @@
 """Batches that are sampled ahead: the same bits whatever the timing, and nothing lost by a stop (contract 12)."""
 
+import json
 import os
 import random
 import signal
 import threading
 import time
+from concurrent.futures import wait
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
+import torch
 from safetensors.torch import load_file
 from start_ranks import end_of, run_ranks, start_ranks
 
+from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
@@ -21,7 +25,7 @@ from grpo.run import checkpoint
 from grpo.run.records import read_events, read_metrics, read_rollouts
 from grpo.run.stop import Stopped, signals
 from grpo.session import Session
-from grpo.steps.ahead import OLDER, Batches
+from grpo.steps.ahead import OLDER, POLL_S, Batches
 from grpo.steps.collector import Collector
 from grpo.task.task import Task
 from grpo.train import train
@@ -275,34 +279,144 @@ def test_contract_9_a_batch_that_fails_just_before_the_update_undoes_the_step(op
     same(folder, whole[2])
 
 
+def by_hand(ahead: int, collect, **given) -> Batches:
+    """Batches of a run of five steps. `publish` gives the workers the version of the learner, and `collect` gets its
+    arguments and the version of the workers; `done` notes what else happens."""
+    run = {"inner": False, "saved": None, "ranks": ALONE, "step": 0, "last": 5, "done": []} | given
+    config = SimpleNamespace(whole_rollout=SimpleNamespace(ahead=ahead))
+    run = SimpleNamespace(config=config, timed=lambda name: nullcontext(), **run)
+    learner = SimpleNamespace(policy_version=run.step, policy="policy", masters="masters")
+    learner.state = lambda: [{"policy": {"w": torch.tensor(learner.policy_version)}}]
+    collector = SimpleNamespace(prompt=None, state_dict=lambda: {"order": 1}, version=0)
+    collector.collect = lambda step, quiet=False: collect(step, quiet, collector.version)
+    collector.pool = SimpleNamespace(keep=lambda: run.done.append(("keep", batches.next)))
+    collector.snapshot = lambda: f"before {batches.next}"
+    collector.put_back = lambda before: run.done.append(before)
+    collector.load_state_dict = lambda state: run.done.append(state["order"])
+
+    def publish() -> None:
+        collector.version = learner.policy_version
+
+    batches = Batches(run, collector, learner, publish)
+    return batches
+
+
+def learn(batches: Batches, step: int) -> None:
+    """A step of the loop, whose evaluation publishes where nothing is sampled ahead."""
+    assert batches.take(step).draws == [step]
+    while not batches._idle():
+        time.sleep(0.001)
+    batches.go_on(step)
+    batches.before_update(step)
+    batches.learner.policy_version += 1
+    batches.run.step = step
+    if not batches.ahead:
+        batches.publish()
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_contract_12_what_is_sampled_ahead_by_hand(ahead):
+    """A batch has the weights of its schedule. Those that nothing was learned from yet are in the state, and none is
+    lacking. A step that is undone gives back what was drawn for it alone."""
+    told = []
+
+    def collect(step, quiet, version):
+        told.append((step, quiet, version))
+        return Drawn([], [], [step])
+
+    batches = by_hand(ahead, collect)
+    batches.begin()
+    for step in range(1, 6):
+        learn(batches, step)
+        state = batches.state_dict()
+        waiting = [str(other) for other in range(step + 1, min(step + ahead, 5) + 1)]
+        assert state == {"order": 1} | ({"batches": state.get("batches")} if ahead else {})
+        assert list(state.get("batches", [])) == waiting
+        assert batches.tensors() == {}
+    assert told == [(step, ahead > 0, max(0, step - 1 - ahead)) for step in range(1, 6)]
+    undone = [entry for entry in batches.run.done if entry[0] != "keep"]
+    batches.undo()
+    batches.run.step = 4
+    batches.undo()
+    assert undone == []
+    assert [entry for entry in batches.run.done if entry[0] != "keep"] == ([] if ahead else ["before 5"])
+
+
+@pytest.mark.parametrize(("ahead", "first"), [(0, True), (1, False), (1, True)])
+def test_only_the_first_rank_has_a_thread_and_only_where_it_samples_ahead(ahead, first):
+    batches = by_hand(ahead, None, ranks=SimpleNamespace(first=first))
+    assert bool(batches._thread) == bool(ahead and first)
+    assert by_hand(1, None, inner=True).ahead == 0
+
+
 @both
 def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_them(ahead):
     """For a worker that takes the place of one that died. With `ahead: 1` no batch needs them any more. While the third
     batch is sampled nobody waits for it, a step that has not begun is not undone, and the first is dropped."""
-    kept, learned = [], threading.Event()
+    learned = threading.Event()
 
-    def collect(step, quiet):
-        assert quiet
+    def collect(step, quiet, version):
         assert step < 3 or learned.wait(60)
 
-    pool = SimpleNamespace(keep=lambda: kept.append(batches.next - 1))
-    parts = {"prompt": None, "snapshot": lambda: None, "collect": collect, "pool": pool}
-    config = SimpleNamespace(whole_rollout=SimpleNamespace(ahead=ahead))
-    run = SimpleNamespace(config=config, inner=False, ranks=ALONE, saved=None, step=0, last=9)
-    run.timed = lambda name: nullcontext()
-    learner = SimpleNamespace(policy_version=0, state=lambda: [{"policy": {}}])
-    batches = Batches(run, SimpleNamespace(**parts), learner, int)
+    batches = by_hand(ahead, collect)
     batches.begin()
     try:
         batches.before_update(1)
-        assert kept == ([3] if ahead == 2 else [])
+        assert batches.run.done == ([("keep", 4)] if ahead == 2 else [])
         batches.go_on(2)
+        assert batches.next == 4
     finally:
         learned.set()
-        batches.complete()
-    batches.undo()
+        batches.undo()
+    assert batches._sampling is None
     batches._take(2)
     assert list(batches.ready) == [2, 3]
+
+
+def test_contract_9_a_batch_that_fails_after_the_update_is_sampled_again_by_hand(monkeypatch):
+    """The fourth has the weights of the first step, and fails when the second has learned: they are saved."""
+    learned, waits, held, failing = threading.Event(), [], [], [4]
+
+    def wait_for(futures, seconds):
+        waits.append(seconds)
+        if len(waits) == 1:  # it is not done in this time
+            return SimpleNamespace(done=set())
+        learned.set()
+        return wait(futures)
+
+    def collect(step, quiet, version):
+        assert version == max(0, step - 3)
+        if step in failing:
+            assert learned.wait(60)
+            raise RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom"))
+        return Drawn([], [], [step])
+
+    batches = by_hand(2, collect)
+    batches.begin()
+    learn(batches, 1)
+    batches.complete()
+    monkeypatch.setattr("grpo.steps.ahead.wait", wait_for)
+    learn(batches, 2)
+    assert batches.run.done[-1] == ("keep", 5)
+    state = json.loads(json.dumps(batches.state_dict()))
+    assert waits == [POLL_S] * 2
+    assert (state["older_version"], list(state["batches"]), batches.next) == (1, ["3"], 4)
+    assert batches.tensors() == {OLDER: {"w": torch.tensor(1)}}
+    assert batches.run.done[-1] == "before 5"
+    with pytest.raises(RewardFailed):
+        batches.take(3)
+    batches.complete()
+
+    failing.clear()
+    monkeypatch.setattr("grpo.steps.ahead.put_weights", lambda *given: held.append(given))
+    again = by_hand(2, collect, step=2, saved=SimpleNamespace(tensors=batches.tensors()))
+    again.load_state_dict(state)
+    again.begin()
+    assert again.run.done == [1]
+    assert held == [({"w": torch.tensor(version)}, "policy", "masters") for version in (1, 2)]
+    assert (list(again.ready), again.next, again.learner.policy_version, again.collector.version) == ([3, 4], 5, 2, 2)
+    for step in (3, 4, 5):
+        learn(again, step)
 
 
 def test_ahead_0_is_the_run_without_the_option(micro_config, tmp_path):

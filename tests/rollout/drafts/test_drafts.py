@@ -2,15 +2,20 @@
 
 import doctest
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from engine_cases import PARAMS, completions, prompts_of
 
 from policies.policy import Policy
 from rollout import group
-from rollout.depth import CostTable, draft_gain
-from rollout.drafts.drafts import Drafts
+from rollout.depth import CostTable, Patience, draft_gain
+from rollout.drafts.drafts import Drafted, Drafts
+from rollout.drafts.head import Drafter
 from rollout.engine import Engine
+from rollout.group import Completion, DraftStats, RolloutGroup
+from rollout.rows import Prefilled
 
 FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20, stop_token_ids=())
 
@@ -62,3 +67,147 @@ def test_a_prompt_that_joins_after_the_head_has_begun_is_read_at_once_and_counte
     found = completions(engine.sample(prompts_of(12, 12, 12), replace(FREE, stop_token_ids=(stop,))))
     assert begun == [False, True], "the third prompt joins a row that is decoded with drafts"
     assert sum(one.draft.cost for one in found) == pytest.approx(36 * 0.01, abs=0.002)
+
+
+class Head:
+    """A draft head that notes what it is asked; it has missed eight tokens."""
+
+    def __init__(self, *given) -> None:
+        self.given, self.asked, self.cache = given, [], None
+        self.missed = lambda live: 8
+
+    def __getattr__(self, name):
+        return lambda *given: self.asked.append((name, given)) or given[:2]
+
+
+DEEP = CostTable(rows=[1], rounds=[[10.0, 11.0, 12.0, 13.0, 14.0]], reading=0.25)
+SHALLOW = replace(DEEP, rounds=[[10.0, 11.0, 12.0]])
+
+
+@pytest.fixture
+def drafts_of(monkeypatch):
+    monkeypatch.setattr("rollout.drafts.drafts.Drafter", Head)
+
+    def make(draft_tokens=None, costs=None, head=True, compiled=False) -> Drafts:
+        decoder = SimpleNamespace(head=head or None, costs=costs, trunk=SimpleNamespace(device=torch.device("cpu")))
+        return Drafts(decoder, replace(FREE, draft_tokens=draft_tokens, compiled=compiled), longest=7)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("given", "depth", "has_head"),
+    [
+        ((2,), 2, True),
+        ((1, DEEP), 1, True),
+        ((0,), 0, False),
+        ((2, None, False), 2, False),
+        ((None, DEEP), 4, True),
+        ((None, DEEP, True, True), 3, True),
+        ((None, SHALLOW, True, True), 2, True),
+        ((None, DEEP, False), 0, False),
+        ((None,), 0, False),
+    ],
+)
+def test_what_can_be_drafted(drafts_of, given, depth, has_head):
+    drafts = drafts_of(*given)
+    assert (drafts.max_depth, drafts.fixed, bool(drafts.head)) == (depth, given[0] is not None, has_head)
+    assert drafts.controller.costs is (given[1] if given[0] is None and len(given) > 1 else None)
+    assert drafts.room == 20 + depth + 1
+    assert drafts.cost == drafts.plain_cost == 0
+    if drafts.head:
+        assert drafts.head.given[2:] == (drafts.room, 7, depth + 1)
+    else:
+        drafts.begin(None)
+        drafts.keep(None, None, None, None)
+        drafts.catch_up(None, False)
+        assert (drafts.of_graph(None), drafts.draft(None, 1, None, 1.0)) == (0, None)
+
+
+def test_the_plan_of_a_fixed_number(drafts_of):
+    drafts = drafts_of(2)
+    assert [drafts.plan(None, 1, most) for most in (-1, 0, 1, 2, 9)] == [0, 0, 1, 2, 2]
+    assert drafts_of(0).plan(None, 1, 9) == drafts_of().plan(None, 1, 9) == 0
+    assert drafts.of_graph(None) == 2
+    drafts.observe(None, 1, None, None)
+
+
+@pytest.mark.parametrize(
+    ("depth", "missed", "reads", "planned"), [(3, 0, False, 3), (3, 8, True, 3), (3, 8, False, 0), (0, 8, True, 0)]
+)
+def test_a_plan_waits_until_reading_what_was_missed_is_worth_it(drafts_of, depth, missed, reads, planned):
+    """Tokens take 4 ms without drafts and 2 with them, and to read a missed one takes .25 ms."""
+    drafts, asked = drafts_of(None, DEEP), []
+    drafts.reading = SimpleNamespace(over=lambda *given: asked.append(given) or reads)
+    drafts.head.missed = lambda live: missed
+    speeds = {0: 0.25, 3: 0.5} if depth else {0: 0.5, 3: 0.25}
+    drafts.controller = SimpleNamespace(
+        choose=lambda alive, most: (depth, 0.5), plain=lambda alive: 0.25, graph_speeds=lambda rows: speeds, costs=DEEP
+    )
+    live = SimpleNamespace(index=[0])
+    assert (drafts.plan(live, 1, 9), drafts.of_graph(live)) == (planned, planned)
+    assert asked == ([(2.0, 2.0)] * 2 if depth and missed else [])
+
+
+def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
+    """Eight missed tokens take 2 ms, and a prompt of six that joins later 1.5."""
+    drafts, live, prompts = drafts_of(None, DEEP), object(), SimpleNamespace(token_ids_PT=torch.zeros(2, 3))
+    head = drafts.head
+    drafts.begin(prompts)
+    assert drafts.cost == 0
+    head.cache = "cache"
+    drafts.begin(prompts)
+    drafts.keep(live, "tokens", "hidden", "kept")
+    former = drafts.reading
+    assert drafts.draft(live, 0, "noise", 0.5) is None
+    assert drafts.draft(live, 2, "noise", 0.5) == Drafted(live, 2)
+    assert drafts.reading is not former
+    assert isinstance(drafts.reading, Patience)
+    drafts.catch_up(live, fits=True)
+    assert head.asked[-1][0] == "draft"
+    drafts.catch_up(live, fits=False)
+    assert head.asked == [
+        ("hold", (prompts,)),
+        ("hold", (prompts,)),
+        ("keep", (live, "tokens", "hidden", "kept")),
+        ("draft", (live, 2, "noise", 0.5)),
+        ("read_ahead", (live,)),
+    ]
+    assert drafts.cost == 1.5 + 3 * 2
+    drafts.add_cost(2, None, torch.tensor([1, 1]), False)
+    assert (drafts.cost, drafts.plain_cost) == (17.5, 10)
+    drafts.add_cost(2, Drafted(torch.zeros(2, 3)), torch.tensor([4, 2]), False)
+    assert (drafts.cost, drafts.plain_cost) == (30.5, 40)  # three tokens of each row in 13 ms
+    drafts.add_cost(1, None, torch.tensor([1]), True)
+    assert drafts.cost == float("inf"), "graphs were not measured"
+    fixed = drafts_of(2)
+    fixed.head.cache = "cache"
+    fixed.begin(prompts)
+    fixed.catch_up(live, fits=True)
+    fixed.add_cost(1, None, torch.tensor([1]), False)
+    assert (fixed.cost, fixed.plain_cost) == (0, 0)
+
+
+def test_costs_are_shared_by_forwards_and_what_was_accepted_is_told(drafts_of):
+    drafts, told = drafts_of(None, DEEP), []
+    drafts.cost, drafts.plain_cost = 8.0004, 4.0004
+    group_ = RolloutGroup(prompts_of(2)[0], [Completion([1], [0.0], "", "stop", 0, DraftStats(n)) for n in (1, 3, 0)])
+    assert drafts.with_costs([group_]) == [group_]
+    assert [(c.draft.cost, c.draft.plain_cost) for c in group_.completions] == [(2.0, 1.0), (6.0, 3.0), (0, 0)]
+    for alone, costs in ((0, (8.0, 4.0)), (2, (0, 0))):
+        completion = group_.completions[alone]
+        drafts.with_costs([replace(group_, completions=[completion])])
+        assert (completion.draft.cost, completion.draft.plain_cost) == costs
+    drafts.controller.observe = lambda *given: told.append(given)
+    live = SimpleNamespace(alive=torch.tensor([True, False, True]))
+    drafts.observe(live, 2, Drafted(torch.zeros(3, 2)), torch.tensor([2, 1, 1]))
+    assert told == [(2, [2, 1])]
+
+
+@pytest.mark.parametrize(("prompts", "missed"), [([(2, 6), (1, 3)], 3 + 10), ([(1, 3)], 3 + 3), ([], 3)])
+def test_what_a_head_has_missed_by_hand(prompts, missed):
+    """A row has five unread, of which a round gives two. Of the prompts' tokens two rows need two thirds or all."""
+    drafter = object.__new__(Drafter)
+    drafter.most_new = 2
+    drafter.prefilled = [Prefilled(torch.zeros(n), torch.zeros(n, length), None, None) for n, length in prompts]
+    assert drafter.missed(SimpleNamespace(unread=torch.tensor([5, 1]), index=[0, 1])) == missed

@@ -23,7 +23,7 @@ from rollout.environments.episodes import Arena, Episode, Episodes, first_messag
 from rollout.environments.format import Call, Turn
 from rollout.environments.protocol import chosen, columns_of, seeds
 from rollout.faults import RolloutError
-from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.group import Completion, Prompt, RolloutGroup, ToolStats
 from rollout.sampling import EnvironmentSpec
 
 torch.set_num_threads(1)
@@ -221,6 +221,7 @@ def test_a_group_begins_alike_and_then_each_rollout_has_its_own_randomness(engin
     assert len({rollout for _, rollout in own}) == 4
     assert seeds(EPISODES.at(7), "p/0", 0)[0] != own[0][0]
     arena = engine.stage.arena
+    assert arena.thread._max_workers == 1  # the processes of the tools are asked by one thread
 
     def said(sample: int) -> tuple[str, str]:
         request = {"episode": "e", "environment": "", "columns": {}, "seeds": list(own[sample]), "history": []}
@@ -350,6 +351,67 @@ def test_what_cannot_fit_is_not_tokenised(characters, written):
     assert episodes._written(Episode(0, PROMPTS[0], "", {}, length=6), turn, reply) == written
 
 
+def test_the_beginning_and_the_turns_of_episodes_by_hand():
+    """Of five prompts two begin. Of their four rollouts the first calls two tools in each of its turns, the second
+    answers, the tool of the third fails, and the last calls none that is there until it has had two turns."""
+    told, answers = [], []
+
+    def ask(requests):
+        told.append([(request["episode"], request["history"], request["calls"]) for request in requests])
+        assert not any(request["ends"] or "turns" in request for request in requests)
+        answer = Future()
+        answer.set_result(answers.pop(0))
+        return answer
+
+    calls = (Call("f", {"n": 1}), Call("g", {}))
+    turns = {(1, 2): Turn("x", calls), (3,): Turn("y"), (4, 4): Turn("", error="no such tool")}
+    form = SimpleNamespace(
+        tools_prompt=lambda messages: [len(messages[0]["content"])],
+        read=lambda ids: turns[tuple(ids)],
+        reply=lambda results: [50 + len(results)],
+    )
+    arena = SimpleNamespace(ask=ask, formats={"": form}, tokenizer=SimpleNamespace(decode=str))
+    spec = replace(SPEC, max_turns=2)
+    episodes = Episodes(arena, replace(EPISODES, group_size=2, max_completion_tokens=20, environment=spec))
+    answers.append([{"observation": said} for said in ("!", "!", "one", "other", None, None, None, None)])
+    answers[0][5] = {"kind": "died", "message": "m"}
+    sent = {"a": {"x": 1}, "b": {"x": object()}}
+    begun = episodes.begin([Prompt(name, name, [7], sent.get(name, {})) for name in "abcde"])
+    assert (begun[0].text, begun[0].token_ids, begun[0].messages) == ("[2]", [2], [{"role": "user", "content": "a!"}])
+    assert "prompt 'b': column 'x' cannot be sent" in begun[1]
+    assert "prompt 'c': reset gave the rollouts of one group different texts" in begun[2]
+    assert begun[3:] == ["prompt 'd': its environment cannot begin: died: m", replace(begun[4], token_ids=[1])]
+    assert told == [[(f"2/0/{name}/{sample}", [], []) for name in "acde" for sample in (0, 1)]]
+    assert episodes.episodes[1].request["columns"] == {"x": 1}
+    assert episodes.episodes[1].request["seeds"] == list(seeds(episodes.params, "a", 1))
+    episodes.keep([True, False, False, False, True])
+    one, two, three, four = episodes.episodes
+    assert (one.begins, one.length) == (0, 0)
+
+    both = [["f", {"n": 1}], ["g", {}]]
+    results = {"results": [("7", False), ("no", True)], "done": False}
+    answers.append([results, {"kind": "died", "message": "m"}, {"results": [], "done": False}])
+    assert episodes.ask({0: [1, 2], 1: [3], 2: [1, 2], 3: [4, 4]}) == [True, False, True, True]
+    assert told[1] == [("2/0/a/0", [], both), ("2/0/e/0", [], both), ("2/0/e/1", [], [])]
+    assert episodes.written() == {0: [52], 2: None, 3: [51]}
+    functions = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+    said = [{"role": "tool", "name": name, "content": text} for name, text in (("f", "7"), ("g", "no"))]
+    assert one.turns == [{"role": "assistant", "content": "x", "tool_calls": functions}, *said]
+    assert two.turns == [{"role": "assistant", "content": "y"}]
+    assert four.turns[1:] == [{"role": "tool", "name": "error", "content": "no such tool"}]
+    assert (one.length, one.begins, one.written) == (2, 3, [(2, 3)])
+
+    answers.append([results | {"done": True}, {"results": [], "done": False}])
+    assert episodes.ask({0: [1, 2, 52, 1, 2], 3: [4, 4, 51, 4, 4]}) == [True, True]
+    assert told[2] == [("2/0/a/0", both, both), ("2/0/e/1", [], [])]
+    assert episodes.written() == {0: None, 3: None}
+    assert [episode.reason for episode in episodes.episodes] == ["environment", None, "environment", "max_turns"]
+    assert [one.stats, two.stats, four.stats] == [ToolStats(4, 2, 0), ToolStats(), ToolStats(0, 0, 2)]
+    assert three.stats.failure == {"kind": "died", "message": "m"}
+    assert episodes.ask({1: [3]}) == [False]
+    assert len(told) == 3
+
+
 def test_the_end_of_episodes_by_hand():
     """One has ended with its turn, one in the middle of its second, one after its tool, and the tool of one failed."""
     told = []
@@ -369,9 +431,8 @@ def test_the_end_of_episodes_by_hand():
     failed.stats.failure = {"kind": "timeout", "message": "t"}
     all_ = [Completion(list(range(n)), [0.0] * n, "", "length", 0) for n in (3, 6, 4, 4)]
     episodes.finish([RolloutGroup(PROMPTS[0], all_)])
-    assert [(request["episode"], request["ends"], request["calls"]) for request in told] == [
-        (i, True, []) for i in range(3)
-    ]
+    asked = [(request["episode"], request["ends"], request["calls"], request["turns"]) for request in told]
+    assert asked == [(i, True, [], episodes.episodes[i].turns) for i in range(3)]
     assert [c.turns for c in all_] == [[], [{"role": "assistant", "content": "[4, 5] True"}], [], []]
     assert [c.finish_reason for c in all_] == ["max_turns", "length", "length", "length"]
     assert [sum(c.sampled) for c in all_] == [3, 4, 2, 2]
