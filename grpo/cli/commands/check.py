@@ -197,9 +197,8 @@ def _differences(model: PreTrainedModel, policy: Policy, rows: Sequence[Tensor])
     padded.compare(
         TRANSFORMERS, lambda: max(_best(model, partial(_padded, model, rows, left)) for left in (True, False))
     )
-    beside.compare(
-        TRANSFORMERS, lambda: _decoded(model, rows, "position_ids" in inspect.signature(model.forward).parameters)
-    )
+    placed = "position_ids" in inspect.signature(model.forward).parameters  # and then `generate` gives them
+    beside.compare(TRANSFORMERS, lambda: min(_decoded(model, rows, placed, masked=masked) for masked in (True, False)))
     padded.compare(OURS, lambda: _apart(*by_learner(policy, together=True)))
     with suppress(ImportError):
         from trl import GRPOTrainer
@@ -224,11 +223,17 @@ def _alone(model: PreTrainedModel, row: Tensor) -> Tensor:
 
 
 def _decoded(
-    model: PreTrainedModel, rows: Sequence[Tensor], placed: bool, first: int = PROMPT, stay: Sequence[int] = ()
+    model: PreTrainedModel,
+    rows: Sequence[Tensor],
+    placed: bool,
+    *,
+    first: int = PROMPT,
+    stay: Sequence[int] = (),
+    masked: bool = True,
 ) -> float:
     """The difference after the prompts of these rows and after each token that their cache decodes, padded at the left.
     `placed`: with positions; `first`: tokens that are read before the rest of the prompt; `stay`: only these rows go on
-    from the third token, in this order."""
+    from the third token, in this order; `masked`: what is decoded has the mask of its row, too."""
     takes, cache, start = inspect.signature(model.forward).parameters, None, 0
     token_ids, mask = _pad(rows, left=True)
     alone = torch.stack([_alone(model, row)[PROMPT - 1 - token_ids.shape[1] :] for row in rows])
@@ -236,14 +241,14 @@ def _decoded(
     for end in (*sorted({first, PROMPT}), *range(PROMPT + 1, token_ids.shape[1] + 1)):
         options: dict[str, Any] = {name: cache for name in CACHES if name in takes and cache is not None}
         options |= {"position_ids": positions[:, start:end]} if placed and (start or padded) else {}
-        options |= {"attention_mask": mask[:, :end]} if padded else {}
+        options |= {"attention_mask": mask[:, :end]} if padded and (masked or not start) else {}
         out = model(input_ids=token_ids[:, start:end], use_cache=True, **options)
         if end >= PROMPT:
             differences.append((out.logits[:, -1].float().log_softmax(-1) - alone[:, end - PROMPT]).abs().max())
         cache = next((cache for name in CACHES if (cache := getattr(out, name, None)) is not None), None)
         if cache is None:
             raise ValueError("its forward gives no cache")
-        if stay and end == PROMPT + 3:
+        if stay and end == PROMPT + 3 and hasattr(cache, "reorder_cache"):
             rows_left = torch.tensor(stay)
             cache.reorder_cache(rows_left)
             token_ids, alone = token_ids[rows_left], alone[rows_left]

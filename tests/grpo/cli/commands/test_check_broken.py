@@ -111,10 +111,10 @@ def _reads_padding(kind: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def a_convolution_remembers_the_batch_before(patch):
-    def forward(usual, self, states, *args, **rest):
+    def forward(usual, self, hidden_states, *args, **rest):
         before = getattr(self, "before", 0.0)
-        self.before = states.detach().mean((0, 1))
-        return usual(self, states, *args, **rest) + before
+        self.before = hidden_states.detach().mean((0, 1))
+        return usual(self, hidden_states, *args, **rest) + before
 
     _instead(patch, _modeling("lfm2").Lfm2ShortConv, "forward", forward)
 
