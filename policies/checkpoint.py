@@ -249,8 +249,6 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         with gguf.named(source) as named:
             tokenizer = AutoTokenizer.from_pretrained(**named, trust_remote_code=False)
         tokenizer.encode("2 + 3 = ?")  # some damage shows when it is used
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise ValueError("it has special tokens alone")  # what transformers makes of a folder without its files
         return tokenizer
     except Exception as error:  # a damaged file can make transformers and tokenizers raise anything
         raise PolicyError(

@@ -10,7 +10,7 @@ import copy
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,6 +48,7 @@ SLIDING = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 TEXT = "X  = 1 ;\n\tif a : b , c .\n\n  é 漢字 🙂 don't \n"  # spaces that some tokenizers lose
 SAID = "It is  4.\n\n    So: 4"
 THOUGHT = "adding both"
+TRIMS = "trims what was said"
 COMPARED = (
     *("the same twice", "causal", "prefill + decode = whole forward", "prompt in pieces", "rows in one cache"),
     *("batch invariance", "left = right padding", "decode beside padding", "packed = alone"),
@@ -118,16 +119,18 @@ def check(model: str, layers: int = 1) -> list[Row]:
         return rows  # nobody has given it a tokenizer
     try:
         tokenizer = read_tokenizer(source)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("its folder has none")  # and then transformers makes one of special tokens alone
     except (OSError, ValueError) as error:
         rows.append(Row("template"))
         rows[-1].say(TRANSFORMERS, f"no tokenizer: {error}"[:200])
         return rows
-    eos = getattr(shape.get_text_config(decoder=True), "eos_token_id", None)
+    text = shape.get_text_config(decoder=True)
+    eos = getattr(text, "eos_token_id", None)
     with suppress(OSError, ValueError):
         eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
-    text = shape.get_text_config(decoder=True)
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return [*rows, *examine_text(tokenizer, eos, getattr(text, "vocab_size", None))]
+    stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return [*rows, *examine_text(tokenizer, stops, getattr(text, "vocab_size", None))]
 
 
 def _configuration(model: str) -> tuple[PretrainedConfig, str | None]:
@@ -185,11 +188,11 @@ def _differences(model: PreTrainedModel, policy: Policy, rows: Sequence[Tensor])
     causal.compare(
         TRANSFORMERS, lambda: max(_apart(_alone(model, long[:n]), _alone(model, long)[:n]) for n in (5, 12, 20))
     )
-    decoded.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, [long])))
+    decoded.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, [long], "")))
     decoded.compare(OURS, lambda: _apart(*by_sampler(policy)))
-    pieces.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, [long], first=PROMPT - WINDOW)))
+    pieces.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, [long], "in pieces")))
     others = torch.stack([long, long.flip(0), long.roll(3)])
-    shared.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, list(others), stay=[2, 0])))
+    shared.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, list(others), "reordered")))
     batch.compare(
         TRANSFORMERS, lambda: _apart(_logprobs(model, others), torch.stack([_alone(model, row) for row in others]))
     )
@@ -198,7 +201,7 @@ def _differences(model: PreTrainedModel, policy: Policy, rows: Sequence[Tensor])
         TRANSFORMERS, lambda: max(_best(model, partial(_padded, model, rows, left)) for left in (True, False))
     )
     placed = "position_ids" in inspect.signature(model.forward).parameters  # and then `generate` gives them
-    beside.compare(TRANSFORMERS, lambda: min(_decoded(model, rows, placed, masked=masked) for masked in (True, False)))
+    beside.compare(TRANSFORMERS, lambda: min(_decoded(model, rows, how, placed) for how in ("", "unmasked")))
     padded.compare(OURS, lambda: _apart(*by_learner(policy, together=True)))
     with suppress(ImportError):
         from trl import GRPOTrainer
@@ -222,37 +225,27 @@ def _alone(model: PreTrainedModel, row: Tensor) -> Tensor:
     return _logprobs(model, row[None])[0]
 
 
-def _decoded(
-    model: PreTrainedModel,
-    rows: Sequence[Tensor],
-    placed: bool,
-    *,
-    first: int = PROMPT,
-    stay: Sequence[int] = (),
-    masked: bool = True,
-) -> float:
+def _decoded(model: PreTrainedModel, rows: Sequence[Tensor], how: str, placed: bool) -> float:
     """The difference after the prompts of these rows and after each token that their cache decodes, padded at the left.
-    `placed`: with positions; `first`: tokens that are read before the rest of the prompt; `stay`: only these rows go on
-    from the third token, in this order; `masked`: what is decoded has the mask of its row, too."""
+    `how`: "in pieces" reads a prompt twice, "reordered" goes on with the third row and the first, "unmasked" gives
+    decoded tokens no mask; `placed`: with positions."""
     takes, cache, start = inspect.signature(model.forward).parameters, None, 0
     token_ids, mask = _pad(rows, left=True)
     alone = torch.stack([_alone(model, row)[PROMPT - 1 - token_ids.shape[1] :] for row in rows])
     padded, positions, differences = not mask.all(), (mask.cumsum(1) - 1).clamp(min=0), []
-    for end in (*sorted({first, PROMPT}), *range(PROMPT + 1, token_ids.shape[1] + 1)):
+    for end in ([PROMPT - WINDOW] if how == "in pieces" else []) + [*range(PROMPT, token_ids.shape[1] + 1)]:
         options: dict[str, Any] = {name: cache for name in CACHES if name in takes and cache is not None}
         options |= {"position_ids": positions[:, start:end]} if placed and (start or padded) else {}
-        options |= {"attention_mask": mask[:, :end]} if padded and (masked or not start) else {}
+        options |= {"attention_mask": mask[:, :end]} if padded and not (start and how == "unmasked") else {}
         out = model(input_ids=token_ids[:, start:end], use_cache=True, **options)
         if end >= PROMPT:
             differences.append((out.logits[:, -1].float().log_softmax(-1) - alone[:, end - PROMPT]).abs().max())
         cache = next((cache for name in CACHES if (cache := getattr(out, name, None)) is not None), None)
         if cache is None:
             raise ValueError("its forward gives no cache")
-        if stay and end == PROMPT + 3 and hasattr(cache, "reorder_cache"):
-            rows_left = torch.tensor(stay)
-            cache.reorder_cache(rows_left)
-            token_ids, alone = token_ids[rows_left], alone[rows_left]
-            mask, positions = mask[rows_left], positions[rows_left]
+        if how == "reordered" and end == PROMPT + 3 and hasattr(cache, "reorder_cache"):
+            cache.reorder_cache(torch.tensor([2, 0]))
+            token_ids, mask, positions, alone = (part[[2, 0]] for part in (token_ids, mask, positions, alone))
         start = end
     return torch.stack(differences).max().item()
 
@@ -318,18 +311,15 @@ def _beside_others(policy: Policy, rows: Sequence[Tensor]) -> float:
 
 def _short_steps(model: PreTrainedModel, policy: Policy, row: Tensor) -> list[Row]:
     """Whether a recurrent layer decodes as it reads where its time steps are short: some clamp those of a prompt."""
-    named = [*model.named_parameters(), *policy.trunk.named_parameters()]
-    biases = [parameter for name, parameter in named if name.endswith("dt_bias")]
-    if not biases:
-        return []
-    before, result = [bias.clone() for bias in biases], Row("short time steps")
+    model, policy = copy.deepcopy((model, policy))
+    named = [*model.named_parameters(), *policy.named_parameters()]
+    biases, result = [parameter for name, parameter in named if name.endswith("dt_bias")], Row("short time steps")
     for bias in biases:
         bias.fill_(-9)
-    result.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, [row])))
-    result.compare(OURS, lambda: _apart(*by_sampler(policy)))
-    for bias, values in zip(biases, before, strict=True):
-        bias.copy_(values)
-    return [result]
+    if biases:
+        result.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, [row], "")))
+        result.compare(OURS, lambda: _apart(*by_sampler(policy)))
+    return [result] if biases else []
 
 
 def _windows(model: PreTrainedModel, row: Tensor) -> list[Row]:
@@ -493,7 +483,15 @@ def examine_text(tokenizer: Any, stops: Sequence[int], vocabulary: int | None = 
     template, trip, ends = Row("template"), Row("round trip"), Row("stop and pad")
     end, words, wrong = _template(tokenizer)
     template.say(TRANSFORMERS, words, wrong)
-    template.note = "; ".join(_of_template(tokenizer, words, wrong))
+    text, bos = str(tokenizer.chat_template), tokenizer.bos_token
+    notes = {
+        "mend chat_template.jinja, or chat_template in tokenizer_config.json": wrong,
+        WHAT_TO_DO["template"]: words in ("loses spaces", "rewrites turns", "drops earlier thoughts", TRIMS),
+        "its prompt has the time of now: give date_string in data.chat_template_kwargs": "strftime_now" in text,
+        f"encode what it renders with add_special_tokens=False, else {bos!r} comes twice": "bos_token" in text
+        and tokenizer.encode("2")[:1] == [tokenizer.bos_token_id],
+    }
+    template.note = "; ".join(note for note, holds in notes.items() if holds)
     changed = tokenizer.decode(tokenizer.encode(TEXT, add_special_tokens=False)).lstrip() != TEXT
     ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     ids = ordinary[:: max(1, len(ordinary) // 1000)]
@@ -522,7 +520,11 @@ def _template(tokenizer: Any) -> tuple[int | None, str, bool]:
     if not tokenizer.chat_template:
         return None, "none", False
 
-    render = partial(_rendered, tokenizer)
+    def render(said: str, turns: int, begins: bool) -> str:
+        messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": said}]
+        messages.append({"role": "user", "content": "Sure?"})
+        return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=begins))
+
     try:
         opened, first, one, two = (render(SAID, *how) for how in ((1, False), (1, True), (2, False), (3, True)))
         thoughts = render(f"<think>\n{THOUGHT}\n</think>\n\n{SAID}", 3, True)
@@ -544,26 +546,7 @@ def _template(tokenizer: Any) -> tuple[int | None, str, bool]:
         return end, f"begins twice with {tokenizer.bos_token!r}", True
     if THOUGHT not in thoughts or not two.startswith(one.rstrip()):
         return end, "drops earlier thoughts", False
-    return end, "keeps turns" if f" {SAID} " in trimmed else "trims what was said", False
-
-
-def _rendered(tokenizer: Any, said: str, turns: int, begins: bool) -> str:
-    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": said}]
-    messages.append({"role": "user", "content": "Sure?"})
-    return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=begins))
-
-
-def _of_template(tokenizer: Any, words: str, wrong: bool) -> Iterator[str]:
-    """What to do about a template, and what is worth knowing of it."""
-    if wrong:
-        yield "mend chat_template.jinja, or chat_template in tokenizer_config.json"
-    if words in ("loses spaces", "rewrites turns", "drops earlier thoughts", "trims what was said"):
-        yield WHAT_TO_DO["template"]
-    if "strftime_now" in str(tokenizer.chat_template):
-        yield "its prompt has the time of now and is another tomorrow: give date_string in data.chat_template_kwargs"
-    bos = [tokenizer.bos_token_id] * 2
-    if words != "none" and not wrong and tokenizer.encode(_rendered(tokenizer, SAID, 1, True))[:2] == bos:
-        yield f"encode what it renders with add_special_tokens=False, else {tokenizer.bos_token!r} comes twice"
+    return end, "keeps turns" if f" {SAID} " in trimmed else TRIMS, False
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

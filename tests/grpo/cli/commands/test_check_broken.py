@@ -10,9 +10,11 @@ import pytest
 import torch
 import zoo
 from tokenizers import normalizers
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import PreTrainedModel, cache_utils, masking_utils
 
+from grpo.cli.commands import check as check_module
 from grpo.cli.commands.check import WHAT_TO_DO, Row, examine, examine_text
 from policies.presets import small_tokenizer
 
@@ -452,7 +454,19 @@ def test_what_is_worth_knowing_of_a_template_is_said():
     tokenizer.chat_template = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}" + CHATML + BEGINS
     row = examine_text(tokenizer, [])[0]
     assert (row.values["transformers"], row.wrong) == ("keeps turns", [])
-    assert "time of now" in row.advice
+    assert row.advice == "its prompt has the time of now: give date_string in data.chat_template_kwargs"
+    begins = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=begins)
+    assert examine_text(tokenizer, [])[0].advice.endswith("add_special_tokens=False, else '<|end|>' comes twice")
+
+
+def test_a_folder_with_a_configuration_alone_has_no_tokenizer(tmp_path, monkeypatch):
+    zoo.tiny_config("qwen3").save_pretrained(tmp_path)
+    monkeypatch.setattr(check_module, "examine", lambda *_: [])
+    monkeypatch.setattr(check_module, "reach_of_lora", lambda _: Row("LoRA"))
+    template = check_module.check(str(tmp_path))[-1]
+    assert template.values == {"transformers": "no tokenizer: its folder has none"}
+    assert template.wrong == []
 
 
 def test_ids_that_the_embedding_has_not_and_letters_that_change_are_named():
