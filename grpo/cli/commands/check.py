@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from grpo.source.agreement import EXACT, STOCK, by_learner, by_lm_head, by_sampler, choose_paths
 from grpo.source.policy_source import find_policy, shape_of
 from policies import lora
-from policies.cut import CHOSEN, cut_model, has_windows, quiet
+from policies.cut import CHOSEN, WINDOW, cut_model, has_windows, quiet
 from policies.layout import PolicyError
 from policies.lm_head import last_states
 from policies.policy import Policy, checkpoint_layers, read_tokenizer
@@ -45,15 +45,26 @@ PROMPT, DECODED = 21, 8  # tokens; windows, chunks and blocks of the small model
 LENGTHS = (9, 13, 29)  # of rows that are padded or packed together
 WIDE = 4096  # a window that no row of these leaves
 SLIDING = ("sliding_window", "sliding_window_size", "attention_chunk_size")
-TEXT = "x  = 1 ;\n\tif a : b , c .\n\n  é 漢字 🙂 don't"  # spaces that some tokenizers lose
+TEXT = "X  = 1 ;\n\tif a : b , c .\n\n  é 漢字 🙂 don't \n"  # spaces that some tokenizers lose
 SAID = "It is  4.\n\n    So: 4"
 THOUGHT = "adding both"
+TRIMS = "trims what was said"
+COMPARED = (
+    *("the same twice", "causal", "prefill + decode = whole forward", "prompt in pieces", "rows in one cache"),
+    *("batch invariance", "left = right padding", "decode beside padding", "packed = alone"),
+)
 WHAT_TO_DO = {
     "packed = alone": "do not pack rows (TRL: packing=False, padding_free=False); quartet packs only where it is right",
     "prefill + decode = whole forward": "sample without this cache (use_cache=False), and report it to transformers",
-    "causal": "a token sees what comes after it: no trainer can use this; set is_decoder or causal in config.json",
+    "the same twice": "mend its forward first: it drops or adds noise without training, or keeps what it read before",
+    "causal": "a token sees what comes after it: no trainer can use this; set is_decoder or causal in config.json, and "
+    "let no router drop or weigh a token by the others of its batch",
+    "prompt in pieces": "read a prompt at once (no prefill_chunk_size, no assistant, no cache of an earlier turn)",
+    "rows in one cache": "decode a row at a time, without beams, and report it; quartet reads its own cache otherwise",
+    "decode beside padding": "sample prompts of one length together; quartet pads only where it is right",
     "left = right padding": "read rows of one length together (per_device_train_batch_size=1), or pad the other side",
     "batch invariance": "rows read each other's states: sample and learn one row at a time, and report it",
+    "short time steps": "set time_step_min in config.json to 1e-9: a prompt is clamped by it, a decoded token is not",
     "windows": "the window in config.json is not applied: keep contexts shorter than it, and report it",
     "router": "compute the router in float32 (transformers: _keep_in_fp32_modules); break ties by random weights",
     "router flips": "learner.routing_replay: true, or dtype: float32; elsewhere replay the sampler's experts",
@@ -108,14 +119,18 @@ def check(model: str, layers: int = 1) -> list[Row]:
         return rows  # nobody has given it a tokenizer
     try:
         tokenizer = read_tokenizer(source)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("its folder has none")  # and then transformers makes one of special tokens alone
     except (OSError, ValueError) as error:
         rows.append(Row("template"))
         rows[-1].say(TRANSFORMERS, f"no tokenizer: {error}"[:200])
         return rows
-    eos = getattr(shape.get_text_config(decoder=True), "eos_token_id", None)
+    text = shape.get_text_config(decoder=True)
+    eos = getattr(text, "eos_token_id", None)
     with suppress(OSError, ValueError):
         eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
-    return [*rows, *examine_text(tokenizer, eos if isinstance(eos, list) else [] if eos is None else [eos])]
+    stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return [*rows, *examine_text(tokenizer, stops, getattr(text, "vocab_size", None))]
 
 
 def _configuration(model: str) -> tuple[PretrainedConfig, str | None]:
@@ -156,6 +171,7 @@ def examine(shape: PretrainedConfig, layers: int = 1) -> list[Row]:
         return [
             paths,
             *_differences(model, policy, rows),
+            *_short_steps(model, policy, rows[-1]),
             *_windows(model, rows[-1]),
             *_router(model, rows[-1]),
             _checkpointing(model, policy, rows[-1]),
@@ -165,16 +181,18 @@ def examine(shape: PretrainedConfig, layers: int = 1) -> list[Row]:
 
 def _differences(model: PreTrainedModel, policy: Policy, rows: Sequence[Tensor]) -> list[Row]:
     """Whether log-probabilities are those of each row alone, whatever it is read with."""
-    names = ("causal", "prefill + decode = whole forward", "batch invariance", "left = right padding", "packed = alone")
-    causal, decoded, batch, padded, packed = (Row(name) for name in names)
+    result = [Row(name) for name in COMPARED]
+    twice, causal, decoded, pieces, shared, batch, padded, beside, packed = result
     long = rows[-1]
+    twice.compare(TRANSFORMERS, lambda: _apart(_alone(model, long), _alone(model, long)))
     causal.compare(
         TRANSFORMERS, lambda: max(_apart(_alone(model, long[:n]), _alone(model, long)[:n]) for n in (5, 12, 20))
     )
-    after = _alone(model, long)[PROMPT - 1 :]
-    decoded.compare(TRANSFORMERS, lambda: _best(model, lambda placed: _apart(_decoded(model, long, placed), after)))
+    decoded.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, [long], "")))
     decoded.compare(OURS, lambda: _apart(*by_sampler(policy)))
+    pieces.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, [long], "in pieces")))
     others = torch.stack([long, long.flip(0), long.roll(3)])
+    shared.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, list(others), "reordered")))
     batch.compare(
         TRANSFORMERS, lambda: _apart(_logprobs(model, others), torch.stack([_alone(model, row) for row in others]))
     )
@@ -182,6 +200,8 @@ def _differences(model: PreTrainedModel, policy: Policy, rows: Sequence[Tensor])
     padded.compare(
         TRANSFORMERS, lambda: max(_best(model, partial(_padded, model, rows, left)) for left in (True, False))
     )
+    placed = "position_ids" in inspect.signature(model.forward).parameters  # and then `generate` gives them
+    beside.compare(TRANSFORMERS, lambda: min(_decoded(model, rows, how, placed) for how in ("", "unmasked")))
     padded.compare(OURS, lambda: _apart(*by_learner(policy, together=True)))
     with suppress(ImportError):
         from trl import GRPOTrainer
@@ -190,7 +210,7 @@ def _differences(model: PreTrainedModel, policy: Policy, rows: Sequence[Tensor])
         padded.compare(TRL, lambda: _by_trl(GRPOTrainer, add_fused_lm_head, model, rows))
     packed.compare(TRANSFORMERS, lambda: _packed(model, rows))
     packed.compare(OURS, lambda: _apart(*by_learner(policy)))
-    return [causal, decoded, batch, padded, packed]
+    return result
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
@@ -205,27 +225,38 @@ def _alone(model: PreTrainedModel, row: Tensor) -> Tensor:
     return _logprobs(model, row[None])[0]
 
 
-def _decoded(model: PreTrainedModel, row: Tensor, placed: bool) -> Tensor:
-    """Log-probabilities after a prompt and after each token that its cache decodes; `placed`: with positions."""
-    takes = inspect.signature(model.forward).parameters
-    out = model(input_ids=row[None, :PROMPT], use_cache=True)
-    logits = [out.logits[0, -1]]
-    for place in range(PROMPT, len(row)):
+def _decoded(model: PreTrainedModel, rows: Sequence[Tensor], how: str, placed: bool) -> float:
+    """The difference after the prompts of these rows and after each token that their cache decodes, padded at the left.
+    `how`: "in pieces" reads a prompt twice, "reordered" goes on with the third row and the first, "unmasked" gives
+    decoded tokens no mask; `placed`: with positions."""
+    takes, cache, start = inspect.signature(model.forward).parameters, None, 0
+    token_ids, mask = _pad(rows, left=True)
+    alone = torch.stack([_alone(model, row)[PROMPT - 1 - token_ids.shape[1] :] for row in rows])
+    padded, positions, differences = not mask.all(), (mask.cumsum(1) - 1).clamp(min=0), []
+    for end in ([PROMPT - WINDOW] if how == "in pieces" else []) + [*range(PROMPT, token_ids.shape[1] + 1)]:
+        options: dict[str, Any] = {name: cache for name in CACHES if name in takes and cache is not None}
+        options |= {"position_ids": positions[:, start:end]} if placed and (start or padded) else {}
+        options |= {"attention_mask": mask[:, :end]} if padded and not (start and how == "unmasked") else {}
+        out = model(input_ids=token_ids[:, start:end], use_cache=True, **options)
+        if end >= PROMPT:
+            differences.append((out.logits[:, -1].float().log_softmax(-1) - alone[:, end - PROMPT]).abs().max())
         cache = next((cache for name in CACHES if (cache := getattr(out, name, None)) is not None), None)
         if cache is None:
             raise ValueError("its forward gives no cache")
-        options: dict[str, Any] = {name: cache for name in CACHES if name in takes}
-        options |= {"position_ids": torch.tensor([[place]])} if placed else {}
-        out = model(input_ids=row[None, place : place + 1], use_cache=True, **options)
-        logits.append(out.logits[0, -1])
-    return torch.stack(logits).float().log_softmax(-1)
+        if how == "reordered" and end == PROMPT + 3 and hasattr(cache, "reorder_cache"):
+            cache.reorder_cache(torch.tensor([2, 0]))
+            token_ids, mask, positions, alone = (part[[2, 0]] for part in (token_ids, mask, positions, alone))
+        start = end
+    return torch.stack(differences).max().item()
 
 
 def _padded(model: PreTrainedModel, rows: Sequence[Tensor], left: bool, placed: bool) -> float:
     token_ids, mask = _pad(rows, left)
     positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if placed else {}
     out = _logprobs(model, token_ids, attention_mask=mask, **positions)
-    return max(_apart(out[i][mask[i].bool()], _alone(model, row)) for i, row in enumerate(rows))
+    other_pads = _logprobs(model, token_ids.masked_fill(mask == 0, 3), attention_mask=mask)
+    seen = _apart(other_pads[mask.bool()], _logprobs(model, token_ids, attention_mask=mask)[mask.bool()])
+    return max(seen, *(_apart(out[i][mask[i].bool()], _alone(model, row)) for i, row in enumerate(rows)))
 
 
 def _best(model: PreTrainedModel, difference: Callable[[bool], float]) -> float:
@@ -276,6 +307,19 @@ def _beside_others(policy: Policy, rows: Sequence[Tensor]) -> float:
     if any(a.token_ids != b.token_ids for a, b in completions):
         raise ValueError("other tokens beside other prompts")
     return max(_apart(torch.tensor(a.logprobs), torch.tensor(b.logprobs)) for a, b in completions)
+
+
+def _short_steps(model: PreTrainedModel, policy: Policy, row: Tensor) -> list[Row]:
+    """Whether a recurrent layer decodes as it reads where its time steps are short: some clamp those of a prompt."""
+    model, policy = copy.deepcopy((model, policy))
+    named = [*model.named_parameters(), *policy.named_parameters()]
+    biases, result = [parameter for name, parameter in named if name.endswith("dt_bias")], Row("short time steps")
+    for bias in biases:
+        bias.fill_(-9)
+    if biases:
+        result.compare(TRANSFORMERS, lambda: _best(model, partial(_decoded, model, [row], "")))
+        result.compare(OURS, lambda: _apart(*by_sampler(policy)))
+    return [result] if biases else []
 
 
 def _windows(model: PreTrainedModel, row: Tensor) -> list[Row]:
@@ -434,12 +478,20 @@ def reach_of_lora(shape: PretrainedConfig) -> Row:
 # ---- tokens and templates --------------------------------------------------------------------------------------------
 
 
-def examine_text(tokenizer: Any, stops: Sequence[int]) -> list[Row]:
-    """The rows of the table that a tokenizer gives."""
+def examine_text(tokenizer: Any, stops: Sequence[int], vocabulary: int | None = None) -> list[Row]:
+    """The rows of the table that a tokenizer gives, for an embedding of so many tokens."""
     template, trip, ends = Row("template"), Row("round trip"), Row("stop and pad")
     end, words, wrong = _template(tokenizer)
     template.say(TRANSFORMERS, words, wrong)
-    template.note = WHAT_TO_DO["template"] if words not in ("none", "keeps turns") else ""
+    text, bos = str(tokenizer.chat_template), tokenizer.bos_token
+    notes = {
+        "mend chat_template.jinja, or chat_template in tokenizer_config.json": wrong,
+        WHAT_TO_DO["template"]: words in ("loses spaces", "rewrites turns", "drops earlier thoughts", TRIMS),
+        "its prompt has the time of now: give date_string in data.chat_template_kwargs": "strftime_now" in text,
+        f"encode what it renders with add_special_tokens=False, else {bos!r} comes twice": "bos_token" in text
+        and tokenizer.encode("2")[:1] == [tokenizer.bos_token_id],
+    }
+    template.note = "; ".join(note for note, holds in notes.items() if holds)
     changed = tokenizer.decode(tokenizer.encode(TEXT, add_special_tokens=False)).lstrip() != TEXT
     ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     ids = ordinary[:: max(1, len(ordinary) // 1000)]
@@ -447,6 +499,10 @@ def examine_text(tokenizer: Any, stops: Sequence[int]) -> list[Row]:
     trip.say(TRANSFORMERS, f"{others:.1%} of ids come back as others" + ", and text is changed" * changed, changed)
     stops = list(stops) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
     names = ", ".join(repr(tokenizer.decode([stop])) for stop in stops)
+    last = max([ordinary[-1], *stops])
+    if vocabulary and last >= vocabulary:
+        trip.say(TRANSFORMERS, f"id {last} is not in the embedding, of {vocabulary} tokens", wrong=True)
+        trip.note = "take the tokenizer of this model, or set vocab_size in config.json to what the weights are"
     if not stops:
         ends.say(TRANSFORMERS, "no stop token", wrong=True)
     elif end is not None and end not in stops:
@@ -470,7 +526,7 @@ def _template(tokenizer: Any) -> tuple[int | None, str, bool]:
         return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=begins))
 
     try:
-        first, one, two = render(SAID, 1, True), render(SAID, 2, False), render(SAID, 3, True)
+        opened, first, one, two = (render(SAID, *how) for how in ((1, False), (1, True), (2, False), (3, True)))
         thoughts = render(f"<think>\n{THOUGHT}\n</think>\n\n{SAID}", 3, True)
         trimmed = render(f" {SAID} ", 3, True)
     except Exception as error:  # whatever a template raises
@@ -483,9 +539,14 @@ def _template(tokenizer: Any) -> tuple[int | None, str, bool]:
         return end, "loses spaces" if same_words else "rewrites turns", True
     if not (without[1].startswith(without[0].rstrip()) and without[2].startswith(without[1].rstrip())):
         return end, "rewrites turns", True
+    between = without[1][len(without[0].rstrip()) :].partition(SAID)[0].strip()
+    if opened == first and between:
+        return end, f"opens no answer: {between!r} is left to the model", True
+    if tokenizer.encode(first, add_special_tokens=False)[:2] == [tokenizer.bos_token_id] * 2:
+        return end, f"begins twice with {tokenizer.bos_token!r}", True
     if THOUGHT not in thoughts or not two.startswith(one.rstrip()):
         return end, "drops earlier thoughts", False
-    return end, "keeps turns" if f" {SAID} " in trimmed else "trims what was said", False
+    return end, "keeps turns" if f" {SAID} " in trimmed else TRIMS, False
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
