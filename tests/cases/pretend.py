@@ -35,7 +35,13 @@ WAITING = {
         *("_unique2", "unique_dim", "unique_consecutive"),
     )
 }
-FREE = {"aten::detach", "aten::lift_fresh", "aten::alias", "aten::_local_scalar_dense"}  # no kernel is launched
+FREE = {
+    "aten::detach",
+    "aten::lift_fresh",
+    "aten::alias",
+    "aten::_unsafe_view",
+    "aten::_local_scalar_dense",
+}  # no kernel is launched
 DEVICE_OF_GENERATOR: dict[int, str] = {}  # by its address
 
 
