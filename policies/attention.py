@@ -171,7 +171,7 @@ class Packing:
     def sees_from(self, query: int) -> Sees:
         """Says whether a token of a row [b] is attended to [k] by a query [q] that is counted from `query`, by any
         head [h]. All that differs between micro-batches is in tensors. Else a kernel would be compiled for each."""
-        segment, first = self.segment, torch.tensor(self.first + query, device=self.segment.device)
+        segment, first = self.segment, torch.full((), self.first + query, device=self.segment.device)
         both_ways, window = self.both_ways, self.window
         positions = None if window is None else self.positions
 

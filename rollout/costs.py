@@ -141,6 +141,8 @@ def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
             if cache is not None:
                 _lengthen(getattr(cache, "latents", cache), written)
         decoding.live.count = decoding.live.count + written
+        if decoding.drafter:
+            decoding.drafter.known = None
     return decoding
 
 

@@ -43,14 +43,15 @@ class Results:
 
     def add(
         self, live: Rows, ids_RS: Tensor, logprobs_RS: Tensor, kept_R: Tensor, stopped_R: Tensor, cut_R: Tensor | None
-    ) -> None:
-        """Add the first `kept_R` of these tokens to the rows."""
+    ) -> Tensor:
+        """Add the first `kept_R` of these tokens to the rows. Returns how many each has then."""
         at = self._places(live, live.count, ids_RS.shape[1])
         self.token_ids[at], self.logprobs[at] = ids_RS, logprobs_RS
-        self.counts[live.index] = live.count + kept_R
+        self.counts[live.index] = count_R = live.count + kept_R
         self.stopped[live.index] |= stopped_R
         if cut_R is not None:
             self.cut[live.index] |= cut_R & stopped_R
+        return count_R
 
     def add_drafts(self, live: Rows, drafts: Drafted, accepted_R: Tensor, kept_R: Tensor) -> None:
         depth = drafts.depth

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rollout.choice import at_once, choose_at_once
 
 FULL_ROW = 1024  # vocabularies up to this size take a noise for every token
 Chosen: TypeAlias = Tensor | slice  # which rows
@@ -124,22 +126,31 @@ class Noise:
     """The noise of rows at their positions. One object serves the drafts and the verification of the same positions.
 
     `keys_N2` [..., 2] and `positions` [...] are broadcast against each other; `positions` counts from the completion's
-    first token.
+    first token. Where noise and choice are one operator (see choice.py), it is drawn only there: `tensors` are the keys
+    and positions then, and else two words of each row and the noise of its tokens or blocks.
     """
 
-    def __init__(self, keys_N2: Tensor, positions: Tensor, vocabulary: int) -> None:
+    def __init__(self, keys_N2: Tensor, positions: Tensor, vocabulary: int, *, waits: bool | None = None) -> None:
         place = positions.to(torch.int32)
-        self.flat = vocabulary <= FULL_ROW
+        self.vocabulary, self.flat = vocabulary, vocabulary <= FULL_ROW
+        if at_once(place.device) if waits is None else waits:
+            self.tensors: tuple[Tensor, ...] = keys_N2.expand(*place.shape, 2), place
+            return
         first = _mix(keys_N2[..., 0] + _mix(place * -1640531527))
-        self._words = first, _mix(keys_N2[..., 1] ^ first)
+        self.tensors = first, _mix(keys_N2[..., 1] ^ first)
         if self.flat:
-            self.table = self.gumbel(torch.arange(vocabulary, device=place.device))
+            table = self.gumbel(torch.arange(vocabulary, device=place.device))
         else:  # of the blocks, whose ids are negative and thus no token's
-            self.table = self.gumbel(-1 - torch.arange(-(-vocabulary // BLOCK), device=place.device))
+            table = self.gumbel(-1 - torch.arange(-(-vocabulary // BLOCK), device=place.device))
+        self.tensors += (table,)
+
+    @property
+    def table(self) -> Tensor:
+        return self.tensors[2]
 
     def uniform(self, ids: Tensor) -> Tensor:
         """Keyed uniforms in (0, 1), 23 bits each, one for each of `ids` [..., K] or [K] in every row."""
-        first, second = self._words
+        first, second = self.tensors[:2]
         x = _mix(ids.to(torch.int32) * 0x3C6EF372 + first[..., None])
         x += second[..., None]
         x = _mix(x)
@@ -163,7 +174,7 @@ class Noise:
 
     def _view(self, view: Callable[[Tensor], Tensor]) -> Noise:
         seen = copy.copy(self)
-        seen._words, seen.table = (view(self._words[0]), view(self._words[1])), view(self.table)
+        seen.tensors = tuple(map(view, self.tensors))
         return seen
 
 
@@ -181,6 +192,17 @@ class DraftVocabulary:
         # [B, widest]: the columns of each block.
         self.members = ids_K.new_full((blocks, int(counts.max())), len(ids_K))
         self.members[self.block_K, within] = torch.arange(len(ids_K), device=ids_K.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.ids, self.block_K, self.named, self.members]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> DraftVocabulary:
+        """The inverse of `tensors`."""
+        vocabulary = cls.__new__(cls)
+        vocabulary.ids, vocabulary.block_K, vocabulary.named, vocabulary.members = tensors
+        return vocabulary
 
 
 def by_temperature(temperature_N: Tensor, make: Callable[[float, Chosen], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -212,6 +234,23 @@ def choose(
     """
     if isinstance(temperature, Tensor):
         return by_temperature(temperature, lambda t, r: choose(logits_NV[r], t, noise.of(r), vocabulary))
+    if at_once(logits_NV.device):
+        drafted = [] if vocabulary is None else vocabulary.tensors
+        return choose_at_once(logits_NV, *noise.tensors, temperature, noise.vocabulary, drafted)
+    return _choose(logits_NV, temperature, noise, vocabulary)
+
+
+def choose_by_keys(
+    logits_NV: Tensor, keys_N2: Tensor, positions_N: Tensor, temperature: float, vocabulary: int, drafted: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What the operator computes, see choice.py."""
+    noise = Noise(keys_N2, positions_N, vocabulary, waits=False)
+    return _choose(logits_NV, temperature, noise, DraftVocabulary.of(drafted) if drafted else None)
+
+
+def _choose(
+    logits_NV: Tensor, temperature: float, noise: Noise, vocabulary: DraftVocabulary | None
+) -> tuple[Tensor, Tensor]:
     logits_NV = _scaled(logits_NV, temperature)
     if temperature == 0 or noise.flat:
         logits = logits_NV.float()
@@ -240,7 +279,7 @@ def pick(
     """The tokens of `choose` without their log-probabilities, for drafts."""
     if isinstance(temperature, Tensor):
         return by_temperature(temperature, lambda t, r: (pick(logits_NV[r], t, noise.of(r), vocabulary),))[0]
-    if temperature and not noise.flat:
+    if (temperature and not noise.flat) or at_once(logits_NV.device):
         return choose(logits_NV, temperature, noise, vocabulary)[0]
     best = _best_of_all(_scaled(logits_NV, temperature).float(), temperature, noise, vocabulary)
     return best if vocabulary is None else vocabulary.ids[best]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
 from rollout.depth import FEW_ROWS
 from rollout.drafts.drafts import Drafted, Drafts
@@ -62,6 +63,7 @@ class Decoding:
         self.live: Rows | None = None
         self.cache: Any = None
         self.admitted = self.ended_rows = self.alive = self.held = 0  # `held`: rows that live or wait
+        self.most_left = 0  # tokens that a live row may still get
         self._refill()
 
     @property
@@ -124,7 +126,7 @@ class Decoding:
         gives its rows their first tokens."""
         group, prompts = self.params.group_size, [self.prompts[i] for i in numbers]
         lengths = torch.tensor([len(p.token_ids) for p in prompts], device=self.device)
-        longest = int(lengths.max())
+        longest = max(len(p.token_ids) for p in prompts)
         token_ids = torch.tensor(
             [p.token_ids + [0] * (longest - len(p.token_ids)) for p in prompts], device=self.device
         )
@@ -164,12 +166,25 @@ class Decoding:
             self.drafter.select(self.live, rows)
 
     def _count(self) -> Rows:
-        """Find the rows that ended."""
+        """Find the rows that ended. What the host has to know of a round is read in one copy."""
         live = self.live
         assert live is not None
-        live.alive = live.alive & ~self.results.stopped[live.index] & (live.count < self.limit(live))
-        self.alive = int(live.alive.sum())
-        self.held = self.alive + int(live.waits.sum())
+        left = self.limit(live) - live.count
+        live.alive = live.alive & ~self.results.stopped[live.index] & (left > 0)
+        latents = getattr(self.cache, "latents", self.cache)
+        numbers = [live.alive.sum(), live.waits.sum()]
+        if isinstance(latents, LatentCache):
+            numbers.append(latents.lengths_R.max())
+        if self.drafter:
+            numbers += [left.where(live.alive, 0).max(), *self.drafter.sizes(live)]
+        read = torch.stack(numbers).tolist()
+        if self.drafter:
+            *read, self.most_left, unread, longest = read
+            self.drafter.known = unread, longest
+        if isinstance(latents, LatentCache):
+            latents.known_longest = read.pop()
+        self.alive, waits = read
+        self.held = self.alive + waits
         self.ended_rows = self.admitted - self.held
         return live
 
@@ -196,7 +211,7 @@ class Decoding:
         noise = self._noise(live, depth + 1)
         drafted = self.drafts.draft(live, depth, noise, self.temperature(live))
         inputs = torch.cat([live.last[:, None], drafted.tokens_RK], dim=1) if drafted else live.last[:, None]
-        positions = (live.prompt_length + live.count - 1)[:, None] + self.steps[: depth + 1]
+        positions = (live.prompt_length - 1)[:, None] + (live.count[:, None] + self.steps[: depth + 1])
         positions = positions.clamp(max=self.decoder.context - 1)  # no token past the context is kept
         hidden = self.trunk(inputs, positions, self.cache)
         if self.params.record_routing:
@@ -218,9 +233,7 @@ class Decoding:
         """Tells how many tokens are drafted next: at most what the row with the most room can still use."""
         if not self.drafts.max_depth:
             return 0
-        left = self.limit(live) - live.count
-        most = int((left if self.alive == len(left) else left[live.alive]).max()) - 1
-        return self.drafts.plan(live, self.alive, most)
+        return self.drafts.plan(live, self.alive, self.most_left - 1)
 
     def _noise(self, rows: Rows, places: int) -> Noise:
         positions = self.start(rows) + rows.count[:, None] + self.steps[:places]
@@ -231,7 +244,8 @@ class Decoding:
     ) -> Tensor:
         """Choose tokens, keep those up to the first draft that fails, and return how many each row kept [R]."""
         targets, logprobs, accepted = self._choose(live, logits_RSV, drafted, noise)
-        kept, stopped = until_end(targets, accepted, live.alive, self.limit(live) - live.count, self.stops)
+        left = self.limit(live) - live.count if drafted else 1
+        kept, stopped = until_end(targets, accepted, live.alive, left, self.stops)
         tokens = Tokens(targets, logprobs, hidden_RSD, kept, stopped, accepted=accepted)
         if self.strings is not None:
             tokens.kept, tokens.cut = self._until_strings(live, tokens)
@@ -241,18 +255,19 @@ class Decoding:
     def _take(self, live: Rows, tokens: Tokens, drafted: Drafted | None) -> Tensor:
         """Note what was chosen. Returns how many tokens each row kept [R], which are none where one is not finite."""
         logprobs, kept, stopped = tokens.logprobs, tokens.kept, tokens.stopped
-        counts_RS = self.steps[: logprobs.shape[1]] < kept[:, None]
-        if not bool(torch.isfinite(logprobs.where(counts_RS, logprobs.new_zeros(())).sum())) and self.aborts:
-            broken = (counts_RS & ~torch.isfinite(logprobs)).any(1)
-            self.results.aborted[live.index] |= broken
-            live.alive = live.alive & ~broken
-            kept, stopped = kept * ~broken, stopped & ~broken
-        self.results.add(live, tokens.targets, logprobs, kept, stopped, tokens.cut)
+        if self.aborts:
+            past_RS = self.steps[: logprobs.shape[1]] >= kept[:, None]
+            finite = (past_RS | (logprobs > -torch.inf)).all(1)  # of numbers that are not above 0
+            self.results.aborted[live.index] |= ~finite
+            live.alive, kept, stopped = live.alive & finite, kept * finite, stopped & finite
+        count = self.results.add(live, tokens.targets, logprobs, kept, stopped, tokens.cut)
         if drafted and tokens.accepted is not None:
             self.results.add_drafts(live, drafted, tokens.accepted, kept)
             self.drafts.observe(live, self.alive, drafted, tokens.accepted)
-        live.last = tokens.targets.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
-        live.count = live.count + kept
+        live.last = tokens.targets[:, 0]
+        if drafted:
+            live.last = tokens.targets.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
+        live.count = count
         self.drafts.keep(live, tokens.targets, tokens.hidden, kept)
         return kept
 

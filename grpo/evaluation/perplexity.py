@@ -47,7 +47,7 @@ def gold_perplexity(policy: Policy, rows: Sequence[PackedRow]) -> Perplexity | N
         preceding = Likelihood(policy).preceding(mini)
         chunk = max(1, 4 * CHUNK_ELEMENTS // policy.lm_head.shape[0])
         logprobs, _ = logprobs_from_hidden(
-            preceding[mini.scored], policy.output, mini.token_ids[mini.scored], chunk=chunk
+            mini.of_scored(preceding), policy.output, mini.of_scored(mini.token_ids), chunk=chunk
         )
         nats -= wide(logprobs).sum().item()
         tokens += len(logprobs)

@@ -124,6 +124,10 @@ class MicroBatch:
     turn: Tensor  # [B, T] as `segment`, but each turn has a number of its own, and what tools wrote is -1
     mask: Tensor  # [C, L] a completion's sampled tokens; mask[mask] runs in the order of `scored`
     loss_mask: Tensor  # [C, L] those of them that are in the loss
+    places: Tensor  # [N] where the scored tokens are in [B · T]
+    cells: Tensor  # [N] where they are in [C · L]
+    sampling_logprobs: Tensor  # [C, L]
+    advantages: Tensor  # [C], or [C, L] where every token has its own
     rows: Sequence[PackedRow]
     routing: Tensor | None = None  # [B, T, routers, k] what the sampler's routers chose, -1 where it did not say
     counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
@@ -148,23 +152,17 @@ class MicroBatch:
         """Gives `segment` as the MTP head sees it: the first token, which has no entry, is padding."""
         return F.pad(self.segment[:, 1:], (1, 0), value=-1)
 
-    @property
-    def advantages(self) -> Tensor:
-        """Gives the advantages [C], or [C, L] where every token has its own."""
-        if self.samples[0].token_advantages:
-            return self.padded([sample.token_advantages for sample in self.samples])
-        return torch.tensor([sample.advantage for sample in self.samples], device=self.mask.device)
-
     def padded(self, per_token: Sequence[Sequence[float]]) -> Tensor:
         """Values given per token of each completion as [C, L], zeros after each end."""
-        out = torch.zeros(self.mask.shape, device=self.mask.device)
-        for c, values in enumerate(per_token):
-            out[c, : len(values)] = torch.tensor(values)
-        return out
+        return _padded(per_token, self.mask.shape[1]).to(self.mask.device)
+
+    def of_scored(self, x_BT: Tensor) -> Tensor:
+        """The scored tokens' part of values [B, T, ...], as `x_BT[scored]` gives it: [N, ...]; differentiable."""
+        return x_BT.flatten(0, 1)[self.places]
 
     def by_completion(self, flat_N: Tensor) -> Tensor:
         """Values of the scored tokens, in row order, as [C, L]; differentiable."""
-        return flat_N.new_zeros(self.mask.shape).masked_scatter(self.mask, flat_N)
+        return flat_N.new_zeros(self.mask.numel()).index_copy(0, self.cells, flat_N).view(self.mask.shape)
 
 
 def by_completion(rows: Sequence[PackedRow], values: Mapping[tuple[int, int], list[float]]) -> dict[int, list[float]]:
@@ -223,6 +221,7 @@ def cut(rows: Sequence[PackedRow], max_tokens: int) -> Iterator[Sequence[PackedR
 
 
 def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
+    """Makes a micro-batch of these rows, on the host, and sends it to the device at once."""
     batch, longest = len(rows), max(row.length for row in rows)
     token_ids = torch.zeros(batch, longest, dtype=torch.long)
     position_ids = torch.zeros(batch, longest, dtype=torch.long)
@@ -250,17 +249,39 @@ def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
     mask = torch.zeros(len(samples), max(len(sample.token_ids) for sample in samples), dtype=torch.bool)
     for c, sample in enumerate(samples):
         mask[c, : len(sample.token_ids)] = _turns(sample) > 0
-    return MicroBatch(
-        token_ids=token_ids.to(device),
-        position_ids=position_ids.to(device),
-        before=before.to(device),
-        segment=segment.to(device),
-        turn=turn.to(device),
-        mask=mask.to(device),
-        loss_mask=(mask & torch.tensor([[sample.in_loss] for sample in samples])).to(device),
-        rows=rows,
-        routing=_routing(rows, longest, device),
-    )
+    if samples[0].token_advantages:
+        advantages = _padded([sample.token_advantages for sample in samples], mask.shape[1])
+    else:
+        advantages = torch.tensor([sample.advantage for sample in samples])
+    tensors = {
+        "token_ids": token_ids,
+        "position_ids": position_ids,
+        "before": before,
+        "segment": segment,
+        "turn": turn,
+        "places": (turn.flatten() > 0).nonzero()[:, 0],
+        "cells": mask.flatten().nonzero()[:, 0],
+        "sampling_logprobs": _padded([sample.sampling_logprobs for sample in samples], mask.shape[1]),
+        "advantages": advantages,
+        "mask": mask,
+        "loss_mask": mask & torch.tensor([[sample.in_loss] for sample in samples]),
+    }
+    routing = _routing(rows, longest)
+    return MicroBatch(rows=rows, **_sent(tensors if routing is None else {"routing": routing} | tensors, device))
+
+
+def _sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Sends tensors to a device in one copy. Those with wide entries come first, so that each begins at a multiple."""
+    parts = torch.cat([x.flatten().view(torch.uint8) for x in tensors.values()]).to(device)
+    parts = parts.split([x.numel() * x.itemsize for x in tensors.values()])
+    return {name: part.view(x.dtype).view(x.shape) for (name, x), part in zip(tensors.items(), parts, strict=True)}
+
+
+def _padded(per_token: Sequence[Sequence[float]], longest: int) -> Tensor:
+    out = torch.zeros(len(per_token), longest)
+    for c, values in enumerate(per_token):
+        out[c, : len(values)] = torch.tensor(values)
+    return out
 
 
 def _turns(sample: Sample) -> Tensor:
@@ -274,7 +295,7 @@ def _turns(sample: Sample) -> Tensor:
     return begins.long().cumsum(0).where(sampled, -1)
 
 
-def _routing(rows: Sequence[PackedRow], longest: int, device: torch.device) -> Tensor | None:
+def _routing(rows: Sequence[PackedRow], longest: int) -> Tensor | None:
     """Pads the recorded choices of routers to [B, T, routers, k]; None where no row has any."""
     recorded = [
         [(row.prompt_routing, len(row.prompt_token_ids))] + [(s.routing, len(s.token_ids)) for s in row.samples]
@@ -292,4 +313,4 @@ def _routing(rows: Sequence[PackedRow], longest: int, device: torch.device) -> T
             if part is not None:
                 routing[b, start : start + length] = part
             start += length
-    return routing.to(device)
+    return routing

@@ -30,7 +30,7 @@ from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, groups_of
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.prepare import Advantages, estimate, pack
-from grpo.learner.terms.term import Term, Work
+from grpo.learner.terms.term import Term, Work, read
 from grpo.learner.update import Update
 from policies.policy import Policy, checkpoint_layers
 from policies.publication import Publication
@@ -167,10 +167,10 @@ class Learner:
 
     def _backward(self, work: Work, on_micro_batch: OnMicroBatch | None) -> dict[str, float]:
         """The gradient of each micro-batch of this rank. Returns what terms have noted, added up."""
-        sums: dict[str, float] = defaultdict(float)
+        notes = []
         for number, mini in enumerate(work.minis):
             began = time.perf_counter()
-            work.number, work.sums = number, defaultdict(float)
+            work.number, work.notes = number, defaultdict(list)
             with self.likelihood.replaying(mini):
                 out = self.likelihood.forward(mini)
                 loss, total, in_total = out.preceding.new_zeros(()), None, True
@@ -182,7 +182,7 @@ class Learner:
                     if in_total:
                         total = loss
                 if total is not None:
-                    work.sums["loss/total"] = total.item()
+                    work.note("loss/total", total)
                 if loss.requires_grad:
                     self.update.backward(loss * mini.counts, work.batch.step, self.ranks)
             work.seconds_apart += 0.0 if mini.learns else time.perf_counter() - began
@@ -190,19 +190,18 @@ class Learner:
                 if work.update == 0:
                     for sample, logprobs in zip(mini.samples, out.logprobs.tolist(), strict=True):
                         work.logprobs[sample.index, sample.start] = logprobs[: len(sample.token_ids)]
-                for name, value in work.sums.items():
-                    sums[name] = max(sums[name], value) if name.endswith("_max") else sums[name] + value
+                notes.append(work.notes)
             if on_micro_batch:
                 total = len(work.minis) * self.options.updates_per_batch
                 on_micro_batch(work.update * len(work.minis) + number + 1, total)
-        return dict(sums)
+        return read(notes)
 
     def _backward_of_lessons(self, work: Work) -> dict[str, float]:
-        work.sums = defaultdict(float)
+        work.notes = defaultdict(list)
         for lesson in work.batch.lessons:
             for term in work.terms:
                 self.update.backward(term.lesson(lesson, work), work.batch.step, self.ranks)
-        return dict(work.sums)
+        return read([work.notes])
 
     def optim_step(self, learning_rate: float | None = None, *, ends: bool = True) -> dict[str, float]:
         """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`. Where none waits,

@@ -65,9 +65,9 @@ class Likelihood:
                 preceding = self.preceding(mini, policy)
             lm_head = policy.output
             logprobs, entropy = logprobs_from_hidden(
-                preceding[mini.scored],
+                mini.of_scored(preceding),
                 lm_head,
-                mini.token_ids[mini.scored],
+                mini.of_scored(mini.token_ids),
                 self.temperature,
                 chunk=max(1, CHUNK_ELEMENTS // len(lm_head.weight)),
                 entropy_grad=self.entropy_grad,

@@ -112,10 +112,12 @@ class LatentCache:
         zeros = torch.zeros if prefix is None else room  # the cache of prompts is filled at once
         self.layers_RTE = [zeros(of_layer, dtype=dtype, device=device) for _ in range(layers)]
         self.lengths_R = torch.zeros(shape[1], dtype=torch.long, device=device)
+        self.known_longest: int | None = 0  # the largest of them, where the host knows it
         self.value_width = value_width
         self.prefix = prefix
         self.first = first
         self.whole_R: Tensor | None = None
+        self._ranges_of: tuple[int, int, int] | None = None
 
     @classmethod
     def after(cls, prefix: Prefix, capacity: int, value_width: int, first: int = 0) -> LatentCache:
@@ -133,10 +135,17 @@ class LatentCache:
         """Tells how many entries a row has room for."""
         return self.layers_RTE[0].shape[1]
 
+    @property
+    def longest(self) -> int:
+        """Tells how many entries the row with the most has; the device is asked where the host does not know."""
+        if self.known_longest is None:
+            self.known_longest = int(self.lengths_R.max())
+        return self.known_longest
+
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> LatentCache:
         """A new cache in which every row of this one is the shared prefix of `group_size` empty rows with room for
         `capacity` tokens. A group of one continues in its prompt's own row, `longest_prompt` + `capacity` long."""
-        longest = int(self.lengths_R.max())
+        longest = self.longest
         if group_size == 1:
             self._copy([self], [slice(None)], capacity=max(longest, longest_prompt) + capacity)
             return self
@@ -151,13 +160,12 @@ class LatentCache:
         A row may get more tokens than it has room for, if it has ended or is about to while others still read many.
         Those past its room go to its last entry and never into the next row, so the row must not keep that entry.
         """
-        device = self.lengths_R.device
-        steps_S = torch.arange(new, device=device)
-        at_RS = (self.lengths_R[:, None] + steps_S).clamp(max=self.capacity - 1)
+        ranges, starts_R1 = self._ranges(new)
+        at_RS = (self.lengths_R[:, None] + ranges[:new]).clamp(max=self.capacity - 1)
         # In steps of sixteen: temporary tensors that grow with every token leave gaps in the heap.
-        self._reach = min(self.capacity, -(-(int(self.lengths_R.max()) + new) // 16) * 16)
-        self._flat = (torch.arange(self.rows, device=device)[:, None] * self.capacity + at_RS).reshape(-1)
-        columns = torch.arange(self._reach, device=device)
+        self._reach = min(self.capacity, -(-(self.longest + new) // 16) * 16)
+        self._flat = (starts_R1 + at_RS).reshape(-1)
+        columns = ranges[: self._reach]
         visible = columns <= at_RS[..., None]
         if self.whole_R is not None:
             visible |= columns < self.whole_R[:, None, None]
@@ -168,6 +176,16 @@ class LatentCache:
         self._mask_RST = _mask(visible, self.layers_RTE[0].dtype)
         self._mask_RNT: Tensor | None = None  # the same for every attention head; made when their number is known
         self._windows: dict[int, tuple[Tensor, Tensor | None]] = {}  # the masks of layers whose window slides
+
+    def _ranges(self, new: int) -> tuple[Tensor, Tensor]:
+        """Gives the numbers from 0 on, as many as a plan needs, and where each row begins in the entries [R, 1]. They
+        stay the same from plan to plan."""
+        shape = self.rows, self.capacity, max(new, self.capacity)
+        if self._ranges_of != shape:
+            device = self.lengths_R.device
+            rows = torch.arange(self.rows, device=device)[:, None]
+            self._ranges_of, self._kept_ranges = shape, (torch.arange(shape[2], device=device), rows * self.capacity)
+        return self._kept_ranges
 
     def attend(self, layer: int, query_RSHK: Tensor, new_RSE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """Append the new tokens' vectors and attend; returns the attended latents [R, S, H, V]. A sink is [R, H] here.
@@ -216,9 +234,11 @@ class LatentCache:
             self._windows[window] = own[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2), of_prefix
         return self._windows[window]
 
-    def advance(self, kept_R: Tensor | int) -> None:
-        """Keep the first `kept_R` of the tokens that were planned."""
-        self.lengths_R = self.lengths_R + kept_R
+    def advance(self, kept_R: Tensor | int, longest: int | None = None) -> None:
+        """Keep the first `kept_R` of the tokens that were planned. `longest` is what that makes it, where known."""
+        if isinstance(kept_R, int) and self.known_longest is not None:
+            longest = self.known_longest + kept_R
+        self.lengths_R, self.known_longest = self.lengths_R + kept_R, longest
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in ascending order; drop the others, and prompts that no row needs any more."""
@@ -229,7 +249,7 @@ class LatentCache:
     def take(self, rows: Tensor, new: Tensor | None = None) -> LatentCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         cache, reach = copy.copy(self), int(self.lengths_R[rows].max())
-        cache.lengths_R, cache.layers_RTE = self.lengths_R[rows], []
+        cache.lengths_R, cache.known_longest, cache.layers_RTE = self.lengths_R[rows], reach, []
         cache.prefix = None if self.prefix is None else self.prefix.select(rows)
         for latents in self.layers_RTE:
             part = room((len(rows), *latents.shape[1:]), dtype=latents.dtype, device=latents.device)
@@ -239,8 +259,8 @@ class LatentCache:
 
     def put(self, rows: Tensor, cache: LatentCache) -> None:
         """The inverse of `take`: these rows become what they are there."""
-        reach = int(cache.lengths_R.max())
-        self.lengths_R = self.lengths_R.index_copy(0, rows, cache.lengths_R)
+        reach = cache.longest
+        self.lengths_R, self.known_longest = self.lengths_R.index_copy(0, rows, cache.lengths_R), None
         for latents, part in zip(self.layers_RTE, cache.layers_RTE, strict=True):
             latents[rows, :reach] = part[:, :reach]
 
@@ -264,7 +284,7 @@ class LatentCache:
                 part[:, :reach] = cache.layers_RTE[layer][: cache.rows][chosen, :reach]
                 cache.layers_RTE[layer] = latents.new_empty(0)  # a view would keep the whole tensor
             self.layers_RTE[layer] = whole
-        self.lengths_R = torch.cat(lengths)
+        self.lengths_R, self.known_longest = torch.cat(lengths), max(reaches)
 
 
 def room(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:

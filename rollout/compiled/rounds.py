@@ -174,4 +174,4 @@ def _own_rows(cache: LatentCache, places: int, entries: int) -> None:
                 whole[row, :start] = prefix.latents_LPTE[layer, prefix.row_prompt_R[row], :start]
             whole[row, start:end] = latents[row, : end - start]
         cache.layers_RTE[layer] = whole
-    cache.lengths_R, cache.prefix = starts + lengths, None
+    cache.lengths_R, cache.prefix, cache.known_longest = starts + lengths, None, None

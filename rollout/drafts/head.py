@@ -45,6 +45,8 @@ class Drafter:
         self.prefilled: list[Prefilled] = []
         self.unread: list[Unread] = []  # moved nowhere until the draft head reads them, since it may never do
         self.number = 0  # of the next of them
+        # The most unread tokens of a row, and the longest row of the cache once they are read, where the host knows.
+        self.known: tuple[int, int] | None = None
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
@@ -58,6 +60,7 @@ class Drafter:
     def select(self, live: Rows, kept_R: Tensor) -> None:
         """Keep the rows `kept_R`, which `live` are now. What the others had is dropped when it is most of what is
         held."""
+        self.known = None
         if self.cache is not None:
             self.cache.select(kept_R)
         if sum(part.tokens_RS.numel() for part in self.unread) > MOST_HELD * int(live.unread.sum()):
@@ -73,7 +76,12 @@ class Drafter:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
         self.unread.append(Unread(self.number, live.index, live.unread, tokens_RS, hidden_RSD, kept_R))
         self.number += 1
-        live.unread = live.unread + kept_R
+        live.unread, self.known = live.unread + kept_R, None
+
+    def sizes(self, live: Rows) -> list[Tensor]:
+        """Gives what `known` holds, as the device has it. Prompts that are yet to be read have no entries."""
+        after = live.unread if self.cache is None else self.cache.lengths_R + live.unread
+        return [live.unread.max(), after.max()]
 
     def missed(self, live: Rows) -> int:
         """Counts the tokens that the draft head has to read before it can draft, other than what a round may give a
@@ -127,10 +135,11 @@ class Drafter:
 
     def _catch_up(self, live: Rows) -> Tensor:
         """Read what was verified since the last draft; returns the output for each row's newest token [R, D]."""
-        out = self._read_tokens(live, *self.take(live, int(live.unread.max())))
-        self.ready(live).advance(live.unread)
+        width, longest = self.known if self.known and self.cache else (int(live.unread.max()), None)
+        out = self._read_tokens(live, *self.take(live, width))
+        self.ready(live).advance(live.unread, longest)
         out = out[live.every, live.unread - 1]
-        live.unread = torch.zeros_like(live.unread)
+        live.unread, self.known = torch.zeros_like(live.unread), None
         return out
 
     def read_ahead(self, live: Rows) -> None:
@@ -140,7 +149,7 @@ class Drafter:
         last_R = (live.unread - 1).clamp(min=0)
         self.ready(live).advance(last_R)
         newest = live.every[:, None], last_R[:, None]
-        live.unread = live.unread - last_R
+        live.unread, self.known = live.unread - last_R, None
         none = torch.zeros_like(live.unread)
         self.unread = [Unread(self.number, live.index, none, tokens[newest], hidden[newest], live.unread)]
 

@@ -26,14 +26,16 @@ def until_end(
 ) -> tuple[Tensor, Tensor]:
     """Says how many of its tokens each row keeps [R], and which rows stop [R], at the first of the `stops` it keeps.
 
-    `accepted_R` are None without drafts; `left_R` is how many tokens a row may still get.
+    `accepted_R` are None without drafts, where a live row keeps its one token; `left_R` is how many tokens a row may
+    still get.
 
     >>> until_end(torch.tensor([[5, 6, 2]]), torch.tensor([2]), torch.tensor([True]), 9, torch.tensor([6]))
     (tensor([2]), tensor([True]))
     """
+    if accepted_R is None:
+        return alive_R.long(), (targets_RS == stops).any(1) & alive_R
     steps = torch.arange(targets_RS.shape[1], device=targets_RS.device)
-    lengths = alive_R.long() if accepted_R is None else accepted_R + 1
-    lengths = torch.minimum(lengths, torch.as_tensor(left_R, device=lengths.device)) * alive_R
+    lengths = torch.minimum(accepted_R + 1, torch.as_tensor(left_R, device=accepted_R.device)) * alive_R
     is_stop = (targets_RS[..., None] == stops).any(-1) & (steps < lengths[:, None])
     stopped = is_stop.any(1)
     return torch.where(stopped, is_stop.long().argmax(1) + 1, lengths), stopped

@@ -1,6 +1,7 @@
 """On a CUDA device: what the rest of the suite shows on a CPU. `make gpu` runs these first.
 
-QUARTET_GPU_TESTS=cpu runs them on a CPU, so that they are known to run: `make gpu ARGS=--cpu`.
+QUARTET_GPU_TESTS=cpu runs them on a CPU, so that they are known to run: `make gpu ARGS=--cpu`. test_pretend.py runs
+them on a pretend accelerator.
 """
 
 import os
@@ -18,7 +19,7 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.learner.learner import Learner
 from grpo.run import checkpoint
 from grpo.run.memory_errors import OutOfMemory, phase
-from grpo.run.records import read_metrics
+from grpo.run.records import read_metrics, read_rollouts
 from grpo.train import train
 from policies.decoding import kernels
 from policies.policy import Policy
@@ -27,11 +28,13 @@ from rollout.compiled import rounds
 from rollout.compiled.recorded import RecordedRound
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
+from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
+from rollout.worker import Worker
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+DEVICE = torch.device(os.environ.get("QUARTET_GPU_TESTS") or "cuda")
 PROMPTS = [Prompt(f"p/{i}", "", [5 + i, 7, 9 + 3 * i, 11][: 2 + i]) for i in range(3)]
 PARAMS = SamplingParams(group_size=4, max_completion_tokens=12, draft_tokens=2)
 
@@ -138,7 +141,7 @@ def test_what_was_learned_is_sampled_from_once_it_is_published(random_policy):
 def test_bf16_weights_move_with_their_masters(random_policy):
     """A step of 1e-5 is lost in bfloat16 alone. The masters keep it, and twenty of them are seen."""
     policy = random_policy(2).cast(torch.bfloat16).to(DEVICE)
-    learner = _learner(policy, learning_rate=1e-5)
+    learner = _learner(policy, learning_rate=1e-5, tokens_per_micro_batch=1024)
     batch = _batch(learner, Engine(policy, torch.bfloat16).sample(PROMPTS, PARAMS))
     name, weight = next((n, p) for n, p in policy.named_parameters() if n.endswith("kv_b_proj.weight"))
     first = weight.detach().clone()
@@ -159,6 +162,41 @@ def test_a_run_trains_on_the_device(micro_config, tmp_path):
     assert ("memory/device_gib" in lines[-1]) == CUDA
 
 
+FULL = {
+    "loss.advantage": "gae", "loss.beta": 0.1, "learner.routing_replay": True, "learner.updates_per_batch": 2,
+    "eval.limit": 4, "steps": 2,
+}  # fmt: skip
+ADAPTERS = {"lora.rank": 2, "loss.beta": 0.1, "mtp.every": 1, "steps": 2, "rollout.compile": "off"}
+
+
+@pytest.mark.parametrize("options", [FULL, ADAPTERS], ids=["full", "adapters"])
+def test_a_run_on_the_device_samples_what_a_cpu_samples_and_is_resumed(micro_config, tmp_path, options):
+    """Full weights with a value head, a reference, replayed routers, two updates and evaluations; and adapters."""
+    config = options | {"dtype": "float32"}
+    train(micro_config(tmp_path / "cpu", device="cpu", **config))
+    train(micro_config(tmp_path / "device", device=DEVICE.type, **config | {"steps": 1}))
+    result = train(micro_config(tmp_path / "device", device=DEVICE.type, **config), resume="auto")
+    assert result.policy.device.type == DEVICE.type
+    for step in (1, 2):
+        expected, found = (read_rollouts(tmp_path / name, step) for name in ("cpu", "device"))
+        assert [c["token_ids"] for c in found] == [c["token_ids"] for c in expected]
+
+
+def test_a_worker_takes_a_publication_sleeps_and_samples_on_the_device(random_policy):
+    policy = random_policy(2)
+    worker = Worker(policy.skeleton(), "float32", "float32", DEVICE.type, 1)
+    for version in (0, 1):
+        for message in Sender().messages(policy.publication(), version):
+            held = worker.publish(message)
+        assert held
+        found = worker.sample(PROMPTS, PARAMS, version)
+        expected = Engine(policy, torch.float32).sample(PROMPTS, PARAMS)
+        tokens = ([c.token_ids for group in groups for c in group.completions] for groups in (found, expected))
+        assert next(tokens) == next(tokens)
+        worker.sleep()
+        policy = random_policy(3)
+
+
 def test_full_memory_of_the_device_names_the_option_and_leaves_the_run_usable(random_policy):
     """A real one, by asking the allocator for more than there can be."""
     config = SimpleNamespace(learner=LearnerOptions(tokens_per_micro_batch=64))
@@ -171,7 +209,7 @@ def test_full_memory_of_the_device_names_the_option_and_leaves_the_run_usable(ra
 
 def test_a_run_of_fsdp_is_that_of_one_process(micro_policy, letters, tmp_path):
     """One process on each GPU, or two on a CPU: the same first step, by FSDP2."""
-    size = torch.cuda.device_count() if CUDA else 2
+    size = 2 if DEVICE.type == "cpu" else torch.accelerator.device_count()
     if size < 2:
         pytest.skip("FSDP needs two GPUs")
     micro_policy(0).save(tmp_path / "micro")

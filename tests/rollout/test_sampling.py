@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import rollout.sampling
+from rollout.choice import choose_at_once
 from rollout.sampling import BLOCK, FULL_ROW, DraftVocabulary, Noise, SamplingParams, choose, logprobs_of, row_key
 
 torch.set_num_threads(1)
@@ -306,3 +307,17 @@ def test_parameters_move_from_step_to_step():
     assert PARAMS.at(9) == replace(PARAMS, step=9, draw=0)
     assert PARAMS.at(9, draw=2) == replace(PARAMS, step=9, draw=2)
     PARAMS.check()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("vocabulary", [400, 3000])
+def test_noise_and_choice_as_one_operator_choose_the_same(vocabulary, temperature):
+    """As an accelerator calls them, but for the compiler."""
+    logits, rows, places = torch.randn(40, vocabulary), keys(40), torch.arange(40)
+    drafted = DraftVocabulary(torch.arange(0, vocabulary, 3), vocabulary)
+    for among, columns in ((None, logits), (drafted, logits[:, ::3].contiguous())):
+        expected = choose(columns, temperature, Noise(rows, places, vocabulary), among)
+        tensors = [] if among is None else among.tensors
+        found = choose_at_once(columns, rows, places, temperature, vocabulary, tensors)
+        assert found[0].equal(expected[0])
+        assert found[1].equal(expected[1])

@@ -210,13 +210,13 @@ class ReadTerm(PolicyTerm):
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         loss, others = super().scalar(mini, forward, work), {}
-        sums, settled, options = work.sums, work.fixed[self.name], self.options
+        notes, settled, options = work.notes, work.fixed[self.name], self.options
         if self.reader.known is not None:
             for name, (changed, correction) in without(options, settled.correction).items():
-                work.sums, work.fixed[self.name] = defaultdict(float), replace(settled, correction=correction)
+                work.notes, work.fixed[self.name] = defaultdict(list), replace(settled, correction=correction)
                 self.options = changed
                 others[name] = super().scalar(mini, forward, work)
-        work.sums, work.fixed[self.name], self.options = sums, settled, options
+        work.notes, work.fixed[self.name], self.options = notes, settled, options
         self.reader.weigh(self.learner, mini, forward, loss, others)
         return loss
 

@@ -159,12 +159,11 @@ class Load:
 
     def observe(self, routing: RoutingRecorder, mini: MicroBatch, count: Count) -> Tensor:
         total = torch.zeros((), device=mini.mask.device)
-        scored = mini.scored.flatten()
         biases = [router.e_score_correction_bias for router in self.routers.values()]
-        completion_N = torch.arange(len(mini.mask), device=scored.device).repeat_interleave(mini.mask.sum(1))
+        completion_N = mini.cells // mini.mask.shape[1]
         for layer, (logits, experts) in enumerate(zip(routing.logits, routing.experts, strict=True)):
-            logits_NE = logits[scored]
-            count.chosen[layer] += torch.bincount(experts[scored].flatten(), minlength=self.experts)
+            logits_NE, chosen = logits[mini.places], experts[mini.places].flatten()
+            count.chosen[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
             count.entropies[layer] += entropy(gates(logits_NE.detach())).sum()
             if self.options.entropy_weight:
                 loss = entropy_regulariser(logits_NE, biases[layer], self.top_k) * len(logits_NE) / count.tokens

@@ -65,16 +65,15 @@ class PerToken(Term):
         return True
 
     def per_token(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
-        sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
         advantages = mini.advantages
         if advantages.dim() == 1:
             advantages = advantages[:, None].expand_as(mini.mask)
-        return self.function(forward.logprobs, sampling, advantages, mini.loss_mask)
+        return self.function(forward.logprobs, mini.sampling_logprobs, advantages, mini.loss_mask)
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
         loss = super().scalar(mini, forward, work)
         assert loss is not None
-        work.note(NAME, loss.item())
+        work.note(NAME, loss)
         return loss
 
 

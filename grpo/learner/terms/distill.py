@@ -50,7 +50,7 @@ class TeacherPolicy:
 
     @torch.no_grad()
     def top(self, likelihood: Likelihood, mini: MicroBatch, k: int) -> tuple[Tensor, Tensor]:
-        hidden_ND, lm_head = likelihood.preceding(mini, self.policy)[mini.scored], self.policy.output
+        hidden_ND, lm_head = mini.of_scored(likelihood.preceding(mini, self.policy)), self.policy.output
         return top_logprobs(hidden_ND, lm_head, k, likelihood.temperature, chunk=_chunk(lm_head))
 
 
@@ -112,11 +112,11 @@ class DistillTerm(Term):
             return None
         likelihood = work.likelihood
         ids_NK, teacher_NK = self.scores.top(likelihood, mini, self.top_k)
-        hidden_ND, lm_head = forward.preceding[mini.scored], likelihood.policy.output
+        hidden_ND, lm_head = mini.of_scored(forward.preceding), likelihood.policy.output
         policy_NK = logprobs_at(hidden_ND, lm_head, ids_NK, likelihood.temperature, chunk=_chunk(lm_head))
         kl_CL = mini.by_completion(top_k_kl(policy_NK, teacher_NK)).masked_fill(~mini.loss_mask, 0.0)
         loss = kl_CL.sum() / max(work.batch.num_completion_tokens, 1)
-        work.note("loss/teacher_kl", loss.item())
+        work.note("loss/teacher_kl", loss)
         return loss
 
 

@@ -65,7 +65,7 @@ class DraftHeadTerm(Term):
         loss = head_loss(self.policy, options, mini, forward.preceding, weights, temperature, together)
         if loss is None:
             return None
-        work.note("loss/mtp_tv" if options.tv else "loss/mtp", loss.item())
+        work.note("loss/mtp_tv" if options.tv else "loss/mtp", loss)
         self.seconds += time.perf_counter() - began if mini.learns else 0.0
         return loss
 
@@ -84,7 +84,7 @@ class DraftHeadTerm(Term):
             divergence="tv" if options.tv else "kl",
         )
         loss = options.loss_weight * loss / (work.batch.num_completion_tokens * work.ranks.readers)  # each reads all
-        work.note("loss/mtp_tv" if options.tv else "loss/mtp", loss.item())
+        work.note("loss/mtp_tv" if options.tv else "loss/mtp", loss)
         return loss
 
     def end(self, works: Sequence[Work]) -> dict[str, float]:
@@ -137,10 +137,11 @@ def head_loss(
         loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, chunk)
     else:
         first = min(len(mini.rows[b].prompt_token_ids) for b in chosen)
-        ids, positions, entries = mini.token_ids[chosen], mini.position_ids[chosen], mini.head_segment[chosen]
-        preceding = preceding_BTD[chosen]
+        rows = torch.tensor(chosen, device=preceding_BTD.device)
+        ids, positions, entries = mini.token_ids[rows], mini.position_ids[rows], mini.head_segment[rows]
+        preceding = preceding_BTD[rows]
         outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first)
-        turn, vocabulary = mini.turn[chosen], policy.draft_ids
+        turn, vocabulary = mini.turn[rows], policy.draft_ids
         measure: Divergence = "tv" if options.tv else "kl"
         loss = draft_loss(
             outputs, preceding, turn, lm_head, temperature, chunk, draft_ids=vocabulary, divergence=measure

@@ -74,8 +74,7 @@ class PolicyTerm(Term):
         if work.number == len(settled.old):
             settled.old.append(forward.logprobs.detach())
         old = settled.old[work.number]
-        sampling = mini.padded([sample.sampling_logprobs for sample in mini.samples])
-        advantages = mini.advantages
+        sampling, advantages = mini.sampling_logprobs, mini.advantages
         for term in work.terms:
             advantages = term.advantages(advantages, mini, forward, old, work)
         mask, options = self.mask(mini), self.options
@@ -90,8 +89,8 @@ class PolicyTerm(Term):
             step=WholeStep(work.batch.num_completion_tokens, work.batch.num_samples, self.longest, settled.top),
         )
         for name, value in metrics.items():
-            work.note(name, float(value) * (1.0 if name.startswith("loss/") else settled.scale))
-        work.note(FARTHEST, (old - sampling).masked_fill(~mask, 0.0).abs().max().item())
+            work.note(name, value, 1.0 if name.startswith("loss/") else settled.scale)
+        work.note(FARTHEST, (old - sampling).masked_fill(~mask, 0.0).abs().max())
         return loss
 
     def mask(self, mini: MicroBatch) -> Tensor:

@@ -25,5 +25,5 @@ class SupervisedTerm(Term):
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         loss = -forward.logprobs.sum() / work.batch.num_completion_tokens
-        work.note("loss/sft", loss.item())
+        work.note("loss/sft", loss)
         return loss

@@ -7,11 +7,12 @@ term by name: a term brings its advantages, its weights, its metrics and its sta
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
@@ -22,6 +23,9 @@ from policies.policy import Policy
 if TYPE_CHECKING:
     from grpo.learner.lessons import Lesson
     from rewards.group_score import GroupScore
+
+
+Noted: TypeAlias = tuple[float | Tensor, float]  # a value and its factor
 
 
 @dataclass
@@ -38,16 +42,28 @@ class Work:
     version: int = 0  # of the policy, before the first update
     update: int = 0  # updates that were made with it
     number: int = 0  # place of the micro-batch that is read
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # metrics of that micro-batch
+    notes: dict[str, list[Noted]] = field(default_factory=lambda: defaultdict(list))  # metrics of that micro-batch
     seconds: float = 0.0
     seconds_apart: float = 0.0  # spent on micro-batches from which the trunk does not learn
     logprobs: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # before the first update, by segment
     fixed: dict[str, Any] = field(default_factory=dict)
 
-    def note(self, name: str, value: float) -> None:
-        """A metric of this micro-batch: those of a step are added up, and of names that end in `_max` the largest is
-        taken."""
-        self.sums[name] += value
+    def note(self, name: str, value: float | Tensor, factor: float = 1.0) -> None:
+        """A metric of this micro-batch, times `factor`: those of a step are added up, and of names that end in `_max`
+        the largest is taken. A tensor is read when the step's micro-batches have been."""
+        self.notes[name].append((value.detach() if isinstance(value, Tensor) else value, factor))
+
+
+def read(notes: Sequence[Mapping[str, list[Noted]]]) -> dict[str, float]:
+    """The metrics of a step, from the notes of its micro-batches. All tensors are read in one copy."""
+    tensors = [x for part in notes for values in part.values() for x, _ in values if isinstance(x, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+    sums: dict[str, float] = defaultdict(float)
+    for part in notes:
+        for name, values in part.items():
+            value = sum((next(numbers) if isinstance(x, Tensor) else x) * factor for x, factor in values)
+            sums[name] = max(sums[name], value) if name.endswith("_max") else sums[name] + value
+    return dict(sums)
 
 
 class Term:

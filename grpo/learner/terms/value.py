@@ -67,7 +67,7 @@ class ValueTerm(Term):
         values: dict[int, Tensor] = {}
         for mini in work.cut(work.rows):
             with work.likelihood.replaying(mini):
-                states = work.likelihood.preceding(mini)[mini.scored]
+                states = mini.of_scored(work.likelihood.preceding(mini))
             values_CL = mini.by_completion(self.head(states))
             if mini.counts:
                 values |= {s.index: values_CL[c, : len(s.token_ids)].cpu() for c, s in enumerate(mini.samples)}
@@ -86,7 +86,7 @@ class ValueTerm(Term):
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         """The value loss reaches the trunk where `vf_coef` weighs it."""
-        states, weight = forward.preceding[mini.scored], self.options.vf_coef
+        states, weight = mini.of_scored(forward.preceding), self.options.vf_coef
         values = mini.by_completion(self.head(states if weight else states.detach()))
         loss, metrics = value_loss(
             values,
@@ -96,7 +96,7 @@ class ValueTerm(Term):
             num_completion_tokens=work.batch.num_completion_tokens,
         )
         for name, value in metrics.items():
-            work.note(name, float(value))
+            work.note(name, value)
         return (weight or APART) * loss
 
 
