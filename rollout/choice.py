@@ -13,26 +13,35 @@ from functools import cache
 import torch
 from torch import Tensor
 
+Choose = Callable[..., tuple[Tensor, Tensor]]
+
 
 def at_once(device: torch.device) -> bool:
     """Tells whether noise and choice are one operator there."""
     return device.type != "cpu"
 
 
-@torch.library.custom_op("quartet::choose", mutates_args=())
-def choose_at_once(
-    logits_NV: Tensor, keys_N2: Tensor, positions_N: Tensor, temperature: float, vocabulary: int, drafted: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Chooses as `choose`, with the noise of these keys at these positions, for a `vocabulary` of so many tokens.
-    `drafted` are the tensors of a `DraftVocabulary`, or none."""
-    ids, logprobs = _function(logits_NV.device.type)(logits_NV, keys_N2, positions_N, temperature, vocabulary, drafted)
-    return ids, logprobs
+def operator(plain: Choose) -> Choose:
+    """The operator `quartet::choose`, which computes what `plain` does."""
 
+    @cache
+    def function(kind: str) -> Choose:
+        from torch.utils._triton import has_triton
 
-@cache
-def _function(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    from torch.utils._triton import has_triton
+        return torch.compile(plain, dynamic=True) if kind == "cuda" and has_triton() else plain
 
-    from rollout.sampling import choose_by_keys
+    @torch.library.custom_op("quartet::choose", mutates_args=())
+    def choose_at_once(
+        logits_NV: Tensor,
+        keys_N2: Tensor,
+        positions_N: Tensor,
+        temperature: float,
+        vocabulary: int,
+        drafted: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        ids, logprobs = function(logits_NV.device.type)(
+            logits_NV, keys_N2, positions_N, temperature, vocabulary, drafted
+        )
+        return ids, logprobs
 
-    return torch.compile(choose_by_keys, dynamic=True) if kind == "cuda" and has_triton() else choose_by_keys
+    return choose_at_once

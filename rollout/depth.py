@@ -93,10 +93,10 @@ class CostTable:
             or self.rows[0] < 1
         ):
             raise ValueError("rows must ascend from 1 or more, with rounds for each")
-        if type(self.reading) not in (int, float) or not 0 <= self.reading < math.inf:
+        if type(self.reading) not in (int, float) or not 0 <= float(self.reading) < math.inf:
             raise ValueError("the milliseconds of reading must be 0 or more and finite")
         for costs in (costs for table in tables for costs in table):
-            if not costs or not all(type(cost) in (int, float) and 0 < cost < math.inf for cost in costs):
+            if not costs or not all(type(cost) in (int, float) and 0 < float(cost) < math.inf for cost in costs):
                 raise ValueError("the milliseconds of a round must be above 0 and finite")
         if not all(type(rows) is int for rows in self.rows):
             raise ValueError("rows must be whole numbers")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rollout.choice import at_once, choose_at_once
+from rollout.choice import at_once, operator
 
 FULL_ROW = 1024  # vocabularies up to this size take a noise for every token
 Chosen: TypeAlias = Tensor | slice  # which rows
@@ -243,9 +243,13 @@ def choose(
 def choose_by_keys(
     logits_NV: Tensor, keys_N2: Tensor, positions_N: Tensor, temperature: float, vocabulary: int, drafted: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """What the operator computes, see choice.py."""
+    """Chooses as `choose`, with the noise of these keys at these positions, for a `vocabulary` of so many tokens.
+    `drafted` are the tensors of a `DraftVocabulary`, or none."""
     noise = Noise(keys_N2, positions_N, vocabulary, waits=False)
     return _choose(logits_NV, temperature, noise, DraftVocabulary.of(drafted) if drafted else None)
+
+
+choose_at_once = operator(choose_by_keys)
 
 
 def _choose(

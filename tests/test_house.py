@@ -26,7 +26,7 @@ FLOORS = (
     ("cli",),
     ("train", "sft"),
     ("session", "trl_bridge"),
-    ("steps", "evaluation"),
+    ("steps", "evaluation", "tinker"),
     ("task",),
     ("source", "endpoint"),
     ("learner", "view"),
@@ -36,7 +36,7 @@ FLOORS = (
 )
 # What `import grpo.train` does not load: a run imports these when it is asked for them.
 FEATURES = (
-    *("grpo.cli", "grpo.endpoint", "grpo.cli.launch", "grpo.cli.mtp", "grpo.trl_bridge", "grpo.view"),
+    *("grpo.cli", "grpo.endpoint", "grpo.cli.launch", "grpo.cli.mtp", "grpo.trl_bridge", "grpo.view", "grpo.tinker"),
     *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "grpo.data.reasoning_gym", "grpo.data.word_problems"),
     *("grpo.learner.eight_bit", "grpo.learner.terms.custom", "grpo.learner.terms.supervised"),
     *("grpo.learner.terms.balance", "grpo.learner.terms.distill", "grpo.learner.terms.draft_head"),

@@ -8,8 +8,17 @@ import pytest
 import torch
 
 import rollout.sampling
-from rollout.choice import choose_at_once
-from rollout.sampling import BLOCK, FULL_ROW, DraftVocabulary, Noise, SamplingParams, choose, logprobs_of, row_key
+from rollout.sampling import (
+    BLOCK,
+    FULL_ROW,
+    DraftVocabulary,
+    Noise,
+    SamplingParams,
+    choose,
+    choose_at_once,
+    logprobs_of,
+    row_key,
+)
 
 torch.set_num_threads(1)
 PARAMS = SamplingParams(seed=3, step=5)

@@ -214,12 +214,16 @@ def test_contract_18_sampling_reads_all_its_options(policy_folder, rows):
     assert unread(SampleConfig, reads) == set()
 
 
-def test_contract_18_a_server_reads_all_its_options(policy_folder, monkeypatch):
+def test_contract_18_a_server_reads_all_its_options(policy_folder, monkeypatch, tmp_path):
+    pytest.importorskip("tinker")
     from grpo.cli.serve.server import serve
+    from grpo.cli.serve.training import serve_training
 
     monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)  # it has all that it needs by then
+    given = {"model": str(policy_folder), "threads": 1, "port": 0, "state": tmp_path / "state"}
     with recorded() as reads:
-        serve(load(ServeConfig, None, {"model": str(policy_folder), "threads": 1, "port": 0}))
+        serve(load(ServeConfig, None, given))
+        serve_training(load(ServeConfig, None, given))
     assert unread(ServeConfig, reads) == set()
 
 
