@@ -92,12 +92,16 @@ def test_what_the_loss_is_given_and_what_is_noted(monkeypatch, given, reads_entr
     monkeypatch.setattr(policy, "policy_loss", policy_loss)
     mask, loss_mask = torch.tensor([[True, True, False]]), torch.tensor([[True, False, False]])
     mini = SimpleNamespace(samples=[Sample(0, [4, 5], [-1.0, -3.0])], mask=mask, loss_mask=loss_mask)
-    mini.padded = lambda values: torch.tensor([[*values[0], 0.0]])
+    mini.sampling_logprobs = torch.tensor([[-1.0, -3.0, 0.0]])
     mini.advantages = torch.tensor([1.0])
     terms = [SimpleNamespace(advantages=lambda advantages, *given: 2 * advantages)]
     settled = Settled("token_mask", False, scale=2.0)
     likelihood = SimpleNamespace(of_reference=lambda mini: "reference")
-    work = work_of(fixed={"policy": settled}, terms=terms, likelihood=likelihood, note=notes.__setitem__)
+
+    def note(name, value, factor=1.0):
+        notes[name] = float(value) * factor
+
+    work = work_of(fixed={"policy": settled}, terms=terms, likelihood=likelihood, note=note)
     options = LossOptions(**{"beta": 0.1 if reads_entropy else 0} | given)
     for logprobs in (torch.tensor([[-1.5, -1.0, 50.0]]), torch.zeros(1, 3)):
         forward = SimpleNamespace(logprobs=logprobs.requires_grad_(), entropy="entropy")
