@@ -35,6 +35,7 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(gpu, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_piece_that_fails_is_recorded_and_the_others_still_run(gpu, capsys):
     written = []
     records = gpu.run_all(
@@ -153,6 +154,7 @@ def hide(tmp_path, monkeypatch):
     return hidden
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_installed_from_a_folder_of_wheels_and_nowhere_else(gpu, tmp_path, monkeypatch, capsys):
     """The wheel is made here, of a package that no machine has."""
     files = {

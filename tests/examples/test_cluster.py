@@ -62,7 +62,7 @@ def _until(found, seconds=90):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_job_that_slurm_ends_saves_and_is_queued_again_once(job, tmp_path, number):
     process = job(WAITS)
     _until((tmp_path / "ready").exists)

@@ -125,6 +125,7 @@ def test_public_names_are_there_and_others_are_named():
         _ = grpo.trian
 
 
+@pytest.mark.slow
 def test_an_estimator_of_the_users_own_is_used(file, micro_config, tmp_path):
     """Centred by hand: 1 and 0 become ±½; None has no advantage, and a tied group has nothing to teach."""
     scores = [GroupScore([1.0, 0.0, None], {"r": []}), GroupScore([0.5, 0.5, 0.5], {"r": []})]

@@ -167,6 +167,7 @@ def test_a_run_brings_its_environment_to_eval_and_sample(whole, tmp_path):
     assert group["completions"][0]["turns"][0]["role"] == "assistant"
 
 
+@pytest.mark.slow
 def test_contract_9_a_stopped_run_with_turns_goes_on_to_the_same_bits(micro_config, whole, tmp_path):
     folder = tmp_path / "again"
     options = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "eval.limit": 3, "steps": 2}
@@ -178,6 +179,7 @@ def test_contract_9_a_stopped_run_with_turns_goes_on_to_the_same_bits(micro_conf
         assert read_rollouts(folder, step) == read_rollouts(whole, step)
 
 
+@pytest.mark.slow
 def test_contract_6_a_failing_environment_is_named_and_never_a_zero(micro_config, tmp_path):
     data = tmp_path / "data.jsonl"
     rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}", "fate": "nan" if i == 3 else ""} for i in range(8)]

@@ -102,6 +102,7 @@ def test_a_feature_leaves_whole(feature, whole, tmp_path):
         assert torch.equal(weights[name], tensor), name
 
 
+@pytest.mark.slow
 def test_metrics_leave_with_their_features(tmp_path):
     gone = documented().keys() - leave(LEAVING, tree(tmp_path)).keys()
     assert {name for name in documented() if name.startswith(("agent/", "alarm/", "heads/", "moe/", "value/"))} < gone

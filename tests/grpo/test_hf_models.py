@@ -147,7 +147,9 @@ def test_adapters_with_two_workers_train_to_the_same_bits(config_of, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), pytest.param("qwen3", marks=pytest.mark.slow)]
+)
 def test_what_is_saved_is_what_transformers_loads(config_of, saved, tmp_path, kind):
     train(config_of(tmp_path / "run", kind, **{"lora.rank": 4, "steps": 2}))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run/policy", dtype=torch.float32)

@@ -109,6 +109,7 @@ def test_a_saved_policy_and_a_worker_see_the_same(policy, tmp_path):
     assert not torch.equal(states(loaded, [3, 4, 5], [6]), states(policy, [3, 4, 5], [6]))
 
 
+@pytest.mark.slow
 def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_config, tmp_path):
     given = BOTH_WAYS | {"loss.beta": 0.1, "eval.limit": 4}
     train(micro_config(tmp_path / "whole", **given))

@@ -27,6 +27,7 @@ def test_other_commands_models_and_ranks_are_refused(tmp_path, hf_policy, monkey
         check_plan(load(TrainConfig, None, given))
 
 
+@pytest.mark.slow
 def test_a_run_learns_with_a_quantised_sampler(tmp_path, micro_config):
     config = micro_config(tmp_path / "run", **{"rollout.quantization": "int8"})
     train(config)

@@ -57,7 +57,7 @@ def written(config, path):
     "options",
     [
         {},
-        {"learner.updates_per_batch": 2, "loss.beta": 0.1},
+        pytest.param({"learner.updates_per_batch": 2, "loss.beta": 0.1}, marks=pytest.mark.slow),
         pytest.param({"rollout.ahead": 1}, marks=pytest.mark.slow),
     ],
     ids=["plain", "two updates", "ahead"],
@@ -76,6 +76,7 @@ def test_contract_17_a_loop_over_the_primitives_gives_the_bits_of_quartet_train(
     assert all(torch.equal(tensor, parts[1][name]) for name, tensor in parts[0].items())
 
 
+@pytest.mark.slow
 def test_contract_17_a_loop_that_supervises_gives_the_bits_of_quartet_sft(micro_config, tmp_path):
     given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards", "data"})
     given |= {"steps": 7, "prompts_per_step": 4, "eval": {"limit": 2}, "rollout": {"max_completion_tokens": 5}}
@@ -103,6 +104,7 @@ def test_contract_17_on_two_ranks_too(micro_config, random_policy, tmp_path):
     assert_same_run(tmp_path / "ours", tmp_path / "theirs", 4)
 
 
+@pytest.mark.slow
 def test_drawing_is_prompts_sampling_and_scoring(micro_config, tmp_path):
     with Session.open(micro_config(tmp_path / "one")) as one, Session.open(micro_config(tmp_path / "two")) as two:
         for step, _ in zip(one.run.steps(), two.run.steps(), strict=True):
@@ -232,6 +234,7 @@ def test_a_checkpoint_of_a_session_brings_it_back(micro_config, tmp_path):
     assert [c.token_ids for g in again for c in g.completions] == sampled(tmp_path / "r")["step_000003.jsonl.zst"]
 
 
+@pytest.mark.slow
 def test_a_stopped_loop_of_ones_own_is_saved_and_goes_on(micro_config, tmp_path, monkeypatch):
     config = micro_config(tmp_path / "whole", steps=4)
     train(config)
@@ -251,6 +254,7 @@ def test_a_stopped_loop_of_ones_own_is_saved_and_goes_on(micro_config, tmp_path,
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
 
 
+@pytest.mark.slow
 def test_sessions_share_one_frozen_base(micro_config, tmp_path):
     lora = {"lora": {"rank": 2}, "learner.learning_rate": 1e-2}
     first, second = (micro_config(tmp_path / name, seed=seed, **lora) for seed, name in enumerate(("one", "two")))
@@ -401,7 +405,7 @@ def own_run(micro_config, tmp_path):
     return written(micro_config(tmp_path / "unused", **options), tmp_path / "run.yaml")
 
 
-@pytest.mark.parametrize("name", ["per_token.py", "best_of_n.py"])
+@pytest.mark.parametrize("name", ["per_token.py", pytest.param("best_of_n.py", marks=pytest.mark.slow)])
 def test_examples_of_loops_learn(own_run, tmp_path, monkeypatch, name):
     run_loop(monkeypatch, name, own_run, tmp_path / "r")
     metrics = read_metrics(tmp_path / "r")
@@ -416,6 +420,7 @@ def test_the_best_of_n_becomes_likelier(own_run, tmp_path, monkeypatch):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_two_policies_play_and_become_two(own_run, tmp_path, monkeypatch):
     run_loop(monkeypatch, "two_policies.py", own_run, tmp_path / "one", tmp_path / "two")
     one, two = (load_file(tmp_path / name / "policy/model.safetensors") for name in ("one", "two"))

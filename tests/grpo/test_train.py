@@ -147,6 +147,7 @@ def test_the_trained_policy_loads_in_stock_transformers_and_has_moved(run):
     assert tokenizer.decode(tokenizer.encode("How many pens?")) == "How many pens?"
 
 
+@pytest.mark.slow
 def test_the_same_configuration_gives_the_same_bits(run, micro_config, tmp_path):
     train(micro_config(tmp_path / "again", **{"eval.limit": 6, "eval.every": 2}))
     assert _sampled(tmp_path / "again") == _sampled(run)
@@ -399,7 +400,7 @@ def test_a_loss_that_is_not_finite_aborts_with_the_batch_and_the_way_out(micro_c
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("updates", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_can_be_skipped(micro_config, tmp_path, monkeypatch, updates):
     _fail_at(monkeypatch, {1, 3})
     folder, given = tmp_path / "r", {"learner.updates_per_batch": updates}
@@ -532,12 +533,13 @@ def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_pa
     assert (after.mtp is not None) == ("add_mtp" in given)
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.5])
+@pytest.mark.parametrize("temperature", [0.6, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_contract_2_sampler_and_learner_score_at_the_same_temperature(micro_config, tmp_path, temperature):
     train(micro_config(tmp_path / "r", **{"rollout.temperature": temperature}))
     assert all(line["mismatch/logprob_abs_mean"] < 1e-4 for line in read_metrics(tmp_path / "r"))
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_trained_and_the_mismatch_is_seen(micro_config, tmp_path):
     train(micro_config(tmp_path / "r", dtype="bfloat16"))
     for line in read_metrics(tmp_path / "r"):
@@ -656,7 +658,7 @@ def test_a_run_that_ends_says_so_in_an_event_and_its_metrics(micro_config, tmp_p
     assert not _events(folder, "undocumented_metric")
 
 
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_is_counted_when_it_goes_on(micro_config, tmp_path, saved):
     """Also where it had saved nothing, and begins anew."""
     folder, short = tmp_path / "r", {"warm_start.steps": 0, "steps": 3}
@@ -674,6 +676,7 @@ def test_a_run_that_was_killed_is_counted_when_it_goes_on(micro_config, tmp_path
     assert _run_metrics(folder) == {"run/killed": 1, "run/interruptions": 1}
 
 
+@pytest.mark.slow
 def test_a_reward_that_ends_a_run_is_an_event_with_function_prompt_and_sample(micro_config, tmp_path):
     path = tmp_path / "late.py"
     path.write_text(

@@ -40,7 +40,11 @@ def other_tensors(before: torch.nn.Module, after: torch.nn.Module) -> set[str]:
     return {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, state[name])}
 
 
-@pytest.mark.parametrize("published", WHOLE, indirect=True)
+@pytest.mark.parametrize(
+    "published",
+    ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in WHOLE if name != "qwen3_vl")],
+    indirect=True,
+)
 def test_the_language_model_alone_learns_and_the_rest_is_saved_as_it_was(published, tmp_path):
     policy = Policy.load(published)
     check_agreement(policy)
@@ -64,6 +68,7 @@ def test_the_language_model_alone_learns_and_the_rest_is_saved_as_it_was(publish
     assert lora.reach(policy.trunk)[0] > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", ["mistral3"], indirect=True)
 def test_a_run_trains_it_and_exports_it_whole(published, tmp_path, capsys):
     words = [f"--model={published}", f"--output_dir={tmp_path / 'run'}", "--steps=1", "--prompts_per_step=2"]

@@ -82,7 +82,9 @@ def score_faulty(scorer: Scorer, fault: str) -> list[GroupScore]:
     return scorer.score(["p", "q"], completions, [{}, {}], prompt_ids=["a", "b"], completion_ids=ids)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[pytest.mark.slow] * (fault in ("sleep", "loop"))) for fault in FAULTS]
+)
 def test_contract_6_a_failure_is_data_never_a_zero(scorers, fault):
     kind, cause = FAULTS[fault]
     score, other = score_faulty(scorers["drop_sample"], fault)
@@ -141,6 +143,7 @@ def test_several_failures_are_each_charged_to_their_own(scorers):
     assert score.rewards == [None, 0.0, None, None, 0.0, -1.0]
 
 
+@pytest.mark.slow
 def test_a_batch_that_fails_only_as_a_batch_is_scored_alone_with_a_warning(caplog):
     score = score_one([mine("first_only")], ["1", "22", "333"])
     assert score.rewards == [1.0, 2.0, 3.0]

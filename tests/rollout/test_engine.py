@@ -92,6 +92,7 @@ def test_greedy_decoding_is_the_stock_models(engine, policy):
         assert group.completions[0].token_ids == best[len(group.prompt.token_ids) - 1 : -1].tolist()
 
 
+@pytest.mark.slow
 def test_contract_3_a_large_vocabulary_is_lossless_too(random_policy):
     """More than FULL_ROW tokens: noise for the top and for the tail."""
     engine = Engine(taught(random_policy(13, vocab_size=2000), 1.0, 25))
@@ -317,6 +318,7 @@ def test_contract_4_samples_of_a_group_and_prompts_of_another_name_differ(engine
 # ---- contract 5: publications ----
 
 
+@pytest.mark.slow
 def test_contract_5_everything_holds_after_two_publications_with_an_update_between(random_policy, policy):
     engine = Engine(random_policy(99, attention_bias=True))
     learner = Policy.from_skeleton(policy.skeleton())

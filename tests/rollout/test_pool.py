@@ -333,6 +333,7 @@ def test_contract_4_a_worker_that_dies_is_replaced_and_gives_the_same_tokens(poo
     assert pool.faults.since_publication == 1
 
 
+@pytest.mark.slow
 def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, policies, expected):
     """The second worker's process ends without a word as soon as the first shard is done."""
     died = []
@@ -400,6 +401,7 @@ def test_a_worker_that_answers_no_more_gives_its_place_to_its_replacement(pool, 
     ray.kill(guest)
 
 
+@pytest.mark.slow
 def test_workers_that_keep_dying_stop_the_run_with_advice(pool, monkeypatch):
     monkeypatch.setattr(pool.faults, "most", 0)
     ray.kill(pool.workers.actors[0])
@@ -430,6 +432,7 @@ def test_contract_4_a_late_worker_is_replaced_and_its_shard_sampled_again(pool, 
     assert pool.metrics() == {}
 
 
+@pytest.mark.slow
 def test_workers_that_are_always_late_end_the_run_with_advice(pool, monkeypatch):
     monkeypatch.setattr(pool.faults, "most", 0)
     monkeypatch.setattr(pool, "timeout_s", 0.5)
@@ -559,6 +562,7 @@ def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_a
 # ---- Ray itself dies ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_a_dead_process_of_ray_is_named_before_it_takes_this_one_along(pool, policies, monkeypatch, name):
     with subprocess.Popen(["sleep", "600"]) as process:

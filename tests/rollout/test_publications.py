@@ -73,7 +73,7 @@ def test_contract_5_a_pool_that_shares_the_learners_weights_sees_a_fused_step(ra
     assert pool.sample(PROMPTS[:2], PARAMS)
 
 
-@pytest.mark.parametrize("draft_tokens", [0, 3])
+@pytest.mark.parametrize("draft_tokens", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_contract_3_the_distribution_is_the_updated_policys(random_policy, draft_tokens):
     policy = random_policy(16, vocab_size=6)
     learner, engine = learner_of(policy, 0.8), Engine(random_policy(99, vocab_size=6))

@@ -42,7 +42,7 @@ def test_contract_3_drafts_of_a_quantised_sampler_change_no_token(random_policy,
     assert assert_lossless(engine, PROMPTS[:4], replace(PARAMS, max_completion_tokens=20), depths=(1, 3)) > 100
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_contract_3_a_quantised_draft_head_changes_no_token(random_policy, kind):
     """Nor a log-probability: what is sampled by keeps its precision."""
     policy = taught(random_policy(17), PARAMS.temperature, steps=4)
@@ -117,7 +117,7 @@ def stale_scale(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_contract_13_canaries_catch_a_stale_scale(random_policy, kind, dtype):
     """Where one matrix has grown since the version of the scale; without that the same publication passes."""
     for sabotages in (False, True):

@@ -170,8 +170,11 @@ def test_choices_follow_the_softmax_in_a_small_vocabulary(temperature):
     assert abs(z_score(torch.bincount(chosen, minlength=40), expected)) < 4
 
 
-@pytest.mark.parametrize("vocabulary", [FULL_ROW + 1, 5 * BLOCK])
-@pytest.mark.parametrize(("scale", "temperature"), [(0.0, 1.0), (2.0, 1.0), (2.0, 0.7), (2.0, 1.4)])
+@pytest.mark.parametrize("vocabulary", [FULL_ROW + 1, pytest.param(5 * BLOCK, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("scale", "temperature"),
+    [*(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.0, 1.0), (2.0, 1.0), (2.0, 1.4))), (2.0, 0.7)],
+)
 def test_choices_follow_the_softmax_in_a_large_vocabulary(vocabulary, scale, temperature):
     torch.manual_seed(0)
     logits = scale * torch.randn(vocabulary)

@@ -71,7 +71,9 @@ CHEAP = CostTable(rows=[1, 8], rounds=[[1.0, 1.01, 1.02], [1.0, 1.9, 2.8]])
 
 
 @pytest.mark.parametrize(("draft_tokens", "costs"), [(0, None), (1, None), (3, None), (None, CHEAP)])
-@pytest.mark.parametrize("max_rows", [1, 3, 8])
+@pytest.mark.parametrize(
+    "max_rows", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_contract_4_a_request_gets_its_tokens_whoever_else_is_served(policy, draft_tokens, costs, max_rows):
     engine, rng = Engine(policy, max_rows=max_rows), random.Random(max_rows)
     asked = clients(24, rng)

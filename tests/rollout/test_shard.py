@@ -288,8 +288,11 @@ def test_a_head_that_drafts_goes_on_when_others_join(policy, monkeypatch):
 LONG = pytest.param([8], 0.5, marks=pytest.mark.long)
 
 
-@pytest.mark.parametrize("group_size", [1, 2])
-@pytest.mark.parametrize(("pattern", "share"), [([8] * 4 + [0] * 25 + [8], 0.0), ([0, 8, 0, 0, 5], 0.1), LONG])
+@pytest.mark.parametrize("group_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    ("pattern", "share"),
+    [pytest.param([8] * 4 + [0] * 25 + [8], 0.0, marks=pytest.mark.slow), ([0, 8, 0, 0, 5], 0.1), LONG],
+)
 def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeypatch, group_size, pattern, share):
     """Some rows accept every draft and end early, the others a `share` of them, and drafting pauses meanwhile.
     The head then reads more tokens of a late row than an early row has room for. Every draft of a row that goes on is

@@ -326,7 +326,7 @@ def test_a_checkpoint_of_an_unfinished_run_can_be_evaluated_and_exported(whole, 
 # ---- contract 3, with a trimmed vocabulary --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vocabulary", [None, 2 * FULL_ROW])
+@pytest.mark.parametrize("vocabulary", [pytest.param(None, marks=pytest.mark.slow), 2 * FULL_ROW])
 def test_contract_3_a_trimmed_vocabulary_changes_no_token(random_policy, vocabulary):
     """Also behind publications of another vocabulary, and of none."""
     policy = random_policy(3, **({} if vocabulary is None else {"vocab_size": vocabulary}))

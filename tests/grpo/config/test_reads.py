@@ -122,6 +122,7 @@ def rows(tmp_path) -> dict[str, Any]:
     return {"name": str(tmp_path / "rows.jsonl"), "held_out": 0.25}
 
 
+@pytest.mark.slow
 def test_contract_18_supervised_steps_read_all_their_options(micro_config, policy_folder, not_finite, rows, tmp_path):
     from grpo.sft import sft
 
@@ -190,6 +191,7 @@ def acts(judged, rows) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_contract_18_an_evaluation_reads_all_its_options(acts, tmp_path):
     from grpo.cli.commands.eval import evaluate_model
     from grpo.cli.commands.served import open_served
@@ -227,6 +229,7 @@ def test_contract_18_a_server_reads_all_its_options(policy_folder, monkeypatch, 
     assert unread(ServeConfig, reads) == set()
 
 
+@pytest.mark.slow
 def test_contract_18_quantising_reads_all_its_options(acts, tmp_path, monkeypatch):
     from grpo.cli.quantize import compressor, quantize
 

@@ -218,6 +218,7 @@ def test_contract_16_a_run_that_held_out_a_share_is_evaluated_on_that_share(tmp_
         assert questions(task.held_out) == questions(again.held_out)
 
 
+@pytest.mark.slow
 def test_a_run_says_how_its_held_out_problems_are_set_apart(micro_policy, tmp_path, capsys):
     micro_policy().save(tmp_path / "base")
     given = {"output_dir": str(tmp_path / "words"), "model": str(tmp_path / "base"), "threads": 1, "log.trackers": []}

@@ -110,7 +110,9 @@ def content(problem):
     return problem["id"].split("/")[2], *integers(problem["question"])
 
 
-@pytest.mark.parametrize("levels", [[1], [2], [1, 2]])
+@pytest.mark.parametrize(
+    "levels", [[1], pytest.param([2], marks=pytest.mark.slow), pytest.param([1, 2], marks=pytest.mark.slow)]
+)
 def test_contract_16_held_out_means_unseen_under_every_name_every_problem(levels):
     """The numbers of a held-out problem are in no training problem of any template, name, thing, seed and order."""
     train = word_problems("train", levels, 0, count=EVERY_PROBLEM)
@@ -123,6 +125,7 @@ def test_contract_16_held_out_means_unseen_under_every_name_every_problem(levels
     assert not met & {tuple(sorted(integers(problem["question"]))) for problem in held_out}
 
 
+@pytest.mark.slow
 def test_contract_16_held_out_means_unseen_under_every_name_any_level_any_seed():
     train = [p for seed in range(3) for p in some_of_every_level("train", 6_000, seed)]
     held_out = [p for seed in range(3) for p in some_of_every_level("held_out", 1_000, seed)]

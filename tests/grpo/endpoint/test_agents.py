@@ -117,13 +117,13 @@ def test_an_agent_gets_columns_and_its_number_is_a_reward(micro_config, tmp_path
     ("fate", "said"),
     [
         ("raises", r"raised: RuntimeError: no such tool \(line \d+ in fails\)"),
-        ("hangs", r"timeout: no result after 3 s, stuck at agents.py"),
+        pytest.param("hangs", r"timeout: no result after 3 s, stuck at agents.py", marks=pytest.mark.slow),
         ("dies", "died: the process that ran it ended"),
-        ("leaves", "raised: SystemExit: enough"),
-        ("words", "not_a_number: returned 'good'; return a number or None"),
+        pytest.param("leaves", "raised: SystemExit: enough", marks=pytest.mark.slow),
+        pytest.param("words", "not_a_number: returned 'good'; return a number or None", marks=pytest.mark.slow),
         ("nan", "nan"),
-        ("silent", "asked_nothing: it got no answer of the policy"),
-        ("greedy", "memory: it needs more memory"),
+        pytest.param("silent", "asked_nothing: it got no answer of the policy", marks=pytest.mark.slow),
+        pytest.param("greedy", "memory: it needs more memory", marks=pytest.mark.slow),
     ],
 )
 def test_contract_6_an_agent_that_fails_is_named_and_never_a_zero(micro_config, tmp_path, fate, said):

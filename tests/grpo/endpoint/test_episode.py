@@ -90,7 +90,7 @@ def user(content):
     return {"role": "user", "content": content}
 
 
-@pytest.mark.parametrize("kind", ["chat", "text", "ids"])
+@pytest.mark.parametrize("kind", ["chat", "text", pytest.param("ids", marks=pytest.mark.slow)])
 def test_contract_1_what_is_learned_from_are_the_ids_that_were_sampled(begin, engine, kind):
     """For each turn: the policy reads exactly what it has read and written before, and then what is new. The learner
     gets the same ids. To tokenise the text again would have given others."""

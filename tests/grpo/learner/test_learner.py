@@ -870,6 +870,7 @@ def test_the_head_learns_every_so_many_steps_from_another_share_of_the_groups(mi
     assert not all(torch.equal(p, before[name]) for name, p in policy.mtp.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_head_rests_while_drafts_gain_nothing(micro_policy, monkeypatch):
     """By what drafts gained in the rollouts that are learned from, which the record has."""
     policy = micro_policy(0)

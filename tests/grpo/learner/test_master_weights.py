@@ -67,7 +67,7 @@ def test_fp32_needs_no_masters(micro_policy):
     assert all(learner.masters.of(p) is p for p in learner.policy.parameters())
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_bf16_policy_learns_at_a_learning_rate_that_bf16_would_round_away(micro_policy, lora):
     def policy(dtype):
         made = micro_policy(0).to(torch.bfloat16).to(dtype)  # the same rounded start
@@ -159,6 +159,7 @@ def test_the_largest_mismatch_is_that_of_the_step_not_a_sum(micro_policy):
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_contract_9_a_bf16_run_resumes_to_the_same_bits(micro_config, tmp_path):
     """Warm start, masters, correction and publication, end to end."""
     given = {

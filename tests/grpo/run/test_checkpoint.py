@@ -72,6 +72,7 @@ def test_contract_9_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
     assert outcomes.count(2.0) > 3, "and also while the older checkpoint was being removed"
 
 
+@pytest.mark.slow
 def test_contract_9_a_killed_save_over_the_only_checkpoint_leaves_one_of_the_two(tmp_path):
     outcomes = []
     for call in range(1, 100):

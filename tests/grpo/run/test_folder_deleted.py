@@ -22,7 +22,7 @@ def letters(completions, trainer_state, **_):
 @pytest.mark.parametrize(
     ("gone", "said"),
     [
-        ("run", "output_dir: [Errno 2] No such file or directory: "),
+        pytest.param("run", "output_dir: [Errno 2] No such file or directory: ", marks=pytest.mark.slow),
         ("run/metrics.jsonl", "run/metrics.jsonl was deleted, moved or replaced while the run wrote to it"),
     ],
 )

@@ -113,7 +113,13 @@ def _stop_after(micro_config, folder: Path, kind: str, k: int) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "k"),
-    [pytest.param(kind, k, marks=[pytest.mark.long] * (k == 3 or kind in VARIANTS)) for k in (2, 3) for kind in KINDS],
+    [
+        pytest.param(
+            kind, k, marks=[pytest.mark.long] * (k == 3 or kind in VARIANTS) + [pytest.mark.slow] * (kind != "full")
+        )
+        for k in (2, 3)
+        for kind in KINDS
+    ],
 )
 def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, tmp_path, kind, k):
     reference, folder = whole(kind), tmp_path / "run"
@@ -341,6 +347,7 @@ def test_adapters_are_not_continued_on_other_base_weights(micro_config, micro_po
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "reward/mean" in line] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_forced_resume_puts_adapters_on_other_base_weights_and_says_so(micro_config, micro_policy, tmp_path):
     config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, 0)
     _change_one_weight(file)
@@ -367,7 +374,7 @@ def test_the_checkpoint_of_another_run_brings_its_configuration_along(micro_conf
     _assert_same_checkpoint(folder, reference, STEPS)
 
 
-@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("force", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_checkpoint_of_another_command_is_refused(micro_config, micro_preset, whole, tmp_path, force):
     with pytest.raises(Stopped):
         sft(_sft_config(micro_preset, tmp_path / "sft"), stop_after=2)
@@ -598,7 +605,7 @@ def test_contract_9_a_failure_in_supervised_fine_tuning_saves_the_last_whole_ste
     assert _untimed(folder) == _untimed(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, tmp_path, monkeypatch, kind):
     forward_backward = Learner.forward_backward
 

@@ -89,6 +89,7 @@ def other(completions, **_):
 """
 
 
+@pytest.mark.slow
 def test_a_mended_function_resumes_after_its_failure(micro_config, tmp_path):
     """As the message asks for; and not a second time, nor another function of the file."""
     file, folder = tmp_path / "mine.py", tmp_path / "run"
@@ -124,6 +125,7 @@ def test_an_unrelated_change_of_the_file_does_not_block_a_resume(file, micro_con
     assert "rewards_changed" not in [event["event"] for event in read_events(folder)]
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_compares_whole_files(file, micro_config):
     folder, given = file.parent / "run", {"warm_start.steps": 0, "eval.limit": 0}
     config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **given)
@@ -179,7 +181,7 @@ def learners(micro_policy):
     ]
 
 
-@pytest.mark.parametrize("fault", ["raise", "hang", "die", "short", "nan", "inf"])
+@pytest.mark.parametrize("fault", ["raise", pytest.param("hang", marks=pytest.mark.slow), "die", "short", "nan", "inf"])
 def test_advantages_under_drop_sample_equal_those_of_the_remaining_seven(tmp_path, learners, fault):
     """One of eight completions fails; the learner gets the batch that the other seven make."""
     (tmp_path / "own.py").write_text(FAULTY)

@@ -77,6 +77,7 @@ def test_a_checkpoint_fits_any_number_of_ranks(saved, before, after):
         assert found["other"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_cannot_write_ends_every_rank_with_the_same_words(saved, victim):
     _, shown = saved(2)

@@ -86,7 +86,15 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
 @pytest.mark.parametrize(
     ("kind", "owner", "name", "call", "saved", "message"),
     [
-        (signal.SIGHUP, supervise, "warm_start", 1, None, "stopped after step 1 of the warm start; go on"),
+        pytest.param(
+            signal.SIGHUP,
+            supervise,
+            "warm_start",
+            1,
+            None,
+            "stopped after step 1 of the warm start; go on",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             signal.SIGINT,
             Learner,
@@ -96,7 +104,9 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
             "stopped after step 2 of the warm start; go on",
             marks=pytest.mark.slow,
         ),
-        (signal.SIGTERM, Engine, "sample", 1, None, "stopped before step 1; go on"),  # the evaluation before GRPO
+        pytest.param(  # the evaluation before GRPO
+            signal.SIGTERM, Engine, "sample", 1, None, "stopped before step 1; go on", marks=pytest.mark.slow
+        ),
         pytest.param(
             signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on", marks=pytest.mark.slow
         ),
@@ -224,8 +234,12 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
     [
         (Task, "score", 4, REWARD, 1),  # two in the evaluation before GRPO, then one a step
         pytest.param(LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1, marks=pytest.mark.slow),
-        (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
-        (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes the first three
+        pytest.param(  # one before step 1, then one a step
+            LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2, marks=pytest.mark.slow
+        ),
+        pytest.param(  # the warm start takes the first three
+            Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None, marks=pytest.mark.slow
+        ),
         pytest.param(RunLog, "rollouts", 5, FULL, 2, marks=pytest.mark.slow),
         pytest.param(HeldOut, "evaluate", 2, REWARD, 3, marks=pytest.mark.slow),
         pytest.param(
@@ -260,6 +274,7 @@ def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
     assert (event["step"], event["function"], event["message"]) == (2, "letters", "boom")
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_after_its_first_update_is_kept_with_its_line(micro_config, tmp_path, monkeypatch):
     _fails_at_call(monkeypatch, Update, "make", 3 + 4, NonFiniteStep("the gradient norm is nan"))
     with pytest.raises(NonFiniteStep):

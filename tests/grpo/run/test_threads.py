@@ -45,6 +45,7 @@ def test_the_command_has_a_bounded_spin_before_torch_is_loaded(tmp_path):
     assert f"GOMP_SPINCOUNT = '{WAITING['GOMP_SPINCOUNT']}'" in display(*words)
 
 
+@pytest.mark.slow
 def test_what_the_user_chose_stays(tmp_path):
     words = ["-m", "grpo", "train", "--output_dir", str(tmp_path), "--print_config"]
     shown = display(*words, OMP_WAIT_POLICY="ACTIVE")

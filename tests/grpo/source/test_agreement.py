@@ -26,6 +26,7 @@ def cuts(monkeypatch) -> list[str]:
     return built
 
 
+@pytest.mark.slow
 def test_the_paths_of_bfloat16_are_those_of_float32(hf_policy, cuts):
     """In bfloat16 so much is allowed that our cache, which drops the recurrent state, could seem right."""
     policy = hf_policy("falcon_h1", 3, head_dim=8, mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64, mamba_d_state=8)

@@ -179,7 +179,9 @@ def test_contract_12_timing_deaths_and_workers_change_no_bit(options, whole, tmp
 
 
 @pytest.mark.usefixtures("without_ray")
-@pytest.mark.parametrize(("ahead", "stop"), [(1, 3), (2, 2), slow(1, 2), slow(2, 3)])  # before and after an evaluation
+@pytest.mark.parametrize(  # before and after an evaluation
+    ("ahead", "stop"), [(1, 3), slow(2, 2), slow(1, 2), slow(2, 3)]
+)
 def test_contract_12_a_stopped_run_goes_on_with_the_batches_in_flight(options, whole, tmp_path, ahead, stop):
     config = options(tmp_path / "run", ahead)
     with pytest.raises(Stopped):
@@ -192,7 +194,7 @@ def test_contract_12_a_stopped_run_goes_on_with_the_batches_in_flight(options, w
 
 
 @pytest.mark.usefixtures("without_ray")
-@pytest.mark.parametrize(("ahead", "call"), [(1, 5), (2, 5), slow(1, 4), slow(2, 6)])
+@pytest.mark.parametrize(("ahead", "call"), [(1, 5), slow(2, 5), slow(1, 4), slow(2, 6)])
 def test_contract_9_a_failure_ahead_of_its_time_saves_the_last_whole_step(
     options, whole, tmp_path, monkeypatch, ahead, call
 ):
@@ -216,7 +218,7 @@ def test_contract_9_a_failure_ahead_of_its_time_saves_the_last_whole_step(
 
 @pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize(  # the weights of batch 4 are those before step 2, which is saved anyway, and of 5 step 3
-    ("batch", "how"), [(4, "signal"), (5, "failure"), slow(4, "failure"), slow(5, "signal")]
+    ("batch", "how"), [(4, "signal"), slow(5, "failure"), slow(4, "failure"), slow(5, "signal")]
 )
 def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
     options, whole, tmp_path, monkeypatch, batch, how
@@ -254,6 +256,7 @@ def test_contract_9_a_batch_whose_weights_are_gone_is_sampled_with_them_again(
     same(folder, whole[2], first=4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_contract_9_a_batch_that_fails_just_before_the_update_undoes_the_step(options, whole, tmp_path, monkeypatch):
     folder, collect, start = tmp_path / "run", Collector.collect, Batches._start

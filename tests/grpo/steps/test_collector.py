@@ -46,6 +46,7 @@ def recorded(folder, step):
     return head_accepted(Completion([], [], "", "stop", 0, draft=DraftStats(**line["draft"])) for line in lines)
 
 
+@pytest.mark.slow
 def test_contract_9_what_became_of_the_drafts_of_a_step_is_what_the_next_one_expects(micro_config, tmp_path, expected):
     given = {"steps": 4, "eval.limit": 0}
     folder = tmp_path / "run"

@@ -146,6 +146,7 @@ def test_graphs_are_chosen_by_what_is_planned_and_refused_by_name(micro_policy, 
     assert not compiled({}, rounds=10**9)
 
 
+@pytest.mark.slow
 def test_a_run_by_graphs_has_the_tokens_of_one_without_and_says_so(micro_config, monkeypatch, tmp_path):
     """Graphs are called here and not compiled, as a GPU would record them."""
     monkeypatch.setattr(rounds, "find", lambda *_: RecordedRound())

@@ -147,6 +147,7 @@ def test_samples_and_log_probabilities_are_those_of_the_policy(service):
     assert of_prompt[1:] == pytest.approx([want[i, TOKENS[i + 1]].item() for i in range(2)], abs=2e-5)
 
 
+@pytest.mark.slow
 def test_clients_do_not_see_each_others_weights(base, tmp_path):
     """Three at once, in turns, get what each gets alone."""
 
@@ -167,7 +168,7 @@ def test_clients_do_not_see_each_others_weights(base, tmp_path):
     assert run("together", True) == run("apart", False)
 
 
-@pytest.mark.parametrize("keep_state_s", [0.0, 1e9])
+@pytest.mark.parametrize("keep_state_s", [0.0, pytest.param(1e9, marks=pytest.mark.slow)])
 def test_a_service_that_was_killed_goes_on_to_the_same_bits(base, tmp_path, monkeypatch, keep_state_s):
     """By the state that was kept last, or by doing everything again."""
     monkeypatch.setattr(of_service, "KEEP_STATE_S", keep_state_s)

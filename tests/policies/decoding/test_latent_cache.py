@@ -78,6 +78,7 @@ def test_attention_equals_loops(shared, key_width, scoring):
     rows.step(1, [1] * len(rows.seen))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_ragged_history_equals_loops(data):

@@ -25,7 +25,10 @@ watcher.communicate()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, 0])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow)],
+)
 def test_the_folder_and_its_processes_end_with_their_owner(tmp_path, number):
     folder = tmp_path / "quartet-1"
     stranger = subprocess.Popen(

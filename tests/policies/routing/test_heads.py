@@ -307,6 +307,7 @@ def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_other_programs_refuse_it_by_the_name_of_its_type(policy, tmp_path):
     policy.save(tmp_path / "p")
     reads = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"

@@ -198,6 +198,7 @@ repeated = st.builds(lambda unit, count: "".join(unit) * count, st.lists(parts, 
 hostile = st.lists(repeated.map(lambda text: text[:60_000]), max_size=4).map(lambda texts: "".join(texts)[:100_000])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(hostile)
 def test_any_text_is_graded_in_bounded_time(text):

@@ -58,7 +58,11 @@ def test_it_is_what_transformers_gives(tokenizer, name, tools):
         ("{{ 'a' * 10**10 }}", "it needs more memory than its process may have"),
         ("{{ 'a' * 10**7 }}", "it makes 10,000,000 letters of them; 1,00"),
         ("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}", "RecursionError"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "no result after 2 s"),
+        pytest.param(
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "no result after 2 s",
+            marks=pytest.mark.slow,
+        ),
         ("{% if messages[0].content == 'Be brief.' %}{{ 'a' * 10**10 }}{% endif %}x", "it needs more memory"),
     ],
     ids=["text", "much", "brackets", "loops", "one-message"],

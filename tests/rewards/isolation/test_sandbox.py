@@ -176,12 +176,15 @@ def test_the_namespaces_hold_without_the_filter(program, said, monkeypatch):
 @pytest.mark.parametrize(
     "program",
     [
-        "while True: pass",
-        "import time; time.sleep(600)",
+        pytest.param("while True: pass", marks=pytest.mark.slow),
+        pytest.param("import time; time.sleep(600)", marks=pytest.mark.slow),
         "import signal\nfor n in set(signal.Signals) - {9, 19}: signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
-        "try:\n    while True: pass\nexcept BaseException: pass\nwhile True: pass",
+        pytest.param(
+            "try:\n    while True: pass\nexcept BaseException: pass\nwhile True: pass", marks=pytest.mark.slow
+        ),
         "import threading\nfor i in range(4): threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()",
-        "x = 10 ** 10 ** 8",  # one bytecode, which no signal handler of Python could interrupt
+        # one bytecode, which no signal handler of Python could interrupt
+        pytest.param("x = 10 ** 10 ** 8", marks=pytest.mark.slow),
     ],
 )
 def test_a_program_that_does_not_end_is_ended(program):

@@ -127,7 +127,9 @@ def test_contract_2_log_probabilities_are_the_models_own(hf_policy, kind):
     assert all(c.draft.target_forwards == len(c.token_ids) - 1 for c in completions(groups))
 
 
-@pytest.mark.parametrize("kind", STOCK)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("bloom", "gpt_oss"))) for kind in STOCK]
+)
 def test_contracts_2_and_4_by_transformers_own_cache(stock, kind):
     """Rows that leave and come, with little room too, and alone."""
     policy = stock(kind)
@@ -157,7 +159,9 @@ def test_greedy_decoding_is_that_of_generate(hf_policy, kind):
         assert group.completions[0].token_ids == out[0, row.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("kind", [*ESSENTIAL, "gemma4_text"])
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*ESSENTIAL[1:], "gemma4_text"))]
+)
 def test_contract_4_tokens_do_not_depend_on_what_runs_beside_them(hf_policy, kind):
     engine = Engine(hf_policy(kind, 4, **KINDS[kind]))
     together = tokens(engine.sample(PROMPTS, PARAMS))

@@ -33,6 +33,10 @@ CASES = {
     "the end of eight groups, two drafts": (PROMPTS, replace(PARAMS, draft_tokens=2)),
     "greedy": (PROMPTS[:2], replace(PARAMS, temperature=0.0, draft_tokens=1)),
 }
+QUICK = ("one row", "two groups, two drafts")
+quick_and_slow = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES]
+)
 
 
 class Traced:
@@ -78,7 +82,7 @@ def assert_same(engine: Engine, prompts: list[Prompt], params: SamplingParams) -
     return by_graph
 
 
-@pytest.mark.parametrize("case", CASES)
+@quick_and_slow
 def test_contracts_3_and_4_a_graph_changes_no_token(policy, random_policy, made, case):
     """Also with the weights of a publication, which needs no other graph."""
     before = {name: tensor.clone() for name, tensor in policy.publication().items()}
@@ -219,7 +223,7 @@ def test_a_graph_with_the_numbers_of_a_weight_is_refused(policy):
         graph.bind(decoder, bucket)
 
 
-@pytest.mark.parametrize("case", CASES)
+@quick_and_slow
 def test_contracts_3_and_4_a_recorded_round_changes_no_token(policy, random_policy, monkeypatch, case):
     """On a CPU it is called where a GPU replays it: its own inputs, moved caches and publications are the same."""
     recorded: list[RecordedRound] = []

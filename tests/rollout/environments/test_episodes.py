@@ -32,6 +32,7 @@ TEXT = "3 + 4 = 7, how many apples are left? "
 PROMPTS = [replace(prompt, text=TEXT[: 4 + 4 * i]) for i, prompt in enumerate(prompts_of(*[1] * 8))]
 SPEC = EnvironmentSpec(environments=(("", f"{GUESSING}:Guess"),), max_turns=5)
 EPISODES = replace(PARAMS, max_completion_tokens=90, environment=SPEC)
+OTHER_WAYS = (("joined", "alone"), ("apart",), ("whole",))
 SLOW = replace(SPEC, environments=(("", f"{GUESSING}:Slow"),), timeout_s=0.5)
 
 
@@ -82,6 +83,7 @@ def test_contract_3_speculation_is_lossless_over_20_000_multi_turn_tokens(engine
     assert sum(assert_lossless(engine, PROMPTS, params.at(step), depths=(1, 2, 3, 4)) for step in range(6)) > 20_000
 
 
+@pytest.mark.slow
 def test_contract_4_batches_refills_and_other_prompts_change_no_token(engine, sampled):
     """Alone, in another order, and in a batch so small that rows are refilled while others wait for their tools."""
     small = Engine(engine.policy, max_rows=6)
@@ -134,13 +136,15 @@ def _assert_learner_agrees(policy, groups, temperature: float) -> int:
     return int(mini.mask.sum())
 
 
-@pytest.mark.parametrize("draft_tokens", [0, 3])
+@pytest.mark.parametrize("draft_tokens", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_contract_2_the_sampler_scores_as_the_learner_does(engine, draft_tokens):
     groups = engine.sample(PROMPTS, replace(EPISODES, draft_tokens=draft_tokens))
     assert _assert_learner_agrees(engine.policy, groups, EPISODES.temperature) > 800
 
 
-@pytest.mark.parametrize("paths", [Paths(), Paths("joined", "alone"), Paths("apart"), Paths("whole")])
+@pytest.mark.parametrize(
+    "paths", [Paths(), *(pytest.param(Paths(*ways), marks=pytest.mark.slow) for ways in OTHER_WAYS)]
+)
 def test_models_of_transformers_have_episodes_too(hf_policy, paths):
     policy = hf_policy("qwen3", 3)
     policy.paths = paths
@@ -153,6 +157,7 @@ def test_models_of_transformers_have_episodes_too(hf_policy, paths):
         engine.close()
 
 
+@pytest.mark.slow
 def test_policies_that_choose_heads_and_see_their_first_prompt_whole_have_episodes_too(random_policy):
     policy = random_policy(31, num_attention_heads=4, num_key_value_heads=4)
     policy.choose_heads(0.75, 1, seed=3)

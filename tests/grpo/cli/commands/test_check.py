@@ -170,7 +170,14 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("line", "breaks", "kind"), [(line, *case) for line in BROKEN for case in BROKEN[line]])
+@pytest.mark.parametrize(
+    ("line", "breaks", "kind"),
+    [
+        pytest.param(line, *case, marks=[pytest.mark.slow] * (place > 0))  # one of each line is quick
+        for line in BROKEN
+        for place, case in enumerate(BROKEN[line])
+    ],
+)
 def test_a_broken_model_is_named_in_its_line(without_trl, monkeypatch, line, breaks, kind):
     config = zoo.tiny_config(kind)
     config.tie_word_embeddings = line == "LM head"
@@ -220,7 +227,9 @@ def test_layers_that_are_computed_again_drop_nothing(without_trl):
     assert _wrong(examine(zoo.tiny_config("opt"))) == {"packed = alone": ["transformers"]}
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "deepseek_v3", "falcon"])
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "deepseek_v3", "falcon"))]
+)
 def test_what_is_right_has_small_numbers(without_trl, kind):
     rows = examine(zoo.tiny_config(kind))
     assert _wrong(rows) == {}

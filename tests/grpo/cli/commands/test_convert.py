@@ -175,6 +175,7 @@ def test_a_draft_head_beats_chance_with_given_text_and_with_its_own(convert, tex
     assert report["draft_agreement"] > 0.1
 
 
+@pytest.mark.slow
 def test_everything_at_once(convert, text, logits):
     words = ["--ffn", "moe", "--experts.shared_experts", "1", "--rank", "28", "--recover", "2", "--mtp"]
     folder, report = convert(*words, "--calibrate", text, *SMALL)
@@ -254,7 +255,7 @@ def test_what_cannot_be_is_refused_by_name_before_a_weight_is_read(
     assert not (tmp_path / "new").exists() or list((tmp_path / "new").iterdir()) == []
 
 
-@pytest.mark.parametrize(("rate", "harmful"), [("3e-3", False), ("1.0", True)])
+@pytest.mark.parametrize(("rate", "harmful"), [pytest.param("3e-3", False, marks=pytest.mark.slow), ("1.0", True)])
 def test_a_recovery_that_did_harm_says_so(convert, text, capsys, rate, harmful):
     words = ["--rank", "20", "--calibrate", text, *SMALL, "--recover", "6", "--recovery.learning_rate", rate]
     convert(*words)

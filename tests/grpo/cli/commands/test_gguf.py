@@ -36,6 +36,7 @@ def test_inspect_sample_and_evaluate(file, tmp_path, capsys):
     assert "2 problems" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_dry_and_for_a_step_on_a_folder_that_holds_the_file(file, tmp_path, capsys):
     run = str(tmp_path / "run")
     words = ["--model", str(find_policy(file).folder).rpartition("/")[0], "--output_dir", run, "--steps", "1"]

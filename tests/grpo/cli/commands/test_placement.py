@@ -121,6 +121,7 @@ def test_what_is_recommended_makes_it_fit_and_is_not_set_yet(random_policy):
         assert size <= full * (1 - machine.SPARE), key
 
 
+@pytest.mark.slow
 def test_what_fits_only_together_is_named_together_and_what_cannot_fit_is_said(random_policy):
     shape = random_policy(hidden_size=128).config
     config = options(**{"rollout.workers": 1, "rollout.max_completion_tokens": 64})
@@ -140,7 +141,7 @@ def test_a_supervised_run_gets_no_advice_about_samplers(random_policy):
     assert "rollout.workers" not in advice(random_policy().config, config, 1e-6)
 
 
-@pytest.mark.parametrize(("gib", "code"), [(16, 0), (0.01, 1)])
+@pytest.mark.parametrize(("gib", "code"), [pytest.param(16, 0, marks=pytest.mark.slow), (0.01, 1)])
 def test_a_run_that_does_not_fit_has_an_exit_code(micro_config, tmp_path, capsys, gib, code):
     config = micro_config(tmp_path / "r")
     words = ["train", "--model", config.model, "--output_dir", str(tmp_path / "r"), "--data.levels", "[1]"]

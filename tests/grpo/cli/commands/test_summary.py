@@ -251,6 +251,7 @@ def test_a_dry_run_of_a_resume_is_that_of_the_run_that_goes_on(shown, micro_conf
         summary.dry_run(micro_config(tmp_path / "r", steps=1))
 
 
+@pytest.mark.slow
 def test_a_dry_run_holds_its_estimates_against_this_machine(shown, micro_config, tmp_path, monkeypatch):
     def told(total, free, room):
         monkeypatch.setattr(machine, "main_memory", lambda: (total * machine.GIB, free * machine.GIB))

@@ -84,6 +84,7 @@ def alone(engine: Engine, text: str, seed: int, sample: int = 0, limit: int = 40
 # ---- the same seed, the same tokens ----
 
 
+@pytest.mark.slow
 def test_contract_4_the_same_seed_gives_the_same_tokens_alone_in_a_batch_streamed_and_without_drafts(
     model, running, engine
 ):

@@ -83,6 +83,7 @@ def test_leaving_a_group_out_equals_training_without_it(run, micro_config, tmp_p
         assert group.effect == pytest.approx(after - without, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_step_itself_comes_out_to_the_same_bits(run):
     for step in (1, 2, 3):
         found = explain(run, step, held_out=2, groups=1)

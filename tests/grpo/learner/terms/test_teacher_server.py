@@ -144,7 +144,7 @@ def options_of(folders, **given):
     return options | given
 
 
-@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("top_k", [None, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_with_a_server_learns_what_a_run_with_the_folder_learns(folders, micro_config, tmp_path, top_k):
     policy, given = Policy.load(folders / "teacher"), {"steps": 2, "distill.top_k": top_k}
     train(micro_config(tmp_path / "here", **options_of(folders, **given)))

@@ -257,6 +257,7 @@ def test_every_rank_values_its_share_of_the_rows(micro_policy):
     assert all(torch.allclose(both[i], values, atol=1e-6) for i, values in alone.items())
 
 
+@pytest.mark.slow
 def test_the_values_learn_what_the_score_will_be(micro_policy, monkeypatch):
     monkeypatch.setattr(value_functions, "CLIPRANGE", 1e9)
     policy = micro_policy(0)
@@ -341,7 +342,7 @@ def test_a_state_with_another_estimator_is_refused(micro_policy, saved, resumed)
         learner.load_state(tensors, state)
 
 
-@pytest.mark.parametrize("advantage", ["gae", pytest.param("rank_softmax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("advantage", [pytest.param(name, marks=pytest.mark.slow) for name in ("gae", "rank_softmax")])
 def test_contract_9_a_stopped_run_with_values_resumes_to_the_same_bits(micro_config, tmp_path, advantage):
     def config(folder) -> TrainConfig:
         given = {"loss.advantage": advantage, "learner.updates_per_batch": 2, "data.limit": 10, "steps": 4}

@@ -90,7 +90,7 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("number", HOW)
+@pytest.mark.parametrize("number", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
 def test_one_that_is_lost_while_it_samples_is_replaced_and_gives_the_same(case, number):
     case.pool.sample_on_each(CANARIES, PARAMS)
     expected, former = case.sample(), case.pid

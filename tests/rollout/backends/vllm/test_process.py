@@ -65,6 +65,7 @@ def test_its_end_is_told_with_its_log(process):
         client.state()
 
 
+@pytest.mark.slow
 def test_it_hangs_and_is_named_and_closed(process):
     os.kill(process.process.pid, signal.SIGSTOP)
     client = Client(process.url, process.token, why=process.told)
