@@ -88,6 +88,7 @@ def test_contract_3_drafts_change_no_token(policy):
     assert_lossless(Engine(policy), PROMPTS, PARAMS, depths=(1, 3))
 
 
+@pytest.mark.slow
 def test_drafts_are_what_the_head_says_as_training_sees_it(policy, monkeypatch):
     """Of a prompt it reads the trunk's states. Causal ones would cost acceptance and no token."""
     asked = spied_drafts(monkeypatch)

@@ -414,6 +414,7 @@ def test_examples_of_loops_learn(own_run, tmp_path, monkeypatch, name):
     assert (tmp_path / "r/policy/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_best_of_n_becomes_likelier(own_run, tmp_path, monkeypatch):
     run_loop(monkeypatch, "best_of_n.py", own_run, tmp_path / "r")
     losses = [line["loss/own"] for line in read_metrics(tmp_path / "r")]

@@ -317,7 +317,12 @@ def test_a_score_that_overflows_by_its_weight_is_named_and_goes_by_the_policy(mi
 
 
 @pytest.mark.parametrize(
-    ("on_error", "abstained", "dropped"), [("drop_sample", 1 / 16, 0), ("drop_group", 4 / 16, 1), ("score=-1", 0, 0)]
+    ("on_error", "abstained", "dropped"),
+    [
+        ("drop_sample", 1 / 16, 0),
+        pytest.param("drop_group", 4 / 16, 1, marks=pytest.mark.slow),
+        pytest.param("score=-1", 0, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_contract_6_a_failure_is_data_and_the_run_goes_on(
     run, own, micro_config, letters, tmp_path, on_error, abstained, dropped

@@ -107,6 +107,7 @@ def test_cache_numbers_are_what_the_engine_keeps(policy):
     assert cache_numbers(policy.config) == layers * width == stored // 4
 
 
+@pytest.mark.slow
 def test_deepseek_v3_has_its_published_size():
     """DeepSeek-V3 report, section 4.2: 671B parameters, of which 37B are activated for each token."""
     counted = anatomy(DeepseekV3Config(), 1, context=4096, lora_rank=16, lora_alpha=32.0)

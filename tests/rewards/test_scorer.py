@@ -98,7 +98,14 @@ def test_contract_6_a_failure_is_data_never_a_zero(scorers, fault):
     assert other.errors == []
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("sleep", "exit", "c_hang")])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=[pytest.mark.slow] * (fault == "loop"))
+        for fault in FAULTS
+        if fault not in ("sleep", "exit", "c_hang")
+    ],
+)
 def test_contract_6_each_policy_does_what_it_says(scorers, fault):
     score, other = score_faulty(scorers["drop_group"], fault)
     assert score.dropped

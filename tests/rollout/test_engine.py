@@ -147,7 +147,7 @@ def test_a_head_that_agrees_saves_forwards(random_policy):
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 1, 3])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 def test_contract_3_whole_completions_follow_the_enumerated_distribution(random_policy, draft_tokens, temperature):
     policy = random_policy(16, vocab_size=6)
     probabilities = enumerated(policy, [3, 4], temperature, length=3, stop=2)

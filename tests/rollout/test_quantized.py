@@ -78,7 +78,7 @@ def test_contract_2_log_probabilities_are_those_of_the_quantised_policy(random_p
     assert near.mean() < (1e-5 if dtype == torch.float32 else 0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_contract_5_each_publication_rounds_anew_and_the_correction_is_on(random_policy, kind):
     learner = learner_of(random_policy(17))
     pool = open_pool(learner.policy, PoolOptions(copies=Copies(kind, kind)))

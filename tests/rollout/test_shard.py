@@ -61,7 +61,7 @@ def test_one_prefill_reads_prompts_of_like_length(policy, monkeypatch):
 
 @pytest.mark.parametrize("group_size", [1, 4])
 @pytest.mark.parametrize("draft_tokens", [0, 3])
-@pytest.mark.parametrize("max_rows", [1, 8, 13])
+@pytest.mark.parametrize("max_rows", [pytest.param(1, marks=pytest.mark.slow), 8, 13])
 def test_contract_4_rows_that_waited_get_the_same_tokens(policy, max_rows, draft_tokens, group_size):
     params = replace(PARAMS, draft_tokens=draft_tokens, group_size=group_size)
     expected = tokens(Engine(policy).sample(PROMPTS, replace(params, draft_tokens=0)))
@@ -471,7 +471,7 @@ def test_the_error_travels_between_processes_with_its_groups(policy):
     assert (str(arrived), arrived.groups) == ("named", groups)
 
 
-@pytest.mark.parametrize("draft_tokens", [0, 2, None])
+@pytest.mark.parametrize("draft_tokens", [0, 2, pytest.param(None, marks=pytest.mark.slow)])
 def test_weights_that_are_not_finite_are_told_of_whatever_is_drafted(random_policy, draft_tokens):
     """Also where the controller's costs are measured first, with tokens that meet them."""
     policy = random_policy(1)

@@ -112,6 +112,7 @@ def test_workers_that_share_the_gpus_of_ray_train_leave_more_than_half_to_each_l
             gpu_share(_config(colocate=True, gpus_per_worker=share))
 
 
+@pytest.mark.slow
 def test_ray_train_is_asked_for_that_share_and_refuses_before_it_starts(monkeypatch, micro_config, tmp_path):
     """Without a GPU: only what Ray Train is told."""
     import ray.train.torch

@@ -112,7 +112,14 @@ def test_help_lists_the_commands(capsys):
     assert "SRC" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--output_dir", "x", "--stepz", "1"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        pytest.param(["train", "--output_dir", "x", "--stepz", "1"], marks=pytest.mark.slow),
+    ],
+)
 def test_help_and_typos_answer_without_loading_what_is_slow(words):
     code = "import sys\nfrom grpo.cli.parse import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "print({'transformers', 'ray', 'peft', 'datasets', 'accelerate'} & set(sys.modules))"
@@ -416,6 +423,7 @@ def test_every_expected_error_is_where_the_table_says():
         assert issubclass(getattr(import_module(module), name), Exception)
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command_and_hands_over_the_exit_code(tmp_path):
     command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(tmp_path / "r"), "--stepz", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

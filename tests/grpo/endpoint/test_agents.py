@@ -121,7 +121,7 @@ def test_an_agent_gets_columns_and_its_number_is_a_reward(micro_config, tmp_path
         ("dies", "died: the process that ran it ended"),
         pytest.param("leaves", "raised: SystemExit: enough", marks=pytest.mark.slow),
         pytest.param("words", "not_a_number: returned 'good'; return a number or None", marks=pytest.mark.slow),
-        ("nan", "nan"),
+        pytest.param("nan", "nan", marks=pytest.mark.slow),
         pytest.param("silent", "asked_nothing: it got no answer of the policy", marks=pytest.mark.slow),
         pytest.param("greedy", "memory: it needs more memory", marks=pytest.mark.slow),
     ],

@@ -79,6 +79,7 @@ def test_of_many_problems_the_interval_is_the_normal_one():
     assert found.high - found.low == pytest.approx(2 * 1.96 * (0.09 / 2000) ** 0.5, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_difference_and_the_ratio_is_what_unpaired_would_need():
     """Two policies of known accuracy with one uniform for both, against each with its own, 2,000 times."""
     chance, inside, spreads = random.Random(0), 0, {"common": [], "own": []}
@@ -96,6 +97,7 @@ def test_the_interval_holds_the_difference_and_the_ratio_is_what_unpaired_would_
     assert sum(ratios) / 2000 == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.slow
 def test_two_policies_are_compared_problem_by_problem(micro_policy, tmp_path, capsys):
     for name, seed in ("a", 0), ("b", 1):
         micro_policy(seed).save(tmp_path / name)

@@ -67,7 +67,8 @@ def test_fp32_needs_no_masters(micro_policy):
     assert all(learner.masters.of(p) is p for p in learner.policy.parameters())
 
 
-@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
 def test_a_bf16_policy_learns_at_a_learning_rate_that_bf16_would_round_away(micro_policy, lora):
     def policy(dtype):
         made = micro_policy(0).to(torch.bfloat16).to(dtype)  # the same rounded start
@@ -115,6 +116,7 @@ def test_contract_9_bf16_goes_on_from_its_state_with_the_same_bits(micro_policy)
     assert tensors["policy"]["trunk.lm_head.weight"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_supervised_step_moves_masters_too(micro_policy):
     learner = supervised_learner(micro_policy(0).to(torch.bfloat16), LearnerOptions(learning_rate=1e-3))
     rows = [PackedRow([5, 6], [Sample(0, [7, 8, 0])])]

@@ -411,6 +411,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(micro_config, 
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept(micro_config, tmp_path):
     folder = tmp_path / "run"
     train(_config(micro_config, folder, "full", **{"checkpoint.keep": 2}))
@@ -452,6 +453,7 @@ def test_flags_that_make_no_sense_are_refused(micro_config, whole, tmp_path, fla
         train(_config(micro_config, folder, "full", steps=steps), **{k: v for k, v in flags.items() if k != "steps"})
 
 
+@pytest.mark.slow
 def test_the_line_of_a_resume_is_short_and_its_record_is_not(micro_config, tmp_path, capsys):
     folder = tmp_path / "run"
     _stop_after(micro_config, folder, "full", 1)

@@ -266,6 +266,7 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
     _resumes_to_the_same(micro_config, folder, whole)
 
 
+@pytest.mark.slow
 def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
     _fails_at_call(monkeypatch, Task, "score", 2, REWARD)
     with pytest.raises(RewardFailed):

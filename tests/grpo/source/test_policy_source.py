@@ -11,7 +11,7 @@ from grpo.train import train
 from policies.policy import PolicyError
 
 
-@pytest.fixture(scope="module", params=[None, {"rank": 2}], ids=["full", "lora"])
+@pytest.fixture(scope="module", params=[None, pytest.param({"rank": 2}, marks=pytest.mark.slow)], ids=["full", "lora"])
 def unfinished(request, micro_config, tmp_path_factory):
     """(its configuration, its folder): a run that was stopped after step 2 of 3."""
     config = micro_config(tmp_path_factory.mktemp("source") / "run", lora=request.param)

@@ -194,7 +194,7 @@ def test_contract_12_a_stopped_run_goes_on_with_the_batches_in_flight(options, w
 
 
 @pytest.mark.usefixtures("without_ray")
-@pytest.mark.parametrize(("ahead", "call"), [(1, 5), slow(2, 5), slow(1, 4), slow(2, 6)])
+@pytest.mark.parametrize(("ahead", "call"), [slow(1, 5), slow(2, 5), slow(1, 4), slow(2, 6)])
 def test_contract_9_a_failure_ahead_of_its_time_saves_the_last_whole_step(
     options, whole, tmp_path, monkeypatch, ahead, call
 ):

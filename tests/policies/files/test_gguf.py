@@ -38,6 +38,7 @@ def test_a_file_computes_what_its_model_computes_and_so_do_copies_of_it(tmp_path
         assert getattr(copy.config, "quantization_config", None) is None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_gemma_3_computes_and_writes_what_its_model_does(tmp_path):
     """With windows, norms that the file holds one higher, two rotations and a vocabulary with scores."""

@@ -174,6 +174,7 @@ def test_numbers_are_compared_exactly():
     assert gsm8k(None, ["#### 0.1", "#### 0.1000000000000000055"], answer=["0.1"] * 2) == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_every_gold_solution_scores_one_and_every_altered_one_zero(gsm8k_folder):
     answers = []
     for split in ("train", "test"):

@@ -178,7 +178,9 @@ def test_no_process_is_left_after_ctrl_c(start_parent):
     assert gone([worker])
 
 
-@pytest.mark.parametrize(("fault", "timeout_s"), [("loop", 60), ("sleep", 60), ("c_hang", 1.5)])
+@pytest.mark.parametrize(
+    ("fault", "timeout_s"), [("loop", 60), ("sleep", 60), pytest.param("c_hang", 1.5, marks=pytest.mark.slow)]
+)
 def test_no_process_is_left_when_the_parent_is_killed(start_parent, fault, timeout_s):
     parent, worker = start_parent(fault, timeout_s)
     time.sleep(0.3)
@@ -194,6 +196,7 @@ def test_a_program_that_forgets_to_close_leaves_nothing(start_parent):
     assert gone([worker])
 
 
+@pytest.mark.slow
 def test_an_import_that_hangs_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr("rewards.isolation.pool.START_TIMEOUT_S", 1.5)
     (tmp_path / "mine.py").write_text("import time\ntime.sleep(1000)\n")

@@ -65,6 +65,7 @@ def test_contract_3_speculation_is_lossless_over_turns(engine, sampled):
     assert sum(len(c.token_ids) - c.num_sampled for c in completions(sampled)) > 200
 
 
+@pytest.mark.slow
 def test_drafts_of_every_turn_are_what_the_trained_head_says(engine, monkeypatch):
     """After what tools wrote, too: the head has read it. Anything wrong would cost acceptance and no token."""
     asked = spied_drafts(monkeypatch)
@@ -253,7 +254,10 @@ def test_what_happened_is_recorded(sampled):
 
 @pytest.mark.parametrize(
     ("fate", "kind", "words"),
-    [("hangs", "timeout", "no result after 0.5 s, stuck at guessing.py"), ("dies", "died", "exit code 3")],
+    [
+        pytest.param("hangs", "timeout", "no result after 0.5 s, stuck at guessing.py", marks=pytest.mark.slow),
+        ("dies", "died", "exit code 3"),
+    ],
 )
 def test_contract_6_a_tool_that_cannot_go_on_is_a_failure_of_its_rollout_alone(engine, fate, kind, words):
     params = replace(EPISODES, environment=SLOW, group_size=2)
@@ -281,6 +285,7 @@ def test_contract_6_a_tool_that_needs_too_much_memory_is_a_failure_of_its_rollou
     assert tokens([well]) == tokens(engine.sample(prompts[1:], unlimited))
 
 
+@pytest.mark.slow
 def test_what_other_episodes_hold_is_no_failure_of_this_one(engine):
     """Eight episodes of 60 MiB in a process of 300: objects are dropped, and their episodes repeated."""
     params = replace(EPISODES, environment=replace(SLOW, memory_mb=300, timeout_s=10.0), group_size=8)

@@ -73,6 +73,7 @@ def test_a_run_folder_brings_its_held_out_problems_along(trained):
     assert results["sampled"].groups[0].prompt.text.count("Q: ") == 2  # the worked example is there
 
 
+@pytest.mark.slow
 def test_levels_that_an_older_run_evaluated_win_over_those_of_training(micro_config, tmp_path):
     train(micro_config(tmp_path / "r", **{"steps": 1, "eval.limit": 4, "data.levels": [1]}))
     recorded = tmp_path / "r/config.yaml"
@@ -122,7 +123,7 @@ def test_a_folder_that_is_no_run_brings_nothing(tmp_path):
 # ---- which policy ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[None, 4], ids=["full", "lora"])
+@pytest.fixture(scope="module", params=[None, pytest.param(4, marks=pytest.mark.slow)], ids=["full", "lora"])
 def unfinished(request, micro_config, tmp_path_factory):
     """A run that was stopped after its second step, and one that was not, with the same evaluation in between."""
     folder = tmp_path_factory.mktemp("unfinished")
@@ -328,6 +329,7 @@ def test_evaluation_leaves_the_policy_alone(trained):
 # ---- ways of sampling -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_drafts_never_change_an_evaluation(trained):
     folder, _ = trained
     runs = [

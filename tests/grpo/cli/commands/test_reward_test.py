@@ -218,7 +218,13 @@ def test_abstentions_and_slowness_are_said(file):
             "raised: IndexError: list index out of range (mine.py:",
             "(nothing): ''",
         ),
-        ("hangs", "row 1 (word_problems/1/", "timeout: no result after 0.8 s, stuck at mine.py:", "closing sentence"),
+        pytest.param(
+            "hangs",
+            "row 1 (word_problems/1/",
+            "timeout: no result after 0.8 s, stuck at mine.py:",
+            "closing sentence",
+            marks=pytest.mark.slow,
+        ),
         ("dies", "row 1 (word_problems/1/", "died: the process that ran it ended (exit code 4)", "(gold solution)"),
         ("nan", "row 1 (word_problems/1/", "nan: returned nan", "(gold solution)"),
     ],
@@ -311,6 +317,7 @@ def test_real_gsm8k_with_each_way_of_reading_it(gsm8k_folder):
         assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 100}).problems == []
 
 
+@pytest.mark.slow
 def test_bleu_of_the_solutions_by_a_column_of_another_name(capsys):
     pytest.importorskip("sacrebleu")
     found = check("bleu", columns={"reference": "answer"})

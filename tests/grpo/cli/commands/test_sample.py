@@ -231,6 +231,7 @@ def test_a_template_of_the_command_line_wins_over_the_runs(run, tmp_path, monkey
     assert texts == ["2 + 3 = "]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_inside_a_run_brings_the_runs_template(micro_config, tmp_path, monkeypatch):
     given = {"data.template": "{problem} = ", "data.prompt_column": "problem", "data.limit": None}
     file = tmp_path / "sums.jsonl"
