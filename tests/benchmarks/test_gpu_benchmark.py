@@ -117,7 +117,6 @@ def test_the_pieces_of_a_gpu_are_all_there_and_their_steps_can_be_parsed(gpu, mo
             assert gpu.benchmark("learner")._arguments().device == "cuda"
 
 
-@pytest.mark.slow
 def test_a_script_finds_our_packages_and_not_the_files_beside_it():
     """Python puts a script's folder first, and benchmarks/rollout.py is there."""
     code = "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_path(sys.argv[2])\n"

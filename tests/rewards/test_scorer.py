@@ -150,7 +150,6 @@ def test_several_failures_are_each_charged_to_their_own(scorers):
     assert score.rewards == [None, 0.0, None, None, 0.0, -1.0]
 
 
-@pytest.mark.slow
 def test_a_batch_that_fails_only_as_a_batch_is_scored_alone_with_a_warning(caplog):
     score = score_one([mine("first_only")], ["1", "22", "333"])
     assert score.rewards == [1.0, 2.0, 3.0]

@@ -67,6 +67,7 @@ def test_contract_4_an_agent_that_asks_once_is_the_run_without_it(micro_config, 
     assert all(torch.equal(plain[name], acted[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_contract_1_the_learner_scores_what_was_sampled(whole):
     """Its log-probabilities are those of the sampler, token by token: it has read the same ids before each of them."""
     for step in (1, 2):

@@ -132,7 +132,6 @@ def test_the_lock_is_free_after_a_refusal_a_stop_a_failure_and_the_end(micro_con
     assert failure  # they keep what they were raised in alive
 
 
-@pytest.mark.slow
 def test_two_demos_of_one_second_get_folders_of_their_own():
     shown = [subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout for _ in range(3)]
     assert len({name for text in shown for name in re.findall(r"--output_dir (\S+)", text)}) == 3

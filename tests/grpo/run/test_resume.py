@@ -453,7 +453,6 @@ def test_flags_that_make_no_sense_are_refused(micro_config, whole, tmp_path, fla
         train(_config(micro_config, folder, "full", steps=steps), **{k: v for k, v in flags.items() if k != "steps"})
 
 
-@pytest.mark.slow
 def test_the_line_of_a_resume_is_short_and_its_record_is_not(micro_config, tmp_path, capsys):
     folder = tmp_path / "run"
     _stop_after(micro_config, folder, "full", 1)

@@ -115,7 +115,6 @@ def test_a_mended_function_resumes_after_its_failure(micro_config, tmp_path):
         train(config, resume="auto")
 
 
-@pytest.mark.slow
 def test_an_unrelated_change_of_the_file_does_not_block_a_resume(file, micro_config):
     folder, given = file.parent / "run", {"warm_start.steps": 0, "eval.limit": 0}
     config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **given)
@@ -126,7 +125,6 @@ def test_an_unrelated_change_of_the_file_does_not_block_a_resume(file, micro_con
     assert "rewards_changed" not in [event["event"] for event in read_events(folder)]
 
 
-@pytest.mark.slow
 def test_a_run_of_an_older_version_compares_whole_files(file, micro_config):
     folder, given = file.parent / "run", {"warm_start.steps": 0, "eval.limit": 0}
     config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **given)

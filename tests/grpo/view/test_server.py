@@ -122,7 +122,6 @@ def test_the_page_loads_nothing_from_elsewhere(served):
     assert served.get("/assets/server.py")[0] == 404
 
 
-@pytest.mark.slow
 def test_a_slow_search_stops_neither_the_page_nor_its_end(tmp_path):
     shutil.copytree(CASE, tmp_path / "run")
     _write(tmp_path / "run", 4, [line | {"text": "a" * 100 + "b"} for line in read_rollouts(CASE, 4)])

@@ -73,7 +73,6 @@ def test_a_run_folder_brings_its_held_out_problems_along(trained):
     assert results["sampled"].groups[0].prompt.text.count("Q: ") == 2  # the worked example is there
 
 
-@pytest.mark.slow
 def test_levels_that_an_older_run_evaluated_win_over_those_of_training(micro_config, tmp_path):
     train(micro_config(tmp_path / "r", **{"steps": 1, "eval.limit": 4, "data.levels": [1]}))
     recorded = tmp_path / "r/config.yaml"

@@ -317,7 +317,6 @@ def test_real_gsm8k_with_each_way_of_reading_it(gsm8k_folder):
         assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 100}).problems == []
 
 
-@pytest.mark.slow
 def test_bleu_of_the_solutions_by_a_column_of_another_name(capsys):
     pytest.importorskip("sacrebleu")
     found = check("bleu", columns={"reference": "answer"})
