@@ -181,7 +181,7 @@ def test_what_is_missing_is_installed_from_a_folder_of_wheels_and_nowhere_else(g
     assert "result" in record
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_what_an_image_may_lack_the_first_pieces_still_say_something(hide, tmp_path):
     """Without pydantic no run can be configured, but kernels, gradients and decoding are looked at."""
     hide("trl", "ray", "datasets", "pydantic", "zstandard", "xxhash", "hypothesis")
@@ -193,7 +193,6 @@ def test_without_what_an_image_may_lack_the_first_pieces_still_say_something(hid
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_without_trl_ray_and_datasets_every_piece_but_those_of_trl_passes(hide, tmp_path):
     hide("trl", "ray", "datasets")
     pieces = _small_form(tmp_path / "gpu.json")["pieces"]
@@ -203,7 +202,6 @@ def test_without_trl_ray_and_datasets_every_piece_but_those_of_trl_passes(hide, 
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_small_form_runs_every_piece(tmp_path):
     report = _small_form(tmp_path / "gpu.json")
     assert report["pieces"]["tests"]["result"]["skipped"] == {}
