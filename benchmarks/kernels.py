@@ -133,10 +133,10 @@ def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
 def work(card: str, name: str) -> None:
     pretend(card)
     if name == "sampling":
-        from rollout.sampling import Noise, choose
+        from rollout.sampling import choose_by_keys
 
         def sample(logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> Any:
-            return choose(logits, 1.0, Noise(keys, positions, VOCABULARY))
+            return choose_by_keys(logits, keys, positions, 1.0, VOCABULARY, [])
 
         with torch.device("meta"), torch.no_grad():
             integers = torch.zeros(ROWS, 2, dtype=torch.int32), torch.zeros(ROWS, dtype=torch.int32)
@@ -144,8 +144,10 @@ def work(card: str, name: str) -> None:
         return
     from torch.nn.attention.flex_attention import flex_attention
 
-    from policies import attention
+    from policies import attention, devices
 
+    devices.has_cuda = lambda device: True  # the meta device takes its paths
+    attention.kernel_options = lambda *_: {}  # torch's own tiles: whether they fit is what is asked
     dtype, key_width, value_width = name.replace("/", " ").split()
     attention.compile_friendly_flex_attention = torch.compile(flex_attention, backend=backend, dynamic=False)
     shape = 2, 8, 1024
