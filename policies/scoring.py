@@ -28,7 +28,8 @@ def capped(scores: Tensor, cap: float | None) -> Tensor:
 
 
 def with_sink(out: Tensor, total: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
-    """What was attended to [..., V], and the logarithms of the softmax's denominators [..., 1], with one more term."""
+    """Adds a term to the softmax's denominator: returns what is attended to then [..., V], and the logarithm of the
+    denominator [..., 1]."""
     return out * torch.sigmoid(total - sink).to(out.dtype), torch.logaddexp(total, sink.to(total.dtype))
 
 

@@ -37,8 +37,9 @@ class RunLock:
     warning, and no protection.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._descriptor = folder, -1
+    def __init__(self, folder: Path, key: str = "output_dir") -> None:
+        """`key` is the option that names the folder."""
+        self.folder, self.key, self._descriptor = folder, key, -1
         if os.path.isdir(folder):  # also where the system refuses the name: RunLog says so, with the way out
             self.take()
 
@@ -56,8 +57,8 @@ class RunLock:
             os.close(descriptor)
             if error.errno not in NO_LOCKS:
                 raise FolderInUse(
-                    f"output_dir={self.folder} is in use by another run ({owner}); wait for its end, stop it, or "
-                    "choose another output_dir"
+                    f"{self.key}={self.folder} is in use by another run ({owner}); wait for its end, stop it, or "
+                    f"choose another {self.key}"
                 ) from None
             LOGGER.warning("%s cannot be locked (%s): see to it that no other run uses this folder", path, error)
             return

@@ -122,8 +122,8 @@ class SamplingSession:
         self.folder, self.id, self.files, self.path, self.place = folder, id_, Requests(folder), path, place
 
     def key(self, number: int) -> str:
-        """What the noise of a request depends on: the same in another session that asks the same in the same order. An
-        SDK that tries again may give a sampling session another number, so that is no part of it."""
+        """Gives what the noise of a request depends on. Another session that asks the same in the same order gets the
+        same. An SDK that tries again may give a sampling session another number, so that is no part of it."""
         weights = "base" if self.path is None else self.path.partition(":train:")[2]
         return f"{weights}/{self.place}/{number}"
 
@@ -133,7 +133,7 @@ class Service:
 
     def __init__(self, base: Policy, name: str, folder: Path, dtype: torch.dtype) -> None:
         self.base, self.name, self.folder = base, name, folder
-        self.lock = RunLock(folder)
+        self.lock = RunLock(folder, "state")
         self.lock.take()
         for part in ("sessions", "models", "samplers"):
             (folder / part).mkdir(exist_ok=True)

@@ -200,7 +200,7 @@ def test_a_service_that_was_killed_goes_on_to_the_same_bits(base, tmp_path, monk
 
 
 def test_one_service_at_a_time_has_a_folder(service, base):
-    with pytest.raises(FolderInUse, match="state is in use"):
+    with pytest.raises(FolderInUse, match="^state=.* is in use .* choose another state$"):
         Service(base, "llama", service.folder, torch.float32)
 
 
