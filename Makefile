@@ -12,6 +12,9 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 VLLM := .vllm
 COOKBOOK := .cookbook
+COOKBOOK_VERSION := 0.6.1
+COOKBOOK_STAMP := $(COOKBOOK)/.installed-$(COOKBOOK_VERSION)
+COOKBOOK_NEEDS := blobfile chz cloudpickle lxml pycryptodomex pylatexenc pyrage termcolor tiktoken tml-renderers
 VLLM_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 KERNELS := .kernels
@@ -78,11 +81,8 @@ peers: $(DEV_STAMP) ## ours beside TRL and vLLM, into docs/peers.md, in under an
 	$(BIN)/python examples/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
-tinker: $(DEV_STAMP) ## recipes of the Tinker cookbook against `quartet serve --train`, which listens already; ARGS="rl_loop --model FOLDER"
-	@test -e $(COOKBOOK)/.installed || { $(PYTHON) -m venv --clear $(COOKBOOK) && \
-	  $(COOKBOOK)/bin/python -m pip install --quiet --disable-pip-version-check 'tinker-cookbook[math-rl]==0.6.1' && \
-	  touch $(COOKBOOK)/.installed; }
-	PYTHONPATH=. $(COOKBOOK)/bin/python -m benchmarks.cookbook $(ARGS)
+tinker: $(DEV_STAMP) $(COOKBOOK_STAMP) ## recipes of the Tinker cookbook against `quartet serve --train`, which listens already; ARGS="rl_loop --model FOLDER"
+	PYTHONPATH=.:$(COOKBOOK) $(BIN)/python -m benchmarks.cookbook $(ARGS)
 
 house: $(DEV_STAMP) ## count lines, options, rooms and arrows, beside their budgets; ARGS=--lower writes what has fallen
 	$(BIN)/python tests/house.py $(ARGS)
@@ -129,4 +129,10 @@ $(VLLM_STAMP):
 $(KERNELS_STAMP): $(RUN_STAMP)
 	rm -rf $(KERNELS)
 	$(PIP) --target $(KERNELS) --no-deps triton==$(TRITON_VERSION)
+	@touch $@
+
+# A folder of its own with what its text recipes import; the other packages are ours.
+$(COOKBOOK_STAMP): $(DEV_STAMP)
+	rm -rf $(COOKBOOK)
+	$(PIP) --target $(COOKBOOK) --no-deps tinker-cookbook==$(COOKBOOK_VERSION) $(COOKBOOK_NEEDS)
 	@touch $@
