@@ -41,6 +41,7 @@ def quartet_reward(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[.
 
     def check(
         reward: str | Reward,
+        /,
         data: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
         allow: Collection[str] = (),

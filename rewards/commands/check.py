@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation, fmean, quantiles
 from typing import Any
 
-from rewards.commands.options import RewardTestConfig
+from rewards.commands.options import RewardTestConfig, TriedScoringOptions
 from rewards.commands.probes import KINDS, Probe, probes
 from rewards.data.examples import Example, examples_of
 from rewards.group_score import RewardFailed, RewardFailure
@@ -100,7 +100,7 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
     options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": scoring.on_error}
     with Scorer([spec], timeout_s=scoring.timeout_s, pass_variables=scoring.pass_variables, **options) as scorer:
-        trial = Trial(function, examples)
+        trial = Trial(spec, scoring, examples)
         verdicts = Verdicts(spec.label, scorer.right_at(spec.label), trial.dry_run(scorer))
         full_marks = verdicts.full_marks if config.full_marks is None else config.full_marks
         sha256 = scorer.describe()[0]["sha256"]
@@ -125,7 +125,7 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
         if scorer.asks_for("completion_ids"):
             check.notes.append("completion_ids were made up: the bytes of the text, one token each")
     trial.judge()
-    trial.weigh(scoring.timeout_s)
+    trial.weigh()
     return trial
 
 
@@ -135,8 +135,8 @@ class Trial:
     check: RewardCheck
     scores: Scores
 
-    def __init__(self, function: str, examples: Sequence[Example]):
-        self.function, self.examples = function, examples
+    def __init__(self, spec: RewardSpec, scoring: TriedScoringOptions, examples: Sequence[Example]):
+        self.spec, self.scoring, self.examples = spec, scoring, examples
         self.row_of = {example.example_id: i for i, example in enumerate(examples)}
         self.prompts = [f"{example.question}\n" for example in examples]
         self.messages = [e.messages or [{"role": "user", "content": e.question}] for e in examples]
@@ -188,7 +188,7 @@ class Trial:
     def _failed(self, failure: RewardFailure, i: int, probe: Probe) -> RewardError:
         """Returns the failure by the row of the data and the kind of completion."""
         return RewardError(
-            f"reward {self.function!r} fails on row {i + 1} ({self.examples[i].example_id}): {failure.kind}: "
+            f"reward {self.spec.function!r} fails on row {i + 1} ({self.examples[i].example_id}): {failure.kind}: "
             f"{failure.message}\nThe prompt: {self.examples[i].question[:200]!r}\n"
             f"The completion ({KINDS[probe.kind].meaning}): {probe.text[:200]!r}"
         )
@@ -263,7 +263,7 @@ class Trial:
         full = score is not None and score >= self.check.full_marks
         return {"full": not full, "less": full, "odd": full, "same": not _equal(score, self.scores[i][0])}[expected]
 
-    def weigh(self, timeout_s: float) -> None:
+    def weigh(self) -> None:
         """Notes the correlation with length, and the time against the limit."""
         check = self.check
         for name, kinds in {"gold": ("gold",), "gold, wrong and other": ("gold", "wrong", "other")}.items():
@@ -281,9 +281,9 @@ class Trial:
                 more = "more" if r > 0 else "less"
                 check.notes.append(f"longer completions score {more}: r = {r:+.2f} with length ({name})")
         seconds = BATCH / check.completions_per_second
-        if seconds > timeout_s / 2:
+        if seconds > self.scoring.timeout_s / 2:
             check.notes.append(
-                f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {timeout_s:g} s that "
+                f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {self.scoring.timeout_s:g} s that "
                 "reward.timeout_s allows; raise it for training"
             )
 

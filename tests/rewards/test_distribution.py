@@ -75,7 +75,7 @@ def test_the_recipe_of_ci_passes_and_fails_with_a_reward_that_is_hacked(environm
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert 'tests="2"' in (folder / "rewards.xml").read_text()
     file = folder / "my_rewards.py"
-    file.write_text(file.read_text().replace(" == said(gold)", ""))
+    file.write_text(file.read_text().replace(" and said(text) == said(gold)", ""))
     test, fixture = (run(line, folder, environment) for line in lines[1:])
     assert (test.returncode, fixture.returncode) == (1, 1)
     assert "problem: gold, last digit raised: 12 of 12 get full marks" in test.stdout
@@ -85,7 +85,7 @@ def test_the_recipe_of_ci_passes_and_fails_with_a_reward_that_is_hacked(environm
 
 @pytest.mark.slow
 def test_no_module_is_loaded_that_it_has_not_asked_for(environment, tmp_path):
-    done = run("python -m pip install quartet-rewards && pip list --format json", tmp_path, environment)
+    done = run("python -m pip install quartet-rewards && python -m pip list --format json", tmp_path, environment)
     assert done.returncode == 0, done.stderr
     names = {row["name"].lower().replace("_", "-") for row in json.loads(done.stdout.splitlines()[-1])}
     assert names.isdisjoint(HEAVY)
