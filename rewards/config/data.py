@@ -17,9 +17,10 @@ class ProblemOptions(Options):
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of a reasoning_gym task, such as {max_animals: 4}."""
     prompt_column: str = "question"
-    """The column that becomes the prompt: text, or chat messages (template: chat)."""
+    """The column that becomes the prompt: text, or chat messages (template: chat). One that holds objects is read as
+    `responses_create_params.input`."""
     solution_column: str = "answer"
-    """The column with the gold solution; rewards receive it under its own name."""
+    """The column with the gold solution, also `reward_model.ground_truth`; rewards receive it under its own name."""
 
 
 class TemplateOptions(Options):

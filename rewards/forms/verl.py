@@ -15,6 +15,7 @@ from rewards.protocol import Reward, per_completion, text_of
 from rewards.registry import FORMS
 
 PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def reward_of(compute_score: Callable[..., Any]) -> Reward:
@@ -29,20 +30,21 @@ def reward_of(compute_score: Callable[..., Any]) -> Reward:
     >>> reward_of(compute_score)(prompts=["6 * 7?"] * 2, completions=["42", "41"], **row)
     [1.0, 0.0]
     """
-    parameters = inspect.signature(compute_score).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    every = inspect.signature(compute_score).parameters
+    parameters = {name: p.replace(kind=_KEYWORD) for name, p in every.items() if p.kind is not p.VAR_KEYWORD}
+    known = PASSED if len(parameters) < len(every) else ()
 
     def passed(completion: Any, row: dict[str, Any]) -> dict[str, Any]:
-        stored = row.pop("reward_model", None)
-        if "ground_truth" not in row:
-            if not isinstance(stored, dict) or "ground_truth" not in stored:
-                raise ValueError(
-                    "verl's ground truth is reward_model['ground_truth'] of a row; this row has none. Name the column "
-                    "that holds it, columns: {ground_truth: answer}"
-                )
+        stored = row.get("reward_model")
+        if "ground_truth" not in row and isinstance(stored, dict) and "ground_truth" in stored:
             row["ground_truth"] = stored["ground_truth"]
-        row = {"data_source": None, "extra_info": None, "solution_str": text_of(completion)} | row
-        return {name: value for name, value in row.items() if name in parameters or (takes_all and name in PASSED)}
+        if "ground_truth" not in row:
+            raise ValueError(
+                "verl's ground truth is reward_model['ground_truth'] of a row; this row has none. Name the column that "
+                "holds it, columns: {ground_truth: answer}"
+            )
+        row = {"extra_info": None, **row, "solution_str": text_of(completion)}
+        return {name: value for name, value in row.items() if name in parameters or name in known}
 
     async def of_async(completion, log_extra=None, **row):
         return _mark(await compute_score(**passed(completion, row)), log_extra)
@@ -51,18 +53,10 @@ def reward_of(compute_score: Callable[..., Any]) -> Reward:
         return _mark(compute_score(**passed(completion, row)), log_extra)
 
     one = of_async if inspect.iscoroutinefunction(compute_score) else of_sync
-    keyword, nothing = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
-    columns = {name: inspect.Parameter(name, keyword, default=None) for name in ("log_extra", *FORMS["verl"])}
-    own = {
-        name: p.replace(kind=keyword)
-        for name, p in parameters.items()
-        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
-    optional = {name: p for name, p in own.items() if name not in PASSED}
-    if "data_source" in own and own["data_source"].default is nothing:
-        columns["data_source"] = own["data_source"]
-    completion = inspect.Parameter("completion", keyword)
-    one.__signature__ = inspect.Signature([completion, *(columns | optional).values()])  # type: ignore[attr-defined]
+    ours = {name: inspect.Parameter(name, _KEYWORD, default=None) for name in ("log_extra", *FORMS["verl"])}
+    ours["completion"] = inspect.Parameter("completion", _KEYWORD)
+    theirs = {name: p for name, p in parameters.items() if name not in ("solution_str", "ground_truth", "extra_info")}
+    one.__signature__ = inspect.Signature([*(ours | theirs).values()])  # type: ignore[attr-defined]
     return per_completion(one)
 
 
