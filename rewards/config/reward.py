@@ -19,7 +19,7 @@ class FunctionOptions(Options):
     """Which function, and its weight."""
 
     function: str
-    """A built-in name (`gsm8k`, ...), `path/to/file.py:function` or `module:function`; of verl `verl:file.py:function`."""
+    """A built-in name (`gsm8k`, ...), `path/to/file.py:function`, `module:function` or `verl:path/to/file.py:function`."""
     weight: float = 1.0
     """Its weight in the score."""
     name: str | None = None
