@@ -146,7 +146,7 @@ class Sum(vf.Task[SumData]):
         return float(trace.last_reply == task.answer)
 
     @vf.reward
-    def asked(self, task, trace) -> float:
+    async def asked(self, task, trace) -> float:
         return float(trace.num_turns == 1 and task.prompt == "6 * 7?")
 
 class Ours(vf.Task[SumData]):
