@@ -18,6 +18,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 ENDINGS = (".parquet", ".jsonl", ".jsonl.zst")
 LIMITS = {"length", "max_tokens", "max_turns", "max_input_tokens", "max_output_tokens", "max_total_tokens"}
 CUT = LIMITS | {"context_length", "prompt_too_long", "incomplete", "truncated"}  # finish reasons of what a limit ended
@@ -41,7 +43,8 @@ class Trace:
 
     `parts` are the values of each reward function, and `weights` what they are multiplied with where that is known.
     `turns` are the messages of the completion. `token_ids`, `logprobs` and `loss_mask` are those of the completion.
-    `unread` holds what stands where a number should.
+    `identity` is that of the rollout alone. `at_limit` tells that it has as many tokens as it may have. `unread` holds
+    what stands where a number should.
     """
 
     file: str
@@ -68,6 +71,8 @@ class Trace:
     loss_denominator: float | None = None
     calls: list[Call] = field(default_factory=list)
     time: float | None = None
+    identity: str | None = None
+    at_limit: bool = False
     split: str = "train"
     columns: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, Any] = field(default_factory=dict)
@@ -106,8 +111,12 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
                 traces += FORMS[form](row, str(file), number)
             except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{file}, row {number}: no row of {form}: {type(error).__name__}: {error}") from error
+    started = 0
     for trace in traces:
         trace.split = split if split != "train" else trace.split
+        if trace.form == "quartet":  # a group begins with its sample 0; a prompt may be drawn twice in a step
+            started += trace.sample == 0
+            trace.group = f"{trace.group}/{started}"
     return _without_repeats(traces)
 
 
@@ -150,11 +159,15 @@ def text_of(content: Any) -> str:
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     """Half a line at the end, of a writer that was killed, is left out."""
     if file.suffix == ".parquet":
-        yield from _package("pyarrow.parquet", "pyarrow").read_table(file).to_pylist()
+        try:
+            from pyarrow.parquet import read_table
+        except ImportError as error:
+            raise ValueError(f"{file}: parquet files are read with pyarrow: pip install pyarrow") from error
+        yield from read_table(file).to_pylist()
         return
     content = file.read_bytes()
     if file.suffix == ".zst":
-        content = _package("zstandard", "zstandard").ZstdDecompressor().decompressobj().decompress(content)
+        content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -168,13 +181,6 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 continue
             raise ValueError(f"{file}, line {number} is damaged: {error}") from error
         yield row
-
-
-def _package(module: str, package: str) -> Any:
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError as error:
-        raise ValueError(f"these rollouts are read with {package}: pip install {package}") from error
 
 
 def _form(row: Mapping[str, Any]) -> str:
@@ -267,7 +273,8 @@ def _verifiers(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
         stop = record.get("stop_condition")
         trace.finish_reason = stop if stop in CUT | FAILED else endings[-1] if endings else stop
         trace.error = _error(next(reversed(record.get("errors") or row.get("errors") or []), None))
-        trace.time = (record.get("timing") or {}).get("start")
+        trace.time, trace.identity = (record.get("timing") or {}).get("start"), record.get("id")
+        trace.at_limit = any(map(_at_limit, record.get("calls") or []))
         trace.columns = dict(task.get("data") or {}) | (record.get("metrics") or {}) | {"timing": record.get("timing")}
         yield trace
 
@@ -286,6 +293,11 @@ def _call(nodes: Sequence[Mapping[str, Any]], index: int) -> Call:
     start = mask.index(True) if True in mask else len(ids)
     prompt_ids = [token for each in before for token in each.get("token_ids") or []] + ids[:start]
     return Call(prompt_ids, ids[start:], [each["message"] for each in before], [node["message"]])
+
+
+def _at_limit(call: Mapping[str, Any]) -> bool:
+    used = (call.get("usage") or {}).get("completion_tokens") or 0
+    return used >= ((call.get("sampling") or {}).get("max_tokens") or math.inf)
 
 
 def _verifiers_results(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
@@ -354,7 +366,9 @@ def _nemo_gym(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
     cut = bool(details) or response.get("status") == "incomplete"
     trace.finish_reason = "length" if cut else response.get("finish_reason") or response.get("status")
     trace.error = _error(response.get("error") or row.get("error"))
-    trace.time = response.get("created_at") or None
+    trace.time, trace.identity = response.get("created_at") or None, response.get("id")
+    used = (response.get("usage") or {}).get("output_tokens") or 0
+    trace.at_limit = used >= ((row.get("responses_create_params") or {}).get("max_output_tokens") or math.inf)
     trace.columns = _rest(row, "response", "responses_create_params", "reward", "advantage")
     yield trace
 
@@ -369,7 +383,7 @@ def _quartet(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
     trace.parts = {part: trace.number(part, value) for part, value in row["parts"].items()}
     trace.advantage = trace.number("advantage", row.get("advantage"))
     trace.sample, trace.version = row["sample"], row.get("policy_version")
-    trace.group = f"{row['prompt_id']}/{number - row['sample']}"  # a prompt may be drawn twice in a step
+    trace.group = row["prompt_id"]
     trace.finish_reason, trace.token_ids = row.get("finish_reason"), row.get("token_ids") or []
     trace.logprobs = row.get("logprobs") or []
     failure = (row.get("tools") or {}).get("failure")
