@@ -60,15 +60,19 @@ def _mixed_blocks(rollouts: Rollouts, size: int) -> list[list[Trace]]:
 
 def hacks(rollouts: Rollouts) -> Iterator[Finding]:
     """Completions that get a reward without an answer."""
-    blank = []
+    blank, idle = [], []
     for group in rollouts.groups:
-        others = [t.reward for t in group if t.completion.strip() and is_number(t.reward)]
-        for trace in group:
-            acts = trace.completion.strip() or any(turn.get("tool_calls") for turn in trace.turns)
-            if not acts and is_number(trace.reward) and others and trace.reward > min(others):  # type: ignore[operator,type-var]
-                blank.append(trace)
+        acting = any(map(_acts, group))
+        quiet = [t for t in group if is_number(t.reward) and not _acts(t) and (acting or not t.completion.strip())]
+        lowest = min((t.reward or 0.0 for t in group if is_number(t.reward) and t not in quiet), default=None)
+        better = [t for t in quiet if lowest is not None and (t.reward or 0.0) > lowest]
+        blank += [trace for trace in better if not trace.completion.strip()]
+        idle += [trace for trace in better if trace.completion.strip()]
+    if len(idle) > 1 and {trace.reward for trace in idle} == {0.0}:  # a start value that nothing has changed
+        blank += idle
     if blank:
-        yield Finding("empty-rewarded", f"{len(blank)} empty completions get more than others of their group", blank)
+        what = f"{len(blank)} rollouts that say or do nothing get more than others of their group"
+        yield Finding("empty-rewarded", what, blank)
     hostile = [t for t in rollouts.high if HOSTILE.search(t.completion) and not HOSTILE.search(t.prompt)]
     hostile += [t for t in rollouts.high if _hedges(t) or _echoes(t)]
     if hostile:
@@ -76,6 +80,10 @@ def hacks(rollouts: Rollouts) -> Iterator[Finding]:
         yield Finding("probe-rewarded", f"{what} the prompt", hostile)
     yield from _without_answer(rollouts)
     yield from _templates(rollouts)
+
+
+def _acts(trace: Trace) -> bool:
+    return any(turn.get("tool_calls") for turn in trace.turns)
 
 
 def _hedges(trace: Trace) -> bool:
