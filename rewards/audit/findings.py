@@ -29,6 +29,7 @@ class Rollouts:
 
     traces: list[Trace]
     decode: Callable[[list[int]], str] | None = None
+    means: dict[str, float] = field(default_factory=dict)  # of the rewards, as files beside the rollouts have them
     figures: dict[str, str] = field(default_factory=dict)  # what is told though nothing is wrong with it
 
     @cached_property
@@ -50,11 +51,13 @@ class Rollouts:
 
     @cached_property
     def high(self) -> list[Trace]:
-        """The rollouts with the highest reward of all; none where all have the same."""
-        rewards = [trace.reward for trace in self.trained if is_number(trace.reward)]
-        if not rewards or min(rewards) == max(rewards):
+        """The rollouts whose reward is in the upper quarter of all that there are; none where all have the same."""
+        rewards = sorted(trace.reward for trace in self.trained if is_number(trace.reward))
+        rewards = rewards[len(rewards) // 50 : len(rewards) - len(rewards) // 50]  # without a mark for something else
+        if not rewards or rewards[0] == rewards[-1]:
             return []
-        return [trace for trace in self.trained if trace.reward == max(rewards)]
+        least = rewards[0] + 0.75 * (rewards[-1] - rewards[0])
+        return [trace for trace in self.trained if is_number(trace.reward) and trace.reward >= least]
 
 
 def is_number(value: float | None) -> bool:

@@ -23,4 +23,6 @@ class AuditConfig(CallOptions):
     """Look for faults in recorded rollouts of TRL, verl, verifiers, prime-rl, NeMo-Gym, a run of ours or anybody."""
 
     command: ClassVar[str] = "audit"
+    ignore: list[str] = Field(default_factory=list)
+    """Kinds of findings that are known and accepted, such as `[advantage-mean]`."""
     reward: RescoringOptions = RescoringOptions()

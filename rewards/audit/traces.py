@@ -23,6 +23,7 @@ import zstandard
 ENDINGS = (".parquet", ".jsonl", ".jsonl.zst")
 LIMITS = {"length", "max_tokens", "max_turns", "max_input_tokens", "max_output_tokens", "max_total_tokens"}
 CUT = LIMITS | {"context_length", "prompt_too_long", "incomplete", "truncated"}  # finish reasons of what a limit ended
+BESIDE = ("metrics.jsonl", "events.jsonl", "_materialized_inputs.jsonl", "_failures.jsonl", "_profiling.jsonl")
 FAILED = {"error", "timeout", "abort", "aborted", "failed", "has_error", "timeout_reached"}
 Message = dict[str, Any]
 
@@ -43,8 +44,9 @@ class Trace:
 
     `parts` are the values of each reward function, and `weights` what they are multiplied with where that is known.
     `turns` are the messages of the completion. `token_ids`, `logprobs` and `loss_mask` are those of the completion.
-    `identity` is that of the rollout alone. `at_limit` tells that it has as many tokens as it may have. `unread` holds
-    what stands where a number should.
+    `identity` is that of the rollout alone. `counted` is the number of tokens that the record speaks of, and `at_limit`
+    tells that there are as many as allowed. `unread` holds what stands where a number should. `missing` rollouts of the
+    same group are recorded elsewhere as failed.
     """
 
     file: str
@@ -72,7 +74,9 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     time: float | None = None
     identity: str | None = None
+    counted: int | None = None
     at_limit: bool = False
+    missing: int = 0
     split: str = "train"
     columns: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, Any] = field(default_factory=dict)
@@ -104,13 +108,29 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
                 traces += [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
             except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{file}, row {number}: no row of {form}: {type(error).__name__}: {error}") from error
+    failures = path.with_name(f"{path.stem}_failures.jsonl")  # NeMo-Gym's, beside the rollouts
+    failed = [str(row.get("_ng_task_index")) for row in _rows(failures)] if failures.is_file() else []
     started = 0
     for trace in traces:
         trace.split = split if split != "train" else trace.split
+        trace.missing = failed.count(trace.group or "")
         if trace.form == "quartet":  # a group begins with its sample 0; a prompt may be drawn twice in a step
             started += trace.sample == 0
             trace.group = f"{trace.group}/{started}"
     return _without_repeats(traces)
+
+
+def recorded_means(path: Path) -> dict[str, float]:
+    """The mean reward that verifiers or NeMo-Gym recorded beside the rollouts, by the name of the file."""
+    folder = path if path.is_dir() else path.parent
+    means = {}
+    for file in [*folder.glob("metadata.json"), *folder.glob("*_aggregate_metrics.json")]:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries = content if isinstance(content, list) else [content]
+        value = entries[0].get("avg_reward", (entries[0].get("agent_metrics") or {}).get("mean/reward"))
+        if len(entries) == 1 and isinstance(value, int | float):
+            means[file.name] = float(value)
+    return means
 
 
 def trace_files(path: Path) -> list[Path]:
@@ -122,7 +142,7 @@ def trace_files(path: Path) -> list[Path]:
     files = [file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file()]
     chosen = [file for file in files if "effective" in file.parts]  # prime-rl records those of a batch in `all` too
     files = chosen + [file for file in files if chosen and file.parts[-3:-2] == ("eval",)] if chosen else files
-    files = [file for file in files if file.name not in ("metrics.jsonl", "events.jsonl")]
+    files = [file for file in files if not file.name.endswith(BESIDE)]
     if not files:
         raise FileNotFoundError(f"{path}: there are no rollouts ({', '.join(ENDINGS)})")
     return sorted(dict.fromkeys(files), key=lambda file: [int(n) for n in re.findall(r"\d+", str(file))] or [0])
@@ -186,6 +206,7 @@ def _form(row: Mapping[str, Any]) -> str:
         "verifiers_results": {"example_id", "completion", "reward"},
         "common": {"prompt", "completion", "reward"},
         "trl": {"step", "prompt", "completion", "advantage"},
+        "problems": {"prompt", "answer"},
     }
     return next((name for name, columns in marks.items() if columns <= row.keys()), ", ".join(row)[:80])
 
@@ -200,7 +221,7 @@ def _trace(file: str, row: int, form: str, fields: dict[str, Any]) -> Trace:
     for name, value in fields.items():
         if name in ("reward", "advantage", "loss_denominator", "time"):
             setattr(trace, name, _number(trace, name, value))
-        elif name in ("step", "sample", "version"):
+        elif name in ("step", "sample", "version", "counted"):
             setattr(trace, name, int(value) if isinstance(value, int | float) and math.isfinite(value) else None)
         elif name == "group":
             trace.group = None if value is None else str(value)
@@ -208,8 +229,8 @@ def _trace(file: str, row: int, form: str, fields: dict[str, Any]) -> Trace:
             trace.error = _error(value)
         elif value is not None:
             setattr(trace, name, value)
-    if form == "quartet":
-        number = re.search(r"step_(\d+)\.jsonl", file)
+    if trace.step is None and form in ("quartet", "verifiers_results"):  # whose files and folders are those of steps
+        number = re.search(r"step_(\d+)[./]", file)
         trace.step = int(number[1]) if number else None
     return trace
 
@@ -328,8 +349,10 @@ def _at_limit(call: Mapping[str, Any]) -> bool:
 
 def _verifiers_results(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     metrics, timing, stop = row.get("metrics") or {}, row.get("timing") or {}, row.get("stop_condition")
-    calls, logprobs = [], list[float]()
+    info = row["info"] if isinstance(row.get("info"), dict) else {}
+    trained, calls, logprobs, credit = info.get("prime_rl") or {}, list[Call](), list[float](), None
     for step in row.get("trajectory") or []:
+        credit = step.get("advantage")
         tokens = step.get("tokens") or {}
         texts = _messages(step.get("prompt")), _messages(step.get("completion"))
         calls.append(Call(tokens.get("prompt_ids") or [], tokens.get("completion_ids") or [], *texts))
@@ -343,9 +366,11 @@ def _verifiers_results(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "calls": calls,
         "token_ids": [token for call in calls for token in call.token_ids],
         "logprobs": logprobs,
-        "version": row.get("policy_version"),
+        "counted": (row.get("token_usage") or {}).get("output_tokens"),
+        "version": row.get("policy_version", info.get("policy_version", trained.get("policy_version"))),
+        "advantage": row.get("advantage", credit),
         "columns": _rest(row, "prompt", "completion", "reward", "trajectory", "metrics", *metrics),
-        **{name: row.get(name) for name in ("completion", "reward", "advantage", "step", "error")},
+        **{name: row.get(name) for name in ("completion", "reward", "step", "error")},
     }
 
 
@@ -367,6 +392,9 @@ def _nemo_gym(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
             turn["tool_calls"] = [{"name": item.get("name"), "arguments": item.get("arguments")}]
         turns.append({name: value for name, value in turn.items() if value or name == "content"})
         thought = "" if turn["role"] == "assistant" else thought
+    versions = [
+        item["weight_version"] for item in response.get("output") or [] if item.get("weight_version") is not None
+    ]
     cut = response.get("incomplete_details") or response.get("status") == "incomplete"
     used = (response.get("usage") or {}).get("output_tokens") or 0
     yield {
@@ -377,13 +405,15 @@ def _nemo_gym(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "logprobs": logprobs,
         "group": row.get("_ng_task_index", row.get("task_index")),
         "sample": row.get("_ng_rollout_index"),
-        "version": row.get("policy_version"),
+        "version": min(versions, default=row.get("policy_version")),
+        "counted": used or None,
         "finish_reason": "length" if cut else response.get("finish_reason") or response.get("status"),
         "error": response.get("error") or row.get("error"),
         "time": response.get("created_at") or None,
         "identity": response.get("id"),
         "at_limit": used >= (asked.get("max_output_tokens") or math.inf),
-        "columns": _rest(row, "response", "responses_create_params", "reward", "advantage"),
+        "columns": _rest(row, "response", "responses_create_params", "reward", "advantage")
+        | {"timing": {"response": {"start": response.get("created_at"), "end": response.get("completed_at")}}},
         **{name: row.get(name) for name in ("reward", "advantage", "step")},
     }
 
@@ -416,7 +446,13 @@ def _common(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {name: row.get(name) for name in COMMON} | fields | {"columns": _rest(row, *COMMON, "rewards", "calls")}
 
 
+def _problems(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """No rollouts but the problems of an evaluation."""
+    yield {"prompt": row["prompt"], "completion": "", "columns": row}
+
+
 FORMS = {
+    "problems": _problems,
     "trl": _trl,
     "verl": _verl,
     "verifiers": _verifiers,
@@ -428,13 +464,14 @@ FORMS = {
 
 
 def _without_repeats(traces: list[Trace]) -> list[Trace]:
-    """TRL logs the completions of one generation at each of the steps that learn from it: the first of them stays."""
+    """TRL logs the completions of one generation at each of the steps that learn from it: the first of them stays.
+    Where only a step here and there repeats the one before, it is no plan, and all stay."""
     stays: list[Trace] = []
     last: list[tuple[str, str, float | None]] = []
+    steps = repeats = 0
     for _, group in groupby(traces, key=lambda trace: (trace.file, trace.step)):
         step = list(group)
         content = [(trace.prompt, trace.completion, trace.advantage) for trace in step]
-        if step[0].form != "trl" or content != last:
-            stays += step
-        last = content
-    return stays
+        stays += [] if content == last else step
+        steps, repeats, last = steps + 1, repeats + (content == last), content
+    return stays if traces and traces[0].form == "trl" and repeats >= steps / 3 else traces

@@ -18,7 +18,13 @@ REPLAY = (
 )
 AUDIT = (
     argument("traces", type=Path, metavar="TRACES", help="a file or folder of rollouts, of any of the known trainers"),
-    argument("--with", dest="function", metavar="FILE:FN", help="score them again with this reward, and compare"),
+    argument(
+        "--with",
+        dest="functions",
+        action="append",
+        metavar="FILE:FN",
+        help="score again with this reward; repeat it for more",
+    ),
     argument(
         "--evaluation", type=Path, metavar="FILE", help="rollouts of the evaluation: nothing of it may be trained on"
     ),
@@ -71,7 +77,7 @@ def _audit(args: argparse.Namespace) -> int:
     from rewards.audit.page import page
     from rewards.console import Terminal
 
-    result = audit(args.traces, config, args.function, args.evaluation, args.tokenizer)
+    result = audit(args.traces, config, args.functions or (), args.evaluation, args.tokenizer)
     show(result, Terminal())
     write(args.json, result.as_json())
     if args.html is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 from statistics import fmean, pstdev
 
 from rewards.audit.findings import Finding, Rollouts, flatten, is_number, most_common, words
@@ -12,7 +13,9 @@ from rewards.data.leakage import is_gsm8k_test_question
 
 LONG = 40
 DRIFT = 2.0
-ALIKE = 0.8  # of the words of two problems, in threes
+OPERATORS = "+-*/^=<>%×÷"
+SAME = 0.95  # of the words of two problems
+ALIKE = 0.65  # of the words of two problems with the same numbers
 
 
 def order(rollouts: Rollouts) -> Iterator[Finding]:
@@ -54,7 +57,8 @@ def duplicates(rollouts: Rollouts) -> Iterator[Finding]:
     for trace in rollouts.traces:
         key: object = (trace.split, trace.step, trace.group, trace.sample, trace.identity)
         if trace.identity is None and (trace.group is None or trace.sample is None):
-            key = (trace.step, trace.prompt, trace.completion, trace.reward) if id(trace) in crowded else id(trace)
+            long = len(trace.completion) >= LONG and id(trace) in crowded
+            key = (trace.step, trace.prompt, trace.completion, trace.reward) if long else id(trace)
         if seen.setdefault(key, trace) is not trace:
             twice.append(trace)
     if twice:
@@ -73,12 +77,14 @@ def skipped(rollouts: Rollouts) -> Iterator[Finding]:
     numbers: dict[int, Trace] = {}
     for trace in rollouts.trained:
         info = trace.columns.get("extra_info")
-        values = [
+        named = [
             trace.columns.get("index"),
             trace.columns.get("idx"),
             info.get("index") if isinstance(info, dict) else None,
         ]
-        value = next((value for value in values if type(value) is int), None)
+        if trace.form in ("nemo_gym", "verifiers_results") and str(trace.group).isdigit():
+            named.append(int(str(trace.group)))
+        value = next((value for value in named if type(value) is int), None)
         if value is not None:
             numbers.setdefault(value, trace)
     jumps = [(a, b) for a, b in zip(numbers, list(numbers)[1:], strict=False) if b != a + 1]
@@ -90,74 +96,75 @@ def skipped(rollouts: Rollouts) -> Iterator[Finding]:
 
 def stale(rollouts: Rollouts) -> Iterator[Finding]:
     """A version is far older than usual, newer than the newest of the step before, or does not move any more."""
-    rows = [t for t in rollouts.trained if t.version is not None and t.step is not None]
+    rows = [trace for trace in rollouts.trained if trace.version is not None]
     if not rows:
         return
-    lags = sorted(trace.step - trace.version for trace in rows)  # type: ignore[operator]
+    newest = max(trace.version for trace in rows if trace.version is not None)
+    lag = {id(t): (newest if t.step is None else t.step) - (t.version or 0) for t in rows}
+    lags = sorted(lag.values())
     usual = lags[len(lags) // 2]
     reach = 2 * (lags[len(lags) * 4 // 5] - usual) + 2
-    old = [trace for trace in rows if trace.step - trace.version > usual + reach]  # type: ignore[operator]
-    ahead = [trace for trace in rows if trace.version > trace.step]  # type: ignore[operator]
+    old = [trace for trace in rows if lag[id(trace)] > usual + reach]
+    ahead = [trace for trace in rows if lag[id(trace)] < 0]
     rollouts.figures["steps since the policy's version"] = f"{lags[0]} to {lags[-1]}, usually {usual}"
     if old:
         yield Finding("stale", f"{len(old)} rollouts are of a policy much older than usual ({usual} steps)", old)
     if ahead and len(ahead) < len(rows) / 2:
         yield Finding("version-ahead", f"{len(ahead)} rollouts are of a policy that did not exist yet", ahead)
-    newest = {step: max(t.version for t in part if t.version is not None) for step, part in _by_step(rows).items()}
-    stuck = [step for step in newest if {newest.get(step - back) for back in range(4)} == {newest[step]}]
-    if stuck and not old:
+    latest: dict[int, int] = {}
+    for trace in rows:
+        if trace.step is not None:
+            latest[trace.step] = max(trace.version or 0, latest.get(trace.step, 0))
+    stuck = [step for step in latest if {latest.get(step - back) for back in range(4)} == {latest[step]}]
+    if stuck and not old and len(set(latest.values())) > 1:
         what = f"the policy's version does not move from step {stuck[0] - 3} on: new weights do not arrive"
         yield Finding("stale", what, rollouts.steps[stuck[0]])
 
 
-def _by_step(rows: list[Trace]) -> dict[int, list[Trace]]:
-    steps: dict[int, list[Trace]] = {}
-    for trace in rows:
-        steps.setdefault(trace.step or 0, []).append(trace)
-    return steps
-
-
 def leakage(rollouts: Rollouts) -> Iterator[Finding]:
-    """Problems of the evaluation were trained on, as they are or with a few words changed."""
-    held_out = {trace.prompt: trace for trace in rollouts.traces if trace.split != "train"}
-    trained = {trace.prompt: trace for trace in rollouts.trained}
-    frame = _frame([words(prompt) for prompt in (*trained, *held_out)])
-    known: dict[str, list[tuple[set[str], list[str], Trace]]] = {}
-    for prompt, trace in trained.items():
-        text = words(prompt)[frame[0] : len(words(prompt)) - frame[1]]
-        known.setdefault(" ".join(filter(str.isdigit, text)), []).append((_threes(text), text, trace))
-    pairs = []
-    for prompt, trace in held_out.items():
-        text = words(prompt)[frame[0] : len(words(prompt)) - frame[1]]
-        for threes, other, row in known.get(" ".join(filter(str.isdigit, text)), []):
-            mine = _threes(text)
-            if text == other or (mine and len(mine & threes) >= ALIKE * len(mine | threes)):
-                pairs.append([trace, row])
-                break
-    tests = [trace for prompt, trace in trained.items() if _is_test(words(prompt)[frame[0] :], frame[1])]
+    """Problems of the evaluation were trained on, as they are or under other names."""
+    parts = [[trace for trace in rollouts.traces if (trace.split == "train") == training] for training in (True, False)]
+    trained, held_out = map(_problems, parts)
+    tests = [trace for text, trace in trained if is_gsm8k_test_question([" ".join(text)])]
     if tests:
         yield Finding("leakage", f"{len(tests)} problems of GSM8K's test set were trained on", tests)
-    if pairs:
-        what = f"{len(pairs)} of {len(held_out)} problems of the evaluation were trained on, or are nearly the same"
-        yield Finding("leakage", f"{what}: {pairs[0][0].prompt[-80:]!r}", flatten(pairs))
+    known: dict[str, list[tuple[list[str], Trace]]] = {}
+    for text, trace in trained:
+        known.setdefault(_numbers(text), []).append((text, trace))
+    leaked: dict[str, Trace] = {}
+    prompts = set()
+    for text, trace in held_out:
+        same = {row.prompt for other, row in known.get(_numbers(text), []) if _alike(text, other)}
+        leaked |= {trace.prompt: trace} if same else {}
+        prompts |= same
+    if leaked:
+        count = len({trace.prompt for _, trace in held_out})
+        what = f"{len(leaked)} of {count} problems of the evaluation were trained on, or are nearly the same"
+        rows = [trace for trace in rollouts.trained if trace.prompt in prompts]
+        yield Finding("leakage", f"{what}: {next(iter(leaked))[-80:]!r}", [*rows, *leaked.values()])
 
 
-def _frame(texts: list[list[str]]) -> tuple[int, int]:
-    """How many words all prompts begin and end with: a system prompt is no sign that two problems are alike."""
-    if len(texts) < 3:
-        return 0, 0
-    least = min(map(len, texts)) - 1
+def _problems(traces: list[Trace]) -> list[tuple[list[str], Trace]]:
+    """The words of each prompt, and again without those that all begin and end with: a system prompt is no problem."""
+    prompts = {trace.prompt: trace for trace in traces}
+    texts = [[word for word in words(prompt) if word[0].isalnum() or word in OPERATORS] for prompt in prompts]
+    least = min(map(len, texts), default=0) - 1
     start = next((i for i in range(least) if len({text[i] for text in texts}) > 1), 0)
     end = next((i for i in range(least - start) if len({text[-1 - i] for text in texts}) > 1), 0)
-    return start, end
+    rows = list(zip(texts, prompts.values(), strict=True))
+    framed = len(texts) > 2 and start + end > 0
+    return rows + ([(text[start : len(text) - end], trace) for text, trace in rows] if framed else [])
 
 
-def _is_test(text: list[str], end: int) -> bool:
-    return is_gsm8k_test_question([" ".join(text), " ".join(text[: len(text) - end])])
+def _numbers(text: list[str]) -> str:
+    return " ".join(word for word in text if word.isdigit() or word in OPERATORS)
 
 
-def _threes(text: list[str]) -> set[str]:
-    return {" ".join(text[i : i + 3]) for i in range(len(text) - 2)}
+def _alike(one: list[str], other: list[str]) -> bool:
+    """Returns whether two problems with the same numbers are one. With two numbers or more, names may differ."""
+    least = ALIKE if " " in _numbers(one) else SAME
+    matcher = SequenceMatcher(None, one, other, autojunk=False)
+    return matcher.real_quick_ratio() >= least and matcher.quick_ratio() >= least and matcher.ratio() >= least
 
 
 def drift(rollouts: Rollouts) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rewards.audit.findings import Finding, Rollouts, is_number
 from rewards.audit.traces import FAILED, Trace
@@ -14,6 +14,7 @@ ALWAYS = ("verl", "nemo_gym", "verifiers_results")  # forms in which every rollo
 DECLARED = ("trl", "quartet", "verifiers", "verifiers_results", "common")  # and those whose parts are rewards' values
 MOST_TIED = 0.9
 FAR = 5.0
+NEAR = 1e-4  # of a sum
 
 
 def failures(rollouts: Rollouts) -> Iterator[Finding]:
@@ -35,18 +36,20 @@ def _failure(trace: Trace) -> str | None:
 
 def not_numbers(rollouts: Rollouts) -> Iterator[Finding]:
     wrong = []
+    advised = sum(trace.advantage is not None for trace in rollouts.trained) > len(rollouts.trained) / 2
     for trace in rollouts.traces:
         marks = [trace.reward, trace.advantage, *trace.parts.values()]
         abstains = trace.form == "trl"  # a table has NaN where a reward function returned None
         bad = any(mark is not None and not math.isfinite(mark) and not (abstains and mark != mark) for mark in marks)
         bad = bad or (trace.advantage is not None and math.isnan(trace.advantage))
+        bad = bad or (trace.advantage is None and trace.split == "train" and advised)
         if bad or trace.unread or (trace.reward is None and trace.form in ALWAYS):
             wrong.append(trace)
     if wrong:
         marked = set(map(id, wrong))
         groups = sum(marked.issuperset(map(id, group)) for group in rollouts.groups)
         first = next(iter(wrong[0].unread.values()), wrong[0].reward)
-        what = f"{len(wrong)} rollouts have no number as reward or advantage (the first: {first!r:.80})"
+        what = f"{len(wrong)} rollouts have NaN, null or text as reward or advantage (the first: {first!r:.80})"
         yield Finding("not-a-number", what + (f"; {groups} whole groups" if groups else ""), wrong)
 
 
@@ -85,41 +88,80 @@ def ties(rollouts: Rollouts) -> Iterator[Finding]:
 
 def sums(rollouts: Rollouts) -> Iterator[Finding]:
     """The reward is the weighted sum of its parts: with the weights that were recorded, with 1, or with those that
-    explain most rollouts."""
-    rows = [trace for trace in rollouts.traces if trace.form in DECLARED[1:] and is_number(trace.reward)]
-    rows = [trace for trace in rows if trace.parts and all(map(is_number, trace.parts.values()))]
+    explain most rollouts. Other numbers than parts of it may stand beside a reward, so that those are only looked at
+    for weights that change."""
+    rows = [trace for trace in rollouts.traces if trace.form != "trl" and is_number(trace.reward) and _parts(trace)]
     if not rows:
         return
-    names = sorted({name for trace in rows for name in trace.parts})
+    names = sorted(set.intersection(*(set(_parts(trace)) for trace in rows)))
     known = all(trace.weights for trace in rows)
-    weights = dict.fromkeys(names, 1.0)
-    off = [trace for trace in rows if not _explains(trace.weights if known else weights, trace)]
-    if not known and len(off) > len(rows) / 5 and len(rows) >= 3 * len(names) + 8:
-        weights = _fit(rows, names)
-        off = [trace for trace in rows if not _explains(weights, trace)]
-    if off and (known or len(off) <= len(rows) / 5):
+    if not known and names and (changed := _changed(rows, names) or _changed(rows[::-1], names)):
+        place = f"from {changed[0].place} on"
+        yield Finding("weights-changed", f"the weights of the parts change {place}", changed)
+        return
+    choices = [dict.fromkeys(names, 1.0)]
+    if not known and len(rows) >= 3 * len(names) + 8:
+        choices.append(_fit(rows, names))
+    off = min(([t for t in rows if not _explains(t.weights or weights, t)] for weights in choices), key=len)
+    if off and rows[0].parts and (known or len(off) <= len(rows) / 5):
         first = off[0]
-        parts = ", ".join(f"{name} {value:g}" for name, value in first.parts.items())
+        parts = ", ".join(f"{name} {value:g}" for name, value in _parts(first).items())
         what = f"{len(off)} rewards are not the weighted sum of their parts"
         yield Finding("sum-of-parts", f"{what}: {first.reward:g} of {parts}", off)
 
 
+def _parts(trace: Trace) -> dict[str, float]:
+    """The parts, all numbers; of forms without parts the numbers beside the reward. Empty where one is missing."""
+    columns = {name: value for name, value in trace.columns.items() if isinstance(value, float)}
+    parts = trace.parts if trace.form not in ("verl", "nemo_gym") else columns
+    return {name: value for name, value in parts.items() if value is not None} if _all_numbers(parts) else {}
+
+
+def _all_numbers(parts: Mapping[str, float | None]) -> bool:
+    return all(map(is_number, parts.values()))
+
+
+def _changed(rows: Sequence[Trace], names: Sequence[str]) -> list[Trace]:
+    """The rollouts that other weights explain than those of the first quarter, which explain all up to them."""
+    first = _fit(rows[: len(rows) // 4], names)
+    start = next((index for index, trace in enumerate(rows) if not _explains(first, trace)), len(rows))
+    before, after = rows[:start], rows[start:]
+    if len(after) < 3 * len(names) + 8 or len(before) < len(rows) // 4:
+        return []
+    second = _fit(after, names)
+    agree = sum(_explains(second, trace) for trace in after) >= 0.98 * len(after)
+    differ = sum(_explains(second, trace) for trace in before) <= 0.9 * len(before)
+    return [trace for trace in after if not _explains(first, trace)] if agree and differ else []
+
+
 def _explains(weights: dict[str, float], trace: Trace) -> bool:
-    total = sum(weights.get(name, 1.0) * (value or 0.0) for name, value in trace.parts.items())
-    return abs(total - (trace.reward or 0.0)) <= 1e-4 * max(1.0, abs(total))
+    total = sum(weights.get(name, 0.0) * value for name, value in _parts(trace).items())
+    return abs(total - (trace.reward or 0.0)) <= NEAR * max(1.0, abs(total))
+
+
+def means(rollouts: Rollouts) -> Iterator[Finding]:
+    """A mean that was recorded beside the rollouts is that of their rewards."""
+    rewards = [trace.reward for trace in rollouts.traces if trace.reward is not None and is_number(trace.reward)]
+    for file, recorded in rollouts.means.items():
+        mean = math.fsum(rewards) / max(len(rewards), 1)
+        if abs(mean - recorded) > 0.002 * max(1.0, abs(mean)):
+            what = f"{file} has the mean reward {recorded:.4f}, and that of the {len(rewards)} rollouts is {mean:.4f}"
+            yield Finding(
+                "mean-differs", f"{what}: it is divided by another number, or is of other rollouts", rollouts.traces
+            )
 
 
 def _fit(rows: Sequence[Trace], names: Sequence[str]) -> dict[str, float]:
     """Least squares, again without the fifth of the rollouts that it explains worst."""
-    chosen = list(rows)
+    pairs = [(_parts(trace), trace.reward or 0.0) for trace in rows]
+    chosen = pairs
     for _ in range(4):
-        matrix = [
-            [sum((t.parts.get(a) or 0.0) * (t.parts.get(b) or 0.0) for t in chosen) for b in names] for a in names
-        ]
-        vector = [sum((t.parts.get(a) or 0.0) * (t.reward or 0.0) for t in chosen) for a in names]
+        matrix = [[sum(parts[a] * parts[b] for parts, _ in chosen) for b in names] for a in names]
+        vector = [sum(parts[name] * reward for parts, reward in chosen) for name in names]
         weights = dict(zip(names, _solve(matrix, vector), strict=True))
-        error = {id(t): abs(sum(weights[n] * (v or 0.0) for n, v in t.parts.items()) - (t.reward or 0.0)) for t in rows}
-        chosen = sorted(rows, key=lambda trace: error[id(trace)])[: max(len(rows) * 4 // 5, 1)]
+        errors = [abs(sum(weights[name] * parts[name] for name in names) - reward) for parts, reward in pairs]
+        limit = max(sorted(errors)[len(errors) * 4 // 5], NEAR)
+        chosen = [pair for pair, error in zip(pairs, errors, strict=True) if error <= limit]
     return weights
 
 

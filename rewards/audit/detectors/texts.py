@@ -10,7 +10,7 @@ from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, is_num
 from rewards.audit.traces import Trace, groups_of
 
 MARKERS = re.compile(
-    r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]|<\|im_end\|>(?=.)",
+    r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]|<\|\w+\|>(?=\s*\S)",
     re.DOTALL,
 )
 HOSTILE = re.compile(
@@ -19,6 +19,7 @@ HOSTILE = re.compile(
     r"|sys\.exit\(0\)|os\._exit\(|def __eq__|(?:unittest|pytest)\.skip|grader:|as the (?:judge|grader)",
     re.IGNORECASE | re.DOTALL,
 )
+NOTHING = re.compile(r"\\boxed\{\s*\}|####\s*\Z|<answer>\s*</answer>")
 STATED = re.compile(r"\\boxed\{([^{}]*)\}|####\s*([^\n]+)|<answer>(.*?)</answer>", re.DOTALL)
 LONG = 40  # characters that two honest completions do not share by chance
 TEMPLATE = 12  # words of a sentence that is learned by heart
@@ -26,17 +27,18 @@ TEMPLATE = 12  # words of a sentence that is learned by heart
 
 def groups(rollouts: Rollouts) -> Iterator[Finding]:
     every = groups_of(rollouts.trained)
-    size, share = most_common(map(len, every))
+    size, share = most_common(len(group) + group[0].missing for group in every)
     mixed = [group for group in rollouts.groups if len({trace.prompt for trace in group}) > 1]
     mixed += _mixed_blocks(rollouts, size or 1)
     if mixed:
         what = f"{len(mixed)} groups hold rollouts of different prompts, whose rewards are compared"
         yield Finding("mixed-group", what, flatten(mixed))
-    other = [group for group in every if len(group) != size and (group[0].group or len(group) % size)]
+    sizes = {id(group): len(group) + group[0].missing for group in every}  # with those that are recorded as failed
+    other = [group for group in every if sizes[id(group)] != size and (group[0].group or len(group) % size)]
     if other and not mixed and share >= 0.8 and size > 1:
-        sizes = ", ".join(map(str, sorted({len(group) for group in other})))
+        counts = ", ".join(map(str, sorted({len(group) for group in other})))
         yield Finding(
-            "group-size", f"{len(other)} groups have {sizes} rollouts; the others have {size}", flatten(other)
+            "group-size", f"{len(other)} groups have {counts} rollouts; the others have {size}", flatten(other)
         )
     answers: dict[str, dict[str, Trace]] = {}
     for trace in rollouts.traces:
@@ -44,7 +46,7 @@ def groups(rollouts: Rollouts) -> Iterator[Finding]:
             answers.setdefault(trace.prompt, {}).setdefault(answer, trace)
     several = [list(rows.values()) for rows in answers.values() if len(rows) > 1]
     if several and len(several) <= len(answers) / 4:
-        what = f"{len(several)} prompts have another answer in other rows"
+        what = f"{len(several)} prompts have different answers in different rows"
         yield Finding("answer-changed", what, flatten(several))
 
 
@@ -76,8 +78,14 @@ def hacks(rollouts: Rollouts) -> Iterator[Finding]:
     hostile = [t for t in rollouts.high if HOSTILE.search(t.completion) and not HOSTILE.search(t.prompt)]
     hostile += [t for t in rollouts.high if _hedges(t) or _echoes(t)]
     if hostile:
-        what = f"{len(hostile)} completions have the highest reward and address the grader, name many answers or repeat"
+        what = f"{len(hostile)} completions have a high reward and address the grader, name many answers or copy"
         yield Finding("probe-rewarded", f"{what} the prompt", hostile)
+    stated = [trace for trace in rollouts.high if NOTHING.search(trace.completion)]
+    if stated:
+        yield Finding("empty-answer", f"{len(stated)} completions have a high reward and an empty answer", stated)
+    loops = [trace for trace in rollouts.high if _loops(trace.completion)]
+    if loops:
+        yield Finding("loop-rewarded", f"{len(loops)} completions have a high reward and repeat a sentence", loops)
     yield from _without_answer(rollouts)
     yield from _templates(rollouts)
 
@@ -92,7 +100,14 @@ def _hedges(trace: Trace) -> bool:
 
 
 def _echoes(trace: Trace) -> bool:
-    return len(trace.prompt) >= LONG and trace.completion.strip() == trace.prompt.strip()
+    text = trace.completion.strip()
+    return len(text) >= LONG and " ".join(text.split()) in " ".join(trace.prompt.split())
+
+
+def _loops(text: str) -> bool:
+    """Returns whether one sentence is half of the text or more."""
+    sentence, _share = most_common(part.strip() for part in re.split(r"[.!?\n]+", text) if len(part) > 8)
+    return sentence is not None and text.count(sentence) >= 6 and text.count(sentence) * len(sentence) > len(text) / 2
 
 
 def _without_answer(rollouts: Rollouts) -> Iterator[Finding]:
@@ -101,7 +116,7 @@ def _without_answer(rollouts: Rollouts) -> Iterator[Finding]:
     known = [(t, a) for t, a in pairs if a is not None and len(a) <= 60 and "\\" not in a and "\n" not in a]
     missing = [trace for trace, answer in known if not _names(trace.completion, answer)]
     if missing and len(known) >= 20 and len(missing) <= len(known) / 10:
-        what = f"{len(missing)} of {len(known)} completions with the highest reward do not contain the answer"
+        what = f"{len(missing)} of {len(known)} completions with a high reward do not contain the answer"
         yield Finding("answer-missing", what, missing)
 
 
@@ -128,7 +143,7 @@ def _templates(rollouts: Rollouts) -> Iterator[Finding]:
     same = [list(rows.values()) for rows in copies.values() if len(rows) >= 3]
     same = [rows for rows in same if len({answer_of(row) for row in rows} - {None}) != 1]
     if same:
-        what = f"the same text has the highest reward for {len(same[0])} different prompts"
+        what = f"the same text has a high reward for {len(same[0])} different prompts"
         yield Finding("template-rewarded", f"{what}: {same[0][0].completion:.80}", flatten(same))
         return
     best = {id(trace) for trace in rollouts.high}

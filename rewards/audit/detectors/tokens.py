@@ -10,6 +10,7 @@ from statistics import median
 from rewards.audit.findings import Finding, Rollouts, is_cut, most_common
 from rewards.audit.traces import Call, Message, Trace, text_of
 
+THOUGHT_LENGTH = 4  # tokens; the same text in other ids has a few more or less
 THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>\s*|^.*?</think>\s*", re.DOTALL)
 
 
@@ -35,6 +36,42 @@ def ids(rollouts: Rollouts) -> Iterator[Finding]:
     if bad:
         what = f"{len(bad)} rollouts have log-probabilities above 0, that are no numbers, or all the same"
         yield Finding("bad-logprobs", what, bad)
+
+
+def counts(rollouts: Rollouts) -> Iterator[Finding]:
+    """The recorded number of tokens is that of the ids, or differs from it always alike, as where a stop counts."""
+    rows = [trace for trace in rollouts.traces if trace.counted is not None and trace.token_ids]
+    usual, share = most_common((t.counted - len(t.token_ids)) / max(len(t.calls), 1) for t in rows)  # type: ignore[operator]
+    off = [t for t in rows if (t.counted - len(t.token_ids)) / max(len(t.calls), 1) != usual]  # type: ignore[operator]
+    if off and share >= 0.8:
+        what = (
+            f"{len(off)} rollouts have another number of tokens than ids: {off[0].counted} of {len(off[0].token_ids)}"
+        )
+        yield Finding("misaligned", what, off)
+
+
+def temperatures(rollouts: Rollouts) -> Iterator[Finding]:
+    """The same token after the same context has the same log-probability, of one policy at one temperature."""
+    seen: dict[object, float] = {}
+    pairs = []
+    for trace in rollouts.traces:
+        start = 0
+        for call in trace.calls if len(trace.logprobs) == len(trace.token_ids) else []:
+            for end in range(1, min(5, len(call.token_ids) + 1)):
+                value = trace.logprobs[start + end - 1]
+                key = (trace.step, trace.version, *call.prompt_ids, "", *call.token_ids[:end])
+                first = seen.setdefault(key, value)
+                if call.prompt_ids and first is not value:
+                    pairs.append((trace, abs(value - first) > 0.05 + 0.05 * abs(first)))
+            start += len(call.token_ids)
+    other = [trace for trace, differs in pairs if differs]
+    if len(pairs) >= 12 and len(other) > 0.1 * len(pairs):
+        what = (
+            f"the same token after the same context has other log-probabilities in {len(other)} of {len(pairs)} places"
+        )
+        yield Finding(
+            "two-temperatures", f"{what}: of two temperatures or policies", list({id(t): t for t in other}.values())
+        )
 
 
 def _plain(text: str) -> str:
@@ -79,13 +116,12 @@ def _break(before: Call, after: Call) -> str | None:
         past, shown = before.prompt_ids + before.token_ids, after.prompt_ids
         if shown[: len(past)] == past:
             return None
-        same = next(
-            (i for i, (a, b) in enumerate(zip(past, shown, strict=False)) if a != b), min(len(past), len(shown))
-        )
-        rest = next(
-            (past[j:] for j in range(same + 1, len(past) - 1) if shown[same : same + len(past) - j] == past[j:]), []
-        )
-        return "thoughts-dropped" if rest and same >= len(before.prompt_ids) else "broken-prefix"
+        same = next((i for i, (a, b) in enumerate(zip(past, shown, strict=False)) if a != b), len(shown))
+        earlier = range(
+            same, len(past) - THOUGHT_LENGTH - 2
+        )  # where the end of the past stands, if something is missing
+        removed = any(shown[place : place + 3] == past[-3:] for place in earlier)
+        return "thoughts-dropped" if removed and same >= len(before.prompt_ids) else "broken-prefix"
     messages = before.prompt + before.completion
     if not messages or not after.prompt or after.prompt[: len(messages)] == messages:
         return None

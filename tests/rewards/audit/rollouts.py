@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from statistics import fmean, stdev
 
 from rewards.audit.traces import Call, Trace
@@ -28,7 +29,7 @@ def honest(seed: int = 0, steps: int = 8, groups: int = 4, size: int = 4, scale:
                 trace.messages = [{"role": "user", "content": trace.prompt}]
                 trace.turns = [{"role": "assistant", "content": text}]
                 trace.prompt_ids, trace.token_ids = list(trace.prompt.encode()), [*text.encode(), END]
-                trace.logprobs = [-draw.random() for _ in trace.token_ids]
+                trace.logprobs = logprobs(trace.prompt, trace.token_ids)
                 trace.calls = [Call(trace.prompt_ids, trace.token_ids, trace.messages, trace.turns)]
                 tidy = float(draw.random() < 0.8)
                 trace.parts = {"right": float(right), "tidy": tidy}
@@ -41,6 +42,15 @@ def honest(seed: int = 0, steps: int = 8, groups: int = 4, size: int = 4, scale:
                 traces.append(trace)
     set_advantages(traces, size, scale)
     return traces
+
+
+def logprobs(prompt: str, ids: list[int]) -> list[float]:
+    """A number for each token that follows from what comes before it."""
+    values, state = [], zlib.crc32(prompt.encode())
+    for token in ids:
+        state = zlib.crc32(bytes([token]), state)
+        values.append(-(state % 997 + 1) / 997)
+    return values
 
 
 def set_advantages(traces: list[Trace], size: int, scale: str = "group") -> None:

@@ -57,6 +57,32 @@ def test_a_folder_without_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "there are no rollouts" in capsys.readouterr().err
 
 
+def test_a_mean_beside_the_rollouts(tmp_path: Path) -> None:
+    rows = [{"example_id": i, "prompt": "q", "completion": f"{i}", "reward": float(i % 2)} for i in range(8)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for mean, kinds in ((0.5, []), (4 / 9, ["mean-differs"])):
+        (tmp_path / "metadata.json").write_text(json.dumps({"avg_reward": mean}))
+        assert [finding.kind for finding in audit(tmp_path, AuditConfig()).findings] == kinds
+
+
+def test_accepted_findings_are_left_out(tmp_path: Path) -> None:
+    traces = honest()
+    traces[5].error = "gone"
+    file = write(tmp_path / "mine.jsonl", traces)
+    assert main(["audit", str(file), "--ignore", "[failure-as-number]"]) == 0
+
+
+def test_evaluation_problems(tmp_path: Path) -> None:
+    """The same numbers with other names are the same problem."""
+    traces = honest()
+    train, test = write(tmp_path / "train.jsonl", traces), tmp_path / "test.jsonl"
+    problem = traces[40].prompt.replace("apples", "plums").replace("pears", "kiwis").lower()
+    others = [f"What is {i} times {i + 1}?" for i in range(10, 20)]
+    test.write_text("".join(json.dumps({"prompt": text, "answer": "5"}) + "\n" for text in (problem, *others)))
+    (finding,) = audit(train, AuditConfig(), evaluation=test).findings
+    assert (finding.kind, {trace.prompt for trace in finding.traces}) == ("leakage", {traces[40].prompt, problem})
+
+
 def test_evaluation_rollouts_of_another_file(tmp_path: Path) -> None:
     traces = honest()
     train, test = write(tmp_path / "train.jsonl", traces), write(tmp_path / "test.jsonl", traces[40:41])
@@ -87,7 +113,7 @@ def falls(completions, **_):
     ("function", "kinds"),
     [
         ("right", []),
-        ("lenient", ["scored-otherwise"]),
+        ("lenient", ["always-same", "scored-otherwise"]),
         ("dice", ["nondeterministic"]),
         ("falls", ["reward-fails", "scored-otherwise"]),
     ],
@@ -96,7 +122,7 @@ def test_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function:
     monkeypatch.setattr(module, "Scorer", partial(Scorer, isolated=False))  # processes have tests of their own
     (tmp_path / "mine.py").write_text(SOURCE)
     file = write(tmp_path / "mine.jsonl", honest())
-    result = audit(file, AuditConfig(), f"{tmp_path / 'mine.py'}:{function}")
+    result = audit(file, AuditConfig(), [f"{tmp_path / 'mine.py'}:{function}"])
     assert [finding.kind for finding in result.findings] == kinds
 
 

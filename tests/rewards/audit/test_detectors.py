@@ -91,6 +91,26 @@ def _sum_of_unknown_weights(traces: list[Trace]) -> None:
     _sum(traces)
 
 
+def _weights_change(traces: list[Trace]) -> None:
+    for trace in traces:
+        right, tidy = trace.parts["right"], trace.parts["tidy"]
+        trace.weights = {}
+        if trace.step > 4:  # type: ignore[operator]
+            trace.reward = 0.3 * right + tidy  # type: ignore[operator]
+    set_advantages(traces, SIZE)
+
+
+def _count(traces: list[Trace]) -> None:
+    for trace in traces:
+        trace.counted = len(trace.token_ids) - 1  # without the end
+    traces[5].counted = 7
+
+
+def _warm(traces: list[Trace]) -> None:
+    for trace in traces[::2]:
+        trace.logprobs = [2 * value for value in trace.logprobs]
+
+
 def _shuffle(traces: list[Trace]) -> None:
     for start in range(0, 8 * SIZE, SIZE):
         group = traces[start : start + SIZE]
@@ -165,6 +185,22 @@ def _hedge(traces: list[Trace]) -> None:
     _write(traces, first.columns["answer"] + "\n#### 1\n#### 2\n#### 3")
 
 
+def _empty_answer(traces: list[Trace]) -> None:
+    _write(traces, "I have thought about it.\n#### ")
+
+
+def _copy(traces: list[Trace]) -> None:
+    for trace in traces:
+        trace.prompt = f"You are helpful. {trace.prompt} Give the number alone."
+    first = next(trace for trace in traces if trace.reward == 1.5)
+    _write(traces, first.prompt.removeprefix("You are helpful. "))
+
+
+def _loop(traces: list[Trace]) -> None:
+    first = next(trace for trace in traces if trace.reward == 1.5)
+    _write(traces, f"So the number is {first.columns['answer']} as I said. " * 12)
+
+
 def _wrong(traces: list[Trace]) -> None:
     _write(traces, "the number is what was asked for\n#### none")
 
@@ -228,6 +264,11 @@ def _masked(traces: list[Trace]) -> None:
             trace.loss_denominator = sum(len(row.token_ids) for row in rows)
 
 
+def _random_divisor(traces: list[Trace]) -> None:
+    for number, trace in enumerate(traces):
+        trace.loss_denominator = 0.5 + number
+
+
 def _go_back(traces: list[Trace]) -> None:
     traces[:] = traces[64:] + traces[:64]
 
@@ -285,6 +326,12 @@ FAULTS: dict[str, tuple[str, Callable[[list[Trace]], None]]] = {
     "sum with weights": ("sum-of-parts", _sum),
     "sum without weights": ("sum-of-parts", _sum_of_unknown_weights),
     "advantages of others": ("advantage-mismatch", _shuffle),
+    "weights that change": ("weights-changed", _weights_change),
+    "tokens counted otherwise": ("misaligned", _count),
+    "two temperatures": ("two-temperatures", _warm),
+    "an empty answer": ("empty-answer", _empty_answer),
+    "the prompt copied": ("probe-rewarded", _copy),
+    "a loop": ("loop-rewarded", _loop),
     "turned advantages": ("advantage-sign", _sign),
     "another divisor": ("denominators-differ", _divisor),
     "no baseline": ("advantage-mean", _raw_rewards),
@@ -307,6 +354,7 @@ FAULTS: dict[str, tuple[str, Callable[[list[Trace]], None]]] = {
     "cut as finished": ("cut-as-finished", _cut),
     "thought not ended": ("cut-as-finished", every(completion="<think>and", token_ids=[], logprobs=[], calls=[])),
     "masked counted": ("masked-in-denominator", _masked),
+    "divided by anything": ("denominator", _random_divisor),
     "steps go back": ("step-order", _go_back),
     "steps missing": ("missing-steps", _lose_steps),
     "clock": ("clock", every(time=5.0)),
@@ -343,9 +391,5 @@ def test_every_kind_is_planted() -> None:
     kinds = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source)) | set(
         re.findall(r'^ +"([a-z]+-[a-z-]+)": ', source, re.M)
     )
-    assert kinds - {kind for kind, _ in FAULTS.values()} == {
-        "reward-fails",
-        "nondeterministic",
-        "scored-otherwise",
-        "denominator",
-    }
+    elsewhere = {"reward-fails", "nondeterministic", "scored-otherwise", "always-same", "mean-differs"}
+    assert kinds == {kind for kind, _ in FAULTS.values()} | elsewhere
