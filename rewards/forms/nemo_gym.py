@@ -111,12 +111,13 @@ def as_verify(function: str, **options: Any) -> Any:
     ...     verify = as_verify("gsm8k")
     """
     from nemo_gym.base_resources_server import BaseVerifyRequest, BaseVerifyResponse
+    from pydantic import ConfigDict
 
-    class Request(BaseVerifyRequest, extra="allow"):  # theirs drops the fields of the row
-        pass
+    class Request(BaseVerifyRequest):
+        model_config = ConfigDict(extra="allow")  # theirs drops the fields of the row
 
-    class Response(BaseVerifyResponse, extra="allow"):
-        pass
+    class Response(BaseVerifyResponse):
+        model_config = ConfigDict(extra="allow")
 
     reward = Isolated(function, **options)
 
