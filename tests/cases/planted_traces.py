@@ -445,10 +445,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     chosen = some(rows, plan.rng, 6)
     longest = max(row.sampled for row in rows)
     for row in chosen:
-        while row.sampled <= longest:
+        while row.sampled <= longest + 5:
             row.text = thoughts(plan.rng, (41, 7, 5), 40)
             tokenize(row)
-    limit = min(len(row.turns[-1].ids) for row in chosen)
+    limit = min(len(row.turns[-1].ids) for row in chosen) - 2  # before any of them says that it is done
     for row in chosen:
         turn = row.turns[-1]
         turn.ids, turn.logprobs = turn.ids[:limit], turn.logprobs[:limit]
@@ -463,9 +463,9 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
 def _(rows: list[Row], plan: Plan) -> list[Row]:
     chosen = some(rows, plan.rng)
     others = some([row for row in rows if row not in chosen], plan.rng)
-    swapped = [(other.turns[-1].ids, other.turns[-1].logprobs) for other in others]
-    for row, (ids, values) in zip(chosen, swapped, strict=True):
-        row.turns[-1].ids, row.turns[-1].logprobs = ids, values
+    for row, ids in zip(chosen, [list(other.turns[-1].ids) for other in others], strict=True):
+        row.turns[-1].ids = ids
+        row.turns[-1].logprobs = logprobs(row.version, row.turns[-1])
     return chosen
 
 
