@@ -215,7 +215,7 @@ CASES = {
     ),
     "group_of_one": Misconfiguration(
         f"{GITHUB}modelscope/ms-swift/issues/3980",
-        r"group_size|num_generations|rollout\.n\b",
+        r"group_size|generations per prompt|rollout\.n\b",
         {"rollout.group_size": 1},
         {"num_generations": 1},
         {"actor_rollout_ref.rollout.n": 1},
