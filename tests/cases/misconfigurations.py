@@ -299,7 +299,7 @@ CASES = {
     ),
     "disk_too_small": Misconfiguration(
         f"{GITHUB}Agent-RL/ReCall/issues/61 · {GITHUB}PrimeIntellect-ai/prime-rl/pull/1464",
-        r"(?i)\bdisk\b|space",
+        r"(?i)\b(disk|space)\b.*\b(not|no|too|more|exceed|larger|above|full|short)",
         {"checkpoint.every": 1, "checkpoint.keep": None},
         None,  # TRL wants the weights, which are not here
         {"trainer.save_freq": 1},
@@ -321,7 +321,11 @@ CASES = {
         shared_rows=3,
     ),
     "memory_too_small": Misconfiguration(
-        f"{GITHUB}huggingface/trl/issues/3678", r"(?i)\bmemory\b|\bG(i)?B\b", trl=None, verl={}, model=LARGE
+        f"{GITHUB}huggingface/trl/issues/3678",
+        r"(?i)\bmemory\b.*\b(not|no|too|more|exceed|larger|above|short)",
+        trl=None,
+        verl={},
+        model=LARGE,
     ),
     "tool_always_fails": Misconfiguration(
         f"{GITHUB}verl-project/verl/issues/7177",
@@ -550,10 +554,11 @@ def rows_of_table(folder: Path) -> Iterator[tuple[str, ...]]:
         line = named(case, code, said)
         return f"named: {line[:90]}" if line else f"exit {code}, not named" if code else "silent"
 
-    for name, case in CASES.items():
-        forms = write(name, folder / name)
-        dry = cell(case, *dry_run(folder / name)) if "yaml" in forms else "-"
-        trl = cell(case, *constructed(folder / name)) if "trl" in forms else "-"
+    for number, (name, case) in enumerate(CASES.items()):
+        place = folder / f"{number}"  # a report that names the folder must not name the mistake by that
+        forms = write(name, place)
+        dry = cell(case, *dry_run(place)) if "yaml" in forms else "-"
+        trl = cell(case, *constructed(place)) if "trl" in forms else "-"
         asked = {form: cell(case, *rehearse(path)) for form, path in forms.items()}
         yield name, case.issue, dry, trl, " · ".join(f"{form} {answer}" for form, answer in asked.items())
 
