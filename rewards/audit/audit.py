@@ -70,7 +70,11 @@ def _decoder(path: Path) -> Callable[[list[int]], str]:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ValueError("ids are compared with their text by tokenizers: pip install tokenizers") from error
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # of the Rust library, which names no narrower one
+        raise ValueError(f"{file} is no tokenizer: {error}") from error
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
 
 

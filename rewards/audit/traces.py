@@ -180,7 +180,10 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         return
     content = file.read_bytes()
     if file.suffix == ".zst":
-        content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
+        try:
+            content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -217,14 +220,17 @@ def _trace(file: str, row: int, form: str, fields: dict[str, Any]) -> Trace:
     trace = Trace(file, row, form, text_of(prompt), "", _messages(prompt), fields.pop("turns", _messages(completion)))
     written = [turn for turn in trace.turns if turn.get("role") == "assistant"]
     trace.completion = text_of(written if trace.turns and not isinstance(completion, str) else completion)
+    if isinstance(fields.get("advantage"), list):  # one for each token
+        each = set(fields["advantage"])
+        fields["advantage"] = each.pop() if len(each) == 1 else None
     trace.parts = {name: _number(trace, name, value) for name, value in fields.pop("parts", {}).items()}
     for name, value in fields.items():
         if name in ("reward", "advantage", "loss_denominator", "time"):
             setattr(trace, name, _number(trace, name, value))
         elif name in ("step", "sample", "version", "counted"):
             setattr(trace, name, int(value) if isinstance(value, int | float) and math.isfinite(value) else None)
-        elif name == "group":
-            trace.group = None if value is None else str(value)
+        elif name in ("group", "finish_reason"):
+            setattr(trace, name, None if value is None else str(value))
         elif name == "error":
             trace.error = _error(value)
         elif value is not None:

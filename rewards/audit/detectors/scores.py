@@ -93,7 +93,7 @@ def sums(rollouts: Rollouts) -> Iterator[Finding]:
     rows = [trace for trace in rollouts.traces if trace.form != "trl" and is_number(trace.reward) and _parts(trace)]
     if not rows:
         return
-    names = sorted(set.intersection(*(set(_parts(trace)) for trace in rows)))
+    names = sorted({name for trace in rows for name in _parts(trace)})
     known = all(trace.weights for trace in rows)
     if not known and names and (changed := _changed(rows, names) or _changed(rows[::-1], names)):
         place = f"from {changed[0].place} on"
@@ -123,6 +123,8 @@ def _all_numbers(parts: Mapping[str, float | None]) -> bool:
 
 def _changed(rows: Sequence[Trace], names: Sequence[str]) -> list[Trace]:
     """The rollouts that other weights explain than those of the first quarter, which explain all up to them."""
+    if len(rows) < 4 * (3 * len(names) + 8):
+        return []
     first = _fit(rows[: len(rows) // 4], names)
     start = next((index for index, trace in enumerate(rows) if not _explains(first, trace)), len(rows))
     before, after = rows[:start], rows[start:]
@@ -153,7 +155,7 @@ def means(rollouts: Rollouts) -> Iterator[Finding]:
 
 def _fit(rows: Sequence[Trace], names: Sequence[str]) -> dict[str, float]:
     """Least squares, again without the fifth of the rollouts that it explains worst."""
-    pairs = [(_parts(trace), trace.reward or 0.0) for trace in rows]
+    pairs = [(dict.fromkeys(names, 0.0) | _parts(trace), trace.reward or 0.0) for trace in rows]
     chosen = pairs
     for _ in range(4):
         matrix = [[sum(parts[a] * parts[b] for parts, _ in chosen) for b in names] for a in names]

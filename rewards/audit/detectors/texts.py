@@ -10,7 +10,7 @@ from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, is_num
 from rewards.audit.traces import Trace, groups_of
 
 MARKERS = re.compile(
-    r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]|<\|\w+\|>(?=\s*\S)",
+    r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]|<\|(?:im_end|\w*eot\w*|end\w*)\|>(?=\s*\S)",
     re.DOTALL,
 )
 HOSTILE = re.compile(

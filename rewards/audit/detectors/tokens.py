@@ -10,6 +10,7 @@ from statistics import median
 from rewards.audit.findings import Finding, Rollouts, is_cut, most_common
 from rewards.audit.traces import Call, Message, Trace, text_of
 
+STOP_STRING = 12  # characters that engines leave out of the text
 THOUGHT_LENGTH = 4  # tokens; the same text in other ids has a few more or less
 THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>\s*|^.*?</think>\s*", re.DOTALL)
 
@@ -28,7 +29,7 @@ def ids(rollouts: Rollouts) -> Iterator[Finding]:
         first = texts.setdefault(tuple(trace.token_ids), trace)
         decoded = rollouts.decode(trace.token_ids) if rollouts.decode else None
         same = _plain(first.completion) == _plain(trace.completion)
-        if not same or (decoded is not None and not _same(decoded, trace)):
+        if not same or (decoded and "\ufffd" not in decoded and not _same(decoded, trace)):  # of half a character
             other.append(trace)
     if other:
         yield Finding("round-trip", f"{len(other)} rollouts have ids that are not their text", other)
@@ -81,7 +82,8 @@ def _plain(text: str) -> str:
 def _same(decoded: str, trace: Trace) -> bool:
     """Returns whether the ids are the text; of several turns or thoughts, whether each text is among them."""
     if len(trace.turns) < 2 and not any(turn.get("reasoning_content") for turn in trace.turns):
-        return _plain(decoded) == _plain(trace.completion)
+        text, read = _plain(trace.completion), _plain(decoded)
+        return read.startswith(text) and len(read) <= len(text) + STOP_STRING * bool(text)
     written = [text_of(turn) for turn in trace.turns if turn.get("role") == "assistant"]
     return all(_plain(text) in _plain(decoded) for text in written)
 
@@ -159,10 +161,11 @@ def ends(rollouts: Rollouts) -> Iterator[Finding]:
         return
     most, _ = most_common(len(trace.token_ids) for trace in rows if is_cut(trace))
     limit = most or max(len(trace.token_ids) for trace in rows)
-    ending, share = most_common(trace.token_ids[-1] for trace in rows if len(trace.token_ids) < limit)
+    endings = [trace.token_ids[-1] for trace in rows if len(trace.token_ids) < limit]
+    ending, share = most_common(endings)
     full = [trace for trace in rows if len(trace.token_ids) >= limit]
-    called = [t for t in full if not is_cut(t) and t.finish_reason and (share < 0.9 or t.token_ids[-1] != ending)]
-    if called and (most or (len(full) >= 3 and share >= 0.9)):
+    called = [trace for trace in full if not is_cut(trace) and trace.finish_reason and trace.token_ids[-1] != ending]
+    if called and share >= 0.9 and len(endings) >= 8 and (most or len(full) >= 3):
         what = f"{len(called)} rollouts have the most tokens there are ({limit}) and are recorded as finished"
         yield Finding("cut-as-finished", what, called)
 
