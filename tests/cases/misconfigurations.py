@@ -86,13 +86,13 @@ def distance(completions, answer, **kwargs):
     return [min(1.0, abs(int(number(text) or 0) - int(number(gold))) / 10) for text, gold in pairs]
 '''
 VERL_REWARDS = '''"""The same rewards as verl calls them."""
-import rewards
+import task_rewards
 
 CHOSEN = "{reward}"
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    return getattr(rewards, CHOSEN)([solution_str], answer=[ground_truth])[0]
+    return getattr(task_rewards, CHOSEN)([solution_str], answer=[ground_truth])[0]
 '''
 TOOLS = '''"""Tools of the cases."""
 
@@ -117,7 +117,7 @@ def look_up(name: str) -> str:
 '''
 SCRIPT = """from datasets import load_dataset
 from peft import LoraConfig
-from rewards import {reward}
+from task_rewards import {reward}
 from trl import GRPOConfig, GRPOTrainer
 
 
@@ -215,7 +215,7 @@ CASES = {
     ),
     "group_of_one": Misconfiguration(
         f"{GITHUB}modelscope/ms-swift/issues/3980",
-        r"group_size|num_generations|rollout\.n\b",
+        r"group_size|generations per prompt|rollout\.n\b",
         {"rollout.group_size": 1},
         {"num_generations": 1},
         {"actor_rollout_ref.rollout.n": 1},
@@ -434,7 +434,7 @@ def configuration(case: Misconfiguration) -> dict[str, Any]:
         "steps": 20,
         "prompts_per_step": 4,
         "rollout": {"group_size": 4, "max_completion_tokens": 64},
-        "rewards": [{"function": f"rewards.py:{case.reward}"}],
+        "rewards": [{"function": f"task_rewards.py:{case.reward}"}],
         "learner": {"learning_rate": 1e-6},
         "log": {"trackers": []},
     }
@@ -471,7 +471,7 @@ def write(name: str, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True)
     write_data(case, folder / "data")
     write_model(folder / "model", case.model)
-    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "task_rewards.py").write_text(REWARDS)
     (folder / "verl_rewards.py").write_text(VERL_REWARDS.replace("{reward}", case.reward))
     (folder / "tools.py").write_text(TOOLS)
     forms = {}
@@ -527,22 +527,23 @@ def rehearse(path: Path) -> tuple[int, str]:
     return run(path.parent, ["-m", "grpo", "rehearse", path.name])
 
 
-def named(case: Misconfiguration, said: str) -> str | None:
-    """The first line of a report that names the mistake."""
-    return next((line.strip() for line in said.splitlines() if re.search(case.says, line)), None)
+def named(case: Misconfiguration, code: int, said: str) -> str | None:
+    """The line of a report that names the mistake: any line of a refusal, else one that warns."""
+    lines = [line.strip() for line in said.splitlines() if code or re.search(r"(?i)warn", line)]
+    return next((line for line in reversed(lines) if re.search(case.says, line)), None)
 
 
 def rows_of_table(folder: Path) -> Iterator[tuple[str, ...]]:
     """Ask the three for every case; a cell has the line that names the mistake, or how the report missed it."""
 
-    def cell(case: Misconfiguration, code: int, said: str, refused: bool = False) -> str:
-        line = named(case, said) if code or not refused else None
-        return f"named: {line[:90]}" if line else f"exit {code}" if code else "silent"
+    def cell(case: Misconfiguration, code: int, said: str) -> str:
+        line = named(case, code, said)
+        return f"named: {line[:90]}" if line else f"exit {code}, not named" if code else "silent"
 
     for name, case in CASES.items():
         forms = write(name, folder / name)
-        dry = cell(case, *dry_run(folder / name), refused=True) if "yaml" in forms else "-"
-        trl = cell(case, *constructed(folder / name), refused=True) if "trl" in forms else "-"
+        dry = cell(case, *dry_run(folder / name)) if "yaml" in forms else "-"
+        trl = cell(case, *constructed(folder / name)) if "trl" in forms else "-"
         asked = {form: cell(case, *rehearse(path)) for form, path in forms.items()}
         yield name, case.issue, dry, trl, " · ".join(f"{form} {answer}" for form, answer in asked.items())
 

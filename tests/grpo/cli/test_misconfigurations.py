@@ -27,7 +27,7 @@ def problems(said: str) -> str:
 def test_a_misconfiguration_is_named(name, form, tmp_path):
     forms = write(name, tmp_path / name)
     code, said = rehearse(forms[form])
-    assert named(CASES[name], problems(said)), said
+    assert named(CASES[name], code, problems(said)), said
     assert code, "a report with a problem ends with an exit code for CI"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from planted_traces import EXAM, HONEST, KINDS, Trace, honest, plant
+from planted_traces import EXAM, HONEST, KINDS, REPLAYED, Trace, honest, plant, replayed
 
 AUDIT = "rewards.audit"
 exists = pytest.mark.skipif(importlib.util.find_spec(AUDIT) is None, reason=f"{AUDIT} does not exist yet")
@@ -52,6 +52,14 @@ def test_a_planted_fault_is_found_and_named(kind, form, seed, tmp_path):
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_trace_draws_no_finding(name, tmp_path):
     assert run_audit(honest(name, tmp_path)) == []
+
+
+@exists
+@pytest.mark.slow
+@pytest.mark.parametrize("issue", REPLAYED)
+def test_a_public_bug_is_found_in_a_trace_made_from_its_issue(issue, tmp_path):
+    findings = run_audit(replayed(issue, tmp_path))
+    assert any(re.search(REPLAYED[issue][2], finding.text, re.I) for finding in findings), findings
 
 
 def rows_of(trace: Trace) -> Iterator[dict[str, Any]]:
