@@ -38,7 +38,7 @@ class Call:
     completion: list[Message] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """A rollout has this prompt, completion and reward. What its writer did not record is None or empty.
 
@@ -80,6 +80,20 @@ class Trace:
     split: str = "train"
     columns: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> bool:
+        return self.reward is not None and math.isfinite(self.reward)
+
+    @property
+    def value(self) -> float:
+        """The reward, and 0 where there is none."""
+        return self.reward if self.reward is not None and math.isfinite(self.reward) else 0.0
+
+    @property
+    def credit(self) -> float:
+        """The advantage, and 0 where there is none."""
+        return self.advantage if self.advantage is not None and math.isfinite(self.advantage) else 0.0
 
     @property
     def length(self) -> int:
