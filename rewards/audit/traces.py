@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -117,17 +119,17 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
         if rows and form not in FORMS:
             known = "rollouts of TRL, verl, verifiers, prime-rl, NeMo-Gym or quartet, or `prompt` and `completion`"
             raise ValueError(f"{file}: its columns are {', '.join(rows[0])[:200]}; expected {known}")
+        failures = file.with_name(f"{file.stem}_failures.jsonl")  # NeMo-Gym's, beside the rollouts
+        failed = Counter(str(row.get("_ng_task_index")) for row in _rows(failures)) if failures.is_file() else Counter()
         for number, row in enumerate(rows, start=1):
             try:
-                traces += [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
+                made = [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
             except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{file}, row {number}: no row of {form}: {type(error).__name__}: {error}") from error
-    failures = path.with_name(f"{path.stem}_failures.jsonl")  # NeMo-Gym's, beside the rollouts
-    failed = [str(row.get("_ng_task_index")) for row in _rows(failures)] if failures.is_file() else []
+            traces += [replace(trace, missing=failed[str(trace.group)]) for trace in made] if failed else made
     started = 0
     for trace in traces:
         trace.split = split if split != "train" else trace.split
-        trace.missing = failed.count(trace.group or "")
         if trace.form == "quartet":  # a group begins with its sample 0; a prompt may be drawn twice in a step
             started += trace.sample == 0
             trace.group = f"{trace.group}/{started}"
@@ -139,11 +141,10 @@ def recorded_means(path: Path) -> dict[str, float]:
     folder = path if path.is_dir() else path.parent
     means = {}
     for file in [*folder.glob("metadata.json"), *folder.glob("*_aggregate_metrics.json")]:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        entries = content if isinstance(content, list) else [content]
-        value = entries[0].get("avg_reward", (entries[0].get("agent_metrics") or {}).get("mean/reward"))
-        if len(entries) == 1 and isinstance(value, int | float):
-            means[file.name] = float(value)
+        with suppress(ValueError, TypeError, AttributeError):  # another tool's file of this name
+            content = json.loads(file.read_text(encoding="utf-8"))
+            [entry] = content if isinstance(content, list) else [content]
+            means[file.name] = float(entry.get("avg_reward", entry.get("agent_metrics", {}).get("mean/reward")))
     return means
 
 

@@ -121,11 +121,13 @@ def leakage(rollouts: Rollouts) -> Iterator[Finding]:
     yield Finding("leakage", f"{len(tests)} problems of GSM8K's test set were trained on", tests)
     known: dict[str, list[tuple[list[str], Trace]]] = {}
     for text, trace in trained:
-        known.setdefault(_numbers(text), []).append((text, trace))
+        for sign in _signs(text):
+            known.setdefault(sign, []).append((text, trace))
     leaked: dict[str, Trace] = {}
     prompts = set()
     for text, trace in held_out:
-        same = {row.prompt for other, row in known.get(_numbers(text), []) if _alike(text, other)}
+        near = [pair for sign in _signs(text) for pair in known.get(sign, [])]
+        same = {row.prompt for other, row in near if _alike(text, other)}
         leaked |= {trace.prompt: trace} if same else {}
         prompts |= same
     if leaked:
@@ -149,6 +151,12 @@ def _problems(traces: list[Trace]) -> list[tuple[list[str], Trace]]:
 
 def _numbers(text: list[str]) -> str:
     return " ".join(word for word in text if word.isdigit() or word in OPERATORS)
+
+
+def _signs(text: list[str]) -> list[str]:
+    """What two problems share if they are one: their numbers, or with fewer than two numbers their beginning or end."""
+    numbers = _numbers(text)
+    return [numbers] if " " in numbers else [" ".join([numbers, *part]) for part in (text[:5], text[-5:])]
 
 
 def _alike(one: list[str], other: list[str]) -> bool:

@@ -53,10 +53,10 @@ def temperatures(rollouts: Rollouts) -> Iterator[Finding]:
     for trace in rollouts.traces:
         start = 0
         for call in trace.calls if len(trace.logprobs) == len(trace.token_ids) else []:
+            context = hash((trace.step, trace.version, *call.prompt_ids))
             for end in range(1, min(5, len(call.token_ids) + 1)):
                 value = trace.logprobs[start + end - 1]
-                key = (trace.step, trace.version, *call.prompt_ids, "", *call.token_ids[:end])
-                first = seen.setdefault(key, value)
+                first = seen.setdefault((context, *call.token_ids[:end]), value)
                 if call.prompt_ids and first is not value:
                     pairs.append((trace, abs(value - first) > 0.05 + 0.05 * abs(first)))
             start += len(call.token_ids)
