@@ -181,7 +181,7 @@ def test_an_openenv_server_scores_its_step_with_the_completion(monkeypatch):
 
 def test_without_openenv_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openenv.core.generic_client", None)
-    with pytest.raises(RewardError, match=r"pip install 'quartet-rl\[openenv\]'"):
+    with pytest.raises(RewardError, match="needs the package: pip install openenv"):
         openenv(None, ["42"], url="http://127.0.0.1:1", action={"message": "{completion}"})
 
 
