@@ -34,9 +34,9 @@ def reward_of(theirs: Any) -> Reward:
         theirs = theirs()
     rubric = getattr(theirs, "rubric", theirs)
     if hasattr(rubric, "score_rollout"):
-        score = _of_rubric(rubric)
+        score, fields = _of_rubric(rubric), ["answer", "info"]
     elif isinstance(theirs, type) and hasattr(theirs, "data_type"):
-        score = _of_task(theirs)
+        score, fields = _of_task(theirs), [*theirs.data_type().model_fields]
     else:
         raise RewardError(f"{theirs!r} is neither a Rubric, an Environment nor a v1.Task of verifiers")
     loop = asyncio.new_event_loop()  # one for all batches, since a judge's client belongs to a loop
@@ -54,6 +54,10 @@ def reward_of(theirs: Any) -> Reward:
                 log_extra(name, [values.get(name) for values in logged])
         return [outcome if isinstance(outcome, BaseException) else outcome[0] for outcome in outcomes]
 
+    signature = inspect.signature(verifiers)
+    *first, columns = signature.parameters.values()
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in fields]
+    verifiers.__signature__ = signature.replace(parameters=[*first, *named, columns])  # type: ignore[attr-defined]
     return verifiers
 
 
