@@ -35,8 +35,9 @@ def quartet_reward(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[.
     problem.
 
     The reward is a built-in name, `path/to/file.py:function`, or a function that the test's file has at its top. `data`
-    is a name as in data.name, options of the data, or rows; `allow` has names of habits (`hash_seed`, `changes`,
-    `prints`, `leaks`). Everything else is an option of `quartet reward test`, such as `chat=True`. Returns the check.
+    is a name as in data.name, options of the data, or rows. `form` is the tool that it is written for, as after --as.
+    `allow` has names of habits (`hash_seed`, `changes`, `prints`, `leaks`). Everything else is an option of
+    `quartet reward test`, such as `chat=True`. Returns the check.
     """
 
     def check(
@@ -44,6 +45,7 @@ def quartet_reward(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[.
         /,
         data: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
+        form: str = "",
         allow: Collection[str] = (),
         **options: Any,
     ) -> RewardCheck:
@@ -53,6 +55,7 @@ def quartet_reward(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[.
         from rewards.protocol import RewardError
 
         function = reward if isinstance(reward, str) else _name_of(reward, request.module)
+        function = f"{form}:{function}" if form else function
         if data is not None and not isinstance(data, str | Path | Mapping):
             rows, data = data, tmp_path / "rows.jsonl"
             data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

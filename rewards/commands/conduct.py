@@ -60,11 +60,9 @@ def _watch(trial: Trial, seed: str, problems: dict[str, str]) -> dict[tuple[int,
 
 def _habits(reply: Mapping[str, Any]) -> dict[str, str]:
     """Says what a reply shows, by habit."""
-    failure = (
-        reply if "kind" in reply else next((mark for mark in reply.get("rewards", []) if isinstance(mark, dict)), None)
-    )
+    failures = [reply] if "kind" in reply else [mark for mark in reply.get("rewards", []) if isinstance(mark, dict)]
     shown = {
-        "fails": f"it fails when called again: {failure['kind']}: {failure['message']}" if failure else "",
+        "fails": "it fails when called again: {kind}: {message}".format_map(failures[0]) if failures else "",
         "changes": f"it changes its arguments {', '.join(reply['changed'])}" if reply.get("changed") else "",
         "prints": f"it prints {reply['printed'][:80]!r}" if reply.get("printed") else "",
         "leaks": f"it leaks memory, {reply['kept']:,} bytes a call" if reply.get("kept", 0) > KEPT else "",

@@ -96,3 +96,6 @@ def test_no_module_is_loaded_that_it_has_not_asked_for(environment, tmp_path):
     }
     assert {"rewards", "pydantic", "rich", "yaml"} <= loaded
     assert loaded.isdisjoint(HEAVY)
+    done = run("quartet-reward test gsm8k --data.name owner/problems", tmp_path, environment)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "needs the package datasets: pip install 'quartet-rewards[datasets]', or give a file of JSON" in done.stderr

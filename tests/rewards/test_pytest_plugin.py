@@ -110,6 +110,36 @@ def test_accuracy_as_if_any_thought_were_an_answer(quartet_reward):
     quartet_reward(think_format_reward, ROWS, chat=True)
 """
 
+OF_VERIFIERS = """
+import verifiers.v1 as vf
+
+ROWS = [{"question": "6 * 7?", "answer": "42"}, {"question": "1 + 1?", "answer": "2"}]
+
+
+class SumData(vf.TaskData):
+    answer: str
+
+
+class Right(vf.Task[SumData]):
+    @vf.reward
+    async def right(self, task, trace) -> float:
+        return float(trace.last_reply.strip() == task.answer)
+
+
+class Kind(vf.Task[SumData]):
+    @vf.reward
+    async def right(self, task, trace) -> float:
+        return 1.0
+
+
+def test_right(quartet_reward):
+    quartet_reward(Right, ROWS, form="verifiers")
+
+
+def test_kind(quartet_reward):
+    quartet_reward(Kind, ROWS, form="verifiers")
+"""
+
 
 def run(folder: Path, text: str, *words: str) -> tuple[dict[str, str], str]:
     """The message of each test by its name, empty for one that has passed, and what pytest has printed."""
@@ -149,3 +179,11 @@ def test_rewards_of_trl_run_through_it(tmp_path):
     wrong = messages.pop("test_accuracy_as_if_any_thought_were_an_answer")
     assert "gold, last digit raised: 4 of 4 get full marks" in wrong
     assert set(messages.values()) == {""}, printed
+
+
+@pytest.mark.peer
+def test_tasks_of_verifiers_run_through_it(tmp_path):
+    pytest.importorskip("verifiers.v1.trace", reason="verifiers 0.4 is not installed")
+    messages, printed = run(tmp_path, OF_VERIFIERS, "--quartet-timeout", "60")
+    assert messages["test_right"] == "", printed
+    assert "nothing: 2 of 2 get full marks" in messages["test_kind"]
