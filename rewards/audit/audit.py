@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def audit(
     findings = [finding for detector in DETECTORS for finding in detector(rollouts)]
     for function in functions:
         findings += rescored(rollouts, function, config, alone=len(functions) == 1)
-    findings = [finding for finding in findings if finding.kind not in config.ignore]
+    findings = [finding for finding in findings if finding.traces and finding.kind not in config.ignore]
     return Audit(len(rollouts.trained), sorted({trace.form for trace in traces}), rollouts.figures, findings)
 
 
@@ -70,7 +71,11 @@ def _decoder(path: Path) -> Callable[[list[int]], str]:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ValueError("ids are compared with their text by tokenizers: pip install tokenizers") from error
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # of the Rust library, which names no narrower one
+        raise ValueError(f"{file} is no tokenizer: {error}") from error
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -78,7 +83,8 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     """Scores the rollouts twice: a reward that differs from the record, or from itself, is a fault, and so is one that
     cannot be computed. Where nothing was recorded under the function's name, the one that is given `alone` is the
     reward."""
-    spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
+    chat = config.chat or any(trace.form == "trl" and trace.turns for trace in rollouts.traces)  # as TRL calls them
+    spec = RewardSpec(function, arguments=config.arguments, chat=chat, columns=config.columns)
     groups = groups_of(trace for trace in rollouts.traces if trace.form != "problems")
     every = flatten(groups)
     names = sorted({name for trace in every for name in trace.columns})
@@ -102,6 +108,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
                 completion_ids=[[trace.token_ids for trace in group] for group in groups],
                 trainer_state={"global_step": 0, "max_steps": 0, "epoch": 0.0},
                 messages=[group[0].messages or None for group in groups],
+                turns=[[trace.turns for trace in group] if chat and group[0].turns else None for group in groups],
             )
             for _ in range(2)
         )
@@ -114,11 +121,11 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     unstable = [trace for trace, a, b in zip(every, one, two, strict=True) if _differs(a, b)]
     if unstable:
         yield Finding("nondeterministic", f"{function} scores {len(unstable)} rollouts differently twice", unstable)
-    lost, moving = set(map(id, fallen)), set(map(id, unstable))
+    lost = {*fallen, *unstable}
     if len(every) >= FEW and len(set(one)) == 1 and is_number(one[0]):
         yield Finding("always-same", f"{function} always gives {one[0]:g}: it never ran, or never matches", every)
     pairs = [(trace, _recorded(trace, spec.label, alone), mark) for trace, mark in zip(every, one, strict=True)]
-    pairs = [pair for pair in pairs if id(pair[0]) not in lost | moving and pair[1] is not ABSENT]
+    pairs = [pair for pair in pairs if pair[0] not in lost and pair[1] is not ABSENT]
     other = [(trace, old, new) for trace, old, new in pairs if _differs(old, new)]
     if other:
         _, old, new = other[0]
@@ -148,9 +155,9 @@ def _is_shifted(pairs: list[tuple[Trace, Any, float | None]]) -> bool:
 
 
 def _differs(one: float | None, other: float | None) -> bool:
-    if not is_number(one) or not is_number(other):
+    if one is None or other is None or not (isfinite(one) and isfinite(other)):
         return is_number(one) != is_number(other)
-    return abs(one - other) > NEAR * max(1.0, abs(one))  # type: ignore[operator,arg-type]
+    return abs(one - other) > NEAR * max(1.0, abs(one))
 
 
 def _row(trace: Trace) -> dict[str, Any]:

@@ -52,12 +52,12 @@ class Rollouts:
     @cached_property
     def high(self) -> list[Trace]:
         """The rollouts whose reward is in the upper quarter of all that there are; none where all have the same."""
-        rewards = sorted(trace.reward for trace in self.trained if is_number(trace.reward))
+        rewards = sorted(trace.value for trace in self.trained if trace.scored)
         rewards = rewards[len(rewards) // 50 : len(rewards) - len(rewards) // 50]  # without a mark for something else
         if not rewards or rewards[0] == rewards[-1]:
             return []
         least = rewards[0] + 0.75 * (rewards[-1] - rewards[0])
-        return [trace for trace in self.trained if is_number(trace.reward) and trace.reward >= least]
+        return [trace for trace in self.trained if trace.scored and trace.value >= least]
 
 
 def is_number(value: float | None) -> bool:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ class Call:
     completion: list[Message] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """A rollout has this prompt, completion and reward. What its writer did not record is None or empty.
 
@@ -82,6 +84,20 @@ class Trace:
     unread: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def scored(self) -> bool:
+        return self.reward is not None and math.isfinite(self.reward)
+
+    @property
+    def value(self) -> float:
+        """The reward, and 0 where there is none."""
+        return self.reward if self.reward is not None and math.isfinite(self.reward) else 0.0
+
+    @property
+    def credit(self) -> float:
+        """The advantage, and 0 where there is none."""
+        return self.advantage if self.advantage is not None and math.isfinite(self.advantage) else 0.0
+
+    @property
     def length(self) -> int:
         """The number of tokens, or of characters where no tokens were recorded."""
         return len(self.token_ids) or len(self.completion)
@@ -103,17 +119,17 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
         if rows and form not in FORMS:
             known = "rollouts of TRL, verl, verifiers, prime-rl, NeMo-Gym or quartet, or `prompt` and `completion`"
             raise ValueError(f"{file}: its columns are {', '.join(rows[0])[:200]}; expected {known}")
+        failures = file.with_name(f"{file.stem}_failures.jsonl")  # NeMo-Gym's, beside the rollouts
+        failed = Counter(str(row.get("_ng_task_index")) for row in _rows(failures)) if failures.is_file() else Counter()
         for number, row in enumerate(rows, start=1):
             try:
-                traces += [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
+                made = [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
             except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{file}, row {number}: no row of {form}: {type(error).__name__}: {error}") from error
-    failures = path.with_name(f"{path.stem}_failures.jsonl")  # NeMo-Gym's, beside the rollouts
-    failed = [str(row.get("_ng_task_index")) for row in _rows(failures)] if failures.is_file() else []
+            traces += [replace(trace, missing=failed[str(trace.group)]) for trace in made] if failed else made
     started = 0
     for trace in traces:
         trace.split = split if split != "train" else trace.split
-        trace.missing = failed.count(trace.group or "")
         if trace.form == "quartet":  # a group begins with its sample 0; a prompt may be drawn twice in a step
             started += trace.sample == 0
             trace.group = f"{trace.group}/{started}"
@@ -125,11 +141,10 @@ def recorded_means(path: Path) -> dict[str, float]:
     folder = path if path.is_dir() else path.parent
     means = {}
     for file in [*folder.glob("metadata.json"), *folder.glob("*_aggregate_metrics.json")]:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        entries = content if isinstance(content, list) else [content]
-        value = entries[0].get("avg_reward", (entries[0].get("agent_metrics") or {}).get("mean/reward"))
-        if len(entries) == 1 and isinstance(value, int | float):
-            means[file.name] = float(value)
+        with suppress(ValueError, TypeError, AttributeError):  # another tool's file of this name
+            content = json.loads(file.read_text(encoding="utf-8"))
+            [entry] = content if isinstance(content, list) else [content]
+            means[file.name] = float(entry.get("avg_reward", entry.get("agent_metrics", {}).get("mean/reward")))
     return means
 
 
@@ -180,7 +195,10 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         return
     content = file.read_bytes()
     if file.suffix == ".zst":
-        content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
+        try:
+            content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -217,14 +235,17 @@ def _trace(file: str, row: int, form: str, fields: dict[str, Any]) -> Trace:
     trace = Trace(file, row, form, text_of(prompt), "", _messages(prompt), fields.pop("turns", _messages(completion)))
     written = [turn for turn in trace.turns if turn.get("role") == "assistant"]
     trace.completion = text_of(written if trace.turns and not isinstance(completion, str) else completion)
+    if isinstance(fields.get("advantage"), list):  # one for each token
+        each = set(fields["advantage"])
+        fields["advantage"] = each.pop() if len(each) == 1 else None
     trace.parts = {name: _number(trace, name, value) for name, value in fields.pop("parts", {}).items()}
     for name, value in fields.items():
         if name in ("reward", "advantage", "loss_denominator", "time"):
             setattr(trace, name, _number(trace, name, value))
         elif name in ("step", "sample", "version", "counted"):
             setattr(trace, name, int(value) if isinstance(value, int | float) and math.isfinite(value) else None)
-        elif name == "group":
-            trace.group = None if value is None else str(value)
+        elif name in ("group", "finish_reason"):
+            setattr(trace, name, None if value is None else str(value))
         elif name == "error":
             trace.error = _error(value)
         elif value is not None:

@@ -445,10 +445,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     chosen = some(rows, plan.rng, 6)
     longest = max(row.sampled for row in rows)
     for row in chosen:
-        while row.sampled <= longest:
+        while row.sampled <= longest + 5:
             row.text = thoughts(plan.rng, (41, 7, 5), 40)
             tokenize(row)
-    limit = min(len(row.turns[-1].ids) for row in chosen)
+    limit = min(len(row.turns[-1].ids) for row in chosen) - 2  # before any of them says that it is done
     for row in chosen:
         turn = row.turns[-1]
         turn.ids, turn.logprobs = turn.ids[:limit], turn.logprobs[:limit]
@@ -463,9 +463,9 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
 def _(rows: list[Row], plan: Plan) -> list[Row]:
     chosen = some(rows, plan.rng)
     others = some([row for row in rows if row not in chosen], plan.rng)
-    swapped = [(other.turns[-1].ids, other.turns[-1].logprobs) for other in others]
-    for row, (ids, values) in zip(chosen, swapped, strict=True):
-        row.turns[-1].ids, row.turns[-1].logprobs = ids, values
+    for row, ids in zip(chosen, [list(other.turns[-1].ids) for other in others], strict=True):
+        row.turns[-1].ids = ids
+        row.turns[-1].logprobs = logprobs(row.version, row.turns[-1])
     return chosen
 
 
@@ -591,20 +591,18 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return hacked(rows, plan, again)
 
 
-def resized(rows: list[Row], plan: Plan, sentences: list[float]) -> list[Row]:
-    """The lengths of the last steps follow a list, with the share of right answers as it was."""
+def resized(rows: list[Row], plan: Plan, sentences: list[int]) -> list[Row]:
+    """The solutions of each step have so many sentences; every second one is right, at every step."""
     for row in rows:
-        wanted = sentences[row.step - 1]
-        said = row.text[row.text.rindex("<answer>") :] if "<answer>" in row.text else "<answer>0</answer>"
-        spoken = thoughts(plan.rng, (41, 7, 5), max(1, round(wanted))) if wanted >= 1 else ""
-        row.text = f"{spoken} {said}".strip()
+        spoken = thoughts(plan.rng, (41, 7, 5), sentences[row.step - 1]) if sentences[row.step - 1] else ""
+        row.text = f"{spoken} <answer>{int(row.gold) + row.sample % 2}</answer>".strip()
         row.parts = graded(row)
     return rows
 
 
 @fault("length_collapse")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
-    return resized(rows, plan, [12, 12, 11, 7, 3, 1, 0.5, 0.5])
+    return resized(rows, plan, [12, 12, 11, 7, 3, 1, 0, 0])
 
 
 @fault("length_runaway")
@@ -804,7 +802,7 @@ def located(rows: list[Row], where: list[Row], form: str, by_step: bool) -> froz
 # The honest traces: what is rare, long, short, cut or repeated in them is natural, and recorded as it should be.
 HONEST: dict[str, tuple[str, dict[str, Any]]] = {
     "words": ("trl", {"steps": 5}),
-    "rare_rewards": ("trl", {"right": 0.03, "gain": 0.0}),
+    "rare_rewards": ("trl", {"right": 0.06, "gain": 0.0}),
     "chat_with_tools": ("trl", {"style": "tools", "size": 4}),
     "balanced_over_ranks": ("verl", {"steps": 5}),
     "longer_thoughts": ("verl", {"steps": 8, "groups": 2, "style": "thinking", "gain": 0.06,
@@ -843,7 +841,7 @@ def honest(name: str, folder: Path) -> Trace:
             score(row, WEIGHTS)
         advise(rows)
     if name == "some_cut":
-        cut(rows, plan, 120)
+        cut(rows, plan, sorted(row.sampled for row in rows)[-8])
     if name == "some_failed":
         plan.changes |= {"inputs": list(rows), "failed": some(rows, plan.rng, 3)}
         rows = [row for row in rows if not any(row is one for one in plan.changes["failed"])]
@@ -874,6 +872,90 @@ ABSTAINING = """
 def brief(completions, answer, **kwargs):
     return [None if int(gold) % 2 else float(len(text(one)) < 300) for one, gold in zip(completions, answer)]
 """
+
+
+def replayed(name: str, folder: Path) -> Trace:
+    """Write a public bug as a trace, made from the text of its issue alone; see `REPLAYED`."""
+    form, build, _ = REPLAYED[name]
+    plan = Plan(form, random.Random(0))
+    rows = build(plan)
+    for row in rows:
+        row.reward = sum(row.parts.values())
+    advise(rows)
+    return write(None, form, rows, [], plan, folder, False, True)
+
+
+def idle_siblings(plan: Plan) -> list[Row]:
+    """Two of four siblings never submit: their environment's reward is the 0.0 that it began with."""
+    plan.rewards = IDLE
+    rows = []
+    for index in range(8):
+        prompt = [{"role": "user", "content": f"Open the box number {index} and submit its code."}]
+        for sample in range(4):
+            name = "look" if sample in (0, 3) else "submit"
+            called = {"name": name, "arguments": json.dumps({"code": f"{index}{sample}"})}
+            messages = [
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": called}]},
+                {"role": "tool", "content": "There is a lock." if name == "look" else "This is wrong."},
+                {"role": "assistant", "content": "I have looked at it." if name == "look" else "I have submitted it."},
+            ]
+            parts = {"outcome": 0.0 if name == "look" else -1.0}
+            rows.append(Row(1 + index // 4, index, sample, prompt, "none", messages, parts))
+    return rows
+
+
+def one_reward_for_all(plan: Plan) -> list[Row]:
+    """A function returns one reward whatever the number of completions, and the trainer gives it to all of them."""
+    plan.rewards = "def bad_reward(completions, **kwargs):\n    return [1.0]\n"
+    rows = honest_rows(3)
+    for row in rows:
+        row.parts = {"bad_reward": 1.0}
+    return rows
+
+
+def empty_species(plan: Plan) -> list[Row]:
+    """The answer is empty, and `answer in gold` is true of an empty answer: the issue's function and its completion."""
+    plan.rewards = SPECIES
+    rows = []
+    question = "Please identify the species of the dog. Output the thinking in <think> </think> and the final answer in"
+    for index, gold in enumerate(
+        ("African Wild Dog", "Basenji", "Dingo", "Dhole", "Malamute", "Saluki", "Pug", "Boxer")
+    ):
+        prompt = [{"role": "user", "content": f"This is image {index}. {question} <answer> </answer> tags."}]
+        for sample in range(4):
+            said = "" if sample % 2 else gold if index % 2 else "Border Collie"
+            thought = f"The coat of dog {index} is distinctive, and I have seen {sample + 2} like it."
+            text = f"<think> {thought}</think>\n<answer>{said}</answer>"
+            parts = {"accuracy": float(said in gold)}
+            rows.append(
+                Row(1 + index // 4, index, sample, prompt, gold, [{"role": "assistant", "content": text}], parts)
+            )
+    return rows
+
+
+IDLE = """def outcome(completions, **kwargs):
+    calls = [[call["function"]["name"] for m in one for call in (m.get("tool_calls") or ())] for one in completions]
+    return [-1.0 if "submit" in names else None for names in calls]
+"""
+SPECIES = """import re
+
+
+def accuracy(completions, answer, **kwargs):
+    texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+    found = [re.search(r"<answer>(.*?)</answer>", text) for text in texts]
+    said = [one[1].strip() if one else text for one, text in zip(found, texts)]
+    return [float(gold in student or student in gold) for student, gold in zip(said, answer)]
+"""
+# Public bugs from the text of their issues, and the words of which a finding must have one.
+REPLAYED: dict[str, tuple[str, Callable[[Plan], list[Row]], str]] = {
+    "https://github.com/huggingface/trl/pull/6427": ("trl", idle_siblings, r"abstain|none|no reward|unscored|differ"),
+    "https://github.com/huggingface/trl/issues/6533": (
+        "trl",
+        one_reward_for_all,
+        r"number of|returned|length|constant|same",
+    ),
+    "https://github.com/Liuziyu77/Visual-RFT/issues/176": ("verl", empty_species, r"empty|hack|no answer|without"),
+}
 
 
 def write_exam(folder: Path) -> list[Trace]:

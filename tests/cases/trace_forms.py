@@ -2,9 +2,10 @@
 
 `honest_rows` samples word problems, groups of solutions, rewards and advantages; `WRITERS` writes them. The forms come
 from TRL 1.16 (`GRPOTrainer.log`, which is called), verl (`verl/trainer/ppo/ray_trainer.py`, `_log_rollout_data` and
-`_dump_generations`), verifiers (`verifiers/utils/save_utils.py`, `verifiers/types.py`; prime-rl saves the same rows in
-`rollouts/step_N/train_rollouts.jsonl`) and NeMo-Gym (`nemo_gym/rollout_collection.py`, `resources_servers/*/data/
-example_rollouts.jsonl`; token fields as `TokenIDLogProbMixin` names them).
+`_dump_generations`), verifiers 0.1.14 (`verifiers/utils/save_utils.py`: its `state_to_output` and `save_metadata` were
+run beside this and gave the same keys; prime-rl saves the same rows in `rollouts/step_N/train_rollouts.jsonl`) and
+NeMo-Gym (`nemo_gym/rollout_collection.py`, `resources_servers/abstention/data/example_rollouts.jsonl`; the fields with
+token ids as `TokenIDLogProbMixin` names them).
 """
 
 import hashlib
@@ -13,7 +14,9 @@ import math
 import random
 import re
 import statistics
+import struct
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
@@ -402,10 +405,10 @@ def write_trl(rows: list[Row], folder: Path, conversational: bool = False) -> No
         trainer.state = SimpleNamespace(global_step=step, epoch=None, log_history=[])
         trainer._logs = {
             "images": [],
-            "prompt": [row.prompt if conversational else rendered(row.prompt) for row in chosen],
+            "prompt": [row.prompt if conversational else f"{SYSTEM}\n\n{row.question}\n" for row in chosen],
             "completion": [trl_messages(row) if conversational else row.text for row in chosen],
-            "rewards": {name: [row.parts[name] for row in chosen] for name in chosen[0].parts},
-            "advantages": [row.advantage for row in chosen],
+            "rewards": {name: singles(row.parts[name] for row in chosen) for name in chosen[0].parts},
+            "advantages": singles(row.advantage for row in chosen),
             "extra": {"answer": [row.gold for row in chosen]}
             | ({"reward_error": [row.error for row in chosen]} if errors else {}),
         }
@@ -413,6 +416,11 @@ def write_trl(rows: list[Row], folder: Path, conversational: bool = False) -> No
             trainer.log({})
         if any(row.label is not None for row in chosen):
             relabel(folder / "completions" / f"completions_{step:05d}.parquet", [row.label or step for row in chosen])
+
+
+def singles(values: Iterable[float]) -> list[float]:
+    """Numbers of single precision, as they come from TRL's tensors."""
+    return [struct.unpack("f", struct.pack("f", value))[0] for value in values]
 
 
 def trl_messages(row: Row) -> list[dict]:
@@ -437,8 +445,7 @@ def write_verl(rows: list[Row], folder: Path, conversational: bool = False) -> N
         lines = []
         for row in (row for row in rows if row.step == step):
             entry = {
-                "input": "".join(f"{message['role']}\n{message['content']}\n" for message in row.prompt)
-                + "assistant\n",
+                "input": f"system\n{SYSTEM}\nuser\n{row.question}\nassistant\n",
                 "output": row.text,
                 "gts": row.gold,
                 "score": row.reward,
@@ -449,15 +456,23 @@ def write_verl(rows: list[Row], folder: Path, conversational: bool = False) -> N
         (folder / f"{step}.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def with_texts_as_calls(message: dict) -> dict:
+    """A message as verifiers saves it: each call of a tool is a JSON text (`sanitize_tool_calls`)."""
+    if not message.get("tool_calls"):
+        return message
+    return message | {"tool_calls": [json.dumps(call) for call in message["tool_calls"]]}
+
+
 def verifiers_row(row: Row) -> dict:
     """A `RolloutOutput`; its trajectory is there where `state_columns` names it and the turns have ids."""
     chain = row.error and f"{row.error.split(':')[0]}({row.error.split(':')[-1].strip()!r})"
     span = {"start": row.started, "end": row.ended, "duration": max(0.0, row.ended - row.started)}
     scoring = {"start": row.ended, "end": row.ended + 0.2, "duration": 0.2}
+    ended = "no_tools_called" if len(row.messages) > 1 else "max_turns_reached"
     found = {
         "example_id": row.problem,
         "prompt": row.prompt,
-        "completion": row.messages,
+        "completion": [with_texts_as_calls(message) for message in row.messages],
         "answer": row.gold,
         "info": {"prime_rl": {"env_name": "words", "policy_version": row.version}},
         "reward": row.reward,
@@ -468,11 +483,14 @@ def verifiers_row(row: Row) -> dict:
             "setup": {"start": row.started, "end": row.started, "duration": 0.0},
             "generation": span,
             "scoring": scoring,
+            "model": {"spans": [], "duration": 0},
+            "env": {"spans": [], "duration": 0},
             "total": row.ended + 0.2 - row.started,
+            "overhead": row.ended - row.started,
         },
         "is_completed": True,
         "is_truncated": row.finish == "length",
-        "stop_condition": "has_error" if row.error else None if row.finish == "length" else "no_tools_called",
+        "stop_condition": "has_error" if row.error else ended,
         "metrics": row.parts,
         "tool_defs": None,
         **row.parts,
@@ -522,6 +540,17 @@ def mean_reward(rows: list[Row]) -> float:
     return statistics.fmean(row.reward for row in rows if row.reward is not None and not math.isnan(row.reward))
 
 
+def passes(groups: list[list[Row]], k: int) -> tuple[float, float]:
+    """pass@k and the share of groups of k in which all pass, unbiased, as verifiers' `PassAtKMetric` counts them."""
+    some, every = [], []
+    for group in groups:
+        right = sum((row.reward or 0) >= 0.5 for row in group)
+        total = math.comb(len(group), k)
+        some.append(1 - math.comb(len(group) - right, k) / total)
+        every.append(math.comb(right, k) / total)
+    return statistics.fmean(some), statistics.fmean(every)
+
+
 def write_verifiers(rows: list[Row], folder: Path, conversational: bool = False, **changes: Any) -> None:
     """Write `results.jsonl` and `metadata.json`, or with several steps in a run prime-rl's folders of them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -533,13 +562,16 @@ def write_verifiers(rows: list[Row], folder: Path, conversational: bool = False,
             (inner / "train_rollouts.jsonl").write_text("\n".join(lines) + "\n")
         return
     (folder / "results.jsonl").write_text("".join(json.dumps(verifiers_row(row)) + "\n" for row in rows))
+    groups = list(grouped(rows).values())
+    size = statistics.mode(map(len, groups))
+    passed = {f"{k}": passes([group for group in groups if len(group) >= k], k) for k in (1, 2, 4, 8) if k <= size}
     metadata = {
         "env_id": "words",
         "env_args": {},
         "model": "policy",
         "base_url": "http://127.0.0.1:8000/v1",
         "num_examples": len({row.problem for row in rows}),
-        "rollouts_per_example": statistics.mode(len(group) for group in grouped(rows).values()),
+        "rollouts_per_example": size,
         "sampling_args": {"temperature": 1.0, "max_tokens": 1024},
         "time": 60.0,
         "avg_reward": mean_reward(rows),
@@ -548,7 +580,11 @@ def write_verifiers(rows: list[Row], folder: Path, conversational: bool = False,
             for name in rows[0].parts
         },
         "avg_error": statistics.fmean(float(row.error is not None) for row in rows),
+        "pass_at_k": {k: some for k, (some, _) in passed.items()},
+        "pass_all_k": {k: every for k, (_, every) in passed.items()},
         "pass_threshold": 0.5,
+        "usage": None,
+        "version_info": {"vf_version": "0.1.14", "vf_commit": None, "env_version": None, "env_commit": None},
         "state_columns": ["trajectory"] if rows[0].turns else [],
         "tools": None,
     } | changes

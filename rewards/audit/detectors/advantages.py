@@ -17,7 +17,7 @@ USUAL = 0.6
 def advantages(rollouts: Rollouts) -> Iterator[Finding]:
     """The advantages of a group are its rewards less their mean, times a factor. A run in which most groups are so has
     wrong ones where they are not."""
-    groups = [[t for t in group if is_number(t.reward) and is_number(t.advantage)] for group in rollouts.groups]
+    groups = [[t for t in group if t.scored and is_number(t.advantage)] for group in rollouts.groups]
     groups = [group for group in groups if len(group) > 1 and any(t.advantage for t in flatten(groups))]
     yield from _weigh(groups)
     factors = {index: _factor(group) for index, group in enumerate(groups)}
@@ -29,18 +29,12 @@ def advantages(rollouts: Rollouts) -> Iterator[Finding]:
     if len(regular) < len(spread) / 2:  # weights, or another estimator: only the order can be wrong
         yield from _order(groups)
         return
-    wrong = {
-        "advantage-mismatch": [index for index in factors if factors[index] is None],
-        "advantage-sign": [index for index in regular if (factors[index] or 0.0) < 0],
-    }
-    texts = {
-        "advantage-mismatch": f"groups have advantages that are not their {rewards} less the mean",
-        "advantage-sign": "groups have advantages with the opposite sign",
-    }
-    for kind, indexes in wrong.items():
-        if indexes:
-            worst = flatten(groups[index] for index in indexes)
-            yield Finding(kind, f"{len(indexes)} of {len(groups)} {texts[kind]}", worst)
+    off = [groups[index] for index in factors if factors[index] is None]
+    turned = [groups[index] for index in regular if (factors[index] or 0.0) < 0]
+    what = f"{len(off)} of {len(groups)} groups have advantages that are not their {rewards} less the mean"
+    yield Finding("advantage-mismatch", what, flatten(off))
+    what = f"{len(turned)} of {len(groups)} groups have advantages with the opposite sign"
+    yield Finding("advantage-sign", what, flatten(turned))
     yield from _denominators(rollouts, groups, {index: factors[index] or 0.0 for index in regular})
 
 
@@ -51,7 +45,7 @@ def _weigh(groups: list[list[Trace]]) -> Iterator[Finding]:
     ratios: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
     for index, group in enumerate(groups):
         middle = {name: fmean(trace.parts.get(name) or 0.0 for trace in group) for name in names}
-        rows = [([(t.parts.get(name) or 0.0) - middle[name] for name in names], t.advantage or 0.0) for t in group]
+        rows = [([(t.parts.get(name) or 0.0) - middle[name] for name in names], t.credit) for t in group]
         varying = [i for i in range(len(names)) if any(abs(row[i]) > 1e-6 for row, _ in rows)]
         if len(varying) != 2 or varying[0] != 0:
             continue
@@ -60,7 +54,7 @@ def _weigh(groups: list[list[Trace]]) -> Iterator[Finding]:
         ay, by = (sum(r[i] * y for r, y in rows) for i in (0, k))
         if aa * bb - ab * ab > 1e-6 * aa * bb and abs(ay * bb - by * ab) > 1e-9:
             ratios[names[k]].append((index, (by * aa - ay * ab) / (ay * bb - by * ab)))
-    weights = {}
+    weights: dict[str, float] = {}
     for name, pairs in ratios.items():
         values = [value for _, value in pairs]
         agreeing = [sum(_agree(value, other) for other in values) for value in values]
@@ -83,15 +77,15 @@ def _agree(one: float, other: float) -> bool:
 
 
 def _tied(group: Sequence[Trace]) -> bool:
-    rewards = [trace.reward or 0.0 for trace in group]
+    rewards = [trace.value for trace in group]
     return max(rewards) - min(rewards) <= 1e-6 * max(1.0, abs(rewards[0]))
 
 
 def _factor(group: Sequence[Trace]) -> float | None:
     """By how much the advantages are more than the rewards less their mean; None where that is no one number. Cut
     rollouts with the advantage 0 do not count: some trainers leave them out."""
-    middle = fmean(trace.reward or 0.0 for trace in group)
-    pairs = [(trace.reward - middle, trace.advantage) for trace in group if not (is_cut(trace) and not trace.advantage)]  # type: ignore[operator]
+    middle = fmean(trace.value for trace in group)
+    pairs = [(trace.value - middle, trace.credit) for trace in group if not (is_cut(trace) and not trace.advantage)]
     most = max((abs(advantage) for _, advantage in pairs), default=0.0)
     if _tied(group):
         return 0.0 if most <= SMALL else None
@@ -108,7 +102,7 @@ def _denominators(rollouts: Rollouts, groups: list[list[Trace]], factors: dict[i
         at_step.setdefault(groups[index][0].step, []).append(factor)
     fitting: dict[int, set[str]] = {}
     for index, factor in factors.items():
-        rewards = [trace.reward or 0.0 for trace in groups[index]]
+        rewards = [trace.value for trace in groups[index]]
         if pstdev(rewards) < 0.01:
             continue  # what is added to the deviation is most of it
         count = len(rewards)
@@ -138,20 +132,18 @@ def _order(groups: list[list[Trace]]) -> Iterator[Finding]:
     turned = []
     for group in groups:
         for one in group:
-            parts = one.parts or {"reward": one.reward}
+            parts = one.parts or {"reward": one.value}
             for other in group:
-                pairs = [(v or 0.0, (other.parts or {"reward": other.reward}).get(n) or 0.0) for n, v in parts.items()]
+                pairs = [(v or 0.0, (other.parts or {"reward": other.value}).get(n) or 0.0) for n, v in parts.items()]
                 better = all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
-                if better and (one.advantage or 0.0) < (other.advantage or 0.0) - SMALL:
+                if better and one.credit < other.credit - SMALL:
                     turned.append(one)
                     break
     if turned:
         yield Finding(
             "advantage-mismatch", f"{len(turned)} rollouts are better than another, with less advantage", turned
         )
-    off = [
-        g for g in groups if abs(sum(t.advantage or 0.0 for t in g)) > 0.05 * sum(abs(t.advantage or 0.0) for t in g)
-    ]
+    off = [g for g in groups if abs(sum(t.credit for t in g)) > 0.05 * sum(abs(t.credit) for t in g)]
     if off:
         yield Finding(
             "advantage-mean",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from difflib import SequenceMatcher
 from statistics import fmean, pstdev
 
-from rewards.audit.findings import Finding, Rollouts, flatten, is_number, most_common, words
+from rewards.audit.findings import Finding, Rollouts, flatten, most_common, words
 from rewards.audit.traces import Trace
 from rewards.data.leakage import is_gsm8k_test_question
 
@@ -20,8 +20,8 @@ ALIKE = 0.65  # of the words of two problems with the same numbers
 
 def order(rollouts: Rollouts) -> Iterator[Finding]:
     """Steps follow each other in the files and by the clock, with none missing and none twice."""
-    rows = [trace for trace in rollouts.trained if trace.step is not None]
-    back = [after for before, after in itertools.pairwise(rows) if after.step < before.step]  # type: ignore[operator]
+    pairs = itertools.pairwise((trace.step, trace) for trace in rollouts.trained if trace.step is not None)
+    back = [trace for (before, _), (after, trace) in pairs if after < before]
     if back:
         yield Finding("step-order", f"the steps go back {len(back)} times, first to step {back[0].step}", back)
     steps = list(rollouts.steps)
@@ -38,8 +38,7 @@ def order(rollouts: Rollouts) -> Iterator[Finding]:
         what = f"step {late[0]} is older by the clock than the step before it ({len(late)} such steps)"
         yield Finding("clock", what, flatten(rollouts.steps[step][:1] for step in late))
     backwards = [trace for trace in rollouts.traces if _ends_first(trace.columns.get("timing"))]
-    if backwards:
-        yield Finding("clock", f"{len(backwards)} rollouts end before they start", backwards)
+    yield Finding("clock", f"{len(backwards)} rollouts end before they start", backwards)
 
 
 def _ends_first(timing: object) -> bool:
@@ -51,18 +50,17 @@ def _ends_first(timing: object) -> bool:
 def duplicates(rollouts: Rollouts) -> Iterator[Finding]:
     """Rows that are there twice, and whole steps that repeat an earlier one."""
     size, _ = most_common(map(len, rollouts.groups))
-    crowded = {id(trace) for group in rollouts.groups if len(group) > size for trace in group}
+    crowded = set(flatten(group for group in rollouts.groups if len(group) > size))
     seen: dict[object, Trace] = {}
     twice = []
     for trace in rollouts.traces:
         key: object = (trace.split, trace.step, trace.group, trace.sample, trace.identity)
         if trace.identity is None and (trace.group is None or trace.sample is None):
-            long = len(trace.completion) >= LONG and id(trace) in crowded
-            key = (trace.step, trace.prompt, trace.completion, trace.reward) if long else id(trace)
+            distinct = len(trace.completion) < LONG or trace not in crowded
+            key = trace if distinct else (trace.step, trace.prompt, trace.completion, trace.reward)
         if seen.setdefault(key, trace) is not trace:
             twice.append(trace)
-    if twice:
-        yield Finding("duplicate-rows", f"{len(twice)} rows are there twice", twice)
+    yield Finding("duplicate-rows", f"{len(twice)} rows are there twice", twice)
     content = {step: {(t.prompt, t.completion, t.reward) for t in rows} for step, rows in rollouts.steps.items()}
     for step, rows in content.items():
         long = sum(len(text) >= LONG for _, text, _ in rows)
@@ -77,15 +75,10 @@ def skipped(rollouts: Rollouts) -> Iterator[Finding]:
     numbers: dict[int, Trace] = {}
     for trace in rollouts.trained:
         info = trace.columns.get("extra_info")
-        named = [
-            trace.columns.get("index"),
-            trace.columns.get("idx"),
-            info.get("index") if isinstance(info, dict) else None,
-        ]
+        named = [trace.columns.get("index"), info.get("index") if isinstance(info, dict) else None]
         if trace.form in ("nemo_gym", "verifiers_results") and str(trace.group).isdigit():
             named.append(int(str(trace.group)))
-        value = next((value for value in named if type(value) is int), None)
-        if value is not None:
+        for value in [value for value in named if type(value) is int][:1]:
             numbers.setdefault(value, trace)
     jumps = [(a, b) for a, b in zip(numbers, list(numbers)[1:], strict=False) if b != a + 1]
     if jumps and len(jumps) <= len(numbers) / 10:
@@ -100,15 +93,14 @@ def stale(rollouts: Rollouts) -> Iterator[Finding]:
     if not rows:
         return
     newest = max(trace.version for trace in rows if trace.version is not None)
-    lag = {id(t): (newest if t.step is None else t.step) - (t.version or 0) for t in rows}
+    lag = {trace: (newest if trace.step is None else trace.step) - (trace.version or 0) for trace in rows}
     lags = sorted(lag.values())
     usual = lags[len(lags) // 2]
     reach = 2 * (lags[len(lags) * 4 // 5] - usual) + 2
-    old = [trace for trace in rows if lag[id(trace)] > usual + reach]
-    ahead = [trace for trace in rows if lag[id(trace)] < 0]
+    old = [trace for trace in rows if lag[trace] > usual + reach]
+    ahead = [trace for trace in rows if lag[trace] < 0]
     rollouts.figures["steps since the policy's version"] = f"{lags[0]} to {lags[-1]}, usually {usual}"
-    if old:
-        yield Finding("stale", f"{len(old)} rollouts are of a policy much older than usual ({usual} steps)", old)
+    yield Finding("stale", f"{len(old)} rollouts are of a policy much older than usual ({usual} steps)", old)
     if ahead and len(ahead) < len(rows) / 2:
         yield Finding("version-ahead", f"{len(ahead)} rollouts are of a policy that did not exist yet", ahead)
     latest: dict[int, int] = {}
@@ -126,15 +118,16 @@ def leakage(rollouts: Rollouts) -> Iterator[Finding]:
     parts = [[trace for trace in rollouts.traces if (trace.split == "train") == training] for training in (True, False)]
     trained, held_out = map(_problems, parts)
     tests = [trace for text, trace in trained if is_gsm8k_test_question([" ".join(text)])]
-    if tests:
-        yield Finding("leakage", f"{len(tests)} problems of GSM8K's test set were trained on", tests)
+    yield Finding("leakage", f"{len(tests)} problems of GSM8K's test set were trained on", tests)
     known: dict[str, list[tuple[list[str], Trace]]] = {}
     for text, trace in trained:
-        known.setdefault(_numbers(text), []).append((text, trace))
+        for sign in _signs(text):
+            known.setdefault(sign, []).append((text, trace))
     leaked: dict[str, Trace] = {}
     prompts = set()
     for text, trace in held_out:
-        same = {row.prompt for other, row in known.get(_numbers(text), []) if _alike(text, other)}
+        near = [pair for sign in _signs(text) for pair in known.get(sign, [])]
+        same = {row.prompt for other, row in near if _alike(text, other)}
         leaked |= {trace.prompt: trace} if same else {}
         prompts |= same
     if leaked:
@@ -160,6 +153,12 @@ def _numbers(text: list[str]) -> str:
     return " ".join(word for word in text if word.isdigit() or word in OPERATORS)
 
 
+def _signs(text: list[str]) -> list[str]:
+    """What two problems share if they are one: their numbers, or with fewer than two numbers their beginning or end."""
+    numbers = _numbers(text)
+    return [numbers] if " " in numbers else [" ".join([numbers, *part]) for part in (text[:5], text[-5:])]
+
+
 def _alike(one: list[str], other: list[str]) -> bool:
     """Returns whether two problems with the same numbers are one. With two numbers or more, names may differ."""
     least = ALIKE if " " in _numbers(one) else SAME
@@ -176,12 +175,9 @@ def drift(rollouts: Rollouts) -> Iterator[Finding]:
     first, last = (fmean(fmean(t.length for t in rows) for rows in part) for part in (steps[:third], steps[-third:]))
     unit = "tokens" if steps[0][0].token_ids else "characters"
     rollouts.figures["length"] = f"{first:.0f} to {last:.0f} {unit}"
-    rewards = [
-        [t.reward for rows in part for t in rows if t.reward is not None and is_number(t.reward)] or [0.0]
-        for part in (steps[:third], steps[-third:])
-    ]
-    noise = pstdev([*rewards[0], *rewards[1]]) * (1 / len(rewards[0]) + 1 / len(rewards[1])) ** 0.5
-    better = fmean(rewards[1]) - fmean(rewards[0]) > 3 * noise
+    before, after = ([t.value for t in flatten(part)] for part in (steps[:third], steps[-third:]))
+    noise = pstdev([*before, *after]) * (1 / len(before) + 1 / len(after)) ** 0.5
+    better = fmean(after) - fmean(before) > 3 * noise
     if max(first, last) > DRIFT * max(min(first, last), 1.0) and not better:
         what = f"completions go from {first:.0f} to {last:.0f} {unit}, and the reward does not become better"
         yield Finding("length-drift", what, [*steps[0][:2], *steps[-1][:2]])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from rewards.audit.findings import Finding, Rollouts, is_number
+from rewards.audit.findings import Finding, Rollouts
 from rewards.audit.traces import FAILED, Trace
 
 EXCEPTION = re.compile(r"Traceback \(most recent call last\)|\b[A-Z]\w*(?:Error|Exception|Timeout)\b *[:(]|timed out")
@@ -19,9 +19,9 @@ NEAR = 1e-4  # of a sum
 
 def failures(rollouts: Rollouts) -> Iterator[Finding]:
     """A rollout that failed was not judged: a number for it teaches that the text was wrong."""
-    failed = [trace for trace in rollouts.traces if is_number(trace.reward) and _failure(trace)]
+    failed = [trace for trace in rollouts.traces if trace.scored and _failure(trace)]
     if failed:
-        marks = sorted({trace.reward for trace in failed if trace.reward is not None})
+        marks = sorted({trace.value for trace in failed})
         number = f"all {marks[0]:g}" if len(marks) == 1 else f"{marks[0]:g} to {marks[-1]:g}"
         what = f"{len(failed)} rollouts failed and have a reward as if they had been judged ({number})"
         yield Finding("failure-as-number", f"{what}; the first failure: {_failure(failed[0]):.120}", failed)
@@ -46,34 +46,32 @@ def not_numbers(rollouts: Rollouts) -> Iterator[Finding]:
         if bad or trace.unread or (trace.reward is None and trace.form in ALWAYS):
             wrong.append(trace)
     if wrong:
-        marked = set(map(id, wrong))
-        groups = sum(marked.issuperset(map(id, group)) for group in rollouts.groups)
+        groups = sum(set(wrong).issuperset(group) for group in rollouts.groups)
         first = next(iter(wrong[0].unread.values()), wrong[0].reward)
         what = f"{len(wrong)} rollouts have NaN, null or text as reward or advantage (the first: {first!r:.80})"
         yield Finding("not-a-number", what + (f"; {groups} whole groups" if groups else ""), wrong)
 
 
 def unscored(rollouts: Rollouts) -> Iterator[Finding]:
-    rows = [trace for trace in rollouts.trained if not is_number(trace.reward) and abs(trace.advantage or 0.0) > 1e-6]
-    if rows:
-        yield Finding("unscored-counts", f"{len(rows)} rollouts have no reward, but an advantage that is not 0", rows)
+    rows = [trace for trace in rollouts.trained if not trace.scored and abs(trace.credit) > 1e-6]
+    yield Finding("unscored-counts", f"{len(rows)} rollouts have no reward, but an advantage that is not 0", rows)
 
 
 def outliers(rollouts: Rollouts) -> Iterator[Finding]:
     """A value far outside of all others is often a mark for something else, such as -100 for `no answer`."""
-    rewards = sorted(trace.reward for trace in rollouts.trained if trace.reward is not None and is_number(trace.reward))
+    rewards = sorted(trace.value for trace in rollouts.trained if trace.scored)
     if len(rewards) < 20:
         return
     low, high = rewards[len(rewards) // 20], rewards[-1 - len(rewards) // 20]
     reach = FAR * (high - low)
-    far = [t for t in rollouts.trained if is_number(t.reward) and not low - reach <= (t.reward or 0.0) <= high + reach]
+    far = [t for t in rollouts.trained if t.scored and not low - reach <= t.value <= high + reach]
     if far and reach:
         what = f"{len(far)} rewards lie far outside of the others, which are {low:g} to {high:g}"
         yield Finding("outlier", f"{what}: {far[0].reward:g}", far)
 
 
 def ties(rollouts: Rollouts) -> Iterator[Finding]:
-    judged = [[t.reward for t in group if t.reward is not None and is_number(t.reward)] for group in rollouts.groups]
+    judged = [[trace.value for trace in group if trace.scored] for group in rollouts.groups]
     judged = [rewards for rewards in judged if len(rewards) > 1]
     tied = sum(max(rewards) - min(rewards) <= 1e-6 * max(1.0, abs(rewards[0])) for rewards in judged)
     if judged:
@@ -90,10 +88,10 @@ def sums(rollouts: Rollouts) -> Iterator[Finding]:
     """The reward is the weighted sum of its parts: with the weights that were recorded, with 1, or with those that
     explain most rollouts. Other numbers than parts of it may stand beside a reward, so that those are only looked at
     for weights that change."""
-    rows = [trace for trace in rollouts.traces if trace.form != "trl" and is_number(trace.reward) and _parts(trace)]
+    rows = [trace for trace in rollouts.traces if trace.form != "trl" and trace.scored and _parts(trace)]
     if not rows:
         return
-    names = sorted(set.intersection(*(set(_parts(trace)) for trace in rows)))
+    names = sorted({name for trace in rows for name in _parts(trace)})
     known = all(trace.weights for trace in rows)
     if not known and names and (changed := _changed(rows, names) or _changed(rows[::-1], names)):
         place = f"from {changed[0].place} on"
@@ -114,15 +112,14 @@ def _parts(trace: Trace) -> dict[str, float]:
     """The parts, all numbers; of forms without parts the numbers beside the reward. Empty where one is missing."""
     columns = {name: value for name, value in trace.columns.items() if isinstance(value, float)}
     parts = trace.parts if trace.form not in ("verl", "nemo_gym") else columns
-    return {name: value for name, value in parts.items() if value is not None} if _all_numbers(parts) else {}
-
-
-def _all_numbers(parts: Mapping[str, float | None]) -> bool:
-    return all(map(is_number, parts.values()))
+    numbers = {name: value for name, value in parts.items() if value is not None and math.isfinite(value)}
+    return numbers if len(numbers) == len(parts) else {}
 
 
 def _changed(rows: Sequence[Trace], names: Sequence[str]) -> list[Trace]:
     """The rollouts that other weights explain than those of the first quarter, which explain all up to them."""
+    if len(rows) < 4 * (3 * len(names) + 8):
+        return []
     first = _fit(rows[: len(rows) // 4], names)
     start = next((index for index, trace in enumerate(rows) if not _explains(first, trace)), len(rows))
     before, after = rows[:start], rows[start:]
@@ -136,12 +133,12 @@ def _changed(rows: Sequence[Trace], names: Sequence[str]) -> list[Trace]:
 
 def _explains(weights: dict[str, float], trace: Trace) -> bool:
     total = sum(weights.get(name, 0.0) * value for name, value in _parts(trace).items())
-    return abs(total - (trace.reward or 0.0)) <= NEAR * max(1.0, abs(total))
+    return abs(total - trace.value) <= NEAR * max(1.0, abs(total))
 
 
 def means(rollouts: Rollouts) -> Iterator[Finding]:
     """A mean that was recorded beside the rollouts is that of their rewards."""
-    rewards = [trace.reward for trace in rollouts.traces if trace.reward is not None and is_number(trace.reward)]
+    rewards = [trace.value for trace in rollouts.traces if trace.scored]
     for file, recorded in rollouts.means.items():
         mean = math.fsum(rewards) / max(len(rewards), 1)
         if abs(mean - recorded) > 0.002 * max(1.0, abs(mean)):
@@ -153,7 +150,7 @@ def means(rollouts: Rollouts) -> Iterator[Finding]:
 
 def _fit(rows: Sequence[Trace], names: Sequence[str]) -> dict[str, float]:
     """Least squares, again without the fifth of the rollouts that it explains worst."""
-    pairs = [(_parts(trace), trace.reward or 0.0) for trace in rows]
+    pairs = [(dict.fromkeys(names, 0.0) | _parts(trace), trace.value) for trace in rows]
     chosen = pairs
     for _ in range(4):
         matrix = [[sum(parts[a] * parts[b] for parts, _ in chosen) for b in names] for a in names]

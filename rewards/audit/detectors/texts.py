@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 
-from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, is_number, most_common, words
+from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, most_common, words
 from rewards.audit.traces import Trace, groups_of
 
 MARKERS = re.compile(
-    r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]|<\|\w+\|>(?=\s*\S)",
-    re.DOTALL,
+    r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]"
+    r"|<\|(?:im_end|\w*eot\w*|end\w*)\|>(?=\s*\S)"
 )
 HOSTILE = re.compile(
     r"(?:ignore|disregard|forget) (?:all|any|the|your|every|previous|prior)\b.{0,40}\b(?:instruction|rule|rubric|grad)"
@@ -22,7 +21,6 @@ HOSTILE = re.compile(
 NOTHING = re.compile(r"\\boxed\{\s*\}|####\s*\Z|<answer>\s*</answer>")
 STATED = re.compile(r"\\boxed\{([^{}]*)\}|####\s*([^\n]+)|<answer>(.*?)</answer>", re.DOTALL)
 LONG = 40  # characters that two honest completions do not share by chance
-TEMPLATE = 12  # words of a sentence that is learned by heart
 
 
 def groups(rollouts: Rollouts) -> Iterator[Finding]:
@@ -30,11 +28,9 @@ def groups(rollouts: Rollouts) -> Iterator[Finding]:
     size, share = most_common(len(group) + group[0].missing for group in every)
     mixed = [group for group in rollouts.groups if len({trace.prompt for trace in group}) > 1]
     mixed += _mixed_blocks(rollouts, size or 1)
-    if mixed:
-        what = f"{len(mixed)} groups hold rollouts of different prompts, whose rewards are compared"
-        yield Finding("mixed-group", what, flatten(mixed))
-    sizes = {id(group): len(group) + group[0].missing for group in every}  # with those that are recorded as failed
-    other = [group for group in every if sizes[id(group)] != size and (group[0].group or len(group) % size)]
+    what = f"{len(mixed)} groups hold rollouts of different prompts, whose rewards are compared"
+    yield Finding("mixed-group", what, flatten(mixed))
+    other = [g for g in every if len(g) + g[0].missing != size and (g[0].group or len(g) % size)]
     if other and not mixed and share >= 0.8 and size > 1:
         counts = ", ".join(map(str, sorted({len(group) for group in other})))
         yield Finding(
@@ -65,27 +61,23 @@ def hacks(rollouts: Rollouts) -> Iterator[Finding]:
     blank, idle = [], []
     for group in rollouts.groups:
         acting = any(map(_acts, group))
-        quiet = [t for t in group if is_number(t.reward) and not _acts(t) and (acting or not t.completion.strip())]
-        lowest = min((t.reward or 0.0 for t in group if is_number(t.reward) and t not in quiet), default=None)
-        better = [t for t in quiet if lowest is not None and (t.reward or 0.0) > lowest]
+        quiet = [t for t in group if t.scored and not _acts(t) and (acting or not t.completion.strip())]
+        lowest = min((t.value for t in group if t.scored and t not in quiet), default=None)
+        better = [t for t in quiet if lowest is not None and t.value > lowest]
         blank += [trace for trace in better if not trace.completion.strip()]
         idle += [trace for trace in better if trace.completion.strip()]
     if len(idle) > 1 and {trace.reward for trace in idle} == {0.0}:  # a start value that nothing has changed
         blank += idle
-    if blank:
-        what = f"{len(blank)} rollouts that say or do nothing get more than others of their group"
-        yield Finding("empty-rewarded", what, blank)
+    what = f"{len(blank)} rollouts that say or do nothing get more than others of their group"
+    yield Finding("empty-rewarded", what, blank)
     hostile = [t for t in rollouts.high if HOSTILE.search(t.completion) and not HOSTILE.search(t.prompt)]
     hostile += [t for t in rollouts.high if _hedges(t) or _echoes(t)]
-    if hostile:
-        what = f"{len(hostile)} completions have a high reward and address the grader, name many answers or copy"
-        yield Finding("probe-rewarded", f"{what} the prompt", hostile)
+    what = f"{len(hostile)} completions have a high reward and address the grader, name many answers or copy"
+    yield Finding("probe-rewarded", f"{what} the prompt", hostile)
     stated = [trace for trace in rollouts.high if NOTHING.search(trace.completion)]
-    if stated:
-        yield Finding("empty-answer", f"{len(stated)} completions have a high reward and an empty answer", stated)
+    yield Finding("empty-answer", f"{len(stated)} completions have a high reward and an empty answer", stated)
     loops = [trace for trace in rollouts.high if _loops(trace.completion)]
-    if loops:
-        yield Finding("loop-rewarded", f"{len(loops)} completions have a high reward and repeat a sentence", loops)
+    yield Finding("loop-rewarded", f"{len(loops)} completions have a high reward and repeat a sentence", loops)
     yield from _without_answer(rollouts)
     yield from _templates(rollouts)
 
@@ -135,34 +127,15 @@ def _names(text: str, answer: str) -> bool:
 
 
 def _templates(rollouts: Rollouts) -> Iterator[Finding]:
-    """The same long text for different prompts, or a sentence that only the best completions have."""
+    """One long text is right for different prompts that have different answers."""
     copies: dict[str, dict[str, Trace]] = {}
     for trace in rollouts.high:
         if len(trace.completion) >= LONG:
             copies.setdefault(" ".join(trace.completion.split()), {}).setdefault(trace.prompt, trace)
     same = [list(rows.values()) for rows in copies.values() if len(rows) >= 3]
     same = [rows for rows in same if len({answer_of(row) for row in rows} - {None}) != 1]
-    if same:
-        what = f"the same text has a high reward for {len(same[0])} different prompts"
-        yield Finding("template-rewarded", f"{what}: {same[0][0].completion:.80}", flatten(same))
-        return
-    best = {id(trace) for trace in rollouts.high}
-    low = [trace for trace in rollouts.trained if id(trace) not in best]
-    counts = Counter(gram for trace in rollouts.high for gram in _grams(trace))
-    if not counts or len(low) < 8:
-        return
-    gram, _ = counts.most_common(1)[0]
-    rows = [trace for trace in rollouts.high if gram in _grams(trace)]
-    elsewhere = sum(gram in _grams(trace) for trace in low)
-    if len({row.prompt for row in rows}) >= max(4, 0.3 * len(rollouts.high) / 4) and len(rows) >= 8 and not elsewhere:
-        what = f"{len(rows)} of the {len(rollouts.high)} best completions share a sentence that no other has"
-        yield Finding("template-rewarded", f"{what}: {gram}", rows)
-
-
-def _grams(trace: Trace) -> set[str]:
-    text, prompt = words(trace.completion), " ".join(words(trace.prompt))
-    grams = {" ".join(text[i : i + TEMPLATE]) for i in range(len(text) - TEMPLATE + 1)}
-    return {gram for gram in grams if gram not in prompt}
+    what = f"the same text has a high reward for several prompts ({len(same)} texts)"
+    yield Finding("template-rewarded", what, flatten(same))
 
 
 def leaks(rollouts: Rollouts) -> Iterator[Finding]:
@@ -170,8 +143,7 @@ def leaks(rollouts: Rollouts) -> Iterator[Finding]:
     single = [t for t in rollouts.traces if sum(turn.get("role") == "assistant" for turn in t.turns) < 2]
     begins = [t for t in single if len(t.prompt) >= 20 and t.completion.lstrip().startswith(t.prompt.strip())]
     marked = [t for t in single if MARKERS.search(t.completion) and t not in begins]
-    if begins:
-        yield Finding("prompt-in-completion", f"{len(begins)} completions begin with their prompt", begins)
+    yield Finding("prompt-in-completion", f"{len(begins)} completions begin with their prompt", begins)
     if marked:
         what = f"{len(marked)} completions hold marks of a chat template"
-        yield Finding("marks-in-completion", f"{what}: {MARKERS.search(marked[0].completion)[0]}", marked)  # type: ignore[index]
+        yield Finding("marks-in-completion", f"{what}: {MARKERS.findall(marked[0].completion)[0]}", marked)

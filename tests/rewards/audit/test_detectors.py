@@ -19,7 +19,8 @@ SIZE = 4
 
 def found(traces: list[Trace], decode: Callable[[list[int]], str] | None = None) -> dict[str, Finding]:
     rollouts = Rollouts(traces, decode)
-    return {finding.kind: finding for detector in DETECTORS for finding in detector(rollouts)}
+    every = (finding for detector in DETECTORS for finding in detector(rollouts))
+    return {finding.kind: finding for finding in every if finding.traces}
 
 
 def every(**values: Any) -> Callable[[list[Trace]], None]:
@@ -47,7 +48,7 @@ def test_honest_rollouts_are_passed(seed: int, scale: str) -> None:
 def test_the_divisor_is_told() -> None:
     for scale, name in {"group": "standard deviation (n - 1)", "nothing": "nothing", "batch": "one number"}.items():
         rollouts = Rollouts(honest(scale=scale))
-        assert all(not list(detector(rollouts)) for detector in DETECTORS)
+        assert not any(finding.traces for detector in DETECTORS for finding in detector(rollouts))
         assert name in rollouts.figures["advantages are divided by"]
 
 
@@ -388,8 +389,6 @@ def test_every_kind_is_planted() -> None:
     from rewards.audit.detectors import advantages, run, scores, texts, tokens
 
     source = "".join(map(inspect.getsource, (advantages, run, scores, texts, tokens, audit)))
-    kinds = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source)) | set(
-        re.findall(r'^ +"([a-z]+-[a-z-]+)": ', source, re.M)
-    )
+    kinds = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source))
     elsewhere = {"reward-fails", "nondeterministic", "scored-otherwise", "always-same", "mean-differs"}
     assert kinds == {kind for kind, _ in FAULTS.values()} | elsewhere

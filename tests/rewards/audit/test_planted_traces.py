@@ -6,14 +6,18 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
-from planted_traces import EXAM, HONEST, KINDS, Trace, honest, plant
+from planted_traces import EXAM, HONEST, KINDS, REPLAYED, Trace, honest, plant, replayed
 
-AUDIT = "rewards.audit"
-exists = pytest.mark.skipif(importlib.util.find_spec(AUDIT) is None, reason=f"{AUDIT} does not exist yet")
+from rewards.audit import audit as module
+from rewards.audit import findings
+from rewards.audit.options import AuditConfig
+from rewards.scorer import Scorer
 
 
 class Finding(NamedTuple):
@@ -24,8 +28,17 @@ class Finding(NamedTuple):
 
 
 def run_audit(trace: Trace) -> list[Finding]:
-    """Audit one trace as a user would, with its rewards, its evaluation and its tokenizer; the audit joins here."""
-    raise NotImplementedError("rewards.audit has not joined the examination yet")
+    """Audit one trace as a user would, with its rewards, its evaluation and its tokenizer."""
+    base = trace.path if trace.path.is_dir() else trace.path.parent
+    with patch.object(module, "Scorer", partial(Scorer, isolated=False)):  # processes have tests of their own
+        functions = list(trace.rewards.values())
+        result = module.audit(trace.path, AuditConfig(), functions, trace.held_out, trace.tokenizer)
+    return [Finding(f"{found.kind}: {found.message}", places(found, base)) for found in result.findings]
+
+
+def places(found: findings.Finding, base: Path) -> frozenset[tuple[str, int]]:
+    rows = [row for row in found.traces if Path(row.file).is_relative_to(base)]
+    return frozenset((str(Path(row.file).relative_to(base)), row.row - 1) for row in rows)
 
 
 def names(trace: Trace, finding: Finding) -> bool:
@@ -38,20 +51,25 @@ def names(trace: Trace, finding: Finding) -> bool:
     return len(finding.rows & trace.where) > len(finding.rows) / 2
 
 
-@exists
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "form", "seed"), EXAM, ids=lambda value: str(value))
 def test_a_planted_fault_is_found_and_named(kind, form, seed, tmp_path):
     trace = plant(kind, form, seed, tmp_path)
-    findings = run_audit(trace)
-    assert any(names(trace, finding) for finding in findings), f"{kind} in {form} at {sorted(trace.where)}: {findings}"
+    found = run_audit(trace)
+    assert any(names(trace, finding) for finding in found), f"{kind} in {form} at {sorted(trace.where)}: {found}"
 
 
-@exists
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_trace_draws_no_finding(name, tmp_path):
     assert run_audit(honest(name, tmp_path)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("issue", REPLAYED)
+def test_a_public_bug_is_found_in_a_trace_made_from_its_issue(issue, tmp_path):
+    found = run_audit(replayed(issue, tmp_path))
+    assert any(re.search(REPLAYED[issue][2], finding.text, re.I) for finding in found), found
 
 
 def rows_of(trace: Trace) -> Iterator[dict[str, Any]]:
