@@ -34,10 +34,8 @@ _MODULES = {
 }
 BUILT_IN = {name: f"rewards.built_in.{module}" for module, names in _MODULES.items() for name in names}
 BUILT_IN |= {name: f"rewards.forms.{name}" for name in ("nemo_gym", "openenv")}  # servers of other tools
-FORMS = {  # of other tools: the optional parameters that are columns of the data
-    "verl": ("data_source", "ground_truth", "reward_model", "extra_info"),
-    "verifiers": (),
-}
+FORMS = ("verl", "verifiers")  # of other tools
+OF_VERL = ("data_source", "ground_truth", "reward_model", "extra_info")  # columns; other parameters are options
 CALLABLES: dict[str, Reward] = {}  # functions of this process that were handed over from Python
 
 
@@ -67,9 +65,9 @@ class Source:
         return _split(self.function)[0]
 
     def may_read(self, column: str) -> bool:
-        """Tells whether a column of the name of an optional parameter goes to it. Options of a built-in, and of a
-        function of another tool, are bound alone."""
-        return bool(self.path) and (not self.form or column in FORMS[self.form])
+        """Tells whether a column of the name of an optional parameter goes to it. Options of a built-in and of verl's
+        functions are bound alone."""
+        return bool(self.path) and (self.form != "verl" or column in OF_VERL)
 
 
 def _split(function: str) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rewards.forms.ours import Isolated
 from rewards.protocol import Reward, per_completion, text_of
-from rewards.registry import FORMS
+from rewards.registry import OF_VERL
 
 PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -53,7 +53,7 @@ def reward_of(compute_score: Callable[..., Any]) -> Reward:
         return _mark(compute_score(**passed(completion, row)), log_extra)
 
     one: Any = of_async if inspect.iscoroutinefunction(compute_score) else of_sync
-    ours = {name: inspect.Parameter(name, _KEYWORD, default=None) for name in ("log_extra", *FORMS["verl"])}
+    ours = {name: inspect.Parameter(name, _KEYWORD, default=None) for name in ("log_extra", *OF_VERL)}
     ours["completion"] = inspect.Parameter("completion", _KEYWORD)
     theirs = {name: p for name, p in parameters.items() if name not in ("solution_str", "ground_truth", "extra_info")}
     one.__signature__ = inspect.Signature([*(ours | theirs).values()])

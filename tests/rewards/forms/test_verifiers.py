@@ -39,7 +39,6 @@ def load_environment():
 def a_reward(completions, **_):
     return [1.0] * len(completions)
 """
-ROWS = {"answer": ["42"] * 4, "level": [1, 2, 3, 4]}
 SAID = ["42", "please", "raise", "nothing"]
 
 
@@ -71,9 +70,9 @@ def file(tmp_path):
 @pytest.mark.usefixtures("in_form")
 @pytest.mark.parametrize("name", ["rubric", "both", "load_environment"])
 def test_a_rubric_alone_is_a_reward_and_what_it_makes_zero_of_is_a_failure(file, name):
-    spec = RewardSpec(f"verifiers:{file}:{name}")
-    with Scorer([spec], columns=[*ROWS], on_error="drop_sample", isolated=False) as scorer:
-        row = {"answer": "42", "level": 1, "info": {}}
+    spec = RewardSpec(f"verifiers:{file}:{name}", columns={"answer": "gold"})
+    row = {"gold": "42", "level": 1, "info": {}}
+    with Scorer([spec], columns=[*row], on_error="drop_sample", isolated=False) as scorer:
         result = scorer.score(["6 * 7?"], [SAID], [row], prompt_ids=["a"])[0]
     assert result.rewards == [1.0, 0.5, None, None]
     assert result.extras == {"right": [1.0, 0.0, None, None], "polite": [0.0, 1.0, None, None]}
@@ -92,14 +91,17 @@ def test_batches_share_a_loop_and_messages_stay_as_they_are(file):
         loops.append(asyncio.get_running_loop())
         return float(len(completion))
 
-    reward = reward_of(vf.Rubric(funcs=[loop_of]))
+    def metric(completion) -> float:
+        raise ValueError("of no weight, so that the reward is right")
+
+    reward = reward_of(vf.Rubric(funcs=[loop_of, metric], weights=[1.0, 0.0]))
     logged = {}
     turns = [{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}]
     kept = [{"role": "user", "content": "6 * 7?"}]
     assert reward(prompts=[kept], completions=[turns], log_extra=logged.__setitem__, answer=["42"]) == [2.0]
     assert reward(prompts=["6 * 7?"], completions=["42"], trainer_state=object(), answer=["42"]) == [1.0]
     assert loops[0] is loops[1]
-    assert logged == {"loop_of": [2.0]}
+    assert logged == {"loop_of": [2.0], "metric": [0.0]}
 
 
 @pytest.mark.usefixtures("in_form")
@@ -107,6 +109,8 @@ def test_what_is_no_reward_of_one_completion_is_refused(file):
     group = SimpleNamespace(score_rollout=None, has_group_rewards=True)
     with pytest.raises(RewardError, match="functions of whole groups cannot be a reward: batches are cut anywhere"):
         reward_of(group)
+    with pytest.raises(RewardError, match="an EnvGroup sends each row to one of its environments"):
+        reward_of(SimpleNamespace(score_rollout=None, env_map={}))
     with pytest.raises(RewardError, match="is neither a Rubric, an Environment nor a v1.Task"):
         reward_of(SimpleNamespace())
 
