@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.config.json_file import write_json
 from rewards.isolation.output import escaped
+
+if TYPE_CHECKING:
+    from grpo.cli.migration.migration import Migration
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
 
@@ -240,6 +244,39 @@ def compare(args: argparse.Namespace) -> None:
     comparison = compare(args.runs, args.metrics, args.steps)
     show(comparison, Terminal())
     _write(args.json, as_json(comparison))
+
+
+def from_trl(args: argparse.Namespace) -> int:
+    from grpo.cli.migration.trl_script import read_trl_script
+
+    words, limits = shlex.split(args.arguments), {"processes": args.processes, "timeout_s": args.timeout_s}
+    return _migrate(args, args.source, lambda folder: read_trl_script(args.source, folder, words, **limits))
+
+
+def from_verl(args: argparse.Namespace) -> int:
+    from grpo.cli.migration.verl_command import read_verl_command
+
+    file = Path(args.source) if args.source.endswith(".sh") else None
+    return _migrate(args, file or Path("verl.yaml"), lambda folder: read_verl_command(file or args.source, folder))
+
+
+def _migrate(args: argparse.Namespace, source: Path, read: Callable[[Path], Migration]) -> int:
+    from grpo.config.options import ConfigError, load
+    from grpo.config.run import TrainConfig
+
+    out = args.out or Path(source.with_suffix(".yaml").name)
+    if out.exists():
+        return fail(f"--out={out}: it is there already; name another file", EXIT_USAGE)
+    migration = read(out.with_name(f"{out.stem}_data"))
+    out.write_text(migration.yaml(), encoding="utf-8")
+    print(escaped("\n".join(migration.lines())))
+    try:
+        load(TrainConfig, out, {})
+    except ConfigError as error:
+        print(escaped("\n  ".join(["quartet train would refuse it so far:", *error.problems])))
+    print(f"written to {out}; quartet train {out} --dry_run checks it")
+    _write(args.json, asdict(migration))
+    return 0
 
 
 def reward_test(args: argparse.Namespace) -> int:

@@ -132,6 +132,21 @@ COMPARE = (
 )
 
 
+_OUT = _argument("--out", type=Path, metavar="RUN.yaml", help="the file to write; by default of the name of SOURCE")
+_MIGRATION = "the options, and what has no counterpart,"
+_PROCESSES = "by how many processes the script would be started; 1"
+FROM_TRL = (
+    _argument("source", type=Path, metavar="SCRIPT.py", help="a script with GRPOTrainer, which runs up to that"),
+    _OUT,
+    _argument("--arguments", default="", metavar="TEXT", help="the script's own, as in --arguments='--lr 1e-5'"),
+    _argument("--processes", type=int, default=1, metavar="N", help=_PROCESSES),
+    _argument("--timeout_s", "--timeout-s", type=float, default=600.0, metavar="S", help="the script's time; 600"),
+    _json(_MIGRATION),
+)
+_WHAT = "a shell file with a command of verl.trainer.main_ppo, or the command as one word"
+FROM_VERL = (_argument("source", metavar="RUN.sh", help=_WHAT), _OUT, _json(_MIGRATION))
+
+
 def version() -> str:
     try:
         return metadata.version("quartet-rl")
