@@ -45,7 +45,8 @@ class Migration:
     @property
     def tree(self) -> dict[str, Any]:
         """Gives all options, the rewards among them: `TrainConfig(**migration.tree)` is the configuration."""
-        return self.options | {"rewards": self.rewards}
+        tree = self.options | {"rewards": self.rewards}
+        return {name: tree[name] for name in TrainConfig.model_fields if name in tree}
 
     def put(self, key: str, value: Any, is_default: bool = True) -> None:
         """Sets an option; a default of theirs that is ours as well is left out."""

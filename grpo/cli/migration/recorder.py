@@ -143,7 +143,7 @@ def facts_of(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     values = config.as_given | {name: getattr(config, name) for name in changed}
     return {
         "values": plain(values),
-        "defaults": {field.name: plain(field.default) for field in dataclasses.fields(GRPOConfig)},
+        "defaults": defaults_of(GRPOConfig),
         "of_other_versions": plain(getattr(config, "of_other_versions", {})),
         "refused": getattr(config, "refused", None),
         "model": model_facts(given.pop("model", None)) | ({} if lora is None else {"lora": values_of(lora)}),
@@ -155,6 +155,12 @@ def facts_of(given: dict[str, Any], folder: Path) -> dict[str, Any]:
         "quantization": plain(getattr(given.pop("quantization_config", None), "to_dict", dict)()),
         "others": {name: plain(value) for name, value in given.items() if value is not None and value != (None, None)},
     }
+
+
+def defaults_of(config: type) -> dict[str, Any]:
+    fields = dataclasses.fields(config)
+    made = {field.name: field.default_factory() for field in fields if callable(field.default_factory)}
+    return plain({field.name: field.default for field in fields} | made)
 
 
 def model_facts(model: Any) -> dict[str, Any]:
@@ -173,9 +179,8 @@ def values_of(config: Any) -> dict[str, Any]:
     """What kind of configuration of peft's it is, its values, and the defaults of LoRA."""
     from peft import LoraConfig
 
-    defaults = {field.name: plain(getattr(LoraConfig(), field.name)) for field in dataclasses.fields(LoraConfig)}
-    values = {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    return {"kind": type(config).__name__, "values": values, "defaults": defaults}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {"kind": type(config).__name__, "values": plain(values), "defaults": defaults_of(LoraConfig)}
 
 
 def function_of(value: Any) -> dict[str, Any]:
