@@ -16,7 +16,7 @@ dataset = dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["p
 
 def digits(completions, solution, **kwargs):
     texts = [completion[0]["content"] for completion in completions]
-    return [sum(text.count(digit) for digit in gold) / 10 for text, gold in zip(texts, solution)]
+    return [sum(text.count(digit) for digit in gold) / 10 for text, gold in zip(texts, solution, strict=True)]
 
 
 def letters(completions, **kwargs):

@@ -14,6 +14,8 @@ from grpo.config.options import _defaults
 from grpo.config.run import TrainConfig
 from grpo.config.yaml_file import parse_yaml, to_yaml
 
+OFF = (None, False, "", "no")  # parsers of command lines take one of them for another
+
 
 @dataclass(frozen=True)
 class Unsupported:
@@ -76,7 +78,8 @@ class Migration:
     ) -> None:
         """Notes what is set to another value than its default and is in no table."""
         for name, value in values.items():
-            if name not in known and not (name in defaults and value == defaults[name]):
+            is_off = value in OFF and defaults.get(name) in OFF
+            if name not in known and not is_off and not (name in defaults and value == defaults[name]):
                 self.lacks(name, value)
 
     def sample_with_vllm(self, option: str, value: Any, engine: Mapping[str, Any]) -> None:

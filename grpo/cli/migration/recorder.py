@@ -32,6 +32,8 @@ class Model(MagicMock):
 def model_of(name: Any, **arguments: Any) -> Model:
     model = Model(name="model")
     model.name_or_path = str(name)
+    for same in (model.to, model.cuda, model.eval, model.train):
+        same.return_value = model
     model.recorded = {"name": str(name), "arguments": plain(arguments), "lora": None}
     return model
 
@@ -58,7 +60,7 @@ def replace_trl() -> None:
     import peft
     import transformers
     import trl
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+    from transformers.models.auto import modeling_auto
     from trl.trainer import grpo_config, grpo_trainer
 
     note_values(grpo_config.GRPOConfig)
@@ -67,7 +69,8 @@ def replace_trl() -> None:
     recorder = trainer_class(names)
     for module in (trl, trl.trainer, grpo_trainer):
         module.GRPOTrainer = recorder
-    for owner in (_BaseAutoModelClass, transformers.PreTrainedModel):
+    automatic = [value for name, value in vars(modeling_auto).items() if name.startswith("AutoModel")]
+    for owner in (*automatic, transformers.PreTrainedModel):
         owner.from_pretrained = classmethod(lambda _, name, *rest, **arguments: model_of(name, **arguments))
     peft.get_peft_model = with_adapters
     datasets.load_dataset = note_source(datasets.load_dataset)
