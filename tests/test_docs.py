@@ -21,14 +21,14 @@ from copies import Copy
 
 from grpo.cli.config.convert import ConvertConfig
 from grpo.cli.config.inference import EvalConfig, SampleConfig
-from grpo.cli.config.reward_commands import ReplayConfig, RewardTestConfig
 from grpo.cli.parse import build_parser
 from grpo.config.mtp import MtpConfig
-from grpo.config.names import removed
-from grpo.config.options import load, parse
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.task.plan import Plan
 from grpo.task.table import contradictions
+from rewards.commands.options import ReplayConfig, RewardTestConfig
+from rewards.config.names import removed
+from rewards.config.options import load, parse
 
 ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "policies": set(),
-    "rollout": {"policies", "rewards"},  # of rewards the isolated processes alone, see below
+    "rollout": {"policies", "rewards"},  # of rewards the isolated processes and an episode alone, see below
     "rewards": set(),
     "grpo": {"policies", "rollout", "rewards"},
 }
@@ -37,7 +37,7 @@ FLOORS = (
 # What `import grpo.train` does not load: a run imports these when it is asked for them.
 FEATURES = (
     *("grpo.cli", "grpo.endpoint", "grpo.cli.launch", "grpo.cli.mtp", "grpo.trl_bridge", "grpo.view", "grpo.tinker"),
-    *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "grpo.data.reasoning_gym", "grpo.data.word_problems"),
+    *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "rewards.data.reasoning_gym", "rewards.data.word_problems"),
     *("grpo.learner.eight_bit", "grpo.learner.terms.custom", "grpo.learner.terms.supervised"),
     *("grpo.learner.terms.balance", "grpo.learner.terms.distill", "grpo.learner.terms.draft_head"),
     *("grpo.learner.terms.teacher_server", "grpo.learner.terms.value"),
@@ -162,12 +162,13 @@ def _of_rewards(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             whole = node.module == "rewards"
             found |= {f"rewards.{alias.name}" for alias in node.names} if whole else {node.module}
-    return {name for name in found if name.split(".")[0] == "rewards" and not name.startswith("rewards.isolation")}
+    allowed = ("rewards.isolation", "rewards.episode")
+    return {name for name in found if name.split(".")[0] == "rewards" and not name.startswith(allowed)}
 
 
-def test_rollout_takes_from_rewards_the_isolated_processes_alone():
+def test_rollout_takes_from_rewards_the_isolated_processes_and_what_an_episode_is():
     assert set().union(*(_of_rewards(file.read_text()) for file in (ROOT / "rollout").rglob("*.py"))) == set()
-    allowed = "from rewards.isolation.pool import WorkerPool\nfrom rewards import isolation"
+    allowed = "from rewards.isolation.pool import WorkerPool\nfrom rewards import isolation\nimport rewards.episode"
     assert _of_rewards(allowed) == set()
     wrong = "import rewards\nfrom rewards import Scorer, isolation\nfrom rewards.registry import find_reward"
     assert _of_rewards(wrong) == {"rewards", "rewards.Scorer", "rewards.registry"}

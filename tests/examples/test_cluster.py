@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo.config.options import load
 from grpo.config.run import TrainConfig
+from rewards.config.options import load
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "examples/08_cluster"

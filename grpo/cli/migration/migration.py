@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grpo.config.names import hint, put
-from grpo.config.options import _defaults
 from grpo.config.run import TrainConfig
-from grpo.config.yaml_file import parse_yaml, to_yaml
+from rewards.config.names import hint, put
+from rewards.config.options import _defaults
+from rewards.config.yaml_file import parse_yaml, to_yaml
 
 OFF = (None, False, "", "no")  # parsers of command lines take one of them for another
 
@@ -58,8 +58,9 @@ class Migration:
     def carry_over(self, table: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Sets the options of a table whose values go over as they are, or by the table `values`."""
         for name, key in tables()[table].items():
-            value = values.get(name, defaults.get(name))
-            choices = tables()["values"].get(name)
+            value, choices = values.get(name), tables()["values"].get(name)
+            if name not in values:
+                continue  # another version has no such option
             if choices is None or value in choices:
                 self.put(key, choices[value] if choices else value, value == defaults.get(name))
             else:
@@ -71,6 +72,7 @@ class Migration:
         reason = tables()["reasons"].get(option, "").format(**facts) or reason_of(option)
         ends = [option.split(".", start)[start] for start in range(option.count(".") + 1)]
         matters = not any(fnmatchcase(end, pattern) for end in ends for pattern in tables()["no_effect"])
+        value = "..." if option.endswith("token") else value  # a secret such as hub_token
         self.unsupported.append(Unsupported(option, value, reason, matters))
 
     def lacks_counterparts(
@@ -101,15 +103,12 @@ class Migration:
         lines = [title, *self.losses(True)] if self.losses(True) else [f"From {self.source}."]
         if without_effect := self.losses(False):
             lines += ["Not carried over, with no effect on what is learned:", *without_effect]
-        return [*lines, *self.notes]
+        return [*lines, *(" ".join(note.split()) for note in self.notes)]
 
     def losses(self, changes_training: bool) -> list[str]:
-        """Each option that is not carried over, in a line; a secret such as hub_token has no value in it."""
-        lines = []
-        for each in self.unsupported:
-            value = "..." if each.option.endswith("token") else to_yaml(each.value, inline=True)[:60]
-            lines += [f"- {each.option}={value}: {each.reason}"] if each.changes_training is changes_training else []
-        return lines
+        """Each option that is not carried over, in a line."""
+        lost = [each for each in self.unsupported if each.changes_training is changes_training]
+        return [f"- {each.option}={to_yaml(each.value, inline=True)[:60]}: {each.reason}" for each in lost]
 
 
 @cache

@@ -22,6 +22,7 @@ from unittest.mock import MagicMock
 
 MOST_STREAMED = 10_000  # rows of a stream that are written
 SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "completion")  # columns, the best first
+GOLD = "gold_text"
 hub_sources: dict[str, dict[str, Any]] = {}  # what was loaded from the hub, by the fingerprint of its rows
 
 
@@ -207,35 +208,34 @@ def data_facts(train: Any, test: Any, folder: Path) -> dict[str, Any]:
         test = next(iter(test.values()), None)
     parts = {name: rows for name, rows in {"train": train, "test": test}.items() if rows is not None}
     facts = {name: rows_facts(rows) for name, rows in parts.items()}
-    sources = [part["source"]["name"] if part["source"] and part["solution"] else None for part in facts.values()]
-    if None in sources or len(set(sources)) > 1:
+    sources = {part["source"] and part["source"]["name"] for part in facts.values()}
+    if None in sources or len(sources) > 1:
         for name, rows in parts.items():
-            write_rows(rows, folder / f"{name}.jsonl", {} if facts[name]["solution"] else {"answer": "(none)"})
-            facts[name] |= {"source": None, "solution": facts[name]["solution"] or "answer"}
+            write_rows(rows, folder / f"{name}.jsonl", facts[name]["solution"])
+            facts[name] |= {"source": None, "solution": GOLD}
     return facts
 
 
 def rows_facts(rows: Any) -> dict[str, Any]:
+    """Tells how many rows there are and what the first one has; their source, if every row can be read from there."""
     first = next(iter(rows), {})
+    solution = next((name for name in SOLUTIONS if name in first), None)
+    is_text = isinstance(first.get(solution), str)  # as other values would not reach the rewards as they are
     return {
         "count": len(rows) if hasattr(rows, "__len__") else None,
-        "columns": list(first),
         "chat": isinstance(first.get("prompt"), list),
-        "solution": next((name for name in SOLUTIONS if is_text(first.get(name))), None),
-        "source": hub_sources.get(getattr(rows, "_fingerprint", "-")),
+        "solution": solution,
+        "source": hub_sources.get(getattr(rows, "_fingerprint", "-")) if is_text else None,
     }
 
 
-def write_rows(rows: Any, file: Path, more: dict[str, str]) -> None:
-    """Writes a line for each row; `more` is a text in the place of a solution, which every row has here."""
+def write_rows(rows: Any, file: Path, solution: str | None) -> None:
+    """Writes a line for each row, with a text in the column GOLD, since every row has a gold solution here."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:
         for row in islice(rows, None if hasattr(rows, "__len__") else MOST_STREAMED):
-            lines.write(json.dumps(more | row, ensure_ascii=False, default=str) + "\n")
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, int | float | str) and not isinstance(value, bool) and bool(str(value).strip())
+            gold = str(row.get(solution) or "").strip() or "(none)"
+            lines.write(json.dumps({**row, GOLD: gold}, ensure_ascii=False, default=str) + "\n")
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any] | None:

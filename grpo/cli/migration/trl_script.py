@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from grpo.cli.migration.functions import Functions
 from grpo.cli.migration.migration import Migration, shown, tables
 from grpo.config.loss import UNREAD
-from grpo.config.names import take
+from rewards.config.names import take
 
 RECORDER = Path(__file__).with_name("recorder.py")  # a program, so that no module of ours hides one of the script's
 ENGINE = {
@@ -84,7 +85,8 @@ class _Reading:
         others = facts["of_other_versions"]
         self.facts, self.folder, self.processes, self.defaults = facts, folder, processes, facts["defaults"]
         self.train, self.test = (facts["data"].get(name) for name in ("train", "test"))
-        self.values: dict[str, Any] = facts["values"] | {name: others[name] for name in known & set(others)}
+        self.values: dict[str, Any] = defaultdict(lambda: None, facts["values"])  # another version may have fewer
+        self.values |= {name: others[name] for name in known & set(others)}
         self.functions = Functions(script, folder)
         self.migration = Migration(f"{script.name}, for TRL")
         self.put, self.lacks = self.migration.put, self.migration.lacks
@@ -140,12 +142,12 @@ class _Reading:
 
     def _optimizer(self) -> None:
         values = self.values
-        warmup = values["warmup_steps"] or values.get("warmup_ratio")
+        warmup = values["warmup_steps"] or values["warmup_ratio"]
         if warmup and values["lr_scheduler_type"] != "constant":  # which does not read it there
             self.put("learner.warmup_steps", self._in_steps(warmup))
         self._put("learner.betas", [values["adam_beta1"], values["adam_beta2"]], "adam_beta1", "adam_beta2")
         self._put("learner.max_grad_norm", values["max_grad_norm"] or NO_LIMIT, "max_grad_norm")
-        checkpoints = values.get("activation_checkpointing")
+        checkpoints = values["activation_checkpointing"]
         checkpoints = values["gradient_checkpointing"] if checkpoints is None else checkpoints
         self._put("learner.gradient_checkpointing", bool(checkpoints), "gradient_checkpointing")
 
@@ -175,7 +177,7 @@ class _Reading:
         if values["use_vllm"]:
             if values["vllm_mode"] == "server":
                 self.lacks("vllm_mode", "server")
-            engine = {ours: values[name] for name, ours in ENGINE.items() if values[name] != self.defaults[name]}
+            engine = {ours: values[name] for name, ours in ENGINE.items() if values[name] != self.defaults.get(name)}
             self.migration.sample_with_vllm("use_vllm", True, engine)
 
     def _model(self) -> None:

@@ -6,7 +6,6 @@ verl/trainer/ppo/core_algos.py and verl/workers.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,36 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from grpo.cli.migration.migration import Migration, shown, tables
-from grpo.config.yaml_file import parse_yaml
-from grpo.data.source import file_rows
+from rewards.config.yaml_file import parse_yaml
+from rewards.data.source import file_rows
 
 PROGRAM = "verl.trainer.main_ppo"
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
-ADAPTER = '''"""`{name}` of {file}, which verl calls for each completion, as a reward of many completions."""
-
-import sys
-
-sys.path.insert(0, {folder!r})
-
-from {module} import {name} as score_one
 
 
-def {name}_of_verl(completions, data_source, ground_truth, extra_info, **_):
-    rows = zip(data_source, completions, ground_truth, extra_info, strict=True)
-    names = ("data_source", "solution_str", "ground_truth", "extra_info")
-    scores = [score_one(**dict(zip(names, row, strict=True))) for row in rows]
-    return [score["score"] if isinstance(score, dict) else score for score in scores]
-'''
-
-
-def read_verl_command(command: str | Path, folder: Path) -> Migration:
-    """Reads a command, or a shell file that holds one. Data that has to be written anew is written into `folder`.
-
-    Raises ValueError where there is no such command.
-    """
+def read_verl_command(command: str | Path) -> Migration:
+    """Reads a command, or a shell file that holds one. Raises ValueError where there is none."""
     text = command.read_text(encoding="utf-8") if isinstance(command, Path) else command
     given = {tables()["verl_renamed"].get(name, name): value for name, value in overrides(text).items()}
-    return _Reading(given, folder).migration
+    return _Reading(given).migration
 
 
 def overrides(text: str) -> dict[str, Any]:
@@ -71,14 +52,15 @@ def overrides(text: str) -> dict[str, Any]:
 class _Reading:
     """The options of one command: a method for each part."""
 
-    def __init__(self, given: dict[str, Any], folder: Path):
+    def __init__(self, given: dict[str, Any]):
         defaults = tables()["verl_defaults"]
-        self.given, self.folder = given, folder
+        self.given = given
         self.values: dict[str, Any] = defaults | given
+        self.files, self.tests = (self._files(f"data.{name}_files") for name in ("train", "val"))
+        self.rows = list(file_rows(self.files[0])) if self.files[0].is_file() else []
         self.migration = Migration(PROGRAM)
         self.put, self.lacks = self.migration.put, self.migration.lacks
         self.migration.carry_over("verl_same", self.values, defaults)
-        self.train = self._rows("data.train_files", "train")
         for part in (self._steps, self._policy, self._data, self._reward):
             part()
         known = {*tables()["verl_same"], *tables()["verl_converted"], f"{ACTOR}.clip_ratio"}
@@ -95,9 +77,9 @@ class _Reading:
             self.lacks(f"{ACTOR}.ppo_mini_batch_size", learned, parts=self.parts)
         self.put("prompts_per_step", learned, is_default=False)
         epochs, steps = values["trainer.total_epochs"], values["trainer.total_training_steps"]
-        if steps is None and not self.train:
+        if steps is None and not self.rows:
             self.lacks("trainer.total_epochs", epochs)
-        steps = (steps or epochs * max(len(self.train) // sampled, 1)) * self.parts
+        steps = (steps or epochs * max(len(self.rows) // sampled, 1)) * self.parts
         self.put("steps", steps, is_default=False)
         warmup, share = values[f"{ACTOR}.optim.lr_warmup_steps"], values[f"{ACTOR}.optim.lr_warmup_steps_ratio"]
         self.put("learner.warmup_steps", warmup * self.parts if warmup > 0 else math.ceil(share * steps))
@@ -129,15 +111,22 @@ class _Reading:
             self.put("lora.targets", None if targets == "all-linear" else targets)
 
     def _data(self) -> None:
-        values = self.values
+        values, train, test = self.values, self.files[0], self.tests[0]
+        in_folder = train.parent == test.parent and (train.stem, test.stem) == ("train", "test")
+        self.put("data.name", shown(train.parent if in_folder else train))
         self.put("data.prompt_column", values["data.prompt_key"])
+        self.put("data.solution_column", "reward_model.ground_truth")
         self.put("data.template", "chat")
-        self.put("data.name", shown(self.folder) if self.train else values["data.train_files"])
         self.put("data.limit", values["data.train_max_samples"] if values["data.train_max_samples"] > 0 else None)
         self.put("seed", values["data.seed"] or 0)
-        if values["trainer.test_freq"] > 0 and (test := self._rows("data.val_files", "test")):
+        if len(self.files) > 1:
+            self.lacks("data.train_files", values["data.train_files"])
+        if values["trainer.test_freq"] > 0:
+            rows = len(list(file_rows(test))) if in_folder and test.is_file() else 0
+            if not rows or len(self.tests) > 1:
+                self.lacks("data.val_files", values["data.val_files"])
             most = values["data.val_max_samples"]
-            self.put("eval.limit", min(most, len(test)) if most > 0 else len(test))
+            self.put("eval.limit", min(rows, most) if most > 0 else rows)
             self.put("eval.every", values["trainer.test_freq"] * self.parts)
             self.put("eval.samples", values[f"{ROLLOUT}.val_kwargs.n"])
         loggers = values["trainer.logger"]
@@ -146,35 +135,14 @@ class _Reading:
         place = f"checkpoints/{values['trainer.project_name']}/{values['trainer.experiment_name']}"
         self.put("output_dir", values["trainer.default_local_dir"] or place)
 
-    def _rows(self, option: str, split: str) -> list[dict[str, Any]]:
-        """Writes rows of verl's files with the gold answer in a column of its own, and gives them; none if there is no
-        such file here."""
-        files = self.values[option] if isinstance(self.values[option], list) else [self.values[option]]
-        paths = [Path(file).expanduser() for file in files]
-        if not all(path.is_file() for path in paths):
-            self.lacks(option, self.values[option])
-            return []
-        rows = [row for path in paths for _, row in file_rows(path)]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{split}.jsonl").open("w", encoding="utf-8") as lines:
-            for row in rows:
-                gold = (row.get("reward_model") or {}).get("ground_truth")
-                answer = gold if isinstance(gold, str) and gold else json.dumps(gold, default=str)
-                row = {"extra_info": None, "data_source": None, "answer": answer, "ground_truth": gold} | row
-                lines.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        return rows
+    def _files(self, option: str) -> list[Path]:
+        files = self.values[option]
+        return [Path(file).expanduser() for file in (files if isinstance(files, list) else [files])]
 
     def _reward(self) -> None:
         path, name = (self.values[f"reward.custom_reward_function.{part}"] for part in ("path", "name"))
-        sources = sorted({str(row.get("data_source")) for row in self.train})
-        if path:
-            file, adapter = Path(path).expanduser().resolve(), self.folder / "functions.py"
-            self.folder.mkdir(parents=True, exist_ok=True)
-            names = {"name": name, "file": file.name, "folder": str(file.parent), "module": file.stem}
-            adapter.write_text(ADAPTER.format(**names), encoding="utf-8")
-            self.migration.rewards.append({"function": f"{shown(adapter)}:{name}_of_verl"})
-            return
+        sources = sorted({str(row.get("data_source")) for _, row in self.rows})
         ours = "gsm8k" if sources == ["openai/gsm8k"] else "math_equivalence"
-        self.migration.rewards.append({"function": ours})
-        if ours != "gsm8k":
+        self.migration.rewards.append({"function": f"verl:{path}:{name}" if path else ours})
+        if not path and ours != "gsm8k":
             self.lacks("data.reward_fn_key", sources, ours=ours)

@@ -78,7 +78,7 @@ def test_a_function_of_a_package_is_imported_from_it(tmp_path):
     functions = Functions(script, tmp_path / "data")
     other = tmp_path / "mine.py"
     assert functions.reference(fact(other, "grade")) == f"{other}:grade"
-    reference = functions.reference(fact(other, "dumps", "json.encoder") | {"name": "JSONEncoder"})
-    assert functions.write()
-    assert "from json.encoder import JSONEncoder" in (tmp_path / "data/functions.py").read_text()
-    assert reference == f"{tmp_path / 'data/functions.py'}:JSONEncoder"
+    reference = functions.reference(fact(other, "think_format_reward", "trl.rewards.format_rewards"))
+    assert reference == "trl.rewards.format_rewards:think_format_reward"
+    assert load_reward(reference)(completions=[[{"content": "<think>\na\n</think>\nb"}]]) == [1.0]
+    assert not functions.write()

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo.cli.migration.migration import Migration, our_defaults, reason_of, tables
-from grpo.config.options import _options
 from grpo.config.run import TrainConfig
+from rewards.config.options import _options
 
 ROOT = Path(__file__).parents[4]
 GONE = {"warmup_ratio"}  # transformers 4 had it

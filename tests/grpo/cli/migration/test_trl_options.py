@@ -13,7 +13,7 @@ from grpo.cli.migration.trl_script import _Reading
 from grpo.config.run import TrainConfig
 
 DEFAULTS = {field.name: plain(field.default) for field in dataclasses.fields(GRPOConfig)}
-ROWS = {"count": 96, "columns": ["prompt", "answer"], "chat": False, "solution": "answer", "source": None}
+ROWS = {"count": 96, "chat": False, "solution": "answer", "source": None}
 MODEL = {"name": "models/small", "arguments": {}, "lora": None, "type": "llama"}
 
 

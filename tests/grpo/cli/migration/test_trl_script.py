@@ -9,10 +9,9 @@ import pytest
 
 from grpo.cli.migration.trl_script import read_trl_script
 from grpo.cli.parse import main
-from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.run.records import read_metrics
-from rewards.registry import load_reward
+from rewards.config.options import load
 
 NOTE = "open('child', 'w').write(str(os.getpid()))"
 FORTY_LINES = Path(__file__).parents[3] / "cases/trl_of_forty_lines.py"
@@ -126,11 +125,11 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     assert (config.prompts_per_step, config.steps) == (2, 8)
     assert (config.eval.limit, config.eval.every, config.eval.samples) == (2, 3, 8)
     assert config.data.template == "{prompt}"
-    assert json.loads((tmp_path / "data/train.jsonl").read_text().splitlines()[0])["answer"] == "(none)"
+    assert json.loads((tmp_path / "data/train.jsonl").read_text().splitlines()[0])["gold_text"] == "(none)"
+    assert config.data.solution_column == "gold_text"
     first, second, model = config.rewards
     assert (first.function, first.arguments) == ("train.py:close_to", {"goal": 3})
-    assert second.function == "data/functions.py:think_format_reward"
-    assert load_reward(second.function)(completions=[[{"content": "<think>\na\n</think>\nb"}]]) == [1.0]
+    assert second.function == "trl.rewards.format_rewards:think_format_reward"
     assert (model.function, model.arguments) == ("column", {"name": "reward_model_3"})
     assert config.reward_models[0].model == "nobody/reward"
     assert (config.tools, config.environment) == (["train.py:weather"], "train.py:Room")

@@ -1,12 +1,11 @@
 """What a command of verl's is here. The commands have the form of examples/grpo_trainer/*.sh of verl."""
 
-import json
-
 import pytest
 from datasets import Dataset
 
 from grpo.cli.migration.verl_command import overrides, read_verl_command
 from grpo.config.run import TrainConfig
+from rewards.data.examples import load_examples
 from rewards.registry import load_reward
 
 PPO = "python3 -m verl.trainer.main_ppo"
@@ -59,7 +58,7 @@ def files(tmp_path, monkeypatch):
 def test_a_shell_file_becomes_a_configuration(files):
     script = files / "run.sh"
     script.write_text(SCRIPT.format(folder=files))
-    migration = read_verl_command(script, files / "data")
+    migration = read_verl_command(script)
     config = TrainConfig(**migration.tree)
     assert (config.prompts_per_step, config.rollout.group_size) == (4, 5)
     assert config.steps == 3 * 2 * 2  # epochs, batches of 8 among 20 rows, updates of 4
@@ -74,8 +73,8 @@ def test_a_shell_file_becomes_a_configuration(files):
     assert str(config.output_dir) == "checkpoints/p/e"
     assert [reward.function for reward in config.rewards] == ["gsm8k"]
     assert config.data.template == "chat"
-    [line, *_] = (files / "data/train.jsonl").read_text().splitlines()
-    assert json.loads(line)["answer"] == "5"
+    [example, *_] = load_examples(config.data.name, "train", config.data)
+    assert (example.solution, example.question) == ("5", "2 + 3 = ?")
     lost = {each.option: each.changes_training for each in migration.unsupported}
     assert lost == {
         "actor_rollout_ref.actor.ppo_mini_batch_size": True,
@@ -93,9 +92,9 @@ def test_a_reward_of_verls_form_is_called_for_each_completion(files):
         "    return {'score': 1.0, 'index': extra_info['index']} if right else 0.0\n"
     )
     command = f"{PPO} data.train_files={files}/train.parquet custom_reward_function.path={files}/mine.py"
-    [reward] = read_verl_command(command, files / "data").rewards
+    [reward] = read_verl_command(command).rewards
     columns = {"data_source": ["a", "a"], "ground_truth": ["5", "6"], "extra_info": [{"index": 0}, {"index": 1}]}
-    assert load_reward(reward["function"])(completions=["5", "5"], **columns) == [1.0, 0.0]
+    assert load_reward(reward["function"])(prompts=["", ""], completions=["5", "5"], **columns) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -110,14 +109,14 @@ def test_a_reward_of_verls_form_is_called_for_each_completion(files):
 def test_what_has_no_counterpart_is_said(files, words, option, reason):
     more = "" if words.startswith("actor_rollout_ref.rollout.n=") else "actor_rollout_ref.rollout.n=2"
     command = f"{PPO} data.train_files={files}/train.parquet data.train_batch_size=4 {words} {more}"
-    [each] = read_verl_command(command, files / "data").unsupported
+    [each] = read_verl_command(command).unsupported
     assert each.option == option
     assert reason in each.reason
 
 
 def test_defaults_of_verls_are_written_where_ours_are_others(files):
     command = f"{PPO} data.train_files={files}/train.parquet actor_rollout_ref.rollout.n=4"
-    config = TrainConfig(**read_verl_command(command, files / "data").tree)
+    config = TrainConfig(**read_verl_command(command).tree)
     assert config.loss.advantage == "gae"
     assert config.value.learning_rate == 1e-5
     assert config.learner.schedule == "constant"
@@ -126,8 +125,8 @@ def test_defaults_of_verls_are_written_where_ours_are_others(files):
 
 
 def test_files_that_are_elsewhere_are_said(tmp_path):
-    migration = read_verl_command(f"{PPO} data.train_files=/there/a.parquet", tmp_path)
-    assert {"data.train_files", "trainer.total_epochs"} <= {each.option for each in migration.unsupported}
+    migration = read_verl_command(f"{PPO} data.train_files=/there/a.parquet")
+    assert "trainer.total_epochs" in {each.option for each in migration.unsupported}
     assert migration.options["data"]["name"] == "/there/a.parquet"
 
 
