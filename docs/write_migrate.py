@@ -30,14 +30,14 @@ nothing; variables and arrays that the shell file sets are filled in.
   counts prompts: an update learns from `ppo_mini_batch_size` of them. Where one generation serves several updates
   there, each update samples for itself here.
 - **Defaults are carried over too**: TRL's linear schedule, β₂ = 0.999, 512 tokens, seed 42; verl's weight decay of
-  0.01, dual clip at 3, 30 epochs, GAE. The file has them where ours are others.
+  0.01, dual clip at 3, 30 epochs, GAE. The file says all that has a counterpart.
 - **Rewards** stay in the script where it can be imported without work (`if __name__ == "__main__":`). Otherwise the
   functions, with what they reach in the script, are copied into `functions.py` beside the data, where no trainer
   starts. A reward that is made while the script runs, such as a function inside a function, must move to the top of a
-  file. verl's `compute_score` gets an adapter.
+  file. verl's `compute_score` is read as [it is](own-reward.md), `verl:FILE.py:compute_score`.
 - **Data**: a dataset of the hub that the script passes on as it is keeps its name. Any other is written as
-  `train.jsonl` and `test.jsonl`. Rows need a gold solution here; where there is none, its place is taken by a text
-  that no reward reads.
+  `train.jsonl` and `test.jsonl`, with one column more, `gold_text`, since rows have a gold solution here. verl's files
+  are read where they are; their gold solution is the column `reward_model.ground_truth`.
 - **What is lost** is said in two lists, at the top of the file too: what changes what is learned, and what does not.
   Each line has the reason and the way out.
 

@@ -254,9 +254,7 @@ def from_trl(args: argparse.Namespace) -> int:
 def from_verl(args: argparse.Namespace) -> int:
     from grpo.cli.migration.verl_command import read_verl_command
 
-    return _migrate(
-        args, lambda _: read_verl_command(Path(args.source) if args.source.endswith(".sh") else args.source)
-    )
+    return _migrate(args, lambda _: read_verl_command(args.source))
 
 
 def _migrate(args: argparse.Namespace, read: Callable[[Path], Migration]) -> int:

@@ -11,7 +11,8 @@ from rewards.reached_code import is_guard, reached_source
 
 TRAINS = {"GRPOTrainer", "train"}
 LOADS = {"load_dataset", "from_pretrained", "parse_args", "parse_args_and_config", "parse_args_into_dataclasses"}
-DEFINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+DEFINES = (*NAMED, ast.Import, ast.ImportFrom)
 
 
 class Functions:
@@ -62,7 +63,7 @@ class Functions:
 def _bound(part: ast.stmt) -> set[str]:
     if isinstance(part, ast.Import | ast.ImportFrom):
         return {(alias.asname or alias.name).partition(".")[0] for alias in part.names}
-    if isinstance(part, DEFINES):
+    if isinstance(part, NAMED):
         return {part.name}
     return {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 

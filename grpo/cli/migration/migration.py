@@ -37,7 +37,7 @@ class Migration:
     source: str
     """What was read: `script.py`, or `verl.trainer.main_ppo`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """A tree of options, without `rewards`; defaults of the other trainer that differ from ours are among them."""
+    """A tree of options, without `rewards`; the defaults of the other trainer are among them."""
     rewards: list[dict[str, Any]] = field(default_factory=list)
     """Reward functions as the option `rewards` takes them, such as `{"function": "script.py:grade", "weight": 1.0}`."""
     unsupported: list[Unsupported] = field(default_factory=list)
@@ -50,19 +50,17 @@ class Migration:
         tree = self.options | {"rewards": self.rewards}
         return {name: tree[name] for name in TrainConfig.model_fields if name in tree}
 
-    def put(self, key: str, value: Any, is_default: bool = True) -> None:
-        """Sets an option; a default of theirs that is ours as well is left out."""
-        if not is_default or value != our_defaults().get(key):
-            put(self.options, key, value)
+    def put(self, key: str, value: Any) -> None:
+        put(self.options, key, value)
 
-    def carry_over(self, table: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    def carry_over(self, table: str, values: Mapping[str, Any]) -> None:
         """Sets the options of a table whose values go over as they are, or by the table `values`."""
         for name, key in tables()[table].items():
             value, choices = values.get(name), tables()["values"].get(name)
             if name not in values:
                 continue  # another version has no such option
             if choices is None or value in choices:
-                self.put(key, choices[value] if choices else value, value == defaults.get(name))
+                self.put(key, choices[value] if choices else value)
             else:
                 known = ", ".join(dict.fromkeys(map(str, choices.values())))
                 self.unsupported.append(Unsupported(name, value, f"{key} is one of {known}; set the nearest by hand"))

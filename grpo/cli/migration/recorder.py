@@ -69,7 +69,7 @@ def replace_trl() -> None:
     names = list(inspect.signature(grpo_trainer.GRPOTrainer.__init__).parameters)[1:]
     recorder = trainer_class(names)
     for module in (trl, trl.trainer, grpo_trainer):
-        module.GRPOTrainer = recorder
+        module.GRPOTrainer = recorder  # type: ignore[attr-defined]
     automatic = [value for name, value in vars(modeling_auto).items() if name.startswith("AutoModel")]
     for owner in (*automatic, transformers.PreTrainedModel):
         owner.from_pretrained = classmethod(lambda _, name, *rest, **arguments: model_of(name, **arguments))
@@ -77,7 +77,7 @@ def replace_trl() -> None:
     datasets.load_dataset = note_source(datasets.load_dataset)
 
 
-def note_values(config: type) -> None:
+def note_values(config: Any) -> None:
     """Keeps the values of a configuration as they were given, before it derives others from them. Options of other
     versions of TRL are kept apart, and what it refuses is noted, since another machine may be meant."""
     make, finish = config.__init__, config.__post_init__
@@ -218,8 +218,8 @@ def data_facts(train: Any, test: Any, folder: Path) -> dict[str, Any]:
 
 def rows_facts(rows: Any) -> dict[str, Any]:
     """Tells how many rows there are and what the first one has; their source, if every row can be read from there."""
-    first = next(iter(rows), {})
-    solution = next((name for name in SOLUTIONS if name in first), None)
+    first: dict[str, Any] = next(iter(rows), {})
+    solution = next((name for name in SOLUTIONS if name in first), "")
     is_text = isinstance(first.get(solution), str)  # as other values would not reach the rewards as they are
     return {
         "count": len(rows) if hasattr(rows, "__len__") else None,
@@ -229,7 +229,7 @@ def rows_facts(rows: Any) -> dict[str, Any]:
     }
 
 
-def write_rows(rows: Any, file: Path, solution: str | None) -> None:
+def write_rows(rows: Any, file: Path, solution: str) -> None:
     """Writes a line for each row, with a text in the column GOLD, since every row has a gold solution here."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,24 @@ from rewards.config.yaml_file import parse_yaml
 from rewards.data.source import file_rows
 
 PROGRAM = "verl.trainer.main_ppo"
+OPTIONS = "reward.custom_reward_function.reward_kwargs."
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 
 
 def read_verl_command(command: str | Path) -> Migration:
-    """Reads a command, or a shell file that holds one. Raises ValueError where there is none."""
-    text = command.read_text(encoding="utf-8") if isinstance(command, Path) else command
-    given = {tables()["verl_renamed"].get(name, name): value for name, value in overrides(text).items()}
+    """Reads a command, or the shell file `*.sh` that holds one. Raises ValueError where there is none."""
+    text = Path(command).read_text(encoding="utf-8") if str(command).endswith(".sh") else str(command)
+    given = {_renamed(name): value for name, value in overrides(text).items()}
     return _Reading(given).migration
+
+
+def _renamed(name: str) -> str:
+    """Today's name of an option; `reward` was no section once.
+
+    >>> _renamed("custom_reward_function.path")
+    'reward.custom_reward_function.path'
+    """
+    return f"reward.{name}" if name.startswith("custom_reward") else tables()["verl_renamed"].get(name, name)
 
 
 def overrides(text: str) -> dict[str, Any]:
@@ -35,15 +46,20 @@ def overrides(text: str) -> dict[str, Any]:
     {'a.lr': 1e-05, 'a.names': ['x', 'y']}
     """
     text = re.sub(r"\\\n", " ", text)
-    variables = {**os.environ, **dict(re.findall(r"^\s*(\w+)=\(([^)]*)\)", text, re.MULTILINE))}
-    for name, word in re.findall(r"^\s*(?:export\s+)?(\w+)=([^\s(][^\n]*)$", text, re.MULTILINE):
-        variables[name] = " ".join(shlex.split(word, comments=True))
-    pattern = re.compile(r'"?\$\{(\w+)\[@\]\}"?|\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)')
     line = next((line for line in text.splitlines() if PROGRAM in line and not line.lstrip().startswith("#")), None)
     if line is None:
         raise ValueError(f"there is no command of {PROGRAM} in it")
+    variables = dict(os.environ) | dict(re.findall(r"^\s*(\w+)=\(([^)]*)\)", text, re.MULTILINE))  # arrays
+    for name, word in re.findall(r"^\s*(?:export\s+)?(\w+)=([^\s(][^\n]*)$", text, re.MULTILINE):
+        with suppress(ValueError):  # a text of several lines
+            variables[name] = next(iter(shlex.split(word, comments=True)), "")
+
+    def value_of(mention: re.Match[str]) -> str:
+        name = mention[1] or mention[2] or mention[4]
+        return variables.get(name, mention[3] or mention[0])
+
     for _ in range(4):  # a variable may have others in it
-        line = pattern.sub(lambda m: variables.get(m[1] or m[2] or m[4], m[3] or m[0]), line)
+        line = re.sub(r'"?\$\{(\w+)\[@\]\}"?|\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)', value_of, line)
     words = shlex.split(line.partition(PROGRAM)[2], comments=True)
     pairs = [word.lstrip("+~").partition("=") for word in words if "=" in word and not word.startswith("-")]
     return {name: parse_yaml(value) for name, _, value in pairs}
@@ -60,10 +76,11 @@ class _Reading:
         self.rows = list(file_rows(self.files[0])) if self.files[0].is_file() else []
         self.migration = Migration(PROGRAM)
         self.put, self.lacks = self.migration.put, self.migration.lacks
-        self.migration.carry_over("verl_same", self.values, defaults)
+        self.migration.carry_over("verl_same", self.values)
         for part in (self._steps, self._policy, self._data, self._reward):
             part()
         known = {*tables()["verl_same"], *tables()["verl_converted"], f"{ACTOR}.clip_ratio"}
+        known |= {name for name in given if name.startswith(OPTIONS)}
         self.migration.lacks_counterparts(given, defaults, known)
 
     def _steps(self) -> None:
@@ -75,12 +92,12 @@ class _Reading:
         self.parts = math.ceil(sampled / learned)
         if self.parts > 1:
             self.lacks(f"{ACTOR}.ppo_mini_batch_size", learned, parts=self.parts)
-        self.put("prompts_per_step", learned, is_default=False)
+        self.put("prompts_per_step", learned)
         epochs, steps = values["trainer.total_epochs"], values["trainer.total_training_steps"]
         if steps is None and not self.rows:
             self.lacks("trainer.total_epochs", epochs)
         steps = (steps or epochs * max(len(self.rows) // sampled, 1)) * self.parts
-        self.put("steps", steps, is_default=False)
+        self.put("steps", steps)
         warmup, share = values[f"{ACTOR}.optim.lr_warmup_steps"], values[f"{ACTOR}.optim.lr_warmup_steps_ratio"]
         self.put("learner.warmup_steps", warmup * self.parts if warmup > 0 else math.ceil(share * steps))
         every = values["trainer.save_freq"]
@@ -91,7 +108,7 @@ class _Reading:
         group, engine = values[f"{ROLLOUT}.n"], values[f"{ROLLOUT}.name"]
         if group < 2:
             self.lacks(f"{ROLLOUT}.n", group)
-        self.put("rollout.group_size", max(group, 2), is_default=False)
+        self.put("rollout.group_size", max(group, 2))
         if values[f"{ACTOR}.use_kl_loss"]:
             self.put("loss.beta", values[f"{ACTOR}.kl_loss_coef"])
         if f"{ACTOR}.clip_ratio" in self.given and not any("clip_ratio_" in name for name in self.given):
@@ -106,8 +123,8 @@ class _Reading:
             self.migration.sample_with_vllm(f"{ROLLOUT}.name", engine, {})
         if values[f"{MODEL}.lora_rank"]:
             targets = values[f"{MODEL}.target_modules"]
-            self.put("lora.rank", values[f"{MODEL}.lora_rank"], is_default=False)
-            self.put("lora.alpha", values[f"{MODEL}.lora_alpha"], is_default=False)
+            self.put("lora.rank", values[f"{MODEL}.lora_rank"])
+            self.put("lora.alpha", values[f"{MODEL}.lora_alpha"])
             self.put("lora.targets", None if targets == "all-linear" else targets)
 
     def _data(self) -> None:
@@ -143,6 +160,8 @@ class _Reading:
         path, name = (self.values[f"reward.custom_reward_function.{part}"] for part in ("path", "name"))
         sources = sorted({str(row.get("data_source")) for _, row in self.rows})
         ours = "gsm8k" if sources == ["openai/gsm8k"] else "math_equivalence"
-        self.migration.rewards.append({"function": f"verl:{path}:{name}" if path else ours})
+        arguments = {option.removeprefix(OPTIONS): value for option, value in self.given.items() if OPTIONS in option}
+        function = {"function": f"verl:{path}:{name}" if path else ours}
+        self.migration.rewards.append(function | ({"arguments": arguments} if arguments else {}))
         if not path and ours != "gsm8k":
             self.lacks("data.reward_fn_key", sources, ours=ours)

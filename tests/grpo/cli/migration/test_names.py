@@ -38,7 +38,7 @@ def test_every_option_of_ours_is_there_and_takes_the_values_of_its_row():
     for name, values in tables()["values"].items():
         for value in values.values():
             migration = Migration("")
-            migration.put(rows[name], value, is_default=False)
+            migration.put(rows[name], value)
             TrainConfig(output_dir="x", **migration.options)
 
 

@@ -193,7 +193,7 @@ def test_adapters(read):
     values = {"r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"], "lora_dropout": 0.05, "bias": "none"}
     lora = {"kind": "LoraConfig", "values": values, "defaults": {"lora_dropout": 0.0, "bias": "none"}}
     migration = read(lora=lora)
-    assert migration.options["lora"] == {"rank": 8, "alpha": 16, "targets": ["q_proj", "v_proj"]}
+    assert migration.options["lora"] == {"rank": 8, "alpha": 16, "base": None, "targets": ["q_proj", "v_proj"]}
     assert lost(migration) == {"lora_dropout": 0.05}
     usual = read(lora=lora | {"values": {"r": 8, "lora_alpha": 8, "target_modules": None}})
     assert usual.options["lora"]["targets"] == ["q_proj", "v_proj"]  # peft's own choice for Llama

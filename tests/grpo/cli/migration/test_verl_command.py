@@ -87,12 +87,14 @@ def test_a_shell_file_becomes_a_configuration(files):
 
 def test_a_reward_of_verls_form_is_called_for_each_completion(files):
     (files / "mine.py").write_text(
-        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    right = solution_str == ground_truth\n"
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, unit=1):\n"
+        "    right = solution_str == ground_truth * unit\n"
         "    return {'score': 1.0, 'index': extra_info['index']} if right else 0.0\n"
     )
     command = f"{PPO} data.train_files={files}/train.parquet custom_reward_function.path={files}/mine.py"
+    command += " +custom_reward_function.reward_kwargs.unit=1"
     [reward] = read_verl_command(command).rewards
+    assert reward["arguments"] == {"unit": 1}
     columns = {"data_source": ["a", "a"], "ground_truth": ["5", "6"], "extra_info": [{"index": 0}, {"index": 1}]}
     assert load_reward(reward["function"])(prompts=["", ""], completions=["5", "5"], **columns) == [1.0, 0.0]
 
