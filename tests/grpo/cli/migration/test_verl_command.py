@@ -4,7 +4,9 @@ import pytest
 from datasets import Dataset
 
 from grpo.cli.migration.verl_command import overrides, read_verl_command
+from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
+from grpo.run.records import read_metrics
 from rewards.data.examples import load_examples
 from rewards.registry import load_reward
 
@@ -39,19 +41,22 @@ python3 -m verl.trainer.main_ppo \\
     trainer.project_name=p trainer.experiment_name=e \\
     trainer.save_freq=20 trainer.test_freq=5 trainer.total_epochs=3 $@
 """
-ROW = {
-    "data_source": "openai/gsm8k",
-    "prompt": [{"role": "user", "content": "2 + 3 = ?"}],
-    "reward_model": {"style": "rule", "ground_truth": "5"},
-    "extra_info": {"index": 0},
-}
+
+
+def row(number: int) -> dict:
+    return {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "user", "content": f"{number} + 3 = ?"}],
+        "reward_model": {"style": "rule", "ground_truth": str(number + 3)},
+        "extra_info": {"index": number},
+    }
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.setenv("QUARTET_VLLM_PYTHON", str(tmp_path / "none"))
-    Dataset.from_list([ROW] * 20).to_parquet(tmp_path / "train.parquet")
-    Dataset.from_list([ROW] * 4).to_parquet(tmp_path / "test.parquet")
+    Dataset.from_list([row(number) for number in range(2, 22)]).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_list([row(number) for number in range(50, 54)]).to_parquet(tmp_path / "test.parquet")
     return tmp_path
 
 
@@ -135,3 +140,27 @@ def test_files_that_are_elsewhere_are_said(tmp_path):
 def test_a_text_without_a_command_is_refused():
     with pytest.raises(ValueError, match=r"no command of verl\.trainer\.main_ppo"):
         overrides("python3 train.py\n")
+
+
+@pytest.mark.slow
+def test_a_command_becomes_a_file_that_trains(files, hf_policy, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    policy = hf_policy("llama")
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    policy.trunk.save_pretrained("small")
+    policy.tokenizer.save_pretrained("small")
+    (files / "mine.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return sum(letter.isalpha() for letter in solution_str) / 20\n"
+    )
+    words = f"data.train_files={files}/train.parquet data.val_files={files}/test.parquet trainer.test_freq=1"
+    words += " actor_rollout_ref.model.path=small data.train_batch_size=2 data.max_response_length=8"
+    words += " actor_rollout_ref.rollout.n=4 algorithm.adv_estimator=grpo trainer.total_training_steps=2"
+    words += " actor_rollout_ref.actor.optim.lr=1e-3 trainer.logger=console custom_reward_function.path=mine.py"
+    assert main(["from-verl", f"{PPO} {words}"]) == 0
+    printed = capsys.readouterr().out
+    assert "written to run.yaml" in printed
+    assert "Not carried over" not in printed
+    assert main(["train", "run.yaml", "--threads", "1"]) == 0
+    metrics = read_metrics(files / "checkpoints/verl_examples/gsm8k")
+    assert [line["step"] for line in metrics if "reward/mean" in line] == [1, 2]
