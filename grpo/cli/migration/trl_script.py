@@ -186,7 +186,7 @@ class _Reading:
         self.migration.lacks_counterparts(arguments, {}, ())
         if not model["name"]:
             self.lacks("model", "made in the script")
-        self.put("model", f"{model['name']}@{revision}" if revision else model["name"] or "tiny")
+        self.put("model", f"{model['name']}@{revision}" if revision not in (None, "main") else model["name"] or "tiny")
         half = values["fp16"] or "float16" in precision
         if half:
             self.lacks("fp16", True)

@@ -185,6 +185,20 @@ def test_what_has_no_counterpart_is_said_with_the_reason(read, values, reason, c
     TrainConfig(**migration.tree)
 
 
+def test_where_vllm_is_installed_it_samples(read, tmp_path, monkeypatch):
+    (tmp_path / "python").touch()
+    monkeypatch.setenv("QUARTET_VLLM_PYTHON", str(tmp_path / "python"))
+    migration = read(use_vllm=True, vllm_mode="server", vllm_tensor_parallel_size=2)
+    assert migration.options["rollout"]["backend"] == "vllm"
+    assert migration.options["rollout"]["vllm"] == {"engine": {"tensor_parallel_size": 2}}
+    assert lost(migration) == {"vllm_mode": "server"}  # quartet's own server takes its place
+
+
+@pytest.mark.parametrize(("revision", "at"), [(None, ""), ("main", ""), ("v2", "@v2")])
+def test_the_revision_of_a_model(read, revision, at):
+    assert read(model_init_kwargs={"revision": revision}).options["model"] == f"models/small{at}"
+
+
 def test_a_secret_is_not_written(read):
     assert "hf_secret" not in read(hub_token="hf_secret").yaml()
 

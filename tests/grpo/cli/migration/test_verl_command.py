@@ -129,6 +129,8 @@ def test_defaults_of_verls_are_written_where_ours_are_others(files):
     assert config.learner.schedule == "constant"
     assert config.rollout.max_completion_tokens == 512
     assert config.prompts_per_step == 256
+    short = read_verl_command(f"{command} data.train_batch_size=512 trainer.total_training_steps=7")
+    assert short.options["steps"] == 14  # as many updates
 
 
 def test_files_that_are_elsewhere_are_said(tmp_path):
