@@ -14,8 +14,6 @@ from rewards.config.names import hint, put
 from rewards.config.options import _defaults
 from rewards.config.yaml_file import parse_yaml, to_yaml
 
-OFF = (None, False, "", "no")  # parsers of command lines take one of them for another
-
 
 @dataclass(frozen=True)
 class Unsupported:
@@ -78,8 +76,8 @@ class Migration:
     ) -> None:
         """Notes what is set to another value than its default and is in no table."""
         for name, value in values.items():
-            is_off = value in OFF and defaults.get(name) in OFF
-            if name not in known and not is_off and not (name in defaults and value == defaults[name]):
+            both_off = all(not each or each == "no" for each in (value, defaults.get(name)))  # None, False, {}, ...
+            if name not in known and not both_off and not (name in defaults and value == defaults[name]):
                 self.lacks(name, value)
 
     def sample_with_vllm(self, option: str, value: Any, engine: Mapping[str, Any]) -> None:

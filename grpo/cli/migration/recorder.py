@@ -23,6 +23,7 @@ from unittest.mock import MagicMock
 MOST_STREAMED = 10_000  # rows of a stream that are written
 SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "completion")  # columns, the best first
 GOLD = "gold_text"
+facts: dict[str, Any] = {}  # what will be written
 hub_sources: dict[str, dict[str, Any]] = {}  # what was loaded from the hub, by the fingerprint of its rows
 
 
@@ -66,8 +67,7 @@ def replace_trl() -> None:
 
     note_values(grpo_config.GRPOConfig)
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # it is read where it will not train
-    names = list(inspect.signature(grpo_trainer.GRPOTrainer.__init__).parameters)[1:]
-    recorder = trainer_class(names)
+    recorder = trainer_class(grpo_trainer.GRPOTrainer)
     for module in (trl, trl.trainer, grpo_trainer):
         module.GRPOTrainer = recorder  # type: ignore[attr-defined]
     automatic = [value for name, value in vars(modeling_auto).items() if name.startswith("AutoModel")]
@@ -83,6 +83,7 @@ def note_values(config: Any) -> None:
     make, finish = config.__init__, config.__post_init__
     names = [field.name for field in dataclasses.fields(config)]
 
+    @functools.wraps(make)  # scripts look at its signature
     def __init__(self: Any, *values: Any, **options: Any) -> None:
         self.of_other_versions = {name: options.pop(name) for name in list(options) if name not in names}
         make(self, *values, **options)
@@ -117,19 +118,40 @@ def note_source(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_dataset
 
 
-def trainer_class(names: list[str]) -> type:
+def trainer_class(real: Any) -> type:
     class GRPOTrainer:
-        """Writes down what it is made of, and ends the process: no `finally` and no thread of the script goes on."""
+        """Writes down what it is made of, and what the script sets later; then it ends the process, where it would
+        train. No `finally` and no thread of the script goes on."""
 
+        @functools.wraps(real.__init__)
         def __init__(self, *values: Any, **arguments: Any) -> None:
-            facts = facts_of(dict(zip(names, values, strict=False)) | arguments, Path(FOLDER))
+            names = list(inspect.signature(real.__init__).parameters)[1:]
+            facts.update(facts_of(dict(zip(names, values, strict=False)) | arguments, Path(FOLDER)))
             if type(self) is not GRPOTrainer:
                 facts["others"]["GRPOTrainer"] = type(self).__name__
-            Path(RESULT).write_text(json.dumps(facts), encoding="utf-8")
+                self.train()
+            write_facts()
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            facts["assigned"].append(f"{name} = {plain(value)}")
+            write_facts()
+
+        def __getattr__(self, _: str) -> Any:
+            return MagicMock()
+
+        def add_callback(self, callback: Any) -> None:
+            self.callbacks = callback
+
+        def train(self, *_: Any, **__: Any) -> None:
+            write_facts()
             sys.stdout.flush()
             os._exit(0)
 
     return GRPOTrainer
+
+
+def write_facts() -> None:
+    Path(RESULT).write_text(json.dumps(facts), encoding="utf-8")
 
 
 # ---- what is written down --------------------------------------------------------------------------------------------
@@ -151,12 +173,13 @@ def facts_of(given: dict[str, Any], folder: Path) -> dict[str, Any]:
         "of_other_versions": plain(getattr(config, "of_other_versions", {})),
         "refused": getattr(config, "refused", None),
         "model": model_facts(given.pop("model", None)) | ({} if lora is None else {"lora": values_of(lora)}),
-        "rewards": [function_of(each) for each in (rewards if isinstance(rewards, list) else [rewards])],
+        "rewards": [function_of(each) for each in (rewards if isinstance(rewards, list | tuple) else [rewards])],
         "tools": [function_of(each) for each in given.pop("tools", None) or []],
         "environments": {name: function_of(each) for name, each in environments.items()},
         "data": data_facts(given.pop("train_dataset", None), given.pop("eval_dataset", None), folder),
         "tokenizer": tokenizer_facts(given.pop("processing_class", None)),
         "quantization": plain(getattr(given.pop("quantization_config", None), "to_dict", dict)()),
+        "assigned": [],
         "others": {name: plain(value) for name, value in given.items() if value is not None and value != (None, None)},
     }
 
@@ -171,12 +194,11 @@ def model_facts(model: Any) -> dict[str, Any]:
     from transformers import AutoConfig
 
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
-    facts = model.recorded if isinstance(model, Model) else {"name": name, "arguments": {}, "lora": None}
+    recorded = model.recorded if isinstance(model, Model) else {"name": name, "arguments": {}, "lora": None}
     try:
-        facts["type"] = AutoConfig.from_pretrained(facts["name"]).model_type
+        return recorded | {"type": AutoConfig.from_pretrained(recorded["name"]).model_type}
     except Exception:  # not there, or not reachable from here: the run will say so
-        facts["type"] = None
-    return facts
+        return recorded | {"type": None}
 
 
 def values_of(config: Any) -> dict[str, Any]:
@@ -196,9 +218,10 @@ def function_of(value: Any) -> dict[str, Any]:
     module = sys.modules.get(getattr(value, "__module__", None) or "", sys.modules["__main__"])
     for place in (module, sys.modules["__main__"]):
         for name, other in vars(place).items():
-            if other is value:
+            file = getattr(place, "__file__", None)  # a built-in module has none
+            if other is value and file:
                 package = place.__name__ if "." in place.__name__ else ""
-                return {"file": str(Path(place.__file__ or "").resolve()), "name": name, "module": package}
+                return {"file": str(Path(file).resolve()), "name": name, "module": package}
     return {"text": plain(value)}
 
 
@@ -207,13 +230,13 @@ def data_facts(train: Any, test: Any, folder: Path) -> dict[str, Any]:
     if isinstance(test, dict):
         test = next(iter(test.values()), None)
     parts = {name: rows for name, rows in {"train": train, "test": test}.items() if rows is not None}
-    facts = {name: rows_facts(rows) for name, rows in parts.items()}
-    sources = {part["source"] and part["source"]["name"] for part in facts.values()}
+    told = {name: rows_facts(rows) for name, rows in parts.items()}
+    sources = {part["source"] and part["source"]["name"] for part in told.values()}
     if None in sources or len(sources) > 1:
         for name, rows in parts.items():
-            write_rows(rows, folder / f"{name}.jsonl", facts[name]["solution"])
-            facts[name] |= {"source": None, "solution": GOLD}
-    return facts
+            write_rows(rows, folder / f"{name}.jsonl", told[name]["solution"])
+            told[name] |= {"source": None, "solution": GOLD}
+    return told
 
 
 def rows_facts(rows: Any) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class _Reading:
             part()
         self.migration.lacks_counterparts(facts["values"] | others, self.defaults, known)
         self.migration.lacks_counterparts(facts["others"], {}, ())
+        for assignment in facts["assigned"]:
+            self.lacks("trainer", assignment)
         if facts["refused"]:
             self.migration.notes.append(f"TRL itself refuses this configuration here: {facts['refused']}")
         if self.functions.write():

@@ -37,6 +37,7 @@ def read(tmp_path, monkeypatch):
             "tokenizer": None,
             "quantization": {},
             "others": trainer or {},
+            "assigned": ["epsilon_low = 0.1"] if trainer == {} else [],
         }
         return _Reading(script, tmp_path / "data", facts, processes).migration
 
@@ -116,6 +117,10 @@ def test_max_steps_counts_updates_and_ours_counts_batches(read):
     assert config.checkpoint.every == 10
 
 
+def test_what_is_off_in_another_way_is_not_said(read):
+    assert read(generation_kwargs={}, debug=None, include_num_input_tokens_seen=False).unsupported == []
+
+
 def test_a_group_that_an_update_cuts_is_said(read):
     migration = read(per_device_train_batch_size=4, steps_per_generation=4)
     assert {"gradient_accumulation_steps", "steps_per_generation"} == set(lost(migration))
@@ -170,6 +175,7 @@ def test_a_value_of_theirs_is_this_one_here(read, values, key, ours):
         ({"fp16": True}, "bfloat16 is taken", True),
         ({"max_completion_length": None}, "has a limit here", True),
         ({"trainer": {"callbacks": ["Mine"]}}, "own-loop.md", True),
+        ({"trainer": {}}, "set the option by hand", True),
         ({"logging_steps": 1}, "every step", False),
         ({"push_to_hub": True}, "quartet export", False),
         ({"use_vllm": True, "vllm_gpu_memory_utilization": 0.5}, "{gpu_memory_utilization: 0.5}", False),

@@ -137,6 +137,32 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     assert lost == {"use_dora", "device_map", "reward_funcs", "callbacks", "GRPOTrainer"}
 
 
+AFTERWARDS = """
+import inspect
+from trl import GRPOConfig, GRPOTrainer
+options = {"temperature": 0.7, "output_dir": "out", "junk": 1}
+known = inspect.signature(GRPOConfig.__init__).parameters
+args = GRPOConfig(max_steps=3, **{name: value for name, value in options.items() if name in known})
+trainer = GRPOTrainer("nobody/nothing", reward_funcs=(print,), args=args)
+trainer.epsilon_low = 0.1
+trainer.model.print_trainable_parameters()
+trainer.train()
+open("went_on", "w").close()
+"""
+
+
+@pytest.mark.slow
+def test_what_a_script_sets_on_its_trainer_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "train.py"
+    script.write_text(AFTERWARDS)
+    migration = read_trl_script(script, tmp_path / "data")
+    assert not (tmp_path / "went_on").exists()
+    assert migration.options["rollout"]["temperature"] == 0.7
+    lost = {each.option: each.value for each in migration.unsupported}
+    assert lost == {"trainer": "epsilon_low = 0.1", "train_dataset": None, "reward_funcs": "print"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "timeout_s", "message"),
