@@ -158,6 +158,8 @@ def understand(words: list[str]) -> None:
     match words:
         case ["quartet", *arguments]:
             understand_quartet(arguments)
+        case ["quartet-reward", command, *arguments]:
+            understand_quartet([*(() if command == "audit" else ["reward"]), command, *arguments])
         case ["accelerate", "launch", *arguments]:
             understand_quartet(arguments[arguments.index("grpo") + 1 :])
         case ["make", target, *_]:
@@ -168,7 +170,7 @@ def understand(words: list[str]) -> None:
             pass
         case [script, *_] if script.endswith(".sh"):
             assert os.access(script, os.X_OK), script
-        case ["hf" | "pip" | "ray", *_]:
+        case ["hf" | "pip" | "pytest" | "ray", *_]:
             pass  # programs of others
         case _:
             pytest.fail(f"nobody knows whether this is right, so say why it is not run: {shlex.join(words)}")

@@ -18,9 +18,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 ENDINGS = (".parquet", ".jsonl", ".jsonl.zst")
 LIMITS = {"length", "max_tokens", "max_turns", "max_input_tokens", "max_output_tokens", "max_total_tokens"}
 CUT = LIMITS | {"context_length", "prompt_too_long", "incomplete", "truncated"}  # finish reasons of what a limit ended
+BESIDE = ("metrics.jsonl", "events.jsonl", "_materialized_inputs.jsonl", "_failures.jsonl", "_profiling.jsonl")
 FAILED = {"error", "timeout", "abort", "aborted", "failed", "has_error", "timeout_reached"}
 Message = dict[str, Any]
 
@@ -41,7 +44,9 @@ class Trace:
 
     `parts` are the values of each reward function, and `weights` what they are multiplied with where that is known.
     `turns` are the messages of the completion. `token_ids`, `logprobs` and `loss_mask` are those of the completion.
-    `unread` holds what stands where a number should.
+    `identity` is that of the rollout alone. `counted` is the number of tokens that the record speaks of, and `at_limit`
+    tells that there are as many as allowed. `unread` holds what stands where a number should. `missing` rollouts of the
+    same group are recorded elsewhere as failed.
     """
 
     file: str
@@ -68,16 +73,13 @@ class Trace:
     loss_denominator: float | None = None
     calls: list[Call] = field(default_factory=list)
     time: float | None = None
+    identity: str | None = None
+    counted: int | None = None
+    at_limit: bool = False
+    missing: int = 0
     split: str = "train"
     columns: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, Any] = field(default_factory=dict)
-
-    def number(self, name: str, value: Any) -> float | None:
-        """Returns a value as a number; one that is none is remembered as `unread`."""
-        if value is None or isinstance(value, int | float):
-            return None if value is None else float(value)
-        self.unread[name] = value
-        return None
 
     @property
     def length(self) -> int:
@@ -103,12 +105,32 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
             raise ValueError(f"{file}: its columns are {', '.join(rows[0])[:200]}; expected {known}")
         for number, row in enumerate(rows, start=1):
             try:
-                traces += FORMS[form](row, str(file), number)
+                traces += [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
             except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{file}, row {number}: no row of {form}: {type(error).__name__}: {error}") from error
+    failures = path.with_name(f"{path.stem}_failures.jsonl")  # NeMo-Gym's, beside the rollouts
+    failed = [str(row.get("_ng_task_index")) for row in _rows(failures)] if failures.is_file() else []
+    started = 0
     for trace in traces:
         trace.split = split if split != "train" else trace.split
+        trace.missing = failed.count(trace.group or "")
+        if trace.form == "quartet":  # a group begins with its sample 0; a prompt may be drawn twice in a step
+            started += trace.sample == 0
+            trace.group = f"{trace.group}/{started}"
     return _without_repeats(traces)
+
+
+def recorded_means(path: Path) -> dict[str, float]:
+    """The mean reward that verifiers or NeMo-Gym recorded beside the rollouts, by the name of the file."""
+    folder = path if path.is_dir() else path.parent
+    means = {}
+    for file in [*folder.glob("metadata.json"), *folder.glob("*_aggregate_metrics.json")]:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries = content if isinstance(content, list) else [content]
+        value = entries[0].get("avg_reward", (entries[0].get("agent_metrics") or {}).get("mean/reward"))
+        if len(entries) == 1 and isinstance(value, int | float):
+            means[file.name] = float(value)
+    return means
 
 
 def trace_files(path: Path) -> list[Path]:
@@ -120,7 +142,7 @@ def trace_files(path: Path) -> list[Path]:
     files = [file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file()]
     chosen = [file for file in files if "effective" in file.parts]  # prime-rl records those of a batch in `all` too
     files = chosen + [file for file in files if chosen and file.parts[-3:-2] == ("eval",)] if chosen else files
-    files = [file for file in files if file.name not in ("metrics.jsonl", "events.jsonl")]
+    files = [file for file in files if not file.name.endswith(BESIDE)]
     if not files:
         raise FileNotFoundError(f"{path}: there are no rollouts ({', '.join(ENDINGS)})")
     return sorted(dict.fromkeys(files), key=lambda file: [int(n) for n in re.findall(r"\d+", str(file))] or [0])
@@ -150,11 +172,15 @@ def text_of(content: Any) -> str:
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     """Half a line at the end, of a writer that was killed, is left out."""
     if file.suffix == ".parquet":
-        yield from _package("pyarrow.parquet", "pyarrow").read_table(file).to_pylist()
+        try:
+            from pyarrow.parquet import read_table
+        except ImportError as error:
+            raise ValueError(f"{file}: parquet files are read with pyarrow: pip install pyarrow") from error
+        yield from read_table(file).to_pylist()
         return
     content = file.read_bytes()
     if file.suffix == ".zst":
-        content = _package("zstandard", "zstandard").ZstdDecompressor().decompressobj().decompress(content)
+        content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -170,13 +196,6 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _package(module: str, package: str) -> Any:
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError as error:
-        raise ValueError(f"these rollouts are read with {package}: pip install {package}") from error
-
-
 def _form(row: Mapping[str, Any]) -> str:
     """The name of the form that has these columns."""
     marks = {
@@ -187,8 +206,48 @@ def _form(row: Mapping[str, Any]) -> str:
         "verifiers_results": {"example_id", "completion", "reward"},
         "common": {"prompt", "completion", "reward"},
         "trl": {"step", "prompt", "completion", "advantage"},
+        "problems": {"prompt", "answer"},
     }
     return next((name for name, columns in marks.items() if columns <= row.keys()), ", ".join(row)[:80])
+
+
+def _trace(file: str, row: int, form: str, fields: dict[str, Any]) -> Trace:
+    """Makes the row of fields as a form has them: a text may be messages, and where a number should be, anything."""
+    prompt, completion = fields.pop("prompt"), fields.pop("completion")
+    trace = Trace(file, row, form, text_of(prompt), "", _messages(prompt), fields.pop("turns", _messages(completion)))
+    written = [turn for turn in trace.turns if turn.get("role") == "assistant"]
+    trace.completion = text_of(written if trace.turns and not isinstance(completion, str) else completion)
+    trace.parts = {name: _number(trace, name, value) for name, value in fields.pop("parts", {}).items()}
+    for name, value in fields.items():
+        if name in ("reward", "advantage", "loss_denominator", "time"):
+            setattr(trace, name, _number(trace, name, value))
+        elif name in ("step", "sample", "version", "counted"):
+            setattr(trace, name, int(value) if isinstance(value, int | float) and math.isfinite(value) else None)
+        elif name == "group":
+            trace.group = None if value is None else str(value)
+        elif name == "error":
+            trace.error = _error(value)
+        elif value is not None:
+            setattr(trace, name, value)
+    if trace.step is None and form in ("quartet", "verifiers_results"):  # whose files and folders are those of steps
+        number = re.search(r"step_(\d+)[./]", file)
+        trace.step = int(number[1]) if number else None
+    return trace
+
+
+def _number(trace: Trace, name: str, value: Any) -> float | None:
+    if value is None or isinstance(value, int | float):
+        return None if value is None else float(value)
+    trace.unread[name] = value
+    return None
+
+
+def _error(value: Any) -> str | None:
+    """What failed, in one line; None where nothing did."""
+    if isinstance(value, Mapping):
+        parts = [value.get("type") or value.get("kind") or value.get("error"), value.get("message")]
+        return ": ".join(str(part) for part in parts if part) or None
+    return str(value) if value else None
 
 
 def _messages(value: Any) -> list[Message]:
@@ -202,78 +261,73 @@ def _rest(row: Mapping[str, Any], *known: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in known}
 
 
-def _whole(value: Any) -> int | None:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _trl(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
+def _trl(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The columns of numbers are its reward functions; a sum of them was not recorded. A column of another type was
     logged by one of them (`log_extra`)."""
-    trace = Trace(file, number, "trl", text_of(row["prompt"]), text_of(row["completion"]))
-    trace.messages, trace.turns = _messages(row["prompt"]), _messages(row["completion"])
-    trace.step = _whole(row["step"])
-    trace.advantage = trace.number("advantage", row["advantage"])
-    for name, value in _rest(row, "step", "prompt", "completion", "advantage").items():
-        if value is None or isinstance(value, float):
-            trace.parts[name] = value
-        else:
-            trace.columns[name] = value
-    marks = [mark for mark in trace.parts.values() if mark is not None and mark == mark]
-    trace.reward = sum(marks) if marks else None
-    yield trace
+    known = ("step", "prompt", "completion", "advantage")
+    parts = {name: value for name, value in _rest(row, *known).items() if value is None or isinstance(value, float)}
+    marks = [mark for mark in parts.values() if mark is not None and mark == mark]
+    fields = {name: row[name] for name in known} | {"parts": parts, "reward": sum(marks) if marks else None}
+    yield fields | {"columns": _rest(row, *known, *parts)}
 
 
-def _verl(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
-    trace = Trace(file, number, "verl", text_of(row["input"]), text_of(row["output"]), step=_whole(row.get("step")))
-    trace.reward = trace.number("score", row["score"])
-    trace.columns = _rest(row, "input", "output", "score", "step")
-    key = re.fullmatch(r"(.+)_(\d+)_\d+", str(row.get("uid")))  # of a sample, its rollout and the output of it
-    trace.group = key[1] if key else row.get("uid")
-    trace.sample = int(key[2]) if key else None
-    for name in ("advantage", "advantages"):
-        trace.advantage = trace.number(name, trace.columns.pop(name, trace.advantage))
-    trace.finish_reason = trace.columns.get("finish_reason")
-    trace.error = _error(trace.columns.get("error"))
-    yield trace
+def _verl(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    uid = row.get("uid")
+    key = re.fullmatch(r"(.+)_(\d+)_\d+", str(uid))  # of a sample, its rollout and the output of it
+    yield {
+        "prompt": row["input"],
+        "completion": row["output"],
+        "reward": row["score"],
+        "advantage": row.get("advantage", row.get("advantages")),
+        "group": key[1] if key else uid,
+        "sample": int(key[2]) if key else None,
+        "columns": _rest(row, "input", "output", "score", "step", "advantage", "advantages"),
+        **{name: row.get(name) for name in ("step", "finish_reason", "error")},
+    }
 
 
-def _verifiers(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
+def _verifiers(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """An episode has the traces of one agent or several. Its nodes are messages, each with the tokens it added."""
     work = (row.get("run") or {}).get("work") or {}
     for record in row["traces"]:
-        nodes = record.get("nodes") or []
+        nodes, task = record.get("nodes") or [], record.get("task") or row["task"]
         calls = [_call(nodes, index) for index, node in enumerate(nodes) if node.get("sampled")]
         path = _path(nodes, len(nodes) - 1)
         first = next((place for place, node in enumerate(path) if node.get("sampled")), len(path))
-        messages, turns = ([node["message"] for node in part] for part in (path[:first], path[first:]))
-        written = text_of([turn for turn in turns if turn.get("role") == "assistant"])
-        trace = Trace(file, number, "verifiers", text_of(messages), written, messages, turns, calls=calls)
-        task = record.get("task") or row["task"]
-        trace.group = (row.get("group") or {}).get("id") or task.get("key") or task.get("hash")
-        trace.step, trace.version = work.get("step"), (work.get("policy") or {}).get("start")
-        trace.split = "evaluation" if work.get("type") == "eval" else "train"
         rewards = {name: value for name, value in (record.get("rewards") or {}).items() if value is not None}
-        trace.parts = {name: trace.number(name, value["score"]) for name, value in rewards.items()}
-        trace.weights = {name: value.get("weight", 1.0) for name, value in rewards.items()}
-        marks = [mark * trace.weights[name] for name, mark in trace.parts.items() if mark is not None]
-        trace.reward = trace.number("reward", record.get("reward", sum(marks) if marks else None))
+        marks = [value["score"] * value.get("weight", 1.0) for value in rewards.values() if _is_number(value["score"])]
         credit = [value for node in nodes for value in node.get("advantages") or []]
-        trace.advantage = trace.number("advantage", record.get("advantage"))
-        if credit:
-            trace.advantage = sum(credit) / len(credit)
-        trace.token_ids = [token for call in calls for token in call.token_ids]
-        trace.logprobs = [value for node in nodes for value in node.get("logprobs") or []]
         endings = [call.get("finish_reason") for call in record.get("calls") or [] if not call.get("error")]
-        stop = record.get("stop_condition")
-        trace.finish_reason = stop if stop in CUT | FAILED else endings[-1] if endings else stop
-        trace.error = _error(next(reversed(record.get("errors") or row.get("errors") or []), None))
-        trace.time = (record.get("timing") or {}).get("start")
-        trace.columns = dict(task.get("data") or {}) | (record.get("metrics") or {}) | {"timing": record.get("timing")}
-        yield trace
+        stop, timing = record.get("stop_condition"), record.get("timing") or {}
+        yield {
+            "prompt": [node["message"] for node in path[:first]],
+            "completion": [node["message"] for node in path[first:]],
+            "group": (row.get("group") or {}).get("id") or task.get("key") or task.get("hash"),
+            "step": work.get("step"),
+            "version": (work.get("policy") or {}).get("start"),
+            "split": "evaluation" if work.get("type") == "eval" else "train",
+            "parts": {name: value["score"] for name, value in rewards.items()},
+            "weights": {name: value.get("weight", 1.0) for name, value in rewards.items()},
+            "reward": record.get("reward", sum(marks) if marks else None),
+            "advantage": sum(credit) / len(credit) if credit else record.get("advantage"),
+            "calls": calls,
+            "token_ids": [token for call in calls for token in call.token_ids],
+            "logprobs": [value for node in nodes for value in node.get("logprobs") or []],
+            "finish_reason": stop if stop in CUT | FAILED else endings[-1] if endings else stop,
+            "error": next(reversed(record.get("errors") or row.get("errors") or []), None),
+            "time": timing.get("start"),
+            "identity": record.get("id"),
+            "at_limit": any(map(_at_limit, record.get("calls") or [])),
+            "columns": dict(task.get("data") or {}) | (record.get("metrics") or {}) | {"timing": timing},
+        }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _path(nodes: Sequence[Mapping[str, Any]], index: int | None) -> list[Mapping[str, Any]]:
-    path = []
+    path: list[Mapping[str, Any]] = []
     while index is not None and 0 <= index < len(nodes) and len(path) <= len(nodes):
         path.insert(0, nodes[index])
         index = nodes[index].get("parent")
@@ -288,46 +342,42 @@ def _call(nodes: Sequence[Mapping[str, Any]], index: int) -> Call:
     return Call(prompt_ids, ids[start:], [each["message"] for each in before], [node["message"]])
 
 
-def _verifiers_results(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
-    prompt, completion = row.get("prompt"), row["completion"]
-    turns = _messages(completion)
-    written = [turn for turn in turns if turn.get("role") == "assistant"] if turns else completion
-    trace = Trace(file, number, "verifiers_results", text_of(prompt), text_of(written), _messages(prompt), turns)
-    trace.group = str(row["example_id"])
-    trace.reward = trace.number("reward", row["reward"])
-    trace.advantage = trace.number("advantage", row.get("advantage"))
-    metrics = row.get("metrics") or {}
-    trace.parts = {name: trace.number(name, value) for name, value in metrics.items()}
-    stop = row.get("stop_condition")
-    trace.finish_reason = "length" if row.get("is_truncated") else stop or ("stop" if row.get("is_completed") else None)
-    trace.error = _error(row.get("error"))
-    timing = row.get("timing") or {}
-    trace.time = timing.get("start_time") or timing.get("start")
+def _at_limit(call: Mapping[str, Any]) -> bool:
+    used = (call.get("usage") or {}).get("completion_tokens") or 0
+    return used >= ((call.get("sampling") or {}).get("max_tokens") or math.inf)
+
+
+def _verifiers_results(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    metrics, timing, stop = row.get("metrics") or {}, row.get("timing") or {}, row.get("stop_condition")
+    info = row["info"] if isinstance(row.get("info"), dict) else {}
+    trained, calls, logprobs, credit = info.get("prime_rl") or {}, list[Call](), list[float](), None
     for step in row.get("trajectory") or []:
+        credit = step.get("advantage")
         tokens = step.get("tokens") or {}
-        trace.calls.append(
-            Call(
-                tokens.get("prompt_ids") or [],
-                tokens.get("completion_ids") or [],
-                _messages(step.get("prompt")),
-                _messages(step.get("completion")),
-            )
-        )
-        trace.logprobs += tokens.get("completion_logprobs") or []
-        trace.token_ids += tokens.get("completion_ids") or []
-    trace.step, trace.version = _whole(row.get("step")), _whole(row.get("policy_version"))
-    trace.columns = _rest(row, "prompt", "completion", "reward", "trajectory", "metrics", *metrics)
-    yield trace
+        texts = _messages(step.get("prompt")), _messages(step.get("completion"))
+        calls.append(Call(tokens.get("prompt_ids") or [], tokens.get("completion_ids") or [], *texts))
+        logprobs += tokens.get("completion_logprobs") or []
+    yield {
+        "prompt": row.get("prompt"),
+        "group": row["example_id"],
+        "parts": metrics,
+        "finish_reason": "length" if row.get("is_truncated") else stop or ("stop" if row.get("is_completed") else None),
+        "time": timing.get("start_time") or timing.get("start"),
+        "calls": calls,
+        "token_ids": [token for call in calls for token in call.token_ids],
+        "logprobs": logprobs,
+        "counted": (row.get("token_usage") or {}).get("output_tokens"),
+        "version": row.get("policy_version", info.get("policy_version", trained.get("policy_version"))),
+        "advantage": row.get("advantage", credit),
+        "columns": _rest(row, "prompt", "completion", "reward", "trajectory", "metrics", *metrics),
+        **{name: row.get(name) for name in ("completion", "reward", "step", "error")},
+    }
 
 
-def _nemo_gym(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
-    response = row["response"] or {}
-    asked = (row.get("responses_create_params") or {}).get("input") or []
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else _messages(asked)
-    turns: list[Message] = []
-    calls: list[Call] = []
-    logprobs: list[float] = []
-    thought = ""
+def _nemo_gym(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    response, asked = row["response"] or {}, row.get("responses_create_params") or {}
+    question = asked.get("input") or []
+    turns, calls, logprobs, thought = list[Message](), list[Call](), list[float](), ""
     for item in response.get("output") or [{"type": "message", "content": response.get("output_text") or ""}]:
         if "generation_token_ids" in item:
             calls.append(Call(item.get("prompt_token_ids") or [], item["generation_token_ids"] or []))
@@ -336,78 +386,73 @@ def _nemo_gym(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
         if kind == "reasoning":
             thought = text_of(item.get("summary") or item.get("content"))
             continue
-        role = "tool" if kind == "function_call_output" else item.get("role", "assistant")
-        turn = {"role": role, "content": text_of(item)}
+        turn = {"role": "tool" if kind == "function_call_output" else item.get("role", "assistant")}
+        turn |= {"content": text_of(item), "reasoning_content": thought if turn["role"] == "assistant" else ""}
         if kind == "function_call":
             turn["tool_calls"] = [{"name": item.get("name"), "arguments": item.get("arguments")}]
-        turns.append(turn | ({"reasoning_content": thought} if thought and role == "assistant" else {}))
-        thought = "" if role == "assistant" else thought
-    written = text_of([turn for turn in turns if turn["role"] == "assistant"])
-    trace = Trace(file, number, "nemo_gym", text_of(messages), written, messages, turns, calls=calls)
-    trace.logprobs, trace.token_ids = logprobs, [token for call in calls for token in call.token_ids]
-    trace.reward = trace.number("reward", row["reward"])
-    trace.advantage = trace.number("advantage", row.get("advantage"))
-    task = row.get("_ng_task_index", row.get("task_index"))
-    trace.group, trace.sample = None if task is None else str(task), _whole(row.get("_ng_rollout_index"))
-    trace.step, trace.version = _whole(row.get("step")), _whole(row.get("policy_version"))
-    details = response.get("incomplete_details") or {}
-    cut = bool(details) or response.get("status") == "incomplete"
-    trace.finish_reason = "length" if cut else response.get("finish_reason") or response.get("status")
-    trace.error = _error(response.get("error") or row.get("error"))
-    trace.time = response.get("created_at") or None
-    trace.columns = _rest(row, "response", "responses_create_params", "reward", "advantage")
-    yield trace
+        turns.append({name: value for name, value in turn.items() if value or name == "content"})
+        thought = "" if turn["role"] == "assistant" else thought
+    versions = [
+        item["weight_version"] for item in response.get("output") or [] if item.get("weight_version") is not None
+    ]
+    cut = response.get("incomplete_details") or response.get("status") == "incomplete"
+    used = (response.get("usage") or {}).get("output_tokens") or 0
+    yield {
+        "prompt": [{"role": "user", "content": question}] if isinstance(question, str) else question,
+        "completion": turns,
+        "calls": calls,
+        "token_ids": [token for call in calls for token in call.token_ids],
+        "logprobs": logprobs,
+        "group": row.get("_ng_task_index", row.get("task_index")),
+        "sample": row.get("_ng_rollout_index"),
+        "version": min(versions, default=row.get("policy_version")),
+        "counted": used or None,
+        "finish_reason": "length" if cut else response.get("finish_reason") or response.get("status"),
+        "error": response.get("error") or row.get("error"),
+        "time": response.get("created_at") or None,
+        "identity": response.get("id"),
+        "at_limit": used >= (asked.get("max_output_tokens") or math.inf),
+        "columns": _rest(row, "response", "responses_create_params", "reward", "advantage")
+        | {"timing": {"response": {"start": response.get("created_at"), "end": response.get("completed_at")}}},
+        **{name: row.get(name) for name in ("reward", "advantage", "step")},
+    }
 
 
-def _quartet(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
-    trace = Trace(
-        file, number, "quartet", row["prompt"], row["text"], row.get("messages") or [], row.get("turns") or []
-    )
-    name = re.search(r"step_(\d+)\.jsonl", file)
-    trace.step = int(name[1]) if name else None
-    trace.reward = trace.number("reward", row.get("reward"))
-    trace.parts = {part: trace.number(part, value) for part, value in row["parts"].items()}
-    trace.advantage = trace.number("advantage", row.get("advantage"))
-    trace.sample, trace.version = row["sample"], row.get("policy_version")
-    trace.group = f"{row['prompt_id']}/{number - row['sample']}"  # a prompt may be drawn twice in a step
-    trace.finish_reason, trace.token_ids = row.get("finish_reason"), row.get("token_ids") or []
-    trace.logprobs = row.get("logprobs") or []
-    failure = (row.get("tools") or {}).get("failure")
-    trace.error = _error(failure)
-    trace.columns = {"prompt_id": row["prompt_id"], "policy_logprobs": row.get("policy_logprobs")} | row["extras"]
-    yield trace
+def _quartet(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    same = ("sample", "reward", "parts", "advantage", "finish_reason", "token_ids", "logprobs")
+    yield {
+        "prompt": row["prompt"],
+        "messages": row.get("messages"),
+        "completion": row["text"],
+        "turns": row.get("turns") or [],
+        "group": row["prompt_id"],
+        "version": row.get("policy_version"),
+        "error": (row.get("tools") or {}).get("failure"),
+        "columns": {name: row.get(name) for name in ("prompt_id", "policy_logprobs")} | row["extras"],
+        **{name: row.get(name) for name in same},
+    }
 
 
 COMMON = (
-    "prompt", "completion", "reward", "rewards", "weights", "advantage", "group", "sample", "step", "version",
-    "finish_reason", "error", "prompt_ids", "token_ids", "logprobs", "loss_mask", "loss_denominator", "calls", "time",
-    "split",
+    "prompt", "completion", "reward", "advantage", "group", "sample", "step", "version", "finish_reason", "error",
+    "prompt_ids", "token_ids", "logprobs", "loss_mask", "loss_denominator", "time", "split", "weights",
 )  # fmt: skip
 
 
-def _common(row: dict[str, Any], file: str, number: int) -> Iterator[Trace]:
+def _common(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Our own form for others: the names of `Trace`, of which `prompt`, `completion` and `reward` are needed."""
-    turns = _messages(row["completion"])
-    written = [turn for turn in turns if turn.get("role") == "assistant"] if turns else row["completion"]
-    trace = Trace(file, number, "common", text_of(row["prompt"]), text_of(written), _messages(row["prompt"]), turns)
-    trace.reward = trace.number("reward", row["reward"])
-    trace.parts = {name: trace.number(name, value) for name, value in (row.get("rewards") or {}).items()}
-    trace.weights = row.get("weights") or {}
-    for name in ("advantage", "loss_denominator", "time"):
-        setattr(trace, name, trace.number(name, row.get(name)))
-    for name in ("sample", "step", "version"):
-        setattr(trace, name, _whole(row.get(name)))
-    for name in ("prompt_ids", "token_ids", "logprobs", "loss_mask"):
-        setattr(trace, name, row.get(name) or [])
-    trace.group = None if row.get("group") is None else str(row["group"])
-    trace.finish_reason, trace.error = row.get("finish_reason"), _error(row.get("error"))
-    trace.calls = [Call(**call) for call in row.get("calls") or []]
-    trace.split = row.get("split") or "train"
-    trace.columns = _rest(row, *COMMON)
-    yield trace
+    parts, calls = row.get("rewards") or {}, [Call(**call) for call in row.get("calls") or []]
+    fields = {"prompt": row["prompt"], "completion": row["completion"], "parts": parts, "calls": calls}
+    yield {name: row.get(name) for name in COMMON} | fields | {"columns": _rest(row, *COMMON, "rewards", "calls")}
+
+
+def _problems(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """No rollouts but the problems of an evaluation."""
+    yield {"prompt": row["prompt"], "completion": "", "columns": row}
 
 
 FORMS = {
+    "problems": _problems,
     "trl": _trl,
     "verl": _verl,
     "verifiers": _verifiers,
@@ -418,22 +463,15 @@ FORMS = {
 }
 
 
-def _error(value: Any) -> str | None:
-    """What failed, in one line; None where nothing did."""
-    if isinstance(value, Mapping):
-        parts = [value.get("type") or value.get("kind") or value.get("error"), value.get("message")]
-        return ": ".join(str(part) for part in parts if part) or None
-    return str(value) if value else None
-
-
 def _without_repeats(traces: list[Trace]) -> list[Trace]:
-    """TRL logs the completions of one generation at each of the steps that learn from it: the first of them stays."""
+    """TRL logs the completions of one generation at each of the steps that learn from it: the first of them stays.
+    Where only a step here and there repeats the one before, it is no plan, and all stay."""
     stays: list[Trace] = []
     last: list[tuple[str, str, float | None]] = []
+    steps = repeats = 0
     for _, group in groupby(traces, key=lambda trace: (trace.file, trace.step)):
         step = list(group)
         content = [(trace.prompt, trace.completion, trace.advantage) for trace in step]
-        if step[0].form != "trl" or content != last:
-            stays += step
-        last = content
-    return stays
+        stays += [] if content == last else step
+        steps, repeats, last = steps + 1, repeats + (content == last), content
+    return stays if traces and traces[0].form == "trl" and repeats >= steps / 3 else traces

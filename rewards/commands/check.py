@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation, fmean, quantiles
 from typing import Any
 
-from rewards.commands.options import RewardTestConfig
+from rewards.commands.options import RewardTestConfig, TriedScoringOptions
 from rewards.commands.probes import KINDS, Probe, probes
 from rewards.data.examples import Example, examples_of
 from rewards.group_score import RewardFailed, RewardFailure
@@ -48,6 +48,7 @@ class Surprise:
     """The score of a completion is unexpected. A `fault` fails the test; the others are worth a look."""
 
     prompt_id: str
+    prompt: str
     kind: str
     score: float | None
     expected: str
@@ -88,13 +89,18 @@ class RewardCheck:
 def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
     """Tries `function` (a built-in name or `path/to/file.py:function`) on the data of `config`. Raises RewardError,
     with function, row and cause, for one that cannot be loaded or fails."""
+    return try_reward(function, config).check
+
+
+def try_reward(function: str, config: RewardTestConfig) -> Trial:
+    """Gives what `check_reward` has found with the completions that it was found on."""
     find_reward(function)  # a misspelt name must not cost a download
     data, scoring = config.data, config.reward
     examples = examples_of(data, data.name, data.split, purpose="eval", limit=data.limit)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
     options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": scoring.on_error}
     with Scorer([spec], timeout_s=scoring.timeout_s, pass_variables=scoring.pass_variables, **options) as scorer:
-        trial = _Trial(function, examples)
+        trial = Trial(spec, scoring, examples)
         verdicts = Verdicts(spec.label, scorer.right_at(spec.label), trial.dry_run(scorer))
         full_marks = verdicts.full_marks if config.full_marks is None else config.full_marks
         sha256 = scorer.describe()[0]["sha256"]
@@ -111,7 +117,7 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
             others["in this process"] = trial.score(here)
         others["among other completions"] = trial.score(scorer, backwards=True)
         for name, scores in others.items():
-            trial.compare(name, {(i, j): score for i, row in enumerate(scores) for j, score in enumerate(row)}, 1e-9)
+            trial.compare(name, by_place(scores))
         trial.score_alone(scorer)
         for row in trial.scores:
             verdicts.see(row)
@@ -119,18 +125,18 @@ def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
         if scorer.asks_for("completion_ids"):
             check.notes.append("completion_ids were made up: the bytes of the text, one token each")
     trial.judge()
-    trial.weigh(scoring.timeout_s)
-    return check
+    trial.weigh()
+    return trial
 
 
-class _Trial:
+class Trial:
     """Scores the probes of all examples, and tells the `check` what these `scores` say."""
 
     check: RewardCheck
     scores: Scores
 
-    def __init__(self, function: str, examples: Sequence[Example]):
-        self.function, self.examples = function, examples
+    def __init__(self, spec: RewardSpec, scoring: TriedScoringOptions, examples: Sequence[Example]):
+        self.spec, self.scoring, self.examples = spec, scoring, examples
         self.row_of = {example.example_id: i for i, example in enumerate(examples)}
         self.prompts = [f"{example.question}\n" for example in examples]
         self.messages = [e.messages or [{"role": "user", "content": e.question}] for e in examples]
@@ -182,21 +188,26 @@ class _Trial:
     def _failed(self, failure: RewardFailure, i: int, probe: Probe) -> RewardError:
         """Returns the failure by the row of the data and the kind of completion."""
         return RewardError(
-            f"reward {self.function!r} fails on row {i + 1} ({self.examples[i].example_id}): {failure.kind}: "
-            f"{failure.message}\nThe completion ({KINDS[probe.kind].meaning}): {probe.text[:200]!r}"
+            f"reward {self.spec.function!r} fails on row {i + 1} ({self.examples[i].example_id}): {failure.kind}: "
+            f"{failure.message}\nThe prompt: {self.examples[i].question[:200]!r}\n"
+            f"The completion ({KINDS[probe.kind].meaning}): {probe.text[:200]!r}"
         )
 
-    def compare(self, name: str, others: dict[tuple[int, int], float | None], near: float) -> None:
-        """Notes where the same completions, by row and place, got other scores in another way."""
+    def compare(self, name: str, others: dict[tuple[int, int], float | None], near: float = 1e-9) -> bool:
+        """Notes where the same completions, by row and place, got other scores in another way, and tells whether any
+        did."""
         places = [(i, j) for (i, j), other in others.items() if not _equal(self.scores[i][j], other, near)]
         self.check.differing[name] = len(places)
         if places:
             i, j = places[0]
+            example, probe = self.examples[i], self.probes[i][j]
             self.check.problems.append(
                 f"{len(places)} completions score differently {name}: first on row {i + 1} "
-                f"({self.examples[i].example_id}), {KINDS[self.probes[i][j].kind].meaning}: "
-                f"{_words(self.scores[i][j])}, then {_words(others[i, j])}"
+                f"({example.example_id}), {KINDS[probe.kind].meaning}: "
+                f"{_words(self.scores[i][j])}, then {_words(others[i, j])}; "
+                f"prompt {example.question[:80]!r}, completion {probe.text[:80]!r}"
             )
+        return bool(places)
 
     def score_alone(self, scorer: Scorer) -> None:
         """Completions in calls of their own tell how long a gold solution takes, and whether the batch changes a
@@ -231,8 +242,11 @@ class _Trial:
             check.kinds.append(KindResult(kind, len(places), mean, low, high, full, abstained, len(unexpected)))
             fault = expected in ("full", "less")
             for i, j in unexpected:
-                name, text = self.examples[i].example_id, self.probes[i][j].text
-                check.surprises.append(Surprise(name, kind, self.scores[i][j], due[expected], text, fault))
+                example, text = self.examples[i], self.probes[i][j].text
+                surprise = Surprise(
+                    example.example_id, example.question, kind, self.scores[i][j], due[expected], text, fault
+                )
+                check.surprises.append(surprise)
             if unexpected:
                 what = {"full": "miss full marks", "same": "score not as it does"}.get(expected, "get full marks")
                 messages = check.problems if fault else check.notes
@@ -249,7 +263,7 @@ class _Trial:
         full = score is not None and score >= self.check.full_marks
         return {"full": not full, "less": full, "odd": full, "same": not _equal(score, self.scores[i][0])}[expected]
 
-    def weigh(self, timeout_s: float) -> None:
+    def weigh(self) -> None:
         """Notes the correlation with length, and the time against the limit."""
         check = self.check
         for name, kinds in {"gold": ("gold",), "gold, wrong and other": ("gold", "wrong", "other")}.items():
@@ -267,11 +281,15 @@ class _Trial:
                 more = "more" if r > 0 else "less"
                 check.notes.append(f"longer completions score {more}: r = {r:+.2f} with length ({name})")
         seconds = BATCH / check.completions_per_second
-        if seconds > timeout_s / 2:
+        if seconds > self.scoring.timeout_s / 2:
             check.notes.append(
-                f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {timeout_s:g} s that "
+                f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {self.scoring.timeout_s:g} s that "
                 "reward.timeout_s allows; raise it for training"
             )
+
+
+def by_place(scores: Scores) -> dict[tuple[int, int], float | None]:
+    return {(i, j): score for i, row in enumerate(scores) for j, score in enumerate(row)}
 
 
 def _equal(one: float | None, other: float | None, near: float = 1e-9) -> bool:

@@ -43,11 +43,23 @@ class Rollouts:
         return [[self._line(trace, i) for i, trace in enumerate(group)] for group in groups_of(self._steps[step])]
 
     def _line(self, trace: Trace, place: int) -> dict[str, Any]:
-        line = {"prompt": trace.prompt, "prompt_id": trace.group or trace.place, "text": trace.completion}
-        line |= {"sample": place if trace.sample is None else trace.sample, "token_ids": trace.token_ids}
-        line |= {"messages": trace.messages or None} | ({"turns": trace.turns} if trace.turns else {})
-        parts = {name: _mark(trace.parts.get(name)) for name in self._parts}
-        return line | {"parts": parts, "reward": _mark(trace.reward), "columns": _columns(trace)}
+        return {
+            "prompt": trace.prompt,
+            "prompt_id": trace.group or trace.place,
+            "sample": place if trace.sample is None else trace.sample,
+            "text": trace.completion,
+            "token_ids": trace.token_ids,
+            "messages": trace.messages or None,
+            "parts": {name: _mark(trace.parts.get(name)) for name in self._parts},
+            "reward": _mark(trace.reward),
+            "columns": _columns(trace),
+            **({"turns": trace.turns} if trace.turns else {}),
+        }
+
+    def answer(self, line: Mapping[str, Any]) -> str:
+        """The policy's last turn, whose content may be in blocks, or missing beside a call."""
+        said = [turn for turn in line.get("turns", ()) if turn.get("role") == "assistant"]
+        return text_of(said) if said else line["text"]
 
     def row(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """The columns of the row of the data whose question, the longest of several, is in the prompt."""

@@ -90,7 +90,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
             groups = record.groups(step)
             scores = scorer.score(
                 [group[0]["prompt"] for group in groups],
-                [[answer_of(line["text"], line.get("turns", [])) for line in group] for group in groups],
+                [[record.answer(line) for line in group] for group in groups],
                 [record.row(group[0]) for group in groups],
                 prompt_ids=[group[0]["prompt_id"] for group in groups],
                 completion_ids=[[line["token_ids"] for line in group] for group in groups] if record.has_ids else None,
@@ -146,6 +146,9 @@ class Run:
 
     def groups(self, step: int) -> list[list[dict[str, Any]]]:
         return split_groups(read_rollouts(self._run, step))
+
+    def answer(self, line: dict[str, Any]) -> str:
+        return answer_of(line["text"], line.get("turns", []))
 
     def row(self, line: dict[str, Any]) -> dict[str, Any]:
         """The columns of a prompt, which are found by its id."""

@@ -27,16 +27,34 @@ REPLAY = (
     _AS,
     json_argument("every change"),
 )
+AUDIT = (
+    argument("traces", type=Path, metavar="TRACES", help="a file or folder of rollouts, of any of the known trainers"),
+    argument(
+        "--with",
+        dest="functions",
+        action="append",
+        metavar="FILE:FN",
+        help="score again with this reward; repeat it for more",
+    ),
+    argument(
+        "--evaluation", type=Path, metavar="FILE", help="rollouts of the evaluation: nothing of it may be trained on"
+    ),
+    argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or its folder: are the ids the text?"),
+    argument("--html", type=Path, metavar="OUT", help="write a page with the rollouts to look at to this file"),
+    json_argument("what was found"),
+)
 
 
 def commands() -> dict[str, Command]:
     """Every row by the name that it has after `quartet`; after `quartet-reward` it is without `reward`."""
+    from rewards.audit.options import AuditConfig
     from rewards.commands.options import ReplayConfig, RewardTestConfig
 
     return {
         "reward": Command("try a reward function, or score rollouts again with another one"),
         "reward test": Command("gold, empty, wrong and hostile completions", _test, TEST, RewardTestConfig),
         "reward replay": Command("score recorded completions again", _replay, REPLAY, ReplayConfig),
+        "audit": Command("look for faults in recorded rollouts, whoever trained", _audit, AUDIT, AuditConfig),
     }
 
 
@@ -66,6 +84,21 @@ def _replay(args: argparse.Namespace) -> int:
 
 def _function(args: argparse.Namespace) -> str:
     return f"{args.form}:{args.function}" if args.form else args.function
+
+
+def _audit(args: argparse.Namespace) -> int:
+    config = options_of(args)
+    from rewards.audit.audit import audit, show
+    from rewards.audit.page import page
+    from rewards.console import Terminal
+
+    result = audit(args.traces, config, args.functions or (), args.evaluation, args.tokenizer)
+    show(result, Terminal())
+    write(args.json, result.as_json())
+    if args.html is not None:
+        args.html.write_text(page(result), encoding="utf-8", errors="backslashreplace")
+        print(f"written to {args.html}")
+    return EXIT_ERROR if result.findings else 0
 
 
 def options_of(args: argparse.Namespace) -> Any:

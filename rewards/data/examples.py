@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rewards.config.data import ProblemOptions
-from rewards.config.json_file import unfit
+from rewards.config.json_file import unfit, with_inner
 from rewards.config.options import warn_of_old_name
-from rewards.data.inner import with_inner
 from rewards.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
 from rewards.data.source import BUILT_IN, GSM8K, REASONING_GYM, TOO_MANY_FIELDS, file_rows, load_dataset, local_file
 from rewards.protocol import text_of

@@ -62,7 +62,9 @@ def _dataset(task: str, seed: int, size: int, options: dict[str, Any]) -> Any:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ValueError(f"{PREFIX}{task} requires reasoning-gym: pip install 'quartet-rl[reasoning-gym]'") from error
+        raise ValueError(
+            f"{PREFIX}{task} requires reasoning-gym: pip install 'quartet-rewards[reasoning-gym]'"
+        ) from error
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=1, cutoff=0.5)
         hint = f"did you mean {PREFIX}{near[0]}?" if near else f"tasks are {', '.join(sorted(DATASETS))}"

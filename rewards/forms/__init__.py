@@ -7,6 +7,6 @@ reward of ours that the other tool calls.
 
 A failure there is a failure here, also where the tool itself makes it a 0: the reward managers `prime` and
 `rate_limited` of verl (verl/workers/reward_manager/prime.py, verl/experimental/reward_loop/reward_manager/limited.py;
-under `naive` it ends the run, verl-project/verl#4417), `Rubric` of verifiers 0.1 (verifiers/rubrics/rubric.py), and
-`judge_failsafe` of NeMo-Gym (nemo_gym/judge.py).
+`naive` ends the run, or gives 0 after a time limit: verl-project/verl#4417, #6673), `Rubric` of verifiers 0.1
+(verifiers/rubrics/rubric.py), and `judge_failsafe` of NeMo-Gym (nemo_gym/judge.py).
 """

@@ -16,6 +16,7 @@ from typing import Any
 
 from rewards.forms.ours import Isolated
 from rewards.http_post import Tries, bearer, post
+from rewards.isolation.child import as_messages
 from rewards.protocol import PROVIDED, Completions, text_of
 
 
@@ -26,7 +27,6 @@ def nemo_gym(
     concurrency: int = 16,
     request_timeout_s: float = 3.0,
     retries: int = 2,
-    backoff_s: float = 0.1,
     token_variable: str | None = None,
     **columns,
 ) -> list[float | Exception]:
@@ -39,12 +39,13 @@ def nemo_gym(
     >>> nemo_gym(["6 * 7?"], ["42"], url="http://127.0.0.1:8000", expected_answer=["42"])  # doctest: +SKIP
     [1.0]
     """
-    tries, token = Tries(request_timeout_s, retries, backoff_s), bearer(token_variable)
+    tries, token = Tries(request_timeout_s, retries, backoff_s=0.1), bearer(token_variable)
 
     def score(i: int) -> float | Exception:
-        asked = [{"role": "user", "content": prompts[i]}] if isinstance(prompts[i], str) else prompts[i]
         row = {name: values[i] for name, values in columns.items() if name not in PROVIDED}
-        row["responses_create_params"] = row.get("responses_create_params") or {"input": asked}
+        row["responses_create_params"] = row.get("responses_create_params") or {
+            "input": as_messages([prompts[i]], "user")[0]
+        }
         cookies = CookieJar()
         try:
             for path, body in (("seed_session", row), ("verify", row | {"response": response_of(completions[i])})):
@@ -75,7 +76,7 @@ def response_of(completion: Any) -> dict[str, Any]:
     >>> response_of("42")["output"][0]["content"]
     [{'type': 'output_text', 'text': '42', 'annotations': []}]
     """
-    turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    [turns] = as_messages([completion], "assistant")
     about = {"id": "response", "object": "response", "created_at": 0, "model": "policy", "status": "completed"}
     tools = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
     return about | tools | {"output": list(_items(turns))}
@@ -111,12 +112,13 @@ def as_verify(function: str, **options: Any) -> Any:
     ...     verify = as_verify("gsm8k")
     """
     from nemo_gym.base_resources_server import BaseVerifyRequest, BaseVerifyResponse
+    from pydantic import ConfigDict
 
-    class Request(BaseVerifyRequest, extra="allow"):  # theirs drops the fields of the row
-        pass
+    class Request(BaseVerifyRequest):
+        model_config = ConfigDict(extra="allow")  # theirs drops the fields of the row
 
-    class Response(BaseVerifyResponse, extra="allow"):
-        pass
+    class Response(BaseVerifyResponse):
+        model_config = ConfigDict(extra="allow")
 
     reward = Isolated(function, **options)
 

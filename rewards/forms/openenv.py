@@ -29,7 +29,7 @@ def openenv(
     try:
         from openenv.core.generic_client import GenericEnvClient
     except ImportError as error:
-        raise RewardError("the reward openenv needs the package: pip install 'quartet-rl[openenv]'") from error
+        raise RewardError("the reward openenv needs the package: pip install openenv") from error
     form = json.dumps(action)
     if '"{completion}"' not in form:
         raise ValueError(f'action={form} has no "{{completion}}", so every completion would get the same reward')

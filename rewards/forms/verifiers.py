@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+from rewards.episode_trace import refuse, trace_of
 from rewards.forms.ours import Isolated
+from rewards.isolation.child import as_messages
 from rewards.protocol import PROVIDED, Messages, Reward, RewardError, text_of
 
 Scored = tuple[float, Mapping[str, Any]]  # the reward, and what is logged
@@ -45,8 +46,7 @@ def reward_of(theirs: Any) -> Reward:
             {name: values[i] for name, values in columns.items() if name not in PROVIDED}
             for i in range(len(completions))
         ]
-        asked = [_messages(prompt, "user") for prompt in prompts]
-        answered = [_messages(completion, "assistant") for completion in completions]
+        asked, answered = as_messages(prompts, "user"), as_messages(completions, "assistant")
         outcomes = loop.run_until_complete(_all(map(score, asked, answered, rows)))
         logged = [{} if isinstance(outcome, BaseException) else outcome[1] for outcome in outcomes]
         if log_extra:
@@ -61,13 +61,11 @@ async def _all(scores: Any) -> list[Any]:
     return await asyncio.gather(*scores, return_exceptions=True)
 
 
-def _messages(said: Any, role: str) -> Messages:
-    return [{"role": role, "content": said}] if isinstance(said, str) else said
-
-
 def _of_rubric(rubric: Any) -> Callable[..., Awaitable[Scored]]:
     if getattr(rubric, "has_group_rewards", False):
         raise RewardError("a rubric with functions of whole groups cannot be a reward: batches are cut anywhere here")
+    if hasattr(rubric, "env_map"):  # a row without a route gets 0.0 there
+        raise RewardError("an EnvGroup sends each row to one of its environments; name that environment's rubric")
     _watch(rubric)
 
     async def score(prompt: Messages, completion: Messages, row: dict[str, Any]) -> Scored:
@@ -87,7 +85,8 @@ def _of_rubric(rubric: Any) -> Callable[..., Awaitable[Scored]]:
 def _watch(rubric: Any) -> None:
     for part in getattr(rubric, "rubrics", ()):
         _watch(part)
-    rubric.funcs = [_watched(function) for function in rubric.funcs]
+    pairs = zip(rubric.funcs, rubric.weights, strict=True)
+    rubric.funcs = [_watched(function) if weight else function for function, weight in pairs]  # others are metrics
 
 
 def _watched(function: Callable[..., Any]) -> Callable[..., Awaitable[float]]:
@@ -117,63 +116,6 @@ def _of_task(kind: Any) -> Callable[..., Awaitable[Scored]]:
         return float(trace.reward), {name: reward.score for name, reward in trace.rewards.items()}
 
     return score
-
-
-def refuse(kind: Any, more: Mapping[str, Any]) -> None:
-    """Raises ValueError for a class of `v1.Task` that needs what only verifiers has, by these or by `more`."""
-    from verifiers import v1
-
-    overridden = [name for name in ("setup", "finalize") if getattr(kind, name) is not getattr(v1.Task, name)]
-    asks = []
-    for name, function in inspect.getmembers(kind, inspect.isfunction):
-        runtime = inspect.signature(function).parameters.get("runtime")
-        if hasattr(function, "reward") and runtime is not None and runtime.default is runtime.empty:
-            asks.append(name)  # `Task.score` leaves these out without a runtime
-    for what, there in {
-        "a container": kind.NEEDS_CONTAINER,
-        f"the method {' and '.join(overridden)}": overridden,
-        f"a runtime for {', '.join(asks)}": asks,
-        **more,
-    }.items():
-        if there:
-            raise ValueError(
-                f"task {kind.__name__} needs {what}, which only verifiers itself has; write a class instead"
-            )
-
-
-def trace_of(task: Any, turns: Sequence[dict[str, Any]]) -> Any:
-    """The messages of an episode as the trace that the task's rewards read."""
-    from verifiers import v1
-
-    prompt = task.data.prompt or ""
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [m.model_dump() for m in prompt]
-    nodes = [
-        v1.MessageNode(parent=i - 1 if i else None, message=message, sampled=message["role"] == "assistant")
-        for i, message in enumerate([*asked, *_in_its_form(turns)])
-    ]
-    about = v1.TraceTask(type=type(task).__name__, data=task.data)
-    trace = v1.Trace(task=about, agent=v1.AgentInfo(config=v1.AgentConfig()), nodes=nodes)
-    trace.ok = trace.is_completed = True
-    return trace
-
-
-def _in_its_form(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with what verifiers asks of them: calls have ids, and arguments that are text."""
-    messages: list[dict[str, Any]] = []
-    calls: list[str] = []
-    for turn in turns:
-        message = dict(turn)
-        if "tool_calls" in turn:
-            made = [call["function"] for call in turn["tool_calls"]]
-            calls = [f"call_{len(messages)}_{i}" for i in range(len(made))]
-            message["tool_calls"] = [
-                {"id": key, "name": call["name"], "arguments": json.dumps(call["arguments"])}
-                for key, call in zip(calls, made, strict=True)
-            ]
-        if turn["role"] == "tool":
-            message["tool_call_id"] = calls.pop(0) if calls else "none"
-        messages.append(message)
-    return messages
 
 
 def as_verifiers(function: str, weight: float = 1.0, **options: Any) -> Any:

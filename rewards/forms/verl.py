@@ -52,11 +52,11 @@ def reward_of(compute_score: Callable[..., Any]) -> Reward:
     def of_sync(completion, log_extra=None, **row):
         return _mark(compute_score(**passed(completion, row)), log_extra)
 
-    one = of_async if inspect.iscoroutinefunction(compute_score) else of_sync
+    one: Any = of_async if inspect.iscoroutinefunction(compute_score) else of_sync
     ours = {name: inspect.Parameter(name, _KEYWORD, default=None) for name in ("log_extra", *FORMS["verl"])}
     ours["completion"] = inspect.Parameter("completion", _KEYWORD)
     theirs = {name: p for name, p in parameters.items() if name not in ("solution_str", "ground_truth", "extra_info")}
-    one.__signature__ = inspect.Signature([*(ours | theirs).values()])  # type: ignore[attr-defined]
+    one.__signature__ = inspect.Signature([*(ours | theirs).values()])
     return per_completion(one)
 
 

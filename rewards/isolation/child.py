@@ -78,7 +78,7 @@ def load(descriptions: list[dict], functions: list[Any]) -> dict:
     for description in descriptions:
         kind = description.get("kind", "reward")
         try:
-            module, _, name = KINDS[kind].partition(":")
+            module, _, name = KINDS.get(kind, kind).partition(":")
             arguments = {key: value for key, value in description.items() if key != "kind"}
             functions.append(getattr(import_module(module), name)(**arguments))
         except RewardError as error:
@@ -111,7 +111,7 @@ class LoadedReward:
         completions = _flat(request["completions"])
         prompts = _repeat(request["prompts"], counts)
         if self.chat:
-            prompts, completions = _as_messages(prompts, "user"), _as_messages(completions, "assistant")
+            prompts, completions = as_messages(prompts, "user"), as_messages(completions, "assistant")
         extras: dict[str, list] = {}
         metrics: dict[str, list[float]] = {}
 
@@ -165,7 +165,7 @@ def _repeat(values: list, counts: list[int]) -> list:
     return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
 
 
-def _as_messages(texts: list, role: str) -> list:
+def as_messages(texts: list, role: str) -> list:
     return [[{"role": role, "content": text}] if isinstance(text, str) else text for text in texts]
 
 

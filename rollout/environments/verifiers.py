@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rewards.forms.verifiers import refuse, trace_of
+from rewards.episode_trace import refuse, trace_of
 
 
 class Verifiers:

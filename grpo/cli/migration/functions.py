@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from grpo.cli.migration.migration import shown
+from grpo.cli.migration.migration import relative
 from rewards.reached_code import is_guard, reached_source
 
 TRAINS = {"GRPOTrainer", "train"}
@@ -37,13 +37,13 @@ class Functions:
         if fact["module"]:
             return f"{fact['module']}:{name}"
         if Path(fact["file"]) != self.script.resolve():
-            return f"{shown(Path(fact['file']))}:{name}"
+            return f"{relative(Path(fact['file']))}:{name}"
         if not any(name in _bound(part) for part in self.body):
             return None
         if self.can_be_imported:
-            return f"{shown(self.script)}:{name}"
+            return f"{relative(self.script)}:{name}"
         self.copied.append(name)
-        return f"{shown(self.file)}:{name}"
+        return f"{relative(self.file)}:{name}"
 
     def write(self) -> bool:
         """Writes the file of copied functions, and tells whether there are any."""

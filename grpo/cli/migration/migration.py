@@ -103,8 +103,8 @@ class Migration:
 
     def losses(self, changes_training: bool) -> list[str]:
         """Each option that is not carried over, in a line."""
-        lost = [each for each in self.unsupported if each.changes_training is changes_training]
-        return [f"- {each.option}={to_yaml(each.value, inline=True)[:60]}: {each.reason}" for each in lost]
+        losses = [each for each in self.unsupported if each.changes_training is changes_training]
+        return [f"- {each.option}={to_yaml(each.value, inline=True)[:60]}: {each.reason}" for each in losses]
 
 
 @cache
@@ -123,14 +123,14 @@ def reason_of(name: str) -> str:
     >>> reason_of("hub_strategy")
     'training uploads nothing; `quartet export RUN --push_to_hub OWNER/NAME` uploads the policy of a run'
     """
-    said = hint(name, our_defaults()) or ""
-    if said.startswith("did you mean "):
-        option, _, note = said.removeprefix("did you mean ").partition("?")
+    answer = hint(name, our_defaults()) or ""
+    if answer.startswith("did you mean "):
+        option, _, note = answer.removeprefix("did you mean ").partition("?")
         return f"{option} is the nearest{note}; set it by hand"
-    return said.removeprefix("not supported, because ") or "no option here has this meaning"
+    return answer.removeprefix("not supported, because ") or "no option here has this meaning"
 
 
-def shown(path: Path) -> str:
+def relative(path: Path) -> str:
     """The path as an option holds it: from the working folder where it is below that."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

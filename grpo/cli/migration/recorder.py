@@ -36,7 +36,7 @@ def model_of(name: Any, **arguments: Any) -> Model:
     model.name_or_path = str(name)
     for same in (model.to, model.cuda, model.eval, model.train):
         same.return_value = model
-    model.recorded = {"name": str(name), "arguments": plain(arguments), "lora": None}
+    model.record = {"name": str(name), "arguments": plain(arguments), "lora": None}
     return model
 
 
@@ -78,7 +78,7 @@ def replace_trl() -> None:
 
 
 def note_values(config: Any) -> None:
-    """Keeps the values of a configuration as they were given, before it derives others from them. Options of other
+    """Keeps the values of a configuration as they were written, before it derives others from them. Options of other
     versions of TRL are kept apart, and what it refuses is noted, since another machine may be meant."""
     make, finish = config.__init__, config.__post_init__
     names = [field.name for field in dataclasses.fields(config)]
@@ -89,7 +89,7 @@ def note_values(config: Any) -> None:
         make(self, *values, **options)
 
     def __post_init__(self: Any) -> None:
-        self.as_given = {name: getattr(self, name) for name in names}
+        self.as_written = {name: getattr(self, name) for name in names}
         try:
             finish(self)
         except Exception as error:
@@ -101,7 +101,7 @@ def note_values(config: Any) -> None:
 
 def with_adapters(model: Any, config: Any, *_: Any, **__: Any) -> Any:
     if isinstance(model, Model):
-        model.recorded["lora"] = values_of(config)
+        model.record["lora"] = values_of(config)
     return model
 
 
@@ -123,7 +123,7 @@ def trainer_class(real: Any) -> type:
         """Writes down what it is made of, and what the script sets later; then it ends the process, where it would
         train. No `finally` and no thread of the script goes on."""
 
-        @functools.wraps(real.__init__)
+        @functools.wraps(real.__init__)  # type: ignore[misc]
         def __init__(self, *values: Any, **arguments: Any) -> None:
             names = list(inspect.signature(real.__init__).parameters)[1:]
             facts.update(facts_of(dict(zip(names, values, strict=False)) | arguments, Path(FOLDER)))
@@ -157,30 +157,30 @@ def write_facts() -> None:
 # ---- what is written down --------------------------------------------------------------------------------------------
 
 
-def facts_of(given: dict[str, Any], folder: Path) -> dict[str, Any]:
+def facts_of(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """All that the parent needs to know of the trainer's arguments, as JSON."""
     from trl import GRPOConfig
 
-    config = given.pop("args", None) or GRPOConfig()
-    rewards = given.pop("reward_funcs", None) or []
-    environments, lora = given.pop("environment_factory", None) or {}, given.pop("peft_config", None)
+    config = arguments.pop("args", None) or GRPOConfig()
+    rewards = arguments.pop("reward_funcs", None) or []
+    environments, lora = arguments.pop("environment_factory", None) or {}, arguments.pop("peft_config", None)
     environments = environments if isinstance(environments, dict) else {"": environments}
     changed = {name for name, value in config.as_derived.items() if getattr(config, name) != value}
-    values = config.as_given | {name: getattr(config, name) for name in changed}
+    values = config.as_written | {name: getattr(config, name) for name in changed}
     return {
         "values": plain(values),
         "defaults": defaults_of(GRPOConfig),
         "of_other_versions": plain(getattr(config, "of_other_versions", {})),
         "refused": getattr(config, "refused", None),
-        "model": model_facts(given.pop("model", None)) | ({} if lora is None else {"lora": values_of(lora)}),
+        "model": model_facts(arguments.pop("model", None)) | ({} if lora is None else {"lora": values_of(lora)}),
         "rewards": [function_of(each) for each in (rewards if isinstance(rewards, list | tuple) else [rewards])],
-        "tools": [function_of(each) for each in given.pop("tools", None) or []],
+        "tools": [function_of(each) for each in arguments.pop("tools", None) or []],
         "environments": {name: function_of(each) for name, each in environments.items()},
-        "data": data_facts(given.pop("train_dataset", None), given.pop("eval_dataset", None), folder),
-        "tokenizer": tokenizer_facts(given.pop("processing_class", None)),
-        "quantization": plain(getattr(given.pop("quantization_config", None), "to_dict", dict)()),
+        "data": data_facts(arguments.pop("train_dataset", None), arguments.pop("eval_dataset", None), folder),
+        "tokenizer": tokenizer_facts(arguments.pop("processing_class", None)),
+        "quantization": plain(getattr(arguments.pop("quantization_config", None), "to_dict", dict)()),
         "assigned": [],
-        "others": {name: plain(value) for name, value in given.items() if value is not None and value != (None, None)},
+        "others": {name: plain(each) for name, each in arguments.items() if each is not None and each != (None, None)},
     }
 
 
@@ -194,11 +194,11 @@ def model_facts(model: Any) -> dict[str, Any]:
     from transformers import AutoConfig
 
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
-    recorded = model.recorded if isinstance(model, Model) else {"name": name, "arguments": {}, "lora": None}
+    record = model.record if isinstance(model, Model) else {"name": name, "arguments": {}, "lora": None}
     try:
-        return recorded | {"type": AutoConfig.from_pretrained(recorded["name"]).model_type}
+        return record | {"type": AutoConfig.from_pretrained(record["name"]).model_type}
     except Exception:  # not there, or not reachable from here: the run will say so
-        return recorded | {"type": None}
+        return record | {"type": None}
 
 
 def values_of(config: Any) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def values_of(config: Any) -> dict[str, Any]:
 def function_of(value: Any) -> dict[str, Any]:
     """Tells where others find a function or a class: its file and its name there; only its text if nowhere."""
     if isinstance(value, str | Model):
-        return {"model": value if isinstance(value, str) else value.recorded["name"]}
+        return {"model": value if isinstance(value, str) else value.record["name"]}
     if isinstance(value, functools.partial) and not value.args:
         return function_of(value.func) | {"arguments": plain(value.keywords)}
     module = sys.modules.get(getattr(value, "__module__", None) or "", sys.modules["__main__"])
@@ -230,13 +230,13 @@ def data_facts(train: Any, test: Any, folder: Path) -> dict[str, Any]:
     if isinstance(test, dict):
         test = next(iter(test.values()), None)
     parts = {name: rows for name, rows in {"train": train, "test": test}.items() if rows is not None}
-    told = {name: rows_facts(rows) for name, rows in parts.items()}
-    sources = {part["source"] and part["source"]["name"] for part in told.values()}
+    summaries = {name: rows_facts(rows) for name, rows in parts.items()}
+    sources = {part["source"] and part["source"]["name"] for part in summaries.values()}
     if None in sources or len(sources) > 1:
         for name, rows in parts.items():
-            write_rows(rows, folder / f"{name}.jsonl", told[name]["solution"])
-            told[name] |= {"source": None, "solution": GOLD}
-    return told
+            write_rows(rows, folder / f"{name}.jsonl", summaries[name]["solution"])
+            summaries[name] |= {"source": None, "solution": GOLD}
+    return summaries
 
 
 def rows_facts(rows: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from grpo.cli.migration.functions import Functions
-from grpo.cli.migration.migration import Migration, shown, tables
+from grpo.cli.migration.migration import Migration, relative, tables
 from grpo.config.loss import UNREAD
 from rewards.config.names import take
 
@@ -64,16 +64,16 @@ def _facts(script: Path, folder: Path, arguments: Sequence[str], timeout_s: floa
                 start_new_session=True,
             )
         try:
-            ended = f"ended without one (exit code {process.wait(timeout_s)})"
+            end = f"ended without one (exit code {process.wait(timeout_s)})"
         except subprocess.TimeoutExpired:
-            ended = f"had made none after {timeout_s:g} s"
+            end = f"had made none after {timeout_s:g} s"
         finally:
             with suppress(ProcessLookupError):  # the script, and what it has started
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if not facts.is_file():
             last = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:])
-            raise ValueError(f"{script} is to make a GRPOTrainer, and {ended}. It printed last:\n{last}")
+            raise ValueError(f"{script} is to make a GRPOTrainer, and {end}. It printed last:\n{last}")
         return json.loads(facts.read_text(encoding="utf-8"))
 
 
@@ -102,7 +102,7 @@ class _Reading:
         if facts["refused"]:
             self.migration.notes.append(f"TRL itself refuses this configuration here: {facts['refused']}")
         if self.functions.write():
-            self.migration.notes.append(f"{shown(self.functions.file)} holds functions that the script cannot lend.")
+            self.migration.notes.append(f"{relative(self.functions.file)} holds functions that the script cannot lend.")
 
     def _steps(self) -> None:
         """Counts prompts and steps. An update there learns from B·W·G completions, G the accumulated micro-batches of
@@ -229,13 +229,13 @@ class _Reading:
         if self.train is None:
             return
         source = self.train["source"]
-        self.put("data.name", source["name"] if source else shown(self.folder))
+        self.put("data.name", source["name"] if source else relative(self.folder))
         self.put("data.split", source["split"] if source else "train")
         self.put("data.prompt_column", "prompt")
         self.put("data.solution_column", self.train["solution"])
         self.put("data.template", "chat" if self.train["chat"] else "{prompt}")
         if not source:
-            self.migration.notes.append(f"{shown(self.folder)} holds the rows, as the script has made them.")
+            self.migration.notes.append(f"{relative(self.folder)} holds the rows, as the script has made them.")
 
     def _evaluation(self) -> None:
         values, test = self.values, self.test

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grpo.cli.migration.migration import Migration, shown, tables
+from grpo.cli.migration.migration import Migration, relative, tables
 from rewards.config.yaml_file import parse_yaml
 from rewards.data.source import file_rows
 
@@ -26,8 +26,8 @@ ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "mode
 def read_verl_command(command: str | Path) -> Migration:
     """Reads a command, or the shell file `*.sh` that holds one. Raises ValueError where there is none."""
     text = Path(command).read_text(encoding="utf-8") if str(command).endswith(".sh") else str(command)
-    given = {_renamed(name): value for name, value in overrides(text).items()}
-    return _Reading(given).migration
+    options = {_renamed(name): value for name, value in overrides(text).items()}
+    return _Reading(options).migration
 
 
 def _renamed(name: str) -> str:
@@ -68,10 +68,10 @@ def overrides(text: str) -> dict[str, Any]:
 class _Reading:
     """The options of one command: a method for each part."""
 
-    def __init__(self, given: dict[str, Any]):
+    def __init__(self, options: dict[str, Any]):
         defaults = tables()["verl_defaults"]
-        self.given = given
-        self.values: dict[str, Any] = defaults | given
+        self.overrides = options
+        self.values: dict[str, Any] = defaults | options
         self.files, self.tests = (self._files(f"data.{name}_files") for name in ("train", "val"))
         self.rows = list(file_rows(self.files[0])) if self.files[0].is_file() else []
         self.migration = Migration(PROGRAM)
@@ -80,8 +80,8 @@ class _Reading:
         for part in (self._steps, self._policy, self._data, self._reward):
             part()
         known = {*tables()["verl_same"], *tables()["verl_converted"], f"{ACTOR}.clip_ratio"}
-        known |= {name for name in given if name.startswith(OPTIONS)}
-        self.migration.lacks_counterparts(given, defaults, known)
+        known |= {name for name in options if name.startswith(OPTIONS)}
+        self.migration.lacks_counterparts(options, defaults, known)
 
     def _steps(self) -> None:
         """Counts prompts and steps. An update there learns from ppo_mini_batch_size prompts, of which a step samples
@@ -111,7 +111,7 @@ class _Reading:
         self.put("rollout.group_size", max(group, 2))
         if values[f"{ACTOR}.use_kl_loss"]:
             self.put("loss.beta", values[f"{ACTOR}.kl_loss_coef"])
-        if f"{ACTOR}.clip_ratio" in self.given and not any("clip_ratio_" in name for name in self.given):
+        if f"{ACTOR}.clip_ratio" in self.overrides and not any("clip_ratio_" in name for name in self.overrides):
             self.lacks(f"{ACTOR}.clip_ratio", values[f"{ACTOR}.clip_ratio"])
         if values["algorithm.adv_estimator"] == "gae":
             self.put("value.gamma", values["algorithm.gamma"])
@@ -130,7 +130,7 @@ class _Reading:
     def _data(self) -> None:
         values, train, test = self.values, self.files[0], self.tests[0]
         in_folder = train.parent == test.parent and (train.stem, test.stem) == ("train", "test")
-        self.put("data.name", shown(train.parent if in_folder else train))
+        self.put("data.name", relative(train.parent if in_folder else train))
         self.put("data.prompt_column", values["data.prompt_key"])
         self.put("data.solution_column", "reward_model.ground_truth")
         self.put("data.template", "chat")
@@ -160,7 +160,7 @@ class _Reading:
         path, name = (self.values[f"reward.custom_reward_function.{part}"] for part in ("path", "name"))
         sources = sorted({str(row.get("data_source")) for _, row in self.rows})
         ours = "gsm8k" if sources == ["openai/gsm8k"] else "math_equivalence"
-        arguments = {option.removeprefix(OPTIONS): value for option, value in self.given.items() if OPTIONS in option}
+        arguments = {name.removeprefix(OPTIONS): value for name, value in self.overrides.items() if OPTIONS in name}
         function = {"function": f"verl:{path}:{name}" if path else ours}
         self.migration.rewards.append(function | ({"arguments": arguments} if arguments else {}))
         if not path and ours != "gsm8k":

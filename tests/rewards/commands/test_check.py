@@ -23,7 +23,7 @@ from rewards.data.examples import Example
 from rewards.isolation import pool
 from tests.cases.judges import judge_server, verdict
 
-EXAMPLE = Path(__file__).parents[4] / "examples/03_custom_reward.py"
+EXAMPLE = Path(__file__).parents[3] / "examples/03_custom_reward.py"
 SOURCE = """
 import itertools, os, random, re, time
 from rewards import per_completion
@@ -168,7 +168,7 @@ def test_a_reward_that_depends_on_its_batch_is_found_out_in_a_few_rows(file):
     assert {name for name, count in found.differing.items() if count} == {"alone"}
     [problem] = found.problems
     assert "completions score differently alone: first on row 1 (word_problems/1/" in problem
-    assert problem.endswith(", then 0")
+    assert ", then 0; prompt '" in problem
     rare = check(f"{file}:knows_its_neighbours", shaping=True)  # gold is as it is alone, other kinds are not
     assert rare.differing["alone"] > 0
     assert "gold of another row" in rare.problems[-1]

@@ -130,6 +130,12 @@ def test_rollouts_of_nemo_gym_and_verifiers_have_columns_and_messages(mine, tmp_
     ]
     result = again(jsonl(tmp_path / "results.jsonl", results), f"{mine}:ends")
     assert (result.against, [(c.completion, c.after) for c in result.changes]) == ("right", [("41", 0.0)])
+    calls = {"role": "assistant", "content": None, "tool_calls": []}
+    blocks = {"role": "assistant", "content": [{"type": "text", "text": "42"}]}
+    jsonl(tmp_path / "results.jsonl", [results[0] | {"completion": [calls, blocks, calls | {"content": "41"}]}])
+    assert again(tmp_path / "results.jsonl", f"{mine}:ends").steps[0].after == 0.0
+    jsonl(tmp_path / "results.jsonl", [results[0] | {"completion": [calls, blocks]}])
+    assert again(tmp_path / "results.jsonl", f"{mine}:ends").steps[0].after == 1.0
 
 
 def test_ids_are_passed_where_all_were_recorded(mine, tmp_path):

@@ -78,7 +78,7 @@ def test_what_cannot_be_had_is_explained(name, options, message):
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match=r"pip install 'quartet-rl\[reasoning-gym\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'quartet-rewards\[reasoning-gym\]'"):
         load_examples(LEGS, "train", limit=1)
 
 

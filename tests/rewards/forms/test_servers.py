@@ -4,7 +4,10 @@ The bodies follow nemo_gym/base_resources_server.py, nemo_gym/openai_utils.py an
 """
 
 import asyncio
+import socket
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -178,5 +181,23 @@ def test_an_openenv_server_scores_its_step_with_the_completion(monkeypatch):
 
 def test_without_openenv_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openenv.core.generic_client", None)
-    with pytest.raises(RewardError, match=r"pip install 'quartet-rl\[openenv\]'"):
+    with pytest.raises(RewardError, match="needs the package: pip install openenv"):
         openenv(None, ["42"], url="http://127.0.0.1:1", action={"message": "{completion}"})
+
+
+@pytest.mark.peer
+def test_a_server_of_the_package_openenv_scores_a_guess():
+    pytest.importorskip("openenv.core.generic_client", reason="OpenEnv is not installed: pip install openenv")
+    case = Path(__file__).parents[2] / "cases/openenv_server.py"
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # whoever connects before it serves waits for it
+        port, number = listening.getsockname()[1], listening.fileno()
+        server = subprocess.Popen([sys.executable, str(case), str(number)], pass_fds=[number])
+    try:
+        action = {"type": "call_tool", "tool_name": "guess", "arguments": {"number": "{completion}"}}
+        arguments = {"url": f"http://127.0.0.1:{port}", "action": action, "request_timeout_s": 60.0}
+        with Scorer([RewardSpec("openenv", arguments=arguments)], columns=["number"], timeout_s=120) as scorer:
+            [result] = scorer.score(["Guess."], [["5", "4"]], [{"number": 5}], prompt_ids=["a"])
+    finally:
+        server.kill()
+        server.wait()
+    assert result.rewards == [1.0, -0.1]

@@ -92,14 +92,17 @@ def test_batches_share_a_loop_and_messages_stay_as_they_are(file):
         loops.append(asyncio.get_running_loop())
         return float(len(completion))
 
-    reward = reward_of(vf.Rubric(funcs=[loop_of]))
+    def metric(completion) -> float:
+        raise ValueError("of no weight, so that the reward is right")
+
+    reward = reward_of(vf.Rubric(funcs=[loop_of, metric], weights=[1.0, 0.0]))
     logged = {}
     turns = [{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}]
     kept = [{"role": "user", "content": "6 * 7?"}]
     assert reward(prompts=[kept], completions=[turns], log_extra=logged.__setitem__, answer=["42"]) == [2.0]
     assert reward(prompts=["6 * 7?"], completions=["42"], trainer_state=object(), answer=["42"]) == [1.0]
     assert loops[0] is loops[1]
-    assert logged == {"loop_of": [2.0]}
+    assert logged == {"loop_of": [2.0], "metric": [0.0]}
 
 
 @pytest.mark.usefixtures("in_form")
@@ -107,6 +110,8 @@ def test_what_is_no_reward_of_one_completion_is_refused(file):
     group = SimpleNamespace(score_rollout=None, has_group_rewards=True)
     with pytest.raises(RewardError, match="functions of whole groups cannot be a reward: batches are cut anywhere"):
         reward_of(group)
+    with pytest.raises(RewardError, match="an EnvGroup sends each row to one of its environments"):
+        reward_of(SimpleNamespace(score_rollout=None, env_map={}))
     with pytest.raises(RewardError, match="is neither a Rubric, an Environment nor a v1.Task"):
         reward_of(SimpleNamespace())
 
@@ -146,7 +151,7 @@ class Sum(vf.Task[SumData]):
         return float(trace.last_reply == task.answer)
 
     @vf.reward
-    def asked(self, task, trace) -> float:
+    async def asked(self, task, trace) -> float:
         return float(trace.num_turns == 1 and task.prompt == "6 * 7?")
 
 class Ours(vf.Task[SumData]):

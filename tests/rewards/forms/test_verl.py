@@ -156,7 +156,8 @@ def test_ours_is_a_compute_score_in_a_process_of_its_own(file):
     arguments = {"data_source": "openai/gsm8k", "extra_info": {"question": "6 * 7?"}}
     assert compute_score(solution_str="so #### 42", ground_truth="42", **arguments) == 1.0
     assert compute_score("openai/gsm8k", "so #### 41", "42", None) == 0.0  # as PrimeRewardManager calls it
-    assert pickle.loads(pickle.dumps(compute_score))("openai/gsm8k", "#### 42", "#### 42") == 1.0
+    copy = pickle.loads(pickle.dumps(compute_score))
+    assert [copy("openai/gsm8k", said, "#### 42") for said in ("#### 42", "#### 41")] == [1.0, 0.0]
     marks = []
     threads = [threading.Thread(target=lambda: marks.append(compute_score("mine", "#### 42", "42"))) for _ in range(4)]
     [thread.start() for thread in threads]
