@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewards.commands.command_line import EXIT_ERROR, EXIT_USAGE, fail, print_error, write
 from rewards.isolation.output import escaped
+
+if TYPE_CHECKING:
+    from grpo.cli.migration.migration import Migration
 
 
 def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) -> Any:
@@ -238,6 +242,38 @@ def compare(args: argparse.Namespace) -> None:
     comparison = compare(args.runs, args.metrics, args.steps)
     show(comparison, Terminal())
     write(args.json, as_json(comparison))
+
+
+def from_trl(args: argparse.Namespace) -> int:
+    from grpo.cli.migration.trl_script import read_trl_script
+
+    words, limits = shlex.split(args.arguments), {"processes": args.processes, "timeout_s": args.timeout_s}
+    return _migrate(args, lambda folder: read_trl_script(args.source, folder, words, **limits))
+
+
+def from_verl(args: argparse.Namespace) -> int:
+    from grpo.cli.migration.verl_command import read_verl_command
+
+    return _migrate(args, lambda _: read_verl_command(args.source))
+
+
+def _migrate(args: argparse.Namespace, read: Callable[[Path], Migration]) -> int:
+    from grpo.config.run import TrainConfig
+    from rewards.config.options import ConfigError, load
+
+    out = args.out
+    if out.exists():
+        return fail(f"--out={out}: it is there already; name another file", EXIT_USAGE)
+    migration = read(out.with_name(f"{out.stem}_data"))
+    out.write_text(migration.yaml(), encoding="utf-8")
+    print(escaped("\n".join(migration.lines())))
+    try:
+        load(TrainConfig, out, {})
+    except ConfigError as error:
+        print(escaped("\n  ".join(["quartet train would refuse it so far:", *error.problems])))
+    print(f"written to {out}; quartet train {out} --dry_run checks it")
+    write(args.json, asdict(migration))
+    return 0
 
 
 # Errors whose message is written for the user, beside ValueError and OSError; anything else is a bug and keeps its

@@ -121,6 +121,21 @@ COMPARE = (
 )
 
 
+_OUT = argument("--out", type=Path, default=Path("run.yaml"), metavar="RUN.yaml", help="the file to write; run.yaml")
+_MIGRATION = "the options, and what has no counterpart,"
+_PROCESSES = "by how many processes the script would be started; 1"
+FROM_TRL = (
+    argument("source", type=Path, metavar="SCRIPT.py", help="a script with GRPOTrainer, which runs up to that"),
+    _OUT,
+    argument("--arguments", default="", metavar="TEXT", help="the script's own, as in --arguments='--lr 1e-5'"),
+    argument("--processes", type=int, default=1, metavar="N", help=_PROCESSES),
+    argument("--timeout_s", "--timeout-s", type=float, default=600.0, metavar="S", help="the script's time; 600"),
+    json_argument(_MIGRATION),
+)
+_WHAT = "a shell file with a command of verl.trainer.main_ppo, or the command as one word"
+FROM_VERL = (argument("source", metavar="RUN.sh", help=_WHAT), _OUT, json_argument(_MIGRATION))
+
+
 def version() -> str:
     try:
         return metadata.version("quartet-rl")
