@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +78,37 @@ def run(args: argparse.Namespace) -> int:
     if results is not None:
         summary.summary(results)
     return 0
+
+
+def rehearse(args: argparse.Namespace) -> int:
+    from grpo.config.options import ConfigError
+
+    _begin()
+    from grpo.cli.commands.rehearse import Rehearsal, rehearse, show
+    from grpo.cli.migration.migration import Migration
+    from grpo.cli.migration.trl_script import read_trl_script
+    from grpo.cli.migration.verl_command import read_verl_command
+    from grpo.run.console import Terminal
+
+    source = args.verl or str(args.config)
+    with tempfile.TemporaryDirectory(prefix="migration_") as folder:
+        try:
+            migration = Migration(source, {}, [], [])
+            if args.verl:
+                migration = read_verl_command(args.verl, Path(folder))
+            elif source.endswith(".py"):
+                migration, args.config = read_trl_script(args.config, Path(folder)), None
+            config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration.options else {})
+            result = rehearse(config, faults=args.faults, device_gib=args.device_gib)
+            for lost in migration.unsupported:
+                result.add("note", lost.option, f"{lost.value!r} has no counterpart here: {lost.reason}")
+        except (ConfigError, ValueError) as error:
+            result = Rehearsal(source)
+            for problem in getattr(error, "problems", [str(error)]):
+                result.refuse(problem)
+    show(result, Terminal())
+    _write(args.json, asdict(result) | {"wrong": result.wrong})
+    return EXIT_ERROR if result.wrong else 0
 
 
 def mtp(args: argparse.Namespace) -> int:

@@ -50,6 +50,14 @@ _DESTINATION = _argument("destination", type=Path, metavar="DST", help="the fold
 _TRAIN = "train and sample by Tinker's API, with the client that its SDK brings"
 _WHAT = "options from a file; the command line wins"
 TRAIN = (_argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
+_WHAT = "options from a file (the command line wins), or a script with TRL's trainer, which is read and not trained"
+REHEARSE = (
+    _argument("config", metavar="CONFIG.yaml|SCRIPT.py", help=_WHAT, **_FILE),
+    _argument("--verl", metavar="COMMAND", help="a command of verl's in one word, in place of a file"),
+    _flag("faults", "also kill the run and its workers, fill the disk, let workers hang, and resume"),
+    _argument("--device_gib", "--device-gib", type=float, metavar="GIB", help="the memory of a device of the real run"),
+    _json("all that was found"),
+)
 _WHAT = (
     "options from a file (the command line wins), or the policy: a run or checkpoint folder, a GGUF file or a hub id"
 )
