@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
-from grpo.config.data import DataOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.features import sections
 from grpo.config.learner import (
@@ -23,10 +22,11 @@ from grpo.config.learner import (
     WarmStartOptions,
 )
 from grpo.config.loss import LossOptions
-from grpo.config.options import Options, load
 from grpo.config.policy import ArchitectureOptions, ModelOptions
-from grpo.config.reward import RewardsOptions
 from grpo.config.sampling import RolloutOptions, SamplingOptions
+from rewards.config.data import DataOptions
+from rewards.config.options import Options, load
+from rewards.config.reward import RewardsOptions
 
 
 class CheckpointOptions(Options):

@@ -155,6 +155,7 @@ class LoadedReward:
 
 KINDS = {
     "reward": "rewards.isolation.child:LoadedReward",
+    "watched reward": "rewards.isolation.watched:WatchedReward",
     "environments": "rewards.isolation.environments:LoadedEnvironments",
     "agent": "rewards.isolation.agents:LoadedAgent",
     "template": "rewards.isolation.templates:LoadedTemplate",

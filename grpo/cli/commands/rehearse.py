@@ -16,15 +16,15 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from grpo.algorithm.ties import tied
+from rewards.ties import tied
 from grpo.cli.commands import machine
 from grpo.cli.commands.check import TRANSFORMERS, examine_text
-from grpo.cli.commands.reward_probes import misprint
-from grpo.cli.commands.reward_test import STATE, check_reward
+from rewards.commands.probes import misprint
+from rewards.commands.check import STATE, check_reward
 from grpo.cli.commands.summary import DryRun
-from grpo.cli.config.reward_commands import RewardTestConfig
+from rewards.commands.options import RewardTestConfig
 from grpo.config.environment import rewards_of
-from grpo.config.options import _defaults, load
+from rewards.config.options import _defaults, load
 from grpo.config.run import TrainConfig
 from grpo.task.check import open_task
 from grpo.task.parts import tokenizer_of

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import psutil
 
 from grpo.cli.commands.rehearse import Rehearsal, key_of, with_options
-from grpo.config.options import dump_yaml
+from rewards.config.options import dump_yaml
 from grpo.config.run import TrainConfig
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint

@@ -10,17 +10,17 @@ import grpo
 from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
 from grpo.cli.config.convert import ConvertConfig
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
-from grpo.cli.config.reward_commands import RewardTestConfig
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.quantize.options import QuantizeConfig
-from grpo.config.data import DataOptions
 from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.names import recorded_options
-from grpo.config.options import ConfigError, _options, dump_yaml, load
-from grpo.config.reward import ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
+from rewards.commands.options import RewardTestConfig
+from rewards.config.data import DataOptions
+from rewards.config.names import recorded_options
+from rewards.config.options import ConfigError, _options, dump_yaml, load
+from rewards.config.reward import ScoringOptions
 from rewards.group_score import FailurePolicy
 
 CONFIGS = [TrainConfig, SftConfig, EvalConfig, SampleConfig]

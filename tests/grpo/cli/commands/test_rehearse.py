@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from grpo.cli.commands import rehearse_steps
 from grpo.cli.commands.rehearse import Rehearsal, key_of, rehearse
 from grpo.cli.parse import main
-from grpo.config.options import load
+from rewards.config.options import load
 from grpo.config.run import TrainConfig
 from policies.cut import cut
 

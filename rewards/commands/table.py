@@ -1,0 +1,60 @@
+"""The commands that need no model: they are rows of `quartet`'s table, and all that `quartet-reward` has."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rewards.commands.command_line import EXIT_ERROR, Command, argument, json_argument, write
+
+_FUNCTION: dict[str, Any] = {"metavar": "FILE:FN", "help": "path/to/file.py:function, or a built-in reward's name"}
+TEST = (argument("function", **_FUNCTION), json_argument("what was found"))
+REPLAY = (
+    argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),
+    argument("--with", dest="function", required=True, **_FUNCTION),
+    json_argument("every change"),
+)
+
+
+def commands() -> dict[str, Command]:
+    """Every row by the name that it has after `quartet`; after `quartet-reward` it is without `reward`."""
+    from rewards.commands.options import ReplayConfig, RewardTestConfig
+
+    return {
+        "reward": Command("try a reward function, or score a run again with another one"),
+        "reward test": Command("gold, empty, wrong and hostile completions", _test, TEST, RewardTestConfig),
+        "reward replay": Command("score a run's completions again", _replay, REPLAY, ReplayConfig),
+    }
+
+
+def _test(args: argparse.Namespace) -> int:
+    config = options_of(args)
+    from rewards.commands.check import check_reward
+    from rewards.commands.report import show_check
+    from rewards.console import Terminal
+
+    check = check_reward(args.function, config)
+    show_check(check, Terminal())
+    write(args.json, asdict(check))
+    return EXIT_ERROR if check.problems else 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    config = options_of(args)
+    from rewards.commands.replay import replay
+    from rewards.commands.report import show_replay
+    from rewards.console import Terminal
+
+    result = replay(args.run, args.function, config)
+    show_replay(result, Terminal())
+    write(args.json, asdict(result))
+    return EXIT_ERROR if result.failures else 0
+
+
+def options_of(args: argparse.Namespace) -> Any:
+    """Returns the options of a command that reads no file of options."""
+    from rewards.config.options import load
+
+    return load(args.options, None, args.overrides, args.flags)
