@@ -11,29 +11,40 @@ DYNAMIC = {"eval", "exec", "globals", "locals", "vars"}  # with these, a functio
 
 
 def code_sha256(content: bytes, name: str) -> str:
-    """SHA-256 of what the function `name` reaches in the file `content`.
+    """SHA-256 of what the function `name` reaches in the file `content`, or of the whole file where that is not to be
+    seen (`reached_source`)."""
+    text = reached_source(content, name)
+    return hashlib.sha256(content if text is None else text.encode(errors="surrogatepass")).hexdigest()
 
-    It reaches its own definition and, by name, the functions, classes, constants and imports of the same file that it
-    uses, those that these use, and so on, with the statements that may change them when the file is loaded. Comments,
-    layout, the rest of the file and other files are ignored. It is the hash of the whole file if that is not valid
-    Python, if `name` is bound in no visible way, or if names are looked up as strings (eval).
+
+def reached_source(content: bytes, *functions: str) -> str | None:
+    """The source of what the functions reach in the file `content`.
+
+    They reach their own definitions and, by name, the functions, classes, constants and imports of the same file that
+    they use, and so on, with the statements that may change them when the file is loaded. Comments, layout, the rest of
+    the file and other files are ignored. None if the file is not valid Python, if a function is bound in no visible
+    way, or if names are looked up as strings (eval).
     """
     try:
         statements = list(_statements(ast.parse(content)))
         names = [_names(statement) for statement in statements]
     except (SyntaxError, ValueError):
-        return hashlib.sha256(content).hexdigest()
+        return None
     binds = [_bound(statement) for statement in statements]
     defined: set[str] = set().union(*binds)  # the file's own names, without built-in functions
     sets = [bound | _changed(statement) & defined for statement, bound in zip(statements, binds, strict=True)]
-    reached, included = {name}, {i for i, bound in enumerate(binds) if "*" in bound}
+    reached, included = set(functions), {i for i, bound in enumerate(binds) if "*" in bound}
     while new := {i for i in range(len(statements)) if i not in included and reached & sets[i]}:
         included |= new
         reached |= set().union(*(names[i] for i in new))
-    if name not in defined or reached & DYNAMIC:
-        return hashlib.sha256(content).hexdigest()
-    text = "\n".join(ast.unparse(statements[i]) for i in sorted(included))
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    if not defined.issuperset(functions) or reached & DYNAMIC:
+        return None
+    return "\n".join(ast.unparse(statements[i]) for i in sorted(included))
+
+
+def is_guard(statement: ast.stmt) -> bool:
+    """Tells whether a statement runs only in scripts."""
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
 
 
 def _statements(module: ast.Module) -> Iterator[ast.stmt]:
@@ -45,7 +56,7 @@ def _statements(module: ast.Module) -> Iterator[ast.stmt]:
         elif isinstance(statement, ast.ImportFrom):
             for alias in statement.names:
                 yield ast.ImportFrom(statement.module, [alias], statement.level)
-        elif not (isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"):
+        elif not is_guard(statement):
             yield statement
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewards.commands.command_line import EXIT_ERROR, EXIT_USAGE, fail, print_error, write
 from rewards.isolation.output import escaped
+
+if TYPE_CHECKING:
+    from grpo.cli.migration.migration import Migration
 
 
 def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) -> Any:
@@ -79,34 +83,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rehearse(args: argparse.Namespace) -> int:
-    from rewards.config.options import ConfigError
-
     _begin()
     from grpo.cli.commands.rehearse import Rehearsal, rehearse, show
-    from grpo.cli.migration.migration import Migration
-    from grpo.cli.migration.trl_script import read_trl_script
-    from grpo.cli.migration.verl_command import read_verl_command
-    from grpo.run.console import Terminal
+    from rewards.console import Terminal
 
     source = args.verl or str(args.config)
     with tempfile.TemporaryDirectory(prefix="migration_") as folder:
         try:
-            migration = Migration(source, {}, [], [])
-            if args.verl:
-                migration = read_verl_command(args.verl, Path(folder))
-            elif source.endswith(".py"):
-                migration, args.config = read_trl_script(args.config, Path(folder)), None
-            config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration.options else {})
+            migration = _read_for_others(args, Path(folder))
+            config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration else {})
             result = rehearse(config, faults=args.faults, device_gib=args.device_gib)
-            for lost in migration.unsupported:
-                result.add("note", lost.option, f"{lost.value!r} has no counterpart here: {lost.reason}")
-        except (ConfigError, ValueError) as error:
+            for line in (*migration.losses(True), *migration.losses(False)) if migration else ():
+                result.add("note", "", line.removeprefix("- "))
+        except ValueError as error:
             result = Rehearsal(source)
-            for problem in getattr(error, "problems", [str(error)]):
+            for problem in getattr(error, "problems", [str(error)]):  # of a ConfigError
                 result.refuse(problem)
     show(result, Terminal())
     write(args.json, asdict(result) | {"wrong": result.wrong})
     return EXIT_ERROR if result.wrong else 0
+
+
+def _read_for_others(args: argparse.Namespace, folder: Path) -> Migration | None:
+    """Reads what was written for another trainer, which then takes the place of a file; None where it is ours."""
+    script, args.config = args.config, None
+    if args.verl or (script and script.suffix == ".sh"):
+        from grpo.cli.migration.verl_command import read_verl_command
+
+        return read_verl_command(args.verl or script, folder)
+    if script and script.suffix == ".py":
+        from grpo.cli.migration.trl_script import read_trl_script
+
+        return read_trl_script(script, folder)
+    args.config = script
+    return None
 
 
 def mtp(args: argparse.Namespace) -> int:
@@ -270,6 +280,39 @@ def compare(args: argparse.Namespace) -> None:
     comparison = compare(args.runs, args.metrics, args.steps)
     show(comparison, Terminal())
     write(args.json, as_json(comparison))
+
+
+def from_trl(args: argparse.Namespace) -> int:
+    from grpo.cli.migration.trl_script import read_trl_script
+
+    words, limits = shlex.split(args.arguments), {"processes": args.processes, "timeout_s": args.timeout_s}
+    return _migrate(args, args.source, lambda folder: read_trl_script(args.source, folder, words, **limits))
+
+
+def from_verl(args: argparse.Namespace) -> int:
+    from grpo.cli.migration.verl_command import read_verl_command
+
+    file = Path(args.source) if args.source.endswith(".sh") else None
+    return _migrate(args, file or Path("verl.yaml"), lambda folder: read_verl_command(file or args.source, folder))
+
+
+def _migrate(args: argparse.Namespace, source: Path, read: Callable[[Path], Migration]) -> int:
+    from grpo.config.run import TrainConfig
+    from rewards.config.options import ConfigError, load
+
+    out = args.out or Path(source.with_suffix(".yaml").name)
+    if out.exists():
+        return fail(f"--out={out}: it is there already; name another file", EXIT_USAGE)
+    migration = read(out.with_name(f"{out.stem}_data"))
+    out.write_text(migration.yaml(), encoding="utf-8")
+    print(escaped("\n".join(migration.lines())))
+    try:
+        load(TrainConfig, out, {})
+    except ConfigError as error:
+        print(escaped("\n  ".join(["quartet train would refuse it so far:", *error.problems])))
+    print(f"written to {out}; quartet train {out} --dry_run checks it")
+    write(args.json, asdict(migration))
+    return 0
 
 
 # Errors whose message is written for the user, beside ValueError and OSError; anything else is a bug and keeps its

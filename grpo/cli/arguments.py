@@ -41,9 +41,9 @@ _DESTINATION = argument("destination", type=Path, metavar="DST", help="the folde
 _TRAIN = "train and sample by Tinker's API, with the client that its SDK brings"
 _WHAT = "options from a file; the command line wins"
 TRAIN = (argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
-_WHAT = "options from a file (the command line wins), or a script with TRL's trainer, which is read and not trained"
+_WHAT = "options from a file, a script with TRL's trainer, or a shell file with verl's command; the command line wins"
 REHEARSE = (
-    argument("config", metavar="CONFIG.yaml|SCRIPT.py", help=_WHAT, **_FILE),
+    argument("config", metavar="CONFIG.yaml|SCRIPT.py|RUN.sh", help=_WHAT, **_FILE),
     argument("--verl", metavar="COMMAND", help="a command of verl's in one word, in place of a file"),
     _flag("faults", "also kill the run and its workers, fill the disk, let workers hang, and resume"),
     argument("--device_gib", "--device-gib", type=float, metavar="GIB", help="the memory of a device of the real run"),
@@ -127,6 +127,21 @@ COMPARE = (
     argument("--steps", type=int, nargs="+", default=[], metavar="N", help="by default at most twelve, evenly spaced"),
     json_argument("what the tables show"),
 )
+
+
+_OUT = argument("--out", type=Path, metavar="RUN.yaml", help="the file to write; by default of the name of SOURCE")
+_MIGRATION = "the options, and what has no counterpart,"
+_PROCESSES = "by how many processes the script would be started; 1"
+FROM_TRL = (
+    argument("source", type=Path, metavar="SCRIPT.py", help="a script with GRPOTrainer, which runs up to that"),
+    _OUT,
+    argument("--arguments", default="", metavar="TEXT", help="the script's own, as in --arguments='--lr 1e-5'"),
+    argument("--processes", type=int, default=1, metavar="N", help=_PROCESSES),
+    argument("--timeout_s", "--timeout-s", type=float, default=600.0, metavar="S", help="the script's time; 600"),
+    json_argument(_MIGRATION),
+)
+_WHAT = "a shell file with a command of verl.trainer.main_ppo, or the command as one word"
+FROM_VERL = (argument("source", metavar="RUN.sh", help=_WHAT), _OUT, json_argument(_MIGRATION))
 
 
 def version() -> str:

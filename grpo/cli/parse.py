@@ -93,6 +93,12 @@ def _commands() -> dict[str, Command]:
         "view": Command("a page of one or more runs, live while they run", actions.view, arguments.VIEW),
         "report": Command("the same page as one HTML file to send away", actions.report, arguments.REPORT),
         "compare": Command("curves of runs with several seeds, in numbers", actions.compare, arguments.COMPARE),
+        "from-trl": Command(
+            "a script with TRL's GRPOTrainer as a file for `quartet train`", actions.from_trl, arguments.FROM_TRL
+        ),
+        "from-verl": Command(
+            "a command of verl's as a file for `quartet train`", actions.from_verl, arguments.FROM_VERL
+        ),
         "reference": Command("print the reference page of all options and metrics", _reference),
     }
 

@@ -16,15 +16,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from rewards.ties import tied
 from grpo.cli.commands import machine
 from grpo.cli.commands.check import TRANSFORMERS, examine_text
-from rewards.commands.probes import misprint
-from rewards.commands.check import STATE, check_reward
 from grpo.cli.commands.summary import DryRun
-from rewards.commands.options import RewardTestConfig
+from grpo.cli.migration.migration import our_defaults
 from grpo.config.environment import rewards_of
-from rewards.config.options import _defaults, load
 from grpo.config.run import TrainConfig
 from grpo.task.check import open_task
 from grpo.task.parts import tokenizer_of
@@ -34,7 +30,12 @@ from grpo.task.task import Task
 from policies.anatomy import count_parameters
 from policies.devices import device_of
 from policies.policy import PolicyError
+from rewards.commands.check import STATE, check_reward
+from rewards.commands.options import RewardTestConfig
+from rewards.commands.probes import misprint
+from rewards.config.options import load
 from rewards.scorer import BATCH
+from rewards.ties import tied
 from rollout.group import Prompt
 
 Effect = Literal["ends", "spoils", "note"]  # what a finding does to the real run; a note does nothing
@@ -141,7 +142,7 @@ def key_of(message: str) -> str:
     >>> key_of("prompts_per_step=8, but there are 5 training examples; lower it")
     'prompts_per_step'
     """
-    keys = list(_defaults(TrainConfig))
+    keys = list(our_defaults())
     for word in re.findall(r"([a-z_]+(?:\.[a-z_]+)*)(?:\[\d+\][\w.]*)?=", message):
         if word in keys:
             return str(word)

@@ -17,7 +17,6 @@ from unittest.mock import patch
 import psutil
 
 from grpo.cli.commands.rehearse import Rehearsal, key_of, with_options
-from rewards.config.options import dump_yaml
 from grpo.config.run import TrainConfig
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
@@ -30,6 +29,7 @@ from grpo.train import train
 from policies import presets, tensor_files
 from policies.cut import cut_model
 from policies.policy import Policy
+from rewards.config.options import dump_yaml
 
 FAILURES = (*REFUSALS, NonFiniteStep, OutOfMemory)
 LATEST_S, HANGS_S = 120.0, 2.0  # until the first step of a run that is killed, and of a worker that hangs

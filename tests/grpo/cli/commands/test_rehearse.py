@@ -1,24 +1,24 @@
 """`quartet rehearse` names what would end or spoil a run, by option and number, without the model's weights."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from grpo.cli.commands import rehearse_steps
 from grpo.cli.commands.rehearse import Rehearsal, key_of, rehearse
 from grpo.cli.parse import main
-from rewards.config.options import load
 from grpo.config.run import TrainConfig
 from policies.cut import cut
+from rewards.config.options import load
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-RIGHT = "def right(completions, answer, **_):\n    return [float(a in c) for c, a in zip(completions, answer)]\n"
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,14 @@ def no_steps(monkeypatch) -> None:
     monkeypatch.setattr(rehearse_steps, "take_steps", lambda *arguments: None)
 
 
-def _config(model: Path, folder: Path, **options) -> TrainConfig:
+def _config(folder_of_model: Path, folder: Path, **options) -> TrainConfig:
     usual = {
-        "model": str(model),
+        "model": str(folder_of_model),
         "output_dir": folder / "run",
         "data.levels": [1],
-        "data.limit": 200,
+        "data.limit": 60,
         "eval.limit": 8,
-        "steps": 40,
+        "steps": 10,
         "prompts_per_step": 4,
         "checkpoint.every": 10,
         "rollout.max_completion_tokens": 100,
@@ -65,8 +65,8 @@ def _worst(result: Rehearsal) -> list[str]:
 
 
 def _reward(folder: Path, text: str, name: str = "reward") -> list[dict[str, str]]:
-    (folder / "rewards.py").write_text(text)
-    return [{"function": f"{folder / 'rewards.py'}:{name}"}]
+    (folder / "own_rewards.py").write_text(text)
+    return [{"function": f"{folder / 'own_rewards.py'}:{name}"}]
 
 
 def test_a_sound_run_takes_two_steps_without_weights_and_nothing_is_wrong(bare_model, tmp_path):
@@ -75,40 +75,48 @@ def test_a_sound_run_takes_two_steps_without_weights_and_nothing_is_wrong(bare_m
     assert [step["step"] for step in result.steps] == [1, 2]
     assert not (tmp_path / "run").exists()
     assert result.facts["scores"] == {"right": 1.0, "wrong": 0.0, "nothing": 0.0, "written": "as it is"}
-    assert result.facts["data"]["epochs"] == 0.8
+    assert result.facts["data"]["epochs"] == pytest.approx(40 / 60)
     assert set(result.facts) >= {"tokens", "template", "plan", "memory", "time on H100s, of a step", "reward gsm8k"}
+
+
+def test_numbers_that_spoil_a_run_are_named_all_at_once(bare_model, tmp_path, no_steps):
+    options = {
+        "rollout.max_completion_tokens": 8,
+        "steps": 4000,
+        "learner.warmup_steps": 4000,
+        "learner.learning_rate": 0.01,
+        "rollout.temperature": 0.01,
+    }
+    assert {line.partition(";")[0] for line in _worst(rehearse(_config(bare_model, tmp_path, **options)))} == {
+        "spoils rollout.max_completion_tokens: 60 of 60 gold solutions have more than 8 tokens (the longest 76)",
+        "spoils steps: 4000 steps read the data 267 times",
+        "spoils learner.warmup_steps: 4000 steps of warm-up in a run of 4000 never end at 0.01",
+        "spoils learner.learning_rate: 0.01 is outside of 1e-08 to 0.0001, where GRPO has been seen to learn",
+        "spoils rollout.temperature: at 0.01 the completions of a group are alike, and tied groups teach nothing",
+    }
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (
-            {"rollout.max_completion_tokens": 8},
-            "spoils rollout.max_completion_tokens: .* of 200 gold solutions have more",
-        ),
         ({"rollout.max_completion_tokens": 250}, "ends rollout.max_completion_tokens: .*pass the policy's context"),
-        ({"steps": 4000}, "spoils steps: 4000 steps read the data 80 times"),
-        ({"learner.warmup_steps": 40}, "spoils learner.warmup_steps: 40 steps of warm-up in a run of 40"),
-        ({"learner.learning_rate": 0.01}, "spoils learner.learning_rate: 0.01 is outside"),
-        ({"rollout.temperature": 0.01}, "spoils rollout.temperature: at 0.01"),
         ({"data.limit": 3}, "ends prompts_per_step: .*there are 3 training examples"),
-        ({"data.solution_column": "gold"}, "ends "),
-        ({"eval.every": 5, "eval.limit": 0}, "ends eval.every: "),
-        ({"device": "cuda:7", "rollout.backend": "vllm", "rollout.workers": 1}, "ends rollout.backend: "),
+        ({"eval.every": 5, "eval.limit": 0}, "ends eval.limit: eval.limit=0 with eval.every=5: that evaluates nothing"),
         ({"model": "OWNER/nowhere"}, "ends model: .*nor a reachable hub id"),
         (
-            {"rollout.backend": "vllm", "rollout.vllm.engine": {"max_model_len": 90}},
-            "ends rollout.vllm.engine: max_mod",
+            {"device": "cuda:7", "rollout.backend": "vllm", "rollout.workers": 1},
+            "ends rollout.workers: .*vLLM is one server",
         ),
-        ({"data.template": "Solve it. {id}"}, "^$"),
+        pytest.param(
+            {"rollout.backend": "vllm", "rollout.vllm.engine": {"max_model_len": 90}},
+            r"ends rollout.vllm.engine: max_model_len=90 holds no prompt of \d+ tokens and a completion of 100",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_what_the_options_say_is_named_by_key_and_number(bare_model, tmp_path, no_steps, options, expected):
-    import re
-
-    result = rehearse(_config(bare_model, tmp_path, **options))
-    found = _worst(result) or [""]
-    assert any(re.search(expected, line) for line in found), found
+def test_what_would_end_a_run_is_named_by_key(bare_model, tmp_path, no_steps, options, expected):
+    found = _worst(rehearse(_config(bare_model, tmp_path, **options)))
+    assert any(re.match(expected, line) for line in found), found
 
 
 @pytest.mark.parametrize(
@@ -139,9 +147,9 @@ def test_a_template_that_is_applied_twice_and_a_model_that_thinks(chat_model, tm
     rows = [{"question": f"<|im_start|>user\n{n} + 1 = ?", "answer": f"#### {n + 1}"} for n in range(10)]
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    file = chat_model / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}))
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(chat_model)
     (chat_model / "chat_template.jinja").write_text(CHATML + "{# <think> #}")
     options = {"data.name": str(data), "data.template": "chat", "eval.limit": 0, "data.limit": None}
     found = _worst(rehearse(_config(chat_model, tmp_path, **options)))
@@ -185,4 +193,4 @@ def test_a_run_goes_on_after_every_fault(bare_model, tmp_path):
     assert all(words.endswith("and the steps have the same numbers") for words in result.faults.values()), result.faults
     assert result.faults["a full disk"].startswith("the run ends: cannot write checkpoint")
     assert "--resume auto goes on after step 1" in result.faults["a full disk"]
-    assert not result.faults["workers that hang"].startswith("0 processes")
+    assert not result.faults["workers and tools that hang"].startswith("0 processes")

@@ -1,0 +1,137 @@
+"""What a script or a command of another trainer says, in options of ours; and what it says that has no counterpart."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from grpo.config.run import TrainConfig
+from rewards.config.names import hint, put
+from rewards.config.options import _defaults
+from rewards.config.yaml_file import parse_yaml, to_yaml
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """An option of the other trainer that is set to another value than its default and is not carried over."""
+
+    option: str
+    """Its name there, such as `top_p`, or an argument of the trainer, such as `callbacks`."""
+    value: Any
+    reason: str
+    """Why it is not carried over, and the way out."""
+    changes_training: bool = True
+    """Whether a run here learns something else for it. Logging, uploads and loading of data change nothing."""
+
+
+@dataclass(frozen=True)
+class Migration:
+    """The options of `quartet train` that do what a script or a command of another trainer does."""
+
+    source: str
+    """What was read: `script.py`, or `verl.trainer.main_ppo`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """A tree of options, without `rewards`; defaults of the other trainer that differ from ours are among them."""
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    """Reward functions as the option `rewards` takes them, such as `{"function": "script.py:grade", "weight": 1.0}`."""
+    unsupported: list[Unsupported] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Sentences about what was decided on the way: how a batch was counted, which files were written."""
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """Gives all options, the rewards among them: `TrainConfig(**migration.tree)` is the configuration."""
+        return self.options | {"rewards": self.rewards}
+
+    def put(self, key: str, value: Any, is_default: bool = True) -> None:
+        """Sets an option; a default of theirs that is ours as well is left out."""
+        if not is_default or value != our_defaults().get(key):
+            put(self.options, key, value)
+
+    def carry_over(self, table: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        """Sets the options of a table whose values go over as they are, or by the table `values`."""
+        for name, key in tables()[table].items():
+            value = values.get(name, defaults.get(name))
+            choices = tables()["values"].get(name)
+            if choices is None or value in choices:
+                self.put(key, choices[value] if choices else value, value == defaults.get(name))
+            else:
+                known = ", ".join(dict.fromkeys(map(str, choices.values())))
+                self.unsupported.append(Unsupported(name, value, f"{key} is one of {known}; set the nearest by hand"))
+
+    def lacks(self, option: str, value: Any, **facts: Any) -> None:
+        """Notes that an option is not carried over; `facts` are for the reason in the table `reasons`."""
+        reason = tables()["reasons"].get(option, "").format(**facts) or reason_of(option)
+        ends = [option.split(".", start)[start] for start in range(option.count(".") + 1)]
+        matters = not any(fnmatchcase(end, pattern) for end in ends for pattern in tables()["no_effect"])
+        self.unsupported.append(Unsupported(option, value, reason, matters))
+
+    def lacks_counterparts(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any], known: Collection[str]
+    ) -> None:
+        """Notes what is set to another value than its default and is in no table."""
+        for name, value in values.items():
+            if name not in known and not (name in defaults and value == defaults[name]):
+                self.lacks(name, value)
+
+    def sample_with_vllm(self, option: str, value: Any, engine: Mapping[str, Any]) -> None:
+        from rollout.backends.vllm.process import interpreter  # it loads torch
+
+        if interpreter().is_file():
+            self.put("rollout.backend", "vllm")
+            self.put("rollout.vllm.engine", dict(engine))
+        else:
+            self.lacks(option, value, engine=f"rollout.vllm.engine: {to_yaml(engine, inline=True)}")
+
+    def yaml(self) -> str:
+        """The options as a file for `quartet train`, after comments about what has no counterpart."""
+        return "".join(f"# {line}\n" for line in self.lines()) + to_yaml(self.tree)
+
+    def lines(self) -> list[str]:
+        """What is not carried over, and what was decided, for a person."""
+        title = f"From {self.source}. Not carried over, so that something else is learned:"
+        lines = [title, *self.losses(True)] if self.losses(True) else [f"From {self.source}."]
+        if without_effect := self.losses(False):
+            lines += ["Not carried over, with no effect on what is learned:", *without_effect]
+        return [*lines, *self.notes]
+
+    def losses(self, changes_training: bool) -> list[str]:
+        """Each option that is not carried over, in a line; a secret such as hub_token has no value in it."""
+        lines = []
+        for each in self.unsupported:
+            value = "..." if each.option.endswith("token") else to_yaml(each.value, inline=True)[:60]
+            lines += [f"- {each.option}={value}: {each.reason}"] if each.changes_training is changes_training else []
+        return lines
+
+
+@cache
+def tables() -> dict[str, Any]:
+    return parse_yaml(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+
+
+def our_defaults() -> dict[str, Any]:
+    """The defaults of `quartet train` by the whole keys of the options."""
+    return _defaults(TrainConfig)
+
+
+def reason_of(name: str) -> str:
+    """Why an option of another trainer has no counterpart, or where something like it is.
+
+    >>> reason_of("hub_strategy")
+    'training uploads nothing; `quartet export RUN --push_to_hub OWNER/NAME` uploads the policy of a run'
+    """
+    said = hint(name, our_defaults()) or ""
+    if said.startswith("did you mean "):
+        option, _, note = said.removeprefix("did you mean ").partition("?")
+        return f"{option} is the nearest{note}; set it by hand"
+    return said.removeprefix("not supported, because ") or "no option here has this meaning"
+
+
+def shown(path: Path) -> str:
+    """The path as an option holds it: from the working folder where it is below that."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,248 @@
+"""Runs a script up to its GRPOTrainer, without loading a model, and writes down what the trainer was to be made of.
+
+`python recorder.py FACTS.json FOLDER SCRIPT ARGUMENTS...` is a process of its own, and this file imports nothing of
+ours. The script's models are stand-ins with a name, and its trainer ends the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from enum import Enum
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+MOST_STREAMED = 10_000  # rows of a stream that are written
+SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "completion")  # columns, the best first
+hub_sources: dict[str, dict[str, Any]] = {}  # what was loaded from the hub, by the fingerprint of its rows
+
+
+class Model(MagicMock):
+    """Stands for a model that the script loads: it has its name and the arguments, and takes every call."""
+
+
+def model_of(name: Any, **arguments: Any) -> Model:
+    model = Model(name="model")
+    model.name_or_path = str(name)
+    model.recorded = {"name": str(name), "arguments": plain(arguments), "lora": None}
+    return model
+
+
+def plain(value: Any) -> Any:
+    """Gives the value as JSON holds it; what it cannot hold is its text."""
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in (sorted(value, key=str) if isinstance(value, set) else value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__qualname__", None) or str(value).removeprefix("torch.")
+
+
+# ---- what the script calls -------------------------------------------------------------------------------------------
+
+
+def replace_trl() -> None:
+    """Puts stand-ins where a script finds the trainer and its models, and lets the configuration note its values."""
+    import datasets
+    import peft
+    import transformers
+    import trl
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+    from trl.trainer import grpo_config, grpo_trainer
+
+    note_values(grpo_config.GRPOConfig)
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # it is read where it will not train
+    names = list(inspect.signature(grpo_trainer.GRPOTrainer.__init__).parameters)[1:]
+    recorder = trainer_class(names)
+    for module in (trl, trl.trainer, grpo_trainer):
+        module.GRPOTrainer = recorder
+    for owner in (_BaseAutoModelClass, transformers.PreTrainedModel):
+        owner.from_pretrained = classmethod(lambda _, name, *rest, **arguments: model_of(name, **arguments))
+    peft.get_peft_model = with_adapters
+    datasets.load_dataset = note_source(datasets.load_dataset)
+
+
+def note_values(config: type) -> None:
+    """Keeps the values of a configuration as they were given, before it derives others from them. Options of other
+    versions of TRL are kept apart, and what it refuses is noted, since another machine may be meant."""
+    make, finish = config.__init__, config.__post_init__
+    names = [field.name for field in dataclasses.fields(config)]
+
+    def __init__(self: Any, *values: Any, **options: Any) -> None:
+        self.of_other_versions = {name: options.pop(name) for name in list(options) if name not in names}
+        make(self, *values, **options)
+
+    def __post_init__(self: Any) -> None:
+        self.as_given = {name: getattr(self, name) for name in names}
+        try:
+            finish(self)
+        except Exception as error:
+            self.refused = str(error)
+        self.as_derived = {name: getattr(self, name) for name in names}
+
+    config.__init__, config.__post_init__ = __init__, __post_init__
+
+
+def with_adapters(model: Any, config: Any, *_: Any, **__: Any) -> Any:
+    if isinstance(model, Model):
+        model.recorded["lora"] = values_of(config)
+    return model
+
+
+def note_source(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_dataset(path: str, name: str | None = None, *rest: Any, **arguments: Any) -> Any:
+        loaded = load(path, name, *rest, **arguments)
+        if not rest and not {"data_files", "data_dir"} & set(arguments) and not Path(path).exists():
+            for split, rows in loaded.items() if isinstance(loaded, dict) else [(arguments.get("split"), loaded)]:
+                source = path if name is None else f"{path}:{name}"
+                hub_sources[getattr(rows, "_fingerprint", "")] = {"name": source, "split": str(split)}
+        return loaded
+
+    return load_dataset
+
+
+def trainer_class(names: list[str]) -> type:
+    class GRPOTrainer:
+        """Writes down what it is made of, and ends the process: no `finally` and no thread of the script goes on."""
+
+        def __init__(self, *values: Any, **arguments: Any) -> None:
+            facts = facts_of(dict(zip(names, values, strict=False)) | arguments, Path(FOLDER))
+            if type(self) is not GRPOTrainer:
+                facts["others"]["GRPOTrainer"] = type(self).__name__
+            Path(RESULT).write_text(json.dumps(facts), encoding="utf-8")
+            sys.stdout.flush()
+            os._exit(0)
+
+    return GRPOTrainer
+
+
+# ---- what is written down --------------------------------------------------------------------------------------------
+
+
+def facts_of(given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """All that the parent needs to know of the trainer's arguments, as JSON."""
+    from trl import GRPOConfig
+
+    config = given.pop("args", None) or GRPOConfig()
+    rewards = given.pop("reward_funcs", None) or []
+    environments, lora = given.pop("environment_factory", None) or {}, given.pop("peft_config", None)
+    environments = environments if isinstance(environments, dict) else {"": environments}
+    changed = {name for name, value in config.as_derived.items() if getattr(config, name) != value}
+    values = config.as_given | {name: getattr(config, name) for name in changed}
+    return {
+        "values": plain(values),
+        "defaults": {field.name: plain(field.default) for field in dataclasses.fields(GRPOConfig)},
+        "of_other_versions": plain(getattr(config, "of_other_versions", {})),
+        "refused": getattr(config, "refused", None),
+        "model": model_facts(given.pop("model", None)) | ({} if lora is None else {"lora": values_of(lora)}),
+        "rewards": [function_of(each) for each in (rewards if isinstance(rewards, list) else [rewards])],
+        "tools": [function_of(each) for each in given.pop("tools", None) or []],
+        "environments": {name: function_of(each) for name, each in environments.items()},
+        "data": data_facts(given.pop("train_dataset", None), given.pop("eval_dataset", None), folder),
+        "tokenizer": tokenizer_facts(given.pop("processing_class", None)),
+        "quantization": plain(getattr(given.pop("quantization_config", None), "to_dict", dict)()),
+        "others": {name: plain(value) for name, value in given.items() if value is not None and value != (None, None)},
+    }
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    facts = model.recorded if isinstance(model, Model) else {"name": name, "arguments": {}, "lora": None}
+    try:
+        facts["type"] = AutoConfig.from_pretrained(facts["name"]).model_type
+    except Exception:  # not there, or not reachable from here: the run will say so
+        facts["type"] = None
+    return facts
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """What kind of configuration of peft's it is, its values, and the defaults of LoRA."""
+    from peft import LoraConfig
+
+    defaults = {field.name: plain(getattr(LoraConfig(), field.name)) for field in dataclasses.fields(LoraConfig)}
+    values = {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return {"kind": type(config).__name__, "values": values, "defaults": defaults}
+
+
+def function_of(value: Any) -> dict[str, Any]:
+    """Tells where others find a function or a class: its file and its name there; only its text if nowhere."""
+    if isinstance(value, str | Model):
+        return {"model": value if isinstance(value, str) else value.recorded["name"]}
+    if isinstance(value, functools.partial) and not value.args:
+        return function_of(value.func) | {"arguments": plain(value.keywords)}
+    module = sys.modules.get(getattr(value, "__module__", None) or "", sys.modules["__main__"])
+    for place in (module, sys.modules["__main__"]):
+        for name, other in vars(place).items():
+            if other is value:
+                package = place.__name__ if "." in place.__name__ else ""
+                return {"file": str(Path(place.__file__ or "").resolve()), "name": name, "module": package}
+    return {"text": plain(value)}
+
+
+def data_facts(train: Any, test: Any, folder: Path) -> dict[str, Any]:
+    """Tells what the rows are. They are written into files, unless they are those of a dataset of the hub as it is."""
+    if isinstance(test, dict):
+        test = next(iter(test.values()), None)
+    parts = {name: rows for name, rows in {"train": train, "test": test}.items() if rows is not None}
+    facts = {name: rows_facts(rows) for name, rows in parts.items()}
+    sources = [part["source"]["name"] if part["source"] and part["solution"] else None for part in facts.values()]
+    if None in sources or len(set(sources)) > 1:
+        for name, rows in parts.items():
+            write_rows(rows, folder / f"{name}.jsonl", {} if facts[name]["solution"] else {"answer": "(none)"})
+            facts[name] |= {"source": None, "solution": facts[name]["solution"] or "answer"}
+    return facts
+
+
+def rows_facts(rows: Any) -> dict[str, Any]:
+    first = next(iter(rows), {})
+    return {
+        "count": len(rows) if hasattr(rows, "__len__") else None,
+        "columns": list(first),
+        "chat": isinstance(first.get("prompt"), list),
+        "solution": next((name for name in SOLUTIONS if is_text(first.get(name))), None),
+        "source": hub_sources.get(getattr(rows, "_fingerprint", "-")),
+    }
+
+
+def write_rows(rows: Any, file: Path, more: dict[str, str]) -> None:
+    """Writes a line for each row; `more` is a text in the place of a solution, which every row has here."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as lines:
+        for row in islice(rows, None if hasattr(rows, "__len__") else MOST_STREAMED):
+            lines.write(json.dumps(more | row, ensure_ascii=False, default=str) + "\n")
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, int | float | str) and not isinstance(value, bool) and bool(str(value).strip())
+
+
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any] | None:
+    """Tells the tokenizer's name, and whether its chat template is another one than that which it was loaded with."""
+    from transformers import AutoTokenizer
+
+    name = getattr(tokenizer, "name_or_path", None)
+    if not name:
+        return None
+    loaded = AutoTokenizer.from_pretrained(name).chat_template
+    return {"name": name, "other_template": tokenizer.chat_template != loaded}
+
+
+if __name__ == "__main__":
+    RESULT, FOLDER, SCRIPT, *ARGUMENTS = sys.argv[1:]
+    replace_trl()
+    sys.argv, sys.path[0] = [SCRIPT, *ARGUMENTS], str(Path(SCRIPT).resolve().parent)
+    runpy.run_path(SCRIPT, run_name="__main__")
