@@ -45,6 +45,7 @@ MANY = 0.1  # a share of examples that is no accident
 THOUGHTS = 1024  # tokens that a model which thinks needs at least
 EPOCHS = 20  # above it a policy learns its problems by heart
 RATES = {False: (1e-8, 1e-4), True: (1e-7, 1e-3)}  # learning rates that have been seen to learn; True: of adapters
+SMALL = 1e8  # parameters; below it larger rates learn, too
 FLOPS, BYTES_S = 3e14, 2.5e12  # of one H100 in a second, used well
 OF_OTHERS = ("environment", "agent", "column", "judge", "remote")  # rewards whose marks come from elsewhere
 # How a right answer may have to be written for a reward to see it.
@@ -112,14 +113,15 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
             prompts = look_at_lengths(result, config, task, tokenizer)
             look_at_template(result, run.plan, config, tokenizer, prompts)
             run.check(task)
-            look_at_options(result, config, task)
+            sizes = count_parameters(run.plan.bare_policy().trunk, run.plan.shape.get_text_config(decoder=True))
+            look_at_options(result, config, task, sizes[0])
             result.facts["plan"] = dict(run.rows(task))
             look_at_machine(result, run)
             seconds = 0.0
             if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
                 try_forms(result, task, prompts)
                 seconds = try_functions(result, config, task)
-            look_at_time(result, run.plan, config, prompts, seconds)
+            look_at_time(result, config, sizes, prompts, seconds)
     except REFUSALS as error:
         result.refuse(error)
         return result
@@ -168,8 +170,8 @@ def as_planned(config: TrainConfig, result: Rehearsal) -> TrainConfig:
     return with_options(config, changes)
 
 
-def look_at_options(result: Rehearsal, config: TrainConfig, task: Task) -> None:
-    """Finds numbers that fit no run of so many steps over so many examples."""
+def look_at_options(result: Rehearsal, config: TrainConfig, task: Task, parameters: int) -> None:
+    """Finds numbers that fit no run of so many steps over so many examples, and of a policy of this size."""
     steps, rate, examples = config.steps, config.learner.learning_rate, len(task.train)
     epochs = steps * config.prompts_per_step / examples
     result.facts["data"] = {"examples": examples, "held out": len(task.held_out), "epochs": epochs}
@@ -180,7 +182,7 @@ def look_at_options(result: Rehearsal, config: TrainConfig, task: Task) -> None:
         what = f"{config.learner.warmup_steps} steps of warm-up in a run of {steps} never end at {rate:g}"
         result.add("spoils", "learner.warmup_steps", what, f"take {steps // 20}")
     low, high = RATES[config.lora is not None]
-    if not low <= rate <= high:
+    if not low <= rate <= high and parameters > SMALL:
         what = f"{rate:g} is outside of {low:g} to {high:g}, where GRPO has been seen to learn"
         result.add("spoils", "learner.learning_rate", what, f"take {1e-5 if config.lora else 1e-6:g}")
     if config.rollout.temperature < 0.2:
@@ -209,12 +211,14 @@ def look_at_machine(result: Rehearsal, run: DryRun) -> None:
             result.add("ends", "checkpoint.keep" if disk else key_of(verdict.line), verdict.line)
 
 
-def look_at_time(result: Rehearsal, plan: Plan, config: TrainConfig, prompts: Sequence[Prompt], seconds: float) -> None:
+def look_at_time(
+    result: Rehearsal, config: TrainConfig, sizes: tuple[int, int], prompts: Sequence[Prompt], seconds: float
+) -> None:
     """Plans the time of a step with whole completions, from what a reward took here (`seconds` for one of them) and
-    from the size of the real model."""
+    from the `sizes` of the real model: all parameters, and those that a token uses."""
     rollout, completions = config.rollout, config.prompts_per_step * config.rollout.group_size
     tokens = completions * (rollout.max_completion_tokens + fmean(len(prompt.token_ids) for prompt in prompts))
-    total, active = count_parameters(plan.bare_policy().trunk, plan.shape.get_text_config(decoder=True))
+    total, active = sizes
     forward, shards = 2 * active * tokens / FLOPS, -(-config.prompts_per_step // rollout.prompts_per_shard)
     reading = shards * rollout.max_completion_tokens * 2 * total / BYTES_S
     forwards = (4 if config.loss.beta > 0 else 3) * config.learner.updates_per_batch + 1

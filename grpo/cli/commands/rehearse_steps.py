@@ -34,9 +34,9 @@ from rewards.config.options import dump_yaml
 FAILURES = (*REFUSALS, NonFiniteStep, OutOfMemory)
 LATEST_S, HANGS_S = 120.0, 2.0  # until the first step of a run that is killed, and of a worker that hangs
 WORKERS = ("rewards.isolation.child", "ray::")  # in the command lines of processes that score, act and sample
-UNLIKE = ("time/", "speed/", "memory/", "faults/", "run/", "publish/")  # metrics that a fault may change
+BY_CHANCE = ("time/", "speed/", "memory/", "faults/", "run/", "publish/")  # metrics that a fault may change
 SHOWN = (
-    *("reward/mean", "reward/errors", "reward/abstained", "group/tied", "tools/calls_mean", "tools/failures"),
+    *("reward/mean", "reward/errors", "reward/abstained", "tools/calls_mean", "tools/failures"),
     *("time/rollout", "time/reward", "time/learn", "time/step"),
 )
 # fmt: off
@@ -50,6 +50,9 @@ OTHERWISE = {  # what makes a run large or sends something away
     "rollout.compile": "off", "learner.workers": 0, "learner.parallel": {}, "learner.optimizer": "adamw",
 }
 # fmt: on
+# A reward of random numbers that breaks ties, so that the steps learn though the random policy is never right.
+UNLIKE_REWARD = "def unlike(completion_ids, **_):\n    return [sum(ids) % 997 / 997 for ids in completion_ids]\n"
+UNLIKE_WEIGHT = 1e-4
 
 
 def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: Any, faults: bool) -> None:
@@ -90,6 +93,11 @@ def rehearsed(config: TrainConfig, model: str, folder: Path, head: bool) -> Trai
     changes |= {"eval.every": config.eval.every and 1} | ({"lora.base": None} if config.lora else {})
     if config.distill.teacher or config.distill.url:
         changes |= {"distill.teacher": model, "distill.url": None}
+    else:
+        file = folder.with_name("unlike.py")
+        file.write_text(UNLIKE_REWARD, encoding="utf-8")
+        unlike = {"function": f"{file}:unlike", "weight": UNLIKE_WEIGHT}
+        changes["rewards"] = [*(reward.model_dump() for reward in config.rewards), unlike]
     return with_options(config, changes)
 
 
@@ -119,7 +127,7 @@ def look_at_steps(result: Rehearsal, config: TrainConfig) -> None:
 
 def _compared(config: TrainConfig, result: Rehearsal) -> str:
     one, other = (
-        [{name: value for name, value in step.items() if not name.startswith(UNLIKE)} for step in steps]
+        [{name: value for name, value in step.items() if not name.startswith(BY_CHANCE)} for step in steps]
         for steps in (steps_of(config.output_dir), result.steps)
     )
     same = one == other
@@ -165,7 +173,8 @@ def _disturbed(config: TrainConfig, result: Rehearsal, owner: Any, name: str, fu
         with patch.object(owner, name, function):
             train(config)
     except FAILURES as error:
-        return f"the run ends: {error}; {_resumed(config, result)}"
+        words = str(error).replace(f"{config.output_dir}/", "").partition("; needs")[0]
+        return f"the run ends: {words}; {_resumed(config, result)}"
     return f"the run goes on, {_compared(config, result)}"
 
 

@@ -72,7 +72,7 @@ def _reward(folder: Path, text: str, name: str = "reward") -> list[dict[str, str
 def test_a_sound_run_takes_two_steps_without_weights_and_nothing_is_wrong(bare_model, tmp_path):
     result = rehearse(_config(bare_model, tmp_path))
     assert _worst(result) == []
-    assert [step["step"] for step in result.steps] == [1, 2]
+    assert [step["learner/updates"] for step in result.steps] == [1, 1]
     assert not (tmp_path / "run").exists()
     assert result.facts["scores"] == {"right": 1.0, "wrong": 0.0, "nothing": 0.0, "written": "as it is"}
     assert result.facts["data"]["epochs"] == pytest.approx(40 / 60)
@@ -84,14 +84,12 @@ def test_numbers_that_spoil_a_run_are_named_all_at_once(bare_model, tmp_path, no
         "rollout.max_completion_tokens": 8,
         "steps": 4000,
         "learner.warmup_steps": 4000,
-        "learner.learning_rate": 0.01,
         "rollout.temperature": 0.01,
     }
     assert {line.partition(";")[0] for line in _worst(rehearse(_config(bare_model, tmp_path, **options)))} == {
-        "spoils rollout.max_completion_tokens: 60 of 60 gold solutions have more than 8 tokens (the longest 76)",
+        "spoils rollout.max_completion_tokens: 60 of 60 gold solutions have more than 8 tokens (the longest 25)",
         "spoils steps: 4000 steps read the data 267 times",
-        "spoils learner.warmup_steps: 4000 steps of warm-up in a run of 4000 never end at 0.01",
-        "spoils learner.learning_rate: 0.01 is outside of 1e-08 to 0.0001, where GRPO has been seen to learn",
+        "spoils learner.warmup_steps: 4000 steps of warm-up in a run of 4000 never end at 1e-06",
         "spoils rollout.temperature: at 0.01 the completions of a group are alike, and tied groups teach nothing",
     }
 
@@ -193,4 +191,3 @@ def test_a_run_goes_on_after_every_fault(bare_model, tmp_path):
     assert all(words.endswith("and the steps have the same numbers") for words in result.faults.values()), result.faults
     assert result.faults["a full disk"].startswith("the run ends: cannot write checkpoint")
     assert "--resume auto goes on after step 1" in result.faults["a full disk"]
-    assert not result.faults["workers and tools that hang"].startswith("0 processes")
