@@ -94,7 +94,7 @@ def rehearse(args: argparse.Namespace) -> int:
             config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration else {})
             result = rehearse(config, faults=args.faults, device_gib=args.device_gib)
             for line in (*migration.losses(True), *migration.losses(False)) if migration else ():
-                result.add("note", "", line.removeprefix("- "))
+                result.add("warns", "", line.removeprefix("- "))
         except ValueError as error:
             result = Rehearsal(source)
             for problem in getattr(error, "problems", [str(error)]):  # of a ConfigError

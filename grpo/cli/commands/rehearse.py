@@ -27,9 +27,10 @@ from grpo.task.parts import tokenizer_of
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.table import contradictions
 from grpo.task.task import Task
+from policies import presets
 from policies.anatomy import count_parameters
 from policies.devices import device_of
-from policies.policy import PolicyError
+from policies.policy import Policy, PolicyError
 from rewards.commands.check import STATE, check_reward
 from rewards.commands.options import RewardTestConfig
 from rewards.commands.probes import misprint
@@ -38,14 +39,13 @@ from rewards.scorer import BATCH
 from rewards.ties import tied
 from rollout.group import Prompt
 
-Effect = Literal["ends", "spoils", "note"]  # what a finding does to the real run; a note does nothing
+Effect = Literal["ends", "spoils", "warns"]  # what a finding does to the real run; what only warns may be meant so
 
 SAMPLED, TRIED = 400, 20  # examples whose tokens are counted, and those that rewards are tried on
 MANY = 0.1  # a share of examples that is no accident
 THOUGHTS = 1024  # tokens that a model which thinks needs at least
 EPOCHS = 20  # above it a policy learns its problems by heart
 RATES = {False: (1e-8, 1e-4), True: (1e-7, 1e-3)}  # learning rates that have been seen to learn; True: of adapters
-SMALL = 1e8  # parameters; below it larger rates learn, too
 FLOPS, BYTES_S = 3e14, 2.5e12  # of one H100 in a second, used well
 OF_OTHERS = ("environment", "agent", "column", "judge", "remote")  # rewards whose marks come from elsewhere
 # How a right answer may have to be written for a reward to see it.
@@ -85,7 +85,7 @@ class Rehearsal:
     @property
     def wrong(self) -> bool:
         """Tells whether something would end or spoil the real run."""
-        return any(finding.effect != "note" for finding in self.findings)
+        return any(finding.effect != "warns" for finding in self.findings)
 
     def add(self, effect: Effect, key: str, what: str, advice: str = "") -> None:
         finding = Finding(effect, key, " ".join(what.split()), advice)
@@ -110,13 +110,15 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
             tokenizer = tokenizer_of(run.plan, task)
             if tokenizer is None:
                 raise PolicyError(f"model={config.model!r} has no tokenizer; put its files beside config.json")
+            policy = run.plan.bare_policy(tokenizer)
+            sizes = count_parameters(policy.trunk, policy.config.get_text_config(decoder=True))
             prompts = look_at_lengths(result, config, task, tokenizer)
-            look_at_template(result, run.plan, config, tokenizer, prompts)
+            look_at_template(result, config, policy, prompts)
+            look_at_repetition(result, config, prompts)
             run.check(task)
-            sizes = count_parameters(run.plan.bare_policy().trunk, run.plan.shape.get_text_config(decoder=True))
-            look_at_options(result, config, task, sizes[0])
+            look_at_options(result, config, task, fresh=run.plan.source.base in presets.PRESETS)
             result.facts["plan"] = dict(run.rows(task))
-            look_at_machine(result, run)
+            look_at_machine(result, run, here=config.device == "cpu")
             seconds = 0.0
             if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
                 try_forms(result, task, prompts)
@@ -144,6 +146,8 @@ def key_of(message: str) -> str:
     >>> key_of("prompts_per_step=8, but there are 5 training examples; lower it")
     'prompts_per_step'
     """
+    if message.startswith("reward '"):
+        return "rewards"
     keys = list(our_defaults())
     for word in re.findall(r"([a-z_]+(?:\.[a-z_]+)*)(?:\[\d+\][\w.]*)?=", message):
         if word in keys:
@@ -170,8 +174,9 @@ def as_planned(config: TrainConfig, result: Rehearsal) -> TrainConfig:
     return with_options(config, changes)
 
 
-def look_at_options(result: Rehearsal, config: TrainConfig, task: Task, parameters: int) -> None:
-    """Finds numbers that fit no run of so many steps over so many examples, and of a policy of this size."""
+def look_at_options(result: Rehearsal, config: TrainConfig, task: Task, *, fresh: bool) -> None:
+    """Finds numbers that fit no run of so many steps over so many examples. `fresh`: the policy begins with random
+    weights, which learn at other rates."""
     steps, rate, examples = config.steps, config.learner.learning_rate, len(task.train)
     epochs = steps * config.prompts_per_step / examples
     result.facts["data"] = {"examples": examples, "held out": len(task.held_out), "epochs": epochs}
@@ -182,28 +187,29 @@ def look_at_options(result: Rehearsal, config: TrainConfig, task: Task, paramete
         what = f"{config.learner.warmup_steps} steps of warm-up in a run of {steps} never end at {rate:g}"
         result.add("spoils", "learner.warmup_steps", what, f"take {steps // 20}")
     low, high = RATES[config.lora is not None]
-    if not low <= rate <= high and parameters > SMALL:
+    if not (fresh or low <= rate <= high):
         what = f"{rate:g} is outside of {low:g} to {high:g}, where GRPO has been seen to learn"
         result.add("spoils", "learner.learning_rate", what, f"take {1e-5 if config.lora else 1e-6:g}")
     if config.rollout.temperature < 0.2:
         what = f"at {config.rollout.temperature:g} the completions of a group are alike, and tied groups teach nothing"
         result.add("spoils", "rollout.temperature", what, "take 1.0")
     if config.eval.every and config.eval.every > steps:
-        result.add("note", "eval.every", f"{config.eval.every} is after the last of {steps} steps", "lower it")
+        result.add("warns", "eval.every", f"{config.eval.every} is after the last of {steps} steps", "lower it")
     if config.checkpoint.every > steps > 1:
         what = f"{config.checkpoint.every} is after the last of {steps} steps: what ends the run loses all of it"
-        result.add("note", "checkpoint.every", what, f"take {max(1, steps // 10)}")
+        result.add("warns", "checkpoint.every", what, f"take {max(1, steps // 10)}")
     if not task.held_out:
-        result.add("note", "eval.limit", "nothing is evaluated", "hold out some problems (eval.limit: 100)")
+        result.add("warns", "eval.limit", "nothing is evaluated", "hold out some problems (eval.limit: 100)")
 
 
-def look_at_machine(result: Rehearsal, run: DryRun) -> None:
-    """Compares memory and disk with those that are here, or with the devices that were asked about."""
+def look_at_machine(result: Rehearsal, run: DryRun, *, here: bool) -> None:
+    """Compares memory and disk with those of this machine, where the run will be `here` or there is an accelerator, or
+    with the devices that were asked about."""
     there = machine.Memory.there(device_of(run.config.device), run.device_gib)
     devices = run.memory.devices(there.gpus or math.inf)
     result.facts["memory"] = {device.name: f"{device.peak / 2**30:.1f} GiB" for device in devices}
-    if not there.gpus:
-        result.add("note", "device", "no accelerator is here to compare memory with", "give --device_gib 80")
+    if not (there.gpus or here):
+        result.add("warns", "device", "no accelerator is here to compare memory with", "give --device_gib 80")
         there = there._replace(total=math.inf, free=math.inf)
     for verdict in run.verdicts(there):
         if not verdict.fits:
@@ -235,7 +241,7 @@ def look_at_time(
         result.add("ends", "reward.timeout_s", what, f"take {math.ceil(4 * late)}")
     if times["rewards s"] > max(1.0, step / 2):
         what = f"rewards take {times['rewards s']:.1f} s of a step of about {step:.1f} s"
-        result.add("note", "reward.workers", what, "give them more processes")
+        result.add("warns", "reward.workers", what, "give them more processes")
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
@@ -255,33 +261,31 @@ def look_at_lengths(result: Rehearsal, config: TrainConfig, task: Task, tokenize
         enough = 1 << (golds[int(0.99 * (len(golds) - 1))] - 1).bit_length()
         what = f"{cut} of {len(golds)} gold solutions have more than {most} tokens (the longest {golds[-1]})"
         many = cut > MANY * len(golds)
-        result.add("spoils" if many else "note", "rollout.max_completion_tokens", what, f"raise it to {enough}")
+        result.add("spoils" if many else "warns", "rollout.max_completion_tokens", what, f"raise it to {enough}")
     if allowed and (longest := max(lengths) + most) > allowed:
         what = f"max_model_len={allowed} holds no prompt of {max(lengths)} tokens and a completion of {most}"
         result.add("ends", "rollout.vllm.engine", what, f"raise it to {longest}")
     copies = len(task.train) - len(task.fingerprints(task.train))
     if copies:
         what = f"{copies} of {len(task.train)} problems are shown like another one"
-        effect: Effect = "spoils" if copies > MANY * len(task.train) else "note"
+        effect: Effect = "spoils" if copies > MANY * len(task.train) else "warns"
         result.add(effect, "data.template", what, "show the columns that tell them apart, or take copies out")
     return prompts
 
 
-def look_at_template(
-    result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: Any, prompts: Sequence[Prompt]
-) -> None:
+def look_at_template(result: Rehearsal, config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> None:
     """Asks what `quartet check` asks of tokenizer and template, and reads the prompts as the policy gets them."""
-    chat, stops = config.data.template == "chat", plan.bare_policy(tokenizer).stop_token_ids
+    chat, tokenizer, shape = config.data.template == "chat", policy.tokenizer, policy.config.get_text_config()
     result.facts["template"] = {}
-    for row in examine_text(tokenizer, stops, getattr(plan.shape.get_text_config(decoder=True), "vocab_size", None)):
+    for row in examine_text(tokenizer, policy.stop_token_ids, getattr(shape, "vocab_size", None)):
         words = str(row.values.get(TRANSFORMERS, ""))
         result.facts["template"][row.name] = words
-        effect: Effect = "note"
+        effect: Effect = "warns"
         if "not in the embedding" in words or "Error" in words:
             effect = "ends"
         elif row.wrong and (row.name == "stop and pad" or (row.name == "template" and "turns" not in words)):
-            effect = "spoils" if chat or words == "no stop token" else "note"
-        of_turns = row.name == "template" and effect == "note" and not config.has_tools
+            effect = "spoils" if chat or words == "no stop token" else "warns"
+        of_turns = row.name == "template" and effect == "warns" and not config.has_tools and "encode" not in row.note
         if row.advice and not of_turns:
             result.add(
                 effect, "data.template" if row.name == "template" else "model", f"{row.name}: {words}", row.advice
@@ -302,7 +306,16 @@ def look_at_template(
         result.add("spoils", "rollout.max_completion_tokens", what, advice)
     if template and not chat:
         what = "the model has a chat template, and prompts are not written with it"
-        result.add("note", "data.template", what, "chat is what an instructed model knows")
+        result.add("warns", "data.template", what, "chat is what an instructed model knows")
+
+
+def look_at_repetition(result: Rehearsal, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
+    """Finds a sentence that every prompt says twice, as where system prompt and data both have it."""
+    for sentence in re.findall(r"[^.!?\n]{24,}[.!?]", prompts[0].text):
+        if not config.data.few_shot and all(prompt.text.count(sentence) > 1 for prompt in prompts):
+            key = "data.system_prompt" if sentence in (config.data.system_prompt or "") else "data.template"
+            result.add("warns", key, f"every prompt says twice {sentence.strip()!r}", "say it once")
+            break
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
@@ -383,7 +396,7 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> float:
         for problem in check.problems:
             result.add("spoils", key, problem, f"quartet reward test {reward.function} shows it")
         for note in check.notes:
-            result.add("note", key, note)
+            result.add("warns", key, note)
     return seconds
 
 
@@ -399,7 +412,7 @@ def show(result: Rehearsal, console: Console) -> None:
         )
         lines.append(f"{part}: {', '.join(words)}")
     lines += [f"fault, {name}: {words}" for name, words in result.faults.items()]
-    for effect in ("note", "spoils", "ends"):
+    for effect in ("warns", "spoils", "ends"):
         for finding in (finding for finding in result.findings if finding.effect == effect):
             advice = f"; {finding.advice}" if finding.advice else ""
             lines.append(f"{effect:6}  {finding.key or 'run'}: {finding.what}{advice}")

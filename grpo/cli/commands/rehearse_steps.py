@@ -62,7 +62,7 @@ def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: An
         try:
             small = rehearsed(config, write_policy(plan, tokenizer, folder / "model"), folder / "run", plan.head)
         except ValueError as error:
-            return result.add("note", "model", f"no step was taken: {error}")
+            return result.add("warns", "model", f"no step was taken: {error}")
         try:
             train(small)
         except FAILURES as error:

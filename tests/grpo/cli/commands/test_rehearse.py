@@ -61,7 +61,7 @@ def _config(folder_of_model: Path, folder: Path, **options) -> TrainConfig:
 
 
 def _worst(result: Rehearsal) -> list[str]:
-    return [f"{found.effect} {found.key}: {found.what}" for found in result.findings if found.effect != "note"]
+    return [f"{found.effect} {found.key}: {found.what}" for found in result.findings if found.effect != "warns"]
 
 
 def _reward(folder: Path, text: str, name: str = "reward") -> list[dict[str, str]]:
