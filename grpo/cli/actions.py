@@ -110,7 +110,7 @@ def _read_for_others(args: argparse.Namespace, folder: Path) -> Migration | None
     if args.verl or (script and script.suffix == ".sh"):
         from grpo.cli.migration.verl_command import read_verl_command
 
-        return read_verl_command(args.verl or script, folder)
+        return read_verl_command(args.verl or script)
     if script and script.suffix == ".py":
         from grpo.cli.migration.trl_script import read_trl_script
 
@@ -286,21 +286,20 @@ def from_trl(args: argparse.Namespace) -> int:
     from grpo.cli.migration.trl_script import read_trl_script
 
     words, limits = shlex.split(args.arguments), {"processes": args.processes, "timeout_s": args.timeout_s}
-    return _migrate(args, args.source, lambda folder: read_trl_script(args.source, folder, words, **limits))
+    return _migrate(args, lambda folder: read_trl_script(args.source, folder, words, **limits))
 
 
 def from_verl(args: argparse.Namespace) -> int:
     from grpo.cli.migration.verl_command import read_verl_command
 
-    file = Path(args.source) if args.source.endswith(".sh") else None
-    return _migrate(args, file or Path("verl.yaml"), lambda folder: read_verl_command(file or args.source, folder))
+    return _migrate(args, lambda _: read_verl_command(args.source))
 
 
-def _migrate(args: argparse.Namespace, source: Path, read: Callable[[Path], Migration]) -> int:
+def _migrate(args: argparse.Namespace, read: Callable[[Path], Migration]) -> int:
     from grpo.config.run import TrainConfig
     from rewards.config.options import ConfigError, load
 
-    out = args.out or Path(source.with_suffix(".yaml").name)
+    out = args.out
     if out.exists():
         return fail(f"--out={out}: it is there already; name another file", EXIT_USAGE)
     migration = read(out.with_name(f"{out.stem}_data"))

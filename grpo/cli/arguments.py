@@ -129,7 +129,7 @@ COMPARE = (
 )
 
 
-_OUT = argument("--out", type=Path, metavar="RUN.yaml", help="the file to write; by default of the name of SOURCE")
+_OUT = argument("--out", type=Path, default=Path("run.yaml"), metavar="RUN.yaml", help="the file to write; run.yaml")
 _MIGRATION = "the options, and what has no counterpart,"
 _PROCESSES = "by how many processes the script would be started; 1"
 FROM_TRL = (

@@ -46,11 +46,21 @@ class RewardTestConfig(CallOptions):
     """The function does not judge the answer (a format, a length): any completion may get full marks, or miss them."""
 
 
+class ReplayedDataOptions(ProblemOptions):
+    """Where the columns of another tool's rollouts are, whose files hold none of the data's."""
+
+    name: str | None = None
+    """As for `reward test`; a row belongs to the prompts that hold its question. null: the files have the columns."""
+    split: str = "train"
+    """The split."""
+
+
 class ReplayConfig(CallOptions):
-    """Score the recorded completions of a run again, with another function, in as many processes as the run had, and
-    show what changes."""
+    """Score recorded completions again with another function, those of a run in as many processes as it had, and show
+    what changes."""
 
     command: ClassVar[str] = "reward replay"
+    data: ReplayedDataOptions = ReplayedDataOptions()
     reward: TriedScoringOptions = TriedScoringOptions()
     against: str | None = None
     """The recorded value to compare with: a reward's name, or `score` for the weighted sum. null takes the reward of

@@ -1,4 +1,4 @@
-"""The recorded completions of a run, scored again with another reward: what would have been different?"""
+"""Recorded completions, of a run or of another tool, scored again with another reward: what would be different?"""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rewards.commands.options import ReplayConfig
+from rewards.commands.recorded import Rollouts
 from rewards.config.data import DataOptions
 from rewards.config.json_file import expecting
 from rewards.config.names import recorded_options
-from rewards.data.examples import Example, examples_of
+from rewards.data.examples import examples_of
 from rewards.episode import AGENT_REWARD, REWARD, ToolStats, answer_of, environment_reward
 from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
@@ -66,46 +67,36 @@ class Replay:
 
 
 def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
-    """Scores the rollouts of `run` with `function`, and leaves its folder as it is. The columns are found by prompt
-    id."""
-    settings = _settings(run)
+    """Scores rollouts with `function`, and leaves them as they are. `run` is a run folder, or a file or folder of
+    another tool."""
     find_reward(function)  # a misspelt name must not cost a download
-    steps = _steps(run, config.steps)
     spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
-    data = DataOptions.model_validate(settings["data"])
-    try:
-        rows_of_data = examples_of(data, data.name, data.split, limit=data.limit, seed=settings["seed"])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; run this where the run was started: the path of its data is relative to there"
-        ) from error
-    examples = {example.example_id: example for example in rows_of_data}
-    against = _against(config.against, spec.label, list(read_rollouts(run, steps[0])[0]["parts"]))
-    models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores are in the record
-    acted = [REWARD] if settings.get("environment") or settings.get("tools") else []
-    acted += [AGENT_REWARD] if settings.get("agent") else []
-    columns = [*next(iter(examples.values())).columns, *models, *acted]
+    record = Run(run) if (run / "config.yaml").is_file() else Rollouts(run, config.data)
+    if missing := [step for step in config.steps or [] if step not in record.steps]:
+        ends = f"{record.steps[0]} to {record.steps[-1]}"
+        raise ValueError(f"steps={config.steps}: {run} has no step {missing[0]}; its steps are {ends}")
+    steps = record.steps if config.steps is None else sorted(set(config.steps))
+    against = _against(config.against, spec.label, list(record.groups(steps[0])[0][0]["parts"]))
     result = Replay(str(run), function, against)
     with Scorer(
         [spec],
         on_error=config.reward.on_error,
         timeout_s=config.reward.timeout_s,
-        workers=settings["reward"]["workers"],
-        columns=columns,
+        workers=record.workers,
+        columns=record.columns,
         pass_variables=config.reward.pass_variables,
     ) as scorer:
         for step in steps:
-            groups = split_groups(read_rollouts(run, step))
-            rows = [_columns(examples, group[0], settings["data"]["name"]) for group in groups]
+            groups = record.groups(step)
             scores = scorer.score(
                 [group[0]["prompt"] for group in groups],
                 [[answer_of(line["text"], line.get("turns", [])) for line in group] for group in groups],
-                rows,
+                [record.row(group[0]) for group in groups],
                 prompt_ids=[group[0]["prompt_id"] for group in groups],
-                completion_ids=[[line["token_ids"] for line in group] for group in groups],
+                completion_ids=[[line["token_ids"] for line in group] for group in groups] if record.has_ids else None,
                 messages=[group[0].get("messages") for group in groups],
-                trainer_state={"global_step": step - 1, "max_steps": settings["steps"], "epoch": 0.0},
-                completion_columns=[_extra_columns(group, models, acted) for group in groups],
+                trainer_state={"global_step": step - 1, "max_steps": record.max_steps, "epoch": 0.0},
+                completion_columns=[record.completion_columns(group) for group in groups],
                 turns=[[line.get("turns", []) for line in group] if "turns" in group[0] else None for group in groups],
             )
             before = [
@@ -129,26 +120,60 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     return result
 
 
+class Run:
+    """The record of a run of ours."""
+
+    has_ids = True
+
+    def __init__(self, run: Path) -> None:
+        settings = _settings(run)
+        self._run, self.steps, self.max_steps = run, recorded_steps(run), settings["steps"]
+        if not self.steps:
+            raise ValueError(f"{run} has recorded no rollouts yet")
+        self.workers = settings["reward"]["workers"]
+        data = DataOptions.model_validate(settings["data"])
+        try:
+            rows = examples_of(data, data.name, data.split, limit=data.limit, seed=settings["seed"])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}; run this where the run was started: the path of its data is relative to there"
+            ) from error
+        self._data, self._examples = data.name, {example.example_id: example for example in rows}
+        self._models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores are in the record
+        self._acted = [REWARD] if settings.get("environment") or settings.get("tools") else []
+        self._acted += [AGENT_REWARD] if settings.get("agent") else []
+        self.columns = [*rows[0].columns, *self._models, *self._acted]
+
+    def groups(self, step: int) -> list[list[dict[str, Any]]]:
+        return split_groups(read_rollouts(self._run, step))
+
+    def row(self, line: dict[str, Any]) -> dict[str, Any]:
+        """The columns of a prompt, which are found by its id."""
+        example = self._examples.get(line["prompt_id"])
+        if example is None or example.question.strip() not in line["prompt"]:
+            what = "is not there" if example is None else "asks something else"
+            raise ValueError(
+                f"the data ({self._data}) have changed since the run: its prompt {line['prompt_id']!r} {what} now, so "
+                "that its columns cannot be found"
+            )
+        return example.columns
+
+    def completion_columns(self, group: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        """The columns of completions that are in the record: scores of reward models, rewards of environments."""
+        scores = {name: [line["extras"].get(name) for line in group] for name in self._models}
+        numbers = {name: [float("nan") if v is None else v for v in values] for name, values in scores.items()}  # null
+        stats = [ToolStats(**line["tools"]) if "tools" in line else None for line in group]
+        return numbers | {name: [environment_reward(each) for each in stats] for name in self._acted}
+
+
 def _settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run} is no run folder: it has no config.yaml")
     _, settings = recorded_options(path)
     with expecting(path, "configuration of a run"):
         DataOptions.model_validate(settings["data"])
         [str(model["name"]) for model in settings.get("reward_models", [])]
         int(settings["steps"]), int(settings["seed"]), int(settings["reward"]["workers"])
     return settings
-
-
-def _steps(run: Path, steps: list[int] | None) -> list[int]:
-    recorded = recorded_steps(run)
-    if not recorded:
-        raise ValueError(f"{run} has recorded no rollouts yet")
-    if missing := [step for step in steps or [] if step not in recorded]:
-        ends = f"{recorded[0]} to {recorded[-1]}"
-        raise ValueError(f"steps={steps}: {run} has no step {missing[0]}; its steps are {ends}")
-    return recorded if steps is None else sorted(set(steps))
 
 
 def _against(name: str | None, label: str, parts: list[str]) -> str:
@@ -158,25 +183,6 @@ def _against(name: str | None, label: str, parts: list[str]) -> str:
     if name not in names:
         raise ValueError(f"against={name!r} was not recorded{did_you_mean(name, names)}; there are {', '.join(names)}")
     return name
-
-
-def _columns(examples: dict[str, Example], line: dict[str, Any], data: str) -> dict[str, Any]:
-    example = examples.get(line["prompt_id"])
-    if example is None or example.question.strip() not in line["prompt"]:
-        what = "is not there" if example is None else "asks something else"
-        raise ValueError(
-            f"the data ({data}) have changed since the run: its prompt {line['prompt_id']!r} {what} now, so that its "
-            "columns cannot be found"
-        )
-    return example.columns
-
-
-def _extra_columns(group: list[dict[str, Any]], models: list[str], acted: list[str]) -> dict[str, list[Any]]:
-    """Returns the columns of completions that are in the record: scores of reward models, rewards of environments."""
-    scores = {name: [line["extras"].get(name) for line in group] for name in models}
-    numbers = {name: [float("nan") if v is None else v for v in values] for name, values in scores.items()}  # null: NaN
-    stats = [ToolStats(**line["tools"]) if "tools" in line else None for line in group]
-    return numbers | {name: [environment_reward(each) for each in stats] for name in acted}
 
 
 def _mean(groups: list[list[float | None]]) -> float | None:

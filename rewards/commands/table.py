@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from rewards.commands.command_line import EXIT_ERROR, Command, argument, json_argument, write
+from rewards.registry import FORMS
 
-_FUNCTION: dict[str, Any] = {"metavar": "FILE:FN", "help": "path/to/file.py:function, or a built-in reward's name"}
-TEST = (argument("function", **_FUNCTION), json_argument("what was found"))
+_FUNCTION: dict[str, Any] = {
+    "metavar": "FILE:FN",
+    "help": "path/to/file.py:function, package.module:function, or a built-in reward's name",
+}
+_AS = argument("--as", dest="form", choices=[*FORMS], help="the function is written for this tool; default: trl")
+TEST = (argument("function", **_FUNCTION), _AS, json_argument("what was found"))
 REPLAY = (
-    argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),
+    argument(
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or rollouts of TRL, verl, verifiers, prime-rl or NeMo-Gym; nothing in it is touched",
+    ),
     argument("--with", dest="function", required=True, **_FUNCTION),
+    _AS,
     json_argument("every change"),
 )
 
@@ -23,9 +34,9 @@ def commands() -> dict[str, Command]:
     from rewards.commands.options import ReplayConfig, RewardTestConfig
 
     return {
-        "reward": Command("try a reward function, or score a run again with another one"),
+        "reward": Command("try a reward function, or score rollouts again with another one"),
         "reward test": Command("gold, empty, wrong and hostile completions", _test, TEST, RewardTestConfig),
-        "reward replay": Command("score a run's completions again", _replay, REPLAY, ReplayConfig),
+        "reward replay": Command("score recorded completions again", _replay, REPLAY, ReplayConfig),
     }
 
 
@@ -35,7 +46,7 @@ def _test(args: argparse.Namespace) -> int:
     from rewards.commands.report import show_check
     from rewards.console import Terminal
 
-    check = check_reward(args.function, config)
+    check = check_reward(_function(args), config)
     show_check(check, Terminal())
     write(args.json, asdict(check))
     return EXIT_ERROR if check.problems else 0
@@ -47,10 +58,14 @@ def _replay(args: argparse.Namespace) -> int:
     from rewards.commands.report import show_replay
     from rewards.console import Terminal
 
-    result = replay(args.run, args.function, config)
+    result = replay(args.run, _function(args), config)
     show_replay(result, Terminal())
     write(args.json, asdict(result))
     return EXIT_ERROR if result.failures else 0
+
+
+def _function(args: argparse.Namespace) -> str:
+    return f"{args.form}:{args.function}" if args.form else args.function
 
 
 def options_of(args: argparse.Namespace) -> Any:

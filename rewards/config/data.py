@@ -17,9 +17,9 @@ class ProblemOptions(Options):
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of a reasoning_gym task, such as {max_animals: 4}."""
     prompt_column: str = "question"
-    """The column that becomes the prompt: text, or chat messages (template: chat)."""
+    """The column that becomes the prompt: text, or chat messages (template: chat). `a.b` is `b` inside `a`."""
     solution_column: str = "answer"
-    """The column with the gold solution; rewards receive it under its own name."""
+    """The column with the gold solution, also `a.b`; rewards receive it under its own name."""
 
 
 class TemplateOptions(Options):

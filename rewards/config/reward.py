@@ -19,7 +19,7 @@ class FunctionOptions(Options):
     """Which function, and its weight."""
 
     function: str
-    """A built-in name (`gsm8k`, `gsm8k_format`, ...) or `path/to/file.py:function`."""
+    """A built-in name (`gsm8k`, ...), `path/to/file.py:function`, `module:function` or `verl:file.py:compute_score`."""
     weight: float = 1.0
     """Its weight in the score."""
     name: str | None = None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rewards.config.data import ProblemOptions
 from rewards.config.json_file import unfit
 from rewards.config.options import warn_of_old_name
+from rewards.data.inner import with_inner
 from rewards.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
 from rewards.data.source import BUILT_IN, GSM8K, REASONING_GYM, TOO_MANY_FIELDS, file_rows, load_dataset, local_file
 from rewards.protocol import text_of
@@ -130,11 +131,12 @@ def load_examples(
         numbered = enumerate(load_dataset(name, config or None, split=split), start=1)
     if purpose == "train":
         checks = [_of_the_test, *checks]
+    needed = [options.prompt_column, options.solution_column]
     try:
-        rows = list(islice(numbered, limit))
+        rows = [(number, with_inner(row, needed)) for number, row in islice(numbered, limit)]
     except Exception as error:  # whatever a library raises for a damaged file
         raise ValueError(f"{path or source} cannot be read: {type(error).__name__}: {error}") from error
-    return _checked(rows, prefix, str(path or source), [options.prompt_column, options.solution_column], checks)
+    return _checked(rows, prefix, str(path or source), needed, checks)
 
 
 def _made(

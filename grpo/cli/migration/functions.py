@@ -11,14 +11,15 @@ from rewards.reached_code import is_guard, reached_source
 
 TRAINS = {"GRPOTrainer", "train"}
 LOADS = {"load_dataset", "from_pretrained", "parse_args", "parse_args_and_config", "parse_args_into_dataclasses"}
-DEFINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+DEFINES = (*NAMED, ast.Import, ast.ImportFrom)
 
 
 class Functions:
     """Gives references to functions that a script has handed to its trainer.
 
     A script that can be imported without work is referred to itself. Of another one the functions, with all that they
-    reach in the script, are written into `functions.py` of `folder`; so is an import of a function of a package.
+    reach in the script, are written into `functions.py` of `folder`.
     """
 
     def __init__(self, script: Path, folder: Path):
@@ -26,16 +27,15 @@ class Functions:
         self.body = [part for part in ast.parse(script.read_bytes()).body if not is_guard(part)]
         self.can_be_imported = not any(_works(part) for part in self.body)
         self.copied: list[str] = []
-        self.imports: list[str] = []
 
     def reference(self, fact: dict[str, Any]) -> str | None:
-        """`path.py:function` for what the recorder has found; None where nothing can import it."""
+        """`path.py:function` or `package.module:function` for what the recorder has found; None where nothing can
+        import it."""
         if "name" not in fact:
             return None
         name = fact["name"]
         if fact["module"]:
-            self.imports.append(f"from {fact['module']} import {name}")
-            return f"{shown(self.file)}:{name}"
+            return f"{fact['module']}:{name}"
         if Path(fact["file"]) != self.script.resolve():
             return f"{shown(Path(fact['file']))}:{name}"
         if not any(name in _bound(part) for part in self.body):
@@ -46,17 +46,16 @@ class Functions:
         return f"{shown(self.file)}:{name}"
 
     def write(self) -> bool:
-        """Writes the file of copied and imported functions, and tells whether there are any."""
-        if not self.copied and not self.imports:
+        """Writes the file of copied functions, and tells whether there are any."""
+        if not self.copied:
             return False
         rest = ast.unparse(ast.Module([part for part in self.body if not _trains(part)], []))
-        copy = (reached_source(rest.encode(), *self.copied) or rest) if self.copied else ""
-        first = [line for line in copy.splitlines() if line.startswith("from __future__")]
-        others = [line for line in copy.splitlines() if line not in first]
+        lines = (reached_source(rest.encode(), *self.copied) or rest).splitlines()
+        first = [line for line in lines if line.startswith("from __future__")]
         title = f'"""Functions of {self.script.name}, with what they reach there."""'
         place = f"sys.path.insert(0, {str(self.script.resolve().parent)!r})"
+        lines = [title, *first, "import sys", place, *(line for line in lines if line not in first)]
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [title, *first, "import sys", place, *self.imports, *others]
         self.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return True
 
@@ -64,7 +63,7 @@ class Functions:
 def _bound(part: ast.stmt) -> set[str]:
     if isinstance(part, ast.Import | ast.ImportFrom):
         return {(alias.asname or alias.name).partition(".")[0] for alias in part.names}
-    if isinstance(part, DEFINES):
+    if isinstance(part, NAMED):
         return {part.name}
     return {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 

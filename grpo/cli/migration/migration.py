@@ -14,6 +14,8 @@ from rewards.config.names import hint, put
 from rewards.config.options import _defaults
 from rewards.config.yaml_file import parse_yaml, to_yaml
 
+OFF = (None, False, "", "no")  # parsers of command lines take one of them for another
+
 
 @dataclass(frozen=True)
 class Unsupported:
@@ -35,7 +37,7 @@ class Migration:
     source: str
     """What was read: `script.py`, or `verl.trainer.main_ppo`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """A tree of options, without `rewards`; defaults of the other trainer that differ from ours are among them."""
+    """A tree of options, without `rewards`; the defaults of the other trainer are among them."""
     rewards: list[dict[str, Any]] = field(default_factory=list)
     """Reward functions as the option `rewards` takes them, such as `{"function": "script.py:grade", "weight": 1.0}`."""
     unsupported: list[Unsupported] = field(default_factory=list)
@@ -45,20 +47,20 @@ class Migration:
     @property
     def tree(self) -> dict[str, Any]:
         """Gives all options, the rewards among them: `TrainConfig(**migration.tree)` is the configuration."""
-        return self.options | {"rewards": self.rewards}
+        tree = self.options | {"rewards": self.rewards}
+        return {name: tree[name] for name in TrainConfig.model_fields if name in tree}
 
-    def put(self, key: str, value: Any, is_default: bool = True) -> None:
-        """Sets an option; a default of theirs that is ours as well is left out."""
-        if not is_default or value != our_defaults().get(key):
-            put(self.options, key, value)
+    def put(self, key: str, value: Any) -> None:
+        put(self.options, key, value)
 
-    def carry_over(self, table: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    def carry_over(self, table: str, values: Mapping[str, Any]) -> None:
         """Sets the options of a table whose values go over as they are, or by the table `values`."""
         for name, key in tables()[table].items():
-            value = values.get(name, defaults.get(name))
-            choices = tables()["values"].get(name)
+            value, choices = values.get(name), tables()["values"].get(name)
+            if name not in values:
+                continue  # another version has no such option
             if choices is None or value in choices:
-                self.put(key, choices[value] if choices else value, value == defaults.get(name))
+                self.put(key, choices[value] if choices else value)
             else:
                 known = ", ".join(dict.fromkeys(map(str, choices.values())))
                 self.unsupported.append(Unsupported(name, value, f"{key} is one of {known}; set the nearest by hand"))
@@ -68,6 +70,7 @@ class Migration:
         reason = tables()["reasons"].get(option, "").format(**facts) or reason_of(option)
         ends = [option.split(".", start)[start] for start in range(option.count(".") + 1)]
         matters = not any(fnmatchcase(end, pattern) for end in ends for pattern in tables()["no_effect"])
+        value = "..." if option.endswith("token") else value  # a secret such as hub_token
         self.unsupported.append(Unsupported(option, value, reason, matters))
 
     def lacks_counterparts(
@@ -75,7 +78,8 @@ class Migration:
     ) -> None:
         """Notes what is set to another value than its default and is in no table."""
         for name, value in values.items():
-            if name not in known and not (name in defaults and value == defaults[name]):
+            is_off = value in OFF and defaults.get(name) in OFF
+            if name not in known and not is_off and not (name in defaults and value == defaults[name]):
                 self.lacks(name, value)
 
     def sample_with_vllm(self, option: str, value: Any, engine: Mapping[str, Any]) -> None:
@@ -97,15 +101,12 @@ class Migration:
         lines = [title, *self.losses(True)] if self.losses(True) else [f"From {self.source}."]
         if without_effect := self.losses(False):
             lines += ["Not carried over, with no effect on what is learned:", *without_effect]
-        return [*lines, *self.notes]
+        return [*lines, *(" ".join(note.split()) for note in self.notes)]
 
     def losses(self, changes_training: bool) -> list[str]:
-        """Each option that is not carried over, in a line; a secret such as hub_token has no value in it."""
-        lines = []
-        for each in self.unsupported:
-            value = "..." if each.option.endswith("token") else to_yaml(each.value, inline=True)[:60]
-            lines += [f"- {each.option}={value}: {each.reason}"] if each.changes_training is changes_training else []
-        return lines
+        """Each option that is not carried over, in a line."""
+        lost = [each for each in self.unsupported if each.changes_training is changes_training]
+        return [f"- {each.option}={to_yaml(each.value, inline=True)[:60]}: {each.reason}" for each in lost]
 
 
 @cache

@@ -22,6 +22,7 @@ from unittest.mock import MagicMock
 
 MOST_STREAMED = 10_000  # rows of a stream that are written
 SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "completion")  # columns, the best first
+GOLD = "gold_text"
 hub_sources: dict[str, dict[str, Any]] = {}  # what was loaded from the hub, by the fingerprint of its rows
 
 
@@ -32,6 +33,8 @@ class Model(MagicMock):
 def model_of(name: Any, **arguments: Any) -> Model:
     model = Model(name="model")
     model.name_or_path = str(name)
+    for same in (model.to, model.cuda, model.eval, model.train):
+        same.return_value = model
     model.recorded = {"name": str(name), "arguments": plain(arguments), "lora": None}
     return model
 
@@ -58,7 +61,7 @@ def replace_trl() -> None:
     import peft
     import transformers
     import trl
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+    from transformers.models.auto import modeling_auto
     from trl.trainer import grpo_config, grpo_trainer
 
     note_values(grpo_config.GRPOConfig)
@@ -66,14 +69,15 @@ def replace_trl() -> None:
     names = list(inspect.signature(grpo_trainer.GRPOTrainer.__init__).parameters)[1:]
     recorder = trainer_class(names)
     for module in (trl, trl.trainer, grpo_trainer):
-        module.GRPOTrainer = recorder
-    for owner in (_BaseAutoModelClass, transformers.PreTrainedModel):
+        module.GRPOTrainer = recorder  # type: ignore[attr-defined]
+    automatic = [value for name, value in vars(modeling_auto).items() if name.startswith("AutoModel")]
+    for owner in (*automatic, transformers.PreTrainedModel):
         owner.from_pretrained = classmethod(lambda _, name, *rest, **arguments: model_of(name, **arguments))
     peft.get_peft_model = with_adapters
     datasets.load_dataset = note_source(datasets.load_dataset)
 
 
-def note_values(config: type) -> None:
+def note_values(config: Any) -> None:
     """Keeps the values of a configuration as they were given, before it derives others from them. Options of other
     versions of TRL are kept apart, and what it refuses is noted, since another machine may be meant."""
     make, finish = config.__init__, config.__post_init__
@@ -143,7 +147,7 @@ def facts_of(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     values = config.as_given | {name: getattr(config, name) for name in changed}
     return {
         "values": plain(values),
-        "defaults": {field.name: plain(field.default) for field in dataclasses.fields(GRPOConfig)},
+        "defaults": defaults_of(GRPOConfig),
         "of_other_versions": plain(getattr(config, "of_other_versions", {})),
         "refused": getattr(config, "refused", None),
         "model": model_facts(given.pop("model", None)) | ({} if lora is None else {"lora": values_of(lora)}),
@@ -155,6 +159,12 @@ def facts_of(given: dict[str, Any], folder: Path) -> dict[str, Any]:
         "quantization": plain(getattr(given.pop("quantization_config", None), "to_dict", dict)()),
         "others": {name: plain(value) for name, value in given.items() if value is not None and value != (None, None)},
     }
+
+
+def defaults_of(config: type) -> dict[str, Any]:
+    fields = dataclasses.fields(config)
+    made = {field.name: field.default_factory() for field in fields if callable(field.default_factory)}
+    return plain({field.name: field.default for field in fields} | made)
 
 
 def model_facts(model: Any) -> dict[str, Any]:
@@ -173,9 +183,8 @@ def values_of(config: Any) -> dict[str, Any]:
     """What kind of configuration of peft's it is, its values, and the defaults of LoRA."""
     from peft import LoraConfig
 
-    defaults = {field.name: plain(getattr(LoraConfig(), field.name)) for field in dataclasses.fields(LoraConfig)}
-    values = {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    return {"kind": type(config).__name__, "values": values, "defaults": defaults}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {"kind": type(config).__name__, "values": plain(values), "defaults": defaults_of(LoraConfig)}
 
 
 def function_of(value: Any) -> dict[str, Any]:
@@ -199,35 +208,34 @@ def data_facts(train: Any, test: Any, folder: Path) -> dict[str, Any]:
         test = next(iter(test.values()), None)
     parts = {name: rows for name, rows in {"train": train, "test": test}.items() if rows is not None}
     facts = {name: rows_facts(rows) for name, rows in parts.items()}
-    sources = [part["source"]["name"] if part["source"] and part["solution"] else None for part in facts.values()]
-    if None in sources or len(set(sources)) > 1:
+    sources = {part["source"] and part["source"]["name"] for part in facts.values()}
+    if None in sources or len(sources) > 1:
         for name, rows in parts.items():
-            write_rows(rows, folder / f"{name}.jsonl", {} if facts[name]["solution"] else {"answer": "(none)"})
-            facts[name] |= {"source": None, "solution": facts[name]["solution"] or "answer"}
+            write_rows(rows, folder / f"{name}.jsonl", facts[name]["solution"])
+            facts[name] |= {"source": None, "solution": GOLD}
     return facts
 
 
 def rows_facts(rows: Any) -> dict[str, Any]:
-    first = next(iter(rows), {})
+    """Tells how many rows there are and what the first one has; their source, if every row can be read from there."""
+    first: dict[str, Any] = next(iter(rows), {})
+    solution = next((name for name in SOLUTIONS if name in first), "")
+    is_text = isinstance(first.get(solution), str)  # as other values would not reach the rewards as they are
     return {
         "count": len(rows) if hasattr(rows, "__len__") else None,
-        "columns": list(first),
         "chat": isinstance(first.get("prompt"), list),
-        "solution": next((name for name in SOLUTIONS if is_text(first.get(name))), None),
-        "source": hub_sources.get(getattr(rows, "_fingerprint", "-")),
+        "solution": solution,
+        "source": hub_sources.get(getattr(rows, "_fingerprint", "-")) if is_text else None,
     }
 
 
-def write_rows(rows: Any, file: Path, more: dict[str, str]) -> None:
-    """Writes a line for each row; `more` is a text in the place of a solution, which every row has here."""
+def write_rows(rows: Any, file: Path, solution: str) -> None:
+    """Writes a line for each row, with a text in the column GOLD, since every row has a gold solution here."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:
         for row in islice(rows, None if hasattr(rows, "__len__") else MOST_STREAMED):
-            lines.write(json.dumps(more | row, ensure_ascii=False, default=str) + "\n")
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, int | float | str) and not isinstance(value, bool) and bool(str(value).strip())
+            gold = str(row.get(solution) or "").strip() or "(none)"
+            lines.write(json.dumps({**row, GOLD: gold}, ensure_ascii=False, default=str) + "\n")
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -84,11 +85,12 @@ class _Reading:
         others = facts["of_other_versions"]
         self.facts, self.folder, self.processes, self.defaults = facts, folder, processes, facts["defaults"]
         self.train, self.test = (facts["data"].get(name) for name in ("train", "test"))
-        self.values: dict[str, Any] = facts["values"] | {name: others[name] for name in known & set(others)}
+        self.values: dict[str, Any] = defaultdict(lambda: None, facts["values"])  # another version may have fewer
+        self.values |= {name: others[name] for name in known & set(others)}
         self.functions = Functions(script, folder)
         self.migration = Migration(f"{script.name}, for TRL")
         self.put, self.lacks = self.migration.put, self.migration.lacks
-        self.migration.carry_over("trl_same", self.values, self.defaults)
+        self.migration.carry_over("trl_same", self.values)
         for part in (self._steps, self._optimizer, self._loss, self._rollout, self._model, self._adapters):
             part()
         for part in (self._data, self._evaluation, self._saving, self._rewards, self._programs):
@@ -99,10 +101,6 @@ class _Reading:
             self.migration.notes.append(f"TRL itself refuses this configuration here: {facts['refused']}")
         if self.functions.write():
             self.migration.notes.append(f"{shown(self.functions.file)} holds functions that the script cannot lend.")
-
-    def _put(self, key: str, value: Any, *names: str) -> None:
-        """Sets an option that follows from options of theirs; if all have their defaults and ours is the same, not."""
-        self.put(key, value, all(self.values.get(name) == self.defaults.get(name) for name in names))
 
     def _steps(self) -> None:
         """Counts prompts and steps. An update there learns from B·W·G completions, G the accumulated micro-batches of
@@ -115,7 +113,7 @@ class _Reading:
             passes = max(values["generation_batch_size"] // (each * self.processes), 1)
         completions = each * self.processes * accumulated
         prompts = math.ceil(completions / group)
-        self.put("prompts_per_step", prompts, is_default=False)
+        self.put("prompts_per_step", prompts)
         self.migration.notes.append(
             f"{each} completions x {self.processes} processes x {accumulated} accumulated = {completions} an update: "
             f"{prompts} prompts x {group} completions."
@@ -132,7 +130,7 @@ class _Reading:
         epochs = values["num_train_epochs"] * math.ceil(batches / accumulated)
         self.updates = values["max_steps"] if values["max_steps"] > 0 else math.ceil(epochs)
         self.epoch = math.ceil(batches / accumulated / self.times)
-        self.put("steps", math.ceil(self.updates / self.times), is_default=False)
+        self.put("steps", math.ceil(self.updates / self.times))
 
     def _in_steps(self, updates: float) -> int:
         """A number of updates, or a share of them below 1, in steps."""
@@ -140,19 +138,19 @@ class _Reading:
 
     def _optimizer(self) -> None:
         values = self.values
-        warmup = values["warmup_steps"] or values.get("warmup_ratio")
+        warmup = values["warmup_steps"] or values["warmup_ratio"]
         if warmup and values["lr_scheduler_type"] != "constant":  # which does not read it there
             self.put("learner.warmup_steps", self._in_steps(warmup))
-        self._put("learner.betas", [values["adam_beta1"], values["adam_beta2"]], "adam_beta1", "adam_beta2")
-        self._put("learner.max_grad_norm", values["max_grad_norm"] or NO_LIMIT, "max_grad_norm")
-        checkpoints = values.get("activation_checkpointing")
+        self.put("learner.betas", [values["adam_beta1"], values["adam_beta2"]])
+        self.put("learner.max_grad_norm", values["max_grad_norm"] or NO_LIMIT)
+        checkpoints = values["activation_checkpointing"]
         checkpoints = values["gradient_checkpointing"] if checkpoints is None else checkpoints
-        self._put("learner.gradient_checkpointing", bool(checkpoints), "gradient_checkpointing")
+        self.put("learner.gradient_checkpointing", bool(checkpoints))
 
     def _loss(self) -> None:
         values, kind = self.values, self.values["loss_type"]
         if kind == "cispo" and values["epsilon_high"] is None:
-            self.put("loss.epsilon_high", values["epsilon"], is_default=False)  # there the cap is epsilon, too
+            self.put("loss.epsilon_high", values["epsilon"])  # there the cap is epsilon, too
         for name in UNREAD.get(kind, ()):  # TRL does not read it either
             take(self.migration.options, f"loss.{name}")
         if kind == "bnpo":
@@ -161,12 +159,12 @@ class _Reading:
         self.put("loss.importance_correction", values["vllm_importance_sampling_mode"] if corrects else "none")
         limit = values["vllm_importance_sampling_cap"] or values["vllm_importance_sampling_clip_max"]
         if corrects:
-            self._put("loss.importance_clip_max", limit or NO_LIMIT, "vllm_importance_sampling_clip_max")
+            self.put("loss.importance_clip_max", limit or NO_LIMIT)
 
     def _rollout(self) -> None:
         values = self.values
         if values["max_completion_length"]:
-            self._put("rollout.max_completion_tokens", values["max_completion_length"], "max_completion_length")
+            self.put("rollout.max_completion_tokens", values["max_completion_length"])
         else:
             self.lacks("max_completion_length", None)
         if values["max_tool_calling_iterations"]:
@@ -175,7 +173,7 @@ class _Reading:
         if values["use_vllm"]:
             if values["vllm_mode"] == "server":
                 self.lacks("vllm_mode", "server")
-            engine = {ours: values[name] for name, ours in ENGINE.items() if values[name] != self.defaults[name]}
+            engine = {ours: values[name] for name, ours in ENGINE.items() if values[name] != self.defaults.get(name)}
             self.migration.sample_with_vllm("use_vllm", True, engine)
 
     def _model(self) -> None:
@@ -188,7 +186,7 @@ class _Reading:
         self.migration.lacks_counterparts(arguments, {}, ())
         if not model["name"]:
             self.lacks("model", "made in the script")
-        self.put("model", f"{model['name']}@{revision}" if revision else model["name"] or "tiny")
+        self.put("model", f"{model['name']}@{revision}" if revision not in (None, "main") else model["name"] or "tiny")
         half = values["fp16"] or "float16" in precision
         if half:
             self.lacks("fp16", True)
@@ -210,8 +208,8 @@ class _Reading:
         values, targets = lora["values"], lora["values"].get("target_modules")
         if lora["kind"] != "LoraConfig":
             self.lacks("peft_config", lora["kind"])
-        self.put("lora.rank", values.get("r", 16), is_default=False)
-        self.put("lora.alpha", values.get("lora_alpha", 32), is_default=False)
+        self.put("lora.rank", values.get("r", 16))
+        self.put("lora.alpha", values.get("lora_alpha", 32))
         self.put("lora.base", "nf4" if self.bits.get("load_in_4bit") else None)
         if targets is None:
             from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL

@@ -1,0 +1,76 @@
+"""Prints docs/guides/migrate.md, which `make reference` writes: coming from TRL or verl, and the tables of names."""
+
+from grpo.cli.migration.migration import tables
+
+PAGE = """\
+# Coming from TRL or verl
+
+This page is for trying quartet on what you train with TRL or verl already: your script or your command becomes a
+configuration, and what has no counterpart is said before anything is trained.
+
+<!-- not run: it needs a script of yours -->
+```bash
+quartet from-trl train.py                       # writes train.yaml, and train_data/ beside it
+quartet from-trl train.py --processes 8 --arguments='--config grpo.yaml' --out run.yaml --json run.json
+quartet from-verl run_grpo.sh                   # or the command itself, as one word
+quartet train train.yaml --dry_run
+```
+
+## What is read
+
+`quartet from-trl` runs the script in a process of its own up to its `GRPOTrainer(...)`, and no further. Models are not
+loaded: `from_pretrained` gives a stand-in with the model's name. Datasets and tokenizers are, since what the script
+does to them is part of what it trains on. The process ends after `--timeout_s`, with all that it has started.
+`--processes` says how many `accelerate launch` would start. `quartet from-verl` reads the text of the command and runs
+nothing; variables and arrays that the shell file sets are filled in.
+
+- **Batches.** TRL counts completions: an update learns from `per_device_train_batch_size` × processes ×
+  `gradient_accumulation_steps` of them, which is `prompts_per_step` × `rollout.group_size` here. `max_steps` counts
+  updates; `steps` counts batches, each of which has `learner.updates_per_batch` updates (`num_iterations`). verl
+  counts prompts: an update learns from `ppo_mini_batch_size` of them. Where one generation serves several updates
+  there, each update samples for itself here.
+- **Defaults are carried over too**: TRL's linear schedule, β₂ = 0.999, 512 tokens, seed 42; verl's weight decay of
+  0.01, dual clip at 3, 30 epochs, GAE. The file says all that has a counterpart.
+- **Rewards** stay in the script where it can be imported without work (`if __name__ == "__main__":`). Otherwise the
+  functions, with what they reach in the script, are copied into `functions.py` beside the data, where no trainer
+  starts. A reward that is made while the script runs, such as a function inside a function, must move to the top of a
+  file. verl's `compute_score` is read as [it is](own-reward.md), `verl:FILE.py:compute_score`.
+- **Data**: a dataset of the hub that the script passes on as it is keeps its name. Any other is written as
+  `train.jsonl` and `test.jsonl`, with one column more, `gold_text`, since rows have a gold solution here. verl's files
+  are read where they are; their gold solution is the column `reward_model.ground_truth`.
+- **What is lost** is said in two lists, at the top of the file too: what changes what is learned, and what does not.
+  Each line has the reason and the way out.
+
+Three things stay different without an option that says so: prompts come in another order, the sampled tokens are
+others, and TRL's first step of a warm-up has a rate of zero where ours has 1/`learner.warmup_steps` of the peak.
+
+## Names
+
+{tables}
+Values that are called otherwise:
+
+| option of theirs | theirs: ours |
+|---|---|
+{values}
+"""
+TITLES = {
+    "TRL's `GRPOConfig`": ("trl_same", "trl_converted"),
+    "an argument of TRL's `GRPOTrainer`": ("trainer",),
+    "peft's `LoraConfig`": ("lora",),
+    "verl": ("verl_same", "verl_converted"),
+}
+
+
+def page() -> str:
+    parts = []
+    for title, names in TITLES.items():
+        rows = {theirs: ours for name in names for theirs, ours in tables()[name].items()}
+        lines = [f"| `{theirs}` | `{ours}` |" for theirs, ours in sorted(rows.items())]
+        parts.append("\n".join([f"| {title} | here |", "|---|---|", *lines, ""]))
+    values = {name: {k: v for k, v in row.items() if str(k) != v} for name, row in tables()["values"].items()}
+    lines = [f"| `{name}` | {', '.join(f'{k}: {v}' for k, v in row.items())} |" for name, row in values.items() if row]
+    return PAGE.format(tables="\n".join(parts), values="\n".join(lines))
+
+
+if __name__ == "__main__":
+    print(page(), end="")

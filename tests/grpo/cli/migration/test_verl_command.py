@@ -1,0 +1,168 @@
+"""What a command of verl's is here. The commands have the form of examples/grpo_trainer/*.sh of verl."""
+
+import pytest
+from datasets import Dataset
+
+from grpo.cli.migration.verl_command import overrides, read_verl_command
+from grpo.cli.parse import main
+from grpo.config.run import TrainConfig
+from grpo.run.records import read_metrics
+from rewards.data.examples import load_examples
+from rewards.registry import load_reward
+
+PPO = "python3 -m verl.trainer.main_ppo"
+SCRIPT = """
+set -x
+export LR=2e-6
+DATA=(
+    data.train_files={folder}/train.parquet
+    data.val_files={folder}/test.parquet
+    data.train_batch_size=8
+)
+# python3 -m verl.trainer.main_ppo nothing.of=this
+python3 -m verl.trainer.main_ppo \\
+    algorithm.adv_estimator=grpo \\
+    "${{DATA[@]}}" \\
+    data.max_prompt_length=512 \\
+    data.max_response_length=128 \\
+    actor_rollout_ref.model.path=models/small \\
+    actor_rollout_ref.actor.optim.lr=$LR \\
+    actor_rollout_ref.actor.ppo_mini_batch_size=4 \\
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2 \\
+    actor_rollout_ref.actor.use_kl_loss=True \\
+    actor_rollout_ref.actor.kl_loss_coef=${{KL:-0.002}} \\
+    actor_rollout_ref.actor.kl_loss_type=low_var_kl \\
+    actor_rollout_ref.rollout.name=vllm \\
+    actor_rollout_ref.rollout.n=5 \\
+    actor_rollout_ref.rollout.top_p=0.9 \\
+    algorithm.use_kl_in_reward=False \\
+    trainer.critic_warmup=0 \\
+    trainer.logger='["console","wandb"]' \\
+    trainer.project_name=p trainer.experiment_name=e \\
+    trainer.save_freq=20 trainer.test_freq=5 trainer.total_epochs=3 $@
+"""
+
+
+def row(number: int) -> dict:
+    return {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "user", "content": f"{number} + 3 = ?"}],
+        "reward_model": {"style": "rule", "ground_truth": str(number + 3)},
+        "extra_info": {"index": number},
+    }
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUARTET_VLLM_PYTHON", str(tmp_path / "none"))
+    Dataset.from_list([row(number) for number in range(2, 22)]).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_list([row(number) for number in range(50, 54)]).to_parquet(tmp_path / "test.parquet")
+    return tmp_path
+
+
+def test_a_shell_file_becomes_a_configuration(files):
+    script = files / "run.sh"
+    script.write_text(SCRIPT.format(folder=files))
+    migration = read_verl_command(script)
+    config = TrainConfig(**migration.tree)
+    assert (config.prompts_per_step, config.rollout.group_size) == (4, 5)
+    assert config.steps == 3 * 2 * 2  # epochs, batches of 8 among 20 rows, updates of 4
+    assert (config.checkpoint.every, config.eval.every, config.eval.limit) == (40, 10, 4)
+    assert config.learner.learning_rate == 2e-6
+    assert config.learner.weight_decay == 0.01
+    assert config.learner.betas == (0.9, 0.999)
+    assert (config.loss.beta, config.loss.kl_estimator) == (0.002, "k3")
+    assert (config.loss.loss_type, config.loss.delta, config.loss.importance_correction) == ("dapo", 3.0, "none")
+    assert config.rollout.max_completion_tokens == 128
+    assert config.log.trackers == ["wandb"]
+    assert str(config.output_dir) == "checkpoints/p/e"
+    assert [reward.function for reward in config.rewards] == ["gsm8k"]
+    assert config.data.template == "chat"
+    [example, *_] = load_examples(config.data.name, "train", config.data)
+    assert (example.solution, example.question) == ("5", "2 + 3 = ?")
+    lost = {each.option: each.changes_training for each in migration.unsupported}
+    assert lost == {
+        "actor_rollout_ref.actor.ppo_mini_batch_size": True,
+        "actor_rollout_ref.rollout.name": False,
+        "data.max_prompt_length": True,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": False,
+        "actor_rollout_ref.rollout.top_p": True,
+    }
+
+
+def test_a_reward_of_verls_form_is_called_for_each_completion(files):
+    (files / "mine.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, unit=1):\n"
+        "    right = solution_str == ground_truth * unit\n"
+        "    return {'score': 1.0, 'index': extra_info['index']} if right else 0.0\n"
+    )
+    command = f"{PPO} data.train_files={files}/train.parquet custom_reward_function.path={files}/mine.py"
+    command += " +custom_reward_function.reward_kwargs.unit=1"
+    [reward] = read_verl_command(command).rewards
+    assert reward["arguments"] == {"unit": 1}
+    columns = {"data_source": ["a", "a"], "ground_truth": ["5", "6"], "extra_info": [{"index": 0}, {"index": 1}]}
+    assert load_reward(reward["function"])(prompts=["", ""], completions=["5", "5"], **columns) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "reason"),
+    [
+        ("actor_rollout_ref.actor.clip_ratio=0.1", "actor_rollout_ref.actor.clip_ratio", "clip_ratio_low"),
+        ("algorithm.adv_estimator=remax", "algorithm.adv_estimator", "loss.advantage is one of"),
+        ("algorithm.use_kl_in_reward=True", "algorithm.use_kl_in_reward", "never of the reward"),
+        ("actor_rollout_ref.rollout.n=1", "actor_rollout_ref.rollout.n", "two completions or more"),
+    ],
+)
+def test_what_has_no_counterpart_is_said(files, words, option, reason):
+    more = "" if words.startswith("actor_rollout_ref.rollout.n=") else "actor_rollout_ref.rollout.n=2"
+    command = f"{PPO} data.train_files={files}/train.parquet data.train_batch_size=4 {words} {more}"
+    [each] = read_verl_command(command).unsupported
+    assert each.option == option
+    assert reason in each.reason
+
+
+def test_defaults_of_verls_are_written_where_ours_are_others(files):
+    command = f"{PPO} data.train_files={files}/train.parquet actor_rollout_ref.rollout.n=4"
+    config = TrainConfig(**read_verl_command(command).tree)
+    assert config.loss.advantage == "gae"
+    assert config.value.learning_rate == 1e-5
+    assert config.learner.schedule == "constant"
+    assert config.rollout.max_completion_tokens == 512
+    assert config.prompts_per_step == 256
+    short = read_verl_command(f"{command} data.train_batch_size=512 trainer.total_training_steps=7")
+    assert short.options["steps"] == 14  # as many updates
+
+
+def test_files_that_are_elsewhere_are_said(tmp_path):
+    migration = read_verl_command(f"{PPO} data.train_files=/there/a.parquet")
+    assert "trainer.total_epochs" in {each.option for each in migration.unsupported}
+    assert migration.options["data"]["name"] == "/there/a.parquet"
+
+
+def test_a_text_without_a_command_is_refused():
+    with pytest.raises(ValueError, match=r"no command of verl\.trainer\.main_ppo"):
+        overrides("python3 train.py\n")
+
+
+@pytest.mark.slow
+def test_a_command_becomes_a_file_that_trains(files, hf_policy, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    policy = hf_policy("llama")
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    policy.trunk.save_pretrained("small")
+    policy.tokenizer.save_pretrained("small")
+    (files / "mine.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return sum(letter.isalpha() for letter in solution_str) / 20\n"
+    )
+    words = f"data.train_files={files}/train.parquet data.val_files={files}/test.parquet trainer.test_freq=1"
+    words += " actor_rollout_ref.model.path=small data.train_batch_size=2 data.max_response_length=8"
+    words += " actor_rollout_ref.rollout.n=4 algorithm.adv_estimator=grpo trainer.total_training_steps=2"
+    words += " actor_rollout_ref.actor.optim.lr=1e-3 trainer.logger=console custom_reward_function.path=mine.py"
+    assert main(["from-verl", f"{PPO} {words}"]) == 0
+    printed = capsys.readouterr().out
+    assert "written to run.yaml" in printed
+    assert "Not carried over" not in printed
+    assert main(["train", "run.yaml", "--threads", "1"]) == 0
+    metrics = read_metrics(files / "checkpoints/verl_examples/gsm8k")
+    assert [line["step"] for line in metrics if "reward/mean" in line] == [1, 2]
