@@ -5,6 +5,7 @@ the option or the fact (`says`, a regular expression). `python -m misconfigurati
 PYTHONPATH, asks `quartet train --dry_run`, TRL's own constructor and `quartet rehearse`, and prints the table.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -215,7 +216,7 @@ CASES = {
     ),
     "group_of_one": Misconfiguration(
         f"{GITHUB}modelscope/ms-swift/issues/3980",
-        r"group_size|num_generations|rollout\.n\b",
+        r"group_size|generations per prompt|rollout\.n\b",
         {"rollout.group_size": 1},
         {"num_generations": 1},
         {"actor_rollout_ref.rollout.n": 1},
@@ -298,9 +299,9 @@ CASES = {
     ),
     "disk_too_small": Misconfiguration(
         f"{GITHUB}Agent-RL/ReCall/issues/61 · {GITHUB}PrimeIntellect-ai/prime-rl/pull/1464",
-        r"(?i)\bdisk\b|space",
+        r"(?i)\b(disk|space)\b.*\b(not|no|too|more|exceed|larger|above|full|short)",
         {"checkpoint.every": 1, "checkpoint.keep": None},
-        {"save_steps": 1, "save_total_limit": None},
+        None,  # TRL wants the weights, which are not here
         {"trainer.save_freq": 1},
         model=LARGE,
     ),
@@ -320,13 +321,18 @@ CASES = {
         shared_rows=3,
     ),
     "memory_too_small": Misconfiguration(
-        f"{GITHUB}huggingface/trl/issues/3678", r"(?i)\bmemory\b|\bG(i)?B\b", verl={}, model=LARGE
+        f"{GITHUB}huggingface/trl/issues/3678",
+        r"(?i)\bmemory\b.*\b(not|no|too|more|exceed|larger|above|short)",
+        trl=None,
+        verl={},
+        model=LARGE,
     ),
     "tool_always_fails": Misconfiguration(
         f"{GITHUB}verl-project/verl/issues/7177",
         r"(?i)look_up",
         {"tools": ["tools.py:look_up"]},
         {"max_tool_calling_iterations": 2},
+        model={"shipped_template": "qwen2_5.jinja"},
         trainer="    tools=[__import__('tools').look_up],",
     ),
     "instruction_twice": Misconfiguration(
@@ -384,7 +390,8 @@ def write_data(case: Misconfiguration, folder: Path) -> None:
 def write_model(folder: Path, changes: dict[str, Any]) -> None:
     """Write a Qwen2 of two layers and its tokenizer; `weights: False` writes the shape alone.
 
-    `template`, `eos` and `adds_bos` change the tokenizer, all other keys the shape.
+    `template`, `shipped_template` (a file that the installed TRL ships), `eos` and `adds_bos` change the tokenizer, all
+    other keys the shape.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -404,12 +411,19 @@ def write_model(folder: Path, changes: dict[str, Any]) -> None:
         words.post_processor = processors.TemplateProcessing(
             single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
         )
+    template = changes.get("template", CHATML)
+    if "shipped_template" in changes:
+        package = importlib.util.find_spec("trl")
+        assert package is not None
+        template = (
+            Path(package.origin or "").with_name("chat_templates").joinpath(changes["shipped_template"]).read_text()
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
         bos_token="<|endoftext|>",
         eos_token=changes.get("eos", "<|im_end|>"),
         pad_token="<|endoftext|>",
-        chat_template=changes.get("template", CHATML),
+        chat_template=template,
     )
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": len(words.get_vocab()), "max_position_embeddings": 256}
@@ -540,10 +554,11 @@ def rows_of_table(folder: Path) -> Iterator[tuple[str, ...]]:
         line = named(case, code, said)
         return f"named: {line[:90]}" if line else f"exit {code}, not named" if code else "silent"
 
-    for name, case in CASES.items():
-        forms = write(name, folder / name)
-        dry = cell(case, *dry_run(folder / name)) if "yaml" in forms else "-"
-        trl = cell(case, *constructed(folder / name)) if "trl" in forms else "-"
+    for number, (name, case) in enumerate(CASES.items()):
+        place = folder / f"{number}"  # a report that names the folder must not name the mistake by that
+        forms = write(name, place)
+        dry = cell(case, *dry_run(place)) if "yaml" in forms else "-"
+        trl = cell(case, *constructed(place)) if "trl" in forms else "-"
         asked = {form: cell(case, *rehearse(path)) for form, path in forms.items()}
         yield name, case.issue, dry, trl, " · ".join(f"{form} {answer}" for form, answer in asked.items())
 

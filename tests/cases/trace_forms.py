@@ -14,7 +14,9 @@ import math
 import random
 import re
 import statistics
+import struct
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
@@ -403,10 +405,10 @@ def write_trl(rows: list[Row], folder: Path, conversational: bool = False) -> No
         trainer.state = SimpleNamespace(global_step=step, epoch=None, log_history=[])
         trainer._logs = {
             "images": [],
-            "prompt": [row.prompt if conversational else rendered(row.prompt) for row in chosen],
+            "prompt": [row.prompt if conversational else f"{SYSTEM}\n\n{row.question}\n" for row in chosen],
             "completion": [trl_messages(row) if conversational else row.text for row in chosen],
-            "rewards": {name: [row.parts[name] for row in chosen] for name in chosen[0].parts},
-            "advantages": [row.advantage for row in chosen],
+            "rewards": {name: singles(row.parts[name] for row in chosen) for name in chosen[0].parts},
+            "advantages": singles(row.advantage for row in chosen),
             "extra": {"answer": [row.gold for row in chosen]}
             | ({"reward_error": [row.error for row in chosen]} if errors else {}),
         }
@@ -414,6 +416,11 @@ def write_trl(rows: list[Row], folder: Path, conversational: bool = False) -> No
             trainer.log({})
         if any(row.label is not None for row in chosen):
             relabel(folder / "completions" / f"completions_{step:05d}.parquet", [row.label or step for row in chosen])
+
+
+def singles(values: Iterable[float]) -> list[float]:
+    """Numbers of single precision, as they come from TRL's tensors."""
+    return [struct.unpack("f", struct.pack("f", value))[0] for value in values]
 
 
 def trl_messages(row: Row) -> list[dict]:
@@ -438,8 +445,7 @@ def write_verl(rows: list[Row], folder: Path, conversational: bool = False) -> N
         lines = []
         for row in (row for row in rows if row.step == step):
             entry = {
-                "input": "".join(f"{message['role']}\n{message['content']}\n" for message in row.prompt)
-                + "assistant\n",
+                "input": f"system\n{SYSTEM}\nuser\n{row.question}\nassistant\n",
                 "output": row.text,
                 "gts": row.gold,
                 "score": row.reward,
@@ -462,6 +468,7 @@ def verifiers_row(row: Row) -> dict:
     chain = row.error and f"{row.error.split(':')[0]}({row.error.split(':')[-1].strip()!r})"
     span = {"start": row.started, "end": row.ended, "duration": max(0.0, row.ended - row.started)}
     scoring = {"start": row.ended, "end": row.ended + 0.2, "duration": 0.2}
+    ended = "no_tools_called" if len(row.messages) > 1 else "max_turns_reached"
     found = {
         "example_id": row.problem,
         "prompt": row.prompt,
@@ -483,11 +490,7 @@ def verifiers_row(row: Row) -> dict:
         },
         "is_completed": True,
         "is_truncated": row.finish == "length",
-        "stop_condition": "has_error"
-        if row.error
-        else "no_tools_called"
-        if len(row.messages) > 1
-        else "max_turns_reached",
+        "stop_condition": "has_error" if row.error else ended,
         "metrics": row.parts,
         "tool_defs": None,
         **row.parts,

@@ -25,7 +25,7 @@ def problems(said: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_a_misconfiguration_is_named(name, form, tmp_path):
-    forms = write(name, tmp_path / name)
+    forms = write(name, tmp_path / "case")
     code, said = rehearse(forms[form])
     assert named(CASES[name], code, problems(said)), said
     assert code, "a report with a problem ends with an exit code for CI"
@@ -35,7 +35,7 @@ def test_a_misconfiguration_is_named(name, form, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["yaml", "trl", "verl"])
 def test_a_sound_configuration_draws_nothing(form, tmp_path):
-    code, said = rehearse(write("sound", tmp_path / "sound")[form])
+    code, said = rehearse(write("sound", tmp_path / "case")[form])
     assert code == 0, said
 
 
