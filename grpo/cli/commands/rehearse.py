@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from statistics import fmean, median
 from typing import Any, Literal
 
 from rich.console import Console
+from transformers.utils import get_json_schema
 
 from grpo.cli.commands import machine
 from grpo.cli.commands.check import TRANSFORMERS, examine_text
@@ -123,6 +126,7 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
             if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
                 try_forms(result, task, prompts)
                 seconds = try_functions(result, config, task)
+            try_tools(result, task)
             look_at_time(result, config, sizes, prompts, seconds)
     except REFUSALS as error:
         result.refuse(error)
@@ -398,6 +402,36 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> float:
         for note in check.notes:
             result.add("warns", key, note)
     return seconds
+
+
+def try_tools(result: Rehearsal, task: Task) -> None:
+    """Calls each tool with words of the data and with small numbers, in the environment of the first example."""
+    spec, first = task.actor.environment, task.train[0]
+    if spec is None:
+        return
+    from rollout.environments.protocol import chosen, columns_of, open_workers, run, tools_of
+
+    name, facts = chosen(spec, first.columns), dict[str, Any]()
+    values = {"string": (first.question, first.solution, "1 + 1"), "boolean": (True, False), "array": ([],)}
+    begin = {"environment": name, "columns": columns_of(spec, first.columns), "seeds": [0, 0], "history": []}
+    with closing(open_workers(spec)) as pool:
+        for tool in tools_of(spec, name):
+            takes = get_json_schema(tool)["function"]["parameters"].get("properties", {})
+            choices = [entry.get("enum") or values.get(entry.get("type"), (0, 1, 7)) for entry in takes.values()]
+            calls = [[tool.__name__, {p: c[i % len(c)] for p, c in zip(takes, choices, strict=True)}] for i in range(3)]
+            started, episode = (
+                time.perf_counter(),
+                {"episode": f"rehearsal/{tool.__name__}", "turns": [], "ends": False},
+            )
+            [reply] = run(pool, [begin | episode | {"calls": calls}])
+            raised = [text for text, failed in reply.get("results", []) if failed]
+            facts[tool.__name__] = f"raised {len(raised)} of 3, {(time.perf_counter() - started) / 3:.3f} s a call"
+            if "kind" in reply:
+                result.add("ends", "tools", f"{tool.__name__}: {reply['kind']}: {reply['message']}", "mend it")
+            elif len(raised) == len(calls):
+                what = f"{tool.__name__} raised at every one of {len(calls)} calls: {raised[0][:200]}"
+                result.add("warns", "tools", what, "call it by hand, unless it knows none of these values")
+    result.facts["tools"] = facts
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
