@@ -93,8 +93,9 @@ def rehearse(args: argparse.Namespace) -> int:
             migration = _read_for_others(args, Path(folder))
             config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration else {})
             result = rehearse(config, faults=args.faults, device_gib=args.device_gib)
-            for line in (*migration.losses(True), *migration.losses(False)) if migration else ():
-                result.add("warns", "", line.removeprefix("- "))
+            for line in (*migration.losses(True), *migration.losses(False), *migration.notes) if migration else ():
+                refused = line.startswith("TRL itself refuses")
+                result.add("ends" if refused else "warns", "", line.removeprefix("- "))
         except ValueError as error:
             result = Rehearsal(source)
             for problem in getattr(error, "problems", [str(error)]):  # of a ConfigError

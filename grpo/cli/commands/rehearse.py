@@ -411,19 +411,22 @@ def try_tools(result: Rehearsal, task: Task) -> None:
         return
     from rollout.environments.protocol import chosen, columns_of, open_workers, run, tools_of
 
-    name, facts = chosen(spec, first.columns), dict[str, Any]()
-    values = {"string": (first.question, first.solution, "1 + 1"), "boolean": (True, False), "array": ([],)}
+    facts: dict[str, Any] = {}
+    name = chosen(spec, first.columns)
+    values: dict[str, tuple[Any, ...]] = {
+        "string": (first.question, first.solution, "1 + 1"),
+        "boolean": (True, False),
+        "array": ([],),
+    }
     begin = {"environment": name, "columns": columns_of(spec, first.columns), "seeds": [0, 0], "history": []}
     with closing(open_workers(spec)) as pool:
         for tool in tools_of(spec, name):
             takes = get_json_schema(tool)["function"]["parameters"].get("properties", {})
             choices = [entry.get("enum") or values.get(entry.get("type"), (0, 1, 7)) for entry in takes.values()]
             calls = [[tool.__name__, {p: c[i % len(c)] for p, c in zip(takes, choices, strict=True)}] for i in range(3)]
-            started, episode = (
-                time.perf_counter(),
-                {"episode": f"rehearsal/{tool.__name__}", "turns": [], "ends": False},
-            )
-            [reply] = run(pool, [begin | episode | {"calls": calls}])
+            request = begin | {"episode": f"rehearsal/{tool.__name__}", "calls": calls, "turns": [], "ends": False}
+            started = time.perf_counter()
+            [reply] = run(pool, [request])
             raised = [text for text, failed in reply.get("results", []) if failed]
             facts[tool.__name__] = f"raised {len(raised)} of 3, {(time.perf_counter() - started) / 3:.3f} s a call"
             if "kind" in reply:
