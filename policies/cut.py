@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from policies.sharding import EXPERTS
 VOCABULARY, WIDTH = 512, 128  # at most; the width is that of feed-forwards
 WINDOW, BUDGET = 8, 16  # tokens of a window, chunk or block, and those that an indexer chooses
 ENOUGH, MOST = 20e6, 200e6  # parameters: above the first, widths are halved where they can be
+MOST_WHOLE = 400e6  # with all tokens of a tokenizer, whose embedding is then most of the model
 MOST_KINDS = 8
 SPREAD = 2.0  # the standard deviation of the logits of random weights
 
@@ -49,10 +50,12 @@ def has_windows(config: PretrainedConfig) -> bool:
     return any(_named(WINDOWS, fields).values()) or any(fields.get(name) for name in (*BUDGETS, "compress_rates"))
 
 
-def cut(config: PretrainedConfig, layers: int = 1, *, narrow: bool = True) -> PretrainedConfig:
+def cut(
+    config: PretrainedConfig, layers: int = 1, *, narrow: bool = True, whole_vocabulary: bool = False
+) -> PretrainedConfig:
     """A small configuration of the same architecture, with `layers` of each kind and two at least; without `narrow`
-    feed-forwards and experts stay as they are. Raises ValueError where the model stays too large, and whatever the
-    model itself may raise.
+    feed-forwards and experts stay as they are, and with the `whole_vocabulary` all token ids do. Raises ValueError
+    where the model stays too large, and whatever the model itself may raise.
 
     >>> cut(LlamaConfig(hidden_size=64, num_attention_heads=4)).num_hidden_layers
     2
@@ -60,11 +63,13 @@ def cut(config: PretrainedConfig, layers: int = 1, *, narrow: bool = True) -> Pr
     fields, text = config.to_dict(), config.get_text_config(decoder=True)
     name = next((name for name in config.sub_configs if getattr(config, name) is text), None)
     small = _cut(fields if name is None else fields[name], layers, narrow)
+    tokens: Callable[[dict[str, Any]], dict[str, Any]] = (lambda _: {}) if whole_vocabulary else _tokens
+    small |= tokens(small)
     for tower in config.sub_configs.keys() - {name}:  # for pictures and sound
         if fields.get(tower):
             fields[tower] |= {depth: 1 for depth in DEPTHS if depth in fields[tower]}
     while True:
-        whole = small if name is None else fields | _tokens(fields) | {name: small}
+        whole = small if name is None else fields | tokens(fields) | {name: small}
         kept = {key: value for key, value in whole.items() if key not in ("quantization_config", "dtype")}
         small_config = type(config).from_dict(kept)
         with torch.device("meta"):
@@ -74,13 +79,18 @@ def cut(config: PretrainedConfig, layers: int = 1, *, narrow: bool = True) -> Pr
         if halved is None:
             break
         small = halved
-    if count > MOST:
+    if count > (MOST_WHOLE if whole_vocabulary else MOST):
         raise ValueError(f"two of its layers have {count / 1e6:.0f} million weights already")
     return small_config
 
 
 def cut_model(
-    config: PretrainedConfig, layers: int = 1, attention: str | None = None, seed: int = 0
+    config: PretrainedConfig,
+    layers: int = 1,
+    attention: str | None = None,
+    seed: int = 0,
+    *,
+    whole_vocabulary: bool = False,
 ) -> PreTrainedModel:
     """A model of `cut(config)` with wide random weights in float32, always the same ones, which its own forward can
     read. Raises ValueError with the reason where there is none."""
@@ -89,7 +99,7 @@ def cut_model(
         with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(seed)
             try:
-                small = cut(config, layers, narrow=narrow)
+                small = cut(config, layers, narrow=narrow, whole_vocabulary=whole_vocabulary)
                 model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=attention)
                 randomize(model.eval())
                 vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -104,7 +114,7 @@ def cut_model(
 
 
 def _cut(fields: dict[str, Any], layers: int, narrow: bool) -> dict[str, Any]:
-    small = fields | cut_layers(fields, layers) | _tokens(fields)
+    small = fields | cut_layers(fields, layers)
     small |= {name: min(window, WINDOW) for name, window in _named(WINDOWS, small).items()}
     if small.get("compress_rates"):  # DeepSeek-V4
         small["compress_rates"] = {kind: min(rate, WINDOW) for kind, rate in small["compress_rates"].items()}

@@ -7,6 +7,7 @@ import argparse
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +80,44 @@ def run(args: argparse.Namespace) -> int:
     if results is not None:
         summary.summary(results)
     return 0
+
+
+def rehearse(args: argparse.Namespace) -> int:
+    _begin()
+    from grpo.cli.commands.rehearse import Rehearsal, rehearse, show
+    from rewards.console import Terminal
+
+    source = args.verl or str(args.config)
+    with tempfile.TemporaryDirectory(prefix="migration_") as folder:
+        try:
+            migration = _read_for_others(args, Path(folder))
+            config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration else {})
+            result = rehearse(config, faults=args.faults, device_gib=args.device_gib)
+            for line in (*migration.losses(True), *migration.losses(False), *migration.notes) if migration else ():
+                refused = line.startswith("TRL itself refuses")
+                result.add("ends" if refused else "warns", "", line.removeprefix("- "))
+        except ValueError as error:
+            result = Rehearsal(source)
+            for problem in getattr(error, "problems", [str(error)]):  # of a ConfigError
+                result.refuse(problem)
+    show(result, Terminal())
+    write(args.json, asdict(result) | {"wrong": result.wrong})
+    return EXIT_ERROR if result.wrong else 0
+
+
+def _read_for_others(args: argparse.Namespace, folder: Path) -> Migration | None:
+    """Reads what was written for another trainer, which then takes the place of a file; None where it is ours."""
+    script, args.config = args.config, None
+    if args.verl or (script and script.suffix == ".sh"):
+        from grpo.cli.migration.verl_command import read_verl_command
+
+        return read_verl_command(args.verl or script)
+    if script and script.suffix == ".py":
+        from grpo.cli.migration.trl_script import read_trl_script
+
+        return read_trl_script(script, folder)
+    args.config = script
+    return None
 
 
 def mtp(args: argparse.Namespace) -> int:

@@ -41,6 +41,14 @@ _DESTINATION = argument("destination", type=Path, metavar="DST", help="the folde
 _TRAIN = "train and sample by Tinker's API, with the client that its SDK brings"
 _WHAT = "options from a file; the command line wins"
 TRAIN = (argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
+_WHAT = "options from a file, a script with TRL's trainer, or a shell file with verl's command; the command line wins"
+REHEARSE = (
+    argument("config", metavar="CONFIG.yaml|SCRIPT.py|RUN.sh", help=_WHAT, **_FILE),
+    argument("--verl", metavar="COMMAND", help="a command of verl's in one word, in place of a file"),
+    _flag("faults", "also kill the run and its workers, fill the disk, let workers hang, and resume"),
+    argument("--device_gib", "--device-gib", type=float, metavar="GIB", help="the memory of a device of the real run"),
+    json_argument("all that was found"),
+)
 _WHAT = (
     "options from a file (the command line wins), or the policy: a run or checkpoint folder, a GGUF file or a hub id"
 )

@@ -55,6 +55,12 @@ def _commands() -> dict[str, Command]:
     return {
         "train": Command("GRPO, after an optional warm start", actions.run, arguments.TRAIN, TrainConfig),
         "sft": Command("supervised fine-tuning on prompts and gold solutions", actions.run, arguments.TRAIN, SftConfig),
+        "rehearse": Command(
+            "two steps with a small random policy, and what would end or spoil the run",
+            actions.rehearse,
+            arguments.REHEARSE,
+            TrainConfig,
+        ),
         "mtp": Command("teach the draft head what the policy says", actions.mtp, arguments.MTP, MtpConfig),
         "eval": Command(
             "accuracy or mean reward of a policy on held-out problems", actions.evaluate, arguments.EVAL, EvalConfig
@@ -111,6 +117,6 @@ def _reference(args: argparse.Namespace) -> None:
     from rewards.config.options import reference_page
 
     for name, command in _commands().items():
-        if command.options:
+        if command.options and getattr(command.options, "command", "") == name:  # else they are another command's
             print(f"# quartet {name}\n\n{reference_page(command.options)}")
     print(f"# Metrics\n\n{metrics.table()}", end="")

@@ -102,7 +102,7 @@ def check_processes(plan: Plan, on_cpu: bool) -> None:
 def check_prompts(plan: Plan, task: Task) -> None:
     """Checks that every prompt leaves room for its completion, which the run sees when it has its tokenizer. Nothing
     is checked of a folder that has no tokenizer, since only its shape can be asked for."""
-    tokenizer = _tokenizer_of(plan, task)
+    tokenizer = tokenizer_of(plan, task)
     if tokenizer is None:
         return
     config, policy = plan.options, plan.bare_policy(tokenizer)
@@ -131,7 +131,8 @@ def gpu_share(config: LearningConfig) -> float:
     return round(1.0 - rollout.gpus_per_worker, 4)  # Ray knows ten-thousandths
 
 
-def _tokenizer_of(plan: Plan, task: Task) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(plan: Plan, task: Task) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a run before its policy is loaded; None for a folder that has none."""
     base = plan.source.base
     if base in presets.PRESETS:
         return presets.small_tokenizer(task.corpus(), presets.VOCABULARY)

@@ -35,9 +35,10 @@ GRACE_S = 1.0  # a late worker has so long to end itself and leave a trace befor
 # Windows has no groups of processes, and hands no open socket to a process.
 ISOLATES = hasattr(os, "killpg")
 
+_ROOT = str(Path(__file__).parents[2])  # it comes first for a moment: a user's file may be called rewards.py
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from rewards.isolation.child import serve; serve(*map(int, sys.argv[2:]))"
+    "import json, sys; path = json.loads(sys.argv[1]); sys.path[:] = [sys.argv.pop(2), *path]; "
+    "from rewards.isolation.child import serve; sys.path[:] = path; serve(*map(int, sys.argv[2:]))"
 )
 
 
@@ -51,7 +52,7 @@ class WorkerProcess:
         path = [folder or os.getcwd() for folder in sys.path]
         defaults = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}  # the order of sets: the same in all workers
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-u", "-c", _BOOT, json.dumps(path), *map(str, fds), str(memory)],
+            [sys.executable, "-P", "-u", "-c", _BOOT, json.dumps(path), _ROOT, *map(str, fds), str(memory)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

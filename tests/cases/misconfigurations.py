@@ -35,6 +35,7 @@ FORGETFUL = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
 )
 REWARDS = '''"""Rewards of the cases."""
+import functools
 import re
 import time
 
@@ -85,6 +86,22 @@ def contained(completions, answer, **kwargs):
 def distance(completions, answer, **kwargs):
     pairs = zip(completions, answer)
     return [min(1.0, abs(int(number(text) or 0) - int(number(gold))) / 10) for text, gold in pairs]
+
+
+def of_texts(function):
+    """TRL hands over messages where its prompts are messages."""
+
+    @functools.wraps(function)
+    def reward(completions, *more, **columns):
+        texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+        return function(texts, *more, **columns)
+
+    return reward
+
+
+exact, against_solutions, tower, one_for_all, boxed, tagged, contained, distance = map(
+    of_texts, (exact, against_solutions, tower, one_for_all, boxed, tagged, contained, distance)
+)
 '''
 VERL_REWARDS = '''"""The same rewards as verl calls them."""
 import task_rewards

@@ -162,7 +162,7 @@ def dry_run(
     """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
     counts, estimates, and whether this machine, or devices of `device_gib`, have what they ask for, which is
     returned."""
-    run = _DryRun(config, device_gib)
+    run = DryRun(config, device_gib)
     saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=run.steps)
     refuse_folder(config.output_dir, resuming=resume is not None)
     run.show(same_rewards=resume is not None and not force)
@@ -172,13 +172,13 @@ def dry_run(
 def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float | None = None) -> bool:
     """Check data, template, rewards, model and folder of `quartet mtp` without training; print counts, FLOPs per token
     of the draft head, memory and disk. Returns whether that fits."""
-    run = _MtpDryRun(config, device_gib)
+    run = MtpDryRun(config, device_gib)
     refuse_folder(config.output_dir, resuming=resuming)
     run.show()
     return run.fits()
 
 
-class _DryRun:
+class DryRun:
     """Looks at what a run of `config` will do and need. Raises what the run refuses, and a wrong digest of a saved
     policy, which the run reads when it loads it."""
 
@@ -213,8 +213,15 @@ class _DryRun:
     def fits(self) -> bool:
         """Print memory by device, and whether this machine has that much, and the disk. Returns whether it has."""
         there = machine.Memory.there(device_of(self.config.device), self.device_gib)
+        CONSOLE.print(memory_table.table(self.memory.devices(there.gpus)))
+        verdicts = self.verdicts(there)
+        for verdict in verdicts:
+            CONSOLE.print(verdict.line, markup=False, highlight=False, soft_wrap=True)
+        return all(verdict.fits for verdict in verdicts)
+
+    def verdicts(self, there: machine.Memory) -> list[machine.Verdict]:
+        """Says whether the run fits the memory that is `there`, and the disk."""
         devices = self.memory.devices(there.gpus)
-        CONSOLE.print(memory_table.table(devices))
 
         def used(other: Any) -> float:
             return there.used(MemoryOfRun(self.plan.shape, self.head, other).devices(there.gpus))
@@ -225,10 +232,7 @@ class _DryRun:
 
         every = self.config.checkpoint.keep
         less_disk = f"{'' if every == 1 else f'lower checkpoint.keep={every}, '}make room, or use another output_dir"
-        verdicts = list(machine.verdicts(devices, there, self.config.output_dir, self.disk, less, less_disk))
-        for verdict in verdicts:
-            CONSOLE.print(verdict.line, markup=False, highlight=False, soft_wrap=True)
-        return all(verdict.fits for verdict in verdicts)
+        return list(machine.verdicts(devices, there, self.config.output_dir, self.disk, less, less_disk))
 
     def rows(self, task: Task) -> Iterator[tuple[str, str]]:
         """Yields what the run will do, and its sizes on disk: the model is built without storage."""
@@ -270,7 +274,7 @@ class _DryRun:
         self.disk = policies + each * min(copies + 1, saved)  # the next one is complete before the oldest is deleted
 
 
-class _MtpDryRun(_DryRun):
+class MtpDryRun(DryRun):
     """Looks at what `quartet mtp` will do and need."""
 
     def check(self, task: Task) -> None:

@@ -1,0 +1,457 @@
+"""`quartet rehearse`: what would end or spoil a run, found before its expensive hours and without its weights.
+
+Data, template, tokenizer, rewards, tools and limits are the run's own. The policy is a random one of the same
+architecture with two layers of each kind, which takes two steps (rehearse_steps.py).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cache
+from statistics import fmean, median
+from typing import Any, Literal
+
+from rich.console import Console
+from transformers.utils import get_json_schema
+
+from grpo.cli.commands import machine
+from grpo.cli.commands.check import TRANSFORMERS, examine_text
+from grpo.cli.commands.summary import DryRun
+from grpo.cli.migration.migration import our_defaults
+from grpo.config.environment import rewards_of
+from grpo.config.run import TrainConfig
+from grpo.task.check import open_task
+from grpo.task.parts import tokenizer_of
+from grpo.task.plan import REFUSALS, Plan
+from grpo.task.table import contradictions
+from grpo.task.task import Task
+from policies import presets
+from policies.anatomy import count_parameters
+from policies.devices import device_of
+from policies.policy import Policy, PolicyError
+from rewards.commands.check import STATE, check_reward
+from rewards.commands.options import RewardTestConfig
+from rewards.commands.probes import misprint
+from rewards.config.options import load
+from rewards.scorer import BATCH
+from rewards.ties import tied
+from rollout.group import Prompt
+
+Effect = Literal["ends", "spoils", "warns"]  # what a finding does to the real run; what only warns may be meant so
+
+SAMPLED, TRIED = 400, 20  # examples whose tokens are counted, and those that rewards are tried on
+MANY = 0.1  # a share of examples that is no accident
+THOUGHTS = 1024  # tokens that a model which thinks needs at least
+EPOCHS = 20  # above it a policy learns its problems by heart
+RATES = {False: (1e-8, 1e-4), True: (1e-7, 1e-3)}  # learning rates that have been seen to learn; True: of adapters
+FLOPS, BYTES_S = 3e14, 2.5e12  # of one H100 in a second, used well
+OF_OTHERS = ("environment", "agent", "column", "judge", "remote")  # rewards whose marks come from elsewhere
+# How a right answer may have to be written for a reward to see it.
+FORMS = {
+    "as it is": "{}",
+    "####": "#### {}",
+    r"\boxed": r"\boxed{{{}}}",
+    "answer is": "The answer is {}.",
+    "<answer>": "<answer>{}</answer>",
+    "<think>": "<think>\nI count.\n</think>\n{}",
+    r"<think>, \boxed": "<think>\nI count.\n</think>\n\\boxed{{{}}}",
+    "<think>, <answer>": "<think>\nI count.\n</think>\n<answer>\n{}\n</answer>\n",
+    "<reasoning>, <answer>": "<reasoning>\nI count.\n</reasoning>\n<answer>\n{}\n</answer>\n",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong: the option's key, the fact with its number, and the way out. `effect` is that on the real run."""
+
+    effect: Effect
+    key: str
+    what: str
+    advice: str = ""
+
+
+@dataclass
+class Rehearsal:
+    """What `rehearse` found, by parts of the run: `facts`, the metrics of the `steps`, and what became of `faults`."""
+
+    model: str
+    findings: list[Finding] = field(default_factory=list)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> bool:
+        """Tells whether something would end or spoil the real run."""
+        return any(finding.effect != "warns" for finding in self.findings)
+
+    def add(self, effect: Effect, key: str, what: str, advice: str = "") -> None:
+        finding = Finding(effect, key, " ".join(what.split()), advice)
+        if finding not in self.findings:
+            self.findings.append(finding)
+
+    def refuse(self, error: Exception | str) -> None:
+        """Adds what a run says when it refuses something, each thing as a finding."""
+        for line in str(error).split("\n  "):
+            if not line.endswith("things are wrong with this run:"):
+                self.add("ends", key_of(line), line)
+
+
+def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | None = None) -> Rehearsal:
+    """Looks at all that a run of `config` needs but its weights, and takes two steps. `device_gib`: see `DryRun`."""
+    from grpo.cli.commands.rehearse_steps import take_steps
+
+    result = Rehearsal(config.model)
+    try:
+        run = DryRun(as_planned(config, result), device_gib)
+        with open_task(run.config) as task:
+            tokenizer = tokenizer_of(run.plan, task)
+            if tokenizer is None:
+                raise PolicyError(f"model={config.model!r} has no tokenizer; put its files beside config.json")
+            policy = run.plan.bare_policy(tokenizer)
+            sizes = count_parameters(policy.trunk, policy.config.get_text_config(decoder=True))
+            prompts = look_at_lengths(result, config, task, tokenizer)
+            look_at_template(result, config, policy, prompts)
+            look_at_repetition(result, config, prompts)
+            run.check(task)
+            look_at_options(result, config, task, fresh=run.plan.source.base in presets.PRESETS)
+            result.facts["plan"] = dict(run.rows(task))
+            look_at_machine(result, run, here=config.device == "cpu")
+            seconds = 0.0
+            if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
+                try_forms(result, task, prompts)
+                seconds = try_functions(result, config, task)
+            try_tools(result, task)
+            look_at_time(result, config, sizes, prompts, seconds)
+    except REFUSALS as error:
+        result.refuse(error)
+        return result
+    take_steps(result, run.plan, config, tokenizer, faults)
+    return result
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def with_options(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with other values of these options, by their keys. Raises ConfigError."""
+    return load(TrainConfig, None, {**config.model_dump(round_trip=True), **changes})
+
+
+@cache
+def key_of(message: str) -> str:
+    """The option that a message is about: one that it gives a value to, else one that it names; "" for none.
+
+    >>> key_of("prompts_per_step=8, but there are 5 training examples; lower it")
+    'prompts_per_step'
+    """
+    if message.startswith("reward '"):
+        return "rewards"
+    keys = list(our_defaults())
+    for word in re.findall(r"([a-z_]+(?:\.[a-z_]+)*)(?:\[\d+\][\w.]*)?=", message):
+        if word in keys:
+            return str(word)
+    for word in re.findall(r"[a-z]+(?:[._][a-z]+)+", message):
+        ending = [key for key in keys if key == word or key.endswith(f".{word}")]
+        if len(ending) == 1:
+            return ending[0]
+    return "rewards" if "reward" in message else ""
+
+
+def as_planned(config: TrainConfig, result: Rehearsal) -> TrainConfig:
+    """The configuration as this machine can look at it: on a device that is here, and without vLLM. What does not go
+    together is found before."""
+    changes: dict[str, Any] = {}
+    try:
+        device_of(config.device)
+    except ValueError:
+        changes["device"] = "cpu"
+    for line in contradictions(Plan(with_options(config, changes))):
+        result.refuse(line)
+    if config.rollout.backend == "vllm":
+        changes |= {"rollout.backend": None, "rollout.vllm": {}}
+    return with_options(config, changes)
+
+
+def look_at_options(result: Rehearsal, config: TrainConfig, task: Task, *, fresh: bool) -> None:
+    """Finds numbers that fit no run of so many steps over so many examples. `fresh`: the policy begins with random
+    weights, which learn at other rates."""
+    steps, rate, examples = config.steps, config.learner.learning_rate, len(task.train)
+    epochs = steps * config.prompts_per_step / examples
+    result.facts["data"] = {"examples": examples, "held out": len(task.held_out), "epochs": epochs}
+    if epochs > EPOCHS:
+        most = max(1, EPOCHS * examples // config.prompts_per_step)
+        result.add("spoils", "steps", f"{steps} steps read the data {epochs:.0f} times", f"take {most} at most")
+    if config.learner.warmup_steps >= steps:
+        what = f"{config.learner.warmup_steps} steps of warm-up in a run of {steps} never end at {rate:g}"
+        result.add("spoils", "learner.warmup_steps", what, f"take {steps // 20}")
+    low, high = RATES[config.lora is not None]
+    if not (fresh or low <= rate <= high):
+        what = f"{rate:g} is outside of {low:g} to {high:g}, where GRPO has been seen to learn"
+        result.add("spoils", "learner.learning_rate", what, f"take {1e-5 if config.lora else 1e-6:g}")
+    if config.rollout.temperature < 0.2:
+        what = f"at {config.rollout.temperature:g} the completions of a group are alike, and tied groups teach nothing"
+        result.add("spoils", "rollout.temperature", what, "take 1.0")
+    if config.eval.every and config.eval.every > steps:
+        result.add("warns", "eval.every", f"{config.eval.every} is after the last of {steps} steps", "lower it")
+    if config.checkpoint.every > steps > 1:
+        what = f"{config.checkpoint.every} is after the last of {steps} steps: what ends the run loses all of it"
+        result.add("warns", "checkpoint.every", what, f"take {max(1, steps // 10)}")
+    if not task.held_out:
+        result.add("warns", "eval.limit", "nothing is evaluated", "hold out some problems (eval.limit: 100)")
+
+
+def look_at_machine(result: Rehearsal, run: DryRun, *, here: bool) -> None:
+    """Compares memory and disk with those of this machine, where the run will be `here` or there is an accelerator, or
+    with the devices that were asked about."""
+    there = machine.Memory.there(device_of(run.config.device), run.device_gib)
+    devices = run.memory.devices(there.gpus or math.inf)
+    result.facts["memory"] = {device.name: f"{device.peak / 2**30:.1f} GiB" for device in devices}
+    if not (there.gpus or here):
+        result.add("warns", "device", "no accelerator is here to compare memory with", "give --device_gib 80")
+        there = there._replace(total=math.inf, free=math.inf)
+    for verdict in run.verdicts(there):
+        if not verdict.fits:
+            disk = verdict.line.startswith("disk")
+            result.add("ends", "checkpoint.keep" if disk else key_of(verdict.line), verdict.line)
+
+
+def look_at_time(
+    result: Rehearsal, config: TrainConfig, sizes: tuple[int, int], prompts: Sequence[Prompt], seconds: float
+) -> None:
+    """Plans the time of a step with whole completions, from what a reward took here (`seconds` for one of them) and
+    from the `sizes` of the real model: all parameters, and those that a token uses."""
+    rollout, completions = config.rollout, config.prompts_per_step * config.rollout.group_size
+    tokens = completions * (rollout.max_completion_tokens + fmean(len(prompt.token_ids) for prompt in prompts))
+    total, active = sizes
+    forward, shards = 2 * active * tokens / FLOPS, -(-config.prompts_per_step // rollout.prompts_per_shard)
+    reading = shards * rollout.max_completion_tokens * 2 * total / BYTES_S
+    forwards = (4 if config.loss.beta > 0 else 3) * config.learner.updates_per_batch + 1
+    times = {
+        "sampling s": (forward + reading) / max(1, rollout.samplers),
+        "learning s": forward * forwards / max(1, config.learner.workers),
+        "rewards s": seconds * completions / config.reward.workers,
+    }
+    step = sum(times.values())
+    result.facts["time on H100s, of a step"] = {**times, "of the run h": step * config.steps / 3600}
+    late = seconds * min(BATCH, completions)
+    if late > config.reward.timeout_s / 2:
+        what = f"a batch takes {late:.1f} s of the {config.reward.timeout_s:g} s that it may take"
+        result.add("ends", "reward.timeout_s", what, f"take {math.ceil(4 * late)}")
+    if times["rewards s"] > max(1.0, step / 2):
+        what = f"rewards take {times['rewards s']:.1f} s of a step of about {step:.1f} s"
+        result.add("warns", "reward.workers", what, "give them more processes")
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+def look_at_lengths(result: Rehearsal, config: TrainConfig, task: Task, tokenizer: Any) -> list[Prompt]:
+    """Counts the tokens of prompts and gold solutions, against the limits of the run. Returns some prompts."""
+    examples = task.train[:: max(1, len(task.train) // SAMPLED)]
+    prompts = [task.prompt(example, tokenizer) for example in examples]
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    golds = sorted(len(tokenizer.encode(e.solution, add_special_tokens=False)) + 1 for e in examples)
+    most, allowed = config.rollout.max_completion_tokens, config.rollout.vllm.engine.get("max_model_len")
+    counts = {"prompts": lengths, "gold solutions": golds}
+    result.facts["tokens"] = {name: f"{min(n)} to {max(n)}, median {median(n):g}" for name, n in counts.items()}
+    result.facts["tokens"] |= {"completions at most": most}
+    if cut := sum(length > most for length in golds):
+        enough = 1 << (golds[int(0.99 * (len(golds) - 1))] - 1).bit_length()
+        what = f"{cut} of {len(golds)} gold solutions have more than {most} tokens (the longest {golds[-1]})"
+        many = cut > MANY * len(golds)
+        result.add("spoils" if many else "warns", "rollout.max_completion_tokens", what, f"raise it to {enough}")
+    if allowed and (longest := max(lengths) + most) > allowed:
+        what = f"max_model_len={allowed} holds no prompt of {max(lengths)} tokens and a completion of {most}"
+        result.add("ends", "rollout.vllm.engine", what, f"raise it to {longest}")
+    copies = len(task.train) - len(task.fingerprints(task.train))
+    if copies:
+        what = f"{copies} of {len(task.train)} problems are shown like another one"
+        effect: Effect = "spoils" if copies > MANY * len(task.train) else "warns"
+        result.add(effect, "data.template", what, "show the columns that tell them apart, or take copies out")
+    return prompts
+
+
+def look_at_template(result: Rehearsal, config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> None:
+    """Asks what `quartet check` asks of tokenizer and template, and reads the prompts as the policy gets them."""
+    chat, tokenizer, shape = config.data.template == "chat", policy.tokenizer, policy.config.get_text_config()
+    result.facts["template"] = {}
+    for row in examine_text(tokenizer, policy.stop_token_ids, getattr(shape, "vocab_size", None)):
+        words = str(row.values.get(TRANSFORMERS, ""))
+        result.facts["template"][row.name] = words
+        effect: Effect = "warns"
+        if "not in the embedding" in words or "Error" in words:
+            effect = "ends"
+        elif row.wrong and (row.name == "stop and pad" or (row.name == "template" and "turns" not in words)):
+            effect = "spoils" if chat or words == "no stop token" else "warns"
+        of_turns = row.name == "template" and effect == "warns" and not config.has_tools and "encode" not in row.note
+        if row.advice and not of_turns:
+            result.add(
+                effect, "data.template" if row.name == "template" else "model", f"{row.name}: {words}", row.advice
+            )
+    first, bos, template = prompts[0], tokenizer.bos_token_id, str(tokenizer.chat_template or "")
+    if bos is not None and first.token_ids[:2] == [bos, bos]:
+        what = f"every prompt begins twice with {tokenizer.bos_token!r}"
+        result.add("spoils", "data.template", what, "take it out of the template: the tokenizer adds it")
+    marks = [token for token in tokenizer.all_special_tokens if token in template]
+    twice = sum(any(mark in str(prompt.columns.get("question")) for mark in marks) for prompt in prompts)
+    most = config.rollout.max_completion_tokens
+    if chat and twice:
+        what = f"{twice} of {len(prompts)} questions hold marks of the chat template ({', '.join(marks[:3])}) already"
+        result.add("spoils", "data.prompt_column", what, "give the bare question, or use a format string")
+    if chat and "<think>" in template and "</think>" not in first.text[-40:] and most < THOUGHTS:
+        what = f"the model thinks before it answers, and {most} tokens cut it before its answer"
+        advice = f"raise it to {4 * THOUGHTS}, or set data.chat_template_kwargs: {{enable_thinking: false}}"
+        result.add("spoils", "rollout.max_completion_tokens", what, advice)
+    if template and not chat:
+        what = "the model has a chat template, and prompts are not written with it"
+        result.add("warns", "data.template", what, "chat is what an instructed model knows")
+
+
+def look_at_repetition(result: Rehearsal, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
+    """Finds a sentence that every prompt says twice, as where system prompt and data both have it."""
+    for sentence in re.findall(r"[^.!?\n]{24,}[.!?]", prompts[0].text):
+        if not config.data.few_shot and all(prompt.text.count(sentence) > 1 for prompt in prompts):
+            key = "data.system_prompt" if sentence in (config.data.system_prompt or "") else "data.template"
+            result.add("warns", key, f"every prompt says twice {sentence.strip()!r}", "say it once")
+            break
+
+
+# ---- rewards --------------------------------------------------------------------------------------------------------
+
+
+def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> None:
+    """Finds the form in which right answers score most, and compares it with wrong ones and with nothing at all."""
+    answers = [example.solution.rpartition("####")[2].strip() for example in task.train[:TRIED]]
+    others = [misprint(answer) or next((other for other in answers if other != answer), "") for answer in answers]
+    whole = [example.solution for example in task.train[:TRIED]]
+    score = mean_score(task, len(answers))
+    right = {name: score([form.format(answer) for answer in answers]) for name, form in FORMS.items()}
+    right["as it is"] = score(whole)
+    name = max(FORMS, key=lambda name: right[name])  # the first of equals
+    best, wrong, empty = right[name], score([FORMS[name].format(other) for other in others]), score([""] * len(answers))
+    result.facts["scores"] = {"right": best, "wrong": wrong, "nothing": empty, "written": name}
+    if best <= max(wrong, empty):
+        what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms, a wrong one {wrong:.3g}, nothing "
+        result.add("spoils", "rewards", f"{what}{empty:.3g}", "no reward tells right from wrong: quartet reward test")
+        return
+    if wrong > 0.8 * best > 0:
+        what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"
+        result.add("spoils", "rewards", what, "give the rewards of form less weight")
+    asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in prompt.text for prompt in prompts)]
+    if name != "as it is" and asked and best > 1.2 * right["as it is"]:
+        what = f"right answers score {best:.3g} with {name} and {right['as it is']:.3g} as the data have them, and no "
+        result.add("spoils", "data.template", f"{what}prompt asks for {' and '.join(asked)}", "ask for it")
+    if "<think>" in name and prompts[0].text.rstrip().endswith("<think>"):
+        without = score([FORMS[name].format(answer).removeprefix("<think>") for answer in answers])
+        if without < best:
+            what = f"prompts end with <think>, which completions then lack: they score {without:.3g}, with it "
+            result.add("spoils", "rewards", f"{what}{best:.3g}", "let the reward do without <think>")
+
+
+def mean_score(task: Task, count: int) -> Callable[[Sequence[str]], float]:
+    """Gives the mean score of a text for each of the first examples, by all rewards of the run with their weights."""
+    examples = task.train[:count]
+    more = dict.fromkeys([*(task.models.names if task.models else []), *task.actor.columns], 0.0)
+
+    def score(texts: Sequence[str]) -> float:
+        groups = task.scorer.score(
+            [f"{example.question}\n" for example in examples],
+            [[text] for text in texts],
+            [example.columns | more for example in examples],
+            prompt_ids=[example.example_id for example in examples],
+            completion_ids=[[list(text.encode())] for text in texts],
+            trainer_state=STATE,
+            messages=[task.template.messages(example) for example in examples],
+        )
+        marks = [group.rewards[0] for group in groups if group.rewards[0] is not None]
+        return fmean(marks) if marks else 0.0
+
+    return score
+
+
+def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> float:
+    """Tries each function as `quartet reward test` does. Returns the seconds that they take for a completion."""
+    seconds, written = 0.0, result.facts["scores"]["written"]
+    data = {name: getattr(config.data, name) for name in RewardTestConfig().data.model_dump()} | {"limit": TRIED}
+    effect: Effect = "ends" if config.reward.on_error == "abort" else "spoils"
+    scoring = {name: getattr(config.reward, name) for name in ("timeout_s", "pass_variables")}
+    scoring["on_error"] = "abort" if effect == "ends" else "drop_sample"
+    for i, (reward, label) in enumerate(zip(config.rewards, task.reward_weights, strict=False)):
+        if reward.function in OF_OTHERS or task.models:
+            continue
+        key, declared = f"rewards[{i}].function", task.scorer.right_at(label)
+        options: dict[str, Any] = {name: getattr(reward, name) for name in ("arguments", "columns", "chat")}
+        options |= {"data": data, "reward": scoring, "shaping": declared is None or i > 0 or written != "as it is"}
+        try:
+            check = check_reward(reward.function, RewardTestConfig(**options))
+        except REFUSALS as error:
+            result.add(effect, key, str(error))
+            continue
+        seconds += 1 / check.completions_per_second
+        result.facts[f"reward {label}"] = {kind.kind: kind.mean for kind in check.kinds if kind.count}
+        if tied([kind.mean for kind in check.kinds]):
+            check.problems.append("all kinds of completions score the same, and a constant teaches nothing")
+        for problem in check.problems:
+            result.add("spoils", key, problem, f"quartet reward test {reward.function} shows it")
+        for note in check.notes:
+            result.add("warns", key, note)
+    return seconds
+
+
+def try_tools(result: Rehearsal, task: Task) -> None:
+    """Calls each tool with words of the data and with small numbers, in the environment of the first example."""
+    spec, first = task.actor.environment, task.train[0]
+    if spec is None:
+        return
+    from rollout.environments.protocol import chosen, columns_of, open_workers, run, tools_of
+
+    facts: dict[str, Any] = {}
+    name = chosen(spec, first.columns)
+    values: dict[str, tuple[Any, ...]] = {
+        "string": (first.question, first.solution, "1 + 1"),
+        "boolean": (True, False),
+        "array": ([],),
+    }
+    begin = {"environment": name, "columns": columns_of(spec, first.columns), "seeds": [0, 0], "history": []}
+    with closing(open_workers(spec)) as pool:
+        for tool in tools_of(spec, name):
+            takes = get_json_schema(tool)["function"]["parameters"].get("properties", {})
+            choices = [entry.get("enum") or values.get(entry.get("type"), (0, 1, 7)) for entry in takes.values()]
+            calls = [[tool.__name__, {p: c[i % len(c)] for p, c in zip(takes, choices, strict=True)}] for i in range(3)]
+            request = begin | {"episode": f"rehearsal/{tool.__name__}", "calls": calls, "turns": [], "ends": False}
+            started = time.perf_counter()
+            [reply] = run(pool, [request])
+            raised = [text for text, failed in reply.get("results", []) if failed]
+            facts[tool.__name__] = f"raised {len(raised)} of 3, {(time.perf_counter() - started) / 3:.3f} s a call"
+            if "kind" in reply:
+                result.add("ends", "tools", f"{tool.__name__}: {reply['kind']}: {reply['message']}", "mend it")
+            elif len(raised) == len(calls):
+                what = f"{tool.__name__} raised at every one of {len(calls)} calls: {raised[0][:200]}"
+                result.add("warns", "tools", what, "call it by hand, unless it knows none of these values")
+    result.facts["tools"] = facts
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def show(result: Rehearsal, console: Console) -> None:
+    """Prints the facts by parts of the run, what became of the faults, and the findings, the worst ones last."""
+    lines = []
+    for part, facts in result.facts.items():
+        words = (
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
+        )
+        lines.append(f"{part}: {', '.join(words)}")
+    lines += [f"fault, {name}: {words}" for name, words in result.faults.items()]
+    for effect in ("warns", "spoils", "ends"):
+        for finding in (finding for finding in result.findings if finding.effect == effect):
+            advice = f"; {finding.advice}" if finding.advice else ""
+            lines.append(f"{effect:6}  {finding.key or 'run'}: {finding.what}{advice}")
+    lines.append("something would end or spoil the run" if result.wrong else "nothing would end or spoil the run")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

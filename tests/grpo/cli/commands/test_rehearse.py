@@ -1,0 +1,193 @@
+"""`quartet rehearse` names what would end or spoil a run, by option and number, without the model's weights."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from grpo.cli.commands import rehearse_steps
+from grpo.cli.commands.rehearse import Rehearsal, key_of, rehearse
+from grpo.cli.parse import main
+from grpo.config.run import TrainConfig
+from policies.cut import cut
+from rewards.config.options import load
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def bare_model(model, tmp_path_factory) -> Path:
+    """A folder with configuration and tokenizer, and without weights."""
+    folder = tmp_path_factory.mktemp("bare") / "model"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "digests*"))
+    return folder
+
+
+@pytest.fixture
+def chat_model(bare_model, tmp_path) -> Path:
+    folder = tmp_path / "chat"
+    shutil.copytree(bare_model, folder)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    return folder
+
+
+@pytest.fixture
+def no_steps(monkeypatch) -> None:
+    """What is found before the steps."""
+    monkeypatch.setattr(rehearse_steps, "take_steps", lambda *arguments: None)
+
+
+def _config(folder_of_model: Path, folder: Path, **options) -> TrainConfig:
+    usual = {
+        "model": str(folder_of_model),
+        "output_dir": folder / "run",
+        "data.levels": [1],
+        "data.limit": 60,
+        "eval.limit": 8,
+        "steps": 10,
+        "prompts_per_step": 4,
+        "checkpoint.every": 10,
+        "rollout.max_completion_tokens": 100,
+        "threads": 1,
+        "log.trackers": [],
+    }
+    return load(TrainConfig, None, usual | options)
+
+
+def _worst(result: Rehearsal) -> list[str]:
+    return [f"{found.effect} {found.key}: {found.what}" for found in result.findings if found.effect != "warns"]
+
+
+def _reward(folder: Path, text: str, name: str = "reward") -> list[dict[str, str]]:
+    (folder / "own_rewards.py").write_text(text)
+    return [{"function": f"{folder / 'own_rewards.py'}:{name}"}]
+
+
+def test_a_sound_run_takes_two_steps_without_weights_and_nothing_is_wrong(bare_model, tmp_path):
+    result = rehearse(_config(bare_model, tmp_path))
+    assert _worst(result) == []
+    assert [step["learner/updates"] for step in result.steps] == [1, 1]
+    assert not (tmp_path / "run").exists()
+    assert result.facts["scores"] == {"right": 1.0, "wrong": 0.0, "nothing": 0.0, "written": "as it is"}
+    assert result.facts["data"]["epochs"] == pytest.approx(40 / 60)
+    assert set(result.facts) >= {"tokens", "template", "plan", "memory", "time on H100s, of a step", "reward gsm8k"}
+
+
+def test_numbers_that_spoil_a_run_are_named_all_at_once(bare_model, tmp_path, no_steps):
+    options = {
+        "rollout.max_completion_tokens": 8,
+        "steps": 4000,
+        "learner.warmup_steps": 4000,
+        "rollout.temperature": 0.01,
+    }
+    assert {line.partition(";")[0] for line in _worst(rehearse(_config(bare_model, tmp_path, **options)))} == {
+        "spoils rollout.max_completion_tokens: 60 of 60 gold solutions have more than 8 tokens (the longest 25)",
+        "spoils steps: 4000 steps read the data 267 times",
+        "spoils learner.warmup_steps: 4000 steps of warm-up in a run of 4000 never end at 1e-06",
+        "spoils rollout.temperature: at 0.01 the completions of a group are alike, and tied groups teach nothing",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"rollout.max_completion_tokens": 250}, "ends rollout.max_completion_tokens: .*pass the policy's context"),
+        ({"data.limit": 3}, "ends prompts_per_step: .*there are 3 training examples"),
+        ({"eval.every": 5, "eval.limit": 0}, "ends eval.limit: eval.limit=0 with eval.every=5: that evaluates nothing"),
+        ({"model": "OWNER/nowhere"}, "ends model: .*nor a reachable hub id"),
+        (
+            {"device": "cuda:7", "rollout.backend": "vllm", "rollout.workers": 1},
+            "ends rollout.workers: .*vLLM is one server",
+        ),
+        pytest.param(
+            {"rollout.backend": "vllm", "rollout.vllm.engine": {"max_model_len": 90}},
+            r"ends rollout.vllm.engine: max_model_len=90 holds no prompt of \d+ tokens and a completion of 100",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_would_end_a_run_is_named_by_key(bare_model, tmp_path, no_steps, options, expected):
+    found = _worst(rehearse(_config(bare_model, tmp_path, **options)))
+    assert any(re.match(expected, line) for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def reward(completions, reference, **_):\n    return [1.0] * len(completions)\n", "reference"),
+        (
+            "def reward(completions, **_):\n    return [0.0] * len(completions)\n",
+            "spoils rewards: a right answer scores 0",
+        ),
+        ("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n", "spoils "),
+        ("def reward(completions, **_):\n    return [1 / len(c) for c in completions]\n", "ends "),
+        ("def reward(completions, **_):\n    return [1.0]\n", "ends "),
+        (
+            "import re\ndef reward(completions, answer, **_):\n"
+            "    found = [re.search(r'<answer>(.*?)</answer>', c) for c in completions]\n"
+            "    return [float(bool(f) and f[1] == a.split('#### ')[1]) for f, a in zip(found, answer)]\n",
+            "spoils data.template: right answers score 1 with <answer> and 0 as the data have them",
+        ),
+    ],
+)
+def test_rewards_that_teach_nothing_are_named(bare_model, tmp_path, no_steps, text, expected):
+    result = rehearse(_config(bare_model, tmp_path, rewards=_reward(tmp_path, text)))
+    assert any(line.startswith(expected) or expected in line for line in _worst(result)), result.findings
+
+
+def test_a_template_that_is_applied_twice_and_a_model_that_thinks(chat_model, tmp_path, no_steps):
+    rows = [{"question": f"<|im_start|>user\n{n} + 1 = ?", "answer": f"#### {n + 1}"} for n in range(10)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(chat_model)
+    (chat_model / "chat_template.jinja").write_text(CHATML + "{# <think> #}")
+    options = {"data.name": str(data), "data.template": "chat", "eval.limit": 0, "data.limit": None}
+    found = _worst(rehearse(_config(chat_model, tmp_path, **options)))
+    assert any("10 of 10 questions hold marks of the chat template" in line for line in found), found
+    assert any(line.startswith("spoils rollout.max_completion_tokens: the model thinks") for line in found), found
+
+
+def test_a_message_names_its_option():
+    assert key_of("rollout.workers=2 with rollout.backend=vllm: vLLM is one server") == "rollout.workers"
+    assert key_of("x.jsonl has no column 'q' (choose with prompt_column and solution_column)") == "data.prompt_column"
+    assert key_of("rewards[0].weight=x: expected a number") == "rewards"
+    assert key_of("the disk is full") == ""
+
+
+def test_the_command_prints_the_worst_last_and_ends_with_1(bare_model, tmp_path, no_steps, capsys):
+    words = ["rehearse", "--model", str(bare_model), "--output_dir", str(tmp_path / "run"), "--data.levels", "[1]"]
+    words += ["--data.limit", "60", "--rollout.max_completion_tokens", "8", "--json", str(tmp_path / "out.json")]
+    assert main(words) == 1
+    shown = capsys.readouterr().out
+    assert "spoils  rollout.max_completion_tokens: " in shown.splitlines()[-3]
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["wrong"] is True
+    assert {"effect", "key", "what", "advice"} == set(written["findings"][0])
+    assert main(["rehearse", "--output_dir", "x", "--rollout.groupsize", "4"]) == 1
+    assert "did you mean rollout.group_size?" in capsys.readouterr().out
+
+
+def test_all_tokens_of_a_tokenizer_stay_in_a_small_model():
+    config = AutoConfig.for_model("llama", vocab_size=32_000, eos_token_id=31_999)
+    small = cut(config, whole_vocabulary=True)
+    assert (small.vocab_size, small.eos_token_id, small.num_hidden_layers) == (32_000, 31_999, 2)
+    assert small.hidden_size < 512
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_every_fault(bare_model, tmp_path):
+    """With tools, whose processes are among those that die and hang."""
+    options = {"environment": "calculator", "rollout.max_completion_tokens": 40, "data.template": "{question}\n"}
+    result = rehearse(_config(bare_model, tmp_path, **options), faults=True)
+    assert set(result.faults) == set(rehearse_steps.FAULTS)
+    assert all(words.endswith("and the steps have the same numbers") for words in result.faults.values()), result.faults
+    assert result.faults["a full disk"].startswith("the run ends: cannot write checkpoint")
+    assert "--resume auto goes on after step 1" in result.faults["a full disk"]
