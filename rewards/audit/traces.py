@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -172,13 +173,15 @@ def groups_of(traces: Iterable[Trace]) -> list[list[Trace]]:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, of a message, or of messages.
+    """The text of a message's content, of a message, or of messages. Pictures and sounds are a mark of their own.
 
     >>> text_of([{"role": "user", "content": [{"type": "text", "text": "2 + 3?"}]}])
     '2 + 3?'
     """
     if isinstance(content, list):
         return "\n".join(filter(None, map(text_of, content)))
+    if isinstance(content, Mapping) and re.search("image|audio|video", str(content.get("type"))):
+        return f"[{content['type']} {zlib.crc32(json.dumps(content, sort_keys=True, default=str).encode()):08x}]"
     if isinstance(content, Mapping):
         return text_of(content.get("content") or content.get("text") or content.get("output") or "")
     return "" if content is None else str(content)

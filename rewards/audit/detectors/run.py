@@ -54,7 +54,15 @@ def duplicates(rollouts: Rollouts) -> Iterator[Finding]:
     seen: dict[object, Trace] = {}
     twice = []
     for trace in rollouts.traces:
-        key: object = (trace.split, trace.step, trace.group, trace.sample, trace.identity)
+        key: object = (
+            trace.split,
+            trace.step,
+            trace.group,
+            trace.sample,
+            trace.identity,
+            trace.prompt,
+            trace.completion,
+        )
         if trace.identity is None and (trace.group is None or trace.sample is None):
             distinct = len(trace.completion) < LONG or trace not in crowded
             key = trace if distinct else (trace.step, trace.prompt, trace.completion, trace.reward)

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from rewards.audit.findings import Finding, Rollouts
 from rewards.audit.traces import FAILED, Trace
 
-EXCEPTION = re.compile(r"Traceback \(most recent call last\)|\b[A-Z]\w*(?:Error|Exception|Timeout)\b *[:(]|timed out")
+EXCEPTION = re.compile(
+    r"\W*(?:Traceback \(most recent|[\w.]*[A-Z]\w*(?:Error|Exception|Timeout)\b *(?:[:(]|\Z)|[^.]*timed out)"
+)
 ALWAYS = ("verl", "nemo_gym", "verifiers_results")  # forms in which every rollout has a reward
 DECLARED = ("trl", "quartet", "verifiers", "verifiers_results", "common")  # and those whose parts are rewards' values
 MOST_TIED = 0.9
@@ -31,7 +33,7 @@ def _failure(trace: Trace) -> str | None:
     if trace.error or trace.finish_reason in FAILED:
         return trace.error or trace.finish_reason
     texts = [value for name, value in trace.columns.items() if isinstance(value, str) and value not in trace.prompt]
-    return next((text for text in texts if EXCEPTION.search(text[:2000])), None)
+    return next((text for text in texts if EXCEPTION.match(text[:200])), None)  # code may hold the name of one
 
 
 def not_numbers(rollouts: Rollouts) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, most_common, words
-from rewards.audit.traces import Trace, groups_of
+from rewards.audit.traces import Trace, groups_of, text_of
 
 MARKERS = re.compile(
     r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]"
@@ -15,7 +15,7 @@ MARKERS = re.compile(
 HOSTILE = re.compile(
     r"(?:ignore|disregard|forget) (?:all|any|the|your|every|previous|prior)\b.{0,40}\b(?:instruction|rule|rubric|grad)"
     r"|(?:give|award|assign|grant|deserve) .{0,40}(?:full|maximum|highest|perfect|max) (?:marks?|score|reward|credit)\b"
-    r"|sys\.exit\(0\)|os\._exit\(|def __eq__|(?:unittest|pytest)\.skip|grader:|as the (?:judge|grader)",
+    r"|\A.{0,2000}(?:sys\.exit\(0\)|os\._exit\(|def __eq__|pytest\.skip).{0,2000}\Z|grader:|as the (?:judge|grader)",
     re.IGNORECASE | re.DOTALL,
 )
 NOTHING = re.compile(r"\\boxed\{\s*\}|####\s*\Z|<answer>\s*</answer>")
@@ -26,7 +26,8 @@ LONG = 40  # characters that two honest completions do not share by chance
 def groups(rollouts: Rollouts) -> Iterator[Finding]:
     every = groups_of(rollouts.trained)
     size, share = most_common(len(group) + group[0].missing for group in every)
-    mixed = [group for group in rollouts.groups if len({trace.prompt for trace in group}) > 1]
+    prompts = [(group, len({trace.prompt for trace in group})) for group in rollouts.groups]
+    mixed = [group for group, count in prompts if 1 < count < len(group)]  # an environment may draw each its own start
     mixed += _mixed_blocks(rollouts, size or 1)
     what = f"{len(mixed)} groups hold rollouts of different prompts, whose rewards are compared"
     yield Finding("mixed-group", what, flatten(mixed))
@@ -88,17 +89,19 @@ def _acts(trace: Trace) -> bool:
 
 def _hedges(trace: Trace) -> bool:
     stated = {"".join(match).strip() for match in STATED.findall(trace.completion)}
-    return len(stated) >= 4 and len(STATED.findall(trace.prompt)) < 4
+    return len(stated) >= 6 and len(STATED.findall(trace.prompt)) < 6
 
 
 def _echoes(trace: Trace) -> bool:
-    text = trace.completion.strip()
-    return len(text) >= LONG and " ".join(text.split()) in " ".join(trace.prompt.split())
+    """Returns whether the completion is a large part of the question; a short quotation may be the answer."""
+    text, asked = (" ".join(each.split()) for each in (trace.completion, trace.prompt))
+    question = " ".join(text_of(trace.messages[-1:]).split()) or asked
+    return len(text) >= max(LONG, 0.3 * len(question)) and text in asked
 
 
 def _loops(text: str) -> bool:
     """Returns whether one sentence is half of the text or more."""
-    sentence, _share = most_common(part.strip() for part in re.split(r"[.!?\n]+", text) if len(part) > 8)
+    sentence, _share = most_common(part.strip() for part in re.split(r"[.!?\n]+", text) if len(part) > 24)
     return sentence is not None and text.count(sentence) >= 6 and text.count(sentence) * len(sentence) > len(text) / 2
 
 

@@ -90,8 +90,11 @@ def prefixes(rollouts: Rollouts) -> Iterator[Finding]:
     kinds: dict[str | None, list[Trace]] = {}
     for trace in rollouts.traces:
         broken = next(filter(None, itertools.starmap(_break, itertools.pairwise(trace.calls))), None)
-        kinds.setdefault(broken or ("thoughts-dropped" if _forgets(trace) else None), []).append(trace)
+        kinds.setdefault(broken, []).append(trace)
     broke, dropped = kinds.get("broken-prefix", []), kinds.get("thoughts-dropped", [])
+    late = [(trace, thoughts) for trace in kinds.get(None, []) if (thoughts := _thoughts(trace))[1:] and thoughts[-1]]
+    forgetting = [trace for trace, thoughts in late if not any(thoughts[:-1])]
+    dropped += forgetting if len(forgetting) >= max(3, len(late) / 2) else []  # one may have begun without a thought
     what = f"{len(broke)} rollouts have a turn whose prompt does not begin with the turns before it"
     yield Finding("broken-prefix", what, broke)
     what = f"{len(dropped)} rollouts lost the thoughts of earlier turns: a later turn does not see them"
@@ -126,16 +129,16 @@ def _thinks(message: Message) -> bool:
     return bool(message.get("reasoning_content")) or "</think>" in text_of(message)
 
 
-def _forgets(trace: Trace) -> bool:
-    """Only the last of several turns has a thought."""
-    written = [_thinks(turn) for turn in trace.turns if turn.get("role") == "assistant"]
-    return len(written) > 1 and written[-1] and not any(written[:-1])
+def _thoughts(trace: Trace) -> list[bool]:
+    """Whether each turn has a thought."""
+    return [_thinks(turn) for turn in trace.turns if turn.get("role") == "assistant"]
 
 
 def ends(rollouts: Rollouts) -> Iterator[Finding]:
     """A rollout that ends at a limit, or within a thought, was cut, whatever its record says."""
     ended = [trace for trace in rollouts.traces if trace.finish_reason and not is_cut(trace) and not trace.error]
-    within = [t for t in ended if t.at_limit or t.completion.count("<think>") > t.completion.count("</think>")]
+    texts = {trace: text_of(trace.turns[-1:]) or trace.completion for trace in ended}
+    within = [trace for trace in ended if trace.at_limit or re.match(r"\s*<think>(?!.*</think>)", texts[trace], re.S)]
     if within and len(within) <= len(ended) / 2:
         what = f"{len(within)} rollouts end at their limit or within a thought and are recorded as finished"
         yield Finding("cut-as-finished", what, within)
