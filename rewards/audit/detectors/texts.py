@@ -75,8 +75,8 @@ def hacks(rollouts: Rollouts) -> Iterator[Finding]:
     hostile += [t for t in rollouts.high if _hedges(t) or _echoes(t)]
     what = f"{len(hostile)} completions have a high reward and address the grader, name many answers or copy"
     yield Finding("probe-rewarded", f"{what} the prompt", hostile)
-    stated = [trace for trace in rollouts.high if NOTHING.search(trace.completion)]
-    yield Finding("empty-answer", f"{len(stated)} completions have a high reward and an empty answer", stated)
+    empty = [trace for trace in rollouts.high if NOTHING.search(trace.completion)]
+    yield Finding("empty-answer", f"{len(empty)} completions have a high reward and an empty answer", empty)
     loops = [trace for trace in rollouts.high if _loops(trace.completion)]
     yield Finding("loop-rewarded", f"{len(loops)} completions have a high reward and repeat a sentence", loops)
     yield from _without_answer(rollouts)
@@ -88,8 +88,8 @@ def _acts(trace: Trace) -> bool:
 
 
 def _hedges(trace: Trace) -> bool:
-    stated = {"".join(match).strip() for match in STATED.findall(trace.completion)}
-    return len(stated) >= 6 and len(STATED.findall(trace.prompt)) < 6
+    answers = {"".join(match).strip() for match in STATED.findall(trace.completion)}
+    return len(answers) >= 6 and len(STATED.findall(trace.prompt)) < 6
 
 
 def _echoes(trace: Trace) -> bool:
@@ -108,11 +108,11 @@ def _loops(text: str) -> bool:
 def _without_answer(rollouts: Rollouts) -> Iterator[Finding]:
     """An answer that nearly all of the best completions name is missing in a few of them."""
     pairs = [(trace, answer_of(trace)) for trace in rollouts.high]
-    known = [(t, a) for t, a in pairs if a is not None and len(a) <= 60 and "\\" not in a and "\n" not in a]
-    missing = [trace for trace, answer in known if not _names(trace.completion, answer)]
-    if missing and len(known) >= 20 and len(missing) <= len(known) / 10:
-        what = f"{len(missing)} of {len(known)} completions with a high reward do not contain the answer"
-        yield Finding("answer-missing", what, missing)
+    pairs_with_answer = [(t, a) for t, a in pairs if a is not None and len(a) <= 60 and "\\" not in a and "\n" not in a]
+    without = [trace for trace, answer in pairs_with_answer if not _names(trace.completion, answer)]
+    if without and len(pairs_with_answer) >= 20 and len(without) <= len(pairs_with_answer) / 10:
+        what = f"{len(without)} of {len(pairs_with_answer)} completions with a high reward do not contain the answer"
+        yield Finding("answer-missing", what, without)
 
 
 def _names(text: str, answer: str) -> bool:
@@ -145,8 +145,8 @@ def leaks(rollouts: Rollouts) -> Iterator[Finding]:
     """Completions that hold what the sampler should have left out: the prompt, or the marks of a chat template."""
     single = [t for t in rollouts.traces if sum(turn.get("role") == "assistant" for turn in t.turns) < 2]
     begins = [t for t in single if len(t.prompt) >= 20 and t.completion.lstrip().startswith(t.prompt.strip())]
-    marked = [t for t in single if MARKERS.search(t.completion) and t not in begins]
+    marks = [t for t in single if MARKERS.search(t.completion) and t not in begins]
     yield Finding("prompt-in-completion", f"{len(begins)} completions begin with their prompt", begins)
-    if marked:
-        what = f"{len(marked)} completions hold marks of a chat template"
-        yield Finding("marks-in-completion", f"{what}: {MARKERS.findall(marked[0].completion)[0]}", marked)
+    if marks:
+        what = f"{len(marks)} completions hold marks of a chat template"
+        yield Finding("marks-in-completion", f"{what}: {MARKERS.findall(marks[0].completion)[0]}", marks)
