@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rewards.audit.detectors import DETECTORS
 from rewards.audit.findings import ANSWERS, Finding, Rollouts, flatten, is_number
 from rewards.audit.options import AuditConfig
-from rewards.audit.traces import Trace, groups_of, read_traces, recorded_means
+from rewards.audit.traces import Trace, groups_of, read_traces, recorded_means, text_of
 from rewards.console import visible
 from rewards.scorer import RewardSpec, Scorer
 
@@ -104,7 +104,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
         first, second = (
             scorer.score(
                 [group[0].prompt for group in groups],
-                [[trace.completion for trace in group] for group in groups],
+                [[_answer(trace) for trace in group] for group in groups],
                 [{}] * len(groups),
                 prompt_ids=[group[0].place for group in groups],
                 completion_ids=[[trace.token_ids for trace in group] for group in groups],
@@ -140,6 +140,11 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
         elif _is_shifted(pairs):
             what += "; they are those of a neighbouring row"
         yield Finding("scored-otherwise", what, [trace for trace, _, _ in other])
+
+
+def _answer(trace: Trace) -> str:
+    """The text that is judged: of several turns the last that the policy wrote."""
+    return text_of([turn for turn in trace.turns if turn.get("role") == "assistant"][-1:]) or trace.completion
 
 
 def _recorded(trace: Trace, label: str, alone: bool) -> Any:
