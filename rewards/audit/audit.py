@@ -121,20 +121,20 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     messages = {(e.prompt_id, e.sample_index): str(e) for score in first for e in score.errors}
     failures = [t for group in groups for i, t in enumerate(group) if (group[0].place, i) in messages]
     if failures:
-        what = f"{function} fails on {len(failures)} rollouts: {next(iter(messages.values())):.160}"
+        what = f"{spec.label} fails on {len(failures)} rollouts: {next(iter(messages.values())):.160}"
         yield Finding("reward-fails", what, failures)
     unstable = [trace for trace, a, b in zip(every, one, two, strict=True) if _differs(a, b)]
     if unstable:
-        yield Finding("nondeterministic", f"{function} scores {len(unstable)} rollouts differently twice", unstable)
+        yield Finding("nondeterministic", f"{spec.label} scores {len(unstable)} rollouts differently twice", unstable)
     excluded = {*failures, *unstable}
     if len(every) >= FEW and len(set(one)) == 1 and is_number(one[0]):
-        yield Finding("always-same", f"{function} always gives {one[0]:g}: it never ran, or never matches", every)
+        yield Finding("always-same", f"{spec.label} always gives {one[0]:g}: it never ran, or never matches", every)
     pairs = [(trace, _recorded(trace, spec.label, alone), mark) for trace, mark in zip(every, one, strict=True)]
     pairs = [pair for pair in pairs if pair[0] not in excluded and pair[1] is not ABSENT]
     other = [(trace, old, new) for trace, old, new in pairs if _differs(old, new)]
     if other:
         _, old, new = other[0]
-        what = f"{len(other)} rewards differ from what {function} gives: {old}, now {new}"
+        what = f"{len(other)} rewards differ from what {spec.label} gives: {old}, now {new}"
         if all(old and new and not _differs(old, -new) for _, old, new in other):
             what += "; they have the opposite sign"
         elif _is_shifted(pairs):
