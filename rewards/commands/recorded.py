@@ -10,7 +10,7 @@ from typing import Any
 from rewards.audit.findings import ANSWERS
 from rewards.audit.traces import Trace, groups_of, read_traces
 from rewards.commands.options import ReplayedDataOptions
-from rewards.data.examples import Example, examples_of
+from rewards.data.examples import examples_of
 from rewards.isolation.child import plain
 from rewards.protocol import text_of
 
@@ -33,7 +33,8 @@ class Rollouts:
         self.max_steps = self.steps[-1]
         self.has_ids = all(trace.token_ids for trace in traces)
         self._parts = list(dict.fromkeys(name for trace in traces for name in trace.parts))
-        self._data, self._examples = data, _by_question(data)
+        examples = examples_of(data, data.name, data.split, purpose="eval") if data.name else []
+        self._data, self._examples = data, {example.question.strip(): example for example in examples}
         known = next((list(example.columns) for example in self._examples.values()), [])
         recorded = dict.fromkeys(name for trace in traces for name in _columns(trace))
         self._own = [name for name in recorded if name not in known]
@@ -85,8 +86,3 @@ def _columns(trace: Trace) -> dict[str, Any]:
 
 def _mark(value: float | None) -> float | None:
     return None if value is None or value != value else value  # NaN: TRL's of a function that abstained
-
-
-def _by_question(data: ReplayedDataOptions) -> dict[str, Example]:
-    examples = examples_of(data, data.name, data.split, purpose="eval") if data.name else []
-    return {example.question.strip(): example for example in examples}
