@@ -87,25 +87,30 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     spec = RewardSpec(function, arguments=config.arguments, chat=chat, columns=config.columns)
     groups = groups_of(trace for trace in rollouts.traces if trace.form != "problems")
     every = flatten(groups)
-    names = sorted({name for trace in every for name in trace.columns})
-    rows = [{name: group[0].columns.get(name) for name in names} for group in groups]
-    for row, group in zip(rows, groups, strict=True):
-        row.setdefault("answer", next((group[0].columns[name] for name in ANSWERS if name in group[0].columns), None))
+    columns = {
+        trace: {"answer": next((trace.columns[name] for name in ANSWERS if name in trace.columns), None)}
+        | trace.columns
+        for trace in every
+    }
+    names = sorted({name for row in columns.values() for name in row})
     settings = config.reward
     with Scorer(
         [spec],
         on_error="drop_sample",
         timeout_s=settings.timeout_s,
-        columns=[*names, "answer"],
+        columns=names,
         pass_variables=settings.pass_variables,
     ) as scorer:
         first, second = (
             scorer.score(
                 [group[0].prompt for group in groups],
                 [[trace.completion for trace in group] for group in groups],
-                rows,
+                [{}] * len(groups),
                 prompt_ids=[group[0].place for group in groups],
                 completion_ids=[[trace.token_ids for trace in group] for group in groups],
+                completion_columns=[
+                    {name: [columns[trace].get(name) for trace in group] for name in names} for group in groups
+                ],
                 trainer_state={"global_step": 0, "max_steps": 0, "epoch": 0.0},
                 messages=[group[0].messages or None for group in groups],
                 turns=[[trace.turns for trace in group] if chat and group[0].turns else None for group in groups],
@@ -113,19 +118,19 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
             for _ in range(2)
         )
     one, two = ([reward for score in scores for reward in score.rewards] for scores in (first, second))
-    failed = {(e.prompt_id, e.sample_index): str(e) for score in first for e in score.errors}
-    fallen = [t for group in groups for i, t in enumerate(group) if (group[0].place, i) in failed]
-    if fallen:
-        what = f"{function} fails on {len(fallen)} rollouts: {next(iter(failed.values())):.160}"
-        yield Finding("reward-fails", what, fallen)
+    messages = {(e.prompt_id, e.sample_index): str(e) for score in first for e in score.errors}
+    failures = [t for group in groups for i, t in enumerate(group) if (group[0].place, i) in messages]
+    if failures:
+        what = f"{function} fails on {len(failures)} rollouts: {next(iter(messages.values())):.160}"
+        yield Finding("reward-fails", what, failures)
     unstable = [trace for trace, a, b in zip(every, one, two, strict=True) if _differs(a, b)]
     if unstable:
         yield Finding("nondeterministic", f"{function} scores {len(unstable)} rollouts differently twice", unstable)
-    lost = {*fallen, *unstable}
+    excluded = {*failures, *unstable}
     if len(every) >= FEW and len(set(one)) == 1 and is_number(one[0]):
         yield Finding("always-same", f"{function} always gives {one[0]:g}: it never ran, or never matches", every)
     pairs = [(trace, _recorded(trace, spec.label, alone), mark) for trace, mark in zip(every, one, strict=True)]
-    pairs = [pair for pair in pairs if pair[0] not in lost and pair[1] is not ABSENT]
+    pairs = [pair for pair in pairs if pair[0] not in excluded and pair[1] is not ABSENT]
     other = [(trace, old, new) for trace, old, new in pairs if _differs(old, new)]
     if other:
         _, old, new = other[0]
@@ -174,9 +179,9 @@ def _row(trace: Trace) -> dict[str, Any]:
 
 
 def show(result: Audit, console: Console) -> None:
-    told = ", ".join(f"{name}: {value}" for name, value in result.figures.items())
+    figures = ", ".join(f"{name}: {value}" for name, value in result.figures.items())
     forms = ", ".join(result.forms)
-    console.print(f"{result.rollouts} rollouts of the form {forms}{'; ' if told else ''}{told}", soft_wrap=True)
+    console.print(f"{result.rollouts} rollouts of the form {forms}{'; ' if figures else ''}{figures}", soft_wrap=True)
     table = Table(Column("finding", no_wrap=True), Column("what", overflow="fold", ratio=1), Column("rows, the first"))
     for finding in result.findings:
         places = [f"{Path(trace.file).name}:{trace.row}" for trace in finding.traces[:PLACES]]

@@ -48,8 +48,8 @@ def _section(finding: Finding) -> str:
 
 def _article(trace: Trace) -> str:
     numbers = {"step": trace.step, "reward": trace.reward, **trace.parts, "advantage": trace.advantage}
-    told = ", ".join(f"{name} {value:g}" for name, value in numbers.items() if value is not None)
+    line = ", ".join(f"{name} {value:g}" for name, value in numbers.items() if value is not None)
     ending = f", {trace.finish_reason}" if trace.finish_reason else ""
     failure = f"<pre>{escape(trace.error)}</pre>" if trace.error else ""
     texts = f"<pre>{escape(trace.prompt)}</pre><pre>{escape(trace.completion)}</pre>{failure}"
-    return f"<article>{escape(trace.place)}: {escape(told + ending)}{texts}</article>"
+    return f"<article>{escape(trace.place)}: {escape(line + ending)}{texts}</article>"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -117,16 +118,16 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
         rows = list(_rows(file))
         form = _form(rows[0]) if rows else ""
         if rows and form not in FORMS:
-            known = "rollouts of TRL, verl, verifiers, prime-rl, NeMo-Gym or quartet, or `prompt` and `completion`"
-            raise ValueError(f"{file}: its columns are {', '.join(rows[0])[:200]}; expected {known}")
+            forms = "rollouts of TRL, verl, verifiers, prime-rl, NeMo-Gym or quartet, or `prompt` and `completion`"
+            raise ValueError(f"{file}: its columns are {', '.join(rows[0])[:200]}; expected {forms}")
         failures = file.with_name(f"{file.stem}_failures.jsonl")  # NeMo-Gym's, beside the rollouts
         failed = Counter(str(row.get("_ng_task_index")) for row in _rows(failures)) if failures.is_file() else Counter()
         for number, row in enumerate(rows, start=1):
             try:
-                made = [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
+                new = [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
             except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{file}, row {number}: no row of {form}: {type(error).__name__}: {error}") from error
-            traces += [replace(trace, missing=failed[str(trace.group)]) for trace in made] if failed else made
+            traces += [replace(trace, missing=failed[str(trace.group)]) for trace in new] if failed else new
     started = 0
     for trace in traces:
         trace.split = split if split != "train" else trace.split
@@ -155,8 +156,8 @@ def trace_files(path: Path) -> list[Path]:
     if (path / "rollouts").is_dir():
         path = path / "rollouts"
     files = [file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file()]
-    chosen = [file for file in files if "effective" in file.parts]  # prime-rl records those of a batch in `all` too
-    files = chosen + [file for file in files if chosen and file.parts[-3:-2] == ("eval",)] if chosen else files
+    effective = [file for file in files if "effective" in file.parts]  # prime-rl records those of a batch in `all` too
+    files = effective + [file for file in files if effective and file.parts[-3:-2] == ("eval",)] if effective else files
     files = [file for file in files if not file.name.endswith(BESIDE)]
     if not files:
         raise FileNotFoundError(f"{path}: there are no rollouts ({', '.join(ENDINGS)})")
@@ -172,13 +173,15 @@ def groups_of(traces: Iterable[Trace]) -> list[list[Trace]]:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, of a message, or of messages.
+    """The text of a message's content, of a message, or of messages. Pictures and sounds are a mark of their own.
 
     >>> text_of([{"role": "user", "content": [{"type": "text", "text": "2 + 3?"}]}])
     '2 + 3?'
     """
     if isinstance(content, list):
         return "\n".join(filter(None, map(text_of, content)))
+    if isinstance(content, Mapping) and re.search("image|audio|video", str(content.get("type"))):
+        return f"[{content['type']} {zlib.crc32(json.dumps(content, sort_keys=True, default=str).encode()):08x}]"
     if isinstance(content, Mapping):
         return text_of(content.get("content") or content.get("text") or content.get("output") or "")
     return "" if content is None else str(content)
@@ -233,8 +236,8 @@ def _trace(file: str, row: int, form: str, fields: dict[str, Any]) -> Trace:
     """Makes the row of fields as a form has them: a text may be messages, and where a number should be, anything."""
     prompt, completion = fields.pop("prompt"), fields.pop("completion")
     trace = Trace(file, row, form, text_of(prompt), "", _messages(prompt), fields.pop("turns", _messages(completion)))
-    written = [turn for turn in trace.turns if turn.get("role") == "assistant"]
-    trace.completion = text_of(written if trace.turns and not isinstance(completion, str) else completion)
+    answers = [turn for turn in trace.turns if turn.get("role") == "assistant"]
+    trace.completion = text_of(answers if trace.turns and not isinstance(completion, str) else completion)
     if isinstance(fields.get("advantage"), list):  # one for each token
         each = set(fields["advantage"])
         fields["advantage"] = each.pop() if len(each) == 1 else None
@@ -278,18 +281,18 @@ def _messages(value: Any) -> list[Message]:
     return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
 
 
-def _rest(row: Mapping[str, Any], *known: str) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in known}
+def _rest(row: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in others}
 
 
 def _trl(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The columns of numbers are its reward functions; a sum of them was not recorded. A column of another type was
     logged by one of them (`log_extra`)."""
-    known = ("step", "prompt", "completion", "advantage")
-    parts = {name: value for name, value in _rest(row, *known).items() if value is None or isinstance(value, float)}
+    fixed = ("step", "prompt", "completion", "advantage")
+    parts = {name: value for name, value in _rest(row, *fixed).items() if value is None or isinstance(value, float)}
     marks = [mark for mark in parts.values() if mark is not None and mark == mark]
-    fields = {name: row[name] for name in known} | {"parts": parts, "reward": sum(marks) if marks else None}
-    yield fields | {"columns": _rest(row, *known, *parts)}
+    fields = {name: row[name] for name in fixed} | {"parts": parts, "reward": sum(marks) if marks else None}
+    yield fields | {"columns": _rest(row, *fixed, *parts)}
 
 
 def _verl(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -396,8 +399,8 @@ def _verifiers_results(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _nemo_gym(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    response, asked = row["response"] or {}, row.get("responses_create_params") or {}
-    question = asked.get("input") or []
+    response, request = row["response"] or {}, row.get("responses_create_params") or {}
+    question = request.get("input") or []
     turns, calls, logprobs, thought = list[Message](), list[Call](), list[float](), ""
     for item in response.get("output") or [{"type": "message", "content": response.get("output_text") or ""}]:
         if "generation_token_ids" in item:
@@ -432,7 +435,7 @@ def _nemo_gym(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "error": response.get("error") or row.get("error"),
         "time": response.get("created_at") or None,
         "identity": response.get("id"),
-        "at_limit": used >= (asked.get("max_output_tokens") or math.inf),
+        "at_limit": used >= (request.get("max_output_tokens") or math.inf),
         "columns": _rest(row, "response", "responses_create_params", "reward", "advantage")
         | {"timing": {"response": {"start": response.get("created_at"), "end": response.get("completed_at")}}},
         **{name: row.get(name) for name in ("reward", "advantage", "step")},

@@ -54,7 +54,15 @@ def duplicates(rollouts: Rollouts) -> Iterator[Finding]:
     seen: dict[object, Trace] = {}
     twice = []
     for trace in rollouts.traces:
-        key: object = (trace.split, trace.step, trace.group, trace.sample, trace.identity)
+        key: object = (
+            trace.split,
+            trace.step,
+            trace.group,
+            trace.sample,
+            trace.identity,
+            trace.prompt,
+            trace.completion,
+        )
         if trace.identity is None and (trace.group is None or trace.sample is None):
             distinct = len(trace.completion) < LONG or trace not in crowded
             key = trace if distinct else (trace.step, trace.prompt, trace.completion, trace.reward)
@@ -75,10 +83,10 @@ def skipped(rollouts: Rollouts) -> Iterator[Finding]:
     numbers: dict[int, Trace] = {}
     for trace in rollouts.trained:
         info = trace.columns.get("extra_info")
-        named = [trace.columns.get("index"), info.get("index") if isinstance(info, dict) else None]
+        candidates = [trace.columns.get("index"), info.get("index") if isinstance(info, dict) else None]
         if trace.form in ("nemo_gym", "verifiers_results") and str(trace.group).isdigit():
-            named.append(int(str(trace.group)))
-        for value in [value for value in named if type(value) is int][:1]:
+            candidates.append(int(str(trace.group)))
+        for value in [value for value in candidates if type(value) is int][:1]:
             numbers.setdefault(value, trace)
     jumps = [(a, b) for a, b in zip(numbers, list(numbers)[1:], strict=False) if b != a + 1]
     if jumps and len(jumps) <= len(numbers) / 10:
@@ -119,22 +127,22 @@ def leakage(rollouts: Rollouts) -> Iterator[Finding]:
     trained, held_out = map(_problems, parts)
     tests = [trace for text, trace in trained if is_gsm8k_test_question([" ".join(text)])]
     yield Finding("leakage", f"{len(tests)} problems of GSM8K's test set were trained on", tests)
-    known: dict[str, list[tuple[list[str], Trace]]] = {}
+    problems: dict[str, list[tuple[list[str], Trace]]] = {}
     for text, trace in trained:
         for sign in _signs(text):
-            known.setdefault(sign, []).append((text, trace))
-    leaked: dict[str, Trace] = {}
+            problems.setdefault(sign, []).append((text, trace))
+    leaks: dict[str, Trace] = {}
     prompts = set()
     for text, trace in held_out:
-        near = [pair for sign in _signs(text) for pair in known.get(sign, [])]
+        near = [pair for sign in _signs(text) for pair in problems.get(sign, [])]
         same = {row.prompt for other, row in near if _alike(text, other)}
-        leaked |= {trace.prompt: trace} if same else {}
+        leaks |= {trace.prompt: trace} if same else {}
         prompts |= same
-    if leaked:
+    if leaks:
         count = len({trace.prompt for _, trace in held_out})
-        what = f"{len(leaked)} of {count} problems of the evaluation were trained on, or are nearly the same"
+        what = f"{len(leaks)} of {count} problems of the evaluation were trained on, or are nearly the same"
         rows = [trace for trace in rollouts.trained if trace.prompt in prompts]
-        yield Finding("leakage", f"{what}: {next(iter(leaked))[-80:]!r}", [*rows, *leaked.values()])
+        yield Finding("leakage", f"{what}: {next(iter(leaks))[-80:]!r}", [*rows, *leaks.values()])
 
 
 def _problems(traces: list[Trace]) -> list[tuple[list[str], Trace]]:
@@ -145,8 +153,8 @@ def _problems(traces: list[Trace]) -> list[tuple[list[str], Trace]]:
     start = next((i for i in range(least) if len({text[i] for text in texts}) > 1), 0)
     end = next((i for i in range(least - start) if len({text[-1 - i] for text in texts}) > 1), 0)
     rows = list(zip(texts, prompts.values(), strict=True))
-    framed = len(texts) > 2 and start + end > 0
-    return rows + ([(text[start : len(text) - end], trace) for text, trace in rows] if framed else [])
+    has_frame = len(texts) > 2 and start + end > 0
+    return rows + ([(text[start : len(text) - end], trace) for text, trace in rows] if has_frame else [])
 
 
 def _numbers(text: list[str]) -> str:

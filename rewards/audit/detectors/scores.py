@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from rewards.audit.findings import Finding, Rollouts
 from rewards.audit.traces import FAILED, Trace
 
-EXCEPTION = re.compile(r"Traceback \(most recent call last\)|\b[A-Z]\w*(?:Error|Exception|Timeout)\b *[:(]|timed out")
+EXCEPTION = re.compile(
+    r"\W*(?:Traceback \(most recent|[\w.]*[A-Z]\w*(?:Error|Exception|Timeout)\b *(?:[:(]|\Z)|[^.]*timed out)"
+)
 ALWAYS = ("verl", "nemo_gym", "verifiers_results")  # forms in which every rollout has a reward
 DECLARED = ("trl", "quartet", "verifiers", "verifiers_results", "common")  # and those whose parts are rewards' values
 MOST_TIED = 0.9
@@ -19,30 +21,30 @@ NEAR = 1e-4  # of a sum
 
 def failures(rollouts: Rollouts) -> Iterator[Finding]:
     """A rollout that failed was not judged: a number for it teaches that the text was wrong."""
-    failed = [trace for trace in rollouts.traces if trace.scored and _failure(trace)]
-    if failed:
-        marks = sorted({trace.value for trace in failed})
+    rows = [trace for trace in rollouts.traces if trace.scored and _failure(trace)]
+    if rows:
+        marks = sorted({trace.value for trace in rows})
         number = f"all {marks[0]:g}" if len(marks) == 1 else f"{marks[0]:g} to {marks[-1]:g}"
-        what = f"{len(failed)} rollouts failed and have a reward as if they had been judged ({number})"
-        yield Finding("failure-as-number", f"{what}; the first failure: {_failure(failed[0]):.120}", failed)
+        what = f"{len(rows)} rollouts failed and have a reward as if they had been judged ({number})"
+        yield Finding("failure-as-number", f"{what}; the first failure: {_failure(rows[0]):.120}", rows)
 
 
 def _failure(trace: Trace) -> str | None:
     if trace.error or trace.finish_reason in FAILED:
         return trace.error or trace.finish_reason
     texts = [value for name, value in trace.columns.items() if isinstance(value, str) and value not in trace.prompt]
-    return next((text for text in texts if EXCEPTION.search(text[:2000])), None)
+    return next((text for text in texts if EXCEPTION.match(text[:200])), None)  # code may hold the name of one
 
 
 def not_numbers(rollouts: Rollouts) -> Iterator[Finding]:
     wrong = []
-    advised = sum(trace.advantage is not None for trace in rollouts.trained) > len(rollouts.trained) / 2
+    has_advantages = sum(trace.advantage is not None for trace in rollouts.trained) > len(rollouts.trained) / 2
     for trace in rollouts.traces:
         marks = [trace.reward, trace.advantage, *trace.parts.values()]
         abstains = trace.form == "trl"  # a table has NaN where a reward function returned None
         bad = any(mark is not None and not math.isfinite(mark) and not (abstains and mark != mark) for mark in marks)
         bad = bad or (trace.advantage is not None and math.isnan(trace.advantage))
-        bad = bad or (trace.advantage is None and trace.split == "train" and advised)
+        bad = bad or (trace.advantage is None and trace.split == "train" and has_advantages)
         if bad or trace.unread or (trace.reward is None and trace.form in ALWAYS):
             wrong.append(trace)
     if wrong:
@@ -71,13 +73,13 @@ def outliers(rollouts: Rollouts) -> Iterator[Finding]:
 
 
 def ties(rollouts: Rollouts) -> Iterator[Finding]:
-    judged = [[trace.value for trace in group if trace.scored] for group in rollouts.groups]
-    judged = [rewards for rewards in judged if len(rewards) > 1]
-    tied = sum(max(rewards) - min(rewards) <= 1e-6 * max(1.0, abs(rewards[0])) for rewards in judged)
-    if judged:
-        rollouts.figures["tied groups"] = f"{tied} of {len(judged)}"
-    if len(judged) >= 8 and tied >= MOST_TIED * len(judged):
-        yield Finding("tied-groups", f"{tied} of {len(judged)} groups are tied and teach nothing", rollouts.groups[0])
+    groups = [[trace.value for trace in group if trace.scored] for group in rollouts.groups]
+    groups = [rewards for rewards in groups if len(rewards) > 1]
+    tied = sum(max(rewards) - min(rewards) <= 1e-6 * max(1.0, abs(rewards[0])) for rewards in groups)
+    if groups:
+        rollouts.figures["tied groups"] = f"{tied} of {len(groups)}"
+    if len(groups) >= 8 and tied >= MOST_TIED * len(groups):
+        yield Finding("tied-groups", f"{tied} of {len(groups)} groups are tied and teach nothing", rollouts.groups[0])
     for name in sorted({name for trace in rollouts.trained for name in trace.parts if trace.form in DECLARED[:3]}):
         rows = [trace for trace in rollouts.trained if trace.parts.get(name) is not None]
         if len(rows) >= 64 and not any(trace.parts[name] for trace in rows):
@@ -92,16 +94,16 @@ def sums(rollouts: Rollouts) -> Iterator[Finding]:
     if not rows:
         return
     names = sorted({name for trace in rows for name in _parts(trace)})
-    known = all(trace.weights for trace in rows)
-    if not known and names and (changed := _changed(rows, names) or _changed(rows[::-1], names)):
-        place = f"from {changed[0].place} on"
-        yield Finding("weights-changed", f"the weights of the parts change {place}", changed)
+    weighted = all(trace.weights for trace in rows)
+    if not weighted and names and (rest := _changed(rows, names) or _changed(rows[::-1], names)):
+        place = f"from {rest[0].place} on"
+        yield Finding("weights-changed", f"the weights of the parts change {place}", rest)
         return
     choices = [dict.fromkeys(names, 1.0)]
-    if not known and len(rows) >= 3 * len(names) + 8:
+    if not weighted and len(rows) >= 3 * len(names) + 8:
         choices.append(_fit(rows, names))
     off = min(([t for t in rows if not _explains(t.weights or weights, t)] for weights in choices), key=len)
-    if off and rows[0].parts and (known or len(off) <= len(rows) / 5):
+    if off and rows[0].parts and (weighted or len(off) <= len(rows) / 5):
         first = off[0]
         parts = ", ".join(f"{name} {value:g}" for name, value in _parts(first).items())
         what = f"{len(off)} rewards are not the weighted sum of their parts"
@@ -151,14 +153,14 @@ def means(rollouts: Rollouts) -> Iterator[Finding]:
 def _fit(rows: Sequence[Trace], names: Sequence[str]) -> dict[str, float]:
     """Least squares, again without the fifth of the rollouts that it explains worst."""
     pairs = [(dict.fromkeys(names, 0.0) | _parts(trace), trace.value) for trace in rows]
-    chosen = pairs
+    part = pairs
     for _ in range(4):
-        matrix = [[sum(parts[a] * parts[b] for parts, _ in chosen) for b in names] for a in names]
-        vector = [sum(parts[name] * reward for parts, reward in chosen) for name in names]
+        matrix = [[sum(parts[a] * parts[b] for parts, _ in part) for b in names] for a in names]
+        vector = [sum(parts[name] * reward for parts, reward in part) for name in names]
         weights = dict(zip(names, _solve(matrix, vector), strict=True))
         errors = [abs(sum(weights[name] * parts[name] for name in names) - reward) for parts, reward in pairs]
         limit = max(sorted(errors)[len(errors) * 4 // 5], NEAR)
-        chosen = [pair for pair, error in zip(pairs, errors, strict=True) if error <= limit]
+        part = [pair for pair, error in zip(pairs, errors, strict=True) if error <= limit]
     return weights
 
 

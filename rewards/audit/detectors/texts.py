@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, most_common, words
-from rewards.audit.traces import Trace, groups_of
+from rewards.audit.traces import Trace, groups_of, text_of
 
 MARKERS = re.compile(
     r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]"
@@ -15,7 +15,7 @@ MARKERS = re.compile(
 HOSTILE = re.compile(
     r"(?:ignore|disregard|forget) (?:all|any|the|your|every|previous|prior)\b.{0,40}\b(?:instruction|rule|rubric|grad)"
     r"|(?:give|award|assign|grant|deserve) .{0,40}(?:full|maximum|highest|perfect|max) (?:marks?|score|reward|credit)\b"
-    r"|sys\.exit\(0\)|os\._exit\(|def __eq__|(?:unittest|pytest)\.skip|grader:|as the (?:judge|grader)",
+    r"|\A.{0,2000}(?:sys\.exit\(0\)|os\._exit\(|def __eq__|pytest\.skip).{0,2000}\Z|grader:|as the (?:judge|grader)",
     re.IGNORECASE | re.DOTALL,
 )
 NOTHING = re.compile(r"\\boxed\{\s*\}|####\s*\Z|<answer>\s*</answer>")
@@ -26,7 +26,8 @@ LONG = 40  # characters that two honest completions do not share by chance
 def groups(rollouts: Rollouts) -> Iterator[Finding]:
     every = groups_of(rollouts.trained)
     size, share = most_common(len(group) + group[0].missing for group in every)
-    mixed = [group for group in rollouts.groups if len({trace.prompt for trace in group}) > 1]
+    prompts = [(group, len({trace.prompt for trace in group})) for group in rollouts.groups]
+    mixed = [group for group, count in prompts if 1 < count < len(group)]  # an environment may draw each its own start
     mixed += _mixed_blocks(rollouts, size or 1)
     what = f"{len(mixed)} groups hold rollouts of different prompts, whose rewards are compared"
     yield Finding("mixed-group", what, flatten(mixed))
@@ -74,8 +75,8 @@ def hacks(rollouts: Rollouts) -> Iterator[Finding]:
     hostile += [t for t in rollouts.high if _hedges(t) or _echoes(t)]
     what = f"{len(hostile)} completions have a high reward and address the grader, name many answers or copy"
     yield Finding("probe-rewarded", f"{what} the prompt", hostile)
-    stated = [trace for trace in rollouts.high if NOTHING.search(trace.completion)]
-    yield Finding("empty-answer", f"{len(stated)} completions have a high reward and an empty answer", stated)
+    empty = [trace for trace in rollouts.high if NOTHING.search(trace.completion)]
+    yield Finding("empty-answer", f"{len(empty)} completions have a high reward and an empty answer", empty)
     loops = [trace for trace in rollouts.high if _loops(trace.completion)]
     yield Finding("loop-rewarded", f"{len(loops)} completions have a high reward and repeat a sentence", loops)
     yield from _without_answer(rollouts)
@@ -87,29 +88,31 @@ def _acts(trace: Trace) -> bool:
 
 
 def _hedges(trace: Trace) -> bool:
-    stated = {"".join(match).strip() for match in STATED.findall(trace.completion)}
-    return len(stated) >= 4 and len(STATED.findall(trace.prompt)) < 4
+    answers = {"".join(match).strip() for match in STATED.findall(trace.completion)}
+    return len(answers) >= 6 and len(STATED.findall(trace.prompt)) < 6
 
 
 def _echoes(trace: Trace) -> bool:
-    text = trace.completion.strip()
-    return len(text) >= LONG and " ".join(text.split()) in " ".join(trace.prompt.split())
+    """Returns whether the completion is a large part of the question; a short quotation may be the answer."""
+    text, asked = (" ".join(each.split()) for each in (trace.completion, trace.prompt))
+    question = " ".join(text_of(trace.messages[-1:]).split()) or asked
+    return len(text) >= max(LONG, 0.3 * len(question)) and text in asked
 
 
 def _loops(text: str) -> bool:
     """Returns whether one sentence is half of the text or more."""
-    sentence, _share = most_common(part.strip() for part in re.split(r"[.!?\n]+", text) if len(part) > 8)
+    sentence, _share = most_common(part.strip() for part in re.split(r"[.!?\n]+", text) if len(part) > 24)
     return sentence is not None and text.count(sentence) >= 6 and text.count(sentence) * len(sentence) > len(text) / 2
 
 
 def _without_answer(rollouts: Rollouts) -> Iterator[Finding]:
     """An answer that nearly all of the best completions name is missing in a few of them."""
     pairs = [(trace, answer_of(trace)) for trace in rollouts.high]
-    known = [(t, a) for t, a in pairs if a is not None and len(a) <= 60 and "\\" not in a and "\n" not in a]
-    missing = [trace for trace, answer in known if not _names(trace.completion, answer)]
-    if missing and len(known) >= 20 and len(missing) <= len(known) / 10:
-        what = f"{len(missing)} of {len(known)} completions with a high reward do not contain the answer"
-        yield Finding("answer-missing", what, missing)
+    pairs_with_answer = [(t, a) for t, a in pairs if a is not None and len(a) <= 60 and "\\" not in a and "\n" not in a]
+    without = [trace for trace, answer in pairs_with_answer if not _names(trace.completion, answer)]
+    if without and len(pairs_with_answer) >= 20 and len(without) <= len(pairs_with_answer) / 10:
+        what = f"{len(without)} of {len(pairs_with_answer)} completions with a high reward do not contain the answer"
+        yield Finding("answer-missing", what, without)
 
 
 def _names(text: str, answer: str) -> bool:
@@ -142,8 +145,8 @@ def leaks(rollouts: Rollouts) -> Iterator[Finding]:
     """Completions that hold what the sampler should have left out: the prompt, or the marks of a chat template."""
     single = [t for t in rollouts.traces if sum(turn.get("role") == "assistant" for turn in t.turns) < 2]
     begins = [t for t in single if len(t.prompt) >= 20 and t.completion.lstrip().startswith(t.prompt.strip())]
-    marked = [t for t in single if MARKERS.search(t.completion) and t not in begins]
+    marks = [t for t in single if MARKERS.search(t.completion) and t not in begins]
     yield Finding("prompt-in-completion", f"{len(begins)} completions begin with their prompt", begins)
-    if marked:
-        what = f"{len(marked)} completions hold marks of a chat template"
-        yield Finding("marks-in-completion", f"{what}: {MARKERS.findall(marked[0].completion)[0]}", marked)
+    if marks:
+        what = f"{len(marks)} completions hold marks of a chat template"
+        yield Finding("marks-in-completion", f"{what}: {MARKERS.findall(marks[0].completion)[0]}", marks)

@@ -75,8 +75,8 @@ def _same(decoded: str, trace: Trace) -> bool:
     if len(trace.turns) < 2 and not any(turn.get("reasoning_content") for turn in trace.turns):
         text, read = _plain(trace.completion), _plain(decoded)
         return read.startswith(text) and len(read) <= len(text) + STOP_STRING * bool(text)
-    written = [text_of(turn) for turn in trace.turns if turn.get("role") == "assistant"]
-    return all(_plain(text) in _plain(decoded) for text in written)
+    texts = [text_of(turn) for turn in trace.turns if turn.get("role") == "assistant"]
+    return all(_plain(text) in _plain(decoded) for text in texts)
 
 
 def _impossible(logprobs: Sequence[float]) -> bool:
@@ -90,12 +90,15 @@ def prefixes(rollouts: Rollouts) -> Iterator[Finding]:
     kinds: dict[str | None, list[Trace]] = {}
     for trace in rollouts.traces:
         broken = next(filter(None, itertools.starmap(_break, itertools.pairwise(trace.calls))), None)
-        kinds.setdefault(broken or ("thoughts-dropped" if _forgets(trace) else None), []).append(trace)
-    broke, dropped = kinds.get("broken-prefix", []), kinds.get("thoughts-dropped", [])
-    what = f"{len(broke)} rollouts have a turn whose prompt does not begin with the turns before it"
-    yield Finding("broken-prefix", what, broke)
-    what = f"{len(dropped)} rollouts lost the thoughts of earlier turns: a later turn does not see them"
-    yield Finding("thoughts-dropped", what, dropped)
+        kinds.setdefault(broken, []).append(trace)
+    rewritten, thoughtless = kinds.get("broken-prefix", []), kinds.get("thoughts-dropped", [])
+    late = [(trace, thoughts) for trace in kinds.get(None, []) if (thoughts := _thoughts(trace))[1:] and thoughts[-1]]
+    forgetful = [trace for trace, thoughts in late if not any(thoughts[:-1])]
+    thoughtless += forgetful if len(forgetful) >= max(3, len(late) / 2) else []  # one may have begun without a thought
+    what = f"{len(rewritten)} rollouts have a turn whose prompt does not begin with the turns before it"
+    yield Finding("broken-prefix", what, rewritten)
+    what = f"{len(thoughtless)} rollouts lost the thoughts of earlier turns: a later turn does not see them"
+    yield Finding("thoughts-dropped", what, thoughtless)
 
 
 def _break(before: Call, after: Call) -> str | None:
@@ -106,8 +109,8 @@ def _break(before: Call, after: Call) -> str | None:
             return None
         same = next((i for i, (a, b) in enumerate(zip(past, shown, strict=False)) if a != b), len(shown))
         places = range(same, len(past) - THOUGHT_LENGTH - 2)  # of the end of the past, if something is missing in it
-        removed = any(shown[place : place + 3] == past[-3:] for place in places)
-        return "thoughts-dropped" if removed and same >= len(before.prompt_ids) else "broken-prefix"
+        shorter = any(shown[place : place + 3] == past[-3:] for place in places)
+        return "thoughts-dropped" if shorter and same >= len(before.prompt_ids) else "broken-prefix"
     messages = before.prompt + before.completion
     if not messages or not after.prompt or after.prompt[: len(messages)] == messages:
         return None
@@ -126,17 +129,21 @@ def _thinks(message: Message) -> bool:
     return bool(message.get("reasoning_content")) or "</think>" in text_of(message)
 
 
-def _forgets(trace: Trace) -> bool:
-    """Only the last of several turns has a thought."""
-    written = [_thinks(turn) for turn in trace.turns if turn.get("role") == "assistant"]
-    return len(written) > 1 and written[-1] and not any(written[:-1])
+def _thoughts(trace: Trace) -> list[bool]:
+    """Whether each turn has a thought."""
+    return [_thinks(turn) for turn in trace.turns if turn.get("role") == "assistant"]
 
 
 def ends(rollouts: Rollouts) -> Iterator[Finding]:
     """A rollout that ends at a limit, or within a thought, was cut, whatever its record says."""
-    ended = [trace for trace in rollouts.traces if trace.finish_reason and not is_cut(trace) and not trace.error]
-    within = [t for t in ended if t.at_limit or t.completion.count("<think>") > t.completion.count("</think>")]
-    if within and len(within) <= len(ended) / 2:
+    finished_rows = [
+        trace for trace in rollouts.traces if trace.finish_reason and not is_cut(trace) and not trace.error
+    ]
+    texts = {trace: text_of(trace.turns[-1:]) or trace.completion for trace in finished_rows}
+    within = [
+        trace for trace in finished_rows if trace.at_limit or re.match(r"\s*<think>(?!.*</think>)", texts[trace], re.S)
+    ]
+    if within and len(within) <= len(finished_rows) / 2:
         what = f"{len(within)} rollouts end at their limit or within a thought and are recorded as finished"
         yield Finding("cut-as-finished", what, within)
         return
@@ -148,10 +155,12 @@ def ends(rollouts: Rollouts) -> Iterator[Finding]:
     endings = [trace.token_ids[-1] for trace in rows if len(trace.token_ids) < limit]
     ending, share = most_common(endings)
     full = [trace for trace in rows if len(trace.token_ids) >= limit]
-    called = [trace for trace in full if not is_cut(trace) and trace.finish_reason and trace.token_ids[-1] != ending]
-    if called and share >= 0.9 and len(endings) >= 8 and (most or len(full) >= 3):
-        what = f"{len(called)} rollouts have the most tokens there are ({limit}) and are recorded as finished"
-        yield Finding("cut-as-finished", what, called)
+    unfinished = [
+        trace for trace in full if not is_cut(trace) and trace.finish_reason and trace.token_ids[-1] != ending
+    ]
+    if unfinished and share >= 0.9 and len(endings) >= 8 and (most or len(full) >= 3):
+        what = f"{len(unfinished)} rollouts have the most tokens there are ({limit}) and are recorded as finished"
+        yield Finding("cut-as-finished", what, unfinished)
 
 
 def denominators(rollouts: Rollouts) -> Iterator[Finding]:

@@ -183,7 +183,7 @@ def _probe(traces: list[Trace]) -> None:
 
 def _hedge(traces: list[Trace]) -> None:
     first = next(trace for trace in traces if trace.reward == 1.5)
-    _write(traces, first.columns["answer"] + "\n#### 1\n#### 2\n#### 3")
+    _write(traces, first.columns["answer"] + "".join(f"\n#### {i}" for i in range(1, 7)))
 
 
 def _empty_answer(traces: list[Trace]) -> None:
@@ -353,7 +353,10 @@ FAULTS: dict[str, tuple[str, Callable[[list[Trace]], None]]] = {
     "broken prefix": ("broken-prefix", _broken_prefix),
     "thoughts lost": ("thoughts-dropped", _thoughts_in_messages),
     "cut as finished": ("cut-as-finished", _cut),
-    "thought not ended": ("cut-as-finished", every(completion="<think>and", token_ids=[], logprobs=[], calls=[])),
+    "thought not ended": (
+        "cut-as-finished",
+        every(completion="<think>and", turns=[], token_ids=[], logprobs=[], calls=[]),
+    ),
     "masked counted": ("masked-in-denominator", _masked),
     "divided by anything": ("denominator", _random_divisor),
     "steps go back": ("step-order", _go_back),
@@ -368,6 +371,59 @@ FAULTS: dict[str, tuple[str, Callable[[list[Trace]], None]]] = {
     "leak": ("leakage", _leak),
     "longer": ("length-drift", _longer),
 }
+
+
+def _tool_first(trace: Trace) -> None:
+    """A model may call a tool without a thought, and think then."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "sum", "arguments": "{}"}]}
+    thought = {"role": "assistant", "content": trace.completion, "reasoning_content": "it is the sum"}
+    trace.turns, trace.calls = [call, {"role": "tool", "content": "5"}, thought], []
+
+
+def _code_column(trace: Trace) -> None:
+    trace.columns = {**trace.columns, "code": "def f(x):\n    if x < 0:\n        raise ValueError('negative')\n"}
+
+
+def _own_starts(trace: Trace) -> None:
+    """An environment deals other cards to each rollout of a group."""
+    trace.prompt += f" Your cards: {trace.sample}"
+
+
+def _script(trace: Trace) -> None:
+    trace.completion = "I check it with a script.\n" + "print(1)\n" * 600 + f"sys.exit(0)\n{trace.columns['answer']}"
+    trace.turns, trace.token_ids, trace.logprobs, trace.calls = [], [], [], []
+
+
+def _moves(trace: Trace) -> None:
+    trace.completion = "<action>Down</action>\n" * 9 + trace.completion
+    trace.turns, trace.token_ids, trace.logprobs, trace.calls = [], [], [], []
+
+
+def _stop_string(trace: Trace) -> None:
+    trace.token_ids = [*trace.completion.encode(), *b"</end>", END]
+    trace.logprobs, trace.calls = [], []
+
+
+HABITS = {f.__name__: f for f in (_code_column, _own_starts, _script, _moves, _stop_string)}
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_what_honest_rollouts_may_have(name: str) -> None:
+    """Each was once taken for a fault in rollouts that others have published."""
+    traces = honest(2)
+    for trace in traces:
+        HABITS[name](trace)
+    assert found(traces, lambda ids: bytes(ids[:-1]).decode()) == {}
+
+
+def test_one_that_began_without_a_thought() -> None:
+    traces = honest(2)
+    for trace in traces[:2]:
+        _tool_first(trace)
+    assert found(traces) == {}
+    for trace in traces[2:9]:
+        _tool_first(trace)
+    assert set(found(traces)) == {"thoughts-dropped"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
