@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards.audit.findings import ANSWERS
 from rewards.audit.traces import Trace, groups_of, read_traces
 from rewards.commands.options import ReplayedDataOptions
-from rewards.data.examples import Example, examples_of
+from rewards.data.examples import examples_of
 from rewards.isolation.child import plain
 from rewards.protocol import text_of
 
@@ -32,11 +33,12 @@ class Rollouts:
         self.max_steps = self.steps[-1]
         self.has_ids = all(trace.token_ids for trace in traces)
         self._parts = list(dict.fromkeys(name for trace in traces for name in trace.parts))
-        self._own = list(dict.fromkeys(name for trace in traces for name in _columns(trace)))
-        self._data = data
-        self._examples = _by_question(data)
-        first = next(iter(self._examples.values()), None)
-        self.columns = [*(first.columns if first else ()), *self._own]
+        examples = examples_of(data, data.name, data.split, purpose="eval") if data.name else []
+        self._data, self._examples = data, {example.question.strip(): example for example in examples}
+        known = next((list(example.columns) for example in self._examples.values()), [])
+        recorded = dict.fromkeys(name for trace in traces for name in _columns(trace))
+        self._own = [name for name in recorded if name not in known]
+        self.columns = [*known, *self._own]
 
     def groups(self, step: int) -> list[list[dict[str, Any]]]:
         """The lines of each group, as a run of ours has them."""
@@ -76,15 +78,11 @@ class Rollouts:
 
 
 def _columns(trace: Trace) -> dict[str, Any]:
-    """What else is recorded. The ground truth in verl's dumps has the name that `compute_score` knows it by."""
+    """What else is recorded. The gold answer has the names by which our rewards and verl's functions ask for it too."""
     columns = json.loads(json.dumps(trace.columns, default=plain))
-    return ({"ground_truth": columns["gts"]} if "gts" in columns else {}) | columns
+    gold = next(({"answer": columns[name], "ground_truth": columns[name]} for name in ANSWERS if name in columns), {})
+    return gold | columns
 
 
 def _mark(value: float | None) -> float | None:
     return None if value is None or value != value else value  # NaN: TRL's of a function that abstained
-
-
-def _by_question(data: ReplayedDataOptions) -> dict[str, Example]:
-    examples = examples_of(data, data.name, data.split, purpose="eval") if data.name else []
-    return {example.question.strip(): example for example in examples}

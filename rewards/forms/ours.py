@@ -21,12 +21,12 @@ class Isolated:
     """
 
     def __init__(self, function: str, timeout_s: float = 10.0, **options: Any) -> None:
-        self._function, self._timeout_s, self._options = function, timeout_s, options
+        self._spec, self._timeout_s = RewardSpec(function, **options), timeout_s
         self._scorers: dict[int, Scorer] = {}
-        self.label = RewardSpec(function, **options).label
+        self.label = self._spec.label
 
-    def __reduce__(self) -> Any:
-        return _isolated, (self._function, self._timeout_s, self._options)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_scorers": {}}
 
     def mark(self, prompt: Any, completion: Any, columns: Mapping[str, Any]) -> float:
         """The reward of a completion, a text or chat messages, for a row of the data.
@@ -35,8 +35,7 @@ class Isolated:
         """
         process = os.getpid()
         if process not in self._scorers:  # a fork must not write into the sockets of its parent
-            spec = RewardSpec(self._function, **self._options)
-            self._scorers[process] = Scorer([spec], timeout_s=self._timeout_s)
+            self._scorers[process] = Scorer([self._spec], timeout_s=self._timeout_s)
         row = json.loads(json.dumps(dict(columns), default=plain))
         [group] = self._scorers[process].score([prompt], [[completion]], [row], prompt_ids=["of the call"])
         [mark] = group.rewards
@@ -45,7 +44,3 @@ class Isolated:
                 f"reward {self.label!r} abstained on {str(completion)[:80]!r}; here it must give a number"
             )
         return mark
-
-
-def _isolated(function: str, timeout_s: float, options: dict[str, Any]) -> Isolated:
-    return Isolated(function, timeout_s, **options)

@@ -6,6 +6,7 @@ response as text. It gets a number, or a dict with the number as `score` (verl/w
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -81,18 +82,12 @@ def as_verl(function: str, **options: Any) -> Callable[..., float]:
     >>> compute_score("openai/gsm8k", "so #### 42", "42")  # doctest: +SKIP
     1.0
     """
-    return ComputeScore(Isolated(function, **options))
+    return functools.partial(_compute_score, Isolated(function, **options))  # which verl can send to its workers
 
 
-class ComputeScore:
-    """A class, so that verl can send it to its workers."""
-
-    def __init__(self, reward: Isolated) -> None:
-        self._reward, self.__name__ = reward, reward.label
-
-    def __call__(
-        self, data_source: Any, solution_str: str, ground_truth: Any, extra_info: Any = None, **_: Any
-    ) -> float:
-        extra = dict(extra_info or {})
-        columns = extra | {"data_source": data_source, "ground_truth": ground_truth, "answer": ground_truth}
-        return self._reward.mark(str(extra.get("question", "")), solution_str, columns)
+def _compute_score(
+    reward: Isolated, data_source: Any, solution_str: str, ground_truth: Any, extra_info: Any = None, **_: Any
+) -> float:
+    extra = dict(extra_info or {})
+    columns = extra | {"data_source": data_source, "ground_truth": ground_truth, "answer": ground_truth}
+    return reward.mark(str(extra.get("question", "")), solution_str, columns)

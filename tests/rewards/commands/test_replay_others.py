@@ -57,8 +57,9 @@ def verl_dump(path, steps=(1, 2)):
 
 def test_a_dump_of_verl_is_scored_again_by_verls_function_and_by_ours(mine, tmp_path, capsys):
     dump = verl_dump(tmp_path / "dump")
-    result = again(dump, f"{mine}:ends", columns={"answer": "gts"})
+    result = again(dump, f"{mine}:ends")  # the ground truth is also `answer`
     assert result.against == "score"
+    assert again(dump, f"{mine}:ends", columns={"answer": "gts"}).steps == result.steps
     assert [(step.step, step.completions, step.before, step.after, step.groups) for step in result.steps] == [
         (1, 3, pytest.approx(1 / 3), pytest.approx(2 / 3), 1),
         (2, 3, pytest.approx(1 / 3), pytest.approx(2 / 3), 1),
@@ -89,6 +90,7 @@ def test_trls_completions_get_their_columns_from_the_data(mine, tmp_path):
         "completion": ["42", "41", "7", "8"],
         "ends": [1.0, 1.0, float("nan"), 0.0],
         "short": [0.5] * 4,
+        "label": ["of the file"] * 4,  # the data's answer is the one
         "advantage": [0.0] * 4,
     }
     (tmp_path / "completions").mkdir()
@@ -98,6 +100,8 @@ def test_trls_completions_get_their_columns_from_the_data(mine, tmp_path):
     [step] = result.steps
     assert (step.groups, step.before, step.after) == (2, pytest.approx(2 / 3), 0.5)
     assert [(c.completion, c.before, c.after) for c in result.changes] == [("7", None, 1.0), ("41", 1.0, 0.0)]
+    del columns["label"]
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "completions/completions_00001.parquet")
     with pytest.raises(RewardError, match="asks for the column 'answer', which is not there"):
         again(tmp_path / "completions", f"{mine}:ends")
     jsonl(data, [{"question": "8?", "answer": "8"}])
@@ -120,7 +124,7 @@ def test_rollouts_of_nemo_gym_and_verifiers_have_columns_and_messages(mine, tmp_
         "_ng_rollout_index": 0,
     }
     file = jsonl(tmp_path / "rollouts.jsonl", [row, row | {"_ng_rollout_index": 1, "reward": 1.0}])
-    result = again(file, f"{mine}:ends", columns={"answer": "expected_answer"})
+    result = again(file, f"{mine}:ends")
     assert [(c.prompt_id, c.sample, c.before, c.after) for c in result.changes] == [("0", 0, 0.0, 1.0)]
     assert again(file, f"{mine}:turns", chat=True).steps[0].after == 3.0
     results = [
