@@ -50,6 +50,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in (sorted(value, key=str) if isinstance(value, set) else value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if hasattr(value, "to_dict") and not isinstance(value, MagicMock):  # a configuration
+        return plain(value.to_dict())
     return getattr(value, "__qualname__", None) or str(value).removeprefix("torch.")
 
 
@@ -178,7 +180,7 @@ def facts_of(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
         "environments": {name: function_of(each) for name, each in environments.items()},
         "data": data_facts(arguments.pop("train_dataset", None), arguments.pop("eval_dataset", None), folder),
         "tokenizer": tokenizer_facts(arguments.pop("processing_class", None)),
-        "quantization": plain(getattr(arguments.pop("quantization_config", None), "to_dict", dict)()),
+        "quantization": plain(arguments.pop("quantization_config", None)) or {},
         "assigned": [],
         "others": {name: plain(each) for name, each in arguments.items() if each is not None and each != (None, None)},
     }

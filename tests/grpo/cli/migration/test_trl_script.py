@@ -118,6 +118,7 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     )
     migration = read_trl_script(script, tmp_path / "data", [*words.split(), "--rows", "16"], processes=2)
     assert not (tmp_path / "went_on").exists()
+    assert not any("refuses" in note for note in migration.notes)
     config = TrainConfig(**migration.tree)
     assert (config.model, config.dtype) == ("nobody/nothing@v2", "bfloat16")
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (2, 8, None)
