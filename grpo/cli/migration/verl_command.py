@@ -20,6 +20,7 @@ from rewards.data.source import file_rows
 
 PROGRAM = "verl.trainer.main_ppo"
 OPTIONS = "reward.custom_reward_function.reward_kwargs."
+SECRET = re.compile("KEY|TOKEN|SECRET|PASS")  # variables whose values are not written
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 
 
@@ -49,7 +50,8 @@ def overrides(text: str) -> dict[str, Any]:
     line = next((line for line in text.splitlines() if PROGRAM in line and not line.lstrip().startswith("#")), None)
     if line is None:
         raise ValueError(f"there is no command of {PROGRAM} in it")
-    variables = dict(os.environ) | dict(re.findall(r"^\s*(\w+)=\(([^)]*)\)", text, re.MULTILINE))  # arrays
+    variables = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+    variables |= dict(re.findall(r"^\s*(\w+)=\(([^)]*)\)", text, re.MULTILINE))  # arrays
     for name, word in re.findall(r"^\s*(?:export\s+)?(\w+)=([^\s(][^\n]*)$", text, re.MULTILINE):
         with suppress(ValueError):  # a text of several lines
             variables[name] = next(iter(shlex.split(word, comments=True)), "")

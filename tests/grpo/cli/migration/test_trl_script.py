@@ -91,7 +91,9 @@ def made(power):
 if __name__ == "__main__":
     own, args = TrlParser((Own, GRPOConfig)).parse_args_and_config()
     args.learning_rate *= 2
-    model = AutoModelForCausalLM.from_pretrained("nobody/nothing", dtype="bfloat16", revision="v2", device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        pretrained_model_name_or_path="nobody/nothing", dtype="bfloat16", revision="v2", device_map="auto"
+    )
     model.resize_token_embeddings(64)
     model = get_peft_model(model.to("cuda"), LoraConfig(r=2, target_modules="all-linear", use_dora=True))
     rows = [{"prompt": f"{i}?", "note": None} for i in range(own.rows)]

@@ -139,6 +139,15 @@ def test_files_that_are_elsewhere_are_said(tmp_path):
     assert migration.options["data"]["name"] == "/there/a.parquet"
 
 
+def test_a_secret_of_the_environment_is_not_written(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hidden")
+    monkeypatch.setenv("MODEL_PATH", "models/small")
+    assert overrides(f"{PPO} a.key=$WANDB_API_KEY a.path=${{MODEL_PATH}}") == {
+        "a.key": "$WANDB_API_KEY",
+        "a.path": "models/small",
+    }
+
+
 def test_a_text_without_a_command_is_refused():
     with pytest.raises(ValueError, match=r"no command of verl\.trainer\.main_ppo"):
         overrides("python3 train.py\n")
