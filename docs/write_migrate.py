@@ -10,10 +10,10 @@ configuration, and what has no counterpart is said before anything is trained.
 
 <!-- not run: it needs a script of yours -->
 ```bash
-quartet from-trl train.py                       # writes train.yaml, and train_data/ beside it
-quartet from-trl train.py --processes 8 --arguments='--config grpo.yaml' --out run.yaml --json run.json
+quartet from-trl train.py                       # writes run.yaml, and run_data/ beside it
+quartet from-trl train.py --processes 8 --arguments='--config grpo.yaml' --out eight.yaml --json eight.json
 quartet from-verl run_grpo.sh                   # or the command itself, as one word
-quartet train train.yaml --dry_run
+quartet train run.yaml --dry_run
 ```
 
 ## What is read

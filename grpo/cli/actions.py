@@ -286,6 +286,7 @@ def compare(args: argparse.Namespace) -> None:
 def from_trl(args: argparse.Namespace) -> int:
     from grpo.cli.migration.trl_script import read_trl_script
 
+    print(f"running {args.source} up to its GRPOTrainer ...", flush=True)
     words, limits = shlex.split(args.arguments), {"processes": args.processes, "timeout_s": args.timeout_s}
     return _migrate(args, lambda folder: read_trl_script(args.source, folder, words, **limits))
 
@@ -303,6 +304,7 @@ def _migrate(args: argparse.Namespace, read: Callable[[Path], Migration]) -> int
     out = args.out
     if out.exists():
         return fail(f"--out={out}: it is there already; name another file", EXIT_USAGE)
+    out.parent.mkdir(parents=True, exist_ok=True)
     migration = read(out.with_name(f"{out.stem}_data"))
     out.write_text(migration.yaml(), encoding="utf-8")
     print(escaped("\n".join(migration.lines())))

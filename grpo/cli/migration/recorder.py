@@ -31,12 +31,13 @@ class Model(MagicMock):
     """Stands for a model that the script loads: it has its name and the arguments, and takes every call."""
 
 
-def model_of(name: Any, **arguments: Any) -> Model:
+def model_of(_: type, pretrained_model_name_or_path: Any, *__: Any, **arguments: Any) -> Model:
+    """Takes the place of `from_pretrained`."""
     model = Model(name="model")
-    model.name_or_path = str(name)
+    model.name_or_path = str(pretrained_model_name_or_path)
     for same in (model.to, model.cuda, model.eval, model.train):
         same.return_value = model
-    model.record = {"name": str(name), "arguments": plain(arguments), "lora": None}
+    model.record = {"name": model.name_or_path, "arguments": plain(arguments), "lora": None}
     return model
 
 
@@ -50,6 +51,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in (sorted(value, key=str) if isinstance(value, set) else value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if hasattr(value, "to_dict") and not isinstance(value, MagicMock):  # a configuration
+        return plain(value.to_dict())
     return getattr(value, "__qualname__", None) or str(value).removeprefix("torch.")
 
 
@@ -72,7 +75,7 @@ def replace_trl() -> None:
         module.GRPOTrainer = recorder  # type: ignore[attr-defined]
     automatic = [value for name, value in vars(modeling_auto).items() if name.startswith("AutoModel")]
     for owner in (*automatic, transformers.PreTrainedModel):
-        owner.from_pretrained = classmethod(lambda _, name, *rest, **arguments: model_of(name, **arguments))
+        owner.from_pretrained = classmethod(model_of)
     peft.get_peft_model = with_adapters
     datasets.load_dataset = note_source(datasets.load_dataset)
 
@@ -178,7 +181,7 @@ def facts_of(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
         "environments": {name: function_of(each) for name, each in environments.items()},
         "data": data_facts(arguments.pop("train_dataset", None), arguments.pop("eval_dataset", None), folder),
         "tokenizer": tokenizer_facts(arguments.pop("processing_class", None)),
-        "quantization": plain(getattr(arguments.pop("quantization_config", None), "to_dict", dict)()),
+        "quantization": plain(arguments.pop("quantization_config", None)) or {},
         "assigned": [],
         "others": {name: plain(each) for name, each in arguments.items() if each is not None and each != (None, None)},
     }

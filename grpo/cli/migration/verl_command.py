@@ -14,12 +14,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grpo.cli.migration.migration import Migration, relative, tables
+from yaml import YAMLError
+
+from grpo.cli.migration.migration import Migration, Unsupported, relative, tables
 from rewards.config.yaml_file import parse_yaml
 from rewards.data.source import file_rows
 
 PROGRAM = "verl.trainer.main_ppo"
 OPTIONS = "reward.custom_reward_function.reward_kwargs."
+UNKNOWN = "its value is not in the text; write it there. The default of verl is taken"
+SECRET = re.compile("KEY|TOKEN|SECRET|PASS")  # variables whose values are not written
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 
 
@@ -46,23 +50,39 @@ def overrides(text: str) -> dict[str, Any]:
     {'a.lr': 1e-05, 'a.names': ['x', 'y']}
     """
     text = re.sub(r"\\\n", " ", text)
+    text = re.sub(r"\$\(\([^()]*\)\)", lambda computed: "".join(computed[0].split()), text)  # one word each
     line = next((line for line in text.splitlines() if PROGRAM in line and not line.lstrip().startswith("#")), None)
     if line is None:
         raise ValueError(f"there is no command of {PROGRAM} in it")
-    variables = dict(os.environ) | dict(re.findall(r"^\s*(\w+)=\(([^)]*)\)", text, re.MULTILINE))  # arrays
+    variables = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+    variables |= dict(re.findall(r"^\s*(\w+)=\(([^\n]*)\)[ \t]*$", text, re.MULTILINE))  # arrays
+    variables |= dict(re.findall(r"^\s*(\w+)=\([ \t]*\n(.*?)^\s*\)", text, re.MULTILINE | re.DOTALL))
     for name, word in re.findall(r"^\s*(?:export\s+)?(\w+)=([^\s(][^\n]*)$", text, re.MULTILINE):
         with suppress(ValueError):  # a text of several lines
-            variables[name] = next(iter(shlex.split(word, comments=True)), "")
+            variables.setdefault(name, next(iter(shlex.split(word, comments=True)), ""))
 
     def value_of(mention: re.Match[str]) -> str:
         name = mention[1] or mention[2] or mention[4]
         return variables.get(name, mention[3] or mention[0])
 
-    for _ in range(4):  # a variable may have others in it
-        line = re.sub(r'"?\$\{(\w+)\[@\]\}"?|\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)', value_of, line)
+    def sum_of(mention: re.Match[str]) -> str:
+        terms = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), mention[1])
+        is_sum = re.fullmatch(r"\s*\d+(\s*[-+*/]\s*\d+)*\s*", terms)
+        return str(eval(terms.replace("/", "//"))) if is_sum else f"$(({terms}))"
+
+    for _ in range(8):  # a variable may have others in it
+        line = re.sub(r'"?\$\{(\w+)\[@\]\}"?|\$\{(\w+)(?::?-([^${}]*))?\}|\$(\w+)', value_of, line)
+        line = re.sub(r"\$\(\(([^()]*)\)\)", sum_of, line)
     words = shlex.split(line.partition(PROGRAM)[2], comments=True)
     pairs = [word.lstrip("+~").partition("=") for word in words if "=" in word and not word.startswith("-")]
-    return {name: parse_yaml(value) for name, _, value in pairs}
+    return {name: _value(value) for name, _, value in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except YAMLError:  # hydra knows escapes that YAML does not
+        return text
 
 
 class _Reading:
@@ -70,6 +90,8 @@ class _Reading:
 
     def __init__(self, options: dict[str, Any]):
         defaults = tables()["verl_defaults"]
+        unknown = {name: value for name, value in options.items() if isinstance(value, str) and "$" in value}
+        options = {name: value for name, value in options.items() if name not in unknown}
         self.overrides = options
         self.values: dict[str, Any] = defaults | options
         self.files, self.tests = (self._files(f"data.{name}_files") for name in ("train", "val"))
@@ -77,6 +99,7 @@ class _Reading:
         self.migration = Migration(PROGRAM)
         self.put, self.lacks = self.migration.put, self.migration.lacks
         self.migration.carry_over("verl_same", self.values)
+        self.migration.unsupported.extend(Unsupported(name, value, UNKNOWN) for name, value in unknown.items())
         for part in (self._steps, self._policy, self._data, self._reward):
             part()
         known = {*tables()["verl_same"], *tables()["verl_converted"], f"{ACTOR}.clip_ratio"}

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
 
@@ -219,6 +220,20 @@ def test_adapters(read):
     assert usual.options["lora"]["targets"] == ["q_proj", "v_proj"]  # peft's own choice for Llama
     everything = read(lora=lora | {"values": {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"}})
     assert "targets" not in everything.options["lora"]
+
+
+def test_a_base_in_four_bits_is_that_of_adapters(read):
+    class Bits:
+        def to_dict(self):
+            return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+    model = MODEL | {"arguments": plain({"quantization_config": Bits(), "dtype": torch.bfloat16})}
+    lora = {"kind": "LoraConfig", "values": {"r": 8, "target_modules": "all-linear"}, "defaults": {}}
+    migration = read(model=model, lora=lora)
+    assert migration.options["lora"]["base"] == "nf4"
+    assert migration.options["dtype"] == "bfloat16"
+    assert migration.unsupported == []
+    assert lost(read(model=model)) == {"quantization_config": Bits().to_dict()}
 
 
 def test_evaluation(read):

@@ -91,7 +91,9 @@ def made(power):
 if __name__ == "__main__":
     own, args = TrlParser((Own, GRPOConfig)).parse_args_and_config()
     args.learning_rate *= 2
-    model = AutoModelForCausalLM.from_pretrained("nobody/nothing", dtype="bfloat16", revision="v2", device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        pretrained_model_name_or_path="nobody/nothing", dtype="bfloat16", revision="v2", device_map="auto"
+    )
     model.resize_token_embeddings(64)
     model = get_peft_model(model.to("cuda"), LoraConfig(r=2, target_modules="all-linear", use_dora=True))
     rows = [{"prompt": f"{i}?", "note": None} for i in range(own.rows)]
@@ -118,6 +120,7 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     )
     migration = read_trl_script(script, tmp_path / "data", [*words.split(), "--rows", "16"], processes=2)
     assert not (tmp_path / "went_on").exists()
+    assert not any("refuses" in note for note in migration.notes)
     config = TrainConfig(**migration.tree)
     assert (config.model, config.dtype) == ("nobody/nothing@v2", "bfloat16")
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (2, 8, None)

@@ -139,6 +139,39 @@ def test_files_that_are_elsewhere_are_said(tmp_path):
     assert migration.options["data"]["name"] == "/there/a.parquet"
 
 
+def test_what_a_shell_file_computes_is_read():
+    """Forms that the files in verl's own examples/ have."""
+    text = """
+    n_prompts=${N_PROMPTS_OF_NOBODY:-${OTHER_OF_NOBODY:-16}}
+    length=$((1024 * 2))
+    ACTOR=(
+        actor.lr=1e-6   # the rate
+        actor.length=$((length + 24))
+    )
+    ONE=(one.a=1 one.b=x)
+    python3 -m verl.trainer.main_ppo "${ACTOR[@]}" ${ONE[@]} n=$n_prompts twice=$((n_prompts * 2)) \\
+        rank=${RANK_OF_NOBODY} '+names={a.\\\\{*\\\\}:{}}' "$@"
+    """
+    values = overrides(text)
+    assert values.pop("names").startswith("{a.")
+    assert values == {
+        **{"actor.lr": 1e-6, "actor.length": 2072, "one.a": 1, "one.b": "x", "n": 16, "twice": 32},
+        **{"rank": "${RANK_OF_NOBODY}"},
+    }
+    migration = read_verl_command(f"{PPO} data.train_batch_size=$NOBODYS")
+    [each] = [each for each in migration.unsupported if each.option == "data.train_batch_size"]
+    assert "not in the text" in each.reason
+
+
+def test_a_secret_of_the_environment_is_not_written(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hidden")
+    monkeypatch.setenv("MODEL_PATH", "models/small")
+    assert overrides(f"{PPO} a.key=$WANDB_API_KEY a.path=${{MODEL_PATH}}") == {
+        "a.key": "$WANDB_API_KEY",
+        "a.path": "models/small",
+    }
+
+
 def test_a_text_without_a_command_is_refused():
     with pytest.raises(ValueError, match=r"no command of verl\.trainer\.main_ppo"):
         overrides("python3 train.py\n")
