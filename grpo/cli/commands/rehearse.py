@@ -25,6 +25,7 @@ from grpo.cli.commands.summary import DryRun
 from grpo.cli.migration.migration import our_defaults
 from grpo.config.environment import rewards_of
 from grpo.config.run import TrainConfig
+from grpo.run import trackers
 from grpo.task.check import open_task
 from grpo.task.parts import tokenizer_of
 from grpo.task.plan import REFUSALS, Plan
@@ -164,8 +165,8 @@ def key_of(message: str) -> str:
 
 
 def as_planned(config: TrainConfig, result: Rehearsal) -> TrainConfig:
-    """The configuration as this machine can look at it: on a device that is here, and without vLLM. What does not go
-    together is found before."""
+    """The configuration as this machine can look at it: on a device that is here, and without vLLM and trackers that
+    are not. What does not go together is found before."""
     changes: dict[str, Any] = {}
     try:
         device_of(config.device)
@@ -175,6 +176,11 @@ def as_planned(config: TrainConfig, result: Rehearsal) -> TrainConfig:
         result.refuse(line)
     if config.rollout.backend == "vllm":
         changes |= {"rollout.backend": None, "rollout.vllm": {}}
+    try:
+        trackers.installed(config.log.trackers)
+    except ValueError as error:
+        changes["log.trackers"] = []
+        result.add("warns", "log.trackers", str(error))
     return with_options(config, changes)
 
 
