@@ -341,10 +341,12 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> None:
     right["as it is"] = score(whole)
     name = max(FORMS, key=lambda name: right[name])  # the first of equals
     best, wrong, empty = right[name], score([FORMS[name].format(other) for other in others]), score([""] * len(answers))
-    result.facts["scores"] = {"right": best, "wrong": wrong, "nothing": empty, "written": name}
+    result.facts["scores"] = {"right": best, "wrong": wrong, "empty": empty, "written": name}
     if best <= max(wrong, empty):
-        what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms, a wrong one {wrong:.3g}, nothing "
-        result.add("spoils", "rewards", f"{what}{empty:.3g}", "no reward tells right from wrong: quartet reward test")
+        what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms, a wrong one {wrong:.3g}, an empty "
+        result.add(
+            "spoils", "rewards", f"{what}one {empty:.3g}", "no reward tells right from wrong: quartet reward test"
+        )
         return
     if wrong > 0.8 * best > 0:
         what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"
