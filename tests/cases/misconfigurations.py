@@ -163,8 +163,8 @@ trainer.train()
 """
 VERL = {
     "algorithm.adv_estimator": "grpo",
-    "data.train_files": "data/train.parquet",
-    "data.val_files": "data/test.parquet",
+    "data.train_files": "verl_data/train.parquet",
+    "data.val_files": "verl_data/test.parquet",
     "data.train_batch_size": 4,
     "data.max_prompt_length": 128,
     "data.max_response_length": 64,
@@ -389,7 +389,9 @@ def write_data(case: Misconfiguration, folder: Path) -> None:
     for number, change in case.rows.items():
         train[number] |= change
     test = train[: case.shared_rows] + problems(case, 100, 8)
+    verl_folder = folder.with_name("verl_data")
     folder.mkdir()
+    verl_folder.mkdir()
     for name, rows in (("train", train), ("test", test)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         records = [
@@ -401,7 +403,7 @@ def write_data(case: Misconfiguration, folder: Path) -> None:
             }
             for index, row in enumerate(rows)
         ]
-        pandas.DataFrame(records).to_parquet(folder / f"{name}.parquet")
+        pandas.DataFrame(records).to_parquet(verl_folder / f"{name}.parquet")
 
 
 def write_model(folder: Path, changes: dict[str, Any]) -> None:

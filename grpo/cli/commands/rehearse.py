@@ -25,6 +25,7 @@ from grpo.cli.commands.summary import DryRun
 from grpo.cli.migration.migration import our_defaults
 from grpo.config.environment import rewards_of
 from grpo.config.run import TrainConfig
+from grpo.run import trackers
 from grpo.task.check import open_task
 from grpo.task.parts import tokenizer_of
 from grpo.task.plan import REFUSALS, Plan
@@ -164,8 +165,8 @@ def key_of(message: str) -> str:
 
 
 def as_planned(config: TrainConfig, result: Rehearsal) -> TrainConfig:
-    """The configuration as this machine can look at it: on a device that is here, and without vLLM. What does not go
-    together is found before."""
+    """The configuration as this machine can look at it: on a device that is here, and without vLLM and trackers that
+    are not. What does not go together is found before."""
     changes: dict[str, Any] = {}
     try:
         device_of(config.device)
@@ -175,6 +176,11 @@ def as_planned(config: TrainConfig, result: Rehearsal) -> TrainConfig:
         result.refuse(line)
     if config.rollout.backend == "vllm":
         changes |= {"rollout.backend": None, "rollout.vllm": {}}
+    try:
+        trackers.installed(config.log.trackers)
+    except ValueError as error:
+        changes["log.trackers"] = []
+        result.add("warns", "log.trackers", str(error))
     return with_options(config, changes)
 
 
@@ -335,10 +341,12 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> None:
     right["as it is"] = score(whole)
     name = max(FORMS, key=lambda name: right[name])  # the first of equals
     best, wrong, empty = right[name], score([FORMS[name].format(other) for other in others]), score([""] * len(answers))
-    result.facts["scores"] = {"right": best, "wrong": wrong, "nothing": empty, "written": name}
+    result.facts["scores"] = {"right": best, "wrong": wrong, "empty": empty, "written": name}
     if best <= max(wrong, empty):
-        what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms, a wrong one {wrong:.3g}, nothing "
-        result.add("spoils", "rewards", f"{what}{empty:.3g}", "no reward tells right from wrong: quartet reward test")
+        what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms, a wrong one {wrong:.3g}, an empty "
+        result.add(
+            "spoils", "rewards", f"{what}one {empty:.3g}", "no reward tells right from wrong: quartet reward test"
+        )
         return
     if wrong > 0.8 * best > 0:
         what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"

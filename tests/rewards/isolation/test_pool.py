@@ -102,6 +102,15 @@ def test_workers_load_neither_torch_nor_ray_and_hash_alike():
     assert first.rewards == second.rewards
 
 
+def test_a_file_of_rewards_may_be_called_rewards(tmp_path):
+    """Once this process has loaded it, its folder comes first in the path that workers get."""
+    (tmp_path / "rewards.py").write_text("def one(completions, **_):\n    return [1.0] * len(completions)\n")
+    code = "import sys\nfrom rewards import RewardSpec, Scorer\nsys.path.insert(0, sys.argv[1])\n"
+    code += "Scorer([RewardSpec(f'{sys.argv[1]}/rewards.py:one')]).close()\n"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_close_ends_a_call_that_waits_in_another_thread():
     scorer = Scorer([FAULTY], timeout_s=60)
     caught = []

@@ -74,7 +74,7 @@ def test_a_sound_run_takes_two_steps_without_weights_and_nothing_is_wrong(bare_m
     assert _worst(result) == []
     assert [step["learner/updates"] for step in result.steps] == [1, 1]
     assert not (tmp_path / "run").exists()
-    assert result.facts["scores"] == {"right": 1.0, "wrong": 0.0, "nothing": 0.0, "written": "as it is"}
+    assert result.facts["scores"] == {"right": 1.0, "wrong": 0.0, "empty": 0.0, "written": "as it is"}
     assert result.facts["data"]["epochs"] == pytest.approx(40 / 60)
     assert set(result.facts) >= {"tokens", "template", "plan", "memory", "time on H100s, of a step", "reward gsm8k"}
 
@@ -126,7 +126,10 @@ def test_what_would_end_a_run_is_named_by_key(bare_model, tmp_path, no_steps, op
             "spoils rewards: a right answer scores 0",
         ),
         ("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n", "spoils "),
-        ("def reward(completions, **_):\n    return [1 / len(c) for c in completions]\n", "ends "),
+        (
+            "def reward(completions, **_):\n    return [1 / len(c) for c in completions]\n",
+            "ends rewards: reward 'reward' f",
+        ),
         ("def reward(completions, **_):\n    return [1.0]\n", "ends "),
         (
             "import re\ndef reward(completions, answer, **_):\n"
@@ -153,6 +156,18 @@ def test_a_template_that_is_applied_twice_and_a_model_that_thinks(chat_model, tm
     found = _worst(rehearse(_config(chat_model, tmp_path, **options)))
     assert any("10 of 10 questions hold marks of the chat template" in line for line in found), found
     assert any(line.startswith("spoils rollout.max_completion_tokens: the model thinks") for line in found), found
+
+
+def test_a_sentence_that_is_said_twice_and_a_tool_that_always_raises(bare_model, tmp_path, no_steps):
+    (tmp_path / "own_tools.py").write_text(
+        'def look_up(name: str) -> str:\n    """Look up.\n\n    Args:\n        name: a name\n    """\n    return {}[name]\n'
+    )
+    said = "Write the number after four hashes."
+    options = {"tools": [f"{tmp_path / 'own_tools.py'}:look_up"], "data.template": f"{said} {{question}} {said}\n"}
+    found = rehearse(_config(bare_model, tmp_path, **options)).findings
+    lines = [f"{finding.effect} {finding.key}: {finding.what}" for finding in found]
+    assert f"warns data.template: every prompt says twice '{said}'" in lines
+    assert any(line.startswith("warns tools: look_up raised at every one of 3 calls: {'error': ") for line in lines)
 
 
 def test_a_message_names_its_option():
