@@ -266,6 +266,17 @@ def reward_replay(args: argparse.Namespace) -> int:
     return EXIT_ERROR if result.failures else 0
 
 
+def environment_test(args: argparse.Namespace) -> int:
+    config = _load(args)
+    from grpo.cli.commands.environment_test import check_environment, show_check
+    from grpo.run.console import Terminal
+
+    check = check_environment(args.environment, config)
+    show_check(check, Terminal())
+    _write(args.json, asdict(check))
+    return EXIT_ERROR if check.problems else 0
+
+
 def _write(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
         write_json(path, content)

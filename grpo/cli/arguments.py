@@ -71,6 +71,8 @@ REWARD_REPLAY = (
     _argument("--with", dest="function", required=True, **_FUNCTION),
     _json("every change"),
 )
+_WHAT = "path/to/file.py:Class, path/to/file.py:function for a tool, or calculator, python or word_game"
+ENVIRONMENT_TEST = (_argument("environment", metavar="FILE:CLASS", help=_WHAT), _json("what was found"))
 CONVERT = (
     _argument("source", metavar="SRC", help="a checkpoint folder, a GGUF file or a hub id"),
     _DESTINATION,

@@ -87,6 +87,7 @@ class Command(NamedTuple):
 def _commands() -> dict[str, Command]:
     """Every command by its name, in the order of --help and of the reference page."""
     from grpo.cli.config.convert import ConvertConfig
+    from grpo.cli.config.environment_test import EnvironmentTestConfig
     from grpo.cli.config.inference import EvalConfig, SampleConfig
     from grpo.cli.config.reward_commands import ReplayConfig, RewardTestConfig
     from grpo.cli.config.serve import ServeConfig
@@ -109,6 +110,13 @@ def _commands() -> dict[str, Command]:
         ),
         "reward replay": Command(
             "score a run's completions again", actions.reward_replay, arguments.REWARD_REPLAY, ReplayConfig
+        ),
+        "environment": Command("try an environment or a tool"),
+        "environment test": Command(
+            "scripted episodes without a model: state, limits, determinism",
+            actions.environment_test,
+            arguments.ENVIRONMENT_TEST,
+            EnvironmentTestConfig,
         ),
         "convert": Command(
             "a dense Llama-family checkpoint as DeepSeek-V3", actions.convert, arguments.CONVERT, ConvertConfig

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.data.examples import Example, beyond_context, default_held_out_split, examples_of, gold_checks, too_long
 from grpo.data.leakage import problem_fingerprint, record_trained_on, refuse_overlap, trained_on
-from grpo.data.prompts import PromptTemplate, encode_prompt
+from grpo.data.prompts import PromptStream, PromptTemplate, encode_prompt
 from grpo.learner.batch import PackedRow, Sample
 from grpo.run.log import RunLog
 from grpo.source.policy_source import known_context
@@ -46,7 +46,11 @@ LONGEST_TEXT = 4000  # characters of an example that a preset's tokenizer learns
 
 
 class Task:
-    """Holds training and held-out examples, prompt template and scorer. Close it: the scorer holds processes."""
+    """Holds training and held-out examples, prompt template and scorer. Close it: the scorer holds processes.
+
+    `parts` are the tasks of several sources of data by label; none where there is one source."""
+
+    parts: Mapping[str, Task] = MappingProxyType({})
 
     def __init__(
         self,
@@ -147,6 +151,10 @@ class Task:
     @classmethod
     def of(cls, config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
         """Opens the task of a run. Without `model_known` nothing is asked of the model, which need not be there."""
+        if config.data.sources:
+            from grpo.task.mix import Mix
+
+            return Mix(config, scores=scores, model_known=model_known)
         held = config.eval
         context = known_context(config.model) if model_known else None
         learns = isinstance(config, LearningConfig) and config.supervision.steps > 0  # from solutions
@@ -200,6 +208,14 @@ class Task:
         """Raises ValueError where problems that are to be evaluated were trained on (contract 16)."""
         known = dict.fromkeys(self.trained_on, "")
         refuse_overlap(self.fingerprints(problems), known, "were trained on", f"{TAKE_OUT}.")
+
+    def part_of(self, prompt_id: str) -> Task:
+        """The task of the source that a prompt is from."""
+        return self
+
+    def stream(self, seed: int) -> PromptStream:
+        """The order in which training takes its examples."""
+        return PromptStream(self.train, seed)
 
     def describe_rewards(self) -> list[dict[str, Any]]:
         """Describes the reward functions, as a run records them; nothing where another process scores."""
