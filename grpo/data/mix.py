@@ -38,6 +38,8 @@ class MixedStream(PromptStream):
     is a schedule (`next_source`), and depends on the weights and the number of prompts so far alone."""
 
     def __init__(self, sources: Mapping[str, Sequence[Example]], weights: Mapping[str, float], seed: int = 0) -> None:
+        if empty := [label for label, examples in sources.items() if not examples]:
+            raise ValueError(f"none of the examples of the source {empty[0]} is left to take; use more data of it")
         self.seed = seed
         self.streams = {label: PromptStream(examples, seed) for label, examples in sources.items()}
         self.weights, self.counts = dict(weights), dict.fromkeys(weights, 0)

@@ -100,8 +100,12 @@ class Mix(Task):
     def part_of(self, prompt_id: str) -> Task:
         return self._part_of.get(prompt_id) or next(iter(self.parts.values()))
 
-    def stream(self, seed: int) -> MixedStream:
-        return MixedStream({label: part.train for label, part in self.parts.items()}, self.weights, seed)
+    def stream(self, seed: int, examples: Sequence[Example] | None = None) -> MixedStream:
+        sources: dict[str, list[Example]] = {label: [] for label in self.parts}
+        labels = {part: label for label, part in self.parts.items()}
+        for example in self.train if examples is None else examples:
+            sources[labels[self.part_of(example.example_id)]].append(example)
+        return MixedStream(sources, self.weights, seed)
 
     def record_split(self, run_log: RunLog) -> None:
         if not self.leads:
@@ -158,7 +162,7 @@ class Mix(Task):
     def lost(self) -> dict[str, float]:
         lost: Counter[str] = Counter()
         for part in self.parts.values():
-            lost.update(part.lost())  # type: ignore[arg-type]  # which adds seconds as well
+            lost.update(part.lost())
         return dict(lost)
 
     def close(self) -> None:

@@ -213,9 +213,9 @@ class Task:
         """The task of the source that a prompt is from."""
         return self
 
-    def stream(self, seed: int) -> PromptStream:
-        """The order in which training takes its examples."""
-        return PromptStream(self.train, seed)
+    def stream(self, seed: int, examples: Sequence[Example] | None = None) -> PromptStream:
+        """The order in which training takes its examples, or these of them."""
+        return PromptStream(self.train if examples is None else examples, seed)
 
     def describe_rewards(self) -> list[dict[str, Any]]:
         """Describes the reward functions, as a run records them; nothing where another process scores."""

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import psutil
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from grpo.cli.config.environment_test import EnvironmentTestConfig
 from grpo.data.examples import Example, examples_of
@@ -33,10 +34,8 @@ from rollout.group import Completion, Prompt, RolloutGroup, ToolStats
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 LONG = 10_000  # characters of a long argument
-GOLD, AFTER_BAD_CALLS = "the demonstration", "bad calls, then the demonstration"
-EMPTY, BAD = "an empty turn", "bad calls: no such tool, wrong arguments, no JSON, no end"
-ODD, LONG_ONES = "empty, negative, huge and foreign values", f"texts of {LONG:,} characters"
-ENDLESS = "the same call again and again"
+GOLD, AFTER_BAD_CALLS, EMPTY, BAD = "demonstration", "after bad calls", "empty turn", "bad calls"
+ODD, LONG_TEXTS, ENDLESS = "odd values", "long texts", "endless calls"
 BAD_CALLS = ('{"name": "no_such_tool", "arguments": {}}', '{"name": "unread', "<<1 + 1")
 VALUES: dict[str, list[Any]] = {
     "string": ["", "\u0000", "\u05d0\U0001f642 <<1=", "-1"],
@@ -260,18 +259,18 @@ class _Trial:
 def show_check(check: EnvironmentCheck, console: Console) -> None:
     numbers = ("episodes", "mean", "full", "calls", "raised", "refused")
     columns = [Column(name, justify="right") for name in numbers]
-    table = Table(Column("script", ratio=1), *columns, Column("ended by"), title_justify="left")
+    table = Table(Column("script", no_wrap=True), *columns, Column("ended by"), title_justify="left")
     for script, row in check.scripts.items():
         shown = ["-" if row[name] is None else f"{row[name]:.4g}" for name in numbers]
         table.add_row(script, *shown, ", ".join(f"{count} {why}" for why, count in row["ended"].items()))
-    head = f"environment {check.environment}, on {check.rows} rows of {check.data}; tools: {', '.join(check.tools)}"
     lines = [f"played {way}: {f'{n} differ' if n else 'the same'}" for way, n in check.differing.items()]
     if check.growth_mib is not None:
         lines.append(f"memory: {check.growth_mib:+,.1f} MiB in {MANY} episodes")
     lines += [*(f"note: {note}" for note in check.notes), *(f"problem: {problem}" for problem in check.problems)]
-    for part in (head, table, *lines, "FAILED" if check.problems else "passed"):
-        shown = visible(part.replace("\n", " "), 2000, console.encoding) if isinstance(part, str) else part
-        console.print(shown, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    head = f"environment {check.environment}, on {check.rows} rows of {check.data}; tools: {', '.join(check.tools)}"
+    console.print(Text(head), table)
+    for line in (*lines, "FAILED" if check.problems else "passed"):
+        console.print(Text(visible(line.replace("\n", " "), 2000, console.encoding)), soft_wrap=True)
 
 
 def _is_of(environment: str) -> dict[str, Any]:
@@ -297,7 +296,7 @@ def _plays(
     gold = [Play(example, turns) for example, turns in shown if turns]
     room = config.max_turns - max((len(play.turns) for play in gold), default=0)
     plays = {GOLD: gold, AFTER_BAD_CALLS: [Play(p.example, [*bad[: max(room, 0)], *p.turns]) for p in gold]}
-    scripts = {EMPTY: [""], BAD: bad, ODD: odd, LONG_ONES: long}
+    scripts = {EMPTY: [""], BAD: bad, ODD: odd, LONG_TEXTS: long}
     plays |= {script: [Play(example, turns) for example in examples] for script, turns in scripts.items()}
     plays[ENDLESS] = [Play(example, odd[-1:], endless=True) for example in examples]
     return {script: several for script, several in plays.items() if several}
@@ -307,7 +306,13 @@ def _demonstration(spec: EnvironmentSpec, config: EnvironmentTestConfig, example
     """The turns that the class offers for this row, or those of the marks in its solution; there may be none."""
     offer = getattr(load_class(path_of(spec, ""), "environment"), "_demonstration", None) if spec.environments else None
     if offer is not None:
-        return [_call(tool, arguments) for tool, arguments in offer(**example.columns)]
+        try:
+            return [_call(tool, arguments) for tool, arguments in offer(**example.columns)]
+        except Exception as error:  # it is the user's
+            raise ValueError(
+                f"_demonstration fails on {example.example_id}: {type(error).__name__}: {error}; it gets the "
+                'columns of the row, and gives calls such as [("guess", {"number": 7})]'
+            ) from error
     text = str(example.columns[config.data.solution_column])
     pieces = re.split(r"(<<[^<>\n]*=)[^<>\n]*>>", text)  # text and mark in turns
     turns = [before + mark for before, mark in zip_longest(pieces[::2], pieces[1::2], fillvalue="")]
