@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
-from grpo.config.data import DataOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.features import sections
 from grpo.config.learner import (
@@ -27,6 +26,7 @@ from grpo.config.options import Options, load
 from grpo.config.policy import ArchitectureOptions, ModelOptions
 from grpo.config.reward import RewardsOptions
 from grpo.config.sampling import RolloutOptions, SamplingOptions
+from grpo.config.sources import SourcesOptions
 
 
 class CheckpointOptions(Options):
@@ -85,7 +85,7 @@ class RunConfig(RewardsOptions, ModelOptions):
 
     output_dir: Path
     """The run folder; the trained policy is written to `policy/` in it."""
-    data: DataOptions = DataOptions()
+    data: SourcesOptions = SourcesOptions()
     rollout: SamplingOptions = SamplingOptions()
     eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()

@@ -11,10 +11,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from grpo.algorithm.verdicts import Verdicts
-from grpo.config.data import DataOptions, WeightedSource
+from grpo.config.data import DataOptions
 from grpo.config.environment import rewards_of
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
+from grpo.config.sources import WeightedSource
 from grpo.data.examples import Example, default_held_out_split
 from grpo.data.leakage import record_trained_on, refuse_overlap
 from grpo.data.mix import MixedStream
@@ -40,21 +41,26 @@ class Mix(Task):
             for label, source in sources.items():
                 alone = _alone(config, label, source)
                 tasks[label] = Task.of(alone, scores=scores, model_known=model_known)
-            self._gather(config)
-            self._refuse_too_few(config)
+            self._gather()
+            self.prompts_per_step = config.prompts_per_step
+            weights = {spec.label: spec.weight for spec in reward_specs(rewards_of(config))}
+            self._refuse_idle(weights, config.eval.limit)
+            counts = {"prompts_per_step": config.prompts_per_step}
+            if isinstance(config, TrainConfig) and config.warm_start.steps:
+                counts["warm_start.batch_size"] = config.warm_start.batch_size
+            self._refuse_too_few(counts)
             self._refuse_overlap_of_sources()
         except BaseException:
             self.close()
             raise
 
-    def _gather(self, config: LearningConfig | MtpConfig) -> None:
+    def _gather(self) -> None:
         parts = list(self.parts.values())
         of_first = {name: value for name, value in vars(parts[0]).items() if name not in ("scorer", "verdicts")}
         self.__dict__ |= of_first
         self.train = [example for part in parts for example in part.train]
         self.held_out = [example for part in parts for example in part.held_out]
         self.trained_on = frozenset(chain.from_iterable(part.trained_on for part in parts))
-        self.prompts_per_step = config.prompts_per_step
         for part in parts:
             part.trainer_state = self.trainer_state
         self._part_of = dict[str, Task]()
@@ -65,22 +71,23 @@ class Mix(Task):
                         f"data.sources: {label} has {example.example_id}, and so has a source before it; take it out "
                         "of one of the two, or rename one of the files"
                     )
-        if config.eval.limit and not self.held_out:
+
+    def _refuse_idle(self, weights: dict[str, float], limit: int) -> None:
+        """Sets the weights of the rewards. Raises ValueError for one that scores no source, and where there is nothing
+        to evaluate."""
+        if limit and not self.held_out:
             raise ValueError(
-                f"eval.limit={config.eval.limit}, but no source of data has held-out problems; hold out a share of one "
+                f"eval.limit={limit}, but no source of data has held-out problems; hold out a share of one "
                 "(held_out: 0.1), or set eval.limit to 0"
             )
-        used = {label for part in parts for label in part.reward_weights}
-        self.reward_weights = {spec.label: spec.weight for spec in reward_specs(rewards_of(config))} if used else {}
+        used = {label for part in self.parts.values() for label in part.reward_weights}
+        self.reward_weights = {label: weight for label, weight in weights.items() if used}  # none where none scores
         if idle := [label for label in self.reward_weights if label not in used]:
             raise ValueError(f"rewards: {idle[0]!r} scores no source of data; name it in data.sources, or drop it")
 
-    def _refuse_too_few(self, config: LearningConfig | MtpConfig) -> None:
-        counts = {"prompts_per_step": config.prompts_per_step}
-        if isinstance(config, TrainConfig) and config.warm_start.steps:
-            counts["warm_start.batch_size"] = config.warm_start.batch_size
+    def _refuse_too_few(self, counts: dict[str, int]) -> None:
         for key, count in counts.items():
-            for label, most in self.stream(config.seed).most(count).items():
+            for label, most in self.stream(0).most(count).items():
                 there = len(self.parts[label].train)
                 if most > there:
                     raise ValueError(

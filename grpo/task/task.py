@@ -151,10 +151,6 @@ class Task:
     @classmethod
     def of(cls, config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
         """Opens the task of a run. Without `model_known` nothing is asked of the model, which need not be there."""
-        if config.data.sources:
-            from grpo.task.mix import Mix
-
-            return Mix(config, scores=scores, model_known=model_known)
         held = config.eval
         context = known_context(config.model) if model_known else None
         learns = isinstance(config, LearningConfig) and config.supervision.steps > 0  # from solutions

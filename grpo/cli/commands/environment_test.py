@@ -158,14 +158,15 @@ def check_environment(environment: str, config: EnvironmentTestConfig) -> Enviro
         timeout_s=config.program_timeout_s,
         memory_mb=config.program_memory_mb,
     )
-    examples = examples_of(config.data, config.data.name, config.data.split, purpose="eval", limit=config.data.limit)
+    data = config.data
+    examples = examples_of(data, data.name, data.split, purpose="eval", limit=data.limit)
     tokenizer = small_tokenizer(f"{example.question}\n{example.solution}" for example in examples)
     tools = [tool.__name__ for tool in tools_of(spec, "")]
-    check, printed = EnvironmentCheck(environment, config.data.name, len(examples), tools), io.StringIO()
+    check, printed = EnvironmentCheck(environment, data.name, len(examples), tools), io.StringIO()
     stage = Stage(spec, tokenizer)
     try:
         with contextlib.redirect_stderr(printed):
-            trial = _Trial(check, _plays(spec, stage.form, config, examples))
+            trial = _Trial(check, _plays(spec, stage.form, examples, data.solution_column))
             if trial.play_all(stage):
                 trial.play_again(stage, Stage(spec, tokenizer, hash_seed=1))
                 trial.play_often(stage)
@@ -287,14 +288,14 @@ def _is_of(environment: str) -> dict[str, Any]:
 
 
 def _plays(
-    spec: EnvironmentSpec, form: ScriptForm, config: EnvironmentTestConfig, examples: Sequence[Example]
+    spec: EnvironmentSpec, form: ScriptForm, examples: Sequence[Example], solution_column: str
 ) -> dict[str, list[Play]]:
     """The plays of each kind of script, one for each row."""
     odd, long = _calls(form, VALUES), _calls(form, VALUES | {"string": ["word " * (LONG // 5)]})
     bad = [_call(form.schemas[0]["function"]["name"], {"no such argument": 1}), *BAD_CALLS]
-    shown = [(example, _demonstration(spec, config, example)) for example in examples]
+    shown = [(example, _demonstration(spec, example, solution_column)) for example in examples]
     gold = [Play(example, turns) for example, turns in shown if turns]
-    room = config.max_turns - max((len(play.turns) for play in gold), default=0)
+    room = spec.max_turns - max((len(play.turns) for play in gold), default=0)
     plays = {GOLD: gold, AFTER_BAD_CALLS: [Play(p.example, [*bad[: max(room, 0)], *p.turns]) for p in gold]}
     scripts = {EMPTY: [""], BAD: bad, ODD: odd, LONG_TEXTS: long}
     plays |= {script: [Play(example, turns) for example in examples] for script, turns in scripts.items()}
@@ -302,7 +303,7 @@ def _plays(
     return {script: several for script, several in plays.items() if several}
 
 
-def _demonstration(spec: EnvironmentSpec, config: EnvironmentTestConfig, example: Example) -> list[str]:
+def _demonstration(spec: EnvironmentSpec, example: Example, solution_column: str) -> list[str]:
     """The turns that the class offers for this row, or those of the marks in its solution; there may be none."""
     offer = getattr(load_class(path_of(spec, ""), "environment"), "_demonstration", None) if spec.environments else None
     if offer is not None:
@@ -313,7 +314,7 @@ def _demonstration(spec: EnvironmentSpec, config: EnvironmentTestConfig, example
                 f"_demonstration fails on {example.example_id}: {type(error).__name__}: {error}; it gets the "
                 'columns of the row, and gives calls such as [("guess", {"number": 7})]'
             ) from error
-    text = str(example.columns[config.data.solution_column])
+    text = str(example.columns[solution_column])
     pieces = re.split(r"(<<[^<>\n]*=)[^<>\n]*>>", text)  # text and mark in turns
     turns = [before + mark for before, mark in zip_longest(pieces[::2], pieces[1::2], fillvalue="")]
     return turns if len(turns) > 1 else []

@@ -203,8 +203,13 @@ class _DryRun:
             self.check(task)
             table.add_row("training examples", f"{len(task.train):,} ({data.name}, {data.split})")
             table.add_row("held-out examples", f"{len(task.held_out):,}")
-            for name, value in _sources(self.config, task):
-                table.add_row(name, value)
+            whole = sum(source.weight for source in data.sources)
+            for source in data.sources:
+                part, share = task.parts[str(source.label)], source.weight / whole
+                steps = len(part.train) / (self.config.prompts_per_step * share)
+                sizes = f"{len(part.train):,} examples, an epoch of {steps:,.1f} steps; {len(part.held_out):,} held out"
+                scored = f"; rewards: {', '.join(part.reward_weights)}" if part.reward_weights else ""
+                table.add_row(f"source {source.label}", f"{share:.1%} of the prompts: {sizes}{scored}")
             for name, value in self.rows(task):
                 table.add_row(name, value)
         CONSOLE.print(table)
@@ -270,17 +275,6 @@ class _DryRun:
         policies = total * (2 if config.dtype == "bfloat16" else 4) * (1 + (grpo and config.supervision.steps > 0))
         yield "disk: policies", _gib(policies)
         self.disk = policies + each * min(copies + 1, saved)  # the next one is complete before the oldest is deleted
-
-
-def _sources(config: LearningConfig | MtpConfig, task: Task) -> Iterator[tuple[str, str]]:
-    """Yields a line for each of several sources of data."""
-    weights = sum(source.weight for source in config.data.sources)
-    for source in config.data.sources:
-        part, share = task.parts[str(source.label)], source.weight / weights
-        steps = len(part.train) / (config.prompts_per_step * share)
-        rewards = f"; rewards: {', '.join(part.reward_weights)}" if part.reward_weights else ""
-        sizes = f"{len(part.train):,} examples, an epoch of {steps:,.1f} steps; {len(part.held_out):,} held out"
-        yield f"source {source.label}", f"{share:.1%} of the prompts: {sizes}{rewards}"
 
 
 class _MtpDryRun(_DryRun):

@@ -12,8 +12,7 @@ from grpo.config.options import ConfigError, dump_yaml, load
 from grpo.config.run import TrainConfig
 from grpo.run.records import read_metrics, read_rollouts
 from grpo.run.stop import Stopped
-from grpo.task.check import check_plan
-from grpo.task.task import Task
+from grpo.task.check import task_of
 from grpo.train import train
 
 SHORT = {"warm_start.steps": 0, "steps": 4}
@@ -139,9 +138,9 @@ def test_the_name_of_one_source_goes_with_no_list():
     ],
 )
 def test_what_a_mix_cannot_do_is_refused_by_name(mixed, tmp_path, given, words):
-    config = mixed(tmp_path / "r", **given)
     with pytest.raises(ValueError, match=words):
-        Task.of(check_plan(config).options)
+        train(mixed(tmp_path / "r", **given))
+    assert not (tmp_path / "r").exists()
 
 
 def test_contract_16_a_problem_that_another_source_trains_on_is_not_held_out(mixed, rows, tmp_path):
@@ -149,10 +148,10 @@ def test_contract_16_a_problem_that_another_source_trains_on_is_not_held_out(mix
     copy.write_text(rows.read_text())
     sources = [{"name": str(rows), "held_out": 0.3}, {"name": str(copy)}]
     with pytest.raises(ValueError, match=r"held out of the source own.jsonl, and the source copy.jsonl trains on them"):
-        Task.of(mixed(tmp_path / "r", **{"data.sources": sources, "eval.limit": 3, "prompts_per_step": 2}))
+        task_of(mixed(tmp_path / "r", **{"data.sources": sources, "eval.limit": 3, "prompts_per_step": 2}))
     sources = [{"name": str(rows)}, {"name": str(rows), "label": "again"}]
     with pytest.raises(ValueError, match=r"data.sources: again has .*own/0, and so has a source before it"):
-        Task.of(mixed(tmp_path / "r", **{"data.sources": sources}))
+        task_of(mixed(tmp_path / "r", **{"data.sources": sources}))
 
 
 def test_a_dry_run_shows_the_mix_and_eval_asks_for_one_source(mixed, rows, tmp_path, capsys):
