@@ -121,11 +121,11 @@ class Stage:
         environment again before each turn, from its calls so far."""
         encode, stop = self.arena.tokenizer.encode, self.arena.tokenizer.eos_token_id
         params = SamplingParams(group_size=2, max_completion_tokens=MOST_TOKENS, environment=self.arena.spec)
-        examples = [play.example for play in plays]
-        prompts = [Prompt(e.example_id, f"{e.question}\n", [0], e.columns, e.messages) for e in examples]
+        rows = [play.example for play in plays]
         episodes = Episodes(self.arena, params)
-        begun = episodes.begin(prompts)
-        episodes.keep([isinstance(prompt, Prompt) for prompt in begun])
+        begun = episodes.begin([Prompt(e.example_id, f"{e.question}\n", [0], e.columns, e.messages) for e in rows])
+        first = {i: prompt.messages or [] for i, prompt in enumerate(begun) if isinstance(prompt, Prompt)}
+        episodes.keep([i in first for i in range(len(rows))])
         own = [plays[episode.number] for episode in episodes.episodes]
         scripts = [chain(play.turns, repeat(play.turns[-1] if play.endless else "")) for play in own]
         completions = [Completion([], [], "", "stop", 0) for _ in scripts]
@@ -139,14 +139,16 @@ class Stage:
             active = [i for i, waiting in zip(active, waits, strict=True) if waiting and written[i] is not None]
             for i in active:
                 completions[i].token_ids += written[i] or []
-        episodes.finish([RolloutGroup(prompts[0], completions)])
-        pairs = zip(own, completions, strict=True)
+        episodes.finish([RolloutGroup(Prompt("", "", []), completions)])
         outcomes = [
-            Outcome(play.example.example_id, c.turns, c.finish_reason, c.tools or ToolStats()) for play, c in pairs
+            Outcome(rows[e.number].example_id, [*first[e.number], *c.turns], c.finish_reason, c.tools or ToolStats())
+            for e, c in zip(episodes.episodes, completions, strict=True)
         ]
-        faults = [(prompt, example) for prompt, example in zip(begun, examples, strict=True) if isinstance(prompt, str)]
-        failures = [(ToolStats(failure={"kind": "reset", "message": fault}), example) for fault, example in faults]
-        return outcomes + [Outcome(example.example_id, [], "reset", tools) for tools, example in failures]
+        for row, fault in zip(rows, begun, strict=True):
+            if isinstance(fault, str):
+                tools = ToolStats(failure={"kind": "reset", "message": fault})
+                outcomes.append(Outcome(row.example_id, [], "reset", tools))
+        return outcomes
 
 
 def check_environment(environment: str, config: EnvironmentTestConfig) -> EnvironmentCheck:
@@ -164,15 +166,11 @@ def check_environment(environment: str, config: EnvironmentTestConfig) -> Enviro
     tools = [tool.__name__ for tool in tools_of(spec, "")]
     check, printed = EnvironmentCheck(environment, data.name, len(examples), tools), io.StringIO()
     stage = Stage(spec, tokenizer)
-    try:
-        with contextlib.redirect_stderr(printed):
-            trial = _Trial(check, _plays(spec, stage.form, examples, data.solution_column))
-            if trial.play_all(stage):
-                trial.play_again(stage, Stage(spec, tokenizer, hash_seed=1))
-                trial.play_often(stage)
-            stage.arena.close()
-    finally:
-        stage.arena.close()
+    with contextlib.redirect_stderr(printed), contextlib.closing(stage.arena):
+        trial = _Trial(check, _plays(spec, stage.form, examples, data.solution_column))
+        if trial.play_all(stage):
+            trial.play_again(stage, Stage(spec, tokenizer, hash_seed=1))
+            trial.play_often(stage)
     check.printed = printed.getvalue()
     trial.judge(config.full_marks)
     return check
