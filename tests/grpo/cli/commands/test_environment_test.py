@@ -123,6 +123,26 @@ class Leaks(Number):
         return f"{super().guess(number, why)} after {len(PLAYED)} games"
 
 
+class Shares(Number):
+    """The two games of a row count their guesses together."""
+
+    guesses = {}
+
+    def reset(self, secret: int, **columns) -> str:
+        self.guesses[secret] = 0
+        return super().reset(secret)
+
+    def guess(self, number: int, why: str = "") -> str:
+        """Guess.
+
+        Args:
+            number: The guess.
+            why: A reason.
+        """
+        self.guesses[self.secret] += 1
+        return f"{super().guess(number, why)}, guess {self.guesses[self.secret]}"
+
+
 class Differs(Number):
     def reset(self, secret: int, **columns) -> str:
         return super().reset(secret) + str(time.perf_counter_ns())
@@ -206,6 +226,7 @@ def test_an_honest_environment_passes_with_full_marks_for_its_demonstration(trie
         ("Fragile", "after bad calls: the rewards are not those of the demonstration alone"),
         ("NaN", "demonstration: 2 of 2 episodes fail, first on .*/0: get_reward gives nan"),
         ("Leaks", "an episode goes another way one after the other: demonstration, on .*/0: .* after"),
+        ("Shares", "an episode goes another way made anew for each turn: demonstration, on .*/0: .* guess 2"),
         ("Differs", "reset: .*reset gave the rollouts of one group different texts"),
     ],
 )
