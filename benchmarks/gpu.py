@@ -227,9 +227,9 @@ def write_policy(folder: Path, tiny: bool) -> None:
     """The tiny preset, or the policy of BILLION in bfloat16, with random weights and a chat template."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    from grpo.data.word_problems import word_problems
     from policies.policy import Policy
     from policies.presets import build
+    from rewards.data.word_problems import word_problems
 
     corpus = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=500)]
     policy = build("tiny", corpus)

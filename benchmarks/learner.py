@@ -164,7 +164,7 @@ def reward(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def _questions(args: argparse.Namespace) -> list[Any]:
-    from grpo.data.examples import load_examples
+    from rewards.data.examples import load_examples
 
     count = args.prompts * (args.steps + 1)
     return list(load_examples(args.data, "train", purpose="train", limit=count))

@@ -28,7 +28,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.cli.commands.memory import MemoryOfRun
 from grpo.config.learner import ParallelOptions
-from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner.build import make
 from grpo.learner.parallel import join
@@ -37,6 +36,7 @@ from policies.mtp import MTPHead
 from policies.policy import Policy, read_config
 from policies.presets import small_tokenizer
 from policies.sharding import release, whole
+from rewards.config.options import load
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 

@@ -92,8 +92,8 @@ class Check:
         return SamplingParams(group_size, 1.0, 8 if self.small else 64, draft_tokens=0, **more)
 
     def options(self, **more: Any) -> Any:
-        from grpo.config.options import load
         from grpo.config.run import TrainConfig
+        from rewards.config.options import load
 
         given = {"model": str(self.folder), "output_dir": "x", "device": self.device.type, "steps": 4}
         given |= {"dtype": str(self.dtype).removeprefix("torch."), "data.name": "word_problems", "prompts_per_step": 4}

@@ -35,10 +35,10 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # els
 
 import torch  # noqa: E402
 
-from grpo.data.examples import load_examples  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 from policies.decoding import latent_cache  # noqa: E402
 from policies.decoding.kernels import plain_attention  # noqa: E402
+from rewards.data.examples import load_examples  # noqa: E402
 
 GROUP = 8
 OURS = {"ours k=0": 0, "ours k=2": 2, "ours k=4": 4, "ours controller": None, "ours graphs": 0, "ours plain": 0}
@@ -257,12 +257,12 @@ def show(jobs: Sequence[Job], rates: dict[str, dict[str, float]]) -> None:
 def gain(args: argparse.Namespace) -> dict[str, Any]:
     """The same held-out problems with every depth, in turn; the tokens are the same, so the seconds compare."""
     from grpo.config.mtp import MtpConfig
-    from grpo.config.names import recorded_options
-    from grpo.config.options import load
     from grpo.config.run import TrainConfig
     from grpo.source.policy_source import find_policy, load_found
     from grpo.task.task import Task
     from policies.policy import Policy
+    from rewards.config.names import recorded_options
+    from rewards.config.options import load
     from rollout.depth import Workload
     from rollout.engine import Engine
     from rollout.group import tokens_per_forward

@@ -32,13 +32,13 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # els
 from grpo.cli.commands.policy_in_use import PolicyInUse  # noqa: E402
 from grpo.cli.config.serve import ServeConfig  # noqa: E402
 from grpo.cli.serve.server import load_engine  # noqa: E402
-from grpo.config.options import load  # noqa: E402
-from grpo.data.examples import Example  # noqa: E402
 from grpo.data.prompts import encode_prompt  # noqa: E402
-from grpo.data.word_problems import word_problems  # noqa: E402
 from grpo.endpoint.served import AS_IT_IS  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 from grpo.task.sampling import sampling_params  # noqa: E402
+from rewards.config.options import load  # noqa: E402
+from rewards.data.examples import Example  # noqa: E402
+from rewards.data.word_problems import word_problems  # noqa: E402
 
 CLIENTS = [1, 8, 32, 64]
 

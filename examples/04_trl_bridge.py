@@ -14,11 +14,11 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo.config.run import SftConfig
-from grpo.data.word_problems import word_problems
 from grpo.sft import sft
 from grpo.trl_bridge import rollout_func
 from policies.policy import Policy
 from rewards import load_reward
+from rewards.data.word_problems import word_problems
 
 FOLDER = Path("runs/trl_bridge")
 STEPS, LEARNER = 150, {"learning_rate": 2e-3, "schedule": "constant"}

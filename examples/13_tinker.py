@@ -11,7 +11,7 @@ import sys
 
 from tinker import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient
 
-from grpo.data.word_problems import word_problems
+from rewards.data.word_problems import word_problems
 
 STEPS, PROMPTS, GROUP = 20, 8, 8
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.data.examples import Example
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import PackedRow, TrainingBatch
@@ -24,7 +23,6 @@ from grpo.learner.likelihood import logprobs_of_groups
 from grpo.learner.prepare import Advantages, recorded, supervised
 from grpo.run import checkpoint
 from grpo.run.metrics import rollout_metrics
-from grpo.run.records import rollout_path
 from grpo.run.stop import signals
 from grpo.source.policy_source import save_policy
 from grpo.steps.ahead import Batches
@@ -35,7 +33,9 @@ from grpo.steps.pool import NoPool, open_run_pool, open_sampler, sampling_of, us
 from grpo.steps.publisher import Publisher, open_publisher, refuse_mismatch
 from grpo.task.task import Task
 from policies.policy import Policy
+from rewards.data.examples import Example
 from rewards.group_score import GroupScore
+from rewards.records import rollout_path
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pool import Pool
 from rollout.sampling import SamplingParams

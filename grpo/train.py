@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpo.config.reward import with_rewards
 from grpo.config.run import TrainConfig
 from grpo.evaluation.held_out import Result
 from grpo.session import Session
+from rewards.config.reward import with_rewards
 from rewards.protocol import Reward
 
 

@@ -1,10 +1,11 @@
-"""A POST that is sent again where that may help: what the rewards `remote` and `judge` have in common."""
+"""A POST that is sent again where that may help: what the rewards `remote`, `judge` and `nemo_gym` have in common."""
 
 from __future__ import annotations
 
 import email.utils
 import hashlib
 import http.client
+import http.cookiejar
 import os
 import time
 import urllib.error
@@ -57,14 +58,15 @@ def post(
     *,
     token: str = "",
     before_try: Callable[[], None] = lambda: None,
+    cookies: http.cookiejar.CookieJar | None = None,
 ) -> Answer:
     """Sends the JSON `body` and returns what `read` makes of the answer.
 
     The request is sent again after a refused or broken connection, a timeout, the statuses 408, 429 and 5xx, and an
     answer for which `read` raises Unusable. `Idempotency-Key` is a digest of the body, so that the server can recognise
-    a repeat; after an unusable answer it is another one. `before_try` is called before each try and may raise. Raises
-    ValueError for an address that is none, and RuntimeError, without the token, if there is no usable answer, or if the
-    server asks by `Retry-After` to wait for too long.
+    a repeat; after an unusable answer it is another one. `before_try` is called before each try and may raise. A
+    session has `cookies`. Raises ValueError for an address that is none, and RuntimeError, without the token, if there
+    is no usable answer, or if the server asks by `Retry-After` to wait for too long.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"url={url!r}: it is reached by http:// or https://")
@@ -73,7 +75,7 @@ def post(
     if token:
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url, data=body, headers=headers)
-    opener = urllib.request.build_opener(_NoRedirect)
+    opener = urllib.request.build_opener(_NoRedirect, urllib.request.HTTPCookieProcessor(cookies))
     cause = ""
     for attempt in range(1, tries.retries + 2):
         before_try()

@@ -1,4 +1,7 @@
-"""Finds rewards: built-ins by name, and users' functions as `path/to/file.py:function`."""
+"""Finds rewards: built-ins by name, and users' functions as `path/to/file.py:function` or `package.module:function`.
+
+A word before that says in which tool's form it is written: `verl:path/to/file.py:compute_score` (see rewards.forms).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +33,11 @@ _MODULES = {
     "reasoning": ("reasoning_gym",),
 }
 BUILT_IN = {name: f"rewards.built_in.{module}" for module, names in _MODULES.items() for name in names}
+BUILT_IN |= {name: f"rewards.forms.{name}" for name in ("nemo_gym", "openenv")}  # servers of other tools
+FORMS = {  # of other tools: the optional parameters that are columns of the data
+    "verl": ("data_source", "ground_truth", "reward_model", "extra_info"),
+    "verifiers": (),
+}
 CALLABLES: dict[str, Reward] = {}  # functions of this process that were handed over from Python
 
 
@@ -52,18 +61,39 @@ class Source:
 
         return code_sha256(self.content, self.attribute) if self.path else None
 
+    @property
+    def form(self) -> str:
+        """The tool in whose form the function is written; empty for TRL's form, which is ours."""
+        return _split(self.function)[0]
+
+    def may_read(self, column: str) -> bool:
+        """Tells whether a column of the name of an optional parameter goes to it. Options of a built-in, and of a
+        function of another tool, are bound alone."""
+        return bool(self.path) and (not self.form or column in FORMS[self.form])
+
+
+def _split(function: str) -> tuple[str, str, str]:
+    """The form, the file or module, and the name in it.
+
+    >>> _split("verl:my_rewards.py:compute_score"), _split("my_rewards.py:exact")
+    (('verl', 'my_rewards.py', 'compute_score'), ('', 'my_rewards.py', 'exact'))
+    """
+    form, _, rest = function.partition(":")
+    place, _, attribute = (rest if form in FORMS else function).rpartition(":")
+    return (form if form in FORMS else ""), place, attribute
+
 
 def find_reward(function: str) -> Source:
     """Read what `function` names, without running it. Raises RewardError with the nearest valid name."""
-    file, colon, attribute = function.rpartition(":")
-    if not colon:
+    form, place, attribute = _split(function)
+    if not place and not form:
         if function not in BUILT_IN:
             raise RewardError(
                 f"reward {function!r} is not built in{did_you_mean(function, BUILT_IN)}. "
                 f"Built in: {', '.join(BUILT_IN)}. Name your own as path/to/file.py:function{_of_hub(function)}"
             )
         return Source(function, function)
-    if file == "python":
+    if place == "python":
         if function not in CALLABLES:
             raise RewardError(f"reward {function!r} was a function of a script; run it there: train(..., reward=...)")
         return Source(function, attribute)
@@ -71,12 +101,29 @@ def find_reward(function: str) -> Source:
 
 
 def find_function(function: str, what: str) -> Source:
-    """Read the file that `path/to/file.py:function` names, without running it; `what` is for errors. RewardError."""
-    file, _, attribute = function.rpartition(":")
-    path = Path(file).expanduser().resolve()
+    """Read the file that `path/to/file.py:function` or `package.module:function` names, without running it; `what` is
+    for errors. RewardError."""
+    _, place, attribute = _split(function)
+    path = Path(place).expanduser().resolve()
+    if path.suffix != ".py" and (origin := _file_of(place)):
+        path = origin
     if path.suffix != ".py" or not path.is_file():
-        raise RewardError(f"{what} {function!r}: {path} is not an existing Python file{_of_hub(file)}")
+        way_on = _of_hub(place) if place else "; name it as path/to/file.py:function"
+        raise RewardError(f"{what} {function!r}: {path} is not an existing Python file{way_on}")
     return Source(function, attribute, str(path), path.read_bytes())
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of a module that can be imported, found without importing it or a package that it is in."""
+    names = module.split(".")
+    if not all(map(str.isidentifier, names)):
+        return None
+    spec = importlib.util.find_spec(names[0])
+    for end in range(2, len(names) + 1):
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(".".join(names[:end]), spec.submodule_search_locations)
+    return Path(spec.origin) if spec and spec.origin else None
 
 
 def _of_hub(name: str) -> str:
@@ -90,7 +137,7 @@ def _of_hub(name: str) -> str:
 
 
 def load_reward(function: str | Source) -> Reward:
-    """The function that `function` names: `"gsm8k"` or `"path/to/file.py:function"`.
+    """The function that `function` names: `"gsm8k"` or `"path/to/file.py:function"`, in TRL's form.
 
     A user's file runs as a module of its own, with its folder on `sys.path` as if it had been started there.
 
@@ -101,6 +148,8 @@ def load_reward(function: str | Source) -> Reward:
     if source.function in CALLABLES:
         return CALLABLES[source.function]
     module = _module_of(source) if source.path else importlib.import_module(BUILT_IN[source.function])
+    if source.form and hasattr(module, source.attribute):
+        return importlib.import_module(f"rewards.forms.{source.form}").reward_of(getattr(module, source.attribute))
     return _attribute_of(module, source, "reward")
 
 
@@ -164,9 +213,12 @@ class _ReadOnce(importlib.abc.SourceLoader):
 
 def _module_of(source: Source) -> ModuleType:
     assert source.path is not None
+    place = _split(source.function)[1]
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
     folder, stem = str(Path(source.path).parent), Path(source.path).stem
-    place = hashlib.sha256(source.path.encode()).hexdigest()[:8]
-    name = f"reward_{stem}_{place}_{str(source.sha256)[:8]}"
+    digest = hashlib.sha256(source.path.encode()).hexdigest()[:8]
+    name = f"reward_{stem}_{digest}_{str(source.sha256)[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     if folder not in sys.path:

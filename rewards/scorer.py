@@ -64,7 +64,7 @@ class Scorer:
         self._logged_by: dict[str, str] = {}
         self._lost, self._lost_s = 0, 0.0
         descriptions = [function.description() for function in self._functions]
-        tokens = [spec.arguments.get("token_variable") for spec in specs if spec.function in ("remote", "judge")]
+        tokens = [spec.arguments.get("token_variable") for spec in specs if ":" not in spec.function]  # built-ins
         named = [*pass_variables, *(name for name in tokens if name)]
         isolated = isolated and not any(spec.function in CALLABLES for spec in specs)
         from rewards.isolation.pool import ISOLATES, ThisProcess, WorkerPool

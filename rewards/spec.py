@@ -131,7 +131,7 @@ class RewardFunction:
                 f"reward {self.spec.function!r}: columns has {wrong[0]}={self.spec.columns[wrong[0]]}, but this is "
                 f"one value for all rows; bind it, arguments: {{{wrong[0]}: ...}}"
             )
-        optional = [name for name in signature.optional if name in columns and self.source.path]
+        optional = [name for name in signature.optional if name in columns and self.source.may_read(name)]
         rest = [name for name in dict.fromkeys(columns) if signature.takes_rest and not signature.asks_for(name)]
         others = (*PROVIDED, *self.spec.arguments)
         return [name for name in (*signature.required, *optional, *rest) if name not in others]

@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
+from rewards.episode import ToolStats, answer_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "max_turns", "environment", "abort"]
 ENDED: tuple[FinishReason, ...] = ("stop", "environment")  # what no limit has cut
-
-REWARD = "environment_reward"  # the column that the reward `environment` reads
-AGENT_REWARD = "agent_reward"  # and the one that the reward `agent` reads
 
 
 @dataclass(frozen=True)
@@ -81,21 +80,6 @@ class DraftStats:
             cost=self.cost + after.cost,
             plain_cost=self.plain_cost + after.plain_cost,
         )
-
-
-@dataclass
-class ToolStats:
-    """What the tools of one episode did: `calls` that were made, `errors` that tools raised, and `bad_calls` that named
-    no tool, had wrong arguments or could not be read. `reward` is what the environment's `get_reward` gave. `failure`
-    says why the environment could not go on, `{"kind": ..., "message": ...}`. Of an external agent `calls` are its
-    requests, `errors` those that got no answer, and `reward` is what it returned.
-    """
-
-    calls: int = 0
-    errors: int = 0
-    bad_calls: int = 0
-    reward: float | None = None
-    failure: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,16 +162,6 @@ class Completion:
         return answer_of(self.text, self.turns)
 
 
-def answer_of(text: str, turns: list[dict[str, Any]]) -> str:
-    """The text of the policy's last turn, or `text` without turns.
-
-    >>> answer_of("4.5>>5", [{"role": "tool", "content": "4.5"}, {"role": "assistant", "content": "5"}])
-    '5'
-    """
-    texts = [message["content"] for message in turns if message["role"] == "assistant"]
-    return texts[-1] if texts else text
-
-
 @dataclass
 class RolloutGroup:
     """The G completions of one prompt by sample index. `prompt_routing` [Lp, routers, k]: of the prompt."""
@@ -205,14 +179,6 @@ class RolloutGroup:
     def turns(self) -> list[list[dict[str, Any]]] | None:
         """Gives what rewards with `chat: true` read of episodes: the messages of each. None without tools."""
         return [completion.turns for completion in self.completions] if any(c.tools for c in self.completions) else None
-
-
-def environment_reward(tools: ToolStats | None) -> float | str | None:
-    """A number, None to abstain, or why the environment could not go on."""
-    if tools is None:
-        return None
-    failure = tools.failure
-    return tools.reward if failure is None else f"{failure['kind']}: {failure['message']}"
 
 
 def _sums(one: Iterable[int], other: Iterable[int]) -> list[int]:

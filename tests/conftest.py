@@ -175,8 +175,8 @@ def micro_policy(micro_preset: str) -> Callable[[int], Any]:
     """`micro_policy(seed)`: a fresh micro policy with an MTP head, and a tokenizer of word problems."""
     import torch
 
-    from grpo.data.word_problems import word_problems
     from policies.presets import build
+    from rewards.data.word_problems import word_problems
 
     torch.set_num_threads(1)
     corpus = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=200)]
@@ -201,8 +201,8 @@ def letters() -> str:
 @pytest.fixture(scope="session")
 def micro_config(micro_preset: str, letters: str) -> Callable[..., Any]:
     """`micro_config(output_dir, **{"rollout.workers": 2})`: the options of a run of three steps, about a second."""
-    from grpo.config.options import load
     from grpo.config.run import TrainConfig
+    from rewards.config.options import load
 
     options = {
         "model": micro_preset,

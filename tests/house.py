@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = ROOT / "tests" / "house_budgets.json"
 PACKAGES = ("policies", "rollout", "rewards", "grpo")
+OPTIONED = ("rewards", "grpo")  # the packages that have options
 MOST_PARAMETERS = 8
 SHAPES = ("policy", "trunk", "model", "decoder", "tokenizer")  # whose `config` is that of a model
 
@@ -34,13 +35,14 @@ policies/decoding/experts policies/routing/routers
 rollout/__init__ rollout/engine rollout/group rollout/local_pool rollout/pool
 rollout/pools rollout/results rollout/rows rollout/sampling rollout/shard rollout/stage
 rollout/stop_strings rollout/backends/__init__
-rewards/__init__ rewards/group_score rewards/protocol rewards/scorer rewards/spec
+rewards/__init__ rewards/config/data rewards/config/reward rewards/data/examples rewards/group_score
+rewards/protocol rewards/scorer rewards/spec rewards/ties
 grpo/__init__ grpo/train grpo/session grpo/steps/loop grpo/steps/collector grpo/steps/listener grpo/steps/publisher
 grpo/task/task grpo/task/sampling
 grpo/source/policy_source
-grpo/algorithm/advantages grpo/algorithm/losses grpo/algorithm/surrogates grpo/algorithm/ties
-grpo/config/data grpo/config/features grpo/config/learner grpo/config/loss grpo/config/reward grpo/config/run
-grpo/config/sampling grpo/data/examples grpo/data/prompts
+grpo/algorithm/advantages grpo/algorithm/losses grpo/algorithm/surrogates
+grpo/config/features grpo/config/learner grpo/config/loss grpo/config/run
+grpo/config/sampling grpo/data/prompts
 grpo/learner/batch grpo/learner/build grpo/learner/learner grpo/learner/likelihood grpo/learner/optimizer
 grpo/learner/prepare grpo/learner/update grpo/learner/terms/policy grpo/learner/terms/term
 """
@@ -171,7 +173,7 @@ grpo.run.metrics.documented()
 answer["training"] = [*sys.modules]
 
 from grpo.cli.parse import _commands
-from grpo.config.options import _options
+from rewards.config.options import _options
 answer["keys"] = {
     name: [option.key for option in _options(command.options.model_construct())]
     for name, command in _commands().items()
@@ -193,7 +195,9 @@ def fresh(root: Path, more: str = "") -> dict[str, Any]:
 
 def sections_of(root: Path) -> set[str]:
     """The names of the sections of options: fields of a class of options that are classes of options themselves."""
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (root / "grpo").rglob("*.py")]
+    trees = [
+        ast.parse(file.read_text(encoding="utf-8")) for package in OPTIONED for file in (root / package).rglob("*.py")
+    ]
     classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     fields = [field for cls in classes for field in cls.body if isinstance(field, ast.AnnAssign)]
     return {ast.unparse(field.target) for field in fields if "Options" in ast.unparse(field.annotation)}
@@ -205,7 +209,9 @@ def counts(answer: Mapping[str, Any], root: Path = ROOT) -> dict[str, int]:
     rooms, sections = arrows_of(root), sections_of(root)
     loaded, keys = [Path(file) for file in answer["files"]], answer["keys"]
     functions = [function for tree in trees.values() for function in functions_of(tree)]
-    stays = [stays_of_config(tree, sections) for file, tree in trees.items() if "grpo" in file.relative_to(root).parts]
+    stays = [
+        stays_of_config(tree, sections) for file, tree in trees.items() if file.relative_to(root).parts[0] in OPTIONED
+    ]
     return {
         "lines of the product": lines_of(source_files(root, *PACKAGES)),
         "lines of the core": lines_of(root / f"{name}.py" for name in CORE.split()),

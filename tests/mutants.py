@@ -33,7 +33,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, EXPLAINED = ROOT / "runs/mutants.json", ROOT / "tests/mutants_explained.json"
 PLACES = ("grpo/algorithm", "grpo/learner", "grpo/steps/collector.py", "grpo/steps/ahead.py", "rollout/drafts")
-PLACES = (*PLACES, "rollout/environments/episodes.py")
+PLACES = (*PLACES, "rollout/environments/episodes.py", "rewards/ties.py", "rewards/verdicts.py")
 MORE = {"rollout/drafts": ["tests/rollout/test_shard.py", "tests/rollout/test_engine.py"]}  # tests of a folder
 WARM = ("hypothesis", "peft", "ray", "torch", "transformers.models.deepseek_v3.modeling_deepseek_v3")
 QUICK = "not slow and not gpu and not peer and not browser"

@@ -21,14 +21,14 @@ from copies import Copy
 
 from grpo.cli.config.convert import ConvertConfig
 from grpo.cli.config.inference import EvalConfig, SampleConfig
-from grpo.cli.config.reward_commands import ReplayConfig, RewardTestConfig
 from grpo.cli.parse import build_parser
 from grpo.config.mtp import MtpConfig
-from grpo.config.names import removed
-from grpo.config.options import load, parse
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.task.plan import Plan
 from grpo.task.table import contradictions
+from rewards.commands.options import ReplayConfig, RewardTestConfig
+from rewards.config.names import removed
+from rewards.config.options import load, parse
 
 ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -158,6 +158,8 @@ def understand(words: list[str]) -> None:
     match words:
         case ["quartet", *arguments]:
             understand_quartet(arguments)
+        case ["quartet-reward", command, *arguments]:
+            understand_quartet([*(() if command == "audit" else ["reward"]), command, *arguments])
         case ["accelerate", "launch", *arguments]:
             understand_quartet(arguments[arguments.index("grpo") + 1 :])
         case ["make", target, *_]:
@@ -168,7 +170,7 @@ def understand(words: list[str]) -> None:
             pass
         case [script, *_] if script.endswith(".sh"):
             assert os.access(script, os.X_OK), script
-        case ["hf" | "pip" | "ray", *_]:
+        case ["hf" | "pip" | "pytest" | "ray", *_]:
             pass  # programs of others
         case _:
             pytest.fail(f"nobody knows whether this is right, so say why it is not run: {shlex.join(words)}")

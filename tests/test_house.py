@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "policies": set(),
-    "rollout": {"policies", "rewards"},  # of rewards the isolated processes alone, see below
+    "rollout": {"policies", "rewards"},  # of rewards the isolated processes and an episode alone, see below
     "rewards": set(),
     "grpo": {"policies", "rollout", "rewards"},
 }
@@ -37,7 +37,7 @@ FLOORS = (
 # What `import grpo.train` does not load: a run imports these when it is asked for them.
 FEATURES = (
     *("grpo.cli", "grpo.endpoint", "grpo.cli.launch", "grpo.cli.mtp", "grpo.trl_bridge", "grpo.view", "grpo.tinker"),
-    *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "grpo.data.reasoning_gym", "grpo.data.word_problems"),
+    *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "rewards.data.reasoning_gym", "rewards.data.word_problems"),
     *("grpo.learner.eight_bit", "grpo.learner.terms.custom", "grpo.learner.terms.supervised"),
     *("grpo.learner.terms.balance", "grpo.learner.terms.distill", "grpo.learner.terms.draft_head"),
     *("grpo.learner.terms.teacher_server", "grpo.learner.terms.value"),
@@ -49,6 +49,7 @@ FEATURES = (
     *("rollout.ray_pool", "rollout.serving", "rollout.stop_strings", "rollout.worker", "rollout.workers"),
     *("bitsandbytes", "datasets", "gguf", "ray", "reasoning_gym", "starlette", "uvicorn", "vllm"),
 )
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 PAGES = ("reference", "guides/combinations", "grpo-in-200-lines")
 MORE = f"""
 import contextlib, io, runpy
@@ -162,12 +163,13 @@ def _of_rewards(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             whole = node.module == "rewards"
             found |= {f"rewards.{alias.name}" for alias in node.names} if whole else {node.module}
-    return {name for name in found if name.split(".")[0] == "rewards" and not name.startswith("rewards.isolation")}
+    allowed = ("rewards.isolation", "rewards.episode")
+    return {name for name in found if name.split(".")[0] == "rewards" and not name.startswith(allowed)}
 
 
-def test_rollout_takes_from_rewards_the_isolated_processes_alone():
+def test_rollout_takes_from_rewards_the_isolated_processes_and_what_an_episode_is():
     assert set().union(*(_of_rewards(file.read_text()) for file in (ROOT / "rollout").rglob("*.py"))) == set()
-    allowed = "from rewards.isolation.pool import WorkerPool\nfrom rewards import isolation"
+    allowed = "from rewards.isolation.pool import WorkerPool\nfrom rewards import isolation\nimport rewards.episode"
     assert _of_rewards(allowed) == set()
     wrong = "import rewards\nfrom rewards import Scorer, isolation\nfrom rewards.registry import find_reward"
     assert _of_rewards(wrong) == {"rewards", "rewards.Scorer", "rewards.registry"}
@@ -321,17 +323,18 @@ def test_rewards_load_neither_torch_nor_ray():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The distribution as a user gets it: a wheel made from the source distribution, then installed into a folder."""
+    """Both distributions as a user gets them: wheels made from source distributions, then installed into a folder."""
     folder = tmp_path_factory.mktemp("wheel")
-    _python("-m", "build", "--no-isolation", "--outdir", str(folder))
-    [file] = folder.glob("*.whl")
-    assert len(list(folder.glob("*.tar.gz"))) == 1
+    for project in (ROOT / "rewards", ROOT):
+        _python("-m", "build", "--no-isolation", "--outdir", str(folder), str(project))
+    files = sorted(folder.glob("*.whl"))
+    assert len(files) == len(list(folder.glob("*.tar.gz"))) == 2
     options = ["--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check"]
-    _python("-m", "pip", "install", "--quiet", *options, "--target", str(folder / "site"), str(file))
+    _python("-m", "pip", "install", "--quiet", *options, "--target", str(folder / "site"), *map(str, files))
     return folder / "site"
 
 
-def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
+def test_the_wheels_hold_the_four_packages_and_nothing_else(wheel):
     shipped = {file.relative_to(wheel).as_posix() for file in wheel.rglob("*") if file.is_file()}
     written = {
         file.relative_to(ROOT).as_posix()
@@ -339,10 +342,21 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
         for file in (ROOT / package).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
-    assert {file for file in shipped if ".dist-info/" not in file} == written | {"bin/quartet"}
+    of_the_project = {f"rewards/{name}" for name in ("pyproject.toml", "README.md", "LICENSE")}
+    commands = {"bin/quartet", "bin/quartet-reward"}
+    assert {file for file in shipped if ".dist-info/" not in file} == (written - of_the_project) | commands
     assert {f"{package}/py.typed" for package in MAY_IMPORT} <= shipped
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert listed == {"packages": list(MAY_IMPORT)}
+
+
+def test_no_package_is_in_both_wheels_and_the_heavy_one_needs_the_light_one_of_its_version(wheel):
+    def packages(distribution: str) -> set[str]:
+        record = (wheel / f"{distribution}-{VERSION}.dist-info/RECORD").read_text().splitlines()
+        return {line.partition("/")[0] for line in record if ".py," in line}
+
+    assert packages("quartet_rewards") == {"rewards"}
+    assert packages("quartet_rl") == set(MAY_IMPORT) - {"rewards"}
+    needed = (wheel / f"quartet_rl-{VERSION}.dist-info/METADATA").read_text().splitlines()
+    assert f"Requires-Dist: quartet-rewards=={VERSION}" in needed
 
 
 def test_the_wheel_imports_from_an_empty_folder(wheel, tmp_path):
@@ -356,8 +370,9 @@ def test_the_wheel_runs_its_command_from_an_empty_folder(wheel, tmp_path):
     usage = _python("-m", "grpo", "--help", cwd=tmp_path, path=wheel)
     for command in ("sft", "train", "eval", "sample", "serve", "convert"):
         assert command in usage
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert _python(str(wheel / "bin/quartet"), "--version", cwd=tmp_path, path=wheel) == f"quartet {version}\n"
+    for command in ("quartet", "quartet-reward"):
+        said = _python(str(wheel / "bin" / command), "--version", cwd=tmp_path, path=wheel)
+        assert said == f"{command} {VERSION}\n"
 
 
 @pytest.mark.slow

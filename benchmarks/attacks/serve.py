@@ -28,8 +28,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (HERE, HERE.parent)]
 
-from grpo.data.word_problems import word_problems  # noqa: E402
 from policies.presets import PRESETS, build  # noqa: E402
+from rewards.data.word_problems import word_problems  # noqa: E402
 
 CHAT = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 GIVE_UP_S, HALF_OPEN, FILES = 150.0, 300, 96  # seconds, connections, and the files that a server may open

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import zstandard
 
-from grpo.run.records import read_rollouts, rollout_path
+from rewards.records import read_rollouts, rollout_path
 
 RECORDED = Path(__file__).parents[2] / "tests/cases/run_to_view"
 WAIT_S, MEMORY = 20, 3 * 2**30

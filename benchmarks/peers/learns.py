@@ -106,10 +106,10 @@ def run_trl(task: Task, policy_folder: Path, our_rollouts: bool) -> dict[str, li
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from grpo.data.word_problems import word_problems
     from grpo.trl_bridge import rollout_func
     from policies.policy import Policy
     from rewards import load_reward
+    from rewards.data.word_problems import word_problems
 
     found: dict[str, list[float]] = {"reward": [], "seconds": []}
 

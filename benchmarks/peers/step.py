@@ -29,7 +29,7 @@ def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 def questions(step: Step) -> list[Any]:
     """Those of every step, the warm-up included; no question comes twice."""
-    from grpo.data.examples import load_examples
+    from rewards.data.examples import load_examples
 
     return load_examples("gsm8k", "train", purpose="train", limit=step.prompts * (step.steps + 1))
 

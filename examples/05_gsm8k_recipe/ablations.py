@@ -17,10 +17,10 @@ import torch
 from table import measures, read, shown, shown_gain
 
 from grpo.cli.config.inference import EvalConfig
-from grpo.config.data import DataOptions
 from grpo.evaluation.perplexity import gold_perplexity
 from grpo.source.policy_source import find_policy, load_found
 from grpo.task.task import Task
+from rewards.config.data import DataOptions
 
 ARMS = {
     "sft_full": ["sft_dense", "sft_moe", "sft_mtp_in_trunk"],

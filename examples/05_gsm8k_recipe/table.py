@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from grpo.algorithm.statistics import estimate, pass_at_k
-from grpo.data.examples import load_examples
+from rewards.data.examples import load_examples
 
 FEWEST_LINES = 2
 START = "sft"

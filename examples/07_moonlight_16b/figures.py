@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 from grpo.cli.commands import memory
 from grpo.cli.commands.memory import MemoryOfRun
 from grpo.config.mtp import MtpConfig
-from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from policies.mtp import MTPHead
 from policies.policy import read_config
+from rewards.config.options import load
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- figures.py writes from here -->\n", "<!-- to here -->\n"

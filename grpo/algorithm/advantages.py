@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.algorithm.ties import ABSOLUTE, RELATIVE
 from grpo.config.loss import Aggregation, ScaleRewards
+from rewards.ties import ABSOLUTE, RELATIVE
 
 Rewards: TypeAlias = Tensor | Sequence[Sequence[float | None]]
 
@@ -135,7 +135,7 @@ def reinforce_plus_plus(rewards_PG: Rewards, *, baseline: bool = False) -> tuple
 
 
 def tied_groups(rewards_PG: Rewards) -> Tensor:
-    """Tells of each group [P] whether it is `tied` (grpo/algorithm/ties.py)."""
+    """Tells of each group [P] whether it is `tied` (rewards/ties.py)."""
     rewards_PG = as_tensor(rewards_PG)
     highest_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest_P = rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore
+from rewards.ties import tied
 from rollout.group import Prompt, RolloutGroup
 
 SampleAndScore = Callable[[Sequence[Prompt], int], tuple[list[RolloutGroup], list[GroupScore]]]
@@ -48,7 +48,7 @@ class Drawn:
 
 
 def is_tied(score: GroupScore) -> bool:
-    """Every score of the group is the same up to rounding, or there are fewer than two; see grpo.algorithm.ties."""
+    """Every score of the group is the same up to rounding, or there are fewer than two; see rewards.ties."""
     return tied(score.rewards)
 
 

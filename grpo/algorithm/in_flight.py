@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm.dynamic_sampling import Drawn
+from rewards.episode import ToolStats
 from rewards.group_score import GroupScore, RewardFailure
-from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment, ToolStats
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment
 
 BY_ENVIRONMENT = ("text", "token_ids", "messages")  # parts of a prompt to which an environment may have added
 PromptOf = Callable[[str], Prompt]

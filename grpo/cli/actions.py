@@ -11,16 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo.config.json_file import write_json
+from rewards.commands.command_line import EXIT_ERROR, EXIT_USAGE, fail, print_error, write
 from rewards.isolation.output import escaped
-
-EXIT_ERROR, EXIT_USAGE = 1, 2
 
 
 def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) -> Any:
     """Returns the options: of the command, a run folder, the file, the command line. None: they were only to be
     printed."""
-    from grpo.config.options import dump_yaml, load
+    from rewards.config.options import dump_yaml, load
 
     known = _of_command(args.options, brought or {})
     on_removed = print_error if getattr(args, "resume", None) else None
@@ -95,7 +93,7 @@ def mtp(args: argparse.Namespace) -> int:
         fits = summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
         return 0 if fits else EXIT_ERROR
     from grpo.cli.mtp import mtp
-    from grpo.config.problems import command_line
+    from rewards.config.problems import command_line
 
     with command_line():
         summary.summary(mtp(config, **_flags(args)))
@@ -119,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> int:
     first, *others = evaluations
     if others:
         eval_report.show_paired(first, others, summary.CONSOLE)
-    _write(args.json, eval_report.paired_as_json(evaluations) if others else eval_report.as_json(first))
+    write(args.json, eval_report.paired_as_json(evaluations) if others else eval_report.as_json(first))
     return EXIT_ERROR if any(evaluation.without_any_mark for evaluation in evaluations) else 0
 
 
@@ -137,7 +135,7 @@ def sample(args: argparse.Namespace) -> int:
         print(f"prompts are written as in the run: template {config.data.template!r}{shots}")
     sampled = sample(config, examples, summary.CONSOLE)
     summary.groups(sampled.groups, sampled.tokenizer)
-    _write(args.json, {"groups": summary.groups_as_json(sampled.groups)})
+    write(args.json, {"groups": summary.groups_as_json(sampled.groups)})
     return fail(sampled.faults, EXIT_ERROR) if sampled.faults else 0
 
 
@@ -161,7 +159,7 @@ def convert(args: argparse.Namespace) -> None:
 
     conversion = convert.Converter(args.source, config, mtp=args.mtp).convert(args.destination, summary.CONSOLE)
     convert.show(conversion, summary.CONSOLE)
-    _write(args.json, asdict(conversion))
+    write(args.json, asdict(conversion))
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -174,7 +172,7 @@ def quantize(args: argparse.Namespace) -> None:
 
     result = Quantizer(config, summary.CONSOLE).quantize(args.destination)
     show(result, summary.CONSOLE)
-    _write(args.json, as_json(result))
+    write(args.json, as_json(result))
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -183,7 +181,7 @@ def inspect(args: argparse.Namespace) -> None:
 
     anatomy = inspect.inspect(args.model, args.context)
     summary.CONSOLE.print(inspect.table(args.model, anatomy))
-    _write(args.json, inspect.as_json(args.model, anatomy))
+    write(args.json, inspect.as_json(args.model, anatomy))
 
 
 def check(args: argparse.Namespace) -> int:
@@ -196,7 +194,7 @@ def check(args: argparse.Namespace) -> int:
     summary.CONSOLE.print(check.table(args.model, rows))
     for line in check.lines(rows):
         summary.CONSOLE.print(line, markup=False, highlight=False)
-    _write(args.json, dict(check.as_json(args.model, rows)))
+    write(args.json, dict(check.as_json(args.model, rows)))
     return EXIT_ERROR if any(row.wrong for row in rows) else 0
 
 
@@ -227,60 +225,30 @@ def report(args: argparse.Namespace) -> None:
 
 def why(args: argparse.Namespace) -> None:
     from grpo.cli.why.report import tell
-    from grpo.run.console import Terminal
+    from rewards.console import Terminal
 
     options = {name: getattr(args, name) for name in ("group", "groups", "tokens", "held_out", "what_if")}
-    _write(args.json, asdict(tell(args.run, args.step, Terminal(), **options)))
+    write(args.json, asdict(tell(args.run, args.step, Terminal(), **options)))
 
 
 def compare(args: argparse.Namespace) -> None:
-    from grpo.run.console import Terminal
     from grpo.view.compare import as_json, compare, show
+    from rewards.console import Terminal
 
     comparison = compare(args.runs, args.metrics, args.steps)
     show(comparison, Terminal())
-    _write(args.json, as_json(comparison))
-
-
-def reward_test(args: argparse.Namespace) -> int:
-    config = _load(args)
-    from grpo.cli.commands.reward_report import show_check
-    from grpo.cli.commands.reward_test import check_reward
-    from grpo.run.console import Terminal
-
-    check = check_reward(args.function, config)
-    show_check(check, Terminal())
-    _write(args.json, asdict(check))
-    return EXIT_ERROR if check.problems else 0
-
-
-def reward_replay(args: argparse.Namespace) -> int:
-    config = _load(args)
-    from grpo.cli.commands.reward_replay import replay
-    from grpo.cli.commands.reward_report import show_replay
-    from grpo.run.console import Terminal
-
-    result = replay(args.run, args.function, config)
-    show_replay(result, Terminal())
-    _write(args.json, asdict(result))
-    return EXIT_ERROR if result.failures else 0
+    write(args.json, as_json(comparison))
 
 
 def environment_test(args: argparse.Namespace) -> int:
     config = _load(args)
     from grpo.cli.commands.environment_test import check_environment, show_check
-    from grpo.run.console import Terminal
+    from rewards.console import Terminal
 
     check = check_environment(args.environment, config)
     show_check(check, Terminal())
-    _write(args.json, asdict(check))
+    write(args.json, asdict(check))
     return EXIT_ERROR if check.problems else 0
-
-
-def _write(path: Path | None, content: dict[str, Any]) -> None:
-    if path is not None:
-        write_json(path, content)
-        print(f"written to {path}")
 
 
 # Errors whose message is written for the user, beside ValueError and OSError; anything else is a bug and keeps its
@@ -301,26 +269,3 @@ def expected_errors() -> tuple[type[Exception], ...]:
     """Returns the classes of EXPECTED that are loaded: no other one can have been raised, and loading one may fail."""
     loaded = {module: name for module, name in EXPECTED.items() if hasattr(sys.modules.get(module), name)}
     return ValueError, OSError, *(getattr(sys.modules[module], name) for module, name in loaded.items())
-
-
-def option_of(error: Exception, args: argparse.Namespace) -> str:
-    """Returns `output_dir: ` for an error of the operating system about a file in the folder that this option names."""
-    if not isinstance(error, OSError) or not isinstance(error.filename, str | Path):
-        return ""  # one of our own messages, which name it themselves
-    file = Path(error.filename).absolute()
-    paths = {name: value for name, value in vars(args).items() if isinstance(value, Path)}
-    paths |= {name: value for name, value in getattr(args, "overrides", {}).items() if isinstance(value, str | Path)}
-    places = {name: Path(value).absolute() for name, value in paths.items() if str(value)}
-    of_file = [name for name, path in places.items() if file == path or path in file.parents or file in path.parents]
-    longest = max(of_file, key=lambda name: len(places[name].parts), default=None)
-    return f"{longest}: " if longest else ""
-
-
-def fail(message: str, code: int) -> int:
-    print_error(message)
-    return code
-
-
-def print_error(message: str) -> None:
-    """Prints every error: no other place does. Errors quote what others wrote: rewards, column names, checkpoints."""
-    print(escaped(f"quartet: {message}"), file=sys.stderr)

@@ -7,130 +7,119 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-Argument = tuple[tuple[str, ...], dict[str, Any]]
-
-
-def _argument(*names: str, **settings: Any) -> Argument:
-    return names, settings
+from rewards.commands.command_line import Argument, argument, json_argument
 
 
 def _flag(name: str, what: str) -> Argument:
     names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-    return _argument(*names, action="store_true", help=what)
-
-
-def _json(what: str) -> Argument:
-    return _argument("--json", type=Path, metavar="OUT", help=f"write {what} to this file")
+    return argument(*names, action="store_true", help=what)
 
 
 def _old_held_out(count: str) -> int:
     """Reads N of `--heldout N`, as version 0.1 wrote `--held_out N`."""
-    from grpo.config.options import warn_of_old_name
+    from rewards.config.options import warn_of_old_name
 
     warn_of_old_name("--heldout", "--held_out")
     return int(count)
 
 
 _FILE: dict[str, Any] = {"type": Path, "nargs": "?"}
-_FUNCTION = {"metavar": "FILE:FN", "help": "path/to/file.py:function, or a built-in reward's name"}
-_POLICY = _argument("policy", metavar="MODEL", help="a run folder, a checkpoint folder, a GGUF file or a hub id")
+_POLICY = argument("policy", metavar="MODEL", help="a run folder, a checkpoint folder, a GGUF file or a hub id")
 _PRINT_CONFIG = _flag("print_config", "print the effective options and stop")
 _STOP_AFTER = "save and stop after step N, as if interrupted"
 _DEVICE = "with --dry_run: does the run fit devices of GIB GiB each, in place of those at hand"
 _RUN = (
     _PRINT_CONFIG,
     _flag("dry_run", "check all that can be checked without training, and stop"),
-    _argument("--device_gib", "--device-gib", type=float, metavar="GIB", help=_DEVICE),
-    _argument("--resume", metavar="auto|PATH", help="continue from the newest checkpoint of output_dir, or this one"),
+    argument("--device_gib", "--device-gib", type=float, metavar="GIB", help=_DEVICE),
+    argument("--resume", metavar="auto|PATH", help="continue from the newest checkpoint of output_dir, or this one"),
     _flag("force", "resume although the configuration has changed"),
-    _argument("--stop_after", "--stop-after", type=int, metavar="N", help=_STOP_AFTER),
+    argument("--stop_after", "--stop-after", type=int, metavar="N", help=_STOP_AFTER),
 )
-_DESTINATION = _argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
+_DESTINATION = argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
 
 _TRAIN = "train and sample by Tinker's API, with the client that its SDK brings"
 _WHAT = "options from a file; the command line wins"
-TRAIN = (_argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
+TRAIN = (argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
 _WHAT = (
     "options from a file (the command line wins), or the policy: a run or checkpoint folder, a GGUF file or a hub id"
 )
-MTP = (_argument("config", metavar="CONFIG.yaml|MODEL", help=_WHAT, **_FILE), *_RUN)
+MTP = (argument("config", metavar="CONFIG.yaml|MODEL", help=_WHAT, **_FILE), *_RUN)
 _WHAT = "a run, a checkpoint, a hub id, or http://HOST:PORT of a server; further ones are compared with the first"
-EVAL = (_argument("policies", nargs="+", metavar="MODEL", help=_WHAT), _PRINT_CONFIG, _json("what the tables show"))
+EVAL = (
+    argument("policies", nargs="+", metavar="MODEL", help=_WHAT),
+    _PRINT_CONFIG,
+    json_argument("what the tables show"),
+)
 _WHAT = 'lines such as {"prompt": "2 + 3 = ?"}; - reads standard input, where a line may also be plain text'
 SAMPLE = (
     _POLICY,
-    _argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; give it again for another one"),
-    _argument("--prompts", type=Path, metavar="FILE.jsonl|-", help=_WHAT),
-    _json("groups and completions"),
+    argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; give it again for another one"),
+    argument("--prompts", type=Path, metavar="FILE.jsonl|-", help=_WHAT),
+    json_argument("groups and completions"),
 )
 _WHAT = "serve the newest checkpoint of a run that is still training, as soon as it is saved"
 SERVE = (_POLICY, _flag("follow", _WHAT), _flag("train", _TRAIN), _PRINT_CONFIG)
-REWARD_TEST = (_argument("function", **_FUNCTION), _json("what was found"))
-REWARD_REPLAY = (
-    _argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),
-    _argument("--with", dest="function", required=True, **_FUNCTION),
-    _json("every change"),
-)
 _WHAT = "path/to/file.py:Class, path/to/file.py:function for a tool, or calculator, python or word_game"
-ENVIRONMENT_TEST = (_argument("environment", metavar="FILE:CLASS", help=_WHAT), _json("what was found"))
+ENVIRONMENT_TEST = (argument("environment", metavar="FILE:CLASS", help=_WHAT), json_argument("what was found"))
 CONVERT = (
-    _argument("source", metavar="SRC", help="a checkpoint folder, a GGUF file or a hub id"),
+    argument("source", metavar="SRC", help="a checkpoint folder, a GGUF file or a hub id"),
     _DESTINATION,
     _flag("mtp", "add a draft head, started from the last layer"),
-    _json("what is printed"),
+    json_argument("what is printed"),
 )
 QUANTIZE = (
-    _argument("source", metavar="SRC", help="a run folder, a checkpoint folder, a GGUF file or a hub id"),
+    argument("source", metavar="SRC", help="a run folder, a checkpoint folder, a GGUF file or a hub id"),
     _DESTINATION,
     _PRINT_CONFIG,
-    _json("the report, which is beside the weights as well"),
+    json_argument("the report, which is beside the weights as well"),
 )
 _WHAT = "a preset, a run folder, a checkpoint folder, a hub id, or a model type of transformers such as qwen3_5"
 CHECK = (
-    _argument("model", metavar="MODEL", help=_WHAT),
-    _argument("--layers", type=int, default=1, metavar="N", help="try so many layers of each kind; 1"),
-    _json("the table"),
+    argument("model", metavar="MODEL", help=_WHAT),
+    argument("--layers", type=int, default=1, metavar="N", help="try so many layers of each kind; 1"),
+    json_argument("the table"),
 )
 _WHAT = "tokens to attend to; by default 4096, or the policy's longest context if that is less"
 INSPECT = (
-    _argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder, a GGUF file or a hub id"),
-    _argument("--context", type=int, metavar="TOKENS", help=_WHAT),
-    _json("what the table shows"),
+    argument("model", metavar="MODEL", help="a preset, a run folder, a checkpoint folder, a GGUF file or a hub id"),
+    argument("--context", type=int, metavar="TOKENS", help=_WHAT),
+    json_argument("what the table shows"),
 )
 EXPORT = (
-    _argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint inside one"),
-    _argument("destination", metavar="DST", help="the folder to write; not needed with --push_to_hub", **_FILE),
-    _argument("--push_to_hub", "--push-to-hub", metavar="OWNER/NAME", help="upload it; a new repository is private"),
+    argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint inside one"),
+    argument("destination", metavar="DST", help="the folder to write; not needed with --push_to_hub", **_FILE),
+    argument("--push_to_hub", "--push-to-hub", metavar="OWNER/NAME", help="upload it; a new repository is private"),
     _flag("adapter", "the adapters of a LoRA run alone, in peft's format"),
 )
 VIEW = (
-    _argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder; several are drawn over one another"),
-    _argument("--host", default="127.0.0.1", help="the address to listen on, by default this machine alone"),
-    _argument("--port", type=int, default=0, help="by default one that is free"),
+    argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder; several are drawn over one another"),
+    argument("--host", default="127.0.0.1", help="the address to listen on, by default this machine alone"),
+    argument("--port", type=int, default=0, help="by default one that is free"),
 )
 REPORT = (
-    _argument("run", type=Path, metavar="RUN", help="a run folder"),
-    _argument("--output", type=Path, metavar="FILE.html", help="by default report.html in the run folder"),
-    _argument("--steps", type=int, nargs="+", metavar="N", help="steps whose rollouts it shows; by default three"),
+    argument("run", type=Path, metavar="RUN", help="a run folder"),
+    argument("--output", type=Path, metavar="FILE.html", help="by default report.html in the run folder"),
+    argument("--steps", type=int, nargs="+", metavar="N", help="steps whose rollouts it shows; by default three"),
 )
 _WHAT = "the step with other options on the same rollouts, such as loss.advantage=rloo; give it again for another one"
 WHY = (
-    _argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),
-    _argument("step", type=int, metavar="STEP", help="a step whose rollouts are recorded"),
-    _argument("--group", type=int, metavar="N", help="this group of the step alone, token by token"),
-    _argument("--groups", type=int, metavar="N", help="leave out at most N groups; by default what ten minutes allow"),
-    _argument("--tokens", type=int, default=400, metavar="N", help="with --group: read at most N tokens; 400"),
-    _argument("--held_out", "--held-out", type=int, default=64, metavar="N", help="measure by N solutions; 64"),
-    _argument("--heldout", dest="held_out", type=_old_held_out, default=argparse.SUPPRESS, help=argparse.SUPPRESS),
-    _argument("--what_if", "--what-if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
-    _json("all that was found"),
+    argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),
+    argument("step", type=int, metavar="STEP", help="a step whose rollouts are recorded"),
+    argument("--group", type=int, metavar="N", help="this group of the step alone, token by token"),
+    argument("--groups", type=int, metavar="N", help="leave out at most N groups; by default what ten minutes allow"),
+    argument("--tokens", type=int, default=400, metavar="N", help="with --group: read at most N tokens; 400"),
+    argument("--held_out", "--held-out", type=int, default=64, metavar="N", help="measure by N solutions; 64"),
+    argument("--heldout", dest="held_out", type=_old_held_out, default=argparse.SUPPRESS, help=argparse.SUPPRESS),
+    argument("--what_if", "--what-if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
+    json_argument("all that was found"),
 )
 _RUNS = "run folders; those that differ in nothing but the seed are one group"
 COMPARE = (
-    _argument("runs", type=Path, nargs="+", metavar="RUN", help=_RUNS),
-    _argument("--metrics", nargs="+", default=[], metavar="NAME", help="by default reward/mean and eval/accuracy"),
-    _argument("--steps", type=int, nargs="+", default=[], metavar="N", help="by default at most twelve, evenly spaced"),
-    _json("what the tables show"),
+    argument("runs", type=Path, nargs="+", metavar="RUN", help=_RUNS),
+    argument("--metrics", nargs="+", default=[], metavar="NAME", help="by default reward/mean and eval/accuracy"),
+    argument("--steps", type=int, nargs="+", default=[], metavar="N", help="by default at most twelve, evenly spaced"),
+    json_argument("what the tables show"),
 )
 
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from torch.distributed import get_default_backend_for_device
 
-from grpo.config.problems import command_line
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.parallel import RankFailed
 from grpo.run.stop import ASKED, Stopped, say_stopping, signals
@@ -20,6 +19,7 @@ from grpo.task.parts import gpu_share
 from grpo.train import Result, train
 from policies.devices import device_of
 from policies.files.atomic import write_file
+from rewards.config.problems import command_line
 
 
 def launch(config: LearningConfig, **flags: Any) -> Result | None:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from grpo.config.mtp import MtpConfig
-from grpo.data.examples import Example
 from grpo.evaluation.held_out import Result
 from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
@@ -40,6 +39,7 @@ from policies.conversion.head import start_head
 from policies.layout import WeightFiles
 from policies.mtp_layers import mtp_layers
 from policies.policy import Policy, PolicyError, read_config
+from rewards.data.examples import Example
 from rollout.group import RolloutGroup
 
 METRICS = {

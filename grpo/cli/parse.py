@@ -1,4 +1,5 @@
-"""`quartet`: the table of its commands, and how they are parsed and end. What each one does is in actions.py.
+"""`quartet`: the table of its commands, and how they end. What each one does is in actions.py; what declares and parses
+them is rewards/commands/command_line.py.
 
 Modules that load transformers or Ray are imported inside the commands, so that --help and a typo answer at once.
 """
@@ -6,58 +7,32 @@ Modules that load transformers or Ray are imported inside the commands, so that 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
 
 from grpo.cli import actions, arguments
-from grpo.cli.actions import EXIT_ERROR, EXIT_USAGE, expected_errors, fail, option_of
+from grpo.cli.actions import expected_errors
 from grpo.run.stop import signals
 from policies.openmp import wait_briefly
-from rewards.isolation.output import escaped
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-OURS = ("", "policies", "rollout", "rewards", "grpo")
-
-
-class EscapingFormatter(logging.Formatter):
-    """Warnings as Python prints them by default, escaped: they may quote a reward or a checkpoint."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return escaped(super().format(record))
+from rewards.commands import command_line, table
+from rewards.commands.command_line import EXIT_USAGE, Command, fail, failed, prepare_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    _open_closed_files()
+    prepare_output()
     wait_briefly()  # before anything loads torch
     with signals.heard():
         return _main(sys.argv[1:] if argv is None else argv)
 
 
-def _open_closed_files() -> None:
-    """Opens standard input, output and error where they are closed: the next file would get their number, and what a
-    library prints would be written into it."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
-
-
 def _main(words: Sequence[str]) -> int:
-    from grpo.config.names import aliases
-    from grpo.config.options import ConfigError, parse
+    from rewards.config.names import aliases
+    from rewards.config.options import parse
 
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(EscapingFormatter())
     name = next(iter(words), "")
     if name not in _commands() and (way_on := aliases("removed_commands").get(name)):
         return fail(f"{name}: this command is gone; {way_on}", EXIT_USAGE)
-    parser = build_parser(words)
+    parser, args = build_parser(words), None
     try:
         args = parse(parser, words)
         signals.unwinds = args.command not in (actions.run, actions.mtp)  # a run takes notes once there is work to save
@@ -65,23 +40,7 @@ def _main(words: Sequence[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if stopped := signals.stopped(error):
             return fail(str(stopped), stopped.exit_code)
-        if isinstance(error, ConfigError):
-            return fail("\n  ".join(["the configuration is not usable:", *error.problems]), EXIT_USAGE)
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
-            what = f"the package {error.name!r} is not installed in this environment ({sys.executable})"
-            return fail(f"{what}: install quartet there again, or the package alone", EXIT_ERROR)
-        if not isinstance(error, expected_errors()):
-            raise
-        return fail(f"{option_of(error, args)}{error}", EXIT_ERROR)
-
-
-class Command(NamedTuple):
-    """A row of the table: what `quartet NAME` is for, which function runs it, its arguments and its options."""
-
-    help: str
-    run: Callable[[argparse.Namespace], int | None] | None = None  # one without has other commands below it
-    takes: Sequence[arguments.Argument] = ()
-    options: type[BaseModel] | None = None
+        return failed(error, args, expected_errors())
 
 
 def _commands() -> dict[str, Command]:
@@ -89,7 +48,6 @@ def _commands() -> dict[str, Command]:
     from grpo.cli.config.convert import ConvertConfig
     from grpo.cli.config.environment_test import EnvironmentTestConfig
     from grpo.cli.config.inference import EvalConfig, SampleConfig
-    from grpo.cli.config.reward_commands import ReplayConfig, RewardTestConfig
     from grpo.cli.config.serve import ServeConfig
     from grpo.cli.quantize.options import QuantizeConfig
     from grpo.config.mtp import MtpConfig
@@ -104,13 +62,7 @@ def _commands() -> dict[str, Command]:
         ),
         "sample": Command("completions of your own prompts", actions.sample, arguments.SAMPLE, SampleConfig),
         "serve": Command("a policy for other programs, by OpenAI's API", actions.serve, arguments.SERVE, ServeConfig),
-        "reward": Command("try a reward function, or score a run again with another one"),
-        "reward test": Command(
-            "gold, empty, wrong and hostile completions", actions.reward_test, arguments.REWARD_TEST, RewardTestConfig
-        ),
-        "reward replay": Command(
-            "score a run's completions again", actions.reward_replay, arguments.REWARD_REPLAY, ReplayConfig
-        ),
+        **table.commands(),
         "environment": Command("try an environment or a tool"),
         "environment test": Command(
             "scripted episodes without a model: state, limits, determinism",
@@ -148,42 +100,19 @@ def _commands() -> dict[str, Command]:
 
 
 def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The parser of all commands, with the options of the one that `words` begin with; without words it has those of
-    all. `args.command` is the function to call, `args.options` the class of the options."""
-    from grpo.config.options import add_options
-
-    begun = None if words is None else " ".join(word for word in words if not word.startswith("-"))
+    """The parser of all commands, see `command_line.build_parser`."""
     parser = argparse.ArgumentParser(
         prog="quartet", description="GRPO for MoE/MLA language models with lossless multi-token rollouts."
     )
     parser.add_argument("--version", action="version", version=f"quartet {arguments.version()}")
-    groups = {"": _add_group(parser)}
-    for name, command in _commands().items():
-        group, _, last = name.rpartition(" ")
-        options = command.options
-        sub = groups[group].add_parser(last, help=command.help, description=options.__doc__ if options else None)
-        if command.run is None:
-            groups[name] = _add_group(sub)
-            continue
-        for names, settings in command.takes:
-            sub.add_argument(*names, **settings)
-        if options and (begun is None or f"{begun} ".startswith(f"{name} ")):
-            add_options(sub, options)
-        sub.set_defaults(command=command.run, options=options)
-    return parser
-
-
-def _add_group(parser: argparse.ArgumentParser) -> Any:
-    """Places for commands; without one of them the parser's help is printed."""
-    parser.set_defaults(command=lambda _: parser.print_help())
-    return parser.add_subparsers(title="commands", metavar="COMMAND")
+    return command_line.build_parser(parser, _commands(), words)
 
 
 def _reference(args: argparse.Namespace) -> None:
-    from grpo.config.options import reference_page
-    from grpo.run.metrics import table
+    from grpo.run import metrics
+    from rewards.config.options import reference_page
 
     for name, command in _commands().items():
         if command.options:
             print(f"# quartet {name}\n\n{reference_page(command.options)}")
-    print(f"# Metrics\n\n{table()}", end="")
+    print(f"# Metrics\n\n{metrics.table()}", end="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from grpo.config.options import Options
+from rewards.config.options import Options
 
 
 class BalanceOptions(Options):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from grpo.config.options import Options
-from grpo.config.reward import RewardOptions, RewardsOptions
+from rewards.config.options import Options
+from rewards.config.reward import RewardOptions, RewardsOptions
 
 
 class EnvironmentOptions(Options):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import create_model
 
-from grpo.config.options import Options
+from rewards.config.options import Options
 
 
 @dataclass(frozen=True)

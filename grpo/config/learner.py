@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from grpo.config.options import Options
+from rewards.config.options import Options
 
 
 class ParallelOptions(Options):

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from grpo.config.json_file import expecting
-from grpo.config.names import recorded_options
-from grpo.config.options import Options
-from grpo.config.reward import RewardsOptions
 from grpo.config.run import EvalOptions, RunConfig, SftConfig
 from grpo.config.sampling import WorkersOptions
+from rewards.config.json_file import expecting
+from rewards.config.names import recorded_options
+from rewards.config.options import Options
+from rewards.config.reward import RewardsOptions
 
 
 class HeadOptions(Options):

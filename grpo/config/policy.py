@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from grpo.config.options import Options
+from rewards.config.options import Options
 
 
 class ModelOptions(Options):

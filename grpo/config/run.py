@@ -22,11 +22,11 @@ from grpo.config.learner import (
     WarmStartOptions,
 )
 from grpo.config.loss import LossOptions
-from grpo.config.options import Options, load
 from grpo.config.policy import ArchitectureOptions, ModelOptions
-from grpo.config.reward import RewardsOptions
 from grpo.config.sampling import RolloutOptions, SamplingOptions
-from grpo.config.sources import SourcesOptions
+from rewards.config.options import Options, load
+from rewards.config.reward import RewardsOptions
+from rewards.config.sources import SourcesOptions
 
 
 class CheckpointOptions(Options):

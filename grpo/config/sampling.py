@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator
 
-from grpo.config.options import Options
+from rewards.config.options import Options
 
 LOWEST_TEMPERATURE = 1e-6  # logits that are divided by less leave the range of float32: see rollout/sampling.py
 

@@ -1,1 +1,1 @@
-"""From a dataset to prompts, and the order in which training takes them."""
+"""From examples to prompts, and the order in which training takes them."""

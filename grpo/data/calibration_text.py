@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo.data.examples import Example, load_examples
-from grpo.data.leakage import refuse_evaluation_data
-from grpo.data.source import FILE_KINDS
+from rewards.data.examples import Example, load_examples
+from rewards.data.leakage import refuse_evaluation_data
+from rewards.data.source import FILE_KINDS
 
 TEXT_KINDS = (".txt", ".md")
 CHARACTERS_PER_TOKEN = 8  # more of a file is not read

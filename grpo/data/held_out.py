@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from grpo.config.data import DataOptions
-from grpo.data.examples import Example
-from grpo.data.leakage import in_held_out, problem_fingerprint
 from grpo.data.prompts import PromptTemplate
-from grpo.data.source import REASONING_GYM
+from rewards.config.data import DataOptions
+from rewards.data.examples import Example
+from rewards.data.leakage import in_held_out, problem_fingerprint
+from rewards.data.source import REASONING_GYM
 
 
 def held_out_share(

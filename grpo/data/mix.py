@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
+from rewards.data.examples import Example
 
 
 def next_source(shares: Sequence[Fraction], counts: Sequence[int]) -> int:

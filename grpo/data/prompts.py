@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from grpo.data.examples import Example
+from rewards.data.examples import Example
 from rollout.group import Prompt
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo.config.environment import AgentOptions
-from grpo.config.reward import RewardsOptions, ScoringOptions
+from rewards.config.reward import RewardsOptions, ScoringOptions
 from rewards.isolation.agents import OWN
 from rewards.isolation.pool import WorkerPool
 

@@ -17,8 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from grpo.config.json_file import parse_json, unfit
 from grpo.endpoint.api_error import ApiError
+from rewards.config.json_file import parse_json, unfit
 from rollout.sampling import LOWEST_TEMPERATURE
 
 MOST_STOPS, STOP_CHARACTERS, MOST_COMPLETIONS = 16, 1000, 128

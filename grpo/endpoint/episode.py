@@ -18,7 +18,8 @@ from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked
 from grpo.endpoint.batcher import Batcher
 from grpo.endpoint.served import Job, Served
-from rollout.group import Completion, DraftStats, FinishReason, Prompt, Segment, ToolStats
+from rewards.episode import ToolStats
+from rollout.group import Completion, DraftStats, FinishReason, Prompt, Segment
 from rollout.sampling import SamplingParams
 from rollout.serving import News, Request
 

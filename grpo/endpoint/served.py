@@ -12,12 +12,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.data.examples import Example, beyond_context
 from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
 from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked
 from grpo.endpoint.batcher import Batcher
 from policies.attention import sees_prompts_whole
+from rewards.data.examples import Example, beyond_context
 from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams

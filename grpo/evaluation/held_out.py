@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from grpo.data.examples import Example
 from grpo.evaluation.evaluate import (
     Evaluation,
     Speed,
@@ -23,6 +22,7 @@ from grpo.run.memory_errors import phase
 from grpo.run.records import read_metrics
 from grpo.task.task import Task
 from policies.policy import Policy
+from rewards.data.examples import Example
 from rewards.group_score import RewardFailed
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams

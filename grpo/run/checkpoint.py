@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from grpo.config.json_file import read_json
 from policies import tensor_files
 from policies.files.atomic import fsync, write_file
 from policies.files.digests import fault, listing, size_and_hash
 from policies.sharding import everyone, leads, place
 from policies.tensor_files import Tensors
+from rewards.config.json_file import read_json
 
 MANIFEST, STATE = "manifest.json", "state.json"
 

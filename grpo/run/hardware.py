@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from grpo.config.json_file import expecting, read_json
-from grpo.config.yaml_file import read_yaml
+from rewards.config.json_file import expecting, read_json
+from rewards.config.yaml_file import read_yaml
 
 PARAMETERS_PER_THREAD = 8_000_000  # the demo's 2 M learn no faster with two threads, 135 M do
 FILE = "environment.json"

@@ -26,27 +26,21 @@ import zstandard
 from rich.console import Console
 from rich.progress import Progress
 
-from grpo.config.json_file import read_objects, whole_lines
 from grpo.config.run import GrpoLogOptions, LogOptions
-from grpo.config.yaml_file import changed_options
 from grpo.run import hardware
-from grpo.run.console import Terminal, progress_bars, sample_table, step_line, visible
+from grpo.run.console import progress_bars, sample_table, step_line
 from grpo.run.json_lines import append_line, json_line, open_lines
 from grpo.run.lock import RunLock, refuse_folder
 from grpo.run.metrics import check
-from grpo.run.records import (
-    holds_a_run,
-    is_evaluation,
-    keep_lines,
-    read_events,
-    rollout_lines,
-    rollout_path,
-    truncate,
-)
+from grpo.run.records import holds_a_run, is_evaluation, keep_lines, read_events, rollout_lines, truncate
 from grpo.run.stop import Stopped
 from grpo.run.trackers import installed, log_rollouts, start
 from policies.files.atomic import tidy, write_file
+from rewards.config.json_file import read_objects, whole_lines
+from rewards.config.yaml_file import changed_options
+from rewards.console import Terminal, visible
 from rewards.group_score import GroupScore
+from rewards.records import rollout_path
 from rollout.group import RolloutGroup
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from itertools import zip_longest
 from pathlib import Path
 from statistics import pstdev
 
-from grpo.algorithm.ties import tied
 from rewards.group_score import GroupScore, mean
+from rewards.ties import tied
 from rollout.depth import draft_gain, drafts_by_depth, tokens_per_forward
 from rollout.group import Completion, RolloutGroup
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import zstandard
-
-from grpo.algorithm.verdicts import held_out_metric
-from grpo.config.json_file import read_objects, whole_lines
 from policies.files.atomic import write_file
+from rewards.config.json_file import read_objects, whole_lines
 from rewards.group_score import GroupScore
-from rollout.group import RolloutGroup, ToolStats
+from rewards.records import is_metric, step_of
+from rewards.verdicts import held_out_metric
+from rollout.group import RolloutGroup
 
 RENAMED = ("draft/heldout_", "draft/held_out_")  # metrics of version 0.1, and what they are called since
 
@@ -56,39 +52,6 @@ def read_events(output_dir: Path) -> list[dict[str, Any]]:
             continue
         events += [event] if isinstance(event, dict) and "event" in event else []
     return events
-
-
-def read_rollouts(output_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The completions of a step, group by group. Raises FileNotFoundError naming the steps that there are, ValueError
-    for a damaged file."""
-    path = rollout_path(output_dir, step)
-    if not path.exists():
-        steps = recorded_steps(output_dir)
-        there = f"there are steps {steps[0]} to {steps[-1]}" if steps else "there are none"
-        raise FileNotFoundError(f"no rollouts of step {step} in {path.parent}; {there}")
-    try:
-        text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
-    except (zstandard.ZstdError, MemoryError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    lines = read_objects(path, text.removesuffix(b"\n").split(b"\n"))
-    for number, line in enumerate(lines, start=1):
-        if fault := _rollout_fault(line):
-            raise ValueError(f"{path}, line {number} is damaged: {fault}")
-    return lines
-
-
-def split_groups(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """A group begins with its sample 0.
-
-    >>> split_groups([{"sample": 0}, {"sample": 1}, {"sample": 0}])
-    [[{'sample': 0}, {'sample': 1}], [{'sample': 0}]]
-    """
-    groups: list[list[dict[str, Any]]] = []
-    for line in lines:
-        if line["sample"] == 0 or not groups:
-            groups.append([])
-        groups[-1].append(line)
-    return groups
 
 
 def rollout_lines(
@@ -130,12 +93,6 @@ def rollout_lines(
     return lines
 
 
-def recorded_steps(output_dir: Path) -> list[int]:
-    """The steps whose rollouts are there, ascending; other files are passed over."""
-    steps = (_step(path) for path in (output_dir / "rollouts").glob("step_*.jsonl.zst"))
-    return sorted(step for step in steps if step is not None)
-
-
 def holds_a_run(output_dir: Path) -> bool:
     """A folder where a run was refused or failed before its first step holds none."""
     metrics = output_dir / "metrics.jsonl"
@@ -148,7 +105,7 @@ def truncate(output_dir: Path, step: int) -> None:
     if (output_dir / "metrics.jsonl").exists():
         keep_lines(output_dir, lambda line: line["step"] <= last)
     for path in (output_dir / "rollouts").glob("step_*"):
-        if (number := _step(path)) is not None and (number > step or path.suffix == ".partial"):
+        if (number := step_of(path)) is not None and (number > step or path.suffix == ".partial"):
             path.unlink()
 
 
@@ -169,51 +126,10 @@ def _measured(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if type(step := row.get("step")) is not int or not 0 <= step < 1e9:
             raise ValueError(f"{path}, line {number} is damaged: its step is {step!r:.60}; remove the line")
-        if wrong := [name for name, value in row.items() if not _is_metric(value)]:
+        if wrong := [name for name, value in row.items() if not is_metric(value)]:
             fault = f"{wrong[0]!r:.60} is {row[wrong[0]]!r:.60}, no finite number"
             raise ValueError(f"{path}, line {number} is damaged: {fault}; remove the line")
     return rows
-
-
-def _is_metric(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and abs(value) < math.inf and abs(value) <= sys.float_info.max)
-
-
-def _rollout_fault(line: dict[str, Any]) -> str | None:
-    """Tells what a recorded completion lacks of what its readers need, or None."""
-    kinds = {"prompt_id": str, "prompt": str, "sample": int, "text": str, "token_ids": list, "parts": dict}
-    for name, kind in (kinds | {"extras": dict}).items():
-        if not isinstance(line.get(name), kind):
-            return f"its {name!r} is {line.get(name)!r:.60}"
-    if "tools" in line and (fault := _episode_fault(line)):
-        return fault
-    marks = {"reward": line.get("reward"), **line["parts"]}
-    return next((f"its {name!r} is {mark!r:.60}" for name, mark in marks.items() if not _is_metric(mark)), None)
-
-
-def _episode_fault(line: dict[str, Any]) -> str | None:
-    turns, tools = line.get("turns"), line["tools"]
-    if not isinstance(turns, list) or not all(map(_is_message, turns)):
-        return f"its 'turns' is {turns!r:.60}"
-    if not isinstance(tools, dict) or tools.keys() != ToolStats.__dataclass_fields__.keys():
-        return f"its 'tools' is {tools!r:.60}"
-    failure = tools["failure"]
-    known = failure is None or (isinstance(failure, dict) and {"kind", "message"} <= failure.keys())
-    return None if known and _is_metric(tools["reward"]) else f"its 'tools' is {tools!r:.60}"
-
-
-def _is_message(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-
-
-def rollout_path(output_dir: Path, step: int) -> Path:
-    return output_dir / "rollouts" / f"step_{step:06d}.jsonl.zst"
-
-
-def _step(rollout_path: Path) -> int | None:
-    """The step of a record, whole or being written; None of any other file."""
-    name = re.fullmatch(r"step_([0-9]{1,18})\.jsonl\.(zst|partial)", rollout_path.name)
-    return int(name[1]) if name else None
 
 
 def best_step(lines: Sequence[Mapping[str, Any]], saved: Collection[int], window: int | None = None) -> int | None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo.config.options import dump_yaml, load
 from grpo.config.run import LearningConfig, RunConfig, TrainConfig
-from grpo.config.yaml_file import differences, parse_yaml
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
+from rewards.config.options import dump_yaml, load
+from rewards.config.yaml_file import differences, parse_yaml
 
 if TYPE_CHECKING:
     from policies.policy import Policy

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.config.json_file import expecting, read_json
 from grpo.run.log import RunLog
 from grpo.run.records import read_events
 from policies.files.atomic import write_file
+from rewards.config.json_file import expecting, read_json
 
 FILE = "rewards.json"
 

@@ -21,10 +21,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, PretrainedConfig
 from transformers.distributed import DistributedConfig
 
-from grpo.config.json_file import read_json
 from grpo.config.mtp import MtpConfig
-from grpo.config.names import recorded_options
-from grpo.config.options import load
 from grpo.config.policy import ArchitectureOptions, ModelOptions
 from grpo.config.run import LearningConfig, SftConfig, TrainConfig
 from grpo.learner.parallel import ALONE, Ranks
@@ -45,6 +42,9 @@ from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError, read_config
 from policies.routing.heads import heads_config
 from policies.sharding import leads
+from rewards.config.json_file import read_json
+from rewards.config.names import recorded_options
+from rewards.config.options import load
 
 Config = TypeVar("Config", bound=LearningConfig | MtpConfig)
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo.config.run import TrainConfig
-from grpo.data.examples import Example
 from grpo.learner.optimizer import ramp
 from grpo.steps.listener import Listener
 from grpo.task.task import Task
+from rewards.data.examples import Example
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.features import FEATURES
 from grpo.config.run import TrainConfig
-from grpo.data.examples import Example
 from grpo.learner.batch import TrainingBatch
 from grpo.task.task import Task
+from rewards.data.examples import Example
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 

@@ -15,7 +15,6 @@ from typing import Any, Generic, Self, TypeVar, cast
 
 import psutil
 
-from grpo.config.options import dump_yaml
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, Ranks
@@ -30,6 +29,7 @@ from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_rewards, refuse_changed_rewards
 from grpo.run.stop import Stopped, last_words, say_stopping, signals
 from policies.devices import peak_gib
+from rewards.config.options import dump_yaml
 
 Config = TypeVar("Config", bound=RunConfig)
 

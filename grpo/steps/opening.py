@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from grpo.config.mtp import MtpConfig
-from grpo.config.problems import python_words
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
@@ -25,6 +24,7 @@ from policies import four_bit
 from policies.devices import device_of
 from policies.paths import Paths
 from policies.policy import Policy
+from rewards.config.problems import python_words
 
 Config = TypeVar("Config", bound=LearningConfig | MtpConfig)
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.environment import AgentOptions
-from grpo.data.examples import Example
 from grpo.learner.batch import PackedRow, Sample
 from grpo.task.sampling import Actor
-from rollout.group import AGENT_REWARD, REWARD, Prompt, RolloutGroup, environment_reward
+from rewards.data.examples import Example
+from rewards.episode import AGENT_REWARD, REWARD, environment_reward
+from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec
 
 if TYPE_CHECKING:

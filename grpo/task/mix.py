@@ -10,21 +10,22 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.algorithm.verdicts import Verdicts
-from grpo.config.data import DataOptions
 from grpo.config.environment import rewards_of
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
-from grpo.config.sources import WeightedSource
-from grpo.data.examples import Example, default_held_out_split
-from grpo.data.leakage import record_trained_on, refuse_overlap
 from grpo.data.mix import MixedStream
-from grpo.data.source import BUILT_IN, FILE_KINDS
+from grpo.data.trained_on import record_trained_on
 from grpo.learner.batch import PackedRow
 from grpo.run.log import RunLog
 from grpo.task.task import TAKE_OUT, Task, reward_specs
 from policies.policy import Policy
+from rewards.config.data import DataOptions
+from rewards.config.sources import WeightedSource
+from rewards.data.examples import Example, default_held_out_split
+from rewards.data.leakage import refuse_overlap
+from rewards.data.source import BUILT_IN, FILE_KINDS
 from rewards.group_score import GroupScore
+from rewards.verdicts import Verdicts
 from rollout.group import Prompt, RolloutGroup
 
 

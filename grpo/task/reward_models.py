@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from grpo.config.reward import RewardModelOptions
 from grpo.config.run import TrainConfig
-from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
 from grpo.learner.terms.teacher_server import TeacherServer
 from grpo.source.policy_source import find_policy, shape_of
@@ -26,6 +24,8 @@ from policies.attention import sees_prompts_whole
 from policies.contradictions import refuse_type
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from rewards.config.reward import RewardModelOptions
+from rewards.data.examples import Example
 from rewards.group_score import GroupScore, mean
 from rewards.protocol import PROVIDED
 from rollout.group import Completion, Prompt, RolloutGroup

@@ -14,7 +14,6 @@ import torch
 
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import TrainConfig
-from grpo.config.yaml_file import parse_yaml, to_yaml
 from grpo.source.policy_source import asks_for_heads, shape_of
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.sampling import no_graph
@@ -25,6 +24,7 @@ from policies.files import gguf
 from policies.policy import read_tokenizer
 from policies.routing.heads import DynamicHeadsConfig
 from policies.routing.routers import Part, routers
+from rewards.config.yaml_file import parse_yaml, to_yaml
 
 ENGINE = (  # arguments of vLLM's engine that quartet sets
     *("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config"),

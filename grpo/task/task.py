@@ -17,24 +17,25 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.algorithm.statistics import answer_reader
-from grpo.algorithm.verdicts import Verdicts
-from grpo.config.data import DataOptions
 from grpo.config.environment import AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig, scores_nothing
-from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from grpo.config.run import LearningConfig, TrainConfig
-from grpo.data.examples import Example, beyond_context, default_held_out_split, examples_of, gold_checks, too_long
-from grpo.data.leakage import problem_fingerprint, record_trained_on, refuse_overlap, trained_on
 from grpo.data.prompts import PromptStream, PromptTemplate, encode_prompt
+from grpo.data.trained_on import record_trained_on, trained_on
 from grpo.learner.batch import PackedRow, Sample
 from grpo.run.log import RunLog
 from grpo.source.policy_source import known_context
 from grpo.task.sampling import Actor, agent_of, environment_of
 from policies.devices import device_of
 from policies.policy import Policy
+from rewards.config.data import DataOptions
+from rewards.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
+from rewards.data.examples import Example, beyond_context, default_held_out_split, examples_of, gold_checks, too_long
+from rewards.data.leakage import problem_fingerprint, refuse_overlap
 from rewards.protocol import Reward
 from rewards.registry import name_callable
 from rewards.scorer import GroupScore, RewardSpec, Scorer
+from rewards.verdicts import Verdicts
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec
 
@@ -226,7 +227,7 @@ class Task:
             return
         line = f"{len(self.held_out):,} held-out problems: none is trained on or shown as a worked example"
         if self.train and self.train[0].example_id.startswith("word_problems/"):
-            from grpo.data.word_problems import shared_with_training
+            from rewards.data.word_problems import shared_with_training
 
             templates, numbers = shared_with_training(*([e.example_id for e in s] for s in (self.train, self.held_out)))
             line += f"; {templates:,} share a template with training, {numbers:,} share their numbers"

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from grpo.algorithm.statistics import mean_interval
-from grpo.algorithm.verdicts import ACCURACY, MEAN_REWARD
-from grpo.config.names import recorded_options
-from grpo.config.yaml_file import flat
 from grpo.run.records import check_run, read_metrics
+from rewards.config.names import recorded_options
+from rewards.config.yaml_file import flat
+from rewards.verdicts import ACCURACY, MEAN_REWARD
 
 OF_A_SEED = ("seed", "output_dir")  # what may differ inside a group
 REWARD = "reward/mean"

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from grpo.algorithm.statistics import wilson_interval
-from grpo.algorithm.verdicts import ACCURACY, held_out_metric
+from rewards.verdicts import ACCURACY, held_out_metric
 
 TRAINED = "reward/mean"
 AVERAGED = 10  # training steps at each end of a run without evaluations

@@ -23,9 +23,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from grpo.run.records import recorded_steps, rollout_path
 from grpo.view import searching
 from grpo.view.reading import read_step
+from rewards.records import recorded_steps, rollout_path
 
 FOUND_AT_MOST, TEXT_AT_MOST = 200, 100_000
 KEPT_S = 30 * 86_400  # an index that no page has opened for so long is removed

@@ -12,8 +12,8 @@ import zstandard
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from grpo.config.json_file import read_json
-from grpo.run.records import read_rollouts, rollout_path
+from rewards.config.json_file import read_json
+from rewards.records import read_rollouts, rollout_path
 
 MOST_BYTES = 2**29  # of a file, and of a record when it is unpacked; as Python objects they take five times as much
 TEXT_AT_MOST = 10_000_000  # characters of a completion; later tokens are numbers

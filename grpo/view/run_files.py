@@ -10,13 +10,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from grpo.algorithm.statistics import wilson_interval
-from grpo.algorithm.ties import tied
-from grpo.algorithm.verdicts import ACCURACY
 from grpo.run import hardware
 from grpo.run.metrics import meaning
-from grpo.run.records import check_run, read_events, read_metrics, recorded_steps, rollout_path, split_groups
+from grpo.run.records import check_run, read_events, read_metrics
 from grpo.view.headline import headline
 from grpo.view.reading import check_files, find_tokenizer, read_step, token_texts
+from rewards.records import recorded_steps, rollout_path, split_groups
+from rewards.ties import tied
+from rewards.verdicts import ACCURACY
 
 ACCURACIES = (ACCURACY, f"{ACCURACY}_greedy")
 

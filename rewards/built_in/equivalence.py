@@ -18,7 +18,7 @@ from rewards.protocol import Completions, RewardError, right_at, text_of
 try:
     from math_verify import parse, verify
 except ImportError as error:
-    raise RewardError("reward math_equivalence needs math-verify: pip install 'quartet-rl[math]'") from error
+    raise RewardError("reward math_equivalence needs math-verify: pip install 'quartet-rewards[math]'") from error
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 

@@ -16,7 +16,9 @@ try:
     from reasoning_gym import get_score_answer_fn
     from reasoning_gym.factory import DATASETS
 except ImportError as error:
-    raise RewardError("reward reasoning_gym needs reasoning-gym: pip install 'quartet-rl[reasoning-gym]'") from error
+    raise RewardError(
+        "reward reasoning_gym needs reasoning-gym: pip install 'quartet-rewards[reasoning-gym]'"
+    ) from error
 
 RUNS_CODE = {"eval", "exec", "compile", "parse_expr", "sympify"}  # sympy's two call eval()
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)

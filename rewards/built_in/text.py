@@ -10,7 +10,7 @@ from rewards.protocol import Completions, RewardError, right_at, text_of
 try:
     from sacrebleu.metrics import BLEU, CHRF
 except ImportError as error:
-    raise RewardError("rewards bleu and chrf need sacrebleu: pip install 'quartet-rl[text]'") from error
+    raise RewardError("rewards bleu and chrf need sacrebleu: pip install 'quartet-rewards[text]'") from error
 
 _BLEU = BLEU(effective_order=True)  # a sentence shorter than 4 words has no 4-grams
 _CHRF = CHRF()

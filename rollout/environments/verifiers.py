@@ -7,10 +7,11 @@ tools are called in the worker process, and the messages of our episode become t
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from rewards.forms.verifiers import refuse, trace_of
 
 
 class Verifiers:
@@ -32,17 +33,9 @@ class Verifiers:
         """The weighted sum of the task's rewards, which read the messages of the episode as a trace."""
         from verifiers import v1
 
-        prompt = self._task.data.prompt or ""
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [m.model_dump() for m in prompt]
-        nodes = [
-            v1.MessageNode(parent=i - 1 if i else None, message=message, sampled=message["role"] == "assistant")
-            for i, message in enumerate([*asked, *_in_its_form(turns)])
-        ]
-        about = v1.TraceTask(type=self._kind.__name__, data=self._task.data)
-        trace = v1.Trace(task=about, agent=v1.AgentInfo(config=v1.AgentConfig()), nodes=nodes)
+        trace = trace_of(self._task, turns)
         if states := [toolset.state for toolset in self._toolsets if type(toolset.state) is not v1.State]:
             trace.state = states[0]
-        trace.ok = trace.is_completed = True
         await self._task.score(trace)
         return float(trace.reward)
 
@@ -65,22 +58,8 @@ def verifiers(task: Any) -> type[Verifiers]:
         raise ImportError("a task of verifiers needs the package: pip install 'quartet-rl[verifiers]'") from error
     kind = v1.task_type(task) if isinstance(task, str) else task
     toolsets = kind.toolsets(kind.config_type()())
-    overridden = [name for name in ("setup", "finalize") if getattr(kind, name) is not getattr(v1.Task, name)]
-    asks = []
-    for name, function in inspect.getmembers(kind, inspect.isfunction):
-        runtime = inspect.signature(function).parameters.get("runtime")
-        if hasattr(function, "reward") and runtime is not None and runtime.default is runtime.empty:
-            asks.append(name)
-    for what, there in {
-        "a container": kind.NEEDS_CONTAINER,
-        f"the method {' and '.join(overridden)}": overridden,
-        f"a runtime for {', '.join(asks)}": asks,
-        "a state for each of several toolsets": sum(type(toolset.state) is not v1.State for toolset in toolsets) > 1,
-    }.items():
-        if there:
-            raise ValueError(
-                f"task {kind.__name__} needs {what}, which only verifiers itself has; write a class instead"
-            )
+    several = sum(type(toolset.state) is not v1.State for toolset in toolsets) > 1
+    refuse(kind, {"a state for each of several toolsets": several})
     methods = {}
     for place, toolset in enumerate(toolsets):
         for name, tool in inspect.getmembers(type(toolset), inspect.isfunction):
@@ -107,22 +86,3 @@ def _method(title: str, place: int, name: str, tool: Callable[..., Any]) -> Call
     call.__annotations__ = inspect.get_annotations(tool, eval_str=True)
     call.__signature__ = inspect.signature(tool, eval_str=True)  # type: ignore[attr-defined]
     return call
-
-
-def _in_its_form(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with what verifiers asks of them: calls have ids, and arguments that are text."""
-    messages: list[dict[str, Any]] = []
-    calls: list[str] = []
-    for turn in turns:
-        message = dict(turn)
-        if "tool_calls" in turn:
-            made = [call["function"] for call in turn["tool_calls"]]
-            calls = [f"call_{len(messages)}_{i}" for i in range(len(made))]
-            message["tool_calls"] = [
-                {"id": key, "name": call["name"], "arguments": json.dumps(call["arguments"])}
-                for key, call in zip(calls, made, strict=True)
-            ]
-        if turn["role"] == "tool":
-            message["tool_call_id"] = calls.pop(0) if calls else "none"
-        messages.append(message)
-    return messages

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from grpo.run.records import read_rollouts, rollout_path
+from rewards.records import read_rollouts, rollout_path
 
 CASE = Path(__file__).parents[1] / "cases/run_to_view"
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\x1b[31m \u202eright to left\u202c "

@@ -12,9 +12,9 @@ import uvicorn
 
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.serve.server import begin
-from grpo.config.options import load
 from grpo.endpoint.connections import settings
 from grpo.run.listening import listen
+from rewards.config.options import load
 
 
 class Running:

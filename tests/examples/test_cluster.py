@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo.config.options import load
 from grpo.config.run import TrainConfig
+from rewards.config.options import load
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "examples/08_cluster"
@@ -132,7 +132,7 @@ def test_the_image_is_given_what_the_package_is_made_of_and_no_more():
     assert "*" in lines
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     of_the_source = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    assert sorted(kept) == sorted([*of_the_source, "pyproject.toml"])
+    assert sorted(kept) == sorted([*of_the_source, "rewards", "pyproject.toml"])
 
 
 def test_the_image_installs_extras_that_exist():

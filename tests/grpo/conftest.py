@@ -10,9 +10,9 @@ import yaml
 from copies import OF_REWARDS
 
 import rollout.costs
-from grpo.config import options, yaml_file
-from grpo.data import word_problems as module
 from grpo.run import hardware
+from rewards.config import options, yaml_file
+from rewards.data import word_problems as module
 from rewards.isolation import pool
 from rollout.publication import canaries
 

@@ -11,9 +11,9 @@ import rewards
 from grpo.algorithm import losses, own
 from grpo.cli.commands import summary
 from grpo.config.loss import LossOptions
-from grpo.config.options import ConfigError, load
 from grpo.learner.prepare import estimate
 from policies.files.atomic import write_file
+from rewards.config.options import ConfigError, load
 from rewards.group_score import GroupScore
 
 OWN = """

@@ -8,18 +8,19 @@ import pytest
 import torch
 import zstandard
 
-from grpo.cli.commands.reward_replay import replay
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
-from grpo.cli.config.reward_commands import ReplayConfig
 from grpo.cli.parse import main
-from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.task.sampling import environment_of
 from grpo.train import train
+from rewards.commands.options import ReplayConfig
+from rewards.commands.replay import replay
+from rewards.config.options import load
 from rewards.group_score import RewardFailed
 from rewards.protocol import RewardError
+from rewards.records import read_rollouts
 from rollout.environments.format import Call, Turn, TurnFormat
 
 CASES = Path(__file__).parents[1] / "cases"

@@ -14,7 +14,6 @@ from small_learner import small_learner
 from grpo.cli.commands import summary
 from grpo.cli.commands.export import export
 from grpo.cli.commands.memory import MemoryOfRun
-from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.run.records import read_metrics
 from grpo.run.resume import base_digest
@@ -24,6 +23,7 @@ from grpo.task.check import check_plan
 from grpo.train import train
 from policies import four_bit
 from policies.policy import Policy, PolicyError, digest
+from rewards.config.options import load
 
 needs_bitsandbytes = pytest.mark.skipif(util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 NF4 = {"lora.rank": 4, "lora.base": "nf4", "warm_start.steps": 0}

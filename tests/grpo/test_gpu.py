@@ -19,11 +19,12 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.learner.learner import Learner
 from grpo.run import checkpoint
 from grpo.run.memory_errors import OutOfMemory, phase
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.decoding import kernels
 from policies.policy import Policy
 from rewards.group_score import GroupScore
+from rewards.records import read_rollouts
 from rollout.compiled import rounds
 from rollout.compiled.recorded import RecordedRound
 from rollout.engine import Engine

@@ -14,7 +14,7 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.source.agreement import check_agreement
 from grpo.source.policy_source import load_policy
@@ -22,6 +22,7 @@ from grpo.task.check import check_plan
 from grpo.train import train
 from policies.paths import Paths
 from policies.policy import Policy, PolicyError
+from rewards.records import read_rollouts
 
 CPU = torch.device("cpu")
 PROMPT = [5, 9, 2, 7, 7, 30]

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.task.check import check_plan
 from grpo.train import train
+from rewards.config.options import ConfigError, load
 
 
 def test_bits_that_nobody_has_are_refused_by_name(tmp_path):

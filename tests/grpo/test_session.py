@@ -13,13 +13,13 @@ from start_ranks import run_ranks
 
 from grpo import Session
 from grpo.config.mtp import HeadOptions
-from grpo.config.options import dump_yaml
 from grpo.config.run import SftConfig
 from grpo.learner.head_learner import HeadLearner
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.train import train
+from rewards.config.options import dump_yaml
 from rollout.faults import RolloutError
 
 LOOPS = Path(__file__).parents[2] / "examples/12_own_loop"

@@ -10,14 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from grpo.config.yaml_file import parse_yaml
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.terms import draft_head
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, resume
 from grpo.run.metrics import check
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.steps.ahead import Batches
 from grpo.steps.loop import Run
@@ -25,7 +24,9 @@ from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
 from policies.layout import frozen_parameter_names
 from policies.policy import Policy, PolicyError
+from rewards.config.yaml_file import parse_yaml
 from rewards.protocol import RewardError
+from rewards.records import read_rollouts
 from rollout.depth import CostTable
 from rollout.engine import Engine
 
@@ -472,8 +473,8 @@ def test_speed_with_and_without_drafts_can_be_measured_at_the_end(micro_config, 
 
 def test_free_options_are_options():
     """A key of the list of what a resumed run may change is a key of the configuration."""
-    from grpo.config.options import _options
     from grpo.config.run import TrainConfig
+    from rewards.config.options import _options
 
     names = {option.key for option in _options(TrainConfig.model_construct())}
     assert all(name in names for name in resume.FREE_TO_CHANGE)

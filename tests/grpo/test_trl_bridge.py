@@ -11,11 +11,11 @@ from peft import LoraConfig, PrefixTuningConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo.data.word_problems import word_problems
 from grpo.trl_bridge import BridgeError, HeadAge, rollout_func
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy, digest
 from rewards import RewardSpec, Scorer, load_reward
+from rewards.data.word_problems import word_problems
 from rewards.protocol import bind
 from rollout.group import Prompt
 from rollout.pools import open_pool

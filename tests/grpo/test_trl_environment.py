@@ -10,9 +10,10 @@ from incrementing import IncrementEnv
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.presets import small_tokenizer
+from rewards.records import read_rollouts
 from rollout.environments.format import Call, Turn, TurnFormat
 
 CASE = f"{Path(__file__).parents[1] / 'cases/incrementing.py'}:IncrementEnv"

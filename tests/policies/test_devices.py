@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from grpo.cli.commands.machine import Memory, main_memory
-from grpo.config.options import dump_yaml
 from grpo.config.policy import ModelOptions
 from policies import devices
 from policies.devices import device_of
+from rewards.config.options import dump_yaml
 
 NO_BFLOAT16 = {"is_bf16_supported": lambda emulated: emulated}
 BFLOAT16 = {"is_bf16_supported": lambda emulated: True}

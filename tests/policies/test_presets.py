@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.config.policy import ModelOptions
-from grpo.data.word_problems import word_problems
 from grpo.source.policy_source import load_policy
 from policies.policy import Policy, digest
 from policies.presets import PRESETS, VOCABULARY, build, small_tokenizer
+from rewards.data.word_problems import word_problems
 
 CORPUS = [
     f"Ann has {a} apples and buys {a + 2} more.\n{a} + {a + 2} = {2 * a + 2}\n#### {2 * a + 2}\n" for a in range(99)

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from grpo.data.word_problems import word_problems
 from policies.cut import DEPTHS, quiet, randomize
 from policies.policy import Policy
 from policies.presets import small_tokenizer
+from rewards.data.word_problems import word_problems
 
 TABLE = json.loads((Path(__file__).parent / "exceptions.json").read_text())
 VOCABULARY = 272  # the least that holds all bytes, special tokens and a few words

@@ -21,10 +21,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from grpo.cli.config.environment_test import EnvironmentTestConfig
-from grpo.data.examples import Example, examples_of
-from grpo.run.console import visible
 from grpo.run.metrics import mean_of
 from policies.presets import small_tokenizer
+from rewards.console import visible
+from rewards.data.examples import Example, examples_of
 from rewards.isolation.environments import load_class, load_function
 from rewards.protocol import RewardError
 from rollout.environments.episodes import Arena, Episodes

@@ -17,10 +17,8 @@ from grpo.algorithm.statistics import corpus_bleu
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.commands.served import is_address, open_served
 from grpo.cli.config.inference import EvalConfig
-from grpo.config.data import DataOptions
 from grpo.config.environment import rewards_of
-from grpo.data.examples import default_held_out_split
-from grpo.data.leakage import trained_on
+from grpo.data.trained_on import trained_on
 from grpo.endpoint.agent_sampler import AgentSampler
 from grpo.evaluation.evaluate import Evaluation, both_ways, evaluate_ways
 from grpo.evaluation.perplexity import Perplexity, gold_perplexity
@@ -32,6 +30,8 @@ from grpo.task.sampling import agent_of
 from grpo.task.task import Task
 from policies.devices import peak_gib
 from policies.policy import Policy
+from rewards.config.data import DataOptions
+from rewards.data.examples import default_held_out_split
 from rewards.group_score import GroupScore
 from rollout.depth import Workload
 from rollout.faults import RolloutError

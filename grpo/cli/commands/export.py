@@ -34,9 +34,8 @@ from transformers import DeepseekV3Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from grpo.cli.commands.model_card import REPORT, Origin, model_card
-from grpo.config.names import recorded_options
 from grpo.config.policy import ModelOptions
-from grpo.data.leakage import TRAINED_ON
+from grpo.data.trained_on import TRAINED_ON
 from grpo.run import checkpoint
 from grpo.source.policy_source import RECORD, PolicySource, find_policy, load_found, shape_of
 from policies import lora, presets
@@ -49,6 +48,7 @@ from policies.files.digests import DIGESTS
 from policies.layout import FIXED_FIELDS, WeightFiles, auto_class, find_file
 from policies.policy import Policy, read_config
 from policies.routing.heads import DynamicHeadsConfig
+from rewards.config.names import recorded_options
 
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)
 # Modules that peft takes for routed experts or the router in models whose experts transformers stacks.

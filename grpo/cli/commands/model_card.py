@@ -11,13 +11,13 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from grpo.algorithm.statistics import wilson_interval
-from grpo.algorithm.verdicts import ACCURACY, held_out_metric
-from grpo.config.json_file import expecting, read_json, read_objects, whole_lines
-from grpo.config.names import recorded_options
 from grpo.run import hardware
 from grpo.run.metrics import meaning
 from grpo.run.records import read_metrics
 from policies.files import hub
+from rewards.config.json_file import expecting, read_json, read_objects, whole_lines
+from rewards.config.names import recorded_options
+from rewards.verdicts import ACCURACY, held_out_metric
 
 REPORT = "report.html"
 SHOWN_METRICS = (

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.inference import SampleConfig
-from grpo.config.json_file import parse_json, unfit
-from grpo.data.examples import Example, beyond_context, examples_of
 from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.run.console import progress_bars
+from rewards.config.json_file import parse_json, unfit
+from rewards.data.examples import Example, beyond_context, examples_of
 from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pools import PoolOptions, open_pool

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo.cli.config.inference import EvalConfig
-from grpo.config.json_file import parse_json
-from grpo.data.examples import Example
 from grpo.data.prompts import PromptTemplate
 from grpo.source.policy_source import PolicySource
+from rewards.config.json_file import parse_json
+from rewards.data.examples import Example
 from rewards.http_post import MOST_BYTES, Tries, Unusable, post
 from rollout.faults import OnFinished, RolloutError
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup

@@ -22,7 +22,6 @@ from grpo.config.run import LearningConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
 from grpo.run import hardware
-from grpo.run.console import Terminal, visible
 from grpo.run.lock import refuse_folder
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import refuse_changed_rewards
@@ -35,6 +34,7 @@ from policies.checkpoint import check_policy
 from policies.devices import device_of
 from policies.lora import reach, reach_in_words
 from policies.mtp import MTPHead
+from rewards.console import Terminal, visible
 from rollout.depth import tokens_per_forward
 from rollout.group import Completion, RolloutGroup
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from grpo.config.options import Options
+from rewards.config.options import Options
 
 
 class ExpertOptions(Options):

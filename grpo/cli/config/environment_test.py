@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from grpo.config.data import ProblemOptions
-from grpo.config.options import Options
+from rewards.config.data import ProblemOptions
+from rewards.config.options import Options
 
 
 class PlayedDataOptions(ProblemOptions):

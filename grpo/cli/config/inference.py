@@ -7,14 +7,14 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from grpo.config.data import PromptOptions
 from grpo.config.environment import AgentOptions, EnvironmentOptions
-from grpo.config.json_file import expecting
-from grpo.config.names import recorded_options
-from grpo.config.options import Lines, Options
 from grpo.config.policy import ModelOptions
-from grpo.config.reward import RewardsOptions, ScoringOptions
 from grpo.config.sampling import LOWEST_TEMPERATURE, AnswerOptions
+from rewards.config.data import PromptOptions
+from rewards.config.json_file import expecting
+from rewards.config.names import recorded_options
+from rewards.config.options import Lines, Options
+from rewards.config.reward import RewardsOptions, ScoringOptions
 from rewards.spec import RewardSpec
 
 

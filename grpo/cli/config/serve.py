@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from grpo.config.data import TemplateOptions
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import AnswerOptions
+from rewards.config.data import TemplateOptions
 
 WAIT_S = 0.05  # a request waits so long for others before it joins a running batch: each join moves the caches of all
 MOST_WAITING = 128  # completions that wait for a free row; a request for more is answered with status 429

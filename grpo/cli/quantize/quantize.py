@@ -20,17 +20,18 @@ from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.inference import EvalConfig, MeasuredConfig
 from grpo.cli.quantize import compressor
 from grpo.cli.quantize.options import QuantizeConfig
-from grpo.config.json_file import write_json
 from grpo.data.calibration_text import WINDOW, CalibrationText, calibration_text
-from grpo.data.examples import Example
-from grpo.data.leakage import in_held_out, problem_fingerprint, record_trained_on, trained_on
 from grpo.data.prompts import PromptTemplate
+from grpo.data.trained_on import record_trained_on, trained_on
 from grpo.run import hardware
 from policies.conversion.dense import LICENCE_FILES, new_folder
 from policies.conversion.parity import Fidelity, fidelity
 from policies.files.packed import is_packed
 from policies.layout import find_file
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from rewards.config.json_file import write_json
+from rewards.data.examples import Example
+from rewards.data.leakage import in_held_out, problem_fingerprint
 
 REPORT = "quantization_report.json"
 

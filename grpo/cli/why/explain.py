@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo.algorithm.ties import tied
 from grpo.cli.why.reading import Reader, ReadLearner, dot
 from grpo.cli.why.rewind import Rewind, difference, read_config
-from grpo.config.options import add_options, parse
 from grpo.config.run import TrainConfig
 from grpo.evaluation.perplexity import gold_perplexity
 from grpo.learner.batch import PackedRow
 from grpo.learner.update import NonFiniteStep
-from grpo.run.records import read_metrics, read_rollouts, split_groups
+from grpo.run.records import read_metrics
 from grpo.task.check import task_of
+from rewards.config.options import add_options, parse
+from rewards.records import read_rollouts, split_groups
+from rewards.ties import tied
 from rollout.group import ENDED
 
 AFFORDABLE = 600.0  # seconds of leaving groups out, by the run's own times

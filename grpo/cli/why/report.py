@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from grpo.cli.why.explain import Explanation, GroupPart, explain
-from grpo.run.console import visible
+from rewards.console import visible
 
 OPPOSES = -0.1  # cosine with the rest from which a group works against it
 CLOSE = 1e-3  # a step whose metrics differ by more is not the one that was recorded

@@ -14,21 +14,22 @@ from typing import Any
 from torch import Tensor
 
 from grpo.cli.why.reading import ReadLearner
-from grpo.config.json_file import expecting
-from grpo.config.names import recorded_options
-from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import grpo_learner
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
-from grpo.run.records import read_rollouts, rollout_path, split_groups
 from grpo.run.resume import base_changed
 from grpo.source.policy_source import load_beside, load_policy
 from grpo.task.task import Task
 from policies.policy import Policy
+from rewards.config.json_file import expecting
+from rewards.config.names import recorded_options
+from rewards.config.options import load
+from rewards.episode import ToolStats
 from rewards.group_score import GroupScore
-from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment, ToolStats
+from rewards.records import read_rollouts, rollout_path, split_groups
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment
 
 
 def read_config(run: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:

@@ -12,10 +12,10 @@ import grpo.algorithm.advantages
 import grpo.algorithm.values
 import grpo.config.loss
 from grpo.algorithm.advantages import EPSILON, group_relative, multi_objective, reinforce_plus_plus, rloo, tied_groups
-from grpo.algorithm.ties import tied
 from grpo.algorithm.values import gae, outcome_rewards, rank_softmax_weights, whiten
 from grpo.learner.terms.distill import distill
 from rewards.group_score import LARGEST
+from rewards.ties import tied
 
 torch.set_num_threads(1)
 NAN = math.nan

@@ -4,13 +4,14 @@ import pytest
 
 from grpo.algorithm.dynamic_sampling import draw_groups, is_tied
 from grpo.algorithm.values import rank_softmax_weights
-from grpo.cli.commands import reward_replay
 from grpo.config.loss import Advantage, LossOptions
 from grpo.learner.prepare import estimate
 from grpo.run.metrics import rollout_metrics
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.train import train
+from rewards.commands import replay as reward_replay
 from rewards.group_score import GroupScore
+from rewards.records import read_rollouts
 from rollout.group import Prompt, RolloutGroup
 
 TIED, MIXED = [1.0, 1.0], [0.0, 1.0]

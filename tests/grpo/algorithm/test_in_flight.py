@@ -7,8 +7,9 @@ import torch
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.algorithm.in_flight import drawn_of, plain
+from rewards.episode import ToolStats
 from rewards.group_score import GroupScore, RewardFailure
-from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment, ToolStats
+from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment
 
 EXPERTS = torch.tensor([[[1, 3]], [[-1, -1]]], dtype=torch.int8)
 PROMPT = Prompt("p", "2 + 3 = ?", [5, 6], {"answer": "5"}, [{"role": "user", "content": "2 + 3 = ?"}])

@@ -15,7 +15,6 @@ from grpo.cli.commands.summary import mtp_dry_run
 from grpo.cli.mtp import mtp, rows_of, split
 from grpo.cli.parse import main
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
-from grpo.config.options import load
 from grpo.config.run import SftConfig
 from grpo.learner.batch import PackedRow, Sample, micro_batches
 from grpo.learner.head_learner import HeadLearner
@@ -32,6 +31,7 @@ from grpo.source.policy_source import find_policy, load_found
 from grpo.task.task import Task
 from policies.conversion.head import start_head
 from policies.policy import Policy
+from rewards.config.options import load
 from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup

@@ -20,10 +20,11 @@ from grpo.cli.actions import EXPECTED
 from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.parse import main
 from grpo.config.mtp import MtpConfig
-from grpo.config.options import _options
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from policies.policy import Policy
+from rewards.config.options import _options
+from rewards.records import read_rollouts
 
 ROOT = Path(__file__).parents[3]
 MODELS = {"train": TrainConfig, "sft": SftConfig, "eval": EvalConfig, "sample": SampleConfig}

@@ -18,14 +18,14 @@ from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.mtp import MtpConfig
-from grpo.config.options import Options, _options, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.task.check import check_plan, task_of
+from rewards.config.options import Options, _options, load
 
 AGENTS = Path(__file__).parents[2] / "cases/agents.py"
 QUIET = Console(quiet=True)
-COPIES = ("/pydantic/", "grpo/config/options.py", "grpo/task/table.py")  # and writes down, and refuses
+COPIES = ("/pydantic/", "rewards/config/options.py", "grpo/task/table.py")  # and writes down, and refuses
 Reads = set[tuple[str, str]]
 
 
@@ -44,7 +44,8 @@ def recorded() -> Iterator[Reads]:
         if name in cls.__pydantic_fields__:
             code = sys._getframe(1).f_code
             place = code.co_filename
-            checks = ("grpo/config/" in place or "grpo/cli/config/" in place) and code.co_name.startswith("_")
+            of_options = any(folder in place for folder in ("grpo/config/", "grpo/cli/config/", "rewards/config/"))
+            checks = of_options and code.co_name.startswith("_")
             if not checks and not any(copy in place for copy in COPIES):
                 reads.add((definer(cls, name), name))
         return object.__getattribute__(self, name)

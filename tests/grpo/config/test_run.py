@@ -7,20 +7,21 @@ import torch
 from trl import GRPOConfig
 
 import grpo
+import rewards
 from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
 from grpo.cli.config.convert import ConvertConfig
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
-from grpo.cli.config.reward_commands import RewardTestConfig
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.quantize.options import QuantizeConfig
-from grpo.config.data import DataOptions
 from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.names import recorded_options
-from grpo.config.options import ConfigError, _options, dump_yaml, load
-from grpo.config.reward import ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
+from rewards.commands.options import RewardTestConfig
+from rewards.config.data import DataOptions
+from rewards.config.names import recorded_options
+from rewards.config.options import ConfigError, _options, dump_yaml, load
+from rewards.config.reward import ScoringOptions
 from rewards.group_score import FailurePolicy
 
 CONFIGS = [TrainConfig, SftConfig, EvalConfig, SampleConfig]
@@ -49,8 +50,8 @@ def test_every_option_says_what_it_does(config):
 
 def test_every_option_is_read_somewhere():
     """An option that no code reads would be a promise that nobody keeps (a `seed` that never reached the sampler)."""
-    folder = Path(grpo.__file__).parent
-    code = "".join(file.read_text() for file in folder.rglob("*.py") if file.parent.name != "config")
+    files = [file for package in (grpo, rewards) for file in Path(package.__file__).parent.rglob("*.py")]
+    code = "".join(file.read_text() for file in files if file.parent.name != "config")
     names = {option.key.rpartition(".")[2] for config in CONFIGS for option in _options(config.model_construct())}
     unread = {name for name in names if not re.search(rf"\.{name}\b|\"{name}\"", code)}
     assert unread == set()

@@ -2,10 +2,10 @@
 
 import pytest
 
-from grpo.config.options import ConfigError, load
-from grpo.config.problems import command_line, in_python, python_words
 from grpo.config.run import TrainConfig
 from grpo.config.sampling import RolloutOptions
+from rewards.config.options import ConfigError, load
+from rewards.config.problems import command_line, in_python, python_words
 
 MISTAKES = [
     {"num_generations": 4},

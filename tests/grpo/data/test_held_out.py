@@ -9,14 +9,15 @@ from rich.console import Console
 from grpo.cli.commands.eval import evaluate_model
 from grpo.cli.commands.eval_report import as_json, show
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
-from grpo.config.data import DataOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.options import dump_yaml, load
-from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.data.leakage import in_held_out, problem_fingerprint, record_trained_on, trained_on
+from grpo.data.trained_on import record_trained_on, trained_on
 from grpo.sft import sft
 from grpo.task.task import Task
+from rewards.config.data import DataOptions
+from rewards.config.options import dump_yaml, load
+from rewards.config.reward import RewardOptions, ScoringOptions
+from rewards.data.leakage import in_held_out, problem_fingerprint
 
 GSM8K = [RewardOptions(function="gsm8k")]
 QUIET = Console(quiet=True)

@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 
-from grpo.data.examples import Example
 from grpo.data.mix import MixedStream, next_source
 from grpo.data.prompts import PromptStream
+from rewards.data.examples import Example
 
 WEIGHTS = [
     {"a": 2, "b": 1},

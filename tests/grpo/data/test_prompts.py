@@ -5,8 +5,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from grpo.data.examples import Example, load_examples
 from grpo.data.prompts import PromptStream, PromptTemplate, encode_prompt
+from rewards.data.examples import Example, load_examples
 from rollout.group import Prompt
 
 SHOT = Example("shot", "1 + 1 = ?", "1 + 1 = 2\n#### 2", {"question": "1 + 1 = ?", "answer": "#### 2", "level": 1})

@@ -12,18 +12,19 @@ import torch
 from agents import ask
 from safetensors.torch import load_file
 
-from grpo.cli.commands.reward_replay import replay
-from grpo.cli.config.reward_commands import ReplayConfig
 from grpo.cli.parse import main
 from grpo.cli.why.explain import explain
 from grpo.config.environment import AgentOptions
 from grpo.endpoint.agent_sampler import AgentSampler
 from grpo.learner.learner import Learner
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped, signals
 from grpo.train import train
+from rewards.commands.options import ReplayConfig
+from rewards.commands.replay import replay
 from rewards.group_score import RewardFailed
 from rewards.protocol import RewardError
+from rewards.records import read_rollouts
 from rollout.group import Prompt
 from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams

@@ -5,8 +5,6 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.algorithm.statistics import estimate, wilson_interval
-from grpo.config.data import DataOptions
-from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.config.run import EvalOptions, LogOptions
 from grpo.evaluation import evaluate as evaluation
 from grpo.evaluation.evaluate import as_metrics, evaluate, failure_kinds, measure_speed
@@ -16,6 +14,8 @@ from grpo.run.metrics import check
 from grpo.run.records import read_metrics
 from grpo.task.task import Task
 from rewards import RewardError
+from rewards.config.data import DataOptions
+from rewards.config.reward import RewardOptions, ScoringOptions
 from rollout.faults import RolloutError
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams

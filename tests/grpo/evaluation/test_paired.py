@@ -12,9 +12,10 @@ from rich.console import Console
 
 from grpo.cli.commands.eval_report import pairs, show_paired
 from grpo.cli.parse import main
-from grpo.config.json_file import write_json
-from grpo.data.leakage import TRAINED_ON, problem_fingerprint
+from grpo.data.trained_on import TRAINED_ON
 from grpo.evaluation.paired import paired_difference
+from rewards.config.json_file import write_json
+from rewards.data.leakage import problem_fingerprint
 
 
 def test_by_hand():

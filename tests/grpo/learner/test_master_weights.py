@@ -13,10 +13,11 @@ from grpo.learner.learner import Learner
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.prepare import supervised
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.train import train
 from rewards.group_score import GroupScore
+from rewards.records import read_rollouts
 from rollout.group import Completion, Prompt, RolloutGroup
 
 GROUPS = [

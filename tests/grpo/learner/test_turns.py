@@ -19,8 +19,9 @@ from grpo.run.metrics import rollout_metrics
 from grpo.run.records import rollout_lines
 from policies.mtp import draft_loss
 from policies.policy import Policy
+from rewards.episode import ToolStats
 from rewards.group_score import GroupScore
-from rollout.group import Completion, Prompt, RolloutGroup, ToolStats
+from rollout.group import Completion, Prompt, RolloutGroup
 
 CPU = torch.device("cpu")
 T, F = True, False

@@ -3,7 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from grpo.run.console import Terminal, progress_bars, sample_table, step_line, visible
+from grpo.run.console import progress_bars, sample_table, step_line
+from rewards.console import Terminal, visible
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 

@@ -19,22 +19,23 @@ from hypothesis import strategies as st
 from grpo.cli.actions import EXPECTED
 from grpo.cli.commands.export import _read_run
 from grpo.cli.commands.model_card import Origin, model_card
-from grpo.cli.commands.reward_replay import _settings
 from grpo.cli.commands.sample import read_prompts
 from grpo.cli.config.inference import defaults_of_run
 from grpo.config.mtp import defaults_of_run as mtp_defaults_of_run
-from grpo.config.options import load
 from grpo.config.run import LogOptions, TrainConfig
-from grpo.config.yaml_file import changed_options
-from grpo.data.examples import load_examples
 from grpo.run import checkpoint, hardware
 from grpo.run.log import Resume, RunLog
-from grpo.run.records import read_metrics, read_rollouts, recorded_steps, truncate
+from grpo.run.records import read_metrics, truncate
 from grpo.run.reward_record import read_rewards
 from grpo.train import train
 from policies.files.digests import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
+from rewards.commands.replay import _settings
+from rewards.config.options import load
+from rewards.config.yaml_file import changed_options
+from rewards.data.examples import load_examples
+from rewards.records import read_rollouts, recorded_steps
 from rollout.depth import CostTable, DepthController
 
 PRINTED = (ValueError, OSError, *(getattr(import_module(module), name) for module, name in EXPECTED.items()))

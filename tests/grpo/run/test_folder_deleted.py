@@ -5,9 +5,9 @@ import os
 import pytest
 
 from grpo.cli.parse import main
-from grpo.config.options import to_yaml
 from grpo.run.json_lines import append_line, open_lines
 from grpo.run.records import read_metrics
+from rewards.config.options import to_yaml
 
 REWARD = """
 import os, shutil

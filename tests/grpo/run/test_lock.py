@@ -14,7 +14,6 @@ import pytest
 
 from grpo.cli.mtp import mtp
 from grpo.config.mtp import MtpConfig
-from grpo.config.options import load
 from grpo.config.run import LogOptions, SftConfig
 from grpo.run import lock
 from grpo.run.lock import FolderInUse, RunLock
@@ -25,6 +24,7 @@ from grpo.sft import sft
 from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.train import train
+from rewards.config.options import load
 
 ROOT = Path(__file__).parents[3]
 HOLDS = """

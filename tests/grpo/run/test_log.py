@@ -19,8 +19,9 @@ from grpo.config.run import GrpoLogOptions, LogOptions
 from grpo.run import log as run_log
 from grpo.run.hardware import command
 from grpo.run.log import Resume, RunLog
-from grpo.run.records import read_events, read_metrics, read_rollouts
+from grpo.run.records import read_events, read_metrics
 from rewards.group_score import GroupScore, RewardFailure
+from rewards.records import read_rollouts
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
 CONFIG = "steps: 3\n"

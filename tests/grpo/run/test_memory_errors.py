@@ -12,11 +12,11 @@ import rollout.engine
 from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions
-from grpo.config.options import load
 from grpo.config.run import TrainConfig
 from grpo.learner.likelihood import Likelihood
 from grpo.run.memory_errors import NAMES, WAYS, OutOfMemory, is_full, phase
 from policies.policy import Policy
+from rewards.config.options import load
 from rollout.local_pool import LocalPool
 
 CUDA = (

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from grpo.cli.parse import main
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.source.policy_source import find_policy
 from policies.policy import Policy
+from rewards.records import read_rollouts
 
 CASE = Path(__file__).parents[2] / "cases/run_0.1.0"  # stopped after step 2 of 3; step_3.json is what 0.1.0 made next
 

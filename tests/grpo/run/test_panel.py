@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from grpo.config.run import LogOptions
-from grpo.run.console import Terminal
 from grpo.run.log import RunLog
 from grpo.run.panel import BLOCKS, PLAIN_BLOCKS, Panel, clock, sparkline
 from grpo.run.stop import STOPPING
+from rewards.console import Terminal
 
 STEP = {
     **{"reward/mean": 0.5, "group/tied": 0.25, "policy/step_kl": 0.00123, "learner/grad_norm": 0.314},

@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo.config.options import dump_yaml, load
 from grpo.config.run import SftConfig
 from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, log, resume
 from grpo.run.log import RunLog
-from grpo.run.records import best_step, read_metrics, read_rollouts
+from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import base_changed, refuse_changed_config
 from grpo.run.stop import Stopped
 from grpo.sft import sft
@@ -26,6 +25,8 @@ from grpo.train import train
 from policies import tensor_files
 from policies.files.digests import DIGESTS, write_digests
 from policies.policy import Policy, PolicyError
+from rewards.config.options import dump_yaml, load
+from rewards.records import read_rollouts
 
 STEPS = 5
 CURRICULUM = {"curriculum.steps": 4, "curriculum.by_difficulty": True}

@@ -8,16 +8,17 @@ import torch
 from reward_workers import reward_workers
 from small_learner import small_learner
 
-from grpo.config.data import DataOptions
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
-from grpo.config.reward import RewardOptions, ScoringOptions
-from grpo.run.records import read_events, read_metrics, read_rollouts
+from grpo.run.records import read_events, read_metrics
 from grpo.run.reward_record import read_rewards
 from grpo.run.stop import Stopped
 from grpo.task.task import Task
 from grpo.train import train
+from rewards.config.data import DataOptions
+from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.group_score import RewardFailed
+from rewards.records import read_rollouts
 from rollout.group import Completion, Prompt, RolloutGroup
 
 SOURCE = """

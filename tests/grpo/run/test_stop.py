@@ -18,13 +18,14 @@ from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, log
 from grpo.run.log import RunLog
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped, signals
 from grpo.steps import supervise
 from grpo.task.task import Task
 from grpo.train import train
 from policies import tensor_files
 from rewards.group_score import RewardFailed, RewardFailure
+from rewards.records import read_rollouts
 from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.local_pool import LocalPool

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from grpo.cli.parse import main
 from grpo.config.run import LogOptions
-from grpo.run.console import Terminal
 from grpo.run.log import RunLog
+from rewards.console import Terminal
 from rewards.isolation.output import escaped
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\u202e"

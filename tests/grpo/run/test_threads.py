@@ -11,11 +11,11 @@ import torch
 import yaml
 
 import grpo.run.hardware
-from grpo.config.options import dump_yaml
 from grpo.run.hardware import threads_for
 from grpo.source.policy_source import load_policy, read_shape, with_threads
 from grpo.train import train
 from policies.openmp import CHOICES, WAITING
+from rewards.config.options import dump_yaml
 
 ROOT = Path(__file__).parents[3]
 

@@ -22,7 +22,7 @@ from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.run import checkpoint
-from grpo.run.records import read_events, read_metrics, read_rollouts
+from grpo.run.records import read_events, read_metrics
 from grpo.run.stop import Stopped, signals
 from grpo.session import Session
 from grpo.steps.ahead import OLDER, POLL_S, Batches
@@ -30,6 +30,7 @@ from grpo.steps.collector import Collector
 from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import RewardFailed, RewardFailure
+from rewards.records import read_rollouts
 from rollout.cluster import start_ray
 from rollout.local_pool import LocalPool
 

@@ -9,11 +9,8 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from grpo.algorithm.verdicts import Verdicts
-from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 from grpo.learner.parallel import ALONE
-from grpo.run.records import read_rollouts
 from grpo.run.stop import Stopped, signals
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
@@ -22,7 +19,10 @@ from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of_steps
 from grpo.task.task import Task
 from grpo.train import train
+from rewards.data.examples import Example
 from rewards.group_score import GroupScore, RewardFailed, RewardFailure
+from rewards.records import read_rollouts
+from rewards.verdicts import Verdicts
 from rollout.depth import head_accepted
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.local_pool import LocalPool

@@ -5,20 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo.algorithm.verdicts import Verdicts
 from grpo.config.run import TrainConfig
-from grpo.data.examples import Example
 from grpo.data.prompts import PromptStream
 from grpo.learner.optimizer import ramp
 from grpo.learner.parallel import ALONE
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum, learnability
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of_steps
 from grpo.task.task import Task
 from grpo.train import train
+from rewards.data.examples import Example
 from rewards.group_score import GroupScore, RewardFailure
+from rewards.records import read_rollouts
+from rewards.verdicts import Verdicts
 from rollout.group import Prompt, RolloutGroup
 
 # Ten examples; the solution of example i has (7 i mod 10) + 1 letters, so their order by length is another one.

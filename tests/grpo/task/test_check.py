@@ -9,13 +9,13 @@ from grpo.cli.launch import launch
 from grpo.cli.mtp import mtp
 from grpo.cli.parse import main
 from grpo.config.mtp import MtpConfig
-from grpo.config.options import load
-from grpo.config.problems import command_line
 from grpo.config.run import SftConfig
 from grpo.sft import sft
 from grpo.train import train
 from policies.policy import PolicyError
 from policies.presets import PRESETS
+from rewards.config.options import load
+from rewards.config.problems import command_line
 
 OWN = """
 from grpo import advantage, objective

@@ -8,12 +8,15 @@ from safetensors import safe_open
 
 from grpo.cli.config.inference import defaults_of_run
 from grpo.cli.parse import main
-from grpo.config.options import ConfigError, dump_yaml, load
 from grpo.config.run import TrainConfig
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.task.check import task_of
 from grpo.train import train
+from rewards.commands.options import ReplayConfig
+from rewards.commands.replay import replay
+from rewards.config.options import ConfigError, dump_yaml, load
+from rewards.records import read_rollouts
 
 SHORT = {"warm_start.steps": 0, "steps": 4}
 
@@ -48,7 +51,7 @@ def _policy(folder):
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed, tmp_path):
+def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed, letters, tmp_path):
     train(mixed(tmp_path / "whole", **{"eval.limit": 2}))
     for step, resume in ((1, None), (2, "auto")):
         with pytest.raises(Stopped):
@@ -75,6 +78,9 @@ def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed
         assert sum(means) / 4 == pytest.approx(line["reward/mean"])
     assert {"eval/source/own.jsonl/reward_mean", "eval/source/word_problems/reward_mean"} <= metrics[0].keys()
     assert metrics[0]["eval/prompts"] == 4
+    # Its completions can be scored again: each prompt has the columns of its source.
+    again = replay(tmp_path / "whole", letters, ReplayConfig(steps=[1, 2]))
+    assert ([step.completions for step in again.steps], again.changes, again.against) == ([16, 16], [], "letters")
 
 
 def test_one_source_in_a_list_gives_the_bits_that_it_gives_alone(micro_config, tmp_path):

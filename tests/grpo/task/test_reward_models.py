@@ -20,15 +20,16 @@ from transformers import (
 )
 
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
-from grpo.config.data import DataOptions
-from grpo.config.options import dump_yaml, load
-from grpo.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
-from grpo.config.yaml_file import ConfigError
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.task.reward_models import ModelRewards
 from grpo.task.task import Task
 from grpo.train import train
+from rewards.config.data import DataOptions
+from rewards.config.options import dump_yaml, load
+from rewards.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
+from rewards.config.yaml_file import ConfigError
 from rewards.protocol import RewardError
+from rewards.records import read_rollouts
 from rollout.group import Completion, Prompt, RolloutGroup
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache(folders, tmp_path):
     (repository / "refs/main").write_text("a1b2")
     shutil.copytree(folders / "score", repository / "snapshots/a1b2")
     code = (
-        "import torch\nfrom grpo.config.reward import RewardModelOptions\n"
+        "import torch\nfrom rewards.config.reward import RewardModelOptions\n"
         "from grpo.task.reward_models import ModelRewards\n"
         "from rollout.group import Completion, Prompt, RolloutGroup\n"
         "rewards = ModelRewards([RewardModelOptions(name='rm', model='owner/score')])\n"

@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig
 from grpo.config.sampling import RolloutOptions
-from grpo.run.records import read_events, read_rollouts
+from grpo.run.records import read_events
 from grpo.steps.vllm import vllm_settings
 from grpo.task.check import check_plan
 from grpo.task.sampling import sampling_params
@@ -18,6 +17,8 @@ from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
 from policies.policy import Policy
 from policies.presets import small_tokenizer
+from rewards.config.options import ConfigError, load
+from rewards.records import read_rollouts
 from rollout.compiled import rounds
 from rollout.compiled.recorded import RecordedRound
 from rollout.faults import RolloutError

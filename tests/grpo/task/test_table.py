@@ -8,12 +8,12 @@ from grpo.cli.config.inference import EvalConfig
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.mtp import MtpConfig
-from grpo.config.options import ConfigError, _options, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.task import table
 from grpo.task.check import check_plan
 from grpo.task.plan import Plan
 from grpo.task.table import FORMS, contradictions
+from rewards.config.options import ConfigError, _options, load
 
 SUMS = {"loss.multi_objective_aggregation": "normalize_then_sum"}
 VLLM = {"rollout.backend": "vllm", "rollout.draft_tokens": 2}

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from reward_workers import reward_workers
 
-from grpo.config.data import DataOptions
-from grpo.config.reward import RewardOptions, ScoringOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.task.check import check_plan
 from grpo.task.task import Task
 from policies.presets import small_tokenizer
+from rewards.config.data import DataOptions
+from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.protocol import RewardError
 from rollout.group import Completion, RolloutGroup
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from grpo.run.records import read_rollouts, rollout_path
 from grpo.view.index import KEPT_S, SEARCHES, Index, cache_folder
+from rewards.records import read_rollouts, rollout_path
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 GO_ON = threading.Event()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from grpo.run.records import rollout_path
 from grpo.view.reading import check_files, read_step
 from grpo.view.run_files import RunFiles
+from rewards.records import rollout_path
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 

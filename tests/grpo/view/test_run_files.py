@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 from grpo.algorithm.statistics import wilson_interval
 from grpo.cli.parse import main
 from grpo.run import hardware
-from grpo.run.records import read_metrics, read_rollouts, split_groups
+from grpo.run.records import read_metrics
 from grpo.view.reading import find_tokenizer, token_texts
 from grpo.view.run_files import RunFiles, finite
+from rewards.records import read_rollouts, split_groups
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 

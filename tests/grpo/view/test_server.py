@@ -20,8 +20,8 @@ from copies import Copy
 
 from grpo.cli.parse import main
 from grpo.evaluation.held_out import Result
-from grpo.run.records import read_rollouts, rollout_path
 from grpo.view.page import self_contained
+from rewards.records import read_rollouts, rollout_path
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 pytest.importorskip("starlette", reason="needs the extra view")

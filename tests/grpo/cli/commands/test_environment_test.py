@@ -10,9 +10,9 @@ import pytest
 from grpo.cli.commands.environment_test import check_environment, show_check
 from grpo.cli.config.environment_test import EnvironmentTestConfig
 from grpo.cli.parse import main
-from grpo.config.options import load
-from grpo.run.console import Terminal
 from rewards import RewardError
+from rewards.config.options import load
+from rewards.console import Terminal
 from rewards.isolation import pool
 
 SOURCE = '''

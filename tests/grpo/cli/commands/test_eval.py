@@ -17,8 +17,6 @@ from grpo.cli.commands.eval import evaluate_model, peak_memory_gib
 from grpo.cli.commands.export import export
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.cli.parse import main
-from grpo.config.names import leaves
-from grpo.config.options import ConfigError, load
 from grpo.config.run import TrainConfig
 from grpo.evaluation.perplexity import Perplexity, gold_perplexity
 from grpo.learner.batch import PackedRow, Sample
@@ -27,6 +25,8 @@ from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
 from policies import tensor_files
 from policies.policy import Policy, PolicyError
+from rewards.config.names import leaves
+from rewards.config.options import ConfigError, load
 from rollout.faults import RolloutError
 
 QUIET = Console(quiet=True)

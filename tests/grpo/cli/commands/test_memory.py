@@ -24,7 +24,6 @@ from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
 from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
-from grpo.config.options import load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.learner.learner import Learner
@@ -33,6 +32,7 @@ from grpo.task import table
 from policies.anatomy import anatomy
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from rewards.config.options import load
 from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
 from rollout.worker import Worker

@@ -11,8 +11,8 @@ from grpo.cli.commands.machine import LessMemory
 from grpo.cli.commands.memory import MemoryOfRun
 from grpo.cli.commands.memory_table import DeviceMemory, on_devices
 from grpo.cli.parse import main
-from grpo.config.options import load
 from grpo.config.run import SftConfig, TrainConfig
+from rewards.config.options import load
 from rollout.backends.vllm.settings import KV_CACHE_BYTES
 
 ANY = float("inf")

@@ -11,9 +11,9 @@ from grpo.cli.commands.sample import Sampled, read_prompts, sample
 from grpo.cli.commands.summary import groups_as_json
 from grpo.cli.config.inference import SampleConfig
 from grpo.cli.parse import main
-from grpo.config.options import load
 from grpo.task.task import Task
 from grpo.train import train
+from rewards.config.options import load
 from rollout.faults import RolloutError
 
 

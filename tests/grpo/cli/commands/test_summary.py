@@ -11,14 +11,14 @@ from small_learner import small_learner
 from grpo.cli.commands import machine, summary
 from grpo.cli.commands.memory_table import DeviceMemory
 from grpo.cli.commands.summary import pieces
-from grpo.config.options import load
-from grpo.config.problems import command_line
 from grpo.config.run import SftConfig
 from grpo.evaluation.evaluate import Evaluation, Speed
 from grpo.evaluation.held_out import Result
 from grpo.train import train
 from policies.policy import PolicyError
 from policies.presets import VOCABULARY
+from rewards.config.options import load
+from rewards.config.problems import command_line
 from rewards.group_score import RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 

@@ -14,12 +14,12 @@ from grpo.cli.quantize import compressor
 from grpo.cli.quantize import quantize as quantize_command
 from grpo.cli.quantize.quantize import REPORT
 from grpo.data.calibration_text import calibration_text
-from grpo.data.word_problems import word_problems
 from policies import presets
 from policies.contradictions import contradictions
 from policies.conversion.dense import convert_checkpoint
 from policies.files import packed
 from policies.policy import Policy, PolicyError
+from rewards.data.word_problems import word_problems
 
 SIZES = ["--calibrate_tokens", "256", "--held_out_tokens", "128", "--threads", "1", "--device", "cpu"]
 CORPUS = [f"{row['question']}\n{row['answer']}\n" for row in word_problems("train", [1], count=100)]

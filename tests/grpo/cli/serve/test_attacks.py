@@ -15,11 +15,11 @@ import uvicorn
 from pydantic import ValidationError
 from serving_cases import Running, until
 
-from grpo.config.json_file import parse_json
 from grpo.endpoint import app as application
 from grpo.endpoint import connections, served
 from grpo.endpoint.asked import ChatAsked
 from grpo.endpoint.connections import most_connections, settings
+from rewards.config.json_file import parse_json
 from rollout.serving import Request, Serving
 
 torch.set_num_threads(1)

@@ -12,8 +12,8 @@ from grpo.cli.commands.eval import evaluate_model
 from grpo.cli.commands.served import UNKNOWN, ServedPool
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.cli.parse import main
-from grpo.config.options import load
 from grpo.train import train
+from rewards.config.options import load
 
 QUIET = Console(quiet=True)
 

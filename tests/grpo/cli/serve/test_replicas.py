@@ -8,7 +8,7 @@ import pytest
 
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.serve import replicas
-from grpo.config.options import load
+from rewards.config.options import load
 
 
 class Stop(Exception):

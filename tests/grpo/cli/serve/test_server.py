@@ -22,10 +22,10 @@ from grpo.cli.config.serve import ServeConfig
 from grpo.cli.parse import main
 from grpo.cli.serve import server as serving
 from grpo.cli.serve.server import Follower, load_engine, read_key
-from grpo.config.options import load
 from grpo.endpoint import app as application
 from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
+from rewards.config.options import load
 from rollout.engine import Engine
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams

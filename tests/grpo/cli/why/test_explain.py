@@ -16,11 +16,11 @@ from grpo.cli.why.explain import explain
 from grpo.cli.why.report import answer, opponents, show
 from grpo.cli.why.rewind import read_config
 from grpo.run import checkpoint
-from grpo.run.records import read_rollouts, rollout_path
 from grpo.steps.ahead import Batches
 from grpo.task.task import Task
 from grpo.train import train
 from policies.policy import Policy
+from rewards.records import read_rollouts, rollout_path
 
 OPTIONS = {"eval.limit": 8, "learner.updates_per_batch": 2, "learner.learning_rate": 3e-3}
 TAKE = Batches.take  # as it is without a test

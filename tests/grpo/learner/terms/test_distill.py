@@ -14,10 +14,11 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.terms.distill import distill
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.task.check import check_plan
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
+from rewards.records import read_rollouts
 
 
 def learner_of(policy, teacher, temperature, reward_weight, top_k, **options) -> Learner:

@@ -4,12 +4,12 @@ import torch.nn.functional as F
 from small_learner import supervised_learner
 
 from grpo.config.learner import MTPOptions, SftMTPOptions
-from grpo.config.options import ConfigError, load
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.prepare import supervised
 from grpo.learner.terms.draft_head import gold_draft_loss, teaching
 from policies.mtp import draft_loss
+from rewards.config.options import ConfigError, load
 
 ROWS = [
     PackedRow([5, 6, 7], [Sample(0, [8, 9, 10, 11]), Sample(1, [12, 13])]),

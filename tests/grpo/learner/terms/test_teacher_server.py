@@ -10,7 +10,6 @@ import torch
 from recorded import groups_of
 
 from grpo.cli.parse import main
-from grpo.config.options import dump_yaml
 from grpo.learner.batch import PackedRow, Sample, collate
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.terms import teacher_server
@@ -19,6 +18,7 @@ from grpo.learner.terms.teacher_server import TeacherError, TeacherServer
 from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.policy import Policy
+from rewards.config.options import dump_yaml
 
 
 def answer_of(policy, body):

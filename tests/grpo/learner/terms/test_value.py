@@ -20,11 +20,12 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import Ranks
 from grpo.learner.terms.value import ValueHead, explained_variance, with_token_advantages
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics, read_rollouts
+from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.logprobs import token_logprobs
 from rewards.group_score import LARGEST, GroupScore
+from rewards.records import read_rollouts
 from rollout.group import Completion, Prompt, RolloutGroup
 
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]

@@ -1,0 +1,1 @@
+"""Recorded rollouts of any trainer, and what is wrong with them. Nothing heavy is loaded here."""

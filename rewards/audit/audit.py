@@ -1,0 +1,180 @@
+"""`quartet audit`: everything that can be found in recorded rollouts, as a table, as JSON and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from rewards.audit.detectors import DETECTORS
+from rewards.audit.findings import ANSWERS, Finding, Rollouts, flatten, is_number
+from rewards.audit.options import AuditConfig
+from rewards.audit.traces import Trace, groups_of, read_traces, recorded_means
+from rewards.console import visible
+from rewards.scorer import RewardSpec, Scorer
+
+NEAR = 1e-6
+FEW = 64  # rollouts after which a reward that never varies is suspicious
+ABSENT = object()
+PLACES = 3  # of a finding, in the terminal
+ROWS = 200  # and in the file of --json
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Rollouts were audited; without findings nothing is known to be wrong."""
+
+    rollouts: int
+    forms: list[str]
+    figures: dict[str, str]
+    findings: list[Finding]
+
+    def as_json(self) -> dict[str, Any]:
+        findings = [
+            {
+                "kind": finding.kind,
+                "message": finding.message,
+                "count": len(finding.traces),
+                "rows": [_row(trace) for trace in finding.traces[:ROWS]],
+            }
+            for finding in self.findings
+        ]
+        return {"rollouts": self.rollouts, "forms": self.forms, "figures": self.figures, "findings": findings}
+
+
+def audit(
+    path: Path,
+    config: AuditConfig,
+    functions: Sequence[str] = (),
+    evaluation: Path | None = None,
+    tokenizer: Path | None = None,
+) -> Audit:
+    """Audits the rollouts of a file or folder. With `functions`, they are scored again, in processes of their own."""
+    traces = read_traces(path)
+    if evaluation is not None:
+        traces += read_traces(evaluation, "evaluation")
+    rollouts = Rollouts(traces, None if tokenizer is None else _decoder(tokenizer), recorded_means(path))
+    findings = [finding for detector in DETECTORS for finding in detector(rollouts)]
+    for function in functions:
+        findings += rescored(rollouts, function, config, alone=len(functions) == 1)
+    findings = [finding for finding in findings if finding.kind not in config.ignore]
+    return Audit(len(rollouts.trained), sorted({trace.form for trace in traces}), rollouts.figures, findings)
+
+
+def _decoder(path: Path) -> Callable[[list[int]], str]:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ValueError("ids are compared with their text by tokenizers: pip install tokenizers") from error
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool = True) -> Iterator[Finding]:
+    """Scores the rollouts twice: a reward that differs from the record, or from itself, is a fault, and so is one that
+    cannot be computed. Where nothing was recorded under the function's name, the one that is given `alone` is the
+    reward."""
+    spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
+    groups = groups_of(trace for trace in rollouts.traces if trace.form != "problems")
+    every = flatten(groups)
+    names = sorted({name for trace in every for name in trace.columns})
+    rows = [{name: group[0].columns.get(name) for name in names} for group in groups]
+    for row, group in zip(rows, groups, strict=True):
+        row.setdefault("answer", next((group[0].columns[name] for name in ANSWERS if name in group[0].columns), None))
+    settings = config.reward
+    with Scorer(
+        [spec],
+        on_error="drop_sample",
+        timeout_s=settings.timeout_s,
+        columns=[*names, "answer"],
+        pass_variables=settings.pass_variables,
+    ) as scorer:
+        first, second = (
+            scorer.score(
+                [group[0].prompt for group in groups],
+                [[trace.completion for trace in group] for group in groups],
+                rows,
+                prompt_ids=[group[0].place for group in groups],
+                completion_ids=[[trace.token_ids for trace in group] for group in groups],
+                trainer_state={"global_step": 0, "max_steps": 0, "epoch": 0.0},
+                messages=[group[0].messages or None for group in groups],
+            )
+            for _ in range(2)
+        )
+    one, two = ([reward for score in scores for reward in score.rewards] for scores in (first, second))
+    failed = {(e.prompt_id, e.sample_index): str(e) for score in first for e in score.errors}
+    fallen = [t for group in groups for i, t in enumerate(group) if (group[0].place, i) in failed]
+    if fallen:
+        what = f"{function} fails on {len(fallen)} rollouts: {next(iter(failed.values())):.160}"
+        yield Finding("reward-fails", what, fallen)
+    unstable = [trace for trace, a, b in zip(every, one, two, strict=True) if _differs(a, b)]
+    if unstable:
+        yield Finding("nondeterministic", f"{function} scores {len(unstable)} rollouts differently twice", unstable)
+    lost, moving = set(map(id, fallen)), set(map(id, unstable))
+    if len(every) >= FEW and len(set(one)) == 1 and is_number(one[0]):
+        yield Finding("always-same", f"{function} always gives {one[0]:g}: it never ran, or never matches", every)
+    pairs = [(trace, _recorded(trace, spec.label, alone), mark) for trace, mark in zip(every, one, strict=True)]
+    pairs = [pair for pair in pairs if id(pair[0]) not in lost | moving and pair[1] is not ABSENT]
+    other = [(trace, old, new) for trace, old, new in pairs if _differs(old, new)]
+    if other:
+        _, old, new = other[0]
+        what = f"{len(other)} rewards differ from what {function} gives: {old}, now {new}"
+        if all(old and new and not _differs(old, -new) for _, old, new in other):
+            what += "; they have the opposite sign"
+        elif _is_shifted(pairs):
+            what += "; they are those of a neighbouring row"
+        yield Finding("scored-otherwise", what, [trace for trace, _, _ in other])
+
+
+def _recorded(trace: Trace, label: str, alone: bool) -> Any:
+    if label in trace.parts:
+        return trace.parts[label]
+    value = trace.columns.get(label)
+    return value if isinstance(value, int | float) else trace.reward if alone else ABSENT
+
+
+def _is_shifted(pairs: list[tuple[Trace, Any, float | None]]) -> bool:
+    """Returns whether every recorded value is that of the row before or after, from the first to the last wrong one."""
+    pairs = sorted(pairs, key=lambda pair: (pair[0].file, pair[0].row))
+    wrong = [index for index, (_, old, new) in enumerate(pairs) if _differs(old, new)]
+    inner = range(wrong[0] + 1, wrong[-1])
+    return len(wrong) > 2 and any(
+        all(not _differs(pairs[index][1], pairs[index + offset][2]) for index in inner) for offset in (-1, 1)
+    )
+
+
+def _differs(one: float | None, other: float | None) -> bool:
+    if not is_number(one) or not is_number(other):
+        return is_number(one) != is_number(other)
+    return abs(one - other) > NEAR * max(1.0, abs(one))  # type: ignore[operator,arg-type]
+
+
+def _row(trace: Trace) -> dict[str, Any]:
+    numbers = {"reward": trace.reward, "advantage": trace.advantage, **trace.parts}
+    return {
+        "file": trace.file,
+        "row": trace.row,
+        "step": trace.step,
+        "group": trace.group,
+        **{name: value if is_number(value) else None for name, value in numbers.items()},
+        "prompt": trace.prompt[-400:],
+        "completion": trace.completion[:400],
+    }
+
+
+def show(result: Audit, console: Console) -> None:
+    told = ", ".join(f"{name}: {value}" for name, value in result.figures.items())
+    forms = ", ".join(result.forms)
+    console.print(f"{result.rollouts} rollouts of the form {forms}{'; ' if told else ''}{told}", soft_wrap=True)
+    table = Table(Column("finding", no_wrap=True), Column("what", overflow="fold", ratio=1), Column("rows, the first"))
+    for finding in result.findings:
+        places = [f"{Path(trace.file).name}:{trace.row}" for trace in finding.traces[:PLACES]]
+        more = [f"and {len(finding.traces) - PLACES} more"] if len(finding.traces) > PLACES else []
+        table.add_row(finding.kind, visible(finding.message, 400, console.encoding), "\n".join(places + more))
+    if result.findings:
+        console.print(table)
+    console.print(f"{len(result.findings)} findings" if result.findings else "nothing found")

@@ -1,0 +1,12 @@
+"""Each detector looks for one kind of fault in recorded rollouts, and yields what it finds."""
+
+from rewards.audit.detectors import advantages, run, scores, texts, tokens
+from rewards.audit.findings import Detector
+
+DETECTORS: tuple[Detector, ...] = (
+    *(scores.failures, scores.not_numbers, scores.unscored, scores.outliers, scores.ties, scores.sums, scores.means),
+    advantages.advantages,
+    *(texts.groups, texts.hacks, texts.leaks),
+    *(tokens.ids, tokens.counts, tokens.temperatures, tokens.prefixes, tokens.ends, tokens.denominators),
+    *(run.order, run.duplicates, run.skipped, run.stale, run.leakage, run.drift),
+)

@@ -1,0 +1,160 @@
+"""Advantages against the rewards of their group: sign, mean, proportion, and what they were divided by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from statistics import fmean, median, pstdev, stdev
+
+from rewards.audit.findings import Finding, Rollouts, flatten, is_cut, is_number
+from rewards.audit.traces import Trace
+
+SMALL = 1e-3
+NEAR = 0.02  # of a scale; trainers add 1e-4 or so to a deviation
+USUAL = 0.6
+
+
+def advantages(rollouts: Rollouts) -> Iterator[Finding]:
+    """The advantages of a group are its rewards less their mean, times a factor. A run in which most groups are so has
+    wrong ones where they are not."""
+    groups = [[t for t in group if is_number(t.reward) and is_number(t.advantage)] for group in rollouts.groups]
+    groups = [group for group in groups if len(group) > 1 and any(t.advantage for t in flatten(groups))]
+    yield from _weigh(groups)
+    factors = {index: _factor(group) for index, group in enumerate(groups)}
+    spread = [index for index in factors if not _tied(groups[index])]
+    regular = [index for index in spread if factors[index] is not None]
+    if not spread:
+        return
+    rewards = "parts' weighted sum" if groups[0][0].form == "trl" else "rewards"
+    if len(regular) < len(spread) / 2:  # weights, or another estimator: only the order can be wrong
+        yield from _order(groups)
+        return
+    wrong = {
+        "advantage-mismatch": [index for index in factors if factors[index] is None],
+        "advantage-sign": [index for index in regular if (factors[index] or 0.0) < 0],
+    }
+    texts = {
+        "advantage-mismatch": f"groups have advantages that are not their {rewards} less the mean",
+        "advantage-sign": "groups have advantages with the opposite sign",
+    }
+    for kind, indexes in wrong.items():
+        if indexes:
+            worst = flatten(groups[index] for index in indexes)
+            yield Finding(kind, f"{len(indexes)} of {len(groups)} {texts[kind]}", worst)
+    yield from _denominators(rollouts, groups, {index: factors[index] or 0.0 for index in regular})
+
+
+def _weigh(groups: list[list[Trace]]) -> Iterator[Finding]:
+    """Sets the rewards that TRL did not record: the weights of its parts are those that the advantages tell, from
+    groups in which two parts differ. They may change between two steps."""
+    names = sorted({name for trace in flatten(groups) for name in trace.parts if trace.form == "trl"})
+    ratios: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
+    for index, group in enumerate(groups):
+        middle = {name: fmean(trace.parts.get(name) or 0.0 for trace in group) for name in names}
+        rows = [([(t.parts.get(name) or 0.0) - middle[name] for name in names], t.advantage or 0.0) for t in group]
+        varying = [i for i in range(len(names)) if any(abs(row[i]) > 1e-6 for row, _ in rows)]
+        if len(varying) != 2 or varying[0] != 0:
+            continue
+        k = varying[1]
+        aa, ab, bb = (sum(r[i] * r[j] for r, _ in rows) for i, j in ((0, 0), (0, k), (k, k)))
+        ay, by = (sum(r[i] * y for r, y in rows) for i in (0, k))
+        if aa * bb - ab * ab > 1e-6 * aa * bb and abs(ay * bb - by * ab) > 1e-9:
+            ratios[names[k]].append((index, (by * aa - ay * ab) / (ay * bb - by * ab)))
+    weights = {}
+    for name, pairs in ratios.items():
+        values = [value for _, value in pairs]
+        agreeing = [sum(_agree(value, other) for other in values) for value in values]
+        weights |= {name: values[agreeing.index(max(agreeing))]} if values else {}
+        for place in range(1, len(pairs) if len(pairs) > 2 else 0):
+            before, after = values[:place], values[place:]
+            alike = all(_agree(part[0], value) for part in (before, after) for value in part)
+            if alike and not _agree(before[0], after[0]):
+                rest = flatten(groups[pairs[place][0] :])
+                what = f"the weight of {name} against {names[0]} changes from {before[0]:.2g} to {after[0]:.2g}"
+                yield Finding("weights-changed", f"{what} at step {rest[0].step}", rest)
+    for trace in flatten(groups):
+        if trace.form == "trl":
+            marks = {name: value for name, value in trace.parts.items() if is_number(value)}
+            trace.reward = sum(weights.get(name, 1.0) * (value or 0.0) for name, value in marks.items())
+
+
+def _agree(one: float, other: float) -> bool:
+    return abs(one - other) <= 0.05 * max(abs(one), abs(other))
+
+
+def _tied(group: Sequence[Trace]) -> bool:
+    rewards = [trace.reward or 0.0 for trace in group]
+    return max(rewards) - min(rewards) <= 1e-6 * max(1.0, abs(rewards[0]))
+
+
+def _factor(group: Sequence[Trace]) -> float | None:
+    """By how much the advantages are more than the rewards less their mean; None where that is no one number. Cut
+    rollouts with the advantage 0 do not count: some trainers leave them out."""
+    middle = fmean(trace.reward or 0.0 for trace in group)
+    pairs = [(trace.reward - middle, trace.advantage) for trace in group if not (is_cut(trace) and not trace.advantage)]  # type: ignore[operator]
+    most = max((abs(advantage) for _, advantage in pairs), default=0.0)
+    if _tied(group):
+        return 0.0 if most <= SMALL else None
+    square = sum(reward * reward for reward, _ in pairs)
+    factor = sum(reward * advantage for reward, advantage in pairs) / square if square else 0.0
+    off = max((abs(advantage - factor * reward) for reward, advantage in pairs), default=0.0)
+    return factor if off <= NEAR * most + 1e-6 and (most > 1e-6 or not pairs) else None
+
+
+def _denominators(rollouts: Rollouts, groups: list[list[Trace]], factors: dict[int, float]) -> Iterator[Finding]:
+    """Tells what most groups were divided by, and names those that were divided by something else."""
+    at_step: dict[int | None, list[float]] = {}
+    for index, factor in factors.items():
+        at_step.setdefault(groups[index][0].step, []).append(factor)
+    fitting: dict[int, set[str]] = {}
+    for index, factor in factors.items():
+        rewards = [trace.reward or 0.0 for trace in groups[index]]
+        if pstdev(rewards) < 0.01:
+            continue  # what is added to the deviation is most of it
+        count = len(rewards)
+        scales = {
+            "nothing": 1.0,
+            "nothing, leave one out": count / (count - 1),
+            "the group's standard deviation (n - 1)": 1 / stdev(rewards),
+            "the group's standard deviation (n)": 1 / pstdev(rewards),
+            "the group's mean": 1 / fmean(rewards) if fmean(rewards) else 0.0,
+            "one number for the whole step": median(at_step[groups[index][0].step]),
+        }
+        fitting[index] = {name for name, scale in scales.items() if abs(abs(factor) - abs(scale)) <= NEAR * abs(scale)}
+    counts = Counter(name for names in fitting.values() for name in names)
+    if not counts:
+        return
+    name = max(scales, key=counts.__getitem__)  # the first of equals
+    count = counts[name]
+    rollouts.figures["advantages are divided by"] = f"{name} ({count} of {len(fitting)} groups)"
+    other = [groups[index] for index, names in fitting.items() if name not in names]
+    if other and count >= USUAL * len(fitting):
+        what = f"{len(other)} of {len(fitting)} groups were not divided by {name}, as the others were"
+        yield Finding("denominators-differ", what, flatten(other))
+
+
+def _order(groups: list[list[Trace]]) -> Iterator[Finding]:
+    """Of two rollouts, the one that is better in every part must not have the lower advantage."""
+    turned = []
+    for group in groups:
+        for one in group:
+            parts = one.parts or {"reward": one.reward}
+            for other in group:
+                pairs = [(v or 0.0, (other.parts or {"reward": other.reward}).get(n) or 0.0) for n, v in parts.items()]
+                better = all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+                if better and (one.advantage or 0.0) < (other.advantage or 0.0) - SMALL:
+                    turned.append(one)
+                    break
+    if turned:
+        yield Finding(
+            "advantage-mismatch", f"{len(turned)} rollouts are better than another, with less advantage", turned
+        )
+    off = [
+        g for g in groups if abs(sum(t.advantage or 0.0 for t in g)) > 0.05 * sum(abs(t.advantage or 0.0) for t in g)
+    ]
+    if off:
+        yield Finding(
+            "advantage-mean",
+            f"{len(off)} groups have advantages whose mean is not 0: their baseline is another",
+            flatten(off),
+        )

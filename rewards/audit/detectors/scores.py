@@ -1,0 +1,177 @@
+"""Rewards that are no judgement: failures as numbers, NaN, rewards without parts, sums that are none, ties."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from rewards.audit.findings import Finding, Rollouts, is_number
+from rewards.audit.traces import FAILED, Trace
+
+EXCEPTION = re.compile(r"Traceback \(most recent call last\)|\b[A-Z]\w*(?:Error|Exception|Timeout)\b *[:(]|timed out")
+ALWAYS = ("verl", "nemo_gym", "verifiers_results")  # forms in which every rollout has a reward
+DECLARED = ("trl", "quartet", "verifiers", "verifiers_results", "common")  # and those whose parts are rewards' values
+MOST_TIED = 0.9
+FAR = 5.0
+NEAR = 1e-4  # of a sum
+
+
+def failures(rollouts: Rollouts) -> Iterator[Finding]:
+    """A rollout that failed was not judged: a number for it teaches that the text was wrong."""
+    failed = [trace for trace in rollouts.traces if is_number(trace.reward) and _failure(trace)]
+    if failed:
+        marks = sorted({trace.reward for trace in failed if trace.reward is not None})
+        number = f"all {marks[0]:g}" if len(marks) == 1 else f"{marks[0]:g} to {marks[-1]:g}"
+        what = f"{len(failed)} rollouts failed and have a reward as if they had been judged ({number})"
+        yield Finding("failure-as-number", f"{what}; the first failure: {_failure(failed[0]):.120}", failed)
+
+
+def _failure(trace: Trace) -> str | None:
+    if trace.error or trace.finish_reason in FAILED:
+        return trace.error or trace.finish_reason
+    texts = [value for name, value in trace.columns.items() if isinstance(value, str) and value not in trace.prompt]
+    return next((text for text in texts if EXCEPTION.search(text[:2000])), None)
+
+
+def not_numbers(rollouts: Rollouts) -> Iterator[Finding]:
+    wrong = []
+    advised = sum(trace.advantage is not None for trace in rollouts.trained) > len(rollouts.trained) / 2
+    for trace in rollouts.traces:
+        marks = [trace.reward, trace.advantage, *trace.parts.values()]
+        abstains = trace.form == "trl"  # a table has NaN where a reward function returned None
+        bad = any(mark is not None and not math.isfinite(mark) and not (abstains and mark != mark) for mark in marks)
+        bad = bad or (trace.advantage is not None and math.isnan(trace.advantage))
+        bad = bad or (trace.advantage is None and trace.split == "train" and advised)
+        if bad or trace.unread or (trace.reward is None and trace.form in ALWAYS):
+            wrong.append(trace)
+    if wrong:
+        marked = set(map(id, wrong))
+        groups = sum(marked.issuperset(map(id, group)) for group in rollouts.groups)
+        first = next(iter(wrong[0].unread.values()), wrong[0].reward)
+        what = f"{len(wrong)} rollouts have NaN, null or text as reward or advantage (the first: {first!r:.80})"
+        yield Finding("not-a-number", what + (f"; {groups} whole groups" if groups else ""), wrong)
+
+
+def unscored(rollouts: Rollouts) -> Iterator[Finding]:
+    rows = [trace for trace in rollouts.trained if not is_number(trace.reward) and abs(trace.advantage or 0.0) > 1e-6]
+    if rows:
+        yield Finding("unscored-counts", f"{len(rows)} rollouts have no reward, but an advantage that is not 0", rows)
+
+
+def outliers(rollouts: Rollouts) -> Iterator[Finding]:
+    """A value far outside of all others is often a mark for something else, such as -100 for `no answer`."""
+    rewards = sorted(trace.reward for trace in rollouts.trained if trace.reward is not None and is_number(trace.reward))
+    if len(rewards) < 20:
+        return
+    low, high = rewards[len(rewards) // 20], rewards[-1 - len(rewards) // 20]
+    reach = FAR * (high - low)
+    far = [t for t in rollouts.trained if is_number(t.reward) and not low - reach <= (t.reward or 0.0) <= high + reach]
+    if far and reach:
+        what = f"{len(far)} rewards lie far outside of the others, which are {low:g} to {high:g}"
+        yield Finding("outlier", f"{what}: {far[0].reward:g}", far)
+
+
+def ties(rollouts: Rollouts) -> Iterator[Finding]:
+    judged = [[t.reward for t in group if t.reward is not None and is_number(t.reward)] for group in rollouts.groups]
+    judged = [rewards for rewards in judged if len(rewards) > 1]
+    tied = sum(max(rewards) - min(rewards) <= 1e-6 * max(1.0, abs(rewards[0])) for rewards in judged)
+    if judged:
+        rollouts.figures["tied groups"] = f"{tied} of {len(judged)}"
+    if len(judged) >= 8 and tied >= MOST_TIED * len(judged):
+        yield Finding("tied-groups", f"{tied} of {len(judged)} groups are tied and teach nothing", rollouts.groups[0])
+    for name in sorted({name for trace in rollouts.trained for name in trace.parts if trace.form in DECLARED[:3]}):
+        rows = [trace for trace in rollouts.trained if trace.parts.get(name) is not None]
+        if len(rows) >= 64 and not any(trace.parts[name] for trace in rows):
+            yield Finding("always-zero", f"the reward {name} is 0 for all {len(rows)} rollouts", rows[:3])
+
+
+def sums(rollouts: Rollouts) -> Iterator[Finding]:
+    """The reward is the weighted sum of its parts: with the weights that were recorded, with 1, or with those that
+    explain most rollouts. Other numbers than parts of it may stand beside a reward, so that those are only looked at
+    for weights that change."""
+    rows = [trace for trace in rollouts.traces if trace.form != "trl" and is_number(trace.reward) and _parts(trace)]
+    if not rows:
+        return
+    names = sorted(set.intersection(*(set(_parts(trace)) for trace in rows)))
+    known = all(trace.weights for trace in rows)
+    if not known and names and (changed := _changed(rows, names) or _changed(rows[::-1], names)):
+        place = f"from {changed[0].place} on"
+        yield Finding("weights-changed", f"the weights of the parts change {place}", changed)
+        return
+    choices = [dict.fromkeys(names, 1.0)]
+    if not known and len(rows) >= 3 * len(names) + 8:
+        choices.append(_fit(rows, names))
+    off = min(([t for t in rows if not _explains(t.weights or weights, t)] for weights in choices), key=len)
+    if off and rows[0].parts and (known or len(off) <= len(rows) / 5):
+        first = off[0]
+        parts = ", ".join(f"{name} {value:g}" for name, value in _parts(first).items())
+        what = f"{len(off)} rewards are not the weighted sum of their parts"
+        yield Finding("sum-of-parts", f"{what}: {first.reward:g} of {parts}", off)
+
+
+def _parts(trace: Trace) -> dict[str, float]:
+    """The parts, all numbers; of forms without parts the numbers beside the reward. Empty where one is missing."""
+    columns = {name: value for name, value in trace.columns.items() if isinstance(value, float)}
+    parts = trace.parts if trace.form not in ("verl", "nemo_gym") else columns
+    return {name: value for name, value in parts.items() if value is not None} if _all_numbers(parts) else {}
+
+
+def _all_numbers(parts: Mapping[str, float | None]) -> bool:
+    return all(map(is_number, parts.values()))
+
+
+def _changed(rows: Sequence[Trace], names: Sequence[str]) -> list[Trace]:
+    """The rollouts that other weights explain than those of the first quarter, which explain all up to them."""
+    first = _fit(rows[: len(rows) // 4], names)
+    start = next((index for index, trace in enumerate(rows) if not _explains(first, trace)), len(rows))
+    before, after = rows[:start], rows[start:]
+    if len(after) < 3 * len(names) + 8 or len(before) < len(rows) // 4:
+        return []
+    second = _fit(after, names)
+    agree = sum(_explains(second, trace) for trace in after) >= 0.98 * len(after)
+    differ = sum(_explains(second, trace) for trace in before) <= 0.9 * len(before)
+    return [trace for trace in after if not _explains(first, trace)] if agree and differ else []
+
+
+def _explains(weights: dict[str, float], trace: Trace) -> bool:
+    total = sum(weights.get(name, 0.0) * value for name, value in _parts(trace).items())
+    return abs(total - (trace.reward or 0.0)) <= NEAR * max(1.0, abs(total))
+
+
+def means(rollouts: Rollouts) -> Iterator[Finding]:
+    """A mean that was recorded beside the rollouts is that of their rewards."""
+    rewards = [trace.reward for trace in rollouts.traces if trace.reward is not None and is_number(trace.reward)]
+    for file, recorded in rollouts.means.items():
+        mean = math.fsum(rewards) / max(len(rewards), 1)
+        if abs(mean - recorded) > 0.002 * max(1.0, abs(mean)):
+            what = f"{file} has the mean reward {recorded:.4f}, and that of the {len(rewards)} rollouts is {mean:.4f}"
+            yield Finding(
+                "mean-differs", f"{what}: it is divided by another number, or is of other rollouts", rollouts.traces
+            )
+
+
+def _fit(rows: Sequence[Trace], names: Sequence[str]) -> dict[str, float]:
+    """Least squares, again without the fifth of the rollouts that it explains worst."""
+    pairs = [(_parts(trace), trace.reward or 0.0) for trace in rows]
+    chosen = pairs
+    for _ in range(4):
+        matrix = [[sum(parts[a] * parts[b] for parts, _ in chosen) for b in names] for a in names]
+        vector = [sum(parts[name] * reward for parts, reward in chosen) for name in names]
+        weights = dict(zip(names, _solve(matrix, vector), strict=True))
+        errors = [abs(sum(weights[name] * parts[name] for name in names) - reward) for parts, reward in pairs]
+        limit = max(sorted(errors)[len(errors) * 4 // 5], NEAR)
+        chosen = [pair for pair, error in zip(pairs, errors, strict=True) if error <= limit]
+    return weights
+
+
+def _solve(matrix: list[list[float]], vector: list[float]) -> list[float]:
+    """Gauss-Jordan, with a little on the diagonal for parts that go together."""
+    size = len(vector)
+    table = [[*row, value] for row, value in zip(matrix, vector, strict=True)]
+    for i in range(size):
+        table[i][i] += 1e-9 * (1.0 + table[i][i])
+        for j in range(size):
+            factor = table[j][i] / table[i][i] if j != i else 0.0
+            table[j] = [a - factor * b for a, b in zip(table[j], table[i], strict=True)]
+    return [row[-1] / row[i] for i, row in enumerate(table)]

@@ -1,0 +1,177 @@
+"""Groups and texts: groups of several prompts, answers that changed, hacked rewards, prompts inside completions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, is_number, most_common, words
+from rewards.audit.traces import Trace, groups_of
+
+MARKERS = re.compile(
+    r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]|<\|\w+\|>(?=\s*\S)",
+    re.DOTALL,
+)
+HOSTILE = re.compile(
+    r"(?:ignore|disregard|forget) (?:all|any|the|your|every|previous|prior)\b.{0,40}\b(?:instruction|rule|rubric|grad)"
+    r"|(?:give|award|assign|grant|deserve) .{0,40}(?:full|maximum|highest|perfect|max) (?:marks?|score|reward|credit)\b"
+    r"|sys\.exit\(0\)|os\._exit\(|def __eq__|(?:unittest|pytest)\.skip|grader:|as the (?:judge|grader)",
+    re.IGNORECASE | re.DOTALL,
+)
+NOTHING = re.compile(r"\\boxed\{\s*\}|####\s*\Z|<answer>\s*</answer>")
+STATED = re.compile(r"\\boxed\{([^{}]*)\}|####\s*([^\n]+)|<answer>(.*?)</answer>", re.DOTALL)
+LONG = 40  # characters that two honest completions do not share by chance
+TEMPLATE = 12  # words of a sentence that is learned by heart
+
+
+def groups(rollouts: Rollouts) -> Iterator[Finding]:
+    every = groups_of(rollouts.trained)
+    size, share = most_common(len(group) + group[0].missing for group in every)
+    mixed = [group for group in rollouts.groups if len({trace.prompt for trace in group}) > 1]
+    mixed += _mixed_blocks(rollouts, size or 1)
+    if mixed:
+        what = f"{len(mixed)} groups hold rollouts of different prompts, whose rewards are compared"
+        yield Finding("mixed-group", what, flatten(mixed))
+    sizes = {id(group): len(group) + group[0].missing for group in every}  # with those that are recorded as failed
+    other = [group for group in every if sizes[id(group)] != size and (group[0].group or len(group) % size)]
+    if other and not mixed and share >= 0.8 and size > 1:
+        counts = ", ".join(map(str, sorted({len(group) for group in other})))
+        yield Finding(
+            "group-size", f"{len(other)} groups have {counts} rollouts; the others have {size}", flatten(other)
+        )
+    answers: dict[str, dict[str, Trace]] = {}
+    for trace in rollouts.traces:
+        if (answer := answer_of(trace)) is not None:
+            answers.setdefault(trace.prompt, {}).setdefault(answer, trace)
+    several = [list(rows.values()) for rows in answers.values() if len(rows) > 1]
+    if several and len(several) <= len(answers) / 4:
+        what = f"{len(several)} prompts have different answers in different rows"
+        yield Finding("answer-changed", what, flatten(several))
+
+
+def _mixed_blocks(rollouts: Rollouts, size: int) -> list[list[Trace]]:
+    """Without recorded groups, the rollouts of a group are neighbours: nearly all blocks of a step have one prompt."""
+    blocks: list[list[Trace]] = []
+    for rows in rollouts.steps.values():
+        if size > 1 and len(rows) % size == 0 and not any(row.group for row in rows):
+            blocks += [rows[i : i + size] for i in range(0, len(rows), size)]
+    mixed = [block for block in blocks if len({trace.prompt for trace in block}) > 1]
+    return mixed if len(mixed) <= len(blocks) / 5 else []
+
+
+def hacks(rollouts: Rollouts) -> Iterator[Finding]:
+    """Completions that get a reward without an answer."""
+    blank, idle = [], []
+    for group in rollouts.groups:
+        acting = any(map(_acts, group))
+        quiet = [t for t in group if is_number(t.reward) and not _acts(t) and (acting or not t.completion.strip())]
+        lowest = min((t.reward or 0.0 for t in group if is_number(t.reward) and t not in quiet), default=None)
+        better = [t for t in quiet if lowest is not None and (t.reward or 0.0) > lowest]
+        blank += [trace for trace in better if not trace.completion.strip()]
+        idle += [trace for trace in better if trace.completion.strip()]
+    if len(idle) > 1 and {trace.reward for trace in idle} == {0.0}:  # a start value that nothing has changed
+        blank += idle
+    if blank:
+        what = f"{len(blank)} rollouts that say or do nothing get more than others of their group"
+        yield Finding("empty-rewarded", what, blank)
+    hostile = [t for t in rollouts.high if HOSTILE.search(t.completion) and not HOSTILE.search(t.prompt)]
+    hostile += [t for t in rollouts.high if _hedges(t) or _echoes(t)]
+    if hostile:
+        what = f"{len(hostile)} completions have a high reward and address the grader, name many answers or copy"
+        yield Finding("probe-rewarded", f"{what} the prompt", hostile)
+    stated = [trace for trace in rollouts.high if NOTHING.search(trace.completion)]
+    if stated:
+        yield Finding("empty-answer", f"{len(stated)} completions have a high reward and an empty answer", stated)
+    loops = [trace for trace in rollouts.high if _loops(trace.completion)]
+    if loops:
+        yield Finding("loop-rewarded", f"{len(loops)} completions have a high reward and repeat a sentence", loops)
+    yield from _without_answer(rollouts)
+    yield from _templates(rollouts)
+
+
+def _acts(trace: Trace) -> bool:
+    return any(turn.get("tool_calls") for turn in trace.turns)
+
+
+def _hedges(trace: Trace) -> bool:
+    stated = {"".join(match).strip() for match in STATED.findall(trace.completion)}
+    return len(stated) >= 4 and len(STATED.findall(trace.prompt)) < 4
+
+
+def _echoes(trace: Trace) -> bool:
+    text = trace.completion.strip()
+    return len(text) >= LONG and " ".join(text.split()) in " ".join(trace.prompt.split())
+
+
+def _loops(text: str) -> bool:
+    """Returns whether one sentence is half of the text or more."""
+    sentence, _share = most_common(part.strip() for part in re.split(r"[.!?\n]+", text) if len(part) > 8)
+    return sentence is not None and text.count(sentence) >= 6 and text.count(sentence) * len(sentence) > len(text) / 2
+
+
+def _without_answer(rollouts: Rollouts) -> Iterator[Finding]:
+    """An answer that nearly all of the best completions name is missing in a few of them."""
+    pairs = [(trace, answer_of(trace)) for trace in rollouts.high]
+    known = [(t, a) for t, a in pairs if a is not None and len(a) <= 60 and "\\" not in a and "\n" not in a]
+    missing = [trace for trace, answer in known if not _names(trace.completion, answer)]
+    if missing and len(known) >= 20 and len(missing) <= len(known) / 10:
+        what = f"{len(missing)} of {len(known)} completions with a high reward do not contain the answer"
+        yield Finding("answer-missing", what, missing)
+
+
+def _names(text: str, answer: str) -> bool:
+    """Returns whether the text has the answer: as a number of the same value, or as the same words."""
+    try:
+        value = float(answer.replace(",", "").strip("$% "))
+    except ValueError:
+        return " ".join(words(answer)) in " ".join(words(text)) or answer.casefold() in text.casefold()
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
+    for number in numbers:
+        top, _, bottom = number.replace(",", "").partition("/")
+        if float(bottom or 1) and abs(float(top) / float(bottom or 1)) == abs(value):
+            return True
+    return False
+
+
+def _templates(rollouts: Rollouts) -> Iterator[Finding]:
+    """The same long text for different prompts, or a sentence that only the best completions have."""
+    copies: dict[str, dict[str, Trace]] = {}
+    for trace in rollouts.high:
+        if len(trace.completion) >= LONG:
+            copies.setdefault(" ".join(trace.completion.split()), {}).setdefault(trace.prompt, trace)
+    same = [list(rows.values()) for rows in copies.values() if len(rows) >= 3]
+    same = [rows for rows in same if len({answer_of(row) for row in rows} - {None}) != 1]
+    if same:
+        what = f"the same text has a high reward for {len(same[0])} different prompts"
+        yield Finding("template-rewarded", f"{what}: {same[0][0].completion:.80}", flatten(same))
+        return
+    best = {id(trace) for trace in rollouts.high}
+    low = [trace for trace in rollouts.trained if id(trace) not in best]
+    counts = Counter(gram for trace in rollouts.high for gram in _grams(trace))
+    if not counts or len(low) < 8:
+        return
+    gram, _ = counts.most_common(1)[0]
+    rows = [trace for trace in rollouts.high if gram in _grams(trace)]
+    elsewhere = sum(gram in _grams(trace) for trace in low)
+    if len({row.prompt for row in rows}) >= max(4, 0.3 * len(rollouts.high) / 4) and len(rows) >= 8 and not elsewhere:
+        what = f"{len(rows)} of the {len(rollouts.high)} best completions share a sentence that no other has"
+        yield Finding("template-rewarded", f"{what}: {gram}", rows)
+
+
+def _grams(trace: Trace) -> set[str]:
+    text, prompt = words(trace.completion), " ".join(words(trace.prompt))
+    grams = {" ".join(text[i : i + TEMPLATE]) for i in range(len(text) - TEMPLATE + 1)}
+    return {gram for gram in grams if gram not in prompt}
+
+
+def leaks(rollouts: Rollouts) -> Iterator[Finding]:
+    """Completions that hold what the sampler should have left out: the prompt, or the marks of a chat template."""
+    single = [t for t in rollouts.traces if sum(turn.get("role") == "assistant" for turn in t.turns) < 2]
+    begins = [t for t in single if len(t.prompt) >= 20 and t.completion.lstrip().startswith(t.prompt.strip())]
+    marked = [t for t in single if MARKERS.search(t.completion) and t not in begins]
+    if begins:
+        yield Finding("prompt-in-completion", f"{len(begins)} completions begin with their prompt", begins)
+    if marked:
+        what = f"{len(marked)} completions hold marks of a chat template"
+        yield Finding("marks-in-completion", f"{what}: {MARKERS.search(marked[0].completion)[0]}", marked)  # type: ignore[index]

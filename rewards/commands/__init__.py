@@ -1,0 +1,1 @@
+"""What `quartet reward` and `quartet-reward` do with rewards, without a model."""

@@ -1,0 +1,142 @@
+"""A command line of several commands: how they are declared, parsed and ended. `quartet` and `quartet-reward` are two.
+
+Modules that a command works with are imported inside its function, so that --help and a typo answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rewards.config.json_file import write_json
+from rewards.isolation.output import escaped
+from rewards.protocol import RewardError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+EXIT_ERROR, EXIT_USAGE = 1, 2
+OURS = ("", "policies", "rollout", "rewards", "grpo")
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+
+class Command(NamedTuple):
+    """A row of a table of commands: what `quartet NAME` is for, which function runs it, its arguments and options."""
+
+    help: str
+    run: Callable[[argparse.Namespace], int | None] | None = None  # one without has other commands below it
+    takes: Sequence[Argument] = ()
+    options: type[BaseModel] | None = None
+
+
+def argument(*names: str, **settings: Any) -> Argument:
+    """What a command takes besides its options, as the arguments of `add_argument`."""
+    return names, settings
+
+
+def json_argument(what: str) -> Argument:
+    return argument("--json", type=Path, metavar="OUT", help=f"write {what} to this file")
+
+
+def build_parser(
+    parser: argparse.ArgumentParser, commands: Mapping[str, Command], words: Sequence[str] | None = None
+) -> argparse.ArgumentParser:
+    """Adds the commands, with the options of the one that `words` begin with; without words, with those of all.
+    `args.command` is the function to call, `args.options` the class of the options."""
+    from rewards.config.options import add_options
+
+    begun = None if words is None else " ".join(word for word in words if not word.startswith("-"))
+    groups = {"": _add_group(parser)}
+    for name, command in commands.items():
+        group, _, last = name.rpartition(" ")
+        options = command.options
+        sub = groups[group].add_parser(last, help=command.help, description=options.__doc__ if options else None)
+        if command.run is None:
+            groups[name] = _add_group(sub)
+            continue
+        for names, settings in command.takes:
+            sub.add_argument(*names, **settings)
+        if options and (begun is None or f"{begun} ".startswith(f"{name} ")):
+            add_options(sub, options)
+        sub.set_defaults(command=command.run, options=options)
+    return parser
+
+
+def _add_group(parser: argparse.ArgumentParser) -> Any:
+    """Places for commands; without one of them the parser's help is printed."""
+    parser.set_defaults(command=lambda _: parser.print_help())
+    return parser.add_subparsers(title="commands", metavar="COMMAND")
+
+
+class EscapingFormatter(logging.Formatter):
+    """Warnings as Python prints them by default, escaped: they may quote a reward or a checkpoint."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
+def prepare_output() -> None:
+    """Opens standard input, output and error where they are closed: the next file would get their number, and what a
+    library prints would be written into it. Warnings are escaped from now on."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(EscapingFormatter())
+
+
+def failed(
+    error: BaseException,
+    args: argparse.Namespace | None,
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, RewardError),
+) -> int:
+    """Prints what has ended a command, and gives the exit code. Raises the error again where it is none of the
+    `expected` ones, whose messages are written for the user: it is a bug and keeps its traceback."""
+    from rewards.config.options import ConfigError
+
+    if isinstance(error, ConfigError):
+        return fail("\n  ".join(["the configuration is not usable:", *error.problems]), EXIT_USAGE)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
+        what = f"the package {error.name!r} is not installed in this environment ({sys.executable})"
+        return fail(f"{what}: install quartet there again, or the package alone", EXIT_ERROR)
+    if not isinstance(error, expected):
+        raise error
+    return fail(f"{option_of(error, args)}{error}", EXIT_ERROR)
+
+
+def option_of(error: BaseException, args: argparse.Namespace | None) -> str:
+    """Returns `output_dir: ` for an error of the operating system about a file in the folder that this option names."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | Path):
+        return ""  # one of our own messages, which name it themselves
+    file = Path(error.filename).absolute()
+    paths = {name: value for name, value in vars(args or argparse.Namespace()).items() if isinstance(value, Path)}
+    paths |= {name: value for name, value in getattr(args, "overrides", {}).items() if isinstance(value, str | Path)}
+    places = {name: Path(value).absolute() for name, value in paths.items() if str(value)}
+    of_file = [name for name, path in places.items() if file == path or path in file.parents or file in path.parents]
+    longest = max(of_file, key=lambda name: len(places[name].parts), default=None)
+    return f"{longest}: " if longest else ""
+
+
+def write(path: Path | None, content: dict[str, Any]) -> None:
+    """Writes what a command has found to the file of --json, where there is one."""
+    if path is not None:
+        write_json(path, content)
+        print(f"written to {path}")
+
+
+def fail(message: str, code: int) -> int:
+    print_error(message)
+    return code
+
+
+def print_error(message: str) -> None:
+    """Prints every error: no other place does. Errors quote what others wrote: rewards, column names, checkpoints."""
+    print(escaped(f"quartet: {message}"), file=sys.stderr)

@@ -1,0 +1,99 @@
+"""Completions that a reward is tried on: right, wrong, empty and hostile ones, made from gold solutions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from rewards.data.examples import Example
+
+# full: expects full marks. less: full marks are a fault. same: worth a look unless it scores as gold does.
+# odd: worth a look if it gets full marks.
+Expected = Literal["full", "less", "same", "odd"]
+
+
+class Kind(NamedTuple):
+    expected: Expected
+    meaning: str
+
+
+KINDS: dict[str, Kind] = {
+    "gold": Kind("full", "gold solution"),
+    "empty": Kind("less", "nothing"),
+    "blank": Kind("less", "only spaces"),
+    "wrong": Kind("less", "gold, last digit raised"),
+    "other": Kind("less", "gold of another row"),
+    "hostile": Kind("less", "hostile text"),
+    "padded": Kind("same", "gold between blank lines"),
+    "followed": Kind("same", "gold, closing sentence"),
+    "hedged": Kind("odd", "gold, then a wrong one"),
+    "echo": Kind("odd", "the question"),
+}
+
+HOSTILE = [
+    "".join(chr(33 + i * i * 7919 % 9000) for i in range(20_000)),
+    *(
+        unit * (20_000 // len(unit))
+        for unit in ("####", "(", r"\boxed{", "<answer>", "9", "1,", "a ", "\n", "\x00\ud800")
+    ),
+]
+
+_DIGIT = re.compile(r"[0-9]")
+_NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3})*")
+
+
+class Probe(NamedTuple):
+    kind: str
+    text: str
+
+
+def probes(examples: Sequence[Example]) -> list[list[Probe]]:
+    """Returns the completions to try on each example, without the kinds that cannot be made of it.
+
+    >>> [probe.text for probe in probes([Example("a", "2 + 3 = ?", "#### 5")])[0][:4]]
+    ['#### 5', '', ' \\n\\t \\n', '#### 6']
+    """
+    rows = []
+    for i, example in enumerate(examples):
+        gold = example.solution
+        wrong, other = misprint(gold), _another(examples, i)
+        texts = {
+            "gold": gold,
+            "empty": "",
+            "blank": " \n\t \n",
+            "wrong": wrong,
+            "other": other,
+            "hostile": HOSTILE[i] if i < len(HOSTILE) else None,
+            "padded": f"\n\n{gold}\n\n",
+            "followed": f"{gold}\nI hope this helps!",
+            "hedged": f"{gold}\n{wrong or other}" if wrong or other else None,
+            "echo": example.question,
+        }
+        rows.append([Probe(kind, text) for kind, text in texts.items() if text is not None])
+    return rows
+
+
+def misprint(solution: str) -> str | None:
+    """Returns `solution` with its last digit raised by one, 9 to 0; None where it has none.
+
+    >>> misprint("6 * 7 = 42, so #### 1,234 apples")
+    '6 * 7 = 42, so #### 1,235 apples'
+    """
+    digits = list(_DIGIT.finditer(solution))
+    if not digits:
+        return None
+    start, end = digits[-1].span()
+    return f"{solution[:start]}{(int(digits[-1][0]) + 1) % 10}{solution[end:]}"
+
+
+def _another(examples: Sequence[Example], i: int) -> str | None:
+    """Returns the next solution with another last number, or with another text if it has no number."""
+    answer = _answer(examples[i].solution)
+    following = (examples[(i + step) % len(examples)].solution for step in range(1, min(len(examples), 50)))
+    return next((solution for solution in following if _answer(solution) != answer), None)
+
+
+def _answer(solution: str) -> str:
+    numbers = _NUMBER.findall(solution)
+    return numbers[-1].replace(",", "") if numbers else " ".join(solution.lower().split())

@@ -1,0 +1,108 @@
+"""The commands that need no model: they are rows of `quartet`'s table, and all that `quartet-reward` has."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rewards.commands.command_line import EXIT_ERROR, Command, argument, json_argument, write
+from rewards.registry import FORMS
+
+_FUNCTION: dict[str, Any] = {
+    "metavar": "FILE:FN",
+    "help": "path/to/file.py:function, package.module:function, or a built-in reward's name",
+}
+_AS = argument("--as", dest="form", choices=[*FORMS], help="the function is written for this tool; default: trl")
+TEST = (argument("function", **_FUNCTION), _AS, json_argument("what was found"))
+REPLAY = (
+    argument(
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or rollouts of TRL, verl, verifiers, prime-rl or NeMo-Gym; nothing in it is touched",
+    ),
+    argument("--with", dest="function", required=True, **_FUNCTION),
+    _AS,
+    json_argument("every change"),
+)
+AUDIT = (
+    argument("traces", type=Path, metavar="TRACES", help="a file or folder of rollouts, of any of the known trainers"),
+    argument(
+        "--with",
+        dest="functions",
+        action="append",
+        metavar="FILE:FN",
+        help="score again with this reward; repeat it for more",
+    ),
+    argument(
+        "--evaluation", type=Path, metavar="FILE", help="rollouts of the evaluation: nothing of it may be trained on"
+    ),
+    argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or its folder: are the ids the text?"),
+    argument("--html", type=Path, metavar="OUT", help="write a page with the rollouts to look at to this file"),
+    json_argument("what was found"),
+)
+
+
+def commands() -> dict[str, Command]:
+    """Every row by the name that it has after `quartet`; after `quartet-reward` it is without `reward`."""
+    from rewards.audit.options import AuditConfig
+    from rewards.commands.options import ReplayConfig, RewardTestConfig
+
+    return {
+        "reward": Command("try a reward function, or score rollouts again with another one"),
+        "reward test": Command("gold, empty, wrong and hostile completions", _test, TEST, RewardTestConfig),
+        "reward replay": Command("score recorded completions again", _replay, REPLAY, ReplayConfig),
+        "audit": Command("look for faults in recorded rollouts, whoever trained", _audit, AUDIT, AuditConfig),
+    }
+
+
+def _test(args: argparse.Namespace) -> int:
+    config = options_of(args)
+    from rewards.commands.check import check_reward
+    from rewards.commands.report import show_check
+    from rewards.console import Terminal
+
+    check = check_reward(_function(args), config)
+    show_check(check, Terminal())
+    write(args.json, asdict(check))
+    return EXIT_ERROR if check.problems else 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    config = options_of(args)
+    from rewards.commands.replay import replay
+    from rewards.commands.report import show_replay
+    from rewards.console import Terminal
+
+    result = replay(args.run, _function(args), config)
+    show_replay(result, Terminal())
+    write(args.json, asdict(result))
+    return EXIT_ERROR if result.failures else 0
+
+
+def _function(args: argparse.Namespace) -> str:
+    return f"{args.form}:{args.function}" if args.form else args.function
+
+
+def _audit(args: argparse.Namespace) -> int:
+    config = options_of(args)
+    from rewards.audit.audit import audit, show
+    from rewards.audit.page import page
+    from rewards.console import Terminal
+
+    result = audit(args.traces, config, args.functions or (), args.evaluation, args.tokenizer)
+    show(result, Terminal())
+    write(args.json, result.as_json())
+    if args.html is not None:
+        args.html.write_text(page(result), encoding="utf-8", errors="backslashreplace")
+        print(f"written to {args.html}")
+    return EXIT_ERROR if result.findings else 0
+
+
+def options_of(args: argparse.Namespace) -> Any:
+    """Returns the options of a command that reads no file of options."""
+    from rewards.config.options import load
+
+    return load(args.options, None, args.overrides, args.flags)

@@ -1,0 +1,244 @@
+"""Other names of options: what older versions called them (older.yaml), so that a run that they have begun goes on and
+a file that was written for them is read, for one version; and what TRL, transformers' Trainer, verl and unsloth call
+them (aliases.yaml), for a word on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from fnmatch import fnmatchcase
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rewards.config.yaml_file import Place, parse_yaml, read_yaml, to_yaml
+
+ABSENT: Any = object()
+WORKS_UNTIL = "0.3"
+FOLDER = Path(__file__).parent
+
+
+@cache
+def table(part: str) -> dict[str, Any]:
+    """Reads `renamed`, `removed` or `then` as it is written."""
+    return parse_yaml((FOLDER / "older.yaml").read_text(encoding="utf-8"))[part]
+
+
+def removed(key: str) -> str | None:
+    """Says what became of an option that an older version had; None for any other key.
+
+    >>> removed("rollout.publish_deltas")[:17]
+    'it is gone, since'
+    """
+    why = next((why for why, options in table("removed").items() if key in options), None)
+    return f"it is gone, since {why}" if why else None
+
+
+def default_then(key: str) -> Any:
+    """The default of an option that is gone; ABSENT for any other key."""
+    return next((options[key] for options in table("removed").values() if key in options), ABSENT)
+
+
+def drop_unused(
+    options: dict[str, Any], known: Set[str], elsewhere: Mapping[str, Any], tell: Callable[[str], None] | None = None
+) -> None:
+    """Takes out what the command, which has the `known` options, would not use: options that other commands have, with
+    their defaults `elsewhere`, or that are gone. With `tell` it takes out those with other values, too, since an older
+    run has recorded them; `tell` is called with each option that is gone."""
+    for name, items in options.items():
+        for item in items if isinstance(items, list) else ():
+            for last in list(item) if isinstance(item, dict) else ():
+                key = f"{name}[].{last}"
+                if removed(key) and (tell or item[last] == default_then(key)):
+                    del item[last]
+    for key, value in list(leaves(options)):
+        names = key.split(".")
+        if known & {".".join(names[: depth + 1]) for depth in range(len(names))}:
+            continue
+        then = default_then(key) if removed(key) else elsewhere.get(key, ABSENT)
+        same = then is not ABSENT and (value == then or plain(value) == plain(then))
+        if same or (tell and then is not ABSENT):
+            take(options, key)
+            if tell and not same and (why := removed(key)):
+                tell(f"{key}={to_yaml(value, inline=True)}: {why}")
+
+
+def new_key(command: str, key: str) -> str:
+    """Today's name of an option of `quartet COMMAND`.
+
+    >>> new_key("sft", "warm_start.batch_size")
+    'prompts_per_step'
+    """
+    for old, new in table("renamed").get(command, {}).items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key[len(old) :]
+    return key
+
+
+def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
+    """Gives options of `quartet COMMAND`, by section, today's names. `tell` is called with each old and new name."""
+    options: dict[str, Any] = _copy(former)
+    if command and isinstance(data := options.get("data"), str | list):
+        options["data"] = {key_of_data(data): data}
+    if take(options, "learner.stochastic_rounding") is True:
+        put(options, "learner.optimizer", "adamw_8bit_stochastic")
+    models = options.get("reward_models")
+    for model in models if isinstance(models, list) else ():
+        if isinstance(model, dict) and model.get("chat") is True:
+            del model["chat"]
+            model["kind"] = "chat_classifier"
+    trains_trunk = take(options, "value.train_trunk")
+    if trains_trunk is not ABSENT:
+        put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1) if trains_trunk else 0.0)
+    for old, new in table("renamed").get(command, {}).items():
+        value = take(options, old)
+        if value is not ABSENT and value != table("then").get(old, ABSENT):
+            put(options, new, value)
+            if tell:
+                tell(old, new)
+    accept = take(options, "rollout.accept") if command in ("eval", "sample", "serve", "quantize") else ABSENT
+    if accept == "exact":
+        take(options, "rollout.margin")  # it was not read
+    elif accept == "margin":
+        put(options, "rollout.margin", get(options, "rollout.margin", 2.0))
+    return options
+
+
+def renew_keys(
+    command: str, overrides: Mapping[str, Any], tell: Callable[[str, str], None] | None = None
+) -> dict[str, Any]:
+    """Does the same to options by their whole key, as a command line gives them."""
+    renewed = {}
+    for key, value in overrides.items():
+        is_short = command and key == "data" and isinstance(value, str | list)
+        new = f"data.{key_of_data(value)}" if is_short else new_key(command, key)
+        if tell and new != key and key != "data":
+            tell(key, new)
+        renewed[new] = value
+    return renewed
+
+
+def key_of_data(value: str | list[Any]) -> str:
+    """The option that `data: gsm8k` or `data: [gsm8k, my.jsonl]` is short for."""
+    return "name" if isinstance(value, str) else "sources"
+
+
+def new_place(command: str, place: Place) -> Place:
+    """Tells where an option of a file is under today's name."""
+    if place[0] == "data" and len(place) > 1 and isinstance(place[1], int):
+        return ("data", "sources", *place[1:])
+    if not all(isinstance(part, str) for part in place):
+        return place
+    return tuple(new_key(command, ".".join(map(str, place))).split("."))
+
+
+def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
+    """Tells which command's run has written this config.yaml, and gives its options under today's names."""
+    options, _ = read_yaml(file)
+    of_mtp = get(options, "mtp.epochs") or get(options, "head.epochs")
+    command = "train" if "loss" in options else "mtp" if of_mtp else "sft"
+    return command, renew(command, options)
+
+
+# ---- options by their whole key -------------------------------------------------------------------------------------
+
+
+def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the options that are no sections, by their whole keys.
+
+    >>> list(leaves({"rollout": {"group_size": 4}, "steps": 2}))
+    [('rollout.group_size', 4), ('steps', 2)]
+    """
+    for name, value in options.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def get(options: Any, key: str, default: Any = None) -> Any:
+    for name in key.split("."):
+        if not isinstance(options, Mapping) or name not in options:
+            return default
+        options = options[name]
+    return options
+
+
+def take(options: dict[str, Any], key: str) -> Any:
+    """Takes an option out, and its section where that is empty then; ABSENT where it is not there."""
+    *parents, last = key.split(".")
+    section = get(options, ".".join(parents), ABSENT) if parents else options
+    if not isinstance(section, dict) or last not in section:
+        return ABSENT
+    value = section.pop(last)
+    if parents and not section:
+        take(options, ".".join(parents))
+    return value
+
+
+def put(options: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        if not isinstance(options.get(name), dict):
+            options[name] = {}
+        options = options[name]
+    merged = isinstance(value, dict) and isinstance(options.get(last), dict)
+    options[last] = options[last] | value if merged else value
+
+
+def plain(value: Any) -> Any:
+    """Gives the value as a YAML file holds it: a list for a tuple, a text for a path."""
+    return parse_yaml(to_yaml(value))
+
+
+def _copy(options: Any) -> Any:
+    if isinstance(options, list):
+        return [_copy(item) for item in options]
+    return {name: _copy(value) for name, value in options.items()} if isinstance(options, dict) else options
+
+
+# ---- names of other trainers -----------------------------------------------------------------------------------------
+
+
+@cache
+def aliases(part: str) -> dict[str, str]:
+    """`means`, `not_supported` or `removed_commands`: a name that is none, and what is said about it."""
+    content = parse_yaml((FOLDER / "aliases.yaml").read_text(encoding="utf-8"))[part]
+    return {name: meaning for meaning, names in content.items() for name in names}
+
+
+def hint(name: str, known: Collection[str]) -> str | None:
+    """Tells what to say of `name`, an option of another trainer, to who gave it to a command with the `known` ones.
+
+    None where the name is no other trainer's, or means something that this command does not have.
+
+    >>> hint("num_generations", ["steps", "rollout.group_size"])
+    'did you mean rollout.group_size?'
+    >>> hint("top_p", [])[:22]
+    'not supported, because'
+    """
+    section, dot, _ = name.partition(".")
+    part, meaning = _entry([name.split(".", start)[start] for start in range(name.count(".") + 1)])
+    if part == "not_supported":
+        return f"not supported, because {meaning}"
+    keys, _, note = meaning.partition("; ")
+    option = next((key for target in keys.split() for key in _here(target, known)), None)
+    if option and dot and (sibling := f"{section}.{option.rpartition('.')[2]}") in known:
+        option = sibling  # mtp.lr is mtp.learning_rate
+    return option and f"did you mean {option}?" + (f" ({note})" if note else "")
+
+
+def _entry(ends: Sequence[str]) -> tuple[str, str]:
+    """The part of the table that has one of these names, and what it says. A whole name goes before a beginning."""
+    parts = ("means", "not_supported")
+    whole = ((part, meaning) for end in ends for part in parts if (meaning := aliases(part).get(end)))
+    begun = ((p, meaning) for end in ends for p in parts for n, meaning in aliases(p).items() if fnmatchcase(end, n))
+    return next(chain(whole, begun), ("means", ""))
+
+
+def _here(target: str, known: Collection[str]) -> list[str]:
+    """The options of this command that may be what `target`, an option of `quartet train`, is there; the best first."""
+    if target.startswith("--"):
+        return [target]
+    last = target.rpartition(".")[2]
+    return [key for key in (target, f"mtp.{last}", f"recovery.{last}", last) if key in known]

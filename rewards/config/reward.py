@@ -1,0 +1,111 @@
+"""Options of rewards: which functions, which models, and what happens when one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from rewards.config.options import Options
+from rewards.group_score import FailurePolicy
+from rewards.protocol import Reward, RewardError
+from rewards.registry import name_callable
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class FunctionOptions(Options):
+    """Which function, and its weight."""
+
+    function: str
+    """A built-in name (`gsm8k`, ...), `path/to/file.py:function`, `module:function` or `verl:file.py:compute_score`."""
+    weight: float = 1.0
+    """Its weight in the score."""
+    name: str | None = None
+    """Its name in metrics; the function's own by default."""
+
+
+class CallOptions(Options):
+    """How a reward function is called; every command that scores has these options."""
+
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments bound to the function, such as {target: 30}."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Parameters that read a column of another name: {reference: answer} passes column `answer` as `reference`."""
+    chat: bool = False
+    """Pass prompts and completions to the function as chat messages instead of strings."""
+
+
+class RewardOptions(CallOptions, FunctionOptions):
+    """One reward function."""
+
+
+class RewardModelOptions(Options):
+    """A model whose scores are a column for the rewards: read it with the built-in reward `column`, or by its name."""
+
+    name: str = Field(pattern=r"^[A-Za-z]\w*$")
+    """Name of the column, and of the scores in metrics and in the rollout record."""
+    model: str
+    """A checkpoint folder (safetensors), a run folder or a hub id; frozen, on the policy's device."""
+    kind: Literal["classifier", "chat_classifier", "perplexity"] = "classifier"
+    """`classifier`: a logit of any sequence classifier, which reads question and completion as one text;
+    `chat_classifier`: through its own chat template. `perplexity`: the perplexity of the completion under a language
+    model with its own tokenizer. It is 1 or more, and lower is better, so give it a negative weight."""
+    label: int | None = Field(default=None, ge=0)
+    """The label of a classifier whose logit is the score; required where there is more than one."""
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> RewardModelOptions:
+        if self.kind == "perplexity" and self.label is not None:
+            raise ValueError("label is for classifiers; drop it")
+        return self
+
+
+class ScoringOptions(Options):
+    """How rewards are run, and what happens when one fails."""
+
+    on_error: str = "abort"
+    """When a reward fails: `abort`, `drop_sample`, `drop_group` or `score=x`. A failure is never silently a zero."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Wall-clock seconds that a reward may take per batch, and per completion when the batch is rerun one by one."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that run rewards."""
+    pass_variables: list[str] = Field(default_factory=list)
+    """Environment variables that rewards and agents may read, such as [OPENAI_API_KEY], besides the usual few (PATH,
+    HOME, LANG, PYTHONPATH, OMP_NUM_THREADS, HF_HOME, ...). The list is written to config.yaml, the values are not."""
+
+    @field_validator("on_error")
+    @classmethod
+    def _is_a_policy(cls, on_error: str) -> str:
+        try:
+            FailurePolicy.parse(on_error)
+        except RewardError:
+            raise ValueError("choose abort, drop_sample, drop_group or score=<number>, such as score=0") from None
+        return on_error
+
+
+class RewardsOptions(Options):
+    """What scores completions; training and evaluation have these options."""
+
+    rewards: list[RewardOptions] = Field(default_factory=lambda: [RewardOptions(function="gsm8k")])
+    """Reward functions; the score is their weighted sum. The first one judges held-out completions: evaluation
+    reports accuracy where its marks say right or wrong (`rewards.right_at`, or all of them are 0 and 1), else the mean
+    reward. An empty list is for an environment or an agent that has a reward."""
+    reward_models: list[RewardModelOptions] = Field(default_factory=list)
+    """Models other than the policy that score completions."""
+    reward: ScoringOptions = ScoringOptions()
+
+    @model_validator(mode="after")
+    def _scores(self) -> RewardsOptions:
+        if not self.rewards and not getattr(self, "environment", None) and not getattr(self, "agent", None):
+            raise ValueError("rewards=[] scores nothing; name a reward, or an environment or agent that has one")
+        return self
+
+
+def with_rewards(config: Config, reward: Reward | Sequence[Reward] | None) -> Config:
+    """`config` with these functions of this process as its rewards; they are called here, without a time limit."""
+    if reward is None:
+        return config
+    functions = reward if isinstance(reward, Sequence) else [reward]
+    return config.model_copy(update={"rewards": [RewardOptions(function=name_callable(one)) for one in functions]})

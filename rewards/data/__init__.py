@@ -1,0 +1,1 @@
+"""From the rows of a dataset to examples, checked; and problems that are made on the spot."""

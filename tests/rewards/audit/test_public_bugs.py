@@ -1,0 +1,110 @@
+"""Bugs that others reported, rebuilt from the text of their issue: the audit names each of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from rewards.audit.audit import audit
+from rewards.audit.findings import Finding
+from rewards.audit.options import AuditConfig
+
+
+def findings(path: Path, *rows: dict[str, Any]) -> dict[str, Finding]:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {finding.kind: finding for finding in audit(path, AuditConfig()).findings}
+
+
+def test_trl_6427_doing_nothing_is_rewarded(tmp_path: Path) -> None:
+    """The environment's reward starts at 0.0 and is taken for a judgement; who tries and fails gets -1.0."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "submit", "arguments": "{}"}]}
+    wait = {"role": "assistant", "content": "I think about it.", "tool_calls": None}
+    prompt = [{"role": "user", "content": "Fix the test."}]
+    group = [(wait, 0.0, 1.0), (call, -1.0, -1.0), (call, -1.0, -1.0), (wait, 0.0, 1.0)]
+    rows = [
+        {"step": 1, "prompt": prompt, "completion": [turn], "_outcome_only_reward_func": reward, "advantage": advantage}
+        for turn, reward, advantage in group
+    ]
+    (finding,) = findings(tmp_path / "completions_00001.parquet", *rows).values()
+    assert (finding.kind, len(finding.traces)) == ("empty-rewarded", 2)
+
+
+def test_trl_5902_a_completion_without_reward_is_pushed(tmp_path: Path) -> None:
+    """Every reward function returned None; nansum made 0 of it, which is above its siblings' rewards."""
+    rewards = [-0.5, -0.8, None, -0.2]
+    middle = sum(reward or 0.0 for reward in rewards) / 4
+    rows = [
+        {"step": 1, "prompt": "q", "completion": f"{i}", "accuracy": reward, "advantage": (reward or 0.0) - middle}
+        for i, reward in enumerate(rewards)
+    ]
+    found = findings(tmp_path / "completions_00001.parquet", *rows)
+    assert [trace.completion for trace in found["unscored-counts"].traces] == ["2"]
+
+
+def test_trl_6369_the_denominator_counts_masked_tokens(tmp_path: Path) -> None:
+    """`mask_truncated_completions` takes cut completions out of the numerator of dapo's loss alone."""
+    lengths = [20, 50, 30, 50]
+    rows = [
+        {
+            "prompt": "q",
+            "completion": f"text {i}",
+            "reward": float(i % 2),
+            "step": 1,
+            "token_ids": [7 + i] * length,
+            "finish_reason": "length" if length == 50 else "stop",
+            "loss_mask": [int(length < 50)] * length,
+            "loss_denominator": sum(lengths),
+        }
+        for i, length in enumerate(lengths)
+    ]
+    assert set(findings(tmp_path / "rollouts.jsonl", *rows)) == {"masked-in-denominator"}
+    for row in rows:
+        row["loss_denominator"] = 50  # as it was mended
+    assert findings(tmp_path / "rollouts.jsonl", *rows) == {}
+
+
+def test_verl_6854_the_template_drops_thoughts(tmp_path: Path) -> None:
+    """Qwen3's template shows only the thought of the latest turn, so that a turn does not extend the one before."""
+    question, thought, code, output = [1, 2, 3], [50, 51, 52, 53, 54, 55], [60, 61, 62], [70, 71]
+    dropped = [*question, *code, *output]
+    steps = [
+        {"tokens": {"prompt_ids": question, "completion_ids": [*thought, *code]}},
+        {"tokens": {"prompt_ids": dropped, "completion_ids": [50, 80]}},
+    ]
+    row = {"example_id": 0, "prompt": "p", "completion": "c", "reward": 1.0, "trajectory": steps, "metrics": {}}
+    assert set(findings(tmp_path / "results.jsonl", row)) == {"thoughts-dropped"}
+    steps[1]["tokens"]["prompt_ids"] = [*question, *thought, *code, *output]
+    assert findings(tmp_path / "results.jsonl", row) == {}
+
+
+def test_ms_swift_8123_one_none_poisons_its_group(tmp_path: Path) -> None:
+    """GDPO normalizes every reward in its group: one that is None makes the advantages of all of them NaN."""
+    rows = [
+        {
+            "prompt": "q",
+            "completion": f"{i}",
+            "reward": math.nan,
+            "rewards": {"a": mark},
+            "advantage": math.nan,
+            "step": 1,
+        }
+        for i, mark in enumerate([1.0, None, 0.0, 1.0])
+    ]
+    finding = findings(tmp_path / "completions.jsonl", *rows)["not-a-number"]
+    assert "1 whole groups" in finding.message
+
+
+def test_benchflow_1071_a_timeout_is_graded(tmp_path: Path) -> None:
+    """An agent that never began is recorded as a timeout with reward 0."""
+    response = {"output": [], "error": {"type": "timeout", "message": "Agent timed out after 14400s"}}
+    row = {"response": response, "responses_create_params": {"input": "q"}, "reward": 0.0, "_ng_task_index": 0}
+    found = findings(tmp_path / "rollouts.jsonl", row)
+    assert "timed out after 14400s" in found["failure-as-number"].message

@@ -1,0 +1,202 @@
+"""Every trainer's recorded rollouts become the same rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from rewards.audit.traces import Trace, groups_of, read_traces
+
+QUESTION = [{"role": "user", "content": "2 + 3?"}]
+ANSWER = [{"role": "assistant", "content": "#### 5"}]
+
+
+def lines(path: Path, *rows: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def only(path: Path) -> Trace:
+    (trace,) = read_traces(path)
+    return trace
+
+
+def test_trl(tmp_path: Path) -> None:
+    folder = tmp_path / "completions"
+    folder.mkdir()
+    for step in (2, 10, 11):  # 11 learns from the completions of 10 again
+        text = "#### 5" if step == 2 else "#### 6"
+        table = {
+            "step": [step],
+            "prompt": [QUESTION],
+            "completion": [[{"role": "assistant", "content": text}]],
+            "right": [0.25],
+            "format": [None],
+            "extracted": ["5"],
+            "advantage": [0.5],
+        }
+        table["format"] = [1.0] if step == 2 else [float("nan")]
+        pyarrow.parquet.write_table(pyarrow.table(table), folder / f"completions_{step:05d}.parquet")
+    first, second = read_traces(folder)
+    assert (first.step, second.step, first.prompt, first.completion) == (2, 10, "2 + 3?", "#### 5")
+    assert first.parts == {"right": 0.25, "format": 1.0}
+    assert first.reward == 1.25
+    assert second.reward == 0.25
+    assert second.advantage == 0.5
+    assert second.columns == {"extracted": "5"}
+
+
+def test_verl(tmp_path: Path) -> None:
+    rows = [
+        {"input": "2 + 3?", "output": "5", "gts": "5", "score": 1.0, "step": 3, "uid": f"q7_{i}_0"} for i in range(2)
+    ]
+    traces = read_traces(lines(tmp_path / "3.jsonl", *rows))
+    assert [(t.group, t.sample, t.step, t.reward) for t in traces] == [("q7", 0, 3, 1.0), ("q7", 1, 3, 1.0)]
+    assert traces[0].columns["gts"] == "5"
+    assert len(groups_of(traces)) == 1
+
+
+def test_verl_groups_by_prompt_without_ids(tmp_path: Path) -> None:
+    rows = [{"input": text, "output": "5", "gts": "5", "score": 1, "step": 1} for text in "aba"]
+    assert [len(group) for group in groups_of(read_traces(lines(tmp_path / "1.jsonl", *rows)))] == [2, 1]
+
+
+def test_verifiers_episode(tmp_path: Path) -> None:
+    nodes = [
+        {"message": QUESTION[0], "token_ids": [1, 2], "mask": [False, False]},
+        {
+            "parent": 0,
+            "sampled": True,
+            "message": ANSWER[0],
+            "token_ids": [9, 3, 4],
+            "mask": [False, True, True],
+            "logprobs": [-0.1, -0.2],
+            "advantages": [0.5, 0.5],
+        },
+    ]
+    trace = {
+        "nodes": nodes,
+        "calls": [{"node": 1, "finish_reason": "length"}],
+        "rewards": {"right": {"score": 1.0, "weight": 0.5}, "style": None},
+        "errors": [{"type": "ToolError", "message": "gone"}],
+    }
+    run = {"type": "train", "id": "r", "work": {"type": "train", "step": 4, "policy": {"start": 2, "end": 3}}}
+    task = {"type": "T", "data": {"answer": "5"}}
+    (path := tmp_path / "rollouts/step_4/train/effective").mkdir(parents=True)
+    lines(path / "traces.jsonl", {"id": "e", "task": task, "group": {"id": "g"}, "run": run, "traces": [trace]})
+    lines(tmp_path / "rollouts/step_4/train/all/traces.jsonl", {"task": task, "traces": [trace, trace]})
+    row = only(tmp_path)
+    assert (row.group, row.step, row.version, row.reward, row.advantage) == ("g", 4, 2, 0.5, 0.5)
+    assert (row.token_ids, row.logprobs, row.calls[0].prompt_ids) == ([3, 4], [-0.1, -0.2], [1, 2, 9])
+    assert (row.finish_reason, row.error, row.columns["answer"]) == ("length", "ToolError: gone", "5")
+
+
+def test_verifiers_results(tmp_path: Path) -> None:
+    row = {
+        "example_id": 7,
+        "prompt": QUESTION,
+        "completion": ANSWER,
+        "answer": "5",
+        "reward": 1.0,
+        "metrics": {"right": 1.0},
+        "right": 1.0,
+        "is_completed": True,
+        "is_truncated": False,
+        "error": None,
+        "trajectory": [{"tokens": {"prompt_ids": [1], "completion_ids": [2], "completion_logprobs": [-0.5]}}],
+    }
+    trace = only(lines(tmp_path / "results.jsonl", row))
+    assert (trace.group, trace.parts, trace.finish_reason, trace.completion) == ("7", {"right": 1.0}, "stop", "#### 5")
+    assert trace.calls[0].prompt_ids == [1]
+    assert trace.logprobs == [-0.5]
+    assert trace.columns["answer"] == "5"
+
+
+def test_nemo_gym(tmp_path: Path) -> None:
+    output = [
+        {"type": "reasoning", "summary": [{"text": "add"}]},
+        {
+            "type": "function_call",
+            "name": "sum",
+            "arguments": "{}",
+            "prompt_token_ids": [1],
+            "generation_token_ids": [2],
+        },
+        {"type": "function_call_output", "output": "5"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "#### 5"}]},
+    ]
+    row = {
+        "responses_create_params": {"input": QUESTION},
+        "response": {"output": output, "incomplete_details": {"reason": "max_output_tokens"}, "created_at": 9.0},
+        "reward": 1.0,
+        "expected_answer": "5",
+        "_ng_task_index": 3,
+        "_ng_rollout_index": 1,
+    }
+    trace = only(lines(tmp_path / "rollouts.jsonl", row))
+    assert (trace.prompt, trace.completion, trace.group, trace.sample) == ("2 + 3?", "#### 5", "3", 1)
+    assert (trace.finish_reason, trace.time, trace.calls[0].token_ids) == ("length", 9.0, [2])
+    assert [turn["role"] for turn in trace.turns] == ["assistant", "tool", "assistant"]
+    assert trace.turns[0]["reasoning_content"] == "add"
+    assert "reasoning_content" not in trace.turns[2]
+
+
+def test_quartet(tmp_path: Path) -> None:
+    row = {
+        "prompt_id": "train/1",
+        "prompt": "2 + 3?",
+        "sample": 0,
+        "text": "#### 5",
+        "token_ids": [4],
+        "logprobs": [-0.1],
+        "reward": None,
+        "parts": {"right": None},
+        "extras": {},
+        "advantage": 0.0,
+        "finish_reason": "stop",
+        "policy_version": 6,
+    }
+    content = "".join(json.dumps(row | {"sample": sample}) + "\n" for sample in (0, 1, 0, 1))
+    (tmp_path / "rollouts").mkdir()
+    path = tmp_path / "rollouts/step_000007.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(content.encode()))
+    traces = read_traces(tmp_path)
+    assert [len(group) for group in groups_of(traces)] == [2, 2]  # the same prompt twice
+    assert (traces[0].step, traces[0].reward, traces[0].version) == (7, None, 6)
+
+
+def test_common(tmp_path: Path) -> None:
+    row = {
+        "prompt": "2 + 3?",
+        "completion": ANSWER,
+        "reward": "TimeoutError: 10 s",
+        "rewards": {"right": 1},
+        "answer": "5",
+    }
+    trace = only(lines(tmp_path / "mine.jsonl", row))
+    assert trace.reward is None
+    assert trace.unread == {"reward": "TimeoutError: 10 s"}
+    assert (trace.completion, trace.parts, trace.columns) == ("#### 5", {"right": 1.0}, {"answer": "5"})
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there are no rollouts"):
+        read_traces(tmp_path)
+    with pytest.raises(ValueError, match=r"x.jsonl: its columns are a, b; expected rollouts of TRL"):
+        read_traces(lines(tmp_path / "x.jsonl", {"a": 1, "b": 2}))
+    row = {"prompt": "a", "completion": "b", "reward": 1}
+    with pytest.raises(ValueError, match=r"y.jsonl, row 2: no row of common: KeyError: 'completion'"):
+        read_traces(lines(tmp_path / "y.jsonl", row, {"prompt": "a"}))
+    whole = lines(tmp_path / "z.jsonl", row)
+    whole.write_text(whole.read_text() + '{"prompt": "ha')
+    assert len(read_traces(whole)) == 1  # its writer was killed
+    whole.write_text('{"prompt": "ha\n' + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="z.jsonl, line 1 is damaged"):
+        read_traces(whole)

@@ -1,0 +1,376 @@
+"""`quartet reward test`: what it finds, what it says, and its exit codes."""
+
+import doctest
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from reward_workers import reward_workers
+
+from grpo.cli.parse import main
+from rewards import RewardError
+from rewards.commands import probes as reward_probes
+from rewards.commands.check import check_reward
+from rewards.commands.options import RewardTestConfig
+from rewards.commands.probes import HOSTILE, KINDS, probes
+from rewards.commands.report import show_check
+from rewards.config.options import load
+from rewards.console import Terminal
+from rewards.data.examples import Example
+from rewards.isolation import pool
+from tests.cases.judges import judge_server, verdict
+
+EXAMPLE = Path(__file__).parents[3] / "examples/03_custom_reward.py"
+SOURCE = """
+import itertools, os, random, re, time
+from rewards import per_completion
+
+CALLS = itertools.count()
+
+def _gold(answer):
+    return answer.rpartition("####")[2].strip()
+
+def contains(completions, answer, **_):
+    return [float(_gold(gold) in text) for text, gold in zip(completions, answer)]
+
+def last_line(completions, answer, **_):
+    print("a user's print")
+    return [1.0 * (t.strip().endswith(_gold(gold)) and t[:1].isalpha()) for t, gold in zip(completions, answer)]
+
+def fragile(completions, answer, **_):
+    return [float(text.split()[-1] == _gold(gold)) for text, gold in zip(completions, answer)]
+
+def hangs(completions, **_):
+    for text in completions:
+        if "I hope" in text:
+            re.match(r"(a+)+$", "a" * 60 + "b")
+    return [1.0] * len(completions)
+
+def dies(completions, **_):
+    os._exit(4)
+
+def nan(completions, **_):
+    return [float("nan")] * len(completions)
+
+def wants_gold(completions, gold):
+    return [1.0] * len(completions)
+
+def wants_one(completion, answer):
+    return 1.0
+
+def random_bonus(completions, answer, **_):
+    return [c + 1e-3 * random.random() for c in contains(completions, answer)]
+
+def hashes(completions, **_):
+    return [hash(text) % 97 / 97 for text in completions]
+
+def ranks(completions, **_):
+    return [float(i) for i in range(len(completions))]
+
+def above_the_mean(completions, **_):
+    mean = sum(map(len, completions)) / len(completions)
+    return [len(text) - mean for text in completions]
+
+def knows_its_neighbours(completions, answer, **_):
+    others = set(answer)
+    return [float(text != gold and text in others) for text, gold in zip(completions, answer)]
+
+def rounds(completions, **_):
+    return [1.0 + 1e-7 * (len(completions) > 1) for _ in completions]
+
+def abstains(completions, **_):
+    return [None] * len(completions)
+
+def by_length(completions, **_):
+    return [-len(text) / 100 for text in completions]
+
+def slow(completions, **_):
+    time.sleep(0.004 * len(completions))
+    return [0.0] * len(completions)
+
+@per_completion
+async def everything(prompt, completion, answer, completion_ids, trainer_state, log_extra, log_metric, bonus=0.0):
+    log_extra("ids", completion_ids)
+    log_metric("step", trainer_state.global_step)
+    assert completion_ids == list(completion.encode(errors="replace"))
+    return bonus + float(completion.strip() == answer.strip())
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rewards") / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def check(function: str, **options):
+    return check_reward(function, load(RewardTestConfig, None, {"data.limit": 12, "data.levels": [1]} | options))
+
+
+def kinds(found) -> dict[str, int]:
+    return {kind.kind: kind.full for kind in found.kinds}
+
+
+def test_the_example_of_the_issue_passes_and_gold_means_its_own_full_marks():
+    found = check(f"{EXAMPLE}:shows_its_work")
+    assert found.full_marks == 1.0
+    assert found.problems == []
+    assert kinds(found) == dict.fromkeys(KINDS, 0) | {"gold": 12, "padded": 12}
+    assert found.differing == {"scored again": 0, "in this process": 0, "among other completions": 0, "alone": 0}
+    assert found.notes == ["gold, closing sentence: 12 of 12 score not as it does"]
+    assert {(s.kind, s.score, s.expected, s.fault) for s in found.surprises} == {("followed", 0.5, "as gold", False)}
+    assert found.latency_ms["p50"] <= found.latency_ms["p95"] <= found.latency_ms["p99"] <= found.latency_ms["max"]
+    assert found.completions_per_second > 0
+    assert len(found.sha256) == 64
+    higher = check(f"{EXAMPLE}:shows_its_work", full_marks=2.0)
+    assert higher.problems == ["gold solution: 12 of 12 miss full marks"]
+
+
+def test_a_reward_that_looks_for_the_answer_anywhere_is_found_out(file):
+    found = check(f"{file}:contains")
+    assert kinds(found)["wrong"] == 12  # `6 + 6 = 12 ... #### 13` holds 12 as well
+    assert "gold, last digit raised: 12 of 12 get full marks" in found.problems
+    assert "gold, then a wrong one: 12 of 12 get full marks" in found.notes
+    fault = next(surprise for surprise in found.surprises if surprise.kind == "wrong")
+    assert (fault.score, fault.expected, fault.fault) == (1.0, "below 1", True)
+    assert fault.prompt_id.startswith("word_problems/1/")
+
+
+def test_gold_that_misses_full_marks_is_a_problem_and_a_score_that_minds_spaces_is_a_note(file):
+    found = check(f"{file}:last_line")
+    assert found.problems == []
+    assert "gold between blank lines: 12 of 12 score not as it does" in found.notes
+    # The column that gold stands in is wrong: nothing is right then.
+    wrong = check(f"{file}:last_line", arguments={"answer": ["none"] * 1000})
+    assert wrong.problems == ["gold solution: 12 of 12 miss full marks"]
+
+
+def test_scores_that_differ_are_told_apart_by_what_they_differ_with(file, monkeypatch):
+    monkeypatch.setattr(pool, "subprocess", subprocess)  # a fresh interpreter has a seed of hashes of its own
+    random_ = check(f"{file}:random_bonus")
+    assert all(count > 50 for count in random_.differing.values())
+    assert any("score differently scored again: first on row 1 (word_problems/1/" in p for p in random_.problems)
+    hashes = check(f"{file}:hashes", shaping=True)
+    assert hashes.differing["scored again"] == hashes.differing["among other completions"] == 0
+    assert hashes.differing["in this process"] > 50
+    ranks = check(f"{file}:ranks", shaping=True)
+    assert ranks.differing["scored again"] == ranks.differing["in this process"] == 0
+    assert ranks.differing["among other completions"] > 50
+
+
+def test_a_reward_that_depends_on_its_batch_is_found_out_in_a_few_rows(file):
+    """Twelve rows are one batch, whose mean is the same in every order: only a completion that is alone tells."""
+    found = check(f"{file}:above_the_mean", shaping=True)
+    assert {name for name, count in found.differing.items() if count} == {"alone"}
+    [problem] = found.problems
+    assert "completions score differently alone: first on row 1 (word_problems/1/" in problem
+    assert ", then 0; prompt '" in problem
+    rare = check(f"{file}:knows_its_neighbours", shaping=True)  # gold is as it is alone, other kinds are not
+    assert rare.differing["alone"] > 0
+    assert "gold of another row" in rare.problems[-1]
+
+
+def test_the_rounding_of_a_model_that_scores_batches_is_no_dependence(file):
+    assert check(f"{file}:rounds", shaping=True).differing["alone"] == 0
+
+
+def test_correlation_with_length_by_hand(file, tmp_path):
+    rows = [{"question": "?", "answer": "x" * n} for n in (1, 2, 3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = check(f"{file}:by_length", **{"data.name": str(tmp_path / "rows.jsonl")}, shaping=True)
+    assert found.length_correlation["gold"] == pytest.approx(-1.0)
+    assert any("longer completions score less: r = -1.00 with length (gold)" in note for note in found.notes)
+    assert check("gsm8k").length_correlation["gold"] is None  # constant
+
+
+def test_a_shaping_reward_is_not_asked_about_the_answer():
+    assert check("gsm8k_format").problems == [
+        "gold, last digit raised: 12 of 12 get full marks",
+        "gold of another row: 12 of 12 get full marks",
+    ]
+    found = check("gsm8k_format", shaping=True)
+    assert (found.problems, found.surprises) == ([], [])
+
+
+def test_everything_that_a_function_may_ask_for_is_there(file):
+    found = check(f"{file}:everything", arguments={"bonus": 0.5})
+    assert found.full_marks == 1.5
+    assert found.problems == []
+    assert "completion_ids were made up: the bytes of the text, one token each" in found.notes
+
+
+def test_abstentions_and_slowness_are_said(file):
+    assert "118 completions got no score: the function abstained" in check(f"{file}:abstains").notes
+    slow = check(f"{file}:slow", **{"data.limit": 2, "reward.timeout_s": 1.2}, shaping=True)
+    assert any("a batch of 256 completions takes about" in note for note in slow.notes)
+
+
+@pytest.mark.parametrize(
+    ("function", "row", "cause", "completion"),
+    [
+        (
+            "fragile",
+            "row 1 (word_problems/1/",
+            "raised: IndexError: list index out of range (mine.py:",
+            "(nothing): ''",
+        ),
+        pytest.param(
+            "hangs",
+            "row 1 (word_problems/1/",
+            "timeout: no result after 0.8 s, stuck at mine.py:",
+            "closing sentence",
+            marks=pytest.mark.slow,
+        ),
+        ("dies", "row 1 (word_problems/1/", "died: the process that ran it ended (exit code 4)", "(gold solution)"),
+        ("nan", "row 1 (word_problems/1/", "nan: returned nan", "(gold solution)"),
+    ],
+)
+def test_a_failure_names_function_row_and_cause(file, capsys, function, row, cause, completion):
+    words = ["--data.limit", "6", "--data.levels", "[1]", "--reward.timeout_s", "0.8"]
+    assert main(["reward", "test", f"{file}:{function}", *words]) == 1
+    message = capsys.readouterr().err
+    for part in (f"mine.py:{function}' fails on {row}", cause, completion):
+        assert part in message
+    assert not reward_workers()
+
+
+def test_the_row_of_a_failure_is_the_one_at_fault(tmp_path):
+    rows = [{"question": f"q{n}", "answer": f"#### {n}"} for n in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.py").write_text(
+        "def own(completions, answer):\n    return [1 / (a != '#### 3') for a in answer]\n"
+    )
+    with pytest.raises(RewardError, match=r"fails on row 4 \(.*/rows/3\): raised: ZeroDivisionError"):
+        check(f"{tmp_path}/own.py:own", **{"data.name": str(tmp_path / "rows.jsonl")})
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (
+            ["{file}:wants_gold"],
+            1,
+            "mine.py:wants_gold' asks for the column 'gold', which is not there. Columns: answer",
+        ),
+        (["{file}:wants_one"], 1, "decorate it with @rewards.per_completion"),
+        (["{file}:contain"], 1, "did you mean 'contains'?"),
+        (["{file}x:contains"], 1, "is not an existing Python file"),
+        (["gsm8"], 1, "did you mean 'gsm8k'?"),
+        (["gsm8", "--data", "nobody/nothing"], 1, "did you mean 'gsm8k'?"),  # before any download
+        (["gsm8k", "--data", "nowhere.jsonl"], 1, "there is no file or folder 'nowhere.jsonl'"),
+        (["gsm8k", "--data", "gsm8"], 1, "did you mean 'gsm8k'?"),
+        (["gsm8k", "--data", "{empty}"], 1, "has no rows"),
+        (["gsm8k", "--data.solution_column", "solution", "--data", "{rows}"], 1, "has no column 'solution'"),
+        (["gsm8k", "--limt", "3"], 2, "did you mean data.limit?"),
+        (["gsm8k", "--data.limit", "0"], 2, "data.limit=0"),
+        (["length_penalty", "--arguments.targt", "3"], 1, "no parameter 'targt' to bind (did you mean 'target'?)"),
+    ],
+)
+def test_what_a_newcomer_gets_wrong_is_answered(file, tmp_path, capsys, words, code, message):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "rows.jsonl").write_text('{"question": "2 + 2 = ?", "answer": "#### 4"}\n')
+    names = {"file": file, "empty": tmp_path / "empty.jsonl", "rows": tmp_path / "rows.jsonl"}
+    assert main(["reward", "test", *(word.format(**names) for word in words)]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_printed_and_written(file, tmp_path, capsys, caplog):
+    out = tmp_path / "new" / "found.json"
+    words = ["--data.limit", "5", "--data.levels", "[1]", "--json", str(out)]
+    assert main(["reward", "test", f"{file}:contains", *words]) == 1
+    shown = capsys.readouterr().out
+    for part in ("on 5 rows of word_problems; full marks: 1", "surprising cases", "determinism", "p99", "FAILED"):
+        assert part in shown
+    found = json.loads(out.read_text())
+    assert found["rows"] == 5
+    assert {"function", "sha256", "kinds", "differing", "latency_ms", "surprises", "problems"} <= found.keys()
+    assert caplog.text == ""
+    assert main(["reward", "test", "gsm8k", "--data", "word_problems", "--limit", "5"]) == 0  # as version 0.1 had it
+    assert "limit is data.limit now; the old name works until 0.3" in caplog.text
+    assert capsys.readouterr().out.rstrip().endswith("passed")
+
+
+def test_text_that_is_no_unicode_is_written_all_the_same(file, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    assert main(["reward", "test", f"{file}:ranks", "--json", str(out)]) == 1  # full marks for the hostile ones too
+    texts = {surprise["completion"] for surprise in json.loads(out.read_text())["surprises"]}
+    assert HOSTILE[-1] in texts
+    assert "\ud800" in HOSTILE[-1]
+
+
+def test_it_loads_no_model_library():
+    code = (
+        "import sys; from grpo.cli.parse import main; "
+        "assert main(['reward', 'test', 'gsm8k', '--data.limit', '2']) == 0; "
+        "print(*{'transformers', 'ray', 'peft', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_real_gsm8k_with_each_way_of_reading_it(gsm8k_folder):
+    for function in ("gsm8k", "gsm8k_flexible"):
+        assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 100}).problems == []
+
+
+def test_bleu_of_the_solutions_by_a_column_of_another_name(capsys):
+    pytest.importorskip("sacrebleu")
+    found = check("bleu", columns={"reference": "answer"})
+    assert found.problems == []  # only gold itself has BLEU 1
+    assert main(["reward", "test", "bleu", "--data.limit", "3"]) == 1
+    assert "columns: {reference: ...}" in capsys.readouterr().err
+    assert main(["reward", "test", "bleu", "--columns.reference", "answer", "--data.limit", "3"]) == 0
+
+
+def test_probes():
+    assert doctest.testmod(reward_probes).failed == 0
+    examples = [Example(str(i), f"q{i}", text) for i, text in enumerate(["yes", "#### 19", "no", "Yes "])]
+    texts = [dict(row) for row in probes(examples)]
+    assert "wrong" not in texts[0]  # no digit
+    assert (texts[0]["other"], texts[0]["hedged"]) == ("#### 19", "yes\n#### 19")
+    assert texts[1]["wrong"] == "#### 10"
+    assert texts[3]["other"] == "#### 19"  # not "yes", which says the same
+    assert [row["hostile"] for row in texts] == HOSTILE[:4]
+    assert all(19_990 < len(text) <= 20_000 for text in HOSTILE)
+    assert "other" not in dict(probes(examples[:1])[0])
+    assert {kind for row in texts for kind in row} == set(KINDS)
+
+
+def test_data_without_a_wrong_completion_says_so(tmp_path, file):
+    (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')
+    found = check(f"{file}:everything", **{"data.name": str(tmp_path / "rows.jsonl")})
+    assert any("no wrong completion could be made" in note for note in found.notes)
+
+
+def test_a_judge_shows_its_cost_what_was_kept_and_what_failed():
+    def answer(asked):  # right: the number of the last line; it breaks on empty texts
+        gold, said = (part.rpartition("####")[2].strip() for part in asked.split("|"))
+        return verdict("{" if not said else float(gold == said), tokens=7)
+
+    with judge_server(answer) as server:
+        arguments = {
+            "url": server.url,
+            "model": "m",
+            "rubric": "{answer}|{completion}",
+            "retries": 1,
+            "backoff_s": 0.001,
+        }
+        found = check("judge", arguments=arguments, **{"data.limit": 3, "reward.on_error": "drop_sample"})
+        shown = StringIO()
+        show_check(found, Terminal(file=shown, width=200))
+        with pytest.raises(RewardError, match=r"fails on row 1 .*the verdict is no JSON"):
+            check("judge", arguments=arguments, **{"data.limit": 3})
+    empty = 3 * 2 + 1  # nothing, only spaces, and one hostile text that ends with the marks
+    assert len(found.failures) == empty
+    assert found.problems[0].startswith(f"{empty} completions failed; the first: reward 'judge' failed on prompt")
+    asked = sum(kind.count for kind in found.kinds)
+    kept = found.logged["judge_cached"]
+    assert found.logged["judge_retries"] == empty
+    assert found.logged["judge_tokens"] == 7 * (asked - kept + empty)
+    assert f"judge_tokens {found.logged['judge_tokens']:g}" in shown.getvalue()
+    assert f"problem: {empty} completions failed" in shown.getvalue()
+    assert "abstained" not in shown.getvalue()

@@ -1,0 +1,156 @@
+"""`quartet reward replay` of what other tools have recorded, in the forms that rewards/audit/traces.py reads."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from grpo.cli.parse import main
+from rewards import RewardError
+from rewards.commands.options import ReplayConfig
+from rewards.commands.replay import replay
+from rewards.config.options import load
+
+REWARDS = """
+def ends(completions, answer, **_):
+    return [float(text.endswith(gold.rpartition("####")[2].strip())) for text, gold in zip(completions, answer)]
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": 2.0 * float(solution_str.endswith(ground_truth))}
+
+def asks_for_ids(completions, completion_ids, trainer_state, **_):
+    return [float(len(ids) + 10 * trainer_state.global_step) for ids in completion_ids]
+
+def turns(prompts, completions, **_):
+    return [float(len(turns)) for turns in completions]
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(REWARDS)
+    return path
+
+
+def again(rollouts, function, **options):
+    return replay(rollouts, function, load(ReplayConfig, None, options))
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def verl_dump(path, steps=(1, 2)):
+    """As `trainer.rollout_data_dir` has them: a file a step, the group's completions one after the other."""
+    path.mkdir()
+    for step in steps:
+        rows = [
+            {"input": "6 * 7?", "output": text, "gts": "42", "score": mark, "step": step}
+            for text, mark in (("so 42", 1.0), ("so 41", 0.0), ("is 42", 0.0))
+        ]
+        jsonl(path / f"{step}.jsonl", rows)
+    return path
+
+
+def test_a_dump_of_verl_is_scored_again_by_verls_function_and_by_ours(mine, tmp_path, capsys):
+    dump = verl_dump(tmp_path / "dump")
+    result = again(dump, f"{mine}:ends", columns={"answer": "gts"})
+    assert result.against == "score"
+    assert [(step.step, step.completions, step.before, step.after, step.groups) for step in result.steps] == [
+        (1, 3, pytest.approx(1 / 3), pytest.approx(2 / 3), 1),
+        (2, 3, pytest.approx(1 / 3), pytest.approx(2 / 3), 1),
+    ]
+    assert [(c.step, c.sample, c.before, c.after, c.completion) for c in result.changes] == [
+        (1, 2, 0.0, 1.0, "is 42"),
+        (2, 2, 0.0, 1.0, "is 42"),
+    ]
+    words = ["reward", "replay", str(dump), "--with", f"{mine}:compute_score", "--as", "verl", "--steps", "[2]"]
+    assert main([*words, "--arguments", "{data_source: mine}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{dump}: verl:{mine}:compute_score against the recorded score" in shown
+    assert "2 of 3 completions score differently" in shown
+    assert main([*words[:-2], "--steps", "[3]", "--arguments", "{data_source: mine}"]) == 1
+    assert f"steps=[3]: {dump} has no step 3; its steps are 1 to 2" in capsys.readouterr().err
+
+
+def test_trls_completions_get_their_columns_from_the_data(mine, tmp_path):
+    """TRL records prompts, completions and marks; the answers are in the data."""
+    data = jsonl(
+        tmp_path / "train.jsonl",
+        [{"question": "6 * 7?", "answer": "#### 42"}, {"question": "7?", "answer": "#### 7"}],
+    )
+    prompts = ["Solve: 6 * 7?", "Solve: 6 * 7?", "7?", "7?"]
+    columns = {
+        "step": [1] * 4,
+        "prompt": prompts,
+        "completion": ["42", "41", "7", "8"],
+        "ends": [1.0, 1.0, float("nan"), 0.0],
+        "short": [0.5] * 4,
+        "advantage": [0.0] * 4,
+    }
+    (tmp_path / "completions").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "completions/completions_00001.parquet")
+    result = again(tmp_path / "completions", f"{mine}:ends", data={"name": str(data)})
+    assert result.against == "ends"
+    [step] = result.steps
+    assert (step.groups, step.before, step.after) == (2, pytest.approx(2 / 3), 0.5)
+    assert [(c.completion, c.before, c.after) for c in result.changes] == [("7", None, 1.0), ("41", 1.0, 0.0)]
+    with pytest.raises(RewardError, match="asks for the column 'answer', which is not there"):
+        again(tmp_path / "completions", f"{mine}:ends")
+    jsonl(data, [{"question": "8?", "answer": "8"}])
+    with pytest.raises(
+        ValueError, match=r"no question of the data \(.*train.jsonl\) is in the prompt 'Solve: 6 \* 7\?'"
+    ):
+        again(tmp_path / "completions", f"{mine}:ends", data={"name": str(data)})
+
+
+def test_rollouts_of_nemo_gym_and_verifiers_have_columns_and_messages(mine, tmp_path):
+    message = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "42"}]}
+    call = {"type": "function_call", "name": "multiply", "arguments": "{}", "call_id": "a"}
+    told = {"type": "function_call_output", "call_id": "a", "output": "42"}
+    row = {
+        "responses_create_params": {"input": [{"role": "user", "content": "6 * 7?"}]},
+        "response": {"output": [call, told, message]},
+        "reward": 0.0,
+        "expected_answer": "42",
+        "_ng_task_index": 0,
+        "_ng_rollout_index": 0,
+    }
+    file = jsonl(tmp_path / "rollouts.jsonl", [row, row | {"_ng_rollout_index": 1, "reward": 1.0}])
+    result = again(file, f"{mine}:ends", columns={"answer": "expected_answer"})
+    assert [(c.prompt_id, c.sample, c.before, c.after) for c in result.changes] == [("0", 0, 0.0, 1.0)]
+    assert again(file, f"{mine}:turns", chat=True).steps[0].after == 3.0
+    results = [
+        {"example_id": 3, "prompt": [{"role": "user", "content": "6 * 7?"}], "answer": "42", "reward": reward}
+        | {"completion": [{"role": "assistant", "content": text}], "metrics": {"right": reward}}
+        for text, reward in (("42", 1.0), ("41", 1.0))
+    ]
+    result = again(jsonl(tmp_path / "results.jsonl", results), f"{mine}:ends")
+    assert (result.against, [(c.completion, c.after) for c in result.changes]) == ("right", [("41", 0.0)])
+    calls = {"role": "assistant", "content": None, "tool_calls": []}
+    blocks = {"role": "assistant", "content": [{"type": "text", "text": "42"}]}
+    jsonl(tmp_path / "results.jsonl", [results[0] | {"completion": [calls, blocks, calls | {"content": "41"}]}])
+    assert again(tmp_path / "results.jsonl", f"{mine}:ends").steps[0].after == 0.0
+    jsonl(tmp_path / "results.jsonl", [results[0] | {"completion": [calls, blocks]}])
+    assert again(tmp_path / "results.jsonl", f"{mine}:ends").steps[0].after == 1.0
+
+
+def test_ids_are_passed_where_all_were_recorded(mine, tmp_path):
+    rows = [{"prompt": "6 * 7?", "completion": "42", "reward": 0.0, "step": 3, "token_ids": [5, 6]}] * 2
+    file = jsonl(tmp_path / "common.jsonl", rows)
+    assert again(file, f"{mine}:asks_for_ids").steps[0].after == 22.0  # the step before has been made
+    jsonl(file, [rows[0], rows[0] | {"token_ids": []}])
+    with pytest.raises(RewardError, match="asks for completion_ids"):
+        again(file, f"{mine}:asks_for_ids")
+
+
+def test_a_folder_of_runs_and_one_without_rollouts_are_refused(mine, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are no rollouts"):
+        again(tmp_path, f"{mine}:ends")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("")
+    with pytest.raises(FileNotFoundError, match="is no run folder: it has no config.yaml; name one of the runs in it"):
+        again(tmp_path, f"{mine}:ends")

@@ -1,0 +1,395 @@
+import csv
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+
+from grpo.task.task import Task
+from rewards.config.data import DataOptions, ProblemOptions
+from rewards.config.reward import RewardOptions, ScoringOptions
+from rewards.data.examples import Example, clean_solution, load_examples
+
+GSM8K = Path(os.environ.get("QUARTET_GSM8K", "nowhere"))
+needs_gsm8k = pytest.mark.skipif(not (GSM8K / "train.jsonl").is_file(), reason=f"no GSM8K in {GSM8K}")
+
+ROWS = [{"question": f"{i} + 1 = ?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(4)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "sums"
+    path.mkdir()
+    write_jsonl(path / "train.jsonl", ROWS)
+    write_jsonl(path / "test.jsonl", ROWS[:2])
+    return path
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the hub; its list holds the arguments of every call."""
+    calls = []
+
+    def load_dataset(name, config=None, **options):
+        calls.append((name, config, options))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_a_folder_gives_the_file_of_the_split(folder):
+    train = load_examples(folder, "train")
+    assert train[2] == Example("sums/train/2", "2 + 1 = ?", "2 + 1 = 3\n#### 3", ROWS[2])
+    assert [e.question for e in load_examples(folder, "test", purpose="eval")] == ["0 + 1 = ?", "1 + 1 = ?"]
+    assert load_examples(folder / "train.jsonl", "train") == train
+    assert load_examples(folder, "train", limit=3) == train[:3]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_examples(folder, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "sums" / f"train.{kind}"
+    table = datasets.Dataset.from_list(ROWS)
+    if kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "csv":
+        table.to_csv(path)
+    else:
+        table.to_parquet(path)
+    assert load_examples(path, "train") == load_examples(folder / "train.jsonl", "train")
+
+
+def test_columns_can_be_mapped_and_all_go_to_the_rewards(tmp_path):
+    row = {"problem": "1 + 1 = ?", "solution": "It is <<1+1=2>>2.", "answer": 2, "level": 3}
+    path = write_jsonl(tmp_path / "math.jsonl", [row, {**row, "hint": "count"}])
+    mapping = {"prompt_column": "problem", "solution_column": "solution"}
+    first, second = load_examples(path, "train", ProblemOptions(**mapping))
+    assert (first.question, first.solution) == ("1 + 1 = ?", "It is 2.")
+    assert first.columns == {**row, "question": "1 + 1 = ?", "hint": None}
+    assert second.columns["hint"] == "count"
+    numeric = load_examples(path, "train", ProblemOptions(prompt_column="problem", solution_column="answer"))[0]
+    assert (numeric.solution, numeric.columns["answer"]) == ("2", "2")
+
+
+def test_word_problems_are_examples():
+    examples = load_examples("word_problems", "train", levels=[1, 2], limit=50, seed=3)
+    assert len(examples) == 50
+    assert {example.columns["level"] for example in examples} == {1, 2}
+    assert examples[0].solution == examples[0].columns["answer"]
+    assert examples[0].example_id == examples[0].columns["id"]
+    assert load_examples("word_problems", "held_out", purpose="eval", limit=1)[0].columns["level"] == 1
+
+
+@pytest.mark.parametrize("name", ["word_problems", "word_game"])
+def test_the_old_name_of_a_split_works_with_a_word(name, caplog):
+    new = load_examples(name, "held_out", purpose="eval", limit=20)
+    assert caplog.text == ""
+    assert load_examples(name, "heldout", purpose="eval", limit=20) == new
+    assert f"split heldout of {name} is held_out now; the old name works until 0.3" in caplog.text
+    assert len(load_examples("word_problems", "train", levels=[2])) == 20_000
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k"])
+def test_gsm8k_comes_from_the_hub_with_the_ids_of_the_local_folder(name, hub):
+    assert load_examples(name, "train")[3].example_id == "gsm8k/train/3"
+    assert hub == [("openai/gsm8k", "main", {"split": "train"})]
+
+
+def test_any_hub_id_with_a_configuration(hub):
+    assert load_examples("someone/sums:easy", "train[:4]", limit=2)[1].example_id == "sums/train[:4]/1"
+    assert load_examples("someone/sums", "train")
+    assert [(name, config) for name, config, _ in hub] == [("someone/sums", "easy"), ("someone/sums", None)]
+
+
+def test_a_failing_hub_is_explained(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"openai/gsm8k, main, train: no route to the hub\n.*or give a file"):
+        load_examples("gsm8k", "train")
+
+
+@pytest.mark.parametrize("split", ["test", "test[:10]", "train+test[:50%]", "held_out", "heldout", "all"])
+@pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k", "someone/sums", "word_problems"])
+def test_never_train_on_test(name, split, hub):
+    with pytest.raises(ValueError, match=r"is for evaluation and must not be trained on; .*eval.split"):
+        load_examples(name, split)
+    assert not hub
+
+
+def test_never_train_on_a_test_file(folder):
+    for source, split in [(folder, "test"), (folder / "test.jsonl", "train"), (folder / "train.jsonl", "test")]:
+        with pytest.raises(ValueError, match=r"'test' of .* is for evaluation"):
+            load_examples(source, split)
+        assert load_examples(source, split, purpose="eval")
+
+
+def test_bad_rows_are_listed_before_training_ten_and_a_count(tmp_path):
+    lines = [json.dumps(ROWS[0]), '{"question": "broken', "[1]", json.dumps({"question": "q"}), ""]
+    lines += [json.dumps({"question": " ", "answer": "1"}), json.dumps({"question": "q", "answer": [1]})]
+    lines += [json.dumps({"question": "q", "answer": None})] * 9
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError) as error:
+        load_examples(path, "train")
+    head, *rows = str(error.value).split("\n")
+    assert head == f"{path} has bad rows (14 of 15):"
+    assert rows[0].startswith("row 2: not JSON (Unterminated string")
+    assert rows[1:5] == [
+        "row 3: a list instead of an object",
+        "row 4: 'answer' is missing",
+        "row 6: 'question' is empty",
+        "row 7: 'answer' is a list instead of text",
+    ]
+    assert rows[5:] == [f"row {n}: 'answer' is missing" for n in range(8, 13)] + ["... and 4 more"]
+
+
+GOOD = {"question": "1 + 1 = ?", "answer": "2"}
+BAD_VALUES = [None, "", " \n", ["2"], {"value": 2}, True]
+FAULTS = ["missing", "empty", "empty", "a list", "a dict", "a bool"]
+
+
+def _write(path, rows):
+    """`rows` in the format that the name of `path` says; a CSV or Parquet file holds what its format can."""
+    if path.suffix == ".jsonl":
+        write_jsonl(path, rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["question", "answer"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "hub"])
+@pytest.mark.parametrize("column", ["question", "answer"])
+def test_every_kind_of_bad_value_is_named_by_row(kind, column, tmp_path, monkeypatch):
+    rows = [GOOD, *({**GOOD, column: value} for value in BAD_VALUES), {k: v for k, v in GOOD.items() if k != column}]
+    if kind == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+        source = "someone/sums"
+    else:
+        source = str(_write(tmp_path / f"rows.{kind}", rows))
+    with pytest.raises(ValueError) as error:
+        load_examples(source, "train")
+    head, *lines = str(error.value).split("\n")
+    assert head == f"{source} has bad rows (7 of 8):"
+    for number, (line, fault) in enumerate(zip(lines, [*FAULTS, "missing"], strict=True), start=2):
+        assert line.startswith(f"row {number}: {column!r} is {fault}")
+
+
+def test_bad_values_that_csv_can_hold(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer\n1 + 1 = ?,2\n"",2\n1 + 1 = ?," "\n1 + 1 = ?\n')
+    with pytest.raises(ValueError) as error:
+        load_examples(path, "train")
+    assert str(error.value).split("\n")[1:] == [
+        "row 2: 'question' is empty",
+        "row 3: 'answer' is empty",
+        "row 4: 'answer' is missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "faults"),
+    [
+        (["2", None, ""], {2: "missing", 3: "empty"}),
+        ([["2"], [], None], {1: "a list", 2: "a list", 3: "missing"}),
+        ([2.0, float("nan"), float("inf")], {2: "nan instead of text", 3: "inf instead of text"}),
+        ([b"2", b"3", b"4"], {1: "a bytes", 2: "a bytes", 3: "a bytes"}),
+    ],
+)
+def test_bad_values_that_parquet_can_hold(values, faults, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = _write(tmp_path / "rows.parquet", [{**GOOD, "answer": value} for value in values])
+    with pytest.raises(ValueError) as error:
+        load_examples(path, "train")
+    lines = str(error.value).split("\n")[1:]
+    assert len(lines) == len(faults)
+    for line, (number, fault) in zip(lines, faults.items(), strict=True):
+        assert line.startswith(f"row {number}: 'answer' is {fault}")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_a_missing_column_is_named_in_every_format(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = _write(tmp_path / f"rows.{kind}", [GOOD])
+    with pytest.raises(ValueError, match=r"no column 'solution'; its columns are question, answer"):
+        load_examples(path, "train", ProblemOptions(solution_column="solution"))
+
+
+def test_a_number_that_is_no_number_is_bad(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": NaN}\n{"question": "q", "answer": 7}\n')
+    with pytest.raises(ValueError, match=r"\(1 of 2\):\nrow 1: 'answer' is nan instead of text"):
+        load_examples(path, "train")
+
+
+def test_text_that_is_not_utf_8_is_named_by_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "1"}\n{"question": "caf\xe9", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"\(1 of 2\):\nrow 2: not JSON \('utf-8' codec can't decode byte 0xe9"):
+        load_examples(path, "train")
+
+
+@pytest.mark.parametrize("content", [b'question,answer\n"q,1\nr,2\n', b"question,answer\ncaf\xe9,1\n"])
+def test_a_csv_file_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.csv is not CSV in UTF-8: .* \(after line \d\)"):
+        load_examples(tmp_path / "rows.csv", "train")
+
+
+def test_a_parquet_file_that_is_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"could not load the dataset parquet, .*rows\.parquet"):
+        load_examples(tmp_path / "rows.parquet", "train")
+
+
+@pytest.mark.parametrize("function", ["gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval"])
+def test_a_gold_answer_that_the_reward_cannot_read_is_a_bad_row(function, tmp_path):
+    rows = [*ROWS[:2], {"question": "2 + 1 = ?", "answer": "It is three."}, {"question": "q", "answer": "#### none"}]
+    data = DataOptions(name=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    with pytest.raises(ValueError) as error:
+        Task(data, [RewardOptions(function=function)], ScoringOptions())
+    head, third, fourth = str(error.value).split("\n")
+    assert head.endswith("rows.jsonl has bad rows (2 of 4):")
+    assert third.startswith("row 3: the gold answer 'It is three.' has no number")
+    assert fourth.startswith("row 4: the gold answer '#### none' has no number")
+    renamed = [{"q": row["question"], "gold": row["answer"]} for row in rows]
+    mapped = {"name": str(write_jsonl(tmp_path / "renamed.jsonl", renamed)), "prompt_column": "q"}
+    with pytest.raises(ValueError, match=r"\(2 of 4\):\nrow 3: the gold answer 'It is three.' has no number"):
+        Task(
+            DataOptions(**mapped, solution_column="gold"),
+            [RewardOptions(function=function, columns={"answer": "gold"})],
+            ScoringOptions(),
+        )
+    for reward in (
+        RewardOptions(function="length_penalty", arguments={"target": 5}),
+        RewardOptions(function=function, arguments={"answer": ["5"] * 2}),
+    ):
+        with Task(data, [reward], ScoringOptions()) as task:
+            assert len(task.train) == 4
+
+
+def test_a_csv_row_with_too_many_fields_is_bad(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\n1 + 1 = ?,2\nHow many, in all?,3\n")
+    with pytest.raises(ValueError, match=r"bad rows \(1 of 2\):\nrow 2: fields beyond the header"):
+        load_examples(path, "train")
+
+
+def test_a_line_separator_inside_json_is_not_a_row_end(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a\u2028b", "answer": "1"}\n', encoding="utf-8")
+    assert load_examples(path, "train")[0].question == "a\u2028b"
+
+
+def test_a_missing_column_names_those_there_are(folder):
+    with pytest.raises(ValueError, match=r"no column 'problem'; its columns are question, answer .*prompt_column"):
+        load_examples(folder, "train", ProblemOptions(prompt_column="problem"))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "")])
+def test_an_empty_file_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} has no rows"):
+        load_examples(tmp_path / name, "train")
+
+
+def test_a_json_file_must_be_a_list(tmp_path):
+    (tmp_path / "a.json").write_text('{"question": "q"}')
+    with pytest.raises(ValueError, match=r"must hold a JSON list of objects: it holds a dict"):
+        load_examples(tmp_path / "a.json", "train")
+
+
+def test_missing_files_are_named(tmp_path, folder):
+    for missing in [tmp_path / "no.jsonl", "no.jsonl", "./nothing", "data/of/mine"]:
+        with pytest.raises(FileNotFoundError, match="no file or folder"):
+            load_examples(missing, "train")
+    with pytest.raises(FileNotFoundError, match=r"holds none of dev\.jsonl.*; it holds test\.jsonl, train\.jsonl"):
+        load_examples(folder, "dev")
+    (tmp_path / "rows.txt").write_text("?")
+    with pytest.raises(ValueError, match=r"kinds of file that can be are \.jsonl"):
+        load_examples(tmp_path / "rows.txt", "train")
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("word_problem", "word_problems"), ("gms8k", "gsm8k")])
+def test_a_misspelt_name_gets_the_nearest(name, nearest, hub):
+    with pytest.raises(ValueError, match=f"no dataset '{name}'; did you mean '{nearest}'"):
+        load_examples(name, "train")
+    assert not hub
+
+
+def test_arguments_that_cannot_be_meant():
+    with pytest.raises(ValueError, match=r"levels=\[1\] are for word_problems"):
+        load_examples("gsm8k", "train", levels=[1])
+    with pytest.raises(ValueError, match="limit=0"):
+        load_examples("word_problems", "train", limit=0)
+    with pytest.raises(ValueError, match="purpose='test'"):
+        load_examples("word_problems", "train", purpose="test")
+
+
+def test_only_calculator_marks_are_stripped():
+    assert clean_solution("48/2 = $<<48/2=24>>24, <<(1.5*2)=3>>3") == "48/2 = $24, 3"
+    assert clean_solution("std::cout << x >> y << 2") == "std::cout << x >> y << 2"
+
+
+@needs_gsm8k
+def test_gsm8k_loads_whole():
+    train = load_examples(GSM8K, "train")
+    test = load_examples(GSM8K, "test", purpose="eval")
+    assert (len(train), len(test)) == (7_473, 1_319)
+    assert train[0].example_id == "gsm8k/train/0"
+    assert train[0].solution.startswith("Natalia sold 48/2 = 24 clips in May.\n")
+    assert train[0].columns["answer"].startswith("Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n")
+    assert not any("<<" in example.solution for example in train + test)
+    assert not {example.question for example in train} & {example.question for example in test}
+
+
+@pytest.fixture(autouse=True)
+def no_local_copy_of_gsm8k(monkeypatch):
+    """`gsm8k` is the hub here, whatever is beside the checkout; the test of the copies has its own."""
+    monkeypatch.delenv("QUARTET_GSM8K", raising=False)
+    monkeypatch.setattr("rewards.data.examples.GSM8K_COPY", "nowhere")
+
+
+def test_gsm8k_comes_from_a_local_copy_where_there_is_one(tmp_path, monkeypatch):
+    for name in ("work/data/gsm8k", "shared/data/gsm8k", "gsm8k"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "train.jsonl").write_text(f'{{"question": "{name}?", "answer": "#### 2"}}\n')
+    monkeypatch.chdir(tmp_path / "work")
+
+    def question() -> str:
+        [example] = load_examples("gsm8k", "train")
+        assert example.example_id == "gsm8k/train/0"
+        return example.question
+
+    monkeypatch.setattr("rewards.data.examples.GSM8K_COPY", "data/gsm8k")
+    assert question() == "work/data/gsm8k?"
+    monkeypatch.setenv("QUARTET_GSM8K", str(tmp_path / "gsm8k"))
+    assert question() == "gsm8k?"
+    monkeypatch.setenv("QUARTET_GSM8K", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="QUARTET_GSM8K=.*gone is no folder.*or unset it"):
+        load_examples("gsm8k", "train")
+
+
+def test_gsm8k_is_the_hub_where_there_is_no_copy(tmp_path, monkeypatch, hub):
+    (tmp_path / "shared/data/gsm8k").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")  # the folder beside it is nobody's business
+    monkeypatch.setattr("rewards.data.examples.GSM8K_COPY", "data/gsm8k")
+    load_examples("gsm8k", "train")
+    assert [name for name, *_ in hub] == ["openai/gsm8k"]
