@@ -316,6 +316,16 @@ def _migrate(args: argparse.Namespace, read: Callable[[Path], Migration]) -> int
     write(args.json, asdict(migration))
     return 0
 
+def environment_test(args: argparse.Namespace) -> int:
+    config = _load(args)
+    from grpo.cli.commands.environment_test import check_environment, show_check
+    from rewards.console import Terminal
+
+    check = check_environment(args.environment, config)
+    show_check(check, Terminal())
+    write(args.json, asdict(check))
+    return EXIT_ERROR if check.problems else 0
+
 
 # Errors whose message is written for the user, beside ValueError and OSError; anything else is a bug and keeps its
 # traceback.

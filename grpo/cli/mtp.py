@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from grpo.config.mtp import MtpConfig
-from grpo.data.prompts import PromptStream
 from grpo.evaluation.held_out import Result
 from grpo.learner.batch import PackedRow, Sample, split_rows
 from grpo.learner.head_learner import HeadLearner
@@ -148,9 +147,9 @@ class Streams:
                     "tell what an epoch gains; lower it, or use more data"
                 )
         self.streams = {
-            "taught": PromptStream(taught, config.seed),
-            "held_out": PromptStream(held_out, config.seed),
-            "solutions": PromptStream(taught, config.seed + 1),
+            "taught": task.stream(config.seed, taught),
+            "held_out": task.stream(config.seed, held_out),
+            "solutions": task.stream(config.seed + 1, taught),
         }
 
     def take(self) -> dict[str, list[Example]]:

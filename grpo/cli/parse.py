@@ -46,6 +46,7 @@ def _main(words: Sequence[str]) -> int:
 def _commands() -> dict[str, Command]:
     """Every command by its name, in the order of --help and of the reference page."""
     from grpo.cli.config.convert import ConvertConfig
+    from grpo.cli.config.environment_test import EnvironmentTestConfig
     from grpo.cli.config.inference import EvalConfig, SampleConfig
     from grpo.cli.config.serve import ServeConfig
     from grpo.cli.quantize.options import QuantizeConfig
@@ -68,6 +69,13 @@ def _commands() -> dict[str, Command]:
         "sample": Command("completions of your own prompts", actions.sample, arguments.SAMPLE, SampleConfig),
         "serve": Command("a policy for other programs, by OpenAI's API", actions.serve, arguments.SERVE, ServeConfig),
         **table.commands(),
+        "environment": Command("try an environment or a tool"),
+        "environment test": Command(
+            "scripted episodes without a model: state, limits, determinism",
+            actions.environment_test,
+            arguments.ENVIRONMENT_TEST,
+            EnvironmentTestConfig,
+        ),
         "convert": Command(
             "a dense Llama-family checkpoint as DeepSeek-V3", actions.convert, arguments.CONVERT, ConvertConfig
         ),

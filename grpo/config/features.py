@@ -34,6 +34,7 @@ FEATURES = (
     Feature("curriculum", section="train", listener=True),
     Feature("tied_steps", listener=True),
     Feature("alarms", listener=True),
+    Feature("mix", listener=True),
 )
 
 

@@ -24,9 +24,9 @@ from grpo.config.learner import (
 from grpo.config.loss import LossOptions
 from grpo.config.policy import ArchitectureOptions, ModelOptions
 from grpo.config.sampling import RolloutOptions, SamplingOptions
-from rewards.config.data import DataOptions
 from rewards.config.options import Options, load
 from rewards.config.reward import RewardsOptions
+from rewards.config.sources import SourcesOptions
 
 
 class CheckpointOptions(Options):
@@ -85,7 +85,7 @@ class RunConfig(RewardsOptions, ModelOptions):
 
     output_dir: Path
     """The run folder; the trained policy is written to `policy/` in it."""
-    data: DataOptions = DataOptions()
+    data: SourcesOptions = SourcesOptions()
     rollout: SamplingOptions = SamplingOptions()
     eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()

@@ -27,6 +27,9 @@ METRICS = {
     "eval/reward_mean": "score of a held-out completion, mean",
     "eval/reward_mean_greedy": "the same for greedy completions, mean",
     "eval/part/<name>": "value of the reward function `name` on held-out completions, mean",
+    "eval/source/<name>/accuracy": "eval/accuracy of the problems of one of several data.sources, by its first reward",
+    "eval/source/<name>/reward_mean": "eval/reward_mean of that source",
+    "eval/source/<name>/length_mean": "eval/completion_length_mean of that source, tokens",
     "eval/pass_at_<d>": "held-out prompts that at least one of d completions solves, fraction",
     "eval/majority_at_<d>": "held-out prompts whose most frequent answer among d completions is right, fraction",
     "eval/without_mark": "held-out completions without a mark (the reward abstained or failed), count",
@@ -126,8 +129,9 @@ def evaluate(
 
 def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], seconds: float) -> Evaluation:
     completions = [completion for group in groups for completion in group.completions]
-    marks = [score.parts[task.first_reward] for score in scores]
-    verdicts = [[task.verdicts.of(mark) for mark in group] for group in marks]
+    judges = [task.part_of(group.prompt.prompt_id) for group in groups]
+    marks = [score.parts[judge.first_reward] for judge, score in zip(judges, scores, strict=True)]
+    verdicts = [[judge.verdicts.of(mark) for mark in group] for judge, group in zip(judges, marks, strict=True)]
     marked = [[right for right in verdict if right is not None] for verdict in verdicts]
     means = estimate([fmean(right) for right in marked if right])
     rewards = [reward for score in scores for reward in score.rewards if reward is not None]
@@ -137,7 +141,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         marks[i][failure.sample_index] is None
         for i, score in enumerate(scores)
         for failure in score.errors
-        if failure.function == task.first_reward
+        if failure.function == judges[i].first_reward
     )
     tokens = sum(len(completion.token_ids) for completion in completions)
     drafts = [completion.draft for completion in completions]
@@ -164,7 +168,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         pass_at={
             k: estimate([pass_at_k(len(right), sum(right), k) for right in marked if len(right) >= k]) for k in ks
         },
-        majority_at={k: _majority(task, groups, verdicts, k) for k in ks},
+        majority_at={k: _majority(judges, groups, verdicts, k) for k in ks},
         acceptance=[accepted / made for made, accepted in drafts_by_depth(completions) if made],
         fallback_rate=sum(draft.fallbacks for draft in drafts) / forwards if forwards else 0.0,
         failures=failures,
@@ -174,8 +178,10 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
     return result if task.verdicts.are_given else result.without_verdicts()
 
 
-def _majority(task: Task, groups: Sequence[RolloutGroup], verdicts: Sequence[list[bool | None]], k: int) -> Estimate:
-    answers = [[task.read_answer(text) for text in group.texts] for group in groups]
+def _majority(
+    judges: Sequence[Task], groups: Sequence[RolloutGroup], verdicts: Sequence[list[bool | None]], k: int
+) -> Estimate:
+    answers = [[judge.read_answer(text) for text in group.texts] for judge, group in zip(judges, groups, strict=True)]
     votes = [majority_at_k(group, verdict, k) for group, verdict in zip(answers, verdicts, strict=True)]
     return estimate([vote for vote in votes if vote is not None])
 
@@ -227,6 +233,20 @@ def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
     metrics |= {f"eval/part/{name}": value for name, value in sampled.parts.items()}
     metrics |= {f"eval/pass_at_{k}": passed.value for k, passed in sampled.pass_at.items() if k > 1}
     return metrics | {f"eval/majority_at_{k}": vote.value for k, vote in sampled.majority_at.items() if k > 1}
+
+
+def source_metrics(task: Task, result: Evaluation) -> dict[str, float]:
+    """The metrics of each of several sources of data; a mean over its problems, of which each counts the same."""
+    metrics: dict[str, float | None] = {}
+    for label, part in task.parts.items():
+        places = [i for i, group in enumerate(result.groups) if task.part_of(group.prompt.prompt_id) is part]
+        lengths = [len(completion.token_ids) for i in places for completion in result.groups[i].completions]
+        rewards, marks = ([values[i] for i in places] for values in (result.rewards_by_problem, result.by_problem))
+        metrics[f"eval/source/{label}/reward_mean"] = mean_of(reward for reward in rewards if reward is not None)
+        metrics[f"eval/source/{label}/length_mean"] = mean_of(lengths)
+        if result.correct is not None:
+            metrics[f"eval/source/{label}/accuracy"] = mean_of(mark for mark in marks if mark is not None)
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def failure_kinds(failures: Sequence[RewardFailure]) -> dict[str, int]:

@@ -8,7 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from grpo.evaluation.evaluate import Evaluation, Speed, as_metrics, both_ways, evaluate_ways, measure_speed
+from grpo.evaluation.evaluate import (
+    Evaluation,
+    Speed,
+    as_metrics,
+    both_ways,
+    evaluate_ways,
+    measure_speed,
+    source_metrics,
+)
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.records import read_metrics
@@ -83,7 +91,7 @@ class HeldOut:
         for way, result in results.items():
             for failure in result.failures:
                 self.log.event("reward_error", step=step, evaluation=way, **vars(failure))
-        self.log.evaluation(step, as_metrics(results))
+        self.log.evaluation(step, as_metrics(results) | source_metrics(self.task, results["sampled"]))
         self.heed(step, results)
         named = {f"{when}, {way}" if when else way: result for way, result in results.items()}
         self.results |= named if when else {}

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
-from grpo.data.prompts import PromptStream
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, joined
@@ -96,7 +95,7 @@ def grpo_session(session_of: Callable[..., Any], run: Run[TrainConfig], task: Ta
         run.log.event("base_in_4_bits", **counts)
     plain = policy.sharing(head=True) if config.lora and ranks.layout is None else None
     learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
-    stream = PromptStream(task.train, config.seed)
+    stream = task.stream(config.seed)
     collector = Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, listeners_of(run, task))
     session = session_of(run, task, learner, collector, plain)
     session.held_out.every, session.canaries = config.eval.every, sampling_of(run, policy, 1)

@@ -11,7 +11,6 @@ from typing import Any
 
 from grpo.config.learner import LearnerOptions
 from grpo.config.run import TrainConfig
-from grpo.data.prompts import PromptStream
 from grpo.learner.build import terms_of
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
@@ -45,7 +44,7 @@ def supervised_learner(run: Run[Any], policy: Policy) -> Learner:
 def supervised_session(session_of: Callable[..., Any], run: Run[Any], task: Task, policy: Policy | None = None) -> Any:
     """A session of `grpo.session` that learns from gold solutions."""
     config, policy = run.config, policy or first_policy(run, task)
-    stream = PromptStream(task.train, config.seed)
+    stream = task.stream(config.seed)
     sampling = replace(sampling_of(run, policy, config.eval.samples), environment=task.actor.environment)
     session = session_of(run, task, supervised_learner(run, policy), Collector(run, task, policy, sampling, stream))
     run.restore(learner=session.learner, prompts=stream)

@@ -42,7 +42,7 @@ def check_plan(options: ModelOptions, source: PolicySource | None = None, *, on_
     errors += [plan.fault] if plan.fault else _failures(partial(check, plan) for check in OF_MODEL)
     errors += _failures([partial(check_processes, plan, on_cpu)])
     if errors and isinstance(options, LearningConfig | MtpConfig):
-        errors += _failures([lambda: Task.of(options, model_known=False).close(), partial(_load_rewards, options)])
+        errors += _failures([lambda: task_of(options, model_known=False).close(), partial(_load_rewards, options)])
     if errors:
         raise _as_one(errors)
     return plan
@@ -51,12 +51,21 @@ def check_plan(options: ModelOptions, source: PolicySource | None = None, *, on_
 def open_task(config: LearningConfig | MtpConfig, *, scores: bool = True) -> Task:
     """The task of a run. Where its data are wrong, its rewards are looked at as well."""
     try:
-        return Task.of(config, scores=scores)
+        return task_of(config, scores=scores)
     except REFUSALS as error:
         whole = _as_one([error, *(_failures([partial(_load_rewards, config)]) if scores else [])])
         if whole is error:
             raise
         raise whole from error
+
+
+def task_of(config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
+    """Opens the task of a run, whether it has one source of data or several."""
+    if config.data.sources:
+        from grpo.task.mix import Mix
+
+        return Mix(config, scores=scores, model_known=model_known)
+    return Task.of(config, scores=scores, model_known=model_known)
 
 
 def _failures(checks: Iterable[Callable[[], Any]]) -> list[Exception]:

@@ -117,6 +117,10 @@ def _ranks(options: object) -> str:
     return "several ranks (learner.workers, learner.parallel, accelerate launch or torchrun)" if several else ""
 
 
+def _sources(options: object) -> str:
+    return f"data.sources ({option(options, 'data.name')})" if option(options, "data.sources") else ""
+
+
 def _drafts_of_vllm(options: object) -> str:
     drafts = option(options, "rollout.backend") == "vllm" and option(options, "rollout.draft_tokens")
     return f"rollout.draft_tokens={drafts} of vLLM" if drafts else ""
@@ -183,6 +187,7 @@ SITUATIONS: Mapping[str, Form] = {
     "quartet train": lambda options: isinstance(options, TrainConfig),
     "quartet mtp": lambda options: isinstance(options, MtpConfig),
     "several ranks": _ranks,
+    "several sources of data": _sources,
     "a preset": lambda options: options.model in presets.PRESETS and f"model={options.model!r} (a preset)",
     "a GGUF file": lambda options: bool(gguf.file_of(options.model)) and f"model={options.model!r} (a GGUF file)",
     "drafts of vLLM": _drafts_of_vllm,

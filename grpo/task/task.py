@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ from grpo.algorithm.statistics import answer_reader
 from grpo.config.environment import AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig, scores_nothing
 from grpo.config.run import LearningConfig, TrainConfig
-from grpo.data.prompts import PromptTemplate, encode_prompt
+from grpo.data.prompts import PromptStream, PromptTemplate, encode_prompt
 from grpo.data.trained_on import record_trained_on, trained_on
 from grpo.learner.batch import PackedRow, Sample
 from grpo.run.log import RunLog
@@ -47,7 +47,11 @@ LONGEST_TEXT = 4000  # characters of an example that a preset's tokenizer learns
 
 
 class Task:
-    """Holds training and held-out examples, prompt template and scorer. Close it: the scorer holds processes."""
+    """Holds training and held-out examples, prompt template and scorer. Close it: the scorer holds processes.
+
+    `parts` are the tasks of several sources of data by label; none where there is one source."""
+
+    parts: Mapping[str, Task] = MappingProxyType({})
 
     def __init__(
         self,
@@ -201,6 +205,14 @@ class Task:
         """Raises ValueError where problems that are to be evaluated were trained on (contract 16)."""
         known = dict.fromkeys(self.trained_on, "")
         refuse_overlap(self.fingerprints(problems), known, "were trained on", f"{TAKE_OUT}.")
+
+    def part_of(self, prompt_id: str) -> Task:
+        """The task of the source that a prompt is from."""
+        return self
+
+    def stream(self, seed: int, examples: Sequence[Example] | None = None) -> PromptStream:
+        """The order in which training takes its examples, or these of them."""
+        return PromptStream(self.train if examples is None else examples, seed)
 
     def describe_rewards(self) -> list[dict[str, Any]]:
         """Describes the reward functions, as a run records them; nothing where another process scores."""

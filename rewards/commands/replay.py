@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rewards.commands.options import ReplayConfig
 from rewards.commands.recorded import Rollouts
-from rewards.config.data import DataOptions
 from rewards.config.json_file import expecting
 from rewards.config.names import recorded_options
+from rewards.config.sources import SourcesOptions, WeightedSource
 from rewards.data.examples import examples_of
 from rewards.episode import AGENT_REWARD, REWARD, ToolStats, answer_of, environment_reward
 from rewards.group_score import RewardFailure, mean
@@ -131,9 +132,14 @@ class Run:
         if not self.steps:
             raise ValueError(f"{run} has recorded no rollouts yet")
         self.workers = settings["reward"]["workers"]
-        data = DataOptions.model_validate(settings["data"])
+        data = SourcesOptions.model_validate(settings["data"])
+        sources: Sequence[SourcesOptions | WeightedSource] = data.sources or [data]
         try:
-            rows = examples_of(data, data.name, data.split, limit=data.limit, seed=settings["seed"])
+            rows = [
+                row
+                for each in sources
+                for row in examples_of(each, each.name, each.split, limit=each.limit, seed=settings["seed"])
+            ]
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error}; run this where the run was started: the path of its data is relative to there"
@@ -142,7 +148,9 @@ class Run:
         self._models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores are in the record
         self._acted = [REWARD] if settings.get("environment") or settings.get("tools") else []
         self._acted += [AGENT_REWARD] if settings.get("agent") else []
-        self.columns = [*rows[0].columns, *self._models, *self._acted]
+        columns = {tuple(row.columns) for row in rows}  # those of each source
+        self._common = [name for name in rows[0].columns if all(name in names for names in columns)]
+        self.columns = [*self._common, *self._models, *self._acted]
 
     def groups(self, step: int) -> list[list[dict[str, Any]]]:
         return split_groups(read_rollouts(self._run, step))
@@ -159,7 +167,7 @@ class Run:
                 f"the data ({self._data}) have changed since the run: its prompt {line['prompt_id']!r} {what} now, so "
                 "that its columns cannot be found"
             )
-        return example.columns
+        return {name: example.columns[name] for name in self._common}
 
     def completion_columns(self, group: list[dict[str, Any]]) -> dict[str, list[Any]]:
         """The columns of completions that are in the record: scores of reward models, rewards of environments."""
@@ -173,7 +181,7 @@ def _settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     _, settings = recorded_options(path)
     with expecting(path, "configuration of a run"):
-        DataOptions.model_validate(settings["data"])
+        SourcesOptions.model_validate(settings["data"])
         [str(model["name"]) for model in settings.get("reward_models", [])]
         int(settings["steps"]), int(settings["seed"]), int(settings["reward"]["workers"])
     return settings

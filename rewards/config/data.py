@@ -29,8 +29,8 @@ class TemplateOptions(Options):
     """Variables for the model's own chat template, such as {enable_thinking: false}, wherever it writes a prompt."""
 
 
-class PromptOptions(TemplateOptions, ProblemOptions):
-    """How problems become prompts; every command that prompts a policy has these options."""
+class FormOptions(ProblemOptions):
+    """How the problems of one source become prompts."""
 
     template: Annotated[str, Lines] = "{question}\n"
     """A format string over the data's columns, or `chat` for the model's own chat template."""
@@ -42,6 +42,10 @@ class PromptOptions(TemplateOptions, ProblemOptions):
     turns of the chat."""
     few_shot: int = Field(default=0, ge=0)
     """How many worked examples, from the training split, come before every prompt."""
+
+
+class PromptOptions(TemplateOptions, FormOptions):
+    """How problems become prompts; every command that prompts a policy has these options."""
 
 
 class SourceOptions(Options):

@@ -78,8 +78,8 @@ def new_key(command: str, key: str) -> str:
 def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
     """Gives options of `quartet COMMAND`, by section, today's names. `tell` is called with each old and new name."""
     options: dict[str, Any] = _copy(former)
-    if command and isinstance(dataset := options.get("data"), str):
-        options["data"] = {"name": dataset}
+    if command and isinstance(data := options.get("data"), str | list):
+        options["data"] = {key_of_data(data): data}
     if take(options, "learner.stochastic_rounding") is True:
         put(options, "learner.optimizer", "adamw_8bit_stochastic")
     models = options.get("reward_models")
@@ -110,16 +110,23 @@ def renew_keys(
     """Does the same to options by their whole key, as a command line gives them."""
     renewed = {}
     for key, value in overrides.items():
-        is_name = command and key == "data" and isinstance(value, str)
-        new = "data.name" if is_name else new_key(command, key)
+        is_short = command and key == "data" and isinstance(value, str | list)
+        new = f"data.{key_of_data(value)}" if is_short else new_key(command, key)
         if tell and new != key and key != "data":
             tell(key, new)
         renewed[new] = value
     return renewed
 
 
+def key_of_data(value: str | list[Any]) -> str:
+    """The option that `data: gsm8k` or `data: [gsm8k, my.jsonl]` is short for."""
+    return "name" if isinstance(value, str) else "sources"
+
+
 def new_place(command: str, place: Place) -> Place:
     """Tells where an option of a file is under today's name."""
+    if place[0] == "data" and len(place) > 1 and isinstance(place[1], int):
+        return ("data", "sources", *place[1:])
     if not all(isinstance(part, str) for part in place):
         return place
     return tuple(new_key(command, ".".join(map(str, place))).split("."))

@@ -21,6 +21,7 @@ A class of options is the one place where an option is named, typed, explained a
 import argparse
 import copy
 import inspect
+import itertools
 import json
 import logging
 import re
@@ -252,13 +253,21 @@ def _join(words: Iterable[str], takes_value: Callable[[str], Any]) -> list[str]:
     return joined
 
 
+def _with_whole_keys(words: Sequence[str]) -> Iterator[str]:
+    """Writes `--data VALUE` as `--data.name VALUE`, and a list as `--data.sources`."""
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        is_list = (value if equals else after).lstrip().startswith("[")
+        yield word if name != "--data" else f"--data.{'sources' if is_list else 'name'}{equals}{value}"
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses a command line (of a subcommand, too) without losing a word of it.
 
     `overrides` maps dotted keys to values, also keys that the model lacks: `load` refuses them by name.
     `flags` are the parser's other options, for `load` to suggest. Raises ConfigError for a stray word.
     """
-    words = _join(sys.argv[1:] if argv is None else argv, re.compile(r"--\w+(\.[\w-]+)+").fullmatch)
+    words = _join(_with_whole_keys(sys.argv[1:] if argv is None else argv), re.compile(r"--\w+(\.[\w-]+)+").fullmatch)
     unknown = {word for word in parser.parse_known_args(words)[1] if "=" not in word}
     args, rest = parser.parse_known_args(_join(words, unknown.__contains__))  # no value taken for a positional
     options = getattr(args, "options_parser", parser)._option_string_actions
@@ -269,7 +278,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         if not name.startswith("-"):
             raise ConfigError([f"{name}: this word follows no option; see --help all"])
         key = name.lstrip("-")
-        action = options.get(f"--{names.new_key(command, 'data.name' if key == 'data' else key)}")  # of an old name
+        action = options.get(f"--{names.new_key(command, key)}")  # of an old name
         extra[key] = _value(Any, text) if action is None else cast(Any, action.type)(text)
     if extra and not hasattr(args, "overrides"):
         raise ConfigError(unknown_option(key, extra[key], "command line", args.flags) for key in extra)

@@ -123,7 +123,7 @@ class TurnFormat:
                 content, calls = self._read_marks(str(self._tokenizer.decode(ids)))
             else:
                 content, calls = self._read_own(ids)
-            return Turn(content, tuple(self._checked(name, arguments) for name, arguments in calls))
+            return Turn(content, tuple(self.checked(name, arguments) for name, arguments in calls))
         except BadCall as error:
             return Turn(str(self._tokenizer.decode(ids, skip_special_tokens=True)), error=str(error))
 
@@ -180,7 +180,7 @@ class TurnFormat:
         for mark in _CLOSED_MARK.finditer(solution):
             text, _, result = mark.group()[2:-2].rpartition("=")
             try:
-                call = self._checked(*self._from_mark(text))
+                call = self.checked(*self._from_mark(text))
             except BadCall:
                 continue
             if answers is not None:
@@ -194,7 +194,7 @@ class TurnFormat:
         last = self.write(Turn(solution[start:]))
         return ids + last, sampled + [True] * len(last)
 
-    def _checked(self, name: str, arguments: Any) -> Call:
+    def checked(self, name: str, arguments: Any) -> Call:
         """The call with its arguments in the types of the tool, "7" as 7 for an int. Raises BadCall."""
         if name not in self._tools:
             raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._tools)}.")

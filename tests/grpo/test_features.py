@@ -28,6 +28,7 @@ LEAVING = {
     "curriculum": (["grpo/config/curriculum.py", "grpo/steps/curriculum.py"], (TABLE, 'Feature("curriculum"')),
     "tied_steps": (["grpo/steps/tied_steps.py"], (TABLE, 'Feature("tied_steps"')),
     "alarms": (["grpo/steps/alarms.py", "grpo/algorithm/alarms.py"], (TABLE, 'Feature("alarms"')),
+    "mix": (["grpo/steps/mix.py", "grpo/task/mix.py", "grpo/data/mix.py"], (TABLE, 'Feature("mix"')),
     "Ray workers": (["rollout/ray_pool.py", "rollout/worker.py", "rollout/workers.py"], (SAMPLERS, '"ray"')),
     "vLLM": (["rollout/backends/vllm", "grpo/steps/vllm.py", "grpo/source/vllm_token.py"], (SAMPLERS, '"vllm"')),
     "agents": (["grpo/endpoint"], None),

@@ -136,6 +136,11 @@ class _Evaluator:
         if self.use and self.use.source.checkpoint is None:
             context = known_context(self.use.source.folder)
         data, options = DataOptions(**config.data.model_dump()), config.eval
+        if " + " in data.name and not Path(data.name).exists():
+            raise ValueError(
+                f"data.name={data.name}: the run has several sources of data, which are evaluated one by one; give the "
+                "name of one of them, as in data.sources of its config.yaml (--data.name gsm8k)"
+            )
         self.split = options.split or (data.split if data.held_out else default_held_out_split(data.name))
         return Task(
             data,

@@ -203,6 +203,13 @@ class DryRun:
             self.check(task)
             table.add_row("training examples", f"{len(task.train):,} ({data.name}, {data.split})")
             table.add_row("held-out examples", f"{len(task.held_out):,}")
+            whole = sum(source.weight for source in data.sources)
+            for source in data.sources:
+                part, share = task.parts[str(source.label)], source.weight / whole
+                steps = len(part.train) / (self.config.prompts_per_step * share)
+                sizes = f"{len(part.train):,} examples, an epoch of {steps:,.1f} steps; {len(part.held_out):,} held out"
+                scored = f"; rewards: {', '.join(part.reward_weights)}" if part.reward_weights else ""
+                table.add_row(f"source {source.label}", f"{share:.1%} of the prompts: {sizes}{scored}")
             for name, value in self.rows(task):
                 table.add_row(name, value)
         CONSOLE.print(table)

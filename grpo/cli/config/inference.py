@@ -15,6 +15,7 @@ from rewards.config.json_file import expecting
 from rewards.config.names import recorded_options
 from rewards.config.options import Lines, Options
 from rewards.config.reward import RewardsOptions, ScoringOptions
+from rewards.spec import RewardSpec
 
 
 class _UseOptions(EnvironmentOptions, ModelOptions):
@@ -154,6 +155,12 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
 
 def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     of_data, rollout, reward = run["data"], run["rollout"], dict(run["reward"])
+    sources = {source["name"]: source for source in of_data.get("sources", [])}
+    if data in sources:
+        of_data, names = of_data | sources[data], sources[data]["rewards"]
+        labels = [RewardSpec(each["function"], name=each["name"]).label for each in run["rewards"]]
+        scores = [each for each, label in zip(run["rewards"], labels, strict=True) if names is None or label in names]
+        run = run | {"rewards": scores}
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"
     prompts = ("template", "system_prompt", "user_turn", "few_shot", "chat_template_kwargs")

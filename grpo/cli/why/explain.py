@@ -16,7 +16,7 @@ from grpo.evaluation.perplexity import gold_perplexity
 from grpo.learner.batch import PackedRow
 from grpo.learner.update import NonFiniteStep
 from grpo.run.records import read_metrics
-from grpo.task.task import Task
+from grpo.task.check import task_of
 from rewards.config.options import add_options, parse
 from rewards.records import read_rollouts, split_groups
 from rewards.ties import tied
@@ -130,7 +130,7 @@ def explain(
     recorded = split_groups(read_rollouts(run, step))
     if group is not None and not 0 <= group < len(recorded):
         raise ValueError(f"--group {group}: step {step} has groups 0 to {len(recorded) - 1}")
-    with Task.of(config, scores=False) as task:
+    with task_of(config, scores=False) as task:
         explainer = _Explainer(Rewind(config, step, task), recorded, held_out)
         most = 1 if group is not None else min(groups or explainer.affordable, len(recorded))
         say(explainer.cost(most, len(alternatives), tokens if group is not None else 0))
@@ -276,7 +276,7 @@ class _Explainer:
         """Returns the step with the options of `other`, on the same rollouts."""
         scores, weights, options = self.scores, None, self.rewind.config
         if (other.rewards, other.reward_models) != (options.rewards, options.reward_models):
-            with Task.of(other) as task:
+            with task_of(other) as task:
                 task.reached(self.step - 1)
                 scores, weights = task.score(self.groups), task.reward_weights
         learner = self.rewind.back(self.rewind.make(other, weights))

@@ -20,8 +20,7 @@ from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.learner.update import NonFiniteStep, Update
-from grpo.task.check import check_plan
-from grpo.task.task import Task
+from grpo.task.check import check_plan, task_of
 from rewards.config.options import Options, _options, load
 
 AGENTS = Path(__file__).parents[2] / "cases/agents.py"
@@ -134,7 +133,7 @@ def test_contract_18_supervised_steps_read_all_their_options(micro_config, polic
         sft(SftConfig(output_dir=tmp_path / "r", eval={"limit": 2}, learner={"workers": 0}, **given, **small))
         acts = {"environment": "calculator", "learner": {"on_non_finite": "skip"}}
         sft(SftConfig(output_dir=tmp_path / "e", eval={"limit": 2}, **given, **small, **acts))
-        Task.of(SftConfig(output_dir=tmp_path / "h", **given | {"data": rows}), scores=False).close()
+        task_of(SftConfig(output_dir=tmp_path / "h", **given | {"data": [rows]}), scores=False).close()
     assert unread(SftConfig, reads) == set()
 
 
@@ -166,7 +165,7 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, not
         with pytest.raises(ValueError, match="nobody has compared"):
             check_plan(outside)
         vllm_settings(outside.rollout, tmp_path)
-        Task.of(TrainConfig(output_dir=tmp_path / "h", data=rows), scores=False).close()
+        task_of(TrainConfig(output_dir=tmp_path / "h", data=[rows]), scores=False).close()
     assert unread(TrainConfig, reads) == set()
 
 
@@ -177,7 +176,7 @@ def test_contract_18_teaching_a_draft_head_reads_all_its_options(judged, rows, t
     small |= {"mtp.solutions": 1, "mtp.draft_vocabulary": 16, "log.trackers": [], "data.limit": 24}
     with recorded() as reads:
         mtp(load(MtpConfig, None, judged | small | {"output_dir": tmp_path / "r"}))
-        Task.of(MtpConfig(output_dir=tmp_path / "h", data=rows), scores=False).close()
+        task_of(MtpConfig(output_dir=tmp_path / "h", data=[rows]), scores=False).close()
     assert unread(MtpConfig, reads) == set()
 
 
