@@ -4,12 +4,15 @@ A mixer reads tokens one after the other and keeps a state of them, by linear at
 No mask can hide a completion of `[prompt | c1 | … | cG]` from the next one. So each mixer reads the prompt, and then
 the completions as rows of their own, whose cache holds the prompt's states and lets gradients through. It is right for
 mixers that go on from a cache with several tokens. The load check finds those that do not.
+
+When rows are decoded, our cache has what attends, and `States` has the rest. Padding would change a state, so a mixer
+reads rows of unequal lengths by their length, and a row that waits for its tools not at all.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -36,22 +39,66 @@ def _names_used(function: Any) -> tuple[str, ...]:
 
 
 class States:
-    """The states of one mixer, in place of a cache of transformers, which writes in place and so ends gradients."""
+    """The states of mixers, in place of a cache of transformers, which writes in place and so ends gradients.
 
-    def __init__(self) -> None:
-        self.conv: dict[int, Tensor] = {}
-        self.recurrent: dict[int, Tensor] = {}
+    Rows that are decoded have theirs of all layers in one. Layers that attend hand it their keys and values, too, and
+    get them back, since our cache has these. `goes_on`: the mixers can read several tokens that follow others.
+    """
+
+    def __init__(self, new_R: Tensor | None = None, goes_on: bool = True) -> None:
+        """`new_R`: how many tokens of each row the next forward reads; None: all of them."""
+        self.tensors: dict[tuple[str, int, int], Tensor] = {}  # by kind, layer, and number in the layer
+        self.new_R, self.goes_on = new_R, goes_on
+        self.parts: list[tuple[int, Tensor]] = []  # lengths and their rows, where the forward reads rows by length
+        self.number_RS = torch.empty(0)
+
+    def plan(self, new: int) -> None:
+        """The next forward is of `new` tokens a row, padding included."""
+        new_R, self.new_R, self.parts = self.new_R, None, []
+        if new_R is not None and not (self.goes_on and bool((new_R == new).all())):
+            self.number_RS = torch.arange(len(new_R) * new, device=new_R.device).view(-1, new)
+            self.parts = [(length, (new_R == length).nonzero()[:, 0]) for length in new_R.unique().tolist() if length]
+
+    def advance(self, kept_R: Tensor) -> None:
+        """Nothing is rolled back: a model with states has no drafts."""
 
     def select(self, rows: Tensor) -> None:
         """The states of these rows, or of each several times."""
-        for states in (self.conv, self.recurrent):
-            states |= {number: state[rows] for number, state in states.items()}
+        self.tensors = {key: state[rows] for key, state in self.tensors.items()}
+
+    def join(self, others: Sequence[States]) -> States:
+        """These rows and those of `others`."""
+        joined = States(goes_on=self.goes_on)
+        for key, state in self.tensors.items():
+            joined.tensors[key] = torch.cat([state, *(other.tensors[key] for other in others)])
+        return joined
+
+    def take(self, rows: Tensor, new: Tensor | None = None, layer: int | None = None) -> States:
+        """A copy of these rows, for a forward of them alone. `put` brings them back."""
+        part = States(new, self.goes_on)
+        part.tensors = {key: state[rows] for key, state in self.tensors.items() if layer in (None, key[1])}
+        return part
+
+    def put(self, rows: Tensor, part: States) -> None:
+        """The inverse of `take`."""
+        for key, state in part.tensors.items():
+            if key not in self.tensors:
+                self.tensors[key] = state.new_zeros(len(self.number_RS), *state.shape[1:])
+            self.tensors[key][rows] = state
+
+    # What models call of a cache of transformers.
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.conv.get(state_idx)
+        return self.tensors.get(("conv", layer_idx, state_idx))
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.recurrent.get(state_idx)
+        return self.tensors.get(("recurrent", layer_idx, state_idx))
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
@@ -60,20 +107,23 @@ class States:
         self, inputs: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
     ) -> Tensor:
         """All that the convolution looks at: the last inputs before these, and these."""
-        before = self.conv.get(state_idx)
+        before = self.get_conv_state(layer_idx, state_idx)
         seen = inputs if before is None else torch.cat([before, inputs], dim=-1)
         size = conv_kernel_size or inputs.shape[-1]
-        self.conv[state_idx] = F.pad(seen, (max(0, size - seen.shape[-1]), 0))[..., -size:]
+        self.tensors["conv", layer_idx, state_idx] = F.pad(seen, (max(0, size - seen.shape[-1]), 0))[..., -size:]
         return seen
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
-        self.recurrent[state_idx] = state
+        self.tensors["recurrent", layer_idx, state_idx] = state
         return state
 
 
 def _forward(forward: Callable[..., Any], *inputs: Any, packing: Packing | None = None, **options: Any) -> Any:
     """The forward of a mixer. Without `packing` rows are ordinary ones. No mask is needed: padding is at the right."""
     if packing is None:
+        states = options.get("cache")
+        if isinstance(states, States) and states.parts:
+            return _by_length(forward, inputs, options, states)
         return forward(*inputs, **options)
     options |= dict.fromkeys(options.keys() & {"attention_mask"})
     parts, order_BT = _parts(packing)
@@ -90,6 +140,23 @@ def _forward(forward: Callable[..., Any], *inputs: Any, packing: Packing | None 
         states.select(prompt_of_R)
         read(completions_RL, states)
     return torch.cat(outputs)[order_BT]
+
+
+def _by_length(forward: Any, inputs: Any, options: dict[str, Any], states: States) -> Tensor:
+    """Reads rows of one length together, without what comes after it, which stays zero here."""
+    whole = None
+    for length, rows in states.parts:
+        part = states.take(rows, layer=forward.__self__.layer_idx)
+        at_once = length if states.goes_on or not part.tensors else 1
+        for start in range(0, length, at_once):
+            places = states.number_RS[rows, start : start + at_once]
+            of_part, options_of_part = _placed((inputs, options), states.number_RS.shape, places)
+            out = forward(*of_part, **options_of_part | {"cache": part})
+            whole = out.new_zeros(*states.number_RS.shape, out.shape[-1]) if whole is None else whole
+            whole[rows, start : start + at_once] = out
+        states.put(rows, part)
+    assert whole is not None
+    return whole
 
 
 @lru_cache(maxsize=1)  # for all layers
