@@ -117,7 +117,9 @@ def differences(policy: Policy, groups: list[RolloutGroup], temperature: float) 
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("falcon_h1", "mamba"))) for kind in KINDS]
+)
 def test_contract_2_log_probabilities_are_the_models_own(hf_policy, kind):
     policy = hf_policy(kind, 3, **KINDS[kind])
     assert policy.backend == "transformers"
@@ -145,10 +147,13 @@ def test_contracts_2_and_4_by_transformers_own_cache(stock, kind):
     assert tokens(alone) == tokens(groups[:3])
 
 
-@pytest.mark.parametrize("sampler", ["joined", "apart", "whole"])
 @pytest.mark.parametrize(
-    ("kind", "config"),
-    [("gemma3_text", {"head_dim": 8, "sliding_window": 16}), ("qwen3_5_text", KINDS["qwen3_5_text"])],
+    ("kind", "config", "sampler"),
+    [
+        *(("gemma3_text", {"head_dim": 8, "sliding_window": 16}, sampler) for sampler in ("joined", "apart", "whole")),
+        ("qwen3_5_text", KINDS["qwen3_5_text"], "joined"),
+        pytest.param("qwen3_5_text", KINDS["qwen3_5_text"], "whole", marks=pytest.mark.slow),
+    ],
 )
 def test_every_way_to_keep_what_was_read_gives_the_same_tokens(hf_policy, kind, config, sampler):
     policy = hf_policy(kind, 3, **config)
@@ -170,8 +175,11 @@ def test_greedy_decoding_is_that_of_generate(hf_policy, kind):
 @pytest.mark.parametrize(
     "kind",
     [
-        *("llama", "qwen3_5_text"),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*ESSENTIAL[1:], "gemma4_text", "falcon_h1", "mamba")),
+        "llama",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (*ESSENTIAL[1:], "gemma4_text", "qwen3_5_text", "falcon_h1", "mamba")
+        ),
     ],
 )
 def test_contract_4_tokens_do_not_depend_on_what_runs_beside_them(hf_policy, kind):
