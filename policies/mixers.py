@@ -4,15 +4,12 @@ A mixer reads tokens one after the other and keeps a state of them, by linear at
 No mask can hide a completion of `[prompt | c1 | … | cG]` from the next one. So each mixer reads the prompt, and then
 the completions as rows of their own, whose cache holds the prompt's states and lets gradients through. It is right for
 mixers that go on from a cache with several tokens. The load check finds those that do not.
-
-When rows are decoded, our cache has what attends, and `States` has the rest. Padding would change a state, so a mixer
-reads rows of unequal lengths by their length, and a row that waits for its tools not at all.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -39,60 +36,18 @@ def _names_used(function: Any) -> tuple[str, ...]:
 
 
 class States:
-    """The states of mixers, in place of a cache of transformers, which writes in place and so ends gradients.
+    """The states of mixers, in place of a cache of transformers, which writes in place and so ends gradients."""
 
-    Rows that are decoded have theirs of all layers in one. Layers that attend hand it their keys and values, too, and
-    get them back, since our cache has these. `goes_on`: the mixers can read several tokens that follow others.
-    """
-
-    def __init__(self, new_R: Tensor | None = None, goes_on: bool = True) -> None:
-        """`new_R`: how many tokens of each row the next forward reads; None: all of them."""
+    def __init__(self) -> None:
         self.tensors: dict[tuple[str, int, int], Tensor] = {}  # by kind, layer, and number in the layer
-        self.new_R, self.goes_on = new_R, goes_on
-        self.parts: list[tuple[int, Tensor]] = []  # lengths and their rows, where the forward reads rows by length
-        self.number_RS = torch.empty(0)
-
-    def plan(self, new: int) -> None:
-        """The next forward is of `new` tokens a row, padding included."""
-        new_R, self.new_R, self.parts = self.new_R, None, []
-        if new_R is not None and not (self.goes_on and bool((new_R == new).all())):
-            self.number_RS = torch.arange(len(new_R) * new, device=new_R.device).view(-1, new)
-            self.parts = [(length, (new_R == length).nonzero()[:, 0]) for length in new_R.unique().tolist() if length]
-
-    def advance(self, kept_R: Tensor) -> None:
-        """Nothing is rolled back: a model with states has no drafts."""
 
     def select(self, rows: Tensor) -> None:
         """The states of these rows, or of each several times."""
         self.tensors = {key: state[rows] for key, state in self.tensors.items()}
 
-    def join(self, others: Sequence[States]) -> States:
-        """These rows and those of `others`."""
-        joined = States(goes_on=self.goes_on)
-        for key, state in self.tensors.items():
-            joined.tensors[key] = torch.cat([state, *(other.tensors[key] for other in others)])
-        return joined
-
-    def take(self, rows: Tensor, new: Tensor | None = None, layer: int | None = None) -> States:
-        """A copy of these rows, for a forward of them alone. `put` brings them back."""
-        part = States(new, self.goes_on)
-        part.tensors = {key: state[rows] for key, state in self.tensors.items() if layer in (None, key[1])}
-        return part
-
-    def put(self, rows: Tensor, part: States) -> None:
-        """The inverse of `take`."""
-        for key, state in part.tensors.items():
-            if key not in self.tensors:
-                self.tensors[key] = state.new_zeros(len(self.number_RS), *state.shape[1:])
-            self.tensors[key][rows] = state
-
-    # What models call of a cache of transformers.
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+    def read(self, forward: Callable[..., Any], inputs: Any, options: dict[str, Any]) -> Any:
+        """The forward of a mixer that goes on from here."""
+        return forward(*inputs, **options)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self.tensors.get(("conv", layer_idx, state_idx))
@@ -122,8 +77,8 @@ def _forward(forward: Callable[..., Any], *inputs: Any, packing: Packing | None 
     """The forward of a mixer. Without `packing` rows are ordinary ones. No mask is needed: padding is at the right."""
     if packing is None:
         states = options.get("cache")
-        if isinstance(states, States) and states.parts:
-            return _by_length(forward, inputs, options, states)
+        if isinstance(states, States):
+            return states.read(forward, inputs, options)
         return forward(*inputs, **options)
     options |= dict.fromkeys(options.keys() & {"attention_mask"})
     parts, order_BT = _parts(packing)
@@ -131,7 +86,7 @@ def _forward(forward: Callable[..., Any], *inputs: Any, packing: Packing | None 
 
     def read(places: Tensor, states: States) -> None:
         if places.numel():
-            of_part, options_of_part = _placed((inputs, options), packing.segment.shape, places)
+            of_part, options_of_part = placed((inputs, options), packing.segment.shape, places)
             outputs.append(forward(*of_part, **options_of_part | {"cache": states}).flatten(0, 1))
 
     for prompts_PT, completions_RL, prompt_of_R in parts:
@@ -140,23 +95,6 @@ def _forward(forward: Callable[..., Any], *inputs: Any, packing: Packing | None 
         states.select(prompt_of_R)
         read(completions_RL, states)
     return torch.cat(outputs)[order_BT]
-
-
-def _by_length(forward: Any, inputs: Any, options: dict[str, Any], states: States) -> Tensor:
-    """Reads rows of one length together, without what comes after it, which stays zero here."""
-    whole = None
-    for length, rows in states.parts:
-        part = states.take(rows, layer=forward.__self__.layer_idx)
-        at_once = length if states.goes_on or not part.tensors else 1
-        for start in range(0, length, at_once):
-            places = states.number_RS[rows, start : start + at_once]
-            of_part, options_of_part = _placed((inputs, options), states.number_RS.shape, places)
-            out = forward(*of_part, **options_of_part | {"cache": part})
-            whole = out.new_zeros(*states.number_RS.shape, out.shape[-1]) if whole is None else whole
-            whole[rows, start : start + at_once] = out
-        states.put(rows, part)
-    assert whole is not None
-    return whole
 
 
 @lru_cache(maxsize=1)  # for all layers
@@ -185,10 +123,10 @@ def _parts(packing: Packing) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tenso
     return parts, order.view_as(number)
 
 
-def _placed(value: Any, shape: tuple[int, ...], places: Tensor) -> Any:
+def placed(value: Any, shape: tuple[int, ...], places: Tensor) -> Any:
     """All tensors of `value` that have an entry for each token of rows of this shape, with the tokens at `places`."""
     if isinstance(value, Tensor):
         return value.flatten(0, 1)[places] if value.shape[:2] == shape else value
     if isinstance(value, dict):
-        return {key: _placed(entry, shape, places) for key, entry in value.items()}
-    return tuple(_placed(entry, shape, places) for entry in value) if isinstance(value, list | tuple) else value
+        return {key: placed(entry, shape, places) for key, entry in value.items()}
+    return tuple(placed(entry, shape, places) for entry in value) if isinstance(value, list | tuple) else value

@@ -20,9 +20,9 @@ from transformers import AttentionInterface
 
 from policies.attention import attending_by
 from policies.decoding.latent_cache import LatentCache, Prefix
-from policies.mixers import States
 from policies.policy import Policy
 from policies.scoring import Scoring, has_indexer, sdpa
+from rollout.backends.states import RowStates
 
 ATTENTION = "quartet"
 
@@ -31,7 +31,7 @@ class PromptCache:
     """Keys and values of right-padded prompts, and the states beside them, if there are any. One forward fills it;
     `fan_out` then shares it among their rows."""
 
-    def __init__(self, states: States | None = None) -> None:
+    def __init__(self, states: RowStates | None = None) -> None:
         self.layers: dict[int, Tensor] = {}
         self.value_widths: dict[int, int] = {}
         self.states = states
@@ -94,7 +94,7 @@ class RowCache:
     """Keys and values of the rows in layers that are alike. `slots_RK`: the place of each KV head of each row in the
     latent cache, which needs those of one prompt and attention head side by side, [P, K, G], while rows are [P, G]."""
 
-    states: States | None = None
+    states: RowStates | None = None
 
     def __init__(self, latents: LatentCache, slots_RK: Tensor, layers: list[int]) -> None:
         self.latents, self.layers = latents, layers
@@ -150,11 +150,11 @@ class RowCache:
 
 class RowCaches:
     """What is kept of the rows where layers differ in their heads, or in that some are recurrent: a `RowCache` for each
-    shape, and `States`, used alike."""
+    shape, and `RowStates`, used alike."""
 
     def __init__(self, caches: Sequence[Any]) -> None:
         self.caches = caches
-        self.states = next((cache for cache in caches if isinstance(cache, States)), None)
+        self.states = next((cache for cache in caches if isinstance(cache, RowStates)), None)
         self.of_layer = {layer: cache for cache in caches if cache is not self.states for layer in cache.layers}
 
     def plan(self, new: int) -> None:
@@ -223,7 +223,7 @@ class HFTrunk:
         self.device: torch.device = self.embedding.device
 
     def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> PromptCache:
-        return PromptCache(States(prompts_R, self.goes_on) if self.recurrent else None)
+        return PromptCache(RowStates(prompts_R, self.goes_on) if self.recurrent else None)
 
     def __call__(
         self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: PromptCache | RowCache | RowCaches

@@ -6,8 +6,8 @@ import torch
 from grpo.source import agreement
 from grpo.source.agreement import check_agreement
 from policies.attention import Packing
-from policies.mixers import States
 from policies.paths import Paths
+from rollout.backends.states import RowStates
 
 EXPERTS = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 
@@ -31,11 +31,11 @@ def cuts(monkeypatch) -> list[str]:
 def test_the_paths_of_bfloat16_are_those_of_float32(hf_policy, monkeypatch, cuts):
     """In bfloat16 so much is allowed that a cache which drops the recurrent state could seem right."""
 
-    class Forgetful(States):
+    class Forgetful(RowStates):
         def get_recurrent_state(self, layer_idx, state_idx=0):
             return None
 
-    monkeypatch.setattr("rollout.backends.hf.States", Forgetful)
+    monkeypatch.setattr("rollout.backends.hf.RowStates", Forgetful)
     policy = hf_policy("falcon_h1", 3, head_dim=8, mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64, mamba_d_state=8)
     for parameter in policy.trunk.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
