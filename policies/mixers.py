@@ -36,22 +36,24 @@ def _names_used(function: Any) -> tuple[str, ...]:
 
 
 class States:
-    """The states of one mixer, in place of a cache of transformers, which writes in place and so ends gradients."""
+    """The states of mixers, in place of a cache of transformers, which writes in place and so ends gradients."""
 
     def __init__(self) -> None:
-        self.conv: dict[int, Tensor] = {}
-        self.recurrent: dict[int, Tensor] = {}
+        self.tensors: dict[tuple[str, int, int], Tensor] = {}  # by kind, layer, and number in the layer
 
     def select(self, rows: Tensor) -> None:
         """The states of these rows, or of each several times."""
-        for states in (self.conv, self.recurrent):
-            states |= {number: state[rows] for number, state in states.items()}
+        self.tensors = {key: state[rows] for key, state in self.tensors.items()}
+
+    def read(self, forward: Callable[..., Any], inputs: Any, options: dict[str, Any]) -> Any:
+        """The forward of a mixer that goes on from here."""
+        return forward(*inputs, **options)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.conv.get(state_idx)
+        return self.tensors.get(("conv", layer_idx, state_idx))
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.recurrent.get(state_idx)
+        return self.tensors.get(("recurrent", layer_idx, state_idx))
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
@@ -60,20 +62,23 @@ class States:
         self, inputs: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
     ) -> Tensor:
         """All that the convolution looks at: the last inputs before these, and these."""
-        before = self.conv.get(state_idx)
+        before = self.get_conv_state(layer_idx, state_idx)
         seen = inputs if before is None else torch.cat([before, inputs], dim=-1)
         size = conv_kernel_size or inputs.shape[-1]
-        self.conv[state_idx] = F.pad(seen, (max(0, size - seen.shape[-1]), 0))[..., -size:]
+        self.tensors["conv", layer_idx, state_idx] = F.pad(seen, (max(0, size - seen.shape[-1]), 0))[..., -size:]
         return seen
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
-        self.recurrent[state_idx] = state
+        self.tensors["recurrent", layer_idx, state_idx] = state
         return state
 
 
 def _forward(forward: Callable[..., Any], *inputs: Any, packing: Packing | None = None, **options: Any) -> Any:
     """The forward of a mixer. Without `packing` rows are ordinary ones. No mask is needed: padding is at the right."""
     if packing is None:
+        states = options.get("cache")
+        if isinstance(states, States):
+            return states.read(forward, inputs, options)
         return forward(*inputs, **options)
     options |= dict.fromkeys(options.keys() & {"attention_mask"})
     parts, order_BT = _parts(packing)
@@ -81,7 +86,7 @@ def _forward(forward: Callable[..., Any], *inputs: Any, packing: Packing | None 
 
     def read(places: Tensor, states: States) -> None:
         if places.numel():
-            of_part, options_of_part = _placed((inputs, options), packing.segment.shape, places)
+            of_part, options_of_part = placed((inputs, options), packing.segment.shape, places)
             outputs.append(forward(*of_part, **options_of_part | {"cache": states}).flatten(0, 1))
 
     for prompts_PT, completions_RL, prompt_of_R in parts:
@@ -118,10 +123,10 @@ def _parts(packing: Packing) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tenso
     return parts, order.view_as(number)
 
 
-def _placed(value: Any, shape: tuple[int, ...], places: Tensor) -> Any:
+def placed(value: Any, shape: tuple[int, ...], places: Tensor) -> Any:
     """All tensors of `value` that have an entry for each token of rows of this shape, with the tokens at `places`."""
     if isinstance(value, Tensor):
         return value.flatten(0, 1)[places] if value.shape[:2] == shape else value
     if isinstance(value, dict):
-        return {key: _placed(entry, shape, places) for key, entry in value.items()}
-    return tuple(_placed(entry, shape, places) for entry in value) if isinstance(value, list | tuple) else value
+        return {key: placed(entry, shape, places) for key, entry in value.items()}
+    return tuple(placed(entry, shape, places) for entry in value) if isinstance(value, list | tuple) else value

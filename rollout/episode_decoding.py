@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
+from rollout.drafts.drafts import Drafted
 from rollout.environments.episodes import Episodes
 from rollout.group import Prompt
 from rollout.rows import Rows
@@ -39,6 +40,12 @@ class EpisodeDecoding(Decoding):
         ended = {int(i): self.results.token_ids[i, : self.results.counts[i]].tolist() for i in live.index[rows]}
         live.waits[rows] = torch.tensor(self.episodes.ask(ended), dtype=torch.bool, device=self.device)
         return super()._count()
+
+    def _forward(self, live: Rows) -> tuple[Drafted | None, Tensor]:
+        states = getattr(self.cache, "states", None)
+        if states is not None and self.held > self.alive:  # the states of rows that wait stay as they are
+            states.new_R = (~live.waits).long()
+        return super()._forward(live)
 
     def _go_on(self, live: Rows) -> None:
         """Wait for the tools. The rows whose episodes go on read what these wrote, and get their next token."""

@@ -22,19 +22,24 @@ from policies.attention import attending_by
 from policies.decoding.latent_cache import LatentCache, Prefix
 from policies.policy import Policy
 from policies.scoring import Scoring, has_indexer, sdpa
+from rollout.backends.states import RowStates
 
 ATTENTION = "quartet"
 
 
 class PromptCache:
-    """Keys and values of right-padded prompts. One forward fills it; `fan_out` then shares it among their rows."""
+    """Keys and values of right-padded prompts, and the states beside them, if there are any. One forward fills it;
+    `fan_out` then shares it among their rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, states: RowStates | None = None) -> None:
         self.layers: dict[int, Tensor] = {}
         self.value_widths: dict[int, int] = {}
+        self.states = states
 
     def plan(self, new: int) -> None:
         self.layers.clear()
+        if self.states is not None:
+            self.states.plan(new)
 
     def attend(
         self, module: nn.Module, query_PHTD: Tensor, key_PKTD: Tensor, value_PKTD: Tensor, scoring: Scoring
@@ -59,12 +64,16 @@ class PromptCache:
 
     def fan_out(self, group_size: int, capacity: int, longest_prompt: int = 0) -> RowCache | RowCaches:
         """The cache of P · G empty rows that continue these prompts, with room for `capacity` tokens each."""
-        if not self.layers:
+        if not self.layers and self.states is None:
             raise ValueError("its layers do not attend through the attention interface of transformers")
         alike: dict[tuple[int, ...], list[int]] = {}  # layers by heads and widths
         for layer in sorted(self.layers):
             alike.setdefault((*self.layers[layer].shape, self.value_widths[layer]), []).append(layer)
         caches = [self._fan_out(layers, group_size, capacity) for layers in alike.values()]
+        if self.states is not None:
+            prompts = torch.arange(len(self.lengths), device=self.lengths.device)
+            self.states.select(prompts.repeat_interleave(group_size))
+            return RowCaches([*caches, self.states])
         return caches[0] if len(caches) == 1 else RowCaches(caches)
 
     def _fan_out(self, layers: list[int], group_size: int, capacity: int) -> RowCache:
@@ -84,6 +93,8 @@ class PromptCache:
 class RowCache:
     """Keys and values of the rows in layers that are alike. `slots_RK`: the place of each KV head of each row in the
     latent cache, which needs those of one prompt and attention head side by side, [P, K, G], while rows are [P, G]."""
+
+    states: RowStates | None = None
 
     def __init__(self, latents: LatentCache, slots_RK: Tensor, layers: list[int]) -> None:
         self.latents, self.layers = latents, layers
@@ -138,11 +149,13 @@ class RowCache:
 
 
 class RowCaches:
-    """Keys and values of the rows where layers differ in their heads: a `RowCache` for each shape, used alike."""
+    """What is kept of the rows where layers differ in their heads, or in that some are recurrent: a `RowCache` for each
+    shape, and `RowStates`, used alike."""
 
-    def __init__(self, caches: Sequence[RowCache]) -> None:
+    def __init__(self, caches: Sequence[Any]) -> None:
         self.caches = caches
-        self.of_layer = {layer: cache for cache in caches for layer in cache.layers}
+        self.states = next((cache for cache in caches if isinstance(cache, RowStates)), None)
+        self.of_layer = {layer: cache for cache in caches if cache is not self.states for layer in cache.layers}
 
     def plan(self, new: int) -> None:
         for cache in self.caches:
@@ -205,11 +218,12 @@ class HFTrunk:
         self.config, self.decoder, self.dtype = policy.config, policy.trunk.get_decoder(), dtype
         self.embedding = policy.trunk.get_input_embeddings().weight.detach()
         self.logits = policy.output.logits
-        self.has_indexer = has_indexer(policy.config)
+        self.has_indexer, self.recurrent = has_indexer(policy.config), policy.recurrent
+        self.goes_on = policy.paths.rows == "packed"
         self.device: torch.device = self.embedding.device
 
     def cache(self, rows: int, capacity: int, prompts_R: Tensor | None = None) -> PromptCache:
-        return PromptCache()
+        return PromptCache(RowStates(prompts_R, self.goes_on) if self.recurrent else None)
 
     def __call__(
         self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: PromptCache | RowCache | RowCaches
@@ -218,6 +232,8 @@ class HFTrunk:
         rows, new = token_ids_BS.shape
         cache.plan(new)
         options: dict[str, Any] = {"position_ids": position_ids_BS, "use_cache": False}
+        if self.recurrent:
+            options["cache"] = cache.states
         if self.has_indexer:
             options["attention_mask"] = torch.ones(rows, 1, new, new, dtype=torch.bool, device=self.device)
         active = _CACHE.set(cache)

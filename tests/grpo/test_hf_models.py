@@ -231,7 +231,7 @@ def test_drafts_asked_by_eval_are_refused_under_their_name(saved):
         ("bloom", {"max_position_embeddings": None}, Paths("joined", "alone")),
         ("falcon", {}, Paths("joined", "alone")),  # it asks for torch's attention by its name
         ("inkling_text", INKLING, Paths("joined", "alone")),
-        ("mamba", {}, Paths("apart", "alone")),  # it does not heed padding
+        ("mamba", {}, Paths("own", "alone")),  # states alone, from which it reads one token at a time
         ("rwkv", {"attention_hidden_size": 32, "context_length": 256}, Paths("whole", "alone")),
         ("bert", {"is_decoder": True}, Paths("joined", "alone", "head")),
     ],

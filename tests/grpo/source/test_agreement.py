@@ -7,6 +7,7 @@ from grpo.source import agreement
 from grpo.source.agreement import check_agreement
 from policies.attention import Packing
 from policies.paths import Paths
+from rollout.backends.states import RowStates
 
 EXPERTS = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 
@@ -27,8 +28,14 @@ def cuts(monkeypatch) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_paths_of_bfloat16_are_those_of_float32(hf_policy, cuts):
-    """In bfloat16 so much is allowed that our cache, which drops the recurrent state, could seem right."""
+def test_the_paths_of_bfloat16_are_those_of_float32(hf_policy, monkeypatch, cuts):
+    """In bfloat16 so much is allowed that a cache which drops the recurrent state could seem right."""
+
+    class Forgetful(RowStates):
+        def get_recurrent_state(self, layer_idx, state_idx=0):
+            return None
+
+    monkeypatch.setattr("rollout.backends.hf.RowStates", Forgetful)
     policy = hf_policy("falcon_h1", 3, head_dim=8, mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64, mamba_d_state=8)
     for parameter in policy.trunk.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)

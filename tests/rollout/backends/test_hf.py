@@ -26,7 +26,9 @@ PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 8 + n)]) for i, n in enumerate
 PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=30, stop_token_ids=STOPS, seed=5, step=2)
 # As many KV heads as heads, one, and two; tied; biases; a norm on queries and keys; a head wider than its share;
 # layers that slide within a window longer than any row; learned positions; parallel blocks; experts; sinks; caps;
-# layers whose attention heads differ in number and width, and that read the keys of others; an indexer.
+# layers whose attention heads differ in number and width, and that read the keys of others; an indexer; linear
+# attention, and state spaces beside attention and alone.
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 KINDS: dict[str, dict] = {
     "llama": {"num_key_value_heads": 4},
     "qwen2": {"tie_word_embeddings": True},
@@ -61,12 +63,14 @@ KINDS: dict[str, dict] = {
         "index_topk": 64,
         "first_k_dense_replace": 3,
     },
+    "qwen3_5_text": LINEAR | {"head_dim": 8, "num_hidden_layers": 4},
+    "falcon_h1": {"head_dim": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 8},
+    "mamba": {"state_size": 8},
 }
 ESSENTIAL = ("llama", "qwen2", "qwen3")
-LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 # Windows that slide while both caches are in use; states beside the cache; sinks; a mask by ALiBi; no cache at all.
 STOCK: dict[str, tuple[dict, Paths]] = {
-    "qwen3_5_text": (LINEAR | {"head_dim": 8, "num_hidden_layers": 4}, Paths("joined", "alone")),
+    "qwen3_5_text": (KINDS["qwen3_5_text"], Paths("joined", "alone")),
     "mamba2": ({"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 16}, Paths("apart", "alone")),
     "gpt_oss": (
         {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
@@ -113,7 +117,9 @@ def differences(policy: Policy, groups: list[RolloutGroup], temperature: float) 
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("falcon_h1", "mamba"))) for kind in KINDS]
+)
 def test_contract_2_log_probabilities_are_the_models_own(hf_policy, kind):
     policy = hf_policy(kind, 3, **KINDS[kind])
     assert policy.backend == "transformers"
@@ -141,9 +147,16 @@ def test_contracts_2_and_4_by_transformers_own_cache(stock, kind):
     assert tokens(alone) == tokens(groups[:3])
 
 
-@pytest.mark.parametrize("sampler", ["joined", "apart", "whole"])
-def test_every_way_to_keep_what_was_read_gives_the_same_tokens(hf_policy, sampler):
-    policy = hf_policy("gemma3_text", 3, head_dim=8, sliding_window=16)
+@pytest.mark.parametrize(
+    ("kind", "config", "sampler"),
+    [
+        *(("gemma3_text", {"head_dim": 8, "sliding_window": 16}, sampler) for sampler in ("joined", "apart", "whole")),
+        ("qwen3_5_text", KINDS["qwen3_5_text"], "joined"),
+        pytest.param("qwen3_5_text", KINDS["qwen3_5_text"], "whole", marks=pytest.mark.slow),
+    ],
+)
+def test_every_way_to_keep_what_was_read_gives_the_same_tokens(hf_policy, kind, config, sampler):
+    policy = hf_policy(kind, 3, **config)
     expected = tokens(Engine(policy).sample(PROMPTS, PARAMS))
     policy.paths = Paths(sampler)
     assert tokens(Engine(policy).sample(PROMPTS, PARAMS)) == expected
@@ -160,7 +173,14 @@ def test_greedy_decoding_is_that_of_generate(hf_policy, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*ESSENTIAL[1:], "gemma4_text"))]
+    "kind",
+    [
+        "llama",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (*ESSENTIAL[1:], "gemma4_text", "qwen3_5_text", "falcon_h1", "mamba")
+        ),
+    ],
 )
 def test_contract_4_tokens_do_not_depend_on_what_runs_beside_them(hf_policy, kind):
     engine = Engine(hf_policy(kind, 4, **KINDS[kind]))

@@ -34,6 +34,8 @@ PROMPTS = [replace(prompt, text=TEXT[: 4 + 4 * i]) for i, prompt in enumerate(pr
 SPEC = EnvironmentSpec(environments=(("", f"{GUESSING}:Guess"),), max_turns=5)
 EPISODES = replace(PARAMS, max_completion_tokens=90, environment=SPEC)
 OTHER_WAYS = (("joined", "alone"), ("apart",), ("whole",))
+LINEAR = {"num_hidden_layers": 4, "initializer_range": 0.1, "head_dim": 8, "linear_num_key_heads": 2}
+LINEAR |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 SLOW = replace(SPEC, environments=(("", f"{GUESSING}:Slow"),), timeout_s=0.5)
 
 
@@ -145,10 +147,16 @@ def test_contract_2_the_sampler_scores_as_the_learner_does(engine, draft_tokens)
 
 
 @pytest.mark.parametrize(
-    "paths", [Paths(), *(pytest.param(Paths(*ways), marks=pytest.mark.slow) for ways in OTHER_WAYS)]
+    ("kind", "config", "paths"),
+    [
+        ("qwen3", {}, Paths()),
+        *(pytest.param("qwen3", {}, Paths(*ways), marks=pytest.mark.slow) for ways in OTHER_WAYS),
+        pytest.param("qwen3_5_text", LINEAR, Paths(), marks=pytest.mark.slow),
+        pytest.param("mamba", {"state_size": 8}, Paths("own", "alone"), marks=pytest.mark.slow),
+    ],
 )
-def test_models_of_transformers_have_episodes_too(hf_policy, paths):
-    policy = hf_policy("qwen3", 3)
+def test_models_of_transformers_have_episodes_too(hf_policy, kind, config, paths):
+    policy = hf_policy(kind, 3, **config)
     policy.paths = paths
     engine = Engine(policy)
     try:
