@@ -316,6 +316,7 @@ def _migrate(args: argparse.Namespace, read: Callable[[Path], Migration]) -> int
     write(args.json, asdict(migration))
     return 0
 
+
 def environment_test(args: argparse.Namespace) -> int:
     config = _load(args)
     from grpo.cli.commands.environment_test import check_environment, show_check
