@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 def rehearse(args: argparse.Namespace) -> int:
     _begin()
-    from grpo.cli.commands.rehearse import Rehearsal, rehearse, show
+    from grpo.cli.commands.rehearsal import Rehearsal, show
+    from grpo.cli.commands.rehearse import rehearse
     from rewards.console import Terminal
 
     source = args.verl or str(args.config)
