@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from grpo.cli.migration.migration import our_defaults
+from grpo.cli.migration.migration import Migration, our_defaults
 from grpo.config.run import TrainConfig
 from rewards.config.options import load
 
@@ -52,6 +52,15 @@ class Rehearsal:
         for line in str(error).split("\n  "):
             if not line.endswith("things are wrong with this run:"):
                 self.add("ends", key_of(line), line)
+
+    def read_from(self, migration: Migration) -> None:
+        """Adds what a script or a command of another trainer says that has no counterpart, or is refused there."""
+        for line in (*migration.losses(True), *migration.losses(False)):
+            self.add("warns", "", line.removeprefix("- "))
+        for note in migration.notes:
+            if note.startswith("TRL itself refuses"):
+                self.add("ends", "", note)
+        self.facts["read"] = {migration.source: " ".join(migration.notes)}
 
 
 def with_options(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:

@@ -274,16 +274,15 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> None:
     best, wrong, empty = right[name], score([FORMS[name].format(other) for other in others]), score([""] * len(answers))
     result.facts["scores"] = {"right": best, "wrong": wrong, "empty": empty, "written": name}
     if best <= max(wrong, empty):
-        what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms, a wrong one {wrong:.3g}, an empty "
-        result.add(
-            "spoils", "rewards", f"{what}one {empty:.3g}", "no reward tells right from wrong: quartet reward test"
-        )
+        what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms"
+        what += f", a wrong one {wrong:.3g}, an empty one {empty:.3g}"
+        result.add("spoils", "rewards", what, "no reward tells right from wrong: quartet reward test")
         return
+    asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in prompt.text for prompt in prompts)]
     if wrong > 0.8 * best > 0:
         what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"
         result.add("spoils", "rewards", what, "give the rewards of form less weight")
-    asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in prompt.text for prompt in prompts)]
-    if name != "as it is" and asked and best > 1.2 * right["as it is"]:
+    elif name != "as it is" and asked and best > 1.2 * right["as it is"]:
         what = f"right answers score {best:.3g} with {name} and {right['as it is']:.3g} as the data have them, and no "
         result.add("spoils", "data.template", f"{what}prompt asks for {' and '.join(asked)}", "ask for it")
     if "<think>" in name and prompts[0].text.rstrip().endswith("<think>"):
