@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 def rehearse(args: argparse.Namespace) -> int:
     _begin()
-    from grpo.cli.commands.rehearse import Rehearsal, rehearse, show
+    from grpo.cli.commands.rehearsal import Rehearsal, show
+    from grpo.cli.commands.rehearse import rehearse
     from rewards.console import Terminal
 
     source = args.verl or str(args.config)
@@ -93,9 +94,8 @@ def rehearse(args: argparse.Namespace) -> int:
             migration = _read_for_others(args, Path(folder))
             config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration else {})
             result = rehearse(config, faults=args.faults, device_gib=args.device_gib)
-            for line in (*migration.losses(True), *migration.losses(False), *migration.notes) if migration else ():
-                refused = line.startswith("TRL itself refuses")
-                result.add("ends" if refused else "warns", "", line.removeprefix("- "))
+            if migration:
+                result.read_from(migration)
         except ValueError as error:
             result = Rehearsal(source)
             for problem in getattr(error, "problems", [str(error)]):  # of a ConfigError
@@ -115,7 +115,7 @@ def _read_for_others(args: argparse.Namespace, folder: Path) -> Migration | None
     if script and script.suffix == ".py":
         from grpo.cli.migration.trl_script import read_trl_script
 
-        return read_trl_script(script, folder)
+        return read_trl_script(script, folder, shlex.split(args.arguments))
     args.config = script
     return None
 

@@ -44,6 +44,7 @@ TRAIN = (argument("config", metavar="CONFIG.yaml", help=_WHAT, **_FILE), *_RUN)
 _WHAT = "options from a file, a script with TRL's trainer, or a shell file with verl's command; the command line wins"
 REHEARSE = (
     argument("config", metavar="CONFIG.yaml|SCRIPT.py|RUN.sh", help=_WHAT, **_FILE),
+    argument("--arguments", default="", metavar="TEXT", help="the script's own, as in --arguments='--lr 1e-5'"),
     argument("--verl", metavar="COMMAND", help="a command of verl's in one word, in place of a file"),
     _flag("faults", "also kill the run and its workers, fill the disk, let workers hang, and resume"),
     argument("--device_gib", "--device-gib", type=float, metavar="GIB", help="the memory of a device of the real run"),

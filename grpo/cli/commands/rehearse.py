@@ -9,20 +9,18 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from functools import cache
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Any
 
-from rich.console import Console
 from transformers.utils import get_json_schema
 
 from grpo.cli.commands import machine
 from grpo.cli.commands.check import TRANSFORMERS, examine_text
+from grpo.cli.commands.rehearsal import Effect, Rehearsal, key_of, with_options
+from grpo.cli.commands.rehearse_steps import take_steps
 from grpo.cli.commands.summary import DryRun
-from grpo.cli.migration.migration import our_defaults
 from grpo.config.environment import rewards_of
 from grpo.config.run import TrainConfig
 from grpo.run import trackers
@@ -38,12 +36,9 @@ from policies.policy import Policy, PolicyError
 from rewards.commands.check import STATE, check_reward
 from rewards.commands.options import RewardTestConfig
 from rewards.commands.probes import misprint
-from rewards.config.options import load
 from rewards.scorer import BATCH
 from rewards.ties import tied
 from rollout.group import Prompt
-
-Effect = Literal["ends", "spoils", "warns"]  # what a finding does to the real run; what only warns may be meant so
 
 SAMPLED, TRIED = 400, 20  # examples whose tokens are counted, and those that rewards are tried on
 MANY = 0.1  # a share of examples that is no accident
@@ -66,47 +61,8 @@ FORMS = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong: the option's key, the fact with its number, and the way out. `effect` is that on the real run."""
-
-    effect: Effect
-    key: str
-    what: str
-    advice: str = ""
-
-
-@dataclass
-class Rehearsal:
-    """What `rehearse` found, by parts of the run: `facts`, the metrics of the `steps`, and what became of `faults`."""
-
-    model: str
-    findings: list[Finding] = field(default_factory=list)
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    faults: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def wrong(self) -> bool:
-        """Tells whether something would end or spoil the real run."""
-        return any(finding.effect != "warns" for finding in self.findings)
-
-    def add(self, effect: Effect, key: str, what: str, advice: str = "") -> None:
-        finding = Finding(effect, key, " ".join(what.split()), advice)
-        if finding not in self.findings:
-            self.findings.append(finding)
-
-    def refuse(self, error: Exception | str) -> None:
-        """Adds what a run says when it refuses something, each thing as a finding."""
-        for line in str(error).split("\n  "):
-            if not line.endswith("things are wrong with this run:"):
-                self.add("ends", key_of(line), line)
-
-
 def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | None = None) -> Rehearsal:
     """Looks at all that a run of `config` needs but its weights, and takes two steps. `device_gib`: see `DryRun`."""
-    from grpo.cli.commands.rehearse_steps import take_steps
-
     result = Rehearsal(config.model)
     try:
         run = DryRun(as_planned(config, result), device_gib)
@@ -137,31 +93,6 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
-
-
-def with_options(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with other values of these options, by their keys. Raises ConfigError."""
-    return load(TrainConfig, None, {**config.model_dump(round_trip=True), **changes})
-
-
-@cache
-def key_of(message: str) -> str:
-    """The option that a message is about: one that it gives a value to, else one that it names; "" for none.
-
-    >>> key_of("prompts_per_step=8, but there are 5 training examples; lower it")
-    'prompts_per_step'
-    """
-    if message.startswith("reward '"):
-        return "rewards"
-    keys = list(our_defaults())
-    for word in re.findall(r"([a-z_]+(?:\.[a-z_]+)*)(?:\[\d+\][\w.]*)?=", message):
-        if word in keys:
-            return str(word)
-    for word in re.findall(r"[a-z]+(?:[._][a-z]+)+", message):
-        ending = [key for key in keys if key == word or key.endswith(f".{word}")]
-        if len(ending) == 1:
-            return ending[0]
-    return "rewards" if "reward" in message else ""
 
 
 def as_planned(config: TrainConfig, result: Rehearsal) -> TrainConfig:
@@ -343,16 +274,15 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> None:
     best, wrong, empty = right[name], score([FORMS[name].format(other) for other in others]), score([""] * len(answers))
     result.facts["scores"] = {"right": best, "wrong": wrong, "empty": empty, "written": name}
     if best <= max(wrong, empty):
-        what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms, a wrong one {wrong:.3g}, an empty "
-        result.add(
-            "spoils", "rewards", f"{what}one {empty:.3g}", "no reward tells right from wrong: quartet reward test"
-        )
+        what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms"
+        what += f", a wrong one {wrong:.3g}, an empty one {empty:.3g}"
+        result.add("spoils", "rewards", what, "no reward tells right from wrong: quartet reward test")
         return
+    asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in prompt.text for prompt in prompts)]
     if wrong > 0.8 * best > 0:
         what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"
         result.add("spoils", "rewards", what, "give the rewards of form less weight")
-    asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in prompt.text for prompt in prompts)]
-    if name != "as it is" and asked and best > 1.2 * right["as it is"]:
+    elif name != "as it is" and asked and best > 1.2 * right["as it is"]:
         what = f"right answers score {best:.3g} with {name} and {right['as it is']:.3g} as the data have them, and no "
         result.add("spoils", "data.template", f"{what}prompt asks for {' and '.join(asked)}", "ask for it")
     if "<think>" in name and prompts[0].text.rstrip().endswith("<think>"):
@@ -443,23 +373,3 @@ def try_tools(result: Rehearsal, task: Task) -> None:
                 what = f"{tool.__name__} raised at every one of {len(calls)} calls: {raised[0][:200]}"
                 result.add("warns", "tools", what, "call it by hand, unless it knows none of these values")
     result.facts["tools"] = facts
-
-
-# ---- the report -----------------------------------------------------------------------------------------------------
-
-
-def show(result: Rehearsal, console: Console) -> None:
-    """Prints the facts by parts of the run, what became of the faults, and the findings, the worst ones last."""
-    lines = []
-    for part, facts in result.facts.items():
-        words = (
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
-        )
-        lines.append(f"{part}: {', '.join(words)}")
-    lines += [f"fault, {name}: {words}" for name, words in result.faults.items()]
-    for effect in ("warns", "spoils", "ends"):
-        for finding in (finding for finding in result.findings if finding.effect == effect):
-            advice = f"; {finding.advice}" if finding.advice else ""
-            lines.append(f"{effect:6}  {finding.key or 'run'}: {finding.what}{advice}")
-    lines.append("something would end or spoil the run" if result.wrong else "nothing would end or spoil the run")
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

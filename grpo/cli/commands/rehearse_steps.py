@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import psutil
 
-from grpo.cli.commands.rehearse import Rehearsal, key_of, with_options
+from grpo.cli.commands.rehearsal import Rehearsal, key_of, with_options
 from grpo.config.run import TrainConfig
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+from grpo.cli.commands import rehearse as module
 from grpo.cli.commands import rehearse_steps
-from grpo.cli.commands.rehearse import Rehearsal, key_of, rehearse
+from grpo.cli.commands.rehearsal import Rehearsal, key_of
+from grpo.cli.commands.rehearse import rehearse
 from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
 from policies.cut import cut
@@ -19,6 +21,16 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+LOOK_UP = '''
+def look_up(name: str) -> str:
+    """Look up.
+
+    Args:
+        name: a name
+    """
+    return {}[name]
+'''
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +52,7 @@ def chat_model(bare_model, tmp_path) -> Path:
 @pytest.fixture
 def no_steps(monkeypatch) -> None:
     """What is found before the steps."""
-    monkeypatch.setattr(rehearse_steps, "take_steps", lambda *arguments: None)
+    monkeypatch.setattr(module, "take_steps", lambda *arguments: None)
 
 
 def _config(folder_of_model: Path, folder: Path, **options) -> TrainConfig:
@@ -159,9 +171,7 @@ def test_a_template_that_is_applied_twice_and_a_model_that_thinks(chat_model, tm
 
 
 def test_a_sentence_that_is_said_twice_and_a_tool_that_always_raises(bare_model, tmp_path, no_steps):
-    (tmp_path / "own_tools.py").write_text(
-        'def look_up(name: str) -> str:\n    """Look up.\n\n    Args:\n        name: a name\n    """\n    return {}[name]\n'
-    )
+    (tmp_path / "own_tools.py").write_text(LOOK_UP)
     said = "Write the number after four hashes."
     options = {"tools": [f"{tmp_path / 'own_tools.py'}:look_up"], "data.template": f"{said} {{question}} {said}\n"}
     found = rehearse(_config(bare_model, tmp_path, **options)).findings
