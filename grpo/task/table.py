@@ -121,6 +121,11 @@ def _sources(options: object) -> str:
     return f"data.sources ({option(options, 'data.name')})" if option(options, "data.sources") else ""
 
 
+def _shortest(options: object) -> str:
+    share = option(options, "curriculum.shortest_share") or 1.0
+    return f"curriculum.shortest_share={_word(share)}" if share < 1 else ""
+
+
 def _drafts_of_vllm(options: object) -> str:
     drafts = option(options, "rollout.backend") == "vllm" and option(options, "rollout.draft_tokens")
     return f"rollout.draft_tokens={drafts} of vLLM" if drafts else ""
@@ -188,6 +193,7 @@ SITUATIONS: Mapping[str, Form] = {
     "quartet mtp": lambda options: isinstance(options, MtpConfig),
     "several ranks": _ranks,
     "several sources of data": _sources,
+    "a curriculum of the shortest": _shortest,
     "a preset": lambda options: options.model in presets.PRESETS and f"model={options.model!r} (a preset)",
     "a GGUF file": lambda options: bool(gguf.file_of(options.model)) and f"model={options.model!r} (a GGUF file)",
     "drafts of vLLM": _drafts_of_vllm,

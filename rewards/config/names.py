@@ -78,7 +78,7 @@ def new_key(command: str, key: str) -> str:
 def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
     """Gives options of `quartet COMMAND`, by section, today's names. `tell` is called with each old and new name."""
     options: dict[str, Any] = _copy(former)
-    if command and isinstance(data := options.get("data"), str | list):
+    if command and (data := options.get("data")) and isinstance(data, str | list):
         options["data"] = {key_of_data(data): data}
     if take(options, "learner.stochastic_rounding") is True:
         put(options, "learner.optimizer", "adamw_8bit_stochastic")

@@ -8,10 +8,11 @@ from safetensors import safe_open
 
 from grpo.cli.config.inference import defaults_of_run
 from grpo.cli.parse import main
-from grpo.config.run import TrainConfig
+from grpo.config.mtp import MtpConfig
+from grpo.config.run import SftConfig, TrainConfig
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
-from grpo.task.check import task_of
+from grpo.task.check import check_plan, task_of
 from grpo.train import train
 from rewards.commands.options import ReplayConfig
 from rewards.commands.replay import replay
@@ -128,6 +129,8 @@ def test_what_is_wrong_with_a_list_on_the_command_line_is_named(sources, words, 
 def test_the_name_of_one_source_goes_with_no_list():
     with pytest.raises(ConfigError, match="data.name=gsm8k with data.sources"):
         TrainConfig(output_dir="r", data={"name": "gsm8k", "sources": ["a", "b"]})
+    with pytest.raises(ConfigError, match=r"data=\[\]: expected a mapping of options"):
+        TrainConfig(output_dir="r", data=[])
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,18 @@ def test_what_a_mix_cannot_do_is_refused_by_name(mixed, tmp_path, given, words):
     with pytest.raises(ValueError, match=words):
         train(mixed(tmp_path / "r", **given))
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("command", [SftConfig, MtpConfig])
+def test_supervised_steps_and_the_draft_head_take_a_mix(mixed, tmp_path, command):
+    whole = mixed(tmp_path / "r").model_dump()
+    given = {name: whole[name] for name in ("model", "output_dir", "data")} | {"eval": {"limit": 2}}
+    given |= {"prompts_per_step": 8, "rewards": whole["rewards"]}
+    config = command.model_validate(given)
+    check_plan(config)
+    with task_of(config) as task:
+        taken = task.stream(0, task.train[:12] + task.train[-6:]).take(6)
+    assert [example.example_id.startswith("word_problems/") for example in taken].count(True) == 4
 
 
 def test_contract_16_a_problem_that_another_source_trains_on_is_not_held_out(mixed, rows, tmp_path):
