@@ -26,7 +26,7 @@ from grpo.run.hardware import describe  # noqa: E402
 from grpo.source.policy_source import load_policy  # noqa: E402
 from policies.decoding.linear import FixedLinear  # noqa: E402
 from rewards.data.word_problems import word_problems  # noqa: E402
-from rollout.faults import Engine  # noqa: E402
+from rollout.engine import Engine  # noqa: E402
 from rollout.group import Prompt  # noqa: E402
 from rollout.pool import Copies  # noqa: E402
 from rollout.sampling import SamplingParams  # noqa: E402

@@ -263,9 +263,8 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     from policies.policy import Policy
     from rewards.config.names import recorded_options
     from rewards.config.options import load
-    from rollout.depth import Workload
+    from rollout.depth import Workload, tokens_per_forward
     from rollout.engine import Engine
-    from rollout.group import tokens_per_forward
     from rollout.sampling import SamplingParams
 
     path = args.gain / "config.yaml"

@@ -1,6 +1,7 @@
 """The house of DESIGN.md: who imports whom, how large it is, what is shipped, what no file may contain."""
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -397,3 +398,21 @@ def _public_names(package: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_generated_page_is_what_the_source_says(fresh, page):
     assert (ROOT / f"docs/{page}.md").read_text() == fresh[page], f"run `make reference` and commit docs/{page}.md"
+
+
+def _imports(file: Path) -> list[tuple[str, str]]:
+    """What a script takes from our packages: pairs of a module and a name."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in nodes if node.module and node.level == 0 and node.module.split(".")[0] in MAY_IMPORT]
+    return [(node.module or "", alias.name) for node in ours for alias in node.names]
+
+
+SCRIPTS = sorted(file for folder in ("benchmarks", "docs", "examples") for file in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_what_a_script_imports_from_the_packages_is_there(file):
+    """Types are checked in the packages alone, and most benchmarks are run by hand."""
+    for module, name in _imports(file):
+        found = importlib.import_module(module)
+        assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module}.{name}"
