@@ -143,11 +143,12 @@ def test_what_would_end_a_run_is_named_by_key(bare_model, tmp_path, no_steps, op
             "ends rewards: reward 'reward' f",
         ),
         ("def reward(completions, **_):\n    return [1.0]\n", "ends "),
-        (
+        pytest.param(
             "import re\ndef reward(completions, answer, **_):\n"
             "    found = [re.search(r'<answer>(.*?)</answer>', c) for c in completions]\n"
             "    return [float(bool(f) and f[1] == a.split('#### ')[1]) for f, a in zip(found, answer)]\n",
             "spoils data.template: right answers score 1 with <answer> and 0 as the data have them",
+            marks=pytest.mark.slow,
         ),
     ],
 )
