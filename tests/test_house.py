@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "policies": set(),
-    "rollout": {"policies", "rewards"},  # of rewards the isolated processes and an episode alone, see below
+    "rollout": {"policies", "rewards"},  # of rewards three things alone, see below
     "rewards": set(),
     "grpo": {"policies", "rollout", "rewards"},
 }
@@ -163,11 +163,11 @@ def _of_rewards(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             whole = node.module == "rewards"
             found |= {f"rewards.{alias.name}" for alias in node.names} if whole else {node.module}
-    allowed = ("rewards.isolation", "rewards.episode")
+    allowed = ("rewards.isolation", "rewards.episode", "rewards.forms")
     return {name for name in found if name.split(".")[0] == "rewards" and not name.startswith(allowed)}
 
 
-def test_rollout_takes_from_rewards_the_isolated_processes_and_what_an_episode_is():
+def test_rollout_takes_from_rewards_isolated_processes_what_an_episode_is_and_forms_of_other_tools():
     assert set().union(*(_of_rewards(file.read_text()) for file in (ROOT / "rollout").rglob("*.py"))) == set()
     allowed = "from rewards.isolation.pool import WorkerPool\nfrom rewards import isolation\nimport rewards.episode"
     assert _of_rewards(allowed) == set()
