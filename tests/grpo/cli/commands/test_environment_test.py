@@ -289,9 +289,9 @@ def test_the_command_prints_a_table_writes_json_and_exits_by_what_it_found(folde
 
 
 def test_a_narrow_terminal_shows_every_script_and_printing_is_a_note(tried):
-    console = Terminal(file=StringIO(), width=80)
+    shown = StringIO()
     check = tried("Prints")
-    show_check(check, console)
-    assert all(script in console.file.getvalue() for script in check.scripts)
-    assert "note: it prints: 'scored 1.0" in console.file.getvalue()
+    show_check(check, Terminal(file=shown, width=80))
+    assert all(script in shown.getvalue() for script in check.scripts)
+    assert "note: it prints: 'scored 1.0" in shown.getvalue()
     assert check.problems == []
