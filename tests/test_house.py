@@ -400,7 +400,7 @@ def test_a_generated_page_is_what_the_source_says(fresh, page):
     assert (ROOT / f"docs/{page}.md").read_text() == fresh[page], f"run `make reference` and commit docs/{page}.md"
 
 
-def _imports(file: Path) -> list[tuple[str, str]]:
+def _from_ours(file: Path) -> list[tuple[str, str]]:
     """What a script takes from our packages: pairs of a module and a name."""
     nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in nodes if node.module and node.level == 0 and node.module.split(".")[0] in MAY_IMPORT]
@@ -413,6 +413,6 @@ SCRIPTS = sorted(file for folder in ("benchmarks", "docs", "examples") for file 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_what_a_script_imports_from_the_packages_is_there(file):
     """Types are checked in the packages alone, and most benchmarks are run by hand."""
-    for module, name in _imports(file):
+    for module, name in _from_ours(file):
         found = importlib.import_module(module)
         assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module}.{name}"

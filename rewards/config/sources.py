@@ -32,6 +32,14 @@ class SourcesOptions(DataOptions):
     same shortly, and `data: [gsm8k, my.jsonl]` has equal weights. What a source does not say is as `data` says, and
     `eval.limit` counts the held-out problems of each."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_one(cls, options: Any) -> Any:
+        """A caller in Python may give the options of one source as they are."""
+        if type(options) is DataOptions:
+            return {name: getattr(options, name) for name in options.model_fields_set}
+        return options
+
     @field_validator("sources", mode="before")
     @classmethod
     def _read_names(cls, sources: Any) -> Any:

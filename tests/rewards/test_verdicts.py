@@ -157,7 +157,7 @@ def test_without_any_mark_there_is_neither_accuracy_nor_mean(task):
 
 
 def test_what_the_built_in_rewards_declare():
-    """`column`, `environment`, `agent`, `remote` and `judge` hand on what others say, so their marks show it."""
+    """`column`, `environment`, `agent`, `judge` and servers hand on what others say, so their marks show it."""
     for name in BUILT_IN:
         if name in ("bleu", "chrf"):
             pytest.importorskip("sacrebleu")
@@ -166,7 +166,7 @@ def test_what_the_built_in_rewards_declare():
             "reasoning_gym",
             "code",
         )
-        handed_on = ("column", "environment", "agent", "remote", "judge")
+        handed_on = ("column", "environment", "agent", "remote", "judge", "nemo_gym", "openenv")
         expected = "undeclared" if name in handed_on else 1.0 if judges else None
         assert Signature.of(load_reward(name)).right_at == expected, name
 
