@@ -43,6 +43,21 @@ def _renamed(name: str) -> str:
     return f"reward.{name}" if name.startswith("custom_reward") else tables()["verl_renamed"].get(name, name)
 
 
+def _sum_of(terms: str) -> int:
+    """Adds up whole numbers and their products as a shell does.
+
+    >>> _sum_of("2 * 1024 + 512 / 3 - 1")
+    2217
+    """
+    total = 0
+    for sign, product in re.findall(r"([-+]?)([\d*/]+)", re.sub(r"\s", "", terms)):
+        value = 1
+        for operator, number in re.findall(r"([*/]?)(\d+)", product):
+            value = value // int(number) if operator == "/" else value * int(number)
+        total += -value if sign == "-" else value
+    return total
+
+
 def overrides(text: str) -> dict[str, Any]:
     """The options of the command in a text, with the variables that the text gives a value to.
 
@@ -68,7 +83,7 @@ def overrides(text: str) -> dict[str, Any]:
     def sum_of(mention: re.Match[str]) -> str:
         terms = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), mention[1])
         is_sum = re.fullmatch(r"\s*\d+(\s*[-+*/]\s*\d+)*\s*", terms)
-        return str(eval(terms.replace("/", "//"))) if is_sum else f"$(({terms}))"
+        return str(_sum_of(terms)) if is_sum else f"$(({terms}))"
 
     for _ in range(8):  # a variable may have others in it
         line = re.sub(r'"?\$\{(\w+)\[@\]\}"?|\$\{(\w+)(?::?-([^${}]*))?\}|\$(\w+)', value_of, line)
