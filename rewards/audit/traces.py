@@ -134,6 +134,8 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
         if trace.form == "quartet":  # a group begins with its sample 0; a prompt may be drawn twice in a step
             started += trace.sample == 0
             trace.group = f"{trace.group}/{started}"
+    if not traces:
+        raise ValueError(f"{path}: there are no rollouts: what is there is empty")
     return _without_repeats(traces)
 
 

@@ -200,3 +200,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     whole.write_text('{"prompt": "ha\n' + json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="z.jsonl, line 1 is damaged"):
         read_traces(whole)
+
+
+def test_files_without_a_rollout_are_no_pass(tmp_path: Path) -> None:
+    empty = lines(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match="empty.jsonl: there are no rollouts"):
+        read_traces(empty)
