@@ -5,17 +5,21 @@ import re
 import pytest
 from misconfigurations import CASES, command, configuration, named, rehearse, script, write
 
-from grpo.cli.parse import _commands
-
-exists = pytest.mark.skipif("rehearse" not in _commands(), reason="`quartet rehearse` does not exist yet")
+# What verl's command does not say: how its validation data are used, and the memory of its devices (--device_gib).
+UNSEEN = [("evaluation_in_training", "verl"), ("memory_too_small", "verl")]
+IN_CI = [("gold_does_not_score", "yaml"), ("missing_column", "trl"), ("format_never_matches", "verl")]
 FORMS = [
-    (name, form)
+    pytest.param(
+        *(name, form),
+        marks=[
+            *[pytest.mark.xfail(strict=True, reason="the command does not say it")] * ((name, form) in UNSEEN),
+            pytest.mark.slow if (name, form) in IN_CI else pytest.mark.long,
+        ],
+    )
     for name, case in CASES.items()
     for form, changes in (("yaml", case.options), ("trl", case.trl), ("verl", case.verl))
     if changes is not None
 ]
-# What verl's command does not say: how its validation data are used, and the memory of its devices (--device_gib).
-UNSEEN = [("evaluation_in_training", "verl"), ("memory_too_small", "verl")]
 
 
 def problems(said: str) -> str:
@@ -23,20 +27,15 @@ def problems(said: str) -> str:
     return "\n".join(line for line in said.splitlines() if line.startswith(("ends", "spoils", "warns")))
 
 
-@exists
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_a_misconfiguration_is_named(name, form, tmp_path):
     forms = write(name, tmp_path / "case")
     code, said = rehearse(forms[form])
-    if (name, form) in UNSEEN:
-        return
     line = named(CASES[name], code, problems(said))
     assert line, said
     assert code or line.startswith("warns"), "a report with a problem ends with an exit code for CI"
 
 
-@exists
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["yaml", "trl", "verl"])
 def test_a_sound_configuration_draws_nothing(form, tmp_path):
