@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,8 @@ class Isolated:
         """
         process = os.getpid()
         if process not in self._scorers:  # a fork must not write into the sockets of its parent
-            self._scorers[process] = Scorer([self._spec], timeout_s=self._timeout_s)
+            self._scorers[process] = scorer = Scorer([self._spec], timeout_s=self._timeout_s)
+            weakref.finalize(self, _close, scorer, process)
         row = json.loads(json.dumps(dict(columns), default=plain))
         [group] = self._scorers[process].score([prompt], [[completion]], [row], prompt_ids=["of the call"])
         [mark] = group.rewards
@@ -44,3 +46,9 @@ class Isolated:
                 f"reward {self.label!r} abstained on {str(completion)[:80]!r}; here it must give a number"
             )
         return mark
+
+
+def _close(scorer: Scorer, process: int) -> None:
+    """Ends the process of a reward that nobody holds any more. A fork leaves its parent's alone."""
+    if os.getpid() == process:
+        scorer.close()

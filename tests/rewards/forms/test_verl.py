@@ -4,11 +4,13 @@ Its form is that of verl/utils/reward_score/gsm8k.py and verl/workers/reward_man
 passes every argument by keyword; the functions here are our own.
 """
 
+import gc
 import json
 import pickle
 import threading
 
 import pytest
+from reward_workers import reward_workers
 
 from grpo.cli.parse import main
 from rewards import RewardError, RewardSpec, Scorer
@@ -177,3 +179,13 @@ def test_where_ours_fails_verl_gets_an_error_and_no_number(file):
     abstains.write_text("def reward(completions, **_):\n    return [None for _ in completions]\n")
     with pytest.raises(RewardError, match="'reward' abstained on '42'; here it must give a number"):
         as_verl(f"{abstains}:reward")("mine", "42", "42")
+
+
+def test_the_process_of_a_function_that_nobody_holds_ends():
+    before = len(reward_workers())
+    score = as_verl("gsm8k")
+    assert score("mine", "#### 42", "42") == 1.0
+    assert len(reward_workers()) == before + 1
+    del score
+    gc.collect()
+    assert len(reward_workers()) == before
