@@ -158,7 +158,7 @@ def test_without_a_key_no_other_host_name_is_answered(server):
     assert "evil.example" in said["detail"]
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_hostile_requests_get_an_error_in_form_and_the_server_goes_on(server, client, count):
     """Malformed, huge, half-sent: by a seed, over every path."""
     draw = random.Random(count)
