@@ -142,13 +142,13 @@ def test_kind(quartet_reward):
 
 
 def run(folder: Path, text: str, *words: str) -> tuple[dict[str, str], str]:
-    """The message of each test by its name, empty for one that has passed, and what pytest has printed."""
+    """What is said of each test by its name, empty for one that has passed, and what pytest has printed."""
     (folder / "test_it.py").write_text(text)
     plugin = ["-p", "no:quartet", "-p", "rewards.pytest_plugin"]  # it may not be installed here, or an older one
     command = [sys.executable, "-m", "pytest", *plugin, "-p", "no:cacheprovider", "--junitxml", "found.xml", *words]
     done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False)
     cases = ElementTree.parse(folder / "found.xml").iter("testcase")
-    messages = {case.attrib["name"]: "".join(f.attrib["message"] for f in case.iter("failure")) for case in cases}
+    messages = {case.attrib["name"]: "".join(f.text or "" for f in case.iter("failure")) for case in cases}
     return messages, done.stdout
 
 
