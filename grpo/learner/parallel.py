@@ -212,7 +212,7 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
 
 @contextmanager
 def joined(cpu: bool, options: ParallelOptions) -> Iterator[Ranks]:
-    """Joins the other processes (see `join`). Rank 0 alone hears signals, and a rank that fails tells the others."""
+    """Joins the other processes (see `join`). Only rank 0 handles signals, and a rank that fails tells the others."""
     ranks = join(cpu, options)
     if not ranks.first:
         ignore_signals()

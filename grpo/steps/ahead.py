@@ -135,7 +135,7 @@ class Batches:
         try:
             with self.run.timed("time/wait"):
                 done = False
-                while not done:  # it wakes up, since a signal that came just before is heard only then
+                while not done:  # with pauses, since Python handles a signal that came just before only between them
                     done = bool(wait([future], POLL_S).done)
                 self.ready[self.next - 1] = future.result()
         except BaseException as error:  # of the thread: raised where the batch is asked for

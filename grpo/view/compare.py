@@ -52,7 +52,7 @@ class Point:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Gives the interval in which the mean over seeds lies; see `mean_interval`."""
+        """Gives the interval of the mean over seeds; see `mean_interval`."""
         return mean_interval(self.values)
 
     def __str__(self) -> str:

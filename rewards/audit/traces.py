@@ -269,7 +269,7 @@ def _number(trace: Trace, name: str, value: Any) -> float | None:
 
 
 def _error(value: Any) -> str | None:
-    """What failed, in one line; None where nothing did."""
+    """Says in one line what failed; None where nothing did."""
     if isinstance(value, Mapping):
         parts = [value.get("type") or value.get("kind") or value.get("error"), value.get("message")]
         return ": ".join(str(part) for part in parts if part) or None

@@ -15,7 +15,7 @@ from rewards.spec import Group, RewardFunction
 
 HABITS = ("hash_seed", "changes", "prints", "leaks")
 ROWS = 8  # whose completions the function is watched on
-KEPT = 2048  # bytes that a call may leave behind
+LEAK = 2048  # bytes that are kept of every call, above which a function leaks
 WATCHED = "rewards.isolation.watched:WatchedReward"
 HASH_SEEDS = {"1": WATCHED, "2": "reward"}  # in place of 0, which workers have, and what runs with it
 
@@ -65,7 +65,7 @@ def _habits(reply: Mapping[str, Any]) -> dict[str, str]:
         "fails": "it fails when called again: {kind}: {message}".format_map(failures[0]) if failures else "",
         "changes": f"it changes its arguments {', '.join(reply['changed'])}" if reply.get("changed") else "",
         "prints": f"it prints {reply['printed'][:80]!r}" if reply.get("printed") else "",
-        "leaks": f"it leaks memory, {reply['kept']:,} bytes a call" if reply.get("kept", 0) > KEPT else "",
+        "leaks": f"it leaks memory, {reply['kept']:,} bytes a call" if reply.get("kept", 0) > LEAK else "",
     }
     return {habit: what for habit, what in shown.items() if what}
 

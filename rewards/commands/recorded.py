@@ -24,8 +24,6 @@ class Rollouts:
         if next(path.glob("*/config.yaml"), None):
             raise FileNotFoundError(f"{path} is no run folder: it has no config.yaml; name one of the runs in it")
         traces = read_traces(path)
-        if not traces:
-            raise ValueError(f"{path} has no rollouts")
         self._steps: dict[int, list[Trace]] = {}
         for trace in traces:
             self._steps.setdefault(trace.step or 0, []).append(trace)

@@ -74,7 +74,7 @@ class RowStates(States):
             self.tensors[key][rows] = state
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """What models call of a cache of transformers where they attend."""
+        """Takes the place of the method of transformers' caches that attention calls, and keeps nothing."""
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -1,9 +1,10 @@
 """A resources server on loopback in the form of NeMo-Gym (nemo_gym/base_resources_server.py of NVIDIA-NeMo/Gym)."""
 
 import json
-import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from local_server import serving
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -32,11 +33,5 @@ def gym_server(verify):
     """`verify` gives the status and the answer to the body of /verify."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
     server.verify, server.seen, server.url = verify, [], f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(server):
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -6,6 +6,8 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from local_server import serving
+
 TOKENS = 10  # of every answer
 
 
@@ -56,11 +58,5 @@ def judge_server(answer=lambda asked: verdict(1.0), script=()):
     server = _Server(("127.0.0.1", 0), _Endpoint)
     server.answer, server.script, server.seen, server.lock = answer, dict(script), [], threading.Lock()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(server):
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -183,8 +183,8 @@ class _Trial:
         self.check, self.plays, self.outcomes = check, plays, dict[str, list[Outcome]]()
 
     def play_all(self, stage: Stage) -> bool:
-        """The scripts of the first row, then those of all rows. Returns whether all episodes came to their end: what
-        hangs once would hang again and again."""
+        """Plays the scripts of the first row, then those of all rows. Stops at an episode that fails, since what hangs
+        once would hang again and again, and returns whether there was none."""
         for rows in (1, None):
             for script, plays in self.plays.items():
                 self.outcomes[script] = stage.play(plays[:rows])
@@ -194,7 +194,7 @@ class _Trial:
         return True
 
     def play_again(self, stage: Stage, other: Stage) -> None:
-        """The same episodes must go the same way."""
+        """Compares the same episodes, played in other ways."""
         with contextlib.closing(other.arena):
             for script, plays in self.plays.items():
                 alone = [stage.play([play]) for play in reversed(plays)]
@@ -215,7 +215,7 @@ class _Trial:
         self.check.differing[way] = self.check.differing.get(way, 0) + len(different)
 
     def play_often(self, stage: Stage) -> None:
-        """Episodes that have ended must leave nothing in memory."""
+        """Looks for what stays in memory of episodes that have ended."""
         before, played = _memory_mib(), 0
         while played < MANY:
             played += sum(len(stage.play(plays)) for plays in self.plays.values())
@@ -347,5 +347,5 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _memory_mib() -> float:
-    """What the processes of the environment hold."""
+    """Sums up the memory of the processes of the environment."""
     return sum(child.memory_info().rss for child in psutil.Process().children()) / 2**20

@@ -22,6 +22,7 @@ from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.memory_errors import OutOfMemory
 from grpo.run.records import read_events, read_metrics
+from grpo.run.stop import Stopped
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.table import option
 from grpo.task.task import Task
@@ -65,6 +66,8 @@ def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: An
             return result.add("warns", "model", f"no step was taken: {error}")
         try:
             train(small)
+        except Stopped as stopped:  # whose words are about a run that can go on
+            raise KeyboardInterrupt from stopped
         except FAILURES as error:
             step = len(steps_of(small.output_dir)) + 1
             return result.add("ends", key_of(str(error)), f"step {step} of the rehearsal: {error}")

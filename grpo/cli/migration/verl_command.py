@@ -82,7 +82,7 @@ def overrides(text: str) -> dict[str, Any]:
 
     def sum_of(mention: re.Match[str]) -> str:
         terms = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), mention[1])
-        is_sum = re.fullmatch(r"\s*\d+(\s*[-+*/]\s*\d+)*\s*", terms)
+        is_sum = re.fullmatch(r"\s*\d+(\s*([-+*]\s*\d+|/\s*0*[1-9]\d*))*\s*", terms)
         return str(_sum_of(terms)) if is_sum else f"$(({terms}))"
 
     for _ in range(8):  # a variable may have others in it

@@ -82,7 +82,7 @@ class OfAll(Term):
     [group, sample]; it takes the reference's as a second list where it has two parameters.
 
     It is called once before each update, on every rank with all completions. The gradient by each log-probability then
-    weighs that token wherever its row lies: in another micro-batch, or on another rank.
+    weighs that token in whichever micro-batch and on whichever rank its row is.
 
     >>> def dpo(policy, reference):                    # completions 0 and 1 of each pair: the better one comes first
     ...     gains = torch.stack([(p - r).sum() for p, r in zip(policy, reference)])

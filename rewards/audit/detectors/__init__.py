@@ -5,8 +5,8 @@ from rewards.audit.findings import Detector
 
 DETECTORS: tuple[Detector, ...] = (
     *(scores.failures, scores.not_numbers, scores.unscored, scores.outliers, scores.ties, scores.sums, scores.means),
-    advantages.advantages,
-    *(texts.groups, texts.hacks, texts.leaks),
+    advantages.advantages,  # sets the rewards that TRL did not record; what follows reads them
+    *(texts.groups, texts.hacks, texts.leftovers),
     *(tokens.ids, tokens.counts, tokens.temperatures, tokens.prefixes, tokens.ends, tokens.denominators),
     *(run.order, run.duplicates, run.skipped, run.stale, run.leakage, run.drift),
 )

@@ -141,7 +141,7 @@ def _templates(rollouts: Rollouts) -> Iterator[Finding]:
     yield Finding("template-rewarded", what, flatten(same))
 
 
-def leaks(rollouts: Rollouts) -> Iterator[Finding]:
+def leftovers(rollouts: Rollouts) -> Iterator[Finding]:
     """Completions that hold what the sampler should have left out: the prompt, or the marks of a chat template."""
     single = [t for t in rollouts.traces if sum(turn.get("role") == "assistant" for turn in t.turns) < 2]
     begins = [t for t in single if len(t.prompt) >= 20 and t.completion.lstrip().startswith(t.prompt.strip())]

@@ -86,7 +86,7 @@ def _impossible(logprobs: Sequence[float]) -> bool:
 
 
 def prefixes(rollouts: Rollouts) -> Iterator[Finding]:
-    """What the model was shown in a turn begins with all that it was shown and wrote before."""
+    """A turn's prompt must begin with all that the model was shown and wrote before."""
     kinds: dict[str | None, list[Trace]] = {}
     for trace in rollouts.traces:
         broken = next(filter(None, itertools.starmap(_break, itertools.pairwise(trace.calls))), None)

@@ -6,6 +6,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from local_server import serving
 
 from rewards import RewardSpec, Scorer
 from rewards.built_in.format import gsm8k_format, regex_format, tag_format
@@ -169,12 +170,8 @@ def server():
     server = HTTPServer(("127.0.0.1", 0), Grader)
     server.seen = []
     server.url = f"http://127.0.0.1:{server.server_port}/grade"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def ask(server, **options):

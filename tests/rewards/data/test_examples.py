@@ -1,10 +1,10 @@
-import csv
 import json
 import os
 from pathlib import Path
 
 import datasets
 import pytest
+from data_files import write_jsonl, write_rows
 
 from grpo.task.task import Task
 from rewards.config.data import DataOptions, ProblemOptions
@@ -15,11 +15,6 @@ GSM8K = Path(os.environ.get("QUARTET_GSM8K", "nowhere"))
 needs_gsm8k = pytest.mark.skipif(not (GSM8K / "train.jsonl").is_file(), reason=f"no GSM8K in {GSM8K}")
 
 ROWS = [{"question": f"{i} + 1 = ?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(4)]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -55,14 +50,7 @@ def test_a_folder_gives_the_file_of_the_split(folder):
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
 def test_every_kind_of_file_gives_the_same_examples(folder, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = tmp_path / "sums" / f"train.{kind}"
-    table = datasets.Dataset.from_list(ROWS)
-    if kind == "json":
-        path.write_text(json.dumps(ROWS))
-    elif kind == "csv":
-        table.to_csv(path)
-    else:
-        table.to_parquet(path)
+    path = write_rows(tmp_path / "sums" / f"train.{kind}", ROWS)
     assert load_examples(path, "train") == load_examples(folder / "train.jsonl", "train")
 
 
@@ -157,22 +145,6 @@ BAD_VALUES = [None, "", " \n", ["2"], {"value": 2}, True]
 FAULTS = ["missing", "empty", "empty", "a list", "a dict", "a bool"]
 
 
-def _write(path, rows):
-    """`rows` in the format that the name of `path` says; a CSV or Parquet file holds what its format can."""
-    if path.suffix == ".jsonl":
-        write_jsonl(path, rows)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["question", "answer"])
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    return path
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "json", "hub"])
 @pytest.mark.parametrize("column", ["question", "answer"])
 def test_every_kind_of_bad_value_is_named_by_row(kind, column, tmp_path, monkeypatch):
@@ -181,7 +153,7 @@ def test_every_kind_of_bad_value_is_named_by_row(kind, column, tmp_path, monkeyp
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
         source = "someone/sums"
     else:
-        source = str(_write(tmp_path / f"rows.{kind}", rows))
+        source = str(write_rows(tmp_path / f"rows.{kind}", rows))
     with pytest.raises(ValueError) as error:
         load_examples(source, "train")
     head, *lines = str(error.value).split("\n")
@@ -213,7 +185,7 @@ def test_bad_values_that_csv_can_hold(tmp_path):
 )
 def test_bad_values_that_parquet_can_hold(values, faults, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = _write(tmp_path / "rows.parquet", [{**GOOD, "answer": value} for value in values])
+    path = write_rows(tmp_path / "rows.parquet", [{**GOOD, "answer": value} for value in values])
     with pytest.raises(ValueError) as error:
         load_examples(path, "train")
     lines = str(error.value).split("\n")[1:]
@@ -225,7 +197,7 @@ def test_bad_values_that_parquet_can_hold(values, faults, tmp_path, monkeypatch)
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_a_missing_column_is_named_in_every_format(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = _write(tmp_path / f"rows.{kind}", [GOOD])
+    path = write_rows(tmp_path / f"rows.{kind}", [GOOD])
     with pytest.raises(ValueError, match=r"no column 'solution'; its columns are question, answer"):
         load_examples(path, "train", ProblemOptions(solution_column="solution"))
 

@@ -1,11 +1,11 @@
 """No loader trains on the test set of GSM8K, however it is spelt, linked, copied or cut."""
 
-import csv
 import json
 import shutil
 
 import datasets
 import pytest
+from data_files import write_rows
 
 from grpo.task.task import Task
 from rewards.config.data import DataOptions, ProblemOptions
@@ -109,18 +109,7 @@ def test_a_copy_under_another_name_and_in_another_form(copy, tmp_path, kind, mon
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [json.loads(line) for line in (copy / "test.jsonl").open()][7:12]
     rows = [{"problem": row["question"], "solution": row["answer"]} for row in rows]
-    path = tmp_path / f"practice.{kind}"
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif kind == "json":
-        path.write_text(json.dumps(rows))
-    elif kind == "csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["problem", "solution"])
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
+    path = write_rows(tmp_path / f"practice.{kind}", rows)
     mapping = {"prompt_column": "problem", "solution_column": "solution"}
     with pytest.raises(ValueError, match=rf"bad rows \(5 of 5\):\nrow 1: .*{REFUSED}"):
         load_examples(path, "train", ProblemOptions(**mapping))

@@ -2,11 +2,11 @@
 
 import base64
 import json
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import constants
+from local_server import serving
 
 from grpo.cli.parse import main
 from grpo.train import train
@@ -58,17 +58,13 @@ class _Hub(BaseHTTPRequestHandler):
 def the_hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.seen, server.refuses, server.url = [], set(), f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     hub.unreachable.cache_clear()
-    yield server
+    with serving(server):
+        yield server
     hub.unreachable.cache_clear()
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
 import http.server
 import json
-import threading
 
 import pytest
+from local_server import serving
 from rich.console import Console
 from serving_cases import Running
 
@@ -83,8 +83,7 @@ def test_a_server_of_somebody_else_is_asked_for_one_completion_at_a_time():
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Other)
     server.seeds = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(server):
         pool = ServedPool(f"http://127.0.0.1:{server.server_port}/v1", "", 4)
         assert (pool.name, pool.is_ours) == ("theirs", False)
         prompts, ended = [Prompt("a", "2 + 2", []), Prompt("b", "never", []), Prompt("c", "3 + 3", [])], []
@@ -97,8 +96,6 @@ def test_a_server_of_somebody_else_is_asked_for_one_completion_at_a_time():
         assert all(c.token_ids == [UNKNOWN] * 4 and c.finish_reason == "length" for c in completions)
         again = pool.sample([prompts[0]], SamplingParams(group_size=2, seed=1))[0]
         assert [c.text for c in again.completions] == [c.text for c in completions[:2]]
-    finally:
-        server.shutdown()
 
 
 @pytest.mark.parametrize(

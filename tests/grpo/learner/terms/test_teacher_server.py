@@ -5,6 +5,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import local_server
 import pytest
 import torch
 from recorded import groups_of
@@ -53,11 +54,10 @@ def serving(answer):
             pass
 
     lock = threading.Lock()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.seen, server.url = [], f"http://127.0.0.1:{server.server_port}/v1"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.seen, server.url = [], f"http://127.0.0.1:{server.server_port}/v1"
+    with local_server.serving(server):
         yield server
-        server.shutdown()
 
 
 @pytest.fixture(autouse=True)

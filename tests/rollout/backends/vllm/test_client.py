@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from local_server import serving
 
 from rollout.backends.vllm import client as client_module
 from rollout.backends.vllm.client import PROTOCOL, Client, Lost
@@ -29,11 +30,10 @@ def server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[Client]
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.daemon_threads = True
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield Client(f"http://127.0.0.1:{running.server_port}", "t" * 16, why=lambda: "the end of its log")
-        running.shutdown()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    with serving(server):
+        yield Client(f"http://127.0.0.1:{server.server_port}", "t" * 16, why=lambda: "the end of its log")
 
 
 def said(status: int, body: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
