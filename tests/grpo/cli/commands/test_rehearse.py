@@ -14,6 +14,7 @@ from grpo.cli.commands.rehearsal import Rehearsal, key_of
 from grpo.cli.commands.rehearse import rehearse
 from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
+from grpo.run.stop import Stopped
 from policies.cut import cut
 from rewards.config.options import load
 
@@ -199,6 +200,16 @@ def test_the_command_prints_the_worst_last_and_ends_with_1(bare_model, tmp_path,
     assert {"effect", "key", "what", "advice"} == set(written["findings"][0])
     assert main(["rehearse", "--output_dir", "x", "--rollout.groupsize", "4"]) == 1
     assert "did you mean rollout.group_size?" in capsys.readouterr().out
+
+
+def test_an_interrupted_rehearsal_offers_no_resume(bare_model, tmp_path, monkeypatch, capsys):
+    def interrupted(config: TrainConfig) -> None:
+        raise Stopped('stopped before step 1; go on with resume="auto"')
+
+    monkeypatch.setattr(rehearse_steps, "train", interrupted)
+    words = ["rehearse", "--model", str(bare_model), "--output_dir", str(tmp_path), "--data.levels", "[1]"]
+    assert main([*words, "--data.limit", "60", "--rollout.max_completion_tokens", "100"]) == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted")
 
 
 def test_all_tokens_of_a_tokenizer_stay_in_a_small_model():
