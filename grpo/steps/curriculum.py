@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grpo.algorithm.success import SuccessModel
 from grpo.config.run import TrainConfig
 from grpo.learner.optimizer import ramp
 from grpo.steps.listener import Listener
@@ -29,6 +30,7 @@ METRICS = {
 }
 MEMORY = 0.5  # share of the former estimate in a prompt's running pass rate
 FLOOR = 0.01  # weight of a prompt that always or never passes: it is drawn now and then, because policies change
+CANDIDATES = 2000  # among which a draw chooses: to read more of them takes longer than they bring
 
 
 def listener(run: Run[TrainConfig], task: Task) -> Listener:
@@ -45,9 +47,10 @@ class Curriculum(Listener):
 
     `shortest_share` opens the examples by the length of their gold solution, shortest first. Of the open examples,
     those drawn least often come first. `by_difficulty` draws from the open ones without replacement, with probability
-    ∝ `learnability` (Efraimidis & Spirakis 2006: the n largest of log(u)/w). A prompt that was never drawn has the
-    mean weight of the others: where most fail, one that sometimes passes is drawn again before all others were tried.
-    A batch that is sampled ahead is drawn by the pass rates of the steps before its weights alone (contract 12).
+    ∝ `learnability` (Efraimidis & Spirakis 2006: the n largest of log(u)/w), of at most CANDIDATES taken at random. The
+    pass rate of a prompt that was never drawn is predicted from its words (`SuccessModel`); before anything was drawn
+    all weigh the same. A batch that is sampled ahead is drawn by the pass rates of the steps before its weights alone
+    (contract 12).
 
     >>> curriculum = Curriculum(run, task)              # of a run with curriculum.by_difficulty: true
     >>> [example] = curriculum.choose(1, step=1)
@@ -62,6 +65,8 @@ class Curriculum(Listener):
         self.seen: Counter[str] = Counter()
         self.pass_rates: dict[str, float] = {}
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate, which it is too early to know
+        self.questions = {example.example_id: example.question for example in task.train}
+        self.model = SuccessModel()
 
     @property
     def chooses(self) -> bool:
@@ -81,20 +86,26 @@ class Curriculum(Listener):
         if len(candidates) < count:
             raise ValueError(f"a step cannot take {count} different prompts from {len(candidates)} examples")
         noise = random.Random(f"curriculum/{self.seed}/{step}/{draw}")
-        weights = {example_id: learnability(rate) for example_id, rate in self.pass_rates.items()}
-        unseen = sum(weights.values()) / len(weights) if weights else 1.0
+        most = max(count, CANDIDATES)
+        if self.options.by_difficulty and len(candidates) > most:
+            candidates = noise.sample(candidates, most)
 
         def order(example: Example) -> tuple[float, float]:
             u = 1.0 - noise.random()  # uniform in (0, 1]
             if not self.options.by_difficulty:
                 return self.seen[example.example_id], u
-            return 0.0, -math.log(u) / weights.get(example.example_id, unseen)
+            return 0.0, -math.log(u) / learnability(self.expected(example))
 
         chosen = sorted(candidates, key=order)[:count]
         self.seen.update(example.example_id for example in chosen)
         return chosen
 
     # ---- pass rates -------------------------------------------------------------------------------------------------
+
+    def expected(self, example: Example) -> float:
+        """The running pass rate of an example, or what its words let expect."""
+        rate = self.pass_rates.get(example.example_id)
+        return self.model.predict(example.question) if rate is None else rate
 
     def begins(self, step: int) -> None:
         self._learn(up_to=step - 1 - self.ahead)
@@ -113,6 +124,8 @@ class Curriculum(Listener):
         """(example_id, share of its completions with full marks) of groups that were sampled and scored."""
         if not self.options.by_difficulty:
             return
+        outcomes = list(outcomes)
+        self.model.learn([(self.questions[example_id], rate) for example_id, rate in outcomes])
         for example_id, rate in outcomes:
             former = self.pass_rates.get(example_id, rate)
             self.pass_rates[example_id] = MEMORY * former + (1 - MEMORY) * rate
@@ -129,6 +142,8 @@ class Curriculum(Listener):
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"seen": dict(self.seen), "pass_rates": dict(self.pass_rates)}
+        if self.options.by_difficulty:
+            state["expected"] = self.model.state_dict()
         if self.ahead:
             state["later"] = [list(entry) for entry in self.later]
         return state
@@ -136,3 +151,5 @@ class Curriculum(Listener):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen, self.pass_rates = Counter(state["seen"]), dict(state["pass_rates"])
         self.later = [(step, prompt_id, rate) for step, prompt_id, rate in state.get("later", [])]
+        if "expected" in state:  # a run of version 0.1 had none
+            self.model.load_state_dict(state["expected"])

@@ -11,7 +11,7 @@ from grpo.learner.optimizer import ramp
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_metrics
 from grpo.steps.collector import Collector
-from grpo.steps.curriculum import Curriculum, learnability
+from grpo.steps.curriculum import CANDIDATES, Curriculum, learnability
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of_steps
 from grpo.task.task import Task
@@ -139,15 +139,26 @@ def test_learnable_prompts_are_drawn_in_proportion_to_what_they_teach():
         assert drawn[example.example_id] == pytest.approx(expected, abs=4 * expected**0.5)
 
 
-def test_where_most_fail_what_passes_now_and_then_returns_before_the_unseen():
-    """Seen: one prompt with p(1−p) = .25 and three with .01, mean .07; that is the weight of each of six unseen."""
+def test_a_prompt_that_was_never_drawn_counts_as_its_words_let_expect():
+    """Seen: one prompt with p(1−p) = .25 and three with .01; the other six share "=" and "?" with them, and "= ?"."""
     curriculum = _curriculum(EXAMPLES, _config(by_difficulty=True, seed=1))
     curriculum.record([("0", 0.5), ("1", 0.0), ("2", 0.0), ("3", 0.0)])
+    unseen = learnability(curriculum.model.predict("4 = ?"))
+    assert 0.1 < unseen < 0.25  # unlike the mean of the seen, .07
     drawn = Counter(_ids(example for step in range(4000) for example in curriculum.choose(1, step)))
     for example in EXAMPLES:
-        weight = {"0": 0.25, "1": 0.01, "2": 0.01, "3": 0.01}.get(example.example_id, 0.07)
-        expected = 4000 * weight / 0.70
+        weight = {"0": 0.25, "1": 0.01, "2": 0.01, "3": 0.01}.get(example.example_id, unseen)
+        expected = 4000 * weight / (0.28 + 6 * unseen)
         assert drawn[example.example_id] == pytest.approx(expected, abs=4 * expected**0.5)
+
+
+def test_of_many_examples_some_are_weighed():
+    many = [Example(str(i), f"{i} = ?", "x") for i in range(CANDIDATES + 500)]
+    curriculum = _curriculum(many, _config(by_difficulty=True))
+    chosen = _ids(curriculum.choose(CANDIDATES, 1))
+    assert len(set(chosen)) == CANDIDATES
+    assert not set(chosen) <= {example.example_id for example in many[:CANDIDATES]}
+    assert len(set(_ids(curriculum.choose(CANDIDATES + 100, 2)))) == CANDIDATES + 100
 
 
 def test_draws_within_a_step_differ_and_hold_no_example_twice():
