@@ -1,0 +1,161 @@
+"""How much is learned from how much: contenders on tasks, from one warm start a seed, with intervals over seeds.
+
+    make learn                                       # word problems, two contenders, five seeds: at most 40 minutes
+    make learn-all                                   # all tasks and contenders, in pieces of at most 40 minutes
+    python -m benchmarks.learn --tasks words --contenders grpo unsure --seeds 0 1 2 3 4
+    python -m benchmarks.learn --table               # docs/learning.md anew, from the JSON alone
+
+Two runs go at a time, one thread each: those of a seed side by side, so that both have the same machine. A run that the
+JSON has is not made again, so a piece goes on where it was stopped. Before the seeds that count, every contender gets
+the same search of its learning rate: RATES on the seeds of SEARCH, of which the highest mean at the end is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.learn import page
+from benchmarks.learn.contenders import NAMES
+from benchmarks.learn.tasks import ROOT, TASKS, Task, start
+from benchmarks.peers.process import Started, clean
+from grpo.run.hardware import caption, describe
+
+RESULTS = ROOT / "benchmarks/results/learn.json"
+POLICIES = ROOT / "runs/learn/policies"
+SEARCH, SEEDS = (10, 11), (0, 1, 2, 3, 4)
+RATES = (0.5, 1.0, 2.0)  # times the rate of the task's configuration
+AT_ONCE = 2
+LIMIT_S = 3600.0  # of one run
+
+
+@dataclass(frozen=True)
+class Run:
+    task: str
+    contender: str
+    seed: int
+    rate: float  # times that of the task's configuration
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}/{self.contender}/{self.rate:g}/{self.seed}"
+
+
+class Store:
+    """The JSON of all runs. It is written after each, so that nothing is lost."""
+
+    def __init__(self, path: Path = RESULTS) -> None:
+        self.path = path
+        self.runs: dict[str, dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else {}
+
+    def add(self, run: Run, curve: list[dict[str, float]]) -> None:
+        self.runs[run.key] = {**asdict(run), "curve": curve, "machine": caption(describe())}
+        everything = {"command": "make learn-all", "runs": dict(sorted(self.runs.items()))}
+        self.path.write_text(json.dumps(everything, indent=None, separators=(",", ":")) + "\n")
+
+    def end(self, run: Run) -> float:
+        """The mean of the last three evaluations, which is less lucky than the last alone."""
+        return fmean(point["sampled"] for point in self.runs[run.key]["curve"][-3:])
+
+
+def best_rate(store: Store, task: str, contender: str) -> float:
+    """The rate whose mean over the seeds of the search is highest; the first of equals."""
+    return max(RATES, key=lambda rate: fmean(store.end(Run(task, contender, seed, rate)) for seed in SEARCH))
+
+
+def searches(task: str, contenders: Sequence[str]) -> list[Run]:
+    return [Run(task, one, seed, rate) for one in contenders for seed in SEARCH for rate in RATES]
+
+
+def counted(store: Store, task: str, contenders: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """The runs that count, those of a seed together."""
+    rates = {one: best_rate(store, task, one) for one in contenders}
+    return [Run(task, one, seed, rates[one]) for seed in seeds for one in contenders]
+
+
+def policy_of(task: Task, seed: int) -> Path:
+    """The policy that the contenders of a seed begin with; it is made once."""
+    if task.model is not None:
+        return ROOT / task.model
+    folder = POLICIES / f"{task.name}-{seed}"
+    if not (folder / "policy").exists():
+        print(f"{task.name}: the warm start of seed {seed}", flush=True)
+        start(task, seed, folder)
+    return folder / "warm_start"
+
+
+class Deadline:
+    """Says when no other run can be expected to end in time: the longest so far is what one takes."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end, self.longest = time.perf_counter() + minutes * 60, 0.0
+
+    @property
+    def passed(self) -> bool:
+        return time.perf_counter() + self.longest > self.end
+
+
+def make(store: Store, runs: Sequence[Run], deadline: Deadline) -> bool:
+    """Makes the runs that are not there yet, AT_ONCE at a time. Returns False where the time does not suffice."""
+    left = [run for run in runs if run.key not in store.runs]
+    with tempfile.TemporaryDirectory() as folder:
+        for first in range(0, len(left), AT_ONCE):
+            if deadline.passed:
+                return False
+            began = time.perf_counter()
+            together = [(run, begin(run, Path(folder))) for run in left[first : first + AT_ONCE]]
+            for run, started in together:
+                finish(store, run, started, Path(folder))
+            deadline.longest = max(deadline.longest, time.perf_counter() - began)
+    return True
+
+
+def begin(run: Run, folder: Path) -> Started:
+    task = TASKS[run.task]
+    name = run.key.replace("/", "-")
+    settings = asdict(run) | {"policy": str(policy_of(task, run.seed))}
+    (folder / f"{name}.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "benchmarks.learn.run", folder / f"{name}.json", folder / f"{name}.out"]
+    return Started(command, threads=1)
+
+
+def finish(store: Store, run: Run, started: Started, folder: Path) -> None:
+    """Waits for a run, and keeps its curve. Raises SystemExit with its last words where it failed."""
+    started.wait(LIMIT_S)
+    ended = started.end()
+    out = folder / f"{run.key.replace('/', '-')}.out"
+    if ended.code != 0:
+        raise SystemExit(f"{run.key} ended with {ended.code} after {ended.seconds:.0f} s:\n{clean(ended.said)[-3000:]}")
+    store.add(run, json.loads(out.read_text()))
+    print(f"{run.key}: {store.end(run):.3f} after {ended.seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learn", description=__doc__.partition("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["words"])
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--minutes", type=float, default=40, help="no run begins that would end after so many")
+    parser.add_argument("--table", action="store_true", help="write the page from the JSON alone")
+    asked = parser.parse_args()
+    store, deadline = Store(), Deadline(asked.minutes)
+    whole = asked.table or all(
+        make(store, searches(task, asked.contenders), deadline)
+        and make(store, counted(store, task, asked.contenders, asked.seeds), deadline)
+        for task in asked.tasks
+    )
+    page.write(store.runs)
+    if not whole:
+        print(f"{asked.minutes:g} minutes are over; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""The contenders: a file each. OPTIONS are over those of the task; most are features of `quartet train`.
+
+A contender may also have `listeners(session)`, which are added to those of the run.
+"""
+
+NAMES = ("grpo", "unsure", "difficulty", "refill", "updates", "replay", "maxrl", "prefix")
