@@ -1,4 +1,4 @@
-"""Decoding groups whose completions begin alike: rows that have sampled the same tokens so far are one row of the cache.
+"""Decoding groups whose completions begin alike: rows that have sampled the same tokens are one row of the cache.
 
 Given the same tokens the trunk says the same of what comes next, and the keyed noise of each completion then chooses
 its own. So no token changes, and a group costs as many rows as it has different completions. Where a policy is sure of
