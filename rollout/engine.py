@@ -23,6 +23,7 @@ from rollout.pool import PLAIN, Copies
 from rollout.publication.digests import Held, digests
 from rollout.sampling import DraftVocabulary, SamplingParams
 from rollout.shard import Decoding
+from rollout.shared_rows import SharedDecoding
 from rollout.stage import Stage
 
 
@@ -131,7 +132,9 @@ class Engine:
             longest = max(len(prompt.token_ids) for prompt in prompts)
             self.measure_costs(Workload.of(params, len(prompts) * params.group_size, longest))
         if episodes is None:
-            decoding = Decoding(self.decoder, prompts, params)
+            on_cpu = self.policy.device.type == "cpu"  # elsewhere a round costs the same for few rows as for many
+            shares = on_cpu and params.group_size > 1 and getattr(self.trunk, "rows_can_part", True)
+            decoding = (SharedDecoding if shares else Decoding)(self.decoder, prompts, params)
         else:
             from rollout.episode_decoding import EpisodeDecoding
 

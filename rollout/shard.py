@@ -199,9 +199,13 @@ class Decoding:
         rounds = None if eager else self.rounds
         drafted, kept = self._forward_by_graph(live, rounds) if rounds else self._forward(live)
         self.drafts.add_cost(self.alive, drafted, kept, by_graph=rounds is not None)
-        self.cache.advance(kept)
+        self._advance(live, kept)
         self._retire()
         self._refill()
+
+    def _advance(self, live: Rows, kept_R: Tensor) -> None:
+        """The cache keeps what the rows keep of the round."""
+        self.cache.advance(kept_R)
 
     def _graph_depth(self, live: Rows) -> int:
         return self.drafts.of_graph(live)
@@ -213,11 +217,16 @@ class Decoding:
         inputs = torch.cat([live.last[:, None], drafted.tokens_RK], dim=1) if drafted else live.last[:, None]
         positions = (live.prompt_length - 1)[:, None] + (live.count[:, None] + self.steps[: depth + 1])
         positions = positions.clamp(max=self.decoder.context - 1)  # no token past the context is kept
-        hidden = self.trunk(inputs, positions, self.cache)
-        if self.params.record_routing:
-            self.results.add_routing(live, self.trunk.routing(), depth + 1)
+        hidden, logits, routing = self._read_tokens(inputs, positions)
+        if routing is not None:
+            self.results.add_routing(live, routing, depth + 1)
         self.results.add_forward(live, drafted)
-        return drafted, self._settle(live, self.trunk.logits(hidden), hidden, drafted, noise)
+        return drafted, self._settle(live, logits, hidden, drafted, noise)
+
+    def _read_tokens(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The hidden states [R, S, D] and the logits [R, S, V] after these tokens, and their routing, if recorded."""
+        hidden = self.trunk(inputs, positions, self.cache)
+        return hidden, self.trunk.logits(hidden), self.trunk.routing() if self.params.record_routing else None
 
     def _forward_by_graph(self, live: Rows, rounds: Rounds) -> tuple[Drafted | None, Tensor]:
         depth = self._graph_depth(live)

@@ -241,7 +241,8 @@ class LatentCache:
         self.lengths_R, self.known_longest = self.lengths_R + kept_R, longest
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in ascending order; drop the others, and prompts that no row needs any more."""
+        """Keep these rows, in ascending order; drop the others, and prompts that no row needs any more. A row that is
+        named twice becomes two."""
         self._copy([self], [rows], capacity=self.capacity)
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)

@@ -131,11 +131,11 @@ class RowCache:
         return RowCache(self.latents.join([cache.latents for cache in others]), torch.cat(slots), self.layers)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in ascending order, and drop the others."""
+        """Keep these rows, in ascending order, and drop the others. A row that is named twice becomes two."""
         slots_RK = self.slots_RK[rows]
-        order = slots_RK.flatten().sort().values
-        self.latents.select(order)
-        self._place(torch.searchsorted(order, slots_RK))
+        slots, order = slots_RK.flatten().sort(stable=True)
+        self.latents.select(slots)
+        self._place(order.argsort().view_as(slots_RK))
 
     def take(self, rows: Tensor, new: Tensor) -> RowCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""

@@ -162,6 +162,8 @@ class StockRows:
 class StockTrunk:
     """The model for decoding. The policy must have plain weights; its parameters are cast to `dtype` in place."""
 
+    rows_can_part = False  # transformers' caches copy no row
+
     def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
         for parameter in policy.trunk.parameters():
             parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,126 @@
+"""Decoding groups whose completions begin alike: rows that have sampled the same tokens are one row of the cache.
+
+Given the same tokens the trunk says the same of what comes next, and the keyed noise of each completion then chooses
+its own. So no token changes, and a group costs as many rows as it has different completions. Where a policy is sure of
+its answers that is few: of eight completions of the demo's problems three differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.drafts.drafts import Drafted
+from rollout.rows import Rows
+from rollout.shard import Decoding
+
+
+class SharedDecoding(Decoding):
+    """Decodes a shard of groups. `place_R` tells which row of the cache a live row has.
+
+    Rows part when they choose different tokens, and for good before the first round with drafts: the draft head reads
+    each row by itself.
+    """
+
+    shares = True  # until rows part for good
+    place_R = torch.empty(0, dtype=torch.long)
+
+    def _prefill(self, numbers: Sequence[int]) -> tuple[Rows, Any]:
+        rows, cache = super()._prefill(numbers)
+        group = self.params.group_size
+        place_R = torch.arange(len(numbers), device=self.device).repeat_interleave(group)
+        if self.shares:
+            place_R, parents = parted(place_R, rows)
+            cache.select(parents * group)
+        self.place_R = torch.cat([self.place_R, place_R + self._places()])
+        return rows, cache
+
+    def _admit(self, places: int) -> None:
+        if not self.held:
+            self.place_R = self.place_R[:0]
+        super()._admit(places)
+
+    def _places(self) -> int:
+        """Counts the rows of the cache."""
+        return int(self.place_R.max()) + 1 if len(self.place_R) else 0
+
+    def _keep(self, rows: Tensor) -> None:
+        if not self.shares:
+            return super()._keep(rows)
+        assert self.live is not None
+        places, self.place_R = torch.unique(self.place_R[rows], return_inverse=True)
+        self.live = self.live.select(rows)
+        self.cache.select(places)
+        if self.drafter:
+            self.drafter.select(self.live, rows)
+
+    # ---- one round ----------------------------------------------------------------------------------------------
+
+    def _plan(self, live: Rows) -> int:
+        depth = super()._plan(live)
+        if depth:
+            self._part_for_good()
+        return depth
+
+    def _forward_by_graph(self, live: Rows, rounds: Any) -> tuple[Drafted | None, Tensor]:
+        self._part_for_good()
+        return super()._forward_by_graph(live, rounds)
+
+    def _part_for_good(self) -> None:
+        if self.shares:
+            self.cache.select(self.place_R)
+            self.shares = False
+
+    def _read_tokens(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self.shares:
+            return super()._read_tokens(inputs, positions)
+        assert self.live is not None
+        first = first_of(self.place_R, self.live.alive)
+        hidden, logits, routing = super()._read_tokens(inputs[first], positions[first])
+        place_R = self.place_R
+        return hidden[place_R], logits[place_R], None if routing is None else routing[place_R]
+
+    def _advance(self, live: Rows, kept_R: Tensor) -> None:
+        if not self.shares:
+            return super()._advance(live, kept_R)
+        kept = kept_R.new_zeros(self._places()).scatter_reduce(0, self.place_R, kept_R, "amax")
+        self.cache.advance(kept)
+        place_R, parents = parted(self.place_R, live)
+        if len(torch.unique(parents)) < len(parents):  # else all that share a place still agree
+            self.place_R = place_R
+            self.cache.select(parents)
+
+
+def parted(place_R: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Gives rows that have chosen different tokens different places: those of all rows, and of each the one before.
+
+    Rows that have ended choose nothing: they stay with some other, and all that they read is dropped.
+
+    >>> place_R, last, alive = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([5, 5, 9, 7, 7]), torch.ones(5).bool()
+    >>> parted(place_R, SimpleNamespace(last=last, alive=alive))
+    (tensor([0, 0, 1, 2, 2]), tensor([0, 0, 1]))
+    """
+    width = int(rows.last.max()) + 1
+    choices = place_R * width + rows.last
+    choices = choices.where(rows.alive, place_R * width)
+    different = torch.unique(choices[rows.alive])
+    if not len(different):
+        return place_R, torch.arange(int(place_R.max()) + 1, device=place_R.device)
+    place = torch.searchsorted(different, choices).clamp(max=len(different) - 1)
+    return place, different // width
+
+
+def first_of(place_R: Tensor, alive_R: Tensor) -> Tensor:
+    """The first row of each place that is alive, or the first of all where none is.
+
+    >>> first_of(torch.tensor([0, 0, 1, 2, 2]), torch.tensor([False, True, True, False, False]))
+    tensor([1, 2, 3])
+    """
+    count = len(place_R)
+    numbers = torch.arange(count, device=place_R.device)
+    order = numbers + count * ~alive_R
+    first = place_R.new_full((int(place_R.max()) + 1,), 2 * count).scatter_reduce(0, place_R, order, "amin")
+    return first % count

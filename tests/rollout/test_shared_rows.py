@@ -1,0 +1,108 @@
+"""Completions that begin alike are decoded as one row, and no token changes."""
+
+import doctest
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_cases import PARAMS, PROMPTS, completions, tokens
+
+import rollout.shared_rows
+from policies.decoding.absorbed import AbsorbedTrunk
+from policies.policy import Policy
+from rollout.engine import Engine
+from rollout.shard import Decoding
+from rollout.shared_rows import SharedDecoding, first_of, parted
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def policy(taught_policy) -> Policy:
+    return taught_policy()
+
+
+@pytest.fixture
+def rows_read(monkeypatch) -> list[int]:
+    """How many rows each forward of the trunk has read, prompts included."""
+    read, forward = [], AbsorbedTrunk.__call__
+    monkeypatch.setattr(
+        AbsorbedTrunk, "__call__", lambda trunk, ids, *rest: read.append(len(ids)) or forward(trunk, ids, *rest)
+    )
+    return read
+
+
+def decoded(engine, params, kind, prompts=PROMPTS):
+    decoding = kind(engine.decoder, prompts, params)
+    while not decoding.done:
+        decoding.forward()
+    return decoding.groups()
+
+
+def rows(last, alive):
+    return SimpleNamespace(last=torch.tensor(last), alive=torch.tensor(alive))
+
+
+def test_doctests():
+    names = {"SimpleNamespace": SimpleNamespace, "torch": torch}
+    assert doctest.testmod(rollout.shared_rows, extraglobs=names).failed == 0
+
+
+def test_rows_part_where_they_choose_different_tokens():
+    place, parents = parted(torch.tensor([0, 0, 0, 1, 1]), rows([5, 9, 5, 7, 7], [True] * 5))
+    assert (place.tolist(), parents.tolist()) == ([0, 1, 0, 2, 2], [0, 0, 1])
+    assert first_of(place, torch.ones(5).bool()).tolist() == [0, 1, 3]
+
+
+def test_what_has_ended_asks_for_no_row():
+    place, parents = parted(torch.tensor([0, 0, 1]), rows([5, 9, 7], [True, False, False]))
+    assert (parents.tolist(), place.tolist()) == ([0], [0, 0, 0])
+    place, parents = parted(torch.tensor([0, 1]), rows([5, 9], [False, False]))
+    assert (place.tolist(), parents.tolist()) == ([0, 1], [0, 1])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.parametrize("max_rows", [256, 12])
+def test_contract_4_shared_rows_change_no_token(policy, temperature, max_rows):
+    params = replace(PARAMS, temperature=temperature, draft_tokens=0, group_size=6)
+    engine = Engine(policy, max_rows=max_rows)
+    alone, shared = (decoded(engine, params, kind) for kind in (Decoding, SharedDecoding))
+    assert tokens(shared) == tokens(alone)
+    for one, other in zip(completions(alone), completions(shared), strict=True):
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-5)
+        assert other.finish_reason == one.finish_reason
+
+
+def test_a_group_that_agrees_is_one_row(policy, rows_read):
+    """At a temperature of almost nothing all six completions of a prompt are the same."""
+    params = replace(PARAMS, temperature=1e-4, draft_tokens=0, group_size=6)
+    groups = decoded(Engine(policy), params, SharedDecoding)
+    assert all(len({tuple(c.token_ids) for c in group.completions}) == 1 for group in groups)
+    assert max(rows_read) <= len(PROMPTS)
+
+
+def test_an_engine_shares_rows_in_groups_alone(policy, rows_read):
+    params = replace(PARAMS, temperature=1e-4, draft_tokens=0, group_size=6)
+    Engine(policy).sample(PROMPTS, params)
+    assert max(rows_read) <= len(PROMPTS)
+
+
+def test_contract_3_rows_part_for_good_before_they_draft(policy, monkeypatch):
+    """Two rounds without drafts, then two drafts in every round: the tokens are those without any."""
+    plan, rounds = Decoding._plan, []
+    monkeypatch.setattr(
+        Decoding, "_plan", lambda self, live: rounds.append(0) or (plan(self, live) if len(rounds) > 2 else 0)
+    )
+    engine, params = Engine(policy), replace(PARAMS, draft_tokens=2, group_size=6, temperature=0.5)
+    drafted = decoded(engine, params, SharedDecoding)
+    assert sum(sum(c.draft.accepted) for c in completions(drafted)) > 0
+    rounds.clear()
+    assert tokens(drafted) == tokens(decoded(engine, replace(params, draft_tokens=0), Decoding))
+
+
+def test_the_routing_of_shared_rows_is_that_of_each(policy):
+    params = replace(PARAMS, temperature=0.3, draft_tokens=0, group_size=6, record_routing=True)
+    alone, shared = (decoded(Engine(policy), params, kind) for kind in (Decoding, SharedDecoding))
+    for one, other in zip(completions(alone), completions(shared), strict=True):
+        assert torch.equal(one.routing, other.routing)
