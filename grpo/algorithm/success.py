@@ -1,10 +1,11 @@
-"""How likely a prompt is to be solved, predicted from its words: a logistic regression that learns while a run goes on."""
+"""How likely a prompt is to be solved, predicted from its words by a logistic regression that learns in the run."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 RATE = 0.5  # of AdaGrad
@@ -28,7 +29,9 @@ class SuccessModel:
 
     def __init__(self) -> None:
         self.bias = [0.0, 1.0]  # as the weights
-        self.weights: dict[str, list[float]] = {}  # by word or pair: the weight, and 1 + the sum of its squared gradients
+        self.weights: dict[
+            str, list[float]
+        ] = {}  # by word or pair: the weight, and 1 + the sum of its squared gradients
         self._words: dict[str, list[str]] = {}  # of texts, so that each is read once
 
     def predict(self, text: str) -> float:
@@ -66,7 +69,7 @@ def words_of(text: str) -> list[str]:
     ['3', '+', '3 +', '+ 3']
     """
     words = WORD.findall(text)
-    pairs = [f"{first} {second}" for first, second in zip(words, words[1:], strict=False)]
+    pairs = [f"{first} {second}" for first, second in pairwise(words)]
     return list(dict.fromkeys([*words, *pairs]))
 
 

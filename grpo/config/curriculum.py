@@ -19,3 +19,7 @@ class CurriculumOptions(Options):
     """Draw prompts in proportion to p(1−p), where p is the running share of a prompt's completions with full marks (1,
     what a gold solution gets where that is more, or what the reward declares). Prompts not yet drawn count as the mean
     of the others."""
+    candidates: int = Field(default=1, ge=1)
+    """Prompts that are drawn for each that is used. One completion of each is sampled first, and is not learned from;
+    the prompts whose completion was least likely get a group. 1 uses all. It pays where the policy is sure of most of
+    its answers, so that most groups are tied."""

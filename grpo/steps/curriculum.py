@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo.algorithm.success import SuccessModel
@@ -18,7 +18,7 @@ from grpo.steps.listener import Listener
 from grpo.task.task import Task
 from rewards.data.examples import Example
 from rewards.group_score import GroupScore
-from rollout.group import RolloutGroup
+from rollout.group import Prompt, RolloutGroup
 
 if TYPE_CHECKING:
     from grpo.steps.loop import Run
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 METRICS = {
     "curriculum/open": "training examples that are open yet (curriculum.shortest_share), fraction",
     "curriculum/seen": "training examples that were drawn at least once, fraction",
+    "curriculum/candidates": "prompts of which one completion was sampled to choose by (curriculum.candidates), count",
+    "curriculum/candidate_tokens": "tokens of these completions, which completion/tokens does not count",
     "curriculum/pass_rate": "running share of a prompt's marked completions with full marks, mean over the prompts met",
 }
 MEMORY = 0.5  # share of the former estimate in a prompt's running pass rate
@@ -65,6 +67,8 @@ class Curriculum(Listener):
         self.seen: Counter[str] = Counter()
         self.pass_rates: dict[str, float] = {}
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate, which it is too early to know
+        self.candidates = self.options.candidates
+        self.probed = [0, 0]  # prompts of this step, and their tokens
         self.questions = {example.example_id: example.question for example in task.train}
         self.model = SuccessModel()
 
@@ -100,6 +104,20 @@ class Curriculum(Listener):
         self.seen.update(example.example_id for example in chosen)
         return chosen
 
+    def narrow(
+        self, prompts: Sequence[Prompt], count: int, sample: Callable[[Sequence[Prompt]], list[RolloutGroup]]
+    ) -> list[Prompt]:
+        """The prompts of whose completion the policy was least sure, in the order in which they were drawn.
+
+        A completion of probability π says that a group's rewards differ with at most π(1 − π) if it is the only right
+        one or the only wrong one: where π is near 1 the group will be tied, whatever its reward.
+        """
+        completions = [group.completions[0] for group in sample(prompts)]
+        self.probed = [self.probed[0] + len(prompts), self.probed[1] + sum(c.num_sampled for c in completions)]
+        sure = [sum(completion.logprobs) for completion in completions]
+        chosen = sorted(range(len(prompts)), key=sure.__getitem__)[:count]
+        return [prompts[i] for i in sorted(chosen)]
+
     # ---- pass rates -------------------------------------------------------------------------------------------------
 
     def expected(self, example: Example) -> float:
@@ -108,6 +126,7 @@ class Curriculum(Listener):
         return self.model.predict(example.question) if rate is None else rate
 
     def begins(self, step: int) -> None:
+        self.probed = [0, 0]
         self._learn(up_to=step - 1 - self.ahead)
 
     def sampled(self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
@@ -136,6 +155,8 @@ class Curriculum(Listener):
         if self.chooses:
             values["curriculum/open"] = len(self.open(step)) / len(self.examples)
             values["curriculum/seen"] = len(self.seen) / len(self.examples)
+        if self.candidates > 1:
+            values["curriculum/candidates"], values["curriculum/candidate_tokens"] = map(float, self.probed)
         if self.pass_rates:
             values["curriculum/pass_rate"] = sum(self.pass_rates.values()) / len(self.pass_rates)
         return values

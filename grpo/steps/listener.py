@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo.algorithm.dynamic_sampling import Drawn
@@ -13,7 +13,7 @@ from grpo.learner.batch import TrainingBatch
 from grpo.task.task import Task
 from rewards.data.examples import Example
 from rewards.group_score import GroupScore
-from rollout.group import RolloutGroup
+from rollout.group import Prompt, RolloutGroup
 
 if TYPE_CHECKING:
     from grpo.steps.loop import Run
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 class Listener:
     """Looks at the steps of a run, on its first rank. A listener overrides what it needs.
 
-    What is sampled ahead calls `begins`, `choose`, `limit`, `sampled` and `metrics` in another thread and before its
+    What is sampled ahead calls `begins`, `choose`, `narrow`, `sampled` and `metrics` in another thread and before its
     turn; the state that these have is taken back where the sampling fails.
 
     >>> class Longest(Listener):
     ...     def learns(self, step, drawn, batch):
     ...         return {"completion/length_max": max(len(c.token_ids) for g in drawn.groups for c in g.completions)}
     """
+
+    candidates = 1  # prompts that are chosen for each that is used
 
     def begins(self, step: int) -> None:
         """Is called before the prompts of a step are chosen."""
@@ -37,6 +39,13 @@ class Listener:
         """The problems of a draw, all different; None: the next ones of the data. `draw` counts the refills of a
         step."""
         return None
+
+    def narrow(
+        self, prompts: Sequence[Prompt], count: int, sample: Callable[[Sequence[Prompt]], list[RolloutGroup]]
+    ) -> Sequence[Prompt]:
+        """The `count` prompts that are used, of `candidates` times as many. `sample` gives one completion of each,
+        which is not learned from."""
+        return prompts[:count]
 
     def sampled(self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
         """Is called after each draw of a step."""

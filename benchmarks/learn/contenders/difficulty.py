@@ -1,6 +1,6 @@
 """Prompts in proportion to p(1 − p), where p is what was met of a prompt, or what its words let expect.
 
-To predict p before sampling is the idea of VIP (arXiv:2602.01601); GRESO (arXiv:2506.02177) skips by what was met alone.
+VIP (arXiv:2602.01601) predicts p before it samples; GRESO (arXiv:2506.02177) skips by what was met alone.
 """
 
 OPTIONS = {"curriculum.by_difficulty": True}

@@ -1,7 +1,7 @@
 """Replay: groups that were not tied are learned from again in the next STEPS steps, with importance weights.
 
-The learner's own correction (`loss.importance_correction: auto`) weighs each token by π_old / μ, cut at 3, where a batch
-holds tokens of an older version; π_old is the policy before this step and μ the one that sampled (contract 8).
+The learner's own correction (`loss.importance_correction: auto`) weighs each token by π_old / μ, cut at 3, where a
+batch holds tokens of an older version; π_old is the policy before this step and μ the one that sampled (contract 8).
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class Replay(Listener):
             tokens = sum(row.num_completion_tokens for row in again)
             versions[sampled_by] = versions.get(sampled_by, 0) + tokens
         tokens = sum(row.num_completion_tokens for row in rows)
-        return replace(
-            batch, rows=rows, num_samples=samples, num_completion_tokens=tokens, tokens_by_version=versions
-        )
+        return replace(batch, rows=rows, num_samples=samples, num_completion_tokens=tokens, tokens_by_version=versions)
 
 
 def numbered(again: list[PackedRow], rows: list[PackedRow]) -> list[PackedRow]:

@@ -29,7 +29,7 @@ from rewards.config.options import dump_yaml, load
 from rewards.records import read_rollouts
 
 STEPS = 5
-CURRICULUM = {"curriculum.steps": 4, "curriculum.by_difficulty": True}
+CURRICULUM = {"curriculum.steps": 4, "curriculum.by_difficulty": True, "curriculum.candidates": 2}
 KINDS = {
     # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
     "full": {"data.limit": 10},

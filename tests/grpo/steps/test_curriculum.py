@@ -20,7 +20,7 @@ from rewards.data.examples import Example
 from rewards.group_score import GroupScore, RewardFailure
 from rewards.records import read_rollouts
 from rewards.verdicts import Verdicts
-from rollout.group import Prompt, RolloutGroup
+from rollout.group import Completion, Prompt, RolloutGroup
 
 # Ten examples; the solution of example i has (7 i mod 10) + 1 letters, so their order by length is another one.
 EXAMPLES = [Example(str(i), f"{i} = ?", "x" * (7 * i % 10 + 1)) for i in range(10)]
@@ -234,3 +234,49 @@ def test_a_run_with_every_curriculum(micro_config, tmp_path):
     lengths = [len(e.solution) for e in curriculum_examples if e.example_id in drawn]
     assert len(lengths) == 4
     assert max(lengths) <= max(opened)
+
+
+# ---- candidates: one completion first -------------------------------------------------------------------------------
+
+
+def _sampled(sure: dict[str, float]):
+    """Samples one completion a prompt: two tokens that share its log-probability."""
+
+    def sample(prompts):
+        of = [Completion([1, 2], [sure[p.prompt_id] / 2] * 2, "", "stop", 0) for p in prompts]
+        return [RolloutGroup(prompt, [completion]) for prompt, completion in zip(prompts, of, strict=True)]
+
+    return sample
+
+
+def test_the_prompts_that_the_policy_is_least_sure_of_are_used():
+    """In the order in which they were drawn; the first of equals."""
+    curriculum = _curriculum(EXAMPLES, _config(candidates=3))
+    prompts = [Prompt(str(i), "", [1]) for i in range(6)]
+    sample = _sampled({"0": -0.1, "1": -2.0, "2": -0.5, "3": -3.0, "4": -0.5, "5": 0.0})
+    assert [prompt.prompt_id for prompt in curriculum.narrow(prompts, 2, sample)] == ["1", "3"]
+    assert [prompt.prompt_id for prompt in curriculum.narrow(prompts, 3, sample)] == ["1", "2", "3"]
+    assert curriculum.metrics(1) == {"curriculum/candidates": 12.0, "curriculum/candidate_tokens": 24.0}
+    curriculum.begins(2)
+    assert curriculum.metrics(2) == {"curriculum/candidates": 0.0, "curriculum/candidate_tokens": 0.0}
+
+
+def test_a_completion_to_choose_by_has_noise_that_no_group_has():
+    collector = _collector(EXAMPLES, _config(candidates=3))
+    asked = []
+
+    def sample(prompts, params, on_finished):
+        asked.append((len(prompts), params.group_size, params.step, params.draw))
+        return _sampled({prompt.prompt_id: -float(prompt.prompt_id) for prompt in prompts})(prompts)
+
+    collector.sample = sample
+    assert len(collector.prompts(2, step=5)) == 2
+    assert len(collector.prompts(3, step=5, draw=1)) == 3
+    assert asked == [(6, 1, 5, -1), (9, 1, 5, -2)]
+    assert len(collector.prompts(8, step=6)) == 8  # of ten: there are no more
+
+
+def test_without_candidates_nothing_is_sampled_first():
+    collector = _collector(EXAMPLES, _config())
+    collector.sample = None
+    assert len(collector.prompts(2, step=1)) == 2
