@@ -15,8 +15,8 @@ def rising(values: Sequence[float]) -> list[float]:
 
     A lucky evaluation does not count as reached: the maximum so far would take it for one.
 
-    >>> rising([0.5, 0.7, 0.6, 0.8])
-    [0.5, 0.65, 0.65, 0.8]
+    >>> rising([0.5, 0.75, 0.25, 1.0])
+    [0.5, 0.5, 0.5, 1.0]
     """
     blocks: list[tuple[float, int]] = []
     for value in values:
@@ -30,7 +30,7 @@ def rising(values: Sequence[float]) -> list[float]:
 def needed(spent: Sequence[float], accuracy: Sequence[float], target: float) -> float | None:
     """What was spent when the rising curve reaches the target, on a straight line between evaluations; None: never.
 
-    >>> needed([0, 100, 200], [0.5, 0.6, 0.8], 0.7)
+    >>> needed([0, 100, 200], [0.25, 0.5, 1.0], 0.75)
     150.0
     """
     curve = rising(accuracy)
@@ -46,8 +46,8 @@ def needed(spent: Sequence[float], accuracy: Sequence[float], target: float) -> 
 def at(spent: Sequence[float], accuracy: Sequence[float], budget: float) -> float:
     """The rising curve where so much was spent; its last value where it ended before.
 
-    >>> at([0, 100, 200], [0.5, 0.6, 0.8], 150)
-    0.7
+    >>> at([0, 100, 200], [0.25, 0.5, 1.0], 150)
+    0.75
     """
     curve = rising(accuracy)
     for i in range(1, len(curve)):
