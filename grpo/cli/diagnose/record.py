@@ -38,11 +38,21 @@ class Group:
         return answer, count / len(self.answers)
 
     @property
+    def mark_of_majority(self) -> float:
+        """The best mark that the most frequent answer got."""
+        return max(mark for mark, answer in zip(self.marks, self.answers, strict=True) if answer == self.majority[0])
+
+    @property
     def is_one_text(self) -> bool:
         return len({line["text"] for line in self.lines}) == 1
 
     def all_have(self, mark: float) -> bool:
         return all(abs(other - mark) < 1e-6 for other in self.marks)
+
+
+def label_of(reward: dict[str, Any]) -> str:
+    """The name under which the marks of a reward are recorded."""
+    return str(reward.get("name") or str(reward.get("function", "")).rpartition(":")[2])
 
 
 class Record:
@@ -57,9 +67,9 @@ class Record:
         self.folder, self.options = folder, flat(options)  # by dotted key
         self.rows, self.events = read_metrics(folder), read_events(folder)
         self.rewards: list[dict[str, Any]] = self.options.get("rewards") or [{}]
-        function = str(self.rewards[0].get("function", ""))
-        self.first_reward = str(self.rewards[0].get("name") or function.rpartition(":")[2])
-        self.read_answer = answer_reader(function, self.rewards[0].get("arguments") or {})
+        first = self.rewards[0]
+        self.first_reward = label_of(first)
+        self.read_answer = answer_reader(str(first.get("function")), first.get("arguments") or {})
         self.steps = max((row["step"] for row in self.rows if "completion/tokens" in row), default=0)
         self.unread: list[str] = []  # what is wrong with rollouts that cannot be read
         self.groups = [group for group in self._groups() if len(group.marks) > 1]
@@ -67,7 +77,15 @@ class Record:
         self.early = [group for group in self.groups if group.step <= half]  # with these the run begins
         self.marks = [mark for group in self.groups for mark in group.marks]
         self.top = max([mark for mark in self.marks if mark > 0], default=1.0)  # full marks
-        self.are_verdicts = set(self.marks) <= {0.0, 1.0}
+        # By the gold answers: how the score and being right correlate inside groups; and how many completions with the
+        # best mark are wrong, where nearly all well-formed ones have it.
+        self.right = median(self.series(*self.watched("right")) or [0.0])
+        wrong = self.series(*self.watched("format"))
+        self.wrong_at_best = median(wrong) if wrong else None
+        self.learns_by_others = len(self.rewards) > 1 and self.right > 0.5  # parts of the score beside the first
+        lengths = {row["step"]: row.get("completion/length_mean") or 1.0 for row in self.rows}
+        nats = {row["step"]: row.get("policy/step_kl") for row in self.rows}  # a token
+        self.moves = {step: max(kl, 0.0) * lengths[step] for step, kl in nats.items() if kl is not None}  # a completion
 
     def _groups(self) -> list[Group]:
         steps, groups = recorded_steps(self.folder), list[Group]()
@@ -101,11 +119,6 @@ class Record:
     def mean(self, name: str) -> float:
         return fmean(self.series(name) or [0.0])
 
-    def typical(self, *names: str) -> float | None:
-        """The median over the steps; None where none of the metrics was recorded."""
-        values = self.series(*names)
-        return median(values) if values else None
-
     @property
     def state(self) -> str:
         ends = [event for event in self.events if event["event"] in ("end", "resume")]
@@ -115,17 +128,6 @@ class Record:
     def watched(self, kind: str) -> tuple[str, str]:
         """The metrics of an alarm: of the score, else of the first reward."""
         return f"alarm/{kind}/score", f"alarm/{kind}/{self.first_reward}"
-
-    @property
-    def right(self) -> float | None:
-        """The correlation of the score with being right by the gold answers, inside groups."""
-        return self.typical(*self.watched("right"))
-
-    @property
-    def wrong_at_best(self) -> float | None:
-        """The share of the completions with the best mark that is wrong by the gold answers; None unless nearly all
-        well-formed completions have that mark."""
-        return self.typical(*self.watched("format"))
 
     @cached_property
     def rise(self) -> tuple[float, float, float]:

@@ -7,39 +7,36 @@ from typing import Any
 
 from rich.console import Console
 
-from grpo.cli.diagnose.detectors import DETECTORS, EXPLAINED, Cause
+from grpo.cli.diagnose.detectors import DETECTORS, EXPLAINED
 from grpo.cli.diagnose.record import Record
 from rewards.console import visible
 
 
-def diagnose(record: Record) -> dict[str, Cause]:
-    """The causes that were found by kind, in the order in which to look at them."""
-    causes: dict[str, Cause] = {}
+def diagnose(record: Record) -> list[dict[str, str]]:
+    """What was found, in the order in which to look at it."""
+    findings: list[dict[str, str]] = []
     for detector in DETECTORS:
-        kind = detector.__name__
-        explained = any(kind in EXPLAINED.get(earlier, ()) for earlier in causes)
-        cause = None if explained else detector(record)
-        if cause:
-            causes[kind] = cause
-    return causes
+        kind, (is_there, what, change) = detector.__name__, detector(record)
+        explained = any(kind in EXPLAINED.get(earlier["kind"], ()) for earlier in findings)
+        findings += [{"kind": kind, "what": what, "change": change}] if is_there and not explained else []
+    return findings
 
 
 def tell(folder: Path, console: Console) -> dict[str, Any]:
     """Prints them, and returns what was found. Raises ValueError for a folder that is no run of `quartet train`."""
     record = Record(folder)
-    causes, (before, after, _) = diagnose(record), record.rise
+    findings, (before, after, _) = diagnose(record), record.rise
     lines = [f"{folder}: {record.state}; marks {before:.3g}, at the end {after:.3g}; {len(record.groups)} groups read"]
-    for number, (kind, cause) in enumerate(causes.items(), start=1):
-        lines += [f"{number}. {kind}: {cause.what}", f"   Change: {cause.change}."]
+    for number, finding in enumerate(findings, start=1):
+        lines += [f"{number}. {finding['kind']}: {finding['what']}", f"   Change: {finding['change']}."]
     if record.unread:
-        lines.append(f"The rollouts of {len(record.unread)} steps cannot be read: {record.unread[0]}")
+        lines.append(f"{len(record.unread)} records of rollouts cannot be read; the first: {record.unread[0]}")
     if not record.groups:
         lines.append("There are no rollouts that can be read, so nothing is said of texts and groups.")
     if not record.steps:
         lines.append("No step is recorded yet.")
-    elif not causes:
+    elif not findings:
         lines.append("Nothing was found.")
     for line in lines:
         console.print(visible(line, 1000, console.encoding), highlight=False, soft_wrap=True)
-    findings = [{"kind": kind, **cause._asdict()} for kind, cause in causes.items()]
     return {"run": str(folder), "state": record.state, "steps": record.steps, "findings": findings}
