@@ -1,4 +1,4 @@
-"""Runs that are broken on purpose, each in one way, and healthy ones beside them: what `quartet diagnose` is tried on.
+"""Runs that are broken on purpose, each in one way and named after what `quartet diagnose` should say; healthy ones.
 
 `python tests/cases/broken_runs.py POLICY FOLDER [tuned|unseen] [NAME ...]` makes them of a warm-started tiny policy:
 8 steps of 8 prompts with 8 completions each. The detectors were tuned on one set; the other one has other seeds and
@@ -95,10 +95,10 @@ def broken(policy: Path, folder: Path, unseen: bool = False) -> dict[str, dict[s
         "template": {"data.template": "Question: {question} Answer:" if unseen else "{question} = "},
         "stop_token": {"model": str(_without_stop(policy, folder))},
         "temperature": {"rollout.temperature": 1e-3 if unseen else 1e-6},
-        "group_of_two": {"rollout.group_size": 2, "prompts_per_step": 16 if unseen else 32},
-        "length": {"rewards": [_own("brief" if unseen else "effort")]},
-        "solved": {"data.name": str(folder / "solved.jsonl")},
-        "impossible": {"data.levels": [3, 4] if unseen else [4]},
+        "group_size": {"rollout.group_size": 2, "prompts_per_step": 16 if unseen else 32},
+        "hacked": {"rewards": [_own("brief" if unseen else "effort")]},
+        "all_solved": {"data.name": str(folder / "solved.jsonl")},
+        "none_solved": {"data.levels": [3, 4] if unseen else [4]},
     }
 
 
@@ -116,7 +116,7 @@ def healthy(unseen: bool = False) -> dict[str, dict[str, Any]]:
 def make(name: str, policy: Path, folder: Path, overrides: Mapping[str, Any], seed: int) -> Path:
     """Trains one of them, into FOLDER/NAME."""
     run = folder / name
-    if name == "solved":
+    if name == "all_solved":
         _solved(folder)
     options = {"model": str(policy), "output_dir": str(run), "seed": seed} | BASE | dict(overrides)
     train(load(TrainConfig, None, options))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from grpo.algorithm.alarms import FEATURES, SAID, Moments, judged
 from grpo.cli.diagnose.record import FEW, Group, Record, label_of
@@ -24,7 +25,7 @@ Cause = tuple[bool, str, str]
 
 
 def failed(record: Record) -> Cause:
-    end = next((event for event in reversed(record.events) if event["event"] in ("end", "resume")), {})
+    end: dict[str, Any] = next((event for event in reversed(record.events) if event["event"] in ("end", "resume")), {})
     what = f"The run ended with an error after step {end.get('after_step') or 0}: {end.get('error')}."
     return end.get("how") == "failed", what, "mend that first, and go on with --resume auto"
 
@@ -144,8 +145,11 @@ def tied(record: Record) -> Cause:
     ties = record.mean("group/tied")
     told = next((event for event in record.events if event["event"] == "nothing_learned"), {})
     why = told.get("why") or "some problems are too easy and others too hard"
-    ways = told.get("change") or ["curriculum.by_difficulty: true", f"raise {record.option('rollout.group_size')}"]
-    return ties > 0.9, f"{ties:.0%} of the groups are tied and teach nothing: {why}.", "; ".join(map(str, ways))
+    ways: list[str] = told.get("change") or [
+        "curriculum.by_difficulty: true",
+        f"raise {record.option('rollout.group_size')}",
+    ]
+    return ties > 0.9, f"{ties:.0%} of the groups are tied and teach nothing: {why}.", "; ".join(ways)
 
 
 def rate_low(record: Record) -> Cause:
@@ -179,9 +183,10 @@ def other_part(record: Record) -> Cause:
 
 def _correlation(groups: list[Group], name: str) -> float:
     """Of a part with the score inside groups; 0 where it differs in a FEW."""
-    pairs = [[(line["parts"].get(name), line.get("reward")) for line in group.lines] for group in groups]
-    known = [[(part, score) for part, score in group if None not in (part, score)] for group in pairs]
-    total = sum((Moments.of([(score, part) for part, score in group]) for group in known), Moments())
+    total = Moments()
+    for group in groups:
+        pairs = [(line.get("reward"), line["parts"].get(name)) for line in group.lines]
+        total += Moments.of([(score, part) for score, part in pairs if score is not None and part is not None])
     return (total.r or 0.0) if total.groups >= FEW else 0.0
 
 
