@@ -14,10 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo.config.run import TrainConfig
-from grpo.train import train
 from rewards.built_in.gsm8k import gsm8k
-from rewards.config.options import load
 from rewards.data.word_problems import word_problems
 from rewards.records import read_rollouts, recorded_steps, split_groups
 
@@ -114,7 +111,11 @@ def healthy(unseen: bool = False) -> dict[str, dict[str, Any]]:
 
 
 def make(name: str, policy: Path, folder: Path, overrides: Mapping[str, Any], seed: int) -> Path:
-    """Trains one of them, into FOLDER/NAME."""
+    """Trains one of them, into FOLDER/NAME. What trains is imported here: processes of rewards load this file."""
+    from grpo.config.run import TrainConfig
+    from grpo.train import train
+    from rewards.config.options import load
+
     run = folder / name
     if name == "all_solved":
         _solved(folder)

@@ -27,7 +27,7 @@ Cause = tuple[bool, str, str]
 def failed(record: Record) -> Cause:
     end: dict[str, Any] = next((event for event in reversed(record.events) if event["event"] in ("end", "resume")), {})
     what = f"The run ended with an error after step {end.get('after_step') or 0}: {end.get('error')}."
-    return end.get("how") == "failed", what, "mend that first, and go on with --resume auto"
+    return end.get("how") == "failed", what, "mend that first, and go on with --resume auto, or begin again"
 
 
 def unmarked(record: Record) -> Cause:

@@ -133,7 +133,7 @@ class Record:
     def rise(self) -> tuple[float, float, float]:
         """The mark of the first reward in the first and the last third of the steps, and the difference in standard
         errors."""
-        values = self.series(f"reward/part/{self.first_reward}", "reward/mean") or [0.0]
+        values = self.series(f"reward/part/{self.first_reward}", "reward/mean") or self.marks or [0.0]
         third = max(len(values) // 3, 1)
         first, last = values[:third], values[-third:]
         spread = variance(first) + variance(last) if third > 1 else float("inf")
