@@ -140,6 +140,12 @@ def _data(record: Record) -> str:
     return record.option("data.levels" if record.options.get("data.name") == "word_problems" else "data.name")
 
 
+def group_size(record: Record) -> Cause:
+    size = int(record.options.get("rollout.group_size") or 8)
+    what = f"Groups have {size} completions, and {record.mean('group/tied'):.0%} of them are tied."
+    return size < 4, what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
+
+
 def tied(record: Record) -> Cause:
     """The marks of nearly all groups are equal, some at the top and some at the bottom."""
     ties = record.mean("group/tied")
@@ -212,12 +218,6 @@ def tiny_differences(record: Record) -> Cause:
     return small > 0.5, what, f"round the reward, or set {record.option('loss.scale_rewards')} to none"
 
 
-def group_size(record: Record) -> Cause:
-    size = int(record.options.get("rollout.group_size") or 8)
-    what = f"Groups have {size} completions, and {record.mean('group/tied'):.0%} of them are tied."
-    return size < 4, what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
-
-
 def weights(record: Record) -> Cause:
     usual = {"mismatch/weight_mean": 1.0, "policy/ratio_mean": 1.0, "mismatch/logprob_abs_mean": 0.0}
     off = {name: abs(median(record.series(name) or [value]) - value) for name, value in usual.items()}
@@ -264,7 +264,7 @@ def evaluation(record: Record) -> Cause:
 
 DETECTORS: tuple[Callable[[Record], Cause], ...] = (
     *(failed, unmarked, temperature, rate_high, stop_token, sign_flipped, reward_constant, template, answer_column),
-    *(all_solved, none_solved, tied, rate_low, hacked, other_part, noise, tiny_differences, group_size, weights),
+    *(all_solved, none_solved, group_size, tied, rate_low, hacked, other_part, noise, tiny_differences, weights),
     *(entropy, clipped, evaluation),
 )
 TIED = {"all_solved", "none_solved", "tied", "rate_low", "hacked", "entropy"}
@@ -272,6 +272,7 @@ EXPLAINED: dict[str, set[str]] = {  # the consequences of a cause, which are lef
     "rate_high": TIED | {"stop_token", "template", "answer_column", "clipped"},
     "stop_token": TIED | {"template", "answer_column", "clipped"},
     "template": TIED | {"answer_column", "clipped"},
+    "group_size": {"tied"},
     **dict.fromkeys(("sign_flipped", "reward_constant"), TIED | {"answer_column"}),
     **dict.fromkeys(("temperature", "answer_column", "all_solved", "none_solved", "tied"), TIED),
 }

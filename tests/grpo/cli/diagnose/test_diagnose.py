@@ -102,6 +102,10 @@ CASES = {
     ),
     "all_solved": ({"steps": ((RIGHT, RIGHT, RIGHT, MIXED),) * 4}, "75% of the groups get full marks"),
     "none_solved": ({"steps": ((WRONG,) * 4,) * 4}, "In 100% of the groups no completion gets more than 0,"),
+    "group_size": (
+        {"options": {"rollout": {"group_size": 2}}, "metrics": {"group/tied": 0.95}},
+        "Groups have 2 completions, and 95% of them are tied.",
+    ),
     "tied": (
         {
             "metrics": {"group/tied": 0.95},
@@ -128,10 +132,6 @@ CASES = {
     "tiny_differences": (  # .003 apart
         {"steps": ((group(0.8, 0.801, 0.802, 0.803),) * 4,) * 4},
         "In 100% of the groups that are not tied the marks differ by less than a hundredth of 0.803.",
-    ),
-    "group_size": (
-        {"options": {"rollout": {"group_size": 2}}, "metrics": {"group/tied": 0.75}},
-        "Groups have 2 completions, and 75% of them are tied.",
     ),
     "weights": ({"metrics": {"policy/ratio_mean": 1.5}}, "policy/ratio_mean is 0.5 away from 1:"),
     "entropy": (
