@@ -140,6 +140,15 @@ def _data(record: Record) -> str:
     return record.option("data.levels" if record.options.get("data.name") == "word_problems" else "data.name")
 
 
+def hacked(record: Record) -> Cause:
+    """The alarms of the run, over all of its steps."""
+    each = {kind: record.series(*record.watched(kind)) for kind in (*FEATURES, "format")}
+    values = {kind: median(series) for kind, series in each.items() if len(series) >= LEAST_STEPS}
+    kind = judged(values) if len(set(record.marks)) > 1 else None
+    change = "pay for the answer: a reward that compares it with the gold one, with the largest weight in rewards"
+    return kind is not None, f"The score {SAID[kind].format(value=values[kind])}." if kind else "", change
+
+
 def group_size(record: Record) -> Cause:
     size = int(record.options.get("rollout.group_size") or 8)
     what = f"Groups have {size} completions, and {record.mean('group/tied'):.0%} of them are tied."
@@ -166,15 +175,6 @@ def rate_low(record: Record) -> Cause:
     what = f"Nothing moves: all {steps} steps together can change the share of right answers by {bound:.1%} at most."
     change = f"raise {record.option('learner.learning_rate')}, {_factor(1 / max(bound, 1e-9))} times perhaps"
     return len(record.moves) >= LEAST_STEPS and bound < 0.2, what, change
-
-
-def hacked(record: Record) -> Cause:
-    """The alarms of the run, over all of its steps."""
-    each = {kind: record.series(*record.watched(kind)) for kind in (*FEATURES, "format")}
-    values = {kind: median(series) for kind, series in each.items() if len(series) >= LEAST_STEPS}
-    kind = judged(values) if len(set(record.marks)) > 1 else None
-    change = "pay for the answer: a reward that compares it with the gold one, with the largest weight in rewards"
-    return kind is not None, f"The score {SAID[kind].format(value=values[kind])}." if kind else "", change
 
 
 def other_part(record: Record) -> Cause:
@@ -264,7 +264,7 @@ def evaluation(record: Record) -> Cause:
 
 DETECTORS: tuple[Callable[[Record], Cause], ...] = (
     *(failed, unmarked, temperature, rate_high, stop_token, sign_flipped, reward_constant, template, answer_column),
-    *(all_solved, none_solved, group_size, tied, rate_low, hacked, other_part, noise, tiny_differences, weights),
+    *(all_solved, none_solved, hacked, group_size, tied, rate_low, other_part, noise, tiny_differences, weights),
     *(entropy, clipped, evaluation),
 )
 TIED = {"all_solved", "none_solved", "tied", "rate_low", "hacked", "entropy"}

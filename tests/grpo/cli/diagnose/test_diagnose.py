@@ -102,6 +102,10 @@ CASES = {
     ),
     "all_solved": ({"steps": ((RIGHT, RIGHT, RIGHT, MIXED),) * 4}, "75% of the groups get full marks"),
     "none_solved": ({"steps": ((WRONG,) * 4,) * 4}, "In 100% of the groups no completion gets more than 0,"),
+    "hacked": (
+        {"metrics": {"alarm/length/gsm8k": [0.9, 0.85, 0.95, 0.9], "alarm/right/gsm8k": 0.1, "group/tied": 0.95}},
+        "The score follows the length of completions (r = +0.90).",
+    ),
     "group_size": (
         {"options": {"rollout": {"group_size": 2}}, "metrics": {"group/tied": 0.95}},
         "Groups have 2 completions, and 95% of them are tied.",
@@ -116,10 +120,6 @@ CASES = {
     "rate_low": (  # √(1e-7 · 20 / 2) = .001 a step, and 8 steps are planned
         {"metrics": {"policy/step_kl": 1e-7}, "options": {"steps": 8}},
         "all 8 steps together can change the share of right answers by 0.8% at most",
-    ),
-    "hacked": (
-        {"metrics": {"alarm/length/gsm8k": [0.9, 0.85, 0.95, 0.9], "alarm/right/gsm8k": 0.1}},
-        "The score follows the length of completions (r = +0.90).",
     ),
     "other_part": (
         {"steps": ((PARTS,) * 4,) * 4, "options": {"rewards": [GSM8K, FORM]}},
