@@ -158,9 +158,9 @@ def group_size(record: Record) -> Cause:
 def tied(record: Record) -> Cause:
     """The marks of nearly all groups are equal, some at the top and some at the bottom."""
     ties = record.mean("group/tied")
-    told = next((event for event in record.events if event["event"] == "nothing_learned"), {})
-    why = told.get("why") or "some problems are too easy and others too hard"
-    ways: list[str] = told.get("change") or [
+    notice = next((event for event in record.events if event["event"] == "nothing_learned"), {})
+    why = notice.get("why") or "some problems are too easy and others too hard"
+    ways: list[str] = notice.get("change") or [
         "curriculum.by_difficulty: true",
         f"raise {record.option('rollout.group_size')}",
     ]
@@ -250,16 +250,16 @@ def evaluation(record: Record) -> Cause:
     rows = [row for row in record.rows if row.get("eval/accuracy") is not None and row.get("eval/prompts")]
     p, q = (rows[place]["eval/accuracy"] if rows else 0.0 for place in (0, -1))
     problems, gain = rows[-1]["eval/prompts"] if rows else 1.0, record.rise[1] - record.rise[0]
-    hoped = min(p + gain, 1.0)
-    needed = math.ceil(2.8**2 * (p * (1 - p) + hoped * (1 - hoped)) / max(gain, 0.01) ** 2)
+    goal = min(p + gain, 1.0)
+    enough = math.ceil(2.8**2 * (p * (1 - p) + goal * (1 - goal)) / max(gain, 0.01) ** 2)
     chance = 1.96 * math.sqrt((p * (1 - p) + q * (1 - q)) / problems)
     what = (
         f"Marks rose by {gain:.2g} in training, and held-out accuracy went from {p:.2f} to {q:.2f} on {problems:.0f} "
     )
     what += f"problems, of which chance alone makes ±{chance:.2f}."
-    change = f"raise {record.option('eval.limit')} to {needed}, or take {math.ceil(needed / problems)} seeds"
+    change = f"raise {record.option('eval.limit')} to {enough}, or take {math.ceil(enough / problems)} seeds"
     is_real = len(rows) > 1 and record.rise[2] > 2 and gain > 0.01
-    return is_real and abs(q - p) < chance and problems < needed, what, change
+    return is_real and abs(q - p) < chance and problems < enough, what, change
 
 
 DETECTORS: tuple[Callable[[Record], Cause], ...] = (

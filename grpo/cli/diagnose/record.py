@@ -71,7 +71,7 @@ class Record:
         self.first_reward = label_of(first)
         self.read_answer = answer_reader(str(first.get("function")), first.get("arguments") or {})
         self.steps = max((row["step"] for row in self.rows if "completion/tokens" in row), default=0)
-        self.unread: list[str] = []  # what is wrong with rollouts that cannot be read
+        self.faults: list[str] = []  # what is wrong with rollouts that cannot be read
         self.groups = [group for group in self._groups() if len(group.marks) > 1]
         half = max(self.steps / 2, min((group.step for group in self.groups), default=0))
         self.early = [group for group in self.groups if group.step <= half]  # with these the run begins
@@ -89,19 +89,19 @@ class Record:
 
     def _groups(self) -> list[Group]:
         steps, groups = recorded_steps(self.folder), list[Group]()
-        chosen = {round(i * (len(steps) - 1) / (STEPS - 1)) for i in range(STEPS)} if steps else set()
-        for step in (steps[index] for index in sorted(chosen)):
+        places = {round(i * (len(steps) - 1) / (STEPS - 1)) for i in range(STEPS)} if steps else set()
+        for step in (steps[index] for index in sorted(places)):
             try:
                 groups += [self._group(step, lines) for lines in split_groups(read_step(self.folder, step))]
             except (OSError, ValueError) as error:
-                self.unread.append(str(error))
+                self.faults.append(str(error))
         return groups
 
     def _group(self, step: int, lines: Sequence[dict[str, Any]]) -> Group:
         marks = [line["parts"].get(self.first_reward, line.get("reward")) for line in lines]
-        marked = [(line, float(mark)) for line, mark in zip(lines, marks, strict=True) if mark is not None]
-        answers = [self.read_answer(line["text"]) for line, _ in marked]
-        return Group(step, [line for line, _ in marked], [mark for _, mark in marked], answers)
+        scored = [(line, float(mark)) for line, mark in zip(lines, marks, strict=True) if mark is not None]
+        answers = [self.read_answer(line["text"]) for line, _ in scored]
+        return Group(step, [line for line, _ in scored], [mark for _, mark in scored], answers)
 
     def option(self, key: str) -> str:
         """The option as a sentence names it."""

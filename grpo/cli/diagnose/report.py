@@ -29,8 +29,8 @@ def tell(folder: Path, console: Console) -> dict[str, Any]:
     lines = [f"{folder}: {record.state}; marks {before:.3g}, at the end {after:.3g}; {len(record.groups)} groups read"]
     for number, finding in enumerate(findings, start=1):
         lines += [f"{number}. {finding['kind']}: {finding['what']}", f"   Change: {finding['change']}."]
-    if record.unread:
-        lines.append(f"{len(record.unread)} records of rollouts cannot be read; the first: {record.unread[0]}")
+    if record.faults:
+        lines.append(f"{len(record.faults)} records of rollouts cannot be read; the first: {record.faults[0]}")
     if not record.groups:
         lines.append("There are no rollouts that can be read, so nothing is said of texts and groups.")
     if not record.steps:
