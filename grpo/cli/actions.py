@@ -274,6 +274,15 @@ def why(args: argparse.Namespace) -> None:
     write(args.json, asdict(tell(args.run, args.step, Terminal(), **options)))
 
 
+def diagnose(args: argparse.Namespace) -> int:
+    from grpo.cli.diagnose.report import tell
+    from rewards.console import Terminal
+
+    result = tell(args.run, Terminal())
+    write(args.json, result)
+    return EXIT_ERROR if result["findings"] else 0
+
+
 def compare(args: argparse.Namespace) -> None:
     from grpo.view.compare import as_json, compare, show
     from rewards.console import Terminal

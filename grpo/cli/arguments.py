@@ -123,6 +123,8 @@ WHY = (
     argument("--what_if", "--what-if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
     json_argument("all that was found"),
 )
+_WHAT = "a run folder, also of a run that goes on, is stuck or has failed; nothing in it is touched"
+DIAGNOSE = (argument("run", type=Path, metavar="RUN", help=_WHAT), json_argument("what was found"))
 _RUNS = "run folders; those that differ in nothing but the seed are one group"
 COMPARE = (
     argument("runs", type=Path, nargs="+", metavar="RUN", help=_RUNS),

@@ -98,6 +98,9 @@ def _commands() -> dict[str, Command]:
             "a run's policy for other tools, with tokenizer, licence and model card", actions.export, arguments.EXPORT
         ),
         "why": Command("what a step of a run has done, and which groups and tokens did it", actions.why, arguments.WHY),
+        "diagnose": Command(
+            "what to change first in a run that does not learn, and why", actions.diagnose, arguments.DIAGNOSE
+        ),
         "view": Command("a page of one or more runs, live while they run", actions.view, arguments.VIEW),
         "report": Command("the same page as one HTML file to send away", actions.report, arguments.REPORT),
         "compare": Command("curves of runs with several seeds, in numbers", actions.compare, arguments.COMPARE),

@@ -1,0 +1,1 @@
+"""What to change first in a run that does not learn, and why: `quartet diagnose`."""

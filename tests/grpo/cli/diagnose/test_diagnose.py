@@ -1,0 +1,293 @@
+"""`quartet diagnose`: every cause on a miniature run that has it, with numbers worked out by hand, and silence on runs
+without one. A run has 4 steps with 4 groups of 4 completions, unless a test says otherwise, as a run writes them."""
+
+import json
+
+import pytest
+import yaml
+import zstandard
+
+from grpo.cli.diagnose.detectors import DETECTORS
+from grpo.cli.diagnose.record import Record
+from grpo.cli.diagnose.report import diagnose
+from grpo.cli.parse import main
+from rewards.records import rollout_path
+
+OPTIONS = {
+    "model": "tiny",
+    "steps": 4,
+    "rewards": [{"function": "gsm8k", "name": None}],
+    "data": {"name": "word_problems", "levels": [1], "template": "{question}\n", "solution_column": "answer"},
+    "rollout": {"temperature": 1.0, "group_size": 4, "max_completion_tokens": 64},
+    "learner": {"learning_rate": 1e-4},
+    "loss": {"scale_rewards": "none"},
+}
+METRICS = {"completion/tokens": 240, "completion/length_mean": 20.0, "policy/step_kl": 0.01, "reward/part/gsm8k": 0.5}
+EVALUATED = [{"step": step, "eval/accuracy": p, "eval/prompts": 50} for step, p in ((0, 0.5), (6, 0.55))]
+
+
+def group(*marks, text="#### {}"):
+    return [(text.format(sample), mark) for sample, mark in enumerate(marks)]
+
+
+MIXED, WRONG = group(1.0, 0.0, 0.0, 0.0), group(0.0, 0.0, 0.0, 0.0)
+RIGHT, SURE = [("#### 7", 1.0)] * 4, [("#### 3", 0.0)] * 4
+ON = [("#### 1 ...", 1.0), ("#### 1\n#### 2 ...", 0.0), ("#### 3<|end|> it...", 0.0), ("#### 4\n#### 4...", 0.0)]
+PARTS = group(*({"gsm8k": 0.0, "form": mark} for mark in (0.0, 1.0, 0.0, 1.0)))
+FORM_FIRST = group(*({"form": 1.0, "gsm8k": mark} for mark in (0.0, 1.0, 0.0, 1.0)))
+GSM8K, FORM = {"function": "gsm8k"}, {"function": "mine.py:form"}
+
+
+def write(folder, steps=((MIXED,) * 4,) * 4, metrics=None, options=None, events=(), evaluations=()):
+    """A run whose steps have these groups of (text, mark). `metrics` are of every step, or lists of one for each."""
+    (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+    options = options or {}
+    tree = {key: value | options.get(key, {}) if isinstance(value, dict) else value for key, value in OPTIONS.items()}
+    tree |= {key: value for key, value in options.items() if not isinstance(tree[key], dict)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    rows = []
+    for number, groups in enumerate(steps, start=1):
+        values = {name: v[number - 1] if isinstance(v, list) else v for name, v in (METRICS | (metrics or {})).items()}
+        rows.append({"step": number} | values)
+        lines = []
+        for place, completions in enumerate(groups):
+            for sample, (text, mark) in enumerate(completions):
+                parts = mark if isinstance(mark, dict) else {"gsm8k": mark}
+                line = {
+                    "prompt_id": f"{number}/{place}",
+                    "prompt": "?",
+                    "sample": sample,
+                    "text": text,
+                    "token_ids": [1],
+                }
+                reason = "length" if text.endswith("...") else "stop"
+                lines.append(
+                    line | {"reward": sum(parts.values()), "parts": parts, "extras": {}, "finish_reason": reason}
+                )
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        rollout_path(folder, number).write_bytes(zstandard.compress(content.encode()))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *evaluations]))
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+CASES = {
+    "failed": (
+        {"events": [{"event": "end", "how": "failed", "after_step": 3, "error": "OSError: disk"}]},
+        "after step 3: OSError: disk.",
+    ),
+    "unmarked": ({"metrics": {"reward/abstained": [0.0, 0.0, 0.2, 0.4]}}, "15% of the completions have no mark"),
+    "temperature": (
+        {"steps": ((SURE,) * 4,) * 4, "options": {"rollout": {"temperature": 1e-6}}},
+        "In 100% of the groups",
+    ),
+    "rate_high": (  # 2 nats a token · 20 tokens
+        {"metrics": {"policy/step_kl": [0.01, 0.01, 2.0, 0.01], "reward/part/gsm8k": [0.5, 0.5, 0.0, 0.0]}},
+        "Step 3 moved the policy by a KL of 40 nats a completion, where one or two are many, and the marks went from "
+        "0.5 to 0.",
+    ),
+    "stop_token": ({"steps": ((ON,) * 4,) * 4}, "100% of the completions were cut, and 75% go on"),
+    "sign_flipped": ({"metrics": {"alarm/right/gsm8k": [-1.0, -0.5, -0.9, -0.7]}}, "r = -0.80."),
+    "reward_constant": (
+        {"steps": ((group(1.0, 1.0, 1.0, 1.0),) * 4,) * 4, "metrics": {"alarm/format/gsm8k": [0.3, 0.4, 0.2, 0.3]}},
+        "All 64 completions got the mark 1 of gsm8k, and 70% of them are right",
+    ),
+    "template": (
+        {"steps": ((group(0.0, 0.0, 0.0, 0.0, text="it is"),) * 3 + (MIXED,),) * 4},
+        "In 75% of the groups most",
+    ),
+    "answer_column": (  # of the first half, one of eight sure groups is right
+        {"steps": ((SURE,) * 4, (SURE, SURE, SURE, RIGHT), (MIXED,) * 4, (MIXED,) * 4)},
+        "In 8 of 8 groups 75% or more of the completions give one and the same answer, and in 12% of them",
+    ),
+    "all_solved": ({"steps": ((RIGHT, RIGHT, RIGHT, MIXED),) * 4}, "75% of the groups get full marks"),
+    "none_solved": ({"steps": ((WRONG,) * 4,) * 4}, "In 100% of the groups no completion gets more than 0,"),
+    "hacked": (
+        {"metrics": {"alarm/length/gsm8k": [0.9, 0.85, 0.95, 0.9], "alarm/right/gsm8k": 0.1, "group/tied": 0.95}},
+        "The score follows the length of completions (r = +0.90).",
+    ),
+    "group_size": (
+        {"options": {"rollout": {"group_size": 2}}, "metrics": {"group/tied": 0.95}},
+        "Groups have 2 completions, and 95% of them are tied.",
+    ),
+    "tied": (
+        {
+            "metrics": {"group/tied": 0.95},
+            "events": [{"event": "nothing_learned", "why": "they are dull", "change": ["rollout.refill_draws: 2"]}],
+        },
+        "95% of the groups are tied and teach nothing: they are dull.",
+    ),
+    "rate_low": (  # √(1e-7 · 20 / 2) = .001 a step, and 8 steps are planned
+        {"metrics": {"policy/step_kl": 1e-7}, "options": {"steps": 8}},
+        "all 8 steps together can change the share of right answers by 0.8% at most",
+    ),
+    "other_part": (
+        {"steps": ((PARTS,) * 4,) * 4, "options": {"rewards": [GSM8K, FORM]}},
+        "the score goes with form (r = 1.00), and not with gsm8k (r = 0.00).",
+    ),
+    "noise": (
+        {"steps": (([("#### 1", 0.0), ("#### 1", 1.0), *WRONG[2:]],) * 4,) * 4},
+        "Of 16 texts that came twice or more for one prompt 16 got different marks, by 1 on average.",
+    ),
+    "tiny_differences": (  # .003 apart
+        {"steps": ((group(0.8, 0.801, 0.802, 0.803),) * 4,) * 4},
+        "In 100% of the groups that are not tied the marks differ by less than a hundredth of 0.803.",
+    ),
+    "weights": ({"metrics": {"policy/ratio_mean": 1.5}}, "policy/ratio_mean is 0.5 away from 1:"),
+    "entropy": (
+        {"steps": ((MIXED,) * 4,) * 2 + ((SURE,) * 4,) * 2, "metrics": {"policy/entropy": [0.8, 0.4, 0.1, 0.01]}},
+        "In 100% of the later groups all completions are one text without full marks; the entropy went from 0.8 to "
+        "0.01 nats a token.",
+    ),
+    "clipped": ({"metrics": {"completion/clipped": [0.0, 0.1, 0.4, 0.6]}}, "50% of the later completions are cut"),
+    "evaluation": (  # ± 1.96 √((.5² + .55 · .45) / 50), and 2.8² (.5² + .7 · .3) / .2² = 90.2
+        {
+            "steps": ((MIXED,) * 4,) * 6,
+            "metrics": {"reward/part/gsm8k": [0.30, 0.32, 0.4, 0.4, 0.50, 0.52]},
+            "evaluations": EVALUATED,
+        },
+        "Marks rose by 0.2 in training, and held-out accuracy went from 0.50 to 0.55 on 50 problems, of which chance "
+        "alone makes ±0.20.",
+    ),
+}
+
+
+def test_every_detector_has_a_case():
+    assert [detector.__name__ for detector in DETECTORS] == list(CASES)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_cause_is_found_with_its_number_and_nothing_before_it(tmp_path, kind):
+    run, words = CASES[kind]
+    findings = diagnose(Record(write(tmp_path, **run)))
+    if kind == "other_part":  # the first part has no mark at all, which is said first
+        assert findings.pop(0)["kind"] == "none_solved"
+    assert findings[0]["kind"] == kind
+    assert words in findings[0]["what"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("temperature", "raise rollout.temperature (now 1e-06) to 1"),
+        ("rate_high", "lower learner.learning_rate (now 0.0001), 10 times perhaps"),  # √40 is nearer to 10 than to 1
+        ("rate_low", "raise learner.learning_rate (now 0.0001), 100 times perhaps"),  # 1 / .008 = 125
+        ("tied", "rollout.refill_draws: 2"),
+        ("evaluation", "raise eval.limit to 91, or take 2 seeds"),
+    ],
+)
+def test_the_change_names_the_option(tmp_path, kind, change):
+    assert diagnose(Record(write(tmp_path, **CASES[kind][0])))[0]["change"] == change
+
+
+HEALTHY = {
+    "plain": {},
+    "solved at its end": {"steps": ((MIXED,) * 4,) * 2 + ((RIGHT,) * 4,) * 2},
+    "half of it solved": {"steps": ((RIGHT, RIGHT, MIXED, MIXED),) * 4},
+    "sure and wrong now and then": {"steps": ((SURE, MIXED, MIXED, MIXED),) * 4},
+    "form first": {
+        "steps": ((FORM_FIRST,) * 4,) * 4,
+        "options": {"rewards": [FORM, GSM8K]},
+        "metrics": {"alarm/right/score": 1.0},
+    },
+    "a great step that did good": {
+        "steps": ((MIXED,) * 4,) * 6,
+        "metrics": {"policy/step_kl": 2.0, "reward/part/gsm8k": [0.1, 0.11, 0.3, 0.4, 0.50, 0.52]},
+    },
+    "marks of length and of being right": {"metrics": {"alarm/length/gsm8k": 0.85, "alarm/right/gsm8k": 0.9}},
+    "enough problems": {
+        "steps": ((MIXED,) * 4,) * 6,
+        "metrics": {"reward/part/gsm8k": [0.30, 0.32, 0.4, 0.4, 0.50, 0.52]},
+        "evaluations": [row | {"eval/prompts": 91} for row in EVALUATED],
+    },
+    "few groups": {"steps": ((WRONG, WRONG),) * 3},
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_run_gets_no_finding(tmp_path, name):
+    assert diagnose(Record(write(tmp_path, **HEALTHY[name]))) == []
+
+
+@pytest.mark.parametrize(("mark", "is_found"), [(0.5, True), (1.0, True), (0.0, False)])
+def test_a_constant_reward_without_gold_answers(tmp_path, mark, is_found):
+    """A 0 for all may be right; a 1 for four different answers is not, and .5 is no verdict."""
+    findings = diagnose(Record(write(tmp_path, steps=((group(mark, mark, mark, mark),) * 4,) * 4)))
+    assert (findings[0]["kind"] == "reward_constant") == is_found
+    assert not is_found or "of a group 25% give the same answer" in findings[0]["what"]
+
+
+def test_the_template_of_the_run_that_taught_the_policy(tmp_path):
+    teacher = write(tmp_path / "teacher", options={"data": {"template": "Q: {question}\nA:"}})
+    findings = diagnose(Record(write(tmp_path / "run", options={"model": str(teacher / "policy")})))
+    assert [finding["kind"] for finding in findings] == ["template"]
+    assert "'{question}\\n'" in findings[0]["what"]
+    assert "begins with 25% of the marks" in findings[0]["what"]
+    assert findings[0]["change"] == "set data.template to 'Q: {question}\\nA:'"
+
+
+def test_the_command_prints_in_order_what_to_change_and_touches_nothing(tmp_path, capsys):
+    run = write(tmp_path / "run", **CASES["group_size"][0] | {"events": CASES["failed"][0]["events"]})
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["diagnose", str(run), "--json", str(tmp_path / "out.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("step 4 of 4, failed; marks 0.5, at the end 0.5; 16 groups read")
+    assert [lines[1][:14], lines[3][:14]] == ["1. failed: The", "2. group_size:"]
+    assert lines[4] == "   Change: raise rollout.group_size (now 2), to 8 perhaps."
+    assert [finding["kind"] for finding in json.loads((tmp_path / "out.json").read_text())["findings"]] == [
+        "failed",
+        "group_size",
+    ]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_healthy_run_in_progress_ends_with_0(tmp_path, capsys):
+    assert main(["diagnose", str(write(tmp_path, options={"steps": 60}))]) == 0
+    out = capsys.readouterr().out
+    assert "step 4 of 60, in progress or killed" in out
+    assert "Nothing was found." in out
+
+
+def test_a_run_without_rollouts_is_judged_by_its_metrics(tmp_path, capsys):
+    run = write(tmp_path, metrics={"group/tied": 1.0})
+    for path in (run / "rollouts").iterdir():
+        path.unlink()
+    assert main(["diagnose", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert "1. tied: 100% of the groups" in out
+    assert "There are no rollouts that can be read" in out
+
+
+def test_damaged_rollouts_are_counted_and_the_others_read(tmp_path, capsys):
+    run = write(tmp_path)
+    rollout_path(run, 2).write_bytes(b"no zstandard")
+    assert main(["diagnose", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "12 groups read" in out
+    assert "1 records of rollouts cannot be read" in out
+    assert "step_000002" in out
+
+
+def test_a_run_without_a_step_says_so(tmp_path, capsys):
+    assert main(["diagnose", str(write(tmp_path, steps=()))]) == 0
+    assert "No step is recorded yet." in capsys.readouterr().out
+
+
+def test_what_is_no_run_of_train_is_refused(tmp_path, capsys):
+    run = write(tmp_path / "sft")
+    (run / "config.yaml").write_text("model: tiny\nsteps: 3\n")
+    for folder, words in (
+        (run, "is a run of quartet sft"),
+        (tmp_path, "no metrics.jsonl"),
+        (tmp_path / "x", "no such"),
+    ):
+        assert main(["diagnose", str(folder)]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_a_long_run_is_read_at_its_beginning_its_end_and_between(tmp_path):
+    record = Record(write(tmp_path, steps=((MIXED,),) * 40))
+    steps = [group.step for group in record.groups]
+    assert len(steps) == 16
+    assert steps[0] == 1
+    assert steps[-1] == 40
