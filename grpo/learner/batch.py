@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.learner.tree import BEGINS, READ, Tree, marks_of
+from grpo.learner.tree import BEGINS, READ, Tree
 
 if TYPE_CHECKING:
     from grpo.learner.lessons import Lesson
@@ -255,7 +255,7 @@ def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) ->
     samples = [sample for row in packed for sample in row.samples]
     mask = torch.zeros(len(samples), max(len(sample.token_ids) for sample in samples), dtype=torch.bool)
     for c, sample in enumerate(samples):
-        mask[c, : len(sample.token_ids)] = torch.tensor(marks_of(sample)) > READ
+        mask[c, : len(sample.token_ids)] = torch.tensor(sample.sampled or True)
     if samples[0].token_advantages:
         advantages = _padded([sample.token_advantages for sample in samples], mask.shape[1])
     else:

@@ -298,11 +298,13 @@ class Learner:
 
     def _trees(self, rows: Sequence[PackedRow], reader: int) -> Sequence[PackedRow] | Sequence[Tree]:
         """The rows of a reader; those that begin alike as trees. What belongs to one group is read by one reader."""
-        if not self.policy.reads_trees:
-            return self.ranks.share(rows, reader)
-        most = self.options.tokens_per_micro_batch
-        own = self.ranks.share(forest(rows, most, within_groups=True), reader)
-        return forest([row for tree in own for row in tree.rows], most)
+        most, ranks = self.options.tokens_per_micro_batch, self.ranks
+        if not (self.policy.reads_trees and all(term.reads_trees for term in self.terms)):
+            return ranks.share(rows, reader)
+        if ranks.readers > 1:
+            own = ranks.share(forest(rows, most, within_groups=True), reader)
+            rows = [row for tree in own for row in tree.rows]
+        return forest(rows, most)
 
     # ---- weights and state --------------------------------------------------------------------------------------
 

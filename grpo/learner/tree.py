@@ -138,10 +138,11 @@ class Tree:
         ids, samples = row.prompt_token_ids, []
         prompt = self._grow(self.root, ids, [READ] * len(ids), self._of_prompt(ids))
         for sample in row.samples:
-            place = self._last(prompt, sample.token_ids, marks_of(sample))
+            marks = marks_of(sample)
+            place = self._last(prompt, sample.token_ids, marks)
             if place[0] < SHARED:
                 place = 0, prompt, len(prompt.token_ids)
-            samples.append(self._grow(prompt, sample.token_ids, marks_of(sample), place))
+            samples.append(self._grow(prompt, sample.token_ids, marks, place))
         self.ends.append((prompt, samples))
         self.rows.append(row)
 

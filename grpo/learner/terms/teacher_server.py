@@ -42,6 +42,8 @@ class TeacherServer:
     [[{6: -0.25}, {7: -1.5}]]
     """
 
+    reads_trees = True  # it reads each sample with its prompt
+
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model, self.token = f"{url.rstrip('/')}/completions", model, os.environ.get(TOKEN, "")
 

@@ -176,10 +176,16 @@ def test_attention_of_random_trees_is_to_all_that_was_read():
 
 def _two_readers(learner):
     """One process reads what two would read, each its share."""
-    learner.ranks.share = lambda rows, reader: sorted(rows, key=lambda row: -row.length)[reader::2]
-    most = learner.options.tokens_per_micro_batch
-    parts = lambda rows: [micro_batches(learner._trees(rows, reader), most, CPU) for reader in (0, 1)]  # noqa: E731
-    learner._shared = lambda rows: itertools.chain.from_iterable(parts(rows))
+    ranks, most = learner.ranks, learner.options.tokens_per_micro_batch
+    ranks.share = lambda rows, reader: sorted(rows, key=lambda row: -row.length)[reader::2]
+
+    def shared(rows):
+        ranks.readers = 2
+        parts = [learner._trees(rows, reader) for reader in (0, 1)]
+        ranks.readers = 1
+        return itertools.chain.from_iterable(micro_batches(part, most, CPU) for part in parts)
+
+    learner._shared = shared
 
 
 def _learned(policy, rows, budget, readers=1):
@@ -201,7 +207,10 @@ def _learned(policy, rows, budget, readers=1):
     return gradients, work.logprobs, metrics, sum(mini.token_ids.numel() for mini in work.minis)
 
 
-@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 200), marks=pytest.mark.slow)])
+SLOW = [pytest.param(range(at, at + 50), marks=pytest.mark.slow) for at in (0, 50, 100, 150)]
+
+
+@pytest.mark.parametrize("seeds", [range(6), *SLOW])
 def test_contract_10_gradients_of_random_trees_are_those_of_padded_rows(random_policy, shares, seeds):
     """MoE, MLA, draft head, balance, in part replayed routing and the shares of two ranks."""
     policy = random_policy(3)
@@ -274,3 +283,15 @@ def test_gold_solutions_that_begin_alike_teach_trunk_and_draft_head_as_alone(ran
     assert found["loss/sft"] == pytest.approx(expected["loss/sft"], rel=1e-5)
     for name, gradient in wanted.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_or_a_teacher_that_reads_no_trees_gets_rows(random_policy):
+    """The prompts of a prefix-LM see what comes after their beginning."""
+    policy, rows = random_policy(1), _rows()
+    whole = random_policy(2)
+    whole.attend_to_prompts("bidirectional")
+    alone = random_policy(1)
+    alone.paths = Paths("joined", "alone")
+    assert [one.rows for one in small_learner(policy)._trees(rows, 0)] == [rows]
+    for learner in (small_learner(whole), small_learner(policy, teacher=whole), small_learner(alone)):
+        assert learner._trees(rows, 0) is rows
