@@ -99,6 +99,7 @@ def learner_of(policy: Policy, most: int) -> Learner:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=["forks", "segments"], default=["forks", "segments"])
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--tokens_per_micro_batch", type=int, default=8192)
@@ -111,7 +112,7 @@ def main() -> None:
     policy = build("long", ["one two three\n"])
     learner, worth = learner_of(policy, arguments.tokens_per_micro_batch), tree.SHARED
     report: dict[str, Any] = {"command": command(sys.argv), "environment": describe()}
-    for kind in ("forks", "segments"):
+    for kind in arguments.kinds:
         rows = episodes(kind, arguments.groups, len(policy.lm_head))
         batch = TrainingBatch(rows, torch.zeros(0), arguments.groups * FORKS, tokens_in_loss(rows), step=1)
         seconds: dict[str, list[float]] = {"rows": [], "trees": []}

@@ -166,14 +166,13 @@ def draft_loss(
     *,
     draft_ids: Tensor | None = None,
     divergence: Divergence = "kl",
-    times_BT: Tensor | None = None,
 ) -> Tensor:
     """Measures how far each depth's drafts are from the trunk at the rollout temperature, weighted 0.6^(d−1).
 
     `outputs[d-1][n]` drafts token n + d. Its teacher is the trunk's distribution of that token, from the hidden state
     that precedes it, `teacher_hidden_BTD[n + d]`. `segment_BT` numbers the completions of a row from 1, or the turns of
     each, and is below 1 elsewhere, since a chain starts and ends inside one of them. Teacher and LM head are detached
-    (contract 7). Drafts of a token count `times_BT`, as often as it was sampled; None: once.
+    (contract 7).
     Returns the sum over drafts, to be divided by the step's completion tokens.
 
     `divergence`: `kl`, forward KL(trunk ‖ draft), or `tv`, 1 − Σ min(p, q), the share of drafts that the best coupling
@@ -186,14 +185,12 @@ def draft_loss(
     depths = range(1, len(outputs) + 1)
     alive = [(segment_BT > 0) & (F.pad(segment_BT, (d, 0), value=-1)[:, :-d] == segment_BT) for d in depths]
     targets = alive[0].flatten().nonzero()[:, 0]  # depth 1 drafts every token that a deeper one drafts
-    times_DN = torch.stack([a.flatten()[targets] for a in alive]).float()
-    if times_BT is not None:
-        times_DN = times_DN * times_BT.flatten()[targets]
+    alive_DN = torch.stack([a.flatten()[targets] for a in alive])
     weights = [DEPTH_DECAY ** (d - 1) for d in depths]
     weights = [weight / sum(weights) for weight in weights]
     teacher_ND = teacher_hidden_BTD.detach().flatten(0, 1)
     rows = [output.flatten(0, 1) for output in outputs]
-    drafts = zip(targets.split(chunk), times_DN.split(chunk, dim=1), strict=True)
+    drafts = zip(targets.split(chunk), alive_DN.split(chunk, dim=1), strict=True)
     measure = _forward_kl if divergence == "kl" else _total_variation
     return _Divergences.apply(teacher_ND, head, list(drafts), weights, temperature, measure, *rows)
 
@@ -212,20 +209,19 @@ class _Divergences(torch.autograd.Function):
         measure: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         *outputs_ND: Tensor,
     ) -> Tensor:
-        """Sums over `drafts`, which are chunks of C targets [C], and how often each counts by depth [D, C]: 0 where no
-        output drafts it."""
+        """Sums over `drafts`, which are chunks of C targets [C], and which depths [D, C] draft them."""
         total = torch.zeros((), dtype=torch.float32, device=teacher_ND.device)
         gradients = [torch.zeros_like(output) for output in outputs_ND]
-        for at, times_DC in drafts:
+        for at, alive_DC in drafts:
             log_p = F.log_softmax(F.linear(teacher_ND[at], head_VD).float() / temperature, dim=-1)
             p = log_p.exp()
-            of_depths = zip(outputs_ND, gradients, weights, times_DC, strict=True)
-            for d, (output, gradient, weight, times) in enumerate(of_depths, start=1):
+            of_depths = zip(outputs_ND, gradients, weights, alive_DC, strict=True)
+            for d, (output, gradient, weight, alive) in enumerate(of_depths, start=1):
                 entries = (at - d).clamp(min=0)  # of dead ones any entry will do: they are masked
                 log_q = F.log_softmax(F.linear(output[entries], head_VD).float() / temperature, dim=-1)
                 values, slopes = measure(p, log_p, log_q)
-                total += weight * (values * times).masked_fill(times == 0, 0.0).sum()
-                slopes.mul_((times * (weight / temperature))[:, None]).masked_fill_((times == 0)[:, None], 0.0)
+                total += weight * values.masked_fill(~alive, 0.0).sum()
+                slopes.mul_(weight / temperature).masked_fill_(~alive[:, None], 0.0)
                 gradient.index_add_(0, entries, slopes.to(head_VD.dtype) @ head_VD)
         ctx.save_for_backward(*gradients)
         return total

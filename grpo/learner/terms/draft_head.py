@@ -145,18 +145,14 @@ def head_loss(
         ids, positions, entries = mini.token_ids[rows], mini.position_ids[rows], mini.head_segment[rows]
         preceding = preceding_BTD[rows]
         outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first, mini.until[rows])
+        turn, vocabulary = mini.turn[rows], policy.draft_ids
         measure: Divergence = "tv" if options.tv else "kl"
-        loss = draft_loss(
-            outputs,
-            preceding,
-            mini.turn[rows],
-            lm_head,
-            temperature,
-            chunk,
-            draft_ids=policy.draft_ids,
-            divergence=measure,
-            times_BT=times[rows],
-        )
+        loss = torch.zeros((), device=preceding.device)
+        for least in range(1, max(2, int(times.max()) + 1)):  # what two samples share counts twice
+            of_some = turn.where(times[rows] >= least, -1)
+            loss = loss + draft_loss(
+                outputs, preceding, of_some, lm_head, temperature, chunk, draft_ids=vocabulary, divergence=measure
+            )
     return loss * weight
 
 
