@@ -72,6 +72,7 @@ CLAUSES = {
     10: {
         "Groups": "packed",
         "A packed": "packed every_mtp_depth split_rows",
+        "Rows that": "trees branch",
         "This equals": "packed padded",
         "The denominator": "micro_batch micro_batches denominator bnpo",
         "Tied groups": "tied tie_teach",

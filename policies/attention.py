@@ -1,4 +1,5 @@
-"""Attention of packed rows `[prompt | c1 | … | cG]` without the scores that a mask would discard, nor the mask.
+"""Attention of packed rows `[prompt | c1 | … | cG]`, or of trees, without the scores that a mask would discard, nor the
+mask.
 
 All kernels derive from `Packing` what attends to what:
 
@@ -6,7 +7,7 @@ All kernels derive from `Packing` what attends to what:
     CUDA                  torch's flex attention under a `BlockMask`, by transformers; see tiles.py
     what neither can do   torch's `sdpa`, or what the model brings, under a dense mask [B, 1, T, T]; so on other devices
 
-On a CPU there is one block of scores for the prompt's keys and one for each completion, in pieces of 2,048 queries.
+On a CPU there is one block of scores for the keys of each branch, such as the prompt, in pieces of 2,048 queries.
 Blocks are merged by the logarithms of their softmax's denominators, and the backward pass computes their weights again
 from the merged ones, as FlashAttention does (Dao et al. 2022, sections 3.1 and B.2). Of the pairs of tokens in a row of
 a 140-token prompt and eight completions of 64 tokens, 29 % are computed. Below float32 the scores are float32.
@@ -14,6 +15,7 @@ a 140-token prompt and eight completions of 64 tokens, 29 % are computed. Below 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -78,20 +80,25 @@ class Packing:
     """All that the tokens of a micro-batch attend to, and what is derived from that in one forward pass.
 
     `segment` [B, T] is 0 in a prompt, 1 … G in its completions and below 0 in padding. A token attends to the prompt
-    and to its own completion, up to itself; padding to itself alone, since a softmax of nothing is NaN. With
-    `both_ways` a token of a prompt attends to all of it (a prefix-LM: Raffel et al. 2020, section 3.2.1). The first
-    query is token `first`; Q = T − first.
+    and to its own completion, up to itself; padding to itself too, since a softmax of nothing is NaN. Of a tree
+    `segment` numbers the branches as they stand, each before those that go on from it, and `until` [B, T] is the last
+    of these: a token attends to its own branch and to those that it goes on from. With `both_ways` a token of a prompt
+    attends to all of it (a prefix-LM: Raffel et al. 2020, section 3.2.1). The first query is token `first`; Q = T −
+    first.
 
     >>> Packing(torch.tensor([[0, 0, 1, 2, -1]])).visible[0].int().tolist()
-    [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 1]]
+    [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 0, 1]]
     >>> Packing(torch.tensor([[0, 0, 1]]), both_ways=True).visible[0].int().tolist()
     [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    >>> Packing(torch.tensor([[0, 1, 2, 3]]), until=torch.tensor([[3, 2, 2, 3]])).visible[0].int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
     """
 
     segment: Tensor
     first: int = 0
     both_ways: bool = False
     window: int | None = None  # a token attends to so many of those before it, itself included, by their positions
+    until: Tensor | None = None  # None: all branches go on from the prompt
     _masks: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
     _windows: dict[int, Packing] = field(default_factory=dict, repr=False)
 
@@ -110,13 +117,22 @@ class Packing:
         return self._windows[window]
 
     @cached_property
+    def ends(self) -> Tensor:
+        """[B, T] the last branch that goes on from that of each token."""
+        if self.until is not None:
+            return self.until
+        return self.segment.where(self.segment != 0, self.segment.amax(1, keepdim=True).clamp(min=0))
+
+    @cached_property
     def positions(self) -> Tensor:
-        """[B, T] the place of a token in its prompt, or in its prompt and its completion."""
-        number = self.segment.clamp(min=0)
+        """[B, T] the place of a token among those that are read up to it."""
+        number, ends = self.segment.clamp(min=0), self.ends[:, None]
         place = torch.arange(number.shape[1], device=number.device).expand_as(number)
-        begins = place.new_full((len(number), int(number.max()) + 1), number.shape[1])
+        branches = torch.arange(int(number.max()) + 1, device=number.device)[:, None]
+        begins = place.new_full((len(number), len(branches)), number.shape[1])
         begins = begins.scatter_reduce(1, number, place, "amin")
-        return place - begins.gather(1, number) + (self.segment == 0).sum(1, keepdim=True) * (number > 0)
+        above = (self.segment[:, None] >= 0) & (self.segment[:, None] < branches) & (branches <= ends)
+        return place - begins.gather(1, number) + above.sum(2).gather(1, number)
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -125,11 +141,11 @@ class Packing:
 
     def _row(self, row: int, numbers: list[int]) -> Iterator[Block]:
         length = max((n for n, number in enumerate(numbers, start=1) if number >= 0), default=0)
-        start = 0
+        start, ends = 0, self.ends[row].tolist()
         for number, run in groupby(numbers):
             stop = start + len(list(run))
             if number >= 0:
-                last = stop if number else length
+                last = bisect_right(numbers, ends[start], stop, length)
                 for at in range(max(start, self.first), last, PIECE):
                     upto = min(at + PIECE, last)
                     whole = self.both_ways and number == 0
@@ -149,7 +165,8 @@ class Packing:
     def padded(self) -> Packing:
         """The same packing with so much padding that flex attention is compiled for few lengths."""
         more = length_of(self.shape[1]) - self.shape[1]
-        return replace(self, segment=F.pad(self.segment, (0, more), value=-1), _masks={}, _windows={})
+        segment, until = (F.pad(of_token, (0, more), value=-1) for of_token in (self.segment, self.ends))
+        return replace(self, segment=segment, until=until, _masks={}, _windows={})
 
     @cached_property
     def tiles(self) -> BlockMask:
@@ -171,14 +188,16 @@ class Packing:
     def sees_from(self, query: int) -> Sees:
         """Says whether a token of a row [b] is attended to [k] by a query [q] that is counted from `query`, by any
         head [h]. All that differs between micro-batches is in tensors. Else a kernel would be compiled for each."""
-        segment, first = self.segment, torch.full((), self.first + query, device=self.segment.device)
+        segment, ends = self.segment, self.ends
+        first = torch.full((), self.first + query, device=segment.device)
         both_ways, window = self.both_ways, self.window
         positions = None if window is None else self.positions
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             q = q + first
             of_query, of_key = segment[b, q], segment[b, k]
-            seen = ((of_key == of_query) | (of_key == 0)) & (of_key >= 0) & (k <= q) | (k == q)
+            goes_on = (of_key <= of_query) & (of_query <= ends[b, k])
+            seen = (goes_on | (of_key == 0)) & (of_key >= 0) & (k <= q) | (k == q)
             if positions is not None:
                 seen = seen & (positions[b, q] - positions[b, k] < window)
             return seen | ((of_key == 0) & (of_query == 0)) if both_ways else seen

@@ -2,14 +2,17 @@
 
 A mixer reads tokens one after the other and keeps a state of them, by linear attention, a state space or a convolution.
 No mask can hide a completion of `[prompt | c1 | … | cG]` from the next one. So each mixer reads the prompt, and then
-the completions as rows of their own, whose cache holds the prompt's states and lets gradients through. It is right for
-mixers that go on from a cache with several tokens. The load check finds those that do not.
+the completions as rows of their own, whose cache holds the prompt's states and lets gradients through. So it goes down
+a tree, branch after branch. It is right for mixers that go on from a cache with several tokens. The load check finds
+those that do not.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -82,45 +85,80 @@ def _forward(forward: Callable[..., Any], *inputs: Any, packing: Packing | None 
         return forward(*inputs, **options)
     options |= dict.fromkeys(options.keys() & {"attention_mask"})
     parts, order_BT = _parts(packing)
-    outputs = []
-
-    def read(places: Tensor, states: States) -> None:
-        if places.numel():
-            of_part, options_of_part = placed((inputs, options), packing.segment.shape, places)
-            outputs.append(forward(*of_part, **options_of_part | {"cache": states}).flatten(0, 1))
-
-    for prompts_PT, completions_RL, prompt_of_R in parts:
+    outputs: list[Tensor] = []
+    after: list[States] = []
+    for part in parts:
         states = States()
-        read(prompts_PT, states)
-        states.select(prompt_of_R)
-        read(completions_RL, states)
+        if part.before is not None:
+            states.tensors = after[part.before].tensors
+            states.select(part.rows)
+        if part.places.numel():
+            of_part, options_of_part = placed((inputs, options), packing.segment.shape, part.places)
+            outputs.append(forward(*of_part, **options_of_part | {"cache": states}).flatten(0, 1))
+        after.append(states)
     return torch.cat(outputs)[order_BT]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Branches that are read together. `places` [R, L] say which token of all rows stands there, -1 in padding. They go
+    on from `rows` [R] of the part with the number `before`; the first ones from nothing."""
+
+    places: Tensor
+    before: int | None
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The numbers of its tokens, and the branches that go on from it."""
+
+    places: Tensor
+    after: list[Branch]
+
+
 @lru_cache(maxsize=1)  # for all layers
-def _parts(packing: Packing) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-    """Prompts of one length each [P, T], their completions [R, L], and the prompt of each completion [R]. The first two
-    say which token of all rows stands there, -1 in padding. At last where each token [B, T] stands among all these."""
+def _parts(packing: Packing) -> tuple[list[Part], Tensor]:
+    """Branches that others go on from by their lengths, since padding would change what they leave, and together all
+    that end a row. At last where each token [B, T] stands among all these."""
     segment = packing.segment
     number = torch.arange(segment.numel(), device=segment.device).view_as(segment)
-    lengths = (segment == 0).sum(1).tolist()
-    parts = []
-    for length in sorted(set(lengths)):
-        rows = [row for row, other in enumerate(lengths) if other == length]
-        counts = [max(0, int(segment[row].max())) for row in rows]
-        completions = [
-            number[row, segment[row] == completion]
-            for row, count in zip(rows, counts, strict=True)
-            for completion in range(1, count + 1)
-        ]
-        two = number.new_full((2,), -1)  # mixers take a single token for a step of decoding, which writes in place
-        completions_RL = nn.utils.rnn.pad_sequence([*completions, two], batch_first=True, padding_value=-1)[:-1]
-        prompt_of_R = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(segment.device)
-        parts.append((number[rows][segment[rows] == 0].view(len(rows), length), completions_RL, prompt_of_R))
-    places = torch.cat([x.flatten() for prompts, completions, _ in parts for x in (prompts, completions)])
+    two = number.new_full((2,), -1)  # mixers take a single token for a step of decoding, which writes in place
+    parts: list[Part] = []
+
+    def read(branches: Sequence[tuple[int, Branch]], before: int | None) -> None:
+        """Adds these branches, with their rows of the part before them, and all that comes after them."""
+        alike: dict[int, list[tuple[int, Branch]]] = defaultdict(list)
+        for row, branch in branches:
+            ends = before is not None and not branch.after
+            alike[-1 if ends else len(branch.places)].append((row, branch))
+        for length, these in sorted(alike.items(), key=lambda item: item[0]):
+            places = [branch.places for _, branch in these] + ([two] if length < 0 else [])
+            places_RL = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)[: len(these)]
+            parts.append(Part(places_RL, before, torch.tensor([row for row, _ in these], device=segment.device)))
+            ahead = [(row, one) for row, (_, branch) in enumerate(these) for one in branch.after]
+            if ahead:
+                read(ahead, len(parts) - 1)
+
+    read(list(enumerate(map(_first_branch, segment, packing.ends, number))), None)
+    places = torch.cat([part.places.flatten() for part in parts])
     real = (places >= 0).nonzero()[:, 0]
     order = torch.zeros_like(number).flatten().index_put((places[real],), real)
     return parts, order.view_as(number)
+
+
+def _first_branch(segment_T: Tensor, ends_T: Tensor, number_T: Tensor) -> Branch:
+    """The tree of a row. Its first branch has no tokens where rows have no prompt."""
+    last = int(segment_T.max())
+    first = Branch(number_T[segment_T == 0], [])
+    way = [(last, first)]  # the branches on the way to the one that is read, each with the last one after it
+    for of_branch in (segment_T == branch for branch in range(1, last + 1)):
+        branch = Branch(number_T[of_branch], [])
+        while way[-1][0] < int(segment_T[of_branch][0]):
+            way.pop()
+        way[-1][1].after.append(branch)
+        way.append((int(ends_T[of_branch][0]), branch))
+    return first
 
 
 def placed(value: Any, shape: tuple[int, ...], places: Tensor) -> Any:

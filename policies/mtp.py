@@ -76,20 +76,22 @@ class MTPHead(nn.Module):
         segment_BT: Tensor,
         depth: int,
         first: int = 0,
+        until_BT: Tensor | None = None,
     ) -> list[Tensor]:
         """Outputs [B, T, D] of depths 1 … depth, for every entry n of a row at once.
 
         `hidden_BTD[n]` is the trunk's hidden state that precedes token n, `embeddings_BTD[n]` embeds token n, and
-        `rope(s)` gives cos and sin of every entry's position plus s. Entries attend as tokens of `Packing(segment_BT)`
-        do: the first token of a row has no entry, since nothing precedes it, so it counts as padding. In a prefix-LM
-        too: what entries of a prompt attend to changes their own outputs alone, which nothing reads.
+        `rope(s)` gives cos and sin of every entry's position plus s. Entries attend as tokens of a `Packing` with this
+        `segment_BT` and `until_BT` do: the first token of a row has no entry, since nothing precedes it, so it counts
+        as padding. In a prefix-LM too: what entries of a prompt attend to changes their own outputs alone, which
+        nothing reads.
         Output d of entry n has a meaning if tokens n … n + d − 1 follow each other in one sequence, whose end the
         caller knows. No chain starts before entry `first`, such as inside a prompt: earlier entries are attended to,
         and their outputs are zero.
         """
         outputs: list[Tensor] = []
         chain: list[tuple[Tensor, Tensor]] = []
-        packing = Packing(segment_BT, first)
+        packing = Packing(segment_BT, first, until=until_BT)
         previous = hidden_BTD
         for d in range(1, depth + 1):
             start = first if d > 1 else 0

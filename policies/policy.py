@@ -135,13 +135,22 @@ class Policy(nn.Module):
         ids = list(eos) if isinstance(eos, list | tuple) else [eos]
         return sorted(ids, key=lambda token: token != self.tokenizer.eos_token_id)
 
-    def hidden(self, token_ids_BT: Tensor, position_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
+    @property
+    def reads_trees(self) -> bool:
+        """Tells whether prompts that begin alike are to be read as one tree: not in a prefix-LM, where a beginning sees
+        what comes after it, and not under a mask of all pairs, which is large for a tree."""
+        packed = self.paths.rows == "packed" and self.config._attn_implementation == ATTENTION
+        return packed and not sees_prompts_whole(self.config) and not has_indexer(self.config)
+
+    def hidden(
+        self, token_ids_BT: Tensor, position_ids_BT: Tensor, segment_BT: Tensor, until_BT: Tensor | None = None
+    ) -> Tensor:
         """Final hidden states [B, T, D] of packed rows. `segment_BT` is 0 in a prompt, 1 … G in its completions and
-        below 0 in padding; ones alone are ordinary causal rows. See `Packing` for what attends to what."""
+        below 0 in padding; ones alone are ordinary causal rows. See `Packing` for trees, and what attends to what."""
         leaves_out = has_indexer(self.config) and int(position_ids_BT.max()) >= self.max_length
         if self.paths.rows == "alone" or leaves_out:
             return self._hidden_alone(token_ids_BT, segment_BT)
-        packing = Packing(segment_BT, both_ways=sees_prompts_whole(self.config))
+        packing = Packing(segment_BT, both_ways=sees_prompts_whole(self.config), until=until_BT)
         return sharding.decoder(self.trunk)(
             input_ids=token_ids_BT,
             position_ids=position_ids_BT,
@@ -186,6 +195,7 @@ class Policy(nn.Module):
         segment_BT: Tensor,
         depth: int,
         first: int = 0,
+        until_BT: Tensor | None = None,
     ) -> list[Tensor]:
         """The draft head's outputs, see `MTPHead.unroll`. The trunk gets no gradient (contract 7)."""
         assert self.mtp is not None
@@ -199,6 +209,7 @@ class Policy(nn.Module):
             segment_BT,
             depth,
             first,
+            until_BT,
         )
 
     def cast(self, dtype: torch.dtype) -> Policy:

@@ -1,20 +1,23 @@
 """Groups as the learner reads them: every prompt once, followed by its completions (contract 10).
 
-A packed row is `[prompt | c1 | … | cG]`. A completion attends to the prompt and to itself, its positions continue the
-prompt's, and the prompt's last token predicts the first token of all G completions. Tokens that a tool wrote are read
-like those of a prompt, and nothing is learned from them.
-Axes: B rows, T tokens of a row, C completions of the micro-batch, L completion tokens (padded).
+A packed row is `[prompt | c1 | … | cG]`, the simplest `Tree`. A completion attends to the prompt and to itself, its
+positions continue the prompt's, and the prompt's last token predicts the first token of all G completions. So it is
+with all branches of a tree, in which several rows may stand. Tokens that a tool wrote are read like those of a prompt,
+and nothing is learned from them.
+Axes: B trees, T tokens of a tree, C completions of the micro-batch, L completion tokens (padded).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from grpo.learner.tree import BEGINS, READ, Tree
 
 if TYPE_CHECKING:
     from grpo.learner.lessons import Lesson
@@ -115,20 +118,23 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows padded to one length. Masks come from lengths, never from token values (contract 1)."""
+    """Trees padded to one length. Masks come from lengths, never from token values (contract 1)."""
 
     token_ids: Tensor  # [B, T]
     position_ids: Tensor  # [B, T]
     before: Tensor  # [B, T] the token whose hidden state predicts token n
-    segment: Tensor  # [B, T] 0 the prompt, 1 … G its completions, -1 padding: all that attention has to know
-    turn: Tensor  # [B, T] as `segment`, but each turn has a number of its own, and what tools wrote is -1
-    mask: Tensor  # [C, L] a completion's sampled tokens; mask[mask] runs in the order of `scored`
+    segment: Tensor  # [B, T] the branch of a token: 0 the first, as the prompt of a group is; -1 padding
+    until: Tensor  # [B, T] the last of the branches that go on from it; with `segment` all that attention has to know
+    turn: Tensor  # [B, T] every turn that was sampled has a number of its own; 0 in prompts, -1 what tools wrote
+    mask: Tensor  # [C, L] a completion's sampled tokens
     loss_mask: Tensor  # [C, L] those of them that are in the loss
-    places: Tensor  # [N] where the scored tokens are in [B · T]
-    cells: Tensor  # [N] where they are in [C · L]
+    places: Tensor  # [N] where the scored tokens are in [B · T], each once
+    numbers: Tensor  # [M] which of them stands in each of `cells`: several where samples share what was sampled
+    cells: Tensor  # [M] where the sampled tokens of all completions are in [C · L], in the order of mask[mask]
     sampling_logprobs: Tensor  # [C, L]
     advantages: Tensor  # [C], or [C, L] where every token has its own
-    rows: Sequence[PackedRow]
+    rows: Sequence[PackedRow]  # tree after tree
+    trees: Sequence[int]  # the tree in which each of them stands
     routing: Tensor | None = None  # [B, T, routers, k] what the sampler's routers chose, -1 where it did not say
     counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
 
@@ -161,8 +167,16 @@ class MicroBatch:
         return x_BT.flatten(0, 1)[self.places]
 
     def by_completion(self, flat_N: Tensor) -> Tensor:
-        """Values of the scored tokens, in row order, as [C, L]; differentiable."""
-        return flat_N.new_zeros(self.mask.numel()).index_copy(0, self.cells, flat_N).view(self.mask.shape)
+        """Values of the scored tokens as [C, L]; differentiable."""
+        values = flat_N.new_zeros(self.mask.numel()).index_copy(0, self.cells, flat_N[self.numbers])
+        return values.view(self.mask.shape)
+
+    def times(self, rows: Sequence[bool]) -> Tensor:
+        """Counts the samples that have sampled each token [B, T], in those rows for which `rows` is true."""
+        counted = torch.tensor([of_row for row, of_row in zip(self.rows, rows, strict=True) for _ in row.samples])
+        counted_M = counted.to(self.mask.device)[self.cells // self.mask.shape[1]].float()
+        times = counted_M.new_zeros(self.turn.numel()).index_add(0, self.places[self.numbers], counted_M)
+        return times.view(self.turn.shape)
 
 
 def by_completion(rows: Sequence[PackedRow], values: Mapping[tuple[int, int], list[float]]) -> dict[int, list[float]]:
@@ -201,13 +215,15 @@ def split_rows(
     return [PackedRow(prompt_token_ids, part, prompt_routing, group) for part in parts]
 
 
-def micro_batches(rows: Sequence[PackedRow], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Puts rows of similar length together, at most `max_tokens` padded tokens at a time."""
+def micro_batches(
+    rows: Sequence[PackedRow] | Sequence[Tree], max_tokens: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    """Puts rows or trees of similar length together, at most `max_tokens` padded tokens at a time."""
     return (collate(part, device) for part in cut(rows, max_tokens))
 
 
-def cut(rows: Sequence[PackedRow], max_tokens: int) -> Iterator[Sequence[PackedRow]]:
-    """The rows of each micro-batch; last come those from which the draft head alone learns."""
+def cut(rows: Sequence[Any], max_tokens: int) -> Iterator[Sequence[Any]]:
+    """The rows or trees of each micro-batch; last come those from which the draft head alone learns."""
     ordered = sorted(rows, key=lambda row: (not row.learns, row.length))
     start = 0
     while start < len(ordered):
@@ -220,54 +236,51 @@ def cut(rows: Sequence[PackedRow], max_tokens: int) -> Iterator[Sequence[PackedR
         start = end
 
 
-def collate(rows: Sequence[PackedRow], device: torch.device) -> MicroBatch:
-    """Makes a micro-batch of these rows, on the host, and sends it to the device at once."""
-    batch, longest = len(rows), max(row.length for row in rows)
-    token_ids = torch.zeros(batch, longest, dtype=torch.long)
-    position_ids = torch.zeros(batch, longest, dtype=torch.long)
-    before = torch.zeros(batch, longest, dtype=torch.long)
-    segment, turn = (torch.full((batch, longest), -1) for _ in range(2))
-    for b, row in enumerate(rows):
-        prompt = len(row.prompt_token_ids)
-        token_ids[b, : row.length] = torch.tensor(
-            row.prompt_token_ids + [token for sample in row.samples for token in sample.token_ids]
-        )
-        before[b, : row.length] = torch.arange(-1, row.length - 1).clamp(min=0)
-        position_ids[b, :prompt] = torch.arange(prompt)
-        segment[b, :prompt] = turn[b, :prompt] = 0
-        start, turns = prompt, 0
-        for number, sample in enumerate(row.samples, start=1):
-            end = start + len(sample.token_ids)
-            position_ids[b, start:end] = torch.arange(prompt, prompt + end - start)
-            segment[b, start:end] = number
-            before[b, start] = prompt - 1
-            of_sample = _turns(sample)
-            turn[b, start:end] = of_sample.where(of_sample < 0, of_sample + turns)
-            turns += max(int(of_sample.max()), 0)
-            start = end
-    samples = [sample for row in rows for sample in row.samples]
+def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) -> MicroBatch:
+    """Makes a micro-batch of these rows or trees, on the host, and sends it to the device at once."""
+    trees = [row if isinstance(row, Tree) else Tree([row]) for row in rows]
+    shape = len(trees), max(tree.length for tree in trees)
+    token_ids, position_ids, before = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    segment, until, marks = (torch.full(shape, -1) for _ in range(3))
+    for b, tree in enumerate(trees):
+        for number, branch in enumerate(tree.laid()):
+            at = slice(branch.start, branch.stop)
+            token_ids[b, at], marks[b, at] = torch.tensor(branch.token_ids), torch.tensor(branch.marks)
+            segment[b, at], until[b, at] = number, branch.until
+            position_ids[b, at] = torch.arange(branch.depth, branch.depth + len(branch.token_ids))
+            before[b, at] = torch.arange(branch.start - 1, branch.stop - 1)
+            before[b, branch.start] = branch.preceding
+    turn = (marks == BEGINS).cumsum(1).where(marks > READ, marks)
+    packed = [row for tree in trees for row in tree.rows]
+    samples = [sample for row in packed for sample in row.samples]
     mask = torch.zeros(len(samples), max(len(sample.token_ids) for sample in samples), dtype=torch.bool)
     for c, sample in enumerate(samples):
-        mask[c, : len(sample.token_ids)] = _turns(sample) > 0
+        mask[c, : len(sample.token_ids)] = torch.tensor(sample.sampled or True)
     if samples[0].token_advantages:
         advantages = _padded([sample.token_advantages for sample in samples], mask.shape[1])
     else:
         advantages = torch.tensor([sample.advantage for sample in samples])
+    places, cells = ((of.flatten() > 0).nonzero()[:, 0] for of in (turn, mask))
+    stand = [b * shape[1] + at for b, tree in enumerate(trees) for _, of_samples in tree.places() for at in of_samples]
+    sampled = nn.utils.rnn.pad_sequence(stand, batch_first=True)[mask]
     tensors = {
         "token_ids": token_ids,
         "position_ids": position_ids,
         "before": before,
         "segment": segment,
+        "until": until,
         "turn": turn,
-        "places": (turn.flatten() > 0).nonzero()[:, 0],
-        "cells": mask.flatten().nonzero()[:, 0],
+        "places": places,
+        "numbers": torch.searchsorted(places, sampled),
+        "cells": cells,
         "sampling_logprobs": _padded([sample.sampling_logprobs for sample in samples], mask.shape[1]),
         "advantages": advantages,
         "mask": mask,
         "loss_mask": mask & torch.tensor([[sample.in_loss] for sample in samples]),
     }
-    routing = _routing(rows, longest)
-    return MicroBatch(rows=rows, **_sent(tensors if routing is None else {"routing": routing} | tensors, device))
+    routing = _routing(trees, shape)
+    sent = _sent(tensors if routing is None else {"routing": routing} | tensors, device)
+    return MicroBatch(rows=packed, trees=[b for b, tree in enumerate(trees) for _ in tree.rows], **sent)
 
 
 def _sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -284,33 +297,25 @@ def _padded(per_token: Sequence[Sequence[float]], longest: int) -> Tensor:
     return out
 
 
-def _turns(sample: Sample) -> Tensor:
-    """Numbers the turn of each token [Lc]: 1 for the first, 2 for the second, and so on; -1 for what tools wrote.
-
-    >>> _turns(Sample(0, [4, 5, 6, 7], sampled=[True, False, False, True])).tolist()
-    [1, -1, -1, 2]
-    """
-    sampled = torch.tensor(sample.sampled or [True] * len(sample.token_ids))
-    begins = sampled & ~F.pad(sampled[:-1], (1, 0), value=False)
-    return begins.long().cumsum(0).where(sampled, -1)
-
-
-def _routing(rows: Sequence[PackedRow], longest: int) -> Tensor | None:
-    """Pads the recorded choices of routers to [B, T, routers, k]; None where no row has any."""
+def _routing(trees: Sequence[Tree], shape: tuple[int, int]) -> Tensor | None:
+    """Pads the recorded choices of routers to [B, T, routers, k]; None where no row has any. Of a token that several
+    samples share it is the choice that the first of them has recorded."""
     recorded = [
-        [(row.prompt_routing, len(row.prompt_token_ids))] + [(s.routing, len(s.token_ids)) for s in row.samples]
-        for row in rows
+        (b, at, routing)
+        for b, tree in enumerate(trees)
+        for row, (of_prompt, of_samples) in zip(tree.rows, tree.places(), strict=True)
+        for at, routing in [
+            (of_prompt, row.prompt_routing),
+            *zip(of_samples, [sample.routing for sample in row.samples], strict=True),
+        ]
+        if routing is not None
     ]
-    shapes = {part.shape[1:] for parts in recorded for part, _ in parts if part is not None}
+    shapes = {routing.shape[1:] for *_, routing in recorded}
     if not shapes:
         return None
     if len(shapes) > 1:
         raise ValueError(f"routings of one step differ in [routers, k]: {sorted(map(list, shapes))}")
-    routing = torch.full((len(rows), longest, *shapes.pop()), -1)
-    for b, parts in enumerate(recorded):
-        start = 0
-        for part, length in parts:
-            if part is not None:
-                routing[b, start : start + length] = part
-            start += length
-    return routing
+    of_all = torch.full((*shape, *shapes.pop()), -1)
+    for b, at, routing in recorded:
+        of_all[b, at] = of_all[b, at].where(of_all[b, at] >= 0, routing.long())
+    return of_all

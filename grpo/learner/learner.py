@@ -31,6 +31,7 @@ from grpo.learner.optimizer import freeze_exact_parts, groups_of
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.prepare import Advantages, estimate, pack
 from grpo.learner.terms.term import Term, Work, read
+from grpo.learner.tree import Tree, forest
 from grpo.learner.update import Update
 from policies.policy import Policy, checkpoint_layers
 from policies.publication import Publication
@@ -288,11 +289,22 @@ class Learner:
         """The micro-batches of this rank. All ranks gather weights together, so one that has fewer than another gets
         some that count nothing."""
         most, ranks = self.options.tokens_per_micro_batch, self.ranks
-        numbers = [sum(1 for _ in cut(ranks.share(rows, reader), most)) for reader in range(ranks.readers)]
-        yield from micro_batches(ranks.share(rows), most, self.policy.device)
+        shared = [self._trees(rows, reader) for reader in range(ranks.readers)]
+        numbers = [sum(1 for _ in cut(trees, most)) for trees in shared]
+        yield from micro_batches(shared[ranks.reader], most, self.policy.device)
         for _ in range(max(numbers) - numbers[ranks.reader]):
             shortest = min(rows, key=lambda row: row.length)
             yield replace(collate([shortest], self.policy.device), counts=False)
+
+    def _trees(self, rows: Sequence[PackedRow], reader: int) -> Sequence[PackedRow] | Sequence[Tree]:
+        """The rows of a reader; those that begin alike as trees. What belongs to one group is read by one reader."""
+        most, ranks = self.options.tokens_per_micro_batch, self.ranks
+        if not (self.policy.reads_trees and all(term.reads_trees for term in self.terms)):
+            return ranks.share(rows, reader)
+        if ranks.readers > 1:
+            own = ranks.share(forest(rows, most, within_groups=True), reader)
+            rows = [row for tree in own for row in tree.rows]
+        return forest(rows, most)
 
     # ---- weights and state --------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ class Likelihood:
 
     def preceding(self, mini: MicroBatch, policy: Policy | None = None) -> Tensor:
         """Gives the hidden state that predicts each token [B, T, D]."""
-        hidden = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.segment)
+        hidden = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.segment, mini.until)
         return hidden.gather(1, mini.before[..., None].expand_as(hidden))
 
     @torch.no_grad()

@@ -25,7 +25,6 @@ from transformers import PretrainedConfig
 from transformers.distributed import DistributedConfig
 
 from grpo.config.learner import LoraOptions, ParallelOptions
-from grpo.learner.batch import PackedRow
 from grpo.run.stop import Stopped, ignore_signals
 from policies.sharding import everyone, routed_experts
 
@@ -59,8 +58,8 @@ class Ranks:
             self._heard = ""  # what a rank that failed has said
             self._stopped = 0  # the signal that rank 0 was stopped by
 
-    def share(self, rows: Sequence[PackedRow], reader: int | None = None) -> Sequence[PackedRow]:
-        """The rows of this reader, or of another one."""
+    def share(self, rows: Sequence[Any], reader: int | None = None) -> Sequence[Any]:
+        """The rows or trees of this reader, or of another one."""
         if self.size == 1:
             return rows
         return sorted(rows, key=lambda row: -row.length)[self.reader if reader is None else reader :: self.readers]

@@ -160,9 +160,9 @@ class Load:
     def observe(self, routing: RoutingRecorder, mini: MicroBatch, count: Count) -> Tensor:
         total = torch.zeros((), device=mini.mask.device)
         biases = [router.e_score_correction_bias for router in self.routers.values()]
-        completion_N = mini.cells // mini.mask.shape[1]
+        completion_N, places_N = mini.cells // mini.mask.shape[1], mini.places[mini.numbers]
         for layer, (logits, experts) in enumerate(zip(routing.logits, routing.experts, strict=True)):
-            logits_NE, chosen = logits[mini.places], experts[mini.places].flatten()
+            logits_NE, chosen = logits[places_N], experts[places_N].flatten()
             count.chosen[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
             count.entropies[layer] += entropy(gates(logits_NE.detach())).sum()
             if self.options.entropy_weight:

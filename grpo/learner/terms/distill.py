@@ -30,6 +30,9 @@ METRICS = {
 class Scores(Protocol):
     """Where a teacher's log-probabilities come from: weights that are loaded here, or a server."""
 
+    @property
+    def reads_trees(self) -> bool: ...
+
     def logprobs(self, likelihood: Likelihood, mini: MicroBatch) -> Tensor:
         """Scores the tokens that were sampled [C, L]."""
 
@@ -43,6 +46,10 @@ class TeacherPolicy:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         policy.trunk.requires_grad_(False)
+
+    @property
+    def reads_trees(self) -> bool:
+        return self.policy.reads_trees
 
     @torch.no_grad()
     def logprobs(self, likelihood: Likelihood, mini: MicroBatch) -> Tensor:
@@ -85,6 +92,7 @@ class DistillTerm(Term):
 
     def __init__(self, scores: Scores, reward_weight: float = 0.0, top_k: int | None = None) -> None:
         self.scores, self.reward_weight, self.top_k = scores, reward_weight, top_k
+        self.reads_trees = scores.reads_trees
 
     def prepare(self, batch: TrainingBatch, scores: Sequence[GroupScore], work: Work) -> TrainingBatch:
         weight = self.reward_weight

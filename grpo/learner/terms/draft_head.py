@@ -127,38 +127,52 @@ def head_loss(
 
     With `train_trunk` it is the loss on gold tokens, and the trunk's as well (`quartet sft` only, contract 7).
     """
-    chosen = [b for b, row in enumerate(mini.rows) if row.group in weights]
-    if not chosen and not (together and weights):
+    teach = [row.group in weights for row in mini.rows]
+    weight = next(iter(weights.values())) if any(teach) else 0.0
+    if not any(teach) and not (together and weights):
         return None
-    chosen = chosen or [0]
+    if not any(teach):
+        teach[0] = True
+    chosen = sorted({tree for tree, teaches in zip(mini.trees, teach, strict=True) if teaches})
+    times = mini.times(teach)
     lm_head = policy.lm_head
     chunk = max(1, CHUNK_ELEMENTS // lm_head.shape[0])
     if isinstance(options, SftMTPOptions) and options.train_trunk:
-        loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, chunk)
+        loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, chunk, times)
     else:
-        first = min(len(mini.rows[b].prompt_token_ids) for b in chosen)
+        first = int((mini.segment[chosen] == 0).sum(1).min())
         rows = torch.tensor(chosen, device=preceding_BTD.device)
         ids, positions, entries = mini.token_ids[rows], mini.position_ids[rows], mini.head_segment[rows]
         preceding = preceding_BTD[rows]
-        outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first)
+        outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first, mini.until[rows])
         turn, vocabulary = mini.turn[rows], policy.draft_ids
         measure: Divergence = "tv" if options.tv else "kl"
-        loss = draft_loss(
-            outputs, preceding, turn, lm_head, temperature, chunk, draft_ids=vocabulary, divergence=measure
-        )
-    return loss * weights.get(mini.rows[chosen[0]].group, 0.0)
+        loss = torch.zeros((), device=preceding.device)
+        for least in range(1, max(2, int(times.max()) + 1)):  # what two samples share counts twice
+            of_some = turn.where(times[rows] >= least, -1)
+            loss = loss + draft_loss(
+                outputs, preceding, of_some, lm_head, temperature, chunk, draft_ids=vocabulary, divergence=measure
+            )
+    return loss * weight
 
 
 def gold_draft_loss(
-    policy: Policy, preceding_BTD: Tensor, mini: MicroBatch, rows: Sequence[int], depth: int, chunk: int
+    policy: Policy,
+    preceding_BTD: Tensor,
+    mini: MicroBatch,
+    trees: Sequence[int],
+    depth: int,
+    chunk: int,
+    times_BT: Tensor | None = None,
 ) -> Tensor:
-    """1/D Σ_d Σ_n −log P_d(token n + d) over the solutions of `rows` (DeepSeek-V3, eq. 24 and 25, before λ).
+    """1/D Σ_d Σ_n −log P_d(token n + d) over the solutions in `trees` (DeepSeek-V3, eq. 24 and 25, before λ).
 
     `preceding_BTD[n]` is the trunk's hidden state that precedes token n; the gradient goes through it, the embeddings
-    and the LM head. Returns the sum over tokens; divide by their number.
+    and the LM head. A token counts `times_BT`. Returns the sum over tokens; divide by their number.
     """
     assert policy.mtp is not None
-    chosen = list(rows)
+    chosen = list(trees)
+    times_BT = mini.scored.float() if times_BT is None else times_BT
     ids_BT, positions_BT, turn_BT = mini.token_ids[chosen], mini.position_ids[chosen], mini.turn[chosen]
     model = policy.trunk.get_decoder()
     embeddings = model.embed_tokens(ids_BT)
@@ -168,6 +182,7 @@ def gold_draft_loss(
         lambda shift: model.rotary_emb(embeddings, positions_BT + shift),
         mini.head_segment[chosen],
         depth,
+        until_BT=mini.until[chosen],
     )
     total = torch.zeros((), device=ids_BT.device)
     for d, output in enumerate(outputs, start=1):
@@ -176,5 +191,6 @@ def gold_draft_loss(
         gold = F.pad(ids_BT, (0, d))[:, d:][alive]
         if len(gold):
             logprobs, _ = logprobs_from_hidden(output[alive], policy.lm_head, gold, 1.0, chunk=chunk)
-            total = total - logprobs.sum() / depth
+            times = F.pad(times_BT[chosen], (0, d))[:, d:][alive]
+            total = total - (logprobs * times).sum() / depth
     return total

@@ -42,6 +42,8 @@ class TeacherServer:
     [[{6: -0.25}, {7: -1.5}]]
     """
 
+    reads_trees = True  # it reads each sample with its prompt
+
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model, self.token = f"{url.rstrip('/')}/completions", model, os.environ.get(TOKEN, "")
 
@@ -63,12 +65,14 @@ class TeacherServer:
         texts = [prompt + sample.token_ids for prompt, sample in pairs]
         scored = self.score(texts, [len(prompt) for prompt, _ in pairs], k)
         sampled = [sample.sampled or [True] * len(sample.token_ids) for _, sample in pairs]
-        return [
+        of_cells = [
             position
             for positions, flags in zip(scored, sampled, strict=True)
             for position, counts in zip(positions, flags, strict=True)
             if counts
         ]
+        by_number = dict(zip(mini.numbers.tolist(), of_cells, strict=True))
+        return [by_number[number] for number in range(len(by_number))]
 
     def score(self, texts: Sequence[list[int]], starts: Sequence[int], k: int) -> list[list[Position]]:
         """Every token from `starts` on gets its own log-probability and those of the k likeliest tokens.

@@ -81,6 +81,7 @@ class Term:
     module: nn.Module | None = None  # weights that no other term moves: their gradient is clipped by itself
     keeps_module = False  # whether a checkpoint keeps them under `name`; else they are the policy's
     reads_lessons = False  # whether it learns from recorded lessons, see `lesson`
+    reads_trees = True  # False: another policy that it asks reads no trees, see `Policy.reads_trees`
 
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for the optimizer with `params`, `peak` (the highest learning rate) and `weight_decay`."""
