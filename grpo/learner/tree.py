@@ -140,7 +140,7 @@ class Tree:
         for sample in row.samples:
             marks = marks_of(sample)
             place = self._last(prompt, sample.token_ids, marks)
-            if place[0] < SHARED:
+            if place[0] < min(SHARED, len(sample.token_ids)):  # what was sampled twice is read once
                 place = 0, prompt, len(prompt.token_ids)
             samples.append(self._grow(prompt, sample.token_ids, marks, place))
         self.ends.append((prompt, samples))
