@@ -88,16 +88,17 @@ class Exchange:
         self.cassette = _opened(text) if text else None
         self._tries = self._place = 0
         if self.cassette is not None:
-            content = json.dumps(content, sort_keys=True)
-            key = hashlib.blake2b(json.dumps([kind, target, content]).encode(), digest_size=16)
-            self._key, self._about = key.hexdigest(), {"kind": kind, "target": target, "request": content[:LONGEST]}
+            self._content = json.dumps(content, sort_keys=True)
+            key = hashlib.blake2b(json.dumps([kind, target, self._content]).encode(), digest_size=16)
+            self._key = key.hexdigest()
+            self._about = {"kind": kind, "target": target, "request": self._content[:LONGEST]}
 
     def fault(self) -> str:
         """The name of the fault that the next try meets; empty for none. It follows from the content and the try."""
         if self.cassette is None:
             return ""
         self._tries += 1
-        digest = hashlib.blake2b(f"{self._key}/{self._tries}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self._content}/{self._tries}".encode(), digest_size=8).digest()
         chance = int.from_bytes(digest, "little") / 2**64
         for name, share in self.cassette.faults.items():
             if chance < share:
