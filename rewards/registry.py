@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.abc
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -158,8 +159,11 @@ def load_function(function: str | Source, what: str) -> Callable[..., Any]:
 
 
 def load_class(name: str, what: str) -> type:
-    """The class that `path/to/file.py:Class` or `package.module:Class` names; `what` is the option that errors name.
-    Raises RewardError."""
+    """The class that `path/to/file.py:Class` or `package.module:Class` names, or that the function of
+    `package.module:function("argument")` makes; `what` is the option that errors name. Raises RewardError."""
+    factory = re.fullmatch(r'([\w.]+):(\w+)\((".*)\)', name)
+    if factory:
+        return getattr(importlib.import_module(factory[1]), factory[2])(*json.loads(f"[{factory[3]}]"))
     where, _, attribute = name.rpartition(":")
     is_file = where.endswith(".py")
     module = _module_of(find_function(name, what)) if is_file else importlib.import_module(where)

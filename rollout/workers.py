@@ -6,6 +6,7 @@ call all the same; `ray.kill` of one that hangs may hit its successor. Ray's Act
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from policies.openmp import waiting_variables
+from rewards.isolation.cassette import VARIABLE
 from rollout.cluster import Cluster
 from rollout.faults import Faults, Kind, RolloutError, why_died
 from rollout.places import Places
@@ -72,11 +74,12 @@ class Workers:
 
     def _start(self, i: int) -> None:
         limits = {name: str(self.places.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        of_cassette = {name: value for name, value in os.environ.items() if name == VARIABLE}
         actor = self.ray.remote(Worker).options(
             num_cpus=self.places.threads,
             num_gpus=self.places.gpus,
             scheduling_strategy=self._at(i),
-            runtime_env={"env_vars": limits | waiting_variables() | {"TOKENIZERS_PARALLELISM": "false"}},
+            runtime_env={"env_vars": limits | waiting_variables() | of_cassette | {"TOKENIZERS_PARALLELISM": "false"}},
         )
         self.actors[i] = actor.remote(*self.arguments)
         late = f"it did not start within {START_TIMEOUT_S:g} s"

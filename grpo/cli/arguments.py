@@ -69,7 +69,7 @@ SAMPLE = (
 )
 _WHAT = "serve the newest checkpoint of a run that is still training, as soon as it is saved"
 SERVE = (_POLICY, _flag("follow", _WHAT), _flag("train", _TRAIN), _PRINT_CONFIG)
-_WHAT = "path/to/file.py:Class, path/to/file.py:function for a tool, or calculator, python or word_game"
+_WHAT = "path/to/file.py:Class, path/to/file.py:function for a tool, mcp:SERVER, calculator, python or word_game"
 ENVIRONMENT_TEST = (argument("environment", metavar="FILE:CLASS", help=_WHAT), json_argument("what was found"))
 CONVERT = (
     argument("source", metavar="SRC", help="a checkpoint folder, a GGUF file or a hub id"),

@@ -14,9 +14,10 @@ class EnvironmentOptions(Options):
     tools: list[str] = Field(default_factory=list)
     """Functions that the policy may call, `path/to/file.py:function`, with type hints and a docstring (as in TRL)."""
     environment: str | dict[str, str] | None = None
-    """A class in TRL's contract, one object for each completion: `calculator`, `python`, `word_game`, or
-    `path/to/file.py:Class`. A mapping of names to classes lets the column `environment` of the data choose. What its
-    `get_reward` gives is the reward `environment`."""
+    """A class in TRL's contract, one object for each completion: `calculator`, `python`, `word_game`,
+    `path/to/file.py:Class`, or the tools of an MCP server, by its command or its address: `mcp:python server.py`,
+    `mcp:http://127.0.0.1:8000/mcp`. A mapping of names to classes lets the column `environment` of the data choose.
+    What its `get_reward` gives is the reward `environment`."""
     max_turns: int = Field(default=8, ge=1)
     """Turns that the policy may take in one completion. The calls of the last one are made, and nothing follows."""
     program_timeout_s: float | None = Field(default=None, gt=0)

@@ -6,7 +6,8 @@ same words (contract 20), and all that is wrong is told in one message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -48,15 +49,23 @@ def check_plan(options: ModelOptions, source: PolicySource | None = None, *, on_
     return plan
 
 
-def open_task(config: LearningConfig | MtpConfig, *, scores: bool = True) -> Task:
-    """The task of a run. Where its data are wrong, its rewards are looked at as well."""
-    try:
-        return task_of(config, scores=scores)
-    except REFUSALS as error:
-        whole = _as_one([error, *(_failures([partial(_load_rewards, config)]) if scores else [])])
-        if whole is error:
-            raise
-        raise whole from error
+@contextmanager
+def open_task(config: LearningConfig | MtpConfig, *, scores: bool = True) -> Iterator[Task]:
+    """The task of a run, with its cassette. Where its data are wrong, its rewards are looked at as well."""
+    cassette = getattr(config, "cassette", None)
+    with ExitStack() as stack:
+        if cassette is not None and cassette.file is not None:
+            from rewards.isolation.cassette import playing
+
+            stack.enter_context(playing(cassette.file, cassette.mode, cassette.faults))
+        try:
+            task = task_of(config, scores=scores)
+        except REFUSALS as error:
+            whole = _as_one([error, *(_failures([partial(_load_rewards, config)]) if scores else [])])
+            if whole is error:
+                raise
+            raise whole from error
+        yield stack.enter_context(task)
 
 
 def task_of(config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:

@@ -26,6 +26,15 @@ OWN = ("reset", "get_reward")  # methods that are no tools
 MOST_CHARACTERS = 1_000_000  # that a tool or `reset` may write; no context holds more
 
 
+class EnvironmentFailed(Exception):
+    """A tool cannot go on, so that its episode has failed: `kind` is timeout, died or raised. Nothing is told to the
+    policy, unlike of any other exception of a tool."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 @dataclass(frozen=True)
 class Nothing:
     """The signature of what has none."""
@@ -46,6 +55,7 @@ class LoadedEnvironments:
         self.classes = {name: load_class(path, "environment") for name, path in environments.items()}
         self._loop = asyncio.new_event_loop()  # one for all: a client may keep a connection that belongs to it
         self._episodes: OrderedDict[str, _Episode] = OrderedDict()
+        self._most = min([KEPT, *(getattr(kind, "_most", KEPT) for kind in self.classes.values())])
 
     def call(self, request: dict) -> dict:
         """Answers the calls of one turn, or says why the environment cannot go on: {"kind", "message"}.
@@ -81,10 +91,12 @@ class LoadedEnvironments:
                 return reply | {"reward": episode.reward(request.get("turns", []))}
         except (KeyboardInterrupt, MemoryError):
             raise
+        except EnvironmentFailed as error:
+            return {"kind": error.kind, "message": str(error)}
         except BaseException as error:  # also SystemExit, since an environment must not end the worker
             return {"kind": "raised", "message": f"{type(error).__name__}: {error!s:.2000}"}
         self._episodes[name] = episode
-        if len(self._episodes) > KEPT:
+        if len(self._episodes) > self._most:
             self._episodes.popitem(last=False)
         return reply
 
@@ -131,7 +143,7 @@ class _Episode:
         with self._randomness():
             try:
                 return _short(str(self.loaded.wait(self.tools[tool](**arguments))), tool), False
-            except (KeyboardInterrupt, MemoryError):
+            except (KeyboardInterrupt, MemoryError, EnvironmentFailed):
                 raise
             except BaseException as error:
                 return str({"error": f"{error!s:.2000}"}), True

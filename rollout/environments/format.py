@@ -25,6 +25,7 @@ from rollout.environments.response import response_template
 
 Answers = Callable[[str, Mapping[str, Any]], str]
 LONGEST_CALL = 20_000  # characters; a longer call is refused before it is parsed
+_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
 _CLOSED_MARK = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")  # the model wrote call and result itself, so nothing is called
 _OPEN_MARK = re.compile(r"<<(.*)=", re.DOTALL)
 
@@ -81,8 +82,8 @@ class TurnFormat:
         self._tools = {tool.__name__: tool for tool in tools}
         if len(self._tools) < len(tools):
             raise ValueError(f"two tools have one name: {', '.join(tool.__name__ for tool in tools)}; rename one")
-        self.schemas = [_schema(tool) for tool in tools]
-        self._parameters = {tool.__name__: list(inspect.signature(tool).parameters) for tool in tools}
+        self.schemas = [schema_of(tool) for tool in tools]
+        self._parameters = {tool.__name__: list(_fields_of(tool)) for tool in tools}
         self._arguments = {tool.__name__: _arguments_of(tool) for tool in tools}
         self._tokenizer = tokenizer
         template = None if plain else response_template(tokenizer)
@@ -305,7 +306,10 @@ def _calls(calls: Sequence[Call]) -> dict[str, Any]:
     return {"role": "assistant", "content": ""} | ({"tool_calls": functions} if functions else {})
 
 
-def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
+def schema_of(tool: Callable[..., Any]) -> dict[str, Any]:
+    """The JSON schema of a tool for chat templates: its own `json_schema`, or that of its hints and its docstring."""
+    if hasattr(tool, "json_schema"):
+        return {"type": "function", "function": tool.json_schema}
     try:
         return get_json_schema(tool)
     except Exception as error:  # transformers has an exception for each of many faults
@@ -315,11 +319,22 @@ def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
         ) from error
 
 
+def _fields_of(tool: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """The type and the default of each argument; `...` is none. Of a `json_schema` only plain types are checked."""
+    if hasattr(tool, "json_schema"):
+        parameters = tool.json_schema["parameters"]
+        types = {name: _TYPES.get(str(part.get("type")), Any) for name, part in parameters["properties"].items()}
+        return {name: (kind, ... if name in parameters.get("required", ()) else None) for name, kind in types.items()}
+    hints, defaults = typing.get_type_hints(tool), {}
+    for name, parameter in inspect.signature(tool).parameters.items():
+        defaults[name] = ... if parameter.default is parameter.empty else parameter.default
+    return {name: (hints[name], default) for name, default in defaults.items()}
+
+
 def _arguments_of(tool: Callable[..., Any]) -> type[BaseModel]:
-    """Checks arguments by the type hints of the tool's parameters, and refuses any other. Its fields are p0, p1, ..."""
-    hints, fields = typing.get_type_hints(tool), {}
-    for i, (name, parameter) in enumerate(inspect.signature(tool).parameters.items()):
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[f"p{i}"] = (hints[name], Field(default, alias=name))
+    """Checks arguments by the types of the tool's parameters, and refuses any other. Its fields are p0, p1, ..."""
+    fields: dict[str, Any] = {}
+    for i, (name, (kind, default)) in enumerate(_fields_of(tool).items()):
+        fields[f"p{i}"] = (kind, Field(default, alias=name))
     options = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-    return create_model(tool.__name__, __config__=options, **fields)  # type: ignore[call-overload]
+    return create_model(tool.__name__, __config__=options, **fields)

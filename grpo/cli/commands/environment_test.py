@@ -29,7 +29,7 @@ from rewards.isolation.environments import load_class, load_function
 from rewards.protocol import RewardError
 from rollout.environments.episodes import Arena, Episodes
 from rollout.environments.format import BadCall, Turn, TurnFormat
-from rollout.environments.protocol import BUILT_IN, path_of, tools_of
+from rollout.environments.protocol import BUILT_IN, MCP, path_of, tools_of
 from rollout.group import Completion, Prompt, RolloutGroup, ToolStats
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
@@ -152,8 +152,8 @@ class Stage:
 
 
 def check_environment(environment: str, config: EnvironmentTestConfig) -> EnvironmentCheck:
-    """Tries `environment` (a built-in name, `path/to/file.py:Class`, or the function of a tool) on the data of
-    `config`. Raises RewardError or ValueError for one that cannot be loaded."""
+    """Tries `environment` (a built-in name, `path/to/file.py:Class`, `mcp:SERVER`, or the function of a tool) on the
+    data of `config`. Raises RewardError or ValueError for one that cannot be loaded."""
     spec = EnvironmentSpec(
         **_is_of(environment),
         max_turns=config.max_turns,
@@ -274,7 +274,7 @@ def show_check(check: EnvironmentCheck, console: Console) -> None:
 
 def _is_of(environment: str) -> dict[str, Any]:
     """What is tried: the environment of this name or class, or the tool of this function."""
-    if environment not in BUILT_IN:
+    if environment not in BUILT_IN and not environment.startswith(MCP):
         try:
             load_class(environment, "environment")
         except RewardError as error:

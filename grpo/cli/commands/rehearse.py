@@ -14,8 +14,6 @@ from contextlib import closing
 from statistics import fmean, median
 from typing import Any
 
-from transformers.utils import get_json_schema
-
 from grpo.cli.commands import machine
 from grpo.cli.commands.check import TRANSFORMERS, examine_text
 from grpo.cli.commands.rehearsal import Effect, Rehearsal, key_of, with_options
@@ -347,6 +345,7 @@ def try_tools(result: Rehearsal, task: Task) -> None:
     spec, first = task.actor.environment, task.train[0]
     if spec is None:
         return
+    from rollout.environments.format import schema_of
     from rollout.environments.protocol import chosen, columns_of, open_workers, run, tools_of
 
     facts: dict[str, Any] = {}
@@ -359,7 +358,7 @@ def try_tools(result: Rehearsal, task: Task) -> None:
     begin = {"environment": name, "columns": columns_of(spec, first.columns), "seeds": [0, 0], "history": []}
     with closing(open_workers(spec)) as pool:
         for tool in tools_of(spec, name):
-            takes = get_json_schema(tool)["function"]["parameters"].get("properties", {})
+            takes = schema_of(tool)["function"]["parameters"].get("properties", {})
             choices = [entry.get("enum") or values.get(entry.get("type"), (0, 1, 7)) for entry in takes.values()]
             calls = [[tool.__name__, {p: c[i % len(c)] for p, c in zip(takes, choices, strict=True)}] for i in range(3)]
             request = begin | {"episode": f"rehearsal/{tool.__name__}", "calls": calls, "turns": [], "ends": False}
