@@ -38,6 +38,7 @@ class Counts:
     drafted: int = 0
     accepted: int = 0
     fallbacks: int = 0  # accept: margin; forwards with a draft that was not clear enough
+    cached_tokens: int = 0  # of prompts, which were read for an earlier request
     policies: int = 1  # that were served, one after another
     not_loaded: int = 0  # newer ones that could not be loaded
 
@@ -183,6 +184,7 @@ class Batcher:
                 counts.drafted += sum(draft.drafted)
                 counts.accepted += sum(draft.accepted)
                 counts.fallbacks += draft.fallbacks
+                counts.cached_tokens += completion.cached
                 self._seconds += (time.monotonic() - self._began[request] - self._seconds) / 8
             if completion is not None or news.error is not None:
                 self._began.pop(request, None)
