@@ -52,6 +52,7 @@ class Request:
     prompt: Prompt
     params: SamplingParams
     tell: Callable[[News], None]
+    home: int = 0  # those with the same number are decoded by the same worker
     told: int = 0
     cached: int = 0  # tokens of its prompt that were read before
     cost: float = 0.0  # its shares of what rounds cost, and of what as many tokens cost without drafts

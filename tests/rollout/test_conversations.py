@@ -1,64 +1,29 @@
 """The cache between turns: requests that go on with a text read what is new, and get the tokens that they would get."""
 
-import random
 from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import STOPS, prompts_of
+from talks import BASE, TURNS, talked
 
 from rollout.conversations import LEAST, Conversation, Conversations
 from rollout.depth import CostTable
 from rollout.engine import Engine
-from rollout.group import Completion, Prompt
-from rollout.sampling import SamplingParams
-from rollout.serving import News, Request, Serving
+from rollout.group import Completion
+from rollout.serving import Serving
 
 torch.set_num_threads(1)
-BASE = SamplingParams(group_size=1, temperature=0.9, max_completion_tokens=9, stop_token_ids=STOPS)
 CHEAP = CostTable(rows=[1, 8], rounds=[[1.0, 1.01, 1.02], [1.0, 1.9, 2.8]], reading=0.01)
-TURNS = 4
 
 
-class Talk:
-    """One conversation: each answer is followed by some tokens of the other side. `turns` are what was answered."""
-
-    def __init__(self, number: int, prompt: Prompt, serving: Serving) -> None:
-        self.number, self.prompt, self.serving = number, replace(prompt, prompt_id=f"p/{number}"), serving
-        self.turns: list[Completion] = []
-        self.ask()
-
-    def ask(self) -> None:
-        params = replace(BASE, seed=self.number, start=100 * len(self.turns))
-        self.serving.add(Request(self.prompt, params, self.tell))
-
-    def tell(self, news: News) -> None:
-        if news.completion is None:
-            return
-        self.turns.append(news.completion)
-        if len(self.turns) < TURNS:
-            rng = random.Random(self.number * TURNS + len(self.turns))
-            says = [rng.randrange(2, 250) for _ in range(rng.choice([1, 2, 7]))]
-            ids = self.prompt.token_ids + news.completion.token_ids + says
-            self.prompt = replace(self.prompt, token_ids=ids)
-            self.ask()
-
-
-@torch.inference_mode()
-def talked(engine: Engine, kept_tokens: int, **base) -> tuple[list[Completion], Serving]:
-    """All answers of seven conversations, which begin some rounds apart."""
-    serving, rng = Serving(engine.decoder, replace(BASE, **base), kept_tokens), random.Random(0)
-    talks, coming = [], list(enumerate(prompts_of(30, 22, 40, 18, 25, 31, 19)))
-    while coming or serving.busy:
-        if coming and rng.random() < 0.4:
-            talks.append(Talk(*coming.pop(0), serving))
-        serving.round(join=rng.random() < 0.8)
-    return [turn for talk in talks for turn in talk.turns], serving
+def served(engine: Engine, kept_tokens: int, **base) -> tuple[list[Completion], Serving]:
+    serving = Serving(engine.decoder, replace(BASE, **base), kept_tokens)
+    return talked(serving), serving
 
 
 def compare(engine: Engine, **base) -> list[Completion]:
-    plain, _ = talked(engine, 0, **base)
-    kept, serving = talked(engine, 10_000, **base)
+    plain, _ = served(engine, 0, **base)
+    kept, serving = served(engine, 10_000, **base)
     assert [one.token_ids for one in kept] == [one.token_ids for one in plain]
     for one, other in zip(kept, plain, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
@@ -87,7 +52,7 @@ def test_contract_4_a_conversation_reads_its_beginning_once_and_gets_the_same_to
 def test_contract_3_what_is_drafted_after_a_recalled_text_is_what_would_be_drafted(taught_policy):
     """The draft head goes on with its own entries: in each turn it drafts the same, and as much is accepted."""
     engine = Engine(taught_policy(), max_rows=1)
-    (plain, _), (kept, _) = talked(engine, 0, draft_tokens=3), talked(engine, 10_000, draft_tokens=3)
+    (plain, _), (kept, _) = served(engine, 0, draft_tokens=3), served(engine, 10_000, draft_tokens=3)
     assert [one.draft.depths for one in kept] == [one.draft.depths for one in plain]
     assert sum(sum(one.draft.accepted) for one in kept) > 20
 
@@ -120,7 +85,7 @@ def test_what_cannot_be_kept_is_read_again(random_policy, hf_policy, kind):
         policy = hf_policy("qwen3_5_text", 3, **QWEN_3_5)
     else:
         policy = random_policy(3, prompt_attention="bidirectional")
-    kept, serving = talked(Engine(policy, max_rows=4), 10_000, draft_tokens=0)
+    kept, serving = served(Engine(policy, max_rows=4), 10_000, draft_tokens=0)
     assert not any(one.cached for one in kept)
     assert serving.conversations.held == []
 
