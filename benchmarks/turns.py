@@ -88,10 +88,9 @@ def main() -> None:
             print(f"pair {number + 1}: {', '.join(ratios)}", flush=True)
     found = {name: sorted(pair["without"][name] / pair["with"][name] for pair in pairs) for name in TIMES}
     for name, values in found.items():
-        seconds = [median(pair[way][name] for pair in pairs) for way in ("without", "with")]
-        print(
-            f"{name}: {seconds[0]:.2f} s without, {seconds[1]:.2f} s with; ratio {median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
-        )
+        without, kept = (median(pair[way][name] for pair in pairs) for way in ("without", "with"))
+        spread = f"{values[0]:.2f} to {values[-1]:.2f}"
+        print(f"{name}: {without:.2f} s without, {kept:.2f} s with; ratio {median(values):.2f} ({spread})")
     print(f"tokens from the cache in a step: {fmean(pair['with']['agent/cached_tokens'] for pair in pairs):,.0f}")
     if arguments.json:
         sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
