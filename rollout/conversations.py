@@ -8,7 +8,7 @@ from typing import Any
 
 from policies.decoding.latent_cache import LatentCache
 
-KEPT_TOKENS = 1 << 14  # of all conversations together, where nothing else is asked for
+CACHE_TOKENS = 1 << 14  # of all conversations together, where nothing else is asked for
 LEAST = 16  # tokens from a cache: fewer are not worth a forward of their own
 
 

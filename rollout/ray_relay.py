@@ -51,7 +51,7 @@ class RayRelay(Relay):
             if number not in self.worker_of and worker in new:
                 prompt = replace(request.prompt, text="", columns={}, messages=None)  # nothing else is read there
                 new[worker][number] = prompt, request.params
-                self.worker_of[number], self.had[number] = worker, 0
+                self.worker_of[number], self.received[number] = worker, 0
         late = f"its answers took longer than rollout.timeout_s={pool.timeout_s:g}"
         for worker, requests in new.items():
             gone = [number for number in self.gone if self.worker_of.get(number) == worker]

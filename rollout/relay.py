@@ -28,7 +28,7 @@ class Answering:
 
     call: int
     params: SamplingParams
-    kept_tokens: int
+    cache_tokens: int
     max_rows: int
 
 
@@ -44,7 +44,7 @@ class Relay:
         self.max_rows = answering.max_rows * samplers
         self.asked: deque[Request] = deque()
         self.requests: dict[int, Request] = {}  # by number, while they are decoded
-        self.had: dict[int, int] = {}  # tokens that have come, by number
+        self.received: dict[int, int] = {}  # tokens that have come, by number
         self.gone: set[int] = set()  # that nobody waits for
         self._next = count()
 
@@ -91,7 +91,7 @@ class Relay:
         """Those that wait are handed on, and all get what has come for them."""
         while self.asked:
             number = next(self._next)
-            self.requests[number], self.had[number] = self.asked.popleft(), 0
+            self.requests[number], self.received[number] = self.asked.popleft(), 0
         for number, news in self.exchange().items():
             for each in news:
                 self._tell(number, each)
@@ -100,11 +100,11 @@ class Relay:
         request = self.requests.get(number)
         if request is None:  # it was dropped
             return
-        self.had[number] += len(news.token_ids)
-        new = max(0, self.had[number] - request.told)
+        self.received[number] += len(news.token_ids)
+        new = max(0, self.received[number] - request.told)
         request.told += new
         if news.completion is not None:
-            del self.requests[number], self.had[number]
+            del self.requests[number], self.received[number]
         start = len(news.token_ids) - new
         if new or news.completion is not None:
             request.tell(replace(news, token_ids=news.token_ids[start:], logprobs=news.logprobs[start:]))
@@ -133,7 +133,7 @@ class Desk:
         if self.answering != answering or self.serving is None:
             self.close()
             decoder = replace(self.engine.decoder, max_rows=answering.max_rows)
-            self.answering, self.serving = answering, Serving(decoder, answering.params, answering.kept_tokens)
+            self.answering, self.serving = answering, Serving(decoder, answering.params, answering.cache_tokens)
         self.news = {}
         for number in gone:
             if (request := self.requests.pop(number, None)) is not None:

@@ -29,20 +29,20 @@ def prefill_size(lengths: Sequence[int], tokens: int) -> int:
 @dataclass
 class Prefilled:
     """Prompts of one prefill, by number, and their hidden states, which the draft head reads if it ever drafts. Where
-    the first tokens of all were read before, these are the others, and `kept` are the draft head's caches: they have
+    the first tokens of all were read before, these are the others, and `heads` are the draft head's caches: they have
     entries up to the first of the others."""
 
     numbers_P: Tensor
     token_ids_PT: Tensor
     hidden_PTD: Tensor
     lengths_P: Tensor
-    kept: Sequence[LatentCache] = ()
+    heads: Sequence[LatentCache] = ()
 
     def select(self, needed_P: Tensor) -> Prefilled:
         """Some of the prompts."""
-        kept = [self.kept[i] for i in needed_P.nonzero()[:, 0].tolist()] if self.kept else ()
-        tensors = {name: value[needed_P] for name, value in vars(self).items() if name != "kept"}
-        return Prefilled(**tensors, kept=kept)
+        heads = [self.heads[i] for i in needed_P.nonzero()[:, 0].tolist()] if self.heads else ()
+        tensors = {name: value[needed_P] for name, value in vars(self).items() if name != "heads"}
+        return Prefilled(**tensors, heads=heads)
 
 
 @dataclass

@@ -61,7 +61,7 @@ class Request:
 
 class Serving(Decoding):
     """Call `add` and `drop` between rounds, and `round` while it is `busy`. One thread calls all of them. The caches of
-    conversations with up to `kept_tokens` tokens together stay when their rows leave.
+    conversations with up to `cache_tokens` tokens together stay when their rows leave.
 
     >>> serving = Serving(engine.decoder, SamplingParams(group_size=1, stop_token_ids=(2,)))
     >>> serving.add(Request(Prompt("", "2 + 3 = ", [5, 9, 6]), replace(serving.params, temperature=0.0), print))
@@ -69,10 +69,12 @@ class Serving(Decoding):
     ...     serving.round()
     """
 
-    def __init__(self, decoder: Decoder, params: SamplingParams, kept_tokens: int = 0) -> None:
+    def __init__(self, decoder: Decoder, params: SamplingParams, cache_tokens: int = 0) -> None:
         can_keep = not (getattr(decoder.trunk, "both_ways", False) or params.record_routing)
-        self.conversations = Conversations(kept_tokens if can_keep else 0)
-        self.recalled: dict[int, tuple[Conversation, int]] = {}  # by place, with how many tokens need not be read again
+        self.conversations = Conversations(cache_tokens if can_keep else 0)
+        self.beginnings: dict[
+            int, tuple[Conversation, int]
+        ] = {}  # by place, with the number of tokens
         self.requests: dict[int, Request] = {}  # by their places in the results, while they are decoded
         self.asked: deque[Request] = deque()
         self.most_rows, self.undrafted = decoder.max_rows, 0
@@ -165,11 +167,12 @@ class Serving(Decoding):
         places = list(joining)
         self.requests |= joining
         self.results.clear(places)
-        self.recalled = {}
+        self.beginnings = {}
         for place, request in joining.items():
             self.prompts[place] = request.prompt
-            if known := self.conversations.find(request.prompt.token_ids):
-                self.recalled[place], request.cached = known, known[1]
+            beginning = self.conversations.find(request.prompt.token_ids)
+            if beginning is not None:
+                self.beginnings[place], request.cached = beginning, beginning[1]
             if request.params.stop_strings:
                 self.ends[place] = StopStrings(self.decoder.tokenizer, request.params.stop_strings)
         self.strings = next(iter(self.ends.values()), None)
@@ -185,28 +188,33 @@ class Serving(Decoding):
         self._admit(len(places))
 
     def _prefill(self, numbers: Sequence[int]) -> tuple[Rows, Any]:
-        known = [number for number in numbers if number in self.recalled]
-        new = [number for number in numbers if number not in self.recalled]
-        parts = [read(some) for read, some in ((super()._prefill, new), (self._go_on, known)) if some]
-        rows, caches = zip(*parts, strict=True)
-        return Rows.concat(rows), caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]
+        continued = [number for number in numbers if number in self.beginnings]
+        others = [number for number in numbers if number not in self.beginnings]
+        if not continued:
+            return super()._prefill(others)
+        rows, cache = self._go_on(continued)
+        if others:
+            rows_of_others, cache_of_others = super()._prefill(others)
+            return Rows.concat([rows, rows_of_others]), cache.join([cache_of_others])
+        return rows, cache
 
     def _go_on(self, numbers: Sequence[int]) -> tuple[Rows, Any]:
-        """Read what is new in these prompts, after what was kept of them."""
-        recalled = [self.recalled[number] for number in numbers]
-        rests = [self.prompts[i].token_ids[read:] for i, (_, read) in zip(numbers, recalled, strict=True)]
-        longest = max(map(len, rests))
-        before, new = (torch.tensor(x, device=self.device) for x in ([n for _, n in recalled], [*map(len, rests)]))
+        """Reads what is new in these prompts, after what was read of them for earlier requests."""
+        beginnings = [self.beginnings[number] for number in numbers]
+        rests = [self.prompts[i].token_ids[read:] for i, (_, read) in zip(numbers, beginnings, strict=True)]
+        longest = max(len(rest) for rest in rests)
+        read_R = torch.tensor([read for _, read in beginnings], device=self.device)
+        new_R = torch.tensor([len(rest) for rest in rests], device=self.device)
         token_ids = torch.tensor([rest + [0] * (longest - len(rest)) for rest in rests], device=self.device)
-        positions = before[:, None] + torch.arange(longest, device=self.device)
-        cache, *others = [conversation.trunk.cut(read) for conversation, read in recalled]
-        cache = cache.join(others, longest + self.room)
+        positions = read_R[:, None] + torch.arange(longest, device=self.device)
+        first, *others = [conversation.trunk.cut(read) for conversation, read in beginnings]
+        cache = first.join(others, longest + self.room)
         hidden = self.trunk(token_ids, positions.clamp(max=self.decoder.context - 1), cache)
-        cache.advance(new)
-        heads = [conversation.head.cut(read + 1) for conversation, read in recalled if conversation.head is not None]
-        self.drafts.begin(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, new, heads))
-        last = hidden[torch.arange(len(numbers), device=self.device), new - 1]
-        return self._begin(numbers, before + new, last), cache
+        cache.advance(new_R)
+        heads = [one.head.cut(read + 1) for one, read in beginnings if one.head is not None]
+        self.drafts.begin(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, new_R, heads))
+        last = hidden[torch.arange(len(numbers), device=self.device), new_R - 1]
+        return self._begin(numbers, read_R + new_R, last), cache
 
     def _keep(self, rows: Tensor) -> None:
         assert self.live is not None
@@ -220,14 +228,14 @@ class Serving(Decoding):
         """Keep the caches of a row that is about to leave: the next request may go on with its text."""
         assert self.live is not None
         place, has_states = int(self.live.index[row]), getattr(self.cache, "states", None) is not None
-        can_keep = hasattr(self.cache, "kept") and not has_states and not self.results.aborted[place]
+        can_keep = hasattr(self.cache, "excerpt") and not has_states and not self.results.aborted[place]
         if not can_keep or not self.conversations.most_tokens:
             return
         head = self.drafter.ready(self.live) if self.drafter else None
         ids = self.prompts[place].token_ids + self.results.token_ids[place, : self.results.counts[place]].tolist()
         read = len(ids) - 1 if head is None else int(head.lengths_R[row])
-        kept = self.cache.kept(row), None if head is None else head.kept(row)
-        self.conversations.add(Conversation(ids, read, *kept))
+        of_head = None if head is None else head.excerpt(row)
+        self.conversations.add(Conversation(ids, read, self.cache.excerpt(row), of_head))
 
     def _leave(self, place: int) -> None:
         del self.requests[place]

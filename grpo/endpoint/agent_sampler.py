@@ -111,8 +111,8 @@ class _Sampling:
         self, sampler: AgentSampler, engine: Engine | Relay, prompts: Sequence[Prompt], params: SamplingParams
     ) -> None:
         self.sampler, self.prompts, self.size, self.ended = sampler, prompts, params.group_size, 0
-        self.params, kept_tokens = replace(params, group_size=1), sampler.agent.agent_cache_tokens
-        self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S, kept_tokens=kept_tokens)
+        self.params, cache_tokens = replace(params, group_size=1), sampler.agent.agent_cache_tokens
+        self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S, cache_tokens=cache_tokens)
         self.begun = [self._begin(place) for place in range(len(prompts) * self.size)]
 
     def _begin(self, place: int) -> tuple[Episode, dict[str, Any]]:

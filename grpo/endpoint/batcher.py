@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from rollout.conversations import KEPT_TOKENS
+from rollout.conversations import CACHE_TOKENS
 from rollout.engine import Engine
 from rollout.relay import Relay
 from rollout.sampling import SamplingParams
@@ -48,7 +48,7 @@ class Counts:
 class Batcher:
     """Requests of one policy join its running batch between rounds. Those that come while a batch is decoded wait for
     others for at most `wait_s`, or until they fill the free rows, as each join copies the caches of all rows. At most
-    `most_waiting` wait. The caches of conversations with `kept_tokens` tokens together are kept. `replace` gives a
+    `most_waiting` wait. The caches of conversations with `cache_tokens` tokens together are kept. `replace` gives a
     newer policy: the requests that are decoded stay with the one that began them, and all others get the newer one."""
 
     def __init__(
@@ -58,9 +58,9 @@ class Batcher:
         *,
         most_waiting: int,
         wait_s: float,
-        kept_tokens: int = KEPT_TOKENS,
+        cache_tokens: int = CACHE_TOKENS,
     ) -> None:
-        self.params, self.most_waiting, self.wait_s, self.kept_tokens = params, most_waiting, wait_s, kept_tokens
+        self.params, self.most_waiting, self.wait_s, self.cache_tokens = params, most_waiting, wait_s, cache_tokens
         self.engine, self.counts = engine, Counts()
         self._batches = [self._batch()]
         self._since: float | None = None  # when the oldest of those that wait has come
@@ -173,7 +173,7 @@ class Batcher:
     def _batch(self) -> Serving | Relay:
         """Returns a batch without requests. A relay is one itself."""
         if isinstance(self.engine, Engine):
-            return Serving(self.engine.decoder, self.params, self.kept_tokens)
+            return Serving(self.engine.decoder, self.params, self.cache_tokens)
         return self.engine
 
     def _round(self, batch: Serving | Relay) -> None:

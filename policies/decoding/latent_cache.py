@@ -264,7 +264,7 @@ class LatentCache:
         for latents, part in zip(self.layers_RTE, cache.layers_RTE, strict=True):
             latents[rows, :reach] = part[:, :reach]
 
-    def kept(self, rows: Tensor) -> LatentCache:
+    def excerpt(self, rows: Tensor) -> LatentCache:
         """A copy of these rows, in ascending order, without room for more. `cut` and `join` go on with it."""
         prefix, reach = None if self.prefix is None else self.prefix.select(rows), int(self.lengths_R[rows].max())
         alike = {"dtype": self.layers_RTE[0].dtype, "device": self.lengths_R.device, "first": self.first}

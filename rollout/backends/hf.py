@@ -143,10 +143,10 @@ class RowCache:
         order = slots_RK.flatten().sort().values
         return RowCache(self.latents.take(order), torch.searchsorted(order, slots_RK), self.layers)
 
-    def kept(self, rows: Tensor) -> RowCache:
+    def excerpt(self, rows: Tensor) -> RowCache:
         slots_RK = self.slots_RK[rows]
         order = slots_RK.flatten().sort().values
-        return RowCache(self.latents.kept(order), torch.searchsorted(order, slots_RK), self.layers)
+        return RowCache(self.latents.excerpt(order), torch.searchsorted(order, slots_RK), self.layers)
 
     def cut(self, length: int) -> RowCache:
         return RowCache(self.latents.cut(length), self.slots_RK, self.layers)
@@ -189,8 +189,8 @@ class RowCaches:
     def take(self, rows: Tensor, new: Tensor) -> RowCaches:
         return RowCaches([cache.take(rows, new) for cache in self.caches])
 
-    def kept(self, rows: Tensor) -> RowCaches:
-        return RowCaches([cache.kept(rows) for cache in self.caches])
+    def excerpt(self, rows: Tensor) -> RowCaches:
+        return RowCaches([cache.excerpt(rows) for cache in self.caches])
 
     def cut(self, length: int) -> RowCaches:
         return RowCaches([cache.cut(length) for cache in self.caches])

@@ -189,8 +189,8 @@ class Drafter:
 
     def _read(self, prompts: Prefilled) -> LatentCache:
         head, (count, longest) = self.head, prompts.token_ids_PT.shape
-        if prompts.kept:
-            cache = prompts.kept[0].join(prompts.kept[1:], longest + self.room)
+        if prompts.heads:
+            cache = prompts.heads[0].join(prompts.heads[1:], longest + self.room)
             positions = cache.lengths_R[:, None] + torch.arange(longest - 1, device=head.trunk.device)
             head(prompts.token_ids_PT[:, 1:], prompts.hidden_PTD[:, :-1], self._clamp(positions), cache)
             cache.advance(prompts.lengths_P - 1)

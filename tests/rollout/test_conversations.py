@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 CHEAP = CostTable(rows=[1, 8], rounds=[[1.0, 1.01, 1.02], [1.0, 1.9, 2.8]], reading=0.01)
 
 
-def served(engine: Engine, kept_tokens: int, **base) -> tuple[list[Completion], Serving]:
-    serving = Serving(engine.decoder, replace(BASE, **base), kept_tokens)
+def served(engine: Engine, cache_tokens: int, **base) -> tuple[list[Completion], Serving]:
+    serving = Serving(engine.decoder, replace(BASE, **base), cache_tokens)
     return talked(serving), serving
 
 

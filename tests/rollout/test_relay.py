@@ -11,6 +11,7 @@ from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.relay import CALLS, Answering, Desk, Relay
+from rollout.sampling import SamplingParams
 from rollout.serving import Request, Serving
 
 torch.set_num_threads(1)
@@ -27,7 +28,7 @@ class Beside(Relay):
 
     def begin(self) -> None:
         self.desk, self.held = Desk(self.engine), set[int]()
-        self.had = dict.fromkeys(self.had, 0)
+        self.received = dict.fromkeys(self.received, 0)
 
     def exchange(self):
         new = {number: request for number, request in self.requests.items() if number not in self.held}
@@ -41,15 +42,18 @@ class Beside(Relay):
         return told
 
 
-def answering(kept_tokens: int = KEPT, max_rows: int = 4) -> Answering:
-    return Answering(next(CALLS), replace(BASE, draft_tokens=2), kept_tokens, max_rows)
+LONG = replace(BASE, stop_token_ids=(), max_completion_tokens=200, draft_tokens=0)  # more than one exchange
+
+
+def answering(params: SamplingParams = LONG) -> Answering:
+    return Answering(next(CALLS), params, KEPT, 4)
 
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_contract_4_a_relay_gives_the_tokens_of_the_engine_and_each_once(taught_policy, dies):
     engine = Engine(taught_policy())
     expected = talked(Serving(engine.decoder, replace(BASE, draft_tokens=0)))
-    relay = Beside(engine, answering(), dies)
+    relay = Beside(engine, answering(replace(BASE, draft_tokens=2)), dies)
     found = talked(relay)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert (relay.losses > 3) == dies
@@ -60,7 +64,7 @@ def test_contract_4_a_relay_gives_the_tokens_of_the_engine_and_each_once(taught_
 def test_a_request_that_nobody_waits_for_is_given_up_everywhere(taught_policy):
     engine = Engine(taught_policy())
     relay, news = Beside(engine, answering()), []
-    request = Request(Prompt("p", "", [5, 6, 7]), replace(BASE, max_completion_tokens=200), news.append)
+    request = Request(Prompt("p", "", [5, 6, 7]), LONG, news.append)
     other = replace(request, tell=lambda _: None)
     relay.add(request)
     relay.add(other)
@@ -82,9 +86,9 @@ def test_a_request_that_nobody_waits_for_is_given_up_everywhere(taught_policy):
 def test_when_decoding_cannot_go_on_everybody_is_told_why(taught_policy):
     relay, news = Beside(Engine(taught_policy()), answering()), []
     for _ in range(2):
-        relay.add(Request(Prompt("p", "", [5, 6, 7]), BASE, news.append))
+        relay.add(Request(Prompt("p", "", [5, 6, 7]), LONG, news.append))
     relay.round()
-    relay.add(Request(Prompt("p", "", [5, 6, 7]), BASE, news.append))
+    relay.add(Request(Prompt("p", "", [5, 6, 7]), LONG, news.append))
     assert len(relay.give_up("out of memory")) == 3
     assert [each.error for each in news[-3:]] == ["out of memory"] * 3
     assert not relay.busy

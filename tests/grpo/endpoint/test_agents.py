@@ -210,7 +210,7 @@ def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
         ({"agent": f"{AGENTS}:nowhere"}, "has no parameter `base_url`"),
         ({"environment": "calculator"}, "environment=calculator with agent=.*: an agent has its tools itself"),
         ({"tools": ["a.py:b"]}, "an agent has its tools itself"),
-        ({"rollout.backend": "vllm"}, "rollout.draft_tokens=2 of vLLM with agent=.*; set rollout.draft_tokens to 0"),
+        ({"rollout.backend": "vllm"}, "with rollout.draft_tokens=2 of vLLM: .*; set rollout.draft_tokens to 0"),
         ({"learner.routing_replay": True}, "learner.routing_replay=true with agent"),
         ({"loss.advantage": "gae"}, "loss.advantage=gae with agent"),
         ({"log.measure_speed": True}, "log.measure_speed=true with agent"),
