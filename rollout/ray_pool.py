@@ -22,7 +22,7 @@ from rollout.pool import Pool, PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
-from rollout.relay import Answering, Relay
+from rollout.relay import Relay
 from rollout.sampling import SamplingParams
 from rollout.workers import START_TIMEOUT_S, Call, Lost, Workers
 
@@ -327,12 +327,12 @@ class RayPool(Pool):
         self.canaries, self.passed = (prompts, params, groups[min(groups)]), set(groups)
         return {f"worker {i}": groups[i] for i in sorted(groups)}
 
-    def relay(self, answering: Answering) -> Relay:
+    def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
         """Where workers answer requests as they come."""
         from rollout.ray_relay import RayRelay
 
         self.check_stop()
-        return RayRelay(self, answering, self._version())
+        return RayRelay(self, self._version(), params, cache_tokens, max_rows)
 
     def keep(self) -> None:
         self.sender.keep()

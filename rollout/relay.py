@@ -11,44 +11,31 @@ from itertools import count
 import torch
 
 from policies.policy import Policy
+from rollout.depth import CostTable
 from rollout.engine import Engine
 from rollout.faults import RolloutError, prompt_fault
-from rollout.group import Prompt
+from rollout.group import Completion, Prompt
 from rollout.sampling import SamplingParams
 from rollout.serving import News, Request, Serving
 
-CALLS = count()
 ROUNDS = 8  # of decoding between two exchanges, unless a completion ends before: so long a new request may wait
 
 
-@dataclass(frozen=True)
-class Answering:
-    """How the requests of one call of a sampler are answered: the batch has `params`, and at most `max_rows` of them
-    are decoded together; see `Serving`. `call` tells it from every other call."""
-
-    call: int
-    params: SamplingParams
-    cache_tokens: int
-    max_rows: int
-
-
 class Relay:
-    """Has the surface of an engine and of its `Serving`. `exchange` hands requests to a sampler and brings their news.
+    """Has the surface of an engine and of its `Serving`. `exchange` hands requests to a sampler and brings the
+    completions that have ended, by the numbers of the requests: each comes in one piece.
 
-    A request that is lost with its sampler is asked once more: its tokens are the same (contract 4), and those that the
-    client has are not told again.
+    A request that is lost with its sampler is handed on once more: its tokens are the same (contract 4).
     """
 
-    def __init__(self, policy: Policy, version: int, answering: Answering, samplers: int = 1) -> None:
-        self.policy, self.version, self.answering = policy, version, answering
-        self.max_rows = answering.max_rows * samplers
+    def __init__(self, policy: Policy, version: int, max_rows: int) -> None:
+        self.policy, self.version, self.max_rows = policy, version, max_rows
         self.asked: deque[Request] = deque()
         self.requests: dict[int, Request] = {}  # by number, while they are decoded
-        self.received: dict[int, int] = {}  # tokens that have come, by number
         self.gone: set[int] = set()  # that nobody waits for
-        self._next = count()
+        self._numbers = count()
 
-    def exchange(self) -> Mapping[int, Sequence[News]]:
+    def exchange(self) -> Mapping[int, Completion]:
         raise NotImplementedError
 
     @property
@@ -88,26 +75,26 @@ class Relay:
         return given_up
 
     def round(self, join: bool = True) -> None:
-        """Those that wait are handed on, and all get what has come for them."""
+        """Those that wait are handed on, and those that have ended are told."""
         while self.asked:
-            number = next(self._next)
-            self.requests[number], self.received[number] = self.asked.popleft(), 0
-        for number, news in self.exchange().items():
-            for each in news:
-                self._tell(number, each)
+            self.requests[next(self._numbers)] = self.asked.popleft()
+        for number, completion in self.exchange().items():
+            if number in self.requests:  # else it was dropped
+                news = News(completion.token_ids, completion.logprobs, completion, version=completion.policy_version)
+                self.requests.pop(number).tell(news)
 
-    def _tell(self, number: int, news: News) -> None:
-        request = self.requests.get(number)
-        if request is None:  # it was dropped
-            return
-        self.received[number] += len(news.token_ids)
-        new = max(0, self.received[number] - request.told)
-        request.told += new
-        if news.completion is not None:
-            del self.requests[number], self.received[number]
-        start = len(news.token_ids) - new
-        if new or news.completion is not None:
-            request.tell(replace(news, token_ids=news.token_ids[start:], logprobs=news.logprobs[start:]))
+
+@dataclass(frozen=True)
+class Answering:
+    """How a worker answers the requests of one `call` of a sampler, which no other call has: by the weights of this
+    version, in a batch with these parameters, see `Serving`."""
+
+    call: int
+    version: int
+    params: SamplingParams
+    cache_tokens: int
+    max_rows: int
+    costs: CostTable | None = None
 
 
 class Desk:
@@ -119,35 +106,34 @@ class Desk:
 
     def close(self) -> None:
         """Forget the batch, and with it the caches of its conversations."""
-        self.answering: Answering | None = None
+        self.call: int | None = None
         self.serving: Serving | None = None
         self.requests: dict[int, Request] = {}
-        self.news: dict[int, list[News]] = {}
+        self.ended: dict[int, Completion] = {}
 
     @torch.inference_mode()
     def answer(
         self, answering: Answering, new: Mapping[int, tuple[Prompt, SamplingParams]], gone: Sequence[int]
-    ) -> dict[int, list[News]]:
-        """Decode these requests, and those that are there, until one ends, at most ROUNDS rounds. Returns what is new
-        by the numbers of the requests."""
-        if self.answering != answering or self.serving is None:
+    ) -> dict[int, Completion]:
+        """Decode these requests, and those that are there, until one ends, at most ROUNDS rounds. Returns what has
+        ended, by the numbers of the requests."""
+        if self.call != answering.call or self.serving is None:
             self.close()
+            self.engine.costs = answering.costs or self.engine.costs
             decoder = replace(self.engine.decoder, max_rows=answering.max_rows)
-            self.answering, self.serving = answering, Serving(decoder, answering.params, answering.cache_tokens)
-        self.news = {}
-        for number in gone:
-            if (request := self.requests.pop(number, None)) is not None:
-                self.serving.drop(request)
+            self.call, self.serving = answering.call, Serving(decoder, answering.params, answering.cache_tokens)
+        self.ended = {}
+        for number in set(gone) & set(self.requests):
+            self.serving.drop(self.requests.pop(number))
         for number, (prompt, params) in new.items():
             self.requests[number] = Request(prompt, params, partial(self._tell, number))
             self.serving.add(self.requests[number])
-        asked = len(self.requests)
         for _ in range(ROUNDS):
-            if len(self.requests) == asked and self.serving.busy:
+            if not self.ended and self.serving.busy:
                 self.serving.round()
-        return self.news
+        return self.ended
 
     def _tell(self, number: int, news: News) -> None:
-        self.news.setdefault(number, []).append(news)
         if news.completion is not None:
+            self.ended[number] = news.completion
             del self.requests[number]

@@ -72,9 +72,7 @@ class Serving(Decoding):
     def __init__(self, decoder: Decoder, params: SamplingParams, cache_tokens: int = 0) -> None:
         can_keep = not (getattr(decoder.trunk, "both_ways", False) or params.record_routing)
         self.conversations = Conversations(cache_tokens if can_keep else 0)
-        self.beginnings: dict[
-            int, tuple[Conversation, int]
-        ] = {}  # by place, with the number of tokens
+        self.beginnings: dict[int, tuple[Conversation, int]] = {}  # by place, with the number of tokens
         self.requests: dict[int, Request] = {}  # by their places in the results, while they are decoded
         self.asked: deque[Request] = deque()
         self.most_rows, self.undrafted = decoder.max_rows, 0

@@ -15,14 +15,13 @@ from policies.publication import Publication
 from rollout.depth import CostTable, Workload
 from rollout.engine import Engine
 from rollout.faults import Kind, RolloutError, why_died
-from rollout.group import Prompt, RolloutGroup
+from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.places import here
 from rollout.pool import PLAIN, Copies
 from rollout.publication.digests import Held
 from rollout.publication.message import PART_BYTES, Message, everything, unpack
 from rollout.relay import Answering, Desk
 from rollout.sampling import SamplingParams
-from rollout.serving import News
 
 
 class Receiver:
@@ -129,16 +128,10 @@ class Worker:
         return self.engine.sample(prompts, params)
 
     def answer(
-        self,
-        answering: Answering,
-        new: dict[int, tuple[Prompt, SamplingParams]],
-        gone: list[int],
-        version: int,
-        costs: CostTable | None = None,
-    ) -> dict[int, list[News]]:
+        self, answering: Answering, new: dict[int, tuple[Prompt, SamplingParams]], gone: list[int]
+    ) -> dict[int, Completion]:
         """Answer requests as they come; see `Desk`."""
-        self._check(version)
-        self.engine.costs = costs or self.engine.costs
+        self._check(answering.version)
         return self.desk.answer(answering, new, gone)
 
     def _check(self, version: int) -> None:

@@ -18,7 +18,7 @@ from rollout.environments.protocol import seeds
 from rollout.faults import OnFinished, RolloutError, not_finite
 from rollout.group import Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
-from rollout.relay import CALLS, Answering, Relay
+from rollout.relay import Relay
 from rollout.sampling import SamplingParams
 
 METRICS = {
@@ -74,7 +74,7 @@ class AgentSampler:
             engine = copy.copy(self.pool.published())
             engine.max_rows = min(engine.max_rows, rows)
             return engine
-        relay: Relay = self.pool.relay(Answering(next(CALLS), params, self.agent.agent_cache_tokens, rows))
+        relay: Relay = self.pool.relay(params, self.agent.agent_cache_tokens, rows)
         return relay
 
     def keep(self) -> None:
@@ -119,7 +119,8 @@ class _Sampling:
         """Returns an episode, and what its agent is called with."""
         number, sample = divmod(place, self.size)
         prompt, endpoint = self.prompts[number], self.sampler.endpoint
-        episode = Episode(prompt, sample, self.batcher, self.params, self.sampler.temperature, home=place)
+        episode = Episode(prompt, sample, self.batcher, self.params, self.sampler.temperature)
+        episode.home = place
         address = {"base_url": endpoint.open(episode), "api_key": endpoint.key}
         values = {**prompt.columns, "prompt": prompt.text, **address}
         return episode, {"function": 0, "given": values, "seed": seeds(self.params, prompt.prompt_id, sample)[1]}

@@ -70,17 +70,11 @@ class Episode(Served):
     `params` are those of the rollout; `temperature` is the one that a request may name. Episodes with the same `home`
     are decoded by the same worker."""
 
-    def __init__(
-        self,
-        prompt: Prompt,
-        sample: int,
-        batcher: Batcher,
-        params: SamplingParams,
-        temperature: float,
-        home: int = 0,
-    ) -> None:
+    home = 0
+
+    def __init__(self, prompt: Prompt, sample: int, batcher: Batcher, params: SamplingParams, temperature: float):
         super().__init__("policy", batcher, params, "it learns from what it is asked here")
-        self.prompt, self.sample, self.temperature, self.home = prompt, sample, temperature, home
+        self.prompt, self.sample, self.temperature = prompt, sample, temperature
         self.segments: list[Growing] = []
         self.turns: list[dict[str, Any]] = []
         self.answers: list[Completion] = []

@@ -36,7 +36,6 @@ from rollout.pools import open_pool
 from rollout.publication.digests import digests
 from rollout.publication.message import Sender
 from rollout.ray_pool import RayPool
-from rollout.relay import CALLS, Answering
 from rollout.sampling import EnvironmentSpec, SamplingParams
 from rollout.serving import Serving
 from rollout.worker import Worker
@@ -780,14 +779,12 @@ def test_a_script_that_is_ended_alone_leaves_no_process(script, number):
 def test_contract_4_requests_of_agents_are_decoded_where_their_caches_are_and_outlive_a_worker(pool, policies):
     expected = talked(Serving(Engine(policies[0]).decoder, replace(BASE, draft_tokens=0)))
 
-    def answering() -> Answering:
-        return Answering(next(CALLS), replace(BASE, draft_tokens=2), 10_000, 4)
-
-    found = talked(pool.relay(answering()))
+    asked = replace(BASE, draft_tokens=2), 10_000, 4
+    found = talked(pool.relay(*asked))
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert all((one.cached > 0) == (turn % TURNS > 0) for turn, one in enumerate(found))  # each found its own worker
     pool.metrics()
-    relay, killed = pool.relay(answering()), pool.workers.actors[1]
+    relay, killed = pool.relay(*asked), pool.workers.actors[1]
     found = talked(relay, lambda rounds: ray.kill(killed) if rounds == 4 else None)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert set(relay.worker_of.values()) == {0, 1}

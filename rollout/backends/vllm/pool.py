@@ -26,7 +26,7 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.places import Places, visible_gpus
 from rollout.pool import Pool, PoolOptions
 from rollout.publication.canaries import other_canaries
-from rollout.relay import Answering, Relay
+from rollout.relay import Relay
 from rollout.sampling import SamplingParams
 from rollout.stage import Stage
 
@@ -289,13 +289,13 @@ class VLLMPool(Pool):
         self.canaries = prompts, params, groups
         return {"vLLM": groups}
 
-    def relay(self, answering: Answering) -> Relay:
+    def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
         """Where vLLM answers requests as they come. Raises RolloutError for parameters that it cannot sample with."""
         from rollout.backends.vllm.relay import VLLMRelay
 
         self.check_stop()
-        self._check(answering.params)
-        return VLLMRelay(self, answering, self._published_version())
+        self._check(params)
+        return VLLMRelay(self, self._published_version(), params, max_rows)
 
     def keep(self) -> None:
         if self.published is not None:

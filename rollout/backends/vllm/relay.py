@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rollout.backends.vllm.completions import Row, seed_of
-from rollout.relay import ROUNDS, Answering, Relay
-from rollout.serving import News
+from rollout.group import Completion
+from rollout.relay import ROUNDS, Relay
+from rollout.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from rollout.backends.vllm.pool import VLLMPool
@@ -16,16 +17,16 @@ if TYPE_CHECKING:
 class VLLMRelay(Relay):
     """Its server is asked for some steps at a time. A new one gets all requests that have not ended."""
 
-    def __init__(self, pool: VLLMPool, answering: Answering, version: int) -> None:
-        super().__init__(pool.policy, version, answering)
-        self.pool, self.params = pool, answering.params
+    def __init__(self, pool: VLLMPool, version: int, params: SamplingParams, max_rows: int) -> None:
+        super().__init__(pool.policy, version, max_rows)
+        self.pool, self.params = pool, params
         self.held: set[int] = set()  # the numbers of the requests that the server has
         self.goes_on = False
 
-    def exchange(self) -> Mapping[int, Sequence[News]]:
+    def exchange(self) -> Mapping[int, Completion]:
         answers = {int(name): turn for name, turn in self.pool._mended("answer", self._ask).items()}
         self.held -= set(answers)
-        return {number: [self._news(number, turn)] for number, turn in answers.items() if number in self.requests}
+        return {number: self._completion(number, turn) for number, turn in answers.items() if number in self.requests}
 
     def _ask(self) -> dict[str, Any]:
         """Raises Lost where the server is."""
@@ -53,9 +54,9 @@ class VLLMRelay(Relay):
         seed = seed_of(params, prompt.prompt_id, prompt.first_sample, params.start)
         return [prompt.token_ids, seed, params.max_completion_tokens]
 
-    def _news(self, number: int, turn: Mapping[str, Any]) -> News:
+    def _completion(self, number: int, turn: Mapping[str, Any]) -> Completion:
         row = Row(self.requests[number].prompt, 0, 0)
         row.add(turn)
         completion = row.completion(self.policy.tokenizer, self.version)
         completion.cached = turn["cached"]
-        return News(completion.token_ids, completion.logprobs, completion, version=self.version)
+        return completion

@@ -26,7 +26,6 @@ from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
 from rollout.group import Completion, RolloutGroup
 from rollout.pool import PoolOptions
-from rollout.relay import CALLS, Answering
 from rollout.sampling import EnvironmentSpec, SamplingParams
 from rollout.serving import Request
 
@@ -317,11 +316,9 @@ def test_it_has_the_gpus_that_are_not_the_learners_and_all_of_their_memory(case,
 
 def answers(case: Case, cancelled: int | None = None) -> list[tuple[int, Completion]]:
     """What requests of agents are told, in the order of the requests."""
-    relay, told = case.pool.relay(Answering(next(CALLS), replace(PARAMS, group_size=1), 0, 8)), {}
-    requests = [
-        Request(prompt, relay.answering.params, partial(told.setdefault, number))
-        for number, prompt in enumerate(PROMPTS)
-    ]
+    params, told = replace(PARAMS, group_size=1), {}
+    relay = case.pool.relay(params, 0, 8)
+    requests = [Request(prompt, params, partial(told.setdefault, number)) for number, prompt in enumerate(PROMPTS)]
     for request in requests:
         relay.add(request)
     while relay.busy:
