@@ -780,14 +780,15 @@ def test_contract_4_requests_of_agents_are_decoded_where_their_caches_are_and_ou
     expected = talked(Serving(Engine(policies[0]).decoder, replace(BASE, draft_tokens=0)))
 
     asked = replace(BASE, draft_tokens=2), 10_000, 4
-    found = talked(pool.relay(*asked))
+    relay = pool.relay(*asked)
+    found = talked(relay)
+    assert set(relay.worker_of.values()) == {0, 1}
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert all((one.cached > 0) == (turn % TURNS > 0) for turn, one in enumerate(found))  # each found its own worker
     pool.metrics()
     relay, killed = pool.relay(*asked), pool.workers.actors[1]
     found = talked(relay, lambda rounds: ray.kill(killed) if rounds == 4 else None)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
-    assert set(relay.worker_of.values()) == {0, 1}
     assert pool.metrics()["faults/worker"] == 1
     pool.publish(policies[1].weights(), 1)
     with pytest.raises(RolloutError, match="holds policy version 1, but version 0 was asked for"):
