@@ -105,7 +105,8 @@ class Completion:
     `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
     `routing` [Lc, routers, k], integers: the experts and dynamic heads that the trunk used when it read
     `token_ids[t]`, see `RoutingReplay`; -1 for the last token, which it never read. `versions` [Lc] are the policy
-    versions that sampled each token; it is empty where all are `policy_version`, the one that sampled the last.
+    versions that sampled each token; it is empty where all are `policy_version`, the one that sampled the last. So many
+    tokens before it were `cached`: they had been read for an earlier request.
     """
 
     token_ids: list[int]
@@ -120,6 +121,7 @@ class Completion:
     tools: ToolStats | None = None
     versions: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
+    cached: int = field(default=0, compare=False)
 
     def parts(self, prompt: Prompt) -> Iterator[tuple[list[int], slice]]:
         """Gives what the policy read first, and which tokens follow it: the whole completion after `prompt`, or each of

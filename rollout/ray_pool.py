@@ -22,6 +22,7 @@ from rollout.pool import Pool, PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
+from rollout.relay import Relay
 from rollout.sampling import SamplingParams
 from rollout.workers import START_TIMEOUT_S, Call, Lost, Workers
 
@@ -79,6 +80,7 @@ class RayPool(Pool):
 
         dtype = options.dtype
         self.prompts_per_shard, self.precision, self.check_stop = options.prompts_per_shard, dtype, options.check_stop
+        self.policy = policy
         self.faults, self.lengths = Faults(options.on_lost), Lengths()
         self.timeout_s, self.publish_timeout_s = options.timeout_s, options.publish_timeout_s
         places = Places(options.workers, options.threads, options.gpus, options.placement_timeout_s, options.colocate)
@@ -227,9 +229,13 @@ class RayPool(Pool):
                 if isinstance(call.what, Given):  # it would go on taking old weights
                     self.workers.restart(call.what.to)
 
+    @property
+    def ready(self) -> set[int]:
+        """Gives the workers that may sample."""
+        return self.passed if self.canaries else self.confirmed
+
     def _all_in(self) -> bool:
-        ready = self.passed if self.canaries else self.confirmed
-        return bool(ready) and ready.issuperset(self.workers.there())
+        return bool(self.ready) and self.ready.issuperset(self.workers.there())
 
     def _hand_out(self, waiting: list, calls: dict[Any, Call], limit_s: float, late: str, everyone: bool) -> None:
         """Something to do for each worker that has nothing to do."""
@@ -320,6 +326,13 @@ class RayPool(Pool):
                         groups[call.worker] = _sound(answer)
         self.canaries, self.passed = (prompts, params, groups[min(groups)]), set(groups)
         return {f"worker {i}": groups[i] for i in sorted(groups)}
+
+    def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
+        """Where workers answer requests as they come."""
+        from rollout.ray_relay import RayRelay
+
+        self.check_stop()
+        return RayRelay(self, self._version(), params, cache_tokens, max_rows)
 
     def keep(self) -> None:
         self.sender.keep()

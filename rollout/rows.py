@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from policies.decoding.latent_cache import LatentCache
+
 
 def prefill_size(lengths: Sequence[int], tokens: int) -> int:
     """Counts how many prompts the next prefill reads, of those with these descending lengths: at most `tokens` with
@@ -26,12 +28,21 @@ def prefill_size(lengths: Sequence[int], tokens: int) -> int:
 
 @dataclass
 class Prefilled:
-    """Prompts of one prefill, by number, and their hidden states, which the draft head reads if it ever drafts."""
+    """Prompts of one prefill, by number, and their hidden states, which the draft head reads if it ever drafts. Where
+    the first tokens of all were read before, these are the others, and `heads` are the draft head's caches: they have
+    entries up to the first of the others."""
 
     numbers_P: Tensor
     token_ids_PT: Tensor
     hidden_PTD: Tensor
     lengths_P: Tensor
+    heads: Sequence[LatentCache] = ()
+
+    def select(self, needed_P: Tensor) -> Prefilled:
+        """Some of the prompts."""
+        heads = [self.heads[i] for i in needed_P.nonzero()[:, 0].tolist()] if self.heads else ()
+        tensors = {name: value[needed_P] for name, value in vars(self).items() if name != "heads"}
+        return Prefilled(**tensors, heads=heads)
 
 
 @dataclass

@@ -92,6 +92,10 @@ class Decoding:
     def stop_strings(self, index: int) -> StopStrings | None:
         return self.strings
 
+    def to_read(self, number: int) -> int:
+        """Counts the tokens of the prompt with this number that the trunk has to read: all of them in a shard."""
+        return len(self.prompts[number].token_ids)
+
     def groups(self) -> list[RolloutGroup]:
         """Gives what was sampled, once all have ended."""
         groups = self.results.groups(self.prompts, self.decoder.tokenizer, self.strings, self.decoder.version)
@@ -111,7 +115,7 @@ class Decoding:
         if self.drafter and not rows:
             self.drafter.forget()
         while self.waiting and places > 0:
-            next_ones = [len(self.prompts[i].token_ids) for i in self.waiting[: -places - 1 : -1]]
+            next_ones = [self.to_read(i) for i in self.waiting[: -places - 1 : -1]]
             size = prefill_size(next_ones, self.prefill_tokens)
             places -= size
             new, cache = self._prefill([self.waiting.pop() for _ in range(size)])
@@ -137,8 +141,14 @@ class Decoding:
         cache.advance(lengths)
         cache = cache.fan_out(group, self.room, self.longest)
         self.drafts.begin(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, lengths))
-        self.admitted += len(prompts) * group
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
+        return self._begin(numbers, lengths, last), cache
+
+    def _begin(self, numbers: Sequence[int], lengths: Tensor, last: Tensor) -> Rows:
+        """Gives the rows of prompts of these `lengths` [P] their first tokens, which the states [P, D] after the `last`
+        tokens of the prompts give."""
+        group = self.params.group_size
+        self.admitted += len(numbers) * group
         keys = [self.key(number, sample) for number in numbers for sample in range(group)]
         rows = Rows.start(
             torch.tensor([i * group + sample for i in numbers for sample in range(group)], device=self.device),
@@ -148,7 +158,7 @@ class Decoding:
         )
         logits = self.trunk.logits(last).repeat_interleave(group, dim=0)[:, None]
         self._settle(rows, logits, last.repeat_interleave(group, dim=0)[:, None], None, self._noise(rows, 1))
-        return rows, cache
+        return rows
 
     def _retire(self) -> None:
         """Count the rows that ended. They leave when they are an eighth of the batch, since moving the caches at each

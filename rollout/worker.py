@@ -15,11 +15,12 @@ from policies.publication import Publication
 from rollout.depth import CostTable, Workload
 from rollout.engine import Engine
 from rollout.faults import Kind, RolloutError, why_died
-from rollout.group import Prompt, RolloutGroup
+from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.places import here
 from rollout.pool import PLAIN, Copies
 from rollout.publication.digests import Held
 from rollout.publication.message import PART_BYTES, Message, everything, unpack
+from rollout.relay import Answering, Desk
 from rollout.sampling import SamplingParams
 
 
@@ -83,6 +84,7 @@ class Worker:
         self.engine = Engine(policy, getattr(torch, dtype), copies=copies)
         self.engine.version = -1
         self.receiver = Receiver(self.engine)
+        self.desk = Desk(self.engine)
 
     def ready(self) -> dict[str, Any]:
         """Answers as soon as the worker can be given something to do: where it is."""
@@ -90,6 +92,7 @@ class Worker:
 
     def publish(self, message: Message) -> Held:
         """Take weights over; returns the digests of what the engine holds from now on (contract 5)."""
+        self.desk.close()
         return self.receiver.take(message)
 
     def give(self, worker: Any) -> tuple[Held | tuple[Kind, str], int]:
@@ -109,6 +112,7 @@ class Worker:
 
     def sleep(self) -> None:
         """Leave the GPU to the learner until the next publication. The weights wait in the host's memory."""
+        self.desk.close()
         self.engine.forget()
         self.engine.policy.to("cpu")
         devices.empty_cache()
@@ -119,11 +123,22 @@ class Worker:
     def sample(
         self, prompts: list[Prompt], params: SamplingParams, version: int, costs: CostTable | None = None
     ) -> list[RolloutGroup]:
+        self._check(version)
+        self.engine.costs = costs or self.engine.costs
+        return self.engine.sample(prompts, params)
+
+    def answer(
+        self, answering: Answering, new: dict[int, tuple[Prompt, SamplingParams]], gone: list[int]
+    ) -> dict[int, Completion]:
+        """Answer requests as they come; see `Desk`."""
+        self._check(answering.version)
+        return self.desk.answer(answering, new, gone)
+
+    def _check(self, version: int) -> None:
+        """Raises RolloutError where it may not sample with what it holds."""
         if self.engine.version != version:
             raise RolloutError(
                 f"a worker holds policy version {self.engine.version}, but version {version} was asked for"
             )
         if not self.engine.derived:
             raise RolloutError("a worker sleeps until the next publication")
-        self.engine.costs = costs or self.engine.costs
-        return self.engine.sample(prompts, params)

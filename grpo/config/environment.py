@@ -49,6 +49,9 @@ class AgentOptions(EnvironmentOptions):
     """A function of yours, `path/to/file.py:function`, that is called once for each completion. It gets `base_url` and
     `api_key` for a client of OpenAI's API, `prompt` (the text of the prompt) and the columns of the example; it may be
     async. A number that it returns is the reward `agent`."""
+    agent_cache_tokens: int = Field(default=1 << 14, ge=0)
+    """Tokens of conversations whose caches each sampler keeps between an agent's requests, so that each request reads
+    only what is new; the oldest are dropped. 0 keeps none. vLLM keeps as many as its memory has room for."""
 
 
 def rewards_of(config: RewardsOptions) -> list[RewardOptions]:

@@ -18,10 +18,13 @@ from rollout.environments.protocol import seeds
 from rollout.faults import OnFinished, RolloutError, not_finite
 from rollout.group import Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
-from rollout.pool import Pool
+from rollout.relay import Relay
 from rollout.sampling import SamplingParams
 
-METRICS = {"agent/segments_mean": "texts of an episode, mean; absent where each is the data's prompt continued"}
+METRICS = {
+    "agent/segments_mean": "texts of an episode, mean; absent where each is the data's prompt continued",
+    "agent/cached_tokens": "tokens of requests that earlier ones had read (agent_cache_tokens), absent at 0, count",
+}
 WAIT_S = 0.01  # that a request may wait for others before it joins the running batch
 POLL_S = 0.1
 ROWS_OF_WORKER = 8  # requests of one agent that are decoded together
@@ -29,13 +32,13 @@ NO_LIMIT = 1 << 30
 
 
 class AgentSampler:
-    """Samples with the engine of `pool`, which stays open when this is closed. `temperature` is the run's."""
+    """Samples with the engine, the workers or the server of `pool`, which stays open when this is closed. `temperature`
+    is the run's."""
 
-    def __init__(self, pool: Pool, agent: AgentOptions, temperature: float) -> None:
+    def __init__(self, pool: Any, agent: AgentOptions, temperature: float) -> None:
         from grpo.endpoint.endpoint import Endpoint  # whose packages are an extra
 
-        assert isinstance(pool, LocalPool)  # the options refuse the others
-        self.pool, self.agent, self.temperature = pool, agent, temperature
+        self.pool, self.agent, self.temperature, self.check_stop = pool, agent, temperature, pool.check_stop
         self.endpoint = Endpoint()
         self._agents: WorkerPool | None = None
         self._thread = ThreadPoolExecutor(1, "agents")
@@ -45,10 +48,9 @@ class AgentSampler:
     ) -> list[RolloutGroup]:
         """Returns a group of episodes for each prompt; why an agent has failed is in `Completion.tools`. Raises
         RolloutError for a prompt that leaves no room for a completion, and where logits were not finite."""
-        self.pool.check_stop()
-        engine = copy.copy(self.pool.published())
+        self.check_stop()
+        engine = self._engine(replace(params, group_size=1))  # every episode has a prompt of its own
         engine.check(prompts, params)
-        engine.max_rows = min(engine.max_rows, ROWS_OF_WORKER * (self.agent.program_workers or WORKERS))
         self._agents = self._agents or open_agents(self.agent)
         sampling = _Sampling(self, engine, prompts, params)
         future = self._thread.submit(sampling.run, self._agents)
@@ -66,6 +68,15 @@ class AgentSampler:
             raise RolloutError(fault, groups)
         return groups
 
+    def _engine(self, params: SamplingParams) -> Engine | Relay:
+        rows = ROWS_OF_WORKER * (self.agent.program_workers or WORKERS)
+        if isinstance(self.pool, LocalPool):
+            engine = copy.copy(self.pool.published())
+            engine.max_rows = min(engine.max_rows, rows)
+            return engine
+        relay: Relay = self.pool.relay(params, self.agent.agent_cache_tokens, rows)
+        return relay
+
     def keep(self) -> None:
         self.pool.keep()
 
@@ -73,7 +84,7 @@ class AgentSampler:
         """Wait for the end. Raises what stops the run or has ended the decoding."""
         reported = 0
         while not wait([future], POLL_S).done:
-            self.pool.check_stop()
+            self.check_stop()
             sampling.check()
             if on_finished and (new := sampling.ended - reported):
                 on_finished(new)
@@ -97,11 +108,11 @@ class _Sampling:
     """Makes one call of `AgentSampler.sample`."""
 
     def __init__(
-        self, sampler: AgentSampler, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams
+        self, sampler: AgentSampler, engine: Engine | Relay, prompts: Sequence[Prompt], params: SamplingParams
     ) -> None:
         self.sampler, self.prompts, self.size, self.ended = sampler, prompts, params.group_size, 0
-        self.params = replace(params, group_size=1)  # every episode has a prompt of its own
-        self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S)
+        self.params, cache_tokens = replace(params, group_size=1), sampler.agent.agent_cache_tokens
+        self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S, cache_tokens=cache_tokens)
         self.begun = [self._begin(place) for place in range(len(prompts) * self.size)]
 
     def _begin(self, place: int) -> tuple[Episode, dict[str, Any]]:
@@ -109,6 +120,7 @@ class _Sampling:
         number, sample = divmod(place, self.size)
         prompt, endpoint = self.prompts[number], self.sampler.endpoint
         episode = Episode(prompt, sample, self.batcher, self.params, self.sampler.temperature)
+        episode.home = place
         address = {"base_url": endpoint.open(episode), "api_key": endpoint.key}
         values = {**prompt.columns, "prompt": prompt.text, **address}
         return episode, {"function": 0, "given": values, "seed": seeds(self.params, prompt.prompt_id, sample)[1]}

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from rollout.conversations import CACHE_TOKENS
 from rollout.engine import Engine
+from rollout.relay import Relay
 from rollout.sampling import SamplingParams
 from rollout.serving import News, Request, Serving
 
@@ -38,6 +40,7 @@ class Counts:
     drafted: int = 0
     accepted: int = 0
     fallbacks: int = 0  # accept: margin; forwards with a draft that was not clear enough
+    cached_tokens: int = 0  # of prompts, which were read for an earlier request
     policies: int = 1  # that were served, one after another
     not_loaded: int = 0  # newer ones that could not be loaded
 
@@ -45,22 +48,30 @@ class Counts:
 class Batcher:
     """Requests of one policy join its running batch between rounds. Those that come while a batch is decoded wait for
     others for at most `wait_s`, or until they fill the free rows, as each join copies the caches of all rows. At most
-    `most_waiting` wait. `replace` gives a newer policy: the requests that are decoded stay with the one that began
-    them, and all others get the newer one."""
+    `most_waiting` wait. The caches of conversations with `cache_tokens` tokens together are kept. `replace` gives a
+    newer policy: the requests that are decoded stay with the one that began them, and all others get the newer one."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, *, most_waiting: int, wait_s: float) -> None:
-        self.params, self.most_waiting, self.wait_s = params, most_waiting, wait_s
+    def __init__(
+        self,
+        engine: Engine | Relay,
+        params: SamplingParams,
+        *,
+        most_waiting: int,
+        wait_s: float,
+        cache_tokens: int = CACHE_TOKENS,
+    ) -> None:
+        self.params, self.most_waiting, self.wait_s, self.cache_tokens = params, most_waiting, wait_s, cache_tokens
         self.engine, self.counts = engine, Counts()
-        self._batches = [Serving(engine.decoder, params)]
+        self._batches = [self._batch()]
         self._since: float | None = None  # when the oldest of those that wait has come
         self._seconds = 1.0  # that a completion takes, a moving mean
         self._began: dict[Request, float] = {}
         self._changed = threading.Condition()
         self._new: list[Request] = []
         self._gone: list[Request] = []
-        self._newer: Engine | None = None
+        self._newer: Engine | Relay | None = None
         self._closed = False
-        self.error: Exception | None = None  # the last one that has ended a batch
+        self.error: BaseException | None = None  # the last one that has ended a batch
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
 
@@ -95,7 +106,7 @@ class Batcher:
             self._gone += requests
             self._changed.notify()
 
-    def replace(self, engine: Engine) -> None:
+    def replace(self, engine: Engine | Relay) -> None:
         with self._changed:
             self._newer = engine
             self._changed.notify()
@@ -118,10 +129,10 @@ class Batcher:
             for batch in list(self._batches):
                 try:
                     self._round(batch)
-                except Exception as error:  # such as lack of memory: this batch fails, and the server goes on
+                except BaseException as error:  # such as lack of memory: this batch fails, and the server goes on
                     self.counts.failed += len(batch.give_up(f"decoding failed: {type(error).__name__}: {error}"))
                     self.error = error
-                    fresh = Serving(self.engine.decoder, self.params)
+                    fresh = self._batch()
                     self._batches = [fresh if other is batch else other for other in self._batches]
             self._batches = [b for b in self._batches[:-1] if b.busy] + self._batches[-1:]
         for batch in self._batches:
@@ -140,7 +151,8 @@ class Batcher:
                     self._batches[-1].add(request)
                 return False
         if newer is not None:
-            batch, self.engine = Serving(newer.decoder, self.params), newer
+            self.engine = newer
+            batch = self._batch()
             batch.asked, self._batches[-1].asked = self._batches[-1].asked, batch.asked
             self._batches.append(batch)
             self.counts.policies += 1
@@ -158,7 +170,13 @@ class Batcher:
                     batch.drop(request)
         return True
 
-    def _round(self, batch: Serving) -> None:
+    def _batch(self) -> Serving | Relay:
+        """Returns a batch without requests. A relay is one itself."""
+        if isinstance(self.engine, Engine):
+            return Serving(self.engine.decoder, self.params, self.cache_tokens)
+        return self.engine
+
+    def _round(self, batch: Serving | Relay) -> None:
         if not batch.busy:
             return
         waited = self._since is not None and time.monotonic() - self._since >= self.wait_s
@@ -183,6 +201,7 @@ class Batcher:
                 counts.drafted += sum(draft.drafted)
                 counts.accepted += sum(draft.accepted)
                 counts.fallbacks += draft.fallbacks
+                counts.cached_tokens += completion.cached
                 self._seconds += (time.monotonic() - self._began[request] - self._seconds) / 8
             if completion is not None or news.error is not None:
                 self._began.pop(request, None)

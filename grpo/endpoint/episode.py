@@ -51,9 +51,10 @@ class Growing:
 
 @dataclass(frozen=True)
 class Recorded(Job):
-    """`keep` gets the completion before the client does."""
+    """`keep` gets the completion before the client does. `home` is the episode's, see `Request`."""
 
     keep: Callable[[Completion], None] = lambda completion: None
+    home: int = 0
 
     def request(self, tell: Callable[[int, News], None]) -> Request:
         def told(news: News) -> None:
@@ -61,12 +62,15 @@ class Recorded(Job):
                 self.keep(news.completion)
             tell(self.index, news)
 
-        return Request(self.prompt, self.params, told)
+        return Request(self.prompt, self.params, told, self.home)
 
 
 class Episode(Served):
     """What an agent asks is answered by the batch, as one completion of `prompt`, the one with this `sample` index.
-    `params` are those of the rollout; `temperature` is the one that a request may name."""
+    `params` are those of the rollout; `temperature` is the one that a request may name. Episodes with the same `home`
+    are decoded by the same worker."""
+
+    home = 0
 
     def __init__(self, prompt: Prompt, sample: int, batcher: Batcher, params: SamplingParams, temperature: float):
         super().__init__("policy", batcher, params, "it learns from what it is asked here")
@@ -108,7 +112,7 @@ class Episode(Served):
                 self.turns += [*new, {"role": "assistant", "content": completion.text}]
                 self.answers.append(completion)
 
-        return [Recorded(0, replace(prompt, first_sample=self.sample), params, keep)]
+        return [Recorded(0, replace(prompt, first_sample=self.sample), params, keep, self.home)]
 
     def end(self) -> None:
         """The agent has returned or failed: later requests are refused, and answers that are not there do not count."""
@@ -144,6 +148,7 @@ class Episode(Served):
             sampled=[flag for segment in grown for flag in segment.sampled],
             tools=stats,
             segments=begins,
+            cached=sum(answer.cached for answer in self.answers),
         )
 
     # ---- what a request says ------------------------------------------------------------------------------------

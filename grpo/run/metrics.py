@@ -59,7 +59,7 @@ METRICS = {
     "draft/drafted_depth_<d>": "drafts made at depth d, count",
     "draft/tokens_per_forward": "completion tokens after the first / decoding forwards of the trunk; 1 without drafts",
     "draft/gain": "cost of the tokens without drafts / of their rounds, by draft_costs.json and of all draws; 1 where "
-    "none was made, absent where no table chooses how many: rollout.draft_tokens a number, agent, vLLM, no draft head",
+    "none was made, absent where no table chooses how many: rollout.draft_tokens a number, vLLM, no draft head",
     "rollout/tail": "forwards of a shard in which an eighth of its completions or fewer were still decoded, fraction, "
     "mean over the shards of the first draw",
     "draft/fallback_rate": "forwards that fell back to plain decoding / forwards of the trunk",
@@ -206,6 +206,7 @@ def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:
         "tools/failures": sum(tools.failure is not None for _, tools in episodes),
         "tools/tokens": sum(len(completion.token_ids) - completion.num_sampled for completion, _ in episodes),
         "agent/segments_mean": mean_of(max(1, len(c.segments)) for c, _ in episodes) if any_segments else None,
+        "agent/cached_tokens": sum(completion.cached for completion, _ in episodes) or None,
     }
 
 

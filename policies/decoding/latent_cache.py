@@ -265,11 +265,32 @@ class LatentCache:
         for latents, part in zip(self.layers_RTE, cache.layers_RTE, strict=True):
             latents[rows, :reach] = part[:, :reach]
 
-    def join(self, others: Sequence[LatentCache]) -> LatentCache:
-        """Add the rows of `others`, which come from calls of `fan_out` with like arguments and lose their rows."""
+    def excerpt(self, rows: Tensor) -> LatentCache:
+        """A copy of these rows, in ascending order, without room for more. `cut` and `join` go on with it."""
+        prefix, reach = None if self.prefix is None else self.prefix.select(rows), int(self.lengths_R[rows].max())
+        alike = {"dtype": self.layers_RTE[0].dtype, "device": self.lengths_R.device, "first": self.first}
+        cache = LatentCache((0, len(rows), 0, 0), self.value_width, prefix=prefix, **alike)
+        cache.layers_RTE = [latents[rows, :reach] for latents in self.layers_RTE]
+        cache.lengths_R, cache.known_longest = self.lengths_R[rows], reach
+        return cache
+
+    def cut(self, length: int) -> LatentCache:
+        """The first `length` entries of every row, those of its prompt included, for a `join`, which copies them."""
+        cache, prefix, lengths_R = copy.copy(self), self.prefix, torch.full_like(self.lengths_R, length)
+        if prefix is not None:
+            lengths_P = prefix.lengths_P.clamp(max=length)
+            cache.prefix = Prefix(prefix.latents_LPTE, lengths_P, prefix.row_prompt_R)
+            lengths_R = lengths_R - lengths_P[prefix.row_prompt_R]
+        cache.layers_RTE, cache.lengths_R, cache.known_longest = [*self.layers_RTE], lengths_R, None
+        return cache
+
+    def join(self, others: Sequence[LatentCache], more: int | None = None) -> LatentCache:
+        """Add the rows of `others`, which come from calls of `fan_out` with like arguments and lose their rows; or, of
+        caches that were `cut`, with room for so many `more` tokens in each row."""
         caches = [self, *others]
         prefixes = [cache.prefix for cache in others if cache.prefix is not None]
-        self._copy(caches, [slice(None)] * len(caches), capacity=max(cache.capacity for cache in caches))
+        rooms = [cache.capacity if more is None else cache.longest + more for cache in caches]
+        self._copy(caches, [slice(None)] * len(caches), capacity=max(rooms))
         if self.prefix is not None:
             self.prefix = self.prefix.join(prefixes)
         return self

@@ -123,12 +123,12 @@ class RowCache:
     def advance(self, kept_R: Tensor) -> None:
         self.latents.advance(kept_R.repeat_interleave(self.slots_RK.shape[1])[self.order])
 
-    def join(self, others: Sequence[RowCache]) -> RowCache:
-        """One cache with these rows and those of `others`."""
+    def join(self, others: Sequence[RowCache], more: int | None = None) -> RowCache:
+        """One cache with these rows and those of `others`; see LatentCache."""
         caches = [self, *others]
         before = accumulate((cache.slots_RK.numel() for cache in caches), initial=0)
         slots = [cache.slots_RK + count for cache, count in zip(caches, before, strict=False)]
-        return RowCache(self.latents.join([cache.latents for cache in others]), torch.cat(slots), self.layers)
+        return RowCache(self.latents.join([cache.latents for cache in others], more), torch.cat(slots), self.layers)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in ascending order, and drop the others. A row that is named twice becomes two."""
@@ -142,6 +142,14 @@ class RowCache:
         slots_RK = self.slots_RK[rows]
         order = slots_RK.flatten().sort().values
         return RowCache(self.latents.take(order), torch.searchsorted(order, slots_RK), self.layers)
+
+    def excerpt(self, rows: Tensor) -> RowCache:
+        slots_RK = self.slots_RK[rows]
+        order = slots_RK.flatten().sort().values
+        return RowCache(self.latents.excerpt(order), torch.searchsorted(order, slots_RK), self.layers)
+
+    def cut(self, length: int) -> RowCache:
+        return RowCache(self.latents.cut(length), self.slots_RK, self.layers)
 
     def put(self, rows: Tensor, cache: RowCache) -> None:
         """The inverse of `take`."""
@@ -168,10 +176,10 @@ class RowCaches:
         for cache in self.caches:
             cache.advance(kept_R)
 
-    def join(self, others: Sequence[RowCaches]) -> RowCaches:
+    def join(self, others: Sequence[RowCaches], *more: int) -> RowCaches:
         joined = []
         for place, cache in enumerate(self.caches):
-            joined.append(cache.join([other.caches[place] for other in others]))
+            joined.append(cache.join([other.caches[place] for other in others], *more))
         return RowCaches(joined)
 
     def select(self, rows: Tensor) -> None:
@@ -180,6 +188,12 @@ class RowCaches:
 
     def take(self, rows: Tensor, new: Tensor) -> RowCaches:
         return RowCaches([cache.take(rows, new) for cache in self.caches])
+
+    def excerpt(self, rows: Tensor) -> RowCaches:
+        return RowCaches([cache.excerpt(rows) for cache in self.caches])
+
+    def cut(self, length: int) -> RowCaches:
+        return RowCaches([cache.cut(length) for cache in self.caches])
 
     def put(self, rows: Tensor, cache: RowCaches) -> None:
         for here, there in zip(self.caches, cache.caches, strict=True):

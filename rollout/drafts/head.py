@@ -176,7 +176,7 @@ class Drafter:
         for prefilled in self.prefilled:
             needed = torch.isin(prefilled.numbers_P, numbers_R)
             if bool(needed.any()):
-                chosen = Prefilled(**{name: value[needed] for name, value in vars(prefilled).items()})
+                chosen = prefilled.select(needed)
                 caches.append(self._read(chosen))
                 parts.append(chosen.numbers_P)
         self.prefilled = []
@@ -189,6 +189,12 @@ class Drafter:
 
     def _read(self, prompts: Prefilled) -> LatentCache:
         head, (count, longest) = self.head, prompts.token_ids_PT.shape
+        if prompts.heads:
+            cache = prompts.heads[0].join(prompts.heads[1:], longest + self.room)
+            positions = cache.lengths_R[:, None] + torch.arange(longest - 1, device=head.trunk.device)
+            head(prompts.token_ids_PT[:, 1:], prompts.hidden_PTD[:, :-1], self._clamp(positions), cache)
+            cache.advance(prompts.lengths_P - 1)
+            return cache
         cache = head.cache(count, longest)
         positions = torch.arange(longest, device=head.trunk.device).expand(count, -1)
         head(prompts.token_ids_PT, F.pad(prompts.hidden_PTD, (0, 0, 1, 0))[:, :-1], positions, cache)

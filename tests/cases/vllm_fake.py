@@ -45,6 +45,7 @@ class Engine:
         self.version: int | None = None
         self.base: str | None = None
         self.held: dict[str, Any] = {}
+        self.asked: dict[str, Any] = {}
 
     def publish(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
         struck("publish")
@@ -66,15 +67,29 @@ class Engine:
             raise RuntimeError(f"it holds version {self.version}")
         said(1)
         odd = struck("sample")
-        found = []
-        for _, seed, most in job["rows"]:
-            chance = random.Random(f"{self.key} {seed} {odd}")
-            ids = [chance.randrange(9, 250) for _ in range(most)]
-            stop = next((i for i, token in enumerate(ids, 1) if token in job["stop_token_ids"]), 0)
-            ids = ids[:stop] if stop else ids
-            row = {"ids": ids, "logprobs": [chance.random() - 2 for _ in ids], "reason": "stop" if stop else "length"}
-            found.append(row | {"drafted": [], "accepted": []})
-        return {"completions": found}
+        return {"completions": [self.row(row, job, odd) for row in job["rows"]]}
+
+    def row(self, row: list[Any], job: dict[str, Any], odd: bool = False) -> dict[str, Any]:
+        _, seed, most = row
+        chance = random.Random(f"{self.key} {seed} {odd}")
+        ids = [chance.randrange(9, 250) for _ in range(most)]
+        stop = next((i for i, token in enumerate(ids, 1) if token in job["stop_token_ids"]), 0)
+        ids = ids[:stop] if stop else ids
+        made = {"ids": ids, "logprobs": [chance.random() - 2 for _ in ids], "reason": "stop" if stop else "length"}
+        return made | {"drafted": [], "accepted": []}
+
+    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        """One of those that were asked before ends."""
+        if self.version != job["version"]:
+            raise RuntimeError(f"it holds version {self.version}")
+        self.asked = self.asked if job["goes_on"] else {}
+        struck("answer")
+        for name in job["gone"]:
+            del self.asked[name]
+        ended = [*self.asked][:1]
+        completions = {name: self.row(self.asked.pop(name), job) | {"cached": 7} for name in ended}
+        self.asked |= job["new"]
+        return {"completions": completions}
 
 
 def main() -> None:

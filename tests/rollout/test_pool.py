@@ -20,12 +20,14 @@ import psutil
 import pytest
 import ray
 import torch
+from talks import BASE, TURNS, talked
 
 import rollout.cluster
 from policies.openmp import WAITING
 from policies.policy import Policy, digest
 from rollout.cluster import start_ray
 from rollout.depth import Workload
+from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
 from rollout.local_pool import LocalPool
@@ -35,6 +37,7 @@ from rollout.publication.digests import digests
 from rollout.publication.message import Sender
 from rollout.ray_pool import RayPool
 from rollout.sampling import EnvironmentSpec, SamplingParams
+from rollout.serving import Serving
 from rollout.worker import Worker
 from rollout.workers import Call
 
@@ -770,6 +773,26 @@ def test_a_script_that_is_ended_alone_leaves_no_process(script, number):
     script.send_signal(number)
     script.wait(timeout=60)
     assert psutil.wait_procs(running, timeout=30)[1] == []
+
+
+@pytest.mark.slow
+def test_contract_4_requests_of_agents_are_decoded_where_their_caches_are_and_outlive_a_worker(pool, policies):
+    expected = talked(Serving(Engine(policies[0]).decoder, replace(BASE, draft_tokens=0)))
+
+    asked = replace(BASE, draft_tokens=2), 10_000, 4
+    relay = pool.relay(*asked)
+    found = talked(relay)
+    assert set(relay.worker_of.values()) == {0, 1}
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert all((one.cached > 0) == (turn % TURNS > 0) for turn, one in enumerate(found))  # each found its own worker
+    pool.metrics()
+    relay, killed = pool.relay(*asked), pool.workers.actors[1]
+    found = talked(relay, lambda rounds: ray.kill(killed) if rounds == 4 else None)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert pool.metrics()["faults/worker"] == 1
+    pool.publish(policies[1].weights(), 1)
+    with pytest.raises(RolloutError, match="holds policy version 1, but version 0 was asked for"):
+        talked(relay)
 
 
 def test_a_pool_is_what_the_protocol_says(policies):

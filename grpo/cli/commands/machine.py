@@ -170,7 +170,7 @@ class LessMemory:
         """Yields changes of one kind each, the weakest first. At first come those that change nothing that is
         learned."""
         config, rollout, gpus = self.config, self.config.whole_rollout, self.gpus
-        sampler_apart = isinstance(config, TrainConfig) and rollout.backend != "vllm" and config.agent is None
+        sampler_apart = isinstance(config, TrainConfig) and rollout.backend != "vllm"
         apart: Changes = {"rollout.colocate": False} if rollout.colocate else {}
         if gpus and rollout.samplers and 0 < rollout.gpus_per_worker < 1:
             apart["rollout.gpus_per_worker"] = 1.0

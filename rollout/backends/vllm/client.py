@@ -19,7 +19,7 @@ CONNECT_S = 10.0
 ANSWER_S = 60.0  # for what needs no computation; another trainer may be served before
 POLL_S = 0.2  # how often a waiting client checks whether it should go on waiting
 LONGEST = 1000  # characters of an error of vLLM's
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class Lost(RolloutError):

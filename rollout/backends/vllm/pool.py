@@ -26,6 +26,7 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.places import Places, visible_gpus
 from rollout.pool import Pool, PoolOptions
 from rollout.publication.canaries import other_canaries
+from rollout.relay import Relay
 from rollout.sampling import SamplingParams
 from rollout.stage import Stage
 
@@ -199,8 +200,7 @@ class VLLMPool(Pool):
         """One group per prompt, as `Engine.sample` gives them, with its errors. Raises RolloutError for parameters that
         vLLM cannot sample with, and where its server fails or is lost too often."""
         self.check_stop()
-        if self.published is None:
-            raise RolloutError("vLLM has not confirmed the last publication: publish the weights again")
+        self._published_version()
         self._check(params)
         told = 0
 
@@ -221,6 +221,11 @@ class VLLMPool(Pool):
         if faults:
             raise RolloutError("\n".join(faults), groups)
         return groups
+
+    def _published_version(self) -> int:
+        if self.published is None:
+            raise RolloutError("vLLM has not confirmed the last publication: publish the weights again")
+        return self.published[1]
 
     def _answer(
         self, prompts: Sequence[Prompt], params: SamplingParams, tell: Callable[[int], None] = lambda ended: None
@@ -283,6 +288,14 @@ class VLLMPool(Pool):
         groups = self.sample(prompts, params)
         self.canaries = prompts, params, groups
         return {"vLLM": groups}
+
+    def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
+        """Where vLLM answers requests as they come. Raises RolloutError for parameters that it cannot sample with."""
+        from rollout.backends.vllm.relay import VLLMRelay
+
+        self.check_stop()
+        self._check(params)
+        return VLLMRelay(self, self._published_version(), params, max_rows)
 
     def keep(self) -> None:
         if self.published is not None:

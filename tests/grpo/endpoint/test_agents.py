@@ -93,6 +93,43 @@ def test_contract_4_any_number_of_processes_gives_the_same_bits(micro_config, wh
     assert all(torch.equal(one[name], four[name]) for name in one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rollout.workers": 2},
+        pytest.param({"agent_cache_tokens": 0}, marks=pytest.mark.long),
+        pytest.param({"rollout.draft_tokens": None}, marks=pytest.mark.long),
+    ],
+)
+def test_contract_4_workers_and_the_cache_between_turns_change_no_bit(micro_config, whole, tmp_path, given):
+    train(micro_config(tmp_path / "other", agent=TWICE, **SHORT | given))
+    assert [sampled(tmp_path / "other", step) for step in (1, 2)] == [sampled(whole, step) for step in (1, 2)]
+    other, one = learned(tmp_path / "other"), learned(whole)
+    assert all(torch.equal(other[name], one[name]) for name in one)
+    metrics = read_metrics(tmp_path / "other")[1]
+    assert ("agent/cached_tokens" in metrics) == (given.get("agent_cache_tokens") != 0)
+    assert ("draft/gain" in metrics) == ("rollout.draft_tokens" in given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_contract_12_agents_ahead_are_on_schedule_and_resume_to_the_same_bits(micro_config, tmp_path, ahead):
+    """Whatever the number of workers, the age of the weights is the schedule's; what was in flight is resumed."""
+    given = {"agent": TWICE, "rollout.ahead": ahead, "warm_start.steps": 0, "steps": 4}
+    train(micro_config(tmp_path / "one", **given))
+    with pytest.raises(BaseException, match="stopped after step 2"):
+        train(micro_config(tmp_path / "two", **given), stop_after=2)
+    train(micro_config(tmp_path / "two", **given, **{"rollout.workers": 2}), resume="auto", force=True)
+    assert [sampled(tmp_path / "one", step) for step in range(1, 5)] == [
+        sampled(tmp_path / "two", step) for step in range(1, 5)
+    ]
+    one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    ages = [step - 1 - line["policy_version"] for step in range(1, 5) for line in read_rollouts(tmp_path / "one", step)]
+    assert set(ages) == set(range(ahead + 1))
+
+
 @pytest.mark.long
 def test_contract_9_a_stopped_run_goes_on_to_the_same_bits(micro_config, whole, tmp_path):
     config = micro_config(tmp_path / "again", agent=TWICE, **SHORT, **{"eval.limit": 2})
@@ -173,9 +210,7 @@ def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
         ({"agent": f"{AGENTS}:nowhere"}, "has no parameter `base_url`"),
         ({"environment": "calculator"}, "environment=calculator with agent=.*: an agent has its tools itself"),
         ({"tools": ["a.py:b"]}, "an agent has its tools itself"),
-        ({"rollout.backend": "vllm"}, "rollout.backend=vllm with agent"),
-        ({"rollout.workers": 2}, "rollout.workers=2 with agent=.*; set it to 0"),
-        ({"rollout.ahead": 1}, "rollout.ahead=1 with agent"),
+        ({"rollout.backend": "vllm"}, "with rollout.draft_tokens=2 of vLLM: .*; set rollout.draft_tokens to 0"),
         ({"learner.routing_replay": True}, "learner.routing_replay=true with agent"),
         ({"loss.advantage": "gae"}, "loss.advantage=gae with agent"),
         ({"log.measure_speed": True}, "log.measure_speed=true with agent"),

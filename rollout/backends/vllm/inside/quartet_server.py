@@ -14,10 +14,12 @@ and `rollout.vllm.url` names it. Requests are answered one after the other, each
     POST /sleep      {}: leaves the GPU to the learner until the next publication
     POST /sample     {"rows": [[ids, seed, most]], ...}: lines of JSON, the last one with the completions; with
                      "goes_on" they are later turns of rows that it has read before
+    POST /answer     {"new": {name: [ids, seed, most]}, "gone": [names], "steps": N, ...}: decodes requests that come
+                     and go, at most N steps and until one ends; answers the completions of those that have, by name
 
 All requests of a call are there before the first step, and the prefix cache is emptied before the first turn: the same
 calls give the same bits. vLLM's own HTTP server starts with what has arrived, so its batches, and with them the last
-bits, depend on the clock.
+bits, depend on the clock. So they do with /answer, which is for agents: these ask when they like.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from typing import Any
 
 import quartet_bypasses as bypasses
 
-PROTOCOL = 3
+PROTOCOL = 4
 BEAT_S = 2.0  # while it samples it says so at least this often, once a step is done
 READ_TIMEOUT_S = 60.0  # of a client that says nothing
 
@@ -70,6 +72,7 @@ class Engine:
         self.version: int | None = None
         self.base: str | None = None  # of the last whole publication
         self.torn = False  # a publication has failed in the middle, and vLLM cannot begin another
+        self.asked: set[str] = set()  # by /answer, and not ended
         self.chosen = bypasses.ALL - set(load["without"]) if self.on_cpu else frozenset()
         arguments = dict(load["arguments"])
         if self.on_cpu:
@@ -134,34 +137,22 @@ class Engine:
         return self.engine.collective_rpc(method, args=arguments)
 
     def _forget_prefixes(self) -> None:
+        """Empties the prefix cache. Nobody waits for what is left of an agent's requests then."""
+        self.engine.abort_request([*self.asked])
+        self.asked = set()
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache")
 
     def sample(self, job: dict[str, Any], tell: Any) -> dict[str, Any]:
         """Sample a job. `tell` gets the number of completions that have ended, and raises where nobody listens."""
         import torch
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
-        if self.version is None or self.version != job["version"]:
-            raise RuntimeError(f"it holds version {self.version}, but version {job['version']} was asked for")
-        if not job["goes_on"]:
-            self._forget_prefixes()
+        self._check(job)
         engine, ended, cached = self.engine, {}, 0
         torch.manual_seed(job["rows"][0][1])  # vLLM draws drafts without the seeds of their requests
         try:
-            for i, (ids, seed, most) in enumerate(job["rows"]):
-                params = SamplingParams(
-                    temperature=job["temperature"],
-                    max_tokens=most,
-                    stop_token_ids=job["stop_token_ids"],
-                    ignore_eos=True,  # the stop tokens are those that were named
-                    seed=seed,
-                    logprobs=0,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
-                engine.add_request(str(i), {"prompt_token_ids": ids}, params)
+            for i, row in enumerate(job["rows"]):
+                self._add(str(i), row, job)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     ended[int(output.request_id)] = _completion(output.outputs[0])
@@ -171,6 +162,46 @@ class Engine:
             engine.abort_request([str(i) for i in range(len(job["rows"])) if i not in ended])
             raise
         return {"completions": [ended[i] for i in range(len(job["rows"]))], "cached": cached}
+
+    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Decode requests that come and go, until one ends. Without `goes_on` those of an earlier call are given up."""
+        self._check(job)
+        engine, ended = self.engine, {}
+        engine.abort_request(job["gone"])
+        self.asked -= set(job["gone"])
+        for name, row in job["new"].items():
+            self._add(name, row, job)
+            self.asked.add(name)
+        for _ in range(job["steps"]):
+            if engine.has_unfinished_requests() and not ended:
+                for output in engine.step():
+                    ended[output.request_id] = _completion(output.outputs[0])
+                    ended[output.request_id]["cached"] = output.num_cached_tokens or 0
+        self.asked -= set(ended)
+        return {"completions": ended}
+
+    def _check(self, job: dict[str, Any]) -> None:
+        if self.version is None or self.version != job["version"]:
+            raise RuntimeError(f"it holds version {self.version}, but version {job['version']} was asked for")
+        if not job["goes_on"]:
+            self._forget_prefixes()
+
+    def _add(self, name: str, row: list[Any], job: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        ids, seed, most = row
+        params = SamplingParams(
+            temperature=job["temperature"],
+            max_tokens=most,
+            stop_token_ids=job["stop_token_ids"],
+            ignore_eos=True,  # the stop tokens are those that were named
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self.engine.add_request(name, {"prompt_token_ids": ids}, params)
 
 
 def _completion(output: Any) -> dict[str, Any]:
@@ -194,7 +225,8 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({"/state": self._state})
 
     def do_POST(self) -> None:
-        self._answer({"/load": self._load, "/publish": self._publish, "/sleep": self._sleep, "/sample": self._sample})
+        ways = {"/load": self._load, "/publish": self._publish, "/sleep": self._sleep}
+        self._answer(ways | {"/sample": self._sample, "/answer": self._agents})
 
     def _answer(self, ways: dict[str, Any]) -> None:
         key = self.headers.get("Authorization", "")
@@ -257,6 +289,10 @@ class Handler(BaseHTTPRequestHandler):
                 self._line({"ended": ended})
 
         self._line(engine.sample(job, report))
+
+    def _agents(self) -> None:
+        job = json.loads(self._body())
+        self._say(200, self._engine().answer(job))
 
     def _engine(self) -> Engine:
         if self.server.engine is None:

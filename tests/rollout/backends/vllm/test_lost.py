@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +24,10 @@ from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
-from rollout.group import RolloutGroup
+from rollout.group import Completion, RolloutGroup
 from rollout.pool import PoolOptions
 from rollout.sampling import EnvironmentSpec, SamplingParams
+from rollout.serving import Request
 
 PROMPTS, CANARIES = prompts_of(9, 1, 17), prompts_of(4)
 PARAMS = SamplingParams(3, 0.7, 8, seed=5, step=2)
@@ -310,3 +312,32 @@ def test_it_has_the_gpus_that_are_not_the_learners_and_all_of_their_memory(case,
         assert pool.sample(PROMPTS, PARAMS) == case.sample()
     finally:
         pool.close()
+
+
+def answers(case: Case, cancelled: int | None = None) -> list[tuple[int, Completion]]:
+    """What requests of agents are told, in the order of the requests."""
+    params, told = replace(PARAMS, group_size=1), {}
+    relay = case.pool.relay(params, 0, 8)
+    requests = [Request(prompt, params, partial(told.setdefault, number)) for number, prompt in enumerate(PROMPTS)]
+    for request in requests:
+        relay.add(request)
+    while relay.busy:
+        relay.round()
+        if cancelled is not None and len(told) == 1:
+            relay.drop(requests[cancelled])
+    return [(number, told[number].completion) for number in sorted(told)]
+
+
+def test_requests_of_agents_outlive_a_server(case):
+    case.pool.sample_on_each(CANARIES, PARAMS)
+    expected = answers(case)
+    assert [number for number, _ in expected] == [0, 1, 2]
+    for (_, completion), group in zip(expected, case.pool.sample(PROMPTS, PARAMS), strict=True):
+        assert (completion.token_ids, completion.cached) == (group.completions[0].token_ids, 7)
+    case.strike("answer SIGKILL")
+    assert answers(case) == expected
+    assert case.pool.metrics()["faults/vllm"] == 1
+    assert answers(case, cancelled=2) == expected[:2]
+    case.pool.published = None
+    with pytest.raises(RolloutError, match="has not confirmed the last publication"):
+        answers(case)

@@ -25,9 +25,10 @@ from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
-from rollout.group import Prompt
+from rollout.group import Prompt, RolloutGroup
 from rollout.pool import PoolOptions
 from rollout.sampling import EnvironmentSpec, SamplingParams
+from rollout.serving import News, Request
 
 pytestmark = needs_vllm
 PROMPTS = prompts_of(9, 1, 17, 4, 30, 11)
@@ -184,6 +185,36 @@ def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_onc
     assert len(later) == 4
     read, cached = (sum(numbers) for numbers in zip(*later, strict=True))
     assert cached > 0.6 * read, (read, cached, first)
+
+
+def test_requests_of_agents_are_answered_as_they_come_and_read_their_turns_once(policy, tmp_path):
+    settings = VLLMSettings(python=PYTHON, log=tmp_path / "vllm.log", engine={"block_size": 32})
+    pool = VLLMPool(policy, PoolOptions(vllm=settings))
+    params, groups = replace(PARAMS, group_size=1, draft_tokens=0), list[RolloutGroup]()
+
+    def ask(prompt: Prompt) -> None:
+        def told(news: News) -> None:
+            assert news.completion is not None
+            groups.append(RolloutGroup(prompt, [news.completion]))
+            if len(prompt.token_ids) < 100:
+                ask(replace(prompt, token_ids=[*prompt.token_ids, *news.completion.token_ids, *[5] * 40]))
+
+        relay.add(Request(prompt, replace(params, start=len(prompt.token_ids)), told))
+
+    try:
+        relay = pool.relay(params, 0, 8)
+        for prompt in PROMPTS:
+            ask(prompt)
+        while relay.busy:
+            relay.round()
+        assert len(pool.sample(PROMPTS, params)) == len(PROMPTS)
+    finally:
+        pool.close()
+    scores = [score for of_group in logprobs_of_groups(policy, groups, params.temperature) for score in of_group]
+    for completion, of_learner in zip(completions(groups), scores, strict=True):
+        assert completion.logprobs == pytest.approx(of_learner, abs=EXACT)
+    assert len(groups) > 2 * len(PROMPTS)
+    assert sum(completion.cached for completion in completions(groups)) > 32 * len(PROMPTS)
 
 
 def test_more_rows_than_are_decoded_together(pool):

@@ -1,0 +1,65 @@
+"""The requests of agents, which Ray's workers decode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from rollout.faults import RolloutError
+from rollout.group import Completion
+from rollout.relay import Answering, Relay
+from rollout.sampling import SamplingParams
+from rollout.workers import Call
+
+if TYPE_CHECKING:
+    from rollout.ray_pool import RayPool
+
+CALLS = count()
+WAIT_S = 0.02  # that a new request may wait for the completions of others before a worker that is idle gets it
+
+
+class RayRelay(Relay):
+    """Requests with the same `home` are decoded by the same worker, which has kept their caches, while it is there."""
+
+    def __init__(self, pool: RayPool, version: int, params: SamplingParams, cache_tokens: int, max_rows: int) -> None:
+        super().__init__(pool.policy, version, max_rows * len(pool.workers.actors))
+        self.pool = pool
+        self.answering = Answering(next(CALLS), version, params, cache_tokens, max_rows, pool.costs)
+        self.worker_of: dict[int, int] = {}  # by the number of a request that a worker was asked
+        self.calls: dict[Any, Call] = {}
+
+    def exchange(self) -> Mapping[int, Completion]:
+        pool, ended = self.pool, dict[int, Completion]()
+        if not pool._all_in():  # a worker is new
+            pool._settle()
+        self._ask(sorted(pool.ready))
+        for call, answer, lost in pool.workers.ended(self.calls, WAIT_S) if self.calls else ():
+            if lost:
+                pool._replace(call, lost, ("answers", call.worker))
+                self.worker_of = {n: worker for n, worker in self.worker_of.items() if worker != call.worker}
+            elif isinstance(answer, RolloutError):
+                raise answer
+            else:
+                pool.faults.done(("answers", call.worker))
+                ended |= answer
+        return ended
+
+    def _ask(self, ready: Sequence[int]) -> None:
+        """Every worker without a call gets its new requests, and goes on with the others."""
+        pool, busy = self.pool, {call.worker for call in self.calls.values()}
+        new: dict[int, dict[int, Any]] = {worker: {} for worker in ready if worker not in busy}
+        for number, request in self.requests.items():
+            worker = ready[request.home % len(ready)]
+            if number not in self.worker_of and worker in new:
+                prompt = replace(request.prompt, text="", columns={}, messages=None)  # nothing else is read there
+                new[worker][number] = prompt, request.params
+                self.worker_of[number] = worker
+        late = f"its answers took longer than rollout.timeout_s={pool.timeout_s:g}"
+        for worker, requests in new.items():
+            gone = [number for number in self.gone if self.worker_of.get(number) == worker]
+            if requests or gone or any(self.worker_of.get(number) == worker for number in self.requests):
+                call = pool.workers.call(worker, "answer", self.answering, requests, gone)
+                self.calls[call] = Call(worker, None, pool.timeout_s, late)
+                self.gone.difference_update(gone)

@@ -1,0 +1,117 @@
+"""Requests that are decoded elsewhere: the same tokens, told once, also where what decodes them is lost."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from talks import BASE, TURNS, talked
+
+from rollout.engine import Engine
+from rollout.faults import RolloutError
+from rollout.group import Prompt
+from rollout.ray_relay import CALLS
+from rollout.relay import Answering, Desk, Relay
+from rollout.sampling import SamplingParams
+from rollout.serving import Request, Serving
+
+torch.set_num_threads(1)
+KEPT = 10_000
+
+
+class Beside(Relay):
+    """Its desk is in this process. With `dies` it is lost every now and then, with all that it has."""
+
+    def __init__(self, engine: Engine, answering: Answering, dies: bool = False) -> None:
+        super().__init__(engine.policy, 0, answering.max_rows)
+        self.engine, self.answering, self.chance = engine, answering, random.Random(1)
+        self.dies, self.losses = dies, 0
+        self.begin()
+
+    def begin(self) -> None:
+        self.desk, self.held = Desk(self.engine), set[int]()
+
+    def exchange(self):
+        new = {number: request for number, request in self.requests.items() if number not in self.held}
+        self.held |= set(new)
+        ended = self.desk.answer(self.answering, {n: (r.prompt, r.params) for n, r in new.items()}, [*self.gone])
+        self.gone.clear()
+        if self.dies and self.chance.random() < 0.2:
+            self.losses += 1
+            self.begin()
+            return {}
+        return ended
+
+
+LONG = replace(BASE, stop_token_ids=(), max_completion_tokens=200, draft_tokens=0)  # more than one exchange
+
+
+def answering(params: SamplingParams = LONG) -> Answering:
+    return Answering(next(CALLS), 0, params, KEPT, 4)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_contract_4_a_relay_gives_the_tokens_of_the_engine_and_each_once(taught_policy, dies):
+    engine = Engine(taught_policy())
+    expected = talked(Serving(engine.decoder, replace(BASE, draft_tokens=0)))
+    relay = Beside(engine, answering(replace(BASE, draft_tokens=2)), dies)
+    found = talked(relay)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert (relay.losses > 3) == dies
+    assert sum(one.cached > 0 for one in found) > (3 if dies else len(found) * (TURNS - 1) // TURNS - 1)
+    assert not relay.desk.requests
+
+
+def test_a_request_that_nobody_waits_for_is_given_up_everywhere(taught_policy):
+    engine = Engine(taught_policy())
+    relay, news = Beside(engine, answering()), []
+    request = Request(Prompt("p", "", [5, 6, 7]), LONG, news.append)
+    other = replace(request, tell=lambda _: None)
+    relay.add(request)
+    relay.add(other)
+    relay.round()
+    assert len(relay.desk.requests) == 2
+    assert (relay.alive, relay.free) == (2, 2)
+    relay.drop(request)
+    while relay.busy:
+        relay.round()
+    assert news == []
+    assert not relay.desk.requests
+    waits = replace(request, tell=news.append)
+    relay.add(waits)
+    relay.drop(waits)
+    assert not relay.busy
+
+
+def test_when_decoding_cannot_go_on_everybody_is_told_why(taught_policy):
+    relay, news = Beside(Engine(taught_policy()), answering()), []
+    for _ in range(2):
+        relay.add(Request(Prompt("p", "", [5, 6, 7]), LONG, news.append))
+    relay.round()
+    relay.add(Request(Prompt("p", "", [5, 6, 7]), LONG, news.append))
+    assert len(relay.give_up("out of memory")) == 3
+    assert [each.error for each in news[-3:]] == ["out of memory"] * 3
+    assert not relay.busy
+
+
+def test_what_no_sampler_can_continue_is_refused_at_once(taught_policy):
+    relay = Beside(Engine(taught_policy()), answering())
+    relay.check([Prompt("p", "", [5])], BASE)
+    for ids, said in (([], "has no tokens"), ([10**6], "outside the vocabulary"), ([5] * 250, "passes the context")):
+        with pytest.raises(RolloutError, match=said):
+            relay.check([Prompt("p", "", ids)], BASE)
+
+
+def test_another_call_begins_a_batch_of_its_own(taught_policy):
+    """What was kept is of the weights of an earlier call."""
+    desk, first, second = Desk(Engine(taught_policy())), answering(), answering()
+    request = {0: (Prompt("p", "", [5] * 30), replace(BASE, stop_token_ids=(), max_completion_tokens=1))}
+    desk.answer(first, request, [])
+    before = desk.serving
+    desk.answer(first, {}, [])
+    assert desk.serving is before
+    desk.answer(second, request, [])
+    assert desk.serving is not before
+    assert desk.serving.conversations.held == []
+    desk.close()
+    assert desk.serving is None
