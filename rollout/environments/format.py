@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import regex
@@ -105,11 +106,16 @@ class TurnFormat:
         self._special = [*added.values(), *tokenizer.all_special_tokens]
         self._stops = {tokenizer.eos_token_id, *stop_token_ids}
         self._response_template = template
-        self.opening = regex.compile("<<")  # how a call begins
-        if template is not None:
+        if not self.is_plain:
             self._opening = self._render([_USER], add_generation_prompt=True)
-            calls = load_response_template(template).fields.get("tool_calls")
-            self.opening = calls.open_re if calls is not None else regex.compile("(?!)")
+
+    @cached_property
+    def opening(self) -> Any:
+        """A pattern of how a call begins, of the package regex."""
+        if self._response_template is None:
+            return regex.compile("<<")
+        calls = load_response_template(self._response_template).fields.get("tool_calls")
+        return regex.compile("(?!)") if calls is None else calls.open_re
 
     def tools_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The ids of the first prompt, with what the tools are, up to and with the generation prompt.
@@ -170,7 +176,7 @@ class TurnFormat:
         end, text = self._follow({"role": "assistant", "content": "", "tool_calls": shown}, messages)
         ids, closing = self._encode(text), self._encode(end)[-1:]
         if turn[-1] in self._stops:
-            return ids[1:] if ids[0] in self._stops else ids
+            return ids[1:] if ids[:1] and ids[0] in self._stops else ids
         return [*closing, *ids] if closing[0] in self._stops else ids
 
     def lines(self, messages: Sequence[dict[str, Any]]) -> str:
@@ -184,7 +190,7 @@ class TurnFormat:
                 if following["role"] != "tool":
                     text, results = text + "\n".join(results) + ">>", []
             elif message["role"] == "assistant":
-                marks = "".join(f"<<{self._mark(Call(call['name'], call['arguments']))}=" for call in calls)
+                marks = "".join(f"<<{self._mark(Call(call['name'], call.get('arguments')))}=" for call in calls)
                 text += f"{message['content']}{marks}{self._tokenizer.eos_token}" + ("" if calls else "\n")
             else:
                 text += f"{message['content']}\n"
@@ -309,7 +315,8 @@ class TurnFormat:
         raise BadCall(f"The arguments of {name} must be a JSON object with the keys {', '.join(fields)}.")
 
     def _mark(self, call: Call) -> str:
-        fields, values = self._parameters.get(call.name, []), list(call.arguments.values())
+        fields = self._parameters.get(call.name, [])
+        values = list(call.arguments.values()) if isinstance(call.arguments, dict) else []  # what a client sends back
         alone = len(fields) == len(values) == 1 and isinstance(values[0], str)
         arguments = values[0] if alone else json.dumps(call.arguments)
         return arguments if len(self._parameters) == 1 else f"{call.name} {arguments}"

@@ -18,13 +18,12 @@ from grpo.endpoint.batcher import Batcher, Counts
 from grpo.endpoint.episode import Episode
 from grpo.endpoint.served import Served
 from policies.presets import small_tokenizer
-from rollout.environments.format import BadCall, TurnFormat
 from rollout.group import Completion, DraftStats, Prompt
 from rollout.sampling import SamplingParams
 from rollout.serving import News
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-CORPUS = ["Each gets <<48/2=24>>24 apples.\n", "3 + 4 = 7 sold\n"] * 20
+CORPUS = ["Each gets <<48/2=24>>24 apples.\n", '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'] * 20
 CALCULATE = {
     "type": "function",
     "function": {"name": "calculate", "parameters": {"properties": {"expression": {"type": "string"}}}},
@@ -121,27 +120,32 @@ def raw(text: str) -> str:
     return f"<tool_call>\n{text}\n</tool_call>"
 
 
-ONE = call("calculate", expression="48/2")
+def added(value: str) -> str:
+    return raw(f'{{"name": "add", "arguments": {{"a": {value}}}}}')
+
+
+ONE, SOLVED = call("calculate", expression="48/2"), ("calculate", {"expression": "48/2"})
+LETTERS = "½ × 4 — 𝟜 é\u202e"
 DEEP = "[" * 3000 + "]" * 3000
 # What the policy wrote; names and arguments of the calls that the agent gets, or None where the answer is text; what
 # is counted besides the calls.
 CASES = {
-    "one": (ONE, [("calculate", {"expression": "48/2"})], {}),
-    "after a text": (f"Let me see.\n{ONE}", [("calculate", {"expression": "48/2"})], {}),
-    "two": (f"{ONE}\n{call('add', a=1, b=2)}", [("calculate", {"expression": "48/2"}), ("add", {"a": 1, "b": 2})], {}),
-    "the same twice": (f"{ONE}{ONE}", [("calculate", {"expression": "48/2"})] * 2, {}),
+    "one": (ONE, [SOLVED], {}),
+    "after a text": (f"Let me see.\n{ONE}", [SOLVED], {}),
+    "two": (f"{ONE}\n{call('add', a=1, b=2)}", [SOLVED, ("add", {"a": 1, "b": 2})], {}),
+    "the same twice": (f"{ONE}{ONE}", [SOLVED] * 2, {}),
     "not offered": (call("rm", path="/"), [("rm", {"path": "/"})], {"unknown_tools": 1}),
-    "one of two not offered": (f"{ONE}{call('rm')}", [("calculate", {"expression": "48/2"}), ("rm", {})], {"unknown_tools": 1}),
+    "one of two not offered": (ONE + call("rm"), [SOLVED, ("rm", {})], {"unknown_tools": 1}),
     "without arguments": (raw('{"name": "add"}'), [("add", {})], {}),
     "null arguments": (raw('{"name": "add", "arguments": null}'), [("add", {})], {}),
-    "unicode": (call("calculate", expression="½ × 4 — 𝟜 é\u202e"), [("calculate", {"expression": "½ × 4 — 𝟜 é\u202e"})], {}),
+    "unicode": (call("calculate", expression=LETTERS), [("calculate", {"expression": LETTERS})], {}),
     "braces and marks in strings": (
         call("calculate", expression='}{"}] <tool_call> \\" {"name": "add"}'),
         [("calculate", {"expression": '}{"}] <tool_call> \\" {"name": "add"}'})],
         {},
     ),
     "huge": (call("calculate", expression="1+" * 15_000), [("calculate", {"expression": "1+" * 15_000})], {}),
-    "text after it": (f"{ONE}\nDone.", [("calculate", {"expression": "48/2"})], {}),
+    "text after it": (f"{ONE}\nDone.", [SOLVED], {}),
     "no end mark": (ONE.removesuffix("\n</tool_call>"), None, {"malformed_calls": 1}),
     "an end mark in a string": (call("calculate", expression="</tool_call>"), None, {"malformed_calls": 1}),
     "no JSON": (raw("calculate(48/2)"), None, {"malformed_calls": 1}),
@@ -157,19 +161,17 @@ CASES = {
     "arguments in a string": (raw('{"name": "add", "arguments": "{}"}'), None, {"malformed_calls": 1}),
     "the second is bad": (f"{ONE}\n{raw('{')}", None, {"malformed_calls": 1}),
     "the first is bad": (f"{raw('{')}\n{ONE}", None, {"malformed_calls": 1}),
-    "nested too deeply": (raw('{"name": "add", "arguments": {"a": %s}}' % DEEP), None, {"malformed_calls": 1}),
-    "nested a hundred levels": (
-        raw('{"name": "add", "arguments": {"a": %s1%s}}' % ("[" * 120, "]" * 120)), None, {"malformed_calls": 1}
-    ),
-    "half a character": (raw('{"name": "add", "arguments": {"a": "\\ud83d"}}'), None, {"malformed_calls": 1}),
-    "infinite": (raw('{"name": "add", "arguments": {"a": 1e999}}'), None, {"malformed_calls": 1}),
-    "not a number": (raw('{"name": "add", "arguments": {"a": NaN}}'), None, {"malformed_calls": 1}),
-    "an integer of 9,000 digits": (raw('{"name": "add", "arguments": {"a": %s}}' % ("9" * 9000)), None, {"malformed_calls": 1}),
+    "nested too deeply": (added(DEEP), None, {"malformed_calls": 1}),
+    "nested in 120 lists": (added("[" * 120 + "]" * 120), None, {"malformed_calls": 1}),
+    "half a character": (added('"\\ud83d"'), None, {"malformed_calls": 1}),
+    "infinite": (added('1e999'), None, {"malformed_calls": 1}),
+    "not a number": (added('NaN'), None, {"malformed_calls": 1}),
+    "an integer of 9,000 digits": (added("9" * 9000), None, {"malformed_calls": 1}),
     "an end without a beginning": ("3 apples</tool_call>", None, {"malformed_calls": 1}),
     "a call in a call": (f"<tool_call>{ONE}</tool_call>", None, {"malformed_calls": 1}),
     "a text": ("There are 24 <tool> calls {}.", None, {}),
 }  # fmt: skip
-CUT = {"no end mark": (CASES["no end mark"][0], [("calculate", {"expression": "48/2"})], {})}  # by a limit, just there
+CUT = {"no end mark": (CASES["no end mark"][0], [SOLVED], {})}  # by a limit, just there
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +179,12 @@ def qwen():
     return tokenizer_of("qwen2_5")
 
 
-def served_by(tokenizer, **more):
-    stops = (tokenizer.eos_token_id,)
-    params = SamplingParams(1, 1.0, 90_000, stops, seed=5)
-    return Served("policy", Written(tokenizer), params, "")
+def params_of(tokenizer):
+    return SamplingParams(1, 1.0, 90_000, (tokenizer.eos_token_id,), seed=5)
+
+
+def served_by(tokenizer):
+    return Served("policy", Written(tokenizer), params_of(tokenizer), "")
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -210,31 +214,141 @@ def test_calls_of_all_kinds_reach_the_client_and_are_counted(qwen, name, ends):
     assert counted == {name: 2 * n for name, n in expected.items() if n}  # whole, and streamed
 
 
-@pytest.mark.parametrize("ends", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_contract_14_a_call_that_an_agent_sends_back_keeps_its_tokens(qwen, name, ends):
-    """The agent goes on with results, or with a question where it got text; the next prompt begins with the very
-    tokens that were sampled, and goes on as the chat template writes it."""
-    text, calls, counts = CASES[name] if ends else (CASES | CUT)[name]
-    batcher, prompt = Written(qwen), Prompt("1", "", [5])
-    params = SamplingParams(1, 1.0, 90_000, (qwen.eos_token_id,), seed=5)
-    episode = Episode(prompt, 0, batcher, params, temperature=1.0)
-    [job] = episode.jobs(asked_of([USER]))
-    completion = completion_of(qwen, text + ("<|im_end|>" if ends else ""), params.stop_token_ids)
+def goes_on(tokenizer, text, **more):
+    """An episode in which the agent sends an answer back, with results, or with a question where it got a text. Returns
+    it, the message, the completion and the tokens that the policy reads after it."""
+    episode = Episode(Prompt("1", "", [5]), 0, Written(tokenizer), params_of(tokenizer), temperature=1.0)
+    asked = asked_of([USER], **more)
+    [job] = episode.jobs(asked)
+    completion = completion_of(tokenizer, text, params_of(tokenizer).stop_token_ids)
     job.keep(completion)
-    answer = Answer(episode, asked_of([USER]), [job])
+    answer = Answer(episode, asked, [job])
     answer.done[0] = completion
     message = answer.whole()["choices"][0]["message"]
     results = [{"role": "tool", "tool_call_id": c["id"], "content": "24"} for c in message.get("tool_calls", [])]
-    [job] = episode.jobs(asked_of([USER, message, *(results or [USER])]))
+    [job] = episode.jobs(asked_of([USER, message, *(results or [USER])], **more))
     assert len(episode.segments) == 1
     begun = [*episode.segments[0].prompt.token_ids, *completion.token_ids]
     assert job.prompt.token_ids[: len(begun)] == begun
-    new = qwen.decode(job.prompt.token_ids[len(begun) :])
-    shown = "\n<tool_response>\n24\n</tool_response>" * len(results) if results else "\nHow many?"
-    assert new == f"{'' if ends else '<|im_end|>'}\n<|im_start|>user{shown}<|im_end|>\n<|im_start|>assistant\n"
-    job.keep(completion_of(qwen, "24<|im_end|>", params.stop_token_ids))
+    job.keep(completion_of(tokenizer, f"24{tokenizer.eos_token}", params_of(tokenizer).stop_token_ids))
+    return episode, message, completion, job.prompt.token_ids[len(begun) :]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_contract_14_a_call_that_an_agent_sends_back_keeps_its_tokens(qwen, name, ends):
+    """The next prompt begins with the very tokens that were sampled, and goes on as the chat template writes it."""
+    text, calls, counts = CASES[name] if ends else (CASES | CUT)[name]
+    episode, _, completion, new = goes_on(qwen, text + ("<|im_end|>" if ends else ""))
+    assert qwen.encode(qwen.decode(completion.token_ids)) != completion.token_ids
+    shown = "\n<tool_response>\n24\n</tool_response>" * len(calls or []) or "\nHow many?"
+    end = "" if ends else "<|im_end|>"
+    assert qwen.decode(new) == f"{end}\n<|im_start|>user{shown}<|im_end|>\n<|im_start|>assistant\n"
     done = episode.finish({})
     assert done.tools.bad_calls == (1 if counts else 0)
     assert (done.turns[1]["content"] == text) is (calls is None)
-    assert [turn["role"] for turn in done.turns[2:]] == ["tool" if results else "user"] * max(1, len(results)) + ["assistant"]
+    between = ["tool"] * len(calls or []) or ["user"]
+    assert [turn["role"] for turn in done.turns[2:]] == [*between, "assistant"]
+
+
+LLAMA = {"eos_token": "<|eot_id|>", "additional_special_tokens": ["<|start_header_id|>", "<|python_tag|>"]}
+GLM = {"eos_token": "<|observation|>"}
+DEEPSEEK = {
+    "eos_token": "<｜end▁of▁sentence｜>",
+    "additional_special_tokens": ["<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"],
+}
+V3 = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 3}\n```<｜tool▁call▁end｜>'
+V31 = '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 3}<｜tool▁call▁end｜>'
+CODER = "<tool_call>\n<function=add>\n<parameter=a>\n3\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("template", "known", "special", "text"),
+    [
+        ("qwen3", True, {}, "<think>\nAs in <tool_call>\n</think>\n\n" + call("add", a=3)),
+        ("qwen3", False, {}, call("add", a=3)),
+        ("qwen3_5_think", False, {}, CODER),
+        ("llama3_1", True, LLAMA, '{"name": "add", "parameters": {"a": 3}}'),
+        ("llama3_1", False, LLAMA, '{"name": "add", "parameters": {"a": 3}}'),
+        ("llama3_1", False, LLAMA, '<|python_tag|>{"name": "add", "parameters": {"a": 3}}'),
+        ("deepseekv3", True, DEEPSEEK, f"{V3}<｜tool▁calls▁end｜>"),
+        ("deepseekv3", True, DEEPSEEK, f"<｜tool▁calls▁begin｜>{V31}<｜tool▁calls▁end｜>"),
+        ("gemma4", False, {"eos_token": "<turn|>"}, "<|tool_call>call:add{a:3}<tool_call|>"),
+        ("glm4moe", False, GLM, "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"),
+        ("lfm2_2_5", False, {}, "<|tool_call_start|>[add(a=3)]<|tool_call_end|>"),
+    ],
+)
+def test_families_of_models_write_calls_in_forms_of_their_own(template, known, special, text):
+    """Also where the chat template is not, word for word, one that TRL knows."""
+    tokenizer = tokenizer_of(template, **special)
+    tokenizer.chat_template += "" if known else "{# changed #}"
+    _, message, _, new = goes_on(tokenizer, f"{text}{tokenizer.eos_token}")
+    [made] = message["tool_calls"]
+    assert (made["function"]["name"], json.loads(made["function"]["arguments"])) == ("add", {"a": 3})
+    assert message["content"] == (text.partition("\n<tool_call>\n{")[0].rstrip() if "</think>" in text else None)
+    assert "24" in tokenizer.decode(new)
+    served = Served("policy", Written(tokenizer), params_of(tokenizer), "")
+    _, streamed, _ = joined(answer_to(served, asked_of([USER]), f"{text}{tokenizer.eos_token}")[1])
+    assert [call["arguments"] for call in streamed] == [made["function"]["arguments"]]
+
+
+def test_a_base_model_calls_in_the_marks_of_its_solutions():
+    """Without a chat template the conversation is in lines, as an environment writes it, so that a warm start in an
+    environment is one for an agent."""
+    tokenizer = tokenizer_of(None)
+    episode, message, _, new = goes_on(tokenizer, "Each gets <<48/2=<|end|>", tools=[CALCULATE])
+    assert tokenizer.decode(episode.segments[0].prompt.token_ids) == "How many?\n"
+    assert message["content"] == "Each gets "
+    [made] = message["tool_calls"]
+    assert made["function"] == {"name": "calculate", "arguments": '{"expression": "48/2"}'}
+    assert tokenizer.decode(new) == "24>>"
+    again = asked_of([USER, message, {"role": "tool", "content": "2<|end|>4"}, USER], tools=[CALCULATE])
+    [job] = Served("policy", Written(tokenizer), params_of(tokenizer), "").jobs(again)
+    assert job.prompt.text == "How many?\nEach gets <<48/2=<|end|>2< |end|>4>>How many?\n"
+    _, message, _, new = goes_on(tokenizer, "Each gets <<48/2<|end|>", tools=[CALCULATE])
+    assert message["content"] == "Each gets <<48/2"
+    with pytest.raises(ApiError, match="no chat template"):
+        episode.jobs(asked_of([USER], tools=None))
+
+
+def test_what_a_request_says_of_calls_is_heeded(qwen):
+    two = f"{ONE}\n{call('add', a=1)}<|im_end|>"
+    served = served_by(qwen)
+    whole, choices = answer_to(served, asked_of([USER], parallel_tool_calls=False), two)
+    assert [c["function"]["name"] for c in whole["message"]["tool_calls"]] == ["calculate"]
+    assert len(joined(choices)[1]) == 1
+    assert served.batcher.counts.dropped_calls == 2
+    shown = served.jobs(asked_of([USER], tool_choice="auto"))[0].prompt.token_ids
+    assert served.jobs(asked_of([USER], tool_choice="none"))[0].prompt.token_ids == shown
+    whole, _ = answer_to(served, asked_of([USER], tool_choice="none"), two)
+    assert (whole["message"]["content"], whole["finish_reason"]) == (two.removesuffix("<|im_end|>"), "stop")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "why"),
+    [
+        ({"tool_choice": "required"}, "tool_choice", "a forced call would not be drawn from its distribution"),
+        ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice", "leave it out"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "a grammar would draw from another"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "ask for JSON"),
+        ({"tools": [ADD, ADD]}, "tools", "two tools have one name"),
+        ({"tools": [{"type": "function"}]}, "tools", "a tool is"),
+        ({"tools": [{"type": "function", "function": {"name": 3}}]}, "tools", "a tool is"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "bool"),
+    ],
+)
+def test_what_would_change_the_distribution_is_refused_by_name(body, param, why):
+    with pytest.raises(ApiError) as refused:
+        asked_of([USER], **body)
+    assert refused.value.param == param
+    assert why in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [None, 3, [], {"properties": 3}, {"properties": {"a": 3}}, {"properties": {"a": {"anyOf": [{"type": 3}]}}}],
+)
+def test_a_schema_that_is_none_does_no_harm(qwen, parameters):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
+    whole, _ = answer_to(served_by(qwen), asked_of([USER], tools=tools), f"{call('add', a='3')}<|im_end|>")
+    assert json.loads(whole["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": "3"}
