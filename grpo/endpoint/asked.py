@@ -83,7 +83,8 @@ def message_of(value: Any) -> dict[str, Any]:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """Chat templates want the arguments of a call as an object; OpenAI's clients send them as a JSON text."""
+    """Chat templates want the arguments of a call as an object; OpenAI's clients send them as a JSON text, and some
+    with fields of their own, such as `parsed_arguments`, which are left out."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError('a call of a tool is {"type": "function", "function": {"name": ..., "arguments": ...}}')
@@ -92,7 +93,8 @@ def _call(call: Any) -> dict[str, Any]:
         with suppress(ValueError):  # else it stays as a model wrote it
             value = parse_json(arguments)
             arguments = arguments if unfit(value) else value
-    return {**call, "function": {**function, "arguments": arguments}}
+    own = {name: call[name] for name in ("id", "type") if name in call}
+    return own | {"function": {"name": function["name"], "arguments": arguments}}
 
 
 def _tools(value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:

@@ -156,6 +156,8 @@ class TurnFormat:
                 text, calls = self._read_marks(str(self._tokenizer.decode(ids)))
             else:
                 text, calls = self._cut_own(str(self._tokenizer.decode(ids)))
+                stop = str(self._tokenizer.decode(ids[-1:])) if ids[-1:] and ids[-1] in self._stops else ""
+                text = text.removesuffix(stop)
             for name, arguments in calls:
                 if not (isinstance(name, str) and name and isinstance(arguments, dict)):
                     raise BadCall("A call has a name, and a JSON object of arguments.")

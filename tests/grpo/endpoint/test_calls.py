@@ -15,6 +15,7 @@ from grpo.endpoint.answers import Answer
 from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.asked import ChatAsked, read
 from grpo.endpoint.batcher import Batcher, Counts
+from grpo.endpoint.endpoint import Endpoint
 from grpo.endpoint.episode import Episode
 from grpo.endpoint.served import Served
 from policies.presets import small_tokenizer
@@ -60,6 +61,19 @@ class Written:
         self._changed = threading.Lock()
 
     count = Batcher.count
+
+    def submit(self, requests) -> None:
+        """The policy calls once, and answers once it has read a result."""
+        for request in requests:
+            tokenizer = self.engine.policy.tokenizer
+            text = "#### 24" if "<tool_response>" in tokenizer.decode(request.prompt.token_ids) else f"Hm. {ONE}"
+            completion = completion_of(tokenizer, f"{text}<|im_end|>", (tokenizer.eos_token_id,))
+            for token in completion.token_ids[:-1]:
+                request.tell(News([token], [-0.5], version=7))
+            request.tell(News(completion.token_ids[-1:], [-0.5], completion, version=7))
+
+    def cancel(self, requests) -> None:
+        pass
 
 
 def letters(tokenizer, text: str) -> list[int]:
@@ -267,12 +281,12 @@ CODER = "<tool_call>\n<function=add>\n<parameter=a>\n3\n</parameter>\n</function
     [
         ("qwen3", True, {}, "<think>\nAs in <tool_call>\n</think>\n\n" + call("add", a=3)),
         ("qwen3", False, {}, call("add", a=3)),
-        ("qwen3_5_think", False, {}, CODER),
+        ("qwen3_5_think", False, {}, f"Hm.\n</think>\n\n{CODER}"),
         ("llama3_1", True, LLAMA, '{"name": "add", "parameters": {"a": 3}}'),
         ("llama3_1", False, LLAMA, '{"name": "add", "parameters": {"a": 3}}'),
         ("llama3_1", False, LLAMA, '<|python_tag|>{"name": "add", "parameters": {"a": 3}}'),
-        ("deepseekv3", True, DEEPSEEK, f"{V3}<｜tool▁calls▁end｜>"),
-        ("deepseekv3", True, DEEPSEEK, f"<｜tool▁calls▁begin｜>{V31}<｜tool▁calls▁end｜>"),
+        ("deepseekv3", False, DEEPSEEK, f"{V3}<｜tool▁calls▁end｜>"),
+        ("deepseekv3", False, DEEPSEEK, f"<｜tool▁calls▁begin｜>{V31}<｜tool▁calls▁end｜>"),
         ("gemma4", False, {"eos_token": "<turn|>"}, "<|tool_call>call:add{a:3}<tool_call|>"),
         ("glm4moe", False, GLM, "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"),
         ("lfm2_2_5", False, {}, "<|tool_call_start|>[add(a=3)]<|tool_call_end|>"),
@@ -281,11 +295,12 @@ CODER = "<tool_call>\n<function=add>\n<parameter=a>\n3\n</parameter>\n</function
 def test_families_of_models_write_calls_in_forms_of_their_own(template, known, special, text):
     """Also where the chat template is not, word for word, one that TRL knows."""
     tokenizer = tokenizer_of(template, **special)
-    tokenizer.chat_template += "" if known else "{# changed #}"
+    if not known:
+        tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
     _, message, _, new = goes_on(tokenizer, f"{text}{tokenizer.eos_token}")
     [made] = message["tool_calls"]
     assert (made["function"]["name"], json.loads(made["function"]["arguments"])) == ("add", {"a": 3})
-    assert message["content"] == (text.partition("\n<tool_call>\n{")[0].rstrip() if "</think>" in text else None)
+    assert (message["content"] or "") == text[: text.index("</think>") + 8 if "</think>" in text else 0]
     assert "24" in tokenizer.decode(new)
     served = Served("policy", Written(tokenizer), params_of(tokenizer), "")
     _, streamed, _ = joined(answer_to(served, asked_of([USER]), f"{text}{tokenizer.eos_token}")[1])
@@ -352,3 +367,34 @@ def test_a_schema_that_is_none_does_no_harm(qwen, parameters):
     tools = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
     whole, _ = answer_to(served_by(qwen), asked_of([USER], tools=tools), f"{call('add', a='3')}<|im_end|>")
     assert json.loads(whole["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": "3"}
+
+
+@pytest.fixture
+def endpoint():
+    endpoint = Endpoint()
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_the_official_client_makes_a_call_and_sends_it_back(qwen, endpoint, streams):
+    """One segment: the client sends a streamed call back with fields of its own, which mean nothing."""
+    openai = pytest.importorskip("openai")
+    episode = Episode(Prompt("1", "", [5]), 0, Written(qwen), params_of(qwen), temperature=1.0)
+    with openai.OpenAI(base_url=endpoint.open(episode), api_key=endpoint.key) as client:
+        messages: list = [USER]
+        for _ in range(2):
+            asked = {"model": "policy", "messages": messages, "tools": TOOLS}
+            if streams:
+                with client.chat.completions.stream(**asked) as stream:
+                    answer = stream.get_final_completion()
+            else:
+                answer = client.chat.completions.create(**asked)
+            [choice] = answer.choices
+            messages = [*messages, choice.message]
+            for made in choice.message.tool_calls or []:
+                assert (made.function.name, made.function.arguments) == ("calculate", '{"expression": "48/2"}')
+                assert (choice.message.content, choice.finish_reason) == ("Hm.", "tool_calls")
+                messages.append({"role": "tool", "tool_call_id": made.id, "content": "24"})
+        assert (len(messages), messages[-1].content, choice.finish_reason) == (4, "#### 24", "stop")
+    assert (len(episode.segments), len(episode.answers)) == (1, 2)
