@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from grpo.endpoint.asked import Asked, ChatAsked
-from grpo.endpoint.calls import Answered, deltas, text_message
+from grpo.endpoint.calls import Reply, deltas, text_message
 from grpo.endpoint.served import Job, Served
 from grpo.endpoint.text_stream import TextStream
 from rollout.group import Completion
@@ -50,8 +50,8 @@ class Answer:
             text = stream.add(news.token_ids)
         else:  # its last tokens may complete a stop text, or be a stop token
             self.done[index] = completion
-            answered = self._answered(index, completion)
-            text = stream.finish(answered.message["content"] or "")
+            reply = self._reply(index, completion)
+            text = stream.finish(reply.message["content"] or "")
         ids, logprobs = self._without_stop(news.token_ids, news.logprobs)
         scored = self._logprobs(ids, logprobs) if self.asked.wants_logprobs and ids else None
 
@@ -66,9 +66,9 @@ class Answer:
         if text or scored:
             add({"content": text}, scored)
         if completion is not None:
-            for delta in deltas(answered.message.get("tool_calls") or []):
+            for delta in deltas(reply.message.get("tool_calls") or []):
                 add(delta)
-            add({}, None, self._reason(completion, answered), **self._ids(index, completion))
+            add({}, None, self._reason(completion, reply), **self._ids(index, completion))
         return chunks
 
     def closing(self) -> list[dict[str, Any]]:
@@ -119,23 +119,23 @@ class Answer:
 
     def _choice(self, job: Job) -> dict[str, Any]:
         completion = self.done[job.index]
-        answered = self._answered(job.index, completion)
-        content: dict[str, Any] = {"message": answered.message} if self.is_chat else {"text": completion.text}
+        reply = self._reply(job.index, completion)
+        content: dict[str, Any] = {"message": reply.message} if self.is_chat else {"text": completion.text}
         scored = None
         if self.asked.wants_logprobs:
             scored = self._logprobs(*self._without_stop(completion.token_ids, completion.logprobs))
-        end = {"logprobs": scored, "finish_reason": self._reason(completion, answered)}
+        end = {"logprobs": scored, "finish_reason": self._reason(completion, reply)}
         return {"index": job.index, **content, **end, **self._ids(job.index, completion)}
 
-    def _answered(self, index: int, completion: Completion) -> Answered:
+    def _reply(self, index: int, completion: Completion) -> Reply:
         if self.calls is None:
-            return Answered(text_message(completion.text))
-        answered = self.calls.answered(self.jobs[index].prompt, completion, index)
-        self.served.batcher.count(answered.counts)
-        return answered
+            return Reply(text_message(completion.text))
+        reply = self.calls.reply(self.jobs[index].prompt, completion, index)
+        self.served.batcher.count(reply.counts)
+        return reply
 
-    def _reason(self, completion: Completion, answered: Answered) -> str:
-        return "tool_calls" if answered.tool_calls else completion.finish_reason
+    def _reason(self, completion: Completion, reply: Reply) -> str:
+        return "tool_calls" if reply.tool_calls else completion.finish_reason
 
     def _ids(self, index: int, completion: Completion) -> dict[str, Any]:
         ids: dict[str, Any] = {"policy_version": completion.policy_version}

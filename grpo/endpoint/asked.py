@@ -93,8 +93,8 @@ def _call(call: Any) -> dict[str, Any]:
         with suppress(ValueError):  # else it stays as a model wrote it
             value = parse_json(arguments)
             arguments = arguments if unfit(value) else value
-    own = {name: call[name] for name in ("id", "type") if name in call}
-    return own | {"function": {"name": function["name"], "arguments": arguments}}
+    fields = {name: call[name] for name in ("id", "type") if name in call}
+    return fields | {"function": {"name": function["name"], "arguments": arguments}}
 
 
 def _tools(value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:

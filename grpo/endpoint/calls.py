@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.endpoint.asked import ChatAsked
+from rewards.config.json_file import unfit
 from rollout.environments.format import BadCall, TurnFormat
 from rollout.group import Completion, Prompt
 
@@ -25,7 +26,7 @@ PIECE = 64  # characters of arguments in a chunk of a stream
 
 
 @dataclass(frozen=True)
-class Answered:
+class Reply:
     """What a client gets of a completion: the message, and what is counted of its calls."""
 
     message: dict[str, Any]
@@ -44,30 +45,30 @@ class Answered:
 
 
 class Calls:
-    """Reads the answers to a request with tools, whose names are `offered`, and which may want one call at a time."""
+    """Reads the answers to a request with tools of these names, which may want one call at a time."""
 
-    def __init__(self, form: TurnFormat, offered: Sequence[str], parallel: bool) -> None:
-        self.form, self.offered, self.parallel = form, set(offered), parallel
+    def __init__(self, form: TurnFormat, names: Sequence[str], parallel: bool) -> None:
+        self.form, self.names, self.parallel = form, set(names), parallel
 
-    def answered(self, prompt: Prompt, completion: Completion, index: int = 0) -> Answered:
+    def reply(self, prompt: Prompt, completion: Completion, index: int = 0) -> Reply:
         """The same completion of the same prompt always has the same ids of calls, so that a template that shows them
         gives the same tokens again. They have nine letters, since Mistral's templates take no others."""
         try:
             text, calls = self.form.cut(completion.token_ids)
         except BadCall:
-            return Answered(text_message(completion.text), malformed_calls=1)
-        if not calls:
-            return Answered(text_message(completion.text))
-        kept = calls if self.parallel else calls[:1]
+            return Reply(text_message(completion.text), malformed_calls=1)
+        if not calls or any(unfit([name, arguments]) for name, arguments in calls):
+            return Reply(text_message(completion.text), malformed_calls=min(1, len(calls)))
+        sent = calls if self.parallel else calls[:1]
         context = json.dumps([prompt.token_ids, completion.token_ids, index]).encode()
         tool_calls = []
-        for number, (name, arguments) in enumerate(kept):
+        for number, (name, arguments) in enumerate(sent):
             digest = hashlib.blake2b(context, digest_size=5, salt=str(number).encode()).hexdigest()
             function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
             tool_calls.append({"id": digest[:9], "type": "function", "function": function})
         message = text_message(text or None) | {"tool_calls": tool_calls}
-        unknown = sum(name not in self.offered for name, _ in kept)
-        return Answered(message, len(kept), 0, unknown, len(calls) - len(kept))
+        unknown = sum(name not in self.names for name, _ in sent)
+        return Reply(message, len(sent), 0, unknown, len(calls) - len(sent))
 
     def plain_end(self, text: str, start: int) -> int:
         """Returns up to where a growing text is surely no call, and no blank before one. It is known to `start`."""
@@ -95,8 +96,8 @@ def calls_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase, stops: tuple[
     form = form_of(asked, tokenizer, stops)
     if form is None or asked.tool_choice == "none":
         return None
-    offered = [tool["function"]["name"] for tool in asked.tools or []]
-    return Calls(form, offered, asked.parallel_tool_calls is not False)
+    names = [tool["function"]["name"] for tool in asked.tools or []]
+    return Calls(form, names, asked.parallel_tool_calls is not False)
 
 
 def form_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> TurnFormat | None:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked, message_of
 from grpo.endpoint.batcher import Batcher
-from grpo.endpoint.calls import Answered, form_of, text_message
+from grpo.endpoint.calls import Reply, form_of, text_message
 from grpo.endpoint.served import Job, Served
 from rewards.episode import ToolStats
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, Segment
@@ -102,17 +102,16 @@ class Episode(Served):
                 self.segments.append(segment)
 
         def keep(completion: Completion) -> None:
-            text = Answered(text_message(completion.text))
-            answered = calls.answered(prompt, completion) if calls else text
+            reply = calls.reply(prompt, completion) if calls else Reply(text_message(completion.text))
             with self._lock:
                 if self.ended:
                     return
                 segment.add(read, completion)
-                message = _plain(message_of(answered.message))
+                message = _plain(message_of(reply.message))
                 segment.said, segment.waits = _with_answer(said, completion, message), False
                 self.turns += [*new, message]
                 self.answers.append(completion)
-                self.bad_calls += answered.bad
+                self.bad_calls += reply.bad
 
         return [Recorded(0, replace(prompt, first_sample=self.sample), params, keep)]
 

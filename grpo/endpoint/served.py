@@ -137,8 +137,10 @@ class Served:
         if asked.tools and form is None:
             _say_what_becomes_of_tools("tools" in str(self.tokenizer.chat_template))
         try:
-            by_lines = form is not None and form.is_plain
-            text = form.lines(asked.messages) if by_lines else self._by_template(asked.messages, asked.tools)
+            if form is not None and form.is_plain:
+                text = form.lines(asked.messages)
+            else:
+                text = self._by_template(asked.messages, asked.tools)
         except ValueError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
         self._refuse_long(text, "messages")

@@ -11,7 +11,7 @@ BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no whole charact
 
 class TextStream:
     """Tokens come in, text goes out. It is held back while it may be half a character, or the beginning of a stop text.
-    `end` says up to where a text is settled that was so up to a place.
+    `plain_end` says up to where a text may go out, of which so many characters have gone.
 
     >>> stream = TextStream(tokenizer, ["Question:"])
     >>> stream.add(tokenizer.encode("So 4.\\nQue")), stream.finish("So 4.\\nQuick")
@@ -22,9 +22,9 @@ class TextStream:
         self,
         tokenizer: PreTrainedTokenizerBase,
         stop_strings: Sequence[str] = (),
-        end: Callable[[str, int], int] | None = None,
+        plain_end: Callable[[str, int], int] | None = None,
     ) -> None:
-        self.tokenizer, self.stop_strings, self.settled = tokenizer, stop_strings, end
+        self.tokenizer, self.stop_strings, self.plain_end = tokenizer, stop_strings, plain_end
         self.ids: list[int] = []
         self.start = self.end = 0  # the tokens before `end` are text already; those from `start` on give its context
         self.text = ""
@@ -39,7 +39,7 @@ class TextStream:
             self.text += whole[len(known) :]
             self.start, self.end = self.end, len(self.ids)
         end = len(self.text) - self._held()
-        return self._piece(self.settled(self.text[:end], self.sent) if self.settled else end)
+        return self._piece(self.plain_end(self.text[:end], self.sent) if self.plain_end else end)
 
     def finish(self, whole: str) -> str:
         """Returns the last piece, given the text of the completion."""

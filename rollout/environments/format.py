@@ -23,13 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
-from rewards.config.json_file import unfit
 from rewards.isolation.chat_template import render
 from rollout.environments.response import response_template
 
 Answers = Callable[[str, Mapping[str, Any]], str]
 LONGEST_CALL = 20_000  # characters; a longer call is refused before it is parsed
-UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what parsing raises of a bad call
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # of a bad call
 # Marks that have a meaning in calls alone, so that in a turn's text they are the rest of a bad one.
 _STRAY = re.compile(
     r"</?tool_call>|<\|tool_call>|<tool_call\|>|<(?:start|end)_function_call>|<｜tool▁calls?▁(?:begin|end)｜>"
@@ -161,8 +160,6 @@ class TurnFormat:
             for name, arguments in calls:
                 if not (isinstance(name, str) and name and isinstance(arguments, dict)):
                     raise BadCall("A call has a name, and a JSON object of arguments.")
-                if fault := unfit({name: arguments}):
-                    raise BadCall(f"A call {fault}.")
                 json.dumps(arguments, allow_nan=False)
         except BadCall:
             raise
@@ -174,8 +171,8 @@ class TurnFormat:
         """The ids that follow a sampled turn with these calls, in OpenAI's form: the messages, up to and with the
         generation prompt. A turn that a limit has cut is ended first. Raises ValueError where the template writes the
         call in another way then."""
-        shown = [{**call, "function": {**call["function"], "arguments": {}}} for call in calls]
-        end, text = self._follow({"role": "assistant", "content": "", "tool_calls": shown}, messages)
+        bare = [{**call, "function": {**call["function"], "arguments": {}}} for call in calls]
+        end, text = self._follow({"role": "assistant", "content": "", "tool_calls": bare}, messages)
         ids, closing = self._encode(text), self._encode(end)[-1:]
         if turn[-1] in self._stops:
             return ids[1:] if ids[:1] and ids[0] in self._stops else ids
@@ -212,13 +209,13 @@ class TurnFormat:
         ids = self._encode(self._follow(_calls([Call(name, {})]), answers)[1])
         return ids[1:] if ids[0] in self._stops else ids  # the sampled turn already ends with it
 
-    def _follow(self, called: dict[str, Any], messages: list[dict[str, Any]]) -> tuple[str, str]:
+    def _follow(self, answer: dict[str, Any], messages: list[dict[str, Any]]) -> tuple[str, str]:
         """How the chat template ends an answer with calls, and what it writes after that for the messages."""
-        before = self._up_to_the_stop_token(self._render([_USER, called]))
-        after = self._render([_USER, called, *messages], add_generation_prompt=True)
+        before = self._up_to_the_stop_token(self._render([_USER, answer]))
+        after = self._render([_USER, answer, *messages], add_generation_prompt=True)
         # A template may drop thoughts once a result follows. The end of the call stays as it is.
         end_of_call = next((before[i:] for i in range(len(before)) if before[i:] in after), "")
-        if called["tool_calls"][0]["function"]["name"] not in end_of_call:
+        if answer["tool_calls"][0]["function"]["name"] not in end_of_call:
             raise ValueError(
                 f"the chat template of {self._tokenizer.name_or_path!r} writes a call in another way once its result "
                 "follows, so results cannot be appended to sampled tokens; use the plain form"
@@ -344,15 +341,15 @@ class TurnFormat:
         message, last = parser.finalize()
         first, position, parts = len(text), 0, list[str]()
         for event in [*events, *last]:
-            called = event["field"] == "tool_calls"
-            if event["type"] == "region_open" and called:
+            in_call = event["field"] == "tool_calls"
+            if event["type"] == "region_open" and in_call:
                 first = min(first, self.opening.search(text, position).start())
             if event["type"] == "region_chunk":
                 start = text.find(event["text"], position)  # none of what the prompt had begun
                 position = start + len(event["text"]) if start >= 0 else position
                 if event["field"] == "content" and _STRAY.search(event["text"]):
                     raise BadCall("A call has no beginning or no end.")
-                parts += [event["text"]] if first < position and not called else []
+                parts += [event["text"]] if first < position and not in_call else []
         functions = [call.get("function", call) for call in message.get("tool_calls") or []]
         calls = [(f["name"], {} if f.get("arguments") is None else f["arguments"]) for f in functions]
         return text[:first].rstrip() + "".join(parts) if calls else text, calls
