@@ -14,7 +14,8 @@ class ToolStats:
     """What the tools of one episode did: `calls` that were made, `errors` that tools raised, and `bad_calls` that named
     no tool, had wrong arguments or could not be read. `reward` is what the environment's `get_reward` gave. `failure`
     says why the environment could not go on, `{"kind": ..., "message": ...}`. Of an external agent `calls` are its
-    requests, `errors` those that got no answer, and `reward` is what it returned.
+    requests, `errors` those that got no answer, `bad_calls` answers with a call that could not be read or named no tool
+    that it had offered, and `reward` is what it returned.
     """
 
     calls: int = 0

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from grpo.endpoint.asked import Asked, ChatAsked
+from grpo.endpoint.calls import Reply, deltas, text_message
 from grpo.endpoint.served import Job, Served
 from grpo.endpoint.text_stream import TextStream
 from rollout.group import Completion
@@ -28,7 +29,9 @@ class Answer:
         self.created = int(time.time())
         self.done: dict[int, Completion] = {}
         self.opened: set[int] = set()  # choices of a chat whose first chunk was made
-        self.streams = {job.index: TextStream(self.tokenizer, job.params.stop_strings) for job in jobs}
+        self.calls = served.calls(asked)
+        end = self.calls.plain_end if self.calls else None
+        self.streams = {job.index: TextStream(self.tokenizer, job.params.stop_strings, end) for job in jobs}
 
     @property
     def ended(self) -> bool:
@@ -47,7 +50,8 @@ class Answer:
             text = stream.add(news.token_ids)
         else:  # its last tokens may complete a stop text, or be a stop token
             self.done[index] = completion
-            text = stream.finish(completion.text)
+            reply = self._reply(index, completion)
+            text = stream.finish(reply.message["content"] or "")
         ids, logprobs = self._without_stop(news.token_ids, news.logprobs)
         scored = self._logprobs(ids, logprobs) if self.asked.wants_logprobs and ids else None
 
@@ -62,7 +66,9 @@ class Answer:
         if text or scored:
             add({"content": text}, scored)
         if completion is not None:
-            add({}, None, completion.finish_reason, **self._ids(index, completion))
+            for delta in deltas(reply.message.get("tool_calls") or []):
+                add(delta)
+            add({}, None, self._reason(completion, reply), **self._ids(index, completion))
         return chunks
 
     def closing(self) -> list[dict[str, Any]]:
@@ -113,14 +119,23 @@ class Answer:
 
     def _choice(self, job: Job) -> dict[str, Any]:
         completion = self.done[job.index]
-        content: dict[str, Any] = {"text": completion.text}
-        if self.is_chat:
-            content = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
+        reply = self._reply(job.index, completion)
+        content: dict[str, Any] = {"message": reply.message} if self.is_chat else {"text": completion.text}
         scored = None
         if self.asked.wants_logprobs:
             scored = self._logprobs(*self._without_stop(completion.token_ids, completion.logprobs))
-        end = {"logprobs": scored, "finish_reason": completion.finish_reason}
+        end = {"logprobs": scored, "finish_reason": self._reason(completion, reply)}
         return {"index": job.index, **content, **end, **self._ids(job.index, completion)}
+
+    def _reply(self, index: int, completion: Completion) -> Reply:
+        if self.calls is None:
+            return Reply(text_message(completion.text))
+        reply = self.calls.reply(self.jobs[index].prompt, completion, index)
+        self.served.batcher.count(reply.counts)
+        return reply
+
+    def _reason(self, completion: Completion, reply: Reply) -> str:
+        return "tool_calls" if reply.tool_calls else completion.finish_reason
 
     def _ids(self, index: int, completion: Completion) -> dict[str, Any]:
         ids: dict[str, Any] = {"policy_version": completion.policy_version}

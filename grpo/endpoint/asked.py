@@ -62,7 +62,7 @@ def _temperature(value: float | None) -> float | None:
     return value
 
 
-def _message(value: Any) -> dict[str, Any]:
+def message_of(value: Any) -> dict[str, Any]:
     """A message gets its content as one text. What else it has is passed on to the chat template."""
     if not isinstance(value, dict) or value.get("role") not in ROLES:
         raise ValueError(f"a message is an object whose role is one of {', '.join(ROLES)}")
@@ -83,7 +83,8 @@ def _message(value: Any) -> dict[str, Any]:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """Chat templates want the arguments of a call as an object; OpenAI's clients send them as a JSON text."""
+    """Chat templates want the arguments of a call as an object; OpenAI's clients send them as a JSON text, and some
+    with fields of their own, such as `parsed_arguments`, which are left out."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError('a call of a tool is {"type": "function", "function": {"name": ..., "arguments": ...}}')
@@ -92,7 +93,18 @@ def _call(call: Any) -> dict[str, Any]:
         with suppress(ValueError):  # else it stays as a model wrote it
             value = parse_json(arguments)
             arguments = arguments if unfit(value) else value
-    return {**call, "function": {**function, "arguments": arguments}}
+    fields = {name: call[name] for name in ("id", "type") if name in call}
+    return fields | {"function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    functions = [tool.get("function") for tool in value or []]
+    names = [function.get("name") if isinstance(function, dict) else None for function in functions]
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError('a tool is {"type": "function", "function": {"name": ..., "parameters": ...}}')
+    if len(set(names)) < len(names):
+        raise ValueError(f"two tools have one name: {SHORT.repr(names)}; rename one")
+    return value
 
 
 class _Stream(BaseModel):
@@ -191,20 +203,28 @@ class CompletionAsked(Asked):
 
 
 class ChatAsked(Asked):
-    """A client asks /v1/chat/completions for this. `tools` and messages are given to the chat template as they are."""
+    """A client asks /v1/chat/completions for this. `tools` and messages are given to the chat template as they are.
+    With `tool_choice: none` it shows the tools, too, and a call in the answer is text."""
 
     ONLY = Asked.ONLY | {
         "top_logprobs": ((0,), SAMPLED_ALONE),
-        "tool_choice": (("auto", "none"), "the policy decides whether it calls a tool"),
-        "response_format": (({"type": "text"},), "no form is enforced"),
+        "tool_choice": (
+            ("auto", "none"),
+            "the policy decides whether it calls a tool; a forced call would not be drawn from its distribution",
+        ),
+        "response_format": (
+            ({"type": "text"},),
+            "a grammar would draw from another distribution than the policy's; ask for JSON in a message",
+        ),
         "modalities": ((["text"],), "the policy writes text"),
     }
-    UNUSED = (*Asked.UNUSED, "parallel_tool_calls")
 
-    messages: Annotated[list[Annotated[Any, BeforeValidator(_message)]], FailFast()] = Field(min_length=1)
+    messages: Annotated[list[Annotated[Any, BeforeValidator(message_of)]], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
-    tools: Annotated[list[dict[str, Any]] | None, FailFast()] = None
+    tools: Annotated[list[dict[str, Any]] | None, FailFast(), AfterValidator(_tools)] = None
+    tool_choice: str | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def limit(self) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -43,6 +43,10 @@ class Counts:
     cached_tokens: int = 0  # of prompts, which were read for an earlier request
     policies: int = 1  # that were served, one after another
     not_loaded: int = 0  # newer ones that could not be loaded
+    tool_calls: int = 0  # in answers to requests with tools
+    malformed_calls: int = 0  # answers whose calls could not be read, which are text as a whole
+    unknown_tools: int = 0  # calls of tools that the request did not offer
+    dropped_calls: int = 0  # after the first, for parallel_tool_calls: false
 
 
 class Batcher:
@@ -117,6 +121,12 @@ class Batcher:
             self._closed = True
             self._changed.notify()
         self._thread.join(30)
+
+    def count(self, more: Mapping[str, int]) -> None:
+        """Adds to the counts what was seen in a thread of its own."""
+        with self._changed:
+            for name, value in more.items():
+                setattr(self.counts, name, getattr(self.counts, name) + value)
 
     def metrics(self) -> dict[str, int]:
         return asdict(self.counts) | {"rows": self.rows, "waiting": self.waiting, "max_rows": self.engine.max_rows}

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from grpo.endpoint.api_error import ApiError
-from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked
+from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked, message_of
 from grpo.endpoint.batcher import Batcher
+from grpo.endpoint.calls import Reply, form_of, text_message
 from grpo.endpoint.served import Job, Served
 from rewards.episode import ToolStats
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, Segment
@@ -78,7 +79,7 @@ class Episode(Served):
         self.segments: list[Growing] = []
         self.turns: list[dict[str, Any]] = []
         self.answers: list[Completion] = []
-        self.requests, self.refusal, self.ended = 0, "", False
+        self.requests, self.bad_calls, self.refusal, self.ended = 0, 0, "", False
         self._lock = threading.Lock()
 
     def jobs(self, asked: Asked) -> list[Job]:
@@ -87,11 +88,12 @@ class Episode(Served):
         asked = self._limited(asked)
         first, said = self._read(asked)
         tools = asked.tools if isinstance(asked, ChatAsked) else None
+        calls = self.calls(asked)
         with self._lock:
             if self.ended:
                 raise ApiError("this episode has ended", 404, code="episode_ended")
             longest = sorted(self.segments, key=lambda segment: -len(segment.said))
-            known = next(((s, ids) for s in longest if (ids := self._after(s, said, tools)) is not None), None)
+            known = next(((s, ids) for s in longest if (ids := self._after(s, said, asked)) is not None), None)
             segment, read = known or (Growing(replace(first, prompt_id=self._name(first.token_ids)), said, tools), [])
             start = len(segment.ids) + len(read)
             prompt = replace(segment.prompt, token_ids=[*segment.prompt.token_ids, *segment.ids, *read])
@@ -104,13 +106,16 @@ class Episode(Served):
                 self.segments.append(segment)
 
         def keep(completion: Completion) -> None:
+            reply = calls.reply(prompt, completion) if calls else Reply(text_message(completion.text))
             with self._lock:
                 if self.ended:
                     return
                 segment.add(read, completion)
-                segment.said, segment.waits = _with_answer(said, completion), False
-                self.turns += [*new, {"role": "assistant", "content": completion.text}]
+                message = _plain(message_of(reply.message))
+                segment.said, segment.waits = _with_answer(said, completion, message), False
+                self.turns += [*new, message]
                 self.answers.append(completion)
+                self.bad_calls += reply.bad
 
         return [Recorded(0, replace(prompt, first_sample=self.sample), params, keep, self.home)]
 
@@ -122,7 +127,8 @@ class Episode(Served):
     def finish(self, reply: Mapping[str, Any]) -> Completion:
         """Returns the completion, given what the agent returned or why it failed."""
         self.end()
-        stats = ToolStats(calls=self.requests, errors=self.requests - len(self.answers), reward=reply.get("reward"))
+        errors = self.requests - len(self.answers)
+        stats = ToolStats(self.requests, errors, self.bad_calls, reply.get("reward"))
         if "kind" in reply:
             stats.failure = {"kind": reply["kind"], "message": reply["message"]}
         elif not self.answers:
@@ -184,9 +190,9 @@ class Episode(Served):
         [text] = asked.prompt
         return self._prompt(text, ""), text
 
-    def _after(self, segment: Growing, said: Said, tools: list[dict[str, Any]] | None) -> list[int] | None:
+    def _after(self, segment: Growing, said: Said, asked: Asked) -> list[int] | None:
         """Returns the ids of what a request says after all that the segment has said; None where it says otherwise."""
-        known = segment.said
+        known, tools = segment.said, asked.tools if isinstance(asked, ChatAsked) else None
         if segment.waits or type(known) is not type(said) or said[: len(known)] != known or tools != segment.tools:
             return None
         if isinstance(said, str):
@@ -194,6 +200,14 @@ class Episode(Served):
         new: list[Any] = list(said[len(known) :])
         if not isinstance(known[-1], dict):  # ids
             return new
+        form = form_of(asked, self.tokenizer, self.defaults.stop_token_ids) if isinstance(asked, ChatAsked) else None
+        if form is not None and form.is_plain:
+            return self.tokenizer.encode(form.lines(new), add_special_tokens=False)
+        if form is not None and known[-1].get("tool_calls"):
+            try:
+                return form.after(segment.ids, known[-1]["tool_calls"], new)
+            except ValueError:
+                return None
         messages: list[Any] = [*known[:-1], {**known[-1], "content": PLACE}, *new]
         _, *after = self._by_template(messages, tools).split(PLACE)
         if len(after) != 1:  # the template shows the answer elsewhere, or not at all
@@ -221,11 +235,10 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_answer(said: Said, completion: Completion) -> Said:
+def _with_answer(said: Said, completion: Completion, message: Any) -> Said:
     if isinstance(said, str):
         return said + completion.text
-    new: Any = {"role": "assistant", "content": completion.text}
-    return [*said, new] if isinstance(said[0], dict) else [*said, *completion.token_ids]
+    return [*said, message] if isinstance(said[0], dict) else [*said, *completion.token_ids]
 
 
 def _new(known: Said | None, said: Said) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
 from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked
 from grpo.endpoint.batcher import Batcher
+from grpo.endpoint.calls import Calls, calls_of, form_of
 from policies.attention import sees_prompts_whole
 from rewards.data.examples import Example, beyond_context
 from rollout.faults import RolloutError
@@ -43,7 +44,7 @@ class Job:
 def _say_what_becomes_of_tools(shown: bool) -> None:
     """Says it once: a client that waits for `tool_calls` would take the answer for one without calls."""
     template = "shows them to the policy" if shown else "does not show them to the policy"
-    calls = "calls in an answer stay text, as the policy wrote them"
+    calls = "no form of calls is known for it, so calls in an answer stay text, as the policy wrote them"
     print(f"a request has tools: the chat template {template}, and {calls}", file=sys.stderr, flush=True)
 
 
@@ -83,6 +84,11 @@ class Served:
             jobs += [Job(number, each, params) for number, each in enumerate(samples, start=len(jobs))]
         return jobs
 
+    def calls(self, asked: Asked) -> Calls | None:
+        """Returns what reads the calls in the answers to a request; None where they are text."""
+        stops = self.defaults.stop_token_ids
+        return calls_of(asked, self.tokenizer, stops) if isinstance(asked, ChatAsked) else None
+
     def _params(self, asked: Asked, prompt: Prompt, param: str, seed: int) -> SamplingParams:
         room, limit = self.context - len(prompt.token_ids), asked.limit
         if room < (limit or 1):
@@ -115,7 +121,7 @@ class Served:
             raise ApiError(str(error), param="prompt", code="invalid_value") from None
 
     def _chat(self, asked: ChatAsked) -> Prompt:
-        if not self.tokenizer.chat_template:
+        if not (self.tokenizer.chat_template or asked.tools):
             message = "the policy has no chat template; use /v1/completions, with the prompt as the policy knows it"
             raise ApiError(message, param="messages", code="no_chat_template")
         if sees_prompts_whole(self.batcher.engine.policy.config) and any(m["role"] in WRITTEN for m in asked.messages):
@@ -127,10 +133,14 @@ class Served:
             )
         self._refuse_long(json.dumps(asked.messages, ensure_ascii=False), "messages")
         self._refuse_long(json.dumps(asked.tools or [], ensure_ascii=False), "tools")
-        if asked.tools:
+        form = form_of(asked, self.tokenizer, self.defaults.stop_token_ids)
+        if asked.tools and form is None:
             _say_what_becomes_of_tools("tools" in str(self.tokenizer.chat_template))
         try:
-            text = self._by_template(asked.messages, asked.tools)
+            if form is not None and form.is_plain:
+                text = form.lines(asked.messages)
+            else:
+                text = self._by_template(asked.messages, asked.tools)
         except ValueError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
         self._refuse_long(text, "messages")

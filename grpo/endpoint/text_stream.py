@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,14 +11,20 @@ BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no whole charact
 
 class TextStream:
     """Tokens come in, text goes out. It is held back while it may be half a character, or the beginning of a stop text.
+    `plain_end` says up to where a text may go out, of which so many characters have gone.
 
     >>> stream = TextStream(tokenizer, ["Question:"])
     >>> stream.add(tokenizer.encode("So 4.\\nQue")), stream.finish("So 4.\\nQuick")
     ('So 4.\\n', 'Quick')
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_strings: Sequence[str] = (),
+        plain_end: Callable[[str, int], int] | None = None,
+    ) -> None:
+        self.tokenizer, self.stop_strings, self.plain_end = tokenizer, stop_strings, plain_end
         self.ids: list[int] = []
         self.start = self.end = 0  # the tokens before `end` are text already; those from `start` on give its context
         self.text = ""
@@ -32,7 +38,8 @@ class TextStream:
         if not whole.endswith(BROKEN):
             self.text += whole[len(known) :]
             self.start, self.end = self.end, len(self.ids)
-        return self._piece(len(self.text) - self._held())
+        end = len(self.text) - self._held()
+        return self._piece(self.plain_end(self.text[:end], self.sent) if self.plain_end else end)
 
     def finish(self, whole: str) -> str:
         """Returns the last piece, given the text of the completion."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -33,9 +34,29 @@ def render(
     if reply is not None and reply.get("kind") == "died":  # perhaps by somebody's hand: the same once more
         [reply] = _pool().run([request])
     assert reply is not None
+    texts = _arguments_as_text(request["messages"]) if reply.get("message", "").startswith("TypeError") else None
+    if texts is not None:
+        [reply] = _pool().run([request | {"messages": texts}])
+        assert reply is not None
     if "kind" in reply:
         raise ValueError(reply["message"])
     return str(reply["text"])
+
+
+def _arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The messages for a template that joins the arguments of calls to text, as DeepSeek's does; None without any."""
+
+    def call_with_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    changed = [
+        turn | {"tool_calls": [call_with_text(call) for call in turn["tool_calls"]]} if turn.get("tool_calls") else turn
+        for turn in messages
+    ]
+    return None if changed == messages else changed
 
 
 @cache

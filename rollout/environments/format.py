@@ -14,11 +14,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
+from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from rewards.isolation.chat_template import render
 from rollout.environments.response import response_template
@@ -26,6 +29,12 @@ from rollout.environments.response import response_template
 Answers = Callable[[str, Mapping[str, Any]], str]
 LONGEST_CALL = 20_000  # characters; a longer call is refused before it is parsed
 _TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # of a bad call
+# Marks that have a meaning in calls alone, so that in a turn's text they are the rest of a bad one.
+_STRAY = re.compile(
+    r"</?tool_call>|<\|tool_call>|<tool_call\|>|<(?:start|end)_function_call>|<｜tool▁calls?▁(?:begin|end)｜>"
+    r"|<\|tool_call_(?:start|end)\|>"
+)
 _CLOSED_MARK = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")  # the model wrote call and result itself, so nothing is called
 _OPEN_MARK = re.compile(r"<<(.*)=", re.DOTALL)
 
@@ -59,10 +68,11 @@ class TurnFormat:
     """Reads turns and writes results, for one tokenizer and one list of tools.
 
     A tool is a function or a bound method with type hints and a docstring that describes each argument; `schemas` holds
-    its JSON schema. `plain` chooses the form: True for the marks of GSM8K's solutions, False for the model's own form,
-    and None for the model's own one if its chat template has calls. `stop_token_ids` are the policy's, and by default
-    the tokenizer's eos. Raises ValueError for a tool without such a docstring, for two tools of one name, and for a
-    chat template whose calls cannot be parsed.
+    its JSON schema. A tool of somebody else is its schema alone, as in OpenAI's API, and `cut` reads its calls. `plain`
+    chooses the form: True for the marks of GSM8K's solutions, False for the model's own form, and None for the model's
+    own one if its chat template has calls. `stop_token_ids` are the policy's, and by default the tokenizer's eos.
+    Raises ValueError for a tool without such a docstring, for two tools of one name, and for a chat template whose
+    calls cannot be parsed.
 
     >>> form = TurnFormat(tokenizer, [calculate])        # a tokenizer without a chat template
     >>> form.read(tokenizer.encode("Each gets <<48/2=<|end|>"))
@@ -74,17 +84,17 @@ class TurnFormat:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        tools: Sequence[Callable[..., Any]],
+        tools: Sequence[Callable[..., Any] | dict[str, Any]],
         *,
         plain: bool | None = None,
         stop_token_ids: Sequence[int] = (),
     ) -> None:
-        self._tools = {tool.__name__: tool for tool in tools}
-        if len(self._tools) < len(tools):
-            raise ValueError(f"two tools have one name: {', '.join(tool.__name__ for tool in tools)}; rename one")
-        self.schemas = [schema_of(tool) for tool in tools]
-        self._parameters = {tool.__name__: list(_fields_of(tool)) for tool in tools}
-        self._arguments = {tool.__name__: _arguments_of(tool) for tool in tools}
+        self.schemas = [tool if isinstance(tool, dict) else schema_of(tool) for tool in tools]
+        names = [str(schema["function"]["name"]) for schema in self.schemas]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two tools have one name: {', '.join(names)}; rename one")
+        self._parameters = {name: _parameters_of(schema) for name, schema in zip(names, self.schemas, strict=True)}
+        self._arguments = {tool.__name__: _arguments_of(tool) for tool in tools if not isinstance(tool, dict)}
         self._tokenizer = tokenizer
         template = None if plain else response_template(tokenizer)
         if template is None and plain is False:
@@ -98,6 +108,14 @@ class TurnFormat:
         self._response_template = template
         if not self.is_plain:
             self._opening = self._render([_USER], add_generation_prompt=True)
+
+    @cached_property
+    def opening(self) -> Any:
+        """A pattern of how a call begins, of the package regex."""
+        if self._response_template is None:
+            return regex.compile("<<")
+        calls = load_response_template(self._response_template).fields.get("tool_calls")
+        return regex.compile("(?!)") if calls is None else calls.open_re
 
     def tools_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The ids of the first prompt, with what the tools are, up to and with the generation prompt.
@@ -128,6 +146,56 @@ class TurnFormat:
         except BadCall as error:
             return Turn(str(self._tokenizer.decode(ids, skip_special_tokens=True)), error=str(error))
 
+    def cut(self, token_ids: Sequence[int]) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+        """Cuts the calls of whatever tools out of a sampled turn: its other text, as it stands, and names and arguments
+        as the policy wrote them. Raises BadCall where one of them cannot be read."""
+        ids = list(token_ids)
+        try:
+            if self.is_plain:
+                ids = ids[:-1] if ids[-1:] and ids[-1] in self._stops else ids
+                text, calls = self._read_marks(str(self._tokenizer.decode(ids)))
+            else:
+                text, calls = self._cut_own(str(self._tokenizer.decode(ids)))
+                stop = str(self._tokenizer.decode(ids[-1:])) if ids[-1:] and ids[-1] in self._stops else ""
+                text = text.removesuffix(stop)
+            for name, arguments in calls:
+                if not (isinstance(name, str) and name and isinstance(arguments, dict)):
+                    raise BadCall("A call has a name, and a JSON object of arguments.")
+                json.dumps(arguments, allow_nan=False)
+        except BadCall:
+            raise
+        except UNREADABLE as error:
+            raise BadCall(f"This call cannot be read: {error!s:.200}.") from error
+        return text, calls
+
+    def after(self, turn: Sequence[int], calls: Sequence[dict[str, Any]], messages: list[dict[str, Any]]) -> list[int]:
+        """The ids that follow a sampled turn with these calls, in OpenAI's form: the messages, up to and with the
+        generation prompt. A turn that a limit has cut is ended first. Raises ValueError where the template writes the
+        call in another way then."""
+        bare = [{**call, "function": {**call["function"], "arguments": {}}} for call in calls]
+        end, text = self._follow({"role": "assistant", "content": "", "tool_calls": bare}, messages)
+        ids, closing = self._encode(text), self._encode(end)[-1:]
+        if turn[-1] in self._stops:
+            return ids[1:] if ids[:1] and ids[0] in self._stops else ids
+        return [*closing, *ids] if closing[0] in self._stops else ids
+
+    def lines(self, messages: Sequence[dict[str, Any]]) -> str:
+        """A conversation as a base model without a chat template reads it: a line for each message, and the marks of
+        calls and results inside the answers."""
+        text, results = "", list[str]()
+        for message, following in zip(messages, [*messages[1:], {"role": ""}], strict=True):
+            calls = [call["function"] for call in message.get("tool_calls") or []]
+            if message["role"] == "tool":
+                results.append(self._without_special_tokens(message["content"]))
+                if following["role"] != "tool":
+                    text, results = text + "\n".join(results) + ">>", []
+            elif message["role"] == "assistant":
+                marks = "".join(f"<<{self._mark(Call(call['name'], call.get('arguments')))}=" for call in calls)
+                text += f"{message['content']}{marks}{self._tokenizer.eos_token}" + ("" if calls else "\n")
+            else:
+                text += f"{message['content']}\n"
+        return text
+
     def reply(self, results: Sequence[tuple[str, str]]) -> list[int]:
         """The ids that follow a sampled turn: the results of its calls, up to and with the generation prompt.
 
@@ -138,19 +206,22 @@ class TurnFormat:
         if self.is_plain:
             return self._encode("\n".join(text for _, text in texts) + ">>")
         name = texts[0][0]  # some templates take the name from the call, and some have one call in a turn
-        called = [_USER, _calls([Call(name, {})])]
         answers = [{"role": "tool", "name": name, "content": text} for name, text in texts]
-        before = self._up_to_the_stop_token(self._render(called))
-        after = self._render([*called, *answers], add_generation_prompt=True)
+        ids = self._encode(self._follow(_calls([Call(name, {})]), answers)[1])
+        return ids[1:] if ids[0] in self._stops else ids  # the sampled turn already ends with it
+
+    def _follow(self, answer: dict[str, Any], messages: list[dict[str, Any]]) -> tuple[str, str]:
+        """How the chat template ends an answer with calls, and what it writes after that for the messages."""
+        before = self._up_to_the_stop_token(self._render([_USER, answer]))
+        after = self._render([_USER, answer, *messages], add_generation_prompt=True)
         # A template may drop thoughts once a result follows. The end of the call stays as it is.
         end_of_call = next((before[i:] for i in range(len(before)) if before[i:] in after), "")
-        if name not in end_of_call:
+        if answer["tool_calls"][0]["function"]["name"] not in end_of_call:
             raise ValueError(
                 f"the chat template of {self._tokenizer.name_or_path!r} writes a call in another way once its result "
                 "follows, so results cannot be appended to sampled tokens; use the plain form"
             )
-        ids = self._encode(after.partition(end_of_call)[2])
-        return ids[1:] if ids[0] in self._stops else ids  # the sampled turn already ends with it
+        return end_of_call, after.partition(end_of_call)[2]
 
     def write(self, turn: Turn) -> list[int]:
         """The ids of a turn as the model should write it, with its stop token: `read` in reverse, to make SFT data."""
@@ -197,8 +268,8 @@ class TurnFormat:
 
     def checked(self, name: str, arguments: Any) -> Call:
         """The call with its arguments in the types of the tool, "7" as 7 for an int. Raises BadCall."""
-        if name not in self._tools:
-            raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._tools)}.")
+        if name not in self._parameters:
+            raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._parameters)}.")
         if not isinstance(arguments, dict):
             raise BadCall(f"The arguments of {name} must be a JSON object, not {json.dumps(arguments)[:80]}.")
         try:
@@ -228,14 +299,14 @@ class TurnFormat:
         """A tool's name, which may be left out if there is one tool, and its arguments: a JSON object, or the text
         itself for a tool with one parameter."""
         name, _, rest = call.strip().partition(" ")
-        if name not in self._tools:
-            if len(self._tools) > 1:
-                raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._tools)}.")
-            name, rest = next(iter(self._tools), ""), call
+        if name not in self._parameters:
+            if len(self._parameters) > 1:
+                raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._parameters)}.")
+            name, rest = next(iter(self._parameters), ""), call
         text, fields = rest.strip(), self._parameters.get(name, [])
         try:
             arguments = json.loads(text) if text else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
         if isinstance(arguments, dict) and (set(arguments) <= set(fields) or len(fields) != 1):
             return name, arguments
@@ -244,10 +315,11 @@ class TurnFormat:
         raise BadCall(f"The arguments of {name} must be a JSON object with the keys {', '.join(fields)}.")
 
     def _mark(self, call: Call) -> str:
-        fields, values = self._parameters[call.name], list(call.arguments.values())
+        fields = self._parameters.get(call.name, [])
+        values = list(call.arguments.values()) if isinstance(call.arguments, dict) else []  # what a client sends back
         alone = len(fields) == len(values) == 1 and isinstance(values[0], str)
         arguments = values[0] if alone else json.dumps(call.arguments)
-        return arguments if len(self._tools) == 1 else f"{call.name} {arguments}"
+        return arguments if len(self._parameters) == 1 else f"{call.name} {arguments}"
 
     def _read_own(self, ids: list[int]) -> tuple[str, list[tuple[str, Any]]]:
         """The model's own form, by transformers' response parsing."""
@@ -257,11 +329,31 @@ class TurnFormat:
             )
             functions = [call.get("function", call) for call in turn.get("tool_calls") or []]
             calls = [(str(call["name"]), call.get("arguments") or {}) for call in functions]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except UNREADABLE as error:
             raise BadCall(f"This call cannot be read: {error!s:.200}.") from error
         if any(len(json.dumps(arguments)) > LONGEST_CALL for _, arguments in calls):
             raise BadCall(f"A call may have {LONGEST_CALL} characters.")
         return str(turn.get("content") or ""), calls
+
+    def _cut_own(self, text: str) -> tuple[str, list[tuple[Any, Any]]]:
+        """As `cut` does, by transformers' response parsing. Text after the first call is kept, too."""
+        parser = self._tokenizer.get_response_parser(self._response_template, prefix=self._opening, tools=self.schemas)
+        events = parser.feed(text)
+        message, last = parser.finalize()
+        first, position, parts = len(text), 0, list[str]()
+        for event in [*events, *last]:
+            in_call = event["field"] == "tool_calls"
+            if event["type"] == "region_open" and in_call:
+                first = min(first, self.opening.search(text, position).start())
+            if event["type"] == "region_chunk":
+                start = text.find(event["text"], position)  # none of what the prompt had begun
+                position = start + len(event["text"]) if start >= 0 else position
+                if event["field"] == "content" and _STRAY.search(event["text"]):
+                    raise BadCall("A call has no beginning or no end.")
+                parts += [event["text"]] if first < position and not in_call else []
+        functions = [call.get("function", call) for call in message.get("tool_calls") or []]
+        calls = [(f["name"], {} if f.get("arguments") is None else f["arguments"]) for f in functions]
+        return text[:first].rstrip() + "".join(parts) if calls else text, calls
 
     def _about(self) -> str:
         """The tools and the marks, for the system message of a chat in the plain form."""
@@ -304,6 +396,12 @@ _USER = {"role": "user", "content": "."}
 def _calls(calls: Sequence[Call]) -> dict[str, Any]:
     functions = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
     return {"role": "assistant", "content": ""} | ({"tool_calls": functions} if functions else {})
+
+
+def _parameters_of(schema: Mapping[str, Any]) -> list[str]:
+    parameters = schema["function"].get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    return list(properties) if isinstance(properties, dict) else []
 
 
 def schema_of(tool: Callable[..., Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""How a model writes calls of tools: by its tokenizer, or by what TRL knows of its chat template."""
+"""How a model writes calls of tools: its tokenizer, TRL or the marks in its chat template say so."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,21 +13,31 @@ from rewards.isolation.chat_template import render
 
 
 def response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """Finds how the model writes calls: its tokenizer says so, or TRL knows its chat template. None: it writes none."""
+    """Finds how the model writes calls: its tokenizer says so, TRL knows its chat template, or the template has the
+    marks of a family of models. None: it writes none."""
     if not tokenizer.chat_template:
         return None
     if template := getattr(tokenizer, "response_template", None):
         return template
+    return _known(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(8)
+def _known(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> dict[str, Any] | None:
     from trl.chat_template_utils import add_response_schema, supports_tool_calling
 
+    from rollout.environments.families import template_of
+
     try:
-        if not supports_tool_calling(_Limited(tokenizer)) or "tools" not in tokenizer.chat_template:
+        if not supports_tool_calling(_Limited(tokenizer)) or "tools" not in chat_template:
             return None
     except ValueError:  # the template raises something else than TRL expects, or exceeds a limit
         return None
     try:
         return add_response_schema(deepcopy(tokenizer)).response_template
     except ValueError as error:
+        if family := template_of(chat_template):
+            return family
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} writes calls of tools, but neither the tokenizer nor TRL "
             "says how to parse them; put response_template into tokenizer_config.json, or use the plain form"
