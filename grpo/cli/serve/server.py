@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -117,7 +117,7 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
     use = PolicyInUse(config)
 
     def load(newer: PolicySource) -> Engine:
-        return load_engine(use, newer, batcher.engine)
+        return load_engine(use, newer, cast("Engine", batcher.engine))
 
     follower = Follower(config.model, use.source.step, load, say) if follow else None
     engine = load_engine(use)

@@ -166,7 +166,8 @@ class Engine:
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
         """Decode requests that come and go, until one ends. Without `goes_on` those of an earlier call are given up."""
         self._check(job)
-        engine, ended = self.engine, {}
+        engine = self.engine
+        ended: dict[str, Any] = {}
         engine.abort_request(job["gone"])
         self.asked -= set(job["gone"])
         for name, row in job["new"].items():
