@@ -21,7 +21,7 @@ KERNELS := .kernels
 TRITON_VERSION := 3.7.1# of torch 2.13
 KERNELS_STAMP := $(KERNELS)/.installed-$(TRITON_VERSION)
 
-.PHONY: help demo wheels reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers tinker house lint clean
+.PHONY: help demo wheels reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers learn learn-all tinker house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -85,6 +85,12 @@ peers: $(DEV_STAMP) ## ours beside TRL and vLLM, into docs/peers.md, in under an
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its row says so"
 	$(BIN)/python examples/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+learn: $(DEV_STAMP) ## how much less GRPO has to sample: word problems, two contenders, five seeds, in 40 minutes
+	$(BIN)/python -m benchmarks.learn --contenders grpo unsure $(ARGS)
+
+learn-all: $(DEV_STAMP) ## all contenders and tasks, into docs/learning.md, in pieces of 40 minutes: it goes on where it stopped
+	$(BIN)/python -m benchmarks.learn --tasks words game spelling gsm8k $(ARGS)
 
 tinker: $(DEV_STAMP) $(COOKBOOK_STAMP) ## recipes of the Tinker cookbook against `quartet serve --train`, which listens already; ARGS="rl_loop --model FOLDER"
 	PYTHONPATH=.:$(COOKBOOK) $(BIN)/python -m benchmarks.cookbook $(ARGS)

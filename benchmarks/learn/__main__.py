@@ -43,6 +43,7 @@ class Run:
     contender: str
     seed: int
     rate: float  # times that of the task's configuration
+    counts: bool = True  # False: of the search
 
     @property
     def key(self) -> str:
@@ -72,24 +73,13 @@ def best_rate(store: Store, task: str, contender: str) -> float:
 
 
 def searches(task: str, contenders: Sequence[str]) -> list[Run]:
-    return [Run(task, one, seed, rate) for one in contenders for seed in SEARCH for rate in RATES]
+    return [Run(task, one, seed, rate, counts=False) for one in contenders for seed in SEARCH for rate in RATES]
 
 
 def counted(store: Store, task: str, contenders: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     """The runs that count, those of a seed together."""
     rates = {one: best_rate(store, task, one) for one in contenders}
     return [Run(task, one, seed, rates[one]) for seed in seeds for one in contenders]
-
-
-def policy_of(task: Task, seed: int) -> Path:
-    """The policy that the contenders of a seed begin with; it is made once."""
-    if task.model is not None:
-        return ROOT / task.model
-    folder = POLICIES / f"{task.name}-{seed}"
-    if not (folder / "policy").exists():
-        print(f"{task.name}: the warm start of seed {seed}", flush=True)
-        start(task, seed, folder)
-    return folder / "warm_start"
 
 
 class Deadline:
@@ -121,7 +111,8 @@ def make(store: Store, runs: Sequence[Run], deadline: Deadline) -> bool:
 def begin(run: Run, folder: Path) -> Started:
     task = TASKS[run.task]
     name = run.key.replace("/", "-")
-    settings = asdict(run) | {"policy": str(policy_of(task, run.seed))}
+    policy = start(task, run.seed, POLICIES / f"{task.name}-{run.seed}")
+    settings = asdict(run) | {"policy": str(policy)}
     (folder / f"{name}.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "benchmarks.learn.run", folder / f"{name}.json", folder / f"{name}.out"]
     return Started(command, threads=1)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo.config.run import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Task:
-    """`config` is a file of examples/, `changes` are options over it. `start` makes the policy that all contenders of a
-    seed begin with; its model is then used in place of the configuration's. Held-out problems are answered after every
-    `every` steps, at T = 1."""
+    """`config` is a file of examples/, `changes` are options over it. The policy that all contenders of a seed begin
+    with is that of the configuration's warm start. After every `every` steps `held_out` problems are answered."""
 
     name: str
+    title: str
     config: str
     steps: int
     every: int
     held_out: int
     changes: dict[str, Any] = field(default_factory=dict)
-    warm: dict[str, Any] = field(default_factory=dict)  # options of the run that makes the policy
     model: str | None = None  # a policy that every seed begins with; None: each has its own warm start
 
 
@@ -29,30 +31,58 @@ QUIET = {"threads": 1, "log.measure_speed": False, "log.trackers": [], "checkpoi
 TASKS = {
     task.name: task
     for task in (
-        Task("words", "01_demo.yaml", steps=60, every=5, held_out=512),
+        Task("words", "Word problems, the demo's policy", "01_demo.yaml", steps=60, every=5, held_out=1024),
+        Task("game", "The word game, three turns", "10_word_game.yaml", steps=60, every=5, held_out=1024),
         Task(
-            "sums",
+            "spelling",
+            "Spelling words backward (reasoning-gym), the demo's policy",
             "01_demo.yaml",
             steps=60,
             every=5,
             held_out=512,
             changes={
-                "data.name": "reasoning_gym:chain_sum",
+                "data.name": "reasoning_gym:spell_backward",
                 "data.levels": None,
-                "data.task_options": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2},
+                "data.limit": 4000,
+                "data.task_options": {"min_word_len": 3, "max_word_len": 7},
                 "rewards": [{"function": "reasoning_gym"}],
                 "rollout.max_completion_tokens": 16,
+                "warm_start.batch_size": 32,
             },
         ),
-        Task("game", "10_word_game.yaml", steps=60, every=10, held_out=256),
         Task(
             "gsm8k",
+            "GSM8K, SmolLM2-135M after supervised steps",
             "05_gsm8k_recipe/3_grpo.yaml",
             steps=40,
             every=10,
             held_out=200,
             model="runs/gsm8k/sft/policy",
-            changes={"data.held_out": 0.1},
+            changes={"data.held_out": 0.1},  # of the training questions
         ),
     )
 }
+
+
+def rate_of(task: Task) -> float:
+    """The learning rate of its configuration."""
+    return config_of(task, ROOT / "runs").learner.learning_rate
+
+
+def config_of(task: Task, folder: Path, **changes: Any) -> TrainConfig:
+    from grpo.config.run import TrainConfig
+
+    options = {**QUIET, **task.changes, "output_dir": str(folder), **changes}
+    return TrainConfig.read(ROOT / "examples" / task.config, **options)
+
+
+def start(task: Task, seed: int, folder: Path) -> Path:
+    """The policy of a seed: that of the warm start, in `folder`, which is made once."""
+    if task.model is not None:
+        return ROOT / task.model
+    policy = folder / "warm_start"
+    if not (folder / "policy").exists():
+        from grpo.train import train
+
+        train(config_of(task, folder, seed=seed, steps=1, **{"eval.limit": 0, "learner.learning_rate": 1e-12}))
+    return policy
