@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.learn import page
 from benchmarks.learn.contenders import NAMES
-from benchmarks.learn.tasks import ROOT, TASKS, Task, start
+from benchmarks.learn.tasks import ROOT, TASKS, start
 from benchmarks.peers.process import Started, clean
 from grpo.run.hardware import caption, describe
 
