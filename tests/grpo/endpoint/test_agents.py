@@ -126,7 +126,7 @@ def test_contract_12_agents_ahead_are_on_schedule_and_resume_to_the_same_tokens(
         sampled(tmp_path / "two", step) for step in range(1, 5)
     ]
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
     ages = [step - 1 - line["policy_version"] for step in range(1, 5) for line in read_rollouts(tmp_path / "one", step)]
     assert set(ages) == set(range(ahead + 1))
 
