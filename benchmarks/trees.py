@@ -33,10 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo.config.run import TrainConfig
 from grpo.learner import tree
-from grpo.learner.batch import PackedRow, Sample, TrainingBatch
+from grpo.learner.batch import TrainingBatch
 from grpo.learner.build import make
 from grpo.learner.learner import Learner
 from grpo.learner.prepare import tokens_in_loss
+from grpo.learner.row import PackedRow, Sample
 from grpo.run.hardware import command, describe
 from policies.policy import Policy
 from policies.presets import PRESETS, build

@@ -17,10 +17,11 @@ from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
-from grpo.learner.batch import PackedRow, TrainingBatch
+from grpo.learner.batch import TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.learner.prepare import Advantages, recorded, supervised
+from grpo.learner.row import PackedRow
 from grpo.run import checkpoint
 from grpo.run.metrics import rollout_metrics
 from grpo.run.stop import signals

@@ -164,8 +164,8 @@ def draft_loss(
     temperature: float,
     chunk: int = 512,
     *,
-    draft_ids: Tensor | None = None,
     divergence: Divergence = "kl",
+    times_BT: Tensor | None = None,
 ) -> Tensor:
     """Measures how far each depth's drafts are from the trunk at the rollout temperature, weighted 0.6^(d−1).
 
@@ -173,15 +173,17 @@ def draft_loss(
     that precedes it, `teacher_hidden_BTD[n + d]`. `segment_BT` numbers the completions of a row from 1, or the turns of
     each, and is below 1 elsewhere, since a chain starts and ends inside one of them. Teacher and LM head are detached
     (contract 7).
-    Returns the sum over drafts, to be divided by the step's completion tokens.
+    Returns the sum over drafts, to be divided by the step's completion tokens. A draft of token n counts `times_BT[n]`,
+    or once.
 
     `divergence`: `kl`, forward KL(trunk ‖ draft), or `tv`, 1 − Σ min(p, q), the share of drafts that the best coupling
-    would reject (Bebop). If the draft head has a trimmed vocabulary, both are renormalised over its `draft_ids` [K]:
-    Σ p log(p/q) over K has its minimum at q = p / p(K) too, and nothing is computed over all V.
+    would reject (Bebop). If the draft head has a trimmed vocabulary, `lm_head` has the rows of its tokens [K] alone,
+    and both are renormalised over them: Σ p log(p/q) over K has its minimum at q = p / p(K) too, and nothing is
+    computed over all V.
 
     FLOPs per scored token, V or K columns: 2·D·V for the teacher, which all depths share, and 4·D·V for each depth.
     """
-    head = lm_head.detach() if draft_ids is None else lm_head.detach()[draft_ids]
+    head = lm_head.detach()
     depths = range(1, len(outputs) + 1)
     alive = [(segment_BT > 0) & (F.pad(segment_BT, (d, 0), value=-1)[:, :-d] == segment_BT) for d in depths]
     targets = alive[0].flatten().nonzero()[:, 0]  # depth 1 drafts every token that a deeper one drafts
@@ -190,7 +192,8 @@ def draft_loss(
     weights = [weight / sum(weights) for weight in weights]
     teacher_ND = teacher_hidden_BTD.detach().flatten(0, 1)
     rows = [output.flatten(0, 1) for output in outputs]
-    drafts = zip(targets.split(chunk), alive_DN.split(chunk, dim=1), strict=True)
+    times_N = torch.ones_like(targets) if times_BT is None else times_BT.flatten()[targets]
+    drafts = zip(targets.split(chunk), alive_DN.split(chunk, dim=1), times_N.split(chunk), strict=True)
     measure = _forward_kl if divergence == "kl" else _total_variation
     return _Divergences.apply(teacher_ND, head, list(drafts), weights, temperature, measure, *rows)
 
@@ -203,16 +206,16 @@ class _Divergences(torch.autograd.Function):
         ctx: Any,
         teacher_ND: Tensor,
         head_VD: Tensor,
-        drafts: Sequence[tuple[Tensor, Tensor]],
+        drafts: Sequence[tuple[Tensor, Tensor, Tensor]],
         weights: Sequence[float],
         temperature: float,
         measure: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         *outputs_ND: Tensor,
     ) -> Tensor:
-        """Sums over `drafts`, which are chunks of C targets [C], and which depths [D, C] draft them."""
+        """Sums over `drafts`: chunks of C targets [C], the depths [D, C] that draft them, how often each counts [C]."""
         total = torch.zeros((), dtype=torch.float32, device=teacher_ND.device)
         gradients = [torch.zeros_like(output) for output in outputs_ND]
-        for at, alive_DC in drafts:
+        for at, alive_DC, times_C in drafts:
             log_p = F.log_softmax(F.linear(teacher_ND[at], head_VD).float() / temperature, dim=-1)
             p = log_p.exp()
             of_depths = zip(outputs_ND, gradients, weights, alive_DC, strict=True)
@@ -220,8 +223,8 @@ class _Divergences(torch.autograd.Function):
                 entries = (at - d).clamp(min=0)  # of dead ones any entry will do: they are masked
                 log_q = F.log_softmax(F.linear(output[entries], head_VD).float() / temperature, dim=-1)
                 values, slopes = measure(p, log_p, log_q)
-                total += weight * values.masked_fill(~alive, 0.0).sum()
-                slopes.mul_(weight / temperature).masked_fill_(~alive[:, None], 0.0)
+                total += weight * (values.masked_fill(~alive, 0.0) * times_C).sum()
+                slopes.mul_(weight / temperature).masked_fill_(~alive[:, None], 0.0).mul_(times_C[:, None])
                 gradient.index_add_(0, entries, slopes.to(head_VD.dtype) @ head_VD)
         ctx.save_for_backward(*gradients)
         return total

@@ -7,8 +7,7 @@ token (contract 4).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from policies.devices import has_float64
 from rollout.backends import Decoder
 from rollout.conversations import Conversation, Conversations
 from rollout.group import Completion, Prompt
+from rollout.request import News, Request
 from rollout.results import Results
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import SamplingParams, row_key
@@ -25,38 +25,6 @@ from rollout.shard import Decoding
 from rollout.stop_strings import StopStrings
 
 UNREAD = 64  # rounds without a draft; in the next one the draft head drafts, so that what it has not read stays short
-
-
-@dataclass(frozen=True)
-class News:
-    """What a request is told after a round: its new tokens and their log-probabilities, and its end.
-
-    `completion` is there once it has ended. It is whole, with the tokens of all rounds. `error` says why the request
-    can get no more. `version` is the policy's.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    completion: Completion | None = None
-    error: str | None = None
-    version: int = 0
-
-
-@dataclass(eq=False)
-class Request:
-    """One completion that is asked for. `params` may differ from those of the batch in `temperature`,
-    `max_completion_tokens`, `seed`, `start` and `stop_strings` alone. `tell` is called after every round
-    that gave it something, in the thread that decodes.
-    """
-
-    prompt: Prompt
-    params: SamplingParams
-    tell: Callable[[News], None]
-    home: int = 0  # those with the same number are decoded by the same worker
-    told: int = 0
-    cached: int = 0  # tokens of its prompt that were read before
-    cost: float = 0.0  # its shares of what rounds cost, and of what as many tokens cost without drafts
-    plain_cost: float = 0.0
 
 
 class Serving(Decoding):

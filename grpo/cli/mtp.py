@@ -20,9 +20,10 @@ import torch
 
 from grpo.config.mtp import MtpConfig
 from grpo.evaluation.held_out import Result
-from grpo.learner.batch import PackedRow, Sample, split_rows
+from grpo.learner.batch import split_rows
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
+from grpo.learner.row import PackedRow, Sample
 from grpo.run.log import RunLog
 from grpo.run.metrics import rollout_metrics
 from grpo.run.stop import signals

@@ -14,7 +14,7 @@ from grpo.endpoint.calls import Reply, deltas, text_message
 from grpo.endpoint.served import Job, Served
 from grpo.endpoint.text_stream import TextStream
 from rollout.group import Completion
-from rollout.serving import News
+from rollout.request import News
 
 
 class Answer:

@@ -20,7 +20,7 @@ from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked, read
 from grpo.endpoint.batcher import Full
 from grpo.endpoint.served import Job, Served
-from rollout.serving import News
+from rollout.request import News
 
 MOST_BYTES, BODY_S = 1 << 22, 30.0  # of a body, and the seconds that it may take to arrive
 LARGE, MOST_LARGE = 1 << 16, 1 << 24  # a body of more bytes is large; so many bytes of large ones may be here at once

@@ -13,8 +13,9 @@ import torch
 from rollout.conversations import CACHE_TOKENS
 from rollout.engine import Engine
 from rollout.relay import Relay
+from rollout.request import News, Request
 from rollout.sampling import SamplingParams
-from rollout.serving import News, Request, Serving
+from rollout.serving import Serving
 
 
 class Full(Exception):

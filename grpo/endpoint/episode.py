@@ -21,8 +21,8 @@ from grpo.endpoint.calls import Reply, form_of, text_message
 from grpo.endpoint.served import Job, Served
 from rewards.episode import ToolStats
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, Segment
+from rollout.request import News, Request
 from rollout.sampling import SamplingParams
-from rollout.serving import News, Request
 
 PLACE = "\ue000answer\ue000"  # stands for an answer, to find what a chat template writes after it
 Said: TypeAlias = str | list[int] | list[dict[str, Any]]

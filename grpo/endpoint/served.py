@@ -21,8 +21,8 @@ from policies.attention import sees_prompts_whole
 from rewards.data.examples import Example, beyond_context
 from rollout.faults import RolloutError
 from rollout.group import Prompt
+from rollout.request import News, Request
 from rollout.sampling import SamplingParams
-from rollout.serving import News, Request
 
 WRITTEN = ("assistant", "tool")  # by roles: what a conversation holds after its first prompt
 AS_IT_IS = PromptTemplate("{prompt}")

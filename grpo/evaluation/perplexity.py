@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo.learner.batch import PackedRow, micro_batches
+from grpo.learner.batch import micro_batches
 from grpo.learner.likelihood import Likelihood
+from grpo.learner.row import PackedRow
 from policies.devices import wide
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.policy import Policy

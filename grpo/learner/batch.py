@@ -17,71 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.tree import BEGINS, READ, Tree
 
 if TYPE_CHECKING:
     from grpo.learner.lessons import Lesson
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion to learn from, or a segment of it. `index` is the completion's place in the step: [group, sample]
-    flattened. `start` is the place of the segment in the completion.
-
-    A value function gives `token_advantages`, its `values` and the `returns` that it should have predicted, one for
-    each token; other estimators give one `advantage`.
-    """
-
-    index: int
-    token_ids: list[int]
-    sampling_logprobs: list[float] = field(default_factory=list)
-    advantage: float = 0.0
-    finish_reason: str = "stop"
-    token_advantages: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    returns: list[float] = field(default_factory=list)
-    routing: Tensor | None = None  # [Lc, routers, k]; see Completion
-    sampled: list[bool] = field(default_factory=list)  # [Lc] false where a tool wrote; empty without tools
-    start: int = 0
-    in_loss: bool = True  # False: truncated, and `loss.mask_truncated_completions`
-
-    @property
-    def num_sampled(self) -> int:
-        return sum(self.sampled) if self.sampled else len(self.token_ids)
-
-    @property
-    def tied(self) -> bool:
-        """There is nothing to learn from it."""
-        return not (self.advantage or any(self.token_advantages))
-
-
-@dataclass(frozen=True)
-class PackedRow:
-    """A prompt and completions of it.
-
-    >>> PackedRow([7, 8], [Sample(0, [1, 2]), Sample(1, [3])]).length       # 7 8 1 2 3
-    5
-    """
-
-    prompt_token_ids: list[int]
-    samples: Sequence[Sample]
-    prompt_routing: Tensor | None = None  # [Lp, routers, k]
-    group: int = 0  # its place in the step; a group that is cut into several rows has it in all of them
-    learns: bool = True  # False: the draft head alone learns from it, so that the trunk needs no gradient
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_token_ids) + sum(len(sample.token_ids) for sample in self.samples)
-
-    @property
-    def num_completion_tokens(self) -> int:
-        """Counts the tokens that were sampled."""
-        return sum(sample.num_sampled for sample in self.samples)
-
-    @property
-    def tied(self) -> bool:
-        """Every advantage is zero: there is nothing to learn from these completions."""
-        return all(sample.tied for sample in self.samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +75,7 @@ class MicroBatch:
     advantages: Tensor  # [C], or [C, L] where every token has its own
     rows: Sequence[PackedRow]  # tree after tree
     trees: Sequence[int]  # the tree in which each of them stands
+    beginnings: Sequence[int]  # how many tokens the first branch of each tree has
     routing: Tensor | None = None  # [B, T, routers, k] what the sampler's routers chose, -1 where it did not say
     counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
 
@@ -171,10 +112,9 @@ class MicroBatch:
         values = flat_N.new_zeros(self.mask.numel()).index_copy(0, self.cells, flat_N[self.numbers])
         return values.view(self.mask.shape)
 
-    def times(self, rows: Sequence[bool]) -> Tensor:
-        """Counts the samples that have sampled each token [B, T], in those rows for which `rows` is true."""
-        counted = torch.tensor([of_row for row, of_row in zip(self.rows, rows, strict=True) for _ in row.samples])
-        counted_M = counted.to(self.mask.device)[self.cells // self.mask.shape[1]].float()
+    def times(self, counted_C: Tensor) -> Tensor:
+        """Counts the samples that have sampled each token [B, T], of those for which `counted_C` is 1 and not 0."""
+        counted_M = counted_C[self.cells // self.mask.shape[1]].float()
         times = counted_M.new_zeros(self.turn.numel()).index_add(0, self.places[self.numbers], counted_M)
         return times.view(self.turn.shape)
 
@@ -280,7 +220,9 @@ def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) ->
     }
     routing = _routing(trees, shape)
     sent = _sent(tensors if routing is None else {"routing": routing} | tensors, device)
-    return MicroBatch(rows=packed, trees=[b for b, tree in enumerate(trees) for _ in tree.rows], **sent)
+    of_rows = [b for b, tree in enumerate(trees) for _ in tree.rows]
+    beginnings = [len(tree.root.after[0].token_ids) for tree in trees]
+    return MicroBatch(rows=packed, trees=of_rows, beginnings=beginnings, **sent)
 
 
 def _sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

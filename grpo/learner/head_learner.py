@@ -20,11 +20,12 @@ from torch import Tensor
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.mtp import HeadOptions
 from grpo.learner import state as learner_state
-from grpo.learner.batch import MicroBatch, PackedRow, micro_batches
+from grpo.learner.batch import MicroBatch, micro_batches
 from grpo.learner.learner import Learner
 from grpo.learner.lessons import Lesson
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.prepare import recorded
+from grpo.learner.row import PackedRow
 from grpo.learner.terms.draft_head import DraftHeadTerm
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy

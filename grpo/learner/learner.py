@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
 from grpo.learner import state as learner_state
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, by_completion, collate, cut, micro_batches
+from grpo.learner.batch import MicroBatch, TrainingBatch, by_completion, collate, cut, micro_batches
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, groups_of
 from grpo.learner.parallel import ALONE, Ranks
 from grpo.learner.prepare import Advantages, estimate, pack
+from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work, read
 from grpo.learner.tree import Tree, forest
 from grpo.learner.update import Update

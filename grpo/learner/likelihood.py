@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from grpo.learner.batch import MicroBatch, PackedRow, Sample, collate
+from grpo.learner.batch import MicroBatch, collate
+from grpo.learner.row import PackedRow, Sample
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.lora import adapter_off
 from policies.policy import Policy

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from grpo.learner.batch import PackedRow, Sample
+    from grpo.learner.row import PackedRow, Sample
 
 SHARED = 128  # tokens, a tile of flex attention: to share fewer spares little, and rows are as long as they were
 FEWEST = 2  # tokens of a branch that others go on from: recurrent layers take a single one for a step of decoding

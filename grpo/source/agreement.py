@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
+from grpo.learner.row import PackedRow, Sample
 from policies.attention import attending_by
 from policies.cut import cut_model, has_windows
 from policies.layout import is_language_model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.environment import AgentOptions
-from grpo.learner.batch import PackedRow, Sample
+from grpo.learner.row import PackedRow, Sample
 from grpo.task.sampling import Actor
 from rewards.data.examples import Example
 from rewards.episode import AGENT_REWARD, REWARD, environment_reward

@@ -15,7 +15,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.data.mix import MixedStream
 from grpo.data.trained_on import record_trained_on
-from grpo.learner.batch import PackedRow
+from grpo.learner.row import PackedRow
 from grpo.run.log import RunLog
 from grpo.task.task import TAKE_OUT, Task, reward_specs
 from policies.policy import Policy

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.sampling import AnswerOptions, RolloutOptions, SamplingOptions
-from grpo.learner.batch import PackedRow
+from grpo.learner.row import PackedRow
 from policies import devices
 from policies.policy import Policy
 from rollout.depth import GRAPH_DEPTHS

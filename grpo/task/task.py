@@ -22,7 +22,7 @@ from grpo.config.mtp import MtpConfig, scores_nothing
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.data.prompts import PromptStream, PromptTemplate, encode_prompt
 from grpo.data.trained_on import record_trained_on, trained_on
-from grpo.learner.batch import PackedRow, Sample
+from grpo.learner.row import PackedRow, Sample
 from grpo.run.log import RunLog
 from grpo.source.policy_source import known_context
 from grpo.task.sampling import Actor, agent_of, environment_of

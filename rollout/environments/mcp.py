@@ -96,7 +96,7 @@ def _tools_of(server: str) -> list[tuple[str, str, dict[str, Any]]]:
             return [(tool.name, tool.description or tool.name, tool.input_schema) for tool in session.tools()]
 
     try:
-        tools: list[Any] = Exchange("mcp", server, "tools/list").answer(live)
+        tools: list[Any] = Exchange("mcp", server, "list of tools").answer(live)
     except EnvironmentFailed as error:
         raise ValueError(str(error)) from error
     for name, _, schema in tools:
@@ -142,7 +142,7 @@ class _Session:
         """All tools, page by page."""
         cursor = None
         while True:
-            with self._failures("tools/list"):
+            with self._failures("list of tools"):
                 page = self._portal.call(functools.partial(self._client.list_tools, cursor=cursor))
             yield from page.tools
             cursor = page.next_cursor

@@ -9,7 +9,8 @@ import torch
 from benchmarks.learn import figures
 from benchmarks.learn.contenders import maxrl, replay
 from grpo.algorithm.own import estimate
-from grpo.learner.batch import PackedRow, Sample, TrainingBatch
+from grpo.learner.batch import TrainingBatch
+from grpo.learner.row import PackedRow, Sample
 
 
 def test_doctests():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from grpo.cli.parse import main
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
 from grpo.learner.likelihood import logprobs_of_groups
+from grpo.learner.row import PackedRow, Sample
 from policies.mtp import draft_loss
 from policies.policy import Policy
 from rollout.drafts.head import Drafter

@@ -44,7 +44,7 @@ class Eager(TurnFormat):
         if number == 3:
             return Turn("done")
         calls = {"count": {}, "find": {"word": "ab"[number % 2]}}
-        tool = next(name for name in self._tools if name in calls)
+        tool = next(name for name in self._parameters if name in calls)
         return Turn("", (Call(tool, calls[tool]),))
 
 

@@ -12,7 +12,8 @@ from grpo.cli.config.inference import EvalConfig
 from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.run import TrainConfig
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
+from grpo.learner.row import PackedRow, Sample
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped

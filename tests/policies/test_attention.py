@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as flex
 from transformers.integrations import flex_attention as flex_in_transformers
 
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
+from grpo.learner.row import PackedRow, Sample
 from policies import attention
 from policies.attention import Packing, attend, packed_attention
 
@@ -54,7 +55,10 @@ def packed(mini, *tensors, both_ways=False):
 
 def rows(*shapes):
     """Rows given as (prompt tokens, tokens of each completion)."""
-    made = [PackedRow(list(range(prompt)), [Sample(0, [1] * n) for n in completions]) for prompt, completions in shapes]
+    made = [
+        PackedRow(list(range(prompt)), [Sample(i, [1 + i] * n) for i, n in enumerate(completions)])
+        for prompt, completions in shapes
+    ]
     return collate(made, torch.device("cpu"))
 
 

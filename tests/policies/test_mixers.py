@@ -4,7 +4,8 @@ import pytest
 import torch
 import zoo
 
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
+from grpo.learner.row import PackedRow, Sample
 from policies.logprobs import token_logprobs
 from policies.paths import Paths
 from policies.policy import checkpoint_layers

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from grpo.learner.batch import MicroBatch, PackedRow, Sample, collate
+from grpo.learner.batch import MicroBatch, collate
+from grpo.learner.row import PackedRow, Sample
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.draft_head import AbsorbedHead
 from policies.logprobs import logprobs_from_hidden
@@ -290,8 +291,8 @@ def test_a_trimmed_loss_by_hand():
     teacher[0, 1] = teacher[0, 1].log()
     draft, segment = torch.tensor([[[1.0, 7.0, 1.0]]]).expand(1, 2, 3), torch.tensor([[1, 1]])
     kl = 4 / 7 * math.log(8 / 7) + 3 / 7 * math.log(6 / 7)
-    assert draft_loss([draft], teacher, segment, lm_head, 1.0, draft_ids=draft_ids).item() == pytest.approx(kl)
-    tv = draft_loss([draft], teacher, segment, lm_head, 1.0, draft_ids=draft_ids, divergence="tv").item()
+    assert draft_loss([draft], teacher, segment, lm_head[draft_ids], 1.0).item() == pytest.approx(kl)
+    tv = draft_loss([draft], teacher, segment, lm_head[draft_ids], 1.0, divergence="tv").item()
     assert tv == pytest.approx(4 / 7 - 1 / 2)
 
 
@@ -316,7 +317,7 @@ def test_the_draft_losss_own_gradient_is_autograds(divergence, draft_ids):
                     expected = expected + weight * far
     wanted = torch.autograd.grad(3.0 * expected, outputs)
     for chunk in (1, 2, 100):
-        loss = draft_loss(outputs, teacher, segment, lm_head, temperature, chunk, draft_ids=ids, divergence=divergence)
+        loss = draft_loss(outputs, teacher, segment, rows, temperature, chunk, divergence=divergence)
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
         for got, gradient in zip(torch.autograd.grad(3.0 * loss, outputs), wanted, strict=True):
             torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)

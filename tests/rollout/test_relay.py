@@ -7,13 +7,15 @@ import pytest
 import torch
 from talks import BASE, TURNS, talked
 
+from rollout.desk import Answering, Desk
 from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.ray_relay import CALLS
-from rollout.relay import Answering, Desk, Relay
+from rollout.relay import Relay
+from rollout.request import Request
 from rollout.sampling import SamplingParams
-from rollout.serving import Request, Serving
+from rollout.serving import Serving
 
 torch.set_num_threads(1)
 KEPT = 10_000

@@ -11,8 +11,9 @@ from engine_cases import PROMPTS, STOPS
 from rollout.depth import CostTable
 from rollout.drafts.speculative import confident_drafts
 from rollout.engine import Engine
+from rollout.request import News, Request
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, pick
-from rollout.serving import UNREAD, News, Request, Serving
+from rollout.serving import UNREAD, Serving
 
 torch.set_num_threads(1)
 BASE = SamplingParams(group_size=1, temperature=1.0, max_completion_tokens=40, stop_token_ids=STOPS)

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zoo
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
+from grpo.learner.row import PackedRow, Sample
 from grpo.source.agreement import check_agreement
 from policies.attention import Packing
 from policies.logprobs import token_logprobs

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from grpo.learner.batch import PackedRow, TrainingBatch
+from grpo.learner.batch import TrainingBatch
+from grpo.learner.row import PackedRow
 from grpo.steps.listener import Listener
 
 OPTIONS: dict[str, object] = {}

@@ -13,7 +13,7 @@ from grpo.cli.why.reading import Reader, ReadLearner, dot
 from grpo.cli.why.rewind import Rewind, difference, read_config
 from grpo.config.run import TrainConfig
 from grpo.evaluation.perplexity import gold_perplexity
-from grpo.learner.batch import PackedRow
+from grpo.learner.row import PackedRow
 from grpo.learner.update import NonFiniteStep
 from grpo.run.records import read_metrics
 from grpo.task.check import task_of

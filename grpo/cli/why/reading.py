@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from grpo.algorithm import own
 from grpo.config.loss import CorrectionMode, LossOptions
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, collate
+from grpo.learner.batch import MicroBatch, TrainingBatch, collate
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Forward
+from grpo.learner.row import PackedRow
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.term import Term, Work
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from grpo.config.balance import BalanceOptions
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
+from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward
 from grpo.learner.parallel import Ranks
+from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work
 from policies.policy import Policy
 from policies.routing.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss

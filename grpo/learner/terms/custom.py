@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from grpo.config.loss import LossOptions
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch, by_completion
+from grpo.learner.batch import MicroBatch, TrainingBatch, by_completion
 from grpo.learner.likelihood import Forward
+from grpo.learner.row import PackedRow
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.supervised import SupervisedTerm
 from grpo.learner.terms.term import Term, Work

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from grpo.config.distill import DistillOptions
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
+from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward, Likelihood
+from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work
 from policies.few_logprobs import logprobs_at, top_logprobs
 from policies.lm_head import LMHead

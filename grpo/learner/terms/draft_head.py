@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.config.learner import MTPOptions, SftMTPOptions
-from grpo.learner.batch import MicroBatch, PackedRow
+from grpo.learner.batch import MicroBatch
 from grpo.learner.lessons import Lesson
 from grpo.learner.likelihood import Forward
 from grpo.learner.optimizer import groups_of
+from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work
 from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.mtp import Divergence, draft_loss
@@ -72,15 +73,14 @@ class DraftHeadTerm(Term):
     def lesson(self, lesson: Lesson, work: Work) -> Tensor:
         """The mean over the completions' tokens of all lessons of the batch, at the depth of the batch."""
         policy, options = self.policy, self.options
-        width = len(policy.lm_head if policy.draft_ids is None else policy.draft_ids)
+        lm_head = drafted_rows(policy)
         loss = draft_loss(
             lesson.unrolled(policy, work.batch.draft_depth or options.depth),
             lesson.preceding,
             lesson.turn,
-            policy.lm_head,
+            lm_head,
             work.likelihood.temperature,
-            max(1, CHUNK_ELEMENTS // 4 // width),
-            draft_ids=policy.draft_ids,
+            max(1, CHUNK_ELEMENTS // 4 // len(lm_head)),
             divergence="tv" if options.tv else "kl",
         )
         loss = options.loss_weight * loss / (work.batch.num_completion_tokens * work.ranks.readers)  # each reads all
@@ -134,26 +134,29 @@ def head_loss(
     if not any(teach):
         teach[0] = True
     chosen = sorted({tree for tree, teaches in zip(mini.trees, teach, strict=True) if teaches})
-    times = mini.times(teach)
+    of_samples = [teaches for row, teaches in zip(mini.rows, teach, strict=True) for _ in row.samples]
+    rows, counted = torch.tensor([*chosen, *of_samples], device=preceding_BTD.device).tensor_split([len(chosen)])
+    times = mini.times(counted)
     lm_head = policy.lm_head
     chunk = max(1, CHUNK_ELEMENTS // lm_head.shape[0])
     if isinstance(options, SftMTPOptions) and options.train_trunk:
         loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, chunk, times)
     else:
-        first = int((mini.segment[chosen] == 0).sum(1).min())
-        rows = torch.tensor(chosen, device=preceding_BTD.device)
+        first = min(mini.beginnings[tree] for tree in chosen)
         ids, positions, entries = mini.token_ids[rows], mini.position_ids[rows], mini.head_segment[rows]
         preceding = preceding_BTD[rows]
         outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first, mini.until[rows])
-        turn, vocabulary = mini.turn[rows], policy.draft_ids
+        turn = mini.turn[rows]
         measure: Divergence = "tv" if options.tv else "kl"
-        loss = torch.zeros((), device=preceding.device)
-        for least in range(1, max(2, int(times.max()) + 1)):  # what two samples share counts twice
-            of_some = turn.where(times[rows] >= least, -1)
-            loss = loss + draft_loss(
-                outputs, preceding, of_some, lm_head, temperature, chunk, draft_ids=vocabulary, divergence=measure
-            )
+        of_some = turn.where(times[rows] > 0, -1)
+        kind: dict[str, Any] = {"divergence": measure, "times_BT": times[rows]}
+        loss = draft_loss(outputs, preceding, of_some, drafted_rows(policy), temperature, chunk, **kind)
     return loss * weight
+
+
+def drafted_rows(policy: Policy) -> Tensor:
+    """The rows of the LM head of the tokens that can be drafted [K, D]."""
+    return policy.lm_head if policy.draft_ids is None else policy.lm_head[policy.draft_ids]
 
 
 def gold_draft_loss(

@@ -11,9 +11,10 @@ from torch import Tensor
 from grpo.algorithm import own
 from grpo.algorithm.losses import Logprobs, TopEntropy, WholeStep, policy_loss, top_entropy_of
 from grpo.config.loss import CorrectionMode, LossOptions
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
+from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward
 from grpo.learner.prepare import tokens_in_loss
+from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work
 
 FARTHEST = "mismatch/logprob_abs_max"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
+from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward
+from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work
 
 METRICS = {"loss/sft": "cross-entropy of the gold solutions in the warm start, mean, nats per token"}

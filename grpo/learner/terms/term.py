@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from grpo.learner.batch import MicroBatch, PackedRow, TrainingBatch
+from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward, Likelihood
 from grpo.learner.parallel import Ranks
+from grpo.learner.row import PackedRow
 from policies.policy import Policy
 
 if TYPE_CHECKING:

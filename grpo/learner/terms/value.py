@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grpo.algorithm.values import gae, outcome_rewards, rank_softmax_weights, value_loss, whiten
 from grpo.config.value import ValueOptions
-from grpo.learner.batch import MicroBatch, PackedRow, Sample, TrainingBatch
+from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.term import Term, Work
 from policies.devices import wide
 from policies.policy import Policy

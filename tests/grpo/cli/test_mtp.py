@@ -16,10 +16,11 @@ from grpo.cli.mtp import mtp, rows_of, split
 from grpo.cli.parse import main
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.run import SftConfig
-from grpo.learner.batch import PackedRow, Sample, micro_batches
+from grpo.learner.batch import micro_batches
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
 from grpo.learner.prepare import recorded, supervised
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.draft_head import DraftHeadTerm
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint

@@ -20,8 +20,8 @@ from grpo.endpoint.episode import Episode
 from grpo.endpoint.served import Served
 from policies.presets import small_tokenizer
 from rollout.group import Completion, DraftStats, Prompt
+from rollout.request import News
 from rollout.sampling import SamplingParams
-from rollout.serving import News
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CORPUS = ["Each gets <<48/2=24>>24 apples.\n", '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'] * 20

@@ -123,7 +123,9 @@ def test_contract_1_what_is_learned_from_are_the_ids_that_were_sampled(begin, en
         batch = packed(RolloutGroup(episode.prompt, [done, done]))
         mini = collate(batch.rows, torch.device("cpu"))
         assert mini.token_ids[0, : len(whole)].tolist() == whole
-        assert mini.token_ids[mini.scored].tolist() == own * 2
+        assert mini.token_ids[mini.scored].tolist() == own  # what was sampled twice is read once
+        read = mini.by_completion(mini.of_scored(mini.token_ids.float()))
+        assert read[mini.mask].tolist() == own * 2
         assert batch.num_completion_tokens == 2 * len(own)
     assert differs
     assert ends == {"stop", "length"}

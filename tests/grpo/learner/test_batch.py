@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.learner.batch import PackedRow, Sample, TrainingBatch, by_completion, collate, cut, micro_batches, split_rows
+from grpo.learner.batch import TrainingBatch, by_completion, collate, cut, micro_batches, split_rows
+from grpo.learner.row import PackedRow, Sample
 from policies.attention import Packing
 
 CPU = torch.device("cpu")
@@ -14,7 +15,7 @@ def _row(prompt: list[int], *completions: list[int], start: int = 0) -> PackedRo
 
 
 def _row_of(prompt: int, lengths: list[int]) -> PackedRow:
-    return _row([1] * prompt, *([2] * length for length in lengths))
+    return _row([1] * prompt, *([2 + i] * length for i, length in enumerate(lengths)))  # all different
 
 
 def test_a_packed_row_holds_its_prompt_once():

@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
-from grpo.learner.batch import PackedRow, Sample, collate, micro_batches, split_rows
+from grpo.learner.batch import collate, micro_batches, split_rows
 from grpo.learner.learner import Learner
 from grpo.learner.optimizer import at_once, norm_of, schedule
 from grpo.learner.prepare import supervised, tokens_in_loss
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms import draft_head
 from grpo.learner.terms.draft_head import teaching
 from grpo.learner.update import NonFiniteStep

@@ -8,8 +8,9 @@ from small_learner import last_work, small_learner, term_of
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
-from grpo.learner.batch import Sample, collate, split_rows
+from grpo.learner.batch import collate, split_rows
 from grpo.learner.learner import Learner
+from grpo.learner.row import Sample
 from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.routing.replay import RoutingReplay

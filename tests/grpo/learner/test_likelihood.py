@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from grpo.learner import likelihood as module
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
 from grpo.learner.likelihood import Likelihood
+from grpo.learner.row import PackedRow, Sample
 
 ROW = PackedRow([5, 6], [Sample(0, [7, 8]), Sample(1, [9])])
 

@@ -8,10 +8,10 @@ from small_learner import last_work, small_learner, supervised_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
-from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.learner import Learner
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.prepare import supervised
+from grpo.learner.row import PackedRow, Sample
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped

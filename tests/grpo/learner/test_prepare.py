@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from grpo.config.loss import LossOptions
-from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.prepare import estimate, pack, recorded, supervised, tokens_in_loss
+from grpo.learner.row import PackedRow, Sample
 from policies.files.atomic import write_file
 from rewards.group_score import GroupScore
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup

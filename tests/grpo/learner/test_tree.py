@@ -13,10 +13,11 @@ from grpo.config.balance import BalanceOptions
 from grpo.config.learner import LearnerOptions, MTPOptions, SftMTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner import tree
-from grpo.learner.batch import PackedRow, Sample, TrainingBatch, collate, micro_batches
+from grpo.learner.batch import TrainingBatch, collate, micro_batches
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.parallel import Ranks
 from grpo.learner.prepare import supervised
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.tree import Tree, forest
 from policies.attention import Packing
 from policies.paths import Paths
@@ -66,7 +67,7 @@ def test_a_tree_by_hand():
         [7, 7, 7, 0, 0],
         [8, 0, 0, 0, 0],
     ]
-    assert mini.times([True, False, True])[0].tolist() == [0] * 4 + [2, 2, 0, 0, 1, 0, 1, 1] + [0] * 7 + [1]
+    assert mini.times(torch.tensor([1, 1, 0, 1]))[0].tolist() == [0] * 4 + [2, 2, 0, 0, 1, 0, 1, 1] + [0] * 7 + [1]
     assert (mini.trees, [tree.length for tree in trees]) == ([0, 0, 0], [20])
 
 

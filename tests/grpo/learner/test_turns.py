@@ -13,8 +13,9 @@ from grpo.algorithm.in_flight import plain as plain_of
 from grpo.algorithm.values import gae
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
 from grpo.learner.learner import Learner
+from grpo.learner.row import PackedRow, Sample
 from grpo.run.metrics import rollout_metrics
 from grpo.run.records import rollout_lines
 from policies.mtp import draft_loss
@@ -102,7 +103,7 @@ def test_the_loss_is_the_mean_over_sampled_tokens_alone(micro_policy, loss):
 
 
 def test_turns_are_numbered_and_tools_are_not():
-    mini = collate([PackedRow([7, 8], [Sample(i, [4] * len(s), sampled=s) for i, s in enumerate(SAMPLED)])], CPU)
+    mini = collate([PackedRow([7, 8], [Sample(i, [4 + i] * len(s), sampled=s) for i, s in enumerate(SAMPLED)])], CPU)
     assert mini.turn[0].tolist() == [0, 0, 1, 1, -1, -1, -1, 2, 2, 3, -1, 4, 4, -1, -1, 5, 5, 6, 6, 6]
     assert mini.segment[0].tolist() == [0, 0] + [1] * 7 + [2] * 8 + [3] * 3
     assert mini.mask.tolist() == [s + [F] * (8 - len(s)) for s in SAMPLED]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from grpo.config.learner import LearnerOptions
-from grpo.learner.batch import PackedRow, Sample, TrainingBatch
+from grpo.learner.batch import TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.custom import PerToken
 from grpo.tinker.losses import LOSSES, loss_of
 from grpo.tinker.trainer import Spec, Trainer

@@ -24,10 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.cli.parse import main
 from grpo.config.balance import BalanceOptions
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.parallel import ALONE
 from grpo.learner.prepare import supervised
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms import balance
 from grpo.learner.terms.term import Work
 from grpo.run import checkpoint

@@ -19,8 +19,9 @@ from rollout.costs import REPEATS
 from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, CostTable, Workload, draft_gain
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
+from rollout.request import Request
 from rollout.sampling import SamplingParams
-from rollout.serving import Request, Serving
+from rollout.serving import Serving
 from rollout.shard import Decoding
 
 torch.set_num_threads(1)

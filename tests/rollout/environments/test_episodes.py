@@ -15,7 +15,8 @@ from copies import OF_REWARDS
 from engine_cases import PARAMS, assert_lossless, completions, drafts_in_training, prompts_of, spied_drafts, tokens
 from talking import Talking
 
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
+from grpo.learner.row import PackedRow, Sample
 from policies.logprobs import token_logprobs
 from policies.paths import Paths
 from rewards.episode import ToolStats

@@ -19,7 +19,7 @@ from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
 from grpo.evaluation.perplexity import Perplexity, gold_perplexity
-from grpo.learner.batch import PackedRow, Sample
+from grpo.learner.row import PackedRow, Sample
 from grpo.run import checkpoint
 from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train

@@ -20,7 +20,8 @@ from grpo.endpoint import connections, served
 from grpo.endpoint.asked import ChatAsked
 from grpo.endpoint.connections import most_connections, settings
 from rewards.config.json_file import parse_json
-from rollout.serving import Request, Serving
+from rollout.request import Request
+from rollout.serving import Serving
 
 torch.set_num_threads(1)
 TOOL = {"type": "function", "function": {"name": "f", "description": "word " * 10_000}}

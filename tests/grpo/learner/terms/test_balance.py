@@ -11,9 +11,9 @@ from small_learner import last_work, small_learner, supervised_learner
 from grpo.config.balance import BalanceOptions
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
-from grpo.learner.batch import PackedRow, Sample
 from grpo.learner.learner import Learner
 from grpo.learner.prepare import supervised
+from grpo.learner.row import PackedRow, Sample
 from policies.policy import Policy, digest
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup

@@ -5,8 +5,9 @@ from small_learner import supervised_learner
 
 from grpo.config.learner import MTPOptions, SftMTPOptions
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
 from grpo.learner.prepare import supervised
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.draft_head import gold_draft_loss, teaching
 from policies.mtp import draft_loss
 from rewards.config.options import ConfigError, load

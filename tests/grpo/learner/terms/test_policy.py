@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo.config.loss import LossOptions
-from grpo.learner.batch import PackedRow, Sample
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms import policy
 from grpo.learner.terms.policy import FARTHEST, PolicyTerm, Settled
 

@@ -11,8 +11,9 @@ import torch
 from recorded import groups_of
 
 from grpo.cli.parse import main
-from grpo.learner.batch import PackedRow, Sample, collate
+from grpo.learner.batch import collate
 from grpo.learner.likelihood import Likelihood
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms import teacher_server
 from grpo.learner.terms.distill import TeacherPolicy
 from grpo.learner.terms.teacher_server import TeacherError, TeacherServer

@@ -15,9 +15,10 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.config.run import TrainConfig
 from grpo.config.value import ValueOptions
-from grpo.learner.batch import PackedRow, Sample, TrainingBatch
+from grpo.learner.batch import TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import Ranks
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.value import ValueHead, explained_variance, with_token_advantages
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics

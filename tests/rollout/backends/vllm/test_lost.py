@@ -26,8 +26,8 @@ from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
 from rollout.group import Completion, RolloutGroup
 from rollout.pool import PoolOptions
+from rollout.request import Request
 from rollout.sampling import EnvironmentSpec, SamplingParams
-from rollout.serving import Request
 
 PROMPTS, CANARIES = prompts_of(9, 1, 17), prompts_of(4)
 PARAMS = SamplingParams(3, 0.7, 8, seed=5, step=2)

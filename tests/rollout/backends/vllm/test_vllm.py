@@ -27,8 +27,8 @@ from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import PoolOptions
+from rollout.request import News, Request
 from rollout.sampling import EnvironmentSpec, SamplingParams
-from rollout.serving import News, Request
 
 pytestmark = needs_vllm
 PROMPTS = prompts_of(9, 1, 17, 4, 30, 11)
