@@ -43,7 +43,8 @@ grpo/source/policy_source
 grpo/algorithm/advantages grpo/algorithm/losses grpo/algorithm/surrogates
 grpo/config/features grpo/config/learner grpo/config/loss grpo/config/run
 grpo/config/sampling grpo/data/prompts
-grpo/learner/batch grpo/learner/build grpo/learner/learner grpo/learner/likelihood grpo/learner/optimizer grpo/learner/row grpo/learner/tree
+grpo/learner/batch grpo/learner/build grpo/learner/learner grpo/learner/likelihood grpo/learner/optimizer
+grpo/learner/row grpo/learner/tree
 grpo/learner/prepare grpo/learner/update grpo/learner/terms/policy grpo/learner/terms/term
 """
 

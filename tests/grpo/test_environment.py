@@ -34,7 +34,7 @@ class Eager(TurnFormat):
         number = sum(token_ids) % 4
         if number == 3:
             return Turn("done")
-        tool = next(iter(self._tools))
+        tool = next(iter(self._parameters))
         field = {"increment": "step", "guess": "number", "calculate": "expression"}[tool]
         return Turn("", (Call(tool, {field: number if field == "step" else str(number)}),))
 
