@@ -328,7 +328,7 @@ class RayPool(Pool):
         return {f"worker {i}": groups[i] for i in sorted(groups)}
 
     def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
-        """Where workers answer requests as they come."""
+        """Returns a relay whose requests the workers answer as they come."""
         from rollout.ray_relay import RayRelay
 
         self.check_stop()

@@ -69,7 +69,7 @@ class Relay:
         return given_up
 
     def round(self, join: bool = True) -> None:
-        """Those that wait are handed on, and those that have ended are told."""
+        """Hands on the requests that wait, and tells those that have ended."""
         while self.asked:
             self.requests[next(self._numbers)] = self.asked.popleft()
         for number, completion in self.exchange().items():

@@ -1,4 +1,4 @@
-"""What is asked of a batch that requests join and leave, and what they are told."""
+"""A request for a completion in a batch that requests join and leave, and the news that it gets."""
 
 from __future__ import annotations
 

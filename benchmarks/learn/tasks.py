@@ -57,8 +57,9 @@ TASKS = {
             steps=40,
             every=10,
             held_out=200,
-            model="runs/gsm8k/sft/policy",
-            changes={"data.held_out": 0.1},  # of the training questions
+            # quartet sft examples/05_gsm8k_recipe/1_sft.yaml --data.held_out 0.1 --output_dir runs/learn/gsm8k_sft
+            model="runs/learn/gsm8k_sft/policy",
+            changes={"data.held_out": 0.1},  # of the training questions, which the policy has not seen either
         ),
     )
 }

@@ -29,9 +29,8 @@ class SuccessModel:
 
     def __init__(self) -> None:
         self.bias = [0.0, 1.0]  # as the weights
-        self.weights: dict[
-            str, list[float]
-        ] = {}  # by word or pair: the weight, and 1 + the sum of its squared gradients
+        # Of words and pairs: the weight, and 1 + the sum of its squared gradients.
+        self.weights: dict[str, list[float]] = {}
         self._words: dict[str, list[str]] = {}  # of texts, so that each is read once
 
     def predict(self, text: str) -> float:

@@ -17,8 +17,8 @@ class CurriculumOptions(Options):
     examples that may be drawn, those drawn least often come first."""
     by_difficulty: bool = False
     """Draw prompts in proportion to p(1−p), where p is the running share of a prompt's completions with full marks (1,
-    what a gold solution gets where that is more, or what the reward declares). Prompts not yet drawn count as the mean
-    of the others."""
+    what a gold solution gets where that is more, or what the reward declares). What a prompt
+    that was not drawn yet will pass is predicted from its words. Of more than 2,000 prompts each draw weighs 2,000."""
     candidates: int = Field(default=1, ge=1)
     """Prompts that are drawn for each that is used. One completion of each is sampled first, and is not learned from;
     the prompts whose completion was least likely get a group. 1 uses all. It pays where the policy is sure of most of

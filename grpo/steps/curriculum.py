@@ -32,7 +32,7 @@ METRICS = {
 }
 MEMORY = 0.5  # share of the former estimate in a prompt's running pass rate
 FLOOR = 0.01  # weight of a prompt that always or never passes: it is drawn now and then, because policies change
-CANDIDATES = 2000  # among which a draw chooses: to read more of them takes longer than they bring
+MOST_WEIGHED = 2000  # among which a draw chooses: to read more of them takes longer than they bring
 
 
 def listener(run: Run[TrainConfig], task: Task) -> Listener:
@@ -49,10 +49,9 @@ class Curriculum(Listener):
 
     `shortest_share` opens the examples by the length of their gold solution, shortest first. Of the open examples,
     those drawn least often come first. `by_difficulty` draws from the open ones without replacement, with probability
-    ∝ `learnability` (Efraimidis & Spirakis 2006: the n largest of log(u)/w), of at most CANDIDATES taken at random. The
-    pass rate of a prompt that was never drawn is predicted from its words (`SuccessModel`); before anything was drawn
-    all weigh the same. A batch that is sampled ahead is drawn by the pass rates of the steps before its weights alone
-    (contract 12).
+    ∝ `learnability` (Efraimidis & Spirakis 2006: the n largest of log(u)/w), of MOST_WEIGHED at most, taken at random.
+    The pass rate of a prompt that was never drawn is predicted from its words (`SuccessModel`); at first all weigh the
+    same. A batch that is sampled ahead is drawn by the pass rates of the steps before its weights alone (contract 12).
 
     >>> curriculum = Curriculum(run, task)              # of a run with curriculum.by_difficulty: true
     >>> [example] = curriculum.choose(1, step=1)
@@ -90,7 +89,7 @@ class Curriculum(Listener):
         if len(candidates) < count:
             raise ValueError(f"a step cannot take {count} different prompts from {len(candidates)} examples")
         noise = random.Random(f"curriculum/{self.seed}/{step}/{draw}")
-        most = max(count, CANDIDATES)
+        most = max(count, MOST_WEIGHED)
         if self.options.by_difficulty and len(candidates) > most:
             candidates = noise.sample(candidates, most)
 
@@ -109,8 +108,7 @@ class Curriculum(Listener):
     ) -> list[Prompt]:
         """The prompts of whose completion the policy was least sure, in the order in which they were drawn.
 
-        A completion of probability π says that a group's rewards differ with at most π(1 − π) if it is the only right
-        one or the only wrong one: where π is near 1 the group will be tied, whatever its reward.
+        Where a completion has a probability near 1, the others of its group would be the same, and the group tied.
         """
         completions = [group.completions[0] for group in sample(prompts)]
         self.probed = [self.probed[0] + len(prompts), self.probed[1] + sum(c.num_sampled for c in completions)]

@@ -336,7 +336,7 @@ class TurnFormat:
         return str(turn.get("content") or ""), calls
 
     def _cut_own(self, text: str) -> tuple[str, list[tuple[Any, Any]]]:
-        """As `cut` does, by transformers' response parsing. Text after the first call is kept, too."""
+        """Does what `cut` does, by transformers' response parsing. Text after the first call is kept, too."""
         parser = self._tokenizer.get_response_parser(self._response_template, prefix=self._opening, tools=self.schemas)
         events = parser.feed(text)
         message, last = parser.finalize()

@@ -168,8 +168,8 @@ def tied(record: Record) -> Cause:
 
 
 def rate_low(record: Record) -> Cause:
-    """By Pinsker's inequality a step of this KL changes the probability of any event by √(KL / 2) at most, and at most
-    these add up."""
+    """A step of this KL changes the probability of any event by √(KL / 2) at most (Pinsker's inequality), and several
+    steps by no more than the sum."""
     steps = max(int(record.options.get("steps") or 0), record.steps)
     bound = math.fsum(math.sqrt(nats / 2) for nats in record.moves.values()) * steps / max(record.steps, 1)
     what = f"Nothing moves: all {steps} steps together can change the share of right answers by {bound:.1%} at most."
@@ -188,7 +188,7 @@ def other_part(record: Record) -> Cause:
 
 
 def _correlation(groups: list[Group], name: str) -> float:
-    """Of a part with the score inside groups; 0 where it differs in a FEW."""
+    """Correlates a part with the score inside groups; 0 where it differs in fewer than FEW groups."""
     total = Moments()
     for group in groups:
         pairs = [(line.get("reward"), line["parts"].get(name)) for line in group.lines]

@@ -13,7 +13,7 @@ from rewards.console import visible
 
 
 def diagnose(record: Record) -> list[dict[str, str]]:
-    """What was found, in the order in which to look at it."""
+    """Returns the findings, in the order in which to look at them."""
     findings: list[dict[str, str]] = []
     for detector in DETECTORS:
         kind, (is_there, what, change) = detector.__name__, detector(record)
@@ -23,7 +23,7 @@ def diagnose(record: Record) -> list[dict[str, str]]:
 
 
 def tell(folder: Path, console: Console) -> dict[str, Any]:
-    """Prints them, and returns what was found. Raises ValueError for a folder that is no run of `quartet train`."""
+    """Prints the findings, and returns them. Raises ValueError for a folder that is no run of `quartet train`."""
     record = Record(folder)
     findings, (before, after, _) = diagnose(record), record.rise
     lines = [f"{folder}: {record.state}; marks {before:.3g}, at the end {after:.3g}; {len(record.groups)} groups read"]

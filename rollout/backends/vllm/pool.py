@@ -290,7 +290,8 @@ class VLLMPool(Pool):
         return {"vLLM": groups}
 
     def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
-        """Where vLLM answers requests as they come. Raises RolloutError for parameters that it cannot sample with."""
+        """Returns a relay whose requests vLLM answers as they come. Raises RolloutError for parameters that it cannot
+        sample with."""
         from rollout.backends.vllm.relay import VLLMRelay
 
         self.check_stop()

@@ -11,7 +11,7 @@ from grpo.learner.optimizer import ramp
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_metrics
 from grpo.steps.collector import Collector
-from grpo.steps.curriculum import CANDIDATES, Curriculum, learnability
+from grpo.steps.curriculum import MOST_WEIGHED, Curriculum, learnability
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of_steps
 from grpo.task.task import Task
@@ -153,12 +153,12 @@ def test_a_prompt_that_was_never_drawn_counts_as_its_words_let_expect():
 
 
 def test_of_many_examples_some_are_weighed():
-    many = [Example(str(i), f"{i} = ?", "x") for i in range(CANDIDATES + 500)]
+    many = [Example(str(i), f"{i} = ?", "x") for i in range(MOST_WEIGHED + 500)]
     curriculum = _curriculum(many, _config(by_difficulty=True))
-    chosen = _ids(curriculum.choose(CANDIDATES, 1))
-    assert len(set(chosen)) == CANDIDATES
-    assert not set(chosen) <= {example.example_id for example in many[:CANDIDATES]}
-    assert len(set(_ids(curriculum.choose(CANDIDATES + 100, 2)))) == CANDIDATES + 100
+    chosen = _ids(curriculum.choose(MOST_WEIGHED, 1))
+    assert len(set(chosen)) == MOST_WEIGHED
+    assert not set(chosen) <= {example.example_id for example in many[:MOST_WEIGHED]}
+    assert len(set(_ids(curriculum.choose(MOST_WEIGHED + 100, 2)))) == MOST_WEIGHED + 100
 
 
 def test_draws_within_a_step_differ_and_hold_no_example_twice():
