@@ -70,8 +70,11 @@ class SharedDecoding(Decoding):
         return super()._forward_by_graph(live, rounds)
 
     def _part_for_good(self) -> None:
+        """Gives each row a place of its own. One that has ended gets a copy of the row before it, whose prompt it may
+        not share, since rows of one prompt must stay neighbours."""
         if self.shares:
-            self.cache.select(self.place_R)
+            assert self.live is not None
+            self.cache.select(self.place_R[nearest_alive(self.live.alive)])
             self.shares = False
 
     def _read_tokens(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -124,3 +127,13 @@ def first_of(place_R: Tensor, alive_R: Tensor) -> Tensor:
     order = numbers + count * ~alive_R
     first = place_R.new_full((int(place_R.max()) + 1,), 2 * count).scatter_reduce(0, place_R, order, "amin")
     return first % count
+
+
+def nearest_alive(alive_R: Tensor) -> Tensor:
+    """The row itself where it is alive, else the last one before it that is, or the first of all.
+
+    >>> nearest_alive(torch.tensor([False, True, False, False, True]))
+    tensor([1, 1, 1, 1, 4])
+    """
+    numbers = torch.arange(len(alive_R), device=alive_R.device).where(alive_R, -1).cummax(0).values
+    return numbers.where(numbers >= 0, alive_R.long().argmax())
