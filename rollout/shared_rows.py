@@ -70,11 +70,8 @@ class SharedDecoding(Decoding):
         return super()._forward_by_graph(live, rounds)
 
     def _part_for_good(self) -> None:
-        """Gives each row a place of its own. One that has ended gets a copy of the row before it, whose prompt it may
-        not share, since rows of one prompt must stay neighbours."""
         if self.shares:
-            assert self.live is not None
-            self.cache.select(self.place_R[nearest_alive(self.live.alive)])
+            self.cache.select(self.place_R)
             self.shares = False
 
     def _read_tokens(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -100,7 +97,8 @@ class SharedDecoding(Decoding):
 def parted(place_R: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Gives rows that have chosen different tokens different places: those of all rows, and of each the one before.
 
-    Rows that have ended choose nothing: they stay with some other, and all that they read is dropped.
+    Rows that have ended choose nothing: they get the next place, so that rows of one prompt stay neighbours, and all
+    that they read is dropped.
 
     >>> place_R, last, alive = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([5, 5, 9, 7, 7]), torch.ones(5).bool()
     >>> parted(place_R, SimpleNamespace(last=last, alive=alive))
@@ -127,13 +125,3 @@ def first_of(place_R: Tensor, alive_R: Tensor) -> Tensor:
     order = numbers + count * ~alive_R
     first = place_R.new_full((int(place_R.max()) + 1,), 2 * count).scatter_reduce(0, place_R, order, "amin")
     return first % count
-
-
-def nearest_alive(alive_R: Tensor) -> Tensor:
-    """The row itself where it is alive, else the last one before it that is, or the first of all.
-
-    >>> nearest_alive(torch.tensor([False, True, False, False, True]))
-    tensor([1, 1, 1, 1, 4])
-    """
-    numbers = torch.arange(len(alive_R), device=alive_R.device).where(alive_R, -1).cummax(0).values
-    return numbers.where(numbers >= 0, alive_R.long().argmax())

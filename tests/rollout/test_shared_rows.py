@@ -108,21 +108,25 @@ def test_the_routing_of_shared_rows_is_that_of_each(policy):
         assert torch.equal(one.routing, other.routing)
 
 
-@pytest.mark.parametrize("begins", [1, 2, 3, 5])
-def test_contract_3_prompts_whose_rows_have_all_ended_disturb_no_other(policy, monkeypatch, begins):
-    """Rows of some prompts have ended and are still there when drafts begin: the others attend to their own prompts."""
-    plan, rounds = Decoding._plan, []
+@pytest.mark.parametrize("ended", [0, 1, 2])
+def test_contract_3_a_prompt_whose_rows_have_all_ended_disturbs_no_other(policy, monkeypatch, ended):
+    """Its rows are still there when drafts begin: the others attend to their own prompts."""
+    plan, depth = Decoding._plan, [0]
+    monkeypatch.setattr(Decoding, "_plan", lambda self, live: plan(self, live) if depth[0] else 0)
     monkeypatch.setattr(Decoding, "_retire", lambda self: self._count())  # nothing leaves
-
-    def plan_later(self, live):
-        rounds.append(0)
-        return plan(self, live) if len(rounds) > begins else 0
-
-    monkeypatch.setattr(Decoding, "_plan", plan_later)
-    engine, params = Engine(policy), replace(PARAMS, draft_tokens=2, group_size=2, temperature=0.7)
-    stop = tokens(decoded(engine, replace(params, draft_tokens=0), Decoding))[3][0]  # ends the fourth row at once
-    params = replace(params, stop_token_ids=(*params.stop_token_ids, stop))
-    rounds.clear()
-    drafted = decoded(engine, params, SharedDecoding)
-    rounds.clear()
-    assert tokens(drafted) == tokens(decoded(engine, replace(params, draft_tokens=0), Decoding))
+    engine, params = Engine(policy), replace(PARAMS, draft_tokens=2, group_size=6, temperature=1.0)
+    depth[0] = 0
+    expected = tokens(decoded(engine, replace(params, draft_tokens=0), Decoding))
+    decoding = SharedDecoding(engine.decoder, PROMPTS, params)
+    rows = range(6 * ended, 6 * ended + 6)
+    decoding.results.stopped[list(rows)] = True
+    decoding._count()
+    for _ in range(3):  # others part meanwhile
+        decoding.forward()
+    depth[0] = 1
+    while not decoding.done:
+        decoding.forward()
+    sampled = tokens(decoding.groups())
+    assert [ids for i, ids in enumerate(sampled) if i not in rows] == [
+        ids for i, ids in enumerate(expected) if i not in rows
+    ]
