@@ -303,6 +303,7 @@ def test_the_site_is_built_without_a_warning_and_holds_every_page(site):
     assert {page.replace("README", "index") for page in pages} <= built
 
 
+@pytest.mark.slow
 def test_the_site_needs_no_network_and_lacks_no_file(site):
     elsewhere, lost = set(), set()
     for page in site.rglob("*.html"):
@@ -319,6 +320,7 @@ def test_the_site_needs_no_network_and_lacks_no_file(site):
     assert lost == set()
 
 
+@pytest.mark.slow
 def test_every_link_inside_the_site_leads_to_a_page_and_a_place(site):
     texts = {page.resolve(): html.unescape(page.read_text(encoding="utf-8")) for page in site.rglob("*.html")}
     places = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in texts.items()}
@@ -349,6 +351,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("node") is None, reason="the search of a site is a script, which node runs")
 def test_the_search_answers_what_somebody_new_asks_in_one_try(site):
     [worker] = site.glob("assets/javascripts/workers/search.*.js")

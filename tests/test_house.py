@@ -335,6 +335,7 @@ def wheel(tmp_path_factory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_the_wheels_hold_the_four_packages_and_nothing_else(wheel):
     shipped = {file.relative_to(wheel).as_posix() for file in wheel.rglob("*") if file.is_file()}
     written = {
@@ -349,6 +350,7 @@ def test_the_wheels_hold_the_four_packages_and_nothing_else(wheel):
     assert {f"{package}/py.typed" for package in MAY_IMPORT} <= shipped
 
 
+@pytest.mark.slow
 def test_no_package_is_in_both_wheels_and_the_heavy_one_needs_the_light_one_of_its_version(wheel):
     def packages(distribution: str) -> set[str]:
         record = (wheel / f"{distribution}-{VERSION}.dist-info/RECORD").read_text().splitlines()
@@ -360,6 +362,7 @@ def test_no_package_is_in_both_wheels_and_the_heavy_one_needs_the_light_one_of_i
     assert f"Requires-Dist: quartet-rewards=={VERSION}" in needed
 
 
+@pytest.mark.slow
 def test_the_wheel_imports_from_an_empty_folder(wheel, tmp_path):
     packages = ", ".join(MAY_IMPORT)
     code = f"import {packages}\nfor package in ({packages}):\n    print(package.__file__)"
@@ -367,6 +370,7 @@ def test_the_wheel_imports_from_an_empty_folder(wheel, tmp_path):
     assert [Path(file).parent for file in files] == [wheel / package for package in MAY_IMPORT]
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_its_command_from_an_empty_folder(wheel, tmp_path):
     usage = _python("-m", "grpo", "--help", cwd=tmp_path, path=wheel)
     for command in ("sft", "train", "eval", "sample", "serve", "convert"):

@@ -41,6 +41,7 @@ SIZES = {"vocab_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1}
 PROMPTS = [Prompt(f"p/{i}", "", [5 + i, 7, 9 + 3 * i, 11][: 2 + i]) for i in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == pretend.NAME, reason="is what runs this")
 def test_the_device_tests_pass_and_no_count_has_risen():
     """In processes of their own, since a device that is registered stays."""

@@ -26,6 +26,7 @@ def test_hangs():
 """
 
 
+@pytest.mark.slow
 def test_contract_21_children_of_nohup_have_default_signals_and_a_test_that_hangs_ends_by_name(tmp_path):
     text = CONFTEST.read_text()
     (tmp_path / "conftest.py").write_text(text.replace("LIMIT_S, SLOW_LIMIT_S = 300,", "LIMIT_S, SLOW_LIMIT_S = 3,"))

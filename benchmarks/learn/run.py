@@ -14,9 +14,12 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.learn.tasks import TASKS, Task, config_of, rate_of
+
+if TYPE_CHECKING:
+    from grpo.algorithm.dynamic_sampling import Drawn
 
 
 def learn(task: Task, name: str, seed: int, rate: float, policy: Path) -> list[dict[str, float]]:
@@ -40,11 +43,7 @@ def learn(task: Task, name: str, seed: int, rate: float, policy: Path) -> list[d
         curve = [point(session, spent, 0)]
         for step in session.run.steps():
             clocks = time.perf_counter(), time.process_time()
-            drawn = session.draw(step)
-            batch = session.prepare(drawn)
-            metrics = session.learn(batch)
-            session.publish()
-            session.record(step, metrics)
+            drawn = learned(session, contender, step)
             spent["seconds"] += time.perf_counter() - clocks[0]
             spent["cpu"] += time.process_time() - clocks[1]
             completions = [completion for group in drawn.all_groups for completion in group.completions]
@@ -54,6 +53,19 @@ def learn(task: Task, name: str, seed: int, rate: float, policy: Path) -> list[d
             if step % task.every == 0:
                 curve.append(point(session, spent, step))
     return curve
+
+
+def learned(session: Any, contender: Any, step: int) -> Drawn:
+    """Takes a step as the contender draws it, and gives what it drew."""
+    advantages = None
+    if hasattr(contender, "draw"):
+        drawn, advantages = contender.draw(session, step)
+    else:
+        drawn = session.draw(step)
+    metrics = session.learn(session.prepare(drawn, advantages=advantages))
+    session.publish()
+    session.record(step, metrics)
+    return drawn
 
 
 def point(session: Any, spent: dict[str, float], step: int) -> dict[str, float]:

@@ -1,21 +1,27 @@
 """The bench of sample efficiency: its figures by hand, and what its contenders do to a batch."""
 
 import doctest
+import importlib
 from math import sqrt
 
 import pytest
 import torch
 
-from benchmarks.learn import figures
-from benchmarks.learn.contenders import maxrl, replay
+from benchmarks.learn import figures, run
+from benchmarks.learn.contenders import NAMES, hint, maxrl, replay, sizes
 from grpo.algorithm.own import estimate
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.row import PackedRow, Sample
+from grpo.session import Session
+from rewards.group_score import GroupScore
+from rollout.group import Completion, Prompt, RolloutGroup
 
 
 def test_doctests():
     options = doctest.ELLIPSIS
     assert doctest.testmod(maxrl, extraglobs={"torch": torch}).failed == 0
+    assert doctest.testmod(hint, extraglobs={"Sample": Sample}).failed == 0
+    assert doctest.testmod(sizes).failed == 0
     assert doctest.testmod(figures, optionflags=options).failed == 0
 
 
@@ -72,3 +78,54 @@ def test_replay_adds_what_was_not_tied_with_the_version_that_sampled_it():
     assert second.age(version=1) == 3 / 9  # of one version, a third of the tokens: the correction is on
     third = listener.prepare(_batch(3, 2, 0.0, 0.0))
     assert [row.samples[0].advantage for row in third.rows] == [0.0, 0.0, 0.25]  # the first step is too old
+
+
+def _pair(name, *rewards):
+    completions = [Completion([1, 2], [-0.1, -0.1], "", "stop", 0) for _ in rewards]
+    return RolloutGroup(Prompt(name, name, [7]), completions), GroupScore(list(rewards), {})
+
+
+def test_sizes_measures_a_prompt_over_all_its_units_and_prompts_weigh_the_same():
+    """a has 4 completions, 1 of them right: (R - 1/4) · 3 / 3. b has 2, 1 of them right: (R - 1/2) · 3 / 1."""
+    pairs = [_pair("a", 1.0, 0.0), _pair("a", 0.0, 0.0), _pair("b", 0.0, 1.0)]
+    groups, scores = zip(*pairs, strict=True)
+    advantages = sizes.advantages(groups, scores, mean_size=3)
+    assert [[tokens[0] for tokens in group] for group in advantages] == [[0.75, -0.25], [-0.25, -0.25], [-1.5, 1.5]]
+    assert len(advantages[0][0]) == 2
+
+
+def test_sizes_gives_who_is_right_half_of_the_time_the_most():
+    counts = sizes.units([0.5, 0.9, 1.0], budget=12)
+    assert counts[0] > counts[1] > counts[2] >= 1
+    assert sum(counts) == 12
+
+
+def test_a_wrong_hint_is_the_next_problems(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r")) as session:
+        right, wrong = hint.Hint(session, 1.0), hint.Hint(session, 1.0, wrong=True)
+        solutions = [example.solution for example in session.task.train]
+        assert list(right.hints.values()) == solutions
+        assert list(wrong.hints.values()) == [*solutions[1:], solutions[0]]
+        ids = next(iter(right.hints))
+        shown = session.policy.tokenizer.decode(right.hinted(ids).token_ids)
+        assert shown == f"{solutions[0]}\n{session.policy.tokenizer.decode(ids)}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_contract_9_a_contender_that_was_stopped_ends_with_the_same_bits(name, micro_config, tmp_path):
+    contender = importlib.import_module(f"benchmarks.learn.contenders.{name}")
+    options = {**contender.OPTIONS, "prompts_per_step": 4}
+    ends = []
+    with Session.open(micro_config(tmp_path / "r", steps=4, **options)) as session:
+        if hasattr(contender, "listeners"):
+            session.collector.listeners += contender.listeners(session)
+        for _ in range(2):
+            for step in session.run.steps():
+                if step == 3 and not ends:
+                    path = session.save(tmp_path / "middle")
+                run.learned(session, contender, step)
+            ends.append({name: p.detach().clone() for name, p in session.policy.named_parameters()})
+            session.load(path)
+            session.run.start = 2
+    assert all(torch.equal(ends[0][name], p) for name, p in ends[1].items())

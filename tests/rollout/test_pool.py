@@ -577,6 +577,7 @@ def test_a_dead_process_of_ray_is_named_before_it_takes_this_one_along(pool, pol
                 use()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_pool_stays_in_the_memory_that_dies_with_the_raylet(pool):
     """Ray ends a driver at once that owns something there."""
     gc.collect()  # errors of the tests before this one hold their frames
@@ -608,6 +609,7 @@ print(overwrites(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a guess"))
 """
 
 
+@pytest.mark.slow
 def test_a_client_without_the_token_is_refused(pool):
     """Whoever may write there has a worker load a pickled class of his. Who knows the token is let in."""
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])

@@ -6,11 +6,16 @@ batch holds tokens of an older version; π_old is the policy before this step an
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from grpo.learner.batch import TrainingBatch
-from grpo.learner.row import PackedRow
+from grpo.learner.row import PackedRow, Sample
 from grpo.steps.listener import Listener
 
 OPTIONS: dict[str, object] = {}
@@ -39,6 +44,26 @@ class Replay(Listener):
             versions[sampled_by] = versions.get(sampled_by, 0) + tokens
         tokens = sum(row.num_completion_tokens for row in rows)
         return replace(batch, rows=rows, num_samples=samples, num_completion_tokens=tokens, tokens_by_version=versions)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"replay": [[step, version, [_plain(row) for row in rows]] for step, version, rows in self.former]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.former = [(step, version, [_row(row) for row in rows]) for step, version, rows in state["replay"]]
+
+
+def _plain(row: PackedRow) -> dict[str, Any]:
+    """The row as JSON takes it."""
+    return json.loads(json.dumps(asdict(row), default=Tensor.tolist))
+
+
+def _row(plain: Mapping[str, Any]) -> PackedRow:
+    samples = [Sample(**of | {"routing": _routing(of["routing"])}) for of in plain["samples"]]
+    return PackedRow(**{**plain, "samples": samples, "prompt_routing": _routing(plain["prompt_routing"])})
+
+
+def _routing(choices: list[Any] | None) -> Tensor | None:
+    return None if choices is None else torch.tensor(choices)
 
 
 def numbered(again: list[PackedRow], rows: list[PackedRow]) -> list[PackedRow]:

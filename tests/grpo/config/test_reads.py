@@ -137,6 +137,7 @@ def test_contract_18_supervised_steps_read_all_their_options(micro_config, polic
     assert unread(SftConfig, reads) == set()
 
 
+@pytest.mark.slow
 def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, not_finite, rows, tmp_path, monkeypatch):
     from grpo.steps.vllm import vllm_settings
     from grpo.train import train

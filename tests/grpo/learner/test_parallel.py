@@ -104,6 +104,7 @@ def _check(found: dict) -> None:
     assert found["same_bits"]
 
 
+@pytest.mark.slow
 def test_contract_15_two_ranks_give_the_gradients_of_one(tmp_path):
     """One layout and two steps; the slow tests below have five, and the other layouts."""
     [found] = _differences(2, tmp_path, {"fsdp": CASES[2]["fsdp"] | {"steps": 2}}).values()

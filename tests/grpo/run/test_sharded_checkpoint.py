@@ -92,6 +92,7 @@ def test_a_rank_that_cannot_write_ends_every_rank_with_the_same_words(saved, vic
     assert found[0]["said"] == found[1]["said"]
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named_on_every_rank(saved):
     _, shown = saved(2)
     said = r"step_000003 is damaged: policy-00002-of-00002.safetensors is .*resume from \S+step_000001"

@@ -77,6 +77,7 @@ def test_a_trick_does_not_pay(name):
     assert said != "passed"
 
 
+@pytest.mark.slow
 def test_partial_marks_are_the_share_of_tests_and_a_limit_is_named():
     program = "def double(x):\n    while x > 5: pass\n    return 2 * x if x else 1"
     tests = ["assert double(1) == 2", "assert double(0) == 0", "assert double(2) == 4", "assert double(6) == 12"]

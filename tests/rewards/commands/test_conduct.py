@@ -59,11 +59,13 @@ def problems(function, *allowed, **options):
     return check_conduct(str(function), config, ("hash_seed", *allowed)).problems
 
 
+@pytest.mark.slow
 def test_a_reward_that_only_gives_marks_has_no_problem(file):
     assert problems(f"{file}:gold") == []
     assert problems(f"{file}:caches") == []  # which are full at some time
 
 
+@pytest.mark.slow
 def test_an_argument_that_is_changed_is_named(file):
     [problem] = problems(f"{file}:turns")
     assert problem.startswith("it changes its arguments answer; in a batch, which begins with prompt 'Ben has 3 shells")

@@ -98,6 +98,7 @@ def test_stock_transformers_loads_the_live_policy(run, base, tmp_path):
     assert Policy.load(tmp_path / "exported").weights().keys() == start.weights().keys()
 
 
+@pytest.mark.slow
 def test_a_policy_saved_before_vllms_fields_were_written_is_exported_with_them(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs["full", True][0], run)
