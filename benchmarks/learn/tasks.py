@@ -31,14 +31,14 @@ QUIET = {"threads": 1, "log.measure_speed": False, "log.trackers": [], "checkpoi
 TASKS = {
     task.name: task
     for task in (
-        Task("words", "Word problems, the demo's policy", "01_demo.yaml", steps=60, every=5, held_out=1024),
-        Task("game", "The word game, three turns", "10_word_game.yaml", steps=60, every=5, held_out=1024),
+        Task("words", "Word problems, the demo's policy", "01_demo.yaml", steps=60, every=10, held_out=1024),
+        Task("game", "The word game, three turns", "10_word_game.yaml", steps=60, every=10, held_out=1024),
         Task(
             "spelling",
             "Spelling words backward (reasoning-gym), the demo's policy",
             "01_demo.yaml",
             steps=60,
-            every=5,
+            every=10,
             held_out=512,
             changes={
                 "data.name": "reasoning_gym:spell_backward",

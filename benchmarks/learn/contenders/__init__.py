@@ -8,6 +8,7 @@ NAMES = (
     "grpo",
     "unsure",
     "difficulty",
+    "difficulty_updates",
     "refill",
     "updates",
     "replay",
