@@ -45,7 +45,7 @@ class Conversations:
         """
         found: tuple[Conversation, int] | None = None
         for one in self.held:
-            there = min(one.read, _common(one.token_ids, token_ids), len(token_ids) - 1) - 1
+            there = min(one.read, common(one.token_ids, token_ids), len(token_ids) - 1) - 1
             if there >= (LEAST if found is None else found[1] + 1):
                 found = one, there
         if found is not None:
@@ -54,8 +54,8 @@ class Conversations:
         return found
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Counts the tokens with which both begin."""
+def common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Counts the tokens, or the characters, with which both begin."""
     shorter = min(len(one), len(other))
     if one[:shorter] == other[:shorter]:
         return shorter

@@ -12,6 +12,7 @@ from grpo.config.environment import AgentOptions
 from grpo.endpoint.agents import WORKERS, open_agents
 from grpo.endpoint.batcher import Batcher
 from grpo.endpoint.episode import Episode
+from grpo.endpoint.forks import ForkingEpisode
 from rewards.isolation.pool import WorkerPool
 from rollout.engine import Engine
 from rollout.environments.protocol import seeds
@@ -35,10 +36,11 @@ class AgentSampler:
     """Samples with the engine, the workers or the server of `pool`, which stays open when this is closed. `temperature`
     is the run's."""
 
-    def __init__(self, pool: Any, agent: AgentOptions, temperature: float) -> None:
+    def __init__(self, pool: Any, agent: AgentOptions, temperature: float, thoughts: str = "keep") -> None:
         from grpo.endpoint.endpoint import Endpoint  # whose packages are an extra
 
         self.pool, self.agent, self.temperature, self.check_stop = pool, agent, temperature, pool.check_stop
+        self.episode = Episode if thoughts == "keep" else ForkingEpisode
         self.endpoint = Endpoint()
         self._agents: WorkerPool | None = None
         self._thread = ThreadPoolExecutor(1, "agents")
@@ -119,7 +121,7 @@ class _Sampling:
         """Returns an episode, and what its agent is called with."""
         number, sample = divmod(place, self.size)
         prompt, endpoint = self.prompts[number], self.sampler.endpoint
-        episode = Episode(prompt, sample, self.batcher, self.params, self.sampler.temperature)
+        episode = self.sampler.episode(prompt, sample, self.batcher, self.params, self.sampler.temperature)
         episode.home = place
         address = {"base_url": endpoint.open(episode), "api_key": endpoint.key}
         values = {**prompt.columns, "prompt": prompt.text, **address}

@@ -93,14 +93,14 @@ class Episode(Served):
             if self.ended:
                 raise ApiError("this episode has ended", 404, code="episode_ended")
             longest = sorted(self.segments, key=lambda segment: -len(segment.said))
-            known = next(((s, ids) for s in longest if (ids := self._after(s, said, asked)) is not None), None)
+            known = next(((s, ids) for s in longest if (ids := self._after(s, first, said, asked)) is not None), None)
             segment, read = known or (Growing(replace(first, prompt_id=self._name(first.token_ids)), said, tools), [])
             start = len(segment.ids) + len(read)
             prompt = replace(segment.prompt, token_ids=[*segment.prompt.token_ids, *segment.ids, *read])
             param = "messages" if isinstance(asked, ChatAsked) else "prompt"
             params = replace(self._params(asked, prompt, param, self.defaults.seed), start=start)
             is_task = not known and first.token_ids == self.prompt.token_ids
-            new = [] if is_task else _new(segment.said if known else None, said)
+            new = [] if is_task else _new(self._heard(segment if known else None, said), said)
             segment.waits = True
             if not known:
                 self.segments.append(segment)
@@ -111,7 +111,7 @@ class Episode(Served):
                 if self.ended:
                     return
                 segment.add(read, completion)
-                message = _plain(message_of(reply.message))
+                message = plain(message_of(reply.message))
                 segment.said, segment.waits = _with_answer(said, completion, message), False
                 self.turns += [*new, message]
                 self.answers.append(completion)
@@ -185,13 +185,18 @@ class Episode(Served):
     def _read(self, asked: Asked) -> tuple[Prompt, Said]:
         """Returns the whole request as a prompt, and as the client says it."""
         if isinstance(asked, ChatAsked):
-            return self._chat(asked), [_plain(message) for message in asked.messages]
+            return self._chat(asked), [plain(message) for message in asked.messages]
         assert isinstance(asked, CompletionAsked)
         [text] = asked.prompt
         return self._prompt(text, ""), text
 
-    def _after(self, segment: Growing, said: Said, asked: Asked) -> list[int] | None:
-        """Returns the ids of what a request says after all that the segment has said; None where it says otherwise."""
+    def _heard(self, segment: Growing | None, said: Said) -> Said | None:
+        """Returns what was said before in the segment with which a request goes on."""
+        return segment.said if segment else None
+
+    def _after(self, segment: Growing, first: Prompt, said: Said, asked: Asked) -> list[int] | None:
+        """Returns the ids of what a request says after all that the segment has said; None where it says otherwise. The
+        whole request is `first`."""
         known, tools = segment.said, asked.tools if isinstance(asked, ChatAsked) else None
         if segment.waits or type(known) is not type(said) or said[: len(known)] != known or tools != segment.tools:
             return None
@@ -228,7 +233,7 @@ class Episode(Served):
         return f"{self.prompt.prompt_id}/{digest}/{before}"
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+def plain(message: Mapping[str, Any]) -> dict[str, Any]:
     """Drops fields that say nothing, such as `refusal: null`, with which clients send an answer back."""
     return {
         name: value for name, value in message.items() if name in ("role", "content") or value not in (None, [], {})

@@ -157,6 +157,10 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
             -logprob for c in completions for logprob, own in zip_longest(c.logprobs, c.sampled, fillvalue=True) if own
         ),
     } | _tool_metrics(completions)
+    if any(completion.segments for completion in completions):
+        from rollout.environments.thoughts import costs
+
+        metrics |= costs(groups)
     for name in sorted({name for score in scores for name in score.parts}):
         parts = (part for score in scores for part in score.parts.get(name, []) if part is not None)
         metrics[f"reward/part/{name}"] = mean_of(parts)

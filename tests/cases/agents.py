@@ -35,6 +35,15 @@ def twice(base_url, api_key, prompt):
     return len(first) / 10
 
 
+def chats(base_url, api_key, question):
+    """Three turns of a chat, in which the client sends back what it got."""
+    messages = [{"role": "user", "content": question}]
+    for word in ("And", "So", ""):
+        answer = ask(base_url, api_key, "/chat/completions", messages=messages)["choices"][0]["message"]
+        messages += [answer, {"role": "user", "content": word}]
+    return len(answer["content"] or "") / 10
+
+
 async def columns(base_url, api_key, question, level, id, **others):
     """Async, with columns; what it chooses by chance follows from its episode."""
     assert set(others) == {"answer", "prompt"}

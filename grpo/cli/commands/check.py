@@ -37,6 +37,7 @@ from policies.presets import PRESETS, small_tokenizer
 from policies.sharding import routed_experts
 from rollout.backends.stock import CACHES
 from rollout.engine import Engine
+from rollout.environments.thoughts import dropping
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
@@ -483,8 +484,9 @@ def examine_text(tokenizer: Any, stops: Sequence[int], vocabulary: int | None = 
     template, trip, ends = Row("template"), Row("round trip"), Row("stop and pad")
     end, words, wrong = _template(tokenizer)
     template.say(TRANSFORMERS, words, wrong)
-    text, bos = str(tokenizer.chat_template), tokenizer.bos_token
+    text, bos, dropped = str(tokenizer.chat_template), tokenizer.bos_token, " and ".join(dropping(tokenizer))
     notes = {
+        f"data.thoughts: fork learns each turn as a server shows it, without thoughts before {dropped}": dropped,
         "mend chat_template.jinja, or chat_template in tokenizer_config.json": wrong,
         WHAT_TO_DO["template"]: words in ("loses spaces", "rewrites turns", "drops earlier thoughts", TRIMS),
         "its prompt has the time of now: give date_string in data.chat_template_kwargs": "strftime_now" in text,

@@ -210,7 +210,8 @@ class _Evaluator:
             pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=batch, check_stop=signals.check))
         if sampling.draft_tokens is None and policy.mtp is not None:
             pool.use_costs(None, Workload.of(sampling, batch * sampling.group_size))  # else measured on the clock
-        sampler = AgentSampler(pool, self.agent, rollout.temperature) if self.agent else pool
+        thoughts = config.data.thoughts
+        sampler = AgentSampler(pool, self.agent, rollout.temperature, thoughts) if self.agent else pool
         return policy, sampler, prompts, sampling
 
 

@@ -27,7 +27,7 @@ from grpo.run.resume import saved_state
 from grpo.run.reward_record import refuse_changed_rewards
 from grpo.source.policy_source import meta_policy
 from grpo.task.check import check_plan, open_task
-from grpo.task.parts import check_prompts
+from grpo.task.parts import check_prompts, tokenizer_of
 from grpo.task.task import Task
 from policies import four_bit
 from policies.checkpoint import check_policy
@@ -36,6 +36,7 @@ from policies.lora import reach, reach_in_words
 from policies.mtp import MTPHead
 from rewards.console import Terminal, visible
 from rollout.depth import tokens_per_forward
+from rollout.environments.thoughts import dropping
 from rollout.group import Completion, RolloutGroup
 
 STYLES = ("", "green", "bold green", "bold cyan", "bold blue")  # by depth; deeper ones look like the last
@@ -257,6 +258,8 @@ class DryRun:
             yield "completions per step", f"{prompts * group:,} ({prompts} prompts × {group})"
             yield "updates per step", f"{config.learner.updates_per_batch:,}"
             yield "completions in all", f"{config.steps * prompts * group:,}"
+            if config.data.thoughts == "fork":
+                yield "rows of a completion", _forks(config, dropping(tokenizer_of(self.plan, task)))
         shape, grpo = self.plan.shape, isinstance(config, TrainConfig)
         trunk = meta_policy(shape, False, torch.float32).trunk
         total = trained = sum(p.numel() for p in trunk.parameters())
@@ -320,6 +323,13 @@ def _in_4_bits(trunk: PreTrainedModel) -> str:
     experts = sum(weight.numel() for name, weight in trunk.named_parameters() if ".experts." in name)
     left = f", routers and routed experts ({experts / 1e6:,.1f} M)" if experts else ""
     return f"{chosen / 1e6:,.1f} M parameters, not those of embedding, LM head, norms{left}"
+
+
+def _forks(config: TrainConfig, after: Sequence[str]) -> str:
+    if not after:
+        return "1: the chat template keeps the thoughts of earlier turns"
+    again = f"reads up to {config.rollout.max_completion_tokens:,} tokens of each earlier answer again"
+    return f"1, and one more where {' or '.join(after)} follows a thought, which {again}"
 
 
 def _gib(size: float) -> str:
