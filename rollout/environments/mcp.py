@@ -16,6 +16,7 @@ import shlex
 import shutil
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from typing import Any
@@ -56,8 +57,10 @@ class Mcp:
         self._close()
 
     def _call(self, tool: str, arguments: dict[str, Any]) -> str:
+        began = time.monotonic()
         self._session = self._session or _Session(self._server, self._timeout_s)
-        return self._session.call(tool, arguments, self._timeout_s)
+        left_s = max(0.0, self._timeout_s - (time.monotonic() - began))
+        return self._session.call(tool, arguments, left_s)
 
     def _close(self) -> None:
         if self._session is not None:  # nothing waits for a server that takes its time to end
@@ -70,8 +73,9 @@ class Mcp:
 def mcp(server: str, timeout_s: float = 9.0) -> type[Mcp]:
     """The class of a server's environment: `environment: mcp:SERVER`. Its tools are asked for now.
 
-    `server` is the command of a stdio server, or the address of one of streamable HTTP. A call may take `timeout_s`.
-    Raises ValueError without the package, for a server that does not answer, and where its tools cannot be methods.
+    `server` is the command of a stdio server, or the address of one of streamable HTTP. A call may take `timeout_s`,
+    with the start of its session. Raises ValueError without the package, for a server that does not answer, and where
+    its tools cannot be methods.
 
     >>> Search = mcp("python search_server.py")  # doctest: +SKIP
     """

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 def build():
     from mcp.server import MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError  # of any other exception the client gets no word
     from mcp.types import CallToolResult
 
     server = MCPServer("finding")
@@ -17,7 +18,7 @@ def build():
     def find(word: str, loudly: bool = False) -> str:
         """Finds a word."""
         if not word:
-            raise ValueError("no such word")
+            raise ToolError("no such word")
         counted["calls"] += 1
         text = f"{word} is here: {counted['calls']}"
         return text.upper() if loudly else text

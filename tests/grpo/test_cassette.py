@@ -2,7 +2,9 @@
 
 import json
 import random
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from judges import judge_server, verdict
@@ -17,6 +19,7 @@ from rewards.protocol import RewardError
 from rewards.records import read_rollouts
 from rollout.environments.format import Call, Turn, TurnFormat
 
+CASES = Path(__file__).parents[1] / "cases"
 COUNTING = '''
 import time
 
@@ -34,6 +37,25 @@ class Counting:
     def get_reward(self) -> float:
         return getattr(self, "number", 0) / 97
 '''
+AGENT = """
+import sys
+import time
+
+from rewards.isolation.cassette import recorded
+
+sys.path.insert(0, {cases!r})
+from agents import text
+
+@recorded
+def look(word):
+    return time.time_ns() % 97
+
+def solve(base_url, api_key, prompt):
+    answer = text(base_url, api_key, prompt, max_tokens=4)
+    number = look(answer)
+    text(base_url, api_key, prompt + answer + str(number), max_tokens=4)
+    return number / 97
+"""
 
 
 class Eager(TurnFormat):
@@ -58,6 +80,7 @@ def _eager(monkeypatch):
 @pytest.fixture
 def config(micro_config, tmp_path):
     (tmp_path / "counting.py").write_text(COUNTING)
+    (tmp_path / "agent.py").write_text(AGENT.format(cases=str(CASES)))
     given = {"warm_start.steps": 0, "rollout.max_completion_tokens": 40, "rollout.temperature": 1.3, "steps": 2}
 
     def made(name, mode="record", **options):
@@ -162,3 +185,56 @@ def test_two_steps_with_an_mcp_server_repeat_without_it(config, tmp_path):
     assert bits(tmp_path / "online") == bits(tmp_path / "offline")
     told = [turn["content"] for line in read_rollouts(tmp_path / "online", 1) for turn in line["turns"] or []]
     assert len(set(filter(str.isdigit, told))) > 8
+
+
+@pytest.mark.slow
+def test_a_run_with_an_agent_repeats_offline_to_the_bit(config, tmp_path):
+    """One process asks in one order. With several the sampler's floats follow from which requests met in a batch; what
+    was sampled and learned does not."""
+    options = {"agent": f"{tmp_path}/agent.py:solve", "program_workers": 1, "rollout.draft_tokens": 0}
+    with judge_server(lambda asked: verdict(random.random())) as server:
+        options["rewards"] = judged(server.url)
+        train(config("online", **options))
+    train(config("offline", "replay", **options))
+    assert bits(tmp_path / "online") == bits(tmp_path / "offline")
+    train(config("together", "replay", **options | {"program_workers": 3}))
+    (weights, one), (again, three) = bits(tmp_path / "online"), bits(tmp_path / "together")
+    assert weights == again
+    names = ("token_ids", "turns", "parts", "advantage")
+    assert [[[line[name] for name in names] for line in step] for step in one] == [
+        [[line[name] for name in names] for line in step] for step in three
+    ]
+    kinds = Counter(json.loads(line)["kind"] for line in (tmp_path / "a.jsonl").read_text().splitlines())
+    assert min(kinds["http"], kinds["function"]) > 8
+
+
+@pytest.mark.slow
+def test_ray_workers_find_the_cassette(config, tmp_path):
+    """In their processes nothing is patched, so that another number of them is compared, and not none."""
+    options = {"environment": f"{tmp_path}/counting.py:Counting", "rewards": [], "steps": 1, "rollout.workers": 2}
+    train(config("online", **options))
+    assert (tmp_path / "a.jsonl").read_text().count('"kind": "environment"') > 16
+    train(config("offline", "replay", **options | {"rollout.workers": 1}))
+    assert bits(tmp_path / "online", 1) == bits(tmp_path / "offline", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["stdio", "http"])
+def test_two_steps_with_a_server_of_the_official_sdk(config, tmp_path, by):
+    pytest.importorskip("mcp", reason="the MCP SDK is not installed: pip install mcp")
+    from mcp_server import http
+
+    options = {"program_timeout_s": 60, "prompts_per_step": 2, "cassette.file": None, "cassette.mode": "replay"}
+    with http() as url:
+        server = url if by == "http" else f"{sys.executable} {CASES}/mcp_server.py"
+        train(config("run", **options, environment=f"mcp:{server}"))
+    for step, metrics in enumerate(read_metrics(tmp_path / "run"), start=1):
+        for line in read_rollouts(tmp_path / "run", step):
+            told = [turn["content"] for turn in line["turns"] if turn["role"] == "tool"]
+            assert all(text.startswith(("a is here: ", "b is here: ")) for text in told)
+            assert line["tools"]["failure"] is None
+            if by == "stdio":  # a process of its own counts from 1
+                assert [text[-1] for text in told] == [str(i + 1) for i in range(len(told))]
+        assert metrics["step"] == step
+        assert metrics["tools/tokens"] > 0
+    assert step == 2

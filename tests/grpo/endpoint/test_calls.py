@@ -183,8 +183,16 @@ CASES = {
     "an integer of 9,000 digits": (added("9" * 9000), None, {"malformed_calls": 1}),
     "an end without a beginning": ("3 apples</tool_call>", None, {"malformed_calls": 1}),
     "a call in a call": (f"<tool_call>{ONE}</tool_call>", None, {"malformed_calls": 1}),
+    "two objects": (raw('{"name": "add"}{"name": "add"}'), None, {"malformed_calls": 1}),
+    "single quotes": (raw("{'name': 'add', 'arguments': {}}"), None, {"malformed_calls": 1}),
+    "a comma at the end": (raw('{"name": "add", "arguments": {"a": 1,}}'), None, {"malformed_calls": 1}),
+    "a string without an end": (added('"1'), None, {"malformed_calls": 1}),
+    "a line break in a string": (added('"1\n2"'), None, {"malformed_calls": 1}),
+    "a program": (added('__import__("os").getcwd()'), None, {"malformed_calls": 1}),
+    "null": (raw("null"), None, {"malformed_calls": 1}),
     "a text": ("There are 24 <tool> calls {}.", None, {}),
 }  # fmt: skip
+HOSTILE = [name for name, (_, _, counts) in CASES.items() if counts]
 CUT = {"no end mark": (CASES["no end mark"][0], [SOLVED], {})}  # by a limit, just there
 
 
@@ -199,6 +207,12 @@ def params_of(tokenizer):
 
 def served_by(tokenizer):
     return Served("policy", Written(tokenizer), params_of(tokenizer), "")
+
+
+def test_thirty_malformed_or_hostile_calls_are_among_the_cases_of_the_two_tests_below():
+    """Each of them is counted by the first, and its tokens stay what they are by the second."""
+    assert len(HOSTILE) >= 30
+    assert len({CASES[name][0] for name in HOSTILE}) == len(HOSTILE)
 
 
 @pytest.mark.parametrize("ends", [True, False])

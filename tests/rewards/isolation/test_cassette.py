@@ -82,8 +82,8 @@ def test_a_request_that_is_not_in_it_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_of_a_judge_is_a_failure_of_its_completion(tmp_path, fault):
-    """All in all more than fifty, with those of episodes below. Which ones follows from what is asked."""
+def test_each_of_fifty_faults_of_a_judge_is_a_failure_of_its_completion(tmp_path, fault):
+    """They are fifty with those of tools below. Which ones follows from what is asked."""
     file = tmp_path / "judge.jsonl"
     with judge_server(by_chance) as server:
         with playing(file, "record", {fault: 0.4}):
@@ -134,7 +134,7 @@ def requests_of(steps=2, prompts=4, samples=4):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_of_a_tool_is_a_failure_of_its_episode(tmp_path, fault):
+def test_each_of_fifty_faults_of_a_tool_is_a_failure_of_its_episode(tmp_path, fault):
     file, pool, requests = tmp_path / "tools.jsonl", Pool(), requests_of()
     with playing(file, "record", {fault: 0.4}):
         replies = protocol.run(pool, requests)
