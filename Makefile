@@ -21,7 +21,7 @@ KERNELS := .kernels
 TRITON_VERSION := 3.7.1# of torch 2.13
 KERNELS_STAMP := $(KERNELS)/.installed-$(TRITON_VERSION)
 
-.PHONY: help demo wheels reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers learn learn-all tinker house lint clean
+.PHONY: help demo wheels reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers learn learn-all figures tinker house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -91,6 +91,9 @@ learn: $(DEV_STAMP) ## how much less GRPO has to sample: word problems, two cont
 
 learn-all: $(DEV_STAMP) ## all contenders and tasks, into docs/learning.md, in pieces of 40 minutes: it goes on where it stopped
 	$(BIN)/python -m benchmarks.learn --tasks words game spelling gsm8k $(ARGS)
+
+figures: $(DEV_STAMP) ## the next figures whose code has changed, in at most 40 minutes, into docs/figures.md; again until none is left
+	$(BIN)/python -m benchmarks.figures $(ARGS)
 
 tinker: $(DEV_STAMP) $(COOKBOOK_STAMP) ## recipes of the Tinker cookbook against `quartet serve --train`, which listens already; ARGS="rl_loop --model FOLDER"
 	PYTHONPATH=.:$(COOKBOOK) $(BIN)/python -m benchmarks.cookbook $(ARGS)
