@@ -21,7 +21,7 @@ KERNELS := .kernels
 TRITON_VERSION := 3.7.1# of torch 2.13
 KERNELS_STAMP := $(KERNELS)/.installed-$(TRITON_VERSION)
 
-.PHONY: help demo wheels reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers learn learn-all tinker house lint clean
+.PHONY: help demo wheels release reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers learn learn-all figures tinker house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -34,6 +34,11 @@ demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and s
 wheels: $(DEV_STAMP) ## build both distributions into dist/: quartet-rl, and quartet-rewards, which needs no torch
 	$(BIN)/python -m build --outdir dist rewards
 	$(BIN)/python -m build --outdir dist .
+
+release: ## build both distributions anew, and install them into empty environments of every Python that is here
+	rm -rf dist
+	$(MAKE) --no-print-directory wheels
+	.ci/release
 
 reference: $(RUN_STAMP) ## write the pages that are made from the source: options, metrics, combinations, contracts, GRPO in 200 lines
 	$(BIN)/python docs/write_reference.py > docs/reference.md
@@ -91,6 +96,9 @@ learn: $(DEV_STAMP) ## how much less GRPO has to sample: word problems, two cont
 
 learn-all: $(DEV_STAMP) ## all contenders and tasks, into docs/learning.md, in pieces of 40 minutes: it goes on where it stopped
 	$(BIN)/python -m benchmarks.learn --tasks words game spelling gsm8k $(ARGS)
+
+figures: $(DEV_STAMP) ## the next figures whose code has changed, in at most 40 minutes, into docs/figures.md; again until none is left
+	$(BIN)/python -m benchmarks.figures $(ARGS)
 
 tinker: $(DEV_STAMP) $(COOKBOOK_STAMP) ## recipes of the Tinker cookbook against `quartet serve --train`, which listens already; ARGS="rl_loop --model FOLDER"
 	PYTHONPATH=.:$(COOKBOOK) $(BIN)/python -m benchmarks.cookbook $(ARGS)

@@ -1,4 +1,4 @@
-"""A run that was written before the rooms of grpo were made (0.1.0): it goes on, is evaluated and exported."""
+"""A run that was written before the rooms of grpo were made (0.1.0): it goes on, is evaluated, shown and exported."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import pytest
 from grpo.cli.parse import main
 from grpo.run.records import read_metrics
 from grpo.source.policy_source import find_policy
+from grpo.view.run_files import RunFiles
 from policies.policy import Policy
 from rewards.records import read_rollouts
 
@@ -41,3 +42,21 @@ def test_an_older_checkpoint_is_evaluated(folder, capsys):
 def test_an_older_run_is_exported(folder):
     assert main(["export", "run", "exported"]) == 0
     assert Policy.load("exported").mtp is not None
+
+
+def test_an_older_run_is_shown(folder):
+    """The page has its curves under the names of today, and its completions token by token."""
+    run = RunFiles(folder / "run")
+    overview = run.overview()
+    assert overview["recorded"] == [1, 2]
+    assert [row["step"] for row in overview["rows"] if "reward/mean" in row] == [1, 2]
+    [completion, *_] = run.group(2, 0)["completions"]
+    assert len(completion["tokens"]) == len(completion["logprobs"]) > 0
+    assert main(["report", "run"]) == 0
+    assert '"0/group/2/' in (folder / "run/report.html").read_text(encoding="utf-8")
+
+
+def test_an_older_run_is_audited_diagnosed_and_compared(folder, capsys):
+    for words in (["audit", "run"], ["diagnose", "run"], ["compare", "run", "run"]):
+        assert main(words) in (0, 1), words  # 1: it has found something
+        assert "Traceback" not in "".join(capsys.readouterr())
