@@ -21,7 +21,7 @@ KERNELS := .kernels
 TRITON_VERSION := 3.7.1# of torch 2.13
 KERNELS_STAMP := $(KERNELS)/.installed-$(TRITON_VERSION)
 
-.PHONY: help demo wheels release reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels peers learn learn-all figures tinker house lint clean
+.PHONY: help demo wheels release reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels profile peers learn learn-all figures tinker house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -85,6 +85,10 @@ gpu: ## on a CUDA machine, also without network: checks, tests, rollouts and ste
 
 kernels: $(KERNELS_STAMP) ## compile flex attention and sampling for A100, L4 and H100, none of which need be here
 	PYTHONPATH=.:$(KERNELS) $(BIN)/python benchmarks/kernels.py $(ARGS)
+
+profile: $(DEV_STAMP) ## where a step of decoding goes, and what a perfect kernel would take, into benchmarks/results/profile.json
+	$(BIN)/python examples/prepare_smollm2.py
+	$(BIN)/python -m benchmarks.profile $(ARGS)
 
 peers: $(DEV_STAMP) ## ours beside TRL and vLLM, into docs/peers.md, in under an hour; ARGS=--small in minutes
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its row says so"

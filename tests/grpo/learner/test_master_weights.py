@@ -188,3 +188,68 @@ def test_contract_9_a_bf16_run_resumes_to_the_same_bits(micro_config, tmp_path):
     before = checkpoint.load(whole / "checkpoints/step_000001").tensors["policy"]
     moved = [name for name, t in first["policy"].items() if not torch.equal(t, before[name])]
     assert {"trunk.model.embed_tokens.weight", "trunk.lm_head.weight"} <= set(moved)
+
+
+def test_a_halved_master_comes_back_with_the_same_bits():
+    """Rounding to bf16 looks at the lower 16 bits: 0x3F80|8000 is in the middle and goes down to the even 0x3F80, and
+    0x3F81|8000 up to 0x3F82. Both leave the same lower half, so one of them must be noted. The others are normal
+    numbers, zeros, the smallest ones, and those that round to the next power of two or to infinity."""
+    odd = [0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x3FFFFFFF, 0x7F7FFFFF, 0, 1, 0x8000, 0x18000, 0x7FFF]
+    numbers = torch.tensor(odd + [bits - 2**31 for bits in odd], dtype=torch.int32).view(torch.float32)
+    numbers = torch.cat([numbers, torch.randn(4074)])
+    linear = torch.nn.Linear(64, 64, bias=False).bfloat16()
+    masters = MasterWeights(linear)
+    master = masters.of(linear.weight)
+    master.copy_(numbers.view(64, 64))
+    master.grad = torch.ones(64, 64)
+    masters.write_back()
+    masters.halve()
+    held = [tensor for rest in masters._rests.values() for tensor in rest]
+    assert master.untyped_storage().nbytes() == 0
+    assert 2 * 4096 < sum(tensor.nbytes for tensor in held) < 2 * 4096 + 400  # 2 bytes a number, and a few exceptions
+    masters.halve()  # what is half already stays so
+    masters.write_back()  # and rounds to nothing else
+    assert masters.of(linear.weight) is master
+    assert torch.equal(master.view(torch.int32), numbers.view(64, 64).view(torch.int32))
+    assert torch.equal(master.grad, torch.ones(64, 64))
+
+
+def test_a_master_is_right_whatever_became_of_its_parameter_before():
+    """Rounding is not relied on: a parameter that is no rounded master costs exceptions, and no bit."""
+    linear = torch.nn.Linear(8, 8, bias=False).bfloat16()
+    masters = MasterWeights(linear)
+    master = masters.of(linear.weight).copy_(torch.randn(8, 8))
+    before = master.clone()
+    masters.halve()
+    assert torch.equal(masters.of(linear.weight), before)
+
+
+def test_masters_are_half_while_gradients_are_made_and_whole_for_the_optimizer(micro_policy, monkeypatch):
+    """Halved or not, two steps give the same bits, also with a checkpoint between gradient and update."""
+
+    def learned() -> tuple[Learner, list[int]]:
+        learner = _learner(micro_policy(0).to(torch.bfloat16), learning_rate=1e-4)
+        sizes: list[int] = []
+        for step in (1, 2):
+            learner.forward_backward(learner.prepare(GROUPS, SCORES, step=step))
+            sizes.append(sum(master.untyped_storage().nbytes() for _, master in learner.masters.pairs))
+            if step == 2:
+                learner.state()
+            learner.optim_step()
+            sizes.append(sum(master.untyped_storage().nbytes() for _, master in learner.masters.pairs))
+        return learner, sizes
+
+    halved, sizes = learned()
+    trained = {name for name, p in halved.policy.named_parameters() if not name.startswith("mtp.") and p.requires_grad}
+    own = dict(halved.policy.named_parameters())
+    size = sum(4 * own[name].numel() for name in trained if own[name].dtype == torch.bfloat16)
+    assert sizes[0] == 0
+    assert sizes[1] == sizes[3] >= size
+    monkeypatch.setattr(MasterWeights, "halve", lambda masters: None)
+    whole, others = learned()
+    assert others[0] > 0
+    for (name, one), (_, other) in zip(halved.state()[0].items(), whole.state()[0].items(), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    for one, other in zip(halved.policy.parameters(), whole.policy.parameters(), strict=True):
+        assert torch.equal(one, other)
