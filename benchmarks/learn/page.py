@@ -25,7 +25,8 @@ contender that never reaches it counts with all that it used.
 
 
 def write(runs: Mapping[str, Mapping[str, Any]], path: Path = PAGE) -> None:
-    path.write_text("\n".join([BEFORE, *(section(task, list(runs.values())) for task in TASKS)]))
+    sections = [section(task, list(runs.values())) for task in TASKS]
+    path.write_text("\n".join([BEFORE, *filter(None, sections)]))
 
 
 def section(task: str, runs: Sequence[Mapping[str, Any]]) -> str:
