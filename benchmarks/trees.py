@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # its own folder has a module called kernels
 
 from grpo.config.run import TrainConfig
 from grpo.learner import tree
