@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+sys.path.pop(0)  # its own folder, which has a module called kernels: transformers looks for the package
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo.config.run import TrainConfig

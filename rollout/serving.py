@@ -15,6 +15,7 @@ from torch import Tensor
 
 from policies.devices import has_float64
 from rollout.backends import Decoder
+from rollout.common_beginning import beginning_of
 from rollout.conversations import Conversation, Conversations
 from rollout.group import Completion, Prompt
 from rollout.request import News, Request
@@ -110,7 +111,8 @@ class Serving(Decoding):
         return self.starts[rows.index][:, None]
 
     def to_read(self, number: int) -> int:
-        return super().to_read(number) - self.requests[number].cached
+        cached = self.requests[number].cached
+        return len(self.prompts[number].token_ids) - cached if cached else super().to_read(number)
 
     def key(self, number: int, sample: int) -> tuple[int, int]:
         prompt = self.prompts[number]
@@ -146,6 +148,8 @@ class Serving(Decoding):
         self.limits[places] = self.limits.new_tensor([each.max_completion_tokens for each in params])
         self.starts[places] = self.starts.new_tensor([each.start for each in params])
         self.temperatures[places] = self.temperatures.new_tensor([each.temperature for each in params])
+        new = [self.prompts[place] for place in places if place not in self.beginnings]
+        self.beginning = beginning_of(self.decoder, new, self.params)
         self.waiting = sorted(places, key=self.to_read)
         self.longest = max(len(self.prompts[place].token_ids) for place in places)
         self.room = max(each.max_completion_tokens for each in params) + self.drafts.max_depth + 1

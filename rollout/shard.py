@@ -17,6 +17,7 @@ from torch import Tensor
 
 from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
+from rollout.common_beginning import beginning_of
 from rollout.depth import FEW_ROWS
 from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.speculative import until_end, verify_draft
@@ -53,6 +54,7 @@ class Decoding:
         self.strings = StopStrings(decoder.tokenizer, params.stop_strings) if params.stop_strings else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=self.device)
         self.results = Results(len(prompts) * params.group_size, self.room, self.drafts.max_depth, self.device)
+        self.beginning = beginning_of(decoder, prompts, params)
         # Sorted by length, so that the prompts of one prefill need little padding; the longest are taken first.
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         self.rounds: Rounds | None = None
@@ -93,8 +95,8 @@ class Decoding:
         return self.strings
 
     def to_read(self, number: int) -> int:
-        """Counts the tokens of the prompt with this number that the trunk has to read: all of them in a shard."""
-        return len(self.prompts[number].token_ids)
+        """Counts the tokens of the prompt with this number that the trunk has to read."""
+        return len(self.prompts[number].token_ids) - (self.beginning.length if self.beginning else 0)
 
     def groups(self) -> list[RolloutGroup]:
         """Gives what was sampled, once all have ended."""
@@ -135,10 +137,13 @@ class Decoding:
             [p.token_ids + [0] * (longest - len(p.token_ids)) for p in prompts], device=self.device
         )
         cache = self.trunk.cache(len(prompts), longest, lengths)
-        hidden = self.trunk(token_ids, torch.arange(longest, device=self.device).expand_as(token_ids), cache)
+        if self.beginning:
+            hidden = self.beginning.read(token_ids, lengths, cache)
+        else:
+            hidden = self.trunk(token_ids, torch.arange(longest, device=self.device).expand_as(token_ids), cache)
+            cache.advance(lengths)
         if self.params.record_routing:
             self.results.add_prompt_routing(numbers, self.trunk.routing(), lengths, longest)
-        cache.advance(lengths)
         cache = cache.fan_out(group, self.room, self.longest)
         self.drafts.begin(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, lengths))
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]

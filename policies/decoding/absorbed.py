@@ -169,6 +169,7 @@ class AbsorbedTrunk:
     def __init__(self, trunk: torch.nn.Module, dtype: torch.dtype, length: int) -> None:
         config, model = trunk.config, trunk.model
         self.both_ways = sees_prompts_whole(config)
+        self.can_go_on = not self.both_ways  # after a beginning that was read alone
         self.config, self.dtype = config, dtype
         self.device: torch.device = model.embed_tokens.weight.device
         self.embedding = model.embed_tokens.weight.detach().to(dtype)

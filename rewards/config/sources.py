@@ -36,7 +36,7 @@ class SourcesOptions(DataOptions):
     @classmethod
     def _take_one(cls, options: Any) -> Any:
         """A caller in Python may give the options of one source as they are."""
-        if isinstance(options, DataOptions) and type(options) is not cls:
+        if isinstance(options, DataOptions) and not isinstance(options, cls):
             return {name: getattr(options, name) for name in options.model_fields_set}
         return options
 

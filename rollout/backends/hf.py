@@ -29,7 +29,9 @@ ATTENTION = "quartet"
 
 class PromptCache:
     """Keys and values of right-padded prompts, and the states beside them, if there are any. One forward fills it;
-    `fan_out` then shares it among their rows."""
+    `fan_out` then shares it among their rows. What all of them begin with may be there `before`, read once."""
+
+    before: PromptCache | None = None
 
     def __init__(self, states: RowStates | None = None) -> None:
         self.layers: dict[int, Tensor] = {}
@@ -45,13 +47,17 @@ class PromptCache:
         self, module: nn.Module, query_PHTD: Tensor, key_PKTD: Tensor, value_PKTD: Tensor, scoring: Scoring
     ) -> Tensor:
         """Plain causal attention [P, T, H, ·]. Tokens of a prompt never attend to the padding after it."""
-        self.layers[module.layer_idx] = torch.cat([value_PKTD, key_PKTD], dim=-1)
-        self.value_widths[module.layer_idx] = value_PKTD.shape[-1]
-        scale, window, cap, sink = scoring
-        mask = None
-        if window is not None and query_PHTD.shape[2] > window:
-            ones = torch.ones(query_PHTD.shape[2], query_PHTD.shape[2], dtype=torch.bool, device=query_PHTD.device)
-            mask = ones.tril().triu(1 - window)
+        entries_PKTE, past = torch.cat([value_PKTD, key_PKTD], dim=-1), 0
+        if self.before is not None:
+            first_1KTE = self.before.layers[module.layer_idx]
+            entries_PKTE = torch.cat([first_1KTE.expand(len(key_PKTD), -1, -1, -1), entries_PKTE], dim=2)
+            value_PKTD, key_PKTD = entries_PKTE.split([value_PKTD.shape[-1], key_PKTD.shape[-1]], dim=-1)
+            past = first_1KTE.shape[2]
+        self.layers[module.layer_idx], self.value_widths[module.layer_idx] = entries_PKTE, value_PKTD.shape[-1]
+        (scale, window, cap, sink), longest, mask = scoring, key_PKTD.shape[2], None
+        if past or (window is not None and longest > window):
+            ones = torch.ones(longest - past, longest, dtype=torch.bool, device=query_PHTD.device)
+            mask = ones.tril(past).triu(past + 1 - (window or longest))
         options = {"scaling": scale, "softcap": cap, "s_aux": sink, "is_causal": mask is None}
         if cap is None and sink is None:
             return sdpa(module, query_PHTD, key_PKTD, value_PKTD, mask, **options)[0]
@@ -233,6 +239,7 @@ class HFTrunk:
         self.embedding = policy.trunk.get_input_embeddings().weight.detach()
         self.logits = policy.output.logits
         self.has_indexer, self.recurrent = has_indexer(policy.config), policy.recurrent
+        self.can_go_on = not (self.has_indexer or self.recurrent)  # after a beginning that was read alone
         self.goes_on = policy.paths.rows == "packed"
         self.device: torch.device = self.embedding.device
 

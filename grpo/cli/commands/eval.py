@@ -135,7 +135,7 @@ class _Evaluator:
         config, context = self.config, None
         if self.use and self.use.source.checkpoint is None:
             context = known_context(self.use.source.folder)
-        data, options = DataOptions(**config.data.model_dump()), config.eval
+        data, options = DataOptions(**config.data.model_dump(exclude={"thoughts"})), config.eval
         if " + " in data.name and not Path(data.name).exists():
             raise ValueError(
                 f"data.name={data.name}: the run has several sources of data, which are evaluated one by one; give the "

@@ -259,7 +259,8 @@ class DryRun:
             yield "updates per step", f"{config.learner.updates_per_batch:,}"
             yield "completions in all", f"{config.steps * prompts * group:,}"
             if config.data.thoughts == "fork":
-                yield "rows of a completion", _forks(config, dropping(tokenizer_of(self.plan, task)))
+                after = dropping(tokenizer_of(self.plan, task))
+                yield "rows of a completion", _forks(after, config.rollout.max_completion_tokens)
         shape, grpo = self.plan.shape, isinstance(config, TrainConfig)
         trunk = meta_policy(shape, False, torch.float32).trunk
         total = trained = sum(p.numel() for p in trunk.parameters())
@@ -325,10 +326,10 @@ def _in_4_bits(trunk: PreTrainedModel) -> str:
     return f"{chosen / 1e6:,.1f} M parameters, not those of embedding, LM head, norms{left}"
 
 
-def _forks(config: TrainConfig, after: Sequence[str]) -> str:
+def _forks(after: Sequence[str], longest: int) -> str:
     if not after:
         return "1: the chat template keeps the thoughts of earlier turns"
-    again = f"reads up to {config.rollout.max_completion_tokens:,} tokens of each earlier answer again"
+    again = f"reads up to {longest:,} tokens of each earlier answer again"
     return f"1, and one more where {' or '.join(after)} follows a thought, which {again}"
 
 
