@@ -57,10 +57,9 @@ class Mcp:
         self._close()
 
     def _call(self, tool: str, arguments: dict[str, Any]) -> str:
-        began = time.monotonic()
+        end = time.monotonic() + self._timeout_s
         self._session = self._session or _Session(self._server, self._timeout_s)
-        left_s = max(0.0, self._timeout_s - (time.monotonic() - began))
-        return self._session.call(tool, arguments, left_s)
+        return self._session.call(tool, arguments, max(0.0, end - time.monotonic()))
 
     def _close(self) -> None:
         if self._session is not None:  # nothing waits for a server that takes its time to end
@@ -73,9 +72,8 @@ class Mcp:
 def mcp(server: str, timeout_s: float = 9.0) -> type[Mcp]:
     """The class of a server's environment: `environment: mcp:SERVER`. Its tools are asked for now.
 
-    `server` is the command of a stdio server, or the address of one of streamable HTTP. A call may take `timeout_s`,
-    with the start of its session. Raises ValueError without the package, for a server that does not answer, and where
-    its tools cannot be methods.
+    `server` is a command, by stdio, or the address of streamable HTTP. A call and the start of its session may take
+    `timeout_s`. Raises ValueError without the package, if the server does not answer, or its tools cannot be methods.
 
     >>> Search = mcp("python search_server.py")  # doctest: +SKIP
     """
