@@ -206,7 +206,7 @@ def policy_of(name: str, form: str, args: argparse.Namespace) -> Policy:
 
 
 def show(profile: dict[str, Any]) -> None:
-    print("{policy}, {form}, {dtype}, {rows} rows: {ms:.2f} ms, perfect {perfect_ms:.2f}".format(**profile))
+    print("{policy}, {form}, {dtype}, {batch} rows: {ms:.2f} ms, perfect {perfect_ms:.2f}".format(**profile))
     for what, scale in (("share", 1), ("ms", 1), ("perfect_ms", 1), ("bytes", 1e6), ("operations", 1e9)):
         unit = {1e6: "MB", 1e9: "GFLOP"}.get(scale, what)
         print(f"  {unit:11}" + "".join(f"{profile[kind][what] / scale:11.3f}" for kind in KINDS), flush=True)
@@ -236,7 +236,7 @@ def main() -> None:
             ids = [[chance.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(rows // group)]
             prompts = [Prompt(f"p/{number}", "", tokens) for number, tokens in enumerate(ids)]
             params = SamplingParams(group, max_completion_tokens=args.tokens)
-            found = {"policy": name, "form": form, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+            found = {"policy": name, "form": form, "dtype": str(dtype).removeprefix("torch."), "batch": rows}
             report["profiles"].append(found | profiled(engine, prompts, params, report["machine"]))
             show(report["profiles"][-1])
     args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -3,9 +3,6 @@
 bf16 keeps 8 bits: a weight of 0.1 next differs by 0.0005, so an update of 1e-6 is rounded away, every time. The
 optimizer therefore moves fp32 copies; policy, reference and sampler compute with their rounded values. Without copies
 it must round by chance (`adamw_8bit_stochastic`): then the mean of many steps is exact, though one step is not.
-
-The optimizer alone needs whole masters. From one update to the next a bf16 weight has the upper half of its master
-already, so the lower half is enough to have it again with the same bits: 2 bytes a weight instead of 4.
 """
 
 from __future__ import annotations
@@ -32,32 +29,10 @@ class MasterWeights:
         for parameter in self.rounded:  # FSDP brings its gradients in the precision of the weights
             parameter.grad_dtype = None if isinstance(parameter, DTensor) else torch.float32
         self._of = {id(p): master for p, master in self.pairs}
-        # Lower halves of masters that are not whole, and places where upper ones are others than rounding has left.
-        self._rests: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def of(self, parameter: Tensor) -> Tensor:
-        """Gives what the optimizer moves in place of this parameter, whole."""
-        master = self._of.get(id(parameter), parameter)
-        if id(parameter) in self._rests:
-            lower, places, others = self._rests.pop(id(parameter))
-            master.untyped_storage().resize_(2 * lower.nbytes)
-            of_master, upper = _halves(master)
-            of_master.copy_(lower)
-            upper.copy_(_upper(parameter, lower))
-            upper[places] = others
-        return master
-
-    @torch.no_grad()
-    def halve(self) -> None:
-        """Keep the lower halves of masters alone, until `of` gives them. No parameter may change meanwhile."""
-        for parameter, master in self.pairs:
-            plain = not isinstance(parameter, DTensor) and parameter.is_contiguous()
-            if plain and parameter.dtype == torch.bfloat16 and id(parameter) not in self._rests:
-                of_master, upper = _halves(master)
-                lower = of_master.clone()
-                places = (_upper(parameter, lower) != upper).nonzero()[:, 0]  # few: halves of a last place, see tests
-                self._rests[id(parameter)] = lower, places, upper[places]
-                master.untyped_storage().resize_(0)
+        """Gives what the optimizer moves in place of this parameter."""
+        return self._of.get(id(parameter), parameter)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those of the masters, in fp32. Each leaves its parameter as soon as it is
@@ -84,20 +59,6 @@ class MasterWeights:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Round the masters into the parameters. Those that are not whole have not moved."""
+        """Round the masters into the parameters."""
         for parameter, master in self.pairs:
-            if id(parameter) not in self._rests:
-                parameter.copy_(master)
-
-
-def _halves(master: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower and the upper 16 bits of each number [N], as views; where bytes stand the other way round nothing is
-    spared, and nothing is wrong."""
-    lower, upper = master.view(-1).view(torch.int16).view(-1, 2).unbind(1)
-    return lower, upper
-
-
-def _upper(parameter: Tensor, lower: Tensor) -> Tensor:
-    """The upper halves of masters that were rounded to the nearest bf16: of a lower half above the middle, which is
-    negative as an int16, up."""
-    return parameter.detach().view(-1).view(torch.int16) + (lower >> 15)
+            parameter.copy_(master)

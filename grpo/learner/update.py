@@ -49,7 +49,6 @@ class Update:
 
     def zero(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.masters.halve()
 
     def backward(self, loss: Tensor, step: int, ranks: Ranks) -> None:
         """Raises NonFiniteStep; with several ranks, all of them see it in the gradient of the whole batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,11 +19,10 @@ def scorer(policy: Policy, copies: str) -> Callable[[Sequence[RolloutGroup], flo
 
 
 def fault_without_rounding(
-    policy: Policy, sampled: Mapping[str, Sequence[RolloutGroup]], temperature: float, version: int
+    policy: Policy, groups: Sequence[RolloutGroup], temperature: float, version: int
 ) -> str | None:
     """Tells how the decoder differs from the learner where its matrices are not rounded: rounded ones are compared with
     the same decoder, which would hide an error of its own. One sampler's tokens do for all."""
-    groups = next(iter(sampled.values()))
     decoded = scorer(policy, "none")(groups, temperature)
     held = []
     for group, rows in zip(groups, decoded, strict=True):

@@ -84,7 +84,8 @@ class Publisher:
             if self.copies != "none" and not agreement.fault:
                 from grpo.steps.few_bits import fault_without_rounding
 
-                fault = fault_without_rounding(learner.policy, sampled, params.temperature, version)
+                groups = next(iter(sampled.values()))
+                fault = fault_without_rounding(learner.policy, groups, params.temperature, version)
                 agreement = replace(agreement, fault=fault)
             if not agreement.fault:
                 break

@@ -1,5 +1,7 @@
 """The profile of a step adds up, and counts what a step has to do: by hand, for tiny policies."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,3 +67,14 @@ def test_a_perfect_kernel_takes_the_longer_of_bytes_and_operations(found):
     assert made["cache"]["perfect_ms"] == pytest.approx(2 * ROWS * 4 * 2 * 20 / 1e6)  # at one GB/s
     assert made["perfect_ms"] == pytest.approx(sum(made[kind]["perfect_ms"] for kind in profile.KINDS))
     assert made["python"]["perfect_ms"] == made["rows"]["perfect_ms"] == 0
+
+
+def test_operators_belong_to_the_range_around_them_by_hand():
+    """A range's own time is Python's, and a write inside of attention is the cache's."""
+
+    def event(name, ms, *children):
+        return SimpleNamespace(name=name, self_cpu_time_total=1e3 * ms, cpu_children=children)
+
+    attention = event("kind: attention", 2, event("aten::index_copy_", 3, event("aten::as_strided", 8)), event("mm", 4))
+    step = event(profile.STEP, 1, attention, event("aten::stack", 5, event("kind: norms", 6, event("aten::mul", 7))))
+    assert profile.parts_of(step) == {"python": 1 + 2 + 6, "cache": 3 + 8, "attention": 4, "rows": 5, "norms": 7}
