@@ -210,7 +210,6 @@ class HeadLearner(Learner):
 
     def _undo(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._drop()
-        self.optimizer.state.clear()  # of the first epoch: there were no moments
         learner_state.put(before, *self._stateful)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:

@@ -79,6 +79,7 @@ def put(
             parameter.copy_(like(saved[name], parameter))
     put_weights(tensors["policy"], policy, masters)
     stored = tensors["optimizer"]
+    optimizer.state.clear()  # a checkpoint from before the first update has no moments
     for name in stored:
         owner, key = name.removesuffix(CODES).rsplit("/", 1)
         moved, value = masters.of(now[owner]), stored[name]

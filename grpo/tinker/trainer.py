@@ -162,7 +162,6 @@ class Trainer:
         """The inverse of `state`. Raises Refused for tensors of another kind of model."""
         moments = tensors.get("optimizer", {}) if optimizer else {}
         self.update.zero()
-        self.update.optimizer.state.clear()
         try:
             parts = {"policy": tensors["policy"], "optimizer": moments}
             state.put(parts, self.policy, self.masters, self.update.optimizer, {})

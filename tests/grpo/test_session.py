@@ -235,6 +235,19 @@ def test_a_checkpoint_of_a_session_brings_it_back(micro_config, tmp_path):
     assert [c.token_ids for g in again for c in g.completions] == sampled(tmp_path / "r")["step_000003.jsonl.zst"]
 
 
+def test_a_checkpoint_from_before_the_first_update_leaves_no_moments(micro_config, tmp_path):
+    ends = []
+    with Session.open(micro_config(tmp_path / "r", steps=1)) as session:
+        next(session.run.steps())
+        drawn, start = session.draw(1), session.save(tmp_path / "kept")
+        for _ in range(2):
+            session.load(start)
+            assert not session.learner.optimizer.state
+            session.learn(session.prepare(drawn))
+            ends.append([parameter.detach().clone() for parameter in session.policy.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*ends, strict=True))
+
+
 @pytest.mark.slow
 def test_a_stopped_loop_of_ones_own_is_saved_and_goes_on(micro_config, tmp_path, monkeypatch):
     config = micro_config(tmp_path / "whole", steps=4)

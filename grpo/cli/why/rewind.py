@@ -179,7 +179,6 @@ class Rewind:
             if "value" not in fresh:
                 moments = tensors["optimizer"].items()
                 tensors["optimizer"] = {n: moment for n, moment in moments if not n.startswith("value.")}
-        learner.optimizer.state.clear()
         learner.load_state(tensors, self._state)
         return learner
 
