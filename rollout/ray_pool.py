@@ -92,6 +92,7 @@ class RayPool(Pool):
         arguments = (policy.skeleton(), *precisions, "auto" if places.gpus else "cpu", places.threads, options.copies)
         self.sender = Sender(cast=dtype if policy.backend == "transformers" else None)
         self.published: int | None = None  # the version that the confirmed workers hold
+        self.asleep = False  # until the next publication
         self.confirmed: set[int] = set()
         self.costs: CostTable | None = None
         # Prompts and parameters of the canaries of this version, and what a worker has sampled that passed them.
@@ -112,7 +113,7 @@ class RayPool(Pool):
         Where the policy has adapters, a worker that holds the version before gets A and B, and what else is trained. If
         this is cut short, no worker samples before the next publication.
         """
-        self.published, self.canaries = None, None
+        self.published, self.canaries, self.asleep = None, None, False
         self.faults.published()
         if self.in_turn:
             empty_cache()
@@ -340,7 +341,7 @@ class RayPool(Pool):
     def sleep(self) -> None:
         if not self.in_turn:
             return
-        self.published = None
+        self.published, self.asleep = None, True
         late = f"it took longer than rollout.publish_timeout_s={self.publish_timeout_s:g} to leave the GPU"
         calls = {self.workers.call(i, "sleep"): Call(i, None, self.publish_timeout_s, late) for i in self.confirmed}
         while calls:

@@ -69,6 +69,7 @@ class VLLMPool(Pool):
         self.stage = Stage(policy.tokenizer)
         self.faults = Faults(options.on_lost)
         self.version: int | None = None  # that vLLM has confirmed
+        self.asleep = False  # until the next publication
         self.updates = wire.Updates(policy, head=settings.draft_tokens > 0)
         self.digests: dict[str, str] = {}  # of all that was published, by its name in the layout
         self.published: tuple[Publication, int] | None = None  # the learner's tensors, or a copy of them
@@ -130,6 +131,7 @@ class VLLMPool(Pool):
         samples with them (contract 5)."""
         self.faults.published()
         self.version = self.published = self.canaries = None
+        self.asleep = False
         source = Publication.of(weights)
         try:
             update = self.updates.take(source)  # ranks that share the weights gather them here, once
@@ -307,7 +309,7 @@ class VLLMPool(Pool):
         """vLLM leaves the GPU that it shares with the learner. Experimental: never run on a GPU."""
         if not self.in_turn or self.published is None:
             return
-        self.version = self.published = None
+        self.version, self.published, self.asleep = None, None, True
         self._mended("sleep", lambda: list(self.client.post("/sleep", {}, limit_s=self.settings.publish_s)))
 
     def _check(self, params: SamplingParams) -> None:

@@ -84,6 +84,32 @@ def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypa
     assert seen.count("sleep") == 2
 
 
+def test_samplers_that_have_left_the_gpu_get_the_weights_though_nothing_was_learned(
+    micro_config, tmp_path, monkeypatch
+):
+    """Every group is tied, so that no step moves the policy."""
+    awake: list[bool] = []
+
+    def sleep(pool) -> None:
+        pool.asleep = True
+
+    def publish(pool, weights, version, real=LocalPool.publish) -> None:
+        pool.asleep = False
+        real(pool, weights, version)
+
+    def sample(pool, *given, real=LocalPool.sample):
+        awake.append(not pool.asleep)
+        return real(pool, *given)
+
+    for name, function in (("sleep", sleep), ("publish", publish), ("sample", sample)):
+        monkeypatch.setattr(LocalPool, name, function)
+    monkeypatch.setattr(LocalPool, "asleep", False, raising=False)
+    config = micro_config(tmp_path / "run", **{"steps": 3, "warm_start.steps": 0, "eval.limit": 0})
+    train(config, reward=lambda completions, **_: [1.0] * len(completions))
+    assert len(awake) >= 3
+    assert all(awake)
+
+
 def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypatch):
     given: list[PoolOptions] = []
     monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
