@@ -181,8 +181,11 @@ def test_two_steps_with_an_mcp_server_repeat_without_it(config, tmp_path):
     with http_server() as server:
         options = {"environment": f"mcp:{server.url}"}
         train(config("online", **options))
+        asked = len(server.asked)
+        train(config("there", "replay", **options))
+        assert len(server.asked) == asked
     train(config("offline", "replay", **options, program_workers=2))
-    assert bits(tmp_path / "online") == bits(tmp_path / "offline")
+    assert bits(tmp_path / "online") == bits(tmp_path / "there") == bits(tmp_path / "offline")
     told = [turn["content"] for line in read_rollouts(tmp_path / "online", 1) for turn in line["turns"] or []]
     assert len(set(filter(str.isdigit, told))) > 8
 
