@@ -63,8 +63,8 @@ def page(rows: list[tuple[str, str, int | None, str]]) -> str:
     lines = []
     for name, day, since, command in sorted(rows, key=lambda row: (row[2] is None, -(row[2] or 0), row[0])):
         words = command.replace("./.venv/bin/", "").replace("|", "/").split()
-        shown = f"`{' '.join(words[:4])}{' ...' if words[4:] else ''}`" if words else ""
-        lines.append([name, day, "its script is in the history" if since is None else str(since), shown])
+        shown = f"`{' '.join(words[:4])}{' ...' if words[4:] else ''}`"
+        lines.append([name, day, *(["its script is in the history", ""] if since is None else [str(since), shown])])
     return BEFORE + table(("figure", "measured", "commits to its code since", "its command"), lines)
 
 

@@ -78,15 +78,14 @@ def put(
         for name, parameter in parameters.items():
             parameter.copy_(like(saved[name], parameter))
     put_weights(tensors["policy"], policy, masters)
-    stored = tensors["optimizer"]
     optimizer.state.clear()  # a checkpoint from before the first update has no moments
-    for name in stored:
+    for name, value in tensors["optimizer"].items():
         owner, key = name.removesuffix(CODES).rsplit("/", 1)
-        moved, value = masters.of(now[owner]), stored[name]
+        moved = masters.of(now[owner])
         if key.endswith(SCALE):
             continue  # it was read with its codes
         if in_8_bits and key != "step":
-            scale = stored[f"{owner}/{key}{SCALE}"] if name.endswith(CODES) else None
+            scale = tensors["optimizer"][f"{owner}/{key}{SCALE}"] if name.endswith(CODES) else None
             from grpo.learner.eight_bit import moment_of
 
             optimizer.state[moved][key] = moment_of(optimizer, moved, key == "exp_avg", value, scale)

@@ -12,15 +12,15 @@ from grpo.cli.parse import build_parser
 
 def test_the_page_has_the_oldest_figures_first_and_those_without_a_script_last():
     rows = [
-        ("gone.json", "2026-01-01", None, "python benchmarks/gone.py | x"),
-        ("new.json", "2026-03-01", 0, "python -m benchmarks.peers"),
+        ("gone.json", "2026-01-01", None, "python benchmarks/gone.py"),
+        ("new.json", "2026-03-01", 0, "python -m benchmarks.peers | x"),
         ("old.json", "2026-02-01", 7, "./.venv/bin/python benchmarks/rollout.py --rows 1 --json out.json"),
     ]
     said = figures.page(rows).splitlines()[-3:]
     assert said == [
         "| old.json | 2026-02-01 | 7 | `python benchmarks/rollout.py --rows 1 ...` |",
-        "| new.json | 2026-03-01 | 0 | `python -m benchmarks.peers` |",
-        "| gone.json | 2026-01-01 | its script is in the history | `python benchmarks/gone.py / x` |",
+        "| new.json | 2026-03-01 | 0 | `python -m benchmarks.peers / ...` |",
+        "| gone.json | 2026-01-01 | its script is in the history |  |",
     ]
 
 

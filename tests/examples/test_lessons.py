@@ -1,0 +1,69 @@
+"""docs/lessons: each script in small prints what its page says, and its picture is drawn from what it returns."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LESSONS = Path(__file__).parents[2] / "docs/lessons"
+NAMES = {"group": "group", "off_policy": "off-policy", "drafts": "drafts"}  # of a script and its page
+
+
+def lines(name, folder):
+    """What the small form of a script prints."""
+    variables = {"PYTHONPATH": str(LESSONS.parents[1]), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    command = [sys.executable, str(LESSONS / f"{name}.py"), "--small"]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("name", "page"), NAMES.items())
+def test_a_lesson_is_short_and_has_a_picture(name, page):
+    text = (LESSONS / f"{page}.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 50
+    assert len((LESSONS / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 80
+    assert f"images/{name}.png" in text
+    assert (LESSONS / f"images/{name}.png").stat().st_size < 80_000
+
+
+@pytest.mark.slow
+def test_a_group_whose_rewards_are_equal_teaches_nothing(tmp_path):
+    said = "\n".join(lines("group", tmp_path))
+    assert re.search(r"^0 of 8 right: own prompt \+0\.000, other prompts \+0\.0000", said, re.MULTILINE)
+    assert len(re.findall(r"^groups of \d+: [01]\.\d\d should be mixed", said, re.MULTILINE)) == 4
+
+
+@pytest.mark.slow
+def test_losses_agree_at_the_first_update_alone(tmp_path):
+    found = [re.match(r"(\w+), updates: (\d), (.*)", line) for line in lines("off_policy", tmp_path)]
+    said = {(one[1], int(one[2])): one[3] for one in found if one}
+    assert len(said) == 6
+    first = {said[name, 0] for name in ("uncorrected", "weighted", "clipped")}
+    second = {said[name, 1] for name in ("uncorrected", "weighted", "clipped")}
+    assert (len(first), len(second)) == (1, 1)
+    assert first != second
+
+
+@pytest.mark.slow
+def test_drafts_change_no_completion_whoever_makes_them(tmp_path):
+    said = [line for line in lines("drafts", tmp_path) if "draft head, drafts:" in line]
+    assert len(said) == 8
+    assert all("completions that differ: 0," in line for line in said)
+
+
+def test_pictures_are_drawn_from_what_scripts_return(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(LESSONS))
+    returned = {
+        "group": ({0: (0.0, 0.0, 4), 3: (0.1, 0.01, 4)}, [0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]),
+        "off_policy": ({name: [(0.5, 0.0), (0.6, 0.1)] for name in ("uncorrected", "weighted", "clipped")},),
+        "drafts": ({name: [(1.0, [0.5] * depth) for depth in range(4)] for name in ("taught", "spoiled")},),
+    }
+    for name, values in returned.items():
+        runpy.run_path(str(LESSONS / f"{name}.py"))["draw"](*values, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
