@@ -54,7 +54,7 @@ def test_it_is_a_notebook_and_keeps_no_output_that_may_become_old():
 @pytest.mark.slow
 def test_its_cells_run_in_an_empty_folder(tmp_path):
     said = run(tmp_path, QUARTET_SHORT="1")
-    for part in ("after GRPO, greedy", "<iframe", "<table", "step 2", "Result('quickstart_runs/own'"):
+    for part in ("after GRPO, greedy", "<iframe", "<table", "replay: ", "Result('quickstart_runs/own'"):
         assert part in said
     assert len(list((tmp_path / "quickstart_runs").iterdir())) == 8  # the first, two times three seeds, your own loop
 
