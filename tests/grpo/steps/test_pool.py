@@ -84,9 +84,7 @@ def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypa
     assert seen.count("sleep") == 2
 
 
-def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(
-    micro_config, tmp_path, monkeypatch
-):
+def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(micro_config, tmp_path, monkeypatch):
     """Every group is tied, so that no step moves the policy."""
     awake: list[bool] = []
 
