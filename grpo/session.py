@@ -211,7 +211,7 @@ class Session:
         self,
         groups: Drawn | Sequence[RolloutGroup] | Sequence[PackedRow] | Sequence[Lesson],
         scores: Sequence[GroupScore] | None = None,
-        advantages: Advantages | None = None,
+        advantages: Advantages | Sequence[Sequence[float]] | None = None,
     ) -> TrainingBatch:
         """The batch of a step: advantages by `loss.advantage`, or given for completions [P, G] or tokens [P, G, Lc].
         Rows of `solutions` become a batch for supervised steps, lessons that `quartet mtp` has recorded one for the

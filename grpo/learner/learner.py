@@ -95,7 +95,7 @@ class Learner:
         self,
         groups: Sequence[RolloutGroup],
         scores: Sequence[GroupScore],
-        advantages: Advantages | None = None,
+        advantages: Advantages | Sequence[Sequence[float]] | None = None,
         step: int = 0,
     ) -> TrainingBatch:
         """Advantages by the chosen estimator or as they are given, groups packed with their prompt once. A completion

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def estimate(
 def pack(
     groups: Sequence[RolloutGroup],
     scores: Sequence[GroupScore],
-    advantages: Advantages,
+    advantages: Advantages | Sequence[Sequence[float]],
     tied_P: Tensor,
     *,
     max_tokens: int,
@@ -74,12 +74,15 @@ def pack(
 
     Raises ValueError where `routing_replay` finds nothing recorded.
     """
+    if not isinstance(advantages, Tensor) and isinstance(advantages[0][0], int | float):
+        advantages = torch.tensor(advantages, dtype=torch.float32)
+    by_group = cast("Advantages", advantages)
     rows, count = [], 0
     size = len(groups[0].completions)
     for g, (group, score) in enumerate(zip(groups, scores, strict=True)):
         by_prompt: dict[tuple[int, ...], list[Sample]] = {}  # those of agents differ within a group
         for i, c in enumerate(group.completions):
-            advantage = advantages[g][i]
+            advantage = by_group[g][i]
             for prompt_ids, at in c.parts(group.prompt) if score.rewards[i] is not None else ():
                 sample = Sample(
                     g * size + i,
@@ -103,7 +106,7 @@ def pack(
         versions.update(completion.versions or {completion.policy_version: completion.num_sampled})
     return TrainingBatch(
         rows,
-        advantages if isinstance(advantages, Tensor) else [[list(of) for of in group] for group in advantages],
+        by_group if isinstance(by_group, Tensor) else [[list(of) for of in group] for group in by_group],
         count,
         tokens_in_loss(rows),
         tied_groups=int(tied_P.sum()),

@@ -157,7 +157,7 @@ def test_an_advantage_of_each_token_is_the_gradients_weight(micro_config, tmp_pa
                 ratios = [(row - row.detach()).exp() for row in logprobs]
                 return -sum((w * r).sum() for w, r in zip(weights, ratios, strict=True)) / total
 
-            session.forward_backward(session.prepare(groups, advantages=torch.tensor(zeros)), by_hand)
+            session.forward_backward(session.prepare(groups, advantages=zeros), by_hand)
             for name, parameter in session.policy.trunk.named_parameters():
                 if name in gradient:
                     torch.testing.assert_close(parameter.grad, gradient[name], atol=1e-6, rtol=1e-4)
