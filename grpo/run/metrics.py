@@ -158,7 +158,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         ),
     } | _tool_metrics(completions)
     if any(completion.segments for completion in completions):
-        from rollout.environments.thoughts import costs
+        from rollout.thoughts import costs
 
         metrics |= costs(groups)
     for name in sorted({name for score in scores for name in score.parts}):

@@ -11,8 +11,8 @@ import trl
 
 from policies.presets import small_tokenizer
 from rewards.isolation.chat_template import render
-from rollout.environments.thoughts import TOOL, USER, costs, dropping, shown
 from rollout.group import Completion, Prompt, RolloutGroup, Segment
+from rollout.thoughts import TOOL, USER, costs, dropping, shown
 
 torch.set_num_threads(1)
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
