@@ -102,7 +102,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def dropping(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """After what the chat template drops the thoughts of earlier answers, or all that stood before a call.
+    """Says after what the chat template drops the thoughts of earlier answers, or all that stood before a call.
 
     >>> dropping(qwen3)
     ["a user's message"]
