@@ -49,6 +49,8 @@ class Sampler(Protocol):
 class Pool(Sampler, Protocol):
     """A sampler to which weights are published."""
 
+    asleep: bool = False  # samplers have left the learner's GPUs, until the next publication
+
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None: ...
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:

@@ -92,7 +92,6 @@ class RayPool(Pool):
         arguments = (policy.skeleton(), *precisions, "auto" if places.gpus else "cpu", places.threads, options.copies)
         self.sender = Sender(cast=dtype if policy.backend == "transformers" else None)
         self.published: int | None = None  # the version that the confirmed workers hold
-        self.asleep = False  # until the next publication
         self.confirmed: set[int] = set()
         self.costs: CostTable | None = None
         # Prompts and parameters of the canaries of this version, and what a worker has sampled that passed them.

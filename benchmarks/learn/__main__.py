@@ -60,7 +60,9 @@ class Store:
     def add(self, run: Run, curve: list[dict[str, float]]) -> None:
         self.runs[run.key] = {**asdict(run), "curve": curve, "machine": caption(describe())}
         everything = {"command": "make learn-all", "runs": dict(sorted(self.runs.items()))}
-        self.path.write_text(json.dumps(everything, indent=None, separators=(",", ":")) + "\n")
+        partial = self.path.with_suffix(".part")
+        partial.write_text(json.dumps(everything, separators=(",", ":")) + "\n")
+        partial.replace(self.path)  # who is stopped while this is written has the former one
 
     def end(self, run: Run) -> float:
         """The mean of the last three evaluations, which is less lucky than the last alone."""

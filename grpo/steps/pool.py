@@ -40,6 +40,8 @@ class NoPool:
     samplers use this GPU after each publication.
     """
 
+    asleep = False
+
     def __init__(self, reads: Reads | None = None, in_turn: bool = False) -> None:
         self.reads, self.in_turn, self._last = reads, in_turn, Publication({})
 

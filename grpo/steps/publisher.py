@@ -102,7 +102,7 @@ class Publisher:
         """Publish in a step of a run where the samplers hold other weights than the learner, or `anew`. Samplers that
         have left the learner's GPUs hold none, though a step without an update has moved nothing."""
         moved = anew or self.version != self.learner.policy_version
-        if moved or self.learner.ranks.from_first(lambda: getattr(self.pool, "asleep", False)):
+        if moved or self.learner.ranks.from_first(lambda: self.pool.asleep):
             with run.timed("time/publish"), run.phase("publishing"):
                 run.metrics |= self.publish()
 

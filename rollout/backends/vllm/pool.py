@@ -69,7 +69,6 @@ class VLLMPool(Pool):
         self.stage = Stage(policy.tokenizer)
         self.faults = Faults(options.on_lost)
         self.version: int | None = None  # that vLLM has confirmed
-        self.asleep = False  # until the next publication
         self.updates = wire.Updates(policy, head=settings.draft_tokens > 0)
         self.digests: dict[str, str] = {}  # of all that was published, by its name in the layout
         self.published: tuple[Publication, int] | None = None  # the learner's tensors, or a copy of them

@@ -101,7 +101,6 @@ def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(m
 
     for name, function in (("sleep", sleep), ("publish", publish), ("sample", sample)):
         monkeypatch.setattr(LocalPool, name, function)
-    monkeypatch.setattr(LocalPool, "asleep", False, raising=False)
     config = micro_config(tmp_path / "run", **{"steps": 3, "warm_start.steps": 0, "eval.limit": 0})
     train(config, reward=lambda completions, **_: [1.0] * len(completions))
     assert len(awake) >= 3
