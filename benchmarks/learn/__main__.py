@@ -6,13 +6,16 @@
     python -m benchmarks.learn --table               # docs/learning.md anew, from the JSON alone
 
 Two runs go at a time, one thread each: those of a seed side by side, so that both have the same machine. A run that the
-JSON has is not made again, so a piece goes on where it was stopped. Before the seeds that count, every contender gets
-the same search of its learning rate: RATES on the seeds of SEARCH, of which the highest mean at the end is taken.
+JSON has is not made again, so a piece goes on where it was stopped. A warm start has other bits on another kind of
+machine: what a seed lacks is then made with all that it has, since only runs from one policy are compared. Before the
+seeds that count, every contender gets the same search of its learning rate: RATES on the seeds and the problems of the
+search, of which the highest mean at the end is taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -25,7 +28,7 @@ from typing import Any
 
 from benchmarks.learn import page
 from benchmarks.learn.contenders import NAMES
-from benchmarks.learn.tasks import ROOT, TASKS, start
+from benchmarks.learn.tasks import END, ROOT, TASKS, start
 from benchmarks.peers.process import Started, clean
 from grpo.run.hardware import caption, describe
 
@@ -57,16 +60,35 @@ class Store:
         self.path = path
         self.runs: dict[str, dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else {}
 
+    def lacks(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of the runs that are to be made: what is not there, and what began with another policy than that."""
+        seeds = {run.seed for run in runs if run.key not in self.runs}
+        begun = {run.key: digest(policy_of(run)) for run in runs if run.seed in seeds}
+        return [run for run in runs if run.seed in seeds and self.runs.get(run.key, {}).get("policy") != begun[run.key]]
+
     def add(self, run: Run, curve: list[dict[str, float]]) -> None:
-        self.runs[run.key] = {**asdict(run), "curve": curve, "machine": caption(describe())}
+        begun = {"policy": digest(policy_of(run)), "curve": curve, "machine": caption(describe())}
+        self.runs[run.key] = asdict(run) | begun
         everything = {"command": "make learn-all", "runs": dict(sorted(self.runs.items()))}
         partial = self.path.with_suffix(".part")
         partial.write_text(json.dumps(everything, separators=(",", ":")) + "\n")
         partial.replace(self.path)  # who is stopped while this is written has the former one
 
     def end(self, run: Run) -> float:
-        """The mean of the last three evaluations, which is less lucky than the last alone."""
-        return fmean(point["sampled"] for point in self.runs[run.key]["curve"][-3:])
+        """The mean of the last evaluations."""
+        return fmean(point["sampled"] for point in self.runs[run.key]["curve"][-END:])
+
+
+def policy_of(run: Run) -> Path:
+    """The policy that a run begins with, which is made where it is not there."""
+    task = TASKS[run.task]
+    return start(task, run.seed, POLICIES / f"{task.name}-{run.seed}")
+
+
+def digest(policy: Path) -> str:
+    """Says which weights a folder has."""
+    weights = b"".join(path.read_bytes() for path in sorted(policy.glob("**/*.safetensors")))
+    return hashlib.sha256(weights).hexdigest()[:12]
 
 
 def best_rate(store: Store, task: str, contender: str) -> float:
@@ -74,8 +96,8 @@ def best_rate(store: Store, task: str, contender: str) -> float:
     return max(RATES, key=lambda rate: fmean(store.end(Run(task, contender, seed, rate)) for seed in SEARCH))
 
 
-def searches(task: str, contenders: Sequence[str]) -> list[Run]:
-    return [Run(task, one, seed, rate, counts=False) for one in contenders for seed in SEARCH for rate in RATES]
+def searches(task: str, contender: str) -> list[Run]:
+    return [Run(task, contender, seed, rate, counts=False) for seed in SEARCH for rate in RATES]
 
 
 def counted(store: Store, task: str, contenders: Sequence[str], seeds: Sequence[int]) -> list[Run]:
@@ -97,7 +119,7 @@ class Deadline:
 
 def make(store: Store, runs: Sequence[Run], deadline: Deadline) -> bool:
     """Makes the runs that are not there yet, AT_ONCE at a time. Returns False where the time does not suffice."""
-    left = [run for run in runs if run.key not in store.runs]
+    left = store.lacks(runs)
     with tempfile.TemporaryDirectory() as folder:
         for first in range(0, len(left), AT_ONCE):
             if deadline.passed:
@@ -111,10 +133,8 @@ def make(store: Store, runs: Sequence[Run], deadline: Deadline) -> bool:
 
 
 def begin(run: Run, folder: Path) -> Started:
-    task = TASKS[run.task]
     name = run.key.replace("/", "-")
-    policy = start(task, run.seed, POLICIES / f"{task.name}-{run.seed}")
-    settings = asdict(run) | {"policy": str(policy)}
+    settings = asdict(run) | {"policy": str(policy_of(run))}
     (folder / f"{name}.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "benchmarks.learn.run", folder / f"{name}.json", folder / f"{name}.out"]
     return Started(command, threads=1)
@@ -141,7 +161,7 @@ def main() -> None:
     asked = parser.parse_args()
     store, deadline = Store(), Deadline(asked.minutes)
     whole = asked.table or all(
-        make(store, searches(task, asked.contenders), deadline)
+        all(make(store, searches(task, one), deadline) for one in asked.contenders)
         and make(store, counted(store, task, asked.contenders, asked.seeds), deadline)
         for task in asked.tasks
     )

@@ -33,7 +33,7 @@ def section(task: str, runs: Sequence[Mapping[str, Any]]) -> str:
     """The table of a task; without runs that count it is empty."""
     curves = {name: counted(runs, task, name) for name in NAMES}
     base = curves["grpo"]
-    rows = [row(name, curves[name], base) for name in NAMES if len(base) > 1 and base.keys() <= curves[name].keys()]
+    rows = [row(name, curves[name], base) for name in NAMES if len(base) > 1 and paired(curves[name], base)]
     return f"## {TASKS[task].title}\n\n{table(HEAD, rows)}" if rows else ""
 
 
@@ -41,6 +41,11 @@ def counted(runs: Sequence[Mapping[str, Any]], task: str, contender: str) -> dic
     """The runs of the seeds that count, by seed."""
     of = [run for run in runs if (run["task"], run["contender"]) == (task, contender)]
     return {run["seed"]: run for run in of if run["counts"]}
+
+
+def paired(runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> bool:
+    """Tells whether every seed has a run from the policy that GRPO's began with."""
+    return all(seed in runs and runs[seed]["policy"] == of_base["policy"] for seed, of_base in base.items())
 
 
 def row(name: str, runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> list[str]:

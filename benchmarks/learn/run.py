@@ -1,8 +1,9 @@
 """One run of one contender: `python -m benchmarks.learn.run SETTINGS.json OUT.json`. It writes its curve.
 
-A point of the curve is an evaluation of the held-out problems, at T = 1 and greedily: the accuracy, or the mean reward
-where nothing is right or wrong, and the completions, tokens and seconds that the steps before it have taken. Those of
-prompts that were dropped count too. Evaluations take no seconds of the curve.
+A point of the curve is an evaluation of held-out problems at T = 1, the first and the last one greedily too: the
+accuracy, or the mean reward where nothing is right or wrong, and the completions, tokens and seconds that the steps
+before it have taken. Those of prompts that were dropped count too. Evaluations take no seconds of the curve. A run of
+the search answers other problems than those that count, and only as often as its end needs.
 """
 
 from __future__ import annotations
@@ -12,35 +13,47 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.learn.tasks import TASKS, Task, config_of, rate_of
+from benchmarks.learn.tasks import END, TASKS, Task, config_of, rate_of
+from grpo.evaluation.evaluate import both_ways, evaluate_ways
+from grpo.session import Session
 
 if TYPE_CHECKING:
     from grpo.algorithm.dynamic_sampling import Drawn
+    from rollout.group import Prompt
+
+AT_ONCE = 256  # problems that are answered at once
 
 
-def learn(task: Task, name: str, seed: int, rate: float, policy: Path) -> list[dict[str, float]]:
-    """The curve of a run, from before its first step."""
-    from grpo.session import Session
+class Bench(Session):
+    """A session whose evaluations are those of the bench alone."""
 
+    def _evaluates(self, step: int) -> bool:
+        return False
+
+
+def learn(task: Task, name: str, seed: int, rate: float, policy: Path, *, counts: bool) -> list[dict[str, float]]:
+    """The curve of a run, from before its first step. Where it does not `count`, it is one of the search."""
     contender = importlib.import_module(f"benchmarks.learn.contenders.{name}")
     options = {
         **{"model": str(policy), "seed": seed, "steps": task.steps, "warm_start.steps": 0},
-        **{"eval.limit": task.held_out, "eval.every": task.steps + 1, "learner.learning_rate": rate * rate_of(task)},
+        **{"eval.limit": 2 * task.held_out, "learner.learning_rate": rate * rate_of(task)},
         **contender.OPTIONS,
     }
     with (
         tempfile.TemporaryDirectory() as folder,
-        Session.open(config_of(task, Path(folder) / "run", **options)) as session,
+        Bench.open(config_of(task, Path(folder) / "run", **options)) as session,
     ):
-        session.held_out.sampling = replace(session.held_out.sampling, temperature=1.0)
+        prompts = session.held_out.prompts[: task.held_out] if counts else session.held_out.prompts[task.held_out :]
+        assert len(prompts) == task.held_out, f"{task.name} has too few held-out problems: {len(prompts)}"
         if hasattr(contender, "listeners"):
             session.collector.listeners += contender.listeners(session)
         spent = {"completions": 0.0, "tokens": 0.0, "seconds": 0.0, "cpu": 0.0}
-        curve = [point(session, spent, 0)]
+        curve = [point(session, prompts, spent, 0, greedy=True)]
         for step in session.run.steps():
             clocks = time.perf_counter(), time.process_time()
             drawn = learned(session, contender, step)
@@ -50,8 +63,8 @@ def learn(task: Task, name: str, seed: int, rate: float, policy: Path) -> list[d
             candidates, tokens = (drawn.metrics.get(f"curriculum/candidate{name}", 0.0) for name in ("s", "_tokens"))
             spent["completions"] += len(completions) + candidates
             spent["tokens"] += sum(len(completion.token_ids) for completion in completions) + tokens
-            if step % task.every == 0:
-                curve.append(point(session, spent, step))
+            if step % task.every == 0 and (counts or step > task.steps - END * task.every):
+                curve.append(point(session, prompts, spent, step, greedy=step == task.steps))
     return curve
 
 
@@ -68,17 +81,23 @@ def learned(session: Any, contender: Any, step: int) -> Drawn:
     return drawn
 
 
-def point(session: Any, spent: dict[str, float], step: int) -> dict[str, float]:
-    marks = {}
-    for way, result in session.evaluate().items():
-        marks[way] = result.reward_mean if result.accuracy is None else result.accuracy
+def point(
+    session: Any, prompts: Sequence[Prompt], spent: dict[str, float], step: int, *, greedy: bool
+) -> dict[str, float]:
+    ways = both_ways(replace(session.held_out.sampling, temperature=1.0))
+    if not greedy:
+        del ways["greedy"]
+    with session.run.log.progress() as progress:
+        results = evaluate_ways(session.held_out.pool, session.task, prompts, ways, AT_ONCE, progress)
+    marks = {way: r.reward_mean if r.accuracy is None else r.accuracy for way, r in results.items()}
     return {"step": step, **spent, **marks}
 
 
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     task = TASKS[settings["task"]]
-    curve = learn(task, settings["contender"], settings["seed"], settings["rate"], Path(settings["policy"]))
+    policy, counts = Path(settings["policy"]), settings["counts"]
+    curve = learn(task, settings["contender"], settings["seed"], settings["rate"], policy, counts=counts)
     Path(sys.argv[2]).write_text(json.dumps(curve))
 
 

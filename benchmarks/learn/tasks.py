@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from grpo.config.run import TrainConfig
 
 ROOT = Path(__file__).parents[2]
+END = 3  # evaluations whose mean is the end of a curve: less lucky than the last alone
 
 
 @dataclass(frozen=True)
