@@ -7,8 +7,10 @@ from math import sqrt
 import pytest
 import torch
 
-from benchmarks.learn import figures, run
+from benchmarks.learn import __main__ as bench
+from benchmarks.learn import figures, page, run
 from benchmarks.learn.contenders import NAMES, hint, maxrl, replay, sizes
+from benchmarks.learn.tasks import Task
 from grpo.algorithm.own import estimate
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.row import PackedRow, Sample
@@ -45,6 +47,48 @@ def test_an_interval_of_five_seeds():
     """1 … 5: mean 3, standard deviation √2.5, t = 2.776: 2.776 · √2.5 / √5 = 1.963."""
     mean, half = figures.interval([1, 2, 3, 4, 5])
     assert (mean, half) == (3, pytest.approx(2.776 * sqrt(2.5) / sqrt(5)))
+
+
+def test_the_search_answers_other_problems_than_those_that_count(micro_config, micro_preset, tmp_path, monkeypatch):
+    task = Task("words", "", "", steps=5, every=1, held_out=3)
+    answered = []
+
+    def evaluate(pool, of_task, prompts, ways, at_once, progress):
+        answered.append(([prompt.prompt_id for prompt in prompts], list(ways)))
+        return evaluate_ways(pool, of_task, prompts, ways, at_once, progress)
+
+    evaluate_ways = run.evaluate_ways
+    monkeypatch.setattr(run, "evaluate_ways", evaluate)
+    monkeypatch.setattr(run, "config_of", lambda task, folder, **options: micro_config(folder, **options))
+    monkeypatch.setattr(run, "rate_of", lambda task: 1e-2)
+    curves = [run.learn(task, "grpo", 0, 1.0, micro_preset, counts=counts) for counts in (True, False)]
+    both = ["sampled", "greedy"]
+    assert [ways for _, ways in answered] == [both, *[["sampled"]] * 4, both, both, ["sampled"], ["sampled"], both]
+    assert [[point["step"] for point in curve] for curve in curves] == [[0, 1, 2, 3, 4, 5], [0, 3, 4, 5]]
+    counted, searched = (set(answered[i][0]) for i in (0, -1))
+    assert len(counted) == len(searched) == 3
+    assert not counted & searched
+    assert [point["completions"] for point in curves[0]] == [0, 16, 32, 48, 64, 80]
+
+
+def test_a_seed_that_began_with_another_policy_is_made_anew(tmp_path, monkeypatch):
+    """Seed 0 is complete and nobody asks for its policy. Seed 1 lacks a contender, and its policy has changed."""
+    store = bench.Store(tmp_path / "learn.json")
+    runs = [bench.Run("words", name, seed, 1.0) for seed in (0, 1) for name in ("grpo", "unsure")]
+    policies = {0: "none asks", 1: "before"}
+    monkeypatch.setattr(bench, "policy_of", lambda run: policies[run.seed])
+    monkeypatch.setattr(bench, "digest", lambda policy: policy)
+    for one in runs[:3]:
+        store.add(one, [{"sampled": 0.5}])
+    assert [one.key for one in store.lacks(runs)] == ["words/unsure/1/1"]
+    policies[1] = "after"
+    assert [one.key for one in store.lacks(runs)] == ["words/grpo/1/1", "words/unsure/1/1"]
+    store.add(runs[3], [{"sampled": 0.5}])
+    of = {name: page.counted(list(store.runs.values()), "words", name) for name in ("grpo", "unsure")}
+    assert not page.paired(of["unsure"], of["grpo"])
+    store.add(runs[2], [{"sampled": 0.5}])
+    of["grpo"] = page.counted(list(store.runs.values()), "words", "grpo")
+    assert page.paired(of["unsure"], of["grpo"])
 
 
 def test_maxrl_divides_by_the_mean():
