@@ -9,7 +9,7 @@ Two runs go at a time, one thread each: those of a seed side by side, so that bo
 JSON has is not made again, so a piece goes on where it was stopped. A warm start has other bits on another kind of
 machine: what a seed lacks is then made with all that it has, since only runs from one policy are compared. Before the
 seeds that count, every contender gets the same search of its learning rate: RATES on the seeds and the problems of the
-search, of which the highest mean at the end is taken.
+search, of which the highest mean after the longest runs is taken.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.learn import page
 from benchmarks.learn.contenders import NAMES
-from benchmarks.learn.tasks import END, ROOT, TASKS, start
+from benchmarks.learn.tasks import ROOT, TASKS, start
 from benchmarks.peers.process import Started, clean
 from grpo.run.hardware import caption, describe
 
@@ -46,11 +46,12 @@ class Run:
     contender: str
     seed: int
     rate: float  # times that of the task's configuration
+    steps: int
     counts: bool = True  # False: of the search
 
     @property
     def key(self) -> str:
-        return f"{self.task}/{self.contender}/{self.rate:g}/{self.seed}"
+        return f"{self.task}/{self.contender}/{self.rate:g}/{self.seed}/{self.steps}"
 
 
 class Store:
@@ -66,17 +67,28 @@ class Store:
         begun = {run.key: digest(policy_of(run)) for run in runs if run.seed in seeds}
         return [run for run in runs if run.seed in seeds and self.runs.get(run.key, {}).get("policy") != begun[run.key]]
 
-    def add(self, run: Run, curve: list[dict[str, float]]) -> None:
-        begun = {"policy": digest(policy_of(run)), "curve": curve, "machine": caption(describe())}
-        self.runs[run.key] = asdict(run) | begun
+    def forget(self, task: str, rates: dict[str, float]) -> None:
+        """Leaves out what counted before a new search has found other rates."""
+        for key, run in list(self.runs.items()):
+            if (
+                run["task"] == task
+                and run["counts"]
+                and run["steps"]
+                and run["rate"] != rates.get(run["contender"], run["rate"])
+            ):
+                del self.runs[key]
+
+    def add(self, run: Run, results: dict[str, float]) -> None:
+        self.runs[run.key] = {
+            **asdict(run),
+            "policy": digest(policy_of(run)),
+            **results,
+            "machine": caption(describe()),
+        }
         everything = {"command": "make learn-all", "runs": dict(sorted(self.runs.items()))}
         partial = self.path.with_suffix(".part")
         partial.write_text(json.dumps(everything, separators=(",", ":")) + "\n")
         partial.replace(self.path)  # who is stopped while this is written has the former one
-
-    def end(self, run: Run) -> float:
-        """The mean of the last evaluations."""
-        return fmean(point["sampled"] for point in self.runs[run.key]["curve"][-END:])
 
 
 def policy_of(run: Run) -> Path:
@@ -93,17 +105,26 @@ def digest(policy: Path) -> str:
 
 def best_rate(store: Store, task: str, contender: str) -> float:
     """The rate whose mean over the seeds of the search is highest; the first of equals."""
-    return max(RATES, key=lambda rate: fmean(store.end(Run(task, contender, seed, rate)) for seed in SEARCH))
+    by_rate: dict[float, list[float]] = {}
+    for run in searches(task, contender):
+        by_rate.setdefault(run.rate, []).append(store.runs[run.key]["sampled"])
+    return max(RATES, key=lambda rate: fmean(by_rate[rate]))
 
 
 def searches(task: str, contender: str) -> list[Run]:
-    return [Run(task, contender, seed, rate, counts=False) for seed in SEARCH for rate in RATES]
+    steps = max(TASKS[task].steps)
+    return [Run(task, contender, seed, rate, steps, counts=False) for seed in SEARCH for rate in RATES]
 
 
 def counted(store: Store, task: str, contenders: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-    """The runs that count, those of a seed together."""
+    """The runs that count, those of a seed together. Its first one is of no steps, for all contenders."""
     rates = {one: best_rate(store, task, one) for one in contenders}
-    return [Run(task, one, seed, rates[one]) for seed in seeds for one in contenders]
+    store.forget(task, rates)
+    runs = []
+    for seed in seeds:
+        runs.append(Run(task, "grpo", seed, 1.0, 0))
+        runs += [Run(task, one, seed, rates[one], steps) for steps in TASKS[task].steps for one in contenders]
+    return runs
 
 
 class Deadline:
@@ -141,14 +162,14 @@ def begin(run: Run, folder: Path) -> Started:
 
 
 def finish(store: Store, run: Run, started: Started, folder: Path) -> None:
-    """Waits for a run, and keeps its curve. Raises SystemExit with its last words where it failed."""
+    """Waits for a run, and keeps what came of it. Raises SystemExit with its last words where it failed."""
     started.wait(LIMIT_S)
     ended = started.end()
     out = folder / f"{run.key.replace('/', '-')}.out"
     if ended.code != 0:
         raise SystemExit(f"{run.key} ended with {ended.code} after {ended.seconds:.0f} s:\n{clean(ended.said)[-3000:]}")
     store.add(run, json.loads(out.read_text()))
-    print(f"{run.key}: {store.end(run):.3f} after {ended.seconds:.0f} s", flush=True)
+    print(f"{run.key}: {store.runs[run.key]['sampled']:.3f} after {ended.seconds:.0f} s", flush=True)
 
 
 def main() -> None:

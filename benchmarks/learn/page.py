@@ -18,9 +18,9 @@ BEFORE = """# What a step teaches, measured here
 
 `make learn-all` runs all contenders anew, in pieces of at most 40 minutes, and writes this page and its JSON,
 `benchmarks/results/learn.json`. Every contender of a seed begins with the same policy and answers the same held-out
-problems at T = 1. Its learning rate was searched on other seeds. Differences are paired by seed, ± half of their 95 %
-interval. The last column is the share of GRPO's completions after which a contender has what GRPO has at its end; a
-contender that never reaches it counts with all that it used.
+problems at T = 1, after runs of several lengths, each with a learning rate that falls to nothing at its end. The rates
+were searched on other seeds and other problems. Differences are paired by seed, ± half of their 95 % interval. The last
+column is the share of GRPO's completions after which a contender has what GRPO has after its longest run.
 """
 
 
@@ -31,40 +31,57 @@ def write(runs: Mapping[str, Mapping[str, Any]], path: Path = PAGE) -> None:
 
 def section(task: str, runs: Sequence[Mapping[str, Any]]) -> str:
     """The table of a task; without runs that count it is empty."""
-    curves = {name: counted(runs, task, name) for name in NAMES}
+    curves = {name: curves_of(runs, task, name) for name in NAMES}
     base = curves["grpo"]
     rows = [row(name, curves[name], base) for name in NAMES if len(base) > 1 and paired(curves[name], base)]
     return f"## {TASKS[task].title}\n\n{table(HEAD, rows)}" if rows else ""
 
 
-def counted(runs: Sequence[Mapping[str, Any]], task: str, contender: str) -> dict[int, Mapping[str, Any]]:
-    """The runs of the seeds that count, by seed."""
-    of = [run for run in runs if (run["task"], run["contender"]) == (task, contender)]
-    return {run["seed"]: run for run in of if run["counts"]}
+def curves_of(runs: Sequence[Mapping[str, Any]], task: str, contender: str) -> dict[int, list[Mapping[str, Any]]]:
+    """The runs that count, by seed, from the fewest steps to the most. All begin with GRPO's run of no steps."""
+    curves: dict[int, list[Mapping[str, Any]]] = {}
+    of_task = [run for run in runs if run["task"] == task and run["counts"]]
+    for run in sorted(of_task, key=lambda run: run["steps"]):
+        if run["contender"] == contender or not run["steps"]:
+            curves.setdefault(run["seed"], []).append(run)
+    return {seed: curve for seed, curve in curves.items() if len(curve) == 1 + len(TASKS[task].steps)}
 
 
-def paired(runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> bool:
-    """Tells whether every seed has a run from the policy that GRPO's began with."""
-    return all(seed in runs and runs[seed]["policy"] == of_base["policy"] for seed, of_base in base.items())
+def paired(curves: Mapping[int, Sequence[Mapping[str, Any]]], base: Mapping[int, Sequence[Mapping[str, Any]]]) -> bool:
+    """Tells whether every seed has runs, all from the policy that GRPO's began with."""
+    policies = [{run["policy"] for run in [*curves.get(seed, []), *of_base]} for seed, of_base in base.items()]
+    return base.keys() <= curves.keys() and all(len(of_seed) == 1 for of_seed in policies)
 
 
-def row(name: str, runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> list[str]:
+def row(
+    name: str, curves: Mapping[int, Sequence[Mapping[str, Any]]], base: Mapping[int, Sequence[Mapping[str, Any]]]
+) -> list[str]:
     """A contender beside GRPO."""
-    ends, by = [], {"completions": [], "seconds": []}
+    differences: dict[str, list[float]] = {"completions": [], "seconds": []}
     shares = []
-    for seed, of_base in base.items():
-        curve, basis = runs[seed]["curve"], of_base["curve"]
-        ends.append(rising([point["sampled"] for point in curve])[-1])
-        for what, differences in by.items():
+    for seed, basis in base.items():
+        curve = curves[seed]
+        for what, of_seeds in differences.items():
             budget = min(curve[-1][what], basis[-1][what])
-            differences.append(at(*column(curve, what), budget) - at(*column(basis, what), budget))
-        target = rising([point["sampled"] for point in basis])[-1]
-        reached = needed(*column(curve, "completions"), target)
-        shares.append((curve[-1]["completions"] if reached is None else reached) / basis[-1]["completions"])
-    cells = [plus_minus(*interval(differences)) for differences in by.values()]
-    of_share = "1" if name == "grpo" else "{:.2f} ± {:.2f}".format(*interval(shares))
-    rate = f"{next(iter(runs.values()))['rate']:g} ×"
-    return [f"`{name}`", rate, f"{fmean(ends):.3f}", *(cells if name != "grpo" else ["", ""]), of_share]
+            of_seeds.append(at(*column(curve, what), budget) - at(*column(basis, what), budget))
+        reached = needed(*column(curve, "completions"), rising(column(basis, "completions")[1])[-1])
+        shares.append(None if reached is None else reached / basis[-1]["completions"])
+    cells = [plus_minus(*interval(of_seeds)) for of_seeds in differences.values()]
+    rate = f"{next(iter(curves.values()))[-1]['rate']:g} ×"
+    end = fmean(curve[-1]["sampled"] for curve in curves.values())
+    return [f"`{name}`", rate, f"{end:.3f}", *(cells if name != "grpo" else ["", ""]), share(shares)]
+
+
+def share(shares: Sequence[float | None]) -> str:
+    """The mean with its interval; where some seeds never reach it, how many.
+
+    >>> share([0.5, None])
+    'not reached by 1 of 2'
+    """
+    known = [one for one in shares if one is not None]
+    if len(known) < len(shares):
+        return f"not reached by {len(shares) - len(known)} of {len(shares)}"
+    return "{:.2f} ± {:.2f}".format(*interval(known))
 
 
 def column(curve: Sequence[Mapping[str, float]], what: str) -> tuple[list[float], list[float]]:

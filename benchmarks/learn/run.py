@@ -1,9 +1,12 @@
-"""One run of one contender: `python -m benchmarks.learn.run SETTINGS.json OUT.json`. It writes its curve.
+"""One run of one contender: `python -m benchmarks.learn.run SETTINGS.json OUT.json`. It writes what came of it.
 
-A point of the curve is an evaluation of held-out problems at T = 1, the first and the last one greedily too: the
-accuracy, or the mean reward where nothing is right or wrong, and the completions, tokens and seconds that the steps
-before it have taken. Those of prompts that were dropped count too. Evaluations take no seconds of the curve. A run of
-the search answers other problems than those that count, and only as often as its end needs.
+That is the answers to held-out problems at its end, at T = 1 and greedily: the accuracy, or the mean reward where
+nothing is right or wrong, and the completions, tokens and seconds that its steps have taken. Those of prompts that were
+dropped count too, and the evaluation takes no seconds. A run of the search answers other problems than those that
+count.
+
+Each number of steps is a run of its own, whose learning rate falls to nothing at its end: in the middle of a longer
+run the rate is high still, and the policy worse than it could be after so many completions.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.learn.tasks import END, TASKS, Task, config_of, rate_of
+from benchmarks.learn.tasks import TASKS, Task, config_of, rate_of
 from grpo.evaluation.evaluate import both_ways, evaluate_ways
 from grpo.session import Session
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from rollout.group import Prompt
 
 AT_ONCE = 256  # problems that are answered at once
+SAMPLES = 2  # answers of each
 
 
 class Bench(Session):
@@ -36,12 +40,14 @@ class Bench(Session):
         return False
 
 
-def learn(task: Task, name: str, seed: int, rate: float, policy: Path, *, counts: bool) -> list[dict[str, float]]:
-    """The curve of a run, from before its first step. Where it does not `count`, it is one of the search."""
+def learn(task: Task, name: str, policy: Path, *, seed: int, rate: float, steps: int, counts: bool) -> dict[str, float]:
+    """What a run of so many steps has come to; of 0 steps, what its policy is at the start. Where it does not `count`,
+    it is one of the search."""
     contender = importlib.import_module(f"benchmarks.learn.contenders.{name}")
     options = {
-        **{"model": str(policy), "seed": seed, "steps": task.steps, "warm_start.steps": 0},
-        **{"eval.limit": 2 * task.held_out, "learner.learning_rate": rate * rate_of(task)},
+        **{"model": str(policy), "seed": seed, "steps": max(steps, 1), "warm_start.steps": 0},
+        **{"eval.limit": 2 * task.held_out, "eval.samples": SAMPLES},
+        **{"learner.learning_rate": rate * rate_of(task)},
         **contender.OPTIONS,
     }
     with (
@@ -53,8 +59,7 @@ def learn(task: Task, name: str, seed: int, rate: float, policy: Path, *, counts
         if hasattr(contender, "listeners"):
             session.collector.listeners += contender.listeners(session)
         spent = {"completions": 0.0, "tokens": 0.0, "seconds": 0.0, "cpu": 0.0}
-        curve = [point(session, prompts, spent, 0, greedy=True)]
-        for step in session.run.steps():
+        for step in session.run.steps() if steps else ():
             clocks = time.perf_counter(), time.process_time()
             drawn = learned(session, contender, step)
             spent["seconds"] += time.perf_counter() - clocks[0]
@@ -63,9 +68,7 @@ def learn(task: Task, name: str, seed: int, rate: float, policy: Path, *, counts
             candidates, tokens = (drawn.metrics.get(f"curriculum/candidate{name}", 0.0) for name in ("s", "_tokens"))
             spent["completions"] += len(completions) + candidates
             spent["tokens"] += sum(len(completion.token_ids) for completion in completions) + tokens
-            if step % task.every == 0 and (counts or step > task.steps - END * task.every):
-                curve.append(point(session, prompts, spent, step, greedy=step == task.steps))
-    return curve
+        return spent | answers(session, prompts)
 
 
 def learned(session: Any, contender: Any, step: int) -> Drawn:
@@ -81,24 +84,18 @@ def learned(session: Any, contender: Any, step: int) -> Drawn:
     return drawn
 
 
-def point(
-    session: Any, prompts: Sequence[Prompt], spent: dict[str, float], step: int, *, greedy: bool
-) -> dict[str, float]:
+def answers(session: Any, prompts: Sequence[Prompt]) -> dict[str, float]:
     ways = both_ways(replace(session.held_out.sampling, temperature=1.0))
-    if not greedy:
-        del ways["greedy"]
     with session.run.log.progress() as progress:
         results = evaluate_ways(session.held_out.pool, session.task, prompts, ways, AT_ONCE, progress)
-    marks = {way: r.reward_mean if r.accuracy is None else r.accuracy for way, r in results.items()}
-    return {"step": step, **spent, **marks}
+    return {way: r.reward_mean if r.accuracy is None else r.accuracy for way, r in results.items()}
 
 
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
-    task = TASKS[settings["task"]]
-    policy, counts = Path(settings["policy"]), settings["counts"]
-    curve = learn(task, settings["contender"], settings["seed"], settings["rate"], policy, counts=counts)
-    Path(sys.argv[2]).write_text(json.dumps(curve))
+    task, name, policy = TASKS[settings["task"]], settings["contender"], Path(settings["policy"])
+    options = {option: settings[option] for option in ("seed", "rate", "steps", "counts")}
+    Path(sys.argv[2]).write_text(json.dumps(learn(task, name, policy, **options)))
 
 
 if __name__ == "__main__":

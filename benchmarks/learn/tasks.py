@@ -10,19 +10,18 @@ if TYPE_CHECKING:
     from grpo.config.run import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-END = 3  # evaluations whose mean is the end of a curve: less lucky than the last alone
 
 
 @dataclass(frozen=True)
 class Task:
     """`config` is a file of examples/, `changes` are options over it. The policy that all contenders of a seed begin
-    with is that of the configuration's warm start. After every `every` steps `held_out` problems are answered."""
+    with is that of the configuration's warm start. A contender has a run of each number of `steps`, after which
+    `held_out` problems are answered."""
 
     name: str
     title: str
     config: str
-    steps: int
-    every: int
+    steps: tuple[int, ...]
     held_out: int
     changes: dict[str, Any] = field(default_factory=dict)
     model: str | None = None  # a policy that every seed begins with; None: each has its own warm start
@@ -32,14 +31,13 @@ QUIET = {"threads": 1, "log.measure_speed": False, "log.trackers": [], "checkpoi
 TASKS = {
     task.name: task
     for task in (
-        Task("words", "Word problems, the demo's policy", "01_demo.yaml", steps=60, every=10, held_out=1024),
-        Task("game", "The word game, three turns", "10_word_game.yaml", steps=60, every=10, held_out=1024),
+        Task("words", "Word problems, the demo's policy", "01_demo.yaml", steps=(15, 30, 60), held_out=1024),
+        Task("game", "The word game, three turns", "10_word_game.yaml", steps=(15, 30, 60), held_out=1024),
         Task(
             "spelling",
             "Spelling words backward (reasoning-gym), the demo's policy",
             "01_demo.yaml",
-            steps=60,
-            every=10,
+            steps=(15, 30, 60),
             held_out=512,
             changes={
                 "data.name": "reasoning_gym:spell_backward",
@@ -55,8 +53,7 @@ TASKS = {
             "gsm8k",
             "GSM8K, SmolLM2-135M after supervised steps",
             "05_gsm8k_recipe/3_grpo.yaml",
-            steps=40,
-            every=10,
+            steps=(10, 20, 40),
             held_out=200,
             # quartet sft examples/05_gsm8k_recipe/1_sft.yaml --data.held_out 0.1 --output_dir runs/learn/gsm8k_sft
             model="runs/learn/gsm8k_sft/policy",

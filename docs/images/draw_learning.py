@@ -21,17 +21,14 @@ for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, s
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#E6E6E6")
     for name, color in zip(names, COLORS, strict=False):
-        by_step = defaultdict(list)
+        points = defaultdict(list)
         for run in runs:
-            if (run["task"], run["contender"]) == (task, name):
-                completions = [point["completions"] for point in run["curve"]]
-                accuracy = [point["sampled"] for point in run["curve"]]
-                axes.plot(completions, accuracy, color=color, alpha=0.25, linewidth=0.7)
-                for point in run["curve"]:
-                    by_step[point["step"]].append((point["completions"], point["sampled"]))
-        means = [tuple(map(fmean, zip(*points, strict=True))) for points in by_step.values()]
-        if means:
-            axes.plot(*zip(*means, strict=True), color=color, lw=2.2, label=name)
+            if run["task"] == task and (run["contender"] == name or not run["steps"]):
+                points[run["steps"]].append((run["completions"], run["sampled"]))
+        means = [tuple(map(fmean, zip(*points[steps], strict=True))) for steps in sorted(points)]
+        axes.plot(*zip(*means, strict=True), color=color, marker="o", lw=2.2, label=name)
+        for of_steps in points.values():
+            axes.plot(*zip(*of_steps, strict=True), color=color, marker=".", ls="", alpha=0.4)
     axes.set_title(task, loc="left", fontsize=10)
     axes.set_xlabel("completions sampled", color="#767676")
     axes.legend(frameon=False, loc="lower right", fontsize=8)

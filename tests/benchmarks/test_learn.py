@@ -24,6 +24,7 @@ def test_doctests():
     assert doctest.testmod(maxrl, extraglobs={"torch": torch}).failed == 0
     assert doctest.testmod(hint, extraglobs={"Sample": Sample}).failed == 0
     assert doctest.testmod(sizes).failed == 0
+    assert doctest.testmod(page).failed == 0
     assert doctest.testmod(figures, optionflags=options).failed == 0
 
 
@@ -49,46 +50,104 @@ def test_an_interval_of_five_seeds():
     assert (mean, half) == (3, pytest.approx(2.776 * sqrt(2.5) / sqrt(5)))
 
 
-def test_the_search_answers_other_problems_than_those_that_count(micro_config, micro_preset, tmp_path, monkeypatch):
-    task = Task("words", "", "", steps=5, every=1, held_out=3)
+def test_the_search_answers_other_problems_than_those_that_count(micro_config, micro_preset, monkeypatch):
+    task = Task("words", "", "", steps=(1, 2), held_out=3)
     answered = []
 
     def evaluate(pool, of_task, prompts, ways, at_once, progress):
-        answered.append(([prompt.prompt_id for prompt in prompts], list(ways)))
+        answered.append([prompt.prompt_id for prompt in prompts])
+        assert {way: (of.temperature, of.group_size) for way, of in ways.items()} == {
+            "sampled": (1, 2),
+            "greedy": (0, 1),
+        }
         return evaluate_ways(pool, of_task, prompts, ways, at_once, progress)
 
     evaluate_ways = run.evaluate_ways
     monkeypatch.setattr(run, "evaluate_ways", evaluate)
     monkeypatch.setattr(run, "config_of", lambda task, folder, **options: micro_config(folder, **options))
     monkeypatch.setattr(run, "rate_of", lambda task: 1e-2)
-    curves = [run.learn(task, "grpo", 0, 1.0, micro_preset, counts=counts) for counts in (True, False)]
-    both = ["sampled", "greedy"]
-    assert [ways for _, ways in answered] == [both, *[["sampled"]] * 4, both, both, ["sampled"], ["sampled"], both]
-    assert [[point["step"] for point in curve] for curve in curves] == [[0, 1, 2, 3, 4, 5], [0, 3, 4, 5]]
-    counted, searched = (set(answered[i][0]) for i in (0, -1))
-    assert len(counted) == len(searched) == 3
-    assert not counted & searched
-    assert [point["completions"] for point in curves[0]] == [0, 16, 32, 48, 64, 80]
+    options = {"seed": 0, "rate": 1.0}
+    ends = [
+        run.learn(task, "grpo", micro_preset, steps=steps, counts=counts, **options)
+        for steps, counts in ((0, True), (2, True), (2, False))
+    ]
+    assert [end["completions"] for end in ends] == [0, 32, 32]
+    assert [end["seconds"] > 0 for end in ends] == [False, True, True]
+    assert answered[0] == answered[1]
+    assert len(set(answered[1])) == len(set(answered[2])) == 3
+    assert not set(answered[1]) & set(answered[2])
+
+
+def _added(store, runs, **results):
+    for one in runs:
+        store.add(one, {"sampled": 0.5, "completions": one.steps, **results})
 
 
 def test_a_seed_that_began_with_another_policy_is_made_anew(tmp_path, monkeypatch):
     """Seed 0 is complete and nobody asks for its policy. Seed 1 lacks a contender, and its policy has changed."""
     store = bench.Store(tmp_path / "learn.json")
-    runs = [bench.Run("words", name, seed, 1.0) for seed in (0, 1) for name in ("grpo", "unsure")]
+    runs = [bench.Run("words", name, seed, 1.0, 60) for seed in (0, 1) for name in ("grpo", "unsure")]
     policies = {0: "none asks", 1: "before"}
-    monkeypatch.setattr(bench, "policy_of", lambda run: policies[run.seed])
+    monkeypatch.setattr(bench, "policy_of", lambda run: policies.get(run.seed))
     monkeypatch.setattr(bench, "digest", lambda policy: policy)
-    for one in runs[:3]:
-        store.add(one, [{"sampled": 0.5}])
-    assert [one.key for one in store.lacks(runs)] == ["words/unsure/1/1"]
+    _added(store, runs[:3])
+    assert [one.key for one in store.lacks(runs)] == ["words/unsure/1/1/60"]
     policies[1] = "after"
-    assert [one.key for one in store.lacks(runs)] == ["words/grpo/1/1", "words/unsure/1/1"]
-    store.add(runs[3], [{"sampled": 0.5}])
-    of = {name: page.counted(list(store.runs.values()), "words", name) for name in ("grpo", "unsure")}
-    assert not page.paired(of["unsure"], of["grpo"])
-    store.add(runs[2], [{"sampled": 0.5}])
-    of["grpo"] = page.counted(list(store.runs.values()), "words", "grpo")
-    assert page.paired(of["unsure"], of["grpo"])
+    assert [one.key for one in store.lacks(runs)] == ["words/grpo/1/1/60", "words/unsure/1/1/60"]
+
+
+def test_the_page_pairs_whole_seeds_from_one_policy(tmp_path, monkeypatch):
+    store = bench.Store(tmp_path / "learn.json")
+    policies = {0: "a", 1: "b"}
+    monkeypatch.setattr(bench, "policy_of", lambda run: policies.get(run.seed))
+    monkeypatch.setattr(bench, "digest", lambda policy: policy)
+    names = "grpo", "unsure"
+    _added(store, [bench.Run("words", name, 10, rate, 60, counts=False) for name in names for rate in bench.RATES])
+    _added(store, [bench.Run("words", name, 11, rate, 60, counts=False) for name in names for rate in bench.RATES])
+    store.runs["words/unsure/2/10/60"]["sampled"] = 0.75  # of equals the first
+    runs = bench.counted(store, "words", names, (0, 1))
+    assert [one.key for one in runs[:4]] == [
+        "words/grpo/1/0/0",
+        *(f"words/{n}/0/15" for n in ("grpo/0.5", "unsure/2")),
+        "words/grpo/0.5/0/30",
+    ]
+    _added(store, runs[:-1])
+
+    def curves():
+        return [page.curves_of(list(store.runs.values()), "words", name) for name in names]
+
+    assert [list(of) for of in curves()] == [[0, 1], [0]]
+    assert not page.paired(*reversed(curves()))
+    _added(store, runs[-1:])
+    assert page.paired(*reversed(curves()))
+    assert [point["completions"] for point in curves()[1][1]] == [0, 15, 30, 60]
+    policies[1] = "another machine's"
+    _added(store, runs[-1:])
+    assert not page.paired(*reversed(curves()))
+    store.runs["words/unsure/2/11/60"]["sampled"] = store.runs["words/unsure/2/10/60"]["sampled"] = 0.25
+    bench.counted(store, "words", names, (0, 1))
+    assert [list(of) for of in curves()] == [[0, 1], []]  # runs at a rate that the search no longer takes are gone
+
+
+def test_a_row_says_how_many_completions_reach_what_grpo_has_at_its_end():
+    """GRPO: .5, .6, .7, .8 after 0, 10, 20, 40. The contender has .8 after 20 and .9 after 40."""
+
+    def curve(marks):
+        of = zip((0, 10, 20, 40), marks, strict=True)
+        return [{"completions": c, "seconds": 2 * c, "sampled": mark, "rate": 2.0} for c, mark in of]
+
+    base = {seed: curve((0.5, 0.6, 0.7, 0.8)) for seed in (0, 1)}
+    one = {seed: curve((0.5, 0.7, 0.8, 0.9)) for seed in (0, 1)}
+    assert page.row("unsure", one, base) == [
+        "`unsure`",
+        "2 ×",
+        "0.900",
+        "+0.100 ± 0.000",
+        "+0.100 ± 0.000",
+        "0.50 ± 0.00",
+    ]
+    assert page.row("grpo", base, base)[-1] == "1.00 ± 0.00"
+    assert page.row("unsure", base, one)[-1] == "not reached by 2 of 2"
 
 
 def test_maxrl_divides_by_the_mean():
