@@ -15,7 +15,6 @@ search, of which the highest mean after the longest runs is taken.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from benchmarks.learn.contenders import NAMES
 from benchmarks.learn.tasks import ROOT, TASKS, start
 from benchmarks.peers.process import Started, clean
 from grpo.run.hardware import caption, describe
+from policies.files.digests import DIGESTS
 
 RESULTS = ROOT / "benchmarks/results/learn.json"
 POLICIES = ROOT / "runs/learn/policies"
@@ -70,21 +70,13 @@ class Store:
     def forget(self, task: str, rates: dict[str, float]) -> None:
         """Leaves out what counted before a new search has found other rates."""
         for key, run in list(self.runs.items()):
-            if (
-                run["task"] == task
-                and run["counts"]
-                and run["steps"]
-                and run["rate"] != rates.get(run["contender"], run["rate"])
-            ):
+            at_a_rate = run["counts"] and run["steps"] > 0
+            if run["task"] == task and at_a_rate and run["rate"] != rates.get(run["contender"], run["rate"]):
                 del self.runs[key]
 
     def add(self, run: Run, results: dict[str, float]) -> None:
-        self.runs[run.key] = {
-            **asdict(run),
-            "policy": digest(policy_of(run)),
-            **results,
-            "machine": caption(describe()),
-        }
+        begun = {"policy": digest(policy_of(run)), "machine": caption(describe())}
+        self.runs[run.key] = asdict(run) | begun | results
         everything = {"command": "make learn-all", "runs": dict(sorted(self.runs.items()))}
         partial = self.path.with_suffix(".part")
         partial.write_text(json.dumps(everything, separators=(",", ":")) + "\n")
@@ -98,17 +90,16 @@ def policy_of(run: Run) -> Path:
 
 
 def digest(policy: Path) -> str:
-    """Says which weights a folder has."""
-    weights = b"".join(path.read_bytes() for path in sorted(policy.glob("**/*.safetensors")))
-    return hashlib.sha256(weights).hexdigest()[:12]
+    """Says which weights a saved policy has."""
+    files = json.loads((policy / DIGESTS).read_text())["files"]
+    return " ".join(of["sha256"][:12] for name, of in sorted(files.items()) if name.endswith(".safetensors"))
 
 
 def best_rate(store: Store, task: str, contender: str) -> float:
     """The rate whose mean over the seeds of the search is highest; the first of equals."""
-    by_rate: dict[float, list[float]] = {}
-    for run in searches(task, contender):
-        by_rate.setdefault(run.rate, []).append(store.runs[run.key]["sampled"])
-    return max(RATES, key=lambda rate: fmean(by_rate[rate]))
+    runs = searches(task, contender)
+    marks = {rate: fmean(store.runs[run.key]["sampled"] for run in runs if run.rate == rate) for rate in RATES}
+    return max(RATES, key=marks.__getitem__)
 
 
 def searches(task: str, contender: str) -> list[Run]:

@@ -38,10 +38,9 @@ TASKS = {
             "Spelling words backward (reasoning-gym), the demo's policy",
             "01_demo.yaml",
             steps=(15, 30, 60),
-            held_out=512,
+            held_out=200,  # of more some are among the training words
             changes={
                 "data.name": "reasoning_gym:spell_backward",
-                "data.levels": None,
                 "data.limit": 4000,
                 "data.task_options": {"min_word_len": 3, "max_word_len": 7},
                 "rewards": [{"function": "reasoning_gym"}],

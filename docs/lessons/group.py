@@ -16,7 +16,6 @@ def one_step_each(session, groups, scores, others, folder, most):
     """What a step on one group alone changes, by how many of the group are right: the chance of a right answer to its
     own prompt, and to other prompts. The policy goes back to where it was after each."""
     start = session.save(folder / "start")
-    own_before = chances(session, [group.prompt for group in groups])
     others_before = fmean(chances(session, others))
     changes = {}
     for right in range(GROUP + 1):
@@ -24,9 +23,10 @@ def one_step_each(session, groups, scores, others, folder, most):
         own, elsewhere = [], []
         for i in numbers:
             session.load(start)
+            [own_before] = chances(session, [groups[i].prompt])  # alone, as after the step, so that both round alike
             session.forward_backward(session.prepare([groups[i]], [scores[i]]))
             session.optim_step(RATE)
-            own.append(chances(session, [groups[i].prompt])[0] - own_before[i])
+            own.append(chances(session, [groups[i].prompt])[0] - own_before)
             elsewhere.append(fmean(chances(session, others)) - others_before)
         if numbers:
             changes[right] = fmean(own), fmean(elsewhere), len(numbers)

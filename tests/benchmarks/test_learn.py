@@ -10,11 +10,12 @@ import torch
 from benchmarks.learn import __main__ as bench
 from benchmarks.learn import figures, page, run
 from benchmarks.learn.contenders import NAMES, hint, maxrl, replay, sizes
-from benchmarks.learn.tasks import Task
+from benchmarks.learn.tasks import TASKS, Task, config_of
 from grpo.algorithm.own import estimate
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.row import PackedRow, Sample
 from grpo.session import Session
+from grpo.task import task as tasks
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 
@@ -48,6 +49,15 @@ def test_an_interval_of_five_seeds():
     """1 … 5: mean 3, standard deviation √2.5, t = 2.776: 2.776 · √2.5 / √5 = 1.963."""
     mean, half = figures.interval([1, 2, 3, 4, 5])
     assert (mean, half) == (3, pytest.approx(2.776 * sqrt(2.5) / sqrt(5)))
+
+
+@pytest.mark.parametrize("name", ["words", "game", "spelling"])
+def test_a_task_has_held_out_problems_for_the_search_and_for_what_counts(name, tmp_path):
+    if name == "spelling":
+        pytest.importorskip("reasoning_gym")
+    task = TASKS[name]
+    config = config_of(task, tmp_path / "run", **{"eval.limit": 2 * task.held_out})
+    assert len(tasks.Task.of(config, model_known=False).held_out) == 2 * task.held_out
 
 
 def test_the_search_answers_other_problems_than_those_that_count(micro_config, micro_preset, monkeypatch):
@@ -104,7 +114,7 @@ def test_the_page_pairs_whole_seeds_from_one_policy(tmp_path, monkeypatch):
     names = "grpo", "unsure"
     _added(store, [bench.Run("words", name, 10, rate, 60, counts=False) for name in names for rate in bench.RATES])
     _added(store, [bench.Run("words", name, 11, rate, 60, counts=False) for name in names for rate in bench.RATES])
-    store.runs["words/unsure/2/10/60"]["sampled"] = 0.75  # of equals the first
+    store.runs["words/unsure/2/10/60"]["sampled"] = 0.75  # the rates of grpo are equal, and the first is taken
     runs = bench.counted(store, "words", names, (0, 1))
     assert [one.key for one in runs[:4]] == [
         "words/grpo/1/0/0",

@@ -34,7 +34,7 @@ def test_a_lesson_is_short_and_has_a_picture(name, page):
 @pytest.mark.slow
 def test_a_group_whose_rewards_are_equal_teaches_nothing(tmp_path):
     said = "\n".join(lines("group", tmp_path))
-    assert re.search(r"^0 of 8 right: own prompt [+-]0\.000, other prompts [+-]0\.0000", said, re.MULTILINE)
+    assert re.search(r"^0 of 8 right: own prompt \+0\.000, other prompts \+0\.0000", said, re.MULTILINE)
     assert len(re.findall(r"^groups of \d+: [01]\.\d\d should be mixed", said, re.MULTILINE)) == 4
 
 

@@ -76,7 +76,9 @@ def test_gradients_and_log_probabilities_are_those_of_plain_torch(base, name, ra
     trainer.update.zero()
     outputs = trainer.forward_backward(ask(datums, name))
     found = gradients(trainer.policy.trunk)
-    assert outputs.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)  # a sum that nearly cancels
+    assert outputs.metrics["loss:sum"] == pytest.approx(
+        loss.item(), rel=1e-5, abs=5e-7
+    )  # a sum of about 1 that nearly cancels
     for datum, of in zip(outputs.by_datum, logprobs, strict=True):
         torch.testing.assert_close(datum["logprobs"], of.detach(), atol=1e-5, rtol=0)
     assert found.keys() == want.keys()

@@ -117,6 +117,11 @@ def differences(policy: Policy, groups: list[RolloutGroup], temperature: float) 
     return torch.cat(found)
 
 
+def bound(kind: str) -> float:
+    """Of a log-probability. The states of Qwen3.5 pass rounding on from token to token: 1.1e-4 on a Xeon with AMX."""
+    return 2e-4 if kind == "qwen3_5_text" else 1e-4
+
+
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("falcon_h1", "mamba"))) for kind in KINDS]
 )
@@ -125,7 +130,7 @@ def test_contract_2_log_probabilities_are_the_models_own(hf_policy, kind):
     assert policy.backend == "transformers"
     groups = Engine(policy).sample(PROMPTS, PARAMS)
     apart = differences(policy, groups, PARAMS.temperature)
-    assert apart.max() < 3e-4  # 1.1e-4 on a Xeon with AMX, whose products round otherwise
+    assert apart.max() < bound(kind)
     assert apart.mean() < 1e-5
     lengths = {len(ids) for ids in tokens(groups)}
     assert len(lengths) > 4  # ragged, so that rows of several lengths and prompts were decoded together
@@ -140,7 +145,7 @@ def test_contracts_2_and_4_by_transformers_own_cache(stock, kind):
     """Rows that leave and come, with little room too, and alone."""
     policy = stock(kind)
     groups = Engine(policy).sample(PROMPTS, PARAMS)
-    assert differences(policy, groups, PARAMS.temperature).max() < 3e-4
+    assert differences(policy, groups, PARAMS.temperature).max() < bound(kind)
     assert len({len(ids) for ids in tokens(groups)}) > 4
     assert tokens(Engine(policy, max_rows=8).sample(PROMPTS, PARAMS)) == tokens(groups)
     alone = [group for prompt in PROMPTS[:3] for group in Engine(policy).sample([prompt], PARAMS)]
