@@ -61,6 +61,7 @@ class WorkerProcess:
             env=defaults | worker_variables(pass_variables),
         )
         theirs.close()
+        self.pid = self._process.pid
         assert self._process.stdout is not None
         output.follow(self._process.stdout)
         self.ready = False
@@ -102,7 +103,7 @@ class WorkerProcess:
         """Kill the process and all that it started."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
 
     def kill(self, late: bool = False, wrote: str = "") -> dict:
@@ -165,6 +166,10 @@ class WorkerPool:
         self._closed = False
         self._lost: list[float] = []
         self._output = Output()
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in list(self._workers)]
 
     def take_lost(self) -> list[float]:
         """Gives when the requests began whose workers died or were late since the last call, in time.monotonic()."""

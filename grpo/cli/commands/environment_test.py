@@ -116,6 +116,11 @@ class Stage:
             self.arena = Arena(spec, tokenizer, [tokenizer.eos_token_id])
         self.form = self.arena.formats[""] = ScriptForm(tokenizer, tools_of(spec, ""), plain=True)
 
+    def memory_mib(self) -> float:
+        """Sums up the memory of the environment's processes and of those that they started."""
+        own = [psutil.Process(pid) for pid in self.arena.pool.pids]
+        return sum(each.memory_info().rss for one in own for each in (one, *one.children(recursive=True))) / 2**20
+
     def play(self, plays: Sequence[Play], *, anew: bool = False) -> list[Outcome]:
         """Two episodes of each script, which are of different rows. All episodes take turns. `anew` makes the
         environment again before each turn, from its calls so far."""
@@ -216,10 +221,10 @@ class _Trial:
 
     def play_often(self, stage: Stage) -> None:
         """Looks for what stays in memory of episodes that have ended."""
-        before, played = _memory_mib(), 0
+        before, played = stage.memory_mib(), 0
         while played < MANY:
             played += sum(len(stage.play(plays)) for plays in self.plays.values())
-        self.check.growth_mib = _memory_mib() - before
+        self.check.growth_mib = stage.memory_mib() - before
         if self.check.growth_mib > GROWTH_MIB:
             grown = f"its process grew by {self.check.growth_mib:,.0f} MiB in {played} episodes"
             self.check.problems.append(f"{grown}: something is kept of episodes that have ended")
@@ -344,8 +349,3 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "refused": sum(each.bad_calls for each in tools),
         "ended": dict(Counter(outcome.ended for outcome in outcomes)),
     }
-
-
-def _memory_mib() -> float:
-    """Sums up the memory of the processes of the environment."""
-    return sum(child.memory_info().rss for child in psutil.Process().children()) / 2**20

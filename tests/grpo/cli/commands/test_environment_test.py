@@ -1,19 +1,23 @@
 """`quartet environment test`: what it finds, what it says, and its exit codes."""
 
+import contextlib
 import json
 import re
 import subprocess
+import sys
 from io import StringIO
 
 import pytest
 
-from grpo.cli.commands.environment_test import check_environment, show_check
+from grpo.cli.commands.environment_test import Stage, check_environment, show_check
 from grpo.cli.config.environment_test import EnvironmentTestConfig
 from grpo.cli.parse import main
+from policies.presets import small_tokenizer
 from rewards import RewardError
 from rewards.config.options import load
 from rewards.console import Terminal
 from rewards.isolation import pool
+from rollout.sampling import EnvironmentSpec
 
 SOURCE = '''
 import os, random, time
@@ -261,6 +265,19 @@ def test_what_is_kept_of_ended_episodes_is_found(tried, monkeypatch):
     monkeypatch.setattr("grpo.cli.commands.environment_test.MANY", 200)
     [problem] = tried("Hoards").problems
     assert "something is kept of episodes that have ended" in problem
+
+
+def test_the_memory_of_other_children_is_not_counted(folder):
+    spec = EnvironmentSpec(environments=(("", f"{folder}/own.py:Number"),), max_turns=2)
+    stage = Stage(spec, small_tokenizer(["1"]))
+    with contextlib.closing(stage.arena):
+        before = stage.memory_mib()
+        code = "held = bytearray(b'1' * (128 << 20)); print(flush=True); input()"
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            other.stdout.readline()
+            during = stage.memory_mib()
+            other.communicate(b"\n")
+    assert abs(during - before) < 64 < before
 
 
 def test_a_tool_alone_can_be_tried(tried):
