@@ -12,7 +12,7 @@ import torch
 from policies.decoding.latent_cache import LatentCache
 from policies.devices import wait_for
 from rollout.backends import Decoder
-from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
+from rollout.depth import GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.shard import Decoding
@@ -44,8 +44,10 @@ def measure(decoder: Decoder, work: Workload, depth: int) -> CostTable:
     table = CostTable(sizes, rounds, reading=_reading(decoder))
     if not work.graphs or decoder.head is None:
         return table
+    from rollout.compiled.graph import most_rows
+
     ways = [Way(k, by_graph=True) for k in GRAPH_DEPTHS]
-    few = [rows for rows in sizes if rows <= FEW_ROWS]
+    few = [rows for rows in sizes if rows <= most_rows(decoder)]
     return replace(table, graphs=[_by_depth(_rounds(decoder, work, rows, ways), ways) for rows in few])
 
 
@@ -123,13 +125,14 @@ def _reading(decoder: Decoder) -> float:
 
 def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
     """A batch after its first round, in which the draft head reads the prompt, with half of the tokens that a
-    completion may have: attention to them is what many drafts cost. A graph attends to all places from the start. Rows
-    with logits that are not finite go on: sampling reports them, with their prompt."""
+    completion may have: attention to them is what many drafts cost. A recorded graph attends to all places from the
+    start. Rows with logits that are not finite go on: sampling reports them, with their prompt."""
     more = (REPEATS * (2 if way.by_graph else 1) + 1) * (way.depth + 1) + 2
     length = max(1, min(PROMPT_TOKENS, decoder.context - more))
-    written = 0 if way.by_graph else min(work.completion_tokens // 2, MOST_WRITTEN, decoder.context - length - more)
+    recorded = way.by_graph and decoder.trunk.device.type != "cpu"
+    written = 0 if recorded else min(work.completion_tokens // 2, MOST_WRITTEN, decoder.context - length - more)
     completion = more + max(0, written)
-    if way.by_graph:  # with as much room as a controller leaves, so that the graphs are those of the run
+    if recorded:  # with as much room as a controller leaves, so that the graphs are those of the run
         completion = max(completion, min(work.graphs, decoder.context) - length + MAX_DEPTH - way.depth)
     vocabulary = len(decoder.trunk.embedding)
     prompt = Prompt("costs", "", [7 * i % vocabulary for i in range(length)])

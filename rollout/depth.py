@@ -25,7 +25,8 @@ PRIOR_ACCEPTED, PRIOR_DRAFTED = 3.0, 4.0
 MAX_DEPTH = 8
 LEAST_GAIN = 1.2  # expected of drafts, else none are made: measured costs are a tenth off, and beginning costs more
 GRAPH_DEPTHS = (0, 1, 3)  # of compiled rounds: each depth is a graph, which takes a minute to compile
-FEW_ROWS = 8  # that a graph has places for; with more rows the products are what takes the time
+FEW_ROWS = 8  # that graphs decode which are for one number of rows each
+MOST_ROWS = 32  # that a graph decodes which takes any number; with more the products are what takes the time
 PROMPT_TOKENS = 96  # length of the prompt when rounds are timed
 
 

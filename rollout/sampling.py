@@ -262,10 +262,10 @@ def _choose(
         logprobs = logits.gather(1, best[:, None])[:, 0] - logits.logsumexp(-1)
         return (best if vocabulary is None else vocabulary.ids[best]), logprobs
     p_NV = logits_NV.float().softmax(-1)  # not softmax(dtype=...), which is six times slower on a CPU
-    rows = torch.arange(len(p_NV), device=p_NV.device)
+    rows = torch.arange(p_NV.shape[0], device=p_NV.device)
     if vocabulary is None:
         missing = -p_NV.shape[1] % BLOCK
-        p_NBM = (F.pad(p_NV, (0, missing)) if missing else p_NV).view(len(p_NV), -1, BLOCK)
+        p_NBM = (F.pad(p_NV, (0, missing)) if missing else p_NV).view(p_NV.shape[0], -1, BLOCK)
         block = (p_NBM.sum(-1).log() + noise.table).argmax(-1)
         p = p_NBM[rows, block]
         ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)

@@ -18,7 +18,6 @@ from torch import Tensor
 from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
 from rollout.common_beginning import beginning_of
-from rollout.depth import FEW_ROWS
 from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.speculative import until_end, verify_draft
 from rollout.group import Prompt, RolloutGroup
@@ -210,8 +209,8 @@ class Decoding:
         live = self.live
         assert live is not None
         waits = bool(self.waiting) or self.held > self.alive  # a graph takes rows without a shared prompt, to the end
-        eager = waits or self.strings is not None or len(live.index) > FEW_ROWS  # a stop string is in no graph
-        rounds = None if eager else self.rounds
+        eager = waits or self.strings is not None  # a stop string is in no graph
+        rounds = self.rounds if not eager and self.rounds and self.rounds.pays(live, self.cache) else None
         drafted, kept = self._forward_by_graph(live, rounds) if rounds else self._forward(live)
         self.drafts.add_cost(self.alive, drafted, kept, by_graph=rounds is not None)
         self._advance(live, kept)

@@ -80,7 +80,7 @@ class NoPool:
 def sampling_of(run: Run[Any], policy: Policy, group_size: int, *, rounds: int = 0) -> SamplingParams:
     """The run's way to sample groups of this size; see `sampling_params`."""
     config = run.config
-    return sampling_params(policy, config.rollout, group_size, config.seed, dtype=config.dtype, rounds=rounds)
+    return sampling_params(policy, config.rollout, group_size, config.seed, rounds=rounds)
 
 
 def sampling_of_steps(run: Run[TrainConfig], task: Task, policy: Policy) -> SamplingParams:

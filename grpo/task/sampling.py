@@ -32,13 +32,12 @@ def sampling_params(
     group_size: int,
     seed: int,
     *,
-    dtype: str = "float32",
     rounds: int = 0,
 ) -> SamplingParams:
     """Tells how `policy` samples under these options: its own stop tokens, drafts where it has something to draft from.
 
-    vLLM has nothing that chooses their number: null is none there. The sampler computes in `dtype`, and `rounds` with
-    few rows are planned. Raises ValueError for `compile: on` where no graph can decode.
+    vLLM has nothing that chooses their number: null is none there. `rounds` with few rows are planned. Raises
+    ValueError for `compile: on` where no graph can decode.
     """
     chosen = policy.mtp is not None and getattr(options, "backend", None) != "vllm"
     params = SamplingParams(
@@ -54,13 +53,13 @@ def sampling_params(
     fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(GRAPH_DEPTHS))
     if options.compile == "off" or (options.compile == "auto" and rounds < fewest):
         return params
-    why = no_graph(policy.backend == "native", policy.device, options, dtype)
+    why = no_graph(policy.backend == "native", policy.device, options)
     if why and options.compile == "on":
         raise ValueError(f"compile=on: {why}, so no graph can decode; leave it out")
     return replace(params, compiled=not why)
 
 
-def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype: str) -> str | None:
+def no_graph(native: bool, device: torch.device, options: SamplingOptions) -> str | None:
     """Says why no graph can decode a policy that is `native` to our engine or not; None where one can."""
     if not native or getattr(options, "backend", None) == "vllm":
         return "this policy is not decoded by our own engine"
@@ -69,8 +68,6 @@ def no_graph(native: bool, device: torch.device, options: SamplingOptions, dtype
             return "no GPU has told yet what recorded rounds gain"
     elif device.type != "cpu":
         return f"the policy is on {device.type}, where nobody has tried it"
-    elif dtype != "float32":
-        return f"dtype={dtype}, and graphs compute in float32 on a CPU"
     elif shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
         return f"there is no C++ compiler ({compiler})"
     if isinstance(options, RolloutOptions) and options.quantization != "none":

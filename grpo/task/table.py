@@ -184,7 +184,7 @@ def _no_routers(plan: Plan) -> bool:
 def _no_graphs(plan: Plan) -> str:
     options = plan.options
     sampling: Any = option(options, "rollout") or options
-    why = no_graph(plan.native, device_of(options.device), sampling, options.dtype)
+    why = no_graph(plan.native, device_of(options.device), sampling)
     return f"a sampler without graphs ({why})" if why else ""
 
 

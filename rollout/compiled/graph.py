@@ -1,9 +1,10 @@
 """One round of decoding as a function of tensors alone: drafts, the trunk's step, the choice and the verification.
 
-Eager code decides by numbers, such as how long the longest row is. Here every size is fixed, and what differs from call
-to call is a tensor: lengths, temperatures, limits. So one graph serves all rounds of a bucket (see `Bucket`).
+Eager code decides by numbers, such as how long the longest row is. Here what differs from call to call is a tensor:
+lengths, temperatures, limits. So one graph serves all rounds of a bucket (see `Bucket`).
 
-Axes: B places for rows, k drafts, S = k + 1 tokens of a place, C entries of a cache, D hidden, E width of an entry.
+Axes: B places for rows, k drafts, S = k + 1 tokens of a place, C entries of a cache, of which the first T are read, D
+hidden, E width of an entry.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from policies.decoding.absorbed import AbsorbedBlock
 from policies.decoding.kernels import attention, plain_attention
 from policies.decoding.linear import FixedLinear
 from rollout.backends import Decoder
+from rollout.depth import FEW_ROWS, MOST_ROWS
 from rollout.drafts.speculative import until_end, verify_draft
 from rollout.sampling import DraftVocabulary, Noise, choose
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """What a graph is made for: `rows` places, `drafts` for each, and caches of `entries`."""
+    """What a graph is made for: `rows` places, `drafts` for each, and caches of `entries`; 0 where it takes any."""
 
     rows: int
     drafts: int
@@ -36,7 +38,8 @@ class Bucket:
 
 @dataclass
 class Inputs:
-    """What a round reads, [B] first everywhere. The last five are there with drafts alone: see Rows and Drafter."""
+    """What a round reads, [B] first nearly everywhere. The last five are there with drafts alone: see Rows and
+    Drafter."""
 
     last: Tensor
     count: Tensor
@@ -48,6 +51,7 @@ class Inputs:
     temperature: Tensor  # float32; 0 is greedy
     start: Tensor  # see SamplingParams
     stops: Tensor  # any number of token ids
+    columns: Tensor  # [T], the numbers from 0: attention reads so many entries of each row
     layers: list[Tensor]  # the trunk's cache, changed in place
     unread: Tensor | None = None
     unread_tokens_BS: Tensor | None = None
@@ -58,7 +62,7 @@ class Inputs:
     @property
     def caches(self) -> list[Tensor]:
         """Gives what a round changes in place."""
-        return [*self.layers, *([] if self.head_layer is None else [self.head_layer])]
+        return [*([] if self.head_layer is None else [self.head_layer]), *self.layers]
 
     @property
     def others(self) -> dict[str, Tensor]:
@@ -66,8 +70,7 @@ class Inputs:
         return {name: value for name, value in named if name not in ("layers", "head_layer") and value is not None}
 
     def flat(self) -> list[Tensor]:
-        parts = [value for name, value in vars(self).items() if name != "layers" and value is not None]
-        return [*parts, *self.layers]
+        return [*self.others.values(), *self.caches]
 
     @classmethod
     def of(cls, flat: Sequence[Tensor], layers: int) -> Inputs:
@@ -78,28 +81,32 @@ class Inputs:
 
 
 class GraphCache:
-    """A `LatentCache` for rows without a shared prompt, as a graph computes it: every entry is read, and masked."""
+    """A `LatentCache` for rows without a shared prompt, as a graph computes it: the entries of all `columns` are read,
+    and masked."""
 
-    def __init__(self, layers: Sequence[Tensor], lengths_B: Tensor, value_width: int, first: int = 0) -> None:
-        self.layers, self.lengths, self.value_width, self.first = layers, lengths_B, value_width, first
+    def __init__(
+        self, layers: Sequence[Tensor], lengths_B: Tensor, columns_T: Tensor, value_width: int, first: int = 0
+    ) -> None:
+        self.layers, self.lengths, self.columns = layers, lengths_B, columns_T
+        self.value_width, self.first = value_width, first
 
     def plan(self, new: int) -> None:
-        rows, entries = self.layers[0].shape[:2]
-        at = (self.lengths[:, None] + torch.arange(new)).clamp(max=entries - 1)
+        (rows, entries), columns = self.layers[0].shape[:2], self.columns
+        at = (self.lengths[:, None] + torch.arange(new)).clamp(max=columns.shape[0] - 1)
         self.at = (torch.arange(rows)[:, None] * entries + at).flatten()
-        columns = torch.arange(entries)
         visible = columns <= at[..., None]
         if self.first:
             visible = visible & ((columns >= self.first) | (columns == at[..., None]))
-        self.mask_BSC = torch.where(visible, 0.0, -torch.inf)
+        self.mask_BST = torch.where(visible, 0.0, -torch.inf)
 
     def attend(self, layer: int, query_BSHK: Tensor, new_BSE: Tensor) -> Tensor:
         rows, new, heads = query_BSHK.shape[:3]
         cached = self.layers[layer]
         cached.view(-1, cached.shape[-1]).index_copy_(0, self.at, new_BSE.flatten(0, 1))
-        mask = self.mask_BSC[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
-        attend = plain_attention if cached.device.type == "cpu" else attention  # on a CPU the compiler fuses products
-        out, _ = attend(query_BSHK.flatten(1, 2), cached, self.value_width, mask)
+        mask = self.mask_BST[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
+        fuses = cached.device.type == "cpu" and cached.dtype == torch.float32  # products, by the compiler
+        attend = plain_attention if fuses else attention
+        out, _ = attend(query_BSHK.flatten(1, 2), cached.narrow(1, 0, self.columns.shape[0]), self.value_width, mask)
         return out.view(rows, new, heads, self.value_width)
 
     def advance(self, kept_B: Tensor | int) -> None:
@@ -128,7 +135,7 @@ class Round(nn.Module):
             drafts = _chain(decoder, inputs, noise, depth)
             ids = torch.cat([ids, drafts], dim=1)
         positions = (inputs.prompt_length + inputs.count - 1)[:, None] + steps
-        cache: Any = GraphCache(inputs.layers, inputs.lengths, trunk.config.kv_lora_rank)
+        cache: Any = GraphCache(inputs.layers, inputs.lengths, inputs.columns, trunk.config.kv_lora_rank)
         hidden = trunk(ids, positions.clamp(max=decoder.context - 1), cache)
         flat_logits = trunk.logits(hidden).flatten(0, 1)
         by_token = inputs.temperature.repeat_interleave(depth + 1)
@@ -163,13 +170,14 @@ def _chain(decoder: Decoder, inputs: Inputs, noise: Noise, depth: int) -> Tensor
     assert inputs.unread_tokens_BS is not None
     assert inputs.head_layer is not None
     assert inputs.head_lengths is not None
-    cache: Any = GraphCache([inputs.head_layer], inputs.head_lengths, head.trunk.config.kv_lora_rank, first=1)
+    rank = head.trunk.config.kv_lora_rank
+    cache: Any = GraphCache([inputs.head_layer], inputs.head_lengths, inputs.columns, rank, first=1)
     ends = inputs.prompt_length + inputs.count
     positions = (ends - inputs.unread)[:, None] + torch.arange(inputs.unread_tokens_BS.shape[1])
     most = decoder.context - 1
     out = head(inputs.unread_tokens_BS, inputs.unread_hidden_BSD, positions.clamp(max=most), cache)
     cache.advance(inputs.unread)
-    out = out[torch.arange(len(ends)), (inputs.unread - 1).clamp(min=0)]
+    out = out[torch.arange(ends.shape[0]), (inputs.unread - 1).clamp(min=0)]
     drafts: list[Tensor] = []
     for d in range(depth):
         drafts.append(choose_by_row(head.logits(out), inputs.temperature, noise.at(d), decoder.draft_vocabulary)[0])
@@ -177,6 +185,23 @@ def _chain(decoder: Decoder, inputs: Inputs, noise: Noise, depth: int) -> Tensor
             out = head(drafts[-1][:, None], out[:, None], (ends + d)[:, None].clamp(max=most), cache)[:, 0]
             cache.advance(1)
     return torch.stack(drafts, dim=1)
+
+
+def takes_any_size(device: torch.device) -> bool:
+    """Tells whether one graph serves caches of any size there: one that is compiled does, a recorded one does not."""
+    return device.type == "cpu"
+
+
+def takes_any_rows(decoder: Decoder) -> bool:
+    """Tells whether it also serves any number of rows. Where experts or heads are chosen it has to know how many."""
+    blocks = [*decoder.trunk.blocks, *([] if decoder.head is None else [decoder.head.block])]
+    routed = any(block.gate is not None or block.choice is not None for block in blocks)
+    return takes_any_size(decoder.trunk.device) and not routed
+
+
+def most_rows(decoder: Decoder) -> int:
+    """Tells how many rows graphs decode."""
+    return MOST_ROWS if takes_any_rows(decoder) else FEW_ROWS
 
 
 def weights(decoder: Decoder, bucket: Bucket) -> dict[str, Tensor]:

@@ -14,22 +14,25 @@ from policies import devices
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.latent_cache import LatentCache, room
 from rollout.backends import Decoder
-from rollout.compiled.graph import Bucket, Inputs
+from rollout.compiled.graph import Bucket, Inputs, most_rows, takes_any_rows, takes_any_size
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.store import CompiledRound, find
-from rollout.depth import FEW_ROWS, GRAPH_DEPTHS
+from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, MOST_ROWS
 from rollout.drafts.head import Drafter
 from rollout.rows import Rows, Tokens
 from rollout.sampling import SamplingParams
 
-ROWS = (1, 2, 4, FEW_ROWS)  # places of a graph
+ROWS = (1, 2, 4, FEW_ROWS)  # places of a graph that takes no other number
 ENTRIES = 128  # caches grow in steps of so many entries
+READ = 32  # and what a graph for any number of entries reads of them, in steps of so many
+MOST_COPIED = 8192  # entries of shared prompts: a graph reads a copy in each row, and gains a layer what this costs
 STOPS = 8  # and the list of stop tokens in steps of so many
 
 
 def say(bucket: Bucket) -> None:
     drafts = f", {bucket.drafts} drafts" if bucket.drafts else ""
-    print(f"compiling a round of decoding ({bucket.rows} rows{drafts}), once: about a minute ...", file=sys.stderr)
+    rows = f"{bucket.rows or f'up to {MOST_ROWS}'} rows"
+    print(f"compiling a round of decoding ({rows}{drafts}), once: a minute or two ...", file=sys.stderr)
 
 
 @dataclass
@@ -65,12 +68,11 @@ def readable(depth: int) -> int:
 
 
 def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
-    """Tells whether graphs are asked for, and can be: they compute the draft head's drafts or none, in float32 on a CPU
-    or in any precision on a CUDA device. Where a controller chooses how many, it must know what they cost as graphs."""
+    """Tells whether graphs are asked for, and can be: they compute the draft head's drafts or none, on a CPU or a CUDA
+    device. Where a controller chooses how many, it must know what they cost as graphs."""
     trunk = decoder.trunk
     plain = not (params.stop_strings or params.record_routing or params.accept != "exact")
-    on_cpu = trunk.device.type == "cpu" and trunk.dtype == torch.float32
-    fits = isinstance(trunk, AbsorbedTrunk) and (on_cpu or devices.has_cuda(trunk.device))
+    fits = isinstance(trunk, AbsorbedTrunk) and (trunk.device.type == "cpu" or devices.has_cuda(trunk.device))
     known = params.draft_tokens is not None or (decoder.costs is not None and decoder.costs.graphs is not None)
     return params.compiled and decoder.graphs is not None and plain and fits and known
 
@@ -88,8 +90,13 @@ class Rounds:
         if not decoder.graphs:
             decoder.graphs.append(Graphs())
         self.graphs: Graphs = decoder.graphs[0]
-        self.decoder = decoder
+        self.decoder, self.most_rows = decoder, most_rows(decoder)
         self.stops = F.pad(stops, (0, STOPS - len(stops) % STOPS), value=-1)
+
+    def pays(self, live: Rows, cache: LatentCache) -> bool:
+        """Tells whether the rows are few, and the prompts that they share short enough to be copied into each."""
+        rows, prefix = len(live.index), cache.prefix
+        return rows <= self.most_rows and (prefix is None or rows * prefix.longest <= MOST_COPIED)
 
     def fits(self, live: Rows, depth: int) -> bool:
         """Tells whether the draft head has no more to read than a graph with drafts reads."""
@@ -107,11 +114,16 @@ class Rounds:
         start: Tensor | int,
     ) -> Tokens:
         """Decode a round with `depth` drafts of each row. The last three are those of all rows, or of each."""
-        count = len(live.index)
-        places = next(rows for rows in ROWS if rows >= count)
+        count, trunk = len(live.index), self.decoder.trunk
+        any_size, any_rows = takes_any_size(trunk.device), takes_any_rows(self.decoder)
+        places = count if any_rows else next(rows for rows in ROWS if rows >= count)
         head = drafter.ready(live) if depth and drafter else None
-        entries = _arrange([cache, *([head] if head else [])], places)
-        bucket = Bucket(places, depth, entries)
+        caches = [cache, *([head] if head else [])]
+        entries = _arrange(caches, places)
+        bucket = Bucket(0 if any_rows else places, depth, 0 if any_size else entries)
+        if any_size:
+            most = max(each.longest for each in caches) + readable(depth) + depth + 1
+            entries = min(entries, -(-most // READ) * READ)
 
         def of_rows(x: Tensor | float, dtype: torch.dtype) -> Tensor:
             if isinstance(x, Tensor):
@@ -134,6 +146,7 @@ class Rounds:
             temperature=of_places(of_rows(temperature, torch.float32)),
             start=of_places(of_rows(start, torch.long)),
             stops=self.stops,
+            columns=torch.arange(entries, device=trunk.device),
             layers=cache.layers_RTE,
         )
         if head and drafter:

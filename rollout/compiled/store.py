@@ -1,7 +1,8 @@
 """Compiled rounds on disk: a shared library for each bucket of an architecture, without weights, made once.
 
-torch.export traces a round and AOTInductor compiles it. The result is loaded in a tenth of a second, by other runs too.
-Its weights are those of the decoder that it is bound to, in place, so a publication compiles nothing.
+On a CPU one graph serves caches of any size, and any number of rows where there are no experts. torch.export traces a
+round and AOTInductor compiles it. The result is loaded in a tenth of a second, by other runs too. Its weights are those
+of the decoder that it is bound to, in place, so a publication compiles nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import Dim
 
 from policies import devices
 from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs, Round, weights
 from rollout.compiled.recorded import RecordedRound
+from rollout.depth import MOST_ROWS
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartet/rounds"
 # Without the second one Inductor would write the numbers of SMALL weights, such as a router's bias, into the code.
@@ -66,32 +70,50 @@ def find(
     the round is recorded when it is first called."""
     if devices.has_cuda(example.last.device):
         return RecordedRound()
-    path = FOLDER / f"{_key(decoder, bucket, example)}.pt2"
+    flat, sizes = _any_sizes(example, bucket)
+    path = FOLDER / f"{_key(decoder, bucket, flat)}.pt2"
     if not path.exists():
         compiling(bucket)
         FOLDER.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
             made = Path(folder, "round.pt2")
-            _compile(Round(decoder, bucket), example, made)
+            _compile(Round(decoder, bucket), flat, sizes, made)
             made.replace(path)
     return CompiledRound(path)
 
 
-def _compile(module: Round, example: Inputs, path: Path) -> None:
+def _any_sizes(example: Inputs, bucket: Bucket) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """Tensors like those of `example` in sizes that are no other's, and which of their axes may have another size."""
+    rows, entries, columns = Dim("rows", min=1, max=MOST_ROWS), Dim("entries"), Dim("columns")
+    shapes = {rows: 6, entries: 160, columns: 96}  # with one row it would be a graph for one row
+    flat, sizes = [], []
+    for name, tensor in [*example.others.items(), *(("layer", layer) for layer in example.caches)]:
+        axes = {} if name in ("stops", "columns") or bucket.rows else {0: rows}
+        axes |= {0: columns} if name == "columns" else {1: entries} if name == "layer" else {}
+        shape = [shapes.get(axes.get(axis), size) for axis, size in enumerate(tensor.shape)]
+        flat.append(torch.zeros(shape, dtype=tensor.dtype))
+        sizes.append(axes)
+    return flat, sizes
+
+
+def _compile(module: Round, flat: list[Tensor], sizes: list[dict[int, Any]], path: Path) -> None:
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's own parts, to each other
-        copies = tuple(tensor.clone() for tensor in example.flat())
-        exported = torch.export.export(module, copies, strict=False)
+        copies = tuple(tensor.clone() for tensor in flat)
+        for name, tensor in module.named_buffers(remove_duplicate=False):
+            if tensor.is_mkldnn:  # no compiler looks into oneDNN's blocks; the graph hands what it is bound to on
+                setattr(module, name, torch.empty(tensor.shape, dtype=tensor.dtype))
+        exported = torch.export.export(module, copies, dynamic_shapes=(tuple(sizes),), strict=False)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=OPTIONS)
 
 
-def _key(decoder: Decoder, bucket: Bucket, example: Inputs) -> str:
+def _key(decoder: Decoder, bucket: Bucket, flat: list[Tensor]) -> str:
     """A digest of all that a graph depends on: sizes, this processor, threads, torch, and our own source."""
-    tensors = {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in weights(decoder, bucket).items()}
+    tensors = {name: [*t.shape, str(t.dtype), t.is_mkldnn] for name, t in weights(decoder, bucket).items()}
     about = {
         "bucket": vars(bucket),
         "weights": tensors,
-        "inputs": [[*tensor.shape, str(tensor.dtype)] for tensor in example.flat()],
+        "inputs": [[*tensor.shape, str(tensor.dtype)] for tensor in flat],
         "config": decoder.trunk.config.to_json_string(),
         "context": decoder.context,
         "torch": torch.__version__,

@@ -33,5 +33,5 @@ class PolicyInUse:
         self, policy: Policy, completions: int = 1, seed: int = 0, stops: tuple[str, ...] = ()
     ) -> SamplingParams:
         """Returns how the policy answers by the options, with their environment."""
-        params = sampling_params(policy, self.config.rollout, completions, seed, dtype=self.config.dtype)
+        params = sampling_params(policy, self.config.rollout, completions, seed)
         return replace(params, stop_strings=stops, environment=self.environment)
