@@ -2,8 +2,9 @@
 
 Every contender gets the same jobs in a process of its own: unseen GSM8K prompts (through the chat template), T = 1,
 exactly so many new tokens, as distinct prompts and as groups of 8. One warm-up, then the median of `--repeats`, each
-with other prompts. The floor is what the matrix products of those shapes take by themselves, weights as large as the
-model's. `--only 'ours graphs'` is ours with k = 0 and `compile: on`, for jobs of at most 32 rows.
+with other prompts. They take turns at every call, so that a slow minute of the machine is one for all. The floor is
+what the matrix products of those shapes take by themselves, weights as large as the model's. `--only 'ours graphs'` is
+ours with k = 0 and `compile: on`, for jobs of at most 32 rows.
 
     make smollm2                                                     # models/smollm2-135m-{instruct,mla}
     python benchmarks/rollout.py --json rollout.json
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -146,34 +147,23 @@ def contender(name: str, model: Path, dense: Path, device: str, dtype: torch.dty
     return floor(model, dtype) if name == "floor" else ours(model, OURS[name], device, dtype, name == "ours graphs")
 
 
-def work(
-    name: str,
-    jobs: Sequence[Job],
-    model: Path,
-    dense: Path,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-) -> dict[str, Any]:
-    """Seconds of every call of every job, warm-ups left out, and the peak memory of this process and of its GPU."""
+def work(sample: Sampler, jobs: Sequence[Job], device: str, answer: Callable[[Any], None]) -> None:
+    """Answers that it is ready, the seconds of each call, one for every line of stdin, and the peak memory at the end,
+    of this process and of its GPU."""
     import resource
 
-    sample = contender(name, model, dense, device, dtype)
-    results = {}
-    for job in jobs:
-        seconds = []
-        for prompts in job.prompts:
-            started = time.perf_counter()
-            sample(prompts, job)
-            if device != "cpu":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-        results[job.name] = seconds[1:]
-        rate = job.rows * job.tokens / median(seconds[1:])
-        print(f"{name:16s} {job.name:24s} {rate:8.1f} tokens/s", file=sys.stderr, flush=True)
+    answer("ready")
+    calls = [(job, prompts) for job in jobs for prompts in job.prompts]
+    for (job, prompts), _ in zip(calls, sys.stdin, strict=False):
+        started = time.perf_counter()
+        sample(prompts, job)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        answer(time.perf_counter() - started)
     peak = {"peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     if device != "cpu":
         peak["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-    return {"seconds": results, **peak}
+    answer(peak)
 
 
 # ---- the comparison ----
@@ -204,14 +194,53 @@ def make_jobs(
     return [Job(n, g, t, [[prompt() for _ in range(n // g)] for _ in range(repeats + 1)]) for n, g, t in shapes]
 
 
-def in_its_own_process(command: list[str], jobs: Sequence[Job]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        source, result = Path(folder, "jobs.json"), Path(folder, "result.json")
-        source.write_text(json.dumps([asdict(job) for job in jobs]))
+class Process:
+    """A contender in a process of its own, which has loaded and waits for its turns."""
+
+    def __init__(self, command: list[str], jobs: Path) -> None:
+        read, write = os.pipe()
         # The peers would look for the hub, and none of them may look at the folder of this file.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        subprocess.run([*command, str(source), str(result)], check=True, env=environment)
-        return json.loads(result.read_text())
+        self.command = [*command, str(jobs), str(write)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "pass_fds": [write], "text": True}
+        self.process = subprocess.Popen(self.command, env=environment, **pipes)
+        os.close(write)
+        self.answers = os.fdopen(read)
+        self.answer()
+
+    def answer(self) -> Any:
+        if line := self.answers.readline():
+            return json.loads(line)
+        raise SystemExit(f"{' '.join(self.command)} ended with {self.process.wait()}")
+
+    def turn(self) -> float:
+        """Does the next call, and gives its seconds."""
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def in_turns(commands: dict[str, list[str]], jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """The seconds of every call of every job by contender, warm-ups left out, and what each says of its memory."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        source = Path(folder, "jobs.json")
+        source.write_text(json.dumps([asdict(job) for job in jobs]))
+        processes = {name: stack.enter_context(Process(command, source)) for name, command in commands.items()}
+        seconds: dict[str, dict[str, list[float]]] = {name: {} for name in commands}
+        for job in jobs:
+            turns = [{name: process.turn() for name, process in processes.items()} for _ in job.prompts]
+            for name, by_job in seconds.items():
+                by_job[job.name] = [turn[name] for turn in turns[1:]]
+                rate = job.rows * job.tokens / median(by_job[job.name])
+                print(f"{name:16s} {job.name:24s} {rate:8.1f} tokens/s", file=sys.stderr, flush=True)
+        return {name: {"seconds": seconds[name], **process.answer()} for name, process in processes.items()}
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -221,7 +250,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     names = [name for name in names if name in (args.only or set(names) - ASKED)]
     if args.device != "cpu":
         names = [name for name in names if name not in ("floor", "vllm")]  # both are of the CPU
-    results = {}
+    commands = {}
     for name in names:
         if name == "vllm":
             if args.vllm is None:
@@ -231,7 +260,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         else:
             command = [sys.executable, __file__, "--model", str(args.model), "--dense", str(args.dense)]
             command += ["--device", args.device, "--dtype", args.dtype or "bfloat16", "--work", name]
-        results[name] = in_its_own_process(command, jobs)
+        commands[name] = command
+    results = in_turns(commands, jobs)
     rates = {
         name: {job.name: job.rows * job.tokens / median(result["seconds"][job.name]) for job in jobs}
         for name, result in results.items()
@@ -355,10 +385,10 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        source, result = args.files
-        jobs = [Job(**job) for job in json.loads(source.read_text())]
-        dtype = getattr(torch, args.dtype or "bfloat16")
-        result.write_text(json.dumps(work(args.work, jobs, args.model, args.dense, args.device, dtype)))
+        jobs = [Job(**job) for job in json.loads(args.files[0].read_text())]
+        sample = contender(args.work, args.model, args.dense, args.device, getattr(torch, args.dtype or "bfloat16"))
+        with os.fdopen(int(str(args.files[1])), "w") as answers:
+            work(sample, jobs, args.device, lambda value: print(json.dumps(value), file=answers, flush=True))
         return
     needed = [args.gain / "config.yaml"] if args.gain else [args.model, args.dense]
     for path in needed:
