@@ -43,7 +43,7 @@ def test_a_file_fits_16_gib_and_needs_what_the_readme_says(name, monkeypatch, ca
 
 
 @pytest.mark.slow
-@FILES
+@pytest.mark.parametrize("name", [pytest.param("qwen2.5_0.5b", marks=pytest.mark.long), "qwen3_0.6b"])
 def test_a_file_is_rehearsed(name, model, monkeypatch, capsys, tmp_path):
     """With the chat template that the file asks for, and a tokenizer of our own, since the hub's is not here."""
     folder = tmp_path / "model"

@@ -211,7 +211,7 @@ def test_a_run_with_an_agent_repeats_offline_to_the_bit(config, tmp_path):
     assert min(kinds["http"], kinds["function"]) > 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_workers_find_the_cassette(config, tmp_path):
     """In their processes nothing is patched, so that another number of them is compared, and not none."""
     options = {"environment": f"{tmp_path}/counting.py:Counting", "rewards": [], "steps": 1, "rollout.workers": 2}

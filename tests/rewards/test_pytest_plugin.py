@@ -173,7 +173,7 @@ def test_what_is_wrong_with_a_reward_fails_its_test_with_prompt_and_sample(tmp_p
     assert messages == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rewards_of_trl_run_through_it(tmp_path):
     messages, printed = run(tmp_path, OF_TRL)
     wrong = messages.pop("test_accuracy_as_if_any_thought_were_an_answer")

@@ -112,8 +112,8 @@ def test_contract_4_workers_and_the_cache_between_turns_change_no_bit(micro_conf
     assert ("draft/gain" in metrics) == ("rollout.draft_tokens" in given)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ahead", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ahead", [1, 2])
 def test_contract_12_agents_ahead_are_on_schedule_and_resume_to_the_same_tokens(micro_config, tmp_path, ahead):
     """Whatever the number of workers, the age of the weights is the schedule's; what was in flight is resumed. Weights
     agree to rounding: the importance correction reads the sampler's floats, whose last bits follow from its batches."""

@@ -262,6 +262,7 @@ def test_an_order_that_depends_on_the_hash_seed_is_found(tried, monkeypatch, nam
 
 @pytest.mark.slow
 def test_what_is_kept_of_ended_episodes_is_found(tried, monkeypatch):
+    monkeypatch.setattr(pool, "subprocess", subprocess)  # a copy would write into memory that other tests have freed
     monkeypatch.setattr("grpo.cli.commands.environment_test.MANY", 200)
     [problem] = tried("Hoards").problems
     assert "something is kept of episodes that have ended" in problem

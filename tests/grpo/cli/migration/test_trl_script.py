@@ -172,7 +172,9 @@ def test_what_a_script_sets_on_its_trainer_is_said(tmp_path, monkeypatch):
     [
         ("print('nothing here')", 600, "ended without one .exit code 0.. It printed last:\nnothing here"),
         ("import trl\nraise RuntimeError('no such thing')", 600, "exit code 1.*\n.*RuntimeError: no such thing"),
-        (f"import os, time\nif os.fork() == 0: {NOTE}\ntime.sleep(999)", 40, "after 40 s"),
+        pytest.param(
+            f"import os, time\nif os.fork() == 0: {NOTE}\ntime.sleep(999)", 40, "after 40 s", marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_script_without_a_trainer_is_refused_with_its_last_words(tmp_path, monkeypatch, text, timeout_s, message):
