@@ -223,8 +223,12 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
+        assert self.process.stdin is not None
+        self.process.stdin.close()  # at which it ends by itself, and with it what it has started
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 def in_turns(commands: dict[str, list[str]], jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:

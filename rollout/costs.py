@@ -12,6 +12,7 @@ import torch
 from policies.decoding.latent_cache import LatentCache
 from policies.devices import wait_for
 from rollout.backends import Decoder
+from rollout.compiled.graph import most_rows, takes_any_size
 from rollout.depth import GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
@@ -44,8 +45,6 @@ def measure(decoder: Decoder, work: Workload, depth: int) -> CostTable:
     table = CostTable(sizes, rounds, reading=_reading(decoder))
     if not work.graphs or decoder.head is None:
         return table
-    from rollout.compiled.graph import most_rows
-
     ways = [Way(k, by_graph=True) for k in GRAPH_DEPTHS]
     few = [rows for rows in sizes if rows <= most_rows(decoder)]
     return replace(table, graphs=[_by_depth(_rounds(decoder, work, rows, ways), ways) for rows in few])
@@ -129,7 +128,7 @@ def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
     start. Rows with logits that are not finite go on: sampling reports them, with their prompt."""
     more = (REPEATS * (2 if way.by_graph else 1) + 1) * (way.depth + 1) + 2
     length = max(1, min(PROMPT_TOKENS, decoder.context - more))
-    recorded = way.by_graph and decoder.trunk.device.type != "cpu"
+    recorded = way.by_graph and not takes_any_size(decoder.trunk.device)
     written = 0 if recorded else min(work.completion_tokens // 2, MOST_WRITTEN, decoder.context - length - more)
     completion = more + max(0, written)
     if recorded:  # with as much room as a controller leaves, so that the graphs are those of the run

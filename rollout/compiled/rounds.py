@@ -91,6 +91,7 @@ class Rounds:
             decoder.graphs.append(Graphs())
         self.graphs: Graphs = decoder.graphs[0]
         self.decoder, self.most_rows = decoder, most_rows(decoder)
+        self.any_size, self.any_rows = takes_any_size(decoder.trunk.device), takes_any_rows(decoder)
         self.stops = F.pad(stops, (0, STOPS - len(stops) % STOPS), value=-1)
 
     def pays(self, live: Rows, cache: LatentCache) -> bool:
@@ -114,14 +115,13 @@ class Rounds:
         start: Tensor | int,
     ) -> Tokens:
         """Decode a round with `depth` drafts of each row. The last three are those of all rows, or of each."""
-        count, trunk = len(live.index), self.decoder.trunk
-        any_size, any_rows = takes_any_size(trunk.device), takes_any_rows(self.decoder)
-        places = count if any_rows else next(rows for rows in ROWS if rows >= count)
+        count = len(live.index)
+        places = count if self.any_rows else next(rows for rows in ROWS if rows >= count)
         head = drafter.ready(live) if depth and drafter else None
         caches = [cache, *([head] if head else [])]
         entries = _arrange(caches, places)
-        bucket = Bucket(0 if any_rows else places, depth, 0 if any_size else entries)
-        if any_size:
+        bucket = Bucket(0 if self.any_rows else places, depth, 0 if self.any_size else entries)
+        if self.any_size:
             most = max(each.longest for each in caches) + readable(depth) + depth + 1
             entries = min(entries, -(-most // READ) * READ)
 
@@ -146,7 +146,7 @@ class Rounds:
             temperature=of_places(of_rows(temperature, torch.float32)),
             start=of_places(of_rows(start, torch.long)),
             stops=self.stops,
-            columns=torch.arange(entries, device=trunk.device),
+            columns=torch.arange(entries, device=live.last.device),
             layers=cache.layers_RTE,
         )
         if head and drafter:

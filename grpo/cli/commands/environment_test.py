@@ -118,8 +118,12 @@ class Stage:
 
     def memory_mib(self) -> float:
         """Sums up the memory of the environment's processes and of those that they started."""
-        own = [psutil.Process(pid) for pid in self.arena.pool.pids]
-        return sum(each.memory_info().rss for one in own for each in (one, *one.children(recursive=True))) / 2**20
+        total = 0
+        for pid in self.arena.pool.pids:
+            with contextlib.suppress(psutil.NoSuchProcess):  # one of them has just ended
+                own = psutil.Process(pid)
+                total += sum(each.memory_info().rss for each in (own, *own.children(recursive=True)))
+        return total / 2**20
 
     def play(self, plays: Sequence[Play], *, anew: bool = False) -> list[Outcome]:
         """Two episodes of each script, which are of different rows. All episodes take turns. `anew` makes the
