@@ -23,7 +23,7 @@ class SamplingOptions(Options):
     compile: Literal["auto", "on", "off"] = "auto"
     """Decode by compiled graphs while at most 32 completions are left (8 with experts), where the policy is our own, on
     a CPU. A graph takes a minute or two once, and is kept in ~/.cache/quartet. `auto` compiles where a run plans
-    100,000 rounds of at most 8 completions, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs
+    100,000 rounds of so few, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs
     (experimental: never run on a GPU). In float32 graphs change no token."""
 
 

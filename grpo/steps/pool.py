@@ -21,8 +21,9 @@ from grpo.task.task import Task
 from policies.devices import empty_cache
 from policies.policy import Policy
 from policies.publication import Publication
+from policies.routing.routers import has_routers
 from policies.sharding import everyone, whole
-from rollout.depth import FEW_ROWS, PROMPT_TOKENS, CostTable, Workload
+from rollout.depth import FEW_ROWS, MOST_ROWS, PROMPT_TOKENS, CostTable, Workload
 from rollout.pool import Copies, Pool, PoolOptions, Sampler
 from rollout.pools import open_pool
 from rollout.publication.digests import Held
@@ -86,7 +87,7 @@ def sampling_of(run: Run[Any], policy: Policy, group_size: int, *, rounds: int =
 def sampling_of_steps(run: Run[TrainConfig], task: Task, policy: Policy) -> SamplingParams:
     """Tells how the steps of a run of GRPO sample."""
     config, options, shard, rounds = run.config, run.config.rollout, run.config.rollout.prompts_per_shard, 0
-    if shard * options.group_size <= FEW_ROWS:
+    if shard * options.group_size <= (FEW_ROWS if has_routers(policy.trunk) else MOST_ROWS):
         rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens
     sampling = sampling_of(run, policy, options.group_size, rounds=rounds)
     if sampling.compiled:

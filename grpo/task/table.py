@@ -23,14 +23,13 @@ from policies.devices import device_of, has_bfloat16
 from policies.files import gguf
 from policies.policy import read_tokenizer
 from policies.routing.heads import DynamicHeadsConfig
-from policies.routing.routers import Part, routers
+from policies.routing.routers import has_routers
 from rewards.config.yaml_file import parse_yaml, to_yaml
 
 ENGINE = (  # arguments of vLLM's engine that quartet sets
     *("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config"),
     *("trust_remote_code", "worker_extension_cls", "per_request_spec_decode_metrics"),
 )
-ROUTED: tuple[Part, ...] = ("mlp", "self_attn")  # what may have routers
 Form = Callable[[Any], str | bool]  # its words in a message, or True for its name; nothing where it is not there
 
 
@@ -178,7 +177,7 @@ def _new_heads(plan: Plan) -> str:
 
 
 def _no_routers(plan: Plan) -> bool:
-    return not (plan.native and any(routers(plan.bare_policy().trunk, part) for part in ROUTED))
+    return not (plan.native and has_routers(plan.bare_policy().trunk))
 
 
 def _no_graphs(plan: Plan) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 Part = Literal["mlp", "self_attn"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def routers(trunk: nn.Module, part: Part = "mlp") -> dict[int, DeepseekV3TopkRouter]:
@@ -16,6 +17,10 @@ def routers(trunk: nn.Module, part: Part = "mlp") -> dict[int, DeepseekV3TopkRou
     modules = ((name, m) for name, m in trunk.named_modules() if isinstance(m, DeepseekV3TopkRouter))
     named = ((name, m) for name, m in modules if f".{part}.gate" in name)
     return {int(name.split("layers.", 1)[1].split(".", 1)[0]): router for name, router in named}
+
+
+def has_routers(trunk: nn.Module) -> bool:
+    return any(routers(trunk, part) for part in PARTS)
 
 
 class RoutingRecorder:

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from grpo.data.prompts import PromptStream
 from grpo.learner.parallel import ALONE
 from grpo.run.stop import Stopped, signals
+from grpo.steps import pool
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
 from grpo.steps.listener import Listener
@@ -102,7 +103,12 @@ def by_hand(micro_config, tmp_path, monkeypatch):
         choose = curriculum.choose
         monkeypatch.setattr(curriculum, "choose", lambda *a: known.append(dict(curriculum.pass_rates)) or choose(*a))
         policy = SimpleNamespace(
-            tokenizer=None, mtp=None, stop_token_ids=[], backend="native", device=torch.device("cpu")
+            tokenizer=None,
+            mtp=None,
+            stop_token_ids=[],
+            backend="native",
+            device=torch.device("cpu"),
+            trunk=torch.nn.Module(),
         )
         run = Run(config, log, ALONE, saved=None, last=3)
         sampling = sampling_of_steps(run, task, policy)
@@ -152,8 +158,19 @@ def test_the_first_listener_that_chooses_has_its_problems_and_what_the_reward_ca
     assert collector.run.log.events == [("reward_error", {"step": 1, **vars(FAILURE)})]
 
 
-@pytest.mark.parametrize(("size", "rounds"), [(4, 2 * 3 * 6), (5, 0)])  # nine prompts are three shards of four
-def test_graphs_are_planned_for_few_rows(by_hand, monkeypatch, size, rounds):
+@pytest.mark.parametrize(
+    ("routed", "size", "rounds"),
+    [
+        (True, 4, 2 * 3 * 6),
+        (True, 5, 0),
+        (False, 4, 2 * 3 * 6),
+        (False, 5, 2 * 2 * 6),
+        (False, 16, 2 * 6),
+        (False, 17, 0),
+    ],
+)  # nine prompts are three shards of four
+def test_graphs_are_planned_for_few_rows(by_hand, monkeypatch, routed, size, rounds):
+    monkeypatch.setattr(pool, "has_routers", lambda trunk: routed)
     monkeypatch.setenv("CXX", "true")
     given = {"steps": 2, "prompts_per_step": 9, "prompts_per_shard": size, "group_size": 2}
     given |= {"compile": "on", "max_completion_tokens": 6}
