@@ -55,7 +55,7 @@ del start
 __file__ = "/tmp/main.py"
 exec(compile(open(__file__, "rb").read(), __file__, "exec"))
 """
-_STARTS_FRAME = re.compile(r'  File "<string>", line \d+, in <module>\n')
+_STARTS_FRAME = re.compile(r'  File "<string>", line \d+, in <module>\n(    .*\n)*')  # with its line, since Python 3.13
 
 # What the last line of the errors says, and which limit that was.
 _SIGNS: dict[str, Limit] = {

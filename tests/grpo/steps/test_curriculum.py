@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptStream
@@ -42,7 +43,7 @@ def _collector(examples, config) -> Collector:
         prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
         actor=SimpleNamespace(environment=None),
     )
-    policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native")
+    policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native", trunk=nn.Module())
     run = Run(config, None, ALONE, saved=None, last=9)
     stream, listeners = PromptStream(examples, config.seed), [_curriculum(examples, config)]
     return Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, listeners)
@@ -104,8 +105,8 @@ def _pass_rates(*scores: GroupScore, full_marks: float = 1.0) -> dict[str, float
 
 
 def test_a_mark_that_differs_from_full_marks_by_rounding_alone_passes():
-    """As for a tie: ten times 0.1 is 1, and 1.1 + 2.2 is 3.3 though floats say otherwise."""
-    tenths, sums = sum([0.1] * 10), 1.1 + 2.2
+    """As for a tie: 0.7 + 0.2 + 0.1 is 1, and 1.1 + 2.2 is 3.3, though floats say otherwise."""
+    tenths, sums = 0.7 + 0.2 + 0.1, 1.1 + 2.2
     assert (tenths < 1.0, sums > 3.3) == (True, True)
     assert _pass_rates(GroupScore([tenths, 1.0], {"r": [tenths, 1.0]})) == {"0": 1.0}
     assert _pass_rates(GroupScore([3.3, sums], {"r": [3.3, sums]}), full_marks=sums) == {"0": 1.0}

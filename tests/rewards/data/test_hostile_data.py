@@ -24,7 +24,8 @@ def jsonl(folder: Path, *lines: str, name: str = "data.jsonl") -> str:
     return str(path)
 
 
-NESTED = '{"question": "q", "answer": "1", "more": ' + "[" * 5000 + "]" * 5000 + "}"
+DEEPEST = 100_000  # no Python reads so many
+NESTED = '{"question": "q", "answer": "1", "more": ' + "[" * DEEPEST + "]" * DEEPEST + "}"
 DEEP = '{"question": "q", "answer": "1", "more": ' + "[" * 200 + "]" * 200 + "}"
 
 
@@ -51,7 +52,7 @@ def test_half_a_pair_is_hostile_and_a_pair_is_not(tmp_path):
 
 
 def test_one_json_file_is_judged_alike(tmp_path):
-    for text in ('[{"question": "q", "question": "r", "answer": "1"}]', "[" * 5000):
+    for text in ('[{"question": "q", "question": "r", "answer": "1"}]', "[" * DEEPEST):
         file = tmp_path / "data.json"
         file.write_text(text)
         with pytest.raises(ValueError, match=r"data.json must hold a JSON list of objects: .*(twice|nested)"):
@@ -143,7 +144,7 @@ def test_eval_and_sample_refuse_a_prompt_of_ten_megabytes(tmp_path, micro_policy
     [
         (r'{"prompt": "q\ud83d"}', "line 2: holds the lone surrogate"),
         ('{"prompt": "q", "prompt": "r"}', "line 2: not JSON .the key 'prompt' is there twice"),
-        ("[" * 5000, "line 2: not JSON .nested more than 100 levels deep"),
+        ("[" * DEEPEST, "line 2: not JSON .nested more than 100 levels deep"),
     ],
 )
 def test_a_hostile_line_of_prompts_is_named(tmp_path, line, message):
