@@ -74,7 +74,7 @@ class Form:
     mistake_s: float  # of one mistake
 
 
-FULL = Form(Step(), Task(), repeats=2, limit_s=900, mistake_s=60)
+FULL = Form(Step(), Task(), repeats=3, limit_s=900, mistake_s=60)
 SMALL = Form(
     Step(prompts=1, group_size=4, tokens=12, steps=1, threads=1),
     Task(warm_start=60, prompts=8, group_size=4, tokens=32, steps=4, window=2, target=0.9),
