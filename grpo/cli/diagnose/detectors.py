@@ -93,9 +93,9 @@ def template(record: Record) -> Cause:
     """The policy was taught with prompts of another form, or does not write what the reward reads."""
     ours, model = record.options.get("data.template"), Path(str(record.options.get("model")))
     theirs = _template_of_run(model)
-    start = fmean([mark for group in record.early for mark in group.marks] or [record.top]) / record.top
-    if theirs and theirs != ours and start < 0.6:
-        what = f"Prompts are {ours!r}, {model} was taught with {theirs!r}, and it begins with {start:.0%} of the marks."
+    if theirs and theirs != ours and record.start < 0.6:
+        what = f"Prompts are {ours!r}, {model} was taught with {theirs!r}, and it begins with "
+        what += f"{record.start:.0%} of the marks."
         return True, what, f"set data.template to {theirs!r}"
     none = record.share(record.early, lambda group: group.majority[0] is None)
     what = f"In {none:.0%} of the groups most completions have no answer in the form that {record.first_reward} reads."
@@ -122,9 +122,10 @@ def answer_column(record: Record) -> Cause:
 
 def all_solved(record: Record) -> Cause:
     right = record.share(record.early, lambda group: group.all_have(record.top))
-    what = f"From the start on {right:.0%} of the groups get full marks alone: there is little left to learn."
+    what = f"From the start on {right:.0%} of the groups get full marks alone, and the run begins with "
+    what += f"{record.start:.0%} of all marks: there is little left to learn."
     change = f"take harder problems: {_data(record)}; or curriculum.by_difficulty: true"
-    return right > 0.7 and not record.learns_by_others, what, change
+    return right > 0.7 and record.start > 0.9 and not record.learns_by_others, what, change
 
 
 def none_solved(record: Record) -> Cause:

@@ -77,6 +77,7 @@ class Record:
         self.early = [group for group in self.groups if group.step <= half]  # with these the run begins
         self.marks = [mark for group in self.groups for mark in group.marks]
         self.top = max([mark for mark in self.marks if mark > 0], default=1.0)  # full marks
+        self.start = fmean([mark for group in self.early for mark in group.marks] or [self.top]) / self.top
         # By the gold answers: how the score and being right correlate inside groups; and how many completions with the
         # best mark are wrong, where nearly all well-formed ones have it.
         self.right = median(self.series(*self.watched("right")) or [0.0])

@@ -100,7 +100,10 @@ CASES = {
         {"steps": ((SURE,) * 4, (SURE, SURE, SURE, RIGHT), (MIXED,) * 4, (MIXED,) * 4)},
         "In 8 of 8 groups 75% or more of the completions give one and the same answer, and in 12% of them",
     ),
-    "all_solved": ({"steps": ((RIGHT, RIGHT, RIGHT, MIXED),) * 4}, "75% of the groups get full marks"),
+    "all_solved": (
+        {"steps": ((RIGHT, RIGHT, RIGHT, group(1.0, 1.0, 1.0, 0.0)),) * 4},
+        "75% of the groups get full marks alone, and the run begins with 94% of all marks",
+    ),
     "none_solved": ({"steps": ((WRONG,) * 4,) * 4}, "In 100% of the groups no completion gets more than 0,"),
     "hacked": (
         {"metrics": {"alarm/length/gsm8k": [0.9, 0.85, 0.95, 0.9], "alarm/right/gsm8k": 0.1, "group/tied": 0.95}},
@@ -181,6 +184,7 @@ def test_the_change_names_the_option(tmp_path, kind, change):
 
 
 HEALTHY = {
+    "much is solved, and a fifth is left": {"steps": ((RIGHT, RIGHT, RIGHT, MIXED),) * 4},
     "plain": {},
     "solved at its end": {"steps": ((MIXED,) * 4,) * 2 + ((RIGHT,) * 4,) * 2},
     "half of it solved": {"steps": ((RIGHT, RIGHT, MIXED, MIXED),) * 4},
