@@ -184,7 +184,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=STEP_CONTENDERS, default=STEP_CONTENDERS, help="contenders")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, help="how often each contender is run (full: 3)")
-    parser.add_argument("--threads", type=int, help="of every contender of the step (full: 3)")
+    parser.add_argument("--threads", type=int, help="of every contender of the step (full: 2)")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/peers.json, or runs/peers_small.json")
     parser.add_argument("--docs", type=Path, help="the page; default: docs/peers.md, and none with --small")
     parser.add_argument("--table", action="store_true", help="measure nothing; write the page from the JSON")
