@@ -297,7 +297,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     from policies.policy import Policy
     from rewards.config.names import recorded_options
     from rewards.config.options import load
-    from rollout.depth import Workload, tokens_per_forward
+    from rollout.depth import PROMPT_TOKENS, Workload, tokens_per_forward
     from rollout.engine import Engine
     from rollout.sampling import SamplingParams
 
@@ -308,7 +308,8 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype or config.dtype)
     policy: Policy = load_found(find_policy(str(args.gain)), config)
     engine = Engine(policy.to(dtype), dtype)
-    engine.measure_costs(Workload(max(args.rows), config.rollout.max_completion_tokens))
+    tokens = config.rollout.max_completion_tokens
+    engine.measure_costs(Workload(max(args.rows), tokens, graphs=PROMPT_TOKENS + tokens if args.graphs else 0))
     config.eval.limit = max(config.eval.limit, 2 * max(args.rows) * args.repeats)
     results: dict[str, Any] = {}
     with Task.of(config) as task:
@@ -321,7 +322,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
         for repeat in range(args.repeats):
             chosen = [prompts[(repeat * rows + i) % len(prompts)] for i in range(rows)]
             for depth in depths:
-                params = SamplingParams(1, temperature, config.rollout.max_completion_tokens, stops, draft_tokens=depth)
+                params = SamplingParams(1, temperature, tokens, stops, draft_tokens=depth, compiled=args.graphs)
                 started = time.perf_counter()
                 groups = engine.sample(chosen, params)
                 seconds = time.perf_counter() - started
@@ -341,7 +342,12 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
             accepted = " ".join(f"{share:.2f}" for share in row["acceptance"])
             print(f"{rows:3d} rows  {name:10s} {row['tokens_per_second']:8.1f} tokens/s  {row['gain']:.2f}x  ", end="")
             print(f"{row['tokens_per_forward']:.2f} tokens/forward  accepted {accepted}", flush=True)
-    return {"gain": results, "temperature": temperature, "costs": asdict(engine.costs) if engine.costs else None}
+    return {
+        "gain": results,
+        "graphs": args.graphs,
+        "temperature": temperature,
+        "costs": asdict(engine.costs) if engine.costs else None,
+    }
 
 
 def by_depth(completions: Sequence[Any]) -> tuple[list[int], list[int]]:
@@ -380,7 +386,8 @@ def main() -> None:
     parser.add_argument("--data", default="gsm8k", help="where the questions come from; word_problems needs no hub")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the comparison")
     parser.add_argument("--gain", type=Path, metavar="RUN", help="a run folder: what MTP gains on its policy")
-    parser.add_argument("--depths", type=whole_numbers, default=[1, 2, 3, 4])
+    parser.add_argument("--depths", type=whole_numbers, default=[1, 2, 3, 4], help="for --gain; graphs draft 3 at most")
+    parser.add_argument("--graphs", action="store_true", help="for --gain: rounds of 1 to 32 rows are compiled")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="bfloat16 by default, for --gain the run's own"
     )

@@ -21,7 +21,7 @@ METRICS = {
     "canary/repeats": "1 where a publication's first canaries differed by more than is allowed, and its second did not",
     "time/canaries": "sampling the canaries, scoring them, comparing digests; part of time/publish, seconds",
 }
-PROMPTS, PROMPT_TOKENS, COMPLETIONS, TOKENS = 3, 12, 2, 8
+PROMPTS, PROMPT_TOKENS, COMPLETIONS, TOKENS = 3, 12, 4, 4  # many rows, few rounds: a round is what takes time
 # A policy that is sure of every token gives log-probabilities of zero whatever is wrong; this much hotter it does not.
 HOTTER = 4.0
 DRAFTS = 2  # where a controller would choose; its table of costs may not be measured yet
