@@ -248,6 +248,9 @@ class Decoding:
             self.drafts.catch_up(live, rounds.fits(live, depth))
         limits = {"limit": self.limit(live), "temperature": self.temperature(live), "start": self.start(live)}
         tokens = rounds(live, self.cache, self.drafter, depth, **limits)
+        if tokens is None:
+            self.rounds = None
+            return self._forward(live)
         drafted = None if tokens.drafts is None else Drafted(tokens.drafts)
         self.results.add_forward(live, drafted)
         return drafted, self._take(live, tokens, drafted)

@@ -87,12 +87,13 @@ def sampling_of(run: Run[Any], policy: Policy, group_size: int, *, rounds: int =
 def sampling_of_steps(run: Run[TrainConfig], task: Task, policy: Policy) -> SamplingParams:
     """Tells how the steps of a run of GRPO sample."""
     config, options, shard, rounds = run.config, run.config.rollout, run.config.rollout.prompts_per_shard, 0
-    if shard * options.group_size <= (FEW_ROWS if has_routers(policy.trunk) else MOST_ROWS):
+    replays = config.learner.routing_replay  # which experts were chosen no graph records
+    if not replays and shard * options.group_size <= (FEW_ROWS if has_routers(policy.trunk) else MOST_ROWS):
         rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens
     sampling = sampling_of(run, policy, options.group_size, rounds=rounds)
     if sampling.compiled:
         run.log.event("graphs", compile=options.compile, planned_rounds=rounds)
-    return replace(sampling, record_routing=config.learner.routing_replay, environment=task.actor.environment)
+    return replace(sampling, record_routing=replays, environment=task.actor.environment)
 
 
 def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:

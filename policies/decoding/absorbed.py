@@ -67,6 +67,7 @@ class AbsorbedBlock:
         up_key, up_value = expand[:, :nope], expand[:, nope:]
         kv_weight = attention.kv_a_proj_with_mqa.weight.detach().float()
         kv_bias = attention.kv_a_proj_with_mqa.bias
+        biased = kv_bias is not None  # also where it is zero, since a later publication's may not be
         last = attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj
         query = last.weight.detach().float().view(heads, nope + self.rope, -1) * attention.scaling
         if self.config.rope_interleave:
@@ -92,9 +93,8 @@ class AbsorbedBlock:
             first_bias = torch.zeros(len(first)) if bias is None else bias.detach().float()
             self.query_norm = attention.q_a_layernorm.weight.detach().to(dtype)
             self.query_eps = attention.q_a_layernorm.variance_epsilon
-        into_bias = torch.cat([first_bias.to(kv_bias.device), kv_bias])
-        into_bias = into_bias.to(dtype) if bool(into_bias.any()) else None
-        self.into = FixedLinear(torch.cat([first, kv_weight]).to(dtype), into_bias)
+        into_bias = torch.cat([first_bias.to(kv_bias.device), kv_bias]).to(dtype)
+        self.into = FixedLinear(torch.cat([first, kv_weight]).to(dtype), into_bias if biased else None)
         self.split = [len(first), len(kv_weight)]
 
         out = attention.o_proj.weight.detach().float()

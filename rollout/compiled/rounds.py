@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from policies import devices
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.latent_cache import LatentCache, room
 from rollout.backends import Decoder
+from rollout.compiled import store
 from rollout.compiled.graph import Bucket, Inputs, most_rows, takes_any_rows, takes_any_size
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.store import CompiledRound, find
@@ -42,6 +44,7 @@ class Graphs:
     compiling: Callable[[Bucket], None] = say
     loaded: dict[tuple[Bucket, int], CompiledRound | RecordedRound] = field(default_factory=dict)  # by stop tokens, too
     trunk: AbsorbedTrunk | None = None  # to which they are bound
+    missing: bool = False  # one of them could not be had, so no further one is tried
 
     def release(self) -> None:
         """The weights that they are bound to are about to go. The next call binds them to others."""
@@ -49,17 +52,33 @@ class Graphs:
         for graph in self.loaded.values():
             graph.release()
 
-    def run(self, decoder: Decoder, bucket: Bucket, inputs: Inputs) -> list[Tensor]:
+    def run(self, decoder: Decoder, bucket: Bucket, inputs: Inputs) -> list[Tensor] | None:
+        """None where the graph cannot be had. A warning has said why."""
+        try:
+            graph = self._bound(decoder, bucket, inputs)
+        except Exception as error:  # of a compiler, a linker, a loader or a disk, which no round depends on
+            self.missing = True
+            why = (str(error).strip() or "no reason given").splitlines()[0]
+            warnings.warn(
+                f"rounds of decoding are not compiled: {type(error).__name__}: {why}. They are decoded eagerly, which "
+                f"is slower and gives the same tokens. Compiled ones are kept in {store.FOLDER}; set XDG_CACHE_HOME to "
+                "keep them elsewhere, or compile to off",
+                stacklevel=2,
+            )
+            return None
+        return graph(inputs)
+
+    def _bound(self, decoder: Decoder, bucket: Bucket, inputs: Inputs) -> CompiledRound | RecordedRound:
         if self.trunk is not decoder.trunk:
-            self.trunk = decoder.trunk
             for (each, _), graph in self.loaded.items():
                 graph.bind(decoder, each)
+            self.trunk = decoder.trunk
         key = bucket, len(inputs.stops)
         if key not in self.loaded:
             graph = find(decoder, bucket, inputs, self.compiling)
             graph.bind(decoder, bucket)
             self.loaded[key] = graph
-        return self.loaded[key](inputs)
+        return self.loaded[key]
 
 
 def readable(depth: int) -> int:
@@ -74,7 +93,8 @@ def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
     plain = not (params.stop_strings or params.record_routing or params.accept != "exact")
     fits = isinstance(trunk, AbsorbedTrunk) and (trunk.device.type == "cpu" or devices.has_cuda(trunk.device))
     known = params.draft_tokens is not None or (decoder.costs is not None and decoder.costs.graphs is not None)
-    return params.compiled and decoder.graphs is not None and plain and fits and known
+    missing = decoder.graphs is None or any(graphs.missing for graphs in decoder.graphs)
+    return params.compiled and not missing and plain and fits and known
 
 
 def rounds_of(decoder: Decoder, params: SamplingParams, stops: Tensor) -> Rounds | None:
@@ -113,8 +133,9 @@ class Rounds:
         limit: Tensor | int,
         temperature: Tensor | float,
         start: Tensor | int,
-    ) -> Tokens:
-        """Decode a round with `depth` drafts of each row. The last three are those of all rows, or of each."""
+    ) -> Tokens | None:
+        """Decode a round with `depth` drafts of each row. The last three are those of all rows, or of each. None where
+        there is no graph for it; the rows can be decoded eagerly."""
         count = len(live.index)
         places = count if self.any_rows else next(rows for rows in ROWS if rows >= count)
         head = drafter.ready(live) if depth and drafter else None
@@ -149,12 +170,20 @@ class Rounds:
             columns=torch.arange(entries, device=live.last.device),
             layers=cache.layers_RTE,
         )
+        unread = drafter.unread if drafter else []
         if head and drafter:
             inputs.unread = of_places(live.unread)
             tokens_RS, hidden_RSD = drafter.take(live, readable(depth))
             inputs.unread_tokens_BS, inputs.unread_hidden_BSD = of_places(tokens_RS), of_places(hidden_RSD)
             inputs.head_lengths, inputs.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
-        tokens = Tokens(*(x[:count] for x in self.graphs.run(self.decoder, bucket, inputs)))
+        results = self.graphs.run(self.decoder, bucket, inputs)
+        if results is None:
+            for each in caches:
+                each.layers_RTE = [layer[:count] for layer in each.layers_RTE]
+            if drafter:
+                drafter.unread = unread
+            return None
+        tokens = Tokens(*(x[:count] for x in results))
         if head:
             head.advance(live.unread)
             live.unread = torch.zeros_like(live.unread)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from rollout.compiled.graph import Bucket, Inputs, Round, weights
 from rollout.compiled.recorded import RecordedRound
 from rollout.depth import MOST_ROWS
 
-FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartet/rounds"
+FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "quartet/rounds"
 # Without the second one Inductor would write the numbers of SMALL weights, such as a router's bias, into the code.
 OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
 SMALL = 8
@@ -46,17 +48,24 @@ class CompiledRound:
     def __init__(self, path: Path) -> None:
         self.loaded = torch._inductor.aoti_load_package(str(path))
         self.names = self.loaded.get_constant_fqns()
-        self.bound: dict[str, Tensor] = {}  # kept alive, since the graph holds their addresses alone
+        self.bound: dict[str, Tensor] = {}  # aliases of the weights that it computes with
 
     def bind(self, decoder: Decoder, bucket: Bucket) -> None:
         """Raises RuntimeError for a graph that has the numbers of a small weight in its code."""
         tensors = weights(decoder, bucket)
         if baked := {name for name, tensor in tensors.items() if tensor.numel() <= SMALL} - set(self.names):
             raise RuntimeError(f"this graph is for other weights: {min(baked)} is written into it; leave compile out")
-        self.bound = {name: tensors[name] for name in self.names}
+        self.release()
+        self.bound = {name: tensors[name].detach() for name in self.names}
         self.loaded.load_constants(self.bound, check_full_update=True, user_managed=True)
 
     def release(self) -> None:
+        """Let the weights go. The loaded graph never drops a tensor that it was given (pytorch #194480), so each of
+        these aliases is made to hold nothing."""
+        for alias in self.bound.values():
+            with torch.inference_mode(alias.is_inference()):  # else oneDNN's have another type
+                empty = torch.empty(0, dtype=alias.dtype)
+                alias.data = empty.to_mkldnn() if alias.is_mkldnn else empty
         self.bound = {}
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
@@ -72,13 +81,15 @@ def find(
         return RecordedRound()
     flat, sizes = _any_sizes(example, bucket)
     path = FOLDER / f"{_key(decoder, bucket, flat)}.pt2"
-    if not path.exists():
-        compiling(bucket)
-        FOLDER.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-            made = Path(folder, "round.pt2")
-            _compile(Round(decoder, bucket), flat, sizes, made)
-            made.replace(path)
+    if path.exists():
+        with suppress(RuntimeError):  # a damaged file is made anew
+            return CompiledRound(path)
+    compiling(bucket)
+    FOLDER.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        made = Path(folder, "round.pt2")
+        _compile(Round(decoder, bucket), flat, sizes, made)
+        made.replace(path)
     return CompiledRound(path)
 
 
@@ -117,11 +128,22 @@ def _key(decoder: Decoder, bucket: Bucket, flat: list[Tensor]) -> str:
         "config": decoder.trunk.config.to_json_string(),
         "context": decoder.context,
         "torch": torch.__version__,
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "sources": _sources(),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def _processor() -> list[str]:
+    """What machine code for this processor depends on: Linux names all sets of instructions, others a model."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = [f"flags: {platform.processor()}"]
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return [platform.machine(), torch.backends.cpu.get_cpu_capability(), flags]
 
 
 @cache

@@ -179,6 +179,14 @@ def test_graphs_are_planned_for_few_rows(by_hand, monkeypatch, routed, size, rou
     assert collector.run.log.events == [("graphs", {"compile": "on", "planned_rounds": rounds})]
 
 
+@pytest.mark.parametrize("replay", [False, True])
+def test_no_graphs_are_planned_where_experts_are_recorded(by_hand, monkeypatch, replay):
+    monkeypatch.setenv("CXX", "true")
+    options = {"steps": 300_000, "rollout.prompts_per_shard": 4, "rollout.group_size": 2}
+    collector, _ = by_hand([], ("a", "bbb", "cc"), **options, **{"learner.routing_replay": replay})
+    assert [name for name, _ in collector.run.log.events] == ([] if replay else ["graphs"])
+
+
 def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
     options = {"curriculum.by_difficulty": True, "rollout.ahead": 1}
     collector, _ = by_hand([[1.0, 0.0]], **options)

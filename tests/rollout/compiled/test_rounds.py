@@ -2,6 +2,7 @@
 
 import zipfile
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from policies.policy import Policy
 from rollout.backends import Decoder
-from rollout.compiled import rounds
+from rollout.compiled import rounds, store
 from rollout.compiled.graph import Bucket, Inputs, Round, weights
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.rounds import Graphs
@@ -265,6 +266,69 @@ def test_a_graph_with_the_numbers_of_a_weight_is_refused(policy):
         graph.bind(decoder, bucket)
 
 
+@pytest.mark.parametrize("case", ["three rows of own prompts, two drafts", "the end of eight groups, two drafts"])
+def test_without_a_compiler_or_a_disk_rounds_are_eager_and_a_warning_says_why(policy, monkeypatch, case):
+    """Five places would be eight in a graph for experts; the rows go on in five."""
+    tried = []
+
+    def find(*_):
+        tried.append(1)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(rounds, "find", find)
+    engine, (prompts, params) = Engine(policy), CASES[case]
+    with pytest.warns(UserWarning, match="not compiled: OSError: No space left on device. They are decoded eagerly"):
+        assert_same(engine, prompts, params)
+    assert_same(engine, prompts, params)
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_lets_the_weights_of_the_publication_before_go(policy, dtype):
+    """What torch has loaded keeps the tensors that it was given for good, so they must hold nothing."""
+
+    class Loaded:
+        given: ClassVar[list[Tensor]] = []
+
+        def load_constants(self, tensors, **_):
+            self.given += tensors.values()
+
+    decoder, bucket = Engine(policy.cast(dtype), dtype).decoder, Bucket(1, 0, 128)
+    before = {name: tensor.clone() for name, tensor in weights(decoder, bucket).items()}
+    graph = CompiledRound.__new__(CompiledRound)
+    graph.loaded, graph.names, graph.bound = Loaded(), list(before), {}
+    for _ in range(2):
+        with torch.inference_mode():  # as in a shard
+            graph.bind(decoder, bucket)
+    assert all(tensor.numel() == 0 for tensor in Loaded.given[: len(before)])
+    graph.release()
+    assert all(tensor.numel() == 0 for tensor in Loaded.given)
+    after = weights(decoder, bucket)
+    assert all(torch.equal(_plain(after[name]), _plain(tensor)) for name, tensor in before.items())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_mkldnn else tensor
+
+
+def test_a_bias_of_zero_is_a_weight_of_the_graph_since_later_ones_may_not_be(random_policy):
+    policy = random_policy(3, attention_bias=True)
+    with torch.no_grad():
+        for name, tensor in policy.trunk.named_parameters():
+            if name.endswith("bias"):
+                tensor.zero_()
+    assert "block0_into_bias" in weights(Engine(policy).decoder, Bucket(1, 0, 128))
+
+
+def test_a_processor_with_other_instructions_has_graphs_of_its_own(policy, monkeypatch):
+    decoder, bucket = Engine(policy).decoder, Bucket(1, 0, 128)
+    keys = []
+    for flags in ("flags : avx512f", "flags : avx512f amx_tile"):
+        monkeypatch.setattr(store, "_processor", lambda flags=flags: ["x86_64", "AVX512", flags])
+        keys.append(store._key(decoder, bucket, []))
+    assert keys[0] != keys[1]
+
+
 @quick_and_slow
 def test_contracts_3_and_4_a_recorded_round_changes_no_token(policy, random_policy, monkeypatch, case):
     """On a CPU it is called where a GPU replays it: its own inputs, moved caches and publications are the same."""
@@ -292,8 +356,6 @@ def test_contracts_3_and_4_a_recorded_round_changes_no_token(policy, random_poli
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_round_is_kept_on_disk_without_weights(random_policy, tmp_path, monkeypatch, dtype):
     """Compiled once; another engine finds it, with its own weights, and a publication compiles nothing."""
-    from rollout.compiled import store
-
     monkeypatch.setattr(store, "FOLDER", tmp_path)
     told: list[Bucket] = []
     compare = assert_same if dtype == torch.float32 else assert_close
@@ -317,11 +379,14 @@ def test_a_compiled_round_is_kept_on_disk_without_weights(random_policy, tmp_pat
 
 @pytest.mark.long
 def test_one_compiled_round_decodes_1_to_32_rows(random_policy, tmp_path, monkeypatch):
-    from rollout.compiled import store
-
     monkeypatch.setattr(store, "FOLDER", tmp_path)
     engine = Engine(random_policy(11, first_k_dense_replace=2))
     engine.graphs = [Graphs()]
     for count in (1, 2, 5, 8):
         assert_same(engine, PROMPTS[:count], replace(PARAMS, draft_tokens=2, max_completion_tokens=60))
-    assert len(list(tmp_path.glob("*.pt2"))) == 1
+    [path] = tmp_path.glob("*.pt2")
+    path.write_bytes(path.read_bytes()[:1000])  # a damaged file is made anew
+    told: list[Bucket] = []
+    engine.graphs = [Graphs(told.append)]
+    assert_same(engine, PROMPTS[:2], replace(PARAMS, draft_tokens=2, max_completion_tokens=60))
+    assert len(told) == 1
