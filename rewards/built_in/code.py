@@ -13,7 +13,8 @@ from functools import partial
 from rewards.isolation.sandbox import Limits, SandboxUnavailable, run_python, unavailable
 from rewards.protocol import Completions, right_at, text_of
 
-_FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_BLOCK = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
+_LANGUAGES = ("", "python", "py", "python3", "py3")
 
 # Reads the word by which the results are known before the program can, and says it after each test that passed.
 _HARNESS = """
@@ -27,9 +28,9 @@ def run():
         try:
             exec(compile(test, f"test {i}", "exec"), space)
         except Exception as error:
-            os.write(out, f"{given['word']} {i} {type(error).__name__}: {error!s:.200}\\n".encode(errors="replace"))
+            os.write(out, f"\\n{given['word']} {i} {type(error).__name__}: {error!s:.200}\\n".encode(errors="replace"))
         else:
-            os.write(out, f"{given['word']} {i} passed\\n".encode())
+            os.write(out, f"\\n{given['word']} {i} passed\\n".encode())
 run()
 """
 
@@ -48,7 +49,7 @@ def code(
 ) -> list[float]:
     """Gives 1.0 where every test passes, else 0.0, or with `partial_marks` the share that passes.
 
-    The program is the last block between ``` marks, or without one the whole completion. `tests` is for each completion
+    The program is the last block of Python between ``` marks, or without one the whole completion. `tests` is for each completion
     Python text, such as `assert double(2) == 4`, or a list of such texts, which run after the program, in its names. A
     program that fails, ends itself or passes a limit (`seconds`, `memory_mib`, no network, no files) has failed the
     tests that it did not come to: that is no failure of the reward. `code_result` is logged for each completion.
@@ -75,12 +76,12 @@ def code(
 
 
 def program_of(text: str) -> str:
-    r"""The last block between ``` marks, or the whole text.
+    r"""The last block between ``` marks that is Python or of no language, or the whole text.
 
     >>> program_of("So:\n```python\nx = 1\n```\nDone.")
     'x = 1\n'
     """
-    blocks = _FENCE.findall(text)
+    blocks = [block for language, block in _BLOCK.findall(text) if language.strip().lower() in _LANGUAGES]
     return blocks[-1] if blocks else text
 
 

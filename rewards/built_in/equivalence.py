@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 
 from rewards.protocol import Completions, RewardError, right_at, text_of
 
@@ -19,6 +20,11 @@ try:
     from math_verify import parse, verify
 except ImportError as error:
     raise RewardError("reward math_equivalence needs math-verify: pip install 'quartet-rewards[math]'") from error
+
+# Of a text without delimiters math-verify reads a number alone: 2 of 2\sqrt{3}. These are numbers, perhaps with a unit,
+# and plain arithmetic, which it reads better without.
+_AS_IT_IS = re.compile(r"[-+$]*[\d,. ]*\d[%$]?(?: ?[A-Za-z]{2,}(?: [A-Za-z]{2,})*)?|[\d.\s+\-*/^()]+")
+_DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
@@ -43,7 +49,10 @@ def math_equivalence(prompts: list | None, completions: Completions, answer: lis
 @functools.lru_cache(maxsize=4096)
 def _gold(answer: str | int | float) -> list:
     expression = str(answer).rpartition("####")[2].strip()
-    parsed = parse(expression, parsing_timeout=None) or parse(f"${expression}$", parsing_timeout=None)
+    forms = [f"${expression}$", expression]
+    if _AS_IT_IS.fullmatch(expression) or any(mark in expression for mark in _DELIMITERS):
+        forms.reverse()
+    parsed = next(filter(None, (parse(form, parsing_timeout=None) for form in forms)), None)
     if not parsed:
         raise ValueError(f"math-verify cannot read the gold answer {expression[-60:]!r}")
     return parsed

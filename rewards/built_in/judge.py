@@ -76,7 +76,7 @@ def judge(
         raise ValueError(f"lowest={lowest}, highest={highest}: give a scale on which lowest is below highest")
     if concurrency < 1:
         raise ValueError(f"concurrency={concurrency}: 1 or more requests are under way at a time")
-    rows = {"prompt": list(map(_as_text, prompts)), "completion": list(map(text_of, completions)), **columns}
+    rows = {**columns, "prompt": list(map(_as_text, prompts)), "completion": list(map(text_of, completions))}
     added = {"temperature": 0, "max_tokens": 300} if body is None else dict(body)
     system = {"role": "system", "content": SYSTEM.format(lowest=lowest, highest=highest)}
     requests = []

@@ -118,6 +118,27 @@ def test_math_equivalence():
         math_equivalence(None, ["1"], answer=["#### "])
 
 
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (r"2\sqrt{3}", r"$2\sqrt{3}$", "2"),
+        (r"3\pi", r"$3\pi$", "3"),
+        ("(3, 5)", "$(3, 5)$", "5"),
+        ("6 - 5i", "$6 - 5i$", "5"),
+        ("2^{10}", "1024", "2"),
+        ("1,000", "1000", "0"),
+        ("12 apples", "12", "13"),
+        ("10**2", "100", "10"),
+        ("50%", r"$50\%$", "5"),
+    ],
+)
+def test_a_gold_without_delimiters_is_read_whole(gold, right, wrong):
+    pytest.importorskip("math_verify")
+    from rewards.built_in.equivalence import math_equivalence
+
+    assert math_equivalence(None, [right, wrong], answer=[gold] * 2) == [1.0, 0.0]
+
+
 def test_math_equivalence_runs_no_text_as_code(tmp_path):
     pytest.importorskip("math_verify")
     from rewards.built_in.equivalence import math_equivalence

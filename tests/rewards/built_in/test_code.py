@@ -42,7 +42,13 @@ def test_the_program_is_the_last_block():
     assert program_of("no block") == "no block"
     assert program_of("```py\na\n```\ntext\n```\nb\n```") == "b\n"
     assert program_of("```python\ncut off") == "cut off"
+    assert program_of("```bash\npip install x\n```\nThen:\n```python3\na\n```\n```text\nout\n```\nDone.") == "a\n"
     found, _ = marks(["Like this:\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles."])
+    assert found == [1.0]
+
+
+def test_what_a_program_prints_without_a_line_break_does_not_hide_that_it_passed():
+    found, _ = marks(["print('ready', end='')\ndef double(x):\n    print(x, end=' ')\n    return 2 * x"])
     assert found == [1.0]
 
 

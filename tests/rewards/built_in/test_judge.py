@@ -83,6 +83,12 @@ def test_what_is_no_verdict_is_asked_for_again_and_paid_for(broken):
     )  # a repeat may be answered from the server's memory
 
 
+def test_a_column_with_the_name_of_the_completion_does_not_take_its_place():
+    with judge_server(lambda asked: verdict(10 if asked == "right" else 0)) as server:
+        scores, _ = ask(server, ["right", "wrong"], completion=["right"] * 2, highest=10)
+    assert scores == [10.0, 0.0]
+
+
 def test_one_failure_leaves_the_others_their_scores_and_names_its_cause():
     with judge_server(lambda asked: verdict("no" if asked == "b" else 1.0)) as server:
         scores, logged = ask(server, ["a", "b", "c", "b"], retries=2)
