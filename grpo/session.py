@@ -149,6 +149,8 @@ class Session:
                 self.collector.begin(step)
             return self.collector.prompts(count or self.config.prompts_per_step, step, draw)
 
+        if draw == 0:
+            self.batches.begins(step)
         return self.ranks.from_first(choose)
 
     def sample(self, prompts: Sequence[Prompt], *, step: int, draw: int = 0, **changes: Any) -> list[RolloutGroup]:
@@ -191,18 +193,20 @@ class Session:
         return rows
 
     def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
-        """Texts as a group, as if they had been sampled; each ends with the stop token. Their log-probabilities are not
-        known, and stand as 0."""
+        """Texts as a group, as if the policy had sampled them now; each ends with the stop token."""
         tokenizer, stop = self.policy.tokenizer, self.policy.stop_token_ids[0]
         if isinstance(prompt, str):
             prompt = Prompt(prompt, prompt, tokenizer.encode(prompt), {})
         tokens = [[*tokenizer.encode(text, add_special_tokens=False), stop] for text in completions]
-        return RolloutGroup(prompt, [_given(ids, text) for ids, text in zip(tokens, completions, strict=True)])
+        [logprobs] = self.logprobs([prompt], [tokens])
+        version = self.learner.policy_version
+        texts = zip(tokens, logprobs, completions, strict=True)
+        return RolloutGroup(prompt, [Completion(ids, of_ids, text, "stop", version) for ids, of_ids, text in texts])
 
     def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
         """The policy's log-probability of each token of completions, given as token ids by prompt: [P][G][Lc]."""
         groups = [
-            RolloutGroup(prompt, [_given(list(ids)) for ids in of_prompt])
+            RolloutGroup(prompt, [Completion(list(ids), [0.0] * len(ids), "", "stop", 0) for ids in of_prompt])
             for prompt, of_prompt in zip(prompts, completions, strict=True)
         ]
         return logprobs_of_groups(self.policy, groups, self.config.rollout.temperature)
@@ -428,7 +432,3 @@ class Session:
             learner.load_state(stored.tensors, stored.state["learner"])
             save_policy(learner.policy, run.folder / "best_policy", best)
             run.log.event("best", step=best, folder=str(run.folder / "best_policy"))
-
-
-def _given(token_ids: list[int], text: str = "") -> Completion:
-    return Completion(token_ids, [0.0] * len(token_ids), text, "stop", 0)

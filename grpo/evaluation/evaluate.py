@@ -82,7 +82,8 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float | None:
-        return None if self.correct is None or not self.completions else self.correct / self.completions
+        """The mean over problems, as `interval` is of; where all have as many marks, the share of right answers."""
+        return None if self.correct is None else mean_of(mark for mark in self.by_problem if mark is not None)
 
     def without_verdicts(self) -> Evaluation:
         """Leaves out what counts right answers, where the marks turned out to say neither right nor wrong."""

@@ -227,15 +227,18 @@ class HeadLearner(Learner):
 def noise_keys(mini: MicroBatch, groups: Sequence[RolloutGroup], params: SamplingParams) -> Tensor:
     """[B, T, 2]: the keys of the noise that chose each token of these groups' completions; zero in prompts.
 
-    `PackedRow.group` is the place in `groups`, `Sample.index` that of the completion in its group.
+    `PackedRow.group` is the place in `groups`, `Sample.index` that of the completion in its group. A token that several
+    completions have in common stands once, with the key of one of them.
     """
-    keys = torch.zeros(*mini.token_ids.shape, 2, dtype=torch.int32)
-    for b, row in enumerate(mini.rows):
-        start = len(row.prompt_token_ids)
-        for sample in row.samples:
-            end = start + len(sample.token_ids)
-            keys[b, start:end] = torch.tensor(
-                row_key(params, groups[row.group].prompt.prompt_id, sample.index), dtype=torch.int32
-            )
-            start = end
-    return keys.to(mini.token_ids.device)
+    keys_C2 = torch.tensor(
+        [
+            row_key(params, groups[row.group].prompt.prompt_id, sample.index)
+            for row in mini.rows
+            for sample in row.samples
+        ],
+        dtype=torch.int32,
+        device=mini.token_ids.device,
+    )
+    keys = keys_C2.new_zeros(mini.token_ids.numel(), 2)
+    keys[mini.places[mini.numbers]] = keys_C2[mini.cells // mini.mask.shape[1]]
+    return keys.view(*mini.token_ids.shape, 2)

@@ -37,7 +37,7 @@ class Sample:
     @property
     def tied(self) -> bool:
         """There is nothing to learn from it."""
-        return not (self.advantage or any(self.token_advantages))
+        return not self.in_loss or not (self.advantage or any(self.token_advantages))
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,14 @@ class Batches:
     def take(self, step: int) -> Drawn:
         """The batch of this step. Raises what its sampling has raised."""
         if not self.ahead:
-            self._before = step, self.collector.snapshot()
+            self.begins(step)
             return self.run.ranks.from_first(partial(self.collector.collect, step))
         self.go_on(step - 1, wait=True)
         return self.run.ranks.from_first(partial(self._take, step))
+
+    def begins(self, step: int) -> None:
+        """The prompts of a step come next, which `undo` takes back."""
+        self._before = step, self.collector.snapshot()
 
     def _take(self, step: int) -> Drawn:
         if step not in self.ready:

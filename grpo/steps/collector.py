@@ -58,8 +58,8 @@ class Collector:
     def prompts(self, count: int, step: int, draw: int = 0) -> list[Prompt]:
         """Different prompts: those that a listener chooses, or the next ones of the data. Where it wants to see a
         completion of more of them first, it chooses of these."""
-        picky = next((listener for listener in self.listeners if listener.candidates > 1), None)
-        most = min(count * picky.candidates, max(count, len(self.task.train))) if picky else count
+        picky = next((listener for listener in self.listeners if listener.candidates(count, step) > count), None)
+        most = picky.candidates(count, step) if picky else count
         chosen = (listener.choose(most, step, draw) for listener in self.listeners)
         examples = next((some for some in chosen if some is not None), None) or self.stream.take(most)
         prompts = [self.task.prompt(example, self.tokenizer) for example in examples]

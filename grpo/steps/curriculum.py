@@ -66,7 +66,6 @@ class Curriculum(Listener):
         self.seen: Counter[str] = Counter()
         self.pass_rates: dict[str, float] = {}
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate, which it is too early to know
-        self.candidates = self.options.candidates
         self.probed = [0, 0]  # prompts of this step, and their tokens
         self.questions = {example.example_id: example.question for example in task.train}
         self.model = SuccessModel()
@@ -78,6 +77,10 @@ class Curriculum(Listener):
     def open(self, step: int) -> Sequence[Example]:
         share = ramp(step, self.options.steps, self.options.shortest_share, 1.0)
         return self.examples[: math.ceil(round(share * len(self.examples), 6))]  # 0.2 + 0.4 is no 0.6
+
+    def candidates(self, count: int, step: int) -> int:
+        """Those that are open, and no others."""
+        return min(count * self.options.candidates, max(count, len(self.open(step))))
 
     def choose(self, count: int, step: int, draw: int = 0) -> list[Example] | None:
         """`count` different examples. Raises ValueError if there are too few."""
@@ -153,7 +156,7 @@ class Curriculum(Listener):
         if self.chooses:
             values["curriculum/open"] = len(self.open(step)) / len(self.examples)
             values["curriculum/seen"] = len(self.seen) / len(self.examples)
-        if self.candidates > 1:
+        if self.options.candidates > 1:
             values["curriculum/candidates"], values["curriculum/candidate_tokens"] = map(float, self.probed)
         if self.pass_rates:
             values["curriculum/pass_rate"] = sum(self.pass_rates.values()) / len(self.pass_rates)

@@ -30,10 +30,12 @@ class Listener:
     ...         return {"completion/length_max": max(len(c.token_ids) for g in drawn.groups for c in g.completions)}
     """
 
-    candidates = 1  # prompts that are chosen for each that is used
-
     def begins(self, step: int) -> None:
         """Is called before the prompts of a step are chosen."""
+
+    def candidates(self, count: int, step: int) -> int:
+        """How many prompts are chosen for `count` that are used; `narrow` gets them where they are more."""
+        return count
 
     def choose(self, count: int, step: int, draw: int) -> list[Example] | None:
         """The problems of a draw, all different; None: the next ones of the data. `draw` counts the refills of a
@@ -43,8 +45,8 @@ class Listener:
     def narrow(
         self, prompts: Sequence[Prompt], count: int, sample: Callable[[Sequence[Prompt]], list[RolloutGroup]]
     ) -> Sequence[Prompt]:
-        """The `count` prompts that are used, of `candidates` times as many. `sample` gives one completion of each,
-        which is not learned from."""
+        """The `count` prompts that are used, of these candidates. `sample` gives one completion of each, which is not
+        learned from."""
         return prompts[:count]
 
     def sampled(self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:

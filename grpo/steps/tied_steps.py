@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import TrainConfig
@@ -27,20 +26,20 @@ class TiedSteps(Listener):
 
     def __init__(self, run: Run[TrainConfig], task: Task) -> None:
         self.run, self.first_reward, self.full_marks = run, task.first_reward, task.full_marks
+        self.taught = run.config.loss.advantage == "distill"  # by a teacher, with any advantages
         self.in_a_row: list[Drawn] = []
         self.told = False
 
     def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
-        diagnosis = self.observe(drawn, batch.advantages)
+        diagnosis = self.observe(drawn, batch.all_tied and not self.taught)
         if diagnosis:
             self.run.log.nothing_learned(step, *diagnosis)
         return {}
 
-    def observe(self, drawn: Drawn, advantages: Any) -> tuple[str, list[str]] | None:
-        """Says why nothing is learned, and what to change, after a step whose batch had these advantages [P, G], or
-        [P, G, Lc] by token. None where the step taught something, where it is too early, and where it was said before.
-        """
-        self.in_a_row = [] if _any(advantages) else [*self.in_a_row, drawn][-STEPS:]
+    def observe(self, drawn: Drawn, tied: bool) -> tuple[str, list[str]] | None:
+        """Says why nothing is learned, and what to change, after a step whose batch was `tied` or not. None where the
+        step taught something, where it is too early, and where it was said before."""
+        self.in_a_row = [*self.in_a_row, drawn][-STEPS:] if tied else []
         if self.told or len(self.in_a_row) < STEPS:
             return None
         self.told = True
@@ -101,9 +100,3 @@ class TiedSteps(Listener):
         cut = reasons.count("length") / max(len(reasons), 1)
         limit = self.run.config.rollout.max_completion_tokens
         return f" ({cut:.0%} of them were cut at rollout.max_completion_tokens={limit})" if cut > 0.5 else ""
-
-
-def _any(advantages: Any) -> bool:
-    if isinstance(advantages, Sequence):
-        return any(map(_any, advantages))
-    return bool((advantages != 0).any()) if hasattr(advantages, "any") else bool(advantages)

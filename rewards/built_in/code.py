@@ -50,9 +50,10 @@ def code(
     """Gives 1.0 where every test passes, else 0.0, or with `partial_marks` the share that passes.
 
     The program is the last block of Python between ``` marks, or without one the whole completion. `tests` is for each
-    completion Python text, such as `assert double(2) == 4`, or a list of such texts, which run after the program, in its
-    names. A program that fails, ends itself or passes a limit (`seconds`, `memory_mib`, no network, no files) has failed
-    the tests that it did not come to: that is no failure of the reward. `code_result` is logged for each completion.
+    completion Python text, such as `assert double(2) == 4`, or a list of such texts, which run after the program, in
+    its names. A program that fails, ends itself or passes a limit (`seconds`, `memory_mib`, no network, no files) has
+    failed the tests that it did not come to: that is no failure of the reward. `code_result` is logged for each
+    completion.
 
     A test runs beside the program that it tests: one that looks for the harness in the interpreter can pass it. Raises
     SandboxUnavailable where no code can be run, and ValueError for tests that are missing or no Python.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,11 @@ class OpenEnv:
     """One episode on a server. Its reward is the sum of the rewards of its steps. `openenv` makes the classes."""
 
     _url: str
+    _client: Any = None
 
     def reset(self, **columns: Any) -> None:
         """Begin an episode, with the data's columns. Its seed is drawn from `random`: it follows the rollout's key."""
+        self._close()
         self._client = _client(self._url)
         self._client.connect()
         self._reward, self.done = 0.0, False
@@ -37,6 +40,14 @@ class OpenEnv:
             raise RuntimeError(error.message)
         value = getattr(observation, "result", None)
         return str(value["data"] if isinstance(value, dict) and "data" in value else value)
+
+    def _close(self) -> None:
+        """The session ends, as a server has room for so many; nothing waits for one that takes its time."""
+        if self._client is not None:
+            threading.Thread(target=self._client.close, daemon=True).start()
+            self._client = None
+
+    __del__ = _close
 
     def _note(self, result: Any) -> None:
         self._reward += result.reward or 0.0

@@ -20,6 +20,7 @@ from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.train import train
 from rewards.config.options import dump_yaml
+from rewards.group_score import GroupScore
 from rollout.faults import RolloutError
 
 LOOPS = Path(__file__).parents[2] / "examples/12_own_loop"
@@ -210,6 +211,20 @@ def test_log_probabilities_are_those_that_were_sampled(micro_config, tmp_path):
                 assert row == pytest.approx(completion.logprobs, abs=1e-4)
 
 
+def test_texts_of_ones_own_are_as_if_they_had_been_sampled_now(micro_config, tmp_path):
+    """An importance weight of log-probabilities that stand as 0 would be the policy's own probability."""
+    with Session.open(micro_config(tmp_path / "r", **{"learner.learning_rate": 1e-3})) as session:
+        for step in session.run.steps():
+            group = session.group("3 + 4 = ?", ["#### 7", "#### 8"])
+            [expected] = session.logprobs([group.prompt], [[c.token_ids for c in group.completions]])
+            assert [c.logprobs for c in group.completions] == expected
+            assert all(max(c.logprobs) < 0 for c in group.completions)
+            batch = session.prepare([group], [GroupScore([1.0, 0.0], {})])
+            metrics = session.learn(batch)
+            assert metrics["mismatch/logprob_abs_max"] == pytest.approx(0.0, abs=1e-4)
+            session.record(step, metrics)
+
+
 def test_other_rewards_score_the_same_groups(micro_config, tmp_path):
     with Session.open(micro_config(tmp_path / "r")) as session:
         groups = session.sample(session.prompts(1), step=1, group_size=3)
@@ -266,6 +281,30 @@ def test_a_stopped_loop_of_ones_own_is_saved_and_goes_on(micro_config, tmp_path,
         loop(stop_after=2)
     loop(resume="auto")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
+
+
+def test_a_step_that_fails_takes_no_prompts_with_it_either(micro_config, tmp_path):
+    """A loop over `prompts` that fails in step 2 before its update asks for the same prompts when it goes on."""
+    config, asked = micro_config(tmp_path / "r", steps=3, **{"checkpoint.every": 10}), {}
+
+    def loop(fails, **flags):
+        with Session.open(config, **flags) as session:
+            for step in session.run.steps():
+                prompts = session.prompts(step)
+                asked.setdefault(step, []).append([prompt.prompt_id for prompt in prompts])
+                if step == fails:
+                    raise OSError("the reward's server is gone")
+                groups = session.sample(prompts, step=step)
+                session.record(step, session.learn(session.prepare(groups, session.score(groups))))
+                session.publish()
+                session.save_if_due(step)
+            session.finish()
+
+    with pytest.raises(OSError, match="server is gone"):
+        loop(2)
+    loop(None, resume="auto")
+    assert asked[2][0] == asked[2][1]
+    assert asked[2][0] != asked[3][0]
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ class DistillTerm(Term):
             return advantages
         taught_CL = distill(old, self.scores.logprobs(work.likelihood, mini), mini.loss_mask)
         work.note("loss/teacher_kl", -taught_CL.sum().item() / max(work.batch.num_completion_tokens, 1))
-        return taught_CL + advantages[:, None]
+        return taught_CL + (advantages if advantages.dim() == 2 else advantages[:, None])
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
         if self.top_k is None:

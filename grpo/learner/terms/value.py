@@ -85,8 +85,11 @@ class ValueTerm(Term):
     def needs(self, row: PackedRow, work: Work) -> bool:
         return True
 
-    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
-        """The value loss reaches the trunk where `vf_coef` weighs it."""
+    def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
+        """The value loss reaches the trunk where `vf_coef` weighs it. Samples whose advantages others have given, and
+        gold solutions, have no returns to learn from."""
+        if not any(sample.returns for sample in mini.samples):
+            return None
         states, weight = mini.of_scored(forward.preceding), self.options.vf_coef
         values = mini.by_completion(self.head(states if weight else states.detach()))
         loss, metrics = value_loss(

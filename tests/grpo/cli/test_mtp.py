@@ -16,8 +16,8 @@ from grpo.cli.mtp import mtp, rows_of, split
 from grpo.cli.parse import main
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.run import SftConfig
-from grpo.learner.batch import micro_batches
-from grpo.learner.head_learner import HeadLearner
+from grpo.learner.batch import collate, micro_batches
+from grpo.learner.head_learner import HeadLearner, noise_keys
 from grpo.learner.lessons import KINDS, Corpus
 from grpo.learner.prepare import recorded, supervised
 from grpo.learner.row import PackedRow, Sample
@@ -38,7 +38,7 @@ from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
-from rollout.sampling import FULL_ROW, SamplingParams
+from rollout.sampling import FULL_ROW, SamplingParams, row_key
 
 STEPS, EPOCHS = 3, 4
 
@@ -184,6 +184,19 @@ def test_the_corpus_is_on_disk_and_held_out_prompts_are_not_in_what_is_taught(wh
             for ids, length in zip(lesson.token_ids, lesson.prompt_lengths, strict=True):
                 assert tuple(ids[:length].tolist()) in prompts[kind]
     assert sorted(path.name for path in (whole / "corpus").iterdir()) == [f"step_{i:06d}" for i in range(1, STEPS + 1)]
+
+
+def test_each_sampled_token_has_the_key_of_its_own_noise():
+    """The second completion is the first one again and stands once, so the third comes earlier than by its length."""
+    completions = [[3, 4], [3, 4], [5, 6, 7]]
+    group = RolloutGroup(Prompt("p", "", [8, 9]), [Completion(ids, [0.0] * 3, "", "stop", 0) for ids in completions])
+    row = PackedRow([8, 9], [Sample(i, ids, [0.0] * len(ids)) for i, ids in enumerate(completions)])
+    params = SamplingParams(group_size=3)
+    keys = noise_keys(collate([row], "cpu"), [group], params)
+    third = list(row_key(params, "p", 2))
+    assert keys[0, :2].tolist() == [[0, 0]] * 2
+    assert keys[0, 2].tolist() in [list(row_key(params, "p", i)) for i in (0, 1)]
+    assert keys[0, 4:].tolist() == [third] * 3
 
 
 def test_problems_that_are_the_same_are_held_out_together(config, tmp_path):

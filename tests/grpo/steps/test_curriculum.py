@@ -277,6 +277,14 @@ def test_a_completion_to_choose_by_has_noise_that_no_group_has():
     assert len(collector.prompts(8, step=6)) == 8  # of ten: there are no more
 
 
+def test_candidates_are_of_the_problems_that_are_open():
+    """Two of ten are open; of six candidates for two prompts the others would be long ones."""
+    curriculum = _curriculum(EXAMPLES, _config(candidates=3, steps=100, shortest_share=0.2))
+    assert curriculum.candidates(2, step=1) == 2
+    assert curriculum.candidates(1, step=1) == 2
+    assert curriculum.candidates(2, step=100) == 6
+
+
 def test_without_candidates_nothing_is_sampled_first():
     collector = _collector(EXAMPLES, _config())
     collector.sample = None

@@ -4,9 +4,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from grpo.algorithm.dynamic_sampling import Drawn
+from grpo.learner.row import Sample
 from grpo.steps.tied_steps import STEPS, TiedSteps
 from grpo.train import train
 from rewards.group_score import GroupScore
@@ -17,10 +17,10 @@ from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 def observe(micro_config, tmp_path):
     """`observe([[rewards of a group], ...] of each step, **options)`: what is told after each step."""
 
-    def run(steps, advantages=None, reason="stop", **options):
+    def run(steps, tied=None, reason="stop", **options):
         config = micro_config(tmp_path, **options)
         task = SimpleNamespace(first_reward="gsm8k", full_marks=1.0)
-        tied = TiedSteps(SimpleNamespace(config=config), task)
+        listener = TiedSteps(SimpleNamespace(config=config), task)
         told = []
         for groups in steps:
             completion = Completion([1], [0.0], "x", reason, 0, DraftStats())
@@ -28,8 +28,8 @@ def observe(micro_config, tmp_path):
                 [RolloutGroup(Prompt("p", "p", [1]), [completion] * len(rewards)) for rewards in groups],
                 [GroupScore(rewards, {"gsm8k": rewards}) for rewards in groups],
             )
-            differ = [[float(len({r for r in rewards if r is not None}) > 1)] for rewards in groups]
-            told.append(tied.observe(drawn, torch.tensor(differ) if advantages is None else advantages))
+            differ = any(len({r for r in rewards if r is not None}) > 1 for rewards in groups)
+            told.append(listener.observe(drawn, not differ if tied is None else tied))
         return told
 
     return run
@@ -85,14 +85,30 @@ def test_scores_that_are_missing_ask_for_a_look_at_the_reward(observe):
 
 
 def test_completions_that_are_all_left_out_of_the_loss_are_said(observe):
-    why, change = observe([[MIXED]] * STEPS, advantages=torch.zeros(1, 2))[-1]
+    why, change = observe([[MIXED]] * STEPS, tied=True)[-1]
     assert "left out of the loss" in why
     assert "rollout.max_completion_tokens" in "; ".join(change)
 
 
-def test_advantages_by_token_are_something_to_learn_from(observe):
-    assert not any(observe([[RIGHT]] * STEPS, advantages=[[[0.0, 0.5], [0.0]]]))
-    assert observe([[RIGHT]] * STEPS, advantages=[[[0.0, 0.0], [0.0]]])[-1]
+@pytest.mark.parametrize(
+    ("sample", "tied"),
+    [
+        (Sample(0, [1, 2], advantage=0.5), False),
+        (Sample(0, [1, 2], token_advantages=[0.0, 0.5]), False),
+        (Sample(0, [1, 2], token_advantages=[0.0, 0.0]), True),
+        (Sample(0, [1, 2], advantage=0.5, finish_reason="length", in_loss=False), True),
+    ],
+)
+def test_a_sample_with_an_advantage_in_the_loss_is_something_to_learn_from(sample, tied):
+    assert sample.tied == tied
+
+
+def test_what_a_teacher_teaches_has_no_advantages_and_is_no_tied_step(micro_config, tmp_path):
+    config = micro_config(tmp_path, **{"loss.advantage": "distill", "distill.teacher": "tiny"})
+    listener = TiedSteps(SimpleNamespace(config=config), SimpleNamespace(first_reward="gsm8k", full_marks=1.0))
+    batch = SimpleNamespace(all_tied=True)
+    assert [listener.learns(step, None, batch) for step in range(STEPS + 1)] == [{}] * (STEPS + 1)
+    assert not listener.in_a_row
 
 
 def test_a_run_says_it_in_a_line_and_an_event(micro_config, tmp_path, capsys):

@@ -4,7 +4,9 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +27,33 @@ def url():
     finally:
         server.kill()
         server.wait()
+
+
+def test_a_session_ends_with_its_episode(monkeypatch):
+    from rollout.environments import openenv
+
+    class Client:
+        def __init__(self):
+            self.closed = threading.Event()
+
+        def connect(self):
+            pass
+
+        def reset(self, **_):
+            return SimpleNamespace(reward=None, done=False)
+
+        def close(self):
+            self.closed.set()
+
+    clients = []
+    monkeypatch.setattr(openenv, "_client", lambda url: clients.append(Client()) or clients[-1])
+    episode = type("Maze", (openenv.OpenEnv,), {"_url": "http://127.0.0.1:1"})()
+    episode.reset()
+    episode.reset()
+    assert clients[0].closed.wait(10)
+    assert not clients[1].closed.is_set()
+    del episode
+    assert clients[1].closed.wait(10)
 
 
 @pytest.mark.peer

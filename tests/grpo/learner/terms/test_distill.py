@@ -123,6 +123,18 @@ def options_of(folders, micro_config, output, **given):
     return micro_config(output, **options | {"distill.teacher": str(folders / "teacher")} | given)
 
 
+def test_advantages_of_each_token_are_added_token_by_token(random_policy):
+    policy, teacher = random_policy(1), random_policy(2)
+    groups, scores = groups_of(3)
+    gradients = []
+    for advantages in ([[0.5] * 3] * len(groups), [[[0.5] * len(c.token_ids) for c in g.completions] for g in groups]):
+        copies = copy.deepcopy(policy)
+        learner = learner_of(copies, teacher, 1.0, 1.0, None, tokens_per_micro_batch=4096)
+        learner.step(learner.prepare(groups, scores, advantages), 1)
+        gradients.append([p.grad for p in copies.trunk.parameters() if p.grad is not None])
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_a_run_comes_nearer_to_its_teacher_and_goes_on_to_the_same_bits(folders, micro_config, tmp_path, top_k):

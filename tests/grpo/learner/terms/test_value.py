@@ -287,6 +287,17 @@ def test_the_value_loss_reaches_the_trunk_only_where_asked(micro_policy):
         assert not all(torch.equal(gradients[0][name], g) for name, g in trained.items())
 
 
+def test_values_without_returns_are_not_taught(micro_policy):
+    """Advantages of one's own and gold solutions say nothing of what the score will be."""
+    learner = _learner(micro_policy(4), value={"vf_coef": 0.5})
+    with torch.no_grad():
+        term_of(learner, "value").head.layers[-1].weight.fill_(0.1)
+    before = term_of(learner, "value").head.layers[-1].weight.clone()
+    metrics = learner.step(learner.prepare(_groups(4), _scores(), [[1.0, 0.0, -1.0]] * 3), 1)
+    assert "loss/value" not in metrics
+    assert torch.equal(term_of(learner, "value").head.layers[-1].weight, before)
+
+
 def test_several_updates_meet_the_clips(micro_policy, monkeypatch):
     monkeypatch.setattr(value_functions, "CLIPRANGE", 0.01)
     learner = _learner(micro_policy(8), updates_per_batch=4, learning_rate=1e-2, epsilon=0.05)
