@@ -66,7 +66,7 @@ test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four 
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not peer and not browser" $(ARGS)
 
 test-slow: $(DEV_STAMP) ## the long proofs
-	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu and not peer and not browser" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "slow and not gpu and not peer and not browser" $(ARGS)
 
 test-vllm: $(DEV_STAMP) $(VLLM_STAMP) ## install vLLM, then run the tests that need it
 	$(PYTEST) -m peer tests/rollout/backends/vllm $(ARGS)
