@@ -784,7 +784,7 @@ def test_contract_4_requests_of_agents_are_decoded_where_their_caches_are_and_ou
     asked = replace(BASE, draft_tokens=2), 10_000, 4
     relay = pool.relay(*asked)
     found = talked(relay)
-    assert set(relay.worker_of.values()) == {0, 1}
+    assert set(relay.actor_of.values()) == set(pool.workers.actors)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert all((one.cached > 0) == (turn % TURNS > 0) for turn, one in enumerate(found))  # each found its own worker
     pool.metrics()
