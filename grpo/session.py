@@ -136,6 +136,7 @@ class Session:
     def draw(self, step: int) -> Drawn:
         """The prompts of a step, their groups and scores; tied groups are refilled, and what the next steps need is
         sampled ahead, as the configuration says."""
+        self._publish_refused()
         drawn = self.batches.take(step)
         self.run.metrics |= drawn.metrics
         self.batches.go_on(step)
@@ -165,6 +166,7 @@ class Session:
             self.collector.learn_drafts(groups)
             return groups
 
+        self._publish_refused()
         return self.ranks.from_first(act)
 
     def score(
@@ -352,6 +354,11 @@ class Session:
         if self.publisher is not None:
             self.publisher.keep_up(self.run, anew)
 
+    def _publish_refused(self) -> None:
+        """Nothing is sampled with a version that was not admitted: it is published and checked again."""
+        if self.publisher is not None and self.publisher.version is None:
+            self._publish()
+
     def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:
         """The held-out problems or others, by way of sampling and greedily, as metrics of the run; with `when` they are
         in its result under names of their own. Raises ValueError for a problem that was trained on (contract 16)."""
@@ -361,6 +368,7 @@ class Session:
             if self.publisher is None:
                 pool = open_run_pool(self.run, self.policy, prompts_per_shard=64)
                 self.held_out.pool = stack.enter_context(closing(pool))
+            self._publish_refused()
             return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
 
     def evaluate_if_due(self, step: int) -> None:

@@ -127,12 +127,13 @@ class RayPool(Pool):
         were lost, or that do not hold what the publication follows. What is sent `again` may have moved between its
         digest and its arrival: then Moved is raised.
 
-        A part goes through shared memory, once for each node, and leaves it before the next one; see cluster.py.
+        A part goes through shared memory, once for each node, and leaves it before the next one; see cluster.py. The
+        time of its workers begins when it is there.
         """
         former, self.confirmed, self.passed = self.confirmed, set(), set()
         held: dict[int, Held] = {}
         late = f"it took longer than rollout.publish_timeout_s={self.publish_timeout_s:g} to take the weights over"
-        began, taking, since = time.monotonic(), set(to), None
+        taking, since = set(to), None
         try:
             for message in messages:
                 if message.first:
@@ -143,7 +144,7 @@ class RayPool(Pool):
                 limit_s = self.publish_timeout_s
                 sent = self.cluster.put(message, self.faults, limit_s, self.workers.while_waiting)
                 self.faults.unreported["publish/bytes"] += message.bytes
-                calls = {self.workers.call(i, "publish", sent): Call(i, None, limit_s, late, began) for i in taking}
+                calls = {self.workers.call(i, "publish", sent): Call(i, None, limit_s, late) for i in taking}
                 while calls:
                     for call, answer, lost in self.workers.ended(calls):
                         if lost:

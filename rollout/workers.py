@@ -169,6 +169,7 @@ class Workers:
     def restart(self, i: int) -> None:
         """Kill it, since one that only seems lost holds the processor of its successor, and start another."""
         self.cluster.ask(self.ray.kill, self.actors[i])
+        self._starting = {ready: call for ready, call in self._starting.items() if call.worker != i}
         self._start(i)
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ class Publisher:
         """`copies`: the kind of the samplers' matrices, see policies/decoding/quantized.py."""
         self.copies = copies
         self.pool, self.learner, self.params = pool, learner, params
-        self.version: int | None = None  # that the samplers hold
+        self.version: int | None = None  # that the samplers hold; None where it was not admitted
         policy = learner.policy
         self.dtype, self.context = policy.trunk.dtype, policy.max_length
         self.prompts = canary_prompts(policy.config.get_text_config().vocab_size, self.context)
@@ -69,15 +69,16 @@ class Publisher:
         """Every rank takes part. Returns canary/* of this publication, nothing where a stop has cut it short."""
         learner, version = self.learner, self.learner.policy_version
         weights, ranks = learner.weights(), learner.ranks
+        self.version = None
         with suppress(Stopped):  # what was learned counts, and the next sampling is given up
             self.pool.publish(weights, version)
-        self.version = version
         started = time.perf_counter()
         ranks.from_first(partial(self._compare_digests, weights, version))
         for attempt in range(ATTEMPTS):
             params = canary_params(self.params.at(version, attempt), self.context)
             sampled = ranks.from_first(partial(self._sampled, params))
             if not sampled:
+                self.version = version
                 return {}
             scores = self.scores(sampled, params.temperature)
             agreement: Agreement = ranks.from_first(partial(compare, sampled, scores, version, self.dtype))
@@ -91,6 +92,7 @@ class Publisher:
                 break
         if agreement.fault:
             ranks.from_first(partial(_refuse, agreement.fault))
+        self.version = version
         return {
             "canary/logprob_abs_mean": agreement.mean,
             "canary/logprob_abs_max": agreement.most,

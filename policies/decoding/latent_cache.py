@@ -87,6 +87,12 @@ class Prefix:
             return Prefix(self.latents_LPTE, self.lengths_P, row_prompt_R)
         return Prefix(self.latents_LPTE[:, alive], self.lengths_P[alive], row_prompt_R)
 
+    def excerpt(self, rows: Tensor) -> Prefix:
+        """The same as a copy, without the padding that longer prompts needed."""
+        prefix = self.select(rows)
+        prefix.latents_LPTE = prefix.latents_LPTE[:, :, : int(prefix.lengths_P.max())].clone()
+        return prefix
+
 
 class LatentCache:
     """A preallocated cache. `plan(S)` makes room for S tokens in each row, the layers `attend`, and `advance(n)` keeps
@@ -267,7 +273,7 @@ class LatentCache:
 
     def excerpt(self, rows: Tensor) -> LatentCache:
         """A copy of these rows, in ascending order, without room for more. `cut` and `join` go on with it."""
-        prefix, reach = None if self.prefix is None else self.prefix.select(rows), int(self.lengths_R[rows].max())
+        prefix, reach = None if self.prefix is None else self.prefix.excerpt(rows), int(self.lengths_R[rows].max())
         alike = {"dtype": self.layers_RTE[0].dtype, "device": self.lengths_R.device, "first": self.first}
         cache = LatentCache((0, len(rows), 0, 0), self.value_width, prefix=prefix, **alike)
         cache.layers_RTE = [latents[rows, :reach] for latents in self.layers_RTE]

@@ -67,6 +67,7 @@ class Drafter:
             tokens_RS, hidden_RSD = self.take(live, int(live.unread.max()))
             none = torch.zeros_like(live.unread)
             self.unread = [Unread(self.number, live.index, none, tokens_RS, hidden_RSD, live.unread)]
+            self.number += 1
 
     def forget(self) -> None:
         """Drop everything: no row is live any more."""
@@ -152,6 +153,7 @@ class Drafter:
         live.unread, self.known = live.unread - last_R, None
         none = torch.zeros_like(live.unread)
         self.unread = [Unread(self.number, live.index, none, tokens[newest], hidden[newest], live.unread)]
+        self.number += 1
 
     def _read_tokens(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor) -> Tensor:
         """The draft head's output after each of the unread tokens [R, S, D]. The caller advances the cache."""

@@ -6,6 +6,7 @@ the very same tokens. A sampler that holds other weights, or computes otherwise,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
@@ -91,14 +92,15 @@ def compare(
     worst = Agreement(0.0, 0.0, None)
     for worker, groups in sampled.items():
         tokens = [
-            (abs(ours - score) if ours == ours and score == score else float("inf"), group, i, t, ours, score)
+            (_apart(ours, score), group, i, t, ours, score)
             for group, by_completion in zip(groups, scores[worker], strict=True)
             for i, (completion, of_learner) in enumerate(zip(group.completions, by_completion, strict=True))
             for t, (ours, score) in enumerate(zip(completion.logprobs, of_learner, strict=True))
         ]
         mean, most = sum(far for far, *_ in tokens) / len(tokens), max(far for far, *_ in tokens)
         own_N, score_N = (torch.tensor([entry[at] for entry in tokens], dtype=torch.float64) for at in (4, 5))
-        spread = max(score_N.std(unbiased=False).item(), LEAST_SPREAD)
+        finite_N = score_N.nan_to_num(0.0, 0.0, 0.0)  # one that is not is infinitely far, whatever the spread
+        spread = max(finite_N.std(unbiased=False).item(), LEAST_SPREAD)
         tolerance = Tolerance(*(limit * spread for limit in astuple(TOLERANCES[dtype])))
         fault = worst.fault
         if not fault and (mean > tolerance.mean or most > tolerance.most):
@@ -118,6 +120,12 @@ def compare(
             )
         worst = Agreement(max(worst.mean, mean), max(worst.most, most), fault)
     return worst
+
+
+def _apart(one: float, other: float) -> float:
+    """How far two log-probabilities are apart: infinitely, where one of them is no finite number."""
+    far = abs(one - other)
+    return far if math.isfinite(far) else math.inf
 
 
 def _wrong_slope(own_N: torch.Tensor, score_N: torch.Tensor) -> float | None:
@@ -143,7 +151,7 @@ def other_canaries(groups: Sequence[RolloutGroup], passed: Sequence[RolloutGroup
             for t, (token, expected) in enumerate(zip(one.token_ids, two.token_ids, strict=True)):
                 if token != expected:
                     break
-                far.append(abs(one.logprobs[t] - two.logprobs[t]))
+                far.append(_apart(one.logprobs[t], two.logprobs[t]))
                 count += 1
     limit = TOLERANCES[dtype].most * LEAST_SPREAD
     if 2 * count >= total and max(far) <= limit:

@@ -139,6 +139,24 @@ def test_a_first_batch_that_sampler_and_learner_read_differently_stops_the_run(m
             break
 
 
+def test_contract_13_what_was_refused_is_checked_again_before_anything_is_sampled(micro_config, tmp_path, monkeypatch):
+    with Session.open(micro_config(tmp_path, steps=1)) as session:
+        prompts, publisher = session.prompts(1), session.publisher
+        expected = session.sample(prompts, step=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(publisher, "scores", lambda *_: 1 / 0)
+            for act in (
+                lambda: publisher.publish(),
+                lambda: session.draw(1),
+                lambda: session.sample(prompts, step=1),
+                lambda: session.evaluate(),
+            ):
+                with pytest.raises(ZeroDivisionError):
+                    act()
+        assert session.sample(prompts, step=1) == expected
+        assert publisher.version == 0
+
+
 def test_an_advantage_of_each_token_is_the_gradients_weight(micro_config, tmp_path):
     """Advantages of one completion's tokens alone, by a hand-written loss of the same tokens."""
     with Session.open(micro_config(tmp_path / "r", **{"mtp.loss_weight": 0})) as session:

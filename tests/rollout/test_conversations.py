@@ -9,7 +9,8 @@ from talks import BASE, TURNS, talked
 from rollout.conversations import LEAST, Conversation, Conversations
 from rollout.depth import CostTable
 from rollout.engine import Engine
-from rollout.group import Completion
+from rollout.group import Completion, Prompt
+from rollout.request import Request
 from rollout.serving import Serving
 
 torch.set_num_threads(1)
@@ -76,6 +77,24 @@ QWEN_3_5 = LINEAR | {"head_dim": 8, "num_hidden_layers": 4}
 )
 def test_contract_4_models_of_transformers_keep_theirs_too(hf_policy, kind, config):
     compare(Engine(hf_policy(kind, 3, **config), max_rows=4), draft_tokens=0)
+
+
+@torch.inference_mode()
+def test_a_short_text_is_kept_without_the_padding_of_a_longer_one(hf_policy):
+    """Both are decoded together; what is kept of each has no more entries than it has tokens."""
+    engine = Engine(hf_policy("llama", 3), max_rows=4)
+    serving = Serving(engine.decoder, replace(BASE, draft_tokens=0), 10_000)
+    for length in (20, 150):
+        serving.add(Request(Prompt(str(length), "", [5 + length] * length), serving.params, lambda news: None))
+    while serving.busy:
+        serving.round()
+    serving._keep(torch.tensor([], dtype=torch.long))
+    assert len(serving.conversations.held) == 2
+    for one in serving.conversations.held:
+        latents = one.trunk.latents
+        entries = latents.prefix.longest + latents.capacity
+        assert entries < len(one.token_ids)
+        assert latents.prefix.latents_LPTE.untyped_storage().nbytes() == latents.prefix.latents_LPTE.nbytes
 
 
 @pytest.mark.parametrize("kind", ["seen whole", pytest.param("recurrent", marks=pytest.mark.slow)])

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -182,6 +184,24 @@ def test_a_bad_prompt_is_named_and_costs_no_other_one(policies, expected):
     with pytest.raises(RolloutError, match="'p/x' has no tokens") as caught:
         open_pool(policies[0], PoolOptions(prompts_per_shard=2)).sample([Prompt("p/x", "", []), *PROMPTS], PARAMS)
     assert tokens(caught.value.groups) == tokens(expected(0))
+
+
+def test_the_time_to_take_a_part_over_begins_when_it_is_there():
+    """Digests and a full object store are no delay of the workers."""
+    pool, late = object.__new__(RayPool), []
+    pool.confirmed, pool.publish_timeout_s = set(), 0.2
+    pool.faults = SimpleNamespace(unreported=Counter(), done=lambda work: None)
+    pool.cluster = SimpleNamespace(put=lambda *given: time.sleep(0.3))
+    pool.sender = SimpleNamespace(difference=lambda held: None)
+
+    def ended(calls):
+        late.extend(call for call in calls.values() if time.monotonic() > call.began + call.limit_s)
+        return [(calls.pop(name), {}, None) for name in list(calls)]
+
+    pool.workers = SimpleNamespace(call=lambda i, *given: i, ended=ended, while_waiting=None)
+    pool._stream((SimpleNamespace(first=part == 0, since=None, bytes=1) for part in range(2)), [0, 1])
+    assert late == []
+    assert pool.confirmed == {0, 1}
 
 
 # ---- with Ray ----
@@ -784,7 +804,7 @@ def test_contract_4_requests_of_agents_are_decoded_where_their_caches_are_and_ou
     asked = replace(BASE, draft_tokens=2), 10_000, 4
     relay = pool.relay(*asked)
     found = talked(relay)
-    assert set(relay.worker_of.values()) == {0, 1}
+    assert set(relay.actor_of.values()) == set(pool.workers.actors)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert all((one.cached > 0) == (turn % TURNS > 0) for turn, one in enumerate(found))  # each found its own worker
     pool.metrics()

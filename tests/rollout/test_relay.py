@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from talks import BASE, TURNS, talked
 from rollout.desk import Answering, Desk
 from rollout.engine import Engine
 from rollout.faults import RolloutError
-from rollout.group import Prompt
-from rollout.ray_relay import CALLS
+from rollout.group import Completion, Prompt
+from rollout.ray_relay import CALLS, RayRelay
 from rollout.relay import Relay
 from rollout.request import Request
 from rollout.sampling import SamplingParams
 from rollout.serving import Serving
+from rollout.workers import Call, Workers
 
 torch.set_num_threads(1)
 KEPT = 10_000
@@ -117,3 +119,64 @@ def test_another_call_begins_a_batch_of_its_own(taught_policy):
     assert desk.serving.conversations.held == []
     desk.close()
     assert desk.serving is None
+
+
+class Pool:
+    """Two workers that answer when they are told to. One that has lost an actor outside of a relay's calls has another
+    since then."""
+
+    def __init__(self, policy) -> None:
+        self.policy, self.costs, self.timeout_s, self.ready = policy, None, 60.0, {0, 1}
+        self.faults = SimpleNamespace(done=lambda work: None)
+        self.workers = SimpleNamespace(actors=["zero", "one"], call=self.call, ended=self.ended)
+        self.asked, self.answers, self.replaced = [], {}, []
+        self._all_in, self._settle = (lambda: True), (lambda: None)
+
+    def call(self, i, method, answering, new, gone):
+        self.asked.append((self.workers.actors[i], sorted(new), gone))
+        return len(self.asked)
+
+    def ended(self, calls, wait_s):
+        return [(calls.pop(number), *self.answers.pop(number)) for number in sorted(calls) if number in self.answers]
+
+    def _replace(self, call, lost, work) -> None:
+        self.replaced.append(call.worker)
+        self.workers.actors[call.worker] += "'s successor"
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_requests_of_a_worker_that_was_replaced_elsewhere_are_asked_of_its_successor(taught_policy, called):
+    pool, news = Pool(taught_policy()), []
+    relay = RayRelay(pool, 0, LONG, KEPT, 4)
+    for home in (0, 1):
+        relay.add(Request(Prompt("p", "", [5, 6, 7]), LONG, news.append, home=home))
+    relay.round()
+    assert pool.asked == [("zero", [0], []), ("one", [1], [])]
+    if called:
+        pool.answers[2] = None, ("worker", "it was killed")  # comes after its successor
+    else:
+        relay._ask, ask = (lambda ready: None), relay._ask
+        pool.answers[2] = {}, None
+        relay.round()
+        relay._ask = ask
+    pool.workers.actors[1] = "another"
+    relay.round()
+    assert pool.replaced == []
+    assert pool.asked[2:] == [("another", [1], [])]
+    pool.answers[3] = {1: Completion([8], [-1.0], "", "stop", 0)}, None
+    pool.answers[1] = None, ("worker", "it died")  # in a call of the relay, which replaces it
+    relay.round()
+    assert [each.token_ids for each in news] == [[8]]
+    relay.round()
+    assert pool.replaced == [0]
+    assert pool.asked[3:] == [("zero's successor", [0], [])]
+
+
+def test_a_worker_that_is_replaced_before_it_is_ready_is_no_longer_waited_for():
+    workers = object.__new__(Workers)
+    workers.actors, workers.ray = ["zero", "one"], SimpleNamespace(kill=None)
+    workers.cluster = SimpleNamespace(ask=lambda *given: None)
+    workers._starting = {f"{i} is ready": Call(i, None, 600.0, "it did not start") for i in (0, 1)}
+    workers._start = lambda i: workers._starting.update({"its successor is": Call(i, None, 600.0, "")})
+    workers.restart(1)
+    assert [*workers._starting] == ["0 is ready", "its successor is"]

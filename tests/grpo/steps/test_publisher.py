@@ -4,8 +4,9 @@ import copy
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import ray
@@ -231,6 +232,32 @@ def test_canaries_that_fail_once_are_made_again(policy_of, monkeypatch):
     assert calls == [0, 1]
     assert metrics["canary/repeats"] == 1
     assert metrics["canary/logprob_abs_max"] < 1e-4
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
+def test_contract_13_a_version_that_was_not_admitted_is_published_again(policy_of, monkeypatch, error):
+    policy = policy_of("native")
+    publisher = Publisher(open_pool(policy), learner_of(policy), PARAMS)
+    publisher.publish()
+    scores = publisher.scores
+    run = SimpleNamespace(timed=nullcontext, phase=nullcontext, metrics={})
+    publisher.keep_up(run)
+    assert run.metrics == {}  # they hold it already
+
+    def wrong(sampled, temperature):
+        if error:
+            raise error
+        found = scores(sampled, temperature)
+        return {worker: [[[x - 1 for x in row] for row in rows] for rows in found[worker]] for worker in found}
+
+    monkeypatch.setattr(publisher, "scores", wrong)
+    for anew in (True, False):  # the second time as before the next sampling
+        with pytest.raises(RuntimeError if error else RolloutError):
+            publisher.keep_up(run, anew)
+        assert publisher.version is None
+    monkeypatch.setattr(publisher, "scores", scores)
+    publisher.keep_up(run)
+    assert run.metrics["canary/repeats"] == publisher.version == 0
 
 
 def test_a_publication_that_a_stop_cuts_short_has_no_canaries(policy_of, monkeypatch):

@@ -15,7 +15,7 @@ from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.head import Drafter
 from rollout.engine import Engine
 from rollout.group import Completion, DraftStats, RolloutGroup
-from rollout.rows import Prefilled
+from rollout.rows import Prefilled, Rows
 
 FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20, stop_token_ids=())
 
@@ -211,3 +211,29 @@ def test_what_a_head_has_missed_by_hand(prompts, missed):
     drafter.most_new = 2
     drafter.prefilled = [Prefilled(torch.zeros(n), torch.zeros(n, length), None, None) for n, length in prompts]
     assert drafter.missed(SimpleNamespace(unread=torch.tensor([5, 1]), index=[0, 1])) == missed
+
+
+def test_what_was_put_together_is_not_of_a_row_that_comes_after_it(policy):
+    """A row leaves, what both had unread is put together, then the other one leaves too, and a new one takes its place
+    before the next round."""
+    decoder = Engine(policy).decoder
+    for put_together in (lambda drafter, live: drafter.select(live, live.every), Drafter.read_ahead):
+        drafter = Drafter(decoder, FREE, room=30, longest=12, most_new=2)
+        drafter._read_tokens = lambda live, *given: None
+        drafter.ready = lambda live: SimpleNamespace(advance=lambda kept_R: None)
+        width = policy.config.hidden_size
+
+        def started(*index, number=drafter.number) -> Rows:
+            many = torch.tensor(index)
+            return Rows.start(many, torch.zeros(len(index), 2), torch.full_like(many, 3), number)
+
+        live = started(*range(6))
+        for _ in range(2):
+            drafter.keep(live, torch.full((6, 2), 7), torch.ones(6, 2, width), torch.full((6,), 2))
+        live = live.select(torch.tensor([0]))
+        put_together(drafter, live)
+        assert len(drafter.unread) == 1
+        new = started(0, number=drafter.number)
+        drafter.keep(new, torch.tensor([[8, 9]]), torch.ones(1, 2, width), torch.tensor([1]))
+        tokens, _ = drafter.take(new, int(new.unread.max()))
+        assert tokens.tolist() == [[8]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.publication.canaries import compare
+from rollout.publication.canaries import compare, other_canaries
 
 
 def canaries(spread: float, slope: float, noise: float) -> tuple[dict, dict]:
@@ -58,3 +58,22 @@ def test_a_number_that_is_none_is_refused():
     groups, scores = canaries(0.2, 1.0, 0.0)
     groups["worker 1"][0].completions[0].logprobs[3] = float("nan")
     assert "token 3 of completion 0 of canary/0" in compare(groups, scores, 7, torch.bfloat16).fault
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score", [float("nan"), float("-inf"), float("inf")])
+def test_contract_13_a_learner_whose_score_is_no_number_is_refused_at_that_token(score, dtype):
+    groups, scores = canaries(0.2, 1.0, 0.0)
+    scores["worker 1"][1][1][5] = score
+    agreement = compare(groups, scores, 7, dtype)
+    assert "The first token that differs is token 5 of completion 1 of canary/1" in agreement.fault
+    assert agreement.most == float("inf")
+    scores["worker 1"] = [[[score] * 8 for _ in rows] for rows in scores["worker 1"]]
+    assert "token 0 of completion 0 of canary/0" in compare(groups, scores, 7, dtype).fault
+
+
+def test_a_new_worker_whose_canaries_are_no_numbers_is_refused():
+    passed, others = (canaries(0.2, 1.0, 0.0)[0]["worker 1"] for _ in range(2))
+    assert other_canaries(others, passed, torch.bfloat16) is None
+    others[2].completions[0].logprobs[3] = float("nan")
+    assert "samples other canaries" in other_canaries(others, passed, torch.bfloat16)
