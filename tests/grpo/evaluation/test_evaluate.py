@@ -163,9 +163,7 @@ def test_contract_6_a_completion_without_a_mark_is_not_counted_as_wrong(own):
     assert (result.completions, result.correct) == (6, 3)
     assert (result.without_mark, result.abstained) == (6, 3)
     assert result.accuracy == 0.5
-    assert (
-        replace(result, by_problem=[1.0, 0.0, None]).accuracy == 0.5
-    )  # of problems, as the interval is
+    assert replace(result, by_problem=[1.0, 0.0, None]).accuracy == 0.5  # of problems, as the interval is
     assert (result.pass_at[2].value, result.pass_at[2].problems) == (1.0, 3)  # of the two that have a mark
     assert (result.pass_at[4].problems, result.pass_at[4].low, result.pass_at[4].high) == (0, 0.0, 1.0)
     assert failure_kinds(result.failures) == {"own: raised": 3}
@@ -215,7 +213,9 @@ def test_every_batch_is_scored_and_handed_on_before_the_next_is_sampled():
 def test_metrics_of_an_evaluation_are_documented():
     with _task() as task:
         right = evaluate(FakePool([_completion("#### 42"), _completion("#### 41")]), task, _prompts(2), SAMPLING)
-    metrics = as_metrics({"sampled": replace(right, seconds=1.5), "greedy": replace(right, by_problem=[1.0, 1.0], seconds=0.5)})
+    metrics = as_metrics(
+        {"sampled": replace(right, seconds=1.5), "greedy": replace(right, by_problem=[1.0, 1.0], seconds=0.5)}
+    )
     assert (metrics["eval/accuracy"], metrics["eval/accuracy_greedy"]) == (0.5, 1.0)
     assert metrics["eval/part/gsm8k"] == 0.5
     assert metrics["time/evaluate"] == 2.0
