@@ -458,8 +458,11 @@ class Service:
         path = f"tinker://{model.id}/{part}/{name}"
         if job.again:
             return path
-        if folder.exists() and part == "weights" and not request.get("overwrite") and _number(folder) != job.number:
-            raise Refused(f"path={name!r}: a state of this name exists; choose another, or overwrite=True")
+        if folder.exists() and not request.get("overwrite") and _number(folder) != job.number:
+            why = "a state of this name exists; choose another, or overwrite=True"
+            if part == "sampler_weights":
+                why = "weights of this name exist, and samplers may have them; choose another name"
+            raise Refused(f"path={name!r}: {why}")
         self._write(self._trainer(model), folder, job.number, optimizer=optimizer)
         return path
 

@@ -224,6 +224,16 @@ def test_states_are_saved_listed_loaded_and_removed(service):
     assert "no weights are saved here" in error(client.ask("load_weights", path=path, optimizer=False))
 
 
+def test_named_weights_stay_those_of_their_samplers(service):
+    client = Client(service)
+    path = answer(client.ask("save_weights_for_sampler", path="latest"))["path"]
+    living, other = (service.add_sampler(client.session, number, path) for number in (100, 101))
+    want = samples(sample(service, living, sampling_params={"seed": 3}))[1]
+    result(client.learn(rate=0.1)[1])
+    assert "samplers may have them; choose another" in error(client.ask("save_weights_for_sampler", path="latest"))
+    assert samples(sample(service, other, sampling_params={"seed": 3}))[1] == want
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
