@@ -349,17 +349,21 @@ class Service:
         except (Refused, Unknown) as error:
             form, content = "json", json.dumps({"error": str(error), "category": "user"}).encode()
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            said = f"the server has a fault: {type(error).__name__}: {error}; its standard error has more"
-            form, content = "json", json.dumps({"error": said, "category": "server"}).encode()
+            form, content = _fault("the server has a fault", error)
         if job.result is None:
-            job.owner.files.keep_result(job.number, form, content)
+            try:
+                job.owner.files.keep_result(job.number, form, content)
+            except Exception as error:  # such as a full disk
+                form, content = _fault("the request was handled, but its result could not be kept", error)
             job.result = form, content
         job.body = b""
         job.done.set()
         self.jobs.pop(f"{job.owner.id}:{job.number - RESULTS}", None)
         if isinstance(job.owner, Model):
-            self._keep_state(job.owner, job)
+            try:
+                self._keep_state(job.owner, job)
+            except Exception as error:  # the next step tries again
+                _fault("a state could not be kept", error)
 
     def _of_sampler(self, job: Job) -> tuple[str, bytes]:
         sampling = job.owner
@@ -496,6 +500,13 @@ class Service:
             self._begin(model, _spec(folder))
             assert model.trainer is not None
             model.trainer.load(tensor_files.read(folder))
+
+
+def _fault(what: str, error: Exception) -> tuple[str, bytes]:
+    """A result that says what went wrong here; standard error gets the traceback."""
+    traceback.print_exception(error, file=sys.stderr)
+    said = f"{what}: {type(error).__name__}: {error}; the server's standard error has more"
+    return "json", json.dumps({"error": said, "category": "server"}).encode()
 
 
 def _spec(folder: Path) -> Spec:

@@ -199,6 +199,40 @@ def test_a_service_that_was_killed_goes_on_to_the_same_bits(base, tmp_path, monk
     second.close()
 
 
+def test_a_disk_that_is_full_for_a_moment_costs_a_result_and_no_thread(service, monkeypatch):
+    """The result of a step, the state after another, and the samples of a sampler."""
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 0.0)
+    write_file, write_folder, full = of_service.write_file, of_service.write_folder, set()
+
+    def no_room(path):
+        if path.parent.name in full or path.name in full:
+            raise OSError(28, "No space left on device", str(path))
+
+    def file(path, content):
+        no_room(path)
+        write_file(path, content)
+
+    def folder(path):
+        no_room(path)
+        return write_folder(path)
+
+    monkeypatch.setattr(of_service, "write_file", file)
+    monkeypatch.setattr(of_service, "write_folder", folder)
+    client = Client(service)
+    sampler = client.sampler()
+    full.add("results")
+    for job in (client.learn()[1], sample(service, sampler)):
+        assert "its result could not be kept: OSError: [Errno 28]" in error(job)
+    full.remove("results")
+    full.add("state")
+    answer(client.learn()[1])
+    full.clear()
+    answer(client.learn()[1])
+    assert len(samples(sample(service, sampler, 1))[0]) == 2
+    service.close()
+    assert of_service._number(service.model(client.model).folder / "state") == client.number - 1
+
+
 def test_one_service_at_a_time_has_a_folder(service, base):
     with pytest.raises(FolderInUse, match="^state=.* is in use .* choose another state$"):
         Service(base, "llama", service.folder, torch.float32)
