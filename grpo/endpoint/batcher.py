@@ -193,7 +193,7 @@ class Batcher:
         waited = self._since is not None and time.monotonic() - self._since >= self.wait_s
         joins = not batch.requests or len(batch.asked) >= batch.free or waited
         batch.round(join=joins)
-        if not batch.asked:
+        if batch is self._batches[-1] and not batch.asked:  # nobody waits for one of an older policy
             self._since = None
         if batch.alive:
             self.counts.rounds += 1
