@@ -342,3 +342,28 @@ def test_a_request_joins_the_newer_policy_in_time_while_the_older_one_has_work(e
         submit()
         wait_for(lambda count=count: len(newer.requests) == count)
     assert len(older.requests) == 1
+
+
+@pytest.mark.parametrize("fault", ["drop", "replace"])
+def test_when_the_thread_of_the_batch_ends_everybody_is_told(engine, endless, monkeypatch, fault):
+    """What it decodes, what comes with the fault, and what comes later."""
+    batcher, submit = endless
+
+    def fails(*arguments):
+        raise MemoryError("no memory")
+
+    first, told = submit()
+    wait_for(lambda: batcher.engine.requests)
+    with batcher._changed:
+        news = [told, submit()[1]]
+        if fault == "drop":
+            monkeypatch.setattr(batcher.engine, "drop", fails)
+            batcher.cancel([first])
+        else:
+            monkeypatch.setattr(batcher, "_batch", fails)
+            batcher.replace(Endless(engine.policy, 1, 8))
+    wait_for(lambda: all(news))
+    assert [[one.error for one in each] for each in news] == [["decoding has ended: MemoryError: no memory"]] * 2
+    assert [one.error for one in submit()[1]] == ["the server has ended"]
+    assert isinstance(batcher.error, MemoryError)
+    assert not batcher.alive
