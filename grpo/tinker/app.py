@@ -242,8 +242,7 @@ class _Api:
                 return JSONResponse(waits, 408, HEADERS)
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.1)
-        assert job.result is not None
-        form, content = job.result
+        form, content = await asyncio.to_thread(job.read)
         media = "application/x-protobuf" if form == "pb" else "application/json"
         return Response(content, media_type=media, headers=HEADERS)
 

@@ -66,7 +66,7 @@ def sample(service, sampler, number=0, **changes):
 
 def result(job):
     assert job.done.wait(60)
-    return job.result
+    return job.read()
 
 
 def answer(job):
@@ -343,3 +343,23 @@ def test_old_requests_and_results_are_not_kept(base, tmp_path, monkeypatch):
     assert not list(service.models[client.model].files.requests.iterdir())
     with pytest.raises(Unknown):
         service.job(f"{client.model}:1")
+
+
+def test_results_are_in_files_and_those_of_samplers_whose_weights_are_gone_are_removed(service, monkeypatch):
+    """Samplers that come and go with the steps of a loop add nothing for ever, and a sample reads no earlier request."""
+    monkeypatch.setattr(of_service, "UNNAMED", 2)
+    client, jobs = Client(service), []
+    with monkeypatch.context() as context:
+        context.setattr(of_service.Requests, "stored", lambda files: 1 / 0)
+        for _ in range(4):
+            sampler = client.sampler()
+            jobs.append([sample(service, sampler, number) for number in range(2)])
+            assert [len(samples(job)[0]) for job in jobs[-1]] == [2, 2]
+    kept = [[len(list(part.iterdir())) for part in (of[0].owner.files.requests, of[0].owner.files.results)] for of in jobs]
+    assert kept == [[0, 0]] * 2 + [[2, 2]] * 2
+    assert all(job.result is None for job in service.jobs.values())
+    with pytest.raises(Unknown):
+        service.job(jobs[0][0].request_id)
+    with pytest.raises(Unknown, match="no longer kept"):
+        jobs[0][0].read()
+    assert "no weights are saved here" in error(sample(service, jobs[0][0].owner.id, 9))
