@@ -85,8 +85,8 @@ class Trainer:
         self.update = Update(self.masters, groups_of(self.policy.trunk, 1.0, 0.0), OPTIONS, lambda step: 1.0)
 
     def forward_backward(self, request: ForwardBackward) -> Outputs:
-        """The log-probability of every target, and the gradient of the loss beside those that wait. Raises Refused. Where
-        a gradient cannot be computed, those that wait are gone, and the error says so."""
+        """The log-probability of every target, and the gradient of the loss beside those that wait. Raises Refused.
+        Where a gradient cannot be computed, those that wait are gone, and the error says so."""
         loss, settings = loss_of(request.loss, request.settings)
         vocabulary = self.policy.trunk.get_input_embeddings().num_embeddings
         if not request.data:

@@ -319,7 +319,7 @@ def wait_for(holds):
 
 @pytest.fixture
 def endless(engine, params):
-    """A batcher with such a batch, and a function that submits a request to it and returns the news that it gets, too."""
+    """A batcher with such a batch, and a function that submits a request to it and returns it with the news it gets."""
     batcher = Batcher(Endless(engine.policy, 0, 8), params, most_waiting=8, wait_s=0.01)
 
     def submit():

@@ -346,7 +346,7 @@ def test_old_requests_and_results_are_not_kept(base, tmp_path, monkeypatch):
 
 
 def test_results_are_in_files_and_those_of_samplers_whose_weights_are_gone_are_removed(service, monkeypatch):
-    """Samplers that come and go with the steps of a loop add nothing for ever, and a sample reads no earlier request."""
+    """Samplers that come and go with the steps of a loop leave nothing, and a sample reads no earlier request."""
     monkeypatch.setattr(of_service, "UNNAMED", 2)
     client, jobs = Client(service), []
     with monkeypatch.context() as context:
@@ -355,7 +355,8 @@ def test_results_are_in_files_and_those_of_samplers_whose_weights_are_gone_are_r
             sampler = client.sampler()
             jobs.append([sample(service, sampler, number) for number in range(2)])
             assert [len(samples(job)[0]) for job in jobs[-1]] == [2, 2]
-    kept = [[len(list(part.iterdir())) for part in (of[0].owner.files.requests, of[0].owner.files.results)] for of in jobs]
+    files = [of[0].owner.files for of in jobs]
+    kept = [[len(list(part.iterdir())) for part in (each.requests, each.results)] for each in files]
     assert kept == [[0, 0]] * 2 + [[2, 2]] * 2
     assert all(job.result is None for job in service.jobs.values())
     with pytest.raises(Unknown):
