@@ -136,18 +136,30 @@ class Batcher:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._take():
-            for batch in list(self._batches):
-                try:
-                    self._round(batch)
-                except BaseException as error:  # such as lack of memory: this batch fails, and the server goes on
-                    self.counts.failed += len(batch.give_up(f"decoding failed: {type(error).__name__}: {error}"))
-                    self.error = error
-                    fresh = self._batch()
-                    self._batches = [fresh if other is batch else other for other in self._batches]
-            self._batches = [b for b in self._batches[:-1] if b.busy] + self._batches[-1:]
+        why = "the server has ended"
+        try:
+            while self._take():
+                self._rounds()
+        except BaseException as error:  # such as lack of memory for another batch: nobody shall wait in vain
+            self.error, why = error, f"decoding has ended: {type(error).__name__}: {error}"
+            with self._changed:
+                self._closed = True
+                for request in self._new:
+                    self._batches[-1].add(request)
+                self._new = []
         for batch in self._batches:
-            batch.give_up("the server has ended")
+            batch.give_up(why)
+
+    def _rounds(self) -> None:
+        for batch in list(self._batches):
+            try:
+                self._round(batch)
+            except BaseException as error:  # such as lack of memory: this batch fails, and the server goes on
+                self.counts.failed += len(batch.give_up(f"decoding failed: {type(error).__name__}: {error}"))
+                self.error = error
+                fresh = self._batch()
+                self._batches = [fresh if other is batch else other for other in self._batches]
+        self._batches = [b for b in self._batches[:-1] if b.busy] + self._batches[-1:]
 
     def _take(self) -> bool:
         """Waits for something to do, and takes over what others have left here. False at the end."""
@@ -161,12 +173,6 @@ class Batcher:
                 for request in new:
                     self._batches[-1].add(request)
                 return False
-        if newer is not None:
-            self.engine = newer
-            batch = self._batch()
-            batch.asked, self._batches[-1].asked = self._batches[-1].asked, batch.asked
-            self._batches.append(batch)
-            self.counts.policies += 1
         now = time.monotonic()
         for request in new:
             self._began[request] = now
@@ -174,6 +180,12 @@ class Batcher:
             self._batches[-1].add(request)
         if new and self._since is None:
             self._since = now
+        if newer is not None:
+            self.engine = newer
+            batch = self._batch()
+            batch.asked, self._batches[-1].asked = self._batches[-1].asked, batch.asked
+            self._batches.append(batch)
+            self.counts.policies += 1
         for request in gone:
             if self._began.pop(request, None) is not None:
                 self.counts.cancelled += 1
@@ -193,7 +205,7 @@ class Batcher:
         waited = self._since is not None and time.monotonic() - self._since >= self.wait_s
         joins = not batch.requests or len(batch.asked) >= batch.free or waited
         batch.round(join=joins)
-        if not batch.asked:
+        if batch is self._batches[-1] and not batch.asked:  # nobody waits for one of an older policy
             self._since = None
         if batch.alive:
             self.counts.rounds += 1

@@ -21,6 +21,7 @@ from grpo.endpoint.asked import ChatAsked
 from rewards.config.json_file import unfit
 from rollout.environments.format import BadCall, TurnFormat
 from rollout.group import Completion, Prompt
+from rollout.stop_strings import StopStrings
 
 PIECE = 64  # characters of arguments in a chunk of a stream
 
@@ -45,10 +46,13 @@ class Reply:
 
 
 class Calls:
-    """Reads the answers to a request with tools of these names, which may want one call at a time."""
+    """Reads the answers to a request with tools of these names, which may want one call at a time, and may have stop
+    texts: a call may end with one, and the text beside calls ends before it."""
 
-    def __init__(self, form: TurnFormat, names: Sequence[str], parallel: bool) -> None:
-        self.form, self.names, self.parallel = form, set(names), parallel
+    def __init__(
+        self, form: TurnFormat, names: Sequence[str], parallel: bool, stops: StopStrings | None = None
+    ) -> None:
+        self.form, self.names, self.parallel, self.stops = form, set(names), parallel, stops
 
     def reply(self, prompt: Prompt, completion: Completion, index: int = 0) -> Reply:
         """The same completion of the same prompt always has the same ids of calls, so that a template that shows them
@@ -59,6 +63,7 @@ class Calls:
             return Reply(text_message(completion.text), malformed_calls=1)
         if not calls or any(unfit([name, arguments]) for name, arguments in calls):
             return Reply(text_message(completion.text), malformed_calls=min(1, len(calls)))
+        text = self._without_stop(text, completion)
         sent = calls if self.parallel else calls[:1]
         context = json.dumps([prompt.token_ids, completion.token_ids, index]).encode()
         tool_calls = []
@@ -69,6 +74,16 @@ class Calls:
         message = text_message(text or None) | {"tool_calls": tool_calls}
         unknown = sum(name not in self.names for name, _ in sent)
         return Reply(message, len(sent), 0, unknown, len(calls) - len(sent))
+
+    def _without_stop(self, text: str, completion: Completion) -> str:
+        """Returns the text beside calls up to the stop text, with which all ends that the completion's text lacks."""
+        if self.stops is None or completion.text.startswith(text):  # nothing follows the calls
+            return text
+        rest = str(self.stops.tokenizer.decode(completion.token_ids))[len(completion.text) :]
+        if self.stops.cut(rest) == rest:
+            return text
+        common = next(n for n in range(len(rest), -1, -1) if text.endswith(rest[len(rest) - n :]))
+        return text[: len(text) - common]
 
     def plain_end(self, text: str, start: int) -> int:
         """Returns up to where a growing text is surely no call, and no blank before one. It is known to `start`."""
@@ -97,7 +112,8 @@ def calls_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase, stops: tuple[
     if form is None or asked.tool_choice == "none":
         return None
     names = [tool["function"]["name"] for tool in asked.tools or []]
-    return Calls(form, names, asked.parallel_tool_calls is not False)
+    stop_strings = StopStrings(tokenizer, asked.stop) if asked.stop else None
+    return Calls(form, names, asked.parallel_tool_calls is not False, stop_strings)
 
 
 def form_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> TurnFormat | None:

@@ -30,7 +30,7 @@ class ForkingEpisode(Episode):
         def keep(completion: Completion) -> None:
             job.keep(completion)
             if before and not self.ended:
-                self.given[json.dumps([*before, self.turns[-1]])] = completion.token_ids
+                self.given[_key([*before, self.turns[-1]])] = completion.token_ids
 
         return [replace(job, keep=keep)]
 
@@ -38,7 +38,7 @@ class ForkingEpisode(Episode):
         prompt, said = super()._read(asked)
         if not isinstance(asked, ChatAsked):
             return prompt, said
-        beginnings = {place: json.dumps(said[: place + 1]) for place in range(len(said))}
+        beginnings = {place: _key(said[: place + 1]) for place in range(len(said))}
         answers = {place: self.given[key] for place, key in beginnings.items() if key in self.given}
         rendered = partial(self._by_template, tools=asked.tools)
         ids = shown(self.tokenizer, rendered, asked.messages, answers, self.defaults.stop_token_ids)
@@ -54,3 +54,8 @@ class ForkingEpisode(Episode):
         known = [*segment.prompt.token_ids, *segment.ids]
         goes_on = first.token_ids[: len(known)] == known and not segment.waits
         return first.token_ids[len(known) :] if goes_on else None
+
+
+def _key(said: Said) -> str:
+    """A conversation as text, in whatever order a client writes the fields of a message."""
+    return json.dumps(said, sort_keys=True)

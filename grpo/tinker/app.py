@@ -169,10 +169,10 @@ class _Api:
         return await self._ask_later(asked, "load_weights")
 
     async def forward_backward(self, request: Request, body: bytes) -> Any:
-        asked = await asyncio.to_thread(wire.read_forward_backward, body)
-        if asked.number < 1:
-            raise Refused(f"seq_id={asked.number}: number the requests of a model from 1 on")
-        return await asyncio.to_thread(self.service.ask, asked.model_id, asked.number, "forward_backward", body)
+        asked = await asyncio.to_thread(wire.message_of, body)  # data that are wrong are the result's to say
+        if asked.seq_id < 1:
+            raise Refused(f"seq_id={asked.seq_id}: number the requests of a model from 1 on")
+        return await asyncio.to_thread(self.service.ask, asked.model_id, asked.seq_id, "forward_backward", body)
 
     async def optim_step(self, request: Request, body: bytes) -> Any:
         return await self._ask_later(types.OptimStepRequest.model_validate_json(body), "optim_step")
@@ -242,8 +242,7 @@ class _Api:
                 return JSONResponse(waits, 408, HEADERS)
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.1)
-        assert job.result is not None
-        form, content = job.result
+        form, content = await asyncio.to_thread(job.read)
         media = "application/x-protobuf" if form == "pb" else "application/json"
         return Response(content, media_type=media, headers=HEADERS)
 

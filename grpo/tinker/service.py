@@ -53,7 +53,7 @@ class Unknown(Exception):
 
 @dataclass
 class Job:
-    """A request whose result may be waited for. `result` is a protobuf message, or JSON."""
+    """A request whose result may be waited for. It is in a file; `result` is one that could not be written."""
 
     owner: Model | SamplingSession
     number: int
@@ -66,6 +66,12 @@ class Job:
     @property
     def request_id(self) -> str:
         return f"{self.owner.id}:{self.number}"
+
+    def read(self) -> tuple[str, bytes]:
+        """The result, once it is there: a protobuf message, or JSON. Raises Unknown where it is no longer kept."""
+        if (found := self.result or self.owner.files.result(self.number)) is None:
+            raise Unknown(f"request {self.request_id}: its result is no longer kept")
+        return found
 
 
 class Requests:
@@ -93,6 +99,12 @@ class Requests:
             with suppress(FileNotFoundError):
                 return form, (self.results / f"{number:08d}.{form}").read_bytes()
         return None
+
+    def remove(self, number: int) -> None:
+        """Remove a request and its result."""
+        for folder in (self.requests, self.results):
+            for path in folder.glob(f"{number:08d}.*"):
+                path.unlink()
 
     def forget(self, number: int) -> None:
         """Remove requests up to this one, and results long before it."""
@@ -288,23 +300,22 @@ class Service:
             tidy(folder)
             if (folder / "state" / "spec.json").is_file():
                 model.next = _number(folder / "state") + 1
-            for path in sorted(model.files.results.iterdir()):
-                number = int(path.stem)
+            finished = set(_numbers(model.files.results))
+            for number in finished:
                 if number < model.next:
-                    self._finished(Job(model, number, "", b"", result=model.files.result(number)))
+                    self._finished(Job(model, number, "", b""))
             for number, kind, body in model.files.stored():
                 if number >= model.next:
-                    job = Job(model, number, kind, body, result=model.files.result(number))
-                    if job.result is not None:
-                        job.again = True
+                    job = Job(model, number, kind, body, again=number in finished)
+                    if job.again:
                         job.done.set()
                     self._enter(job)
         for folder in sorted(path.parent for path in (self.folder / "samplers").glob("*/sampler.json")):
             content = json.loads((folder / "sampler.json").read_bytes())
             sampling = SamplingSession(folder, content["id"], content["path"], content["place"])
             self.samplers[sampling.id] = sampling
-            for path in sorted(sampling.files.results.iterdir()):
-                self._finished(Job(sampling, int(path.stem), "", b"", result=sampling.files.result(int(path.stem))))
+            for number in _numbers(sampling.files.results):
+                self._finished(Job(sampling, number, "", b""))
             for number, kind, body in sampling.files.stored():
                 if f"{sampling.id}:{number}" not in self.jobs:
                     self._enter_sample(Job(sampling, number, kind, body))
@@ -349,17 +360,20 @@ class Service:
         except (Refused, Unknown) as error:
             form, content = "json", json.dumps({"error": str(error), "category": "user"}).encode()
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            said = f"the server has a fault: {type(error).__name__}: {error}; its standard error has more"
-            form, content = "json", json.dumps({"error": said, "category": "server"}).encode()
-        if job.result is None:
-            job.owner.files.keep_result(job.number, form, content)
-            job.result = form, content
+            form, content = _fault("the server has a fault", error)
+        if not job.again:
+            try:
+                job.owner.files.keep_result(job.number, form, content)
+            except Exception as error:  # such as a full disk
+                job.result = _fault("the request was handled, but its result could not be kept", error)
         job.body = b""
         job.done.set()
         self.jobs.pop(f"{job.owner.id}:{job.number - RESULTS}", None)
         if isinstance(job.owner, Model):
-            self._keep_state(job.owner, job)
+            try:
+                self._keep_state(job.owner, job)
+            except Exception as error:  # the next step tries again
+                _fault("a state could not be kept", error)
 
     def _of_sampler(self, job: Job) -> tuple[str, bytes]:
         sampling = job.owner
@@ -372,7 +386,7 @@ class Service:
         self.sampler.take(sampling.id, spec, folder)
         sequences, of_prompt = self.sampler.sample(asked)
         with self._mutex:
-            old = [number for number, _, _ in sampling.files.stored()][:-RESULTS]
+            old = _numbers(sampling.files.requests)[:-RESULTS]
             if old:
                 sampling.files.forget(old[-1])
         return "pb", wire.write_samples(sequences, of_prompt)
@@ -446,8 +460,18 @@ class Service:
         id_ = self.add_sampler(model.id.partition(":")[0], request.get("sampling_session_seq_id") or 0, path)
         unnamed = sorted((model.folder / "sampler_weights").glob("@*"))
         for folder in unnamed[:-UNNAMED]:
+            self._release(f"tinker://{model.id}/sampler_weights/{folder.name}")
             shutil.rmtree(folder)
         return {"sampling_session_id": id_, "type": "save_weights_for_sampler"}
+
+    def _release(self, path: str) -> None:
+        """Remove what samplers of these weights were asked, and its results."""
+        with self._mutex:
+            owners = {sampling.id for sampling in self.samplers.values() if sampling.path == path}
+            for job in list(self.jobs.values()):
+                if job.owner.id in owners and job.done.is_set():
+                    job.owner.files.remove(job.number)
+                    self.jobs.pop(job.request_id, None)
 
     def _save(
         self, model: Model, job: Job, part: str, name: str, request: Mapping[str, Any], *, optimizer: bool
@@ -458,8 +482,11 @@ class Service:
         path = f"tinker://{model.id}/{part}/{name}"
         if job.again:
             return path
-        if folder.exists() and part == "weights" and not request.get("overwrite") and _number(folder) != job.number:
-            raise Refused(f"path={name!r}: a state of this name exists; choose another, or overwrite=True")
+        if folder.exists() and not request.get("overwrite") and _number(folder) != job.number:
+            why = "a state of this name exists; choose another, or overwrite=True"
+            if part == "sampler_weights":
+                why = "weights of this name exist, and samplers may have them; choose another name"
+            raise Refused(f"path={name!r}: {why}")
         self._write(self._trainer(model), folder, job.number, optimizer=optimizer)
         return path
 
@@ -495,6 +522,13 @@ class Service:
             model.trainer.load(tensor_files.read(folder))
 
 
+def _fault(what: str, error: Exception) -> tuple[str, bytes]:
+    """A result that says what went wrong here; standard error gets the traceback."""
+    traceback.print_exception(error, file=sys.stderr)
+    said = f"{what}: {type(error).__name__}: {error}; the server's standard error has more"
+    return "json", json.dumps({"error": said, "category": "server"}).encode()
+
+
 def _spec(folder: Path) -> Spec:
     content = json.loads((folder / "spec.json").read_bytes())
     return Spec(**{name: content[name] for name in Spec().to_json()})
@@ -503,6 +537,11 @@ def _spec(folder: Path) -> Spec:
 def _number(folder: Path) -> int:
     """The number of the request after which these weights were written."""
     return int(json.loads((folder / "spec.json").read_bytes())["number"])
+
+
+def _numbers(folder: Path) -> list[int]:
+    """The numbers of the requests or results in a folder, in order."""
+    return sorted(int(path.stem) for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _file(id_: str) -> str:

@@ -85,13 +85,24 @@ class Trainer:
         self.update = Update(self.masters, groups_of(self.policy.trunk, 1.0, 0.0), OPTIONS, lambda step: 1.0)
 
     def forward_backward(self, request: ForwardBackward) -> Outputs:
-        """The log-probability of every target, and the gradient of the loss beside those that wait. Raises Refused."""
+        """The log-probability of every target, and the gradient of the loss beside those that wait. Raises Refused.
+        Where a gradient cannot be computed, those that wait are gone, and the error says so."""
         loss, settings = loss_of(request.loss, request.settings)
         vocabulary = self.policy.trunk.get_input_embeddings().num_embeddings
         if not request.data:
             raise Refused("data: there is no datum")
         for place, datum in enumerate(request.data):
             check_datum(datum, place, request.loss, vocabulary, self.policy.max_length)
+        try:
+            return self._add_up(request, loss, settings)
+        except Exception as error:
+            if not request.backward:
+                raise
+            self.update.zero()  # a part of its gradient may be among those of earlier requests
+            kind = Refused if isinstance(error, Refused) else RuntimeError
+            raise kind(f"{error}; the gradients that waited are dropped") from error
+
+    def _add_up(self, request: ForwardBackward, loss: Loss, settings: Mapping[str, float]) -> Outputs:
         outputs = Outputs([{} for _ in request.data])
         total = 0.0
         with torch.set_grad_enabled(request.backward):
@@ -101,8 +112,7 @@ class Trainer:
                 losses = [_loss(loss, each, datum, settings) for each, datum in zip(logprobs, data, strict=True)]
                 whole = torch.stack(losses).sum()
                 if not math.isfinite(whole.item()):
-                    self.update.zero()
-                    raise Refused(f"the loss is {whole.item()}; the gradients that waited are dropped")
+                    raise Refused(f"the loss is {whole.item()}")
                 if request.backward and whole.requires_grad:
                     self.update.backward(whole, 0, ALONE)
                 total += whole.item()

@@ -51,13 +51,19 @@ class Outputs:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def read_forward_backward(body: bytes) -> ForwardBackward:
-    """Raises Refused for what is no such message, or has tensors that cannot be read."""
+def message_of(body: bytes) -> messages.ForwardBackwardRequest:
+    """The message, whose data are not looked at yet. Raises Refused for what is none."""
     message = messages.ForwardBackwardRequest()
     try:
         message.ParseFromString(body)
     except DecodeError as error:
         raise Refused(f"forward_backward: the body is no ForwardBackwardRequest ({error})") from None
+    return message
+
+
+def read_forward_backward(body: bytes) -> ForwardBackward:
+    """Raises Refused for what is no such message, or has tensors that cannot be read."""
+    message = message_of(body)
     settings: dict[str, float | str] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         settings[name] = value.text if value.WhichOneof("value") == "text" else value.number

@@ -4,7 +4,7 @@ and whatever it wrote reaches the agent and is counted."""
 import json
 import re
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from policies.presets import small_tokenizer
 from rollout.group import Completion, DraftStats, Prompt
 from rollout.request import News
 from rollout.sampling import SamplingParams
+from rollout.stop_strings import StopStrings
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CORPUS = ["Each gets <<48/2=24>>24 apples.\n", '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'] * 20
@@ -100,6 +101,8 @@ def answer_to(served, asked, text):
     """The answer as a whole, and streamed: one choice each."""
     jobs = served.jobs(asked)
     completion = completion_of(served.tokenizer, text, served.defaults.stop_token_ids)
+    if asked.stop:
+        completion = replace(completion, text=StopStrings(served.tokenizer, asked.stop).cut(completion.text))
     whole = Answer(served, asked, jobs)
     whole.done[0] = completion
     streamed = Answer(served, asked, jobs)
@@ -351,6 +354,25 @@ def test_what_a_request_says_of_calls_is_heeded(qwen):
     assert served.jobs(asked_of([USER], tool_choice="none"))[0].prompt.token_ids == shown
     whole, _ = answer_to(served, asked_of([USER], tool_choice="none"), two)
     assert (whole["message"]["content"], whole["finish_reason"]) == (two.removesuffix("<|im_end|>"), "stop")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "content"),
+    [
+        (f"{ONE}\nObservation:", "Observation:", None),
+        (f"{ONE}\nObservation:", "\nObservation:", None),
+        (f"Hm.\n{ONE}\nSo.\nObservation: 3", "Observation:", "Hm.So.\n"),
+        (f"Hm.\n{ONE}\nSo.\nObservation: ", "\nObservation:", "Hm.So."),
+        (f"Hm>\n{ONE}", "</tool_call>", "Hm>"),
+    ],
+)
+def test_a_stop_text_ends_an_answer_with_calls_and_is_no_part_of_it(qwen, text, stop, content):
+    """Of a call that ends with it, it is a part."""
+    whole, choices = answer_to(served_by(qwen), asked_of([USER], stop=[stop]), text)
+    assert whole["message"]["content"] == content
+    assert [call["function"]["name"] for call in whole["message"]["tool_calls"]] == ["calculate"]
+    streamed, calls, _ = joined(choices)
+    assert (streamed or None, len(calls)) == (content, 1)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from grpo.learner.prepare import estimate, pack
 from rewards.group_score import GroupScore
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
+from rollout.relay import Relay
+from rollout.request import Request
 from rollout.sampling import SamplingParams
 
 torch.set_num_threads(1)
@@ -291,3 +293,77 @@ def test_requests_at_the_same_time_are_segments_of_their_own(begin):
     done = episode.finish({})
     assert len(done.segments) == 2
     assert sum(done.sampled) == len(one.token_ids) + sum(len(c.token_ids) for c in completions)
+
+
+# ---- the batch -------------------------------------------------------------------------------------------------------
+
+
+class Endless(Relay):
+    """A batch whose completions never end, and which requests join when they are let."""
+
+    def round(self, join=True):
+        time.sleep(0.001)
+        if join:
+            super().round()
+
+    def exchange(self):
+        return {}
+
+
+def wait_for(holds):
+    end = time.monotonic() + 5
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.002)
+    assert holds()
+
+
+@pytest.fixture
+def endless(engine, params):
+    """A batcher with such a batch, and a function that submits a request to it and returns it with the news it gets."""
+    batcher = Batcher(Endless(engine.policy, 0, 8), params, most_waiting=8, wait_s=0.01)
+
+    def submit():
+        told = []
+        request = Request(Prompt("", "", [5]), params, told.append)
+        batcher.submit([request])
+        return request, told
+
+    yield batcher, submit
+    batcher.close()
+
+
+def test_a_request_joins_the_newer_policy_in_time_while_the_older_one_has_work(engine, endless):
+    batcher, submit = endless
+    older, newer = batcher.engine, Endless(engine.policy, 1, 8)
+    submit()
+    wait_for(lambda: older.requests)
+    batcher.replace(newer)
+    for count in (1, 2, 3):
+        submit()
+        wait_for(lambda count=count: len(newer.requests) == count)
+    assert len(older.requests) == 1
+
+
+@pytest.mark.parametrize("fault", ["drop", "replace"])
+def test_when_the_thread_of_the_batch_ends_everybody_is_told(engine, endless, monkeypatch, fault):
+    """What it decodes, what comes with the fault, and what comes later."""
+    batcher, submit = endless
+
+    def fails(*arguments):
+        raise MemoryError("no memory")
+
+    first, told = submit()
+    wait_for(lambda: batcher.engine.requests)
+    with batcher._changed:
+        news = [told, submit()[1]]
+        if fault == "drop":
+            monkeypatch.setattr(batcher.engine, "drop", fails)
+            batcher.cancel([first])
+        else:
+            monkeypatch.setattr(batcher, "_batch", fails)
+            batcher.replace(Endless(engine.policy, 1, 8))
+    wait_for(lambda: all(news))
+    assert [[one.error for one in each] for each in news] == [["decoding has ended: MemoryError: no memory"]] * 2
+    assert [one.error for one in submit()[1]] == ["the server has ended"]
+    assert isinstance(batcher.error, MemoryError)
+    assert not batcher.alive

@@ -89,7 +89,8 @@ def packed(groups):
 
 
 def chat(kind, engine, batcher, sample, turns=3):
-    """An episode of a client that sends back what it got: the ids that the policy read, its answers, and the texts."""
+    """An episode of a client that sends back what it got, with the fields of an answer in the order of OpenAI's client:
+    the ids that the policy read, its answers, and the texts."""
     tokenizer = engine.policy.tokenizer
     messages, contexts, answers, shown = [user("3 + 4 = ?")], [], [], []
     text = render(tokenizer, messages, add_generation_prompt=True)
@@ -100,7 +101,7 @@ def chat(kind, engine, batcher, sample, turns=3):
         ids, completion = ask(episode, messages)
         contexts.append(ids)
         answers.append(completion)
-        messages = [*messages, {"role": "assistant", "content": completion.text}, user(f"and {turn}?")]
+        messages = [*messages, {"content": completion.text, "role": "assistant"}, user(f"and {turn}?")]
     return episode, contexts, answers, shown
 
 

@@ -138,6 +138,22 @@ def test_errors_come_in_the_form_of_the_sdk(client):
         ).result()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss_fn_inputs": {"target_tokens": types.TensorData.from_torch_sparse(torch.eye(5))}}, "a sparse tensor"),
+        ({"model_input": types.ModelInput(chunks=[types.ImageChunk(data=b"", format="png")])}, "pictures or sound"),
+    ],
+)
+def test_a_request_whose_data_cannot_be_read_fails_and_its_model_goes_on(client, changes, words):
+    training = client.create_lora_training_client(base_model="llama", rank=4).result()
+    inputs = {"model_input": types.ModelInput.from_ints(TOKENS[:-1]), "loss_fn_inputs": {"target_tokens": TOKENS[1:]}}
+    with pytest.raises(tinker.RequestFailedError, match=words) as refusal:
+        training.forward_backward([types.Datum(**inputs | changes)], "cross_entropy").result()
+    assert refusal.value.category == types.RequestErrorCategory.User
+    training.forward([datum()], "cross_entropy").result(timeout=20)
+
+
 def test_a_key_is_asked_for_where_there_is_one(base, tmp_path):
     running = Running(base, tmp_path / "state", key="tml-secret")
     try:

@@ -66,7 +66,7 @@ def sample(service, sampler, number=0, **changes):
 
 def result(job):
     assert job.done.wait(60)
-    return job.result
+    return job.read()
 
 
 def answer(job):
@@ -199,6 +199,40 @@ def test_a_service_that_was_killed_goes_on_to_the_same_bits(base, tmp_path, monk
     second.close()
 
 
+def test_a_disk_that_is_full_for_a_moment_costs_a_result_and_no_thread(service, monkeypatch):
+    """The result of a step, the state after another, and the samples of a sampler."""
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 0.0)
+    write_file, write_folder, full = of_service.write_file, of_service.write_folder, set()
+
+    def no_room(path):
+        if path.parent.name in full or path.name in full:
+            raise OSError(28, "No space left on device", str(path))
+
+    def file(path, content):
+        no_room(path)
+        write_file(path, content)
+
+    def folder(path):
+        no_room(path)
+        return write_folder(path)
+
+    monkeypatch.setattr(of_service, "write_file", file)
+    monkeypatch.setattr(of_service, "write_folder", folder)
+    client = Client(service)
+    sampler = client.sampler()
+    full.add("results")
+    for job in (client.learn()[1], sample(service, sampler)):
+        assert "its result could not be kept: OSError: [Errno 28]" in error(job)
+    full.remove("results")
+    full.add("state")
+    answer(client.learn()[1])
+    full.clear()
+    answer(client.learn()[1])
+    assert len(samples(sample(service, sampler, 1))[0]) == 2
+    service.close()
+    assert of_service._number(service.model(client.model).folder / "state") == client.number - 1
+
+
 def test_one_service_at_a_time_has_a_folder(service, base):
     with pytest.raises(FolderInUse, match="^state=.* is in use .* choose another state$"):
         Service(base, "llama", service.folder, torch.float32)
@@ -222,6 +256,16 @@ def test_states_are_saved_listed_loaded_and_removed(service):
     service.delete_checkpoint(model, "weights/one")
     assert service.checkpoints(model) == []
     assert "no weights are saved here" in error(client.ask("load_weights", path=path, optimizer=False))
+
+
+def test_named_weights_stay_those_of_their_samplers(service):
+    client = Client(service)
+    path = answer(client.ask("save_weights_for_sampler", path="latest"))["path"]
+    living, other = (service.add_sampler(client.session, number, path) for number in (100, 101))
+    want = samples(sample(service, living, sampling_params={"seed": 3}))[1]
+    result(client.learn(rate=0.1)[1])
+    assert "samplers may have them; choose another" in error(client.ask("save_weights_for_sampler", path="latest"))
+    assert samples(sample(service, other, sampling_params={"seed": 3}))[1] == want
 
 
 @pytest.mark.parametrize(
@@ -299,3 +343,24 @@ def test_old_requests_and_results_are_not_kept(base, tmp_path, monkeypatch):
     assert not list(service.models[client.model].files.requests.iterdir())
     with pytest.raises(Unknown):
         service.job(f"{client.model}:1")
+
+
+def test_results_are_in_files_and_those_of_samplers_whose_weights_are_gone_are_removed(service, monkeypatch):
+    """Samplers that come and go with the steps of a loop leave nothing, and a sample reads no earlier request."""
+    monkeypatch.setattr(of_service, "UNNAMED", 2)
+    client, jobs = Client(service), []
+    with monkeypatch.context() as context:
+        context.setattr(of_service.Requests, "stored", lambda files: 1 / 0)
+        for _ in range(4):
+            sampler = client.sampler()
+            jobs.append([sample(service, sampler, number) for number in range(2)])
+            assert [len(samples(job)[0]) for job in jobs[-1]] == [2, 2]
+    files = [of[0].owner.files for of in jobs]
+    kept = [[len(list(part.iterdir())) for part in (each.requests, each.results)] for each in files]
+    assert kept == [[0, 0]] * 2 + [[2, 2]] * 2
+    assert all(job.result is None for job in service.jobs.values())
+    with pytest.raises(Unknown):
+        service.job(jobs[0][0].request_id)
+    with pytest.raises(Unknown, match="no longer kept"):
+        jobs[0][0].read()
+    assert "no weights are saved here" in error(sample(service, jobs[0][0].owner.id, 9))

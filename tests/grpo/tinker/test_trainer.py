@@ -204,6 +204,37 @@ def test_what_is_not_finite_is_refused_and_the_next_step_is_as_if_it_had_not_bee
     assert all(torch.equal(value, other.state()["policy"][name]) for name, value in trainer.state()["policy"].items())
 
 
+def test_a_gradient_that_fails_half_way_leaves_nothing_and_says_so(base, monkeypatch):
+    """And a forward alone that fails leaves what waits."""
+    monkeypatch.setattr("grpo.tinker.trainer.OPTIONS", LearnerOptions(learning_rate=1.0, tokens_per_micro_batch=8))
+    trainer = Trainer(base, Spec(4))
+    [first, *others] = data(len(base.tokenizer), "importance_sampling", sizes=(4, 5, 7))
+    logprobs, calls = trainer._logprobs, []
+
+    def second_fails(of):
+        calls.append(of)
+        if len(calls) % 2 == 0:
+            raise MemoryError("no memory")
+        return logprobs(of)
+
+    monkeypatch.setattr(trainer, "_logprobs", second_fails)
+    trainer.forward_backward(ask([first], "importance_sampling"))
+    calls.clear()
+    want = gradients(trainer.policy.trunk)
+    with pytest.raises(MemoryError):
+        trainer.forward_backward(ask(others, "importance_sampling", backward=False))
+    bad = Datum(first.tokens, first.inputs | {"logprobs": torch.full_like(first.inputs["logprobs"], -1e4)})
+    with pytest.raises(Refused, match="^the loss is [^;]*$"):
+        trainer.forward_backward(ask([bad], "importance_sampling", backward=False))
+    found = gradients(trainer.policy.trunk)
+    assert found
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    calls.clear()
+    with pytest.raises(RuntimeError, match="no memory; the gradients that waited are dropped"):
+        trainer.forward_backward(ask(others, "importance_sampling"))
+    assert not gradients(trainer.policy.trunk)
+
+
 @pytest.mark.parametrize(
     "changes", [{"beta1": 1.0}, {"learning_rate": math.nan}, {"eps": -1.0}, {"weight_decay": -1.0}]
 )
