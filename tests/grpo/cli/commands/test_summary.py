@@ -36,6 +36,7 @@ RESULT = Evaluation(
     seconds=2.0,
     tokens_per_second=125.4,
     groups=[],
+    by_problem=[0.25] * 10,
 )
 
 
@@ -121,7 +122,7 @@ def test_a_character_of_several_tokens_stands_with_the_last_of_them():
 
 
 def test_the_table_of_evaluations_fits_a_terminal_and_says_what_it_counts(shown):
-    whole = replace(RESULT, correct=1234, completions=1319, tokens_per_second=12345.6)
+    whole = replace(RESULT, correct=1234, completions=1319, by_problem=[1234 / 1319], tokens_per_second=12345.6)
     summary.evaluations({"before GRPO, sampled": RESULT, "after GRPO, greedy": whole})
     text = shown.export_text()
     for part in ("5/20", "0.250 (0.11-0.47)", "1234/1319", "0.936", "3.46", "125", "12346"):
