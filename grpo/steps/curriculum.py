@@ -79,7 +79,7 @@ class Curriculum(Listener):
         return self.examples[: math.ceil(round(share * len(self.examples), 6))]  # 0.2 + 0.4 is no 0.6
 
     def candidates(self, count: int, step: int) -> int:
-        """Those that are open, and no others."""
+        """Gives at most as many as are open, so that no other problem is chosen before its turn."""
         return min(count * self.options.candidates, max(count, len(self.open(step))))
 
     def choose(self, count: int, step: int, draw: int = 0) -> list[Example] | None:

@@ -88,7 +88,7 @@ class Prefix:
         return Prefix(self.latents_LPTE[:, alive], self.lengths_P[alive], row_prompt_R)
 
     def excerpt(self, rows: Tensor) -> Prefix:
-        """The same as a copy, without the padding that longer prompts needed."""
+        """Copies the prefix of these rows alone, without the padding that longer prompts needed."""
         prefix = self.select(rows)
         prefix.latents_LPTE = prefix.latents_LPTE[:, :, : int(prefix.lengths_P.max())].clone()
         return prefix

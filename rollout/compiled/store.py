@@ -137,7 +137,7 @@ def _key(decoder: Decoder, bucket: Bucket, flat: list[Tensor]) -> str:
 
 @cache
 def _processor() -> list[str]:
-    """What machine code for this processor depends on: Linux names all sets of instructions, others a model."""
+    """Gives what machine code for this processor depends on. Linux names its sets of instructions, others a model."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
