@@ -177,7 +177,10 @@ class Session:
         def act() -> list[GroupScore]:
             with self.run.timed("time/reward"):
                 if rewards is not None:
-                    return self.task.score_by(rewards, groups)
+                    scores = self.task.score_by(rewards, groups)
+                    for failure in (failure for score in scores for failure in score.errors):
+                        self.run.log.event("reward_error", step=self.step, **vars(failure))
+                    return scores
                 return self.collector.score(groups, self.step)
 
         return self.ranks.from_first(act)
@@ -324,11 +327,8 @@ class Session:
         with the same batches follows in this step. From here on the step counts, whatever fails later."""
         if not self.run.moved:
             self.batches.before_update(self.step)
-        changes = {name: value for name, value in (("betas", betas), ("eps", eps)) if value is not None}
-        for group in self.learner.optimizer.param_groups:
-            group.update(changes)
-            if weight_decay is not None and all(weight.dim() > 1 for weight in group["params"]):
-                group["weight_decay"] = weight_decay
+        numbers = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self.learner.set_numbers(**{name: value for name, value in numbers.items() if value is not None})
         metrics = self._learn(lambda: self.learner.optim_step(learning_rate, ends=ends))
         self.run.reached()
         if ends and self.run.moved:

@@ -130,7 +130,7 @@ def right_at(mark: float | None) -> Callable[[AnyReward], AnyReward]:
         raise ValueError(f"right_at({mark}): give the mark from which a completion is right, or None")
 
     def declare(function: AnyReward) -> AnyReward:
-        function.right_at = mark  # type: ignore[attr-defined]
+        function.right_at = None if mark is None else float(mark)  # type: ignore[attr-defined]
         return function
 
     return declare

@@ -97,7 +97,7 @@ class RewardFunction:
         """The message for a batch. Raises RewardError if something that the function asks for is missing."""
         groups = [group.renamed(self.spec.columns) for group in groups]
         per_completion = groups[0].completion_columns
-        names = self._columns([*groups[0].columns, *per_completion])
+        names = self._columns([*dict.fromkeys(name for group in groups for name in group.columns), *per_completion])
         request: dict[str, Any] = {
             "function": self.index,
             "prompts": [(group.messages if self.spec.chat else None) or group.prompt for group in groups],
@@ -137,6 +137,8 @@ class RewardFunction:
         return [name for name in (*signature.required, *optional, *rest) if name not in others]
 
     def _value(self, group: Group, name: str) -> Any:
+        if name not in group.columns and name not in self.signature.required:
+            return None  # other prompts have it
         if name not in group.columns:
             where = f"{self.spec.function!r} (prompt {group.prompt_id!r})"
             self.signature.check(where, group.columns, self.spec.arguments)

@@ -23,8 +23,8 @@ ADVICE = (
 )
 VLLM_ADVICE = (
     "If memory ran out, give vLLM less by rollout.vllm.engine ({kv_cache_memory_bytes: N} on a CPU, "
-    "{gpu_memory_utilization: SHARE} on a GPU); if a forward or a publication needs more time, raise "
-    "rollout.vllm.silence_s or rollout.publish_timeout_s"
+    "{gpu_memory_utilization: SHARE} on a GPU); if a publication needs more time, raise "
+    "rollout.timeout_s, of which it has a sixth"
 )
 
 

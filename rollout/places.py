@@ -54,8 +54,8 @@ class Places:
             if node["Alive"]
         )
         return (
-            f"rollout.workers needs {self}, and within rollout.placement_timeout_s={self.timeout_s:g} the cluster had "
-            f"no place for that. It has {has}; free: {_share(free)}. Lower rollout.workers, "
+            f"rollout.workers needs {self}, and within {self.timeout_s:g} s, a twelfth of rollout.timeout_s, "
+            f"the cluster had no place for that. It has {has}; free: {_share(free)}. Lower rollout.workers, "
             "rollout.threads_per_worker or rollout.gpus_per_worker, or add machines"
         )
 

@@ -16,8 +16,8 @@ from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
 
 TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
-PUBLISH_TIMEOUT_S = 600.0  # of rollout.publish_timeout_s
-PLACEMENT_TIMEOUT_S = 300.0  # and of rollout.placement_timeout_s
+PUBLISH_TIMEOUT_S = 600.0  # a sixth of it
+PLACEMENT_TIMEOUT_S = 300.0  # and a twelfth
 OnReady = Callable[[int, dict[str, Any]], None]  # gets the number of a worker that has started, and where it is
 
 

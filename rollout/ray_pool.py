@@ -27,7 +27,7 @@ from rollout.sampling import SamplingParams
 from rollout.workers import START_TIMEOUT_S, Call, Lost, Workers
 
 METRICS = {
-    "faults/worker": "Ray workers replaced that died or passed rollout.timeout_s, rollout.publish_timeout_s; count",
+    "faults/worker": "Ray workers replaced that died or were late with a shard or a publication, count",
     "faults/node": "Ray workers that were replaced since their machine left the cluster, count",
     "faults/object_store": "times that Ray's object store was full and was waited for, count",
     "time/confirm": "from the message to the last worker's confirmation; part of time/publish, seconds",
@@ -132,7 +132,7 @@ class RayPool(Pool):
         """
         former, self.confirmed, self.passed = self.confirmed, set(), set()
         held: dict[int, Held] = {}
-        late = f"it took longer than rollout.publish_timeout_s={self.publish_timeout_s:g} to take the weights over"
+        late = f"to take the weights over took longer than {self.publish_timeout_s:g} s, a sixth of rollout.timeout_s"
         taking, since = set(to), None
         try:
             for message in messages:
@@ -250,7 +250,7 @@ class RayPool(Pool):
         def ask(i: int, what: Any, limit_s: float, late: str, method: str, *arguments: Any) -> None:
             calls[self.workers.call(i, method, *arguments)] = Call(i, what, limit_s, late)
 
-        limit = f"took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
+        limit = f"took longer than {self.publish_timeout_s:g} s, a sixth of rollout.timeout_s"
         for i in sorted(self.confirmed.intersection(free)):
             if self.canaries and i not in self.passed:
                 prompts, params, _ = self.canaries
@@ -258,7 +258,7 @@ class RayPool(Pool):
                 ask(i, None, self.publish_timeout_s, f"its canaries {limit}", "sample", *arguments)
             elif lacking and (waiting or everyone):
                 taker = lacking.pop(0)
-                told = f"worker {i} {limit} to give worker {taker} its weights"
+                told = f"to give worker {taker} its weights worker {i} {limit}"
                 ask(i, Given(taker), self.publish_timeout_s, told, "give", self.workers.actors[taker])
             elif waiting:
                 job = waiting.pop()
@@ -314,7 +314,7 @@ class RayPool(Pool):
         later."""
         self.check_stop()
         version, self.canaries, groups = self._version(), None, dict[int, list[RolloutGroup]]()
-        late = f"its canaries took longer than rollout.publish_timeout_s={self.publish_timeout_s:g}"
+        late = f"its canaries took longer than {self.publish_timeout_s:g} s, a sixth of rollout.timeout_s"
         while not groups:
             self._settle()
             arguments, limit_s = (list(prompts), params, version, self.costs), self.publish_timeout_s
@@ -342,7 +342,7 @@ class RayPool(Pool):
         if not self.in_turn:
             return
         self.published, self.asleep = None, True
-        late = f"it took longer than rollout.publish_timeout_s={self.publish_timeout_s:g} to leave the GPU"
+        late = f"it took longer than {self.publish_timeout_s:g} s, a sixth of rollout.timeout_s to leave the GPU"
         calls = {self.workers.call(i, "sleep"): Call(i, None, self.publish_timeout_s, late) for i in self.confirmed}
         while calls:
             for call, _, lost in self.workers.ended(calls):

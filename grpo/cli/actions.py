@@ -149,11 +149,13 @@ def evaluate(args: argparse.Namespace) -> int:
         return 0
     _begin()
     from grpo.cli.commands import eval_report, summary
-    from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
+    from grpo.cli.commands.eval import ModelEvaluation, evaluate_model, refuse_full
 
     evaluations: list[ModelEvaluation] = []
-    for number, policy in enumerate(args.policies):
-        output = config.output and config.output / str(number) if number else config.output
+    outputs = [config.output and config.output / (str(i) if i else "") for i in range(len(args.policies))]
+    for output in outputs:
+        refuse_full(output)  # before the first of them is evaluated
+    for number, (policy, output) in enumerate(zip(args.policies, outputs, strict=True)):
         options = config.model_copy(update={"model": policy, "output": output})
         evaluations.append(evaluate_model(options, summary.CONSOLE, args.policies[number + 1 :]))
         eval_report.show(evaluations[-1], summary.CONSOLE)

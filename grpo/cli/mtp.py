@@ -214,8 +214,11 @@ class Depths(Listener):
 
 
 def stores_head(model: str) -> bool:
-    """Whether the checkpoint has MTP layers; a preset's draft head is as random as its trunk, and stays."""
-    model = find_policy(model, read=False).base
+    """Whether the policy brings MTP layers; a preset's draft head is as random as its trunk, and stays."""
+    source = find_policy(model)
+    if source.saved is not None:  # the checkpoint of a run may have a head that the run's own model has not
+        return any(name.startswith("mtp.") for name in source.saved.tensors["policy"])
+    model = source.base
     return model in presets.PRESETS or bool(mtp_layers(read_config(model), WeightFiles(model).shapes))
 
 

@@ -123,6 +123,16 @@ class PromptTemplate:
         return turns
 
 
+def shown_columns(template: str, user_turn: str | None) -> list[str] | None:
+    """The columns that prompts show, in their order; None for the question or the turns of a chat alone.
+
+    >>> shown_columns("{context} {question}", None), shown_columns("chat", None)
+    (['context', 'question'], None)
+    """
+    form = user_turn if template == "chat" else template
+    return None if form is None else list(dict.fromkeys(_fields("template", form.replace("{examples}", ""))))
+
+
 def _fields(key: str, form: str) -> list[str]:
     try:
         return [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]

@@ -140,6 +140,7 @@ def questions(of: Callable[[Request], Served], key: str | None, prefix: str = ""
         one = {"id": served.name, "object": "model", "created": 0, "owned_by": "quartet"}
         one |= {"policy_version": served.batcher.engine.version, "meaning": served.meaning}
         one |= {"max_model_len": served.context, "accept": served.defaults.accept}
+        one |= {"chat_template_kwargs": getattr(served.tokenizer, "chat_template_kwargs", {})}
         return JSONResponse({"object": "list", "data": [one]} if name is None else one, headers=HEADERS)
 
     return [

@@ -144,7 +144,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         for failure in score.errors
         if failure.function == judges[i].first_reward
     )
-    tokens = sum(len(completion.token_ids) for completion in completions)
+    tokens = sum(completion.num_sampled for completion in completions)
     drafts = [completion.draft for completion in completions]
     forwards = sum(draft.target_forwards for draft in drafts)
     parts = {
@@ -241,7 +241,7 @@ def source_metrics(task: Task, result: Evaluation) -> dict[str, float]:
     metrics: dict[str, float | None] = {}
     for label, part in task.parts.items():
         places = [i for i, group in enumerate(result.groups) if task.part_of(group.prompt.prompt_id) is part]
-        lengths = [len(completion.token_ids) for i in places for completion in result.groups[i].completions]
+        lengths = [completion.num_sampled for i in places for completion in result.groups[i].completions]
         rewards, marks = ([values[i] for i in places] for values in (result.rewards_by_problem, result.by_problem))
         metrics[f"eval/source/{label}/reward_mean"] = mean_of(reward for reward in rewards if reward is not None)
         metrics[f"eval/source/{label}/length_mean"] = mean_of(lengths)
@@ -290,7 +290,7 @@ def measure_speed(
                 groups = pool.sample(chosen, params)
                 seconds = time.perf_counter() - started
                 sampled = [completion for group in groups for completion in group.completions]
-                rates[depth].append(sum(len(completion.token_ids) for completion in sampled) / seconds)
+                rates[depth].append(sum(completion.num_sampled for completion in sampled) / seconds)
                 completions += sampled if depth != 0 else []
         with_drafts, without = median(rates[sampling.draft_tokens]), median(rates[0])
         speeds.append(Speed(count, sampling.draft_tokens, with_drafts, without, tokens_per_forward(completions) or 1.0))

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from rewards.group_score import GroupScore
 
 OnMicroBatch = Callable[[int, int], None]  # is told how many were read, of how many
+
+
+NUMBERS = ("betas", "eps", "weight_decay")  # of AdamW
 
 
 class Learner:
@@ -80,6 +83,8 @@ class Learner:
             groups += term.parameters(options.weight_decay)
         self.update = Update(self.masters, groups, options, schedule)
         self.optimizer = self.update.optimizer
+        self.numbers: dict[str, Any] = {}  # of AdamW, other than the options say
+        self._configured = [{name: group[name] for name in NUMBERS} for group in self.optimizer.param_groups]
         self._open: list[Work] = []  # whose gradients wait for the optimizer
         self._done: list[Work] = []  # of the last update, which may be made again
         self._published: int | None = None  # the last version that was read for a publication
@@ -314,9 +319,19 @@ class Learner:
         self._published = self.policy_version
         return self.policy.publication()
 
+    def set_numbers(self, **numbers: Any) -> None:
+        """Sets `betas`, `eps` and `weight_decay` of AdamW from now on, also after a resume; weight decay is on matrices
+        only."""
+        self.numbers |= numbers
+        for group in self.optimizer.param_groups:
+            are_matrices = all(weight.dim() > 1 for weight in group["params"])
+            group.update({name: value for name, value in numbers.items() if are_matrices or name != "weight_decay"})
+
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Gives what a checkpoint keeps; see state.py."""
-        counters = {"policy_version": self.policy_version, "skipped_in_a_row": self.skipped_in_a_row}
+        counters: dict[str, Any] = {"policy_version": self.policy_version, "skipped_in_a_row": self.skipped_in_a_row}
+        numbers = {name: list(value) if name == "betas" else value for name, value in self.numbers.items()}
+        counters |= {"numbers": numbers} if numbers else {}
         return learner_state.take(*self._stateful), counters
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
@@ -325,6 +340,11 @@ class Learner:
         self._drop()
         self._done, self._published = [], None
         self.policy_version, self.skipped_in_a_row = state["policy_version"], state["skipped_in_a_row"]
+        for group, configured in zip(self.optimizer.param_groups, self._configured, strict=True):
+            group.update(configured)
+        self.numbers = {}
+        numbers = state.get("numbers", {})
+        self.set_numbers(**numbers | ({"betas": tuple(numbers["betas"])} if "betas" in numbers else {}))
 
     @property
     def _stateful(self) -> tuple[Policy, MasterWeights, torch.optim.Optimizer, dict[str, nn.Module]]:

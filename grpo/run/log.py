@@ -32,7 +32,7 @@ from grpo.run.console import progress_bars, sample_table, step_line
 from grpo.run.json_lines import append_line, json_line, open_lines
 from grpo.run.lock import RunLock, refuse_folder
 from grpo.run.metrics import check
-from grpo.run.records import holds_a_run, is_evaluation, keep_lines, read_events, rollout_lines, truncate
+from grpo.run.records import TURNS, holds_a_run, is_evaluation, keep_lines, read_events, rollout_lines, truncate
 from grpo.run.stop import Stopped
 from grpo.run.trackers import installed, log_rollouts, start
 from policies.files.atomic import tidy, write_file
@@ -234,7 +234,7 @@ class RunLog:
     def _early_ends(self, resumes: bool) -> dict[str, float]:
         """Counts how often the run ended before its time, by run/* metric; empty where it never did. What was killed
         has no event `end` before the next `resume`, which this process has yet to write."""
-        events = [event for event in read_events(self.output_dir) if event["event"] in ("end", "resume")]
+        events = [event for event in read_events(self.output_dir) if event["event"] in TURNS]
         ends = Counter(event.get("how") for event in events if event["event"] == "end")
         turns = [event["event"] for event in events] + ["resume"] * resumes
         killed = sum(turn == "resume" and before != "end" for before, turn in pairwise(["begin", *turns]))
@@ -276,6 +276,8 @@ class RunLog:
     def _describe_run(self, config_yaml: str, resume_step: int | None) -> None:
         file, here = self.output_dir / "config.yaml", hardware.describe()
         if resume_step is None:
+            if any(event["event"] == "end" for event in read_events(self.output_dir)):
+                self._write_event("begin", {})  # after one that ended before its first step
             write_file(self.output_dir / hardware.FILE, json.dumps(here, indent=1) + "\n")
         else:
             self.event("resume", step=resume_step, unshown={"environment": here})

@@ -24,8 +24,10 @@ CURVES = {
     "reward": ("reward/mean",),
     "loss": ("loss/sft",),  # of supervised steps, where there is no reward
     "draft loss": ("loss/mtp", "loss/mtp_tv"),
-    "accuracy": ("eval/accuracy", "eval/reward_mean"),
+    "accuracy": ("eval/accuracy",),
+    "held-out reward": ("eval/reward_mean",),
 }
+HELD_OUT = ("accuracy", "held-out reward")  # of which one is shown
 PHASES = {"sampling": "time/rollout", "reward": "time/reward", "learning": "time/learn", "publishing": "time/publish"}
 WIDTH, BESIDE = 40, 48  # columns of a curve, and of the words beside it
 NAME = 20  # columns of the run's name; of a longer one the end is shown
@@ -119,8 +121,10 @@ class Panel:
         lines: list[RenderableType] = [self._headline()]
         blocks = BLOCKS if self.console.encoding.lower().startswith("utf") else PLAIN_BLOCKS
         curves = {label: curve for label, curve in self._curves.items() if curve}
+        if "accuracy" in curves:
+            curves.pop("held-out reward", None)
         if "reward" in curves:
-            curves = {label: curve for label, curve in curves.items() if label in ("reward", "accuracy")}
+            curves = {label: curve for label, curve in curves.items() if label in ("reward", *HELD_OUT)}
         width = max(8, min(WIDTH, self.console.width - BESIDE))
         grid = Table.grid(padding=(0, 2))
         for label, curve in curves.items():

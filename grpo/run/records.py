@@ -16,6 +16,7 @@ from rewards.records import is_metric, step_of
 from rewards.verdicts import held_out_metric
 from rollout.group import RolloutGroup
 
+TURNS = ("begin", "resume", "end")  # events; the last of them says whether a run goes on
 RENAMED = ("draft/heldout_", "draft/held_out_")  # metrics of version 0.1, and what they are called since
 
 

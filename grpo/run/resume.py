@@ -119,7 +119,12 @@ def base_digest(policy: Policy, names: Collection[str]) -> str:
     from policies import four_bit  # with transformers, which readers of a run's records do not need
     from policies.policy import digest
 
-    weights = {n.replace(".base_layer", ""): weight for n, weight in policy.named_parameters() if n not in names}
+    has_head = any(name.startswith("mtp.") for name in names)  # where it has none, one was added since
+    weights = {
+        n.replace(".base_layer", ""): weight
+        for n, weight in policy.named_parameters()
+        if n not in names and (has_head or not n.startswith("mtp."))
+    }
     return digest({n + end: part for n, weight in weights.items() for end, part in four_bit.parts(weight).items()})
 
 

@@ -309,7 +309,8 @@ def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOpti
     assert source.checkpoint is not None
     config, base = _run_config(source.checkpoint.parent.parent), source.base
     refuse_preset(source)
-    like_the_run = config.model_copy(update={name: getattr(options, name) for name in ("dtype", "threads", "device")})
+    asked = {name: getattr(options, name) for name in ("dtype", "threads", "device")}
+    like_the_run = config.model_copy(update=asked | {"add_mtp": _adds_head(config) or _adds_head(options)})
     policy = _load(base, like_the_run, nf4=in_4_bits(config))
     if isinstance(config, MtpConfig):
         policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None

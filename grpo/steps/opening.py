@@ -23,7 +23,7 @@ from grpo.task.task import Task
 from policies import four_bit
 from policies.devices import device_of
 from policies.paths import Paths
-from policies.policy import Policy
+from policies.policy import Policy, PolicyError
 from rewards.config.problems import python_words
 
 Config = TypeVar("Config", bound=LearningConfig | MtpConfig)
@@ -60,6 +60,12 @@ def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
     for its completion."""
     config = run.config if model is None else run.config.model_copy(update={"model": model})
     policy = load_policy(config, task.corpus(), run.ranks)
+    if packing := getattr(policy.trunk, "hf_quantizer", None):
+        method = packing.quantization_config.quant_method
+        raise PolicyError(
+            f"model={config.model!r}: its weights stay packed ({getattr(method, 'value', method)}), and such a policy "
+            "cannot be saved; use a dequantised copy, or the original with lora.base: nf4"
+        )
     if policy.paths != Paths():
         run.log.say(f"a model of type {policy.config.model_type!r} is {policy.paths}")
     if task.held_out or isinstance(config, TrainConfig | MtpConfig):

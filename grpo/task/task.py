@@ -100,7 +100,7 @@ class Task:
         self.solution_column = data.solution_column
         self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         self.prompts_per_step = 0
-        self.leads, self.scores = scores, scores and bool(rewards)
+        self.leads, self.scores, self.on_error = scores, scores and bool(rewards), scoring.on_error
         self.actor = Actor()
         if environment or agent:
             from grpo.task.acting import Acting
@@ -299,8 +299,8 @@ class Task:
         functions = rewards if isinstance(rewards, Sequence) else [rewards]
         specs = [RewardSpec(name_callable(function)) for function in functions]
         models = self.models.names if self.models else []
-        columns = [*groups[0].prompt.columns, *models, *self.actor.columns]
-        with closing(Scorer(specs, columns=columns)) as scorer:
+        columns = [*{name for group in groups for name in group.prompt.columns}, *models, *self.actor.columns]
+        with closing(Scorer(specs, columns=columns, on_error=self.on_error)) as scorer:
             return self._score(scorer, groups, self._model_columns(groups))
 
     def _model_columns(self, groups: Sequence[RolloutGroup]) -> list[dict[str, list[float]]]:

@@ -124,6 +124,7 @@ class Model:
         self.spec: Spec | None = None
         self.trainer: Trainer | None = None
         self.kept_at = time.monotonic()
+        self.loaded = -1  # the last request by which weights were loaded
 
 
 class SamplingSession:
@@ -298,6 +299,8 @@ class Service:
             model = Model(folder, folder.name.replace(".", ":"))
             self.models[model.id] = model
             tidy(folder)
+            if (folder / "spec.json").is_file():
+                model.spec = _spec(folder)
             if (folder / "state" / "spec.json").is_file():
                 model.next = _number(folder / "state") + 1
             finished = set(_numbers(model.files.results))
@@ -430,6 +433,7 @@ class Service:
         if request["optimizer"] and "optimizer" not in tensors:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
         model.trainer.load(tensors, optimizer=request["optimizer"])
+        model.loaded = job.number
         return {"path": request["path"], "type": "load_weights"}
 
     def _forward_backward(self, model: Model, job: Job) -> dict[str, Any] | bytes:
@@ -505,10 +509,12 @@ class Service:
             (partial / "spec.json").write_text(json.dumps(trainer.spec.to_json() | {"number": number}))
 
     def _keep_state(self, model: Model, job: Job) -> None:
-        """Keep what is trained now and then, where no gradient waits."""
-        if job.kind != "optim_step" or model.trainer is None:
+        """Keep what is trained now and then, where no gradient waits; and at once what was loaded, since its folder may
+        change."""
+        is_loaded = job.kind == "load_weights" and model.loaded == job.number
+        if model.trainer is None or not (is_loaded or job.kind == "optim_step"):
             return
-        if time.monotonic() - model.kept_at > KEEP_STATE_S:
+        if is_loaded or time.monotonic() - model.kept_at > KEEP_STATE_S:
             self._write(model.trainer, model.folder / "state", job.number)
             model.files.forget(job.number)
             model.kept_at = time.monotonic()

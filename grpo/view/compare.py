@@ -97,6 +97,8 @@ def compare(folders: Sequence[Path], metrics: Sequence[str] = (), steps: Sequenc
             )
         same.append(run)
     recorded = {name for run in runs for row in run.rows.values() for name, value in row.items() if value is not None}
+    if not recorded:
+        raise ValueError(f"RUN={folders[0]}: its metrics.jsonl has no step yet; compare it when one is done")
     for name in metrics:
         if name not in recorded:
             near = difflib.get_close_matches(name, recorded, n=1, cutoff=0)

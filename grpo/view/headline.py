@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from grpo.algorithm.statistics import wilson_interval
-from rewards.verdicts import ACCURACY, held_out_metric
+from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
 
 TRAINED = "reward/mean"
 AVERAGED = 10  # training steps at each end of a run without evaluations
@@ -45,16 +45,17 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _evaluated(rows: Sequence[Mapping[str, Any]], name: str, what: str) -> str:
     first, last = rows[0], rows[-1]
-    count = last.get("eval/prompts") or 0
     judged = name.startswith(ACCURACY)
+    count, before = (judged_problems(row) if judged else row.get("eval/prompts") or 0 for row in (last, first))
     sentence = f"{what}: {'accuracy' if judged else 'mean reward'} {first[name]:.3f} at step {first['step']}"
     on = f", on {count:g} problems" if count else ""
     if last is first:
         return f"{sentence}{on}. There is no later evaluation yet."
     sentence += f", {last[name]:.3f} at step {last['step']}{on}. The difference is {last[name] - first[name]:+.3f}"
-    if not (judged and count):
-        return f"{sentence}; it has no interval, since the metrics of a run hold means alone."
-    low, high = difference_interval(first[name], last[name], (first.get("eval/prompts") or count, count))
+    if not (judged and count and before):
+        why = "some completions have no mark" if judged else "the metrics of a run hold means alone"
+        return f"{sentence}; it has no interval, since {why}."
+    low, high = difference_interval(first[name], last[name], (before, count))
     verdict = "so it has learned" if low > 0 else "so it has become worse" if high < 0 else "which may be chance"
     return f"{sentence} (95 %: {low:+.3f} to {high:+.3f}), {verdict}."
 

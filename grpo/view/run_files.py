@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from tokenizers import Tokenizer
 from grpo.algorithm.statistics import wilson_interval
 from grpo.run import hardware
 from grpo.run.metrics import meaning
-from grpo.run.records import check_run, read_events, read_metrics
+from grpo.run.records import TURNS, check_run, read_events, read_metrics
 from grpo.view.headline import headline
 from grpo.view.reading import check_files, find_tokenizer, read_step, token_texts
+from rewards.group_score import RewardFailure
 from rewards.records import recorded_steps, rollout_path, split_groups
 from rewards.ties import tied
-from rewards.verdicts import ACCURACY
+from rewards.verdicts import ACCURACY, judged_problems
 
+FAILURE = [field.name for field in fields(RewardFailure)]
 ACCURACIES = (ACCURACY, f"{ACCURACY}_greedy")
 
 
@@ -50,7 +53,7 @@ class RunFiles:
             "recorded": recorded_steps(self.folder),
             "config": options.read_text(encoding="utf-8", errors="replace") if options.is_file() else "",
             "machine": hardware.caption(hardware.read(machine)) if machine.is_file() else "",
-            "ended": next((e for e in reversed(self.events()) if e["event"] in ("end", "resume")), None),
+            "ended": next((e for e in reversed(self.events()) if e["event"] in TURNS), None),
         }
 
     def events(self) -> list[dict[str, Any]]:
@@ -72,7 +75,12 @@ class RunFiles:
             }
             for lines in self._groups(step)
         ]
-        failures = [e for e in self.events() if e.get("step") == step and "error" in e]
+        events = [event for event in self.events() if event.get("step") == step and "evaluation" not in event]
+        failures = [
+            event | {"error": event.get("error") or str(RewardFailure(*(event.get(name, 0) for name in FAILURE)))}
+            for event in events
+            if "error" in event or event["event"] == "reward_error"
+        ]
         return {"step": step, "groups": groups, "failures": failures}
 
     def group(self, step: int, number: int) -> dict[str, Any]:
@@ -112,7 +120,7 @@ class RunFiles:
 
     def _with_interval(self, row: dict[str, Any]) -> dict[str, Any]:
         """Add the 95 % intervals of the accuracies of this step."""
-        count = row.get("eval/prompts")
+        count = judged_problems(row)
         for name in ACCURACIES:
             if (value := row.get(name)) is not None and count:
                 row[f"{name}/low"], row[f"{name}/high"] = wilson_interval(value * count, count)

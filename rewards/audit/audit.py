@@ -88,8 +88,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     groups = groups_of(trace for trace in rollouts.traces if trace.form != "problems")
     every = flatten(groups)
     columns = {
-        trace: {"answer": next((trace.columns[name] for name in ANSWERS if name in trace.columns), None)}
-        | trace.columns
+        trace: next(({"answer": trace.columns[name]} for name in ANSWERS if name in trace.columns), {}) | trace.columns
         for trace in every
     }
     names = sorted({name for row in columns.values() for name in row})

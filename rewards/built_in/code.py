@@ -9,12 +9,13 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from textwrap import dedent
 
 from rewards.isolation.sandbox import Limits, SandboxUnavailable, run_python, unavailable
 from rewards.protocol import Completions, right_at, text_of
 
 _BLOCK = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
-_LANGUAGES = ("", "python", "py", "python3", "py3")
+_LANGUAGES = ("python", "py", "python3", "py3")
 
 # Reads the word by which the results are known before the program can, and says it after each test that passed.
 _HARNESS = """
@@ -77,13 +78,14 @@ def code(
 
 
 def program_of(text: str) -> str:
-    r"""The last block between ``` marks that is Python or of no language, or the whole text.
+    r"""The last block between ``` marks that says it is Python, else the last one of no language, else the whole text.
 
-    >>> program_of("So:\n```python\nx = 1\n```\nDone.")
+    >>> program_of("So:\n```python\nx = 1\n```\nIt prints:\n```\n1\n```")
     'x = 1\n'
     """
-    blocks = [block for language, block in _BLOCK.findall(text) if language.strip().lower() in _LANGUAGES]
-    return blocks[-1] if blocks else text
+    blocks = [(language.strip().lower(), dedent(block)) for language, block in _BLOCK.findall(text)]
+    python = [block for language, block in blocks if language in _LANGUAGES]
+    return next(iter((python or [block for language, block in blocks if not language])[::-1]), text)
 
 
 def _tests(texts: str | Sequence[str]) -> list[str]:

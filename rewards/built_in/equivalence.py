@@ -21,9 +21,12 @@ try:
 except ImportError as error:
     raise RewardError("reward math_equivalence needs math-verify: pip install 'quartet-rewards[math]'") from error
 
-# Of a text without delimiters math-verify reads a number alone: 2 of 2\sqrt{3}. These are numbers, perhaps with a unit,
-# and plain arithmetic, which it reads better without.
-_AS_IT_IS = re.compile(r"[-+$]*[\d,. ]*\d[%$]?(?: ?[A-Za-z]{2,}(?: [A-Za-z]{2,})*)?|[\d.\s+\-*/^()]+")
+# Of a text without delimiters math-verify reads a number alone: 2 of 2\sqrt{3}, and 5 of 3, 5. These are numbers,
+# perhaps with a unit after a blank, and plain arithmetic, which it reads better without.
+_NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=[\d])%?"
+_UNIT = r" (?!pi\b|sqrt\b)[A-Za-z]{2,}(?: [A-Za-z]{2,})*"
+_AS_IT_IS = re.compile(rf"{_NUMBER}(?:{_UNIT})?|(?!.*\d\s+\d)[\d.\s+\-*/^()]+")
+_MIXED = re.compile(r"([-+]?)(\d+) (\d+)/(\d+)")
 _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
@@ -48,7 +51,7 @@ def math_equivalence(prompts: list | None, completions: Completions, answer: lis
 
 @functools.lru_cache(maxsize=4096)
 def _gold(answer: str | int | float) -> list:
-    expression = str(answer).rpartition("####")[2].strip()
+    expression = _in_latex(str(answer).rpartition("####")[2].strip())
     forms = [f"${expression}$", expression]
     if _AS_IT_IS.fullmatch(expression) or any(mark in expression for mark in _DELIMITERS):
         forms.reverse()
@@ -56,3 +59,15 @@ def _gold(answer: str | int | float) -> list:
     if not parsed:
         raise ValueError(f"math-verify cannot read the gold answer {expression[-60:]!r}")
     return parsed
+
+
+def _in_latex(expression: str) -> str:
+    """A gold without delimiters, with its currency left out and its words in LaTeX."""
+    if any(mark in expression for mark in _DELIMITERS[1:]) or expression.count("$") > 1:
+        return expression
+    expression = expression.replace("$", "")
+    if mixed := _MIXED.fullmatch(expression):
+        sign, whole, above, below = mixed.groups()
+        return rf"{sign}({whole}+\frac{{{above}}}{{{below}}})"
+    expression = re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", expression)
+    return re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", expression)

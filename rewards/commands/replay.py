@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from rewards.protocol import did_you_mean
 from rewards.records import read_rollouts, recorded_steps, split_groups
 from rewards.registry import find_reward
 from rewards.scorer import RewardSpec, Scorer
-from rewards.ties import tied
+from rewards.ties import ABSOLUTE, RELATIVE, tied
 
 SCORE = "score"  # the weighted sum, not one reward's value
 
@@ -109,7 +110,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
                 Change(step, line["prompt_id"], line["sample"], old, new, line["text"])
                 for group, olds, news in zip(groups, before, after, strict=True)
                 for line, old, new in zip(group, olds, news, strict=True)
-                if old != new
+                if not _same(old, new)
             ]
             ties = sum(map(tied, before)), sum(map(tied, after))
             result.steps.append(
@@ -195,6 +196,13 @@ def _against(name: str | None, label: str, parts: list[str]) -> str:
     if name not in names:
         raise ValueError(f"against={name!r} was not recorded{did_you_mean(name, names)}; there are {', '.join(names)}")
     return name
+
+
+def _same(old: float | None, new: float | None) -> bool:
+    """Whether both are the same mark: others record float32."""
+    if old is None or new is None:
+        return old is new
+    return math.isclose(old, new, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
 
 
 def _mean(groups: list[list[float | None]]) -> float | None:

@@ -18,7 +18,9 @@ import socket
 import threading
 import traceback
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
@@ -45,12 +47,13 @@ def serve(socket_fd: int, trace_fd: int, memory: int) -> None:
     functions: list[Any] = []
     while True:
         request = json.loads(lines.get())
-        faulthandler.dump_traceback_later(request["timeout_s"], exit=True, file=trace_fd)
+        renew = partial(faulthandler.dump_traceback_later, request["timeout_s"], exit=True, file=trace_fd)
+        renew()
         try:
             if "functions" in request:
                 reply = load(request["functions"], functions)
             else:
-                reply = functions[request["function"]].call(request)
+                reply = functions[request["function"]].call(request | {"renew": renew})
         except BaseException as error:  # KeyboardInterrupt: no Ctrl-C comes here, so the function has raised it
             reply = {"kind": "raised", "message": _describe(error, None)}
         number = {"number": request["number"]}
@@ -134,9 +137,7 @@ class LoadedReward:
         arguments |= {name: _repeat(values, counts) for name, values in request["columns"].items()}
         arguments |= {name: _flat(values) for name, values in request["completion_columns"].items()}
         try:
-            result = self.reward(**arguments)
-            if inspect.isawaitable(result):
-                result = asyncio.run(awaited(result))
+            result = _value_of(self.reward(**arguments))
             if not hasattr(result, "__iter__") or isinstance(result, str | bytes | Mapping):
                 message = f"returned {repr(result)[:80]}, not a list of {len(completions)}"
                 return {"kind": "wrong_length", "message": message}
@@ -159,6 +160,21 @@ KINDS = {
     "agent": "rewards.isolation.agents:LoadedAgent",
     "template": "rewards.isolation.templates:LoadedTemplate",
 }
+
+
+def _value_of(result: Any) -> Any:
+    """The result of a function, sync or async. Where an event loop runs, as in a notebook, another thread waits."""
+    if not inspect.isawaitable(result):
+        return result
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(awaited(result))
+    elsewhere = ThreadPoolExecutor(1)
+    try:
+        return elsewhere.submit(asyncio.run, awaited(result)).result()
+    finally:
+        elsewhere.shutdown(wait=False)  # Ctrl-C leaves one that hangs
 
 
 def _repeat(values: list, counts: list[int]) -> list:

@@ -62,8 +62,8 @@ class LoadedEnvironments:
 
         Keys of the request: `episode` (a name), `environment` (a key of `environments`), `columns`, `seeds` (of the
         group and of the rollout), `history` and `calls` ([[tool, arguments], ...]), and `ends`, which asks for the
-        reward and brings `turns`, the messages of the episode. The reply has `observation` (what `reset` gave),
-        `results` [[text, whether the tool raised], ...], `done`, and `reward`.
+        reward and brings `turns`, the messages of the episode. `renew` begins the time limit anew. The reply has
+        `observation` (what `reset` gave), `results` [[text, whether the tool raised], ...], `done`, and `reward`.
 
         If memory runs out, all objects are dropped, and the episode is repeated alone: only what it needs itself is its
         failure.
@@ -82,9 +82,12 @@ class LoadedEnvironments:
         episode = self._episodes.pop(name, None)
         try:
             if episode is None or not episode.is_at(request):
+                renew = request.get("renew", lambda: None)
                 episode = _Episode(self, request)
+                renew()
                 for tool, arguments in history:
                     episode.call(tool, arguments)
+                    renew()
             results = [episode.call(tool, arguments) for tool, arguments in request["calls"]]
             reply = {"observation": episode.observation, "results": results, "done": episode.done}
             if request["ends"]:
@@ -185,4 +188,4 @@ class _Episode:
 def _short(text: str, name: str) -> str:
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{name} wrote {len(text):,} characters; it may write {MOST_CHARACTERS:,}")
-    return text
+    return text.encode(errors="replace").decode()  # half a character is in no token

@@ -70,8 +70,9 @@ class WorkerProcess:
         self._request: dict = {"number": 0}
         self._buffer = bytearray()
 
-    def ask(self, request: dict, timeout_s: float) -> None:
-        """Send a request. Raises OSError if the worker has died, or has written something unasked."""
+    def ask(self, request: dict, timeout_s: float, limits: int = 1) -> None:
+        """Send a request, which may take `limits` times as long if the worker begins its time anew. Raises OSError if
+        the worker has died, or has written something unasked."""
         self.timeout_s = timeout_s
         if wait([self.socket], 0):
             raise OSError
@@ -79,7 +80,7 @@ class WorkerProcess:
         self.socket.settimeout(timeout_s)
         self.socket.sendall(json.dumps(self._request).encode() + b"\n")
         self.asked = time.monotonic()
-        self.deadline = self.asked + timeout_s + GRACE_S
+        self.deadline = self.asked + timeout_s * limits + GRACE_S
 
     def receive(self) -> dict | None:
         """The reply; None while it is incomplete. Raises EOFError if the worker has died, BadReply for no reply."""
@@ -194,6 +195,8 @@ class WorkerPool:
     ) -> list[dict | None]:
         """One reply per request: the worker's, or `{"kind": "timeout" | "died", "message": ...}`.
 
+        A request may begin its time limit anew, as often as its key `limits` says.
+
         With `stop_at_failure` the requests that were not answered before the first failure stay None. `on_reply` is
         called with the place of each request that was answered.
         """
@@ -250,7 +253,8 @@ class WorkerPool:
                 continue
             worker.job = waiting[0]
             try:
-                worker.ask(requests[worker.job], self._timeout_s)
+                request = requests[worker.job]
+                worker.ask(request, self._timeout_s, request.get("limits", 1))
             except OSError:  # it died while idle; another worker gets the request, unless this one has never served any
                 verdict = self._lose(worker)
                 if worker.served <= 1:

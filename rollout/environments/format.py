@@ -274,11 +274,14 @@ class TurnFormat:
             raise BadCall(f"The arguments of {name} must be a JSON object, not {json.dumps(arguments)[:80]}.")
         try:
             checked = self._arguments[name].model_validate(arguments)
+            values = checked.model_dump(mode="json", exclude_unset=True)  # of an Enum its value, as with TRL
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
             raise BadCall(f"Wrong arguments of {name}: {'; '.join(faults)[:500]}.") from error
+        except ValueError as error:  # JSON cannot hold them
+            raise BadCall(f"Wrong arguments of {name}: {error!s:.500}.") from error
         fields = sorted(checked.model_fields_set, key=list(type(checked).model_fields).index)
-        return Call(name, {self._parameters[name][int(field[1:])]: getattr(checked, field) for field in fields})
+        return Call(name, {self._parameters[name][int(field[1:])]: values[field] for field in fields})
 
     def _read_marks(self, text: str) -> tuple[str, list[tuple[str, Any]]]:
         """The plain form. A call ends its turn and goes from `<<` to `=`; marks that the model has closed are text."""

@@ -32,6 +32,7 @@ answers.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +99,12 @@ def tools_of(spec: EnvironmentSpec, name: str) -> list[Callable[..., Any]]:
         environment = load_class(path, "environment")
         if not callable(getattr(environment, "reset", None)):
             raise ValueError(f"environment {path!r} has no method `reset`, which is called for each rollout")
-        tools += [types.MethodType(method, object()) for method in methods_of(environment).values()]
+        tools += [
+            method
+            if isinstance(inspect.getattr_static(environment, name), staticmethod)
+            else types.MethodType(method, object())
+            for name, method in methods_of(environment).items()
+        ]
         if not tools:
             raise ValueError(f"environment {path!r} has no tools: give it a public method besides {' and '.join(OWN)}")
     return tools
@@ -174,8 +180,9 @@ def _about(request: Mapping[str, Any]) -> str:
 
 
 def _run(pool: WorkerPool, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A worker that died may have been killed from outside, so its request is repeated once."""
-    numbered = [request | {"function": 0} for request in requests]
+    """A worker that died may have been killed from outside, so its request is repeated once. One that does not hold the
+    episode has a time limit for `reset`, and for each call that it repeats."""
+    numbered = [request | {"function": 0, "limits": 2 + len(request["history"])} for request in requests]
     replies = pool.run(numbered)
     for i, reply in enumerate(replies):
         if reply is not None and reply.get("kind") == "died":

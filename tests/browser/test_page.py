@@ -99,6 +99,16 @@ def test_a_second_run_is_drawn_over_the_first(page):
     page.wait_for_function("() => document.querySelector('.chart').data?.some(({name}) => name.startsWith('second'))")
 
 
+def test_the_page_of_a_run_says_its_own_state_beside_others(page, folders):
+    """Under the second run stand its configuration and its state, whichever other runs are drawn."""
+    config = folders / "second/config.yaml"
+    config.write_text(config.read_text() + "# of the second\n")
+    page.go()
+    page.get_by_label("second").check()
+    page.evaluate("location.hash = '#/1/'")
+    page.wait_for_function("() => document.querySelector('details pre')?.textContent.includes('# of the second')")
+
+
 def test_smoothing_is_an_exponential_mean(page):
     page.go()
     page.wait_for_selector(".card .main-svg")

@@ -41,6 +41,7 @@ LEAVING = {
     "TRL's users": (["grpo/trl_bridge.py"], None),
 }
 SHORT = ["--steps=2", "--warm_start.steps=3", "--eval.limit=0", "--prompts_per_step=4", "--checkpoint.every=1"]
+SHORT += ["--rollout.max_completion_tokens=12"]
 
 
 def tree(folder):

@@ -15,7 +15,7 @@ from grpo import Session
 from grpo.config.mtp import HeadOptions
 from grpo.config.run import SftConfig
 from grpo.learner.head_learner import HeadLearner
-from grpo.run.records import read_metrics
+from grpo.run.records import read_events, read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.train import train
@@ -249,6 +249,47 @@ def test_other_rewards_score_the_same_groups(micro_config, tmp_path):
         scores = session.score(groups, lambda completions, **columns: [float(len(text)) for text in completions])
         assert [score.rewards for score in scores] == [[float(len(t)) for t in group.texts] for group in groups]
         assert {len(group.completions) for group in groups} == {3}
+
+
+def test_a_failure_of_another_reward_is_data_too(micro_config, tmp_path):
+    """Contract 6: as the run's option says, and an event."""
+
+    def mine(completions, **columns):
+        return [ValueError("x") if i == 0 else 1.0 for i in range(len(completions))]
+
+    with Session.open(micro_config(tmp_path / "r", **{"reward.on_error": "drop_sample"})) as session:
+        [score] = session.score(session.sample(session.prompts(1), step=1, group_size=2)[:1], mine)
+        assert score.rewards == [None, 1.0]
+    assert [event["message"] for event in read_events(tmp_path / "r") if event["event"] == "reward_error"]
+
+
+def test_contract_9_numbers_of_ones_own_are_those_of_the_checkpoint(micro_config, tmp_path):
+    """They hold from their step on, also after a resume; an earlier checkpoint has those from before."""
+
+    def numbers(session):
+        return [(g["betas"], g["eps"], g["weight_decay"]) for g in session.learner.optimizer.param_groups]
+
+    config, seen = micro_config(tmp_path / "r", steps=3, **{"checkpoint.every": 1}), []
+
+    def loop():
+        with Session.open(config, stop_after=2) as session:
+            for step in session.run.steps():
+                seen.append((session.save(tmp_path / f"kept_{step}"), numbers(session)))
+                session.forward_backward(session.prepare(session.draw(step)))
+                session.optim_step(**{"betas": (0.5, 0.6), "eps": 1e-6, "weight_decay": 0.1} if step == 2 else {})
+                seen[-1] += (numbers(session),)
+                session.publish()
+                session.record(step, {})
+                session.save_if_due(step)
+
+    with pytest.raises(Stopped):
+        loop()
+    path, configured, changed = seen[1]
+    assert changed != configured
+    with Session.open(config, resume="auto") as session:
+        assert numbers(session) == changed
+        session.load(path)
+        assert numbers(session) == configured
 
 
 def test_a_checkpoint_of_a_session_brings_it_back(micro_config, tmp_path):

@@ -1,5 +1,6 @@
 """Scoring: weights, abstention, columns, what a failure means under each policy, and the dry run."""
 
+import asyncio
 import hashlib
 import math
 import pickle
@@ -309,6 +310,28 @@ def test_a_function_that_cannot_be_pickled(on_error):
 def test_what_is_not_given_keeps_its_default():
     assert score_one([mine("optional")], ["x"]).rewards == [1.0]
     assert score_one([mine("optional")], ["x"], {"answer": "none"}).rewards == [0.0]
+
+
+def test_an_async_function_is_scored_where_an_event_loop_runs():
+    """As in a notebook, without processes."""
+    scorer = Scorer([mine("asynchronous")], isolated=False)
+
+    async def cell():
+        return scorer.score(["?"], [["a", "b"]], [{}], prompt_ids=["p"])
+
+    [score] = asyncio.run(cell())
+    assert score.errors == []
+    assert all(isinstance(reward, float) for reward in score.rewards)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_column_that_some_rows_have_is_none_for_the_others(tmp_path, turned):
+    """Whichever row comes first in a batch."""
+    (tmp_path / "hint.py").write_text("def hinted(completions, hint=None): return [float(h == 'x') for h in hint]")
+    columns = [{}, {"hint": "x"}][:: -1 if turned else 1]
+    with Scorer([RewardSpec(f"{tmp_path}/hint.py:hinted")], columns=["hint"]) as scorer:
+        scores = scorer.score(["?", "?"], [["a"], ["b"]], columns, prompt_ids=["p", "q"])
+    assert [score.rewards for score in scores] == [[0.0], [1.0]][:: -1 if turned else 1]
 
 
 def test_array_results_are_numbers():

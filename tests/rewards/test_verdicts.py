@@ -174,6 +174,7 @@ def test_what_the_built_in_rewards_declare():
 def test_the_declaration_goes_with_a_function_of_one_completion_and_must_be_finite():
     assert Signature.of(right_at(0.5)(per_completion(lambda completion: 1.0))).right_at == 0.5
     assert Signature.of(per_completion(right_at(0.5)(lambda completion: 1.0))).right_at == 0.5
+    assert Verdicts("r", Signature.of(right_at(2)(lambda completions: [])).right_at, 2.0).of(1.0) is False
     with pytest.raises(ValueError, match="right_at\\(inf\\): give the mark from which"):
         right_at(float("inf"))
 

@@ -476,7 +476,7 @@ def test_contract_5_a_stopped_worker_is_named_in_a_publication_and_replaced(pool
     before = list(pool.workers.actors)
     psutil.Process(ray.get(call(before[1], lambda _: os.getpid()))).suspend()
     pool.publish(policies[1].weights(), 1)
-    reason = "it took longer than rollout.publish_timeout_s=5 to take the weights over"
+    reason = "to take the weights over took longer than 5 s, a sixth of rollout.timeout_s"
     assert lost == [("worker 1", reason, "it is replaced")]
     assert pool.workers.actors[0] is before[0]
     assert pool.sample(PROMPTS, PARAMS) == expected(1)

@@ -16,8 +16,9 @@ from rich.console import Console
 from grpo.algorithm.statistics import corpus_bleu
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.commands.served import is_address, open_served
-from grpo.cli.config.inference import EvalConfig
+from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.config.environment import rewards_of
+from grpo.data.prompts import shown_columns
 from grpo.data.trained_on import trained_on
 from grpo.endpoint.agent_sampler import AgentSampler
 from grpo.evaluation.evaluate import Evaluation, both_ways, evaluate_ways
@@ -64,6 +65,12 @@ class ModelEvaluation:
         return all(result.completions == 0 for result in self.results.values())
 
 
+def refuse_full(folder: Path | None) -> None:
+    """Raises FileExistsError if `output` is a folder that holds the completions of an evaluation."""
+    if folder and (folder / COMPLETIONS).exists():
+        raise FileExistsError(f"output={folder} already holds {COMPLETIONS}; choose another folder, or delete it")
+
+
 class CompletionsFile:
     """Writes every completion with its mark to `completions.jsonl` in a folder, while the evaluation goes on. `correct`
     is null where the first reward gave no mark, or its marks do not say right or wrong. Raises FileExistsError if the
@@ -71,8 +78,7 @@ class CompletionsFile:
 
     def __init__(self, folder: Path, task: Task) -> None:
         self.path, self.task = folder / COMPLETIONS, task
-        if self.path.exists():
-            raise FileExistsError(f"output={folder} already holds {COMPLETIONS}; choose another folder, or delete it")
+        refuse_full(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path.touch()
 
@@ -95,7 +101,7 @@ class CompletionsFile:
                         "parts": {name: values[sample] for name, values in score.parts.items()},
                         "failures": [str(failure) for failure in score.errors if failure.sample_index == sample],
                         "finish_reason": completion.finish_reason,
-                        "tokens": len(completion.token_ids),
+                        "tokens": completion.num_sampled,
                     }
                     file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
@@ -141,6 +147,8 @@ class _Evaluator:
                 f"data.name={data.name}: the run has several sources of data, which are evaluated one by one; give the "
                 "name of one of them, as in data.sources of its config.yaml (--data.name gsm8k)"
             )
+        if data.held_out and self.use:
+            self._refuse_other_columns(data)
         self.split = options.split or (data.split if data.held_out else default_held_out_split(data.name))
         return Task(
             data,
@@ -157,6 +165,20 @@ class _Evaluator:
             environment=self.use.environment if self.use else None,
             agent=self.agent,
         )
+
+    def _refuse_other_columns(self, data: DataOptions) -> None:
+        """Raises ValueError where a share of the run's data would be held out by other columns than in the run."""
+        of_run = defaults_of_run(Path(self.config.model)).get("data", {})
+        if of_run.get("name") != data.name:
+            return
+        then = shown_columns(of_run["template"], of_run.get("user_turn"))
+        now = shown_columns(data.template, data.user_turn)
+        if then != now:
+            raise ValueError(
+                f"data.template={data.template!r} shows the columns {now}, and the run's template {then}: "
+                "data.held_out chooses problems by what is shown, so others would be evaluated, on which the policy "
+                "was trained; show the same columns, or name a split (eval.split) and set data.held_out to null"
+            )
 
     def run(self, task: Task, console: Console) -> ModelEvaluation:
         """Sample in every way, score, and measure."""

@@ -172,15 +172,19 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
     options = run.config.get("lora")
     if not options:
         raise ExportError(f"{run.folder} trained every weight (lora: null), so there is no adapter; drop --adapter")
-    base, newest = run.base, source.checkpoint or checkpoint.newest(run.folder / "checkpoints")
+    base, saved = run.base, source.checkpoint
+    if saved is None:
+        those = checkpoint.saved(run.folder / "checkpoints")
+        step = max(those, default=0) if source.step is None else source.step  # an older version recorded none
+        saved = those.get(step)
     for fault, why in (
         (base in presets.PRESETS, f"the base of {run.folder} is preset {base!r}, random weights that nobody has"),
         (gguf.file_of(base), f"the base of {run.folder} is a GGUF file, which peft cannot load by name"),
-        (newest is None, f"{run.folder} has no checkpoint, where adapters are kept"),
+        (saved is None, f"{run.folder} has no checkpoint of {source.folder}, where adapters are kept"),
     ):
         if fault:
             raise ExportError(f"{why}; drop --adapter")
-    policy = load_found(source if source.checkpoint else find_policy(str(newest)), _options(run), merged=False)
+    policy = load_found(source if source.checkpoint else find_policy(str(saved)), _options(run), merged=False)
     if source.checkpoint is None:
         check_policy(Path(source.folder))
         _refuse_other_base(policy, source.folder, run.base)
@@ -250,7 +254,9 @@ def _refuse_other_base(policy: Policy, saved: str, base: str) -> None:
 
 
 def _refuse_moved_parts(policy: Policy, base: str) -> None:
-    """Refuse a run that moved more than its adapters: the experts' bias of a balanced run."""
+    """Refuse a run that moved more than its adapters: the experts' bias of a balanced run, whose trunk is native."""
+    if policy.backend != "native":
+        return
     files = WeightFiles(base)
     biases = {n.replace(".base_layer", ""): b for n, b in policy.trunk.named_buffers() if n.endswith("correction_bias")}
     for name, bias in biases.items():

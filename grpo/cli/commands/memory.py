@@ -74,7 +74,8 @@ class MemoryOfRun:
             offloads, reads_weights = config.learner.parallel.fsdp_cpu_offload, reads_weights and not config.lora
             warm = [replace(self.learner(warm_start=True), name=WARM_START)] if config.warm_start.steps else []
         else:
-            return [self.learner()]
+            learner, offloads = self.learner(), config.learner.parallel.fsdp_cpu_offload
+            return [replace(learner, host=0) if not gpus else learner.offloaded() if offloads else learner]
         ranks, sampler = learner.count, self.sampler(on_gpu=bool(gpus))
         if workers := rollout.samplers:
             sampler = replace(sampler, name=each_of(workers, "worker"), count=workers)

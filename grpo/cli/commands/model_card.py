@@ -15,9 +15,10 @@ from grpo.run import hardware
 from grpo.run.metrics import meaning
 from grpo.run.records import read_metrics
 from policies.files import hub
+from policies.layout import WeightFiles
 from rewards.config.json_file import expecting, read_json, read_objects, whole_lines
 from rewards.config.names import recorded_options
-from rewards.verdicts import ACCURACY, held_out_metric
+from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
 
 REPORT = "report.html"
 SHOWN_METRICS = (
@@ -146,12 +147,15 @@ def _for_other_programs(folder: Path, name: str) -> Iterator[str]:
             f"`model.layers.{first}`{f' to `model.layers.{first + depth - 1}`' if depth > 1 else ''}. "
             "transformers names these tensors as unexpected when it loads the model without it."
         )
-    if depth and shape["first_k_dense_replace"] < first:
+    if depth and f"model.layers.{first}.mlp.gate.weight" in WeightFiles(folder).shapes:
         layers = "|".join(str(first + k) for k in range(depth))
         code = _code("python", DRAFT_WITH_MTP.format(layers=layers))
         yield f"Drafting with it in transformers, one sequence at a time:\n\n{code}"
     elif depth:
         yield "Its block is dense like the trunk; transformers' own MTP module expects experts and cannot load it."
+    if (shape.get("rope_parameters") or {}).get("rope_type") == "longrope":  # a dense model in MLA form
+        yield "vLLM does not compute its rotary frequencies; `quartet serve` serves it."
+        return
     of_its_kernel = (shape.get("kv_lora_rank"), shape.get("qk_rope_head_dim")) == (512, 64)
     disable = "" if of_its_kernel else "VLLM_MLA_DISABLE=1 "
     why = "" if of_its_kernel else " Its kernel for this attention takes latents of 512 + 64 alone, hence the variable."
@@ -186,7 +190,7 @@ def _evaluations(data: str | None, lines: list[dict[str, Any]]) -> Iterator[str]
         for metric in (measure, f"{measure}_greedy"):
             value = line.get(metric)
             cells.append("-" if value is None else f"{value:.3f}")
-            cells += ["-" if value is None else _interval(value, count)] if judged else []
+            cells += ["-" if value is None else _interval(value, int(judged_problems(line)))] if judged else []
         rows.append(cells)
     says = "the first reward says which completions are right" if judged else "the rewards do not say right or wrong"
     yield f"Held-out problems of `{data}`; {says}."
@@ -195,7 +199,7 @@ def _evaluations(data: str | None, lines: list[dict[str, Any]]) -> Iterator[str]
 
 def _interval(accuracy: float, problems: int) -> str:
     """Returns Wilson's interval; none where the share is not one of whole problems, as with several completions."""
-    if abs(accuracy * problems - round(accuracy * problems)) > 1e-6:
+    if not problems or abs(accuracy * problems - round(accuracy * problems)) > 1e-6:
         return "-"
     low, high = wilson_interval(round(accuracy * problems), problems)
     return f"{low:.3f}-{high:.3f}"

@@ -6,8 +6,9 @@ import hashlib
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,16 @@ def is_address(model: str) -> bool:
 class ServedPool:
     """Samples from the server at an address such as `http://127.0.0.1:8000` or `.../v1`, `concurrency` prompts at once.
     A server of quartet is told the prompts' ids, so that its tokens are those of an evaluation in one process. Another
-    one does not tell its token ids: each is then -1, and their number is the server's. Raises ValueError where nothing
-    answers there."""
+    one does not tell its token ids: each is then -1, and their number is the server's. `variables` are for its chat
+    template; a server of quartet has its own. Raises ValueError where nothing answers there, or has others."""
 
-    def __init__(self, address: str, key: str, concurrency: int) -> None:
+    def __init__(self, address: str, key: str, concurrency: int, variables: Mapping[str, Any] | None = None) -> None:
         self.address, self.key, self.concurrency = address.rstrip("/").removesuffix("/v1"), key, concurrency
         self.versions: set[int] = set()
         try:
             [first, *_] = self._models()
             self.name, self.is_ours = str(first["id"]), first.get("owned_by") == "quartet"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
             why = why.replace(key, "[key]") if key else why
             raise ValueError(
@@ -50,6 +51,12 @@ class ServedPool:
                 "server with `quartet serve`, and give its key with --api_key_file where it has one"
             ) from None
         self.meaning = str(first.get("meaning", "as the server has it"))
+        self.variables, theirs = dict(variables or {}), first.get("chat_template_kwargs", variables)
+        if self.is_ours and self.variables and self.variables != theirs:
+            raise ValueError(
+                f"data.chat_template_kwargs={self.variables}: the server at {self.address} shows its chat template "
+                f"{theirs}; give both the same"
+            )
 
     @property
     def source(self) -> PolicySource:
@@ -111,6 +118,8 @@ class ServedPool:
             request["stop"] = list(params.stop_strings)
         chat = prompt.messages is not None
         request |= {"messages": prompt.messages} if chat else {"prompt": prompt.text}
+        if chat and self.variables and not self.is_ours:
+            request["chat_template_kwargs"] = self.variables
         url = f"{self.address}/v1/{'chat/completions' if chat else 'completions'}"
         tries, expected = Tries(ANSWER_S, RETRIES, BACKOFF_S, LONGEST_WAIT_S), fields.get("n", 1)
         return post(url, json.dumps(request).encode(), lambda body: self._read(body, expected), tries, token=self.key)
@@ -158,7 +167,8 @@ def open_served(config: EvalConfig) -> ServedPool:
             "the run itself"
         )
     key = key_of(config.api_key_file) if config.api_key_file else ""
-    return ServedPool(config.model, key, config.rollout.prompts_per_shard)
+    variables = config.data.chat_template_kwargs if config.data.template == "chat" else {}
+    return ServedPool(config.model, key, config.rollout.prompts_per_shard, variables)
 
 
 def key_of(file: Path) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 
 from grpo.algorithm.alarms import FEATURES, SAID, Moments, judged
 from grpo.cli.diagnose.record import FEW, Group, Record, label_of
+from grpo.run.records import TURNS
 from rewards.built_in.gsm8k import MARKED
 from rewards.config.names import recorded_options
 from rewards.ties import tied as is_tied
+from rewards.verdicts import judged_problems
 
 LEAST_STEPS = 3  # of which a correlation or a movement is believed
 SURE = 0.75  # of the completions of a group give one answer
@@ -25,7 +27,7 @@ Cause = tuple[bool, str, str]
 
 
 def failed(record: Record) -> Cause:
-    end: dict[str, Any] = next((event for event in reversed(record.events) if event["event"] in ("end", "resume")), {})
+    end: dict[str, Any] = next((event for event in reversed(record.events) if event["event"] in TURNS), {})
     what = f"The run ended with an error after step {end.get('after_step') or 0}: {end.get('error')}."
     return end.get("how") == "failed", what, "mend that first, and go on with --resume auto, or begin again"
 
@@ -100,7 +102,8 @@ def template(record: Record) -> Cause:
     none = record.share(record.early, lambda group: group.majority[0] is None)
     what = f"In {none:.0%} of the groups most completions have no answer in the form that {record.first_reward} reads."
     change = f"show the form in {record.option('data.template')} or by data.few_shot, or teach it by warm_start.steps; "
-    return none > 0.7 and record.first_reward in FORMS, what, change + "a chat model needs data.template: chat"
+    reads_a_form = record.rewards[0].get("function") in FORMS
+    return none > 0.7 and reads_a_form, what, change + "a chat model needs data.template: chat"
 
 
 def _template_of_run(model: Path) -> str | None:
@@ -248,7 +251,7 @@ def clipped(record: Record) -> Cause:
 def evaluation(record: Record) -> Cause:
     """Held-out accuracy of so few problems cannot show a gain as large as that on training problems. With 80 % power at
     95 % confidence it needs (1.96 + .84)² (p₁q₁ + p₂q₂) / d² problems."""
-    rows = [row for row in record.rows if row.get("eval/accuracy") is not None and row.get("eval/prompts")]
+    rows = [row for row in record.rows if row.get("eval/accuracy") is not None and judged_problems(row)]
     p, q = (rows[place]["eval/accuracy"] if rows else 0.0 for place in (0, -1))
     problems, gain = rows[-1]["eval/prompts"] if rows else 1.0, record.rise[1] - record.rise[0]
     goal = min(p + gain, 1.0)

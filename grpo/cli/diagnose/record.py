@@ -11,7 +11,7 @@ from statistics import fmean, median, variance
 from typing import Any
 
 from grpo.algorithm.statistics import answer_reader
-from grpo.run.records import check_run, read_events, read_metrics
+from grpo.run.records import TURNS, check_run, read_events, read_metrics
 from grpo.view.reading import check_files, read_step
 from rewards.config.names import recorded_options
 from rewards.config.yaml_file import flat
@@ -122,7 +122,7 @@ class Record:
 
     @property
     def state(self) -> str:
-        ends = [event for event in self.events if event["event"] in ("end", "resume")]
+        ends = [event for event in self.events if event["event"] in TURNS]
         how = ends[-1].get("how") if ends else None
         return f"step {self.steps} of {self.options.get('steps')}, {how or 'in progress or killed'}"
 

@@ -112,7 +112,7 @@ def note_source(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_dataset(path: str, name: str | None = None, *rest: Any, **arguments: Any) -> Any:
         loaded = load(path, name, *rest, **arguments)
-        if not rest and not {"data_files", "data_dir"} & set(arguments) and not Path(path).exists():
+        if not rest and not {"data_files", "data_dir", "revision"} & set(arguments) and not Path(path).exists():
             for split, rows in loaded.items() if isinstance(loaded, dict) else [(arguments.get("split"), loaded)]:
                 source = path if name is None else f"{path}:{name}"
                 hub_sources[getattr(rows, "_fingerprint", "")] = {"name": source, "split": str(split)}
@@ -169,7 +169,10 @@ def facts_of(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     environments, lora = arguments.pop("environment_factory", None) or {}, arguments.pop("peft_config", None)
     environments = environments if isinstance(environments, dict) else {"": environments}
     changed = {name for name, value in config.as_derived.items() if getattr(config, name) != value}
-    values = config.as_written | {name: getattr(config, name) for name in changed}
+    texts = {
+        name for name in config._VALID_DICT_FIELDS if isinstance(config.as_written[name], str)
+    }  # JSON of a command
+    values = config.as_written | {name: getattr(config, name) for name in changed | texts}
     return {
         "values": plain(values),
         "defaults": defaults_of(GRPOConfig),

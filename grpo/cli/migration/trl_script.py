@@ -169,8 +169,10 @@ class _Reading:
             self.put("rollout.max_completion_tokens", values["max_completion_length"])
         else:
             self.lacks("max_completion_length", None)
-        if values["max_tool_calling_iterations"]:
+        if values["max_tool_calling_iterations"] is not None:
             self.put("max_turns", values["max_tool_calling_iterations"] + 1)
+        elif (self.facts["tools"] or self.facts["environments"]) and values["max_completion_length"]:
+            self.put("max_turns", values["max_completion_length"])  # no limit: a turn has a token at least
         self.put("data.chat_template_kwargs", values["chat_template_kwargs"] or {})
         if values["use_vllm"]:
             if values["vllm_mode"] == "server":
@@ -271,7 +273,9 @@ class _Reading:
             elif function := self._reference("reward_funcs", fact):
                 reward |= {"function": function, "arguments": fact.get("arguments", {}), "chat": chat}
             if "function" in reward:
-                self.migration.rewards.append({name: value for name, value in reward.items() if value})
+                self.migration.rewards.append(
+                    {name: value for name, value in reward.items() if value or name == "weight"}
+                )
 
     def _programs(self) -> None:
         """Sets tools and environments, which have TRL's contract here."""

@@ -24,6 +24,10 @@ PROGRAM = "verl.trainer.main_ppo"
 OPTIONS = "reward.custom_reward_function.reward_kwargs."
 UNKNOWN = "its value is not in the text; write it there. The default of verl is taken"
 SECRET = re.compile("KEY|TOKEN|SECRET|PASS")  # variables whose values are not written
+OF_HYDRA = {"-cn": "--config-name", "-cp": "--config-path", "-cd": "--config-dir"}  # another file of defaults
+ASSIGNMENT = re.compile(  # an array of several lines or of one, or a word
+    r"^[ \t]*(?:export[ \t]+)?(\w+)=(?:\([ \t]*\n(.*?)^[ \t]*\)|\(([^\n]*)\)[ \t]*$|(|[^\s(][^\n]*)$)", re.M | re.S
+)
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 
 
@@ -66,31 +70,42 @@ def overrides(text: str) -> dict[str, Any]:
     """
     text = re.sub(r"\\\n", " ", text)
     text = re.sub(r"\$\(\([^()]*\)\)", lambda computed: "".join(computed[0].split()), text)  # one word each
-    line = next((line for line in text.splitlines() if PROGRAM in line and not line.lstrip().startswith("#")), None)
-    if line is None:
+    lines = text.splitlines()
+    number = next((i for i, line in enumerate(lines) if PROGRAM in line and not line.lstrip().startswith("#")), None)
+    if number is None:
         raise ValueError(f"there is no command of {PROGRAM} in it")
     variables = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
-    variables |= dict(re.findall(r"^\s*(\w+)=\(([^\n]*)\)[ \t]*$", text, re.MULTILINE))  # arrays
-    variables |= dict(re.findall(r"^\s*(\w+)=\([ \t]*\n(.*?)^\s*\)", text, re.MULTILINE | re.DOTALL))
-    for name, word in re.findall(r"^\s*(?:export\s+)?(\w+)=([^\s(][^\n]*)$", text, re.MULTILINE):
+    before = re.split(r"&&|;", lines[number].partition(PROGRAM)[0])[:-1]  # of the same line
+    for name, rows, row, word in ASSIGNMENT.findall("\n".join([*lines[:number], *before])):
         with suppress(ValueError):  # a text of several lines
-            variables.setdefault(name, next(iter(shlex.split(word, comments=True)), ""))
+            value = next(iter(shlex.split(word, comments=True)), "") if word else rows or row
+            variables[name] = _resolved(value, variables)
+    words = _resolved(lines[number], variables).partition(PROGRAM)[2]
+    for short, option in OF_HYDRA.items():
+        words = re.sub(rf"(?<!\S)({short}|{option})[ =]+", f"{option}=", words)
+    pairs = [word.lstrip("+~").partition("=") for word in shlex.split(words, comments=True) if "=" in word]
+    known = OF_HYDRA.values()
+    return {name: _value(value) for name, _, value in pairs if not name.startswith("-") or name in known}
+
+
+def _resolved(text: str, variables: dict[str, str]) -> str:
+    """The text with the values of variables, or what it names for those that have none, and with its sums."""
 
     def value_of(mention: re.Match[str]) -> str:
-        name = mention[1] or mention[2] or mention[4]
-        return variables.get(name, mention[3] or mention[0])
+        value, otherwise = variables.get(mention[1] or mention[2] or mention[4]), mention[3]
+        if otherwise is not None and not value:
+            return otherwise
+        return mention[0] if value is None else value
 
     def sum_of(mention: re.Match[str]) -> str:
         terms = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), mention[1])
         is_sum = re.fullmatch(r"\s*\d+(\s*([-+*]\s*\d+|/\s*0*[1-9]\d*))*\s*", terms)
         return str(_sum_of(terms)) if is_sum else f"$(({terms}))"
 
-    for _ in range(8):  # a variable may have others in it
-        line = re.sub(r'"?\$\{(\w+)\[@\]\}"?|\$\{(\w+)(?::?-([^${}]*))?\}|\$(\w+)', value_of, line)
-        line = re.sub(r"\$\(\(([^()]*)\)\)", sum_of, line)
-    words = shlex.split(line.partition(PROGRAM)[2], comments=True)
-    pairs = [word.lstrip("+~").partition("=") for word in words if "=" in word and not word.startswith("-")]
-    return {name: _value(value) for name, _, value in pairs}
+    for _ in range(8):  # what a variable has in it, or what stands for another one
+        text = re.sub(r'"?\$\{(\w+)\[@\]\}"?|\$\{(\w+)(?::?-([^${}]*))?\}|\$(\w+)', value_of, text)
+        text = re.sub(r"\$\(\(([^()]*)\)\)", sum_of, text)
+    return text
 
 
 def _value(text: str) -> Any:
@@ -105,6 +120,8 @@ class _Reading:
 
     def __init__(self, options: dict[str, Any]):
         defaults = tables()["verl_defaults"]
+        if str(options.get("--config-name")).removesuffix(".yaml") == "ppo_trainer":  # the one that is read here
+            options = {name: value for name, value in options.items() if name not in OF_HYDRA.values()}
         unknown = {name: value for name, value in options.items() if isinstance(value, str) and "$" in value}
         options = {name: value for name, value in options.items() if name not in unknown}
         self.overrides = options
@@ -134,7 +151,9 @@ class _Reading:
         epochs, steps = values["trainer.total_epochs"], values["trainer.total_training_steps"]
         if steps is None and not self.rows:
             self.lacks("trainer.total_epochs", epochs)
-        steps = (steps or epochs * max(len(self.rows) // sampled, 1)) * self.parts
+        most = values["data.train_max_samples"]
+        rows = min(len(self.rows), most) if most > 0 else len(self.rows)
+        steps = (steps or epochs * max(rows // sampled, 1)) * self.parts
         self.put("steps", steps)
         warmup, share = values[f"{ACTOR}.optim.lr_warmup_steps"], values[f"{ACTOR}.optim.lr_warmup_steps_ratio"]
         self.put("learner.warmup_steps", warmup * self.parts if warmup > 0 else math.ceil(share * steps))

@@ -154,6 +154,8 @@ def save(policy: Policy, folder: Path) -> None:
     """Writes the quantised policy: packed weights in the layout of the checkpoint, MTP layers in their precision."""
     policy.trunk.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+    for name, content in policy.processor.items():
+        (folder / name).write_bytes(content)
     if policy.mtp is None:
         return
     shape = policy.config

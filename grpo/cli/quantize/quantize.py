@@ -26,6 +26,7 @@ from grpo.data.trained_on import record_trained_on, trained_on
 from grpo.run import hardware
 from policies.conversion.dense import LICENCE_FILES, new_folder
 from policies.conversion.parity import Fidelity, fidelity
+from policies.files.atomic import heed_umask
 from policies.files.packed import is_packed
 from policies.layout import find_file
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
@@ -72,6 +73,7 @@ class Quantizer:
         with new_folder(destination) as folder:
             result = self._write(folder, destination)
             write_json(folder / REPORT, as_json(result))
+            heed_umask(folder)
         return result
 
     def _write(self, folder: Path, destination: Path) -> Quantization:
@@ -122,7 +124,7 @@ class Quantizer:
             read_tokenizer(base),
             tokens=config.calibrate_tokens,
             held_out_tokens=config.held_out_tokens,
-            window=min(WINDOW, shape.max_position_embeddings),
+            window=min(WINDOW, getattr(shape.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW),
             left_out=held_out,
         )
 

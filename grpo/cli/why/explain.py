@@ -23,7 +23,7 @@ from rewards.ties import tied
 from rollout.group import ENDED
 
 AFFORDABLE = 600.0  # seconds of leaving groups out, by the run's own times
-FREE = ("loss", "value", "rewards", "reward_models", "reward", "distill.reward_weight")
+FREE = ("loss", "value", "rewards", "reward_models", "distill.reward_weight")
 FREE_OF_LEARNER = ("learning_rate", "max_grad_norm", "updates_per_batch", "weight_decay", "betas")
 
 
@@ -298,7 +298,8 @@ def read_alternative(run: Path, words: Sequence[str]) -> TrainConfig:
         raise ValueError(f"--what_if {bad[0]}: write KEY=VALUE, such as loss.advantage=rloo")
     overrides = parse(parser, [f"--{word}" for word in words]).overrides
     config = read_config(run, overrides)
-    free = (*FREE, *(f"learner.{name}" for name in FREE_OF_LEARNER))
+    rescored = ("reward",) if any(key.split(".")[0] in ("rewards", "reward_models") for key in overrides) else ()
+    free = (*FREE, *rescored, *(f"learner.{name}" for name in FREE_OF_LEARNER))
     if fixed := [key for key in overrides if not any(key == name or key.startswith(f"{name}.") for name in free)]:
         raise ValueError(
             f"--what_if {fixed[0]}={overrides[fixed[0]]}: the rollouts are those of the record, so only how the step "

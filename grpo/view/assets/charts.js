@@ -87,7 +87,7 @@
     const shown = settings.chosen ?? new Set([run]);
     shown.add(run);
     settings.chosen = shown;
-    const found = () => Promise.all([...shown].sort().map((index) => view.ask(`${index}/overview`)));
+    const found = () => Promise.all([run, ...[...shown].filter((index) => index !== run).sort()].map((index) => view.ask(`${index}/overview`)));
     let runs = await found();
     const cards = view.make("div", { class: "cards" });
     const facts = view.make("p", { class: "soft" });

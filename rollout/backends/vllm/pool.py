@@ -30,7 +30,7 @@ from rollout.relay import Relay
 from rollout.sampling import SamplingParams
 from rollout.stage import Stage
 
-METRICS = {"faults/vllm": "restarts: vLLM died or was late (rollout.vllm.silence_s, rollout.publish_timeout_s), count"}
+METRICS = {"faults/vllm": "restarts: vLLM died, or was late with a forward or a publication, count"}
 LOAD_S = 600.0  # vLLM imports itself and makes the model
 PAUSE_S = 0.2  # until weights are read again that were moving
 LOST_ELSEWHERE = "See its log, start it again at the address in rollout.vllm.url, and go on with --resume auto"

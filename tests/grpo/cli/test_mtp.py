@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo.cli.commands.summary import mtp_dry_run
-from grpo.cli.mtp import mtp, rows_of, split
+from grpo.cli.mtp import mtp, rows_of, split, stores_head
 from grpo.cli.parse import main
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.run import SftConfig
@@ -632,6 +632,12 @@ def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, con
     hf_policy("qwen3").save(tmp_path / "qwen")
     with pytest.raises(ValueError, match="'qwen3' .*: it has no MTP head .*quartet convert"):
         mtp_dry_run(config(tmp_path / "run", model=str(tmp_path / "qwen"), add_mtp=False))
+
+
+def test_the_head_of_a_checkpoint_is_not_begun_anew(whole, taught):
+    """The model that its run began with has none."""
+    assert not stores_head(str(taught))
+    assert stores_head(str(whole / "checkpoints/step_000004"))
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(config, tmp_path, monkeypatch):

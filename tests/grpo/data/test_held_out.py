@@ -9,6 +9,7 @@ from rich.console import Console
 from grpo.cli.commands.eval import evaluate_model
 from grpo.cli.commands.eval_report import as_json, show
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
+from grpo.cli.parse import main
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.trained_on import record_trained_on, trained_on
@@ -217,6 +218,24 @@ def test_contract_16_a_run_that_held_out_a_share_is_evaluated_on_that_share(tmp_
     data = {"name": str(rows), "held_out": 0.25, "held_out_seed": 2}
     with Task.of(run) as task, task_of(data, held_out=None) as again:
         assert questions(task.held_out) == questions(again.held_out)
+
+
+def test_contract_16_a_share_by_other_columns_than_the_runs_is_refused(micro_policy, tmp_path, capsys):
+    """It would be of other problems, most of which the run has learned from."""
+    rows = write_rows(tmp_path / "rows.jsonl", range(60))
+    micro_policy().save(tmp_path / "policy")
+    given = {
+        "output_dir": str(tmp_path),
+        "data.name": str(rows),
+        "data.held_out": 0.25,
+        "data.template": "{question}\n",
+    }
+    (tmp_path / "config.yaml").write_text(dump_yaml(load(TrainConfig, None, given)))
+    (tmp_path / "environment.json").write_text("{}")
+    words = ["eval", str(tmp_path), "--threads", "1", "--eval.samples", "0", "--rollout.max_completion_tokens", "2"]
+    assert main([*words, "--data.template", "{answer} {question}\n"]) == 1
+    assert "shows the columns ['answer', 'question'], and the run's template ['question']" in capsys.readouterr().err
+    assert main([*words, "--data.template", "Q: {question}\n"]) == 0
 
 
 @pytest.mark.slow

@@ -103,6 +103,16 @@ def test_an_evaluation_counts_what_was_sampled():
     assert len(result.groups) == 5
 
 
+def test_lengths_and_speeds_are_those_of_what_was_sampled():
+    """What tools or the user write is not the policy's."""
+    answer = _completion("#### 42", 10)
+    pool = FakePool([replace(answer, sampled=[True] * 2 + [False] * 8)])
+    with _task() as task:
+        result = evaluate(pool, task, _prompts(3), replace(SAMPLING, group_size=1))
+    assert result.length_mean == 2.0
+    assert result.tokens_per_second == pytest.approx(6 / result.seconds)
+
+
 def test_one_completion_a_problem_has_the_wilson_interval():
     pool = FakePool([_completion("#### 42")])
     with _task() as task:

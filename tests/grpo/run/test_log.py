@@ -15,11 +15,14 @@ import torch
 import zstandard
 from rich.console import Console
 
+from grpo.cli.diagnose.detectors import failed
+from grpo.cli.diagnose.record import Record
 from grpo.config.run import GrpoLogOptions, LogOptions
 from grpo.run import log as run_log
 from grpo.run.hardware import command
 from grpo.run.log import Resume, RunLog
 from grpo.run.records import read_events, read_metrics
+from grpo.view.run_files import RunFiles
 from rewards.group_score import GroupScore, RewardFailure
 from rewards.records import read_rollouts
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
@@ -280,6 +283,17 @@ def test_half_a_line_of_a_killed_writer_spoils_no_later_line(tmp_path):
         log.step(2, {"reward/mean": 2.0})
     assert [row["reward/mean"] for row in read_metrics(tmp_path)] == [1.0, 2.0]
     assert [event["event"] for event in read_events(tmp_path)] == ["signal", "resume"]
+
+
+def test_a_run_that_begins_anew_after_a_failure_before_its_first_step_is_not_shown_as_failed(tmp_path):
+    with pytest.raises(ZeroDivisionError), _open(tmp_path, "loss: {}\n")[0] as log, log.until_its_end():
+        raise ZeroDivisionError
+    assert [event["event"] for event in read_events(tmp_path)] == ["end"]
+    with _open(tmp_path, "loss: {}\n")[0] as log:
+        log.step(1, {"reward/mean": 1.0})
+        assert RunFiles(tmp_path).overview()["ended"]["event"] == "begin"
+        assert Record(tmp_path).state.endswith("in progress or killed")
+        assert not failed(Record(tmp_path))[0]
 
 
 def test_an_evaluation_that_is_made_again_replaces_the_former_one(tmp_path):

@@ -120,6 +120,15 @@ def test_former_steps_are_on_the_curve_and_time_left_is_that_of_the_last_steps(m
     assert "▁██" in shown.get()
 
 
+def test_a_mean_reward_is_not_called_an_accuracy():
+    console = Console(force_terminal=True, width=100)
+    panel = Panel(console, "demo", 10, [{"step": 0, "eval/reward_mean": 2.5}, {"step": 1, "reward/mean": 0.25}])
+    with console.capture() as shown:
+        console.print(panel._render())
+    assert "accuracy" not in shown.get()
+    assert re.search(r"held-out reward +\S*2\.500", shown.get())
+
+
 def test_a_pipe_gets_a_line_of_every_step_and_no_control_code(tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as some CI systems set it
     with (

@@ -1,9 +1,13 @@
 """One answer to which policy a path means, for every command."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from grpo.cli.commands.inspect import inspect
+from grpo.cli.mtp import stores_head
 from grpo.run.stop import Stopped
 from grpo.source.policy_source import find_policy, load_found, load_policy
 from grpo.task.reward_models import saved_model
@@ -41,6 +45,31 @@ def test_training_goes_on_from_an_unfinished_run_of_another_folder(unfinished, m
     before = load_policy(micro_config(tmp_path / "x", model=str(folder))).trunk.state_dict()
     after = result.policy.trunk.state_dict()
     assert all(torch.allclose(tensor, after[name], atol=1e-6) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("more", [{}, {"lora.rank": 2}], ids=["full", "lora"])
+def test_a_checkpoint_without_a_draft_head_gets_one_where_it_is_asked_for(micro_config, random_policy, tmp_path, more):
+    random_policy(mtp=False).save(tmp_path / "headless")
+    given = {"model": str(tmp_path / "headless"), "rollout.draft_tokens": 0, "warm_start.steps": 0, "steps": 1}
+    train(micro_config(tmp_path / "run", **given, **more))
+    checkpoint = str(tmp_path / "run/checkpoints/step_000001")
+    assert load_policy(micro_config(tmp_path / "x", model=checkpoint)).mtp is None
+    assert load_policy(micro_config(tmp_path / "x", model=checkpoint, add_mtp=True)).mtp is not None
+    assert not stores_head(checkpoint)
+
+
+def test_weights_that_would_stay_packed_are_refused_before_anything_is_learned(
+    hf_policy, micro_config, tmp_path, monkeypatch
+):
+    """They could not be saved: transformers writes its codes in place of what it is given."""
+    hf_policy("llama").save(tmp_path / "llama")
+    packed = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="bitsandbytes"))
+    monkeypatch.setattr(LlamaForCausalLM, "hf_quantizer", packed, raising=False)
+    given = {"model": str(tmp_path / "llama"), "rollout.draft_tokens": 0, "warm_start.steps": 0}
+    given |= {"mtp.depth": 4, "mtp.every": 1}  # nothing of a draft head
+    with pytest.raises(PolicyError, match="its weights stay packed .bitsandbytes.*use a dequantised copy"):
+        train(micro_config(tmp_path / "run", **given))
+    assert load_policy(micro_config(tmp_path / "x", model=str(tmp_path / "llama")))  # it may be evaluated
 
 
 def test_what_another_library_loads_must_be_saved(unfinished):

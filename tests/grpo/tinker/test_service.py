@@ -199,6 +199,31 @@ def test_a_service_that_was_killed_goes_on_to_the_same_bits(base, tmp_path, monk
     second.close()
 
 
+def test_weights_that_were_loaded_stay_those_of_their_time(base, tmp_path, monkeypatch):
+    """Also where their folder holds others when the service begins anew."""
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 1e9)
+
+    def run(name, *, again):
+        service = Service(base, "llama", tmp_path / name, torch.float32)
+        client = Client(service)
+        client.learn()
+        path = answer(client.ask("save_weights", path="one"))["path"]
+        other = f"{client.session}:train:1"
+        answer(service.ask(other, 0, "load_weights", json.dumps({"path": path, "optimizer": True}).encode()))
+        client.learn(rate=0.1)
+        answer(client.ask("save_weights", path="one", overwrite=True))
+        if again:
+            service.close()
+            service = client.service = Service(base, "llama", tmp_path / name, torch.float32)
+        assert service.model(other).spec.rank == 4
+        client.model, client.number = other, 1
+        results = [result(job) for job in client.learn()]
+        service.close()
+        return results
+
+    assert run("whole", again=False) == run("again", again=True)
+
+
 def test_a_disk_that_is_full_for_a_moment_costs_a_result_and_no_thread(service, monkeypatch):
     """The result of a step, the state after another, and the samples of a sampler."""
     monkeypatch.setattr(of_service, "KEEP_STATE_S", 0.0)

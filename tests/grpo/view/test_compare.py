@@ -50,6 +50,12 @@ def test_the_mean_over_seeds_and_its_interval_by_hand(make):
     assert Point([0.25, 0.75]).interval is None
 
 
+def test_a_run_that_has_just_begun_says_so(make, capsys):
+    runs = [make("a", reward=[]), make("b", rate=0.2, reward=[])]
+    assert main(["compare", *map(str, runs), "--metrics", "x"]) != 0
+    assert f"RUN={runs[0]}: its metrics.jsonl has no step yet" in capsys.readouterr().err
+
+
 def test_a_run_that_has_not_got_so_far_is_not_counted(make, capsys):
     runs = [make("a0", reward=[0.1, 0.2]), make("a1", seed=1, reward=[0.3]), make("b", rate=0.2, reward=[0.5, None])]
     assert [point.values for point in compare(runs).points["reward/mean"][2].values()] == [[0.2]]

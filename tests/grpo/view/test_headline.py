@@ -41,6 +41,15 @@ def test_a_mean_reward_has_no_interval():
     assert "+3.500; it has no interval" in sentence
 
 
+def test_completions_without_a_mark_leave_no_interval_and_no_verdict():
+    """Nobody knows then over how many problems the accuracy is a mean."""
+    for end in (0, 2):
+        rows = _evaluations(0.2, 0.6)
+        rows[end]["eval/without_mark"] = 460
+        [sentence] = headline(rows)
+        assert sentence.endswith("The difference is +0.400; it has no interval, since some completions have no mark.")
+
+
 def test_a_run_that_has_just_begun_promises_nothing():
     assert headline([]) == []
     [sentence] = headline(_evaluations(0.4, 0.6)[:2])

@@ -50,6 +50,32 @@ def test_a_step_is_its_groups(run):
     assert [group["tied"] for group in found["groups"]] == [len(set(g["rewards"])) == 1 for g in found["groups"]]
 
 
+def test_an_accuracy_of_nobody_knows_how_many_problems_has_no_interval(tmp_path):
+    shutil.copytree(CASE, tmp_path / "run")
+    first, *others = (json.loads(line) for line in (CASE / "metrics.jsonl").read_text().splitlines())
+    rows = [first | {"eval/without_mark": 3}, *others]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = RunFiles(tmp_path / "run").overview()["rows"]
+    assert "eval/accuracy" in found[0]
+    assert "eval/accuracy/low" not in found[0]
+    assert "eval/accuracy/low" in found[-1]
+
+
+def test_a_step_shows_the_rewards_that_failed_in_it(tmp_path):
+    shutil.copytree(CASE, tmp_path / "run")
+    failure = {"function": "f", "prompt_id": "p", "sample_index": 1, "kind": "raised", "message": "boom"}
+    events = [
+        {"event": "reward_error", "step": 2, **failure},
+        {"event": "reward_error", "step": 2, "evaluation": "greedy", **failure},
+        {"event": "reward_error", "step": 3, **failure},
+        {"event": "non_finite", "step": 2, "error": "inf"},
+    ]
+    with open(tmp_path / "run/events.jsonl", "a") as file:
+        file.write("".join(json.dumps(event) + "\n" for event in events))
+    said = [event["error"] for event in RunFiles(tmp_path / "run").step(2)["failures"]]
+    assert said == ["reward 'f' failed on prompt 'p', sample 1: raised: boom", "inf"]
+
+
 def test_the_tokens_of_a_completion_make_its_text(run):
     tokenizer = Tokenizer.from_file(str(CASE / "warm_start/tokenizer.json"))
     for line, completion in zip(read_rollouts(CASE, 3)[4:8], run.group(3, 1)["completions"], strict=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rewards import RewardError
 from rewards.__main__ import main
 from rewards.audit import audit as module
 from rewards.audit.audit import Audit, audit
@@ -124,6 +125,16 @@ def test_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function:
     file = write(tmp_path / "mine.jsonl", honest())
     result = audit(file, AuditConfig(), [f"{tmp_path / 'mine.py'}:{function}"])
     assert [finding.kind for finding in result.findings] == kinds
+
+
+def test_a_reward_whose_column_was_never_recorded_is_not_called_broken(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SOURCE)
+    traces = honest()
+    for trace in traces:
+        trace.columns.clear()
+    file = write(tmp_path / "mine.jsonl", traces)
+    with pytest.raises(RewardError, match="asks for the column 'answer'"):
+        audit(file, AuditConfig(), [f"{tmp_path / 'mine.py'}:right"])
 
 
 def test_ids_with_a_tokenizer(tmp_path: Path) -> None:

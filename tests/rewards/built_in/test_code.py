@@ -40,7 +40,9 @@ def test_gold_passes_and_mutants_fail_on_164_tasks():
 
 def test_the_program_is_the_last_block():
     assert program_of("no block") == "no block"
-    assert program_of("```py\na\n```\ntext\n```\nb\n```") == "b\n"
+    assert program_of("```py\na\n```\nOutput:\n```\n4\n```") == "a\n"
+    assert program_of("```\na\n```\ntext\n```\nb\n```") == "b\n"
+    assert program_of("1. So:\n   ```python\n   if x:\n       y = 1\n   ```\n").strip() == "if x:\n    y = 1"
     assert program_of("```python\ncut off") == "cut off"
     assert program_of("```bash\npip install x\n```\nThen:\n```python3\na\n```\n```text\nout\n```\nDone.") == "a\n"
     found, _ = marks(["Like this:\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles."])

@@ -77,6 +77,14 @@ def test_a_dump_of_verl_is_scored_again_by_verls_function_and_by_ours(mine, tmp_
     assert f"steps=[3]: {dump} has no step 3; its steps are 1 to 2" in capsys.readouterr().err
 
 
+def test_a_mark_that_was_recorded_in_float32_is_the_same(mine, tmp_path):
+    mine.write_text(REWARDS + "\ndef third(completions, **_): return [0.3 for _ in completions]\n")
+    row = {"input": "6 * 7?", "output": "so 42", "gts": "42", "step": 1}
+    (tmp_path / "dump").mkdir()
+    jsonl(tmp_path / "dump/1.jsonl", [row | {"score": mark} for mark in (0.30000001192092896, 0.3001, None)])
+    assert [change.sample for change in again(tmp_path / "dump", f"{mine}:third").changes] == [2, 1]
+
+
 def test_trls_completions_get_their_columns_from_the_data(mine, tmp_path):
     """TRL records prompts, completions and marks; the answers are in the data."""
     data = jsonl(

@@ -1,5 +1,6 @@
 """Turns, calls and results in token ids: nothing that was sampled is tokenised again (contracts 1 and 14)."""
 
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def chat_tokenizer(template: str = "qwen2_5", **special: str):
     tokenizer.add_special_tokens(names)
     tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
     return tokenizer
+
+
+class Way(Enum):
+    NORTH = "north"
+
+
+def move(way: Way) -> str:
+    """Moves.
+
+    Args:
+        way: where to
+    """
+    return way
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +101,13 @@ def test_a_mark_is_a_call(plain, text, content, arguments):
 def test_a_turn_without_a_call_is_text(plain, text):
     assert read(plain, f"{text}<|end|>") == Turn(text)
     assert plain.read([]) == Turn("")
+
+
+def test_an_argument_among_several_is_its_value():
+    """A process gets it by JSON, and TRL's tools get it so."""
+    form = TurnFormat(small_tokenizer(CORPUS), [move])
+    assert read(form, '<<move {"way": "north"}=').calls == (Call("move", {"way": "north"}),)
+    assert "north" in read(form, '<<move {"way": "up"}=').error
 
 
 def test_arguments_get_the_types_of_the_parameters(two):

@@ -494,6 +494,15 @@ def test_a_folder_that_holds_completions_is_not_overwritten(trained, tmp_path):
     assert (tmp_path / "completions.jsonl").read_text() == "precious\n"
 
 
+def test_a_full_folder_of_a_later_policy_is_said_before_the_first_is_evaluated(trained, tmp_path, capsys):
+    folder, _ = trained
+    (tmp_path / "out/1").mkdir(parents=True)
+    (tmp_path / "out/1/completions.jsonl").write_text("precious\n")
+    assert main(["eval", str(folder), str(folder), "--threads", "1", "--output", str(tmp_path / "out")]) == 1
+    assert f"output={tmp_path}/out/1 already holds completions.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out/completions.jsonl").exists()
+
+
 def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, tmp_path, capsys, monkeypatch):
     folder, _ = trained
     out = tmp_path / "e.json"

@@ -9,17 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+import zoo
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from grpo.algorithm.statistics import wilson_interval
-from grpo.cli.commands.export import ExportError, export, origin_of
+from grpo.cli.commands.export import ExportError, _refuse_moved_parts, export, origin_of
+from grpo.cli.commands.model_card import _for_other_programs
 from grpo.cli.parse import main
+from grpo.config.policy import ModelOptions
 from grpo.run.records import read_metrics
+from grpo.source.policy_source import load_policy, save_policy
 from grpo.train import train
+from policies.conversion.dense import convert_checkpoint
 from policies.files.digests import digests
 from policies.policy import Policy, PolicyError
+from policies.presets import small_tokenizer
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30, 11, 4]])
 LORA = {"lora.rank": 2, "lora.targets": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts", "router"]}
@@ -199,6 +205,42 @@ def test_a_checkpoint_inside_a_run_is_exported_as_of_its_step(runs, tmp_path):
     )
 
 
+def test_the_adapters_of_a_policy_are_those_of_its_step(runs, base, tmp_path):
+    """Of the best policy, or of a run that went on: not of the newest checkpoint."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs["lora", False][0], folder)
+    first = load_policy(ModelOptions(model=str(folder / "checkpoints/step_000001")))
+    save_policy(first, folder / "best_policy", 1)
+    export(folder / "best_policy", tmp_path / "adapter", adapter=True)
+    stock = AutoModelForCausalLM.from_pretrained(base[False], dtype=torch.float32)
+    found = logits(PeftModel.from_pretrained(stock, tmp_path / "adapter"))
+    torch.testing.assert_close(found, logits(first.trunk), rtol=0, atol=1e-5)
+    assert not torch.equal(logits(first.trunk), logits(runs["lora", False][1].trunk))
+    shutil.rmtree(folder / "checkpoints/step_000001")
+    with pytest.raises(
+        ExportError, match="has no checkpoint of .*best_policy, where adapters are kept; drop --adapter"
+    ):
+        export(folder / "best_policy", tmp_path / "again", adapter=True)
+
+
+def test_a_router_whose_bias_has_another_name_in_the_files_is_no_fault(tmp_path):
+    zoo.tiny("exaone_moe").save_pretrained(tmp_path / "base")
+    small_tokenizer(["one two"] * 20).save_pretrained(tmp_path / "base")
+    _refuse_moved_parts(Policy.load(tmp_path / "base"), str(tmp_path / "base"))
+
+
+def test_the_card_of_a_dense_model_in_mla_form_names_no_program_that_cannot_serve_it(tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = LlamaConfig(intermediate_size=48, vocab_size=320, max_position_embeddings=128, **sizes)
+    Policy(LlamaForCausalLM(config).eval(), None, small_tokenizer(["two and three"] * 20)).save(tmp_path / "dense")
+    convert_checkpoint(str(tmp_path / "dense"), tmp_path / "mla")
+    Policy.load(tmp_path / "mla", add_mtp=True).save(tmp_path / "drafts")
+    said = "\n".join(_for_other_programs(tmp_path / "drafts", "name"))
+    assert "vllm serve" not in said
+    assert "vLLM does not compute its rotary frequencies" in said
+    assert "use_mtp=True" in said
+
+
 def test_the_card_says_what_the_run_says(runs, base, tmp_path):
     folder, _ = runs["lora", True]
     export(folder, tmp_path / "exported")
@@ -266,6 +308,10 @@ def test_an_accuracy_that_is_no_share_of_whole_problems_gets_no_interval(runs, t
     card, (low, high) = (tmp_path / "exported/README.md").read_text(), wilson_interval(3, 6)
     assert "| before (step 0) | 6 | 0.400 | - |" in card
     assert f"| after (step 2) | 6 | 0.500 | {low:.3f}-{high:.3f} |" in card
+    lines[-1]["eval/without_mark"] = 3
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    export(folder, tmp_path / "unmarked")
+    assert "| after (step 2) | 6 | 0.500 | - |" in (tmp_path / "unmarked/README.md").read_text()
 
 
 def test_every_resume_is_named_with_its_machine(runs, tmp_path):

@@ -96,6 +96,18 @@ def test_what_else_was_in_no_plan(random_policy):
     assert elsewhere.sampler == elsewhere.rollout == 0
 
 
+def test_a_supervised_run_that_offloads_holds_its_moments_in_main_memory(random_policy):
+    """As a run of `train` does; on a CPU there is nothing beside what the learner holds."""
+    shape, spread = random_policy().config, {"learner.parallel.fsdp": 2}
+    [rank] = MemoryOfRun(shape, True, options(SftConfig, **spread)).devices(ANY)
+    [away] = MemoryOfRun(
+        shape, True, options(SftConfig, **spread, **{"learner.parallel.fsdp_cpu_offload": True})
+    ).devices(ANY)
+    assert (away.weights, away.moments, away.activations) == (0, 0, rank.activations)
+    assert away.host - rank.host == rank.weights + rank.gradients + rank.moments
+    assert MemoryOfRun(shape, True, options(SftConfig)).devices()[0].host == 0
+
+
 def advice(shape, config, gib: float, gpus: float = ANY) -> str:
     there = machine.Memory("memory", gib * machine.GIB, gib * machine.GIB, gpus)
     search = LessMemory(config, lambda other: there.used(MemoryOfRun(shape, True, other).devices(gpus)), gpus)

@@ -221,6 +221,12 @@ def test_a_constant_reward_without_gold_answers(tmp_path, mark, is_found):
     assert not is_found or "of a group 25% give the same answer" in findings[0]["what"]
 
 
+def test_a_reward_under_another_name_is_read_as_what_it_is(tmp_path):
+    steps = ((group(*[{"correct": 0.0}] * 4, text="it is"),) * 4,) * 4
+    findings = diagnose(Record(write(tmp_path, steps, options={"rewards": [GSM8K | {"name": "correct"}]})))
+    assert findings[0]["kind"] == "template"
+
+
 def test_the_template_of_the_run_that_taught_the_policy(tmp_path):
     teacher = write(tmp_path / "teacher", options={"data": {"template": "Q: {question}\nA:"}})
     findings = diagnose(Record(write(tmp_path / "run", options={"model": str(teacher / "policy")})))

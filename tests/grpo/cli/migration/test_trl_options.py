@@ -9,6 +9,7 @@ import torch
 from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
 
+from grpo.cli.migration import recorder
 from grpo.cli.migration.recorder import plain
 from grpo.cli.migration.trl_script import _Reading
 from grpo.config.run import TrainConfig
@@ -148,6 +149,7 @@ def test_a_group_that_an_update_cuts_is_said(read):
         ({"bf16": True}, "dtype", "bfloat16"),
         ({"bf16": False}, "dtype", "float32"),
         ({"max_tool_calling_iterations": 3}, "max_turns", 4),
+        ({"max_tool_calling_iterations": 0}, "max_turns", 1),
         ({"report_to": "tensorboard"}, "log.trackers", ["tensorboard"]),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "data.chat_template_kwargs", {"enable_thinking": False}),
         ({"others": {"warmup_ratio": 0.1}, "max_steps": 50}, "learner.warmup_steps", 5),
@@ -204,6 +206,24 @@ def test_where_vllm_is_installed_it_samples(read, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("revision", "at"), [(None, ""), ("main", ""), ("v2", "@v2")])
 def test_the_revision_of_a_model(read, revision, at):
     assert read(model_init_kwargs={"revision": revision}).options["model"] == f"models/small{at}"
+
+
+def test_a_reward_that_is_only_logged_has_the_weight_0(read):
+    assert [reward.weight for reward in TrainConfig(**read(reward_weights=[0.0]).tree).rewards] == [0.0]
+
+
+def test_the_rows_of_a_revision_are_written(monkeypatch):
+    """No name of data says which revision is meant."""
+    monkeypatch.setattr(recorder, "hub_sources", {})
+
+    class Rows:
+        _fingerprint = "f"
+
+    load = recorder.note_source(lambda *_, **__: Rows())
+    load("owner/name", split="train", revision="v1")
+    assert recorder.hub_sources == {}
+    load("owner/name", split="train")
+    assert recorder.hub_sources == {"f": {"name": "owner/name", "split": "train"}}
 
 
 def test_a_secret_is_not_written(read):

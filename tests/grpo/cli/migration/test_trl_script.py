@@ -125,7 +125,7 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     assert (config.model, config.dtype) == ("nobody/nothing@v2", "bfloat16")
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (2, 8, None)
     assert config.learner.learning_rate == 2e-5
-    assert (config.prompts_per_step, config.steps) == (2, 8)
+    assert (config.prompts_per_step, config.steps, config.max_turns) == (2, 8, 512)  # turns have no limit there
     assert (config.eval.limit, config.eval.every, config.eval.samples) == (2, 3, 8)
     assert config.data.template == "{prompt}"
     assert json.loads((tmp_path / "data/train.jsonl").read_text().splitlines()[0])["gold_text"] == "(none)"
@@ -145,7 +145,8 @@ import inspect
 from trl import GRPOConfig, GRPOTrainer
 options = {"temperature": 0.7, "output_dir": "out", "junk": 1}
 known = inspect.signature(GRPOConfig.__init__).parameters
-args = GRPOConfig(max_steps=3, **{name: value for name, value in options.items() if name in known})
+kwargs = {"model_init_kwargs": '{"dtype": "bfloat16"}', "chat_template_kwargs": '{"enable_thinking": false}'}
+args = GRPOConfig(max_steps=3, **kwargs, **{name: value for name, value in options.items() if name in known})
 trainer = GRPOTrainer("nobody/nothing", reward_funcs=(print,), args=args)
 trainer.epsilon_low = 0.1
 trainer.model.print_trainable_parameters()
@@ -162,6 +163,8 @@ def test_what_a_script_sets_on_its_trainer_is_said(tmp_path, monkeypatch):
     migration = read_trl_script(script, tmp_path / "data")
     assert not (tmp_path / "went_on").exists()
     assert migration.options["rollout"]["temperature"] == 0.7
+    assert migration.options["dtype"] == "bfloat16"  # TRL reads JSON, as a command line gives it
+    assert migration.options["data"]["chat_template_kwargs"] == {"enable_thinking": False}
     lost = {each.option: each.value for each in migration.unsupported}
     assert lost == {"trainer": "epsilon_low = 0.1", "train_dataset": None, "reward_funcs": "print"}
 

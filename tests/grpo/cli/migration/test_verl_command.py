@@ -163,6 +163,37 @@ def test_what_a_shell_file_computes_is_read():
     assert "not in the text" in each.reason
 
 
+def test_variables_are_those_that_bash_would_have(monkeypatch):
+    monkeypatch.setenv("LR", "5")
+    assert overrides(f"A_OF_NOBODY=${{A_OF_NOBODY:-3}}\n{PPO} a=$A_OF_NOBODY") == {"a": 3}
+    assert overrides(f"A_OF_NOBODY=\nB=${{A_OF_NOBODY:-${{LR:-4}}}}\n{PPO} b=$B") == {"b": 5}
+    assert overrides(f"LR=1\nLR=2\n{PPO} a=$LR\nLR=3") == {"a": 2}
+    assert overrides(f"export LR=3 && {PPO} a=$LR") == {"a": 3}
+    assert overrides(f"LR=3 {PPO} a=$LR 2>&1 | tee --x=y") == {"a": 5}
+    assert overrides(f"LR=\n{PPO} a=1$LR") == {"a": 1}
+    assert overrides(f"RATE=$LR\nLR=2\n{PPO} a=$RATE b=$LR") == {"a": 5, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("--config-path=c --config-name='x.yaml'", {"--config-name", "--config-path"}),
+        ("-cn x", {"--config-name"}),
+        ("--config-path c --config-name ppo_trainer.yaml", set()),
+    ],
+)
+def test_another_file_of_defaults_is_said(files, words, names):
+    migration = read_verl_command(f"{PPO} data.train_files={files}/train.parquet {words}")
+    assert {each.option for each in migration.unsupported if each.option.startswith("-")} == names
+    assert all("ppo_trainer.yaml" in each.reason for each in migration.unsupported if each.option in names)
+
+
+def test_steps_are_counted_over_the_rows_that_are_taken(files):
+    command = f"{PPO} data.train_files={files}/train.parquet data.train_batch_size=4 trainer.total_epochs=3"
+    assert read_verl_command(f"{command} data.train_max_samples=8").options["steps"] == 6
+    assert read_verl_command(f"{command} data.train_max_samples=99").options["steps"] == 15
+
+
 def test_a_secret_of_the_environment_is_not_written(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "hidden")
     monkeypatch.setenv("MODEL_PATH", "models/small")

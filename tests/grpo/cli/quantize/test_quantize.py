@@ -3,11 +3,20 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DeepseekV3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from grpo.cli.parse import main
 from grpo.cli.quantize import compressor
@@ -204,6 +213,23 @@ def test_evaluation_data_and_a_quantised_source_are_refused(capfd, source, tmp_p
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": PACKED}))
     said = refused(capfd, str(copy), str(tmp_path / "out"), "--calibrate", "word_problems")
     assert "is quantised already; name the policy that it was made from" in said
+
+
+@pytest.mark.usefixtures("without_packages")
+def test_a_model_that_reads_pictures_keeps_their_files(tmp_path, monkeypatch):
+    """Its context is that of its part that writes; without its processor's files it would not be loaded."""
+    model = AutoModelForImageTextToText.from_config(zoo.tiny_config("gemma3"), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    zoo.policy("llama").tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/preprocessor_config.json").write_text("{}")
+    monkeypatch.setattr(compressor, "quantize", lambda *_, **__: {})
+    monkeypatch.setattr(quantize_command, "metadata", SimpleNamespace(version=lambda package: "0"))
+    words = ["quantize", str(tmp_path / "model"), str(tmp_path / "out"), "--calibrate", "word_problems", *SIZES]
+    assert main(words) == 0
+    assert (tmp_path / "out/preprocessor_config.json").read_text() == "{}"
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    assert all(file.stat().st_mode == mode for file in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.slow

@@ -98,9 +98,43 @@ def test_a_server_of_somebody_else_is_asked_for_one_completion_at_a_time():
         assert [c.text for c in again.completions] == [c.text for c in completions[:2]]
 
 
+class _Chat(_Other):
+    """It answers with what its chat template was told."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        message = {"content": json.dumps(asked.get("chat_template_kwargs"))}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return self._send(200, {"choices": [choice], "usage": {"completion_tokens": 4}})
+
+
+def test_variables_of_the_chat_template_reach_a_server_of_somebody_else():
+    from rollout.group import Prompt
+    from rollout.sampling import SamplingParams
+
+    prompt = Prompt("a", "2 + 2", [], {}, [{"role": "user", "content": "2 + 2"}])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Chat)
+    with serving(server):
+        for variables, said in (({"enable_thinking": False}, '{"enable_thinking": false}'), ({}, "null")):
+            pool = ServedPool(f"http://127.0.0.1:{server.server_port}", "", 1, variables)
+            [group] = pool.sample([prompt], SamplingParams(group_size=1))
+            assert group.texts == [said]
+
+
+def test_other_variables_of_the_chat_template_than_our_server_has_are_refused(trained):
+    server = Running(str(trained))
+    try:
+        ServedPool(f"http://{server.address}", "", 1)
+        with pytest.raises(ValueError, match="data.chat_template_kwargs=.*thinking.*shows its chat template {};"):
+            ServedPool(f"http://{server.address}", "", 1, {"thinking": False})
+    finally:
+        server.end()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["http://127.0.0.1:1x"], "does not answer as OpenAI's API does"),
         (["http://127.0.0.1:1"], "does not answer as OpenAI's API does"),
         (["http://127.0.0.1:1", "--rollout.margin", "2"], "rollout.margin: the server at"),
         (["http://127.0.0.1:1", "--api_key_file", "nowhere"], "api_key_file=nowhere: there is no such file"),

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from grpo.cli.parse import main
 from grpo.cli.why import explain as explaining
-from grpo.cli.why.explain import explain
+from grpo.cli.why.explain import explain, read_alternative
 from grpo.cli.why.report import answer, opponents, show
 from grpo.cli.why.rewind import read_config
 from grpo.run import checkpoint
@@ -193,11 +193,17 @@ def test_the_command_answers_in_words_first_and_escapes_what_others_wrote(run, t
     assert "\\x1b[31m[red]" in text
 
 
+def test_limits_of_rewards_are_free_where_rewards_are(run):
+    words = ["rewards=[{function: gsm8k}]", "reward.timeout_s=60"]
+    assert read_alternative(run, words).reward.timeout_s == 60
+
+
 def test_what_cannot_be_explained_is_refused_by_name(run, tmp_path, capsys, monkeypatch):
     for words, message in {
         ("3", "--group", "4"): "--group 4: step 3 has groups 0 to 3",
         ("9",): "no rollouts of step 9",
         ("3", "--what_if", "steps=5"): "--what_if steps=5: the rollouts are those of the record",
+        ("3", "--what_if", "reward.on_error=score=0"): "--what_if reward.on_error=score=0: the rollouts are those of",
         ("3", "--what_if", "loss.advantage"): "--what_if loss.advantage: write KEY=VALUE, such as",
         ("3", "--what_if", "loss.advantage=gae"): "the run has no value head",
         ("3", "--what_if", "loss.epsilom=0.1"): "did you mean loss.epsilon",

@@ -201,7 +201,7 @@ def test_losses_one_after_the_other_end_the_run_with_the_culprit(case):
     assert case.sample() == expected
     case.strike("sample SIGKILL always")
     with pytest.raises(
-        RolloutError, match=r"^4 losses since .* vLLM: it is lost at /sample .*SIGKILL.*silence_s.*--resume auto$"
+        RolloutError, match=r"^4 losses since .* vLLM: it is lost at /sample .*SIGKILL.*timeout_s.*--resume auto$"
     ):
         case.sample()
     assert [action for *_, action in case.told[3:]] == [*["it is started again"] * 3, "the run ends"]

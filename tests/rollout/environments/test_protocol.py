@@ -1,0 +1,69 @@
+"""Processes of environments: what is repeated has its own time, and what a tool writes has tokens."""
+
+import pytest
+
+from policies.presets import small_tokenizer
+from rollout.environments.format import Call, TurnFormat
+from rollout.environments.protocol import open_workers, run, tools_of
+from rollout.sampling import EnvironmentSpec
+
+SOURCE = '''
+import time
+
+
+class Room:
+    def reset(self, **columns): ...
+
+    def wait(self, seconds: float) -> str:
+        """Waits.
+
+        Args:
+            seconds: how long
+        """
+        time.sleep(seconds)
+        return f"{seconds}"
+
+    @staticmethod
+    def search(query: str) -> str:
+        """Searches.
+
+        Args:
+            query: for what
+        """
+        return query + "\\ud83d"
+'''
+BEGIN = {"episode": "a", "environment": "", "columns": {}, "seeds": [1, 2], "ends": False}
+
+
+@pytest.fixture
+def spec(tmp_path):
+    (tmp_path / "rooms.py").write_text(SOURCE)
+    return EnvironmentSpec(environments=(("", f"{tmp_path}/rooms.py:Room"),), timeout_s=1.0)
+
+
+@pytest.fixture
+def pool(spec):
+    pool = open_workers(spec)
+    yield pool
+    pool.close()
+
+
+def test_calls_that_are_repeated_have_time_limits_of_their_own(pool):
+    """As a worker does that is new, or that has not had this episode."""
+    calls = [["wait", {"seconds": 0.6}]] * 3
+    [reply] = run(pool, [BEGIN | {"history": calls, "calls": [["wait", {"seconds": 0.1}]]}])
+    assert reply["results"] == [["0.1", False]]
+
+
+def test_a_call_that_hangs_has_one_time_limit_whoever_holds_its_episode(pool):
+    calls = [["wait", {"seconds": 0.0}]] * 5
+    [reply] = run(pool, [BEGIN | {"history": calls, "calls": [["wait", {"seconds": 60}]]}])
+    assert reply["kind"] == "timeout"
+    assert "after 1 s" in reply["message"]
+
+
+def test_a_static_method_is_a_tool_and_half_a_character_is_replaced(spec, pool):
+    form = TurnFormat(small_tokenizer(["one two"] * 20), tools_of(spec, ""))
+    assert form.checked("search", {"query": "x"}) == Call("search", {"query": "x"})
+    [reply] = run(pool, [BEGIN | {"history": [], "calls": [["search", {"query": "x"}]]}])
+    assert reply["results"] == [["x?", False]]
