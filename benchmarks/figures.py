@@ -21,7 +21,8 @@ PRODUCT = ("policies", "rollout", "rewards", "grpo")
 MEASURED = {"rollout": PRODUCT[:2], "compiled": PRODUCT[:2], "learner": ("policies", "grpo/learner", "grpo/algorithm")}
 PIECES = {  # the words after `python`
     **{f"peers, {part}": f"-m benchmarks.peers --parts {part}" for part in ("step", "task", "mistakes")},
-    "rollouts": "benchmarks/rollout.py --rows 32,64 --tokens 64 --json benchmarks/results/rollout.json",
+    "rollouts": "benchmarks/rollout.py --rows 32,64 --tokens 64 --vllm .vllm/bin/python "
+    "--json benchmarks/results/rollout.json",
     "learner": "benchmarks/learner.py --json benchmarks/results/learner.json",
     "learning": "-m benchmarks.learn --tasks words game spelling gsm8k",
     **{f"demo, seed {seed}": f"-m benchmarks.figures --demo {seed}" for seed in range(5)},

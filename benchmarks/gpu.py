@@ -41,11 +41,10 @@ from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
+# Else `rollout` would be a file here; an image for training has not installed quartet.
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
 import torch  # noqa: E402
-
-from grpo.run import hardware  # noqa: E402
 
 # 1.1 billion parameters, of which a token uses 0.36 billion.
 BILLION = {
@@ -117,6 +116,7 @@ class Piece:
     modules: Sequence[str] = ()
     may_be_left_out: bool = False  # its failure is no failure of ours: the reason is recorded
     one_gpu: bool = True
+    reads_failures: bool = False  # `read` makes figures of an exit code of 1, too
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -160,16 +160,20 @@ def tests(device: str, folder: Path, name: str, chosen: str) -> Piece:
         file.relative_to(ROOT) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()
     ]
     report = folder / f"{name}.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", chosen, "-v", "--junitxml", str(report)]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", chosen, "-vv", "--junitxml", str(report)]
 
     def read(_: str) -> dict[str, Any]:
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-        skipped = {case.get("name"): part.get("message") for case in cases for part in case.iter("skipped")}
+        skipped, failed = (
+            {case.get("name"): part.get("message") for case in cases for kind in kinds for part in case.iter(kind)}
+            for kinds in (("skipped",), ("failure", "error"))
+        )
         seconds = {case.get("name"): float(case.get("time", 0)) for case in cases}
-        return {"passed": len(cases) - len(skipped), "skipped": skipped, "seconds": seconds}
+        passed = len(cases) - len(skipped) - len(failed)
+        return {"passed": passed, "skipped": skipped, "seconds": seconds} | ({"failed": failed} if failed else {})
 
     environment, words = {"QUARTET_GPU_TESTS": device}, [*command, *map(str, marked)]
-    return Piece(name, words, read, modules=TEST_NEEDS, one_gpu=False, environment=environment)
+    return Piece(name, words, read, modules=TEST_NEEDS, one_gpu=False, reads_failures=True, environment=environment)
 
 
 def rollouts(policy: str, dense: Path, mla: Path, sizes: Sizes, device: str, folder: Path) -> Iterator[Piece]:
@@ -272,10 +276,13 @@ def run_all(
     A piece gets `most` and a third of `seconds` at most, and all together get no more than `seconds`. `write` gets all
     records after each piece, so that a run that is cut off has said what it knows.
     """
+    from grpo.run import hardware  # wheels may have made it importable
+
     records: dict[str, dict[str, Any]] = {}
     end = time.monotonic() + seconds
     for piece in all_pieces:
         left = end - time.monotonic()
+
         record: dict[str, Any] = {"command": hardware.command(piece.command)}
         if lacking := missing(piece.modules):
             record["left_out"] = f"not installed here: {', '.join(lacking)}; --wheels FOLDER takes packages from there"
@@ -342,6 +349,9 @@ def run_one(piece: Piece, seconds: float) -> dict[str, Any]:
     try:
         if code == 0:
             return {"result": piece.read(output)}
+        if code == 1 and piece.reads_failures:
+            failed = piece.read(output)
+            return {"result": failed, "error": f"failed: {', '.join(map(str, failed['failed']))}"}
         error = f"{said}\n" + (f"exit code {code}" if code is not None else f"it was ended after {seconds:.0f} s")
     except (OSError, ValueError, LookupError, ElementTree.ParseError) as wrong:
         error = f"{said}\nits results cannot be read: {type(wrong).__name__}: {wrong}"
@@ -423,6 +433,8 @@ def main() -> int:
         chosen = pieces(device, Path(folder), args.models)
         if args.cpu:  # threads that wait for each other are slow beside other work
             chosen = (replace(piece, environment={**piece.environment, **ONE_THREAD}) for piece in chosen)
+        from grpo.run import hardware
+
         environment = hardware.describe() | {"cards": cards(), "cuda": torch.version.cuda}
 
         def write(records: dict[str, dict[str, Any]]) -> None:

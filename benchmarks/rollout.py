@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,14 +147,16 @@ def contender(name: str, model: Path, dense: Path, device: str, dtype: torch.dty
     return floor(model, dtype) if name == "floor" else ours(model, OURS[name], device, dtype, name == "ours graphs")
 
 
-def work(sample: Sampler, jobs: Sequence[Job], device: str, answer: Callable[[Any], None]) -> None:
-    """Answers that it is ready, the seconds of each call, one for every line of stdin, and the peak memory at the end,
-    of this process and of its GPU."""
+def work(
+    sample: Sampler, jobs: Sequence[Job], device: str, answer: Callable[[Any], None], turns: Iterable[str] = sys.stdin
+) -> None:
+    """Answers that it is ready, the seconds of each call, one for every one of the `turns`, and the peak memory at the
+    end, of this process and of its GPU."""
     import resource
 
     answer("ready")
     calls = [(job, prompts) for job in jobs for prompts in job.prompts]
-    for (job, prompts), _ in zip(calls, sys.stdin, strict=False):
+    for (job, prompts), _ in zip(calls, turns, strict=False):
         started = time.perf_counter()
         sample(prompts, job)
         if device != "cpu":
@@ -164,6 +166,16 @@ def work(sample: Sampler, jobs: Sequence[Job], device: str, answer: Callable[[An
     if device != "cpu":
         peak["peak_device_bytes"] = torch.cuda.max_memory_allocated()
     answer(peak)
+
+
+def alone(sample: Sampler, jobs: Sequence[Job], device: str, out: Path) -> None:
+    """All calls one after the other, into a file; the first one of each job is a warm-up."""
+    answers: list[Any] = []
+    work(sample, jobs, device, answers.append, [""] * sum(len(job.prompts) for job in jobs))
+    _, *seconds, peak = answers
+    timed = iter(seconds)
+    by_job = {job.name: [next(timed) for _ in job.prompts][1:] for job in jobs}
+    out.write_text(json.dumps({"seconds": by_job, **peak}))
 
 
 # ---- the comparison ----
@@ -398,6 +410,8 @@ def main() -> None:
     if args.work:
         jobs = [Job(**job) for job in json.loads(args.files[0].read_text())]
         sample = contender(args.work, args.model, args.dense, args.device, getattr(torch, args.dtype or "bfloat16"))
+        if not str(args.files[1]).isdigit():  # a file, of benchmarks/gpu.py
+            return alone(sample, jobs, args.device, args.files[1])
         with os.fdopen(int(str(args.files[1])), "w") as answers:
             work(sample, jobs, args.device, lambda value: print(json.dumps(value), file=answers, flush=True))
         return

@@ -308,6 +308,9 @@ class Session:
                     self.batches.go_on(self.step)
 
             metrics = self._learn(lambda: self.learner.forward_backward(batch, term, advance))
+        if term is not None and term.teaches(batch):
+            for listener in self.collector.listeners:
+                listener.taught()
         first = self._drawn is batch and not (self.learner.updates or batch.age(self.learner.policy_version))
         if first and self.config.dtype == "float32" and self.config.rollout.quantization == "none":
             refuse_mismatch(self.policy, self.config.model, metrics)
@@ -346,7 +349,8 @@ class Session:
     def publish(self) -> None:
         """The samplers get the weights, where they hold others. Of what is sampled ahead the schedule decides that, but
         for a step after which something is evaluated."""
-        if not self.batches.ahead or self._evaluates(self.step) or self.step == self.run.last:
+        schedule = self.batches.ahead and self.batches.is_asked
+        if not schedule or self._evaluates(self.step) or self.step == self.run.last:
             self.batches.settle()
             self._publish()
 
@@ -401,6 +405,8 @@ class Session:
         """Evaluate at the end, and write the policy to `output_dir/policy`."""
         run, held_out = self.run, self.held_out
         if held_out.prompts and not run.ended_before:
+            self.batches.settle()
+            self._publish()  # what a loop of one's own may not have done
             self.evaluate(when=f"after{self._of_grpo}")
         measures = isinstance(self.config, TrainConfig) and self.config.log.measure_speed and self.ranks.first
         speeds = held_out.speeds() if measures else []

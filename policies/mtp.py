@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3DecoderLayer,
     DeepseekV3RMSNorm,
@@ -154,6 +154,15 @@ def cast_in_place(module: nn.Module, dtype: torch.dtype) -> None:
     module.to(dtype)
     for name, tensor in tensors():
         tensor.data = exact.get(name, tensor.data)
+
+
+def cast_parameters(trunk: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts the parameters of a model, its LM head with them, but those that its type keeps in float32, such as
+    routers."""
+    exact, head = tuple(trunk._keep_in_fp32_modules_strict or ()), trunk.get_output_embeddings()
+    for name, parameter in trunk.named_parameters():
+        if parameter is getattr(head, "weight", None) or not any(part in name for part in exact):
+            parameter.data = parameter.data.to(dtype)
 
 
 def draft_loss(

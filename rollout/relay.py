@@ -22,8 +22,9 @@ class Relay:
     A request that is lost with its sampler is handed on once more: its tokens are the same (contract 4).
     """
 
-    def __init__(self, policy: Policy, version: int, max_rows: int) -> None:
+    def __init__(self, policy: Policy, version: int, max_rows: int, context: int | None = None) -> None:
         self.policy, self.version, self.max_rows = policy, version, max_rows
+        self.context = policy.max_length if context is None else context
         self.asked: deque[Request] = deque()
         self.requests: dict[int, Request] = {}  # by number, while they are decoded
         self.gone: set[int] = set()  # that nobody waits for
@@ -47,8 +48,9 @@ class Relay:
     def check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         """Raises RolloutError or ValueError as `Engine.check` does."""
         params.check()
+        vocabulary = self.policy.config.get_text_config(decoder=True).vocab_size
         for prompt in prompts:
-            if fault := prompt_fault(prompt, params, self.policy.config.vocab_size, self.policy.max_length):
+            if fault := prompt_fault(prompt, params, vocabulary, self.context):
                 raise RolloutError(fault)
 
     def add(self, request: Request) -> None:

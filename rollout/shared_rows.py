@@ -97,8 +97,8 @@ class SharedDecoding(Decoding):
 def parted(place_R: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Gives rows that have chosen different tokens different places: those of all rows, and of each the one before.
 
-    Rows that have ended choose nothing: they get the next place, so that rows of one prompt stay neighbours, and all
-    that they read is dropped.
+    Rows that have ended choose nothing: they get the place of the live row before them, so that rows of one prompt stay
+    neighbours, and all that they read is dropped.
 
     >>> place_R, last, alive = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([5, 5, 9, 7, 7]), torch.ones(5).bool()
     >>> parted(place_R, SimpleNamespace(last=last, alive=alive))
@@ -106,11 +106,12 @@ def parted(place_R: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """
     width = int(rows.last.max()) + 1
     choices = place_R * width + rows.last
-    choices = choices.where(rows.alive, place_R * width)
     different = torch.unique(choices[rows.alive])
     if not len(different):
         return place_R, torch.arange(int(place_R.max()) + 1, device=place_R.device)
-    place = torch.searchsorted(different, choices).clamp(max=len(different) - 1)
+    numbers = torch.arange(len(place_R), device=place_R.device)
+    before = numbers.where(rows.alive, -1).cummax(0).values
+    place = torch.searchsorted(different, choices)[before.where(before >= 0, rows.alive.int().argmax())]
     return place, different // width
 
 

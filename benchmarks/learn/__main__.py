@@ -172,10 +172,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the page from the JSON alone")
     asked = parser.parse_args()
     store, deadline = Store(), Deadline(asked.minutes)
+    there = [name for name in asked.tasks if (model := TASKS[name].model) is None or (ROOT / model).exists()]
+    for name in sorted({*asked.tasks} - {*there}):
+        print(f"{name} is left out: there is no {TASKS[name].model}; benchmarks/learn/tasks.py says how it is made")
     whole = asked.table or all(
         all(make(store, searches(task, one), deadline) for one in asked.contenders)
         and make(store, counted(store, task, asked.contenders, asked.seeds), deadline)
-        for task in asked.tasks
+        for task in there
     )
     page.write(store.runs)
     if not whole:

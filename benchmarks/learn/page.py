@@ -19,7 +19,8 @@ BEFORE = """# What a step teaches, measured here
 `make learn-all` runs all contenders anew, in pieces of at most 40 minutes, and writes this page and its JSON,
 `benchmarks/results/learn.json`. Every contender of a seed begins with the same policy and answers the same held-out
 problems at T = 1, after runs of several lengths, each with a learning rate that falls to nothing at its end. The rates
-were searched on other seeds and other problems. Differences are paired by seed, ± half of their 95 % interval. The last
+were searched on other seeds; some problems of that search count, too (a third of the word problems). Differences are
+paired by seed, ± half of their 95 % interval. The last
 column is the share of GRPO's completions after which a contender has what GRPO has after its longest run.
 """
 

@@ -252,7 +252,8 @@ class Alarms:
         more than chance."""
         means, last = self._means, self._accuracy
         self._means, self._accuracy = [], accuracy
-        if last is None or not means or _mean(means[-WINDOW:]) <= _mean(means[:WINDOW]):
+        width = min(WINDOW, len(means) - 1)  # of few steps all but one, so that ends differ
+        if last is None or width < 1 or _mean(means[-width:]) <= _mean(means[:width]):
             return []
         error = math.sqrt(sum(p * (1 - p) for p in (last, accuracy)) / completions)
         fall = (last - accuracy) / max(error, 1e-9)

@@ -133,7 +133,7 @@ def mtp(args: argparse.Namespace) -> int:
     from grpo.cli.commands import summary
 
     if args.dry_run:
-        fits = summary.mtp_dry_run(config, resuming=args.resume is not None, device_gib=args.device_gib)
+        fits = summary.mtp_dry_run(config, **_flags(args), device_gib=args.device_gib)
         return 0 if fits else EXIT_ERROR
     from grpo.cli.mtp import mtp
     from rewards.config.problems import command_line

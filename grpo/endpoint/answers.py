@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -25,6 +26,7 @@ class Answer:
         self.served, self.asked, self.jobs = served, asked, jobs
         self.is_chat, self.tokenizer = isinstance(asked, ChatAsked), served.tokenizer
         self.stops = set(served.defaults.stop_token_ids)
+        self.offsets: Counter[int] = Counter()  # characters of each choice of which log-probabilities were told
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.done: dict[int, Completion] = {}
@@ -53,7 +55,7 @@ class Answer:
             reply = self._reply(index, completion)
             text = stream.finish(reply.message["content"] or "")
         ids, logprobs = self._without_stop(news.token_ids, news.logprobs)
-        scored = self._logprobs(ids, logprobs) if self.asked.wants_logprobs and ids else None
+        scored = self._logprobs(ids, logprobs, index) if self.asked.wants_logprobs and ids else None
 
         def add(delta: dict[str, Any], logprobs: Any = None, reason: str | None = None, **ids: Any) -> None:
             content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
@@ -123,7 +125,7 @@ class Answer:
         content: dict[str, Any] = {"message": reply.message} if self.is_chat else {"text": completion.text}
         scored = None
         if self.asked.wants_logprobs:
-            scored = self._logprobs(*self._without_stop(completion.token_ids, completion.logprobs))
+            scored = self._logprobs(*self._without_stop(completion.token_ids, completion.logprobs), job.index)
         end = {"logprobs": scored, "finish_reason": self._reason(completion, reply)}
         return {"index": job.index, **content, **end, **self._ids(job.index, completion)}
 
@@ -148,7 +150,7 @@ class Answer:
         length = len(ids) - bool(ids and ids[-1] in self.stops)
         return ids[:length], logprobs[:length]
 
-    def _logprobs(self, ids: list[int], logprobs: list[float]) -> dict[str, Any]:
+    def _logprobs(self, ids: list[int], logprobs: list[float], index: int) -> dict[str, Any]:
         texts = [str(self.tokenizer.decode([token])) for token in ids]
         if self.is_chat:
             content = [
@@ -156,7 +158,8 @@ class Answer:
                 for text, logprob in zip(texts, logprobs, strict=True)
             ]
             return {"content": content, "refusal": None}
-        offsets = list(accumulate(map(len, texts[:-1]), initial=0)) if texts else []
+        offsets = list(accumulate(map(len, texts), initial=self.offsets[index]))
+        self.offsets[index] = offsets.pop()
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
 

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_address
 from typing import Any
 
 from starlette.applications import Starlette
@@ -140,6 +141,7 @@ def questions(of: Callable[[Request], Served], key: str | None, prefix: str = ""
         one = {"id": served.name, "object": "model", "created": 0, "owned_by": "quartet"}
         one |= {"policy_version": served.batcher.engine.version, "meaning": served.meaning}
         one |= {"max_model_len": served.context, "accept": served.defaults.accept}
+        one |= {"max_waiting": served.batcher.most_waiting}
         one |= {"chat_template_kwargs": getattr(served.tokenizer, "chat_template_kwargs", {})}
         return JSONResponse({"object": "list", "data": [one]} if name is None else one, headers=HEADERS)
 
@@ -251,8 +253,16 @@ def _refuse_strangers(request: Request, key: str | None) -> None:
         return
     host = request.headers.get("host", "")
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if name.lower() not in LOOPBACK:
+    if not is_loopback_host(name):
         raise ApiError(f"host {host!r:.60}: without a key only {LOOPBACK[0]} and {LOOPBACK[1]} are answered", 403)
+
+
+def is_loopback_host(name: str) -> bool:
+    """Whether a request to this host has been sent to this machine: an address of it, or its own name."""
+    try:
+        return ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return name.lower() in LOOPBACK
 
 
 async def _refused(_: Request, error: Any) -> Response:

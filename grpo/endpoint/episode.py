@@ -188,6 +188,8 @@ class Episode(Served):
             return self._chat(asked), [plain(message) for message in asked.messages]
         assert isinstance(asked, CompletionAsked)
         [text] = asked.prompt
+        if text == self.prompt.text:  # whose tokens may be others: a chat template has written the first one already
+            return Prompt("", text, self.prompt.token_ids), text
         return self._prompt(text, ""), text
 
     def _heard(self, segment: Growing | None, said: Said) -> Said | None:
@@ -207,7 +209,13 @@ class Episode(Served):
             return new
         form = form_of(asked, self.tokenizer, self.defaults.stop_token_ids) if isinstance(asked, ChatAsked) else None
         if form is not None and form.is_plain:
-            return self.tokenizer.encode(form.lines(new), add_special_tokens=False)
+            if known[-1].get("tool_calls"):
+                return self.tokenizer.encode(form.lines(new), add_special_tokens=False)
+            ids, stops = (
+                self.tokenizer.encode(f"\n{form.lines(new)}", add_special_tokens=False),
+                self.defaults.stop_token_ids,
+            )
+            return ids if {*segment.ids[-1:]} & {*stops} else [*stops[:1], *ids]
         if form is not None and known[-1].get("tool_calls"):
             try:
                 return form.after(segment.ids, known[-1]["tool_calls"], new)

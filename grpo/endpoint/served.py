@@ -61,7 +61,8 @@ class Served:
 
     @property
     def context(self) -> int:
-        return self.batcher.engine.policy.max_length
+        engine = self.batcher.engine
+        return getattr(engine, "context", engine.policy.max_length)  # that of vLLM may be shorter
 
     def jobs(self, asked: Asked) -> list[Job]:
         """Returns the completions of a request. Raises ApiError for what cannot be sampled."""
@@ -78,9 +79,10 @@ class Served:
             prompts = [self._prompt(text, asked.prompt_id or "") for text in asked.prompt]
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
         jobs: list[Job] = []
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             params = self._params(asked, prompt, param, seed)
-            samples = [replace(prompt, first_sample=sample) for sample in range(asked.completions)]
+            first = asked.completions * prompts[:number].count(prompt)  # the same prompt again has noise of its own
+            samples = [replace(prompt, first_sample=first + sample) for sample in range(asked.completions)]
             jobs += [Job(number, each, params) for number, each in enumerate(samples, start=len(jobs))]
         return jobs
 
@@ -144,7 +146,9 @@ class Served:
         except ValueError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
         self._refuse_long(text, "messages")
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        by_lines = form is not None and form.is_plain
+        ids = self.tokenizer.encode(text, add_special_tokens=by_lines)
+        ids = ids[:-1] if by_lines and ids[-1:] == [self.tokenizer.eos_token_id] else ids
         return Prompt(asked.prompt_id or "", text, ids, messages=asked.messages)
 
     def _by_template(self, messages: list[Any], tools: list[dict[str, Any]] | None) -> str:

@@ -249,8 +249,8 @@ class Learner:
                 moved.append(self.likelihood.moved(work.rows, before))
         if moved:
             metrics["policy/step_kl"] = fmean(moved)
-        for term in works[-1].terms:
-            metrics |= term.end(works)
+        for term in {id(term): term for work in works for term in work.terms}.values():
+            metrics |= term.end([work for work in works if any(own is term for own in work.terms)])
         return metrics
 
     # ---- the batch that is learned from ------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ def estimate(
             return advantages.reinforce_plus_plus(rewards_PG)
         case "reinforce_plus_plus_baseline":
             return advantages.reinforce_plus_plus(rewards_PG, baseline=True)
-    if loss.multi_objective_aggregation == "sum_then_normalize":
+    unknown = any(name not in score.parts for score in scores for name in reward_weights)  # marks of a loop's own
+    if loss.multi_objective_aggregation == "sum_then_normalize" or unknown:
         return advantages.group_relative(rewards_PG, loss.scale_rewards)
     parts_PGK = [
         [
@@ -74,9 +75,7 @@ def pack(
 
     Raises ValueError where `routing_replay` finds nothing recorded.
     """
-    if not isinstance(advantages, Tensor) and isinstance(advantages[0][0], int | float):
-        advantages = torch.tensor(advantages, dtype=torch.float32)
-    by_group = cast("Advantages", advantages)
+    by_group = _by_group(advantages, groups)
     rows, count = [], 0
     size = len(groups[0].completions)
     for g, (group, score) in enumerate(zip(groups, scores, strict=True)):
@@ -115,9 +114,24 @@ def pack(
     )
 
 
+def _by_group(advantages: Any, groups: Sequence[RolloutGroup]) -> Advantages:
+    """Numbers of completions as a tensor [P, G]; those of tokens, which may be tensors too, as lists."""
+    if isinstance(advantages, Tensor) and advantages.dim() == 2:
+        return advantages
+    if isinstance(advantages[0][0], int | float) or getattr(advantages[0][0], "ndim", 1) == 0:
+        return torch.tensor([[float(advantage) for advantage in of] for of in advantages], dtype=torch.float32)
+    return [
+        [
+            (each.tolist() if hasattr(each, "tolist") else list(each))[: len(c.token_ids)]
+            for each, c in zip(of, group.completions, strict=True)
+        ]
+        for of, group in zip(advantages, groups, strict=True)
+    ]
+
+
 def supervised(rows: Sequence[PackedRow], step: int = 0) -> TrainingBatch:
     """A batch of gold solutions, one in each row."""
-    rows = [replace(row, group=i) for i, row in enumerate(rows)]
+    rows = [replace(row, group=i, samples=[replace(s, index=i) for s in row.samples]) for i, row in enumerate(rows)]
     tokens = sum(row.num_completion_tokens for row in rows)
     return TrainingBatch(rows, torch.zeros(len(rows), 1), len(rows), tokens, step)
 

@@ -42,6 +42,7 @@ class Batches:
         self.ahead = 0 if run.inner else run.config.whole_rollout.ahead
         self.ready: dict[int, Drawn] = {}
         self.next = 1  # the first batch that was not begun
+        self.is_asked = False  # a loop of one's own may sample by itself
         self._saved: dict[str, Any] = {}
         self._sampling: tuple[Future[Drawn], Any] | None = None  # batch `next` - 1, and the collector before it
         self._error: BaseException | None = None
@@ -68,9 +69,11 @@ class Batches:
 
     def take(self, step: int) -> Drawn:
         """The batch of this step. Raises what its sampling has raised."""
+        is_first, self.is_asked = not self.is_asked, True
         if not self.ahead:
             self.begins(step)
             return self.run.ranks.from_first(partial(self.collector.collect, step))
+        self.next = max(self.next, step) if is_first else self.next  # what a loop has sampled itself is gone
         self.go_on(step - 1, wait=True)
         return self.run.ranks.from_first(partial(self._take, step))
 
@@ -87,7 +90,7 @@ class Batches:
     def go_on(self, step: int, wait: bool = False) -> None:
         """Begin the batches up to `step` + ahead, each when the one before is complete: all of them where it `wait`s,
         those that can begin now where it does not. The learner holds the weights of `step` - 1, or no batch is left."""
-        while self.next <= min(step + self.ahead, self.run.last):
+        while self.is_asked and self.next <= min(step + self.ahead, self.run.last):
             if wait:
                 self.run.ranks.from_first(self.complete)
             elif not self.run.ranks.from_first(self._completed):
@@ -97,7 +100,7 @@ class Batches:
 
     def before_update(self, step: int) -> None:
         """The learner has the weights of `step` - 1 for the last time."""
-        if not self.ahead:
+        if not self.ahead or not self.is_asked:
             return
         self.go_on(step, wait=True)
         if self.ahead == 1:  # the next step waits for this batch anyway, and no copy is needed

@@ -64,6 +64,9 @@ class Listener:
         """Is called before the learner reads the batch of a step. Returns metrics."""
         return {}
 
+    def taught(self) -> None:
+        """Is called after a loss of a loop's own has taught a batch, whatever its advantages are."""
+
     def evaluated(self, step: int, results: Mapping[str, Any]) -> None:
         """Is called after an evaluation; `results` are by way of sampling."""
 

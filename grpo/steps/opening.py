@@ -61,11 +61,9 @@ def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
     config = run.config if model is None else run.config.model_copy(update={"model": model})
     policy = load_policy(config, task.corpus(), run.ranks)
     if packing := getattr(policy.trunk, "hf_quantizer", None):
-        method = packing.quantization_config.quant_method
-        raise PolicyError(
-            f"model={config.model!r}: its weights stay packed ({getattr(method, 'value', method)}), and such a policy "
-            "cannot be saved; use a dequantised copy, or the original with lora.base: nf4"
-        )
+        from policies.files.packed import stays_packed
+
+        raise PolicyError(stays_packed(config.model, packing.quantization_config.quant_method))
     if policy.paths != Paths():
         run.log.say(f"a model of type {policy.config.model_type!r} is {policy.paths}")
     if task.held_out or isinstance(config, TrainConfig | MtpConfig):

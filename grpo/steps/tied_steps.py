@@ -26,15 +26,18 @@ class TiedSteps(Listener):
 
     def __init__(self, run: Run[TrainConfig], task: Task) -> None:
         self.run, self.first_reward, self.full_marks = run, task.first_reward, task.full_marks
-        self.taught = run.config.loss.advantage == "distill"  # by a teacher, with any advantages
+        self.by_teacher = run.config.loss.advantage == "distill"  # with any advantages
         self.in_a_row: list[Drawn] = []
         self.told = False
 
     def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
-        diagnosis = self.observe(drawn, batch.all_tied and not self.taught)
+        diagnosis = self.observe(drawn, batch.all_tied and not self.by_teacher)
         if diagnosis:
             self.run.log.nothing_learned(step, *diagnosis)
         return {}
+
+    def taught(self) -> None:
+        self.in_a_row = []
 
     def observe(self, drawn: Drawn, tied: bool) -> tuple[str, list[str]] | None:
         """Says why nothing is learned, and what to change, after a step whose batch was `tied` or not. None where the

@@ -40,8 +40,8 @@ class Mix(Task):
         self.parts = tasks = dict[str, Task]()
         try:
             for label, source in sources.items():
-                alone = _alone(config, label, source)
-                tasks[label] = Task.of(alone, scores=scores, model_known=model_known)
+                own = options_of_source(config, label, source)
+                tasks[label] = Task.of(own, scores=scores, model_known=model_known)
             self._gather()
             self.prompts_per_step = config.prompts_per_step
             weights = {spec.label: spec.weight for spec in reward_specs(rewards_of(config))}
@@ -178,7 +178,9 @@ class Mix(Task):
             part.close()
 
 
-def _alone(config: LearningConfig | MtpConfig, label: str, source: WeightedSource) -> LearningConfig | MtpConfig:
+def options_of_source(
+    config: LearningConfig | MtpConfig, label: str, source: WeightedSource
+) -> LearningConfig | MtpConfig:
     """The configuration of a run that has this source only. How many prompts a step takes of it is the mix's to say."""
     data = source.model_dump(exclude={"weight", "label", "rewards"})
     rewards = dict(zip((spec.label for spec in reward_specs(config.rewards)), config.rewards, strict=True))

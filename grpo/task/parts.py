@@ -24,7 +24,7 @@ from policies import four_bit, presets
 from policies.checkpoint import check_files
 from policies.devices import device_of
 from policies.layout import find_file
-from policies.policy import read_tokenizer
+from policies.policy import PolicyError, read_tokenizer
 
 
 def check_own_functions(plan: Plan) -> None:
@@ -41,6 +41,18 @@ def check_weights(plan: Plan) -> None:
     """The files of a folder, if it has weights."""
     if isinstance(plan.options, RunConfig) and plan.has_files:
         check_files(Path(plan.source.folder))
+
+
+def check_packing(plan: Plan) -> None:
+    """Raises PolicyError for weights that stay packed: a policy with them cannot be saved, see `first_policy`."""
+    options, packing = plan.options, getattr(plan.shape, "quantization_config", None)
+    if not isinstance(options, RunConfig) or packing is None or asked(plan, "lora.base=nf4"):
+        return
+    from policies.files.packed import stays_packed
+
+    method = dict(packing).get("quant_method")
+    if method == "bitsandbytes":
+        raise PolicyError(stays_packed(options.model, method))
 
 
 def check_shape(plan: Plan) -> None:
@@ -163,5 +175,5 @@ def _ask_server(options: VLLMOptions) -> None:
 
 
 FIRST = (check_own_functions, check_trackers)
-OF_MODEL = (check_weights, check_shape, check_layout)
+OF_MODEL = (check_weights, check_packing, check_shape, check_layout)
 TRIES = (try_four_bits, try_vllm, try_teacher)  # they ask libraries, tokenizers and servers

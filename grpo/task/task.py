@@ -98,7 +98,7 @@ class Task:
         # A chat template is the model's, and no model is loaded yet: the bare question then replaces its text.
         prompt = first.question if self.template.is_chat else self.template.render(first)
         self.solution_column = data.solution_column
-        self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
+        self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 1, "epoch": 0.0}
         self.prompts_per_step = 0
         self.leads, self.scores, self.on_error = scores, scores and bool(rewards), scoring.on_error
         self.actor = Actor()

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tinker import types
 
-from grpo.endpoint.app import HEADERS, LOOPBACK
+from grpo.endpoint.app import HEADERS, LOOPBACK, is_loopback_host
 from grpo.tinker import wire
 from grpo.tinker.service import Job, Service, Unknown
 from grpo.tinker.wire import Refused
@@ -121,7 +121,7 @@ class _Api:
             return
         host = request.headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if name.lower() not in LOOPBACK:
+        if not is_loopback_host(name):
             raise ApiRefusal(403, f"host {host!r:.60}: without a key only {LOOPBACK[0]} and {LOOPBACK[1]} are answered")
 
     # ---- clients and sessions ------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ BOUNDS = {"low": "reward >= ?", "high": "reward <= ?", "first": "step >= ?", "la
 CLAUSES = BOUNDS | {
     "prompt": "completions.prompt_id = ?",
     "reason": "completions.reason = ?",
-    "text": "(instr(lower(completions.text), lower(?)) or instr(lower(prompts.text), lower(?)))",
+    "text": "(instr(folded(completions.text), folded(?)) or instr(folded(prompts.text), folded(?)))",
     "regex": "(matches(completions.text) or matches(prompts.text))",
 }
 WITHOUT_COMPLETION = (

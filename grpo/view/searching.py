@@ -26,6 +26,8 @@ def search(asked: Mapping[str, Any]) -> dict[str, Any]:
     """`rows` of the query, or the `error` of a regular expression that is none."""
     database = sqlite3.connect(asked["path"], timeout=30)
     database.row_factory = sqlite3.Row
+    # SQLite's own lower() knows ASCII alone.
+    database.create_function("folded", 1, lambda text: (text or "").casefold(), deterministic=True)
     if regex := asked["regex"]:
         try:
             pattern = re.compile(regex)

@@ -54,3 +54,11 @@ def loading(source: str | Path) -> dict[str, Any]:
             "pip install 'quartet-rl[quantize]'"
         )
     return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+
+
+def stays_packed(model: str, method: object) -> str:
+    """Says why no policy is trained on weights that transformers leaves packed."""
+    return (
+        f"model={model!r}: its weights stay packed ({getattr(method, 'value', method)}), and such a policy cannot be "
+        "saved; use a dequantised copy, or the original with lora.base: nf4"
+    )

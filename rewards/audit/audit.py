@@ -56,9 +56,10 @@ def audit(
 ) -> Audit:
     """Audits the rollouts of a file or folder. With `functions`, they are scored again, in processes of their own."""
     traces = read_traces(path)
+    own = len(traces)
     if evaluation is not None:
         traces += read_traces(evaluation, "evaluation")
-    rollouts = Rollouts(traces, None if tokenizer is None else _decoder(tokenizer), recorded_means(path))
+    rollouts = Rollouts(traces, None if tokenizer is None else _decoder(tokenizer), recorded_means(path), own)
     findings = [finding for detector in DETECTORS for finding in detector(rollouts)]
     for function in functions:
         findings += rescored(rollouts, function, config, alone=len(functions) == 1)
@@ -110,7 +111,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
                 completion_columns=[
                     {name: [columns[trace].get(name) for trace in group] for name in names} for group in groups
                 ],
-                trainer_state={"global_step": 0, "max_steps": 0, "epoch": 0.0},
+                trainer_state={"global_step": 0, "max_steps": 1, "epoch": 0.0},
                 messages=[group[0].messages or None for group in groups],
                 turns=[[trace.turns for trace in group] if chat and group[0].turns else None for group in groups],
             )

@@ -30,6 +30,7 @@ class Rollouts:
     traces: list[Trace]
     decode: Callable[[list[int]], str] | None = None
     means: dict[str, float] = field(default_factory=dict)  # of the rewards, as files beside the rollouts have them
+    own: int | None = None  # how many of the traces these are the means of; None: all
     figures: dict[str, str] = field(default_factory=dict)  # what is told though nothing is wrong with it
 
     @cached_property

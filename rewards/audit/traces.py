@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from glob import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,9 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
 
 def recorded_means(path: Path) -> dict[str, float]:
     """The mean reward that verifiers or NeMo-Gym recorded beside the rollouts, by the name of the file."""
-    folder = path if path.is_dir() else path.parent
+    folder, stem = (path, "*") if path.is_dir() else (path.parent, escape(path.stem))
     means = {}
-    for file in [*folder.glob("metadata.json"), *folder.glob("*_aggregate_metrics.json")]:
+    for file in [*folder.glob("metadata.json"), *folder.glob(f"{stem}_aggregate_metrics.json")]:
         with suppress(ValueError, TypeError, AttributeError):  # another tool's file of this name
             content = json.loads(file.read_text(encoding="utf-8"))
             [entry] = content if isinstance(content, list) else [content]
@@ -231,6 +232,9 @@ def _form(row: Mapping[str, Any]) -> str:
         "trl": {"step", "prompt", "completion", "advantage"},
         "problems": {"prompt", "answer"},
     }
+    others = set(COMMON) & row.keys() - {"step", "prompt", "completion", "reward", "advantage"}
+    if [*row][:3] == ["step", "prompt", "completion"] and [*row][-1] == "advantage" and not others:
+        return "trl"  # which has a reward of the name `reward`
     return next((name for name, columns in marks.items() if columns <= row.keys()), ", ".join(row)[:80])
 
 
@@ -315,7 +319,8 @@ def _verl(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _verifiers(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """An episode has the traces of one agent or several. Its nodes are messages, each with the tokens it added."""
     work = (row.get("run") or {}).get("work") or {}
-    for record in row["traces"]:
+    learning = [record for record in row["traces"] if (record.get("agent") or {}).get("trainable") is not False]
+    for record in learning or row["traces"]:
         nodes, task = record.get("nodes") or [], record.get("task") or row["task"]
         calls = [_call(nodes, index) for index, node in enumerate(nodes) if node.get("sampled")]
         path = _path(nodes, len(nodes) - 1)
@@ -340,7 +345,9 @@ def _verifiers(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "token_ids": [token for call in calls for token in call.token_ids],
             "logprobs": [value for node in nodes for value in node.get("logprobs") or []],
             "finish_reason": stop if stop in CUT | FAILED else endings[-1] if endings else stop,
-            "error": next(reversed(record.get("errors") or row.get("errors") or []), None),
+            "error": None
+            if record.get("ok")
+            else next(reversed(record.get("errors") or row.get("errors") or []), None),
             "time": timing.get("start"),
             "identity": record.get("id"),
             "at_limit": any(map(_at_limit, record.get("calls") or [])),

@@ -256,7 +256,7 @@ class Trial:
         if check.failures:
             check.problems.append(f"{len(check.failures)} completions failed; the first: {check.failures[0]}")
         if not check.shaping and not any(probe.kind in ("wrong", "other") for row in self.probes for probe in row):
-            check.notes.append("no wrong completion could be made: no gold solution has a digit, and all are alike")
+            check.notes.append("no wrong completion could be made: no gold answer has a digit, and all say the same")
 
     def _is_unexpected(self, expected: str, i: int, j: int) -> bool:
         score = self.scores[i][j]

@@ -40,7 +40,9 @@ HOSTILE = [
 ]
 
 _DIGIT = re.compile(r"[0-9]")
-_NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3})*")
+_NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
+_MARK = re.compile(r"####|\\boxed\{|<answer>|answer(?: is|:)", re.IGNORECASE)  # an answer is behind the last of these
+SHORT = 5  # words of a solution that is an answer as a whole
 
 
 class Probe(NamedTuple):
@@ -75,25 +77,36 @@ def probes(examples: Sequence[Example]) -> list[list[Probe]]:
 
 
 def misprint(solution: str) -> str | None:
-    """Returns `solution` with its last digit raised by one, 9 to 0; None where it has none.
+    """Returns `solution` with the last digit of its answer raised by one, 9 to 0; None where that has none.
 
-    >>> misprint("6 * 7 = 42, so #### 1,234 apples")
-    '6 * 7 = 42, so #### 1,235 apples'
+    >>> misprint("6 * 7 = 42, so #### 1,234 apples"), misprint("In 1969 they landed. Answer: B")
+    ('6 * 7 = 42, so #### 1,235 apples', None)
     """
-    digits = list(_DIGIT.finditer(solution))
+    first = len(solution) - len(_answer_part(solution))
+    digits = [digit for digit in _DIGIT.finditer(solution) if digit.start() >= first]
     if not digits:
         return None
     start, end = digits[-1].span()
     return f"{solution[:start]}{(int(digits[-1][0]) + 1) % 10}{solution[end:]}"
 
 
+def _answer_part(solution: str) -> str:
+    """The end of a solution, where its answer is: behind the last mark of one; of a long text without any the last
+    word."""
+    marks = [mark.end() for mark in _MARK.finditer(solution)]
+    if marks:
+        return solution[marks[-1] :]
+    return solution if len(solution.split()) <= SHORT else solution.split()[-1] + solution[len(solution.rstrip()) :]
+
+
 def _another(examples: Sequence[Example], i: int) -> str | None:
-    """Returns the next solution with another last number, or with another text if it has no number."""
+    """Returns the next solution with another answer."""
     answer = _answer(examples[i].solution)
     following = (examples[(i + step) % len(examples)].solution for step in range(1, min(len(examples), 50)))
     return next((solution for solution in following if _answer(solution) != answer), None)
 
 
-def _answer(solution: str) -> str:
-    numbers = _NUMBER.findall(solution)
-    return numbers[-1].replace(",", "") if numbers else " ".join(solution.lower().split())
+def _answer(solution: str) -> str | float:
+    part = _answer_part(solution)
+    numbers = _NUMBER.findall(part)
+    return float(numbers[-1].replace(",", "")) if numbers else " ".join(part.lower().split())

@@ -28,7 +28,7 @@ class Rollouts:
         for trace in traces:
             self._steps.setdefault(trace.step or 0, []).append(trace)
         self.steps = sorted(self._steps)
-        self.max_steps = self.steps[-1]
+        self.max_steps = max(self.steps[-1], 1)
         self.has_ids = all(trace.token_ids for trace in traces)
         self._parts = list(dict.fromkeys(name for trace in traces for name in trace.parts))
         examples = examples_of(data, data.name, data.split, purpose="eval") if data.name else []

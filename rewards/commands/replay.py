@@ -97,7 +97,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
                 prompt_ids=[group[0]["prompt_id"] for group in groups],
                 completion_ids=[[line["token_ids"] for line in group] for group in groups] if record.has_ids else None,
                 messages=[group[0].get("messages") for group in groups],
-                trainer_state={"global_step": step - 1, "max_steps": record.max_steps, "epoch": 0.0},
+                trainer_state={"global_step": max(step - 1, 0), "max_steps": record.max_steps, "epoch": 0.0},
                 completion_columns=[record.completion_columns(group) for group in groups],
                 turns=[[line.get("turns", []) for line in group] if "turns" in group[0] else None for group in groups],
             )

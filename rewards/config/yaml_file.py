@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic_core import to_jsonable_python
 
 from rewards.config.json_file import MOST_NESTED, unfit
 
@@ -83,6 +82,8 @@ def _construct(text: str, lines: dict[Place, list[int]]) -> Any:
 
 def to_yaml(value: Any, inline: bool = False) -> str:
     """Plain values (also models and paths) as YAML that `parse_yaml` reads back, on one line if `inline`."""
+    from pydantic_core import to_jsonable_python  # an image without it reads YAML all the same
+
     text = yaml.dump(
         to_jsonable_python(value, fallback=str),
         Dumper=_Dumper,

@@ -12,6 +12,8 @@ import random
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from rewards.isolation.environments import Nothing
@@ -30,6 +32,8 @@ class LoadedAgent:
         self.signature = Nothing()
         source = find_function(function, "agent")
         self.agent, self.path = load_function(source, "agent"), source.path
+        with suppress(ImportError):  # numpy imports it late, and the first episode is seeded, too
+            import_module("numpy.random")
         parameters = inspect.signature(self.agent).parameters
         self.takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.names = set(parameters)

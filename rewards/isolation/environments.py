@@ -13,8 +13,9 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from rewards.protocol import awaited
@@ -53,6 +54,8 @@ class LoadedEnvironments:
         self.signature = Nothing()
         self.tools = {tool.__name__: tool for tool in (load_function(tool, "tools") for tool in tools)}
         self.classes = {name: load_class(path, "environment") for name, path in environments.items()}
+        with suppress(ImportError):  # numpy imports it late, and the first episode has a place in its stream, too
+            import_module("numpy.random")
         self._loop = asyncio.new_event_loop()  # one for all: a client may keep a connection that belongs to it
         self._episodes: OrderedDict[str, _Episode] = OrderedDict()
         self._most = min([KEPT, *(getattr(kind, "_most", KEPT) for kind in self.classes.values())])

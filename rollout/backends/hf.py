@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from policies.attention import attending_by
 from policies.decoding.latent_cache import LatentCache, Prefix
+from policies.mtp import cast_parameters
 from policies.policy import Policy
 from policies.scoring import Scoring, has_indexer, sdpa
 from rollout.backends.states import RowStates
@@ -57,7 +58,7 @@ class PromptCache:
         (scale, window, cap, sink), longest, mask = scoring, key_PKTD.shape[2], None
         if past or (window is not None and longest > window):
             ones = torch.ones(longest - past, longest, dtype=torch.bool, device=query_PHTD.device)
-            mask = ones.tril(past).triu(past + 1 - (window or longest))
+            mask = ones.tril(past).triu(past + 1 - (window or longest))[None, None]
         options = {"scaling": scale, "softcap": cap, "s_aux": sink, "is_causal": mask is None}
         if cap is None and sink is None:
             return sdpa(module, query_PHTD, key_PKTD, value_PKTD, mask, **options)[0]
@@ -233,8 +234,7 @@ class HFTrunk:
     """The model for decoding. The policy must have plain weights; its parameters are cast to `dtype` in place."""
 
     def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
-        for parameter in policy.trunk.parameters():
-            parameter.data = parameter.data.to(dtype)
+        cast_parameters(policy.trunk, dtype)
         self.config, self.decoder, self.dtype = policy.config, policy.trunk.get_decoder(), dtype
         self.embedding = policy.trunk.get_input_embeddings().weight.detach()
         self.logits = policy.output.logits

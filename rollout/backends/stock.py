@@ -31,6 +31,7 @@ from transformers.cache_utils import (
 
 from policies.attention import attending_by
 from policies.lm_head import last_states
+from policies.mtp import cast_parameters
 from policies.paths import Sampler
 from policies.policy import Policy
 
@@ -165,8 +166,7 @@ class StockTrunk:
     rows_can_part = False  # transformers' caches copy no row
 
     def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
-        for parameter in policy.trunk.parameters():
-            parameter.data = parameter.data.to(dtype)
+        cast_parameters(policy.trunk, dtype)
         self.sampler, self.states, self.dtype = policy.paths.sampler, policy.paths.states, dtype
         self.config, self.own_attention, self.trunk = policy.config, policy.own_attention, policy.trunk
         self.embedding = policy.trunk.get_input_embeddings().weight.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,8 @@ class Drafts:
         if costs := self.controller.costs:
             cost = plain = costs.milliseconds(alive, 0, by_graph)
             if drafted:  # else each row got one token: a short round notices a sum
-                cost = costs.milliseconds(alive, drafted.depth, by_graph)
+                measured = costs.milliseconds(alive, drafted.depth, by_graph)
+                cost = measured if math.isfinite(measured) else plain  # of more rows than the table has
                 plain *= int(kept_R.sum()) / alive
             self.cost, self.plain_cost = self.cost + cost, self.plain_cost + plain
 

@@ -35,6 +35,18 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(gpu, monkeypatch, capsys):
     )
 
 
+def test_of_tests_that_fail_the_others_are_there(gpu, tmp_path):
+    piece = gpu.tests("cpu", tmp_path, "tests", "x")
+    assert piece.reads_failures
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite><testcase name="a" time="1"/>'
+        '<testcase name="b" time="2"><failure message="no"/></testcase>'
+        '<testcase name="c" time="0"><skipped message="none here"/></testcase></testsuite></testsuites>'
+    )
+    found = piece.read("")
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, {"b": "no"}, {"c": "none here"})
+
+
 @pytest.mark.slow
 def test_a_piece_that_fails_is_recorded_and_the_others_still_run(gpu, capsys):
     written = []
@@ -184,7 +196,7 @@ def test_what_is_missing_is_installed_from_a_folder_of_wheels_and_nowhere_else(g
 @pytest.mark.long
 def test_without_what_an_image_may_lack_the_first_pieces_still_say_something(hide, tmp_path):
     """Without pydantic no run can be configured, but kernels, gradients and decoding are looked at."""
-    hide("trl", "ray", "datasets", "pydantic", "zstandard", "xxhash", "hypothesis")
+    hide("trl", "ray", "datasets", "pydantic", "pydantic_core", "zstandard", "xxhash", "hypothesis")
     report = _small_form(tmp_path / "gpu.json")
     ended = [name for name, piece in report["pieces"].items() if "result" in piece]
     assert ended == ["kernels", "flex", "prepare tiny", "decoding", "recorded"]

@@ -1,6 +1,7 @@
 """benchmarks/rollout.py: its contenders take turns, and one that ends is named."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -30,6 +31,16 @@ def bench():
     spec.loader.exec_module(module)
     sys.path[:] = path
     return module
+
+
+def test_a_contender_alone_leaves_a_file(bench, tmp_path):
+    """As `make gpu` asks for it."""
+    jobs, seen = [bench.Job(1, 1, 4, [[[10]], [[11]], [[12]]]), bench.Job(2, 1, 4, [[[20]], [[21]]])], []
+    bench.alone(lambda prompts, job: seen.append(prompts[0][0]), jobs, "cpu", tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert seen == [10, 11, 12, 20, 21]
+    assert [len(result["seconds"][job.name]) for job in jobs] == [2, 1]  # without the warm-up
+    assert result["peak_rss_bytes"] > 0
 
 
 def test_contenders_take_turns_at_every_call_and_warm_ups_do_not_count(bench, tmp_path):

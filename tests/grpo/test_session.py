@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from safetensors.torch import load_file
 from start_ranks import run_ranks
 
 from grpo import Session
+from grpo.config.loss import LossOptions
 from grpo.config.mtp import HeadOptions
 from grpo.config.run import SftConfig
+from grpo.evaluation.held_out import HeldOut
 from grpo.learner.head_learner import HeadLearner
 from grpo.run.records import read_events, read_metrics
 from grpo.run.stop import Stopped
@@ -219,6 +222,26 @@ def test_supervised_steps_raise_the_gold_solutions(micro_config, tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_a_loss_of_all_solutions_gets_each_of_them(micro_config, tmp_path):
+    """Its gradient is that of supervised steps where the loss is the same."""
+    seen, gradients = [], []
+
+    def mean(logprobs):
+        seen.append([len(one) for one in logprobs])
+        return -torch.cat(list(logprobs)).mean()
+
+    with Session.open(micro_config(tmp_path / "r", steps=1)) as session:
+        next(session.run.steps())
+        rows = session.solutions(3)
+        rows[1] = replace(rows[1], samples=[replace(one, token_ids=one.token_ids[:-3]) for one in rows[1].samples])
+        for loss in ("supervised", mean):
+            session.forward_backward(session.prepare(rows), loss)
+            gradients.append(session.optim_step(1e-12)["learner/grad_norm"])
+    assert seen[0] == [row.num_completion_tokens for row in rows]
+    assert len(set(seen[0])) > 1
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-4)
+
+
 def test_log_probabilities_are_those_that_were_sampled(micro_config, tmp_path):
     with Session.open(micro_config(tmp_path / "r")) as session:
         prompts = session.prompts(1)
@@ -320,6 +343,58 @@ def test_a_checkpoint_from_before_the_first_update_leaves_no_moments(micro_confi
             session.learn(session.prepare(drawn))
             ends.append([parameter.detach().clone() for parameter in session.policy.parameters()])
     assert all(torch.equal(first, second) for first, second in zip(*ends, strict=True))
+
+
+def test_options_of_another_loss_are_heeded_or_refused(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path / "r", steps=1)) as session:
+        next(session.run.steps())
+        drawn = session.draw(1)
+        batch = session.prepare(drawn.groups, [GroupScore([1.0] * len(g.completions), {}) for g in drawn.groups])
+        with pytest.raises(ValueError, match="beta=0.1: there is no reference; set loss.beta in the configuration"):
+            session.forward_backward(batch, LossOptions(beta=0.1))
+        with pytest.raises(ValueError, match="mask_truncated_completions=True: batches are prepared by .*=False"):
+            session.forward_backward(batch, LossOptions(mask_truncated_completions=True))
+        session.forward_backward(batch, LossOptions(entropy_coef=1.0))  # all groups are tied: nothing else teaches
+        assert session.optim_step()["learner/grad_norm"] > 0
+
+
+def test_the_last_evaluation_is_of_what_a_loop_has_learned_and_it_is_not_told_that_this_is_nothing(
+    micro_config, tmp_path, monkeypatch
+):
+    """A loop may publish never, and learn from rewards that are all the same."""
+    versions, evaluate = [], HeldOut.evaluate
+    with Session.open(micro_config(tmp_path / "r", steps=6, **{"eval.limit": 2, "lora.rank": 2})) as session:
+
+        def noted(held_out, *rest):
+            versions.append(session.publisher.version)
+            return evaluate(held_out, *rest)
+
+        monkeypatch.setattr(HeldOut, "evaluate", noted)
+        groups = session.sample(session.prompts(1), step=1)
+        for step in session.run.steps():
+            scores = [GroupScore([1.0] * len(group.completions), {}) for group in groups]
+            session.forward_backward(session.prepare(groups, scores), minus)
+            session.record(step, session.optim_step())
+        session.finish()
+        assert versions[-1] == session.learner.policy_version == 6
+    assert not [event for event in read_events(tmp_path / "r") if event["event"] == "nothing_learned"]
+
+
+@pytest.mark.slow
+def test_a_loop_that_samples_itself_has_nothing_sampled_ahead(micro_config, tmp_path):
+    seen = []
+    for ahead in (0, 1):
+        config = micro_config(tmp_path / str(ahead), steps=2, **{"rollout.ahead": ahead})
+        with Session.open(config) as session:
+            for step in session.run.steps():
+                groups = session.sample(session.prompts(step), step=step)
+                seen.append([group.prompt.prompt_id for group in groups])
+                session.forward_backward(session.prepare(groups, session.score(groups)))
+                session.record(step, session.optim_step())
+                session.publish()
+                assert session.publisher.version == step
+            assert session.batches.ready == {}
+    assert seen[:2] == seen[2:]
 
 
 @pytest.mark.slow
@@ -487,6 +562,27 @@ def test_recorded_lessons_teach_the_draft_head_and_nothing_else(micro_config, tm
             session.policy.mtp = None
             with pytest.raises(ValueError, match="teach a draft head, and this policy has none; set add_mtp"):
                 session.prepare(lessons)
+            session.record(step, metrics)
+
+
+@pytest.mark.parametrize("lessons_first", [True, False])
+def test_lessons_and_rollouts_in_one_update_move_the_routers_biases(micro_config, tmp_path, lessons_first):
+    """As rollouts do alone: lessons have no term of the routers."""
+    config = micro_config(tmp_path / "r", steps=1, **{"balance.bias_rate": 0.1})
+    with Session.open(config) as session:
+        for step in session.run.steps():
+            reader = HeadLearner(session.plain or session.policy, HeadOptions(), temperature=1.0, seed=0)
+            session.policy.trunk.requires_grad_(True)
+            lessons = session.prepare(reader.read(session.solutions(4)))
+            drawn = session.prepare(session.draw(step))
+            before = [b.clone() for n, b in session.policy.named_buffers() if n.endswith("correction_bias")]
+            for batch in (lessons, drawn) if lessons_first else (drawn, lessons):
+                session.forward_backward(batch)
+            metrics = session.optim_step()
+            now = [b for n, b in session.policy.named_buffers() if n.endswith("correction_bias")]
+            assert before
+            assert any(not torch.equal(one, other) for one, other in zip(before, now, strict=True))
+            assert any(name.startswith("moe/") for name in metrics)
             session.record(step, metrics)
 
 

@@ -144,6 +144,15 @@ class Pool:
         self.workers.actors[call.worker] += "'s successor"
 
 
+def test_the_vocabulary_of_a_model_that_reads_pictures_is_its_text_parts():
+    text = SimpleNamespace(vocab_size=300)
+    config = SimpleNamespace(get_text_config=lambda decoder: text)
+    relay = Relay(SimpleNamespace(config=config, max_length=10**6), 0, 4)
+    relay.check([Prompt("p", "", [5])], LONG)
+    with pytest.raises(RolloutError, match="300"):
+        relay.check([Prompt("p", "", [300])], LONG)
+
+
 @pytest.mark.parametrize("called", [False, True])
 def test_requests_of_a_worker_that_was_replaced_elsewhere_are_asked_of_its_successor(taught_policy, called):
     pool, news = Pool(taught_policy()), []

@@ -58,6 +58,8 @@ def test_rows_part_where_they_choose_different_tokens():
 def test_what_has_ended_asks_for_no_row():
     place, parents = parted(torch.tensor([0, 0, 1]), rows([5, 9, 7], [True, False, False]))
     assert (parents.tolist(), place.tolist()) == ([0], [0, 0, 0])
+    place, parents = parted(torch.tensor([0, 1, 0, 2]), rows([5, 9, 6, 7], [True, False, True, True]))
+    assert torch.tensor([0, 0, 1])[parents][place].tolist() == [0, 0, 0, 1]  # prompts: their rows are neighbours
     place, parents = parted(torch.tensor([0, 1]), rows([5, 9], [False, False]))
     assert (place.tolist(), parents.tolist()) == ([0, 1], [0, 1])
 

@@ -81,13 +81,15 @@ class MemoryOfRun:
             sampler = replace(sampler, name=each_of(workers, "worker"), count=workers)
             devices = [*warm, *on_devices(learner, sampler, config, gpus)]
         else:
+            alone = gpus > ranks and rollout.backend == "vllm" and not rollout.colocate and not rollout.vllm.url
             if ranks == 1 and reads_weights:
                 sampler = replace(sampler, sampler=0, host=0)
             name = "learner and sampler" if ranks == 1 else "rank 0, which samples"
-            both = replace(learner, count=1).beside(sampler, 1, name, in_turn=False)
+            sleeps = bool(gpus) and rollout.backend == "vllm" and not rollout.ahead
+            both = replace(learner, count=1).beside(sampler, 1, name, in_turn=sleeps)
             both = replace(both, host=max(learner.host, sampler.host))  # one is moved before the other is made
             others = [replace(learner, name=each_of(ranks - 1, "other rank"), count=ranks - 1)] if ranks > 1 else []
-            devices = [*warm, both, *others]
+            devices = [*warm, learner, replace(sampler, name="vLLM")] if alone else [*warm, both, *others]
         if not gpus:
             return [replace(device, host=0) for device in devices]
         return [device.offloaded() if offloads else device for device in devices]
@@ -122,8 +124,8 @@ class MemoryOfRun:
             config.whole_rollout.group_size * config.whole_rollout.max_completion_tokens,
             options.tokens_per_micro_batch,
         )
-        if grpo:
-            tokens = min(tokens, grpo.prompts_per_step * row)
+        if grpo:  # a row is not cut inside of a completion
+            tokens = max(min(tokens, grpo.prompts_per_step * row), grpo.whole_rollout.max_completion_tokens)
 
         def held(chosen: Mapping[str, Tensor], bytes_of: Callable[[Tensor], float] = lambda weight: 4) -> int:
             """Returns the bytes that a rank holds of these weights, where a number of one takes `bytes_of` it."""
@@ -204,7 +206,7 @@ class MemoryOfRun:
         server of vLLM that a run starts."""
         shape, head, dtype, rollout = self.shape, self.head, self.dtype, self.config.whole_rollout
         rows = min(rollout.prompts_per_shard * rollout.group_size, MAX_ROWS)
-        entry = (cache_numbers(self.text) or 0) + (shape.kv_lora_rank + shape.qk_rope_head_dim if head else 0)
+        entry = _entry(self.text) + (shape.kv_lora_rank + shape.qk_rope_head_dim if head else 0)
         cache = rows * rollout.max_completion_tokens * entry * dtype.itemsize
         logits = rows * self.text.vocab_size * (dtype.itemsize + 4)
         policy = meta_policy(shape, head and isinstance(shape, DeepseekV3Config), dtype)
@@ -252,6 +254,17 @@ def activation_bytes(
         size += head_depth * tokens * sum(_kept_bytes(policy.mtp, shape, dtype).values())
     mask = tokens * row * dtype.itemsize if row <= PIECE else 0
     return size + mask + _logits_bytes(dtype)
+
+
+def _entry(shape: PretrainedConfig) -> int:
+    """Returns how many numbers the caches keep for a token; layers with a window keep as many as others."""
+    numbers, heads = cache_numbers(shape), getattr(shape, "num_attention_heads", None)
+    if numbers is not None or not heads:
+        return numbers or 0
+    kinds = getattr(shape, "layer_types", None) or []
+    attending = sum("attention" in kind and "linear" not in kind for kind in kinds)
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    return attending * 2 * (getattr(shape, "num_key_value_heads", None) or heads) * width
 
 
 def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> int:

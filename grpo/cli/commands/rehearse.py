@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 from grpo.cli.commands import machine
 from grpo.cli.commands.check import TRANSFORMERS, examine_text
+from grpo.cli.commands.memory import MemoryOfRun
 from grpo.cli.commands.rehearsal import Effect, Rehearsal, key_of, with_options
 from grpo.cli.commands.rehearse_steps import take_steps
 from grpo.cli.commands.summary import DryRun
@@ -65,6 +66,9 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
     result = Rehearsal(config.model)
     try:
         run = DryRun(as_planned(config, result), device_gib)
+        sampled = {name: getattr(config.rollout, name) for name in ("backend", "vllm")}
+        rollout = run.config.rollout.model_copy(update=sampled)
+        run.memory = MemoryOfRun(run.plan.shape, run.head, run.config.model_copy(update={"rollout": rollout}))
         with open_task(run.config) as task:
             tokenizer = tokenizer_of(run.plan, task)
             if tokenizer is None:
@@ -78,10 +82,11 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
             look_at_options(result, config, task, fresh=run.plan.source.base in presets.PRESETS)
             result.facts["plan"] = dict(run.rows(task))
             look_at_machine(result, run, here=config.device == "cpu")
-            seconds = 0.0
+            seconds = 0.0, 0.0
             if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
                 try_forms(result, task, prompts)
-                seconds = try_functions(result, config, task)
+                times = [try_functions(result, alone, part) for alone, part in sources_of(config, task)]
+                seconds = max(slowest for slowest, _ in times), max(whole for _, whole in times)
             try_tools(result, task)
             look_at_time(result, config, sizes, prompts, seconds)
     except REFUSALS as error:
@@ -158,10 +163,14 @@ def look_at_machine(result: Rehearsal, run: DryRun, *, here: bool) -> None:
 
 
 def look_at_time(
-    result: Rehearsal, config: TrainConfig, sizes: tuple[int, int], prompts: Sequence[Prompt], seconds: float
+    result: Rehearsal,
+    config: TrainConfig,
+    sizes: tuple[int, int],
+    prompts: Sequence[Prompt],
+    seconds: tuple[float, float],
 ) -> None:
-    """Plans the time of a step with whole completions, from what a reward took here (`seconds` for one of them) and
-    from the `sizes` of the real model: all parameters, and those that a token uses."""
+    """Plans the time of a step with whole completions, from what rewards took here (`seconds` of the slowest, and of
+    all, for one of them) and from the `sizes` of the real model: all parameters, and those that a token uses."""
     rollout, completions = config.rollout, config.prompts_per_step * config.rollout.group_size
     tokens = completions * (rollout.max_completion_tokens + fmean(len(prompt.token_ids) for prompt in prompts))
     total, active = sizes
@@ -171,14 +180,14 @@ def look_at_time(
     times = {
         "sampling s": (forward + reading) / max(1, rollout.samplers),
         "learning s": forward * forwards / max(1, config.learner.workers),
-        "rewards s": seconds * completions / config.reward.workers,
+        "rewards s": seconds[1] * completions / config.reward.workers,
     }
     step = sum(times.values())
     result.facts["time on H100s, of a step"] = {**times, "of the run h": step * config.steps / 3600}
-    late = seconds * min(BATCH, completions)
+    late = seconds[0] * min(BATCH, -(-completions // config.reward.workers))
     if late > config.reward.timeout_s / 2:
-        what = f"a batch takes {late:.1f} s of the {config.reward.timeout_s:g} s that it may take"
-        result.add("ends", "reward.timeout_s", what, f"take {math.ceil(4 * late)}")
+        what = f"a batch takes {late:.1f} s of the {config.reward.timeout_s:g} s that it may take, and then runs again"
+        result.add("warns", "reward.timeout_s", what, f"take {math.ceil(4 * late)}")
     if times["rewards s"] > max(1.0, step / 2):
         what = f"rewards take {times['rewards s']:.1f} s of a step of about {step:.1f} s"
         result.add("warns", "reward.workers", what, "give them more processes")
@@ -305,25 +314,44 @@ def mean_score(task: Task, count: int) -> Callable[[Sequence[str]], float]:
     examples = task.train[:count]
     more = dict.fromkeys([*(task.models.names if task.models else []), *task.actor.columns], 0.0)
 
+    of_part: dict[Task, list[int]] = {}
+    for place, example in enumerate(examples):
+        of_part.setdefault(task.part_of(example.example_id), []).append(place)
+
     def score(texts: Sequence[str]) -> float:
-        groups = task.scorer.score(
-            [f"{example.question}\n" for example in examples],
-            [[text] for text in texts],
-            [example.columns | more for example in examples],
-            prompt_ids=[example.example_id for example in examples],
-            completion_ids=[[list(text.encode())] for text in texts],
-            trainer_state=STATE,
-            messages=[task.template.messages(example) for example in examples],
-        )
-        marks = [group.rewards[0] for group in groups if group.rewards[0] is not None]
+        marks: list[float] = []
+        for part, places in of_part.items():
+            own = [examples[place] for place in places]
+            groups = part.scorer.score(
+                [f"{example.question}\n" for example in own],
+                [[texts[place]] for place in places],
+                [example.columns | more for example in own],
+                prompt_ids=[example.example_id for example in own],
+                completion_ids=[[list(texts[place].encode())] for place in places],
+                trainer_state=STATE,
+                messages=[part.template.messages(example) for example in own],
+            )
+            marks += [group.rewards[0] for group in groups if group.rewards[0] is not None]
         return fmean(marks) if marks else 0.0
 
     return score
 
 
-def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> float:
-    """Tries each function as `quartet reward test` does. Returns the seconds that they take for a completion."""
-    seconds, written = 0.0, result.facts["scores"]["written"]
+def sources_of(config: TrainConfig, task: Task) -> Iterator[tuple[TrainConfig, Task]]:
+    """The configuration and the task of each source of data, or those of the run where there is one."""
+    if not config.data.sources:
+        yield config, task
+        return
+    from grpo.task.mix import options_of_source
+
+    for source in config.data.sources:
+        yield cast(TrainConfig, options_of_source(config, str(source.label), source)), task.parts[str(source.label)]
+
+
+def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[float, float]:
+    """Tries each function as `quartet reward test` does. Returns the seconds for a completion of the slowest, and of
+    all."""
+    seconds, written = list[float](), result.facts["scores"]["written"]
     data = {name: getattr(config.data, name) for name in RewardTestConfig().data.model_dump()} | {"limit": TRIED}
     effect: Effect = "ends" if config.reward.on_error == "abort" else "spoils"
     scoring = {name: getattr(config.reward, name) for name in ("timeout_s", "pass_variables")}
@@ -339,7 +367,7 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> float:
         except REFUSALS as error:
             result.add(effect, key, str(error))
             continue
-        seconds += 1 / check.completions_per_second
+        seconds.append(1 / check.completions_per_second)
         result.facts[f"reward {label}"] = {kind.kind: kind.mean for kind in check.kinds if kind.count}
         if tied([kind.mean for kind in check.kinds]):
             check.problems.append("all kinds of completions score the same, and a constant teaches nothing")
@@ -347,7 +375,7 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> float:
             result.add("spoils", key, problem, f"quartet reward test {reward.function} shows it")
         for note in check.notes:
             result.add("warns", key, note)
-    return seconds
+    return max(seconds, default=0.0), sum(seconds)
 
 
 def try_tools(result: Rehearsal, task: Task) -> None:
@@ -369,7 +397,7 @@ def try_tools(result: Rehearsal, task: Task) -> None:
     with closing(open_workers(spec)) as pool:
         for tool in tools_of(spec, name):
             takes = schema_of(tool)["function"]["parameters"].get("properties", {})
-            choices = [entry.get("enum") or values.get(entry.get("type"), (0, 1, 7)) for entry in takes.values()]
+            choices = [entry.get("enum") or values.get(str(entry.get("type")), (0, 1, 7)) for entry in takes.values()]
             calls = [[tool.__name__, {p: c[i % len(c)] for p, c in zip(takes, choices, strict=True)}] for i in range(3)]
             request = begin | {"episode": f"rehearsal/{tool.__name__}", "calls": calls, "turns": [], "ends": False}
             started = time.perf_counter()

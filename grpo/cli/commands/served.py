@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.cli.config.inference import EvalConfig
+from grpo.cli.config.serve import MOST_WAITING
 from grpo.data.prompts import PromptTemplate
 from grpo.source.policy_source import PolicySource
 from rewards.config.json_file import parse_json
@@ -50,6 +52,7 @@ class ServedPool:
                 f"model={address!r}: {self.address}/v1/models does not answer as OpenAI's API does ({why}); begin a "
                 "server with `quartet serve`, and give its key with --api_key_file where it has one"
             ) from None
+        self.most_waiting = int(first.get("max_waiting", MOST_WAITING))
         self.meaning = str(first.get("meaning", "as the server has it"))
         self.variables, theirs = dict(variables or {}), first.get("chat_template_kwargs", variables)
         if self.is_ours and self.variables and self.variables != theirs:
@@ -85,7 +88,8 @@ class ServedPool:
         others."""
         groups: dict[int, RolloutGroup] = {}
         faults = []
-        with ThreadPoolExecutor(self.concurrency, "served") as threads:
+        most = max(1, self.most_waiting // params.group_size) if self.is_ours else self.concurrency
+        with ThreadPoolExecutor(min(self.concurrency, most), "served") as threads:
             numbers = {threads.submit(self._group, prompt, params): number for number, prompt in enumerate(prompts)}
             for future in as_completed(numbers):
                 number = numbers[future]
@@ -167,6 +171,9 @@ def open_served(config: EvalConfig) -> ServedPool:
             "the run itself"
         )
     key = key_of(config.api_key_file) if config.api_key_file else ""
+    for name in ("NO_PROXY", "no_proxy"):  # no proxy knows a server of this machine
+        known = [each for each in os.environ.get(name, "").split(",") if each]
+        os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost"]))
     variables = config.data.chat_template_kwargs if config.data.template == "chat" else {}
     return ServedPool(config.model, key, config.rollout.prompts_per_shard, variables)
 

@@ -170,12 +170,21 @@ def dry_run(
     return run.fits()
 
 
-def mtp_dry_run(config: MtpConfig, *, resuming: bool = False, device_gib: float | None = None) -> bool:
-    """Check data, template, rewards, model and folder of `quartet mtp` without training; print counts, FLOPs per token
-    of the draft head, memory and disk. Returns whether that fits."""
+def mtp_dry_run(
+    config: MtpConfig,
+    *,
+    resume: str | None = None,
+    stop_after: int | None = None,
+    force: bool = False,
+    device_gib: float | None = None,
+) -> bool:
+    """Check data, template, rewards, model and folder of `quartet mtp` without training, as the run with these flags
+    would; print counts, FLOPs per token of the draft head, memory and disk. Returns whether that fits."""
     run = MtpDryRun(config, device_gib)
-    refuse_folder(config.output_dir, resuming=resuming)
-    run.show()
+    steps = config.steps + config.mtp.epochs
+    saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=steps)
+    refuse_folder(config.output_dir, resuming=resume is not None)
+    run.show(same_rewards=resume is not None and not force)
     return run.fits()
 
 
@@ -277,12 +286,20 @@ class DryRun:
         alone = MemoryOfRun(shape, self.head, config.model_copy(update={"learner": one}))
         learner = alone.learner(processes=1)
         each = learner.gradients + learner.moments + learner.reference  # trained weights are as large as gradients
-        saved = math.ceil(self.steps / config.checkpoint.every)
-        copies = min(config.checkpoint.keep or saved, saved)
+        best, every = isinstance(config, TrainConfig) and config.checkpoint.keep_best, config.checkpoint.every
+        evaluated = isinstance(config, TrainConfig) and best and config.eval.every
+        saved = math.ceil(self.steps / min(every, evaluated or every))
+        copies = min((config.checkpoint.keep or saved) + best, saved)
         yield "disk: checkpoints", f"{_gib(each * copies)} ({copies} kept)"
-        policies = total * (2 if config.dtype == "bfloat16" else 4) * (1 + (grpo and config.supervision.steps > 0))
+        policies = total * (2 if config.dtype == "bfloat16" else 4)
+        policies *= 1 + best + (grpo and config.supervision.steps > 0)
         yield "disk: policies", _gib(policies)
         self.disk = policies + each * min(copies + 1, saved)  # the next one is complete before the oldest is deleted
+        if isinstance(config, TrainConfig) and config.lora and config.warm_start.steps:  # whose checkpoints hold all
+            whole = alone.learner(warm_start=True, processes=1)
+            count = (config.warm_start.steps - 1) // every
+            count = min(config.checkpoint.keep + 1, count) if config.checkpoint.keep else count
+            self.disk = max(self.disk, policies + count * (whole.gradients + whole.moments))
 
 
 class MtpDryRun(DryRun):

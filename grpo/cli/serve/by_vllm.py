@@ -108,11 +108,11 @@ class ServerOfVLLM:
 
     def _wait(self, health: str) -> None:
         """Returns as soon as the server answers."""
-        deadline = time.monotonic() + START_S
+        deadline, opener = time.monotonic() + START_S, urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while True:
             if self.process.poll() is not None:
                 raise self._failed("vLLM's server could not start")
-            with suppress(OSError), urllib.request.urlopen(health, timeout=5):
+            with suppress(OSError), opener.open(health, timeout=5):
                 return
             if time.monotonic() > deadline:
                 raise self._failed(f"vLLM's server does not answer after {START_S:g} s")

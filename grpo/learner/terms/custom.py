@@ -35,6 +35,14 @@ def as_term(loss: Loss, first: Term) -> Term:
     if isinstance(loss, str | LossOptions):
         options = LossOptions.model_validate({"loss_type": loss}) if isinstance(loss, str) else loss
         if isinstance(first, PolicyTerm):
+            masks = first.options.mask_truncated_completions  # by which batches are packed
+            if isinstance(loss, str):
+                options = options.model_copy(update={"mask_truncated_completions": masks})
+            elif options.mask_truncated_completions != masks:
+                raise ValueError(
+                    f"mask_truncated_completions={options.mask_truncated_completions}: batches are prepared by "
+                    f"loss.mask_truncated_completions={masks}; set it in the configuration"
+                )
             return PolicyTerm(options, sampler_differs=first.sampler_differs, longest=first.longest)
         return PolicyTerm(options)
     count = sum(parameter.default is parameter.empty for parameter in inspect.signature(loss).parameters.values())

@@ -16,6 +16,7 @@ from grpo.learner.likelihood import Forward
 from grpo.learner.prepare import tokens_in_loss
 from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work
+from policies.lora import has_adapter
 
 FARTHEST = "mismatch/logprob_abs_max"
 
@@ -49,7 +50,14 @@ class PolicyTerm(Term):
         return settled.reads_tied
 
     def begin(self, work: Work) -> None:
-        """KL and entropy are of every token, the highest entropies those of the step; bnpo counts its micro-batch."""
+        """KL and entropy are of every token, the highest entropies those of the step; bnpo counts its micro-batch.
+        Raises ValueError where `beta` asks for a reference that is not there."""
+        likelihood, beta = work.likelihood, self.options.beta
+        if beta and likelihood.reference is None and not has_adapter(likelihood.policy.trunk):
+            raise ValueError(
+                f"beta={beta:g}: there is no reference; set loss.beta in the configuration, or lora, whose base is one"
+            )
+        likelihood.entropy_grad |= self.options.entropy_coef != 0
         differs = self.sampler_differs or work.batch.age(work.version) > 0
         local = own.aggregate_of(self.options.loss_type) == "bnpo"
         reads_tied = self.teaches(work.batch) or local or self.options.top_entropy_quantile < 1

@@ -76,7 +76,13 @@
     }
     addEventListener("hashchange", open);
     await open();
-    if (!view.recorded) setInterval(() => { if (!document.hidden) here.live?.().catch(() => {}); }, 2000);
+    let asks = false; // one answer at a time, however long a run's files are
+    const live = async () => {
+      if (document.hidden || asks) return;
+      asks = true;
+      try { await here.live?.(); } catch { /* the next one may answer */ } finally { asks = false; }
+    };
+    if (!view.recorded) setInterval(live, 2000);
   };
   start();
 }

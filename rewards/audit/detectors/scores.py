@@ -140,7 +140,7 @@ def _explains(weights: dict[str, float], trace: Trace) -> bool:
 
 def means(rollouts: Rollouts) -> Iterator[Finding]:
     """A mean that was recorded beside the rollouts is that of their rewards."""
-    rewards = [trace.value for trace in rollouts.traces if trace.scored]
+    rewards = [trace.value for trace in rollouts.traces[: rollouts.own] if trace.scored]
     for file, recorded in rollouts.means.items():
         mean = math.fsum(rewards) / max(len(rewards), 1)
         if abs(mean - recorded) > 0.002 * max(1.0, abs(mean)):

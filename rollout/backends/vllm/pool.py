@@ -282,7 +282,8 @@ class VLLMPool(Pool):
         return turns
 
     def _fault(self, params: SamplingParams, prompt: Prompt) -> str | None:
-        return prompt_fault(prompt, params, self.policy.config.vocab_size, self.context)
+        vocabulary = self.policy.config.get_text_config(decoder=True).vocab_size
+        return prompt_fault(prompt, params, vocabulary, self.context)
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         self.canaries = None
@@ -313,7 +314,8 @@ class VLLMPool(Pool):
 
     def _check(self, params: SamplingParams) -> None:
         params.check()
-        drafts, vocabulary = self.settings.draft_tokens, self.policy.config.vocab_size
+        drafts = self.settings.draft_tokens
+        vocabulary = self.policy.config.get_text_config(decoder=True).vocab_size
         if (params.draft_tokens or 0) != drafts:
             raise RolloutError(
                 f"draft_tokens={params.draft_tokens}: this vLLM was started with rollout.draft_tokens={drafts} and "

@@ -16,7 +16,7 @@ class VLLMRelay(Relay):
 
     def __init__(self, pool: Any, version: int, params: SamplingParams, max_rows: int) -> None:
         """`pool` is the VLLMPool that has the server."""
-        super().__init__(pool.policy, version, max_rows)
+        super().__init__(pool.policy, version, max_rows, pool.context)
         self.pool, self.params = pool, params
         self.held: set[int] = set()  # the numbers of the requests that the server has
         self.goes_on = False

@@ -231,7 +231,8 @@ def test_a_reward_that_rises_while_held_out_accuracy_falls(before, after, rises,
 
 def test_a_fall_of_two_standard_errors_since_the_last_evaluation_sounds():
     """A half less of four completions, where the error is the root of (0 + 1/4) / 4."""
-    for means, values in (([-4.0, 0.0, 0.0, 9.0, 0.0, 0.0], [2.0]), ([1.0], []), ([], [])):  # of five: from 1 to 9/5
+    rising = [0.0, 0.0, 0.0, 0.0, 1.0]  # of all but one: from 0 to 1/4
+    for means, values in (([-4.0, 0.0, 0.0, 9.0, 0.0, 0.0], [2.0]), (rising, [2.0]), ([1.0], []), ([], [])):
         watch = Alarms(["mine"])
         watch.evaluated(1.0, 4)
         watch._means = means

@@ -33,3 +33,14 @@ def test_contract_9_what_is_in_flight_comes_back_from_a_checkpoint():
     del record["groups"][0]["completions"][0]["draft"]["cost"], record["groups"][0]["completions"][0]["segments"]
     record["groups"][0]["completions"][0]["draft"]["no_longer_there"] = 1
     assert drawn_of(record, {"p": PROMPT}.__getitem__) == drawn, "a checkpoint of an older version"
+
+
+def test_contract_9_numbers_that_are_not_finite_keep_no_checkpoint_from_being_made():
+    """A reward may log them; JSON has no word for them."""
+    nan, inf = float("nan"), float("inf")
+    score = GroupScore([1.0], {"r": [1.0]}, extras={"a": [nan], "b": [1.0]}, metrics={"m": -inf})
+    drawn = Drawn([RolloutGroup(PROMPT, [])], [score], [0], metrics={"n": inf, "o": 0.5})
+    record = json.loads(json.dumps(plain(drawn), allow_nan=False))
+    found = drawn_of(record, {"p": PROMPT}.__getitem__)
+    assert str(found.scores[0].extras) == "{'a': [nan], 'b': [1.0]}"
+    assert (found.scores[0].metrics, found.metrics) == ({"m": -inf}, {"n": inf, "o": 0.5})

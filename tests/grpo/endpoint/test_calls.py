@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import trl
+from tokenizers import processors
 
 from grpo.endpoint.answers import Answer
 from grpo.endpoint.api_error import ApiError
-from grpo.endpoint.asked import ChatAsked, read
+from grpo.endpoint.asked import ChatAsked, CompletionAsked, read
 from grpo.endpoint.batcher import Batcher, Counts
 from grpo.endpoint.endpoint import Endpoint
 from grpo.endpoint.episode import Episode
@@ -212,6 +213,15 @@ def served_by(tokenizer):
     return Served("policy", Written(tokenizer), params_of(tokenizer), "")
 
 
+def test_the_same_prompt_twice_in_a_request_has_noise_of_its_own(qwen):
+    asked = read(
+        CompletionAsked, json.dumps({"model": "policy", "prompt": ["a", "b", "a"], "n": 2, "seed": 1}).encode()
+    )
+    jobs = served_by(qwen).jobs(asked)
+    keys = [(job.prompt.text, job.prompt.first_sample) for job in jobs]
+    assert keys == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3)]
+
+
 def test_thirty_malformed_or_hostile_calls_are_among_the_cases_of_the_two_tests_below():
     """Each of them is counted by the first, and its tokens stay what they are by the second."""
     assert len(HOSTILE) >= 30
@@ -339,8 +349,21 @@ def test_a_base_model_calls_in_the_marks_of_its_solutions():
     assert job.prompt.text == "How many?\nEach gets <<48/2=<|end|>2< |end|>4>>How many?\n"
     _, message, _, new = goes_on(tokenizer, "Each gets <<48/2<|end|>", tools=[CALCULATE])
     assert message["content"] == "Each gets <<48/2"
+    assert tokenizer.decode(new).startswith("\n")  # as the lines of the whole conversation have it
+    *_, new = goes_on(tokenizer, "Each gets <<48/2", tools=[CALCULATE])
+    assert tokenizer.decode(new).startswith("<|end|>\n")  # of an answer that a limit has cut
     with pytest.raises(ApiError, match="no chat template"):
         episode.jobs(asked_of([USER], tools=None))
+
+
+def test_a_base_models_chat_begins_as_its_prompts_do():
+    """With the token that its tokenizer writes before a text, where it writes one."""
+    tokenizer = tokenizer_of(None)
+    specials = [("<|end|>", tokenizer.convert_tokens_to_ids("<|end|>"))]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=specials)
+    [job] = served_by(tokenizer).jobs(asked_of([USER], tools=[CALCULATE]))
+    assert job.prompt.token_ids == tokenizer.encode("How many?\n")
+    assert job.prompt.token_ids[0] == specials[0][1]
 
 
 def test_what_a_request_says_of_calls_is_heeded(qwen):

@@ -63,6 +63,13 @@ def job_of(episode, **body):
     return job
 
 
+def test_the_prompt_that_an_agent_was_given_has_its_own_tokens(engine, params, batcher):
+    """Encoded as a text it might begin twice: what a chat template wrote has its first token already."""
+    prompt = Prompt("task/1", TASK, [7, *engine.policy.tokenizer.encode(TASK)])
+    episode = Episode(prompt, 0, batcher, params, temperature=1.0)
+    assert job_of(episode, prompt=TASK).prompt.token_ids == prompt.token_ids
+
+
 def answer(episode, job):
     there, found = threading.Event(), []
     episode.batcher.submit([job.request(lambda _, news: (found.append(news), news.completion and there.set()))])

@@ -170,7 +170,8 @@ def test_without_forks_thoughts_stay(engine, batcher, chats):
 def test_a_request_of_its_own_begins_a_fork_and_texts_go_on(engine, batcher):
     """Messages that nobody was given have the ids of the tokenizer; /v1/completions is as without forks."""
     text = "3 + 4 = ?"
-    episode = ForkingEpisode(Prompt("task/1", text, [5]), 0, batcher, batcher.params, 1.0)
+    prompt = Prompt("task/1", text, engine.policy.tokenizer.encode(text))
+    episode = ForkingEpisode(prompt, 0, batcher, batcher.params, 1.0)
     edited = [user("3?"), {"role": "assistant", "content": "<think>\nx\n</think>\n\nNo."}, user("So?")]
     ids, _ = ask(episode, edited)
     shown = render(engine.policy.tokenizer, edited, add_generation_prompt=True)

@@ -364,6 +364,7 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
 
     batches = by_hand(ahead, collect)
     batches.begin()
+    batches.is_asked = True
     try:
         batches.before_update(1)
         assert batches.run.done == ([("keep", 4)] if ahead == 2 else [])

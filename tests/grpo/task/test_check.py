@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from grpo.cli.commands import summary
@@ -168,3 +170,23 @@ def test_a_learner_that_ray_cannot_place_is_refused_in_the_plan_for_gpus(micro_c
     odd = micro_config(tmp_path / "r", **{"learner.workers": 3, "learner.parallel.fsdp": 2})
     with pytest.raises(ValueError, match="learner.parallel: fsdp=2, tensor=1 need a multiple of 2 processes"):
         summary.dry_run(odd)
+
+
+def test_contract_20_weights_that_stay_packed_are_refused_without_them(micro_config, hf_policy, tmp_path):
+    hf_policy("llama").save(tmp_path / "llama")
+    file = tmp_path / "llama/config.json"
+    packing = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | packing))
+    given = {"rollout.draft_tokens": 0, "warm_start.steps": 0, "mtp.depth": 4, "mtp.every": 1}
+    config = micro_config(tmp_path / "run", model=str(tmp_path / "llama"), **given)
+    said = both([lambda: summary.dry_run(config), lambda: train(config)])
+    assert "its weights stay packed (bitsandbytes), and such a policy cannot be saved" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_contract_20_a_dry_run_of_mtp_refuses_the_flags_that_the_run_refuses(micro_policy, tmp_path):
+    micro_policy().save(tmp_path / "model")
+    given = {"model": str(tmp_path / "model"), "output_dir": tmp_path / "head", "steps": 2, "threads": 1}
+    config = load(MtpConfig, None, given)
+    for flags in ({"force": True}, {"resume": "nowhere"}):
+        both([lambda flags=flags: summary.mtp_dry_run(config, **flags), lambda flags=flags: mtp(config, **flags)])

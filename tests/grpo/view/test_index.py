@@ -144,6 +144,15 @@ def test_another_run_in_the_same_folder_has_its_own_prompts(index, folder):
     assert {row["same"] for row in index.prompts()} == {0}
 
 
+def test_capitals_do_not_matter_in_any_language(folder):
+    lines = read_rollouts(folder, 1)
+    lines[0]["text"] = "Привет, ÉTÉ"
+    _write(folder, 1, lines)
+    index = Index(folder)
+    index.update(GO_ON)
+    assert [row["step"] for row in index.search({"text": "привет, été"})["found"]] == [1]
+
+
 SLOW = {"regex": "(a|aa)+$", "text": "a"}
 
 

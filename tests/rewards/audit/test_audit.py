@@ -66,6 +66,19 @@ def test_a_mean_beside_the_rollouts(tmp_path: Path) -> None:
         assert [finding.kind for finding in audit(tmp_path, AuditConfig()).findings] == kinds
 
 
+def test_a_mean_is_that_of_its_own_rollouts(tmp_path: Path) -> None:
+    """Neither of those of an evaluation, nor of another file beside it."""
+    rows = [{"example_id": i, "prompt": f"q{i}", "completion": f"{i}", "reward": float(i % 2)} for i in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metadata.json").write_text(json.dumps({"avg_reward": 0.5}))
+    (tmp_path / "b_aggregate_metrics.json").write_text(json.dumps([{"agent_metrics": {"mean/reward": 0.9}}]))
+    (tmp_path / "other").mkdir()
+    all_right = [row | {"prompt": f"p{i}", "reward": 1.0} for i, row in enumerate(rows)]
+    (tmp_path / "other/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in all_right))
+    found = audit(tmp_path / "a.jsonl", AuditConfig(), evaluation=tmp_path / "other/results.jsonl").findings
+    assert "mean-differs" not in [finding.kind for finding in found]
+
+
 def test_accepted_findings_are_left_out(tmp_path: Path) -> None:
     traces = honest()
     traces[5].error = "gone"
@@ -125,6 +138,16 @@ def test_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function:
     file = write(tmp_path / "mine.jsonl", honest())
     result = audit(file, AuditConfig(), [f"{tmp_path / 'mine.py'}:{function}"])
     assert [finding.kind for finding in result.findings] == kinds
+
+
+def test_a_reward_may_divide_by_the_steps_of_its_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def annealed(completions, trainer_state, **_):\n"
+        "    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]\n"
+    )
+    file = write(tmp_path / "mine.jsonl", honest())
+    found = audit(file, AuditConfig(), [f"{tmp_path / 'mine.py'}:annealed"]).findings
+    assert "reward-fails" not in [finding.kind for finding in found]
 
 
 def test_a_reward_whose_column_was_never_recorded_is_not_called_broken(tmp_path: Path) -> None:

@@ -53,6 +53,20 @@ def test_trl(tmp_path: Path) -> None:
     assert second.columns == {"extracted": "5"}
 
 
+def test_trl_with_a_function_that_is_called_reward(tmp_path: Path) -> None:
+    table = {
+        "step": [1],
+        "prompt": [QUESTION],
+        "completion": [ANSWER],
+        "reward": [0.25],
+        "style": [1.0],
+        "advantage": [0.5],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "completions_00001.parquet")
+    row = only(tmp_path)
+    assert (row.form, row.reward, row.parts) == ("trl", 1.25, {"reward": 0.25, "style": 1.0})
+
+
 def test_verl(tmp_path: Path) -> None:
     rows = [
         {"input": "2 + 3?", "output": "5", "gts": "5", "score": 1.0, "step": 3, "uid": f"q7_{i}_0"} for i in range(2)
@@ -96,6 +110,10 @@ def test_verifiers_episode(tmp_path: Path) -> None:
     assert (row.group, row.step, row.version, row.reward, row.advantage) == ("g", 4, 2, 0.5, 0.5)
     assert (row.token_ids, row.logprobs, row.calls[0].prompt_ids) == ([3, 4], [-0.1, -0.2], [1, 2, 9])
     assert (row.finish_reason, row.error, row.columns["answer"]) == ("length", "ToolError: gone", "5")
+    judge = trace | {"agent": {"name": "judge", "trainable": False}}
+    again = {"id": "e", "task": task, "run": run, "errors": trace["errors"], "traces": [trace | {"ok": True}, judge]}
+    row = only(lines(tmp_path / "again.jsonl", again))
+    assert row.error is None  # it was tried again, and a judge learns nothing
 
 
 def test_verifiers_results(tmp_path: Path) -> None:

@@ -340,6 +340,20 @@ def test_probes():
     assert {kind for row in texts for kind in row} == set(KINDS)
 
 
+@pytest.mark.parametrize(
+    "golds",
+    [
+        ["In 1969 men landed. They came home again. Answer: B", "In 1492 he sailed. He came home, too. Answer: B"],
+        ["Water covers most of it. Answer: yes", "Ice is nothing but frozen water. Answer: yes"],
+        ["6 * 7 = 42\n#### 42", "21 + 21 = 42.0\n#### 42.0"],
+    ],
+)
+def test_an_answer_that_says_the_same_is_no_wrong_one(golds):
+    rows = [dict(row) for row in probes([Example(str(i), "?", gold) for i, gold in enumerate(golds)])]
+    assert not any("other" in row for row in rows)
+    assert [row.get("wrong", "")[-4:] for row in rows] in (["", ""], ["# 43", "42.1"])
+
+
 def test_data_without_a_wrong_completion_says_so(tmp_path, file):
     (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')
     found = check(f"{file}:everything", **{"data.name": str(tmp_path / "rows.jsonl")})

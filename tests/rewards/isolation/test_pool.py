@@ -279,3 +279,21 @@ def test_a_function_that_needs_too_much_memory_gets_an_error(tmp_path):
     assert (fits["rewards"], after["rewards"]) == ([1000.0], [2000.0])
     assert too_much["kind"] == "raised"
     assert too_much["message"].startswith("MemoryError (greedy.py:2")
+
+
+@pytest.mark.parametrize("imported", ["import numpy as np\n", ""])
+def test_contract_4_the_first_episode_of_a_process_is_seeded_for_numpy_too(tmp_path, imported):
+    """Which imports its random functions late."""
+    inside = "" if imported else "    import numpy as np\n"
+    source = f"{imported}def solve(base_url):\n{inside}    return float(np.random.rand())\n"
+    (tmp_path / "agents.py").write_text(source)
+    request = {"function": 0, "given": {"base_url": ""}, "seed": 7}
+    rewards = set()
+    for _ in range(2):
+        pool = WorkerPool([{"kind": "agent", "function": f"{tmp_path}/agents.py:solve"}], size=1, timeout_s=60)
+        try:
+            [reply] = pool.run([request])
+        finally:
+            pool.close()
+        rewards.add(reply["reward"])
+    assert len(rewards) == 1

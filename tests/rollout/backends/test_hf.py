@@ -267,6 +267,18 @@ def test_a_pool_samples_in_the_precision_it_was_asked_for(hf_policy, dtype):
     assert dtype == torch.float32 or apart.mean() > 1e-4
 
 
+@pytest.mark.parametrize("sampler", ["our cache", "transformers"])
+def test_a_pool_leaves_the_learners_routers_in_float32(hf_policy, sampler):
+    """Which they have no masters of; sampler and learner share them."""
+    policy = hf_policy("glm4_moe").cast(torch.bfloat16)
+    before = {name: parameter.dtype for name, parameter in policy.named_parameters()}
+    assert set(before.values()) == {torch.bfloat16, torch.float32}
+    if sampler == "transformers":
+        policy.paths = replace(policy.paths, sampler="joined")
+    LocalPool(policy, PoolOptions(dtype=torch.bfloat16))
+    assert {name: parameter.dtype for name, parameter in policy.named_parameters()} == before
+
+
 def test_drafts_asked_of_a_model_without_a_head_are_refused(hf_policy):
     with pytest.raises(RolloutError, match=r"rollout.draft_tokens=2, but this policy has no MTP head; set it to 0"):
         Engine(hf_policy("qwen2")).sample(PROMPTS, replace(PARAMS, draft_tokens=2))

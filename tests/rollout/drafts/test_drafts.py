@@ -1,6 +1,7 @@
 """What drafts gain, by the table of costs: rounds counted by hand."""
 
 import doctest
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -180,6 +181,9 @@ def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
     assert (drafts.cost, drafts.plain_cost) == (30.5, 40)  # three tokens of each row in 13 ms
     drafts.add_cost(1, None, torch.tensor([1]), True)
     assert drafts.cost == float("inf"), "graphs were not measured"
+    many = drafts_of(None, CostTable([1, 128, 256], [[1, 1.1], [9, 12], [15]]))
+    many.add_cost(130, Drafted(torch.zeros(130, 1)), torch.tensor([2] * 130), False)
+    assert math.isfinite(many.cost), "of more rows than drafts were measured for"
     fixed = drafts_of(2)
     fixed.head.cache = "cache"
     fixed.begin(prompts)

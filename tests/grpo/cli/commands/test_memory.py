@@ -8,6 +8,7 @@ import io
 import json
 import re
 import runpy
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,6 +239,33 @@ def test_any_causal_lm_decodes_with_its_own_forward(hf_policy, tmp_path, dtype):
         cache = 64 * 10 * 3 * 2 * 2 * 8  # rows · tokens · layers · (K and V) · KV heads · width of a head
         logits = 64 * policy.config.vocab_size
         assert found.rollout == cache * dtype.itemsize + logits * (dtype.itemsize + 4)
+
+
+def test_layers_with_a_window_keep_as_many_entries(hf_policy):
+    """In our cache, and those of a recurrent layer none."""
+    config = options(TrainConfig, torch.float32, **{"rollout.max_completion_tokens": 10})
+    shape = hf_policy("llama").config
+    plain = MemoryOfRun(shape, False, config).sampler().rollout
+    for kinds, share in ((["sliding_attention", "full_attention"], 1), (["linear_attention", "full_attention"], 0.5)):
+        mixed = deepcopy(shape)
+        mixed.num_hidden_layers, mixed.layer_types = 2, kinds
+        two = deepcopy(shape)
+        two.num_hidden_layers = 2
+        whole, logits = (MemoryOfRun(two, False, config).sampler().rollout, 64 * shape.vocab_size * 8)
+        assert MemoryOfRun(mixed, False, config).sampler().rollout - logits == share * (whole - logits)
+        assert whole < plain
+
+
+def test_a_micro_batch_has_one_completion_at_least(random_policy):
+    shape = random_policy().config
+    given = {"rollout.max_completion_tokens": 4096}
+    plans = [
+        MemoryOfRun(
+            shape, True, options(TrainConfig, torch.float32, **given, **{"learner.tokens_per_micro_batch": size})
+        )
+        for size in (512, 4096)
+    ]
+    assert plans[0].learner().activations == plans[1].learner().activations
 
 
 def saved_for_backward(policy: Policy, tokens: int) -> int:

@@ -108,6 +108,16 @@ def test_a_supervised_run_that_offloads_holds_its_moments_in_main_memory(random_
     assert MemoryOfRun(shape, True, options(SftConfig)).devices()[0].host == 0
 
 
+def test_vllm_has_a_gpu_of_its_own_where_there_is_one_and_sleeps_elsewhere(random_policy):
+    memory = MemoryOfRun(random_policy().config, True, options(**{"rollout.backend": "vllm"}))
+    assert [device.name for device in memory.devices(2)] == ["learner", "vLLM"]
+    [both] = memory.devices(1)
+    assert both.in_turn
+    ahead = {"rollout.backend": "vllm", "rollout.ahead": 1}
+    [both] = MemoryOfRun(random_policy().config, True, options(**ahead)).devices(1)
+    assert not both.in_turn
+
+
 def advice(shape, config, gib: float, gpus: float = ANY) -> str:
     there = machine.Memory("memory", gib * machine.GIB, gib * machine.GIB, gpus)
     search = LessMemory(config, lambda other: there.used(MemoryOfRun(shape, True, other).devices(gpus)), gpus)

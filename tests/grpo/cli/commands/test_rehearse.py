@@ -82,6 +82,36 @@ def _reward(folder: Path, text: str, name: str = "reward") -> list[dict[str, str
     return [{"function": f"{folder / 'own_rewards.py'}:{name}"}]
 
 
+def test_a_run_of_several_sources_is_rehearsed(bare_model, tmp_path):
+    """Each with the rewards that score it."""
+    rows = [{"question": f"{a} + {b} = ?", "answer": f"#### {a + b}"} for a in range(8) for b in range(8)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [
+        {"name": "word_problems", "levels": [1], "limit": 60, "rewards": ["gsm8k"]},
+        {"name": str(tmp_path / "own.jsonl"), "held_out": 0.2, "rewards": ["gsm8k"]},
+    ]
+    config = {"data.sources": sources, "data.levels": [1], "data.limit": None, "rewards": [{"function": "gsm8k"}]}
+    result = rehearse(_config(bare_model, tmp_path, **config))
+    assert [found for found in _worst(result) if found.startswith("ends")] == []
+    assert len(result.steps) == 2
+
+
+@pytest.mark.usefixtures("no_steps")
+def test_a_tool_may_take_one_type_or_another(bare_model, tmp_path):
+    (tmp_path / "tools.py").write_text(LOOK_UP.replace("name: str", "name: int | str").replace("{}[name]", "str(name)"))
+    result = rehearse(_config(bare_model, tmp_path, tools=[f"{tmp_path}/tools.py:look_up"]))
+    assert "raised 0 of 3" in result.facts["tools"]["look_up"]
+
+
+@pytest.mark.usefixtures("no_steps")
+@pytest.mark.parametrize(("workers", "late"), [(1, True), (16, False)])
+def test_a_slow_reward_ends_nothing_and_several_workers_share_it(bare_model, tmp_path, monkeypatch, workers, late):
+    monkeypatch.setattr(module, "try_functions", lambda *_: (0.025, 0.025))
+    given = {"prompts_per_step": 32, "rollout.group_size": 8, "reward.workers": workers}
+    found = [each for each in rehearse(_config(bare_model, tmp_path, **given)).findings if "batch takes" in each.what]
+    assert [each.effect for each in found] == ["warns"] * late
+
+
 def test_a_sound_run_takes_two_steps_without_weights_and_nothing_is_wrong(bare_model, tmp_path):
     result = rehearse(_config(bare_model, tmp_path))
     assert _worst(result) == []

@@ -252,6 +252,20 @@ def test_a_dry_run_of_a_resume_is_that_of_the_run_that_goes_on(shown, micro_conf
         summary.dry_run(micro_config(tmp_path / "r", steps=1))
 
 
+def test_the_disk_has_room_for_the_best_and_for_a_warm_start(micro_config, tmp_path):
+    def disk(**given):
+        run = summary.DryRun(
+            micro_config(tmp_path / "r", steps=100, **{"checkpoint.every": 50, "eval.limit": 2} | given), None
+        )
+        run.show()
+        return run.disk
+
+    plain = disk()
+    assert disk(**{"checkpoint.keep_best": True, "eval.every": 10}) > plain
+    adapters = disk(**{"lora.rank": 2, "warm_start.steps": 0})
+    assert disk(**{"lora.rank": 2, "warm_start.steps": 200}) > 2 * adapters
+
+
 @pytest.mark.slow
 def test_a_dry_run_holds_its_estimates_against_this_machine(shown, micro_config, tmp_path, monkeypatch):
     def told(total, free, room):

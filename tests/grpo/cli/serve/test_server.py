@@ -194,6 +194,8 @@ def test_log_probabilities_are_those_of_the_sampler(running, engine):
     chunks = running.stream("/v1/completions", {"prompt": "3 + 3 = ", "max_tokens": 6, "logprobs": 0})
     streamed = [x for c in chunks for x in (c["choices"][0]["logprobs"] or {}).get("token_logprobs", [])]
     assert streamed == whole["token_logprobs"]
+    offsets = [x for c in chunks for x in (c["choices"][0]["logprobs"] or {}).get("text_offset", [])]
+    assert offsets == whole["text_offset"]
     asked = {"model": "micro", "messages": [{"role": "user", "content": "3"}], "logprobs": True, "max_tokens": 4}
     content = running.ask("/v1/chat/completions", asked)[1]["choices"][0]["logprobs"]["content"]
     assert all(entry["logprob"] <= 0 and bytes(entry["bytes"]).decode() == entry["token"] for entry in content)
@@ -267,6 +269,8 @@ def test_other_addresses_types_and_hosts_get_errors_in_the_same_form(running):
     assert running.ask("/v1/completions", b"{}", {"Content-Type": "text/plain"})[0] == 415
     status, answer, _ = running.ask("/v1/models", headers={"Host": "evil.example:80"})
     assert (status, "without a key only localhost" in answer["error"]["message"]) == (403, True)
+    assert running.ask("/v1/models", headers={"Host": "127.0.0.2:80"})[0] == 200  # where it may listen without a key
+    assert running.ask("/v1/models", headers={"Host": "10.0.0.2:80"})[0] == 403
     assert running.ask("/v1/models", headers={"Host": "LOCALHOST:80"})[0] == 200  # names of hosts have no case
     assert running.ask("/v1/models/other")[1]["error"]["code"] == "model_not_found"
     assert running.ask("/v1/models/micro")[1]["id"] == "micro"
