@@ -15,6 +15,7 @@ from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.terms.distill import distill
 from grpo.run.records import read_metrics
+from grpo.run.stop import Stopped
 from grpo.task.check import check_plan
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
@@ -146,7 +147,7 @@ def test_a_run_comes_nearer_to_its_teacher_and_goes_on_to_the_same_bits(folders,
     assert sum(kl[-3:]) < 0.8 * sum(kl[:3])
     assert {line["advantage"] for line in read_rollouts(tmp_path / "whole", 1)} == {0.0}  # the score has no part in it
     config = options_of(folders, micro_config, tmp_path / "cut", **options)
-    with pytest.raises(Exception, match="stopped after step 6"):
+    with pytest.raises(Stopped, match="stopped after step 6"):
         train(config, stop_after=6)
     cut = train(config, resume="auto")
     tensors = cut.policy.trunk.state_dict()
