@@ -8,6 +8,7 @@ Shapes: B rows of T tokens, N scored tokens, vocabulary V, width D.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from policies.lm_head import LMHead
 
 CHUNK = 256  # rows of logits held in fp32 at a time: 256 · 49,152 · 4 bytes = 50 MB
-GRADIENT_CHUNKS = 4  # whose gradients become one product with the hidden states: the sum is as large as the LM head
 LEAST_LOGPROB = -1000.0  # a token of less has the probability 0, in fp64 too, and 0 · -1000 is 0 where 0 · -∞ is NaN
 CHUNK_ELEMENTS = 1 << 22  # logits that the learner holds at a time: 16 MB in fp32, whatever the vocabulary
 
@@ -61,13 +61,14 @@ def logprobs_from_hidden(
     token_ids: Tensor,
     temperature: float = 1.0,
     *,
-    chunk: int = CHUNK,
+    elements: int = CHUNK_ELEMENTS,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies without all logits in memory at once: [N, D], [V, D], [N] -> [N], [N].
 
-    `chunk` rows of logits are made at a time, and again in the backward pass, so memory grows with chunk · V and not
-    with N · V. Differentiable in `hidden` and in the LM head, the entropy only with `entropy_grad=True`.
+    At most `elements` logits are made at a time, a tile of some tokens and some of the vocabulary, and again in the
+    backward pass. So memory grows neither with N nor with V. Differentiable in `hidden` and in the LM head, the entropy
+    only with `entropy_grad=True`.
 
     >>> hidden, lm_head = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
     >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head, torch.tensor([0, 1]))
@@ -78,60 +79,100 @@ def logprobs_from_hidden(
     bias = head.bias
     if head.scale != 1.0:
         hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
-    how = _How(head.cap, temperature, chunk, entropy_grad)
+    how = _How(head.cap, temperature, elements, entropy_grad)
     return _Scored.apply(hidden, head.weight, bias, token_ids, how)
+
+
+Tiles = tuple[list[slice], list[tuple[slice, LMHead]]]  # tokens; parts of the vocabulary, and their rows of the LM head
 
 
 @dataclass(frozen=True)
 class _How:
     cap: float | None
     temperature: float
-    chunk: int
+    elements: int
     entropy_grad: bool
+
+    def tiles(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tiles:
+        """Splits N tokens and V rows of the LM head. Tiles are wide for few tokens and square for many: a narrow one
+        would read the whole LM head for few products."""
+        few = self.elements // max(1, len(hidden))
+        wide = min(len(weight), max(1, few, math.isqrt(self.elements)))
+        high = max(1, self.elements // wide)
+        columns = [slice(first, first + wide) for first in range(0, len(weight), wide)]
+        heads = [LMHead(weight[of], None if bias is None else bias[of], cap=self.cap) for of in columns]
+        rows = [slice(first, first + high) for first in range(0, len(hidden), high)]
+        return rows, list(zip(columns, heads, strict=True))
+
+
+def _column(token_ids: Tensor, of: slice) -> tuple[Tensor, Tensor]:
+    """Which tokens are of these columns [n], and the column of each [n, 1], the first for the others.
+
+    >>> inside, column = _column(torch.tensor([3, 5, 9]), slice(4, 8))
+    >>> inside.tolist(), column.tolist()
+    ([False, True, False], [[0], [1], [0]])
+    """
+    inside = (token_ids >= of.start) & (token_ids < of.stop)
+    return inside, (token_ids - of.start).where(inside, 0)[:, None]
 
 
 class _Scored(torch.autograd.Function):
-    """Scores chunk by chunk. With log p = x - log Z: ∂ log p_i / ∂x_j = 1[i = j] - p_j and ∂H / ∂x_j = -p_j (log p_j +
-    H). Of a capped logit y = c tanh(z / c) the slope is ∂y / ∂z = 1 - (y / c)²."""
+    """Scores tile by tile. With log p = x - log Z: ∂ log p_i / ∂x_j = 1[i = j] - p_j and ∂H / ∂x_j = -p_j (log p_j +
+    H). Of a capped logit y = c tanh(z / c) the slope is ∂y / ∂z = 1 - (y / c)².
+
+    The parts of a vocabulary are joined by their largest logit m, their sum s = Σ exp(x - m) and t = Σ exp(x - m)(x -
+    m): log Z = m + log s and H = log s - t / s.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
-        head = LMHead(weight, bias, cap=how.cap)
-        logprobs, totals, entropies = [], [], []
-        for rows, ids in zip(hidden.split(how.chunk), token_ids.split(how.chunk), strict=True):
-            logits = scaled(head.logits(rows), how.temperature)
-            totals.append(logits.logsumexp(-1))
-            log_p = logits.sub_(totals[-1][:, None])
-            logprobs.append(log_p.gather(-1, ids[:, None])[:, 0])
-            entropies.append(-log_p.exp().mul_(log_p.clamp_(min=LEAST_LOGPROB)).sum(-1))
-        entropy_N = torch.cat(entropies)
-        ctx.save_for_backward(hidden, weight, bias, token_ids, torch.cat(totals), entropy_N)
+        rows, parts = how.tiles(hidden, weight, bias)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logits_N, totals_N, entropies_N = (hidden.new_zeros(len(hidden), dtype=dtype) for _ in range(3))
+        for at in rows:
+            tops, sums, means = [], [], []
+            for of, head in parts:
+                x = scaled(head.logits(hidden[at]), how.temperature)
+                inside, column = _column(token_ids[at], of)
+                logits_N[at] = x.gather(-1, column)[:, 0].where(inside, logits_N[at])
+                tops.append(x.amax(-1).clamp_(min=torch.finfo(x.dtype).min))  # of a part with logits of -∞ alone
+                p = x.sub_(tops[-1][:, None]).clamp_(min=LEAST_LOGPROB).exp()
+                sums.append(p.sum(-1))
+                means.append(p.mul_(x).sum(-1))
+            top_PN, sum_PN, mean_PN = map(torch.stack, (tops, sums, means))
+            top = top_PN.amax(0)
+            below_PN = top_PN - top
+            share_PN = below_PN.exp()
+            total = (share_PN * sum_PN).sum(0)
+            mean = (share_PN * (mean_PN + below_PN * sum_PN)).sum(0)
+            totals_N[at] = total.log() + top
+            entropies_N[at] = total.log() - mean / total
+        ctx.save_for_backward(hidden, weight, bias, token_ids, totals_N, entropies_N)
         ctx.how = how
         ctx.set_materialize_grads(False)
         if not how.entropy_grad:
-            ctx.mark_non_differentiable(entropy_N)
-        return torch.cat(logprobs), entropy_N
+            ctx.mark_non_differentiable(entropies_N)
+        return logits_N - totals_N, entropies_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, token_ids, totals, entropies = ctx.saved_tensors
         how: _How = ctx.how
-        head = LMHead(weight, bias, cap=how.cap)
+        rows, parts = how.tiles(hidden, weight, bias)
         zero = torch.zeros_like(totals)
-        of_logprob, of_entropy = (zero if gradient is None else gradient for gradient in gradients)
-        grad_hidden, grad_weight, grad_bias = torch.empty_like(hidden), None, None
-        if ctx.needs_input_grad[1]:
-            # Summed in fp32, since bf16 would lose a little of the sum with every chunk.
-            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        if ctx.needs_input_grad[2]:
-            grad_bias = torch.zeros_like(bias)
-        for first in range(0, len(hidden), GRADIENT_CHUNKS * how.chunk):
-            together = slice(first, first + GRADIENT_CHUNKS * how.chunk)
-            of_logits = hidden.new_empty(len(hidden[together]), len(weight))
-            for part, start in zip(of_logits.split(how.chunk), range(first, len(hidden), how.chunk), strict=False):
-                at = slice(start, start + len(part))
+        of_logprob, of_entropy = (zero if gradient is None else gradient / how.temperature for gradient in gradients)
+        # Sums are in fp32, since bf16 would lose a little of them with every tile.
+        of_hidden = torch.zeros_like(hidden, dtype=totals.dtype)
+        grad_weight, grad_bias = (
+            torch.empty_like(leaf) if needed else None
+            for leaf, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
+        for of, head in parts:
+            of_weight = torch.zeros_like(head.weight, dtype=totals.dtype)
+            of_bias = totals.new_zeros(len(head.weight))
+            for at in rows:
                 logits = head.logits(hidden[at])
                 slope = None if how.cap is None else 1 - (logits / how.cap) ** 2
                 x = scaled(logits, how.temperature).sub_(totals[at, None])
@@ -142,17 +183,19 @@ class _Scored(torch.autograd.Function):
                     p = x.exp()
                     x.clamp_(min=LEAST_LOGPROB).add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(upstream)
                     x = p.mul_(x).neg_()
-                x = x.scatter_add_(1, token_ids[at, None], upstream).div_(how.temperature)
-                part.copy_(x if slope is None else x * slope)
-            grad_hidden[together] = of_logits @ weight
+                inside, column = _column(token_ids[at], of)
+                x.scatter_add_(1, column, upstream * inside[:, None])
+                of_logits = (x if slope is None else x * slope).to(hidden.dtype)
+                of_hidden[at] += of_logits @ head.weight
+                if grad_weight is not None:
+                    of_weight += of_logits.T @ hidden[at]
+                if grad_bias is not None:
+                    of_bias += of_logits.sum(0)
+            if grad_weight is not None:
+                grad_weight[of] = of_weight
             if grad_bias is not None:
-                grad_bias += of_logits.sum(0)
-            if grad_weight is not None and grad_weight.dtype == weight.dtype:
-                grad_weight.addmm_(of_logits.T, hidden[together])
-            elif grad_weight is not None:
-                grad_weight.add_(of_logits.T @ hidden[together])
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+                grad_bias[of] = of_bias
+        return of_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -12,7 +12,7 @@ from grpo.learner.batch import micro_batches
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.row import PackedRow
 from policies.devices import wide
-from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
+from policies.logprobs import logprobs_from_hidden
 from policies.policy import Policy
 
 TOKENS_PER_FORWARD = 4096  # padded; bounds memory, changes nothing
@@ -46,9 +46,8 @@ def gold_perplexity(policy: Policy, rows: Sequence[PackedRow]) -> Perplexity | N
     nats, tokens = 0.0, 0
     for mini in micro_batches(fitting, TOKENS_PER_FORWARD, policy.device):
         preceding = Likelihood(policy).preceding(mini)
-        chunk = max(1, 4 * CHUNK_ELEMENTS // policy.lm_head.shape[0])
         logprobs, _ = logprobs_from_hidden(
-            mini.of_scored(preceding), policy.output, mini.of_scored(mini.token_ids), chunk=chunk
+            mini.of_scored(preceding), policy.output, mini.of_scored(mini.token_ids)
         )
         nats -= wide(logprobs).sum().item()
         tokens += len(logprobs)

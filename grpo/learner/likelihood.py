@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo.learner.batch import MicroBatch, collate
 from grpo.learner.row import PackedRow, Sample
-from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
+from policies.logprobs import logprobs_from_hidden
 from policies.lora import adapter_off
 from policies.policy import Policy
 from policies.routing.replay import RoutingReplay
@@ -64,13 +64,11 @@ class Likelihood:
                 watchers = self.watchers if learning else ()
                 records = {watcher.name: stack.enter_context(watcher.recording(policy)) for watcher in watchers}
                 preceding = self.preceding(mini, policy)
-            lm_head = policy.output
             logprobs, entropy = logprobs_from_hidden(
                 mini.of_scored(preceding),
-                lm_head,
+                policy.output,
                 mini.of_scored(mini.token_ids),
                 self.temperature,
-                chunk=max(1, CHUNK_ELEMENTS // len(lm_head.weight)),
                 entropy_grad=self.entropy_grad,
             )
         return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding, records)

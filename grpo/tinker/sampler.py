@@ -19,7 +19,7 @@ from grpo.learner.master_weights import MasterWeights
 from grpo.tinker.trainer import Spec
 from grpo.tinker.wire import Refused, Sampled
 from policies import tensor_files
-from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
+from policies.logprobs import logprobs_from_hidden
 from policies.policy import Policy
 from rollout.engine import Engine
 from rollout.faults import RolloutError
@@ -123,8 +123,6 @@ class Sampler:
         ids = torch.tensor([token_ids], device=policy.device)
         positions = torch.arange(len(token_ids), device=policy.device)[None]
         hidden = policy.hidden(ids, positions, torch.zeros_like(ids))[0]
-        lm_head = policy.output
-        chunk = max(1, CHUNK_ELEMENTS // len(lm_head.weight))
         logprobs: Tensor
-        logprobs, _ = logprobs_from_hidden(hidden[-last - 1 : -1], lm_head, ids[0, -last:], 1.0, chunk=chunk)
+        logprobs, _ = logprobs_from_hidden(hidden[-last - 1 : -1], policy.output, ids[0, -last:])
         return [math.nan] * (len(token_ids) - last) + logprobs.tolist()

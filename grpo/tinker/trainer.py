@@ -20,7 +20,7 @@ from grpo.learner.parallel import ALONE
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.tinker.losses import Loss, check_datum, loss_of
 from grpo.tinker.wire import Datum, ForwardBackward, Outputs, Refused
-from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
+from policies.logprobs import logprobs_from_hidden
 from policies.lora import matrices
 from policies.policy import Policy
 
@@ -132,15 +132,8 @@ class Trainer:
         hidden = self.policy.hidden(ids.to(device), positions.to(device), segment.to(device))
         targets = [datum.inputs["target_tokens"].reshape(len(datum.tokens), -1) for datum in data]
         states = [hidden[row, : len(of)].repeat_interleave(of.shape[1], dim=0) for row, of in enumerate(targets)]
-        lm_head = self.policy.output
-        logprobs, _ = logprobs_from_hidden(
-            torch.cat(states),
-            lm_head,
-            torch.cat([of.flatten() for of in targets]).to(device),
-            1.0,
-            chunk=max(1, CHUNK_ELEMENTS // len(lm_head.weight)),
-            entropy_grad=False,
-        )
+        ids = torch.cat([of.flatten() for of in targets]).to(device)
+        logprobs, _ = logprobs_from_hidden(torch.cat(states), self.policy.output, ids)
         parts = logprobs.cpu().split([of.numel() for of in targets])
         return [part.view(datum.inputs["target_tokens"].shape) for part, datum in zip(parts, data, strict=True)]
 

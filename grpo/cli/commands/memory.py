@@ -40,7 +40,7 @@ from policies.anatomy import cache_numbers
 from policies.attention import PIECE
 from policies.decoding.linear import FixedLinear, will_block
 from policies.devices import device_of
-from policies.logprobs import CHUNK_ELEMENTS, GRADIENT_CHUNKS
+from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy
 from rollout.backends import derive
 from rollout.depth import GRAPH_DEPTHS
@@ -313,7 +313,7 @@ def _adapted(policy: Policy) -> Iterator[Tensor]:
 
 
 def _logits_bytes(dtype: torch.dtype) -> int:
-    return CHUNK_ELEMENTS * ((1 + GRADIENT_CHUNKS) * dtype.itemsize + 3 * 4)
+    return CHUNK_ELEMENTS * (2 * dtype.itemsize + 3 * 4)
 
 
 def _kept_bytes(model: nn.Module, shape: PretrainedConfig, dtype: torch.dtype) -> dict[str, int]:

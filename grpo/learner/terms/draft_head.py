@@ -137,10 +137,8 @@ def head_loss(
     of_samples = [teaches for row, teaches in zip(mini.rows, teach, strict=True) for _ in row.samples]
     rows, counted = torch.tensor([*chosen, *of_samples], device=preceding_BTD.device).tensor_split([len(chosen)])
     times = mini.times(counted)
-    lm_head = policy.lm_head
-    chunk = max(1, CHUNK_ELEMENTS // lm_head.shape[0])
     if isinstance(options, SftMTPOptions) and options.train_trunk:
-        loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, chunk, times)
+        loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, times)
     else:
         first = min(mini.beginnings[tree] for tree in chosen)
         ids, positions, entries = mini.token_ids[rows], mini.position_ids[rows], mini.head_segment[rows]
@@ -149,6 +147,7 @@ def head_loss(
         turn = mini.turn[rows]
         measure: Divergence = "tv" if options.tv else "kl"
         of_some = turn.where(times[rows] > 0, -1)
+        chunk = max(1, CHUNK_ELEMENTS // len(policy.lm_head))
         kind: dict[str, Any] = {"divergence": measure, "times_BT": times[rows]}
         loss = draft_loss(outputs, preceding, of_some, drafted_rows(policy), temperature, chunk, **kind)
     return loss * weight
@@ -165,7 +164,6 @@ def gold_draft_loss(
     mini: MicroBatch,
     trees: Sequence[int],
     depth: int,
-    chunk: int,
     times_BT: Tensor | None = None,
 ) -> Tensor:
     """1/D Σ_d Σ_n −log P_d(token n + d) over the solutions in `trees` (DeepSeek-V3, eq. 24 and 25, before λ).
@@ -193,7 +191,7 @@ def gold_draft_loss(
         alive = (turn_BT > 0) & (ahead == turn_BT)
         gold = F.pad(ids_BT, (0, d))[:, d:][alive]
         if len(gold):
-            logprobs, _ = logprobs_from_hidden(output[alive], policy.lm_head, gold, 1.0, chunk=chunk)
+            logprobs, _ = logprobs_from_hidden(output[alive], policy.lm_head, gold)
             times = F.pad(times_BT[chosen], (0, d))[:, d:][alive]
             total = total - (logprobs * times).sum() / depth
     return total

@@ -49,17 +49,6 @@ def test_a_forward_has_gradients_and_watchers_where_it_learns(micro_policy):
     assert watcher.entered == ["as_at_first"]
 
 
-@pytest.mark.parametrize(("elements", "chunk"), [(2.5, 2), (0.5, 1)])  # of the vocabulary
-def test_logits_are_made_for_as_many_tokens_as_memory_is_meant_for(micro_policy, monkeypatch, elements, chunk):
-    policy, real, chunks = micro_policy(0), module.logprobs_from_hidden, []
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", int(elements * len(policy.lm_head)))
-    monkeypatch.setattr(
-        module, "logprobs_from_hidden", lambda *given, **named: chunks.append(named["chunk"]) or real(*given, **named)
-    )
-    Likelihood(policy).forward(collate([ROW], policy.device))
-    assert chunks == [chunk]
-
-
 def test_one_untied_completion_of_each_of_eight_groups_tells_how_far_a_step_has_moved(micro_policy):
     """All others have no log-probabilities here: reading one would raise."""
     likelihood = Likelihood(micro_policy(0))

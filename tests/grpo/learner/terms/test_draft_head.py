@@ -28,7 +28,7 @@ def test_the_loss_is_the_cross_entropy_of_the_gold_tokens_averaged_over_depths(r
     policy = random_policy(1)
     mini = collate(ROWS, torch.device("cpu"))
     preceding = _preceding(policy, mini)
-    loss = gold_draft_loss(policy, preceding, mini, [0, 1], depth=2, chunk=3)
+    loss = gold_draft_loss(policy, preceding, mini, [0, 1], depth=2)
     outputs = policy.unroll(preceding, mini.token_ids, mini.position_ids, mini.head_segment, 2)
     # (row, entry, depth, gold): completions stand behind the prompt, one after the other.
     drafts = [(0, 3, 1, 9), (0, 4, 1, 10), (0, 5, 1, 11), (0, 7, 1, 13), (1, 2, 1, 8), (1, 3, 1, 7)]
@@ -38,7 +38,7 @@ def test_the_loss_is_the_cross_entropy_of_the_gold_tokens_averaged_over_depths(r
         for row, entry, depth, gold in drafts
     )
     torch.testing.assert_close(loss, expected / 2, rtol=1e-5, atol=1e-5)
-    only = gold_draft_loss(policy, preceding, mini, [1], depth=2, chunk=3)
+    only = gold_draft_loss(policy, preceding, mini, [1], depth=2)
     assert 0 < only < loss
 
 
