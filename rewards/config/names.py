@@ -15,6 +15,7 @@ from rewards.config.yaml_file import Place, parse_yaml, read_yaml, to_yaml
 
 ABSENT: Any = object()
 WORKS_UNTIL = "0.3"
+LOSSY = ("eval", "sample", "serve", "quantize")  # the commands that may take unverified drafts
 FOLDER = Path(__file__).parent
 
 
@@ -96,12 +97,18 @@ def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], No
             put(options, new, value)
             if tell:
                 tell(old, new)
-    accept = take(options, "rollout.accept") if command in ("eval", "sample", "serve", "quantize") else ABSENT
-    if accept == "exact":
-        take(options, "rollout.margin")  # it was not read
-    elif accept == "margin":
-        put(options, "rollout.margin", get(options, "rollout.margin", 2.0))
+    if command in LOSSY:
+        accept, margin = take(options, "rollout.accept"), take(options, "rollout.margin")
+        if (margin := _margin(accept, margin)) is not ABSENT:
+            put(options, "rollout.margin", margin)
     return options
+
+
+def _margin(accept: Any, margin: Any) -> Any:
+    """The margin of a command that had `accept`, and read the margin where that was `margin` alone."""
+    if accept == "exact":
+        return ABSENT
+    return 2.0 if accept == "margin" and margin is ABSENT else margin
 
 
 def renew_keys(
@@ -115,6 +122,9 @@ def renew_keys(
         if tell and new != key and key != "data":
             tell(key, new)
         renewed[new] = value
+    if command in LOSSY:
+        margin = _margin(renewed.pop("rollout.accept", ABSENT), renewed.pop("rollout.margin", ABSENT))
+        renewed |= {} if margin is ABSENT else {"rollout.margin": margin}
     return renewed
 
 
@@ -135,9 +145,13 @@ def new_place(command: str, place: Place) -> Place:
 def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
     """Tells which command's run has written this config.yaml, and gives its options under today's names."""
     options, _ = read_yaml(file)
-    of_mtp = get(options, "mtp.epochs") or get(options, "head.epochs")
+    of_mtp = "head" in options or get(options, "mtp.epochs")
     command = "train" if "loss" in options else "mtp" if of_mtp else "sft"
-    return command, renew(command, options)
+    renewed = renew(command, options)
+    for model in renewed.get("reward_models") or []:
+        model.pop("batch_size", None)
+        model.pop("chat", None)
+    return command, renewed
 
 
 # ---- options by their whole key -------------------------------------------------------------------------------------

@@ -105,7 +105,8 @@ class Source(NamedTuple):
         ]
         if place in self.lines or not typed:
             leaves = list(_leaves(place, value))
-            foreign = any(hint(show_place(leaf), self.names) for leaf, _ in leaves[1:])  # another trainer's section
+            # A section of another trainer, or one that has options which are gone, is told by its options.
+            foreign = any(hint(show_place(leaf), self.names) or removed(show_place(leaf)) for leaf, _ in leaves[1:])
             for leaf, content in leaves[1:] if foreign else leaves[:1]:
                 if not foreign or not isinstance(content, Mapping):
                     problems.append(

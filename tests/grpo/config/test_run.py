@@ -22,6 +22,7 @@ from rewards.config.data import DataOptions
 from rewards.config.names import recorded_options
 from rewards.config.options import ConfigError, _options, dump_yaml, load
 from rewards.config.reward import ScoringOptions
+from rewards.config.yaml_file import to_yaml
 from rewards.group_score import FailurePolicy
 
 CONFIGS = [TrainConfig, SftConfig, EvalConfig, SampleConfig]
@@ -258,9 +259,27 @@ def test_an_older_file_says_in_two_options_what_one_says_now(tmp_path, older, ma
     (tmp_path / "older.yaml").write_text(f"rollout: {older}\nreward_models: {models}\n")
     config = load(EvalConfig, tmp_path / "older.yaml", {})
     assert config.rollout.margin == margin
+    words = re.findall(r"(\w+): ([\w.]+)", older)
+    for prefix in ("", "rollout."):  # on a command line too
+        assert load(EvalConfig, None, {prefix + name: value for name, value in words}).rollout.margin == margin
     assert [model.kind for model in config.reward_models] == ["chat_classifier", "classifier"]
     with pytest.raises(ConfigError, match="chat=true .*kind: chat_classifier says both"):
         load(EvalConfig, None, {"reward_models": [judge | {"chat": True}]})
+
+
+def test_what_an_older_mtp_run_has_recorded_is_read(tmp_path):
+    """By `quartet eval RUN` and `export RUN`; a line of it that somebody writes today is refused with the reason."""
+    of_head = {"curriculum_share": 0.3, "tv_share": 0.0, "reuse": 3, "schedule": "cosine", "warmup_steps": 2}
+    file, models = tmp_path / "config.yaml", [{"name": "judge", "model": "m", "batch_size": 16, "chat": False}]
+    file.write_text(to_yaml({"output_dir": "r", "head": {"depth": 2} | of_head, "reward_models": models}))
+    command, options = recorded_options(file)
+    assert (command, options["reward_models"]) == ("mtp", [{"name": "judge", "model": "m"}])
+    assert load(MtpConfig, file, {}, on_removed=lambda text: None).mtp.depth == 2
+    with pytest.raises(ConfigError, match=r"mtp.reuse=2 .command line.: it is gone, since the draft head learns"):
+        load(MtpConfig, None, {"output_dir": "r", "head.reuse": 2})
+    (tmp_path / "older.yaml").write_text("output_dir: r\nwarm_start: {levels: [1]}\n")
+    with pytest.raises(ConfigError, match=r"warm_start.levels.*it is gone, since problems of word_problems"):
+        load(SftConfig, tmp_path / "older.yaml", {})
 
 
 def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():
