@@ -3,7 +3,8 @@
     make figures                                  # the next piece, at most 40 minutes; again until none is left
     python -m benchmarks.figures --page           # docs/figures.md alone
 
-A piece is due again when the code that it measures has changed. One that is stopped goes on where it was.
+A piece is due again when the code that it measures has changed: benchmarks/figures.json, which is committed with what was
+measured, has the commit of each. One that is stopped goes on where it was.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from benchmarks.peers.table import table
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE, DONE = ROOT / "benchmarks/results", ROOT / "docs/figures.md", ROOT / "runs/figures/done.json"
+RESULTS, PAGE, DONE = ROOT / "benchmarks/results", ROOT / "docs/figures.md", ROOT / "benchmarks/figures.json"
 PRODUCT = ("policies", "rollout", "rewards", "grpo")
 MEASURED = {"rollout": PRODUCT[:2], "compiled": PRODUCT[:2], "learner": ("policies", "grpo/learner", "grpo/algorithm")}
 PIECES = {  # the words after `python`
@@ -109,8 +110,7 @@ def main() -> None:
     done = json.loads(DONE.read_text()) if DONE.exists() else {}
     left = [piece for piece in PIECES if done.get(piece) != state_of(piece)]
     if left and not asked.page and measure(PIECES[left[0]]):
-        DONE.parent.mkdir(parents=True, exist_ok=True)
-        DONE.write_text(json.dumps(done | {left[0]: state_of(left[0])}, indent=1))
+        DONE.write_text(json.dumps(done | {left[0]: state_of(left[0])}, indent=1) + "\n")
         left = left[1:]
     print(f"left: {'; '.join(left) or 'nothing'}; `make figures` goes on")
     PAGE.write_text(page([row_of(file) for file in sorted(RESULTS.glob("*.json"))]), encoding="utf-8")
