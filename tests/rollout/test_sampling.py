@@ -272,6 +272,18 @@ def test_a_row_draws_the_same_alone_and_among_others(vocabulary):
         assert pick(logits[r : r + 1], 0.8, keys(50)[r : r + 1], places[r : r + 1]) == together[r]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8, "of each row"])
+@pytest.mark.parametrize("vocabulary", [30, FULL_ROW + 30])
+def test_rows_that_a_cache_does_not_hold_are_chosen_part_by_part(monkeypatch, vocabulary, temperature):
+    torch.manual_seed(0)
+    logits, noise = 2 * torch.randn(50, vocabulary), Noise(keys(50), torch.arange(50), vocabulary)
+    temperature = torch.rand(50).double() if temperature == "of each row" else temperature
+    whole = choose(logits, temperature, noise)
+    monkeypatch.setattr(rollout.sampling, "IN_CACHE", 7 * vocabulary)
+    for part, expected in zip(choose(logits, temperature, noise), whole, strict=True):
+        assert torch.equal(part, expected)
+
+
 def test_temperature_zero_is_greedy():
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, 0.0]])
     assert pick(logits, 0.0, keys(2), torch.zeros(2)).tolist() == [1, 0]
