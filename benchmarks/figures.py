@@ -3,8 +3,8 @@
     make figures                                  # the next piece, at most 40 minutes; again until none is left
     python -m benchmarks.figures --page           # docs/figures.md alone
 
-A piece is due again when the code that it measures has changed: benchmarks/figures.json, which is committed with what was
-measured, has the commit of each. One that is stopped goes on where it was.
+A piece is due again when the code that it measures has changed: benchmarks/figures.json, which is committed with what
+was measured, has the commit of each. One that is stopped goes on where it was.
 """
 
 import argparse

@@ -34,7 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, EXPLAINED = ROOT / "runs/mutants.json", ROOT / "tests/mutants_explained.json"
 PLACES = ("grpo/algorithm", "grpo/learner", "grpo/steps/collector.py", "grpo/steps/ahead.py", "rollout/drafts")
 PLACES = (*PLACES, "rollout/environments/episodes.py", "rewards/ties.py", "rewards/verdicts.py")
-MORE = {"rollout/drafts": ["tests/rollout/test_shard.py", "tests/rollout/test_engine.py"]}  # tests of a folder
+MORE = {  # tests of a folder
+    "rollout/drafts": ["tests/rollout/test_shard.py", "tests/rollout/test_engine.py"],
+    "rewards": ["tests/grpo/algorithm/test_advantages.py"],
+}
 WARM = ("hypothesis", "peft", "ray", "torch", "transformers.models.deepseek_v3.modeling_deepseek_v3")
 QUICK = "not slow and not gpu and not peer and not browser"
 PAIRS = [
@@ -228,7 +231,7 @@ def meet(tree: Path, file: str, reach: Reach, line: int, source: str) -> str:
 
 def examine(tree: Path, file: str, results: dict[str, Any], reaches: dict[str, Reach]) -> None:
     """Meets all mutants of a file that have not been met yet, and writes down each at once."""
-    folder = "/".join(file.split("/")[:2])
+    folder = "/".join(file.split("/")[:-1][:2])
     words = [f"tests/{folder}", *MORE.get(folder, [])]
     tests = [path for word in words for path in [ROOT / word, *(ROOT / word).rglob("*.py")] if path.is_file()]
     texts = {"source": [ROOT / file], "tests": sorted(tests)}

@@ -46,9 +46,7 @@ def gold_perplexity(policy: Policy, rows: Sequence[PackedRow]) -> Perplexity | N
     nats, tokens = 0.0, 0
     for mini in micro_batches(fitting, TOKENS_PER_FORWARD, policy.device):
         preceding = Likelihood(policy).preceding(mini)
-        logprobs, _ = logprobs_from_hidden(
-            mini.of_scored(preceding), policy.output, mini.of_scored(mini.token_ids)
-        )
+        logprobs, _ = logprobs_from_hidden(mini.of_scored(preceding), policy.output, mini.of_scored(mini.token_ids))
         nats -= wide(logprobs).sum().item()
         tokens += len(logprobs)
     if not tokens:

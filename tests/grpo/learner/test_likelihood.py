@@ -5,7 +5,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from grpo.learner import likelihood as module
 from grpo.learner.batch import collate
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.row import PackedRow, Sample
