@@ -28,7 +28,7 @@ def job(tmp_path):
     notes = tmp_path / "notes"
     programs = {
         "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; fi',
-        "srun": 'case "$*" in *hostname*) echo 10.0.0.1;; *) exec sleep 60;; esac',
+        "srun": f'case "$*" in *hostname*) echo $SRUN_CPUS_PER_TASK >> {notes}; echo 10.0.0.1;; *) exec sleep 60; esac',
         "python": "exit 0",
     }
 
@@ -39,7 +39,7 @@ def job(tmp_path):
             path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {notes}\n{script}\n')
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
         slurm = {"SLURM_JOB_NAME": "quartet", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
-        slurm |= {"SLURM_NNODES": "2", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        slurm |= {"SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         words = [str(HERE / "slurm.sbatch"), "config.yaml", "--steps", "9"]
         return subprocess.Popen(words, cwd=tmp_path, env=os.environ | slurm, stderr=subprocess.PIPE, text=True)
 
@@ -93,12 +93,14 @@ def test_a_job_without_all_its_nodes_says_so_and_trains_nothing(job):
     assert not any(line.startswith("quartet") for line in job.notes())
 
 
-def test_ray_asks_for_a_token_and_every_node_joins(job):
+def test_ray_asks_for_a_token_and_every_node_joins_with_all_processors_of_the_job(job):
     assert job("exit 0").wait(60) == 0
     started = sorted((line for line in job.notes() if "ray start" in line), key=lambda line: "--head" not in line)
     assert re.match(r"srun --nodes=1 --ntasks=1 -w node1 ray start --head --node-ip-address 10.0.0.1 ", started[0])
     assert started[1].startswith("srun --nodes=1 --ntasks=1 --exclude node1 ray start --address 10.0.0.1:6379 ")
     assert "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN" in (HERE / "slurm.sbatch").read_text()
+    assert all(" --num-cpus 64 " in line for line in started)
+    assert "64" in job.notes()  # what srun reads: since SLURM 22.05 it does not take the number from the job
 
 
 def test_the_manifest_has_what_kuberay_needs():
@@ -141,3 +143,8 @@ def test_the_image_installs_extras_that_exist():
     [wanted] = re.findall(r"/src\[([\w,-]+)\]", (HERE / "Dockerfile").read_text())
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(wanted.split(",")) <= extras.keys()
+
+
+def test_the_image_has_the_ray_that_the_manifest_names():
+    cluster = yaml.safe_load((HERE / "rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    assert f'"ray[default]=={cluster["rayVersion"]}"' in (HERE / "Dockerfile").read_text()
