@@ -3,7 +3,7 @@
 Everything is computed in fp32 (fp64 stays fp64) and under the temperature-scaled distribution, because the tokens were
 sampled from that one (contract 2).
 
-Shapes: B rows of T tokens, N scored tokens, vocabulary V, width D.
+Shapes: B rows of T tokens, N scored positions, K tokens of each, vocabulary V, width D.
 """
 
 from __future__ import annotations
@@ -64,11 +64,12 @@ def logprobs_from_hidden(
     elements: int = CHUNK_ELEMENTS,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies without all logits in memory at once: [N, D], [V, D], [N] -> [N], [N].
+    """Log-probabilities and entropies without all logits in memory at once: [N, D], [V, D], [N] -> [N], [N]. With
+    `token_ids` [N, K] there are log-probabilities of K tokens at every position.
 
-    At most `elements` logits are made at a time, a tile of some tokens and some of the vocabulary, and again in the
-    backward pass. So memory grows neither with N nor with V. Differentiable in `hidden` and in the LM head, the entropy
-    only with `entropy_grad=True`.
+    At most `elements` logits are made at a time, a tile of some positions and some of the vocabulary, and again in the
+    backward pass: memory grows with N and V, and not with their product. Differentiable in `hidden` and in the LM head,
+    the entropy only with `entropy_grad=True`.
 
     >>> hidden, lm_head = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
     >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head, torch.tensor([0, 1]))
@@ -80,10 +81,9 @@ def logprobs_from_hidden(
     if head.scale != 1.0:
         hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
     how = _How(head.cap, temperature, elements, entropy_grad)
-    return _Scored.apply(hidden, head.weight, bias, token_ids, how)
-
-
-Tiles = tuple[list[slice], list[tuple[slice, LMHead]]]  # tokens; parts of the vocabulary, and their rows of the LM head
+    ids_NK = token_ids.reshape(len(token_ids), math.prod(token_ids.shape[1:]))
+    logprobs_NK, entropies = _Scored.apply(hidden, head.weight, bias, ids_NK, how)
+    return logprobs_NK.view_as(token_ids), entropies
 
 
 @dataclass(frozen=True)
@@ -93,76 +93,65 @@ class _How:
     elements: int
     entropy_grad: bool
 
-    def tiles(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tiles:
-        """Splits N tokens and V rows of the LM head. Tiles are wide for few tokens and square for many: a narrow one
-        would read the whole LM head for few products."""
+    def tiles(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[list[slice], list[tuple[slice, LMHead]]]:
+        """Splits the positions, and the vocabulary with its rows of the LM head. Tiles are wide for few positions and
+        square for many: a narrow one would read the whole LM head for few products."""
         few = self.elements // max(1, len(hidden))
         wide = min(len(weight), max(1, few, math.isqrt(self.elements)))
         high = max(1, self.elements // wide)
-        columns = [slice(first, first + wide) for first in range(0, len(weight), wide)]
-        heads = [LMHead(weight[of], None if bias is None else bias[of], cap=self.cap) for of in columns]
+        parts = [slice(first, first + wide) for first in range(0, len(weight), wide)]
+        heads = [LMHead(weight[of], None if bias is None else bias[of], cap=self.cap) for of in parts]
         rows = [slice(first, first + high) for first in range(0, len(hidden), high)]
-        return rows, list(zip(columns, heads, strict=True))
-
-
-def _column(token_ids: Tensor, of: slice) -> tuple[Tensor, Tensor]:
-    """Which tokens are of these columns [n], and the column of each [n, 1], the first for the others.
-
-    >>> inside, column = _column(torch.tensor([3, 5, 9]), slice(4, 8))
-    >>> inside.tolist(), column.tolist()
-    ([False, True, False], [[0], [1], [0]])
-    """
-    inside = (token_ids >= of.start) & (token_ids < of.stop)
-    return inside, (token_ids - of.start).where(inside, 0)[:, None]
+        return rows, list(zip(parts, heads, strict=True))
 
 
 class _Scored(torch.autograd.Function):
     """Scores tile by tile. With log p = x - log Z: ∂ log p_i / ∂x_j = 1[i = j] - p_j and ∂H / ∂x_j = -p_j (log p_j +
     H). Of a capped logit y = c tanh(z / c) the slope is ∂y / ∂z = 1 - (y / c)².
 
-    The parts of a vocabulary are joined by their largest logit m, their sum s = Σ exp(x - m) and t = Σ exp(x - m)(x -
-    m): log Z = m + log s and H = log s - t / s.
+    A vocabulary of parts P, each with its own log Z_P and H_P, has log Z = log Σ Z_P, and with the shares w_P = Z_P / Z
+    the entropy Σ w_P (H_P - log w_P).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, how: _How
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids_NK: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
         rows, parts = how.tiles(hidden, weight, bias)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logits_N, totals_N, entropies_N = (hidden.new_zeros(len(hidden), dtype=dtype) for _ in range(3))
+        logits_NK = hidden.new_zeros(ids_NK.shape, dtype=dtype)
+        totals_N, entropies_N = (hidden.new_zeros(len(hidden), dtype=dtype) for _ in range(2))
         for at in rows:
-            tops, sums, means = [], [], []
+            totals, entropies = [], []
             for of, head in parts:
                 x = scaled(head.logits(hidden[at]), how.temperature)
-                inside, column = _column(token_ids[at], of)
-                logits_N[at] = x.gather(-1, column)[:, 0].where(inside, logits_N[at])
-                tops.append(x.amax(-1).clamp_(min=torch.finfo(x.dtype).min))  # of a part with logits of -∞ alone
-                p = x.sub_(tops[-1][:, None]).clamp_(min=LEAST_LOGPROB).exp()
-                sums.append(p.sum(-1))
-                means.append(p.mul_(x).sum(-1))
-            top_PN, sum_PN, mean_PN = map(torch.stack, (tops, sums, means))
-            top = top_PN.amax(0)
-            below_PN = top_PN - top
-            share_PN = below_PN.exp()
-            total = (share_PN * sum_PN).sum(0)
-            mean = (share_PN * (mean_PN + below_PN * sum_PN)).sum(0)
-            totals_N[at] = total.log() + top
-            entropies_N[at] = total.log() - mean / total
-        ctx.save_for_backward(hidden, weight, bias, token_ids, totals_N, entropies_N)
+                inside = (ids_NK[at] >= of.start) & (ids_NK[at] < of.stop)
+                logits_NK[at] += x.gather(-1, (ids_NK[at] - of.start).where(inside, 0)).where(inside, 0)
+                totals.append(x.logsumexp(-1).clamp_(min=torch.finfo(x.dtype).min))  # a part may have -∞ alone
+                log_p = x.sub_(totals[-1][:, None]).clamp_(min=LEAST_LOGPROB)
+                entropies.append(-log_p.exp().mul_(log_p).sum(-1))
+            total_PN, entropy_PN = torch.stack(totals), torch.stack(entropies)
+            totals_N[at] = total_PN.logsumexp(0)
+            log_share_PN = (total_PN - totals_N[at]).clamp_(min=LEAST_LOGPROB)
+            entropies_N[at] = (log_share_PN.exp() * (entropy_PN - log_share_PN)).sum(0)
+        ctx.save_for_backward(hidden, weight, bias, ids_NK, totals_N, entropies_N)
         ctx.how = how
         ctx.set_materialize_grads(False)
         if not how.entropy_grad:
             ctx.mark_non_differentiable(entropies_N)
-        return logits_N - totals_N, entropies_N
+        return logits_NK - totals_N[:, None], entropies_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, token_ids, totals, entropies = ctx.saved_tensors
+        hidden, weight, bias, ids_NK, totals, entropies = ctx.saved_tensors
         how: _How = ctx.how
         rows, parts = how.tiles(hidden, weight, bias)
-        zero = torch.zeros_like(totals)
-        of_logprob, of_entropy = (zero if gradient is None else gradient / how.temperature for gradient in gradients)
+        of_logprob, of_entropy = (
+            totals.new_zeros(shape) if gradient is None else gradient.reshape(shape) / how.temperature
+            for gradient, shape in zip(gradients, (ids_NK.shape, (len(hidden), 1)), strict=True)
+        )
         # Sums are in fp32, since bf16 would lose a little of them with every tile.
         of_hidden = torch.zeros_like(hidden, dtype=totals.dtype)
         grad_weight, grad_bias = (
@@ -176,15 +165,15 @@ class _Scored(torch.autograd.Function):
                 logits = head.logits(hidden[at])
                 slope = None if how.cap is None else 1 - (logits / how.cap) ** 2
                 x = scaled(logits, how.temperature).sub_(totals[at, None])
-                upstream = of_logprob[at, None]
+                upstream = of_logprob[at].sum(-1, keepdim=True)
                 if gradients[1] is None:
                     x = x.exp_().mul_(-upstream)
                 else:
                     p = x.exp()
-                    x.clamp_(min=LEAST_LOGPROB).add_(entropies[at, None]).mul_(of_entropy[at, None]).add_(upstream)
+                    x.clamp_(min=LEAST_LOGPROB).add_(entropies[at, None]).mul_(of_entropy[at]).add_(upstream)
                     x = p.mul_(x).neg_()
-                inside, column = _column(token_ids[at], of)
-                x.scatter_add_(1, column, upstream * inside[:, None])
+                inside = (ids_NK[at] >= of.start) & (ids_NK[at] < of.stop)
+                x.scatter_add_(1, (ids_NK[at] - of.start).where(inside, 0), of_logprob[at] * inside)
                 of_logits = (x if slope is None else x * slope).to(hidden.dtype)
                 of_hidden[at] += of_logits @ head.weight
                 if grad_weight is not None:

@@ -14,9 +14,8 @@ from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward, Likelihood
 from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work
-from policies.few_logprobs import logprobs_at, top_logprobs
 from policies.lm_head import LMHead
-from policies.logprobs import CHUNK_ELEMENTS, LEAST_LOGPROB
+from policies.logprobs import CHUNK_ELEMENTS, LEAST_LOGPROB, logprobs_from_hidden, scaled
 from policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ class TeacherPolicy:
 
     @torch.no_grad()
     def top(self, likelihood: Likelihood, mini: MicroBatch, k: int) -> tuple[Tensor, Tensor]:
-        hidden_ND, lm_head = mini.of_scored(likelihood.preceding(mini, self.policy)), self.policy.output
-        return top_logprobs(hidden_ND, lm_head, k, likelihood.temperature, chunk=_chunk(lm_head))
+        hidden_ND = mini.of_scored(likelihood.preceding(mini, self.policy))
+        return top_logprobs(hidden_ND, self.policy.output, k, likelihood.temperature)
 
 
 def term(policy: Policy, config: Any, load: Callable[[str], Policy] | None) -> DistillTerm | None:
@@ -121,16 +120,32 @@ class DistillTerm(Term):
             return None
         likelihood = work.likelihood
         ids_NK, teacher_NK = self.scores.top(likelihood, mini, self.top_k)
-        hidden_ND, lm_head = mini.of_scored(forward.preceding), likelihood.policy.output
-        policy_NK = logprobs_at(hidden_ND, lm_head, ids_NK, likelihood.temperature, chunk=_chunk(lm_head))
+        hidden_ND = mini.of_scored(forward.preceding)
+        policy_NK, _ = logprobs_from_hidden(hidden_ND, likelihood.policy.output, ids_NK, likelihood.temperature)
         kl_CL = mini.by_completion(top_k_kl(policy_NK, teacher_NK)).masked_fill(~mini.loss_mask, 0.0)
         loss = kl_CL.sum() / max(work.batch.num_completion_tokens, 1)
         work.note("loss/teacher_kl", loss)
         return loss
 
 
-def _chunk(lm_head: LMHead) -> int:
-    return max(1, CHUNK_ELEMENTS // len(lm_head.weight))
+@torch.no_grad()
+def top_logprobs(
+    hidden: Tensor, lm_head: Tensor | LMHead, k: int, temperature: float = 1.0, *, elements: int = CHUNK_ELEMENTS
+) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of every position and their log-probabilities, without gradients: [N, D], [V, D] ->
+    [N, k] of both. A k above V is V.
+
+    >>> top_logprobs(torch.tensor([[1.0]]), torch.tensor([[0.0], [1.0986123]]), k=1)     # 3/4: -0.2877
+    (tensor([[1]]), tensor([[-0.2877]]))
+    """
+    head = LMHead(lm_head) if isinstance(lm_head, Tensor) else lm_head
+    ids, logprobs = [], []
+    for rows in hidden.split(max(1, elements // len(head.weight))):
+        logits = scaled(head.logits(rows), temperature)
+        top = logits.topk(min(k, logits.shape[-1]), dim=-1)
+        ids.append(top.indices)
+        logprobs.append(top.values - logits.logsumexp(-1, keepdim=True))
+    return torch.cat(ids), torch.cat(logprobs)
 
 
 def distill(old_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:

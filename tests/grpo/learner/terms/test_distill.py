@@ -1,6 +1,7 @@
 """On-policy distillation: hand-worked numbers, the gradient of the KL by autograd, transformers' own forward, a run."""
 
 import copy
+import doctest
 import json
 import shutil
 
@@ -13,13 +14,27 @@ from grpo.algorithm.advantages import group_relative
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
-from grpo.learner.terms.distill import distill
+from grpo.learner.terms import distill as module
+from grpo.learner.terms.distill import distill, top_logprobs
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.task.check import check_plan
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
 from rewards.records import read_rollouts
+
+
+def test_the_likeliest_tokens_of_a_position_are_those_of_log_softmax():
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 4, generator=generator, dtype=torch.float64, requires_grad=True) for n in (5, 7))
+    best = (hidden @ head.T / 0.7).log_softmax(-1).topk(3)
+    for elements in (1, 14, 700):
+        ids, logprobs = top_logprobs(hidden, head, 3, 0.7, elements=elements)
+        assert torch.equal(ids, best.indices)
+        assert torch.allclose(logprobs, best.values)
+        assert not logprobs.requires_grad
+    assert top_logprobs(hidden, head, 99)[0].shape == (5, 7)
+    assert doctest.testmod(module).failed == 0
 
 
 def learner_of(policy, teacher, temperature, reward_weight, top_k, **options) -> Learner:
