@@ -93,18 +93,21 @@ class _How:
     elements: int
     entropy_grad: bool
 
-    def tiles(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[list[slice], list[tuple[slice, LMHead]]]:
-        """Splits the positions, and the vocabulary with its rows of the LM head. Tiles are wide for few positions and
-        square for many: a narrow one would read the whole LM head for few products."""
-        few = self.elements // max(1, len(hidden))
-        wide = min(len(weight), max(1, few, math.isqrt(self.elements)))
+    def tiles(self, count: int, weight: Tensor, bias: Tensor | None) -> tuple[list[slice], list[tuple[slice, LMHead]]]:
+        """Splits the positions, and the vocabulary with its rows of the LM head. Tiles are square: low ones would read
+        the whole LM head for few positions."""
+        wide = min(len(weight), math.isqrt(self.elements))
         high = max(1, self.elements // wide)
         parts = [slice(first, first + wide) for first in range(0, len(weight), wide)]
         heads = [LMHead(weight[of], None if bias is None else bias[of], cap=self.cap) for of in parts]
-        rows = [slice(first, first + high) for first in range(0, len(hidden), high)]
+        rows = [slice(first, first + high) for first in range(0, count, high)]
         return rows, list(zip(parts, heads, strict=True))
+
+
+def _columns(ids: Tensor, of: slice) -> tuple[Tensor, Tensor]:
+    """Which ids are of this part of the vocabulary, and their places in it, 0 for the others."""
+    inside = (ids >= of.start) & (ids < of.stop)
+    return inside, (ids - of.start).where(inside, 0)
 
 
 class _Scored(torch.autograd.Function):
@@ -119,16 +122,16 @@ class _Scored(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids_NK: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
-        rows, parts = how.tiles(hidden, weight, bias)
+        rows, parts = how.tiles(len(hidden), weight, bias)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logits_NK = hidden.new_zeros(ids_NK.shape, dtype=dtype)
+        logits_NK = hidden.new_full(ids_NK.shape, math.nan, dtype=dtype)  # of an id that is no token's it stays
         totals_N, entropies_N = (hidden.new_zeros(len(hidden), dtype=dtype) for _ in range(2))
         for at in rows:
             totals, entropies = [], []
             for of, head in parts:
                 x = scaled(head.logits(hidden[at]), how.temperature)
-                inside = (ids_NK[at] >= of.start) & (ids_NK[at] < of.stop)
-                logits_NK[at] += x.gather(-1, (ids_NK[at] - of.start).where(inside, 0)).where(inside, 0)
+                inside, columns = _columns(ids_NK[at], of)
+                logits_NK[at] = x.gather(-1, columns).where(inside, logits_NK[at])
                 totals.append(x.logsumexp(-1).clamp_(min=torch.finfo(x.dtype).min))  # a part may have -∞ alone
                 log_p = x.sub_(totals[-1][:, None]).clamp_(min=LEAST_LOGPROB)
                 entropies.append(-log_p.exp().mul_(log_p).sum(-1))
@@ -147,17 +150,16 @@ class _Scored(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids_NK, totals, entropies = ctx.saved_tensors
         how: _How = ctx.how
-        rows, parts = how.tiles(hidden, weight, bias)
+        rows, parts = how.tiles(len(hidden), weight, bias)
         of_logprob, of_entropy = (
             totals.new_zeros(shape) if gradient is None else gradient.reshape(shape) / how.temperature
             for gradient, shape in zip(gradients, (ids_NK.shape, (len(hidden), 1)), strict=True)
         )
+        of_all_N1 = of_logprob.sum(-1, keepdim=True)
         # Sums are in fp32, since bf16 would lose a little of them with every tile.
         of_hidden = torch.zeros_like(hidden, dtype=totals.dtype)
-        grad_weight, grad_bias = (
-            torch.empty_like(leaf) if needed else None
-            for leaf, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
-        )
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         for of, head in parts:
             of_weight = torch.zeros_like(head.weight, dtype=totals.dtype)
             of_bias = totals.new_zeros(len(head.weight))
@@ -165,15 +167,15 @@ class _Scored(torch.autograd.Function):
                 logits = head.logits(hidden[at])
                 slope = None if how.cap is None else 1 - (logits / how.cap) ** 2
                 x = scaled(logits, how.temperature).sub_(totals[at, None])
-                upstream = of_logprob[at].sum(-1, keepdim=True)
+                upstream = of_all_N1[at]
                 if gradients[1] is None:
                     x = x.exp_().mul_(-upstream)
                 else:
                     p = x.exp()
                     x.clamp_(min=LEAST_LOGPROB).add_(entropies[at, None]).mul_(of_entropy[at]).add_(upstream)
                     x = p.mul_(x).neg_()
-                inside = (ids_NK[at] >= of.start) & (ids_NK[at] < of.stop)
-                x.scatter_add_(1, (ids_NK[at] - of.start).where(inside, 0), of_logprob[at] * inside)
+                inside, columns = _columns(ids_NK[at], of)
+                x.scatter_add_(1, columns, of_logprob[at] * inside)
                 of_logits = (x if slope is None else x * slope).to(hidden.dtype)
                 of_hidden[at] += of_logits @ head.weight
                 if grad_weight is not None:

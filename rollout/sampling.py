@@ -238,6 +238,8 @@ def choose(
     if at_once(logits_NV.device):
         drafted = [] if vocabulary is None else vocabulary.tensors
         return choose_at_once(logits_NV, *noise.tensors, temperature, noise.vocabulary, drafted)
+    if torch.compiler.is_exporting():  # of a graph for any number of rows
+        return _choose(logits_NV, temperature, noise, vocabulary)
     few = max(1, IN_CACHE // logits_NV.shape[1])
     parts = [
         _choose(logits, temperature, noise.of(slice(first, first + few)), vocabulary)

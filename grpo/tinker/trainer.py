@@ -132,8 +132,8 @@ class Trainer:
         hidden = self.policy.hidden(ids.to(device), positions.to(device), segment.to(device))
         targets = [datum.inputs["target_tokens"].reshape(len(datum.tokens), -1) for datum in data]
         states = [hidden[row, : len(of)].repeat_interleave(of.shape[1], dim=0) for row, of in enumerate(targets)]
-        ids = torch.cat([of.flatten() for of in targets]).to(device)
-        logprobs, _ = logprobs_from_hidden(torch.cat(states), self.policy.output, ids)
+        asked = torch.cat([of.flatten() for of in targets]).to(device)
+        logprobs, _ = logprobs_from_hidden(torch.cat(states), self.policy.output, asked)
         parts = logprobs.cpu().split([of.numel() for of in targets])
         return [part.view(datum.inputs["target_tokens"].shape) for part, datum in zip(parts, data, strict=True)]
 

@@ -96,19 +96,17 @@ def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], No
         if value is not ABSENT and value != table("then").get(old, ABSENT):
             put(options, new, value)
             if tell:
-                tell(old, new)
-    if command in LOSSY:
-        accept, margin = take(options, "rollout.accept"), take(options, "rollout.margin")
-        if (margin := _margin(accept, margin)) is not ABSENT:
-            put(options, "rollout.margin", margin)
+                tell(old, new.replace("rollout.accept", "rollout.margin"))
+    settle(command, options)
     return options
 
 
-def _margin(accept: Any, margin: Any) -> Any:
-    """The margin of a command that had `accept`, and read the margin where that was `margin` alone."""
-    if accept == "exact":
-        return ABSENT
-    return 2.0 if accept == "margin" and margin is ABSENT else margin
+def settle(command: str, options: dict[str, Any]) -> None:
+    """Makes a margin of `rollout.accept` and `rollout.margin` of older versions: it was read with `margin` alone."""
+    if command in LOSSY and get(options, "rollout.accept") in ("exact", "margin"):
+        accept, margin = take(options, "rollout.accept"), take(options, "rollout.margin")
+        if accept == "margin":
+            put(options, "rollout.margin", 2.0 if margin is ABSENT else margin)
 
 
 def renew_keys(
@@ -120,11 +118,8 @@ def renew_keys(
         is_short = command and key == "data" and isinstance(value, str | list)
         new = f"data.{key_of_data(value)}" if is_short else new_key(command, key)
         if tell and new != key and key != "data":
-            tell(key, new)
+            tell(key, new.replace("rollout.accept", "rollout.margin"))
         renewed[new] = value
-    if command in LOSSY:
-        margin = _margin(renewed.pop("rollout.accept", ABSENT), renewed.pop("rollout.margin", ABSENT))
-        renewed |= {} if margin is ABSENT else {"rollout.margin": margin}
     return renewed
 
 

@@ -46,7 +46,7 @@ def test_huge_logits_stay_finite():
     assert token_logprobs(logits, torch.tensor([0, 0])).tolist() == [0.0, -1e4]
 
 
-@pytest.mark.parametrize("elements", [1, 3])  # 1: a tile has no other logit than this
+@pytest.mark.parametrize("elements", [1, 9])  # 1: a tile has no other logit than this
 @pytest.mark.parametrize("entropy_grad", [False, True])
 def test_from_hidden_takes_a_logit_that_overflows(entropy_grad, elements):
     """In half precision 300 · -300 is -∞; that token's row learns nothing and spoils nothing."""
@@ -147,7 +147,7 @@ def test_what_is_done_to_logits_is_read_from_the_configuration(kind, fields, exp
 
 
 def test_the_gradient_of_the_lm_head_does_not_lose_bits_with_every_tile():
-    """In bf16: about as near to exact in 485 tiles as in one. Each tile is rounded, their sum is not."""
+    """In bf16: about as near to exact in 195 tiles as in one. Each tile is rounded, their sum is not."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(97 * 4, 32).bfloat16(), (0.2 * torch.randn(50, 32)).bfloat16()
     token_ids, upstream = torch.randint(50, (97 * 4,)), torch.randn(97 * 4)
@@ -163,7 +163,7 @@ def test_the_gradient_of_the_lm_head_does_not_lose_bits_with_every_tile():
     ours = [gradient(torch.bfloat16, elements) for elements in (97 * 4 * 50, 100)]
     errors = [((found - exact).norm() / exact.norm()).item() for found in ours]
     assert errors[0] < 0.003
-    assert errors[1] < 1.4 * errors[0]  # summed in bf16 it is 4.8 times as large
+    assert errors[1] < 1.4 * errors[0]  # summed in bf16 it is 3.2 times as large
 
 
 def test_from_hidden_without_tokens_or_gradient():
@@ -173,6 +173,13 @@ def test_from_hidden_without_tokens_or_gradient():
     assert not logprobs.requires_grad
     logprobs, entropies = logprobs_from_hidden(torch.zeros(0, 2), torch.zeros(4, 2), torch.zeros(0, dtype=torch.long))
     assert logprobs.shape == entropies.shape == (0,)
+
+
+@pytest.mark.parametrize("elements", [4, 1 << 22])
+def test_contract_6_the_logprob_of_an_id_that_no_token_has_is_nan(elements):
+    ids = torch.tensor([-1, 0, 4, 3])
+    logprobs, _ = logprobs_from_hidden(torch.zeros(4, 2), torch.zeros(4, 2), ids, elements=elements)
+    assert logprobs.isnan().tolist() == [True, False, True, False]
 
 
 class LargestTensor(TorchDispatchMode):

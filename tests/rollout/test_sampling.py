@@ -277,11 +277,13 @@ def test_a_row_draws_the_same_alone_and_among_others(vocabulary):
 def test_rows_that_a_cache_does_not_hold_are_chosen_part_by_part(monkeypatch, vocabulary, temperature):
     torch.manual_seed(0)
     logits, noise = 2 * torch.randn(50, vocabulary), Noise(keys(50), torch.arange(50), vocabulary)
-    temperature = torch.rand(50).double() if temperature == "of each row" else temperature
-    whole = choose(logits, temperature, noise)
+    temperature = torch.tensor([0.0, 0.8]).double().repeat(25) if temperature == "of each row" else temperature
+    few = DraftVocabulary(torch.arange(0, vocabulary, 2), vocabulary)
+    asked = [(logits, temperature, noise), (logits[:, ::2], temperature, noise, few)]
+    whole = [choose(*given) for given in asked]
     monkeypatch.setattr(rollout.sampling, "IN_CACHE", 7 * vocabulary)
-    for part, expected in zip(choose(logits, temperature, noise), whole, strict=True):
-        assert torch.equal(part, expected)
+    for given, expected in zip(asked, whole, strict=True):
+        assert all(map(torch.equal, choose(*given), expected))
 
 
 def test_temperature_zero_is_greedy():
@@ -345,3 +347,18 @@ def test_noise_and_choice_as_one_operator_choose_the_same(vocabulary, temperatur
         found = choose_at_once(columns, rows, places, temperature, vocabulary, tensors)
         assert found[0].equal(expected[0])
         assert found[1].equal(expected[1])
+
+
+class Chooses(torch.nn.Module):
+    def forward(self, logits, keys_N2, positions):
+        return choose(logits, 0.8, Noise(keys_N2, positions, logits.shape[1]))
+
+
+def test_a_choice_is_exported_for_any_number_of_rows():
+    """As compiled rounds are, see rollout/compiled; 32 rows of this vocabulary are more than a cache holds."""
+    rows = torch.export.Dim("rows", min=1, max=32)
+    given = torch.randn(6, 49_152), keys(6), torch.arange(6)
+    exported = torch.export.export(Chooses(), given, dynamic_shapes=[{0: rows}] * 3, strict=False).module()
+    given = torch.randn(30, 49_152), keys(30), torch.arange(30)
+    for part, expected in zip(exported(*given), Chooses()(*given), strict=True):
+        assert torch.equal(part, expected)

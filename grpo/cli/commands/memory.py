@@ -7,7 +7,7 @@ These are rough, to a third or so:
     activations   each token keeps, for the backward pass, the input and the output of every linear module and of the
                   experts that it uses, and of every norm its fp32 input, that normalised, and the result; with
                   gradient checkpointing the input of every layer and all this for one layer. Also the attention mask of
-                  rows up to 2,048 tokens, one chunk of logits in four copies, and a gradient of the LM head.
+                  rows up to 2,048 tokens, one tile of logits in four copies, and a gradient of the LM head.
     rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
     graphs        for each size of a recorded CUDA graph the logits, one layer and the scores of its tokens
     host          whole policies that are built in main memory before they are moved to a device, and what

@@ -262,6 +262,11 @@ def test_an_older_file_says_in_two_options_what_one_says_now(tmp_path, older, ma
     words = re.findall(r"(\w+): ([\w.]+)", older)
     for prefix in ("", "rollout."):  # on a command line too
         assert load(EvalConfig, None, {prefix + name: value for name, value in words}).rollout.margin == margin
+    (tmp_path / "margin.yaml").write_text("rollout: {margin: 3.0}\n")
+    for accept, both in (("margin", 3.0), ("exact", None)):  # half in a file, half on the command line
+        assert load(EvalConfig, tmp_path / "margin.yaml", {"accept": accept}).rollout.margin == both
+    with pytest.raises(ConfigError, match=r"rollout.accept=typo .command line.: it is gone"):
+        load(EvalConfig, None, {"accept": "typo"})
     assert [model.kind for model in config.reward_models] == ["chat_classifier", "classifier"]
     with pytest.raises(ConfigError, match="chat=true .*kind: chat_classifier says both"):
         load(EvalConfig, None, {"reward_models": [judge | {"chat": True}]})
