@@ -25,7 +25,7 @@ PIECES = {  # the words after `python`
     "rollouts": "benchmarks/rollout.py --rows 32,64 --tokens 64 --vllm .vllm/bin/python "
     "--json benchmarks/results/rollout.json",
     "learner": "benchmarks/learner.py --json benchmarks/results/learner.json",
-    "learning": "-m benchmarks.learn --tasks words game spelling gsm8k",
+    "learning": "-m benchmarks.learn --tasks words spelling --contenders grpo unsure",
     **{f"demo, seed {seed}": f"-m benchmarks.figures --demo {seed}" for seed in range(5)},
 }
 BEFORE = """# Which figures are older than their code
