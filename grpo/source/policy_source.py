@@ -105,7 +105,7 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
 
 def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
     ran = _run_config(run := folder.parent.parent)
-    base = str(run / "warm_start") if (run / "warm_start").is_dir() else ran.model
+    base = str(run / "warm_start") if (run / "warm_start").is_dir() else find_policy(ran.model, read=False).folder
     saved = checkpoint.load(folder, PARTS) if read else None
     return PolicySource(str(folder), meaning, base, folder, _step_of(folder), saved, ran)
 

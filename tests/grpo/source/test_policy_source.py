@@ -48,6 +48,18 @@ def test_training_goes_on_from_an_unfinished_run_of_another_folder(unfinished, m
 
 
 @pytest.mark.parametrize("more", [{}, {"lora.rank": 2}], ids=["full", "lora"])
+def test_a_run_that_began_with_the_folder_of_another_run_is_evaluated_before_its_end(micro_config, tmp_path, more):
+    train(micro_config(tmp_path / "first", steps=1))
+    given = {"model": str(tmp_path / "first"), "warm_start.steps": 0, "steps": 2}
+    config = micro_config(tmp_path / "second", **given, **more)
+    with pytest.raises(Stopped):
+        train(config, stop_after=1)
+    source = find_policy(str(tmp_path / "second"))
+    assert (source.base, source.step) == (str(tmp_path / "first/policy"), 1)
+    assert load_found(source, config).tokenizer is not None
+
+
+@pytest.mark.parametrize("more", [{}, {"lora.rank": 2}], ids=["full", "lora"])
 def test_a_checkpoint_without_a_draft_head_gets_one_where_it_is_asked_for(micro_config, random_policy, tmp_path, more):
     random_policy(mtp=False).save(tmp_path / "headless")
     given = {"model": str(tmp_path / "headless"), "rollout.draft_tokens": 0, "warm_start.steps": 0, "steps": 1}
