@@ -98,16 +98,17 @@ class _How:
         the whole LM head for few positions."""
         wide = min(len(weight), math.isqrt(self.elements))
         high = max(1, self.elements // wide)
-        parts = [slice(first, first + wide) for first in range(0, len(weight), wide)]
+        parts = [slice(first, min(first + wide, len(weight))) for first in range(0, len(weight), wide)]
         heads = [LMHead(weight[of], None if bias is None else bias[of], cap=self.cap) for of in parts]
         rows = [slice(first, first + high) for first in range(0, count, high)]
         return rows, list(zip(parts, heads, strict=True))
 
 
 def _columns(ids: Tensor, of: slice) -> tuple[Tensor, Tensor]:
-    """Which ids are of this part of the vocabulary, and their places in it, 0 for the others."""
-    inside = (ids >= of.start) & (ids < of.stop)
-    return inside, (ids - of.start).where(inside, 0)
+    """Which ids are of this part of the vocabulary, and their places in it, any for the others."""
+    columns = ids - of.start
+    places = columns.clamp(0, of.stop - of.start - 1)
+    return columns == places, places
 
 
 class _Scored(torch.autograd.Function):
@@ -125,20 +126,19 @@ class _Scored(torch.autograd.Function):
         rows, parts = how.tiles(len(hidden), weight, bias)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logits_NK = hidden.new_full(ids_NK.shape, math.nan, dtype=dtype)  # of an id that is no token's it stays
-        totals_N, entropies_N = (hidden.new_zeros(len(hidden), dtype=dtype) for _ in range(2))
+        totals_PN, sums_PN = (hidden.new_empty(len(parts), len(hidden), dtype=dtype) for _ in range(2))  # log Z_P, -H_P
         for at in rows:
-            totals, entropies = [], []
-            for of, head in parts:
+            for part, (of, head) in enumerate(parts):
                 x = scaled(head.logits(hidden[at]), how.temperature)
                 inside, columns = _columns(ids_NK[at], of)
-                logits_NK[at] = x.gather(-1, columns).where(inside, logits_NK[at])
-                totals.append(x.logsumexp(-1).clamp_(min=torch.finfo(x.dtype).min))  # a part may have -∞ alone
-                log_p = x.sub_(totals[-1][:, None]).clamp_(min=LEAST_LOGPROB)
-                entropies.append(-log_p.exp().mul_(log_p).sum(-1))
-            total_PN, entropy_PN = torch.stack(totals), torch.stack(entropies)
-            totals_N[at] = total_PN.logsumexp(0)
-            log_share_PN = (total_PN - totals_N[at]).clamp_(min=LEAST_LOGPROB)
-            entropies_N[at] = (log_share_PN.exp() * (entropy_PN - log_share_PN)).sum(0)
+                torch.where(inside, x.gather(-1, columns), logits_NK[at], out=logits_NK[at])
+                totals = torch.logsumexp(x, -1, out=totals_PN[part, at])
+                totals.clamp_(min=torch.finfo(dtype).min)  # a part may have -∞ alone
+                log_p = x.sub_(totals[:, None]).clamp_(min=LEAST_LOGPROB)
+                torch.sum(log_p.exp().mul_(log_p), -1, out=sums_PN[part, at])
+        totals_N = totals_PN.logsumexp(0)
+        log_share_PN = (totals_PN - totals_N).clamp_(min=LEAST_LOGPROB)
+        entropies_N = -(log_share_PN.exp() * (sums_PN + log_share_PN)).sum(0)
         ctx.save_for_backward(hidden, weight, bias, ids_NK, totals_N, entropies_N)
         ctx.how = how
         ctx.set_materialize_grads(False)

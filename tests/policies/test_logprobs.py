@@ -175,7 +175,7 @@ def test_from_hidden_without_tokens_or_gradient():
     assert logprobs.shape == entropies.shape == (0,)
 
 
-@pytest.mark.parametrize("elements", [4, 1 << 22])
+@pytest.mark.parametrize("elements", [4, 9, 1 << 22])
 def test_contract_6_the_logprob_of_an_id_that_no_token_has_is_nan(elements):
     ids = torch.tensor([-1, 0, 4, 3])
     logprobs, _ = logprobs_from_hidden(torch.zeros(4, 2), torch.zeros(4, 2), ids, elements=elements)
