@@ -102,6 +102,7 @@ learn-all: $(DEV_STAMP) ## all contenders and tasks, into docs/learning.md, in p
 	$(BIN)/python -m benchmarks.learn --tasks words game spelling gsm8k $(ARGS)
 
 figures: $(DEV_STAMP) ## the next figures whose code has changed, in at most 40 minutes, into docs/figures.md; again until none is left
+	$(PIP) -e rewards -e ".[low-memory]"
 	$(BIN)/python examples/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.figures $(ARGS)
 

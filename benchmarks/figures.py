@@ -10,6 +10,7 @@ was measured, has the commit of each. One that is stopped goes on where it was.
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,10 @@ PRODUCT = ("policies", "rollout", "rewards", "grpo")
 MEASURED = {"rollout": PRODUCT[:2], "compiled": PRODUCT[:2], "learner": ("policies", "grpo/learner", "grpo/algorithm")}
 PIECES = {  # the words after `python`
     **{f"peers, {part}": f"-m benchmarks.peers --parts {part}" for part in ("step", "task", "mistakes")},
-    "rollouts": "benchmarks/rollout.py --rows 32,64 --tokens 64 --vllm .vllm/bin/python "
-    "--json benchmarks/results/rollout.json",
-    "learner": "benchmarks/learner.py --json benchmarks/results/learner.json",
+    "rollouts": "benchmarks/rollout.py --dtype bfloat16 --vllm .vllm/bin/python --rows 1,8,32 --tokens 64 --repeats 5 "
+    "--only vllm --only 'ours graphs' --json benchmarks/results/rollout_vllm.json",
+    "learner": "benchmarks/learner.py --dtype bfloat16 --steps 1 --contenders trl ours_dense ours_dense_small "
+    "--json benchmarks/results/learner_bf16.json",
     "learning": "-m benchmarks.learn --tasks words spelling --contenders grpo unsure",
     **{f"demo, seed {seed}": f"-m benchmarks.figures --demo {seed}" for seed in range(5)},
 }
@@ -76,7 +78,7 @@ def state_of(piece: str) -> str:
 
 def measure(words: str) -> bool:
     """Returns whether a piece has ended as a whole. After 40 minutes it gets what Ctrl-C sends."""
-    command = ["timeout", "--foreground", "--signal=INT", "40m", sys.executable, "-u", *words.split()]
+    command = ["timeout", "--foreground", "--signal=INT", "40m", sys.executable, "-u", *shlex.split(words)]
     said = ""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for said in process.stdout or ():

@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks.peers import mistakes, model, table
 from benchmarks.peers.process import ROOT, Started, clean, module
 from benchmarks.peers.sizes import CONFIGURED, FULL, SMALL, STEP_CONTENDERS, TASK_CONTENDERS, Form
+from benchmarks.peers.step import questions
 
 PARTS = ("step", "task", "mistakes")
 
@@ -200,6 +201,11 @@ def main() -> int:
             form = replace(form, step=replace(form.step, threads=args.threads))
         if not (ROOT / form.step.model / "config.json").exists() and "step" in args.parts:
             parser.error(f"{form.step.model} is not there; `make smollm2` prepares it")
+        if "step" in args.parts:
+            try:
+                questions(form.step)  # from the hub into its cache, since contenders are offline
+            except (ValueError, OSError) as error:
+                parser.error(str(error))
         words = " ".join(["python -m benchmarks.peers", *sys.argv[1:]])
         sizes = {"step": asdict(form.step), "task": asdict(form.task), "repeats": form.repeats}
         here = described(words, form.step.vllm)

@@ -64,7 +64,7 @@ def test_commits_to_the_code_count_and_others_do_not(repository):
 
 @pytest.mark.parametrize(("code", "whole"), [("print('end')", True), ("raise(SystemExit(3))", False)])
 def test_a_piece_is_whole_when_it_ends_well(code, whole):
-    assert figures.measure(f"-c {code}") is whole
+    assert figures.measure(f'-c "{code}"') is whole
 
 
 def test_a_piece_that_says_that_it_goes_on_is_not_whole(tmp_path):

@@ -1,11 +1,13 @@
 """benchmarks/peers: its page, its counts, and that both sides are given the same. Speeds are no test's business."""
 
+import sys
 import time
 from dataclasses import asdict
 
 import psutil
 import pytest
 
+from benchmarks.peers import __main__ as main_module
 from benchmarks.peers import learns, mistakes, process, sizes, step, table
 from benchmarks.peers.__main__ import spread
 
@@ -158,3 +160,16 @@ def test_a_process_that_takes_too_long_is_ended_with_its_children():
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < limit
         time.sleep(0.05)
+
+
+def test_nothing_is_measured_or_written_over_where_gsm8k_cannot_be_read(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(main_module, "ROOT", tmp_path)
+    monkeypatch.setenv("QUARTET_GSM8K", "nowhere")
+    monkeypatch.setattr(sys, "argv", ["peers", "--json", str(tmp_path / "peers.json")])
+    config = tmp_path / sizes.FULL.step.model / "config.json"
+    config.parent.mkdir(parents=True)
+    config.touch()
+    with pytest.raises(SystemExit, match="2"):
+        main_module.main()
+    assert "QUARTET_GSM8K=nowhere is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "peers.json").exists()
