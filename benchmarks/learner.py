@@ -62,6 +62,7 @@ def main() -> None:
     if args.contender:
         args.json.write_text(json.dumps(_run_one(args)))
         return
+    _questions(args)  # from the hub into its cache, since contenders are offline
     below_fp32 = ("trl_autocast", "ours_dense_small")
     names = [name for name in args.contenders if name not in below_fp32 or args.dtype == "bfloat16"]
     results = {name: _in_its_own_process(name, args) for name in names}
