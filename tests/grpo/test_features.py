@@ -40,6 +40,8 @@ LEAVING = {
     "the page": (["grpo/view"], None),
     "TRL's users": (["grpo/trl_bridge.py"], None),
 }
+ALONE = [pytest.param([feature], id=feature, marks=pytest.mark.long) for feature in LEAVING]
+CASES = [pytest.param([*LEAVING], id="all"), *ALONE]  # CI tries them all at once, a nightly run each alone
 SHORT = ["--steps=2", "--warm_start.steps=3", "--eval.limit=0", "--prompts_per_step=4", "--checkpoint.every=1"]
 SHORT += ["--rollout.max_completion_tokens=12"]
 
@@ -87,20 +89,20 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("feature", LEAVING)
-def test_a_feature_leaves_whole(feature, whole, tmp_path):
-    folder, line = tree(tmp_path), LEAVING[feature][1]
-    leave([feature], folder)
-    if line is not None:
-        table = folder / line[0]
+@pytest.mark.parametrize("features", CASES)
+def test_a_feature_leaves_whole(features, whole, tmp_path):
+    folder = tree(tmp_path)
+    leave(features, folder)
+    for file, line in filter(None, (LEAVING[feature][1] for feature in features)):
+        table = folder / file
         text = table.read_text()
-        shorter = re.sub(rf"^ *{re.escape(line[1])}.*\n", "", text, flags=re.MULTILINE)
+        shorter = re.sub(rf"^ *{re.escape(line)}.*\n", "", text, flags=re.MULTILINE)
         assert len(text.splitlines()) == len(shorter.splitlines()) + 1, "a line of the table"
         table.write_text(shorter)
     weights = demo(folder)
     layers = max(int(name.split(".")[2]) for name in whole if name.startswith("model.layers."))
     for name, tensor in whole.items():
-        if feature == "draft_head" and name.startswith(f"model.layers.{layers}."):
+        if "draft_head" in features and name.startswith(f"model.layers.{layers}."):
             continue  # that is the head, which nothing teaches then
         assert torch.equal(weights[name], tensor), name
 
