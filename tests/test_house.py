@@ -310,7 +310,8 @@ def test_training_loads_no_feature_that_nobody_has_asked_for(fresh):
     ours = [name for name in FEATURES if name.split(".")[0] in MAY_IMPORT]
     modules = {name for package in MAY_IMPORT for name in house.modules_of(ROOT, package)}
     assert [name for name in ours if name not in modules] == []
-    assert _features_among(fresh["training"]) == []
+    loaded = _features_among(fresh["training"])
+    assert [name for name in loaded if name != "bitsandbytes"] == []  # which peft imports where it is installed
     assert "rollout.ray_pool" in _features_among(fresh["ray"])
 
 
