@@ -20,7 +20,9 @@ def main(source: Path, folder: Path, dtype: str, saved: Path | None = None) -> N
     ranks = join(True, ParallelOptions())
     policy = Policy.load(source, getattr(torch, dtype), layout=ranks.layout)
     options = LearnerOptions(
-        optimizer="adamw_8bit", stochastic_rounding=dtype == "bfloat16", learning_rate=1e-3, tokens_per_micro_batch=60
+        optimizer="adamw_8bit_stochastic" if dtype == "bfloat16" else "adamw_8bit",
+        learning_rate=1e-3,
+        tokens_per_micro_batch=60,
     )
     learner = small_learner(policy, options, MTPOptions(depth=2), ranks=ranks)
     first = 1
