@@ -68,8 +68,8 @@ def logprobs_from_hidden(
     `token_ids` [N, K] there are log-probabilities of K tokens at every position.
 
     At most `elements` logits are made at a time, a tile of some positions and some of the vocabulary, and again in the
-    backward pass: memory grows with N and V, and not with their product. Differentiable in `hidden` and in the LM head,
-    the entropy only with `entropy_grad=True`.
+    backward pass: memory grows with N and V, and with their product by two numbers a position and part. Differentiable
+    in `hidden` and in the LM head, the entropy only with `entropy_grad=True`.
 
     >>> hidden, lm_head = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0986123]])
     >>> logprobs, entropies = logprobs_from_hidden(hidden, lm_head, torch.tensor([0, 1]))

@@ -179,4 +179,5 @@ def test_two_ranks_resume_to_the_same_bits_and_one_rank_takes_their_moments(wide
     for name, tensor in whole["policy"].items():
         close = {"rtol": 1e-3, "atol": 1e-4} if dtype == "float32" else {"rtol": 2**-6, "atol": 4e-3}
         far = ~torch.isclose(alone["policy"][name], tensor, **close)
-        assert far.float().mean() < 1e-3, name  # moments are rounded again: one number of 32,768 moved 38 rates further
+        most = 1e-4 if dtype == "bfloat16" else 0  # one number of 32,768 moved 38 rates further, in bfloat16
+        assert far.float().mean() <= most, name

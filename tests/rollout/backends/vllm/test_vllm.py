@@ -152,7 +152,8 @@ def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_onc
     """Several turns, with drafts: what was read in the turns before comes from the prefix cache, by whole blocks."""
     monkeypatch.setattr("rollout.environments.episodes.TurnFormat", Talking)
     spec = EnvironmentSpec(environments=(("", f"{GUESSING}:Guess"),), max_turns=5)
-    params = replace(PARAMS, max_completion_tokens=130, stop_token_ids=tuple(range(7, 280, 11)), environment=spec)
+    more = {"group_size": 2 * PARAMS.group_size, "max_completion_tokens": 130}
+    params = replace(PARAMS, stop_token_ids=tuple(range(7, 280, 11)), environment=spec, **more)
     prompts = [replace(prompt, text="how many apples are left? " * 20 + str(i)) for i, prompt in enumerate(PROMPTS)]
     settings = VLLMSettings(python=PYTHON, draft_tokens=2, log=tmp_path / "vllm.log", engine={"block_size": 32})
     pool, told = VLLMPool(moved(policy), PoolOptions(vllm=settings)), []
@@ -173,7 +174,7 @@ def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_onc
         pool.close()
     made = completions(groups)
     assert {c.finish_reason for c in made} >= {"stop", "max_turns"}
-    assert sum(len(c.token_ids) - c.num_sampled for c in made) > 100
+    assert sum(len(c.token_ids) - c.num_sampled for c in made) > 200
     assert len({tuple(c.token_ids) for c in made}) > 0.9 * len(made)
     scores = [score for of_group in logprobs_of_groups(policy, groups, params.temperature) for score in of_group]
     for c, of_learner in zip(made, scores, strict=True):
