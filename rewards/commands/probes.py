@@ -41,7 +41,7 @@ HOSTILE = [
 
 _DIGIT = re.compile(r"[0-9]")
 _NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
-_MARK = re.compile(r"####|\\boxed\{|<answer>|answer(?: is|:)", re.IGNORECASE)  # an answer is behind the last of these
+_MARK = re.compile(r"####|\\boxed\{|<answer>|answer(?: is|:)", re.IGNORECASE)  # the answer follows the last mark
 SHORT = 5  # words of a solution that is an answer as a whole
 
 
@@ -91,8 +91,8 @@ def misprint(solution: str) -> str | None:
 
 
 def _answer_part(solution: str) -> str:
-    """The end of a solution, where its answer is: behind the last mark of one; of a long text without any the last
-    word."""
+    """Returns the part of a solution that has its answer: what follows the last mark. A long solution without a mark
+    gives its last word."""
     marks = [mark.end() for mark in _MARK.finditer(solution)]
     if marks:
         return solution[marks[-1] :]
