@@ -20,7 +20,7 @@ from grpo.steps.pool import open_run_pool
 from policies.policy import Policy
 from policies.sharding import routed_experts
 from rollout.faults import RolloutError
-from rollout.group import RolloutGroup
+from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Pool
 from rollout.publication.canaries import Agreement, Scores, canary_params, canary_prompts, compare
 from rollout.publication.digests import first_difference
@@ -32,7 +32,7 @@ ADVICE = (
 )
 
 # Two experts of nearly equal score may change places between sampler and learner, which moves a log-probability by more
-# than rounding does. That does not happen twice, to other tokens, and a fault does.
+# than rounding does. That does not happen twice, with other prompts, and a fault does.
 ATTEMPTS = 2
 # What the first batch may show where sampler and learner compute in float32, in nats: of one token, and where such a
 # change of places may have moved that one, of all tokens in the mean.
@@ -63,7 +63,8 @@ class Publisher:
         self.version: int | None = None  # that the samplers hold; None where it was not admitted
         policy = learner.policy
         self.dtype, self.context = policy.trunk.dtype, policy.max_length
-        self.prompts = canary_prompts(policy.config.get_text_config().vocab_size, self.context)
+        vocabulary = policy.config.get_text_config().vocab_size
+        self.prompts = [canary_prompts(vocabulary, self.context, attempt) for attempt in range(ATTEMPTS)]
 
     def publish(self) -> dict[str, float]:
         """Every rank takes part. Returns canary/* of this publication, nothing where a stop has cut it short."""
@@ -76,7 +77,7 @@ class Publisher:
         ranks.from_first(partial(self._compare_digests, weights, version))
         for attempt in range(ATTEMPTS):
             params = canary_params(self.params.at(version, attempt), self.context)
-            sampled = ranks.from_first(partial(self._sampled, params))
+            sampled = ranks.from_first(partial(self._sampled, self.prompts[attempt], params))
             if not sampled:
                 self.version = version
                 return {}
@@ -108,10 +109,10 @@ class Publisher:
             with run.timed("time/publish"), run.phase("publishing"):
                 run.metrics |= self.publish()
 
-    def _sampled(self, params: SamplingParams) -> dict[str, list[RolloutGroup]]:
+    def _sampled(self, prompts: list[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         """The canaries; nothing once a stop was asked for, since the publication may have been cut short."""
         try:
-            return self.pool.sample_on_each(self.prompts, params)
+            return self.pool.sample_on_each(prompts, params)
         except Stopped:
             return {}
 

@@ -56,11 +56,16 @@ class Agreement:
     fault: str | None
 
 
-def canary_prompts(vocabulary: int, context: int) -> list[Prompt]:
-    """Makes prompts that are the same for every version, of tokens from everywhere in the vocabulary."""
+def canary_prompts(vocabulary: int, context: int, attempt: int = 0) -> list[Prompt]:
+    """Prompts of tokens from everywhere in the vocabulary, the same for every version.
+
+    A second attempt has other prompts. Two experts that are tied within rounding at one token of a prompt change every
+    completion of it, whatever its noise.
+    """
     length = max(1, min(PROMPT_TOKENS, context // 2))
+    first = attempt * PROMPTS * length
     return [
-        Prompt(f"canary/{i}", "", [(7919 * (i * length + t) + 13) % vocabulary for t in range(length)])
+        Prompt(f"canary/{i}", "", [(7919 * (first + i * length + t) + 13) % vocabulary for t in range(length)])
         for i in range(PROMPTS)
     ]
 

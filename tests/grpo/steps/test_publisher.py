@@ -218,13 +218,15 @@ def test_canaries_that_fail_once_are_made_again(policy_of, monkeypatch):
     policy = policy_of("native")
     pool = open_pool(policy)
     publisher, sample, calls = Publisher(pool, learner_of(policy), PARAMS), pool.sample_on_each, []
+    tied = publisher.prompts[0][0].token_ids
 
     def flip(prompts, params):
-        """An expert takes another's place, for one token of the first attempt."""
+        """An expert takes another's place at a token of one prompt, whatever is sampled after it."""
         sampled = sample(prompts, params)
         calls.append(params.draw)
-        if params.draw == 0:
-            sampled["the sampler"][0].completions[0].logprobs[3] += 0.2
+        for group in sampled["the sampler"]:
+            if group.prompt.token_ids == tied:
+                group.completions[0].logprobs[3] += 0.2
         return sampled
 
     monkeypatch.setattr(pool, "sample_on_each", flip)
@@ -268,7 +270,7 @@ def test_a_publication_that_a_stop_cuts_short_has_no_canaries(policy_of, monkeyp
     monkeypatch.setattr(signals, "number", signal.SIGTERM)
     assert publisher.publish() == {}
     with pytest.raises(Stopped):
-        pool.sample(publisher.prompts, PARAMS)
+        pool.sample(publisher.prompts[0], PARAMS)
 
 
 def test_a_publication_that_a_stop_cuts_short_does_not_undo_the_step(policy_of):
