@@ -22,6 +22,10 @@ problems at T = 1, after runs of several lengths, each with a learning rate that
 were searched on other seeds; some problems of that search count, too (a third of the word problems). Differences are
 paired by seed, ± half of their 95 % interval. The last
 column is the share of GRPO's completions after which a contender has what GRPO has after its longest run.
+
+Compare the contenders with each other only: all of their runs end with the same decay. The supervised steps before them
+had a constant rate, so the rise from the start to any contender includes the decay and is not a gain by GRPO
+([Decay](log/decay.md)).
 """
 
 

@@ -28,6 +28,7 @@ class Task:
 
 
 QUIET = {"threads": 1, "log.measure_speed": False, "log.trackers": [], "checkpoint.every": 10_000, "mtp.loss_weight": 0}
+DECAY = {"learner.schedule": "linear"}  # a run at a constant rate would be compared in the middle of its learning
 TASKS = {
     task.name: task
     for task in (
@@ -70,7 +71,7 @@ def rate_of(task: Task) -> float:
 def config_of(task: Task, folder: Path, **changes: Any) -> TrainConfig:
     from grpo.config.run import TrainConfig
 
-    options = {**QUIET, **task.changes, "output_dir": str(folder), **changes}
+    options = {**QUIET, **DECAY, **task.changes, "output_dir": str(folder), **changes}
     return TrainConfig.read(ROOT / "examples" / task.config, **options)
 
 

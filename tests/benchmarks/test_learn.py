@@ -60,6 +60,12 @@ def test_a_task_has_held_out_problems_for_the_search_and_for_what_counts(name, t
     assert len(tasks.Task.of(config, model_known=False).held_out) == 2 * task.held_out
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_every_run_ends_with_the_same_decay(name, tmp_path):
+    """The page says so of all of them. A file of examples/ may have another schedule."""
+    assert config_of(TASKS[name], tmp_path / "run").learner.schedule == "linear"
+
+
 def test_the_search_answers_other_problems_than_those_that_count(micro_config, micro_preset, monkeypatch):
     task = Task("words", "", "", steps=(1, 2), held_out=3)
     answered = []
