@@ -166,6 +166,15 @@ def evaluate(args: argparse.Namespace) -> int:
     return EXIT_ERROR if any(evaluation.without_any_mark for evaluation in evaluations) else 0
 
 
+def control(args: argparse.Namespace) -> None:
+    _begin()
+    from grpo.cli.commands import control, summary
+
+    result = control.control(args.run, summary.CONSOLE, args.validation)
+    control.show(result, summary.CONSOLE)
+    write(args.json, result)
+
+
 def sample(args: argparse.Namespace) -> int:
     if not args.prompt and args.prompts is None:
         args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')

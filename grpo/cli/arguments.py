@@ -60,6 +60,12 @@ EVAL = (
     _PRINT_CONFIG,
     json_argument("what the tables show"),
 )
+_WHAT = "training problems to choose the control by; as many as the run kept (data.validation), or 256"
+CONTROL = (
+    argument("run", type=Path, metavar="RUN", help="the folder of a finished run of quartet train"),
+    argument("--validation", type=int, metavar="N", help=_WHAT),
+    json_argument("all that was found, which is in RUN/control/control.json as well"),
+)
 _WHAT = 'lines such as {"prompt": "2 + 3 = ?"}; - reads standard input, where a line may also be plain text'
 SAMPLE = (
     _POLICY,

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 SHOWN_PER_EVENT = 3
 TABLE_EVERY = 10  # steps; `quartet view` shows every completion
-SHOWN_ALWAYS = ("learner", "worker")  # of which one is not like another
+SHOWN_ALWAYS = ("learner", "worker", "validation")  # of which one is not like another
 WRITTEN = (
     *("config.yaml", "environment.json", "metrics.jsonl", "rewards.json", "draft_costs.json"),
     *("policy", "best_policy", "warm_start"),

@@ -17,6 +17,7 @@ from rewards.verdicts import held_out_metric
 from rollout.group import RolloutGroup
 
 TURNS = ("begin", "resume", "end")  # events; the last of them says whether a run goes on
+CONTROL = "control/control.json"  # in a run folder: what `quartet control` found
 RENAMED = ("draft/heldout_", "draft/held_out_")  # metrics of version 0.1, and what they are called since
 
 

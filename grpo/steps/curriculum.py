@@ -62,12 +62,12 @@ class Curriculum(Listener):
         config = run.config
         self.options, self.seed, self.ahead = config.curriculum, config.seed, config.rollout.ahead
         self.pass_rate = task.pass_rate
-        self.examples = sorted(task.train, key=lambda example: len(example.solution))
+        self.examples = sorted(task.unsolved, key=lambda example: len(example.solution))
         self.seen: Counter[str] = Counter()
         self.pass_rates: dict[str, float] = {}
         self.later: list[tuple[int, str, float]] = []  # step, prompt and its rate, which it is too early to know
         self.probed = [0, 0]  # prompts of this step, and their tokens
-        self.questions = {example.example_id: example.question for example in task.train}
+        self.questions = {example.example_id: example.question for example in task.unsolved}
         self.model = SuccessModel()
 
     @property

@@ -16,6 +16,7 @@ from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.optimizer import schedule
 from grpo.learner.terms.supervised import SupervisedTerm
+from grpo.steps.best_point import BestPoint
 from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.steps.opening import first_policy
@@ -44,7 +45,7 @@ def supervised_learner(run: Run[Any], policy: Policy) -> Learner:
 def supervised_session(session_of: Callable[..., Any], run: Run[Any], task: Task, policy: Policy | None = None) -> Any:
     """A session of `grpo.session` that learns from gold solutions."""
     config, policy = run.config, policy or first_policy(run, task)
-    stream = task.stream(config.seed)
+    stream = task.stream(config.seed, task.solved)
     sampling = replace(sampling_of(run, policy, config.eval.samples), environment=task.actor.environment)
     session = session_of(run, task, supervised_learner(run, policy), Collector(run, task, policy, sampling, stream))
     run.restore(learner=session.learner, prompts=stream)
@@ -53,29 +54,36 @@ def supervised_session(session_of: Callable[..., Any], run: Run[Any], task: Task
 
 def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any]) -> None:
     """Supervised steps into `warm_start/`, unless the run that is being resumed has made them."""
-    folder, steps = run.folder / "warm_start", "warm_start_checkpoints"
+    folder, steps = run.folder / "warm_start", run.folder / "warm_start_checkpoints"
     if not (run.resumes and folder.exists()):
         if not run.resumes:
-            run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)
+            run.alone(shutil.rmtree, steps, ignore_errors=True)
         started = time.perf_counter()
-        part = run.part(steps, run.config.warm_start.steps, " of the warm start")
+        part = run.part(steps.name, run.config.warm_start.steps, " of the warm start")
         session = supervised_session(session_of, part, task)
-        supervise(session)
+        best = BestPoint(session, run.folder / "warm_start_best")
+        part.restore(learner=session.learner, prompts=session.collector.stream, best=best)
+        supervise(session, best)
         seconds = round(time.perf_counter() - started, 1)
-        run.log.event("warm_start_done", seconds=seconds, folder=str(folder))
-        session.policy.save(folder)
+        chosen = {"step": best.step, "accuracy": best.value} if best.prompts else {}
+        run.log.event("warm_start_done", seconds=seconds, **chosen, folder=str(folder))
+        if best.prompts:
+            run.alone(best.folder.rename, folder)
+        else:
+            session.policy.save(folder)
         run.alone(write_digests, folder)
-    run.alone(shutil.rmtree, run.folder / steps, ignore_errors=True)
+    run.alone(shutil.rmtree, steps, ignore_errors=True)
 
 
-def supervise(session: Any) -> None:
-    """The loop of `quartet sft` on a part of a run."""
+def supervise(session: Any, best: BestPoint) -> None:
+    """The loop of `quartet sft` on a part of a run, with a look at the validation problems."""
     run, size = session.run, session.config.supervision.batch_size
     with run, run.log.progress() as progress:
         bar = progress.add_task("warm start", total=run.last, completed=run.start)
         for step in run.steps():
             batch = session.prepare(session.solutions(size))
             metrics = session.learn(batch)
+            best.look(step)
             session.record(step, metrics)
             session.save_if_due(step)
             progress.update(bar, advance=1, description=f"warm start, loss {metrics.get('loss/sft', nan):.3f}")

@@ -46,10 +46,10 @@ class Mix(Task):
             self.prompts_per_step = config.prompts_per_step
             weights = {spec.label: spec.weight for spec in reward_specs(rewards_of(config))}
             self._refuse_idle(weights, config.eval.limit)
-            counts = {"prompts_per_step": config.prompts_per_step}
+            learns = self.unsolved if isinstance(config, TrainConfig) else self.solved
+            self._refuse_too_few("prompts_per_step", config.prompts_per_step, learns)
             if isinstance(config, TrainConfig) and config.warm_start.steps:
-                counts["warm_start.batch_size"] = config.warm_start.batch_size
-            self._refuse_too_few(counts)
+                self._refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, self.solved)
             self._refuse_overlap_of_sources()
         except BaseException:
             self.close()
@@ -59,14 +59,14 @@ class Mix(Task):
         parts = list(self.parts.values())
         of_first = {name: value for name, value in vars(parts[0]).items() if name not in ("scorer", "verdicts")}
         self.__dict__ |= of_first
-        self.train = [example for part in parts for example in part.train]
-        self.held_out = [example for part in parts for example in part.held_out]
+        for name in ("train", "solved", "unsolved", "validation", "held_out"):
+            setattr(self, name, [example for part in parts for example in getattr(part, name)])
         self.trained_on = frozenset(chain.from_iterable(part.trained_on for part in parts))
         for part in parts:
             part.trainer_state = self.trainer_state
         self._part_of = dict[str, Task]()
         for label, part in self.parts.items():
-            for example in (*part.train, *part.held_out):
+            for example in (*part.train, *part.validation, *part.held_out):
                 if self._part_of.setdefault(example.example_id, part) is not part:
                     raise ValueError(
                         f"data.sources: {label} has {example.example_id}, and so has a source before it; take it out "
@@ -86,15 +86,15 @@ class Mix(Task):
         if idle := [label for label in self.reward_weights if label not in used]:
             raise ValueError(f"rewards: {idle[0]!r} scores no source of data; name it in data.sources, or drop it")
 
-    def _refuse_too_few(self, counts: dict[str, int]) -> None:
-        for key, count in counts.items():
-            for label, most in self.stream(0).most(count).items():
-                there = len(self.parts[label].train)
-                if most > there:
-                    raise ValueError(
-                        f"{key}={count} takes up to {most} different prompts from the source {label}, which has "
-                        f"{there} training examples; lower it or the weight of the source, or use more data"
-                    )
+    def _refuse_too_few(self, key: str, count: int, examples: Sequence[Example]) -> None:
+        of_source = Counter(id(self.part_of(example.example_id)) for example in examples)
+        for label, most in self.stream(0, examples).most(count).items():
+            there = of_source[id(self.parts[label])]
+            if most > there:
+                raise ValueError(
+                    f"{key}={count} takes up to {most} different prompts from the source {label}, which has "
+                    f"{there} training examples; lower it or the weight of the source, or use more data"
+                )
 
     def _refuse_overlap_of_sources(self) -> None:
         """Raises ValueError for a held-out problem of one source that another source trains on, or shows."""
@@ -111,7 +111,7 @@ class Mix(Task):
     def stream(self, seed: int, examples: Sequence[Example] | None = None) -> MixedStream:
         sources: dict[str, list[Example]] = {label: [] for label in self.parts}
         labels = {part: label for label, part in self.parts.items()}
-        for example in self.train if examples is None else examples:
+        for example in self.unsolved if examples is None else examples:
             sources[labels[self.part_of(example.example_id)]].append(example)
         return MixedStream(sources, self.weights, seed)
 

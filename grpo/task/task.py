@@ -92,6 +92,10 @@ class Task:
         self.train, self.held_out = both[0][:count], both[1][:held_out]
         first = (self.train or self.held_out)[0]
         shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
+        self.validation: Sequence[Example] = []
+        if train:
+            self._keep_validation(data.validation)
+        self.solved, self.unsolved = _by_solution(self.train, data.solutions)
         self._refuse_overlap(shown, met, data)
         self.template = replace(self.template, few_shot=shown)
         messages = self.template.messages(first)  # raises for a chat that cannot be made
@@ -174,14 +178,27 @@ class Task:
         task.trainer_state["output_dir"] = str(config.output_dir)
         try:
             if isinstance(config, TrainConfig) and learns:
-                _refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, task.train)
-            _refuse_too_few("prompts_per_step", config.prompts_per_step, task.train)
+                _refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, task.solved)
+            grpo = isinstance(config, TrainConfig)
+            _refuse_too_few("prompts_per_step", config.prompts_per_step, task.unsolved if grpo else task.solved)
             if isinstance(config, TrainConfig):
                 task.trainer_state["max_steps"], task.prompts_per_step = config.steps, config.prompts_per_step
         except ValueError:
             task.close()
             raise
         return task
+
+    def _keep_validation(self, count: int) -> None:
+        """Sets the last `count` training problems apart, without those that are among the others once more."""
+        if count >= len(self.train) > 0:
+            raise ValueError(
+                f"data.validation={count} keeps all of the {len(self.train)} training examples; lower it, or use more "
+                "data"
+            )
+        end = len(self.train) - count
+        kept, self.train = self.train[end:], self.train[:end]
+        known = self.fingerprints(self.train) if count else {}
+        self.validation = [example for example in kept if not known.keys() & self.fingerprints([example]).keys()]
 
     def _refuse_overlap(self, shown: Sequence[Example], met: Collection[str], data: DataOptions) -> None:
         """Raises ValueError for an evaluated problem that training meets, and for one whose solution a prompt shows."""
@@ -211,8 +228,8 @@ class Task:
         return self
 
     def stream(self, seed: int, examples: Sequence[Example] | None = None) -> PromptStream:
-        """The order in which training takes its examples, or these of them."""
-        return PromptStream(self.train if examples is None else examples, seed)
+        """The order in which GRPO takes its examples, or these of them."""
+        return PromptStream(self.unsolved if examples is None else examples, seed)
 
     def describe_rewards(self) -> list[dict[str, Any]]:
         """Describes the reward functions, as a run records them; nothing where another process scores."""
@@ -256,7 +273,10 @@ class Task:
 
     def corpus(self, limit: int = 4000) -> Iterator[str]:
         """Text of the kind that the policy will read, for a preset's tokenizer; of a long one the beginning."""
-        return (f"{example.question}\n{example.solution}\n"[:LONGEST_TEXT] for example in self.train[:limit])
+        solved = {example.example_id for example in self.solved}
+        for example in self.train[:limit]:
+            text = f"{example.question}\n{example.solution}\n" if example.example_id in solved else example.question
+            yield text[:LONGEST_TEXT]
 
     def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         return encode_prompt(example, tokenizer, self.template)
@@ -350,6 +370,11 @@ def _refuse_too_few(key: str, count: int, examples: Sequence[Example]) -> None:
     """Raises ValueError where a step would ask for more different examples than there are."""
     if count > len(examples):
         raise ValueError(f"{key}={count}, but there are {len(examples)} training examples; lower it, or use more data")
+
+
+def _by_solution(examples: Sequence[Example], count: int | None) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The examples that supervised steps learn from, and those that GRPO learns from (`data.solutions`)."""
+    return (examples, examples) if count is None else (examples[:count], examples[count:])
 
 
 def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:

@@ -13,7 +13,7 @@ class ProblemOptions(Options):
     """How the rows of a dataset are read as problems; every command that takes data has these options."""
 
     levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
-    """Difficulty levels of `word_problems`, 1 to 4."""
+    """Difficulty levels of `word_problems`, 1 to 5."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of a reasoning_gym task, such as {max_animals: 4}."""
     prompt_column: str = "question"
@@ -58,6 +58,12 @@ class SourceOptions(Options):
     """The split that is trained on; a test split is refused here."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first examples, at most this many; null uses all."""
+    solutions: int | None = Field(default=None, ge=0)
+    """Only the first so many training problems have a worked solution: supervised steps learn from these, and GRPO from
+    the others, of which it reads the answer only. null: both take all problems."""
+    validation: int = Field(default=0, ge=0)
+    """Keep so many training problems, the last ones, to choose by: a warm start then begins GRPO with its best point.
+    They are never learned from, and no result is reported on them."""
     held_out: float | None = Field(default=None, gt=0, lt=1)
     """Hold out this share of the examples for evaluation, where the data has no split for it. The content of a problem
     decides whether it is held out, so that rows appended later move no other row."""

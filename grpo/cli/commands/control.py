@@ -1,0 +1,313 @@
+"""`quartet control`: what a run's start becomes without GRPO, in the same seconds and on the same held-out problems.
+
+Two controls. Supervised steps on all solutions that the run had, where the rate and the number of steps are chosen on
+validation problems. And rejection sampling: the run's own loop, in which each step learns from the policy's correct
+completions only, all with the same weight (RAFT, arXiv 2304.06767, and expert iteration).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
+from grpo.cli.commands.eval_report import pairs
+from grpo.cli.config.inference import EvalConfig, defaults_of_run
+from grpo.config.learner import SftLearnerOptions
+from grpo.config.run import EvalOptions, SftConfig, TrainConfig
+from grpo.config.sampling import SamplingOptions
+from grpo.run import hardware
+from grpo.run.records import CONTROL, read_events, read_metrics
+from grpo.session import Session
+from grpo.steps.best_point import BestPoint
+from grpo.task.task import Task
+from policies.files.atomic import write_file
+from rewards.config.names import recorded_options
+from rewards.group_score import GroupScore
+
+RATES = (1.0, 0.3)  # of the run's supervised rate, from the start of GRPO
+POINTS = 5  # at which a control answers the held-out problems
+TIMED, UNTIMED = 10, 3  # steps of a short run that tell what a step takes; the first ones are slower
+VALIDATION = 256  # problems, where the run kept none
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One training that may be a control. It begins with `model`, and has `seconds`."""
+
+    name: str
+    kind: str
+    words: str
+    model: str
+    seconds: float
+    rate: float
+
+
+def control(folder: Path, console: Console, validation: int | None = None) -> dict[str, Any]:
+    """Train the controls of a finished run into `folder/control/`, evaluate them beside it, and return what
+    `control.json` there holds. A control that is there already is not trained again.
+
+    Raises ValueError for a folder that is not a finished run of `quartet train` with held-out problems, or one that
+    has no solutions to learn from.
+    """
+    config = _config(folder)
+    if validation or not config.data.validation:
+        data = config.data.model_copy(update={"validation": validation or VALIDATION})
+        config = config.model_copy(update={"data": data})
+    seconds = {"grpo": _seconds(folder), "start": _warm_seconds(folder)}
+    trained = []
+    for candidate in _candidates(folder, config, seconds):
+        console.print(f"{candidate.words}, {candidate.seconds:.0f} s", markup=False, highlight=False)
+        trained.append(_train(folder, config, candidate))
+    supervised = [each for each in trained if each["kind"] == "supervised"]
+    best = max(supervised, key=lambda each: each["validation"])  # the held-out problems have no say in it
+    chosen = [best, *(each for each in trained if each["kind"] == "rejection")]
+    result = _evaluate(folder, config, seconds, chosen, console)
+    result["candidates"] = trained
+    write_file(folder / CONTROL, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _config(folder: Path) -> TrainConfig:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"RUN={folder}: has no config.yaml; name the folder of a run of quartet train")
+    command, options = recorded_options(file)
+    if command != "train":
+        raise ValueError(f"RUN={folder}: is a run of quartet {command}; only a run of quartet train has controls")
+    config = TrainConfig.model_validate(options)
+    if not (folder / "policy").is_dir():
+        raise ValueError(f"RUN={folder}: has no policy/, so it has not ended; finish it with --resume auto")
+    if not config.eval.limit:
+        raise ValueError(f"RUN={folder}: eval.limit is 0, so nothing is held out; run it with eval.limit: 512")
+    if config.environment or config.agent:
+        raise ValueError(f"RUN={folder}: acts in an environment, for which there is no control yet")
+    return config
+
+
+def _seconds(folder: Path) -> float:
+    """Seconds of the steps of GRPO, without evaluations."""
+    return sum(row.get("time/step", 0.0) for row in read_metrics(folder))
+
+
+def _warm_seconds(folder: Path) -> float:
+    """Seconds of the supervised steps before GRPO."""
+    return sum(event["seconds"] for event in read_events(folder) if event["event"] == "warm_start_done")
+
+
+def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) -> list[Candidate]:
+    start = str(folder / "warm_start") if config.warm_start.steps else config.model
+    rate, budget = config.warm_start.learning_rate, seconds["grpo"]
+    found = [
+        Candidate(
+            f"supervised_{rate * share:g}",
+            "supervised",
+            f"supervised steps from the start of GRPO, rate {rate * share:g}, decaying",
+            start,
+            budget,
+            rate * share,
+        )
+        for share in RATES
+    ]
+    if config.warm_start.steps:
+        words = f"supervised steps from the beginning, one decay over all seconds, rate {rate:g}"
+        whole = budget + seconds["start"]
+        found.append(Candidate("supervised_whole", "supervised", words, config.model, whole, rate))
+    of_grpo = config.learner.learning_rate
+    words = f"rejection sampling, rate {of_grpo:g}, {config.learner.schedule}"
+    return [*found, Candidate("rejection", "rejection", words, start, budget, of_grpo)]
+
+
+def _train(folder: Path, config: TrainConfig, candidate: Candidate) -> dict[str, Any]:
+    """Train a candidate, unless it is there. Returns its folder, seconds, steps, validation and curve."""
+    own = folder / "control" / candidate.name
+    record = own / "candidate.json"
+    if record.is_file():
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    loop, options = (_supervise, _supervised) if candidate.kind == "supervised" else (_reject, _rejecting)
+    shutil.rmtree(own, ignore_errors=True)
+    short = own.with_name(f"{candidate.name}_timed")
+    shutil.rmtree(short, ignore_errors=True)
+    loop(options(config, candidate, short, TIMED + UNTIMED), timed=True)
+    a_step = median(row["time/step"] for row in read_metrics(short) if row["step"] > UNTIMED)
+    shutil.rmtree(short)
+    steps = max(1, round(candidate.seconds / a_step))
+    best = loop(options(config, candidate, own, steps), timed=False)
+    assert best is not None
+    result = {
+        "name": candidate.name,
+        "kind": candidate.kind,
+        "words": candidate.words,
+        "steps": steps,
+        "seconds": _seconds(own),
+        "best_step": best.step,
+        "validation": best.value,
+        "curve": curve(own),
+    }
+    write_file(record, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    """Held-out accuracy by seconds of training, of a run that has evaluated on the way."""
+    seconds, points = 0.0, []
+    for row in read_metrics(folder):
+        seconds += row.get("time/step", 0.0)
+        if (accuracy := row.get("eval/accuracy")) is not None:
+            point = {"step": row["step"], "seconds": round(seconds, 1), "accuracy": accuracy}
+            points.append(point | {"accuracy_greedy": row.get("eval/accuracy_greedy"), "problems": row["eval/prompts"]})
+    return points
+
+
+def _supervised(config: TrainConfig, candidate: Candidate, own: Path, steps: int) -> SftConfig:
+    rates = {"learning_rate": candidate.rate, "schedule": "linear", "warmup_steps": config.warm_start.warmup_steps}
+    learner = {name: getattr(config.learner, name) for name in SftLearnerOptions.model_fields} | rates
+    kept = {name: getattr(config, name) for name in SftConfig.model_fields if name in TrainConfig.model_fields}
+    of_control = {
+        "model": candidate.model,
+        "output_dir": own,
+        "steps": steps,
+        "prompts_per_step": config.warm_start.batch_size,
+        "learner": learner,
+        "mtp": {"loss_weight": 0.0},  # seconds for the base model only
+        "rollout": {name: getattr(config.rollout, name) for name in SamplingOptions.model_fields},
+        "eval": {name: getattr(config.eval, name) for name in EvalOptions.model_fields},
+        "checkpoint": {"every": steps},
+        "log": {"trackers": []},
+    }
+    return SftConfig.model_validate(kept | of_control)
+
+
+def _supervise(config: SftConfig, timed: bool) -> BestPoint | None:
+    """The loop of `quartet sft`, with a look at the validation problems and at the held-out ones."""
+    with Session.open(_unevaluated(config) if timed else config) as session:
+        best = BestPoint(session, config.output_dir / "best_policy")
+        session.held_out.every = max(1, config.steps // POINTS)
+        for step in session.run.steps():
+            batch = session.prepare(session.solutions(config.prompts_per_step))
+            metrics = session.learn(batch)
+            session.record(step, metrics)
+            if not timed:
+                best.look(step)
+                session.evaluate_if_due(step)
+        session.finish()
+        return best
+
+
+def _rejecting(config: TrainConfig, candidate: Candidate, own: Path, steps: int) -> TrainConfig:
+    of_control = {
+        "model": candidate.model,
+        "output_dir": own,
+        "steps": steps,
+        "warm_start": config.warm_start.model_copy(update={"steps": 0}),
+        "eval": config.eval.model_copy(update={"every": max(1, steps // POINTS)}),
+        "checkpoint": config.checkpoint.model_copy(update={"every": steps, "keep_best": False}),
+        "log": config.log.model_copy(update={"trackers": []}),
+    }
+    return config.model_copy(update=of_control)
+
+
+def _reject(config: TrainConfig, timed: bool) -> BestPoint | None:
+    """The loop of `quartet train`, in which the advantage of a correct completion is 1 and that of any other is 0."""
+    with Session.open(_unevaluated(config) if timed else config) as session:
+        best = BestPoint(session, config.output_dir / "best_policy")
+        for step in session.run.steps():
+            groups = session.sample(session.prompts(step), step=step)
+            scores = session.score(groups)
+            correct = [_correct(session.task, score) for score in scores]
+            batch = session.prepare(groups, scores, correct)
+            metrics = session.learn(batch)
+            session.publish()
+            session.record(step, metrics)
+            if not timed:
+                best.look(step)
+                session.evaluate_if_due(step)
+        session.finish()
+        return best
+
+
+def _correct(task: Task, score: GroupScore) -> list[float]:
+    """1 for each correct completion of a group; where the reward has no verdicts, for the best ones of a group."""
+    marks = score.parts[task.first_reward]
+    verdicts = [task.verdicts.of(mark) for mark in marks]
+    if any(verdict is not None for verdict in verdicts):
+        return [float(verdict is True) for verdict in verdicts]
+    best = max((mark for mark in marks if mark is not None), default=None)
+    return [float(mark is not None and mark == best) for mark in marks]
+
+
+def _unevaluated(config: Any) -> Any:
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"limit": 0})})
+
+
+def _evaluate(
+    folder: Path, config: TrainConfig, seconds: dict[str, float], controls: Sequence[dict[str, Any]], console: Console
+) -> dict[str, Any]:
+    """All policies on the held-out problems with the same noise, and the differences of GRPO from each of the others."""
+    start = folder / "warm_start" if config.warm_start.steps else Path(config.model)
+    policies = {"start": start, "grpo": folder / "policy"}
+    policies |= {each["kind"]: folder / "control" / each["name"] / "best_policy" for each in controls}
+    options = EvalConfig.model_validate(defaults_of_run(folder) | {"model": str(folder), "threads": config.threads})
+    evaluations: dict[str, ModelEvaluation] = {}
+    for name, policy in policies.items():
+        evaluations[name] = evaluate_model(options.model_copy(update={"model": str(policy)}), console)
+    results = {}
+    for name, evaluation in evaluations.items():
+        results[name] = {way: _figures(result) for way, result in evaluation.results.items()}
+    differences = {
+        name: {way: vars(pair) for way, pair in pairs(evaluations[name], evaluations["grpo"]).items()}
+        for name in policies
+        if name != "grpo"
+    }
+    return {
+        "run": str(folder),
+        "seed": config.seed,
+        "seconds": seconds,
+        "problems": evaluations["grpo"].problems,
+        "chosen": {each["kind"]: each for each in controls},
+        "grpo_curve": curve(folder),
+        "results": results,
+        "grpo_minus": differences,
+        "environment": hardware.describe(),
+    }
+
+
+def _figures(result: Any) -> dict[str, Any]:
+    return {"accuracy": result.accuracy, "interval_95": result.interval, "reward_mean": result.reward_mean}
+
+
+NAMES = {
+    "start": "start (SFT stage)",
+    "grpo": "GRPO",
+    "supervised": "supervised steps, same seconds",
+    "rejection": "rejection sampling, same seconds",
+}
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print a row for each policy: its seconds, its accuracy, and how far GRPO is above it on the same problems."""
+    numbers = ("seconds", "sampled", "greedy", "GRPO is above it by")
+    columns = [Column(name, justify="right") for name in numbers]
+    title = f"{result['problems']:,} held-out problems (95 % intervals)"
+    table = Table("policy", *columns, title=title, title_justify="left")
+    for name, ways in result["results"].items():
+        pair = result["grpo_minus"].get(name, {}).get("sampled")
+        gain = "" if pair is None else f"{pair['value']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"
+        took = result["seconds"].get(name) or result["chosen"].get(name, {}).get("seconds", 0.0)
+        table.add_row(NAMES[name], f"{took:,.0f}", _words(ways["sampled"]), _words(ways["greedy"]), gain)
+    console.print(table)
+
+
+def _words(figures: dict[str, Any]) -> str:
+    if figures["accuracy"] is None:
+        return "-" if figures["reward_mean"] is None else f"{figures['reward_mean']:.3f}"
+    low, high = figures["interval_95"]
+    return f"{figures['accuracy']:.3f} ({low:.2f} to {high:.2f})"
