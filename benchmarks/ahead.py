@@ -138,7 +138,7 @@ def main() -> None:
     if options.only != "smollm2":
         with tempfile.TemporaryDirectory() as folder:
             policy, given = Path(folder) / "warm", ["--warm_start.steps", options.warm_start_steps, "--threads", 2]
-            demo = ROOT / "examples/01_demo.yaml"
+            demo = ROOT / "benchmarks/learn/words.yaml"
             quartet("train", demo, "--output_dir", policy, "--steps", 1, *QUIET, *given)
             print("demo", flush=True)
             words = [demo, "--model", policy / "policy", "--warm_start.steps", 0]

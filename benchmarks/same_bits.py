@@ -47,7 +47,7 @@ LEARNS = [*SHORT, "--rollout.draft_tokens", "2", "--learner.learning_rate", "1e-
 BIAS = ["--balance.bias_rate", "0.1"]
 # By name: the commands of a scenario, each in a folder of its own. FIRST is the first one's, TESTS that of the tests.
 SCENARIOS: dict[str, list[list[str]]] = {
-    "demo": [["train", "examples/01_demo.yaml"]],
+    "demo": [["train", "benchmarks/learn/words.yaml"]],
     "short": [["train", *LEARNS, "--checkpoint.every", "2", "--eval.every", "2"]],
     "lora": [["train", *LEARNS, "--lora", "{rank: 4, alpha: 8}", "--loss.beta", "0.05", "--loss.entropy_coef", "0.01"]],
     "value": [["train", *LEARNS, "--loss.advantage", "gae", "--learner.updates_per_batch", "2", *BIAS]],

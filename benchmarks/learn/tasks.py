@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Task:
-    """`config` is a file of examples/, `changes` are options over it. The policy that all contenders of a seed begin
+    """`config` is a file of the repository, `changes` are options over it. The policy that all contenders of a seed begin
     with is that of the configuration's warm start. A contender has a run of each number of `steps`, after which
     `held_out` problems are answered."""
 
@@ -32,12 +32,12 @@ DECAY = {"learner.schedule": "linear"}  # a run at a constant rate would be comp
 TASKS = {
     task.name: task
     for task in (
-        Task("words", "Word problems, the demo's policy", "01_demo.yaml", steps=(15, 30, 60), held_out=1024),
-        Task("game", "The word game, three turns", "10_word_game.yaml", steps=(15, 30, 60), held_out=1024),
+        Task("words", "Word problems, the demo's policy", "benchmarks/learn/words.yaml", steps=(15, 30, 60), held_out=1024),
+        Task("game", "The word game, three turns", "examples/10_word_game.yaml", steps=(15, 30, 60), held_out=1024),
         Task(
             "spelling",
             "Spelling words backward (reasoning-gym), the demo's policy",
-            "01_demo.yaml",
+            "benchmarks/learn/words.yaml",
             steps=(15, 30, 60),
             held_out=200,  # of more some are among the training words
             changes={
@@ -52,7 +52,7 @@ TASKS = {
         Task(
             "gsm8k",
             "GSM8K, SmolLM2-135M after supervised steps",
-            "05_gsm8k_recipe/3_grpo.yaml",
+            "examples/05_gsm8k_recipe/3_grpo.yaml",
             steps=(10, 20, 40),
             held_out=200,
             # quartet sft examples/05_gsm8k_recipe/1_sft.yaml --data.held_out 0.1 --output_dir runs/learn/gsm8k_sft
@@ -72,7 +72,7 @@ def config_of(task: Task, folder: Path, **changes: Any) -> TrainConfig:
     from grpo.config.run import TrainConfig
 
     options = {**QUIET, **DECAY, **task.changes, "output_dir": str(folder), **changes}
-    return TrainConfig.read(ROOT / "examples" / task.config, **options)
+    return TrainConfig.read(ROOT / task.config, **options)
 
 
 def start(task: Task, seed: int, folder: Path) -> Path:

@@ -10,7 +10,7 @@ from grpo.cli.diagnose.report import diagnose
 from grpo.config.run import TrainConfig
 from grpo.train import train
 
-DEMO = Path(__file__).parents[4] / "examples/01_demo.yaml"
+DEMO = Path(__file__).parents[4] / "benchmarks/learn/words.yaml"
 WARM = {"steps": 1, "learner.learning_rate": 1e-12, "eval.limit": 0, "log.measure_speed": False, "log.trackers": []}
 
 
