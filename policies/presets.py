@@ -36,18 +36,15 @@ PRESETS: dict[str, dict] = {
         "initializer_range": 0.06,
     },
 }
-# A digit of a number of three or more: one with two after it, one between two, one with two before it.
-LONG_NUMBER = r"[^\S\n]?\d(?=\d\d)|(?<=\d)\d(?=\d)|(?<=\d\d)\d"
 VOCABULARY = 640  # enough to make every word and number of the word problems one token
 
 
 def small_tokenizer(corpus: Iterable[str], vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learned from `corpus`. A number of one or two digits is one piece, and one token if it is
-    frequent; of a longer one each digit is a token, so that a policy can compute with digits."""
+    """A byte-level BPE learned from `corpus`. A number up to 999 is one piece, and one token if it is frequent."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(rf"{LONG_NUMBER}|[^\S\n]?\d{{1,2}}|\n|[^\S\n]?[^\s\d]+|[^\S\n]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[^\S\n]?\d{1,3}|\n|[^\S\n]?[^\s\d]+|[^\S\n]"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -32,7 +32,13 @@ DECAY = {"learner.schedule": "linear"}  # a run at a constant rate would be comp
 TASKS = {
     task.name: task
     for task in (
-        Task("words", "Word problems, the demo's policy", "benchmarks/learn/words.yaml", steps=(15, 30, 60), held_out=1024),
+        Task(
+            "words",
+            "Word problems, the demo's policy",
+            "benchmarks/learn/words.yaml",
+            steps=(15, 30, 60),
+            held_out=1024,
+        ),
         Task("game", "The word game, three turns", "examples/10_word_game.yaml", steps=(15, 30, 60), held_out=1024),
         Task(
             "spelling",

@@ -67,7 +67,9 @@ def _commands() -> dict[str, Command]:
             "accuracy or mean reward of a policy on held-out problems", actions.evaluate, arguments.EVAL, EvalConfig
         ),
         "control": Command(
-            "what supervised steps and rejection sampling give in the seconds of a run", actions.control, arguments.CONTROL
+            "what supervised steps and rejection sampling give in the seconds of a run",
+            actions.control,
+            arguments.CONTROL,
         ),
         "sample": Command("completions of your own prompts", actions.sample, arguments.SAMPLE, SampleConfig),
         "serve": Command("a policy for other programs, by OpenAI's API", actions.serve, arguments.SERVE, ServeConfig),

@@ -8,7 +8,7 @@ from grpo.data.prompts import PromptTemplate
 from rewards.config.data import DataOptions
 from rewards.data.examples import Example
 from rewards.data.leakage import in_held_out, problem_fingerprint
-from rewards.data.source import REASONING_GYM
+from rewards.data.source import MADE, REASONING_GYM
 
 
 def held_out_share(
@@ -16,7 +16,7 @@ def held_out_share(
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """All examples of `data.split` in two, by the content of each problem."""
     assert data.held_out
-    if data.name in ("word_problems", "word_game") or data.name.startswith(REASONING_GYM):
+    if data.name in MADE or data.name.startswith(REASONING_GYM):
         raise ValueError(
             f"data.held_out={data.held_out}: {data.name} has a held-out split of its own; drop data.held_out"
         )

@@ -14,7 +14,7 @@ POINTS = 10  # of a training, evenly spaced, at which the validation problems ar
 
 
 class BestPoint:
-    """Answers the validation problems at POINTS points of a session, and keeps the policy that does it best in `folder`.
+    """Answers the validation problems at POINTS points of a session, and saves the best policy to `folder`.
 
     The problems are sampled once each, at the temperature of the run, with the same noise at every point. They are
     neither learned from nor reported, so a choice by them leaves the held-out problems unseen.
@@ -35,7 +35,9 @@ class BestPoint:
             return None
         result: Evaluation = self.session.ranks.from_first(self._answer)
         value = result.reward_mean if result.accuracy is None else result.accuracy
-        self.session.run.log.event("validation", step=step, accuracy=value and round(value, 4), problems=len(self.prompts))
+        self.session.run.log.event(
+            "validation", step=step, accuracy=value and round(value, 4), problems=len(self.prompts)
+        )
         if value is not None and value > self.value:
             self.step, self.value = step, value
             self.session.policy.save(self.folder)

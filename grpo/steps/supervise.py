@@ -65,7 +65,7 @@ def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any]
         part.restore(learner=session.learner, prompts=session.collector.stream, best=best)
         supervise(session, best)
         seconds = round(time.perf_counter() - started, 1)
-        chosen = {"step": best.step, "accuracy": best.value} if best.prompts else {}
+        chosen: dict[str, Any] = {"step": best.step, "accuracy": best.value} if best.prompts else {}
         run.log.event("warm_start_done", seconds=seconds, **chosen, folder=str(folder))
         if best.prompts:
             run.alone(best.folder.rename, folder)

@@ -13,7 +13,7 @@ class ProblemOptions(Options):
     """How the rows of a dataset are read as problems; every command that takes data has these options."""
 
     levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
-    """Difficulty levels of `word_problems`, 1 to 5."""
+    """Difficulty levels of `word_problems`, 1 to 4."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of a reasoning_gym task, such as {max_animals: 4}."""
     prompt_column: str = "question"
@@ -52,15 +52,15 @@ class SourceOptions(Options):
     """Which dataset a run trains on, and which of its rows."""
 
     name: str = "word_problems"
-    """`word_problems` or `word_game` (built in), `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with train.jsonl and
-    test.jsonl, or one data file."""
+    """`word_problems`, `letter_sorting` or `word_game` (built in), `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder
+    with train.jsonl and test.jsonl, or one data file."""
     split: str = "train"
     """The split that is trained on; a test split is refused here."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first examples, at most this many; null uses all."""
     solutions: int | None = Field(default=None, ge=0)
     """Only the first so many training problems have a worked solution: supervised steps learn from these, and GRPO from
-    the others, of which it reads the answer only. null: both take all problems."""
+    the others, whose answers only the rewards read. null: both take all problems."""
     validation: int = Field(default=0, ge=0)
     """Keep so many training problems, the last ones, to choose by: a warm start then begins GRPO with its best point.
     They are never learned from, and no result is reported on them."""

@@ -15,7 +15,16 @@ from rewards.config.data import ProblemOptions
 from rewards.config.json_file import unfit, with_inner
 from rewards.config.options import warn_of_old_name
 from rewards.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
-from rewards.data.source import BUILT_IN, GSM8K, REASONING_GYM, TOO_MANY_FIELDS, file_rows, load_dataset, local_file
+from rewards.data.source import (
+    BUILT_IN,
+    GSM8K,
+    MADE,
+    REASONING_GYM,
+    TOO_MANY_FIELDS,
+    file_rows,
+    load_dataset,
+    local_file,
+)
 from rewards.protocol import text_of
 
 GSM8K_COPY = "data/gsm8k"  # train.jsonl and test.jsonl here, or in the folder that QUARTET_GSM8K names, spare the hub
@@ -83,6 +92,7 @@ def load_examples(
     `name_or_path` is one of
 
     - `word_problems`, with `levels` (default [1]) and `seed`; 20,000 problems unless `limit` says otherwise,
+    - `letter_sorting`, with `seed`; 20,000 problems unless `limit` says otherwise,
     - `word_game`, with `seed`, for the environment of that name; 5,000 games unless `limit` says otherwise,
     - `reasoning_gym:TASK`, with `options.task_options` and `seed`; 2,000 problems unless `limit` says otherwise,
     - `gsm8k` (from the folder that QUARTET_GSM8K names, or data/gsm8k where it exists, else from the hub), or any hub
@@ -156,6 +166,10 @@ def _made(
         from rewards.data.word_problems import word_problems
 
         return word_problems(split, [1] if levels is None else levels, seed, count=limit or 20_000)
+    if source == "letter_sorting":
+        from rewards.data.letter_sorting import COUNT, letter_sorting
+
+        return letter_sorting(split, seed, count=limit or COUNT)
     if source == "word_game":
         from rewards.data.word_game import COUNT, word_games
 
@@ -218,7 +232,7 @@ def default_held_out_split(name: str) -> str:
     >>> default_held_out_split("gsm8k"), default_held_out_split("reasoning_gym:leg_counting")
     ('test', 'held_out')
     """
-    return "held_out" if name in ("word_problems", "word_game") or name.startswith(REASONING_GYM) else "test"
+    return "held_out" if name in MADE or name.startswith(REASONING_GYM) else "test"
 
 
 def _checked(

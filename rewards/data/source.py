@@ -19,7 +19,8 @@ from typing import Any
 from rewards.config.json_file import parse_json
 
 GSM8K = "openai/gsm8k:main"
-BUILT_IN = {"word_problems": "word_problems", "word_game": "word_game", "gsm8k": GSM8K, "openai/gsm8k": GSM8K}
+MADE = ("word_problems", "letter_sorting", "word_game")  # here, by a seed, with a split `held_out` of their own
+BUILT_IN = {**{name: name for name in MADE}, "gsm8k": GSM8K, "openai/gsm8k": GSM8K}
 REASONING_GYM = "reasoning_gym:"  # and the name of a task
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 TOO_MANY_FIELDS = "fields beyond the header"

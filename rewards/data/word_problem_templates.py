@@ -10,10 +10,9 @@ from __future__ import annotations
 import operator
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry")
 WOMEN = ("Anna", "Clara", "Emma", "Grace")
@@ -75,29 +74,8 @@ class Template:
         """Question and answer; the answer ends `#### N`."""
         numbers = self.numbers(operands)
         words = {"name": name, "He": "She" if name in WOMEN else "He", "things": things, **numbers}
-        lines = self.worked(words)
+        lines = [step.format_map(words) for step in self.steps]
         return self.question.format_map(words), "\n".join([*lines, f"#### {numbers[self.equations[-1][-1]]}"])
-
-    def worked(self, words: Mapping[str, Any]) -> list[str]:
-        """The lines of the solution before its answer; `words` has the number of every letter."""
-        return [step.format_map(words) for step in self.steps]
-
-
-class SumTemplate(Template):
-    """A template with one equation, the sum of a and b, which have equally many digits. It is worked digit by digit
-    from the right; each line adds two digits and what was carried.
-
-    >>> SumTemplate("finds", "{a} and {b}?", ("{a} + {b} = {x}",)).worked({"a": 547, "b": 906})
-    ['7 + 6 + 0 = 13', '4 + 0 + 1 = 5', '5 + 9 + 0 = 14']
-    """
-
-    def worked(self, words: Mapping[str, Any]) -> list[str]:
-        lines, carried = [], 0
-        for left, right in zip(reversed(str(words["a"])), reversed(str(words["b"])), strict=True):
-            total = int(left) + int(right) + carried
-            lines.append(f"{left} + {right} + {carried} = {total}")
-            carried = total // 10
-        return lines
 
 
 @dataclass(frozen=True)
@@ -111,14 +89,14 @@ class Level:
         return [self.multipliers if letter in "mn" else self.quantities for letter in template.operands]
 
 
-def _templates(text: str, kind: type[Template] = Template) -> tuple[Template, ...]:
+def _templates(text: str) -> tuple[Template, ...]:
     """One template a paragraph: its name and what is `given`, its question, and a line for each step."""
     templates = []
     for paragraph in text.strip().split("\n\n"):
         asked, *steps = paragraph.split("\n- ")
         head, _, question = asked.partition("\n")
         name, *given = head.split(" | ")
-        templates.append(kind(name, question.replace("\n", " "), tuple(steps), tuple(given)))
+        templates.append(Template(name, question.replace("\n", " "), tuple(steps), tuple(given)))
     return tuple(templates)
 
 
@@ -272,31 +250,9 @@ How many {things} did {name} have at first?
 - At first there were {y} + {c} = {z} {things}.
 """)
 
-LARGE_SUMS = _templates(
-    """
-buys_many
-{name} has {a} {things}. {He} buys {b} more. How many {things} does {name} have now?
-- {a} + {b} = {x}
-
-finds_many
-{name} has {a} {things} and finds {b} more. How many {things} are there in all?
-- {a} + {b} = {x}
-
-sells_twice
-{name} sells {a} {things} on Monday and {b} on Tuesday. How many {things} does {name} sell?
-- {a} + {b} = {x}
-
-with_a_friend
-{name} has {a} {things}, and a friend has {b}. How many {things} do they have together?
-- {a} + {b} = {x}
-""",
-    SumTemplate,
-)
-
 LEVELS = {
     1: Level(range(2, 10), range(2, 6), ONE_STEP),
     2: Level(range(2, 10), range(2, 6), TWO_STEPS),
     3: Level(range(2, 21), range(2, 10), TWO_HARDER_STEPS),
     4: Level(range(2, 51), range(2, 10), THREE_STEPS),
-    5: Level(range(100, 1000), range(2, 10), LARGE_SUMS),
 }

@@ -1,4 +1,4 @@
-"""Grade-school word problems in GSM8K's format, made on the spot, in five levels of difficulty.
+"""Grade-school word problems in GSM8K's format, made on the spot, in four levels of difficulty.
 
 | level | steps | templates | quantities | multipliers | train problems | held-out problems |
 |-------|-------|-----------|------------|-------------|----------------|-------------------|
@@ -6,13 +6,11 @@
 | 2     | 2     | 6         | 2–9        | 2–5         | 85,632         | 12,288            |
 | 3     | 2     | 8         | 2–20       | 2–9         | 165,888        | 18,944            |
 | 4     | 3     | 6         | 2–50       | 2–9         | 6,445,824      | 930,048           |
-| 5     | 3     | 4         | 100–999    | –           | 181,320,960    | 26,039,040        |
 
 Counts are of distinct problems. A number that has to fit, such as the 12 of "12 apples shared among 3
 friends", is worked out from operands in these ranges and may be larger. Every number of every problem is an
 integer of at least 2, which keeps all plurals right. Solutions of levels 1 and 2 first repeat what is given, so that a
-policy copies before it computes; with the tokenizer of the `tiny` preset they have 24 to 41 tokens. Level 5 asks for
-the sum of two numbers of three digits, and works it digit by digit (`make demo` learns it).
+policy copies before it computes; with the tokenizer of the `tiny` preset they have 24 to 41 tokens.
 
 The numbers of its question decide whether a problem is held out, whatever its template, name, things, level and
 seed. So the numbers of a held-out problem are never trained on, not even in another order or another story.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,7 @@ from grpo.task.task import Task
 from policies.files.atomic import write_file
 from rewards.config.names import recorded_options
 from rewards.group_score import GroupScore
+from rewards.verdicts import held_out_metric
 
 RATES = (1.0, 0.3)  # of the run's supervised rate, from the start of GRPO
 POINTS = 5  # at which a control answers the held-out problems
@@ -157,13 +158,15 @@ def _train(folder: Path, config: TrainConfig, candidate: Candidate) -> dict[str,
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    """Held-out accuracy by seconds of training, of a run that has evaluated on the way."""
+    """Held-out accuracy, or mean reward where there is none, by seconds of training: a point for each evaluation."""
+    rows = read_metrics(folder)
+    metric = held_out_metric(rows)
     seconds, points = 0.0, []
-    for row in read_metrics(folder):
+    for row in rows:
         seconds += row.get("time/step", 0.0)
-        if (accuracy := row.get("eval/accuracy")) is not None:
-            point = {"step": row["step"], "seconds": round(seconds, 1), "accuracy": accuracy}
-            points.append(point | {"accuracy_greedy": row.get("eval/accuracy_greedy"), "problems": row["eval/prompts"]})
+        if metric in row:
+            point = {"step": row["step"], "seconds": round(seconds, 1), "problems": row["eval/prompts"]}
+            points.append(point | {"sampled": row[metric], "greedy": row[f"{metric}_greedy"]})
     return points
 
 
@@ -208,7 +211,7 @@ def _rejecting(config: TrainConfig, candidate: Candidate, own: Path, steps: int)
         "output_dir": own,
         "steps": steps,
         "warm_start": config.warm_start.model_copy(update={"steps": 0}),
-        "eval": config.eval.model_copy(update={"every": max(1, steps // POINTS)}),
+        "eval": config.eval.model_copy(update={"every": None}),
         "checkpoint": config.checkpoint.model_copy(update={"every": steps, "keep_best": False}),
         "log": config.log.model_copy(update={"trackers": []}),
     }
@@ -219,6 +222,7 @@ def _reject(config: TrainConfig, timed: bool) -> BestPoint | None:
     """The loop of `quartet train`, in which the advantage of a correct completion is 1 and that of any other is 0."""
     with Session.open(_unevaluated(config) if timed else config) as session:
         best = BestPoint(session, config.output_dir / "best_policy")
+        session.held_out.every = max(1, config.steps // POINTS)
         for step in session.run.steps():
             groups = session.sample(session.prompts(step), step=step)
             scores = session.score(groups)
@@ -251,7 +255,7 @@ def _unevaluated(config: Any) -> Any:
 def _evaluate(
     folder: Path, config: TrainConfig, seconds: dict[str, float], controls: Sequence[dict[str, Any]], console: Console
 ) -> dict[str, Any]:
-    """All policies on the held-out problems with the same noise, and the differences of GRPO from each of the others."""
+    """All policies on the held-out problems with the same noise, and how far GRPO is above each of the others."""
     start = folder / "warm_start" if config.warm_start.steps else Path(config.model)
     policies = {"start": start, "grpo": folder / "policy"}
     policies |= {each["kind"]: folder / "control" / each["name"] / "best_policy" for each in controls}

@@ -1,0 +1,155 @@
+"""`quartet control`: what it trains, on which problems, and what it writes and refuses."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from grpo.cli.commands import control as module
+from grpo.cli.commands.control import control, curve, show
+from grpo.cli.parse import main
+from grpo.run.records import CONTROL, read_metrics
+from grpo.train import train
+from rewards.config.names import recorded_options
+from rewards.group_score import GroupScore
+from rewards.records import read_rollouts, recorded_steps
+
+QUIET = Console(quiet=True)
+SIZES = {
+    "data.levels": [1],
+    "data.limit": 60,
+    "data.solutions": 30,
+    "data.validation": 8,
+    "warm_start.steps": 10,
+    "warm_start.batch_size": 4,
+    "warm_start.learning_rate": 1e-3,
+    "steps": 2,
+    "eval.limit": 6,
+    "learner.schedule": "linear",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(micro_config, tmp_path_factory):
+    """A run with its controls, and what `control` has returned."""
+    folder = tmp_path_factory.mktemp("control") / "run"
+    train(micro_config(folder, **SIZES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_seconds", lambda folder: 0.5)
+        return folder, control(folder, QUIET)
+
+
+def candidates(folder):
+    return sorted(path.parent.name for path in folder.glob("control/*/candidate.json"))
+
+
+def test_controls_begin_where_grpo_began_and_one_at_the_very_beginning(finished):
+    folder, result = finished
+    assert candidates(folder) == ["rejection", "supervised_0.0003", "supervised_0.001", "supervised_whole"]
+    for name in candidates(folder):
+        command, options = recorded_options(folder / "control" / name / "config.yaml")
+        assert command == ("train" if name == "rejection" else "sft")
+        start = "micro" if name == "supervised_whole" else str(folder / "warm_start")
+        assert options["model"] == start
+        assert options["learner"]["schedule"] == "linear"
+        assert options["data"]["solutions"] == 30
+    assert set(result["chosen"]) == {"supervised", "rejection"}
+
+
+def test_the_supervised_control_is_chosen_by_validation_problems_alone(finished):
+    folder, result = finished
+    supervised = [each for each in result["candidates"] if each["kind"] == "supervised"]
+    assert len(supervised) == 3
+    assert result["chosen"]["supervised"]["validation"] == max(each["validation"] for each in supervised)
+    best = folder / "control" / result["chosen"]["supervised"]["name"] / "best_policy"
+    assert (best / "config.json").is_file()
+
+
+def test_supervised_controls_learn_from_solved_problems_alone(finished, micro_config):
+    """No step of theirs is recorded with a problem whose solution the run did not have."""
+    folder, _ = finished
+    of_run = {line["prompt_id"] for line in rollouts(folder)}
+    of_rejection = {line["prompt_id"] for line in rollouts(folder / "control" / "rejection")}
+    assert of_run
+    assert of_rejection >= of_run  # the same seed draws the same prompts
+    assert not list((folder / "control" / "supervised_whole").glob("rollouts/*"))
+
+
+def rollouts(folder):
+    return [line for step in recorded_steps(folder) for line in read_rollouts(folder, step)]
+
+
+def test_all_policies_answer_the_same_problems(finished):
+    _, result = finished
+    assert set(result["results"]) == {"start", "grpo", "supervised", "rejection"}
+    assert set(result["grpo_minus"]) == {"start", "supervised", "rejection"}
+    for pair in result["grpo_minus"].values():
+        assert pair["sampled"]["problems"] == result["problems"] == 6
+        assert pair["sampled"]["low"] <= pair["sampled"]["value"] <= pair["sampled"]["high"]
+
+
+def test_the_result_is_a_file_of_the_run_and_a_table(finished, capsys):
+    folder, result = finished
+    assert json.loads((folder / CONTROL).read_text())["results"] == json.loads(json.dumps(result["results"]))
+    show(result, Console(width=120))
+    shown = capsys.readouterr().out
+    for words in ("start (SFT stage)", "GRPO", "supervised steps, same seconds", "rejection sampling"):
+        assert words in shown
+
+
+def test_controls_that_are_there_are_not_trained_again(finished, monkeypatch):
+    folder, result = finished
+
+    def trained(*arguments, **options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(module, "_supervise", trained)
+    monkeypatch.setattr(module, "_reject", trained)
+    assert control(folder, QUIET)["results"] == result["results"]
+
+
+def test_the_curve_counts_seconds_of_training_only(finished):
+    folder, _ = finished
+    own = folder / "control" / "supervised_0.001"
+    points = curve(own)
+    assert {name: points[0][name] for name in ("step", "seconds", "problems")} == {
+        "step": 0,
+        "seconds": 0.0,
+        "problems": 6,
+    }
+    assert all(0 <= point[way] <= 1 for point in points for way in ("sampled", "greedy"))
+    assert points[-1]["seconds"] == pytest.approx(sum(row.get("time/step", 0) for row in read_metrics(own)), abs=0.06)
+
+
+def test_in_rejection_sampling_a_correct_completion_counts_one_and_any_other_nothing(finished):
+    folder, _ = finished
+    lines = rollouts(folder / "control" / "rejection")
+    assert any(line["advantage"] for line in lines)
+    for line in lines:
+        assert line["advantage"] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("marks", "verdicts", "expected"),
+    [
+        ([1.0, 0.5, 0.0, None], [True, False, False, None], [1.0, 0.0, 0.0, 0.0]),
+        ([0.2, 0.7, 0.7, None], [None] * 4, [0.0, 1.0, 1.0, 0.0]),  # no verdicts: the best of the group
+        ([None, None], [None, None], [0.0, 0.0]),
+    ],
+)
+def test_which_completions_are_kept(marks, verdicts, expected):
+    of = dict(zip(marks, verdicts, strict=True)).get
+    task = SimpleNamespace(first_reward="mine", verdicts=SimpleNamespace(of=of))
+    assert module._correct(task, GroupScore(marks, {"mine": marks})) == expected
+
+
+def test_runs_without_a_control_are_refused(finished, micro_config, tmp_path, capsys):
+    folder, _ = finished
+    assert main(["control", str(tmp_path / "nowhere")]) == 1
+    assert "has no config.yaml" in capsys.readouterr().err
+    assert main(["control", str(folder / "control" / "supervised_whole")]) == 1
+    assert "is a run of quartet sft" in capsys.readouterr().err
+    train(micro_config(tmp_path / "unheld", **SIZES | {"eval.limit": 0}))
+    assert main(["control", str(tmp_path / "unheld")]) == 1
+    assert "eval.limit is 0" in capsys.readouterr().err
