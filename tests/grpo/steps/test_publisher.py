@@ -234,6 +234,36 @@ def test_canaries_that_fail_once_are_made_again(policy_of, monkeypatch):
     assert metrics["canary/logprob_abs_max"] < 1e-4
 
 
+def test_samplers_get_the_weights_when_these_have_moved_or_when_they_have_let_them_go(policy_of, monkeypatch):
+    """Samplers that have left the learner's GPUs hold no weights, though the version is still the one they had."""
+    policy = policy_of("native")
+    pool = open_pool(policy)
+    publisher, versions = Publisher(pool, learner_of(policy), PARAMS), []
+    run = SimpleNamespace(timed=nullcontext, phase=nullcontext, metrics={})
+    publish = pool.publish
+
+    def wakes(weights, version) -> None:
+        versions.append(version)
+        publish(weights, version)
+        pool.asleep = False
+
+    monkeypatch.setattr(pool, "publish", wakes)
+    publisher.keep_up(run)
+    publisher.keep_up(run)
+    assert versions == [0]
+    pool.asleep = True
+    publisher.keep_up(run)
+    publisher.keep_up(run)
+    assert versions == [0, 0]
+    publisher.keep_up(run, anew=True)
+    assert versions == [0, 0, 0]
+    learn(publisher.learner, pool)
+    publisher.keep_up(run)
+    publisher.keep_up(run)
+    assert versions == [0, 0, 0, 1]
+    assert run.metrics["canary/repeats"] == 0
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
 def test_contract_13_a_version_that_was_not_admitted_is_published_again(policy_of, monkeypatch, error):
     policy = policy_of("native")

@@ -1,6 +1,7 @@
 """Losses of a caller's own: what `as_term` makes of them, what a function of tokens reads, and one of whole texts."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
+from grpo.learner.row import Sample
 from grpo.learner.terms.custom import NAME, OfAll, PerToken, as_term
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.supervised import SupervisedTerm
@@ -185,10 +187,11 @@ class Weights(Term):
 
 
 def episodes() -> tuple[list[RolloutGroup], list[GroupScore]]:
-    """Two episodes of an agent that has rewritten its context, in two and three segments, and a plain completion. The
-    second and third segment of an episode stand in other rows, and the order of rows is not that of the text."""
+    """Two episodes of an agent that has rewritten its context, in two and three segments, and a plain completion. Of
+    the second one the middle segment follows the prompt of the group, so that its row comes before that of the first
+    segment."""
     first = [Segment(0, [5, 9, 17]), Segment(3, [5, 9, 17, 21, 4, 8, 30])]
-    second = [Segment(0, [5, 9, 17]), Segment(2, [6, 2]), Segment(6, [11, 12, 13, 14, 15])]
+    second = [Segment(0, [6, 2]), Segment(2, [5, 9, 17]), Segment(6, [11, 12, 13, 14, 15])]
     lengths = {7: first, 8: second, 4: []}
     completions = [
         Completion([40 + 3 * i + t for t in range(n)], [-2.0] * n, "", "stop", 0, segments=segments)
@@ -296,3 +299,17 @@ def test_a_loss_against_the_reference_needs_one(micro_policy):
     learner.policy.add_lora(2, 4.0, ["o_proj"])
     adapted = learner_of(learner.policy)
     assert NAME in adapted.forward_backward(batch, loss)  # its base is the reference
+
+
+def test_its_value_is_noted_once_in_a_step_on_one_rank_alone():
+    """Metrics are summed over micro-batches and ranks, and each of them knows the whole value."""
+    term, noted = OfAll(lambda logprobs: logprobs[0].sum(), with_reference=False), []
+    one = Sample(0, [4, 5])
+    mini = SimpleNamespace(samples=[one], mask=torch.ones(1, 2, dtype=torch.bool), padded=torch.tensor)
+    for reader, number in ((0, 0), (0, 1), (1, 0)):
+        work = SimpleNamespace(number=number, ranks=SimpleNamespace(reader=reader))
+        work.fixed = {term.name: ({(0, 0): [0.5, 2.0]}, 7.0)}
+        work.note = lambda name, value, at=(reader, number): noted.append((at, name, value))
+        loss = term.scalar(mini, SimpleNamespace(logprobs=torch.tensor([[-1.0, -3.0]])), work)
+        assert loss.item() == -6.5
+    assert noted == [((0, 0), NAME, 7.0)]
