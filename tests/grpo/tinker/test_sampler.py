@@ -144,7 +144,8 @@ def test_what_ends_a_sample(stop, ids, strings):
 def test_a_seed_is_the_noise_whoever_asks(base):
     """Without one the noise depends on where a request came from, so that two clients get two samples."""
     sampler = Sampler(base, torch.float32)
-    assert tokens(sampler, key="a", sampling_params={"seed": 0}) == tokens(sampler, key="b", sampling_params={"seed": 0})
+    zero = {"seed": 0}
+    assert tokens(sampler, key="a", sampling_params=zero) == tokens(sampler, key="b", sampling_params=zero)
     assert tokens(sampler, key="a") == tokens(sampler, key="a")
     assert tokens(sampler, key="a") != tokens(sampler, key="b")
     assert tokens(sampler, sampling_params={"seed": 1}) != tokens(sampler, sampling_params={"seed": 2})
@@ -210,7 +211,8 @@ def test_a_sample_that_a_stop_token_ends_is_said_to_have_stopped(base):
 
 def test_no_sample_is_cut_short_in_silence(base):
     sampler, context = Sampler(base, torch.float32), base.max_length
-    with pytest.raises(Refused, match=f"the context is {context} tokens: the prompt has 4, and max_tokens is {context}"):
+    words = f"the context is {context} tokens: the prompt has 4, and max_tokens is {context}"
+    with pytest.raises(Refused, match=words):
         sampler.sample(asked(sampling_params={"max_tokens": context}))
     full = {"chunks": [{"tokens": [5] * context}]}
     with pytest.raises(Refused, match=f"the prompt has {context}, and max_tokens is"):
