@@ -6,8 +6,10 @@ Qwen3's template (huggingface.co/Qwen/Qwen3-0.6B, tokenizer_config.json) and oth
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import trl
+from transformers import PreTrainedTokenizerFast
 
 from policies.presets import small_tokenizer
 from rewards.isolation.chat_template import render
@@ -141,3 +143,55 @@ def test_costs_by_hand():
     plain = Completion([5, 6], [-0.1] * 2, "", "stop", 0)
     groups = [RolloutGroup(Prompt("a", "", [1, 2]), [forked, plain])]
     assert costs(groups) == {"forks/rows": 2, "forks/tokens": 4}
+
+
+def lines(messages):
+    """A template that shows every message as a line, without the word `hm`."""
+    return "".join(f"{message['role']}: {message['content'].replace('hm', '')}\n" for message in messages)
+
+
+def test_a_tokenizer_that_reads_a_beginning_otherwise_gets_the_whole_text_in_one_piece():
+    """SentencePiece's put a blank before the first word of whatever they encode, so pieces would have blanks that the
+    template has not. Then the context is the text's, and the answer's own tokens are given up."""
+    pieces = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    pieces.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=80, initial_alphabet=sorted("userasitn: 2+Four.S?\n"))
+    pieces.train_from_iterator(["user: 2 + 2?\nassistant: Four.\nuser: Sure?\n"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)
+    said = [tokenizer.convert_tokens_to_ids(letter) for letter in "Four."]
+    messages = [user("2 + 2?"), assistant("Four."), user("Sure?")]
+    context = shown(tokenizer, lines, messages, {1: said}, [])
+    assert context == tokenizer.encode(lines(messages), add_special_tokens=False)
+    assert tokenizer.decode(context) == lines(messages)
+
+
+def test_contract_14_halves_of_a_character_stay_the_tokens_that_were_sampled(qwen3):
+    """Two thirds of one, around a word that the template drops: together they read as another text, and nothing that
+    could be encoded would read better."""
+    first, second, _ = [qwen3.convert_tokens_to_ids(each) for each in qwen3.tokenize("\u20ac")]
+    said = [first, *letters(qwen3, "hm"), second]
+    messages = [user("2?"), assistant(qwen3.decode(said)), user("So?")]
+    context = shown(qwen3, lines, messages, {1: said}, [])
+    assert qwen3.decode(context) != lines(messages)
+    assert has(context, [first, second])
+
+
+def test_an_answer_that_the_template_does_not_show_is_left_to_it(qwen3):
+    """And so is one that stands before another in the text: nobody can tell which of its words are the answer's."""
+
+    def last_only(messages):
+        return lines(messages[-2:])
+
+    def turned(messages):
+        return lines(messages[::-1])
+
+    one, two = letters(qwen3, "Four."), letters(qwen3, "Sure.")
+    messages = [user("2 + 2?"), assistant("Four."), user("Sure?"), assistant("Sure."), user("So?")]
+    answers = {1: [*one, qwen3.eos_token_id], 3: [*two, qwen3.eos_token_id]}
+    for rendered, kept, given_up in ((last_only, two, one), (turned, one, two)):
+        context = shown(qwen3, rendered, messages, answers, [qwen3.eos_token_id])
+        assert qwen3.decode(context) == rendered(messages)
+        assert has(context, kept)
+        assert not has(context, given_up)
+        assert qwen3.eos_token_id not in context  # this template writes no end of a turn

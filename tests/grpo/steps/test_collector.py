@@ -1,5 +1,6 @@
 """What the collector hands from one step to the next."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from rewards.verdicts import Verdicts
 from rollout.depth import head_accepted
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
+from rollout.sampling import SamplingParams
 
 
 @pytest.fixture
@@ -203,3 +205,28 @@ def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
     other, _ = by_hand([], **options)
     other.load_state_dict(before)
     assert other.state_dict() == before
+
+
+def test_contract_4_candidates_are_sampled_once_each_with_noise_that_no_group_has():
+    """The draws of groups are 0 and above, and what is only looked at before a draw has one below 0."""
+
+    class Picky(Listener):
+        def candidates(self, count, step):
+            return 2 * count
+
+        def narrow(self, prompts, count, sample):
+            sample(prompts)
+            return prompts[-count:]
+
+    asked = []
+    collector = Collector.__new__(Collector)
+    collector.run, collector.tokenizer = SimpleNamespace(phase=nullcontext), None
+    collector.listeners = [Listener(), Picky()]
+    collector.sampling, collector.head_accepted = SamplingParams(group_size=4, seed=3), (0.5,)
+    collector.task = SimpleNamespace(prompt=lambda example, tokenizer: Prompt(example, "", [1]))
+    collector.stream = SimpleNamespace(take=lambda count: [f"p/{i}" for i in range(count)])
+    collector.pool = SimpleNamespace(sample=lambda prompts, params, told: asked.append((len(prompts), params)))
+    for draw in (0, 1):
+        assert [prompt.prompt_id for prompt in collector.prompts(2, 7, draw)] == ["p/2", "p/3"]
+    given = SamplingParams(group_size=1, seed=3, step=7, head_accepted=(0.5,))
+    assert asked == [(4, replace(given, draw=-1)), (4, replace(given, draw=-2))]

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -15,7 +16,10 @@ import torch
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
+from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped, signals
+from grpo.steps import few_bits
+from grpo.steps import publisher as module
 from grpo.steps.publisher import Publisher
 from policies.policy import Policy
 from rewards.group_score import GroupScore
@@ -236,6 +240,36 @@ def test_canaries_that_fail_once_are_made_again(policy_of, monkeypatch):
     assert metrics["canary/logprob_abs_max"] < 1e-4
 
 
+def test_samplers_get_the_weights_when_these_have_moved_or_when_they_have_let_them_go(policy_of, monkeypatch):
+    """Samplers that have left the learner's GPUs hold no weights, though the version is still the one they had."""
+    policy = policy_of("native")
+    pool = open_pool(policy)
+    publisher, versions = Publisher(pool, learner_of(policy), PARAMS), []
+    run = SimpleNamespace(timed=nullcontext, phase=nullcontext, metrics={})
+    publish = pool.publish
+
+    def wakes(weights, version) -> None:
+        versions.append(version)
+        publish(weights, version)
+        pool.asleep = False
+
+    monkeypatch.setattr(pool, "publish", wakes)
+    publisher.keep_up(run)
+    publisher.keep_up(run)
+    assert versions == [0]
+    pool.asleep = True
+    publisher.keep_up(run)
+    publisher.keep_up(run)
+    assert versions == [0, 0]
+    publisher.keep_up(run, anew=True)
+    assert versions == [0, 0, 0]
+    learn(publisher.learner, pool)
+    publisher.keep_up(run)
+    publisher.keep_up(run)
+    assert versions == [0, 0, 0, 1]
+    assert run.metrics["canary/repeats"] == 0
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
 def test_contract_13_a_version_that_was_not_admitted_is_published_again(policy_of, monkeypatch, error):
     policy = policy_of("native")
@@ -260,6 +294,50 @@ def test_contract_13_a_version_that_was_not_admitted_is_published_again(policy_o
     monkeypatch.setattr(publisher, "scores", scores)
     publisher.keep_up(run)
     assert run.metrics["canary/repeats"] == publisher.version == 0
+
+
+def test_each_sampler_is_scored_by_its_own_tokens_and_the_same_tokens_once(policy_of, monkeypatch):
+    policy = policy_of("native")
+    pool, calls = open_pool(policy), []
+    publisher = Publisher(pool, learner_of(policy), PARAMS)
+
+    def score(*given):
+        calls.append(given)
+        return logprobs_of_groups(*given)
+
+    monkeypatch.setattr(module, "logprobs_of_groups", score)
+    first, second = (pool.sample(publisher.prompts, params_of(policy).at(step)) for step in (1, 2))
+    sampled = {"one": first, "two": copy.deepcopy(first), "three": second}
+    scores = publisher.scores(sampled, PARAMS.temperature)
+    assert len(calls) == 2
+    for sampler, groups in sampled.items():
+        for group, rows in zip(groups, scores[sampler], strict=True):
+            for completion, row in zip(group.completions, rows, strict=True):
+                assert row == pytest.approx(completion.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("fault", [None, "the sampler has rounded another matrix"])
+def test_contract_13_copies_in_few_bits_are_compared_without_rounding_too(policy_of, monkeypatch, fault):
+    """Their canaries agree with the learner's copies; what those are copies of is looked at by itself."""
+    policy = policy_of("native")
+    asked = []
+
+    def looked(*given):
+        asked.append(given)
+        return fault
+
+    monkeypatch.setattr(few_bits, "scorer", lambda policy, copies: partial(logprobs_of_groups, policy))
+    monkeypatch.setattr(few_bits, "fault_without_rounding", looked)
+    learner = learner_of(policy)
+    publisher = Publisher(open_pool(policy), learner, params_of(policy), copies="int8")
+    if fault is None:
+        assert publisher.publish()["canary/repeats"] == 0
+        assert publisher.version == 0
+    else:
+        with pytest.raises(RolloutError, match=fault):
+            publisher.publish()
+        assert publisher.version is None
+    assert [(given[0] is policy, *given[2:]) for given in asked[:1]] == [(True, 4 * PARAMS.temperature, 0)]
 
 
 def test_a_publication_that_a_stop_cuts_short_has_no_canaries(policy_of, monkeypatch):

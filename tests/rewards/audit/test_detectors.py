@@ -448,3 +448,32 @@ def test_every_kind_is_planted() -> None:
     kinds = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source))
     elsewhere = {"reward-fails", "nondeterministic", "scored-otherwise", "always-same", "mean-differs"}
     assert kinds == {kind for kind, _ in FAULTS.values()} | elsewhere
+
+
+def _advantage_findings(traces: list[Trace]) -> set[str]:
+    return {kind for kind in found(traces) if kind.startswith(("advantage", "denominators"))}
+
+
+def _cut(traces: list[Trace], advantage: Callable[[Trace], float], reason: str = "length") -> list[Trace]:
+    """In three groups a limit has cut the rollout that is best or worst; its advantage is another."""
+    for start in (0, 8 * SIZE, 20 * SIZE):
+        trace = max(traces[start : start + SIZE], key=lambda trace: abs(trace.credit))
+        trace.finish_reason, trace.advantage = reason, advantage(trace)
+    return traces
+
+
+@pytest.mark.parametrize("scale", ["group", "nothing", "batch"])
+def test_cut_rollouts_that_a_trainer_leaves_out_are_not_wrong_advantages(scale: str) -> None:
+    """Their reward counts in the mean of the group, and their advantage is 0."""
+    assert _advantage_findings(_cut(honest(scale=scale), lambda trace: 0.0)) == set()
+
+
+@pytest.mark.parametrize(
+    ("advantage", "reason"), [(lambda trace: -trace.advantage, "length"), (lambda trace: 0.0, "stop")]
+)
+def test_a_cut_rollout_counts_where_it_is_taught_and_one_that_ended_counts_in_any_case(
+    advantage: Callable[[Trace], float], reason: str
+) -> None:
+    traces = _cut(honest(), advantage, reason)
+    assert _advantage_findings(traces) == {"advantage-mismatch"}
+    assert len(found(traces)["advantage-mismatch"].traces) == 3 * SIZE

@@ -233,15 +233,60 @@ def test_requests_that_join_and_leave_get_the_tokens_that_they_get_alone(policy,
     assert made
 
 
-def test_what_no_graph_computes_is_eager(policy, made):
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_contract_4_the_noise_of_a_continued_completion_goes_on_in_a_graph(policy, made, draft_tokens):
+    """The prompt ends with what was sampled before: the rest is what one call would have sampled."""
     engine = Engine(policy)
-    for params in (
-        replace(PARAMS, stop_strings=("x",)),
-        replace(PARAMS, accept="margin", draft_tokens=2),
-        replace(PARAMS, record_routing=True),
-    ):
-        engine.sample(PROMPTS[:2], replace(params, compiled=True))
+    params = replace(PARAMS, group_size=1, stop_token_ids=(), draft_tokens=draft_tokens, max_completion_tokens=20)
+    [[first, *_]] = [tokens(engine.sample(PROMPTS[:1], params))]
+    begun = replace(PROMPTS[0], token_ids=PROMPTS[0].token_ids + first[:7])
+    rest = replace(params, start=7, max_completion_tokens=13)
+    assert tokens(assert_same(engine, [begun], rest)) == [first[7:]]
+    assert made
+    assert tokens(engine.sample([begun], replace(rest, start=0))) != [first[7:]]
+
+
+UNCOMPUTED = {
+    "stop strings": {"stop_strings": ("x",)},
+    "lossy drafts": {"accept": "margin"},
+    "recorded routing": {"record_routing": True},
+    "a controller without costs": {"draft_tokens": None},
+}
+
+
+@pytest.mark.parametrize("kind", UNCOMPUTED)
+def test_what_no_graph_computes_is_eager(policy, made, kind):
+    engine, params = Engine(policy), replace(PARAMS, group_size=2, draft_tokens=2, compiled=True)
+    assert rounds.can_compile(engine.decoder, params)
+    uncomputed = replace(params, **UNCOMPUTED[kind])
+    assert not rounds.can_compile(engine.decoder, uncomputed)
+    if uncomputed.draft_tokens is not None:  # which would measure costs
+        engine.sample(PROMPTS[:2], uncomputed)
     assert not made
+    engine.sample(PROMPTS[:2], params)
+    assert made
+
+
+def test_rounds_with_a_stop_string_are_eager_while_its_request_is_served(policy, made):
+    """A server's parameters name no string, its requests do: no graph looks for text."""
+    engine = Engine(policy)
+    base = replace(PARAMS, group_size=1, draft_tokens=0, compiled=True, max_completion_tokens=12, stop_token_ids=())
+    [expected] = tokens(engine.sample(PROMPTS[:1], replace(base, compiled=False)))
+    text = engine.decoder.tokenizer.decode(expected[4:6])
+    ends = replace(base, stop_strings=(text,))
+    [cut] = tokens(engine.sample(PROMPTS[:1], replace(ends, compiled=False)))
+    assert len(cut) < len(expected)
+    found: list[int] = []
+    with torch.inference_mode():
+        serving = Serving(engine.decoder, base)
+        for params, want, by_graph in ((ends, cut, False), (base, expected, True)):
+            found.clear()
+            made.clear()
+            serving.add(Request(PROMPTS[0], params, lambda news: found.extend(news.token_ids)))
+            while serving.busy:
+                serving.round()
+            assert found == want
+            assert bool(made) == by_graph
 
 
 def test_broken_logits_abort_a_row_as_eagerly(random_policy, made):

@@ -1,5 +1,6 @@
 """Turns, calls and results in token ids: nothing that was sampled is tokenised again (contracts 1 and 14)."""
 
+import json
 from enum import Enum
 from pathlib import Path
 
@@ -250,6 +251,25 @@ def test_a_bad_call_in_the_models_own_form_is_a_message_too(said, end):
     assert turn.calls == ()
     assert turn.error
     assert form.reply([("error", turn.error)])
+
+
+@pytest.mark.parametrize("form", ["plain", "own"])
+def test_a_call_has_at_most_so_many_characters_in_either_form(form):
+    """A tool must not be handed what a model has repeated up to the end of its context: one character more is refused.
+    In the model's own form the arguments are counted as JSON."""
+    is_plain = form == "plain"
+    reads = TurnFormat(small_tokenizer(CORPUS) if is_plain else chat_tokenizer(), [calculate])
+
+    def turn(count: int) -> Turn:
+        expression = "1" * (count if is_plain else count - len('{"expression": ""}'))
+        call = json.dumps({"name": "calculate", "arguments": {"expression": expression}})
+        text = f"<<{expression}=" if is_plain else f"<tool_call>\n{call}\n</tool_call><|im_end|>"
+        return read(reads, text)
+
+    assert [call.name for call in turn(LONGEST_CALL).calls] == ["calculate"]
+    longer = turn(LONGEST_CALL + 1)
+    assert longer.calls == ()
+    assert longer.error.startswith(f"A call may have {LONGEST_CALL} characters")
 
 
 @pytest.mark.parametrize("form", ["plain", "own"])

@@ -1,11 +1,13 @@
 """Processes of environments: what is repeated has its own time, and what a tool writes has tokens."""
 
+from dataclasses import replace
+
 import pytest
 
 from policies.presets import small_tokenizer
 from rollout.environments.format import Call, TurnFormat
-from rollout.environments.protocol import open_workers, run, tools_of
-from rollout.sampling import EnvironmentSpec
+from rollout.environments.protocol import columns_of, open_workers, run, seeds, tools_of
+from rollout.sampling import EnvironmentSpec, SamplingParams
 
 SOURCE = '''
 import time
@@ -67,3 +69,24 @@ def test_a_static_method_is_a_tool_and_half_a_character_is_replaced(spec, pool):
     assert form.checked("search", {"query": "x"}) == Call("search", {"query": "x"})
     [reply] = run(pool, [BEGIN | {"history": [], "calls": [["search", {"query": "x"}]]}])
     assert reply["results"] == [["x?", False]]
+
+
+def test_contract_4_the_seed_of_an_episode_is_a_function_of_its_key():
+    """The first one is the group's, so that its episodes can be compared; the second one is the rollout's."""
+    params = SamplingParams(seed=1, step=2)
+    group, own = seeds(params, "p/0", 0)
+    assert seeds(replace(params, temperature=0.5, group_size=9), "p/0", 0) == (group, own)
+    assert [seeds(params, "p/0", sample)[0] for sample in (1, 2)] == [group] * 2
+    keys = [(params, "p/0", 1), (params, "p/1", 0)]
+    keys += [(replace(params, **{name: 7}), "p/0", 0) for name in ("seed", "step", "draw")]
+    assert len({own, *(seeds(*key)[1] for key in keys)}) == 6
+    assert len({group, *(seeds(*key)[0] for key in keys[1:])}) == 5
+
+
+def test_the_column_that_chooses_among_environments_is_not_sent_to_one():
+    columns = {"environment": "room", "target": 7}
+    several = EnvironmentSpec(environments=(("room", "a:B"), ("hall", "c:D")))
+    assert columns_of(several, columns) == {"target": 7}
+    assert columns_of(EnvironmentSpec(environments=(("", "a:B"),)), columns) == columns
+    with pytest.raises(ValueError, match="column 'image' cannot be sent to an environment"):
+        columns_of(several, {"image": b"0"})

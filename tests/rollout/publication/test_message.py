@@ -217,3 +217,21 @@ def test_a_publication_that_is_cut_short_is_followed_by_a_whole_one(random_polic
     with pytest.raises(AttributeError):
         take(sender, cut, 1)
     assert take(sender, policy.publication(), 2).since is None
+
+
+def test_contract_5_a_worker_that_holds_something_else_is_told_by_the_first_tensor():
+    """Also where it holds one too few or too many; in the type that samplers have, or in the learner's."""
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.full((2,), 0.1)}
+    sender = Sender(cast=torch.bfloat16)
+    take(sender, weights, 1)
+    for held in (weights, {name: tensor.bfloat16() for name, tensor in weights.items()}):
+        assert sender.difference(digests(held)) is None
+    moved = weights | {"b": torch.tensor([0.1, 0.2])}
+    for held, name in (
+        (moved, "b"),
+        ({name: tensor.bfloat16() for name, tensor in moved.items()}, "b"),
+        ({"a": weights["a"]}, "b"),
+        (weights | {"c": torch.zeros(1)}, "c"),
+        ({name: tensor.half() for name, tensor in weights.items()}, "a"),
+    ):
+        assert sender.difference(digests(held)) == name

@@ -4,6 +4,7 @@ import copy
 import doctest
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,27 @@ def test_the_learners_gradient_is_that_of_transformers_own_forward(
             found = policy.trunk.get_parameter(name).grad
             assert torch.allclose(found, gradient, atol=1e-3 * gradient.norm().item() + 1e-7), name
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.trunk.state_dict().items())
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_truncated_completions_that_are_masked_teach_nothing(random_policy, top_k):
+    """The teacher adds nothing for them either: gradient and KL are those of a batch whose others are the same."""
+    gradients, kl = [], []
+    for reason, tokens in (("length", [5, 6, 7, 8]), ("length", [9, 10, 11, 12]), ("stop", [5, 6, 7, 8])):
+        policy = random_policy(1)
+        loss = LossOptions(advantage="distill", mask_truncated_completions=True)
+        given = {"teacher": random_policy(2), "top_k": top_k}
+        learner = small_learner(policy, LearnerOptions(max_grad_norm=1e9), MTPOptions(loss_weight=0.0), loss, **given)
+        groups, scores = groups_of(2)
+        groups[0].completions[1] = replace(
+            groups[0].completions[1], token_ids=tokens, logprobs=[-2.0] * 4, finish_reason=reason
+        )
+        kl.append(learner.forward_backward(learner.prepare(groups, scores))["loss/teacher_kl"])
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trunk.parameters() if p.grad is not None]))
+    assert kl[0] == pytest.approx(kl[1], rel=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    assert kl[2] != pytest.approx(kl[0], rel=1e-3)
+    assert (gradients[2] - gradients[0]).abs().max() > 1e-3
 
 
 def options_of(folders, micro_config, output, **given):

@@ -287,6 +287,25 @@ def test_the_value_loss_reaches_the_trunk_only_where_asked(micro_policy):
         assert not all(torch.equal(gradients[0][name], g) for name, g in trained.items())
 
 
+def test_truncated_completions_that_are_masked_teach_no_values(micro_policy):
+    """What such a completion would have got is nobody's business: the same step, whatever its reward is."""
+    steps = []
+    for reward, reason in ((0.0, "length"), (5.0, "length"), (5.0, "stop")):
+        learner = _learner(micro_policy(0), mask_truncated_completions=True)
+        groups = _groups()
+        groups[0].completions[1].finish_reason = reason
+        rewards = [[1.0, reward, 0.5], *REWARDS[1:]]
+        metrics = learner.forward_backward(learner.prepare(groups, _scores(rewards)))
+        head, trunk = term_of(learner, "value").head, learner.policy.trunk
+        steps.append((metrics["loss/value"], _gradients(head), _gradients(trunk)))
+    (loss, *gradients), (same, *others), (other, *_) = steps
+    assert loss == pytest.approx(same, rel=1e-6)
+    for one, two in zip(gradients, others, strict=True):
+        assert one
+        assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+    assert other != pytest.approx(loss, rel=1e-2)
+
+
 def test_values_without_returns_are_not_taught(micro_policy):
     """Advantages of one's own and gold solutions say nothing of what the score will be."""
     learner = _learner(micro_policy(4), value={"vf_coef": 0.5})
