@@ -153,11 +153,13 @@ class Run(Generic[Config]):
         self._parts = parts
         if self.saved:
             self.load(self.saved)
+            self.saved_step = self.start
         self.ranks.from_first(lambda: checkpoint.discard_after(self.checkpoints, self.start))
 
     def load(self, saved: Checkpoint) -> None:
-        """Every part takes the state that it had when this was saved."""
-        self.saved = saved
+        """Every part takes the state that it had when this was saved; the checkpoint of the last whole step, if there
+        is one, has another state."""
+        self.saved, self.saved_step = saved, -1
         for name, part in self._parts.items():
             if isinstance(part, Learner):
                 part.load_state(saved.tensors, saved.state[name])
@@ -319,10 +321,16 @@ class Run(Generic[Config]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Every exception goes on, after an event that names the step that is saved. A stop tells it, too."""
-        if error is None or getattr(error, "saved", False):
+        """Every exception goes on, after an event that names the step that is saved. A stop tells it, too. A loop that
+        was left by `break` or `return` keeps as much."""
+        if getattr(error, "saved", False):
+            return
+        if error is None and self.inner and self.step == self.last:  # what it has taught is saved as a policy
             return
         self._settle()
+        if error is None:
+            self.save()
+            return
         if isinstance(error, Stopped):
             self.save()
             if signals.number:
