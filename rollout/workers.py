@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 from policies.openmp import waiting_variables
-
 from rewards.isolation import cassette, opened
 from rollout.cluster import Cluster
 from rollout.faults import Faults, Kind, RolloutError, why_died

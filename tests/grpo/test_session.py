@@ -711,17 +711,23 @@ def test_a_loop_that_is_left_in_an_update_has_the_line_of_its_step(micro_config,
 
 def test_a_stop_after_load_resumes_the_weights_that_were_loaded(micro_config, tmp_path):
     config = micro_config(tmp_path / "run", **{"warm_start.steps": 0, "eval.limit": 0, "steps": 4})
-    with pytest.raises(KeyboardInterrupt), Session.open(config) as session:
-        for step in session.run.steps():
-            if step == 1:
-                before = session.save(tmp_path / "kept")
-            learn_one_step(session, step)
-            session.save_if_due(step)
-            if step == 2:
-                session.load(before)
-                raise Stopped
-    loaded = load_file(before / "policy.safetensors")
+
+    def roll_back():
+        with Session.open(config) as session:
+            before = session.save(tmp_path / "kept")
+            for step in session.run.steps():
+                learn_one_step(session, step)
+                session.save_if_due(step)
+                if step == 2:
+                    session.load(before)
+                    raise Stopped
+
+    with pytest.raises(Stopped):
+        roll_back()
+    loaded = load_file(tmp_path / "kept/step_000000/policy.safetensors")
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in weights(tmp_path / "run", 2).items())
     with Session.open(config, resume="auto") as session:
         assert session.step == 2
-        assert all(torch.equal(tensor, loaded[name]) for name, tensor in session.policy.named_parameters() if name in loaded)
+        assert all(
+            torch.equal(tensor, loaded[name]) for name, tensor in session.policy.named_parameters() if name in loaded
+        )

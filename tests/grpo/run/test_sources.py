@@ -57,7 +57,8 @@ REWARDS = {
     ),
     "a file that is read when it is loaded": (
         {
-            "mine.py": "import json, pathlib\nTABLE = json.loads(pathlib.Path(__file__).with_name('t.json').read_text())\n"
+            "mine.py": "import json, pathlib\n"
+            "TABLE = json.loads(pathlib.Path(__file__).with_name('t.json').read_text())\n"
             "def f(completions, **_):\n    return [TABLE['mark']] * len(completions)\n"
         },
         "mine.py:f",
@@ -72,7 +73,7 @@ REWARDS = {
         "mine.py:f",
         {"t.txt": "1.0"},
     ),
-    "a file that only a later step reads": (
+    "a file that only one step reads": (
         {
             "mine.py": "import os\nHERE = os.path.dirname(__file__)\n"
             "def f(completions, trainer_state, **_):\n"
@@ -125,7 +126,8 @@ PACKAGE = {
     "judging/__init__.py": "from .limits import LIMIT\n",
     "judging/limits.py": "LIMIT = 1.0\n",
     "judging/marks.py": "from . import limits\nfrom .deep.table import TABLE\n"
-    "def f(completions, **_):\n    from .late import more\n    return [limits.LIMIT + TABLE + more()] * len(completions)\n",
+    "def f(completions, **_):\n    from .late import more\n"
+    "    return [limits.LIMIT + TABLE + more()] * len(completions)\n",
     "judging/late.py": "def more():\n    return 1.0\n",
     "judging/deep/__init__.py": "",
     "judging/deep/table.py": "from ..limits import LIMIT\nTABLE = 1.0\n",
@@ -160,7 +162,8 @@ def play(base_url, api_key, prompt):
 OF_AGENT = {
     "agent.py": AGENT,
     "talk.py": "WORDS = ''\n",
-    "rules.py": "import pathlib\ndef weight():\n    return float(pathlib.Path(__file__).with_name('w.txt').read_text())\n",
+    "rules.py": "import pathlib\n"
+    "def weight():\n    return float(pathlib.Path(__file__).with_name('w.txt').read_text())\n",
     "w.txt": "1.0",
 }
 
@@ -299,7 +302,7 @@ HELPER = "def one():\n    return 1.0\n"
 
 
 def test_contract_23_the_same_content_goes_on(micro_config, tmp_path):
-    """Neither a new date, nor a comment, nor a file that the reward itself writes is a change; a file that is gone is."""
+    """A new date, a comment and a file that the reward itself writes are no changes; a file that is gone is one."""
     write(tmp_path, {"mine.py": READS, "helper.py": HELPER, "t.txt": "abc", "seen.txt": "before", "unread.txt": "a"})
     config = micro_config(tmp_path / "run", rewards=[{"function": f"{tmp_path}/mine.py:f"}], **QUICK)
     stopped(config)
