@@ -35,8 +35,8 @@ def refuse_changed_sources(output_dir: Path, rewards: Sequence[dict[str, Any]], 
     others = {function: paths for function, paths in files.items() if not _labels(sources, [function]) & failed}
     if others:
         raise ValueError(
-            f"{_in_words(others)} when this run was started; put it back as it was, or use --force to continue with "
-            "what is there now"
+            f"{_in_words(others)}, which is not what it was when this run was started; put it back as it was, or use "
+            "--force to continue with what is there now"
         )
 
 
@@ -67,13 +67,12 @@ def _labels(sources: Sources | None, functions: Iterable[str]) -> set[str]:
 
 
 def _in_words(files: Mapping[str, Sequence[str]]) -> str:
-    """Names each file, and who uses it.
+    """Name each file after the function that uses it.
 
     >>> _in_words({"agent.py:play": ["/home/me/rules.json"]})
-    'agent.py:play uses /home/me/rules.json, which is not what it was'
+    'agent.py:play uses /home/me/rules.json'
     """
-    used = [f"{function} uses {', '.join(paths)}" for function, paths in files.items()]
-    return f"{'; '.join(used)}, which is not what it was"
+    return "; ".join(f"{function} uses {', '.join(paths)}" for function, paths in files.items())
 
 
 def _changed(former: Sequence[dict[str, Any]], rewards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

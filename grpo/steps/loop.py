@@ -325,7 +325,7 @@ class Run(Generic[Config]):
         was left by `break` or `return` keeps as much."""
         if getattr(error, "saved", False):
             return
-        if error is None and self.inner and self.step == self.last:  # what it has taught is saved as a policy
+        if error is None and self._begun is None:  # the loop has ended by itself, with all that it wanted to save
             return
         self._settle()
         if error is None:
