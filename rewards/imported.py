@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from rewards.isolation.opened import is_installed
+from rewards.opened import is_installed
 
 BLOCK = 1 << 20  # bytes that are read at a time
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.isolation.opened import opened_by
+from rewards.opened import opened_by
 from rewards.protocol import Reward, RewardError, did_you_mean
 
 _MODULES = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from policies.files.atomic import write_file
 from rewards.config.json_file import expecting, read_json
 from rewards.imported import file_digest
-from rewards.isolation.opened import OpenedFiles
+from rewards.opened import OpenedFiles
 
 FILE = "sources.json"
 

@@ -22,7 +22,7 @@ from grpo.task.sources import sources_of
 from grpo.task.table import contradictions
 from grpo.task.task import Task, reward_specs
 from policies.devices import device_of
-from rewards.isolation.opened import listing
+from rewards.opened import listing
 from rewards.scorer import Scorer
 
 

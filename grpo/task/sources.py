@@ -18,7 +18,7 @@ from grpo.task.sampling import agent_of, environment_of
 from rewards import registry
 from rewards.config.reward import RewardOptions
 from rewards.imported import code_digest, imported_files, package_files
-from rewards.isolation.opened import OpenedFiles
+from rewards.opened import OpenedFiles
 from rewards.protocol import RewardError
 from rewards.reached_code import reached_source
 

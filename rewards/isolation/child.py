@@ -27,7 +27,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
-from rewards.isolation.opened import begin_process, opened_by, this_process_is_of
+from rewards.opened import begin_process, opened_by, this_process_is_of
 from rewards.protocol import Reward, RewardError, Signature, awaited, bind
 from rewards.registry import Source, load_reward
 

@@ -24,10 +24,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from rewards.isolation.child import LoadedReward, load, plain
-from rewards.isolation.opened import opened_by
 from rewards.isolation.output import Output
 from rewards.isolation.replies import MOST_BYTES, BadReply, read_reply
 from rewards.isolation.variables import hint_at_withheld, worker_variables
+from rewards.opened import opened_by
 from rewards.protocol import RewardError, Signature
 
 START_TIMEOUT_S = 120.0  # a user's file may import heavy libraries

@@ -661,6 +661,7 @@ def learn_one_step(session, step):
     metrics = session.forward_backward(batch) | session.optim_step()
     session.publish()
     session.record(step, metrics)
+    session.save_if_due(step)
 
 
 @pytest.mark.parametrize("place", ["after the step", "after the update", "before the update"])
@@ -717,7 +718,6 @@ def test_a_stop_after_load_resumes_the_weights_that_were_loaded(micro_config, tm
             before = session.save(tmp_path / "kept")
             for step in session.run.steps():
                 learn_one_step(session, step)
-                session.save_if_due(step)
                 if step == 2:
                     session.load(before)
                     raise Stopped

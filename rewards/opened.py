@@ -108,7 +108,7 @@ def _folders() -> tuple[str, ...]:
     named = sysconfig.get_paths()
     folders = [named[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     folders += [*site.getsitepackages(), site.getusersitepackages(), *OF_THE_SYSTEM]
-    folders += [str(Path(__file__).parents[2] / name) for name in OURS]
+    folders += [str(Path(__file__).parents[1] / name) for name in OURS]
     both = {folder for each in folders for folder in (each, os.path.realpath(each))}
     return tuple(folder + os.sep for folder in both)
 
