@@ -50,7 +50,8 @@ axes.set_ylim(0, 1)
 axes.set_xlim(left=0)
 axes.set_xlabel("seconds of training after 100 worked answers (one core)", color=GREY)
 axes.set_ylabel("held-out accuracy", color=GREY)
-axes.set_title(f"Sorting letters: {results[0]['problems']} problems never trained on, {len(results)} seeds", loc="left", fontsize=10)
+title = f"Sorting letters: {results[0]['problems']} problems never trained on, {len(results)} seeds"
+axes.set_title(title, loc="left", fontsize=10)
 axes.legend(frameon=False, loc="center right", fontsize=8, bbox_to_anchor=(1.0, 0.62))
 machine, versions = results[0]["environment"]["hardware"], results[0]["environment"]["versions"]
 figure.supxlabel(f"{machine['cpu']}, one thread · torch {versions['torch']}", fontsize=7, color=GREY)
