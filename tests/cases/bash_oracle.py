@@ -15,7 +15,10 @@ from pathlib import Path
 PROGRAM = "verl.trainer.main_ppo"
 STARTS = ("python3", "python", "uv", "torchrun", "ray", "nohup", "sudo", "accelerate")
 REAL = ("date", "dirname", "basename", "cat", "env", "realpath", "tee", "tr", "cut", "grep", "awk", "sed", "wc", "head")
-NOTHING = ("mkdir", "pip", "pip3", "sleep", "pkill", "rm", "chmod", "touch", "ulimit", "clear")
+NOTHING = ("mkdir", "pip", "pip3", "sleep", "pkill", "rm", "chmod", "touch", "clear")
+PRELUDE = """ulimit() { :; }
+command_not_found_handle() { return 0; }
+"""
 STUB = """#!/bin/bash
 for word in "$@"; do
     if [ "$word" = verl.trainer.main_ppo ]; then
@@ -37,6 +40,7 @@ def words_of_bash(
     if not stubs.is_dir():
         _write_stubs(stubs)
     given = {"HOME": os.environ.get("HOME", "/home"), "PATH": str(stubs), "WORDS_OF_STUB": str(found)}
+    given["BASH_ENV"] = str(stubs / "prelude")
     subprocess.run(
         [shutil.which("bash") or "bash", "--norc", "--noprofile", str(script), *arguments],
         env=given | dict(environment or {}),
@@ -54,6 +58,7 @@ def words_of_bash(
 
 def _write_stubs(folder: Path) -> None:
     folder.mkdir()
+    (folder / "prelude").write_text(PRELUDE)
     for name in STARTS:
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)

@@ -222,6 +222,13 @@ class Shell:
             return str(self.status)
         return known.get(name, mark(f"${name}"))
 
+    def misses(self, name: str, required: bool = False) -> None:
+        """Notes that bash would end the script for want of a variable."""
+        if required or self.refuses_unset:
+            self.note(f"{name} is not set, and bash would end the script for want of it; {how_to_give(name)}.")
+            if name.isidentifier():
+                self.variables[name] = mark(f"${{{name}}}", name)
+
     def substitute(self, source: str) -> str:
         """What `$(source)` writes, and a mark where a program would write it."""
         inner = self.copy()
@@ -361,14 +368,20 @@ class Shell:
 
     def _counting(self, node: syntax.Counting) -> None:
         self._compute(node.first)
-        while not node.condition.strip() or self._compute(node.condition) != "0":
-            if self._leaves(node.body):
+        while True:
+            self.guesses = False
+            goes_on = not node.condition.strip() or self._compute(node.condition) != "0"
+            guesses = self.guesses
+            if not goes_on or self._leaves(node.body) or guesses:  # how often is not known: at most once
                 break
             self._compute(node.step)
 
     def _compute(self, text: str) -> str:
         value = self.words.computed(text, f"(({text}))") if text.strip() else "0"
-        return value if is_known(value) else str(1 - self.decide(shown(value), names_in(value)))
+        if is_known(value):
+            return value
+        self.guesses = True
+        return str(1 - self.decide(shown(value), names_in(value)))
 
     def _while(self, node: syntax.While) -> None:
         while True:
@@ -704,6 +717,7 @@ class Shell:
         self._of_path([word for word in words if word != "--"], lambda path: os.path.dirname(path.rstrip("/")) or ".")
 
     def do_basename(self, words: list[str], node: syntax.Command) -> None:
+        words = [word for word in words if word != "--"]
         end = words[1] if len(words) == 2 else ""
         self._of_path(words[:1], lambda path: path.rstrip("/").rpartition("/")[2].removesuffix(end))
 

@@ -27,6 +27,8 @@ class Variables(Protocol):
 
     arguments: list[str]
     variables: dict[str, Value]
+    assigned: str
+    """The variable whose value is being expanded."""
     named: set[str]
     """Arrays whose indices are texts."""
 
@@ -35,6 +37,8 @@ class Variables(Protocol):
     def substitute(self, source: str) -> str: ...
 
     def special(self, name: str) -> str: ...
+
+    def misses(self, name: str, required: bool = False) -> None: ...
 
 
 def mark(source: str, name: str = "", kind: str = UNKNOWN) -> str:
@@ -164,7 +168,7 @@ class Words:
     def _expansion(self, raw: str, quoted: bool) -> Iterator[Piece]:
         how = "quoted" if quoted else "split"
         if raw == "$":
-            yield raw, "quoted"
+            yield raw, "quoted" if quoted else "literal"
         elif raw.startswith("$'"):
             yield re.sub(r"\\(.)", lambda found: ESCAPES.get(found[1], found[0]), raw[2:-1]), "quoted"
         elif raw.startswith("$((") and raw.endswith("))"):
@@ -196,8 +200,9 @@ class Words:
         several = name in ("@", "*") or index in ("@", "*")
         if several and (values or not re.match(r":?[-=?]", rest)) and not re.match(r":?\+", rest):
             rest = "" if re.match(r":?[-=?]", rest) else rest
-            changed = [self._changed(value, rest, raw) for value in self._sliced(values, name, rest)]
-            for number, value in enumerate(changed):
+            if bounds := self._bounds(rest):
+                values, rest = self._sliced(values, name, *bounds), ""
+            for number, value in enumerate(self._changed(value, rest, raw) for value in values):
                 if number:
                     yield ("", "break") if "*" not in (name, index) or not quoted else (" ", "quoted")
                 yield value, how
@@ -257,8 +262,9 @@ class Words:
         how = "quoted" if quoted else "split"
         value, operator = " ".join(values), re.match(r"(:?)([-+=?])", rest)
         if not operator:
-            unset = mark(raw, name, UNSET)
-            yield (self._changed(value, rest, raw) if values else unset), how
+            if not values:
+                self.shell.misses(name)
+            yield (self._changed(value, rest, raw) if values else mark(raw, name, UNSET)), how
             return
         absent = is_empty(value) if values and operator[1] else not values
         default = rest[operator.end() :]
@@ -269,6 +275,7 @@ class Words:
         elif not absent:
             yield ("" if operator[2] == "+" else value), how
         elif operator[2] == "?":
+            self.shell.misses(name, required=True)
             yield mark(raw, name), how
         elif operator[2] == "=":
             self.shell.assign(name, self.text(default), index)
@@ -277,12 +284,9 @@ class Words:
             for text, each in self.pieces(default, quoted):
                 yield text, how if each == "literal" else each
 
-    def _sliced(self, values: list[str], name: str, rest: str) -> list[str]:
+    def _sliced(self, values: list[str], name: str, first: int, count: int | None) -> list[str]:
         """Those of several values that `${A[@]:first:count}` takes."""
-        if not (bounds := self._bounds(rest)):
-            return values
         values = [self.shell.special("0"), *values] if name in ("@", "*") else values
-        first, count = bounds
         return values[first:] if count is None else values[first:][:count]
 
     def _bounds(self, rest: str) -> tuple[int, int | None] | None:
@@ -397,7 +401,7 @@ class Sum:
             return self.chosen()
         self.at += 2
         value = self.assigned()
-        value = value if operator == "=" else self.apply(operator[0], self.number(name), value)
+        value = value if operator == "=" else self.apply(operator[0], self.number(name, counts=True), value)
         self.store(name, value)
         return value
 
@@ -430,7 +434,7 @@ class Sum:
         if step := self.takes("++", "--"):
             name = self.peek()
             self.at += 1
-            value = self.number(name) + (1 if step == "++" else -1)
+            value = self.number(name, counts=True) + (1 if step == "++" else -1)
             self.store(name, value)
             return value
         if self.takes("("):
@@ -442,12 +446,13 @@ class Sum:
         if not re.match(r"\w", token):
             self.refuse()
         self.at += 1
-        value = self.number(token)
+        value = self.number(token, counts=self.peek() in ("++", "--"))
         if step := self.takes("++", "--"):
             self.store(token, value + (1 if step == "++" else -1))
         return value
 
-    def number(self, token: str) -> int:
+    def number(self, token: str, counts: bool = False) -> int:
+        """The value of a number or a variable. One that is not set counts from 0, and has no value elsewhere."""
         if "#" in token:
             base, digits = token.split("#")
             return int(digits, int(base))
@@ -455,6 +460,8 @@ class Sum:
             return int(token, 16 if token[:2] in ("0x", "0X") else 8 if token[0] == "0" else 10)
         name, _, index = token.partition("[")
         value = self.words.get(name, index[:-1] or None)
+        if value is None and (counts or name == self.words.shell.assigned):
+            return 0
         if value is None:
             raise NotKnown(name)
         if not is_known(value):

@@ -14,10 +14,12 @@ from typing import Any
 
 from yaml import YAMLError
 
-from grpo.cli.migration.migration import Migration, Unsupported, relative, tables
+from grpo.cli.migration.migration import Migration, Unsupported, changes_training, relative, tables
 from grpo.cli.migration.shell import Decision, how_to_give, outcomes
 from grpo.cli.migration.shell_words import names_in, shown
-from rewards.config.yaml_file import parse_yaml
+from grpo.config.loss import UNREAD
+from rewards.config.names import take
+from rewards.config.yaml_file import parse_yaml, to_yaml
 from rewards.data.source import file_rows
 
 PROGRAM = "verl.trainer.main_ppo"
@@ -26,6 +28,17 @@ UNKNOWN = "its value is not in the text and depends on {causes}; {way}. The defa
 OF_HYDRA = {"-cn": "--config-name", "-cp": "--config-path", "-cd": "--config-dir"}  # another file of defaults
 OF_HYDRA |= {name: name for name in OF_HYDRA.values()}
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
+LOSS_MODE = f"{ACTOR}.policy_loss.loss_mode"
+LEAST = {
+    "data.train_batch_size": 1,
+    f"{ACTOR}.ppo_mini_batch_size": 1,
+    f"{ROLLOUT}.n": 1,
+    f"{ROLLOUT}.val_kwargs.n": 1,
+    "trainer.total_epochs": 1,
+    "trainer.total_training_steps": 1,
+    f"{MODEL}.lora_rank": 0,
+}
+TEXTS = ("data.train_files", "data.val_files", "trainer.logger", f"{MODEL}.target_modules")  # a text, or several
 
 
 def read_verl_command(command: str | Path) -> Migration:
@@ -41,7 +54,8 @@ def read_verl_command(command: str | Path) -> Migration:
     migration = _Reading({_renamed(name): value for name, value in given.values.items()}).migration
     for name, (value, causes) in given.unknown.items():
         reason = UNKNOWN.format(causes=", ".join(causes), way=how_to_give(causes[0]))
-        migration.unsupported.append(Unsupported(_renamed(name), shown(value), reason))
+        option = _renamed(name)
+        migration.unsupported.append(Unsupported(option, shown(value), reason, changes_training(option)))
     migration.notes.extend(given.notes)
     return migration
 
@@ -135,6 +149,37 @@ def _value(text: str) -> Any:
         return text
 
 
+def _check(values: dict[str, Any]) -> None:
+    """Raises ValueError for options that are computed with, if their value is of another type than verl's default."""
+    problems = []
+    for name in [*tables()["verl_converted"], f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high"]:
+        needed = _needed(name, tables()["verl_defaults"].get(name), values.get(name))
+        if needed:
+            problems.append(f"{name}={to_yaml(values[name], inline=True).strip()}: it is to be {needed}")
+    if problems:
+        raise ValueError("; ".join([*problems, "correct the command"]))
+
+
+def _needed(name: str, default: Any, value: Any) -> str:
+    """What an option is to be; empty if its value is that."""
+    if name in TEXTS:
+        several = value if isinstance(value, list) else [value]
+        fits = all(isinstance(each, str) for each in several) and (several or name == "trainer.logger")
+        return "" if fits else "a text, or a list of texts"
+    if value is None and default is None:
+        return ""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "True or False"
+    if name in LEAST or isinstance(default, int) or name == "data.seed":
+        least = LEAST.get(name)
+        fits = is_number and isinstance(value, int) and (least is None or value >= least)
+        return "" if fits else "a whole number" + ("" if least is None else f" of at least {least}")
+    if isinstance(default, float):
+        return "" if is_number else "a number"
+    return "" if isinstance(value, str) else "a text"
+
+
 class _Reading:
     """The options of one command: a method for each part."""
 
@@ -144,6 +189,7 @@ class _Reading:
             options = {name: value for name, value in options.items() if name not in OF_HYDRA.values()}
         self.overrides = options
         self.values: dict[str, Any] = defaults | options
+        _check(self.values)
         self.files, self.tests = (self._files(f"data.{name}_files") for name in ("train", "val"))
         self.rows = list(file_rows(self.files[0])) if self.files[0].is_file() else []
         self.migration = Migration(PROGRAM)
@@ -187,6 +233,7 @@ class _Reading:
             self.put("loss.beta", values[f"{ACTOR}.kl_loss_coef"])
         if f"{ACTOR}.clip_ratio" in self.overrides and not any("clip_ratio_" in name for name in self.overrides):
             self.lacks(f"{ACTOR}.clip_ratio", values[f"{ACTOR}.clip_ratio"])
+        self._loss()
         if values["algorithm.adv_estimator"] == "gae":
             self.put("value.gamma", values["algorithm.gamma"])
             self.put("value.lam", values["algorithm.lam"])
@@ -200,6 +247,32 @@ class _Reading:
             self.put("lora.rank", values[f"{MODEL}.lora_rank"])
             self.put("lora.alpha", values[f"{MODEL}.lora_alpha"])
             self.put("lora.targets", None if targets == "all-linear" else targets)
+
+    def _loss(self) -> None:
+        """What each of verl's losses reads: gspo and sapo have a mean of their own and no dual clip, cispo has a cap."""
+        values, mode = self.values, self.values[LOSS_MODE]
+        unread = UNREAD.get(mode, ())
+        if mode == "gspo":
+            self.put("loss.loss_type", "grpo")
+            self.put("loss.importance_sampling_level", "sequence")
+            unread = ("delta",)
+        elif mode == "sapo":
+            self.put("loss.loss_type", "sapo")
+        elif mode == "cispo":
+            self._cispo()
+        elif mode != "vanilla":
+            self.lacks(LOSS_MODE, mode)
+        for name in unread:
+            take(self.migration.options, f"loss.{name}")
+
+    def _cispo(self) -> None:
+        low, high, mean = (self.values[f"{ACTOR}.{name}"] for name in ("clip_ratio_low", "clip_ratio_high", "loss_agg_mode"))
+        self.put("loss.loss_type", "cispo")
+        self.put("loss.epsilon_high", 1 + high)  # the cap itself
+        if low < 1:
+            self.lacks(f"{ACTOR}.clip_ratio_low", low)
+        if mean != "token-mean":
+            self.lacks(f"{ACTOR}.loss_agg_mode", mean)
 
     def _data(self) -> None:
         values, train, test = self.values, self.files[0], self.tests[0]
