@@ -10,11 +10,13 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 from grpo.cli.migration import shell_syntax as syntax
+from grpo.cli.migration.shell_words import MARK as MARKS
 from grpo.cli.migration.shell_words import (
     SECRET,
     UNKNOWN,
@@ -28,7 +30,6 @@ from grpo.cli.migration.shell_words import (
     names_in,
     shown,
 )
-from grpo.cli.migration.shell_words import MARK as MARKS
 
 MOST_OUTCOMES = 256
 MOST_COMMANDS = 100_000
@@ -686,10 +687,8 @@ class Shell:
             except ValueError:
                 script = None
             if script:
-                try:
+                with suppress(Returned):
                     self.run(script)
-                except Returned:
-                    pass
                 return
         self.misses_source = True
         self.note(f"{shown(file)}, which the script sources, is not read; give the variables that it sets.")

@@ -420,8 +420,8 @@ class Parser:
         self.at += len("for")
         self.blanks()
         if self.text.startswith("((", self.at):
-            parts = (self._double_parentheses().split(";") + ["", ""])[:3]
-            return Counting(line, *parts, self._body())
+            first, condition, step = f"{self._double_parentheses()};;".split(";")[:3]
+            return Counting(line, first, condition, step, self._body())
         name, words = self.word(), ['"$@"']
         self.lines()
         if self.takes("in"):

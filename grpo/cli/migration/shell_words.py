@@ -305,7 +305,9 @@ class Words:
             return mark(raw, *names_in(value)[:1])
         if bounds := self._bounds(rest):
             first, count = bounds
-            end = None if count is None else count if count < 0 else (first if first >= 0 else len(value) + first) + count
+            end = (
+                None if count is None else count if count < 0 else (first if first >= 0 else len(value) + first) + count
+            )
             return value[first:end]
         if rest.startswith(("#", "%")):
             return self._trimmed(value, rest)
@@ -355,8 +357,18 @@ class NotKnown(Exception):
     """A sum has a variable that is not known; its text is the variable."""
 
 
-LEVELS = (("||",), ("&&",), ("|",), ("^",), ("&",), ("==", "!="), ("<", "<=", ">", ">="), ("<<", ">>"), ("+", "-"))
-LEVELS += (("*", "/", "%"),)
+LEVELS: tuple[tuple[str, ...], ...] = (  # what binds the least, first
+    ("||",),
+    ("&&",),
+    ("|",),
+    ("^",),
+    ("&",),
+    ("==", "!="),
+    ("<", "<=", ">", ">="),
+    ("<<", ">>"),
+    ("+", "-"),
+    ("*", "/", "%"),
+)
 TOKEN = re.compile(
     r"\d+#\w+|0[xX][\da-fA-F]+|\d+|[A-Za-z_]\w*(?:\[[^]]*\])?|<<=|>>=|\*\*|\+\+|--|[-+*/%&|^]=|<<|>>|<=|>=|==|!="
     r"|&&|\|\||\S"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,21 @@ TEXTS = ("data.train_files", "data.val_files", "trainer.logger", f"{MODEL}.targe
 def read_verl_command(command: str | Path) -> Migration:
     """Reads a command, or the shell file `*.sh` that holds one. Nothing of it is run.
 
-    A command may start a shell file, too, with variables and arguments: `DEVICE=gpu bash run.sh trainer.total_epochs=1`.
+    A command may start a shell file, too, with variables and arguments: `DEVICE=gpu bash run.sh data.seed=1`.
     Raises ValueError if there is no command of verl's, if the script would end before it, and for values that cannot
     be read.
     """
-    is_file = Path(command).suffix == ".sh" and (isinstance(command, Path) or not any(map(str.isspace, command)))
-    file = Path(command) if is_file or str(command).endswith(".sh") and Path(command).is_file() else None
-    given = read_overrides(file.read_text(encoding="utf-8") if file else str(command), file)
+    text, file = str(command), Path(command)
+    is_one_word = isinstance(command, Path) or not re.search(r"\s", text)
+    if text.endswith(".sh") and (is_one_word or file.is_file()):
+        given = read_overrides(file.read_text(encoding="utf-8"), file)
+    else:
+        given = read_overrides(text)
     migration = _Reading({_renamed(name): value for name, value in given.values.items()}).migration
     for name, (value, causes) in given.unknown.items():
         reason = UNKNOWN.format(causes=", ".join(causes), way=how_to_give(causes[0]))
         option = _renamed(name)
-        migration.unsupported.append(Unsupported(option, shown(value), reason, changes_training(option)))
+        migration.unsupported.append(Unsupported(option, value, reason, changes_training(option)))
     migration.notes.extend(given.notes)
     return migration
 
@@ -76,7 +80,7 @@ def overrides(text: str) -> dict[str, Any]:
     {'a.lr': 1e-05, 'a.names': ['x', 'y']}
     """
     given = read_overrides(text)
-    return given.values | {name: shown(value) for name, (value, _) in given.unknown.items()}
+    return given.values | {name: value for name, (value, _) in given.unknown.items()}
 
 
 @dataclass
@@ -85,7 +89,7 @@ class Overrides:
 
     values: dict[str, Any]
     unknown: dict[str, tuple[str, list[str]]]
-    """Those whose value the text does not decide, with one of their values and what would decide it."""
+    """Those whose value the text does not decide, with the values that they may have and what would decide it."""
     notes: list[str]
 
 
@@ -101,13 +105,13 @@ def read_overrides(text: str, file: Path | None = None) -> Overrides:
     result = Overrides({}, {}, list(dict.fromkeys(note for outcome in reached for note in outcome.notes)))
     for name in names:
         values = [(decisions, options.get(name)) for decisions, options in ways]
-        causes = _causes(values)
-        written = next(value for _, value in values if value is not None)
-        causes += [cause for cause in names_in(written) if cause not in causes]
+        written = list(dict.fromkeys(value for _, value in values))
+        in_values = [cause for value in written if value for cause in names_in(value)]
+        causes = list(dict.fromkeys([*_causes(values), *in_values]))
         if causes:
-            result.unknown[name] = written, causes
+            result.unknown[name] = " or ".join("not set" if each is None else shown(each) for each in written), causes
         else:
-            result.values[name] = _value(written)
+            result.values[name] = _value(written[0] or "")
     return result
 
 
@@ -249,8 +253,8 @@ class _Reading:
             self.put("lora.targets", None if targets == "all-linear" else targets)
 
     def _loss(self) -> None:
-        """What each of verl's losses reads: gspo and sapo have a mean of their own and no dual clip, cispo has a cap."""
-        values, mode = self.values, self.values[LOSS_MODE]
+        """Sets what each of verl's losses reads: gspo and sapo have their own mean and no dual clip, cispo has a cap."""
+        mode = self.values[LOSS_MODE]
         unread = UNREAD.get(mode, ())
         if mode == "gspo":
             self.put("loss.loss_type", "grpo")
@@ -266,7 +270,9 @@ class _Reading:
             take(self.migration.options, f"loss.{name}")
 
     def _cispo(self) -> None:
-        low, high, mean = (self.values[f"{ACTOR}.{name}"] for name in ("clip_ratio_low", "clip_ratio_high", "loss_agg_mode"))
+        low, high, mean = (
+            self.values[f"{ACTOR}.{name}"] for name in ("clip_ratio_low", "clip_ratio_high", "loss_agg_mode")
+        )
         self.put("loss.loss_type", "cispo")
         self.put("loss.epsilon_high", 1 + high)  # the cap itself
         if low < 1:

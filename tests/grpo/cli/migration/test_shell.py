@@ -206,7 +206,9 @@ def test_a_script_gives_what_bash_gives(script, tmp_path, monkeypatch, name, env
 
 
 @BASH
-@pytest.mark.parametrize("environment", [{}, {"DEVICE": "npu"}, {"MACHINE": "gb200"}, {"DEVICE": "npu", "MACHINE": "old"}])
+@pytest.mark.parametrize(
+    "environment", [{}, {"DEVICE": "npu"}, {"MACHINE": "gb200"}, {"DEVICE": "npu", "MACHINE": "old"}]
+)
 def test_the_branch_of_a_device_is_the_one_that_bash_takes(script, tmp_path, monkeypatch, environment):
     path = script(BY_DEVICE)
     expected = by_bash(path, tmp_path, environment)
@@ -271,10 +273,13 @@ def test_a_condition_that_changes_nothing_is_not_reported(script):
 
 
 def test_an_option_that_nobody_can_decide_has_the_default_of_verl_and_a_line(script):
-    path = script("B=64\nif [ $(nproc) -gt 4 ]; then B=512; fi\nPPO data.train_batch_size=$B data.max_response_length=9")
+    path = script(
+        "B=64\nif [ $(nproc) -gt 4 ]; then B=512; fi\nPPO data.train_batch_size=$B data.max_response_length=9"
+    )
     migration = read_verl_command(path)
     assert migration.options["prompts_per_step"] == 256
     [each] = [each for each in migration.unsupported if each.option == "data.train_batch_size"]
+    assert each.value == "512 or 64"
     assert "$(nproc)" in each.reason
     assert "default of verl" in each.reason
 
