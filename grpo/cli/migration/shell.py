@@ -36,6 +36,7 @@ MOST_COMMANDS = 100_000
 IS_SECRET = re.compile("KEY|TOKEN(?!S|_LEN)|SECRET|PASS")  # variables whose values are not written
 OF_MACHINE = {"HOSTNAME", "RANDOM", "SECONDS", "UID", "EUID", "PPID", "OSTYPE", "HOSTTYPE", "LINENO", "EPOCHSECONDS"}
 PREFIXES = {"nohup", "exec", "command", "builtin", "env", "sudo", "time"}
+LOOKS_FOR = {"pkill", "pgrep", "grep", "killall", "ps"}  # they may name the command, and do not start it
 SHELLS = {"bash", "sh", "zsh"}
 IMPORTS = re.compile(r"import ([A-Za-z_]\w*)( as \w+)?;?")
 UNARY = {f"-{letter}" for letter in "abcdefghknoprstuvwxzGLNOS"}
@@ -223,12 +224,14 @@ class Shell:
             return str(self.status)
         return known.get(name, mark(f"${name}"))
 
-    def misses(self, name: str, required: bool = False) -> None:
-        """Notes that bash would end the script for want of a variable."""
+    def missing(self, name: str, source: str, required: bool = False) -> str:
+        """The text of a variable that is not set. Where bash would end the script for want of it, a note names it."""
         if required or self.refuses_unset:
             self.note(f"{name} is not set, and bash would end the script for want of it; {how_to_give(name)}.")
             if name.isidentifier():
-                self.variables[name] = mark(f"${{{name}}}", name)
+                self.variables[name] = mark(source, name)
+            return mark(source, name)
+        return "" if name == self.assigned else mark(source, name, UNSET)  # `S=$S$x` begins with an empty text
 
     def substitute(self, source: str) -> str:
         """What `$(source)` writes, and a mark where a program would write it."""
@@ -427,6 +430,8 @@ class Shell:
         for word in node.words:
             if isinstance(word, str):
                 words += self.words.fields(word)
+        if words[:1] in (["["], ["test"]):
+            words = self._without_empty(node, words)
         if not node.words:
             self.status = 0
             for assignment in node.assignments:
@@ -448,9 +453,16 @@ class Shell:
                 else:
                     self.variables.pop(name, None)
 
+    def _without_empty(self, node: syntax.Command, words: list[str]) -> list[str]:
+        """The words of `[` without variables that are not set and stand without quotes: bash drops them."""
+        bare = [word for word in node.words if isinstance(word, str) and '"' not in word]
+        sources = {word for word in words if shown(word) in bare and not is_known(word)}
+        return [word for word in words if word not in sources or self.settled(word)]
+
     def _call(self, words: list[str], node: syntax.Command) -> None:
-        if self.program in words:
-            raise Reached(words[words.index(self.program) + 1 :])
+        at = words.index(self.program) if self.program in words else 0
+        if at and words[at - 1] == "-m" and not self.builtin(words[0]) and words[0] not in LOOKS_FOR:
+            raise Reached(words[at + 1 :])
         while words and words[0] in PREFIXES and len(words) > 1 and not words[1].startswith("-"):
             words = words[1:]
             while words and (given := syntax.ASSIGNMENT.match(words[0])):  # of env
@@ -503,16 +515,19 @@ class Shell:
                 self._nested(path.read_text(encoding="utf-8"), words[files[0] + 1 :], str(path))
                 return
             self._unknown(words)
-        elif inner := next((word for word in words[1:] if self.program in word and " " in word), None):
+        elif name not in LOOKS_FOR and (inner := next((word for word in words[1:] if self.starts(word)), None)):
             self._nested(inner, [])  # of ssh, srun, docker
         elif (module := self._imported(words, name)) is not None:
             found = find_spec(module) is not None
             self.probes.append(module)
-            way = f"; to say otherwise {how_to_give(self.assigned)}" if self.assigned else ""
+            way = f"; to say otherwise, {how_to_give(self.assigned)}" if self.assigned else ""
             self.note(f"The script asks for {module}, which is {'' if found else 'not '}installed here{way}.")
             self.concludes(found, "")
         else:
             self._unknown(words)
+
+    def starts(self, text: str) -> bool:
+        return re.search(rf"-m\s+{re.escape(self.program)}\b", text) is not None
 
     @staticmethod
     def _imported(words: list[str], name: str) -> str | None:
@@ -751,6 +766,8 @@ class Condition:
     def result(self) -> tuple[bool | None, str]:
         """Whether it holds, and its text."""
         value = self.either() if self.words else False
+        if self.at < len(self.words):  # bash prints an error, and the condition does not hold
+            value = False
         ends = ("[[", "]]") if self.expands else ("[", "]")
         marks = "".join(found[0] for text in self.read for found in MARKS.finditer(text))
         return value, " ".join([ends[0], *map(shown, self.words), ends[1]]) if not marks else self._described(ends)
@@ -862,7 +879,7 @@ class Condition:
 def how_to_give(name: str) -> str:
     """How a person gives a variable or an argument that a script needs."""
     if name.isdigit():
-        return f"give argument {name} in `quartet from-verl 'bash SCRIPT.sh ARGUMENTS'`"
+        return f"run `quartet from-verl 'bash SCRIPT.sh ARGUMENTS'` with argument {name}"
     if name.isidentifier():
-        return f"give it in `{name}=VALUE quartet from-verl SCRIPT.sh`"
-    return "write the options that it changes after the script: `quartet from-verl 'bash SCRIPT.sh KEY=VALUE'`"
+        return f"run `{name}=VALUE quartet from-verl SCRIPT.sh`"
+    return "run `quartet from-verl 'bash SCRIPT.sh KEY=VALUE'` with the options that it changes"

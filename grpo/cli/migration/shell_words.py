@@ -38,7 +38,7 @@ class Variables(Protocol):
 
     def special(self, name: str) -> str: ...
 
-    def misses(self, name: str, required: bool = False) -> None: ...
+    def missing(self, name: str, source: str, required: bool = False) -> str: ...
 
 
 def mark(source: str, name: str = "", kind: str = UNKNOWN) -> str:
@@ -73,7 +73,7 @@ def is_empty(text: str) -> bool | None:
 def matches(text: str, pattern: str) -> bool:
     """Whether a pattern of the shell takes the whole text.
 
-    >>> matches("npu0", "[n]p*"), matches("*", r"\\\\*")
+    >>> matches("npu0", "[n]p*"), matches("*", r"\\*")
     (True, True)
     """
     return re.compile(expression(pattern), re.S).fullmatch(text) is not None
@@ -109,14 +109,15 @@ class Words:
 
     def _fields(self, raw: str) -> Iterator[str]:
         current: str | None = None
+        separators = re.escape(self._separators()) or " "
         for text, how in self.pieces(raw):
             parts = [text]
             if how == "split":
-                parts = re.findall(r"(?:\ue000.*?\ue002|[^ \t\n])+|[ \t\n]+", text, re.S)
+                parts = re.findall(rf"(?:\ue000.*?\ue002|[^{separators}])+|[{separators}]+", text, re.S)
             elif how == "break":
                 parts = [" "]
             for part in parts:
-                if how in ("split", "break") and not part.strip():
+                if how in ("split", "break") and not part.strip(self._separators() + " "):
                     if current is not None:
                         yield current
                     current = None
@@ -124,6 +125,9 @@ class Words:
                     current = (current or "") + part
         if current is not None:
             yield current
+
+    def _separators(self) -> str:
+        return str(self.shell.variables.get("IFS", " \t\n"))
 
     def text(self, raw: str) -> str:
         """The word as one text, for assignments and conditions."""
@@ -204,7 +208,8 @@ class Words:
                 values, rest = self._sliced(values, name, *bounds), ""
             for number, value in enumerate(self._changed(value, rest, raw) for value in values):
                 if number:
-                    yield ("", "break") if "*" not in (name, index) or not quoted else (" ", "quoted")
+                    joined = quoted and "*" in (name, index)
+                    yield (self._separators()[:1], "quoted") if joined else ("", "break")
                 yield value, how
             return
         yield from self._defaulted(name, index, values, rest, raw, quoted)
@@ -262,9 +267,7 @@ class Words:
         how = "quoted" if quoted else "split"
         value, operator = " ".join(values), re.match(r"(:?)([-+=?])", rest)
         if not operator:
-            if not values:
-                self.shell.misses(name)
-            yield (self._changed(value, rest, raw) if values else mark(raw, name, UNSET)), how
+            yield (self._changed(value, rest, raw) if values else self.shell.missing(name, raw)), how
             return
         absent = is_empty(value) if values and operator[1] else not values
         default = rest[operator.end() :]
@@ -275,8 +278,7 @@ class Words:
         elif not absent:
             yield ("" if operator[2] == "+" else value), how
         elif operator[2] == "?":
-            self.shell.misses(name, required=True)
-            yield mark(raw, name), how
+            yield self.shell.missing(name, raw, required=True), how
         elif operator[2] == "=":
             self.shell.assign(name, self.text(default), index)
             yield "".join(self._values(name, index)), how

@@ -253,7 +253,7 @@ class _Reading:
             self.put("lora.targets", None if targets == "all-linear" else targets)
 
     def _loss(self) -> None:
-        """Sets what each of verl's losses reads: gspo and sapo have their own mean and no dual clip, cispo has a cap."""
+        """Sets what verl's losses read: gspo and sapo have their own mean and no dual clip, cispo has a cap."""
         mode = self.values[LOSS_MODE]
         unread = UNREAD.get(mode, ())
         if mode == "gspo":

@@ -148,6 +148,26 @@ EOF
 N=1
 PPO n=$N
 """,
+    "what only names the command": """
+pkill -f "PPO a=0" || true
+pkill -f verl.trainer.main_ppo || true
+echo PPO a=0
+CMD="PPO a=1 b='2 3'"
+eval $CMD
+""",
+    "variables that are not set, without quotes": """
+if [ $NOBODY = x ]; then N=1; else N=2; fi
+if [ -n $NOBODY ]; then M=1; fi
+if [ ! $NOBODY ]; then K=1; fi
+for x in 1 2; do S=$S$x; done
+PPO n=$N m=$M k=$K s=$S
+""",
+    "separators": """
+A=(1 2 3); V=a=1,b=2
+J=$(IFS=,; echo "${A[*]}")
+IFS=,
+PPO j=[$J] $V
+""",
     "set -e ends it": """
 set -e
 [ 1 = 2 ]
