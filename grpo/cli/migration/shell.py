@@ -32,7 +32,7 @@ from grpo.cli.migration.shell_words import (
 )
 
 MOST_OUTCOMES = 256
-MOST_COMMANDS = 100_000
+MOST_COMMANDS = 20_000
 IS_SECRET = re.compile("KEY|TOKEN(?!S|_LEN)|SECRET|PASS")  # variables whose values are not written
 OF_MACHINE = {"HOSTNAME", "RANDOM", "SECONDS", "UID", "EUID", "PPID", "OSTYPE", "HOSTTYPE", "LINENO", "EPOCHSECONDS"}
 PREFIXES = {"nohup", "exec", "command", "builtin", "env", "sudo", "time"}
