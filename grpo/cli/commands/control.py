@@ -36,6 +36,7 @@ from rewards.verdicts import held_out_metric
 
 RATES = (1.0, 0.3)  # of the run's supervised rate, from the start of GRPO
 POINTS = 5  # at which a control answers the held-out problems
+WHOLE = "supervised_whole"  # begins before the SFT stage, whose seconds are in its own
 TIMED, UNTIMED = 10, 3  # steps of a short run that tell what a step takes; the first ones are slower
 VALIDATION = 256  # problems, where the run kept none
 
@@ -121,7 +122,7 @@ def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) ->
     if config.warm_start.steps:
         words = f"supervised steps from the beginning, one decay over all seconds, rate {rate:g}"
         whole = budget + seconds["start"]
-        found.append(Candidate("supervised_whole", "supervised", words, config.model, whole, rate))
+        found.append(Candidate(WHOLE, "supervised", words, config.model, whole, rate))
     of_grpo = config.learner.learning_rate
     words = f"rejection sampling, rate {of_grpo:g}, {config.learner.schedule}"
     return [*found, Candidate("rejection", "rejection", words, start, budget, of_grpo)]
@@ -305,9 +306,17 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, ways in result["results"].items():
         pair = result["grpo_minus"].get(name, {}).get("sampled")
         gain = "" if pair is None else _difference(pair)
-        took = result["seconds"].get(name) or result["chosen"].get(name, {}).get("seconds", 0.0)
-        table.add_row(NAMES[name], f"{took:,.0f}", _words(ways["sampled"]), _words(ways["greedy"]), gain)
+        table.add_row(NAMES[name], f"{_took(result, name):,.0f}", _words(ways["sampled"]), _words(ways["greedy"]), gain)
     console.print(table)
+
+
+def _took(result: dict[str, Any], name: str) -> float:
+    """Seconds of training, those of the start by itself and those of the others after it."""
+    if name in result["seconds"]:
+        return float(result["seconds"][name])
+    chosen = result["chosen"][name]
+    before = result["seconds"]["start"] if chosen["name"] == WHOLE else 0.0
+    return float(chosen["seconds"] - before)
 
 
 def _difference(pair: dict[str, Any]) -> str:
