@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from rewards.commands.command_line import EXIT_USAGE, build_parser, fail, failed, prepare_output, unknown_command
+from rewards.commands.command_line import build_parser, fail, failed, prepare_output
 from rewards.commands.table import commands
 
 
@@ -19,8 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="quartet-reward", description="Test rewards, and score records with them.")
     parser.add_argument("--version", action="version", version=f"quartet-reward {_version()}")
     rows = {name.removeprefix("reward "): command for name, command in commands().items() if command.run}
-    if problem := unknown_command(parser.prog, words, rows):
-        return fail(problem, EXIT_USAGE)
     args = None
     try:
         args = parse(build_parser(parser, rows, words), words)

@@ -123,14 +123,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rehearse(args: argparse.Namespace) -> int:
-    if not _names_policy(args):
-        return _show_ways(args, "rehearse")
     from grpo.cli.commands.rehearsal import Rehearsal, show
     from rewards.console import Terminal
 
     source = args.verl or str(args.config)
     with tempfile.TemporaryDirectory(prefix="migration_") as folder:
         try:
+            if not _names_policy(args):
+                return _show_ways(args, "rehearse")
             migration = _read_for_others(args, Path(folder))
             config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration else {})
             _begin()

@@ -44,8 +44,6 @@ def _main(words: Sequence[str]) -> int:
     name = next(iter(words), "")
     if name not in _commands() and (way_on := aliases("removed_commands").get(name)):
         return fail(f"{name}: this command is gone; {way_on}", EXIT_USAGE)
-    if problem := command_line.unknown_command("quartet", words, _commands()):
-        return fail(problem, EXIT_USAGE)
     parser, args = build_parser(words), None
     try:
         args = parse(parser, words)
@@ -229,8 +227,7 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quartet",
         description=(
-            "Reinforcement learning for language models with GRPO.\n\n"
-            "example: quartet train examples/01_demo.yaml"
+            "Reinforcement learning for language models with GRPO.\n\nexample: quartet train examples/01_demo.yaml"
         ),
     )
     parser.add_argument("--version", action="version", version=f"quartet {arguments.version()}")

@@ -84,6 +84,8 @@ def build_parser(
         if options and (begun is None or f"{begun} ".startswith(f"{name} ")):
             add_options(sub, options)
         sub.set_defaults(command=command.run, options=options)
+    if problem := unknown_command(parser.prog, words or (), commands):
+        parser.error(problem)
     return parser
 
 

@@ -24,6 +24,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.run.records import read_metrics
 from policies.policy import Policy
+from rewards.__main__ import main as quartet_reward
 from rewards.config.options import _options, load, parse
 from rewards.records import read_rollouts
 
@@ -174,8 +175,20 @@ def test_help_shows_one_spelling_of_an_option_and_both_are_read(capsys):
     ],
 )
 def test_a_misspelt_command_is_answered_with_the_nearest_one(capsys, words, answer):
-    assert main(words) == 2
-    assert capsys.readouterr().err == f"quartet: {answer}\n"
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "usage: quartet [-h] [--version] COMMAND ...",
+        f"quartet: error: {answer}",
+    ]
+
+
+def test_a_misspelt_command_of_quartet_reward_is_answered_with_the_nearest_one(capsys):
+    with pytest.raises(SystemExit) as end:
+        quartet_reward(["tset", "gsm8k"])
+    assert end.value.code == 2
+    assert "tset: no such command; did you mean quartet-reward test?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "sft", "mtp", "rehearse"])
@@ -496,13 +509,22 @@ def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
         (["eval", "{dir}", "--levels", "[1]", "--limit", "2"], "is neither a preset, a checkpoint folder nor"),
         (["eval", "{model}", "--levels", "[7]"], "7"),
         (["train", "--output_dir", "{dir}/r", "--model", "./nowhere"], "model='./nowhere': there is no such folder"),
-        (["train", "--output_dir", "{dir}/r", "--data.name", "{dir}/none.jsonl"], "there is no file or folder"),
-        (["train", "--output_dir", "{dir}/r", "--rewards", "[{function: gsm9k}]"], "gsm8k"),
+        (
+            ["train", "--model", "tiny", "--output_dir", "{dir}/r", "--data.name", "{dir}/none.jsonl"],
+            "there is no file or folder",
+        ),
+        (["train", "--model", "tiny", "--output_dir", "{dir}/r", "--rewards", "[{function: gsm9k}]"], "gsm8k"),
         (["report", "{dir}"], "metrics.jsonl"),
         (["report", "{dir}/nosuch"], "RUN={dir}/nosuch: there is no such folder"),
         (["train", "--model", "gpt2", "--output_dir", "{dir}/r"], "write its owner too: OWNER/gpt2"),
-        (["train", "--output_dir", "{prompts}/r"], "output_dir: {prompts}/r cannot be written (Not a directory"),
-        (["train", "--output_dir", "{prompts}/r", "--dry_run"], "output_dir: {prompts}/r cannot be written"),
+        (
+            ["train", "--model", "tiny", "--output_dir", "{prompts}/r"],
+            "output_dir: {prompts}/r cannot be written (Not a directory",
+        ),
+        (
+            ["train", "--model", "tiny", "--output_dir", "{prompts}/r", "--dry_run"],
+            "output_dir: {prompts}/r cannot be written",
+        ),
         (["policy", "inspect", "{model}", "--json", "{prompts}/out.json"], "json: [Errno"),
         (["convert", "{model}", "{dir}/new"], "model_type='deepseek_v3' cannot be carried over exactly"),
         (["convert", "{model}", "{dir}"], "is not empty; remove it or name another"),
@@ -551,7 +573,7 @@ def test_a_package_that_is_missing_is_named_and_nothing_hides_it(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from grpo.cli.parse import main; "
     code += "sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "train", "--output_dir", str(tmp_path / "r")]
+    command = [sys.executable, "-c", code, "train", "--model", "tiny", "--output_dir", str(tmp_path / "r")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("quartet: the package 'torch' is not installed in this environment (")
