@@ -159,6 +159,13 @@ def _commands() -> dict[str, Command]:
             "Smoke test: take two steps with a small random policy of the same architecture, on the run's own data and "
             "rewards, and show what would crash or corrupt the run. It reads scripts of TRL and verl too.",
         ),
+        "serve": Command(
+            "serve a policy through OpenAI's API",
+            actions.serve,
+            arguments.SERVE,
+            ServeConfig,
+            "runs/demo --port 8000",
+        ),
         **table.commands(),
         "environment": Command("try an environment or a tool"),
         "environment test": Command(
@@ -167,13 +174,6 @@ def _commands() -> dict[str, Command]:
             arguments.ENVIRONMENT_TEST,
             EnvironmentTestConfig,
             "calculator",
-        ),
-        "serve": Command(
-            "serve a policy through OpenAI's API",
-            actions.serve,
-            arguments.SERVE,
-            ServeConfig,
-            "runs/demo --port 8000",
         ),
         "export": Command(
             "the policy of a run for other tools",

@@ -35,7 +35,8 @@ class TiedSteps(Listener):
         self.opening = True  # no step has taught anything yet
 
     def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
-        self.opening = self.opening and step <= OPENING  # a resumed run began long ago
+        if step > OPENING and not self.in_a_row:
+            self.opening = False  # a resumed run began long ago
         diagnosis = self.observe(drawn, batch.all_tied and not self.by_teacher)
         if diagnosis:
             self.run.log.nothing_learned(step, *diagnosis)
@@ -100,7 +101,7 @@ class TiedSteps(Listener):
         """The most certain reason first: random weights, then a form that the reward does not read."""
         same = f"every completion got the same reward, {reward:g}"
         config = self.run.config
-        if config.model in presets.PRESETS and not config.warm_start.steps:
+        if self.opening and config.model in presets.PRESETS and not config.warm_start.steps:
             return (
                 f"{same}: the weights of the preset {config.model!r} are random, and warm_start.steps is 0, so the "
                 f"policy cannot answer anything{self._cut()}",
@@ -114,7 +115,7 @@ class TiedSteps(Listener):
         if answered:
             return (
                 f"{same}, but {answered} of {len(completions)} completions end with the reference answer: the reward "
-                f"does not read the form of these completions{self._cut()}",
+                f"may not read their form{self._cut()}",
                 [
                     "see which forms the reward reads: quartet reward test",
                     "ask for that form in the prompt: data.template, data.system_prompt or data.few_shot",

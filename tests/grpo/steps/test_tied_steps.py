@@ -113,6 +113,16 @@ def test_a_resumed_run_is_not_at_its_start(micro_config, tmp_path):
     assert said == [40 + STEPS]
 
 
+def test_a_run_that_began_badly_is_told_of_a_later_standstill(micro_config, tmp_path):
+    said = []
+    log = SimpleNamespace(nothing_learned=lambda step, *_: said.append(step))
+    run = SimpleNamespace(config=micro_config(tmp_path), log=log)
+    listener = TiedSteps(run, SimpleNamespace(first_reward="gsm8k", full_marks=1.0))
+    for step in range(1, 20):
+        listener.learns(step, Drawn([], []), SimpleNamespace(all_tied=step != 4))
+    assert said == [OPENING, 4 + STEPS]
+
+
 def test_groups_that_are_all_right_or_all_wrong_ask_for_those_between(observe):
     why, change = observe([[RIGHT, WRONG]] * OPENING)[-1]
     assert "inside each group all completions got the same" in why
