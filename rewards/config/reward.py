@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
@@ -101,7 +102,7 @@ class RewardsOptions(Options):
     @classmethod
     def _by_name(cls, rewards: Any) -> Any:
         """Read `mine.py:f` as a list of one function, and each name in a list as a function of weight 1."""
-        if isinstance(rewards, str):
+        if isinstance(rewards, str) and re.match(r"[\w./~]", rewards):  # else it is a list with a slip in it
             rewards = [rewards]
         if not isinstance(rewards, list):
             return rewards

@@ -232,6 +232,12 @@ def test_rewards_take_the_name_of_one_function(capsys):
     assert len(set(shown)) == 1
 
 
+@pytest.mark.parametrize("value", ["[{function: mine.py:f}", "{function: mine.py:f", "&a [*a]", "3"])
+def test_rewards_that_are_no_name_and_no_list_are_refused(capsys, value):
+    assert main(["train", "--model", "tiny", "--device", "cpu", "--print_config", "--rewards", value]) == 2
+    assert "expected a valid list" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["train", "sft", "mtp"])
 def test_a_run_without_a_folder_gets_one_with_the_time(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
