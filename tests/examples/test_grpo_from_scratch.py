@@ -181,3 +181,38 @@ def test_the_file_is_short_and_needs_torch_and_the_tiny_preset_only():
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     ours = {"policies.presets", "rewards.data.letter_sorting"}
     assert imported == {"collections.abc", "torch", "transformers", *ours}
+
+
+def spans_of(text):
+    """The first and last line of each function of the file, and of what is run, which is called `__main__`."""
+    spans = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            spans[node.name] = (first, node.end_lineno)
+        if isinstance(node, ast.If):
+            spans["__main__"] = (node.lineno, node.end_lineno)
+    return spans
+
+
+def defines(file, name):
+    """Whether a file defines a function or class, or a method as `Class.method`."""
+    nodes = ast.parse(file.read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        found = [node for node in nodes if getattr(node, "name", None) == part]
+        if not found:
+            return False
+        nodes = getattr(found[0], "body", [])
+    return True
+
+
+def test_the_page_maps_every_function_by_its_lines_to_what_quartet_has():
+    page = PAGE.read_text(encoding="utf-8")
+    text = FILE.read_text(encoding="utf-8")
+    headings = re.findall(r"^## Lines (\d+) to (\d+): `(\w+)`$", page, re.MULTILINE)
+    assert {name: (int(first), int(last)) for first, last, name in headings} == spans_of(text)
+    assert f"in {len(text.splitlines())} lines" in page
+    for section in page.split("\n## Lines ")[1:]:
+        places = re.findall(r"^- `([\w./]+)`, `([\w.]+)`$", section, re.MULTILINE)
+        assert places, section.splitlines()[0]
+        assert [place for place in places if not defines(ROOT / place[0], place[1])] == []
