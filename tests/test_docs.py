@@ -339,6 +339,7 @@ def test_the_site_is_built_without_a_warning_and_holds_every_page(site):
     built = {path.relative_to(site).with_suffix("").as_posix() for path in site.rglob("*.html")}
     pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert {page.replace("README", "index") for page in pages} <= built
+    assert (site / "llms.txt").read_bytes() == LIST.read_bytes()
 
 
 @pytest.mark.slow

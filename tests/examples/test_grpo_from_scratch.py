@@ -156,7 +156,7 @@ def test_the_reward_of_a_short_run_rises_and_a_seed_gives_it_again(scratch, micr
     monkeypatch.setattr(scratch, "LEARNING_RATE", 1e-2)
     rewards_NPG = short_run(scratch, micro_policy(0))
     assert rewards_NPG.shape == (20, 4, scratch.G)
-    assert rewards_NPG[-3:].mean() > rewards_NPG[:3].mean() + 0.2
+    assert rewards_NPG[-3:].mean() > rewards_NPG[:3].mean() + 0.1
     assert torch.equal(rewards_NPG, short_run(scratch, micro_policy(0)))
 
 
