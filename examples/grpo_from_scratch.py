@@ -21,8 +21,8 @@ from rewards.data.letter_sorting import letter_sorting
 
 SEED = 0
 WORKED_ANSWERS = 100
-SFT_STEPS, SFT_BATCH, SFT_LEARNING_RATE = 150, 16, 2e-3
-STEPS, LEARNING_RATE = 40, 4e-4
+SFT_STEPS, SFT_BATCH, SFT_LEARNING_RATE = 300, 16, 2e-3
+STEPS, LEARNING_RATE = 60, 4e-4
 P, G = 16, 8
 MAX_COMPLETION_TOKENS = 12  # a correct answer has at most 10: ####, 8 letters and the end token
 EPSILON = 0.2
@@ -105,7 +105,8 @@ def update(optimizer: torch.optim.Optimizer, trunk: DeepseekV3ForCausalLM, loss:
 def sft(trunk: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict[str, str]]) -> None:
     """Cross-entropy of the answers: -1/Σ|o_i| · Σ_i Σ_t log π(o_it)."""
     optimizer = torch.optim.AdamW(trunk.parameters(), lr=SFT_LEARNING_RATE)
-    for _ in range(SFT_STEPS):
+    for step in range(SFT_STEPS):
+        optimizer.param_groups[0]["lr"] = SFT_LEARNING_RATE * (1 - step / SFT_STEPS)
         batch = [problems[i] for i in torch.randperm(len(problems))[:SFT_BATCH].tolist()]
         prompts = [tokenizer(f"{problem['question']}\n").input_ids for problem in batch]
         answers = [tokenizer(problem["answer"] + tokenizer.eos_token).input_ids for problem in batch]
