@@ -13,6 +13,8 @@ configuration, and what has no counterpart is said before anything is trained.
 quartet from-trl train.py                       # writes run.yaml, and run_data/ beside it
 quartet from-trl train.py --processes 8 --arguments='--config grpo.yaml' --out eight.yaml --json eight.json
 quartet from-verl run_grpo.sh                   # or the command itself, as one word
+DEVICE=gpu quartet from-verl run_grpo.sh        # with a variable that the script reads
+quartet from-verl 'bash run_grpo.sh trainer.total_epochs=3'
 quartet train run.yaml --dry_run
 ```
 
@@ -21,8 +23,14 @@ quartet train run.yaml --dry_run
 `quartet from-trl` runs the script in a process of its own up to its `GRPOTrainer(...)`, and no further. Models are not
 loaded: `from_pretrained` gives a stand-in with the model's name. Datasets and tokenizers are, since what the script
 does to them is part of what it trains on. The process ends after `--timeout_s`, with all that it has started.
-`--processes` says how many `accelerate launch` would start. `quartet from-verl` reads the text of the command and runs
-nothing; variables and arrays that the shell file sets are filled in.
+`--processes` says how many `accelerate launch` would start.
+
+`quartet from-verl` reads the text of the command and runs nothing. Options get the values that bash would give them:
+variables, arrays, functions, loops, `case` and `if` are evaluated, with your environment and the script's arguments.
+Some conditions cannot be decided from the text, such as one on the output of `nvidia-smi`, on a file or on a variable
+that `set -u` requires. Both branches are then read. Each option that differs between them is reported with the
+variable to give. The test `python3 -c 'import torch_npu'` is answered for the Python that runs quartet, and a note
+names the variable that overrides it.
 
 - **Batches.** TRL counts completions: an update learns from `per_device_train_batch_size` × processes ×
   `gradient_accumulation_steps` of them, which is `prompts_per_step` × `rollout.group_size` here. `max_steps` counts

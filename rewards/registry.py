@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rewards.opened import opened_by
 from rewards.protocol import Reward, RewardError, did_you_mean
 
 _MODULES = {
@@ -155,7 +156,9 @@ def load_reward(function: str | Source) -> Reward:
 def load_function(function: str | Source, what: str) -> Callable[..., Any]:
     """The function that `path/to/file.py:function` names; `what` is the option that errors name. Raises RewardError."""
     source = find_function(function, what) if isinstance(function, str) else function
-    return _attribute_of(_module_of(source), source, what)
+    with opened_by(source.function):
+        module = _module_of(source)
+    return _attribute_of(module, source, what)
 
 
 def load_class(name: str, what: str) -> type:
@@ -166,7 +169,8 @@ def load_class(name: str, what: str) -> type:
         return getattr(importlib.import_module(factory[1]), factory[2])(*json.loads(f"[{factory[3]}]"))
     where, _, attribute = name.rpartition(":")
     is_file = where.endswith(".py")
-    module = _module_of(find_function(name, what)) if is_file else importlib.import_module(where)
+    with opened_by(name):
+        module = _module_of(find_function(name, what)) if is_file else importlib.import_module(where)
     value = getattr(module, attribute, None)
     if not isinstance(value, type):
         names = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]

@@ -62,7 +62,8 @@ class EpisodeDecoding(Decoding):
         rows = torch.tensor([row for row, _ in reads], device=self.device)
         new = torch.tensor([len(ids) for _, ids in reads], device=self.device)
         part, longest = live.select(rows), int(new.max())
-        ids: Tensor = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in reads], device=self.device)
+        padded = [ids + [0] * (longest - len(ids)) for _, ids in reads]
+        ids: Tensor = torch.tensor(padded, dtype=torch.long, device=self.device)  # also where no tool wrote anything
         inputs = torch.cat([self.results.token_ids[part.index, part.count - 1][:, None], ids], dim=1)
         positions = (part.prompt_length + part.count - 1)[:, None] + self.steps[: longest + 1]
         cache = self.cache.take(rows, new + 1)

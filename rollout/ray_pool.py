@@ -268,10 +268,12 @@ class RayPool(Pool):
     def _given(self, call: Call, answer: tuple[Held | Lost, int] | None, lost: Lost | None) -> None:
         """Tells what has become of two workers of which one has given the other its weights."""
         taker = call.what.to
-        if lost:  # if they are late, nobody knows which of them does not answer
+        if lost:
             self._replace(call, lost)
-            self._replace(replace(call, worker=taker), lost)
-            return
+            _, why = lost
+            if why == call.late:  # nobody knows which of them does not answer
+                self._replace(replace(call, worker=taker), lost)
+            return  # else the taker gets the weights from another worker
         held, sent = _sound(answer)
         self.faults.unreported["publish/bytes"] += sent
         if isinstance(held, tuple):

@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any
 
 from policies.openmp import waiting_variables
-from rewards.isolation.cassette import VARIABLE
+from rewards.isolation import cassette
+from rewards.isolation.variables import OPENED
 from rollout.cluster import Cluster
 from rollout.faults import Faults, Kind, RolloutError, why_died
 from rollout.places import Places
@@ -74,12 +75,12 @@ class Workers:
 
     def _start(self, i: int) -> None:
         limits = {name: str(self.places.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        of_cassette = {name: value for name, value in os.environ.items() if name == VARIABLE}
+        of_run = {name: value for name, value in os.environ.items() if name in (cassette.VARIABLE, OPENED)}
         actor = self.ray.remote(Worker).options(
             num_cpus=self.places.threads,
             num_gpus=self.places.gpus,
             scheduling_strategy=self._at(i),
-            runtime_env={"env_vars": limits | waiting_variables() | of_cassette | {"TOKENIZERS_PARALLELISM": "false"}},
+            runtime_env={"env_vars": limits | waiting_variables() | of_run | {"TOKENIZERS_PARALLELISM": "false"}},
         )
         self.actors[i] = actor.remote(*self.arguments)
         late = f"it did not start within {START_TIMEOUT_S:g} s"

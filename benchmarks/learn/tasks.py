@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Task:
-    """`config` is a file of the repository, `changes` are options over it. The policy that all contenders of a seed begin
-    with is that of the configuration's warm start. A contender has a run of each number of `steps`, after which
+    """`config` is a file of the repository, `changes` are options over it. The policy that all contenders of a seed
+    begin with is that of the configuration's warm start. A contender has a run of each number of `steps`, after which
     `held_out` problems are answered."""
 
     name: str

@@ -1,6 +1,8 @@
-"""Draws the picture of README from a finished run of the demo:
+"""Draws the picture of README from finished runs of the demo and their controls, one run for each seed:
 
-python docs/images/draw_demo.py runs/demo docs/images/demo.png
+quartet train examples/01_demo.yaml --seed 0 --output_dir runs/demo-0      # and 1 to 4
+quartet control runs/demo-0
+python docs/images/draw_demo.py docs/images/demo.png runs/demo-*
 """
 
 import json
@@ -9,60 +11,48 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # pip install matplotlib
 
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
+COLORS = {"grpo": "#0072B2", "rejection": "#009E73", "supervised": "#D55E00"}
+NAMES = {
+    "grpo": "GRPO",
+    "rejection": "rejection sampling, same seconds",
+    "supervised": "supervised steps, same seconds (best of three)",
+}
+GREY = "#767676"
 
 
-def running_mean(values, window=7):
-    """Mean of the values around each one; shorter at the ends."""
-    around = [values[max(0, i - window // 2) : i + window // 2 + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in around]
+def curves_of(result):
+    """Seconds after the SFT stage and held-out accuracy, by kind of training."""
+    curves = {"grpo": result["grpo_curve"]}
+    curves |= {kind: chosen["curve"] for kind, chosen in result["chosen"].items()}
+    # A control that began at the very beginning has the seconds of the SFT stage in its own.
+    early = result["chosen"]["supervised"]["name"] == "supervised_whole"
+    shift = {"supervised": result["seconds"]["start"] if early else 0.0}
+    points = {}
+    for kind, curve in curves.items():
+        moved = [(point["seconds"] - shift.get(kind, 0.0), point["sampled"]) for point in curve]
+        points[kind] = [(seconds, accuracy) for seconds, accuracy in moved if seconds >= 0]
+    return points
 
 
-def half_widths(share, n, z=1.96):
-    """How far Wilson's 95 % interval reaches below and above a share of n."""
-    middle, scale = share + z * z / (2 * n), 1 + z * z / n
-    width = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return share - (middle - width) / scale, (middle + width) / scale - share
+picture, *runs = map(Path, sys.argv[1:])
+results = [json.loads((run / "control/control.json").read_text()) for run in runs]
 
-
-run, picture = map(Path, sys.argv[1:])
-rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-hardware = json.loads((run / "environment.json").read_text())
-
-figure = Figure(figsize=(8, 3.2), dpi=110, layout="constrained", facecolor="white")
-training, held_out = figure.subplots(1, 2, sharey=True, width_ratios=[1.7, 1])
-for axes in (training, held_out):
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#E6E6E6")
-    axes.tick_params(colors=GREY)
-
-steps = [row["step"] for row in rows if "reward/mean" in row]
-rewards = [row["reward/mean"] for row in rows if "reward/mean" in row]
-training.plot(steps, rewards, color=BLUE, linewidth=0.8, alpha=0.4)
-training.plot(steps, running_mean(rewards), color=BLUE, linewidth=2.2)
-training.set_title("Reward of the sampled completions", loc="left", fontsize=10)
-training.set_xlabel("step of GRPO (thick: mean of 7 steps)", color=GREY)
-training.set_ylabel("share of right answers", color=GREY)
-training.set_ylim(0.5, 1.0)
-
-ends = [row for row in rows if "eval/prompts" in row]
-for name, label, color, shift in (
-    ("eval/accuracy", "sampled at T = 1", BLUE, -0.05),
-    ("eval/accuracy_greedy", "greedy", ORANGE, 0.05),
-):
-    values, counts = [row[name] for row in ends], [row["eval/prompts"] for row in ends]
-    bars = list(zip(*map(half_widths, values, counts), strict=True))
-    held_out.errorbar([i + shift for i in range(len(values))], values, bars, color=color, marker="o", capsize=3)
-    held_out.plot([], [], color=color, marker="o", label=f"{label}: {values[0]:.3f} to {values[-1]:.3f}")
-held_out.set_title(f"{ends[0]['eval/prompts']:.0f} held-out problems, 95 %", loc="left", fontsize=10)
-held_out.set_xticks(range(len(ends)), ["before GRPO", "after GRPO"])
-held_out.set_xlim(-0.4, 1.4)
-held_out.legend(frameon=False, loc="lower right", fontsize=8)
-
-machine, versions = hardware["hardware"], hardware["versions"]
-figure.supxlabel(
-    f"make demo · {machine['cpu']}, {machine['cores']} cores, one thread · torch {versions['torch']}",
-    fontsize=7,
-    color=GREY,
-)
+figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained", facecolor="white")
+axes = figure.subplots()
+axes.spines[["top", "right"]].set_visible(False)
+axes.grid(axis="y", color="#E6E6E6")
+axes.tick_params(colors=GREY)
+for number, result in enumerate(results):
+    for kind, points in curves_of(result).items():
+        label = NAMES[kind] if number == 0 else None
+        axes.plot(*zip(*points, strict=True), color=COLORS[kind], marker="o", markersize=3, linewidth=1.4, label=label)
+axes.set_ylim(0, 1)
+axes.set_xlim(left=0)
+axes.set_xlabel("seconds of training after 100 worked answers (one core)", color=GREY)
+axes.set_ylabel("held-out accuracy", color=GREY)
+title = f"Sorting letters: {results[0]['problems']} problems never trained on, {len(results)} seeds"
+axes.set_title(title, loc="left", fontsize=10)
+axes.legend(frameon=False, loc="center right", fontsize=8, bbox_to_anchor=(1.0, 0.62))
+machine, versions = results[0]["environment"]["hardware"], results[0]["environment"]["versions"]
+figure.supxlabel(f"{machine['cpu']}, one thread · torch {versions['torch']}", fontsize=7, color=GREY)
 figure.savefig(picture)

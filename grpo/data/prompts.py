@@ -203,6 +203,8 @@ class PromptStream:
             raise ValueError("a PromptStream needs at least one example")
         content = json.dumps([[e.example_id, e.question, e.solution] for e in examples])
         self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        columns = json.dumps([e.columns for e in examples], default=lambda value: type(value).__name__, skipkeys=True)
+        self._columns = hashlib.sha256(columns.encode()).hexdigest()  # rewards and environments read them
         self._examples, self._seed = examples, seed
         self._go_to(epoch=0, position=0, carried=[])
 
@@ -225,6 +227,7 @@ class PromptStream:
         return {
             "seed": self._seed,
             "fingerprint": self._fingerprint,
+            "columns": self._columns,
             "epoch": self._epoch,
             "position": self._position,
             "carried": self._carried,
@@ -237,7 +240,8 @@ class PromptStream:
                 f"the run began with the data order of seed={state['seed']}, not of seed={self._seed}; "
                 "resume with the seed that it began with"
             )
-        if state["fingerprint"] != self._fingerprint:
+        columns = state.get("columns", self._columns)  # version 0.2.0 recorded none
+        if state["fingerprint"] != self._fingerprint or columns != self._columns:
             raise ValueError(
                 "the training data have changed since the checkpoint; resume with the same, or start a new run"
             )

@@ -50,7 +50,7 @@ SHOWN_PER_EVENT = 3
 TABLE_EVERY = 10  # steps; `quartet view` shows every completion
 SHOWN_ALWAYS = ("learner", "worker", "validation")  # of which one is not like another
 WRITTEN = (
-    *("config.yaml", "environment.json", "metrics.jsonl", "rewards.json", "draft_costs.json"),
+    *("config.yaml", "environment.json", "metrics.jsonl", "rewards.json", "sources.json", "draft_costs.json"),
     *("policy", "best_policy", "warm_start"),
 )
 WRITTEN_INTO = ("checkpoints", "warm_start_checkpoints", "rollouts")

@@ -26,7 +26,8 @@ from grpo.run.log import NoLog, Resume, RunLog
 from grpo.run.memory_errors import Phase, phase
 from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import saved_state
-from grpo.run.reward_record import record_rewards, refuse_changed_rewards
+from grpo.run.reward_record import record_sources, refuse_changed_sources
+from grpo.run.sources import Sources
 from grpo.run.stop import Stopped, last_words, say_stopping, signals
 from policies.devices import peak_gib
 from rewards.config.options import dump_yaml
@@ -68,6 +69,7 @@ class Run(Generic[Config]):
         self.inner = bool(of)  # a training inside the run: its steps have no metrics, and the last one is not saved
         self.start = self.step = self.saved_step = saved.step if saved else 0  # `step` is the last whole one
         self.resumes = self.forced = False
+        self.sources: Sources | None = None
         self.metrics: defaultdict[str, float] = defaultdict(float)  # of the step in progress
         self._parts: dict[str, Any] = {}
         self._refused = self._recorded = -1  # the last step whose checkpoint the disk refused, that has its line
@@ -91,11 +93,13 @@ class Run(Generic[Config]):
         stop_after: int | None = None,
         force: bool = False,
         ranks: Ranks = ALONE,
+        sources: Sources | None = None,
     ) -> Iterator[Self]:
         """Lock the folder, read what the run goes on from, open its files and listen to signals.
 
-        `rewards` describe the reward functions (`Scorer.describe`). Everything that can be refused is refused before
-        the folder is touched: see `RunLock`, `saved_state`, `refuse_changed_rewards` and `RunLog` for the errors.
+        `rewards` describe the reward functions (`Scorer.describe`), `sources` all other files of the user that the
+        result depends on. Everything that can be refused is refused before
+        the folder is touched: see `RunLock`, `saved_state`, `refuse_changed_sources` and `RunLog` for the errors.
         """
         with ExitStack() as stack:
             if ranks.first:
@@ -103,7 +107,7 @@ class Run(Generic[Config]):
                 flags: dict[str, Any] = {"resume": resume, "force": force, "stop_after": stop_after}
                 saved = saved_state(config, steps=steps, tell=ranks.from_first, **flags)
                 if resume is not None and not force:
-                    refuse_changed_rewards(config.output_dir, rewards)
+                    refuse_changed_sources(config.output_dir, rewards, sources)
                 goes_on = None if resume is None else Resume(0)
                 if saved:
                     goes_on = Resume(saved.step, saved.state.get("unwritten"))
@@ -114,13 +118,13 @@ class Run(Generic[Config]):
                 stack.enter_context(log.until_its_end())
                 stack.enter_context(last_words(KILLED))
                 stack.enter_context(signals.heard(partial(say_stopping, show=log.note)))
-                record_rewards(log, rewards)
+                record_sources(log, rewards, sources)
             else:
                 path = ranks.from_first(lambda: None)
                 saved = checkpoint.load(path, together=True) if path else None
                 log = cast(RunLog, NoLog(config.output_dir))
             run = cls(config, log, ranks, saved=saved, last=steps, stop_after=stop_after)
-            run.resumes, run.forced = resume is not None, force
+            run.resumes, run.forced, run.sources = resume is not None, force, sources
             try:
                 yield run
             except Stopped as stopped:  # perhaps outside the steps
@@ -135,7 +139,9 @@ class Run(Generic[Config]):
         folder = self.folder / name
         newest = self.ranks.from_first(lambda: checkpoint.find(folder, "auto"))
         saved = checkpoint.load(newest, together=True) if newest else None
-        return Run(self.config, self.log, self.ranks, checkpoints=folder, saved=saved, last=last, of=of)
+        part = Run(self.config, self.log, self.ranks, checkpoints=folder, saved=saved, last=last, of=of)
+        part.sources = self.sources
+        return part
 
     def restore(self, **parts: Any) -> None:
         """Take these parts (learner, prompts, ...) back to the checkpoint, and save them from now on.
@@ -147,11 +153,13 @@ class Run(Generic[Config]):
         self._parts = parts
         if self.saved:
             self.load(self.saved)
+            self.saved_step = self.start
         self.ranks.from_first(lambda: checkpoint.discard_after(self.checkpoints, self.start))
 
     def load(self, saved: Checkpoint) -> None:
-        """Every part takes the state that it had when this was saved."""
-        self.saved = saved
+        """Every part takes the state that it had when this was saved; the checkpoint of the last whole step, if there
+        is one, has another state."""
+        self.saved, self.saved_step = saved, -1
         for name, part in self._parts.items():
             if isinstance(part, Learner):
                 part.load_state(saved.tensors, saved.state[name])
@@ -276,6 +284,8 @@ class Run(Generic[Config]):
         if self.saved_step == self.step:
             return
         self._refused = self.step
+        if self.sources and self.ranks.first:  # before the checkpoint, which depends on them
+            self.sources.keep_up(self.folder)
         best = self.best_step(self.step) if self.ranks.first else None
         protect = [] if best is None else [best]
         checkpoint.save(self.checkpoints, self.step, *self.state(), keep=self.config.checkpoint.keep, protect=protect)
@@ -311,10 +321,16 @@ class Run(Generic[Config]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Every exception goes on, after an event that names the step that is saved. A stop tells it, too."""
-        if error is None or getattr(error, "saved", False):
+        """Every exception goes on, after an event that names the step that is saved. A stop tells it, too. A loop that
+        was left by `break` or `return` keeps as much."""
+        if getattr(error, "saved", False):
+            return
+        if error is None and self._begun is None:  # the loop has ended by itself, with all that it wanted to save
             return
         self._settle()
+        if error is None:
+            self.save()
+            return
         if isinstance(error, Stopped):
             self.save()
             if signals.number:

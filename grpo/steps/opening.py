@@ -49,7 +49,7 @@ def open_run(
             ranks = stack.enter_context(joined(device_of(config.device).type == "cpu", config.learner.parallel))
         task = stack.enter_context(open_task(config, scores=ranks.first))
         ready(task)
-        flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
+        flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force, "sources": task.sources}
         run = stack.enter_context(Run.open(config, last, task.describe_rewards(), ranks=ranks, **flags))
         task.record_split(run.log)
         yield run, task

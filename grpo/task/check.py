@@ -18,9 +18,11 @@ from grpo.config.run import LearningConfig, RunConfig
 from grpo.source.policy_source import PolicySource
 from grpo.task.parts import FIRST, OF_MODEL, TRIES, check_processes
 from grpo.task.plan import REFUSALS, Plan
+from grpo.task.sources import sources_of
 from grpo.task.table import contradictions
 from grpo.task.task import Task, reward_specs
 from policies.devices import device_of
+from rewards.opened import listing
 from rewards.scorer import Scorer
 
 
@@ -54,6 +56,7 @@ def open_task(config: LearningConfig | MtpConfig, *, scores: bool = True) -> Ite
     """The task of a run, with its cassette. Where its data are wrong, its rewards are looked at as well."""
     cassette = getattr(config, "cassette", None)
     with ExitStack() as stack:
+        opened = stack.enter_context(listing())
         if cassette is not None and cassette.file is not None:
             from rewards.isolation.cassette import playing
 
@@ -65,7 +68,9 @@ def open_task(config: LearningConfig | MtpConfig, *, scores: bool = True) -> Ite
             if whole is error:
                 raise
             raise whole from error
-        yield stack.enter_context(task)
+        stack.enter_context(task)
+        task.sources = sources_of(config, opened)
+        yield task
 
 
 def task_of(config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:

@@ -24,6 +24,7 @@ from grpo.data.prompts import PromptStream, PromptTemplate, encode_prompt
 from grpo.data.trained_on import record_trained_on, trained_on
 from grpo.learner.row import PackedRow, Sample
 from grpo.run.log import RunLog
+from grpo.run.sources import Sources
 from grpo.source.policy_source import known_context
 from grpo.task.sampling import Actor, agent_of, environment_of
 from policies.devices import device_of
@@ -52,6 +53,7 @@ class Task:
     `parts` are the tasks of several sources of data by label; none where there is one source."""
 
     parts: Mapping[str, Task] = MappingProxyType({})
+    sources: Sources | None = None  # of a run: its files, but for the data
 
     def __init__(
         self,

@@ -17,8 +17,8 @@ from starlette.routing import Route
 from tinker import types
 
 from grpo.endpoint.app import HEADERS, LOOPBACK, is_loopback_host
-from grpo.tinker import wire
-from grpo.tinker.service import Job, Service, Unknown
+from grpo.tinker import sampler, wire
+from grpo.tinker.service import Job, Service, Unknown, check_number
 from grpo.tinker.wire import Refused
 
 MOST_BYTES, BODY_S = 1 << 26, 120.0  # of a body, and the seconds that it may take to arrive
@@ -144,12 +144,12 @@ class _Api:
         return {"supported_models": [model]}
 
     async def create_session(self, request: Request, body: bytes) -> Any:
-        asked = types.CreateSessionRequest.model_validate_json(body)
+        asked = wire.understood(types.CreateSessionRequest, body)
         content = {"tags": asked.tags, "user_metadata": asked.user_metadata}
         return {"session_id": await asyncio.to_thread(self.service.create_session, content)}
 
     async def heartbeat(self, request: Request, body: bytes) -> Any:
-        self.service.session(types.SessionHeartbeatRequest.model_validate_json(body).session_id)
+        self.service.session(wire.understood(types.SessionHeartbeatRequest, body).session_id)
         return {"type": "session_heartbeat"}
 
     async def finish(self, request: Request, body: bytes) -> Any:
@@ -159,11 +159,11 @@ class _Api:
     # ---- training ------------------------------------------------------------------------------------------------
 
     async def create_model(self, request: Request, body: bytes) -> Any:
-        asked = types.CreateModelRequest.model_validate_json(body)
+        asked = wire.understood(types.CreateModelRequest, body)
         return await self._ask(self._id(asked.session_id, asked.model_seq_id), 0, "create_model", asked)
 
     async def load_weights(self, request: Request, body: bytes) -> Any:
-        asked = types.LoadWeightsRequest.model_validate_json(body)
+        asked = wire.understood(types.LoadWeightsRequest, body)
         if asked.session_id is not None:
             return await self._ask(self._id(asked.session_id, asked.model_seq_id or 0), 0, "load_weights", asked)
         return await self._ask_later(asked, "load_weights")
@@ -175,19 +175,18 @@ class _Api:
         return await asyncio.to_thread(self.service.ask, asked.model_id, asked.seq_id, "forward_backward", body)
 
     async def optim_step(self, request: Request, body: bytes) -> Any:
-        return await self._ask_later(types.OptimStepRequest.model_validate_json(body), "optim_step")
+        return await self._ask_later(wire.understood(types.OptimStepRequest, body), "optim_step")
 
     async def save_weights(self, request: Request, body: bytes) -> Any:
-        return await self._ask_later(types.SaveWeightsRequest.model_validate_json(body), "save_weights")
+        return await self._ask_later(wire.understood(types.SaveWeightsRequest, body), "save_weights")
 
     async def save_weights_for_sampler(self, request: Request, body: bytes) -> Any:
-        asked = types.SaveWeightsForSamplerRequest.model_validate_json(body)
+        asked = wire.understood(types.SaveWeightsForSamplerRequest, body)
         return await self._ask_later(asked, "save_weights_for_sampler")
 
     def _id(self, session: str, number: int) -> str:
         self.service.session(session)
-        if number < 0:
-            raise Refused(f"model_seq_id={number}: use 0 or more")
+        check_number("model_seq_id", number)
         return f"{session}:train:{number}"
 
     async def _ask_later(self, asked: Any, kind: str) -> Job:
@@ -200,7 +199,7 @@ class _Api:
         return await asyncio.to_thread(self.service.ask, model_id, number, kind, body)
 
     async def get_info(self, request: Request, body: bytes) -> Any:
-        asked = types.GetInfoRequest.model_validate_json(body)
+        asked = wire.understood(types.GetInfoRequest, body)
         model = self.service.model(asked.model_id)
         rank = model.spec.rank if model.spec else 0
         name = self.service.name
@@ -210,16 +209,17 @@ class _Api:
     # ---- sampling ------------------------------------------------------------------------------------------------
 
     async def create_sampling_session(self, request: Request, body: bytes) -> Any:
-        asked = types.CreateSamplingSessionRequest.model_validate_json(body)
+        asked = wire.understood(types.CreateSamplingSessionRequest, body)
         if asked.model_path is None and asked.base_model != self.service.name:
             raise Refused(f"base_model={asked.base_model!r:.80}: this server has {self.service.name!r}")
         add, number = self.service.add_sampler, asked.sampling_session_seq_id
         return {"sampling_session_id": await asyncio.to_thread(add, asked.session_id, number, asked.model_path)}
 
     async def sample(self, request: Request, body: bytes) -> Any:
-        asked = types.SampleRequest.model_validate_json(body)
+        asked = wire.understood(types.SampleRequest, body)
         if asked.sampling_session_id is None:
             raise Refused("sampling_session_id: create a sampling session first")
+        sampler.read(asked.model_dump(exclude_none=True), "", ())  # its bounds, before anything is kept or allocated
         kept = asked.model_dump_json(exclude_none=True).encode()
         job = await asyncio.to_thread(self.service.ask_sampler, asked.sampling_session_id, asked.seq_id, kept)
         names = [f"{job.request_id}:{sample}" for sample in range(asked.num_samples)]
@@ -232,7 +232,7 @@ class _Api:
     # ---- results and what is saved -------------------------------------------------------------------------------
 
     async def retrieve_future(self, request: Request, body: bytes) -> Any:
-        asked = types.FutureRetrieveRequest.model_validate_json(body)
+        asked = wire.understood(types.FutureRetrieveRequest, body)
         job = self.service.job(asked.request_id)
         end = asyncio.get_running_loop().time() + WAIT_S
         pause = 0.002
@@ -272,7 +272,7 @@ class _Api:
         return {}
 
     async def weights_info(self, request: Request, body: bytes) -> Any:
-        spec = self.service.spec_of(_Path.model_validate_json(body).tinker_path)
+        spec = self.service.spec_of(wire.understood(_Path, body).tinker_path)
         flags = {name: getattr(spec, name) for name in ("train_unembed", "train_mlp", "train_attn")}
         return {"base_model": self.service.name} | _lora(spec.rank) | flags
 

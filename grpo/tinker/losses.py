@@ -5,6 +5,7 @@ The formulas: https://tinker-docs.thinkingmachines.ai/tinker/losses. Axes: N tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -102,6 +103,8 @@ def loss_of(name: str, changes: Mapping[str, float | str]) -> tuple[Loss, dict[s
         if key not in settings or not isinstance(value, int | float):
             known = ", ".join(settings) or "nothing"
             raise Refused(f"loss_fn_config[{key!r}]={value!r}: {name} takes numbers for {known}")
+        if not math.isfinite(value):
+            raise Refused(f"loss_fn_config[{key!r}]={value}: use a finite number")
         settings[key] = float(value)
     return loss, settings
 

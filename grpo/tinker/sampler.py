@@ -59,13 +59,16 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) ->
         raise Refused("sampling_params: top_k and top_p would change the distribution that is trained; leave them out")
     if not 1 <= count <= MOST_SAMPLES:
         raise Refused(f"num_samples={count}: use 1 to {MOST_SAMPLES}")
+    limit = asked.get("max_tokens")
+    if limit is not None and limit < 1:
+        raise Refused(f"max_tokens={limit}: use 1 or more, or leave it out to sample to the end of the context")
     stop, seed = asked.get("stop"), asked.get("seed")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
     texts, ids = tuple(s for s in stops if isinstance(s, str)), tuple(s for s in stops if isinstance(s, int))
     params = SamplingParams(
         group_size=count,
         temperature=asked.get("temperature", 1.0),
-        max_completion_tokens=asked.get("max_tokens") or 0,
+        max_completion_tokens=limit or 0,  # 0: to the end of the context
         stop_token_ids=ids if ids or stop == [] else tuple(stop_token_ids),
         stop_strings=texts,
         seed=0 if seed is None else seed,

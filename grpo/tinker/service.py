@@ -45,6 +45,9 @@ KEEP_STATE_S = 30.0  # between two states of a model that are kept: what came af
 RESULTS = 4096  # the last ones of each model and sampler are kept
 UNNAMED = 16  # weights for sampling without a name that are kept of each model
 TURNS = 16  # requests of one sampler in a row while others wait: each change of weights merges adapters again
+MOST_NUMBER = 10**8 - 1  # of requests, models and samplers: the names of their files have eight digits
+MOST_WAITING = 1 << 28  # bytes of requests that wait, of all clients: they are in memory until they are done
+MOST_METADATA = 1 << 16  # bytes of what a session is called; a session stays in memory
 
 
 class Unknown(Exception):
@@ -62,6 +65,7 @@ class Job:
     again: bool = False  # it was done before the service was killed, and its result is known
     result: tuple[str, bytes] | None = None
     done: threading.Event = field(default_factory=threading.Event)
+    size: int = 0  # bytes of `body`, which is dropped when the request is done
 
     @property
     def request_id(self) -> str:
@@ -161,6 +165,7 @@ class Service:
         self._samples: list[Job] = []
         self._wakes = threading.Condition(self._mutex)
         self._closed = False
+        self._waiting_bytes = 0
         self._recover()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._train, self._sample)]
         for thread in self._threads:
@@ -171,7 +176,10 @@ class Service:
     def create_session(self, request: Mapping[str, Any]) -> str:
         session = secrets.token_hex(8)
         content = {"tags": request.get("tags", []), "metadata": request.get("user_metadata"), "at": time.time()}
-        write_file(self.folder / "sessions" / f"{session}.json", json.dumps(content))
+        written = json.dumps(content)
+        if len(written) > MOST_METADATA:
+            raise Refused(f"tags and user_metadata: {len(written):,} bytes; keep at most {MOST_METADATA:,}")
+        write_file(self.folder / "sessions" / f"{session}.json", written)
         with self._mutex:
             self.sessions[session] = content
         return session
@@ -194,6 +202,7 @@ class Service:
     def add_sampler(self, session: str, number: int, path: str | None) -> str:
         """A sampler of these weights; asked again with its number it is the same one."""
         self.session(session)
+        check_number("sampling_session_seq_id", number)
         if path is not None:
             self._folder_of(path)
         id_ = f"{session}:sample:{number}"
@@ -247,27 +256,26 @@ class Service:
     def ask(self, model_id: str, number: int | None, kind: str, body: bytes) -> Job:
         """A request to a model, which has a result when those with lower numbers have theirs. Sent again, it is the
         same one. Number 0 makes the model."""
-        if number is None or not 0 <= number < 10**8:
-            raise Refused(f"seq_id={number}: number the requests of a model from 1 on, in their order")
+        number = check_number("seq_id", number)
         with self._mutex:
-            if number == 0:
-                model = self.models.setdefault(model_id, Model(self.folder / "models" / _file(model_id), model_id))
-            else:
-                model = self.model(model_id)
             if (known := self.jobs.get(f"{model_id}:{number}")) is not None:
                 return known
-            if number < model.next:
+            model = self.models.get(model_id) if number == 0 else self.model(model_id)
+            if model is not None and number < model.next:
                 raise Unknown(f"request {number} of model {model_id}: its result is no longer kept")
+            self._admit(number, body, model)
+            if model is None:
+                model = self.models[model_id] = Model(self.folder / "models" / _file(model_id), model_id)
             model.files.keep(number, kind, body)
             return self._enter(Job(model, number, kind, body))
 
     def ask_sampler(self, id_: str, number: int | None, body: bytes) -> Job:
         sampling = self.sampling_session(id_)
-        if number is None or number < 0:
-            raise Refused(f"seq_id={number}: number the requests of a sampling session")
+        number = check_number("seq_id", number)
         with self._mutex:
             if (known := self.jobs.get(f"{id_}:{number}")) is not None:
                 return known
+            self._admit(number, body)
             sampling.files.keep(number, "sample", body)
             return self._enter_sample(Job(sampling, number, "sample", body))
 
@@ -276,9 +284,28 @@ class Service:
             raise Unknown(f"request {request_id!r:.80}: nothing was asked under this id, or long ago")
         return self.jobs[request_id]
 
+    def _admit(self, number: int, body: bytes, model: Model | None = None) -> None:
+        """Raises Refused if the requests that wait have too many bytes."""
+        if self._waiting_bytes + len(body) <= MOST_WAITING:
+            return
+        if model is not None and model.waiting and number == model.next:
+            return  # others wait for this one: without it they would wait for ever
+        way = "wait for results, and send it again"
+        if model is not None and number > model.next:
+            way = f"send request {model.next} of the model first"
+        raise Refused(
+            f"seq_id={number}: the request has {len(body)} bytes, and {self._waiting_bytes} bytes wait already, of "
+            f"{MOST_WAITING} at most; {way}"
+        )
+
+    def _count(self, job: Job) -> None:
+        job.size = len(job.body)
+        self._waiting_bytes += job.size
+
     def _enter(self, job: Job) -> Job:
         model = job.owner
         assert isinstance(model, Model)
+        self._count(job)
         self.jobs[job.request_id] = model.waiting[job.number] = job
         while (ready := model.waiting.pop(model.next, None)) is not None:
             model.next += 1
@@ -286,9 +313,11 @@ class Service:
         return job
 
     def _enter_sample(self, job: Job) -> Job:
-        self.jobs[job.request_id] = job
-        self._samples.append(job)
-        self._wakes.notify()
+        with self._mutex:  # also while a service is made: a condition without its lock cannot notify
+            self._count(job)
+            self.jobs[job.request_id] = job
+            self._samples.append(job)
+            self._wakes.notify()
         return job
 
     def _recover(self) -> None:
@@ -369,6 +398,8 @@ class Service:
                 job.owner.files.keep_result(job.number, form, content)
             except Exception as error:  # such as a full disk
                 job.result = _fault("the request was handled, but its result could not be kept", error)
+        with self._mutex:
+            self._waiting_bytes -= job.size
         job.body = b""
         job.done.set()
         self.jobs.pop(f"{job.owner.id}:{job.number - RESULTS}", None)
@@ -414,6 +445,8 @@ class Service:
         lora["seed"] = int(model.id.rpartition(":")[2]) if lora.get("seed") is None else lora["seed"]
         if not 0 <= lora["rank"] <= 4096:
             raise Refused(f"lora_config.rank={lora['rank']}: use 1 to 4096, or 0 to train all weights")
+        if not 0 <= lora["seed"] < 1 << 63:
+            raise Refused(f"lora_config.seed={lora['seed']}: use 0 to {(1 << 63) - 1}")
         self._begin(model, Spec(**lora))
         return {"model_id": model.id, "type": "create_model"}
 
@@ -548,6 +581,13 @@ def _number(folder: Path) -> int:
 def _numbers(folder: Path) -> list[int]:
     """The numbers of the requests or results in a folder, in order."""
     return sorted(int(path.stem) for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def check_number(name: str, number: int | None) -> int:
+    """The number of a request, model or sampler. Raises Refused for one that cannot be part of a file's name."""
+    if number is None or not 0 <= number <= MOST_NUMBER:
+        raise Refused(f"{name}={number}: use a number from 0 to {MOST_NUMBER}, in the order of the requests")
+    return number
 
 
 def _file(id_: str) -> str:

@@ -5,16 +5,19 @@ Axes: N tokens of a datum, K targets of each token where there are several.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from google.protobuf.message import DecodeError
+from pydantic import BaseModel
 from tinker.proto import tinker_public_pb2 as messages
 from torch import Tensor
 
+Asked = TypeVar("Asked", bound=BaseModel)
 DTYPES = {messages.DTYPE_FLOAT32: np.float32, messages.DTYPE_INT64: np.int64, messages.DTYPE_INT32: np.int32}
 PICTURES = "this server trains on text: a datum has a chunk of pictures or sound; send encoded_text chunks alone"
 
@@ -49,6 +52,39 @@ class Outputs:
 
     by_datum: list[dict[str, Tensor]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+def understood(kind: type[Asked], body: bytes) -> Asked:
+    """The request in a body of JSON. Raises pydantic's ValidationError, or Refused for a number that is not finite.
+
+    JSON has no such number: it would be kept as null, and fail only where it is read.
+    """
+    asked = kind.model_validate_json(body)
+    if (found := _not_finite(asked.model_dump())) is not None:
+        place, value = found
+        raise Refused(f"{place}={value}: use a finite number")
+    return asked
+
+
+def _not_finite(value: Any, place: str = "") -> tuple[str, float] | None:
+    """The place and the value of the first number that is not finite.
+
+    >>> _not_finite({"a": [1, {"b": float("inf")}]})
+    ('a.1.b', inf)
+    """
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (place, value)
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, item in items:
+        if isinstance(item, float | dict | list | tuple):  # of a long prompt no number is one of these
+            found = _not_finite(item, f"{place}.{key}" if place else str(key))
+            if found is not None:
+                return found
+    return None
 
 
 def message_of(body: bytes) -> messages.ForwardBackwardRequest:

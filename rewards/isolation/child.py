@@ -27,6 +27,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
+from rewards.opened import begin_process, opened_by, this_process_is_of
 from rewards.protocol import Reward, RewardError, Signature, awaited, bind
 from rewards.registry import Source, load_reward
 
@@ -45,6 +46,8 @@ def serve(socket_fd: int, trace_fd: int, memory: int) -> None:
     lines: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_read, args=(connection, lines), daemon=True).start()
     functions: list[Any] = []
+    names: list[str] = []
+    begin_process()
     while True:
         request = json.loads(lines.get())
         renew = partial(faulthandler.dump_traceback_later, request["timeout_s"], exit=True, file=trace_fd)
@@ -52,7 +55,9 @@ def serve(socket_fd: int, trace_fd: int, memory: int) -> None:
         try:
             if "functions" in request:
                 reply = load(request["functions"], functions)
+                names += [description["function"] for description in request["functions"]]
             else:
+                this_process_is_of(names[request["function"]])
                 reply = functions[request["function"]].call(request | {"renew": renew})
         except BaseException as error:  # KeyboardInterrupt: no Ctrl-C comes here, so the function has raised it
             reply = {"kind": "raised", "message": _describe(error, None)}
@@ -83,7 +88,9 @@ def load(descriptions: list[dict], functions: list[Any]) -> dict:
         try:
             module, _, name = KINDS.get(kind, kind).partition(":")
             arguments = {key: value for key, value in description.items() if key != "kind"}
-            functions.append(getattr(import_module(module), name)(**arguments))
+            loaded = getattr(import_module(module), name)
+            with opened_by(description["function"]):
+                functions.append(loaded(**arguments))
         except RewardError as error:
             return {"error": str(error)}
         except BaseException as error:

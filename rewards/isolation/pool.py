@@ -27,6 +27,7 @@ from rewards.isolation.child import LoadedReward, load, plain
 from rewards.isolation.output import Output
 from rewards.isolation.replies import MOST_BYTES, BadReply, read_reply
 from rewards.isolation.variables import hint_at_withheld, worker_variables
+from rewards.opened import opened_by
 from rewards.protocol import RewardError, Signature
 
 START_TIMEOUT_S = 120.0  # a user's file may import heavy libraries
@@ -325,7 +326,8 @@ class ThisProcess:
         replies: list[dict | None] = []
         for request in requests:
             request = json.loads(json.dumps(request))  # as between processes, no list is shared
-            reply = self._functions[request["function"]].call(request)
+            with opened_by(self._descriptions[request["function"]]["function"]):
+                reply = self._functions[request["function"]].call(request)
             replies.append(json.loads(json.dumps(reply, default=plain)))
         return replies
 

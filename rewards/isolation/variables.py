@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 
+from rewards.opened import VARIABLE as OPENED
 from rewards.protocol import RewardError
 
 _PASSED = re.compile(
@@ -22,7 +23,7 @@ _PASSED = re.compile(
             "(CUDA|HIP|ROCR|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_HOME",
             "HF_(HOME|ENDPOINT|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|DATASETS_OFFLINE)|TRANSFORMERS_OFFLINE",
             "TORCH_HOME|NLTK_DATA|SACREBLEU",  # where libraries keep downloads
-            "QUARTET_CASSETTE|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE",
+            f"QUARTET_CASSETTE|{OPENED}|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE",
         ]
     )
 )

@@ -45,18 +45,35 @@ JOINABLE = {
 
 @dataclass
 class Part:
-    """Rows that are decoded together. They have one `length`, of which the first `pads_R` tokens are padding."""
+    """Rows that are decoded together. They have one `length`, of which the first `pads_R` tokens are padding: all of
+    them in a row that has ended. The other rows have padding only if they are `joined`."""
 
     rows_R: Tensor  # their numbers among all rows
     length: int
+    pads_R: Tensor
     cache: Any = None  # transformers'; None: nothing is kept
-    pads_R: Tensor | None = None
+    joined: bool = False
 
     def select(self, of_part: Tensor, rows_R: Tensor) -> Part:
         """Some of its rows, or each several times, under new numbers."""
         if self.cache is not None:
             _reorder(self.cache, of_part)
-        return replace(self, rows_R=rows_R, pads_R=None if self.pads_R is None else self.pads_R[of_part])
+        return replace(self, rows_R=rows_R, pads_R=self.pads_R[of_part])
+
+    def end(self, ended_R: Tensor) -> None:
+        """These rows need nothing of what was read."""
+        self.pads_R = self.pads_R.masked_fill(ended_R, self.length)
+
+    def trim(self, columns: int) -> None:
+        """Drop these first columns, which are padding in every row: else the cache would grow with every row that joins
+        after another one has left. One column stays, since a cache without any is taken for a new one."""
+        columns = min(columns, self.length - 1)
+        if not self.joined or columns <= 0:
+            return
+        self.length -= columns
+        self.pads_R = self.pads_R - columns
+        for layer in self.cache.layers:
+            _trim_layer(layer, self.length)
 
 
 class StockPrompts:
@@ -105,26 +122,35 @@ class StockRows:
 
     def _parts(self, parts: Sequence[Part]) -> list[Part]:
         joins = self.sampler == "joined" and len(parts) > 1 and _can_join(parts)
-        return [_joined(parts)] if joins else list(parts)
+        return _trimmed([_joined(parts)] if joins else parts)
 
     def read(self, trunk: StockTrunk, token_ids_RS: Tensor) -> Tensor:
         rows = torch.arange(len(self.lengths_R), device=self.lengths_R.device)[:, None]
         columns = self.lengths_R[:, None] + torch.arange(token_ids_RS.shape[1], device=rows.device)
-        self.token_ids_RT = F.pad(self.token_ids_RT, (0, max(0, int(columns.max()) + 1 - self.token_ids_RT.shape[1])))
+        # What the host has to know of the rows is read in one copy.
+        last, *pads = torch.stack([columns.max(), *(part.pads_R.min() for part in self.parts)]).tolist()
+        self.token_ids_RT = F.pad(self.token_ids_RT, (0, max(0, last + 1 - self.token_ids_RT.shape[1])))
         self.token_ids_RT[rows, columns] = token_ids_RS
         if self.unread_R is not None or self.sampler == "whole":
             new = self.unread_R if self.unread_R is not None else torch.full_like(self.lengths_R, columns.shape[1])
             self.parts, hidden_RTD = _read_alone(trunk, self.token_ids_RT, self.lengths_R + new)
             return hidden_RTD[rows, columns.clamp(max=hidden_RTD.shape[1] - 1)]
-        outputs, order = [], []
-        for part in self.parts:
-            outputs.append(trunk.forward(token_ids_RS[part.rows_R], part))
-            order.append(part.rows_R)
-        return torch.cat(outputs)[torch.cat(order).argsort()]
+        states = []
+        for part, columns_of_pads in zip(self.parts, pads, strict=True):
+            if columns_of_pads == part.length:  # all of its rows have ended; they may have reached the last position
+                continue
+            part.trim(columns_of_pads)
+            states.append((part.rows_R, trunk.forward(token_ids_RS[part.rows_R], part)))
+        hidden: Tensor = states[0][1].new_zeros(len(rows), *states[0][1].shape[1:])
+        for rows_R, of_part in states:
+            hidden[rows_R] = of_part
+        return hidden
 
     def advance(self, kept_R: Tensor) -> None:
         """Rows that keep none have ended, or wait until `take` reads them anew."""
         self.lengths_R, self.unread_R = self.lengths_R + kept_R, None
+        for part in self.parts:
+            part.end(kept_R[part.rows_R] == 0)
 
     def join(self, others: Sequence[StockRows]) -> StockRows:
         """One cache with these rows and those of `others`."""
@@ -141,7 +167,8 @@ class StockRows:
         number = torch.full_like(self.lengths_R, -1)
         number[rows] = torch.arange(len(rows), device=rows.device)
         self.token_ids_RT, self.lengths_R = self.token_ids_RT[rows], self.lengths_R[rows]
-        self.parts = [part for part in (_renumbered(part, number) for part in self.parts) if len(part.rows_R)]
+        parts = [_renumbered(part, number) for part in self.parts]
+        self.parts = _trimmed([part for part in parts if len(part.rows_R)])
 
     def take(self, rows: Tensor, new: Tensor) -> StockRows:
         """These rows for a forward of `new` tokens each, which reads them from their beginning: while they waited, the
@@ -190,8 +217,8 @@ class StockTrunk:
             options |= {name: part.cache for name in CACHES if name in self.takes}
         if part.cache is not None and "position_ids" in self.takes:
             positions = torch.arange(part.length, part.length + new, device=self.device).expand(rows, -1)
-            options["position_ids"] = positions if part.pads_R is None else positions - part.pads_R[:, None]
-        if part.pads_R is not None:
+            options["position_ids"] = positions - part.pads_R[:, None] if part.joined else positions
+        if part.joined:
             columns = torch.arange(part.length + new, device=self.device)
             options["attention_mask"] = (columns >= part.pads_R[:, None]).long()
         with attending_by(self.config, self.own_attention):
@@ -206,11 +233,12 @@ def _read_alone(trunk: StockTrunk, token_ids_RT: Tensor, lengths_R: Tensor) -> t
     """The parts of these rows, read from their beginning, and their hidden states [R, T, D]."""
     parts, hidden, of_row = [], None, lengths_R.tolist()
     for length in sorted(set(of_row)):
-        part = Part((lengths_R == length).nonzero()[:, 0], 0)
-        states = trunk.forward(token_ids_RT[part.rows_R, :length], part)
+        rows = (lengths_R == length).nonzero()[:, 0]
+        part = Part(rows, 0, torch.zeros_like(rows))
+        states = trunk.forward(token_ids_RT[rows, :length], part)
         if hidden is None:
             hidden = states.new_zeros(len(of_row), max(of_row), states.shape[-1])
-        hidden[part.rows_R, :length] = states
+        hidden[rows, :length] = states
         parts.append(part)
     assert hidden is not None
     return parts, hidden
@@ -253,10 +281,15 @@ def _joined(parts: Sequence[Part]) -> Part:
     of_layers = zip(*(part.cache.layers for part in parts), strict=True)
     cache.layers = [_joined_layer(layers, [length - part.length for part in parts], length) for layers in of_layers]
     rows = torch.cat([part.rows_R for part in parts])
-    pads = [
-        (torch.zeros_like(part.rows_R) if part.pads_R is None else part.pads_R) + length - part.length for part in parts
-    ]
-    return Part(rows, length, cache, torch.cat(pads))
+    pads = torch.cat([part.pads_R + length - part.length for part in parts])
+    return Part(rows, length, pads, cache, joined=True)
+
+
+def _trimmed(parts: Sequence[Part]) -> list[Part]:
+    for part in parts:
+        if part.joined:
+            part.trim(int(part.pads_R.min()))
+    return list(parts)
 
 
 def _joined_layer(layers: Sequence[Any], pads: Sequence[int], length: int) -> Any:
@@ -267,7 +300,7 @@ def _joined_layer(layers: Sequence[Any], pads: Sequence[int], length: int) -> An
             joined = {key: torch.cat([s[key] for s in states]) for key, one in states[0].items() if one is not None}
             setattr(layer, name, states[0] | joined)
         layer.batch_size = sum(getattr(part, "batch_size", 0) for part in layers)
-    room = layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else length
+    room = _room(layer, length)
     for name, axis in SEQUENCES.items():
         entries = [getattr(part, name, None) for part in layers]
         if all(isinstance(x, Tensor) and x.numel() for x in entries):
@@ -275,6 +308,22 @@ def _joined_layer(layers: Sequence[Any], pads: Sequence[int], length: int) -> An
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = length
     return layer
+
+
+def _trim_layer(layer: Any, length: int) -> None:
+    """Keep what a layer holds of the last `length` columns."""
+    for name, axis in SEQUENCES.items():
+        entries = getattr(layer, name, None)
+        if isinstance(entries, Tensor) and entries.numel():
+            kept = min(entries.shape[axis], _room(layer, length))
+            setattr(layer, name, entries.narrow(axis, entries.shape[axis] - kept, kept))
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = length
+
+
+def _room(layer: Any, length: int) -> int:
+    """How many entries a layer holds of `length` columns."""
+    return min(layer.sliding_window - 1, length) if isinstance(layer, DynamicSlidingWindowLayer) else length
 
 
 def _padded(entries: Tensor, pad: int, axis: int, room: int) -> Tensor:

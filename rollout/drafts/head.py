@@ -63,6 +63,9 @@ class Drafter:
         self.known = None
         if self.cache is not None:
             self.cache.select(kept_R)
+        numbers_R = live.index // self.params.group_size
+        prefilled = [_of_rows(part, numbers_R) for part in self.prefilled]
+        self.prefilled = [part for part in prefilled if len(part.numbers_P)]
         if sum(part.tokens_RS.numel() for part in self.unread) > MOST_HELD * int(live.unread.sum()):
             tokens_RS, hidden_RSD = self.take(live, int(live.unread.max()))
             none = torch.zeros_like(live.unread)
@@ -202,3 +205,10 @@ class Drafter:
         head(prompts.token_ids_PT, F.pad(prompts.hidden_PTD, (0, 0, 1, 0))[:, :-1], positions, cache)
         cache.advance(prompts.lengths_P)
         return cache.fan_out(self.params.group_size, self.room, self.longest)
+
+
+def _of_rows(prefilled: Prefilled, numbers_R: Tensor) -> Prefilled:
+    """Without the prompts that no row continues, if they are most of it or all: to move the others has a cost."""
+    needed_P = torch.isin(prefilled.numbers_P, numbers_R)
+    most = len(needed_P) > MOST_HELD * int(needed_P.sum())
+    return prefilled.select(needed_P) if most else prefilled

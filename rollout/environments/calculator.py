@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -36,7 +37,7 @@ def evaluate(expression: str) -> str:
         value = _value(ast.parse(expression.strip(), mode="eval").body)
     except ZeroDivisionError as error:
         raise ValueError("division by zero") from error
-    except (SyntaxError, RecursionError, MemoryError) as error:
+    except (SyntaxError, UnicodeError, RecursionError, MemoryError) as error:
         raise ValueError(f"{expression!r} is not an arithmetic expression") from error
     whole, rest = divmod(abs(round(value * 10**6)), 10**6)
     text = f"{whole}.{rest:06d}".rstrip("0").rstrip(".")
@@ -46,6 +47,8 @@ def evaluate(expression: str) -> str:
 def _value(node: ast.expr) -> Fraction:
     value: Any
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        if node.value == math.inf:  # Python reads 1e999 so
+            raise ValueError("a number is too large (inf)")
         value = Fraction(str(node.value))  # 0.1 is a tenth
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
         value = _value(node.operand) * (1 if isinstance(node.op, ast.UAdd) else -1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import re
 import threading
 from collections.abc import Callable
 from typing import Any
 
-_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
+from rewards.isolation.environments import OWN
 
 
 class OpenEnv:
@@ -59,7 +58,7 @@ def openenv(url: str) -> type[OpenEnv]:
 
     The server must list its tools (`MCPEnvironment` of OpenEnv). For one with actions of its own, write a class in
     TRL's contract around its client. Raises ImportError without the package, and ValueError for a server without
-    tools. If the server does not answer, OpenEnv's client raises.
+    tools, or with one that cannot be a method. If the server does not answer, OpenEnv's client raises.
 
     >>> Maze = openenv("http://127.0.0.1:8000")
     """
@@ -72,6 +71,11 @@ def openenv(url: str) -> type[OpenEnv]:
         client.close()
     if not tools:
         raise ValueError(f"the OpenEnv server at {url} lists no tools; write a class around its client instead")
+    for tool in tools:
+        if tool.name in OWN or tool.name.startswith("_") or hasattr(OpenEnv, tool.name):
+            raise ValueError(
+                f"the OpenEnv server at {url}: an environment cannot have a tool called {tool.name!r}; rename it there"
+            )
     return type("OpenEnv", (OpenEnv,), {"_url": url, **{tool.name: _method(tool) for tool in tools}})
 
 
@@ -83,26 +87,30 @@ def _client(url: str) -> Any:
     return MCPToolClient(base_url=url).sync()
 
 
-def _method(tool: Any) -> Callable[..., Any]:
-    """A method with the signature and the docstring from which transformers makes the schema of the tool."""
+def _method(tool: Any) -> Callable[..., str]:
+    """A method with the schema of the tool: hints and a signature have no union of types, and no name with a hyphen."""
 
-    def call(self: OpenEnv, **arguments: Any) -> str:
+    def call(self: OpenEnv, /, **arguments: Any) -> str:
         return self._call(tool.name, arguments)
 
-    about, _, described = (tool.description or tool.name).partition("Args:")
-    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    lines, hints = [], {}
-    for name, schema in tool.input_schema.get("properties", {}).items():
-        hints[name] = _TYPES.get(schema.get("type"), str)
-        required = name in tool.input_schema.get("required", [])
-        default = inspect.Parameter.empty if required else schema.get("default")
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
-        )
-        match = re.search(rf"^\s*{re.escape(name)}\b[^:\n]*:\s*(.+)", described, re.MULTILINE)
-        lines.append(f"    {name}: {schema.get('description') or (match.group(1) if match else name)}")
-    call.__name__ = tool.name
-    call.__doc__ = "\n".join([about.strip() or tool.name, *(["", "Args:", *lines] if lines else [])])
-    call.__annotations__ = hints
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    schema = _schema(tool)
+    call.__name__, call.__doc__ = tool.name, schema["description"]
+    call.json_schema = schema  # type: ignore[attr-defined]
     return call
+
+
+def _schema(tool: Any) -> dict[str, Any]:
+    """The tool for chat templates. A server describes the arguments in their schemas or in the docstring."""
+    about, _, described = (tool.description or tool.name).partition("Args:")
+    properties = {}
+    for name, given in tool.input_schema.get("properties", {}).items():
+        part = {key: value for key, value in given.items() if key not in ("title", "default")}
+        match = re.search(rf"^\s*{re.escape(name)}\b[^:\n]*:\s*(.+)", described, re.MULTILINE)
+        properties[name] = part | {"description": part.get("description") or (match.group(1) if match else name)}
+    required = tool.input_schema.get("required", [])
+    parameters: dict[str, Any] = {"type": "object", "properties": properties}
+    if required:
+        parameters["required"] = required
+    if "$defs" in tool.input_schema:  # types that several arguments name
+        parameters["$defs"] = tool.input_schema["$defs"]
+    return {"name": tool.name, "description": about.strip() or tool.name, "parameters": parameters}

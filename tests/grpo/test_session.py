@@ -650,3 +650,84 @@ def test_loops_are_as_short_as_is_promised():
     for file in LOOPS.glob("*.py"):
         code = [line for line in file.read_text().splitlines() if line.strip() and not line.strip().startswith("#")]
         assert len(code) <= (15 if file.name == "train.py" else 30), file.name
+
+
+def weights(folder, step):
+    return load_file(folder / f"checkpoints/step_{step:06d}/policy.safetensors")
+
+
+def learn_one_step(session, step):
+    batch = session.prepare(session.draw(step))
+    metrics = session.forward_backward(batch) | session.optim_step()
+    session.publish()
+    session.record(step, metrics)
+    session.save_if_due(step)
+
+
+@pytest.mark.parametrize("place", ["after the step", "after the update", "before the update"])
+def test_contract_9_a_loop_that_is_left_keeps_what_it_learned(micro_config, tmp_path, place):
+    """A step whose weights have moved counts, and one that had none is given up, as for an exception."""
+    given = {"warm_start.steps": 0, "eval.limit": 0, "steps": 4, "checkpoint.every": 10}
+    config = micro_config(tmp_path / "left", **given)
+
+    def leave(session):
+        for step in session.run.steps():
+            if step < 3:
+                learn_one_step(session, step)
+                if place == "after the step" and step == 2:
+                    return
+            elif place == "before the update":
+                session.prepare(session.draw(step))
+                break
+
+            if place == "after the update" and step == 2:
+                break
+
+    with Session.open(config) as session:
+        leave(session)
+    assert [int(path.name[5:]) for path in (tmp_path / "left/checkpoints").iterdir()] == [2]
+    assert [line["step"] for line in read_metrics(tmp_path / "left")] == [1, 2]
+    with Session.open(config, resume="auto") as session:
+        assert session.step == 2
+        for step in session.run.steps():
+            learn_one_step(session, step)
+    with Session.open(micro_config(tmp_path / "whole", **given)) as session:
+        for step in session.run.steps():
+            learn_one_step(session, step)
+    one, other = weights(tmp_path / "left", 4), weights(tmp_path / "whole", 4)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert sampled(tmp_path / "left") == sampled(tmp_path / "whole")
+
+
+def test_a_loop_that_is_left_in_an_update_has_the_line_of_its_step(micro_config, tmp_path):
+    config = micro_config(tmp_path, **{"warm_start.steps": 0, "eval.limit": 0, "checkpoint.every": 10})
+    with Session.open(config) as session:
+        for step in session.run.steps():
+            session.forward_backward(session.prepare(session.draw(step)))
+            session.optim_step()
+            break
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    assert (tmp_path / "checkpoints/step_000001").is_dir()
+
+
+def test_a_stop_after_load_resumes_the_weights_that_were_loaded(micro_config, tmp_path):
+    config = micro_config(tmp_path / "run", **{"warm_start.steps": 0, "eval.limit": 0, "steps": 4})
+
+    def roll_back():
+        with Session.open(config) as session:
+            before = session.save(tmp_path / "kept")
+            for step in session.run.steps():
+                learn_one_step(session, step)
+                if step == 2:
+                    session.load(before)
+                    raise Stopped
+
+    with pytest.raises(Stopped):
+        roll_back()
+    loaded = load_file(tmp_path / "kept/step_000000/policy.safetensors")
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in weights(tmp_path / "run", 2).items())
+    with Session.open(config, resume="auto") as session:
+        assert session.step == 2
+        assert all(
+            torch.equal(tensor, loaded[name]) for name, tensor in session.policy.named_parameters() if name in loaded
+        )

@@ -37,7 +37,7 @@ from rollout.pool import Pool, PoolOptions
 from rollout.pools import open_pool
 from rollout.publication.digests import digests
 from rollout.publication.message import Sender
-from rollout.ray_pool import RayPool
+from rollout.ray_pool import Given, RayPool
 from rollout.sampling import EnvironmentSpec, SamplingParams
 from rollout.serving import Serving
 from rollout.worker import Worker
@@ -202,6 +202,17 @@ def test_the_time_to_take_a_part_over_begins_when_it_is_there():
     pool._stream((SimpleNamespace(first=part == 0, since=None, bytes=1) for part in range(2)), [0, 1])
     assert late == []
     assert pool.confirmed == {0, 1}
+
+
+@pytest.mark.parametrize(("why", "replaced"), [("it was killed", [0]), ("to give took too long", [0, 1])])
+def test_a_worker_that_dies_while_it_gives_its_weights_costs_no_other_one(why, replaced):
+    """The taker lives, and gets the weights from another worker. If the call is late, it may be either of them."""
+    pool, lost = object.__new__(RayPool), []
+    pool.confirmed, pool.passed = {0}, {0}
+    pool.workers = SimpleNamespace(replace=lambda call, *_: lost.append(call.worker))
+    pool._given(Call(0, Given(1), 1.0, "to give took too long"), None, ("worker", why))
+    assert lost == replaced
+    assert pool.confirmed == set()
 
 
 # ---- with Ray ----

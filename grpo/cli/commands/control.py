@@ -289,29 +289,35 @@ def _figures(result: Any) -> dict[str, Any]:
 
 
 NAMES = {
-    "start": "start (SFT stage)",
+    "start": "start",
     "grpo": "GRPO",
-    "supervised": "supervised steps, same seconds",
-    "rejection": "rejection sampling, same seconds",
+    "supervised": "supervised steps",
+    "rejection": "rejection sampling",
 }
 
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print a row for each policy: its seconds, its accuracy, and how far GRPO is above it on the same problems."""
-    numbers = ("seconds", "sampled", "greedy", "GRPO is above it by")
+    numbers = ("seconds", "sampled", "greedy", "GRPO above it by")
     columns = [Column(name, justify="right") for name in numbers]
-    title = f"{result['problems']:,} held-out problems (95 % intervals)"
+    title = f"accuracy on {result['problems']:,} held-out problems, 95 % intervals"
     table = Table("policy", *columns, title=title, title_justify="left")
     for name, ways in result["results"].items():
         pair = result["grpo_minus"].get(name, {}).get("sampled")
-        gain = "" if pair is None else f"{pair['value']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"
+        gain = "" if pair is None else _difference(pair)
         took = result["seconds"].get(name) or result["chosen"].get(name, {}).get("seconds", 0.0)
         table.add_row(NAMES[name], f"{took:,.0f}", _words(ways["sampled"]), _words(ways["greedy"]), gain)
     console.print(table)
+
+
+def _difference(pair: dict[str, Any]) -> str:
+    if pair["low"] is None:
+        return f"{pair['value']:+.2f} (unknown)"
+    return f"{pair['value']:+.2f} ({pair['low']:+.2f} to {pair['high']:+.2f})"
 
 
 def _words(figures: dict[str, Any]) -> str:
     if figures["accuracy"] is None:
         return "-" if figures["reward_mean"] is None else f"{figures['reward_mean']:.3f}"
     low, high = figures["interval_95"]
-    return f"{figures['accuracy']:.3f} ({low:.2f} to {high:.2f})"
+    return f"{figures['accuracy']:.3f} ({low:.2f}-{high:.2f})"

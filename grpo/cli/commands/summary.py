@@ -24,7 +24,7 @@ from grpo.evaluation.held_out import Result
 from grpo.run import hardware
 from grpo.run.lock import refuse_folder
 from grpo.run.resume import saved_state
-from grpo.run.reward_record import refuse_changed_rewards
+from grpo.run.reward_record import refuse_changed_sources
 from grpo.source.policy_source import meta_policy
 from grpo.task.check import check_plan, open_task
 from grpo.task.parts import check_prompts, tokenizer_of
@@ -209,7 +209,7 @@ class DryRun:
         table, data = Table(title="dry run: nothing was trained", show_header=False), self.config.data
         with open_task(self.config) as task:
             if same_rewards:
-                refuse_changed_rewards(self.config.output_dir, task.describe_rewards())
+                refuse_changed_sources(self.config.output_dir, task.describe_rewards(), task.sources)
             self.check(task)
             table.add_row("training examples", f"{len(task.train):,} ({data.name}, {data.split})")
             table.add_row("held-out examples", f"{len(task.held_out):,}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -57,7 +57,7 @@ class Migration:
             value, choices = values.get(name), tables()["values"].get(name)
             if name not in values:
                 continue  # another version has no such option
-            if choices is None or value in choices:
+            if choices is None or (isinstance(value, Hashable) and value in choices):
                 self.put(key, choices[value] if choices else value)
             else:
                 known = ", ".join(dict.fromkeys(map(str, choices.values())))
@@ -66,10 +66,8 @@ class Migration:
     def lacks(self, option: str, value: Any, **facts: Any) -> None:
         """Notes that an option is not carried over; `facts` are for the reason in the table `reasons`."""
         reason = tables()["reasons"].get(option, "").format(**facts) or reason_of(option)
-        ends = [option.split(".", start)[start] for start in range(option.count(".") + 1)]
-        matters = not any(fnmatchcase(end, pattern) for end in ends for pattern in tables()["no_effect"])
         value = "..." if option.endswith("token") else value  # a secret such as hub_token
-        self.unsupported.append(Unsupported(option, value, reason, matters))
+        self.unsupported.append(Unsupported(option, value, reason, changes_training(option)))
 
     def lacks_counterparts(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], known: Collection[str]
@@ -110,6 +108,12 @@ class Migration:
 @cache
 def tables() -> dict[str, Any]:
     return parse_yaml(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+
+
+def changes_training(option: str) -> bool:
+    """Whether something else is learned with another value of an option of theirs."""
+    ends = [option.split(".", start)[start] for start in range(option.count(".") + 1)]
+    return not any(fnmatchcase(end, pattern) for end in ends for pattern in tables()["no_effect"])
 
 
 def our_defaults() -> dict[str, Any]:

@@ -44,6 +44,8 @@ def read_trl_script(
     `folder`. `processes` is how many the script would be launched with. Raises ValueError with what the script has
     printed last where it makes no GRPOTrainer.
     """
+    if processes < 1:
+        raise ValueError(f"--processes={processes}: give 1 or more, as many as `accelerate launch` would start")
     facts = _facts(script, folder, arguments, timeout_s)
     return _Reading(script, folder, facts, processes).migration
 

@@ -9,33 +9,59 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yaml import YAMLError
 
-from grpo.cli.migration.migration import Migration, Unsupported, relative, tables
-from rewards.config.yaml_file import parse_yaml
+from grpo.cli.migration.migration import Migration, Unsupported, changes_training, relative, tables
+from grpo.cli.migration.shell import Decision, how_to_give, outcomes
+from grpo.cli.migration.shell_words import names_in, shown
+from grpo.config.loss import UNREAD
+from rewards.config.names import take
+from rewards.config.yaml_file import parse_yaml, to_yaml
 from rewards.data.source import file_rows
 
 PROGRAM = "verl.trainer.main_ppo"
 OPTIONS = "reward.custom_reward_function.reward_kwargs."
-UNKNOWN = "its value is not in the text; write it there. The default of verl is taken"
-SECRET = re.compile("KEY|TOKEN|SECRET|PASS")  # variables whose values are not written
+UNKNOWN = "its value is not in the text and depends on {causes}; {way}. The default of verl is taken"
 OF_HYDRA = {"-cn": "--config-name", "-cp": "--config-path", "-cd": "--config-dir"}  # another file of defaults
-ASSIGNMENT = re.compile(  # an array of several lines or of one, or a word
-    r"^[ \t]*(?:export[ \t]+)?(\w+)=(?:\([ \t]*\n(.*?)^[ \t]*\)|\(([^\n]*)\)[ \t]*$|(|[^\s(][^\n]*)$)", re.M | re.S
-)
+OF_HYDRA |= {name: name for name in OF_HYDRA.values()}
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
+LOSS_MODE = f"{ACTOR}.policy_loss.loss_mode"
+LEAST = {
+    "data.train_batch_size": 1,
+    f"{ACTOR}.ppo_mini_batch_size": 1,
+    f"{ROLLOUT}.n": 1,
+    f"{ROLLOUT}.val_kwargs.n": 1,
+    "trainer.total_epochs": 1,
+    "trainer.total_training_steps": 1,
+    f"{MODEL}.lora_rank": 0,
+}
+TEXTS = ("data.train_files", "data.val_files", "trainer.logger", f"{MODEL}.target_modules")  # a text, or several
 
 
 def read_verl_command(command: str | Path) -> Migration:
-    """Reads a command, or the shell file `*.sh` that holds one. Raises ValueError where there is none."""
-    text = Path(command).read_text(encoding="utf-8") if str(command).endswith(".sh") else str(command)
-    options = {_renamed(name): value for name, value in overrides(text).items()}
-    return _Reading(options).migration
+    """Reads a command, or the shell file `*.sh` that holds one. Nothing of it is run.
+
+    A command may start a shell file, too, with variables and arguments: `DEVICE=gpu bash run.sh data.seed=1`.
+    Raises ValueError if there is no command of verl's, if the script would end before it, and for values that cannot
+    be read.
+    """
+    text, file = str(command), Path(command)
+    is_one_word = isinstance(command, Path) or not re.search(r"\s", text)
+    if text.endswith(".sh") and (is_one_word or file.is_file()):
+        given = read_overrides(file.read_text(encoding="utf-8"), file)
+    else:
+        given = read_overrides(text)
+    migration = _Reading({_renamed(name): value for name, value in given.values.items()}).migration
+    for name, (value, causes) in given.unknown.items():
+        reason = UNKNOWN.format(causes=", ".join(causes), way=how_to_give(causes[0]))
+        option = _renamed(name)
+        migration.unsupported.append(Unsupported(option, value, reason, changes_training(option)))
+    migration.notes.extend(given.notes)
+    return migration
 
 
 def _renamed(name: str) -> str:
@@ -47,65 +73,77 @@ def _renamed(name: str) -> str:
     return f"reward.{name}" if name.startswith("custom_reward") else tables()["verl_renamed"].get(name, name)
 
 
-def _sum_of(terms: str) -> int:
-    """Adds up whole numbers and their products as a shell does.
-
-    >>> _sum_of("2 * 1024 + 512 / 3 - 1")
-    2217
-    """
-    total = 0
-    for sign, product in re.findall(r"([-+]?)([\d*/]+)", re.sub(r"\s", "", terms)):
-        value = 1
-        for operator, number in re.findall(r"([*/]?)(\d+)", product):
-            value = value // int(number) if operator == "/" else value * int(number)
-        total += -value if sign == "-" else value
-    return total
-
-
 def overrides(text: str) -> dict[str, Any]:
-    """The options of the command in a text, with the variables that the text gives a value to.
+    """The options of the command in a text, with the values that bash would give them.
 
     >>> overrides("LR=1e-5\\npython3 -m verl.trainer.main_ppo a.lr=$LR +a.names='[x, y]'")
     {'a.lr': 1e-05, 'a.names': ['x', 'y']}
     """
-    text = re.sub(r"\\\n", " ", text)
-    text = re.sub(r"\$\(\([^()]*\)\)", lambda computed: "".join(computed[0].split()), text)  # one word each
-    lines = text.splitlines()
-    number = next((i for i, line in enumerate(lines) if PROGRAM in line and not line.lstrip().startswith("#")), None)
-    if number is None:
-        raise ValueError(f"there is no command of {PROGRAM} in it")
-    variables = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
-    before = re.split(r"&&|;", lines[number].partition(PROGRAM)[0])[:-1]  # of the same line
-    for name, rows, row, word in ASSIGNMENT.findall("\n".join([*lines[:number], *before])):
-        with suppress(ValueError):  # a text of several lines
-            value = next(iter(shlex.split(word, comments=True)), "") if word else rows or row
-            variables[name] = _resolved(value, variables)
-    words = _resolved(lines[number], variables).partition(PROGRAM)[2]
-    for short, option in OF_HYDRA.items():
-        words = re.sub(rf"(?<!\S)({short}|{option})[ =]+", f"{option}=", words)
-    pairs = [word.lstrip("+~").partition("=") for word in shlex.split(words, comments=True) if "=" in word]
+    given = read_overrides(text)
+    return given.values | {name: value for name, (value, _) in given.unknown.items()}
+
+
+@dataclass
+class Overrides:
+    """The options that a command sets."""
+
+    values: dict[str, Any]
+    unknown: dict[str, tuple[str, list[str]]]
+    """Those whose value the text does not decide, with the values that they may have and what would decide it."""
+    notes: list[str]
+
+
+def read_overrides(text: str, file: Path | None = None) -> Overrides:
+    """Reads a shell text up to its command. Raises ValueError if it has none, or ends before it."""
+    found = outcomes(text, PROGRAM, os.environ, file)
+    reached = [outcome for outcome in found if outcome.words is not None]
+    if not reached:
+        ends = "" if PROGRAM not in text else f"; {found[0].end}"
+        raise ValueError(f"there is no command of {PROGRAM} in it{ends}")
+    ways = [(outcome.decisions, _assignments(outcome.words or [])) for outcome in reached]
+    names = dict.fromkeys(name for _, options in ways for name in options)
+    result = Overrides({}, {}, list(dict.fromkeys(note for outcome in reached for note in outcome.notes)))
+    for name in names:
+        values = [(decisions, options.get(name)) for decisions, options in ways]
+        written = list(dict.fromkeys(value for _, value in values))
+        in_values = [cause for value in written if value for cause in names_in(value)]
+        causes = list(dict.fromkeys([*_causes(values), *in_values]))
+        if causes:
+            result.unknown[name] = " or ".join("not set" if each is None else shown(each) for each in written), causes
+        else:
+            result.values[name] = _value(written[0] or "")
+    return result
+
+
+def _assignments(words: list[str]) -> dict[str, str]:
+    """The overrides among the words of a command by name, as they are written."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in OF_HYDRA:
+            joined[-1] = f"{OF_HYDRA[joined[-1]]}={word}"
+        else:
+            joined.append(word)
+    pairs = [word.lstrip("+~").partition("=") for word in joined if "=" in word]
+    pairs = [(OF_HYDRA.get(name, name), equals, value) for name, equals, value in pairs]
     known = OF_HYDRA.values()
-    return {name: _value(value) for name, _, value in pairs if not name.startswith("-") or name in known}
+    return {name: value for name, _, value in pairs if not name.startswith("-") or name in known}
 
 
-def _resolved(text: str, variables: dict[str, str]) -> str:
-    """The text with the values of variables, or what it names for those that have none, and with its sums."""
-
-    def value_of(mention: re.Match[str]) -> str:
-        value, otherwise = variables.get(mention[1] or mention[2] or mention[4]), mention[3]
-        if otherwise is not None and not value:
-            return otherwise
-        return mention[0] if value is None else value
-
-    def sum_of(mention: re.Match[str]) -> str:
-        terms = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), mention[1])
-        is_sum = re.fullmatch(r"\s*\d+(\s*([-+*]\s*\d+|/\s*0*[1-9]\d*))*\s*", terms)
-        return str(_sum_of(terms)) if is_sum else f"$(({terms}))"
-
-    for _ in range(8):  # what a variable has in it, or what stands for another one
-        text = re.sub(r'"?\$\{(\w+)\[@\]\}"?|\$\{(\w+)(?::?-([^${}]*))?\}|\$(\w+)', value_of, text)
-        text = re.sub(r"\$\(\(([^()]*)\)\)", sum_of, text)
-    return text
+def _causes(ways: list[tuple[list[Decision], str | None]]) -> list[str]:
+    """What decides between several values: the conditions at which ways with other values part."""
+    if len({value for _, value in ways}) < 2:
+        return []
+    depth = 0
+    while len({decisions[depth] for decisions, _ in ways}) == 1:
+        depth += 1
+    groups: dict[Decision, list[tuple[list[Decision], str | None]]] = {}
+    for decisions, value in ways:
+        groups.setdefault(decisions[depth], []).append((decisions, value))
+    causes = [cause for group in groups.values() for cause in _causes(group)]
+    outcomes_of_groups = [{value for _, value in group} for group in groups.values()]
+    if any(each != outcomes_of_groups[0] for each in outcomes_of_groups):
+        causes = [*next(iter(groups)).causes, *causes]
+    return list(dict.fromkeys(causes))
 
 
 def _value(text: str) -> Any:
@@ -115,6 +153,37 @@ def _value(text: str) -> Any:
         return text
 
 
+def _check(values: dict[str, Any]) -> None:
+    """Raises ValueError for options that are computed with, if their value is of another type than verl's default."""
+    problems = []
+    for name in [*tables()["verl_converted"], f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high"]:
+        needed = _needed(name, tables()["verl_defaults"].get(name), values.get(name))
+        if needed:
+            problems.append(f"{name}={to_yaml(values[name], inline=True).strip()}: it is to be {needed}")
+    if problems:
+        raise ValueError("; ".join([*problems, "correct the command"]))
+
+
+def _needed(name: str, default: Any, value: Any) -> str:
+    """What an option is to be; empty if its value is that."""
+    if name in TEXTS:
+        several = value if isinstance(value, list) else [value]
+        fits = all(isinstance(each, str) for each in several) and (several or name == "trainer.logger")
+        return "" if fits else "a text, or a list of texts"
+    if value is None and default is None:
+        return ""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "True or False"
+    if name in LEAST or isinstance(default, int) or name == "data.seed":
+        least = LEAST.get(name)
+        fits = is_number and isinstance(value, int) and (least is None or value >= least)
+        return "" if fits else "a whole number" + ("" if least is None else f" of at least {least}")
+    if isinstance(default, float):
+        return "" if is_number else "a number"
+    return "" if isinstance(value, str) else "a text"
+
+
 class _Reading:
     """The options of one command: a method for each part."""
 
@@ -122,16 +191,14 @@ class _Reading:
         defaults = tables()["verl_defaults"]
         if str(options.get("--config-name")).removesuffix(".yaml") == "ppo_trainer":  # the one that is read here
             options = {name: value for name, value in options.items() if name not in OF_HYDRA.values()}
-        unknown = {name: value for name, value in options.items() if isinstance(value, str) and "$" in value}
-        options = {name: value for name, value in options.items() if name not in unknown}
         self.overrides = options
         self.values: dict[str, Any] = defaults | options
+        _check(self.values)
         self.files, self.tests = (self._files(f"data.{name}_files") for name in ("train", "val"))
         self.rows = list(file_rows(self.files[0])) if self.files[0].is_file() else []
         self.migration = Migration(PROGRAM)
         self.put, self.lacks = self.migration.put, self.migration.lacks
         self.migration.carry_over("verl_same", self.values)
-        self.migration.unsupported.extend(Unsupported(name, value, UNKNOWN) for name, value in unknown.items())
         for part in (self._steps, self._policy, self._data, self._reward):
             part()
         known = {*tables()["verl_same"], *tables()["verl_converted"], f"{ACTOR}.clip_ratio"}
@@ -170,6 +237,7 @@ class _Reading:
             self.put("loss.beta", values[f"{ACTOR}.kl_loss_coef"])
         if f"{ACTOR}.clip_ratio" in self.overrides and not any("clip_ratio_" in name for name in self.overrides):
             self.lacks(f"{ACTOR}.clip_ratio", values[f"{ACTOR}.clip_ratio"])
+        self._loss()
         if values["algorithm.adv_estimator"] == "gae":
             self.put("value.gamma", values["algorithm.gamma"])
             self.put("value.lam", values["algorithm.lam"])
@@ -183,6 +251,34 @@ class _Reading:
             self.put("lora.rank", values[f"{MODEL}.lora_rank"])
             self.put("lora.alpha", values[f"{MODEL}.lora_alpha"])
             self.put("lora.targets", None if targets == "all-linear" else targets)
+
+    def _loss(self) -> None:
+        """Sets what verl's losses read: gspo and sapo have their own mean and no dual clip, cispo has a cap."""
+        mode = self.values[LOSS_MODE]
+        unread = UNREAD.get(mode, ())
+        if mode == "gspo":
+            self.put("loss.loss_type", "grpo")
+            self.put("loss.importance_sampling_level", "sequence")
+            unread = ("delta",)
+        elif mode == "sapo":
+            self.put("loss.loss_type", "sapo")
+        elif mode == "cispo":
+            self._cispo()
+        elif mode != "vanilla":
+            self.lacks(LOSS_MODE, mode)
+        for name in unread:
+            take(self.migration.options, f"loss.{name}")
+
+    def _cispo(self) -> None:
+        low, high, mean = (
+            self.values[f"{ACTOR}.{name}"] for name in ("clip_ratio_low", "clip_ratio_high", "loss_agg_mode")
+        )
+        self.put("loss.loss_type", "cispo")
+        self.put("loss.epsilon_high", 1 + high)  # the cap itself
+        if low < 1:
+            self.lacks(f"{ACTOR}.clip_ratio_low", low)
+        if mean != "token-mean":
+            self.lacks(f"{ACTOR}.loss_agg_mode", mean)
 
     def _data(self) -> None:
         values, train, test = self.values, self.files[0], self.tests[0]

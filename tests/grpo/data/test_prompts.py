@@ -169,6 +169,18 @@ def test_contract_9_the_steps_after_a_resume_are_the_same_too():
         stopped.take(4)
 
 
+def test_contract_23_another_column_that_rewards_read_is_refused():
+    def with_tests(*tests):
+        return PromptStream([Example(str(i), "2 + 2?", "4", {"tests": test}) for i, test in enumerate(tests)])
+
+    state = json.loads(json.dumps(with_tests("a", "b").state_dict()))
+    with_tests("a", "b").load_state_dict(state)
+    with pytest.raises(ValueError, match="the training data have changed"):
+        with_tests("a", "c").load_state_dict(state)
+    del state["columns"]  # as version 0.2.0 has saved it
+    with_tests("a", "c").load_state_dict(state)
+
+
 def test_resuming_at_an_epoch_boundary_starts_the_next_epoch():
     stream = PromptStream(numbered(6), seed=2)
     first = ids(stream.take(6))

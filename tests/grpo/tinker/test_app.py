@@ -174,6 +174,62 @@ def test_without_a_key_no_other_host_name_is_answered(server):
     assert "evil.example" in said["detail"]
 
 
+def sampled_by(server, changes=None, params=None):
+    """A sample of the base's weights, asked for without the SDK: the status and the answer."""
+    session = server.service.create_session({})
+    request = {"sampling_session_id": server.service.add_sampler(session, 0, None), "seq_id": 0}
+    request["prompt"] = {"chunks": [{"type": "encoded_text", "tokens": TOKENS}]}
+    request["sampling_params"] = {"max_tokens": 2} | (params or {})
+    return server.ask("asample", request | (changes or {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "params", "words"),
+    [
+        ({"num_samples": 10**9}, {}, "num_samples=1000000000: use 1 to 1024"),
+        ({"num_samples": -1}, {}, "num_samples=-1: use 1 to 1024"),
+        ({}, {"max_tokens": 0}, "max_tokens=0: use 1 or more"),
+        ({"seq_id": 10**300}, {}, "seq_id=1000"),
+    ],
+)
+def test_a_sample_out_of_bounds_is_a_bad_request_before_anything_is_kept(server, changes, params, words):
+    before = len(server.service.jobs)
+    status, said = sampled_by(server, changes, params)
+    assert status == 400
+    assert words in said["detail"]
+    assert len(server.service.jobs) == before
+    assert sampled_by(server)[0] == 200  # and it goes on
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", '"nan"'])
+def test_numbers_that_are_not_finite_are_bad_requests(server, client, number):
+    """Of every place that reads one; JSON has no such number, and Python's own reader takes it."""
+    training = client.create_lora_training_client(base_model="llama", rank=2).result()
+    session = training.model_id.partition(":")[0]
+    sampling = server.service.add_sampler(session, 77, None)
+    prompt = f'"prompt": {{"chunks": [{{"type": "encoded_text", "tokens": {TOKENS}}}]}}'
+    sampled = f'"sampling_session_id": "{sampling}", "seq_id": 0, {prompt}'
+    bodies = {
+        "asample": f'{{{sampled}, "sampling_params": {{"temperature": N}}}}',
+        "optim_step": f'{{"model_id": "{training.model_id}", "seq_id": 1, "adam_params": {{"learning_rate": N}}}}',
+    }
+    if number != '"nan"':  # there it is a text
+        bodies["create_session"] = '{"tags": [], "user_metadata": {"rate": [1, N]}, "sdk_version": "1"}'
+    for path, body in bodies.items():
+        status, said = server.ask(path, body.replace("N}", number + "}").replace("N]", number + "]").encode())
+        assert status == 400, said
+        assert "use a finite number" in said["detail"]
+        assert any(name in said["detail"] for name in ("sampling_params.temperature=", "learning_rate=", "rate.1="))
+    training.forward([datum()], "cross_entropy").result()  # number 1 was not taken
+
+
+def test_a_setting_of_a_loss_that_is_not_finite_is_refused_by_name(client):
+    training = client.create_lora_training_client(base_model="llama", rank=2).result()
+    with pytest.raises(tinker.RequestFailedError, match=r"loss_fn_config\['beta'\]=nan") as refusal:
+        training.forward_backward([datum()], "dro", {"beta": float("nan")}).result()
+    assert refusal.value.category == types.RequestErrorCategory.User
+
+
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_hostile_requests_get_an_error_in_form_and_the_server_goes_on(server, client, count):
     """Malformed, huge, half-sent: by a seed, over every path."""

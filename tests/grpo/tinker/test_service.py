@@ -199,6 +199,67 @@ def test_a_service_that_was_killed_goes_on_to_the_same_bits(base, tmp_path, monk
     second.close()
 
 
+def test_a_service_that_ended_while_samples_waited_goes_on_with_them(base, tmp_path):
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    sampler = first.add_sampler(first.create_session({}), 0, None)
+    want = samples(sample(first, sampler))[:2]
+    first.close()
+    waiting = [sample(first, sampler, number).request_id for number in (1, 2)]  # acknowledged, and not done
+    second = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        assert samples(second.job(f"{sampler}:0"))[:2] == want
+        assert [len(samples(second.job(request_id))[0]) for request_id in waiting] == [2, 2]
+    finally:
+        second.close()
+
+
+def test_a_model_that_is_made_again_leaves_what_is_being_written(service):
+    """The result of another request may be half written in the folder just then."""
+    client = Client(service)
+    answer(service.job(f"{client.model}:0"))
+    partial = service.model(client.model).files.results / ".00000001.json.partial"
+    partial.write_bytes(b"half")
+    client.number = 0
+    answer(client.ask("create_model", base_model="llama", lora_config={"rank": 4}))
+    assert partial.read_bytes() == b"half"
+
+
+def test_requests_that_wait_have_a_bound_and_the_missing_one_is_taken(service, monkeypatch):
+    client = Client(service)
+    answer(service.job(f"{client.model}:0"))
+    body = json.dumps({"adam_params": adam(1e-2)}).encode()
+    monkeypatch.setattr(of_service, "MOST_WAITING", 3 * len(body))
+    jobs = [service.ask(client.model, number, "optim_step", body) for number in (2, 3, 4)]
+    with pytest.raises(Refused, match=rf"seq_id=5: .* {len(body)} bytes, .* send request 1 of the model first"):
+        service.ask(client.model, 5, "optim_step", body)
+    other = Client.__new__(Client)
+    with pytest.raises(Refused, match="wait for results"):
+        other.__init__(service)
+    jobs.append(service.ask(client.model, 1, "forward_backward", supervised(client.model, 1, TOKENS)))
+    assert ["error" in json.loads(result(job)[1]) for job in jobs[:1]] == [False]
+    assert [result(job)[0] for job in jobs] == ["json", "json", "json", "pb"]
+    client.number = 5
+    answer(client.ask("optim_step", adam_params=adam(1e-2)))
+
+
+@pytest.mark.parametrize("number", [-1, 10**8, 10**300])
+def test_numbers_that_name_no_file_are_refused(service, number):
+    client = Client(service)
+    sampler = service.add_sampler(client.session, 0, None)
+    with pytest.raises(Refused, match=f"seq_id={number}"):
+        service.ask(client.model, number, "optim_step", b"{}")
+    with pytest.raises(Refused, match=f"seq_id={number}"):
+        sample(service, sampler, number)
+    with pytest.raises(Refused, match=f"sampling_session_seq_id={number}"):
+        service.add_sampler(client.session, number, None)
+
+
+def test_what_is_kept_of_a_session_has_a_bound(service):
+    with pytest.raises(Refused, match="user_metadata: .* bytes; keep at most 65,536"):
+        service.create_session({"tags": [], "user_metadata": {"note": "x" * (1 << 16)}})
+    assert len(service.sessions) == 0
+
+
 def test_weights_that_were_loaded_stay_those_of_their_time(base, tmp_path, monkeypatch):
     """Also where their folder holds others when the service begins anew."""
     monkeypatch.setattr(of_service, "KEEP_STATE_S", 1e9)
@@ -301,7 +362,10 @@ def test_named_weights_stay_those_of_their_samplers(service):
         ({"sampling_params": {"max_tokens": 100}}, "the context is 64 tokens"),
         ({"sampling_params": {"temperature": -1}}, "temperature=-1"),
         ({"sampling_params": {"stop": [10**6]}}, "outside the vocabulary"),
+        ({"sampling_params": {"max_tokens": 0}}, "max_tokens=0: use 1 or more"),
+        ({"sampling_params": {"max_tokens": -3}}, "max_tokens=-3: use 1 or more"),
         ({"num_samples": 0}, "use 1 to 1024"),
+        ({"num_samples": 10**9}, "num_samples=1000000000: use 1 to 1024"),
         ({"topk_prompt_logprobs": 3}, "topk_prompt_logprobs: not here"),
         ({"prompt": {"chunks": []}}, "it has no token"),
         ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [10**6]}]}}, "vocabulary"),
@@ -330,6 +394,7 @@ def test_stops_are_heeded(service):
     [
         ({"base_model": "other", "lora_config": {"rank": 4}}, "this server has 'llama'"),
         ({"base_model": "llama", "lora_config": {"rank": -1}}, "rank=-1"),
+        ({"base_model": "llama", "lora_config": {"rank": 4, "seed": 2**70}}, f"seed={2**70}"),
         ({"base_model": "llama", "lora_config": {"rank": 4}, "optimizer_config": {"type": "dimuon"}}, "has adamw"),
     ],
 )

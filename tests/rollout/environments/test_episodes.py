@@ -168,6 +168,18 @@ def test_models_of_transformers_have_episodes_too(hf_policy, kind, config, paths
         engine.close()
 
 
+def test_tools_that_write_nothing_are_read_as_tokens(hf_policy, monkeypatch):
+    """Of all rows that go on together, none has a new token but the one that it sampled."""
+    monkeypatch.setattr(Talking, "reply", lambda self, results: [])
+    engine = Engine(hf_policy("llama", 3))
+    try:
+        groups = engine.sample(PROMPTS[:2], replace(EPISODES, max_completion_tokens=60))
+        assert all(completion.sampled == [True] * len(completion.token_ids) for completion in completions(groups))
+        assert sum(completion.num_turns > 1 for completion in completions(groups)) > 2
+    finally:
+        engine.close()
+
+
 @pytest.mark.slow
 def test_policies_that_choose_heads_and_see_their_first_prompt_whole_have_episodes_too(random_policy):
     policy = random_policy(31, num_attention_heads=4, num_key_value_heads=4)

@@ -1,5 +1,6 @@
 """A server built with OpenEnv's package, on loopback, as an environment in TRL's contract (pip install openenv)."""
 
+import json
 import random
 import socket
 import subprocess
@@ -54,6 +55,44 @@ def test_a_session_ends_with_its_episode(monkeypatch):
     assert not clients[1].closed.is_set()
     del episode
     assert clients[1].closed.wait(10)
+
+
+def test_types_and_names_of_tools_are_those_of_the_server():
+    """Optional and union types, and names that Python does not have."""
+    from rollout.environments.openenv import OpenEnv, _method
+
+    numbers = {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "null"}], "default": None}
+    properties = {"numbers": numbers, "max-results": {"type": "integer"}, "unit": {"type": ["string", "null"]}}
+    schema = {"type": "object", "properties": properties, "required": ["max-results"]}
+    about = "Looks numbers up.\n\nArgs:\n    numbers: Which ones.\n"
+    tool = SimpleNamespace(name="look-up", description=about, input_schema=schema)
+    kind = type("Maze", (OpenEnv,), {"_url": "http://127.0.0.1:1", "look-up": _method(tool)})
+    asked = []
+    kind._call = lambda self, name, arguments: asked.append((name, arguments)) or "found"
+    method = getattr(kind(), "look-up")
+    form = TurnFormat(small_tokenizer(["3 + 4 = 7\n"]), [method])
+    function = form.schemas[0]["function"]
+    assert (function["name"], function["description"]) == ("look-up", "Looks numbers up.")
+    assert function["parameters"]["properties"]["numbers"]["anyOf"] == numbers["anyOf"]
+    assert function["parameters"]["properties"]["numbers"]["description"] == "Which ones."
+    arguments = {"numbers": [1, 2], "max-results": 3, "unit": None}
+    [call] = form.read(form._tokenizer.encode(f"<<look-up {json.dumps(arguments)}=")).calls
+    assert call == Call("look-up", arguments)
+    assert method(**call.arguments) == "found"
+    assert asked == [("look-up", arguments)]
+    refused = form.read(form._tokenizer.encode('<<look-up {"numbers": [1]}='))
+    assert "max-results" in refused.error
+
+
+@pytest.mark.parametrize("name", ["reset", "get_reward", "_call"])
+def test_a_tool_that_would_replace_a_method_of_the_environment_is_refused(monkeypatch, name):
+    from rollout.environments import openenv
+
+    tool = SimpleNamespace(name=name, description="", input_schema={})
+    client = SimpleNamespace(connect=lambda: None, reset=lambda: None, list_tools=lambda: [tool], close=lambda: None)
+    monkeypatch.setattr(openenv, "_client", lambda url: client)
+    with pytest.raises(ValueError, match=f"http://127.0.0.1:1.* cannot have a tool called {name!r}; rename it there"):
+        openenv.openenv("http://127.0.0.1:1")
 
 
 @pytest.mark.peer

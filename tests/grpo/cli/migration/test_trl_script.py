@@ -111,6 +111,14 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", ["0", "-1"])
+def test_processes_are_one_or_more(tmp_path, capsys, processes):
+    (tmp_path / "train.py").write_text("")
+    words = ["from-trl", str(tmp_path / "train.py"), f"--processes={processes}", "--out", str(tmp_path / "run.yaml")]
+    assert main(words) == 1
+    assert f"--processes={processes}: give 1 or more" in capsys.readouterr().err
+
+
 def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "train.py"

@@ -1,9 +1,13 @@
 """What a command of verl's is here. The commands have the form of examples/grpo_trainer/*.sh of verl."""
 
+import re
+from contextlib import suppress
+
 import pytest
 from datasets import Dataset
 
-from grpo.cli.migration.verl_command import overrides, read_verl_command
+from grpo.cli.migration.migration import tables
+from grpo.cli.migration.verl_command import ACTOR, overrides, read_verl_command
 from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
 from grpo.run.records import read_metrics
@@ -119,6 +123,67 @@ def test_what_has_no_counterpart_is_said(files, words, option, reason):
     [each] = read_verl_command(command).unsupported
     assert each.option == option
     assert reason in each.reason
+
+
+@pytest.mark.parametrize(
+    ("mode", "loss", "lost"),
+    [
+        (
+            "gspo",
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_high": 0.3, "delta": None},
+            None,
+        ),
+        ("sapo", {"loss_type": "sapo", "importance_sampling_level": "token", "delta": None}, None),
+        ("cispo", {"loss_type": "cispo", "epsilon_high": 1.3, "delta": None}, f"{ACTOR}.clip_ratio_low"),
+        ("cispo clip_ratio_low=10", {"loss_type": "cispo", "epsilon_high": 1.3}, None),
+        ("sapo tau_neg=2.0", {"loss_type": "sapo"}, f"{ACTOR}.tau_neg"),
+        ("gpg", {"loss_type": "dapo", "epsilon_high": 0.3, "delta": 3.0}, f"{ACTOR}.policy_loss.loss_mode"),
+    ],
+)
+def test_a_loss_of_verls_is_ours_with_what_it_reads(files, mode, loss, lost):
+    """verl's gspo and sapo take the mean of each completion first, and have no dual clip (core_algos.py)."""
+    mode, *more = mode.split()
+    command = f"{PPO} data.train_files={files}/train.parquet data.train_batch_size=4 actor_rollout_ref.rollout.n=2"
+    command += f" {ACTOR}.policy_loss.loss_mode={mode} {ACTOR}.clip_ratio_high=0.3 {ACTOR}.loss_agg_mode=token-mean"
+    migration = read_verl_command(" ".join([command, *(f"{ACTOR}.{word}" for word in more)]))
+    options = TrainConfig(**migration.tree).loss
+    assert {name: getattr(options, name) for name in loss} == loss
+    assert [each.option for each in migration.unsupported] == [lost] * (lost is not None)
+    assert all("importance_sampling_level is one of" not in each.reason for each in migration.unsupported)
+
+
+@pytest.mark.parametrize("value", ["0", "abc", "null", "[]", "1.5", "-2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data.train_batch_size",
+        f"{ACTOR}.ppo_mini_batch_size",
+        "actor_rollout_ref.rollout.n",
+        "trainer.total_epochs",
+        "actor_rollout_ref.rollout.val_kwargs.n",
+    ],
+)
+def test_a_count_that_is_none_is_an_error_with_its_name(name, value):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}={re.escape(value)}: .*whole number of at least 1"):
+        read_verl_command(f"{PPO} {name}={value}")
+
+
+@pytest.mark.parametrize("value", ["0", "abc", "null", "[]", "1e400"])
+def test_no_value_of_any_option_is_a_fault_of_ours(value):
+    for name in {*tables()["verl_defaults"], *tables()["verl_same"], *tables()["verl_renamed"]}:
+        with suppress(ValueError):
+            read_verl_command(f"{PPO} {name}={value}").yaml()
+
+
+def test_a_wrong_value_ends_the_command_without_a_traceback(tmp_path, capsys):
+    assert main(["from-verl", f"{PPO} data.train_batch_size=0", "--out", str(tmp_path / "run.yaml")]) == 1
+    assert "data.train_batch_size=0" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_no_secret_is_read(monkeypatch):
+    monkeypatch.setenv("MAX_TOKEN_LEN", "8")
+    monkeypatch.setenv("MAX_TOKENS", "9")
+    assert overrides(f"{PPO} a=${{MAX_TOKEN_LEN:-1}} b=${{MAX_TOKENS:-1}}") == {"a": 8, "b": 9}
 
 
 def test_defaults_of_verls_are_written_where_ours_are_others(files):
