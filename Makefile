@@ -40,12 +40,11 @@ release: ## build both distributions anew, and install them into empty environme
 	$(MAKE) --no-print-directory wheels
 	.ci/release
 
-reference: $(RUN_STAMP) ## write the pages that are made from the source: options, metrics, combinations, contracts, GRPO in 200 lines
+reference: $(RUN_STAMP) ## write the pages that are made from the source: options, metrics, combinations, contracts
 	$(BIN)/python docs/write_reference.py > docs/reference.md
 	$(BIN)/python docs/write_combinations.py > docs/guides/combinations.md
 	$(BIN)/python docs/write_contracts.py > docs/contracts.md
 	$(BIN)/python docs/write_migrate.py > docs/guides/migrate.md
-	$(BIN)/python docs/write_grpo-in-200-lines.py > docs/grpo-in-200-lines.md
 
 models: $(DEV_STAMP) ## write docs/models.md: how a tiny model of every causal type of transformers is read, in 5 minutes
 	$(BIN)/python docs/write_models.py > docs/models.md

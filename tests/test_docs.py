@@ -31,10 +31,10 @@ from rewards.config.names import removed
 from rewards.config.options import load, parse
 
 ROOT = Path(__file__).parents[1]
-TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
 REFERENCE = ROOT / "docs/reference.md"
-GENERATED = (REFERENCE, *(ROOT / f"docs/{name}.md" for name in ("contracts", "grpo-in-200-lines", "guides/migrate")))
+GENERATED = (REFERENCE, *(ROOT / f"docs/{name}.md" for name in ("contracts", "guides/migrate")))
 WRITTEN = [page for page in PAGES if page not in GENERATED]
 LOG = ROOT / "docs/log"  # its entries name what was there at their time
 OF_THE_PAST = (ROOT / "CHANGELOG.md", ROOT / "docs/features.md")  # they name what an older version had
@@ -217,6 +217,44 @@ def test_links_lead_somewhere(page):
     assert lost == []
 
 
+LIST = ROOT / "docs/llms.txt"
+LINK = re.compile(r"- \[(?P<title>[^\]]+)\]\((?P<target>[^)\s]+)\): \S.*")  # llmstxt.org: a link, a colon, its notes
+
+
+def test_llms_txt_has_its_form_and_its_links_lead_to_pages():
+    title, _, summary, *rest = LIST.read_text(encoding="utf-8").splitlines()
+    assert title == "# quartet-rl"
+    assert summary.startswith("> ")
+    lines = [line for line in rest if line.startswith(("-", "*"))]
+    links = [LINK.fullmatch(line) for line in lines]
+    assert [line for line, link in zip(lines, links, strict=True) if not link] == []
+    targets = [link["target"] for link in links if link]
+    assert [target for target in targets if not (ROOT / "docs" / target).is_file()] == []
+    assert len(targets) == len(set(targets))
+
+
+def test_llms_txt_lists_every_page_of_the_site_but_recipes_and_single_logs():
+    listed = set(re.findall(r"\(([^)\s]+\.md)\)", LIST.read_text(encoding="utf-8")))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    left_out = {page for page in pages if page.startswith(("examples/", "log/")) and page != "log/index.md"}
+    assert pages - left_out == listed
+
+
+def test_the_paths_that_agents_and_llms_txt_name_are_there():
+    agents = ROOT / "AGENTS.md"
+    assert len(agents.read_text(encoding="utf-8").splitlines()) <= 60
+    lost = []
+    for page in (agents, LIST):
+        for span in code_spans(page):
+            is_path = re.fullmatch(r"[\w.-]+(?:/[\w.-]*)+", span) or re.search(r"\.(?:md|py|toml|yaml|txt)$", span)
+            is_target = re.fullmatch(r"make ([a-z-]+)", span)
+            if is_path and not (ROOT / span).exists():
+                lost.append(span)
+            if is_target and not re.search(rf"^{is_target[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE):
+                lost.append(span)
+    assert lost == []
+
+
 @pytest.mark.parametrize(
     "page", [page for page in WRITTEN if page.parent != LOG], ids=lambda page: str(page.relative_to(ROOT))
 )
@@ -301,6 +339,7 @@ def test_the_site_is_built_without_a_warning_and_holds_every_page(site):
     built = {path.relative_to(site).with_suffix("").as_posix() for path in site.rglob("*.html")}
     pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert {page.replace("README", "index") for page in pages} <= built
+    assert (site / "llms.txt").read_bytes() == LIST.read_bytes()
 
 
 @pytest.mark.slow

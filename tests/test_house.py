@@ -51,7 +51,7 @@ FEATURES = (
     *("bitsandbytes", "datasets", "gguf", "ray", "reasoning_gym", "starlette", "uvicorn", "vllm"),
 )
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-PAGES = ("reference", "guides/combinations", "grpo-in-200-lines")
+PAGES = ("reference", "guides/combinations")
 MORE = f"""
 import contextlib, io, runpy
 import rollout.ray_pool
