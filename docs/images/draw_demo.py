@@ -1,8 +1,6 @@
-"""Draws the picture of README from finished runs of the demo and their controls, one run for each seed:
+"""Draws the picture of README from what `make figures` has measured, the demo with five seeds and its controls:
 
-quartet train examples/01_demo.yaml --seed 0 --output_dir runs/demo-0      # and 1 to 4
-quartet control runs/demo-0
-python docs/images/draw_demo.py docs/images/demo.png runs/demo-*
+python docs/images/draw_demo.py benchmarks/results/demo.json docs/images/demo.png
 """
 
 import json
@@ -34,8 +32,8 @@ def curves_of(result):
     return points
 
 
-picture, *runs = map(Path, sys.argv[1:])
-results = [json.loads((run / "control/control.json").read_text()) for run in runs]
+measured, picture = map(Path, sys.argv[1:])
+results = list(json.loads(measured.read_text())["seeds"].values())
 
 figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained", facecolor="white")
 axes = figure.subplots()
