@@ -35,6 +35,7 @@ LEAST_Z = 5.0  # standard deviations of chance; a run looks hundreds of times, a
 LOW = 0.05  # the share of completions with the lowest marks: a mark that is no higher is not earned
 NEARLY_ALL = 0.9
 SAME = 1e-6  # marks that differ by less are equal
+TINY = 1e-12  # a sum of squares that is no more is rounding
 EXAMPLES = 3
 
 SAID: dict[str, str] = {
@@ -143,14 +144,16 @@ def _numbers(text: str) -> set[Decimal | None]:
 class Moments:
     """Σxy, Σx² and Σy² of two quantities, each less its mean in the group; they add up over groups and steps.
 
-    `chance` is the variance of Σxy if the values of y were shuffled inside each group: Σ xx · yy / (n − 1).
+    `scores` adds up r · √(n − 1) of each of the `compared` groups, in which both quantities differ. If the values of y
+    were shuffled inside a group, this score would have mean 0 and variance 1.
     """
 
     xy: float = 0.0
     xx: float = 0.0
     yy: float = 0.0
     groups: int = 0  # in which y differs
-    chance: float = 0.0
+    scores: float = 0.0
+    compared: int = 0
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[float, float]]) -> Moments:
@@ -160,7 +163,10 @@ class Moments:
         x_mean, y_mean = (math.fsum(values) / len(pairs) for values in zip(*pairs, strict=True))
         centred = [(x - x_mean, y - y_mean) for x, y in pairs]
         xy, xx, yy = (math.fsum(values) for values in zip(*((x * y, x * x, y * y) for x, y in centred), strict=True))
-        return cls(xy, xx, yy, int(yy > 1e-12), xx * yy / max(len(pairs) - 1, 1))
+        if xx <= TINY or yy <= TINY:
+            return cls(xy, xx, yy, int(yy > TINY))
+        score = xy / math.sqrt(xx * yy) * math.sqrt(len(pairs) - 1)
+        return cls(xy, xx, yy, groups=1, scores=score, compared=1)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -168,17 +174,19 @@ class Moments:
             self.xx + other.xx,
             self.yy + other.yy,
             self.groups + other.groups,
-            self.chance + other.chance,
+            self.scores + other.scores,
+            self.compared + other.compared,
         )
 
     @property
     def z(self) -> float:
-        """Σxy in standard deviations of chance. One group, however large its spread, has √(n − 1) at most.
+        """How far r is from 0, in standard deviations of chance. All groups weigh the same, however large their
+        spreads are: one group alone has √(n − 1) at most.
 
-        >>> Moments.of([(1, 1), (2, 2)]).z
-        1.0
+        >>> round((Moments.of([(1, 1), (2, 2)]) + Moments.of([(1, 5), (2, 90)])).z, 3)      # (1 + 1) / √2
+        1.414
         """
-        return self.xy / math.sqrt(self.chance) if self.chance > 1e-24 else 0.0
+        return self.scores / math.sqrt(self.compared) if self.compared else 0.0
 
     @property
     def r(self) -> float | None:
@@ -187,7 +195,7 @@ class Moments:
         >>> (Moments.of([(1, 1), (2, 2)]) + Moments.of([(5, 8), (7, 6)])).r       # xy 1/2 - 2, xx 1/2 + 2, yy 1/2 + 2
         -0.6
         """
-        return self.xy / math.sqrt(self.xx * self.yy) if self.xx > 1e-12 and self.yy > 1e-12 else None
+        return self.xy / math.sqrt(self.xx * self.yy) if self.xx > TINY and self.yy > TINY else None
 
 
 SCORE = "score"  # the name of the marks that are the sum of all rewards
@@ -250,7 +258,10 @@ def believed(steps: Sequence[Step], of_parts: bool = False) -> dict[str, float]:
     `of_parts`: it is the score of several rewards, of which one may pay for length or form on purpose. Of this nothing
     follows before some answer is right, since the others are all that differs until then.
     """
-    values, totals = values_of(steps), _totals(steps)
+    totals = _totals(steps)
+    # A policy that nearly always has the form differs by it in few groups: z tells whether they are enough.
+    compared_by = {name: r for name in ("right", "formed") if (r := totals[name].r) is not None}
+    values = values_of(steps) | compared_by
     if of_parts and totals["right"].groups and "right" not in values:
         return {}
     by_chance = {name for name in (*SUSPECTS, "formed") if abs(totals[name].z) < LEAST_Z}

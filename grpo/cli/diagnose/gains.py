@@ -153,11 +153,16 @@ def _constant_start(options: Mapping[str, Any]) -> tuple[str, str]:
 
 def told(folder: Path) -> list[str]:
     """What the end of a run says of its gain: a line for each cause, and one for what to change. Empty for runs of
-    other commands."""
-    command, options = options_of_run(folder)
+    other commands. The run has ended well, so that a damaged record is told and no error."""
+    if not (folder / "metrics.jsonl").is_file():
+        return []
+    try:
+        command, options = options_of_run(folder)
+        gains = Gains.of(folder, options, read_metrics(folder))
+    except ValueError as fault:
+        return [f"what the run has gained is not known: {fault}"]
     if command != "train":
         return []
-    gains = Gains.of(folder, options, read_metrics(folder))
     lines = []
     for is_there, what, change in (evaluation(gains), training_only(gains), rate_decay(gains)):
         lines += [what, f"  what may help: {change}"] if is_there else []

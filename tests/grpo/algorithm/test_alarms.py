@@ -258,6 +258,15 @@ def test_an_honest_yes_or_no_is_not_the_same_text_for_different_questions():
     assert kinds(lambda text, gold: float(text == "yes")) == ["identical"]
 
 
+def test_a_policy_that_nearly_always_has_the_form_shows_what_is_paid_in_five_groups():
+    """As the demo's policy does: one of 128 completions a step has another form, and a fifth are wrong."""
+    watch, found = Alarms(["mine"]), []
+    for groups in rollouts(lambda seen, rng: 1.0, skill=0.8, steps=WINDOW):
+        other = replace(groups[0][0], formed=False, right=0.0, marks={"mine": 0.0})
+        found += watch.observe([[other, *groups[0][1:]], *groups[1:]])
+    assert [alarm.kind for alarm in found] == ["format"]
+
+
 def test_an_alarm_waits_for_a_whole_window_and_enough_groups():
     assert given(HACKED["length"], steps=WINDOW - 1)[1] == []
     watch, steps = Alarms(["mine"]), list(rollouts(HACKED["length"]))
@@ -370,14 +379,20 @@ def test_the_held_out_alarm_sounds_however_often_a_run_evaluates(every):
 def test_a_reward_that_does_not_rise_raises_no_held_out_alarm():
     """Evaluations after every step differ by chance, and each is compared with an earlier one."""
     rng = random.Random(0)
-    for _ in range(10):
+
+    def share(p, count):
+        return sum(rng.random() < p for _ in range(count)) / count
+
+    alarms = 0
+    for _ in range(200):
         watch = Alarms(["mine"])
-        for groups in rollouts(lambda seen, rng: float(rng.random() < 0.02), seed=rng.random(), steps=20):
-            watch.observe(groups)
-            right = [rng.random() < 0.5 for _ in range(64)]
-            assert watch.evaluated(sum(right) / 64, 64) == []
+        for _ in range(20):
+            watch._means.append(share(0.02, 128))
+            alarms += len(watch.evaluated(share(0.5, 64), 64))
+    assert alarms <= 200 * 0.02
 
 
+@pytest.mark.slow
 def test_an_untrained_run_raises_no_alarm(micro_config, tmp_path):
     """Random weights, the reward of the demo, and an evaluation after every step."""
     options = {"rewards": [{"function": "gsm8k"}], "warm_start.steps": 0, "eval.every": 1, "eval.limit": 4}
