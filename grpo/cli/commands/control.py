@@ -25,7 +25,7 @@ from grpo.config.learner import SftLearnerOptions
 from grpo.config.run import EvalOptions, SftConfig, TrainConfig
 from grpo.config.sampling import SamplingOptions
 from grpo.run import hardware
-from grpo.run.records import CONTROL, read_events, read_metrics
+from grpo.run.records import CONTROL, CONTROL_FROM_BEGINNING, read_events, read_metrics
 from grpo.session import Session
 from grpo.steps.best_point import BestPoint
 from grpo.task.task import Task
@@ -121,7 +121,7 @@ def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) ->
     if config.warm_start.steps:
         words = f"supervised steps from the beginning, one decay over all seconds, rate {rate:g}"
         whole = budget + seconds["start"]
-        found.append(Candidate("supervised_whole", "supervised", words, config.model, whole, rate))
+        found.append(Candidate(CONTROL_FROM_BEGINNING, "supervised", words, config.model, whole, rate))
     of_grpo = config.learner.learning_rate
     words = f"rejection sampling, rate {of_grpo:g}, {config.learner.schedule}"
     return [*found, Candidate("rejection", "rejection", words, start, budget, of_grpo)]
