@@ -71,13 +71,13 @@ def _above(name: str, difference: Measured, place: str) -> str:
         return f"GRPO is above {name} by {size} {place}."
     if high < 0:
         return f"GRPO is below {name}: the difference is {size} {place}."
-    return f"GRPO minus {name} is {size} {place}, which may be chance."
+    return f"GRPO minus {name} is {size} {place}; it may be chance."
 
 
 def _seconds(grpo: Policy, control: Policy) -> str:
     if abs(control.seconds - grpo.seconds) <= SAME_SECONDS * grpo.seconds:
         return "in the same seconds"
-    return f"in {grpo.seconds:,.0f} s of GRPO and {control.seconds:,.0f} s of the control"
+    return f"after {grpo.seconds:,.0f} s of GRPO and {control.seconds:,.0f} s of the control"
 
 
 def _evaluated(rows: Sequence[Mapping[str, Any]], name: str, what: str) -> str:

@@ -3,7 +3,7 @@
 {
   const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#8C564B"];
   // [title, pattern of the metrics, kind]; a title whose metrics were never measured is left out, and one whose curves
-  // are all 0 (of kind "ratio": all 1) is named under the charts. Kind "result" is drawn always: a reward of 0 is a result.
+  // all keep their neutral value is named under the charts. Kind "result" is drawn always: a reward of 0 is a result.
   const CHARTS = [
     ["Reward", /^reward\/(mean|part\/.*)$/, "result"],
     ["Held out, 95 % intervals", /^eval\/(accuracy|accuracy_greedy|reward_mean|reward_mean_greedy|pass_at_\d+)$/, "result"],
@@ -15,7 +15,7 @@
     ["Ratio and clipping", /^(policy\/clip_fraction|policy\/ratio_mean|mismatch\/weight_mean)$/],
     ["Loss", /^loss\/(total|policy|mtp|value|sft)$/],
     ["Gradient norm", /^learner\/grad_norm$/],
-    ["Tokens per forward", /^(draft|eval)\/tokens_per_forward$/, "ratio"],
+    ["Tokens per forward", /^(draft|eval)\/tokens_per_forward$/],
     ["Drafts accepted, by depth", /^draft\/acceptance_depth_\d+$/],
     ["Experts: load, 1 is even", /^moe\/load_(min|max)$/],
     ["Seconds of a step", /^time\/(rollout|reward|wait|learn|publish|evaluate|checkpoint)$/, "stack"],
@@ -34,8 +34,13 @@
     const isUnique = (name) => short.filter((other) => other === name).length === 1;
     return new Map(metrics.map((metric, m) => [metric, isUnique(short[m]) ? short[m] : metric]));
   };
-  const idleOf = (kind) => (kind === "ratio" ? 1 : 0);
-  const isIdle = (traces, kind) => kind !== "result" && traces.filter(({ metric }) => metric).every(({ idle }) => idle);
+  // Ratios of two equal things are 1, up to rounding: without drafts, and on-policy. Everything else is 0 if nothing happens.
+  const RATIOS = /^(policy\/ratio_mean|mismatch\/weight_mean|(draft|eval)\/tokens_per_forward)$/;
+  const neutral = (metric) => (RATIOS.test(metric) ? 1 : 0);
+  const isNeutral = (metric, value) => (RATIOS.test(metric) ? Math.abs(value - 1) < 1e-6 : value === 0);
+  const metricsOf = (traces) => [...new Set(traces.map(({ metric }) => metric).filter(Boolean))];
+  const isIdle = ({ traces, kind }) => kind !== "result" && traces.filter(({ metric }) => metric).every(({ idle }) => idle);
+  const inWords = ({ title, traces }) => `${title} (${[...new Set(metricsOf(traces).map(neutral))].sort().join(" and ")})`;
   const settings = { smooth: 0, log: false, chosen: null };
 
   const smoothed = (values, share) => {
@@ -76,7 +81,7 @@
             fill: "toself", line: { width: 0 }, fillcolor: `${color}22`, mode: "lines" });
         }
         const values = there.map((row) => valueOf(row, metric));
-        const idle = values.every((value) => value === idleOf(kind));
+        const idle = values.every((value) => isNeutral(metric, value));
         traces.push({ ...common, y: smoothed(values, kind === "stack" ? 0 : settings.smooth), metric, idle, name: runs.length > 1 ? `${name}, ${called.get(metric)}` : called.get(metric),
           line: { color, width: 1.8, dash: runs.length > 1 ? ["solid", "dot", "dash", "dashdot"][m % 4] : "solid" }, marker: { size: 4 },
           ...(kind === "stack" && runs.length === 1 ? { stackgroup: "one", mode: "lines" } : {}),
@@ -114,17 +119,17 @@
       learned.replaceChildren(...runs.flatMap(({ name, headline }) => headline.map((sentence) =>
         view.make("p", { class: "headline" }, runs.length > 1 ? `${name}: ${sentence}` : sentence))));
       const measured = CHARTS.map(([title, pattern, kind]) => ({ title, kind, traces: lines(runs, pattern, kind) })).filter(({ traces }) => traces.length);
-      const idle = measured.filter(({ traces, kind }) => isIdle(traces, kind));
+      const idle = measured.filter(isIdle);
       const wanted = measured.filter((chart) => !idle.includes(chart));
       const control = view.controlChart(runs);
       if (control) wanted.splice(wanted.filter(({ kind }) => kind === "result").length, 0, control);
-      constant.textContent = idle.length ? `Constant in all steps, so not drawn: ${idle.map(({ title, kind }) => `${title} (${idleOf(kind)})`).join("; ")}.` : "";
+      constant.textContent = idle.length ? `Constant in all steps, so not drawn: ${idle.map(inWords).join("; ")}.` : "";
       const old = new Map([...cards.children].map((card) => [card.dataset.title, card]));
       cards.replaceChildren(...wanted.map(({ title, traces, x, content, below }) => {
         const card = old.get(title) ?? view.make("div", { class: "card", "data-title": title }, view.make("h2", {}, title, " ", view.make("code", { class: "soft" })),
           view.make("div", { class: "chart" }), view.make("div", { class: "below" }));
         const [heading, chart, text] = card.children;
-        heading.lastChild.textContent = [...new Set(traces.map(({ metric }) => metric).filter(Boolean))].join(" ");
+        heading.lastChild.textContent = metricsOf(traces).join(" ");
         if (below && text.dataset.content !== content) { // a table that has not changed keeps its order
           text.dataset.content = content;
           text.replaceChildren(...below());

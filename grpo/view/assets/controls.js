@@ -55,9 +55,12 @@
     ], rows);
   };
 
-  const note = (runs, called) => {
-    const trained = runs.flatMap((run) => Object.values(run.control.policies).filter((policy) => policy.words).map((policy) => `${called(run, policy)}: ${policy.words}.`));
+  const note = (runs, shown) => {
     const problems = [...new Set(runs.map(({ control }) => control.problems.toLocaleString("en")))].join(" or ");
+    const trained = runs.map((run) => {
+      const controls = Object.values(run.control.policies).filter((policy) => policy.words);
+      return `Controls${shown.length > 1 ? ` of ${run.name}` : ""}: ${controls.map((policy) => policy.words).join("; ")}.`;
+    });
     const sentence = `All policies of a run answer the same ${problems} held-out problems; intervals are of 95 %.`;
     return view.make("p", { class: "soft" }, [sentence, ...trained].join(" "));
   };
@@ -75,7 +78,7 @@
       traces,
       x: `seconds of training${since}`,
       content: JSON.stringify(runs.map(({ name, control }) => [name, control])),
-      below: () => [table(runs, called), note(runs, called)],
+      below: () => [table(runs, called), note(runs, shown)],
     };
   };
 }

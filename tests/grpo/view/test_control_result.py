@@ -105,7 +105,7 @@ def test_the_sentence_follows_from_the_interval(run):
     below, chance = _sentences(run, control_result(supervised=0.97, rejection=0.88))
     assert below.startswith("GRPO is below the best supervised control: the difference is -0.07 (95 %: -0.12 to -0.02)")
     assert chance.startswith("GRPO minus rejection sampling is +0.02 (95 %: -0.03 to +0.07)")
-    assert chance.endswith(", which may be chance.")
+    assert chance.endswith("; it may be chance.")
     assert "has no interval" in _sentences(run, control_result(of=rewards, half=None))[0]
 
 
@@ -113,7 +113,7 @@ def test_other_seconds_are_not_called_the_same(run):
     result = control_result()
     result["chosen"]["supervised"]["seconds"] = 80.0
     first, second = _sentences(run, result)
-    assert first.endswith("in 60 s of GRPO and 80 s of the control.")
+    assert first.endswith("after 60 s of GRPO and 80 s of the control.")
     assert second.endswith("in the same seconds.")
 
 
