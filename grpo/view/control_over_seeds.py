@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from rich import box
 from rich.table import Column, Table
 
 from grpo.algorithm.statistics import mean_interval
@@ -73,27 +74,28 @@ def _over_seeds(kind: str, way: str, controls: Mapping[Any, ControlResult]) -> O
 
 
 def table(way: str, groups: Mapping[str, Contrasts]) -> Table | None:
-    """A row for each policy of each group, answering in this way. None if no group has a control."""
-    table = Table(
-        "",
-        "policy",
-        Column(f"held out, {way}", justify="right"),
+    """A row for each policy of each group that answers in this way. None if no group has a control."""
+    columns = (
+        Column("", no_wrap=True),
+        Column("policy", no_wrap=True),
+        Column(way, justify="right"),
         Column("GRPO minus it, by seed", justify="right"),
-        Column("mean over seeds", justify="right"),
+        Column("mean", justify="right"),
     )
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns are enough
     for letter, found in groups.items():
         for policy in found.get(way, {}).values():
             by_seed = [f"{seed}: {_difference(difference)}" for seed, difference in policy.grpo_minus.items()]
             value = _mean(policy.mean, policy.interval, "")
             mean = _mean(policy.mean_difference, policy.interval_of_difference, "+")
-            table.add_row(f"{letter} (n = {len(policy.results)})", policy.name, value, "\n".join(by_seed), mean)
+            table.add_row(f"{letter}, n={len(policy.results)}", policy.name, value, "\n".join(by_seed), mean)
     return table if table.rows else None
 
 
 def _difference(difference: Measured) -> str:
     if difference.low is None or difference.high is None:
-        return f"{difference.value:+.3f}"
-    return f"{difference.value:+.3f} ({difference.low:+.2f} to {difference.high:+.2f})"
+        return f"{difference.value:+.2f}"
+    return f"{difference.value:+.2f} ({difference.low:+.2f}, {difference.high:+.2f})"
 
 
 def _mean(value: float | None, interval: Sequence[float] | None, sign: str) -> str:

@@ -109,7 +109,7 @@ def test_the_same_run_twice_is_no_second_seed(make, tmp_path):
 
 
 def test_runs_with_controls_are_compared_with_them_over_seeds(make, tmp_path, capsys):
-    """By hand: differences 0.40, 0.30 and 0.50 have the mean 0.40, the variance 0.01 and the interval ± 4.303 · 0.1 / √3."""
+    """By hand: differences 0.40, 0.30 and 0.50 have the mean 0.40, variance 0.01 and interval ± 4.303 · 0.1 / √3."""
     runs = [make(f"a{seed}", seed=seed) for seed in range(4)]
     for run, supervised in zip(runs, (0.5, 0.6, 0.4), strict=False):  # the last run has no control
         write_control(run, control_result(supervised=supervised))
@@ -128,7 +128,7 @@ def test_runs_with_controls_are_compared_with_them_over_seeds(make, tmp_path, ca
     assert "grpo_minus" not in found["A"]["greedy"]["grpo"]
     shown = capsys.readouterr().out
     assert "GRPO and its controls, on the same held-out problems" in shown
-    for words in ("A (n = 3)", "rejection", "supervised steps", "+0.400 ± 0.248", "0: +0.400"):
+    for words in ("A, n=3 rejection sampling", "supervised steps", "+0.400 ± 0.248", "0: +0.40 (+0.35, +0.45)"):
         assert words in shown
 
 
