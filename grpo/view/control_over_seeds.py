@@ -88,7 +88,7 @@ def table(way: str, groups: Mapping[str, Contrasts]) -> Table | None:
             by_seed = [f"{seed}: {_difference(difference)}" for seed, difference in policy.grpo_minus.items()]
             value = _mean(policy.mean, policy.interval, "")
             mean = _mean(policy.mean_difference, policy.interval_of_difference, "+")
-            table.add_row(f"{letter}, n={len(policy.results)}", policy.name, value, "\n".join(by_seed), mean)
+            table.add_row(letter, policy.name, value, "\n".join(by_seed), mean)
     return table if table.rows else None
 
 
