@@ -126,7 +126,7 @@
       constant.textContent = idle.length ? `Constant in all steps, so not drawn: ${idle.map(inWords).join("; ")}.` : "";
       const old = new Map([...cards.children].map((card) => [card.dataset.title, card]));
       cards.replaceChildren(...wanted.map(({ title, traces, x, content, below }) => {
-        const card = old.get(title) ?? view.make("div", { class: "card", "data-title": title }, view.make("h2", {}, title, " ", view.make("code", { class: "soft" })),
+        const card = old.get(title) ?? view.make("div", { class: below ? "card wide" : "card", "data-title": title }, view.make("h2", {}, title, " ", view.make("code", { class: "soft" })),
           view.make("div", { class: "chart" }), view.make("div", { class: "below" }));
         const [heading, chart, text] = card.children;
         heading.lastChild.textContent = metricsOf(traces).join(" ");
