@@ -44,14 +44,14 @@
 
   const table = (runs, called) => {
     const rows = runs.flatMap((run) => Object.values(run.control.policies).map((policy) => ({ policy, name: called(run, policy) })));
+    const way = rows.some(({ policy }) => policy.results.sampled) ? "sampled" : "greedy";
     const column = (title, of, show) => [title, ({ policy }) => of(policy)?.value, ({ policy }) => words(of(policy), show)];
     return view.table([
       ["policy", ({ name }) => name],
       ["seconds", ({ policy }) => Math.round(policy.seconds)],
       column("sampled", ({ results }) => results.sampled, plain),
       column("greedy", ({ results }) => results.greedy, plain),
-      column("GRPO minus it, sampled", ({ grpo_minus }) => grpo_minus.sampled, signed),
-      column("GRPO minus it, greedy", ({ grpo_minus }) => grpo_minus.greedy, signed),
+      column(`GRPO minus it, ${way}`, ({ grpo_minus }) => grpo_minus[way], signed),
     ], rows);
   };
 
