@@ -19,6 +19,7 @@ from rollout.group import RolloutGroup
 TURNS = ("begin", "resume", "end")  # events; the last of them says whether a run goes on
 CONTROL = "control/control.json"  # in a run folder: what `quartet control` found
 HELD_OUT = "held_out.jsonl"
+CONTROL_FROM_BEGINNING = "supervised_whole"  # the control that begins before the SFT stage, so it has its seconds too
 RENAMED = ("draft/heldout_", "draft/held_out_")  # metrics of version 0.1, and what they are called since
 
 

@@ -25,7 +25,7 @@ from grpo.config.learner import SftLearnerOptions
 from grpo.config.run import EvalOptions, SftConfig, TrainConfig
 from grpo.config.sampling import SamplingOptions
 from grpo.run import hardware
-from grpo.run.records import CONTROL, read_events, read_metrics
+from grpo.run.records import CONTROL, CONTROL_FROM_BEGINNING, read_events, read_metrics
 from grpo.session import Session
 from grpo.steps.best_point import BestPoint
 from grpo.task.task import Task
@@ -36,7 +36,6 @@ from rewards.verdicts import held_out_metric
 
 RATES = (1.0, 0.3)  # of the run's supervised rate, from the start of GRPO
 POINTS = 5  # at which a control answers the held-out problems
-WHOLE = "supervised_whole"  # begins before the SFT stage, whose seconds are in its own
 TIMED, UNTIMED = 10, 3  # steps of a short run that tell what a step takes; the first ones are slower
 VALIDATION = 256  # problems, where the run kept none
 
@@ -122,7 +121,7 @@ def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) ->
     if config.warm_start.steps:
         words = f"supervised steps from the beginning, one decay over all seconds, rate {rate:g}"
         whole = budget + seconds["start"]
-        found.append(Candidate(WHOLE, "supervised", words, config.model, whole, rate))
+        found.append(Candidate(CONTROL_FROM_BEGINNING, "supervised", words, config.model, whole, rate))
     of_grpo = config.learner.learning_rate
     words = f"rejection sampling, rate {of_grpo:g}, {config.learner.schedule}"
     return [*found, Candidate("rejection", "rejection", words, start, budget, of_grpo)]
@@ -315,7 +314,7 @@ def _took(result: dict[str, Any], name: str) -> float:
     if name in result["seconds"]:
         return float(result["seconds"][name])
     chosen = result["chosen"][name]
-    before = result["seconds"]["start"] if chosen["name"] == WHOLE else 0.0
+    before = result["seconds"]["start"] if chosen["name"] == CONTROL_FROM_BEGINNING else 0.0
     return float(chosen["seconds"] - before)
 
 
