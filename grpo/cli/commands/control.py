@@ -24,10 +24,10 @@ from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.config.learner import SftLearnerOptions
 from grpo.config.run import EvalOptions, SftConfig, TrainConfig
 from grpo.config.sampling import SamplingOptions
+from grpo.evaluation.best_point import BestPoint
 from grpo.run import hardware
 from grpo.run.records import CONTROL, CONTROL_FROM_BEGINNING, read_events, read_metrics
 from grpo.session import Session
-from grpo.steps.best_point import BestPoint
 from grpo.task.task import Task
 from policies.files.atomic import write_file
 from rewards.config.names import recorded_options
