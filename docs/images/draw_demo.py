@@ -50,7 +50,7 @@ axes.set_xlabel("seconds of training after 100 worked answers (one core)", color
 axes.set_ylabel("held-out accuracy", color=GREY)
 title = f"Sorting letters: {results[0]['problems']} problems never trained on, {len(results)} seeds"
 axes.set_title(title, loc="left", fontsize=10)
-axes.legend(frameon=False, loc="center right", fontsize=8, bbox_to_anchor=(1.0, 0.62))
+axes.legend(frameon=False, loc="lower right", fontsize=9)
 machine, versions = results[0]["environment"]["hardware"], results[0]["environment"]["versions"]
 figure.supxlabel(f"{machine['cpu']}, one thread · torch {versions['torch']}", fontsize=7, color=GREY)
 figure.savefig(picture)
