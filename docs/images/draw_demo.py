@@ -12,8 +12,8 @@ from matplotlib.figure import Figure  # pip install matplotlib
 COLORS = {"grpo": "#0072B2", "rejection": "#009E73", "supervised": "#D55E00"}
 NAMES = {
     "grpo": "GRPO",
-    "rejection": "rejection sampling, same seconds",
-    "supervised": "supervised steps, same seconds (best of three)",
+    "rejection": "rejection sampling, about the same seconds",
+    "supervised": "supervised steps, about the same seconds (best of three schedules)",
 }
 GREY = "#767676"
 
