@@ -80,10 +80,9 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def sample(trunk: DeepseekV3ForCausalLM, tokens_BT: Tensor, real_BT: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sample a completion of every prompt at temperature 1. Returns (tokens, real, mask of the completion), [B, T]."""
-    prompt_length = tokens_BT.shape[1]
+    unread = prompt_length = tokens_BT.shape[1]  # unread: what the cache does not hold yet
     running_B1 = torch.ones(len(tokens_BT), 1, dtype=torch.bool)
     cache = DynamicCache(config=trunk.config)
-    unread = prompt_length  # the cache has read the others
     for _ in range(MAX_COMPLETION_TOKENS):
         positions_BT = positions_of(real_BT)[:, -unread:]
         logits_BV = trunk(tokens_BT[:, -unread:], real_BT, positions_BT, cache, use_cache=True).logits[:, -1]
@@ -138,6 +137,7 @@ def grpo(
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # sums of several threads round differently on machines with other numbers of cores
     torch.manual_seed(SEED)
     problems = letter_sorting("train", SEED, count=WORKED_ANSWERS + STEPS * P)  # no two have the same letters
     worked, others = problems[:WORKED_ANSWERS], problems[WORKED_ANSWERS:]
