@@ -1,38 +1,9 @@
 // The overview of a page, without a browser: `node overview_page.js SCRIPT...` reads what a server would answer from
 // standard input and prints the cards that were drawn, with the curves that Plotly would get, and the page's text.
 const fs = require("fs");
-const vm = require("vm");
+const { load } = require("./document.js");
 
-class Node {
-  constructor(name) {
-    Object.assign(this, { name, children: [], attributes: {}, dataset: {}, style: {} });
-  }
-  append(...children) { this.children.push(...children); }
-  replaceChildren(...children) { this.children = children; }
-  addEventListener() {}
-  on(event, listener) { this[event] = listener; }
-  setAttribute(key, value) {
-    this.attributes[key] = value;
-    if (key.startsWith("data-")) this.dataset[key.slice(5)] = value;
-  }
-  get lastChild() { return this.children.at(-1); }
-  get textContent() { return this.children.map((child) => child.textContent ?? child).join(" "); }
-  set textContent(text) { this.children = [text]; }
-}
-
-const answers = fs.readFileSync(0, "utf8");
-const body = new Node("body");
-Object.assign(globalThis, {
-  Node,
-  document: { createElement: (name) => new Node(name), getElementById: () => ({ textContent: answers }), documentElement: body, body },
-  location: { search: "", hash: "" },
-  matchMedia: () => ({ matches: false }),
-  getComputedStyle: () => ({ getPropertyValue: () => "#000" }),
-  Plotly: { react: (box, traces, layout) => Object.assign(box, { data: traces, layout }) },
-});
-
-const scripts = process.argv.slice(2).map((path) => fs.readFileSync(path, "utf8"));
-const view = vm.runInThisContext(`${scripts.join("\n")}\nview`);
+const view = load(process.argv.slice(2), fs.readFileSync(0, "utf8"));
 
 (async () => {
   view.runs = await view.ask("runs");

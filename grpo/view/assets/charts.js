@@ -95,7 +95,7 @@
     const ink = view.style("--ink"), line = view.style("--line");
     const axis = { gridcolor: line, zerolinecolor: line, automargin: true };
     Plotly.react(box, traces, { margin: { l: 8, r: 8, t: 6, b: extra.x ? 38 : 26 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
-      font: { color: ink, size: 11 }, showlegend: traces.length > 1, legend: { orientation: "h", y: extra.x ? 1.02 : -0.14, yanchor: extra.x ? "bottom" : "auto", font: { size: 10 } },
+      font: { color: ink, size: 11 }, showlegend: traces.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", font: { size: 10 } },
       xaxis: { ...axis, title: { text: extra.x ?? "" } }, yaxis: { ...axis, type: settings.log ? "log" : "linear", rangemode: "normal" }, hovermode: "closest" },
     // Without a pointer that hovers, Plotly's bar would stay over the newest values.
     { displaylogo: false, responsive: true, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });

@@ -141,3 +141,12 @@ def test_the_curves_of_a_real_run_have_names_of_their_own(controlled):
     for card in cards.values():
         names = [line["name"] for line in card["data"] if line.get("showlegend") is not False]
         assert len(names) == len(set(names)), names
+
+
+def test_the_names_of_curves_are_above_the_plot_and_cover_no_tick(controlled):
+    cards, _ = drawn(controlled)
+    several = [card["layout"] for card in cards.values() if card["layout"]["showlegend"]]
+    assert len(several) > 1
+    for layout in several:
+        assert layout["legend"]["y"] > 1
+        assert layout["legend"]["yanchor"] == "bottom"
