@@ -9,8 +9,8 @@
   const versions = (c) => [...new Set(c.flatMap(({ versions, policy_version }) => versions ?? [policy_version]))];
   // How tokens may be coloured: [name, value of token i, colour of a value, what it says, the values of its scale].
   const COLOURS = [
-    ["log-probability", (c, i) => c.logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 5)), "the darker, the less likely", () => [0, -1, -2, -3, -4]],
-    ["surprise of the learner", (c, i) => c.policy_logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 5)), "the learner's own log-probability", () => [0, -1, -2, -3, -4]],
+    ["log-probability", (c, i) => c.logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 4)), "the darker, the less likely", () => [0, -1, -2, -3, -4]],
+    ["surprise of the learner", (c, i) => c.policy_logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 4)), "the learner's own log-probability", () => [0, -1, -2, -3, -4]],
     ["mismatch", (c, i) => (c.policy_logprobs && c.logprobs ? c.policy_logprobs[i] - c.logprobs[i] : null), (v) => signed(v, 0.2), "learner's minus sampler's log-probability", () => [-0.15, -0.05, 0, 0.05, 0.15]],
     ["ratio", (c, i) => (c.policy_logprobs && c.logprobs ? Math.exp(c.policy_logprobs[i] - c.logprobs[i]) : null), (v) => signed(v == null ? null : v - 1, 0.2), "above 1 green, below 1 red", () => [0.85, 0.95, 1, 1.05, 1.15]],
     ["advantage", (c, i) => (Array.isArray(c.advantage) ? c.advantage[i] : c.advantage), (v) => signed(v, 2), "what the step teaches: green more, red less", () => [-1.5, -0.5, 0, 0.5, 1.5]],
