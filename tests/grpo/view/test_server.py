@@ -176,7 +176,7 @@ def test_a_report_is_one_file_in_which_text_stays_text(tmp_path, capsys):
     page = _Scripts()
     page.feed(written.read_text(encoding="utf-8"))
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("script") == 7  # the answers, Plotly and five of ours
+    assert tags.count("script") == 8  # the answers, Plotly and six of ours
     assert not any("src" in attributes or "href" in attributes for tag, attributes in page.tags if tag != "link")
 
 
