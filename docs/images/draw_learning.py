@@ -18,7 +18,7 @@ TASKS = {"words": "word problems", "spelling": "spelling words backward"}
 
 
 def points_of(runs, task, name):
-    """Completions and accuracy of each seed, by steps. Every contender of a seed has the same start, which is step 0."""
+    """Completions and accuracy of each seed, by steps. All contenders of a seed share its start, step 0."""
     points = defaultdict(list)
     for run in runs:
         is_start = run["steps"] == 0
