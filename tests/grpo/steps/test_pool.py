@@ -150,6 +150,7 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
 
     def start(**options: str) -> subprocess.Popen:
         words = {
+            "model": "tiny",
             "output_dir": tmp_path / "run",
             "threads": 1,
             "data.levels": "[1]",
