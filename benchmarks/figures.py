@@ -87,18 +87,16 @@ def measure(words: str) -> bool:
 
 
 def demo(seed: int) -> None:
-    """Runs the demo, or what is left of it, and adds its accuracies before and after GRPO to demo.json."""
+    """Runs the demo and its controls, or what is left of them, and adds what the controls say to demo.json."""
     from grpo.cli.parse import main as quartet
 
     folder, file = ROOT / f"runs/figures/demo-{seed}-{state_of(f'demo, seed {seed}')[:8]}", RESULTS / "demo.json"
     words = ["train", "examples/01_demo.yaml", "--seed", str(seed), "--output_dir", str(folder), "--resume", "auto"]
-    if code := quartet(words):  # in this process, which gets what stops it
-        raise SystemExit(code)
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    ends = [{name: line[name] for name in line if "accuracy" in name} for line in lines if "eval/accuracy" in line]
+    for command in (words, ["control", str(folder)]):  # in this process, which gets what stops it
+        if code := quartet(command):
+            raise SystemExit(code)
     seeds = json.loads(file.read_text())["seeds"] if file.exists() else {}
-    hardware = json.loads((folder / "environment.json").read_text())
-    seeds[str(seed)] = {"before": ends[0], "after": ends[-1], "environment": hardware}
+    seeds[str(seed)] = json.loads((folder / "control/control.json").read_text())
     file.write_text(json.dumps({"command": "make figures", "seeds": seeds}, indent=1) + "\n")
 
 

@@ -1,5 +1,7 @@
 """The reward of the demo: it checks an answer by the question alone, so nobody had to write the answers down."""
 
+from itertools import pairwise
+
 from rewards import right_at
 
 
@@ -11,5 +13,6 @@ def in_order(prompts, completions, question, **columns):
         letters = asked.partition(": ")[2].split()
         answer = completion.rpartition("####")[2].split()
         complete = len(answer) == len(letters) and set(answer) == set(letters)
-        rewards.append(float(complete and answer == sorted(answer)))
+        ordered = all(before < after for before, after in pairwise(answer))
+        rewards.append(float(complete and ordered))
     return rewards

@@ -1,4 +1,4 @@
-"""GRPO for MoE/MLA policies with lossless multi-token rollouts.
+"""Fine-tune language models by reinforcement learning (GRPO), with runs that repeat bit for bit.
 
     from grpo import TrainConfig, train
 

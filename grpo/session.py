@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.evaluation.best_point import BestPoint
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import TrainingBatch
@@ -104,7 +105,7 @@ class Session:
                 session = supervised_session(cls, run, task)
             else:
                 if base is None and config.warm_start.steps:
-                    warm_start(run, task, cls)
+                    warm_start(run, task, cls, BestPoint)
                 session = grpo_session(cls, run, task, base)
             with session.begun():
                 yield session
@@ -370,10 +371,13 @@ class Session:
             self.task.refuse_trained_on(problems)
         with ExitStack() as stack:
             if self.publisher is None:
-                pool = open_run_pool(self.run, self.policy, prompts_per_shard=64)
-                self.held_out.pool = stack.enter_context(closing(pool))
+                self.held_out.pool = stack.enter_context(closing(self.open_pool()))
             self._publish_refused()
             return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
+
+    def open_pool(self) -> Pool:
+        """Samplers of the current weights, for a session that samples only to evaluate. Close them."""
+        return open_run_pool(self.run, self.policy, prompts_per_shard=64)
 
     def evaluate_if_due(self, step: int) -> None:
         if self._evaluates(step):

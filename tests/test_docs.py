@@ -309,14 +309,17 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source():
     assert lost == []
 
 
-def test_the_reward_of_the_readme_is_the_example():
+def test_the_reward_of_the_readme_is_the_demos():
     [block] = [block for block in blocks(ROOT / "README.md") if block.language == "python"]
-    spaces: list[dict[str, Any]] = [{}, {}]
-    for text, space in zip((block.text, (ROOT / "examples/03_custom_reward.py").read_text()), spaces, strict=True):
-        exec(compile(text, "reward", "exec"), space)
-    batch = {"prompts": ["?"] * 4, "answer": ["#### 7"] * 4, "completions": ["3 + 4 = 7\n#### 7", "#### 7", "= 8", ""]}
-    marks = [space["shows_its_work"](**batch) for space in spaces]
-    assert marks[0] == marks[1] == [1.5, 1.0, 0.5, 0.0]
+    rewards = []
+    for text in (block.text, (ROOT / "examples/01_demo.py").read_text()):
+        tree, space = ast.parse(text), dict[str, Any]()
+        tree.body = [node for node in tree.body if not isinstance(node, ast.Assign | ast.Expr)]  # nothing is trained
+        exec(compile(tree, "reward", "exec"), space)
+        rewards.append(space["in_order"])
+    completions = ["#### a b c", "#### c b a", "#### a b", "#### a b b", "", "#### a b c d"]
+    batch = {"prompts": ["?"] * 6, "question": ["Sort these letters: b a c"] * 6, "completions": completions}
+    assert rewards[0](**batch) == rewards[1](**batch) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.fixture(scope="module")

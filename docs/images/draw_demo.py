@@ -1,8 +1,6 @@
-"""Draws the picture of README from finished runs of the demo and their controls, one run for each seed:
+"""Draws the picture of README from what `make figures` has measured, the demo with five seeds and its controls:
 
-quartet train examples/01_demo.yaml --seed 0 --output_dir runs/demo-0      # and 1 to 4
-quartet control runs/demo-0
-python docs/images/draw_demo.py docs/images/demo.png runs/demo-*
+python docs/images/draw_demo.py benchmarks/results/demo.json docs/images/demo.png
 """
 
 import json
@@ -14,8 +12,8 @@ from matplotlib.figure import Figure  # pip install matplotlib
 COLORS = {"grpo": "#0072B2", "rejection": "#009E73", "supervised": "#D55E00"}
 NAMES = {
     "grpo": "GRPO",
-    "rejection": "rejection sampling, same seconds",
-    "supervised": "supervised steps, same seconds (best of three)",
+    "rejection": "rejection sampling, about the same seconds",
+    "supervised": "supervised steps, about the same seconds (best of three schedules)",
 }
 GREY = "#767676"
 
@@ -34,8 +32,8 @@ def curves_of(result):
     return points
 
 
-picture, *runs = map(Path, sys.argv[1:])
-results = [json.loads((run / "control/control.json").read_text()) for run in runs]
+measured, picture = map(Path, sys.argv[1:])
+results = list(json.loads(measured.read_text())["seeds"].values())
 
 figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained", facecolor="white")
 axes = figure.subplots()
@@ -52,7 +50,7 @@ axes.set_xlabel("seconds of training after 100 worked answers (one core)", color
 axes.set_ylabel("held-out accuracy", color=GREY)
 title = f"Sorting letters: {results[0]['problems']} problems never trained on, {len(results)} seeds"
 axes.set_title(title, loc="left", fontsize=10)
-axes.legend(frameon=False, loc="center right", fontsize=8, bbox_to_anchor=(1.0, 0.62))
+axes.legend(frameon=False, loc="lower right", fontsize=9)
 machine, versions = results[0]["environment"]["hardware"], results[0]["environment"]["versions"]
 figure.supxlabel(f"{machine['cpu']}, one thread · torch {versions['torch']}", fontsize=7, color=GREY)
 figure.savefig(picture)

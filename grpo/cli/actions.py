@@ -61,14 +61,54 @@ def _begin() -> None:
         print("loading torch and transformers ...", flush=True)
 
 
+def _names_policy(args: argparse.Namespace) -> bool:
+    """Whether there is a policy to train: in a file, by its name, in the run to resume. `tiny`, the default, has random
+    weights, from which GRPO learns nothing: nobody means that."""
+    given = (args.config, args.overrides.get("model"), getattr(args, "resume", None), getattr(args, "verl", None))
+    return any(given) or getattr(args, "print_config", False)
+
+
+def _show_ways(args: argparse.Namespace, name: str) -> int:
+    """Names three commands that work here, once nothing else is wrong with the options."""
+    from rewards.config.options import load
+
+    load(args.options, None, args.overrides | {"device": "cpu"}, args.flags)  # any other device is asked by torch
+    demo = Path("examples/01_demo.yaml")
+    first = str(demo) if demo.is_file() else "--model tiny --warm_start.steps 300"
+    own = "--model MODEL --data.name mine.jsonl"
+    ways = [f"train {first}", f"train {own} --rewards mine.py:f", f"rehearse {own} --rewards mine.py:f"]
+    if name == "sft":
+        ways = [f"sft {own}", "sft --model tiny --steps 300", ways[0]]
+    if name == "mtp":
+        ways = ["mtp runs/NAME", f"mtp {own}", ways[0]]
+    lines = "\n".join(f"  quartet {way}" for way in ways)
+    return fail(f"{name}: name a file or a policy, such as\n{lines}", EXIT_USAGE)
+
+
+def _settle_folder(args: argparse.Namespace, config: Any) -> None:
+    """Prints the run folder if the user named none. A resumed run has one already, which must be named."""
+    from rewards.config.options import ConfigError
+
+    if "output_dir" in config.model_fields_set:
+        return
+    if args.resume:
+        newest = max(Path("runs").glob(f"{config.command}-*"), default="runs/NAME")
+        raise ConfigError([f"output_dir: --resume needs the run folder; give it, as in --output_dir {newest}"])
+    if os.environ.get("RANK", "0") == "0" and not args.dry_run:
+        print(f"run folder: {escaped(str(config.output_dir))}", flush=True)
+
+
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     return {"resume": args.resume, "stop_after": args.stop_after, "force": args.force}
 
 
 def run(args: argparse.Namespace) -> int:
+    if not _names_policy(args):
+        return _show_ways(args, args.options.command)
     config = _load(args)
     if config is None:
         return 0
+    _settle_folder(args, config)
     _begin()
     from grpo.cli.commands import summary
 
@@ -83,16 +123,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rehearse(args: argparse.Namespace) -> int:
-    _begin()
     from grpo.cli.commands.rehearsal import Rehearsal, show
-    from grpo.cli.commands.rehearse import rehearse
     from rewards.console import Terminal
 
     source = args.verl or str(args.config)
     with tempfile.TemporaryDirectory(prefix="migration_") as folder:
         try:
+            if not _names_policy(args):
+                return _show_ways(args, "rehearse")
             migration = _read_for_others(args, Path(folder))
             config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration else {})
+            _begin()
+            from grpo.cli.commands.rehearse import rehearse
+
             result = rehearse(config, faults=args.faults, device_gib=args.device_gib)
             if migration:
                 result.read_from(migration)
@@ -115,6 +158,7 @@ def _read_for_others(args: argparse.Namespace, folder: Path) -> Migration | None
     if script and script.suffix == ".py":
         from grpo.cli.migration.trl_script import read_trl_script
 
+        print(f"running {script} up to its GRPOTrainer ...", flush=True)
         return read_trl_script(script, folder, shlex.split(args.arguments))
     args.config = script
     return None
@@ -123,12 +167,15 @@ def _read_for_others(args: argparse.Namespace, folder: Path) -> Migration | None
 def mtp(args: argparse.Namespace) -> int:
     from grpo.config.mtp import defaults_of_run
 
+    if not _names_policy(args):
+        return _show_ways(args, "mtp")
     brought, file = {}, args.config
     if file is not None and file.suffix not in (".yaml", ".yml"):
         brought, args.config = defaults_of_run(file) | {"model": str(file)}, None
     config = _load(args, brought)
     if config is None:
         return 0
+    _settle_folder(args, config)
     _begin()
     from grpo.cli.commands import summary
 

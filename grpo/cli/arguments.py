@@ -11,8 +11,7 @@ from rewards.commands.command_line import Argument, argument, json_argument
 
 
 def _flag(name: str, what: str) -> Argument:
-    names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-    return argument(*names, action="store_true", help=what)
+    return argument(f"--{name}", action="store_true", help=what)
 
 
 def _old_held_out(count: str) -> int:
@@ -31,10 +30,10 @@ _DEVICE = "with --dry_run: does the run fit devices of GIB GiB each, in place of
 _RUN = (
     _PRINT_CONFIG,
     _flag("dry_run", "check all that can be checked without training, and stop"),
-    argument("--device_gib", "--device-gib", type=float, metavar="GIB", help=_DEVICE),
+    argument("--device_gib", type=float, metavar="GIB", help=_DEVICE),
     argument("--resume", metavar="auto|PATH", help="continue from the newest checkpoint of output_dir, or this one"),
     _flag("force", "resume although the configuration has changed"),
-    argument("--stop_after", "--stop-after", type=int, metavar="N", help=_STOP_AFTER),
+    argument("--stop_after", type=int, metavar="N", help=_STOP_AFTER),
 )
 _DESTINATION = argument("destination", type=Path, metavar="DST", help="the folder to write; it must not exist")
 
@@ -47,7 +46,7 @@ REHEARSE = (
     argument("--arguments", default="", metavar="TEXT", help="the script's own, as in --arguments='--lr 1e-5'"),
     argument("--verl", metavar="COMMAND", help="a command of verl's in one word, in place of a file"),
     _flag("faults", "also kill the run and its workers, fill the disk, let workers hang, and resume"),
-    argument("--device_gib", "--device-gib", type=float, metavar="GIB", help="the memory of a device of the real run"),
+    argument("--device_gib", type=float, metavar="GIB", help="the memory of a device of the real run"),
     json_argument("all that was found"),
 )
 _WHAT = (
@@ -104,7 +103,7 @@ INSPECT = (
 EXPORT = (
     argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint inside one"),
     argument("destination", metavar="DST", help="the folder to write; not needed with --push_to_hub", **_FILE),
-    argument("--push_to_hub", "--push-to-hub", metavar="OWNER/NAME", help="upload it; a new repository is private"),
+    argument("--push_to_hub", metavar="OWNER/NAME", help="upload it; a new repository is private"),
     _flag("adapter", "the adapters of a LoRA run alone, in peft's format"),
 )
 VIEW = (
@@ -124,9 +123,9 @@ WHY = (
     argument("--group", type=int, metavar="N", help="this group of the step alone, token by token"),
     argument("--groups", type=int, metavar="N", help="leave out at most N groups; by default what ten minutes allow"),
     argument("--tokens", type=int, default=400, metavar="N", help="with --group: read at most N tokens; 400"),
-    argument("--held_out", "--held-out", type=int, default=64, metavar="N", help="measure by N solutions; 64"),
+    argument("--held_out", type=int, default=64, metavar="N", help="measure by N solutions; 64"),
     argument("--heldout", dest="held_out", type=_old_held_out, default=argparse.SUPPRESS, help=argparse.SUPPRESS),
-    argument("--what_if", "--what-if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
+    argument("--what_if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
     json_argument("all that was found"),
 )
 _WHAT = "a run folder, also of a run that goes on, is stuck or has failed; nothing in it is touched"
@@ -148,7 +147,7 @@ FROM_TRL = (
     _OUT,
     argument("--arguments", default="", metavar="TEXT", help="the script's own, as in --arguments='--lr 1e-5'"),
     argument("--processes", type=int, default=1, metavar="N", help=_PROCESSES),
-    argument("--timeout_s", "--timeout-s", type=float, default=600.0, metavar="S", help="the script's time; 600"),
+    argument("--timeout_s", type=float, default=600.0, metavar="S", help="the script's time; 600"),
     json_argument(_MIGRATION),
 )
 _WHAT = "a shell file with a command of verl.trainer.main_ppo, or the command as one word"

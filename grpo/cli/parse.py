@@ -17,6 +17,18 @@ from policies.openmp import wait_briefly
 from rewards.commands import command_line, table
 from rewards.commands.command_line import EXIT_USAGE, Command, fail, failed, prepare_output
 
+# The commands as `quartet --help` lists them.
+SECTIONS = {
+    "train a policy": ("train", "sft", "mtp"),
+    "look at a run": ("view", "report", "compare", "diagnose", "why", "reference"),
+    "measure": (
+        *("eval", "control", "sample", "check", "rehearse"),
+        *("reward test", "reward replay", "audit", "environment test"),
+    ),
+    "use a policy": ("serve", "export", "convert", "quantize", "policy inspect"),
+    "come from another trainer": ("from-trl", "from-verl"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     prepare_output()
@@ -54,78 +66,172 @@ def _commands() -> dict[str, Command]:
     from grpo.config.run import SftConfig, TrainConfig
 
     return {
-        "train": Command("GRPO, after an optional warm start", actions.run, arguments.TRAIN, TrainConfig),
-        "sft": Command("supervised fine-tuning on prompts and gold solutions", actions.run, arguments.TRAIN, SftConfig),
+        "train": Command(
+            "reinforcement learning with GRPO",
+            actions.run,
+            arguments.TRAIN,
+            TrainConfig,
+            "examples/01_demo.yaml",
+        ),
+        "sft": Command(
+            "supervised fine-tuning on prompts and solutions",
+            actions.run,
+            arguments.TRAIN,
+            SftConfig,
+            "--model MODEL --data.name mine.jsonl",
+        ),
+        "mtp": Command(
+            "train the MTP head, which drafts tokens",
+            actions.mtp,
+            arguments.MTP,
+            MtpConfig,
+            "runs/demo --output_dir runs/demo_mtp",
+        ),
+        "view": Command(
+            "a page of one or more runs, live",
+            actions.view,
+            arguments.VIEW,
+            example="runs/demo",
+            about="Serve a page of one or more runs, live while they train: curves, and rollouts token by token.",
+        ),
+        "report": Command(
+            "the same page as one HTML file",
+            actions.report,
+            arguments.REPORT,
+            example="runs/demo",
+            about="Write the page of `quartet view` as one HTML file to send away.",
+        ),
+        "compare": Command(
+            "the curves of several runs, in numbers",
+            actions.compare,
+            arguments.COMPARE,
+            example="runs/seed0 runs/seed1 runs/other0 runs/other1",
+            about="Compare the curves of runs: the mean over seeds, with its interval.",
+        ),
+        "diagnose": Command(
+            "what to change first in a run that does not learn",
+            actions.diagnose,
+            arguments.DIAGNOSE,
+            example="runs/demo",
+            about="Find out what to change first in a run that does not learn, and why.",
+        ),
+        "why": Command(
+            "what a step changed, and which groups and tokens did it",
+            actions.why,
+            arguments.WHY,
+            example="runs/demo 20",
+            about="Repeat a step of a run and show what it changed, and which groups and tokens did it.",
+        ),
+        "eval": Command(
+            "accuracy or mean reward on held-out problems",
+            actions.evaluate,
+            arguments.EVAL,
+            EvalConfig,
+            "runs/demo --eval.limit 64",
+        ),
+        "control": Command(
+            "supervised training for as many seconds as a run took",
+            actions.control,
+            arguments.CONTROL,
+            example="runs/demo",
+            about="Train the control of a run: supervised steps, and rejection sampling, in the same time.",
+        ),
+        "sample": Command(
+            "completions of your own prompts",
+            actions.sample,
+            arguments.SAMPLE,
+            SampleConfig,
+            "runs/demo --prompt '2 + 3 = ?'",
+        ),
+        "check": Command(
+            "whether an architecture trains correctly",
+            actions.check,
+            arguments.CHECK,
+            example="qwen3_5",
+            about="Check with a small random policy whether an architecture trains correctly in quartet and TRL.",
+        ),
         "rehearse": Command(
-            "two steps with a small random policy, and what would end or spoil the run",
+            "a smoke test of a run, without its weights",
             actions.rehearse,
             arguments.REHEARSE,
             TrainConfig,
+            "run.yaml",
+            "Smoke test: take two steps with a small random policy of the same architecture, on the run's own data and "
+            "rewards, and show what would crash or corrupt the run. It reads scripts of TRL and verl too.",
         ),
-        "mtp": Command("teach the draft head what the policy says", actions.mtp, arguments.MTP, MtpConfig),
-        "eval": Command(
-            "accuracy or mean reward of a policy on held-out problems", actions.evaluate, arguments.EVAL, EvalConfig
+        "serve": Command(
+            "serve a policy through OpenAI's API",
+            actions.serve,
+            arguments.SERVE,
+            ServeConfig,
+            "runs/demo --port 8000",
         ),
-        "control": Command(
-            "what supervised steps and rejection sampling give in the seconds of a run",
-            actions.control,
-            arguments.CONTROL,
-        ),
-        "sample": Command("completions of your own prompts", actions.sample, arguments.SAMPLE, SampleConfig),
-        "serve": Command("a policy for other programs, by OpenAI's API", actions.serve, arguments.SERVE, ServeConfig),
         **table.commands(),
         "environment": Command("try an environment or a tool"),
         "environment test": Command(
-            "scripted episodes without a model: state, limits, determinism",
+            "play scripted episodes, without a model",
             actions.environment_test,
             arguments.ENVIRONMENT_TEST,
             EnvironmentTestConfig,
+            "calculator",
+        ),
+        "export": Command(
+            "the policy of a run for other tools",
+            actions.export,
+            arguments.EXPORT,
+            example="runs/demo exported",
+            about="Write the policy of a run for other tools, with its tokenizer, licence and model card.",
         ),
         "convert": Command(
-            "a dense Llama-family checkpoint as DeepSeek-V3", actions.convert, arguments.CONVERT, ConvertConfig
+            "a dense Llama-family checkpoint as DeepSeek-V3",
+            actions.convert,
+            arguments.CONVERT,
+            ConvertConfig,
+            "MODEL converted --ffn moe",
         ),
         "quantize": Command(
-            "a policy in 4 or 8 bits a weight, for transformers and vLLM, and what that costs",
+            "weights in 4 or 8 bits, and what that costs",
             actions.quantize,
             arguments.QUANTIZE,
             QuantizeConfig,
+            "runs/demo quantized --calibrate gsm8k",
         ),
-        "policy": Command("what a policy is made of"),
+        "policy": Command("show what a policy consists of"),
         "policy inspect": Command(
-            "parameters, cache and FLOPs per token, experts, MTP layers, LoRA's share",
+            "parameters, cache and FLOPs per token",
             actions.inspect,
             arguments.INSPECT,
+            example="runs/demo",
+            about="Show the parameters, the cache and the FLOPs per token of a policy, its experts and MTP layers.",
         ),
-        "check": Command(
-            "does an architecture train right: by transformers, by quartet, by TRL", actions.check, arguments.CHECK
-        ),
-        "export": Command(
-            "a run's policy for other tools, with tokenizer, licence and model card", actions.export, arguments.EXPORT
-        ),
-        "why": Command("what a step of a run has done, and which groups and tokens did it", actions.why, arguments.WHY),
-        "diagnose": Command(
-            "what to change first in a run that does not learn, and why", actions.diagnose, arguments.DIAGNOSE
-        ),
-        "view": Command("a page of one or more runs, live while they run", actions.view, arguments.VIEW),
-        "report": Command("the same page as one HTML file to send away", actions.report, arguments.REPORT),
-        "compare": Command("curves of runs with several seeds, in numbers", actions.compare, arguments.COMPARE),
         "from-trl": Command(
-            "a script with TRL's GRPOTrainer as a file for `quartet train`", actions.from_trl, arguments.FROM_TRL
+            "a script with TRL's GRPOTrainer",
+            actions.from_trl,
+            arguments.FROM_TRL,
+            example="script.py --out run.yaml",
+            about="Write a script with TRL's GRPOTrainer as a file for `quartet train`.",
         ),
         "from-verl": Command(
-            "a command of verl's as a file for `quartet train`", actions.from_verl, arguments.FROM_VERL
+            "a command of verl",
+            actions.from_verl,
+            arguments.FROM_VERL,
+            example="run.sh --out run.yaml",
+            about="Write a command of verl as a file for `quartet train`.",
         ),
-        "reference": Command("print the reference page of all options and metrics", _reference),
+        "reference": Command("the page of all options and metrics", _reference),
     }
 
 
 def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The parser of all commands, see `command_line.build_parser`."""
     parser = argparse.ArgumentParser(
-        prog="quartet", description="GRPO for MoE/MLA language models with lossless multi-token rollouts."
+        prog="quartet",
+        description=(
+            "Reinforcement learning for language models with GRPO.\n\nexample: quartet train examples/01_demo.yaml"
+        ),
     )
     parser.add_argument("--version", action="version", version=f"quartet {arguments.version()}")
-    return command_line.build_parser(parser, _commands(), words)
+    return command_line.build_parser(parser, _commands(), words, SECTIONS)
 
 
 def _reference(args: argparse.Namespace) -> None:

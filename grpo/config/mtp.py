@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from grpo.config.run import EvalOptions, RunConfig, SftConfig
+from grpo.config.run import NEW_FOLDER, EvalOptions, RunConfig, SftConfig
 from grpo.config.sampling import WorkersOptions
 from rewards.config.json_file import expecting
 from rewards.config.names import recorded_options
@@ -47,10 +47,11 @@ class MtpConfig(RunConfig):
         *("model", "output_dir", "data.name", "data.template", "steps", "prompts_per_step", "rollout.group_size"),
         *("rollout.temperature", "rollout.max_completion_tokens", "mtp.depth", "mtp.epochs"),
         *("mtp.learning_rate", "mtp.draft_vocabulary", "mtp.solutions", "mtp.restart", "mtp.tokens_per_update"),
-        *("eval.limit", "checkpoint.every", "dtype", "threads", "seed"),
+        *("eval.limit", "checkpoint.every", "dtype", "seed"),
     )
-    output_dir: Path
-    """The run folder; the policy with its taught draft head is written to `policy/` in it."""
+    output_dir: Path = NEW_FOLDER
+    """The run folder; the policy with its trained draft head is written to `policy/` in it. The default is a new folder
+    with the time of the start in its name, such as `runs/mtp-20261201-224500`."""
     add_mtp: bool = True
     """Give a fresh draft head to a DeepSeek-V3 checkpoint that has none."""
     steps: int = Field(default=60, ge=1)
@@ -78,7 +79,7 @@ def defaults_of_run(folder: Path) -> dict[str, Any]:
     _, run = recorded_options(path)
     with expecting(path, "configuration of a run"):
         brought = _defaults(run)
-        MtpConfig.model_validate({"output_dir": folder} | brought)
+        MtpConfig.model_validate({"output_dir": folder} | brought, context={"checked_only": True})
     return brought
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from rewards.config.options import Options
 
@@ -26,17 +26,28 @@ class ModelOptions(Options):
     seed: int = 0
     """Seed of everything: weights of a preset, data order, sampling noise."""
 
-    @field_validator("dtype")
-    @classmethod
-    def _of_device(cls, dtype: str, info: ValidationInfo) -> str:
-        """Gives what `auto` is on the device of these options, so that config.yaml says it."""
-        name = info.data.get("device", "cpu")
-        if dtype == "auto" and name != "cpu":
-            from policies.devices import device_of, has_bfloat16  # torch takes seconds
+    @model_validator(mode="after")
+    def _dtype_of_device(self, info: ValidationInfo) -> Self:
+        """Replace `auto` by the precision of the device, so that config.yaml shows it.
 
-            with suppress(ValueError):  # a device that is not there is refused elsewhere
-                dtype = "bfloat16" if has_bfloat16(device_of(name)) else dtype
-        return "float32" if dtype == "auto" else dtype
+        This asks torch, whose import takes seconds. So it comes after every option is known to be valid: a typo is
+        answered at once.
+        """
+        checked_only = (info.context or {}).get("checked_only", False)
+        if self.dtype == "auto" and not checked_only:
+            self.__dict__["dtype"] = _dtype_of(self.device)  # an assignment would validate everything again
+        return self
+
+
+def _dtype_of(device: str) -> str:
+    if device == "cpu":
+        return "float32"
+    from policies.devices import device_of, has_bfloat16
+
+    with suppress(ValueError):  # a device that is not there is refused elsewhere
+        if has_bfloat16(device_of(device)):
+            return "bfloat16"
+    return "float32"
 
 
 class ArchitectureOptions(Options):

@@ -5,10 +5,12 @@ A command has the sections that it uses: one that several use in part is a class
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from grpo.config.environment import AgentOptions, EnvironmentOptions, TrainDataOptions
 from grpo.config.features import sections
@@ -27,6 +29,8 @@ from grpo.config.sampling import RolloutOptions, SamplingOptions
 from rewards.config.options import Options, load
 from rewards.config.reward import RewardsOptions
 from rewards.config.sources import SourcesOptions
+
+NEW_FOLDER = Path("runs/{command}-{time}")
 
 
 class CheckpointOptions(Options):
@@ -83,13 +87,24 @@ class GrpoLogOptions(LogOptions):
 class RunConfig(RewardsOptions, ModelOptions):
     """What `quartet sft`, `train` and `mtp` have in common: a policy, a run folder, data and rewards."""
 
-    output_dir: Path
-    """The run folder; the trained policy is written to `policy/` in it."""
+    output_dir: Path = NEW_FOLDER
+    """The run folder; the trained policy is written to `policy/` in it. The default is a new folder with the time of
+    the start in its name, such as `runs/train-20261201-224500`."""
     data: SourcesOptions = SourcesOptions()
     rollout: SamplingOptions = SamplingOptions()
     eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
+
+    @field_validator("output_dir")
+    @classmethod
+    def _with_time(cls, output_dir: Path) -> Path:
+        """Name the default folder. The time is read once, here, so config.yaml has the real path."""
+        if output_dir != NEW_FOLDER:
+            return output_dir
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("name a run folder: each of several processes would choose a different one")
+        return Path(f"runs/{getattr(cls, 'command', 'run')}-{time.strftime('%Y%m%d-%H%M%S')}")
 
     @classmethod
     def read(cls, file: Path | str, **overrides: Any) -> Self:
@@ -125,7 +140,7 @@ class SftConfig(LearningConfig):
         *("model", "output_dir", "data.name", "data.limit", "data.template", "data.prompt_column"),
         *("data.solution_column", "steps", "prompts_per_step", "learner.learning_rate", "learner.schedule"),
         *("learner.tokens_per_micro_batch", "mtp.loss_weight", "mtp.depth", "rewards", "eval.limit"),
-        *("rollout.max_completion_tokens", "checkpoint.every", "dtype", "threads", "seed"),
+        *("rollout.max_completion_tokens", "checkpoint.every", "dtype", "seed"),
     )
     steps: int = Field(default=200, ge=1)
     """Optimizer steps."""
@@ -147,9 +162,9 @@ class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ign
     # What `quartet train --help` shows; `--help all` shows all.
     common: ClassVar[tuple[str, ...]] = (
         *("model", "output_dir", "data.name", "data.template", "rewards", "steps", "prompts_per_step"),
-        *("rollout.group_size", "rollout.temperature", "rollout.max_completion_tokens", "rollout.workers"),
+        *("rollout.group_size", "rollout.temperature", "rollout.max_completion_tokens"),
         *("learner.learning_rate", "learner.tokens_per_micro_batch", "loss.loss_type", "loss.beta", "lora.rank"),
-        *("warm_start.steps", "eval.limit", "eval.every", "checkpoint.every", "dtype", "seed"),
+        *("warm_start.steps", "eval.limit", "eval.every", "checkpoint.every", "seed"),
     )
     steps: int = Field(default=100, ge=1)
     """Steps of GRPO; one step samples, scores and learns once."""

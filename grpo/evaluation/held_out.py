@@ -24,6 +24,7 @@ from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.data.examples import Example
 from rewards.group_score import RewardFailed
+from rewards.verdicts import ACCURACY, MEAN_REWARD
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
@@ -92,10 +93,17 @@ class HeldOut:
             for failure in result.failures:
                 self.log.event("reward_error", step=step, evaluation=way, **vars(failure))
         self.log.evaluation(step, as_metrics(results) | source_metrics(self.task, results["sampled"]))
+        if when and problems is None:
+            self._keep_problems(step, results["sampled"])
         self.heed(step, results)
         named = {f"{when}, {way}" if when else way: result for way, result in results.items()}
         self.results |= named if when else {}
         return named
+
+    def _keep_problems(self, step: int, result: Evaluation) -> None:
+        metric = MEAN_REWARD if result.accuracy is None else ACCURACY
+        ids = [group.prompt.prompt_id for group in result.groups]
+        self.log.problems(step, metric, dict(zip(ids, result.by_problem, strict=True)))
 
     def speeds(self) -> list[Speed]:
         """Measures how fast it samples with and without drafts, at 1, 8 and 32 rows."""

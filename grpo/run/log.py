@@ -3,6 +3,7 @@
 runs/NAME/.lock                             locked while a run writes here; process and host
           config.yaml                       the effective configuration
           environment.json               hardware, versions and command of the start; events has a resume's
+          held_out.jsonl                    the problems of the first and the last evaluation; read_problems()
           metrics.jsonl                     {"step": 1, "completion/length_mean": 23.1, ...}; read_metrics()
           rollouts/step_000001.jsonl.zst    one completion a line; read_rollouts()
           events.jsonl                      {"time": "...", "event": "reward_error", ...}
@@ -32,7 +33,16 @@ from grpo.run.console import progress_bars, sample_table, step_line
 from grpo.run.json_lines import append_line, json_line, open_lines
 from grpo.run.lock import RunLock, refuse_folder
 from grpo.run.metrics import check
-from grpo.run.records import TURNS, holds_a_run, is_evaluation, keep_lines, read_events, rollout_lines, truncate
+from grpo.run.records import (
+    HELD_OUT,
+    TURNS,
+    holds_a_run,
+    is_evaluation,
+    keep_lines,
+    read_events,
+    rollout_lines,
+    truncate,
+)
 from grpo.run.stop import Stopped
 from grpo.run.trackers import installed, log_rollouts, start
 from policies.files.atomic import tidy, write_file
@@ -152,6 +162,11 @@ class RunLog:
         self.say(f"step {step:5d}  {shown}")
         if self._panel:
             self._panel.evaluation(step, finite)
+
+    def problems(self, step: int, metric: str, by_problem: Mapping[str, float | None]) -> None:
+        """Keep what each held-out problem got, by prompt_id: two evaluations are compared problem by problem."""
+        with open_lines(self.output_dir / HELD_OUT) as stream:
+            append_line(stream, {"step": step, "metric": metric, "by_problem": dict(by_problem)})
 
     def rollouts(
         self,

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from policies.files.atomic import write_file
-from rewards.config.json_file import read_objects, whole_lines
+from rewards.config.json_file import expecting, read_objects, whole_lines
 from rewards.group_score import GroupScore
 from rewards.records import is_metric, step_of
 from rewards.verdicts import held_out_metric
@@ -18,6 +18,8 @@ from rollout.group import RolloutGroup
 
 TURNS = ("begin", "resume", "end")  # events; the last of them says whether a run goes on
 CONTROL = "control/control.json"  # in a run folder: what `quartet control` found
+HELD_OUT = "held_out.jsonl"
+CONTROL_FROM_BEGINNING = "supervised_whole"  # the control that begins before the SFT stage, so it has its seconds too
 RENAMED = ("draft/heldout_", "draft/held_out_")  # metrics of version 0.1, and what they are called since
 
 
@@ -54,6 +56,18 @@ def read_events(output_dir: Path) -> list[dict[str, Any]]:
             continue
         events += [event] if isinstance(event, dict) and "event" in event else []
     return events
+
+
+def read_problems(output_dir: Path, metric: str) -> dict[int, dict[str, float | None]]:
+    """What each held-out problem got by `metric`, by step and prompt_id: of the evaluations that have a record, which
+    are the first and the last one. Of several records of a step the last one counts. Raises ValueError for a damaged
+    file."""
+    path = output_dir / HELD_OUT
+    if not path.is_file():
+        return {}
+    with expecting(path, "record of held-out problems"):
+        lines = read_objects(path, whole_lines(path))
+        return {int(line["step"]): dict(line["by_problem"]) for line in lines if line["metric"] == metric}
 
 
 def rollout_lines(

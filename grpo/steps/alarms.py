@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ METRICS = {
     "alarm/repetition/<name>": "the same with the share of 3-grams of tokens that a completion had before",
     "alarm/copied/<name>": "the same with: the answer is a number of the question, and wrong",
     "alarm/right/<name>": "the same with being right, where the data have gold answers of numbers",
+    "alarm/formed/<name>": "the same with: the answer has the form `#### 42` or a box",
     "alarm/format/<name>": "wrong completions among those with the best mark of `name`; only where nine of ten "
     "well-formed ones have it; fraction",
     "alarm/identical": "completions whose text another prompt got too, fraction",
@@ -61,11 +63,17 @@ class AlarmListener(Listener):
 
 
 def _watched(group: RolloutGroup, score: GroupScore | None) -> list[Watched]:
-    """The completions as the alarms see them; `score` is None where marks do not matter."""
+    """The completions as the alarms see them: the answer that a reward reads, and the tokens that the policy sampled.
+    `score` is None where marks do not matter."""
     prompt = group.prompt
     question, answer = str(prompt.columns.get("question", prompt.text)), prompt.columns.get("answer")
     marks = {"score": score.rewards} | score.parts if score else {}
-    return [
-        Watched.of(prompt.prompt_id, question, answer, c.text, c.token_ids, {name: of[i] for name, of in marks.items()})
-        for i, c in enumerate(group.completions)
-    ]
+    watched = []
+    for i, completion in enumerate(group.completions):
+        ids = completion.token_ids
+        if completion.sampled:  # what a tool wrote is not the policy's
+            ids = list(compress(ids, completion.sampled))
+        of_completion = {name: values[i] for name, values in marks.items()}
+        turns = completion.num_turns
+        watched.append(Watched.of(prompt.prompt_id, question, answer, completion.answer, ids, of_completion, turns))
+    return watched

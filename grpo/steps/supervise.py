@@ -16,7 +16,6 @@ from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.optimizer import schedule
 from grpo.learner.terms.supervised import SupervisedTerm
-from grpo.steps.best_point import BestPoint
 from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.steps.opening import first_policy
@@ -52,8 +51,10 @@ def supervised_session(session_of: Callable[..., Any], run: Run[Any], task: Task
     return session
 
 
-def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any]) -> None:
-    """Supervised steps into `warm_start/`, unless the run that is being resumed has made them."""
+def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any], best_of: Callable[..., Any]) -> None:
+    """Supervised steps into `warm_start/`, unless the run that is being resumed has made them.
+
+    `best_of(session, folder)` keeps the best point by the validation problems (grpo/evaluation/best_point.py)."""
     folder, steps = run.folder / "warm_start", run.folder / "warm_start_checkpoints"
     if not (run.resumes and folder.exists()):
         if not run.resumes:
@@ -61,7 +62,7 @@ def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any]
         started = time.perf_counter()
         part = run.part(steps.name, run.config.warm_start.steps, " of the warm start")
         session = supervised_session(session_of, part, task)
-        best = BestPoint(session, run.folder / "warm_start_best")
+        best = best_of(session, run.folder / "warm_start_best")
         part.restore(learner=session.learner, prompts=session.collector.stream, best=best)
         supervise(session, best)
         seconds = round(time.perf_counter() - started, 1)
@@ -75,7 +76,7 @@ def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any]
     run.alone(shutil.rmtree, steps, ignore_errors=True)
 
 
-def supervise(session: Any, best: BestPoint) -> None:
+def supervise(session: Any, best: Any) -> None:
     """The loop of `quartet sft` on a part of a run, with a look at the validation problems."""
     run, size = session.run, session.config.supervision.batch_size
     with run, run.log.progress() as progress:

@@ -15,6 +15,9 @@ from rich.table import Column, Table
 
 from grpo.algorithm.statistics import mean_interval
 from grpo.run.records import check_run, read_metrics
+from grpo.view import control_over_seeds
+from grpo.view.control_over_seeds import Contrasts, contrasts
+from grpo.view.control_result import WAYS, read_control
 from rewards.config.names import recorded_options
 from rewards.config.yaml_file import flat
 from rewards.verdicts import ACCURACY, MEAN_REWARD
@@ -25,7 +28,7 @@ STEPS_SHOWN = 12
 
 
 class Run:
-    """A run folder has a seed, other options by dotted key, and metrics by step."""
+    """A run folder has a seed, other options by dotted key, metrics by step, and controls if they were trained."""
 
     def __init__(self, folder: Path) -> None:
         file = check_run(folder) / "config.yaml"
@@ -35,6 +38,7 @@ class Run:
         self.folder, self.seed = folder, options.get("seed")
         self.options = {key: value for key, value in options.items() if key not in OF_A_SEED}
         self.rows: dict[int, dict[str, float]] = {row["step"]: row for row in read_metrics(folder)}
+        self.control = read_control(folder)
 
     def values(self, metric: str) -> dict[int, float]:
         return {step: row[metric] for step, row in self.rows.items() if row.get(metric) is not None}
@@ -68,11 +72,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs are in `groups` by letter, with the options in which they differ, and points by metric, step and letter."""
+    """Runs are in `groups` by letter, with the options in which they differ, points by metric, step and letter, and
+    GRPO against its controls by letter."""
 
     groups: dict[str, list[Run]]
     differing: dict[str, dict[str, Any]]
     points: dict[str, dict[int, dict[str, Point]]]
+    controls: dict[str, Contrasts]
 
 
 def compare(folders: Sequence[Path], metrics: Sequence[str] = (), steps: Sequence[int] = ()) -> Comparison:
@@ -110,7 +116,10 @@ def compare(folders: Sequence[Path], metrics: Sequence[str] = (), steps: Sequenc
     keys = sorted({key for run in runs for key in run.options})
     differing = {key: {letter: group[0].options.get(key) for letter, group in groups.items()} for key in keys}
     differing = {key: of for key, of in differing.items() if any(value != of["A"] for value in of.values())}
-    return Comparison(groups, differing, {name: _points(name, groups, steps) for name in chosen})
+    points = {name: _points(name, groups, steps) for name in chosen}
+    by_letter = {letter: contrasts({run.seed: run.control for run in group}) for letter, group in groups.items()}
+    controls = {letter: found for letter, found in by_letter.items() if found}
+    return Comparison(groups, differing, points, controls)
 
 
 def _points(metric: str, groups: dict[str, list[Run]], steps: Sequence[int]) -> dict[int, dict[str, Point]]:
@@ -150,11 +159,16 @@ def show(comparison: Comparison, console: Console) -> None:
         for step, at in points.items():
             table.add_row(str(step), *(_cell(at.get(letter), len(group)) for letter, group in groups.items()))
         console.print(table)
+    tables = [control_over_seeds.table(way, comparison.controls) for way in WAYS]
+    for table_of_way in filter(None, tables):
+        console.print("GRPO and its controls, on the same held-out problems", highlight=False)
+        console.print(table_of_way)
     counts = {len(point.values) for of in comparison.points.values() for at in of.values() for point in at.values()}
     notes = {
         "one seed: the value itself; it says nothing about how far another seed would be from it": counts & {1},
         "two seeds: their mean and the two values; they are too few for an interval": counts & {2},
         "three seeds and more: their mean ± half of its 95 % interval (Student's t)": counts - {1, 2},
+        control_over_seeds.NOTE: set(comparison.controls),
     }
     folders = " ".join(str(run.folder) for group in groups.values() for run in group)
     for line in (*filter(notes.get, notes), f"`quartet view {folders}` draws the curves over one another"):
@@ -182,4 +196,5 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         metric: [{"step": step, **{letter: content(point) for letter, point in at.items()}} for step, at in of.items()]
         for metric, of in comparison.points.items()
     }
-    return {"groups": groups, "differing": comparison.differing, "metrics": metrics}
+    controls = {letter: control_over_seeds.as_json(found) for letter, found in comparison.controls.items()}
+    return {"groups": groups, "differing": comparison.differing, "metrics": metrics, "controls": controls}

@@ -8,9 +8,12 @@ from statistics import fmean
 from typing import Any
 
 from grpo.algorithm.statistics import wilson_interval
+from grpo.view.control_result import GRPO, REJECTION, SUPERVISED, WAYS, ControlResult, Measured, Policy
 from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
 
 TRAINED = "reward/mean"
+SAME_SECONDS = 0.1  # controls get GRPO's seconds in whole steps, so theirs differ by a few percent
+CONTROLS = {SUPERVISED: "the best supervised control", REJECTION: "rejection sampling"}
 AVERAGED = 10  # training steps at each end of a run without evaluations
 
 
@@ -41,6 +44,40 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if evaluated := [row for row in rows if row.get(name) is not None]:
             sentences.append(_evaluated(evaluated, name, f"Held out, {how}"))
     return sentences or _trained(rows)
+
+
+def control_sentences(control: ControlResult) -> list[str]:
+    """Returns a sentence for each control: how far GRPO is above it. By the sampled answers, if there are any.
+
+    >>> control_sentences(read_control(Path("runs/demo")))[0]
+    'GRPO is above the best supervised control by +0.40 (95 %: +0.35 to +0.45) on the same 512 problems in the same ...'
+    """
+    sentences = []
+    for kind, name in CONTROLS.items():
+        policy = control.policies.get(kind)
+        way = next((way for way in WAYS if policy and way in policy.grpo_minus), None)
+        if policy and way:
+            place = f"on the same {control.problems:,} problems {_seconds(control.policies[GRPO], policy)}"
+            sentences.append(_above(name, policy.grpo_minus[way], place))
+    return sentences
+
+
+def _above(name: str, difference: Measured, place: str) -> str:
+    value, low, high = difference.value, difference.low, difference.high
+    if low is None or high is None:
+        return f"GRPO minus {name} is {value:+.2f} {place}; the difference has no interval."
+    size = f"{value:+.2f} (95 %: {low:+.2f} to {high:+.2f})"
+    if low > 0:
+        return f"GRPO is above {name} by {size} {place}."
+    if high < 0:
+        return f"GRPO is below {name}: the difference is {size} {place}."
+    return f"GRPO minus {name} is {size} {place}; it may be chance."
+
+
+def _seconds(grpo: Policy, control: Policy) -> str:
+    if abs(control.seconds - grpo.seconds) <= SAME_SECONDS * grpo.seconds:
+        return "in the same seconds"
+    return f"after {grpo.seconds:,.0f} s of GRPO and {control.seconds:,.0f} s of the control"
 
 
 def _evaluated(rows: Sequence[Mapping[str, Any]], name: str, what: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from grpo.algorithm.statistics import wilson_interval
 from grpo.run import hardware
 from grpo.run.metrics import meaning
 from grpo.run.records import TURNS, check_run, read_events, read_metrics
-from grpo.view.headline import headline
+from grpo.view.control_result import read_control
+from grpo.view.headline import control_sentences, headline
 from grpo.view.reading import check_files, find_tokenizer, read_step, token_texts
 from rewards.group_score import RewardFailure
 from rewards.records import recorded_steps, rollout_path, split_groups
@@ -39,15 +40,17 @@ class RunFiles:
 
     def overview(self, after: int = -1) -> dict[str, Any]:
         """Returns metrics of the steps from `after` on, their meaning, the machine, the steps with recorded
-        rollouts."""
+        rollouts, and the controls of `quartet control` if it has been run."""
         options, machine = self.folder / "config.yaml", self.folder / hardware.FILE
         check_files(self.folder / "metrics.jsonl", options, machine)
         measured = read_metrics(self.folder)
+        control = read_control(self.folder)
         rows = [self._with_interval(row) for row in measured if row["step"] >= after]
         names = sorted({name for row in rows for name in row} - {"step"})
         return {
             "name": self.name,
-            "headline": headline(measured),
+            "headline": headline(measured) + (control_sentences(control) if control else []),
+            "control": asdict(control) if control else None,
             "rows": rows,
             "meanings": {name: meaning(name.removesuffix("/low").removesuffix("/high")) for name in names},
             "recorded": recorded_steps(self.folder),

@@ -10,6 +10,7 @@ import hmac
 import json
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ class Shown:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.runs = [RunFiles(folder) for folder in folders]
+        for run, name in zip(self.runs, unique_names([run.folder for run in self.runs]), strict=True):
+            run.name = name
         self.indices = [Index(run.folder) for run in self.runs]
 
     def keep_up(self, stop: threading.Event) -> None:
@@ -65,6 +68,27 @@ class Shown:
             "{run}/places": lambda asked: index(asked).places(asked.get("prompt", "")),
             "{run}/index": lambda asked: index(asked).state(),
         }
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """Return the last part of each path, with as many parts before it as tell the folders apart. A folder that is
+    there twice is counted.
+
+    >>> unique_names([Path("lr/small/seed-0"), Path("lr/large/seed-0"), Path("demo")])
+    ['small/seed-0', 'large/seed-0', 'demo']
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        length = next(n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
+        names.append("/".join(own[-length:]))
+    counts: Counter[str] = Counter()
+    for place, name in enumerate(names):
+        counts[name] += 1
+        if counts[name] > 1:
+            names[place] = f"{name} ({counts[name]})"
+    return names
 
 
 def app(shown: Shown, token: str) -> Any:

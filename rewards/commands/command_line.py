@@ -6,6 +6,7 @@ Modules that a command works with are imported inside its function, so that --he
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
@@ -27,12 +28,24 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
 class Command(NamedTuple):
-    """A row of a table of commands: what `quartet NAME` is for, which function runs it, its arguments and options."""
+    """A row of a table of commands: what `quartet NAME` is for, which function runs it, its arguments and options.
+
+    `example` is a command line without the name. `about` describes a command that has no options class of its own.
+    """
 
     help: str
     run: Callable[[argparse.Namespace], int | None] | None = None  # one without has other commands below it
     takes: Sequence[Argument] = ()
     options: type[BaseModel] | None = None
+    example: str = ""
+    about: str = ""
+
+    def description(self, name: str) -> str:
+        """The text under the usage. Options that belong to another command describe that one."""
+        owner = getattr(self.options, "command", "")
+        if self.options and owner.split()[-1:] == name.split()[-1:]:
+            return self.options.__doc__ or self.help
+        return self.about or f"{self.help[:1].upper()}{self.help[1:]}."
 
 
 def argument(*names: str, **settings: Any) -> Argument:
@@ -45,26 +58,34 @@ def json_argument(what: str) -> Argument:
 
 
 def build_parser(
-    parser: argparse.ArgumentParser, commands: Mapping[str, Command], words: Sequence[str] | None = None
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, Command],
+    words: Sequence[str] | None = None,
+    sections: Mapping[str, Sequence[str]] | None = None,
 ) -> argparse.ArgumentParser:
     """Adds the commands, with the options of the one that `words` begin with; without words, with those of all.
-    `args.command` is the function to call, `args.options` the class of the options."""
+    `args.command` is the function to call, `args.options` the class of the options. Help lists the commands by
+    `sections`, if there are any."""
     from rewards.config.options import add_options
 
     begun = None if words is None else " ".join(word for word in words if not word.startswith("-"))
-    groups = {"": _add_group(parser)}
+    groups = {"": _add_sections(parser, commands, sections) if sections else _add_group(parser)}
     for name, command in commands.items():
         group, _, last = name.rpartition(" ")
         options = command.options
-        sub = groups[group].add_parser(last, help=command.help, description=options.__doc__ if options else None)
+        sub = groups[group].add_parser(last, help=command.help, description=command.description(name))
         if command.run is None:
             groups[name] = _add_group(sub)
             continue
+        if command.example:
+            sub.epilog = f"example: {sub.prog} {command.example}"
         for names, settings in command.takes:
-            sub.add_argument(*names, **settings)
+            _add_argument(sub, names, settings)
         if options and (begun is None or f"{begun} ".startswith(f"{name} ")):
             add_options(sub, options)
         sub.set_defaults(command=command.run, options=options)
+    if problem := unknown_command(parser.prog, words or (), commands):
+        parser.error(problem)
     return parser
 
 
@@ -72,6 +93,50 @@ def _add_group(parser: argparse.ArgumentParser) -> Any:
     """Places for commands; without one of them the parser's help is printed."""
     parser.set_defaults(command=lambda _: parser.print_help())
     return parser.add_subparsers(title="commands", metavar="COMMAND")
+
+
+def _add_sections(
+    parser: argparse.ArgumentParser, commands: Mapping[str, Command], sections: Mapping[str, Sequence[str]]
+) -> Any:
+    """Places for commands that help lists section by section, which argparse cannot do."""
+    parser.set_defaults(command=lambda _: parser.print_help())
+    places = parser.add_subparsers(metavar="COMMAND", help=argparse.SUPPRESS)
+    width = max(map(len, commands))
+    lines = [parser.description or "", "", "commands:"]
+    for section, names in sections.items():
+        lines += [f"  {section}", *(f"    {name:{width}}  {commands[name].help}" for name in names)]
+    lines += ["", f"{parser.prog} COMMAND --help explains a command and its most used options."]
+    parser.usage = "%(prog)s [-h] [--version] COMMAND ..."
+    parser.description = "\n".join(lines)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return places
+
+
+def _add_argument(parser: argparse.ArgumentParser, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """`--dry-run` is read as `--dry_run`; help shows one spelling."""
+    action = parser.add_argument(*names, **settings)
+    for name in names:
+        if name.startswith("--"):
+            parser._option_string_actions.setdefault(name.replace("_", "-"), action)
+
+
+def unknown_command(program: str, words: Sequence[str], commands: Mapping[str, Command]) -> str | None:
+    """The answer to a command that does not exist, with the nearest name; None if `words` begin with a command.
+
+    >>> unknown_command("quartet", ["trian", "run.yaml"], {"train": Command("GRPO", print)})
+    'trian: no such command; did you mean quartet train?'
+    """
+    if not words or words[0].startswith("-"):
+        return None
+    first = commands.get(words[0])
+    has_more = first is not None and first.run is None and len(words) > 1 and not words[1].startswith("-")
+    typed = " ".join(words[:2]) if has_more else words[0]
+    if typed in commands:
+        return None
+    by_name = {name.rpartition(" ")[2]: name for name in commands} | {name: name for name in commands}
+    near = difflib.get_close_matches(typed, by_name, n=1)
+    way_out = f"did you mean {program} {by_name[near[0]]}?" if near else f"{program} --help lists all commands"
+    return f"{typed}: no such command; {way_out}"
 
 
 class EscapingFormatter(logging.Formatter):

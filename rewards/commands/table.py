@@ -51,10 +51,20 @@ def commands() -> dict[str, Command]:
     from rewards.commands.options import ReplayConfig, RewardTestConfig
 
     return {
-        "reward": Command("try a reward function, or score rollouts again with another one"),
-        "reward test": Command("gold, empty, wrong and hostile completions", _test, TEST, RewardTestConfig),
-        "reward replay": Command("score recorded completions again", _replay, REPLAY, ReplayConfig),
-        "audit": Command("look for faults in recorded rollouts, whoever trained", _audit, AUDIT, AuditConfig),
+        "reward": Command("try a reward function, or score recorded completions with another one"),
+        "reward test": Command(
+            "try a reward function on data, without a model", _test, TEST, RewardTestConfig, "mine.py:f"
+        ),
+        "reward replay": Command(
+            "score recorded completions with another function",
+            _replay,
+            REPLAY,
+            ReplayConfig,
+            "runs/demo --with mine.py:f",
+        ),
+        "audit": Command(
+            "check recorded rollouts of any trainer for errors", _audit, AUDIT, AuditConfig, "rollouts.jsonl"
+        ),
     }
 
 

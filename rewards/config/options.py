@@ -207,6 +207,7 @@ class _Help(argparse.Action):
                 formatter.add_arguments(shown)
                 formatter.end_section()
         formatter.add_text(f"{left} more options: {parser.prog} --help all")
+        formatter.add_text(parser.epilog)
         print(formatter.format_help(), end="")
         parser.exit()
 
@@ -271,7 +272,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     unknown = {word for word in parser.parse_known_args(words)[1] if "=" not in word}
     args, rest = parser.parse_known_args(_join(words, unknown.__contains__))  # no value taken for a positional
     options = getattr(args, "options_parser", parser)._option_string_actions
-    args.flags = [flag.lstrip("-") for flag, action in options.items() if not isinstance(action, _Override)]
+    flags = {name: action for name, action in options.items() if name in action.option_strings}  # as help spells them
+    args.flags = [name.lstrip("-") for name, action in flags.items() if not isinstance(action, _Override)]
     extra, command = {}, getattr(getattr(args, "options", None), "command", "")
     for word in rest:
         name, _, text = word.partition("=")
@@ -364,7 +366,7 @@ def load(
     names.drop_unused(data, leaves, _elsewhere(command), on_removed)
     data = _fill(defaults, data)
     try:
-        model = model_cls.model_validate(data)
+        model = model_cls.model_validate(data, context={"checked_only": bool(problems)})
     except ValidationError as error:
         errors = [item for item in error.errors() if not (unread and item["type"] == "missing")]
         source = Source(config_file, lines, overrides, list(options), list(flags), command, _elsewhere(command))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
@@ -89,12 +90,23 @@ class RewardsOptions(Options):
     """What scores completions; training and evaluation have these options."""
 
     rewards: list[RewardOptions] = Field(default_factory=lambda: [RewardOptions(function="gsm8k")])
-    """Reward functions; the score is their weighted sum. The first one judges held-out completions: evaluation
-    reports accuracy where its marks say right or wrong (`rewards.right_at`, or all of them are 0 and 1), else the mean
-    reward. An empty list is for an environment or an agent that has a reward."""
+    """Reward functions: one by its name, such as `mine.py:f`, or a list. The score is their weighted sum. The first one
+    judges held-out completions: evaluation reports accuracy if it scores them as correct or incorrect
+    (`rewards.right_at`, or all scores are 0 and 1), otherwise the mean reward. An empty list is for an environment or
+    an agent that has a reward."""
     reward_models: list[RewardModelOptions] = Field(default_factory=list)
     """Models other than the policy that score completions."""
     reward: ScoringOptions = ScoringOptions()
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _by_name(cls, rewards: Any) -> Any:
+        """Read `mine.py:f` as a list of one function, and each name in a list as a function of weight 1."""
+        if isinstance(rewards, str) and re.match(r"[\w./~]", rewards):  # else it is a list with a slip in it
+            rewards = [rewards]
+        if not isinstance(rewards, list):
+            return rewards
+        return [{"function": reward} if isinstance(reward, str) else reward for reward in rewards]
 
     @model_validator(mode="after")
     def _scores(self) -> RewardsOptions:

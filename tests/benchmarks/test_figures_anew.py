@@ -92,15 +92,15 @@ def test_what_was_measured_is_not_measured_again_until_its_code_changes(tmp_path
     assert "left: peers, task; peers, mistakes; rollouts" in capsys.readouterr().out
 
 
-def test_the_demo_is_read_from_its_run(tmp_path, monkeypatch):
+def test_the_demo_is_read_from_its_controls(tmp_path, monkeypatch):
+    asked = []
+
     def quartet(words):
-        build_parser().parse_args(words)
-        folder = tmp_path / words[words.index("--output_dir") + 1]
-        folder.mkdir(parents=True)
-        lines = [{"step": 0, "eval/accuracy": 0.5, "eval/accuracy_greedy": 0.25}, {"step": 1, "loss/total": 1}]
-        lines += [{"step": 60, "eval/accuracy": 0.75, "eval/accuracy_greedy": 0.875}]
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        (folder / "environment.json").write_text('{"hardware": 1}')
+        args = build_parser().parse_args(words)
+        asked.append(words[0])
+        if words[0] == "control":
+            (args.run / "control").mkdir(parents=True)
+            (args.run / "control/control.json").write_text(json.dumps({"seed": len(asked) // 2}))
         return 0
 
     monkeypatch.setattr("grpo.cli.parse.main", quartet)
@@ -109,10 +109,8 @@ def test_the_demo_is_read_from_its_run(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "state_of", lambda piece: "0123456789")
     for seed in (1, 0):
         figures.demo(seed)
-    seeds = json.loads((tmp_path / "demo.json").read_text())["seeds"]
-    assert seeds.keys() == {"0", "1"}
-    assert seeds["0"]["before"] == {"eval/accuracy": 0.5, "eval/accuracy_greedy": 0.25}
-    assert seeds["0"]["after"]["eval/accuracy_greedy"] == 0.875
+    assert asked == ["train", "control"] * 2
+    assert json.loads((tmp_path / "demo.json").read_text())["seeds"] == {"1": {"seed": 1}, "0": {"seed": 2}}
 
 
 def test_every_piece_is_a_command_that_is_there():

@@ -2,12 +2,14 @@ import copy
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from grpo.config.run import LogOptions, SftConfig
+from grpo.evaluation.best_point import BestPoint
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.learner.update import NonFiniteStep, Update
@@ -23,7 +25,8 @@ def _warm(policy: Policy, config, folder, console=None) -> dict[str, float]:
     with Task.of(config) as task, RunLog(folder, "", LogOptions(trackers=[]), quiet=True, console=console) as log:
         where = {"checkpoints": folder / "warm_start_checkpoints", "saved": None}
         run = Run(config, log, ALONE, last=config.supervision.steps, of=" of the warm start", **where)
-        supervise(supervised_session(Session, run, task, policy))
+        session = supervised_session(Session, run, task, policy)
+        supervise(session, BestPoint(session, folder / "best"))
         return dict(run.metrics)
 
 
@@ -130,3 +133,29 @@ def test_steps_that_are_not_finite_can_be_skipped_and_not_too_many_in_a_row(
     with pytest.raises(NonFiniteStep, match="step 3: the loss is nan"):
         _warm(micro_policy(0), _config(micro_config, tmp_path, **given), tmp_path / "b")
     assert [event["step"] for event in _events(tmp_path / "b") if event["event"] == "non_finite"] == [2, 3]
+
+
+def test_grpo_begins_with_the_best_point_by_the_validation_problems(micro_config, tmp_path):
+    """Of ten points the one that answers them best is saved; they are no training problems, and the last point is none
+    where an earlier one was better."""
+    values = iter([0.25, 0.75, 0.5, 0.75])
+    kept = []
+
+    class Looked(BestPoint):
+        def _answer(self):
+            return SimpleNamespace(accuracy=next(values), reward_mean=None)
+
+        def look(self, step):
+            seen = super().look(step)
+            kept.append((step, self.step))
+            return seen
+
+    config = _config(micro_config, tmp_path / "run", **{"data.validation": 4})
+    with Task.of(config) as task, RunLog(tmp_path / "run", "", LogOptions(trackers=[]), quiet=True) as log:
+        run = Run(config, log, ALONE, checkpoints=tmp_path / "steps", saved=None, last=4, of=" of the warm start")
+        session = supervised_session(Session, run, task)
+        supervise(session, Looked(session, tmp_path / "best"))
+    assert kept == [(1, 1), (2, 2), (3, 2), (4, 2)]
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [e["accuracy"] for e in events if e["event"] == "validation"] == [0.25, 0.75, 0.5, 0.75]
+    assert (tmp_path / "best/config.json").is_file()

@@ -24,10 +24,10 @@ from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.config.learner import SftLearnerOptions
 from grpo.config.run import EvalOptions, SftConfig, TrainConfig
 from grpo.config.sampling import SamplingOptions
+from grpo.evaluation.best_point import BestPoint
 from grpo.run import hardware
-from grpo.run.records import CONTROL, read_events, read_metrics
+from grpo.run.records import CONTROL, CONTROL_FROM_BEGINNING, read_events, read_metrics
 from grpo.session import Session
-from grpo.steps.best_point import BestPoint
 from grpo.task.task import Task
 from policies.files.atomic import write_file
 from rewards.config.names import recorded_options
@@ -121,7 +121,7 @@ def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) ->
     if config.warm_start.steps:
         words = f"supervised steps from the beginning, one decay over all seconds, rate {rate:g}"
         whole = budget + seconds["start"]
-        found.append(Candidate("supervised_whole", "supervised", words, config.model, whole, rate))
+        found.append(Candidate(CONTROL_FROM_BEGINNING, "supervised", words, config.model, whole, rate))
     of_grpo = config.learner.learning_rate
     words = f"rejection sampling, rate {of_grpo:g}, {config.learner.schedule}"
     return [*found, Candidate("rejection", "rejection", words, start, budget, of_grpo)]
@@ -305,9 +305,17 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, ways in result["results"].items():
         pair = result["grpo_minus"].get(name, {}).get("sampled")
         gain = "" if pair is None else _difference(pair)
-        took = result["seconds"].get(name) or result["chosen"].get(name, {}).get("seconds", 0.0)
-        table.add_row(NAMES[name], f"{took:,.0f}", _words(ways["sampled"]), _words(ways["greedy"]), gain)
+        table.add_row(NAMES[name], f"{_took(result, name):,.0f}", _words(ways["sampled"]), _words(ways["greedy"]), gain)
     console.print(table)
+
+
+def _took(result: dict[str, Any], name: str) -> float:
+    """Seconds of training, those of the start by itself and those of the others after it."""
+    if name in result["seconds"]:
+        return float(result["seconds"][name])
+    chosen = result["chosen"][name]
+    before = result["seconds"]["start"] if chosen["name"] == CONTROL_FROM_BEGINNING else 0.0
+    return float(chosen["seconds"] - before)
 
 
 def _difference(pair: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerB
 
 from grpo.cli.commands import machine, memory_table
 from grpo.cli.commands.memory import MemoryOfRun
+from grpo.cli.diagnose.gains import decays_first, told
 from grpo.config.learner import ParallelOptions
 from grpo.config.mtp import HeadOptions, MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
@@ -68,6 +69,7 @@ def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 CONSOLE = Terminal()
+DECAYS_FIRST = "in GRPO: it alone may account for a gain. Set warm_start.schedule: linear to see what GRPO adds"
 
 
 def summary(result: Result) -> None:
@@ -76,6 +78,9 @@ def summary(result: Result) -> None:
         evaluations(result.evaluations)
     if result.speeds:
         speeds(result.speeds)
+    gains = told(result.folder)
+    if gains:
+        CONSOLE.print("\n".join(["", *gains]), markup=False, highlight=False, soft_wrap=True)
     names = [f"  {path.name}{'/' if path.is_dir() else ''}" for path in sorted(result.folder.iterdir())]
     lines = ["", hardware.caption(hardware.describe()), f"the files of the run are in {result.folder}:", *names]
     lines.append(f"`quartet view {result.folder}` shows its curves and rollouts")
@@ -257,9 +262,11 @@ class DryRun:
         assert isinstance(config, LearningConfig)
         rewards = ", ".join(f"{reward.function} × {reward.weight:g}" for reward in config.rewards)
         yield "rewards", rewards if task.scores else "none: nothing is scored"
-        warm = config.supervision
+        warm, grpo = config.supervision, isinstance(config, TrainConfig)
         if warm.steps:
             yield "warm start", f"{warm.steps:,} steps × {warm.batch_size} examples"
+            if grpo and decays_first(warm.steps, warm.schedule, config.learner.schedule):
+                yield "first decay of the rate", DECAYS_FIRST
         if isinstance(config, TrainConfig):
             group, prompts = config.rollout.group_size, config.prompts_per_step
             yield "steps", f"{config.steps:,}"
@@ -270,7 +277,7 @@ class DryRun:
             if config.data.thoughts == "fork":
                 after = dropping(tokenizer_of(self.plan, task))
                 yield "rows of a completion", _forks(after, config.rollout.max_completion_tokens)
-        shape, grpo = self.plan.shape, isinstance(config, TrainConfig)
+        shape = self.plan.shape
         trunk = meta_policy(shape, False, torch.float32).trunk
         total = trained = sum(p.numel() for p in trunk.parameters())
         lora = config.lora if isinstance(config, TrainConfig) else None

@@ -101,6 +101,13 @@ class EvalConfig(MeasuredConfig):
     """Accuracy or mean reward on held-out problems, sampled and greedy. A run folder brings its data and rewards."""
 
     command: ClassVar[str] = "eval"
+    # What `quartet eval --help` shows; `--help all` shows all.
+    common: ClassVar[tuple[str, ...]] = (
+        *("data.name", "data.held_out", "data.template", "data.few_shot", "data.prompt_column", "data.solution_column"),
+        *("eval.split", "eval.limit", "eval.samples", "eval.greedy", "rewards"),
+        *("rollout.temperature", "rollout.max_completion_tokens", "rollout.draft_tokens"),
+        *("output", "device", "dtype", "seed"),
+    )
     api_key_file: Path | None = None
     """MODEL may be the address of a server, http://HOST:PORT: a file with the key that it wants."""
 
@@ -128,6 +135,12 @@ class SampleConfig(_UseOptions):
     """Completions of your own prompts. A run folder brings its template, worked examples, temperature and limit."""
 
     command: ClassVar[str] = "sample"
+    # What `quartet sample --help` shows; `--help all` shows all.
+    common: ClassVar[tuple[str, ...]] = (
+        *("samples", "stop", "data.template", "data.system_prompt", "data.few_shot", "data.name"),
+        *("rollout.temperature", "rollout.max_completion_tokens", "rollout.draft_tokens", "rollout.margin"),
+        *("tools", "environment", "device", "dtype", "threads", "seed"),
+    )
     samples: int = Field(default=4, ge=1)
     """Completions per prompt."""
     data: SampledDataOptions = SampledDataOptions()
@@ -149,7 +162,7 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
     _, run = recorded_options(path)
     with expecting(path, "configuration of a run"):
         brought = _defaults(run, data)
-        EvalConfig.model_validate(brought)
+        EvalConfig.model_validate(brought, context={"checked_only": True})
     return brought
 
 

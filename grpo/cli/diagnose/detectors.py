@@ -10,20 +10,20 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from grpo.algorithm.alarms import FEATURES, SAID, Moments, judged
-from grpo.cli.diagnose.record import FEW, Group, Record, label_of
+from grpo.algorithm.alarms import FEATURES, SAID, SUSPECTS, Moments, compared, judged
+from grpo.algorithm.statistics import mean_interval
+from grpo.cli.diagnose import gains
+from grpo.cli.diagnose.gains import Cause, label_of
+from grpo.cli.diagnose.record import FEW, Group, Record, answer_text
 from grpo.run.records import TURNS
 from rewards.built_in.gsm8k import MARKED
 from rewards.config.names import recorded_options
 from rewards.ties import tied as is_tied
-from rewards.verdicts import judged_problems
 
 LEAST_STEPS = 3  # of which a correlation or a movement is believed
 SURE = 0.75  # of the completions of a group give one answer
 SPECIAL = re.compile(r"(?:<\|[^|<>\s]{1,30}\|>|</s>|<eos>|<end_of_turn>)\s*[^\s<]")  # with text after it
 FORMS = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")  # rewards by which a text may have no answer
-
-Cause = tuple[bool, str, str]
 
 
 def failed(record: Record) -> Cause:
@@ -64,7 +64,8 @@ def _factor(value: float) -> int:
 def stop_token(record: Record) -> Cause:
     lines = [line for group in record.groups for line in group.lines] or [{"text": ""}]
     cut = fmean(line.get("finish_reason") == "length" for line in lines)
-    on = fmean(len(MARKED.findall(line["text"])) > 1 or bool(SPECIAL.search(line["text"])) for line in lines)
+    texts = [answer_text(line) for line in lines]
+    on = fmean(len(MARKED.findall(text)) > 1 or bool(SPECIAL.search(text)) for text in texts)
     what = f"{cut:.0%} of the completions were cut, and {on:.0%} go on after their answer or after a stop token."
     change = "name the token that ends an answer as eos_token_id in generation_config.json of"
     return cut > 0.5 and on > 0.5, what, f"{change} {record.option('model')}"
@@ -148,9 +149,16 @@ def hacked(record: Record) -> Cause:
     """The alarms of the run, over all of its steps."""
     each = {kind: record.series(*record.watched(kind)) for kind in (*FEATURES, "format")}
     values = {kind: median(series) for kind, series in each.items() if len(series) >= LEAST_STEPS}
+    by_chance = {kind for kind in SUSPECTS if not _differs_from_zero(each[kind])}
+    values = compared({kind: value for kind, value in values.items() if kind not in by_chance})
     kind = judged(values) if len(set(record.marks)) > 1 else None
     change = "pay for the answer: a reward that compares it with the gold one, with the largest weight in rewards"
     return kind is not None, f"The score {SAID[kind].format(value=values[kind])}." if kind else "", change
+
+
+def _differs_from_zero(values: list[float]) -> bool:
+    low, high = mean_interval(values) or (0.0, 0.0)
+    return low > 0 or high < 0
 
 
 def group_size(record: Record) -> Cause:
@@ -249,27 +257,21 @@ def clipped(record: Record) -> Cause:
 
 
 def evaluation(record: Record) -> Cause:
-    """Held-out accuracy of so few problems cannot show a gain as large as that on training problems. With 80 % power at
-    95 % confidence it needs (1.96 + .84)² (p₁q₁ + p₂q₂) / d² problems."""
-    rows = [row for row in record.rows if row.get("eval/accuracy") is not None and judged_problems(row)]
-    p, q = (rows[place]["eval/accuracy"] if rows else 0.0 for place in (0, -1))
-    problems, gain = rows[-1]["eval/prompts"] if rows else 1.0, record.rise[1] - record.rise[0]
-    goal = min(p + gain, 1.0)
-    enough = math.ceil(2.8**2 * (p * (1 - p) + goal * (1 - goal)) / max(gain, 0.01) ** 2)
-    chance = 1.96 * math.sqrt((p * (1 - p) + q * (1 - q)) / problems)
-    what = (
-        f"Marks rose by {gain:.2g} in training, and held-out accuracy went from {p:.2f} to {q:.2f} on {problems:.0f} "
-    )
-    what += f"problems, of which chance alone makes ±{chance:.2f}."
-    change = f"raise {record.option('eval.limit')} to {enough}, or take {math.ceil(enough / problems)} seeds"
-    is_real = len(rows) > 1 and record.rise[2] > 2 and gain > 0.01
-    return is_real and abs(q - p) < chance and problems < enough, what, change
+    return gains.evaluation(record.gains)
+
+
+def training_only(record: Record) -> Cause:
+    return gains.training_only(record.gains)
+
+
+def rate_decay(record: Record) -> Cause:
+    return gains.rate_decay(record.gains)
 
 
 DETECTORS: tuple[Callable[[Record], Cause], ...] = (
     *(failed, unmarked, temperature, rate_high, stop_token, sign_flipped, reward_constant, template, answer_column),
     *(all_solved, none_solved, hacked, group_size, tied, rate_low, other_part, noise, tiny_differences, weights),
-    *(entropy, clipped, evaluation),
+    *(entropy, clipped, evaluation, training_only, rate_decay),
 )
 TIED = {"all_solved", "none_solved", "tied", "rate_low", "hacked", "entropy"}
 EXPLAINED: dict[str, set[str]] = {  # the consequences of a cause, which are left out after it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +11,10 @@ from statistics import fmean, median, variance
 from typing import Any
 
 from grpo.algorithm.statistics import answer_reader
+from grpo.cli.diagnose.gains import Gains, label_of, options_of_run
 from grpo.run.records import TURNS, check_run, read_events, read_metrics
 from grpo.view.reading import check_files, read_step
-from rewards.config.names import recorded_options
-from rewards.config.yaml_file import flat
+from rewards.episode import answer_of
 from rewards.records import recorded_steps, split_groups
 
 STEPS = 16  # whose rollouts are read: the first, the last, and some between
@@ -50,9 +50,9 @@ class Group:
         return all(abs(other - mark) < 1e-6 for other in self.marks)
 
 
-def label_of(reward: dict[str, Any]) -> str:
-    """The name under which the marks of a reward are recorded."""
-    return str(reward.get("name") or str(reward.get("function", "")).rpartition(":")[2])
+def answer_text(line: Mapping[str, Any]) -> str:
+    """What a reward reads of a recorded completion: of an episode the policy's last turn."""
+    return answer_of(line["text"], line.get("turns") or [])
 
 
 class Record:
@@ -61,11 +61,12 @@ class Record:
     def __init__(self, folder: Path) -> None:
         file = check_run(folder) / "config.yaml"
         check_files(file, folder / "metrics.jsonl", folder / "events.jsonl")
-        command, options = recorded_options(file) if file.is_file() else ("train", {})
+        command, options = options_of_run(folder)
         if command != "train":
             raise ValueError(f"RUN={folder} is a run of quartet {command}; name one of quartet train, which has groups")
-        self.folder, self.options = folder, flat(options)  # by dotted key
+        self.folder, self.options = folder, options  # by dotted key
         self.rows, self.events = read_metrics(folder), read_events(folder)
+        self.gains = Gains.of(folder, options, self.rows)
         self.rewards: list[dict[str, Any]] = self.options.get("rewards") or [{}]
         first = self.rewards[0]
         self.first_reward = label_of(first)
@@ -101,7 +102,7 @@ class Record:
     def _group(self, step: int, lines: Sequence[dict[str, Any]]) -> Group:
         marks = [line["parts"].get(self.first_reward, line.get("reward")) for line in lines]
         scored = [(line, float(mark)) for line, mark in zip(lines, marks, strict=True) if mark is not None]
-        answers = [self.read_answer(line["text"]) for line, _ in scored]
+        answers = [self.read_answer(answer_text(line)) for line, _ in scored]
         return Group(step, [line for line, _ in scored], [mark for _, mark in scored], answers)
 
     def option(self, key: str) -> str:

@@ -2,10 +2,11 @@
 // The overview: the curves of one run, or of all that were named, over one another.
 {
   const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#8C564B"];
-  // [title, pattern of the metrics, kind]; a title whose metrics were never measured is left out.
+  // [title, pattern of the metrics, kind]; a title whose metrics were never measured is left out, and one whose curves
+  // all keep their neutral value is named under the charts. Kind "result" is drawn always: a reward of 0 is a result.
   const CHARTS = [
-    ["Reward", /^reward\/(mean|part\/.*)$/],
-    ["Held out, 95 % intervals", /^eval\/(accuracy|accuracy_greedy|reward_mean|reward_mean_greedy|pass_at_\d+)$/],
+    ["Reward", /^reward\/(mean|part\/.*)$/, "result"],
+    ["Held out, 95 % intervals", /^eval\/(accuracy|accuracy_greedy|reward_mean|reward_mean_greedy|pass_at_\d+)$/, "result"],
     ["Groups that are tied", /^group\/tied$/],
     ["Entropy, nats per token", /^policy\/entropy$/],
     ["Length, tokens", /^completion\/length_(mean|max)$/],
@@ -26,6 +27,20 @@
   const NAMES = { "reward/mean": "all rewards", "eval/accuracy": "sampled", "eval/accuracy_greedy": "greedy", "eval/reward_mean": "sampled",
     "eval/reward_mean_greedy": "greedy", "mismatch/kl": "KL to the sampler", "loss/kl": "KL to the reference", "canary/logprob_abs_mean": "canaries, mean" };
   const nameOf = (metric) => NAMES[metric] ?? metric.split("/").slice(1).join(" ").replaceAll("_", " ");
+
+  // Metrics of one chart that would have the same name are called in full: "draft/tokens_per_forward".
+  const namesOf = (metrics) => {
+    const short = metrics.map(nameOf);
+    const isUnique = (name) => short.filter((other) => other === name).length === 1;
+    return new Map(metrics.map((metric, m) => [metric, isUnique(short[m]) ? short[m] : metric]));
+  };
+  // Ratios of two equal things are 1, up to rounding: without drafts, and on-policy. Everything else is 0 if nothing happens.
+  const RATIOS = /^(policy\/ratio_mean|mismatch\/weight_mean|(draft|eval)\/tokens_per_forward)$/;
+  const neutral = (metric) => (RATIOS.test(metric) ? 1 : 0);
+  const isNeutral = (metric, value) => (RATIOS.test(metric) ? Math.abs(value - 1) < 1e-6 : value === 0);
+  const metricsOf = (traces) => [...new Set(traces.map(({ metric }) => metric).filter(Boolean))];
+  const isIdle = ({ traces, kind }) => kind !== "result" && traces.filter(({ metric }) => metric).every(({ idle }) => idle);
+  const inWords = ({ title, traces }) => `${title} (${[...new Set(metricsOf(traces).map(neutral))].sort().join(" and ")})`;
   const settings = { smooth: 0, log: false, chosen: null };
 
   const smoothed = (values, share) => {
@@ -52,7 +67,9 @@
   const lines = (runs, pattern, kind) => {
     const traces = [];
     runs.forEach(({ name, rows }, r) => {
-      const names = telling([...new Set(rows.flatMap(Object.keys))].filter((key) => pattern.test(key)).sort());
+      const measured = rows.flatMap((row) => Object.keys(row).filter((key) => row[key] != null));
+      const names = telling([...new Set(measured)].filter((key) => pattern.test(key)).sort());
+      const called = namesOf(names);
       names.forEach((metric, m) => {
         const there = rows.filter((row) => row[metric] != null);
         const color = COLORS[(runs.length > 1 ? r : m) % COLORS.length];
@@ -63,10 +80,12 @@
             y: [...low.map((row) => row[`${metric}/low`]), ...[...low].reverse().map((row) => row[`${metric}/high`])],
             fill: "toself", line: { width: 0 }, fillcolor: `${color}22`, mode: "lines" });
         }
-        traces.push({ ...common, y: smoothed(there.map((row) => valueOf(row, metric)), kind ? 0 : settings.smooth), metric, name: runs.length > 1 ? `${name}, ${nameOf(metric)}` : nameOf(metric),
+        const values = there.map((row) => valueOf(row, metric));
+        const idle = values.every((value) => isNeutral(metric, value));
+        traces.push({ ...common, y: smoothed(values, kind === "stack" ? 0 : settings.smooth), metric, idle, name: runs.length > 1 ? `${name}, ${called.get(metric)}` : called.get(metric),
           line: { color, width: 1.8, dash: runs.length > 1 ? ["solid", "dot", "dash", "dashdot"][m % 4] : "solid" }, marker: { size: 4 },
           ...(kind === "stack" && runs.length === 1 ? { stackgroup: "one", mode: "lines" } : {}),
-          hovertemplate: `step %{x}: %{y:.4g}<extra>${nameOf(metric).replace(/[<>&%{}]/g, "")}</extra>` });
+          hovertemplate: `step %{x}: %{y:.4g}<extra>${called.get(metric).replace(/[<>&%{}]/g, "")}</extra>` });
       });
     });
     return traces;
@@ -75,9 +94,9 @@
   view.draw = (box, traces, extra = {}) => {
     const ink = view.style("--ink"), line = view.style("--line");
     const axis = { gridcolor: line, zerolinecolor: line, automargin: true };
-    Plotly.react(box, traces, { margin: { l: 8, r: 8, t: 6, b: 26 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
-      font: { color: ink, size: 11 }, showlegend: traces.length > 1, legend: { orientation: "h", y: -0.14, font: { size: 10 } },
-      xaxis: { ...axis, title: { text: "" } }, yaxis: { ...axis, type: settings.log ? "log" : "linear", rangemode: "normal" }, hovermode: "closest", ...extra },
+    Plotly.react(box, traces, { margin: { l: 8, r: 8, t: 6, b: extra.x ? 38 : 26 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
+      font: { color: ink, size: 11 }, showlegend: traces.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", font: { size: 10 } },
+      xaxis: { ...axis, title: { text: extra.x ?? "" } }, yaxis: { ...axis, type: settings.log ? "log" : "linear", rangemode: "normal" }, hovermode: "closest" },
     // Without a pointer that hovers, Plotly's bar would stay over the newest values.
     { displaylogo: false, responsive: true, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
   };
@@ -92,23 +111,36 @@
     const cards = view.make("div", { class: "cards" });
     const facts = view.make("p", { class: "soft" });
     const learned = view.make("div");
+    const constant = view.make("p", { class: "soft" });
     const redraw = () => {
       const last = runs[0].rows.at(-1);
       const ended = runs[0].ended;
       facts.textContent = last ? `step ${last.step}` + (ended?.event === "end" ? `, ${ended.how}${ended.error ? `: ${ended.error}` : ""}` : ", running or cut off") : "nothing was measured yet";
       learned.replaceChildren(...runs.flatMap(({ name, headline }) => headline.map((sentence) =>
         view.make("p", { class: "headline" }, runs.length > 1 ? `${name}: ${sentence}` : sentence))));
-      const wanted = CHARTS.map(([title, pattern, kind]) => [title, lines(runs, pattern, kind)]).filter(([, traces]) => traces.length);
+      const measured = CHARTS.map(([title, pattern, kind]) => ({ title, kind, traces: lines(runs, pattern, kind) })).filter(({ traces }) => traces.length);
+      const idle = measured.filter(isIdle);
+      const wanted = measured.filter((chart) => !idle.includes(chart));
+      const control = view.controlChart(runs);
+      if (control) wanted.splice(wanted.filter(({ kind }) => kind === "result").length, 0, control);
+      constant.textContent = idle.length ? `Constant in all steps, so not drawn: ${idle.map(inWords).join("; ")}.` : "";
       const old = new Map([...cards.children].map((card) => [card.dataset.title, card]));
-      cards.replaceChildren(...wanted.map(([title, traces]) => {
-        const card = old.get(title) ?? view.make("div", { class: "card", "data-title": title }, view.make("h2", {}, title, " ", view.make("code", { class: "soft" })), view.make("div", { class: "chart" }));
-        card.querySelector("code").textContent = [...new Set(traces.map(({ metric }) => metric).filter(Boolean))].join(" ");
+      cards.replaceChildren(...wanted.map(({ title, traces, x, content, below }) => {
+        const card = old.get(title) ?? view.make("div", { class: below ? "card wide" : "card", "data-title": title }, view.make("h2", {}, title, " ", view.make("code", { class: "soft" })),
+          view.make("div", { class: "chart" }), view.make("div", { class: "below" }));
+        const [heading, chart, text] = card.children;
+        heading.lastChild.textContent = metricsOf(traces).join(" ");
+        if (below && text.dataset.content !== content) { // a table that has not changed keeps its order
+          text.dataset.content = content;
+          text.replaceChildren(...below());
+        }
         queueMicrotask(() => {
-          view.draw(card.lastChild, traces);
-          if (!card.lastChild.dataset.bound) {
-            card.lastChild.dataset.bound = "1";
-            card.lastChild.on("plotly_click", ({ points }) => {
-              if (runs.length === 1 && runs[0].recorded.includes(points[0].x)) location.hash = view.link(run, "step", points[0].x);
+          view.draw(chart, traces, { x });
+          if (!chart.dataset.bound) {
+            chart.dataset.bound = "1";
+            chart.on("plotly_click", ({ points }) => {
+              const isStep = x == null; // else it is a number of seconds
+              if (isStep && runs.length === 1 && runs[0].recorded.includes(points[0].x)) location.hash = view.link(run, "step", points[0].x);
             });
           }
         });
@@ -125,6 +157,6 @@
     const config = view.make("details", {}, view.make("summary", {}, "configuration"), view.make("pre", { class: "text" }, runs[0].config));
     const meanings = view.make("details", {}, view.make("summary", {}, "what the metrics mean, and their last values"),
       view.table([["metric", ([name]) => name], ["last", ([name]) => runs[0].rows.findLast((row) => row[name] != null)?.[name]], ["meaning", ([, meaning]) => meaning]], Object.entries(runs[0].meanings)));
-    return { title: "overview", nodes: [learned, facts, tools, cards, view.make("p", { class: "soft" }, runs[0].machine), config, meanings], ready: redraw, live: async () => { runs = await found(); redraw(); } };
+    return { title: "overview", nodes: [learned, facts, tools, cards, constant, view.make("p", { class: "soft" }, runs[0].machine), config, meanings], ready: redraw, live: async () => { runs = await found(); redraw(); } };
   };
 }

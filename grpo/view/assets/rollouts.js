@@ -2,19 +2,20 @@
 // A step with its groups, a group with every token, and two completions of one prompt side by side.
 {
   const rgb = { good: [26, 127, 55], bad: [179, 38, 30], blue: [0, 99, 166] };
-  const tint = ([r, g, b], strength) => `rgba(${r},${g},${b},${Math.max(0, Math.min(0.75, strength)).toFixed(3)})`;
+  const DARKEST = 0.6; // above it the text on red or blue is hard to read in the light theme
+  const tint = ([r, g, b], strength) => `rgba(${r},${g},${b},${(DARKEST * Math.max(0, Math.min(1, strength))).toFixed(3)})`;
   const signed = (value, scale) => (value == null ? "" : tint(value > 0 ? rgb.good : rgb.bad, Math.abs(value) / scale));
   const depths = (c) => [...new Set(c.flatMap(({ depths }) => depths ?? []))].filter(Boolean).sort((a, b) => a - b);
   const versions = (c) => [...new Set(c.flatMap(({ versions, policy_version }) => versions ?? [policy_version]))];
   // How tokens may be coloured: [name, value of token i, colour of a value, what it says, the values of its scale].
   const COLOURS = [
-    ["log-probability", (c, i) => c.logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 6)), "the darker, the less likely", () => [0, -1, -2, -3, -4]],
-    ["surprise of the learner", (c, i) => c.policy_logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 6)), "the learner's own log-probability", () => [0, -1, -2, -3, -4]],
+    ["log-probability", (c, i) => c.logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 4)), "the darker, the less likely", () => [0, -1, -2, -3, -4]],
+    ["surprise of the learner", (c, i) => c.policy_logprobs?.[i], (v) => (v == null ? "" : tint(rgb.bad, -v / 4)), "the learner's own log-probability", () => [0, -1, -2, -3, -4]],
     ["mismatch", (c, i) => (c.policy_logprobs && c.logprobs ? c.policy_logprobs[i] - c.logprobs[i] : null), (v) => signed(v, 0.2), "learner's minus sampler's log-probability", () => [-0.15, -0.05, 0, 0.05, 0.15]],
     ["ratio", (c, i) => (c.policy_logprobs && c.logprobs ? Math.exp(c.policy_logprobs[i] - c.logprobs[i]) : null), (v) => signed(v == null ? null : v - 1, 0.2), "above 1 green, below 1 red", () => [0.85, 0.95, 1, 1.05, 1.15]],
     ["advantage", (c, i) => (Array.isArray(c.advantage) ? c.advantage[i] : c.advantage), (v) => signed(v, 2), "what the step teaches: green more, red less", () => [-1.5, -0.5, 0, 0.5, 1.5]],
-    ["draft depth", (c, i) => c.depths?.[i], (v) => (v ? tint(rgb.blue, 0.2 + 0.12 * v) : ""), "accepted drafts, by depth", depths],
-    ["policy version", (c, i) => c.versions?.[i] ?? c.policy_version, (v) => tint(rgb.blue, ((v * 37) % 10) / 14), "one shade for each version", versions],
+    ["draft depth", (c, i) => c.depths?.[i], (v) => (v ? tint(rgb.blue, v / (v + 2)) : ""), "accepted drafts, by depth", depths],
+    ["policy version", (c, i) => c.versions?.[i] ?? c.policy_version, (v) => tint(rgb.blue, ((v * 37) % 10) / 10), "one shade for each version", versions],
     ["plain", () => null, () => "", "", () => []],
   ];
   const settings = { colour: 0 };

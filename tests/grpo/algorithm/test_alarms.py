@@ -1,7 +1,9 @@
 """Alarms: the moments against numpy, every kind on made-up rollouts that show it, and silence on honest ones."""
 
 import doctest
+import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from grpo.algorithm import alarms as module
 from grpo.algorithm.alarms import (
     FEATURES,
+    LEAST_Z,
     LIMITS,
     WINDOW,
     Alarms,
@@ -141,6 +144,129 @@ def test_an_honest_reward_raises_no_alarm(name):
             assert given(HONEST[name], seed=seed, skill=skill)[1] == []
 
 
+def noise(seen, rng):
+    return "".join(rng.choices("0123456789 #=+-abc", k=rng.randint(1, 40)))
+
+
+def numbers(seen, rng):
+    return f"#### {rng.randint(2, 999)}"
+
+
+def one_number(seen, rng):
+    return "#### 7"
+
+
+def nothing(seen, rng):
+    return ""
+
+
+def last_words(seen, rng):
+    return "done"
+
+
+# What a policy that has learned nothing writes, what it is paid for that, and the shape of the run.
+UNTRAINED = {
+    "all rewards 0, in the right form": (numbers, lambda seen, rng: 0.0, {}),
+    "all rewards 0, of random tokens": (noise, lambda seen, rng: 0.0, {}),
+    "all rewards 0, nothing is written": (nothing, lambda seen, rng: 0.0, {}),
+    "all rewards equal, above 0": (numbers, lambda seen, rng: 0.5, {}),
+    "all rewards 1, one text for all": (one_number, lambda seen, rng: 1.0, {}),
+    "a reward of the form that nobody gets": (noise, lambda seen, rng: float("<answer>" in seen.text), {}),
+    "a penalty that never fires": (numbers, lambda seen, rng: -float(seen.length > 1000), {}),
+    "a penalty that hardly ever fires": (one_number, lambda seen, rng: -float(rng.random() < 0.01), {}),
+    "NaN": (numbers, lambda seen, rng: rng.choice([math.nan, 0.0]), {}),
+    "the reward abstains": (numbers, lambda seen, rng: None, {}),
+    "it abstains from half": (numbers, lambda seen, rng: rng.choice([None, 0.0]), {}),
+    "groups of 2, by chance": (numbers, lambda seen, rng: float(rng.random() < 0.3), {"size": 2, "prompts": 6}),
+    "groups of 2, a judge's noise": (noise, lambda seen, rng: rng.random(), {"size": 2, "prompts": 4}),
+    "one prompt a step": (numbers, lambda seen, rng: rng.random(), {"prompts": 1}),
+    "a short run": (numbers, lambda seen, rng: seen.length / 60, {"steps": WINDOW - 1}),
+    "now and then right by chance": (numbers, lambda seen, rng: seen.right, {}),
+    "one number that is rarely right": (one_number, lambda seen, rng: float(rng.random() < 0.02), {}),
+    "right, and a fifth for the form": (
+        lambda seen, rng: numbers(seen, rng) if rng.random() < 0.5 else noise(seen, rng),
+        lambda seen, rng: seen.right + 0.2 * seen.formed,
+        {},
+    ),
+    "turns that end with one word": (last_words, lambda seen, rng: float(rng.random() < 0.2), {"turns": 3}),
+    "one word, and an environment's reward": (last_words, lambda seen, rng: float(rng.random() < 0.9), {"turns": 3}),
+}
+
+
+def untrained(write, pay, seed, prompts=16, size=8, steps=4 * WINDOW, turns=1):
+    rng = random.Random(seed)
+    for step in range(steps):
+        groups = []
+        for p in range(prompts):
+            gold, group = rng.randint(100, 900), []
+            for _ in range(size):
+                ids = [rng.randrange(500) for _ in range(rng.randint(1, 40))]
+                text = write(None, rng)
+                seen = Watched.of(f"{step}-{p}", f"{rng.randint(2, 9)} and 7?", f"#### {gold}", text, ids, {}, turns)
+                group.append(replace(seen, marks={"mine": pay(seen, rng)}))
+            groups.append(group)
+        yield groups
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_a_run_that_has_learned_nothing_raises_no_alarm(name):
+    write, pay, shape = UNTRAINED[name]
+    for seed in range(3):
+        watch = Alarms(["mine"])
+        for groups in untrained(write, pay, seed, **shape):
+            assert watch.observe(groups) == []
+            assert all(map(math.isfinite, watch.values.values()))
+
+
+def test_the_score_of_a_length_penalty_and_no_right_answer_raises_no_alarm():
+    """Length is all that its score differs by, and it is paid for on purpose."""
+    watch = Alarms(["gsm8k", "score"])
+    for groups in rollouts(lambda seen, rng: 0.0, skill=0.0, steps=2 * WINDOW):
+        scored = [[replace(s, marks={"gsm8k": s.right, "score": s.right - s.length / 99}) for s in g] for g in groups]
+        assert watch.observe(scored) == []
+        assert watch.values["alarm/length/score"] == pytest.approx(-1.0)
+
+
+def test_one_group_with_large_differences_is_no_correlation():
+    """Rewards differ by a hundredth in ten groups, by 1 in another one, where the long completion got it."""
+    small = [Moments.of([(rank, 0.01 * (rank % 2)) for rank in range(8)]) for _ in range(10)]
+    large = Moments.of([(100.0 * (rank == 0), float(rank == 0)) for rank in range(8)])
+    total = sum(small, large)
+    assert total.r > LIMITS["length"]
+    assert total.groups == 11
+    assert total.z < LEAST_Z
+
+
+def test_an_honest_yes_or_no_is_not_the_same_text_for_different_questions():
+    """Each of the two answers is right for many questions; a reward that pays "yes" for all of them is named."""
+
+    def kinds(pay):
+        watch, found, rng = Alarms(["mine"]), [], random.Random(0)
+        for step in range(2 * WINDOW):
+            groups = []
+            for p in range(16):
+                gold, group = rng.choice(["yes", "no"]), []
+                for _ in range(8):
+                    text = gold if rng.random() < 0.95 else "yes"
+                    marks = {"mine": pay(text, gold)}
+                    group.append(Watched.of(f"{step}-{p}", "Is it?", gold, text, [rng.randrange(500)], marks))
+                groups.append(group)
+            found += watch.observe(groups)
+        return [alarm.kind for alarm in found]
+
+    assert kinds(lambda text, gold: float(text == gold)) == []
+    assert kinds(lambda text, gold: float(text == "yes")) == ["identical"]
+
+
+def test_a_policy_that_nearly_always_has_the_form_shows_what_is_paid_in_five_groups():
+    """As the demo's policy does: one of 128 completions a step has another form, and a fifth are wrong."""
+    watch, found = Alarms(["mine"]), []
+    for groups in rollouts(lambda seen, rng: 1.0, skill=0.8, steps=WINDOW):
+        other = replace(groups[0][0], formed=False, right=0.0, marks={"mine": 0.0})
+        found += watch.observe([[other, *groups[0][1:]], *groups[1:]])
+    assert [alarm.kind for alarm in found] == ["format"]
+
+
 def test_an_alarm_waits_for_a_whole_window_and_enough_groups():
     assert given(HACKED["length"], steps=WINDOW - 1)[1] == []
     watch, steps = Alarms(["mine"]), list(rollouts(HACKED["length"]))
@@ -229,14 +355,49 @@ def test_a_reward_that_rises_while_held_out_accuracy_falls(before, after, rises,
         assert found[0].value == pytest.approx(0.2 / (0.48 / 128) ** 0.5)
 
 
-def test_a_fall_of_two_standard_errors_since_the_last_evaluation_sounds():
-    """A half less of four completions, where the error is the root of (0 + 1/4) / 4."""
-    rising = [0.0, 0.0, 0.0, 0.0, 1.0]  # of all but one: from 0 to 1/4
-    for means, values in (([-4.0, 0.0, 0.0, 9.0, 0.0, 0.0], [2.0]), (rising, [2.0]), ([1.0], []), ([], [])):
+def test_a_fall_of_two_standard_errors_since_an_earlier_evaluation_sounds():
+    """A half less of four completions, where the error is the root of (0 + 1/4) / 4. One lucky step is no rise."""
+    rising, lucky = [0.0, 0.1, 0.2, 0.2, 0.3], [0.0, 0.0, 0.0, 0.0, 1.0]
+    for means, values in ((rising, [2.0]), (lucky, []), (rising[:4], []), ([1.0], []), ([], [])):
         watch = Alarms(["mine"])
         watch.evaluated(1.0, 4)
         watch._means = means
         assert [alarm.value for alarm in watch.evaluated(0.5, 4)] == values
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 7])
+def test_the_held_out_alarm_sounds_however_often_a_run_evaluates(every):
+    watch, found = Alarms(["mine"]), []
+    watch.evaluated(0.6, 128)
+    for step, groups in enumerate(rollouts(lambda seen, rng: seen.right, steps=14), start=1):
+        watch.observe([[replace(s, marks={"mine": s.right + step / 10}) for s in group] for group in groups])
+        if step % every == 0:
+            found += watch.evaluated(0.6 - step / 40, 128)
+    assert [alarm.kind for alarm in found] == ["held_out"]
+
+
+def test_a_reward_that_does_not_rise_raises_no_held_out_alarm():
+    """Evaluations after every step differ by chance, and each is compared with an earlier one."""
+    rng = random.Random(0)
+
+    def share(p, count):
+        return sum(rng.random() < p for _ in range(count)) / count
+
+    alarms = 0
+    for _ in range(200):
+        watch = Alarms(["mine"])
+        for _ in range(20):
+            watch._means.append(share(0.02, 128))
+            alarms += len(watch.evaluated(share(0.5, 64), 64))
+    assert alarms <= 200 * 0.02
+
+
+@pytest.mark.slow
+def test_an_untrained_run_raises_no_alarm(micro_config, tmp_path):
+    """Random weights, the reward of the demo, and an evaluation after every step."""
+    options = {"rewards": [{"function": "gsm8k"}], "warm_start.steps": 0, "eval.every": 1, "eval.limit": 4}
+    train(micro_config(tmp_path / "run", **options, steps=WINDOW + 1, **{"mtp.every": 9, "checkpoint.every": 9}))
+    assert [event for event in read_events(tmp_path / "run") if event["event"] == "alarm"] == []
 
 
 @pytest.mark.long

@@ -8,10 +8,11 @@ from grpo.algorithm.statistics import estimate, wilson_interval
 from grpo.config.run import EvalOptions, LogOptions
 from grpo.evaluation import evaluate as evaluation
 from grpo.evaluation.evaluate import as_metrics, evaluate, failure_kinds, measure_speed
+from grpo.evaluation.gain import held_out_gain
 from grpo.evaluation.held_out import HeldOut
 from grpo.run.log import RunLog
 from grpo.run.metrics import check
-from grpo.run.records import read_metrics
+from grpo.run.records import read_metrics, read_problems
 from grpo.task.task import Task
 from rewards import RewardError
 from rewards.config.data import DataOptions
@@ -259,6 +260,21 @@ def test_inside_a_run_failures_are_events_and_results_are_metrics(own, tmp_path)
         (0, 1.0, 2),
         (5, 1.0, 2),
     ]
+
+
+def test_a_named_evaluation_records_what_each_problem_got(own, tmp_path):
+    """The first and the last one; not those between, and not those of other problems."""
+    pool = FakePool([_completion("#### 42"), _completion("#### 41")])
+    folder = tmp_path / "run"
+    with _task(own) as task, RunLog(folder, "", LogOptions(trackers=[]), quiet=True) as log:
+        held_out = _held_out(pool, task, EvalOptions(samples=2), log)
+        held_out.evaluate(0, "before")
+        held_out.evaluate(5)
+        held_out.evaluate(9, "after")
+    assert read_problems(folder, "eval/accuracy") == {0: {"p/0": 0.5, "p/1": 0.5}, 9: {"p/0": 0.5, "p/1": 0.5}}
+    assert read_problems(folder, "eval/reward_mean") == {}
+    gain = held_out_gain(read_metrics(folder), read_problems(folder, "eval/accuracy"))
+    assert (gain.value, gain.of, gain.is_paired) == (0.0, "the same 2 problems", True)
 
 
 def test_inside_a_run_that_aborts_the_failure_is_an_event_too(own, tmp_path):

@@ -90,8 +90,10 @@ def by_hand(micro_config, tmp_path, monkeypatch):
             errors = [FAILURE] * (None in each[0])
             return [GroupScore(list(marks), {"right": list(marks)}, errors) for marks in each]
 
+        examples = [Example(name, f"{name}?", name) for name in names]
         task = SimpleNamespace(
-            train=[Example(name, f"{name}?", name) for name in names],
+            train=examples,
+            unsolved=examples,
             first_reward="right",
             actor=SimpleNamespace(environment=None),
             reached=log.reached.append,

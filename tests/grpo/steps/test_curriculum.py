@@ -33,13 +33,14 @@ def _config(seed=0, **curriculum) -> TrainConfig:
 
 
 def _curriculum(examples, config, pass_rate=lambda score: None) -> Curriculum:
-    return Curriculum(SimpleNamespace(config=config), SimpleNamespace(train=examples, pass_rate=pass_rate))
+    return Curriculum(SimpleNamespace(config=config), SimpleNamespace(unsolved=examples, pass_rate=pass_rate))
 
 
 def _collector(examples, config) -> Collector:
     """What takes prompts as the curriculum says, or in the order of the data."""
     task = SimpleNamespace(
         train=examples,
+        unsolved=examples,
         prompt=lambda example, tokenizer: Prompt(example.example_id, "", [1]),
         actor=SimpleNamespace(environment=None),
     )

@@ -306,7 +306,7 @@ def test_each_sampler_is_scored_by_its_own_tokens_and_the_same_tokens_once(polic
         return logprobs_of_groups(*given)
 
     monkeypatch.setattr(module, "logprobs_of_groups", score)
-    first, second = (pool.sample(publisher.prompts, params_of(policy).at(step)) for step in (1, 2))
+    first, second = (pool.sample(publisher.prompts[0], params_of(policy).at(step)) for step in (1, 2))
     sampled = {"one": first, "two": copy.deepcopy(first), "three": second}
     scores = publisher.scores(sampled, PARAMS.temperature)
     assert len(calls) == 2

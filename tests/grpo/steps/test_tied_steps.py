@@ -1,4 +1,4 @@
-"""Several steps without anything to learn from: the user is told why, once, and what to change."""
+"""Steps without anything to learn from: the user is told why, once, and what to change."""
 
 import json
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.learner.row import Sample
-from grpo.steps.tied_steps import STEPS, TiedSteps
+from grpo.steps.tied_steps import OPENING, STEPS, TiedSteps
 from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
@@ -17,15 +17,18 @@ from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 def observe(micro_config, tmp_path):
     """`observe([[rewards of a group], ...] of each step, **options)`: what is told after each step."""
 
-    def run(steps, tied=None, reason="stop", **options):
+    def run(steps, tied=None, reason="stop", text="x", **options):
         config = micro_config(tmp_path, **options)
         task = SimpleNamespace(first_reward="gsm8k", full_marks=1.0)
         listener = TiedSteps(SimpleNamespace(config=config), task)
         told = []
         for groups in steps:
-            completion = Completion([1], [0.0], "x", reason, 0, DraftStats())
+            completion = Completion([1], [0.0], text, reason, 0, DraftStats())
             drawn = Drawn(
-                [RolloutGroup(Prompt("p", "p", [1]), [completion] * len(rewards)) for rewards in groups],
+                [
+                    RolloutGroup(Prompt("p", "p", [1], {"answer": "20 + 22 = #### 42"}), [completion] * len(rewards))
+                    for rewards in groups
+                ],
                 [GroupScore(rewards, {"gsm8k": rewards}) for rewards in groups],
             )
             differ = any(len({r for r in rewards if r is not None}) > 1 for rewards in groups)
@@ -38,19 +41,29 @@ def observe(micro_config, tmp_path):
 RIGHT, WRONG, MIXED = [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]
 
 
-def test_it_is_said_after_five_steps_and_once(observe):
+def test_it_is_said_after_the_first_two_steps_and_once(observe):
     told = observe([[RIGHT, RIGHT]] * (2 * STEPS + 1))
-    assert [i for i, words in enumerate(told, start=1) if words] == [STEPS]
+    assert [i for i, words in enumerate(told, start=1) if words] == [OPENING]
+
+
+def test_later_it_takes_five_steps(observe):
+    told = observe([[MIXED]] + [[RIGHT, RIGHT]] * (2 * STEPS + 1))
+    assert [i for i, words in enumerate(told, start=1) if words] == [1 + STEPS]
+
+
+def test_a_standstill_after_a_bad_start_is_said_as_well(observe):
+    told = observe([[WRONG]] * 3 + [[MIXED]] + [[RIGHT]] * 2 * STEPS)
+    assert [i for i, words in enumerate(told, start=1) if words] == [OPENING, 4 + STEPS]
 
 
 def test_a_step_that_teaches_something_starts_the_count_again(observe):
-    told = observe([[RIGHT]] * (STEPS - 1) + [[RIGHT, MIXED]] + [[RIGHT]] * STEPS)
-    assert [i for i, words in enumerate(told, start=1) if words] == [2 * STEPS]
-    assert not any(observe([[RIGHT]] * (STEPS - 1)))
+    told = observe([[MIXED]] + [[RIGHT]] * (STEPS - 1) + [[RIGHT, MIXED]] + [[RIGHT]] * STEPS)
+    assert [i for i, words in enumerate(told, start=1) if words] == [1 + 2 * STEPS]
+    assert not any(observe([[MIXED]] + [[RIGHT]] * (STEPS - 1)))
 
 
 def test_full_marks_ask_for_harder_problems(observe):
-    why, change = observe([[RIGHT, RIGHT]] * STEPS)[-1]
+    why, change = observe([[RIGHT, RIGHT]] * OPENING)[-1]
     assert why == "every completion got full marks: the problems are too easy for this policy"
     for way in ("harder problems: data.levels (now [1])", "rollout.temperature (now 1)", "rollout.group_size (now 4)"):
         assert way in "; ".join(change)
@@ -60,18 +73,59 @@ def test_full_marks_ask_for_harder_problems(observe):
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 0.1])
 def test_no_marks_ask_for_a_warm_start_and_easier_problems(observe, value):
-    why, change = observe([[[value, value]] * 2] * STEPS, reason="length")[-1]
+    why, change = observe([[[value, value]] * 2] * OPENING, reason="length")[-1]
     assert why.startswith(f"every completion got the same reward, {value:g}: the policy never does better")
     assert "100% of them were cut at rollout.max_completion_tokens=10" in why
     for way in ("warm_start.steps (now 3)", "rollout.group_size (now 4)", "curriculum.by_difficulty", "quartet reward"):
         assert way in "; ".join(change)
     for way in ("rollout.temperature (now 1)", "rollout.refill_draws (now 0)"):
         assert way in "; ".join(change)
+    assert change[0].startswith("let completions end: raise rollout.max_completion_tokens (now 10)")
     assert "harder" not in "; ".join(change)
 
 
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_random_weights_without_a_warm_start_are_the_first_reason(observe, reason):
+    told = observe([[WRONG, WRONG]] * OPENING, reason=reason, text="is 42", model="tiny", **{"warm_start.steps": 0})
+    why, change = told[-1]
+    assert why.startswith("every completion got the same reward, 0: the weights of the preset 'tiny' are random")
+    assert ("cut at" in why) == (reason == "length")
+    assert "warm_start.steps: 300 (now 0)" in change[0]
+    assert "model (now tiny)" in change[1]
+    assert "random" not in observe([[WRONG]] * OPENING, model="tiny")[-1][0]  # it had a warm start
+    assert "random" not in observe([[RIGHT]] * OPENING, model="tiny", **{"warm_start.steps": 0})[-1][0]
+
+
+@pytest.mark.parametrize(("text", "read"), [("So it is 42.", True), ("**42**", True), ("142", False), ("42 x", False)])
+def test_answers_in_a_form_that_the_reward_does_not_read_are_counted(observe, text, read):
+    why, change = observe([[WRONG, WRONG]] * OPENING, text=text)[-1]
+    assert ("8 of 8 completions end with the reference answer" in why) == read
+    assert ("quartet reward test" in change[0]) == read
+
+
+def test_a_resumed_run_is_not_at_its_start(micro_config, tmp_path):
+    task = SimpleNamespace(first_reward="gsm8k", full_marks=1.0)
+    said = []
+    log = SimpleNamespace(nothing_learned=lambda step, *_: said.append(step))
+    listener = TiedSteps(SimpleNamespace(config=micro_config(tmp_path), log=log), task)
+    drawn = Drawn([], [])
+    for step in range(41, 50):
+        listener.learns(step, drawn, SimpleNamespace(all_tied=True))
+    assert said == [40 + STEPS]
+
+
+def test_a_run_that_began_badly_is_told_of_a_later_standstill(micro_config, tmp_path):
+    said = []
+    log = SimpleNamespace(nothing_learned=lambda step, *_: said.append(step))
+    run = SimpleNamespace(config=micro_config(tmp_path), log=log)
+    listener = TiedSteps(run, SimpleNamespace(first_reward="gsm8k", full_marks=1.0))
+    for step in range(1, 20):
+        listener.learns(step, Drawn([], []), SimpleNamespace(all_tied=step != 4))
+    assert said == [OPENING, 4 + STEPS]
+
+
 def test_groups_that_are_all_right_or_all_wrong_ask_for_those_between(observe):
-    why, change = observe([[RIGHT, WRONG]] * STEPS)[-1]
+    why, change = observe([[RIGHT, WRONG]] * OPENING)[-1]
     assert "inside each group all completions got the same" in why
     assert "cut at" not in why
     for way in ("curriculum.by_difficulty: true", "rollout.temperature", "rollout.group_size", "rollout.refill_draws"):
@@ -79,7 +133,7 @@ def test_groups_that_are_all_right_or_all_wrong_ask_for_those_between(observe):
 
 
 def test_scores_that_are_missing_ask_for_a_look_at_the_reward(observe):
-    why, change = observe([[[None, None]]] * STEPS)[-1]
+    why, change = observe([[[None, None]]] * OPENING)[-1]
     assert why == "no completion has a score: the rewards abstained or failed"
     assert "quartet reward test" in "; ".join(change)
 
@@ -118,10 +172,10 @@ def test_a_run_says_it_in_a_line_and_an_event(micro_config, tmp_path, capsys):
     train(micro_config(tmp_path / "r", **options, rewards=[{"function": f"{path}:never"}]))
     events = [json.loads(line) for line in (tmp_path / "r/events.jsonl").read_text().splitlines()]
     [event] = [event for event in events if event["event"] == "nothing_learned"]
-    assert event["step"] == STEPS
+    assert event["step"] == OPENING
     assert event["why"].startswith("every completion got the same reward, 0: ")
     shown = capsys.readouterr().out
     assert shown.count("nothing_learned") == 1
-    assert "what may help: raise rollout.temperature (now 1)" in shown
+    assert "what may help: train it on reference solutions first: warm_start.steps: 300 (now 0)" in shown
     assert "characters ..." not in shown.split("nothing_learned")[1].split("step ")[0]  # nothing is cut
-    assert len(event["change"]) == 7
+    assert len(event["change"]) == 2

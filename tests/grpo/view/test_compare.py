@@ -9,6 +9,7 @@ import yaml
 
 from grpo.cli.parse import main
 from grpo.view.compare import Point, compare
+from tests.cases.control_results import control_result, write_control
 
 
 @pytest.fixture
@@ -105,3 +106,39 @@ def test_the_same_run_twice_is_no_second_seed(make, tmp_path):
         compare([make("a"), make("b")])
     with pytest.raises(ValueError, match="there is no such folder"):
         compare([tmp_path / "none"])
+
+
+def test_runs_with_controls_are_compared_with_them_over_seeds(make, tmp_path, capsys):
+    """By hand: differences 0.40, 0.30 and 0.50 have the mean 0.40, variance 0.01 and interval ± 4.303 · 0.1 / √3."""
+    runs = [make(f"a{seed}", seed=seed) for seed in range(4)]
+    for run, supervised in zip(runs, (0.5, 0.6, 0.4), strict=False):  # the last run has no control
+        write_control(run, control_result(supervised=supervised))
+    runs.append(make("b", rate=0.2))
+    assert main(["compare", *map(str, runs), "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["controls"]
+    assert list(found) == ["A"]
+    supervised = found["A"]["sampled"]["supervised"]
+    assert (supervised["name"], supervised["n"], supervised["mean"]) == ("supervised steps", 3, pytest.approx(0.5))
+    minus = supervised["grpo_minus"]
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert minus["mean"] == pytest.approx(0.4)
+    assert minus["interval_95"] == pytest.approx([0.4 - half, 0.4 + half])
+    assert [row["seed"] for row in minus["by_seed"]] == [0, 1, 2]
+    assert minus["by_seed"][1]["interval_95"] == pytest.approx([0.25, 0.35])
+    assert "grpo_minus" not in found["A"]["greedy"]["grpo"]
+    shown = capsys.readouterr().out
+    assert "GRPO and its controls, on the same held-out problems" in shown
+    for words in ("rejection sampling", "supervised steps", "+0.400 ± 0.248", "0: +0.40 (+0.35, +0.45)"):
+        assert words in shown
+
+
+def test_two_seeds_have_no_interval_and_runs_without_controls_no_table(make, capsys):
+    runs = [make("a0"), make("a1", seed=1)]
+    assert main(["compare", *map(str, runs)]) == 0
+    assert "GRPO and its controls" not in capsys.readouterr().out
+    assert compare(runs).controls == {}
+    for run in runs:
+        write_control(run, control_result())
+    rejection = compare(runs).controls["A"]["sampled"]["rejection"]
+    assert rejection.mean_difference == pytest.approx(0.1)
+    assert rejection.interval_of_difference is None

@@ -21,6 +21,7 @@ from copies import Copy
 from grpo.cli.parse import main
 from grpo.evaluation.held_out import Result
 from grpo.view.page import self_contained
+from grpo.view.server import unique_names
 from rewards.records import read_rollouts, rollout_path
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
@@ -175,7 +176,7 @@ def test_a_report_is_one_file_in_which_text_stays_text(tmp_path, capsys):
     page = _Scripts()
     page.feed(written.read_text(encoding="utf-8"))
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("script") == 7  # the answers, Plotly and five of ours
+    assert tags.count("script") == 8  # the answers, Plotly and six of ours
     assert not any("src" in attributes or "href" in attributes for tag, attributes in page.tags if tag != "link")
 
 
@@ -215,3 +216,9 @@ def test_an_address_in_use_is_named(served, capsys):
     port = served.address.rpartition(":")[2]
     assert main(["view", str(CASE), "--port", port]) == 1
     assert f"--port {port}: cannot listen there (Address already in use)" in capsys.readouterr().err
+
+
+def test_runs_of_the_same_name_are_called_by_the_folders_above_them_too():
+    """Their curves would have the same names in the legend."""
+    names = unique_names([Path("lr/small/seed-0"), Path("lr/large/seed-0"), Path("demo"), Path("demo")])
+    assert names == ["small/seed-0", "large/seed-0", "demo", "demo (2)"]

@@ -71,7 +71,9 @@ def test_a_header_with_a_column_twice_is_refused_by_name(tmp_path):
 
 def test_the_dry_run_finds_a_lone_surrogate(tmp_path, capsys):
     file = jsonl(tmp_path, GOOD, SURROGATE)
-    assert main(["train", "--output_dir", str(tmp_path / "r"), "--data.name", file, "--dry_run"]) == 1
+    assert (
+        main(["train", "--model", "tiny", "--output_dir", str(tmp_path / "r"), "--data.name", file, "--dry_run"]) == 1
+    )
     assert "row 2: 'question' holds the lone surrogate" in capsys.readouterr().err
 
 

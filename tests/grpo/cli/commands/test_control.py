@@ -10,6 +10,7 @@ from grpo.cli.commands import control as module
 from grpo.cli.commands.control import control, curve, show
 from grpo.cli.parse import main
 from grpo.run.records import CONTROL, read_metrics
+from grpo.task.task import Task
 from grpo.train import train
 from rewards.config.names import recorded_options
 from rewards.group_score import GroupScore
@@ -66,13 +67,15 @@ def test_the_supervised_control_is_chosen_by_validation_problems_alone(finished)
     assert (best / "config.json").is_file()
 
 
-def test_supervised_controls_learn_from_solved_problems_alone(finished, micro_config):
-    """No step of theirs is recorded with a problem whose solution the run did not have."""
+def test_controls_learn_from_what_the_run_had(finished, micro_config):
+    """Rejection sampling has prompts of the unsolved problems, as GRPO has; supervised steps sample none."""
     folder, _ = finished
-    of_run = {line["prompt_id"] for line in rollouts(folder)}
-    of_rejection = {line["prompt_id"] for line in rollouts(folder / "control" / "rejection")}
-    assert of_run
-    assert of_rejection >= of_run  # the same seed draws the same prompts
+    with Task.of(micro_config(folder, **SIZES)) as task:
+        unsolved = {example.example_id for example in task.unsolved}
+    for run in (folder, folder / "control" / "rejection"):
+        prompts = {line["prompt_id"] for line in rollouts(run)}
+        assert prompts
+        assert prompts <= unsolved
     assert not list((folder / "control" / "supervised_whole").glob("rollouts/*"))
 
 

@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -5,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from small_learner import small_learner
 
@@ -154,6 +156,52 @@ def test_the_summary_shows_results_speed_and_where_things_lie(shown, tmp_path):
     assert "  checkpoints/" in text
     assert "  metrics.jsonl" in text
     assert re.search(r"cores · torch \d", text)
+
+
+def _gains(folder, *, prompts=400, steps=6, warm_schedule="constant", after=0.55):
+    """A run whose training reward rises by .2; its held-out accuracy goes from .5 to `after`."""
+    warm = {"steps": 900, "learning_rate": 2e-3, "schedule": warm_schedule}
+    options = {"rewards": [{"function": "gsm8k"}], "warm_start": warm, "learner": {"schedule": "linear"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(options | {"loss": {"beta": 0.0}}))
+    rows = [{"step": i + 1, "reward/mean": mean} for i, mean in enumerate([0.30, 0.32, 0.4, 0.4, 0.50, 0.52][:steps])]
+    rows += [{"step": s, "eval/accuracy": p, "eval/prompts": prompts} for s, p in ((0, 0.5), (steps, after))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_summary_says_that_only_training_gained_and_what_the_decay_may_account_for(shown, tmp_path):
+    summary.summary(Result(_gains(tmp_path), None, {}))
+    lines = shown.export_text().splitlines()
+    found = [place for place, line in enumerate(lines) if line.startswith("Training reward went")]
+    numbers = (
+        "Training reward went from 0.310 to 0.510: +0.200 (95 % interval +0.020 to +0.380; 2 steps at either end), and "
+        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.019 to +0.118; 400 problems)."
+    )
+    assert [lines[place].startswith(numbers) for place in found] == [True, True]
+    assert lines[found[0]].endswith("No gain on held-out problems is shown.")
+    assert "a warm start of 900 steps at the constant rate 0.002" in lines[found[1]]
+    assert lines[found[1] + 1].startswith("  what may help: set warm_start.schedule: linear")
+
+
+@pytest.mark.parametrize("given", [{"steps": 5}, {"after": 0.7}])
+def test_the_summary_says_nothing_of_a_gain_that_needs_no_word(shown, tmp_path, given):
+    summary.summary(Result(_gains(tmp_path, **given, warm_schedule="linear"), None, {}))
+    assert "went from" not in shown.export_text()
+
+
+def test_the_end_of_a_run_survives_a_damaged_record(shown, tmp_path):
+    (_gains(tmp_path) / "held_out.jsonl").write_text("{}\n")
+    summary.summary(Result(tmp_path, None, {}))
+    assert "not known" in shown.export_text()
+
+
+@pytest.mark.parametrize(("schedule", "is_told"), [("constant", True), ("linear", False)])
+def test_the_plan_says_where_the_rate_decays_first(shown, micro_config, tmp_path, schedule, is_told):
+    shown.width = 200
+    given = {"warm_start.schedule": schedule, "learner.schedule": "linear", "eval.limit": 0}
+    rows = _dry_run(shown, micro_config(tmp_path / "r", **given))
+    assert ("first decay of the rate" in rows) == is_told
+    assert not is_told or "warm_start.schedule: linear" in rows["first decay of the rate"]
 
 
 def test_a_long_path_is_not_broken_into_lines(shown, tmp_path):

@@ -20,10 +20,15 @@ OPTIONS = {
     "data": {"name": "word_problems", "levels": [1], "template": "{question}\n", "solution_column": "answer"},
     "rollout": {"temperature": 1.0, "group_size": 4, "max_completion_tokens": 64},
     "learner": {"learning_rate": 1e-4},
+    "warm_start": {"steps": 0},
     "loss": {"scale_rewards": "none"},
 }
 METRICS = {"completion/tokens": 240, "completion/length_mean": 20.0, "policy/step_kl": 0.01, "reward/part/gsm8k": 0.5}
 EVALUATED = [{"step": step, "eval/accuracy": p, "eval/prompts": 50} for step, p in ((0, 0.5), (6, 0.55))]
+
+GAINED = [{"step": step, "eval/accuracy": p, "eval/prompts": 400} for step, p in ((0, 0.5), (6, 0.7))]
+WARM = {"steps": 900, "learning_rate": 2e-3, "schedule": "constant"}
+DECAYS = {"warm_start": WARM, "learner": {"schedule": "linear"}}
 
 
 def group(*marks, text="#### {}"):
@@ -33,6 +38,7 @@ def group(*marks, text="#### {}"):
 MIXED, WRONG = group(1.0, 0.0, 0.0, 0.0), group(0.0, 0.0, 0.0, 0.0)
 RIGHT, SURE = [("#### 7", 1.0)] * 4, [("#### 3", 0.0)] * 4
 ON = [("#### 1 ...", 1.0), ("#### 1\n#### 2 ...", 0.0), ("#### 3<|end|> it...", 0.0), ("#### 4\n#### 4...", 0.0)]
+RISES = {"steps": ((MIXED,) * 4,) * 6, "metrics": {"reward/part/gsm8k": [0.30, 0.32, 0.4, 0.4, 0.50, 0.52]}}
 PARTS = group(*({"gsm8k": 0.0, "form": mark} for mark in (0.0, 1.0, 0.0, 1.0)))
 FORM_FIRST = group(*({"form": 1.0, "gsm8k": mark} for mark in (0.0, 1.0, 0.0, 1.0)))
 GSM8K, FORM = {"function": "gsm8k"}, {"function": "mine.py:form"}
@@ -143,14 +149,22 @@ CASES = {
         "0.01 nats a token.",
     ),
     "clipped": ({"metrics": {"completion/clipped": [0.0, 0.1, 0.4, 0.6]}}, "50% of the later completions are cut"),
-    "evaluation": (  # ± 1.96 √((.5² + .55 · .45) / 50), and 2.8² (.5² + .7 · .3) / .2² = 90.2
-        {
-            "steps": ((MIXED,) * 4,) * 6,
-            "metrics": {"reward/part/gsm8k": [0.30, 0.32, 0.4, 0.4, 0.50, 0.52]},
-            "evaluations": EVALUATED,
-        },
-        "Marks rose by 0.2 in training, and held-out accuracy went from 0.50 to 0.55 on 50 problems, of which chance "
-        "alone makes ±0.20.",
+    # In training ± 12.706 √((.0002 + .0002) / 2). Wilson's intervals of .5 and .55 over 50 problems are .366 to .634
+    # and .413 to .679, so that the difference is .05 - √(.137² + .134²) and .05 + √(.129² + .134²). A gain of .2
+    # needs 2.8² (.5² + .7 · .3) / .2² = 90.2 problems.
+    "evaluation": (
+        RISES | {"evaluations": EVALUATED},
+        "Training reward went from 0.310 to 0.510: +0.200 (95 % interval +0.020 to +0.380; 2 steps at either end), and "
+        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.141 to +0.236; 50 problems). So few",
+    ),
+    "training_only": (
+        RISES | {"evaluations": [row | {"eval/prompts": 400} for row in EVALUATED]},
+        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.019 to +0.118; 400 problems). No gain on",
+    ),
+    "rate_decay": (
+        RISES | {"evaluations": GAINED, "options": DECAYS},
+        "held-out accuracy from 0.500 to 0.700: +0.200 (95 % interval +0.133 to +0.265; 400 problems). GRPO starts "
+        "from a warm start of 900 steps at the constant rate 0.002, and learner.schedule=linear is the first decay",
     ),
 }
 
@@ -177,6 +191,7 @@ def test_a_cause_is_found_with_its_number_and_nothing_before_it(tmp_path, kind):
         ("rate_low", "raise learner.learning_rate (now 0.0001), 100 times perhaps"),  # 1 / .008 = 125
         ("tied", "rollout.refill_draws: 2"),
         ("evaluation", "raise eval.limit to 91, or take 2 seeds"),
+        ("rate_decay", "set warm_start.schedule: linear, and run again: a gain from there is not from the decay"),
     ],
 )
 def test_the_change_names_the_option(tmp_path, kind, change):
@@ -199,10 +214,14 @@ HEALTHY = {
         "metrics": {"policy/step_kl": 2.0, "reward/part/gsm8k": [0.1, 0.11, 0.3, 0.4, 0.50, 0.52]},
     },
     "marks of length and of being right": {"metrics": {"alarm/length/gsm8k": 0.85, "alarm/right/gsm8k": 0.9}},
-    "enough problems": {
-        "steps": ((MIXED,) * 4,) * 6,
-        "metrics": {"reward/part/gsm8k": [0.30, 0.32, 0.4, 0.4, 0.50, 0.52]},
-        "evaluations": [row | {"eval/prompts": 91} for row in EVALUATED],
+    "a gain on held-out problems too": RISES | {"evaluations": GAINED},
+    "a gain after a warm start that decayed": RISES
+    | {"evaluations": GAINED, "options": DECAYS | {"warm_start": WARM | {"schedule": "linear"}}},
+    "a gain at a constant rate": RISES | {"evaluations": GAINED, "options": {"warm_start": WARM}},
+    "a decay and no gain": {"options": DECAYS},
+    "lengths that differ by chance": {"metrics": {"alarm/repetition/gsm8k": [1.0, -1.0, 0.6, 0.7]}},
+    "the form is paid, and nothing is right yet": {
+        "metrics": {"alarm/format/gsm8k": 1.0, "alarm/formed/gsm8k": 1.0, "reward/part/gsm8k": 0.25}
     },
     "few groups": {"steps": ((WRONG, WRONG),) * 3},
 }
@@ -211,6 +230,78 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_run_gets_no_finding(tmp_path, name):
     assert diagnose(Record(write(tmp_path, **HEALTHY[name]))) == []
+
+
+def problems(folder, *evaluations, metric="eval/accuracy"):
+    """held_out.jsonl, with a list of what each problem got for each step."""
+    lines = [
+        {"step": step, "metric": metric, "by_problem": {f"p{i}": value for i, value in enumerate(values)}}
+        for step, values in evaluations
+    ]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_held_out_problems_are_compared_one_by_one_where_they_are_recorded(tmp_path):
+    """Of 50 problems 2 were lost and 5 won. With two more on either side it is 3 / 54 ± 2.006 √(.2044 / 54)."""
+    before = [1.0] * 25 + [0.0] * 25
+    after = [0.0] * 2 + [1.0] * 28 + [0.0] * 20
+    evaluations = [
+        {"step": step, "eval/accuracy": sum(v) / 50, "eval/prompts": 50} for step, v in ((0, before), (6, after))
+    ]
+    run = write(tmp_path, **RISES, evaluations=evaluations)
+    unpaired = Record(run).gains.held_out
+    problems(run, (0, before), (6, [0.0] * 50), (6, after))  # the last record of a step counts
+    paired = Record(run).gains.held_out
+    assert (paired.low, paired.high) == pytest.approx((-0.0678, 0.1789), abs=1e-4)
+    assert paired.high - paired.low < 0.7 * (unpaired.high - unpaired.low)
+    assert paired.of == "the same 50 problems"
+    [finding] = diagnose(Record(run))
+    assert finding["kind"] == "training_only"  # 50 pairs would show a gain of .2
+    assert "+0.060 (95 % interval -0.0" in finding["what"]
+
+
+def test_a_reward_without_verdicts_is_compared_by_its_mean(tmp_path):
+    before, after = [0.2, 0.4, 0.3] * 20, [0.1, 0.3, 0.2] * 20
+    rows = [{"step": step, "eval/reward_mean": value, "eval/prompts": 60} for step, value in ((0, 0.3), (6, 0.2))]
+    run = write(tmp_path, **RISES, evaluations=rows)
+    assert diagnose(Record(run)) == []  # of means without their problems no interval is known
+    problems(run, (0, before), (6, after), metric="eval/reward_mean")
+    [finding] = diagnose(Record(run))
+    assert finding["kind"] == "training_only"
+    assert "the held-out reward from 0.300 to 0.200: -0.100" in finding["what"]
+    assert finding["what"].endswith("Held-out problems got worse.")
+
+
+def test_a_policy_that_quartet_sft_trained_at_a_constant_rate(tmp_path):
+    teacher = tmp_path / "sft"
+    teacher.mkdir()
+    learner = {"learning_rate": 2e-3, "schedule": "constant"}
+    (teacher / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "steps": 9, "learner": learner}))
+    options = {"model": str(teacher / "policy"), "learner": {"schedule": "cosine"}}
+    [finding] = diagnose(Record(write(tmp_path / "run", **RISES, evaluations=GAINED, options=options)))
+    assert finding["kind"] == "rate_decay"
+    assert finding["change"].startswith(f"train {teacher} again with quartet sft --learner.schedule linear")
+
+
+def test_a_damaged_record_of_problems_is_named(tmp_path):
+    run = write(tmp_path, **RISES, evaluations=GAINED)
+    (run / "held_out.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match="held_out.jsonl"):
+        Record(run)
+
+
+def test_the_answer_of_an_episode_is_the_policys_last_turn(tmp_path):
+    """A tool has the last word in the text; each of four policies answers something else."""
+    run = write(tmp_path, steps=((WRONG,) * 4,) * 4)
+    for step in range(1, 5):
+        path = rollout_path(run, step)
+        lines = [json.loads(line) for line in zstandard.decompress(path.read_bytes()).splitlines()]
+        for line in lines:
+            line["turns"] = [{"role": "assistant", "content": line["text"]}]
+            line["text"] += " >> #### 42"
+        path.write_bytes(zstandard.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    assert [finding["kind"] for finding in diagnose(Record(run))] == ["none_solved"]
+    assert {len(set(group.answers)) for group in Record(run).groups} == {4}
 
 
 @pytest.mark.parametrize(("mark", "is_found"), [(0.5, True), (1.0, True), (0.0, False)])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from grpo.evaluation.evaluate import Evaluation, evaluate
-from grpo.steps.pool import open_run_pool
 
 POINTS = 10  # of a training, evenly spaced, at which the validation problems are answered
 
@@ -45,7 +44,7 @@ class BestPoint:
 
     def _answer(self) -> Evaluation:
         session = self.session
-        with closing(open_run_pool(session.run, session.policy, prompts_per_shard=64)) as pool:
+        with closing(session.open_pool()) as pool:
             return evaluate(pool, session.task, self.prompts, session.collector.sampling, 256)
 
     def state_dict(self) -> dict[str, Any]:
