@@ -10,8 +10,6 @@ The letters at the end of a name are its shape: P prompts, G completions of each
 the longest sequence, S = T - 1 tokens that have a log-probability (the first has none), V tokens of the vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, DynamicCache, PreTrainedTokenizerFast
@@ -23,7 +21,7 @@ SEED = 0
 WORKED_ANSWERS = 100
 SFT_STEPS, SFT_BATCH, SFT_LEARNING_RATE = 300, 16, 2e-3
 STEPS, LEARNING_RATE = 60, 4e-4
-P, G = 16, 8
+P, G = 32, 8
 MAX_COMPLETION_TOKENS = 12  # a correct answer has at most 10: ####, 8 letters and the end token
 EPSILON = 0.2
 
@@ -115,12 +113,7 @@ def sft(trunk: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, proble
         update(optimizer, trunk, -logprobs_BA[mask_BA].mean())
 
 
-def grpo(
-    trunk: DeepseekV3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    questions: list[str],
-    reward: Callable[[str, str], float] = reward_of,
-) -> Iterator[Tensor]:
+def grpo(trunk: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[str], reward=reward_of):
     """One step for every P questions. Yields the rewards of each step [P, G]."""
     optimizer = torch.optim.AdamW(trunk.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     for first in range(0, len(questions), P):
@@ -144,7 +137,10 @@ if __name__ == "__main__":
     policy = build("tiny", [f"{problem['question']}\n{problem['answer']}\n" for problem in worked], SEED)
     sft(policy.trunk, policy.tokenizer, worked)
     steps = grpo(policy.trunk, policy.tokenizer, [problem["question"] for problem in others])
+    recent: list[Tensor] = []
     for step, rewards_PG in enumerate(steps, start=1):
-        equal_P = (rewards_PG == rewards_PG[:, :1]).all(dim=1)
-        if step % 5 == 0 or step == 1:
-            print(f"step {step}  reward {rewards_PG.mean():.3f}  zero-variance groups {equal_P.float().mean():.0%}")
+        recent = [*recent, rewards_PG][-5:]
+        if step % 5 == 0:
+            rewards_NG = torch.cat(recent)  # all groups of five steps: the reward of one step is noisy
+            equal_N = (rewards_NG == rewards_NG[:, :1]).all(dim=1)
+            print(f"step {step}  reward {rewards_NG.mean():.3f}  zero-variance groups {equal_N.float().mean():.0%}")
