@@ -19,7 +19,7 @@ from rewards.data.letter_sorting import letter_sorting
 
 SEED = 0
 WORKED_ANSWERS = 100
-SFT_STEPS, SFT_BATCH, SFT_LEARNING_RATE = 300, 16, 2e-3
+SFT_STEPS, SFT_BATCH, SFT_LEARNING_RATE = 150, 16, 2e-3
 STEPS, LEARNING_RATE = 60, 4e-4
 P, G = 32, 8
 MAX_COMPLETION_TOKENS = 12  # a correct answer has at most 10: ####, 8 letters and the end token

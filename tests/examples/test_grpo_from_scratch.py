@@ -170,7 +170,7 @@ def test_the_script_learns_to_sort():
     found = re.findall(line, done.stdout, re.MULTILINE)
     assert [int(step) for step, _ in found] == [*range(5, 61, 5)]
     rewards = [float(reward) for _, reward in found]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
 
 
 def test_the_file_is_short_and_needs_torch_and_the_tiny_preset_only():
