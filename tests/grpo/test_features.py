@@ -47,8 +47,8 @@ SHORT += ["--rollout.max_completion_tokens=12"]
 
 
 def tree(folder):
-    """A copy of what is installed, and of the demo."""
-    for package in ("grpo", "policies", "rewards", "rollout", "examples"):
+    """A copy of what is installed, and of word problems, whose run drafts and has a draft head that learns."""
+    for package in ("grpo", "policies", "rewards", "rollout", "benchmarks/learn"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -63,10 +63,10 @@ def run(folder, code, *words):
 
 
 def demo(folder):
-    """Two steps of the demo by the code in this folder. A clock measures what drafts cost, so their number is fixed."""
+    """Two steps by the code in this folder. A clock measures what drafts cost, so their number is fixed."""
     words = [*SHORT, "--rollout.draft_tokens", "2", "--output_dir", str(folder / "run"), "--log.trackers", "[]"]
     code = "import sys; from grpo.__main__ import main; sys.exit(main())"
-    run(folder, code, "train", str(folder / "examples/01_demo.yaml"), *words)
+    run(folder, code, "train", str(folder / "benchmarks/learn/words.yaml"), *words)
     with safe_open(folder / "run/policy/model.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
