@@ -21,7 +21,7 @@ KERNELS := .kernels
 TRITON_VERSION := 3.7.1# of torch 2.13
 KERNELS_STAMP := $(KERNELS)/.installed-$(TRITON_VERSION)
 
-.PHONY: help demo wheels release reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser mutants gpu kernels profile peers learn learn-all figures tinker house lint clean
+.PHONY: help demo wheels release reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser gpu kernels profile peers learn learn-all figures tinker house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -74,9 +74,6 @@ test-browser: $(DEV_STAMP) ## install playwright, then look at the page of a run
 	$(PIP) 'playwright>=1.50'
 	$(PYTEST) -m browser tests/browser $(ARGS)
 
-mutants: $(DEV_STAMP) ## change one thing at a time and see whether a test notices; it goes on where it was stopped; ARGS=FILES
-	$(BIN)/python tests/mutants.py $(ARGS)
-
 gpu: ## on a CUDA machine, also without network: checks, tests, rollouts and steps beside peers; ARGS=--cpu in small
 	@if test ! -e $(DEV_STAMP) && $(PYTHON) -c 'import torch, transformers, peft, accelerate' 2>/dev/null; then \
 	  $(PYTHON) benchmarks/gpu.py $(ARGS); \
@@ -108,7 +105,7 @@ figures: $(DEV_STAMP) ## the next figures whose code has changed, in at most 40 
 tinker: $(DEV_STAMP) $(COOKBOOK_STAMP) ## recipes of the Tinker cookbook against `quartet serve --train`, which listens already; ARGS="rl_loop --model FOLDER"
 	PYTHONPATH=.:$(COOKBOOK) $(BIN)/python -m benchmarks.cookbook $(ARGS)
 
-house: $(DEV_STAMP) ## count lines, options, rooms and arrows, beside their budgets; ARGS=--lower writes what has fallen
+house: $(DEV_STAMP) ## count settings, rooms, arrows, tokens and more; ARGS="--against REF" compares with a commit, --files by file
 	$(BIN)/python tests/house.py $(ARGS)
 
 lint: $(DEV_STAMP) ## style and types

@@ -5,8 +5,10 @@ import copy
 import faulthandler
 import functools
 import gc
+import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -92,6 +94,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
+    """Write the CPU seconds of a whole run, for tests/house.py. Workers have ended by then, so they are counted."""
+    yield
+    config = session.config
+    is_whole = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
+    if is_whole and exitstatus in (0, 1) and "PYTEST_XDIST_WORKER" not in os.environ:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        file = config.rootpath / ".cache/cpu_seconds.json"
+        measured = json.loads(file.read_text()) if file.is_file() else {}
+        measured[config.option.markexpr] = round(sum(each.ru_utime + each.ru_stime for each in used))
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

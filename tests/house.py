@@ -1,29 +1,35 @@
-"""The size and the structure of the house in numbers, each with its definition. `make house` prints them.
+"""The size and the structure of the packages in numbers: `make house` prints them.
 
-`tests/house_budgets.json` holds the most that each number may be. `python tests/house.py --lower` writes the numbers
-that have fallen into it, and never a higher one: to raise a budget, change the file by hand and say why in the commit.
+`python tests/house.py --against REF` prints those of another commit, too. It exits with 1 if settings, floors, arrows
+or loaded modules rise and no commit since REF has a line `Reason: ...` in its message.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import functools
+import io
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import tarfile
+import tempfile
+import tokenize
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = ROOT / "tests" / "house_budgets.json"
 PACKAGES = ("policies", "rollout", "rewards", "grpo")
-OPTIONED = ("rewards", "grpo")  # the packages that have options
-MOST_PARAMETERS = 8
-SHAPES = ("policy", "trunk", "model", "decoder", "tokenizer")  # whose `config` is that of a model
+PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "examples/**/*.md")
+CPU_SECONDS = ".cache/cpu_seconds.json"  # of the last whole runs of tests, written by conftest.py
 
 # The files without which GRPO on one process is impossible: one policy, one engine, one learner, one loop. What a run
 # can do without is not here: workers, drafts, graphs, vLLM, agents, environments, few bits, ranks, the value head, a
@@ -31,25 +37,17 @@ SHAPES = ("policy", "trunk", "model", "decoder", "tokenizer")  # whose `config` 
 CORE = """
 policies/__init__ policies/policy policies/checkpoint policies/layout policies/logprobs policies/attention
 policies/publication policies/decoding/absorbed policies/decoding/latent_cache policies/decoding/linear
-policies/decoding/experts policies/routing/routers
-rollout/__init__ rollout/engine rollout/group rollout/local_pool rollout/pool
-rollout/pools rollout/results rollout/rows rollout/sampling rollout/shard rollout/stage
-rollout/stop_strings rollout/backends/__init__
-rewards/__init__ rewards/config/data rewards/config/reward rewards/data/examples rewards/group_score
-rewards/protocol rewards/scorer rewards/spec rewards/ties
-grpo/__init__ grpo/train grpo/session grpo/steps/loop grpo/steps/collector grpo/steps/listener grpo/steps/publisher
-grpo/task/task grpo/task/sampling
-grpo/source/policy_source
-grpo/algorithm/advantages grpo/algorithm/losses grpo/algorithm/surrogates
-grpo/config/features grpo/config/learner grpo/config/loss grpo/config/run
-grpo/config/sampling grpo/data/prompts
+policies/decoding/experts policies/routing/routers rollout/__init__ rollout/engine rollout/group rollout/local_pool
+rollout/pool rollout/pools rollout/results rollout/rows rollout/sampling rollout/shard rollout/stage
+rollout/stop_strings rollout/backends/__init__ rewards/__init__ rewards/config/data rewards/config/reward
+rewards/data/examples rewards/group_score rewards/protocol rewards/scorer rewards/spec rewards/ties grpo/__init__
+grpo/train grpo/session grpo/steps/loop grpo/steps/collector grpo/steps/listener grpo/steps/publisher grpo/task/task
+grpo/task/sampling grpo/source/policy_source grpo/algorithm/advantages grpo/algorithm/losses grpo/algorithm/surrogates
+grpo/config/features grpo/config/learner grpo/config/loss grpo/config/run grpo/config/sampling grpo/data/prompts
 grpo/learner/batch grpo/learner/build grpo/learner/learner grpo/learner/likelihood grpo/learner/optimizer
-grpo/learner/row grpo/learner/tree
-grpo/learner/prepare grpo/learner/update grpo/learner/terms/policy grpo/learner/terms/term
+grpo/learner/row grpo/learner/tree grpo/learner/prepare grpo/learner/update grpo/learner/terms/policy
+grpo/learner/terms/term
 """
-
-
-# ---- imports --------------------------------------------------------------------------------------------------------
 
 
 def modules_of(root: Path, package: str) -> dict[str, Path]:
@@ -64,15 +62,8 @@ def modules_imported(module: str, file: Path, modules: Mapping[str, Path]) -> se
     A module that is named in a text, as in a registry that imports by name, counts as imported.
     """
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    names = _names_imported(package, file.read_text(encoding="utf-8"))
-    return {name if name in modules else source for name, source in names} & set(modules) - {module}
-
-
-@functools.cache  # several numbers ask for it
-def _names_imported(package: str, text: str) -> set[tuple[str, str]]:
-    """Each name that is imported by a text of this package, and the module that has it where it is none itself."""
     imported = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {(alias.name, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -83,7 +74,7 @@ def _names_imported(package: str, text: str) -> set[tuple[str, str]]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             name = node.value.partition(":")[0]
             imported |= {(name, name)} if "." in name else set()
-    return imported
+    return {name if name in modules else source for name, source in imported} & set(modules) - {module}
 
 
 def room_of(module: str) -> str:
@@ -117,52 +108,69 @@ def circle_of(graph: Mapping[str, set[str]]) -> str:
     return ""
 
 
-# ---- functions ------------------------------------------------------------------------------------------------------
+LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-def functions_of(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+def count(text: str) -> Counter[str]:
+    """Tokens (names, operators, literals; no comments, no docstrings), the lines of code that have some, and the like.
 
-
-def parameters_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Without self and cls; `*rest` and `**rest` count one each."""
-    arguments = function.args
-    names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-    rest = [argument for argument in (arguments.vararg, arguments.kwarg) if argument]
-    return len([name for name in names if name not in ("self", "cls")]) + len(rest)
-
-
-def stays_of_config(tree: ast.AST, sections: Iterable[str]) -> int:
-    """Calls that hand the whole configuration or a section of it on: arguments `config`, `x.config`, `config.rollout`.
-
-    What only asks for a type (`isinstance`) hands nothing on, and the `config` of a model is another thing.
+    A nested comprehension is inside of another one, or has two `for`.
     """
-    sections = set(sections)
+    nodes = [*ast.walk(ast.parse(text))]
+    documented: set[int] = set()
+    for node in nodes:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            documented.update(range(node.lineno, node.end_lineno + 1))
+    counted, rows = Counter[str](), set[int]()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        is_docstring = token.type == tokenize.STRING and token.start[0] in documented
+        if token.type == tokenize.COMMENT:
+            counted["comments"] += 1
+        elif token.type not in LAYOUT and not is_docstring:
+            counted["tokens"] += 1
+            rows.update(range(token.start[0], token.end[0] + 1))
+    loops = [node for node in nodes if isinstance(node, COMPREHENSIONS)]
+    inner = {id(node) for loop in loops for node in ast.walk(loop) if node is not loop}
+    counted["lines of code"] = len(rows)
+    counted["comprehensions"] = len(loops)
+    counted["nested comprehensions"] = sum(id(loop) in inner or len(loop.generators) > 1 for loop in loops)
+    counted["conditional expressions"] = sum(isinstance(node, ast.IfExp) for node in nodes)
+    return counted
 
-    def is_config(value: ast.expr) -> bool:
-        if isinstance(value, ast.Name):
-            return value.id == "config"
-        if not isinstance(value, ast.Attribute):
-            return False
-        of_model = ast.unparse(value.value).rpartition(".")[2] in SHAPES
-        return (value.attr == "config" and not of_model) or (value.attr in sections and is_config(value.value))
 
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) != "isinstance"]
-    handed = [[*call.args, *(keyword.value for keyword in call.keywords)] for call in calls]
-    return sum(any(is_config(value) for value in values) for values in handed)
+def count_files(files: Iterable[Path]) -> Counter[str]:
+    return sum((count(file.read_text(encoding="utf-8")) for file in files), Counter())
 
 
-# ---- counts ---------------------------------------------------------------------------------------------------------
+def density(counted: Counter[str]) -> dict[str, float]:
+    """Per 1,000 lines of code."""
+    names = ("comprehensions", "nested comprehensions", "conditional expressions", "comments")
+    return {name: round(1000 * counted[name] / max(counted["lines of code"], 1), 1) for name in names}
+
+
+def function_lengths(files: Iterable[Path]) -> list[int]:
+    lengths = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lengths.append(node.end_lineno - node.lineno + 1)
+    return sorted(lengths)
+
+
+def scalars_of(files: Iterable[Path]) -> int:
+    """The keys and values of tables in YAML."""
+    events = (event for file in files for event in yaml.parse(file.read_text(encoding="utf-8")))
+    return sum(isinstance(event, yaml.ScalarEvent) for event in events)
 
 
 def lines_of(files: Iterable[Path]) -> int:
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
-def source_files(root: Path, *folders: str) -> list[Path]:
-    """What is written by hand and runs: Python, scripts and styles of the page."""
-    endings = {".py", ".js", ".css", ".html", ".sh"}
-    return sorted(file for folder in folders for file in (root / folder).rglob("*") if file.suffix in endings)
+def core_of(root: Path) -> list[Path]:
+    files = (root / f"{name}.py" for name in CORE.split())
+    return [file for file in files if file.is_file()]  # another commit may lack some
 
 
 _FRESH = """
@@ -175,8 +183,8 @@ answer["training"] = [*sys.modules]
 
 from grpo.cli.parse import _commands
 from rewards.config.options import _options
-answer["keys"] = {
-    name: [option.key for option in _options(command.options.model_construct())]
+answer["settings"] = {
+    name: [option.key for option in _options(command.options.model_construct()) if option.model is None]
     for name, command in _commands().items()
     if command.options
 }
@@ -184,9 +192,8 @@ answer["keys"] = {
 
 
 def fresh(root: Path, more: str = "") -> dict[str, Any]:
-    """Tells what a fresh interpreter finds: our `files` that `import grpo.train` loads, all modules that `training`
-    loads, the `keys` that each command accepts in a file or as `--key` (below an item of a list `key[].name`), and what
-    `more` code adds to its `answer`."""
+    """What a fresh interpreter finds: our `files` that `import grpo.train` loads, all modules that `training` loads,
+    the `settings` of each command, without sections and lists of mappings, and what `more` code adds to `answer`."""
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", f"{_FRESH}{more}\nprint(json.dumps(answer))", *PACKAGES]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -194,59 +201,85 @@ def fresh(root: Path, more: str = "") -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def sections_of(root: Path) -> set[str]:
-    """The names of the sections of options: fields of a class of options that are classes of options themselves."""
-    trees = [
-        ast.parse(file.read_text(encoding="utf-8")) for package in OPTIONED for file in (root / package).rglob("*.py")
-    ]
-    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    fields = [field for cls in classes for field in cls.body if isinstance(field, ast.AnnAssign)]
-    return {ast.unparse(field.target) for field in fields if "Options" in ast.unparse(field.annotation)}
+def once(keys: Iterable[str]) -> set[str]:
+    """Each setting once: `data.limit` and `data.sources[].limit` are one, and so is `data[].limit`."""
+    return {key.replace("[]", "").replace("data.sources.", "data.") for key in keys}
 
 
-def counts(answer: Mapping[str, Any], root: Path = ROOT) -> dict[str, int]:
-    """Every number that has a budget, by name; `answer` is that of `fresh`."""
-    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for p in PACKAGES for file in (root / p).rglob("*.py")}
-    rooms, sections = arrows_of(root), sections_of(root)
-    loaded, keys = [Path(file) for file in answer["files"]], answer["keys"]
-    functions = [function for tree in trees.values() for function in functions_of(tree)]
-    stays = [
-        stays_of_config(tree, sections) for file, tree in trees.items() if file.relative_to(root).parts[0] in OPTIONED
-    ]
-    return {
-        "lines of the product": lines_of(source_files(root, *PACKAGES)),
-        "lines of the core": lines_of(root / f"{name}.py" for name in CORE.split()),
-        "lines of tests": lines_of(source_files(root, "tests")),
-        "lines of benchmarks": lines_of(source_files(root, "benchmarks")),
-        "rooms of grpo": len(rooms),
-        "floors of grpo": floors_of(rooms),
-        "arrows between rooms of grpo": sum(map(len, rooms.values())),
-        "modules that import grpo.train loads": sum(lines_of([file]) > 1 for file in loaded),  # one line is none
-        "lines that import grpo.train loads": lines_of(loaded),
-        **{f"options of {command}": len(names) for command, names in sorted(keys.items())},
-        "options of all commands": len({name for names in keys.values() for name in names}),
-        f"functions with more than {MOST_PARAMETERS} parameters": sum(
-            parameters_of(function) > MOST_PARAMETERS for function in functions
-        ),
-        "lines of the longest function": max((f.end_lineno or f.lineno) - f.lineno + 1 for f in functions),
-        "stays of config": sum(stays),
-        "files with stays of config": sum(map(bool, stays)),
-    }
+GUARDED = ("settings", "floors", "arrows", "modules")  # what begins so rises for a reason alone
 
 
-def main() -> None:
+def numbers(root: Path, answer: Mapping[str, Any]) -> dict[str, float]:
+    """Every number by name; `answer` is that of `fresh`."""
+    settings = {command: once(keys) for command, keys in answer["settings"].items()}
+    found: dict[str, float] = {"settings of quartet train": len(settings["train"])}
+    found["settings of all commands"] = len(set().union(*settings.values()))
+    for package in ("grpo", "rollout"):
+        rooms = arrows_of(root, package)
+        found |= {f"rooms of {package}": len(rooms), f"floors of {package}": floors_of(rooms)}
+        found[f"arrows between rooms of {package}"] = sum(map(len, rooms.values()))
+    loaded = [Path(file) for file in answer["files"]]
+    found["modules that import grpo.train loads"] = sum(lines_of([file]) > 1 for file in loaded)  # one line is none
+    found["lines that import grpo.train loads"] = lines_of(loaded)
+
+    product = [file for package in PACKAGES for file in (root / package).rglob("*.py")]
+    scalars = scalars_of(file for package in PACKAGES for file in (root / package).rglob("*.yaml"))
+    for name, files, more in (("product", product, scalars), ("core", core_of(root), 0)):
+        counted = count_files(files)
+        found[f"tokens of the {name}"] = counted["tokens"] + more
+        found[f"lines of code of the {name}"] = counted["lines of code"]
+        found |= {f"{what} per 1,000 lines of the {name}": value for what, value in density(counted).items()}
+    found["of these tokens keys and values of YAML"] = scalars
+    lengths = function_lengths(product)
+    found |= {"lines of a function, median": median(lengths), "lines of the longest function": lengths[-1]}
+    found["lines of a function, 95th percentile"] = lengths[len(lengths) * 95 // 100]
+    pages = {page for pattern in PAGES for page in root.glob(pattern)} - {root / "docs/reference.md"}  # of options
+    found["words of docs"] = sum(len(page.read_text(encoding="utf-8").split()) for page in pages)
+    found["lines of tests"] = lines_of((root / "tests").rglob("*.py"))
+    return found
+
+
+def numbers_of(ref: str) -> dict[str, float]:
+    """The numbers of another commit, counted as here."""
+    archive = subprocess.run(["git", "archive", ref], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    with tempfile.TemporaryDirectory(prefix="house-") as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(folder, filter="data")
+        root = Path(folder).resolve()
+        return numbers(root, fresh(root))
+
+
+def has_reason(ref: str) -> bool:
+    """Whether a commit since this one says why a number has risen."""
+    command = ["git", "log", "--format=%B", f"{ref}..HEAD"]
+    messages = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return bool(re.search(r"^Reason: \S", messages, re.MULTILINE))
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lower", action="store_true", help="write the numbers that have fallen into the budgets")
-    lower = parser.parse_args().lower
-    numbers, budgets = counts(fresh(ROOT)), json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    for name, number in numbers.items():
-        budget = budgets.get(name)
-        note = "" if budget in (None, number) else f"   (budget {budget})"
-        print(f"{number:7,}  {name}{note}")
-    if lower:
-        fallen = {name: min(number, budgets.get(name, number)) for name, number in numbers.items()}
-        BUDGETS.write_text(json.dumps(fallen, indent=1) + "\n")
+    parser.add_argument("--against", metavar="REF", help="print the numbers of this commit, too, and compare")
+    parser.add_argument("--files", action="store_true", help="print tokens and densities of each file of the core")
+    args = parser.parse_args()
+    if args.files:
+        for file in core_of(ROOT):
+            counted = count_files([file])
+            print(f"{file.relative_to(ROOT)}: {counted['tokens']:,} tokens, per 1,000 lines {density(counted)}")
+        return 0
+    now, before = numbers(ROOT, fresh(ROOT)), numbers_of(args.against) if args.against else {}
+    for name, number in now.items():
+        print(f"{before[name]:9,} -> {number:7,}  {name}" if before else f"{number:9,}  {name}")
+    measured = json.loads((ROOT / CPU_SECONDS).read_text()) if (ROOT / CPU_SECONDS).is_file() else {}
+    for tests, seconds in measured.items():
+        print(f"{seconds:9,}  CPU seconds of `pytest -m '{tests}'`")
+    if not measured:
+        print("CPU seconds of tests: not measured")
+    rising = [name for name in before if name.startswith(GUARDED) and now[name] > before[name]]
+    if rising and not has_reason(args.against):
+        print(f"These rise: {', '.join(rising)}. A commit message must say why: `Reason: ...`", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,7 @@
-"""The house of DESIGN.md: who imports whom, how large it is, what is shipped, what no file may contain."""
+"""Who imports whom, what is shipped, and what no file may contain."""
 
 import ast
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -136,23 +135,49 @@ def _python(*words: str, cwd: Path = ROOT, path: Path | None = None) -> str:
     return done.stdout
 
 
-def test_the_imports_follow_the_arrows():
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, Any]:
+    """What one fresh interpreter finds and writes, since each takes 4 s to import torch and transformers."""
+    return house.fresh(ROOT, MORE)
+
+
+def test_imports_go_down_without_circles():
     assert len(_sources(ROOT)) > len(MAY_IMPORT)
     assert _against_the_arrows(ROOT) == []
+    assert _upwards(ROOT, FLOORS) == []
+    assert [circle for package in MAY_IMPORT for circle in _circles(ROOT, package)] == []
 
 
-def test_an_import_against_the_arrows_is_found(tmp_path):
-    for folder in (*MAY_IMPORT, "rewards/built_in"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "policies/lora.py").write_text("def f():\n    from rollout.engine import Engine\n")
-    (tmp_path / "rollout/pool.py").write_text("import torch, grpo.algorithm.losses\nfrom policies import lora\n")
-    (tmp_path / "rewards/text.py").write_text("from . import length\nimport tests.conftest\n")
-    (tmp_path / "grpo/train.py").write_text("import policies, rollout, rewards\n")
+def _write(root: Path, **sources: str) -> None:
+    """Files of small packages: `grpo__run__log="import x"` is grpo/run/log.py."""
+    for name, source in sources.items():
+        file = root / f"{name.replace('__', '/')}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+
+
+def test_an_import_that_goes_up_and_a_circle_are_found(tmp_path):
+    _write(
+        tmp_path,
+        policies__lora="def f():\n    from rollout.engine import Engine\n",
+        rewards__text="from . import length\nimport tests.conftest\n",
+        rewards__length="if TYPE_CHECKING:\n    from .text import score\n",
+        rollout__pool="import torch, grpo.algorithm.losses\nfrom policies import lora\n",
+        grpo__run__log="from grpo.task import Task\n",
+        grpo__task="import policies, rollout, rewards\n",
+        grpo__loop="HOME = 'grpo.task:Task'\n",
+    )
     assert _against_the_arrows(tmp_path) == [
         "policies/lora.py imports rollout",
         "rewards/text.py imports tests",
         "rollout/pool.py imports grpo",
     ]
+    assert _upwards(tmp_path, [("loop", "task"), ("run",)]) == [
+        "grpo.loop imports grpo.task",
+        "grpo.run.log imports grpo.task",
+    ]
+    assert len(_circles(tmp_path, "rewards")) == 2  # of modules, and of rooms
+    assert _circles(tmp_path, "grpo") == []
 
 
 def _of_rewards(source: str) -> set[str]:
@@ -170,136 +195,47 @@ def _of_rewards(source: str) -> set[str]:
 
 def test_rollout_takes_from_rewards_the_isolated_processes_and_what_an_episode_is():
     assert set().union(*(_of_rewards(file.read_text()) for file in (ROOT / "rollout").rglob("*.py"))) == set()
-    allowed = "from rewards.isolation.pool import WorkerPool\nfrom rewards import isolation\nimport rewards.episode"
-    assert _of_rewards(allowed) == set()
-    wrong = "import rewards\nfrom rewards import Scorer, isolation\nfrom rewards.registry import find_reward"
-    assert _of_rewards(wrong) == {"rewards", "rewards.Scorer", "rewards.registry"}
+    assert _of_rewards("from rewards import Scorer, isolation\nimport rewards.episode") == {"rewards.Scorer"}
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
-def test_a_package_has_no_circle(package):
-    assert _circles(ROOT, package) == []
+TEXT = '''
+"""A docstring
+of two lines."""
 
 
-@pytest.fixture(scope="module")
-def fresh() -> dict[str, Any]:
-    """What one fresh interpreter finds and writes, since each takes 4 s to import torch and transformers."""
-    return house.fresh(ROOT, MORE)
+def mean(values):  # of some
+    """Another one."""
+    parts = [[x for x in value] for value in values]
+    return sum(parts) / len(parts) if parts else 0.0
+'''
 
 
-def test_no_number_of_the_house_is_above_its_budget(fresh):
-    budgets = json.loads(house.BUDGETS.read_text())
-    numbers = house.counts(fresh)
-    assert numbers.keys() == budgets.keys()
-    above = {name: (number, budgets[name]) for name, number in numbers.items() if number > budgets[name]}
-    assert above == {}, "make it smaller, or raise the budget by hand and say why"
-
-
-def test_the_numbers_of_a_small_house_are_counted(tmp_path):
-    files = {
-        "__init__": "_HOMES = {'train': 'grpo.train'}\n",
-        "train": "import grpo.loop\ndef train(config, *, a, b, **rest):\n    loop(config.rollout)\n",
-        "loop": "from grpo.run import log\nclass L:\n  def f(self, x): g(policy.config, isinstance(config, int))\n",
-        "run/__init__": "",
-        "run/log": "class C:\n    rollout: RolloutOptions\n",
+def test_the_numbers_of_a_text_are_counted(tmp_path):
+    assert house.count(TEXT) == {
+        "tokens": 35,
+        "lines of code": 3,
+        "comments": 1,
+        "comprehensions": 2,
+        "nested comprehensions": 1,
+        "conditional expressions": 1,
     }
-    for name, source in files.items():
-        file = tmp_path / f"grpo/{name}.py"
-        file.parent.mkdir(exist_ok=True, parents=True)
-        file.write_text(source)
-    rooms = house.arrows_of(tmp_path)
-    assert rooms == {"__init__": {"train"}, "train": {"loop"}, "loop": {"run"}, "run": set()}
-    assert (house.floors_of(rooms), house.sections_of(tmp_path)) == (4, {"rollout"})
-    tree = ast.parse(files["train"])
-    assert [house.parameters_of(function) for function in house.functions_of(tree)] == [4]
-    assert house.stays_of_config(tree, {"rollout"}) == 1
-    assert house.stays_of_config(ast.parse(files["loop"]), {"rollout"}) == 0
-    assert (
-        house.stays_of_config(ast.parse("f(run.config); g(x, of=self.config.rollout); h(config.steps)"), {"rollout"})
-        == 2
-    )
-    assert house.lines_of(house.source_files(tmp_path, "grpo")) == 9
-
-
-def test_the_arrows_between_the_rooms_of_grpo_go_down():
-    assert _upwards(ROOT, FLOORS) == []
-
-
-def test_an_arrow_that_goes_up_is_found(tmp_path):
-    (tmp_path / "grpo/run").mkdir(parents=True)
-    files = {"__init__": "", "run/__init__": "", "run/log": "from grpo.task import Task", "task": "", "loop": ""}
-    for name, source in files.items():
-        (tmp_path / f"grpo/{name}.py").write_text(source)
-    (tmp_path / "grpo/loop.py").write_text("def f():\n    import grpo.task\n")
-    assert _upwards(tmp_path, [("__init__",), ("task", "loop"), ("run",)]) == [
-        "grpo.loop imports grpo.task",
-        "grpo.run.log imports grpo.task",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("question", "file", "answer"),
-    [
-        ("where is the clip?", "grpo/algorithm/surrogates.py", "def clipped_surrogate("),
-        ("who decides to save?", "grpo/steps/loop.py", "self.config.checkpoint.every"),
-        ("what is a draft's cost?", "rollout/costs.py", "def measure("),
-        ("where do rewards run?", "rewards/isolation/child.py", "def serve(socket_fd"),
-        ("which room decides which policy a path means?", "grpo/source/policy_source.py", "def find_policy("),
-        ("where do requests join a batch?", "rollout/serving.py", "def _join(self)"),
-        ("who answers 429?", "grpo/endpoint/batcher.py", "class Full("),
-    ],
-)
-def test_a_newcomers_question_is_answered_by_one_file(question, file, answer):
-    """And by no other one, whose name would then mislead."""
-    holders = [str(path.relative_to(ROOT)) for path in _sources(ROOT) if answer in path.read_text(encoding="utf-8")]
-    assert holders == [file], question
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "found"),
-    [
-        ("from house import b", "import os", []),
-        ("from house.b import f", "def f():\n    from house import a", [{"a", "b"}] * 2),
-        ("from . import b", "if TYPE_CHECKING:\n    from .a import g", [{"a", "b"}] * 2),
-        ("import house.room.one", "x = 1\nimport house.room.two", []),
-        ("from house.room import two", "", [{"a", "room"}]),  # one imports a: a circle of rooms
-    ],
-)
-def test_a_circle_is_found(tmp_path, a, b, found):
-    (tmp_path / "house/room").mkdir(parents=True)
-    one = "from house import a" if "two" in a else ""
-    files = {"__init__": "", "a": a, "b": b, "room/__init__": "", "room/one": one, "room/two": ""}
-    for name, source in files.items():
-        (tmp_path / f"house/{name}.py").write_text(source)
-    circles = [{name.removeprefix("house.") for name in circle.split(" <- ")} for circle in _circles(tmp_path, "house")]
-    assert circles == found
-
-
-def test_no_module_has_a_name_that_says_nothing():
-    assert [file for file in _sources(ROOT) if file.stem in ("types", "utils", "helpers", "common")] == []
+    _write(tmp_path, grpo__mean=TEXT)
+    assert house.function_lengths([tmp_path / "grpo/mean.py"]) == [4]
+    (tmp_path / "table.yaml").write_text("names: {a: 1, b: [2, 3]}  # four values and keys, and a name\n")
+    assert house.scalars_of([tmp_path / "table.yaml"]) == 6
+    keys = ["data.limit", "data.sources[].limit", "data[].limit", "rewards[].weight", "data.sources[].weight"]
+    assert house.once(keys) == {"data.limit", "data.weight", "rewards.weight"}
 
 
 def test_no_file_runs_code_that_came_with_data():
     unsafe = {str(file.relative_to(ROOT)): _unsafe(file.read_text(encoding="utf-8")) for file in _sources(ROOT)}
     assert {file: found for file, found in unsafe.items() if found} == {}
-
-
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        ("import pickle", ["imports pickle"]),
-        ("from cloudpickle import dumps", ["imports cloudpickle"]),
-        ("import torch\ntorch.load('x')", ["torch.load"]),
-        ("from torch import load", ["torch.load"]),
-        ("eval('1')", ["eval"]),
-        ("exec('1')", ["exec"]),
-        ("f(trust_remote_code=True)", ["trust_remote_code=True"]),
-        ("np.load('x', allow_pickle=flag)", ["allow_pickle=flag"]),
-        ("model.eval()\nf(trust_remote_code=False)", []),
-    ],
-)
-def test_code_that_came_with_data_is_found(source, found):
-    assert _unsafe(source) == found
+    assert _unsafe("import pickle\nfrom torch import load\neval('1')") == ["imports pickle", "torch.load", "eval"]
+    assert _unsafe("f(trust_remote_code=True)\nnp.load('x', allow_pickle=flag)") == [
+        "trust_remote_code=True",
+        "allow_pickle=flag",
+    ]
+    assert _unsafe("model.eval()\nf(trust_remote_code=False)") == []
 
 
 def _features_among(loaded: Sequence[str]) -> list[str]:
@@ -350,9 +286,6 @@ def test_the_wheels_hold_the_four_packages_and_nothing_else(wheel):
     assert {file for file in shipped if ".dist-info/" not in file} == (written - of_the_project) | commands
     assert {f"{package}/py.typed" for package in MAY_IMPORT} <= shipped
 
-
-@pytest.mark.slow
-def test_no_package_is_in_both_wheels_and_the_heavy_one_needs_the_light_one_of_its_version(wheel):
     def packages(distribution: str) -> set[str]:
         record = (wheel / f"{distribution}-{VERSION}.dist-info/RECORD").read_text().splitlines()
         return {line.partition("/")[0] for line in record if ".py," in line}
@@ -364,32 +297,20 @@ def test_no_package_is_in_both_wheels_and_the_heavy_one_needs_the_light_one_of_i
 
 
 @pytest.mark.slow
-def test_the_wheel_imports_from_an_empty_folder(wheel, tmp_path):
-    packages = ", ".join(MAY_IMPORT)
-    code = f"import {packages}\nfor package in ({packages}):\n    print(package.__file__)"
-    files = _python("-c", code, cwd=tmp_path, path=wheel).splitlines()
-    assert [Path(file).parent for file in files] == [wheel / package for package in MAY_IMPORT]
-
-
-@pytest.mark.slow
-def test_the_wheel_runs_its_command_from_an_empty_folder(wheel, tmp_path):
-    usage = _python("-m", "grpo", "--help", cwd=tmp_path, path=wheel)
-    for command in ("sft", "train", "eval", "sample", "serve", "convert"):
-        assert command in usage
-    for command in ("quartet", "quartet-reward"):
-        said = _python(str(wheel / "bin" / command), "--version", cwd=tmp_path, path=wheel)
-        assert said == f"{command} {VERSION}\n"
-
-
-@pytest.mark.slow
-def test_the_public_names_of_the_wheel_are_there(wheel, tmp_path):
+def test_the_wheels_work_from_an_empty_folder(wheel, tmp_path):
     code = f"import importlib\nfor package in {list(MAY_IMPORT)}:\n"
     code += "    module = importlib.import_module(package)\n"
-    code += "    print(package, *[name for name in getattr(module, '__all__', ()) if hasattr(module, name)])"
-    found = dict(line.partition(" ")[::2] for line in _python("-c", code, cwd=tmp_path, path=wheel).splitlines())
-    for package in MAY_IMPORT:
-        assert set(found[package].split()) == _public_names(package), package
+    code += "    print(module.__file__, *[name for name in getattr(module, '__all__', ()) if hasattr(module, name)])"
+    found = [line.split() for line in _python("-c", code, cwd=tmp_path, path=wheel).splitlines()]
+    for package, (file, *names) in zip(MAY_IMPORT, found, strict=True):
+        assert Path(file).parent == wheel / package
+        assert set(names) == _public_names(package), package
     assert {"load_reward", "right_at"} <= _public_names("rewards")
+    for command in ("quartet", "quartet-reward"):
+        printed = _python(str(wheel / "bin" / command), "--version", cwd=tmp_path, path=wheel)
+        assert printed == f"{command} {VERSION}\n"
+    usage = _python("-m", "grpo", "--help", cwd=tmp_path, path=wheel)
+    assert all(command in usage for command in ("sft", "train", "eval", "sample", "serve", "convert"))
 
 
 def _public_names(package: str) -> set[str]:
@@ -400,9 +321,9 @@ def _public_names(package: str) -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_a_generated_page_is_what_the_source_says(fresh, page):
-    assert (ROOT / f"docs/{page}.md").read_text() == fresh[page], f"run `make reference` and commit docs/{page}.md"
+def test_generated_pages_are_what_the_source_says(fresh):
+    for page in PAGES:
+        assert (ROOT / f"docs/{page}.md").read_text() == fresh[page], f"run `make reference` and commit docs/{page}.md"
 
 
 def _from_ours(file: Path) -> list[tuple[str, str]]:
@@ -412,12 +333,12 @@ def _from_ours(file: Path) -> list[tuple[str, str]]:
     return [(node.module or "", alias.name) for node in ours for alias in node.names]
 
 
-SCRIPTS = sorted(file for folder in ("benchmarks", "docs", "examples") for file in (ROOT / folder).rglob("*.py"))
-
-
-@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_what_a_script_imports_from_the_packages_is_there(file):
-    """Types are checked in the packages alone, and most benchmarks are run by hand."""
-    for module, name in _from_ours(file):
-        found = importlib.import_module(module)
-        assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module}.{name}"
+def test_what_scripts_import_from_the_packages_is_there():
+    """Types are checked only in the packages, and most benchmarks are run by hand."""
+    lost = []
+    for file in sorted(file for folder in ("benchmarks", "docs", "examples") for file in (ROOT / folder).rglob("*.py")):
+        for module, name in _from_ours(file):
+            found = importlib.import_module(module)
+            if not hasattr(found, name) and not importlib.util.find_spec(f"{module}.{name}"):
+                lost.append(f"{file.relative_to(ROOT)}: {module}.{name}")
+    assert lost == []
