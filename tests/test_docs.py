@@ -2,10 +2,8 @@
 
 import ast
 import html
-import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -27,17 +25,15 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.task.plan import Plan
 from grpo.task.table import contradictions
 from rewards.commands.options import ReplayConfig, RewardTestConfig
-from rewards.config.names import removed
 from rewards.config.options import load, parse
 
 ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
 REFERENCE = ROOT / "docs/reference.md"
-GENERATED = (REFERENCE, *(ROOT / f"docs/{name}.md" for name in ("contracts", "guides/migrate")))
+GENERATED = (REFERENCE, ROOT / "docs/guides/migrate.md")
 WRITTEN = [page for page in PAGES if page not in GENERATED]
-LOG = ROOT / "docs/log"  # its entries name what was there at their time
-OF_THE_PAST = (ROOT / "CHANGELOG.md", ROOT / "docs/features.md")  # they name what an older version had
+OF_THE_PAST = (ROOT / "CHANGELOG.md", ROOT / "docs/findings.md")  # they name what an older version had
 
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\S*)(?: title=\S+)?\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL
@@ -218,45 +214,16 @@ def test_links_lead_somewhere(page):
 
 
 LIST = ROOT / "docs/llms.txt"
-LINK = re.compile(r"- \[(?P<title>[^\]]+)\]\((?P<target>[^)\s]+)\): \S.*")  # llmstxt.org: a link, a colon, its notes
 
 
-def test_llms_txt_has_its_form_and_its_links_lead_to_pages():
-    title, _, summary, *rest = LIST.read_text(encoding="utf-8").splitlines()
-    assert title == "# quartet-rl"
-    assert summary.startswith("> ")
-    lines = [line for line in rest if line.startswith(("-", "*"))]
-    links = [LINK.fullmatch(line) for line in lines]
-    assert [line for line, link in zip(lines, links, strict=True) if not link] == []
-    targets = [link["target"] for link in links if link]
+def test_llms_txt_lists_pages_that_are_there():
+    targets = re.findall(r"^- \[[^\]]+\]\(([^)\s]+)\): \S", LIST.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(targets) > 20
     assert [target for target in targets if not (ROOT / "docs" / target).is_file()] == []
-    assert len(targets) == len(set(targets))
-
-
-def test_llms_txt_lists_every_page_of_the_site_but_recipes_and_single_logs():
-    listed = set(re.findall(r"\(([^)\s]+\.md)\)", LIST.read_text(encoding="utf-8")))
-    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
-    left_out = {page for page in pages if page.startswith(("examples/", "log/")) and page != "log/index.md"}
-    assert pages - left_out == listed
-
-
-def test_the_paths_that_agents_and_llms_txt_name_are_there():
-    agents = ROOT / "AGENTS.md"
-    assert len(agents.read_text(encoding="utf-8").splitlines()) <= 60
-    lost = []
-    for page in (agents, LIST):
-        for span in code_spans(page):
-            is_path = re.fullmatch(r"[\w.-]+(?:/[\w.-]*)+", span) or re.search(r"\.(?:md|py|toml|yaml|txt)$", span)
-            is_target = re.fullmatch(r"make ([a-z-]+)", span)
-            if is_path and not (ROOT / span).exists():
-                lost.append(span)
-            if is_target and not re.search(rf"^{is_target[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE):
-                lost.append(span)
-    assert lost == []
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in WRITTEN if page.parent != LOG], ids=lambda page: str(page.relative_to(ROOT))
+    "page", [page for page in WRITTEN if page not in OF_THE_PAST], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_files_options_and_metrics_that_are_named_exist(page):
     """`examples/01_demo.yaml`, `rollout.draft_tokens: null`, `--mtp.depth 2`, `loss/kl`."""
@@ -271,7 +238,7 @@ def test_files_options_and_metrics_that_are_named_exist(page):
     for span in code_spans(page):
         option = re.fullmatch(r"(?:--)?([a-z_]+(?:\.[a-z_]+)+)(?:[:= ].*)?", span)
         if option and option[1].partition(".")[0] in sections and not option[1].endswith((".py", ".yaml", ".jsonl")):
-            there = option[1] in options or bool(page in OF_THE_PAST and removed(option[1]))
+            there = option[1] in options
         elif re.fullmatch(r"[a-z]+/[a-z_<>/0-9]+", span) and span.partition("/")[0] in areas:
             measured = re.sub(r"<\w+>", "<>", re.sub(r"_\d+$", "_<>", span))
             there = bool({span, measured} & metrics) or (ROOT / span).exists()
@@ -281,13 +248,6 @@ def test_files_options_and_metrics_that_are_named_exist(page):
             there = True
         lost += [] if there else [span]
     assert lost == []
-
-
-@pytest.mark.parametrize("name", ["reference", "contracts"])
-def test_a_page_that_is_made_from_the_source_is_up_to_date(name):
-    script = runpy.run_path(str(ROOT / f"docs/write_{name}.py"))
-    assert (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") == script["page"](), "run `make reference`"
-    assert name != "contracts" or script["stale"]() == []  # it names clauses and tests that are there
 
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source():
@@ -307,19 +267,6 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source():
     patterns = {message: ".*".join(map(re.escape, re.split(r"\s*…\s*", message))) for message in messages}
     lost = [m for m, pattern in patterns.items() if not any(re.search(pattern, text, re.DOTALL) for text in texts)]
     assert lost == []
-
-
-def test_the_reward_of_the_readme_is_the_demos():
-    [block] = [block for block in blocks(ROOT / "README.md") if block.language == "python"]
-    rewards = []
-    for text in (block.text, (ROOT / "examples/01_demo.py").read_text()):
-        tree, space = ast.parse(text), dict[str, Any]()
-        tree.body = [node for node in tree.body if not isinstance(node, ast.Assign | ast.Expr)]  # nothing is trained
-        exec(compile(tree, "reward", "exec"), space)
-        rewards.append(space["in_order"])
-    completions = ["#### a b c", "#### c b a", "#### a b", "#### a b b", "", "#### a b c d"]
-    batch = {"prompts": ["?"] * 6, "question": ["Sort these letters: b a c"] * 6, "completions": completions}
-    assert rewards[0](**batch) == rewards[1](**batch) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.fixture(scope="module")
@@ -374,40 +321,3 @@ def test_every_link_inside_the_site_leads_to_a_page_and_a_place(site):
             if not target.exists() or (place and place not in places.get(target, {place})):
                 lost.add(f"{page.relative_to(site.resolve())}: {link}")
     assert lost == set()
-
-
-# What somebody who is new asks: options, metrics, messages and how-tos, and the page that must come first.
-QUESTIONS = {
-    "rollout.group_size": "reference.html#rollout.group_size",
-    "rollout.temperature": "reference.html#rollout.temperature",
-    "policy/step_kl": "reference.html#policy/step_kl",
-    "draft/acceptance_depth_1": "reference.html#draft/acceptance_depth_d",
-    "already holds a run; choose another output_dir": "guides/troubleshooting.html#output_dir-already-holds-a-run",
-    "every completion got the same reward": "guides/troubleshooting.html#every-completion-got-the-same-reward",
-    "out of memory while": "guides/troubleshooting.html#out-of-memory-while",
-    "write a reward": "guides/own-reward.html",
-    "resume a run": "start.html",
-    "install vLLM": "guides/vllm.html",
-    "several GPUs": "guides/gpus-and-nodes.html",
-    "evaluate a policy": "guides/evaluation.html",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("node") is None, reason="the search of a site is a script, which node runs")
-def test_the_search_answers_what_somebody_new_asks_in_one_try(site):
-    [worker] = site.glob("assets/javascripts/workers/search.*.js")
-    words = ["node", str(ROOT / "tests/cases/site_search.js"), str(worker), str(site / "search.json")]
-    done = subprocess.run(words, input=json.dumps(list(QUESTIONS)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    items = json.loads((site / "search.json").read_text(encoding="utf-8"))["items"]
-    first = [items[places[0]]["location"] if places else "nothing" for places in json.loads(done.stdout)]
-    wrong = [pair for pair in zip(QUESTIONS, first, strict=True) if not pair[1].startswith(QUESTIONS[pair[0]])]
-    assert wrong == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_page_quotes_files_as_the_site_reads_it(page):
-    """A formatter has once put blanks into it, and the site showed the line in place of the file."""
-    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("--8")]
-    assert all(re.fullmatch(r'--8<-- "\S+"', line) for line in lines)
