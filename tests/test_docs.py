@@ -34,10 +34,9 @@ ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
 REFERENCE = ROOT / "docs/reference.md"
-GENERATED = (REFERENCE, *(ROOT / f"docs/{name}.md" for name in ("contracts", "guides/migrate")))
+GENERATED = (REFERENCE, ROOT / "docs/guides/migrate.md")
 WRITTEN = [page for page in PAGES if page not in GENERATED]
-LOG = ROOT / "docs/log"  # its entries name what was there at their time
-OF_THE_PAST = (ROOT / "CHANGELOG.md", ROOT / "docs/features.md")  # they name what an older version had
+OF_THE_PAST = (ROOT / "CHANGELOG.md", ROOT / "docs/findings.md")  # they name what an older version had
 
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\S*)(?: title=\S+)?\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL
@@ -233,10 +232,10 @@ def test_llms_txt_has_its_form_and_its_links_lead_to_pages():
     assert len(targets) == len(set(targets))
 
 
-def test_llms_txt_lists_every_page_of_the_site_but_recipes_and_single_logs():
+def test_llms_txt_lists_every_page_of_the_site_but_recipes():
     listed = set(re.findall(r"\(([^)\s]+\.md)\)", LIST.read_text(encoding="utf-8")))
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
-    left_out = {page for page in pages if page.startswith(("examples/", "log/")) and page != "log/index.md"}
+    left_out = {page for page in pages if page.startswith("examples/")}
     assert pages - left_out == listed
 
 
@@ -255,9 +254,7 @@ def test_the_paths_that_agents_and_llms_txt_name_are_there():
     assert lost == []
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in WRITTEN if page.parent != LOG], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_options_and_metrics_that_are_named_exist(page):
     """`examples/01_demo.yaml`, `rollout.draft_tokens: null`, `--mtp.depth 2`, `loss/kl`."""
     reference = REFERENCE.read_text(encoding="utf-8")
@@ -283,11 +280,9 @@ def test_files_options_and_metrics_that_are_named_exist(page):
     assert lost == []
 
 
-@pytest.mark.parametrize("name", ["reference", "contracts"])
-def test_a_page_that_is_made_from_the_source_is_up_to_date(name):
-    script = runpy.run_path(str(ROOT / f"docs/write_{name}.py"))
-    assert (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") == script["page"](), "run `make reference`"
-    assert name != "contracts" or script["stale"]() == []  # it names clauses and tests that are there
+def test_the_reference_is_up_to_date():
+    script = runpy.run_path(str(ROOT / "docs/write_reference.py"))
+    assert REFERENCE.read_text(encoding="utf-8") == script["page"](), "run `make reference`"
 
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source():

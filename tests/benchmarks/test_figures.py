@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
-LOG = ROOT / "docs/log"
+FINDINGS = ROOT / "docs/findings.md"  # it names what is in the history
 PAGES = [
     ROOT / "README.md",
     ROOT / "benchmarks/RESULTS.md",
@@ -36,21 +36,11 @@ def test_every_result_is_named_by_a_page():
     assert sorted(file.name for file in RESULTS.iterdir() if file.name not in names) == []
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != LOG], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != FINDINGS], ids=name_of)
 def test_the_benchmarks_that_a_page_runs_exist(page):
-    """`python benchmarks/rollout.py` and `python -m benchmarks.chaos`. The log may run what is gone."""
+    """`python benchmarks/rollout.py` and `python -m benchmarks.chaos`. The findings may run what is gone."""
     text = text_of(page)
     files = {ROOT / name for name in re.findall(r"\bpython (benchmarks/[\w/]+\.py)", text)}
     modules = [ROOT / name.replace(".", "/") for name in re.findall(r"\bpython -m (benchmarks(?:\.\w+)+)", text)]
     files |= {module / "__main__.py" if module.is_dir() else module.with_suffix(".py") for module in modules}
     assert sorted(name_of(file) for file in files if not file.exists()) == []
-
-
-@pytest.mark.parametrize("page", [*LOG.glob("[!i]*.md"), RESULTS.parent / "RESULTS.md"], ids=name_of)
-def test_entries_are_dated_the_newest_first_and_tables_have_six_columns_at_most(page):
-    headings = re.findall(r"^## (.*)", text_of(page), re.MULTILINE)
-    assert [heading for heading in headings if not re.match(r"\d{4}-\d\d-\d\d · \S", heading)] == []
-    assert headings == sorted(headings, key=lambda heading: heading[:10], reverse=True)
-    rows = [line for line in text_of(page).splitlines() if line.startswith("|")]
-    assert [row for row in rows if len(re.split(r"(?<!\\)\|", row)) - 2 > 6] == []
-    assert page.name == "RESULTS.md" or f"log/{page.name}" in text_of(ROOT / "mkdocs.yml")
