@@ -19,9 +19,9 @@ import zoo
 PAGE = """\
 # Which models
 
-transformers {version} has {known} types of causal language models. {exact} of them train here: the sampler and the learner
-compute the log-probabilities of the model's own forward, for every sequence. `make models` writes this page from a tiny
-model of each type with wide random weights in float32 (differences of at most 2e-4).
+transformers {version} has {known} types of causal language models. {exact} of them train here: sampler and learner
+compute the log-probabilities of the model's own forward, for every sequence. `make models` writes this page from a
+tiny model of each type with wide random weights in float32 (differences of at most 2e-4).
 [`quartet check`](guides/check.md) does the same, and more, with the configuration of your model.
 
 "Our cache" and "once" are the fastest. [Any model](guides/any-model.md) explains them.
@@ -39,8 +39,6 @@ These types are refused by name:
 SAMPLERS = {"own": "our cache", "joined": "transformers' cache", "apart": "transformers' cache, by length"}
 SAMPLERS |= {"whole": "no cache"}
 READ = {"packed": "once", "alone": "with each completion"}
-
-
 LARGEST = 2e-4  # of the differences of a log-probability
 
 
