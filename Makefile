@@ -40,10 +40,9 @@ release: ## build both distributions anew, and install them into empty environme
 	$(MAKE) --no-print-directory wheels
 	.ci/release
 
-reference: $(RUN_STAMP) ## write the pages that are made from the source: options, metrics, combinations, contracts
+reference: $(RUN_STAMP) ## write the pages that are made from the source: options, metrics, combinations, names of others
 	$(BIN)/python docs/write_reference.py > docs/reference.md
 	$(BIN)/python docs/write_combinations.py > docs/guides/combinations.md
-	$(BIN)/python docs/write_contracts.py > docs/contracts.md
 	$(BIN)/python docs/write_migrate.py > docs/guides/migrate.md
 
 models: $(DEV_STAMP) ## write docs/models.md: how a tiny model of every causal type of transformers is read, in 5 minutes
@@ -97,7 +96,7 @@ learn: $(DEV_STAMP) ## how much less GRPO has to sample: word problems, two cont
 learn-all: $(DEV_STAMP) ## all contenders and tasks, into docs/learning.md, in pieces of 40 minutes: it goes on where it stopped
 	$(BIN)/python -m benchmarks.learn --tasks words game spelling gsm8k $(ARGS)
 
-figures: $(DEV_STAMP) ## the next figures whose code has changed, in at most 40 minutes, into docs/figures.md; again until none is left
+figures: $(DEV_STAMP) ## measure the figures of benchmarks/RESULTS.md again, in some four hours; ARGS=demo measures one of them
 	$(PIP) -e rewards -e ".[low-memory]"
 	$(BIN)/python examples/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.figures $(ARGS)

@@ -7,9 +7,9 @@ from grpo.task.table import FORMS, content
 PAGE = """\
 # What goes with what
 
-Samplers, forms of policy and features go with each other, but for what this page lists. Every command checks its whole
-configuration before anything is loaded, and tells all that is wrong at once; `--dry_run` does the same. This page is
-made from `grpo/task/table.yaml` by `make reference`.
+Everything can be combined except the pairs below. Every command checks its whole configuration before anything is
+loaded, and reports all contradictions at once; so does `--dry_run`. `make reference` writes this page from
+`grpo/task/table.yaml`.
 
 | this | does not go with | since; instead |
 |---|---|---|

@@ -20,53 +20,72 @@ PAGE = """\
 # Which models
 
 transformers {version} has {known} types of causal language models. {exact} of them train here: sampler and learner
-give the log-probabilities of the model's own forward, row by row. This page is made by `make models` from a tiny model
-of each type with wide random weights in float32, whose windows, chunks and blocks are shorter than the rows tried.
-[`quartet check`](guides/check.md) does the same, and more, with the configuration of a model of yours.
+compute the log-probabilities of the model's own forward, for every sequence. `make models` writes this page from a
+tiny model of each type with wide random weights in float32 (differences of at most 2e-4).
+[`quartet check`](guides/check.md) does the same, and more, with the configuration of your model.
 
-"Our cache" and "once" are the fastest; see [Any model](guides/any-model.md). The numbers are the largest differences
-of a log-probability.
+"Our cache" and "once" are the fastest. [Any model](guides/any-model.md) explains them.
 
-| type | sampled by | prompts are read | sampler | learner |
-|---|---|---|---|---|
+| sampled with | prompts are read | types |
+|---|---|---|
 {rows}
 
-These are refused by name:
+These types are refused by name:
 
-| type | why |
+| types | why |
 |---|---|
 {refused}
 """
 SAMPLERS = {"own": "our cache", "joined": "transformers' cache", "apart": "transformers' cache, by length"}
 SAMPLERS |= {"whole": "no cache"}
 READ = {"packed": "once", "alone": "with each completion"}
+LARGEST = 2e-4  # of the differences of a log-probability
 
 
-def row_of(kind: str) -> tuple[bool, str]:
-    """Whether a type trains, and its row of the table that says so."""
+def way_of(kind: str) -> tuple[bool, str]:
+    """Whether a type trains, and how it is sampled and read, or else why not."""
     try:
         policy = zoo.policy(kind)
         check_agreement(policy)
     except PolicyError as error:
-        reason = str(error).split("cannot be trained here: ")[-1].split(". Llama, Qwen")[0].replace("|", "\\|")
-        return False, f"| `{kind}` | {reason.splitlines()[0]} |"
-    ways = f"{SAMPLERS[policy.paths.sampler]} | {READ[policy.paths.rows]}"
-    differences = [(ours - own).abs().max().item() for ours, own in (by_sampler(policy), by_learner(policy))]
-    return True, f"| `{kind}` | {ways} | {differences[0]:.0e} | {differences[1]:.0e} |"
+        return False, reason_of(str(error))
+    largest = max((ours - own).abs().max().item() for ours, own in (by_sampler(policy), by_learner(policy)))
+    assert largest < LARGEST, f"{kind}: log-probabilities differ by {largest}"
+    return True, f"{SAMPLERS[policy.paths.sampler]} | {READ[policy.paths.rows]}"
+
+
+def reason_of(error: str) -> str:
+    """The first line of a refusal, without the way out that every refusal has and without measured numbers."""
+    reason = error.split("cannot be trained here: ")[-1].split(". Llama, Qwen")[0].splitlines()[0].replace("|", "\\|")
+    part, fails, _ = reason.partition(" fails in every way")
+    return f"{part} differs from the model's own forward in every way that was tried" if fails else reason
+
+
+def grouped(kinds: dict[str, str]) -> dict[str, str]:
+    """The types by what is common to them, those with the most types first."""
+    groups: dict[str, list[str]] = {}
+    for kind, common in kinds.items():
+        groups.setdefault(common, []).append(f"`{kind}`")
+    largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return {common: ", ".join(names) for common, names in largest_first}
 
 
 def page() -> str:
-    rows: dict[bool, list[str]] = {True: [], False: []}
+    trained: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for kind in zoo.kinds():
-        trains, row = row_of(kind)
-        rows[trains].append(row)
-    rows[False] += [f"| `{kind}` | {why} |" for kind, why in zoo.refused().items()]
+        trains, words = way_of(kind)
+        (trained if trains else refused)[kind] = words
+    return written(trained, refused | zoo.refused())
+
+
+def written(trained: dict[str, str], refused: dict[str, str]) -> str:
     return PAGE.format(
         version=version,
-        known=len(zoo.kinds()) + len(zoo.refused()),
-        exact=len(rows[True]),
-        rows="\n".join(rows[True]),
-        refused="\n".join(rows[False]),
+        known=len(trained) + len(refused),
+        exact=len(trained),
+        rows="\n".join(f"| {way} | {names} |" for way, names in grouped(trained).items()),
+        refused="\n".join(f"| {names} | {why} |" for why, names in grouped(refused).items()),
     )
 
 

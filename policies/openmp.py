@@ -2,7 +2,7 @@
 
 libgomp, which comes with torch's wheels, lets a thread spin for milliseconds before it sleeps. That saves a wake-up if
 every thread has a core of its own. Beside another busy process, however, the spinning thread takes the core that a
-thread of the same region needs: a run with two threads on two cores became 15 times slower (docs/log/programs.md).
+thread of the same region needs: a run with two threads on two cores became 15 times slower (docs/findings.md).
 After a short spin the thread sleeps instead, and the system wakes it at once.
 """
 

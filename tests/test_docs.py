@@ -250,6 +250,11 @@ def test_files_options_and_metrics_that_are_named_exist(page):
     assert lost == []
 
 
+def test_the_reference_is_up_to_date():
+    script = runpy.run_path(str(ROOT / "docs/write_reference.py"))
+    assert REFERENCE.read_text(encoding="utf-8") == script["page"](), "run `make reference`"
+
+
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source():
     """What is between two … of a heading must be in one message of the source, in this order."""
     texts = [(ROOT / "grpo/task/table.yaml").read_text(encoding="utf-8")]

@@ -25,7 +25,7 @@ column is the share of GRPO's completions after which a contender has what GRPO 
 
 Compare the contenders with each other only: all of their runs end with the same decay. The supervised steps before them
 had a constant rate, so the rise from the start to any contender includes the decay and is not a gain by GRPO
-([Decay](log/decay.md)).
+([findings](findings.md)).
 """
 
 

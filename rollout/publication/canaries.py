@@ -40,7 +40,7 @@ class Tolerance:
     most: float
 
 
-# benchmarks/results/publication.json has what honest publications give.
+# docs/findings.md has what honest publications give.
 TOLERANCES = {torch.float32: Tolerance(2e-4, 2e-3), torch.bfloat16: Tolerance(0.1, 2.0)}
 LEAST_SPREAD = 0.25  # nats; a policy that is sure of everything has none
 SLOPE, ERRORS = 0.05, 4.0  # how far a slope may be from 1: so much, and so many standard errors of it
