@@ -122,7 +122,9 @@ def test_the_manifest_has_what_kuberay_needs():
     assert words[:3] == ["quartet", "train", "/config/grpo.yaml"]
     options = dict(zip(words[3::2], words[4::2], strict=True))
     assert options.pop("--resume") == "auto"
-    config = load(TrainConfig, HERE / "cluster.yaml", {name.removeprefix("--"): value for name, value in options.items()})
+    config = load(
+        TrainConfig, HERE / "cluster.yaml", {name.removeprefix("--"): value for name, value in options.items()}
+    )
     assert config.learner.workers + config.rollout.workers == gpus
 
 

@@ -389,7 +389,7 @@ def test_moonlights_architecture_has_the_published_sizes():
     ],
 )
 def test_moonlights_configurations_pass_the_dry_run(name, expected, monkeypatch, capsys, tmp_path):
-    """On the data that is always there; the file's own is GSM8K. Expected are the peaks in GiB of each kind of process."""
+    """On the data that is always there; the file's own is GSM8K. Expected are the peaks in GiB, by kind of process."""
     monkeypatch.setattr(table, "find_spec", lambda name: True)  # the optimizer is an extra
     monkeypatch.setattr(memory, "will_block", lambda dtype, device: False)  # as on a GPU
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
