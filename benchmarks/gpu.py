@@ -147,7 +147,8 @@ def pieces(device: str, folder: Path, models: Path) -> Iterator[Piece]:
     trl = [steps(name, random, random, sizes, device, folder, TRL[1:] if small else TRL)]
     if not small:
         dense, mla = models / "smollm2-135m-instruct", models / "smollm2-135m-mla"
-        script = [sys.executable, "examples/prepare_smollm2.py", "--dense", str(dense), "--converted", str(mla)]
+        prepare = "examples/05_gsm8k_recipe/prepare_smollm2.py"
+        script = [sys.executable, prepare, "--dense", str(dense), "--converted", str(mla)]
         yield Piece("prepare smollm2", script, may_be_left_out=True)
         yield from rollouts("smollm2", dense, mla, sizes, device, folder)
         yield from steps("smollm2", dense, mla, sizes, device, folder, ("ours_dense", *OURS))

@@ -44,6 +44,12 @@ SHORT = [*FEW, *WORDS, "--warm_start.steps", "20", "--steps", "4", "--rollout.ma
 LETTERS = ["--rewards", "[{function: TESTS/cases/letters.py:letters}]"]  # which ties no group, so that steps teach
 SHORT += LETTERS
 LEARNS = [*SHORT, "--rollout.draft_tokens", "2", "--learner.learning_rate", "1e-3"]  # no gain is measured: no rest
+# The options of examples/07_word_game.yaml, which other commits have under other names.
+GAME = ["--data.name", "word_game", "--environment", "word_game", "--max_turns", "3", *FEW, *LETTERS]
+GAME += ["--warm_start.batch_size", "32", "--warm_start.learning_rate", "2e-3", "--warm_start.warmup_steps", "20"]
+GAME += ["--rollout.max_completion_tokens", "32", "--rollout.draft_tokens", "0", "--rollout.prompts_per_shard", "32"]
+GAME += ["--learner.learning_rate", "4e-4", "--learner.tokens_per_micro_batch", "4096", "--mtp.loss_weight", "0"]
+GAME += ["--loss.scale_rewards", "none", "--eval.every", "15"]
 BIAS = ["--balance.bias_rate", "0.1"]
 # By name: the commands of a scenario, each in a folder of its own. FIRST is the first one's, TESTS that of the tests.
 SCENARIOS: dict[str, list[list[str]]] = {
@@ -63,9 +69,7 @@ SCENARIOS: dict[str, list[list[str]]] = {
             "1",
         ]
     ],
-    "environment": [
-        ["train", "examples/10_word_game.yaml", *FEW, *LETTERS, "--warm_start.steps", "30", "--steps", "3"]
-    ],
+    "environment": [["train", *GAME, "--warm_start.steps", "30", "--steps", "3"]],
     "agent": [["train", *LEARNS, "--agent", "TESTS/cases/agents.py:once", "--agent_workers", "1"]],
     # A worker would measure costs of its own, so the number of drafts is fixed.
     "ahead": [["train", *LEARNS, "--rollout.ahead", "2", "--rollout.draft_tokens", "2", "--steps", "6"]],

@@ -26,7 +26,7 @@ REFUSED_TYPES = {
     "kimi_k2": (
         "its classes and its tokenizer are code in the model's repository, which is never run, and transformers "
         "has none. The architecture is DeepSeek-V3's: a folder with dequantised weights, model_type: deepseek_v3 in "
-        "config.json and a tokenizer.json can be used (see examples/07_moonlight_16b/tokenizer.py)"
+        "config.json and a tokenizer.json can be used (see docs/gpus/moonlight_tokenizer.py)"
     ),
     "deepseek_v32": (
         "its attention reads only what an indexer chooses (DeepSeek Sparse Attention), and our decoding path has no "

@@ -4,6 +4,7 @@ import ast
 import html
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -93,8 +94,9 @@ def of(language: str) -> list[Any]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder like a user's: the repository's examples are there, and what else a page writes is written."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    """A folder like a user's: the repository's examples and docs are there, and what else a page writes is written."""
+    for name in ("examples", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -156,7 +158,7 @@ def understand(words: list[str]) -> None:
             understand_quartet(arguments)
         case ["quartet-reward", command, *arguments]:
             understand_quartet([*(() if command == "audit" else ["reward"]), command, *arguments])
-        case ["accelerate", "launch", *arguments]:
+        case ["accelerate", "launch", *arguments] | ["torchrun", *arguments]:
             understand_quartet(arguments[arguments.index("grpo") + 1 :])
         case ["make", target, *_]:
             assert re.search(rf"^{target}:.* ##", (ROOT / "Makefile").read_text(), re.MULTILINE), target

@@ -39,7 +39,7 @@ TASKS = {
             steps=(15, 30, 60),
             held_out=1024,
         ),
-        Task("game", "The word game, three turns", "examples/10_word_game.yaml", steps=(15, 30, 60), held_out=1024),
+        Task("game", "The word game, three turns", "examples/07_word_game.yaml", steps=(15, 30, 60), held_out=1024),
         Task(
             "spelling",
             "Spelling words backward (reasoning-gym), the demo's policy",

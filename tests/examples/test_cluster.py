@@ -1,4 +1,4 @@
-"""examples/08_cluster: the batch file in a SLURM that only writes down what it is asked, and the other files."""
+"""docs/gpus: the batch file in a SLURM that only writes down what it is asked, and the other files."""
 
 import os
 import re
@@ -15,11 +15,11 @@ from grpo.config.run import TrainConfig
 from rewards.config.options import load
 
 ROOT = Path(__file__).parents[2]
-HERE = ROOT / "examples/08_cluster"
+HERE = ROOT / "docs/gpus"
 
 
 def test_the_configuration_is_one():
-    assert load(TrainConfig, HERE / "grpo.yaml", {"learner.workers": 8}).learner.parallel.shares(8) == (8, 1)
+    assert load(TrainConfig, HERE / "cluster.yaml", {"learner.workers": 8}).learner.parallel.shares(8) == (8, 1)
 
 
 @pytest.fixture
@@ -122,7 +122,9 @@ def test_the_manifest_has_what_kuberay_needs():
     assert words[:3] == ["quartet", "train", "/config/grpo.yaml"]
     options = dict(zip(words[3::2], words[4::2], strict=True))
     assert options.pop("--resume") == "auto"
-    config = load(TrainConfig, HERE / "grpo.yaml", {name.removeprefix("--"): value for name, value in options.items()})
+    config = load(
+        TrainConfig, HERE / "cluster.yaml", {name.removeprefix("--"): value for name, value in options.items()}
+    )
     assert config.learner.workers + config.rollout.workers == gpus
 
 

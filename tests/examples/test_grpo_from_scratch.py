@@ -1,4 +1,4 @@
-"""examples/grpo_from_scratch.py: its loss and gradient are those of the learner, and its reward rises."""
+"""examples/03_grpo_from_scratch.py: its loss and gradient are those of the learner, and its reward rises."""
 
 import ast
 import copy
@@ -21,7 +21,7 @@ from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 
 ROOT = Path(__file__).parents[2]
-FILE = ROOT / "examples/grpo_from_scratch.py"
+FILE = ROOT / "examples/03_grpo_from_scratch.py"
 PAGE = ROOT / "docs/grpo-in-200-lines.md"
 MOST_LINES = 150
 REWARDS = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])  # the last group has zero variance

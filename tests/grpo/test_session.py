@@ -26,7 +26,7 @@ from rewards.config.options import dump_yaml
 from rewards.group_score import GroupScore
 from rollout.faults import RolloutError
 
-LOOPS = Path(__file__).parents[2] / "examples/12_own_loop"
+LOOPS = Path(__file__).parents[2] / "examples/09_own_loop"
 
 
 def run_loop(monkeypatch, name, *words):

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "examples/14_rewards_in_ci"
+RECIPE = ROOT / "examples/11_rewards_in_ci"
 PROJECT = tomllib.loads((ROOT / "rewards/pyproject.toml").read_text())["project"]
 HEAVY = ("torch", "ray", "transformers", "trl", "peft", "datasets", "numpy")
 

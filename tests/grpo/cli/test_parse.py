@@ -389,10 +389,13 @@ def test_examples_are_usable(capsys, monkeypatch):
     for file in sorted((ROOT / "examples").glob("*.yaml")):
         assert main(["train", str(file), "--print_config"]) == 0, file
     recipe = ROOT / "examples/05_gsm8k_recipe"
-    for command, stage in (("sft", "1_sft"), ("mtp", "2_mtp"), ("train", "3_grpo")):
+    for command, stage in (("sft", "1_sft"), ("mtp", "2_mtp"), ("train", "3_grpo"), ("train", "3_grpo_lora")):
         assert main([command, str(recipe / f"{stage}.yaml"), "--print_config"]) == 0, stage
+    agents = ROOT / "examples/08_agents"
+    for command, file in (("sft", "start"), ("train", "train")):
+        assert main([command, str(agents / f"{file}.yaml"), "--print_config"]) == 0, file
     assert main(["train", "examples/01_demo.yaml", "--dry_run"]) == 0
-    assert main(["train", "examples/03_custom_reward.yaml", "--dry_run"]) == 0
+    assert main(["train", "examples/02_custom_reward.yaml", "--dry_run"]) == 0
     assert "shows_its_work" in capsys.readouterr().out
 
 

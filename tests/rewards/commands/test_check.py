@@ -23,7 +23,7 @@ from rewards.data.examples import Example
 from rewards.isolation import pool
 from tests.cases.judges import judge_server, verdict
 
-EXAMPLE = Path(__file__).parents[3] / "examples/03_custom_reward.py"
+EXAMPLE = Path(__file__).parents[3] / "examples/02_custom_reward.py"
 SOURCE = """
 import itertools, os, random, re, time
 from rewards import per_completion

@@ -269,7 +269,7 @@ def test_merge_keys_are_not_repeated_keys(yaml):
 
 
 def test_a_missing_file_names_the_nearest(yaml, tmp_path):
-    yaml("model: tiny", "01_demo.yaml"), yaml("model: tiny", "03_custom_reward.yaml")
+    yaml("model: tiny", "01_demo.yaml"), yaml("model: tiny", "02_custom_reward.yaml")
     missing = tmp_path / "01_dmo.yaml"
     assert _problems(str(missing)) == [f"{missing}: no such file; did you mean {tmp_path / '01_demo.yaml'}?"]
     nowhere = tmp_path / "nowhere" / "01_demo.yaml"

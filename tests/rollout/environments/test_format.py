@@ -202,7 +202,7 @@ def test_contract_14_nothing_is_tokenised_again():
 def test_contract_14_smollm2_keeps_its_tokens_too():
     folder = Path(__file__).parents[3] / "models/smollm2-135m-instruct"
     if not folder.is_dir():
-        pytest.skip("SmolLM2 is not in models/; examples/prepare_smollm2.py makes it")
+        pytest.skip("SmolLM2 is not in models/; examples/05_gsm8k_recipe/prepare_smollm2.py makes it")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
