@@ -151,7 +151,7 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, not
         {"lora.rank": 2, "loss.importance_correction": "token_truncate", "mtp.every": 1},
         {"loss.advantage": "gae", "learner.on_non_finite": "skip"},
         model | reward_models | {"loss.advantage": "distill", "distill.teacher": str(policy_folder)},
-        {"environment": "calculator", "cassette": {"file": str(tmp_path / "cassette.jsonl"), "mode": "record"}},
+        {"environment": "calculator"},
         {"agent": f"{AGENTS}:once", "program_workers": 1, "steps": 1},
     ]
     small = {"steps": 2, "prompts_per_step": 2, "rollout.max_completion_tokens": 6}
