@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-
 Answer = TypeVar("Answer")
 
 MOST_BYTES = 1 << 24  # of an answer
