@@ -27,7 +27,7 @@ PIECES = {  # the words after `python`
     "--only vllm --only 'ours graphs' --json benchmarks/results/rollout_vllm.json",
     "learner": "benchmarks/learner.py --dtype bfloat16 --steps 1 --contenders trl ours_dense ours_dense_small "
     "--json benchmarks/results/learner_bf16.json",
-    "learning": "-m benchmarks.learn --tasks words spelling --contenders grpo unsure",
+    "learning": "-m benchmarks.learn --tasks words spelling",
     **{f"demo, seed {seed}": f"-m benchmarks.figures --demo {seed}" for seed in range(5)},
 }
 BEFORE = """# Which figures are older than their code

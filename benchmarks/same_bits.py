@@ -57,8 +57,8 @@ SCENARIOS: dict[str, list[list[str]]] = {
             *LEARNS,
             "--curriculum.steps",
             "4",
-            "--curriculum.by_difficulty",
-            "true",
+            "--curriculum.shortest_share",
+            "0.5",
             "--rollout.refill_draws",
             "1",
         ]

@@ -142,7 +142,7 @@ class RunLog:
     def supervised(self, step: int, last: int, metrics: Mapping[str, float]) -> None:
         """Show one in ten steps on gold solutions, or one in fifty."""
         if step == last or step % max(1, min(50, last // 10)) == 0:
-            names = [name for name in ("loss/sft", "loss/mtp", "loss/mtp_tv") if name in metrics]
+            names = [name for name in ("loss/sft", "loss/mtp") if name in metrics]
             shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
             self.say(f"warm start {step:4d}/{last}  {shown}")
 

@@ -148,7 +148,7 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, not
     reward_models = {"reward_models": [{"name": "judge", "model": str(policy_folder.parent / "judge")}]}
     variants: list[dict[str, Any]] = [
         {"eval.limit": 2, "checkpoint.keep_best": True, "curriculum.shortest_share": 0.5} | ties,
-        {"lora.rank": 2, "loss.importance_correction": "token_truncate", "mtp.every": 1},
+        {"lora.rank": 2, "loss.importance_correction": "token_truncate"},
         {"loss.advantage": "gae", "learner.on_non_finite": "skip"},
         model | reward_models | {"loss.advantage": "distill", "distill.teacher": str(policy_folder)},
         {"environment": "calculator"},

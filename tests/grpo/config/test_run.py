@@ -120,7 +120,7 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
         ({"loss.sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0 (command line): it is gone, since the temper"),
         ({"learner.learning_rate": 0}, "learner.learning_rate=0"),
         ({"learner.learning_rate": float("nan")}, "learner.learning_rate"),
-        ({"mtp.share": 0}, "mtp.share=0"),
+        ({"mtp.depth": 0}, "mtp.depth=0"),
         ({"rewards": []}, "rewards"),
         ({"data.levels": []}, "data.levels"),
         ({"device": 3}, "device=3"),

@@ -29,7 +29,7 @@ from rewards.config.options import dump_yaml, load
 from rewards.records import read_rollouts
 
 STEPS = 5
-CURRICULUM = {"curriculum.steps": 4, "curriculum.by_difficulty": True, "curriculum.candidates": 2}
+CURRICULUM = {"curriculum.steps": 4, "curriculum.shortest_share": 0.5}
 KINDS = {
     # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
     "full": {"data.limit": 10},
@@ -37,7 +37,7 @@ KINDS = {
     "lora": {"data.limit": 10, "lora.rank": 4, "loss.beta": 0.05},
     "full, with a reference": {"data.limit": 10, "loss.beta": 0.05},
     "balanced": {"balance.bias_rate": 0.01, "balance.entropy_weight": 0.1, "balance.sequence_weight": 0.1},
-    "cosine, share": {"data.limit": 10, "learner.schedule": "cosine", "learner.warmup_steps": 2, "mtp.share": 0.5},
+    "cosine": {"data.limit": 10, "learner.schedule": "cosine", "learner.warmup_steps": 2},
     "curriculum": {"data.limit": 14, **CURRICULUM},
     "short first, dynamic sampling": {
         "data.limit": 14,
@@ -60,7 +60,7 @@ def _config(micro_config, folder: Path, kind: str, **given):
 
 
 VARIANTS = {  # of others, which `make test-slow` runs
-    *("full, epochs end between steps", "full, with a reference", "cosine, share", "short first, dynamic sampling"),
+    *("full, epochs end between steps", "full, with a reference", "cosine", "short first, dynamic sampling"),
     *("lora", "curriculum", "balanced", "dynamic sampling, epochs end inside refills"),
 }
 COARSE = """
@@ -295,8 +295,8 @@ def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp
 
 @pytest.mark.slow
 def test_steps_are_part_of_a_schedule_that_decays_over_them(micro_config, whole):
-    folder = whole("cosine, share")
-    longer = _config(micro_config, folder, "cosine, share", steps=9)
+    folder = whole("cosine")
+    longer = _config(micro_config, folder, "cosine", steps=9)
     with pytest.raises(ValueError, match="steps: 5 then, 9 now"):
         refuse_changed_config(folder / "config.yaml", longer)
 
