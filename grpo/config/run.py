@@ -77,13 +77,6 @@ class LogOptions(Options):
     """Trackers of accelerate (`tensorboard`, `wandb`, ...); TensorBoard when installed, [] for none."""
 
 
-class GrpoLogOptions(LogOptions):
-    """What a person sees and what is kept."""
-
-    measure_speed: bool = False
-    """At the end, time sampling with and without drafts on held-out prompts."""
-
-
 class RunConfig(RewardsOptions, ModelOptions):
     """What `quartet sft`, `train` and `mtp` have in common: a policy, a run folder, data and rewards."""
 
@@ -175,7 +168,6 @@ class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ign
     learner: LearnerOptions = LearnerOptions()
     eval: GrpoEvalOptions = GrpoEvalOptions()
     checkpoint: GrpoCheckpointOptions = GrpoCheckpointOptions()
-    log: GrpoLogOptions = GrpoLogOptions()
     warm_start: WarmStartOptions = WarmStartOptions()
     lora: LoraOptions | None = None
     """Adapters; null updates every weight."""

@@ -460,17 +460,6 @@ def test_kl_towards_the_reference_starts_at_zero(micro_config, tmp_path):
         assert kls[2] > 0
 
 
-@pytest.mark.slow
-def test_speed_with_and_without_drafts_can_be_measured_at_the_end(micro_config, tmp_path):
-    given = {"log.measure_speed": True, "eval.limit": 4, "steps": 1, "rollout.max_completion_tokens": 5}
-    results = train(micro_config(tmp_path / "r", **given))
-    assert [speed.rows for speed in results.speeds] == [1, 8, 32]
-    for speed in results.speeds:
-        assert speed.draft_tokens == 2
-        assert speed.gain == speed.with_drafts / speed.without_drafts > 0
-        assert speed.tokens_per_forward > 1
-
-
 def test_free_options_are_options():
     """A key of the list of what a resumed run may change is a key of the configuration."""
     from grpo.config.run import TrainConfig

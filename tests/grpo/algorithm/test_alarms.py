@@ -396,9 +396,8 @@ def test_a_reward_that_does_not_rise_raises_no_held_out_alarm():
 def test_an_untrained_run_raises_no_alarm(micro_config, tmp_path):
     """Random weights, the reward of the demo, and an evaluation after every step."""
     options = {"rewards": [{"function": "gsm8k"}], "warm_start.steps": 0, "eval.every": 1, "eval.limit": 4}
-    train(
-        micro_config(tmp_path / "run", **options, steps=WINDOW + 1, **{"mtp.loss_weight": 0.0, "checkpoint.every": 9})
-    )
+    options |= {"mtp.loss_weight": 0.0, "checkpoint.every": 9}
+    train(micro_config(tmp_path / "run", **options, steps=WINDOW + 1))
     assert [event for event in read_events(tmp_path / "run") if event["event"] == "alarm"] == []
 
 

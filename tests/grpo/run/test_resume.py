@@ -270,7 +270,7 @@ def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_pa
     "given",
     [
         {"checkpoint.every": 4, "checkpoint.keep": 1},
-        {"log.measure_speed": True, "eval.every": 1, "eval.limit": 2},
+        {"eval.every": 1, "eval.limit": 2},
         {"reward.timeout_s": 3.0, "threads": None},
         {"steps": 9},
     ],
