@@ -19,8 +19,6 @@ class ParallelOptions(Options):
     """Ranks that each compute a part of every MLP, expert, embedding and LM head, on the same rows."""
     expert: int = Field(default=1, ge=1)
     """Ranks that each hold some of the routed experts whole; tokens travel to them. It divides fsdp x tensor."""
-    fsdp_cpu_offload: bool = False
-    """Shards wait in the memory of the host, and each layer visits the device: slow, and small there."""
 
     def shares(self, size: int) -> tuple[int, int]:
         """`fsdp` and the number of copies for a run of `size` processes. Raises ValueError where the options do not fit

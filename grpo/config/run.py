@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator
 
-from grpo.config.environment import AgentOptions, EnvironmentOptions, TrainDataOptions
+from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.features import sections
 from grpo.config.learner import (
     LearnerOptions,
@@ -163,7 +163,6 @@ class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ign
     """Steps of GRPO; one step samples, scores and learns once."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Prompts per step; completions per step are this times rollout.group_size."""
-    data: TrainDataOptions = TrainDataOptions()
     rollout: RolloutOptions = RolloutOptions()
     learner: LearnerOptions = LearnerOptions()
     eval: GrpoEvalOptions = GrpoEvalOptions()

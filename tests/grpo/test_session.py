@@ -84,7 +84,6 @@ def test_contract_17_a_loop_over_the_primitives_gives_the_bits_of_quartet_train(
 @pytest.mark.slow
 def test_contract_17_a_loop_that_supervises_gives_the_bits_of_quartet_sft(micro_config, tmp_path):
     given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards", "data"})
-    del given["data"]["thoughts"]  # of agents, which `quartet sft` has none of
     given |= {"steps": 7, "prompts_per_step": 4, "eval": {"limit": 2}, "rollout": {"max_completion_tokens": 5}}
     sft(SftConfig(output_dir=tmp_path / "ours", **given))
     with Session.open(SftConfig(output_dir=tmp_path / "theirs", **given)) as session:

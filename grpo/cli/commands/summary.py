@@ -258,8 +258,7 @@ class DryRun:
             yield "completions per step", f"{prompts * group:,} ({prompts} prompts × {group})"
             yield "updates per step", f"{config.learner.updates_per_batch:,}"
             yield "completions in all", f"{config.steps * prompts * group:,}"
-            if config.data.thoughts == "fork":
-                after = dropping(tokenizer_of(self.plan, task))
+            if config.agent and (after := dropping(tokenizer_of(self.plan, task))):
                 yield "rows of a completion", _forks(after, config.rollout.max_completion_tokens)
         shape = self.plan.shape
         trunk = meta_policy(shape, False, torch.float32).trunk
@@ -335,8 +334,6 @@ def _in_4_bits(trunk: PreTrainedModel) -> str:
 
 
 def _forks(after: Sequence[str], longest: int) -> str:
-    if not after:
-        return "1: the chat template keeps the thoughts of earlier turns"
     again = f"reads up to {longest:,} tokens of each earlier answer again"
     return f"1, and one more where {' or '.join(after)} follows a thought, which {again}"
 

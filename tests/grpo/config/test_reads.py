@@ -127,7 +127,6 @@ def test_contract_18_supervised_steps_read_all_their_options(micro_config, polic
     from grpo.sft import sft
 
     given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards", "data"})
-    del given["data"]["thoughts"]  # of agents, which `quartet sft` has none of
     given |= {"reward_models": [{"name": "judge", "model": str(policy_folder.parent / "judge")}]}
     small = {"steps": 2, "prompts_per_step": 4, "rollout": {"max_completion_tokens": 10}, "log": {"trackers": []}}
     with recorded() as reads:

@@ -61,7 +61,6 @@ def both(refuse_all) -> str:
         ({"loss.loss_type": "{}:three"}, "is called with ratio, advantages, policy_logprobs, options, and too many"),
         ({"loss.loss_type": "{}:scalar"}, "own.py:scalar gave []; give a tensor [2, 2]"),
         ({"lora.targets": ["qproj"], "warm_start.steps": 0}, "lora.targets: 'qproj' matches no module"),
-        ({"learner.parallel.fsdp_cpu_offload": True}, "fsdp_cpu_offload=true: on a CPU the shards are in the host's"),
     ],
 )
 def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_path, given, message):

@@ -156,7 +156,6 @@ def test_what_a_mix_cannot_do_is_refused_by_name(mixed, tmp_path, given, words):
 @pytest.mark.parametrize("command", [SftConfig, MtpConfig])
 def test_supervised_steps_and_the_draft_head_take_a_mix(mixed, tmp_path, command):
     whole = mixed(tmp_path / "r").model_dump()
-    del whole["data"]["thoughts"]  # of agents, which these commands have none of
     given = {name: whole[name] for name in ("model", "output_dir", "data")} | {"eval": {"limit": 2}}
     given |= {"prompts_per_step": 8, "rewards": whole["rewards"]}
     config = command.model_validate(given)
