@@ -293,6 +293,15 @@ def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp
         refuse_changed_config(saved, config)
 
 
+def test_a_run_that_has_used_a_cassette_goes_on_with_force_only(micro_config, tmp_path):
+    config, saved = _config(micro_config, tmp_path, "full"), tmp_path / "config.yaml"
+    saved.write_text(dump_yaml(config) + "cassette: {file: null, mode: replay, faults: {}}\n")
+    refuse_changed_config(saved, config)
+    saved.write_text(dump_yaml(config) + "cassette: {file: answers.jsonl, mode: record, faults: {late: 0.1}}\n")
+    with pytest.raises(ValueError, match=r"cassette.file=answers.jsonl: it is gone, since .* with --force asks them"):
+        refuse_changed_config(saved, config)
+
+
 @pytest.mark.slow
 def test_steps_are_part_of_a_schedule_that_decays_over_them(micro_config, whole):
     folder = whole("cosine")
