@@ -249,8 +249,6 @@ class Session:
         self._examples = []
         with self.run.phase("learning"):
             batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
-            for listener in self.collector.listeners:
-                batch = listener.prepare(batch)
         self._drawn = batch if drawn is groups else None
         if scores is not None or drawn is groups:
             self._prepared = drawn, batch

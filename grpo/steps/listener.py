@@ -45,10 +45,6 @@ class Listener:
         """Gives the metrics of a step that was drawn."""
         return {}
 
-    def prepare(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch that is learned from, on every rank."""
-        return batch
-
     def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
         """Is called before the learner reads the batch of a step. Returns metrics."""
         return {}
