@@ -1,7 +1,4 @@
-"""Prompts by difficulty: problems whose last group had different rewards are drawn more often.
-
-A group teaches by the differences inside it; with rewards of 0 and 1 their variance is p(1 - p).
-"""
+"""Prompts by difficulty: problems whose last group had different rewards are drawn more often, since they teach."""
 
 import random
 import sys
@@ -21,7 +18,7 @@ class ByDifficulty(Listener):
         noise = random.Random(f"{step}/{draw}")
 
         def key(example):
-            variance = self.variances.get(example.example_id, 0.25)  # a new problem is half solved
+            variance = self.variances.get(example.example_id, 0.25)  # a new problem counts as half solved: p(1 - p)
             return noise.random() ** (1 / max(variance, 0.01))  # the policy changes: nothing is left out for good
 
         return sorted(self.examples, key=key)[-count:]
