@@ -45,7 +45,7 @@ ROWS: dict[str, tuple[int, int]] = {  # threads of the learner, rollout.ahead
     "ahead 1": (1, 1),
     "ahead 2": (1, 2),
 }
-QUIET = ["--eval.limit", "0", "--log.measure_speed", "false", "--log.trackers", "[]", "--checkpoint.every", "1000"]
+QUIET = ["--eval.limit", "0", "--log.trackers", "[]", "--checkpoint.every", "1000"]
 FILLED = 3  # steps after which as much is in flight as ever
 
 

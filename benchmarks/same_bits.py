@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve()
 # rewritten before they are compared.
 RENAMED: list[tuple[str, str]] = [("heldout", "held_out")]
 # Names that a newer commit leaves out, since the feature has gone: the base's values are not looked at.
-REMOVED = [r"sources", r"empty", r"lookups"]
+REMOVED = [r"sources", r"empty", r"lookups", r"pass_rates"]
 UNTIMED = re.compile(r"^(time/|speed/|memory/)|seconds|^(time|pid|rss)$")
 
 FEW = ["--model", "micro", "--prompts_per_step", "8", "--rollout.group_size", "4", "--eval.limit", "16"]
@@ -63,8 +63,8 @@ SCENARIOS: dict[str, list[list[str]]] = {
             *LEARNS,
             "--curriculum.steps",
             "4",
-            "--curriculum.by_difficulty",
-            "true",
+            "--curriculum.shortest_share",
+            "0.5",
             "--rollout.refill_draws",
             "1",
         ]

@@ -4,11 +4,10 @@ Every client sends one request after the other and reads its answer as a stream.
 percentile of the seconds until an answer is complete, and until its first token, completion tokens per second of all
 clients together, and the share of the batch's rows that were busy in the mean round. `unbatched` is the same server
 with `--max_batch_size 1` under the same load; the baseline asks the engine for one completion after the other, without
-any server. With `--vllm MODEL` vLLM's own server answers the same requests with that policy in the same run, as
-`quartet serve --backend vllm` starts it. The machine must be quiet.
+any server. The machine must be quiet.
 
     python benchmarks/serve.py runs/demo --json benchmarks/results/serve.json
-    python benchmarks/serve.py models/smollm2-135m-mla --vllm models/smollm2-135m-instruct --clients 1 8 --requests 2
+    python benchmarks/serve.py models/smollm2-135m-mla --clients 1 8 --requests 2
 """
 
 from __future__ import annotations
@@ -52,14 +51,11 @@ class Server:
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
         found = re.search(r"at http://(\S+)/v1", said)
-        self.ours = "--backend" not in options
         if found is None:
             raise SystemExit(f"the server has not begun: {said}")
         self.address = found[1]
 
     def counts(self) -> dict[str, float]:
-        if not self.ours:
-            return {}
         connection = http.client.HTTPConnection(self.address, timeout=60)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
@@ -138,9 +134,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--draft_tokens", type=int, help="by default the depth controller chooses")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument(
-        "--vllm", metavar="MODEL", help="what vLLM serves: MODEL, or the dense original of its exact form"
-    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     options = {name: getattr(args, name) for name in ("threads", "draft_tokens", "dtype")}
@@ -151,12 +144,9 @@ def main() -> None:
     sizes = {name: getattr(args, name) for name in ("clients", "requests", "max_tokens", *options)}
     found: dict[str, Any] = {"model": Path(args.model).name, "one_at_a_time": alone, "sizes": sizes}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    asked = {"rows": (args.model, words), "unbatched": (args.model, [*words, "--max_batch_size", "1"])}
-    if args.vllm:
-        asked["vllm"] = (args.vllm, [*words, "--backend", "vllm"])
-    for name, (model, given) in asked.items():
+    for name, given in {"rows": words, "unbatched": [*words, "--max_batch_size", "1"]}.items():
         found[name] = []
-        server = Server(model, given)
+        server = Server(args.model, given)
         try:
             measure(server, prompts, 1, 1, args.max_tokens)  # the first request of a process is slow
             for clients in args.clients:

@@ -95,7 +95,7 @@ def tokens_of_trl(rows: Sequence[PackedRow], most: int) -> int:
 
 
 def learner_of(policy: Policy, most: int) -> Learner:
-    options = {"model": "tiny", "learner.tokens_per_micro_batch": most, "output_dir": "unused", "mtp.every": 1}
+    options = {"model": "tiny", "learner.tokens_per_micro_batch": most, "output_dir": "unused"}
     return make(policy, load(TrainConfig, None, options))
 
 

@@ -39,7 +39,6 @@ RUN: dict[str, Any] = {
     "rewards": "[]",
     "eval.limit": 0,
     "log.trackers": "[]",
-    "log.measure_speed": "false",
     "checkpoint.every": 1000,
 }
 

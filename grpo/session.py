@@ -249,8 +249,6 @@ class Session:
         self._examples = []
         with self.run.phase("learning"):
             batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
-            for listener in self.collector.listeners:
-                batch = listener.prepare(batch)
         self._drawn = batch if drawn is groups else None
         if scores is not None or drawn is groups:
             self._prepared = drawn, batch
@@ -412,11 +410,9 @@ class Session:
             self.batches.settle()
             self._publish()  # what a loop of one's own may not have done
             self.evaluate(when=f"after{self._of_grpo}")
-        measures = isinstance(self.config, TrainConfig) and self.config.log.measure_speed and self.ranks.first
-        speeds = held_out.speeds() if measures else []
         save_policy(self.policy, run.folder / "policy", run.last)
         self._save_best()
-        return Result(run.folder, self.policy, held_out.results, speeds)
+        return Result(run.folder, self.policy, held_out.results)
 
     def _evaluates(self, step: int) -> bool:
         return self.held_out.due(step, self.run.last)

@@ -12,18 +12,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
-
-from rewards.isolation.cassette import Exchange, put_in
+from typing import TypeVar
 
 Answer = TypeVar("Answer")
 
 MOST_BYTES = 1 << 24  # of an answer
-_FAULTS: dict[str, dict[str, Any]] = {
-    "rate_limited": {"status": 429, "why": put_in("rate_limited")},
-    "late": {"status": 0, "why": put_in("late")},
-}
 
 
 class Unusable(ValueError):
@@ -83,48 +76,31 @@ def post(
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url, data=body, headers=headers)
     opener = urllib.request.build_opener(_NoRedirect, urllib.request.HTTPCookieProcessor(cookies))
-    exchange = Exchange("http", url, body.decode(errors="replace"))
     cause = ""
     for attempt in range(1, tries.retries + 2):
         before_try()
         wait_s = tries.backoff_s * 2 ** (attempt - 1)
-        fault = exchange.fault()
-        answer = _FAULTS.get(fault) or exchange.answer(partial(_send, opener, request, tries.request_timeout_s))
-        status, cause = answer["status"], answer["why"]
-        if status == 200:
-            content = answer["body"].encode("latin-1")
-            try:
-                return read({"cut": content[: len(content) // 2], "twice": content * 2}.get(fault, content))
-            except Unusable as error:
-                cause = f"{put_in(fault)}: {error}" if fault else str(error)
-                request.add_header("Idempotency-Key", f"{digest}-{attempt}")
-            except (RuntimeError, ValueError) as error:
-                if fault:
-                    raise RuntimeError(f"{put_in(fault)}: {error}") from error
-                raise
-        elif status and status not in (408, 429) and status < 500:
-            break
-        asked = _retry_after(answer.get("retry_after"))
-        if asked is not None and asked > tries.longest_wait_s:
-            cause += f" (it asks to wait for {asked:g} s, more than {tries.longest_wait_s:g} s)"
-            break
-        wait_s = wait_s if asked is None else asked
+        try:
+            with opener.open(request, timeout=tries.request_timeout_s) as response:
+                return read(response.read(MOST_BYTES))
+        except urllib.error.HTTPError as error:
+            cause = f"HTTP {error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
+            if error.code not in (408, 429) and error.code < 500:
+                break
+            asked = _retry_after(error.headers.get("Retry-After"))
+            if asked is not None and asked > tries.longest_wait_s:
+                cause += f" (it asks to wait for {asked:g} s, more than {tries.longest_wait_s:g} s)"
+                break
+            wait_s = wait_s if asked is None else asked
+        except Unusable as error:
+            cause = str(error)
+            request.add_header("Idempotency-Key", f"{digest}-{attempt}")
+        except (OSError, http.client.HTTPException) as error:  # OSError covers URLError and timeouts
+            cause = f"{type(error).__name__}: {error}"
         if attempt <= tries.retries:
             time.sleep(wait_s)
     message = f"{url} gave no usable answer after {attempt} tries: {cause}"
     raise RuntimeError(message.replace(token, "[key]") if token else message)
-
-
-def _send(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout_s: float) -> dict[str, Any]:
-    """The `status` of the answer, 0 where there is none, and its `body`, or `why` it cannot be used."""
-    try:
-        with opener.open(request, timeout=timeout_s) as response:
-            return {"status": 200, "why": "", "body": response.read(MOST_BYTES).decode("latin-1")}
-    except urllib.error.HTTPError as error:
-        why = f"HTTP {error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
-        return {"status": error.code, "why": why, "retry_after": error.headers.get("Retry-After")}
-    except (OSError, http.client.HTTPException) as error:  # OSError covers URLError and timeouts
-        return {"status": 0, "why": f"{type(error).__name__}: {error}"}
 
 
 def _retry_after(value: str | None) -> float | None:

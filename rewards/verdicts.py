@@ -16,8 +16,8 @@ class Verdicts:
     """What a reward declares with `rewards.right_at`, or what its marks show.
 
     A reward that declares nothing is believed as long as every mark of it is 0 or 1: the first other one ends that for
-    good. `full_marks` is what `curriculum.by_difficulty` counts, accuracy or not: 1, or what a gold solution gets where
-    that is more, unless the reward declares another mark.
+    good. `full_marks`, accuracy or not, is 1, or what a gold solution gets where that is more, unless the reward
+    declares another mark.
 
     >>> verdicts = Verdicts("letters", "undeclared", gold=None)
     >>> verdicts.of(1.0), verdicts.are_given
@@ -48,10 +48,6 @@ class Verdicts:
     def of(self, mark: float | None) -> bool | None:
         """Tells whether a completion with this mark is right; None without a mark, and where marks do not say so."""
         return None if mark is None or not self.are_given else _reaches(mark, self.right_at)
-
-    def has_full_marks(self, mark: float | None) -> bool | None:
-        """Tells whether a completion with this mark has `full_marks`; None without a mark."""
-        return None if mark is None else _reaches(mark, self.full_marks)
 
     @property
     def note(self) -> str | None:

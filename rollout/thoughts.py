@@ -1,6 +1,6 @@
 """What a server would show of a conversation whose chat template rewrites earlier answers: Qwen3's drops thoughts.
 
-Each turn is then sampled in that context, and learned from there (`data.thoughts: fork`). Where the template still
+Each turn of an agent is then sampled in that context, and learned from there. Where the template still
 shows the text of an answer, its ids are those that were sampled (contract 14); all else is the template's.
 """
 
@@ -22,7 +22,7 @@ BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no whole charact
 THOUGHT = "adding both"
 USER, TOOL = "a user's message", "a tool's result"
 METRICS = {
-    "forks/rows": "texts of episodes besides their first ones: data.thoughts, or an agent that rewrites, count",
+    "forks/rows": "texts of episodes besides their first ones: a template or an agent that rewrites, count",
     "forks/tokens": "tokens of these texts' prompts with which no earlier text of the episode begins, count",
 }
 

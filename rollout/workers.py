@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 from policies.openmp import waiting_variables
-from rewards.isolation import cassette
 from rewards.isolation.variables import OPENED
 from rollout.cluster import Cluster
 from rollout.faults import Faults, Kind, RolloutError, why_died
@@ -75,7 +74,7 @@ class Workers:
 
     def _start(self, i: int) -> None:
         limits = {name: str(self.places.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        of_run = {name: value for name, value in os.environ.items() if name in (cassette.VARIABLE, OPENED)}
+        of_run = {name: value for name, value in os.environ.items() if name == OPENED}
         actor = self.ray.remote(Worker).options(
             num_cpus=self.places.threads,
             num_gpus=self.places.gpus,

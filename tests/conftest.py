@@ -239,7 +239,6 @@ def micro_config(micro_preset: str, letters: str) -> Callable[..., Any]:
         "rewards": [{"function": letters}],
         "learner.learning_rate": 1e-2,
         "mtp.depth": 2,
-        "mtp.every": 2,
         "checkpoint.every": 1,
         "checkpoint.keep": None,
         "log.trackers": [],

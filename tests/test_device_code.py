@@ -154,7 +154,7 @@ def test_contract_19_the_host_reads_no_number_of_each_row_or_token(micro_policy,
     counts_of = []
     for count in (2, 6):
         options = LearnerOptions(tokens_per_micro_batch=4096)
-        learner = small_learner(micro_policy(0), options, MTPOptions(depth=2, every=1))
+        learner = small_learner(micro_policy(0), options, MTPOptions(depth=2))
         batch = learner.prepare(*groups_of(count))
         with counted(monkeypatch) as counts:
             learner.forward_backward(batch)

@@ -103,7 +103,7 @@ def test_micro_batch(random_policy, monkeypatch):
     monkeypatch.setattr(attention, "kernel_options", lambda *_: {})  # which would be tried by compiled kernels
     policy = random_policy(2, **SIZES | {"num_hidden_layers": 5}).to(pretend.NAME)
     options = LearnerOptions(tokens_per_micro_batch=1024)
-    learner = small_learner(policy, options, MTPOptions(depth=2, every=1), reward_weights={"r": 1.0})
+    learner = small_learner(policy, options, MTPOptions(depth=2), reward_weights={"r": 1.0})
     params = SamplingParams(group_size=4, max_completion_tokens=9)
     groups = Engine(policy, torch.float32).sample(PROMPTS, params)
     rewards = [1.0, 0.0, 0.5, 0.2]

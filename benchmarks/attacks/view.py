@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -59,23 +59,14 @@ def growing(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder": decoder}))
 
 
-def link(folder: Path) -> None:
-    with sqlite3.connect(folder.parent / "other.sqlite") as database:
-        database.execute("create table precious (number integer)")
-    (folder / "view.sqlite").symlink_to(folder.parent / "other.sqlite")
-
-
 # [what is done, to the folder, what is asked]
 ATTACKS: list[tuple[str, Callable[[Path], object], str]] = [
-    ("view.sqlite is a link to another database", link, "0/index"),
-    ("slow regular expression", lambda f: rewrite(f, text="a" * 100 + "b"), "0/search?regex=(a|aa)%2B$"),
-    ("regular expression a{99999999999}", lambda _: None, "0/search?regex=a%7B99999999999%7D"),
-    ("2,000 groups inside each other", lambda _: None, "0/search?regex=" + "(" * 2000 + ")" * 2000),
     ("record is a link to /dev/zero", lambda f: replace(rollout_path(f, 4), endless), "0/step/4"),
     ("record of 64 KiB unpacks to 2 GiB", lambda f: replace(rollout_path(f, 4), bomb), "0/step/4"),
     ("events.jsonl is a pipe", lambda f: replace(f / "events.jsonl", os.mkfifo), "0/overview"),
     ("metrics.jsonl of 1 GiB", lambda f: os.truncate(f / "metrics.jsonl", 2**30), "0/overview"),
-    ("finish_reason is an object", lambda f: rewrite(f, finish_reason={}), "0/index"),
+    ("finish_reason is an object", lambda f: rewrite(f, finish_reason={}), "0/step/4"),
+    ("record of 64 KiB unpacks to 2 GiB, sought in", lambda f: replace(rollout_path(f, 4), bomb), "0/places?prompt=a"),
     ("draft is a list", lambda f: rewrite(f, draft=[1]), "0/group/4/0"),
     ("8,000 bytes that are no character", lambda f: rewrite(f, token_ids=[HALF] * 8000), "0/group/4/0"),
     ("tokenizer that makes 10^16 letters of one", growing, "0/group/4/0"),
@@ -90,10 +81,8 @@ def attack(prepare: Callable[[Path], object], path: str, place: Path) -> tuple[s
     prepare(folder)
     command = [sys.executable, "-m", "grpo", "view", str(folder)]
     limits = lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # noqa: E731
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=limits,
-        env=os.environ | {"XDG_CACHE_HOME": str(place)},
-    )  # fmt: skip
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **pipes, text=True, preexec_fn=limits)
     address, token = re.search(r"open (\S+)/\?token=(\S+)", process.stdout.readline()).groups()  # type: ignore
 
     def ask(path: str) -> tuple[float, str]:
@@ -108,7 +97,6 @@ def attack(prepare: Callable[[Path], object], path: str, place: Path) -> tuple[s
             answer = f"none: {error}"
         return time.monotonic() - began, answer.replace(str(place), "")
 
-    time.sleep(1.5)  # the index is built
     answers: list[tuple[float, str]] = []
     thread = threading.Thread(target=lambda: answers.append(ask(path)))
     thread.start()
@@ -126,9 +114,6 @@ def attack(prepare: Callable[[Path], object], path: str, place: Path) -> tuple[s
         process.kill()
         process.wait()
         end = "never"
-    if (other := place / "other.sqlite").exists():
-        tables = sqlite3.connect(other).execute("select count(*) from sqlite_master").fetchone()[0]
-        answers[0] = answers[0][0], f"{answers[0][1]}; the other database has {tables} tables, indices"
     seconds, answer = answers[0]
     waited = f"{meanwhile[0]:.1f}" if meanwhile[1].startswith("200") else "none"
     return f"{seconds:.1f}", waited, f"{int(memory[1]) / 1024:.0f}" if memory else "died", end, answer

@@ -55,7 +55,6 @@ OPTIONS: dict[str, Any] = {
     "checkpoint.every": 3,
     "checkpoint.keep": "null",
     "log.trackers": "[]",
-    "log.measure_speed": "false",
 }
 KINDS: dict[str, dict[str, Any]] = {
     "own cluster": {},  # measures its costs

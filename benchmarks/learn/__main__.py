@@ -1,7 +1,7 @@
 """How much is learned from how much: contenders on tasks, from one warm start a seed, with intervals over seeds.
 
-    make learn                                       # word problems, two contenders, five seeds: at most 40 minutes
-    make learn-all                                   # all tasks and contenders, in pieces of at most 40 minutes
+    make learn                                       # word problems, five seeds: at most 40 minutes
+    make learn-all                                   # spelling too, in pieces of at most 40 minutes
     python -m benchmarks.learn --tasks words --contenders grpo unsure --seeds 0 1 2 3 4
     python -m benchmarks.learn --table               # docs/learning.md anew, from the JSON alone
 
@@ -172,13 +172,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the page from the JSON alone")
     asked = parser.parse_args()
     store, deadline = Store(), Deadline(asked.minutes)
-    there = [name for name in asked.tasks if (model := TASKS[name].model) is None or (ROOT / model).exists()]
-    for name in sorted({*asked.tasks} - {*there}):
-        print(f"{name} is left out: there is no {TASKS[name].model}; benchmarks/learn/tasks.py says how it is made")
     whole = asked.table or all(
         all(make(store, searches(task, one), deadline) for one in asked.contenders)
         and make(store, counted(store, task, asked.contenders, asked.seeds), deadline)
-        for task in there
+        for task in asked.tasks
     )
     page.write(store.runs)
     if not whole:

@@ -56,8 +56,6 @@ def learn(task: Task, name: str, policy: Path, *, seed: int, rate: float, steps:
     ):
         prompts = session.held_out.prompts[: task.held_out] if counts else session.held_out.prompts[task.held_out :]
         assert len(prompts) == task.held_out, f"{task.name} has too few held-out problems: {len(prompts)}"
-        if hasattr(contender, "listeners"):
-            session.collector.listeners += contender.listeners(session)
         spent = {"completions": 0.0, "tokens": 0.0, "seconds": 0.0, "cpu": 0.0}
         for step in session.run.steps() if steps else ():
             clocks = time.perf_counter(), time.process_time()
@@ -65,20 +63,16 @@ def learn(task: Task, name: str, policy: Path, *, seed: int, rate: float, steps:
             spent["seconds"] += time.perf_counter() - clocks[0]
             spent["cpu"] += time.process_time() - clocks[1]
             completions = [completion for group in drawn.all_groups for completion in group.completions]
-            candidates, tokens = (drawn.metrics.get(f"curriculum/candidate{name}", 0.0) for name in ("s", "_tokens"))
-            spent["completions"] += len(completions) + candidates
-            spent["tokens"] += sum(len(completion.token_ids) for completion in completions) + tokens
+            spent["completions"] += len(completions) + drawn.metrics.get("completions", 0.0)
+            tokens = sum(len(completion.token_ids) for completion in completions)
+            spent["tokens"] += tokens + drawn.metrics.get("tokens", 0.0)
         return spent | answers(session, prompts)
 
 
 def learned(session: Any, contender: Any, step: int) -> Drawn:
     """Takes a step as the contender draws it, and gives what it drew."""
-    advantages = None
-    if hasattr(contender, "draw"):
-        drawn, advantages = contender.draw(session, step)
-    else:
-        drawn = session.draw(step)
-    metrics = session.learn(session.prepare(drawn, advantages=advantages))
+    drawn = contender.draw(session, step) if hasattr(contender, "draw") else session.draw(step)
+    metrics = session.learn(session.prepare(drawn))
     session.publish()
     session.record(step, metrics)
     return drawn

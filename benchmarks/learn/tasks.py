@@ -24,10 +24,9 @@ class Task:
     steps: tuple[int, ...]
     held_out: int
     changes: dict[str, Any] = field(default_factory=dict)
-    model: str | None = None  # a policy that every seed begins with; None: each has its own warm start
 
 
-QUIET = {"threads": 1, "log.measure_speed": False, "log.trackers": [], "checkpoint.every": 10_000, "mtp.loss_weight": 0}
+QUIET = {"threads": 1, "log.trackers": [], "checkpoint.every": 10_000, "mtp.loss_weight": 0}
 DECAY = {"learner.schedule": "linear"}  # a run at a constant rate would be compared in the middle of its learning
 TASKS = {
     task.name: task
@@ -39,7 +38,6 @@ TASKS = {
             steps=(15, 30, 60),
             held_out=1024,
         ),
-        Task("game", "The word game, three turns", "examples/07_word_game.yaml", steps=(15, 30, 60), held_out=1024),
         Task(
             "spelling",
             "Spelling words backward (reasoning-gym), the demo's policy",
@@ -54,16 +52,6 @@ TASKS = {
                 "rollout.max_completion_tokens": 16,
                 "warm_start.batch_size": 32,
             },
-        ),
-        Task(
-            "gsm8k",
-            "GSM8K, SmolLM2-135M after supervised steps",
-            "examples/05_gsm8k_recipe/3_grpo.yaml",
-            steps=(10, 20, 40),
-            held_out=200,
-            # quartet sft examples/05_gsm8k_recipe/1_sft.yaml --data.held_out 0.1 --output_dir runs/learn/gsm8k_sft
-            model="runs/learn/gsm8k_sft/policy",
-            changes={"data.held_out": 0.1},  # of the training questions, which the policy has not seen either
         ),
     )
 }
@@ -83,8 +71,6 @@ def config_of(task: Task, folder: Path, **changes: Any) -> TrainConfig:
 
 def start(task: Task, seed: int, folder: Path) -> Path:
     """The policy of a seed: that of the warm start, in `folder`, which is made once."""
-    if task.model is not None:
-        return ROOT / task.model
     policy = folder / "warm_start"
     if not (folder / "policy").exists():
         from grpo.train import train

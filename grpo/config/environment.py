@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, field_validator
 
 from rewards.config.options import Options
 from rewards.config.reward import RewardOptions, RewardsOptions
-from rewards.config.sources import SourcesOptions
 
 
 class EnvironmentOptions(Options):
@@ -55,19 +52,6 @@ class AgentOptions(EnvironmentOptions):
     agent_cache_tokens: int = Field(default=1 << 14, ge=0)
     """Tokens of conversations whose caches each sampler keeps between an agent's requests, so that each request reads
     only what is new; the oldest are dropped. 0 keeps none. vLLM keeps as many as its memory has room for."""
-
-
-class TurnsOptions(Options):
-    """How earlier turns of an agent's episode become the prompt of the next one."""
-
-    thoughts: Literal["keep", "fork"] = "keep"
-    """What comes of answers that the chat template shows in another way later, such as without their thoughts. `keep`
-    goes on with what was sampled, `fork` samples and learns each turn of an agent in the context that a server
-    shows."""
-
-
-class TrainDataOptions(TurnsOptions, SourcesOptions):
-    """Where prompts come from."""
 
 
 def rewards_of(config: RewardsOptions) -> list[RewardOptions]:

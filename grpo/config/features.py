@@ -28,7 +28,6 @@ class Feature:
 # Terms add up, and listeners are asked, in this order.
 FEATURES = (
     Feature("distill", section="train", term=True),
-    Feature("cassette", section="train"),
     Feature("balance", section="sft", term=True),
     Feature("value", section="train", term=True),
     Feature("draft_head", term=True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rewards.config.options import Options
 
@@ -19,8 +19,6 @@ class ParallelOptions(Options):
     """Ranks that each compute a part of every MLP, expert, embedding and LM head, on the same rows."""
     expert: int = Field(default=1, ge=1)
     """Ranks that each hold some of the routed experts whole; tokens travel to them. It divides fsdp x tensor."""
-    fsdp_cpu_offload: bool = False
-    """Shards wait in the memory of the host, and each layer visits the device: slow, and small there."""
 
     def shares(self, size: int) -> tuple[int, int]:
         """`fsdp` and the number of copies for a run of `size` processes. Raises ValueError where the options do not fit
@@ -118,15 +116,8 @@ class MTPOptions(Options):
 
     loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the draft loss; 0 leaves the draft head as it is."""
-    every: int = Field(default=1, ge=1)
-    """Train the draft head in every n-th step."""
-    share: float = Field(default=1.0, gt=0, le=1)
-    """Share of a step's rows that the draft head learns from, others in every step; the cost shrinks with it."""
     depth: int = Field(default=4, ge=1)
     """How many depths are unrolled in training."""
-    tv: bool = False
-    """Minimise total variation, the share of rejected drafts, and not KL. For a draft head that `quartet mtp` has
-    taught: the gradient vanishes where it gives a token of the trunk hardly any probability."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Learning rate of the draft head."""
 
@@ -137,12 +128,6 @@ class SftMTPOptions(MTPOptions):
     train_trunk: bool = False
     """Cross-entropy on the gold tokens through draft head and trunk (DeepSeek-V3; loss_weight 0.3 or 0.1 there), in
     place of teaching the draft head alone."""
-
-    @model_validator(mode="after")
-    def _one_loss(self) -> SftMTPOptions:
-        if self.tv and self.train_trunk:
-            raise ValueError("tv needs the trunk's distributions, and train_trunk compares with gold tokens; drop one")
-        return self
 
 
 class WarmStartOptions(Options):

@@ -87,7 +87,7 @@ def _defaults(run: dict[str, Any]) -> dict[str, Any]:
     whole = ("data", "rewards", "reward_models", "reward", "dtype", "device", "seed")
     parts = {"rollout": ("temperature", "max_completion_tokens", "prompts_per_shard"), "eval": ("split",)}
     brought = {name: run[name] for name in whole if name in run}
-    brought["data"].pop("thoughts", None)  # of turns
+    brought["data"].pop("thoughts", None)  # an option of agents until 0.2
     return brought | {
         part: {name: run[part][name] for name in names if name in run[part]} for part, names in parts.items()
     }

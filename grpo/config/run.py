@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator
 
-from grpo.config.environment import AgentOptions, EnvironmentOptions, TrainDataOptions
+from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.features import sections
 from grpo.config.learner import (
     LearnerOptions,
@@ -75,13 +75,6 @@ class LogOptions(Options):
 
     trackers: list[str] | None = None
     """Trackers of accelerate (`tensorboard`, `wandb`, ...); TensorBoard when installed, [] for none."""
-
-
-class GrpoLogOptions(LogOptions):
-    """What a person sees and what is kept."""
-
-    measure_speed: bool = False
-    """At the end, time sampling with and without drafts on held-out prompts."""
 
 
 class RunConfig(RewardsOptions, ModelOptions):
@@ -170,12 +163,10 @@ class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ign
     """Steps of GRPO; one step samples, scores and learns once."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Prompts per step; completions per step are this times rollout.group_size."""
-    data: TrainDataOptions = TrainDataOptions()
     rollout: RolloutOptions = RolloutOptions()
     learner: LearnerOptions = LearnerOptions()
     eval: GrpoEvalOptions = GrpoEvalOptions()
     checkpoint: GrpoCheckpointOptions = GrpoCheckpointOptions()
-    log: GrpoLogOptions = GrpoLogOptions()
     warm_start: WarmStartOptions = WarmStartOptions()
     lora: LoraOptions | None = None
     """Adapters; null updates every weight."""

@@ -21,6 +21,7 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
 from rollout.relay import Relay
 from rollout.sampling import SamplingParams
+from rollout.thoughts import dropping
 
 METRICS = {
     "agent/segments_mean": "texts of an episode, mean; absent where each is the data's prompt continued",
@@ -36,11 +37,11 @@ class AgentSampler:
     """Samples with the engine, the workers or the server of `pool`, which stays open when this is closed. `temperature`
     is the run's."""
 
-    def __init__(self, pool: Any, agent: AgentOptions, temperature: float, thoughts: str = "keep") -> None:
+    def __init__(self, pool: Any, agent: AgentOptions, temperature: float) -> None:
         from grpo.endpoint.endpoint import Endpoint  # whose packages are an extra
 
         self.pool, self.agent, self.temperature, self.check_stop = pool, agent, temperature, pool.check_stop
-        self.episode = Episode if thoughts == "keep" else ForkingEpisode
+        self._kind: type[Episode] | None = None
         self.endpoint = Endpoint()
         self._agents: WorkerPool | None = None
         self._thread = ThreadPoolExecutor(1, "agents")
@@ -79,6 +80,12 @@ class AgentSampler:
         relay: Relay = self.pool.relay(params, self.agent.agent_cache_tokens, rows)
         return relay
 
+    def kind(self, engine: Engine | Relay) -> type[Episode]:
+        """Where the chat template rewrites earlier answers, each turn is sampled after what a server would show."""
+        if self._kind is None:  # the template stays
+            self._kind = ForkingEpisode if dropping(engine.policy.tokenizer) else Episode
+        return self._kind
+
     def keep(self) -> None:
         self.pool.keep()
 
@@ -115,13 +122,14 @@ class _Sampling:
         self.sampler, self.prompts, self.size, self.ended = sampler, prompts, params.group_size, 0
         self.params, cache_tokens = replace(params, group_size=1), sampler.agent.agent_cache_tokens
         self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S, cache_tokens=cache_tokens)
+        self.kind = sampler.kind(engine)
         self.begun = [self._begin(place) for place in range(len(prompts) * self.size)]
 
     def _begin(self, place: int) -> tuple[Episode, dict[str, Any]]:
         """Returns an episode, and what its agent is called with."""
         number, sample = divmod(place, self.size)
         prompt, endpoint = self.prompts[number], self.sampler.endpoint
-        episode = self.sampler.episode(prompt, sample, self.batcher, self.params, self.sampler.temperature)
+        episode = self.kind(prompt, sample, self.batcher, self.params, self.sampler.temperature)
         episode.home = place
         address = {"base_url": endpoint.open(episode), "api_key": endpoint.key}
         values = {**prompt.columns, "prompt": prompt.text, **address}

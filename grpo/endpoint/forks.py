@@ -1,4 +1,4 @@
-"""Episodes of agents in which every answer comes after what a server would show (`data.thoughts: fork`)."""
+"""Episodes of agents where the chat template rewrites earlier answers: each comes after what a server would show."""
 
 from __future__ import annotations
 

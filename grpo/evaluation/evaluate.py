@@ -1,4 +1,4 @@
-"""Held-out evaluation and the speed of sampling: the same engine and the same scoring as training."""
+"""Held-out evaluation: the same engine and the same scoring as training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import fmean, median
+from statistics import fmean
 
 from rich.progress import Progress
 
@@ -17,7 +17,7 @@ from grpo.task.task import Task
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.depth import drafts_by_depth, tokens_per_forward
 from rollout.faults import RolloutError
-from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
@@ -257,41 +257,3 @@ def failure_kinds(failures: Sequence[RewardFailure]) -> dict[str, int]:
     {'mine: timeout': 1}
     """
     return dict(Counter(f"{failure.function}: {failure.kind}" for failure in failures).most_common())
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Completion tokens per second with drafts and without, at one number of rows."""
-
-    rows: int
-    draft_tokens: int | None  # None: the depth controller chose
-    with_drafts: float
-    without_drafts: float
-    tokens_per_forward: float
-
-    @property
-    def gain(self) -> float:
-        return self.with_drafts / self.without_drafts
-
-
-def measure_speed(
-    pool: Sampler, prompts: Sequence[Prompt], sampling: SamplingParams, rows: Sequence[int], repeats: int = 5
-) -> list[Speed]:
-    """Samples the same prompts with and without drafts, `repeats` times in turn; the tokens stay the same."""
-    speeds = []
-    for count in rows:
-        rates: dict[int | None, list[float]] = {0: [], sampling.draft_tokens: []}
-        completions: list[Completion] = []
-        for repeat in range(repeats):
-            chosen = [prompts[(repeat * count + i) % len(prompts)] for i in range(count)]
-            for depth in rates:
-                params = replace(sampling, draft_tokens=depth, group_size=1)
-                started = time.perf_counter()
-                groups = pool.sample(chosen, params)
-                seconds = time.perf_counter() - started
-                sampled = [completion for group in groups for completion in group.completions]
-                rates[depth].append(sum(completion.num_sampled for completion in sampled) / seconds)
-                completions += sampled if depth != 0 else []
-        with_drafts, without = median(rates[sampling.draft_tokens]), median(rates[0])
-        speeds.append(Speed(count, sampling.draft_tokens, with_drafts, without, tokens_per_forward(completions) or 1.0))
-    return speeds

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from grpo.evaluation.evaluate import (
-    Evaluation,
-    Speed,
-    as_metrics,
-    both_ways,
-    evaluate_ways,
-    measure_speed,
-    source_metrics,
-)
+from grpo.evaluation.evaluate import Evaluation, as_metrics, both_ways, evaluate_ways, source_metrics
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
 from grpo.run.records import read_metrics
@@ -105,12 +97,6 @@ class HeldOut:
         ids = [group.prompt.prompt_id for group in result.groups]
         self.log.problems(step, metric, dict(zip(ids, result.by_problem, strict=True)))
 
-    def speeds(self) -> list[Speed]:
-        """Measures how fast it samples with and without drafts, at 1, 8 and 32 rows."""
-        if not self.prompts or self.sampling.draft_tokens == 0:
-            return []
-        return measure_speed(self.pool, self.prompts, self.sampling, rows=(1, 8, 32))
-
 
 @dataclass(frozen=True, repr=False)
 class Result:
@@ -125,7 +111,6 @@ class Result:
     folder: Path
     policy: Policy
     evaluations: dict[str, Evaluation]
-    speeds: list[Speed] = field(default_factory=list)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

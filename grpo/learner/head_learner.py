@@ -140,7 +140,7 @@ class HeadLearner(Learner):
     def _pass_over(self, taught: Sequence[Lesson], epoch: int, step: int) -> dict[str, float]:
         depth, order, loss = self.depth_at(epoch), list(range(len(taught))), f"loss/mtp{'_tv' if self.tv else ''}"
         random.Random(f"epoch/{self.seed}/{epoch}").shuffle(order)
-        self.term.options = self.term.options.model_copy(update={"tv": self.tv})
+        self.term.divergence = "tv" if self.tv else "kl"
         metrics: dict[str, float] = {}
         tokens, covered, losses = 0, 0, 0.0
         began = time.perf_counter()

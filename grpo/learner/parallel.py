@@ -177,8 +177,6 @@ def refuse_processes(cpu: bool, options: ParallelOptions, size: int = 0) -> None
         )
     if size := size or int(os.environ.get("WORLD_SIZE", "0")):
         options.shares(size)
-    if cpu and options.fsdp_cpu_offload:
-        raise ValueError("learner.parallel.fsdp_cpu_offload=true: on a CPU the shards are in the host's memory already")
 
 
 def join(cpu: bool, options: ParallelOptions) -> Ranks:
@@ -203,7 +201,6 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
         tp_size=options.tensor,
         ep_size=options.expert,
         dp_replicate_size=copies,
-        fsdp_cpu_offload=options.fsdp_cpu_offload,
         ep_implementation="all_to_all",
     )
     return Ranks(layout, state.process_index, state.device)

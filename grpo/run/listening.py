@@ -19,11 +19,3 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
         raise OSError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from error
     shown = f"[{host}]" if ":" in host else host
     return listening, f"{shown}:{listening.getsockname()[1]}"
-
-
-def find_address(host: str, port: int) -> str:
-    """Finds the address as `listen` does, for a server of another process. vLLM shares a port with nobody, so nothing
-    holds it until then: where another program takes it first, the server says so and ends."""
-    holder, address = listen(host, port)
-    holder.close()
-    return address

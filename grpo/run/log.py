@@ -27,7 +27,7 @@ import zstandard
 from rich.console import Console
 from rich.progress import Progress
 
-from grpo.config.run import GrpoLogOptions, LogOptions
+from grpo.config.run import LogOptions
 from grpo.run import hardware
 from grpo.run.console import progress_bars, sample_table, step_line
 from grpo.run.json_lines import append_line, json_line, open_lines
@@ -95,7 +95,7 @@ class RunLog:
         console: Console | None = None,
     ) -> None:
         # Everything that can be refused is refused before the folder is touched.
-        self._options = options or GrpoLogOptions()
+        self._options = options or LogOptions()
         tracker_names = installed(self._options.trackers)
         refuse_folder(output_dir, resuming=resume is not None)
         self._lock = lock or RunLock(output_dir)
@@ -142,7 +142,7 @@ class RunLog:
     def supervised(self, step: int, last: int, metrics: Mapping[str, float]) -> None:
         """Show one in ten steps on gold solutions, or one in fifty."""
         if step == last or step % max(1, min(50, last // 10)) == 0:
-            names = [name for name in ("loss/sft", "loss/mtp", "loss/mtp_tv") if name in metrics]
+            names = [name for name in ("loss/sft", "loss/mtp") if name in metrics]
             shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
             self.say(f"warm start {step:4d}/{last}  {shown}")
 
@@ -191,7 +191,7 @@ class RunLog:
         drawn = [draw for draw in draws or [0] * len(groups) for _ in range(size)]
         text = "".join(json_line({**head, "draw": draw, **line}) for draw, line in zip(drawn, lines, strict=True))
         write_file(rollout_path(self.output_dir, step), zstandard.compress(text.encode()))
-        shows = isinstance(self._options, GrpoLogOptions) and (step == 1 or step % TABLE_EVERY == 0)
+        shows = step == 1 or step % TABLE_EVERY == 0
         if policy_logprobs is None and shows:
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
             self._track(lambda tracker: log_rollouts(tracker, step, lines))

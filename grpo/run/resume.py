@@ -19,11 +19,11 @@ FREE_TO_CHANGE = (
     *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
     *("reward.timeout_s", "reward.workers", "reward.pass_variables", "rollout.timeout_s"),
     *("learner.workers", "learner.parallel", "program_workers", "program_timeout_s", "program_memory_mb"),
-    *("cassette.file", "cassette.mode", "agent_cache_tokens"),
+    "agent_cache_tokens",
 )
 # Options that are gone, and without which a run would not go on to the same bits.
 LEARNED = (
-    *("loss.", "value.", "curriculum.", "warm_start.", "policy.", "mtp.", "head."),
+    *("loss.", "value.", "curriculum.", "warm_start.", "policy.", "mtp.", "head.", "cassette."),
     *("rollout.partial", "rollout.accept", "rollout.refill_prompts"),
 )
 

@@ -42,7 +42,7 @@ class Collector:
         stream: PromptStream,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        self.run, self.task, self.listeners, self.stream, self.sampling = run, task, listeners, stream, sampling
+        self.run, self.task, self.listeners, self.stream, self.sampling = run, task, list(listeners), stream, sampling
         self.config, self.tokenizer = run.config, policy.tokenizer
         self.backend = run.config.whole_rollout.backend or policy.backend
         self.head_accepted: tuple[float, ...] = ()
@@ -56,17 +56,10 @@ class Collector:
             listener.begins(step)
 
     def prompts(self, count: int, step: int, draw: int = 0) -> list[Prompt]:
-        """Different prompts: those that a listener chooses, or the next ones of the data. Where it wants to see a
-        completion of more of them first, it chooses of these."""
-        picky = next((listener for listener in self.listeners if listener.candidates(count, step) > count), None)
-        most = picky.candidates(count, step) if picky else count
-        chosen = (listener.choose(most, step, draw) for listener in self.listeners)
-        examples = next((some for some in chosen if some is not None), None) or self.stream.take(most)
-        prompts = [self.task.prompt(example, self.tokenizer) for example in examples]
-        if picky is None:
-            return prompts
-        params = replace(self.params(step), group_size=1).at(step, -1 - draw)  # noise that no group has
-        return list(picky.narrow(prompts, count, partial(self.sample, params=params, on_finished=lambda ended: None)))
+        """Different prompts: those that a listener chooses, or the next ones of the data."""
+        chosen = (listener.choose(count, step, draw) for listener in self.listeners)
+        examples = next((some for some in chosen if some is not None), None) or self.stream.take(count)
+        return [self.task.prompt(example, self.tokenizer) for example in examples]
 
     def params(self, step: int) -> SamplingParams:
         """How the completions of a step are sampled."""
@@ -108,15 +101,11 @@ class Collector:
             progress.remove_task(bar)
             return groups, scores
 
-        def chosen(count: int, draw: int) -> Sequence[Prompt]:
-            with self.run.timed("time/rollout", measured):  # of candidates, where there are some
-                return self.prompts(count, step, draw)
-
         def replacements(tied: list[Prompt], draw: int) -> Sequence[Prompt]:
-            return chosen(len(tied), draw)
+            return self.prompts(len(tied), step, draw)
 
         with Progress(disable=True) if quiet else self.run.log.progress() as progress:
-            prompts = chosen(self.config.prompts_per_step, 0)
+            prompts = self.prompts(self.config.prompts_per_step, step)
             drawn = draw_groups(prompts, options.refill_draws, sample, replacements)
         self.learn_drafts(drawn.all_groups)
         for failure in (failure for score in drawn.all_scores for failure in score.errors):

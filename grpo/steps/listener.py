@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo.algorithm.dynamic_sampling import Drawn
@@ -13,7 +13,7 @@ from grpo.learner.batch import TrainingBatch
 from grpo.task.task import Task
 from rewards.data.examples import Example
 from rewards.group_score import GroupScore
-from rollout.group import Prompt, RolloutGroup
+from rollout.group import RolloutGroup
 
 if TYPE_CHECKING:
     from grpo.steps.loop import Run
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Listener:
     """Looks at the steps of a run, on its first rank. A listener overrides what it needs.
 
-    What is sampled ahead calls `begins`, `choose`, `narrow`, `sampled` and `metrics` in another thread and before its
+    What is sampled ahead calls `begins`, `choose`, `sampled` and `metrics` in another thread and before its
     turn; the state that these have is taken back where the sampling fails.
 
     >>> class Longest(Listener):
@@ -33,21 +33,10 @@ class Listener:
     def begins(self, step: int) -> None:
         """Is called before the prompts of a step are chosen."""
 
-    def candidates(self, count: int, step: int) -> int:
-        """How many prompts are chosen for `count` that are used; `narrow` gets them where they are more."""
-        return count
-
     def choose(self, count: int, step: int, draw: int) -> list[Example] | None:
         """The problems of a draw, all different; None: the next ones of the data. `draw` counts the refills of a
         step."""
         return None
-
-    def narrow(
-        self, prompts: Sequence[Prompt], count: int, sample: Callable[[Sequence[Prompt]], list[RolloutGroup]]
-    ) -> Sequence[Prompt]:
-        """The `count` prompts that are used, of these candidates. `sample` gives one completion of each, which is not
-        learned from."""
-        return prompts[:count]
 
     def sampled(self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:
         """Is called after each draw of a step."""
@@ -55,10 +44,6 @@ class Listener:
     def metrics(self, step: int) -> dict[str, float]:
         """Gives the metrics of a step that was drawn."""
         return {}
-
-    def prepare(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch that is learned from, on every rank."""
-        return batch
 
     def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
         """Is called before the learner reads the batch of a step. Returns metrics."""

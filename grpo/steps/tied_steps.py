@@ -89,7 +89,7 @@ class TiedSteps(Listener):
         return (
             "the groups' rewards differ from each other, but inside each group all completions got the same: some "
             f"problems are too easy and others too hard{self._cut()}",
-            ["choose problems between the two: curriculum.by_difficulty: true", *self._spread()],
+            ["leave out problems that are always or never solved", *self._spread()],
         )
 
     def _when_easy(self) -> list[str]:
@@ -140,7 +140,7 @@ class TiedSteps(Listener):
         return [
             *([f"let completions end: raise rollout.max_completion_tokens (now {limit})"] if self._cut() else []),
             f"train longer on reference solutions first: warm_start.steps (now {self.run.config.warm_start.steps})",
-            "begin with easier problems: curriculum.shortest_share below 1, curriculum.by_difficulty: true",
+            "begin with easier problems: curriculum.shortest_share below 1",
             *self._spread(),
             "give parts of the marks for parts of the answer, by a second reward (rewards)",
             "see that the reward gives a gold solution full marks: quartet reward test",

@@ -53,14 +53,9 @@ def check_plan(options: ModelOptions, source: PolicySource | None = None, *, on_
 
 @contextmanager
 def open_task(config: LearningConfig | MtpConfig, *, scores: bool = True) -> Iterator[Task]:
-    """The task of a run, with its cassette. Where its data are wrong, its rewards are looked at as well."""
-    cassette = getattr(config, "cassette", None)
+    """The task of a run. Where its data are wrong, its rewards are looked at as well."""
     with ExitStack() as stack:
         opened = stack.enter_context(listing())
-        if cassette is not None and cassette.file is not None:
-            from rewards.isolation.cassette import playing
-
-            stack.enter_context(playing(cassette.file, cassette.mode, cassette.faults))
         try:
             task = task_of(config, scores=scores)
         except REFUSALS as error:

@@ -27,12 +27,8 @@ Config = LearningConfig | MtpConfig
 
 def sources_of(config: Config, opened: OpenedFiles) -> Sources:
     """What the result of a run depends on, but for its data and its model: these are compared with a checkpoint."""
-    cassette = getattr(config, "cassette", None)
-    apart = [config.output_dir.absolute()]
-    if cassette is not None and cassette.file is not None:
-        apart.append(cassette.file.absolute())  # a run may go on with another one
     sources = [*_of_rewards(config), *_of_environments(config), *_of_agent(config), *_of_loss(config)]
-    return Sources(sources, opened, apart)
+    return Sources(sources, opened, [config.output_dir.absolute()])
 
 
 def _of_rewards(config: Config) -> Iterator[Source]:

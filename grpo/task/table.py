@@ -125,11 +125,6 @@ def _shortest(options: object) -> str:
     return f"curriculum.shortest_share={_word(share)}" if share < 1 else ""
 
 
-def _candidates(options: object) -> str:
-    candidates = option(options, "curriculum.candidates") or 1
-    return f"curriculum.candidates={candidates}" if candidates > 1 else ""
-
-
 def _drafts_of_vllm(options: object) -> str:
     drafts = option(options, "rollout.backend") == "vllm" and option(options, "rollout.draft_tokens")
     return f"rollout.draft_tokens={drafts} of vLLM" if drafts else ""
@@ -198,7 +193,6 @@ SITUATIONS: Mapping[str, Form] = {
     "several ranks": _ranks,
     "several sources of data": _sources,
     "a curriculum of the shortest": _shortest,
-    "a choice among candidates": _candidates,
     "a preset": lambda options: options.model in presets.PRESETS and f"model={options.model!r} (a preset)",
     "a GGUF file": lambda options: bool(gguf.file_of(options.model)) and f"model={options.model!r} (a GGUF file)",
     "drafts of vLLM": _drafts_of_vllm,

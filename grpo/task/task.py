@@ -10,7 +10,6 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -340,17 +339,6 @@ class Task:
             messages=[group.prompt.messages for group in groups],
             turns=[group.turns for group in groups],
         )
-
-    def pass_rate(self, score: GroupScore) -> float | None:
-        """Share with full marks of a group's completions that have a mark; None where none of them has one.
-
-        A failure of the function that marks is no mark, whatever `reward.on_error` puts in its place.
-        """
-        failed = {failure.sample_index for failure in score.errors if failure.function == self.first_reward}
-        marks = [mark for i, mark in enumerate(score.parts[self.first_reward]) if i not in failed]
-        passed = [self.verdicts.has_full_marks(mark) for mark in marks]
-        marked = [right for right in passed if right is not None]
-        return fmean(marked) if marked else None
 
     def lost(self) -> dict[str, float]:
         """faults/* of the reward workers since the last call; empty where none was lost."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = ("base.js", "controls.js", "charts.js", "rollouts.js", "tables.js", "main.js")
+SCRIPTS = ("base.js", "controls.js", "charts.js", "rollouts.js", "events.js", "main.js")
 ASSETS = (*SCRIPTS, "view.css")
 PACKAGES = "the page of a run needs Starlette, uvicorn and Plotly: pip install 'quartet-rl[view]'"
 FRAME = """<!doctype html>

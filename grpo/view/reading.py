@@ -34,7 +34,23 @@ def check_files(*paths: Path) -> None:
 
 def read_step(folder: Path, step: int) -> list[dict[str, Any]]:
     """`read_rollouts` of a record that is a plain file and not too large. Raises ValueError for another one."""
+    _check_record(rollout_path(folder, step))
+    return read_rollouts(folder, step)
+
+
+def has_prompt(folder: Path, step: int, prompt_id: str) -> bool:
+    """Whether the record of a step may hold a completion of this prompt. Its lines are not parsed, which takes longer
+    than to unpack them. Raises as `read_step`, and FileNotFoundError."""
     path = rollout_path(folder, step)
+    _check_record(path)
+    try:
+        text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+    except zstandard.ZstdError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return json.dumps(prompt_id).encode() in text
+
+
+def _check_record(path: Path) -> None:
     check_files(path)
     if path.exists():
         with path.open("rb") as file:
@@ -43,7 +59,6 @@ def read_step(folder: Path, step: int) -> list[dict[str, Any]]:
             _check_size(path, zstandard.frame_content_size(header), "would unpack to")
         except zstandard.ZstdError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-    return read_rollouts(folder, step)
 
 
 def _check_size(path: Path, size: int, verb: str) -> None:

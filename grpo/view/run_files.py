@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from grpo.run.metrics import meaning
 from grpo.run.records import TURNS, check_run, read_events, read_metrics
 from grpo.view.control_result import read_control
 from grpo.view.headline import control_sentences, headline
-from grpo.view.reading import check_files, find_tokenizer, read_step, token_texts
+from grpo.view.reading import check_files, find_tokenizer, has_prompt, read_step, token_texts
 from rewards.group_score import RewardFailure
 from rewards.records import recorded_steps, rollout_path, split_groups
 from rewards.ties import tied
 from rewards.verdicts import ACCURACY, judged_problems
 
 FAILURE = [field.name for field in fields(RewardFailure)]
+PLACES_AT_MOST = 200  # steps of a prompt; to parse their records takes seconds
 ACCURACIES = (ACCURACY, f"{ACCURACY}_greedy")
 
 
@@ -100,6 +102,22 @@ class RunFiles:
             "prompt": lines[0]["prompt"],
             "completions": [self._completion(line) for line in lines],
         }
+
+    def places(self, prompt_id: str) -> list[dict[str, int]]:
+        """Returns the step and the number of the group wherever this prompt was drawn, ascending, of the newest
+        PLACES_AT_MOST steps with it. A record that cannot be read is left out."""
+        places: list[dict[str, int]] = []
+        steps = 0
+        for step in reversed(recorded_steps(self.folder)):
+            with suppress(OSError, ValueError):
+                if not has_prompt(self.folder, step, prompt_id):
+                    continue
+                groups = enumerate(split_groups(read_step(self.folder, step)))
+                places += [{"step": step, "number": i} for i, lines in groups if lines[0]["prompt_id"] == prompt_id]
+                steps += 1
+            if steps == PLACES_AT_MOST:
+                break
+        return sorted(places, key=lambda place: (place["step"], place["number"]))
 
     def _completion(self, line: Mapping[str, Any]) -> dict[str, Any]:
         plain = ("sample", "text", "reward", "parts", "extras", "advantage", "finish_reason", "policy_version", "turns")

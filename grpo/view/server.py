@@ -9,19 +9,15 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from grpo.run.listening import listen
-from grpo.view.index import Index
 from grpo.view.page import ASSETS, PACKAGES, plotly, shell
 from grpo.view.run_files import RunFiles, finite
 
-UPDATE_S = 2.0  # how often new records of a running run are looked for
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:",
     "X-Content-Type-Options": "nosniff",
@@ -37,23 +33,12 @@ class Shown:
         self.runs = [RunFiles(folder) for folder in folders]
         for run, name in zip(self.runs, unique_names([run.folder for run in self.runs]), strict=True):
             run.name = name
-        self.indices = [Index(run.folder) for run in self.runs]
-
-    def keep_up(self, stop: threading.Event) -> None:
-        """Read what running runs write, until `stop` is set."""
-        while not stop.is_set():
-            for index in self.indices:
-                index.keep_up(stop)
-            stop.wait(UPDATE_S)
 
     def questions(self) -> dict[str, Callable[[dict[str, str]], Any]]:
         """Returns what answers a path, from the parameters of path and query."""
 
         def run(asked: dict[str, str]) -> RunFiles:
             return self.runs[_number(asked, "run", len(self.runs))]
-
-        def index(asked: dict[str, str]) -> Index:
-            return self.indices[_number(asked, "run", len(self.runs))]
 
         return {
             "runs": lambda _: [run.name for run in self.runs],
@@ -63,10 +48,7 @@ class Shown:
             "{run}/group/{step}/{number}": lambda asked: run(asked).group(
                 _number(asked, "step"), _number(asked, "number")
             ),
-            "{run}/search": lambda asked: index(asked).search(asked),
-            "{run}/prompts": lambda asked: index(asked).prompts(),
-            "{run}/places": lambda asked: index(asked).places(asked.get("prompt", "")),
-            "{run}/index": lambda asked: index(asked).state(),
+            "{run}/places": lambda asked: run(asked).places(asked.get("prompt", "")),
         }
 
 
@@ -101,17 +83,6 @@ def app(shown: Shown, token: str) -> Any:
         raise ValueError(PACKAGES) from error
     plotly()
 
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> Any:
-        stop = threading.Event()
-        thread = threading.Thread(target=shown.keep_up, args=[stop], daemon=True)
-        thread.start()
-        yield
-        stop.set()
-        thread.join(5)
-        for index in shown.indices:
-            index.close()
-
     def answer(make: Callable[[dict[str, str]], Any]) -> Callable[..., Any]:
         def handler(request: Any) -> Response:
             if not hmac.compare_digest(request.headers.get("x-token", "").encode(), token.encode()):
@@ -145,7 +116,6 @@ def app(shown: Shown, token: str) -> Any:
             Route("/assets/{name}", asset),
             *(Route(f"/api/{path}", answer(make)) for path, make in shown.questions().items()),
         ],
-        lifespan=lifespan,
     )
 
 
@@ -167,5 +137,5 @@ def view(folders: Sequence[Path], host: str, port: int, say: Callable[[str], Non
     listening, address = listen(host, port)
     say(f"open http://{address}/?token={token}   (Ctrl-C ends it)")
     with listening:
-        options: dict[str, Any] = {"log_level": "critical", "lifespan": "on", "timeout_graceful_shutdown": 1}
+        options: dict[str, Any] = {"log_level": "critical", "lifespan": "off", "timeout_graceful_shutdown": 1}
         uvicorn.Server(uvicorn.Config(application, **options)).run(sockets=[listening])

@@ -182,7 +182,7 @@ def _settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     _, settings = recorded_options(path)
     with expecting(path, "configuration of a run"):
-        settings["data"].pop("thoughts", None)  # no reward depends on it
+        settings["data"].pop("thoughts", None)  # an option of agents until 0.2
         SourcesOptions.model_validate(settings["data"])
         [str(model["name"]) for model in settings.get("reward_models", [])]
         int(settings["steps"]), int(settings["seed"]), int(settings["reward"]["workers"])

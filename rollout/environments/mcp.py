@@ -21,7 +21,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from typing import Any
 
-from rewards.isolation.cassette import Exchange
 from rewards.isolation.environments import OWN, EnvironmentFailed
 from rewards.isolation.variables import worker_variables
 
@@ -92,13 +91,9 @@ def mcp(server: str, timeout_s: float = 9.0) -> type[Mcp]:
 @functools.cache
 def _tools_of(server: str) -> list[tuple[str, str, dict[str, Any]]]:
     """The name, the description and the JSON schema of each tool. Raises ValueError."""
-
-    def live() -> list[Any]:
-        with closing(_Session(server, LIST_TIMEOUT_S)) as session:
-            return [(tool.name, tool.description or tool.name, tool.input_schema) for tool in session.tools()]
-
     try:
-        tools: list[Any] = Exchange("mcp", server, "list of tools").answer(live)
+        with closing(_Session(server, LIST_TIMEOUT_S)) as session:
+            tools = [(tool.name, tool.description or tool.name, tool.input_schema) for tool in session.tools()]
     except EnvironmentFailed as error:
         raise ValueError(str(error)) from error
     for name, _, schema in tools:

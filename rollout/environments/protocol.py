@@ -38,7 +38,6 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rewards.isolation.cassette import Exchange, put_in
 from rewards.isolation.environments import OWN, load_class, load_function, methods_of
 from rewards.isolation.pool import WorkerPool
 from rollout.environments.format import Answers
@@ -159,29 +158,11 @@ def check(spec: EnvironmentSpec, columns: Mapping[str, Any]) -> None:
 
 
 def run(pool: WorkerPool, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The replies, see `LoadedEnvironments.call`, by way of the cassette of the run, where there is one."""
-    exchanges, replies = [Exchange("environment", _about(r), r) for r in requests], list[Any]()
-    for exchange, request in zip(exchanges, requests, strict=True):
-        fault = exchange.fault() if request["calls"] else ""
-        message = f"{put_in(fault)}: {_about(request)}" if fault else ""
-        failure = {"kind": "timeout" if fault == "late" else "raised", "message": message}
-        replies.append(failure if fault else exchange.find())
-    missing = [i for i, reply in enumerate(replies) if reply is None]
-    answers = _run(pool, [requests[i] for i in missing]) if missing else []
-    for i, reply in zip(missing, answers, strict=True):
-        replies[i] = exchanges[i].keep(reply)
-    return replies
+    """The replies, see `LoadedEnvironments.call`.
 
-
-def _about(request: Mapping[str, Any]) -> str:
-    names = ", ".join(tool for tool, _ in request["calls"]) or ("the end" if request["ends"] else "the beginning")
-    place = f"episode {request['episode']}, after {len(request['history'])} calls: {names}"
-    return f"{request['environment']} {place}".lstrip()
-
-
-def _run(pool: WorkerPool, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A worker that died may have been killed from outside, so its request is repeated once. One that does not hold the
-    episode has a time limit for `reset`, and for each call that it repeats."""
+    A worker that died may have been killed from outside, so its request is repeated once. One that does not hold the
+    episode has a time limit for `reset`, and for each call that it repeats.
+    """
     numbered = [request | {"function": 0, "limits": 2 + len(request["history"])} for request in requests]
     replies = pool.run(numbered)
     for i, reply in enumerate(replies):

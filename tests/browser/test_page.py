@@ -53,8 +53,7 @@ def _write(folder: Path, step: int, lines: list[dict]) -> None:
 @pytest.fixture(scope="module")
 def address(folders):
     command = [sys.executable, "-m", "grpo", "view", str(folders / "first"), str(folders / "second")]
-    environment = os.environ | {"XDG_CACHE_HOME": str(folders)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     yield re.search(r"open (\S+)", process.stdout.readline())[1]
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
@@ -166,7 +165,7 @@ def test_on_touch_nothing_covers_the_newest_values(browser, address):
 
 def test_keys_go_everywhere(page):
     page.go()
-    for key, title in {"s": "step 4", "ArrowLeft": "step 3", "d": "data", "e": "events", "/": "search"}.items():
+    for key, title in {"s": "step 4", "ArrowLeft": "step 3", "e": "events"}.items():
         page.keyboard.press(key)
         _title(page, title)
     page.keyboard.press("Tab")
@@ -189,33 +188,21 @@ def test_dark_is_kept(page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
 
 
-def test_search_finds_and_its_address_says_what_was_sought(page):
-    page.go("search")
-    page.fill("input[name=regex]", r"####\s\d")
-    page.fill("input[name=first]", "2")
-    page.fill("input[name=last]", "3")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("tbody tr")
-    sought = page.url
-    steps = {int(text) for text in page.locator("tbody td:first-child").all_text_contents()}
-    assert steps == {2, 3}
-    page.goto("about:blank")
-    page.goto(sought)
-    page.wait_for_selector("tbody tr")
-    page.fill("input[name=regex]", "(")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".fault")
-    assert "no regular expression" in page.text_content(".fault")
-    assert page.locator("input[name=regex]").input_value() == "("
+def test_a_field_leaves_the_groups_whose_prompts_hold_a_text(page):
+    page.go("step/3")
+    cards = page.locator("a.card:visible")
+    page.evaluate("for (const folded of document.querySelectorAll('details')) folded.open = true")
+    assert cards.count() == 4
+    page.fill("input[name=filter]", "no prompt says this")
+    assert cards.count() == 0
+    page.fill("input[name=filter]", "")
+    assert cards.count() == 4
 
 
-def test_prompts_sort_and_lead_to_their_completions_side_by_side(page):
-    page.go("data")
-    page.click("th button:has-text('pass rate')")
-    rates = [float(text) for text in page.locator("tbody td:nth-child(3)").all_text_contents()]
-    assert rates == sorted(rates, reverse=True)
-    page.locator("tbody a").last.click()
-    page.wait_for_selector("main .text")
+def test_a_prompt_leads_to_its_completions_side_by_side(page):
+    page.go("group/3/0")
+    page.click("a:has-text('this prompt at other steps')")
+    page.wait_for_selector("main .side")
     assert page.text_content("h1").startswith("prompt ")
 
 
@@ -225,9 +212,7 @@ def test_a_diff_marks_what_was_added_and_removed(page):
     assert parts == [[0, "a "], [-1, "b"], [1, "x"], [0, " c"], [1, " d"]]
 
 
-@pytest.mark.parametrize(
-    "where", ["step/4", "group/4/0", "search/text%3Dright", "data", "diff/%3Cb%3Eid%3C%2Fb%3E%2F%252f"]
-)
+@pytest.mark.parametrize("where", ["step/4", "group/4/0", "diff/%3Cb%3Eid%3C%2Fb%3E%2F%252f"])
 def test_hostile_text_is_shown_and_not_executed(page, where):
     page.go(where)
     page.wait_for_selector("main .text, main table, main .side")
@@ -238,7 +223,7 @@ def test_hostile_text_is_shown_and_not_executed(page, where):
 @pytest.mark.parametrize("width", [400, 1280, 3840])
 def test_nothing_is_cut_off(browser, address, width):
     page = browser.new_page(viewport={"width": width, "height": 900})
-    for where in ("overview", "step/3", "group/4/0", "search/text%3Da", "data", "events"):
+    for where in ("overview", "step/3", "group/4/0", "events"):
         page.goto("about:blank")
         page.goto(f"{address}#/0/{where}")
         page.wait_for_selector("h1")

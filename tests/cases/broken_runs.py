@@ -35,7 +35,6 @@ BASE: dict[str, Any] = {
     "loss.scale_rewards": "none",
     "mtp.loss_weight": 0.0,
     "eval.limit": 0,
-    "log.measure_speed": False,
     "log.trackers": [],
     "checkpoint.every": 1000,
 }

@@ -43,7 +43,7 @@ def learner_of(folder: Path, case: dict, ranks) -> Learner:
     return small_learner(
         policy,
         LearnerOptions(**options),
-        MTPOptions(depth=2, share=0.5),
+        MTPOptions(depth=2),
         LossOptions(**case.get("loss", {})),
         balance=BalanceOptions(bias_rate=0.01, sequence_weight=0.01)
         if policy.backend == "native"

@@ -22,7 +22,6 @@ LEAVING = {
         ["grpo/config/distill.py", "grpo/learner/terms/distill.py", "grpo/learner/terms/teacher_server.py"],
         (TABLE, 'Feature("distill"'),
     ),
-    "cassette": (["grpo/config/cassette.py"], (TABLE, 'Feature("cassette"')),
     "balance": (["grpo/config/balance.py", "grpo/learner/terms/balance.py"], (TABLE, 'Feature("balance"')),
     "value": (["grpo/config/value.py", "grpo/learner/terms/value.py"], (TABLE, 'Feature("value"')),
     "draft_head": (["grpo/learner/terms/draft_head.py"], (TABLE, 'Feature("draft_head"')),

@@ -99,7 +99,7 @@ def saved(hf_policy, tmp_path_factory):
 @pytest.fixture(scope="module")
 def config_of(micro_config, saved):
     """`config_of(output_dir, "qwen2", **options)`: three steps of four prompts."""
-    plain = {"rollout.draft_tokens": None, "mtp.depth": 4, "mtp.every": 1, "warm_start.steps": 0}
+    plain = {"rollout.draft_tokens": None, "mtp.depth": 4, "warm_start.steps": 0}
     return lambda folder, kind, **given: micro_config(folder, **plain | {"model": saved(kind)} | given)
 
 
@@ -193,7 +193,7 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     ("given", "named"),
     [
         ({"rollout.draft_tokens": 2}, "rollout.draft_tokens=2 with "),
-        ({"mtp.depth": 2, "mtp.share": 0.5}, "mtp.share=0.5, mtp.depth=2 with "),
+        ({"mtp.depth": 2, "mtp.learning_rate": 0.5}, "mtp.depth=2, mtp.learning_rate=0.5 with "),
         ({"add_mtp": True}, "add_mtp=true with "),
     ],
 )

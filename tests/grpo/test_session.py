@@ -5,6 +5,7 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,7 +84,6 @@ def test_contract_17_a_loop_over_the_primitives_gives_the_bits_of_quartet_train(
 @pytest.mark.slow
 def test_contract_17_a_loop_that_supervises_gives_the_bits_of_quartet_sft(micro_config, tmp_path):
     given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards", "data"})
-    del given["data"]["thoughts"]  # of agents, which `quartet sft` has none of
     given |= {"steps": 7, "prompts_per_step": 4, "eval": {"limit": 2}, "rollout": {"max_completion_tokens": 5}}
     sft(SftConfig(output_dir=tmp_path / "ours", **given))
     with Session.open(SftConfig(output_dir=tmp_path / "theirs", **given)) as session:
@@ -620,6 +620,21 @@ def test_examples_of_loops_learn(own_run, tmp_path, monkeypatch, name):
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert any(line.get("policy/step_kl", 0) > 0 for line in metrics)
     assert (tmp_path / "r/policy/model.safetensors").exists()
+
+
+def test_problems_with_different_rewards_are_drawn_more_often(own_run, tmp_path, monkeypatch):
+    """Of ten problems one has a variance of 1/4 and nine have 0, which counts as 1/100: 25 of 34 first draws."""
+    loop = run_loop(monkeypatch, "by_difficulty.py", own_run, tmp_path / "r")
+    metrics = read_metrics(tmp_path / "r")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    problems = [SimpleNamespace(example_id=str(i)) for i in range(10)]
+    listener = loop["ByDifficulty"](problems)
+    groups = [SimpleNamespace(prompt=SimpleNamespace(prompt_id=problem.example_id)) for problem in problems]
+    scores = [GroupScore([1.0, None, float(i != 3)], {}) for i in range(10)]
+    listener.sampled(1, groups, scores)
+    drawn = [listener.choose(2, step, 0) for step in range(400)]
+    assert all(first is not second for first, second in drawn)
+    assert sum(likeliest.example_id == "3" for _, likeliest in drawn) == pytest.approx(400 * 25 / 34, abs=40)
 
 
 @pytest.mark.slow

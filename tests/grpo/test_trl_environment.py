@@ -146,7 +146,6 @@ def test_a_class_of_trl_runs_unchanged_in_both(model, micro_config, tmp_path):
         "rollout.max_completion_tokens": 200,
         "rollout.draft_tokens": None,
         "mtp.depth": 4,
-        "mtp.every": 1,
         "warm_start.steps": 0,
         "steps": 1,
         "learner.learning_rate": 1e-4,

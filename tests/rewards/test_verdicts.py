@@ -199,7 +199,7 @@ def test_full_marks_are_what_the_gold_solution_gets_and_one_other_mark_is_seen_a
     given = (("undeclared", None), ("undeclared", 0.5), ("undeclared", 3.0), (0.5, 3.0), (None, 2.0))
     assert [Verdicts("r", at, gold).full_marks for at, gold in given] == [1.0, 1.0, 3.0, 0.5, 2.0]
     verdicts = Verdicts("r", "undeclared", None)
-    assert [verdicts.has_full_marks(mark) for mark in (None, sum([0.1] * 10), 2.0, 0.9)] == [None, True, True, False]
+    assert [verdicts.of(mark) for mark in (None, sum([0.1] * 10), 2.0, 0.9)] == [None, True, True, False]
     verdicts.see([1.0, 0.5])
     assert not verdicts.are_given
     verdicts, of_another = Verdicts("r", "undeclared", None), RewardFailure("other", "p", 0, "raised", "boom")

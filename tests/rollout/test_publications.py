@@ -32,7 +32,7 @@ def updated(learner: Learner, groups: list[RolloutGroup], step: int) -> dict[str
 
 def learner_of(policy: Policy, temperature: float) -> Learner:
     options = LearnerOptions(learning_rate=5e-3)
-    return small_learner(policy, options, MTPOptions(depth=3, every=1), LossOptions(), temperature=temperature)
+    return small_learner(policy, options, MTPOptions(depth=3), LossOptions(), temperature=temperature)
 
 
 @pytest.mark.slow

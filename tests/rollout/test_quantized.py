@@ -31,7 +31,7 @@ FAR = {"int8": 0.3, "int4": 2.0}
 
 
 def learner_of(policy: Policy) -> Learner:
-    options, mtp = LearnerOptions(learning_rate=1e-3), MTPOptions(depth=2, every=1)
+    options, mtp = LearnerOptions(learning_rate=1e-3), MTPOptions(depth=2)
     return small_learner(policy, options, mtp, LossOptions(), temperature=PARAMS.temperature, sampler_differs=True)
 
 

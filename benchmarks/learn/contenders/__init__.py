@@ -1,20 +1,7 @@
-"""The contenders: a file each. OPTIONS are over those of the task; most are features of `quartet train`.
+"""The contenders: a file each. OPTIONS are over those of the task.
 
-A contender may also have `listeners(session)`, which are added to those of the run, and `draw(session, step)`, which
-gives the groups of a step and their advantages.
+A contender may also have `draw(session, step)`, which gives what a step learns from. Its metrics are the completions
+and tokens that were sampled only to choose by.
 """
 
-NAMES = (
-    "grpo",
-    "unsure",
-    "difficulty",
-    "difficulty_updates",
-    "refill",
-    "updates",
-    "replay",
-    "maxrl",
-    "sizes",
-    "hint",
-    "hint_beside",
-    "hint_wrong",
-)
+NAMES = ("grpo", "unsure")

@@ -486,7 +486,7 @@ def examine_text(tokenizer: Any, stops: Sequence[int], vocabulary: int | None = 
     template.say(TRANSFORMERS, words, wrong)
     text, bos, dropped = str(tokenizer.chat_template), tokenizer.bos_token, " and ".join(dropping(tokenizer))
     notes = {
-        f"data.thoughts: fork learns each turn as a server shows it, without thoughts before {dropped}": dropped,
+        f"an agent learns each turn as a server shows it, without thoughts before {dropped}": dropped,
         "mend chat_template.jinja, or chat_template in tokenizer_config.json": wrong,
         WHAT_TO_DO["template"]: words in ("loses spaces", "rewrites turns", "drops earlier thoughts", TRIMS),
         "its prompt has the time of now: give date_string in data.chat_template_kwargs": "strftime_now" in text,

@@ -31,6 +31,7 @@ from grpo.session import Session
 from grpo.task.task import Task
 from policies.files.atomic import write_file
 from rewards.config.names import recorded_options
+from rewards.config.options import load
 from rewards.group_score import GroupScore
 from rewards.verdicts import held_out_metric
 
@@ -81,10 +82,10 @@ def _config(folder: Path) -> TrainConfig:
     file = folder / "config.yaml"
     if not file.is_file():
         raise ValueError(f"RUN={folder}: has no config.yaml; name the folder of a run of quartet train")
-    command, options = recorded_options(file)
+    command, _ = recorded_options(file)
     if command != "train":
         raise ValueError(f"RUN={folder}: is a run of quartet {command}; only a run of quartet train has controls")
-    config = TrainConfig.model_validate(options)
+    config = load(TrainConfig, file, {}, on_removed=lambda text: None)
     if not (folder / "policy").is_dir():
         raise ValueError(f"RUN={folder}: has no policy/, so it has not ended; finish it with --resume auto")
     if not config.eval.limit:

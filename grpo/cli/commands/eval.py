@@ -141,7 +141,7 @@ class _Evaluator:
         config, context = self.config, None
         if self.use and self.use.source.checkpoint is None:
             context = known_context(self.use.source.folder)
-        data, options = DataOptions(**config.data.model_dump(exclude={"thoughts"})), config.eval
+        data, options = DataOptions(**config.data.model_dump()), config.eval
         if " + " in data.name and not Path(data.name).exists():
             raise ValueError(
                 f"data.name={data.name}: the run has several sources of data, which are evaluated one by one; give the "
@@ -232,8 +232,7 @@ class _Evaluator:
             pool = open_pool(policy, PoolOptions(dtype=dtype, prompts_per_shard=batch, check_stop=signals.check))
         if sampling.draft_tokens is None and policy.mtp is not None:
             pool.use_costs(None, Workload.of(sampling, batch * sampling.group_size))  # else measured on the clock
-        thoughts = config.data.thoughts
-        sampler = AgentSampler(pool, self.agent, rollout.temperature, thoughts) if self.agent else pool
+        sampler = AgentSampler(pool, self.agent, rollout.temperature) if self.agent else pool
         return policy, sampler, prompts, sampling
 
 

@@ -11,7 +11,7 @@ These are rough, to a third or so:
     rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
     graphs        for each size of a recorded CUDA graph the logits, one layer and the scores of its tokens
     host          whole policies that are built in main memory before they are moved to a device, and what
-                  `learner.parallel.fsdp_cpu_offload` or a worker that has left its device keeps there
+                  a worker that has left its device keeps there
 
 These are not counted: what torch itself needs (about 0.4 GiB a process, with CUDA 0.5 GiB on the device), fragmentation
 (leave a fifth free), reward models, the evaluation of `quartet sft`, weights on their way to Ray workers, a compiler.
@@ -64,18 +64,18 @@ class MemoryOfRun:
         Ray workers), the other ranks where there are any, and a Ray worker, or what is on a GPU together. `gpus`: see
         `on_devices`. Raises ValueError for adapters that the model cannot have, and for a `learner.parallel` that fits
         no run."""
-        config, rollout, offloads, warm = self.config, self.config.whole_rollout, False, list[DeviceMemory]()
+        config, rollout, warm = self.config, self.config.whole_rollout, list[DeviceMemory]()
         reads_weights = rollout.backend != "vllm"  # a sampler beside one learner reads its weights, see LocalPool
         if isinstance(config, MtpConfig):
             learner = self.head_learner()
         elif isinstance(config, TrainConfig):
             teacher, learner = self._teacher_bytes(), self.learner()
             learner = replace(learner, teacher=teacher, host=max(learner.host, teacher))
-            offloads, reads_weights = config.learner.parallel.fsdp_cpu_offload, reads_weights and not config.lora
+            reads_weights = reads_weights and not config.lora
             warm = [replace(self.learner(warm_start=True), name=WARM_START)] if config.warm_start.steps else []
         else:
-            learner, offloads = self.learner(), config.learner.parallel.fsdp_cpu_offload
-            return [replace(learner, host=0) if not gpus else learner.offloaded() if offloads else learner]
+            learner = self.learner()
+            return [learner if gpus else replace(learner, host=0)]
         ranks, sampler = learner.count, self.sampler(on_gpu=bool(gpus))
         if workers := rollout.samplers:
             sampler = replace(sampler, name=each_of(workers, "worker"), count=workers)
@@ -92,7 +92,7 @@ class MemoryOfRun:
             devices = [*warm, learner, replace(sampler, name="vLLM")] if alone else [*warm, both, *others]
         if not gpus:
             return [replace(device, host=0) for device in devices]
-        return [device.offloaded() if offloads else device for device in devices]
+        return devices
 
     def learner(self, *, warm_start: bool = False, processes: int = 0) -> DeviceMemory:
         """Returns what `Learner` holds on each of so many ranks (0: see `Shares.of`). A warm start trains all, without

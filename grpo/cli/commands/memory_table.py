@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil
-from typing import Any
 
 from rich.table import Column, Table
 
@@ -77,11 +76,6 @@ class DeviceMemory:
         """
         sizes = {f.name: getattr(self, f.name) + times * getattr(other, f.name) for f in fields(self)[4:]}
         return DeviceMemory(name, self.count, in_turn, **sizes)
-
-    def offloaded(self) -> DeviceMemory:
-        """Moves the shards of the learner to main memory, as `learner.parallel.fsdp_cpu_offload` does."""
-        shards: dict[str, Any] = dict.fromkeys(("weights", "masters", "gradients", "moments", "reference", "older"), 0)
-        return replace(self, **shards, host=self.host + sum(getattr(self, name) for name in shards))
 
 
 def each_of(count: int, what: str) -> str:

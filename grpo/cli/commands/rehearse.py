@@ -239,15 +239,9 @@ def look_at_template(result: Rehearsal, config: TrainConfig, policy: Policy, pro
             result.add(
                 effect, "data.template" if row.name == "template" else "model", f"{row.name}: {words}", row.advice
             )
-    dropped, forks = dropping(tokenizer), config.data.thoughts == "fork"
-    if config.agent and dropped and not forks:
-        what = f"the template drops earlier thoughts after {' and '.join(dropped)}, and the policy learns with them"
-        result.add("warns", "data.thoughts", what, "set it to fork, to learn what a server will show")
-    if config.has_tools and TOOL in dropped:
+    if config.has_tools and TOOL in dropping(tokenizer):
         what = f"the template drops what stood before {TOOL}, and the environment goes on with it"
-        result.add("warns", "environment", what, "let an agent call the tools, with data.thoughts: fork")
-    if forks and not dropped:
-        result.add("warns", "data.thoughts", "the template keeps the thoughts of earlier turns", "leave it out")
+        result.add("warns", "environment", what, "let an agent call the tools")
     first, bos, template = prompts[0], tokenizer.bos_token_id, str(tokenizer.chat_template or "")
     if bos is not None and first.token_ids[:2] == [bos, bos]:
         what = f"every prompt begins twice with {tokenizer.bos_token!r}"

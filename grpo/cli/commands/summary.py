@@ -20,7 +20,7 @@ from grpo.cli.diagnose.gains import decays_first, told
 from grpo.config.learner import ParallelOptions
 from grpo.config.mtp import HeadOptions, MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
-from grpo.evaluation.evaluate import Evaluation, Speed
+from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import Result
 from grpo.run import hardware
 from grpo.run.lock import refuse_folder
@@ -73,11 +73,9 @@ DECAYS_FIRST = "in GRPO: it alone may account for a gain. Set warm_start.schedul
 
 
 def summary(result: Result) -> None:
-    """Prints the end of a run: held-out results before and after, speed with and without drafts, where things are."""
+    """Prints the end of a run: held-out results before and after, and where things are."""
     if result.evaluations:
         evaluations(result.evaluations)
-    if result.speeds:
-        speeds(result.speeds)
     gains = told(result.folder)
     if gains:
         CONSOLE.print("\n".join(["", *gains]), markup=False, highlight=False, soft_wrap=True)
@@ -108,20 +106,6 @@ def evaluations(results: Mapping[str, Evaluation]) -> None:
     if unmarked := sum(result.without_mark for result in results.values()):
         failed = sum(len(result.failures) for result in results.values())
         CONSOLE.print(f"{unmarked} more completions have no mark; rewards failed {failed} times", highlight=False)
-
-
-def speeds(results: Sequence[Speed]) -> None:
-    columns = [Column(name, justify="right") for name in ("rows", "MTP off", "MTP on", "gain", "tokens/forward")]
-    table = Table(*columns, title="sampling speed, completion tokens per second (the tokens are the same)")
-    for speed in results:
-        table.add_row(
-            str(speed.rows),
-            f"{speed.without_drafts:.0f}",
-            f"{speed.with_drafts:.0f}" + ("" if speed.draft_tokens is None else f" (k = {speed.draft_tokens})"),
-            f"{speed.gain:.2f}x",
-            f"{speed.tokens_per_forward:.2f}",
-        )
-    CONSOLE.print(table)
 
 
 def groups(sampled: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, limit: int = 4) -> None:
@@ -274,8 +258,7 @@ class DryRun:
             yield "completions per step", f"{prompts * group:,} ({prompts} prompts × {group})"
             yield "updates per step", f"{config.learner.updates_per_batch:,}"
             yield "completions in all", f"{config.steps * prompts * group:,}"
-            if config.data.thoughts == "fork":
-                after = dropping(tokenizer_of(self.plan, task))
+            if config.agent and (after := dropping(tokenizer_of(self.plan, task))):
                 yield "rows of a completion", _forks(after, config.rollout.max_completion_tokens)
         shape = self.plan.shape
         trunk = meta_policy(shape, False, torch.float32).trunk
@@ -351,8 +334,6 @@ def _in_4_bits(trunk: PreTrainedModel) -> str:
 
 
 def _forks(after: Sequence[str], longest: int) -> str:
-    if not after:
-        return "1: the chat template keeps the thoughts of earlier turns"
     again = f"reads up to {longest:,} tokens of each earlier answer again"
     return f"1, and one more where {' or '.join(after)} follows a thought, which {again}"
 

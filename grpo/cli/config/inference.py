@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from grpo.config.environment import AgentOptions, EnvironmentOptions, TurnsOptions
+from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import LOWEST_TEMPERATURE, AnswerOptions
 from rewards.config.data import PromptOptions
@@ -37,7 +37,7 @@ class _UseOptions(EnvironmentOptions, ModelOptions):
         return stop
 
 
-class EvaluatedDataOptions(TurnsOptions, PromptOptions):
+class EvaluatedDataOptions(PromptOptions):
     """Where problems come from, and how they become prompts."""
 
     name: str = "word_problems"
@@ -176,7 +176,7 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
         run = run | {"rewards": scores}
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"
-    prompts = ("template", "system_prompt", "user_turn", "few_shot", "chat_template_kwargs", "thoughts")
+    prompts = ("template", "system_prompt", "user_turn", "few_shot", "chat_template_kwargs")
     problems = ("name", "split", "held_out", "held_out_seed", "task_options", "prompt_column", "solution_column")
     sampling = ("temperature", "max_completion_tokens", "draft_tokens")
     acting = (*EnvironmentOptions.model_fields, *AgentOptions.model_fields)

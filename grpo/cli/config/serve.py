@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import AnswerOptions
@@ -31,9 +31,6 @@ class ServeConfig(ModelOptions):
     command: ClassVar[str] = "serve"
     data: TemplateOptions = TemplateOptions()
     rollout: ServedRolloutOptions = ServedRolloutOptions()
-    backend: Literal["native", "vllm"] = "native"
-    """What decodes: our engine, or vLLM's own server of the same API (`make vllm`), which uses no drafts here, and has
-    noise and a queue of its own."""
     host: str = "127.0.0.1"
     """The address to listen on, by default this machine alone. Another one needs `api_key_file`."""
     port: int = Field(default=8000, ge=0, le=65535)
@@ -55,16 +52,3 @@ class ServeConfig(ModelOptions):
     def called(self) -> str:
         """The name of the policy."""
         return self.name or Path(self.model).name
-
-    @model_validator(mode="after")
-    def _more(self) -> ServeConfig:
-        if self.backend == "vllm":
-            ours: tuple[tuple[str, Any, Any], ...] = (
-                ("rollout.margin", self.rollout.margin, None),
-                ("replicas", self.replicas, 1),
-                ("data.chat_template_kwargs", self.data.chat_template_kwargs, {}),
-            )
-            for name, value, usual in ours:
-                if value != usual:
-                    raise ValueError(f"{name}={value} is for backend=native, our own engine; drop one of the two")
-        return self

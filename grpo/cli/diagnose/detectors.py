@@ -128,7 +128,7 @@ def all_solved(record: Record) -> Cause:
     right = record.share(record.early, lambda group: group.all_have(record.top))
     what = f"From the start on {right:.0%} of the groups get full marks alone, and the run begins with "
     what += f"{record.start:.0%} of all marks: there is little left to learn."
-    change = f"take harder problems: {_data(record)}; or curriculum.by_difficulty: true"
+    change = f"take harder problems: {_data(record)}"
     return right > 0.7 and record.start > 0.9 and not record.learns_by_others, what, change
 
 
@@ -173,7 +173,7 @@ def tied(record: Record) -> Cause:
     notice = next((event for event in record.events if event["event"] == "nothing_learned"), {})
     why = notice.get("why") or "some problems are too easy and others too hard"
     ways: list[str] = notice.get("change") or [
-        "curriculum.by_difficulty: true",
+        "leave out problems that are always or never solved",
         f"raise {record.option('rollout.group_size')}",
     ]
     return ties > 0.9, f"{ties:.0%} of the groups are tied and teach nothing: {why}.", "; ".join(ways)

@@ -130,13 +130,7 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
 
 def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> None:
     """Serve until a signal comes. Then no new request is taken, and those that run have SHUTDOWN_S seconds."""
-    key = read_key(config.api_key_file, config.host)
-    if config.backend == "vllm":
-        from grpo.cli.serve.by_vllm import ServerOfVLLM
-
-        if follow:
-            raise ValueError("--follow is for backend=native, our own engine; drop one of the two")
-        return ServerOfVLLM(config).serve(key, say)
+    read_key(config.api_key_file, config.host)  # refuses what is wrong before anything listens
     if config.replicas > 1:
         from grpo.cli.serve.replicas import serve_replicas
 

@@ -23,7 +23,7 @@ from policies.policy import Policy
 
 METRICS = {
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
-    "loss/mtp_tv": "the same by total variation (mtp.tv, quartet mtp): share of drafts rejected at best, fraction",
+    "loss/mtp_tv": "the same by total variation (quartet mtp): share of drafts rejected at best, fraction",
     "time/draft_head": "the draft head and its loss, without most of its backward; and all that tied groups take which "
     "are read for it alone; part of time/learn, seconds",
 }
@@ -47,6 +47,7 @@ class DraftHeadTerm(Term):
     def __init__(self, policy: Policy, options: MTPOptions) -> None:
         self.policy, self.options, self.module = policy, options, policy.mtp
         self.seconds = 0.0  # that it took in this step
+        self.divergence: Divergence = "kl"
 
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
         return groups_of(self.module, self.options.learning_rate, weight_decay)
@@ -66,7 +67,7 @@ class DraftHeadTerm(Term):
         loss = head_loss(self.policy, options, mini, forward.preceding, weights, temperature, together)
         if loss is None:
             return None
-        work.note("loss/mtp_tv" if options.tv else "loss/mtp", loss)
+        work.note("loss/mtp", loss)
         self.seconds += time.perf_counter() - began if mini.learns else 0.0
         return loss
 
@@ -81,10 +82,10 @@ class DraftHeadTerm(Term):
             lm_head,
             work.likelihood.temperature,
             max(1, CHUNK_ELEMENTS // 4 // len(lm_head)),
-            divergence="tv" if options.tv else "kl",
+            divergence=self.divergence,
         )
         loss = options.loss_weight * loss / (work.batch.num_completion_tokens * work.ranks.readers)  # each reads all
-        work.note("loss/mtp_tv" if options.tv else "loss/mtp", loss)
+        work.note("loss/mtp_tv" if self.divergence == "tv" else "loss/mtp", loss)
         return loss
 
     def end(self, works: Sequence[Work]) -> dict[str, float]:
@@ -98,17 +99,14 @@ def teaching(
 ) -> dict[int, float]:
     """The groups that the draft head learns from at this step, with the weight of each of their tokens.
 
-    Every `every` steps, from a share of the groups that is another one each time. Where drafts are known to have had
-    little `gain` in the rollouts that are learned from, it is every `IDLE_EVERY` steps, and from groups alone that are
-    not tied: to read a tied group for the draft head takes longer than what the draft head then does with it.
+    It learns in every step from all of them. Where drafts are known to have had little `gain` in the rollouts that are
+    learned from, it is every `IDLE_EVERY` steps, and only from groups that are not tied: to read a tied group for the
+    draft head takes longer than what the draft head then does with it.
     """
     rest = gain is not None and gain < PAYS
-    every = max(options.every, IDLE_EVERY) if rest else options.every
-    if policy.mtp is None or options.loss_weight == 0 or step % every:
+    if policy.mtp is None or options.loss_weight == 0 or (rest and step % IDLE_EVERY):
         return {}
-    groups = list(dict.fromkeys(row.group for row in rows if not (rest and row.tied)))
-    stride = round(1 / options.share)
-    taught = groups[step // every % stride :: stride] or groups[:1]
+    taught = dict.fromkeys(row.group for row in rows if not (rest and row.tied))
     tokens = sum(row.num_completion_tokens for row in rows if row.group in taught)
     return dict.fromkeys(taught, options.loss_weight / max(tokens, 1))
 
@@ -145,11 +143,9 @@ def head_loss(
         preceding = preceding_BTD[rows]
         outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first, mini.until[rows])
         turn = mini.turn[rows]
-        measure: Divergence = "tv" if options.tv else "kl"
         of_some = turn.where(times[rows] > 0, -1)
         chunk = max(1, CHUNK_ELEMENTS // len(policy.lm_head))
-        kind: dict[str, Any] = {"divergence": measure, "times_BT": times[rows]}
-        loss = draft_loss(outputs, preceding, of_some, drafted_rows(policy), temperature, chunk, **kind)
+        loss = draft_loss(outputs, preceding, of_some, drafted_rows(policy), temperature, chunk, times_BT=times[rows])
     return loss * weight
 
 

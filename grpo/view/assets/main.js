@@ -1,8 +1,8 @@
 "use strict";
 // Which page an address means, the bar above it, the keyboard, and light or dark.
 {
-  const PAGES = { o: "overview", s: "step", f: "search", d: "data", e: "events" };
-  const KEYS = [["o", "overview"], ["s", "newest step"], ["f or /", "search"], ["d", "data"], ["e", "events"], ["← →", "the step or group before and after"], ["c", "the next colouring of tokens"], ["t", "light or dark"], ["?", "this list"]];
+  const PAGES = { o: "overview", s: "step", e: "events" };
+  const KEYS = [["o", "overview"], ["s", "newest step"], ["e", "events"], ["← →", "the step or group before and after"], ["c", "the next colouring of tokens"], ["t", "light or dark"], ["?", "this list"]];
   let here = {}, shown = 0;
 
   const theme = (name) => {
@@ -20,11 +20,10 @@
   };
 
   const bar = ({ run, page }) => {
-    const names = Object.values(PAGES).filter((name) => !view.recorded || !["search", "data"].includes(name));
     document.getElementById("bar").replaceChildren(
       view.runs.length > 1 ? view.make("select", { onchange: (event) => { location.hash = view.link(event.target.value, page === "overview" ? "overview" : page); } },
         view.runs.map((name, i) => view.make("option", { value: i, selected: i === run }, name))) : view.make("b", {}, view.runs[run] ?? ""),
-      ...names.map((name) => view.make("a", { href: view.link(run, name), "aria-current": name === page && "page" }, name)),
+      ...Object.values(PAGES).map((name) => view.make("a", { href: view.link(run, name), "aria-current": name === page && "page" }, name)),
       view.make("span", { class: "right" }, view.make("button", { onclick: flip, title: "light or dark" }, "◐"), " ", view.make("button", { onclick: help }, "?")));
   };
 
@@ -53,14 +52,13 @@
     document.title = `${made.title} – ${view.runs[asked.run] ?? "quartet"}`;
     box.replaceChildren(view.make("h1", {}, made.title), ...made.nodes.flat(9));
     made.ready?.();
-    made.focus?.focus();
     scrollTo(0, 0);
   };
 
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("input, select, textarea, dialog")) return;
     const { run } = parts(), key = event.key;
-    const acts = { ArrowLeft: here.previous, ArrowRight: here.next, c: here.cycle, t: flip, "?": help, "/": () => { location.hash = view.link(run, "search"); } };
+    const acts = { ArrowLeft: here.previous, ArrowRight: here.next, c: here.cycle, t: flip, "?": help };
     const act = acts[key] ?? (PAGES[key] && (() => { location.hash = view.link(run, PAGES[key]); }));
     if (!act) return;
     event.preventDefault();

@@ -35,18 +35,21 @@
         style: `height:${reward == null ? 6 : 4 + (96 * (reward - lowest)) / (highest - lowest || 1)}%` }))),
       view.make("div", { class: "soft" }, cut(group.prompt)),
       Object.entries(group.parts).map(([name, marks]) => view.make("div", { class: "soft" }, `${name} ${view.show(view.mean(marks))}`)));
-    const [tied, telling] = [true, false].map((wanted) => groups.map((group, g) => [group, g]).filter(([group]) => group.tied === wanted));
+    const cards = groups.map((group, g) => card([group, g]));
+    const [tied, telling] = [true, false].map((wanted) => cards.filter((_, g) => groups[g].tied === wanted));
+    const filter = (text) => cards.forEach((one, g) => { one.style.display = groups[g].prompt.toLowerCase().includes(text.toLowerCase()) ? "" : "none"; });
     const folded = view.make("details", { open: !telling.length }, view.make("summary", {}, `${tied.length} tied groups, whose completions have the same reward, so that they teach nothing`),
-      view.make("div", { class: "side" }, tied.map(card)));
+      view.make("div", { class: "side" }, tied));
     const go = (offset) => { const other = steps[at + offset]; if (other !== undefined) location.hash = view.link(run, "step", other); };
     const choice = view.make("select", { onchange: (event) => { location.hash = view.link(run, "step", event.target.value); } },
       steps.map((other) => view.make("option", { value: other, selected: other === step }, `step ${other}`)));
     return { title: `step ${step}`, previous: () => go(-1), next: () => go(1), nodes: [
       view.make("div", { class: "tools" }, view.make("button", { onclick: () => go(-1), disabled: at <= 0 }, "←"), choice, view.make("button", { onclick: () => go(1), disabled: at === steps.length - 1 }, "→"),
+        view.make("label", {}, "prompts with", view.make("input", { name: "filter", oninput: (event) => filter(event.target.value) })),
         view.make("span", { class: "soft" }, `${groups.length} groups, ${tied.length} tied; a bar is the reward of a completion, from ${view.show(lowest)} to ${view.show(highest)}`),
         view.make("code", { class: "soft", title: "type this to see what the step has done, and because of what" }, `quartet why RUN ${step}`)),
       failures.map((event) => view.make("p", { class: "fault" }, `${event.event}: ${cut(String(event.error), 400)}`)),
-      view.make("div", { class: "side" }, telling.map(card)), tied.length ? folded : ""] };
+      view.make("div", { class: "side" }, telling), tied.length ? folded : ""] };
   };
 
   const tokensOf = (completion) => {
@@ -117,7 +120,7 @@
 
   view.pages.diff = async (run, prompt, left, right) => {
     const places = await view.ask(`${run}/places`, { prompt });
-    if (!places.length) throw new Error(`no completion of the prompt ${prompt} is in the index yet`);
+    if (!places.length) throw new Error(`no completion of the prompt ${prompt} is recorded`);
     const key = (place) => `${place.step}.${place.number}`;
     const found = (wanted, otherwise) => places.find((place) => key(place) === wanted) ?? otherwise;
     const chosen = [found(left, places[0]), found(right, places.at(-1))];

@@ -396,7 +396,8 @@ def test_a_reward_that_does_not_rise_raises_no_held_out_alarm():
 def test_an_untrained_run_raises_no_alarm(micro_config, tmp_path):
     """Random weights, the reward of the demo, and an evaluation after every step."""
     options = {"rewards": [{"function": "gsm8k"}], "warm_start.steps": 0, "eval.every": 1, "eval.limit": 4}
-    train(micro_config(tmp_path / "run", **options, steps=WINDOW + 1, **{"mtp.every": 9, "checkpoint.every": 9}))
+    options |= {"mtp.loss_weight": 0.0, "checkpoint.every": 9}
+    train(micro_config(tmp_path / "run", **options, steps=WINDOW + 1))
     assert [event for event in read_events(tmp_path / "run") if event["event"] == "alarm"] == []
 
 
@@ -405,7 +406,7 @@ def test_a_run_warns_records_examples_and_measures(micro_config, tmp_path, capsy
     (tmp_path / "mine.py").write_text(
         "def long(completions, completion_ids, **_):\n    return [len(ids) / 48 for ids in completion_ids]\n"
     )
-    reward = {"rewards": [{"function": f"{tmp_path / 'mine.py'}:long"}], "mtp.every": 9}
+    reward = {"rewards": [{"function": f"{tmp_path / 'mine.py'}:long"}], "mtp.loss_weight": 0.0}
     options = {"prompts_per_step": 8, "rollout.max_completion_tokens": 48, "warm_start.steps": 0} | reward
     train(micro_config(tmp_path / "run", **options, steps=WINDOW))
     events = [event for event in read_events(tmp_path / "run") if event["event"] == "alarm"]

@@ -127,7 +127,6 @@ def test_contract_18_supervised_steps_read_all_their_options(micro_config, polic
     from grpo.sft import sft
 
     given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards", "data"})
-    del given["data"]["thoughts"]  # of agents, which `quartet sft` has none of
     given |= {"reward_models": [{"name": "judge", "model": str(policy_folder.parent / "judge")}]}
     small = {"steps": 2, "prompts_per_step": 4, "rollout": {"max_completion_tokens": 10}, "log": {"trackers": []}}
     with recorded() as reads:
@@ -148,10 +147,10 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, not
     reward_models = {"reward_models": [{"name": "judge", "model": str(policy_folder.parent / "judge")}]}
     variants: list[dict[str, Any]] = [
         {"eval.limit": 2, "checkpoint.keep_best": True, "curriculum.shortest_share": 0.5} | ties,
-        {"lora.rank": 2, "loss.importance_correction": "token_truncate", "mtp.every": 1},
+        {"lora.rank": 2, "loss.importance_correction": "token_truncate"},
         {"loss.advantage": "gae", "learner.on_non_finite": "skip"},
         model | reward_models | {"loss.advantage": "distill", "distill.teacher": str(policy_folder)},
-        {"environment": "calculator", "cassette": {"file": str(tmp_path / "cassette.jsonl"), "mode": "record"}},
+        {"environment": "calculator"},
         {"agent": f"{AGENTS}:once", "program_workers": 1, "steps": 1},
     ]
     small = {"steps": 2, "prompts_per_step": 2, "rollout.max_completion_tokens": 6}

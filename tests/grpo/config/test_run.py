@@ -120,7 +120,7 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
         ({"loss.sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0 (command line): it is gone, since the temper"),
         ({"learner.learning_rate": 0}, "learner.learning_rate=0"),
         ({"learner.learning_rate": float("nan")}, "learner.learning_rate"),
-        ({"mtp.share": 0}, "mtp.share=0"),
+        ({"mtp.depth": 0}, "mtp.depth=0"),
         ({"rewards": []}, "rewards"),
         ({"data.levels": []}, "data.levels"),
         ({"device": 3}, "device=3"),
@@ -285,6 +285,40 @@ def test_what_an_older_mtp_run_has_recorded_is_read(tmp_path):
     (tmp_path / "older.yaml").write_text("output_dir: r\nwarm_start: {levels: [1]}\n")
     with pytest.raises(ConfigError, match=r"warm_start.levels.*it is gone, since problems of word_problems"):
         load(SftConfig, tmp_path / "older.yaml", {})
+
+
+LEFT_AFTER_0_2 = {  # its default, and a value that somebody may have set
+    "cassette.file": (None, "answers.jsonl"),
+    "cassette.faults": ({}, {"late": 0.1}),
+    "curriculum.by_difficulty": (False, True),
+    "curriculum.candidates": (1, 4),
+    "mtp.every": (1, 4),
+    "mtp.share": (1.0, 0.5),
+    "mtp.tv": (False, True),
+    "log.measure_speed": (False, True),
+    "learner.parallel.fsdp_cpu_offload": (False, True),
+    "data.thoughts": ("keep", "fork"),
+}
+
+
+@pytest.mark.parametrize("key", LEFT_AFTER_0_2)
+def test_a_run_of_0_2_goes_on_without_what_left_and_says_what_it_had_set(key):
+    default, given = LEFT_AFTER_0_2[key]
+    words: list[str] = []
+    plain = load(TrainConfig, None, {"output_dir": "r"})
+    assert load(TrainConfig, None, {"output_dir": "r", key: default}, on_removed=words.append) == plain
+    assert words == []
+    assert load(TrainConfig, None, {"output_dir": "r", key: given}, on_removed=words.append) == plain
+    [word] = words
+    assert word.startswith(key)
+    assert ": it is gone, since " in word
+    with pytest.raises(ConfigError, match=f"{key}.* it is gone, since "):
+        load(TrainConfig, None, {"output_dir": "r", key: given})
+
+
+def test_a_server_of_vllm_is_refused_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"backend=vllm .command line.: it is gone, since .* run quartet export"):
+        load(ServeConfig, None, {"model": "runs/demo", "backend": "vllm"})
 
 
 def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():

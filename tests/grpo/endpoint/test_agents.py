@@ -217,7 +217,6 @@ def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
         ({"rollout.backend": "vllm"}, "with rollout.draft_tokens=2 of vLLM: .*; set rollout.draft_tokens to 0"),
         ({"learner.routing_replay": True}, "learner.routing_replay=true with agent"),
         ({"loss.advantage": "gae"}, "loss.advantage=gae with agent"),
-        ({"log.measure_speed": True}, "log.measure_speed=true with agent"),
         ({"prompt_attention": "bidirectional"}, "would be seen whole too"),
         ({"program_workers": 0}, "program_workers"),
     ],

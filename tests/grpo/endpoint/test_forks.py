@@ -3,7 +3,6 @@ from, after what a server would show. The template is the one that TRL ships of 
 
 import copy
 import json
-import re
 import shutil
 import threading
 from pathlib import Path
@@ -15,10 +14,9 @@ import trl
 from safetensors.torch import load_file
 
 from grpo.cli.commands.check import examine_text
-from grpo.cli.commands.rehearsal import Rehearsal
-from grpo.cli.commands.rehearse import look_at_template
 from grpo.cli.commands.summary import dry_run
-from grpo.config.run import SftConfig
+from grpo.config.environment import AgentOptions
+from grpo.endpoint.agent_sampler import AgentSampler
 from grpo.endpoint.asked import ChatAsked, CompletionAsked, read
 from grpo.endpoint.batcher import Batcher
 from grpo.endpoint.episode import Episode
@@ -27,12 +25,9 @@ from grpo.learner.batch import collate
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.prepare import pack
 from grpo.run.records import read_metrics
-from grpo.task.plan import Plan
-from grpo.task.table import contradictions
 from grpo.train import train
 from policies.policy import Policy
 from policies.presets import small_tokenizer
-from rewards.config.options import ConfigError, load
 from rewards.group_score import GroupScore
 from rewards.isolation.chat_template import render
 from rewards.records import read_rollouts
@@ -197,45 +192,23 @@ def tokenizer_with(template):
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    ("template", "thoughts", "says"),
-    [
-        ("qwen3", "keep", "the template drops earlier thoughts after a user's message"),
-        ("qwen3", "fork", ""),
-        ("qwen2_5", "fork", "the template keeps the thoughts of earlier turns"),
-        ("qwen2_5", "keep", ""),
-    ],
-)
-def test_a_rehearsal_says_which_templates_need_forks(micro_config, tmp_path, template, thoughts, says):
-    config = micro_config(tmp_path, agent="agent.py:solve", **{"data.thoughts": thoughts})
-    tokenizer, result = tokenizer_with(template), Rehearsal("plan.yaml")
-    shape = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
-    policy = SimpleNamespace(tokenizer=tokenizer, config=shape, stop_token_ids=[0])
-    look_at_template(result, config, policy, [Prompt("a", "3", [5])])
-    assert [finding.what.startswith(says) for finding in result.findings if finding.key == "data.thoughts"] == [
-        True for _ in range(bool(says))
-    ]
+@pytest.mark.parametrize(("template", "kind"), [("qwen3", ForkingEpisode), ("qwen2_5", Episode)])
+def test_the_chat_template_decides_whether_an_agent_forks(template, kind):
+    sampler = AgentSampler(SimpleNamespace(check_stop=None), AgentOptions(agent="agent.py:solve"), 1.0)
+    engine = SimpleNamespace(policy=SimpleNamespace(tokenizer=tokenizer_with(template)))
+    assert sampler.kind(engine) is kind
+    sampler.close()
 
 
 def test_a_check_says_after_what_thoughts_are_dropped():
     notes = {name: examine_text(tokenizer_with(name), [0])[0].note for name in ("qwen3", "qwen2_5")}
-    assert "data.thoughts: fork" in notes["qwen3"]
     assert "without thoughts before a user's message" in notes["qwen3"]
-    assert "data.thoughts" not in notes["qwen2_5"]
-
-
-def test_what_forks_do_not_go_with_is_refused_by_name(micro_config, tmp_path):
-    words = "\n".join(contradictions(Plan(micro_config(tmp_path, **{"data.thoughts": "fork"}))))
-    assert "agent=null with data.thoughts=fork: the turns of an agent alone can begin anew" in words
-    assert "Name an agent, or leave thoughts out" in words
-    assert re.search("no chat template.*: no template rewrites an earlier turn then; leave thoughts out", words)
-    with pytest.raises(ConfigError, match="thoughts"):
-        load(SftConfig, None, {"output_dir": tmp_path, "data.thoughts": "fork"})
+    assert "without thoughts" not in notes["qwen2_5"]
 
 
 def test_the_plan_says_how_many_rows_forks_cost(micro_config, model, tmp_path, capsys):
     folder = with_template(model, tmp_path / "model")
-    given = {"model": str(folder), "agent": f"{AGENTS}:chats", "data.thoughts": "fork"}
+    given = {"model": str(folder), "agent": f"{AGENTS}:chats"}
     dry_run(micro_config(tmp_path / "run", **given, **{"rollout.max_completion_tokens": 16}))
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "one more where a user's message" in printed
@@ -245,7 +218,7 @@ def test_the_plan_says_how_many_rows_forks_cost(micro_config, model, tmp_path, c
 @pytest.mark.slow
 def test_contracts_1_and_9_a_run_learns_what_was_sampled_and_goes_on_to_the_same_bits(micro_config, model, tmp_path):
     folder = with_template(model, tmp_path / "model")
-    options = {"model": str(folder), "data.thoughts": "fork", "agent": f"{AGENTS}:chats", "steps": 2}
+    options = {"model": str(folder), "agent": f"{AGENTS}:chats", "steps": 2}
     options |= {"warm_start.steps": 0, "rollout.max_completion_tokens": 16}
     train(micro_config(tmp_path / "whole", **options))
     with pytest.raises(BaseException, match="stopped after step 1"):

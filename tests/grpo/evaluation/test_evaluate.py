@@ -6,8 +6,7 @@ import pytest
 
 from grpo.algorithm.statistics import estimate, wilson_interval
 from grpo.config.run import EvalOptions, LogOptions
-from grpo.evaluation import evaluate as evaluation
-from grpo.evaluation.evaluate import as_metrics, evaluate, failure_kinds, measure_speed
+from grpo.evaluation.evaluate import as_metrics, evaluate, failure_kinds
 from grpo.evaluation.gain import held_out_gain
 from grpo.evaluation.held_out import HeldOut
 from grpo.run.log import RunLog
@@ -288,24 +287,3 @@ def test_inside_a_run_that_aborts_the_failure_is_an_event_too(own, tmp_path):
         _held_out(pool, task, EvalOptions(samples=2), log).evaluate(5)
     [event] = [event for event in _events(folder) if event["event"] == "reward_error"]
     assert (event["step"], event["prompt_id"], event["sample_index"]) == (5, "p/0", 1)
-
-
-def test_speed_is_measured_in_turn_with_the_same_prompts(monkeypatch):
-    """A clock of our own: without drafts a call takes 4 s, with them 1, 2, 3, 2 and 9 s; medians are taken."""
-    now, drafted = [0.0], iter([1.0, 2.0, 3.0, 2.0, 9.0])
-
-    class TimedPool(FakePool):
-        def sample(self, prompts, params, on_finished=None):
-            now[0] += next(drafted) if params.draft_tokens else 4.0
-            self.asked.append(([prompt.prompt_id for prompt in prompts], params))
-            return super().sample(prompts, params, on_finished)
-
-    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    pool = TimedPool([_completion("", 13, forwards=4)])
-    [speed] = measure_speed(pool, _prompts(3), SAMPLING, rows=[2])
-    assert (speed.without_drafts, speed.with_drafts, speed.gain) == (26 / 4, 26 / 2, 2.0)
-    assert (speed.rows, speed.draft_tokens, speed.tokens_per_forward) == (2, 3, 3.0)
-    asked = [asked for asked in pool.asked if isinstance(asked[0], list)]
-    assert [params.draft_tokens for _, params in asked] == [0, 3] * 5
-    assert [ids for ids, _ in asked[:4]] == [["p/0", "p/1"]] * 2 + [["p/2", "p/0"]] * 2
-    assert {params.group_size for _, params in asked} == {1}

@@ -131,7 +131,7 @@ def test_contract_9_stochastic_rounding_goes_on_to_the_same_bits(wide_policy):
     options = EIGHT.model_copy(update={"optimizer": "adamw_8bit_stochastic", "learning_rate": 1e-4})
 
     def learner() -> Learner:
-        return small_learner(wide_policy().cast(torch.bfloat16), options, MTPOptions(depth=2, every=2))
+        return small_learner(wide_policy().cast(torch.bfloat16), options, MTPOptions(depth=2))
 
     def steps(learner: Learner, numbers: range) -> dict[str, torch.Tensor]:
         for number in numbers:

@@ -40,8 +40,7 @@ def _learner(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given) -> Le
     options = {
         name: given.pop(name) for name in list(given) if name in LearnerOptions.model_fields and name != "schedule"
     }
-    chosen = {name: given.pop(name) for name in ("share", "every") if name in given}
-    head = MTPOptions(loss_weight=mtp, depth=depth, **chosen)
+    head = MTPOptions(loss_weight=mtp, depth=depth)
     options = {"learning_rate": 1e-3, "max_grad_norm": 1e9} | options
     return small_learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
 
@@ -281,10 +280,10 @@ def test_contract_10_a_tied_group_that_teaches_the_head_needs_no_gradient_of_the
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("every", [1, 2])  # the head learns from the tied group too, or there is no head to teach
-def test_contract_10_a_tied_group_counts_for_bnpo_whatever_the_head_does(micro_policy, every):
+@pytest.mark.parametrize("mtp", [1.0, 0.0])  # the head learns from the tied group too, or it learns nothing
+def test_contract_10_a_tied_group_counts_for_bnpo_whatever_the_head_does(micro_policy, mtp):
     """In one micro-batch, its local mean over tokens is the global one of dapo."""
-    local, whole = (_learner(micro_policy(0), loss_type=kind, mtp=1.0, every=every) for kind in ("bnpo", "dapo"))
+    local, whole = (_learner(micro_policy(0), loss_type=kind, mtp=mtp) for kind in ("bnpo", "dapo"))
     for learner in (local, whole):
         learner.step(learner.prepare(_groups(learner.policy), _scores()), 1)
     _assert_close(_gradients(local.policy.trunk), _gradients(whole.policy.trunk))
@@ -640,23 +639,6 @@ def test_the_entropy_bonus_has_the_gradient_of_the_mean_entropy(micro_policy):
     _assert_close({name: got[name] for name in expected}, expected, relative=1e-4)
 
 
-@pytest.mark.parametrize(("share", "step", "taught"), [(0.5, 1, [1, 3]), (0.5, 2, [0, 2]), (0.25, 3, [3])])
-def test_a_share_of_the_groups_teaches_the_head_with_the_whole_weight(micro_policy, share, step, taught):
-    """Whatever share of a step teaches, each of its tokens counts as if it were the whole step."""
-    lengths = ((4, 2, 6), (1, 5, 3), (2, 2, 3), (5, 1, 1))
-    groups = _groups(micro_policy(0), lengths=lengths)
-    scores = _scores([[1.0, 0.0, 0.5]] * 4)
-    gradients, losses = [], []
-    for chosen, given in ((range(4), share), (taught, 1.0)):
-        learner = _learner(micro_policy(0), mtp=2.0, share=given)
-        batch = learner.prepare([groups[g] for g in chosen], [scores[g] for g in chosen])
-        losses.append(learner.step(batch, step)["loss/mtp"])
-        gradients.append(_gradients(learner.policy.mtp))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0] > 0
-    _assert_close(*gradients)
-
-
 def test_a_loss_that_is_not_finite_changes_nothing(micro_policy):
     policy = micro_policy(0)
     learner = _learner(policy, mtp=1.0)
@@ -857,21 +839,7 @@ def test_a_batch_of_truncated_completions_is_no_failure(micro_policy):
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.trunk.state_dict().items())
 
 
-# ---- the MTP head's share, supervised steps, schedules, state -------------------------------------------------------
-
-
-def test_the_head_learns_every_so_many_steps_from_another_share_of_the_groups(micro_policy):
-    policy = micro_policy(0)
-    learner = _learner(policy, mtp=1.0, every=2, share=0.5)
-    rows = [PackedRow([5], [Sample(i, [1, 2])], group=i) for i in range(4)]
-    chosen = {step: list(teaching(policy, term_of(learner, "draft_head").options, rows, step)) for step in range(1, 7)}
-    assert chosen == {1: [], 2: [1, 3], 3: [], 4: [0, 2], 5: [], 6: [1, 3]}
-    before = {name: p.detach().clone() for name, p in policy.mtp.named_parameters()}
-    metrics = learner.step(learner.prepare(_groups(policy), _scores()), 1)
-    assert "loss/mtp" not in metrics
-    assert all(torch.equal(p, before[name]) for name, p in policy.mtp.named_parameters())
-    assert learner.step(learner.prepare(_groups(policy), _scores()), 2)["loss/mtp"] > 0
-    assert not all(torch.equal(p, before[name]) for name, p in policy.mtp.named_parameters())
+# ---- the MTP head's rest, supervised steps, schedules, state -------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -899,11 +867,10 @@ def test_the_head_rests_while_drafts_gain_nothing(micro_policy, monkeypatch):
 
 
 def test_the_heads_gradient_does_not_depend_on_how_rows_are_split(micro_policy):
-    """`share` is one of the groups, not of the rows that memory happens to cut them into."""
     gradients = []
     for budget in (10_000, 9):
         policy = micro_policy(2)
-        learner = _learner(policy, mtp=1.0, share=0.5, tokens_per_micro_batch=budget)
+        learner = _learner(policy, mtp=1.0, tokens_per_micro_batch=budget)
         learner.step(learner.prepare(_groups(policy, seed=2), _scores()), 1)
         gradients.append(_gradients(policy.mtp))
     _assert_close(*gradients)

@@ -33,11 +33,6 @@ def test_one_process_is_alone(monkeypatch):
     assert ALONE.share([1, 2]) == [1, 2]
 
 
-def test_offloading_from_a_cpu_is_refused():
-    with pytest.raises(ValueError, match="fsdp_cpu_offload=true: on a CPU the shards are in the host's memory already"):
-        join(True, ParallelOptions(fsdp_cpu_offload=True))
-
-
 def test_one_process_where_several_were_asked_for_is_refused(monkeypatch):
     """What `accelerate launch --cpu --num_processes 2` leaves in the environment of its only process."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from grpo.cli.diagnose.detectors import failed
 from grpo.cli.diagnose.record import Record
-from grpo.config.run import GrpoLogOptions, LogOptions
+from grpo.config.run import LogOptions
 from grpo.run import log as run_log
 from grpo.run.hardware import command
 from grpo.run.log import Resume, RunLog
@@ -42,7 +42,7 @@ def _open(
 ) -> tuple[RunLog, io.StringIO]:
     shown = io.StringIO()
     console = Console(file=shown, width=width, **console_options or {})
-    options = GrpoLogOptions(**{"trackers": []} | more)
+    options = LogOptions(**{"trackers": []} | more)
     return RunLog(folder, config, options, resume=resume, quiet=quiet, console=console), shown
 
 

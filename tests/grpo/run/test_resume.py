@@ -29,7 +29,7 @@ from rewards.config.options import dump_yaml, load
 from rewards.records import read_rollouts
 
 STEPS = 5
-CURRICULUM = {"curriculum.steps": 4, "curriculum.by_difficulty": True, "curriculum.candidates": 2}
+CURRICULUM = {"curriculum.steps": 4, "curriculum.shortest_share": 0.5}
 KINDS = {
     # 5 steps of 4 prompts over 10 examples: epochs end inside steps 3 and 5; over 12, exactly behind step 3.
     "full": {"data.limit": 10},
@@ -37,7 +37,7 @@ KINDS = {
     "lora": {"data.limit": 10, "lora.rank": 4, "loss.beta": 0.05},
     "full, with a reference": {"data.limit": 10, "loss.beta": 0.05},
     "balanced": {"balance.bias_rate": 0.01, "balance.entropy_weight": 0.1, "balance.sequence_weight": 0.1},
-    "cosine, share": {"data.limit": 10, "learner.schedule": "cosine", "learner.warmup_steps": 2, "mtp.share": 0.5},
+    "cosine": {"data.limit": 10, "learner.schedule": "cosine", "learner.warmup_steps": 2},
     "curriculum": {"data.limit": 14, **CURRICULUM},
     "short first, dynamic sampling": {
         "data.limit": 14,
@@ -60,7 +60,7 @@ def _config(micro_config, folder: Path, kind: str, **given):
 
 
 VARIANTS = {  # of others, which `make test-slow` runs
-    *("full, epochs end between steps", "full, with a reference", "cosine, share", "short first, dynamic sampling"),
+    *("full, epochs end between steps", "full, with a reference", "cosine", "short first, dynamic sampling"),
     *("lora", "curriculum", "balanced", "dynamic sampling, epochs end inside refills"),
 }
 COARSE = """
@@ -270,7 +270,7 @@ def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_pa
     "given",
     [
         {"checkpoint.every": 4, "checkpoint.keep": 1},
-        {"log.measure_speed": True, "eval.every": 1, "eval.limit": 2},
+        {"eval.every": 1, "eval.limit": 2},
         {"reward.timeout_s": 3.0, "threads": None},
         {"steps": 9},
     ],
@@ -293,10 +293,19 @@ def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp
         refuse_changed_config(saved, config)
 
 
+def test_a_run_that_has_used_a_cassette_goes_on_with_force_only(micro_config, tmp_path):
+    config, saved = _config(micro_config, tmp_path, "full"), tmp_path / "config.yaml"
+    saved.write_text(dump_yaml(config) + "cassette: {file: null, mode: replay, faults: {}}\n")
+    refuse_changed_config(saved, config)
+    saved.write_text(dump_yaml(config) + "cassette: {file: answers.jsonl, mode: record, faults: {late: 0.1}}\n")
+    with pytest.raises(ValueError, match=r"cassette.file=answers.jsonl: it is gone, since .* with --force asks them"):
+        refuse_changed_config(saved, config)
+
+
 @pytest.mark.slow
 def test_steps_are_part_of_a_schedule_that_decays_over_them(micro_config, whole):
-    folder = whole("cosine, share")
-    longer = _config(micro_config, folder, "cosine, share", steps=9)
+    folder = whole("cosine")
+    longer = _config(micro_config, folder, "cosine", steps=9)
     with pytest.raises(ValueError, match="steps: 5 then, 9 now"):
         refuse_changed_config(folder / "config.yaml", longer)
 

@@ -78,7 +78,7 @@ def test_weights_that_would_stay_packed_are_refused_before_anything_is_learned(
     packed = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="bitsandbytes"))
     monkeypatch.setattr(LlamaForCausalLM, "hf_quantizer", packed, raising=False)
     given = {"model": str(tmp_path / "llama"), "rollout.draft_tokens": 0, "warm_start.steps": 0}
-    given |= {"mtp.depth": 4, "mtp.every": 1}  # nothing of a draft head
+    given |= {"mtp.depth": 4}  # nothing of a draft head
     with pytest.raises(PolicyError, match="its weights stay packed .bitsandbytes.*use a dequantised copy"):
         train(micro_config(tmp_path / "run", **given))
     assert load_policy(micro_config(tmp_path / "x", model=str(tmp_path / "llama")))  # it may be evaluated

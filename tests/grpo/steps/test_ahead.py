@@ -36,7 +36,7 @@ from rollout.local_pool import LocalPool
 
 SMALL = {"prompts_per_step": 2, "rollout.max_completion_tokens": 6}
 RUN = SMALL | {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2}
-HARD = {"curriculum.by_difficulty": True, "rollout.refill_draws": 1}
+HARD = {"curriculum.shortest_share": 0.5, "rollout.refill_draws": 1}
 both = pytest.mark.parametrize("ahead", [1, 2])
 
 

@@ -1,8 +1,6 @@
 """What the collector hands from one step to the next."""
 
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -19,7 +17,6 @@ from grpo.steps.curriculum import Curriculum
 from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of_steps
-from grpo.task.task import Task
 from grpo.train import train
 from rewards.data.examples import Example
 from rewards.group_score import GroupScore, RewardFailed, RewardFailure
@@ -28,7 +25,6 @@ from rewards.verdicts import Verdicts
 from rollout.depth import head_accepted
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
-from rollout.sampling import SamplingParams
 
 
 @pytest.fixture
@@ -102,10 +98,7 @@ def by_hand(micro_config, tmp_path, monkeypatch):
             score=score,
         )
         log.progress, log.event = lambda: progress, lambda *kind, **facts: log.events.append((*kind, facts))
-        task.pass_rate = partial(Task.pass_rate, task)
-        curriculum, known = Curriculum(SimpleNamespace(config=config), task), []
-        choose = curriculum.choose
-        monkeypatch.setattr(curriculum, "choose", lambda *a: known.append(dict(curriculum.pass_rates)) or choose(*a))
+        curriculum = Curriculum(SimpleNamespace(config=config), task)
         policy = SimpleNamespace(
             tokenizer=None,
             mtp=None,
@@ -118,24 +111,15 @@ def by_hand(micro_config, tmp_path, monkeypatch):
         sampling = sampling_of_steps(run, task, policy)
         collector = Collector(run, task, policy, sampling, PromptStream(task.train), [curriculum])
         collector.pool = SimpleNamespace(sample=sample)
-        return collector, known
+        return collector
 
     return build
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 2])
-def test_contract_12_the_rates_of_a_batch_are_known_to_those_that_have_its_weights(by_hand, ahead):
-    """The batch of step t has the weights of step t - 1 - ahead, and knows the rates up to that step."""
-    collector, known = by_hand([[1.0, 0.0]], **{"rollout.ahead": ahead, "curriculum.by_difficulty": True})
-    for step in range(1, 5):
-        collector.collect(step, quiet=True)
-    assert known == [{"a": 0.5} if step - 1 - ahead >= 1 else {} for step in range(1, 5)]
 
 
 def test_a_refilled_step_counts_all_that_was_drawn(by_hand, monkeypatch):
     """Drafts of groups that were replaced count too. Only a first draw has whole shards: one of 8 and 4 forwards."""
     refill = {"rollout.refill_draws": 1}
-    collector, _ = by_hand([[1.0, None], [1.0, 0.0]], ("a", "b"), **refill)
+    collector = by_hand([[1.0, None], [1.0, 0.0]], ("a", "b"), **refill)
     drawn, log = collector.collect(3), collector.run.log
     assert (len(drawn.groups), drawn.refilled) == (1, 1)
     assert (drawn.replaced[0][0].prompt.prompt_id, drawn.groups[0].prompt.prompt_id) == ("b", "a")
@@ -150,7 +134,7 @@ def test_a_refilled_step_counts_all_that_was_drawn(by_hand, monkeypatch):
 
 
 def test_the_first_listener_that_chooses_has_its_problems_and_what_the_reward_cannot_do_is_an_event(by_hand):
-    collector, _ = by_hand([], ("a", "bbb", "cc"))
+    collector = by_hand([], ("a", "bbb", "cc"))
     chooser, draws, failed = Listener(), [], RewardFailed("boom", FAILURE)
     chooser.choose = lambda count, step, draw: draws.append(draw) or collector.task.train[-count:]
     collector.listeners = [Listener(), chooser, Listener()]
@@ -179,7 +163,7 @@ def test_graphs_are_planned_for_few_rows(by_hand, monkeypatch, routed, size, rou
     given = {"steps": 2, "prompts_per_step": 9, "prompts_per_shard": size, "group_size": 2}
     given |= {"compile": "on", "max_completion_tokens": 6}
     rollout = {name if "step" in name else f"rollout.{name}": value for name, value in given.items()}
-    collector, _ = by_hand([], ("a", "bbb", "cc"), **rollout)
+    collector = by_hand([], ("a", "bbb", "cc"), **rollout)
     assert collector.run.log.events == [("graphs", {"compile": "on", "planned_rounds": rounds})]
 
 
@@ -187,13 +171,13 @@ def test_graphs_are_planned_for_few_rows(by_hand, monkeypatch, routed, size, rou
 def test_no_graphs_are_planned_where_experts_are_recorded(by_hand, monkeypatch, replay):
     monkeypatch.setenv("CXX", "true")
     options = {"steps": 300_000, "rollout.prompts_per_shard": 4, "rollout.group_size": 2}
-    collector, _ = by_hand([], ("a", "bbb", "cc"), **options, **{"learner.routing_replay": replay})
+    collector = by_hand([], ("a", "bbb", "cc"), **options, **{"learner.routing_replay": replay})
     assert [name for name, _ in collector.run.log.events] == ([] if replay else ["graphs"])
 
 
 def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
-    options = {"curriculum.by_difficulty": True, "rollout.ahead": 1}
-    collector, _ = by_hand([[1.0, 0.0]], **options)
+    options = {"curriculum.shortest_share": 0.5, "rollout.ahead": 1}
+    collector = by_hand([[1.0, 0.0]], **options)
     collector.collect(1, quiet=True)
     assert (collector.run.log.bars, capsys.readouterr().out) == ([[]], ""), "quiet draws no bars"
     collector.stream.take(1)
@@ -204,31 +188,6 @@ def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
     collector.put_back(snapshot)
     assert collector.state_dict() == before
     assert before["head_accepted"] == [0.75, 0.6667]  # 12/16, and then 4/8 over that
-    other, _ = by_hand([], **options)
+    other = by_hand([], **options)
     other.load_state_dict(before)
     assert other.state_dict() == before
-
-
-def test_contract_4_candidates_are_sampled_once_each_with_noise_that_no_group_has():
-    """The draws of groups are 0 and above, and what is only looked at before a draw has one below 0."""
-
-    class Picky(Listener):
-        def candidates(self, count, step):
-            return 2 * count
-
-        def narrow(self, prompts, count, sample):
-            sample(prompts)
-            return prompts[-count:]
-
-    asked = []
-    collector = Collector.__new__(Collector)
-    collector.run, collector.tokenizer = SimpleNamespace(phase=nullcontext), None
-    collector.listeners = [Listener(), Picky()]
-    collector.sampling, collector.head_accepted = SamplingParams(group_size=4, seed=3), (0.5,)
-    collector.task = SimpleNamespace(prompt=lambda example, tokenizer: Prompt(example, "", [1]))
-    collector.stream = SimpleNamespace(take=lambda count: [f"p/{i}" for i in range(count)])
-    collector.pool = SimpleNamespace(sample=lambda prompts, params, told: asked.append((len(prompts), params)))
-    for draw in (0, 1):
-        assert [prompt.prompt_id for prompt in collector.prompts(2, 7, draw)] == ["p/2", "p/3"]
-    given = SamplingParams(group_size=1, seed=3, step=7, head_accepted=(0.5,))
-    assert asked == [(4, replace(given, draw=-1)), (4, replace(given, draw=-2))]

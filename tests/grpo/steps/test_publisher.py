@@ -71,7 +71,7 @@ def learner_of(policy: Policy) -> Learner:
     from small_learner import small_learner  # workers read this file, too, and do not find that one
 
     options = LearnerOptions(learning_rate=1e-3)
-    return small_learner(policy, options, MTPOptions(depth=2, every=1), LossOptions(), temperature=PARAMS.temperature)
+    return small_learner(policy, options, MTPOptions(depth=2), LossOptions(), temperature=PARAMS.temperature)
 
 
 def learn(learner: Learner, pool: Pool, step: int = 1) -> None:

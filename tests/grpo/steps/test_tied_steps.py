@@ -76,7 +76,12 @@ def test_no_marks_ask_for_a_warm_start_and_easier_problems(observe, value):
     why, change = observe([[[value, value]] * 2] * OPENING, reason="length")[-1]
     assert why.startswith(f"every completion got the same reward, {value:g}: the policy never does better")
     assert "100% of them were cut at rollout.max_completion_tokens=10" in why
-    for way in ("warm_start.steps (now 3)", "rollout.group_size (now 4)", "curriculum.by_difficulty", "quartet reward"):
+    for way in (
+        "warm_start.steps (now 3)",
+        "rollout.group_size (now 4)",
+        "curriculum.shortest_share",
+        "quartet reward",
+    ):
         assert way in "; ".join(change)
     for way in ("rollout.temperature (now 1)", "rollout.refill_draws (now 0)"):
         assert way in "; ".join(change)
@@ -128,7 +133,7 @@ def test_groups_that_are_all_right_or_all_wrong_ask_for_those_between(observe):
     why, change = observe([[RIGHT, WRONG]] * OPENING)[-1]
     assert "inside each group all completions got the same" in why
     assert "cut at" not in why
-    for way in ("curriculum.by_difficulty: true", "rollout.temperature", "rollout.group_size", "rollout.refill_draws"):
+    for way in ("leave out problems", "rollout.temperature", "rollout.group_size", "rollout.refill_draws"):
         assert way in "; ".join(change)
 
 

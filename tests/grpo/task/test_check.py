@@ -61,7 +61,6 @@ def both(refuse_all) -> str:
         ({"loss.loss_type": "{}:three"}, "is called with ratio, advantages, policy_logprobs, options, and too many"),
         ({"loss.loss_type": "{}:scalar"}, "own.py:scalar gave []; give a tensor [2, 2]"),
         ({"lora.targets": ["qproj"], "warm_start.steps": 0}, "lora.targets: 'qproj' matches no module"),
-        ({"learner.parallel.fsdp_cpu_offload": True}, "fsdp_cpu_offload=true: on a CPU the shards are in the host's"),
     ],
 )
 def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_path, given, message):
@@ -177,7 +176,7 @@ def test_contract_20_weights_that_stay_packed_are_refused_without_them(micro_con
     file = tmp_path / "llama/config.json"
     packing = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     file.write_text(json.dumps(json.loads(file.read_text()) | packing))
-    given = {"rollout.draft_tokens": 0, "warm_start.steps": 0, "mtp.depth": 4, "mtp.every": 1}
+    given = {"rollout.draft_tokens": 0, "warm_start.steps": 0, "mtp.depth": 4}
     config = micro_config(tmp_path / "run", model=str(tmp_path / "llama"), **given)
     said = both([lambda: summary.dry_run(config), lambda: train(config)])
     assert "its weights stay packed (bitsandbytes), and such a policy cannot be saved" in said

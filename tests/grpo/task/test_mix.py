@@ -138,8 +138,7 @@ def test_the_name_of_one_source_goes_with_no_list():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"curriculum.by_difficulty": True}, r"curriculum.by_difficulty=true with data.sources \(word_problems \+ own"),
-        ({"curriculum.shortest_share": 0.5}, "the weights would not hold"),
+        ({"curriculum.shortest_share": 0.5}, r"curriculum.shortest_share=0.5 with data.sources \(word_problems \+ own"),
         ({"prompts_per_step": 30}, "takes up to 11 different prompts from the source own.jsonl, which has"),
         (
             {"data.sources": [{"name": "word_problems", "rewards": ["nobody"]}]},
@@ -157,7 +156,6 @@ def test_what_a_mix_cannot_do_is_refused_by_name(mixed, tmp_path, given, words):
 @pytest.mark.parametrize("command", [SftConfig, MtpConfig])
 def test_supervised_steps_and_the_draft_head_take_a_mix(mixed, tmp_path, command):
     whole = mixed(tmp_path / "r").model_dump()
-    del whole["data"]["thoughts"]  # of agents, which these commands have none of
     given = {name: whole[name] for name in ("model", "output_dir", "data")} | {"eval": {"limit": 2}}
     given |= {"prompts_per_step": 8, "rewards": whole["rewards"]}
     config = command.model_validate(given)

@@ -23,7 +23,7 @@ from rollout.compiled import rounds
 from rollout.compiled.recorded import RecordedRound
 from rollout.faults import RolloutError
 
-DENSE = {"rollout.draft_tokens": 0, "mtp.depth": 4, "mtp.every": 1, "warm_start.steps": 0}  # nothing of a draft head
+DENSE = {"rollout.draft_tokens": 0, "mtp.depth": 4, "warm_start.steps": 0}  # nothing of a draft head
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,6 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         (INT8 | {"loss.importance_correction": "none"}, "=none with rollout.quantization=int8: what samples"),
         (VLLM | {"rollout.workers": 2}, "rollout.workers=2 with rollout.backend=vllm.*set workers to 0"),
         (VLLM | {"learner.routing_replay": True}, "replay=true with .*vLLM 0.32 returns .*, which needs Triton"),
-        (VLLM | {"log.measure_speed": True}, "log.measure_speed=true with .*: vLLM cannot leave its drafts out"),
         (VLLM | {"rollout.vllm.engine": {"dtype": "half"}}, "with rollout.vllm.engine.dtype=half: quartet sets that"),
         (NF4 | {"learner.workers": 2}, "nf4 with several ranks .* learn in one process, or set lora.base to null"),
         (NF4 | {"learner.parallel.fsdp": 2}, "lora.base=nf4 with several ranks"),

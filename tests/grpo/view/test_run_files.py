@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import zstandard
 from tokenizers import Tokenizer
 
 from grpo.algorithm.statistics import wilson_interval
@@ -13,7 +14,7 @@ from grpo.run import hardware
 from grpo.run.records import read_metrics
 from grpo.view.reading import find_tokenizer, token_texts
 from grpo.view.run_files import RunFiles, finite
-from rewards.records import read_rollouts, split_groups
+from rewards.records import read_rollouts, rollout_path, split_groups
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
 
@@ -48,6 +49,26 @@ def test_a_step_is_its_groups(run):
     assert [r for group in found["groups"] for r in group["rewards"]] == [line["reward"] for line in lines]
     assert [n for group in found["groups"] for n in group["lengths"]] == [len(line["token_ids"]) for line in lines]
     assert [group["tied"] for group in found["groups"]] == [len(set(g["rewards"])) == 1 for g in found["groups"]]
+
+
+def test_a_prompt_is_found_wherever_it_was_drawn(tmp_path, monkeypatch):
+    """Also one whose id JSON escapes. A record that cannot be read is left out. Of many steps the newest are shown."""
+    shutil.copytree(CASE, tmp_path / "run")
+    run, name = RunFiles(tmp_path / "run"), 'drawn "twice" é\n'
+    for step, changed in ((1, 2), (3, 0), (4, 3)):
+        groups = split_groups(read_rollouts(CASE, step))
+        lines = [
+            line | ({"prompt_id": name} if g == changed else {}) for g, group in enumerate(groups) for line in group
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        rollout_path(run.folder, step).write_bytes(zstandard.compress(text.encode()))
+    expected = [{"step": 1, "number": 2}, {"step": 3, "number": 0}, {"step": 4, "number": 3}]
+    assert run.places(name) == expected
+    rollout_path(run.folder, 3).write_bytes(b"no record")
+    assert run.places(name) == [expected[0], expected[2]]
+    assert run.places("never drawn") == []
+    monkeypatch.setattr("grpo.view.run_files.PLACES_AT_MOST", 1)
+    assert run.places(name) == expected[2:]
 
 
 def test_an_accuracy_of_nobody_knows_how_many_problems_has_no_interval(tmp_path):

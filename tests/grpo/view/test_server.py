@@ -7,12 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import zstandard
@@ -90,7 +89,8 @@ def test_every_question_is_answered(served):
     assert len(served.ask("0/step/2")["groups"]) == 4
     assert served.ask("0/group/2/3")["number"] == 3
     assert served.ask("0/events")[-1]["event"] == "end"
-    assert served.ask("0/index")["recorded"] == 4
+    [first, *_] = served.ask("0/places?prompt=" + quote(served.ask("0/group/2/3")["prompt_id"]))
+    assert first["step"] <= 2
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,6 @@ def test_every_question_is_answered(served):
         ("0/step/99", 404, "no rollouts of step 99"),
         ("0/step/-1", 404, "no rollouts of step -1"),
         ("0/group/1/77", 404, "none with the number 77"),
-        ("0/search?regex=(", 400, "no regular expression"),
-        ("0/search?regex=a%7B99999999999%7D", 400, "no regular expression"),
-        ("0/search?regex=" + "(" * 2000 + ")" * 2000, 400, "too many groups"),
         ("0/step/" + "9" * 40, 400, "is no number"),
     ],
 )
@@ -121,22 +118,6 @@ def test_the_page_loads_nothing_from_elsewhere(served):
         assert served.get(name.decode())[0] == 200
     assert served.get("/assets/..%2f..%2fserver.py")[0] == 404
     assert served.get("/assets/server.py")[0] == 404
-
-
-def test_a_slow_search_stops_neither_the_page_nor_its_end(tmp_path):
-    shutil.copytree(CASE, tmp_path / "run")
-    _write(tmp_path / "run", 4, [line | {"text": "a" * 100 + "b"} for line in read_rollouts(CASE, 4)])
-    served = Served(str(tmp_path / "run"))
-    while served.ask("0/index")["indexed"] < 4:
-        time.sleep(0.05)
-    search = threading.Thread(target=lambda: served.get("/api/0/search?regex=(a|aa)%2B$"))
-    search.start()
-    time.sleep(0.5)
-    began = time.monotonic()
-    assert served.ask("runs") == ["run"]
-    assert served.end() == 130
-    assert time.monotonic() - began < 8
-    assert served.rest.strip() == "quartet: interrupted"
 
 
 def test_a_record_that_no_run_writes_is_shown_or_said(tmp_path):

@@ -58,7 +58,6 @@ def said(key: str, model=TrainConfig, flags=("resume", "dry_run", "print_config"
         ("vllm_gpu_memory_utilization", "rollout.vllm.engine"),
         ("actor_rollout_ref.rollout.tensor_model_parallel_size", "rollout.vllm.engine"),
         ("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", "learner.parallel.tensor"),
-        ("actor_rollout_ref.actor.fsdp_config.param_offload", "learner.parallel.fsdp_cpu_offload"),
         ("actor_rollout_ref.actor.fsdp_config.fsdp_size", "learner.parallel.fsdp"),
         ("fsdp", "learner.parallel.fsdp"),
         ("trainer.nnodes", "learner.workers"),

@@ -147,6 +147,13 @@ def test_which_completions_are_kept(marks, verdicts, expected):
     assert module._correct(task, GroupScore(marks, {"mine": marks})) == expected
 
 
+def test_a_run_of_0_2_that_had_set_what_left_has_controls(finished, tmp_path):
+    saved = (finished[0] / "config.yaml").read_text()
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "config.yaml").write_text(saved + "cassette: {file: answers.jsonl}\n")
+    assert module._config(tmp_path) == module._config(finished[0])
+
+
 def test_runs_without_a_control_are_refused(finished, micro_config, tmp_path, capsys):
     folder, _ = finished
     assert main(["control", str(tmp_path / "nowhere")]) == 1

@@ -14,7 +14,7 @@ from grpo.cli.commands import machine, summary
 from grpo.cli.commands.memory_table import DeviceMemory
 from grpo.cli.commands.summary import pieces
 from grpo.config.run import SftConfig
-from grpo.evaluation.evaluate import Evaluation, Speed
+from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import Result
 from grpo.train import train
 from policies.policy import PolicyError
@@ -145,13 +145,12 @@ def test_completions_without_a_mark_are_seen(shown):
     assert "3 more completions have no mark; rewards failed 1 times" in shown.export_text()
 
 
-def test_the_summary_shows_results_speed_and_where_things_lie(shown, tmp_path):
+def test_the_summary_shows_results_and_where_things_lie(shown, tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "checkpoints").mkdir()
-    speed = Speed(rows=8, draft_tokens=4, with_drafts=300.0, without_drafts=120.0, tokens_per_forward=3.3)
-    summary.summary(Result(tmp_path, None, {"after": RESULT}, [speed]))
+    summary.summary(Result(tmp_path, None, {"after": RESULT}))
     text = shown.export_text()
-    assert re.search(r"8 .* 120 .* 300 \(k = 4\) .* 2\.50x .* 3\.30", text)
+    assert "held-out problems" in text
     assert str(tmp_path) in text.replace("\n", "")
     assert "  checkpoints/" in text
     assert "  metrics.jsonl" in text

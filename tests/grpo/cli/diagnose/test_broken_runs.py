@@ -11,7 +11,7 @@ from grpo.config.run import TrainConfig
 from grpo.train import train
 
 DEMO = Path(__file__).parents[4] / "benchmarks/learn/words.yaml"
-WARM = {"steps": 1, "learner.learning_rate": 1e-12, "eval.limit": 0, "log.measure_speed": False, "log.trackers": []}
+WARM = {"steps": 1, "learner.learning_rate": 1e-12, "eval.limit": 0, "log.trackers": []}
 
 
 @pytest.mark.slow

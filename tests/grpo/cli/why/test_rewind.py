@@ -18,7 +18,7 @@ from rollout.depth import draft_gain
 
 KINDS = {
     "full": {},
-    "preset": {"warm_start.steps": 0, "rollout.draft_tokens": None, "mtp.every": 1},
+    "preset": {"warm_start.steps": 0, "rollout.draft_tokens": None},
     "lora": {"lora.rank": 4, "loss.beta": 0.1},
     "ppo": {"loss.advantage": "gae", "loss.beta": 0.1, "learner.updates_per_batch": 2},
     "bfloat16": {"dtype": "bfloat16"},

@@ -9,7 +9,6 @@ from grpo.learner.batch import collate
 from grpo.learner.prepare import supervised
 from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.draft_head import gold_draft_loss, teaching
-from policies.mtp import draft_loss
 from rewards.config.options import ConfigError, load
 
 ROWS = [
@@ -42,18 +41,17 @@ def test_the_loss_is_the_cross_entropy_of_the_gold_tokens_averaged_over_depths(r
     assert 0 < only < loss
 
 
-def test_another_share_of_the_groups_teaches_the_head_each_time(random_policy):
-    """Also where `every` is the number of shares, and where a share is less than a group."""
-    policy, options = random_policy(1), MTPOptions(every=2, share=0.5, loss_weight=3.0)
+def test_each_token_of_the_taught_groups_has_the_same_weight(random_policy):
+    policy, options = random_policy(1), MTPOptions(loss_weight=3.0)
     rows = [PackedRow([5], [Sample(0, [1, 2])], group=group) for group in (0, 1, 2, 2)]
-    found = {step: teaching(policy, options, rows, step) for step in range(1, 7)}
-    assert found == {1: {}, 2: {1: 1.5}, 3: {}, 4: {0: 0.5, 2: 0.5}, 5: {}, 6: {1: 1.5}}  # λ over 2 and 6 tokens
-    assert [list(teaching(policy, options, rows[:1], step)) for step in (2, 4)] == [[0], [0]]
+    assert teaching(policy, options, rows, step=1) == dict.fromkeys((0, 1, 2), 3.0 / 8)
+    assert teaching(policy, options, rows[:1], step=2) == {0: 1.5}
+    assert teaching(policy, MTPOptions(loss_weight=0.0), rows, step=1) == {}
 
 
 def _gradients(policy, options: MTPOptions) -> dict[str, torch.Tensor]:
     metrics = supervised_learner(policy, mtp=options).forward_backward(supervised(ROWS, 1))
-    assert metrics["loss/mtp_tv" if options.tv else "loss/mtp"] > 0
+    assert metrics["loss/mtp"] > 0
     return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -69,27 +67,6 @@ def test_train_trunk_adds_the_heads_gradient_to_the_trunks(random_policy):
         assert alone[name].abs().max() > 0
         torch.testing.assert_close(trained[name], plain[name] + alone[name], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(trained["mtp.eh_proj.weight"], alone["mtp.eh_proj.weight"], rtol=1e-4, atol=1e-6)
-
-
-def test_tv_teaches_the_head_by_the_share_of_rejected_drafts(random_policy):
-    """The trunk's gradient is what it is beside KL (contract 7)."""
-    plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3))
-    taught = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3, tv=True))
-    policy = random_policy(1)
-    mini = collate(ROWS, torch.device("cpu"))
-    preceding = _preceding(policy, mini)
-    outputs = policy.unroll(preceding, mini.token_ids, mini.position_ids, mini.head_segment, 2)
-    (0.3 / 9 * draft_loss(outputs, preceding, mini.turn, policy.lm_head, 1.0, divergence="tv")).backward()
-    head = {n: p.grad for n, p in policy.named_parameters() if n.startswith("mtp.") and p.grad is not None}
-    assert set(plain) == set(taught)
-    for name, gradient in taught.items():
-        torch.testing.assert_close(gradient, head.get(name, plain[name]), rtol=1e-4, atol=1e-6)
-        assert name not in head or not torch.allclose(gradient, plain[name], rtol=1e-2, atol=1e-6), name
-
-
-def test_tv_has_no_gold_tokens(tmp_path):
-    with pytest.raises(ConfigError, match="train_trunk compares with gold tokens; drop one"):
-        load(SftConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True, "mtp.tv": True})
 
 
 def test_contract_7_grpo_refuses_it(tmp_path):

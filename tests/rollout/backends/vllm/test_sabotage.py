@@ -69,7 +69,7 @@ def server(request, tmp_path_factory) -> Iterator[tuple[Server, torch.dtype]]:
 
 def learner_of(policy: Policy) -> Learner:
     options = LearnerOptions(learning_rate=1e-3)
-    return small_learner(policy, options, MTPOptions(depth=2, every=1), LossOptions(), temperature=0.8)
+    return small_learner(policy, options, MTPOptions(depth=2), LossOptions(), temperature=0.8)
 
 
 def learn(learner: Learner, pool: VLLMPool, params: SamplingParams) -> None:

