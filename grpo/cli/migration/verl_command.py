@@ -239,7 +239,6 @@ class _Reading:
             self.lacks(f"{ACTOR}.clip_ratio", values[f"{ACTOR}.clip_ratio"])
         self._loss()
         if values["algorithm.adv_estimator"] == "gae":
-            self.put("value.gamma", values["algorithm.gamma"])
             self.put("value.lam", values["algorithm.lam"])
             self.put("value.learning_rate", values["critic.optim.lr"])
         if values["algorithm.filter_groups.enable"]:

@@ -147,7 +147,7 @@ def with_token_advantages(
     learned = [torch.tensor(sample.sampled or [True] * len(sample.token_ids)) for sample in samples.values()]
     mask = pad_sequence(learned, batch_first=True)  # with False
     values_BT = pad_sequence([values[i].cpu() for i in samples], batch_first=True)
-    advantages, returns = gae(outcome_rewards(rewards, mask), values_BT, mask, options.gamma, options.lam)
+    advantages, returns = gae(outcome_rewards(rewards, mask), values_BT, mask, lam=options.lam)
     counted = mask & torch.tensor([[sample.in_loss] for sample in samples.values()])
     advantages = whiten(advantages, counted)
     if weights_PG is not None:

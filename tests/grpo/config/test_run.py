@@ -302,7 +302,7 @@ def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():
 
 
 def test_what_no_gpu_has_run_says_so_in_its_help():
-    """Until a GPU has: recorded rounds, vLLM there, GPUs that are shared, and learners that sum by NCCL."""
+    """Until a GPU has: vLLM there, and learners that sum by NCCL."""
     options = {option.key: option for option in _options(TrainConfig.model_construct())}
-    for key in ("rollout.compile", "rollout.backend", "rollout.colocate", "rollout.gpus_per_worker", "learner.workers"):
+    for key in ("rollout.backend", "learner.workers"):
         assert "xperimental: never run on a GPU" in options[key].help, key

@@ -33,7 +33,6 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"rollout.colocate": True, "rollout.ahead": 1}, "rollout.ahead=1 with rollout.colocate=true: .* set one of"),
         ({"eval.every": 5}, "eval.limit=0 with eval.every=5: that evaluates nothing"),
         ({"loss.loss_type": "cispo"}, "loss.epsilon_high=null with loss.loss_type=cispo: cispo needs the cap"),
         (SUMS | {"loss.advantage": "rloo"}, "advantage=rloo with .*_then_sum: .* takes the weighted sum; use"),
@@ -112,6 +111,6 @@ def test_all_contradictions_are_found_at_once():
         load(MtpConfig, None, {"output_dir": "r", **given})
     assert sorted(line.partition("=")[0] for line in error.value.problems) == sorted(given)
     assert all(line.endswith("quartet mtp does not use it; leave it out") for line in error.value.problems)
-    both = {"eval.every": 2, "rollout.colocate": True, "rollout.ahead": 1}
+    both = {"eval.every": 2, "loss.loss_type": "cispo"}
     assert len(list(contradictions(Plan(load(TrainConfig, None, {"output_dir": "r", **both}))))) == 2
     assert list(contradictions(Plan(load(TrainConfig, None, {"output_dir": "r"})))) == []

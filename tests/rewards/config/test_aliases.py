@@ -68,7 +68,6 @@ def said(key: str, model=TrainConfig, flags=("resume", "dry_run", "print_config"
         ("bnb_4bit_quant_type", "lora.base"),
         ("optim", "learner.optimizer"),
         ("dataset_config", "data.name"),
-        ("torch_compile", "rollout.compile"),
         ("model_revision", "model"),
         ("chat_template_kwargs", "data.chat_template_kwargs"),
     ],

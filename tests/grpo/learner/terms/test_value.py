@@ -99,12 +99,6 @@ def test_token_advantages_by_hand(unwhitened):
     assert batch.metrics["value/explained_variance"] == pytest.approx(explained, abs=1e-6)
 
 
-def test_discount_by_hand(unwhitened):
-    options = ValueOptions(gamma=0.5, lam=1.0)
-    good = with_token_advantages(_batch(), VALUES, [[1.0, 0.0, None]], options).rows[0].samples[0]
-    assert good.returns == pytest.approx([0.5, 1.0])  # λ = 1: the discounted score itself
-
-
 def test_whitening_by_hand():
     # 0.4, 0.2, -0.4: mean 1/15, std √((1/9 + 4/225 + 49/225) / 2) = √(78/225 / 2)
     batch = with_token_advantages(_batch(), VALUES, [[1.0, 0.0, None]], ValueOptions(lam=0.5))
@@ -338,7 +332,7 @@ def test_an_all_zero_batch_takes_no_step_and_a_tied_one_learns_from_its_values(m
 def test_equal_advantages_are_whitened_to_zero_and_the_values_learn_all_the_same(micro_policy):
     """V = 0 and γ = λ = 1: every advantage is the score, 1, of which whitening leaves 0. Every return is 1, the value
     loss ½ (0 - 1)²."""
-    learner = _learner(micro_policy(0), value={"learning_rate": 1e-2, "lam": 1.0, "gamma": 1.0})
+    learner = _learner(micro_policy(0), value={"learning_rate": 1e-2, "lam": 1.0})
     batch = learner.prepare(_groups(), _scores([[1.0] * 3] * 3))
     assert batch.all_tied
     assert all(sample.returns == [1.0] * len(sample.token_ids) for row in batch.rows for sample in row.samples)
