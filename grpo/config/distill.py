@@ -20,6 +20,3 @@ class DistillOptions(Options):
     top_k: int | None = Field(default=None, ge=1)
     """Learn from the KL over the teacher's k likeliest tokens and all others as one, at every token. null learns from
     the token that was sampled, whose gradient is in expectation that of the exact KL."""
-    reward_weight: float = Field(default=0.0, ge=0)
-    """Weight of the score's group-relative advantage, which is added to the teacher's; 0 learns from the teacher alone.
-    """

@@ -104,6 +104,8 @@ def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], No
 def _renew_rewards(options: dict[str, Any], tell: Callable[[str, str], None]) -> None:
     """A reward model is a reward; `chat:` before the name of a function was an option of its own."""
     rewards = options.get("rewards")
+    if isinstance(rewards, str) and "reward_models" in options:
+        rewards = options["rewards"] = [{"function": rewards}]
     for reward in rewards if isinstance(rewards, list) else ():
         if isinstance(reward, dict) and reward.get("chat") is True and ":" in reward.get("function", ""):
             del reward["chat"]

@@ -161,9 +161,6 @@ class _Reading:
             self.lacks("per_device_train_batch_size", values["per_device_train_batch_size"])
         corrects = values["use_vllm"] and values["vllm_importance_sampling_correction"]
         self.put("loss.importance_correction", values["vllm_importance_sampling_mode"] if corrects else "none")
-        limit = values["vllm_importance_sampling_cap"] or values["vllm_importance_sampling_clip_max"]
-        if corrects:
-            self.put("loss.importance_clip_max", limit or NO_LIMIT)
 
     def _rollout(self) -> None:
         values = self.values

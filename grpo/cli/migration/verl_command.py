@@ -240,7 +240,6 @@ class _Reading:
         self._loss()
         if values["algorithm.adv_estimator"] == "gae":
             self.put("value.lam", values["algorithm.lam"])
-            self.put("value.learning_rate", values["critic.optim.lr"])
         if values["algorithm.filter_groups.enable"]:
             self.put("rollout.refill_draws", values["algorithm.filter_groups.max_num_gen_batches"] or 10)
         if engine not in (None, "hf"):

@@ -23,7 +23,7 @@ from rewards.ties import tied
 from rollout.group import ENDED
 
 AFFORDABLE = 600.0  # seconds of leaving groups out, by the run's own times
-FREE = ("loss", "value", "rewards", "distill.reward_weight")
+FREE = ("loss", "value", "rewards")
 FREE_OF_LEARNER = ("learning_rate", "max_grad_norm", "updates_per_batch", "weight_decay", "betas")
 
 

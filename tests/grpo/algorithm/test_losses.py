@@ -586,7 +586,7 @@ def test_options_and_defaults_are_those_of_trl():
     assert shared == {name: theirs[name] for name in shared}
     assert theirs["use_bias_correction_kl"]
     assert LossOptions().kl_estimator == "unbiased"
-    assert theirs["vllm_importance_sampling_clip_max"] == LossOptions().importance_clip_max
+    assert theirs["vllm_importance_sampling_clip_max"] == losses.MOST_WEIGHT
     assert theirs["vllm_importance_sampling_clip_min"] is None
     assert theirs["num_iterations"] == LearnerOptions().updates_per_batch
     for name in ("epsilon", "epsilon_high"):

@@ -87,13 +87,12 @@ def policy_folder(micro_policy, tmp_path_factory) -> Path:
 @pytest.fixture
 def judged(policy_folder, letters) -> dict[str, Any]:
     """A policy on problems of its level, and a reward function and a reward model that score it."""
-    judge = {"name": "judge", "model": str(policy_folder.parent / "judge")}
+    judge = {"function": f"model:{policy_folder.parent / 'judge'}"}
     return {
         "model": str(policy_folder),
         "threads": 1,
         "data.levels": [1],
-        "rewards": [{"function": letters}],
-        "reward_models": [judge],
+        "rewards": [{"function": letters}, judge],
         "rollout.max_completion_tokens": 8,
         "rollout.draft_tokens": 1,
         "eval.limit": 2,
@@ -109,12 +108,12 @@ def rows(tmp_path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_contract_18_supervised_steps_read_all_their_options(micro_config, policy_folder, not_finite, rows, tmp_path):
+def test_contract_18_supervised_steps_read_all_their_options(micro_config, policy_folder, rows, tmp_path):
     from grpo.sft import sft
 
     given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards", "data"})
     del given["data"]["thoughts"]  # of agents, which `quartet sft` has none of
-    given |= {"reward_models": [{"name": "judge", "model": str(policy_folder.parent / "judge")}]}
+    given["rewards"] += [{"function": f"model:{policy_folder.parent / 'judge'}"}]
     small = {"steps": 2, "prompts_per_step": 4, "rollout": {"max_completion_tokens": 10}, "log": {"trackers": []}}
     with recorded() as reads:
         sft(SftConfig(output_dir=tmp_path / "r", eval={"limit": 2}, learner={"workers": 0}, **given, **small))
@@ -131,12 +130,12 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, row
 
     model = {"model": str(policy_folder), "warm_start.steps": 0}
     ties = {"rewards": [{"function": "gsm8k_format"}], "rollout.refill_draws": 1}
-    reward_models = {"reward_models": [{"name": "judge", "model": str(policy_folder.parent / "judge")}]}
+    judge = {"rewards": [{"function": f"model:{policy_folder.parent / 'judge'}"}]}
     variants: list[dict[str, Any]] = [
         {"eval.limit": 2, "checkpoint.keep_best": True, "curriculum.shortest_share": 0.5} | ties,
         {"lora.rank": 2, "loss.importance_correction": "token_truncate", "mtp.every": 1},
         {"loss.advantage": "gae"},
-        model | reward_models | {"loss.advantage": "distill", "distill.teacher": str(policy_folder)},
+        model | judge | {"loss.advantage": "distill", "distill.teacher": str(policy_folder)},
         {"environment": "calculator", "cassette": {"file": str(tmp_path / "cassette.jsonl"), "mode": "record"}},
         {"agent": f"{AGENTS}:once", "steps": 1},
     ]
@@ -172,9 +171,9 @@ def acts(judged, rows) -> list[dict[str, Any]]:
     """What is evaluated in several ways: with few words, by tools, by an agent, and a share that was held out."""
     return [
         judged | {"data.name": "word_problems", "stop": ["x"]},
-        judged | {"environment": "calculator", "reward_models": [], "eval.greedy": False},
-        judged | {"agent": f"{AGENTS}:once", "reward_models": [], "eval.limit": 1},
-        judged | {"data": rows, "reward_models": []},
+        judged | {"environment": "calculator", "rewards": judged["rewards"][:1], "eval.greedy": False},
+        judged | {"agent": f"{AGENTS}:once", "rewards": judged["rewards"][:1], "eval.limit": 1},
+        judged | {"data": rows, "rewards": judged["rewards"][:1]},
     ]
 
 
