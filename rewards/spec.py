@@ -72,11 +72,8 @@ class RewardFunction:
     def description(self) -> dict[str, Any]:
         """Gives what a worker needs to load the function."""
         content = self.source.content.decode("latin-1")
-        return asdict(self.source) | {
-            "content": content,
-            "arguments": self.spec.arguments,
-            "chat": self.spec.reads_chat,
-        }
+        call = {"arguments": self.spec.arguments, "chat": self.spec.reads_chat}
+        return asdict(self.source) | {"content": content} | call
 
     def check(self, columns: Sequence[str] | None) -> None:
         """Raise RewardError, if the columns are known, for a parameter without a value."""

@@ -103,8 +103,9 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
     rollout, dtype, run_log = run.config.whole_rollout.model_copy(update=changes), run.config.dtype, run.log
     if not run.ranks.first:
         _places(rollout)
-        reads = Publication.read_parts if rollout.samplers else None
-        reads = Publication.parts if rollout.backend == "vllm" else reads
+        reads: Reads | None = Publication.read_parts if rollout.samplers else None
+        if rollout.backend == "vllm":
+            reads = Publication.parts
         part = NoPool(reads, in_turn=_on_this_gpu(rollout, policy))
         part.publish(policy.publication(), 0)
         return part

@@ -122,12 +122,11 @@ def _renew_rewards(options: dict[str, Any], tell: Callable[[str, str], None]) ->
             model["kind"] = "chat_classifier"
         arguments = {name: model[name] for name in ("kind", "label") if model.get(name) is not None}
         made = {"function": f"model:{model['model']}", "name": model["name"], "arguments": arguments}
-        reads = {"name": model["name"]}
-        readers = [
-            r for r in rewards if isinstance(r, dict) and r.get("function") == "column" and r.get("arguments") == reads
-        ]
-        if readers:
-            readers[0].update(made)
+        reader = {"function": "column", "arguments": {"name": model["name"]}}
+        for reward in rewards:
+            if isinstance(reward, dict) and reader.items() <= reward.items():
+                reward.update(made)
+                break
         else:
             rewards.append(made | {"weight": 0.0})  # a function reads its column
         tell("reward_models", f"rewards[].function: {made['function']}")

@@ -238,6 +238,9 @@ class _Reading:
         if f"{ACTOR}.clip_ratio" in self.overrides and not any("clip_ratio_" in name for name in self.overrides):
             self.lacks(f"{ACTOR}.clip_ratio", values[f"{ACTOR}.clip_ratio"])
         self._loss()
+        threshold = "algorithm.rollout_correction.rollout_is_threshold"
+        if values["algorithm.rollout_correction.rollout_is"] and threshold not in self.overrides:
+            self.lacks(threshold, values[threshold])  # 2 there, 3 here
         if values["algorithm.adv_estimator"] == "gae":
             self.put("value.lam", values["algorithm.lam"])
         if values["algorithm.filter_groups.enable"]:
