@@ -124,6 +124,8 @@ class MTPOptions(Options):
     tv: bool = False
     """Minimise total variation, the share of rejected drafts, and not KL. For a draft head that `quartet mtp` has
     taught: the gradient vanishes where it gives a token of the trunk hardly any probability."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate of the draft head."""
 
 
 class SftMTPOptions(MTPOptions):

@@ -47,7 +47,7 @@ class HeadLearner(Learner):
     def __init__(self, policy: Policy, options: HeadOptions, *, temperature: float, seed: int) -> None:
         policy.trunk.requires_grad_(False)
         self.warm_up = 1.0
-        self.term = DraftHeadTerm(policy, MTPOptions(depth=options.depth), options.learning_rate)
+        self.term = DraftHeadTerm(policy, MTPOptions(depth=options.depth, learning_rate=options.learning_rate))
         super().__init__(
             policy,
             LearnerOptions(tokens_per_micro_batch=options.tokens_per_update),

@@ -268,10 +268,10 @@ class _Perplexity(_Model):
 def check_teacher(config: TrainConfig) -> None:
     """Raises ValueError for a teacher with another tokenizer than the policy's, before either of them is loaded, and
     TeacherError for a server that does not score tokens."""
-    if config.distill.teacher is None:
+    if config.distill.model is None:
         return
     named = f"distill.teacher={config.distill.teacher!r}"
-    sources = [find_policy(model, read=False) for model in (config.model, config.distill.teacher)]
+    sources = [find_policy(model, read=False) for model in (config.model, config.distill.model)]
     policy, teacher = (source.base for source in sources)
     if fault := _difference(read_tokenizer(policy), read_tokenizer(teacher)):
         raise ValueError(
@@ -281,11 +281,11 @@ def check_teacher(config: TrainConfig) -> None:
     if config.distill.url is not None:
         if sees_prompts_whole(shape_of(sources[1])):
             raise ValueError(
-                f"{named} has prompt_attention=bidirectional, and the server of distill.url would read its prompts "
-                "causally; set url to null to load the teacher here"
+                f"{named} has prompt_attention=bidirectional, and its server would read its prompts causally; "
+                "leave the address out to load the teacher here"
             )
         ids = read_tokenizer(policy).encode(PROBES[0], add_special_tokens=False)
-        server = TeacherServer(config.distill.url, config.distill.teacher)
+        server = TeacherServer(config.distill.url, config.distill.model)
         server.score([ids], [1], config.distill.top_k or 0)
 
 

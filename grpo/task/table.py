@@ -126,6 +126,10 @@ def _reward_model(options: object) -> str:
     return next((f"rewards[].function={name}" for name in functions if name.startswith(MODEL)), "")
 
 
+def _teacher_at_server(options: object) -> str:
+    return f"distill.teacher={option(options, 'distill.teacher')}" if option(options, "distill.url") else ""
+
+
 def _shortest(options: object) -> str:
     share = option(options, "curriculum.shortest_share") or 1.0
     return f"curriculum.shortest_share={_word(share)}" if share < 1 else ""
@@ -211,6 +215,7 @@ SITUATIONS: Mapping[str, Form] = {
     "an argument of vLLM's engine": _set_by_quartet,
     "training of the draft head": _taught_head,
     "a reward model": _reward_model,
+    "a teacher at a server": _teacher_at_server,
     "an accelerator": _device_that(lambda device: device.type != "cpu"),
     "an accelerator without bfloat16": _device_that(lambda device: has_bfloat16(device) is False),
     "Apple's GPU": _device_that(lambda device: device.type == "mps"),

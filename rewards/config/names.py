@@ -87,6 +87,9 @@ def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], No
         options["data"] = {key_of_data(data): data}
     if take(options, "learner.stochastic_rounding") is True:
         put(options, "learner.optimizer", "adamw_8bit_stochastic")
+    url, teacher = take(options, "distill.url"), get(options, "distill.teacher")
+    if isinstance(url, str) and teacher:
+        put(options, "distill.teacher", f"{teacher}@{url}")
     _renew_rewards(options, tell or (lambda old, new: None))
     trains_trunk = take(options, "value.train_trunk")
     if trains_trunk is not ABSENT:

@@ -12,7 +12,6 @@ from grpo.config.run import LogOptions, SftConfig
 from grpo.evaluation.best_point import BestPoint
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
-from grpo.learner.terms import draft_head
 from grpo.learner.update import NonFiniteStep
 from grpo.run.log import RunLog
 from grpo.session import Session
@@ -44,13 +43,12 @@ def _events(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
-def test_the_policy_learns_the_solutions_in_place_and_its_head_beside_it(
-    micro_policy, micro_config, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(draft_head, "RATE", 1e-2)
+def test_the_policy_learns_the_solutions_in_place_and_its_head_beside_it(micro_policy, micro_config, tmp_path):
     policy, console = micro_policy(0), Console(file=io.StringIO(), width=200)
     before = copy.deepcopy(policy)
-    config = _config(micro_config, tmp_path, **{"warm_start.steps": 60, "warm_start.warmup_steps": 5})
+    config = _config(
+        micro_config, tmp_path, **{"warm_start.steps": 60, "warm_start.warmup_steps": 5, "mtp.learning_rate": 1e-2}
+    )
     metrics = _warm(policy, config, tmp_path / "r", console)
     assert "54/60" in console.file.getvalue()
     assert "60/60" in console.file.getvalue()

@@ -166,9 +166,9 @@ class MemoryOfRun:
         """Returns what the teacher of `loss.advantage: distill` holds on each rank: its forwards keep nothing."""
         config = self.config
         assert isinstance(config, TrainConfig)
-        if config.distill.teacher is None or config.distill.url is not None:
+        if config.distill.model is None or config.distill.url is not None:
             return 0
-        options = ModelOptions(model=config.distill.teacher, dtype=config.dtype, device=config.device)
+        options = ModelOptions(model=config.distill.model, dtype=config.dtype, device=config.device)
         return storage_bytes(tensors_of(meta_policy(*read_shape(options), self.dtype)))
 
     def head_learner(self) -> DeviceMemory:

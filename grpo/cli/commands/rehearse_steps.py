@@ -97,8 +97,8 @@ def rehearsed(config: TrainConfig, model: str, folder: Path) -> TrainConfig:
     changes: dict[str, Any] = OTHERWISE | {key: min(option(config, key) or 0, most) for key, most in MOST.items()}
     changes |= {"model": model, "output_dir": folder}
     changes |= {"eval.every": config.eval.every and 1} | ({"lora.base": None} if config.lora else {})
-    if config.distill.teacher or config.distill.url:
-        changes |= {"distill.teacher": model, "distill.url": None}
+    if config.distill.teacher:
+        changes |= {"distill.teacher": model}
     else:
         file = folder.with_name("unlike.py")
         file.write_text(UNLIKE_REWARD, encoding="utf-8")

@@ -71,13 +71,13 @@ def term(policy: Policy, config: Any, load: Callable[[str], Policy] | None) -> D
 
 def teacher_of(options: DistillOptions, load: Callable[[str], Policy] | None) -> Scores:
     """The frozen teacher, in the policy's precision and on its device, or at its server."""
-    assert options.teacher is not None
+    assert options.model is not None
     if options.url is not None:
         from grpo.learner.terms.teacher_server import TeacherServer  # other runs ask no server
 
-        return TeacherServer(options.url, options.teacher)
+        return TeacherServer(options.url, options.model)
     assert load is not None
-    return TeacherPolicy(load(options.teacher))
+    return TeacherPolicy(load(options.model))
 
 
 class DistillTerm(Term):

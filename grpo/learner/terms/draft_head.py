@@ -27,7 +27,6 @@ METRICS = {
     "time/draft_head": "the draft head and its loss, without most of its backward; and all that tied groups take which "
     "are read for it alone; part of time/learn, seconds",
 }
-RATE = 1e-3  # peak learning rate of the draft head beside a policy
 PAYS = 1.1  # least gain of a step's rollouts that is worth what the draft head's learning takes
 IDLE_EVERY = 10  # often enough to learn that drafts pay again, for a tenth of the cost
 
@@ -45,14 +44,12 @@ class DraftHeadTerm(Term):
     moves_trunk = False
     reads_lessons = True
 
-    def __init__(self, policy: Policy, options: MTPOptions, rate: float | None = None) -> None:
-        """`rate`: the peak learning rate, where it is not RATE."""
+    def __init__(self, policy: Policy, options: MTPOptions) -> None:
         self.policy, self.options, self.module = policy, options, policy.mtp
-        self.rate = RATE if rate is None else rate
         self.seconds = 0.0  # that it took in this step
 
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
-        return groups_of(self.module, self.rate, weight_decay)
+        return groups_of(self.module, self.options.learning_rate, weight_decay)
 
     def begin(self, work: Work) -> None:
         batch = work.batch

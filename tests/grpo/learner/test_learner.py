@@ -504,7 +504,7 @@ def test_later_steps_are_those_of_torchs_own_adamw_with_clipped_gradients(micro_
     oracle = torch.optim.AdamW(
         [
             {"params": [q for (n, _), (_, q) in pairs if n.startswith("trunk.")], "lr": 1e-3},
-            {"params": [q for (n, _), (_, q) in pairs if n.startswith("mtp.")], "lr": draft_head.RATE},
+            {"params": [q for (n, _), (_, q) in pairs if n.startswith("mtp.")], "lr": MTPOptions().learning_rate},
         ],
         betas=(0.9, 0.95),
         weight_decay=0.0,
@@ -967,7 +967,7 @@ def test_the_schedule_scales_both_learning_rates(micro_policy):
         metrics = learner.step(learner.prepare(_groups(learner.policy, seed=step), _scores()), step)
         assert metrics["learner/learning_rate"] == pytest.approx(factor * 1e-3)
         rates = {group["lr"] for group in learner.optimizer.param_groups}
-        assert rates == {factor * 1e-3, factor * draft_head.RATE}
+        assert rates == {factor * 1e-3, factor * MTPOptions().learning_rate}
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -50,6 +50,7 @@ def said(key: str, model=TrainConfig, flags=("resume", "dry_run", "print_config"
         ("data.max_response_length", "rollout.max_completion_tokens"),
         ("trainer.total_epochs", "steps"),
         ("algorithm.adv_estimator", "loss.advantage"),
+        ("mtp.lr", "mtp.learning_rate"),
         ("use_vllm", "rollout.backend"),
         ("actor_rollout_ref.rollout.name", "rollout.backend"),
         ("vllm_server_base_url", "rollout.vllm.url"),
