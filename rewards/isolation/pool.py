@@ -242,7 +242,7 @@ class WorkerPool:
             try:
                 worker.ask({"functions": self._functions}, START_TIMEOUT_S)
             except OSError as error:
-                why = f"{self._drop(worker)['message']}{self._limit()}"
+                why = self._drop(worker)["message"]
                 raise RewardError(f"a worker for rewards, tools or agents cannot start: {why}") from error
         return not any(worker.ready for worker in self._workers)
 

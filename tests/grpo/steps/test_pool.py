@@ -116,7 +116,7 @@ def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypat
         open_run_pool(run_of(config, run_log), micro_policy())
         [options] = given
         options.on_ready(1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})
-    assert (options.gpus, options.placement_timeout_s, options.colocate) == (0.0, 300.0, None)
+    assert (options.gpus, options.placement_timeout_s, options.colocate) == (1.0, 300.0, None)
     [learner], [worker] = events(tmp_path, "learner"), events(tmp_path, "worker")
     assert (learner["rank"], learner["process"]) == (0, os.getpid())
     assert (worker["worker"], worker["node"], worker["process"]) == (1, "1a2b3c4d on a", 7)

@@ -215,7 +215,7 @@ def _without_template(folder, target):
     [
         ({"model": "{root}/missing"}, "rewards: model:.*missing: there is no such folder"),
         ({"model": "tiny"}, "model:tiny: there is no such folder"),
-        ({"model": "{root}/policy"}, "no sequence classifier but DeepseekV3ForCausalLM; .* kind: perplexity"),
+        ({"model": "{root}/policy"}, "no sequence classifier but DeepseekV3ForCausalLM; .*kind: perplexity"),
         (
             {"model": "{root}/labels"},
             "has 3 labels; arguments: .label: N. says which logit is .*: 0 = LABEL_0",
@@ -248,7 +248,7 @@ def test_names_are_unique_and_arguments_fit_the_kind(folders):
         ModelRewards([one, one])
     with pytest.raises(ConfigError, match="label is for classifiers"):
         ModelRewards([reward_model("a", "m", kind="perplexity", label=1)])
-    with pytest.raises(ValueError, match="rewards: model:m has no argument 'size'"):
+    with pytest.raises(ValueError, match="rewards: model:m: no argument 'size'"):
         ModelRewards([reward_model("a", "m", size=1)])
 
 
