@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve()
 # rewritten before they are compared.
 RENAMED: list[tuple[str, str]] = [("heldout", "held_out")]
 # Names that a newer commit leaves out, since the feature has gone: the base's values are not looked at.
-REMOVED = [r"sources", r"empty", r"lookups", r"pass_rates"]
+REMOVED = [r"sources", r"empty", r"lookups", r"pass_rates", r"skipped_in_a_row"]
 UNTIMED = re.compile(r"^(time/|speed/|memory/)|seconds|^(time|pid|rss)$")
 
 FEW = ["--model", "micro", "--prompts_per_step", "8", "--rollout.group_size", "4", "--eval.limit", "16"]
@@ -70,7 +70,7 @@ SCENARIOS: dict[str, list[list[str]]] = {
         ]
     ],
     "environment": [["train", *GAME, "--warm_start.steps", "30", "--steps", "3"]],
-    "agent": [["train", *LEARNS, "--agent", "TESTS/cases/agents.py:once", "--agent_workers", "1"]],
+    "agent": [["train", *LEARNS, "--agent", "TESTS/cases/agents.py:once"]],
     # A worker would measure costs of its own, so the number of drafts is fixed.
     "ahead": [["train", *LEARNS, "--rollout.ahead", "2", "--rollout.draft_tokens", "2", "--steps", "6"]],
     "ranks": [["train", *LEARNS, "--device", "cpu", "--learner.parallel.fsdp", "2"]],

@@ -1,9 +1,9 @@
 """What is the cache between turns worth? Steps of a run whose agent talks for eight turns, with it and without it.
 
-Runs of `quartet train` come in pairs, one with `agent_cache_tokens: 0` and one with the default, in turn first. The
-agent answers each of the policy's answers with TOLD words, as a tool does, and asks for at most ANSWER tokens. Seconds
-are those of whole steps (`time/step`) and of their rollouts (`time/rollout`), the mean after the first step. A ratio is
-that of a pair, without the cache / with it. The machine must be quiet.
+Runs of `quartet train` come in pairs, one that keeps no conversation and one that keeps as many as always, in turn
+first. The agent answers each of the policy's answers with TOLD words, as a tool does, and asks for at most ANSWER
+tokens. Seconds are those of whole steps (`time/step`) and of their rollouts (`time/rollout`), the mean after the first
+step. A ratio is that of a pair, without the cache / with it. The machine must be quiet.
 
     python benchmarks/turns.py --json benchmarks/results/turns.json     # the preset `tiny`, whose context is 512 tokens
     python benchmarks/turns.py --model models/smollm2-135m-mla --pairs 3
@@ -29,7 +29,6 @@ RUN: dict[str, Any] = {
     "data.name": "word_problems",
     "data.levels": "[1, 2]",
     "agent": f"{Path(__file__).resolve()}:talk",
-    "program_workers": 8,
     "steps": 6,
     "prompts_per_step": 4,
     "warm_start.steps": 0,
@@ -58,10 +57,11 @@ def talk(base_url: str, api_key: str, prompt: str) -> float:
     return float(len(text) % 7)
 
 
-def run(model: str, folder: Path, options: list[str]) -> dict[str, float]:
+def run(model: str, folder: Path, options: list[str], kept: str) -> dict[str, float]:
     """The mean seconds of the steps after the first, and how many tokens of a step came from the cache."""
     words = [word for key, value in (RUN | {"model": model}).items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "grpo", "train", *words, *options, "--output_dir", str(folder)]
+    start = f"from grpo.endpoint import agent_sampler; {kept}from grpo.cli.parse import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", start, "train", *words, *options, "--output_dir", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -79,9 +79,9 @@ def main() -> None:
     pairs: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.pairs):
-            ways = {"with": [], "without": ["--agent_cache_tokens", "0"]}
+            ways = {"with": "", "without": "agent_sampler.CACHE_TOKENS = 0; "}
             order = sorted(ways, reverse=number % 2 == 1)
-            made = {way: run(arguments.model, Path(folder, f"{way}_{number}"), options + ways[way]) for way in order}
+            made = {way: run(arguments.model, Path(folder, f"{way}_{number}"), options, ways[way]) for way in order}
             pairs.append(made)
             ratios = [f"{name} {made['without'][name] / made['with'][name]:.2f}" for name in TIMES]
             print(f"pair {number + 1}: {', '.join(ratios)}", flush=True)

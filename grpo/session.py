@@ -238,7 +238,7 @@ class Session:
             lessons = cast("Sequence[Lesson]", groups)
             self._refuse_held_out(token_ids for lesson in lessons for token_ids in lesson.prompts)
             if self.policy.mtp is None:
-                raise ValueError("recorded lessons teach a draft head, and this policy has none; set add_mtp")
+                raise ValueError("recorded lessons teach a draft head, and this policy has none: see quartet mtp")
             return recorded(lessons, self.step)
         else:
             sampled = cast("Sequence[RolloutGroup]", groups)

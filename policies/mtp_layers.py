@@ -24,7 +24,7 @@ DRAFT_VOCABULARY = "draft_vocabulary.json"  # not safetensors: other engines loa
 DRAFT_WAY_OUT = "copy it again, or delete it to draft from the whole vocabulary"
 NO_HEAD = (
     "model=%r: config.json promises num_nextn_predict_layers=%d, but no MTP layer is stored (transformers drops them "
-    "when it saves): no draft head; add_mtp: true gives a fresh one"
+    "when it saves): no draft head; quartet mtp gives a fresh one"
 )
 OWN_COPIES = (
     "model=%r: %s differ from the trunk's. The draft head uses the trunk's in their place, so it may draft worse than "

@@ -88,8 +88,8 @@ class Signature:
                 )
             raise RewardError(
                 f"reward {label} asks for the column {name!r}, which is not there"
-                f"{did_you_mean(name, columns)}. Columns: {', '.join(sorted(columns)) or 'none'}. Name the "
-                f"column for it, columns: {{{name}: ...}}, or bind a value, arguments: {{{name}: ...}}"
+                f"{did_you_mean(name, columns)}. Columns: {', '.join(sorted(columns)) or 'none'}. Wrap it in a "
+                f"function of two lines that takes another column, or bind a value, arguments: {{{name}: ...}}"
             )
 
     def check_arguments(self, label: str, arguments: Iterable[str]) -> None:

@@ -35,9 +35,9 @@ def quartet_reward(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[.
     problem.
 
     The reward is a built-in name, `path/to/file.py:function`, or a function that the test's file has at its top. `data`
-    is a name as in data.name, options of the data, or rows. `form` is the tool that it is written for, as after --as.
-    `allow` has names of habits (`hash_seed`, `changes`, `prints`, `leaks`). Everything else is an option of
-    `quartet reward test`, such as `chat=True`. Returns the check.
+    is a name as in data.name, options of the data, or rows. `form` is the tool that it is written for, as after --as,
+    or `chat`. `allow` has names of habits (`hash_seed`, `changes`, `prints`, `leaks`). Everything else is an option of
+    `quartet reward test`, such as `shaping=True`. Returns the check.
     """
 
     def check(

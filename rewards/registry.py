@@ -1,6 +1,8 @@
 """Finds rewards: built-ins by name, and users' functions as `path/to/file.py:function` or `package.module:function`.
 
 A word before that says in which tool's form it is written: `verl:path/to/file.py:compute_score` (see rewards.forms).
+`chat:` before all of that passes prompts and completions as chat messages. `model:FOLDER_OR_NAME` is a reward model,
+which a run loads itself (grpo/task/reward_models.py).
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ _MODULES = {
 BUILT_IN = {name: f"rewards.built_in.{module}" for module, names in _MODULES.items() for name in names}
 BUILT_IN |= {name: f"rewards.forms.{name}" for name in ("nemo_gym", "openenv")}  # servers of other tools
 FORMS = ("verl", "verifiers")  # of other tools
-OF_VERL = ("data_source", "ground_truth", "reward_model", "extra_info")  # columns; other parameters are options
+CHAT, MODEL = "chat:", "model:"
+OF_VERL = ("data_source", "ground_truth", "answer", "reward_model", "extra_info")  # columns; others are options
 CALLABLES: dict[str, Reward] = {}  # functions of this process that were handed over from Python
 
 
@@ -75,9 +78,10 @@ class Source:
 def _split(function: str) -> tuple[str, str, str]:
     """The form, the file or module, and the name in it.
 
-    >>> _split("verl:my_rewards.py:compute_score"), _split("my_rewards.py:exact")
+    >>> _split("verl:my_rewards.py:compute_score"), _split("chat:my_rewards.py:exact")
     (('verl', 'my_rewards.py', 'compute_score'), ('', 'my_rewards.py', 'exact'))
     """
+    function = function.removeprefix(CHAT)
     form, _, rest = function.partition(":")
     place, _, attribute = (rest if form in FORMS else function).rpartition(":")
     return (form if form in FORMS else ""), place, attribute
@@ -85,6 +89,10 @@ def _split(function: str) -> tuple[str, str, str]:
 
 def find_reward(function: str) -> Source:
     """Read what `function` names, without running it. Raises RewardError with the nearest valid name."""
+    if function.startswith(MODEL):
+        raise RewardError(
+            f"reward {function!r} is a model, which a run or quartet eval loads; nothing else scores with it"
+        )
     form, place, attribute = _split(function)
     if not place and not form:
         if function not in BUILT_IN:
@@ -132,7 +140,7 @@ def _of_hub(name: str) -> str:
         return ""
     return (
         f". If {name} is a hub id: functions are not taken from the hub, since code of its repositories is never run; "
-        f"a reward model is, under reward_models (model: {name}), and the reward `column` reads its score"
+        f"a reward model is: function: {MODEL}{name}"
     )
 
 

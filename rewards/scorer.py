@@ -58,7 +58,7 @@ class Scorer:
         if not (timeout_s > 0 and math.isfinite(timeout_s)):
             raise RewardError(f"reward.timeout_s={timeout_s!r} must be a number of seconds above 0")
         if workers < 1:
-            raise RewardError(f"reward.workers={workers!r} must be 1 or more")
+            raise RewardError(f"workers={workers!r} must be 1 or more")
         self._timeout_s, self._workers = timeout_s, workers
         self._functions = [RewardFunction(spec, index) for index, spec in enumerate(specs)]
         self._logged_by: dict[str, str] = {}
@@ -103,9 +103,9 @@ class Scorer:
         A reward is the weighted sum over the functions that did not abstain, or None if all did. `completion_ids`
         [P][G][L] and `trainer_state` (JSON-able; functions get an object: `trainer_state.global_step`) are for
         functions that ask for them. `completion_columns` [P]{name: [G]} have a value for every completion, and replace
-        a column of the same name. Functions with `chat` read `messages` [P] of the prompts and `turns` [P][G] of
-        episodes; without them a text is one message of the user or of the assistant. Raises RewardError as described
-        for the class.
+        a column of the same name. Functions with `chat:` before their name read `messages` [P] of the prompts and
+        `turns` [P][G] of episodes; without them a text is one message of the user or of the assistant. Raises
+        RewardError as described for the class.
         """
         ids = [None] * len(prompts) if completion_ids is None else completion_ids
         each = [{}] * len(prompts) if completion_columns is None else completion_columns

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from rewards.group_score import LARGEST
-from rewards.protocol import PROVIDED, Messages, RewardError, Signature, did_you_mean
-from rewards.registry import find_reward
+from rewards.protocol import PROVIDED, Messages, RewardError, Signature
+from rewards.registry import CHAT, find_reward
 
 
 @dataclass(frozen=True)
 class RewardSpec:
     """One reward function of a run, as plain data.
 
-    `function` is a built-in's name or `path/to/file.py:function`. `arguments` are bound to its parameters. With `chat`
-    it gets prompts and completions as chat messages instead of strings. `name` is its label in metrics. `columns` maps
-    parameters to columns of other names: `{"reference": "answer"}`.
+    `function` is a built-in's name or `path/to/file.py:function`; with `chat:` before it the function gets prompts and
+    completions as chat messages instead of strings. `arguments` are bound to its parameters. `name` is its label in
+    metrics.
 
     >>> RewardSpec("regex_format", weight=0.2, arguments={"pattern": "#### [0-9]+"}).label
     'regex_format'
@@ -28,12 +29,14 @@ class RewardSpec:
     weight: float = 1.0
     name: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
-    chat: bool = False
-    columns: dict[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        return self.name or self.function.rpartition(":")[2]
+        return self.name or PurePath(self.function.rpartition(":")[2]).name
+
+    @property
+    def reads_chat(self) -> bool:
+        return self.function.startswith(CHAT)
 
 
 @dataclass
@@ -57,14 +60,6 @@ class Group:
         texts = [self.completions[sample]]
         return replace(self, completions=texts, completion_ids=ids, completion_columns=each, turns=turns)
 
-    def renamed(self, names: Mapping[str, str]) -> Group:
-        """The group with the columns to which `names` maps parameters also under the parameters' names."""
-        columns = {name: self.columns[column] for name, column in names.items() if column in self.columns}
-        each = {name: self.completion_columns[c] for name, c in names.items() if c in self.completion_columns}
-        return replace(
-            self, columns={**self.columns, **columns}, completion_columns={**self.completion_columns, **each}
-        )
-
 
 class RewardFunction:
     """A spec with its source and signature, which a worker needs to load it and to call it."""
@@ -77,31 +72,22 @@ class RewardFunction:
     def description(self) -> dict[str, Any]:
         """Gives what a worker needs to load the function."""
         content = self.source.content.decode("latin-1")
-        return asdict(self.source) | {"content": content, "arguments": self.spec.arguments, "chat": self.spec.chat}
+        call = {"arguments": self.spec.arguments, "chat": self.spec.reads_chat}
+        return asdict(self.source) | {"content": content} | call
 
     def check(self, columns: Sequence[str] | None) -> None:
-        """Raise RewardError for mistyped names and, if the columns are known, for a parameter without a value."""
-        label, names = repr(self.spec.function), self.spec.columns
-        self.signature.check_arguments(label, names)
-        if columns is None:
-            return
-        for name, column in names.items():
-            if column not in columns:
-                raise RewardError(
-                    f"reward {label}: columns={{{name}: {column}}}, but there is no column {column!r}"
-                    f"{did_you_mean(column, columns)}. Columns: {', '.join(sorted(columns)) or 'none'}"
-                )
-        self.signature.check(label, [*columns, *names], self.spec.arguments)
+        """Raise RewardError, if the columns are known, for a parameter without a value."""
+        if columns is not None:
+            self.signature.check(repr(self.spec.function), columns, self.spec.arguments)
 
     def request(self, groups: Sequence[Group], trainer_state: Mapping[str, Any] | None) -> dict[str, Any]:
         """The message for a batch. Raises RewardError if something that the function asks for is missing."""
-        groups = [group.renamed(self.spec.columns) for group in groups]
         per_completion = groups[0].completion_columns
         names = self._columns([*dict.fromkeys(name for group in groups for name in group.columns), *per_completion])
         request: dict[str, Any] = {
             "function": self.index,
-            "prompts": [(group.messages if self.spec.chat else None) or group.prompt for group in groups],
-            "completions": [(group.turns if self.spec.chat else None) or group.completions for group in groups],
+            "prompts": [(group.messages if self.spec.reads_chat else None) or group.prompt for group in groups],
+            "completions": [(group.turns if self.spec.reads_chat else None) or group.completions for group in groups],
             "columns": {
                 name: [self._value(group, name) for group in groups] for name in names if name not in per_completion
             },
@@ -126,11 +112,6 @@ class RewardFunction:
         """The columns to send: those that the function names, and all others if it takes `**kwargs`."""
         signature = self.signature
         # A built-in's parameters with a default are options: it ignores a column that happens to be called `mode`.
-        if wrong := [n for n in signature.optional if n in self.spec.columns and not self.source.path]:
-            raise RewardError(
-                f"reward {self.spec.function!r}: columns has {wrong[0]}={self.spec.columns[wrong[0]]}, but this is "
-                f"one value for all rows; bind it, arguments: {{{wrong[0]}: ...}}"
-            )
         optional = [name for name in signature.optional if name in columns and self.source.may_read(name)]
         rest = [name for name in dict.fromkeys(columns) if signature.takes_rest and not signature.asks_for(name)]
         others = (*PROVIDED, *self.spec.arguments)

@@ -128,8 +128,8 @@ class Cluster:
             except (errors.ObjectStoreFullError, errors.OutOfDiskError):
                 if time.monotonic() > began + limit_s:
                     raise RolloutError(
-                        f"Ray's object store on this machine was full for {limit_s:g} s, a sixth of rollout.timeout_s, "
-                        "and weights have no room in it: end what fills it, or start the cluster with a larger "
+                        f"Ray's object store on this machine was full for {limit_s:g} s, and "
+                        "weights have no room in it: end what fills it, or start the cluster with a larger "
                         "--object-store-memory; go on with --resume auto"
                     ) from None
                 if not waits:

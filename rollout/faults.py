@@ -18,13 +18,12 @@ OnLost = Callable[[str, str, str], None]  # gets what was lost, such as "worker 
 Kind = Literal["worker", "node", "object_store", "vllm"]
 MOST_LOST = 3  # losses that a pool mends between two publications
 ADVICE = (
-    "If memory ran out, lower rollout.workers or rollout.prompts_per_shard; if a shard needs more time, raise "
-    "rollout.timeout_s"
+    "If memory ran out, lower rollout.workers or rollout.prompts_per_shard; if a shard needs more time, lower "
+    "rollout.prompts_per_shard"
 )
 VLLM_ADVICE = (
     "If memory ran out, give vLLM less by rollout.vllm.engine ({kv_cache_memory_bytes: N} on a CPU, "
-    "{gpu_memory_utilization: SHARE} on a GPU); if a publication needs more time, raise "
-    "rollout.timeout_s, of which it has a sixth"
+    "{gpu_memory_utilization: SHARE} on a GPU)"
 )
 
 

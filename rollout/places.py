@@ -54,9 +54,8 @@ class Places:
             if node["Alive"]
         )
         return (
-            f"rollout.workers needs {self}, and within {self.timeout_s:g} s, a twelfth of rollout.timeout_s, "
-            f"the cluster had no place for that. It has {has}; free: {_share(free)}. Lower rollout.workers, "
-            "rollout.threads_per_worker or rollout.gpus_per_worker, or add machines"
+            f"rollout.workers needs {self}, and within {self.timeout_s:g} s the cluster had no place for that. It has "
+            f"{has}; free: {_share(free)}. Lower rollout.workers, or add machines"
         )
 
 

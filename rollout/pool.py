@@ -15,9 +15,9 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
 
-TIMEOUT_S = 3600.0  # the default of rollout.timeout_s
-PUBLISH_TIMEOUT_S = 600.0  # a sixth of it
-PLACEMENT_TIMEOUT_S = 300.0  # and a twelfth
+TIMEOUT_S = 3600.0  # of a shard: far above any that was measured, so that only a worker that hangs is killed
+PUBLISH_TIMEOUT_S = 600.0  # of new weights
+PLACEMENT_TIMEOUT_S = 300.0  # of room in the cluster
 OnReady = Callable[[int, dict[str, Any]], None]  # gets the number of a worker that has started, and where it is
 
 

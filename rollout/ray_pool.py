@@ -132,7 +132,7 @@ class RayPool(Pool):
         """
         former, self.confirmed, self.passed = self.confirmed, set(), set()
         held: dict[int, Held] = {}
-        late = f"to take the weights over took longer than {self.publish_timeout_s:g} s, a sixth of rollout.timeout_s"
+        late = f"to take the weights over took longer than {self.publish_timeout_s:g} s"
         taking, since = set(to), None
         try:
             for message in messages:
@@ -250,7 +250,7 @@ class RayPool(Pool):
         def ask(i: int, what: Any, limit_s: float, late: str, method: str, *arguments: Any) -> None:
             calls[self.workers.call(i, method, *arguments)] = Call(i, what, limit_s, late)
 
-        limit = f"took longer than {self.publish_timeout_s:g} s, a sixth of rollout.timeout_s"
+        limit = f"took longer than {self.publish_timeout_s:g} s"
         for i in sorted(self.confirmed.intersection(free)):
             if self.canaries and i not in self.passed:
                 prompts, params, _ = self.canaries
@@ -297,7 +297,7 @@ class RayPool(Pool):
         jobs = {number: ("sample", (list(parts[number]), params, version, self.costs)) for number in order}
         done: dict[int, list[RolloutGroup]] = {}
         faults: dict[int, str] = {}
-        late = f"its shard took longer than rollout.timeout_s={self.timeout_s:g}"
+        late = f"its shard took longer than {self.timeout_s:g} s"
         with closing(self._done(jobs, self.timeout_s, late)) as answers:
             for number, answer in answers:
                 if isinstance(answer, RolloutError):
@@ -316,7 +316,7 @@ class RayPool(Pool):
         later."""
         self.check_stop()
         version, self.canaries, groups = self._version(), None, dict[int, list[RolloutGroup]]()
-        late = f"its canaries took longer than {self.publish_timeout_s:g} s, a sixth of rollout.timeout_s"
+        late = f"its canaries took longer than {self.publish_timeout_s:g} s"
         while not groups:
             self._settle()
             arguments, limit_s = (list(prompts), params, version, self.costs), self.publish_timeout_s
@@ -344,7 +344,7 @@ class RayPool(Pool):
         if not self.in_turn:
             return
         self.published, self.asleep = None, True
-        late = f"it took longer than {self.publish_timeout_s:g} s, a sixth of rollout.timeout_s to leave the GPU"
+        late = f"it took longer than {self.publish_timeout_s:g} s to leave the GPU"
         calls = {self.workers.call(i, "sleep"): Call(i, None, self.publish_timeout_s, late) for i in self.confirmed}
         while calls:
             for call, _, lost in self.workers.ended(calls):

@@ -62,7 +62,7 @@ class RayRelay(Relay):
                 prompt = replace(request.prompt, text="", columns={}, messages=None)  # nothing else is read there
                 new[worker][number] = prompt, request.params
                 self.actor_of[number] = actors[worker]
-        late = f"its answers took longer than rollout.timeout_s={pool.timeout_s:g}"
+        late = f"its answers took longer than {pool.timeout_s:g} s"
         for worker, requests in new.items():
             gone = [number for number in self.gone if self.actor_of.get(number) == actors[worker]]
             if requests or gone or any(self.actor_of.get(number) == actors[worker] for number in self.requests):

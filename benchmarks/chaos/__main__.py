@@ -47,8 +47,6 @@ OPTIONS: dict[str, Any] = {
     "rollout.group_size": 4,
     "rollout.max_completion_tokens": 24,
     "rollout.prompts_per_shard": 2,
-    "rollout.timeout_s": 120,  # 20 of them for new weights
-    "rollout.compile": "off",  # a worker that measures may take three times as long with graphs
     "reward.timeout_s": 5,
     "learner.learning_rate": 1e-3,
     "eval.limit": 0,

@@ -1,4 +1,4 @@
-"""`quartet` whose workers may take two minutes to start and not ten, so that one that was stopped is found soon.
+"""`quartet` whose workers may take two minutes to start or for a shard, so that one that was stopped is found soon.
 
 Costs of drafts are measured and then replaced by a table, since weights depend on them: a draft head rests while drafts
 gain nothing.
@@ -6,12 +6,14 @@ gain nothing.
 
 import sys
 
+import grpo.steps.pool
 import rollout.workers
 from grpo.__main__ import main
 from rollout.depth import CostTable, Workload
 from rollout.ray_pool import RayPool
 
 rollout.workers.START_TIMEOUT_S = 120.0
+grpo.steps.pool.TIMEOUT_S, grpo.steps.pool.PUBLISH_TIMEOUT_S = 120.0, 20.0
 measure = RayPool.use_costs
 
 

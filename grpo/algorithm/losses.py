@@ -32,6 +32,7 @@ from grpo.config.loss import CorrectionMode, LossOptions, LossType
 Given = TypeVar("Given")
 
 
+MOST_WEIGHT = 3.0  # of the importance correction, as in TRL
 SAPO_TEMPERATURES = 1.0, 1.05  # of the gate for positive and for negative advantages, as in the paper
 
 
@@ -97,8 +98,7 @@ def policy_loss(
         watched |= {"mismatch/logprob_abs_mean": log_ratio.abs(), "mismatch/kl": log_ratio.expm1() - log_ratio}
     if correction is not None:
         sampling_logprobs = _need(logprobs.sampling, "sampling_logprobs", correction)
-        bound = options.importance_clip_max
-        weight = importance_correction(old_logprobs, sampling_logprobs, mask, correction, bound)
+        weight = importance_correction(old_logprobs, sampling_logprobs, mask, correction, MOST_WEIGHT)
         objective = objective * weight
         watched["mismatch/weight_mean"] = weight
 

@@ -15,25 +15,24 @@ CLIPRANGE = 0.2  # PPO's, and TRL's cliprange_value: a value that moved further 
 
 
 @torch.no_grad()
-def gae(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[Tensor, Tensor]:
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, for PPO. Returns (advantages [B, T], returns [B, T]), 0 off the mask.
 
-    δ_t = r_t + γ V_{t+1} - V_t and Â_t = δ_t + γλ Â_{t+1}, with V = 0 after the last token (Schulman et al.,
-    arXiv:1506.02438, eq. 16; PPO, arXiv:1707.06347, eq. 11-12). Returns are Â + V, the targets of the value
-    function. What is off the mask is passed over: padding, and tokens that a tool wrote between two sampled ones.
+    δ_t = r_t + V_{t+1} - V_t and Â_t = δ_t + λ Â_{t+1}, with V = 0 after the last token (Schulman et al.,
+    arXiv:1506.02438, eq. 16; PPO, arXiv:1707.06347, eq. 11-12; their discount γ is 1 here). Returns are Â + V, the
+    targets of the value function. What is off the mask is passed over: padding, and tokens that a tool wrote between
+    two sampled ones.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.8, 9.0]])
-    >>> gae(rewards, values, torch.tensor([[True, True, False]]), gamma=1.0, lam=0.5)   # δ = 0.3, 0.2
+    >>> gae(rewards, values, torch.tensor([[True, True, False]]), lam=0.5)   # δ = 0.3, 0.2
     (tensor([[0.4000, 0.2000, 0.0000]]), tensor([[0.9000, 1.0000, 0.0000]]))
     """
     rewards_BT, values_BT = rewards_BT.masked_fill(~mask_BT, 0.0), values_BT.masked_fill(~mask_BT, 0.0)
     advantages_BT = torch.zeros_like(values_BT)
     advantage_B = next_value_B = torch.zeros_like(values_BT[:, 0])
     for t in reversed(range(values_BT.shape[1])):
-        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
-        advantage_B = torch.where(mask_BT[:, t], delta_B + gamma * lam * advantage_B, advantage_B)
+        delta_B = rewards_BT[:, t] + next_value_B - values_BT[:, t]
+        advantage_B = torch.where(mask_BT[:, t], delta_B + lam * advantage_B, advantage_B)
         next_value_B = torch.where(mask_BT[:, t], values_BT[:, t], next_value_B)
         advantages_BT[:, t] = advantage_B
     advantages_BT = advantages_BT.masked_fill(~mask_BT, 0.0)

@@ -15,7 +15,6 @@ from grpo.run.stop import ASKED, Stopped, say_stopping, signals
 from grpo.sft import sft
 from grpo.source.policy_source import with_threads
 from grpo.task.check import check_plan
-from grpo.task.parts import gpu_share
 from grpo.train import Result, train
 from policies.devices import device_of
 from policies.files.atomic import write_file
@@ -49,7 +48,7 @@ def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
     if "RAY_ADDRESS" not in os.environ:  # it would ask the dashboard, which our own cluster has none of
         data_parallel_trainer.PlacementGroupCleanerCallback = ControllerCallback
     device = device_of(config.device).type
-    share = 0 if device == "cpu" else gpu_share(config)
+    gpus = 0 if device == "cpu" else 1
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
     files, asked = config.output_dir / "ray", config.output_dir / ASKED
     workers, threads = config.learner.workers, config.threads or 1
@@ -67,13 +66,13 @@ def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
         _rank,
         train_loop_config={"config": config, "flags": flags, "at": os.getcwd()},
         torch_config=TorchConfig(get_default_backend_for_device(device)),
-        scaling_config=ScalingConfig(None, workers, bool(share), {"CPU": threads, "GPU": share}),
+        scaling_config=ScalingConfig(None, workers, bool(gpus), {"CPU": threads, "GPU": gpus}),
         run_config=RunConfig(storage_path=str(files)),
     )
     asked.unlink(missing_ok=True)
     with signals.heard(tell):
         try:
-            start_ray(workers * threads + config.whole_rollout.samplers * config.whole_rollout.threads_per_worker)
+            start_ray(workers * threads + config.whole_rollout.samplers)  # a rollout worker has one thread
             ended = trainer.fit().return_value
         except exceptions.TrainingFailedError as error:  # it knows the exception of each rank
             first = next(iter(getattr(error, "worker_failures", {}).values()), error)

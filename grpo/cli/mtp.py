@@ -40,7 +40,7 @@ from policies import presets
 from policies.conversion.head import start_head
 from policies.layout import WeightFiles
 from policies.mtp_layers import mtp_layers
-from policies.policy import Policy, PolicyError, read_config
+from policies.policy import Policy, read_config
 from rewards.data.examples import Example
 from rollout.group import RolloutGroup
 
@@ -103,8 +103,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
 def _policy_with_head(run: Run[MtpConfig], task: Task) -> Policy:
     """The policy, with the draft head that its checkpoint brings, or with one that starts as the trunk's last layer."""
     config, policy = run.config, first_policy(run, task)
-    if policy.mtp is None:
-        raise PolicyError(f"add_mtp=False, but model={config.model!r} has no MTP head to teach; leave add_mtp out")
+    assert policy.mtp is not None  # the table of contradictions refuses models that can have none
     if config.mtp.draft_vocabulary is None:
         policy.draft_ids = None
     if run.saved is None and (config.mtp.restart or (config.mtp.restart is None and not stores_head(config.model))):

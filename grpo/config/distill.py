@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import Field
 
 from rewards.config.options import Options
@@ -12,14 +14,21 @@ class DistillOptions(Options):
     from (on-policy distillation; the gradient is that of the reverse KL of every token)."""
 
     teacher: str | None = None
-    """The teacher: a checkpoint folder, a run folder or a hub id, of any architecture, with the policy's tokenizer."""
-    url: str | None = None
-    """A server that holds the teacher, such as http://127.0.0.1:8000/v1 of `vllm serve TEACHER`; null loads it here. It
-    is asked for the model `teacher`, whose tokenizer is read here, and scores at temperature 1 alone. The environment
-    variable QUARTET_TEACHER_TOKEN holds the server's key, where it wants one."""
+    """The teacher: a checkpoint folder, a run folder or a hub id, of any architecture, with the policy's tokenizer. It
+    is loaded here, or asked at a server, such as MODEL@http://127.0.0.1:8000/v1 of `vllm serve MODEL`. A server scores
+    at temperature 1 only. The environment variable QUARTET_TEACHER_TOKEN holds its key, if it wants one. The tokenizer
+    is read here either way."""
     top_k: int | None = Field(default=None, ge=1)
     """Learn from the KL over the teacher's k likeliest tokens and all others as one, at every token. null learns from
     the token that was sampled, whose gradient is in expectation that of the exact KL."""
-    reward_weight: float = Field(default=0.0, ge=0)
-    """Weight of the score's group-relative advantage, which is added to the teacher's; 0 learns from the teacher alone.
-    """
+
+    @property
+    def model(self) -> str | None:
+        """The teacher without its server."""
+        return None if self.teacher is None else re.split("@(?=https?://)", self.teacher)[0]
+
+    @property
+    def url(self) -> str | None:
+        """The server that holds the teacher; None: it is loaded here."""
+        _, *urls = re.split("@(?=https?://)", self.teacher or "")
+        return urls[0] if urls else None

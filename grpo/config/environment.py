@@ -23,12 +23,6 @@ class EnvironmentOptions(Options):
     program_timeout_s: float | None = Field(default=None, gt=0)
     """Seconds that the calls of one turn may take, or one call of the agent; then its process is killed (see
     reward.on_error). null: 10 for tools and environments, 120 for an agent."""
-    program_memory_mb: int | None = Field(default=None, ge=1)
-    """Most MiB of data that a process of tools or of the agent may hold; null sets no limit. An episode that needs more
-    fails alone (see reward.on_error)."""
-    program_workers: int | None = Field(default=None, ge=1)
-    """Processes that run tools, for each sampler, or the agent, each of them for one completion at a time. null: 1 for
-    tools and environments, 4 for an agent."""
 
     @property
     def has_tools(self) -> bool:
@@ -49,9 +43,6 @@ class AgentOptions(EnvironmentOptions):
     """A function of yours, `path/to/file.py:function`, that is called once for each completion. It gets `base_url` and
     `api_key` for a client of OpenAI's API, `prompt` (the text of the prompt) and the columns of the example; it may be
     async. A number that it returns is the reward `agent`."""
-    agent_cache_tokens: int = Field(default=1 << 14, ge=0)
-    """Tokens of conversations whose caches each sampler keeps between an agent's requests, so that each request reads
-    only what is new; the oldest are dropped. 0 keeps none. vLLM keeps as many as its memory has room for."""
 
 
 def rewards_of(config: RewardsOptions) -> list[RewardOptions]:

@@ -62,9 +62,6 @@ class UpdateOptions(Options):
     """Padded tokens of one forward and backward pass; this bounds the memory and changes no gradient."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    on_non_finite: Literal["abort", "skip"] = "abort"
-    """What happens after a non-finite loss or gradient. No step is taken; the batch is written to the run folder. skip
-    gives up after three such steps in a row."""
     workers: int = Field(default=0, ge=0)
     """Learner ranks that Ray Train starts, on the cluster of RAY_ADDRESS or on this machine; 0: accelerate, torchrun or
     nobody has started several. By NCCL they are experimental: never run on a GPU."""

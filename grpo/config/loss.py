@@ -72,10 +72,8 @@ class LossOptions(Options):
     mask_truncated_completions: bool = False
     """Leave completions that hit the length limit out of the loss."""
     importance_correction: CorrectionMode | Literal["auto", "none"] = "auto"
-    """Correction for a sampler that differs from the learner; `auto` is token_truncate below float32, else none (TRL
-    with vLLM: always sequence_mask)."""
-    importance_clip_max: float = Field(default=3.0, gt=0)
-    """Largest weight of the importance correction."""
+    """Correction for a sampler that differs from the learner, with weights of at most 3; `auto` is token_truncate below
+    float32, else none (TRL with vLLM: always sequence_mask)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -38,8 +38,9 @@ class HeadOptions(Options):
 
 
 class MtpConfig(RunConfig):
-    """Self-distillation of the draft head: sample a corpus from the policy, teach it the policy's distributions.
-    Rewards are for the evaluation alone: drafts change no token, so accuracy is the same before and after."""
+    """Self-distillation of the draft head: sample a corpus from the policy, teach it the policy's distributions. A
+    DeepSeek-V3 checkpoint that has no draft head gets a fresh one. Rewards are for the evaluation alone: drafts change
+    no token, so accuracy is the same before and after."""
 
     command: ClassVar[str] = "mtp"
     # What `quartet mtp --help` shows; `--help all` shows all.
@@ -52,8 +53,6 @@ class MtpConfig(RunConfig):
     output_dir: Path = NEW_FOLDER
     """The run folder; the policy with its trained draft head is written to `policy/` in it. The default is a new folder
     with the time of the start in its name, such as `runs/mtp-20261201-224500`."""
-    add_mtp: bool = True
-    """Give a fresh draft head to a DeepSeek-V3 checkpoint that has none."""
     steps: int = Field(default=60, ge=1)
     """Batches of rollouts, which make the corpus; mtp.epochs pass over it afterwards, and count as steps too."""
     prompts_per_step: int = Field(default=16, ge=2)
@@ -84,7 +83,7 @@ def defaults_of_run(folder: Path) -> dict[str, Any]:
 
 
 def _defaults(run: dict[str, Any]) -> dict[str, Any]:
-    whole = ("data", "rewards", "reward_models", "reward", "dtype", "device", "seed")
+    whole = ("data", "rewards", "reward", "dtype", "device", "seed")
     parts = {"rollout": ("temperature", "max_completion_tokens", "prompts_per_shard"), "eval": ("split",)}
     brought = {name: run[name] for name in whole if name in run}
     brought["data"].pop("thoughts", None)  # an option of agents until 0.2

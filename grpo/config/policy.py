@@ -53,9 +53,6 @@ def _dtype_of(device: str) -> str:
 class ArchitectureOptions(Options):
     """What a policy that learns computes otherwise than its checkpoint says. The trained policy remembers it."""
 
-    add_mtp: bool = False
-    """Give a fresh draft head to a DeepSeek-V3 checkpoint that has none. Teach it with `quartet mtp` before GRPO, where
-    a draft head that gains nothing yet learns only in every tenth step."""
     prompt_attention: Literal["causal", "bidirectional"] | None = None
     """What the tokens of a prompt see of it: those before them (`causal`), or all of it (`bidirectional`, a prefix-LM).
     Completions are causal either way. null: as the checkpoint was trained, `causal` where it does not say."""

@@ -20,16 +20,15 @@ class SamplingOptions(Options):
     """Longest completion, in tokens; a completion that has not stopped by then is cut."""
     draft_tokens: int | None = Field(default=None, ge=0)
     """Drafts per forward of the trunk; 0 for none, null chooses by measured cost. Drafts never change a token."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Decode by compiled graphs while at most 32 completions are left (8 with experts), where the policy is our own, on
-    a CPU. A graph takes a minute or two once, and is kept in ~/.cache/quartet. `auto` compiles where a run plans
-    100,000 rounds of so few, 300,000 where `draft_tokens` is null. `on` also records CUDA graphs
-    (experimental: never run on a GPU). In float32 graphs change no token."""
 
 
 class AnswerOptions(SamplingOptions):
     """How a policy answers where nothing is learned from its answers: drafts may be taken unverified."""
 
+    compile: Literal["on", "off"] = "off"
+    """`on` decodes with compiled graphs while at most 32 completions are left (8 with experts), where the policy is our
+    own, on a CPU. A graph takes a minute or two once, and is kept in ~/.cache/quartet. On a GPU it records CUDA graphs
+    (experimental: never run on a GPU). In float32 graphs change no token."""
     margin: float | None = Field(default=None, ge=0)
     """Take a draft unverified (and count it) where its best token leads the second by more than this many nats. That is
     lossy; null never changes a token."""
@@ -44,8 +43,6 @@ class VLLMOptions(Options):
     with the run. The environment variable QUARTET_VLLM_TOKEN holds its token."""
     engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's engine, such as {max_model_len: 2048} or {tensor_parallel_size: 2}."""
-    untried_version: bool = False
-    """Go on with a version of vLLM whose log-probabilities nobody has compared with ours yet."""
 
 
 class WorkersOptions(SamplingOptions):
@@ -56,20 +53,10 @@ class WorkersOptions(SamplingOptions):
     temperature: float = Field(default=1.0, ge=LOWEST_TEMPERATURE)
     """Sampling temperature; the learner scores at the same one. There is no top-p or top-k: both bias the gradient."""
     workers: int = Field(default=0, ge=0)
-    """Ray rollout workers; 0 samples in this process, without Ray."""
-    threads_per_worker: int = Field(default=1, ge=1)
-    """CPU threads of each Ray worker."""
-    gpus_per_worker: float = Field(default=1.0, ge=0, le=1)
-    """Share of a GPU of each Ray worker, where the cluster has GPUs; with .5 two share one (experimental: never run on
-    a GPU), with 0 they use none. `device: cpu` is 0."""
-    colocate: bool = False
-    """Ray workers, or vLLM, and learner use the same GPUs in turn, which they do anyway where there is only one.
-    Experimental: never run on a GPU."""
+    """Ray rollout workers, each with one CPU thread and, if the cluster has GPUs, a GPU. 0 samples in this process,
+    without Ray."""
     prompts_per_shard: int = Field(default=8, ge=1)
     """Prompts whose groups are sampled together; the number of workers never changes a token."""
-    timeout_s: float = Field(default=3600.0, gt=0)
-    """Seconds that a Ray worker may take for a shard, a sixth of them for new weights, and a twelfth to find room in
-    the cluster. A worker that takes longer is killed, and a new one samples the same tokens."""
 
     @field_validator("group_size")
     @classmethod
@@ -98,11 +85,6 @@ class RolloutOptions(WorkersOptions):
     refill_draws: int = Field(default=0, ge=0)
     """Dynamic sampling: the next prompts of the data take the place of tied groups, at most this many times per step; 0
     keeps them."""
-
-    @property
-    def publish_timeout_s(self) -> float:
-        """Seconds that a worker may need for new weights."""
-        return self.timeout_s / 6
 
     @property
     def samplers(self) -> int:

@@ -14,6 +14,7 @@ from grpo.endpoint.batcher import Batcher
 from grpo.endpoint.episode import Episode
 from grpo.endpoint.forks import ForkingEpisode
 from rewards.isolation.pool import WorkerPool
+from rollout.conversations import CACHE_TOKENS
 from rollout.engine import Engine
 from rollout.environments.protocol import seeds
 from rollout.faults import OnFinished, RolloutError, not_finite
@@ -25,7 +26,7 @@ from rollout.thoughts import dropping
 
 METRICS = {
     "agent/segments_mean": "texts of an episode, mean; absent where each is the data's prompt continued",
-    "agent/cached_tokens": "tokens of requests that earlier ones had read (agent_cache_tokens), absent at 0, count",
+    "agent/cached_tokens": "tokens of requests that earlier ones had read, absent if no cache is kept, count",
 }
 WAIT_S = 0.01  # that a request may wait for others before it joins the running batch
 POLL_S = 0.1
@@ -72,12 +73,12 @@ class AgentSampler:
         return groups
 
     def _engine(self, params: SamplingParams) -> Engine | Relay:
-        rows = ROWS_OF_WORKER * (self.agent.program_workers or WORKERS)
+        rows = ROWS_OF_WORKER * WORKERS
         if isinstance(self.pool, LocalPool):
             engine = copy.copy(self.pool.published())
             engine.max_rows = min(engine.max_rows, rows)
             return engine
-        relay: Relay = self.pool.relay(params, self.agent.agent_cache_tokens, rows)
+        relay: Relay = self.pool.relay(params, CACHE_TOKENS, rows)
         return relay
 
     def kind(self, engine: Engine | Relay) -> type[Episode]:
@@ -120,8 +121,8 @@ class _Sampling:
         self, sampler: AgentSampler, engine: Engine | Relay, prompts: Sequence[Prompt], params: SamplingParams
     ) -> None:
         self.sampler, self.prompts, self.size, self.ended = sampler, prompts, params.group_size, 0
-        self.params, cache_tokens = replace(params, group_size=1), sampler.agent.agent_cache_tokens
-        self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S, cache_tokens=cache_tokens)
+        self.params = replace(params, group_size=1)
+        self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S, cache_tokens=CACHE_TOKENS)
         self.kind = sampler.kind(engine)
         self.begun = [self._begin(place) for place in range(len(prompts) * self.size)]
 

@@ -11,19 +11,18 @@ from rewards.config.reward import RewardsOptions, ScoringOptions
 from rewards.isolation.agents import OWN
 from rewards.isolation.pool import WorkerPool
 
-WORKERS, TIMEOUT_S = 4, 120.0  # where the options do not say; an agent thinks longer than a tool
+WORKERS = 8  # processes, each for one completion at a time: an agent waits for the policy most of the time
+TIMEOUT_S = 120.0  # where the options do not say; an agent thinks longer than a tool
 
 
 def open_agents(options: AgentOptions) -> WorkerPool:
-    """Returns the processes in which the agent runs. Raises RewardError if they cannot load it, or have too little
-    memory."""
+    """Return the processes in which the agent runs. Raises RewardError if they cannot load it."""
     scoring = options.reward if isinstance(options, RewardsOptions) else ScoringOptions()
     pool = WorkerPool(
         [{"kind": "agent", "function": options.agent}],
-        size=options.program_workers or WORKERS,
+        size=WORKERS,
         timeout_s=options.program_timeout_s or TIMEOUT_S,
         pass_variables=scoring.pass_variables,
-        memory=(options.program_memory_mb or 0) << 20,
     )
     try:
         pool.run([])

@@ -71,7 +71,7 @@ class Learner:
         advantages by `loss` and, where each reward is normalised by itself, by `reward_weights`."""
         self.policy, self.options, self.terms, self.likelihood = policy, options, terms, likelihood
         self.loss, self.reward_weights, self.ranks = loss or LossOptions(), reward_weights or {}, ranks
-        self.policy_version = self.skipped_in_a_row = 0
+        self.policy_version = 0
         self.policy_logprobs: dict[int, list[float]] = {}
         """log π_old of what the last step learned from, by Sample.index; what needed no forward is not there."""
         freeze_exact_parts(policy)
@@ -329,7 +329,7 @@ class Learner:
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Gives what a checkpoint keeps; see state.py."""
-        counters: dict[str, Any] = {"policy_version": self.policy_version, "skipped_in_a_row": self.skipped_in_a_row}
+        counters: dict[str, Any] = {"policy_version": self.policy_version}
         numbers = {name: list(value) if name == "betas" else value for name, value in self.numbers.items()}
         counters |= {"numbers": numbers} if numbers else {}
         return learner_state.take(*self._stateful), counters
@@ -339,7 +339,7 @@ class Learner:
         learner_state.put(tensors, *self._stateful)
         self._drop()
         self._done, self._published = [], None
-        self.policy_version, self.skipped_in_a_row = state["policy_version"], state["skipped_in_a_row"]
+        self.policy_version = state["policy_version"]
         for group, configured in zip(self.optimizer.param_groups, self._configured, strict=True):
             group.update(configured)
         self.numbers = {}

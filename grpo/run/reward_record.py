@@ -100,7 +100,8 @@ def _failed(output_dir: Path) -> set[str]:
 
 
 def _without_hashes(reward: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in reward.items() if not key.endswith("sha256")}
+    of_older_versions = ("chat", "columns")
+    return {key: value for key, value in reward.items() if not key.endswith("sha256") and key not in of_older_versions}
 
 
 def read_rewards(output_dir: Path) -> list[dict[str, Any]]:

@@ -185,7 +185,7 @@ def read_shape(options: ModelOptions, source: PolicySource | None = None) -> tup
     refuse_preset(source)
     shape = as_asked(shape_of(source), options)
     stored = getattr(shape, "num_nextn_predict_layers", 0)
-    has_head = isinstance(shape, DeepseekV3Config) and bool(_adds_head(options) or stored)
+    has_head = isinstance(shape, DeepseekV3Config) and bool(isinstance(options, MtpConfig) or stored)
     return shape, source.base in presets.PRESETS or has_head
 
 
@@ -210,15 +210,18 @@ def with_threads(config: Config, resume: str | None, shape: PretrainedConfig) ->
     return cast(Config, config.model_copy(update={"threads": threads}))
 
 
-def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ALONE) -> Policy:
+def load_policy(
+    options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ALONE, *, head: bool = False
+) -> Policy:
     """The policy that `options.model` means, on its device: a preset gets fresh weights, and a tokenizer learned from
     `corpus`. Several ranks share it, as `learner.parallel` says; what is not in safetensors rank 0 makes for all.
+    `quartet mtp` gives a draft head to a policy that has none, and so does `head`.
 
     Raises PolicyError or CheckpointError for what cannot be loaded.
     """
     source = find_policy(options.model, read=ranks.first)
     if ranks.layout is None:
-        return load_found(source, options, corpus)
+        return load_found(source, options, corpus, head=head)
     with tempfile.TemporaryDirectory() as folder:
         if (
             source.folder in presets.PRESETS
@@ -226,11 +229,11 @@ def load_policy(options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks 
             or source.checkpoint
             or asks_for_heads(options)
         ):
-            files = ranks.from_first(lambda: _files(load_found(source, options, corpus), Path(folder)))
+            files = ranks.from_first(lambda: _files(load_found(source, options, corpus, head=head), Path(folder)))
             source = replace(source, folder=folder, checkpoint=None)
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
-        return _load(source.folder, options, layout=ranks.layout)
+        return _load(source.folder, options, layout=ranks.layout, head=head)
 
 
 def load_beside(options: ModelOptions, model: str) -> Policy:
@@ -254,11 +257,16 @@ def _files(policy: Policy, folder: Path) -> dict[str, bytes]:
 
 
 def load_found(
-    source: PolicySource, options: ModelOptions, corpus: Iterable[str] = (), *, merged: bool = True
+    source: PolicySource,
+    options: ModelOptions,
+    corpus: Iterable[str] = (),
+    *,
+    merged: bool = True,
+    head: bool = False,
 ) -> Policy:
     """The policy of `source` on its device; without `merged` a LoRA checkpoint keeps its adapters apart."""
     if source.checkpoint is None or source.saved is None:
-        return _load(source.folder, options, corpus, nf4=in_4_bits(options))
+        return _load(source.folder, options, corpus, nf4=in_4_bits(options), head=head)
     return _as_asked(_load_checkpoint(source, source.saved, options, merged), options)
 
 
@@ -268,6 +276,7 @@ def _load(
     corpus: Iterable[str] = (),
     layout: DistributedConfig | None = None,
     nf4: bool = False,
+    head: bool = False,
 ) -> Policy:
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -277,9 +286,8 @@ def _load(
             policy = presets.build(model, corpus, options.seed).cast(dtype)
         else:
             check_policy(Path(model))
-            policy = Policy.load(
-                model, dtype, add_mtp=_adds_head(options), seed=options.seed, layout=layout, in_4_bits=nf4
-            )
+            adds_head = head or isinstance(options, MtpConfig)
+            policy = Policy.load(model, dtype, add_mtp=adds_head, seed=options.seed, layout=layout, in_4_bits=nf4)
         if not options.threads:
             torch.set_num_threads(threads_for(sum(parameter.numel() for parameter in policy.trunk.parameters())))
         if layout is None:
@@ -301,8 +309,9 @@ def _as_asked(policy: Policy, options: ModelOptions) -> Policy:
     return policy
 
 
-def _adds_head(options: ModelOptions) -> bool:
-    return getattr(options, "add_mtp", False)
+def holds_head(saved: Checkpoint) -> bool:
+    """Whether a checkpoint holds a draft head. Runs of version 0.2 could begin with a fresh one."""
+    return any(name.startswith("mtp.") for name in saved.tensors["policy"])
 
 
 def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOptions, merged: bool) -> Policy:
@@ -310,8 +319,9 @@ def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOpti
     config, base = _run_config(source.checkpoint.parent.parent), source.base
     refuse_preset(source)
     asked = {name: getattr(options, name) for name in ("dtype", "threads", "device")}
-    like_the_run = config.model_copy(update=asked | {"add_mtp": _adds_head(config) or _adds_head(options)})
-    policy = _load(base, like_the_run, nf4=in_4_bits(config))
+    like_the_run = config.model_copy(update=asked)
+    head = holds_head(saved) or isinstance(options, MtpConfig)
+    policy = _load(base, like_the_run, nf4=in_4_bits(config), head=head)
     if isinstance(config, MtpConfig):
         policy.draft_ids = saved.tensors["draft"]["ids"].to(policy.device) if "draft" in saved.tensors else None
     elif isinstance(config, TrainConfig) and config.lora:
@@ -321,7 +331,7 @@ def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOpti
             raise PolicyError(changed)
     _copy(saved.tensors["policy"], policy, source.checkpoint)
     if merged and isinstance(config, TrainConfig) and config.lora:
-        plain = _load(base, like_the_run)
+        plain = _load(base, like_the_run, head=head)
         plain.load_weights(policy.weights())
         return plain
     return policy

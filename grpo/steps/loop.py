@@ -39,8 +39,6 @@ KILLED = (
     "has crashed, or Ray has ended it, whose raylet has died; go on from the last checkpoint with --resume auto"
 )
 
-MOST_SKIPPED = 3  # steps in a row that are not finite, where learner.on_non_finite is skip
-
 
 class Run(Generic[Config]):
     """The steps of a training, and the folder that keeps them.
@@ -74,7 +72,6 @@ class Run(Generic[Config]):
         self._parts: dict[str, Any] = {}
         self._refused = self._recorded = -1  # the last step whose checkpoint the disk refused, that has its line
         self._begun: int | None = None  # the step in progress
-        self._skipped: int | None = None  # the last step that was not finite
         self._before: dict[str, Any] = {}
         self._updates = 0
         self._started = 0.0
@@ -219,36 +216,25 @@ class Run(Generic[Config]):
     def learn(
         self, act: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any
     ) -> dict[str, float]:
-        """Gives what `act` returns, as metrics of the step. A step that is not finite makes no update, and the run goes
-        on without it, or NonFiniteStep says what to do: by `learner.on_non_finite`. `rate` is the option of the
-        learning rate, `batch` the file that holds what was to be learned from, where there are such a file and
-        learner.* options; `unshown` goes into the record of events."""
+        """Return the metrics that `act` returns, and add them to those of the step. A step that is not finite makes no
+        update: NonFiniteStep says what to do. `rate` is the option of the learning rate, `batch` the file that holds
+        what was to be learned from, where there are such a file and learner.* options; `unshown` goes into the record
+        of events."""
         try:
             with self.phase("learning"):
                 metrics = act()
         except NonFiniteStep as error:
-            self._skip(error, rate, batch, unshown)
-            metrics = {"learner/updates": 0.0}
-        self.metrics |= metrics  # what fails later leaves a line with them
-        return metrics
-
-    def _skip(self, error: NonFiniteStep, rate: str, batch: Path | None, unshown: dict[str, Any]) -> None:
-        learner = self._learner
-        options, skipped = learner.options, learner.skipped_in_a_row + 1
-        self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)
-        if options.on_non_finite == "abort" or skipped > MOST_SKIPPED:
+            self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)
             where = f"; the batch is in {batch}" if batch else ""
-            lower = f"{rate} or learner.max_grad_norm, or set learner.on_non_finite: skip," if batch else rate
+            lower = f"{rate} or learner.max_grad_norm" if batch else rate
             raise NonFiniteStep(
                 f"{error}. This update was not made{where}. Lower {lower} and go on with --resume auto --force"
             ) from None
-        learner.skipped_in_a_row = skipped  # counted only where the run goes on: otherwise the step is made again
-        self._skipped = self._begun
+        self.metrics |= metrics  # what fails later leaves a line with them
+        return metrics
 
     def reached(self) -> None:
         """The step in progress counts, whatever fails later."""
-        if self._skipped != self._begun:
-            self._learner.skipped_in_a_row = 0
         self._learner.update.zero()  # the next rollouts need the memory
         if self._begun is None:
             raise RuntimeError("an update outside of a step of the run: make it inside of `for step in run.steps():`")

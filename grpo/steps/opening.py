@@ -13,7 +13,7 @@ from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, joined
 from grpo.run.resume import BaseWeights
-from grpo.source.policy_source import load_beside, load_policy, with_threads
+from grpo.source.policy_source import holds_head, load_beside, load_policy, with_threads
 from grpo.steps.collector import Collector
 from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
@@ -59,7 +59,8 @@ def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
     """The policy that a run begins with, or another one that `model` means; where it will sample, every prompt has room
     for its completion."""
     config = run.config if model is None else run.config.model_copy(update={"model": model})
-    policy = load_policy(config, task.corpus(), run.ranks)
+    head = run.saved is not None and holds_head(run.saved)
+    policy = load_policy(config, task.corpus(), run.ranks, head=head)
     if packing := getattr(policy.trunk, "hf_quantizer", None):
         from policies.files.packed import stays_packed
 

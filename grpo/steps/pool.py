@@ -24,7 +24,7 @@ from policies.publication import Publication
 from policies.routing.routers import has_routers
 from policies.sharding import everyone, whole
 from rollout.depth import FEW_ROWS, MOST_ROWS, PROMPT_TOKENS, CostTable, Workload
-from rollout.pool import Copies, Pool, PoolOptions, Sampler
+from rollout.pool import PUBLISH_TIMEOUT_S, TIMEOUT_S, Copies, Pool, PoolOptions, Sampler
 from rollout.pools import open_pool
 from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
@@ -92,7 +92,7 @@ def sampling_of_steps(run: Run[TrainConfig], task: Task, policy: Policy) -> Samp
         rounds = config.steps * -(-config.prompts_per_step // shard) * options.max_completion_tokens
     sampling = sampling_of(run, policy, options.group_size, rounds=rounds)
     if sampling.compiled:
-        run.log.event("graphs", compile=options.compile, planned_rounds=rounds)
+        run.log.event("graphs", planned_rounds=rounds)
     return replace(sampling, record_routing=replays, environment=task.actor.environment)
 
 
@@ -103,8 +103,10 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
     rollout, dtype, run_log = run.config.whole_rollout.model_copy(update=changes), run.config.dtype, run.log
     if not run.ranks.first:
         _places(rollout)
-        reads = Publication.read_parts if rollout.samplers else None
-        part = NoPool(Publication.parts if rollout.backend == "vllm" else reads, in_turn=rollout.colocate)
+        reads: Reads | None = Publication.read_parts if rollout.samplers else None
+        if rollout.backend == "vllm":
+            reads = Publication.parts
+        part = NoPool(reads, in_turn=_on_this_gpu(rollout, policy))
         part.publish(policy.publication(), 0)
         return part
 
@@ -117,13 +119,11 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
     options = PoolOptions(
         workers=rollout.samplers,
         dtype=getattr(torch, dtype),
-        threads=rollout.threads_per_worker,
         prompts_per_shard=rollout.prompts_per_shard,
-        timeout_s=rollout.timeout_s,
-        publish_timeout_s=rollout.publish_timeout_s,
-        gpus=0.0 if run.config.device == "cpu" else rollout.gpus_per_worker,
-        placement_timeout_s=rollout.timeout_s / 12,
-        colocate=False if rollout.ahead else rollout.colocate or None,
+        timeout_s=TIMEOUT_S,
+        publish_timeout_s=PUBLISH_TIMEOUT_S,
+        gpus=0.0 if run.config.device == "cpu" else 1.0,
+        colocate=False if rollout.ahead else None,
         copies=Copies(rollout.quantization, rollout.quantization),
         check_stop=signals.check,
         on_lost=on_lost,
@@ -144,6 +144,15 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
     for rank, where in enumerate(ranks):
         run_log.event("learner", rank=rank, **where)
     return pool
+
+
+def _on_this_gpu(rollout: RolloutOptions, policy: Policy) -> bool:
+    """Whether workers or vLLM use the GPU of this rank while it does not learn: where there are no other GPUs."""
+    if rollout.ahead or rollout.vllm.url or not (rollout.samplers or rollout.backend == "vllm"):
+        return False
+    from rollout.places import Places
+
+    return Places(1, 1, 1.0, 0.0).taken(policy)[0]
 
 
 def _places(rollout: RolloutOptions) -> list[dict[str, Any]]:

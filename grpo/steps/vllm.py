@@ -42,5 +42,4 @@ def vllm_settings(rollout: RolloutOptions, folder: Path) -> VLLMSettings:
         engine=options.engine,
         draft_tokens=rollout.draft_tokens or 0,
         log=folder / "vllm.log",
-        publish_s=rollout.publish_timeout_s,
     )

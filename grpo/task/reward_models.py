@@ -9,9 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
@@ -24,10 +25,13 @@ from policies.attention import sees_prompts_whole
 from policies.contradictions import refuse_type
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
-from rewards.config.reward import RewardModelOptions
+from rewards.config.options import Options
+from rewards.config.reward import RewardOptions
 from rewards.data.examples import Example
-from rewards.group_score import GroupScore, mean
+from rewards.group_score import GroupScore
 from rewards.protocol import PROVIDED
+from rewards.registry import MODEL
+from rewards.spec import RewardSpec
 from rollout.group import Completion, Prompt, RolloutGroup
 
 # Numbers, spaces, lines, other scripts: where tokenizers with one vocabulary may still differ.
@@ -52,24 +56,50 @@ def saved_model(model: str) -> str:
 ROWS = 8  # completions per forward
 
 
+class RewardModel(Options):
+    """A reward whose function is `model:FOLDER_OR_NAME`; `kind` and `label` are its arguments."""
+
+    name: str
+    model: str
+    kind: Literal["classifier", "chat_classifier", "perplexity"] = "classifier"
+    label: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> RewardModel:
+        if self.kind == "perplexity" and self.label is not None:
+            raise ValueError("label is for classifiers; drop it")
+        return self
+
+    @classmethod
+    def of(cls, reward: RewardOptions) -> RewardModel:
+        """Raises ValueError for arguments that it has not."""
+        if unknown := sorted(reward.arguments.keys() - {"kind", "label"}):
+            raise ValueError(
+                f"rewards: {reward.function}: no argument {unknown[0]!r}; a reward model has kind and label"
+            )
+        name = RewardSpec(reward.function, name=reward.name).label
+        return cls(name=name, model=reward.function.removeprefix(MODEL), **reward.arguments)
+
+
 class ModelRewards:
     """The reward models of a run: frozen, in inference mode, one batch of similar lengths after the other.
 
     The constructor reads configurations only and raises ValueError for what these tell: a name that is taken, a folder
     that is not there, a classifier whose score is not clear. `load` reads the weights and raises it for the rest.
 
-    >>> models = ModelRewards([RewardModelOptions(name="helpful", model="models/reward")], columns=["question"])
+    >>> helpful = RewardOptions(function="model:models/reward", name="helpful")
+    >>> models = ModelRewards([helpful], columns=["question"])
     >>> models.load(torch.device("cpu"))
     >>> models.columns(groups)              # two groups of two completions
     [{'helpful': [0.31, -1.2]}, {'helpful': [2.05, 0.77]}]
     """
 
-    def __init__(self, options: Sequence[RewardModelOptions], columns: Iterable[str] = ()) -> None:
-        self.options = options
+    def __init__(self, rewards: Sequence[RewardOptions], columns: Iterable[str] = ()) -> None:
+        self.options = [RewardModel.of(reward) for reward in rewards]
         names = {*columns, *PROVIDED}
-        for chosen in options:
+        for chosen in self.options:
             if chosen.name in names:
-                raise ValueError(f"reward_models: the name {chosen.name!r} is taken by another column; choose another")
+                raise ValueError(f"rewards: {chosen.name!r} is the name of another column; give the model another name")
             names.add(chosen.name)
             _check(chosen)
         self.models: list[_Model] = []
@@ -92,14 +122,13 @@ class ModelRewards:
 
     @staticmethod
     def record(scores: Sequence[GroupScore], columns: Sequence[ModelColumns]) -> None:
-        """Let metrics and the rollout record see the columns, whether a reward reads them or not."""
+        """Let the rollout record keep the columns, for rewards that read them in a replay."""
         for score, marks in zip(scores, columns, strict=True):
             score.extras |= marks
-            score.metrics |= {name: mean(values) for name, values in marks.items()}
 
 
-def _check(chosen: RewardModelOptions) -> None:
-    where = f"reward_models: {chosen.name}: model={chosen.model!r}"
+def _check(chosen: RewardModel) -> None:
+    where = f"rewards: {MODEL}{chosen.model}"
     looks_local = chosen.model.startswith(("/", ".", "~")) or chosen.model.count("/") != 1
     if not Path(chosen.model).is_dir() and (looks_local or Path(chosen.model).parent.is_dir()):
         raise ValueError(f"{where}: there is no such folder")
@@ -113,11 +142,13 @@ def _check(chosen: RewardModelOptions) -> None:
     if not any(name.endswith("ForSequenceClassification") for name in classes):
         raise ValueError(
             f"{where} is no sequence classifier but {', '.join(classes) or 'of no known kind'}; "
-            "for a language model use kind: perplexity"
+            "for a language model use arguments: {kind: perplexity}"
         )
     labels = ", ".join(f"{i} = {name}" for i, name in sorted(config.id2label.items()))
     if chosen.label is None and config.num_labels != 1:
-        raise ValueError(f"{where} has {config.num_labels} labels; say with label which logit is the score: {labels}")
+        raise ValueError(
+            f"{where} has {config.num_labels} labels; arguments: {{label: N}} says which logit is the score: {labels}"
+        )
     if chosen.label is not None and chosen.label >= config.num_labels:
         raise ValueError(f"{where} has no label {chosen.label}; its labels are {labels}")
 
@@ -128,7 +159,7 @@ class _Model(ABC):
     model: Any
     tokenizer: PreTrainedTokenizerBase
 
-    def __init__(self, options: RewardModelOptions, device: torch.device) -> None:
+    def __init__(self, options: RewardModel, device: torch.device) -> None:
         self.options, self.device = options, device
         self.source = saved_model(options.model)
         try:
@@ -138,7 +169,7 @@ class _Model(ABC):
             if self.tokenizer.pad_token_id is None:
                 raise ValueError("its tokenizer has neither a padding nor an end token")
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"reward_models: {options.name}: {self.source} cannot be loaded: {error}") from error
+            raise ValueError(f"rewards: {MODEL}{self.source} cannot be loaded: {error}") from error
         # Decoders find the last token by this: another padding token than the tokenizer's would be scored itself.
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.to(device).eval().requires_grad_(False)
@@ -237,10 +268,10 @@ class _Perplexity(_Model):
 def check_teacher(config: TrainConfig) -> None:
     """Raises ValueError for a teacher with another tokenizer than the policy's, before either of them is loaded, and
     TeacherError for a server that does not score tokens."""
-    if config.distill.teacher is None:
+    if config.distill.model is None:
         return
     named = f"distill.teacher={config.distill.teacher!r}"
-    sources = [find_policy(model, read=False) for model in (config.model, config.distill.teacher)]
+    sources = [find_policy(model, read=False) for model in (config.model, config.distill.model)]
     policy, teacher = (source.base for source in sources)
     if fault := _difference(read_tokenizer(policy), read_tokenizer(teacher)):
         raise ValueError(
@@ -250,11 +281,11 @@ def check_teacher(config: TrainConfig) -> None:
     if config.distill.url is not None:
         if sees_prompts_whole(shape_of(sources[1])):
             raise ValueError(
-                f"{named} has prompt_attention=bidirectional, and the server of distill.url would read its prompts "
-                "causally; set url to null to load the teacher here"
+                f"{named} has prompt_attention=bidirectional, and its server would read its prompts causally; "
+                "leave the address out to load the teacher here"
             )
         ids = read_tokenizer(policy).encode(PROBES[0], add_special_tokens=False)
-        server = TeacherServer(config.distill.url, config.distill.teacher)
+        server = TeacherServer(config.distill.url, config.distill.model)
         server.score([ids], [1], config.distill.top_k or 0)
 
 

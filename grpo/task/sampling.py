@@ -21,8 +21,6 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 FEWEST_ROUNDS = 100_000  # in which graphs gain three times what they took to compile, .35 ms a layer and round
-
-
 TURN_TIMEOUT_S = 10.0  # of the calls of one turn, where the options do not say
 
 
@@ -36,8 +34,8 @@ def sampling_params(
 ) -> SamplingParams:
     """Tells how `policy` samples under these options: its own stop tokens, drafts where it has something to draft from.
 
-    vLLM has nothing that chooses their number: null is none there. `rounds` with few rows are planned. Raises
-    ValueError for `compile: on` where no graph can decode.
+    vLLM has nothing that chooses their number: null is none there. `rounds` with few rows are planned: many of them are
+    decoded by compiled graphs. Raises ValueError for `compile: on` where no graph can decode.
     """
     chosen = policy.mtp is not None and getattr(options, "backend", None) != "vllm"
     params = SamplingParams(
@@ -51,12 +49,16 @@ def sampling_params(
     if isinstance(options, AnswerOptions) and options.margin is not None:
         params = replace(params, accept="margin", margin=options.margin)
     fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(GRAPH_DEPTHS))
-    if options.compile == "off" or (options.compile == "auto" and rounds < fewest):
+    if rounds < fewest and not _compiles(options):
         return params
     why = no_graph(policy.backend == "native", policy.device, options)
-    if why and options.compile == "on":
+    if why and _compiles(options):
         raise ValueError(f"compile=on: {why}, so no graph can decode; leave it out")
     return replace(params, compiled=not why)
+
+
+def _compiles(options: SamplingOptions) -> bool:
+    return isinstance(options, AnswerOptions) and options.compile == "on"
 
 
 def no_graph(native: bool, device: torch.device, options: SamplingOptions) -> str | None:
@@ -64,7 +66,7 @@ def no_graph(native: bool, device: torch.device, options: SamplingOptions) -> st
     if not native or getattr(options, "backend", None) == "vllm":
         return "this policy is not decoded by our own engine"
     if devices.has_cuda(device):
-        if options.compile == "auto":
+        if not _compiles(options):
             return "no GPU has told yet what recorded rounds gain"
     elif device.type != "cpu":
         return f"the policy is on {device.type}, where nobody has tried it"
@@ -88,8 +90,6 @@ def environment_of(options: object) -> EnvironmentSpec | None:
         environments=tuple(environments.items()),
         max_turns=options.max_turns,
         timeout_s=options.program_timeout_s or TURN_TIMEOUT_S,
-        memory_mb=options.program_memory_mb,
-        workers=options.program_workers or 1,
     )
 
 

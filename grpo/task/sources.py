@@ -33,6 +33,8 @@ def sources_of(config: Config, opened: OpenedFiles) -> Sources:
 
 def _of_rewards(config: Config) -> Iterator[Source]:
     for reward in [] if scores_nothing(config) else rewards_of(config):
+        if reward.function.startswith(registry.MODEL):
+            continue
         label = reward.name or reward.function.rpartition(":")[2]
         found = registry.find_reward(reward.function)
         if reward.function in registry.CALLABLES:

@@ -25,6 +25,7 @@ from policies.policy import read_tokenizer
 from policies.routing.heads import DynamicHeadsConfig
 from policies.routing.routers import has_routers
 from rewards.config.yaml_file import parse_yaml, to_yaml
+from rewards.registry import MODEL
 
 ENGINE = (  # arguments of vLLM's engine that quartet sets
     *("model", "dtype", "load_format", "logprobs_mode", "seed", "skip_tokenizer_init", "speculative_config"),
@@ -120,6 +121,15 @@ def _sources(options: object) -> str:
     return f"data.sources ({option(options, 'data.name')})" if option(options, "data.sources") else ""
 
 
+def _reward_model(options: object) -> str:
+    functions = [reward.function for reward in option(options, "rewards") or []]
+    return next((f"rewards[].function={name}" for name in functions if name.startswith(MODEL)), "")
+
+
+def _teacher_at_server(options: object) -> str:
+    return f"distill.teacher={option(options, 'distill.teacher')}" if option(options, "distill.url") else ""
+
+
 def _shortest(options: object) -> str:
     share = option(options, "curriculum.shortest_share") or 1.0
     return f"curriculum.shortest_share={_word(share)}" if share < 1 else ""
@@ -198,6 +208,8 @@ SITUATIONS: Mapping[str, Form] = {
     "drafts of vLLM": _drafts_of_vllm,
     "an argument of vLLM's engine": _set_by_quartet,
     "training of the draft head": _taught_head,
+    "a reward model": _reward_model,
+    "a teacher at a server": _teacher_at_server,
     "an accelerator": _device_that(lambda device: device.type != "cpu"),
     "an accelerator without bfloat16": _device_that(lambda device: has_bfloat16(device) is False),
     "Apple's GPU": _device_that(lambda device: device.type == "mps"),

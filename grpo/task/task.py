@@ -29,11 +29,11 @@ from grpo.task.sampling import Actor, agent_of, environment_of
 from policies.devices import device_of
 from policies.policy import Policy
 from rewards.config.data import DataOptions
-from rewards.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
+from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.data.examples import Example, beyond_context, default_held_out_split, examples_of, gold_checks, too_long
 from rewards.data.leakage import problem_fingerprint, refuse_overlap
 from rewards.protocol import Reward
-from rewards.registry import name_callable
+from rewards.registry import MODEL, name_callable
 from rewards.scorer import GroupScore, RewardSpec, Scorer
 from rewards.verdicts import Verdicts
 from rollout.group import Prompt, RolloutGroup
@@ -64,7 +64,6 @@ class Task:
         train: bool = True,
         held_out: int | None = 0,
         held_out_split: str | None = None,
-        reward_models: Sequence[RewardModelOptions] = (),
         device: str = "auto",
         met: Collection[str] = frozenset(),
         contexts: Mapping[str, int] | None = None,
@@ -79,7 +78,7 @@ class Task:
         the texts of a column must fit into.
         Without `scores` another process scores, without `rewards` nobody. With an `environment` solutions are episodes.
         """
-        checks = gold_checks((r.function, r.columns) for r in rewards if "answer" not in r.arguments)
+        checks = gold_checks(r.function for r in rewards if "answer" not in r.arguments)
         checks += [partial(too_long, column, context) for column, context in (contexts or {}).items()]
         self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
         load = partial(examples_of, data, data.name, seed=seed, checks=checks)
@@ -116,10 +115,11 @@ class Task:
         judge = specs[0] if specs else RewardSpec("")
         self.first_reward, self.read_answer = judge.label, answer_reader(judge.function, judge.arguments)
         self.models: ModelRewards | None = None
-        if reward_models and self.scores:
+        models = [reward for reward in rewards if reward.function.startswith(MODEL)]
+        if models and self.scores:
             from grpo.task.reward_models import ModelRewards
 
-            self.models = ModelRewards(reward_models, first.columns)
+            self.models = ModelRewards(models, first.columns)
         self.verdicts = Verdicts(self.first_reward, "undeclared", None)
         if self.scores:
             self._open_scorer(specs, scoring, first, prompt, messages, device)
@@ -139,7 +139,6 @@ class Task:
             specs,
             on_error=options.on_error,
             timeout_s=options.timeout_s,
-            workers=options.workers,
             columns=[*example.columns, *more],
             pass_variables=options.pass_variables,
         )
@@ -168,7 +167,6 @@ class Task:
             seed=config.seed,
             held_out=held.limit,
             held_out_split=held.split,
-            reward_models=config.reward_models,
             device=config.device,
             met=trained_on(config.model) if model_known else (),
             contexts=dict.fromkeys(read, context) if context else {},
@@ -368,7 +366,14 @@ def _by_solution(examples: Sequence[Example], count: int | None) -> tuple[Sequen
 
 
 def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:
-    return [RewardSpec(r.function, r.weight, r.name, dict(r.arguments), r.chat, dict(r.columns)) for r in rewards]
+    """What scores each reward; the scores of a reward model are a column with its name."""
+    specs = []
+    for reward in rewards:
+        spec = RewardSpec(reward.function, reward.weight, reward.name, dict(reward.arguments))
+        if reward.function.startswith(MODEL):
+            spec = RewardSpec("column", reward.weight, spec.label, {"name": spec.label})
+        specs.append(spec)
+    return specs
 
 
 def _two_splits(

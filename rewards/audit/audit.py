@@ -16,6 +16,7 @@ from rewards.audit.findings import ANSWERS, Finding, Rollouts, flatten, is_numbe
 from rewards.audit.options import AuditConfig
 from rewards.audit.traces import Trace, groups_of, read_traces, recorded_means, text_of
 from rewards.console import visible
+from rewards.registry import CHAT
 from rewards.scorer import RewardSpec, Scorer
 
 NEAR = 1e-6
@@ -84,8 +85,10 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     """Scores the rollouts twice: a reward that differs from the record, or from itself, is a fault, and so is one that
     cannot be computed. Where nothing was recorded under the function's name, the one that is given `alone` is the
     reward."""
-    chat = config.chat or any(trace.form == "trl" and trace.turns for trace in rollouts.traces)  # as TRL calls them
-    spec = RewardSpec(function, arguments=config.arguments, chat=chat, columns=config.columns)
+    of_messages = any(trace.form == "trl" and trace.turns for trace in rollouts.traces)
+    if of_messages and ":" in function and not function.startswith(CHAT):
+        function = f"{CHAT}{function}"  # as TRL calls it
+    spec = RewardSpec(function, arguments=config.arguments)
     groups = groups_of(trace for trace in rollouts.traces if trace.form != "problems")
     every = flatten(groups)
     columns = {
@@ -113,7 +116,9 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
                 ],
                 trainer_state={"global_step": 0, "max_steps": 1, "epoch": 0.0},
                 messages=[group[0].messages or None for group in groups],
-                turns=[[trace.turns for trace in group] if chat and group[0].turns else None for group in groups],
+                turns=[
+                    [trace.turns for trace in group] if spec.reads_chat and group[0].turns else None for group in groups
+                ],
             )
             for _ in range(2)
         )

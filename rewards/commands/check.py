@@ -97,7 +97,7 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
     find_reward(function)  # a misspelt name must not cost a download
     data, scoring = config.data, config.reward
     examples = examples_of(data, data.name, data.split, purpose="eval", limit=data.limit)
-    spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
+    spec = RewardSpec(function, arguments=config.arguments)
     options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": scoring.on_error}
     with Scorer([spec], timeout_s=scoring.timeout_s, pass_variables=scoring.pass_variables, **options) as scorer:
         trial = Trial(spec, scoring, examples)

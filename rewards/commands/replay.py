@@ -18,7 +18,7 @@ from rewards.episode import AGENT_REWARD, REWARD, ToolStats, answer_of, environm
 from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
 from rewards.records import read_rollouts, recorded_steps, split_groups
-from rewards.registry import find_reward
+from rewards.registry import MODEL, find_reward
 from rewards.scorer import RewardSpec, Scorer
 from rewards.ties import ABSOLUTE, RELATIVE, tied
 
@@ -72,7 +72,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     """Scores rollouts with `function`, and leaves them as they are. `run` is a run folder, or a file or folder of
     another tool."""
     find_reward(function)  # a misspelt name must not cost a download
-    spec = RewardSpec(function, arguments=config.arguments, chat=config.chat, columns=config.columns)
+    spec = RewardSpec(function, arguments=config.arguments)
     record = Run(run) if (run / "config.yaml").is_file() else Rollouts(run, config.data)
     if missing := [step for step in config.steps or [] if step not in record.steps]:
         ends = f"{record.steps[0]} to {record.steps[-1]}"
@@ -132,7 +132,7 @@ class Run:
         self._run, self.steps, self.max_steps = run, recorded_steps(run), settings["steps"]
         if not self.steps:
             raise ValueError(f"{run} has recorded no rollouts yet")
-        self.workers = settings["reward"]["workers"]
+        self.workers = settings["reward"].get("workers", 1)  # runs of version 0.2 may have had more
         data = SourcesOptions.model_validate(settings["data"])
         sources: Sequence[SourcesOptions | WeightedSource] = data.sources or [data]
         try:
@@ -146,7 +146,8 @@ class Run:
                 f"{error}; run this where the run was started: the path of its data is relative to there"
             ) from error
         self._data, self._examples = data.name, {example.example_id: example for example in rows}
-        self._models = [model["name"] for model in settings.get("reward_models", [])]  # whose scores are in the record
+        specs = [RewardSpec(reward["function"], name=reward.get("name")) for reward in settings["rewards"]]
+        self._models = [spec.label for spec in specs if spec.function.startswith(MODEL)]  # their scores are recorded
         self._acted = [REWARD] if settings.get("environment") or settings.get("tools") else []
         self._acted += [AGENT_REWARD] if settings.get("agent") else []
         columns = {tuple(row.columns) for row in rows}  # those of each source
@@ -184,8 +185,8 @@ def _settings(run: Path) -> dict[str, Any]:
     with expecting(path, "configuration of a run"):
         settings["data"].pop("thoughts", None)  # an option of agents until 0.2
         SourcesOptions.model_validate(settings["data"])
-        [str(model["name"]) for model in settings.get("reward_models", [])]
-        int(settings["steps"]), int(settings["seed"]), int(settings["reward"]["workers"])
+        [str(reward["function"]) for reward in settings["rewards"]]
+        int(settings["steps"]), int(settings["seed"]), int(settings["reward"].get("workers", 1))
     return settings
 
 

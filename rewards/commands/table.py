@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from rewards.commands.command_line import EXIT_ERROR, Command, argument, json_argument, write
-from rewards.registry import FORMS
+from rewards.registry import CHAT, FORMS
 
 _FUNCTION: dict[str, Any] = {
     "metavar": "FILE:FN",
     "help": "path/to/file.py:function, package.module:function, or a built-in reward's name",
 }
-_AS = argument("--as", dest="form", choices=[*FORMS], help="the function is written for this tool; default: trl")
+_AS = argument(
+    "--as",
+    dest="form",
+    choices=[*FORMS, CHAT.rstrip(":")],
+    help="the function is written for this tool, default: trl; chat: for chat messages",
+)
 TEST = (argument("function", **_FUNCTION), _AS, json_argument("what was found"))
 REPLAY = (
     argument(

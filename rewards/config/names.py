@@ -50,8 +50,12 @@ def drop_unused(
         for item in items if isinstance(items, list) else ():
             for last in list(item) if isinstance(item, dict) else ():
                 key = f"{name}[].{last}"
-                if removed(key) and (tell or item[last] == default_then(key)):
-                    del item[last]
+                then = default_then(key)
+                if not removed(key) or not (tell or item[last] == then):
+                    continue
+                value = item.pop(last)
+                if tell and value != then:
+                    tell(f"{key}={to_yaml(value, inline=True)}: {removed(key)}")
     for key, value in list(leaves(options)):
         names = key.split(".")
         if known & {".".join(names[: depth + 1]) for depth in range(len(names))}:
@@ -83,11 +87,10 @@ def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], No
         options["data"] = {key_of_data(data): data}
     if take(options, "learner.stochastic_rounding") is True:
         put(options, "learner.optimizer", "adamw_8bit_stochastic")
-    models = options.get("reward_models")
-    for model in models if isinstance(models, list) else ():
-        if isinstance(model, dict) and model.get("chat") is True:
-            del model["chat"]
-            model["kind"] = "chat_classifier"
+    url, teacher = take(options, "distill.url"), get(options, "distill.teacher")
+    if isinstance(url, str) and teacher:
+        put(options, "distill.teacher", f"{teacher}@{url}")
+    _renew_rewards(options, tell or (lambda old, new: None))
     trains_trunk = take(options, "value.train_trunk")
     if trains_trunk is not ABSENT:
         put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1) if trains_trunk else 0.0)
@@ -101,8 +104,42 @@ def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], No
     return options
 
 
+def _renew_rewards(options: dict[str, Any], tell: Callable[[str, str], None]) -> None:
+    """A reward model is a reward; `chat:` before the name of a function was an option of its own."""
+    rewards = options.get("rewards")
+    if isinstance(rewards, str) and "reward_models" in options:
+        rewards = options["rewards"] = [{"function": rewards}]
+    for reward in rewards if isinstance(rewards, list) else ():
+        if isinstance(reward, dict) and reward.get("chat") is True and ":" in reward.get("function", ""):
+            del reward["chat"]
+            reward["function"] = f"chat:{reward['function']}"
+            tell("rewards[].chat: true", f"rewards[].function: {reward['function']}")
+    models = options.get("reward_models")
+    if not isinstance(models, list) or not isinstance(rewards, list):
+        return
+    for model in models:
+        if not isinstance(model, dict) or not {"name", "model"} <= model.keys():
+            return  # a message about the option follows
+    for model in take(options, "reward_models"):
+        if model.get("chat") is True:
+            model["kind"] = "chat_classifier"
+        arguments = {name: model[name] for name in ("kind", "label") if model.get(name) is not None}
+        made = {"function": f"model:{model['model']}", "name": model["name"], "arguments": arguments}
+        reader = {"function": "column", "arguments": {"name": model["name"]}}
+        for reward in rewards:
+            if isinstance(reward, dict) and reader.items() <= reward.items():
+                reward.update(made)
+                break
+        else:
+            rewards.append(made | {"weight": 0.0})  # a function reads its column
+        tell("reward_models", f"rewards[].function: {made['function']}")
+
+
 def settle(command: str, options: dict[str, Any]) -> None:
-    """Makes a margin of `rollout.accept` and `rollout.margin` of older versions: it was read with `margin` alone."""
+    """Makes a margin of `rollout.accept` and `rollout.margin` of older versions: it was read with `margin` alone. Where
+    nothing is learned `rollout.compile: auto` compiled nothing."""
+    if command in LOSSY and get(options, "rollout.compile") == "auto":
+        take(options, "rollout.compile")
     if command in LOSSY and get(options, "rollout.accept") in ("exact", "margin"):
         accept, margin = take(options, "rollout.accept"), take(options, "rollout.margin")
         if accept == "margin":
@@ -143,9 +180,9 @@ def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
     of_mtp = "head" in options or get(options, "mtp.epochs")
     command = "train" if "loss" in options else "mtp" if of_mtp else "sft"
     renewed = renew(command, options)
-    for model in renewed.get("reward_models") or []:
-        model.pop("batch_size", None)
-        model.pop("chat", None)
+    for reward in renewed.get("rewards") or []:
+        reward.pop("columns", None)
+        reward.pop("chat", None)
     return command, renewed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -20,47 +20,29 @@ class FunctionOptions(Options):
     """Which function, and its weight."""
 
     function: str
-    """A built-in name (`gsm8k`, ...), `path/to/file.py:function`, `module:function` or `verl:file.py:compute_score`."""
+    """A built-in name (`gsm8k`, ...), `path/to/file.py:function`, `module:function`, `verl:file.py:compute_score`, or
+    `model:` and a folder, a run or a hub id: a reward model. `chat:` before a function passes prompts and completions
+    as chat messages instead of strings."""
     weight: float = 1.0
     """Its weight in the score."""
     name: str | None = None
-    """Its name in metrics; the function's own by default."""
+    """Its name in metrics; the function's own by default. The scores of a reward model are also a column of that name.
+    """
 
 
 class CallOptions(Options):
     """How a reward function is called; every command that scores has these options."""
 
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments bound to the function, such as {target: 30}."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Parameters that read a column of another name: {reference: answer} passes column `answer` as `reference`."""
-    chat: bool = False
-    """Pass prompts and completions to the function as chat messages instead of strings."""
+    """Keyword arguments bound to the function, such as {target: 30}. A reward model has `kind` and `label`. `kind`: a
+    `classifier` (the default) reads question and completion as one text, a `chat_classifier` through its own chat
+    template. `perplexity` is that of the completion under a language model with its own tokenizer: 1 or more, and lower
+    is better, so give it a negative weight. `label`: the number of the label of a classifier whose logit is the score,
+    required if there is more than one."""
 
 
 class RewardOptions(CallOptions, FunctionOptions):
     """One reward function."""
-
-
-class RewardModelOptions(Options):
-    """A model whose scores are a column for the rewards: read it with the built-in reward `column`, or by its name."""
-
-    name: str = Field(pattern=r"^[A-Za-z]\w*$")
-    """Name of the column, and of the scores in metrics and in the rollout record."""
-    model: str
-    """A checkpoint folder (safetensors), a run folder or a hub id; frozen, on the policy's device."""
-    kind: Literal["classifier", "chat_classifier", "perplexity"] = "classifier"
-    """`classifier`: a logit of any sequence classifier, which reads question and completion as one text;
-    `chat_classifier`: through its own chat template. `perplexity`: the perplexity of the completion under a language
-    model with its own tokenizer. It is 1 or more, and lower is better, so give it a negative weight."""
-    label: int | None = Field(default=None, ge=0)
-    """The label of a classifier whose logit is the score; required where there is more than one."""
-
-    @model_validator(mode="after")
-    def _of_one_kind(self) -> RewardModelOptions:
-        if self.kind == "perplexity" and self.label is not None:
-            raise ValueError("label is for classifiers; drop it")
-        return self
 
 
 class ScoringOptions(Options):
@@ -70,8 +52,6 @@ class ScoringOptions(Options):
     """When a reward fails: `abort`, `drop_sample`, `drop_group` or `score=x`. A failure is never silently a zero."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Wall-clock seconds that a reward may take per batch, and per completion when the batch is rerun one by one."""
-    workers: int = Field(default=1, ge=1)
-    """Processes that run rewards."""
     pass_variables: list[str] = Field(default_factory=list)
     """Environment variables that rewards and agents may read, such as [OPENAI_API_KEY], besides the usual few (PATH,
     HOME, LANG, PYTHONPATH, OMP_NUM_THREADS, HF_HOME, ...). The list is written to config.yaml, the values are not."""
@@ -94,8 +74,6 @@ class RewardsOptions(Options):
     judges held-out completions: evaluation reports accuracy if it scores them as correct or incorrect
     (`rewards.right_at`, or all scores are 0 and 1), otherwise the mean reward. An empty list is for an environment or
     an agent that has a reward."""
-    reward_models: list[RewardModelOptions] = Field(default_factory=list)
-    """Models other than the policy that score completions."""
     reward: ScoringOptions = ScoringOptions()
 
     @field_validator("rewards", mode="before")

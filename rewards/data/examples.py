@@ -200,25 +200,22 @@ def examples_of(
     return load_examples(name, split, options, purpose=purpose, levels=levels, limit=limit, **more)
 
 
-def gold_checks(rewards: Iterable[tuple[str, Mapping[str, str]]]) -> list[Check]:
-    """A check for gold answers that the gsm8k rewards among `rewards` cannot read, where one of them is used.
+def gold_checks(functions: Iterable[str]) -> list[Check]:
+    """A check for gold answers that the gsm8k rewards among the `functions` of a run cannot read, if it has one.
 
-    `rewards` are (function, columns for its parameters), as in a config.
-
-    >>> [check] = gold_checks([("gsm8k", {"answer": "gold"})])
-    >>> check({"gold": "It is four."})
+    >>> [check] = gold_checks(["gsm8k"])
+    >>> check({"answer": "It is four."})
     "the gold answer 'It is four.' has no number: expected a solution that ends with '#### 42', or '42'"
     """
     readers = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")
-    names = {columns.get("answer", "answer") for function, columns in rewards if function in readers}
-    if not names:
+    if not any(function in readers for function in functions):
         return []
     from rewards.built_in.gsm8k import gold_answer
 
     def check(columns: Mapping[str, Any]) -> str | None:
         try:
-            for name in sorted(names.intersection(columns)):  # the scorer refuses a column that is not there
-                gold_answer(columns[name])
+            if "answer" in columns:  # the scorer refuses a column that is not there
+                gold_answer(columns["answer"])
         except ValueError as error:
             return str(error)
         return None

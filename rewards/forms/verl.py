@@ -22,8 +22,8 @@ _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 def reward_of(compute_score: Callable[..., Any]) -> Reward:
     """The reward of a `compute_score`, sync or async. Its other parameters are options, as verl's `reward_kwargs`.
 
-    The ground truth is the column `ground_truth` or that in the column `reward_model`. What a dict holds beside `score`
-    is logged for the completion.
+    The ground truth is the column `ground_truth`, that in the column `reward_model`, or the column `answer`. What a
+    dict holds beside `score` is logged for the completion.
 
     >>> def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     ...     return {"score": float(solution_str == ground_truth), "form": data_source}
@@ -39,10 +39,12 @@ def reward_of(compute_score: Callable[..., Any]) -> Reward:
         stored = row.get("reward_model")
         if "ground_truth" not in row and isinstance(stored, dict) and "ground_truth" in stored:
             row["ground_truth"] = stored["ground_truth"]
+        if "ground_truth" not in row and row.get("answer") is not None:
+            row["ground_truth"] = row["answer"]
         if "ground_truth" not in row:
             raise ValueError(
-                "verl's ground truth is reward_model['ground_truth'] of a row; this row has none. Name the column that "
-                "holds it, columns: {ground_truth: answer}"
+                "verl's ground truth is reward_model['ground_truth'] of a row; this row has none, and no column "
+                "`ground_truth` or `answer`. Name the column that holds it in data.solution_column"
             )
         row = {"extra_info": None, **row, "solution_str": text_of(completion)}
         return {name: value for name, value in row.items() if name in parameters or name in known}

@@ -218,7 +218,7 @@ def _expects_messages(error: BaseException) -> str:
     signs = {TypeError: "string indices must be integers", AttributeError: "'str' object has no attribute"}
     if not any(isinstance(error, kind) and sign in str(error) for kind, sign in signs.items()):
         return ""
-    return "; it gets strings. If it reads chat messages, set chat: true beside its name"
+    return "; it gets strings. If it reads chat messages, write chat: before its name"
 
 
 def _describe(error: BaseException, path: str | None) -> str:

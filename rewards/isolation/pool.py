@@ -141,8 +141,7 @@ def stuck_at(trace: str) -> str:
 class WorkerPool:
     """Runs requests on up to `size` workers. Several threads may call it; one call runs at a time.
 
-    `memory` limits the bytes of data of each worker (RLIMIT_DATA) in whole MiB, as the option `memory_option` says;
-    beyond it a function gets a MemoryError.
+    `memory` limits the bytes of data of each worker (RLIMIT_DATA); beyond it a function gets a MemoryError.
     """
 
     def __init__(
@@ -153,7 +152,6 @@ class WorkerPool:
         timeout_s: float,
         pass_variables: Sequence[str] = (),
         memory: int = 0,
-        memory_option: str = "program_memory_mb",
     ) -> None:
         if not ISOLATES:
             raise RewardError(
@@ -161,7 +159,7 @@ class WorkerPool:
                 "alone; on Windows use WSL 2"
             )
         self._functions, self._size, self._timeout_s = functions, size, timeout_s
-        self._pass_variables, self._memory, self._memory_option = pass_variables, memory, memory_option
+        self._pass_variables, self._memory = pass_variables, memory
         self._workers: list[WorkerProcess] = []
         self._signatures: list[dict] = []
         self._lock = threading.Lock()
@@ -244,7 +242,7 @@ class WorkerPool:
             try:
                 worker.ask({"functions": self._functions}, START_TIMEOUT_S)
             except OSError as error:
-                why = f"{self._drop(worker)['message']}{self._limit()}"
+                why = self._drop(worker)["message"]
                 raise RewardError(f"a worker for rewards, tools or agents cannot start: {why}") from error
         return not any(worker.ready for worker in self._workers)
 
@@ -294,10 +292,7 @@ class WorkerPool:
                 worker.ready, self._signatures = True, reply["signatures"]
             else:
                 names = ", ".join(function["function"] for function in self._functions)
-                raise RewardError((reply.get("error") or f"loading {names} failed: {reply['message']}") + self._limit())
-
-    def _limit(self) -> str:
-        return f"; it may need more memory than {self._memory_option}={self._memory >> 20}" if self._memory else ""
+                raise RewardError(reply.get("error") or f"loading {names} failed: {reply['message']}")
 
     def _lose(self, worker: WorkerProcess, late: bool = False, wrote: str = "") -> dict:
         self._lost.append(worker.asked)

@@ -261,7 +261,7 @@ CASES = {
     ),
     "text_read_as_chat": Misconfiguration(
         f"{GITHUB}unslothai/unsloth/issues/2907",
-        r"(?i)string indices|TypeError|rewards\[\]\.chat|chat: true|messages",
+        r"(?i)string indices|TypeError|chat:|messages",
         {"data.template": "{question}\n"},
         reward="of_messages",
         chat=False,

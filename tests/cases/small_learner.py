@@ -27,14 +27,13 @@ def small_learner(
     balance: BalanceOptions | None = None,
     value: ValueOptions | None = None,
     teacher: Policy | None = None,
-    reward_weight: float = 0.0,
     top_k: int | None = None,
     temperature: float = 1.0,
     max_completion_tokens: int = 9,
     **more: Any,
 ) -> Learner:
-    """For GRPO. See `grpo.learner.build.make` for `more`. A `teacher` has `reward_weight` and `top_k` of `distill`."""
-    distill = DistillOptions(teacher="teacher" if teacher else None, reward_weight=reward_weight, top_k=top_k)
+    """For GRPO. See `grpo.learner.build.make` for `more`. A `teacher` has `top_k` of `distill`."""
+    distill = DistillOptions(teacher="teacher" if teacher else None, top_k=top_k)
     config = SimpleNamespace(
         learner=options or LearnerOptions(),
         loss=loss or LossOptions(),

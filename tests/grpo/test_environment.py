@@ -99,7 +99,7 @@ def test_rewards_read_all_messages_with_chat_and_the_last_turn_without(micro_con
     (tmp_path / "mine.py").write_text(CHAT)
     calls, last = f"{tmp_path}/mine.py:calls", f"{tmp_path}/mine.py:last"
     given = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "steps": 1, "warm_start.steps": 0}
-    given |= {"rewards": [{"function": calls, "chat": True}, {"function": last}], "rollout.temperature": 1.3}
+    given |= {"rewards": [{"function": f"chat:{calls}"}, {"function": last}], "rollout.temperature": 1.3}
     train(micro_config(tmp_path / "run", **given))
     lines = read_rollouts(tmp_path / "run", 1)
     for line in lines:
@@ -108,7 +108,7 @@ def test_rewards_read_all_messages_with_chat_and_the_last_turn_without(micro_con
         assert (line["parts"]["calls"], line["parts"]["last"]) == (told, len(said[-1]))
     assert len({line["parts"]["calls"] for line in lines}) > 1
     assert any(len(line["text"]) > line["parts"]["last"] for line in lines)
-    again = [replay(tmp_path / "run", calls, ReplayConfig(chat=True)), replay(tmp_path / "run", last, ReplayConfig())]
+    again = [replay(tmp_path / "run", f"chat:{calls}", ReplayConfig()), replay(tmp_path / "run", last, ReplayConfig())]
     again.append(replay(tmp_path / "run", "environment", ReplayConfig()))
     for result in again:
         assert result.changes == result.failures == []

@@ -167,7 +167,7 @@ FULL = {
     "loss.advantage": "gae", "loss.beta": 0.1, "learner.routing_replay": True, "learner.updates_per_batch": 2,
     "eval.limit": 4, "steps": 2,
 }  # fmt: skip
-ADAPTERS = {"lora.rank": 2, "loss.beta": 0.1, "steps": 2, "rollout.compile": "off"}
+ADAPTERS = {"lora.rank": 2, "loss.beta": 0.1, "steps": 2}
 
 
 @pytest.mark.parametrize("options", [FULL, ADAPTERS], ids=["full", "adapters"])

@@ -193,8 +193,7 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     ("given", "named"),
     [
         ({"rollout.draft_tokens": 2}, "rollout.draft_tokens=2 with "),
-        ({"mtp.depth": 2, "mtp.learning_rate": 0.5}, "mtp.depth=2, mtp.learning_rate=0.5 with "),
-        ({"add_mtp": True}, "add_mtp=true with "),
+        ({"mtp.depth": 2}, "mtp.depth=2 with "),
     ],
 )
 def test_an_mtp_head_asked_of_it_is_refused(config_of, tmp_path, monkeypatch, given, named):

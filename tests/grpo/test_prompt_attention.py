@@ -152,7 +152,7 @@ def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp
     counted = inspect(model)
     assert (counted.active_heads, counted.heads, counted.prompt_attention) == (3, 4, "bidirectional")
     assert counted == inspect(str(tmp_path / "run/policy"))
-    given = {"distill.teacher": model, "distill.url": "http://[::1]:9/v1", "loss.advantage": "distill"}
+    given = {"distill.teacher": f"{model}@http://[::1]:9/v1", "loss.advantage": "distill"}
     with pytest.raises(ValueError, match=r"distill\.teacher=.* has prompt_attention=bidirectional"):
         check_teacher(micro_config(tmp_path / "r", model=str(tmp_path / "plain"), **given))
 
@@ -167,8 +167,7 @@ def test_a_teacher_behind_an_address_is_refused_by_name(policy, random_policy, m
     random_policy(31).save(tmp_path / "student")
     given = {
         "loss.advantage": "distill",
-        "distill.teacher": str(tmp_path / "teacher"),
-        "distill.url": "http://[::1]:9/v1",
+        "distill.teacher": f"{tmp_path / 'teacher'}@http://[::1]:9/v1",
     }
     with pytest.raises(ValueError, match=r"distill\.teacher=.* has prompt_attention=bidirectional"):
         check_teacher(micro_config(tmp_path / "r", model=str(tmp_path / "student"), **given))

@@ -12,7 +12,7 @@ from grpo.config.run import LogOptions, SftConfig
 from grpo.evaluation.best_point import BestPoint
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
-from grpo.learner.update import NonFiniteStep, Update
+from grpo.learner.update import NonFiniteStep
 from grpo.run.log import RunLog
 from grpo.session import Session
 from grpo.steps.loop import Run
@@ -108,29 +108,6 @@ def test_a_warm_start_that_diverges_says_so(micro_policy, micro_config, tmp_path
         _warm(policy, _config(micro_config, tmp_path), tmp_path / "r")
     [event] = [event for event in _events(tmp_path / "r") if event["event"] == "non_finite"]
     assert len(set(event["examples"])) == 4
-
-
-def test_steps_that_are_not_finite_can_be_skipped_and_not_too_many_in_a_row(
-    micro_policy, micro_config, tmp_path, monkeypatch
-):
-    backward, losses = Update.backward, []
-
-    def failing_backward(self, loss, step, ranks):
-        losses.append(step)
-        backward(self, loss * math.nan if step in failing else loss, step, ranks)
-
-    monkeypatch.setattr(Update, "backward", failing_backward)
-    monkeypatch.setattr("grpo.steps.loop.MOST_SKIPPED", 1)
-    given = {"learner.on_non_finite": "skip"}
-    failing = {1, 3}
-    policy, before = micro_policy(0), micro_policy(0)
-    assert _warm(policy, _config(micro_config, tmp_path, **given), tmp_path / "a")["loss/sft"] > 0
-    assert _moved(policy, before)
-    assert set(losses) == {1, 2, 3, 4}
-    failing = {2, 3}
-    with pytest.raises(NonFiniteStep, match="step 3: the loss is nan"):
-        _warm(micro_policy(0), _config(micro_config, tmp_path, **given), tmp_path / "b")
-    assert [event["step"] for event in _events(tmp_path / "b") if event["event"] == "non_finite"] == [2, 3]
 
 
 def test_grpo_begins_with_the_best_point_by_the_validation_problems(micro_config, tmp_path):

@@ -171,7 +171,7 @@ def test_a_missing_function_names_those_that_are_there(reward_file):
 @pytest.mark.parametrize("name", ["owner/name", "owner/name:score", "an-owner/a.name:score"])
 def test_a_reward_by_hub_id_is_refused_with_the_way_to_a_reward_model(name):
     with pytest.raises(
-        RewardError, match=r"functions are not taken from the hub, .*reward_models \(model: (an-)?owner/"
+        RewardError, match=r"functions are not taken from the hub, .*a reward model is: function: model:(an-)?owner/"
     ):
         load_reward(name)
 

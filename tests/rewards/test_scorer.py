@@ -21,6 +21,10 @@ def mine(function: str, **options) -> RewardSpec:
     return RewardSpec(f"{FILE}:{function}", **options)
 
 
+def chat(function: str) -> RewardSpec:
+    return RewardSpec(f"chat:{FILE}:{function}")
+
+
 def score_one(specs, completions, columns=None, **options) -> GroupScore:
     with Scorer(specs, **options) as scorer:
         return scorer.score(["p"], [completions], [columns or {}], prompt_ids=["a"])[0]
@@ -195,7 +199,7 @@ def test_an_unknown_policy_names_the_choices(on_error):
         ([RewardSpec("gsm8k", arguments={"mod": "strict"})], {}, r"no parameter 'mod' to bind \(did you mean 'mode'"),
         ([RewardSpec("gsm8")], {}, "did you mean 'gsm8k'"),
         ([RewardSpec("gsm8k")], {"timeout_s": 0}, "reward.timeout_s=0 must be"),
-        ([RewardSpec("gsm8k")], {"workers": 0}, "reward.workers=0 must be"),
+        ([RewardSpec("gsm8k")], {"workers": 0}, "workers=0 must be"),
         ([RewardSpec("gsm8k")], {"columns": ["question"]}, "'gsm8k' asks for the column 'answer'.*Columns: question"),
         ([RewardSpec("regex_format")], {"columns": ["answer"]}, r"arguments: \{pattern: ...\}"),
     ],
@@ -259,40 +263,15 @@ def test_columns_may_have_a_value_for_every_completion(tmp_path):
             scorer.score(*arguments, prompt_ids=["a", "b"], completion_columns=[{"grade": [1.0]}, {"grade": [1.0]}])
 
 
-def test_a_parameter_may_take_a_column_of_another_name():
-    specs = [
-        RewardSpec("gsm8k", columns={"answer": "gold"}),
-        RewardSpec("gsm8k", name="other", columns={"answer": "guess"}),
-        RewardSpec("gsm8k", name="by_mode", columns={"answer": "gold", "mode": "how"}),
-    ]
-    columns = {"gold": "42", "how": "strict", "answer": "7"}
-    with Scorer(specs[:1], columns=["gold", "answer"]) as scorer:
-        assert scorer.score(["p"], [["#### 42", "#### 7"]], [columns], prompt_ids=["a"])[0].rewards == [1.0, 0.0]
-    with Scorer(specs[1:2], columns=["guess"]) as scorer:
-        [score] = scorer.score(
-            ["p"], [["#### 1", "#### 2"]], [{}], prompt_ids=["a"], completion_columns=[{"guess": ["1", "1"]}]
-        )
-        assert score.rewards == [1.0, 0.0]
-    with Scorer(specs[2:]) as scorer, pytest.raises(RewardError, match="mode="):  # one value a row, so no mode
-        scorer.score(["p"], [["#### 42"]], [columns], prompt_ids=["a"])
-    for own, message in (
-        ({"answer": "gld"}, r"columns=\{answer: gld\}, but there is no column 'gld' \(did you mean 'gold'\?\)"),
-        ({"anser": "gold"}, r"no parameter 'anser' to bind \(did you mean 'answer'"),
-        ({"completions": "gold"}, "no parameter 'completions' to bind"),
-    ):
-        with pytest.raises(RewardError, match=message):
-            Scorer([RewardSpec("gsm8k", columns=own)], columns=["gold", "answer"])
-
-
 def test_chat_functions_get_messages():
-    assert score_one([mine("chat", chat=True)], ["yes", "no"]).rewards == [1.0, 0.0]
+    assert score_one([chat("chat")], ["yes", "no"]).rewards == [1.0, 0.0]
 
 
 def test_chat_functions_get_all_messages_of_an_episode():
     """Also where a batch has failed and is scored again one by one. Other functions get the texts."""
     told = {"role": "tool", "name": "t", "content": "4"}
     turns = [[{"role": "assistant", "content": said}, *[told] * i] for i, said in enumerate(["a", "raise", "b"])]
-    specs = [mine("messages", chat=True), RewardSpec("regex_format", arguments={"pattern": "^x$"})]
+    specs = [chat("messages"), RewardSpec("regex_format", arguments={"pattern": "^x$"})]
     with Scorer(specs, on_error="drop_sample") as scorer:
         [score] = scorer.score(["p"], [["x", "y", "z"]], [{}], prompt_ids=["a"], turns=[turns])
         assert score.parts == {"messages": [1.0, None, 3.0], "regex_format": [1.0, 0.0, 0.0]}

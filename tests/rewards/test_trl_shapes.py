@@ -51,7 +51,7 @@ def test_trl_functions_run_in_a_scorer(tmp_path):
         "from trl.rewards import get_soft_overlong_punishment, think_format_reward\n"
         "soft = get_soft_overlong_punishment(4, 2)\n"
     )
-    specs = [RewardSpec(f"{file}:think_format_reward", chat=True), RewardSpec(f"{file}:soft", weight=2.0)]
+    specs = [RewardSpec(f"chat:{file}:think_format_reward"), RewardSpec(f"{file}:soft", weight=2.0)]
     with Scorer(specs, columns=["answer"], timeout_s=60) as scorer:
         [score] = scorer.score(
             ["p"],

@@ -174,9 +174,7 @@ def test_a_full_object_store_is_waited_for_and_counted_once(ray_process):
 def test_an_object_store_that_stays_full_ends_the_run_with_its_name(ray_process):
     cluster = Cluster(1)
     cluster.ray = FullStore(float("inf"))
-    with pytest.raises(
-        RolloutError, match="object store on this machine was full for 0.3 s, a sixth of rollout.timeout_s, and"
-    ):
+    with pytest.raises(RolloutError, match="object store on this machine was full for 0.3 s, and"):
         cluster.put("weights", Faults(), 0.3, lambda: None)
     cluster._closed.set()
 

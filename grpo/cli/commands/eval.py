@@ -158,7 +158,6 @@ class _Evaluator:
             train=False,
             held_out=options.limit,
             held_out_split=self.split,
-            reward_models=config.reward_models,
             device=config.device,
             met=frozenset() if config.allow_trained_on else self.refused,
             contexts={data.prompt_column: context} if context else None,

@@ -171,11 +171,6 @@ class LessMemory:
         learned."""
         config, rollout, gpus = self.config, self.config.whole_rollout, self.gpus
         sampler_apart = isinstance(config, TrainConfig) and rollout.backend != "vllm"
-        apart: Changes = {"rollout.colocate": False} if rollout.colocate else {}
-        if gpus and rollout.samplers and 0 < rollout.gpus_per_worker < 1:
-            apart["rollout.gpus_per_worker"] = 1.0
-        if apart:
-            yield [apart]
         if isinstance(config, LearningConfig):
             if not config.learner.gradient_checkpointing:
                 yield [{"learner.gradient_checkpointing": True}]

@@ -9,7 +9,6 @@ These are rough, to a third or so:
                   gradient checkpointing the input of every layer and all this for one layer. Also the attention mask of
                   rows up to 2,048 tokens, one tile of logits in four copies, and a gradient of the LM head.
     rollout       latents of all rows at full length, and the logits of one forward; prompts are not counted
-    graphs        for each size of a recorded CUDA graph the logits, one layer and the scores of its tokens
     host          whole policies that are built in main memory before they are moved to a device, and what
                   a worker that has left its device keeps there
 
@@ -43,7 +42,6 @@ from policies.devices import device_of
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy
 from rollout.backends import derive
-from rollout.depth import GRAPH_DEPTHS
 
 Part = TypeVar("Part")
 
@@ -81,12 +79,12 @@ class MemoryOfRun:
             sampler = replace(sampler, name=each_of(workers, "worker"), count=workers)
             devices = [*warm, *on_devices(learner, sampler, config, gpus)]
         else:
-            alone = gpus > ranks and rollout.backend == "vllm" and not rollout.colocate and not rollout.vllm.url
+            alone = gpus > ranks and rollout.backend == "vllm" and not rollout.vllm.url
             if ranks == 1 and reads_weights:
                 sampler = replace(sampler, sampler=0, host=0)
             name = "learner and sampler" if ranks == 1 else "rank 0, which samples"
             sleeps = bool(gpus) and rollout.backend == "vllm" and not rollout.ahead
-            both = replace(learner, count=1).beside(sampler, 1, name, in_turn=sleeps)
+            both = replace(learner, count=1).beside(sampler, name, in_turn=sleeps)
             both = replace(both, host=max(learner.host, sampler.host))  # one is moved before the other is made
             others = [replace(learner, name=each_of(ranks - 1, "other rank"), count=ranks - 1)] if ranks > 1 else []
             devices = [*warm, learner, replace(sampler, name="vLLM")] if alone else [*warm, both, *others]
@@ -168,9 +166,9 @@ class MemoryOfRun:
         """Returns what the teacher of `loss.advantage: distill` holds on each rank: its forwards keep nothing."""
         config = self.config
         assert isinstance(config, TrainConfig)
-        if config.distill.teacher is None or config.distill.url is not None:
+        if config.distill.model is None or config.distill.url is not None:
             return 0
-        options = ModelOptions(model=config.distill.teacher, dtype=config.dtype, device=config.device)
+        options = ModelOptions(model=config.distill.model, dtype=config.dtype, device=config.device)
         return storage_bytes(tensors_of(meta_policy(*read_shape(options), self.dtype)))
 
     def head_learner(self) -> DeviceMemory:
@@ -223,20 +221,7 @@ class MemoryOfRun:
         unbiased = deepcopy(shape)  # what is derived from biases is small, and cannot be derived without storage
         unbiased.attention_bias = False
         derived = derived_bytes(meta_policy(unbiased, head, dtype), dtype, device_of(self.config.device))
-        graphs = self._graph_bytes(policy) if on_gpu and rollout.compile == "on" else 0
-        return replace(sampler, derived=derived, publication=derived, graphs=graphs)
-
-    def _graph_bytes(self, policy: Policy) -> int:
-        """Returns roughly what CUDA graphs of every number of rows and drafts keep, for caches of one size."""
-        from rollout.compiled.rounds import ENTRIES, ROWS
-
-        rollout, layers = self.config.whole_rollout, _kept_bytes(policy.trunk, self.text, self.dtype)
-        entries = -(-(ASSUMED_PROMPT + rollout.max_completion_tokens) // ENTRIES) * ENTRIES
-        drafts = rollout.draft_tokens or 0
-        depths = (0,) if policy.mtp is None else GRAPH_DEPTHS if rollout.draft_tokens is None else {0, drafts}
-        tokens = sum(rows * (depth + 1) for rows in ROWS for depth in depths)
-        scores = self.text.num_attention_heads * entries * 4
-        return tokens * (self.text.vocab_size * (self.dtype.itemsize + 4) + max(layers.values(), default=0) + scores)
+        return replace(sampler, derived=derived, publication=derived)
 
 
 def activation_bytes(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from math import ceil
 
 from rich.table import Column, Table
 
@@ -39,7 +38,6 @@ class DeviceMemory:
     activations: int = 0
     gathered: int = 0  # by FSDP, beside the activations
     rollout: int = 0
-    graphs: int = 0  # the memory that recorded CUDA graphs keep for themselves
     publication: int = 0  # W + ΔW, and what was derived before, until the new is there; a weight that is whole
     saving: int = 0  # a weight that is whole
     host: int = 0  # what a process holds in main memory while it loads, or while it has left the device
@@ -53,8 +51,8 @@ class DeviceMemory:
         """
         loaded = self.weights + self.reference + self.teacher
         steady = loaded + self.masters + self.moments + self.sampler + self.derived
-        steady += self.older + self.buffers + self.graphs
-        away = self.sampler + self.derived + self.graphs if self.in_turn else 0
+        steady += self.older + self.buffers
+        away = self.sampler + self.derived if self.in_turn else 0
         return {
             "loading": loaded + self.loading,
             "sampling": steady + self.rollout,
@@ -67,14 +65,14 @@ class DeviceMemory:
     def peak(self) -> int:
         return max(self.phases.values())
 
-    def beside(self, other: DeviceMemory, times: int, name: str, *, in_turn: bool) -> DeviceMemory:
-        """Adds `times` others of one kind on the same device to this process.
+    def beside(self, other: DeviceMemory, name: str, *, in_turn: bool) -> DeviceMemory:
+        """Add another process on the same device to this one.
 
-        >>> both = DeviceMemory("a", weights=2).beside(DeviceMemory("b", sampler=5), 2, "both", in_turn=True)
+        >>> both = DeviceMemory("a", weights=2).beside(DeviceMemory("b", sampler=5), "both", in_turn=True)
         >>> both.phases
-        {'loading': 2, 'sampling': 12, 'learning': 2, 'publishing': 12, 'saving': 12}
+        {'loading': 2, 'sampling': 7, 'learning': 2, 'publishing': 7, 'saving': 7}
         """
-        sizes = {f.name: getattr(self, f.name) + times * getattr(other, f.name) for f in fields(self)[4:]}
+        sizes = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[4:]}
         return DeviceMemory(name, self.count, in_turn, **sizes)
 
 
@@ -85,36 +83,23 @@ def each_of(count: int, what: str) -> str:
 def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, gpus: float) -> list[DeviceMemory]:
     """Returns the devices of the learners and of the Ray workers, from what one process of each holds. `gpus`: how many
     there are. 0 is a run on CPUs, where no process has a device of its own. Infinity: as many as the run asks for."""
-    share, workers, ranks = config.whole_rollout.gpus_per_worker, worker.count, learner.count
+    workers, ranks = worker.count, learner.count
     if not gpus:
         return [learner, worker]
     placed_by_ray = isinstance(config, LearningConfig) and config.learner.workers > 0
     no_others = gpus <= ranks and not placed_by_ray
-    if not share or (no_others and config.whole_rollout.ahead):  # Ray is shown the GPUs that the learners leave: none
+    if no_others and config.whole_rollout.ahead:  # Ray is shown the GPUs that the learners leave: none
         return [learner, replace(worker, name=f"{worker.name}, on CPUs", on_host=True)]
-    on_one = min(int(1 / share + 1e-6), workers)
-    if not (config.whole_rollout.colocate or no_others):
-        return [learner, *_together(worker, workers, on_one)]
-    beside = 1 if placed_by_ray else on_one  # a learner that Ray has placed leaves room for one, see gpu_share
-    shared = min(ranks, ceil(workers / beside))
-    company = "worker" if beside == 1 else f"{beside} workers"
+    if not no_others:
+        return [learner, replace(worker, name=each_of(workers, "worker"))]
+    shared = min(ranks, workers)
     learners = "learner" if ranks == 1 else "one rank" if shared == 1 else f"each of {shared} ranks"
-    name = f"{learners} and {company}, in turn"
-    devices = [replace(learner, count=shared).beside(worker, beside, name, in_turn=True)]
+    devices = [replace(learner, count=shared).beside(worker, f"{learners} and worker, in turn", in_turn=True)]
     if ranks > shared:
         devices.append(replace(learner, name=each_of(ranks - shared, "other rank"), count=ranks - shared))
-    if workers > shared * beside:
-        devices += _together(worker, workers - shared * beside, on_one)
+    if workers > shared:
+        devices.append(replace(worker, name=each_of(workers - shared, "worker"), count=workers - shared))
     return devices
-
-
-def _together(worker: DeviceMemory, workers: int, on_one: int) -> list[DeviceMemory]:
-    """Puts workers on devices without a learner, `on_one` on each."""
-    if on_one == 1:
-        return [replace(worker, name=each_of(workers, "worker"), count=workers)]
-    count = ceil(workers / on_one)
-    name = f"{'the GPU' if count == 1 else f'each of {count} GPUs'} of {on_one} workers"
-    return [replace(worker, count=count).beside(worker, on_one - 1, name, in_turn=False)]
 
 
 ROWS = {
@@ -127,7 +112,6 @@ ROWS = {
     "sampler": "sampler: its own copy",
     "derived": "sampler: derived from it",
     "older": "older weights, for the batch in flight",
-    "graphs": "recorded CUDA graphs ≈",
     "buffers": "buffers of FSDP",
     "activations": "then: activations of a micro-batch ≈",
     "gathered": "with: layers that FSDP has gathered ≈",

@@ -180,17 +180,17 @@ def look_at_time(
     times = {
         "sampling s": (forward + reading) / max(1, rollout.samplers),
         "learning s": forward * forwards / max(1, config.learner.workers),
-        "rewards s": seconds[1] * completions / config.reward.workers,
+        "rewards s": seconds[1] * completions,
     }
     step = sum(times.values())
     result.facts["time on H100s, of a step"] = {**times, "of the run h": step * config.steps / 3600}
-    late = seconds[0] * min(BATCH, -(-completions // config.reward.workers))
+    late = seconds[0] * min(BATCH, completions)
     if late > config.reward.timeout_s / 2:
         what = f"a batch takes {late:.1f} s of the {config.reward.timeout_s:g} s that it may take, and then runs again"
         result.add("warns", "reward.timeout_s", what, f"take {math.ceil(4 * late)}")
     if times["rewards s"] > max(1.0, step / 2):
         what = f"rewards take {times['rewards s']:.1f} s of a step of about {step:.1f} s"
-        result.add("warns", "reward.workers", what, "give them more processes")
+        result.add("warns", "rewards", what, "make them faster, such as by threads of their own")
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[f
         if reward.function in OF_OTHERS or task.models:
             continue
         key, declared = f"rewards[{i}].function", task.scorer.right_at(label)
-        options: dict[str, Any] = {name: getattr(reward, name) for name in ("arguments", "columns", "chat")}
+        options: dict[str, Any] = {name: getattr(reward, name) for name in ("arguments",)}
         options |= {"data": data, "reward": scoring, "shaping": declared is None or i > 0 or written != "as it is"}
         try:
             check = check_reward(reward.function, RewardTestConfig(**options))

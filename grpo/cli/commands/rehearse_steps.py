@@ -29,6 +29,7 @@ from grpo.task.task import Task
 from grpo.train import train
 from policies import presets, tensor_files
 from policies.cut import cut_model
+from policies.mtp import MTPHead
 from policies.policy import Policy
 from rewards.config.options import dump_yaml
 
@@ -48,8 +49,8 @@ MOST = {
 }
 OTHERWISE = {  # what makes a run large or sends something away
     "steps": 2, "checkpoint.every": 1, "device": "cpu", "dtype": "float32", "log": {"trackers": []},
-    "rollout.backend": None, "rollout.vllm": {}, "rollout.workers": 0, "rollout.ahead": 0, "rollout.colocate": False,
-    "rollout.compile": "off", "learner.workers": 0, "learner.parallel": {}, "learner.optimizer": "adamw",
+    "rollout.backend": None, "rollout.vllm": {}, "rollout.workers": 0, "rollout.ahead": 0,
+    "learner.workers": 0, "learner.parallel": {}, "learner.optimizer": "adamw",
 }
 # fmt: on
 # A reward of random numbers that breaks ties, so that the steps learn though the random policy is never right.
@@ -62,7 +63,7 @@ def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: An
     with tempfile.TemporaryDirectory(prefix="rehearsal_") as place, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(place)
         try:
-            small = rehearsed(config, write_policy(plan, tokenizer, folder / "model"), folder / "run", plan.head)
+            small = rehearsed(config, write_policy(plan, tokenizer, folder / "model"), folder / "run")
         except ValueError as error:
             return result.add("warns", "model", f"no step was taken: {error}")
         try:
@@ -86,17 +87,18 @@ def write_policy(plan: Plan, tokenizer: Any, folder: Path) -> str:
         return plan.source.base
     model = cut_model(plan.shape, whole_vocabulary=True)
     model.generation_config = plan.bare_policy().trunk.generation_config
-    Policy(model, None, tokenizer).save(folder)
+    head = MTPHead(model.config) if plan.head else None
+    Policy(model, head, tokenizer).save(folder)
     return str(folder)
 
 
-def rehearsed(config: TrainConfig, model: str, folder: Path, head: bool) -> TrainConfig:
+def rehearsed(config: TrainConfig, model: str, folder: Path) -> TrainConfig:
     """The configuration of the rehearsal: all that decides about texts and rewards stays."""
     changes: dict[str, Any] = OTHERWISE | {key: min(option(config, key) or 0, most) for key, most in MOST.items()}
-    changes |= {"model": model, "output_dir": folder, "add_mtp": head and model not in presets.PRESETS}
+    changes |= {"model": model, "output_dir": folder}
     changes |= {"eval.every": config.eval.every and 1} | ({"lora.base": None} if config.lora else {})
-    if config.distill.teacher or config.distill.url:
-        changes |= {"distill.teacher": model, "distill.url": None}
+    if config.distill.teacher:
+        changes |= {"distill.teacher": model}
     else:
         file = folder.with_name("unlike.py")
         file.write_text(UNLIKE_REWARD, encoding="utf-8")

@@ -184,7 +184,6 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
         "data": {name: of_data[name] for name in prompts if name in of_data},
         "rollout": {name: rollout[name] for name in sampling},
         **{name: run[name] for name in ("seed", "rewards", *acting) if name in run},
-        "reward_models": run.get("reward_models", []),
         "reward": reward,
     }
     if data not in (None, of_data["name"]):

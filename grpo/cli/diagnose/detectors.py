@@ -119,7 +119,7 @@ def answer_column(record: Record) -> Cause:
     right = fmean([group.mark_of_majority for group in sure] or [1.0])
     what = f"In {len(sure)} of {len(record.early)} groups {SURE:.0%} or more of the completions give one and the same "
     what += f"answer, and in {right:.0%} of them it is the gold one: gold answers are hardly those of the problems."
-    change = f"compare them: {record.option('data.solution_column')}, rewards.columns, the rows of the data"
+    change = f"compare them: {record.option('data.solution_column')}, the reward, the rows of the data"
     are_many = len(sure) >= max(FEW, 0.35 * len(record.early)) and set(record.marks) <= {0.0, 1.0}
     return are_many and right < 0.3, what, change
 

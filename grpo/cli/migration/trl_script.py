@@ -161,9 +161,6 @@ class _Reading:
             self.lacks("per_device_train_batch_size", values["per_device_train_batch_size"])
         corrects = values["use_vllm"] and values["vllm_importance_sampling_correction"]
         self.put("loss.importance_correction", values["vllm_importance_sampling_mode"] if corrects else "none")
-        limit = values["vllm_importance_sampling_cap"] or values["vllm_importance_sampling_clip_max"]
-        if corrects:
-            self.put("loss.importance_clip_max", limit or NO_LIMIT)
 
     def _rollout(self) -> None:
         values = self.values
@@ -262,18 +259,16 @@ class _Reading:
             self.put("log.trackers", [name for name in trackers if name != "none"])
 
     def _rewards(self) -> None:
-        """Sets each reward function by a reference, or a reward model by its column, with its weight."""
+        """Sets each reward function by a reference, or a reward model, with its weight."""
         chat = bool(self.train and self.train["chat"])
         weights = self.values["reward_weights"] or [1.0] * len(self.facts["rewards"])
         for number, (fact, weight) in enumerate(zip(self.facts["rewards"], weights, strict=False)):
             reward: dict[str, Any] = {"weight": weight}
             if "model" in fact:
-                name, kind = f"reward_model_{number}", "chat_classifier" if chat else "classifier"
-                models = self.migration.options.setdefault("reward_models", [])
-                models.append({"name": name, "model": fact["model"], "kind": kind})
-                reward |= {"function": "column", "arguments": {"name": name}}
+                kind = {"kind": "chat_classifier"} if chat else {}
+                reward |= {"function": f"model:{fact['model']}", "name": f"reward_model_{number}", "arguments": kind}
             elif function := self._reference("reward_funcs", fact):
-                reward |= {"function": function, "arguments": fact.get("arguments", {}), "chat": chat}
+                reward |= {"function": f"chat:{function}" if chat else function, "arguments": fact.get("arguments", {})}
             if "function" in reward:
                 self.migration.rewards.append(
                     {name: value for name, value in reward.items() if value or name == "weight"}

@@ -238,10 +238,11 @@ class _Reading:
         if f"{ACTOR}.clip_ratio" in self.overrides and not any("clip_ratio_" in name for name in self.overrides):
             self.lacks(f"{ACTOR}.clip_ratio", values[f"{ACTOR}.clip_ratio"])
         self._loss()
+        threshold = "algorithm.rollout_correction.rollout_is_threshold"
+        if values["algorithm.rollout_correction.rollout_is"] and threshold not in self.overrides:
+            self.lacks(threshold, values[threshold])  # 2 there, 3 here
         if values["algorithm.adv_estimator"] == "gae":
-            self.put("value.gamma", values["algorithm.gamma"])
             self.put("value.lam", values["algorithm.lam"])
-            self.put("value.learning_rate", values["critic.optim.lr"])
         if values["algorithm.filter_groups.enable"]:
             self.put("rollout.refill_draws", values["algorithm.filter_groups.max_num_gen_batches"] or 10)
         if engine not in (None, "hf"):

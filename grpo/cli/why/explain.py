@@ -23,7 +23,7 @@ from rewards.ties import tied
 from rollout.group import ENDED
 
 AFFORDABLE = 600.0  # seconds of leaving groups out, by the run's own times
-FREE = ("loss", "value", "rewards", "reward_models", "distill.reward_weight")
+FREE = ("loss", "value", "rewards")
 FREE_OF_LEARNER = ("learning_rate", "max_grad_norm", "updates_per_batch", "weight_decay", "betas")
 
 
@@ -275,7 +275,7 @@ class _Explainer:
     def _alternative(self, what: str, other: TrainConfig, real: Reader, before: float) -> Alternative:
         """Returns the step with the options of `other`, on the same rollouts."""
         scores, weights, options = self.scores, None, self.rewind.config
-        if (other.rewards, other.reward_models) != (options.rewards, options.reward_models):
+        if other.rewards != options.rewards:
             with task_of(other) as task:
                 task.reached(self.step - 1)
                 scores, weights = task.score(self.groups), task.reward_weights
@@ -298,7 +298,7 @@ def read_alternative(run: Path, words: Sequence[str]) -> TrainConfig:
         raise ValueError(f"--what_if {bad[0]}: write KEY=VALUE, such as loss.advantage=rloo")
     overrides = parse(parser, [f"--{word}" for word in words]).overrides
     config = read_config(run, overrides)
-    rescored = ("reward",) if any(key.split(".")[0] in ("rewards", "reward_models") for key in overrides) else ()
+    rescored = ("reward",) if any(key.split(".")[0] == "rewards" for key in overrides) else ()
     free = (*FREE, *rescored, *(f"learner.{name}" for name in FREE_OF_LEARNER))
     if fixed := [key for key in overrides if not any(key == name or key.startswith(f"{name}.") for name in free)]:
         raise ValueError(

@@ -7,6 +7,7 @@ recorded steps from there again. One process does all of it, whatever the run ha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from grpo.learner.build import grpo_learner
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.resume import base_changed
-from grpo.source.policy_source import load_beside, load_policy
+from grpo.source.policy_source import holds_head, load_beside, load_policy
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.config.json_file import expecting
@@ -92,11 +93,12 @@ class Rewind:
         """Loads the policy and takes the steps before `step` again. Raises CheckpointError for a damaged checkpoint,
         ValueError where the weights under its adapters are others now, or where a record does not fit the data."""
         self.config, self.step, self.task = config, step, task
-        self.learner = self.make()
         checkpoints = checkpoint.saved(config.output_dir / "checkpoints")
         self.begins = max((other for other in checkpoints if other < step), default=0)  # 0: at the start of the run
-        if self.begins:
-            saved = checkpoint.load(checkpoints[self.begins])
+        saved = checkpoint.load(checkpoints[self.begins]) if self.begins else None
+        self.has_head = saved is not None and holds_head(saved)
+        self.learner = self.make()
+        if saved:
             if changed := base_changed(self.learner.policy, saved, f"the start of {config.output_dir}"):
                 raise ValueError(changed)
             self.learner.load_state(saved.tensors, saved.state["learner"])
@@ -106,7 +108,8 @@ class Rewind:
         config = other or self.config
         learned = {"model": str(config.output_dir / "warm_start")} if config.warm_start.steps else {}
         by_us = config.rollout.model_copy(update={"backend": None})  # nothing is sampled, so no server is asked
-        policy = load_policy(config.model_copy(update={**learned, "rollout": by_us}), self.task.corpus())
+        began = config.model_copy(update={**learned, "rollout": by_us})
+        policy = load_policy(began, self.task.corpus(), head=self.has_head)
         weights = dict(self.task.reward_weights if reward_weights is None else reward_weights)
         return grpo_learner(policy, config, weights, load=partial(load_beside, config), kind=ReadLearner)
 
@@ -115,12 +118,10 @@ class Rewind:
         return self.learner.policy
 
     def replay(self, step: int) -> None:
-        """Take a recorded step. One that was not finite moved nothing in the run, which went on, nor does it here."""
+        """Take a recorded step. Runs of version 0.2 could skip one that was not finite: it moved nothing."""
         groups, scores = self.recorded(step)
-        try:
+        with suppress(NonFiniteStep):
             self.take(self.learner, groups, scores, step)
-        except NonFiniteStep:
-            self.learner.skipped_in_a_row += 1
 
     def recorded(self, step: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
         """Returns the groups of a step in the order in which they were learned from, each with its recorded rewards.

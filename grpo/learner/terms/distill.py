@@ -66,41 +66,37 @@ def term(policy: Policy, config: Any, load: Callable[[str], Policy] | None) -> D
     options: DistillOptions = config.distill
     if options.teacher is None:
         return None
-    return DistillTerm(teacher_of(options, load), options.reward_weight, options.top_k)
+    return DistillTerm(teacher_of(options, load), options.top_k)
 
 
 def teacher_of(options: DistillOptions, load: Callable[[str], Policy] | None) -> Scores:
     """The frozen teacher, in the policy's precision and on its device, or at its server."""
-    assert options.teacher is not None
+    assert options.model is not None
     if options.url is not None:
         from grpo.learner.terms.teacher_server import TeacherServer  # other runs ask no server
 
-        return TeacherServer(options.url, options.teacher)
+        return TeacherServer(options.url, options.model)
     assert load is not None
-    return TeacherPolicy(load(options.teacher))
+    return TeacherPolicy(load(options.model))
 
 
 class DistillTerm(Term):
     """What a teacher adds to the loss, from its log-probabilities of the tokens that were sampled.
 
     Without `top_k` these are advantages of every token. With it there is a summand of the loss in their place: the KL
-    over the teacher's k likeliest tokens and all others as one. The advantages of the score count `reward_weight`.
+    over the teacher's k likeliest tokens and all others as one. The advantages of the score count nothing.
     """
 
     name = "distill"
     estimators = ("distill",)
 
-    def __init__(self, scores: Scores, reward_weight: float = 0.0, top_k: int | None = None) -> None:
-        self.scores, self.reward_weight, self.top_k = scores, reward_weight, top_k
+    def __init__(self, scores: Scores, top_k: int | None = None) -> None:
+        self.scores, self.top_k = scores, top_k
         self.reads_trees = scores.reads_trees
 
     def prepare(self, batch: TrainingBatch, scores: Sequence[GroupScore], work: Work) -> TrainingBatch:
-        weight = self.reward_weight
-        rows = [
-            replace(row, samples=[replace(sample, advantage=weight * sample.advantage) for sample in row.samples])
-            for row in batch.rows
-        ]
-        return replace(batch, rows=rows, advantages=weight * torch.as_tensor(batch.advantages))
+        rows = [replace(row, samples=[replace(sample, advantage=0.0) for sample in row.samples]) for row in batch.rows]
+        return replace(batch, rows=rows, advantages=torch.zeros_like(torch.as_tensor(batch.advantages)))
 
     def teaches(self, batch: TrainingBatch) -> bool:
         return True

@@ -94,8 +94,8 @@ class TeacherServer:
             )
         except (RuntimeError, ValueError) as error:
             raise TeacherError(
-                f"distill.url: {error}. It must be an endpoint with vLLM's prompt_logprobs (`vllm serve {self.model}`, "
-                f"with --max-logprobs {k} where distill.top_k is above 20)"
+                f"distill.teacher: {error}. Its address must be an endpoint with vLLM's prompt_logprobs (`vllm serve "
+                f"{self.model}`, with --max-logprobs {k} where distill.top_k is above 20)"
             ) from error
 
 

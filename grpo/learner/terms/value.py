@@ -34,7 +34,8 @@ METRICS = {
     "value/grad_norm": "norm of the value head's gradient before clipping",
 }
 HIDDEN = 128  # width of the value head's hidden layer
-APART = 0.1  # weight of its loss where the trunk learns nothing from it; AdamW's steps hardly depend on it
+RATE = 1e-3  # its peak learning rate
+WEIGHT = 0.1  # of its loss; AdamW's steps hardly depend on it
 RANK_TEMPERATURE = 1.0  # weights are softmax(rank / this)
 
 
@@ -60,7 +61,7 @@ class ValueTerm(Term):
         self.head = self.module = ValueHead(policy.config.get_text_config().hidden_size, HIDDEN).to(policy.device)
 
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
-        return [{"params": list(self.head.parameters()), "peak": self.options.learning_rate, "weight_decay": 0.0}]
+        return [{"params": list(self.head.parameters()), "peak": RATE, "weight_decay": 0.0}]
 
     @torch.no_grad()
     def prepare(self, batch: TrainingBatch, scores: Sequence[GroupScore], work: Work) -> TrainingBatch:
@@ -86,12 +87,11 @@ class ValueTerm(Term):
         return True
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
-        """The value loss reaches the trunk where `vf_coef` weighs it. Samples whose advantages others have given, and
-        gold solutions, have no returns to learn from."""
+        """The value loss; the trunk learns nothing from it. Samples whose advantages others have given, and gold
+        solutions, have no returns to learn from."""
         if not any(sample.returns for sample in mini.samples):
             return None
-        states, weight = mini.of_scored(forward.preceding), self.options.vf_coef
-        values = mini.by_completion(self.head(states if weight else states.detach()))
+        values = mini.by_completion(self.head(mini.of_scored(forward.preceding).detach()))
         loss, metrics = value_loss(
             values,
             mini.padded([sample.values for sample in mini.samples]),
@@ -101,7 +101,7 @@ class ValueTerm(Term):
         )
         for name, value in metrics.items():
             work.note(name, value)
-        return (weight or APART) * loss
+        return WEIGHT * loss
 
 
 class ValueHead(nn.Module):
@@ -147,7 +147,7 @@ def with_token_advantages(
     learned = [torch.tensor(sample.sampled or [True] * len(sample.token_ids)) for sample in samples.values()]
     mask = pad_sequence(learned, batch_first=True)  # with False
     values_BT = pad_sequence([values[i].cpu() for i in samples], batch_first=True)
-    advantages, returns = gae(outcome_rewards(rewards, mask), values_BT, mask, options.gamma, options.lam)
+    advantages, returns = gae(outcome_rewards(rewards, mask), values_BT, mask, lam=options.lam)
     counted = mask & torch.tensor([[sample.in_loss] for sample in samples.values()])
     advantages = whiten(advantages, counted)
     if weights_PG is not None:

@@ -87,17 +87,17 @@ def test_rank_softmax_weights_by_hand():
 
 
 def test_gae_by_hand():
-    # γ = 0.9, λ = 0.5, V = 1, 2, 3, rewards 0, 0, 10. Backwards:
-    # δ₂ = 10 - 3 = 7, δ₁ = 0.9·3 - 2 = 0.7, δ₀ = 0.9·2 - 1 = 0.8
-    # Â₂ = 7, Â₁ = 0.7 + 0.45·7 = 3.85, Â₀ = 0.8 + 0.45·3.85 = 2.5325
+    # λ = 0.5, V = 1, 2, 3, rewards 0, 0, 10. Backwards:
+    # δ₂ = 10 - 3 = 7, δ₁ = 3 - 2 = 1, δ₀ = 2 - 1 = 1
+    # Â₂ = 7, Â₁ = 1 + 0.5·7 = 4.5, Â₀ = 1 + 0.5·4.5 = 3.25
     # row 2 stops after one token: δ₀ = 4 - 1 = 3; what follows (NaN here) does not count
     values = torch.tensor([[1.0, 2.0, 3.0], [1.0, NAN, NAN]])
     rewards = torch.tensor([[0.0, 0.0, 10.0], [4.0, NAN, NAN]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    advantages_BT, returns_BT = gae(rewards, values, mask, gamma=0.9, lam=0.5)
-    close(advantages_BT, [[2.5325, 3.85, 7.0], [3.0, 0.0, 0.0]])
-    close(returns_BT, [[3.5325, 5.85, 10.0], [4.0, 0.0, 0.0]])
-    close(gae(rewards, values, mask)[0], gae(rewards, values, mask, gamma=1.0, lam=0.95)[0])
+    advantages_BT, returns_BT = gae(rewards, values, mask, lam=0.5)
+    close(advantages_BT, [[3.25, 4.5, 7.0], [3.0, 0.0, 0.0]])
+    close(returns_BT, [[4.25, 6.5, 10.0], [4.0, 0.0, 0.0]])
+    close(gae(rewards, values, mask)[0], gae(rewards, values, mask, lam=0.95)[0])
     close(gae(rewards[1:, :1], values[1:, :1], mask[1:, :1])[0], [[3.0]])  # one token is a completion too
 
 
@@ -110,7 +110,7 @@ def test_gae_with_lambda_one_is_return_minus_value():
     torch.manual_seed(0)
     mask_BT = torch.arange(6) < torch.tensor([[6], [1], [4]])
     values_BT, rewards_B = torch.randn(3, 6), torch.randn(3)
-    advantages_BT, _ = gae(outcome_rewards(rewards_B, mask_BT), values_BT, mask_BT, gamma=1.0, lam=1.0)
+    advantages_BT, _ = gae(outcome_rewards(rewards_B, mask_BT), values_BT, mask_BT, lam=1.0)
     close(advantages_BT, ((rewards_B[:, None] - values_BT) * mask_BT), atol=1e-5)
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,13 +36,15 @@ def policy_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`losses.policy_loss`, with the options of the loss among the other arguments, unchecked, by TRL's names."""
     names = {"importance_sampling_mode": "correction"}
-    names |= {f"importance_sampling_clip_{end}": f"importance_clip_{end}" for end in ("max", "min")}
+    most = given.pop("importance_sampling_clip_max", losses.MOST_WEIGHT)
     given = {names.get(name, name): value for name, value in given.items()}
     options = {name: given.pop(name) for name in list(given) if name in LossOptions.model_fields}
     others = [given.pop(f"{name}_logprobs", None) for name in ("sampling", "reference")]
     logprobs = losses.Logprobs(policy_logprobs, old_logprobs, *others)
     step = losses.WholeStep(**{name: given.pop(name) for name in losses.WholeStep._fields if name in given})
-    return losses.policy_loss(logprobs, advantages, mask, LossOptions.model_construct(**options), step=step, **given)
+    chosen = LossOptions.model_construct(**options)
+    with patch.object(losses, "MOST_WEIGHT", most):
+        return losses.policy_loss(logprobs, advantages, mask, chosen, step=step, **given)
 
 
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -586,7 +589,7 @@ def test_options_and_defaults_are_those_of_trl():
     assert shared == {name: theirs[name] for name in shared}
     assert theirs["use_bias_correction_kl"]
     assert LossOptions().kl_estimator == "unbiased"
-    assert theirs["vllm_importance_sampling_clip_max"] == LossOptions().importance_clip_max
+    assert theirs["vllm_importance_sampling_clip_max"] == losses.MOST_WEIGHT
     assert theirs["vllm_importance_sampling_clip_min"] is None
     assert theirs["num_iterations"] == LearnerOptions().updates_per_batch
     for name in ("epsilon", "epsilon_high"):

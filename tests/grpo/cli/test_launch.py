@@ -12,13 +12,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import ray
 import torch
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors.torch import load_file
 
-from grpo.cli.launch import gpu_share, launch
-from grpo.config.run import TrainConfig
+from grpo.cli.launch import launch
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from rollout.cluster import Seclusion
@@ -99,21 +96,8 @@ def test_two_ranks_and_two_samplers_on_two_nodes_learn_as_one_process(words, tmp
         assert (tensor - many[name]).abs().max() <= 1e-4, name
 
 
-def _config(**rollout: object) -> TrainConfig:
-    return TrainConfig(output_dir="r", learner={"workers": 2}, rollout={"workers": 2, **rollout})
-
-
-def test_workers_that_share_the_gpus_of_ray_train_leave_more_than_half_to_each_learner():
-    assert gpu_share(_config()) == gpu_share(_config(workers=0, colocate=True)) == 1.0
-    assert gpu_share(_config(colocate=True, gpus_per_worker=0.4)) == 0.6
-    assert gpu_share(_config(colocate=True, gpus_per_worker=0)) == 1.0
-    for share in (0.5, 1.0):
-        with pytest.raises(ValueError, match=rf"rollout.gpus_per_worker={share:g} with rollout.colocate=true and"):
-            gpu_share(_config(colocate=True, gpus_per_worker=share))
-
-
 @pytest.mark.slow
-def test_ray_train_is_asked_for_that_share_and_refuses_before_it_starts(monkeypatch, micro_config, tmp_path):
+def test_ray_train_is_asked_for_a_gpu_for_each_rank(monkeypatch, micro_config, tmp_path):
     """Without a GPU: only what Ray Train is told."""
     import ray.train.torch
 
@@ -130,52 +114,14 @@ def test_ray_train_is_asked_for_that_share_and_refuses_before_it_starts(monkeypa
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
     monkeypatch.setattr("rollout.cluster.start_ray", lambda *_: None)
     monkeypatch.setattr("grpo.cli.launch.device_of", lambda _: torch.device("cuda"))
-    given = {"learner.workers": 2, "rollout.workers": 2, "rollout.colocate": True, "threads": 3}
-    with pytest.raises(ValueError, match="rollout.gpus_per_worker=1 with rollout.colocate=true"):
-        launch(micro_config(tmp_path / "r", **given))
-    assert asked == {}
-    launch(micro_config(tmp_path / "r", **given, **{"rollout.gpus_per_worker": 0.3}))
-    assert asked == {"CPU": 3, "GPU": 0.7}
+    given = {"learner.workers": 2, "rollout.workers": 2, "threads": 3}
+    launch(micro_config(tmp_path / "r", **given))
+    assert asked == {"CPU": 3, "GPU": 1}
     for device in ("xpu", "cpu"):
         monkeypatch.setattr("grpo.cli.launch.device_of", lambda _, device=device: torch.device(device))
-        launch(micro_config(tmp_path / "r", **given, **{"rollout.gpus_per_worker": 0.3}))
+        launch(micro_config(tmp_path / "r", **given))
     assert backends == [("nccl", True), ("xccl", True), ("gloo", False)]
     assert asked == {"CPU": 3, "GPU": 0}
-
-
-@pytest.mark.slow
-def test_in_each_gpu_there_is_one_learner_and_one_worker():
-    """By Ray's own book-keeping: the machine has no GPU."""
-    share = gpu_share(_config(colocate=True, gpus_per_worker=0.4))
-    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, logging_level="error")
-    try:
-
-        @ray.remote(num_cpus=1)
-        class Actor:
-            def gpus(self):
-                return ray.get_gpu_ids()
-
-        learners = [Actor.options(num_gpus=share).remote() for _ in range(2)]
-        own = ray.get([actor.gpus.remote() for actor in learners])
-        group = ray.util.placement_group([{"CPU": 1, "GPU": 0.4}] * 2, strategy="SPREAD")
-        at = [PlacementGroupSchedulingStrategy(group, i) for i in range(2)]
-        workers = [Actor.options(num_gpus=0.4, scheduling_strategy=place).remote() for place in at]
-        theirs = ray.get([actor.gpus.remote() for actor in workers])
-        assert sorted(own) == sorted(theirs)
-        assert len({gpu for [gpu] in own}) == 2
-    finally:
-        ray.shutdown()
-
-
-@pytest.mark.long
-def test_two_ranks_in_turn_with_their_worker_learn_as_one_process(words, tmp_path):
-    done = _run(words(tmp_path / "many", **{"rollout.workers": 1, "rollout.colocate": "true"}))
-    assert done.returncode == 0, done.stdout + done.stderr
-    alone = _run(words(tmp_path / "one", **{"learner.workers": 0}))
-    assert alone.returncode == 0, alone.stderr
-    one, many = _weights(tmp_path / "one"), _weights(tmp_path / "many")
-    for name, tensor in one.items():
-        assert (tensor - many[name]).abs().max() <= 1e-4, name
 
 
 @pytest.mark.slow

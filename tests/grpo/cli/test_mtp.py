@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo.cli.commands.summary import mtp_dry_run
 from grpo.cli.mtp import mtp, rows_of, split, stores_head
 from grpo.cli.parse import main
 from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
@@ -624,14 +623,6 @@ def test_a_model_of_another_type_is_refused_with_the_way_out(hf_policy, config, 
     hf_policy("qwen3").save(tmp_path / "qwen")
     with pytest.raises(ValueError, match="'qwen3' .*: it has no MTP head .*quartet convert"):
         mtp(config(tmp_path / "run", model=str(tmp_path / "qwen")))
-
-
-def test_a_policy_that_has_no_head_and_is_to_have_none_is_refused(hf_policy, config, tmp_path):
-    with pytest.raises(ValueError, match="model=.*headless' .*no draft head.: there is nothing to teach; leave add"):
-        mtp(config(tmp_path / "run", add_mtp=False))
-    hf_policy("qwen3").save(tmp_path / "qwen")
-    with pytest.raises(ValueError, match="'qwen3' .*: it has no MTP head .*quartet convert"):
-        mtp_dry_run(config(tmp_path / "run", model=str(tmp_path / "qwen"), add_mtp=False))
 
 
 def test_the_head_of_a_checkpoint_is_not_begun_anew(whole, taught):

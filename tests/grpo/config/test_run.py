@@ -30,7 +30,6 @@ CONFIGS = [TrainConfig, SftConfig, EvalConfig, SampleConfig]
 # Ours <- TRL's, where the names differ.
 TRL_NAMES = {
     "importance_correction": None,  # `vllm_importance_sampling_correction` and `.._mode`; ours is off, contract 8
-    "importance_clip_max": "vllm_importance_sampling_clip_max",
     "kl_estimator": None,
     "advantage": None,
 }
@@ -254,9 +253,8 @@ def test_the_names_of_an_older_version_work_with_a_word(caplog, tmp_path):
     [("{accept: margin, margin: 3.0}", 3.0), ("{accept: margin}", 2.0), ("{accept: exact, margin: 2.0}", None)],
 )
 def test_an_older_file_says_in_two_options_what_one_says_now(tmp_path, older, margin):
-    judge = {"name": "judge", "model": "m"}
     models = "[{name: judge, model: m, chat: true}, {name: other, model: m, chat: false}]"
-    (tmp_path / "older.yaml").write_text(f"rollout: {older}\nreward_models: {models}\n")
+    (tmp_path / "older.yaml").write_text(f"rollout: {older}\nrewards: mine.py:f\nreward_models: {models}\n")
     config = load(EvalConfig, tmp_path / "older.yaml", {})
     assert config.rollout.margin == margin
     words = re.findall(r"(\w+): ([\w.]+)", older)
@@ -267,18 +265,22 @@ def test_an_older_file_says_in_two_options_what_one_says_now(tmp_path, older, ma
         assert load(EvalConfig, tmp_path / "margin.yaml", {"accept": accept}).rollout.margin == both
     with pytest.raises(ConfigError, match=r"rollout.accept=typo .command line.: it is gone"):
         load(EvalConfig, None, {"accept": "typo"})
-    assert [model.kind for model in config.reward_models] == ["chat_classifier", "classifier"]
-    with pytest.raises(ConfigError, match="chat=true .*kind: chat_classifier says both"):
-        load(EvalConfig, None, {"reward_models": [judge | {"chat": True}]})
+    assert [reward.function for reward in config.rewards] == ["mine.py:f", "model:m", "model:m"]
+    assert [reward.arguments for reward in config.rewards] == [{}, {"kind": "chat_classifier"}, {}]
+    with pytest.raises(ConfigError, match="reward_models.* it is gone, since a reward model is a reward"):
+        load(EvalConfig, None, {"reward_models": [{"name": "judge", "model": "m"}]})
 
 
 def test_what_an_older_mtp_run_has_recorded_is_read(tmp_path):
     """By `quartet eval RUN` and `export RUN`; a line of it that somebody writes today is refused with the reason."""
     of_head = {"curriculum_share": 0.3, "tv_share": 0.0, "reuse": 3, "schedule": "cosine", "warmup_steps": 2}
     file, models = tmp_path / "config.yaml", [{"name": "judge", "model": "m", "batch_size": 16, "chat": False}]
-    file.write_text(to_yaml({"output_dir": "r", "head": {"depth": 2} | of_head, "reward_models": models}))
+    rewards = [{"function": "column", "weight": 2.0, "arguments": {"name": "judge"}, "chat": False}]
+    former = {"output_dir": "r", "head": {"depth": 2} | of_head, "rewards": rewards, "reward_models": models}
+    file.write_text(to_yaml(former))
     command, options = recorded_options(file)
-    assert (command, options["reward_models"]) == ("mtp", [{"name": "judge", "model": "m"}])
+    judge = {"function": "model:m", "weight": 2.0, "arguments": {}, "name": "judge"}
+    assert (command, options["rewards"]) == ("mtp", [judge])
     assert load(MtpConfig, file, {}, on_removed=lambda text: None).mtp.depth == 2
     with pytest.raises(ConfigError, match=r"mtp.reuse=2 .command line.: it is gone, since the draft head learns"):
         load(MtpConfig, None, {"output_dir": "r", "head.reuse": 2})
@@ -336,7 +338,7 @@ def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():
 
 
 def test_what_no_gpu_has_run_says_so_in_its_help():
-    """Until a GPU has: recorded rounds, vLLM there, GPUs that are shared, and learners that sum by NCCL."""
+    """Until a GPU has: vLLM there, and learners that sum by NCCL."""
     options = {option.key: option for option in _options(TrainConfig.model_construct())}
-    for key in ("rollout.compile", "rollout.backend", "rollout.colocate", "rollout.gpus_per_worker", "learner.workers"):
+    for key in ("rollout.backend", "learner.workers"):
         assert "xperimental: never run on a GPU" in options[key].help, key

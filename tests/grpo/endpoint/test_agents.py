@@ -25,6 +25,7 @@ from rewards.commands.replay import replay
 from rewards.group_score import RewardFailed
 from rewards.protocol import RewardError
 from rewards.records import read_rollouts
+from rollout.conversations import CACHE_TOKENS
 from rollout.group import Prompt
 from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
@@ -86,8 +87,10 @@ def test_contract_1_the_learner_scores_what_was_sampled(whole):
 
 
 @pytest.mark.long
-def test_contract_4_any_number_of_processes_gives_the_same_bits(micro_config, whole, tmp_path):
-    train(micro_config(tmp_path / "one", agent=TWICE, program_workers=1, **SHORT))
+def test_contract_4_any_number_of_processes_gives_the_same_bits(micro_config, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.endpoint.agents.WORKERS", 1)
+    monkeypatch.setattr("grpo.endpoint.agent_sampler.WORKERS", 1)
+    train(micro_config(tmp_path / "one", agent=TWICE, **SHORT))
     assert [sampled(tmp_path / "one", step) for step in (1, 2)] == [sampled(whole, step) for step in (1, 2)]
     one, four = learned(tmp_path / "one"), learned(whole)
     assert all(torch.equal(one[name], four[name]) for name in one)
@@ -98,7 +101,7 @@ def test_contract_4_any_number_of_processes_gives_the_same_bits(micro_config, wh
     "given",
     [
         {"rollout.workers": 2},
-        pytest.param({"agent_cache_tokens": 0}, marks=pytest.mark.long),
+        pytest.param({"cache": 0}, marks=pytest.mark.long),
         pytest.param({"rollout.draft_tokens": None}, marks=pytest.mark.long),
     ],
 )
@@ -106,12 +109,15 @@ def test_contract_4_workers_and_the_cache_between_turns_change_no_bit(
     micro_config, whole, tmp_path, given, monkeypatch
 ):
     monkeypatch.setattr("grpo.learner.terms.draft_head.PAYS", 0.0)  # a head that gains nothing yet learns all the same
+    given = dict(given)
+    kept = given.pop("cache", CACHE_TOKENS)
+    monkeypatch.setattr("grpo.endpoint.agent_sampler.CACHE_TOKENS", kept)
     train(micro_config(tmp_path / "other", agent=TWICE, **SHORT | given))
     assert [sampled(tmp_path / "other", step) for step in (1, 2)] == [sampled(whole, step) for step in (1, 2)]
     other, one = learned(tmp_path / "other"), learned(whole)
     assert all(torch.equal(other[name], one[name]) for name in one)
     metrics = read_metrics(tmp_path / "other")[1]
-    assert ("agent/cached_tokens" in metrics) == (given.get("agent_cache_tokens") != 0)
+    assert ("agent/cached_tokens" in metrics) == (kept > 0)
     assert ("draft/gain" in metrics) == ("rollout.draft_tokens" in given)
 
 
@@ -181,7 +187,6 @@ def test_contract_6_an_agent_that_fails_is_named_and_never_a_zero(micro_config, 
         "program_timeout_s": 3,
     }
     given |= {"steps": 1, "prompts_per_step": 8, "rollout.group_size": 2, "warm_start.steps": 0}
-    given |= {"program_memory_mb": 2000, "program_workers": 2}
     config = micro_config(tmp_path / "drop", **given, **{"reward.on_error": "drop_sample"})
     train(config)
     lines = read_rollouts(tmp_path / "drop", 1)
@@ -218,7 +223,6 @@ def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
         ({"learner.routing_replay": True}, "learner.routing_replay=true with agent"),
         ({"loss.advantage": "gae"}, "loss.advantage=gae with agent"),
         ({"prompt_attention": "bidirectional"}, "would be seen whole too"),
-        ({"program_workers": 0}, "program_workers"),
     ],
 )
 def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tmp_path, monkeypatch, given, words):
@@ -243,7 +247,7 @@ def pool(micro_policy):
     opened = []
 
     def begin(agent: str, **options):
-        given = AgentOptions(agent=f"{AGENTS}:{agent}", program_workers=2, **options)
+        given = AgentOptions(agent=f"{AGENTS}:{agent}", **options)
         opened.append(AgentSampler(open_pool(policy, PoolOptions(check_stop=signals.check)), given, 1.0))
         return (
             opened[-1],

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from grpo.cli.commands.inspect import inspect
 from grpo.cli.mtp import stores_head
+from grpo.config.mtp import MtpConfig
 from grpo.run.stop import Stopped
 from grpo.source.policy_source import find_policy, load_found, load_policy
 from grpo.task.reward_models import saved_model
@@ -66,7 +67,7 @@ def test_a_checkpoint_without_a_draft_head_gets_one_where_it_is_asked_for(micro_
     train(micro_config(tmp_path / "run", **given, **more))
     checkpoint = str(tmp_path / "run/checkpoints/step_000001")
     assert load_policy(micro_config(tmp_path / "x", model=checkpoint)).mtp is None
-    assert load_policy(micro_config(tmp_path / "x", model=checkpoint, add_mtp=True)).mtp is not None
+    assert load_policy(MtpConfig(output_dir=tmp_path / "x", model=checkpoint)).mtp is not None
     assert not stores_head(checkpoint)
 
 

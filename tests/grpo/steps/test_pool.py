@@ -43,7 +43,8 @@ def events(folder: Path, kind: str) -> list[dict]:
 def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config, micro_policy, tmp_path, monkeypatch):
     given: list[PoolOptions] = []
     monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
-    config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.timeout_s": 7.5})
+    monkeypatch.setattr(grpo.steps.pool, "TIMEOUT_S", 7.5)
+    config = micro_config(tmp_path, **{"rollout.workers": 2})
     with signals.heard(lambda number: None), RunLog(tmp_path, "", LogOptions(trackers=[]), quiet=True) as run_log:
         open_run_pool(run_of(config, run_log), micro_policy())
         [options] = given
@@ -110,12 +111,12 @@ def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(m
 def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypatch):
     given: list[PoolOptions] = []
     monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
-    config = micro_config(tmp_path, **{"rollout.workers": 2, "rollout.gpus_per_worker": 0.5})
+    config = micro_config(tmp_path, **{"rollout.workers": 2})
     with RunLog(tmp_path, "", LogOptions(trackers=[]), quiet=True) as run_log:
         open_run_pool(run_of(config, run_log), micro_policy())
         [options] = given
         options.on_ready(1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})
-    assert (options.gpus, options.placement_timeout_s, options.colocate) == (0.5, 300.0, None)
+    assert (options.gpus, options.placement_timeout_s, options.colocate) == (1.0, 300.0, None)
     [learner], [worker] = events(tmp_path, "learner"), events(tmp_path, "worker")
     assert (learner["rank"], learner["process"]) == (0, os.getpid())
     assert (worker["worker"], worker["node"], worker["process"]) == (1, "1a2b3c4d on a", 7)
@@ -148,7 +149,7 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
     """A run with a Ray worker that goes on until something happens to it."""
     runs: list[subprocess.Popen] = []
 
-    def start(**options: str) -> subprocess.Popen:
+    def start(timeout_s: float = 3600.0, **options: str) -> subprocess.Popen:
         words = {
             "model": "tiny",
             "output_dir": tmp_path / "run",
@@ -158,7 +159,9 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
             "rollout.workers": 1,
         }
         words |= {"prompts_per_step": 2, "rollout.max_completion_tokens": 16, "rollout.draft_tokens": 0} | options
-        command = [sys.executable, "-m", "grpo", "train", *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
+        code = f"import sys, grpo.steps.pool as pool; pool.TIMEOUT_S = {timeout_s}; from grpo.cli.parse import main; "
+        command = [sys.executable, "-c", f"{code}sys.exit(main())", "train"]
+        command += [word for key, value in words.items() for word in (f"--{key}", str(value))]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_ADDRESS", "RAY_AUTH"))}
         runs.append(
             subprocess.Popen(
@@ -235,12 +238,12 @@ def test_sigterm_ends_a_run_that_waits_for_a_stopped_worker(start, tmp_path):
 
 @pytest.mark.long
 def test_a_stopped_worker_is_replaced_after_its_time(start, tmp_path):
-    run = start(**{"rollout.timeout_s": "30"})
+    run = start(timeout_s=30.0)
     until_step(run, 2)
     below(run, "ray::Worker").suspend()
     until_step(run, 6)
     [event] = events(tmp_path / "run", "lost")
-    assert event["reason"] == "its shard took longer than rollout.timeout_s=30"
+    assert event["reason"] == "its shard took longer than 30 s"
 
 
 @pytest.mark.slow

@@ -78,10 +78,6 @@ def test_what_only_a_dense_policy_cannot_do(micro_config, hf_policy, tmp_path):
     for given, message in (
         ({"balance.entropy_weight": 0.1}, "balance.entropy_weight=0.1, but this policy has no routed experts"),
         ({"learner.routing_replay": True}, "(no experts or dynamic heads): there is nothing to be replayed"),
-        (
-            {"rollout.compile": "on"},
-            "rollout.compile=on with a sampler without graphs (this policy is not decoded by our own engine)",
-        ),
     ):
         more = {"warm_start.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
         config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **more)
@@ -156,16 +152,9 @@ def test_a_supervised_run_and_one_of_the_head_are_checked_alike(micro_preset, ra
     given = {"output_dir": tmp_path / "r", "data.limit": 24, "data.levels": [1]}
     head = load(MtpConfig, None, {"model": micro_preset, **given, "mtp.solutions": 23, "eval.limit": 2})
     assert "mtp.solutions=23, but" in both([lambda: summary.mtp_dry_run(head), lambda: mtp(head)])
-    random_policy(mtp=False).save(tmp_path / "m")
-    none = load(MtpConfig, None, {"model": str(tmp_path / "m"), "add_mtp": False, **given})
-    assert "(no draft head): there is nothing to teach" in both([lambda: summary.mtp_dry_run(none), lambda: mtp(none)])
 
 
-def test_a_learner_that_ray_cannot_place_is_refused_in_the_plan_for_gpus(micro_config, tmp_path):
-    turns = {"learner.workers": 2, "rollout.workers": 2, "rollout.colocate": True}
-    config = micro_config(tmp_path / "r", **turns)
-    with pytest.raises(ValueError, match=r"rollout.gpus_per_worker=1 with rollout.colocate=true.* set it to 0.4"):
-        summary.dry_run(config, device_gib=80)
+def test_a_layout_that_does_not_fit_the_processes_is_refused_in_the_plan(micro_config, tmp_path):
     odd = micro_config(tmp_path / "r", **{"learner.workers": 3, "learner.parallel.fsdp": 2})
     with pytest.raises(ValueError, match="learner.parallel: fsdp=2, tensor=1 need a multiple of 2 processes"):
         summary.dry_run(odd)

@@ -20,13 +20,14 @@ from transformers import (
 )
 
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
+from grpo.config.run import TrainConfig
 from grpo.run.records import read_metrics
 from grpo.task.reward_models import ModelRewards
 from grpo.task.task import Task
 from grpo.train import train
 from rewards.config.data import DataOptions
 from rewards.config.options import dump_yaml, load
-from rewards.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
+from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.config.yaml_file import ConfigError
 from rewards.protocol import RewardError
 from rewards.records import read_rollouts
@@ -85,8 +86,12 @@ GROUPS = [
 ]
 
 
+def reward_model(name, model, weight=1.0, **arguments):
+    return RewardOptions(function=f"model:{model}", name=name, weight=weight, arguments=arguments)
+
+
 def columns(*options, groups=GROUPS):
-    rewards = ModelRewards([RewardModelOptions(**option) for option in options])
+    rewards = ModelRewards([reward_model(**option) for option in options])
     rewards.load(CPU)
     return rewards, rewards.columns(groups)
 
@@ -118,10 +123,10 @@ def test_a_hub_id_is_read_from_the_hubs_cache(folders, tmp_path):
     (repository / "refs/main").write_text("a1b2")
     shutil.copytree(folders / "score", repository / "snapshots/a1b2")
     code = (
-        "import torch\nfrom rewards.config.reward import RewardModelOptions\n"
+        "import torch\nfrom rewards.config.reward import RewardOptions\n"
         "from grpo.task.reward_models import ModelRewards\n"
         "from rollout.group import Completion, Prompt, RolloutGroup\n"
-        "rewards = ModelRewards([RewardModelOptions(name='rm', model='owner/score')])\n"
+        "rewards = ModelRewards([RewardOptions(function='model:owner/score', name='rm')])\n"
         "rewards.load(torch.device('cpu'))\n"
         "group = RolloutGroup(Prompt('p', '2 + 3?', [1], {}), [Completion([1], [0.0], ' 5', 'stop', 0)])\n"
         "print(rewards.columns([group])[0]['rm'][0])"
@@ -208,20 +213,23 @@ def _without_template(folder, target):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": "{root}/missing"}, "rm: model='.*missing': there is no such folder"),
-        ({"model": "tiny"}, "model='tiny': there is no such folder"),
-        ({"model": "{root}/policy"}, "no sequence classifier but DeepseekV3ForCausalLM; .* kind: perplexity"),
-        ({"model": "{root}/labels"}, "has 3 labels; say with label which logit is the score: 0 = LABEL_0, 1"),
+        ({"model": "{root}/missing"}, "rewards: model:.*missing: there is no such folder"),
+        ({"model": "tiny"}, "model:tiny: there is no such folder"),
+        ({"model": "{root}/policy"}, "no sequence classifier but DeepseekV3ForCausalLM; .*kind: perplexity"),
+        (
+            {"model": "{root}/labels"},
+            "has 3 labels; arguments: .label: N. says which logit is .*: 0 = LABEL_0",
+        ),
         ({"model": "{root}/labels", "label": 3}, "has no label 3; its labels are 0 = LABEL_0"),
-        ({"model": "{root}/score", "name": "question"}, "the name 'question' is taken by another column"),
-        ({"model": "{root}/score", "name": "completions"}, "the name 'completions' is taken"),
-        ({"model": "{root}/pickled"}, "rm: .*pickled cannot be loaded: .*safetensors"),
+        ({"model": "{root}/score", "name": "question"}, "'question' is the name of another column"),
+        ({"model": "{root}/score", "name": "completions"}, "'completions' is the name of another column"),
+        ({"model": "{root}/pickled"}, "model:.*pickled cannot be loaded: .*safetensors"),
         ({"model": "{root}/headless"}, "lacks the tensors score.weight"),
         (
             {"model": "{root}/plain", "kind": "chat_classifier"},
             "chat_classifier, but its tokenizer has no chat template",
         ),
-        ({"model": "{root}/score", "kind": "perplexity"}, "rm: .* cannot be loaded: "),
+        ({"model": "{root}/score", "kind": "perplexity"}, "model:.* cannot be loaded: "),
     ],
 )
 def test_what_would_mean_nothing_is_refused_before_training(folders, tmp_path, given, message):
@@ -231,30 +239,24 @@ def test_what_would_mean_nothing_is_refused_before_training(folders, tmp_path, g
     root = tmp_path if given["model"].endswith(("pickled", "headless", "plain")) else folders
     option = {"name": "rm"} | given | {"model": given["model"].replace("{root}", str(root))}
     with pytest.raises(ValueError, match=message):
-        Task(
-            DataOptions(levels=[1], limit=4),
-            [RewardOptions(function="gsm8k")],
-            ScoringOptions(),
-            reward_models=[RewardModelOptions(**option)],
-        )
+        Task(DataOptions(levels=[1], limit=4), [reward_model(**option)], ScoringOptions())
 
 
-def test_names_are_unique_and_options_fit_the_kind(folders):
-    one = RewardModelOptions(name="a", model=str(folders / "score"))
-    with pytest.raises(ValueError, match="the name 'a' is taken"):
+def test_names_are_unique_and_arguments_fit_the_kind(folders):
+    one = reward_model("a", folders / "score")
+    with pytest.raises(ValueError, match="'a' is the name of another column"):
         ModelRewards([one, one])
     with pytest.raises(ConfigError, match="label is for classifiers"):
-        RewardModelOptions(name="a", model="m", kind="perplexity", label=1)
-    with pytest.raises(ConfigError, match="name"):
-        RewardModelOptions(name="not a name", model="m")
+        ModelRewards([reward_model("a", "m", kind="perplexity", label=1)])
+    with pytest.raises(ValueError, match="rewards: model:m: no argument 'size'"):
+        ModelRewards([reward_model("a", "m", size=1)])
 
 
 def _task(folders, on_error="abort"):
     return Task(
         DataOptions(levels=[1], limit=4),
-        [RewardOptions(function="column", name="fluent", weight=-0.5, arguments={"name": "ppl"})],
+        [reward_model("ppl", folders / "llama", weight=-0.5, kind="perplexity")],
         ScoringOptions(on_error=on_error),
-        reward_models=[RewardModelOptions(name="ppl", model=str(folders / "llama"), kind="perplexity")],
     )
 
 
@@ -262,7 +264,7 @@ def test_contract_6_a_text_without_a_score_is_a_failure_of_its_own(folders):
     groups = [group("p", "fits", "7 " * 70)]
     with (
         _task(folders) as task,
-        pytest.raises(RewardError, match="'fluent' failed on prompt 'p', sample 1.*'ppl' holds nan"),
+        pytest.raises(RewardError, match="'ppl' failed on prompt 'p', sample 1.*'ppl' holds nan"),
     ):
         task.score(groups)
     with _task(folders, "drop_sample") as task:
@@ -282,12 +284,9 @@ def test_a_run_learns_from_a_reward_model_and_records_its_scores(folders, micro_
         **{
             "steps": 2,
             "warm_start.steps": 0,
-            "reward_models": [
-                {"name": "rm_score", "model": str(folders / "score")},
-                {"name": "ppl", "model": str(folders / "policy"), "kind": "perplexity"},
-            ],
             "rewards": [
-                {"function": "column", "name": "liked", "arguments": {"name": "rm_score"}},
+                {"function": f"model:{folders}/score", "name": "rm_score"},
+                reward_model("ppl", folders / "policy", weight=0.0, kind="perplexity").model_dump(),
                 {"function": f"{own}:own", "weight": 0.1},
             ],
         },
@@ -299,21 +298,39 @@ def test_a_run_learns_from_a_reward_model_and_records_its_scores(folders, micro_
         assert len({line["extras"]["rm_score"] for line in lines}) > len(lines) / 2
         for line in lines:
             extras, parts = line["extras"], line["parts"]
-            assert parts["liked"] == extras["rm_score"]
+            assert (parts["rm_score"], parts["ppl"]) == (extras["rm_score"], extras["ppl"])
             assert parts["own"] == pytest.approx(extras["ppl"] / 100 + extras["rm_score"])
-            assert line["reward"] == pytest.approx(parts["liked"] + 0.1 * parts["own"])
+            assert line["reward"] == pytest.approx(parts["rm_score"] + 0.1 * parts["own"])
         mean = sum(line["extras"]["ppl"] for line in lines) / len(lines)
-        assert metrics[step]["reward/metric/ppl"] == pytest.approx(mean)
+        assert metrics[step]["reward/part/ppl"] == pytest.approx(mean)
     again = [group(line["prompt"], line["text"], reason=line["finish_reason"]) for line in lines]
     _, found = columns({"name": "ppl", "model": str(folders / "policy"), "kind": "perplexity"}, groups=again)
     assert flat(found, "ppl") == pytest.approx([line["extras"]["ppl"] for line in lines], rel=1e-4)
 
 
 def test_quartet_eval_takes_a_runs_reward_models_along(folders, micro_config, tmp_path):
-    option = {"name": "ppl", "model": str(folders / "policy"), "kind": "perplexity"}
-    config = micro_config(tmp_path / "run", **{"reward_models": [option]})
+    option = {"function": f"model:{folders}/policy", "name": "ppl", "arguments": {"kind": "perplexity"}}
+    config = micro_config(tmp_path / "run", rewards=[option])
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
-    assert load(EvalConfig, None, defaults_of_run(tmp_path)).reward_models[0].name == "ppl"
-    old = json.loads(config.model_dump_json(exclude={"reward_models"}))
-    (tmp_path / "config.yaml").write_text(json.dumps(old))
-    assert defaults_of_run(tmp_path)["reward_models"] == []
+    assert load(EvalConfig, None, defaults_of_run(tmp_path)).rewards[0].name == "ppl"
+
+
+def test_reward_models_of_version_0_2_are_rewards(folders, micro_config, tmp_path):
+    """One that the reward `column` hands on takes its place, and one that only functions read weighs nothing."""
+    saved = micro_config(tmp_path / "run").model_dump(mode="json")
+    saved["rewards"] = [
+        {"function": "column", "name": "liked", "weight": 0.5, "arguments": {"name": "rm"}, "columns": {}},
+        {"function": "mine.py:reads", "weight": 1.0, "name": None, "arguments": {}, "columns": {}, "chat": True},
+    ]
+    saved["reward_models"] = [
+        {"name": "rm", "model": "owner/rm", "kind": "classifier", "label": 1},
+        {"name": "ppl", "model": "runs/a", "kind": "perplexity", "label": None},
+    ]
+    (tmp_path / "config.yaml").write_text(json.dumps(saved))
+    told = []
+    first, second, third = load(TrainConfig, tmp_path / "config.yaml", {}, on_removed=told.append).rewards
+    assert (first.function, first.name, first.weight) == ("model:owner/rm", "rm", 0.5)
+    assert first.arguments == {"kind": "classifier", "label": 1}
+    assert second.function == "chat:mine.py:reads"
+    assert (third.function, third.name, third.weight) == ("model:runs/a", "ppl", 0.0)
+    assert told == []

@@ -13,7 +13,7 @@ from grpo.task.reward_models import ModelRewards
 from policies import layout
 from policies.files import hub
 from policies.policy import AutoConfig, AutoTokenizer, PolicyError, read_config, read_tokenizer
-from rewards.config.reward import RewardModelOptions
+from rewards.config.reward import RewardOptions
 from rewards.data.examples import load_examples
 
 
@@ -138,7 +138,7 @@ def test_a_data_set_by_hub_id_says_so_too(online, monkeypatch):
 @pytest.mark.parametrize("kind", ["classifier", "perplexity"])
 def test_a_reward_model_by_hub_id_says_so_too(online, kind):
     online(NOBODY)
-    with pytest.raises(ValueError, match="^reward_models: rm: model='owner/name' cannot be used: ") as error:
-        ModelRewards([RewardModelOptions(name="rm", model="owner/name", kind=kind)])
+    with pytest.raises(ValueError, match="^rewards: model:owner/name cannot be used: ") as error:
+        ModelRewards([RewardOptions(function="model:owner/name", arguments={"kind": kind})])
     assert f"{NOBODY} cannot be reached (" in str(error.value)
     assert "hf download owner/name --local-dir FOLDER" in str(error.value)

@@ -317,13 +317,16 @@ def test_real_gsm8k_with_each_way_of_reading_it(gsm8k_folder):
         assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 100}).problems == []
 
 
-def test_bleu_of_the_solutions_by_a_column_of_another_name(capsys):
+def test_bleu_of_the_solutions_by_a_function_that_takes_another_column(tmp_path, capsys):
     pytest.importorskip("sacrebleu")
-    found = check("bleu", columns={"reference": "answer"})
-    assert found.problems == []  # only gold itself has BLEU 1
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from rewards.built_in.text import bleu\n\n\n"
+        "def of_answer(prompts, completions, answer, **_):\n    return bleu(prompts, completions, answer)\n"
+    )
+    assert check(f"{mine}:of_answer").problems == []  # only gold itself has BLEU 1
     assert main(["reward", "test", "bleu", "--data.limit", "3"]) == 1
-    assert "columns: {reference: ...}" in capsys.readouterr().err
-    assert main(["reward", "test", "bleu", "--columns.reference", "answer", "--data.limit", "3"]) == 0
+    assert "Wrap it in a function of two lines" in capsys.readouterr().err
 
 
 def test_probes():

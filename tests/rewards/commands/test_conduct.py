@@ -69,7 +69,7 @@ def test_a_reward_that_only_gives_marks_has_no_problem(file):
 def test_an_argument_that_is_changed_is_named(file):
     [problem] = problems(f"{file}:turns")
     assert problem.startswith("it changes its arguments answer; in a batch, which begins with prompt 'Ben has 3 shells")
-    [problem] = problems(f"{file}:writes", chat=True)
+    [problem] = problems(f"chat:{file}:writes")
     assert problem.startswith("it changes its arguments prompts; prompt ")
     assert problems(f"{file}:turns", "changes") == []
 

@@ -157,7 +157,7 @@ def test_reward_models_scores_are_those_that_were_recorded(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     config = parse_yaml((copy / "config.yaml").read_text())
-    config["reward_models"] = [{"name": "helpful", "model": "models/reward"}]
+    config["rewards"] += [{"function": "model:models/reward", "name": "helpful", "weight": 0.0}]
     (copy / "config.yaml").write_text(to_yaml(config))
     for step in (1, 2):
         lines = [line | {"extras": {"helpful": line["sample"] / 8}} for line in read_rollouts(copy, step)]

@@ -59,7 +59,6 @@ def test_a_dump_of_verl_is_scored_again_by_verls_function_and_by_ours(mine, tmp_
     dump = verl_dump(tmp_path / "dump")
     result = again(dump, f"{mine}:ends")  # the ground truth is also `answer`
     assert result.against == "score"
-    assert again(dump, f"{mine}:ends", columns={"answer": "gts"}).steps == result.steps
     assert [(step.step, step.completions, step.before, step.after, step.groups) for step in result.steps] == [
         (1, 3, pytest.approx(1 / 3), pytest.approx(2 / 3), 1),
         (2, 3, pytest.approx(1 / 3), pytest.approx(2 / 3), 1),
@@ -134,7 +133,7 @@ def test_rollouts_of_nemo_gym_and_verifiers_have_columns_and_messages(mine, tmp_
     file = jsonl(tmp_path / "rollouts.jsonl", [row, row | {"_ng_rollout_index": 1, "reward": 1.0}])
     result = again(file, f"{mine}:ends")
     assert [(c.prompt_id, c.sample, c.before, c.after) for c in result.changes] == [("0", 0, 0.0, 1.0)]
-    assert again(file, f"{mine}:turns", chat=True).steps[0].after == 3.0
+    assert again(file, f"chat:{mine}:turns").steps[0].after == 3.0
     results = [
         {"example_id": 3, "prompt": [{"role": "user", "content": "6 * 7?"}], "answer": "42", "reward": reward}
         | {"completion": [{"role": "assistant", "content": text}], "metrics": {"right": reward}}

@@ -1,4 +1,4 @@
-"""A reward with `chat: true` gets the messages that the prompt was made from, wherever it is called."""
+"""A reward with `chat:` before its name gets the messages that the prompt was made from, wherever it is called."""
 
 import json
 
@@ -75,7 +75,7 @@ def run(micro_config, chatty, source, tmp_path_factory):
         "data.system_prompt": "Be brief.",
         "data.few_shot": 1,
         "eval.limit": 2,
-        "rewards": [{"function": f"{source}:roles", "chat": True}],
+        "rewards": [{"function": f"chat:{source}:roles"}],
     }
     train(micro_config(folder, **given))
     return folder
@@ -87,7 +87,7 @@ def test_in_training_and_evaluation_and_the_record_replays_them(run, source):
     results = evaluate_model(load(EvalConfig, None, defaults_of_run(run) | given), Console(quiet=True)).results
     assert [result.without_mark for result in results.values()] == [0, 0]
     assert results["greedy"].groups[0].prompt.messages[0] == SYSTEM
-    found = replay(run, f"{source}:roles", ReplayConfig(chat=True))
+    found = replay(run, f"chat:{source}:roles", ReplayConfig())
     assert (found.failures, found.changes) == ([], [])
 
 
@@ -95,8 +95,8 @@ def test_reward_test_hands_over_the_question_as_the_users_message(source, tmp_pa
     data = tmp_path / "train.jsonl"
     rows = [{"question": f"{i} + 1 = ?", "answer": f"so #### {i + 1}"} for i in range(3)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    options = {"data": {"name": str(data)}, "chat": True, "shaping": True, "arguments": {"expected": "user"}}
-    assert check_reward(f"{source}:roles", RewardTestConfig(**options)).problems == []
+    options = {"data": {"name": str(data)}, "shaping": True, "arguments": {"expected": "user"}}
+    assert check_reward(f"chat:{source}:roles", RewardTestConfig(**options)).problems == []
 
 
 def test_the_dry_run_sees_the_rendered_format_string_and_the_messages_of_a_chat(source, tmp_path):
@@ -113,21 +113,24 @@ def test_the_dry_run_sees_the_rendered_format_string_and_the_messages_of_a_chat(
     with pytest.raises(RewardError, match="AssertionError"):
         Task(
             DataOptions(**data, template="chat"),
-            [RewardOptions(function=f"{source}:roles", chat=True)],  # expects a system message, and there is none
+            [RewardOptions(function=f"chat:{source}:roles")],  # expects a system message, and there is none
             ScoringOptions(),
         )
 
 
 @pytest.mark.parametrize("function", ["indexes", "reads"])
-def test_a_reward_that_takes_strings_for_messages_is_told_of_chat_true(source, function):
+def test_a_reward_that_takes_strings_for_messages_is_told_of_chat(source, function):
     columns = {"question": "2 + 3 = ?"}
-    with Scorer([RewardSpec(f"{source}:{function}")]) as scorer, pytest.raises(RewardError, match="set chat: true"):
+    with (
+        Scorer([RewardSpec(f"{source}:{function}")]) as scorer,
+        pytest.raises(RewardError, match="write chat: before"),
+    ):
         scorer.dry_run("2 + 3 = ?", "5", columns)
-    with Scorer([RewardSpec(f"{source}:{function}", chat=True)]) as scorer:
+    with Scorer([RewardSpec(f"chat:{source}:{function}")]) as scorer:
         assert scorer.dry_run("2 + 3 = ?", "5", columns).rewards == [1.0, 1.0]
     with Scorer([RewardSpec(f"{source}:breaks")]) as scorer, pytest.raises(RewardError) as error:
         scorer.dry_run("2 + 3 = ?", "5", columns)
-    assert "chat: true" not in str(error.value)
+    assert "chat: before" not in str(error.value)
 
 
 def _write(tmp_path, *prompts, **columns) -> str:
@@ -200,7 +203,7 @@ def test_a_run_on_conversational_data(micro_config, chatty, source, tmp_path):
         "data.template": "chat",
         "data.levels": [1, 2],
         "data.limit": None,
-        "rewards": [{"function": f"{source}:roles", "chat": True, "arguments": {"expected": "system user"}}],
+        "rewards": [{"function": f"chat:{source}:roles", "arguments": {"expected": "system user"}}],
     }
     train(micro_config(tmp_path / "run", **given))
     assert Policy.load(tmp_path / "run/policy").tokenizer.chat_template == CHAT

@@ -70,8 +70,8 @@ def file(tmp_path):
 @pytest.mark.usefixtures("in_form")
 @pytest.mark.parametrize("name", ["rubric", "both", "load_environment"])
 def test_a_rubric_alone_is_a_reward_and_what_it_makes_zero_of_is_a_failure(file, name):
-    spec = RewardSpec(f"verifiers:{file}:{name}", columns={"answer": "gold"})
-    row = {"gold": "42", "level": 1, "info": {}}
+    spec = RewardSpec(f"verifiers:{file}:{name}")
+    row = {"answer": "42", "level": 1, "info": {}}
     with Scorer([spec], columns=[*row], on_error="drop_sample", isolated=False) as scorer:
         result = scorer.score(["6 * 7?"], [SAID], [row], prompt_ids=["a"])[0]
     assert result.rewards == [1.0, 0.5, None, None]

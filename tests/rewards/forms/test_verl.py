@@ -69,28 +69,26 @@ def test_a_row_of_verl_is_scored_as_verl_does_and_the_rest_of_the_dict_is_logged
     assert score(RewardSpec(f"verl:{file}:asynchronous"), ["42", "41"], ROW).rewards == [1.0, 0.0]
 
 
-def test_the_ground_truth_may_be_any_column_and_options_are_bound_alone(file):
+def test_the_ground_truth_may_be_the_answer_and_options_are_bound_alone(file):
     ours = {"question": "6 * 7?", "answer": "42", "score": 7.0, "method": "other"}  # columns with names of options
-    named = {"ground_truth": "answer"}
-    spec = RewardSpec(f"verl:{file}:by_task", columns=named)
+    spec = RewardSpec(f"verl:{file}:by_task")
     assert score(spec, ["#### 42", "it is 42"], ours).rewards == [1.0, 0.0]
-    spec = RewardSpec(f"verl:{file}:by_task", columns=named, arguments={"method": "flexible", "score": 2.0})
+    spec = RewardSpec(f"verl:{file}:by_task", arguments={"method": "flexible", "score": 2.0})
     assert score(spec, ["#### 42", "it is 42"], ours).rewards == [2.0, 2.0]
     with pytest.raises(RewardError, match=r"no parameter 'metod' to bind \(did you mean 'method'"):
-        score(RewardSpec(f"verl:{file}:by_task", columns=named, arguments={"metod": "flexible"}), ["42"], ours)
+        score(RewardSpec(f"verl:{file}:by_task", arguments={"metod": "flexible"}), ["42"], ours)
 
 
 def test_what_is_missing_is_named_with_the_way_out(file):
-    row = {"answer": "42"}
+    row = {"gold": "42"}
     with pytest.raises(
         RewardError, match=r"asks for the column 'data_source', which is not there.*data_source: \.\.\."
     ):
         score(RewardSpec(f"verl:{file}:compute_score"), ["42"], row)
     spec = RewardSpec(f"verl:{file}:compute_score", arguments={"data_source": "mine"})
-    with pytest.raises(RewardError, match=r"this row has none.*columns: \{ground_truth: answer\}"):
+    with pytest.raises(RewardError, match=r"this row has none.*Name the column that holds it in data.solution_column"):
         score(spec, ["42"], row)
-    spec = RewardSpec(spec.function, arguments=spec.arguments, columns={"ground_truth": "answer"})
-    assert score(spec, ["42"], row).extras["source"] == ["mine"]
+    assert score(spec, ["42"], {"answer": "42"}).extras["source"] == ["mine"]
     for function, message in {
         f"verl:{file}:compute_scores": "'compute_scores' is not there .did you mean 'compute_score'",
         f"verl:{file}": "is not an existing Python file",

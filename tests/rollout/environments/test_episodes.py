@@ -295,34 +295,27 @@ def test_contract_6_a_tool_that_cannot_go_on_is_a_failure_of_its_rollout_alone(e
 
 
 def test_contract_6_a_tool_that_needs_too_much_memory_is_a_failure_of_its_rollout_alone(engine):
-    params = replace(EPISODES, environment=replace(SLOW, memory_mb=300, timeout_s=10.0), group_size=2)
-    prompts = [replace(PROMPTS[2], text="a", columns={"fate": "hungry"}), replace(PROMPTS[6], text="b", columns={})]
+    params = replace(EPISODES, environment=replace(SLOW, timeout_s=10.0), group_size=2)
+    fate = {"fate": "hungry", "most_mb": 300}
+    prompts = [replace(PROMPTS[2], text="a", columns=fate), replace(PROMPTS[6], text="b", columns={})]
     failed, well = engine.sample(prompts, params)
     found = [c.tools.failure for c in failed.completions if c.tools.failure]
     assert found
     assert {failure["kind"] for failure in found} == {"memory"}
     assert all("it needs more memory than its process may have" in failure["message"] for failure in found)
     assert all(c.tools.failure is None and c.tools.reward is not None for c in well.completions)
-    unlimited = replace(params, environment=replace(params.environment, memory_mb=None))
-    assert tokens([well]) == tokens(engine.sample(prompts[1:], unlimited))
+    assert tokens([well]) == tokens(engine.sample(prompts[1:], params))
 
 
 @pytest.mark.slow
 def test_what_other_episodes_hold_is_no_failure_of_this_one(engine):
     """Eight episodes of 60 MiB in a process of 300: objects are dropped, and their episodes repeated."""
-    params = replace(EPISODES, environment=replace(SLOW, memory_mb=300, timeout_s=10.0), group_size=8)
-    prompts = [replace(PROMPTS[6], text="b", columns={"fate": "large"})]
-    groups = engine.sample(prompts, params)
+    params = replace(EPISODES, environment=replace(SLOW, timeout_s=10.0), group_size=8)
+    unlimited = engine.sample([replace(PROMPTS[6], text="b", columns={"fate": "large"})], params)
+    groups = engine.sample([replace(PROMPTS[6], text="b", columns={"fate": "large", "most_mb": 300})], params)
     assert sum(c.tools.reward >= 2 for c in completions(groups)) > 5
     assert all(c.tools.failure is None for c in completions(groups))
-    unlimited = replace(params, environment=replace(params.environment, memory_mb=None))
-    assert groups == engine.sample(prompts, unlimited)
-
-
-def test_too_little_memory_to_begin_names_the_option(engine):
-    little = replace(EPISODES, environment=replace(SLOW, memory_mb=3))
-    with pytest.raises(RuntimeError, match="it may need more memory than program_memory_mb=3"):
-        engine.sample(PROMPTS[:1], little)
+    assert groups == unlimited
 
 
 @pytest.mark.parametrize("fate", ["writes", "floods"])

@@ -198,7 +198,7 @@ def test_a_teacher_is_held_whole_on_every_rank(hf_policy, random_policy, tmp_pat
     assert [row for row in memory_table.table([replace(with_it, teacher=2**30)]).columns[0].cells if "teacher" in row]
     warm = MemoryOfRun(shape, True, options(TrainConfig, dtype, **given | {"warm_start.steps": 1})).devices()[0]
     assert (warm.name, warm.teacher) == ("warm start", 0)
-    elsewhere = options(TrainConfig, dtype, **given | {"distill.url": "http://127.0.0.1:9/v1"})
+    elsewhere = options(TrainConfig, dtype, **given | {"distill.teacher": f"{folder}@http://127.0.0.1:9/v1"})
     assert MemoryOfRun(shape, True, elsewhere).devices() == [without]
 
 

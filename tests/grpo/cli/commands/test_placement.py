@@ -32,20 +32,15 @@ def placed(ranks: int, workers: int, gpus: float = ANY, **given) -> list[tuple[s
 
 def test_workers_have_gpus_of_their_own_as_ray_packs_them():
     assert placed(2, 4) == [("each of 2 ranks", 2, 10), ("each of 4 workers", 4, 3)]
-    halves = {"rollout.gpus_per_worker": 0.5}
-    assert placed(2, 4, **halves) == [("each of 2 ranks", 2, 10), ("each of 2 GPUs of 2 workers", 2, 6)]
-    assert placed(1, 1, **halves)[1] == ("the worker", 1, 3)
-    assert placed(2, 4, gpus=0, **halves) == [("each of 2 ranks", 2, 10), ("a worker", 4, 3)]  # on CPUs
-    assert placed(1, 2, **{"rollout.gpus_per_worker": 0})[1] == ("a worker, on CPUs", 2, 3)
+    assert placed(1, 1)[1] == ("the worker", 1, 3)
+    assert placed(2, 4, gpus=0) == [("each of 2 ranks", 2, 10), ("a worker", 4, 3)]  # on CPUs
 
 
-def test_colocated_workers_are_beside_a_learner():
-    turns = {"rollout.colocate": True}
-    assert placed(16, 16, **turns) == [("each of 16 ranks and worker, in turn", 16, 13)]
-    thirds = turns | {"rollout.gpus_per_worker": 1 / 3}
-    assert placed(2, 3, **thirds) == [("one rank and 3 workers, in turn", 1, 19), ("the other rank", 1, 10)]
-    by_ray = turns | {"learner.workers": 2, "rollout.gpus_per_worker": 0.3}  # a rank leaves .3 of its GPU
-    assert placed(2, 5, **by_ray) == [("each of 2 ranks and worker, in turn", 2, 13), ("the GPU of 3 workers", 1, 9)]
+def test_workers_are_beside_a_learner_where_there_are_no_other_gpus():
+    assert placed(16, 16, gpus=16) == [("each of 16 ranks and worker, in turn", 16, 13)]
+    assert placed(2, 1, gpus=2) == [("one rank and worker, in turn", 1, 13), ("the other rank", 1, 10)]
+    by_ray = {"learner.workers": 2}  # each has a whole GPU, and the workers others
+    assert placed(2, 5, gpus=2, **by_ray) == [("each of 2 ranks", 2, 10), ("each of 5 workers", 5, 3)]
 
 
 def test_where_there_is_no_other_gpu_they_take_turns_and_with_ahead_workers_have_none():
@@ -56,32 +51,25 @@ def test_where_there_is_no_other_gpu_they_take_turns_and_with_ahead_workers_have
 
 def test_who_is_away_holds_nothing_while_the_learner_works():
     learner = DeviceMemory("a", weights=10, activations=7)
-    worker = DeviceMemory("b", sampler=4, derived=2, graphs=1, rollout=3)
-    both = learner.beside(worker, 1, "both", in_turn=True)
-    assert (both.phases["sampling"], both.phases["learning"], both.phases["saving"]) == (20, 17, 17)
-    assert learner.beside(worker, 1, "both", in_turn=False).phases["learning"] == 24
+    worker = DeviceMemory("b", sampler=4, derived=2, rollout=3)
+    both = learner.beside(worker, "both", in_turn=True)
+    assert (both.phases["sampling"], both.phases["learning"], both.phases["saving"]) == (19, 17, 16)
+    assert learner.beside(worker, "both", in_turn=False).phases["learning"] == 23
 
 
-def test_a_plan_of_colocated_workers_is_the_sum_of_both(random_policy):
-    shape = random_policy().config
-    given = {"learner.workers": 4, "rollout.workers": 4, "rollout.gpus_per_worker": 0.4}
-    [both] = MemoryOfRun(shape, True, options(**given, **{"rollout.colocate": True})).devices(ANY)
-    learner, worker = MemoryOfRun(shape, True, options(**given | {"rollout.gpus_per_worker": 1.0})).devices(ANY)
+def test_a_plan_of_workers_beside_a_learner_is_the_sum_of_both(random_policy):
+    shape, given = random_policy().config, {"rollout.workers": 1}
+    [both] = MemoryOfRun(shape, True, options(**given)).devices(1)
+    learner, worker = MemoryOfRun(shape, True, options(**given)).devices(2)
     assert both.phases["sampling"] == learner.phases["sampling"] + worker.phases["sampling"]
     assert both.phases["learning"] == learner.phases["learning"]
     assert both.host == learner.host + worker.host
-    assert worker.host > learner.host > 0  # a worker is built whole, a rank reads its shares
+    assert worker.host == learner.host > 0
 
 
 def test_what_else_was_in_no_plan(random_policy):
-    """Recorded graphs, and vLLM, whose copy is its own."""
+    """vLLM, whose copy is its own."""
     shape = random_policy().config
-    graphs = {
-        compile: MemoryOfRun(shape, True, options(**{"rollout.compile": compile})).devices(ANY)[0].graphs
-        for compile in ("auto", "on")
-    }
-    assert graphs["auto"] == 0 < graphs["on"]
-    assert MemoryOfRun(shape, True, options(**{"rollout.compile": "on"})).devices(0)[0].graphs == 0
     [own], [vllm] = (MemoryOfRun(shape, True, options(**more)).devices() for more in ({}, {"rollout.backend": "vllm"}))
     assert own.sampler == 0 < vllm.sampler
     assert vllm.rollout == KV_CACHE_BYTES
@@ -142,7 +130,6 @@ def test_what_fits_only_together_is_named_together_and_what_cannot_fit_is_said(r
     assert least.endswith("use larger devices or a smaller model")
     on_cpus = advice(shape, config, 0.9, gpus=0)  # two processes
     assert "learner.workers" not in on_cpus
-    assert "colocate" not in on_cpus
 
 
 def test_a_supervised_run_gets_no_advice_about_samplers(random_policy):

@@ -104,10 +104,10 @@ def test_a_tool_may_take_one_type_or_another(bare_model, tmp_path):
 
 
 @pytest.mark.usefixtures("no_steps")
-@pytest.mark.parametrize(("workers", "late"), [(1, True), (16, False)])
-def test_a_slow_reward_ends_nothing_and_several_workers_share_it(bare_model, tmp_path, monkeypatch, workers, late):
+@pytest.mark.parametrize(("prompts", "late"), [(32, True), (4, False)])
+def test_a_slow_reward_ends_nothing_and_matters_for_large_batches(bare_model, tmp_path, monkeypatch, prompts, late):
     monkeypatch.setattr(module, "try_functions", lambda *_: (0.025, 0.025))
-    given = {"prompts_per_step": 32, "rollout.group_size": 8, "reward.workers": workers}
+    given = {"prompts_per_step": prompts, "rollout.group_size": 8}
     found = [each for each in rehearse(_config(bare_model, tmp_path, **given)).findings if "batch takes" in each.what]
     assert [each.effect for each in found] == ["warns"] * late
 

@@ -142,7 +142,6 @@ def test_a_group_that_an_update_cuts_is_said(read):
         ({"importance_sampling_level": "sequence"}, "loss.importance_sampling_level", "sequence"),
         ({"use_vllm": True}, "loss.importance_correction", "sequence_mask"),
         ({"use_vllm": True, "vllm_importance_sampling_correction": False}, "loss.importance_correction", "none"),
-        ({"use_vllm": True, "vllm_importance_sampling_clip_max": 2.0}, "loss.importance_clip_max", 2.0),
         ({"lr_scheduler_type": "cosine"}, "learner.schedule", "cosine"),
         ({"optim": "paged_adamw_8bit"}, "learner.optimizer", "adamw_8bit"),
         ({"max_grad_norm": 0.0}, "learner.max_grad_norm", 1e9),

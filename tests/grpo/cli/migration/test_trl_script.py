@@ -141,8 +141,7 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     first, second, model = config.rewards
     assert (first.function, first.arguments) == ("train.py:close_to", {"goal": 3})
     assert second.function == "trl.rewards.format_rewards:think_format_reward"
-    assert (model.function, model.arguments) == ("column", {"name": "reward_model_3"})
-    assert config.reward_models[0].model == "nobody/reward"
+    assert (model.function, model.name) == ("model:nobody/reward", "reward_model_3")
     assert (config.tools, config.environment) == (["train.py:weather"], "train.py:Room")
     lost = {each.option for each in migration.unsupported}
     assert lost == {"use_dora", "device_map", "reward_funcs", "callbacks", "GRPOTrainer"}

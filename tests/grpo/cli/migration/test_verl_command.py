@@ -190,7 +190,6 @@ def test_defaults_of_verls_are_written_where_ours_are_others(files):
     command = f"{PPO} data.train_files={files}/train.parquet actor_rollout_ref.rollout.n=4"
     config = TrainConfig(**read_verl_command(command).tree)
     assert config.loss.advantage == "gae"
-    assert config.value.learning_rate == 1e-5
     assert config.learner.schedule == "constant"
     assert config.rollout.max_completion_tokens == 512
     assert config.prompts_per_step == 256

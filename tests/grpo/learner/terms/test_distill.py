@@ -11,7 +11,6 @@ import torch
 from recorded import groups_of
 from small_learner import small_learner
 
-from grpo.algorithm.advantages import group_relative
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
@@ -38,9 +37,9 @@ def test_the_likeliest_tokens_of_a_position_are_those_of_log_softmax():
     assert doctest.testmod(module).failed == 0
 
 
-def learner_of(policy, teacher, temperature, reward_weight, top_k, **options) -> Learner:
+def learner_of(policy, teacher, temperature, top_k, **options) -> Learner:
     options = LearnerOptions(**{"learning_rate": 1e-3, "max_grad_norm": 1e9} | options)
-    given = {"teacher": teacher, "temperature": temperature, "reward_weight": reward_weight, "top_k": top_k}
+    given = {"teacher": teacher, "temperature": temperature, "top_k": top_k}
     return small_learner(policy, options, MTPOptions(loss_weight=0.0), LossOptions(advantage="distill"), **given)
 
 
@@ -65,61 +64,59 @@ def test_its_policy_gradient_is_in_expectation_that_of_the_reverse_kl():
     assert torch.allclose(found, expected, atol=1e-12)
 
 
-def by_hand(policy, teacher, groups, scores, reward_weight, temperature):
+def by_hand(policy, teacher, groups, temperature):
     """The gradient and the KL by one forward of transformers for each completion."""
     total, kl = torch.zeros(()), 0.0
     tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
-    weights = group_relative([score.rewards for score in scores])[0] * reward_weight
-    for group, row in zip(groups, weights, strict=True):
-        for completion, weight in zip(group.completions, row, strict=True):
+    for group in groups:
+        for completion in group.completions:
             ids, start = torch.tensor([group.prompt.token_ids + completion.token_ids]), len(group.prompt.token_ids)
             both = []
             for one in (policy, teacher):
                 logits = one.trunk(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / temperature
                 both.append(torch.log_softmax(logits, -1).gather(-1, ids[0, start:, None])[:, 0])
             own, other = both[0], both[1].detach()
-            total = total - ((other - own.detach() + weight) * own).sum() / tokens
+            total = total - ((other - own.detach()) * own).sum() / tokens
             kl += (own.detach() - other).sum().item() / tokens
     total.backward()
     return {name: p.grad for name, p in policy.trunk.named_parameters() if p.grad is not None}, kl
 
 
-def top_by_hand(policy, teacher, groups, scores, reward_weight, temperature, k):
+def top_by_hand(policy, teacher, groups, temperature, k):
     """The same with the KL over the teacher's k likeliest tokens and the rest, from whole distributions."""
     total, kl = torch.zeros(()), 0.0
     tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
-    weights = group_relative([score.rewards for score in scores])[0] * reward_weight
-    for group, row in zip(groups, weights, strict=True):
-        for completion, weight in zip(group.completions, row, strict=True):
+    for group in groups:
+        for completion in group.completions:
             ids, start = torch.tensor([group.prompt.token_ids + completion.token_ids]), len(group.prompt.token_ids)
             p, q = (
                 (one.trunk(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / temperature).softmax(-1)
                 for one in (policy, teacher)
             )
-            own, order = p.gather(-1, ids[0, start:, None]).log(), q.detach().argsort(-1, descending=True)
+            order = q.detach().argsort(-1, descending=True)
             p, q = (x.gather(-1, order) for x in (p, q.detach()))
             p, q = (torch.cat([x[:, :k], x[:, k:].sum(-1, keepdim=True)], -1) for x in (p, q))
             divergence = (p * (p / q).log()).sum() / tokens
-            total, kl = total + divergence - (weight * own).sum() / tokens, kl + divergence.item()
+            total, kl = total + divergence, kl + divergence.item()
     total.backward()
     return {name: p.grad for name, p in policy.trunk.named_parameters() if p.grad is not None}, kl
 
 
 @pytest.mark.parametrize("kind", ["deepseek", "llama"])
 @pytest.mark.parametrize("top_k", [None, 3])
-@pytest.mark.parametrize(("reward_weight", "budget", "temperature"), [(0.0, 10_000, 1.0), (0.5, 12, 0.7)])
+@pytest.mark.parametrize(("budget", "temperature"), [(10_000, 1.0), (12, 0.7)])
 def test_the_learners_gradient_is_that_of_transformers_own_forward(
-    random_policy, hf_policy, kind, reward_weight, budget, temperature, top_k
+    random_policy, hf_policy, kind, budget, temperature, top_k
 ):
     policy = random_policy(1)
     teacher = random_policy(2) if kind == "deepseek" else hf_policy("llama", 2)
     groups, scores = groups_of(3)
-    scores[1].rewards[:] = [0.5] * 3  # tied: nothing for the score, everything for the teacher
+    scores[1].rewards[:] = [0.5] * 3  # tied: the teacher teaches all the same
     copies = copy.deepcopy(policy)
     before = copy.deepcopy(teacher.trunk.state_dict())
-    learner = learner_of(policy, teacher, temperature, reward_weight, top_k, tokens_per_micro_batch=budget)
+    learner = learner_of(policy, teacher, temperature, top_k, tokens_per_micro_batch=budget)
     metrics = learner.step(learner.prepare(groups, scores), 1)
-    given = copies, teacher, groups, scores, reward_weight, temperature
+    given = copies, teacher, groups, temperature
     expected, kl = by_hand(*given) if top_k is None else top_by_hand(*given, top_k)
     assert metrics["loss/teacher_kl"] == pytest.approx(kl, abs=1e-4)
     assert len(expected) > 10
@@ -167,7 +164,7 @@ def test_advantages_of_each_token_are_added_token_by_token(random_policy):
     gradients = []
     for advantages in ([[0.5] * 3] * len(groups), [[[0.5] * len(c.token_ids) for c in g.completions] for g in groups]):
         copies = copy.deepcopy(policy)
-        learner = learner_of(copies, teacher, 1.0, 1.0, None, tokens_per_micro_batch=4096)
+        learner = learner_of(copies, teacher, 1.0, None, tokens_per_micro_batch=4096)
         learner.step(learner.prepare(groups, scores, advantages), 1)
         gradients.append([p.grad for p in copies.trunk.parameters() if p.grad is not None])
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))

@@ -1,4 +1,4 @@
-"""A teacher that vLLM's own API server holds, for distill.url: its scores of given tokens are the policy's."""
+"""A teacher that vLLM's own API server holds, for distill.teacher: its scores of given tokens are the policy's."""
 
 import os
 import signal
