@@ -6,9 +6,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from rewards.config.data import SourceOptions
 from rewards.config.options import Options
 from rewards.config.reward import RewardOptions, RewardsOptions
-from rewards.config.sources import SourcesOptions
+
+OF_EPISODES = ("environment", "agent")  # the rewards that hand over what an episode's own code gave
 
 
 class EnvironmentOptions(Options):
@@ -66,8 +68,8 @@ class TurnsOptions(Options):
     shows."""
 
 
-class TrainDataOptions(TurnsOptions, SourcesOptions):
-    """Where prompts come from."""
+class TrainSourceOptions(TurnsOptions, SourceOptions):
+    """Where prompts come from. A source takes nothing from another one: what it does not set has the default."""
 
 
 def rewards_of(config: RewardsOptions) -> list[RewardOptions]:

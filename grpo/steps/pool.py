@@ -162,7 +162,7 @@ def open_sampler(run: Run[TrainConfig], task: Task, pool: Pool) -> AbstractConte
         return nullcontext(pool)
     from grpo.endpoint.agent_sampler import AgentSampler
 
-    return closing(AgentSampler(pool, agent, run.config.rollout.temperature, run.config.data.thoughts))
+    return closing(AgentSampler(pool, agent, run.config.rollout.temperature, run.config.data[0].thoughts))
 
 
 def use_costs_of_run(run: Run[Any], task: Task, pool: Pool, policy: Policy, sampling: SamplingParams) -> None:
