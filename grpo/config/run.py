@@ -194,6 +194,7 @@ class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ign
     data: Annotated[list[TrainSourceOptions], OneOrMore] = Field(  # type: ignore[assignment]
         default_factory=lambda: [TrainSourceOptions()]
     )
+    """Where prompts come from: one source, or a list of several, as in `quartet sft`."""
     rollout: RolloutOptions = RolloutOptions()
     learner: LearnerOptions = LearnerOptions()
     eval: GrpoEvalOptions = GrpoEvalOptions()

@@ -246,6 +246,8 @@ class PromptStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises ValueError if the seed or the data are others."""
+        if len(state.get("streams", ())) == 1:  # as version 0.2 recorded a list of one source
+            [state] = state["streams"].values()
         if state["seed"] != self._seed:
             raise ValueError(
                 f"the run began with the data order of seed={state['seed']}, not of seed={self._seed}; "

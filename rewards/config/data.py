@@ -85,6 +85,8 @@ def check_sources(sources: list[Source]) -> list[Source]:
             raise ValueError(f"data: {name} belongs to the whole run; give every source the same")
     if len(sources) == 1:
         return sources
+    if unnamed := [i for i, source in enumerate(sources) if "name" not in source.model_fields_set]:
+        raise ValueError(f"data[{unnamed[0]}].name is required: there are several sources")
     labels = [source.label or re.sub(r"[^\w.:-]+", "-", PurePath(source.name).name) for source in sources]
     for label in labels:
         if labels.count(label) > 1:

@@ -261,14 +261,15 @@ def add_options(parser: argparse.ArgumentParser, model_cls: type[BaseModel]) -> 
             text += f" Each item: {', '.join(option.model.model_fields)}."
         elif option.model:
             groups[key] = parser.add_argument_group(key, text if option.is_group else None)
-        if not option.is_group:
+        is_one_or_more = OneOrMore in option.field.metadata  # given as a whole, too
+        if is_one_or_more or not option.is_group:
             groups.get(key, groups[key.rpartition(".")[0]]).add_argument(
                 f"--{key}",
                 action=_Override,
                 type=partial(_value, option.field.annotation, lines=Lines in option.field.metadata),
                 default=argparse.SUPPRESS,
                 metavar=option.shown_type,
-                help=f"{text} ({default})".replace("%", "%%"),
+                help=(text if is_one_or_more else f"{text} ({default})").replace("%", "%%"),
             )
 
 

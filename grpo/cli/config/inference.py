@@ -158,7 +158,7 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
 
 def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     sources, rollout, reward = sources_of(run), run["rollout"], dict(run["reward"])
-    whole = sources[0] | {"name": " + ".join(source["name"] for source in sources)}  # none of several is meant
+    whole = sources[0] | {"name": " + ".join(source.get("label") or source["name"] for source in sources)}  # none of several is meant
     of_data = next((source for source in sources if source["name"] == data), whole)
     if names := of_data.get("rewards") if of_data is not whole else None:
         labels = [RewardSpec(each["function"], name=each["name"]).label for each in run["rewards"]]

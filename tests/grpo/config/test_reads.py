@@ -92,7 +92,7 @@ def judged(policy_folder, letters) -> dict[str, Any]:
     return {
         "model": str(policy_folder),
         "threads": 1,
-        "data.levels": [1],
+        "data.task_options.levels": [1],
         "rewards": [{"function": letters}],
         "reward_models": [judge],
         "rollout.max_completion_tokens": 8,
@@ -134,7 +134,9 @@ def test_contract_18_supervised_steps_read_all_their_options(micro_config, polic
         sft(SftConfig(output_dir=tmp_path / "r", eval={"limit": 2}, learner={"workers": 0}, **given, **small))
         acts = {"environment": "calculator", "learner": {"on_non_finite": "skip"}}
         sft(SftConfig(output_dir=tmp_path / "e", eval={"limit": 2}, **given, **small, **acts))
-        task_of(SftConfig(output_dir=tmp_path / "h", **given | {"data": [rows]}), scores=False).close()
+        task_of(
+            SftConfig(output_dir=tmp_path / "h", **given | {"data": [rows, {"name": "word_problems"}]}), scores=False
+        ).close()
     assert unread(SftConfig, reads) == set()
 
 
@@ -167,7 +169,7 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, not
         with pytest.raises(ValueError, match="nobody has compared"):
             check_plan(outside)
         vllm_settings(outside.rollout, tmp_path)
-        task_of(TrainConfig(output_dir=tmp_path / "h", data=[rows]), scores=False).close()
+        task_of(TrainConfig(output_dir=tmp_path / "h", data=[rows, {"name": "word_problems"}]), scores=False).close()
     assert unread(TrainConfig, reads) == set()
 
 
@@ -178,7 +180,7 @@ def test_contract_18_teaching_a_draft_head_reads_all_its_options(judged, rows, t
     small |= {"mtp.solutions": 1, "mtp.draft_vocabulary": 16, "log.trackers": [], "data.limit": 24}
     with recorded() as reads:
         mtp(load(MtpConfig, None, judged | small | {"output_dir": tmp_path / "r"}))
-        task_of(MtpConfig(output_dir=tmp_path / "h", data=[rows]), scores=False).close()
+        task_of(MtpConfig(output_dir=tmp_path / "h", data=[rows, {"name": "word_problems"}]), scores=False).close()
     assert unread(MtpConfig, reads) == set()
 
 

@@ -24,7 +24,7 @@ from grpo.run.records import read_metrics
 from grpo.task.reward_models import ModelRewards
 from grpo.task.task import Task
 from grpo.train import train
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.config.options import dump_yaml, load
 from rewards.config.reward import RewardModelOptions, RewardOptions, ScoringOptions
 from rewards.config.yaml_file import ConfigError
@@ -232,7 +232,7 @@ def test_what_would_mean_nothing_is_refused_before_training(folders, tmp_path, g
     option = {"name": "rm"} | given | {"model": given["model"].replace("{root}", str(root))}
     with pytest.raises(ValueError, match=message):
         Task(
-            DataOptions(levels=[1], limit=4),
+            SourceOptions(task_options={"levels": [1]}, limit=4),
             [RewardOptions(function="gsm8k")],
             ScoringOptions(),
             reward_models=[RewardModelOptions(**option)],
@@ -251,7 +251,7 @@ def test_names_are_unique_and_options_fit_the_kind(folders):
 
 def _task(folders, on_error="abort"):
     return Task(
-        DataOptions(levels=[1], limit=4),
+        SourceOptions(task_options={"levels": [1]}, limit=4),
         [RewardOptions(function="column", name="fluent", weight=-0.5, arguments={"name": "ppl"})],
         ScoringOptions(on_error=on_error),
         reward_models=[RewardModelOptions(name="ppl", model=str(folders / "llama"), kind="perplexity")],
