@@ -23,9 +23,9 @@ class PromptTemplate:
     """How an example becomes the text of its prompt.
 
     `format` is a format string over the columns, in which `{question}` is the prompt column, or "chat": the
-    tokenizer's chat template around the question as the user's message. Messages in place of "chat" give a system
-    message, a format string for the user's message, or both. `few_shot` examples go first, with their solutions; if the
-    user's message has {examples}, they are in that message, each in the form of the text after it.
+    tokenizer's chat template around the question as the user's message. A mapping in place of "chat" has the `system`
+    message, a format string for the `user`'s message, or both. `few_shot` examples go first, with their solutions; if
+    the user's message has {examples}, they are in that message, each in the form of the text after it.
 
     Raises ValueError for a format without fields, with broken braces, or with a field that the example does not have.
 
@@ -33,21 +33,14 @@ class PromptTemplate:
     'Question: 2 + 3 = ? Answer: '
     """
 
-    format: str | Sequence[Mapping[str, str]] = "{question}\n"
+    format: str | Mapping[Any, str] = "{question}\n"
     few_shot: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.format, str):
             if not self.is_chat and not _fields(self.format):
                 raise ValueError(f"template={self.format!r} makes every prompt the same; put {{question}} into it")
-            return
-        roles = [message.get("role") for message in self.format if message.keys() == {"role", "content"}]
-        if roles not in (["system"], ["user"], ["system", "user"]) or len(roles) < len(self.format):
-            raise ValueError(
-                f"template={self.format}: expected a system message, the user's, or both in this order, such as "
-                "[{role: system, content: Be brief.}]"
-            )
-        if self.user_form is not None and not set(_fields(self.user_form.rpartition("{examples}")[2])) - {"examples"}:
+        elif self.user_form is not None and not set(_fields(self.user_form.rpartition("{examples}")[2])):
             raise ValueError(f"template: {self.user_form!r} needs {{question}}, after {{examples}} if it has that")
 
     @property
@@ -57,7 +50,7 @@ class PromptTemplate:
     @property
     def user_form(self) -> str | None:
         """The format string of the user's message of a chat."""
-        return _content_of(self.format, "user")
+        return None if isinstance(self.format, str) else self.format.get("user")
 
     def render(self, example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
         """The text of the prompt. Only "chat" needs the tokenizer."""
@@ -83,7 +76,7 @@ class PromptTemplate:
         if not self.is_chat:
             return None
         messages: list[dict[str, Any]] = []
-        if system := _content_of(self.format, "system"):
+        if system := "" if isinstance(self.format, str) else self.format.get("system"):
             messages.append({"role": "system", "content": system})
             if example.messages and example.messages[0]["role"] == "system":
                 raise ValueError(
@@ -129,19 +122,14 @@ class PromptTemplate:
         return turns
 
 
-def shown_columns(template: str | Sequence[Mapping[str, str]]) -> list[str] | None:
+def shown_columns(template: str | Mapping[Any, str]) -> list[str] | None:
     """The columns that prompts show, in their order; None for the question or the turns of a chat alone.
 
     >>> shown_columns("{context} {question}"), shown_columns("chat")
     (['context', 'question'], None)
     """
-    form = _content_of(template, "user") if is_chat(template) else str(template)
+    form = PromptTemplate(template).user_form if is_chat(template) else str(template)
     return None if form is None else list(dict.fromkeys(_fields(form.replace("{examples}", ""))))
-
-
-def _content_of(template: str | Sequence[Mapping[str, str]], role: str) -> str | None:
-    messages = [] if isinstance(template, str) else template
-    return next((message["content"] for message in messages if message["role"] == role), None)
 
 
 def _fields(form: str) -> list[str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from rewards.config.options import Lines, Options
+
+ChatForm = dict[Literal["system", "user"], str]
 
 
 class ProblemOptions(Options):
@@ -39,11 +41,11 @@ class TemplateOptions(Options):
 class PromptOptions(TemplateOptions, ProblemOptions):
     """How problems become prompts; every command that prompts a policy has these options."""
 
-    template: Annotated[str | list[dict[str, str]], Lines] = "{question}\n"
-    """A format string over the data's columns, or `chat` for the model's own chat template, or messages for that
-    template: [{role: system, content: Be brief.}, {role: user, content: "Question: {question}"}], either of them or
-    both. The content of the user's message is a format string; worked examples are put where it has {examples}, each in
-    the form of the text after it, and are turns of the chat otherwise."""
+    template: Annotated[str | ChatForm, Lines] = "{question}\n"
+    """A format string over the data's columns, or `chat` for the model's own chat template, or what its messages say:
+    {system: Be brief., user: "Question: {question}"}, either of them or both. The user's is a format string; worked
+    examples are put where it has {examples}, each in the form of the text after it, and are turns of the chat
+    otherwise."""
     few_shot: int = Field(default=0, ge=0)
     """How many worked examples, from the training split, come before every prompt."""
 
@@ -103,10 +105,10 @@ def names_of(sources: Iterable[SourceOptions]) -> str:
     return " + ".join(source.label or source.name for source in sources)
 
 
-def is_chat(template: str | Sequence[Any]) -> bool:
-    """Whether a template is the model's own chat template, with messages or without.
+def is_chat(template: str | Mapping[Any, str]) -> bool:
+    """Whether a template is the model's own chat template, with what its messages say or without.
 
-    >>> is_chat("chat"), is_chat([{"role": "system", "content": "Be brief."}]), is_chat("{question}")
+    >>> is_chat("chat"), is_chat({"system": "Be brief."}), is_chat("{question}")
     (True, True, False)
     """
     return template == "chat" or not isinstance(template, str)

@@ -127,13 +127,12 @@ def _renew_source(source: dict[str, Any], tell: Callable[[str, str], None] | Non
             source["task_options"] = source.get("task_options", {}) | {"levels": levels}
         if tell:
             tell("data.levels", "data.task_options: {levels: [1, 2]}")
-    contents = {"system": source.get("system_prompt"), "user": source.get("user_turn")}
-    messages = [{"role": role, "content": content} for role, content in contents.items() if content]
-    if messages and source.get("template") == "chat":
+    messages = {"system": source.get("system_prompt"), "user": source.get("user_turn")}
+    if source.get("template") == "chat" and any(messages.values()):
         source = {name: value for name, value in source.items() if name not in ("system_prompt", "user_turn")}
-        source["template"] = messages
+        source["template"] = {role: content for role, content in messages.items() if content}
         if tell:
-            tell("data.system_prompt or data.user_turn", "data.template: [{role: system, ...}, {role: user, ...}]")
+            tell("data.system_prompt or data.user_turn", "data.template: {system: ..., user: ...}")
     return {name: value for name, value in source.items() if value != default_then(f"data.{name}")}
 
 

@@ -196,14 +196,15 @@ class _Override(argparse.Action):
 def _value(annotation: Any, text: str, lines: bool = False) -> Any:
     """A value from the command line: YAML, but an option that takes text gets it as it was written (see Lines).
 
-    An option that takes a text or a list gets a list if the words begin like one, with `[` or, for a list of messages,
-    with the first key of a message. Otherwise it gets the text.
+    An option that takes a text or a list of texts gets a list if the words begin with `[`. One that takes a text or
+    what the messages of a chat say gets a mapping if the words begin with `{system:` or `{user:`.
     """
     members = set(_members(annotation))
     if members == {str, list[str]} and not text.lstrip().startswith("["):
         return text
-    if members == {str, list[dict[str, str]]} and not re.match(r"\s*\[\s*\{\s*[\"']?(role|content)\b", text):
-        members = {str}  # `[INST] {question} [/INST]` is a format string
+    begins_a_mapping = re.match(r"\s*\{\s*[\"']?(system|user)[\"']?\s*:\s", text)  # a format string begins with {, too
+    if lines and type(None) not in members and not begins_a_mapping:
+        members = {str}
     if members <= {str, Path, type(None)} and not (text == "null" and type(None) in members):
         return Lines.read(text) if lines else text
     try:

@@ -355,7 +355,7 @@ CASES = {
     "instruction_twice": Misconfiguration(
         f"{GITHUB}RLHFlow/Online-DPO-R1/issues/10",
         r"(?i)twice|duplicat|repeats?\b|same (sentence|instruction|text)",
-        {"data.template": [{"role": "system", "content": INSTRUCTION}]},
+        {"data.template": {"system": INSTRUCTION}},
         None,
         suffix=f" {INSTRUCTION}",
     ),

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from grpo.config.environment import AgentOptions, EnvironmentOptions, TurnsOptions
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import LOWEST_TEMPERATURE, AnswerOptions
-from rewards.config.data import PromptOptions
+from rewards.config.data import ChatForm, PromptOptions
 from rewards.config.json_file import expecting
 from rewards.config.names import recorded_options, sources_of
 from rewards.config.options import Lines, Options
@@ -109,9 +109,9 @@ class EvalConfig(MeasuredConfig):
 class SampledDataOptions(PromptOptions):
     """How your prompts are written, and where worked examples come from."""
 
-    template: Annotated[str | list[dict[str, str]], Lines] = "{prompt}"
-    """A format string around `prompt`, or `chat` for the model's own chat template, or messages for that template, as
-    in `quartet eval`. A run folder brings its own."""
+    template: Annotated[str | ChatForm, Lines] = "{prompt}"
+    """A format string around `prompt`, or `chat` for the model's own chat template, or what its messages say, as in
+    `quartet eval`. A run folder brings its own."""
 
 
 class SampledRolloutOptions(AnswerOptions):
@@ -158,7 +158,9 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
 
 def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     sources, rollout, reward = sources_of(run), run["rollout"], dict(run["reward"])
-    whole = sources[0] | {"name": " + ".join(source.get("label") or source["name"] for source in sources)}  # none of several is meant
+    whole = sources[0] | {
+        "name": " + ".join(source.get("label") or source["name"] for source in sources)
+    }  # none of several is meant
     of_data = next((source for source in sources if source["name"] == data), whole)
     if names := of_data.get("rewards") if of_data is not whole else None:
         labels = [RewardSpec(each["function"], name=each["name"]).label for each in run["rewards"]]

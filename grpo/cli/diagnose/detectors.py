@@ -96,7 +96,7 @@ def template(record: Record) -> Cause:
     """The policy was taught with prompts of another form, or does not write what the reward reads."""
     ours, model = record.options.get("data.template"), Path(str(record.options.get("model")))
     theirs = _template_of_run(model)
-    if theirs and theirs != ours and record.start < 0.6:
+    if theirs and ours and theirs != ours and record.start < 0.6:
         what = f"Prompts are {ours!r}, {model} was taught with {theirs!r}, and it begins with "
         what += f"{record.start:.0%} of the marks."
         return True, what, f"set data.template to {theirs!r}"

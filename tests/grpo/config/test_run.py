@@ -170,7 +170,7 @@ def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):
         "seed": 5,
         "data.prompt_column": "problem",
         "data.solution_column": "solution",
-        "data.template": [{"role": "system", "content": "Be brief."}],
+        "data.template": {"system": "Be brief."},
         "data.few_shot": 2,
         "eval.split": "validation",
         "data.task_options.levels": [2, 3],
@@ -250,17 +250,15 @@ def test_what_a_run_of_version_0_2_has_recorded_of_its_data_is_read(tmp_path):
     (tmp_path / "config.yaml").write_text(
         to_yaml({"output_dir": "r", "data": {"name": "word_problems", "template": "chat", "levels": [1]} | of_02})
     )
-    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q: {question}"}
+    messages = {"system": "Be brief.", "user": "Q: {question}"}
     told: list[str] = []
     [source] = load(TrainConfig, tmp_path / "config.yaml", {}, on_removed=told.append).data
-    assert (source.template, source.task_options, told) == ([system, user], {"levels": [1]}, [])
+    assert (source.template, source.task_options, told) == (messages, {"levels": [1]}, [])
     _, options = recorded_options(tmp_path / "config.yaml")
-    assert EvalConfig(data=options["data"]).data.template == [system, user]
+    assert EvalConfig(data=options["data"]).data.template == messages
     with pytest.raises(ConfigError, match=r"data.held_out_seed=3 .command line.: it is gone, since the content"):
         load(TrainConfig, None, {"output_dir": "r", "data.held_out_seed": 3})
-    with pytest.raises(
-        ConfigError, match=r"data.system_prompt=Hi .command line.: it is gone, since data.template takes"
-    ):
+    with pytest.raises(ConfigError, match=r"data.system_prompt=Hi .command line.: it is gone, since the messages"):
         load(TrainConfig, None, {"output_dir": "r", "data.system_prompt": "Hi"})
     # Levels are those of word_problems; other data never read them.
     assert (

@@ -368,13 +368,13 @@ def test_a_text_of_lines_has_line_breaks_as_help_shows_them(typed, read, tmp_pat
 @pytest.mark.parametrize(
     ("typed", "read"),
     [
-        ("[{role: system, content: Be brief.}]", [{"role": "system", "content": "Be brief."}]),
-        ('[{"role": "user", "content": "{question}\\n"}]', [{"role": "user", "content": "{question}\n"}]),
+        ("{system: Be brief.}", {"system": "Be brief."}),
+        ('{"user": "{question}\\n"}', {"user": "{question}\n"}),
+        ("{question}: {answer}", "{question}: {answer}"),
         ("[INST] {question} [/INST]", "[INST] {question} [/INST]"),
-        ("[{question}]", "[{question}]"),
     ],
 )
-def test_messages_are_told_from_a_format_string_in_brackets(typed, read):
+def test_messages_are_told_from_a_format_string(typed, read):
     parser = argparse.ArgumentParser()
     add_options(parser, TrainConfig)
     assert parse(parser, ["--data.template", typed]).overrides == {"data.template": read}

@@ -71,7 +71,7 @@ def run(micro_config, chatty, source, tmp_path_factory):
         "model": chatty,
         "steps": 1,
         "warm_start.steps": 0,
-        "data.template": [{"role": "system", "content": "Be brief."}],
+        "data.template": {"system": "Be brief."},
         "data.few_shot": 1,
         "eval.limit": 2,
         "rewards": [{"function": f"{source}:roles", "chat": True}],
@@ -149,7 +149,7 @@ def test_trls_conversational_data_are_accepted(tmp_path):
     worked = [{"role": "user", "content": "1 + 1 = ?"}, {"role": "assistant", "content": "#### 2"}]
     assert template.messages(talk) == [SYSTEM, *worked, *TALK[1:]]
     assert PromptTemplate("chat").messages(talk) == TALK
-    assert PromptTemplate([{"role": "system", "content": "Add."}]).messages(asked) == [
+    assert PromptTemplate({"system": "Add."}).messages(asked) == [
         {"role": "system", "content": "Add."},
         USER,
     ]
@@ -157,7 +157,7 @@ def test_trls_conversational_data_are_accepted(tmp_path):
     with pytest.raises(ValueError, match="is a chat of several messages; use template: chat"):
         PromptTemplate("{question}\n").render(talk)
     with pytest.raises(ValueError, match="begins with a system message of its own; leave one"):
-        PromptTemplate([{"role": "system", "content": "Add."}]).messages(talk)
+        PromptTemplate({"system": "Add."}).messages(talk)
 
 
 def test_their_solution_may_be_a_message_of_the_assistant(tmp_path):
