@@ -44,7 +44,7 @@ def timed(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> tupl
 
 
 def prompts_of(policy: Policy, count: int) -> list[Prompt]:
-    problems = load_examples("word_problems", "held_out", purpose="eval", levels=[1, 2], limit=count)
+    problems = load_examples("word_problems", "held_out", purpose="eval", limit=count)
     texts = [f"{problem.columns['question']}\n" for problem in problems]
     return [Prompt(str(i), text, policy.tokenizer.encode(text)) for i, text in enumerate(texts)]
 

@@ -27,7 +27,7 @@ TURNS, ANSWER, TOLD = 8, 24, 16
 TIMES = ("time/step", "time/rollout")
 RUN: dict[str, Any] = {
     "data.name": "word_problems",
-    "data.levels": "[1, 2]",
+    "data.task_options.levels": "[1, 2]",
     "agent": f"{Path(__file__).resolve()}:talk",
     "steps": 6,
     "prompts_per_step": 4,

@@ -26,7 +26,7 @@ STEPS, LEARNER = 150, {"learning_rate": 2e-3, "schedule": "constant"}
 
 def main() -> None:
     if not (FOLDER / "policy").exists():
-        data = {"name": "word_problems", "levels": [1]}
+        data = {"name": "word_problems", "task_options": {"levels": [1]}}
         config = SftConfig(output_dir=FOLDER, data=data, steps=STEPS, learner=LEARNER, log={"trackers": []})
         sft(config, resume="auto")
     policy = Policy.load(FOLDER / "policy")

@@ -227,7 +227,6 @@ def micro_config(micro_preset: str, letters: str) -> Callable[..., Any]:
         "threads": 1,
         "steps": 3,
         "prompts_per_step": 4,
-        "data.levels": [1],
         "data.limit": 24,
         "warm_start.steps": 3,
         "warm_start.batch_size": 4,
@@ -243,7 +242,15 @@ def micro_config(micro_preset: str, letters: str) -> Callable[..., Any]:
         "checkpoint.keep": None,
         "log.trackers": [],
     }
-    return lambda output_dir, **given: load(TrainConfig, None, options | {"output_dir": output_dir} | given)
+
+    def config(output_dir: Path, **given: Any) -> Any:
+        base = {} if "data.name" in given else {"data.task_options.levels": [1]}
+        base |= options | {"output_dir": output_dir}
+        if "data" in given:  # a list of sources, which has all of their options
+            base = {key: value for key, value in base.items() if not key.startswith("data.")}
+        return load(TrainConfig, None, base | given)
+
+    return config
 
 
 @pytest.fixture(scope="session")
@@ -255,7 +262,7 @@ def run_words(model: str, letters: str) -> Callable[..., list[str]]:
             "output_dir": folder,
             "model": model,
             "threads": 1,
-            "data.levels": [1],
+            **({} if "data.name" in given else {"data.task_options.levels": [1]}),
             "data.limit": 12,
             "rollout.max_completion_tokens": 6,
             "rewards": f"[{{function: '{reward}'}}]",

@@ -39,7 +39,7 @@ GOES_ON_S = 300.0  # until the next step, or the end: the time limits below, and
 FULL_S = (4.0, 60.0)  # how long the object store is full: shorter than a publication may take, or longer
 OPTIONS: dict[str, Any] = {
     "threads": 1,
-    "data.levels": "[1]",
+    "data.task_options.levels": "[1]",
     "data.limit": 64,
     "prompts_per_step": 8,
     "warm_start.steps": 0,

@@ -35,7 +35,7 @@ def config_of(task: Task, output: Path, **more: Any) -> dict[str, Any]:
         "output_dir": str(output),
         "seed": task.seed,
         "threads": task.threads,
-        "data": {"name": "word_problems", "levels": [task.level], "limit": PROBLEMS},
+        "data": {"name": "word_problems", "task_options": {"levels": [task.level]}, "limit": PROBLEMS},
         "log": {"trackers": []},
         "eval": {"limit": 0},
         **more,

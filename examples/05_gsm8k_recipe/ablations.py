@@ -20,7 +20,7 @@ from grpo.cli.config.inference import EvalConfig
 from grpo.evaluation.perplexity import gold_perplexity
 from grpo.source.policy_source import find_policy, load_found
 from grpo.task.task import Task
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 
 ARMS = {
     "sft_full": ["sft_dense", "sft_moe", "sft_mtp_in_trunk"],
@@ -59,7 +59,7 @@ def marks(run: Path) -> list[dict[str, float]]:
 def losses(run: Path) -> Solutions:
     config = EvalConfig(model=str(run), dtype="bfloat16", data={"name": "gsm8k"})
     policy = load_found(find_policy(config.model), config)
-    with Task(DataOptions(name="gsm8k"), config.rewards, config.reward, train=False, held_out=None) as task:
+    with Task(SourceOptions(name="gsm8k"), config.rewards, config.reward, train=False, held_out=None) as task:
         found = {}
         for example in task.held_out[::EVERY]:
             row = task.solution(example, policy.tokenizer, policy.stop_token_ids[0])

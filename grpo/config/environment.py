@@ -7,6 +7,8 @@ from pydantic import Field, field_validator
 from rewards.config.options import Options
 from rewards.config.reward import RewardOptions, RewardsOptions
 
+OF_EPISODES = ("environment", "agent")  # the rewards that hand over what an episode's own code gave
+
 
 class EnvironmentOptions(Options):
     """What a policy acts in; training, evaluation and sampling have these options."""

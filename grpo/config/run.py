@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from grpo.config.environment import AgentOptions, EnvironmentOptions
+from grpo.config.environment import OF_EPISODES, AgentOptions, EnvironmentOptions
 from grpo.config.features import sections
 from grpo.config.learner import (
     LearnerOptions,
@@ -26,9 +26,10 @@ from grpo.config.learner import (
 from grpo.config.loss import LossOptions
 from grpo.config.policy import ArchitectureOptions, ModelOptions
 from grpo.config.sampling import RolloutOptions, SamplingOptions
-from rewards.config.options import Options, load
+from rewards.config.data import SourceOptions, check_sources
+from rewards.config.options import OneOrMore, Options, load
 from rewards.config.reward import RewardsOptions
-from rewards.config.sources import SourcesOptions
+from rewards.spec import RewardSpec
 
 NEW_FOLDER = Path("runs/{command}-{time}")
 
@@ -83,7 +84,9 @@ class RunConfig(RewardsOptions, ModelOptions):
     output_dir: Path = NEW_FOLDER
     """The run folder; the trained policy is written to `policy/` in it. The default is a new folder with the time of
     the start in its name, such as `runs/train-20261201-224500`."""
-    data: SourcesOptions = SourcesOptions()
+    data: Annotated[list[SourceOptions], OneOrMore] = Field(default_factory=lambda: [SourceOptions()])
+    """Where prompts come from. `data: [{name: gsm8k, weight: 2}, {name: my.jsonl, rewards: [mine]}]` mixes several
+    sources, `data: [gsm8k, my.jsonl]` with equal weights; `eval.limit` counts the held-out problems of each."""
     rollout: SamplingOptions = SamplingOptions()
     eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
@@ -98,6 +101,24 @@ class RunConfig(RewardsOptions, ModelOptions):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("name a run folder: each of several processes would choose a different one")
         return Path(f"runs/{getattr(cls, 'command', 'run')}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+    @field_validator("data")
+    @classmethod
+    def _check_sources(cls, data: list[SourceOptions]) -> list[SourceOptions]:
+        return check_sources(data)
+
+    @model_validator(mode="after")
+    def _every_reward_scores(self) -> Self:
+        labels = {RewardSpec(reward.function, name=reward.name).label: reward.function for reward in self.rewards}
+        named = [name for source in self.data for name in source.rewards or labels]
+        if unknown := [name for name in named if name not in labels]:
+            raise ValueError(
+                f"data.rewards: no reward is called {unknown[0]!r}; the rewards of the run are "
+                f"{', '.join(labels) or 'none'}"
+            )
+        if idle := [label for label, function in labels.items() if label not in named and function not in OF_EPISODES]:
+            raise ValueError(f"rewards: {idle[0]!r} scores no source of data; name it in data.rewards, or drop it")
+        return self
 
     @classmethod
     def read(cls, file: Path | str, **overrides: Any) -> Self:

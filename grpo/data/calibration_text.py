@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rewards.config.data import ProblemOptions
 from rewards.data.examples import Example, load_examples
 from rewards.data.leakage import refuse_evaluation_data
 from rewards.data.source import FILE_KINDS
@@ -81,5 +82,6 @@ def _documents(source: str, characters: int) -> Iterator[tuple[str, Example | No
         except UnicodeDecodeError as error:
             raise ValueError(f"calibrate={source!r} is not text in UTF-8: {error}") from error
         return
-    for example in load_examples(source, "train"):
+    easiest = {"levels": [1]} if source == "word_problems" else {}
+    for example in load_examples(source, "train", ProblemOptions(task_options=easiest)):
         yield f"{example.question}\n{example.solution}", example

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from grpo.data.prompts import PromptTemplate
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.data.examples import Example
 from rewards.data.leakage import in_held_out, problem_fingerprint
 from rewards.data.source import MADE, REASONING_GYM
 
 
 def held_out_share(
-    data: DataOptions, load: Callable[..., Sequence[Example]], template: PromptTemplate, held_out_split: str | None
+    data: SourceOptions, load: Callable[..., Sequence[Example]], template: PromptTemplate, held_out_split: str | None
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """All examples of `data.split` in two, by the content of each problem."""
     assert data.held_out
@@ -27,9 +27,9 @@ def held_out_share(
         )
     train: list[Example] = []
     held: list[Example] = []
-    for example in load(data.split, "train", limit=data.limit):
+    for example in load(split=data.split, limit=data.limit):
         fingerprint = problem_fingerprint(template.content(example))
-        (held if in_held_out(fingerprint, data.held_out, data.held_out_seed) else train).append(example)
+        (held if in_held_out(fingerprint, data.held_out) else train).append(example)
     if not train or not held:
         raise ValueError(
             f"data.held_out={data.held_out} holds out {len(held)} of {len(train) + len(held)} examples; use another "

@@ -70,7 +70,7 @@ class MixedStream(PromptStream):
         then = state.get("weights", {})
         if then != self.weights:
             raise ValueError(
-                f"data.sources: the run began with {mix_in_words(then)}, and now has {mix_in_words(self.weights)}; "
+                f"data: the run began with {mix_in_words(then)}, and now has {mix_in_words(self.weights)}; "
                 "resume with the same sources and weights, or start a new run"
             )
         for label, stream in self.streams.items():

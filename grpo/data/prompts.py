@@ -6,10 +6,11 @@ import hashlib
 import json
 import random
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rewards.config.data import is_chat
 from rewards.data.examples import Example
 from rollout.group import Prompt
 
@@ -22,36 +23,34 @@ class PromptTemplate:
     """How an example becomes the text of its prompt.
 
     `format` is a format string over the columns, in which `{question}` is the prompt column, or "chat": the
-    tokenizer's chat template around the question as the user's message, after `system_prompt`, if any.
-    `few_shot` examples go first, with their solutions. `user_turn` is a format string for the user's message of a chat;
-    where it has {examples}, they are in that message, each in the form of the text after it. Raises ValueError for a
-    format without fields, with broken braces, or with a field that the example does not have.
+    tokenizer's chat template around the question as the user's message. A mapping in place of "chat" has the `system`
+    message, a format string for the `user`'s message, or both. `few_shot` examples go first, with their solutions; if
+    the user's message has {examples}, they are in that message, each in the form of the text after it.
+
+    Raises ValueError for a format without fields, with broken braces, or with a field that the example does not have.
 
     >>> PromptTemplate("Question: {question} Answer: ").render(Example("0", "2 + 3 = ?", "5"))
     'Question: 2 + 3 = ? Answer: '
     """
 
-    format: str = "{question}\n"
-    system_prompt: str | None = None
+    format: str | Mapping[Any, str] = "{question}\n"
     few_shot: Sequence[Example] = ()
-    user_turn: str | None = None
 
     def __post_init__(self) -> None:
-        if self.user_turn is not None:
-            if not self.is_chat:
-                raise ValueError("user_turn needs template=chat; with a format string, write it into the string")
-            if not set(_fields("user_turn", self.user_turn.rpartition("{examples}")[2])) - {"examples"}:
-                raise ValueError(f"user_turn={self.user_turn!r} needs {{question}}, after {{examples}} if it has that")
-        if self.is_chat:
-            return
-        if self.system_prompt is not None:
-            raise ValueError("system_prompt needs template=chat; with a format string, write it into the string")
-        if not _fields("template", self.format):
-            raise ValueError(f"template={self.format!r} makes every prompt the same; put {{question}} into it")
+        if isinstance(self.format, str):
+            if not self.is_chat and not _fields(self.format):
+                raise ValueError(f"template={self.format!r} makes every prompt the same; put {{question}} into it")
+        elif self.user_form is not None and not set(_fields(self.user_form.rpartition("{examples}")[2])):
+            raise ValueError(f"template: {self.user_form!r} needs {{question}}, after {{examples}} if it has that")
 
     @property
     def is_chat(self) -> bool:
-        return self.format == "chat"
+        return is_chat(self.format)
+
+    @property
+    def user_form(self) -> str | None:
+        """The format string of the user's message of a chat."""
+        return None if isinstance(self.format, str) else self.format.get("user")
 
     def render(self, example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
         """The text of the prompt. Only "chat" needs the tokenizer."""
@@ -61,8 +60,9 @@ class PromptTemplate:
                     f"template={self.format!r}: the prompt of {example.example_id} is a chat of several messages; use "
                     "template: chat"
                 )
-            shots = [f"{_fill('template', self.format, shot)}{shot.solution}\n\n" for shot in self.few_shot]
-            return "".join([*shots, _fill("template", self.format, example)])
+            form = str(self.format)
+            shots = [f"{_fill(form, shot)}{shot.solution}\n\n" for shot in self.few_shot]
+            return "".join([*shots, _fill(form, example)])
         if tokenizer is None or not tokenizer.chat_template:
             raise ValueError("template=chat: the tokenizer has no chat template; use a format string instead")
         messages = self.messages(example) or []
@@ -76,12 +76,12 @@ class PromptTemplate:
         if not self.is_chat:
             return None
         messages: list[dict[str, Any]] = []
-        if self.system_prompt:
-            messages.append({"role": "system", "content": self.system_prompt})
+        if system := "" if isinstance(self.format, str) else self.format.get("system"):
+            messages.append({"role": "system", "content": system})
             if example.messages and example.messages[0]["role"] == "system":
                 raise ValueError(
-                    f"system_prompt={self.system_prompt!r}: the prompt of {example.example_id} begins with a system "
-                    "message of its own; drop system_prompt"
+                    f"template has a system message, {system!r}, and the prompt of {example.example_id} begins with a "
+                    "system message of its own; leave one of them out"
                 )
         asked = self._turns(example)
         if asked[0]["role"] == "system":  # it stays before the worked examples
@@ -98,58 +98,57 @@ class PromptTemplate:
         ...     Example("0", "Who?", "Ada", {"context": "Ada wrote it.", "page": 3}))
         'Ada wrote it.\\nWho?'
         """
-        form = self.user_turn if self.is_chat else self.format
+        form = self.user_form if self.is_chat else str(self.format)
         if form is None:
             turns = example.messages or [{"role": "user", "content": example.question}]
             return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
-        key = "user_turn" if self.is_chat else "template"
-        shown = _shown(key, form.replace("{examples}", ""), example)
+        shown = _shown(form.replace("{examples}", ""), example)
         return "\n".join(map(str, shown.values()))
 
     @property
     def _gathers_examples(self) -> bool:
-        return self.user_turn is not None and "{examples}" in self.user_turn
+        return "{examples}" in (self.user_form or "")
 
     def _turns(self, example: Example) -> list[dict[str, Any]]:
-        """The messages of one problem; the last one, the user's, in the form of `user_turn`."""
+        """The messages of one problem; the last one, the user's, in the form of the template."""
         turns = list(example.messages or [{"role": "user", "content": example.question}])
-        if self.user_turn is not None:
-            head, gathers, ask = self.user_turn.rpartition("{examples}")
-            parts = [_fill("user_turn", head, example)]
+        if self.user_form is not None:
+            head, gathers, ask = self.user_form.rpartition("{examples}")
+            parts = [_fill(head, example)]
             for shot in self.few_shot if gathers else ():
-                asked = _fill("user_turn", ask, shot)
+                asked = _fill(ask, shot)
                 parts.append(f"{asked}{'' if asked[-1:].isspace() else ' '}{shot.solution}\n\n")
-            turns[-1] = turns[-1] | {"content": "".join([*parts, _fill("user_turn", ask, example)])}
+            turns[-1] = turns[-1] | {"content": "".join([*parts, _fill(ask, example)])}
         return turns
 
 
-def shown_columns(template: str, user_turn: str | None) -> list[str] | None:
+def shown_columns(template: str | Mapping[Any, str]) -> list[str] | None:
     """The columns that prompts show, in their order; None for the question or the turns of a chat alone.
 
-    >>> shown_columns("{context} {question}", None), shown_columns("chat", None)
+    >>> shown_columns("{context} {question}"), shown_columns("chat")
     (['context', 'question'], None)
     """
-    form = user_turn if template == "chat" else template
-    return None if form is None else list(dict.fromkeys(_fields("template", form.replace("{examples}", ""))))
+    form = PromptTemplate(template).user_form if is_chat(template) else str(template)
+    return None if form is None else list(dict.fromkeys(_fields(form.replace("{examples}", ""))))
 
 
-def _fields(key: str, form: str) -> list[str]:
+def _fields(form: str) -> list[str]:
     try:
         return [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
     except ValueError as error:
-        raise ValueError(f"{key}={form!r}: {error}; write {{{{ or }}}} for a plain brace") from error
+        raise ValueError(f"template={form!r}: {error}; write {{{{ or }}}} for a plain brace") from error
 
 
-def _fill(key: str, form: str, example: Example) -> str:
-    return form.format_map(_shown(key, form, example))
+def _fill(form: str, example: Example) -> str:
+    return form.format_map(_shown(form, example))
 
 
-def _shown(key: str, form: str, example: Example) -> dict[str, Any]:
+def _shown(form: str, example: Example) -> dict[str, Any]:
     """The columns that a format string asks for. Raises ValueError for one that the example does not have."""
     columns = {**example.columns, "question": example.question}
-    names = dict.fromkeys(_fields(key, form))
+    names = dict.fromkeys(_fields(form))
     if unknown := [name for name in names if name not in columns]:
-        raise ValueError(f"{key}={form!r} asks for {{{unknown[0]}}}; the columns are {', '.join(columns)}")
+        raise ValueError(f"template={form!r} asks for {{{unknown[0]}}}; the columns are {', '.join(columns)}")
     return {name: columns[name] for name in names}
 
 
@@ -235,6 +234,8 @@ class PromptStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises ValueError if the seed or the data are others."""
+        if len(state.get("streams", ())) == 1:  # as version 0.2 recorded a list of one source
+            [state] = state["streams"].values()
         if state["seed"] != self._seed:
             raise ValueError(
                 f"the run began with the data order of seed={state['seed']}, not of seed={self._seed}; "

@@ -27,7 +27,7 @@ METRICS = {
     "eval/reward_mean": "score of a held-out completion, mean",
     "eval/reward_mean_greedy": "the same for greedy completions, mean",
     "eval/part/<name>": "value of the reward function `name` on held-out completions, mean",
-    "eval/source/<name>/accuracy": "eval/accuracy of the problems of one of several data.sources, by its first reward",
+    "eval/source/<name>/accuracy": "eval/accuracy of one of several sources of data, by its first reward",
     "eval/source/<name>/reward_mean": "eval/reward_mean of that source",
     "eval/source/<name>/length_mean": "eval/completion_length_mean of that source, tokens",
     "eval/pass_at_<d>": "held-out prompts that at least one of d completions solves, fraction",

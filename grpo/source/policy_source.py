@@ -243,7 +243,9 @@ def load_beside(options: ModelOptions, model: str) -> Policy:
 
 def template_options(options: Any) -> dict[str, Any]:
     """What a run hands to the chat template wherever it writes a prompt."""
-    return getattr(getattr(options, "data", None), "chat_template_kwargs", {})
+    data = getattr(options, "data", None)
+    first = data[0] if isinstance(data, list) else data
+    return getattr(first, "chat_template_kwargs", {})
 
 
 def in_4_bits(options: object) -> bool:

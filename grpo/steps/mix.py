@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from grpo.steps.loop import Run
 
 METRICS = {
-    "source/<name>/groups": "groups sampled from one of several data.sources, refills included, count",
+    "source/<name>/groups": "groups sampled from one of several sources of data, refills included, count",
     "source/<name>/reward_mean": "reward/mean of that source",
     "source/<name>/tied": "group/tied of that source, of all groups that were sampled, fraction",
     "source/<name>/length_mean": "completion/length_mean of that source, tokens",

@@ -11,6 +11,7 @@ from grpo.learner.batch import TrainingBatch
 from grpo.steps.listener import Listener
 from grpo.task.task import Task
 from policies import presets
+from rewards.config.data import names_of
 
 if TYPE_CHECKING:
     from grpo.steps.loop import Run
@@ -93,9 +94,11 @@ class TiedSteps(Listener):
         )
 
     def _when_easy(self) -> list[str]:
-        data = self.run.config.data
-        harder = f"data.levels (now {data.levels})" if data.name == "word_problems" else f"data.name (now {data.name})"
-        return [f"use harder problems: {harder}; of these there is little left to learn", *self._spread()]
+        now = names_of(self.run.config.data)
+        return [
+            f"use harder problems: data.name or data.task_options (now {now}); of these there is little left to learn",
+            *self._spread(),
+        ]
 
     def _when_all_same(self, reward: float) -> tuple[str, list[str]]:
         """The most certain reason first: random weights, then a form that the reward does not read."""
@@ -118,7 +121,7 @@ class TiedSteps(Listener):
                 f"may not read their form{self._cut()}",
                 [
                     "see which forms the reward reads: quartet reward test",
-                    "ask for that form in the prompt: data.template, data.system_prompt or data.few_shot",
+                    "ask for that form in the prompt: data.template or data.few_shot",
                     *self._when_hard(),
                 ],
             )

@@ -70,7 +70,7 @@ def open_task(config: LearningConfig | MtpConfig, *, scores: bool = True) -> Ite
 
 def task_of(config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
     """Opens the task of a run, whether it has one source of data or several."""
-    if config.data.sources:
+    if len(config.data) > 1:
         from grpo.task.mix import Mix
 
         return Mix(config, scores=scores, model_known=model_known)

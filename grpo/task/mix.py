@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,8 +20,7 @@ from grpo.learner.row import PackedRow
 from grpo.run.log import RunLog
 from grpo.task.task import TAKE_OUT, Task, reward_specs
 from policies.policy import Policy
-from rewards.config.data import DataOptions
-from rewards.config.sources import WeightedSource
+from rewards.config.data import SourceOptions
 from rewards.data.examples import Example, default_held_out_split
 from rewards.data.leakage import refuse_overlap
 from rewards.data.source import BUILT_IN, FILE_KINDS
@@ -35,17 +35,23 @@ class Mix(Task):
 
     def __init__(self, config: LearningConfig | MtpConfig, *, scores: bool, model_known: bool) -> None:
         """Raises ValueError for what a source alone is refused for, and for what the sources have in common."""
-        sources = {str(source.label): source for source in config.data.sources}
+        sources = {str(source.label): source for source in config.data}
         self.weights = {label: source.weight for label, source in sources.items()}
         self.parts = tasks = dict[str, Task]()
         try:
             for label, source in sources.items():
-                own = options_of_source(config, label, source)
+                own = options_of_source(config, source)
                 tasks[label] = Task.of(own, scores=scores, model_known=model_known)
             self._gather()
             self.prompts_per_step = config.prompts_per_step
-            weights = {spec.label: spec.weight for spec in reward_specs(rewards_of(config))}
-            self._refuse_idle(weights, config.eval.limit)
+            scores_any = any(part.reward_weights for part in self.parts.values())
+            specs = reward_specs(rewards_of(config)) if scores_any else []
+            self.reward_weights = {spec.label: spec.weight for spec in specs}
+            if config.eval.limit and not self.held_out:
+                raise ValueError(
+                    f"eval.limit={config.eval.limit}, but no source of data has held-out problems; hold out a share of "
+                    "one (held_out: 0.1), or set eval.limit to 0"
+                )
             learns = self.unsolved if isinstance(config, TrainConfig) else self.solved
             self._refuse_too_few("prompts_per_step", config.prompts_per_step, learns)
             if isinstance(config, TrainConfig) and config.warm_start.steps:
@@ -69,22 +75,9 @@ class Mix(Task):
             for example in (*part.train, *part.validation, *part.held_out):
                 if self._part_of.setdefault(example.example_id, part) is not part:
                     raise ValueError(
-                        f"data.sources: {label} has {example.example_id}, and so has a source before it; take it out "
+                        f"data: {label} has {example.example_id}, and so has a source before it; take it out "
                         "of one of the two, or rename one of the files"
                     )
-
-    def _refuse_idle(self, weights: dict[str, float], limit: int) -> None:
-        """Sets the weights of the rewards. Raises ValueError for one that scores no source, and where there is nothing
-        to evaluate."""
-        if limit and not self.held_out:
-            raise ValueError(
-                f"eval.limit={limit}, but no source of data has held-out problems; hold out a share of one "
-                "(held_out: 0.1), or set eval.limit to 0"
-            )
-        used = {label for part in self.parts.values() for label in part.reward_weights}
-        self.reward_weights = {label: weight for label, weight in weights.items() if used}  # none where none scores
-        if idle := [label for label in self.reward_weights if label not in used]:
-            raise ValueError(f"rewards: {idle[0]!r} scores no source of data; name it in data.sources, or drop it")
 
     def _refuse_too_few(self, key: str, count: int, examples: Sequence[Example]) -> None:
         of_source = Counter(id(self.part_of(example.example_id)) for example in examples)
@@ -178,27 +171,9 @@ class Mix(Task):
             part.close()
 
 
-def options_of_source(
-    config: LearningConfig | MtpConfig, label: str, source: WeightedSource
-) -> LearningConfig | MtpConfig:
+def options_of_source(config: LearningConfig | MtpConfig, source: SourceOptions) -> LearningConfig | MtpConfig:
     """The configuration of a run that has this source only. How many prompts a step takes of it is the mix's to say."""
-    data = source.model_dump(exclude={"weight", "label", "rewards"})
-    rewards = dict(zip((spec.label for spec in reward_specs(config.rewards)), config.rewards, strict=True))
-    for name in source.rewards or ():
-        if name not in rewards:
-            raise ValueError(
-                f"data.sources: {label} has rewards={source.rewards}, but no reward is called {name!r}; the rewards of "
-                f"the run are {', '.join(rewards) or 'none'}"
-            )
-    changes = {
-        "data": DataOptions(**data, chat_template_kwargs=config.data.chat_template_kwargs),
-        "rewards": [
-            reward
-            for name, reward in rewards.items()
-            if source.rewards is None or name in source.rewards or reward.function in ("environment", "agent")
-        ],
-        "prompts_per_step": 1,
-    }
+    changes: dict[str, Any] = {"data": [source], "prompts_per_step": 1}
     if not _has_held_out(source, config.eval.split):
         changes["eval"] = config.eval.model_copy(update={"limit": 0})
     if isinstance(config, TrainConfig):
@@ -206,7 +181,7 @@ def options_of_source(
     return config.model_copy(update=changes)
 
 
-def _has_held_out(source: WeightedSource, split: str | None) -> bool:
+def _has_held_out(source: SourceOptions, split: str | None) -> bool:
     """Tells whether the source has held-out problems: one file has them by `held_out` alone, a folder by a file."""
     path = Path(source.name).expanduser()
     if source.held_out or source.name in BUILT_IN or not path.exists():

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.algorithm.statistics import answer_reader
-from grpo.config.environment import AgentOptions, rewards_of
+from grpo.config.environment import OF_EPISODES, AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig, scores_nothing
-from grpo.config.run import LearningConfig, TrainConfig
+from grpo.config.run import LearningConfig, RunConfig, TrainConfig
 from grpo.data.prompts import PromptStream, PromptTemplate, encode_prompt
 from grpo.data.trained_on import record_trained_on, trained_on
 from grpo.learner.row import PackedRow, Sample
@@ -28,9 +28,9 @@ from grpo.source.policy_source import known_context
 from grpo.task.sampling import Actor, agent_of, environment_of
 from policies.devices import device_of
 from policies.policy import Policy
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.config.reward import RewardOptions, ScoringOptions
-from rewards.data.examples import Example, beyond_context, default_held_out_split, examples_of, gold_checks, too_long
+from rewards.data.examples import Example, beyond_context, default_held_out_split, gold_checks, load_examples, too_long
 from rewards.data.leakage import problem_fingerprint, refuse_overlap
 from rewards.protocol import Reward
 from rewards.registry import MODEL, name_callable
@@ -56,7 +56,7 @@ class Task:
 
     def __init__(
         self,
-        data: DataOptions,
+        data: SourceOptions,
         rewards: Sequence[RewardOptions],
         scoring: ScoringOptions,
         *,
@@ -80,8 +80,8 @@ class Task:
         """
         checks = gold_checks(r.function for r in rewards if "answer" not in r.arguments)
         checks += [partial(too_long, column, context) for column, context in (contexts or {}).items()]
-        self.template = PromptTemplate(data.template, data.system_prompt, user_turn=data.user_turn)
-        load = partial(examples_of, data, data.name, seed=seed, checks=checks)
+        self.template = PromptTemplate(data.template)
+        load = partial(load_examples, data.name, options=data, seed=seed, checks=checks)
         count = data.limit if train else data.few_shot
         if data.held_out:
             from grpo.data.held_out import held_out_share
@@ -155,14 +155,16 @@ class Task:
 
     @classmethod
     def of(cls, config: LearningConfig | MtpConfig, *, scores: bool = True, model_known: bool = True) -> Task:
-        """Opens the task of a run. Without `model_known` nothing is asked of the model, which need not be there."""
+        """Opens the task of a run with one source of data. Without `model_known` nothing is asked of the model, which
+        need not be there."""
         held = config.eval
         context = known_context(config.model) if model_known else None
         learns = isinstance(config, LearningConfig) and config.supervision.steps > 0  # from solutions
-        read = [config.data.prompt_column, *([config.data.solution_column] if learns else [])]
+        [source] = config.data
+        read = [source.prompt_column, *([source.solution_column] if learns else [])]
         task = cls(
-            config.data,
-            [] if scores_nothing(config) else rewards_of(config),
+            source,
+            [] if scores_nothing(config) else rewards_of_source(config, source),
             config.reward,
             seed=config.seed,
             held_out=held.limit,
@@ -199,7 +201,7 @@ class Task:
         known = self.fingerprints(self.train) if count else {}
         self.validation = [example for example in kept if not known.keys() & self.fingerprints([example]).keys()]
 
-    def _refuse_overlap(self, shown: Sequence[Example], met: Collection[str], data: DataOptions) -> None:
+    def _refuse_overlap(self, shown: Sequence[Example], met: Collection[str], data: SourceOptions) -> None:
         """Raises ValueError for an evaluated problem that training meets, and for one whose solution a prompt shows."""
         train, shots = self.fingerprints(self.train), self.fingerprints(shown)
         self.trained_on = frozenset({*met, *train, *shots})
@@ -365,6 +367,16 @@ def _by_solution(examples: Sequence[Example], count: int | None) -> tuple[Sequen
     return (examples, examples) if count is None else (examples[:count], examples[count:])
 
 
+def rewards_of_source(config: RunConfig, source: SourceOptions) -> list[RewardOptions]:
+    """The rewards that score the rows of a source."""
+    rewards = rewards_of(config)
+    return [
+        reward
+        for spec, reward in zip(reward_specs(rewards), rewards, strict=True)
+        if source.rewards is None or spec.label in source.rewards or reward.function in OF_EPISODES
+    ]
+
+
 def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:
     """What scores each reward; the scores of a reward model are a column with its name."""
     specs = []
@@ -377,7 +389,7 @@ def reward_specs(rewards: Sequence[RewardOptions]) -> list[RewardSpec]:
 
 
 def _two_splits(
-    data: DataOptions,
+    data: SourceOptions,
     load: Callable[..., Sequence[Example]],
     count: int | None,
     held_out: int | None,
@@ -390,6 +402,6 @@ def _two_splits(
             "Hold out a share of its rows by their content (data.held_out: 0.1, of quartet eval too), or give "
             "a folder with train.jsonl and test.jsonl"
         )
-    train = [] if count == 0 else load(data.split, "train", limit=count)
+    train = [] if count == 0 else load(split=data.split, limit=count)
     split = held_out_split or default_held_out_split(data.name)
-    return train, [] if held_out == 0 else load(split, "eval", limit=held_out)
+    return train, [] if held_out == 0 else load(split=split, purpose="eval", limit=held_out)

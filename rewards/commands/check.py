@@ -13,7 +13,7 @@ from typing import Any
 
 from rewards.commands.options import RewardTestConfig, TriedScoringOptions
 from rewards.commands.probes import KINDS, Probe, probes
-from rewards.data.examples import Example, examples_of
+from rewards.data.examples import Example, load_examples
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.protocol import RewardError
 from rewards.registry import find_reward
@@ -96,7 +96,7 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
     """Gives what `check_reward` has found with the completions that it was found on."""
     find_reward(function)  # a misspelt name must not cost a download
     data, scoring = config.data, config.reward
-    examples = examples_of(data, data.name, data.split, purpose="eval", limit=data.limit)
+    examples = load_examples(data.name, data.split, data, purpose="eval", limit=data.limit)
     spec = RewardSpec(function, arguments=config.arguments)
     options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": scoring.on_error}
     with Scorer([spec], timeout_s=scoring.timeout_s, pass_variables=scoring.pass_variables, **options) as scorer:

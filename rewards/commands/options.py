@@ -14,10 +14,6 @@ from rewards.config.reward import CallOptions
 class TriedDataOptions(ProblemOptions):
     """The data that a reward function is tried on."""
 
-    name: str = "word_problems"
-    """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with train.jsonl, or one data file."""
-    split: str = "train"
-    """The split."""
     limit: int | None = Field(default=200, ge=1)
     """Use only the first rows, at most this many; null uses all."""
 
@@ -49,10 +45,8 @@ class RewardTestConfig(CallOptions):
 class ReplayedDataOptions(ProblemOptions):
     """Where the columns of another tool's rollouts are, whose files hold none of the data's."""
 
-    name: str | None = None
+    name: str | None = None  # type: ignore[assignment]
     """As for `reward test`; a row belongs to the prompts that hold its question. null: the files have the columns."""
-    split: str = "train"
-    """The split."""
 
 
 class ReplayConfig(CallOptions):

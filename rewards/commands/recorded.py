@@ -10,7 +10,7 @@ from typing import Any
 from rewards.audit.findings import ANSWERS
 from rewards.audit.traces import Trace, groups_of, read_traces
 from rewards.commands.options import ReplayedDataOptions
-from rewards.data.examples import examples_of
+from rewards.data.examples import load_examples
 from rewards.isolation.child import plain
 from rewards.protocol import text_of
 
@@ -31,7 +31,7 @@ class Rollouts:
         self.max_steps = max(self.steps[-1], 1)
         self.has_ids = all(trace.token_ids for trace in traces)
         self._parts = list(dict.fromkeys(name for trace in traces for name in trace.parts))
-        examples = examples_of(data, data.name, data.split, purpose="eval") if data.name else []
+        examples = load_examples(data.name, data.split, data, purpose="eval") if data.name else []
         self._data, self._examples = data, {example.question.strip(): example for example in examples}
         known = next((list(example.columns) for example in self._examples.values()), [])
         recorded = dict.fromkeys(name for trace in traces for name in _columns(trace))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rewards.commands.options import ReplayConfig
 from rewards.commands.recorded import Rollouts
+from rewards.config.data import SourceOptions, names_of
 from rewards.config.json_file import expecting
-from rewards.config.names import recorded_options
-from rewards.config.sources import SourcesOptions, WeightedSource
-from rewards.data.examples import examples_of
+from rewards.config.names import recorded_options, sources_of
+from rewards.data.examples import load_examples
 from rewards.episode import AGENT_REWARD, REWARD, ToolStats, answer_of, environment_reward
 from rewards.group_score import RewardFailure, mean
 from rewards.protocol import did_you_mean
@@ -133,19 +132,18 @@ class Run:
         if not self.steps:
             raise ValueError(f"{run} has recorded no rollouts yet")
         self.workers = settings["reward"].get("workers", 1)  # runs of version 0.2 may have had more
-        data = SourcesOptions.model_validate(settings["data"])
-        sources: Sequence[SourcesOptions | WeightedSource] = data.sources or [data]
+        sources = settings["data"]
         try:
             rows = [
                 row
                 for each in sources
-                for row in examples_of(each, each.name, each.split, limit=each.limit, seed=settings["seed"])
+                for row in load_examples(each.name, each.split, each, limit=each.limit, seed=settings["seed"])
             ]
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error}; run this where the run was started: the path of its data is relative to there"
             ) from error
-        self._data, self._examples = data.name, {example.example_id: example for example in rows}
+        self._data, self._examples = names_of(sources), {example.example_id: example for example in rows}
         specs = [RewardSpec(reward["function"], name=reward.get("name")) for reward in settings["rewards"]]
         self._models = [spec.label for spec in specs if spec.function.startswith(MODEL)]  # their scores are recorded
         self._acted = [REWARD] if settings.get("environment") or settings.get("tools") else []
@@ -183,8 +181,9 @@ def _settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     _, settings = recorded_options(path)
     with expecting(path, "configuration of a run"):
-        settings["data"].pop("thoughts", None)  # an option of agents until 0.2
-        SourcesOptions.model_validate(settings["data"])
+        for source in sources_of(settings):
+            source.pop("thoughts", None)  # an option of agents until 0.2
+        settings["data"] = [SourceOptions.model_validate(source) for source in sources_of(settings)]
         [str(reward["function"]) for reward in settings["rewards"]]
         int(settings["steps"]), int(settings["seed"]), int(settings["reward"].get("workers", 1))
     return settings

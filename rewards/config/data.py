@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from rewards.config.options import Lines, Options
 
+ChatForm = dict[Literal["system", "user"], str]
+
 
 class ProblemOptions(Options):
-    """How the rows of a dataset are read as problems; every command that takes data has these options."""
+    """Which problems are read, and how; every command that takes data has these options."""
 
-    levels: list[int] = Field(default_factory=lambda: [1, 2], min_length=1)
-    """Difficulty levels of `word_problems`, 1 to 4."""
+    name: str = "word_problems"
+    """`word_problems`, `letter_sorting` or `word_game` (built in), `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder
+    with train.jsonl and test.jsonl, or one data file."""
+    split: str = "train"
+    """The split. Training refuses a test split, and an evaluation without `held_out` reads `eval.split`."""
     task_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of a reasoning_gym task, such as {max_animals: 4}."""
+    """Options of the task that makes the problems: of `word_problems` its levels of difficulty, 1 to 4, {levels:
+    [1, 2]}; of a reasoning_gym task its own, such as {max_animals: 4}."""
     prompt_column: str = "question"
     """The column that becomes the prompt: text, or chat messages (template: chat). `a.b` is `b` inside `a`."""
     solution_column: str = "answer"
@@ -29,33 +38,21 @@ class TemplateOptions(Options):
     """Variables for the model's own chat template, such as {enable_thinking: false}, wherever it writes a prompt."""
 
 
-class FormOptions(ProblemOptions):
-    """How the problems of one source become prompts."""
+class PromptOptions(TemplateOptions, ProblemOptions):
+    """How problems become prompts; every command that prompts a policy has these options."""
 
-    template: Annotated[str, Lines] = "{question}\n"
-    """A format string over the data's columns, or `chat` for the model's own chat template."""
-    system_prompt: Annotated[str | None, Lines] = None
-    """System message before every chat prompt (template: chat)."""
-    user_turn: Annotated[str | None, Lines] = None
-    """template: chat: a format string for the user's message, such as "Be brief.\\n\\n{examples}Question: {question}".
-    Worked examples are put where {examples} is, each in the form of the text after it; without {examples} they are
-    turns of the chat."""
+    template: Annotated[str | ChatForm, Lines] = "{question}\n"
+    """A format string over the data's columns, or `chat` for the model's own chat template, or what its messages say:
+    {system: Be brief., user: "Question: {question}"}, either of them or both. The user's is a format string; worked
+    examples are put where it has {examples}, each in the form of the text after it, and are turns of the chat
+    otherwise."""
     few_shot: int = Field(default=0, ge=0)
     """How many worked examples, from the training split, come before every prompt."""
 
 
-class PromptOptions(TemplateOptions, FormOptions):
-    """How problems become prompts; every command that prompts a policy has these options."""
+class SourceOptions(PromptOptions):
+    """A source of data. A source takes nothing from another one: what it does not set has the default."""
 
-
-class SourceOptions(Options):
-    """Which dataset a run trains on, and which of its rows."""
-
-    name: str = "word_problems"
-    """`word_problems`, `letter_sorting` or `word_game` (built in), `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder
-    with train.jsonl and test.jsonl, or one data file."""
-    split: str = "train"
-    """The split that is trained on; a test split is refused here."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first examples, at most this many; null uses all."""
     solutions: int | None = Field(default=None, ge=0)
@@ -67,10 +64,51 @@ class SourceOptions(Options):
     held_out: float | None = Field(default=None, gt=0, lt=1)
     """Hold out this share of the examples for evaluation, where the data has no split for it. The content of a problem
     decides whether it is held out, so that rows appended later move no other row."""
-    held_out_seed: int = 0
-    """Another number holds out other problems. The run's `seed` has no influence on them, so that runs with different
-    seeds can be compared."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of several sources: the share of the prompts is the weight over the sum of all weights."""
+    label: str | None = Field(default=None, pattern=r"^[\w.:-]+$")
+    """Of several sources: the name in metrics and messages; null takes the last part of `name`."""
+    rewards: list[str] | None = Field(default=None, min_length=1)
+    """Names of the rewards of the run that score the source's rows; the others abstain. null takes all of them."""
 
 
-class DataOptions(PromptOptions, SourceOptions):
-    """Where prompts come from."""
+Source = TypeVar("Source", bound=SourceOptions)
+OF_THE_RUN = ("chat_template_kwargs", "thoughts")  # of the one policy and its one template
+
+
+def check_sources(sources: list[Source]) -> list[Source]:
+    """Gives each of several sources a label, so that the configuration of a run reads the same again. Raises ValueError
+    where two have the same, where they differ in what belongs to the run, and where there is no source."""
+    if not sources:
+        raise ValueError("data: there is no source; give one, as in data: {name: gsm8k}")
+    for name in OF_THE_RUN:
+        values = [getattr(source, name, None) for source in sources]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"data: {name} belongs to the whole run; give every source the same")
+    if len(sources) == 1:
+        return sources
+    if unnamed := [i for i, source in enumerate(sources) if "name" not in source.model_fields_set]:
+        raise ValueError(f"data[{unnamed[0]}].name is required: there are several sources")
+    labels = [source.label or re.sub(r"[^\w.:-]+", "-", PurePath(source.name).name) for source in sources]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"data: two sources are called {label!r}; give one of them another label")
+    return [source.model_copy(update={"label": label}) for source, label in zip(sources, labels, strict=True)]
+
+
+def names_of(sources: Iterable[SourceOptions]) -> str:
+    """The sources in a message.
+
+    >>> names_of([SourceOptions(name="gsm8k"), SourceOptions(name="my.jsonl", label="mine")])
+    'gsm8k + mine'
+    """
+    return " + ".join(source.label or source.name for source in sources)
+
+
+def is_chat(template: str | Mapping[Any, str]) -> bool:
+    """Whether a template is the model's own chat template, with what its messages say or without.
+
+    >>> is_chat("chat"), is_chat({"system": "Be brief."}), is_chat("{question}")
+    (True, True, False)
+    """
+    return template == "chat" or not isinstance(template, str)

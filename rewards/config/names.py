@@ -49,7 +49,7 @@ def drop_unused(
     for name, items in options.items():
         for item in items if isinstance(items, list) else ():
             for last in list(item) if isinstance(item, dict) else ():
-                key = f"{name}[].{last}"
+                key = f"data.{last}" if name == "data" else f"{name}[].{last}"
                 then = default_then(key)
                 if not removed(key) or not (tell or item[last] == then):
                     continue
@@ -83,8 +83,8 @@ def new_key(command: str, key: str) -> str:
 def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
     """Gives options of `quartet COMMAND`, by section, today's names. `tell` is called with each old and new name."""
     options: dict[str, Any] = _copy(former)
-    if command and (data := options.get("data")) and isinstance(data, str | list):
-        options["data"] = {key_of_data(data): data}
+    if command and "data" in options:
+        options["data"] = renew_data(options["data"], tell)
     if take(options, "learner.stochastic_rounding") is True:
         put(options, "learner.optimizer", "adamw_8bit_stochastic")
     url, teacher = take(options, "distill.url"), get(options, "distill.teacher")
@@ -135,9 +135,53 @@ def _renew_rewards(options: dict[str, Any], tell: Callable[[str, str], None]) ->
         tell("reward_models", f"rewards[].function: {made['function']}")
 
 
-def settle(command: str, options: dict[str, Any]) -> None:
-    """Makes a margin of `rollout.accept` and `rollout.margin` of older versions: it was read with `margin` alone. Where
-    nothing is learned `rollout.compile: auto` compiled nothing."""
+def renew_data(data: Any, tell: Callable[[str, str], None] | None = None) -> Any:
+    """Gives sources of data as a list, or as a mapping if there is one, under today's names.
+
+    >>> renew_data({"template": "chat", "sources": ["gsm8k", {"name": "my.jsonl", "template": "{question}"}]})
+    [{'template': 'chat', 'name': 'gsm8k'}, {'template': '{question}', 'name': 'my.jsonl'}]
+    """
+    shared: dict[str, Any] = {}
+    if isinstance(data, dict) and "sources" in data:  # version 0.2: what a source did not say was as `data` said
+        shared = {name: value for name, value in data.items() if name not in ("name", "sources")}
+        if data["sources"] and tell:
+            tell("data.sources", "data, a list: [{name: gsm8k, weight: 2}, {name: my.jsonl}]")
+        data = data["sources"] or {name: value for name, value in data.items() if name != "sources"}
+    sources = []
+    for item in data if isinstance(data, list) else [data]:
+        source = {"name": item} if isinstance(item, str) else item
+        sources.append(_renew_source(shared | source, tell) if isinstance(source, dict) else source)
+    return sources[0] if len(sources) == 1 else sources
+
+
+def _renew_source(source: dict[str, Any], tell: Callable[[str, str], None] | None) -> dict[str, Any]:
+    levels = source.pop("levels", None)
+    if levels is not None and source.get("name", "word_problems") == "word_problems":  # others did not read them
+        if levels != [1, 2] or source.get("task_options"):
+            source["task_options"] = source.get("task_options", {}) | {"levels": levels}
+        if tell:
+            tell("data.levels", "data.task_options: {levels: [1, 2]}")
+    messages = {"system": source.get("system_prompt"), "user": source.get("user_turn")}
+    if source.get("template") == "chat" and any(messages.values()):
+        source = {name: value for name, value in source.items() if name not in ("system_prompt", "user_turn")}
+        source["template"] = {role: content for role, content in messages.items() if content}
+        if tell:
+            tell("data.system_prompt or data.user_turn", "data.template: {system: ..., user: ...}")
+    return {name: value for name, value in source.items() if value != default_then(f"data.{name}")}
+
+
+def sources_of(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of data of options that were recorded."""
+    data = options.get("data", {})
+    return data if isinstance(data, list) else [data]
+
+
+def settle(command: str, options: dict[str, Any], tell: Callable[[str, str], None] | None = None) -> None:
+    """Reads together what a file and a command line may each have a part of: the options of data, and `rollout.accept`
+    and `rollout.margin` of older versions, of which `margin` was read with the other one only. `rollout.compile: auto`
+    compiled nothing in a command that does not learn."""
+    if command and "data" in options:
+        options["data"] = renew_data(options["data"], tell)
     if command in LOSSY and get(options, "rollout.compile") == "auto":
         take(options, "rollout.compile")
     if command in LOSSY and get(options, "rollout.accept") in ("exact", "margin"):
@@ -152,23 +196,17 @@ def renew_keys(
     """Does the same to options by their whole key, as a command line gives them."""
     renewed = {}
     for key, value in overrides.items():
-        is_short = command and key == "data" and isinstance(value, str | list)
-        new = f"data.{key_of_data(value)}" if is_short else new_key(command, key)
+        new = "data.name" if command and key == "data" and isinstance(value, str) else new_key(command, key)
         if tell and new != key and key != "data":
             tell(key, new.replace("rollout.accept", "rollout.margin"))
         renewed[new] = value
     return renewed
 
 
-def key_of_data(value: str | list[Any]) -> str:
-    """The option that `data: gsm8k` or `data: [gsm8k, my.jsonl]` is short for."""
-    return "name" if isinstance(value, str) else "sources"
-
-
 def new_place(command: str, place: Place) -> Place:
     """Tells where an option of a file is under today's name."""
-    if place[0] == "data" and len(place) > 1 and isinstance(place[1], int):
-        return ("data", "sources", *place[1:])
+    if place[:2] == ("data", "sources"):
+        return ("data", *place[2:])
     if not all(isinstance(part, str) for part in place):
         return place
     return tuple(new_key(command, ".".join(map(str, place))).split("."))

@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import CoreSchema, PydanticUndefined, core_schema
 
 from rewards.config import names
 from rewards.config.json_file import unfit
@@ -58,6 +58,30 @@ class Lines:
     @staticmethod
     def read(text: str) -> str:
         return re.sub(r"(?<!\\)\\n", "\n", text).replace(r"\\n", r"\n")
+
+
+class OneOrMore:
+    """Marks a list of options that may be given as they are if the list has one item: `data: {name: gsm8k}` and, on the
+    command line, `--data.name gsm8k`. A configuration that we write has that form, too."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, annotation: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        as_written = core_schema.wrap_serializer_function_ser_schema(cls.shorten)
+        return core_schema.no_info_before_validator_function(cls.listed, handler(annotation), serialization=as_written)
+
+    @staticmethod
+    def listed(value: Any) -> Any:
+        """A list of the options. Python may give them as objects, also of a class with fewer options."""
+        items = value if isinstance(value, list) else [value]
+        return [
+            {name: getattr(item, name) for name in item.model_fields_set} if isinstance(item, BaseModel) else item
+            for item in items
+        ]
+
+    @staticmethod
+    def shorten(items: Any, dump: Callable[[Any], Any]) -> Any:
+        dumped = dump(items)
+        return dumped[0] if len(dumped) == 1 else dumped
 
 
 class Options(BaseModel):
@@ -101,7 +125,7 @@ class _Option(NamedTuple):
 
     @property
     def is_group(self) -> bool:  # always there: only the options below it can be given
-        return self.model is not None and self.field.annotation is self.model
+        return self.model is not None and (self.field.annotation is self.model or OneOrMore in self.field.metadata)
 
     @property
     def help(self) -> str:
@@ -151,6 +175,8 @@ def _options(defaults: BaseModel, prefix: str = "") -> Iterator[_Option]:
         inner = [member for member in _members(field.annotation) if member is not type(None)]
         in_list = len(inner) == 1 and get_origin(inner[0]) is list
         model = get_args(inner[0])[0] if in_list else inner[0]
+        if OneOrMore in field.metadata:
+            in_list, default = False, cast(Any, default)[0]
         if len(inner) == 1 and inspect.isclass(model) and issubclass(model, BaseModel):
             yield _Option(prefix + name, field, default, model, in_list)
             below = default if isinstance(default, model) else model.model_construct()
@@ -170,11 +196,15 @@ class _Override(argparse.Action):
 def _value(annotation: Any, text: str, lines: bool = False) -> Any:
     """A value from the command line: YAML, but an option that takes text gets it as it was written (see Lines).
 
-    One that takes a text or a list of texts gets a list where the words begin like one, `[`, and else the text.
+    An option that takes a text or a list of texts gets a list if the words begin with `[`. One that takes a text or
+    what the messages of a chat say gets a mapping if the words begin with `{system:` or `{user:`.
     """
     members = set(_members(annotation))
     if members == {str, list[str]} and not text.lstrip().startswith("["):
         return text
+    begins_a_mapping = re.match(r"\s*\{\s*[\"']?(system|user)[\"']?\s*:\s", text)  # a format string begins with {, too
+    if lines and type(None) not in members and not begins_a_mapping:
+        members = {str}
     if members <= {str, Path, type(None)} and not (text == "null" and type(None) in members):
         return Lines.read(text) if lines else text
     try:
@@ -232,14 +262,15 @@ def add_options(parser: argparse.ArgumentParser, model_cls: type[BaseModel]) -> 
             text += f" Each item: {', '.join(option.model.model_fields)}."
         elif option.model:
             groups[key] = parser.add_argument_group(key, text if option.is_group else None)
-        if not option.is_group:
+        is_one_or_more = OneOrMore in option.field.metadata  # given as a whole, too
+        if is_one_or_more or not option.is_group:
             groups.get(key, groups[key.rpartition(".")[0]]).add_argument(
                 f"--{key}",
                 action=_Override,
                 type=partial(_value, option.field.annotation, lines=Lines in option.field.metadata),
                 default=argparse.SUPPRESS,
                 metavar=option.shown_type,
-                help=f"{text} ({default})".replace("%", "%%"),
+                help=(text if is_one_or_more else f"{text} ({default})").replace("%", "%%"),
             )
 
 
@@ -255,11 +286,11 @@ def _join(words: Iterable[str], takes_value: Callable[[str], Any]) -> list[str]:
 
 
 def _with_whole_keys(words: Sequence[str]) -> Iterator[str]:
-    """Writes `--data VALUE` as `--data.name VALUE`, and a list as `--data.sources`."""
+    """Writes `--data VALUE` as `--data.name VALUE`, except for a list."""
     for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         is_list = (value if equals else after).lstrip().startswith("[")
-        yield word if name != "--data" else f"--data.{'sources' if is_list else 'name'}{equals}{value}"
+        yield word if name != "--data" or is_list else f"--data.name{equals}{value}"
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -298,6 +329,8 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(data, dict):
             whole = ".".join(parents[:depth])
             what = f"cannot be set inside {whole}={to_yaml(data, inline=True)}; give {whole} as a whole"
+            if isinstance(data, list):
+                what = f"{whole} is a list of {len(data)}; change it in the file, or give all of it: --{whole} '[...]'"
             raise ConfigError([describe(key, value, "command line", what)])
     data[last] = copy.deepcopy(value)
 
@@ -359,10 +392,11 @@ def load(
             _set(data, key, value)
         except ConfigError as error:
             problems += error.problems
-    names.settle(command, data)
+    names.settle(command, data, tell)
     defaults = model_cls.model_construct()
     options = {option.key: option for option in _options(defaults)}
     leaves = {key for key, option in options.items() if option.model is None or option.in_list}
+    leaves |= {key for key, value in data.items() if isinstance(value, list)}
     names.drop_unused(data, leaves, _elsewhere(command), on_removed)
     data = _fill(defaults, data)
     try:

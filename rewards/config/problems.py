@@ -120,6 +120,8 @@ class Source(NamedTuple):
         """pydantic's place of an error in `data`, without the tags that it adds for members of a union."""
         place: Place = ()
         for part in loc:
+            if part == 0 and isinstance(data, Mapping):  # the one item of a list, without the list
+                continue
             longer = (*place, part)
             try:
                 data = data[part]

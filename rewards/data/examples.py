@@ -82,7 +82,6 @@ def load_examples(
     options: ProblemOptions | None = None,
     *,
     purpose: Literal["train", "eval"] = "train",
-    levels: Sequence[int] | None = None,
     limit: int | None = None,
     seed: int = 0,
     checks: Sequence[Check] = (),
@@ -91,7 +90,7 @@ def load_examples(
 
     `name_or_path` is one of
 
-    - `word_problems`, with `levels` (default [1]) and `seed`; 20,000 problems unless `limit` says otherwise,
+    - `word_problems`, with levels in `options.task_options` and `seed`; 20,000 problems unless `limit` says otherwise,
     - `letter_sorting`, with `seed`; 20,000 problems unless `limit` says otherwise,
     - `word_game`, with `seed`, for the environment of that name; 5,000 games unless `limit` says otherwise,
     - `reasoning_gym:TASK`, with `options.task_options` and `seed`; 2,000 problems unless `limit` says otherwise,
@@ -113,17 +112,18 @@ def load_examples(
     source = str(name_or_path)
     if not isinstance(name_or_path, Path):
         source = BUILT_IN.get(source, source)
-    if levels is not None and source != "word_problems":
-        raise ValueError(f"levels={list(levels)} are for word_problems; {name_or_path} has no levels")
     options = options or ProblemOptions()
-    if options.task_options and not source.startswith(REASONING_GYM):
-        raise ValueError(f"task_options={options.task_options} are for reasoning_gym tasks; {name_or_path} has none")
+    if options.task_options and source != "word_problems" and not source.startswith(REASONING_GYM):
+        raise ValueError(
+            f"data.task_options={options.task_options} are for word_problems and reasoning_gym tasks; {name_or_path} "
+            "has none"
+        )
     if split == "heldout" and default_held_out_split(source) == "held_out":
         warn_of_old_name(f"split heldout of {source}", "held_out")
         split = "held_out"
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, None)
-    problems = _made(source, split, levels, seed, limit, options.task_options)
+    problems = _made(source, split, seed, limit, options.task_options)
     if problems:
         return [_example(row["id"], row, "question", "answer") for row in problems]
     if source == GSM8K:
@@ -151,7 +151,6 @@ def load_examples(
 def _made(
     source: str,
     split: str,
-    levels: Sequence[int] | None,
     seed: int,
     limit: int | None,
     task_options: Mapping[str, Any],
@@ -165,7 +164,7 @@ def _made(
     if source == "word_problems":
         from rewards.data.word_problems import word_problems
 
-        return word_problems(split, [1] if levels is None else levels, seed, count=limit or 20_000)
+        return word_problems(split, _levels(task_options), seed, count=limit or 20_000)
     if source == "letter_sorting":
         from rewards.data.letter_sorting import COUNT, letter_sorting
 
@@ -187,17 +186,15 @@ def _gsm8k() -> str:
     return folder or (GSM8K_COPY if Path(GSM8K_COPY).is_dir() else GSM8K)
 
 
-def examples_of(
-    options: ProblemOptions,
-    name: str,
-    split: str,
-    purpose: Literal["train", "eval"] = "train",
-    limit: int | None = None,
-    **more: Any,
-) -> list[Example]:
-    """`load_examples` with a command's options."""
-    levels = options.levels if name == "word_problems" else None
-    return load_examples(name, split, options, purpose=purpose, levels=levels, limit=limit, **more)
+def _levels(task_options: Mapping[str, Any]) -> Sequence[int]:
+    others = set(task_options) - {"levels"}
+    levels = task_options.get("levels", [1, 2])
+    if others or not isinstance(levels, list):
+        raise ValueError(
+            f"data.task_options={dict(task_options)}: word_problems has a list of levels and nothing else, such as "
+            "{levels: [1, 2]}"
+        )
+    return levels
 
 
 def gold_checks(functions: Iterable[str]) -> list[Check]:

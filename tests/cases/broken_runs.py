@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {
     "steps": 8,
     "prompts_per_step": 8,
     "data.name": "word_problems",
-    "data.levels": [1, 2],
+    "data.task_options.levels": [1, 2],
     "warm_start.steps": 0,
     "rollout.group_size": 8,
     "rollout.max_completion_tokens": 64,
@@ -94,7 +94,7 @@ def broken(policy: Path, folder: Path, unseen: bool = False) -> dict[str, dict[s
         "group_size": {"rollout.group_size": 2, "prompts_per_step": 16 if unseen else 32},
         "hacked": {"rewards": [_own("brief" if unseen else "effort")]},
         "all_solved": {"data.name": str(folder / "solved.jsonl")},
-        "none_solved": {"data.levels": [3, 4] if unseen else [4]},
+        "none_solved": {"data.task_options.levels": [3, 4] if unseen else [4]},
     }
 
 

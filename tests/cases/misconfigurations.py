@@ -354,8 +354,8 @@ CASES = {
     ),
     "instruction_twice": Misconfiguration(
         f"{GITHUB}RLHFlow/Online-DPO-R1/issues/10",
-        r"(?i)twice|duplicat|repeats?\b|same (sentence|instruction|text)|system_prompt",
-        {"data.system_prompt": INSTRUCTION},
+        r"(?i)twice|duplicat|repeats?\b|same (sentence|instruction|text)",
+        {"data.template": {"system": INSTRUCTION}},
         None,
         suffix=f" {INSTRUCTION}",
     ),

@@ -216,7 +216,8 @@ def test_a_run_of_fsdp_is_that_of_one_process(micro_policy, letters, tmp_path):
     micro_policy(0).save(tmp_path / "micro")
     options = {
         "model": tmp_path / "micro", "device": DEVICE.type, "threads": 1, "steps": 1, "prompts_per_step": 2 * size,
-        "data.levels": "[1]", "data.limit": 4 * size, "rollout.group_size": 3, "rollout.max_completion_tokens": 6,
+        "data.task_options.levels": "[1]", "data.limit": 4 * size, "rollout.group_size": 3,
+        "rollout.max_completion_tokens": 6,
         "rewards": f"[{{function: '{letters}'}}]", "mtp.depth": 2, "log.trackers": "[]", "learner.learning_rate": 1e-4,
     }  # fmt: skip
     words = ["-m", "grpo", "train", *(word for key, value in options.items() for word in (f"--{key}", str(value)))]

@@ -172,7 +172,7 @@ def test_what_is_saved_is_what_transformers_loads(config_of, saved, tmp_path, ki
 def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     """sft, train with a warm start, eval and sample, as a user types them."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n')
-    common = ["--threads=1", "--data.levels=[1]", "--data.limit=12", "--eval.limit=4", "--log.trackers=[]"]
+    common = ["--threads=1", "--data.task_options.levels=[1]", "--data.limit=12", "--eval.limit=4", "--log.trackers=[]"]
     common += ["--rollout.max_completion_tokens", "8", "--warm_start.steps", "2", "--warm_start.batch_size", "2"]
     model = ["--model", saved("qwen2")]
     assert main(["sft", *model, *common, "--output_dir", str(tmp_path / "sft")]) == 0

@@ -17,7 +17,7 @@ from grpo.run.records import best_step, read_metrics
 from grpo.task.task import Task
 from grpo.train import train
 from rewards import BUILT_IN, Signature, load_reward, per_completion, right_at
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.config.options import load
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.group_score import GroupScore, RewardFailure
@@ -78,7 +78,9 @@ def task(tmp_path):
     def build(name: str, on_error: str = "abort") -> Task:
         (tmp_path / "own.py").write_text(REWARDS)
         reward = RewardOptions(function=f"{tmp_path}/own.py:{name}")
-        opened.append(Task(DataOptions(levels=[1], limit=4), [reward], ScoringOptions(on_error=on_error)))
+        opened.append(
+            Task(SourceOptions(task_options={"levels": [1]}, limit=4), [reward], ScoringOptions(on_error=on_error))
+        )
         return opened[-1]
 
     yield build

@@ -61,9 +61,11 @@ def control(folder: Path, console: Console, validation: int | None = None) -> di
     has no solutions to learn from.
     """
     config = _config(folder)
-    if validation or not config.data.validation:
-        data = config.data.model_copy(update={"validation": validation or VALIDATION})
-        config = config.model_copy(update={"data": data})
+    data = [
+        source.model_copy(update={"validation": validation or source.validation or VALIDATION})
+        for source in config.data
+    ]
+    config = config.model_copy(update={"data": data})
     seconds = {"grpo": _seconds(folder), "start": _warm_seconds(folder)}
     trained = []
     for candidate in _candidates(folder, config, seconds):

@@ -24,7 +24,7 @@ from grpo.cli.config.environment_test import EnvironmentTestConfig
 from grpo.run.metrics import mean_of
 from policies.presets import small_tokenizer
 from rewards.console import visible
-from rewards.data.examples import Example, examples_of
+from rewards.data.examples import Example, load_examples
 from rewards.isolation.environments import load_class, load_function
 from rewards.protocol import RewardError
 from rollout.environments.episodes import Arena, Episodes
@@ -169,7 +169,7 @@ def check_environment(environment: str, config: EnvironmentTestConfig) -> Enviro
         timeout_s=config.program_timeout_s,
     )
     data = config.data
-    examples = examples_of(data, data.name, data.split, purpose="eval", limit=data.limit)
+    examples = load_examples(data.name, data.split, data, purpose="eval", limit=data.limit)
     tokenizer = small_tokenizer(f"{example.question}\n{example.solution}" for example in examples)
     tools = [tool.__name__ for tool in tools_of(spec, "")]
     check, printed = EnvironmentCheck(environment, data.name, len(examples), tools), io.StringIO()

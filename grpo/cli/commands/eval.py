@@ -31,7 +31,7 @@ from grpo.task.sampling import agent_of
 from grpo.task.task import Task
 from policies.devices import peak_gib
 from policies.policy import Policy
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.data.examples import default_held_out_split
 from rewards.group_score import GroupScore
 from rollout.depth import Workload
@@ -141,11 +141,11 @@ class _Evaluator:
         config, context = self.config, None
         if self.use and self.use.source.checkpoint is None:
             context = known_context(self.use.source.folder)
-        data, options = DataOptions(**config.data.model_dump()), config.eval
+        data, options = SourceOptions(**config.data.model_dump()), config.eval
         if " + " in data.name and not Path(data.name).exists():
             raise ValueError(
                 f"data.name={data.name}: the run has several sources of data, which are evaluated one by one; give the "
-                "name of one of them, as in data.sources of its config.yaml (--data.name gsm8k)"
+                "name of one of them, as in data of its config.yaml (--data.name gsm8k)"
             )
         if data.held_out and self.use:
             self._refuse_other_columns(data)
@@ -165,13 +165,13 @@ class _Evaluator:
             agent=self.agent,
         )
 
-    def _refuse_other_columns(self, data: DataOptions) -> None:
+    def _refuse_other_columns(self, data: SourceOptions) -> None:
         """Raises ValueError where a share of the run's data would be held out by other columns than in the run."""
         of_run = defaults_of_run(Path(self.config.model)).get("data", {})
         if of_run.get("name") != data.name:
             return
-        then = shown_columns(of_run["template"], of_run.get("user_turn"))
-        now = shown_columns(data.template, data.user_turn)
+        then = shown_columns(of_run["template"])
+        now = shown_columns(data.template)
         if then != now:
             raise ValueError(
                 f"data.template={data.template!r} shows the columns {now}, and the run's template {then}: "

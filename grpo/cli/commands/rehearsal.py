@@ -77,7 +77,7 @@ def key_of(message: str) -> str:
     """
     if message.startswith("reward '"):
         return "rewards"
-    keys = [key for key in our_defaults() if "sources[]" not in key]  # each is an option of `data`, too
+    keys = list(our_defaults())
     for word in re.findall(r"([a-z_]+(?:\.[a-z_]+)*)(?:\[\d+\][\w.]*)?=", message):
         if word in keys:
             return str(word)

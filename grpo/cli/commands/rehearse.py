@@ -27,7 +27,7 @@ from grpo.task.check import open_task
 from grpo.task.parts import tokenizer_of
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.table import contradictions
-from grpo.task.task import Task
+from grpo.task.task import Task, reward_specs
 from policies import presets
 from policies.anatomy import count_parameters
 from policies.devices import device_of
@@ -35,6 +35,7 @@ from policies.policy import Policy, PolicyError
 from rewards.commands.check import STATE, check_reward
 from rewards.commands.options import RewardTestConfig
 from rewards.commands.probes import misprint
+from rewards.config.data import is_chat
 from rewards.scorer import BATCH
 from rewards.ties import tied
 from rollout.group import Prompt
@@ -224,7 +225,7 @@ def look_at_lengths(result: Rehearsal, config: TrainConfig, task: Task, tokenize
 
 def look_at_template(result: Rehearsal, config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> None:
     """Asks what `quartet check` asks of tokenizer and template, and reads the prompts as the policy gets them."""
-    chat, tokenizer, shape = config.data.template == "chat", policy.tokenizer, policy.config.get_text_config()
+    chat, tokenizer, shape = is_chat(config.data[0].template), policy.tokenizer, policy.config.get_text_config()
     result.facts["template"] = {}
     for row in examine_text(tokenizer, policy.stop_token_ids, getattr(shape, "vocab_size", None)):
         words = str(row.values.get(TRANSFORMERS, ""))
@@ -264,9 +265,8 @@ def look_at_template(result: Rehearsal, config: TrainConfig, policy: Policy, pro
 def look_at_repetition(result: Rehearsal, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
     """Finds a sentence that every prompt says twice, as where system prompt and data both have it."""
     for sentence in re.findall(r"[^.!?\n]{24,}[.!?]", prompts[0].text):
-        if not config.data.few_shot and all(prompt.text.count(sentence) > 1 for prompt in prompts):
-            key = "data.system_prompt" if sentence in (config.data.system_prompt or "") else "data.template"
-            result.add("warns", key, f"every prompt says twice {sentence.strip()!r}", "say it once")
+        if not config.data[0].few_shot and all(prompt.text.count(sentence) > 1 for prompt in prompts):
+            result.add("warns", "data.template", f"every prompt says twice {sentence.strip()!r}", "say it once")
             break
 
 
@@ -333,25 +333,26 @@ def mean_score(task: Task, count: int) -> Callable[[Sequence[str]], float]:
 
 def sources_of(config: TrainConfig, task: Task) -> Iterator[tuple[TrainConfig, Task]]:
     """The configuration and the task of each source of data, or those of the run where there is one."""
-    if not config.data.sources:
+    if len(config.data) == 1:
         yield config, task
         return
     from grpo.task.mix import options_of_source
 
-    for source in config.data.sources:
-        yield cast(TrainConfig, options_of_source(config, str(source.label), source)), task.parts[str(source.label)]
+    for source in config.data:
+        yield cast(TrainConfig, options_of_source(config, source)), task.parts[str(source.label)]
 
 
 def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[float, float]:
     """Tries each function as `quartet reward test` does. Returns the seconds for a completion of the slowest, and of
     all."""
     seconds, written = list[float](), result.facts["scores"]["written"]
-    data = {name: getattr(config.data, name) for name in RewardTestConfig().data.model_dump()} | {"limit": TRIED}
+    data = {name: getattr(config.data[0], name) for name in RewardTestConfig().data.model_dump()} | {"limit": TRIED}
     effect: Effect = "ends" if config.reward.on_error == "abort" else "spoils"
     scoring = {name: getattr(config.reward, name) for name in ("timeout_s", "pass_variables")}
     scoring["on_error"] = "abort" if effect == "ends" else "drop_sample"
-    for i, (reward, label) in enumerate(zip(config.rewards, task.reward_weights, strict=False)):
-        if reward.function in OF_OTHERS or task.models:
+    for i, (reward, spec) in enumerate(zip(config.rewards, reward_specs(config.rewards), strict=True)):
+        label = spec.label
+        if reward.function in OF_OTHERS or task.models or label not in task.reward_weights:
             continue
         key, declared = f"rewards[{i}].function", task.scorer.right_at(label)
         options: dict[str, Any] = {name: getattr(reward, name) for name in ("arguments",)}

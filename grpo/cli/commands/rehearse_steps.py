@@ -104,11 +104,9 @@ def rehearsed(config: TrainConfig, model: str, folder: Path) -> TrainConfig:
         file.write_text(UNLIKE_REWARD, encoding="utf-8")
         unlike = {"function": f"{file}:unlike", "weight": UNLIKE_WEIGHT}
         changes["rewards"] = [*(reward.model_dump() for reward in config.rewards), unlike]
-        if config.data.sources:
-            named = [source.model_dump() for source in config.data.sources]
-            changes["data.sources"] = [
-                source | {"rewards": source["rewards"] and [*source["rewards"], "unlike"]} for source in named
-            ]
+        for source in (named := [source.model_dump() for source in config.data]):
+            source["rewards"] = source["rewards"] and [*source["rewards"], "unlike"]
+        changes["data"] = named
     return with_options(config, changes)
 
 

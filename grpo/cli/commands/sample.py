@@ -17,7 +17,7 @@ from grpo.cli.config.inference import SampleConfig
 from grpo.data.prompts import PromptTemplate, encode_prompt
 from grpo.run.console import progress_bars
 from rewards.config.json_file import parse_json, unfit
-from rewards.data.examples import Example, beyond_context, examples_of
+from rewards.data.examples import Example, beyond_context, load_examples
 from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
 from rollout.pools import PoolOptions, open_pool
@@ -85,8 +85,8 @@ class Sampled:
 def sample(config: SampleConfig, examples: list[Example], console: Console) -> Sampled:
     """Sample one group per prompt. If a prompt cannot be continued, the others still are."""
     data, shots = config.data, config.data.few_shot
-    worked = examples_of(data, data.name, "train", limit=shots, seed=config.seed) if shots else []
-    template = PromptTemplate(data.template, data.system_prompt, worked, data.user_turn)
+    worked = load_examples(data.name, data.split, data, limit=shots, seed=config.seed) if shots else []
+    template = PromptTemplate(data.template, worked)
     # A run's template may call the prompt by the name of its column.
     examples = [replace(e, columns={data.prompt_column: e.question} | e.columns) for e in examples]
     if not template.is_chat:

@@ -17,6 +17,7 @@ from grpo.cli.config.inference import EvalConfig
 from grpo.cli.config.serve import MOST_WAITING
 from grpo.data.prompts import PromptTemplate
 from grpo.source.policy_source import PolicySource
+from rewards.config.data import is_chat
 from rewards.config.json_file import parse_json
 from rewards.data.examples import Example
 from rewards.http_post import MOST_BYTES, Tries, Unusable, post
@@ -174,7 +175,7 @@ def open_served(config: EvalConfig) -> ServedPool:
     for name in ("NO_PROXY", "no_proxy"):  # no proxy knows a server of this machine
         known = [each for each in os.environ.get(name, "").split(",") if each]
         os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost"]))
-    variables = config.data.chat_template_kwargs if config.data.template == "chat" else {}
+    variables = config.data.chat_template_kwargs if is_chat(config.data.template) else {}
     return ServedPool(config.model, key, config.rollout.prompts_per_shard, variables)
 
 

@@ -35,6 +35,7 @@ from policies.checkpoint import check_policy
 from policies.devices import device_of
 from policies.lora import reach, reach_in_words
 from policies.mtp import MTPHead
+from rewards.config.data import names_of
 from rewards.console import Terminal, visible
 from rollout.depth import tokens_per_forward
 from rollout.group import Completion, RolloutGroup
@@ -200,10 +201,10 @@ class DryRun:
             if same_rewards:
                 refuse_changed_sources(self.config.output_dir, task.describe_rewards(), task.sources)
             self.check(task)
-            table.add_row("training examples", f"{len(task.train):,} ({data.name}, {data.split})")
+            table.add_row("training examples", f"{len(task.train):,} ({names_of(data)}, {data[0].split})")
             table.add_row("held-out examples", f"{len(task.held_out):,}")
-            whole = sum(source.weight for source in data.sources)
-            for source in data.sources:
+            whole = sum(source.weight for source in data)
+            for source in data[:0] if len(data) == 1 else data:
                 part, share = task.parts[str(source.label)], source.weight / whole
                 steps = len(part.train) / (self.config.prompts_per_step * share)
                 sizes = f"{len(part.train):,} examples, an epoch of {steps:,.1f} steps; {len(part.held_out):,} held out"

@@ -13,10 +13,6 @@ from rewards.config.options import Options
 class PlayedDataOptions(ProblemOptions):
     """The data whose columns `reset` gets."""
 
-    name: str = "word_problems"
-    """`word_problems`, `word_game`, `gsm8k`, a hub id, a folder with train.jsonl, or one data file."""
-    split: str = "train"
-    """The split."""
     limit: int | None = Field(default=8, ge=1)
     """Use only the first rows, at most this many; null uses all."""
 

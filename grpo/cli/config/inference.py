@@ -10,9 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import LOWEST_TEMPERATURE, AnswerOptions
-from rewards.config.data import PromptOptions
+from rewards.config.data import ChatForm, PromptOptions
 from rewards.config.json_file import expecting
-from rewards.config.names import recorded_options
+from rewards.config.names import recorded_options, sources_of
 from rewards.config.options import Lines, Options
 from rewards.config.reward import RewardsOptions, ScoringOptions
 from rewards.spec import RewardSpec
@@ -40,14 +40,8 @@ class _UseOptions(EnvironmentOptions, ModelOptions):
 class EvaluatedDataOptions(PromptOptions):
     """Where problems come from, and how they become prompts."""
 
-    name: str = "word_problems"
-    """`word_problems`, `gsm8k`, `reasoning_gym:TASK`, a hub id, a folder with test.jsonl, or one data file."""
-    split: str = "train"
-    """The split of which a run with `data.held_out` holds out a share."""
     held_out: float | None = Field(default=None, gt=0, lt=1)
     """Evaluate only the share that a run with this `data.held_out` holds out; null evaluates `eval.split`."""
-    held_out_seed: int = 0
-    """The run's `data.held_out_seed`."""
 
 
 class EvaluatedOptions(Options):
@@ -115,13 +109,9 @@ class EvalConfig(MeasuredConfig):
 class SampledDataOptions(PromptOptions):
     """How your prompts are written, and where worked examples come from."""
 
-    name: str = "word_problems"
-    """few_shot: where the worked examples come from, as in `quartet eval`; `levels`, `task_options` and
-    `solution_column` are about these data."""
-    template: Annotated[str, Lines] = "{prompt}"
-    """A format string around `prompt`, or `chat` for the model's own chat template. A run folder brings its own."""
-    prompt_column: str = "question"
-    """The column that is the prompt: in the worked examples, and as a name for your prompt in `template`."""
+    template: Annotated[str | ChatForm, Lines] = "{prompt}"
+    """A format string around `prompt`, or `chat` for the model's own chat template, or what its messages say, as in
+    `quartet eval`. A run folder brings its own."""
 
 
 class SampledRolloutOptions(AnswerOptions):
@@ -137,7 +127,7 @@ class SampleConfig(_UseOptions):
     command: ClassVar[str] = "sample"
     # What `quartet sample --help` shows; `--help all` shows all.
     common: ClassVar[tuple[str, ...]] = (
-        *("samples", "stop", "data.template", "data.system_prompt", "data.few_shot", "data.name"),
+        *("samples", "stop", "data.template", "data.few_shot", "data.name"),
         *("rollout.temperature", "rollout.max_completion_tokens", "rollout.draft_tokens", "rollout.margin"),
         *("tools", "environment", "device", "dtype", "threads", "seed"),
     )
@@ -167,17 +157,19 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
 
 
 def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
-    of_data, rollout, reward = run["data"], run["rollout"], dict(run["reward"])
-    sources = {source["name"]: source for source in of_data.get("sources", [])}
-    if data in sources:
-        of_data, names = of_data | sources[data], sources[data]["rewards"]
+    sources, rollout, reward = sources_of(run), run["rollout"], dict(run["reward"])
+    whole = sources[0] | {
+        "name": " + ".join(source.get("label") or source["name"] for source in sources)
+    }  # none of several is meant
+    of_data = next((source for source in sources if source["name"] == data), whole)
+    if names := of_data.get("rewards") if of_data is not whole else None:
         labels = [RewardSpec(each["function"], name=each["name"]).label for each in run["rewards"]]
-        scores = [each for each, label in zip(run["rewards"], labels, strict=True) if names is None or label in names]
+        scores = [each for each, label in zip(run["rewards"], labels, strict=True) if label in names]
         run = run | {"rewards": scores}
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"
-    prompts = ("template", "system_prompt", "user_turn", "few_shot", "chat_template_kwargs")
-    problems = ("name", "split", "held_out", "held_out_seed", "task_options", "prompt_column", "solution_column")
+    prompts = ("template", "few_shot", "chat_template_kwargs")
+    problems = ("name", "split", "held_out", "task_options", "prompt_column", "solution_column")
     sampling = ("temperature", "max_completion_tokens", "draft_tokens")
     acting = (*EnvironmentOptions.model_fields, *AgentOptions.model_fields)
     brought: dict[str, Any] = {
@@ -189,6 +181,7 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     if data not in (None, of_data["name"]):
         return brought
     brought["data"] |= {name: of_data[name] for name in problems if name in of_data}
-    brought["data"]["levels"] = run["eval"].get("levels") or of_data["levels"]
+    if levels := run["eval"].get("levels"):  # of an older version
+        brought["data"]["task_options"] = {"levels": levels}
     split = None if of_data.get("held_out") else run["eval"]["split"]
     return brought | {"eval": {"split": split, "limit": run["eval"]["limit"] or None}}

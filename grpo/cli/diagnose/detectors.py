@@ -17,7 +17,7 @@ from grpo.cli.diagnose.gains import Cause, label_of
 from grpo.cli.diagnose.record import FEW, Group, Record, answer_text
 from grpo.run.records import TURNS
 from rewards.built_in.gsm8k import MARKED
-from rewards.config.names import recorded_options
+from rewards.config.names import recorded_options, sources_of
 from rewards.ties import tied as is_tied
 
 LEAST_STEPS = 3  # of which a correlation or a movement is believed
@@ -96,7 +96,7 @@ def template(record: Record) -> Cause:
     """The policy was taught with prompts of another form, or does not write what the reward reads."""
     ours, model = record.options.get("data.template"), Path(str(record.options.get("model")))
     theirs = _template_of_run(model)
-    if theirs and theirs != ours and record.start < 0.6:
+    if theirs and ours and theirs != ours and record.start < 0.6:
         what = f"Prompts are {ours!r}, {model} was taught with {theirs!r}, and it begins with "
         what += f"{record.start:.0%} of the marks."
         return True, what, f"set data.template to {theirs!r}"
@@ -110,7 +110,7 @@ def template(record: Record) -> Cause:
 def _template_of_run(model: Path) -> str | None:
     """The template of the run that the policy comes from; None for one that comes from no run."""
     files = [folder / "config.yaml" for folder in (model, model.parent) if (folder / "config.yaml").is_file()]
-    return recorded_options(files[0])[1].get("data", {}).get("template") if files else None
+    return sources_of(recorded_options(files[0])[1])[0].get("template") if files else None
 
 
 def answer_column(record: Record) -> Cause:
@@ -142,7 +142,8 @@ def none_solved(record: Record) -> Cause:
 
 
 def _data(record: Record) -> str:
-    return record.option("data.levels" if record.options.get("data.name") == "word_problems" else "data.name")
+    made = record.options.get("data.name") == "word_problems"
+    return record.option("data.task_options.levels" if made else "data.name")
 
 
 def hacked(record: Record) -> Cause:

@@ -64,7 +64,7 @@ class Quantizer:
 
     def __init__(self, config: QuantizeConfig, console: Console) -> None:
         self.config, self.console, self.use = config, console, PolicyInUse(config)
-        self.template = PromptTemplate(config.data.template, config.data.system_prompt, user_turn=config.data.user_turn)
+        self.template = PromptTemplate(config.data.template)
 
     def quantize(self, destination: Path) -> Quantization:
         """Writes `destination`, complete or not at all. What is wrong with the packages, the text, the source or the
@@ -117,7 +117,7 @@ class Quantizer:
             raise PolicyError(f"model={config.model!r} is quantised already; name the policy that it was made from")
 
         def held_out(example: Example) -> bool:
-            return share is not None and in_held_out(self._fingerprint(example), share, config.data.held_out_seed)
+            return share is not None and in_held_out(self._fingerprint(example), share)
 
         return calibration_text(
             config.calibrate,

@@ -24,6 +24,7 @@ from grpo.run.resume import base_changed
 from grpo.source.policy_source import holds_head, load_beside, load_policy
 from grpo.task.task import Task
 from policies.policy import Policy
+from rewards.config.data import names_of
 from rewards.config.json_file import expecting
 from rewards.config.names import recorded_options
 from rewards.config.options import load
@@ -139,7 +140,7 @@ class Rewind:
             if prompt is None or prompt.text != first["prompt"]:
                 what = "is not there" if prompt is None else "has another text"
                 raise ValueError(
-                    f"{path}: the data ({self.config.data.name}) have changed since the run: its prompt "
+                    f"{path}: the data ({names_of(self.config.data)}) have changed since the run: its prompt "
                     f"{first['prompt_id']!r} {what} now; put the data back that the run was trained on"
                 )
             with expecting(path, "record of a step"):

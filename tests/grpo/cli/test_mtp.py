@@ -47,7 +47,7 @@ def taught(micro_preset, tmp_path_factory) -> Path:
     """A micro policy after a little supervision, without a draft head."""
     folder = tmp_path_factory.mktemp("sft") / "run"
     given = {"model": micro_preset, "output_dir": folder, "threads": 1, "log.trackers": [], "mtp.loss_weight": 0.0}
-    given |= {"data.levels": [1], "data.limit": 16, "rollout.max_completion_tokens": 10}
+    given |= {"data.task_options.levels": [1], "data.limit": 16, "rollout.max_completion_tokens": 10}
     sft(load(SftConfig, None, given | {"steps": 60, "prompts_per_step": 8, "learner.learning_rate": 1e-2}))
     policy = Policy.load(folder / "policy")
     policy.mtp = None
@@ -64,7 +64,7 @@ def config(taught, letters):
             "threads": 1,
             "steps": STEPS,
             "prompts_per_step": 4,
-            "data.levels": [1],
+            "data.task_options.levels": [1],
             "data.limit": 10,
             "rollout.group_size": 4,
             "rollout.max_completion_tokens": 16,
@@ -566,7 +566,7 @@ def test_groups_are_cut():
 def test_the_command_takes_a_model_or_a_file(taught, letters, tmp_path, capsys):
     config = tmp_path / "head.yaml"
     config.write_text(f"model: {taught}\noutput_dir: {tmp_path / 'a'}\nsteps: 2\nrewards:\n- function: {letters}\n")
-    words = ["--threads", "1", "--prompts_per_step", "2", "--data.levels", "[1]", "--data.limit", "8"]
+    words = ["--threads", "1", "--prompts_per_step", "2", "--data.task_options.levels", "[1]", "--data.limit", "8"]
     words += ["--rollout.max_completion_tokens", "6", "--rollout.draft_tokens", "1", "--log.trackers", "[]"]
     words += ["--mtp.depth", "2", "--mtp.epochs", "2", "--eval.limit", "2"]
     assert main(["mtp", str(config), *words, "--dry_run"]) == 0

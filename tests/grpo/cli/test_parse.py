@@ -31,7 +31,18 @@ from rewards.records import read_rollouts
 ROOT = Path(__file__).parents[3]
 MODELS = {"train": TrainConfig, "sft": SftConfig, "eval": EvalConfig, "sample": SampleConfig}
 MICRO_RUN = [
-    *("--threads", "1", "--steps", "2", "--prompts_per_step", "2", "--data.levels", "[1]", "--data.limit", "8"),
+    *(
+        "--threads",
+        "1",
+        "--steps",
+        "2",
+        "--prompts_per_step",
+        "2",
+        "--data.task_options.levels",
+        "[1]",
+        "--data.limit",
+        "8",
+    ),
     *("--rollout.group_size", "2", "--rollout.max_completion_tokens", "6", "--log.trackers", "[]"),
 ]
 
@@ -359,7 +370,7 @@ def test_all_problems_come_at_once(tmp_path, capsys):
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_the_printed_config_is_the_effective_one_and_reads_back(tmp_path, capsys, command):
     words = ["--output_dir=runs/a", "--rollout.max_completion_tokens=6"]
-    words += ["--data.levels=[1, 3]", "--learner.betas=[0.9, 0.99]"]
+    words += ["--data.task_options.levels=[1, 3]", "--learner.betas=[0.9, 0.99]"]
     words += ["--lora.rank", "4", "--steps", "7"] if command == "train" else []
     assert main([command, *words, "--print_config"]) == 0
     first = capsys.readouterr().out
@@ -489,7 +500,16 @@ def test_eval_prints_the_options_that_a_run_brings_along(run, capsys):
 
 @pytest.mark.slow
 def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
-    words = ["--output_dir", str(tmp_path / "sft"), "--model", model, "--threads", "1", "--data.levels", "[1]"]
+    words = [
+        "--output_dir",
+        str(tmp_path / "sft"),
+        "--model",
+        model,
+        "--threads",
+        "1",
+        "--data.task_options.levels",
+        "[1]",
+    ]
     words += ["--warm_start.steps", "3", "--data.limit", "20", "--eval.limit", "2", "--log.trackers", "[]"]
     words += ["--rollout.max_completion_tokens", "5"]
     assert main(["sft", *words]) == 0

@@ -91,7 +91,7 @@ def judged(policy_folder, letters) -> dict[str, Any]:
     return {
         "model": str(policy_folder),
         "threads": 1,
-        "data.levels": [1],
+        "data.task_options.levels": [1],
         "rewards": [{"function": letters}, judge],
         "rollout.max_completion_tokens": 8,
         "rollout.draft_tokens": 1,
@@ -118,7 +118,9 @@ def test_contract_18_supervised_steps_read_all_their_options(micro_config, polic
         sft(SftConfig(output_dir=tmp_path / "r", eval={"limit": 2}, learner={"workers": 0}, **given, **small))
         acts = {"environment": "calculator"}
         sft(SftConfig(output_dir=tmp_path / "e", eval={"limit": 2}, **given, **small, **acts))
-        task_of(SftConfig(output_dir=tmp_path / "h", **given | {"data": [rows]}), scores=False).close()
+        task_of(
+            SftConfig(output_dir=tmp_path / "h", **given | {"data": [rows, {"name": "word_problems"}]}), scores=False
+        ).close()
     assert unread(SftConfig, reads) == set()
 
 
@@ -150,7 +152,7 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, row
         outside = micro_config(tmp_path / "vllm", **{"rollout.backend": "vllm"})
         check_plan(outside)
         vllm_settings(outside.rollout, tmp_path)
-        task_of(TrainConfig(output_dir=tmp_path / "h", data=[rows]), scores=False).close()
+        task_of(TrainConfig(output_dir=tmp_path / "h", data=[rows, {"name": "word_problems"}]), scores=False).close()
     assert unread(TrainConfig, reads) == set()
 
 
@@ -161,7 +163,7 @@ def test_contract_18_teaching_a_draft_head_reads_all_its_options(judged, rows, t
     small |= {"mtp.solutions": 1, "mtp.draft_vocabulary": 16, "log.trackers": [], "data.limit": 24}
     with recorded() as reads:
         mtp(load(MtpConfig, None, judged | small | {"output_dir": tmp_path / "r"}))
-        task_of(MtpConfig(output_dir=tmp_path / "h", data=[rows]), scores=False).close()
+        task_of(MtpConfig(output_dir=tmp_path / "h", data=[rows, {"name": "word_problems"}]), scores=False).close()
     assert unread(MtpConfig, reads) == set()
 
 

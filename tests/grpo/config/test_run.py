@@ -18,7 +18,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
 from rewards.commands.options import RewardTestConfig
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.config.names import recorded_options
 from rewards.config.options import ConfigError, _options, dump_yaml, load
 from rewards.config.reward import ScoringOptions
@@ -121,7 +121,6 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
         ({"learner.learning_rate": float("nan")}, "learner.learning_rate"),
         ({"mtp.depth": 0}, "mtp.depth=0"),
         ({"rewards": []}, "rewards"),
-        ({"data.levels": []}, "data.levels"),
         ({"device": 3}, "device=3"),
         ({"steps": 0}, "steps=0"),
     ],
@@ -168,14 +167,12 @@ def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):
     given = {
         "output_dir": str(tmp_path),
         "seed": 5,
-        "data.name": "gsm8k",
         "data.prompt_column": "problem",
         "data.solution_column": "solution",
-        "data.template": "chat",
-        "data.system_prompt": "Be brief.",
+        "data.template": {"system": "Be brief."},
         "data.few_shot": 2,
         "eval.split": "validation",
-        "data.levels": [2, 3],
+        "data.task_options.levels": [2, 3],
         "eval.limit": 17,
         "rollout.temperature": 0.5,
         "rollout.max_completion_tokens": 99,
@@ -186,9 +183,9 @@ def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):
     run = load(TrainConfig, None, given)
     (tmp_path / "config.yaml").write_text(dump_yaml(run))
     config = load(EvalConfig, None, defaults_of_run(tmp_path))
-    same = ("name", "prompt_column", "solution_column", "template", "few_shot", "system_prompt")
-    assert {name: getattr(config.data, name) for name in same} == {name: getattr(run.data, name) for name in same}
-    assert (config.data.name, config.data.system_prompt, config.data.levels) == ("gsm8k", "Be brief.", [2, 3])
+    same = ("name", "prompt_column", "solution_column", "template", "few_shot", "task_options")
+    assert {name: getattr(config.data, name) for name in same} == {name: getattr(run.data[0], name) for name in same}
+    assert (config.data.few_shot, config.data.task_options) == (2, {"levels": [2, 3]})
     assert (config.eval.split, config.eval.limit) == ("validation", 17)
     rollout = config.rollout
     assert (rollout.temperature, rollout.max_completion_tokens, rollout.draft_tokens) == (0.5, 99, 3)
@@ -200,13 +197,13 @@ def test_a_run_without_evaluation_is_evaluated_on_everything(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_yaml(load(TrainConfig, None, {"output_dir": str(tmp_path)})))
     config = load(EvalConfig, None, defaults_of_run(tmp_path))
     assert config.eval.limit is None
-    assert config.data.levels == DataOptions().levels
+    assert config.data.task_options == {}
 
 
 def test_eval_has_the_defaults_of_training():
     """`quartet eval MODEL` after `quartet train --model MODEL` asks the same questions in the same way."""
-    ours, data, rollout = EvalConfig(), DataOptions(), RolloutOptions()
-    for name in ("prompt_column", "solution_column", "template", "system_prompt", "few_shot", "levels"):
+    ours, data, rollout = EvalConfig(), SourceOptions(), RolloutOptions()
+    for name in ("prompt_column", "solution_column", "template", "few_shot", "task_options"):
         assert getattr(ours.data, name) == getattr(data, name)
     for name in ("temperature", "max_completion_tokens", "draft_tokens"):
         assert getattr(ours.rollout, name) == getattr(rollout, name)
@@ -228,10 +225,9 @@ def test_the_names_of_an_older_version_work_with_a_word(caplog, tmp_path):
     sft = load(SftConfig, None, {"output_dir": "r", "warm_start.steps": 7, "warm_start.learning_rate": 0.1})
     assert (sft.steps, sft.learner.learning_rate) == (7, 0.1)
     caplog.clear()
-    share = {"data.holdout": 0.1, "data.holdout_seed": 3}
+    share = {"data.holdout": 0.1, "data.holdout_seed": 0}
     for command in (TrainConfig, SftConfig, MtpConfig):
-        data = load(command, None, {"output_dir": "r"} | share).data
-        assert (data.held_out, data.held_out_seed) == (0.1, 3)
+        assert load(command, None, {"output_dir": "r"} | share).data[0].held_out == 0.1
     assert caplog.text.count("data.holdout is data.held_out now") == 3
     assert load(MtpConfig, None, {"output_dir": "r", "head.epochs": 3}).mtp.epochs == 3
     (tmp_path / "config.yaml").write_text("output_dir: r\nhead: {epochs: 3, depth: 2}\n")
@@ -246,6 +242,28 @@ def test_the_names_of_an_older_version_work_with_a_word(caplog, tmp_path):
     assert load(QuantizeConfig, None, {"calibrate": "t", "heldout_tokens": 9}).held_out_tokens == 9
     tried = load(RewardTestConfig, None, {"data": "gsm8k", "limit": 5, "on_error": "drop_sample"})
     assert (tried.data.name, tried.data.limit, tried.reward.on_error) == ("gsm8k", 5, "drop_sample")
+
+
+def test_what_a_run_of_version_0_2_has_recorded_of_its_data_is_read(tmp_path):
+    of_02 = {"held_out_seed": 0, "sources": [], "system_prompt": "Be brief.", "user_turn": "Q: {question}"}
+    (tmp_path / "config.yaml").write_text(
+        to_yaml({"output_dir": "r", "data": {"name": "word_problems", "template": "chat", "levels": [1]} | of_02})
+    )
+    messages = {"system": "Be brief.", "user": "Q: {question}"}
+    told: list[str] = []
+    [source] = load(TrainConfig, tmp_path / "config.yaml", {}, on_removed=told.append).data
+    assert (source.template, source.task_options, told) == (messages, {"levels": [1]}, [])
+    _, options = recorded_options(tmp_path / "config.yaml")
+    assert EvalConfig(data=options["data"]).data.template == messages
+    with pytest.raises(ConfigError, match=r"data.held_out_seed=3 .command line.: it is gone, since the content"):
+        load(TrainConfig, None, {"output_dir": "r", "data.held_out_seed": 3})
+    with pytest.raises(ConfigError, match=r"data.system_prompt=Hi .command line.: it is gone, since the messages"):
+        load(TrainConfig, None, {"output_dir": "r", "data.system_prompt": "Hi"})
+    # Levels are those of word_problems; other data never read them.
+    assert (
+        load(TrainConfig, None, {"output_dir": "r", "data": {"name": "gsm8k", "levels": [3]}}).data[0].task_options
+        == {}
+    )
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_stream_goes_on_where_it_was_saved(steps):
 
 def test_a_changed_mix_is_refused_by_name():
     state = _stream({"a": 2, "b": 1}).state_dict()
-    with pytest.raises(ValueError, match=r"data.sources: the run began with a × 2, b × 1, and now has a × 3, b × 1"):
+    with pytest.raises(ValueError, match=r"data: the run began with a × 2, b × 1, and now has a × 3, b × 1"):
         _stream({"a": 3, "b": 1}).load_state_dict(state)
     with pytest.raises(ValueError, match="and now has a × 2, c × 1"):
         _stream({"a": 2, "c": 1}).load_state_dict(state)

@@ -56,7 +56,7 @@ def test_few_shot_examples_come_first_with_their_solutions():
 
 
 def test_the_chat_template(tokenizer):
-    prompt = encode_prompt(EXAMPLE, tokenizer, PromptTemplate("chat", system_prompt="Add.", few_shot=[SHOT]))
+    prompt = encode_prompt(EXAMPLE, tokenizer, PromptTemplate({"system": "Add."}, few_shot=[SHOT]))
     assert prompt.text == (
         "<s>system\nAdd.</s>\n<s>user\n1 + 1 = ?</s>\n<s>assistant\n1 + 1 = 2\n#### 2</s>\n"
         "<s>user\n2 + 3 = ?</s>\n<s>assistant\n"
@@ -70,26 +70,26 @@ def test_the_chat_template(tokenizer):
 def test_worked_examples_and_an_instruction_in_the_users_message(tokenizer):
     """As lm-evaluation-harness' chat prompts without multiturn: one message of the user holds them all."""
     form = "Answer with a number.\n\n{examples}Question: {question}\nAnswer:"
-    template = PromptTemplate("chat", system_prompt="Add.", few_shot=[SHOT, SHOT], user_turn=form)
+    template = PromptTemplate({"system": "Add.", "user": form}, few_shot=[SHOT, SHOT])
     worked = "Question: 1 + 1 = ?\nAnswer: 1 + 1 = 2\n#### 2\n\n"
     asked = f"Answer with a number.\n\n{worked}{worked}Question: 2 + 3 = ?\nAnswer:"
     assert template.messages(EXAMPLE) == [{"role": "system", "content": "Add."}, {"role": "user", "content": asked}]
     assert encode_prompt(EXAMPLE, tokenizer, template).text == (
         f"<s>system\nAdd.</s>\n<s>user\n{asked}</s>\n<s>assistant\n"
     )
-    bare = PromptTemplate("chat", user_turn=form).messages(EXAMPLE)
+    bare = PromptTemplate({"user": form}).messages(EXAMPLE)
     assert bare[0]["content"] == "Answer with a number.\n\nQuestion: 2 + 3 = ?\nAnswer:"
 
 
 def test_without_examples_in_it_the_users_form_is_that_of_every_turn():
-    template = PromptTemplate("chat", few_shot=[SHOT], user_turn="Level {level}: {question}")
+    template = PromptTemplate({"user": "Level {level}: {question}"}, few_shot=[SHOT])
     assert template.messages(EXAMPLE) == [
         {"role": "user", "content": "Level 1: 1 + 1 = ?"},
         {"role": "assistant", "content": "1 + 1 = 2\n#### 2"},
         {"role": "user", "content": "Level 2: 2 + 3 = ?"},
     ]
-    with pytest.raises(ValueError, match=r"user_turn='\{topic\}' asks for \{topic\}; the columns are question, answer"):
-        PromptTemplate("chat", user_turn="{topic}").messages(EXAMPLE)
+    with pytest.raises(ValueError, match=r"template='\{topic\}' asks for \{topic\}; the columns are question, answer"):
+        PromptTemplate({"user": "{topic}"}).messages(EXAMPLE)
 
 
 def test_the_chat_template_writes_its_own_special_tokens(tokenizer):
@@ -115,10 +115,8 @@ def test_an_unknown_field_names_the_columns(field):
     [
         ({"format": "Solve it."}, "makes every prompt the same; put {question} into it"),
         ({"format": "{question"}, "write {{ or }} for a plain brace"),
-        ({"format": "{question}", "system_prompt": "Add."}, "system_prompt needs template=chat"),
-        ({"format": "{question}", "user_turn": "{question}"}, "user_turn needs template=chat"),
-        ({"format": "chat", "user_turn": "{question} {examples}"}, "needs {question}, after {examples} if it has that"),
-        ({"format": "chat", "user_turn": "{examples}{question"}, "write {{ or }} for a plain brace"),
+        ({"format": {"user": "{question} {examples}"}}, "needs {question}, after {examples} if it has that"),
+        ({"format": {"user": "{examples}{question"}}, "write {{ or }} for a plain brace"),
     ],
 )
 def test_a_template_that_cannot_work_is_refused_at_once(options, message):

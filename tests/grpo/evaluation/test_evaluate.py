@@ -14,7 +14,7 @@ from grpo.run.metrics import check
 from grpo.run.records import read_metrics, read_problems
 from grpo.task.task import Task
 from rewards import RewardError
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rollout.faults import RolloutError
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
@@ -45,7 +45,7 @@ def _prompts(count: int) -> list[Prompt]:
 
 
 def _task(*rewards: RewardOptions, on_error: str = "abort") -> Task:
-    data = DataOptions(levels=[1], limit=4)
+    data = SourceOptions(task_options={"levels": [1]}, limit=4)
     return Task(data, rewards or [RewardOptions(function="gsm8k")], ScoringOptions(on_error=on_error))
 
 

@@ -87,7 +87,7 @@ def test_a_run_refuses_the_folder_of_another_one(micro_config, micro_preset, let
         "model": micro_preset,
         "output_dir": folder,
         "threads": 1,
-        "data.levels": [1],
+        "data.task_options.levels": [1],
         "data.limit": 8,
         "rewards": [{"function": letters}],
         "log.trackers": [],

@@ -58,7 +58,18 @@ def test_a_run_says_in_one_message_what_was_going_on_and_what_to_lower(
         "--rewards",
         f"[{{function: {letters}}}]",
     ]
-    options += ["--threads", 1, "--steps", 2, "--prompts_per_step", 2, "--data.levels", "[1]", "--data.limit", 8]
+    options += [
+        "--threads",
+        1,
+        "--steps",
+        2,
+        "--prompts_per_step",
+        2,
+        "--data.task_options.levels",
+        "[1]",
+        "--data.limit",
+        8,
+    ]
     options += ["--rollout.group_size", 2, "--rollout.max_completion_tokens", 6, "--rollout.prompts_per_shard", 2]
     options += ["--rollout.draft_tokens", 0, "--log.trackers", "[]", "--eval.limit", 2 if name == "evaluating" else 0]
     assert main(["train", *map(str, options)]) == 1

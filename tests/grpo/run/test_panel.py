@@ -153,7 +153,7 @@ def test_a_pipe_gets_a_line_of_every_step_and_no_control_code(tmp_path, monkeypa
 
 def _command(model: str, folder: object, steps: int) -> list[str]:
     words = [sys.executable, "-m", "grpo", "train", "--model", model, "--output_dir", str(folder)]
-    words += f"--steps {steps} --threads 1 --prompts_per_step 2 --data.levels [1] --data.limit 8".split()
+    words += f"--steps {steps} --threads 1 --prompts_per_step 2 --data.task_options.levels [1] --data.limit 8".split()
     words += ["--rollout.group_size", "2", "--rollout.max_completion_tokens", "6", "--log.trackers", "[]"]
     return [*words, "--checkpoint.every", "1000"]
 

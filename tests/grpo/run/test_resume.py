@@ -399,7 +399,7 @@ def test_other_training_data_are_noticed(micro_config, tmp_path):
     rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} for i in range(10)]
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"data.name": str(data), "data.levels": [1], "data.limit": None, "steps": 2}
+    given = {"data.name": str(data), "data.limit": None, "steps": 2}
     with pytest.raises(Stopped):
         train(_config(micro_config, tmp_path / "run", "full", **given), stop_after=1)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
@@ -542,7 +542,7 @@ SFT = {
     "steps": 6,
     "prompts_per_step": 4,
     "learner.learning_rate": 1e-2,
-    "data.levels": [1],
+    "data.task_options.levels": [1],
     "rewards": [{"function": "gsm8k"}],
     "checkpoint.every": 2,
     "checkpoint.keep": None,

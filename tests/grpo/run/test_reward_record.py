@@ -15,7 +15,7 @@ from grpo.run.reward_record import read_rewards
 from grpo.run.stop import Stopped
 from grpo.task.task import Task
 from grpo.train import train
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.group_score import RewardFailed
 from rewards.records import read_rollouts
@@ -193,7 +193,10 @@ def test_advantages_under_drop_sample_equal_those_of_the_remaining_seven(tmp_pat
         completions = [Completion([5 + i, 6], [-1.0, -2.0], text, "stop", 0) for i, text in enumerate(texts)]
         return RolloutGroup(Prompt(name, "?", [7, 8], {"answer": "#### 1"}), completions)
 
-    data, scoring = DataOptions(levels=[1], limit=4), ScoringOptions(on_error="drop_sample", timeout_s=0.8)
+    data, scoring = (
+        SourceOptions(task_options={"levels": [1]}, limit=4),
+        ScoringOptions(on_error="drop_sample", timeout_s=0.8),
+    )
     with Task(data, rewards, scoring) as task:
         with_fault = [group("a", [*seven[:4], fault, *seven[4:]]), group("b", [*second, fault])]
         scores = task.score(with_fault)

@@ -154,7 +154,7 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
             "model": "tiny",
             "output_dir": tmp_path / "run",
             "threads": 1,
-            "data.levels": "[1]",
+            "data.task_options.levels": "[1]",
             "steps": 10000,
             "rollout.workers": 1,
         }

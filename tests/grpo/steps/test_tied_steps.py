@@ -65,7 +65,11 @@ def test_a_step_that_teaches_something_starts_the_count_again(observe):
 def test_full_marks_ask_for_harder_problems(observe):
     why, change = observe([[RIGHT, RIGHT]] * OPENING)[-1]
     assert why == "every completion got full marks: the problems are too easy for this policy"
-    for way in ("harder problems: data.levels (now [1])", "rollout.temperature (now 1)", "rollout.group_size (now 4)"):
+    for way in (
+        "harder problems: data.name or data.task_options (now word_problems)",
+        "rollout.temperature (now 1)",
+        "rollout.group_size (now 4)",
+    ):
         assert way in "; ".join(change)
     assert "rollout.refill_draws (now 0)" in "; ".join(change)
     assert "warm" not in "; ".join(change)

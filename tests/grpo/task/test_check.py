@@ -147,9 +147,9 @@ def test_model_data_and_reward_are_refused_together(micro_config, tmp_path, caps
 
 def test_a_supervised_run_and_one_of_the_head_are_checked_alike(micro_preset, random_policy, tmp_path):
     long = {"model": micro_preset, "output_dir": tmp_path / "r", "rollout.max_completion_tokens": 100_000}
-    config = load(SftConfig, None, {**long, "data.levels": [1], "data.limit": 24, "eval.limit": 2})
+    config = load(SftConfig, None, {**long, "data.task_options.levels": [1], "data.limit": 24, "eval.limit": 2})
     assert "pass the policy's context" in both([lambda: summary.dry_run(config), lambda: sft(config)])
-    given = {"output_dir": tmp_path / "r", "data.limit": 24, "data.levels": [1]}
+    given = {"output_dir": tmp_path / "r", "data.limit": 24, "data.task_options.levels": [1]}
     head = load(MtpConfig, None, {"model": micro_preset, **given, "mtp.solutions": 23, "eval.limit": 2})
     assert "mtp.solutions=23, but" in both([lambda: summary.mtp_dry_run(head), lambda: mtp(head)])
 

@@ -1,6 +1,7 @@
 """Several sources of data, with weights and rewards of their own, in a run."""
 
 import json
+import textwrap
 
 import pytest
 import torch
@@ -10,15 +11,21 @@ from grpo.cli.config.inference import defaults_of_run
 from grpo.cli.parse import main
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.data.mix import MixedStream
+from grpo.data.prompts import PromptStream
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.task.check import check_plan, task_of
 from grpo.train import train
 from rewards.commands.options import ReplayConfig
 from rewards.commands.replay import replay
+from rewards.config.data import names_of
 from rewards.config.options import ConfigError, dump_yaml, load
+from rewards.config.yaml_file import parse_yaml
+from rewards.data.examples import Example
 from rewards.records import read_rollouts
 
+WORDS = {"name": "word_problems", "task_options": {"levels": [1]}, "limit": 24}
 SHORT = {"warm_start.steps": 0, "steps": 3}
 
 
@@ -35,10 +42,10 @@ def rows(tmp_path_factory):
 def mixed(micro_config, letters, rows):
     """The options of a run with two sources, of which the second one has a reward of its own."""
     rewards = [{"function": letters, "name": "letters"}, {"function": letters, "name": "more", "weight": 0.5}]
-    sources = [{"name": "word_problems", "weight": 2, "rewards": ["letters"]}, {"name": str(rows), "held_out": 0.3}]
+    sources = [WORDS | {"weight": 2, "rewards": ["letters"]}, {"name": str(rows), "held_out": 0.3}]
 
     def config(folder, **given):
-        return micro_config(folder, **SHORT | {"rewards": rewards, "data.sources": sources} | given)
+        return micro_config(folder, **SHORT | {"rewards": rewards, "data": sources} | given)
 
     return config
 
@@ -88,7 +95,7 @@ def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed
 def test_one_source_in_a_list_gives_the_bits_that_it_gives_alone(micro_config, tmp_path):
     short = {"steps": 1, "warm_start.steps": 1}
     train(micro_config(tmp_path / "alone", **short))
-    train(micro_config(tmp_path / "listed", **short, **{"data.sources": ["word_problems"]}))
+    train(micro_config(tmp_path / "listed", **short, data=[WORDS]))
     assert _sampled(tmp_path / "alone", 1) == _sampled(tmp_path / "listed", 1)
     for name, tensor in _policy(tmp_path / "alone").items():
         assert torch.equal(_policy(tmp_path / "listed")[name], tensor), name
@@ -97,30 +104,69 @@ def test_one_source_in_a_list_gives_the_bits_that_it_gives_alone(micro_config, t
 def test_a_resume_refuses_a_changed_mix_by_name(mixed, rows, tmp_path):
     with pytest.raises(Stopped):
         train(mixed(tmp_path / "r"), stop_after=1)
-    other = mixed(tmp_path / "r", **{"data.sources": [{"name": "word_problems", "weight": 3}, {"name": str(rows)}]})
-    with pytest.raises(ValueError, match=r"data.sources"):
+    other = mixed(tmp_path / "r", data=[WORDS | {"weight": 3}, {"name": str(rows)}])
+    with pytest.raises(ValueError, match=r"  data: "):
         train(other, resume="auto")
     with pytest.raises(ValueError, match=r"began with word_problems × 2, own.jsonl × 1, and now has word_problems × 3"):
         train(other, resume="auto", force=True)
 
 
 def test_sources_are_written_in_short_and_read_the_same_again(tmp_path):
-    options = {"output_dir": tmp_path, "data": ["gsm8k", "d/own data.jsonl"], "data.template": "chat"}
-    config = load(TrainConfig, None, options)
-    assert config.data.name == "gsm8k + own-data.jsonl"
-    assert [(source.weight, source.template) for source in config.data.sources] == [(1, "chat")] * 2
+    config = load(TrainConfig, None, {"output_dir": tmp_path, "data": ["gsm8k", "d/own data.jsonl"]})
+    assert names_of(config.data) == "gsm8k + own-data.jsonl"
+    assert [source.weight for source in config.data] == [1, 1]
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     assert load(TrainConfig, tmp_path / "config.yaml", {}) == config
-    assert TrainConfig(output_dir="r", data=[{"name": "gsm8k", "weight": 2}]).data.sources[0].weight == 2
+    with pytest.raises(ConfigError, match=r"data.limit=3 .command line.: data is a list of 2; change it in the file"):
+        load(TrainConfig, tmp_path / "config.yaml", {"data.limit": 3})
+
+
+def test_one_source_is_written_without_a_list(tmp_path):
+    """By a person and by us: the record of such a run is that of version 0.2."""
+    forms = [{"name": "gsm8k"}, [{"name": "gsm8k"}], ["gsm8k"], "gsm8k"]
+    configs = [load(TrainConfig, None, {"output_dir": tmp_path, "data": form, "data.limit": 3}) for form in forms[:1]]
+    configs += [TrainConfig(output_dir=tmp_path, data=form) for form in forms[1:]]
+    assert [config.data[0].name for config in configs] == ["gsm8k"] * 4
+    assert parse_yaml(dump_yaml(configs[0]))["data"]["limit"] == 3
+
+
+def test_the_sources_of_version_0_2_are_read(tmp_path, caplog):
+    """What a source did not say was as `data` said."""
+    older = """
+        output_dir: r
+        data:
+          name: word_problems + own.jsonl
+          template: chat
+          levels: [3]
+          held_out_seed: 0
+          sources:
+            - name: word_problems
+            - {name: own.jsonl, template: "{question}", weight: 2, levels: [3], system_prompt: null}
+    """
+    (tmp_path / "config.yaml").write_text(textwrap.dedent(older))
+    words, mine = load(TrainConfig, tmp_path / "config.yaml", {}).data
+    assert (words.template, words.task_options) == ("chat", {"levels": [3]})
+    assert (mine.template, mine.task_options, mine.weight) == ("{question}", {}, 2)
+    assert "data.sources is data, a list" in caplog.text
+    (tmp_path / "one.yaml").write_text("output_dir: r\ndata: {name: gsm8k, limit: 3, sources: []}\n")
+    assert load(TrainConfig, tmp_path / "one.yaml", {}).data[0].limit == 3
+
+
+def test_an_order_that_version_0_2_recorded_for_a_list_of_one_source_goes_on():
+    examples = [Example(str(i), f"{i} + 1 = ?", str(i + 1)) for i in range(9)]
+    mixed, alone = MixedStream({"words": examples}, {"words": 1.0}), PromptStream(examples)
+    mixed.take(4)
+    alone.load_state_dict(mixed.state_dict())
+    assert alone.take(4) == mixed.take(4)
 
 
 @pytest.mark.parametrize(
     ("sources", "words"),
     [
-        ("[{name: gsm8k, wieght: 2}]", "data.sources[0].wieght=2 (command line): no such option; did you mean"),
-        ("[{name: gsm8k, weight: 0}]", "data.sources[0].weight=0 (command line): expected greater than 0"),
-        ("[{weight: 2}]", "data.sources[0].name (command line): is required"),
-        ("[gsm8k, gsm8k]", "data.sources: two are called 'gsm8k'; give one of them another label"),
+        ("[{name: gsm8k, wieght: 2}, a]", "data[0].wieght=2 (command line): no such option; did you mean"),
+        ("[{name: gsm8k, weight: 0}, a]", "data[0].weight=0 (command line): expected greater than 0"),
+        ("[{weight: 2}, a]", "data[0].name is required: there are several sources"),
+        ("[gsm8k, gsm8k]", "data: two sources are called 'gsm8k'; give one of them another label"),
     ],
 )
 def test_what_is_wrong_with_a_list_on_the_command_line_is_named(sources, words, capsys):
@@ -128,23 +174,24 @@ def test_what_is_wrong_with_a_list_on_the_command_line_is_named(sources, words, 
     assert words in capsys.readouterr().err
 
 
-def test_the_name_of_one_source_goes_with_no_list():
-    with pytest.raises(ConfigError, match="data.name=gsm8k with data.sources"):
-        TrainConfig(output_dir="r", data={"name": "gsm8k", "sources": ["a", "b"]})
-    with pytest.raises(ConfigError, match=r"data=\[\]: expected a mapping of options"):
+def test_sources_agree_on_what_belongs_to_the_run():
+    with pytest.raises(ConfigError, match="data: there is no source"):
         TrainConfig(output_dir="r", data=[])
+    sources = [{"name": "a", "chat_template_kwargs": {"enable_thinking": False}}, {"name": "b"}]
+    with pytest.raises(ConfigError, match="data: chat_template_kwargs belongs to the whole run; give every source"):
+        TrainConfig(output_dir="r", data=sources)
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"curriculum.shortest_share": 0.5}, r"curriculum.shortest_share=0.5 with data.sources \(word_problems \+ own"),
+        ({"curriculum.shortest_share": 0.5}, "the weights would not hold"),
         ({"prompts_per_step": 30}, "takes up to 11 different prompts from the source own.jsonl, which has"),
         (
-            {"data.sources": [{"name": "word_problems", "rewards": ["nobody"]}]},
+            {"data": [WORDS | {"rewards": ["nobody"]}]},
             "no reward is called 'nobody'; the rewards",
         ),
-        ({"data.sources": [{"name": "word_problems", "rewards": ["more"]}]}, "rewards: 'letters' scores no source"),
+        ({"data": [WORDS | {"rewards": ["more"]}]}, "rewards: 'letters' scores no source"),
     ],
 )
 def test_what_a_mix_cannot_do_is_refused_by_name(mixed, tmp_path, given, words):
@@ -170,10 +217,10 @@ def test_contract_16_a_problem_that_another_source_trains_on_is_not_held_out(mix
     copy.write_text(rows.read_text())
     sources = [{"name": str(rows), "held_out": 0.3}, {"name": str(copy)}]
     with pytest.raises(ValueError, match=r"held out of the source own.jsonl, and the source copy.jsonl trains on them"):
-        task_of(mixed(tmp_path / "r", **{"data.sources": sources, "eval.limit": 3, "prompts_per_step": 2}))
+        task_of(mixed(tmp_path / "r", **{"data": sources, "eval.limit": 3, "prompts_per_step": 2}))
     sources = [{"name": str(rows)}, {"name": str(rows), "label": "again"}]
-    with pytest.raises(ValueError, match=r"data.sources: again has .*own/0, and so has a source before it"):
-        task_of(mixed(tmp_path / "r", **{"data.sources": sources}))
+    with pytest.raises(ValueError, match=r"data: again has .*own/0, and so has a source before it"):
+        task_of(mixed(tmp_path / "r", data=sources))
 
 
 def test_a_dry_run_shows_the_mix_and_eval_asks_for_one_source(mixed, rows, tmp_path, capsys):

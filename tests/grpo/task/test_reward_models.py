@@ -25,7 +25,7 @@ from grpo.run.records import read_metrics
 from grpo.task.reward_models import ModelRewards
 from grpo.task.task import Task
 from grpo.train import train
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.config.options import dump_yaml, load
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.config.yaml_file import ConfigError
@@ -239,7 +239,7 @@ def test_what_would_mean_nothing_is_refused_before_training(folders, tmp_path, g
     root = tmp_path if given["model"].endswith(("pickled", "headless", "plain")) else folders
     option = {"name": "rm"} | given | {"model": given["model"].replace("{root}", str(root))}
     with pytest.raises(ValueError, match=message):
-        Task(DataOptions(levels=[1], limit=4), [reward_model(**option)], ScoringOptions())
+        Task(SourceOptions(task_options={"levels": [1]}, limit=4), [reward_model(**option)], ScoringOptions())
 
 
 def test_names_are_unique_and_arguments_fit_the_kind(folders):
@@ -254,7 +254,7 @@ def test_names_are_unique_and_arguments_fit_the_kind(folders):
 
 def _task(folders, on_error="abort"):
     return Task(
-        DataOptions(levels=[1], limit=4),
+        SourceOptions(task_options={"levels": [1]}, limit=4),
         [reward_model("ppl", folders / "llama", weight=-0.5, kind="perplexity")],
         ScoringOptions(on_error=on_error),
     )

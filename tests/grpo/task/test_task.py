@@ -9,7 +9,7 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.task.check import check_plan
 from grpo.task.task import Task
 from policies.presets import small_tokenizer
-from rewards.config.data import DataOptions
+from rewards.config.data import SourceOptions
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.protocol import RewardError
 from rollout.group import Completion, RolloutGroup
@@ -30,16 +30,16 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def _task(data: DataOptions, rewards=GSM8K, **options) -> Task:
+def _task(data: SourceOptions, rewards=GSM8K, **options) -> Task:
     return Task(data, rewards, ScoringOptions(), **options)
 
 
 def test_built_in_problems_are_split_by_purpose():
-    with _task(DataOptions(levels=[1], limit=50), held_out=20) as task:
+    with _task(SourceOptions(task_options={"levels": [1]}, limit=50), held_out=20) as task:
         assert (len(task.train), len(task.held_out)) == (50, 20)
         assert not {e.question for e in task.train} & {e.question for e in task.held_out}
         assert "".join(task.corpus(limit=2)).count("####") == 2
-    with _task(DataOptions(levels=[1], limit=50)) as task:
+    with _task(SourceOptions(task_options={"levels": [1]}, limit=50)) as task:
         assert not task.held_out
 
 
@@ -47,7 +47,7 @@ def test_a_run_config_makes_its_task(folder):
     config = TrainConfig(
         output_dir=folder / "run",
         prompts_per_step=2,
-        data=DataOptions(name=str(folder), few_shot=1),
+        data=SourceOptions(name=str(folder), few_shot=1),
         rewards=[RewardOptions(function="gsm8k", weight=2.0), RewardOptions(function="gsm8k_format", name="form")],
         eval={"limit": 2},
     )
@@ -65,7 +65,7 @@ def test_a_run_config_makes_its_task(folder):
 
 
 def test_a_solution_ends_with_the_stop_token_and_has_no_calculator_marks(folder):
-    with _task(DataOptions(name=str(folder))) as task:
+    with _task(SourceOptions(name=str(folder))) as task:
         tokenizer = small_tokenizer(task.corpus())
         row = task.solution(task.train[0], tokenizer, stop=tokenizer.eos_token_id)
         [sample] = row.samples
@@ -77,7 +77,7 @@ def test_a_solution_ends_with_the_stop_token_and_has_no_calculator_marks(folder)
 def test_solutions_come_from_the_chosen_column(tmp_path):
     row = {"question": "2 + 3 = ?", "answer": "no solution", "worked": "<<2+3=5>>5\n#### 5"}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
-    data = DataOptions(name=str(tmp_path), solution_column="worked")
+    data = SourceOptions(name=str(tmp_path), solution_column="worked")
     with _task(data, [RewardOptions(function="gsm8k_format")]) as task:
         tokenizer = small_tokenizer(task.corpus())
         [sample] = task.solution(task.train[0], tokenizer, 0).samples
@@ -103,7 +103,7 @@ def test_what_can_be_refused_is_refused_before_a_policy_is_loaded(folder, data, 
     )
     rewards = [r.model_copy(update={"function": r.function.replace("{folder}", str(folder))}) for r in rewards]
     with pytest.raises((ValueError, RewardError), match=message):
-        _task(DataOptions(name=str(folder), **data), rewards)
+        _task(SourceOptions(name=str(folder), **data), rewards)
     assert not reward_workers()
 
 
@@ -114,7 +114,7 @@ def test_scores_come_by_group_with_the_columns_of_its_prompt(folder):
         "    return [float(len(ids)) for ids in completion_ids]\n"
     )
     rewards = [RewardOptions(function="gsm8k"), RewardOptions(function=f"{folder}/own.py:count_ids", weight=0.1)]
-    with _task(DataOptions(name=str(folder)), rewards) as task:
+    with _task(SourceOptions(name=str(folder)), rewards) as task:
         assert reward_workers()
         tokenizer = small_tokenizer(task.corpus())
         groups = [
@@ -135,7 +135,7 @@ def test_scores_come_by_group_with_the_columns_of_its_prompt(folder):
 
 
 def test_real_gsm8k_is_a_task(gsm8k_folder):
-    with _task(DataOptions(name=str(gsm8k_folder), limit=20), held_out=10) as task:
+    with _task(SourceOptions(name=str(gsm8k_folder), limit=20), held_out=10) as task:
         assert (len(task.train), len(task.held_out)) == (20, 10)
         assert all("<<" not in example.solution and "####" in example.solution for example in task.train)
         assert all("<<" in example.columns["answer"] for example in task.train)
@@ -149,7 +149,7 @@ def test_real_gsm8k_is_a_task(gsm8k_folder):
     ],
 )
 def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tmp_path, given, message):
-    config = TrainConfig(output_dir=tmp_path, data=DataOptions(levels=[1], limit=8), **given)
+    config = TrainConfig(output_dir=tmp_path, data=SourceOptions(task_options={"levels": [1]}, limit=8), **given)
     with pytest.raises(ValueError, match=message):
         Task.of(config)
     assert not reward_workers()
@@ -157,7 +157,7 @@ def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tm
 
 def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored(tmp_path):
     (tmp_path / "words.jsonl").write_text("".join(f'{{"question": "Say {w}.", "answer": "{w}"}}\n' for w in "abcdefgh"))
-    given = {"output_dir": tmp_path / "r", "data": DataOptions(name=str(tmp_path / "words.jsonl"), held_out=0.25)}
+    given = {"output_dir": tmp_path / "r", "data": SourceOptions(name=str(tmp_path / "words.jsonl"), held_out=0.25)}
     given |= {"warm_start": {"steps": 1, "batch_size": 2}}
     with Task.of(SftConfig(**given)) as task:
         assert {example.solution for example in task.train} <= set("abcdefgh")
@@ -176,14 +176,16 @@ def test_full_marks_are_what_the_gold_solution_gets(tmp_path):
         "def generous(completions, **_):\n    return [1.5 if '####' in c else 1.0 for c in completions]\n"
     )
     with Task(
-        DataOptions(levels=[1], limit=4), [RewardOptions(function=f"{reward}:generous")], ScoringOptions()
+        SourceOptions(task_options={"levels": [1]}, limit=4),
+        [RewardOptions(function=f"{reward}:generous")],
+        ScoringOptions(),
     ) as task:
         assert task.full_marks == 1.5
 
 
 def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_the_first_step(folder, random_policy):
     """To the token: 256 are the policy's context. Characters of several bytes must not hide a long prompt."""
-    policy, data = random_policy(0), DataOptions(name=str(folder), template="{question}")
+    policy, data = random_policy(0), SourceOptions(name=str(folder), template="{question}")
     with _task(data, held_out=3) as task:
         prompts = [task.prompt(example, policy.tokenizer) for example in (*task.train, *task.held_out)]
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))

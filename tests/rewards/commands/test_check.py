@@ -108,7 +108,9 @@ def file(tmp_path_factory) -> Path:
 
 
 def check(function: str, **options):
-    return check_reward(function, load(RewardTestConfig, None, {"data.limit": 12, "data.levels": [1]} | options))
+    return check_reward(
+        function, load(RewardTestConfig, None, {"data.limit": 12, "data.task_options.levels": [1]} | options)
+    )
 
 
 def kinds(found) -> dict[str, int]:
@@ -230,7 +232,7 @@ def test_abstentions_and_slowness_are_said(file):
     ],
 )
 def test_a_failure_names_function_row_and_cause(file, capsys, function, row, cause, completion):
-    words = ["--data.limit", "6", "--data.levels", "[1]", "--reward.timeout_s", "0.8"]
+    words = ["--data.limit", "6", "--data.task_options.levels", "[1]", "--reward.timeout_s", "0.8"]
     assert main(["reward", "test", f"{file}:{function}", *words]) == 1
     message = capsys.readouterr().err
     for part in (f"mine.py:{function}' fails on {row}", cause, completion):
@@ -280,7 +282,7 @@ def test_what_a_newcomer_gets_wrong_is_answered(file, tmp_path, capsys, words, c
 
 def test_what_is_printed_and_written(file, tmp_path, capsys, caplog):
     out = tmp_path / "new" / "found.json"
-    words = ["--data.limit", "5", "--data.levels", "[1]", "--json", str(out)]
+    words = ["--data.limit", "5", "--data.task_options.levels", "[1]", "--json", str(out)]
     assert main(["reward", "test", f"{file}:contains", *words]) == 1
     shown = capsys.readouterr().out
     for part in ("on 5 rows of word_problems; full marks: 1", "surprising cases", "determinism", "p99", "FAILED"):

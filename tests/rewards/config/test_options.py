@@ -216,7 +216,8 @@ def test_a_value_inside_a_list_is_given_with_the_list(yaml):
     file = yaml("model: tiny\nrewards: [{function: gsm8k}]\n")
     [found] = _problems(file, "--rewards.0.weight", "2")
     assert found == (
-        "rewards.0.weight=2 (command line): cannot be set inside rewards=[{function: gsm8k}]; give rewards as a whole"
+        "rewards.0.weight=2 (command line): rewards is a list of 1; change it in the file, or give all of it: "
+        "--rewards '[...]'"
     )
 
 
@@ -356,13 +357,27 @@ def test_yaml_scalars_hold_no_surprises():
 )
 def test_a_text_of_lines_has_line_breaks_as_help_shows_them(typed, read, tmp_path):
     """`--template '{question}\n'` in a shell hands over a backslash and an n."""
-    for config, keys in ((TrainConfig, ("data.template", "data.user_turn")), (SampleConfig, ("data.template",))):
+    for config in (TrainConfig, SampleConfig):
         parser = argparse.ArgumentParser()
         add_options(parser, config)
-        overrides = parse(parser, [word for key in keys for word in (f"--{key}", typed)]).overrides
-        assert overrides == dict.fromkeys(keys, read)
+        assert parse(parser, ["--data.template", typed]).overrides == {"data.template": read}
     (tmp_path / "a.yaml").write_text("output_dir: r\ndata: {template: '\\neg {question}'}\n")
-    assert load(TrainConfig, tmp_path / "a.yaml", {}).data.template == r"\neg {question}"
+    assert load(TrainConfig, tmp_path / "a.yaml", {}).data[0].template == r"\neg {question}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("{system: Be brief.}", {"system": "Be brief."}),
+        ('{"user": "{question}\\n"}', {"user": "{question}\n"}),
+        ("{question}: {answer}", "{question}: {answer}"),
+        ("[INST] {question} [/INST]", "[INST] {question} [/INST]"),
+    ],
+)
+def test_messages_are_told_from_a_format_string(typed, read):
+    parser = argparse.ArgumentParser()
+    add_options(parser, TrainConfig)
+    assert parse(parser, ["--data.template", typed]).overrides == {"data.template": read}
 
 
 def test_what_an_older_version_had_is_refused_by_name_and_left_out_of_a_run_that_goes_on(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from data_files import write_jsonl, write_rows
 
 from grpo.task.task import Task
-from rewards.config.data import DataOptions, ProblemOptions
+from rewards.config.data import ProblemOptions, SourceOptions
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.data.examples import Example, clean_solution, load_examples
 
@@ -67,7 +67,7 @@ def test_columns_can_be_mapped_and_all_go_to_the_rewards(tmp_path):
 
 
 def test_word_problems_are_examples():
-    examples = load_examples("word_problems", "train", levels=[1, 2], limit=50, seed=3)
+    examples = load_examples("word_problems", "train", limit=50, seed=3)
     assert len(examples) == 50
     assert {example.columns["level"] for example in examples} == {1, 2}
     assert examples[0].solution == examples[0].columns["answer"]
@@ -81,7 +81,7 @@ def test_the_old_name_of_a_split_works_with_a_word(name, caplog):
     assert caplog.text == ""
     assert load_examples(name, "heldout", purpose="eval", limit=20) == new
     assert f"split heldout of {name} is held_out now; the old name works until 0.3" in caplog.text
-    assert len(load_examples("word_problems", "train", levels=[2])) == 20_000
+    assert len(load_examples("word_problems", "train", ProblemOptions(task_options={"levels": [2]}))) == 20_000
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k"])
@@ -233,7 +233,7 @@ def test_a_parquet_file_that_is_none_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("function", ["gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval"])
 def test_a_gold_answer_that_the_reward_cannot_read_is_a_bad_row(function, tmp_path):
     rows = [*ROWS[:2], {"question": "2 + 1 = ?", "answer": "It is three."}, {"question": "q", "answer": "#### none"}]
-    data = DataOptions(name=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    data = SourceOptions(name=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     with pytest.raises(ValueError) as error:
         Task(data, [RewardOptions(function=function)], ScoringOptions())
     head, third, fourth = str(error.value).split("\n")
@@ -298,8 +298,9 @@ def test_a_misspelt_name_gets_the_nearest(name, nearest, hub):
 
 
 def test_arguments_that_cannot_be_meant():
-    with pytest.raises(ValueError, match=r"levels=\[1\] are for word_problems"):
-        load_examples("gsm8k", "train", levels=[1])
+    for options in ({"levels": 2}, {"level": [2]}):
+        with pytest.raises(ValueError, match="word_problems has a list of levels and nothing else"):
+            load_examples("word_problems", "train", ProblemOptions(task_options=options))
     with pytest.raises(ValueError, match="limit=0"):
         load_examples("word_problems", "train", limit=0)
     with pytest.raises(ValueError, match="purpose='test'"):

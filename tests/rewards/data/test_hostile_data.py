@@ -123,7 +123,7 @@ def test_a_solution_that_is_learned_from_must_fit_too(tmp_path, micro_preset):
 def test_what_a_template_makes_long_is_refused_before_it_is_tokenised(tmp_path, random_policy, micro_config):
     policy = random_policy(0)
     file = jsonl(tmp_path, *[GOOD | {"story": "s" * (CHARACTERS_PER_TOKEN * policy.max_length)}] * 4)
-    options = {"data.name": file, "data.template": "{story}{question}", "data.levels": [1], "warm_start.steps": 0}
+    options = {"data.name": file, "data.template": "{story}{question}", "warm_start.steps": 0}
     with Task.of(micro_config(tmp_path / "r", **options)) as task:
         policy.tokenizer = None
         with pytest.raises(ValueError, match=r"prompt of '.*/data/0' has .* characters, more than a context of 256"):

@@ -8,7 +8,7 @@ import pytest
 from data_files import write_rows
 
 from grpo.task.task import Task
-from rewards.config.data import DataOptions, ProblemOptions
+from rewards.config.data import ProblemOptions, SourceOptions
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.data.examples import load_examples
 from rewards.data.leakage import fingerprint, is_gsm8k_test_question
@@ -137,6 +137,6 @@ def test_a_dataset_of_the_hub_that_holds_the_test_set(monkeypatch):
 def test_neither_training_nor_worked_examples_of_a_task_may_come_from_it(tmp_path, train):
     path = tmp_path / "practice.jsonl"
     path.write_text(json.dumps({"question": EGGS, "answer": "#### 18"}) + "\n")
-    data = DataOptions(name=str(path), few_shot=1)
+    data = SourceOptions(name=str(path), few_shot=1)
     with pytest.raises(ValueError, match=REFUSED):
         Task(data, [RewardOptions(function="gsm8k")], ScoringOptions(), train=train)

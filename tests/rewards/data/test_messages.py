@@ -15,7 +15,7 @@ from rewards import RewardError, RewardSpec, Scorer, load_reward
 from rewards.commands.check import check_reward
 from rewards.commands.options import ReplayConfig, RewardTestConfig
 from rewards.commands.replay import replay
-from rewards.config.data import DataOptions, ProblemOptions
+from rewards.config.data import ProblemOptions, SourceOptions
 from rewards.config.options import load
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.data.examples import Example, load_examples
@@ -71,8 +71,7 @@ def run(micro_config, chatty, source, tmp_path_factory):
         "model": chatty,
         "steps": 1,
         "warm_start.steps": 0,
-        "data.template": "chat",
-        "data.system_prompt": "Be brief.",
+        "data.template": {"system": "Be brief."},
         "data.few_shot": 1,
         "eval.limit": 2,
         "rewards": [{"function": f"chat:{source}:roles"}],
@@ -108,11 +107,11 @@ def test_the_dry_run_sees_the_rendered_format_string_and_the_messages_of_a_chat(
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": "2 + 3 = ?", "answer": "#### 5"}))
     data = {"name": str(tmp_path)}
     Task(
-        DataOptions(**data, template="Q: {question}\nA: "), [RewardOptions(function=f"{path}:seen")], ScoringOptions()
+        SourceOptions(**data, template="Q: {question}\nA: "), [RewardOptions(function=f"{path}:seen")], ScoringOptions()
     ).close()
     with pytest.raises(RewardError, match="AssertionError"):
         Task(
-            DataOptions(**data, template="chat"),
+            SourceOptions(**data, template="chat"),
             [RewardOptions(function=f"chat:{source}:roles")],  # expects a system message, and there is none
             ScoringOptions(),
         )
@@ -153,12 +152,15 @@ def test_trls_conversational_data_are_accepted(tmp_path):
     worked = [{"role": "user", "content": "1 + 1 = ?"}, {"role": "assistant", "content": "#### 2"}]
     assert template.messages(talk) == [SYSTEM, *worked, *TALK[1:]]
     assert PromptTemplate("chat").messages(talk) == TALK
-    assert PromptTemplate("chat", system_prompt="Add.").messages(asked) == [{"role": "system", "content": "Add."}, USER]
+    assert PromptTemplate({"system": "Add."}).messages(asked) == [
+        {"role": "system", "content": "Add."},
+        USER,
+    ]
     assert PromptTemplate("{question}\n").render(asked) == "2 + 3 = ?\n"
     with pytest.raises(ValueError, match="is a chat of several messages; use template: chat"):
         PromptTemplate("{question}\n").render(talk)
-    with pytest.raises(ValueError, match="begins with a system message of its own; drop system_prompt"):
-        PromptTemplate("chat", system_prompt="Add.").messages(talk)
+    with pytest.raises(ValueError, match="begins with a system message of its own; leave one"):
+        PromptTemplate({"system": "Add."}).messages(talk)
 
 
 def test_their_solution_may_be_a_message_of_the_assistant(tmp_path):
@@ -201,7 +203,6 @@ def test_a_run_on_conversational_data(micro_config, chatty, source, tmp_path):
         "data.name": data,
         "data.prompt_column": "prompt",
         "data.template": "chat",
-        "data.levels": [1, 2],
         "data.limit": None,
         "rewards": [{"function": f"chat:{source}:roles", "arguments": {"expected": "system user"}}],
     }

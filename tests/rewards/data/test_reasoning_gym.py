@@ -7,7 +7,7 @@ import pytest
 
 from grpo.task.task import Task
 from rewards import RewardError, RewardSpec, Scorer, load_reward
-from rewards.config.data import DataOptions, ProblemOptions
+from rewards.config.data import ProblemOptions, SourceOptions
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.data.examples import load_examples
 from rewards.data.reasoning_gym import reasoning_gym_problems
@@ -68,7 +68,7 @@ def test_training_on_the_held_out_problems_is_refused():
             {},
             r"gives full marks to a text that answers nothing \('I do not know.'\)",
         ),
-        ("gsm8k", {"max_animals": 3}, "task_options=.* are for reasoning_gym tasks; gsm8k has none"),
+        ("gsm8k", {"max_animals": 3}, "task_options=.* are for word_problems and reasoning_gym tasks; gsm8k has none"),
     ],
 )
 def test_what_cannot_be_had_is_explained(name, options, message):
@@ -136,7 +136,7 @@ def test_a_scorer_that_runs_the_completion_as_code_is_refused(task):
 
 
 def test_and_it_is_refused_before_a_model_loads():
-    data = DataOptions(name="reasoning_gym:countdown", limit=1)
+    data = SourceOptions(name="reasoning_gym:countdown", limit=1)
     with pytest.raises(RewardError, match="countdown scores a completion by running it as code"):
         Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions())
 
@@ -147,13 +147,13 @@ def test_such_a_task_can_do_with_a_reward_of_ones_own(tmp_path):
         "def mine(completions, metadata, **_):\n"
         "    return [float(c == m['expression']) for c, m in zip(completions, metadata)]\n"
     )
-    data = DataOptions(name="reasoning_gym:countdown", limit=1)
+    data = SourceOptions(name="reasoning_gym:countdown", limit=1)
     with Task(data, [RewardOptions(function=f"{path}:mine")], ScoringOptions()) as task:
         assert task.full_marks == 1.0
 
 
 def test_a_run_is_trained_and_evaluated_on_disjoint_problems():
-    data = DataOptions(name=LEGS, limit=6)
+    data = SourceOptions(name=LEGS, limit=6)
     with Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions(), held_out=4) as task:
         assert (len(task.train), len(task.held_out), task.full_marks) == (6, 4, 1.0)
         assert not {e.question for e in task.train} & {e.question for e in task.held_out}

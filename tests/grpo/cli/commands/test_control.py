@@ -18,7 +18,7 @@ from rewards.records import read_rollouts, recorded_steps
 
 QUIET = Console(quiet=True)
 SIZES = {
-    "data.levels": [1],
+    "data.task_options.levels": [1],
     "data.limit": 60,
     "data.solutions": 30,
     "data.validation": 8,

@@ -53,7 +53,17 @@ def chat_model(micro_policy, tmp_path_factory) -> Path:
 def test_a_chat_template_that_fails_is_found_by_the_dry_run(chat_model, tmp_path, capsys, fault):
     (chat_model / "chat_template.jinja").write_text(BROKEN[fault])
     words = ["train", "--model", str(chat_model), "--output_dir", str(tmp_path / "r"), "--data.template", "chat"]
-    words += ["--data.levels", "[1]", "--data.limit", "8", "--eval.limit", "2", "--threads", "1", "--dry_run"]
+    words += [
+        "--data.task_options.levels",
+        "[1]",
+        "--data.limit",
+        "8",
+        "--eval.limit",
+        "2",
+        "--threads",
+        "1",
+        "--dry_run",
+    ]
     refused(words, capsys, f"the chat template of '{chat_model}' (chat_template.jinja", "fails on the roles user: ")
 
 

@@ -50,7 +50,7 @@ def trained(micro_config, tmp_path_factory):
     given = {
         "seed": 3,
         "steps": 2,
-        "data.levels": [1, 2],
+        "data.task_options.levels": [1, 2],
         "data.template": "Q: {question}\nA: ",
         "data.few_shot": 1,
         "eval.limit": 5,
@@ -74,7 +74,7 @@ def test_a_run_folder_brings_its_held_out_problems_along(trained):
 
 
 def test_levels_that_an_older_run_evaluated_win_over_those_of_training(micro_config, tmp_path):
-    train(micro_config(tmp_path / "r", **{"steps": 1, "eval.limit": 4, "data.levels": [1]}))
+    train(micro_config(tmp_path / "r", **{"steps": 1, "eval.limit": 4, "data.task_options.levels": [1]}))
     recorded = tmp_path / "r/config.yaml"
     recorded.write_text(recorded.read_text().replace("eval:\n", "eval:\n  levels: [2]\n"))
     groups = evaluate_model(_config(tmp_path / "r"), QUIET).results["greedy"].groups

@@ -41,7 +41,7 @@ def test_train_dry_and_for_a_step_on_a_folder_that_holds_the_file(file, tmp_path
     run = str(tmp_path / "run")
     words = ["--model", str(find_policy(file).folder).rpartition("/")[0], "--output_dir", run, "--steps", "1"]
     words += ["--prompts_per_step", "1", "--rollout.group_size", "2", "--rollout.max_completion_tokens", "4"]
-    words += ["--lora.rank", "2", "--threads", "1", "--log.trackers", "[]", "--data.levels", "[1]"]
+    words += ["--lora.rank", "2", "--threads", "1", "--log.trackers", "[]", "--data.task_options.levels", "[1]"]
     assert main(["train", *words, "--dry_run"]) == 0
     assert main(["train", *words]) == 0
     assert Policy.load(tmp_path / "run/policy").config.model_type == "llama"

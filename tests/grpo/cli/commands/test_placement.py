@@ -140,7 +140,7 @@ def test_a_supervised_run_gets_no_advice_about_samplers(random_policy):
 @pytest.mark.parametrize(("gib", "code"), [pytest.param(16, 0, marks=pytest.mark.slow), (0.01, 1)])
 def test_a_run_that_does_not_fit_has_an_exit_code(micro_config, tmp_path, capsys, gib, code):
     config = micro_config(tmp_path / "r")
-    words = ["train", "--model", config.model, "--output_dir", str(tmp_path / "r"), "--data.levels", "[1]"]
+    words = ["train", "--model", config.model, "--output_dir", str(tmp_path / "r"), "--data.task_options.levels", "[1]"]
     words += ["--rollout.max_completion_tokens", "16"]
     assert main([*words, "--dry_run", "--device_gib", str(gib)]) == code
     shown = capsys.readouterr().out

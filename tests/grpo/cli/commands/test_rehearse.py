@@ -60,7 +60,7 @@ def _config(folder_of_model: Path, folder: Path, **options) -> TrainConfig:
     usual = {
         "model": str(folder_of_model),
         "output_dir": folder / "run",
-        "data.levels": [1],
+        "data.task_options.levels": [1],
         "data.limit": 60,
         "eval.limit": 8,
         "steps": 10,
@@ -70,6 +70,8 @@ def _config(folder_of_model: Path, folder: Path, **options) -> TrainConfig:
         "threads": 1,
         "log.trackers": [],
     }
+    if "data" in options or "data.name" in options:
+        usual = {key: value for key, value in usual.items() if not key.startswith("data.")}
     return load(TrainConfig, None, usual | options)
 
 
@@ -87,10 +89,10 @@ def test_a_run_of_several_sources_is_rehearsed(bare_model, tmp_path):
     rows = [{"question": f"{a} + {b} = ?", "answer": f"#### {a + b}"} for a in range(8) for b in range(8)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [
-        {"name": "word_problems", "levels": [1], "limit": 60, "rewards": ["gsm8k"]},
+        {"name": "word_problems", "task_options": {"levels": [1]}, "limit": 60, "rewards": ["gsm8k"]},
         {"name": str(tmp_path / "own.jsonl"), "held_out": 0.2, "rewards": ["gsm8k"]},
     ]
-    config = {"data.sources": sources, "data.levels": [1], "data.limit": None, "rewards": [{"function": "gsm8k"}]}
+    config = {"data": sources, "rewards": [{"function": "gsm8k"}]}
     result = rehearse(_config(bare_model, tmp_path, **config))
     assert [found for found in _worst(result) if found.startswith("ends")] == []
     assert len(result.steps) == 2
@@ -220,7 +222,15 @@ def test_a_message_names_its_option():
 
 
 def test_the_command_prints_the_worst_last_and_ends_with_1(bare_model, tmp_path, no_steps, capsys):
-    words = ["rehearse", "--model", str(bare_model), "--output_dir", str(tmp_path / "run"), "--data.levels", "[1]"]
+    words = [
+        "rehearse",
+        "--model",
+        str(bare_model),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--data.task_options.levels",
+        "[1]",
+    ]
     words += ["--data.limit", "60", "--rollout.max_completion_tokens", "8", "--json", str(tmp_path / "out.json")]
     assert main(words) == 1
     shown = capsys.readouterr().out
@@ -237,7 +247,7 @@ def test_an_interrupted_rehearsal_offers_no_resume(bare_model, tmp_path, monkeyp
         raise Stopped('stopped before step 1; go on with resume="auto"')
 
     monkeypatch.setattr(rehearse_steps, "train", interrupted)
-    words = ["rehearse", "--model", str(bare_model), "--output_dir", str(tmp_path), "--data.levels", "[1]"]
+    words = ["rehearse", "--model", str(bare_model), "--output_dir", str(tmp_path), "--data.task_options.levels", "[1]"]
     assert main([*words, "--data.limit", "60", "--rollout.max_completion_tokens", "100"]) == 130
     assert capsys.readouterr().err.strip().endswith("interrupted")
 

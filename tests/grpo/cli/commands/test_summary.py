@@ -250,7 +250,9 @@ def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_confi
 
 
 def test_a_dry_run_of_a_supervised_run(shown, micro_preset, tmp_path):
-    config = load(SftConfig, None, {"model": micro_preset, "output_dir": tmp_path / "r", "data.levels": [1]})
+    config = load(
+        SftConfig, None, {"model": micro_preset, "output_dir": tmp_path / "r", "data.task_options.levels": [1]}
+    )
     rows = _dry_run(shown, config)
     assert rows["warm start"] == "200 steps × 16 examples"
     assert "steps" not in rows
