@@ -138,7 +138,10 @@ def test_the_name_of_one_source_goes_with_no_list():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"curriculum.shortest_share": 0.5}, r"data.sources \(word_problems \+ own.jsonl\) with curriculum.shortest_share=0.5"),
+        (
+            {"curriculum.shortest_share": 0.5},
+            r"data.sources \(word_problems \+ own.jsonl\) with curriculum.shortest_share=0.5",
+        ),
         ({"prompts_per_step": 30}, "takes up to 11 different prompts from the source own.jsonl, which has"),
         (
             {"data.sources": [{"name": "word_problems", "rewards": ["nobody"]}]},
