@@ -24,7 +24,7 @@ from policies.files import gguf
 from policies.policy import read_tokenizer
 from policies.routing.heads import DynamicHeadsConfig
 from policies.routing.routers import has_routers
-from rewards.config.data import is_chat, names_of
+from rewards.config.data import names_of
 from rewards.config.yaml_file import parse_yaml, to_yaml
 
 ENGINE = (  # arguments of vLLM's engine that quartet sets
@@ -124,12 +124,6 @@ def _sources(options: object) -> str:
     return f"data=[...] ({names_of(data)})" if isinstance(data, list) and len(data) > 1 else ""
 
 
-def _chat(options: object) -> str:
-    data = option(options, "data")
-    sources = data if isinstance(data, list) else [data]
-    return "data.template=chat" if any(is_chat(getattr(source, "template", "")) for source in sources) else ""
-
-
 def _shortest(options: object) -> str:
     share = option(options, "curriculum.shortest_share") or 1.0
     return f"curriculum.shortest_share={_word(share)}" if share < 1 else ""
@@ -207,7 +201,6 @@ SITUATIONS: Mapping[str, Form] = {
     "quartet mtp": lambda options: isinstance(options, MtpConfig),
     "several ranks": _ranks,
     "several sources of data": _sources,
-    "data.template=chat": _chat,
     "a curriculum of the shortest": _shortest,
     "a choice among candidates": _candidates,
     "a preset": lambda options: options.model in presets.PRESETS and f"model={options.model!r} (a preset)",
