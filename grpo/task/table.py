@@ -24,7 +24,7 @@ from policies.files import gguf
 from policies.policy import read_tokenizer
 from policies.routing.heads import DynamicHeadsConfig
 from policies.routing.routers import has_routers
-from rewards.config.data import is_chat, names_of
+from rewards.config.data import names_of
 from rewards.config.yaml_file import parse_yaml, to_yaml
 from rewards.registry import MODEL
 
@@ -125,12 +125,6 @@ def _sources(options: object) -> str:
     return f"data=[...] ({names_of(data)})" if isinstance(data, list) and len(data) > 1 else ""
 
 
-def _chat(options: object) -> str:
-    data = option(options, "data")
-    sources = data if isinstance(data, list) else [data]
-    return "data.template=chat" if any(is_chat(getattr(source, "template", "")) for source in sources) else ""
-
-
 def _reward_model(options: object) -> str:
     functions = [reward.function for reward in option(options, "rewards") or []]
     return next((f"rewards[].function={name}" for name in functions if name.startswith(MODEL)), "")
@@ -212,7 +206,6 @@ SITUATIONS: Mapping[str, Form] = {
     "quartet mtp": lambda options: isinstance(options, MtpConfig),
     "several ranks": _ranks,
     "several sources of data": _sources,
-    "data.template=chat": _chat,
     "a curriculum of the shortest": _shortest,
     "a preset": lambda options: options.model in presets.PRESETS and f"model={options.model!r} (a preset)",
     "a GGUF file": lambda options: bool(gguf.file_of(options.model)) and f"model={options.model!r} (a GGUF file)",

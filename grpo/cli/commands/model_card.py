@@ -17,7 +17,7 @@ from grpo.run.records import read_metrics
 from policies.files import hub
 from policies.layout import WeightFiles
 from rewards.config.json_file import expecting, read_json, read_objects, whole_lines
-from rewards.config.names import recorded_options
+from rewards.config.names import recorded_options, sources_of
 from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
 
 REPORT = "report.html"
@@ -86,7 +86,8 @@ def model_card(
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     lines = [line for line in lines if step is None or line["step"] <= step]
     with expecting(run / "config.yaml", "configuration of a run"):
-        evaluations = list(_evaluations(options.get("data", {}).get("name"), lines))
+        names = [source["name"] for source in sources_of(options) if "name" in source]
+        evaluations = list(_evaluations(" + ".join(names), lines))
     effective = yaml.safe_dump(options, sort_keys=False)
     method = "GRPO" if "steps" in options else "supervised fine-tuning"
     method = "teaching the draft head" if command == "mtp" else method
@@ -171,7 +172,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|" for cells in lines)
 
 
-def _evaluations(data: str | None, lines: list[dict[str, Any]]) -> Iterator[str]:
+def _evaluations(data: str, lines: list[dict[str, Any]]) -> Iterator[str]:
     """Yields the first and the last evaluation on record, by accuracy or, where the reward is none, by mean reward."""
     measure = held_out_metric(lines)
     evaluated = [line for line in lines if line.get(measure) is not None]

@@ -108,9 +108,8 @@ def file(tmp_path_factory) -> Path:
 
 
 def check(function: str, **options):
-    return check_reward(
-        function, load(RewardTestConfig, None, {"data.limit": 12, "data.task_options.levels": [1]} | options)
-    )
+    levels = {} if "data.name" in options else {"data.task_options.levels": [1]}
+    return check_reward(function, load(RewardTestConfig, None, levels | {"data.limit": 12} | options))
 
 
 def kinds(found) -> dict[str, int]:

@@ -68,7 +68,7 @@ def test_what_is_left_as_it_is_in_trl_is_what_trl_does(read):
     assert config.checkpoint.keep is None
     assert config.seed == 42
     assert config.log.trackers == []
-    assert (config.data.template, config.data.prompt_column) == ("{prompt}", "prompt")
+    assert (config.data[0].template, config.data[0].prompt_column) == ("{prompt}", "prompt")
     assert config.eval.limit == 0
 
 

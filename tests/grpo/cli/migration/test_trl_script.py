@@ -135,9 +135,9 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     assert config.learner.learning_rate == 2e-5
     assert (config.prompts_per_step, config.steps, config.max_turns) == (2, 8, 512)  # turns have no limit there
     assert (config.eval.limit, config.eval.every, config.eval.samples) == (2, 3, 8)
-    assert config.data.template == "{prompt}"
+    assert config.data[0].template == "{prompt}"
     assert json.loads((tmp_path / "data/train.jsonl").read_text().splitlines()[0])["gold_text"] == "(none)"
-    assert config.data.solution_column == "gold_text"
+    assert config.data[0].solution_column == "gold_text"
     first, second, model = config.rewards
     assert (first.function, first.arguments) == ("train.py:close_to", {"goal": 3})
     assert second.function == "trl.rewards.format_rewards:think_format_reward"

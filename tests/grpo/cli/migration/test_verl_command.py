@@ -81,8 +81,8 @@ def test_a_shell_file_becomes_a_configuration(files):
     assert config.log.trackers == ["wandb"]
     assert str(config.output_dir) == "checkpoints/p/e"
     assert [reward.function for reward in config.rewards] == ["gsm8k"]
-    assert config.data.template == "chat"
-    [example, *_] = load_examples(config.data.name, "train", config.data)
+    assert config.data[0].template == "chat"
+    [example, *_] = load_examples(config.data[0].name, "train", config.data[0])
     assert (example.solution, example.question) == ("5", "2 + 3 = ?")
     lost = {each.option: each.changes_training for each in migration.unsupported}
     assert lost == {
