@@ -167,7 +167,7 @@ def test_what_is_like_nothing_gets_no_suggestion(name):
 
 
 def test_a_word_with_several_meanings_shows_them_all():
-    assert said("workers") == "no such option; did you mean reward.workers, rollout.workers or learner.workers?"
+    assert said("workers") == "no such option; did you mean rollout.workers or learner.workers?"
 
 
 def test_a_section_of_verls_is_answered_line_by_line(tmp_path):
