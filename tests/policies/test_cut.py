@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from policies.cut import VOCABULARY, WINDOW, cut, cut_layers, cut_model, has_windows
+from policies.cut import VOCABULARY, WINDOW, cut, cut_layers, cut_model
 
 
 def test_one_layer_of_each_kind_and_every_list_cut_alike():
@@ -35,12 +35,6 @@ def test_flags_and_multipliers_stay_and_the_model_is_small():
     assert (experts.num_experts_per_tok, experts.n_group, experts.topk_group) == (8, 8, 4)
     assert experts.n_routed_experts % 8 == 0
     assert experts.first_k_dense_replace == 1
-
-
-def test_windows_are_known():
-    assert has_windows(AutoConfig.for_model("gpt_oss"))
-    assert not has_windows(AutoConfig.for_model("qwen2", sliding_window=4096, use_sliding_window=False))
-    assert not has_windows(AutoConfig.for_model("llama"))
 
 
 def test_its_weights_are_wide_and_always_the_same_and_the_generator_stays():

@@ -75,10 +75,6 @@ def test_float64_is_on_the_cpu_where_a_device_has_none(monkeypatch):
         assert devices.has_float64(torch.device("xpu")) is has
 
 
-def test_only_cuda_has_cudas_own_paths():
-    assert [kind for kind in ("cpu", "cuda", "xpu", "mps") if devices.has_cuda(torch.device(kind))] == ["cuda"]
-
-
 def test_a_device_says_its_name_its_memory_and_its_peak(accelerator):
     properties = SimpleNamespace(name="Arc", total_memory=16 << 30)
     waited: list[torch.device] = []

@@ -108,9 +108,3 @@ def test_a_copy_reads_by_its_own_mixers():
                 module.conv = torch.nn.Conv1d(64, 64, 3, groups=64, bias=False)
         assert torch.equal(_packed(copy), before)
         assert not torch.equal(_packed(policy), before)
-
-
-def test_a_model_without_mixers_is_left_as_it_is():
-    policy = zoo.policy("llama")
-    assert not policy.recurrent
-    assert not any("forward" in vars(module) for module in policy.trunk.modules())

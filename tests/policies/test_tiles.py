@@ -27,11 +27,6 @@ def test_micro_batches_of_a_run_have_few_shapes_of_tiles():
     assert packings[3].segment[0, 184:].eq(-1).all()
 
 
-def test_passing_torchs_limit_of_shapes_is_an_error():
-    assert torch._dynamo.config.fail_on_recompile_limit_hit
-    assert torch._dynamo.config.recompile_limit >= 64
-
-
 def _attend(too_large):
     """An attention whose kernels have no place with tiles of `too_large` and more."""
     tried = []
@@ -91,3 +86,8 @@ def test_an_accelerator_without_cudas_paths_gets_the_dense_mask():
     segment = torch.zeros(1, 3000, dtype=torch.long, device="meta")
     packing = Packing(segment)
     assert isinstance(packing.mask_for(attention.ATTENTION, torch.float32), torch.Tensor)
+
+
+def test_passing_torchs_limit_of_shapes_is_an_error():
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
+    assert torch._dynamo.config.recompile_limit >= 64

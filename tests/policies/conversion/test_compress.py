@@ -6,15 +6,13 @@ import math
 
 import pytest
 import torch
-from dense_models import MAX_POSITIONS, ROPES, SHAPES, VOCABULARY, dense_model, random_ids
+from dense_models import MAX_POSITIONS, ROPES, SHAPES, dense_model, random_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from policies.conversion.calibration import observe
 from policies.conversion.compress import check_sizes, choose_split, compress, exact_rank, unrotated_pairs
-from policies.conversion.dense import NORM_WEIGHT
 from policies.conversion.parity import Fidelity, fidelity, parity
 from policies.decoding.absorbed import AbsorbedTrunk
-from policies.layout import frozen_parameter_names
 
 torch.set_num_threads(1)
 
@@ -137,21 +135,6 @@ def test_a_compressed_policy_decodes_absorbed_as_in_stock_transformers() -> None
     torch.testing.assert_close(logits, converted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_the_cancelled_norm_is_frozen_here_too() -> None:
-    dense = dense_model()
-    converted, split = compress(dense, observe(dense, list(random_ids(4))), 30)
-    names = {n for n, _ in converted.named_parameters() if n.endswith(tuple(frozen_parameter_names(converted.config)))}
-    assert len(names) == 4
-    norm = converted.model.layers[1].self_attn.kv_a_layernorm.weight
-    assert norm[: split.latents].eq(NORM_WEIGHT).all()
-    x = torch.randn(50, 48) * 2
-    latents, _ = (
-        converted.model.layers[1].self_attn.kv_a_proj_with_mqa(x).split([split.latents + 4, 2 * len(split.rotary)], -1)
-    )
-    normed = converted.model.layers[1].self_attn.kv_a_layernorm(latents)
-    torch.testing.assert_close(normed[:, : split.latents], latents[:, : split.latents], rtol=1e-4, atol=1e-5)
-
-
 def test_a_split_keeps_the_components_that_lose_most() -> None:
     class Layer:
         loss = torch.tensor([[5.0, 1.0], [4.0, 3.0]])
@@ -201,10 +184,3 @@ def test_fidelity_against_numbers_worked_by_hand() -> None:
     expected = Fidelity(kl, 1.0, 4.0, (2 * 6 * 2) ** (1 / 3), 5)
     for name, value in vars(expected).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-4), name
-
-
-def test_a_window_is_not_changed_by_another() -> None:
-    assert int(random_ids().max()) < VOCABULARY
-    dense = dense_model()
-    one, two = (observe(dense, [window])[0].queries for window in random_ids(2))
-    torch.testing.assert_close(observe(dense, list(random_ids(2)))[0].queries, (one + two) / 2)

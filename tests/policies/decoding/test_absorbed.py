@@ -173,20 +173,6 @@ def test_a_selected_cache_holds_zeros_and_no_garbage_behind_its_reach(random_pol
         decoding.forward(5, [5, 0])
 
 
-def test_logits_are_the_same_alone_and_among_others(random_policy):
-    """Not only close to the stock model: the batch a row runs in changes nothing but rounding."""
-    policy = random_policy(3, mtp=False)
-    ours = AbsorbedTrunk(policy.trunk, torch.float32, 64)
-    prompts = prompts_of(5, 5, 5)
-
-    def last(batch: list[list[int]]) -> torch.Tensor:
-        token_ids = torch.tensor(batch)
-        hidden = ours(token_ids, torch.arange(5).expand_as(token_ids), ours.cache(len(batch), 5))
-        return ours.logits(hidden[0, -1])
-
-    torch.testing.assert_close(last(prompts), last(prompts[:1]), rtol=0, atol=1e-5)
-
-
 def test_bfloat16_computes_in_bfloat16_and_stays_near(random_policy):
     policy = random_policy(4, mtp=False, **GROUPED)
     ours = AbsorbedTrunk(policy.trunk, torch.bfloat16, 64)

@@ -98,15 +98,15 @@ def test_a_wrong_kernel_is_not_used_and_a_warning_says_why(use):
         assert not cuda_attention_agrees(CPU, torch.float32, SIZES)
 
 
-def test_a_kernel_that_is_not_there_is_not_used(use):
-    """Torch has none for a CPU under this name."""
-    with pytest.warns(UserWarning, match=r"not used .*_scaled_dot_product_efficient_attention.*Plain products"):
-        assert not cuda_attention_agrees(CPU, torch.float32, SIZES)
-
-
 def test_other_devices_compute_plain_products(monkeypatch):
     """As those without a kernel: `meta` stands for them."""
     asked = []
     monkeypatch.setattr(kernels, "plain_attention", lambda *_: asked.append(1))
     kernels.attention(torch.empty(1, 2, 3, device="meta"), torch.empty(1, 4, 5, device="meta"), 2, torch.empty(1))
     assert asked == [1]
+
+
+def test_a_kernel_that_is_not_there_is_not_used(use):
+    """Torch has none for a CPU under this name."""
+    with pytest.warns(UserWarning, match=r"not used .*_scaled_dot_product_efficient_attention.*Plain products"):
+        assert not cuda_attention_agrees(CPU, torch.float32, SIZES)

@@ -8,12 +8,6 @@ import torch
 from policies.routing.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
 
 
-def test_gates_by_hand():
-    # Scores ¾ and ¼ are a gate already; ¾ and ½ are 0.6 and 0.4 of their sum.
-    logits = torch.tensor([[0.75, 0.25], [0.75, 0.5]]).logit()
-    torch.testing.assert_close(gates(logits), torch.tensor([[0.75, 0.25], [0.6, 0.4]]))
-
-
 def test_entropy_by_hand_and_finite_with_its_gradient_where_a_score_vanishes():
     assert entropy(torch.tensor([[0.25] * 4, [1.0, 0, 0, 0]])).tolist() == pytest.approx([math.log(4), 0])
     logits = torch.tensor([[-200.0, 0.0], [-200.0, -200.0]], requires_grad=True)
@@ -69,20 +63,6 @@ def test_the_gradient_of_the_entropy_regulariser_is_finite_where_an_expert_is_ne
     logits = torch.tensor([row] * 3, requires_grad=True)
     regulariser(logits, 1).backward()
     assert torch.isfinite(logits.grad).all()
-
-
-def test_parts_of_a_batch_are_an_upper_bound_of_the_whole():
-    torch.manual_seed(0)
-    whole = torch.randn(12, 4)
-    parts = sum(regulariser(part, 2) * len(part) / 12 for part in whole.split([5, 7]))
-    assert parts > regulariser(whole, 2)
-
-
-def test_sequence_loss_by_hand():
-    # Sequence 0 wants expert 0 twice: f = (2, 0), P = (.75, .25). Sequence 1 wants either once: f = (1, 1), ΣP = 1.
-    scores = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.25]])
-    losses = sequence_loss(scores.logit(), torch.tensor([0, 0, 1, 1]), 3, top_k=1)
-    assert losses.tolist() == pytest.approx([1.5, 1.0, 0.0])  # the third has no tokens
 
 
 def test_sequence_loss_is_the_formula_of_deepseek_v3():
