@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.cli.commands.machine import Memory, main_memory
+from grpo.cli.commands.machine import Memory
 from grpo.config.policy import ModelOptions
 from policies import devices
 from policies.devices import device_of
@@ -95,14 +95,3 @@ def test_a_device_says_its_name_its_memory_and_its_peak(accelerator):
     devices.empty_cache()
     assert waited == []
     assert Memory.there(torch.device("xpu"), None) == ("memory of Arc", 2 << 30, 1 << 30, 2)
-
-
-def test_apples_gpu_shares_the_memory_and_says_little(accelerator, monkeypatch):
-    accelerator("mps")
-    assert (devices.names(), devices.peak_gib()) == (["mps"], {})
-    memory = Memory.there(torch.device("mps"), None)
-    assert (memory.name, memory.total, memory.gpus) == ("memory", main_memory()[0], 0)
-    waited: list[bool] = []
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(True))
-    devices.wait_for(torch.device("mps"))
-    assert waited == [True]

@@ -8,10 +8,6 @@ import torch
 
 from policies import four_bit, lora
 from policies.policy import Policy, digest
-from rollout.engine import Engine
-from rollout.publication.digests import digests
-from rollout.publication.message import Sender
-from rollout.worker import Receiver
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30, 11, 12], [4, 4, 100, 8, 61, 3, 90, 1]])
 DTYPES = [torch.float32, torch.bfloat16]
@@ -67,20 +63,6 @@ def test_the_linear_modules_are_in_4_bits_and_take_what_was_foretold(folder, dty
     others = dict(plain.named_parameters())
     for name, weight in policy.named_parameters():
         assert name in foretold or (weight.dtype, weight.shape) == (others[name].dtype, others[name].shape)
-
-
-def test_a_worker_gets_the_numbers_of_the_base_once_and_then_adapters_alone(folder):
-    policy, sender = adapted(folder, targets=["q_proj"]), Sender()
-    worker, sent = Receiver(Engine(Policy.from_skeleton(policy.skeleton()))), []
-    for version in range(2):
-        [message] = sender.messages(policy.publication(), version)
-        assert worker.take(message) == digests(policy.weights())
-        sent.append(len(message.tensors))
-        with torch.no_grad():
-            next(weight for name, weight in policy.named_parameters() if ".lora_B." in name).add_(0.1)
-    assert sent[0] == len(policy.weights())
-    assert not any(name in message.tensors for name in held(policy))
-    assert sent[1] < sent[0] - len(held(policy))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,11 +33,6 @@ def test_equals_log_softmax(shape, dtype):
     torch.testing.assert_close(token_logprobs(logits, token_ids, 0.7), logprobs, rtol=0, atol=1e-5)
 
 
-def test_huge_logits_stay_finite():
-    logits = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
-    assert token_logprobs(logits, torch.tensor([0, 0])).tolist() == [0.0, -1e4]
-
-
 @pytest.mark.parametrize("elements", [1, 9])  # 1: a tile has no other logit than this
 @pytest.mark.parametrize("entropy_grad", [False, True])
 def test_from_hidden_takes_a_logit_that_overflows(entropy_grad, elements):

@@ -291,15 +291,6 @@ def test_hidden_states_follow_the_packing(random_policy):
         assert not torch.allclose(policy.hidden(changed, positions, causal)[:, 3:], hidden[:, 3:], atol=1e-3)
 
 
-def test_several_stop_tokens_come_from_the_generation_config(random_policy, tmp_path):
-    policy = random_policy(1)
-    policy.trunk.generation_config.eos_token_id = [0, 5]
-    policy.save(tmp_path / "policy")
-    assert Policy.load(tmp_path / "policy").stop_token_ids == [0, 5]
-    policy.trunk.generation_config.eos_token_id = None
-    assert policy.stop_token_ids == [policy.tokenizer.eos_token_id]
-
-
 @pytest.mark.parametrize(("prompt", "implementation"), [(5, "sdpa_packed"), (20, "sdpa")])
 def test_packed_rows_of_a_model_with_an_indexer_are_right_also_where_it_leaves_tokens_out(
     hf_policy, prompt, implementation

@@ -92,11 +92,6 @@ def test_a_compiled_round_has_one_of_a_few_depths_and_costs_of_its_own():
     assert list(DepthController(table, 1).graph_speeds(4)) == [0, 1]  # 3 are not to be drafted
 
 
-def test_equal_speeds_pick_the_shallower_depth():
-    controller = DepthController(CostTable(rows=[1], rounds=[[1.0, 1.4, 1.85]]), 4)
-    assert pick(controller, 1, 9) == 1  # 1.75 / 1.4 and 2.3125 / 1.85 are 1.25
-
-
 def test_drafts_that_gain_less_than_a_fifth_are_not_made():
     """1.75 tokens are expected of one draft."""
 

@@ -132,18 +132,6 @@ def test_a_dropped_request_frees_its_row_for_the_next_one(policy):
 
 
 @torch.inference_mode()
-def test_when_all_are_dropped_nothing_is_decoded(policy):
-    serving, client = Serving(Engine(policy).decoder, BASE), Client(0)
-    serving.add(client.request)
-    serving.round()
-    serving.drop(client.request)
-    told = len(client.ids)
-    assert not serving.busy
-    serving.round()
-    assert len(client.ids) == told
-
-
-@torch.inference_mode()
 def test_a_head_that_does_not_pay_off_still_reads_in_time(policy, monkeypatch):
     """Drafts that are never worth it: the head drafts at once, and then after every UNREAD rounds."""
     engine = Engine(policy, max_rows=4, costs=CostTable(rows=[1], rounds=[[1.0, 99.0]]))

@@ -76,17 +76,6 @@ def test_contract_14_what_the_template_keeps_has_the_ids_that_were_sampled(qwen3
     assert qwen3.decode(context) == text
 
 
-def test_an_answer_that_was_cut_or_thought_without_end_is_as_the_template_shows_it(qwen3):
-    cut = letters(qwen3, "<think>\nadd\n</think>\n\nFo")
-    context, text = of(qwen3, [user("2?"), assistant("<think>\nadd\n</think>\n\nFo"), user("So?")], {1: cut})
-    assert text.count("Fo<|im_end|>") == 1
-    assert qwen3.decode(context) == text
-    endless = [*letters(qwen3, "<think>\nadd ad"), qwen3.eos_token_id]  # nothing that could be dropped
-    context, text = of(qwen3, [user("2?"), assistant("<think>\nadd ad"), user("So?")], {1: endless})
-    assert has(context, endless)
-    assert qwen3.decode(context) == text
-
-
 def test_tool_loops_of_qwen3_keep_their_thoughts_and_calls_are_written_as_the_template_does(qwen3):
     """Its rule counts from the last message of a user. A call in other blanks is shown in the template's own."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -11,7 +11,7 @@ import torch
 from rollout.cluster import Seclusion, start_ray, stop_ray
 from rollout.faults import RolloutError
 from rollout.group import Prompt
-from rollout.places import Places, here, refuse_open
+from rollout.places import Places, refuse_open
 from rollout.pools import PoolOptions, open_pool
 from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
@@ -53,12 +53,6 @@ def test_a_cluster_on_a_network_is_refused_without_a_token(monkeypatch, tmp_path
             refuse_open()
     else:
         refuse_open()
-
-
-def test_a_process_says_where_it_is():
-    where = here()
-    assert where["process"] == os.getpid()
-    assert where["threads"] == 1
 
 
 @pytest.mark.parametrize(

@@ -45,17 +45,6 @@ def test_every_shape_is_exact(shape: ExpertShards) -> None:
     assert hasattr(sharded.model.layers[0].mlp, "experts") == (shape.dense_layers == 0)
 
 
-def test_a_token_meets_one_whole_group_and_tokens_meet_different_ones() -> None:
-    sharded = shard_feed_forward(converted_model(), ExpertShards(dense_layers=0))
-    router = sharded.model.layers[0].mlp.gate
-    _, weights, experts = router(torch.randn(500, 48))
-    assert torch.allclose(weights, torch.ones_like(weights))
-    groups = experts // 2
-    assert torch.equal(groups[:, 0], groups[:, 1])
-    assert (experts[:, 0] != experts[:, 1]).all()
-    assert torch.bincount(groups[:, 0], minlength=4).min() > 50
-
-
 def test_the_router_and_every_expert_that_was_met_have_a_gradient() -> None:
     sharded = shard_feed_forward(converted_model(), ExpertShards(dense_layers=0)).train()
     sharded(random_ids(), labels=random_ids()).loss.backward()

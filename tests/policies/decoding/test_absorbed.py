@@ -163,16 +163,6 @@ def test_garbage_behind_a_rows_length_is_never_read(random_policy, config, group
         decoding.forward(3, [0, 3], poison=float("nan"))
 
 
-def test_a_selected_cache_holds_zeros_and_no_garbage_behind_its_reach(random_policy):
-    with torch.no_grad():
-        decoding = Decoding(random_policy(2, mtp=False), prompts_of(2, 6), 2)
-        decoding.forward(4, [1, 2, 1, 1])
-        for latents in decoding.cache.layers_RTE:
-            latents[:, 10:] = float("nan")
-        decoding.select([0, 2])
-        decoding.forward(5, [5, 0])
-
-
 def test_bfloat16_computes_in_bfloat16_and_stays_near(random_policy):
     policy = random_policy(4, mtp=False, **GROUPED)
     ours = AbsorbedTrunk(policy.trunk, torch.bfloat16, 64)

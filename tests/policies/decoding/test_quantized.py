@@ -7,7 +7,7 @@ from torch import Tensor
 
 from policies.decoding import quantized
 from policies.decoding.experts import held, run_experts
-from policies.decoding.linear import FixedLinear, kind_of
+from policies.decoding.linear import FixedLinear
 from policies.decoding.quantized import ALWAYS, grid, held_as, most_rows
 
 KINDS = ("int8", "int4")
@@ -112,9 +112,3 @@ def test_experts_are_those_of_the_rounded_stack(kind, dtype):
     expected = run_experts(x.float(), weights, experts, *exact)
     tight = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
     torch.testing.assert_close(found.float(), expected, **tight)
-
-
-def test_a_kind_is_of_the_block_alone():
-    with held_as("int8"):
-        assert kind_of(FixedLinear(matrix(torch.float32))) == "int8"
-    assert kind_of(FixedLinear(matrix(torch.float32))) == "none"

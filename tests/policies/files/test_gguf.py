@@ -109,15 +109,6 @@ def test_what_cannot_be_read_is_refused_with_the_way_out(tmp_path, names, messag
             read(tmp_path)
 
 
-def test_an_architecture_that_transformers_does_not_read_is_named(tmp_path):
-    writer = library.GGUFWriter(tmp_path / "a.gguf", "rwkv6")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(PolicyError, match="architecture rwkv6 is not supported"):
-        read_config(tmp_path / "a.gguf")
-
-
 def test_a_base_in_4_bits_and_a_layout_are_refused(tmp_path):
     write_gguf(tmp_path / "small.gguf")
     with pytest.raises(PolicyError, match=r"made dense and whole: leave lora\.base out"):

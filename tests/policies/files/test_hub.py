@@ -96,12 +96,6 @@ def test_an_environment_without_network_is_named_as_what_it_is(online, monkeypat
     assert hub.why_absent("owner/name").startswith("HF_HUB_OFFLINE is set, so nothing is fetched, and the cache")
 
 
-def test_a_folder_never_asks_the_hub(online, tmp_path, monkeypatch):
-    online(NOBODY)
-    monkeypatch.setattr(hub, "_silence", lambda _: pytest.fail("the hub was asked"))
-    assert hub.why_absent(tmp_path) == ""
-
-
 def test_a_hub_that_answers_is_left_to_its_libraries(online):
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):

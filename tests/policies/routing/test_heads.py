@@ -1,9 +1,6 @@
 """active_heads: attention heads that a router chooses, in learner, engine, graphs, adapters and files alike."""
 
 import json
-import re
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -36,7 +33,6 @@ from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.source.policy_source import find_policy, load_found, read_shape
 from grpo.train import train
-from policies.anatomy import anatomy
 from policies.conversion.dense import convert_dense
 from policies.decoding.latent_cache import LatentCache
 from policies.policy import Policy, PolicyError
@@ -107,17 +103,6 @@ def test_attention_is_the_weighted_sum_of_the_heads_that_were_chosen(policy):
     expected = sum(weights[None, :, head, None] * part for head, part in enumerate(parts))
     found = attention(hidden_states=hidden, position_embeddings=rope, attention_mask=mask)[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_policy_that_keeps_all_heads_with_routers_of_zeros_computes_what_it_did(random_policy):
-    plain, given = random_policy(31, **FOUR), random_policy(31, **FOUR)
-    given.choose_heads(1.0, 1)
-    with torch.no_grad():
-        for router in routers(given.trunk, "self_attn").values():
-            router.weight.zero_()
-    torch.testing.assert_close(states(given, [3, 4], [5, 6]), states(plain, [3, 4], [5, 6]))
-    given.trunk.model.layers[0].self_attn.gate.weight.data.normal_()
-    assert not torch.allclose(states(given, [3, 4], [5, 6]), states(plain, [3, 4], [5, 6]))
 
 
 def test_packed_completions_are_those_of_rows_of_their_own(policy):
@@ -283,12 +268,6 @@ def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
         Policy.load(tmp_path / "p")
 
 
-def test_what_trains_no_router_adds_none(micro_config, tmp_path, capsys, random_policy):
-    random_policy(31, **FOUR).save(tmp_path / "p")
-    assert main(["eval", str(tmp_path / "p"), "--data", "word_problems", "--active_heads", "0.5"]) == 2
-    assert "active_heads=0.5 (command line): quartet eval does not use it" in capsys.readouterr().err
-
-
 def test_a_checkpoint_gets_heads_as_a_folder_does_and_memory_counts_them(micro_config, tmp_path):
     plain = micro_config(tmp_path / "plain", steps=1, **{"warm_start.steps": 1})
     train(plain)
@@ -308,28 +287,6 @@ def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_other_programs_refuse_it_by_the_name_of_its_type(policy, tmp_path):
-    policy.save(tmp_path / "p")
-    reads = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
-    stock = subprocess.run([sys.executable, "-c", reads, tmp_path / "p"], capture_output=True, text=True)
-    assert stock.returncode
-    assert "deepseek_v3_dynamic_heads" in stock.stderr
-
-
-def test_inspect_says_how_many_heads_compute_and_what_a_prompt_sees(random_policy, tmp_path, capsys):
-    policy = with_heads(random_policy(31, **FOUR))
-    policy.attend_to_prompts("bidirectional")
-    policy.save(tmp_path / "p")
-    assert main(["policy", "inspect", str(tmp_path / "p"), "--json", str(tmp_path / "out.json")]) == 0
-    shown = capsys.readouterr().out
-    assert "3 of 4 compute for a token, 1 of them for every token" in " ".join(re.sub("[│┃]", "", shown).split())
-    assert "its tokens see all of it" in shown
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert [found[name] for name in ("heads", "active_heads", "shared_heads")] == [4, 3, 1]
-    assert found["prompt_attention"] == "bidirectional"
-
-
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_a_converted_dense_model_can_choose_heads(random_policy, tmp_path, both_ways):
     """The learner, the engine, and the policy that is read again."""
@@ -342,13 +299,3 @@ def test_a_converted_dense_model_can_choose_heads(random_policy, tmp_path, both_
     assert_learner_agrees(policy, plain, params.temperature)
     policy.save(tmp_path / "p")
     assert torch.equal(states(Policy.load(tmp_path / "p"), [3, 4], [5, 6]), states(policy, [3, 4], [5, 6]))
-
-
-def test_attention_of_fewer_heads_is_counted(policy, random_policy):
-    given = {"context": 4096, "lora_rank": 2, "lora_alpha": 4.0}
-    some, every = (anatomy(p.config, 0, **given).decode_flops for p in (policy, random_policy(31, **FOUR)))
-    config = policy.config
-    width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
-    routers_of = 2 * config.num_hidden_layers * 3 * config.hidden_size  # each weight is used once, by two FLOPs
-    spared = 2 * config.num_hidden_layers * 1 * width * 4097
-    assert every - some == pytest.approx(spared - routers_of)

@@ -114,21 +114,3 @@ def test_a_row_that_ended_at_the_last_position_waits_for_the_others(hf_policy, k
         while serving.busy:
             serving.round()
     assert max(largest_difference(policy, client) for client in few) < 1e-4
-
-
-def test_layers_with_windows_and_without_lose_the_same_columns(hf_policy):
-    """A layer with a window holds fewer columns than the others."""
-    policy = stock(hf_policy, "gemma3_text")
-    serving = Serving(Engine(policy, max_rows=4).decoder, BASE)
-    first, second = Client(0, 26, 3), Client(1, 4, 20)
-    for client in (first, second):
-        serving.add(client.request)
-    with torch.inference_mode():
-        while first.completion is None:
-            serving.round()
-        serving.round()
-    [part] = serving.cache.parts
-    assert part.length == int(serving.cache.lengths_R.max()) < 10
-    held = {type(layer).__name__: (layer.keys.shape[-2], layer.get_seq_length()) for layer in part.cache.layers}
-    assert held["DynamicLayer"] == (part.length, part.length)
-    assert held["DynamicSlidingWindowLayer"] == (min(part.length, 7), part.length)

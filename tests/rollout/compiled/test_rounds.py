@@ -176,16 +176,6 @@ def test_contract_3_a_controller_chooses_among_graphs_and_changes_no_token(polic
     assert draft_gain(completions(groups)) > 4  # most rounds cost 1 ms, and 10 without drafts
 
 
-def test_the_gain_counts_the_prompt_that_the_head_reads_before_its_first_graph(policy, made):
-    """Rounds take 2 ms, and 3 with three drafts. The head reads 12 tokens, .2 ms each, after three rounds."""
-    costs = CostTable([1], [[10.0] * 9], graphs=[[2.0, 2.5, 9.0, 3.0]], reading=0.2)
-    given = replace(PARAMS, group_size=1, draft_tokens=None, compiled=True, temperature=0.0, stop_token_ids=())
-    (one,) = completions(Engine(policy, costs=costs).sample(PROMPTS[:1], given))
-    prompt, drafted = len(PROMPTS[0].token_ids), one.draft.drafted[0]
-    assert 0 < drafted < one.draft.target_forwards
-    assert one.draft.cost == pytest.approx(2 * (one.draft.target_forwards - drafted) + 3 * drafted + 0.2 * prompt)
-
-
 @pytest.mark.slow
 def test_costs_of_graphs_are_measured_with_graphs(policy, made):
     engine = Engine(policy)
@@ -363,15 +353,6 @@ def test_a_bias_of_zero_is_a_weight_of_the_graph_since_later_ones_may_not_be(ran
             if name.endswith("bias"):
                 tensor.zero_()
     assert "block0_into_bias" in weights(Engine(policy).decoder, Bucket(1, 0, 128))
-
-
-def test_a_processor_with_other_instructions_has_graphs_of_its_own(policy, monkeypatch):
-    decoder, bucket = Engine(policy).decoder, Bucket(1, 0, 128)
-    keys = []
-    for flags in ("flags : avx512f", "flags : avx512f amx_tile"):
-        monkeypatch.setattr(store, "_processor", lambda flags=flags: ["x86_64", "AVX512", flags])
-        keys.append(store._key(decoder, bucket, []))
-    assert keys[0] != keys[1]
 
 
 @quick_and_slow

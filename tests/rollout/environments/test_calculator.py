@@ -1,6 +1,5 @@
 """Arithmetic without eval, and GSM8K's marked solutions as episodes with the calculator."""
 
-import json
 import random
 import re
 import time
@@ -10,7 +9,7 @@ import pytest
 
 from policies.presets import small_tokenizer
 from rollout.environments.calculator import LONGEST, Calculator, evaluate
-from rollout.environments.format import Call, TurnFormat
+from rollout.environments.format import TurnFormat
 from rollout.environments.protocol import answers_of
 from rollout.sampling import EnvironmentSpec
 
@@ -99,15 +98,6 @@ def test_results_are_those_of_python():
     assert compared > 250
 
 
-def test_the_tool_is_described_to_the_policy():
-    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate])
-    assert [schema["function"]["name"] for schema in form.schemas] == ["calculate"]
-    calculator = Calculator()
-    assert calculator.reset(question="?", answer="#### 4") is None
-    [call] = form.read(form._tokenizer.encode("so <<2*2=")).calls
-    assert (call, calculator.calculate(**call.arguments)) == (Call("calculate", {"expression": "2*2"}), "4")
-
-
 def test_a_marked_solution_becomes_an_episode():
     """Which tokens the tool writes: `24>>` and `25.5>>`, where the solution has 25.50. What the policy writes ends each
     turn with the stop token."""
@@ -118,14 +108,6 @@ def test_a_marked_solution_becomes_an_episode():
     assert tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "24>>25.5>>"
     turns = tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if own]).split("<|end|>")
     assert turns == ["He has 48/2 = <<48/2=", "24 left.\nThat is 24+1.5 = $<<24+1.5=", "25.50.\n#### 25.50", ""]
-
-
-def test_marks_that_are_no_calls_stay_text():
-    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate, evaluate_twice])
-    text = "so <<x=3>>3 and <<evaluate_twice 2=4>>"
-    ids, sampled = form.demonstration(text)
-    assert form._tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert form._tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "4>>"
 
 
 def test_the_tools_answers_are_those_of_a_pure_environment_that_is_built_in():
@@ -151,19 +133,3 @@ def evaluate_twice(expression: str) -> str:
         expression: numbers
     """
     return evaluate(evaluate(expression))
-
-
-@pytest.mark.slow
-def test_the_marks_of_gsm8k_are_calls(gsm8k_folder):
-    """The calculator answers all 4,282 marks of the test set. 96 % of its answers are the marks' own, to the letter;
-    the others are such as 27 for 27.00."""
-    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate])
-    marks = same = unchanged = 0
-    for line in (gsm8k_folder / "test.jsonl").read_text(encoding="utf-8").splitlines():
-        solution = json.loads(line)["answer"]
-        found = re.findall(r"<<([^<>]+?)=([^<>=]*)>>", solution)
-        assert len(found) == solution.count("<<")
-        marks += len(found)
-        same += sum(evaluate(expression) == result for expression, result in found)
-        unchanged += form.demonstration(solution, ANSWERS) == form.demonstration(solution)
-    assert (marks, same, unchanged) == (4282, 4126, 1256)

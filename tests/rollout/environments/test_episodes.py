@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -176,24 +175,6 @@ def test_tools_that_write_nothing_are_read_as_tokens(hf_policy, monkeypatch):
         groups = engine.sample(PROMPTS[:2], replace(EPISODES, max_completion_tokens=60))
         assert all(completion.sampled == [True] * len(completion.token_ids) for completion in completions(groups))
         assert sum(completion.num_turns > 1 for completion in completions(groups)) > 2
-    finally:
-        engine.close()
-
-
-@pytest.mark.slow
-def test_policies_that_choose_heads_and_see_their_first_prompt_whole_have_episodes_too(random_policy):
-    policy = random_policy(31, num_attention_heads=4, num_key_value_heads=4)
-    policy.choose_heads(0.75, 1, seed=3)
-    policy.attend_to_prompts("bidirectional")
-    engine = Engine(policy)
-    try:
-        plain, drafted = (engine.sample(PROMPTS, replace(EPISODES, draft_tokens=k)) for k in (0, 3))
-        assert tokens(plain) == tokens(drafted)
-        assert _assert_learner_agrees(policy, drafted, EPISODES.temperature) > 600
-        assert sum(c.num_turns for c in completions(plain)) > 40
-        policy.attend_to_prompts("causal")
-        with pytest.raises(AssertionError):
-            _assert_learner_agrees(policy, drafted, EPISODES.temperature)
     finally:
         engine.close()
 
@@ -472,17 +453,6 @@ def test_the_end_of_episodes_by_hand():
     assert [c.tools.reward for c in all_] == [0.5, None, None, None]
     failures = [c.tools.failure for c in all_]
     assert failures == [None, {"kind": "died", "message": "m"}, None, {"kind": "timeout", "message": "t"}]
-
-
-def test_the_wait_for_tools_calls_back_and_an_arena_closes_what_it_opened():
-    answer, arena = Future(), SimpleNamespace(pool=Mock(), thread=Mock())
-    episodes = Episodes(arena, EPISODES)
-    episodes._asked = [([], answer)]
-    assert episodes.written(lambda: answer.set_result([])) == {}
-    assert episodes._asked == []
-    Arena.close(arena)
-    arena.pool.close.assert_called_once()
-    arena.thread.shutdown.assert_called_once()
 
 
 def test_first_messages_end_with_what_reset_said():

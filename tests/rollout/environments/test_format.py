@@ -1,7 +1,6 @@
 """Turns, calls and results in token ids: nothing that was sampled is tokenised again (contracts 1 and 14)."""
 
 import json
-from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -41,19 +40,6 @@ def chat_tokenizer(template: str = "qwen2_5", **special: str):
     tokenizer.add_special_tokens(names)
     tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
     return tokenizer
-
-
-class Way(Enum):
-    NORTH = "north"
-
-
-def move(way: Way) -> str:
-    """Moves.
-
-    Args:
-        way: where to
-    """
-    return way
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +88,6 @@ def test_a_mark_is_a_call(plain, text, content, arguments):
 def test_a_turn_without_a_call_is_text(plain, text):
     assert read(plain, f"{text}<|end|>") == Turn(text)
     assert plain.read([]) == Turn("")
-
-
-def test_an_argument_among_several_is_its_value():
-    """A process gets it by JSON, and TRL's tools get it so."""
-    form = TurnFormat(small_tokenizer(CORPUS), [move])
-    assert read(form, '<<move {"way": "north"}=').calls == (Call("move", {"way": "north"}),)
-    assert "north" in read(form, '<<move {"way": "up"}=').error
 
 
 def test_arguments_get_the_types_of_the_parameters(two):
@@ -197,27 +176,6 @@ def test_contract_14_nothing_is_tokenised_again():
     start = len(form.tools_prompt(ASKED))
     assert kept[start : start + len(sampled)] == sampled
     assert form.read(sampled).calls == (Call("add", {"a": 3, "b": 4}),)
-
-
-def test_contract_14_smollm2_keeps_its_tokens_too():
-    folder = Path(__file__).parents[3] / "models/smollm2-135m-instruct"
-    if not folder.is_dir():
-        pytest.skip("SmolLM2 is not in models/; examples/prepare_smollm2.py makes it")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    form = TurnFormat(tokenizer, [calculate])
-    assert form.is_plain
-    prompt = tokenizer.decode(form.tools_prompt([{"role": "system", "content": "Be brief."}, *ASKED]))
-    assert prompt.startswith("<|im_start|>system\nBe brief.\n\nYou can call tools.")
-    assert "<<expression=result>> Evaluates an expression.<|im_end|>\n<|im_start|>user\nHow many?" in prompt
-    [word] = tokenizer.encode(" apples")
-    pieces = tokenizer.encode(" app") + tokenizer.encode("les")
-    sampled = [*pieces, *tokenizer.encode(" <<4*6="), tokenizer.eos_token_id]
-    kept = sampled + form.reply([("calculate", "24")])
-    assert tokenizer.decode(kept) == " apples <<4*6=<|im_end|>24>>"
-    assert tokenizer.encode(tokenizer.decode(kept))[0] == word != kept[0]
-    assert form.read(sampled).calls == (Call("calculate", {"expression": "4*6"}),)
 
 
 def test_a_reply_starts_after_the_token_that_ended_the_turn():

@@ -138,12 +138,6 @@ def test_an_answer_of_http_with_an_error_has_its_status():
     assert raised.value.kind in ("died", "raised")
 
 
-def test_two_answers_of_a_process_are_one():
-    pytest.importorskip("mcp", reason=NEEDS)
-    with environment(STUB) as game:
-        assert (game.fail(how="twice"), game.count(), game.count()) == ("it failed", "1", "2")
-
-
 def test_an_episode_has_a_server_of_its_own_and_ends_it(tmp_path, monkeypatch):
     pytest.importorskip("mcp", reason=NEEDS)
     pids = tmp_path / "pids"
@@ -179,18 +173,6 @@ def test_a_dead_server_is_asked_once_more_and_no_server_outlives_its_worker(tmp_
         [dead] = run(pool, [request_of([["fail", {"how": "die"}]], "c")])
         assert dead == {"kind": "died", "message": f"MCP server '{server}', tool 'fail': Connection closed"}
     assert all(gone(int(pid)) for pid in pids.read_text().split())
-
-
-@pytest.mark.slow
-def test_a_worker_outlives_a_late_call(tmp_path):
-    pytest.importorskip("mcp", reason=NEEDS)
-    with closing(open_workers(spec_of(STUB, timeout_s=12.0))) as pool:
-        assert run(pool, [request_of([["count", {}]])])[0]["results"] == [["1", False]]
-        worker = pool._workers[0]
-        [late] = run(pool, [request_of([["fail", {"how": "hang"}]], "b")])
-        assert late["kind"] == "timeout"
-        assert late["message"].endswith("tool 'fail': Request 'tools/call' timed out")
-        assert pool._workers == [worker]
 
 
 PARENT = """

@@ -6,7 +6,7 @@ import pytest
 
 from policies.presets import small_tokenizer
 from rollout.environments.format import Call, TurnFormat
-from rollout.environments.protocol import columns_of, open_workers, run, seeds, tools_of
+from rollout.environments.protocol import open_workers, run, seeds, tools_of
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 SOURCE = '''
@@ -81,12 +81,3 @@ def test_contract_4_the_seed_of_an_episode_is_a_function_of_its_key():
     keys += [(replace(params, **{name: 7}), "p/0", 0) for name in ("seed", "step", "draw")]
     assert len({own, *(seeds(*key)[1] for key in keys)}) == 6
     assert len({group, *(seeds(*key)[0] for key in keys[1:])}) == 5
-
-
-def test_the_column_that_chooses_among_environments_is_not_sent_to_one():
-    columns = {"environment": "room", "target": 7}
-    several = EnvironmentSpec(environments=(("room", "a:B"), ("hall", "c:D")))
-    assert columns_of(several, columns) == {"target": 7}
-    assert columns_of(EnvironmentSpec(environments=(("", "a:B"),)), columns) == columns
-    with pytest.raises(ValueError, match="column 'image' cannot be sent to an environment"):
-        columns_of(several, {"image": b"0"})

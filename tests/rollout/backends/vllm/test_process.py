@@ -65,17 +65,6 @@ def test_its_end_is_told_with_its_log(process):
         client.state()
 
 
-@pytest.mark.slow
-def test_it_hangs_and_is_named_and_closed(process):
-    os.kill(process.process.pid, signal.SIGSTOP)
-    client = Client(process.url, process.token, why=process.told)
-    with pytest.raises(RolloutError, match=r"(?s)has not answered /load for 0.5 s.*still runs"):
-        list(client.post("/load", {}, limit_s=0.5))
-    pid = process.process.pid
-    process.close()
-    assert gone(pid)
-
-
 def test_a_server_that_cannot_start_tells_why(tmp_path):
     bad = tmp_path / "python"
     bad.write_text("#!/bin/sh\necho 'libtorch is missing' >&2\nexit 3\n")

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +13,7 @@ import pytest
 import torch
 from engine_cases import completions, enumerated, prompts_of, tokens
 from talking import Talking
-from vllm_cases import HEADS, PYTHON, gone, needs_vllm
+from vllm_cases import HEADS, PYTHON, needs_vllm
 
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped
@@ -134,20 +132,6 @@ def test_the_same_request_gives_the_same_bits_whatever_came_between(pool):
     assert len({tuple(ids) for ids in tokens(first)}) > len(PROMPTS)  # the completions of a group differ
 
 
-def test_completions_end_and_count_as_those_of_our_engine(pool):
-    heard: list[int] = []
-    made = completions(pool.sample(PROMPTS, replace(PARAMS, group_size=8), heard.append))
-    assert {c.finish_reason for c in made} == {"stop", "length"}
-    for c in made:
-        assert len(c.token_ids) == len(c.logprobs) == len(c.draft.depths)
-        assert (c.token_ids[-1] in PARAMS.stop_token_ids) == (c.finish_reason == "stop")
-        assert not set(c.token_ids[:-1]) & set(PARAMS.stop_token_ids)
-        assert c.finish_reason == "stop" or len(c.token_ids) == PARAMS.max_completion_tokens
-        assert sum(depth > 0 for depth in c.draft.depths) == sum(c.draft.accepted)
-        assert c.draft.target_forwards + sum(c.draft.accepted) >= len(c.token_ids) - 1
-    assert sum(heard) == len(made)
-
-
 def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_once(policy, tmp_path, monkeypatch):
     """Several turns, with drafts: what was read in the turns before comes from the prefix cache, by whole blocks."""
     monkeypatch.setattr("rollout.environments.episodes.TurnFormat", Talking)
@@ -248,15 +232,6 @@ def test_tokens_are_drawn_as_the_policy_says(random_policy, tmp_path, draft_toke
     assert (drafted > 1000) == bool(draft_tokens)
 
 
-def test_prompts_that_cannot_be_continued_leave_the_others(pool):
-    bad = [Prompt("empty", "", []), Prompt("odd", "", [9999]), Prompt("long", "", [3] * 250)]
-    with pytest.raises(
-        RolloutError, match=r"(?s)'empty' has no tokens.*'odd' holds token 9999.*'long' has 250"
-    ) as error:
-        pool.sample([*bad, *PROMPTS], PARAMS)
-    assert error.value.groups == pool.sample(PROMPTS, PARAMS)
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -306,15 +281,6 @@ def test_an_existing_server_and_what_it_refuses(random_policy, tmp_path):
         process.close()
 
 
-def test_a_model_that_vllm_lacks(random_policy, tmp_path):
-    policy = random_policy(14, mtp=False, **HEADS)
-    settings = VLLMSettings(
-        python=PYTHON, log=tmp_path / "vllm.log", engine={"hf_overrides": {"architectures": ["Odd"]}}
-    )
-    with pytest.raises(RolloutError, match=r"(?s)cannot answer /load: .*Odd.*not supported"):
-        VLLMPool(policy, PoolOptions(vllm=settings))
-
-
 def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(micro_config, micro_preset, tmp_path):
     from policies.presets import PRESETS
 
@@ -340,35 +306,6 @@ def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(m
     [used] = [event for event in events if event["event"] == "vllm"]
     assert used["version"].startswith("0.")
     assert "vLLM" in (tmp_path / "whole/vllm.log").read_text()
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_server_that_is_lost_in_the_middle_is_replaced_and_gives_the_same(random_policy, tmp_path, number):
-    policy, told = random_policy(15, **HEADS), []
-    settings = VLLMSettings(python=PYTHON, log=tmp_path / "vllm.log", silence_s=20.0)
-    pool = VLLMPool(policy, PoolOptions(vllm=settings, on_lost=lambda *what: told.append(what)))
-    params = replace(PARAMS, draft_tokens=0, max_completion_tokens=100, stop_token_ids=())
-    many = [replace(prompt, prompt_id=f"{i}") for i, prompt in enumerate(PROMPTS * 10)]
-    try:
-        pool.sample_on_each(PROMPTS[:2], params)
-        expected = pool.sample(many, params)
-        assert pool.process is not None
-        pid, heard = pool.process.process.pid, []
-
-        def strike(ended: int) -> None:
-            if not heard:
-                os.kill(pid, number)
-            heard.append(ended)
-
-        assert pool.sample(many, params, strike) == expected
-        assert sum(heard) == len(completions(expected))
-        [(what, why, action)] = told
-        assert (what, action) == ("vLLM", "it is started again")
-        assert ("SIGKILL" if number == signal.SIGKILL else "has not answered /sample for 20 s") in why
-        assert pool.metrics()["faults/vllm"] == 1
-        assert gone(pid)
-    finally:
-        pool.close()
 
 
 def test_a_run_whose_server_is_killed_twice_is_that_of_one_that_is_not(
@@ -401,33 +338,3 @@ def test_a_run_whose_server_is_killed_twice_is_that_of_one_that_is_not(
     events = [json.loads(line) for line in (tmp_path / "True/events.jsonl").read_text().splitlines()]
     assert [event["what"] for event in events if event["event"] == "lost"] == ["vLLM", "vLLM"]
     assert sum(line.get("faults/vllm") or 0 for line in results[1].metrics) == 2
-
-
-OF_A_TRAINER = """
-import sys
-from pathlib import Path
-from policies.policy import Policy
-from rollout.backends.vllm.pool import VLLMPool
-from rollout.backends.vllm.settings import VLLMSettings
-from rollout.group import Prompt
-from rollout.pool import PoolOptions
-from rollout.sampling import SamplingParams
-folder, python, log = map(Path, sys.argv[1:])
-pool = VLLMPool(Policy.load(folder), PoolOptions(vllm=VLLMSettings(python=python, log=log)))
-print(pool.process.process.pid, flush=True)
-while True:
-    pool.sample([Prompt(str(i), "", [3, 4, 5]) for i in range(64)], SamplingParams(8, 1.0, 200))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_it_ends_with_a_trainer_that_is_killed_while_it_samples(random_policy, tmp_path, number):
-    random_policy(17, mtp=False, **HEADS).save(tmp_path / "policy")
-    environment = os.environ | {"PYTHONPATH": str(PYTHON.parents[2])}
-    command = [sys.executable, "-c", OF_A_TRAINER, str(tmp_path / "policy"), str(PYTHON), str(tmp_path / "vllm.log")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None
-        pid = int(trainer.stdout.readline())
-        assert not gone(pid, 1.0)
-        trainer.send_signal(number)
-    assert gone(pid)
