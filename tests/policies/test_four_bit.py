@@ -1,6 +1,5 @@
 """A base in 4 bits: the policy that samples is the one that learns, and what is saved is an ordinary policy."""
 
-import doctest
 from importlib import util
 
 import pytest
@@ -40,10 +39,6 @@ def logits(policy: Policy) -> torch.Tensor:
 
 def held(policy: Policy) -> dict[str, torch.nn.Parameter]:
     return {name: weight for name, weight in policy.named_parameters() if four_bit.is_held(weight)}
-
-
-def test_docstring_examples():
-    assert doctest.testmod(four_bit).failed == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -101,7 +101,7 @@ class FullStore:
         return f"reference to {value}"
 
 
-def test_a_full_object_store_is_waited_for_and_counted_once(ray_process):
+def test_a_full_object_store_is_waited_for_counted_once_and_named_if_it_stays_full(ray_process):
     told, waited = [], []
     cluster, faults = Cluster(1), Faults(lambda *what: told.append(what))
     cluster.ray = FullStore(2)
@@ -109,15 +109,8 @@ def test_a_full_object_store_is_waited_for_and_counted_once(ray_process):
     assert (told, len(waited)) == ([("the object store", "it is full", "it is waited for")], 2)
     counted = faults.metrics()
     assert (counted["faults/object_store"], counted["faults/sampling_seconds"] > 0.3) == (1, True)
-    cluster._closed.set()
-
-
-def test_an_object_store_that_stays_full_ends_the_run_with_its_name(ray_process):
-    cluster = Cluster(1)
     cluster.ray = FullStore(float("inf"))
-    with pytest.raises(
-        RolloutError, match="object store on this machine was full for 0.3 s, a sixth of rollout.timeout_s, and"
-    ):
+    with pytest.raises(RolloutError, match="object store on this machine was full for 0.3 s"):
         cluster.put("weights", Faults(), 0.3, lambda: None)
     cluster._closed.set()
 

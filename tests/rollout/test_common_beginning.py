@@ -14,7 +14,6 @@ from rollout.request import Request
 from rollout.serving import Serving
 from rollout.shard import Decoding
 
-torch.set_num_threads(1)
 SYSTEM = prompts_of(140, seed=7)[0].token_ids
 ALIKE = [replace(prompt, token_ids=[*SYSTEM, *prompt.token_ids]) for prompt in PROMPTS]
 

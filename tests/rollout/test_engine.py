@@ -29,13 +29,6 @@ from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def policy(taught_policy) -> Policy:
-    return taught_policy()
-
 
 @pytest.fixture(scope="module")
 def engine(policy) -> Engine:

@@ -43,7 +43,6 @@ from rollout.serving import Serving
 from rollout.worker import Worker
 from rollout.workers import Call
 
-torch.set_num_threads(1)
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 10 + 3 * i)]) for i in range(7)]
 PARAMS = SamplingParams(
     group_size=3, temperature=0.9, max_completion_tokens=12, stop_token_ids=tuple(range(7, 280, 20)), draft_tokens=2

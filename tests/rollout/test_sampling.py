@@ -1,6 +1,5 @@
 """Keyed noise: uniform, independent, a function of its key; and choices that follow the softmax exactly."""
 
-import doctest
 import math
 from dataclasses import replace
 
@@ -20,7 +19,6 @@ from rollout.sampling import (
     row_key,
 )
 
-torch.set_num_threads(1)
 PARAMS = SamplingParams(seed=3, step=5)
 
 
@@ -50,10 +48,6 @@ def z_score(counts: torch.Tensor, expected: torch.Tensor) -> float:
 def evenness(u: torch.Tensor, bins: int = 256) -> float:
     counts = torch.bincount((u.flatten() * bins).long(), minlength=bins)
     return z_score(counts, torch.full((bins,), u.numel() / bins))
-
-
-def test_docstring_examples():
-    assert doctest.testmod(rollout.sampling).failed == 0
 
 
 def noise_along(axis: str) -> torch.Tensor:

@@ -15,13 +15,7 @@ from rollout.request import News, Request
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, pick
 from rollout.serving import UNREAD, Serving
 
-torch.set_num_threads(1)
 BASE = SamplingParams(group_size=1, temperature=1.0, max_completion_tokens=40, stop_token_ids=STOPS)
-
-
-@pytest.fixture(scope="module")
-def policy(taught_policy):
-    return taught_policy()
 
 
 class Client:

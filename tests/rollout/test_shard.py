@@ -1,6 +1,5 @@
 """Rows that wait, depths that change, drafts taken unverified, experts noted: the tokens stay what they are."""
 
-import doctest
 import math
 import random
 from dataclasses import replace
@@ -12,7 +11,6 @@ from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens, unrol
 import rollout.rows
 import rollout.shard
 from policies.decoding.absorbed import AbsorbedTrunk
-from policies.policy import Policy
 from policies.routing.routers import RoutingRecorder
 from rollout.depth import CostTable, DepthController
 from rollout.drafts import head
@@ -25,13 +23,6 @@ from rollout.pool import PoolOptions
 from rollout.rows import Rows
 from rollout.shard import Decoding
 
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def policy(taught_policy) -> Policy:
-    return taught_policy()
-
 
 @pytest.fixture(scope="module")
 def plain(policy) -> list[list[int]]:
@@ -43,7 +34,6 @@ def plain(policy) -> list[list[int]]:
 
 def test_one_prefill_reads_prompts_of_like_length(policy, monkeypatch):
     """One long prompt among short ones is read alone, so that little is padding; all that fit are read at once."""
-    assert doctest.testmod(rollout.rows).failed == 0
     lengths, read = [120, 118, 30, 29, 28, 27, 10], []
     forward = AbsorbedTrunk.__call__
     monkeypatch.setattr(

@@ -1,6 +1,5 @@
 """Completions that begin alike are decoded as one row, and no token changes."""
 
-import doctest
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,19 +7,10 @@ import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, completions, tokens
 
-import rollout.shared_rows
 from policies.decoding.absorbed import AbsorbedTrunk
-from policies.policy import Policy
 from rollout.engine import Engine
 from rollout.shard import Decoding
 from rollout.shared_rows import SharedDecoding, first_of, parted
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def policy(taught_policy) -> Policy:
-    return taught_policy()
 
 
 @pytest.fixture
@@ -42,11 +32,6 @@ def decoded(engine, params, kind, prompts=PROMPTS):
 
 def rows(last, alive):
     return SimpleNamespace(last=torch.tensor(last), alive=torch.tensor(alive))
-
-
-def test_doctests():
-    names = {"SimpleNamespace": SimpleNamespace, "torch": torch}
-    assert doctest.testmod(rollout.shared_rows, extraglobs=names).failed == 0
 
 
 def test_rows_part_where_they_choose_different_tokens():
@@ -76,16 +61,11 @@ def test_contract_4_shared_rows_change_no_token(policy, temperature, max_rows):
         assert other.finish_reason == one.finish_reason
 
 
-def test_a_group_that_agrees_is_one_row(policy, rows_read):
+def test_a_group_that_agrees_is_one_row_in_an_engine_too(policy, rows_read):
     """At a temperature of almost nothing all six completions of a prompt are the same."""
     params = replace(PARAMS, temperature=1e-4, draft_tokens=0, group_size=6)
     groups = decoded(Engine(policy), params, SharedDecoding)
     assert all(len({tuple(c.token_ids) for c in group.completions}) == 1 for group in groups)
-    assert max(rows_read) <= len(PROMPTS)
-
-
-def test_an_engine_shares_rows_in_groups_alone(policy, rows_read):
-    params = replace(PARAMS, temperature=1e-4, draft_tokens=0, group_size=6)
     Engine(policy).sample(PROMPTS, params)
     assert max(rows_read) <= len(PROMPTS)
 

@@ -16,7 +16,6 @@ from rewards.isolation.chat_template import render
 from rollout.group import Completion, Prompt, RolloutGroup, Segment
 from rollout.thoughts import TOOL, USER, costs, dropping, shown
 
-torch.set_num_threads(1)
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
 

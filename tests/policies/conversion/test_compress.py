@@ -13,8 +13,6 @@ from policies.conversion.calibration import observe
 from policies.conversion.compress import check_sizes, compress, exact_rank
 from policies.conversion.parity import Fidelity, fidelity, parity
 
-torch.set_num_threads(1)
-
 
 def learned_model(groups: int = 3, heads: int = 6, head_dim: int = 8, hidden: int = 48) -> LlamaForCausalLM:
     """Keys and values that share few directions, as trained ones do: compression has something to find."""

@@ -41,8 +41,6 @@ from policies.conversion.supported import UnsupportedCheckpoint, check_convertib
 from policies.layout import frozen_parameter_names
 from policies.policy import Policy, PolicyError
 
-torch.set_num_threads(1)
-
 
 def assert_same_function(dense: LlamaForCausalLM) -> DeepseekV3ForCausalLM:
     converted = convert_dense(dense)

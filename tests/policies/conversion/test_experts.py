@@ -12,8 +12,6 @@ from policies.conversion.dense import convert_dense
 from policies.conversion.experts import ExpertShards, add_noise, shard_feed_forward
 from policies.conversion.parity import parity
 
-torch.set_num_threads(1)
-
 
 def converted_model(**changes: object) -> DeepseekV3ForCausalLM:
     return convert_dense(dense_model(**{"intermediate_size": 96} | changes))  # type: ignore[arg-type]

@@ -17,7 +17,6 @@ from rollout.local_pool import LocalPool
 from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
 
-torch.set_num_threads(1)
 STOPS = tuple(range(7, 280, 15))
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 8 + n)]) for i, n in enumerate((9, 1, 17, 4, 4, 30))]
 PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=30, stop_token_ids=STOPS, seed=5, step=2)

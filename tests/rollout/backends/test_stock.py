@@ -15,7 +15,6 @@ from rollout.request import News, Request
 from rollout.sampling import SamplingParams
 from rollout.serving import Serving
 
-torch.set_num_threads(1)
 CONTEXT = 32
 BASE = SamplingParams(group_size=1, stop_token_ids=(), seed=3)
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}

@@ -9,7 +9,6 @@ import torch
 from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens
 from torch import Tensor
 
-from policies.policy import Policy
 from rollout.backends import Decoder
 from rollout.compiled import rounds, store
 from rollout.compiled.graph import Bucket, Inputs, Round, weights
@@ -25,7 +24,6 @@ from rollout.sampling import SamplingParams
 from rollout.serving import Serving
 from rollout.shard import Decoding
 
-torch.set_num_threads(1)
 CASES = {
     "one row": (PROMPTS[:1], replace(PARAMS, group_size=1)),
     "one row, three drafts": (PROMPTS[:1], replace(PARAMS, group_size=1, draft_tokens=3)),
@@ -65,11 +63,6 @@ def made(monkeypatch) -> list[Bucket]:
 
     monkeypatch.setattr(rounds, "find", find)
     return found
-
-
-@pytest.fixture(scope="module")
-def policy(taught_policy) -> Policy:
-    return taught_policy()
 
 
 def assert_same(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> list[RolloutGroup]:

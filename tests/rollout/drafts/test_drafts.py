@@ -1,6 +1,5 @@
 """What drafts gain, by the table of costs: rounds counted by hand."""
 
-import doctest
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,8 +8,6 @@ import pytest
 import torch
 from engine_cases import PARAMS, completions, prompts_of
 
-from policies.policy import Policy
-from rollout import group
 from rollout.depth import CostTable, Patience, draft_gain
 from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.head import MOST_HELD, Drafter
@@ -20,15 +17,6 @@ from rollout.rows import Prefilled, Rows
 from rollout.shard import Decoding
 
 FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20, stop_token_ids=())
-
-
-@pytest.fixture(scope="module")
-def policy(taught_policy) -> Policy:
-    return taught_policy()
-
-
-def test_docstring_examples():
-    assert doctest.testmod(group).failed == 0
 
 
 def test_the_gain_is_what_tokens_cost_without_drafts_over_what_their_rounds_cost(policy):

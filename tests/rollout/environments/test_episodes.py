@@ -27,7 +27,6 @@ from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec
 
-torch.set_num_threads(1)
 GUESSING = Path(__file__).parents[2] / "cases" / "guessing.py"
 TEXT = "3 + 4 = 7, how many apples are left? "
 PROMPTS = [replace(prompt, text=TEXT[: 4 + 4 * i]) for i, prompt in enumerate(prompts_of(*[1] * 8))]

