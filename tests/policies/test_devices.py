@@ -63,18 +63,6 @@ def test_the_precision_is_that_of_the_device_unless_it_is_named(accelerator, kin
     assert ModelOptions(dtype="auto").dtype == expected
 
 
-def test_float64_is_on_the_cpu_where_a_device_has_none(monkeypatch):
-    numbers = torch.tensor([1.5, 2.0])
-    assert devices.wide(numbers).dtype == torch.float64
-    on_mps = SimpleNamespace(
-        device=torch.device("mps"), cpu=lambda: numbers
-    )  # .double() would raise, as torch does there
-    assert torch.equal(devices.wide(on_mps), numbers.double())
-    for has in (True, False):
-        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _, has=has: SimpleNamespace(has_fp64=has))
-        assert devices.has_float64(torch.device("xpu")) is has
-
-
 def test_a_device_says_its_name_its_memory_and_its_peak(accelerator):
     properties = SimpleNamespace(name="Arc", total_memory=16 << 30)
     waited: list[torch.device] = []

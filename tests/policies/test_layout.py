@@ -135,15 +135,6 @@ def test_a_hub_id_brings_its_mtp_layers(deep, tmp_path, monkeypatch, caplog):
         Policy.load("somebody/other")
 
 
-def test_the_heads_router_stays_in_float32(saved):
-    bias = torch.tensor([0.1234567, -0.7654321, 1.0, 0.0])
-    change_tensors(saved, lambda state: state.update({"model.layers.2.mlp.gate.e_score_correction_bias": bias}))
-    head = Policy.load(saved, torch.bfloat16).mtp
-    assert torch.equal(head.block.mlp.gate.e_score_correction_bias, bias)
-    assert head.block.mlp.gate.weight.dtype == torch.float32
-    assert head.eh_proj.weight.dtype == torch.bfloat16
-
-
 def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
     marker = tmp_path / "ran"
     (saved / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")

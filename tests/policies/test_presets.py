@@ -1,7 +1,5 @@
 """Tiny policies: built anywhere, the same from the same seed, with a tokenizer that loses nothing."""
 
-import re
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,6 @@ from grpo.config.policy import ModelOptions
 from grpo.source.policy_source import load_policy
 from policies.policy import Policy, digest
 from policies.presets import PRESETS, build, small_tokenizer
-from rewards.data.word_problems import word_problems
 
 CORPUS = [
     f"Ann has {a} apples and buys {a + 2} more.\n{a} + {a + 2} = {2 * a + 2}\n#### {2 * a + 2}\n" for a in range(99)
@@ -78,12 +75,3 @@ def test_a_preset_is_the_same_for_learner_sampler_and_whoever_loads_it(micro_pre
 def test_every_text_survives_the_tokenizer(tokenizer, text):
     """Bytes are its alphabet: nothing is unknown. The names of its two special tokens are read as these tokens."""
     assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
-
-
-def test_every_number_of_the_word_problems_is_one_token():
-    """A number in two pieces is spelt, one in one piece is looked up; a vocabulary that mixes the two learns slowly."""
-    rows = word_problems("train", [1, 2], count=4_000)
-    tokenizer = small_tokenizer(f"{row['question']}\n{row['answer']}\n" for row in rows)
-    numbers = {number for row in rows for number in re.findall(r"\d+", row["question"] + row["answer"])}
-    assert len(numbers) > 50
-    assert [number for number in numbers if len(tokenizer(f" {number}").input_ids) > 1] == []

@@ -19,14 +19,6 @@ def test_rows_have_few_lengths_and_little_padding():
     assert all(length % tiles.TILE == 0 for length in lengths)
 
 
-def test_micro_batches_of_a_run_have_few_shapes_of_tiles():
-    """Of lengths one tile apart each, where torch would compile a kernel for each."""
-    packings = [Packing(torch.zeros(1, tokens, dtype=torch.long)).padded for tokens in range(1, 2049, 61)]
-    assert len({packing.shape for packing in packings}) == 12
-    assert packings[3].segment[0, :184].eq(0).all()
-    assert packings[3].segment[0, 184:].eq(-1).all()
-
-
 def _attend(too_large):
     """An attention whose kernels have no place with tiles of `too_large` and more."""
     tried = []

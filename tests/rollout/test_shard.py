@@ -236,32 +236,6 @@ def test_what_only_rows_that_left_had_is_forgotten(policy):
     assert most <= 16  # a few rounds of four rows
 
 
-@torch.inference_mode()
-def test_a_head_that_drafts_goes_on_when_others_join(policy, monkeypatch):
-    """Their prompts are read at once, so it has missed nothing.."""
-    reads, begins = [], Drafts._reads
-    monkeypatch.setattr(Drafts, "_reads", lambda *args: reads.append(begins(*args)) or reads[-1])
-    drafted, plan = [], Drafts.plan
-
-    def noted(drafts, live, alive, most):
-        depth = plan(drafts, live, alive, most)
-        drafted.extend([depth] if most else [])
-        return depth
-
-    monkeypatch.setattr(Drafts, "plan", noted)
-    monkeypatch.setattr(Drafts, "observe", lambda *_: None)
-    costs = CostTable(rows=[1], rounds=[[10.0, 12.0]], reading=1.0)
-    params = replace(PARAMS, group_size=1, draft_tokens=None)
-    decoding = Decoding(Engine(policy, max_rows=8, costs=costs).decoder, prompts_of(*[12] * 24), params)
-    while not decoding.done:
-        decoding.forward()
-    assert reads == [False] * (len(reads) - 1) + [True]  # asked no more: it misses nothing
-    assert len(reads) > 3
-    assert decoding.admitted == 24
-    assert sum(drafted) > 20
-    assert all(drafted[drafted.index(1) :])
-
-
 LONG = pytest.param([8], 0.5, marks=pytest.mark.long)
 
 
@@ -354,19 +328,6 @@ def test_margin_takes_clear_drafts_unverified_and_counts_the_others(policy):
     assert [c.token_ids for c in always] != [c.token_ids for c in never]
     some = completions(Engine(policy).sample(PROMPTS, replace(params, margin=1.0)))
     assert 0 < sum(c.draft.fallbacks for c in some) < sum(c.draft.target_forwards for c in some)
-
-
-@torch.no_grad()
-def test_margin_scores_what_it_took_under_the_trunk(policy):
-    from policies.logprobs import shifted_logprobs
-
-    params = replace(PARAMS, draft_tokens=3, accept="margin", margin=0.5)
-    for group in Engine(policy).sample(PROMPTS, params):
-        for completion in group.completions:
-            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
-            stock = shifted_logprobs(policy.trunk(ids, use_cache=False).logits, ids, PARAMS.temperature)
-            stock = stock[0, len(group.prompt.token_ids) - 1 :]
-            torch.testing.assert_close(torch.tensor(completion.logprobs), stock, rtol=0, atol=1e-4)
 
 
 # ---- experts ----

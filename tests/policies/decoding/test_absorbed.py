@@ -163,20 +163,6 @@ def test_garbage_behind_a_rows_length_is_never_read(random_policy, config, group
         decoding.forward(3, [0, 3], poison=float("nan"))
 
 
-def test_bfloat16_computes_in_bfloat16_and_stays_near(random_policy):
-    policy = random_policy(4, mtp=False, **GROUPED)
-    ours = AbsorbedTrunk(policy.trunk, torch.bfloat16, 64)
-    [prompt] = prompts_of(9)
-    token_ids = torch.tensor([prompt])
-    with torch.no_grad():
-        logits = ours.logits(ours(token_ids, torch.arange(9)[None], ours.cache(1, 9)))[0]
-        expected = stock_logits(policy.trunk, prompt)
-    assert logits.dtype == torch.bfloat16
-    # Eight bits of mantissa; a token whose router was near a tie may take another expert.
-    error = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert error.median() < 0.05
-
-
 def test_contract_5_the_derived_tensors_are_rebuilt_from_new_weights(random_policy):
     """Every absorbed, folded or copied matrix follows its parameter: change them all, derive again, compare."""
     policy, other = random_policy(5, mtp=False, **GROUPED), random_policy(6, mtp=False, **GROUPED)

@@ -80,23 +80,6 @@ def test_the_rule_follows_from_size_and_kind_of_processor(monkeypatch):
     assert [most_rows(kind, torch.empty(64, 100, dtype=torch.bfloat16), blocks=False) for kind in KINDS] == [0, 0]
 
 
-def test_without_torchs_operators_the_products_are_plain(monkeypatch):
-    def missing(*_):
-        raise AttributeError("no such operator")
-
-    monkeypatch.setattr(quantized, "_product", missing)
-    quantized._can_multiply.cache_clear()
-    try:
-        with held_as("int8"):
-            linear = FixedLinear(matrix(torch.bfloat16))
-        assert linear.packed.most_rows == 0
-        torch.testing.assert_close(
-            numbers(linear, 96, torch.bfloat16).float(), matrix(torch.bfloat16).float(), rtol=0.02, atol=0.05
-        )
-    finally:
-        quantized._can_multiply.cache_clear()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_are_those_of_the_rounded_stack(kind, dtype):

@@ -31,7 +31,6 @@ from grpo.learner.terms.term import Work
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
-from grpo.source.policy_source import find_policy, load_found, read_shape
 from grpo.train import train
 from policies.conversion.dense import convert_dense
 from policies.decoding.latent_cache import LatentCache
@@ -182,17 +181,6 @@ def test_adapters_merge_to_what_the_learner_computes(random_policy):
         plain.choose_heads(0.5, 1)
 
 
-@pytest.mark.parametrize("active", [0.25, 0.5])
-def test_every_router_learns(random_policy, active):
-    """Also where it chooses one head alone: its weight is no share of the chosen ones'."""
-    policy = random_policy(31, **FOUR)
-    policy.choose_heads(active, 0)
-    mini = collate([PackedRow(PROMPTS[0].token_ids, [Sample(0, [3, 4, 5])])], CPU)
-    policy.hidden(mini.token_ids, mini.position_ids, mini.segment).square().sum().backward()
-    for router in routers(policy.trunk, "self_attn").values():
-        assert router.weight.grad.abs().max() > 1e-3
-
-
 def test_another_attention_than_ours_is_refused(policy, tmp_path):
     policy.save(tmp_path / "p")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "p")
@@ -266,16 +254,6 @@ def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
     (tmp_path / "p/config.json").write_text(json.dumps(config | {"active_heads": 9}))
     with pytest.raises(PolicyError, match="active_heads=9 and shared_heads=1 of num_attention_heads=4"):
         Policy.load(tmp_path / "p")
-
-
-def test_a_checkpoint_gets_heads_as_a_folder_does_and_memory_counts_them(micro_config, tmp_path):
-    plain = micro_config(tmp_path / "plain", steps=1, **{"warm_start.steps": 1})
-    train(plain)
-    source = find_policy(str(tmp_path / "plain/checkpoints/step_000001"))
-    asked = micro_config(tmp_path / "x", **HEADS | {"model": str(tmp_path / "plain/checkpoints/step_000001")})
-    assert load_found(source, asked).config.active_heads == 1
-    shape, _ = read_shape(asked)
-    assert (shape.active_heads, shape.model_type) == (1, "deepseek_v3_dynamic_heads")
 
 
 def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):

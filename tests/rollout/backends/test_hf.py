@@ -9,7 +9,7 @@ from engine_cases import completions, tokens
 from policies.attention import attending_by
 from policies.paths import Paths
 from policies.policy import Policy, PolicyError
-from rollout.backends.hf import RowCaches, _attend
+from rollout.backends.hf import _attend
 from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
@@ -208,51 +208,10 @@ def test_a_pool_samples_in_the_precision_it_was_asked_for(hf_policy, dtype):
     assert dtype == torch.float32 or apart.mean() > 1e-4
 
 
-@pytest.mark.parametrize("sampler", ["our cache", "transformers"])
-def test_a_pool_leaves_the_learners_routers_in_float32(hf_policy, sampler):
-    """Which they have no masters of; sampler and learner share them."""
-    policy = hf_policy("glm4_moe").cast(torch.bfloat16)
-    before = {name: parameter.dtype for name, parameter in policy.named_parameters()}
-    assert set(before.values()) == {torch.bfloat16, torch.float32}
-    if sampler == "transformers":
-        policy.paths = replace(policy.paths, sampler="joined")
-    LocalPool(policy, PoolOptions(dtype=torch.bfloat16))
-    assert {name: parameter.dtype for name, parameter in policy.named_parameters()} == before
-
-
 def test_attention_that_is_more_than_attention_is_refused():
     row = torch.zeros(1, 1, 1, 4)
     with pytest.raises(ValueError, match="Module adds position_bias to its scores, which rollouts cannot do"):
         _attend(torch.nn.Module(), row, row, row, None, position_bias=torch.zeros(1, 1, 1, 1))
-
-
-def test_layers_that_differ_have_caches_of_their_own(hf_policy):
-    """Rows that are taken, read something and are put back are in all of them what they are alone."""
-    policy = hf_policy("gemma4_text", 3, **KINDS["gemma4_text"])
-    trunk, expected = Engine(policy).decoder.trunk, []
-    ids, lengths = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([4, 2])
-    with torch.inference_mode():
-        for alone in (False, True):
-            prompts = trunk.cache(2, 0)
-            trunk(ids, torch.arange(4).expand(2, -1), prompts)
-            prompts.advance(lengths)
-            cache = prompts.fan_out(2, 8)
-            assert isinstance(cache, RowCaches)
-            assert [part.slots_RK.shape[1] for part in cache.caches] == [2, 1]
-            if alone:
-                cache.select(torch.tensor([1, 2]))
-            rows = torch.arange(2) if alone else torch.tensor([1, 2])
-            part = cache.take(rows, torch.tensor([1, 1]))
-            trunk(torch.tensor([[9], [10]]), torch.tensor([[4], [2]]), part)
-            part.advance(torch.tensor([1, 1]))
-            cache.put(rows, part)
-            count = 2 if alone else 4
-            new = torch.full((count, 1), 11)
-            places = torch.tensor([5, 3]) if alone else torch.tensor([4, 5, 3, 2])
-            expected.append(trunk(new, places[:, None], cache)[rows])
-        torch.testing.assert_close(*expected)
-        whole = policy.trunk.get_decoder()(input_ids=torch.tensor([[3, 4, 5, 6, 9, 11]]), use_cache=False)
-        torch.testing.assert_close(expected[0][0, 0], whole.last_hidden_state[0, -1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -250,28 +250,6 @@ def test_what_no_graph_computes_is_eager(policy, made, kind):
     assert made
 
 
-def test_rounds_with_a_stop_string_are_eager_while_its_request_is_served(policy, made):
-    """A server's parameters name no string, its requests do: no graph looks for text."""
-    engine = Engine(policy)
-    base = replace(PARAMS, group_size=1, draft_tokens=0, compiled=True, max_completion_tokens=12, stop_token_ids=())
-    [expected] = tokens(engine.sample(PROMPTS[:1], replace(base, compiled=False)))
-    text = engine.decoder.tokenizer.decode(expected[4:6])
-    ends = replace(base, stop_strings=(text,))
-    [cut] = tokens(engine.sample(PROMPTS[:1], replace(ends, compiled=False)))
-    assert len(cut) < len(expected)
-    found: list[int] = []
-    with torch.inference_mode():
-        serving = Serving(engine.decoder, base)
-        for params, want, by_graph in ((ends, cut, False), (base, expected, True)):
-            found.clear()
-            made.clear()
-            serving.add(Request(PROMPTS[0], params, lambda news: found.extend(news.token_ids)))
-            while serving.busy:
-                serving.round()
-            assert found == want
-            assert bool(made) == by_graph
-
-
 def test_broken_logits_abort_a_row_as_eagerly(random_policy, made):
     policy = random_policy(5)
     with torch.no_grad():
@@ -394,18 +372,3 @@ def test_a_compiled_round_is_kept_on_disk_without_weights(random_policy, tmp_pat
                 some = (tensor.to_dense() if tensor.is_mkldnn else tensor).flatten()[:16].contiguous()
                 written = some.view(torch.uint8).numpy().tobytes()
                 assert len(some.unique()) == 1 or written not in held
-
-
-@pytest.mark.long
-def test_one_compiled_round_decodes_1_to_32_rows(random_policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "FOLDER", tmp_path)
-    engine = Engine(random_policy(11, first_k_dense_replace=2))
-    engine.graphs = [Graphs()]
-    for count in (1, 2, 5, 8):
-        assert_same(engine, PROMPTS[:count], replace(PARAMS, draft_tokens=2, max_completion_tokens=60))
-    [path] = tmp_path.glob("*.pt2")
-    path.write_bytes(path.read_bytes()[:1000])  # a damaged file is made anew
-    told: list[Bucket] = []
-    engine.graphs = [Graphs(told.append)]
-    assert_same(engine, PROMPTS[:2], replace(PARAMS, draft_tokens=2, max_completion_tokens=60))
-    assert len(told) == 1

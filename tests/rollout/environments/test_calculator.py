@@ -17,68 +17,44 @@ ANSWERS = answers_of(EnvironmentSpec(environments=(("", "calculator"),)), "")
 SOLUTION = "He has 48/2 = <<48/2=24>>24 left.\nThat is 24+1.5 = $<<24+1.5=25.50>>25.50.\n#### 25.50"
 
 
-@pytest.mark.parametrize(
-    ("expression", "value"),
-    [
-        ("48/2", "24"),
-        ("0.1+0.2", "0.3"),
-        ("1/3", "0.333333"),
-        ("2/3", "0.666667"),
-        ("-1/8", "-0.125"),
-        ("2*(3+4)-5", "9"),
-        ("(1+2", None),
-        ("7//2 + 7 % 2", "4"),
-        ("2**10", "1024"),
-        ("2**-1", "0.5"),
-        ("-2**2", "-4"),
-        (" .5 * 100 ", "50"),
-        ("-1/10**9", "0"),
-        ("12345678901234567890 / 10", "1234567890123456789"),
-    ],
-)
-def test_arithmetic(expression, value):
-    if value is None:
-        with pytest.raises(ValueError, match="not an arithmetic expression"):
-            evaluate(expression)
-    else:
-        assert evaluate(expression) == value
+VALUES = {
+    "48/2": "24",
+    "0.1+0.2": "0.3",
+    "1/3": "0.333333",
+    "2/3": "0.666667",
+    "-1/8": "-0.125",
+    "2*(3+4)-5": "9",
+    "7//2 + 7 % 2": "4",
+    "2**10": "1024",
+    "2**-1": "0.5",
+    "-2**2": "-4",
+    " .5 * 100 ": "50",
+    "-1/10**9": "0",
+    "12345678901234567890 / 10": "1234567890123456789",
+}
+REFUSED = {
+    "division by zero": ["1/0", "1 % 0", "0 ** -1"],
+    "an exponent must be a whole number up to 100": ["9**9**9", "2**0.5"],
+    "^a number is too large": ["(10**100)**100", "10**31", "1e999", "-1e999 * 0"],
+    f"an expression may have {LONGEST} characters": ["1+" * LONGEST + "1"],
+    "is no number": ["__import__('os').system('true')", "(1).__class__", "[1][0]", "'a' * 3", "True + 1", "2j * 2"],
+    " is no number": ["~1", "lambda: 1", "(" * 90 + ")" * 90],
+    "not an arithmetic expression": ["x := 3", "3 apples", "", "(1+2", "2 + '\ud800'", "\0"],
+    "no operation with": ["1 << 3"],
+}
 
 
-@pytest.mark.parametrize(
-    ("expression", "said"),
-    [
-        ("1/0", "division by zero"),
-        ("1 % 0", "division by zero"),
-        ("0 ** -1", "division by zero"),
-        ("9**9**9", "an exponent must be a whole number up to 100"),
-        ("2**0.5", "an exponent must be a whole number up to 100"),
-        ("(10**100)**100", "a number is too large"),
-        ("10**31", "a number is too large"),
-        ("1+" * LONGEST + "1", f"an expression may have {LONGEST} characters"),
-        ("__import__('os').system('true')", "is no number"),
-        ("(1).__class__", "is no number"),
-        ("x := 3", "not an arithmetic expression"),
-        ("[1][0]", "is no number"),
-        ("'a' * 3", "is no number"),
-        ("True + 1", "is no number"),
-        ("2j * 2", "is no number"),
-        ("1 << 3", "no operation with"),
-        ("~1", "is no number"),
-        ("lambda: 1", "is no number"),
-        ("3 apples", "not an arithmetic expression"),
-        ("", "not an arithmetic expression"),
-        ("(" * 90 + ")" * 90, "is no number"),
-        ("1e999", "^a number is too large"),
-        ("-1e999 * 0", "^a number is too large"),
-        ("2 + '\ud800'", "not an arithmetic expression"),
-        ("\0", "not an arithmetic expression"),
-    ],
-)
-def test_what_is_no_arithmetic_is_refused_at_once(expression, said):
-    started = time.thread_time()
-    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
-        evaluate(expression)
-    assert time.thread_time() - started < 0.5
+def test_arithmetic():
+    assert {expression: evaluate(expression) for expression in VALUES} == VALUES
+
+
+def test_what_is_no_arithmetic_is_refused_at_once():
+    for said, expressions in REFUSED.items():
+        for expression in expressions:
+            started = time.thread_time()
+            with pytest.raises(ValueError, match=said):
+                evaluate(expression)
+            assert time.thread_time() - started < 0.5
 
 
 def test_results_are_those_of_python():

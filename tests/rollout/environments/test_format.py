@@ -241,12 +241,6 @@ def test_a_tool_cannot_write_special_tokens(form):
     assert f"7{end[0]} {end[1:]}" in tokenizer.decode(attack)
 
 
-def test_a_base_model_gets_its_prompt_as_lines(plain):
-    assert plain._tokenizer.decode(plain.tools_prompt([*ASKED, {"role": "user", "content": "Now?"}])) == (
-        "How many?\nNow?\n"
-    )
-
-
 def test_a_tool_without_a_description_is_refused():
     def undescribed(a: int) -> int:
         return a

@@ -198,20 +198,6 @@ def test_contract_13_a_new_one_passes_the_canaries_that_the_lost_one_has_passed(
         case.sample()
 
 
-@pytest.mark.long
-def test_weights_that_the_learner_no_longer_has_are_not_published_again(case):
-    expected = case.sample()
-    case.pool.keep()
-    case.move()
-    case.strike("sample SIGKILL")
-    assert case.sample() == expected  # from the copy
-    case.pool.publish(case.policy.publication(), 1)
-    case.move()
-    case.strike("sample SIGKILL")
-    with pytest.raises(RolloutError, match="no longer has the weights of version 1: go on with --resume auto"):
-        case.sample()
-
-
 def test_weights_that_the_learner_changes_while_they_are_sent_again_are_sent_once_more(case, monkeypatch):
     """rollout.ahead: a thread samples, and the learner makes its copy while that sends."""
     expected = case.sample()

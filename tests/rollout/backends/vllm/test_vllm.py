@@ -1,7 +1,6 @@
 """A real vLLM of its own environment (`make vllm`): its log-probabilities are the learner's; each bypass is needed."""
 
 import json
-import math
 import os
 import signal
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import completions, enumerated, prompts_of, tokens
+from frequencies import z_score
 from talking import Talking
 from vllm_cases import HEADS, PYTHON, needs_vllm
 
@@ -23,9 +23,8 @@ from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
-from rollout.group import Prompt, RolloutGroup
+from rollout.group import Prompt
 from rollout.pool import PoolOptions
-from rollout.request import News, Request
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 pytestmark = needs_vllm
@@ -172,44 +171,6 @@ def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_onc
     assert cached > 0.6 * read, (read, cached, first)
 
 
-def test_requests_of_agents_are_answered_as_they_come_and_read_their_turns_once(policy, tmp_path):
-    settings = VLLMSettings(python=PYTHON, log=tmp_path / "vllm.log", engine={"block_size": 32})
-    pool = VLLMPool(policy, PoolOptions(vllm=settings))
-    params, groups = replace(PARAMS, group_size=1, draft_tokens=0), list[RolloutGroup]()
-
-    def ask(prompt: Prompt) -> None:
-        def told(news: News) -> None:
-            assert news.completion is not None
-            groups.append(RolloutGroup(prompt, [news.completion]))
-            if len(prompt.token_ids) < 100:
-                ask(replace(prompt, token_ids=[*prompt.token_ids, *news.completion.token_ids, *[5] * 40]))
-
-        relay.add(Request(prompt, replace(params, start=len(prompt.token_ids)), told))
-
-    try:
-        relay = pool.relay(params, 0, 8)
-        for prompt in PROMPTS:
-            ask(prompt)
-        while relay.busy:
-            relay.round()
-        assert len(pool.sample(PROMPTS, params)) == len(PROMPTS)
-    finally:
-        pool.close()
-    scores = [score for of_group in logprobs_of_groups(policy, groups, params.temperature) for score in of_group]
-    for completion, of_learner in zip(completions(groups), scores, strict=True):
-        assert completion.logprobs == pytest.approx(of_learner, abs=EXACT)
-    assert len(groups) > 2 * len(PROMPTS)
-    assert sum(completion.cached for completion in completions(groups)) > 32 * len(PROMPTS)
-
-
-def test_more_rows_than_are_decoded_together(pool):
-    """They wait for a place; prompts are read whole, since reading in pieces fails where a seed is given."""
-    many = prompts_of(*[201] * 90, seed=1)  # more tokens than a forward takes, by rows that do not divide it
-    made = completions(pool.sample(many, PARAMS))
-    assert len(made) == 90 * PARAMS.group_size > 256
-    assert all(c.token_ids for c in made)
-
-
 @pytest.mark.parametrize("draft_tokens", [0, 2])
 def test_tokens_are_drawn_as_the_policy_says(random_policy, tmp_path, draft_tokens):
     """Log-probabilities do not show it. With drafts as without."""
@@ -222,12 +183,7 @@ def test_tokens_are_drawn_as_the_policy_says(random_policy, tmp_path, draft_toke
     finally:
         pool.close()
     counts = Counter(tuple(completion.token_ids) for completion in group.completions)
-    expected = {ids: p * 4000 for ids, p in enumerated(policy, [3, 4], 0.8, length=3, stop=2).items()}
-    cells = [(counts[ids], mean) for ids, mean in expected.items() if mean >= 8]
-    cells.append((4000 - sum(n for n, _ in cells), 4000 - sum(mean for _, mean in cells)))
-    freedom = len(cells) - 1
-    z = (sum((n - mean) ** 2 / mean for n, mean in cells) - freedom) / math.sqrt(2 * freedom)
-    assert abs(z) < 4
+    assert abs(z_score(counts, enumerated(policy, [3, 4], 0.8, length=3, stop=2))) < 4
     drafted = sum(sum(completion.draft.drafted) for completion in group.completions)
     assert (drafted > 1000) == bool(draft_tokens)
 
@@ -306,35 +262,3 @@ def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(m
     [used] = [event for event in events if event["event"] == "vllm"]
     assert used["version"].startswith("0.")
     assert "vLLM" in (tmp_path / "whole/vllm.log").read_text()
-
-
-def test_a_run_whose_server_is_killed_twice_is_that_of_one_that_is_not(
-    micro_config, micro_preset, tmp_path, monkeypatch
-):
-    from policies.presets import PRESETS
-
-    calls: dict[str, int] = {"_answer": 0, "_upload": 0}
-
-    def struck_at(name: str, number: int) -> None:
-        act = getattr(VLLMPool, name)
-
-        def struck_first(pool: VLLMPool, *arguments: object) -> object:
-            calls[name] += struck
-            if struck and calls[name] == number:
-                assert pool.process is not None
-                os.kill(pool.process.process.pid, signal.SIGKILL)
-            return act(pool, *arguments)
-
-        monkeypatch.setattr(VLLMPool, name, struck_first)
-
-    struck_at("_answer", 4)
-    struck_at("_upload", 3)
-    monkeypatch.setitem(PRESETS, micro_preset, {**PRESETS[micro_preset], **HEADS})
-    given, results = {"rollout.backend": "vllm", "steps": 2}, []
-    for struck in (False, True):
-        results.append(train(micro_config(tmp_path / str(struck), **given)))
-    a, b = (result.policy.state_dict() for result in results)
-    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-    events = [json.loads(line) for line in (tmp_path / "True/events.jsonl").read_text().splitlines()]
-    assert [event["what"] for event in events if event["event"] == "lost"] == ["vLLM", "vLLM"]
-    assert sum(line.get("faults/vllm") or 0 for line in results[1].metrics) == 2
