@@ -78,8 +78,7 @@ def test_no_forward_writes_to_the_base(folder, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("targets", TARGETS)
 def test_the_sampler_gets_what_the_learner_computes_with(folder, dtype, targets):
-    """Dequantised W + ΔW, under the names, shapes and precisions of an ordinary policy. In bfloat16 the difference is
-    that of an ordinary base, since W x + B A x is rounded elsewhere than (W + B A) x."""
+    """Dequantised W + ΔW, under the names, shapes and precisions of an ordinary policy."""
     policy, plain = adapted(folder, dtype, TARGETS[targets]), Policy.load(folder, dtype)
     published = policy.weights()
     kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in published.items()}
@@ -96,31 +95,11 @@ def test_the_sampler_gets_what_the_learner_computes_with(folder, dtype, targets)
             assert torch.equal(lora.effective_weight(layer), published[f"trunk.{name}.weight"])
     if dtype == torch.float32:
         assert (logits(sampler).log_softmax(-1) - logits(policy).log_softmax(-1)).abs().max() < 1e-4
-        return
-    for (_, layer), (_, usual) in zip(linear(policy), linear(_ordinary(policy, folder)), strict=True):
-        x = torch.randn(5, layer.in_features, dtype=dtype)
-        assert (layer(x) - usual(x)).abs().max() <= 2**-7 * usual(x).abs().max()
 
 
 def linear(policy: Policy) -> list:
     """The adapted linear modules of the trunk."""
     return [(n, layer) for n, layer in lora.adapters(policy.trunk) if not isinstance(layer, lora.ParamWrapper)]
-
-
-def _ordinary(policy: Policy, folder) -> Policy:
-    """The same adapters over the same numbers, held as ordinary weights."""
-    usual = Policy.load(folder, policy.trunk.dtype)
-    own = dict(usual.named_parameters())
-    with torch.no_grad():
-        for name, weight in held(policy).items():
-            own[name.replace(".base_layer", "")].copy_(four_bit.plain_weight(weight))
-        usual.add_lora(4, 8.0, sorted({name.rsplit(".", 1)[-1] for name, _ in linear(policy)}))
-        own = dict(usual.named_parameters())
-        for name, parameter in policy.named_parameters():
-            if ".lora_" in name and name in own:
-                own[name].copy_(parameter)
-    assert [name for name, _ in linear(policy)] == [name for name, _ in linear(usual)]
-    return usual
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -340,16 +340,6 @@ def test_draft_statistics_add_up(engine, draft_tokens):
             assert draft.target_forwards == length - 1
 
 
-def test_tokens_per_forward_counts_what_decoding_forwards_gave(engine):
-    found = completions(engine.sample(PROMPTS, replace(PARAMS, draft_tokens=4)))
-    forwards = sum(c.draft.target_forwards for c in found)
-    assert tokens_per_forward(found) == (sum(len(c.token_ids) for c in found) - len(found)) / forwards
-    assert tokens_per_forward(found) > 1.3
-    assert tokens_per_forward(completions(engine.sample(PROMPTS, PARAMS))) == 1.0
-    single = completions(engine.sample(PROMPTS, replace(PARAMS, max_completion_tokens=1)))
-    assert tokens_per_forward(single) is None
-
-
 def test_finished_completions_are_announced_once_each_also_those_that_end_with_their_first_token(engine):
     heard = []
     assert engine.sample([], PARAMS, heard.append) == heard == []
@@ -363,13 +353,6 @@ def test_finished_completions_are_announced_once_each_also_those_that_end_with_t
     assert len(heard) > 2
     assert all(count > 0 for count in heard)
     assert sum(heard) == 8 * 16
-
-
-def test_groups_keep_the_prompts_and_their_columns(engine):
-    prompts = [replace(prompt, columns={"answer": str(i)}) for i, prompt in enumerate(PROMPTS)]
-    groups = engine.sample(prompts, replace(PARAMS, max_completion_tokens=2))
-    assert [group.prompt for group in groups] == prompts
-    assert {len(group.completions) for group in groups} == {4}
 
 
 # ---- bad input ----

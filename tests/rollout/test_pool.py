@@ -491,39 +491,6 @@ def test_contract_5_a_worker_that_dies_while_draft_costs_are_measured_is_replace
         pool.costs = None
 
 
-@pytest.mark.long
-def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_are_sent_once_more(
-    cluster, random_policy, monkeypatch
-):
-    """rollout.ahead: a thread gives the weights to a new worker, while the learner makes its copy and goes on. The
-    update comes after the digest, and before the bytes are in shared memory."""
-    policy = random_policy(24)
-    pool = open_pool(policy, PoolOptions(workers=1, prompts_per_shard=2))
-    try:
-        expected, put, sent = pool.sample(PROMPTS, PARAMS), pool.cluster.put, []
-
-        def torn(message, *arguments):
-            if not sent:
-                pool.keep()
-                with torch.no_grad():
-                    for parameter in policy.parameters():
-                        parameter.add_(1)
-            sent.append(message)
-            return put(message, *arguments)
-
-        monkeypatch.setattr(pool.cluster, "put", torn)
-        ray.kill(pool.workers.actors[0])
-        assert pool.sample(PROMPTS, PARAMS) == expected
-        assert len(sent) == 2
-        monkeypatch.setattr(pool, "publish_timeout_s", 3.0)
-        monkeypatch.setattr(pool.sender, "difference", lambda held: "trunk.norm")  # and one that never holds them
-        ray.kill(pool.workers.actors[0])
-        with pytest.raises(RolloutError, match="does not hold what was published as version 0: .* is trunk.norm"):
-            pool.sample(PROMPTS, PARAMS)
-    finally:
-        pool.close()
-
-
 # ---- Ray itself dies ----
 
 

@@ -19,7 +19,6 @@ from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.engine import Engine
 from rollout.faults import RolloutError
-from rollout.local_pool import LocalPool
 from rollout.pool import Copies
 from rollout.pools import PoolOptions, open_pool
 from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
@@ -149,19 +148,6 @@ def test_contract_13_canaries_catch_an_error_of_the_decoder_itself(random_policy
     publisher.learner.policy_version = 1
     with pytest.raises(RolloutError, match="the decoder of the samplers, without rounding, computes other log-prob"):
         publisher.publish()
-
-
-@pytest.mark.long
-def test_contract_5_workers_hold_the_same_matrices(random_policy):
-    policy, copies = random_policy(17), Copies("int8", "int4")
-    params = replace(PARAMS, max_completion_tokens=10, draft_tokens=2)
-    own = LocalPool(policy, PoolOptions(prompts_per_shard=2, copies=copies)).sample(PROMPTS[:4], params)
-    pool = open_pool(policy, PoolOptions(workers=1, prompts_per_shard=2, copies=copies))
-    try:
-        pool.publish(policy.publication(), 1)
-        assert tokens(pool.sample(PROMPTS[:4], params)) == tokens(own)
-    finally:
-        pool.close()
 
 
 def test_models_of_transformers_are_refused(hf_policy):

@@ -243,11 +243,6 @@ def test_rows_that_a_cache_does_not_hold_are_chosen_part_by_part(monkeypatch, vo
         assert all(map(torch.equal, choose(*given), expected))
 
 
-def test_temperature_zero_is_greedy():
-    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, 0.0]])
-    assert pick(logits, 0.0, keys(2), torch.zeros(2)).tolist() == [1, 0]
-
-
 BAD = [
     ({"group_size": 0}, "rollout.group_size=0.*at least 1"),
     ({"temperature": -0.5}, "rollout.temperature=-0.5.*positive"),

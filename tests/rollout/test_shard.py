@@ -141,37 +141,6 @@ def test_graphs_with_drafts_wait_too_and_caches_are_no_longer_than_they_need(pol
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("depths", [[0] * 5 + [3], [3, 3] + [0] * 7 + [1, 3]])
-def test_the_head_may_read_ahead_of_what_it_drafts_from(policy, depths):
-    """As graphs need it, which read few tokens: drafts and tokens are those of a head that reads all at once."""
-    params = replace(PARAMS, draft_tokens=None)
-    drafts, found = {}, {}
-    for ahead in (False, True):
-        decoding = Decoding(Engine(policy, costs=CHEAP).decoder, PROMPTS, params)
-        drafts[ahead], number = [], 0
-        make = decoding.drafts.draft
-
-        def draft(live, depth, *rest, decoding=decoding, ahead=ahead, make=make):
-            if ahead and depth and decoding.drafter is not None:
-                decoding.drafter.read_ahead(live)
-                assert int(live.unread.max()) == 1
-            made = make(live, depth, *rest)
-            drafts[ahead].append(made and made.tokens_RK[live.alive].tolist())
-            return made
-
-        decoding.drafts.draft = draft
-        while not decoding.done:
-            depth = depths[number % len(depths)]
-            decoding.drafts.plan = lambda live, alive, most, depth=depth: min(depth, most)
-            decoding.forward()
-            number += 1
-        found[ahead] = decoding.groups()
-    assert tokens(found[True]) == tokens(found[False])
-    assert drafts[True] == drafts[False]
-    assert any(drafts[True])
-
-
-@torch.inference_mode()
 def test_the_head_is_given_what_each_row_has_unread_in_order(policy):
     """Rows that left give it nothing, also where another row has their index now; nor do tokens that were not kept."""
     drafter = Decoding(Engine(policy).decoder, prompts_of(12), replace(PARAMS, draft_tokens=3)).drafter

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from dense_models import dense_model
 
 from policies.conversion.dense import convert_dense
 from policies.decoding.absorbed import AbsorbedTrunk
@@ -113,21 +113,8 @@ def test_decoding_equals_stock_transformers(policy):
 @torch.no_grad()
 def test_decoding_a_converted_dense_model_equals_the_dense_model(random_policy, heads, groups):
     """Its latents carry constants thousands of times their size, its norm takes them away again."""
-    config = LlamaConfig(
-        vocab_size=280,
-        hidden_size=8 * heads,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-    )
-    torch.manual_seed(0)
-    dense = LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 280, "max_position_embeddings": 256, "tie_word_embeddings": True, "eos_token_id": 0}
+    dense = dense_model((heads, groups, 8, 8 * heads), **sizes)
     policy = Policy(convert_dense(dense), None, random_policy(0).tokenizer)
     decoding = Decoding(policy, prompts_of(3, 7, 1), group_size=2)
     decoding.trunk = dense

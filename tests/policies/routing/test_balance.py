@@ -38,16 +38,6 @@ def test_the_entropy_regulariser_looks_at_choices_with_their_bias():
     logits, bias = torch.randn(4000, 8) * 0.3, [0.3] * 4 + [-0.3] * 4
     assert regulariser(logits, 4).item() < 1e-3
     assert regulariser(logits, 4, bias).item() > 0.5  # four experts do nearly everything
-    # Scores .6 and .5, biases 0 and .2: the middle of .6 and .7 is .65, so the steps are at the scores .65 and .45.
-    logits = torch.tensor([[0.6, 0.5]]).logit()
-    soft = [
-        1 / (1 + math.exp(-(float(x) - math.log(s / (1 - s))) / 0.3))
-        for x, s in zip(logits[0], (0.65, 0.45), strict=True)
-    ]
-    share = soft[0] / sum(soft)
-    expected = math.log(2) + share * math.log(share) + (1 - share) * math.log(1 - share)
-    assert regulariser(logits, 1, [0.0, 0.2]).item() == pytest.approx(expected, abs=1e-5)
-    assert share < 0.5
 
 
 def test_the_gradient_of_the_entropy_regulariser_takes_from_the_busy_expert_what_was_near_a_tie():

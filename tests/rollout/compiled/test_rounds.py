@@ -15,14 +15,12 @@ from rollout.compiled.graph import Bucket, Inputs, Round, weights
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.rounds import Graphs
 from rollout.compiled.store import SMALL, CompiledRound
-from rollout.costs import REPEATS
-from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, CostTable, Workload, draft_gain
+from rollout.depth import FEW_ROWS, CostTable, draft_gain
 from rollout.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.request import Request
 from rollout.sampling import SamplingParams
 from rollout.serving import Serving
-from rollout.shard import Decoding
 
 CASES = {
     "one row": (PROMPTS[:1], replace(PARAMS, group_size=1)),
@@ -178,21 +176,6 @@ def test_costs_of_graphs_are_measured_with_graphs(policy, made):
     assert engine.costs.graphs is not None
     assert [len(row) for row in engine.costs.graphs] == [4, 4, 4]  # 0 to 3 drafts at 1, 2 and 3 rows
     assert {(bucket.rows, bucket.drafts) for bucket in made} == {(rows, k) for rows in (1, 2, 4) for k in (0, 1, 3)}
-
-
-def test_a_graph_is_timed_behind_another_round_of_its_own_kind(policy, made, monkeypatch):
-    """Else the processor's caches are those of another graph, and the cheapest one looks twice as dear."""
-    order: list[int] = []
-    forward = Decoding.forward
-
-    def noted(decoding, *given):
-        order.append(decoding.drafts.max_depth)
-        return forward(decoding, *given)
-
-    monkeypatch.setattr(Decoding, "forward", noted)
-    Engine(policy).measure_costs(Workload(1, graphs=40))
-    turns = order[-2 * len(GRAPH_DEPTHS) * REPEATS :]
-    assert turns == [depth for _ in range(REPEATS) for depth in GRAPH_DEPTHS for _ in range(2)]
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 2, None])

@@ -20,7 +20,7 @@ from policies.logprobs import token_logprobs
 from policies.paths import Paths
 from rewards.episode import ToolStats
 from rollout.engine import Engine
-from rollout.environments.episodes import Arena, Episode, Episodes, first_messages
+from rollout.environments.episodes import Arena, Episode, Episodes
 from rollout.environments.format import Call, Turn
 from rollout.environments.protocol import chosen, columns_of, seeds
 from rollout.faults import RolloutError
@@ -412,14 +412,6 @@ def test_the_end_of_episodes_by_hand():
     assert [c.tools.reward for c in all_] == [0.5, None, None, None]
     failures = [c.tools.failure for c in all_]
     assert failures == [None, {"kind": "died", "message": "m"}, None, {"kind": "timeout", "message": "t"}]
-
-
-def test_first_messages_end_with_what_reset_said():
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "2 + 3?"}]
-    found = first_messages(Prompt("a", "", [5], messages=messages), " Use it.")
-    assert [message["content"] for message in found] == ["s", "2 + 3? Use it."]
-    assert messages[1]["content"] == "2 + 3?"
-    assert first_messages(Prompt("a", "2?\n", [5]), None) == [{"role": "user", "content": "2?"}]
 
 
 def test_bad_environments_are_refused_by_name(engine, tmp_path):

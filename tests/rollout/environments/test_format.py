@@ -241,7 +241,7 @@ def test_a_tool_cannot_write_special_tokens(form):
     assert f"7{end[0]} {end[1:]}" in tokenizer.decode(attack)
 
 
-def test_a_tool_without_a_description_is_refused():
+def test_tools_and_forms_that_cannot_be_are_refused():
     def undescribed(a: int) -> int:
         return a
 
@@ -252,21 +252,17 @@ def test_a_tool_without_a_description_is_refused():
             a: a number
         """
 
-    tokenizer = small_tokenizer(CORPUS)
-    for tool, said in ((undescribed, "tool 'undescribed': .*docstring"), (unhinted, "tool 'unhinted': .*type hint")):
-        with pytest.raises(ValueError, match=said):
-            TurnFormat(tokenizer, [tool])
-    with pytest.raises(ValueError, match="two tools have one name: add, add; rename one"):
-        TurnFormat(tokenizer, [add, add])
-
-
-def test_a_form_that_the_model_does_not_have_is_refused():
-    with pytest.raises(ValueError, match="has no form for calls of tools; use the plain form"):
-        TurnFormat(small_tokenizer(CORPUS), [add], plain=False)
-    strange = chat_tokenizer()
+    tokenizer, strange = small_tokenizer(CORPUS), chat_tokenizer()
     strange.chat_template = strange.chat_template.replace("<tool_call>", "<call>")
-    with pytest.raises(ValueError, match="put response_template into tokenizer_config.json, or use the plain form"):
-        TurnFormat(strange, [add])
+    for given, tools, options, said in (
+        (tokenizer, [undescribed], {}, "tool 'undescribed': .*docstring"),
+        (tokenizer, [unhinted], {}, "tool 'unhinted': .*type hint"),
+        (tokenizer, [add, add], {}, "two tools have one name: add, add; rename one"),
+        (tokenizer, [add], {"plain": False}, "has no form for calls of tools; use the plain form"),
+        (strange, [add], {}, "put response_template into tokenizer_config.json, or use the plain form"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            TurnFormat(given, tools, **options)
     assert TurnFormat(strange, [add], plain=True).is_plain
     strange.response_template = {"defaults": {"role": "assistant"}, "fields": {"content": {"content": "text"}}}
     assert not TurnFormat(strange, [add]).is_plain

@@ -17,13 +17,12 @@ from mcp_stub import http_server
 from policies.presets import small_tokenizer
 from rewards.isolation.environments import EnvironmentFailed, LoadedEnvironments
 from rollout.environments.format import BadCall, Call, TurnFormat
-from rollout.environments.protocol import check, open_workers, path_of, run, tools_of
+from rollout.environments.protocol import open_workers, path_of, run, tools_of
 from rollout.sampling import EnvironmentSpec
 
 ROOT = Path(__file__).parents[3]
 STUB = f"{sys.executable} -S {ROOT}/tests/cases/mcp_stub.py"
 NEEDS = "the MCP SDK is not installed: pip install mcp"
-SDK = f"{sys.executable} {ROOT}/tests/cases/mcp_server.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -203,23 +202,6 @@ def test_a_server_ends_with_the_run(tmp_path, ended_by):
         assert psutil.pid_exists(servers[-1])
         parent.send_signal(ended_by)
     assert all(map(gone, servers))
-
-
-@pytest.mark.slow
-def test_a_server_of_the_sdk_by_stdio_and_by_http():
-    pytest.importorskip("mcp", reason=NEEDS)
-    from mcp_server import http
-
-    with http() as url:
-        for server in (SDK, url):
-            check(spec_of(server), {"question": "?"})
-            with environment(server) as game:
-                assert game.find.json_schema["parameters"]["required"] == ["word"]
-                assert game.find(word="a") == "a is here: 1"
-                assert game.find(word="b", loudly=True) == "B IS HERE: 2"
-                with pytest.raises(RuntimeError, match="no such word"):
-                    game.find(word="")
-                assert game.place(name="x") == '{"row": 3, "name": "x"}'
 
 
 def test_what_is_no_server_is_refused_by_name(monkeypatch):

@@ -89,19 +89,6 @@ def test_a_worker_gives_another_one_what_it_holds(random_policy, targets):
         assert worker.take(message) == digests(policy.weights())
 
 
-def test_the_learner_gives_again_only_what_was_published(random_policy):
-    policy = random_policy(3)
-    sender, worker = Sender(), receiver(policy)
-    take(sender, policy.publication(), 0)
-    for message in sender.again():
-        assert worker.take(message) == digests(policy.weights())
-    policy.mtp.norm.weight.data[0] += 1
-    with pytest.raises(Moved, match="no worker is left that holds version 0.*--resume auto.*rollout.workers of 2"):
-        list(sender.again())
-    policy.mtp.norm.weight.data[0] -= 1
-    assert len(list(sender.again())) == 1
-
-
 @pytest.mark.parametrize("targets", [None, *TARGETS])
 def test_what_is_kept_is_given_again_after_the_learner_has_moved_on(random_policy, targets):
     policy = random_policy(3)
