@@ -71,7 +71,7 @@ CHEAP = CostTable(rows=[1, 8], rounds=[[1.0, 1.01, 1.02], [1.0, 1.9, 2.8]])
 )
 def test_contract_4_a_request_gets_its_tokens_whoever_else_is_served(policy, draft_tokens, costs, max_rows):
     engine, rng = Engine(policy, max_rows=max_rows), random.Random(max_rows)
-    asked = clients(24, rng)
+    asked = clients(16, rng)
     expected = [alone(engine, client) for client in asked]
     engine.costs = costs
     serving = served(engine, asked, rng, draft_tokens=draft_tokens)

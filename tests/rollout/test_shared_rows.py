@@ -49,8 +49,7 @@ def test_what_has_ended_asks_for_no_row():
     assert (place.tolist(), parents.tolist()) == ([0, 1], [0, 1])
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0])
-@pytest.mark.parametrize("max_rows", [256, 12])
+@pytest.mark.parametrize(("max_rows", "temperature"), [(256, 1.0), (12, 0.3)])
 def test_contract_4_shared_rows_change_no_token(policy, temperature, max_rows):
     params = replace(PARAMS, temperature=temperature, draft_tokens=0, group_size=6)
     engine = Engine(policy, max_rows=max_rows)

@@ -90,10 +90,10 @@ def largest_difference(policy: Policy, client: Client) -> float:
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
 def test_the_cache_is_as_wide_as_its_longest_row_however_many_join_and_leave(hf_policy, kind):
-    """Hundreds of rounds, several times the context. GPT-Neo cannot read past it at all."""
+    """More than a hundred rounds, several times the context. GPT-Neo cannot read past it at all."""
     policy = stock(hf_policy, kind)
-    clients, widths = served(Engine(policy, max_rows=5), coming(random.Random(5)), 200)
-    assert len(clients) > 40
+    clients, widths = served(Engine(policy, max_rows=5), coming(random.Random(5)), 110)
+    assert len(clients) > 20
     assert all(width <= longest for width, longest in widths)
     assert max(longest for _, longest in widths) >= CONTEXT - 2
     wrong = [client for client in clients if largest_difference(policy, client) > 1e-4]
