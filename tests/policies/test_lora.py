@@ -207,7 +207,7 @@ def test_a_target_that_matches_nothing_is_named_with_its_neighbours(random_polic
 def test_merged_weights_compute_what_the_adapted_model_computes_also_when_saved(policy, tmp_path):
     assert not lora.has_adapter(policy.trunk)
     names, base = set(policy.weights()), logits(policy)
-    adapted(policy, targets=everything(policy))
+    adapted(policy)
     assert lora.has_adapter(policy.trunk)
     expected = logits(policy)
     assert (expected - base).abs().max() > 0.05  # the adapters do something

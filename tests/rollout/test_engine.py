@@ -372,7 +372,7 @@ BAD = [
 def test_what_cannot_be_sampled_is_named(engine):
     for prompts, change, error, words in BAD:
         with pytest.raises(error, match=words):
-            engine.sample([*PROMPTS, *prompts], replace(PARAMS, **change))
+            engine.sample(prompts or PROMPTS, replace(PARAMS, **change))
     engine.check(prompts_of(216), PARAMS)
 
 
