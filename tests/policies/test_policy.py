@@ -86,11 +86,6 @@ def test_the_checkpoint_has_the_deepseek_v3_layout(saved):
     assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}
 
 
-def test_another_architecture_is_told_nothing_about_routing(hf_policy, tmp_path):
-    hf_policy("qwen3").save(tmp_path / "policy")
-    assert "topk_method" not in json.loads((tmp_path / "policy/config.json").read_text())
-
-
 def test_weights_have_the_mode_that_the_umask_gives_every_file(random_policy, tmp_path):
     before = os.umask(0o027)
     try:

@@ -52,7 +52,7 @@ def test_too_many_losses_between_two_publications_end_the_run_with_the_culprit()
     assert faults.metrics() == {"faults/worker": 2}
 
 
-KILLED = "The actor died unexpectedly.\n\tclass_name: Worker\n\tpid: 32566\nThe actor is dead. Worker exit type: SYSTEM_ERROR"
+KILLED = "The actor died.\n\tclass_name: Worker\n\tpid: 32566\nIt is dead. Worker exit type: SYSTEM_ERROR ..."
 LEFT = "The actor died because its node has died. Node Id: 8617f3fc0c6e9d9e\n\tthe actor's node was terminated"
 RAISED = "The actor died: RuntimeError in its\n __init__"
 

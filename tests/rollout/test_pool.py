@@ -30,7 +30,7 @@ from rollout.cluster import start_ray
 from rollout.depth import Workload
 from rollout.engine import Engine
 from rollout.faults import RolloutError
-from rollout.group import Prompt, RolloutGroup, shards
+from rollout.group import Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
 from rollout.pools import open_pool
@@ -114,11 +114,6 @@ def call(worker, function: Callable):
 
 
 # ---- without Ray ----
-
-
-def test_shards_keep_the_order_and_every_prompt():
-    assert [list(shard) for shard in shards(PROMPTS, 3)] == [PROMPTS[:3], PROMPTS[3:6], PROMPTS[6:]]
-    assert shards([], 3) == []
 
 
 def test_contract_4_a_local_pool_samples_the_same_whatever_the_shards(policies, expected):

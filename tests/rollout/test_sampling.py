@@ -253,6 +253,7 @@ BAD = [
     ({"draft_tokens": -1}, "rollout.draft_tokens=-1.*0"),
     ({"accept": "greedy"}, "accept='greedy'.*exact or margin"),
     ({"margin": -1.0}, "margin=-1.0.*0 or more"),
+    ({"stop_strings": ("a", "")}, "an empty text would end every completion"),
 ]
 
 

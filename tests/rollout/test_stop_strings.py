@@ -79,8 +79,3 @@ def test_the_first_of_several_and_a_string_longer_than_the_newest_tokens():
     assert strings.end(ids[:14], 0) is None
     assert strings.cut("a\n\nb Question: c") == "a"
     assert strings.cut("nothing") == "nothing"
-
-
-def test_an_empty_stop_string_is_refused(policy):
-    with pytest.raises(ValueError, match="an empty text would end every completion"):
-        _sample(policy, stop_strings=("",))

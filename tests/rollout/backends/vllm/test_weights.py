@@ -14,12 +14,9 @@ from policies.policy import Policy
 from policies.presets import small_tokenizer
 from rollout.backends.vllm.process import SERVER
 from rollout.backends.vllm.weights import (
-    ALIGNMENT,
     Update,
     Updates,
-    described,
     in_checkpoint_layout,
-    length,
     stream,
 )
 
@@ -64,16 +61,6 @@ def test_the_experts_of_another_model_are_named_one_by_one(tmp_path):
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in sent
     assert sent.keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in sent.items())
-
-
-def test_bytes_are_aligned_and_counted():
-    tensors = {"a": torch.arange(3, dtype=torch.bfloat16), "b": torch.ones(2, 5), "c": torch.zeros(0)}
-    parts = b"".join(stream(tensors))
-    assert len(parts) == length(tensors) == 2 * ALIGNMENT
-    assert described(tensors) == [["a", "bfloat16", [3]], ["b", "float32", [2, 5]], ["c", "float32", [0]]]
-    assert torch.equal(
-        torch.frombuffer(bytearray(parts[ALIGNMENT : ALIGNMENT + 40]), dtype=torch.float32), torch.ones(10)
-    )
 
 
 CASES_WITH_ADAPTERS = {
