@@ -27,13 +27,19 @@ from policies.policy import Policy
 from rollout.depth import tokens_per_forward
 from rollout.engine import Engine
 from rollout.faults import RolloutError
-from rollout.group import Prompt
+from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
 def engine(policy) -> Engine:
     return Engine(policy)
+
+
+@pytest.fixture(scope="module")
+def plain(engine) -> list[RolloutGroup]:
+    """What is sampled without drafts."""
+    return engine.sample(PROMPTS, PARAMS)
 
 
 # ---- contract 3: speculation is lossless ----
@@ -48,10 +54,10 @@ def stops_inside_blocks(engine: Engine, prompts: list[Prompt], params: SamplingP
     return found
 
 
-def test_contract_3_speculation_is_lossless(engine):
+def test_contract_3_speculation_is_lossless(engine, plain):
     compared = assert_lossless(engine, PROMPTS, PARAMS)
     assert compared > 1500
-    ended = Counter(c.finish_reason for c in completions(engine.sample(PROMPTS, PARAMS)))
+    ended = Counter(c.finish_reason for c in completions(plain))
     assert min(ended["stop"], ended["length"]) >= 3
     assert stops_inside_blocks(engine, PROMPTS, replace(PARAMS, draft_tokens=4)) >= 2
 
@@ -166,7 +172,7 @@ def logprob_errors(engine: Engine, policy: Policy, params: SamplingParams, score
 @pytest.mark.parametrize("draft_tokens", [0, 3])
 @pytest.mark.parametrize("temperature", [1.0, 0.8, 1.5])
 def test_contract_2_logprobs_are_the_stock_models_at_the_same_temperature(engine, policy, temperature, draft_tokens):
-    params = replace(PARAMS, temperature=temperature, draft_tokens=draft_tokens)
+    params = replace(PARAMS, temperature=temperature, draft_tokens=draft_tokens, group_size=2)
     errors = logprob_errors(engine, policy, params, temperature)
     assert errors.max() < 1e-4
     assert errors.mean() < 1e-5
@@ -195,15 +201,15 @@ def test_contract_1_a_completion_ends_at_its_first_stop_token_and_includes_it(en
     assert len({completion.token_ids[-1] for completion in found} & set(STOPS)) > 3
 
 
-def test_contract_1_a_stop_token_in_the_very_last_place_is_a_stop(engine):
-    [shortest] = [min(len(ids) for ids in tokens(engine.sample(PROMPTS, PARAMS)) if ids[-1] in STOPS)]
+def test_contract_1_a_stop_token_in_the_very_last_place_is_a_stop(engine, plain):
+    [shortest] = [min(len(ids) for ids in tokens(plain) if ids[-1] in STOPS)]
     again = completions(engine.sample(PROMPTS, replace(PARAMS, max_completion_tokens=shortest, draft_tokens=2)))
     assert any(len(c.token_ids) == shortest and c.finish_reason == "stop" for c in again)
 
 
 def test_contract_1_padding_may_be_the_stop_token(engine, policy, random_policy):
     """Lengths are counted, never read off token values: 0 pads the engine's own rows, and may stop or be sampled."""
-    params = replace(PARAMS, stop_token_ids=(0,), draft_tokens=3, group_size=16)
+    params = replace(PARAMS, stop_token_ids=(0,), draft_tokens=3, group_size=8)
     with_zero = [[*p.token_ids[:-1], 0] for p in PROMPTS]
     prompts = [replace(p, token_ids=ids) for p, ids in zip(PROMPTS, with_zero, strict=True)]
     assert policy.tokenizer.eos_token_id == 0
@@ -220,17 +226,16 @@ def test_contract_1_padding_may_be_the_stop_token(engine, policy, random_policy)
         policy.tokenizer.pad_token = "<|pad|>"
 
 
-def test_the_text_is_that_of_the_tokens_without_the_stop_token(engine, policy):
-    for completion in completions(engine.sample(PROMPTS, PARAMS)):
+def test_the_text_is_that_of_the_tokens_without_the_stop_token(plain, policy):
+    for completion in completions(plain):
         visible = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
         assert completion.text == policy.tokenizer.decode(visible)
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 4])
-def test_one_token_is_enough(engine, draft_tokens):
+def test_one_token_is_enough(engine, plain, draft_tokens):
     groups = engine.sample(PROMPTS, replace(PARAMS, max_completion_tokens=1, draft_tokens=draft_tokens))
-    longer = engine.sample(PROMPTS, PARAMS)
-    assert tokens(groups) == [ids[:1] for ids in tokens(longer)]
+    assert tokens(groups) == [ids[:1] for ids in tokens(plain)]
     assert all(c.draft.target_forwards == 0 for c in completions(groups))
 
 
@@ -254,8 +259,8 @@ def test_contract_4_the_same_call_gives_the_same_bits(engine, policy):
     assert first == second  # tokens, log-probabilities, statistics
 
 
-def test_contract_4_tokens_do_not_depend_on_the_batch(engine):
-    together = {group.prompt.prompt_id: tokens([group]) for group in engine.sample(PROMPTS, PARAMS)}
+def test_contract_4_tokens_do_not_depend_on_the_batch(engine, plain):
+    together = {group.prompt.prompt_id: tokens([group]) for group in plain}
     for draft_tokens in (0, 3):
         params = replace(PARAMS, draft_tokens=draft_tokens)
         for prompt in PROMPTS:
@@ -270,12 +275,10 @@ def test_contract_4_a_samples_tokens_do_not_depend_on_the_group_size(engine):
         assert tokens([a]) == tokens([b])[:2]
 
 
-def test_contract_4_the_random_state_of_the_process_plays_no_part(engine):
-    torch.manual_seed(0)
-    first = tokens(engine.sample(PROMPTS, PARAMS))
+def test_contract_4_the_random_state_of_the_process_plays_no_part(engine, plain):
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    assert tokens(engine.sample(PROMPTS, PARAMS)) == first
+    assert tokens(engine.sample(PROMPTS, PARAMS)) == tokens(plain)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -408,5 +411,6 @@ def test_bfloat16_samples_whole_completions_with_and_without_drafts(policy):
     """bf16 rounds differently by shape, so tokens may part; every log-probability stays near the fp32 policy's."""
     engine = Engine(policy, torch.bfloat16)
     for draft_tokens in (0, 3):
-        errors = logprob_errors(engine, policy, replace(PARAMS, draft_tokens=draft_tokens), PARAMS.temperature)
+        params = replace(PARAMS, draft_tokens=draft_tokens, group_size=1)
+        errors = logprob_errors(engine, policy, params, PARAMS.temperature)
         assert errors.median() < 0.1

@@ -34,17 +34,20 @@ def learner_of(policy: Policy) -> Learner:
     return small_learner(policy, options, mtp, LossOptions(), temperature=PARAMS.temperature, sampler_differs=True)
 
 
+@pytest.fixture(scope="module")
+def policy(random_policy) -> Policy:
+    return taught(random_policy(17), PARAMS.temperature, steps=4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_contract_3_drafts_of_a_quantised_sampler_change_no_token(random_policy, kind):
-    policy = taught(random_policy(17), PARAMS.temperature, steps=4)
+def test_contract_3_drafts_of_a_quantised_sampler_change_no_token(policy, kind):
     engine = Engine(policy, copies=Copies(kind, kind))
     assert assert_lossless(engine, PROMPTS[:4], replace(PARAMS, max_completion_tokens=20), depths=(1, 3)) > 100
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
-def test_contract_3_a_quantised_draft_head_changes_no_token(random_policy, kind):
+def test_contract_3_a_quantised_draft_head_changes_no_token(policy, kind):
     """Nor a log-probability: what is sampled by keeps its precision."""
-    policy = taught(random_policy(17), PARAMS.temperature, steps=4)
     params = replace(PARAMS, draft_tokens=2, max_completion_tokens=20)
     plain, drafting = (Engine(policy, copies=copies) for copies in (Copies(), Copies("none", kind)))
     assert drafting.head.logits is not drafting.trunk.logits

@@ -117,8 +117,8 @@ def test_one_graph_serves_any_number_of_rows_of_a_dense_policy_and_caches_of_any
     params = replace(PARAMS, group_size=2)
     for policy, expected in ((dense, {(0, 0)}), (experts, {(rows, 0) for rows in (1, 2, 4, 8)})):
         made.clear()
-        assert_same(Engine(policy), PROMPTS, params)
-        assert_same(Engine(policy), PROMPTS, replace(params, max_completion_tokens=100, stop_token_ids=(7,)))
+        assert_same(Engine(policy), PROMPTS[:4], params)
+        assert_same(Engine(policy), PROMPTS[:4], replace(params, max_completion_tokens=100, stop_token_ids=(7,)))
         assert made
         assert {(bucket.rows, bucket.entries) for bucket in made} <= expected
 
