@@ -83,7 +83,6 @@ def test_the_checkpoint_has_the_deepseek_v3_layout(saved):
     config = json.loads((saved / "config.json").read_text())
     assert config["architectures"] == ["DeepseekV3ForCausalLM"]
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (2, 1)
-    assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}
 
 
 def test_weights_have_the_mode_that_the_umask_gives_every_file(random_policy, tmp_path):
@@ -266,3 +265,7 @@ def test_packed_rows_of_a_model_with_an_indexer_are_right_also_where_it_leaves_t
 def test_attention_beyond_sdpa_is_ours_where_flex_attention_could_do_it(hf_policy, kind, implementation):
     policy = hf_policy(kind, **{"max_position_embeddings": 256, "num_local_experts": 2, "num_experts_per_tok": 1})
     assert (policy.own_attention, policy.config._attn_implementation) == ("eager", implementation)
+
+
+def test_a_checkpoint_is_safetensors_and_json_only(saved):
+    assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}

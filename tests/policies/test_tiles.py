@@ -74,12 +74,6 @@ def test_full_memory_is_not_taken_for_a_kernel_that_does_not_fit():
         tiles.kernel_options(attend, CPU, torch.float32, 64, 64)
 
 
-def test_an_accelerator_without_cudas_paths_gets_the_dense_mask():
-    segment = torch.zeros(1, 3000, dtype=torch.long, device="meta")
-    packing = Packing(segment)
-    assert isinstance(packing.mask_for(attention.ATTENTION, torch.float32), torch.Tensor)
-
-
 def test_passing_torchs_limit_of_shapes_is_an_error():
     assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert torch._dynamo.config.recompile_limit >= 64

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from policies.logprobs import token_logprobs
 from policies.paths import Paths
 from rewards.episode import ToolStats
 from rollout.engine import Engine
-from rollout.environments.episodes import Arena, Episode, Episodes
+from rollout.environments.episodes import Arena, Episode, Episodes, first_messages
 from rollout.environments.format import Call, Turn
 from rollout.environments.protocol import chosen, columns_of, seeds
 from rollout.faults import RolloutError
@@ -448,3 +449,22 @@ def test_a_prompt_that_an_environment_makes_too_long_is_named(engine):
         engine.sample([PROMPTS[0], long], replace(EPISODES, environment=SLOW))
     assert [group.prompt.prompt_id for group in caught.value.groups] == ["p/0"]
     assert isinstance(caught.value.groups[0].prompt, Prompt)
+
+
+def test_the_wait_for_tools_calls_back_and_an_arena_closes_what_it_opened():
+    answer, arena = Future(), SimpleNamespace(pool=Mock(), thread=Mock())
+    episodes = Episodes(arena, EPISODES)
+    episodes._asked = [([], answer)]
+    assert episodes.written(lambda: answer.set_result([])) == {}
+    assert episodes._asked == []
+    Arena.close(arena)
+    arena.pool.close.assert_called_once()
+    arena.thread.shutdown.assert_called_once()
+
+
+def test_first_messages_end_with_what_reset_said():
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "2 + 3?"}]
+    found = first_messages(Prompt("a", "", [5], messages=messages), " Use it.")
+    assert [message["content"] for message in found] == ["s", "2 + 3? Use it."]
+    assert messages[1]["content"] == "2 + 3?"
+    assert first_messages(Prompt("a", "2?\n", [5]), None) == [{"role": "user", "content": "2?"}]
