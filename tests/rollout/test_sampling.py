@@ -118,9 +118,9 @@ def test_contract_4_seed_step_draw_prompt_and_sample_are_in_the_key_and_nothing_
     known = row_key(PARAMS, "a", 0)
     for change in ({"seed": 4}, {"step": 6}, {"draw": 1}):
         assert row_key(replace(PARAMS, **change), "a", 0) != known
-    others = {"draft_tokens": 4, "group_size": 2, "max_completion_tokens": 7, "temperature": 0.3}
-    for change in ({name: value} for name, value in (*others.items(), ("draft_tokens", None))):
-        assert row_key(replace(PARAMS, **change), "a", 0) == known
+    for draft_tokens in (4, None):
+        others = replace(PARAMS, draft_tokens=draft_tokens, group_size=2, max_completion_tokens=7, temperature=0.3)
+        assert row_key(others, "a", 0) == known
     found = {row_key(PARAMS, prompt, sample) for prompt in ("a", "b", "a/1", "1/a", "") for sample in range(200)}
     assert len(found) == 5 * 200
     # No two ways to say the same: the numbers come first, and a prompt's name may hold slashes.

@@ -1,4 +1,4 @@
-"""Where workers are: places in a cluster, machines that leave and come, and clusters that nobody guards."""
+"""Where workers are: places in a cluster, and clusters that nobody guards."""
 
 import os
 from types import SimpleNamespace
@@ -20,12 +20,17 @@ PARAMS = SamplingParams(group_size=2, max_completion_tokens=8, draft_tokens=0)
 
 
 CLUSTERS = [
-    *[(address, None, True) for address in ("192.0.2.1:6379", "ray://192.0.2.1:10001", "[2001:db8::1]:6379")],
+    ("192.0.2.1:6379", None, True),
     ("192.0.2.1:6379", "disabled", True),
+    ("ray://192.0.2.1:10001", None, True),
+    ("[2001:db8::1]:6379", None, True),
     ("no-such-host.invalid:6379", None, True),
     ("192.0.2.1:6379", "token", False),
-    *[(address, None, False) for address in ("127.0.0.1:6379", "[::1]:6379", "local", None)],
+    ("127.0.0.1:6379", None, False),
+    ("[::1]:6379", None, False),
     ("localhost:6379", "disabled", False),
+    ("local", None, False),
+    (None, None, False),
 ]
 
 

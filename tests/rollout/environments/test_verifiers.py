@@ -14,19 +14,14 @@ from rollout.sampling import EnvironmentSpec
 CASE = f"{Path(__file__).parents[2] / 'cases/verifiers_task.py'}:Count"
 
 
-@pytest.fixture
-def installed():
-    pytest.importorskip("verifiers.v1", reason="verifiers is not installed: pip install verifiers")
-
-
 def said(content: str, **step) -> dict:
     call = {"type": "function", "function": {"name": "counter_add", "arguments": step}}
     return {"role": "assistant", "content": content} | ({"tool_calls": [call]} if step else {})
 
 
 @pytest.mark.peer
-@pytest.mark.usefixtures("installed")
 def test_the_tools_of_a_task_are_called_and_its_rewards_read_the_episode():
+    pytest.importorskip("verifiers.v1", reason="verifiers is not installed: pip install verifiers")
     spec = EnvironmentSpec(environments=(("", CASE),))
     form = TurnFormat(small_tokenizer(["<<counter_add 4=4>>"] * 20), tools_of(spec, ""))
     described = {schema["function"]["name"]: schema["function"] for schema in form.schemas}
