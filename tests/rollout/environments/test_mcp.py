@@ -187,11 +187,3 @@ def test_what_is_no_server_is_refused_by_name(monkeypatch):
     listed.clear()
     with pytest.raises(ValueError, match="MCP server 'any' lists no tools"):
         mcp("any")
-
-
-def test_without_the_package_the_way_out_is_named(monkeypatch):
-    from rollout.environments.mcp import mcp
-
-    monkeypatch.setitem(sys.modules, "mcp", None)
-    with pytest.raises(ValueError, match=r"pip install 'quartet-rl\[mcp\]'"):
-        mcp("any command")

@@ -119,11 +119,3 @@ def test_an_openenv_server_is_an_environment(url):
         environment.guess(number=10)
     assert environment.guess(number=5, politely=False) == "right"
     assert (environment.done, round(environment.get_reward(), 6)) == (True, 0.8)
-
-
-def test_without_the_package_the_way_out_is_named(monkeypatch):
-    from rollout.environments.openenv import openenv
-
-    monkeypatch.setitem(sys.modules, "openenv.core.mcp_client", None)
-    with pytest.raises(ImportError, match=r"pip install 'quartet-rl\[openenv\]'"):
-        openenv("http://127.0.0.1:1")

@@ -1,5 +1,7 @@
 """Processes of environments: what is repeated has its own time, and what a tool writes has tokens."""
 
+import importlib
+import sys
 from dataclasses import replace
 
 import pytest
@@ -81,3 +83,18 @@ def test_contract_4_the_seed_of_an_episode_is_a_function_of_its_key():
     keys += [(replace(params, **{name: 7}), "p/0", 0) for name in ("seed", "step", "draw")]
     assert len({own, *(seeds(*key)[1] for key in keys)}) == 6
     assert len({group, *(seeds(*key)[0] for key in keys[1:])}) == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "given"),
+    [
+        ("mcp", "mcp", "any command"),
+        ("openenv", "openenv.core.mcp_client", "http://127.0.0.1:1"),
+        ("verifiers", "verifiers", "any"),
+    ],
+)
+def test_without_its_package_an_environment_names_the_way_out(monkeypatch, kind, package, given):
+    make = getattr(importlib.import_module(f"rollout.environments.{kind}"), kind)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises((ImportError, ValueError), match=rf"pip install 'quartet-rl\[{kind}\]'"):
+        make(given)

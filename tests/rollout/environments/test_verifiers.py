@@ -1,6 +1,5 @@
 """A task of the package verifiers as an environment in TRL's contract (pip install verifiers)."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,11 +46,3 @@ def test_the_tools_of_a_task_are_called_and_its_rewards_read_the_episode():
     history = [add3, add4, ["counter_add", {"step": 9}]]
     assert ask("a", history, [], [said("", step=7), told, said("It is 7.")])["reward"] == 2.0 + 1.0
     assert ask("b", [add4], [], [said("", step=4), told, said("It is 7.")])["reward"] == 0.0
-
-
-def test_without_the_package_the_way_out_is_named(monkeypatch):
-    from rollout.environments.verifiers import verifiers
-
-    monkeypatch.setitem(sys.modules, "verifiers", None)
-    with pytest.raises(ImportError, match=r"pip install 'quartet-rl\[verifiers\]'"):
-        verifiers("any")
