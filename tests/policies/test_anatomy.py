@@ -20,7 +20,7 @@ CONFIGS = {
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True},
     "fine_grained": {
-        "n_routed_experts": 128,
+        "n_routed_experts": 32,
         "n_group": 8,
         "topk_group": 4,
         "num_experts_per_tok": 8,

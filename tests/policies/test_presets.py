@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.config.policy import ModelOptions
@@ -60,6 +60,7 @@ def test_a_preset_is_the_same_for_learner_sampler_and_whoever_loads_it(micro_pre
     assert learner.lm_head.dtype == dtype
 
 
+@settings(max_examples=30)
 @given(st.text(max_size=60))
 def test_every_text_survives_the_tokenizer(tokenizer, text):
     """Bytes are its alphabet: nothing is unknown. The names of its two special tokens are read as these tokens."""

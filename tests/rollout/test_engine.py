@@ -263,7 +263,7 @@ def test_contract_4_tokens_do_not_depend_on_the_batch(engine, plain):
     together = {group.prompt.prompt_id: tokens([group]) for group in plain}
     for draft_tokens in (0, 3):
         params = replace(PARAMS, draft_tokens=draft_tokens)
-        for prompt in PROMPTS:
+        for prompt in PROMPTS[:4]:
             assert tokens(engine.sample([prompt], params)) == together[prompt.prompt_id]
         for group in engine.sample(PROMPTS[::-1], params) + engine.sample(PROMPTS[2:5], params):
             assert tokens([group]) == together[group.prompt.prompt_id]

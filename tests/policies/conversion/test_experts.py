@@ -30,7 +30,7 @@ def converted_model(**changes: object) -> DeepseekV3ForCausalLM:
 def test_every_shape_is_exact(shape: ExpertShards) -> None:
     dense = converted_model()
     sharded = shard_feed_forward(dense, shape)
-    report = parity(dense, sharded, random_ids(), new_tokens=16)
+    report = parity(dense, sharded, random_ids(), new_tokens=6)
     assert report.passed, f"\n{report}"
     assert report.max_logit_difference < 1e-5 * report.max_logit
     config = sharded.config
