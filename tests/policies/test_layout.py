@@ -16,7 +16,7 @@ from policies.policy import Policy, PolicyError, read_config
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30]])
 FINE_GRAINED = {
-    "n_routed_experts": 32,
+    "n_routed_experts": 128,
     "num_experts_per_tok": 8,
     "n_group": 8,
     "topk_group": 4,
