@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
-from policies.anatomy import anatomy, cache_numbers, count_parameters
+from policies.anatomy import anatomy
 from policies.decoding import latent_cache
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.kernels import plain_attention
@@ -20,7 +20,7 @@ CONFIGS = {
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True},
     "fine_grained": {
-        "n_routed_experts": 128,
+        "n_routed_experts": 32,
         "n_group": 8,
         "topk_group": 4,
         "num_experts_per_tok": 8,
@@ -57,31 +57,9 @@ def test_parameters_are_those_of_the_model(policy):
     assert counted.lora_share == lora / counted.parameters
 
 
-def test_active_parameters_are_those_whose_gradient_one_token_reaches(random_policy):
-    policy = random_policy(3)
-    policy.trunk(torch.tensor([[5]])).logits.sum().backward()
-    active = 0
-    for name, parameter in policy.trunk.named_parameters():
-        touched = [p.grad is not None and bool(p.grad.any()) for p in [parameter]]
-        if ".experts." in name:
-            active += sum(parameter[e].numel() for e in range(len(parameter)) if parameter.grad[e].any())
-        else:
-            assert touched == [True] or ".self_attn.q" in name or "kv_a" in name or "kv_b" in name, name
-            active += parameter.numel()
-    assert count_parameters(policy.trunk, policy.config)[1] == active
-
-
 def test_prefill_flops_are_those_of_the_stock_forward(policy):
     counted = anatomy(policy.config, 1, context=1, **LORA).prefill_flops
     assert flops(lambda: policy.trunk.model(torch.tensor([[3]]), use_cache=False)) == counted
-
-
-def test_prefill_flops_are_the_mean_over_a_prompt(random_policy):
-    """Token s attends to s tokens; torch computes the hidden half of the square too, so it is counted row by row."""
-    config = random_policy(3).config
-    one, many = (anatomy(config, 0, context=n, **LORA).prefill_flops for n in (1, 9))
-    per_key = 2 * 2 * 2 * (8 + 8 + 8)  # 2 FLOPs, 2 layers, 2 heads
-    assert many - one == per_key * (sum(range(1, 10)) / 9 - 1)
 
 
 @pytest.mark.parametrize("context", [1, 7])
@@ -96,15 +74,6 @@ def test_decode_flops_are_those_of_the_absorbed_forward(policy, context, monkeyp
     token, position = torch.tensor([[5]]), torch.tensor([[context]])
     measured = flops(lambda: trunk.logits(trunk(token, position, cache)))
     assert measured == anatomy(policy.config, 1, context=context, **LORA).decode_flops
-
-
-def test_cache_numbers_are_what_the_engine_keeps(policy):
-    trunk = AbsorbedTrunk(policy.trunk, torch.float32, 64)
-    layers, width = len(trunk.blocks), policy.config.kv_lora_rank + policy.config.qk_rope_head_dim
-    prompt = torch.arange(4)[None]
-    cache = policy.trunk.model(prompt, use_cache=True).past_key_values  # transformers keeps the same latents
-    stored = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert cache_numbers(policy.config) == layers * width == stored // 4
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.cli.commands.machine import Memory, main_memory
+from grpo.cli.commands.machine import Memory
 from grpo.config.policy import ModelOptions
 from policies import devices
 from policies.devices import device_of
@@ -63,22 +63,6 @@ def test_the_precision_is_that_of_the_device_unless_it_is_named(accelerator, kin
     assert ModelOptions(dtype="auto").dtype == expected
 
 
-def test_float64_is_on_the_cpu_where_a_device_has_none(monkeypatch):
-    numbers = torch.tensor([1.5, 2.0])
-    assert devices.wide(numbers).dtype == torch.float64
-    on_mps = SimpleNamespace(
-        device=torch.device("mps"), cpu=lambda: numbers
-    )  # .double() would raise, as torch does there
-    assert torch.equal(devices.wide(on_mps), numbers.double())
-    for has in (True, False):
-        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _, has=has: SimpleNamespace(has_fp64=has))
-        assert devices.has_float64(torch.device("xpu")) is has
-
-
-def test_only_cuda_has_cudas_own_paths():
-    assert [kind for kind in ("cpu", "cuda", "xpu", "mps") if devices.has_cuda(torch.device(kind))] == ["cuda"]
-
-
 def test_a_device_says_its_name_its_memory_and_its_peak(accelerator):
     properties = SimpleNamespace(name="Arc", total_memory=16 << 30)
     waited: list[torch.device] = []
@@ -99,14 +83,3 @@ def test_a_device_says_its_name_its_memory_and_its_peak(accelerator):
     devices.empty_cache()
     assert waited == []
     assert Memory.there(torch.device("xpu"), None) == ("memory of Arc", 2 << 30, 1 << 30, 2)
-
-
-def test_apples_gpu_shares_the_memory_and_says_little(accelerator, monkeypatch):
-    accelerator("mps")
-    assert (devices.names(), devices.peak_gib()) == (["mps"], {})
-    memory = Memory.there(torch.device("mps"), None)
-    assert (memory.name, memory.total, memory.gpus) == ("memory", main_memory()[0], 0)
-    waited: list[bool] = []
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(True))
-    devices.wait_for(torch.device("mps"))
-    assert waited == [True]

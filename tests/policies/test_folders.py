@@ -4,11 +4,9 @@ import json
 
 import pytest
 import torch
-import yaml
 import zoo
 from transformers import AutoModelForImageTextToText
 
-from grpo.cli.parse import main
 from grpo.source.agreement import check_agreement
 from policies import lora
 from policies.cut import quiet
@@ -16,7 +14,6 @@ from policies.policy import Policy, PolicyError
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 WHOLE = {"gemma3": {}, "mistral3": {}, "qwen2_5_vl": ROPE, "qwen3_vl": {}, "qwen3_5": {}, "internvl": {}, "gemma4": {}}
-CHAT = "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if enable_thinking is false %}<no thought>\n{% endif %}"
 
 
 @pytest.fixture
@@ -66,38 +63,6 @@ def test_the_language_model_alone_learns_and_the_rest_is_saved_as_it_was(publish
     assert type(copy.trunk) is type(policy.trunk)
     assert other_tensors(policy.trunk, copy.trunk) == set()
     assert lora.reach(policy.trunk)[0] > 0.95
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("published", ["mistral3"], indirect=True)
-def test_a_run_trains_it_and_exports_it_whole(published, tmp_path, capsys):
-    words = [f"--model={published}", f"--output_dir={tmp_path / 'run'}", "--steps=1", "--prompts_per_step=2"]
-    words += ["--rollout.group_size=2", "--rollout.max_completion_tokens=4", "--eval.limit=0", "--lora.rank=2"]
-    assert main(["train", *words, "--device=cpu", "--dry_run"]) == 0
-    assert "100.0% of the matrices of the trunk" in capsys.readouterr().out
-    assert main(["train", *words, "--device=cpu"]) == 0
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
-    before = AutoModelForImageTextToText.from_pretrained(published)
-    changed = other_tensors(before, AutoModelForImageTextToText.from_pretrained(tmp_path / "exported"))
-    assert all("language_model.layers" in name for name in changed)
-    assert 'AutoModelForImageTextToText.from_pretrained("exported")' in (tmp_path / "exported/README.md").read_text()
-
-
-@pytest.mark.slow
-def test_options_of_the_chat_template_reach_prompts_and_are_brought_by_a_run(random_policy, tmp_path, capsys):
-    policy = random_policy(4, vocab_size=600)
-    policy.tokenizer.chat_template = CHAT
-    policy.save(tmp_path / "base")
-    words = [f"--model={tmp_path / 'base'}", f"--output_dir={tmp_path / 'run'}", "--data.template=chat", "--steps=1"]
-    words += ["--prompts_per_step=2", "--rollout.group_size=2", "--rollout.max_completion_tokens=4", "--eval.limit=0"]
-    assert main(["train", *words, "--device=cpu", "--data.chat_template_kwargs={enable_thinking: false}"]) == 0
-    assert "<no thought>" in capsys.readouterr().out
-    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["chat_template_kwargs"] == {
-        "enable_thinking": False
-    }
-    for more, told in (([], True), (["--data.chat_template_kwargs={}"], False)):
-        assert main(["sample", str(tmp_path / "run"), "--prompt", "Hi", "--samples=1", *more]) == 0
-        assert ("<no thought>" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize(

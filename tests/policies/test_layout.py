@@ -135,15 +135,6 @@ def test_a_hub_id_brings_its_mtp_layers(deep, tmp_path, monkeypatch, caplog):
         Policy.load("somebody/other")
 
 
-def test_the_heads_router_stays_in_float32(saved):
-    bias = torch.tensor([0.1234567, -0.7654321, 1.0, 0.0])
-    change_tensors(saved, lambda state: state.update({"model.layers.2.mlp.gate.e_score_correction_bias": bias}))
-    head = Policy.load(saved, torch.bfloat16).mtp
-    assert torch.equal(head.block.mlp.gate.e_score_correction_bias, bias)
-    assert head.block.mlp.gate.weight.dtype == torch.float32
-    assert head.eh_proj.weight.dtype == torch.bfloat16
-
-
 def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
     marker = tmp_path / "ran"
     (saved / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
@@ -202,55 +193,37 @@ def test_an_index_that_names_a_tensor_its_file_does_not_hold(saved):
         Policy.load(saved)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
-def test_a_damaged_index_is_named(saved, content):
+def test_a_damaged_index_is_named(saved):
     shard(saved)
-    (saved / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(PolicyError, match=r"index.json is damaged"):
-        Policy.load(saved)
+    for content in ("{", "[]", "{}", '{"weight_map": 3}'):
+        (saved / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(PolicyError, match=r"index.json is damaged"):
+            Policy.load(saved)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize(
-    ("damage", "why"),
-    [
-        (lambda raw: raw[: len(raw) // 2], "copy or download it again"),
-        (lambda raw: raw[:-1], "copy or download it again"),
-        (lambda raw: b"", "copy or download it again"),
-        (lambda raw: raw[:20] + b"\xff" * 20 + raw[40:], "copy or download it again"),
-        (lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git lfs pull"),
-    ],
-)
-def test_a_damaged_file_is_named(saved, sharded, damage, why):
+def test_a_damaged_file_is_named(saved, sharded):
     file = saved / (shard(saved)[2] if sharded else "model.safetensors")
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(PolicyError, match=rf"{file.name} \([\d,]+ bytes\) is damaged.*{why}"):
-        Policy.load(saved)
+    raw = file.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+    damaged = [raw[: len(raw) // 2], raw[:-1], b"", raw[:20] + b"\xff" * 20 + raw[40:], pointer]
+    for content in damaged:
+        why = "git lfs pull" if content == pointer else "copy or download it again"
+        file.write_bytes(content)
+        with pytest.raises(PolicyError, match=rf"{file.name} \([\d,]+ bytes\) is damaged.*{why}"):
+            Policy.load(saved)
 
 
-@pytest.mark.parametrize(
-    ("promised", "message"),
-    [
-        (2, r"lacks the tensors model.layers.3.* contradicts 1 stored MTP layers"),
-        (0, r"does not explain: model.layers.2.* num_nextn_predict_layers=0 contradicts 1 .*set it to 1"),
-    ],
-)
-def test_another_number_of_mtp_layers_than_promised(saved, promised, message):
-    change_config(saved, num_nextn_predict_layers=promised)
-    with pytest.raises(PolicyError, match=message):
-        Policy.load(saved)
-
-
-def test_a_misshapen_tensor_is_told_with_both_shapes(saved):
-    change_config(saved, kv_lora_rank=10)
-    with pytest.raises(PolicyError, match=r"kv_a_layernorm.weight \(expected \[10\], found \[12\]\)"):
-        Policy.load(saved)
-
-
-def test_a_further_layer_is_checked_too(deep):
+def test_another_number_of_mtp_layers_than_promised_and_a_further_one_that_is_damaged(saved, deep):
     change_tensors(deep, lambda state: state.pop("model.layers.4.mlp.experts.3.up_proj.weight"))
-    with pytest.raises(PolicyError, match=r"lacks the tensors model.layers.4.mlp.experts.3.up_proj.weight \[16, 32\]"):
-        Policy.load(deep)
+    for promised, message in (
+        (3, r"lacks the tensors model.layers.4.mlp.experts.3.up_proj.weight \[16, 32\]"),
+        (4, r"lacks the tensors model.layers.4.* contradicts 3 stored MTP layers"),
+        (0, r"does not explain: model.layers.2.* num_nextn_predict_layers=0 contradicts 3 .*set it to 3"),
+    ):
+        change_config(deep, num_nextn_predict_layers=promised)
+        with pytest.raises(PolicyError, match=message):
+            Policy.load(deep)
 
 
 def test_old_checkpoints_rotary_frequencies_and_a_stored_tied_head_are_no_fault(random_policy, tmp_path):
@@ -265,67 +238,55 @@ def test_old_checkpoints_rotary_frequencies_and_a_stored_tied_head_are_no_fault(
     Policy.load(tmp_path / "policy")
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (
-            {"num_experts_per_tok": 5},
-            r"num_experts_per_tok=5 contradicts topk_group=1: .* hold 4 of n_routed_experts=4",
-        ),
-        (
-            {"n_routed_experts": 8, "n_group": 4, "num_experts_per_tok": 3},
-            r"hold 2 of n_routed_experts=8; use 2 or less",
-        ),
-        ({"n_group": 3}, r"n_routed_experts=4 is not a multiple of n_group=3; use one of 3, 6, or"),
-        ({"n_group": 4}, r"n_group=4 leaves 1 of n_routed_experts=4 .* use n_group=2 or less"),
-        ({"topk_group": 2}, r"topk_group=2 contradicts n_group=1"),
-        ({"topk_group": 0}, r"topk_group=0 must be 1 or more"),
-        ({"n_group": None}, r"n_group=None must be 1 or more"),
-        ({"kv_lora_rank": 0}, r"kv_lora_rank=0 must be 1 or more"),
-        ({"q_lora_rank": 0}, r"q_lora_rank=0 must be 1 or more, or null"),
-        (
-            {"qk_rope_head_dim": 7, "head_dim": 8},
-            r"qk_rope_head_dim=7 is odd.*head_dim=8 contradicts qk_rope_head_dim=7",
-        ),
-        ({"head_dim": 6}, r"head_dim=6 contradicts qk_rope_head_dim=8"),
-        ({"qk_head_dim": 9}, r"qk_head_dim=9 contradicts qk_nope_head_dim=8 \+ qk_rope_head_dim=8"),
-        ({"qk_nope_head_dim": -1}, r"qk_nope_head_dim=-1 must be 0 or more"),
-        ({"num_key_value_heads": 1}, r"num_key_value_heads=1 contradicts num_attention_heads=2"),
-        ({"num_nextn_predict_layers": -1}, r"num_nextn_predict_layers=-1 must be 0 or more"),
-        ({"num_hidden_layers": 0}, r"num_hidden_layers=0 must be 1 or more"),
-        ({"scoring_func": "softmax"}, r"scoring_func='softmax': .*'sigmoid' only"),
-        ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"'fp8'\): packed weights cannot be trained"),
-        ({"n_group": "many"}, r"config.json is not usable.*n_group"),
-        ({"rms_norm_eps": -1.0}, r"rms_norm_eps=-1.0 must be greater than 0"),
-        ({"pad_token_id": 9999}, r"pad_token_id=9999 contradicts vocab_size=280: ids run from 0 to 279"),
-        ({"eos_token_id": [0, 280]}, r"eos_token_id=\[0, 280\] contradicts vocab_size=280"),
-        ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"rope_type='yarm' is not one that .*yarn"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"config.json is not usable.*yarn.*factor"),
-    ],
-)
-def test_contradictions_name_the_field_its_value_and_the_way_out(saved, fields, message):
-    change_config(saved, **fields)
-    before = {file: file.read_bytes() for file in saved.iterdir()}
-    with pytest.raises(PolicyError, match=f"(?s){message}"):
-        Policy.load(saved)
-    assert {file: file.read_bytes() for file in saved.iterdir()} == before
+CONTRADICTIONS = [
+    ({"num_experts_per_tok": 5}, r"num_experts_per_tok=5 contradicts topk_group=1: .* hold 4 of n_routed_experts=4"),
+    ({"n_routed_experts": 8, "n_group": 4, "num_experts_per_tok": 3}, "hold 2 of n_routed_experts=8; use 2 or less"),
+    ({"n_group": 3}, r"n_routed_experts=4 is not a multiple of n_group=3; use one of 3, 6, or"),
+    ({"n_group": 4}, r"n_group=4 leaves 1 of n_routed_experts=4 .* use n_group=2 or less"),
+    ({"topk_group": 2}, r"topk_group=2 contradicts n_group=1"),
+    ({"topk_group": 0}, r"topk_group=0 must be 1 or more"),
+    ({"n_group": None}, r"n_group=None must be 1 or more"),
+    ({"kv_lora_rank": 0}, r"kv_lora_rank=0 must be 1 or more"),
+    ({"kv_lora_rank": 10}, r"kv_a_layernorm.weight \(expected \[10\], found \[12\]\)"),
+    ({"q_lora_rank": 0}, r"q_lora_rank=0 must be 1 or more, or null"),
+    ({"qk_rope_head_dim": 7, "head_dim": 8}, r"qk_rope_head_dim=7 is odd.*head_dim=8 contradicts qk_rope_head_dim=7"),
+    ({"head_dim": 6}, r"head_dim=6 contradicts qk_rope_head_dim=8"),
+    ({"qk_head_dim": 9}, r"qk_head_dim=9 contradicts qk_nope_head_dim=8 \+ qk_rope_head_dim=8"),
+    ({"qk_nope_head_dim": -1}, r"qk_nope_head_dim=-1 must be 0 or more"),
+    ({"num_key_value_heads": 1}, r"num_key_value_heads=1 contradicts num_attention_heads=2"),
+    ({"num_nextn_predict_layers": -1}, r"num_nextn_predict_layers=-1 must be 0 or more"),
+    ({"num_hidden_layers": 0}, r"num_hidden_layers=0 must be 1 or more"),
+    ({"scoring_func": "softmax"}, r"scoring_func='softmax': .*'sigmoid' only"),
+    ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
+    ({"quantization_config": {"quant_method": "fp8"}}, r"'fp8'\): packed weights cannot be trained"),
+    ({"n_group": "many"}, r"config.json is not usable.*n_group"),
+    ({"rms_norm_eps": -1.0}, r"rms_norm_eps=-1.0 must be greater than 0"),
+    ({"pad_token_id": 9999}, r"pad_token_id=9999 contradicts vocab_size=280: ids run from 0 to 279"),
+    ({"eos_token_id": [0, 280]}, r"eos_token_id=\[0, 280\] contradicts vocab_size=280"),
+    ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"rope_type='yarm' is not one that .*yarn"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"config.json is not usable.*yarn.*factor"),
+    # transformers would load both, and whoever builds the model from its config would have one
+    ({"tie_word_embeddings": True}, r"tie_word_embeddings=True .* contradicts .*set it to false"),
+]
 
 
-def test_tied_embeddings_contradict_a_stored_head_of_its_own(saved):
-    """transformers would load both, and whoever builds the model from its config would have one."""
-    change_config(saved, tie_word_embeddings=True)
-    with pytest.raises(PolicyError, match=r"tie_word_embeddings=True .* contradicts .*set it to false"):
-        Policy.load(saved)
+def test_contradictions_name_the_field_its_value_and_the_way_out(saved):
+    plain = (saved / "config.json").read_text()
+    for fields, message in CONTRADICTIONS:
+        (saved / "config.json").write_text(json.dumps(json.loads(plain) | fields))
+        before = {file: file.read_bytes() for file in saved.iterdir()}
+        with pytest.raises(PolicyError, match=f"(?s){message}"):
+            Policy.load(saved)
+        assert {file: file.read_bytes() for file in saved.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    ("file", "named"), [("generation_config.json", "generation_config.json"), ("tokenizer.json", "its tokenizer")]
-)
-def test_a_small_file_that_is_damaged_is_named(saved, file, named):
-    (saved / file).write_text("{")
-    with pytest.raises(PolicyError, match=rf"policy': {named} is missing or damaged"):
-        Policy.load(saved)
+def test_a_small_file_that_is_damaged_is_named(saved):
+    for file, named in (("generation_config.json", "generation_config.json"), ("tokenizer.json", "its tokenizer")):
+        whole = (saved / file).read_text()
+        (saved / file).write_text("{")
+        with pytest.raises(PolicyError, match=rf"policy': {named} is missing or damaged"):
+            Policy.load(saved)
+        (saved / file).write_text(whole)
 
 
 def test_sound_configurations_have_no_contradictions(random_policy):
@@ -336,47 +297,51 @@ def test_sound_configurations_have_no_contradictions(random_policy):
     assert list(contradictions(dense.config)) == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [
-        ("kimi_k2", "The architecture is DeepSeek-V3's: a folder with dequantised weights, model_type: deepseek_v3"),
-        ("deepseek_v32", "DeepSeek Sparse Attention"),
-        ("deepseek_v4", "hyper-connections"),
-        ("longcat_flash", "two attention blocks"),
-        ("longcat_flash_ngram", "two attention blocks"),
-        ("no_such_type", "does not know; code from a model's repository is never run"),
-    ],
-)
+RELATIVES = {
+    "kimi_k2": "The architecture is DeepSeek-V3's: a folder with dequantised weights, model_type: deepseek_v3",
+    "deepseek_v32": "DeepSeek Sparse Attention",
+    "deepseek_v4": "hyper-connections",
+    "longcat_flash": "two attention blocks",
+    "longcat_flash_ngram": "two attention blocks",
+    "no_such_type": "does not know; code from a model's repository is never run",
+}
+
+
 @pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 4, "auto_map": {"AutoConfig": "configuration_k.KConfig"}}])
-def test_a_relative_of_deepseek_v3_is_refused_by_name_with_the_reason(random_policy, tmp_path, kind, why, fields):
-    random_policy(1).save(tmp_path / "policy")
-    change_config(tmp_path / "policy", model_type=kind, **fields)
-    for read in (read_config, Policy.load):
-        with pytest.raises(PolicyError) as error:
-            read(tmp_path / "policy")
-        assert str(error.value).startswith(f"model='{tmp_path / 'policy'}' is of type {kind!r}")
-        assert why in str(error.value)
-        assert "neither a preset" not in str(error.value)
+def test_a_relative_of_deepseek_v3_is_refused_by_name_with_the_reason(saved, fields):
+    for kind, why in RELATIVES.items():
+        change_config(saved, model_type=kind, **fields)
+        for read in (read_config, Policy.load):
+            with pytest.raises(PolicyError) as error:
+                read(saved)
+            assert str(error.value).startswith(f"model='{saved}' is of type {kind!r}")
+            assert why in str(error.value)
+            assert "neither a preset" not in str(error.value)
 
 
-@pytest.mark.parametrize("changed", ["", "embed_tokens", "shared_head.head", "embed_tokens shared_head.head"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_mtp_layer_whose_embedding_or_head_is_not_the_trunks_says_so(random_policy, tmp_path, caplog, changed, tied):
+def test_an_mtp_layer_whose_embedding_or_head_is_not_the_trunks_says_so(random_policy, tmp_path, caplog, tied):
     random_policy(1, tie_word_embeddings=tied).save(tmp_path / "policy")
+    expected = Policy.load(tmp_path / "policy", torch.bfloat16).weights()
 
-    def add(state):
+    def copied(state):
         state["model.layers.2.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
         lm_head = state.get("lm_head.weight", state["model.embed_tokens.weight"])
         state["model.layers.2.shared_head.head.weight"] = lm_head.clone()
-        for name in changed.split():
-            state[f"model.layers.2.{name}.weight"][3, 5] += 0.5
 
-    change_tensors(tmp_path / "policy", add)
-    policy = Policy.load(tmp_path / "policy", torch.bfloat16)
-    said = [record.getMessage() for record in caplog.records if "differ from the trunk's" in record.getMessage()]
-    assert len(said) == bool(changed)
-    for name in changed.split():
-        assert f"model.layers.2.{name}.weight" in said[0]
-    assert "does not hold them" in "".join(said) or not changed
+    for changed in ([], ["embed_tokens"], ["shared_head.head"], ["embed_tokens", "shared_head.head"]):
+        change_tensors(tmp_path / "policy", copied)
+        for name in changed:
+            change_tensors(
+                tmp_path / "policy", lambda state, name=name: state[f"model.layers.2.{name}.weight"][3, 5].add_(0.5)
+            )
+        caplog.clear()
+        policy = Policy.load(tmp_path / "policy", torch.bfloat16)
+        said = [record.getMessage() for record in caplog.records if "differ from the trunk's" in record.getMessage()]
+        assert len(said) == bool(changed)
+        assert all(f"model.layers.2.{name}.weight" in said[0] for name in changed)
+        assert "does not hold them" in "".join(said) or not changed
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in policy.weights().items())
     policy.save(tmp_path / "again")
-    assert not [n for n in load_file(tmp_path / "again/model.safetensors") if "layers.2.embed" in n or "head.head" in n]
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert not [name for name in again if "layers.2.embed" in name or "head.head" in name]

@@ -58,12 +58,12 @@ def moved(policy: Policy) -> Policy:
 
 
 def holds(kind: str) -> None:
-    share, left = lora.reach(zoo.tiny(kind))
-    form = kind.partition("/")[0]
+    policy, form = exact(kind), kind.partition("/")[0]
+    share, left = lora.reach(policy.trunk)
     assert share >= 0.95 or BELOW.get(form, lora.INDEXER) in left.values(), (share, left)
     if form == "reformer":  # it hashes by chance
         return
-    policy, merged = exact(kind), exact(kind)
+    merged = exact(kind)
     before = logprobs(policy.trunk)
     policy.add_lora(4, 8.0)
     assert torch.equal(logprobs(policy.trunk), before)

@@ -82,19 +82,6 @@ def test_layers_that_are_computed_again_and_adapters_in_a_mixer_agree_too():
     _agree(policy)
 
 
-def test_rows_without_prompt_are_ordinary_rows_beside_packed_ones():
-    policy = _policy("nemotron_h")
-    ids, positions = torch.randint(2, zoo.VOCABULARY, (3, 12)), torch.arange(12).expand(3, 12)
-    segment = torch.ones(3, 12, dtype=torch.long)
-    segment[0, 9:] = -1
-    segment[1, :4], segment[2] = 0, -1  # the last row is padding alone
-    with torch.no_grad():
-        hidden = policy.hidden(ids, positions, segment)
-        for row, length in ((0, 9), (1, 12)):
-            own = policy.trunk.get_decoder()(input_ids=ids[row : row + 1, :length], use_cache=False).last_hidden_state
-            assert (hidden[row, :length] - own[0]).abs().max() < 2e-5
-
-
 def test_a_copy_reads_by_its_own_mixers():
     policy = _policy("lfm2")
     copy = policy.sharing(head=False)
@@ -108,9 +95,3 @@ def test_a_copy_reads_by_its_own_mixers():
                 module.conv = torch.nn.Conv1d(64, 64, 3, groups=64, bias=False)
         assert torch.equal(_packed(copy), before)
         assert not torch.equal(_packed(policy), before)
-
-
-def test_a_model_without_mixers_is_left_as_it_is():
-    policy = zoo.policy("llama")
-    assert not policy.recurrent
-    assert not any("forward" in vars(module) for module in policy.trunk.modules())

@@ -1,17 +1,14 @@
 """Tiny policies: built anywhere, the same from the same seed, with a tokenizer that loses nothing."""
 
-import re
-
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.config.policy import ModelOptions
 from grpo.source.policy_source import load_policy
 from policies.policy import Policy, digest
-from policies.presets import PRESETS, VOCABULARY, build, small_tokenizer
-from rewards.data.word_problems import word_problems
+from policies.presets import PRESETS, build, small_tokenizer
 
 CORPUS = [
     f"Ann has {a} apples and buys {a + 2} more.\n{a} + {a + 2} = {2 * a + 2}\n#### {2 * a + 2}\n" for a in range(99)
@@ -26,27 +23,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def tiny() -> Policy:
     return build("tiny", CORPUS, seed=3)
-
-
-def test_the_tiny_policy_has_the_architecture_and_the_size_it_promises(tiny):
-    parameters = sum(parameter.numel() for parameter in tiny.parameters())
-    assert 2e6 <= parameters <= 6e6
-    config = tiny.config
-    assert config.architectures is None or config.architectures == ["DeepseekV3ForCausalLM"]
-    experts = [hasattr(layer.mlp, "experts") for layer in tiny.trunk.model.layers]
-    assert experts == [False, True, True, True]
-    assert hasattr(tiny.mtp.block.mlp, "experts")
-    assert tiny.lm_head.shape == (len(tiny.tokenizer), 192)
-
-
-def test_the_tiny_policy_computes_and_learns(tiny):
-    token_ids = torch.tensor([tiny.tokenizer(CORPUS[0]).input_ids])
-    out = tiny.trunk(token_ids, labels=token_ids)
-    assert torch.isfinite(out.logits).all()
-    out.loss.backward()
-    silent = [name for name, p in tiny.trunk.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
-    tiny.zero_grad()
-    assert silent == []
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -84,44 +60,8 @@ def test_a_preset_is_the_same_for_learner_sampler_and_whoever_loads_it(micro_pre
     assert learner.lm_head.dtype == dtype
 
 
-def test_the_stop_token_ends_and_the_padding_is_another_one(tiny):
-    assert tiny.stop_token_ids == [tiny.tokenizer.eos_token_id]
-    assert tiny.tokenizer.decode(tiny.stop_token_ids) == "<|end|>"
-    assert tiny.tokenizer.pad_token_id != tiny.tokenizer.eos_token_id
-
-
-def test_a_tiny_policy_survives_its_checkpoint(tiny, tmp_path):
-    tiny.save(tmp_path / "tiny")
-    loaded = Policy.load(tmp_path / "tiny")
-    assert digest(loaded.weights()) == digest(tiny.weights())
-    assert loaded.tokenizer(CORPUS[7]).input_ids == tiny.tokenizer(CORPUS[7]).input_ids
-
-
-def test_an_unknown_preset_is_a_key_error_that_names_it():
-    with pytest.raises(KeyError, match="huge"):
-        build("huge", CORPUS)
-
-
+@settings(max_examples=30)
 @given(st.text(max_size=60))
 def test_every_text_survives_the_tokenizer(tokenizer, text):
     """Bytes are its alphabet: nothing is unknown. The names of its two special tokens are read as these tokens."""
     assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
-
-
-def test_frequent_numbers_are_one_token_and_rare_ones_still_survive(tokenizer):
-    for number in (7, 42, 98):
-        [token] = tokenizer(f" {number}").input_ids
-        assert tokenizer.decode([token]).strip() == str(number)
-    pieces = [tokenizer.decode([token]) for token in tokenizer(" 123456").input_ids]
-    assert "".join(pieces) == " 123456"
-    assert all(len(piece.strip()) <= 3 for piece in pieces)  # no piece runs over three digits
-    assert len(tokenizer) <= VOCABULARY
-
-
-def test_every_number_of_the_word_problems_is_one_token():
-    """A number in two pieces is spelt, one in one piece is looked up; a vocabulary that mixes the two learns slowly."""
-    rows = word_problems("train", [1, 2], count=4_000)
-    tokenizer = small_tokenizer(f"{row['question']}\n{row['answer']}\n" for row in rows)
-    numbers = {number for row in rows for number in re.findall(r"\d+", row["question"] + row["answer"])}
-    assert len(numbers) > 50
-    assert [number for number in numbers if len(tokenizer(f" {number}").input_ids) > 1] == []

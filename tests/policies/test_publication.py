@@ -57,12 +57,6 @@ def test_only_what_a_policy_with_adapters_learns_changes(random_policy):
     assert other.changes(first).keys() == first.keys()
 
 
-def test_without_adapters_everything_changes(random_policy):
-    policy = random_policy(4)
-    first = policy.publication()
-    assert policy.publication().changes(first).keys() == first.keys()
-
-
 def test_of_tied_weights_both_names_stay(random_policy):
     policy = random_policy(4, tie_word_embeddings=True)
     policy.add_lora(2, 4.0)

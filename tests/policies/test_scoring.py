@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from policies.scoring import has_indexer, sdpa, with_sink
+from policies.scoring import has_indexer, sdpa
 
 ROWS, HEADS, KV_HEADS, QUERIES, KEYS = 2, 4, 2, 3, 5
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
@@ -43,15 +43,6 @@ def test_capped_scores_and_sinks_are_those_of_loops(form, cap, sinks):
     mask = {"none": None, "boolean": seen, "added": added}[form]
     out, _ = sdpa(torch.nn.Module(), query, key, value, mask, softcap=cap, s_aux=sinks)
     torch.testing.assert_close(out, by_hand(query, key, value, seen, cap, sinks))
-
-
-def test_a_sink_is_one_more_key_without_a_value():
-    scores, values = torch.randn(3, 7), torch.randn(7, 4)
-    sink = torch.tensor([[-2.0], [0.0], [3.0]])
-    out, total = with_sink(scores.softmax(-1) @ values, scores.logsumexp(-1, keepdim=True), sink)
-    longer = torch.cat([scores, sink], dim=-1)
-    torch.testing.assert_close(out, longer.softmax(-1)[:, :7] @ values)
-    torch.testing.assert_close(total, longer.logsumexp(-1, keepdim=True))
 
 
 def test_which_models_have_an_indexer():

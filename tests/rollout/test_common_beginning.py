@@ -14,7 +14,6 @@ from rollout.request import Request
 from rollout.serving import Serving
 from rollout.shard import Decoding
 
-torch.set_num_threads(1)
 SYSTEM = prompts_of(140, seed=7)[0].token_ids
 ALIKE = [replace(prompt, token_ids=[*SYSTEM, *prompt.token_ids]) for prompt in PROMPTS]
 
@@ -112,13 +111,3 @@ def test_what_cannot_share_reads_every_prompt_whole(engine):
         assert beginning_of(decoder, few, PARAMS) is None
         assert beginning_of(decoder, ALIKE, replace(PARAMS, record_routing=True)) is None
         assert beginning_of(replace(decoder, trunk=object()), ALIKE, PARAMS) is None
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_contract_4_one_token_may_be_left_after_a_common_beginning(hf_policy, monkeypatch, kind):
-    """As of two prompts that are the same."""
-    engine = Engine(hf_policy(kind, 2, max_position_embeddings=512))
-    twice = [ALIKE[0], replace(ALIKE[0], prompt_id="again")]
-    together = tokens(engine.sample(twice, PARAMS))
-    monkeypatch.setattr(common_beginning, "SHARED", 1000)
-    assert together == tokens(engine.sample(twice, PARAMS))

@@ -13,7 +13,6 @@ from rollout.group import Completion, Prompt
 from rollout.request import Request
 from rollout.serving import Serving
 
-torch.set_num_threads(1)
 CHEAP = CostTable(rows=[1, 8], rounds=[[1.0, 1.01, 1.02], [1.0, 1.9, 2.8]], reading=0.01)
 
 

@@ -3,7 +3,6 @@
 from collections import Counter
 
 import pytest
-import torch
 
 from rollout import costs
 from rollout.depth import Workload
@@ -65,16 +64,3 @@ def test_the_middle_of_completions_lies_within_the_context(random_policy, timed)
     longest = timed(lambda decoding: int((decoding.live.prompt_length + decoding.live.count).max()))
     Engine(policy).measure_costs(Workload(2, completion_tokens=10 * policy.max_length), 2)
     assert max(longest) < policy.max_length
-
-
-def test_lengthened_rows_decode_on(random_policy):
-    """What is attended to is finite, and every row can be cut and joined as before."""
-    engine = Engine(random_policy(1))
-    with torch.inference_mode():
-        decoding = costs._begin(engine.decoder, WORK, 3, costs.Way(1))
-        before = decoding.live.count.clone()
-        decoding.forward()
-        assert (decoding.live.count > before).all()
-        assert not decoding.results.aborted.any()
-        decoding.cache.select(torch.tensor([0, 2]))
-        assert decoding.cache.rows == 2

@@ -1,11 +1,11 @@
 """The promises about rollouts, checked again after two publications with a step of GRPO between them."""
 
-import math
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 from engine_cases import PARAMS, PROMPTS, assert_lossless, completions, enumerated, taught, tokens
+from frequencies import z_score
 from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
@@ -15,7 +15,6 @@ from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.depth import CostTable
 from rollout.engine import Engine
-from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
@@ -62,17 +61,6 @@ def test_contracts_2_3_and_4_hold_after_two_publications_with_an_update_between(
     assert seen[0] != seen[1]
 
 
-def test_contract_5_a_pool_that_shares_the_learners_weights_sees_a_fused_step(random_policy):
-    policy = random_policy(17)
-    learner, pool = learner_of(policy, PARAMS.temperature), LocalPool(policy, PoolOptions(prompts_per_shard=3))
-    assert pool.engine.policy is learner.policy
-    updated(learner, pool.sample(PROMPTS[:2], PARAMS), 1)
-    with pytest.raises(RolloutError, match="has learned since its last publication"):
-        pool.sample(PROMPTS[:2], PARAMS)
-    pool.publish(learner.weights(), 1)
-    assert pool.sample(PROMPTS[:2], PARAMS)
-
-
 @pytest.mark.parametrize("draft_tokens", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_contract_3_the_distribution_is_the_updated_policys(random_policy, draft_tokens):
     policy = random_policy(16, vocab_size=6)
@@ -84,13 +72,5 @@ def test_contract_3_the_distribution_is_the_updated_policys(random_policy, draft
     engine.publish(learner.weights(), 2)
     [group] = engine.sample([prompt], params)
     counts = Counter(tuple(completion.token_ids) for completion in group.completions)
-
-    def z_score(probabilities: dict[tuple, float]) -> float:
-        common = {ids: p * params.group_size for ids, p in probabilities.items() if p * params.group_size >= 8}
-        cells = [(counts[ids], expected) for ids, expected in common.items()]
-        cells.append((params.group_size - sum(n for n, _ in cells), params.group_size - sum(e for _, e in cells)))
-        freedom = len(cells) - 1
-        return (sum((n - e) ** 2 / e for n, e in cells) - freedom) / math.sqrt(2 * freedom)
-
-    assert abs(z_score(enumerated(policy, [3, 4], 0.8, length=3, stop=2))) < 4
-    assert z_score(before) > 8  # the update is seen
+    assert abs(z_score(counts, enumerated(policy, [3, 4], 0.8, length=3, stop=2))) < 4
+    assert z_score(counts, before) > 8  # the update is seen

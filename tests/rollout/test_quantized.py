@@ -19,7 +19,6 @@ from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.engine import Engine
 from rollout.faults import RolloutError
-from rollout.local_pool import LocalPool
 from rollout.pool import Copies
 from rollout.pools import PoolOptions, open_pool
 from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
@@ -35,17 +34,20 @@ def learner_of(policy: Policy) -> Learner:
     return small_learner(policy, options, mtp, LossOptions(), temperature=PARAMS.temperature, sampler_differs=True)
 
 
+@pytest.fixture(scope="module")
+def policy(random_policy) -> Policy:
+    return taught(random_policy(17), PARAMS.temperature, steps=4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_contract_3_drafts_of_a_quantised_sampler_change_no_token(random_policy, kind):
-    policy = taught(random_policy(17), PARAMS.temperature, steps=4)
+def test_contract_3_drafts_of_a_quantised_sampler_change_no_token(policy, kind):
     engine = Engine(policy, copies=Copies(kind, kind))
     assert assert_lossless(engine, PROMPTS[:4], replace(PARAMS, max_completion_tokens=20), depths=(1, 3)) > 100
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
-def test_contract_3_a_quantised_draft_head_changes_no_token(random_policy, kind):
+def test_contract_3_a_quantised_draft_head_changes_no_token(policy, kind):
     """Nor a log-probability: what is sampled by keeps its precision."""
-    policy = taught(random_policy(17), PARAMS.temperature, steps=4)
     params = replace(PARAMS, draft_tokens=2, max_completion_tokens=20)
     plain, drafting = (Engine(policy, copies=copies) for copies in (Copies(), Copies("none", kind)))
     assert drafting.head.logits is not drafting.trunk.logits
@@ -149,19 +151,6 @@ def test_contract_13_canaries_catch_an_error_of_the_decoder_itself(random_policy
     publisher.learner.policy_version = 1
     with pytest.raises(RolloutError, match="the decoder of the samplers, without rounding, computes other log-prob"):
         publisher.publish()
-
-
-@pytest.mark.long
-def test_contract_5_workers_hold_the_same_matrices(random_policy):
-    policy, copies = random_policy(17), Copies("int8", "int4")
-    params = replace(PARAMS, max_completion_tokens=10, draft_tokens=2)
-    own = LocalPool(policy, PoolOptions(prompts_per_shard=2, copies=copies)).sample(PROMPTS[:4], params)
-    pool = open_pool(policy, PoolOptions(workers=1, prompts_per_shard=2, copies=copies))
-    try:
-        pool.publish(policy.publication(), 1)
-        assert tokens(pool.sample(PROMPTS[:4], params)) == tokens(own)
-    finally:
-        pool.close()
 
 
 def test_models_of_transformers_are_refused(hf_policy):

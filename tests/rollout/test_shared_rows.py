@@ -1,6 +1,5 @@
 """Completions that begin alike are decoded as one row, and no token changes."""
 
-import doctest
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,19 +7,10 @@ import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, completions, tokens
 
-import rollout.shared_rows
 from policies.decoding.absorbed import AbsorbedTrunk
-from policies.policy import Policy
 from rollout.engine import Engine
 from rollout.shard import Decoding
 from rollout.shared_rows import SharedDecoding, first_of, parted
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def policy(taught_policy) -> Policy:
-    return taught_policy()
 
 
 @pytest.fixture
@@ -44,11 +34,6 @@ def rows(last, alive):
     return SimpleNamespace(last=torch.tensor(last), alive=torch.tensor(alive))
 
 
-def test_doctests():
-    names = {"SimpleNamespace": SimpleNamespace, "torch": torch}
-    assert doctest.testmod(rollout.shared_rows, extraglobs=names).failed == 0
-
-
 def test_rows_part_where_they_choose_different_tokens():
     place, parents = parted(torch.tensor([0, 0, 0, 1, 1]), rows([5, 9, 5, 7, 7], [True] * 5))
     assert (place.tolist(), parents.tolist()) == ([0, 1, 0, 2, 2], [0, 0, 1])
@@ -64,8 +49,7 @@ def test_what_has_ended_asks_for_no_row():
     assert (place.tolist(), parents.tolist()) == ([0, 1], [0, 1])
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0])
-@pytest.mark.parametrize("max_rows", [256, 12])
+@pytest.mark.parametrize(("max_rows", "temperature"), [(256, 1.0), (12, 0.3)])
 def test_contract_4_shared_rows_change_no_token(policy, temperature, max_rows):
     params = replace(PARAMS, temperature=temperature, draft_tokens=0, group_size=6)
     engine = Engine(policy, max_rows=max_rows)
@@ -76,16 +60,11 @@ def test_contract_4_shared_rows_change_no_token(policy, temperature, max_rows):
         assert other.finish_reason == one.finish_reason
 
 
-def test_a_group_that_agrees_is_one_row(policy, rows_read):
+def test_a_group_that_agrees_is_one_row_in_an_engine_too(policy, rows_read):
     """At a temperature of almost nothing all six completions of a prompt are the same."""
     params = replace(PARAMS, temperature=1e-4, draft_tokens=0, group_size=6)
     groups = decoded(Engine(policy), params, SharedDecoding)
     assert all(len({tuple(c.token_ids) for c in group.completions}) == 1 for group in groups)
-    assert max(rows_read) <= len(PROMPTS)
-
-
-def test_an_engine_shares_rows_in_groups_alone(policy, rows_read):
-    params = replace(PARAMS, temperature=1e-4, draft_tokens=0, group_size=6)
     Engine(policy).sample(PROMPTS, params)
     assert max(rows_read) <= len(PROMPTS)
 
@@ -110,25 +89,24 @@ def test_the_routing_of_shared_rows_is_that_of_each(policy):
         assert torch.equal(one.routing, other.routing)
 
 
-@pytest.mark.parametrize("ended", [0, 1, 2])
-def test_contract_3_a_prompt_whose_rows_have_all_ended_disturbs_no_other(policy, monkeypatch, ended):
+def test_contract_3_a_prompt_whose_rows_have_all_ended_disturbs_no_other(policy, monkeypatch):
     """Its rows are still there when drafts begin: the others attend to their own prompts."""
     plan, depth = Decoding._plan, [0]
     monkeypatch.setattr(Decoding, "_plan", lambda self, live: plan(self, live) if depth[0] else 0)
     monkeypatch.setattr(Decoding, "_retire", lambda self: self._count())  # nothing leaves
     engine, params = Engine(policy), replace(PARAMS, draft_tokens=2, group_size=6, temperature=1.0)
-    depth[0] = 0
     expected = tokens(decoded(engine, replace(params, draft_tokens=0), Decoding))
-    decoding = SharedDecoding(engine.decoder, PROMPTS, params)
-    rows = range(6 * ended, 6 * ended + 6)
-    decoding.results.stopped[list(rows)] = True
-    decoding._count()
-    for _ in range(3):  # others part meanwhile
-        decoding.forward()
-    depth[0] = 1
-    while not decoding.done:
-        decoding.forward()
-    sampled = tokens(decoding.groups())
-    assert [ids for i, ids in enumerate(sampled) if i not in rows] == [
-        ids for i, ids in enumerate(expected) if i not in rows
-    ]
+    for ended in (0, 1, 2):
+        depth[0] = 0
+        decoding = SharedDecoding(engine.decoder, PROMPTS, params)
+        rows = range(6 * ended, 6 * ended + 6)
+        decoding.results.stopped[list(rows)] = True
+        decoding._count()
+        for _ in range(3):  # others part meanwhile
+            decoding.forward()
+        depth[0] = 1
+        while not decoding.done:
+            decoding.forward()
+        others = [i for i in range(len(expected)) if i not in rows]
+        sampled = tokens(decoding.groups())
+        assert [sampled[i] for i in others] == [expected[i] for i in others]

@@ -68,10 +68,6 @@ def test_contract_3_drafts_change_no_token_where_a_stop_string_ends_a_completion
         assert sum(completion.draft.accepted) <= len(completion.token_ids)
 
 
-def test_a_stop_string_that_is_never_said_changes_nothing(policy, free):
-    assert [c.token_ids for c in _sample(policy, stop_strings=("never said",))] == [c.token_ids for c in free]
-
-
 def test_the_first_of_several_and_a_string_longer_than_the_newest_tokens():
     class Letters:
         def decode(self, ids):
@@ -83,8 +79,3 @@ def test_the_first_of_several_and_a_string_longer_than_the_newest_tokens():
     assert strings.end(ids[:14], 0) is None
     assert strings.cut("a\n\nb Question: c") == "a"
     assert strings.cut("nothing") == "nothing"
-
-
-def test_an_empty_stop_string_is_refused(policy):
-    with pytest.raises(ValueError, match="an empty text would end every completion"):
-        _sample(policy, stop_strings=("",))

@@ -16,7 +16,6 @@ from rewards.isolation.chat_template import render
 from rollout.group import Completion, Prompt, RolloutGroup, Segment
 from rollout.thoughts import TOOL, USER, costs, dropping, shown
 
-torch.set_num_threads(1)
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
 
@@ -73,17 +72,6 @@ def test_contract_14_what_the_template_keeps_has_the_ids_that_were_sampled(qwen3
     assert text == f"{header}Four.<|im_end|>{after}"
     assert context == [*ids(header), *letters(qwen3, "Four."), qwen3.eos_token_id, *ids(after)]
     assert context != ids(text)  # a server that tokenises all of it would have others, of the same text
-    assert qwen3.decode(context) == text
-
-
-def test_an_answer_that_was_cut_or_thought_without_end_is_as_the_template_shows_it(qwen3):
-    cut = letters(qwen3, "<think>\nadd\n</think>\n\nFo")
-    context, text = of(qwen3, [user("2?"), assistant("<think>\nadd\n</think>\n\nFo"), user("So?")], {1: cut})
-    assert text.count("Fo<|im_end|>") == 1
-    assert qwen3.decode(context) == text
-    endless = [*letters(qwen3, "<think>\nadd ad"), qwen3.eos_token_id]  # nothing that could be dropped
-    context, text = of(qwen3, [user("2?"), assistant("<think>\nadd ad"), user("So?")], {1: endless})
-    assert has(context, endless)
     assert qwen3.decode(context) == text
 
 

@@ -6,17 +6,12 @@ import math
 
 import pytest
 import torch
-from dense_models import MAX_POSITIONS, ROPES, SHAPES, VOCABULARY, dense_model, random_ids
+from dense_models import MAX_POSITIONS, ROPES, SHAPES, dense_model, random_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from policies.conversion.calibration import observe
-from policies.conversion.compress import check_sizes, choose_split, compress, exact_rank, unrotated_pairs
-from policies.conversion.dense import NORM_WEIGHT
+from policies.conversion.compress import check_sizes, compress, exact_rank
 from policies.conversion.parity import Fidelity, fidelity, parity
-from policies.decoding.absorbed import AbsorbedTrunk
-from policies.layout import frozen_parameter_names
-
-torch.set_num_threads(1)
 
 
 def learned_model(groups: int = 3, heads: int = 6, head_dim: int = 8, hidden: int = 48) -> LlamaForCausalLM:
@@ -39,7 +34,7 @@ def test_the_full_rank_is_exact(shape: tuple[int, int, int, int], rope: str | No
     moments = observe(dense, list(random_ids(4)))
     converted, split = compress(dense, moments, exact_rank(dense.config), shape[1] * shape[2])
     assert (split.latents, split.error) == (shape[1] * shape[2], pytest.approx(0, abs=1e-9))
-    report = parity(dense, converted, random_ids(), new_tokens=16)
+    report = parity(dense, converted, random_ids(), new_tokens=6)
     assert report.passed, f"\n{report}"
     assert report.max_logit_difference < 1e-4 * report.max_logit
 
@@ -52,7 +47,7 @@ def test_keys_lose_nothing_with_a_rotation_that_does_not_turn(rotary: int, unrot
     converted, _ = compress(dense, moments, exact_rank(dense.config), rotary)
     assert converted.config.qk_rope_head_dim == rotary
     assert converted.config.qk_nope_head_dim == unrotated
-    report = parity(dense, converted, random_ids(), new_tokens=16)
+    report = parity(dense, converted, random_ids(), new_tokens=6)
     assert report.max_logit_difference < 1e-4 * report.max_logit
 
 
@@ -95,20 +90,6 @@ def test_a_smaller_cache_costs_more_and_each_choice_beats_its_neighbours() -> No
     assert errors == sorted(errors)
 
 
-def test_measuring_beats_not_measuring() -> None:
-    """The same construction fed with an isotropic input: what the moments know must be worth something."""
-    dense = learned_model()
-    moments = observe(dense, list(random_ids(8)))
-    blind = observe(dense, list(random_ids(8)))
-    for layer in blind:
-        layer.queries, layer.keys = torch.eye(48).double(), torch.eye(48).double()
-        layer.mean.zero_()
-        layer.turn.zero_()
-    held_out = list(random_ids(10)[8:])
-    kl, kl_blind = (fidelity(dense, compress(dense, m, 36)[0], held_out).kl_mean for m in (moments, blind))
-    assert kl < 0.7 * kl_blind
-
-
 def test_the_means_of_values_are_carried_exactly() -> None:
     """One latent keeps hardly anything of the values but their mean, which every token then says."""
     dense = dense_model()
@@ -119,52 +100,6 @@ def test_the_means_of_values_are_carried_exactly() -> None:
     values = attention.kv_b_proj(normed).view(6, 8)
     expected = (dense.model.layers[0].self_attn.v_proj.weight.double() @ moments[0].mean).view(2, 8)
     torch.testing.assert_close(values, expected.repeat_interleave(3, 0).float(), rtol=1e-4, atol=1e-5)
-
-
-def test_a_compressed_policy_decodes_absorbed_as_in_stock_transformers() -> None:
-    dense = learned_model()
-    converted, _ = compress(dense, observe(dense, list(random_ids(4))), 36)
-    ids = random_ids(2, 24)
-    trunk = AbsorbedTrunk(converted, torch.float32, 32)
-    with torch.no_grad():
-        cache = trunk.cache(2, 32)
-        positions = torch.arange(24).expand(2, -1)
-        got = []
-        for at in (slice(0, 20), slice(20, 23), slice(23, 24)):
-            got.append(trunk(ids[:, at], positions[:, at], cache))
-            cache.advance(torch.tensor([got[-1].shape[1]] * 2))
-        logits = trunk.logits(torch.cat(got, 1))
-    torch.testing.assert_close(logits, converted(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_the_cancelled_norm_is_frozen_here_too() -> None:
-    dense = dense_model()
-    converted, split = compress(dense, observe(dense, list(random_ids(4))), 30)
-    names = {n for n, _ in converted.named_parameters() if n.endswith(tuple(frozen_parameter_names(converted.config)))}
-    assert len(names) == 4
-    norm = converted.model.layers[1].self_attn.kv_a_layernorm.weight
-    assert norm[: split.latents].eq(NORM_WEIGHT).all()
-    x = torch.randn(50, 48) * 2
-    latents, _ = (
-        converted.model.layers[1].self_attn.kv_a_proj_with_mqa(x).split([split.latents + 4, 2 * len(split.rotary)], -1)
-    )
-    normed = converted.model.layers[1].self_attn.kv_a_layernorm(latents)
-    torch.testing.assert_close(normed[:, : split.latents], latents[:, : split.latents], rtol=1e-4, atol=1e-5)
-
-
-def test_a_split_keeps_the_components_that_lose_most() -> None:
-    class Layer:
-        loss = torch.tensor([[5.0, 1.0], [4.0, 3.0]])
-        total = 10.0
-
-        def joint(self, unrotated: torch.Tensor) -> tuple:
-            return None, None, torch.tensor([8.0, 2.0, 1.0, 0.5, 0.25]), None
-
-    split = choose_split([Layer()], rank=4 + 3 + 4, rotary=4)  # type: ignore[list-item]
-    assert split.rotary.tolist() == [[0, 0], [1, 0]]
-    assert split.latents == 3
-    assert split.error == pytest.approx((1.0 + 3.0 + 0.5 + 0.25) / 10)
-    assert unrotated_pairs(split.rotary, 2, 2).tolist() == [[0, 1], [1, 1]]
 
 
 @pytest.mark.parametrize(
@@ -201,10 +136,3 @@ def test_fidelity_against_numbers_worked_by_hand() -> None:
     expected = Fidelity(kl, 1.0, 4.0, (2 * 6 * 2) ** (1 / 3), 5)
     for name, value in vars(expected).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-4), name
-
-
-def test_a_window_is_not_changed_by_another() -> None:
-    assert int(random_ids().max()) < VOCABULARY
-    dense = dense_model()
-    one, two = (observe(dense, [window])[0].queries for window in random_ids(2))
-    torch.testing.assert_close(observe(dense, list(random_ids(2)))[0].queries, (one + two) / 2)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from dense_models import LENGTH, MAX_POSITIONS, ROPES, SHAPES, VOCABULARY, dense_model, random_ids, settings
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +18,6 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     MistralConfig,
-    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -31,22 +25,16 @@ from transformers import (
 )
 
 from policies.conversion import dense
-from policies.conversion.calibration import observe
-from policies.conversion.compress import compress
 from policies.conversion.dense import convert_checkpoint, convert_dense, new_folder
-from policies.conversion.experts import ExpertShards, shard_feed_forward
-from policies.conversion.head import start_head
 from policies.conversion.parity import ParityFailed, ParityReport, parity
 from policies.conversion.supported import UnsupportedCheckpoint, check_convertible
 from policies.layout import frozen_parameter_names
-from policies.policy import Policy, PolicyError
-
-torch.set_num_threads(1)
+from policies.policy import PolicyError
 
 
 def assert_same_function(dense: LlamaForCausalLM) -> DeepseekV3ForCausalLM:
     converted = convert_dense(dense)
-    report = parity(dense, converted, random_ids(), new_tokens=16)
+    report = parity(dense, converted, random_ids(), new_tokens=6)
     assert report.passed, f"\n{report}"
     assert report.max_logit_difference < 1e-4 * report.max_logit  # ten times better than asked for
     assert report.top1_agreement == 1.0
@@ -64,14 +52,6 @@ def test_every_shape_gives_the_same_logits_and_text(shape: tuple[int, int, int, 
     assert (converted.lm_head.weight is converted.model.embed_tokens.weight) == tied
 
 
-def test_the_shape_of_smollm2() -> None:
-    changes = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.1}
-    converted = assert_same_function(dense_model((9, 3, 64, 576), **changes))
-    config = converted.config
-    assert (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim) == (196, 192, 0)
-    assert converted.model.layers[0].self_attn.kv_a_proj_with_mqa.bias[192:196].tolist() == [7 * 2.0**11] * 4
-
-
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
 def test_fixed_rope_scalings_are_folded_into_the_factors(rope: dict) -> None:
     dense = dense_model(rope_parameters=dict(rope))
@@ -83,55 +63,12 @@ def test_fixed_rope_scalings_are_folded_into_the_factors(rope: dict) -> None:
     torch.testing.assert_close(*frequencies, rtol=2.0**-23, atol=0.0)  # one bit
 
 
-def test_mistral_with_a_window_that_never_acts() -> None:
-    torch.manual_seed(0)
-    config = MistralConfig(**settings(sliding_window=None))
-    assert_same_function(MistralForCausalLM(config).eval())
-    check_convertible(MistralConfig(**settings(sliding_window=MAX_POSITIONS)))
-
-
-def test_the_random_models_attend_sharply_and_use_positions() -> None:
-    """Else the parity tests would prove little: uniform attention forgives every mistake in q and k."""
-    dense = dense_model(attn_implementation="eager")
-    ids = random_ids(rows=1)
-    out = dense(ids, output_attentions=True)
-    assert (
-        torch.stack(out.attentions)[..., LENGTH // 2 :, :].amax(-1).mean() > 10 / LENGTH
-    )  # uniform: at most 2 / LENGTH
-    elsewhere = dense(ids, position_ids=torch.zeros_like(ids)).logits
-    assert (out.logits - elsewhere).abs().max() > 0.3 * out.logits.abs().max()
-
-
-def test_frequencies_are_the_dense_ones_to_the_last_bit_in_every_group() -> None:
-    dense = dense_model(
-        (9, 3, 64, 576), num_hidden_layers=1, rope_parameters={"rope_type": "default", "rope_theta": 1e5}
-    )
-    converted = convert_dense(dense)
-    expected = dense.model.rotary_emb.inv_freq.repeat(3)
-    rotary = converted.model.rotary_emb
-    for length in (MAX_POSITIONS, MAX_POSITIONS + 1):  # the short and the long factors
-        cos, _ = rotary(torch.zeros(1), torch.tensor([[length - 1]]))
-        assert torch.equal(rotary.inv_freq, expected)
-        assert torch.equal(cos[0, 0, :96], (expected * (length - 1)).cos())
-
-
 def test_frequencies_do_not_come_from_a_buffer_that_was_cast() -> None:
     dense = dense_model()
     expected = dense.model.rotary_emb.inv_freq.clone()
     dense.bfloat16().float()
     assert not torch.equal(dense.model.rotary_emb.inv_freq, expected)
     assert torch.equal(convert_dense(dense).model.rotary_emb.inv_freq, expected.repeat(2))
-
-
-def test_the_latents_pass_the_norm_unchanged() -> None:
-    dense = dense_model()
-    attention = convert_dense(dense).model.layers[0].self_attn
-    x = torch.randn(50, 48) * 3
-    expected = dense.model.layers[0].self_attn.v_proj(x)
-    latents, _ = attention.kv_a_proj_with_mqa(x).split([20, 16], dim=-1)
-    normed = attention.kv_a_layernorm(latents)
-    torch.testing.assert_close(normed[:, :16], expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(normed[:, 16:], torch.zeros(50, 4))
 
 
 @pytest.mark.parametrize("rank", [2, 16, 64, 192, 256, 320, 1024, 4096])
@@ -165,16 +102,6 @@ def test_parity_notices_a_norm_that_was_trained() -> None:
     report = parity(dense, converted, random_ids(), new_tokens=2)
     assert not report.passed
     assert "FAILED" in str(report)
-
-
-def test_parity_notices_a_wrong_frequency() -> None:
-    dense = dense_model()
-    converted = convert_dense(dense)
-    rope = converted.config.rope_parameters
-    rope["short_factor"] = [*rope["short_factor"][:5], rope["short_factor"][5] * 1.1, *rope["short_factor"][6:]]
-    wrong = DeepseekV3ForCausalLM(converted.config).eval()
-    wrong.load_state_dict(converted.state_dict())
-    assert not parity(dense, wrong, random_ids(length=MAX_POSITIONS // 2), new_tokens=2).passed
 
 
 def test_parity_counts_rows_of_any_length_and_never_passes_nan() -> None:
@@ -214,92 +141,47 @@ def test_frozen_names_match_the_norm_and_the_bias_of_every_layer_and_nothing_els
     assert frozen_parameter_names(dense_model().config) == []
 
 
-def test_training_around_the_frozen_parameters_keeps_the_norm_cancelled() -> None:
-    converted = convert_dense(dense_model()).train()
-    names = frozen(converted, frozen_parameter_names(converted.config))
-    for name, parameter in converted.named_parameters():
-        parameter.requires_grad_(name not in names)
-    trained = [parameter for parameter in converted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
-    ids, losses = random_ids(), []
-    for _ in range(8):
-        loss = converted(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
-    attention = converted.model.layers[0].self_attn
-    latents, _ = attention.kv_a_proj_with_mqa(torch.randn(50, 48)).split([20, 16], dim=-1)
-    normed = attention.kv_a_layernorm(latents)
-    # Adam moves the constants' weight rows too, whose gradients are tiny; w makes that harmless.
-    torch.testing.assert_close(normed[:, :16], latents[:, :16], rtol=1e-3, atol=1e-5)
-
-
 # Refusals.
 
 
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        (Qwen2Config(), "model_type='qwen2'.*biases"),
-        (Qwen3Config(), "model_type='qwen3'.*q_norm, k_norm"),
-        (SmolLM3Config(), "model_type='smollm3'.*no rotary embedding"),
-        (LlamaConfig(**settings(attention_bias=True)), "attention_bias=True"),
-        (LlamaConfig(**settings(mlp_bias=True)), "mlp_bias=True"),
-        (LlamaConfig(**settings(hidden_act="gelu")), "hidden_act='gelu'"),
-        (LlamaConfig(**settings((4, 3, 8, 32))), "num_key_value_heads=3"),
-        (LlamaConfig(**settings((4, 2, 3, 32))), "head_dim=3"),
-        (MistralConfig(**settings(sliding_window=16)), "sliding_window=16.*max_position_embeddings=64"),
-        (LlamaConfig(**settings(quantization_config={"quant_method": "gguf"})), "quantization_config"),
-        (
-            LlamaConfig(**settings(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
-            "rope_type='dynamic'.*default, linear, llama3, yarn",
-        ),
-        (
-            LlamaConfig(
-                **settings(
-                    rope_parameters={
-                        **{"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0},
-                        **{"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
-                        "original_max_position_embeddings": 32,
-                    }
-                )
-            ),
-            "rope_type='longrope'",
-        ),
-        (
-            LlamaConfig(
-                **settings(
-                    rope_parameters={
-                        **{"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-                        "partial_rotary_factor": 0.5,
-                    }
-                )
-            ),
-            "partial_rotary_factor=0.5",
-        ),
-    ],
-    ids=lambda value: value.split(".*")[0] if isinstance(value, str) else "",
-)
-def test_what_cannot_be_exact_is_refused_by_name(config: LlamaConfig, named: str) -> None:
-    with pytest.raises(UnsupportedCheckpoint, match=named):
-        check_convertible(config)
+def roped(**rope: object) -> LlamaConfig:
+    return LlamaConfig(**settings(rope_parameters={"rope_theta": 1e4, "factor": 2.0} | rope))
 
 
-def test_weights_that_are_not_float32_are_refused_by_name() -> None:
-    with pytest.raises(
-        UnsupportedCheckpoint, match=r"embed_tokens\.weight\.dtype=torch\.bfloat16.*dtype=torch\.float32"
-    ):
-        convert_dense(dense_model().bfloat16())
+LONG_ROPE = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+INEXACT = [
+    (Qwen2Config(), "model_type='qwen2'.*biases"),
+    (Qwen3Config(), "model_type='qwen3'.*q_norm, k_norm"),
+    (SmolLM3Config(), "model_type='smollm3'.*no rotary embedding"),
+    (LlamaConfig(**settings(attention_bias=True)), "attention_bias=True"),
+    (LlamaConfig(**settings(mlp_bias=True)), "mlp_bias=True"),
+    (LlamaConfig(**settings(hidden_act="gelu")), "hidden_act='gelu'"),
+    (LlamaConfig(**settings((4, 3, 8, 32))), "num_key_value_heads=3"),
+    (LlamaConfig(**settings((4, 2, 3, 32))), "head_dim=3"),
+    (MistralConfig(**settings(sliding_window=16)), "sliding_window=16.*max_position_embeddings=64"),
+    (LlamaConfig(**settings(quantization_config={"quant_method": "gguf"})), "quantization_config"),
+    (roped(rope_type="dynamic"), "rope_type='dynamic'.*default, linear, llama3, yarn"),
+    (roped(rope_type="longrope", **LONG_ROPE), "rope_type='longrope'"),
+    (roped(rope_type="linear", partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+]
 
 
-def test_wrapped_and_headless_models_are_refused_by_name() -> None:
+def test_what_cannot_be_exact_is_refused_by_name() -> None:
+    check_convertible(MistralConfig(**settings(sliding_window=MAX_POSITIONS)))  # a window that never acts
+    for config, named in INEXACT:
+        with pytest.raises(UnsupportedCheckpoint, match=named):
+            check_convertible(config)
+
+
+def test_wrapped_headless_and_rounded_models_are_refused_by_name() -> None:
     wrapped = get_peft_model(dense_model(), LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(UnsupportedCheckpoint, match=r"PeftModel.*merge adapters"):
-        convert_dense(wrapped)
-    with pytest.raises(UnsupportedCheckpoint, match="LlamaForSequenceClassification"):
-        convert_dense(LlamaForSequenceClassification(LlamaConfig(**settings())))
+    for model, words in (
+        (wrapped, r"PeftModel.*merge adapters"),
+        (LlamaForSequenceClassification(LlamaConfig(**settings())), "LlamaForSequenceClassification"),
+        (dense_model().bfloat16(), r"embed_tokens\.weight\.dtype=torch\.bfloat16.*dtype=torch\.float32"),
+    ):
+        with pytest.raises(UnsupportedCheckpoint, match=words):
+            convert_dense(model)
 
 
 def test_longrope_is_carried_where_its_factors_never_change() -> None:
@@ -363,99 +245,11 @@ def test_a_converted_checkpoint_loads_in_stock_transformers(source: Path, tmp_pa
     assert {path.suffix for path in destination.iterdir()} <= {".json", ".jinja", ".safetensors", ""}
 
 
-@st.composite
-def dense_models(draw: st.DrawFn) -> LlamaForCausalLM | MistralForCausalLM:
-    """MHA, GQA and MQA, heads that do not add up to the hidden size, tied or not, every rope that is carried."""
-    groups, head_dim = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 6))
-    heads = groups * draw(st.integers(1, 3))
-    shape = heads, groups, head_dim, 8 * heads * draw(st.integers(1, 2))
-    changes: dict = {
-        "tie_word_embeddings": draw(st.booleans()),
-        "intermediate_size": 24 * draw(st.integers(1, 3)),
-        "num_hidden_layers": draw(st.integers(2, 3)),
-        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
-    }
-    if rope := draw(st.sampled_from([None, *ROPES.values()])):
-        changes["rope_parameters"] = dict(rope)
-    if draw(st.booleans()):
-        torch.manual_seed(0)
-        return MistralForCausalLM(MistralConfig(**settings(shape, sliding_window=None, **changes))).eval()
-    return dense_model(shape, **changes)
-
-
-@pytest.mark.slow
-@hypothesis_settings(max_examples=12, deadline=None, derandomize=True)
-@given(dense=dense_models(), moe=st.booleans(), mtp=st.booleans(), cache=st.sampled_from([None, 0.5, 0.8]))
-def test_any_dense_model_goes_to_disk_and_loads_in_stock_transformers(
-    dense: LlamaForCausalLM, moe: bool, mtp: bool, cache: float | None
+def test_a_destination_that_is_not_empty_or_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path: Path,
 ) -> None:
-    ids = random_ids()
-    if cache is None:
-        trunk = convert_dense(dense)
-    else:
-        full = 2 * dense.config.num_key_value_heads * dense.config.head_dim
-        trunk, _ = compress(dense, observe(dense, list(ids)), max(7, round(cache * full) + 4))
-    if moe:
-        shape = ExpertShards(shared_experts=1, experts_per_group=2, expert_groups=3)
-        plain, trunk = trunk, shard_feed_forward(trunk, shape)
-        assert parity(plain, trunk, ids, new_tokens=4).passed
-    policy = Policy(trunk, start_head(trunk, list(ids)) if mtp else None, word_tokenizer())
-    with tempfile.TemporaryDirectory() as folder:
-        policy.save(f"{folder}/mla")
-        stock = AutoModelForCausalLM.from_pretrained(f"{folder}/mla")
-        again = Policy.load(f"{folder}/mla")
-    assert type(stock) is DeepseekV3ForCausalLM
-    assert torch.equal(stock(ids).logits, trunk(ids).logits)
-    if cache is None:
-        report = parity(dense, stock, ids, new_tokens=16)
-        assert report.passed, f"\n{report}"
-    assert (again.mtp is not None) == mtp
-    if mtp:
-        for name, tensor in policy.mtp.state_dict().items():
-            assert torch.equal(again.mtp.state_dict()[name], tensor), name
-
-
-def test_a_destination_that_is_not_empty_is_refused_by_name(source: Path, tmp_path: Path) -> None:
-    destination = tmp_path / "taken"
-    destination.mkdir()
-    convert_checkpoint(str(source), destination, prompts=PROMPTS)  # an empty folder is as good as none
-    before = {path.name: path.stat().st_mtime_ns for path in destination.iterdir()}
-    with pytest.raises(FileExistsError, match=r"taken.*not empty"):
-        convert_checkpoint(str(source), destination, prompts=PROMPTS)
-    assert {path.name: path.stat().st_mtime_ns for path in destination.iterdir()} == before
-
-
-def test_a_conversion_without_parity_publishes_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dense, "NORM_WEIGHT", 0.5)  # too weak to cancel the norm
-    with pytest.raises(ParityFailed, match="max logit difference"):
-        convert_checkpoint(str(source), tmp_path / "out" / "mla", prompts=PROMPTS)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.parametrize("interruption", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
-def test_an_interrupted_conversion_leaves_nothing_behind(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
-) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise interruption
-
-    monkeypatch.setattr(dense.shutil, "copy", stop)  # weights and tokenizer have been written by then
-    with pytest.raises(type(interruption)):
-        convert_checkpoint(str(source), tmp_path / "out" / "mla", prompts=PROMPTS)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_an_unsupported_checkpoint_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
-    source = tmp_path / "in"
-    LlamaConfig(**settings(mlp_bias=True)).save_pretrained(source)  # there are no weights at all
-    with pytest.raises(UnsupportedCheckpoint, match="mlp_bias=True"):
-        convert_checkpoint(str(source), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_destination_that_cannot_be_written_is_refused_before_anything_is_read(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match=r"not empty"), new_folder(Path(__file__).parent):
+        raise AssertionError
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match=r"destination='.*file/mla' cannot be written.*name another"):
         convert_checkpoint("no/such/model", tmp_path / "file" / "mla")
@@ -464,24 +258,14 @@ def test_a_destination_that_cannot_be_written_is_refused_before_anything_is_read
         raise AssertionError
 
 
-@pytest.mark.parametrize("damage", ["missing", "misshapen", "cut short"])
-def test_a_damaged_source_is_an_error_that_names_the_tensor_or_the_file(
-    source: Path, tmp_path: Path, damage: str
+def test_a_damaged_source_and_a_conversion_without_parity_leave_nothing_behind(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, name = source / "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
-    tensors = load_file(file)
-    named = {
-        "missing": rf"lacks the tensors {name}",
-        "misshapen": rf"{name} \(expected \[16, 48\], found \[16, 47\]\)",
-        "cut short": r"model\.safetensors \([\d,]+ bytes\) is damaged",
-    }[damage]
-    if damage == "missing":
-        del tensors[name]
-    elif damage == "misshapen":
-        tensors[name] = tensors[name][:, :47].contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
-    if damage == "cut short":
-        file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(PolicyError, match=named):
+    monkeypatch.setattr(dense, "NORM_WEIGHT", 0.5)  # too weak to cancel the norm
+    with pytest.raises(ParityFailed, match="max logit difference"):
+        convert_checkpoint(str(source), tmp_path / "out" / "mla", prompts=PROMPTS)
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(PolicyError, match=r"model\.safetensors \([\d,]+ bytes\) is damaged"):
         convert_checkpoint(str(source), tmp_path / "out" / "mla", prompts=PROMPTS)
     assert list((tmp_path / "out").iterdir()) == []

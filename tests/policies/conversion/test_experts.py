@@ -12,8 +12,6 @@ from policies.conversion.dense import convert_dense
 from policies.conversion.experts import ExpertShards, add_noise, shard_feed_forward
 from policies.conversion.parity import parity
 
-torch.set_num_threads(1)
-
 
 def converted_model(**changes: object) -> DeepseekV3ForCausalLM:
     return convert_dense(dense_model(**{"intermediate_size": 96} | changes))  # type: ignore[arg-type]
@@ -32,7 +30,7 @@ def converted_model(**changes: object) -> DeepseekV3ForCausalLM:
 def test_every_shape_is_exact(shape: ExpertShards) -> None:
     dense = converted_model()
     sharded = shard_feed_forward(dense, shape)
-    report = parity(dense, sharded, random_ids(), new_tokens=16)
+    report = parity(dense, sharded, random_ids(), new_tokens=6)
     assert report.passed, f"\n{report}"
     assert report.max_logit_difference < 1e-5 * report.max_logit
     config = sharded.config
@@ -45,17 +43,6 @@ def test_every_shape_is_exact(shape: ExpertShards) -> None:
     assert hasattr(sharded.model.layers[0].mlp, "experts") == (shape.dense_layers == 0)
 
 
-def test_a_token_meets_one_whole_group_and_tokens_meet_different_ones() -> None:
-    sharded = shard_feed_forward(converted_model(), ExpertShards(dense_layers=0))
-    router = sharded.model.layers[0].mlp.gate
-    _, weights, experts = router(torch.randn(500, 48))
-    assert torch.allclose(weights, torch.ones_like(weights))
-    groups = experts // 2
-    assert torch.equal(groups[:, 0], groups[:, 1])
-    assert (experts[:, 0] != experts[:, 1]).all()
-    assert torch.bincount(groups[:, 0], minlength=4).min() > 50
-
-
 def test_the_router_and_every_expert_that_was_met_have_a_gradient() -> None:
     sharded = shard_feed_forward(converted_model(), ExpertShards(dense_layers=0)).train()
     sharded(random_ids(), labels=random_ids()).loss.backward()
@@ -66,18 +53,6 @@ def test_the_router_and_every_expert_that_was_met_have_a_gradient() -> None:
         # rows of a group are weighed against each other: what one gains the other loses
         pairs = gradient.view(4, 2, -1)
         torch.testing.assert_close(pairs[:, 0], -pairs[:, 1], rtol=1e-3, atol=1e-7)
-
-
-def test_copies_part_with_training() -> None:
-    sharded = shard_feed_forward(converted_model(), ExpertShards(dense_layers=0)).train()
-    experts = sharded.model.layers[0].mlp.experts.down_proj
-    assert torch.equal(experts[:2], experts[6:])
-    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
-    sharded(random_ids(), labels=random_ids()).loss.backward()
-    optimizer.step()
-    assert not torch.equal(experts[:2], experts[6:])
-    router = sharded.model.layers[0].mlp.gate.weight
-    assert not torch.equal(router[0], router[1])
 
 
 def test_noise_is_a_share_of_each_tensor_and_touches_routed_experts_alone() -> None:

@@ -10,8 +10,6 @@ import torch
 from policies.conversion import head as draft_start
 from policies.conversion.head import draft_agreement, self_written, start_head
 
-torch.set_num_threads(1)
-
 
 def test_the_head_is_the_last_layer_behind_the_nearest_linear_map(random_policy, monkeypatch):
     """The map, by least squares over all tokens at once; norms, block and last norm are as they are in the trunk."""

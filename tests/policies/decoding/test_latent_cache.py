@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.decoding.latent_cache import LatentCache, Prefix
+from policies.decoding.latent_cache import LatentCache
 from policies.scoring import PLAIN, Scoring, capped
 
 WIDTH, VALUE, HEADS = 5, 3, 2
@@ -152,17 +152,3 @@ def test_a_prompt_is_stored_once_and_forgotten_with_its_last_row():
     assert shared.prefix.latents_LPTE.shape[1] == 2
     assert shared.prefix.lengths_P.tolist() == [4, 3]
     assert shared.prefix.row_prompt_R.tolist() == [0, 0, 1]
-
-
-@pytest.mark.parametrize("row_prompt", [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 1, 3, 3, 3], [2]])
-def test_by_row_undoes_by_prompt(row_prompt):
-    prompts = 1 + max(row_prompt)
-    prefix = Prefix(torch.zeros(1, prompts, 2, WIDTH), torch.full((prompts,), 2), torch.tensor(row_prompt))
-    x = torch.randn(len(row_prompt), 3, 4)
-    by_prompt = prefix.by_prompt(x)
-    assert by_prompt.shape == (prompts, prefix.widest * 3, 4)
-    for p in range(prompts):
-        own = x[[r for r, prompt in enumerate(row_prompt) if prompt == p]].reshape(-1, 4)
-        assert torch.equal(by_prompt[p, : len(own)], own)
-        assert not by_prompt[p, len(own) :].any()
-    assert torch.equal(prefix.by_row(by_prompt, 3), x)

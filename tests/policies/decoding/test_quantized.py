@@ -7,7 +7,7 @@ from torch import Tensor
 
 from policies.decoding import quantized
 from policies.decoding.experts import held, run_experts
-from policies.decoding.linear import FixedLinear, kind_of
+from policies.decoding.linear import FixedLinear
 from policies.decoding.quantized import ALWAYS, grid, held_as, most_rows
 
 KINDS = ("int8", "int4")
@@ -35,14 +35,6 @@ def test_every_number_is_at_most_half_a_step_off(kind, dtype, width):
     rounding = 2**-8 * weight.float().abs() if dtype == torch.bfloat16 and kind == "int8" else 1e-6
     assert ((found - weight.float()).abs() <= steps / 2 + rounding).all()
     assert codes.abs().max() == (127 if kind == "int8" else 7)
-
-
-def test_int4_by_hand():
-    weight = torch.zeros(1, 32)
-    weight[0, :4] = torch.tensor([7.0, -3.4, 0.6, 0.4])
-    codes, scales = grid(weight, "int4")
-    assert scales.tolist() == [[1.0]]
-    assert codes[0, :4].tolist() == [7, -3, 1, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,23 +80,6 @@ def test_the_rule_follows_from_size_and_kind_of_processor(monkeypatch):
     assert [most_rows(kind, torch.empty(64, 100, dtype=torch.bfloat16), blocks=False) for kind in KINDS] == [0, 0]
 
 
-def test_without_torchs_operators_the_products_are_plain(monkeypatch):
-    def missing(*_):
-        raise AttributeError("no such operator")
-
-    monkeypatch.setattr(quantized, "_product", missing)
-    quantized._can_multiply.cache_clear()
-    try:
-        with held_as("int8"):
-            linear = FixedLinear(matrix(torch.bfloat16))
-        assert linear.packed.most_rows == 0
-        torch.testing.assert_close(
-            numbers(linear, 96, torch.bfloat16).float(), matrix(torch.bfloat16).float(), rtol=0.02, atol=0.05
-        )
-    finally:
-        quantized._can_multiply.cache_clear()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_are_those_of_the_rounded_stack(kind, dtype):
@@ -120,9 +95,3 @@ def test_experts_are_those_of_the_rounded_stack(kind, dtype):
     expected = run_experts(x.float(), weights, experts, *exact)
     tight = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
     torch.testing.assert_close(found.float(), expected, **tight)
-
-
-def test_a_kind_is_of_the_block_alone():
-    with held_as("int8"):
-        assert kind_of(FixedLinear(matrix(torch.float32))) == "int8"
-    assert kind_of(FixedLinear(matrix(torch.float32))) == "none"

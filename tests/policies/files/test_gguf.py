@@ -7,7 +7,6 @@ from gguf.quants import dequantize, quantize
 
 from grpo.source.agreement import check_agreement
 from policies.files import gguf
-from policies.layout import find_file
 from policies.paths import Paths
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from policies.presets import small_tokenizer
@@ -68,22 +67,6 @@ def test_quantised_weights_are_made_dense(tmp_path):
     assert policy.trunk.model.layers[1].mlp.up_proj.weight.requires_grad
 
 
-def test_nothing_beside_a_file_that_is_named_is_read(tmp_path):
-    write_gguf(tmp_path / "small.gguf")
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_text("damaged")
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nowhere"}')
-    other = small_tokenizer(["zzz yyy\n"])
-    other.chat_template = "another one"
-    other.save_pretrained(tmp_path)
-    assert gguf.file_of(tmp_path) is None
-    policy = Policy.load(tmp_path / "small.gguf")
-    assert policy.config.model_type == "llama"
-    assert policy.tokenizer.encode("2 + 3 = 5\n") == small_tokenizer(TEXTS).encode("2 + 3 = 5\n")
-    assert "messages" in policy.tokenizer.chat_template
-    assert find_file(str(tmp_path / "small.gguf"), "config.json") is None
-
-
 @pytest.mark.parametrize("read", [read_config, read_tokenizer, Policy.load])
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch, read):
     write_gguf(tmp_path / "small.gguf")
@@ -107,15 +90,6 @@ def test_what_cannot_be_read_is_refused_with_the_way_out(tmp_path, names, messag
     for read in read_config, Policy.load:
         with pytest.raises(PolicyError, match=message):
             read(tmp_path)
-
-
-def test_an_architecture_that_transformers_does_not_read_is_named(tmp_path):
-    writer = library.GGUFWriter(tmp_path / "a.gguf", "rwkv6")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(PolicyError, match="architecture rwkv6 is not supported"):
-        read_config(tmp_path / "a.gguf")
 
 
 def test_a_base_in_4_bits_and_a_layout_are_refused(tmp_path):

@@ -9,12 +9,9 @@ from huggingface_hub import constants
 from transformers import LlamaConfig
 
 from grpo.source.policy_source import check_model
-from grpo.task.reward_models import ModelRewards
 from policies import layout
 from policies.files import hub
 from policies.policy import AutoConfig, AutoTokenizer, PolicyError, read_config, read_tokenizer
-from rewards.config.reward import RewardOptions
-from rewards.data.examples import load_examples
 
 
 @pytest.fixture
@@ -96,12 +93,6 @@ def test_an_environment_without_network_is_named_as_what_it_is(online, monkeypat
     assert hub.why_absent("owner/name").startswith("HF_HUB_OFFLINE is set, so nothing is fetched, and the cache")
 
 
-def test_a_folder_never_asks_the_hub(online, tmp_path, monkeypatch):
-    online(NOBODY)
-    monkeypatch.setattr(hub, "_silence", lambda _: pytest.fail("the hub was asked"))
-    assert hub.why_absent(tmp_path) == ""
-
-
 def test_a_hub_that_answers_is_left_to_its_libraries(online):
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -125,20 +116,3 @@ def test_a_look_up_that_never_ends_is_not_waited_for(online, monkeypatch):
     assert "no answer within 0.05 s" in hub.why_absent("owner/name")
     ended.set()
     time.sleep(0)
-
-
-def test_a_data_set_by_hub_id_says_so_too(online, monkeypatch):
-    online(NOBODY)
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ValueError, match=rf"dataset owner/data, train: .*\n{NOBODY} cannot be reached.*the cache"):
-        load_examples("owner/data", "train")
-
-
-@pytest.mark.parametrize("kind", ["classifier", "perplexity"])
-def test_a_reward_model_by_hub_id_says_so_too(online, kind):
-    online(NOBODY)
-    with pytest.raises(ValueError, match="^rewards: model:owner/name cannot be used: ") as error:
-        ModelRewards([RewardOptions(function="model:owner/name", arguments={"kind": kind})])
-    assert f"{NOBODY} cannot be reached (" in str(error.value)
-    assert "hf download owner/name --local-dir FOLDER" in str(error.value)

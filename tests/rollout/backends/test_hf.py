@@ -1,26 +1,22 @@
 """Models that we did not write, in the same engine: their own numbers, whatever runs beside them."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import ray
 import torch
+from engine_cases import completions, tokens
 
 from policies.attention import attending_by
 from policies.paths import Paths
-from policies.policy import BOUNDLESS, Policy, PolicyError
-from rollout.backends.hf import RowCache, RowCaches, _attend
-from rollout.cluster import start_ray
+from policies.policy import Policy, PolicyError
+from rollout.backends.hf import _attend
 from rollout.engine import Engine
 from rollout.faults import RolloutError
-from rollout.group import Completion, Prompt, RolloutGroup
+from rollout.group import Prompt, RolloutGroup
 from rollout.local_pool import LocalPool
 from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoding
 
-torch.set_num_threads(1)
 STOPS = tuple(range(7, 280, 15))
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 8 + n)]) for i, n in enumerate((9, 1, 17, 4, 4, 30))]
 PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=30, stop_token_ids=STOPS, seed=5, step=2)
@@ -94,14 +90,6 @@ def stock(hf_policy):
     return build
 
 
-def completions(groups: list[RolloutGroup]) -> list[Completion]:
-    return [completion for group in groups for completion in group.completions]
-
-
-def tokens(groups: list[RolloutGroup]) -> list[list[int]]:
-    return [completion.token_ids for completion in completions(groups)]
-
-
 @torch.no_grad()
 def differences(policy: Policy, groups: list[RolloutGroup], temperature: float) -> torch.Tensor:
     """|engine − model| of every sampled token's log-probability; the model reads one plain row at a time."""
@@ -167,16 +155,6 @@ def test_every_way_to_keep_what_was_read_gives_the_same_tokens(hf_policy, kind, 
     assert tokens(Engine(policy).sample(PROMPTS, PARAMS)) == expected
 
 
-@pytest.mark.parametrize("kind", ESSENTIAL)
-def test_greedy_decoding_is_that_of_generate(hf_policy, kind):
-    policy = hf_policy(kind, 3, **KINDS[kind])
-    params = replace(PARAMS, temperature=0.0, group_size=1, stop_token_ids=(0,), max_completion_tokens=20)
-    for group in Engine(policy).sample(PROMPTS, params):
-        row = torch.tensor([group.prompt.token_ids])
-        out = policy.trunk.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=20)
-        assert group.completions[0].token_ids == out[0, row.shape[1] :].tolist()
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -202,29 +180,6 @@ def test_contract_4_tokens_do_not_depend_on_what_runs_beside_them(hf_policy, kin
     assert tokens(Engine(engine.policy, max_rows=8).sample(PROMPTS, PARAMS)) == together
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    start_ray(2)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.slow
-def test_contract_4_the_number_of_workers_changes_no_token(cluster, hf_policy):
-    before, after = hf_policy("qwen2", 5, tie_word_embeddings=True), hf_policy("qwen2", 6, tie_word_embeddings=True)
-    local = open_pool(before, PoolOptions(prompts_per_shard=2))
-    pool = open_pool(before, PoolOptions(workers=2, prompts_per_shard=2))
-    try:
-        for version, policy in enumerate((before, after)):
-            pool.publish(policy.weights(), version)
-            local.publish(policy.weights(), version)
-            groups = pool.sample(PROMPTS, PARAMS)
-            assert groups == local.sample(PROMPTS, PARAMS)
-            assert {c.policy_version for c in completions(groups)} == {version}
-    finally:
-        pool.close()
-
-
 def test_contract_5_adapters_arrive_merged_and_later_weights_replace_them(hf_policy):
     policy = hf_policy("qwen3", 7)
     plain = open_pool(policy).sample(PROMPTS, PARAMS)
@@ -241,20 +196,6 @@ def test_contract_5_adapters_arrive_merged_and_later_weights_replace_them(hf_pol
     assert differences(policy, groups, PARAMS.temperature).max() < 1e-4
 
 
-def test_prompts_are_stored_once_and_ended_rows_leave(hf_policy):
-    engine = Engine(hf_policy("qwen2", 3))
-    with torch.inference_mode():
-        batch = Decoding(engine.decoder, PROMPTS, PARAMS)
-        cache, widths = batch.cache, []
-        assert isinstance(cache, RowCache)
-        assert cache.latents.prefix.latents_LPTE.shape[1] == len(PROMPTS) * 2  # for each KV head, not for each row
-        while not batch.done:
-            widths.append((len(batch.live.index), cache.latents.rows))
-            batch.forward()
-    assert all(slots == 2 * rows for rows, slots in widths)
-    assert widths[-1][0] < widths[0][0] / 2
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pool_samples_in_the_precision_it_was_asked_for(hf_policy, dtype):
     policy = hf_policy("llama", 8)
@@ -267,56 +208,10 @@ def test_a_pool_samples_in_the_precision_it_was_asked_for(hf_policy, dtype):
     assert dtype == torch.float32 or apart.mean() > 1e-4
 
 
-@pytest.mark.parametrize("sampler", ["our cache", "transformers"])
-def test_a_pool_leaves_the_learners_routers_in_float32(hf_policy, sampler):
-    """Which they have no masters of; sampler and learner share them."""
-    policy = hf_policy("glm4_moe").cast(torch.bfloat16)
-    before = {name: parameter.dtype for name, parameter in policy.named_parameters()}
-    assert set(before.values()) == {torch.bfloat16, torch.float32}
-    if sampler == "transformers":
-        policy.paths = replace(policy.paths, sampler="joined")
-    LocalPool(policy, PoolOptions(dtype=torch.bfloat16))
-    assert {name: parameter.dtype for name, parameter in policy.named_parameters()} == before
-
-
-def test_drafts_asked_of_a_model_without_a_head_are_refused(hf_policy):
-    with pytest.raises(RolloutError, match=r"rollout.draft_tokens=2, but this policy has no MTP head; set it to 0"):
-        Engine(hf_policy("qwen2")).sample(PROMPTS, replace(PARAMS, draft_tokens=2))
-
-
 def test_attention_that_is_more_than_attention_is_refused():
     row = torch.zeros(1, 1, 1, 4)
     with pytest.raises(ValueError, match="Module adds position_bias to its scores, which rollouts cannot do"):
         _attend(torch.nn.Module(), row, row, row, None, position_bias=torch.zeros(1, 1, 1, 1))
-
-
-def test_layers_that_differ_have_caches_of_their_own(hf_policy):
-    """Rows that are taken, read something and are put back are in all of them what they are alone."""
-    policy = hf_policy("gemma4_text", 3, **KINDS["gemma4_text"])
-    trunk, expected = Engine(policy).decoder.trunk, []
-    ids, lengths = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([4, 2])
-    with torch.inference_mode():
-        for alone in (False, True):
-            prompts = trunk.cache(2, 0)
-            trunk(ids, torch.arange(4).expand(2, -1), prompts)
-            prompts.advance(lengths)
-            cache = prompts.fan_out(2, 8)
-            assert isinstance(cache, RowCaches)
-            assert [part.slots_RK.shape[1] for part in cache.caches] == [2, 1]
-            if alone:
-                cache.select(torch.tensor([1, 2]))
-            rows = torch.arange(2) if alone else torch.tensor([1, 2])
-            part = cache.take(rows, torch.tensor([1, 1]))
-            trunk(torch.tensor([[9], [10]]), torch.tensor([[4], [2]]), part)
-            part.advance(torch.tensor([1, 1]))
-            cache.put(rows, part)
-            count = 2 if alone else 4
-            new = torch.full((count, 1), 11)
-            places = torch.tensor([5, 3]) if alone else torch.tensor([4, 5, 3, 2])
-            expected.append(trunk(new, places[:, None], cache)[rows])
-        torch.testing.assert_close(*expected)
-        whole = policy.trunk.get_decoder()(input_ids=torch.tensor([[3, 4, 5, 6, 9, 11]]), use_cache=False)
-        torch.testing.assert_close(expected[0][0, 0], whole.last_hidden_state[0, -1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -347,10 +242,6 @@ def test_a_window_slides_over_prompts_and_completions(hf_policy, window, group_s
     groups = Engine(policy).sample(PROMPTS, params)
     assert max(len(g.prompt.token_ids) for g in groups) == 30
     assert differences(policy, groups, PARAMS.temperature).max() < 2e-5
-
-
-def test_a_model_without_a_limit_has_no_end_of_its_context(hf_policy):
-    assert hf_policy("mamba", max_position_embeddings=None).max_length == BOUNDLESS
 
 
 def test_the_tokenizers_own_stop_token_comes_first(hf_policy):

@@ -15,7 +15,6 @@ from rollout.request import News, Request
 from rollout.sampling import SamplingParams
 from rollout.serving import Serving
 
-torch.set_num_threads(1)
 CONTEXT = 32
 BASE = SamplingParams(group_size=1, stop_token_ids=(), seed=3)
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -91,10 +90,10 @@ def largest_difference(policy: Policy, client: Client) -> float:
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
 def test_the_cache_is_as_wide_as_its_longest_row_however_many_join_and_leave(hf_policy, kind):
-    """Hundreds of rounds, several times the context. GPT-Neo cannot read past it at all."""
+    """More than a hundred rounds, several times the context. GPT-Neo cannot read past it at all."""
     policy = stock(hf_policy, kind)
-    clients, widths = served(Engine(policy, max_rows=5), coming(random.Random(5)), 200)
-    assert len(clients) > 40
+    clients, widths = served(Engine(policy, max_rows=5), coming(random.Random(5)), 110)
+    assert len(clients) > 20
     assert all(width <= longest for width, longest in widths)
     assert max(longest for _, longest in widths) >= CONTEXT - 2
     wrong = [client for client in clients if largest_difference(policy, client) > 1e-4]
@@ -114,21 +113,3 @@ def test_a_row_that_ended_at_the_last_position_waits_for_the_others(hf_policy, k
         while serving.busy:
             serving.round()
     assert max(largest_difference(policy, client) for client in few) < 1e-4
-
-
-def test_layers_with_windows_and_without_lose_the_same_columns(hf_policy):
-    """A layer with a window holds fewer columns than the others."""
-    policy = stock(hf_policy, "gemma3_text")
-    serving = Serving(Engine(policy, max_rows=4).decoder, BASE)
-    first, second = Client(0, 26, 3), Client(1, 4, 20)
-    for client in (first, second):
-        serving.add(client.request)
-    with torch.inference_mode():
-        while first.completion is None:
-            serving.round()
-        serving.round()
-    [part] = serving.cache.parts
-    assert part.length == int(serving.cache.lengths_R.max()) < 10
-    held = {type(layer).__name__: (layer.keys.shape[-2], layer.get_seq_length()) for layer in part.cache.layers}
-    assert held["DynamicLayer"] == (part.length, part.length)
-    assert held["DynamicSlidingWindowLayer"] == (min(part.length, 7), part.length)

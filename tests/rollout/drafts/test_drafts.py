@@ -1,6 +1,5 @@
 """What drafts gain, by the table of costs: rounds counted by hand."""
 
-import doctest
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,8 +8,6 @@ import pytest
 import torch
 from engine_cases import PARAMS, completions, prompts_of
 
-from policies.policy import Policy
-from rollout import group
 from rollout.depth import CostTable, Patience, draft_gain
 from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.head import MOST_HELD, Drafter
@@ -22,15 +19,6 @@ from rollout.shard import Decoding
 FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20, stop_token_ids=())
 
 
-@pytest.fixture(scope="module")
-def policy(taught_policy) -> Policy:
-    return taught_policy()
-
-
-def test_docstring_examples():
-    assert doctest.testmod(group).failed == 0
-
-
 def test_the_gain_is_what_tokens_cost_without_drafts_over_what_their_rounds_cost(policy):
     """A round of one row takes 10 ms, and 11 with a draft. First the head reads 12 tokens, .25 ms each."""
     costs = CostTable(rows=[1], rounds=[[10.0, 11.0]], reading=0.25)
@@ -40,29 +28,6 @@ def test_the_gain_is_what_tokens_cost_without_drafts_over_what_their_rounds_cost
     assert draft.cost == pytest.approx(11 * drafted + 10 * (draft.target_forwards - drafted) + 12 * 0.25)
     assert draft.plain_cost == pytest.approx(10 * 19)
     assert draft_gain([one]) == draft.plain_cost / draft.cost
-
-
-def test_rounds_without_drafts_gain_nothing_and_lose_nothing(policy):
-    dear = CostTable(rows=[1, 4], rounds=[[10.0, 30.0], [16.0, 60.0]])
-    found = completions(Engine(policy, costs=dear).sample(prompts_of(12, 5), replace(FREE, group_size=2)))
-    assert sum(draft.cost for draft in (one.draft for one in found)) == pytest.approx(19 * 16, abs=0.01)
-    assert draft_gain(found) == 1
-    fixed = completions(Engine(policy).sample(prompts_of(12), replace(FREE, draft_tokens=1)))
-    assert draft_gain(fixed) is None
-
-
-def test_a_head_that_never_drafts_holds_the_prompts_of_live_rows_only(policy):
-    dear = CostTable(rows=[1, 4], rounds=[[10.0, 30.0], [16.0, 60.0]])
-    engine, prompts = Engine(policy, costs=dear, max_rows=8), prompts_of(*range(1, 31))
-    params = replace(PARAMS, draft_tokens=None, group_size=2, max_completion_tokens=12)
-    with torch.inference_mode():
-        decoding = Decoding(engine.decoder, prompts, params)
-        most = 0
-        while not decoding.done:
-            decoding.forward()
-            most = max(most, sum(len(part.numbers_P) for part in decoding.drafter.prefilled))
-    assert sum(decoding.groups()[-1].completions[0].draft.drafted) == 0
-    assert most <= MOST_HELD * 8 // 2
 
 
 def test_a_prompt_that_joins_after_the_head_has_begun_is_read_at_once_and_counted(policy, monkeypatch):
@@ -256,3 +221,26 @@ def test_what_was_put_together_is_not_of_a_row_that_comes_after_it(policy):
         drafter.keep(new, torch.tensor([[8, 9]]), torch.ones(1, 2, width), torch.tensor([1]))
         tokens, _ = drafter.take(new, int(new.unread.max()))
         assert tokens.tolist() == [[8]]
+
+
+def test_rounds_without_drafts_gain_nothing_and_lose_nothing(policy):
+    dear = CostTable(rows=[1, 4], rounds=[[10.0, 30.0], [16.0, 60.0]])
+    found = completions(Engine(policy, costs=dear).sample(prompts_of(12, 5), replace(FREE, group_size=2)))
+    assert sum(draft.cost for draft in (one.draft for one in found)) == pytest.approx(19 * 16, abs=0.01)
+    assert draft_gain(found) == 1
+    fixed = completions(Engine(policy).sample(prompts_of(12), replace(FREE, draft_tokens=1)))
+    assert draft_gain(fixed) is None
+
+
+def test_a_head_that_never_drafts_holds_the_prompts_of_live_rows_only(policy):
+    dear = CostTable(rows=[1, 4], rounds=[[10.0, 30.0], [16.0, 60.0]])
+    engine, prompts = Engine(policy, costs=dear, max_rows=8), prompts_of(*range(1, 31))
+    params = replace(PARAMS, draft_tokens=None, group_size=2, max_completion_tokens=12)
+    with torch.inference_mode():
+        decoding = Decoding(engine.decoder, prompts, params)
+        most = 0
+        while not decoding.done:
+            decoding.forward()
+            most = max(most, sum(len(part.numbers_P) for part in decoding.drafter.prefilled))
+    assert sum(decoding.groups()[-1].completions[0].draft.drafted) == 0
+    assert most <= MOST_HELD * 8 // 2

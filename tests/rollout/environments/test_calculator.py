@@ -1,6 +1,5 @@
 """Arithmetic without eval, and GSM8K's marked solutions as episodes with the calculator."""
 
-import json
 import random
 import re
 import time
@@ -10,7 +9,7 @@ import pytest
 
 from policies.presets import small_tokenizer
 from rollout.environments.calculator import LONGEST, Calculator, evaluate
-from rollout.environments.format import Call, TurnFormat
+from rollout.environments.format import TurnFormat
 from rollout.environments.protocol import answers_of
 from rollout.sampling import EnvironmentSpec
 
@@ -18,68 +17,44 @@ ANSWERS = answers_of(EnvironmentSpec(environments=(("", "calculator"),)), "")
 SOLUTION = "He has 48/2 = <<48/2=24>>24 left.\nThat is 24+1.5 = $<<24+1.5=25.50>>25.50.\n#### 25.50"
 
 
-@pytest.mark.parametrize(
-    ("expression", "value"),
-    [
-        ("48/2", "24"),
-        ("0.1+0.2", "0.3"),
-        ("1/3", "0.333333"),
-        ("2/3", "0.666667"),
-        ("-1/8", "-0.125"),
-        ("2*(3+4)-5", "9"),
-        ("(1+2", None),
-        ("7//2 + 7 % 2", "4"),
-        ("2**10", "1024"),
-        ("2**-1", "0.5"),
-        ("-2**2", "-4"),
-        (" .5 * 100 ", "50"),
-        ("-1/10**9", "0"),
-        ("12345678901234567890 / 10", "1234567890123456789"),
-    ],
-)
-def test_arithmetic(expression, value):
-    if value is None:
-        with pytest.raises(ValueError, match="not an arithmetic expression"):
-            evaluate(expression)
-    else:
-        assert evaluate(expression) == value
+VALUES = {
+    "48/2": "24",
+    "0.1+0.2": "0.3",
+    "1/3": "0.333333",
+    "2/3": "0.666667",
+    "-1/8": "-0.125",
+    "2*(3+4)-5": "9",
+    "7//2 + 7 % 2": "4",
+    "2**10": "1024",
+    "2**-1": "0.5",
+    "-2**2": "-4",
+    " .5 * 100 ": "50",
+    "-1/10**9": "0",
+    "12345678901234567890 / 10": "1234567890123456789",
+}
+REFUSED = {
+    "division by zero": ["1/0", "1 % 0", "0 ** -1"],
+    "an exponent must be a whole number up to 100": ["9**9**9", "2**0.5"],
+    "^a number is too large": ["(10**100)**100", "10**31", "1e999", "-1e999 * 0"],
+    f"an expression may have {LONGEST} characters": ["1+" * LONGEST + "1"],
+    "is no number": ["__import__('os').system('true')", "(1).__class__", "[1][0]", "'a' * 3", "True + 1", "2j * 2"],
+    " is no number": ["~1", "lambda: 1", "(" * 90 + ")" * 90],
+    "not an arithmetic expression": ["x := 3", "3 apples", "", "(1+2", "2 + '\ud800'", "\0"],
+    "no operation with": ["1 << 3"],
+}
 
 
-@pytest.mark.parametrize(
-    ("expression", "said"),
-    [
-        ("1/0", "division by zero"),
-        ("1 % 0", "division by zero"),
-        ("0 ** -1", "division by zero"),
-        ("9**9**9", "an exponent must be a whole number up to 100"),
-        ("2**0.5", "an exponent must be a whole number up to 100"),
-        ("(10**100)**100", "a number is too large"),
-        ("10**31", "a number is too large"),
-        ("1+" * LONGEST + "1", f"an expression may have {LONGEST} characters"),
-        ("__import__('os').system('true')", "is no number"),
-        ("(1).__class__", "is no number"),
-        ("x := 3", "not an arithmetic expression"),
-        ("[1][0]", "is no number"),
-        ("'a' * 3", "is no number"),
-        ("True + 1", "is no number"),
-        ("2j * 2", "is no number"),
-        ("1 << 3", "no operation with"),
-        ("~1", "is no number"),
-        ("lambda: 1", "is no number"),
-        ("3 apples", "not an arithmetic expression"),
-        ("", "not an arithmetic expression"),
-        ("(" * 90 + ")" * 90, "is no number"),
-        ("1e999", "^a number is too large"),
-        ("-1e999 * 0", "^a number is too large"),
-        ("2 + '\ud800'", "not an arithmetic expression"),
-        ("\0", "not an arithmetic expression"),
-    ],
-)
-def test_what_is_no_arithmetic_is_refused_at_once(expression, said):
-    started = time.thread_time()
-    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
-        evaluate(expression)
-    assert time.thread_time() - started < 0.5
+def test_arithmetic():
+    assert {expression: evaluate(expression) for expression in VALUES} == VALUES
+
+
+def test_what_is_no_arithmetic_is_refused_at_once():
+    for said, expressions in REFUSED.items():
+        for expression in expressions:
+            started = time.thread_time()
+            with pytest.raises(ValueError, match=said):
+                evaluate(expression)
+            assert time.thread_time() - started < 0.5
 
 
 def test_results_are_those_of_python():
@@ -99,15 +74,6 @@ def test_results_are_those_of_python():
     assert compared > 250
 
 
-def test_the_tool_is_described_to_the_policy():
-    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate])
-    assert [schema["function"]["name"] for schema in form.schemas] == ["calculate"]
-    calculator = Calculator()
-    assert calculator.reset(question="?", answer="#### 4") is None
-    [call] = form.read(form._tokenizer.encode("so <<2*2=")).calls
-    assert (call, calculator.calculate(**call.arguments)) == (Call("calculate", {"expression": "2*2"}), "4")
-
-
 def test_a_marked_solution_becomes_an_episode():
     """Which tokens the tool writes: `24>>` and `25.5>>`, where the solution has 25.50. What the policy writes ends each
     turn with the stop token."""
@@ -118,14 +84,6 @@ def test_a_marked_solution_becomes_an_episode():
     assert tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "24>>25.5>>"
     turns = tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if own]).split("<|end|>")
     assert turns == ["He has 48/2 = <<48/2=", "24 left.\nThat is 24+1.5 = $<<24+1.5=", "25.50.\n#### 25.50", ""]
-
-
-def test_marks_that_are_no_calls_stay_text():
-    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate, evaluate_twice])
-    text = "so <<x=3>>3 and <<evaluate_twice 2=4>>"
-    ids, sampled = form.demonstration(text)
-    assert form._tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert form._tokenizer.decode([i for i, own in zip(ids, sampled, strict=True) if not own]) == "4>>"
 
 
 def test_the_tools_answers_are_those_of_a_pure_environment_that_is_built_in():
@@ -151,19 +109,3 @@ def evaluate_twice(expression: str) -> str:
         expression: numbers
     """
     return evaluate(evaluate(expression))
-
-
-@pytest.mark.slow
-def test_the_marks_of_gsm8k_are_calls(gsm8k_folder):
-    """The calculator answers all 4,282 marks of the test set. 96 % of its answers are the marks' own, to the letter;
-    the others are such as 27 for 27.00."""
-    form = TurnFormat(small_tokenizer([SOLUTION] * 20), [Calculator().calculate])
-    marks = same = unchanged = 0
-    for line in (gsm8k_folder / "test.jsonl").read_text(encoding="utf-8").splitlines():
-        solution = json.loads(line)["answer"]
-        found = re.findall(r"<<([^<>]+?)=([^<>=]*)>>", solution)
-        assert len(found) == solution.count("<<")
-        marks += len(found)
-        same += sum(evaluate(expression) == result for expression, result in found)
-        unchanged += form.demonstration(solution, ANSWERS) == form.demonstration(solution)
-    assert (marks, same, unchanged) == (4282, 4126, 1256)

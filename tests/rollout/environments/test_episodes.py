@@ -28,7 +28,6 @@ from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec
 
-torch.set_num_threads(1)
 GUESSING = Path(__file__).parents[2] / "cases" / "guessing.py"
 TEXT = "3 + 4 = 7, how many apples are left? "
 PROMPTS = [replace(prompt, text=TEXT[: 4 + 4 * i]) for i, prompt in enumerate(prompts_of(*[1] * 8))]
@@ -180,24 +179,6 @@ def test_tools_that_write_nothing_are_read_as_tokens(hf_policy, monkeypatch):
         engine.close()
 
 
-@pytest.mark.slow
-def test_policies_that_choose_heads_and_see_their_first_prompt_whole_have_episodes_too(random_policy):
-    policy = random_policy(31, num_attention_heads=4, num_key_value_heads=4)
-    policy.choose_heads(0.75, 1, seed=3)
-    policy.attend_to_prompts("bidirectional")
-    engine = Engine(policy)
-    try:
-        plain, drafted = (engine.sample(PROMPTS, replace(EPISODES, draft_tokens=k)) for k in (0, 3))
-        assert tokens(plain) == tokens(drafted)
-        assert _assert_learner_agrees(policy, drafted, EPISODES.temperature) > 600
-        assert sum(c.num_turns for c in completions(plain)) > 40
-        policy.attend_to_prompts("causal")
-        with pytest.raises(AssertionError):
-            _assert_learner_agrees(policy, drafted, EPISODES.temperature)
-    finally:
-        engine.close()
-
-
 def test_the_experts_of_every_token_are_recorded(random_policy):
     """Routing of turns and of what tools wrote, against one forward over the whole episode."""
     policy = random_policy(12)
@@ -215,31 +196,6 @@ def test_the_experts_of_every_token_are_recorded(random_policy):
             assert torch.equal(group.prompt_routing[-length:-1], completion.routing[:-1])
     finally:
         engine.close()
-
-
-def test_a_turn_costs_its_new_tokens_only(engine, monkeypatch):
-    """Tokens that the trunk computes, against reading prompt and episode again at each turn."""
-    counted, forward = Counter(), type(engine.trunk).__call__
-
-    def count(trunk, ids, positions, cache):
-        counted["tokens"] += ids.numel()
-        return forward(trunk, ids, positions, cache)
-
-    monkeypatch.setattr(type(engine.trunk), "__call__", count)
-    params = replace(EPISODES, group_size=1, environment=replace(SPEC, max_turns=8), max_completion_tokens=120)
-    prefilled = cached = 0
-    for given in PROMPTS:
-        counted.clear()
-        [group] = engine.sample([given], params)
-        [completion], prompt = group.completions, len(group.prompt.token_ids)
-        # Every token once, but for the last, which is never read.
-        assert counted["tokens"] == prompt + len(completion.token_ids) - 1
-        own = completion.sampled
-        turns = [place for place in range(1, len(own)) if own[place] and not own[place - 1]]
-        cached += counted["tokens"]
-        # Reading it again at a turn gives the turn's first token; what came before it would be in the cache already.
-        prefilled += prompt + sum(own) - len(turns) - 1 + sum(prompt + place for place in turns)
-    assert prefilled > 1.5 * cached
 
 
 def test_a_group_begins_alike_and_then_each_rollout_has_its_own_randomness(engine):
@@ -274,35 +230,28 @@ def test_what_happened_is_recorded(sampled):
     assert sum(c.tools.bad_calls for c in completions(sampled)) > 0
 
 
+HUNGRY = {"fate": "hungry", "most_mb": 300}
+
+
 @pytest.mark.parametrize(
-    ("fate", "kind", "words"),
+    ("fate", "kind", "words", "timeout_s"),
     [
-        pytest.param("hangs", "timeout", "no result after 0.5 s, stuck at guessing.py", marks=pytest.mark.slow),
-        ("dies", "died", "exit code 3"),
+        pytest.param(
+            {"fate": "hangs"}, "timeout", "no result after 0.5 s, stuck at guessing.py", 0.5, marks=pytest.mark.slow
+        ),
+        ({"fate": "dies"}, "died", "exit code 3", SLOW.timeout_s),
+        (HUNGRY, "memory", "it needs more memory than its process may have", 10.0),
     ],
 )
-def test_contract_6_a_tool_that_cannot_go_on_is_a_failure_of_its_rollout_alone(engine, fate, kind, words):
-    params = replace(EPISODES, environment=SLOW, group_size=2)
-    prompts = [replace(PROMPTS[2], text="a", columns={"fate": fate}), replace(PROMPTS[6], text="b", columns={})]
+def test_contract_6_a_tool_that_cannot_go_on_is_a_failure_of_its_rollout_alone(engine, fate, kind, words, timeout_s):
+    params = replace(EPISODES, environment=replace(SLOW, timeout_s=timeout_s), group_size=2)
+    prompts = [replace(PROMPTS[2], text="a", columns=fate), replace(PROMPTS[6], text="b", columns={})]
     failed, well = engine.sample(prompts, params)
     found = [c.tools.failure for c in failed.completions if c.tools.failure]
     assert found
     for failure in found:
         assert failure["kind"] == kind
         assert words in failure["message"]
-    assert all(c.tools.failure is None and c.tools.reward is not None for c in well.completions)
-    assert tokens([well]) == tokens(engine.sample(prompts[1:], params))
-
-
-def test_contract_6_a_tool_that_needs_too_much_memory_is_a_failure_of_its_rollout_alone(engine):
-    params = replace(EPISODES, environment=replace(SLOW, timeout_s=10.0), group_size=2)
-    fate = {"fate": "hungry", "most_mb": 300}
-    prompts = [replace(PROMPTS[2], text="a", columns=fate), replace(PROMPTS[6], text="b", columns={})]
-    failed, well = engine.sample(prompts, params)
-    found = [c.tools.failure for c in failed.completions if c.tools.failure]
-    assert found
-    assert {failure["kind"] for failure in found} == {"memory"}
-    assert all("it needs more memory than its process may have" in failure["message"] for failure in found)
     assert all(c.tools.failure is None and c.tools.reward is not None for c in well.completions)
     assert tokens([well]) == tokens(engine.sample(prompts[1:], params))
 
@@ -354,26 +303,22 @@ def test_an_environment_ends_its_episode_and_adds_to_the_prompt(engine):
         assert completion.turns[-1]["role"] == "tool"
 
 
-@pytest.mark.parametrize(("limit", "reason"), [(10, "length"), (11, None)])
-def test_an_episode_ends_where_what_a_tool_wrote_leaves_no_token_for_another_turn(limit, reason):
-    """Six tokens of a turn, and four that the tool writes."""
-    arena = SimpleNamespace(formats={"": SimpleNamespace(reply=lambda results: [1, 2, 3, 4])})
+@pytest.mark.parametrize(
+    ("limit", "characters", "reason"),
+    [(10, 1, "length"), (11, 1, None), (8, 128, "length"), (11, 319, None), (11, 320, "length")],
+)
+def test_an_episode_ends_where_what_a_tool_wrote_leaves_no_token_for_another_turn(limit, characters, reason):
+    """Six tokens of a turn, and four that the tool writes. 64 characters a token are more than any text has: longer
+    ones are not tokenised."""
+    asked = []
+    arena = SimpleNamespace(formats={"": SimpleNamespace(reply=lambda results: asked.append(1) or [1, 2, 3, 4])})
     episodes = Episodes(arena, replace(EPISODES, max_completion_tokens=limit))
     episode = Episode(0, PROMPTS[0], "", {}, length=6)
-    reply = {"results": [("7", False)], "done": False}
+    reply = {"results": [("7" * characters, False)], "done": False}
     written = episodes._written(episode, Turn("", (Call("guess", {"number": "7"}),)), reply)
     assert (written, episode.reason) == (None if reason else [1, 2, 3, 4], reason)
     assert episode.written == ([] if reason else [(6, 10)])
-
-
-@pytest.mark.parametrize(("characters", "written"), [(127, [1]), (128, None)])
-def test_what_cannot_fit_is_not_tokenised(characters, written):
-    """Two tokens are left, and 64 characters a token are more than any text has."""
-    arena = SimpleNamespace(formats={"": SimpleNamespace(reply=lambda results: [1])})
-    episodes = Episodes(arena, replace(EPISODES, max_completion_tokens=8))
-    reply = {"results": [("7" * characters, False)], "done": False}
-    turn = Turn("", (Call("guess", {}),))
-    assert episodes._written(Episode(0, PROMPTS[0], "", {}, length=6), turn, reply) == written
+    assert bool(asked) == (characters < 64 * (limit - 6))
 
 
 def test_the_beginning_and_the_turns_of_episodes_by_hand():
@@ -467,38 +412,17 @@ def test_the_end_of_episodes_by_hand():
     assert failures == [None, {"kind": "died", "message": "m"}, None, {"kind": "timeout", "message": "t"}]
 
 
-def test_the_wait_for_tools_calls_back_and_an_arena_closes_what_it_opened():
-    answer, arena = Future(), SimpleNamespace(pool=Mock(), thread=Mock())
-    episodes = Episodes(arena, EPISODES)
-    episodes._asked = [([], answer)]
-    assert episodes.written(lambda: answer.set_result([])) == {}
-    assert episodes._asked == []
-    Arena.close(arena)
-    arena.pool.close.assert_called_once()
-    arena.thread.shutdown.assert_called_once()
-
-
-def test_first_messages_end_with_what_reset_said():
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "2 + 3?"}]
-    found = first_messages(Prompt("a", "", [5], messages=messages), " Use it.")
-    assert [message["content"] for message in found] == ["s", "2 + 3? Use it."]
-    assert messages[1]["content"] == "2 + 3?"
-    assert first_messages(Prompt("a", "2?\n", [5]), None) == [{"role": "user", "content": "2?"}]
-
-
 def test_bad_environments_are_refused_by_name(engine, tmp_path):
-    different = replace(EPISODES, environment=replace(SPEC, environments=(("", f"{GUESSING}:Different"),)))
-    with pytest.raises(RolloutError, match=r"prompt 'p/0': reset gave the rollouts of one group different texts"):
-        engine.sample(PROMPTS[:1], different)
-    with pytest.raises(RuntimeError, match=r"has no class 'Gues' \(did you mean 'Guess'\?\)"):
-        engine.sample(PROMPTS, replace(EPISODES, environment=EnvironmentSpec(environments=(("", f"{GUESSING}:Gues"),))))
-    (tmp_path / "bare.py").write_text(
-        "class Bare:\n    def act(self): ...\n\n\nclass Idle:\n    def reset(self): ...\n"
-    )
-    for name, words in (("Bare", "has no method `reset`"), ("Idle", "has no tools")):
-        spec = EnvironmentSpec(environments=(("", f"{tmp_path}/bare.py:{name}"),))
-        with pytest.raises(ValueError, match=words):
-            engine.sample(PROMPTS, replace(EPISODES, environment=spec))
+    bare = tmp_path / "bare.py"
+    bare.write_text("class Bare:\n    def act(self): ...\n\n\nclass Idle:\n    def reset(self): ...\n")
+    for path, error, words in (
+        (f"{GUESSING}:Different", RolloutError, "prompt 'p/0': reset gave the rollouts of one group different texts"),
+        (f"{GUESSING}:Gues", RuntimeError, r"has no class 'Gues' \(did you mean 'Guess'\?\)"),
+        (f"{bare}:Bare", ValueError, "has no method `reset`"),
+        (f"{bare}:Idle", ValueError, "has no tools"),
+    ):
+        with pytest.raises(error, match=words):
+            engine.sample(PROMPTS[:1], replace(EPISODES, environment=replace(SPEC, environments=(("", path),))))
     several = replace(SPEC, environments=(("a", "x.py:A"), ("b", "x.py:B")))
     with pytest.raises(ValueError, match="column 'environment' holds None; the environments are a, b"):
         chosen(several, {})
@@ -522,3 +446,22 @@ def test_a_prompt_that_an_environment_makes_too_long_is_named(engine):
         engine.sample([PROMPTS[0], long], replace(EPISODES, environment=SLOW))
     assert [group.prompt.prompt_id for group in caught.value.groups] == ["p/0"]
     assert isinstance(caught.value.groups[0].prompt, Prompt)
+
+
+def test_the_wait_for_tools_calls_back_and_an_arena_closes_what_it_opened():
+    answer, arena = Future(), SimpleNamespace(pool=Mock(), thread=Mock())
+    episodes = Episodes(arena, EPISODES)
+    episodes._asked = [([], answer)]
+    assert episodes.written(lambda: answer.set_result([])) == {}
+    assert episodes._asked == []
+    Arena.close(arena)
+    arena.pool.close.assert_called_once()
+    arena.thread.shutdown.assert_called_once()
+
+
+def test_first_messages_end_with_what_reset_said():
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "2 + 3?"}]
+    found = first_messages(Prompt("a", "", [5], messages=messages), " Use it.")
+    assert [message["content"] for message in found] == ["s", "2 + 3? Use it."]
+    assert messages[1]["content"] == "2 + 3?"
+    assert first_messages(Prompt("a", "2?\n", [5]), None) == [{"role": "user", "content": "2?"}]

@@ -1,7 +1,6 @@
 """Turns, calls and results in token ids: nothing that was sampled is tokenised again (contracts 1 and 14)."""
 
 import json
-from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -41,19 +40,6 @@ def chat_tokenizer(template: str = "qwen2_5", **special: str):
     tokenizer.add_special_tokens(names)
     tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
     return tokenizer
-
-
-class Way(Enum):
-    NORTH = "north"
-
-
-def move(way: Way) -> str:
-    """Moves.
-
-    Args:
-        way: where to
-    """
-    return way
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +88,6 @@ def test_a_mark_is_a_call(plain, text, content, arguments):
 def test_a_turn_without_a_call_is_text(plain, text):
     assert read(plain, f"{text}<|end|>") == Turn(text)
     assert plain.read([]) == Turn("")
-
-
-def test_an_argument_among_several_is_its_value():
-    """A process gets it by JSON, and TRL's tools get it so."""
-    form = TurnFormat(small_tokenizer(CORPUS), [move])
-    assert read(form, '<<move {"way": "north"}=').calls == (Call("move", {"way": "north"}),)
-    assert "north" in read(form, '<<move {"way": "up"}=').error
 
 
 def test_arguments_get_the_types_of_the_parameters(two):
@@ -199,27 +178,6 @@ def test_contract_14_nothing_is_tokenised_again():
     assert form.read(sampled).calls == (Call("add", {"a": 3, "b": 4}),)
 
 
-def test_contract_14_smollm2_keeps_its_tokens_too():
-    folder = Path(__file__).parents[3] / "models/smollm2-135m-instruct"
-    if not folder.is_dir():
-        pytest.skip("SmolLM2 is not in models/; examples/05_gsm8k_recipe/prepare_smollm2.py makes it")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    form = TurnFormat(tokenizer, [calculate])
-    assert form.is_plain
-    prompt = tokenizer.decode(form.tools_prompt([{"role": "system", "content": "Be brief."}, *ASKED]))
-    assert prompt.startswith("<|im_start|>system\nBe brief.\n\nYou can call tools.")
-    assert "<<expression=result>> Evaluates an expression.<|im_end|>\n<|im_start|>user\nHow many?" in prompt
-    [word] = tokenizer.encode(" apples")
-    pieces = tokenizer.encode(" app") + tokenizer.encode("les")
-    sampled = [*pieces, *tokenizer.encode(" <<4*6="), tokenizer.eos_token_id]
-    kept = sampled + form.reply([("calculate", "24")])
-    assert tokenizer.decode(kept) == " apples <<4*6=<|im_end|>24>>"
-    assert tokenizer.encode(tokenizer.decode(kept))[0] == word != kept[0]
-    assert form.read(sampled).calls == (Call("calculate", {"expression": "4*6"}),)
-
-
 def test_a_reply_starts_after_the_token_that_ended_the_turn():
     """GLM's turns end with the token that opens the result; the policy has sampled it, so it is not written twice."""
     tokenizer = chat_tokenizer("glm4moe", eos_token="<|endoftext|>", additional_special_tokens=["<|observation|>"])
@@ -283,13 +241,7 @@ def test_a_tool_cannot_write_special_tokens(form):
     assert f"7{end[0]} {end[1:]}" in tokenizer.decode(attack)
 
 
-def test_a_base_model_gets_its_prompt_as_lines(plain):
-    assert plain._tokenizer.decode(plain.tools_prompt([*ASKED, {"role": "user", "content": "Now?"}])) == (
-        "How many?\nNow?\n"
-    )
-
-
-def test_a_tool_without_a_description_is_refused():
+def test_tools_and_forms_that_cannot_be_are_refused():
     def undescribed(a: int) -> int:
         return a
 
@@ -300,21 +252,17 @@ def test_a_tool_without_a_description_is_refused():
             a: a number
         """
 
-    tokenizer = small_tokenizer(CORPUS)
-    for tool, said in ((undescribed, "tool 'undescribed': .*docstring"), (unhinted, "tool 'unhinted': .*type hint")):
-        with pytest.raises(ValueError, match=said):
-            TurnFormat(tokenizer, [tool])
-    with pytest.raises(ValueError, match="two tools have one name: add, add; rename one"):
-        TurnFormat(tokenizer, [add, add])
-
-
-def test_a_form_that_the_model_does_not_have_is_refused():
-    with pytest.raises(ValueError, match="has no form for calls of tools; use the plain form"):
-        TurnFormat(small_tokenizer(CORPUS), [add], plain=False)
-    strange = chat_tokenizer()
+    tokenizer, strange = small_tokenizer(CORPUS), chat_tokenizer()
     strange.chat_template = strange.chat_template.replace("<tool_call>", "<call>")
-    with pytest.raises(ValueError, match="put response_template into tokenizer_config.json, or use the plain form"):
-        TurnFormat(strange, [add])
+    for given, tools, options, said in (
+        (tokenizer, [undescribed], {}, "tool 'undescribed': .*docstring"),
+        (tokenizer, [unhinted], {}, "tool 'unhinted': .*type hint"),
+        (tokenizer, [add, add], {}, "two tools have one name: add, add; rename one"),
+        (tokenizer, [add], {"plain": False}, "has no form for calls of tools; use the plain form"),
+        (strange, [add], {}, "put response_template into tokenizer_config.json, or use the plain form"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            TurnFormat(given, tools, **options)
     assert TurnFormat(strange, [add], plain=True).is_plain
     strange.response_template = {"defaults": {"role": "assistant"}, "fields": {"content": {"content": "text"}}}
     assert not TurnFormat(strange, [add]).is_plain

@@ -1,9 +1,7 @@
 """MCP servers as environments, by the official SDK: what is asked, what fails and how, and how their processes end."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager
@@ -17,13 +15,12 @@ from mcp_stub import http_server
 from policies.presets import small_tokenizer
 from rewards.isolation.environments import EnvironmentFailed, LoadedEnvironments
 from rollout.environments.format import BadCall, Call, TurnFormat
-from rollout.environments.protocol import check, open_workers, path_of, run, tools_of
+from rollout.environments.protocol import open_workers, path_of, run, tools_of
 from rollout.sampling import EnvironmentSpec
 
 ROOT = Path(__file__).parents[3]
 STUB = f"{sys.executable} -S {ROOT}/tests/cases/mcp_stub.py"
 NEEDS = "the MCP SDK is not installed: pip install mcp"
-SDK = f"{sys.executable} {ROOT}/tests/cases/mcp_server.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,12 +135,6 @@ def test_an_answer_of_http_with_an_error_has_its_status():
     assert raised.value.kind in ("died", "raised")
 
 
-def test_two_answers_of_a_process_are_one():
-    pytest.importorskip("mcp", reason=NEEDS)
-    with environment(STUB) as game:
-        assert (game.fail(how="twice"), game.count(), game.count()) == ("it failed", "1", "2")
-
-
 def test_an_episode_has_a_server_of_its_own_and_ends_it(tmp_path, monkeypatch):
     pytest.importorskip("mcp", reason=NEEDS)
     pids = tmp_path / "pids"
@@ -181,65 +172,6 @@ def test_a_dead_server_is_asked_once_more_and_no_server_outlives_its_worker(tmp_
     assert all(gone(int(pid)) for pid in pids.read_text().split())
 
 
-@pytest.mark.slow
-def test_a_worker_outlives_a_late_call(tmp_path):
-    pytest.importorskip("mcp", reason=NEEDS)
-    with closing(open_workers(spec_of(STUB, timeout_s=12.0))) as pool:
-        assert run(pool, [request_of([["count", {}]])])[0]["results"] == [["1", False]]
-        worker = pool._workers[0]
-        [late] = run(pool, [request_of([["fail", {"how": "hang"}]], "b")])
-        assert late["kind"] == "timeout"
-        assert late["message"].endswith("tool 'fail': Request 'tools/call' timed out")
-        assert pool._workers == [worker]
-
-
-PARENT = """
-import json, sys, time
-from rewards.isolation.pool import WorkerPool
-path, request = json.loads(sys.argv[1])
-function = {"kind": "environments", "function": "mcp", "tools": [], "environments": {"": path}}
-pool = WorkerPool([function], size=1, timeout_s=60)
-print(pool.run([request])[0]["results"], flush=True)
-try:
-    time.sleep(120)
-finally:
-    pool.close()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
-def test_a_server_ends_with_the_run(tmp_path, ended_by):
-    """Also one that heeds neither the end of its input nor SIGTERM."""
-    pytest.importorskip("mcp", reason=NEEDS)
-    pids = tmp_path / "pids"
-    asked = [path_of(spec_of(f"{STUB} --deaf --pid {pids}"), ""), request_of([["count", {}]]) | {"function": 0}]
-    command = [sys.executable, "-c", PARENT, json.dumps(asked)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout.readline() == "[['1', False]]\n"
-        servers = list(map(int, pids.read_text().split()))
-        assert psutil.pid_exists(servers[-1])
-        parent.send_signal(ended_by)
-    assert all(map(gone, servers))
-
-
-@pytest.mark.slow
-def test_a_server_of_the_sdk_by_stdio_and_by_http():
-    pytest.importorskip("mcp", reason=NEEDS)
-    from mcp_server import http
-
-    with http() as url:
-        for server in (SDK, url):
-            check(spec_of(server), {"question": "?"})
-            with environment(server) as game:
-                assert game.find.json_schema["parameters"]["required"] == ["word"]
-                assert game.find(word="a") == "a is here: 1"
-                assert game.find(word="b", loudly=True) == "B IS HERE: 2"
-                with pytest.raises(RuntimeError, match="no such word"):
-                    game.find(word="")
-                assert game.place(name="x") == '{"row": 3, "name": "x"}'
-
-
 def test_what_is_no_server_is_refused_by_name(monkeypatch):
     pytest.importorskip("mcp", reason=NEEDS)
     from rollout.environments.mcp import mcp
@@ -255,11 +187,3 @@ def test_what_is_no_server_is_refused_by_name(monkeypatch):
     listed.clear()
     with pytest.raises(ValueError, match="MCP server 'any' lists no tools"):
         mcp("any")
-
-
-def test_without_the_package_the_way_out_is_named(monkeypatch):
-    from rollout.environments.mcp import mcp
-
-    monkeypatch.setitem(sys.modules, "mcp", None)
-    with pytest.raises(ValueError, match=r"pip install 'quartet-rl\[mcp\]'"):
-        mcp("any command")

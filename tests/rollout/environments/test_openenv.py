@@ -1,7 +1,6 @@
 """A server built with OpenEnv's package, on loopback, as an environment in TRL's contract (pip install openenv)."""
 
 import json
-import random
 import socket
 import subprocess
 import sys
@@ -120,29 +119,3 @@ def test_an_openenv_server_is_an_environment(url):
         environment.guess(number=10)
     assert environment.guess(number=5, politely=False) == "right"
     assert (environment.done, round(environment.get_reward(), 6)) == (True, 0.8)
-
-
-@pytest.mark.peer
-def test_episodes_are_apart_and_seeded_by_random(url):
-    from rollout.environments.openenv import openenv
-
-    kind = openenv(url)
-    numbers = []
-    for seed in (0, 0, 1):
-        random.seed(seed)
-        game = kind()
-        game.reset()
-        numbers.append(next(n for n in range(1, 10) if game.guess(number=n) == "right"))
-    assert numbers[0] == numbers[1] != numbers[2]
-    one, two = kind(), kind()
-    one.reset(number=2)
-    two.reset(number=9)
-    assert [one.guess(number=4), two.guess(number=4)] == ["lower", "higher"]
-
-
-def test_without_the_package_the_way_out_is_named(monkeypatch):
-    from rollout.environments.openenv import openenv
-
-    monkeypatch.setitem(sys.modules, "openenv.core.mcp_client", None)
-    with pytest.raises(ImportError, match=r"pip install 'quartet-rl\[openenv\]'"):
-        openenv("http://127.0.0.1:1")

@@ -1,12 +1,14 @@
 """Processes of environments: what is repeated has its own time, and what a tool writes has tokens."""
 
+import importlib
+import sys
 from dataclasses import replace
 
 import pytest
 
 from policies.presets import small_tokenizer
 from rollout.environments.format import Call, TurnFormat
-from rollout.environments.protocol import columns_of, open_workers, run, seeds, tools_of
+from rollout.environments.protocol import open_workers, run, seeds, tools_of
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 SOURCE = '''
@@ -83,10 +85,16 @@ def test_contract_4_the_seed_of_an_episode_is_a_function_of_its_key():
     assert len({group, *(seeds(*key)[0] for key in keys[1:])}) == 5
 
 
-def test_the_column_that_chooses_among_environments_is_not_sent_to_one():
-    columns = {"environment": "room", "target": 7}
-    several = EnvironmentSpec(environments=(("room", "a:B"), ("hall", "c:D")))
-    assert columns_of(several, columns) == {"target": 7}
-    assert columns_of(EnvironmentSpec(environments=(("", "a:B"),)), columns) == columns
-    with pytest.raises(ValueError, match="column 'image' cannot be sent to an environment"):
-        columns_of(several, {"image": b"0"})
+@pytest.mark.parametrize(
+    ("kind", "package", "given"),
+    [
+        ("mcp", "mcp", "any command"),
+        ("openenv", "openenv.core.mcp_client", "http://127.0.0.1:1"),
+        ("verifiers", "verifiers", "any"),
+    ],
+)
+def test_without_its_package_an_environment_names_the_way_out(monkeypatch, kind, package, given):
+    make = getattr(importlib.import_module(f"rollout.environments.{kind}"), kind)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises((ImportError, ValueError), match=rf"pip install 'quartet-rl\[{kind}\]'"):
+        make(given)

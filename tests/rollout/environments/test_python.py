@@ -5,7 +5,6 @@ import pytest
 from rewards.isolation import sandbox
 from rewards.isolation.sandbox import SandboxUnavailable
 from rollout.environments import python
-from rollout.environments.format import TurnFormat
 from rollout.environments.python import LONGEST_ANSWER, Python
 
 needs_sandbox = pytest.mark.skipif(sandbox.unavailable() is not None, reason=str(sandbox.unavailable()))
@@ -51,15 +50,6 @@ def test_nothing_stays_from_call_to_call():
         environment.run("import os; open('left', 'w').write('x'); os.mkdir('folder'); x = 1; print('here')") == "here"
     )
     assert environment.run(look) == before
-
-
-@needs_sandbox
-def test_the_policy_writes_a_program_as_a_call():
-    from policies.presets import small_tokenizer
-
-    form = TurnFormat(small_tokenizer(["print(3 + 4)\n"] * 20), [Python().run])
-    [call] = form.read(form._tokenizer.encode("I compute:\n<<for i in (1, 2):\n    print(i << 1)=<|end|>")).calls
-    assert Python().run(**call.arguments) == "2\n4"
 
 
 def test_without_a_sandbox_there_is_no_environment(monkeypatch):

@@ -1,6 +1,5 @@
 """A task of the package verifiers as an environment in TRL's contract (pip install verifiers)."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,14 @@ from rollout.sampling import EnvironmentSpec
 CASE = f"{Path(__file__).parents[2] / 'cases/verifiers_task.py'}:Count"
 
 
-@pytest.fixture
-def installed():
-    pytest.importorskip("verifiers.v1", reason="verifiers is not installed: pip install verifiers")
-
-
 def said(content: str, **step) -> dict:
     call = {"type": "function", "function": {"name": "counter_add", "arguments": step}}
     return {"role": "assistant", "content": content} | ({"tool_calls": [call]} if step else {})
 
 
 @pytest.mark.peer
-@pytest.mark.usefixtures("installed")
 def test_the_tools_of_a_task_are_called_and_its_rewards_read_the_episode():
+    pytest.importorskip("verifiers.v1", reason="verifiers is not installed: pip install verifiers")
     spec = EnvironmentSpec(environments=(("", CASE),))
     form = TurnFormat(small_tokenizer(["<<counter_add 4=4>>"] * 20), tools_of(spec, ""))
     described = {schema["function"]["name"]: schema["function"] for schema in form.schemas}
@@ -52,31 +46,3 @@ def test_the_tools_of_a_task_are_called_and_its_rewards_read_the_episode():
     history = [add3, add4, ["counter_add", {"step": 9}]]
     assert ask("a", history, [], [said("", step=7), told, said("It is 7.")])["reward"] == 2.0 + 1.0
     assert ask("b", [add4], [], [said("", step=4), told, said("It is 7.")])["reward"] == 0.0
-
-
-@pytest.mark.peer
-@pytest.mark.usefixtures("installed")
-def test_a_task_that_needs_more_is_refused():
-    sys.path.insert(0, str(Path(CASE).parent))
-    try:
-        from verifiers_task import Bare, Prepared
-
-        from rollout.environments.verifiers import verifiers
-
-        with pytest.raises(ValueError, match="task Bare has no tools; use its rewards without an environment"):
-            verifiers(Bare)
-        with pytest.raises(ValueError, match="task Prepared needs the method setup, which only verifiers itself has"):
-            verifiers(Prepared)
-        Prepared.setup = Prepared.__mro__[2].setup
-        with pytest.raises(ValueError, match="task Prepared needs a runtime for files"):
-            verifiers(Prepared)
-    finally:
-        sys.path.pop(0)
-
-
-def test_without_the_package_the_way_out_is_named(monkeypatch):
-    from rollout.environments.verifiers import verifiers
-
-    monkeypatch.setitem(sys.modules, "verifiers", None)
-    with pytest.raises(ImportError, match=r"pip install 'quartet-rl\[verifiers\]'"):
-        verifiers("any")

@@ -1,18 +1,14 @@
 """Messages: what a worker gets of a publication, and that it holds the learner's bits afterwards."""
 
-import gc
-import tracemalloc
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-import rollout.publication.message
 from policies.policy import Policy
 from rollout.engine import Engine
 from rollout.faults import RolloutError
-from rollout.publication.digests import digests, first_difference
+from rollout.publication.digests import digests
 from rollout.publication.message import Message, Moved, Sender, pack, unpack
 from rollout.worker import Receiver
 
@@ -93,19 +89,6 @@ def test_a_worker_gives_another_one_what_it_holds(random_policy, targets):
         assert worker.take(message) == digests(policy.weights())
 
 
-def test_the_learner_gives_again_only_what_was_published(random_policy):
-    policy = random_policy(3)
-    sender, worker = Sender(), receiver(policy)
-    take(sender, policy.publication(), 0)
-    for message in sender.again():
-        assert worker.take(message) == digests(policy.weights())
-    policy.mtp.norm.weight.data[0] += 1
-    with pytest.raises(Moved, match="no worker is left that holds version 0.*--resume auto.*rollout.workers of 2"):
-        list(sender.again())
-    policy.mtp.norm.weight.data[0] -= 1
-    assert len(list(sender.again())) == 1
-
-
 @pytest.mark.parametrize("targets", [None, *TARGETS])
 def test_what_is_kept_is_given_again_after_the_learner_has_moved_on(random_policy, targets):
     policy = random_policy(3)
@@ -136,74 +119,6 @@ def test_parts_of_two_publications_are_not_mixed(random_policy):
     assert worker.engine.version == -1
     assert [worker.take(part) for part in second][-1] == digests(policy.weights())
     assert worker.engine.version == 1
-
-
-def memory() -> dict[int, int]:
-    """Bytes of all tensors of this process by their address; views are counted once."""
-    storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
-@pytest.fixture
-def traced() -> Iterator[None]:
-    tracemalloc.start()  # NumPy tells it of its arrays
-    yield
-    tracemalloc.stop()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("adapters", [False, True])
-def test_a_publication_never_holds_a_second_copy_of_the_weights(random_policy, monkeypatch, traced, adapters):
-    """As from a GPU or from shards, where each tensor is copied to the host: a part and a tensor, and nothing after."""
-    policy = random_policy(3)
-    if adapters:
-        policy.add_lora(2, 4.0, ["experts", "o_proj"])
-    sizes, sender = [tensor.nbytes for tensor in policy.weights().values()], Sender(part_bytes=20_000)
-    gc.collect()
-    before, traced_before = memory(), tracemalloc.get_traced_memory()[0]
-    monkeypatch.setattr(rollout.publication.message, "_on_host", lambda tensor: tensor.detach().clone())
-
-    def held() -> int:
-        tensors = sum(size for address, size in memory().items() if address not in before)
-        return tensors + tracemalloc.get_traced_memory()[0] - traced_before
-
-    small = 0.25 * sum(sizes)  # names and digests, and what Python keeps of its own
-    limit = sender.part_bytes + 2 * max(sizes) + small  # the tensor that fills a part, and a merged one
-    assert limit < 0.75 * sum(sizes)
-    for version in range(2):
-        sent, most = 0, 0
-        for message in sender.messages(policy.publication(), version):
-            sent += message.bytes
-            most = max(most, held())
-            del message
-        gc.collect()
-        assert most <= limit
-        assert held() < small
-        assert sent >= (0.02 if version and adapters else 1) * sum(sizes)
-
-
-def test_the_first_tensor_that_differs_is_named(random_policy):
-    policy = random_policy(3)
-    sender = Sender()
-    take(sender, policy.weights(), 0)
-    held = digests(policy.weights())
-    assert sender.difference(held) is None
-    assert first_difference(policy.weights(), held) is None
-    name = "trunk.model.layers.1.mlp.experts.down_proj"
-    for wrong in (held | {name: ("float32", "0")}, {n: found for n, found in held.items() if n != name}):
-        assert sender.difference(wrong) == first_difference(policy.weights(), wrong) == name
-    assert sender.difference(held | {"draft_ids": ("int64", "0")}) == "draft_ids"
-
-
-def test_a_sampler_may_hold_another_type(random_policy):
-    """The transformers backend decodes in bf16 what it got in fp32."""
-    policy = random_policy(3)
-    sender = Sender(cast=torch.bfloat16)
-    take(sender, policy.weights(), 0)
-    held = digests({name: tensor.bfloat16() for name, tensor in policy.weights().items()})
-    assert sender.difference(held) is None
-    moved = {name: tensor.bfloat16() * 2 for name, tensor in policy.weights().items()}
-    assert sender.difference(digests(moved)) == next(iter(held))
 
 
 def test_a_publication_that_is_cut_short_is_followed_by_a_whole_one(random_policy, monkeypatch):

@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from local_server import serving
 
-from rollout.backends.vllm import client as client_module
 from rollout.backends.vllm.client import PROTOCOL, Client, Lost
 from rollout.faults import RolloutError
 
@@ -46,11 +45,6 @@ def said(status: int, body: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
     return answer
 
 
-def test_an_honest_answer():
-    with server(said(200, json.dumps(STATE).encode())) as client:
-        assert client.state() == STATE
-
-
 def test_nobody_listens():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,18 +53,10 @@ def test_nobody_listens():
             Client(f"http://127.0.0.1:{port}", "t" * 16, why=lambda: "and now").state()
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "https://host", "http://", "http://host:1/v1"])
-def test_an_address_that_is_none(url):
-    with pytest.raises(ValueError, match=r"rollout.vllm.url='.*expected http://HOST:PORT"):
-        Client(url, "t" * 16)
-
-
-def test_a_wrong_token_names_where_ours_is_from():
-    with (
-        server(said(401, b'{"error": "wrong token"}')) as client,
-        pytest.raises(RolloutError, match="refuses our token.*rollout.vllm.token_file.*QUARTET_VLLM_TOKEN"),
-    ):
-        client.state()
+def test_an_address_that_is_none():
+    for url in ("localhost:8000", "https://host", "http://", "http://host:1/v1"):
+        with pytest.raises(ValueError, match=r"rollout.vllm.url='.*expected http://HOST:PORT"):
+            Client(url, "t" * 16)
 
 
 def test_an_upload_that_is_refused_before_it_was_read():
@@ -79,39 +65,31 @@ def test_an_upload_that_is_refused_before_it_was_read():
         client.upload("/publish", {}, [memoryview(bytes(1 << 20))] * 64, 64 << 20, limit_s=10)
 
 
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (b"<html>It works!</html>", "is no server of ours"),
-        (b"[1]", "is no server of ours"),
-        (b"{}", f"speaks protocol None, and this quartet {PROTOCOL}"),
-        (json.dumps(STATE | {"protocol": 99}).encode(), "speaks protocol 99"),
-        (b"", "closed the connection before its answer was whole.*the end of its log"),
-    ],
-)
-def test_a_server_of_something_else(body, message):
-    with server(said(200, body)) as client, pytest.raises(RolloutError, match=message):
-        client.state()
+ANSWERS = [
+    ("/state", 401, b'{"error": "wrong token"}', "refuses our token.*rollout.vllm.token_file.*QUARTET_VLLM_TOKEN"),
+    ("/state", 200, b"<html>It works!</html>", "is no server of ours"),
+    ("/state", 200, b"[1]", "is no server of ours"),
+    ("/state", 200, b"{}", f"speaks protocol None, and this quartet {PROTOCOL}"),
+    ("/state", 200, json.dumps(STATE | {"protocol": 99}).encode(), "speaks protocol 99"),
+    ("/state", 200, b"", "closed the connection before its answer was whole.*the end of its log"),
+    ("/load", 500, b'{"error": "ValueError: no such type"}', "cannot answer /load: ValueError: no such type"),
+    ("/sample", 200, b'{"ended": 1}\n{"error": "RuntimeError: full"}\n', "cannot answer /sample: RuntimeError: full"),
+]
 
 
-def test_a_plain_vllm_serve_is_told_from_ours():
-    def answer(request: BaseHTTPRequestHandler) -> None:
+def test_answers_of_servers_that_are_not_ours_or_cannot_do_it():
+    with server(said(200, json.dumps(STATE).encode())) as client:
+        assert client.state() == STATE
+    for path, status, body, message in ANSWERS:
+        with server(said(status, body)) as client, pytest.raises(RolloutError, match=message):
+            client.state() if path == "/state" else list(client.post(path, {}, limit_s=10))
+
+    def plain(request: BaseHTTPRequestHandler) -> None:
         known = request.path == "/version"
         said(200 if known else 404, b'{"version": "0.32.0"}' if known else b'{"detail": "Not Found"}')(request)
 
-    with (
-        server(answer) as client,
-        pytest.raises(RolloutError, match=r"is a plain `vllm serve` \(vLLM 0.32.0\).*quartet_server.py"),
-    ):
+    with server(plain) as client, pytest.raises(RolloutError, match=r"a plain `vllm serve` .*quartet_server.py"):
         client.state()
-
-
-def test_what_the_server_cannot_do_is_told():
-    with (
-        server(said(500, b'{"error": "ValueError: no such architecture"}')) as client,
-        pytest.raises(RolloutError, match="cannot answer /load: ValueError: no such architecture"),
-    ):
-        list(client.post("/load", {}, limit_s=10))
 
 
 def test_a_server_that_dies_in_the_middle():
@@ -127,14 +105,6 @@ def test_a_server_that_dies_in_the_middle():
         assert next(lines) == {"ended": 1}
         with pytest.raises(RolloutError, match="is lost at /sample .*before its answer was whole.*end of its log"):
             next(lines)
-
-
-def test_an_error_in_the_middle_of_a_stream():
-    with (
-        server(said(200, b'{"ended": 1}\n{"error": "RuntimeError: full"}\n')) as client,
-        pytest.raises(RolloutError, match="cannot answer /sample: RuntimeError: full"),
-    ):
-        list(client.post("/sample", {}, limit_s=10))
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -158,24 +128,6 @@ def test_a_server_that_hangs(first):
             got.extend(client.post("/sample", {}, limit_s=0.5))
         release.set()
     assert len(got) == (4 if first else 0)
-
-
-def test_an_address_that_swallows_packets(monkeypatch):
-    """A listening socket whose queue is full answers no connection; there is a limit for that too."""
-    monkeypatch.setattr(client_module, "CONNECT_S", 0.5)
-    with socket.socket() as full:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        port, kept = full.getsockname()[1], []
-        for _ in range(4):
-            one = socket.socket()
-            one.setblocking(False)
-            one.connect_ex(("127.0.0.1", port))
-            kept.append(one)
-        with pytest.raises(Lost, match="has not answered /load for 0.5 s"):
-            list(Client(f"http://127.0.0.1:{port}", "t" * 16).post("/load", {}, limit_s=0.5))
-        for one in kept:
-            one.close()
 
 
 def test_a_stop_ends_the_wait():

@@ -144,17 +144,6 @@ def test_one_that_is_lost_between_two_turns_gives_the_same_episodes(case, monkey
     assert len(case.told) == 1
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("number", HOW)
-def test_one_that_is_lost_in_a_publication_gets_it_from_the_beginning(case, number):
-    case.strike(f"publish {number}")
-    case.pool.publish(case.policy.publication(), 1)
-    [(_, why, _)] = case.told
-    assert "/publish" in why
-    assert case.pool.metrics()["faults/vllm"] == 1
-    assert {c.policy_version for group in case.sample() for c in group.completions} == {1}
-
-
 def test_one_that_has_died_while_nobody_asked_is_found_at_the_next_call(case):
     expected = case.sample()
     os.kill(case.pid, signal.SIGKILL)
@@ -192,21 +181,6 @@ def test_contract_5_with_adapters_a_new_one_gets_everything_and_the_next_publica
         case.pool.close()
 
 
-@pytest.mark.long
-def test_losses_one_after_the_other_end_the_run_with_the_culprit(case):
-    case.strike("sample SIGKILL", "load SIGKILL", "publish SIGKILL")
-    expected = case.sample()
-    assert case.pool.metrics()["faults/vllm"] == 3
-    case.pool.publish(case.policy.publication(), 0)  # from here on they count anew
-    assert case.sample() == expected
-    case.strike("sample SIGKILL always")
-    with pytest.raises(
-        RolloutError, match=r"^4 losses since .* vLLM: it is lost at /sample .*SIGKILL.*timeout_s.*--resume auto$"
-    ):
-        case.sample()
-    assert [action for *_, action in case.told[3:]] == [*["it is started again"] * 3, "the run ends"]
-
-
 def test_a_server_by_url_is_not_ours_to_start(case):
     server = VLLMProcess(case.settings.python, case.settings.log, 1, lambda: None)
     other = VLLMPool(case.policy, PoolOptions(vllm=replace(case.settings, url=server.url, token=server.token)))
@@ -221,20 +195,6 @@ def test_contract_13_a_new_one_passes_the_canaries_that_the_lost_one_has_passed(
     case.pool.sample_on_each(CANARIES, PARAMS)
     case.strike("sample SIGKILL", "sample odd")
     with pytest.raises(RolloutError, match=r"vLLM, which was started again, samples other canaries .*\(version 0\)"):
-        case.sample()
-
-
-@pytest.mark.long
-def test_weights_that_the_learner_no_longer_has_are_not_published_again(case):
-    expected = case.sample()
-    case.pool.keep()
-    case.move()
-    case.strike("sample SIGKILL")
-    assert case.sample() == expected  # from the copy
-    case.pool.publish(case.policy.publication(), 1)
-    case.move()
-    case.strike("sample SIGKILL")
-    with pytest.raises(RolloutError, match="no longer has the weights of version 1: go on with --resume auto"):
         case.sample()
 
 
@@ -257,16 +217,6 @@ def test_weights_that_the_learner_changes_while_they_are_sent_again_are_sent_onc
     assert moved
 
 
-@pytest.mark.long
-def test_weights_that_are_spread_over_ranks_are_not_published_again(case, monkeypatch):
-    monkeypatch.setattr(pool_module, "DTensor", torch.Tensor)
-    case.strike("publish SIGKILL")
-    case.pool.publish(case.policy.publication(), 1)  # rank 0 has gathered them
-    case.strike("sample SIGKILL")
-    with pytest.raises(RolloutError, match="spread over several ranks.*--resume auto"):
-        case.sample()
-
-
 def test_a_stop_ends_the_start_of_a_new_one(case):
     class Stop(Exception):
         pass
@@ -281,8 +231,7 @@ def test_a_stop_ends_the_start_of_a_new_one(case):
         case.sample()
 
 
-@pytest.mark.parametrize("strike", ["", "sleep SIGKILL"])
-def test_it_leaves_a_gpu_that_it_shares_until_the_next_publication(case, monkeypatch, strike):
+def test_it_leaves_a_gpu_that_it_shares_until_the_next_publication(case, monkeypatch):
     """As far as no GPU shows it: a fake server that says that it is on one."""
     expected = case.sample()
     monkeypatch.setattr("rollout.places.Places.taken", lambda *_: (True, 0))
@@ -291,25 +240,12 @@ def test_it_leaves_a_gpu_that_it_shares_until_the_next_publication(case, monkeyp
     try:
         arguments = pool.state["load"]["arguments"]
         assert (arguments["gpu_memory_utilization"], arguments["enable_sleep_mode"]) == (0.4, True)
-        case.strike(strike)
+        case.strike("sleep SIGKILL")
         pool.sleep()
         with pytest.raises(RolloutError, match="has not confirmed the last publication"):
             pool.sample(PROMPTS, PARAMS)
         pool.publish(case.policy.publication(), 0)
         assert pool.sample(PROMPTS, PARAMS) == expected
-    finally:
-        pool.close()
-
-
-def test_it_has_the_gpus_that_are_not_the_learners_and_all_of_their_memory(case, monkeypatch, fake_servers):
-    monkeypatch.setattr("rollout.places.Places.taken", lambda *_: (False, 1))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7,8")
-    pool = VLLMPool(case.policy, PoolOptions(vllm=case.settings))
-    pool.sleep()  # it shares nothing
-    try:
-        assert {"gpu_memory_utilization", "enable_sleep_mode"}.isdisjoint(pool.state["load"]["arguments"])
-        assert fake_servers[-1]["CUDA_VISIBLE_DEVICES"] == "7,8"
-        assert pool.sample(PROMPTS, PARAMS) == case.sample()
     finally:
         pool.close()
 

