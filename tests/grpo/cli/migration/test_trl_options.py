@@ -155,9 +155,9 @@ def test_a_group_that_an_update_cuts_is_said(read):
     ],
 )
 def test_a_value_of_theirs_is_this_one_here(read, values, key, ours):
-    config = TrainConfig(**read(**values).tree)
+    config = TrainConfig(**read(**values).tree).model_dump()
     for name in key.split("."):
-        config = getattr(config, name)
+        config = config[name]
     assert config == ours
 
 
