@@ -27,7 +27,6 @@ from grpo.config.run import SftConfig, TrainConfig
 from grpo.task.plan import Plan
 from grpo.task.table import contradictions
 from rewards.commands.options import ReplayConfig, RewardTestConfig
-from rewards.config.names import removed
 from rewards.config.options import load, parse
 
 ROOT = Path(__file__).parents[1]
@@ -271,7 +270,7 @@ def test_files_options_and_metrics_that_are_named_exist(page):
     for span in code_spans(page):
         option = re.fullmatch(r"(?:--)?([a-z_]+(?:\.[a-z_]+)+)(?:[:= ].*)?", span)
         if option and option[1].partition(".")[0] in sections and not option[1].endswith((".py", ".yaml", ".jsonl")):
-            there = option[1] in options or bool(page in OF_THE_PAST and removed(option[1]))
+            there = option[1] in options or page in OF_THE_PAST
         elif re.fullmatch(r"[a-z]+/[a-z_<>/0-9]+", span) and span.partition("/")[0] in areas:
             measured = re.sub(r"<\w+>", "<>", re.sub(r"_\d+$", "_<>", span))
             there = bool({span, measured} & metrics) or (ROOT / span).exists()

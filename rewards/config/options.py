@@ -23,14 +23,13 @@ import copy
 import inspect
 import itertools
 import json
-import logging
 import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -44,7 +43,6 @@ from rewards.config.yaml_file import ConfigError, Place, parse_yaml, read_yaml, 
 
 __all__ = ["ConfigError", "Options", "add_options", "dump_yaml", "load", "parse", "reference_page"]
 
-LOGGER = logging.getLogger(__name__)
 COMMANDS: dict[str, type[BaseModel]] = {}  # the options of each command that is imported, by its name
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -76,7 +74,7 @@ class Options(BaseModel):
         """Raises ConfigError with what the command line says of such options. Files and parts of other options are
         validated without it."""
         if command := getattr(type(self), "command", ""):
-            options = names.renew(command, options, warn_of_old_name)
+            options = names.whole_data(options)
         try:
             super().__init__(**options)
         except ValidationError as error:
@@ -274,14 +272,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     options = getattr(args, "options_parser", parser)._option_string_actions
     flags = {name: action for name, action in options.items() if name in action.option_strings}  # as help spells them
     args.flags = [name.lstrip("-") for name, action in flags.items() if not isinstance(action, _Override)]
-    extra, command = {}, getattr(getattr(args, "options", None), "command", "")
+    extra = {}
     for word in rest:
         name, _, text = word.partition("=")
         if not name.startswith("-"):
             raise ConfigError([f"{name}: this word follows no option; see --help all"])
-        key = name.lstrip("-")
-        action = options.get(f"--{names.new_key(command, key)}")  # of an old name
-        extra[key] = _value(Any, text) if action is None else cast(Any, action.type)(text)
+        extra[name.lstrip("-")] = _value(Any, text)
     if extra and not hasattr(args, "overrides"):
         raise ConfigError(unknown_option(key, extra[key], "command line", args.flags) for key in extra)
     args.overrides = getattr(args, "overrides", {}) | extra
@@ -334,9 +330,8 @@ def load(
     """The defaults, then the file, then the overrides (`{"rollout.group_size": 8}`), validated.
 
     `overrides` and `flags` come from `parse`. Raises ConfigError with all problems at once, one line each:
-    `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`. `on_removed` is for what an older
-    version wrote: an option that is no longer there is left out, and a sentence about it goes to this function. Old
-    names work, see names.py; without `on_removed` a warning says so.
+    `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`. `on_removed` is for what a run
+    of 0.2 wrote: an option that is no longer there is left out, and a sentence about it goes to this function.
     """
     data: dict[str, Any] = {}
     lines: dict[Place, int] = {}
@@ -348,9 +343,11 @@ def load(
             problems += error.problems
     unread = bool(problems)
     command = getattr(model_cls, "command", "")
-    tell = None if on_removed else warn_of_old_name
-    data, lines = names.renew(command, data, tell), {names.new_place(command, place): n for place, n in lines.items()}
-    overrides = names.renew_keys(command, overrides, tell)
+    if command and isinstance(data.get("data"), str | list):
+        data, lines = names.whole_data(data), {names.place_of_data(place): line for place, line in lines.items()}
+    if command and isinstance(short := overrides.get("data"), str | list):
+        whole = f"data.{names.key_of_data(short)}"
+        overrides = {whole if key == "data" else key: value for key, value in overrides.items()}
     for key, value in overrides.items():
         if fault := unfit(value):  # bytes on the command line that are no text
             problems.append(describe(key, {}, "command line", fault))
@@ -359,7 +356,6 @@ def load(
             _set(data, key, value)
         except ConfigError as error:
             problems += error.problems
-    names.settle(command, data)
     defaults = model_cls.model_construct()
     options = {option.key: option for option in _options(defaults)}
     leaves = {key for key, option in options.items() if option.model is None or option.in_list}
@@ -374,11 +370,6 @@ def load(
     if problems:
         raise ConfigError(problems)
     return model
-
-
-def warn_of_old_name(old: str, new: str) -> None:
-    """Tells a user who has written an old name of an option, a split or a flag."""
-    LOGGER.warning("%s is %s now; the old name works until %s", old, new, names.WORKS_UNTIL)
 
 
 def dump_yaml(model: BaseModel) -> str:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from rewards.config.data import ProblemOptions
 from rewards.config.json_file import unfit, with_inner
-from rewards.config.options import warn_of_old_name
 from rewards.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
 from rewards.data.source import (
     BUILT_IN,
@@ -118,9 +117,6 @@ def load_examples(
     options = options or ProblemOptions()
     if options.task_options and not source.startswith(REASONING_GYM):
         raise ValueError(f"task_options={options.task_options} are for reasoning_gym tasks; {name_or_path} has none")
-    if split == "heldout" and default_held_out_split(source) == "held_out":
-        warn_of_old_name(f"split heldout of {source}", "held_out")
-        split = "held_out"
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, None)
     problems = _made(source, split, levels, seed, limit, options.task_options)

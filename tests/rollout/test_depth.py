@@ -114,10 +114,6 @@ def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
     assert CostTable.load(tmp_path / "draft_costs.json") == replace(TABLE, graphs=[[1.0, 2.0]])
     replace(TABLE, reading=0.25).save(tmp_path / "draft_costs.json")
     assert CostTable.load(tmp_path / "draft_costs.json") == replace(TABLE, reading=0.25)
-    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "lookups": [[1.0]]}')
-    assert CostTable.load(tmp_path / "draft_costs.json") == CostTable(
-        [1], [[1.0]]
-    )  # of a version that looked drafts up
     (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0]], "graphs": [[-1.0]]}')
     with pytest.raises(ValueError, match="must be above 0 and finite"):
         CostTable.load(tmp_path / "draft_costs.json")
@@ -128,7 +124,7 @@ def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
     (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [["1.0"]]}')
     with pytest.raises(ValueError, match="must be above 0 and finite"):
         CostTable.load(tmp_path / "draft_costs.json")
-    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0, 2.0]]}')  # of an older version
+    (tmp_path / "draft_costs.json").write_text('{"rows": [1], "rounds": [[1.0, 2.0]]}')
     assert CostTable.load(tmp_path / "draft_costs.json") == CostTable([1], [[1.0, 2.0]])
     (tmp_path / "draft_costs.json").write_text('{"rows": [1]}')
     with pytest.raises(ValueError, match=r"draft_costs.json is no table of draft costs.*delete it"):

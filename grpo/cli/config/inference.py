@@ -177,7 +177,8 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     if reward["on_error"] == "abort":
         reward["on_error"] = "drop_sample"
     prompts = ("template", "system_prompt", "user_turn", "few_shot", "chat_template_kwargs", "thoughts")
-    problems = ("name", "split", "held_out", "held_out_seed", "task_options", "prompt_column", "solution_column")
+    columns = ("prompt_column", "solution_column")
+    problems = ("name", "split", "held_out", "held_out_seed", "levels", "task_options", *columns)
     sampling = ("temperature", "max_completion_tokens", "draft_tokens")
     acting = (*EnvironmentOptions.model_fields, *AgentOptions.model_fields)
     brought: dict[str, Any] = {
@@ -190,6 +191,5 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     if data not in (None, of_data["name"]):
         return brought
     brought["data"] |= {name: of_data[name] for name in problems if name in of_data}
-    brought["data"]["levels"] = run["eval"].get("levels") or of_data["levels"]
     split = None if of_data.get("held_out") else run["eval"]["split"]
     return brought | {"eval": {"split": split, "limit": run["eval"]["limit"] or None}}

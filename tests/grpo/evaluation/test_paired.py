@@ -103,7 +103,18 @@ def test_two_policies_are_compared_problem_by_problem(micro_policy, tmp_path, ca
     for name, seed in ("a", 0), ("b", 1):
         micro_policy(seed).save(tmp_path / name)
     (tmp_path / "reward.py").write_text("def even(completions, **_):\n    return [len(c) % 2 for c in completions]\n")
-    words = ["--limit", "8", "--samples", "2", "--max_completion_tokens", "6", "--threads", "1", "--levels", "[1]"]
+    words = [
+        "--eval.limit",
+        "8",
+        "--eval.samples",
+        "2",
+        "--rollout.max_completion_tokens",
+        "6",
+        "--threads",
+        "1",
+        "--data.levels",
+        "[1]",
+    ]
     words += ["--rewards", f"[{{function: '{tmp_path}/reward.py:even'}}]", "--output", str(tmp_path / "kept")]
     models = [str(tmp_path / name) for name in ("a", "b", "a")]
     assert main(["eval", *models, *words, "--json", str(tmp_path / "out.json")]) == 0

@@ -23,7 +23,7 @@ def _write(path: Path, *lines: str) -> Path:
 
 
 def _groups(model: str, path: Path, **given) -> list[dict]:
-    options = {"model": model, "threads": 1, "samples": 3, "max_completion_tokens": 12} | given
+    options = {"model": model, "threads": 1, "samples": 3, "rollout.max_completion_tokens": 12} | given
     return groups_as_json(_sampled(load(SampleConfig, None, options), path).groups)
 
 
@@ -147,7 +147,9 @@ def test_contract_2_logprobs_are_those_of_the_stock_model(model, tmp_path):
 def test_a_template_goes_around_the_prompt_and_the_prompt_is_reported_as_given(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?", "name": "Ann"}')
     config = load(
-        SampleConfig, None, {"model": model, "threads": 1, "template": "{name}: {prompt}\n", "max_completion_tokens": 4}
+        SampleConfig,
+        None,
+        {"model": model, "threads": 1, "data.template": "{name}: {prompt}\n", "rollout.max_completion_tokens": 4},
     )
     [group] = _sampled(config, path).groups
     assert group.prompt.text == "Ann: 2 + 3 = ?\n"
@@ -167,7 +169,7 @@ def test_prompts_that_cannot_be_continued_are_refused(model, tmp_path):
 
 def test_a_prompt_that_cannot_be_continued_costs_no_other_one(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}', json.dumps({"prompt": "pens " * 300}))
-    options = {"model": model, "threads": 1, "samples": 3, "max_completion_tokens": 12}
+    options = {"model": model, "threads": 1, "samples": 3, "rollout.max_completion_tokens": 12}
     sampled = _sampled(load(SampleConfig, None, options), path)
     assert [group.prompt.prompt_id for group in sampled.groups] == ["line 1"]
     assert sampled.faults.startswith("prompt 'line 2' has ")
@@ -226,7 +228,7 @@ def test_a_prompt_looks_as_the_run_was_trained_on(run, tmp_path, monkeypatch, ca
 
 def test_a_template_of_the_command_line_wins_over_the_runs(run, tmp_path, monkeypatch):
     texts = _texts(monkeypatch)
-    words = ["--prompt", "2 + 3 = ", "--template", "{prompt}", "--few_shot", "0"]
+    words = ["--prompt", "2 + 3 = ", "--data.template", "{prompt}", "--data.few_shot", "0"]
     _sample(run[0], *words, out=tmp_path / "out.json")
     assert texts == ["2 + 3 = "]
 
@@ -246,7 +248,7 @@ def test_a_checkpoint_inside_a_run_brings_the_runs_template(micro_config, tmp_pa
 def test_prompts_come_from_the_command_line_and_standard_input(model, tmp_path, monkeypatch):
     lines = b'{"prompt": "Ann has"}\n2 + 3 =\n\n  \n7 pens\r\n'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    words = ["--prompt", "Tom has", "--prompt", "-3 + 5 =", "--prompts", "-", "--max_completion_tokens", "2"]
+    words = ["--prompt", "Tom has", "--prompt", "-3 + 5 =", "--prompts", "-", "--rollout.max_completion_tokens", "2"]
     groups = _sample(model, *words, out=tmp_path / "out.json")
     assert [group["prompt"] for group in groups] == ["Tom has", "-3 + 5 =", "Ann has", "2 + 3 =", "7 pens"]
 

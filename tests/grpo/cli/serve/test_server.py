@@ -397,7 +397,9 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
     train(micro_config(run))
     (run / "policy").rename(tmp_path / "policy")
     (run / "checkpoints/step_000003").rename(tmp_path / "step_000003")
-    use = PolicyInUse(load(ServeConfig, None, {"model": str(run), "threads": 1, "draft_tokens": 0, "name": "micro"}))
+    use = PolicyInUse(
+        load(ServeConfig, None, {"model": str(run), "threads": 1, "rollout.draft_tokens": 0, "name": "micro"})
+    )
     with pytest.raises(ValueError, match="is no run folder"):
         Follower(str(tmp_path), 2, load_engine, print)
     server = Running(str(run), draft_tokens=0, name="micro")
@@ -435,7 +437,19 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
 
 @pytest.mark.long
 def test_sigterm_lets_running_requests_finish(model):
-    command = [sys.executable, "-m", "grpo", "serve", model, "--port", "0", "--threads", "1", "--draft_tokens", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "grpo",
+        "serve",
+        model,
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--rollout.draft_tokens",
+        "0",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said = process.stdout.readline()
