@@ -25,7 +25,8 @@ loaded: `from_pretrained` gives a stand-in with the model's name. Datasets and t
 does to them is part of what it trains on. The process ends after `--timeout_s`, with all that it has started.
 `--processes` says how many `accelerate launch` would start.
 
-`quartet from-verl` reads the text of the command and runs nothing. Options get the values that bash would give them:
+`quartet from-verl` needs shfmt, which parses the script (`pip install 'quartet-rl[verl]'`). It reads the text of the
+command and runs nothing. Options get the values that bash would give them:
 variables, arrays, functions, loops, `case` and `if` are evaluated, with your environment and the script's arguments.
 Some conditions cannot be decided from the text, such as one on the output of `nvidia-smi`, on a file or on a variable
 that `set -u` requires. Both branches are then read. Each option that differs between them is reported with the

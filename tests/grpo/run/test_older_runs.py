@@ -35,7 +35,7 @@ def test_an_older_run_goes_on_with_the_step_that_it_would_have_made(folder):
 def test_an_older_checkpoint_is_evaluated(folder, capsys):
     source = find_policy("run")
     assert (source.step, source.base) == (2, "model")
-    assert main(["eval", "run", "--json", "found.json", "--limit", "2"]) == 0
+    assert main(["eval", "run", "--json", "found.json", "--eval.limit", "2"]) == 0
     assert json.loads((folder / "found.json").read_text())["evaluations"]["sampled"]["completions"] == 2
 
 
