@@ -12,6 +12,7 @@ from typing import Any
 from rewards.config.yaml_file import Place, parse_yaml, read_yaml, to_yaml
 
 ABSENT: Any = object()
+WORKS_UNTIL = "0.4"  # a name of 0.2
 FOLDER = Path(__file__).parent
 
 
@@ -27,6 +28,11 @@ def removed(key: str) -> str | None:
     return f"it is gone, since {_removed()[key][0]}" if key in _removed() else None
 
 
+def default_then(key: str) -> Any:
+    """The default of an option that is gone; ABSENT for any other key."""
+    return _removed()[key][1] if key in _removed() else ABSENT
+
+
 def drop_unused(
     options: dict[str, Any], known: Set[str], elsewhere: Mapping[str, Any], tell: Callable[[str], None] | None = None
 ) -> None:
@@ -37,13 +43,13 @@ def drop_unused(
         for item in items if isinstance(items, list) else ():
             for last in list(item) if isinstance(item, dict) else ():
                 key = f"{name}[].{last}"
-                if key in _removed() and (tell or item[last] == _removed()[key][1]):
+                if removed(key) and (tell or item[last] == default_then(key)):
                     del item[last]
     for key, value in list(leaves(options)):
         names = key.split(".")
         if known & {".".join(names[: depth + 1]) for depth in range(len(names))}:
             continue
-        then = _removed()[key][1] if key in _removed() else elsewhere.get(key, ABSENT)
+        then = default_then(key) if removed(key) else elsewhere.get(key, ABSENT)
         same = then is not ABSENT and (value == then or plain(value) == plain(then))
         if same or (tell and then is not ABSENT):
             take(options, key)
@@ -51,24 +57,24 @@ def drop_unused(
                 tell(f"{key}={to_yaml(value, inline=True)}: {why}")
 
 
-def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
-    """Tells which command's run has written this config.yaml, and gives its options."""
-    options, _ = read_yaml(file)
-    command = "train" if "loss" in options else "mtp" if get(options, "mtp.epochs") else "sft"
-    return command, options
+def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
+    """Gives options of `quartet COMMAND`, by section, today's form. `tell` is called with each name of 0.2 and today's:
+    there is none yet."""
+    options: dict[str, Any] = _copy(former)
+    if command and (data := options.get("data")) and isinstance(data, str | list):
+        options["data"] = {key_of_data(data): data}
+    return options
 
 
-# ---- the short form of `data` ---------------------------------------------------------------------------------------
-
-
-def whole_data(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with `data` as a mapping, where `data` is a name or a list.
-
-    >>> whole_data({"data": "gsm8k"})
-    {'data': {'name': 'gsm8k'}}
-    """
-    data = options.get("data")
-    return {**options, "data": {key_of_data(data): data}} if isinstance(data, str | list) else dict(options)
+def renew_keys(
+    command: str, overrides: Mapping[str, Any], tell: Callable[[str, str], None] | None = None
+) -> dict[str, Any]:
+    """Does the same to options by their whole key, as a command line gives them."""
+    renewed = {}
+    for key, value in overrides.items():
+        is_short = command and key == "data" and isinstance(value, str | list)
+        renewed[f"data.{key_of_data(value)}" if is_short else key] = value
+    return renewed
 
 
 def key_of_data(value: str | list[Any]) -> str:
@@ -76,10 +82,18 @@ def key_of_data(value: str | list[Any]) -> str:
     return "name" if isinstance(value, str) else "sources"
 
 
-def place_of_data(place: Place) -> Place:
-    """Where an option of a file is once `data` is a mapping."""
-    is_item = place[0] == "data" and len(place) > 1 and isinstance(place[1], int)
-    return ("data", "sources", *place[1:]) if is_item else place
+def new_place(command: str, place: Place) -> Place:
+    """Tells where an option of a file is in today's form."""
+    if place[0] == "data" and len(place) > 1 and isinstance(place[1], int):
+        return ("data", "sources", *place[1:])
+    return place
+
+
+def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
+    """Tells which command's run has written this config.yaml, and gives its options in today's form."""
+    options, _ = read_yaml(file)
+    command = "train" if "loss" in options else "mtp" if get(options, "mtp.epochs") else "sft"
+    return command, renew(command, options)
 
 
 # ---- options by their whole key -------------------------------------------------------------------------------------
@@ -131,6 +145,12 @@ def put(options: dict[str, Any], key: str, value: Any) -> None:
 def plain(value: Any) -> Any:
     """Gives the value as a YAML file holds it: a list for a tuple, a text for a path."""
     return parse_yaml(to_yaml(value))
+
+
+def _copy(options: Any) -> Any:
+    if isinstance(options, list):
+        return [_copy(item) for item in options]
+    return {name: _copy(value) for name, value in options.items()} if isinstance(options, dict) else options
 
 
 # ---- names of other trainers -----------------------------------------------------------------------------------------

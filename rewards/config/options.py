@@ -23,6 +23,7 @@ import copy
 import inspect
 import itertools
 import json
+import logging
 import re
 import sys
 import types
@@ -43,6 +44,7 @@ from rewards.config.yaml_file import ConfigError, Place, parse_yaml, read_yaml, 
 
 __all__ = ["ConfigError", "Options", "add_options", "dump_yaml", "load", "parse", "reference_page"]
 
+LOGGER = logging.getLogger(__name__)
 COMMANDS: dict[str, type[BaseModel]] = {}  # the options of each command that is imported, by its name
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -74,7 +76,7 @@ class Options(BaseModel):
         """Raises ConfigError with what the command line says of such options. Files and parts of other options are
         validated without it."""
         if command := getattr(type(self), "command", ""):
-            options = names.whole_data(options)
+            options = names.renew(command, options, warn_of_old_name)
         try:
             super().__init__(**options)
         except ValidationError as error:
@@ -330,8 +332,9 @@ def load(
     """The defaults, then the file, then the overrides (`{"rollout.group_size": 8}`), validated.
 
     `overrides` and `flags` come from `parse`. Raises ConfigError with all problems at once, one line each:
-    `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`. `on_removed` is for what a run
-    of 0.2 wrote: an option that is no longer there is left out, and a sentence about it goes to this function.
+    `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`. `on_removed` is for what 0.2
+    wrote: an option that is no longer there is left out, and a sentence about it goes to this function. Old
+    names work, see names.py; without `on_removed` a warning says so.
     """
     data: dict[str, Any] = {}
     lines: dict[Place, int] = {}
@@ -343,11 +346,9 @@ def load(
             problems += error.problems
     unread = bool(problems)
     command = getattr(model_cls, "command", "")
-    if command and isinstance(data.get("data"), str | list):
-        data, lines = names.whole_data(data), {names.place_of_data(place): line for place, line in lines.items()}
-    if command and isinstance(short := overrides.get("data"), str | list):
-        whole = f"data.{names.key_of_data(short)}"
-        overrides = {whole if key == "data" else key: value for key, value in overrides.items()}
+    tell = None if on_removed else warn_of_old_name
+    data, lines = names.renew(command, data, tell), {names.new_place(command, place): n for place, n in lines.items()}
+    overrides = names.renew_keys(command, overrides, tell)
     for key, value in overrides.items():
         if fault := unfit(value):  # bytes on the command line that are no text
             problems.append(describe(key, {}, "command line", fault))
@@ -370,6 +371,11 @@ def load(
     if problems:
         raise ConfigError(problems)
     return model
+
+
+def warn_of_old_name(old: str, new: str) -> None:
+    """Tells a user who has written a name of 0.2."""
+    LOGGER.warning("%s is %s now; the old name works until %s", old, new, names.WORKS_UNTIL)
 
 
 def dump_yaml(model: BaseModel) -> str:

@@ -158,7 +158,7 @@ def test_contract_16_what_a_later_policy_was_trained_on_is_refused_before_the_fi
     (tmp_path / "data.jsonl").write_text(json.dumps(problem) + "\n")
     fingerprint = problem_fingerprint(problem["question"])
     (tmp_path / "b" / TRAINED_ON).write_text(f"{fingerprint}\n")
-    words = ["--data", str(tmp_path / "data.jsonl"), "--max_completion_tokens", "4", "--threads", "1"]
+    words = ["--data", str(tmp_path / "data.jsonl"), "--rollout.max_completion_tokens", "4", "--threads", "1"]
     assert main(["eval", str(tmp_path / "a"), str(tmp_path / "b"), *words]) == 1
     said = capsys.readouterr()
     assert "trained on" in said.err

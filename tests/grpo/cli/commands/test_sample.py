@@ -84,7 +84,7 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
 
 def test_groups_have_the_documented_form(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}', '{"prompt": "How many?"}')
-    groups = _groups(model, path, draft_tokens=2)
+    groups = _groups(model, path, **{"rollout.draft_tokens": 2})
     assert [group["prompt"] for group in groups] == ["Tom has 5 pens. ", "How many?"]
     for group in groups:
         assert list(group) == ["prompt", "completions"]
@@ -105,9 +105,9 @@ def test_groups_have_the_documented_form(model, tmp_path):
 @pytest.mark.parametrize("temperature", [0.9, 0.0])
 def test_contract_3_the_tokens_are_the_same_whatever_is_drafted(model, tmp_path, temperature):
     path = _write(tmp_path / "p.jsonl", *(json.dumps({"prompt": f"Ann has {i} pens. "}) for i in range(5)))
-    plain = _groups(model, path, draft_tokens=0, seed=11, temperature=temperature)
+    plain = _groups(model, path, seed=11, **{"rollout.draft_tokens": 0, "rollout.temperature": temperature})
     for drafts in (1, 2, 4, None):
-        drafted = _groups(model, path, draft_tokens=drafts, seed=11, temperature=temperature)
+        drafted = _groups(model, path, seed=11, **{"rollout.draft_tokens": drafts, "rollout.temperature": temperature})
         for group, other in zip(plain, drafted, strict=True):
             for a, b in zip(group["completions"], other["completions"], strict=True):
                 assert a["token_ids"] == b["token_ids"]
@@ -116,7 +116,7 @@ def test_contract_3_the_tokens_are_the_same_whatever_is_drafted(model, tmp_path,
                 assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
                 assert b["draft"]["target_forwards"] <= a["draft"]["target_forwards"]
     if temperature:
-        assert _groups(model, path, draft_tokens=0, seed=12, temperature=temperature) != plain
+        assert _groups(model, path, seed=12, **{"rollout.draft_tokens": 0, "rollout.temperature": temperature}) != plain
         assert len({tuple(c["token_ids"]) for c in plain[0]["completions"]}) > 1
     else:
         assert len({tuple(c["token_ids"]) for c in plain[0]["completions"]}) == 1
@@ -134,7 +134,9 @@ def test_contract_2_logprobs_are_those_of_the_stock_model(model, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stock, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    [group] = _groups(model, _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}'), temperature=0.7)
+    [group] = _groups(
+        model, _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}'), **{"rollout.temperature": 0.7}
+    )
     prompt = tokenizer.encode(group["prompt"])
     for completion in group["completions"]:
         ids = torch.tensor([prompt + completion["token_ids"]])
@@ -162,9 +164,9 @@ def test_prompts_that_cannot_be_continued_are_refused(model, tmp_path):
         _groups(model, path)
     path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}')
     with pytest.raises(ValueError, match=r"asks for \{prom\}; the columns are"):
-        _groups(model, path, template="{prom}")
+        _groups(model, path, **{"data.template": "{prom}"})
     with pytest.raises(ValueError, match="no chat template"):
-        _groups(model, path, template="chat")
+        _groups(model, path, **{"data.template": "chat"})
 
 
 def test_a_prompt_that_cannot_be_continued_costs_no_other_one(model, tmp_path):
@@ -177,10 +179,10 @@ def test_a_prompt_that_cannot_be_continued_costs_no_other_one(model, tmp_path):
 
 def test_margin_is_counted_and_named(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}')
-    [group] = _groups(model, path, margin=1e9, draft_tokens=2)
+    [group] = _groups(model, path, **{"rollout.margin": 1e9, "rollout.draft_tokens": 2})
     assert all(c["draft"]["fallbacks"] >= c["draft"]["target_forwards"] - 1 for c in group["completions"])
     with pytest.raises(RolloutError, match="accept=margin takes drafts unverified, but there are none"):
-        _groups(model, path, margin=2.0, draft_tokens=0)
+        _groups(model, path, **{"rollout.margin": 2.0, "rollout.draft_tokens": 0})
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def test_an_evaluation_over_http_gives_the_tokens_and_scores_of_one_in_this_proc
     here = evaluate_model(load(EvalConfig, None, options | {"model": str(trained)}), QUIET)
     key = tmp_path / "key"
     key.write_text("key-of-the-test\n")
-    server = Running(str(trained), draft_tokens=2, api_key_file=key)
+    server = Running(str(trained), api_key_file=key, **{"rollout.draft_tokens": 2})
     try:
         address = f"http://{server.address}"
         with pytest.raises(ValueError, match="does not answer as OpenAI's API does .*401"):
