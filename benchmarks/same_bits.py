@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve()
 # What a newer commit calls otherwise: patterns of names in JSON, in tensor files and of files. The base's names are
 # rewritten before they are compared.
-RENAMED: list[tuple[str, str]] = [("heldout", "held_out")]
+RENAMED: list[tuple[str, str]] = []
 # Names that a newer commit leaves out, since the feature has gone: the base's values are not looked at.
 REMOVED = [r"sources", r"empty", r"lookups", r"pass_rates", r"skipped_in_a_row"]
 UNTIMED = re.compile(r"^(time/|speed/|memory/)|seconds|^(time|pid|rss)$")
@@ -74,16 +74,16 @@ SCENARIOS: dict[str, list[list[str]]] = {
     # A worker would measure costs of its own, so the number of drafts is fixed.
     "ahead": [["train", *LEARNS, "--rollout.ahead", "2", "--rollout.draft_tokens", "2", "--steps", "6"]],
     "ranks": [["train", *LEARNS, "--device", "cpu", "--learner.parallel.fsdp", "2"]],
-    "sft": [["sft", *WORDS, "--warm_start.steps", "20"]],
+    "sft": [["sft", *WORDS, "--steps", "20"]],
     "mtp": [
-        ["sft", *WORDS, "--warm_start.steps", "20"],
+        ["sft", *WORDS, "--steps", "20"],
         [
             "mtp",
             "FIRST/policy",
             *FEW[2:],
             "--steps",
             "2",
-            "--head.epochs",  # today mtp.epochs; the base may be older
+            "--mtp.epochs",
             "2",
             "--rollout.max_completion_tokens",
             "24",

@@ -136,12 +136,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    options = {name: getattr(args, name) for name in ("threads", "draft_tokens", "dtype")}
+    options = {"threads": args.threads, "rollout.draft_tokens": args.draft_tokens, "dtype": args.dtype}
     options = {name: value for name, value in options.items() if value is not None}
     prompts = [f"{row['question']}\n" for row in word_problems("held_out", [1, 2], count=64)]
     alone = one_at_a_time(args.model, options, prompts, max(8, args.requests * 2), args.max_tokens)
     print(f"one at a time: {alone['tokens_per_second']:.1f} tokens/s, p50 {alone['p50_s']:.3f} s")
-    sizes = {name: getattr(args, name) for name in ("clients", "requests", "max_tokens", *options)}
+    sizes = {name: getattr(args, name) for name in ("clients", "requests", "max_tokens")} | options
     found: dict[str, Any] = {"model": Path(args.model).name, "one_at_a_time": alone, "sizes": sizes}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     for name, given in {"rows": words, "unbatched": [*words, "--max_batch_size", "1"]}.items():

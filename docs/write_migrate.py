@@ -1,6 +1,6 @@
 """Prints docs/guides/migrate.md, which `make reference` writes: coming from TRL or verl, and the tables of names."""
 
-from grpo.cli.migration.migration import tables
+from rewards.config.names import ours, trainers
 
 PAGE = """\
 # Coming from TRL or verl
@@ -25,7 +25,8 @@ loaded: `from_pretrained` gives a stand-in with the model's name. Datasets and t
 does to them is part of what it trains on. The process ends after `--timeout_s`, with all that it has started.
 `--processes` says how many `accelerate launch` would start.
 
-`quartet from-verl` reads the text of the command and runs nothing. Options get the values that bash would give them:
+`quartet from-verl` needs shfmt, which parses the script (`pip install 'quartet-rl[verl]'`). It reads the text of the
+command and runs nothing. Options get the values that bash would give them:
 variables, arrays, functions, loops, `case` and `if` are evaluated, with your environment and the script's arguments.
 Some conditions cannot be decided from the text, such as one on the output of `nvidia-smi`, on a file or on a variable
 that `set -u` requires. Both branches are then read. Each option that differs between them is reported with the
@@ -62,22 +63,23 @@ Values that are called otherwise:
 {values}
 """
 TITLES = {
-    "TRL's `GRPOConfig`": ("trl_same", "trl_converted"),
-    "an argument of TRL's `GRPOTrainer`": ("trainer",),
-    "peft's `LoraConfig`": ("lora",),
-    "verl": ("verl_same", "verl_converted"),
+    "trl": "TRL's `GRPOConfig`",
+    "trainer": "an argument of TRL's `GRPOTrainer`",
+    "lora": "peft's `LoraConfig`",
+    "verl": "verl",
 }
 
 
 def page() -> str:
-    parts = []
-    for title, names in TITLES.items():
-        rows = {theirs: ours for name in names for theirs, ours in tables()[name].items()}
-        lines = [f"| `{theirs}` | `{ours}` |" for theirs, ours in sorted(rows.items())]
-        parts.append("\n".join([f"| {title} | here |", "|---|---|", *lines, ""]))
-    values = {name: {k: v for k, v in row.items() if str(k) != v} for name, row in tables()["values"].items()}
-    lines = [f"| `{name}` | {', '.join(f'{k}: {v}' for k, v in row.items())} |" for name, row in values.items() if row]
-    return PAGE.format(tables="\n".join(parts), values="\n".join(lines))
+    tables, values = [], []
+    for kind, title in TITLES.items():
+        rows = {name: row for name, row in trainers()[kind].items() if "same" in row or "to" in row}
+        lines = [f"| `{name}` | `{ours(row)[0]}` |" for name, row in sorted(rows.items())]
+        tables.append("\n".join([f"| {title} | here |", "|---|---|", *lines, ""]))
+        for name, row in rows.items():
+            differ = [f"{theirs}: {value}" for theirs, value in row.get("values", {}).items() if str(theirs) != value]
+            values += [f"| `{name}` | {', '.join(differ)} |"] if differ else []
+    return PAGE.format(tables="\n".join(tables), values="\n".join(values))
 
 
 if __name__ == "__main__":

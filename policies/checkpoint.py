@@ -188,7 +188,7 @@ def _write(trunk: PreTrainedModel, parts: Iterable[dict[str, Tensor]], folder: P
 def check_policy(folder: Path) -> None:
     """Raises PolicyError if a file of a policy that a run has saved is not what the run wrote.
 
-    A folder without digests passes: it comes from another tool or an older version.
+    A folder without digests passes: it comes from another tool.
     """
     if (folder / DIGESTS).is_file() and (damage := fault(folder, DIGESTS)):
         raise PolicyError(

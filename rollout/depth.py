@@ -109,9 +109,7 @@ class CostTable:
     def load(cls, path: Path) -> CostTable:
         """Raises ValueError, which names the file, where it holds no such table."""
         try:
-            content = json.loads(path.read_text())
-            content.pop("lookups", None)  # of a version that also looked drafts up
-            table = cls(**content)
+            table = cls(**json.loads(path.read_text()))
             table._check()
             return table
         except (TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:

@@ -71,7 +71,7 @@ def attacks(good: Path, folder: Path) -> Iterator[tuple[str, Sequence[str]]]:
 
     config = json.loads((good / "config.json").read_text())
     inspect, sample = ("-m", "grpo", "policy", "inspect"), ("-m", "grpo", "sample", "--prompt", "dear")
-    plain, chat = ("--template", "{question}"), ("--template", "chat", "--max_completion_tokens", "4")
+    plain, chat = ("--data.template", "{question}"), ("--data.template", "chat", "--rollout.max_completion_tokens", "4")
     yield "good, inspect", [*inspect, str(good)]
     yield "good, sample", [*sample, str(good), *chat]
     for field, value in FIELDS.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,6 @@ from rewards.commands.command_line import Argument, argument, json_argument
 
 def _flag(name: str, what: str) -> Argument:
     return argument(f"--{name}", action="store_true", help=what)
-
-
-def _old_held_out(count: str) -> int:
-    """Reads N of `--heldout N`, as version 0.1 wrote `--held_out N`."""
-    from rewards.config.options import warn_of_old_name
-
-    warn_of_old_name("--heldout", "--held_out")
-    return int(count)
 
 
 _FILE: dict[str, Any] = {"type": Path, "nargs": "?"}
@@ -124,7 +115,6 @@ WHY = (
     argument("--groups", type=int, metavar="N", help="leave out at most N groups; by default what ten minutes allow"),
     argument("--tokens", type=int, default=400, metavar="N", help="with --group: read at most N tokens; 400"),
     argument("--held_out", type=int, default=64, metavar="N", help="measure by N solutions; 64"),
-    argument("--heldout", dest="held_out", type=_old_held_out, default=argparse.SUPPRESS, help=argparse.SUPPRESS),
     argument("--what_if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
     json_argument("all that was found"),
 )

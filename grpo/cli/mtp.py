@@ -24,7 +24,6 @@ from grpo.learner.batch import split_rows
 from grpo.learner.head_learner import HeadLearner
 from grpo.learner.lessons import KINDS, Corpus
 from grpo.learner.row import PackedRow, Sample
-from grpo.run.checkpoint import CheckpointError
 from grpo.run.log import RunLog
 from grpo.run.metrics import rollout_metrics
 from grpo.run.stop import signals
@@ -161,8 +160,6 @@ class Streams:
         return {name: stream.state_dict() for name, stream in self.streams.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "taught" not in state:
-            raise CheckpointError("version 0.1 has begun this run of quartet mtp; begin another in a folder of its own")
         for name, stream in self.streams.items():
             stream.load_state_dict(state[name])
 

@@ -15,7 +15,7 @@ from grpo.cli.actions import expected_errors
 from grpo.run.stop import signals
 from policies.openmp import wait_briefly
 from rewards.commands import command_line, table
-from rewards.commands.command_line import EXIT_USAGE, Command, fail, failed, prepare_output
+from rewards.commands.command_line import Command, fail, failed, prepare_output
 
 # The commands as `quartet --help` lists them.
 SECTIONS = {
@@ -38,12 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(words: Sequence[str]) -> int:
-    from rewards.config.names import aliases
     from rewards.config.options import parse
 
-    name = next(iter(words), "")
-    if name not in _commands() and (way_on := aliases("removed_commands").get(name)):
-        return fail(f"{name}: this command is gone; {way_on}", EXIT_USAGE)
     parser, args = build_parser(words), None
     try:
         args = parse(parser, words)

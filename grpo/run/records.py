@@ -20,7 +20,6 @@ TURNS = ("begin", "resume", "end")  # events; the last of them says whether a ru
 CONTROL = "control/control.json"  # in a run folder: what `quartet control` found
 HELD_OUT = "held_out.jsonl"
 CONTROL_FROM_BEGINNING = "supervised_whole"  # the control that begins before the SFT stage, so it has its seconds too
-RENAMED = ("draft/heldout_", "draft/held_out_")  # metrics of version 0.1, and what they are called since
 
 
 def check_run(folder: Path) -> Path:
@@ -41,7 +40,7 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
     path = output_dir / "metrics.jsonl"
     for line in _measured(path, whole_lines(path)):
-        steps.setdefault(line["step"], {}).update((name.replace(*RENAMED), value) for name, value in line.items())
+        steps.setdefault(line["step"], {}).update(line)
     return [steps[step] for step in sorted(steps)]
 
 

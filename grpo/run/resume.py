@@ -21,10 +21,7 @@ FREE_TO_CHANGE = (
     *("learner.workers", "learner.parallel", "program_timeout_s"),
 )
 # Options that are gone, and without which a run would not go on to the same bits.
-LEARNED = (
-    *("loss.", "value.", "curriculum.", "warm_start.", "policy.", "mtp.", "head.", "cassette."),
-    *("rollout.partial", "rollout.accept", "rollout.refill_prompts"),
-)
+LEARNED = ("loss.", "value.", "curriculum.", "warm_start.", "mtp.", "cassette.")
 
 
 def saved_state(
@@ -130,8 +127,8 @@ def base_digest(policy: Policy, names: Collection[str]) -> str:
 def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:
     """Says why these adapters do not belong on this policy, and the way out; None where they do.
 
-    `source` is the option or folder that the base came from. A checkpoint without a digest is not checked: those of
-    full updates hold every weight, and earlier versions recorded none.
+    `source` is the option or folder that the base came from. A checkpoint of full updates holds every weight and
+    has no digest, so it is not checked.
     """
     then = saved.state.get("base")
     now = base_digest(policy, saved.tensors["policy"]) if then else None

@@ -76,13 +76,12 @@ def _in_words(files: Mapping[str, Sequence[str]]) -> str:
 
 
 def _changed(former: Sequence[dict[str, Any]], rewards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Finds those of `rewards` with another hash than in `former`; a run of an older version has the file's alone."""
+    """Finds those of `rewards` with another hash than in `former`."""
     then = {reward["name"]: reward for reward in former}
     changed = []
     for reward in rewards:
         if before := then.get(reward["name"]):
-            key = "code_sha256" if "code_sha256" in before else "sha256"
-            changed += [reward] if before[key] != reward[key] else []
+            changed += [reward] if before.get("code_sha256") != reward["code_sha256"] else []
     return changed
 
 

@@ -111,7 +111,7 @@ class Sources:
 
 
 def read_sources(output_dir: Path) -> Files:
-    """Empty for a run of an older version. Raises ValueError for a damaged file."""
+    """Empty for a run of 0.2, which recorded none. Raises ValueError for a damaged file."""
     path = output_dir / FILE
     files = read_json(path, dict) if path.exists() else {}
     with expecting(path, "record of files"):

@@ -362,16 +362,11 @@ def save_policy(policy: Policy, folder: Path, step: int) -> None:
 
 
 def _went_on(run: Path, newest: Path) -> bool:
-    """Tells whether `policy/` was saved with another checkpoint than `newest`, be it of a later or an earlier step.
-
-    A run of an older version has no record in `policy/`. It ended where its configuration says, or it has not ended.
-    """
+    """Whether `policy/` was saved with another checkpoint than `newest`, of a later or an earlier step."""
     record = _record(run / "policy")
     if record.get("checkpoint"):
         return record["checkpoint"] != _digest(newest)
-    file = run / "config.yaml"
-    options = recorded_options(file)[1] if file.is_file() else {}
-    end = record.get("step") or options.get("steps")
+    end = record.get("step")
     return end is not None and end != _step_of(newest)
 
 

@@ -1,51 +1,45 @@
-"""Other names of options: what older versions called them (older.yaml), so that a run that they have begun goes on and
-a file that was written for them is read, for one version; and what TRL, transformers' Trainer, verl and unsloth call
-them (aliases.yaml), for a word on the way."""
+"""Names of options that are none here: those that 0.2 had (older.yaml), so that its runs resume, and those of TRL,
+transformers' Trainer, verl and unsloth (trainers.yaml), for a suggestion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from fnmatch import fnmatchcase
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rewards.config.yaml_file import Place, parse_yaml, read_yaml, to_yaml
 
 ABSENT: Any = object()
-WORKS_UNTIL = "0.3"
-LOSSY = ("eval", "sample", "serve", "quantize")  # the commands that may take unverified drafts
+WORKS_UNTIL = "0.4"  # a name of 0.2
+ANSWERING = ("eval", "sample", "serve", "quantize")  # the commands that do not learn
 FOLDER = Path(__file__).parent
 
 
 @cache
-def table(part: str) -> dict[str, Any]:
-    """Reads `renamed`, `removed` or `then` as it is written."""
-    return parse_yaml((FOLDER / "older.yaml").read_text(encoding="utf-8"))[part]
+def _removed() -> dict[str, tuple[str, Any]]:
+    """The options of 0.2 that are gone: why, and the default that they had."""
+    table = parse_yaml((FOLDER / "older.yaml").read_text(encoding="utf-8"))["removed"]
+    return {key: (why, default) for why, options in table.items() for key, default in options.items()}
 
 
 def removed(key: str) -> str | None:
-    """Says what became of an option that an older version had; None for any other key.
-
-    >>> removed("rollout.publish_deltas")[:17]
-    'it is gone, since'
-    """
-    why = next((why for why, options in table("removed").items() if key in options), None)
-    return f"it is gone, since {why}" if why else None
+    """What became of an option that 0.2 had; None for any other key."""
+    return f"it is gone, since {_removed()[key][0]}" if key in _removed() else None
 
 
 def default_then(key: str) -> Any:
     """The default of an option that is gone; ABSENT for any other key."""
-    return next((options[key] for options in table("removed").values() if key in options), ABSENT)
+    return _removed()[key][1] if key in _removed() else ABSENT
 
 
 def drop_unused(
     options: dict[str, Any], known: Set[str], elsewhere: Mapping[str, Any], tell: Callable[[str], None] | None = None
 ) -> None:
     """Takes out what the command, which has the `known` options, would not use: options that other commands have, with
-    their defaults `elsewhere`, or that are gone. With `tell` it takes out those with other values, too, since an older
-    run has recorded them; `tell` is called with each option that is gone."""
+    their defaults `elsewhere`, or that are gone. With `tell` it takes out those with other values, too, since a run of
+    0.2 has recorded them; `tell` is called with each option that is gone."""
     for name, items in options.items():
         for item in items if isinstance(items, list) else ():
             for last in list(item) if isinstance(item, dict) else ():
@@ -68,38 +62,15 @@ def drop_unused(
                 tell(f"{key}={to_yaml(value, inline=True)}: {why}")
 
 
-def new_key(command: str, key: str) -> str:
-    """Today's name of an option of `quartet COMMAND`.
-
-    >>> new_key("sft", "warm_start.batch_size")
-    'prompts_per_step'
-    """
-    for old, new in table("renamed").get(command, {}).items():
-        if key == old or key.startswith(f"{old}."):
-            return new + key[len(old) :]
-    return key
-
-
 def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
-    """Gives options of `quartet COMMAND`, by section, today's names. `tell` is called with each old and new name."""
+    """Gives options of `quartet COMMAND`, by section, today's form. `tell` gets each name of 0.2 and today's."""
     options: dict[str, Any] = _copy(former)
     if command and "data" in options:
         options["data"] = renew_data(options["data"], tell)
-    if take(options, "learner.stochastic_rounding") is True:
-        put(options, "learner.optimizer", "adamw_8bit_stochastic")
     url, teacher = take(options, "distill.url"), get(options, "distill.teacher")
     if isinstance(url, str) and teacher:
         put(options, "distill.teacher", f"{teacher}@{url}")
     _renew_rewards(options, tell or (lambda old, new: None))
-    trains_trunk = take(options, "value.train_trunk")
-    if trains_trunk is not ABSENT:
-        put(options, "value.vf_coef", get(options, "value.vf_coef", 0.1) if trains_trunk else 0.0)
-    for old, new in table("renamed").get(command, {}).items():
-        value = take(options, old)
-        if value is not ABSENT and value != table("then").get(old, ABSENT):
-            put(options, new, value)
-            if tell:
-                tell(old, new.replace("rollout.accept", "rollout.margin"))
     settle(command, options)
     return options
 
@@ -177,46 +148,33 @@ def sources_of(options: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def settle(command: str, options: dict[str, Any], tell: Callable[[str, str], None] | None = None) -> None:
-    """Reads together what a file and a command line may each have a part of: the options of data, and `rollout.accept`
-    and `rollout.margin` of older versions, of which `margin` was read with the other one only. `rollout.compile: auto`
-    compiled nothing in a command that does not learn."""
+    """Reads together what a file and a command line may each have a part of: the options of data.
+
+    `rollout.compile: auto` of 0.2 compiled nothing in a command that does not learn."""
     if command and "data" in options:
         options["data"] = renew_data(options["data"], tell)
-    if command in LOSSY and get(options, "rollout.compile") == "auto":
+    if command in ANSWERING and get(options, "rollout.compile") == "auto":
         take(options, "rollout.compile")
-    if command in LOSSY and get(options, "rollout.accept") in ("exact", "margin"):
-        accept, margin = take(options, "rollout.accept"), take(options, "rollout.margin")
-        if accept == "margin":
-            put(options, "rollout.margin", 2.0 if margin is ABSENT else margin)
 
 
-def renew_keys(
-    command: str, overrides: Mapping[str, Any], tell: Callable[[str, str], None] | None = None
-) -> dict[str, Any]:
+def renew_keys(command: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Does the same to options by their whole key, as a command line gives them."""
     renewed = {}
     for key, value in overrides.items():
-        new = "data.name" if command and key == "data" and isinstance(value, str) else new_key(command, key)
-        if tell and new != key and key != "data":
-            tell(key, new.replace("rollout.accept", "rollout.margin"))
-        renewed[new] = value
+        is_short = command and key == "data" and isinstance(value, str)
+        renewed["data.name" if is_short else key] = value
     return renewed
 
 
-def new_place(command: str, place: Place) -> Place:
-    """Tells where an option of a file is under today's name."""
-    if place[:2] == ("data", "sources"):
-        return ("data", *place[2:])
-    if not all(isinstance(part, str) for part in place):
-        return place
-    return tuple(new_key(command, ".".join(map(str, place))).split("."))
+def new_place(place: Place) -> Place:
+    """Tells where an option of a file is in today's form."""
+    return ("data", *place[2:]) if place[:2] == ("data", "sources") else place
 
 
 def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
-    """Tells which command's run has written this config.yaml, and gives its options under today's names."""
+    """Tells which command's run has written this config.yaml, and gives its options in today's form."""
     options, _ = read_yaml(file)
-    of_mtp = "head" in options or get(options, "mtp.epochs")
-    command = "train" if "loss" in options else "mtp" if of_mtp else "sft"
+    command = "train" if "loss" in options else "mtp" if get(options, "mtp.epochs") else "sft"
     renewed = renew(command, options)
     for reward in renewed.get("rewards") or []:
         reward.pop("columns", None)
@@ -284,11 +242,38 @@ def _copy(options: Any) -> Any:
 # ---- names of other trainers -----------------------------------------------------------------------------------------
 
 
+Row = dict[str, Any]
+
+
 @cache
-def aliases(part: str) -> dict[str, str]:
-    """`means`, `not_supported` or `removed_commands`: a name that is none, and what is said about it."""
-    content = parse_yaml((FOLDER / "aliases.yaml").read_text(encoding="utf-8"))[part]
-    return {name: meaning for meaning, names in content.items() for name in names}
+def trainers() -> dict[str, dict[str, Row]]:
+    """The rows of trainers.yaml by kind (`trl`, `trainer`, `lora`, `verl`, `others`) and whole name. `short` is the
+    name without its section."""
+    content = parse_yaml((FOLDER / "trainers.yaml").read_text(encoding="utf-8"))
+    tables: dict[str, dict[str, Row]] = {}
+    for kind, rows in content.items():
+        tables[kind] = {}
+        for section, group in rows.items() if kind == "verl" else [("", rows)]:
+            for names, row in group.items():
+                for name in names.split(", "):
+                    tables[kind][f"{section}.{name}".lstrip(".")] = row | {"short": name}
+    return tables
+
+
+def ours(row: Row) -> list[str]:
+    """Our options for another trainer's, the first one first; none where there is no such option here."""
+    return (row.get("same") or row.get("to") or row.get("near") or "").split()
+
+
+def rows_of(name: str) -> Iterator[Row]:
+    """The rows for an option of another trainer. A longer end of its name goes before a shorter one, and a name before
+    a pattern."""
+    ends = [name.split(".", start)[start] for start in range(name.count(".") + 1)]
+    rows = [row for table in trainers().values() for row in table.values()]
+    for end in ends:
+        yield from (row for row in rows if row["short"] == end)
+    for end in ends:
+        yield from (row for row in rows if "*" in row["short"] and fnmatchcase(end, row["short"]))
 
 
 def hint(name: str, known: Collection[str]) -> str | None:
@@ -302,22 +287,16 @@ def hint(name: str, known: Collection[str]) -> str | None:
     'not supported, because'
     """
     section, dot, _ = name.partition(".")
-    part, meaning = _entry([name.split(".", start)[start] for start in range(name.count(".") + 1)])
-    if part == "not_supported":
-        return f"not supported, because {meaning}"
-    keys, _, note = meaning.partition("; ")
-    option = next((key for target in keys.split() for key in _here(target, known)), None)
-    if option and dot and (sibling := f"{section}.{option.rpartition('.')[2]}") in known:
-        option = sibling  # mtp.lr is mtp.learning_rate
-    return option and f"did you mean {option}?" + (f" ({note})" if note else "")
-
-
-def _entry(ends: Sequence[str]) -> tuple[str, str]:
-    """The part of the table that has one of these names, and what it says. A whole name goes before a beginning."""
-    parts = ("means", "not_supported")
-    whole = ((part, meaning) for end in ends for part in parts if (meaning := aliases(part).get(end)))
-    begun = ((p, meaning) for end in ends for p in parts for n, meaning in aliases(p).items() if fnmatchcase(end, n))
-    return next(chain(whole, begun), ("means", ""))
+    named = (trainers()["verl"].get(row.get("now", ""), row) for row in rows_of(name))
+    row = next((row for row in named if ours(row) or "why" in row), {})
+    if "why" in row:
+        return f"not supported, because {row['why']}"
+    option = next((key for target in ours(row) for key in _here(target, known)), None)
+    if option and dot and name not in trainers()["verl"]:
+        sibling = f"{section}.{option.rpartition('.')[2]}"
+        option = sibling if sibling in known else option  # mtp.lr is mtp.learning_rate
+    note = f" ({row['note']})" if "note" in row else ""
+    return option and f"did you mean {option}?{note}"
 
 
 def _here(target: str, known: Collection[str]) -> list[str]:

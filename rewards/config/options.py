@@ -305,14 +305,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     options = getattr(args, "options_parser", parser)._option_string_actions
     flags = {name: action for name, action in options.items() if name in action.option_strings}  # as help spells them
     args.flags = [name.lstrip("-") for name, action in flags.items() if not isinstance(action, _Override)]
-    extra, command = {}, getattr(getattr(args, "options", None), "command", "")
+    extra = {}
     for word in rest:
         name, _, text = word.partition("=")
         if not name.startswith("-"):
             raise ConfigError([f"{name}: this word follows no option; see --help all"])
-        key = name.lstrip("-")
-        action = options.get(f"--{names.new_key(command, key)}")  # of an old name
-        extra[key] = _value(Any, text) if action is None else cast(Any, action.type)(text)
+        extra[name.lstrip("-")] = _value(Any, text)
     if extra and not hasattr(args, "overrides"):
         raise ConfigError(unknown_option(key, extra[key], "command line", args.flags) for key in extra)
     args.overrides = getattr(args, "overrides", {}) | extra
@@ -367,8 +365,8 @@ def load(
     """The defaults, then the file, then the overrides (`{"rollout.group_size": 8}`), validated.
 
     `overrides` and `flags` come from `parse`. Raises ConfigError with all problems at once, one line each:
-    `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`. `on_removed` is for what an older
-    version wrote: an option that is no longer there is left out, and a sentence about it goes to this function. Old
+    `rollout.group_size=1 (demo.yaml, line 3): expected greater than or equal to 2`. `on_removed` is for what 0.2
+    wrote: an option that is no longer there is left out, and a sentence about it goes to this function. Old
     names work, see names.py; without `on_removed` a warning says so.
     """
     data: dict[str, Any] = {}
@@ -382,8 +380,8 @@ def load(
     unread = bool(problems)
     command = getattr(model_cls, "command", "")
     tell = None if on_removed else warn_of_old_name
-    data, lines = names.renew(command, data, tell), {names.new_place(command, place): n for place, n in lines.items()}
-    overrides = names.renew_keys(command, overrides, tell)
+    data, lines = names.renew(command, data, tell), {names.new_place(place): n for place, n in lines.items()}
+    overrides = names.renew_keys(command, overrides)
     for key, value in overrides.items():
         if fault := unfit(value):  # bytes on the command line that are no text
             problems.append(describe(key, {}, "command line", fault))
@@ -411,7 +409,7 @@ def load(
 
 
 def warn_of_old_name(old: str, new: str) -> None:
-    """Tells a user who has written an old name of an option, a split or a flag."""
+    """Tells a user who has written a name of 0.2."""
     LOGGER.warning("%s is %s now; the old name works until %s", old, new, names.WORKS_UNTIL)
 
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from rewards.config.data import ProblemOptions
 from rewards.config.json_file import unfit, with_inner
-from rewards.config.options import warn_of_old_name
 from rewards.data.leakage import is_gsm8k_test_question, refuse_evaluation_data
 from rewards.data.source import (
     BUILT_IN,
@@ -118,9 +117,6 @@ def load_examples(
             f"data.task_options={options.task_options} are for word_problems and reasoning_gym tasks; {name_or_path} "
             "has none"
         )
-    if split == "heldout" and default_held_out_split(source) == "held_out":
-        warn_of_old_name(f"split heldout of {source}", "held_out")
-        split = "held_out"
     if purpose == "train":
         refuse_evaluation_data(str(name_or_path), split, None)
     problems = _made(source, split, seed, limit, options.task_options)

@@ -62,7 +62,7 @@ def word_games(split: str, seed: int = 0, *, count: int = COUNT) -> list[dict[st
         raise ValueError(f"word_game has no split {split!r}; use train or held_out")
     if not 1 <= count <= 20_000:
         raise ValueError(f"word_game cannot make {count} games; ask for 1 to 20,000")
-    seeded = split.replace("_", "")  # as in version 0.1, where it was `heldout`
+    seeded = split.replace("_", "")  # games are drawn by the word `heldout`; another word would draw others
     rng = random.Random(f"word_game/{seeded}/{seed}")
     games: dict[str, dict[str, str]] = {}
     while len(games) < count:

@@ -98,7 +98,8 @@ def _problems(split: str, level: int, seed: int) -> Iterator[dict[str, Any]]:
 
 def _of_template(split: str, level: int, template: Template, seed: int) -> Iterator[dict[str, Any]]:
     """The template's problems that are in the split. Problem number `card` has its mixed-radix digits as parts."""
-    seeded = f"{split.replace('_', '')}/{level}/{template.name}/{seed}"  # as in version 0.1, where it was `heldout`
+    drawn_by = split.replace("_", "")  # problems are drawn by the word `heldout`; another word would draw others
+    seeded = f"{drawn_by}/{level}/{template.name}/{seed}"
     parts = [THINGS, NAMES, *LEVELS[level].operand_ranges(template)]
     for card in _shuffled(math.prod(map(len, parts)), seeded):
         chosen: list[Any] = []

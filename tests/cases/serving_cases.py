@@ -21,7 +21,7 @@ class Running:
     """A server in a thread of this process."""
 
     def __init__(self, model: str, *, shutdown_s: int = 10, **given: Any) -> None:
-        options = {"model": model, "threads": 1, "draft_tokens": 2, "max_completion_tokens": 40} | given
+        options = {"model": model, "threads": 1, "rollout.draft_tokens": 2, "rollout.max_completion_tokens": 40} | given
         self.application, self.served = begin(load(ServeConfig, None, options))
         self.socket, self.address = listen("127.0.0.1", 0)
         self.server = uvicorn.Server(settings(self.application, lifespan="on", timeout_graceful_shutdown=shutdown_s))

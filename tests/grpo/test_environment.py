@@ -158,7 +158,7 @@ def test_a_run_brings_its_environment_to_eval_and_sample(whole, tmp_path):
     assert (brought["environment"], brought["max_turns"]) == (INCREMENT, 8)
     config = load(EvalConfig, None, {"model": str(whole)} | brought)
     assert environment_of(config).environments == (("", INCREMENT),)
-    assert main(["eval", str(whole), "--limit", "2", "--output", str(tmp_path), "--threads", "1"]) == 0
+    assert main(["eval", str(whole), "--eval.limit", "2", "--output", str(tmp_path), "--threads", "1"]) == 0
     written = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert {"environment", "letters"} == set(written[0]["parts"])
     sampled = tmp_path / "sampled.json"

@@ -181,9 +181,16 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "train")]) == 0
     assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "dry"), "--dry_run"]) == 0
     for run in ("sft", "train"):
-        assert main(["eval", str(tmp_path / run), "--limit", "4", "--max_completion_tokens", "8"]) == 0
+        assert main(["eval", str(tmp_path / run), "--eval.limit", "4", "--rollout.max_completion_tokens", "8"]) == 0
     out = tmp_path / "groups.json"
-    arguments = ["--prompts", str(tmp_path / "prompts.jsonl"), "--max_completion_tokens", "8", "--json", str(out)]
+    arguments = [
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--rollout.max_completion_tokens",
+        "8",
+        "--json",
+        str(out),
+    ]
     assert main(["sample", str(tmp_path / "train"), *arguments]) == 0
     assert len(json.loads(out.read_text())["groups"][0]["completions"]) == 4
     assert "held-out problems" in capsys.readouterr().out

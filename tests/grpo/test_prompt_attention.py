@@ -124,7 +124,7 @@ def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_co
     assert max(far) < 1e-4
     assert states(Policy.load(tmp_path / "run/policy"), [3, 4], [5]).isfinite().all()
     assert json.loads((tmp_path / "run/policy/config.json").read_text())["prompt_attention"] == "bidirectional"
-    assert main(["eval", str(tmp_path / "run"), "--limit", "2", "--threads", "1"]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--eval.limit", "2", "--threads", "1"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_its_model_card_shows_the_mean_reward(run, tmp_path):
 
 def test_quartet_eval_of_it_has_no_accuracy_in_table_json_and_completions(run, tmp_path):
     folder, _ = run
-    given = {"model": str(folder), "threads": 1, "samples": 2, "output": tmp_path / "out"}
+    given = {"model": str(folder), "threads": 1, "eval.samples": 2, "output": tmp_path / "out"}
     evaluation = evaluate_model(load(EvalConfig, None, defaults_of_run(folder) | given), Console(quiet=True))
     text = _text(lambda console: eval_report.show(evaluation, console))
     table = "".join(line for line in text.splitlines() if line[:1] in "┃│")

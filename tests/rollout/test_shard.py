@@ -123,7 +123,7 @@ def test_the_head_begins_once_the_time_lost_without_it_is_what_reading_takes(pol
     assert depths[:8] == [0] * 4 + [1] * 4
     assert found == tokens(Engine(policy).sample(prompts_of(12), replace(params, draft_tokens=0)))
     depths.clear()
-    engine.costs = replace(costs, reading=0.0)  # a table of an older version
+    engine.costs = replace(costs, reading=0.0)
     engine.sample(prompts_of(12), params)
     assert depths[0] == 1
 

@@ -174,9 +174,7 @@ def _write_adapter(run: Run, source: PolicySource, folder: Path) -> Policy:
         raise ExportError(f"{run.folder} trained every weight (lora: null), so there is no adapter; drop --adapter")
     base, saved = run.base, source.checkpoint
     if saved is None:
-        those = checkpoint.saved(run.folder / "checkpoints")
-        step = max(those, default=0) if source.step is None else source.step  # an older version recorded none
-        saved = those.get(step)
+        saved = None if source.step is None else checkpoint.saved(run.folder / "checkpoints").get(source.step)
     for fault, why in (
         (base in presets.PRESETS, f"the base of {run.folder} is preset {base!r}, random weights that nobody has"),
         (gguf.file_of(base), f"the base of {run.folder} is a GGUF file, which peft cannot load by name"),

@@ -181,7 +181,5 @@ def _defaults(run: dict[str, Any], data: str | None) -> dict[str, Any]:
     if data not in (None, of_data["name"]):
         return brought
     brought["data"] |= {name: of_data[name] for name in problems if name in of_data}
-    if levels := run["eval"].get("levels"):  # of an older version
-        brought["data"]["task_options"] = {"levels": levels}
     split = None if of_data.get("held_out") else run["eval"]["split"]
     return brought | {"eval": {"split": split, "limit": run["eval"]["limit"] or None}}

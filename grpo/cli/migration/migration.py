@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from grpo.config.run import TrainConfig
-from rewards.config.names import hint, put
+from rewards.config.names import hint, ours, put, rows_of, trainers
 from rewards.config.options import _defaults
-from rewards.config.yaml_file import parse_yaml, to_yaml
+from rewards.config.yaml_file import to_yaml
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,12 @@ class Migration:
     def put(self, key: str, value: Any) -> None:
         put(self.options, key, value)
 
-    def carry_over(self, table: str, values: Mapping[str, Any]) -> None:
-        """Sets the options of a table whose values go over as they are, or by the table `values`."""
-        for name, key in tables()[table].items():
-            value, choices = values.get(name), tables()["values"].get(name)
-            if name not in values:
+    def carry_over(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Sets the options whose values go over as they are, or by their table `values`."""
+        for name, row in trainers()[kind].items():
+            if "same" not in row or name not in values:
                 continue  # another version has no such option
+            value, choices, [key, *_] = values[name], row.get("values"), ours(row)
             if choices is None or (isinstance(value, Hashable) and value in choices):
                 self.put(key, choices[value] if choices else value)
             else:
@@ -64,8 +62,9 @@ class Migration:
                 self.unsupported.append(Unsupported(name, value, f"{key} is one of {known}; set the nearest by hand"))
 
     def lacks(self, option: str, value: Any, **facts: Any) -> None:
-        """Notes that an option is not carried over; `facts` are for the reason in the table `reasons`."""
-        reason = tables()["reasons"].get(option, "").format(**facts) or reason_of(option)
+        """Notes that an option is not carried over; `facts` are for the reason in its row."""
+        rows = (table.get(option, {}) for table in trainers().values())
+        reason = next((row["reason"] for row in rows if "reason" in row), "").format(**facts) or reason_of(option)
         value = "..." if option.endswith("token") else value  # a secret such as hub_token
         self.unsupported.append(Unsupported(option, value, reason, changes_training(option)))
 
@@ -105,15 +104,14 @@ class Migration:
         return [f"- {each.option}={to_yaml(each.value, inline=True)[:60]}: {each.reason}" for each in losses]
 
 
-@cache
-def tables() -> dict[str, Any]:
-    return parse_yaml(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+def carried(kind: str) -> list[str]:
+    """The names of another trainer whose values a migration carries over."""
+    return [name for name, row in trainers()[kind].items() if "same" in row or "to" in row]
 
 
 def changes_training(option: str) -> bool:
     """Whether something else is learned with another value of an option of theirs."""
-    ends = [option.split(".", start)[start] for start in range(option.count(".") + 1)]
-    return not any(fnmatchcase(end, pattern) for end in ends for pattern in tables()["no_effect"])
+    return not any(row.get("effect") == "none" for row in rows_of(option))
 
 
 def our_defaults() -> dict[str, Any]:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from grpo.cli.migration import shell_syntax as syntax
+from grpo.cli.migration.shell_tree import Node, parse
 from grpo.cli.migration.shell_words import MARK as MARKS
 from grpo.cli.migration.shell_words import (
     SECRET,
     UNKNOWN,
     UNSET,
+    NotKnown,
     Value,
     Words,
     is_empty,
@@ -40,7 +41,8 @@ LOOKS_FOR = {"pkill", "pgrep", "grep", "killall", "ps"}  # they may name the com
 SHELLS = {"bash", "sh", "zsh"}
 IMPORTS = re.compile(r"import ([A-Za-z_]\w*)( as \w+)?;?")
 UNARY = {f"-{letter}" for letter in "abcdefghknoprstuvwxzGLNOS"}
-OF_FILES = UNARY - {"-n", "-z", "-v", "-o"}
+FAIL = {"CallExpr", "DeclClause", "LetClause", "TestClause", "ArithmCmd", "Subshell"}  # under `set -e`
+ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=", re.S)
 BINARY = {"=", "==", "!=", "=~", "<", ">", "-eq", "-ne", "-lt", "-le", "-gt", "-ge", "-nt", "-ot", "-ef"}
 
 
@@ -96,7 +98,7 @@ def outcomes(text: str, program: str, environment: Mapping[str, str], file: Path
 
     Raises ValueError for what cannot be read, and where there are too many ways.
     """
-    script = syntax.parse(text.translate(dict.fromkeys((0xE000, 0xE001, 0xE002))))
+    script = parse(text.translate(dict.fromkeys((0xE000, 0xE001, 0xE002))))
     plans: list[list[int]] = [[]]
     found: list[Outcome] = []
     while plans:
@@ -130,7 +132,7 @@ class Shell:
         self.exported = set(environment)
         self.arguments: list[str] = []
         self.named: set[str] = set()
-        self.functions: dict[str, syntax.Node] = {}
+        self.functions: dict[str, Node] = {}
         self.locals: list[dict[str, Value | None]] = []
         self.words = Words(self)
         self.decisions: dict[str, Decision] = {}
@@ -139,7 +141,7 @@ class Shell:
         self.status: int | None = 0
         self.cause = ""  # of a status that is not known
         self.output: list[str] | None = None  # what a substitution writes; None: nobody reads it
-        self.printed = ""
+        self.printed, self.line = "", 0
         self.fails_at_once = self.refuses_unset = self.substitutes = self.misses_source = self.guesses = False
         self.assigned = ""  # the variable whose value is being read
         self.probes: list[str] = []  # modules that the script asks for
@@ -151,10 +153,10 @@ class Shell:
         self.file = file
         self.variables["BASH_SOURCE"] = {"0": file}
 
-    def outcome(self, script: syntax.Node) -> Outcome:
+    def outcome(self, script: list[Node]) -> Outcome:
         words, end = None, "it ends without one"
         try:
-            self.run(script)
+            self.run_all(script)
         except Reached as reached:
             words = reached.words
         except Ended as ended:
@@ -165,7 +167,7 @@ class Shell:
 
     # ---- variables
 
-    def assign(self, name: str, value: Value, index: str | None = None) -> None:
+    def assign(self, name: str, value: Value, index: Node | None = None) -> None:
         """Sets a variable. One whose value only a program knows is read from the environment."""
         if isinstance(value, str) and index is None:
             value = self._given(name, value)
@@ -192,30 +194,28 @@ class Shell:
         value = self.variables.get(name, {})
         return dict(value) if isinstance(value, dict) else {"0": value}
 
-    def set(self, assignment: syntax.Assignment) -> None:
-        name, value = assignment.name, assignment.value
-        if isinstance(value, list):
-            self._set_array(name, value, assignment.appends)
+    def set(self, assignment: Node) -> None:
+        name, index, appends = assignment["Name"]["Value"], assignment.get("Index"), assignment.get("Append", False)
+        if array := assignment.get("Array"):
+            self._set_array(name, array.get("Elems", []), appends)
             return
         probes, self.assigned = len(self.probes), name
-        text = self.words.text(value)
+        text = self.words.text(assignment.get("Value"))
         self.assigned = ""
         if len(self.probes) > probes:
             text = self.given.get(name, text)
-        if assignment.appends:
-            key = "0" if assignment.index is None else self.words.index(name, assignment.index)
-            text = self.array(name).get(key, "") + text
-        self.assign(name, text, assignment.index)
+        if appends:
+            text = (self.words.get(name, index) or "") + text
+        self.assign(name, text, index)
 
-    def _set_array(self, name: str, words: list[str], appends: bool) -> None:
+    def _set_array(self, name: str, elements: list[Node], appends: bool) -> None:
         array = self.array(name) if appends else {}
-        for word in words:
-            element = re.match(r"\[([^]]*)\]=", word)
-            if element:
-                array[self.words.index(name, element[1])] = self.words.text(word[element.end() :])
+        for element in elements:
+            if index := element.get("Index"):
+                array[self.words.index(name, index)] = self.words.text(element.get("Value"))
                 continue
-            for field_ in self.words.fields(word):
-                array[str(max((int(key) for key in array if key.isdigit()), default=-1) + 1)] = field_
+            for text in self.words.fields(element["Value"]):
+                array[str(max((int(key) for key in array if key.isdigit()), default=-1) + 1)] = text
         self.variables[name] = array
 
     def special(self, name: str) -> str:
@@ -233,17 +233,17 @@ class Shell:
             return mark(source, name)
         return "" if name == self.assigned else mark(source, name, UNSET)  # `S=$S$x` begins with an empty text
 
-    def substitute(self, source: str) -> str:
-        """What `$(source)` writes, and a mark where a program would write it."""
+    def substitute(self, node: Node) -> str:
+        """What `$(...)` writes, and a mark where a program would write it."""
         inner = self.copy()
         inner.output, inner.substitutes = [], True
         try:
-            inner.run(syntax.parse(source))
+            inner.run_all(node.get("Stmts", []))
         except (Ended, Returned):
             pass
         except FromOutside:
-            self.status, self.cause = None, source
-            return mark(f"$({source})")
+            self.status, self.cause = None, node["Text"]
+            return mark(node["Text"])
         self.status = inner.status
         return "".join(inner.output or []).rstrip("\n")
 
@@ -283,10 +283,10 @@ class Shell:
             self.decisions[condition] = Decision(condition, named, choice, choices)
         return self.decisions[condition].choice
 
-    def holds(self, node: syntax.Node) -> bool:
+    def holds(self, statements: Sequence[Node]) -> bool:
         """Whether a condition holds; where nobody knows, the way that is planned."""
         self.conditions += 1
-        self.run(node)
+        self.run_all(statements)
         self.conditions -= 1
         if self.status is None:
             self.guesses = True
@@ -299,152 +299,191 @@ class Shell:
 
     # ---- commands
 
-    def run(self, node: syntax.Node) -> None:
+    def run_all(self, statements: Sequence[Node]) -> None:
+        for statement in statements:
+            self.run(statement)
+
+    def run(self, statement: Node) -> None:
+        self.line, node = statement["Pos"]["Line"], statement.get("Cmd", {"Type": "CallExpr"})
         self.commands += 1
         if self.commands > MOST_COMMANDS:
-            raise ValueError(f"line {node.line} of the shell text: it does not end after {MOST_COMMANDS:,} commands")
+            raise ValueError(f"line {self.line} of the shell text: it does not end after {MOST_COMMANDS:,} commands")
+        if statement.get("Negated"):
+            self.status = int(self.holds([statement | {"Negated": False}]))
+            return
         output = self.output
-        if any(operator[0] != "<" and number in ("", "1") for number, operator, _ in node.redirects):
-            self.output = None
+        for redirect in statement.get("Redirs", []):
+            if redirect["Op"][0] != "<" and redirect.get("N", {}).get("Value", "1") == "1":
+                self.output = None
+        carry_out = getattr(self, f"_{node['Type'].lower()}", None)
+        if carry_out is None:
+            raise ValueError(f"line {self.line} of the shell text cannot be read: {node['Type']} is not supported")
         try:
-            getattr(self, f"_{type(node).__name__.lower()}")(node)
+            carry_out(node)
         finally:
             self.output = output
-        checked = isinstance(node, syntax.Command | syntax.Test | syntax.Arithmetic | syntax.Subshell)
-        if checked and self.fails_at_once and self.status and not self.conditions:
-            raise Ended(f"line {node.line} fails, and `set -e` ends the script there")
+        if node["Type"] in FAIL and self.fails_at_once and self.status and not self.conditions:
+            raise Ended(f"line {statement['Pos']['Line']} fails, and `set -e` ends the script there")
 
-    def _sequence(self, node: syntax.Sequence) -> None:
-        for part in node.parts:
-            self.run(part)
+    def _block(self, node: Node) -> None:
+        self.run_all(node["Stmts"])
 
-    def _pipeline(self, node: syntax.Pipeline) -> None:
+    def _timeclause(self, node: Node) -> None:
+        self.run(node["Stmt"])
+
+    def _binarycmd(self, node: Node) -> None:
+        if node["Op"] in ("|", "|&"):
+            self._pipeline(node)
+        elif self.holds([node["X"]]) == (node["Op"] == "&&"):
+            self.run(node["Y"])
+
+    def _pipeline(self, node: Node) -> None:
         if self.substitutes and self.output is not None:
             raise FromOutside
-        for part in node.parts:
+        for part in (node["X"], node["Y"]):
             inner = self.copy()
             inner.output, inner.conditions = None, 1
             inner.run(part)
-        words = [part.words for part in node.parts if isinstance(part, syntax.Command)]
-        source = " | ".join(" ".join(map(str, each)) for each in words)
-        self.concludes(None if self.conditions else True, source)
+        self.concludes(None if self.conditions else True, node["Text"])
 
-    def _not(self, node: syntax.Not) -> None:
-        self.status = int(self.holds(node.part))
-
-    def _both(self, node: syntax.Both) -> None:
-        if self.holds(node.first) == (node.operator == "&&"):
-            self.run(node.second)
-
-    def _if(self, node: syntax.If) -> None:
-        for condition, body in node.branches:
-            if self.holds(condition):
-                self.run(body)
-                return
+    def _ifclause(self, node: Node) -> None:
+        branch: Node | None = node
+        while branch and "Cond" in branch:
+            if self.holds(branch["Cond"]):
+                break
+            branch = branch.get("Else")
         self.status = 0
-        if node.otherwise:
-            self.run(node.otherwise)
+        self.run_all(branch["Then"] if branch else ())
 
-    def _case(self, node: syntax.Case) -> None:
-        word, passes = self.settled(self.words.text(node.word)), False
+    def _caseclause(self, node: Node) -> None:
+        word, branches, passes = self.settled(self.words.text(node["Word"])), node.get("Items", []), False
         planned = None
         if not is_known(word):
-            takes_all = bool(node.branches) and "*" in node.branches[-1][0]
-            choices = len(node.branches) + (not takes_all)
-            planned = self.decide(f"case {shown(word)} (line {node.line})", names_in(word), choices)
+            takes_all = bool(branches) and any(pattern["Text"] == "*" for pattern in branches[-1]["Patterns"])
+            choices = len(branches) + (not takes_all)
+            planned = self.decide(f"case {shown(word)} (line {node['Pos']['Line']})", names_in(word), choices)
         self.status = 0
-        for number, (patterns, body, end) in enumerate(node.branches):
-            is_chosen = number == planned if planned is not None else self._takes(word, patterns)
+        for number, branch in enumerate(branches):
+            is_chosen = number == planned if planned is not None else self._takes(word, branch["Patterns"])
             if passes or is_chosen:
-                self.run(body)
-                if end in (";;", "esac"):
+                self.run_all(branch.get("Stmts", []))
+                if branch["Op"] == ";;":
                     return
-                passes = end == ";&"
+                passes = branch["Op"] == ";&"
 
-    def _takes(self, word: str, patterns: list[str]) -> bool:
+    def _takes(self, word: str, patterns: list[Node]) -> bool:
         return any(matches(word, self.words.pattern(pattern)) for pattern in patterns)
 
-    def _for(self, node: syntax.For) -> None:
-        for word in [field_ for raw in node.words for field_ in self.words.fields(raw)]:
-            self.assign(node.name, word)
-            if self._leaves(node.body):
+    def _forclause(self, node: Node) -> None:
+        loop = node["Loop"]
+        if loop["Type"] == "CStyleLoop":
+            self._count(loop, node["Do"])
+            return
+        words = [word for each in loop.get("Items", []) for word in self.words.fields(each)]
+        for word in words if "InPos" in loop else self.arguments:
+            self.assign(loop["Name"]["Value"], word)
+            if self._leaves(node["Do"]):
                 break
 
-    def _counting(self, node: syntax.Counting) -> None:
-        self._compute(node.first)
+    def _count(self, loop: Node, body: list[Node]) -> None:
+        self._compute(loop.get("Init"))
         while True:
             self.guesses = False
-            goes_on = not node.condition.strip() or self._compute(node.condition) != "0"
+            goes_on = "Cond" not in loop or self._compute(loop["Cond"]) != "0"
             guesses = self.guesses
-            if not goes_on or self._leaves(node.body) or guesses:  # how often is not known: at most once
+            if not goes_on or self._leaves(body) or guesses:  # how often is not known: at most once
                 break
-            self._compute(node.step)
+            self._compute(loop.get("Post"))
 
-    def _compute(self, text: str) -> str:
-        value = self.words.computed(text, f"(({text}))") if text.strip() else "0"
+    def _compute(self, node: Node | None) -> str:
+        value = self.words.computed(node, f"(({node['Text']}))" if node else "")
         if is_known(value):
             return value
         self.guesses = True
         return str(1 - self.decide(shown(value), names_in(value)))
 
-    def _while(self, node: syntax.While) -> None:
+    def _whileclause(self, node: Node) -> None:
         while True:
             self.guesses = False
-            holds, waits = self.holds(node.condition), self.guesses
-            if holds == node.until or self._leaves(node.body):
+            holds, waits = self.holds(node["Cond"]), self.guesses
+            if holds == node.get("Until", False) or self._leaves(node["Do"]):
                 break
             if waits:  # for the machine, and the loop ends when that has what it waits for
                 break
         self.status = 0
 
-    def _leaves(self, body: syntax.Node) -> bool:
+    def _leaves(self, body: list[Node]) -> bool:
         """Runs the body of a loop once, and tells whether the loop is left."""
         try:
-            self.run(body)
+            self.run_all(body)
         except Leaves as leaves:
             if leaves.loops > 1:
                 raise Leaves(leaves.loops - 1, leaves.goes_on) from None
             return not leaves.goes_on
         return False
 
-    def _subshell(self, node: syntax.Subshell) -> None:
+    def _subshell(self, node: Node) -> None:
         inner = self.copy()
         try:
-            inner.run(node.body)
+            inner.run_all(node["Stmts"])
         except Ended:
             inner.status = inner.status or 1
         self.status, self.cause = inner.status, inner.cause
 
-    def _function(self, node: syntax.Function) -> None:
-        self.functions[node.name], self.status = node.body, 0
+    def _funcdecl(self, node: Node) -> None:
+        self.functions[node["Name"]["Value"]], self.status = node["Body"], 0
 
-    def _arithmetic(self, node: syntax.Arithmetic) -> None:
-        value = self.words.computed(node.text, f"(({node.text}))")
+    def _arithmcmd(self, node: Node) -> None:
+        value = self.words.computed(node.get("X"), node["Text"])
         self.concludes(value != "0" if is_known(value) else None, value)
 
-    def _test(self, node: syntax.Test) -> None:
-        self.concludes(*Condition(self, node.words, expands=True).result())
+    def _letclause(self, node: Node) -> None:
+        for each in node["Exprs"]:
+            self._arithmcmd({"X": each, "Text": node["Text"]})
 
-    def _command(self, node: syntax.Command) -> None:
+    def _testclause(self, node: Node) -> None:
+        condition = Condition(self)
+        self.concludes(condition.holds(node["X"]), condition.cause("[[", "]]"))
+
+    def _declclause(self, node: Node) -> None:
+        assigned = [each for each in node.get("Args", []) if "Naked" not in each]
+        words = [each["Name"]["Value"] for each in node.get("Args", []) if "Naked" in each and "Name" in each]
+        for each in node.get("Args", []):
+            words += self.words.fields(each["Value"]) if "Naked" in each and "Value" in each else []
+        names = {word for word in words if word.isidentifier()} | {each["Name"]["Value"] for each in assigned}
+        options = "".join(word[1:] for word in words if word.startswith("-"))
+        self.exported |= names if node["Variant"]["Value"] == "export" or "x" in options else set()
+        self.named |= names if "A" in options else set()
+        if self.locals and node["Variant"]["Value"] == "local":
+            for name in names:
+                self.locals[-1].setdefault(name, self.variables.get(name))
+        for each in assigned:
+            self.set(each)
+        for word in words:
+            if match := ASSIGNMENT.match(word):  # an expanded one, such as `export "$PAIR"`
+                self.assign(match[1], word[match.end() :])
+        self.status = 0
+
+    def _callexpr(self, node: Node) -> None:
         words: list[str] = []
-        for word in node.words:
-            if isinstance(word, str):
-                words += self.words.fields(word)
-        if words[:1] in (["["], ["test"]):
-            words = self._without_empty(node, words)
-        if not node.words:
-            self.status = 0
-            for assignment in node.assignments:
-                self.set(assignment)
-            return
+        for word in node.get("Args", []):
+            fields = self.words.fields(word)
+            if words[:1] in (["["], ["test"]) and '"' not in word["Text"]:  # bash drops what is not set
+                fields = [each for each in fields if is_known(each) or self.settled(each)]
+            words += fields
+        assignments = node.get("Assigns", [])
         before = dict(self.variables)
-        for assignment in node.assignments:  # for this command only
+        if not node.get("Args"):
+            self.status = 0
+        for assignment in assignments:
             self.set(assignment)
-        ours = {assignment.name for assignment in node.assignments}
+        if not node.get("Args"):
+            return
+        ours = {assignment["Name"]["Value"] for assignment in assignments}  # for this command only
         exported = self.exported
         self.exported = exported | ours
         try:
-            self._call(words, node)
+            self._call(words)
         finally:
             self.exported = exported | (self.exported - ours)
             for name in ours:
@@ -453,19 +492,13 @@ class Shell:
                 else:
                     self.variables.pop(name, None)
 
-    def _without_empty(self, node: syntax.Command, words: list[str]) -> list[str]:
-        """The words of `[` without variables that are not set and stand without quotes: bash drops them."""
-        bare = [word for word in node.words if isinstance(word, str) and '"' not in word]
-        sources = {word for word in words if shown(word) in bare and not is_known(word)}
-        return [word for word in words if word not in sources or self.settled(word)]
-
-    def _call(self, words: list[str], node: syntax.Command) -> None:
+    def _call(self, words: list[str]) -> None:
         at = words.index(self.program) if self.program in words else 0
         if at and words[at - 1] == "-m" and not self.builtin(words[0]) and words[0] not in LOOKS_FOR:
             raise Reached(words[at + 1 :])
         while words and words[0] in PREFIXES and len(words) > 1 and not words[1].startswith("-"):
             words = words[1:]
-            while words and (given := syntax.ASSIGNMENT.match(words[0])):  # of env
+            while words and (given := ASSIGNMENT.match(words[0])):  # of env
                 self.assign(given[1], words[0][given.end() :])
                 self.exported.add(given[1])
                 words = words[1:]
@@ -475,16 +508,15 @@ class Shell:
             self._call_function(body, words[1:])
         elif builtin := self.builtin(words[0]):
             self.status, self.cause = 0, ""
-            builtin(words[1:], node)
+            builtin(words[1:])
         else:
             self._outside(words)
 
-    def builtin(self, name: str) -> Callable[[list[str], syntax.Command], None] | None:
-        names = {"[": "test", "typeset": "declare", "readonly": "declare", ".": "source", ":": "true"}
-        names |= {"mapfile": "read", "readarray": "read", "getopts": "read"}
+    def builtin(self, name: str) -> Callable[[list[str]], None] | None:
+        names = {"[": "test", ".": "source", ":": "true"}
         return getattr(self, f"do_{names.get(name, name)}", None) if re.fullmatch(r"[a-z:.[]+", name) else None
 
-    def _call_function(self, body: syntax.Node, arguments: list[str]) -> None:
+    def _call_function(self, body: Node, arguments: list[str]) -> None:
         if self.depth > 50:
             raise ValueError("a function of the shell text calls itself without end")
         before, self.arguments = self.arguments, arguments
@@ -551,7 +583,7 @@ class Shell:
         inner.fails_at_once = inner.refuses_unset = False
         inner.enter_file(file)
         try:
-            inner.run(syntax.parse(text))
+            inner.run_all(parse(text))
         except Ended as ended:
             self.printed = str(ended)
             inner.status = inner.status or 0
@@ -562,73 +594,53 @@ class Shell:
 
     # ---- builtins
 
-    def do_true(self, words: list[str], node: syntax.Command) -> None:
+    def do_true(self, words: list[str]) -> None:
         pass
 
     do_trap = do_wait = do_umask = do_ulimit = do_shopt = do_alias = do_mkdir = do_sleep = do_rm = do_touch = do_true
 
-    def do_false(self, words: list[str], node: syntax.Command) -> None:
+    def do_false(self, words: list[str]) -> None:
         self.status = 1
 
-    def do_test(self, words: list[str], node: syntax.Command) -> None:
+    def do_test(self, words: list[str]) -> None:
         words = words[:-1] if words[-1:] == ["]"] else words
-        self.concludes(*Condition(self, words, expands=False).result())
+        condition, tree = Condition(self), _tree(words) if words else None
+        self.concludes(tree is not None and condition.holds(tree), condition.cause("[", "]"))
 
-    def do_echo(self, words: list[str], node: syntax.Command) -> None:
+    def do_echo(self, words: list[str]) -> None:
         while words and re.fullmatch(r"-[neE]+", words[0]):
             words = words[1:]
         self.write(" ".join(words) + "\n")
-
-    def do_printf(self, words: list[str], node: syntax.Command) -> None:
-        variable = words[1] if words[:1] == ["-v"] else None
-        form, *values = words[2:] if variable else words
-        values += [""] * form.count("%")
-        given = iter(values)
-
-        def written(found: re.Match[str]) -> str:
-            if found[0] == "%%":
-                return "%"
-            value = next(given)
-            number = re.fullmatch(r"-?\d+", value)
-            if not is_known(value) or found[0] == "%s":
-                return value
-            return found[0] % (int(value) if number else float(value) if found[0][-1] in "feg" else value)
-
-        text = re.sub(r"%%|%[-+0 #]*\d*(?:\.\d+)?[sdifegxX]", written, form.replace(r"\n", "\n"))
-        if variable:
-            self.assign(variable, text)
-        else:
-            self.write(text)
 
     def write(self, text: str) -> None:
         self.printed = shown(text).strip()
         if self.output is not None:
             self.output.append(text)
 
-    def do_exit(self, words: list[str], node: syntax.Command) -> None:
+    def do_exit(self, words: list[str]) -> None:
         code = words[0] if words else str(self.status or 0)
         self.status = int(code) if code.isdigit() else 1
         printed = f", after it prints {self.printed!r}" if self.printed else ""
-        raise Ended(f"line {node.line} ends it with exit {code}{printed}")
+        raise Ended(f"line {self.line} ends it with exit {code}{printed}")
 
-    def do_return(self, words: list[str], node: syntax.Command) -> None:
+    def do_return(self, words: list[str]) -> None:
         if words:
             self.status = int(words[0]) if words[0].isdigit() else None
         raise Returned
 
-    def do_break(self, words: list[str], node: syntax.Command) -> None:
+    def do_break(self, words: list[str]) -> None:
         raise Leaves(int(words[0]) if words else 1, False)
 
-    def do_continue(self, words: list[str], node: syntax.Command) -> None:
+    def do_continue(self, words: list[str]) -> None:
         raise Leaves(int(words[0]) if words else 1, True)
 
-    def do_shift(self, words: list[str], node: syntax.Command) -> None:
+    def do_shift(self, words: list[str]) -> None:
         count = int(words[0]) if words else 1
         self.status = int(count > len(self.arguments))
         if not self.status:
             self.arguments = self.arguments[count:]
 
-    def do_set(self, words: list[str], node: syntax.Command) -> None:
+    def do_set(self, words: list[str]) -> None:
         while words and re.match(r"[-+]", words[0]):
             word, *words = words
             on, letters = word[0] == "-", word[1:]
@@ -641,231 +653,139 @@ class Shell:
         if words:
             self.arguments = words
 
-    def do_export(self, words: list[str], node: syntax.Command) -> None:
-        self.exported |= {word for word in words if word.isidentifier()}
-        self.exported |= {word.name for word in node.words if isinstance(word, syntax.Assignment)}
-        self._declare(words, node)
-
-    def do_declare(self, words: list[str], node: syntax.Command) -> None:
-        options = "".join(word[1:] for word in words if word.startswith("-"))
-        if "x" in options:
-            self.exported |= {word.name for word in node.words if isinstance(word, syntax.Assignment)}
-        if "A" in options:
-            self.named |= {word for word in words if word.isidentifier()}
-            self.named |= {word.name for word in node.words if isinstance(word, syntax.Assignment)}
-        self._declare(words, node)
-
-    def do_local(self, words: list[str], node: syntax.Command) -> None:
-        names = {word for word in words if word.isidentifier()}
-        names |= {word.name for word in node.words if isinstance(word, syntax.Assignment)}
-        if self.locals:
-            for name in names:
-                self.locals[-1].setdefault(name, self.variables.get(name))
-        self.do_declare(words, node)
-
-    def _declare(self, words: list[str], node: syntax.Command) -> None:
-        for word in node.words:
-            if isinstance(word, syntax.Assignment):
-                self.set(word)
-        for word in words:
-            if match := syntax.ASSIGNMENT.match(word):  # an expanded one, such as `export "$PAIR"`
-                self.assign(match[1], word[match.end() :])
-        self.status = 0
-
-    def do_unset(self, words: list[str], node: syntax.Command) -> None:
+    def do_unset(self, words: list[str]) -> None:
         for word in words:
             name, _, index = word.partition("[")
             if index:
                 array = self.array(name)
-                array.pop(self.words.index(name, index[:-1]), None)
+                array.pop(index[:-1], None)
                 self.variables[name] = array
             else:
                 self.variables.pop(name, None)
 
-    def do_let(self, words: list[str], node: syntax.Command) -> None:
-        for word in words:
-            value = self.words.computed(word, f"(({word}))")
-            self.concludes(value != "0" if is_known(value) else None, value)
-
-    def do_eval(self, words: list[str], node: syntax.Command) -> None:
+    def do_eval(self, words: list[str]) -> None:
         text = " ".join(words)
         if is_known(text):
-            self.run(syntax.parse(text))
+            self.run_all(parse(text))
         else:
             self._unknown(["eval", *words])
 
-    def do_source(self, words: list[str], node: syntax.Command) -> None:
+    def do_source(self, words: list[str]) -> None:
         file = words[0] if words else ""
         if is_known(file) and (path := self.path(file)).is_file():
             try:
-                script = syntax.parse(path.read_text(encoding="utf-8", errors="replace"))
+                script = parse(path.read_text(encoding="utf-8", errors="replace"))
             except ValueError:
                 script = None
-            if script:
+            if script is not None:
                 with suppress(Returned):
-                    self.run(script)
+                    self.run_all(script)
                 return
         self.misses_source = True
         self.note(f"{shown(file)}, which the script sources, is not read; give the variables that it sets.")
         self._unknown(["source", *words])
 
-    def do_read(self, words: list[str], node: syntax.Command) -> None:
+    def do_read(self, words: list[str]) -> None:
         names = [word for word in words if word.isidentifier()] or ["REPLY"]
         for name in names:
             self.assign(name, mark(f"${name}"))
         self.concludes(None, " ".join(["read", *words]))
 
-    def do_cd(self, words: list[str], node: syntax.Command) -> None:
+    def do_cd(self, words: list[str]) -> None:
         words = [word for word in words if not word.startswith("-")]
         folder = words[0] if words else str(self.variables.get("HOME", ""))
         if is_known(folder):
             folder = os.path.normpath(os.path.join(str(self.variables["PWD"]), folder))
         self.variables["PWD"] = folder
 
-    do_pushd = do_cd
-
-    def do_pwd(self, words: list[str], node: syntax.Command) -> None:
+    def do_pwd(self, words: list[str]) -> None:
         self.write(f"{self.variables['PWD']}\n")
 
-    def do_dirname(self, words: list[str], node: syntax.Command) -> None:
+    def do_dirname(self, words: list[str]) -> None:
         self._of_path([word for word in words if word != "--"], lambda path: os.path.dirname(path.rstrip("/")) or ".")
 
-    def do_basename(self, words: list[str], node: syntax.Command) -> None:
+    def do_basename(self, words: list[str]) -> None:
         words = [word for word in words if word != "--"]
         end = words[1] if len(words) == 2 else ""
         self._of_path(words[:1], lambda path: path.rstrip("/").rpartition("/")[2].removesuffix(end))
-
-    def do_realpath(self, words: list[str], node: syntax.Command) -> None:
-        words = [word for word in words if not word.startswith("-")]
-        self._of_path(words, lambda path: os.path.normpath(os.path.join(str(self.variables["PWD"]), path)))
-
-    def do_readlink(self, words: list[str], node: syntax.Command) -> None:
-        self.do_realpath(words, node)
 
     def _of_path(self, words: list[str], change: Callable[[str], str]) -> None:
         for word in words:
             self.write((change(word) if is_known(word) else word) + "\n")
 
-    def do_date(self, words: list[str], node: syntax.Command) -> None:
+    def do_date(self, words: list[str]) -> None:
         if len(words) == 1 and re.fullmatch(r"\+(%[YmdHMSyjFTs]|[^%])*", words[0]):
             self.write(time.strftime(words[0][1:]) + "\n")
         else:
             self._unknown(["date", *words])
 
 
-@dataclass
 class Condition:
     """`[ ... ]`, or `[[ ... ]]`, whose words are expanded here; None is what nobody knows."""
 
-    shell: Shell
-    words: list[str]
-    expands: bool
-    at: int = 0
-    read: list[str] = field(default_factory=list)
+    def __init__(self, shell: Shell):
+        self.shell, self.read = shell, list[str]()
 
-    def result(self) -> tuple[bool | None, str]:
-        """Whether it holds, and its text."""
-        value = self.either() if self.words else False
-        if self.at < len(self.words):  # bash prints an error, and the condition does not hold
-            value = False
-        ends = ("[[", "]]") if self.expands else ("[", "]")
-        marks = "".join(found[0] for text in self.read for found in MARKS.finditer(text))
-        return value, " ".join([ends[0], *map(shown, self.words), ends[1]]) if not marks else self._described(ends)
+    def cause(self, opening: str, closing: str) -> str:
+        return " ".join([opening, *self.read, closing])
 
-    def _described(self, ends: tuple[str, str]) -> str:
-        return " ".join([ends[0], *self.read, ends[1]])
-
-    def peek(self, ahead: int = 0) -> str:
-        return self.words[self.at + ahead] if self.at + ahead < len(self.words) else ""
-
-    def either(self) -> bool | None:
-        values = [self.both()]
-        while self.peek() in ("||", "-o"):
-            self.at += 1
-            values.append(self.both())
-        return True if True in values else None if None in values else False
-
-    def both(self) -> bool | None:
-        values = [self.one()]
-        while self.peek() in ("&&", "-a"):
-            self.at += 1
-            values.append(self.one())
-        return False if False in values else None if None in values else True
-
-    def one(self) -> bool | None:
-        left = len(self.words) - self.at
-        if self.peek() == "!" and left > 1:
-            self.at += 1
-            value = self.one()
+    def holds(self, node: Node | str) -> bool | None:
+        if isinstance(node, str) or node["Type"] == "Word":
+            return self._checked("-n", node)
+        operator = node.get("Op", "")
+        if node["Type"] == "ParenTest":
+            return self.holds(node["X"])
+        if operator == "!":
+            value = self.holds(node["X"])
             return None if value is None else not value
-        if self.peek() == "(" and ")" in self.words[self.at :]:
-            self.at += 1
-            value = self.either()
-            self.at += 1
-            return value
-        if self.peek(1) in BINARY and left > 2:
-            first, operator, second = self.words[self.at : self.at + 3]
-            self.at += 3
-            return self.compared(first, operator, second)
-        if self.peek() in UNARY and left > 1:
-            operator, word = self.words[self.at : self.at + 2]
-            self.at += 2
-            return self.checked(operator, word)
-        self.at += 1
-        return self.checked("-n", self.words[self.at - 1])
+        if operator in ("&&", "||"):
+            values, decides = [self.holds(node["X"]), self.holds(node["Y"])], operator == "||"
+            return decides if decides in values else None if None in values else not decides
+        return self._compared(node) if node["Type"] == "BinaryTest" else self._checked(operator, node["X"])
 
-    def text(self, word: str) -> str:
-        text = self.shell.words.text(word) if self.expands else word
-        text = self.shell.settled(text)
-        self.read.append(text)
-        return text
+    def _text(self, word: Node | str) -> str:
+        return self.shell.settled(word if isinstance(word, str) else self.shell.words.text(word))
 
-    def checked(self, operator: str, word: str) -> bool | None:
-        text = self.text(word)
+    def _checked(self, operator: str, word: Node | str) -> bool | None:
+        text = self._text(word)
+        self.read.append(text if operator in ("-n", "-z") else f"{operator} {text}")
         if operator in ("-n", "-z"):
             empty = is_empty(text)
-            empty = None if empty and not is_known(text) else empty  # `settled` has left a variable that is required
-            return None if empty is None else empty == (operator == "-z")
+            if empty is None or (empty and not is_known(text)):  # `settled` has left a variable that is required
+                return None
+            return empty == (operator == "-z")
         if operator == "-v":
             return bool(self.shell.variables.get(text))
-        if operator in OF_FILES and not text:
-            return False
-        self.read[-1] = f"{operator} {text}"
-        return None
+        return None if text else False
 
-    def compared(self, first: str, operator: str, second: str) -> bool | None:
-        left = self.text(first)
-        raw = second
-        right = self.text(second)
-        self.read[-2:] = [left, operator, right]
-        if not is_known(left) or not is_known(right):
-            return None
-        if operator in ("-nt", "-ot", "-ef"):
+    def _compared(self, node: Node) -> bool | None:
+        operator, pattern = node["Op"], node["Y"]
+        left, right = self._text(node["X"]), self._text(pattern)
+        self.read += [left, operator, right]
+        if not is_known(left) or not is_known(right) or operator in ("-nt", "-ot", "-ef"):
             return None
         if operator.startswith("-"):
-            return self._numbers(left, operator, right)
+            return self._numbers(left, operator, right, strict=isinstance(pattern, str))
         if operator == "=~":
-            return self._found(left, raw)
+            return self._found(left, self.shell.words.pattern(pattern))
         if operator in "<>":
             return left < right if operator == "<" else left > right
-        same = matches(left, self.shell.words.pattern(raw)) if self.expands else left == right
+        same = left == right if isinstance(pattern, str) else matches(left, self.shell.words.pattern(pattern))
         return same != (operator == "!=")
 
-    def _numbers(self, left: str, operator: str, right: str) -> bool | None:
-        if not self.expands and not all(re.fullmatch(r"\s*[-+]?\d+\s*", each) for each in (left, right)):
+    def _numbers(self, left: str, operator: str, right: str, strict: bool) -> bool | None:
+        if strict and not all(re.fullmatch(r"\s*[-+]?\d+\s*", each) for each in (left, right)):
             return False  # bash prints an error, and the condition does not hold
-        values = [self.shell.words.computed(each, each) for each in (left, right)]
-        if not all(map(is_known, values)):
+        try:
+            first, second = (self.shell.words.evaluated(each.strip()) for each in (left, right))
+        except NotKnown:
             return None
-        first, second = map(int, values)
         order = {"-eq": first == second, "-ne": first != second, "-lt": first < second, "-le": first <= second}
         return (order | {"-gt": first > second, "-ge": first >= second})[operator]
 
-    def _found(self, text: str, raw: str) -> bool | None:
-        pattern = self.shell.words.pattern(raw)
-        classes = {"[:digit:]": "0-9", "[:alpha:]": "A-Za-z", "[:alnum:]": "0-9A-Za-z", "[:space:]": r"\s"}
-        for name, letters in classes.items():
-            pattern = pattern.replace(name, letters)
+    def _found(self, text: str, pattern: str) -> bool | None:
+        if "[:" in pattern:  # a class such as [:digit:], which Python does not have
+            return None
         try:
             found = re.search(pattern, text)
         except re.error:
@@ -874,6 +794,24 @@ class Condition:
             groups = {str(number): group or "" for number, group in enumerate((found[0], *found.groups()))}
             self.shell.variables["BASH_REMATCH"] = groups
         return found is not None
+
+
+def _tree(words: list[str]) -> Node | str | None:
+    """The words of `[` as the tree that `[[` has; None where bash prints an error, and the condition does not hold."""
+    for word, operator in (("-o", "||"), ("-a", "&&")):
+        if word in words[1:-1]:
+            at = words.index(word, 1)
+            first, second = _tree(words[:at]), _tree(words[at + 1 :])
+            return {"Type": "BinaryTest", "Op": operator, "X": first or "", "Y": second or ""}
+    if words[0] == "!" and len(words) > 1:
+        return {"Type": "UnaryTest", "Op": "!", "X": _tree(words[1:]) or ""}
+    if words[0] == "(" and words[-1] == ")" and len(words) > 2:
+        return _tree(words[1:-1])
+    if len(words) == 3 and words[1] in BINARY:
+        return {"Type": "BinaryTest", "Op": words[1], "X": words[0], "Y": words[2]}
+    if len(words) == 2 and words[0] in UNARY:
+        return {"Type": "UnaryTest", "Op": words[0], "X": words[1]}
+    return words[0] if len(words) == 1 else None
 
 
 def how_to_give(name: str) -> str:

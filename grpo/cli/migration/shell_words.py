@@ -6,15 +6,15 @@ secret. It travels with the text, so that an option or a condition that has it n
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from grpo.cli.migration.shell_syntax import end_of
+from grpo.cli.migration.shell_tree import Node, arithmetic
 
 MARK = re.compile("\ue000([?0*])(\\w*)\ue001(.*?)\ue002", re.S)
 UNKNOWN, UNSET, SECRET = "?0*"
-PARAMETER = re.compile(r"[A-Za-z_]\w*|\d+|[@*#?$!-]")
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 Piece = tuple[str, str]
 """A text and how it is treated: `literal`, `quoted`, `split` at its blanks, or `break` between two words."""
@@ -32,9 +32,9 @@ class Variables(Protocol):
     named: set[str]
     """Arrays whose indices are texts."""
 
-    def assign(self, name: str, value: Value, index: str | None = None) -> None: ...
+    def assign(self, name: str, value: Value, index: Node | None = None) -> None: ...
 
-    def substitute(self, source: str) -> str: ...
+    def substitute(self, node: Node) -> str: ...
 
     def special(self, name: str) -> str: ...
 
@@ -103,20 +103,20 @@ class Words:
     def __init__(self, shell: Variables):
         self.shell = shell
 
-    def fields(self, raw: str) -> list[str]:
+    def fields(self, word: Node) -> list[str]:
         """The words that one word becomes: braces, arrays and blanks of variables make several, or none."""
-        return [field for each in braces(raw) for field in self._fields(each)]
+        return [field for parts in _braced(word["Parts"]) for field in self._fields(parts)]
 
-    def _fields(self, raw: str) -> Iterator[str]:
+    def _fields(self, parts: list[Node]) -> Iterator[str]:
         current: str | None = None
         separators = re.escape(self._separators()) or " "
-        for text, how in self.pieces(raw):
-            parts = [text]
+        for text, how in self.pieces(parts):
+            texts = [text]
             if how == "split":
-                parts = re.findall(rf"(?:\ue000.*?\ue002|[^{separators}])+|[{separators}]+", text, re.S)
+                texts = re.findall(rf"(?:\ue000.*?\ue002|[^{separators}])+|[{separators}]+", text, re.S)
             elif how == "break":
-                parts = [" "]
-            for part in parts:
+                texts = [" "]
+            for part in texts:
                 if how in ("split", "break") and not part.strip(self._separators() + " "):
                     if current is not None:
                         yield current
@@ -129,117 +129,87 @@ class Words:
     def _separators(self) -> str:
         return str(self.shell.variables.get("IFS", " \t\n"))
 
-    def text(self, raw: str) -> str:
+    def text(self, word: Node | None) -> str:
         """The word as one text, for assignments and conditions."""
-        return "".join(" " if how == "break" else text for text, how in self.pieces(raw))
+        pieces = self.pieces(word["Parts"]) if word else ()
+        return "".join(" " if how == "break" else text for text, how in pieces)
 
-    def pattern(self, raw: str) -> str:
+    def pattern(self, word: Node | None) -> str:
         """The word as a pattern: what is quoted stands for itself."""
-        return "".join(re.sub(r"(\W)", r"\\\1", text) if how == "quoted" else text for text, how in self.pieces(raw))
+        pieces = self.pieces(word["Parts"]) if word else ()
+        return "".join(re.sub(r"(\W)", r"\\\1", text) if how == "quoted" else text for text, how in pieces)
 
-    def pieces(self, raw: str, quoted: bool = False) -> Iterator[Piece]:
-        at, plain = 0, "quoted" if quoted else "literal"
-        if not quoted and re.match(r"~(/|$)", raw):
-            yield str(self.shell.variables.get("HOME", "~")), "quoted"
-            at = 1
-        while at < len(raw):
-            first, end = raw[at], end_of(raw, at, quoted)
-            if first == "\\":
-                yield from self._escaped(raw[at + 1 : end], quoted)
-            elif first == "'" and not quoted:
-                yield raw[at + 1 : end - 1], "quoted"
-            elif first == '"':
-                yield from self.pieces(raw[at + 1 : end - 1], quoted=True)
-                if end == at + 2:
-                    yield "", "quoted"
-            elif first == "`":
-                inner = re.sub(r"\\([`$\\])", r"\1", raw[at + 1 : end - 1])
-                yield self.shell.substitute(inner), "quoted" if quoted else "split"
-            elif first == "$":
-                name = PARAMETER.match(raw, at + 1)
-                if name and end == at + 1:
-                    end = name.end() if name[0].isidentifier() else at + 2
-                yield from self._expansion(raw[at:end], quoted)
+    def pieces(self, parts: list[Node], quoted: bool = False) -> Iterator[Piece]:
+        how = "quoted" if quoted else "split"
+        for number, part in enumerate(parts):
+            kind, text = part["Type"], part.get("Value", "")
+            if kind == "Lit":
+                yield from self._literal(text, quoted, first=number == 0)
+            elif kind == "SglQuoted":
+                yield self._escaped(text) if part.get("Dollar") else text, "quoted"
+            elif kind == "DblQuoted":
+                yield "", "quoted"
+                yield from self.pieces(part.get("Parts", []), quoted=True)
+            elif kind == "ParamExp":
+                yield from self._parameter(part, quoted)
+            elif kind == "ArithmExp":
+                yield self.computed(part.get("X"), part["Text"]), how
+            elif kind == "CmdSubst":
+                yield self.shell.substitute(part), how
             else:
-                yield first, plain
-            at = end
+                yield part["Text"], "literal"
+
+    def _literal(self, text: str, quoted: bool, first: bool) -> Iterator[Piece]:
+        if first and not quoted and re.match(r"~(/|$)", text):
+            yield str(self.shell.variables.get("HOME", "~")), "quoted"
+            text = text[1:]
+        for escaped, plain in re.findall(r"\\(.)|([^\\]+|\\$)", text, re.S):
+            if plain:
+                yield plain, "quoted" if quoted else "literal"
+            elif escaped != "\n":  # else the line goes on
+                yield f"\\{escaped}" if quoted and escaped not in '$`"\\' else escaped, "quoted"
 
     @staticmethod
-    def _escaped(letter: str, quoted: bool) -> Iterator[Piece]:
-        if letter != "\n":  # else the line goes on
-            yield f"\\{letter}" if quoted and letter not in '$`"\\' else letter, "quoted"
-
-    def _expansion(self, raw: str, quoted: bool) -> Iterator[Piece]:
-        how = "quoted" if quoted else "split"
-        if raw == "$":
-            yield raw, "quoted" if quoted else "literal"
-        elif raw.startswith("$'"):
-            yield re.sub(r"\\(.)", lambda found: ESCAPES.get(found[1], found[0]), raw[2:-1]), "quoted"
-        elif raw.startswith("$((") and raw.endswith("))"):
-            yield self.computed(raw[3:-2], raw), how
-        elif raw.startswith("$("):
-            yield self.shell.substitute(raw[2:-1]), how
-        elif raw.startswith("${"):
-            yield from self._parameter(raw[2:-1], raw, quoted)
-        else:
-            yield from self._parameter(raw[1:], raw, quoted)
+    def _escaped(text: str) -> str:
+        return re.sub(r"\\(.)", lambda found: ESCAPES.get(found[1], found[0]), text)
 
     # ---- variables
 
-    def _parameter(self, content: str, raw: str, quoted: bool) -> Iterator[Piece]:
+    def _parameter(self, node: Node, quoted: bool) -> Iterator[Piece]:
         how = "quoted" if quoted else "split"
-        if count := re.fullmatch(r"#(\w+|[@*])(\[(.*)\])?", content, re.S):
-            yield self._length(count[1], count[3], raw), how
+        name, index, operator = node["Param"]["Value"], node.get("Index"), node.get("Exp", {}).get("Op", "")
+        several = name in ("@", "*") or _takes_all(index)
+        if node.get("Length"):
+            yield self._length(name, index, node["Text"]), how
             return
-        indirect = content.startswith("!") and len(content) > 1
-        name, index, rest = self._parts(content[indirect:], raw)
-        if indirect and index in ("@", "*"):
-            values = list(self._array(name))
-        elif indirect:
-            name = self.shell.special(name) if name in "@*#?$!-" else str(self.get(name, index) or "")
-            name, index, rest = self._parts(name + rest, raw)
-            values = self._values(name, index)
-        else:
-            values = self._values(name, index)
-        several = name in ("@", "*") or index in ("@", "*")
-        if several and (values or not re.match(r":?[-=?]", rest)) and not re.match(r":?\+", rest):
-            rest = "" if re.match(r":?[-=?]", rest) else rest
-            if bounds := self._bounds(rest):
-                values, rest = self._sliced(values, name, *bounds), ""
-            for number, value in enumerate(self._changed(value, rest, raw) for value in values):
+        if node.get("Excl"):
+            raise ValueError(f"{node['Text']} cannot be read: a name in a variable is not supported")
+        values = self._values(name, index)
+        if several and (values or operator not in DEFAULTS) and operator not in ("+", ":+"):
+            if slice_ := node.get("Slice"):
+                values, node = self._sliced(values, name, slice_), {}
+            for number, value in enumerate(values):
                 if number:
-                    joined = quoted and "*" in (name, index)
+                    joined = quoted and (name == "*" or (index or {}).get("Text") == "*")
                     yield (self._separators()[:1], "quoted") if joined else ("", "break")
-                yield value, how
+                yield value if operator in DEFAULTS else self._changed(value, node), how
             return
-        yield from self._defaulted(name, index, values, rest, raw, quoted)
-
-    def _parts(self, content: str, raw: str) -> tuple[str, str | None, str]:
-        """Name, index and operator of what stands in `${...}`."""
-        if not (match := PARAMETER.match(content)):
-            raise ValueError(f"{raw} cannot be read: it begins with no variable")
-        at = match.end()
-        if not content.startswith("[", at):
-            return match[0], None, content[at:]
-        end = at + 1
-        while content[end : end + 1] not in ("]", ""):
-            end = end_of(content, end)
-        return match[0], content[at + 1 : end], content[end + 1 :]
+        yield from self._defaulted(name, values, node, quoted)
 
     def _array(self, name: str) -> dict[str, str]:
         value = self.shell.variables.get(name, {})
         return value if isinstance(value, dict) else {"0": value}
 
-    def _values(self, name: str, index: str | None) -> list[str]:
+    def _values(self, name: str, index: Node | None) -> list[str]:
         """All values that a name means, and none where it is not set."""
         if name in ("@", "*"):
             return self.shell.arguments
-        if index in ("@", "*"):
+        if _takes_all(index):
             return list(self._array(name).values())
         value = self.get(name, index)
         return [] if value is None else [value]
 
-    def get(self, name: str, index: str | None) -> str | None:
+    def get(self, name: str, index: Node | None) -> str | None:
         if name.isdigit() and name != "0":
             return dict(enumerate(self.shell.arguments, 1)).get(int(name))
         if not name.isidentifier():
@@ -250,82 +220,82 @@ class Words:
             return dict(zip(range(-len(array), 0), array.values(), strict=True)).get(int(key))
         return array.get(key)
 
-    def index(self, name: str, raw: str) -> str:
+    def index(self, name: str, index: Node) -> str:
         """The index of an element: a sum, or the text itself where the array has names."""
-        text = self.text(raw)
-        return text if name in self.shell.named or text.isdigit() else self.computed(text, raw)
+        if name in self.shell.named:
+            return self.text(index) if index["Type"] == "Word" else index["Text"]
+        return self.computed(index, index["Text"])
 
-    def _length(self, name: str, index: str | None, raw: str) -> str:
+    def _length(self, name: str, index: Node | None, source: str) -> str:
         values = self._values(name, index)
-        if name in ("@", "*") or index in ("@", "*"):
+        if name in ("@", "*") or _takes_all(index):
             return str(len(values))
-        return str(len("".join(values))) if is_known("".join(values)) else mark(raw, *names_in("".join(values))[:1])
+        return str(len("".join(values))) if is_known("".join(values)) else mark(source, *names_in("".join(values))[:1])
 
-    def _defaulted(
-        self, name: str, index: str | None, values: list[str], rest: str, raw: str, quoted: bool
-    ) -> Iterator[Piece]:
-        how = "quoted" if quoted else "split"
-        value, operator = " ".join(values), re.match(r"(:?)([-+=?])", rest)
-        if not operator:
-            yield (self._changed(value, rest, raw) if values else self.shell.missing(name, raw)), how
+    def _defaulted(self, name: str, values: list[str], node: Node, quoted: bool) -> Iterator[Piece]:
+        how, source, operation = "quoted" if quoted else "split", node["Text"], node.get("Exp", {})
+        value, operator, default = " ".join(values), operation.get("Op", ""), operation.get("Word")
+        if operator not in DEFAULTS:
+            yield (self._changed(value, node) if values else self.shell.missing(name, source)), how
             return
-        absent = is_empty(value) if values and operator[1] else not values
-        default = rest[operator.end() :]
-        if operator[2] == "+" and absent is not None:
+        absent = is_empty(value) if values and operator[0] == ":" else not values
+        if operator[-1] == "+" and absent is not None:
             absent = not absent
         if absent is None:
-            yield mark(raw, *names_in(value)[:1]), how
+            yield mark(source, *names_in(value)[:1]), how
         elif not absent:
-            yield ("" if operator[2] == "+" else value), how
-        elif operator[2] == "?":
-            yield self.shell.missing(name, raw, required=True), how
-        elif operator[2] == "=":
-            self.shell.assign(name, self.text(default), index)
-            yield "".join(self._values(name, index)), how
+            yield ("" if operator[-1] == "+" else value), how
+        elif operator[-1] == "?":
+            yield self.shell.missing(name, source, required=True), how
+        elif operator[-1] == "=":
+            self.shell.assign(name, self.text(default), node.get("Index"))
+            yield "".join(self._values(name, node.get("Index"))), how
         else:
-            for text, each in self.pieces(default, quoted):
+            for text, each in self.pieces(default["Parts"] if default else [], quoted):
                 yield text, how if each == "literal" else each
 
-    def _sliced(self, values: list[str], name: str, first: int, count: int | None) -> list[str]:
+    def _sliced(self, values: list[str], name: str, bounds: Node) -> list[str]:
         """Those of several values that `${A[@]:first:count}` takes."""
+        first, count = self._bounds(bounds) or (0, None)
         values = [self.shell.special("0"), *values] if name in ("@", "*") else values
         return values[first:] if count is None else values[first:][:count]
 
-    def _bounds(self, rest: str) -> tuple[int, int | None] | None:
-        if not (match := re.fullmatch(r":([^-+=?].*?)(?::(.*))?", rest, re.S)):
-            return None
-        numbers = [self.computed(part, part) for part in match.groups() if part]
+    def _bounds(self, bounds: Node) -> tuple[int, int | None] | None:
+        numbers = [self.computed(bounds[name], "") for name in ("Offset", "Length") if name in bounds]
         if not all(map(is_known, numbers)):
             return None
         return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None
 
-    def _changed(self, value: str, rest: str, raw: str) -> str:
+    def _changed(self, value: str, node: Node) -> str:
         """The value after `#`, `%`, `/`, `^`, `,` or `:first:count`."""
-        if not rest:
+        operation, replacement, bounds = node.get("Exp"), node.get("Repl"), node.get("Slice")
+        if not (operation or replacement or bounds):
             return value
         if not is_known(value):
-            return mark(raw, *names_in(value)[:1])
-        if bounds := self._bounds(rest):
-            first, count = bounds
-            end = (
-                None if count is None else count if count < 0 else (first if first >= 0 else len(value) + first) + count
-            )
-            return value[first:end]
-        if rest.startswith(("#", "%")):
-            return self._trimmed(value, rest)
-        if rest.startswith("/"):
-            return self._replaced(value, rest)
-        change = {"^^": str.upper, ",,": str.lower}.get(rest)
-        if rest in ("^", ","):
-            first_letter = value[:1].upper() if rest == "^" else value[:1].lower()
-            return first_letter + value[1:]
-        if change is None and not rest.startswith(":"):
-            raise ValueError(f"{raw} cannot be read: {rest} is not supported")
-        return change(value) if change else mark(raw)
+            return mark(node["Text"], *names_in(value)[:1])
+        if replacement:
+            return self._replaced(value, replacement)
+        if bounds:
+            return self._part(value, bounds, node["Text"])
+        operator, word = (operation or {})["Op"], (operation or {}).get("Word")
+        if operator in ("#", "##", "%", "%%"):
+            return self._trimmed(value, operator, word)
+        if word or operator not in LETTERS:
+            raise ValueError(f"{node['Text']} cannot be read: {operator} is not supported")
+        return LETTERS[operator](value)
 
-    def _trimmed(self, value: str, rest: str) -> str:
-        at_end, longest = rest[0] == "%", rest[1:2] == rest[0]
-        pattern = re.compile(expression(self.pattern(rest[1 + longest :])), re.S)
+    def _part(self, value: str, bounds: Node, source: str) -> str:
+        numbers = self._bounds(bounds)
+        if numbers is None:
+            return mark(source)
+        first, count = numbers
+        if count is None or count < 0:
+            return value[first:count]
+        return value[first:][:count]
+
+    def _trimmed(self, value: str, operator: str, word: Node | None) -> str:
+        at_end, longest = operator[0] == "%", len(operator) == 2
+        pattern = re.compile(expression(self.pattern(word)), re.S)
         cuts = range(len(value) + 1)
         for cut in cuts if at_end == longest else reversed(cuts):
             removed, kept = (value[cut:], value[:cut]) if at_end else (value[:cut], value[cut:])
@@ -333,222 +303,171 @@ class Words:
                 return kept
         return value
 
-    def _replaced(self, value: str, rest: str) -> str:
-        at = 1 + (rest[1:2] in tuple("/#%") and len(rest) > 1)
-        how, start = rest[1:at], at
-        while at < len(rest) and rest[at] != "/":
-            at = end_of(rest, at)
-        pattern, new = expression(self.pattern(rest[start:at])), self.text(rest[at + 1 :])
-        pattern = f"^(?:{pattern})" if how == "#" else f"(?:{pattern})$" if how == "%" else pattern
-        return re.compile(pattern, re.S).sub(lambda _: new, value, count=0 if how == "/" else 1)
+    def _replaced(self, value: str, replacement: Node) -> str:
+        pattern, new = self.pattern(replacement.get("Orig")), self.text(replacement.get("With"))
+        if pattern[:1] == "#":
+            pattern = f"^(?:{expression(pattern[1:])})"
+        elif pattern[:1] == "%":
+            pattern = f"(?:{expression(pattern[1:])})$"
+        else:
+            pattern = expression(pattern)
+        return re.compile(pattern, re.S).sub(lambda _: new, value, count=0 if replacement.get("All") else 1)
 
     # ---- sums
 
-    def computed(self, terms: str, raw: str) -> str:
+    def computed(self, node: Node | None, source: str) -> str:
         """The value of an arithmetic expression, or a mark where one of its variables is not known."""
-        text = self.text(f'"{terms}"') if '"' not in terms else self.text(terms)
-        if not is_known(text):
-            return mark(raw, *names_in(text)[:1])
         try:
-            return str(Sum(text, self).value())
+            return str(self.value(node))
         except NotKnown as error:
-            return mark(raw, str(error))
+            return mark(source, str(error))
+        except ZeroDivisionError:
+            raise ValueError(f"{source} divides by 0") from None
+
+    def value(self, node: Node | None) -> int:
+        if node is None:
+            return 0
+        kind, sign = node["Type"], node.get("Op", "")
+        if kind == "Word":
+            return self._number(node)
+        if kind == "ParenArithm":
+            return self.value(node["X"])
+        if kind == "UnaryArithm" and sign in ("++", "--"):
+            before = self._number(node["X"], counts=True)
+            after = before + (1 if sign == "++" else -1)
+            self._store(node["X"], after)
+            return before if node.get("Post") else after
+        if kind == "UnaryArithm":
+            value = self.value(node["X"])
+            return {"-": -value, "+": value, "!": int(not value), "~": ~value}[sign]
+        if sign == "?":
+            return self.value(node["Y"]["X"] if self.value(node["X"]) else node["Y"]["Y"])
+        if sign[-1] == "=" and sign not in ("==", "!=", "<=", ">="):
+            value = self.value(node["Y"])
+            if sign != "=":
+                value = OPERATORS[sign[:-1]](self._number(node["X"], counts=True), value)
+            self._store(node["X"], value)
+            return value
+        return int(OPERATORS[sign](self.value(node["X"]), self.value(node["Y"])))
+
+    def _number(self, word: Node, counts: bool = False) -> int:
+        """The value of a number or a variable. One that is not set counts from 0, and has no value elsewhere."""
+        name, index = _variable(word)
+        if name is None:
+            text = self.text(word)
+        elif (value := self.get(name, index)) is not None:
+            text = "0" if value.strip() == name else value
+        elif counts or name == self.shell.assigned:
+            return 0
+        else:
+            raise NotKnown(name)
+        if not is_known(text):
+            raise NotKnown(names_in(text)[0])
+        return self.evaluated(text.strip())
+
+    def evaluated(self, text: str) -> int:
+        """The value of a text that a variable holds: `12`, `0x1f`, or a sum."""
+        if re.fullmatch(r"[-+]?\d+|0[xX][\da-fA-F]+", text):
+            return int(text, 16 if text[:2] in ("0x", "0X") else 8 if re.match(r"0\d", text) else 10)
+        return self.value(arithmetic(text))
+
+    def _store(self, word: Node, value: int) -> None:
+        name, index = _variable(word)
+        if name is None:
+            raise ValueError(f"{word['Text']} is no variable, and cannot be set")
+        self.shell.assign(name, str(value), index)
 
 
 class NotKnown(Exception):
     """A sum has a variable that is not known; its text is the variable."""
 
 
-LEVELS: tuple[tuple[str, ...], ...] = (  # what binds the least, first
-    ("||",),
-    ("&&",),
-    ("|",),
-    ("^",),
-    ("&",),
-    ("==", "!="),
-    ("<", "<=", ">", ">="),
-    ("<<", ">>"),
-    ("+", "-"),
-    ("*", "/", "%"),
-)
-TOKEN = re.compile(
-    r"\d+#\w+|0[xX][\da-fA-F]+|\d+|[A-Za-z_]\w*(?:\[[^]]*\])?|<<=|>>=|\*\*|\+\+|--|[-+*/%&|^]=|<<|>>|<=|>=|==|!="
-    r"|&&|\|\||\S"
-)
+def _quotient(left: int, right: int) -> int:
+    return abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
 
 
-class Sum:
-    """An arithmetic expression of whole numbers.
+DEFAULTS = (":-", "-", ":=", "=", ":?", "?", ":+", "+")
+LETTERS = {"^^": str.upper, ",,": str.lower}
+OPERATORS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": _quotient,
+    "%": lambda left, right: left - _quotient(left, right) * right,
+    "**": lambda left, right: left ** min(right, 64),
+    "<<": lambda left, right: left << min(right, 64),
+    ">>": operator.rshift,
+    "&": operator.and_,
+    "|": operator.or_,
+    "^": operator.xor,
+    "&&": lambda left, right: bool(left and right),
+    "||": lambda left, right: bool(left or right),
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    ",": lambda left, right: right,
+}
 
-    >>> Sum("2 * (3 + 4) - 7 / 2 % 2", Words(None)).value()
-    13
-    """
 
-    def __init__(self, text: str, words: Words):
-        self.text, self.words = text, words
-        self.tokens, self.at = TOKEN.findall(text), 0
+def _takes_all(index: Node | None) -> bool:
+    return index is not None and index["Text"] in ("@", "*")
 
-    def value(self) -> int:
-        value = 0 if not self.tokens else self.assigned()
-        while self.takes(","):
-            value = self.assigned()
-        if self.at < len(self.tokens):
-            self.refuse()
-        return value
 
-    def refuse(self) -> None:
-        raise ValueError(f"$(({self.text})) cannot be computed: see {''.join(self.tokens[self.at :]) or 'its end'!r}")
-
-    def peek(self, ahead: int = 0) -> str:
-        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else ""
-
-    def takes(self, *tokens: str) -> str:
-        token = self.peek()
-        if token not in tokens:
-            return ""
-        self.at += 1
-        return token
-
-    def assigned(self) -> int:
-        name, operator = self.peek(), self.peek(1)
-        if not name[:1].isidentifier() or operator not in ("=", "+=", "-=", "*=", "/=", "%="):
-            return self.chosen()
-        self.at += 2
-        value = self.assigned()
-        value = value if operator == "=" else self.apply(operator[0], self.number(name, counts=True), value)
-        self.store(name, value)
-        return value
-
-    def chosen(self) -> int:
-        condition = self.level(0)
-        if not self.takes("?"):
-            return condition
-        first = self.assigned()
-        if not self.takes(":"):
-            self.refuse()
-        second = self.chosen()
-        return first if condition else second
-
-    def level(self, number: int) -> int:
-        if number == len(LEVELS):
-            return self.power()
-        left = self.level(number + 1)
-        while operator := self.takes(*LEVELS[number]):
-            left = self.apply(operator, left, self.level(number + 1))
-        return left
-
-    def power(self) -> int:
-        base = self.single()
-        return base ** min(self.power(), 64) if self.takes("**") else base
-
-    def single(self) -> int:
-        if sign := self.takes("-", "+", "!", "~"):
-            value = self.single()
-            return {"-": -value, "+": value, "!": int(not value), "~": ~value}[sign]
-        if step := self.takes("++", "--"):
-            name = self.peek()
-            self.at += 1
-            value = self.number(name, counts=True) + (1 if step == "++" else -1)
-            self.store(name, value)
-            return value
-        if self.takes("("):
-            value = self.assigned()
-            if not self.takes(")"):
-                self.refuse()
-            return value
-        token = self.peek()
-        if not re.match(r"\w", token):
-            self.refuse()
-        self.at += 1
-        value = self.number(token, counts=self.peek() in ("++", "--"))
-        if step := self.takes("++", "--"):
-            self.store(token, value + (1 if step == "++" else -1))
-        return value
-
-    def number(self, token: str, counts: bool = False) -> int:
-        """The value of a number or a variable. One that is not set counts from 0, and has no value elsewhere."""
-        if "#" in token:
-            base, digits = token.split("#")
-            return int(digits, int(base))
-        if token[0].isdigit():
-            return int(token, 16 if token[:2] in ("0x", "0X") else 8 if token[0] == "0" else 10)
-        name, _, index = token.partition("[")
-        value = self.words.get(name, index[:-1] or None)
-        if value is None and (counts or name == self.words.shell.assigned):
-            return 0
-        if value is None:
-            raise NotKnown(name)
-        if not is_known(value):
-            raise NotKnown(names_in(value)[0])
-        return Sum(value, self.words).value() if value.strip() != token else 0
-
-    def store(self, token: str, value: int) -> None:
-        name, _, index = token.partition("[")
-        self.words.shell.assign(name, str(value), index[:-1] or None)
-
-    def apply(self, operator: str, left: int, right: int) -> int:
-        if operator in "/%":
-            if not right:
-                raise ValueError(f"$(({self.text})) divides by 0")
-            quotient = abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
-            return quotient if operator == "/" else left - quotient * right
-        results = {
-            "+": lambda: left + right,
-            "-": lambda: left - right,
-            "*": lambda: left * right,
-            "<<": lambda: left << min(right, 64),
-            ">>": lambda: left >> right,
-            "&": lambda: left & right,
-            "|": lambda: left | right,
-            "^": lambda: left ^ right,
-            "&&": lambda: int(bool(left and right)),
-            "||": lambda: int(bool(left or right)),
-            "==": lambda: int(left == right),
-            "!=": lambda: int(left != right),
-            "<": lambda: int(left < right),
-            "<=": lambda: int(left <= right),
-            ">": lambda: int(left > right),
-            ">=": lambda: int(left >= right),
-        }
-        return results[operator]()
+def _variable(word: Node) -> tuple[str | None, Node | None]:
+    """The variable of a sum that stands without `$`, and its index."""
+    if word["Type"] == "Word" and len(word["Parts"]) == 1:
+        [part] = word["Parts"]
+        if part["Type"] == "Lit" and part["Value"].isidentifier():
+            return part["Value"], None
+        if part["Type"] == "ParamExp" and not part["Text"].startswith("$"):
+            return part["Param"]["Value"], part["Index"]
+    return None, None
 
 
 # ---- braces ----------------------------------------------------------------------------------------------------------
 
 
-def braces(raw: str) -> list[str]:
-    """The words that `{a,b}` and `{1..3}` make of one.
+def _braced(parts: list[Node]) -> list[list[Node]]:
+    """The words that `{a,b}` and `{1..3}` make of one; a variable within braces is not looked at."""
+    found: list[list[Node]] = [[]]
+    for part in parts:
+        texts = braces(part["Value"]) if part["Type"] == "Lit" else [None]
+        found = [[*before, part if text is None else part | {"Value": text}] for before in found for text in texts]
+    return found
 
-    >>> braces("x{a,b{1..2}}y"), braces("${A}{b}")
-    (['xay', 'xb1y', 'xb2y'], ['${A}{b}'])
+
+def braces(text: str) -> list[str]:
     """
-    at = 0
-    while at < len(raw):
-        parts, end = _alternatives(raw, at) if raw[at] == "{" else ([], 0)
+    >>> braces("x{a,b{1..2}}y"), braces("{b}")
+    (['xay', 'xb1y', 'xb2y'], ['{b}'])
+    """
+    for opening in re.finditer(r"(?<!\\){", text):
+        parts, end = _alternatives(text, opening.end())
         if parts:
-            rest = braces(raw[end:])
+            rest = braces(text[end:])
             middle = [each for part in parts for each in braces(part)]
-            return [raw[:at] + each + after for each in middle for after in rest]
-        at = end_of(raw, at)
-    return [raw]
+            return [text[: opening.start()] + each + after for each in middle for after in rest]
+    return [text]
 
 
-def _alternatives(raw: str, start: int) -> tuple[list[str], int]:
-    parts, depth, at, begin = [], 0, start + 1, start + 1
-    while at < len(raw):
-        if raw[at] == "}" and not depth:
-            break
-        depth += {"{": 1, "}": -1}.get(raw[at], 0)
-        if raw[at] == "," and not depth:
-            parts.append(raw[begin:at])
-            begin = at + 1
-        at = end_of(raw, at)
-    else:
-        return [], 0
-    if parts:
-        return [*parts, raw[begin:at]], at + 1
-    if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", raw[begin:at]):
-        first, last = int(numbers[1]), int(numbers[2])
-        step = 1 if last >= first else -1
-        return [str(number) for number in range(first, last + step, step)][:1000], at + 1
+def _alternatives(text: str, start: int) -> tuple[list[str], int]:
+    """The texts between the commas of a brace that ends, and its end."""
+    parts, depth = [""], 0
+    for at in range(start, len(text)):
+        letter = text[at]
+        if letter == "}" and not depth:
+            numbers = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", parts[0])
+            if numbers and len(parts) == 1:
+                first, last = int(numbers[1]), int(numbers[2])
+                step = 1 if last >= first else -1
+                parts = [str(number) for number in range(first, last + step, step)][:1000]
+            return parts if len(parts) > 1 or numbers else [], at + 1
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
     return [], 0

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from grpo.cli.migration.functions import Functions
-from grpo.cli.migration.migration import Migration, relative, tables
+from grpo.cli.migration.migration import Migration, carried, relative
 from grpo.config.loss import UNREAD
 from rewards.config.names import take
 
@@ -83,7 +83,7 @@ class _Reading:
     """One script's facts, as options: a method for each part."""
 
     def __init__(self, script: Path, folder: Path, facts: dict[str, Any], processes: int):
-        known = {*tables()["trl_same"], *tables()["trl_converted"]}
+        known = {*carried("trl")}
         others = facts["of_other_versions"]
         self.facts, self.folder, self.processes, self.defaults = facts, folder, processes, facts["defaults"]
         self.train, self.test = (facts["data"].get(name) for name in ("train", "test"))
@@ -92,7 +92,7 @@ class _Reading:
         self.functions = Functions(script, folder)
         self.migration = Migration(f"{script.name}, for TRL")
         self.put, self.lacks = self.migration.put, self.migration.lacks
-        self.migration.carry_over("trl_same", self.values)
+        self.migration.carry_over("trl", self.values)
         for part in (self._steps, self._optimizer, self._loss, self._rollout, self._model, self._adapters):
             part()
         for part in (self._data, self._evaluation, self._saving, self._rewards, self._programs):
@@ -222,7 +222,7 @@ class _Reading:
             self.put("lora.targets", sorted(targets))
         elif targets != "all-linear":
             self.lacks("target_modules", targets)
-        self.migration.lacks_counterparts(values, lora["defaults"], {*tables()["lora"], *OF_PEFT})
+        self.migration.lacks_counterparts(values, lora["defaults"], {*carried("lora"), *OF_PEFT})
 
     def _data(self) -> None:
         if self.train is None or self.train["count"] is None:

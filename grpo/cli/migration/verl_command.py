@@ -15,11 +15,11 @@ from typing import Any
 
 from yaml import YAMLError
 
-from grpo.cli.migration.migration import Migration, Unsupported, changes_training, relative, tables
+from grpo.cli.migration.migration import Migration, Unsupported, carried, changes_training, relative
 from grpo.cli.migration.shell import Decision, how_to_give, outcomes
 from grpo.cli.migration.shell_words import names_in, shown
 from grpo.config.loss import UNREAD
-from rewards.config.names import take
+from rewards.config.names import take, trainers
 from rewards.config.yaml_file import parse_yaml, to_yaml
 from rewards.data.source import file_rows
 
@@ -70,7 +70,9 @@ def _renamed(name: str) -> str:
     >>> _renamed("custom_reward_function.path")
     'reward.custom_reward_function.path'
     """
-    return f"reward.{name}" if name.startswith("custom_reward") else tables()["verl_renamed"].get(name, name)
+    if name.startswith("custom_reward"):
+        return f"reward.{name}"
+    return trainers()["verl"].get(name, {}).get("now", name)
 
 
 def overrides(text: str) -> dict[str, Any]:
@@ -156,8 +158,9 @@ def _value(text: str) -> Any:
 def _check(values: dict[str, Any]) -> None:
     """Raises ValueError for options that are computed with, if their value is of another type than verl's default."""
     problems = []
-    for name in [*tables()["verl_converted"], f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high"]:
-        needed = _needed(name, tables()["verl_defaults"].get(name), values.get(name))
+    converted = [name for name, row in trainers()["verl"].items() if "to" in row]
+    for name in [*converted, f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high"]:
+        needed = _needed(name, trainers()["verl"][name].get("default"), values.get(name))
         if needed:
             problems.append(f"{name}={to_yaml(values[name], inline=True).strip()}: it is to be {needed}")
     if problems:
@@ -188,7 +191,7 @@ class _Reading:
     """The options of one command: a method for each part."""
 
     def __init__(self, options: dict[str, Any]):
-        defaults = tables()["verl_defaults"]
+        defaults = {name: row["default"] for name, row in trainers()["verl"].items() if "default" in row}
         if str(options.get("--config-name")).removesuffix(".yaml") == "ppo_trainer":  # the one that is read here
             options = {name: value for name, value in options.items() if name not in OF_HYDRA.values()}
         self.overrides = options
@@ -198,10 +201,10 @@ class _Reading:
         self.rows = list(file_rows(self.files[0])) if self.files[0].is_file() else []
         self.migration = Migration(PROGRAM)
         self.put, self.lacks = self.migration.put, self.migration.lacks
-        self.migration.carry_over("verl_same", self.values)
+        self.migration.carry_over("verl", self.values)
         for part in (self._steps, self._policy, self._data, self._reward):
             part()
-        known = {*tables()["verl_same"], *tables()["verl_converted"], f"{ACTOR}.clip_ratio"}
+        known = {*carried("verl"), f"{ACTOR}.clip_ratio"}
         known |= {name for name in options if name.startswith(OPTIONS)}
         self.migration.lacks_counterparts(options, defaults, known)
 

@@ -585,7 +585,7 @@ def test_the_command_takes_a_model_or_a_file(taught, letters, tmp_path, capsys):
     assert letters in shown
     assert main(["mtp", str(tmp_path / "a"), *words, "--output_dir", str(tmp_path / "b"), "--steps", "1"]) == 0
     assert json.loads((tmp_path / "b/metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
-    assert main(["eval", str(tmp_path / "b"), "--limit", "2", "--draft_tokens", "2"]) == 0
+    assert main(["eval", str(tmp_path / "b"), "--eval.limit", "2", "--rollout.draft_tokens", "2"]) == 0
 
 
 def test_a_checkpoint_folder_brings_nothing_along(taught):

@@ -451,8 +451,17 @@ def test_sample_writes_the_documented_json_whatever_is_drafted(model, tmp_path, 
     found = []
     for drafts in ("0", "4"):
         out = tmp_path / f"new/folder/{drafts}.json"
-        words = ["--prompts", str(prompts), "--samples", "4", "--seed", "11", "--temperature", "0.9"]
-        words += ["--draft_tokens", drafts, "--json", str(out), "--max_completion_tokens", "8", "--threads", "1"]
+        words = ["--prompts", str(prompts), "--samples", "4", "--seed", "11", "--rollout.temperature", "0.9"]
+        words += [
+            "--rollout.draft_tokens",
+            drafts,
+            "--json",
+            str(out),
+            "--rollout.max_completion_tokens",
+            "8",
+            "--threads",
+            "1",
+        ]
         assert main(["sample", model, *words]) == 0
         assert f"written to {out}" in capsys.readouterr().out.replace("\n", "")
         found.append(json.loads(out.read_text(encoding="utf-8")))
@@ -471,7 +480,11 @@ def test_sample_writes_the_documented_json_whatever_is_drafted(model, tmp_path, 
 def test_eval_writes_what_its_table_shows(run, model, tmp_path, capsys):
     for policy in (str(run), model):
         out = tmp_path / "eval.json"
-        words = [] if policy == str(run) else ["--levels", "[1]", "--max_completion_tokens", "6", "--limit", "3"]
+        words = (
+            []
+            if policy == str(run)
+            else ["--data.levels", "[1]", "--rollout.max_completion_tokens", "6", "--eval.limit", "3"]
+        )
         assert main(["eval", policy, "--json", str(out), "--threads", "1", *words]) == 0
         shown = capsys.readouterr().out
         document = json.loads(out.read_text())
@@ -519,7 +532,7 @@ def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
     assert [line["step"] for line in read_metrics(tmp_path / "sft")] == [0, 1, 2, 3]
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "Tom has 5 pens. "}\n')
-    words = ["--prompts", str(prompts), "--max_completion_tokens", "4", "--threads", "1"]
+    words = ["--prompts", str(prompts), "--rollout.max_completion_tokens", "4", "--threads", "1"]
     assert main(["sample", str(tmp_path / "sft"), *words]) == 0
     assert main(["sft", "--output_dir", str(tmp_path / "sft"), "--model", model]) == 1
     assert "already holds a run" in capsys.readouterr().err
@@ -535,8 +548,11 @@ def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
         (["sample", "{model}", "--prompts", "{dir}/none.jsonl"], "none.jsonl: there is no such file"),
         (["sample", "{model}", "--prompts", "{dir}/bad.jsonl"], "bad.jsonl, line 2: not JSON"),
         (["eval", "./nowhere"], "model='./nowhere': there is no such folder"),
-        (["eval", "{dir}", "--levels", "[1]", "--limit", "2"], "is neither a preset, a checkpoint folder nor"),
-        (["eval", "{model}", "--levels", "[7]"], "7"),
+        (
+            ["eval", "{dir}", "--data.levels", "[1]", "--eval.limit", "2"],
+            "is neither a preset, a checkpoint folder nor",
+        ),
+        (["eval", "{model}", "--data.levels", "[7]"], "7"),
         (["train", "--output_dir", "{dir}/r", "--model", "./nowhere"], "model='./nowhere': there is no such folder"),
         (
             ["train", "--model", "tiny", "--output_dir", "{dir}/r", "--data.name", "{dir}/none.jsonl"],
@@ -579,13 +595,6 @@ def test_words_that_are_no_command_exit_with_2(words, capsys):
         main(words)
     assert end.value.code == 2
     assert "usage: quartet" in capsys.readouterr().err
-
-
-def test_a_command_that_is_gone_names_those_that_took_its_place(capsys):
-    assert main(["plot", "runs/demo"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("quartet: plot: this command is gone; ")
-    assert re.findall(r"`quartet (\w+) RUN`", said) == ["report", "view"]
 
 
 @pytest.mark.slow

@@ -9,15 +9,12 @@ from trl import GRPOConfig
 import grpo
 import rewards
 from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
-from grpo.cli.config.convert import ConvertConfig
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
 from grpo.cli.config.serve import ServeConfig
-from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.loss import LossOptions
-from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
-from rewards.commands.options import RewardTestConfig
+from rewards.config import names
 from rewards.config.data import SourceOptions
 from rewards.config.names import recorded_options
 from rewards.config.options import ConfigError, _options, dump_yaml, load
@@ -106,17 +103,12 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
     ("overrides", "message"),
     [
         ({"rollout.group_size": 1}, "rollout.group_size=1"),
-        (
-            {"rollout.accept": "margin"},
-            "rollout.accept=margin (command line): it is gone, since training takes no unverified drafts",
-        ),
         ({"rollout.temperature": 0}, "rollout.temperature=0"),
         ({"rollout.top_p": 0.9}, "rollout.top_p=0.9"),  # contract 2: there is none in training
         ({"loss.epsilon": -0.1}, "loss.epsilon=-0.1"),
         ({"loss.loss_type": "sapo", "loss.epsilon": 0.1}, "epsilon=0.1: loss_type sapo does not read it"),
         ({"loss.loss_type": "cispo", "loss.epsilon_high": 5.0, "loss.delta": 2.0}, "use epsilon_high, the cap"),
         ({"loss.advantage": "rank_softmax", "loss.epsilon_high": 0.28}, "loss_type reinforce does not read it"),
-        ({"loss.sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0 (command line): it is gone, since the temper"),
         ({"learner.learning_rate": 0}, "learner.learning_rate=0"),
         ({"learner.learning_rate": float("nan")}, "learner.learning_rate"),
         ({"mtp.depth": 0}, "mtp.depth=0"),
@@ -210,40 +202,6 @@ def test_eval_has_the_defaults_of_training():
     assert ours.data.name == data.name
 
 
-def test_the_names_of_an_older_version_work_with_a_word(caplog, tmp_path):
-    new = {"data.name": "gsm8k", "data.few_shot": 2, "rollout.temperature": 0.5, "eval.samples": 3, "eval.limit": 9}
-    old = {"data": "gsm8k", "few_shot": 2, "temperature": 0.5, "samples": 3, "limit": 9}
-    config = load(EvalConfig, None, new)
-    assert caplog.text == ""
-    assert load(EvalConfig, None, old) == EvalConfig(**old) == config
-    assert caplog.text.count("limit is eval.limit now; the old name works until 0.3") == 2
-    assert load(EvalConfig, None, {"rollout.group_size": 3}).eval.samples == 3
-    assert (
-        load(SampleConfig, None, {"group_size": 3, "data": "gsm8k"}).samples == SampleConfig(group_size=3).samples == 3
-    )
-    assert load(ServeConfig, None, {"max_completion_tokens": 9}).rollout.max_completion_tokens == 9
-    sft = load(SftConfig, None, {"output_dir": "r", "warm_start.steps": 7, "warm_start.learning_rate": 0.1})
-    assert (sft.steps, sft.learner.learning_rate) == (7, 0.1)
-    caplog.clear()
-    share = {"data.holdout": 0.1, "data.holdout_seed": 0}
-    for command in (TrainConfig, SftConfig, MtpConfig):
-        assert load(command, None, {"output_dir": "r"} | share).data[0].held_out == 0.1
-    assert caplog.text.count("data.holdout is data.held_out now") == 3
-    assert load(MtpConfig, None, {"output_dir": "r", "head.epochs": 3}).mtp.epochs == 3
-    (tmp_path / "config.yaml").write_text("output_dir: r\nhead: {epochs: 3, depth: 2}\n")
-    in_python = MtpConfig(output_dir="r", head={"epochs": 3, "depth": 2})
-    assert load(MtpConfig, tmp_path / "config.yaml", {}) == in_python
-    command, options = recorded_options(tmp_path / "config.yaml")
-    assert (command, options["mtp"]) == ("mtp", {"epochs": 3, "depth": 2})
-    assert "head is mtp now; the old name works until 0.3" in caplog.text
-    for old in ("holdout", "data.holdout"):
-        assert load(EvalConfig, None, {old: 0.1}).data.held_out == 0.1
-    assert load(ConvertConfig, None, {"heldout_tokens": 9}).held_out_tokens == 9
-    assert load(QuantizeConfig, None, {"calibrate": "t", "heldout_tokens": 9}).held_out_tokens == 9
-    tried = load(RewardTestConfig, None, {"data": "gsm8k", "limit": 5, "on_error": "drop_sample"})
-    assert (tried.data.name, tried.data.limit, tried.reward.on_error) == ("gsm8k", 5, "drop_sample")
-
-
 def test_what_a_run_of_version_0_2_has_recorded_of_its_data_is_read(tmp_path):
     of_02 = {"held_out_seed": 0, "sources": [], "system_prompt": "Be brief.", "user_turn": "Q: {question}"}
     (tmp_path / "config.yaml").write_text(
@@ -266,45 +224,17 @@ def test_what_a_run_of_version_0_2_has_recorded_of_its_data_is_read(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("older", "margin"),
-    [("{accept: margin, margin: 3.0}", 3.0), ("{accept: margin}", 2.0), ("{accept: exact, margin: 2.0}", None)],
-)
-def test_an_older_file_says_in_two_options_what_one_says_now(tmp_path, older, margin):
-    models = "[{name: judge, model: m, chat: true}, {name: other, model: m, chat: false}]"
-    (tmp_path / "older.yaml").write_text(f"rollout: {older}\nrewards: mine.py:f\nreward_models: {models}\n")
-    config = load(EvalConfig, tmp_path / "older.yaml", {})
-    assert config.rollout.margin == margin
-    words = re.findall(r"(\w+): ([\w.]+)", older)
-    for prefix in ("", "rollout."):  # on a command line too
-        assert load(EvalConfig, None, {prefix + name: value for name, value in words}).rollout.margin == margin
-    (tmp_path / "margin.yaml").write_text("rollout: {margin: 3.0}\n")
-    for accept, both in (("margin", 3.0), ("exact", None)):  # half in a file, half on the command line
-        assert load(EvalConfig, tmp_path / "margin.yaml", {"accept": accept}).rollout.margin == both
-    with pytest.raises(ConfigError, match=r"rollout.accept=typo .command line.: it is gone"):
-        load(EvalConfig, None, {"accept": "typo"})
-    assert [reward.function for reward in config.rewards] == ["mine.py:f", "model:m", "model:m"]
-    assert [reward.arguments for reward in config.rewards] == [{}, {"kind": "chat_classifier"}, {}]
+def test_reward_models_of_version_0_2_are_rewards(tmp_path):
+    """By `quartet eval RUN` and `export RUN`; a file of today that has them is refused with the way out."""
+    models = [{"name": "judge", "model": "m", "kind": "chat_classifier"}, {"name": "other", "model": "m"}]
+    reader = {"function": "column", "weight": 2.0, "arguments": {"name": "judge"}, "chat": False}
+    (tmp_path / "config.yaml").write_text(to_yaml({"output_dir": "r", "rewards": [reader], "reward_models": models}))
+    _, options = recorded_options(tmp_path / "config.yaml")
+    judge = {"function": "model:m", "weight": 2.0, "arguments": {"kind": "chat_classifier"}, "name": "judge"}
+    other = {"function": "model:m", "weight": 0.0, "arguments": {}, "name": "other"}
+    assert options["rewards"] == [judge, other]
     with pytest.raises(ConfigError, match="reward_models.* it is gone, since a reward model is a reward"):
-        load(EvalConfig, None, {"reward_models": [{"name": "judge", "model": "m"}]})
-
-
-def test_what_an_older_mtp_run_has_recorded_is_read(tmp_path):
-    """By `quartet eval RUN` and `export RUN`; a line of it that somebody writes today is refused with the reason."""
-    of_head = {"curriculum_share": 0.3, "tv_share": 0.0, "reuse": 3, "schedule": "cosine", "warmup_steps": 2}
-    file, models = tmp_path / "config.yaml", [{"name": "judge", "model": "m", "batch_size": 16, "chat": False}]
-    rewards = [{"function": "column", "weight": 2.0, "arguments": {"name": "judge"}, "chat": False}]
-    former = {"output_dir": "r", "head": {"depth": 2} | of_head, "rewards": rewards, "reward_models": models}
-    file.write_text(to_yaml(former))
-    command, options = recorded_options(file)
-    judge = {"function": "model:m", "weight": 2.0, "arguments": {}, "name": "judge"}
-    assert (command, options["rewards"]) == ("mtp", [judge])
-    assert load(MtpConfig, file, {}, on_removed=lambda text: None).mtp.depth == 2
-    with pytest.raises(ConfigError, match=r"mtp.reuse=2 .command line.: it is gone, since the draft head learns"):
-        load(MtpConfig, None, {"output_dir": "r", "head.reuse": 2})
-    (tmp_path / "older.yaml").write_text("output_dir: r\nwarm_start: {levels: [1]}\n")
-    with pytest.raises(ConfigError, match=r"warm_start.levels.*it is gone, since problems of word_problems"):
-        load(SftConfig, tmp_path / "older.yaml", {})
+        load(EvalConfig, None, {"reward_models": models})
 
 
 LEFT_AFTER_0_2 = {  # its default, and a value that somebody may have set
@@ -341,8 +271,9 @@ def test_a_server_of_vllm_is_refused_with_the_way_out():
         load(ServeConfig, None, {"model": "runs/demo", "backend": "vllm"})
 
 
-def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default():
+def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default(monkeypatch):
     """A file for several commands may say what is usual; a run that goes on has recorded more than is used today."""
+    monkeypatch.setattr(names, "_removed", lambda: {"curriculum.draft_depth": ("it gained nothing", None)})
     usual = {"output_dir": "r", "rollout.workers": 0, "loss": {"beta": 0.0}, "curriculum.draft_depth": None}
     assert load(SftConfig, None, usual) == load(SftConfig, None, {"output_dir": "r"})
     with pytest.raises(

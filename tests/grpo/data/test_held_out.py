@@ -159,7 +159,7 @@ def trained_run(tmp_path, micro_policy) -> Path:
 
 
 def evaluate(model: Path, **given):
-    options = {"max_completion_tokens": 4, "threads": 1, "draft_tokens": 0} | given
+    options = {"rollout.max_completion_tokens": 4, "threads": 1, "rollout.draft_tokens": 0} | given
     return evaluate_model(load(EvalConfig, None, {"model": str(model)} | options), QUIET)
 
 

@@ -282,7 +282,7 @@ def test_other_keys_and_episodes_get_errors_in_openais_form(pool):
 
 @pytest.mark.slow
 def test_a_run_of_an_agent_is_evaluated_replayed_and_explained(whole, tmp_path):
-    assert main(["eval", str(whole), "--limit", "2", "--output", str(tmp_path), "--threads", "1"]) == 0
+    assert main(["eval", str(whole), "--eval.limit", "2", "--output", str(tmp_path), "--threads", "1"]) == 0
     written = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert {"agent", "letters"} == set(written[0]["parts"])
     assert main(["sample", str(whole), "--prompt", "3 + 4 = ?", "--threads", "1"]) == 0  # without the agent

@@ -103,7 +103,18 @@ def test_two_policies_are_compared_problem_by_problem(micro_policy, tmp_path, ca
     for name, seed in ("a", 0), ("b", 1):
         micro_policy(seed).save(tmp_path / name)
     (tmp_path / "reward.py").write_text("def even(completions, **_):\n    return [len(c) % 2 for c in completions]\n")
-    words = ["--limit", "8", "--samples", "2", "--max_completion_tokens", "6", "--threads", "1", "--levels", "[1]"]
+    words = [
+        "--eval.limit",
+        "8",
+        "--eval.samples",
+        "2",
+        "--rollout.max_completion_tokens",
+        "6",
+        "--threads",
+        "1",
+        "--data.levels",
+        "[1]",
+    ]
     words += ["--rewards", f"[{{function: '{tmp_path}/reward.py:even'}}]", "--output", str(tmp_path / "kept")]
     models = [str(tmp_path / name) for name in ("a", "b", "a")]
     assert main(["eval", *models, *words, "--json", str(tmp_path / "out.json")]) == 0
@@ -147,7 +158,7 @@ def test_contract_16_what_a_later_policy_was_trained_on_is_refused_before_the_fi
     (tmp_path / "data.jsonl").write_text(json.dumps(problem) + "\n")
     fingerprint = problem_fingerprint(problem["question"])
     (tmp_path / "b" / TRAINED_ON).write_text(f"{fingerprint}\n")
-    words = ["--data", str(tmp_path / "data.jsonl"), "--max_completion_tokens", "4", "--threads", "1"]
+    words = ["--data", str(tmp_path / "data.jsonl"), "--rollout.max_completion_tokens", "4", "--threads", "1"]
     assert main(["eval", str(tmp_path / "a"), str(tmp_path / "b"), *words]) == 1
     said = capsys.readouterr()
     assert "trained on" in said.err

@@ -277,7 +277,7 @@ def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
 @pytest.mark.long
 def test_what_rank_0_meets_alone_is_told_by_every_rank(run, tmp_path):
     """Here a folder that holds a run: only rank 0 looks at it, while the others wait in their next exchange."""
-    shutil.copytree(HERE / "run_0.1.0/run", tmp_path / "r")
+    shutil.copytree(HERE / "run_0.2.0/run", tmp_path / "r")
     ended = end_of(start_ranks(run(tmp_path / "r"), size=3))
     assert [code for code, _, _ in ended] == [1, 1, 1]
     assert "already holds a run; choose another output_dir" in ended[0][2]

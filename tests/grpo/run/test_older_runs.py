@@ -1,4 +1,4 @@
-"""A run that was written before the rooms of grpo were made (0.1.0): it goes on, is evaluated, shown and exported."""
+"""A run as 0.2.0 wrote it, the last release: it resumes, and is evaluated, shown and exported."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from grpo.view.run_files import RunFiles
 from policies.policy import Policy
 from rewards.records import read_rollouts
 
-CASE = Path(__file__).parents[2] / "cases/run_0.1.0"  # stopped after step 2 of 3; step_3.json is what 0.1.0 made next
+CASE = Path(__file__).parents[2] / "cases/run_0.2.0"  # stopped after step 2 of 3; step_3.json is what 0.2.0 made next
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_an_older_run_goes_on_with_the_step_that_it_would_have_made(folder):
 def test_an_older_checkpoint_is_evaluated(folder, capsys):
     source = find_policy("run")
     assert (source.step, source.base) == (2, "model")
-    assert main(["eval", "run", "--json", "found.json", "--limit", "2"]) == 0
+    assert main(["eval", "run", "--json", "found.json", "--eval.limit", "2"]) == 0
     assert json.loads((folder / "found.json").read_text())["evaluations"]["sampled"]["completions"] == 2
 
 

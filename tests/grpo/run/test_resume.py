@@ -25,6 +25,7 @@ from grpo.train import train
 from policies import tensor_files
 from policies.files.digests import DIGESTS, write_digests
 from policies.policy import Policy, PolicyError
+from rewards.config import names
 from rewards.config.options import dump_yaml, load
 from rewards.records import read_rollouts
 
@@ -648,7 +649,6 @@ def test_what_sft_refuses(micro_preset, tmp_path):
     [
         ("curriculum", "draft_depth", "1"),
         ("curriculum", "completion_tokens", "5"),
-        ("rollout", "refill_prompts", "same"),
         ("warm_start", "levels", "[2]"),
         ("mtp", "idle_every", "null"),
         ("loss", "importance_clip_min", "0.5"),
@@ -656,9 +656,11 @@ def test_what_sft_refuses(micro_preset, tmp_path):
     ],
 )
 def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(
-    micro_config, tmp_path, section, option, value
+    micro_config, tmp_path, monkeypatch, section, option, value
 ):
     """Only where what is learned would be another thing: a timeout that is gone changes no bit."""
+    gone = {f"{section}.{option}": ("it gained nothing", None), "rollout.publish_timeout_s": ("it is bounded", 600.0)}
+    monkeypatch.setattr(names, "_removed", lambda: gone)
     config = micro_config(tmp_path)
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config).replace("rollout:\n", "rollout:\n  publish_timeout_s: 7.0\n"))

@@ -126,22 +126,6 @@ def test_an_unrelated_change_of_the_file_does_not_block_a_resume(file, micro_con
     assert "rewards_changed" not in [event["event"] for event in read_events(folder)]
 
 
-def test_a_run_of_an_older_version_compares_whole_files(file, micro_config):
-    folder, given = file.parent / "run", {"warm_start.steps": 0, "eval.limit": 0}
-    config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **given)
-    with pytest.raises(Stopped):
-        train(config, stop_after=1)
-    [former] = read_rewards(folder)
-    del former["code_sha256"]
-    (folder / "rewards.json").write_text(json.dumps([former]))
-    with pytest.raises(Stopped):
-        train(config, resume="auto", stop_after=2)
-    (folder / "rewards.json").write_text(json.dumps([former]))
-    file.write_text(f"# mine\n{SOURCE}")
-    with pytest.raises(ValueError, match="mine.py holds another reward function 'talks'"):
-        train(config, resume="auto")
-
-
 FAULTY = """
 import os, time
 

@@ -200,7 +200,7 @@ def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_co
     assert max(line["mismatch/logprob_abs_max"] for line in lines) < 1e-4
     assert all(line["heads/load_max"] >= 1 for line in lines)
     assert AutoConfig.from_pretrained(tmp_path / "run/policy").active_heads == 1
-    assert main(["eval", str(tmp_path / "run"), "--limit", "2", "--threads", "1"]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--eval.limit", "2", "--threads", "1"]) == 0
 
 
 @pytest.mark.parametrize(

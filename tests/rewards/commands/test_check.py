@@ -290,8 +290,7 @@ def test_what_is_printed_and_written(file, tmp_path, capsys, caplog):
     assert found["rows"] == 5
     assert {"function", "sha256", "kinds", "differing", "latency_ms", "surprises", "problems"} <= found.keys()
     assert caplog.text == ""
-    assert main(["reward", "test", "gsm8k", "--data", "word_problems", "--limit", "5"]) == 0  # as version 0.1 had it
-    assert "limit is data.limit now; the old name works until 0.3" in caplog.text
+    assert main(["reward", "test", "gsm8k", "--data", "word_problems", "--data.limit", "5"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("passed")
 
 

@@ -11,14 +11,17 @@ from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.parse import build_parser
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
-from rewards.config.names import aliases as table
-from rewards.config.names import hint
+from rewards.config.names import hint, ours, trainers
 from rewards.config.options import ConfigError, _options, load
 from rewards.config.problems import unknown_option
 
 
 def names(model) -> list[str]:
     return [option.key for option in _options(model.model_construct())]
+
+
+def rows() -> list[dict]:
+    return [row for table in trainers().values() for row in table.values()]
 
 
 def said(key: str, model=TrainConfig, flags=("resume", "dry_run", "print_config")) -> str:
@@ -113,12 +116,12 @@ COMMANDS = (TrainConfig, SftConfig, MtpConfig, EvalConfig, SampleConfig)
 def test_every_alias_leads_to_an_option_of_train_and_none_hides_one():
     known = names(TrainConfig)
     of_any = {*known, *(key for model in COMMANDS for key in names(model)), "--resume"}
-    for name, meaning in table("means").items():
-        first, *others = meaning.partition("; ")[0].split()
-        assert first in known or first == "--resume", name
-        assert {*others} <= of_any, name
-        assert name not in table("not_supported")
-        assert name not in known
+    for row in (row for row in rows() if ours(row)):
+        first, *others = ours(row)
+        assert first in known or first == "--resume", row
+        assert {*others} <= of_any, row
+        assert "why" not in row
+        assert row["short"] not in known or row["short"] == first
 
 
 def test_every_option_and_command_that_a_note_or_a_reason_names_exists():
@@ -127,7 +130,7 @@ def test_every_option_and_command_that_a_note_or_a_reason_names_exists():
     sections = {key.partition(".")[0] for key in known if "." in key}
     commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     named, run = set(), set()
-    for said in {*table("means").values(), *table("not_supported").values()}:
+    for said in (text for row in rows() for text in (*ours(row), row.get("note", ""), row.get("why", ""))):
         words = re.findall(r"(?<![\w/.])[a-z_]+(?:\.[a-z_]+)+\b", said)
         named |= {word for word in words if word.partition(".")[0] in sections}
         run |= set(re.findall(r"quartet ([a-z]+) [^`]*(--\w+)", said))

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from grpo.cli.config.inference import SampleConfig
 from grpo.config.run import TrainConfig
+from rewards.config import names
 from rewards.config.options import ConfigError, Options, add_options, dump_yaml, load, parse, reference_page
 from rewards.config.yaml_file import parse_yaml, to_yaml
 
@@ -380,7 +381,8 @@ def test_messages_are_told_from_a_format_string(typed, read):
     assert parse(parser, ["--data.template", typed]).overrides == {"data.template": read}
 
 
-def test_what_an_older_version_had_is_refused_by_name_and_left_out_of_a_run_that_goes_on(tmp_path):
+def test_what_an_older_version_had_is_refused_by_name_and_left_out_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(names, "_removed", lambda: {"rollout.publish_deltas": ("it gained nothing", False)})
     file = tmp_path / "old.yaml"
     file.write_text("output_dir: runs/a\nrollout:\n  publish_deltas: true\n  group_size: 4\n")
     with pytest.raises(ConfigError) as error:

@@ -75,15 +75,6 @@ def test_word_problems_are_examples():
     assert load_examples("word_problems", "held_out", purpose="eval", limit=1)[0].columns["level"] == 1
 
 
-@pytest.mark.parametrize("name", ["word_problems", "word_game"])
-def test_the_old_name_of_a_split_works_with_a_word(name, caplog):
-    new = load_examples(name, "held_out", purpose="eval", limit=20)
-    assert caplog.text == ""
-    assert load_examples(name, "heldout", purpose="eval", limit=20) == new
-    assert f"split heldout of {name} is held_out now; the old name works until 0.3" in caplog.text
-    assert len(load_examples("word_problems", "train", ProblemOptions(task_options={"levels": [2]}))) == 20_000
-
-
 @pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k"])
 def test_gsm8k_comes_from_the_hub_with_the_ids_of_the_local_folder(name, hub):
     assert load_examples(name, "train")[3].example_id == "gsm8k/train/3"

@@ -82,7 +82,7 @@ def run(micro_config, chatty, source, tmp_path_factory):
 
 def test_in_training_and_evaluation_and_the_record_replays_them(run, source):
     """`roles` raises for anything else than the original messages, and the run aborts where it does."""
-    given = {"model": str(run), "threads": 1, "limit": 2}
+    given = {"model": str(run), "threads": 1, "eval.limit": 2}
     results = evaluate_model(load(EvalConfig, None, defaults_of_run(run) | given), Console(quiet=True)).results
     assert [result.without_mark for result in results.values()] == [0, 0]
     assert results["greedy"].groups[0].prompt.messages[0] == SYSTEM

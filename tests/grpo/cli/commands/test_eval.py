@@ -73,14 +73,6 @@ def test_a_run_folder_brings_its_held_out_problems_along(trained):
     assert results["sampled"].groups[0].prompt.text.count("Q: ") == 2  # the worked example is there
 
 
-def test_levels_that_an_older_run_evaluated_win_over_those_of_training(micro_config, tmp_path):
-    train(micro_config(tmp_path / "r", **{"steps": 1, "eval.limit": 4, "data.task_options.levels": [1]}))
-    recorded = tmp_path / "r/config.yaml"
-    recorded.write_text(recorded.read_text().replace("eval:\n", "eval:\n  levels: [2]\n"))
-    groups = evaluate_model(_config(tmp_path / "r"), QUIET).results["greedy"].groups
-    assert [group.prompt.columns["level"] for group in groups] == [2] * 4
-
-
 def test_other_data_come_without_the_runs_split_columns_and_limit(trained):
     folder, _ = trained
     brought = defaults_of_run(folder, data="gsm8k")
@@ -93,7 +85,7 @@ def test_other_data_come_without_the_runs_split_columns_and_limit(trained):
 def test_a_failing_reward_does_not_end_an_evaluation(trained, tmp_path):
     folder, _ = trained
     assert "on_error: abort" in (folder / "config.yaml").read_text()
-    first = evaluate_model(_config(folder, samples=0, few_shot=0), QUIET).results["greedy"]
+    first = evaluate_model(_config(folder, **{"eval.samples": 0, "data.few_shot": 0}), QUIET).results["greedy"]
     path = tmp_path / "picky.py"
     path.write_text(
         f"LIKED = {first.groups[0].prompt.columns['question']!r}\n"
@@ -101,7 +93,7 @@ def test_a_failing_reward_does_not_end_an_evaluation(trained, tmp_path):
         "    if set(question) != {LIKED}:\n        raise ValueError('not this one')\n"
         "    return [1.0] * len(completions)\n"
     )
-    config = _config(folder, rewards=[{"function": f"{path}:picky"}], samples=2, few_shot=0)
+    config = _config(folder, rewards=[{"function": f"{path}:picky"}], **{"eval.samples": 2, "data.few_shot": 0})
     evaluation = evaluate_model(config, QUIET)
     sampled = evaluation.results["sampled"]
     assert (sampled.completions, sampled.without_mark, sampled.abstained, sampled.accuracy) == (2, 8, 0, 1.0)
@@ -280,17 +272,6 @@ def test_whether_a_run_went_on_is_not_told_by_the_times_of_its_files(unfinished,
     assert "it went on" in find_policy(_dated(folder, 2e9, 1e9)).meaning
 
 
-def test_a_run_of_an_older_version_ended_where_its_configuration_says(unfinished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished / "run", folder)
-    (folder / "policy/training.json").unlink()
-    assert find_policy(_dated(folder, 1e9, 2e9)).meaning == "the end of the run"
-    config = (folder / "config.yaml").read_text()
-    assert "\nsteps: 3\n" in config
-    (folder / "config.yaml").write_text(config.replace("\nsteps: 3\n", "\nsteps: 9\n"))
-    assert "it went on, to evaluate" in find_policy(_dated(folder, 2e9, 1e9)).meaning
-
-
 def test_a_resumed_run_records_its_new_end(unfinished, micro_config, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(unfinished / "run", folder)
@@ -314,7 +295,7 @@ def test_before_the_first_checkpoint_it_is_the_warm_start(unfinished, tmp_path):
 def test_a_checkpoint_on_a_preset_without_warm_start_says_what_is_missing(micro_config, tmp_path):
     train(micro_config(tmp_path / "r", **{"steps": 1, "warm_start.steps": 0}))
     with pytest.raises(PolicyError, match="whose tokenizer is saved at the end of the run only"):
-        evaluate_model(_config(tmp_path / "r/checkpoints/step_000001", limit=2), QUIET)
+        evaluate_model(_config(tmp_path / "r/checkpoints/step_000001", **{"eval.limit": 2}), QUIET)
 
 
 def test_evaluation_leaves_the_policy_alone(trained):
@@ -333,7 +314,7 @@ def test_drafts_never_change_an_evaluation(trained):
     folder, _ = trained
     runs = [
         evaluate_model(_config(folder, **given), QUIET).results
-        for given in ({"draft_tokens": 0}, {"draft_tokens": 3}, {"prompts_per_batch": 2})
+        for given in ({"rollout.draft_tokens": 0}, {"rollout.draft_tokens": 3}, {"rollout.prompts_per_shard": 2})
     ]
     for other in runs[1:]:
         for name in ("sampled", "greedy"):
@@ -346,25 +327,28 @@ def test_drafts_never_change_an_evaluation(trained):
 def test_several_samples_greedy_only_and_sampled_only(trained):
     folder, _ = trained
     rewards = [{"function": "gsm8k"}]
-    both = evaluate_model(_config(folder, samples=3, rewards=rewards), QUIET).results
+    both = evaluate_model(_config(folder, rewards=rewards, **{"eval.samples": 3}), QUIET).results
     assert (both["sampled"].completions, both["greedy"].completions) == (15, 5)
     assert list(both["sampled"].pass_at) == [1, 2]
-    greedy = evaluate_model(_config(folder, samples=0, rewards=rewards), QUIET).results
+    greedy = evaluate_model(_config(folder, rewards=rewards, **{"eval.samples": 0}), QUIET).results
     assert list(greedy) == ["greedy"]
     assert _same_results(greedy["greedy"], both["greedy"])
-    sampled = evaluate_model(_config(folder, samples=3, greedy=False, rewards=rewards), QUIET).results
+    options = {"eval.samples": 3, "eval.greedy": False}
+    sampled = evaluate_model(_config(folder, rewards=rewards, **options), QUIET).results
     assert list(sampled) == ["sampled"]
     assert _same_results(sampled["sampled"], both["sampled"])
     with pytest.raises(ConfigError, match="eval.samples=0 and eval.greedy=false leave nothing to evaluate"):
-        _config(folder, samples=0, greedy=False)
+        _config(folder, **{"eval.samples": 0, "eval.greedy": False})
 
 
 def test_stop_strings_end_and_cut_what_is_scored_and_kept(trained, tmp_path):
     folder, _ = trained
-    whole = evaluate_model(_config(folder, samples=2), QUIET).results["greedy"]
+    whole = evaluate_model(_config(folder, **{"eval.samples": 2}), QUIET).results["greedy"]
     text = next(c.text for group in whole.groups for c in group.completions if len(c.text) > 6)
     stop = text[4:6]
-    evaluation = evaluate_model(_config(folder, samples=2, stop=["never said", stop], output=tmp_path / "o"), QUIET)
+    evaluation = evaluate_model(
+        _config(folder, stop=["never said", stop], output=tmp_path / "o", **{"eval.samples": 2}), QUIET
+    )
     rows = [json.loads(line) for line in (tmp_path / "o/completions.jsonl").read_text().splitlines()]
     assert all(stop not in row["completion"] for row in rows)
     cut = evaluation.results["greedy"]
@@ -456,7 +440,7 @@ def test_every_completion_is_kept_with_its_mark(trained, tmp_path):
     folder, _ = trained
     (tmp_path / "own.py").write_text("def own(completions, **_): return [float(len(c) % 2) for c in completions]\n")
     rewards = [{"function": f"{tmp_path}/own.py:own"}]
-    evaluation = evaluate_model(_config(folder, samples=2, output=tmp_path / "out", rewards=rewards), QUIET)
+    evaluation = evaluate_model(_config(folder, output=tmp_path / "out", rewards=rewards, **{"eval.samples": 2}), QUIET)
     rows = [json.loads(line) for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
     assert [(row["way"], row["sample"]) for row in rows] == [("sampled", 0), ("sampled", 1)] * 5 + [("greedy", 0)] * 5
     groups = [*evaluation.results["sampled"].groups, *evaluation.results["greedy"].groups]
@@ -478,8 +462,8 @@ def test_weights_that_are_not_finite_name_the_problem_and_the_other_completions_
     policy.save(tmp_path / "policy")
     problems = [{"question": q, "answer": "#### 5"} for q in ("how many", "Z apples", "3 + 4", "7 left?")]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    given = {"data": str(tmp_path / "d.jsonl"), "prompts_per_batch": 2, "max_completion_tokens": 4}
-    config = _config(tmp_path / "policy", **given, output=tmp_path / "out", greedy=False)
+    given = {"data.name": str(tmp_path / "d.jsonl"), "rollout.prompts_per_shard": 2, "rollout.max_completion_tokens": 4}
+    config = _config(tmp_path / "policy", **given, output=tmp_path / "out", **{"eval.greedy": False})
     with pytest.raises(RolloutError, match=r"(?s)not finite .* of 1 of 2 prompts, \['.*/1'\].*the other completions"):
         evaluate_model(config, QUIET)
     kept = [json.loads(line)["prompt"] for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
@@ -508,7 +492,7 @@ def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, tmp_pa
     out = tmp_path / "e.json"
     console = Console(width=80, force_terminal=False, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr("grpo.cli.commands.summary.CONSOLE", console)
-    words = ["eval", str(folder), "--threads", "1", "--samples", "4", "--json", str(out)]
+    words = ["eval", str(folder), "--threads", "1", "--eval.samples", "4", "--json", str(out)]
     (tmp_path / "own.py").write_text("def own(completions, **_): return [float(len(c) % 2) for c in completions]\n")
     words += ["--rewards", f"[{{function: '{tmp_path}/own.py:own'}}]"]
     assert main([*words, "--output", str(tmp_path / "kept")]) == 0
@@ -572,7 +556,7 @@ def test_prompts_beyond_the_context_are_refused_before_anything_is_sampled(train
     folder, _ = trained
     monkeypatch.setattr("grpo.cli.commands.eval.open_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
     with pytest.raises(ValueError, match=r"5 prompts, the first of them 'word_problems/.* context of 256 with max_com"):
-        evaluate_model(_config(folder, max_completion_tokens=250), QUIET)
+        evaluate_model(_config(folder, **{"rollout.max_completion_tokens": 250}), QUIET)
 
 
 def test_what_is_wrong_is_said_before_the_policy_is_loaded(trained, monkeypatch):
@@ -583,9 +567,9 @@ def test_what_is_wrong_is_said_before_the_policy_is_loaded(trained, monkeypatch)
 
     monkeypatch.setattr("grpo.cli.commands.policy_in_use.load_found", never)
     for given, message in (
-        ({"data": "no_such.jsonl"}, "no file or folder"),
-        ({"template": "{nothing}"}, "asks for {nothing}"),
-        ({"split": "nowhere"}, "has no split 'nowhere'"),
+        ({"data.name": "no_such.jsonl"}, "no file or folder"),
+        ({"data.template": "{nothing}"}, "asks for {nothing}"),
+        ({"eval.split": "nowhere"}, "has no split 'nowhere'"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             evaluate_model(_config(folder, **given), QUIET)

@@ -9,7 +9,7 @@ from grpo.source.policy_source import find_policy, known_context
 from policies.policy import Policy, PolicyError
 from tests.cases.gguf_file import write_gguf
 
-SHORT = ["--max_completion_tokens", "4", "--threads", "1"]
+SHORT = ["--rollout.max_completion_tokens", "4", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_inspect_sample_and_evaluate(file, tmp_path, capsys):
     assert json.loads((tmp_path / "parts.json").read_text())["model_type"] == "llama"
     assert main(["sample", file, "--prompt", "2 + 3 =", "--json", str(tmp_path / "said.json"), *SHORT]) == 0
     assert len(json.loads((tmp_path / "said.json").read_text())["groups"]) == 1
-    assert main(["eval", file, "--limit", "2", "--samples", "0", *SHORT]) == 0
+    assert main(["eval", file, "--eval.limit", "2", "--eval.samples", "0", *SHORT]) == 0
     assert "2 problems" in capsys.readouterr().out
 
 

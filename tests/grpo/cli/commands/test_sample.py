@@ -23,7 +23,7 @@ def _write(path: Path, *lines: str) -> Path:
 
 
 def _groups(model: str, path: Path, **given) -> list[dict]:
-    options = {"model": model, "threads": 1, "samples": 3, "max_completion_tokens": 12} | given
+    options = {"model": model, "threads": 1, "samples": 3, "rollout.max_completion_tokens": 12} | given
     return groups_as_json(_sampled(load(SampleConfig, None, options), path).groups)
 
 
@@ -84,7 +84,7 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
 
 def test_groups_have_the_documented_form(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}', '{"prompt": "How many?"}')
-    groups = _groups(model, path, draft_tokens=2)
+    groups = _groups(model, path, **{"rollout.draft_tokens": 2})
     assert [group["prompt"] for group in groups] == ["Tom has 5 pens. ", "How many?"]
     for group in groups:
         assert list(group) == ["prompt", "completions"]
@@ -105,9 +105,9 @@ def test_groups_have_the_documented_form(model, tmp_path):
 @pytest.mark.parametrize("temperature", [0.9, 0.0])
 def test_contract_3_the_tokens_are_the_same_whatever_is_drafted(model, tmp_path, temperature):
     path = _write(tmp_path / "p.jsonl", *(json.dumps({"prompt": f"Ann has {i} pens. "}) for i in range(5)))
-    plain = _groups(model, path, draft_tokens=0, seed=11, temperature=temperature)
+    plain = _groups(model, path, seed=11, **{"rollout.draft_tokens": 0, "rollout.temperature": temperature})
     for drafts in (1, 2, 4, None):
-        drafted = _groups(model, path, draft_tokens=drafts, seed=11, temperature=temperature)
+        drafted = _groups(model, path, seed=11, **{"rollout.draft_tokens": drafts, "rollout.temperature": temperature})
         for group, other in zip(plain, drafted, strict=True):
             for a, b in zip(group["completions"], other["completions"], strict=True):
                 assert a["token_ids"] == b["token_ids"]
@@ -116,7 +116,7 @@ def test_contract_3_the_tokens_are_the_same_whatever_is_drafted(model, tmp_path,
                 assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
                 assert b["draft"]["target_forwards"] <= a["draft"]["target_forwards"]
     if temperature:
-        assert _groups(model, path, draft_tokens=0, seed=12, temperature=temperature) != plain
+        assert _groups(model, path, seed=12, **{"rollout.draft_tokens": 0, "rollout.temperature": temperature}) != plain
         assert len({tuple(c["token_ids"]) for c in plain[0]["completions"]}) > 1
     else:
         assert len({tuple(c["token_ids"]) for c in plain[0]["completions"]}) == 1
@@ -134,7 +134,9 @@ def test_contract_2_logprobs_are_those_of_the_stock_model(model, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stock, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    [group] = _groups(model, _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}'), temperature=0.7)
+    [group] = _groups(
+        model, _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}'), **{"rollout.temperature": 0.7}
+    )
     prompt = tokenizer.encode(group["prompt"])
     for completion in group["completions"]:
         ids = torch.tensor([prompt + completion["token_ids"]])
@@ -147,7 +149,9 @@ def test_contract_2_logprobs_are_those_of_the_stock_model(model, tmp_path):
 def test_a_template_goes_around_the_prompt_and_the_prompt_is_reported_as_given(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?", "name": "Ann"}')
     config = load(
-        SampleConfig, None, {"model": model, "threads": 1, "template": "{name}: {prompt}\n", "max_completion_tokens": 4}
+        SampleConfig,
+        None,
+        {"model": model, "threads": 1, "data.template": "{name}: {prompt}\n", "rollout.max_completion_tokens": 4},
     )
     [group] = _sampled(config, path).groups
     assert group.prompt.text == "Ann: 2 + 3 = ?\n"
@@ -160,14 +164,14 @@ def test_prompts_that_cannot_be_continued_are_refused(model, tmp_path):
         _groups(model, path)
     path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}')
     with pytest.raises(ValueError, match=r"asks for \{prom\}; the columns are"):
-        _groups(model, path, template="{prom}")
+        _groups(model, path, **{"data.template": "{prom}"})
     with pytest.raises(ValueError, match="no chat template"):
-        _groups(model, path, template="chat")
+        _groups(model, path, **{"data.template": "chat"})
 
 
 def test_a_prompt_that_cannot_be_continued_costs_no_other_one(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}', json.dumps({"prompt": "pens " * 300}))
-    options = {"model": model, "threads": 1, "samples": 3, "max_completion_tokens": 12}
+    options = {"model": model, "threads": 1, "samples": 3, "rollout.max_completion_tokens": 12}
     sampled = _sampled(load(SampleConfig, None, options), path)
     assert [group.prompt.prompt_id for group in sampled.groups] == ["line 1"]
     assert sampled.faults.startswith("prompt 'line 2' has ")
@@ -175,10 +179,10 @@ def test_a_prompt_that_cannot_be_continued_costs_no_other_one(model, tmp_path):
 
 def test_margin_is_counted_and_named(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}')
-    [group] = _groups(model, path, margin=1e9, draft_tokens=2)
+    [group] = _groups(model, path, **{"rollout.margin": 1e9, "rollout.draft_tokens": 2})
     assert all(c["draft"]["fallbacks"] >= c["draft"]["target_forwards"] - 1 for c in group["completions"])
     with pytest.raises(RolloutError, match="accept=margin takes drafts unverified, but there are none"):
-        _groups(model, path, margin=2.0, draft_tokens=0)
+        _groups(model, path, **{"rollout.margin": 2.0, "rollout.draft_tokens": 0})
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +230,7 @@ def test_a_prompt_looks_as_the_run_was_trained_on(run, tmp_path, monkeypatch, ca
 
 def test_a_template_of_the_command_line_wins_over_the_runs(run, tmp_path, monkeypatch):
     texts = _texts(monkeypatch)
-    words = ["--prompt", "2 + 3 = ", "--template", "{prompt}", "--few_shot", "0"]
+    words = ["--prompt", "2 + 3 = ", "--data.template", "{prompt}", "--data.few_shot", "0"]
     _sample(run[0], *words, out=tmp_path / "out.json")
     assert texts == ["2 + 3 = "]
 
@@ -246,7 +250,7 @@ def test_a_checkpoint_inside_a_run_brings_the_runs_template(micro_config, tmp_pa
 def test_prompts_come_from_the_command_line_and_standard_input(model, tmp_path, monkeypatch):
     lines = b'{"prompt": "Ann has"}\n2 + 3 =\n\n  \n7 pens\r\n'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    words = ["--prompt", "Tom has", "--prompt", "-3 + 5 =", "--prompts", "-", "--max_completion_tokens", "2"]
+    words = ["--prompt", "Tom has", "--prompt", "-3 + 5 =", "--prompts", "-", "--rollout.max_completion_tokens", "2"]
     groups = _sample(model, *words, out=tmp_path / "out.json")
     assert [group["prompt"] for group in groups] == ["Tom has", "-3 + 5 =", "Ann has", "2 + 3 =", "7 pens"]
 

@@ -127,6 +127,13 @@ PPO lr=$LR
 LR=7
 PPO lr=$LR
 """,
+    "elements of arrays that begin with a variable": """
+K=c; A=(x)
+A+=( $K.a=1 # é
+    "$K.b=2" ${K}d=3 \\
+)
+PPO "${A[@]}"
+""",
     "comments and continued lines": """
 PPO a=1 \\
     b='x#y' \\
@@ -323,8 +330,8 @@ def test_nothing_of_a_script_is_run(script, tmp_path):
         ("echo 'give a path'; exit 3\nPPO a=1", r"exit 3.*give a path"),
         ("while true; do :; done\nPPO a=1", "does not end"),
         ("f() { f; }\nf\nPPO a=1", "without end"),
-        ("if true; then\nPPO a=1", "line 2.*missing"),
-        ('A="x\nPPO a=1', "no end"),
+        ("if true; then\nPPO a=1", "line 1.*must end with"),
+        ('A="x\nPPO a=1', "line 1.*without closing quote"),
         ("A=$((1 / 0))\nPPO a=1", "divides by 0"),
         ("\n".join(f"[ -f /{n} ] && A{n}=1" for n in range(12)) + "\nPPO a=1", "too many"),
     ],

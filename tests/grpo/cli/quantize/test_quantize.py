@@ -103,7 +103,18 @@ KEPT = [
 @pytest.mark.slow
 def test_accuracy_is_measured_before_and_after_by_the_scorer_of_eval(quantize, capsys):
     folder = quantize(
-        *("--method", "rtn", "--bits", "8", "--data", "word_problems", "--limit", "3", "--max_completion_tokens", "4")
+        *(
+            "--method",
+            "rtn",
+            "--bits",
+            "8",
+            "--data",
+            "word_problems",
+            "--eval.limit",
+            "3",
+            "--rollout.max_completion_tokens",
+            "4",
+        )
     )
     accuracy = json.loads((folder / REPORT).read_text())["accuracy"]
     assert "accuracy" in json.dumps(accuracy)
@@ -180,7 +191,17 @@ def test_problems_that_are_calibrated_on_are_not_evaluated(capfd, source, tmp_pa
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = str(tmp_path / "own.jsonl")
     said = refused(
-        capfd, source, str(tmp_path / "out"), "--calibrate", data, "--data", data, "--split", "train", "--limit", "8"
+        capfd,
+        source,
+        str(tmp_path / "out"),
+        "--calibrate",
+        data,
+        "--data",
+        data,
+        "--eval.split",
+        "train",
+        "--eval.limit",
+        "8",
     )
     assert "8 of 8 problems that are to be evaluated were trained on" in said
     tokenizer = AutoTokenizer.from_pretrained(source)

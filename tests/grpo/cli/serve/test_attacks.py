@@ -232,7 +232,7 @@ def test_at_the_end_of_the_grace_period_requests_get_an_error(model, monkeypatch
         forward(self)
 
     monkeypatch.setattr(Serving, "forward", slowly)
-    server = Running(model, shutdown_s=0.2, draft_tokens=0, max_batch_size=2)
+    server = Running(model, shutdown_s=0.2, max_batch_size=2, **{"rollout.draft_tokens": 0})
     asked = [server.begins({"stream": False}), server.begins({"stream": True}), half(server.address)]
     until(lambda: server.batcher.rows == 2)
     server.end()

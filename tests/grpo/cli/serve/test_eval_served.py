@@ -26,11 +26,11 @@ def trained(micro_config, tmp_path_factory):
 
 
 def test_an_evaluation_over_http_gives_the_tokens_and_scores_of_one_in_this_process(trained, tmp_path):
-    options = defaults_of_run(trained) | {"samples": 3, "stop": ["7"], "threads": 1}
+    options = defaults_of_run(trained) | {"eval.samples": 3, "stop": ["7"], "threads": 1}
     here = evaluate_model(load(EvalConfig, None, options | {"model": str(trained)}), QUIET)
     key = tmp_path / "key"
     key.write_text("key-of-the-test\n")
-    server = Running(str(trained), draft_tokens=2, api_key_file=key)
+    server = Running(str(trained), api_key_file=key, **{"rollout.draft_tokens": 2})
     try:
         address = f"http://{server.address}"
         with pytest.raises(ValueError, match="does not answer as OpenAI's API does .*401"):
@@ -141,5 +141,5 @@ def test_other_variables_of_the_chat_template_than_our_server_has_are_refused(tr
     ],
 )
 def test_what_cannot_be_evaluated_is_said(capsys, words, said):
-    assert main(["eval", *words, "--limit", "2"]) == 1
+    assert main(["eval", *words, "--eval.limit", "2"]) == 1
     assert said in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_contract_4_the_same_seed_gives_the_same_tokens_alone_in_a_batch_streame
         assert list(threads.map(stream, range(16))) == expected
     assert running.batcher.counts.row_rounds > running.batcher.counts.rounds  # some were decoded together
     assert running.batcher.counts.drafted > 0
-    plain = Running(model, draft_tokens=0)
+    plain = Running(model, **{"rollout.draft_tokens": 0})
     try:
         assert [ask(plain, i) for i in range(4)] == expected[:4]
         assert plain.batcher.counts.drafted == 0
@@ -315,7 +315,7 @@ def test_a_client_that_goes_away_frees_its_row(running, slow, stream):
 
 def test_too_many_requests_get_429_and_all_others_their_tokens(model, engine, slow, monkeypatch):
     monkeypatch.setattr(serving, "MOST_WAITING", 2)
-    server = Running(model, max_batch_size=1, draft_tokens=0)
+    server = Running(model, max_batch_size=1, **{"rollout.draft_tokens": 0})
     try:
         busy = server.begins({"max_tokens": 200})
         until(lambda: server.batcher.rows == 1)
@@ -380,7 +380,7 @@ def test_another_address_needs_a_key(tmp_path, model, capsys):
 
 
 def test_margin_says_so_and_is_counted(model):
-    server = Running(model, margin=0.5)
+    server = Running(model, **{"rollout.margin": 0.5})
     try:
         answer = server.complete("8 + 8 = ", max_tokens=40)
         assert (answer["accept"], answer["system_fingerprint"]) == ("margin", "policy-version-0-margin")
@@ -397,10 +397,12 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
     train(micro_config(run))
     (run / "policy").rename(tmp_path / "policy")
     (run / "checkpoints/step_000003").rename(tmp_path / "step_000003")
-    use = PolicyInUse(load(ServeConfig, None, {"model": str(run), "threads": 1, "draft_tokens": 0, "name": "micro"}))
+    use = PolicyInUse(
+        load(ServeConfig, None, {"model": str(run), "threads": 1, "rollout.draft_tokens": 0, "name": "micro"})
+    )
     with pytest.raises(ValueError, match="is no run folder"):
         Follower(str(tmp_path), 2, load_engine, print)
-    server = Running(str(run), draft_tokens=0, name="micro")
+    server = Running(str(run), name="micro", **{"rollout.draft_tokens": 0})
     served, said = server.served, []
     follower = Follower(str(run), 2, lambda source: load_engine(use, source, served.batcher.engine), said.append)
     answers = []
@@ -435,7 +437,19 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
 
 @pytest.mark.long
 def test_sigterm_lets_running_requests_finish(model):
-    command = [sys.executable, "-m", "grpo", "serve", model, "--port", "0", "--threads", "1", "--draft_tokens", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "grpo",
+        "serve",
+        model,
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--rollout.draft_tokens",
+        "0",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said = process.stdout.readline()

@@ -174,9 +174,8 @@ def test_a_step_of_tied_groups_changed_nothing(micro_config, tmp_path):
 def test_the_command_answers_in_words_first_and_escapes_what_others_wrote(run, tmp_path, capsys, caplog):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    assert main(["why", str(copy), "3", "--heldout", "2", "--json", str(tmp_path / "out.json")]) == 0
+    assert main(["why", str(copy), "3", "--held_out", "2", "--json", str(tmp_path / "out.json")]) == 0
     said = capsys.readouterr().out
-    assert "--heldout is --held_out now; the old name works until 0.3" in caplog.text
     assert said.startswith("cost: 0 recorded steps from checkpoint 2")
     assert "because of group " in said.splitlines()[1] + said.splitlines()[2]
     found = json.loads((tmp_path / "out.json").read_text())
