@@ -10,7 +10,7 @@ from pydantic import Field
 from grpo.config.run import NEW_FOLDER, EvalOptions, RunConfig, SftConfig
 from grpo.config.sampling import WorkersOptions
 from rewards.config.json_file import expecting
-from rewards.config.names import recorded_options, sources_of
+from rewards.config.names import recorded_options
 from rewards.config.options import Options
 from rewards.config.reward import RewardsOptions
 
@@ -86,8 +86,6 @@ def _defaults(run: dict[str, Any]) -> dict[str, Any]:
     whole = ("data", "rewards", "reward", "dtype", "device", "seed")
     parts = {"rollout": ("temperature", "max_completion_tokens", "prompts_per_shard"), "eval": ("split",)}
     brought = {name: run[name] for name in whole if name in run}
-    for source in sources_of(run):
-        source.pop("thoughts", None)  # an option of agents until 0.2
     return brought | {
         part: {name: run[part][name] for name in names if name in run[part]} for part, names in parts.items()
     }

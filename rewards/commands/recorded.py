@@ -18,8 +18,6 @@ from rewards.protocol import text_of
 class Rollouts:
     """The rollouts in a file or folder. What is recorded without a step is of step 0."""
 
-    workers = 1
-
     def __init__(self, path: Path, data: ReplayedDataOptions) -> None:
         if next(path.glob("*/config.yaml"), None):
             raise FileNotFoundError(f"{path} is no run folder: it has no config.yaml; name one of the runs in it")

@@ -83,7 +83,6 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
         [spec],
         on_error=config.reward.on_error,
         timeout_s=config.reward.timeout_s,
-        workers=record.workers,
         columns=record.columns,
         pass_variables=config.reward.pass_variables,
     ) as scorer:
@@ -131,7 +130,6 @@ class Run:
         self._run, self.steps, self.max_steps = run, recorded_steps(run), settings["steps"]
         if not self.steps:
             raise ValueError(f"{run} has recorded no rollouts yet")
-        self.workers = settings["reward"].get("workers", 1)  # runs of version 0.2 may have had more
         sources = settings["data"]
         try:
             rows = [
@@ -181,11 +179,9 @@ def _settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     _, settings = recorded_options(path)
     with expecting(path, "configuration of a run"):
-        for source in sources_of(settings):
-            source.pop("thoughts", None)  # an option of agents until 0.2
         settings["data"] = [SourceOptions.model_validate(source) for source in sources_of(settings)]
         [str(reward["function"]) for reward in settings["rewards"]]
-        int(settings["steps"]), int(settings["seed"]), int(settings["reward"].get("workers", 1))
+        int(settings["steps"]), int(settings["seed"])
     return settings
 
 

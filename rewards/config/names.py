@@ -172,13 +172,12 @@ def new_place(place: Place) -> Place:
 
 
 def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
-    """Tells which command's run has written this config.yaml, and gives its options in today's form."""
+    """Tells which command's run has written this config.yaml, and gives its options in today's form, without those
+    that are gone."""
     options, _ = read_yaml(file)
     command = "train" if "loss" in options else "mtp" if get(options, "mtp.epochs") else "sft"
     renewed = renew(command, options)
-    for reward in renewed.get("rewards") or []:
-        reward.pop("columns", None)
-        reward.pop("chat", None)
+    drop_unused(renewed, frozenset(), {}, tell=lambda text: None)
     return command, renewed
 
 
