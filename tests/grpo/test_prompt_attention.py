@@ -111,7 +111,7 @@ def test_a_saved_policy_and_a_worker_see_the_same(policy, tmp_path):
 
 @pytest.mark.slow
 def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_config, tmp_path):
-    given = BOTH_WAYS | {"loss.beta": 0.1, "eval.limit": 4, "warm_start.steps": 0}
+    given = BOTH_WAYS | {"loss.beta": 0.1, "eval.limit": 4, "warm_start.steps": 1}
     _, run = whole_and_parts(lambda folder: micro_config(folder, **given), tmp_path, stop_after=2)
     far = [line["mismatch/logprob_abs_max"] for line in read_metrics(run) if "reward/mean" in line]
     assert len(far) == 3

@@ -110,7 +110,7 @@ def written(config, path):
     [
         {},
         pytest.param(QUICK | {"learner.updates_per_batch": 2, "loss.beta": 0.1}, marks=pytest.mark.slow),
-        pytest.param(QUICK | {"rollout.ahead": 1}, marks=pytest.mark.slow),
+        pytest.param({"rollout.ahead": 1}, marks=pytest.mark.slow),
     ],
     ids=["plain", "two updates", "ahead"],
 )
@@ -247,14 +247,6 @@ def test_numbers_of_ones_own_move_the_weights_and_decay_matrices_alone(session, 
         assert group["weight_decay"] == (0.5 if group["params"][0].dim() > 1 else 0.0)
     with pytest.raises(TypeError, match="beta"):
         session.optim_step(beta=(0.5, 0.5))
-
-
-def test_supervised_steps_raise_the_gold_solutions(session):
-    losses, rows = [], session.solutions(4)
-    for _ in range(6):
-        losses.append(session.forward_backward(session.prepare(rows), "supervised")["loss/sft"])
-        session.optim_step(1e-2)
-    assert losses[-1] < losses[0] - 0.1
 
 
 def test_a_loss_of_all_solutions_gets_each_of_them(session, opened):
@@ -486,7 +478,7 @@ def test_a_step_that_fails_takes_no_prompts_with_it_either(micro_config, tmp_pat
 
 @pytest.mark.slow
 def test_sessions_share_one_frozen_base(micro_config, tmp_path):
-    lora = QUICK | {"lora": {"rank": 2}, "steps": 2}
+    lora = {"lora": {"rank": 2}, "steps": 2, "warm_start.steps": 1}
     first, second = (micro_config(tmp_path / name, seed=seed, **lora) for seed, name in enumerate(("one", "two")))
     with Session.open(first) as one, Session.open(second, base=one) as two:
         weights, others = dict(one.policy.trunk.named_parameters()), dict(two.policy.trunk.named_parameters())
