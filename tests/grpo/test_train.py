@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.terms import draft_head
@@ -430,27 +430,10 @@ def test_free_options_are_options():
 
 
 @pytest.fixture(scope="module")
-def converted(micro_policy, tmp_path_factory) -> str:
+def converted(hf_policy, tmp_path_factory) -> str:
     """What `quartet convert` makes of a small Llama: SmolLM2's case in miniature."""
     source, folder = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("mla") / "model"
-    tokenizer = micro_policy(0).tokenizer
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(source)
-    tokenizer.save_pretrained(source)
+    hf_policy("llama", 0, num_hidden_layers=2, tie_word_embeddings=True).save(source)
     convert_checkpoint(str(source), folder, prompts=["Tom has 5 pens.", "How many?"])
     return str(folder)
 

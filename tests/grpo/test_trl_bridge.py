@@ -8,7 +8,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
-from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo.trl_bridge import BridgeError, HeadAge, rollout_func
@@ -111,20 +110,10 @@ class Recorder:
 
 
 @pytest.fixture(scope="module", params=ADAPTERS)
-def record(request, micro_policy, dataset, tmp_path_factory) -> Recorder:
+def record(request, micro_policy, hf_policy, dataset, tmp_path_factory) -> Recorder:
     policy, drafts = micro_policy(0), 2
     if request.param == "llama":
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=policy.config.vocab_size,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            initializer_range=0.2,
-            bos_token_id=None,
-        )
-        policy, drafts = Policy(LlamaForCausalLM(config), None, policy.tokenizer), 0
+        policy, drafts = hf_policy("llama", 0, num_hidden_layers=1), 0
     policy.trunk.generation_config.eos_token_id = list(range(90))  # so many stop tokens that some completions stop
     folder = tmp_path_factory.mktemp("trl")
     return Recorder(policy, dataset, folder, draft_tokens=drafts, peft_config=ADAPTERS[request.param])

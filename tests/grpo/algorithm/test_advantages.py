@@ -98,14 +98,6 @@ def test_a_teacher_says_nothing_off_the_mask():
     assert distill(logprobs, logprobs, mask).tolist() == [[0.0, 0.0]]
 
 
-def test_gae_with_lambda_one_is_return_minus_value():
-    torch.manual_seed(0)
-    mask_BT = torch.arange(6) < torch.tensor([[6], [1], [4]])
-    values_BT, rewards_B = torch.randn(3, 6), torch.randn(3)
-    advantages_BT, _ = gae(outcome_rewards(rewards_B, mask_BT), values_BT, mask_BT, lam=1.0)
-    close(advantages_BT, ((rewards_B[:, None] - values_BT) * mask_BT), atol=1e-5)
-
-
 def test_outcome_rewards_refuse_a_completion_without_one():
     mask_BT = torch.tensor([[True, True], [True, False]])
     with pytest.raises(ValueError, match="without a reward"):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from small_learner import assert_close, gradients_of, last_work, learner_of, same, snapshot, supervised_learner, term_of
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.learner.batch import collate, micro_batches
@@ -614,20 +613,10 @@ def test_lora_trains_the_adapters_and_the_head_alone(micro_policy):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_what_makes_a_converted_policy_exact_stays_as_it_is(micro_policy, lora):
+def test_what_makes_a_converted_policy_exact_stays_as_it_is(hf_policy, lora):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    policy = Policy(convert_dense(LlamaForCausalLM(config).eval()), None, micro_policy(0).tokenizer)
+    dense = hf_policy("llama", 0, vocab_size=320, num_hidden_layers=2, tie_word_embeddings=True)
+    policy = Policy(convert_dense(dense.trunk), None, dense.tokenizer)
     if lora:
         policy.add_lora(4, 8.0)
     learner = learner_of(policy, weight_decay=0.1, learning_rate=1e-2)
@@ -668,12 +657,14 @@ def test_truncated_completions_leave_the_loss_and_its_denominator(micro_policy):
     policy = micro_policy(0)
     groups = _groups(policy)
     groups[0].completions[2].finish_reason = "length"  # 6 of the 28 tokens
+    groups[0].completions[2].logprobs = [-99.0] * 6
     learner = learner_of(policy, mask_truncated_completions=True)
     batch = learner.prepare(groups, _scores())
     assert batch.num_completion_tokens == 22
     assert batch.num_samples == 9
     metrics = learner.step(batch, 1)
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)  # a mean over the tokens that are in the loss
+    assert metrics["mismatch/logprob_abs_max"] < 1e-4
     masked = gradients_of(policy)
     plain = learner_of(micro_policy(0))
     scores = _scores()

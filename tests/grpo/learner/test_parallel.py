@@ -218,41 +218,26 @@ def test_supervised_fine_tuning_of_two_ranks_is_that_of_one(run, tmp_path):
         assert torch.allclose(tensor, _weights(two, 3)[name], rtol=1e-3, atol=2e-5), name
 
 
-FAILS = """
-def fails(completions, **_):
-    if not all("####" in completion for completion in completions):  # a gold solution passes the dry run
-        raise ValueError("this reward is broken")
-    return [1.0] * len(completions)
+LATE = """
+def late(completions, trainer_state, **_):
+    if trainer_state.global_step >= 1:
+        raise ValueError('this reward fails late')
+    return [float(len(completion)) for completion in completions]
 """
 
 
 @pytest.mark.slow
-def test_a_failure_of_rank_0_ends_every_rank_with_its_message(run, tmp_path):
-    (tmp_path / "own.py").write_text(FAILS)
-    ended = end_of(start_ranks(run(tmp_path / "r", reward=f"{tmp_path / 'own.py'}:fails")))
-    assert [code for code, _, _ in ended] == [1, 1]
-    assert "this reward is broken" in ended[0][2]
-    assert ended[1][2].startswith("quartet: rank 0 failed: RewardFailed:")
-    assert "this reward is broken" in ended[1][2]
-    for _, _, shown in ended:
-        assert "Traceback" not in shown
-
-
-@pytest.mark.long
-def test_a_failure_of_rank_0_saves_the_last_whole_step(run, tmp_path):
+def test_a_failure_of_rank_0_ends_every_rank_with_its_message_and_saves_the_last_whole_step(run, tmp_path):
     """Every rank learns of it at the same point, so together they can still save what was learned."""
-    (tmp_path / "own.py").write_text(
-        "def late(completions, trainer_state, **_):\n"
-        "    if trainer_state.global_step >= 2:\n"
-        "        raise ValueError('this reward fails late')\n"
-        "    return [float(len(completion)) for completion in completions]\n"
-    )
-    given = {"steps": 5, "checkpoint.every": 100}
+    (tmp_path / "own.py").write_text(LATE)
+    given = {"steps": 3, "checkpoint.every": 100, "warm_start.steps": 0}
     ended = end_of(start_ranks(run(tmp_path / "r", reward=f"{tmp_path / 'own.py'}:late", **given)))
     assert [code for code, _, _ in ended] == [1, 1], ended
-    assert "this reward fails late" in ended[0][2]
-    assert "this reward fails late" in ended[1][2]
-    assert list(checkpoint.saved(tmp_path / "r/checkpoints")) == [2]
+    assert ended[1][2].startswith("quartet: rank 0 failed: RewardFailed:")
+    for _, _, shown in ended:
+        assert "this reward fails late" in shown
+        assert "Traceback" not in shown
+    assert list(checkpoint.saved(tmp_path / "r/checkpoints")) == [1]
 
 
 @pytest.mark.long

@@ -88,6 +88,7 @@ def test_the_loss_is_the_mean_over_sampled_tokens_alone(micro_policy, loss):
         expected -= advantage * sum(sampled) * share  # the ratio is 1
     assert metrics["loss/policy"] == pytest.approx(expected, abs=1e-6)
     assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.1, abs=1e-4)
+    assert metrics["mismatch/logprob_abs_max"] == pytest.approx(0.1, abs=1e-4)
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0)
     first = learner.policy_logprobs[0]
     assert [value != 0 for value in first] == SAMPLED[0]

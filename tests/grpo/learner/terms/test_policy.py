@@ -1,10 +1,13 @@
 """The policy term by hand: when it teaches, what it settles, and what it gives to the loss."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from grpo.config.loss import LossOptions
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.policy import PolicyTerm, Settled
 
 
@@ -42,3 +45,24 @@ def test_what_is_settled_before_the_first_update(given, differs, age, correction
     PolicyTerm(LossOptions(**given), **more).begin(work)
     assert work.fixed == {"policy": Settled(correction, reads_tied)}
     assert work.fixed["policy"].scale == 1
+
+
+def test_what_is_settled_before_each_update():
+    """Three of six tokens are read; the entropy of a mini-batch for company does not count."""
+    entropies = [torch.tensor([[1.0, 9.0], [2.0, 9.0]]), torch.full((1, 2), 100.0)]
+    masks = [torch.tensor([[True, False], [True, False]]), torch.ones(1, 2, dtype=torch.bool)]
+    minis = [
+        SimpleNamespace(loss_mask=mask, counts=counts, entropy=entropy)
+        for mask, counts, entropy in zip(masks, (True, False), entropies, strict=True)
+    ]
+    likelihood = SimpleNamespace(replaying=nullcontext, forward=lambda mini: mini)
+    rows = [PackedRow([1], [Sample(0, [2, 3, 4])])]
+    for given, read, scale, top in (({}, rows, 2, None), ({}, [], 6, None), ({"top_entropy_quantile": 0.5}, [], 6, 1)):
+        fixed = {"policy": Settled(None, False)}
+        ranks = SimpleNamespace(gather=lambda entries: [entries])
+        work = work_of(rows=read, fixed=fixed, minis=minis, likelihood=likelihood, ranks=ranks)
+        PolicyTerm(LossOptions(**given)).before_update(work)
+        assert fixed["policy"].scale == scale
+        assert (fixed["policy"].top and (fixed["policy"].top.threshold.item(), fixed["policy"].top.tokens)) == (
+            top and (1.5, 1)
+        )
