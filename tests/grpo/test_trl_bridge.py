@@ -300,15 +300,15 @@ def test_chat_prompts_get_the_chat_template_of_the_tokenizer(idle):
     assert out["prompt_ids"] == [trainer.processing_class("user: 2 + 3\nbot:")["input_ids"]] * G
 
 
-def test_prompts_that_are_no_whole_groups_and_sharded_weights_are_refused(idle):
+def test_sharded_weights_and_prompts_that_are_no_whole_groups_are_refused(idle, monkeypatch):
     rollout, trainer = idle
+    with monkeypatch.context() as patch, pytest.raises(BridgeError, match=r"shards its weights \(FSDP\)"):
+        patch.setattr(trainer, "accelerator", SimpleNamespace(distributed_type="FSDP"))
+        rollout(["a"] * G, trainer)
     trainer.model.train()
     for prompts in (["a"] * (G + 1), ["a"] * (G - 1) + ["b"]):
         with pytest.raises(BridgeError, match=r"no whole groups of num_generations=4; make per_device_train_batch"):
             rollout(prompts, trainer)
-    trainer.accelerator = SimpleNamespace(distributed_type="FSDP")
-    with pytest.raises(BridgeError, match=r"shards its weights \(FSDP\)"):
-        rollout(["a"] * G, trainer)
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temper
 )
 def test_contract_10_micro_batches_and_split_rows_change_nothing(micro_policy, given):
     """One forward for all; a row each; and rows that are cut, so that a group meets its prompt twice."""
-    results = []
+    results, groups = [], _groups(micro_policy(2), seed=2)
     for budget in (10_000, 20, 9):
         policy = micro_policy(2)
         learner = learner_of(
@@ -184,7 +184,7 @@ def test_contract_10_micro_batches_and_split_rows_change_nothing(micro_policy, g
             learning_rate=1e-9,
             **given,
         )
-        batch = learner.prepare(_groups(policy, seed=2), _scores())
+        batch = learner.prepare(groups, _scores())
         metrics = learner.step(batch, 1)
         results.append((len(batch.rows), metrics, gradients_of(policy)))
     assert results[0][0] == 3 < results[2][0]
