@@ -52,8 +52,8 @@ def test_the_policy_learns_the_solutions_in_place_and_its_head_beside_it(micro_p
     metrics = _warm(policy, config, tmp_path / "r", console)
     assert "24/25" in console.file.getvalue()
     assert "25/25" in console.file.getvalue()
-    assert metrics["loss/sft"] < 3.0 < 5.5 < math.log(len(policy.tokenizer))  # where an untrained policy begins
-    assert metrics["loss/mtp"] < 1.5
+    assert 0 < metrics["loss/sft"] < 3.0 < 5.5 < math.log(len(policy.tokenizer))  # where an untrained policy begins
+    assert 0 < metrics["loss/mtp"] < 1.5
     assert len(_moved(policy, before)) == len(dict(policy.named_parameters()))
     assert metrics["learner/learning_rate"] == pytest.approx(1e-2 / 20)  # linear, the last of 20 behind the warm-up
 

@@ -71,19 +71,12 @@ def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(opened, tmp_
     assert (event["what"], event["reason"], event["action"]) == ("worker 1", "it died", "it is replaced")
 
 
-def test_what_was_lost_is_a_metric_of_its_step(micro_config, tmp_path, monkeypatch):
-    counts = iter([{"faults/worker": 2.0}, {}])
-    monkeypatch.setattr(Task, "lost", lambda _: {"faults/reward_worker": 1.0})
-    monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
-    train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0}))
-    lines = read_metrics(tmp_path / "run")
-    assert [(line.get("faults/worker"), line["faults/reward_worker"]) for line in lines] == [(2, 1), (None, 1)]
-    assert events(tmp_path / "run", "undocumented_metric") == []
-
-
-def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypatch):
+def test_what_was_lost_is_a_metric_of_its_step_and_samplers_sleep_while_the_learner_works(
+    micro_config, tmp_path, monkeypatch
+):
     """Only the order of the calls can be seen without a GPU."""
     calls: list[str] = []
+    counts = iter([{"faults/worker": 2.0}, {}])
 
     def noted(owner, name, word):
         real = getattr(owner, name)
@@ -92,10 +85,15 @@ def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypa
     for name in ("publish", "sample", "sleep"):
         noted(LocalPool, name, name)
     noted(Learner, "forward_backward", "learn")
+    monkeypatch.setattr(Task, "lost", lambda _: {"faults/reward_worker": 1.0})
+    monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
     train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0, "eval.limit": 0}))
     seen = [call for call, former in zip(calls, [None, *calls], strict=False) if call != former]
     assert seen[: seen.index("sleep") + 3] == ["publish", "sample", "sleep", "learn", "publish"]
     assert seen.count("sleep") == 2
+    lines = read_metrics(tmp_path / "run")
+    assert [(line.get("faults/worker"), line["faults/reward_worker"]) for line in lines] == [(2, 1), (None, 1)]
+    assert events(tmp_path / "run", "undocumented_metric") == []
 
 
 def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(micro_config, tmp_path, monkeypatch):

@@ -159,7 +159,7 @@ def test_what_a_teacher_teaches_has_no_advantages_and_is_no_tied_step(micro_conf
 def test_a_run_says_it_in_a_line_and_an_event(micro_config, tmp_path, capsys):
     path = tmp_path / "never.py"
     path.write_text("def never(completions, **_):\n    return [0.0] * len(completions)\n")
-    options = {"steps": STEPS + 1, "warm_start.steps": 0, "prompts_per_step": 2, "data.template": "{question}"}
+    options = {"steps": OPENING + 1, "warm_start.steps": 0, "prompts_per_step": 2, "data.template": "{question}"}
     train(micro_config(tmp_path / "r", **options, rewards=[{"function": f"{path}:never"}]))
     events = [json.loads(line) for line in (tmp_path / "r/events.jsonl").read_text().splitlines()]
     [event] = [event for event in events if event["event"] == "nothing_learned"]
