@@ -28,6 +28,7 @@ from grpo.train import train
 from rewards.config.options import dump_yaml
 from rewards.group_score import GroupScore
 from rollout.faults import RolloutError
+from rollout.local_pool import LocalPool
 
 LOOPS = Path(__file__).parents[2] / "examples/09_own_loop"
 QUICK = {"warm_start.steps": 0}
@@ -77,6 +78,11 @@ def squares(logprobs, sampling_logprobs, advantages, mask):
     return logprobs.square()
 
 
+def without_ray(monkeypatch):
+    """A copy of the policy in this process samples ahead, as a Ray worker would, which starts slowly."""
+    monkeypatch.setattr("grpo.steps.pool.open_pool", lambda policy, options: LocalPool(policy.merged(), options))
+
+
 def run_loop(monkeypatch, name, *words):
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
     return runpy.run_path(str(LOOPS / name))
@@ -118,6 +124,8 @@ def test_contract_17_a_loop_over_the_primitives_gives_the_bits_of_quartet_train(
     micro_config, tmp_path, monkeypatch, options
 ):
     steps = 4  # one more than an epoch has
+    if "rollout.ahead" in options:
+        without_ray(monkeypatch)
     config = micro_config(tmp_path / "ours", steps=steps, **options | {"data.limit": 12})
     train(config)
     run_loop(monkeypatch, "train.py", written(config, tmp_path / "run.yaml"), f"output_dir={tmp_path / 'theirs'}")
@@ -148,12 +156,12 @@ def test_contract_17_a_loop_that_supervises_gives_the_bits_of_quartet_sft(micro_
 @pytest.mark.slow
 def test_contract_17_on_two_ranks_too(micro_config, random_policy, tmp_path):
     random_policy(0).save(tmp_path / "model")
-    given = {"model": str(tmp_path / "model"), "device": "cpu", "warm_start.steps": 0, "steps": 4}
+    given = {"model": str(tmp_path / "model"), "device": "cpu", "warm_start.steps": 0, "steps": 2}
     config = micro_config(tmp_path / "ours", rewards=[{"function": "gsm8k_format"}], **given)
     file = written(config, tmp_path / "run.yaml")
     run_ranks(["-m", "grpo", "train", str(file)], 2)
     run_ranks([str(LOOPS / "train.py"), str(file), f"output_dir={tmp_path / 'theirs'}"], 2)
-    assert_same_run(tmp_path / "ours", tmp_path / "theirs", 4)
+    assert_same_run(tmp_path / "ours", tmp_path / "theirs", 2)
 
 
 @pytest.mark.slow
@@ -436,8 +444,9 @@ def test_the_last_evaluation_is_of_what_a_loop_has_learned_and_it_is_not_told_th
 
 
 @pytest.mark.slow
-def test_a_loop_that_samples_itself_has_nothing_sampled_ahead(micro_config, tmp_path):
+def test_a_loop_that_samples_itself_has_nothing_sampled_ahead(micro_config, tmp_path, monkeypatch):
     seen = []
+    without_ray(monkeypatch)
     for ahead in (0, 1):
         config = micro_config(tmp_path / str(ahead), steps=2, **QUICK | {"rollout.ahead": ahead})
         with Session.open(config) as session:
