@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from grpo.config.balance import BalanceOptions
 from grpo.config.distill import DistillOptions
 from grpo.config.learner import LearnerOptions, MTPOptions, SftMTPOptions
@@ -44,6 +46,37 @@ def small_learner(
         rollout=SimpleNamespace(temperature=temperature, max_completion_tokens=max_completion_tokens),
     )
     return make(policy, config, load=lambda name: teacher, **more)
+
+
+def learner_of(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given: Any) -> Learner:
+    """Options of learner and loss are given by their own names, wherever they belong. It clips nothing."""
+    loss = {name: given.pop(name) for name in list(given) if name in LossOptions.model_fields}
+    names = LearnerOptions.model_fields.keys() - {"schedule"}
+    options = {name: given.pop(name) for name in list(given) if name in names}
+    options = {"learning_rate": 1e-3, "max_grad_norm": 1e9} | options
+    head = MTPOptions(loss_weight=mtp, depth=depth)
+    return small_learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
+
+
+def gradients_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
+    """Weights and AdamW's state by name, and the version."""
+    parts, state = learner.state()
+    tensors = {f"{part}/{name}": tensor.clone() for part, named in parts.items() for name, tensor in named.items()}
+    return tensors | {"version": torch.tensor(state["policy_version"])}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], relative: float = 1e-5) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert (one[name] - other[name]).norm() <= relative * other[name].norm() + 1e-8, name
 
 
 def supervised_learner(

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import zstandard
 
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
@@ -13,6 +12,7 @@ from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
 from grpo.run.records import read_metrics
+from grpo.run.stop import Stopped
 from grpo.task.sampling import environment_of
 from grpo.train import train
 from rewards.commands.options import ReplayConfig
@@ -25,6 +25,10 @@ from rollout.environments.format import Call, Turn, TurnFormat
 
 CASES = Path(__file__).parents[1] / "cases"
 INCREMENT, SLOW = f"{CASES}/incrementing.py:IncrementEnv", f"{CASES}/guessing.py:Slow"
+
+
+EPISODES = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "rollout.temperature": 1.3}
+WHOLE = EPISODES | {"eval.limit": 3, "steps": 2, "reward.on_error": "drop_sample", "warm_start.steps": 1}
 
 
 class Eager(TurnFormat):
@@ -50,11 +54,9 @@ def _eager():
 
 @pytest.fixture(scope="module")
 def whole(micro_config, tmp_path_factory):
-    """A run of three steps, with a warm start, an evaluation and drafts."""
+    """A run of two steps, with a warm start, an evaluation and drafts."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    given = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "eval.limit": 3, "steps": 2}
-    config = micro_config(folder, **given, **{"rollout.temperature": 1.3, "reward.on_error": "drop_sample"})
-    train(config)
+    train(micro_config(folder, **WHOLE))
     return folder
 
 
@@ -98,9 +100,8 @@ def test_rewards_read_all_messages_with_chat_and_the_last_turn_without(micro_con
     """As TRL passes them: the policy's messages with their `tool_calls`, and the tools'. A replay scores the same."""
     (tmp_path / "mine.py").write_text(CHAT)
     calls, last = f"{tmp_path}/mine.py:calls", f"{tmp_path}/mine.py:last"
-    given = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "steps": 1, "warm_start.steps": 0}
-    given |= {"rewards": [{"function": f"chat:{calls}"}, {"function": last}], "rollout.temperature": 1.3}
-    train(micro_config(tmp_path / "run", **given))
+    rewards = [{"function": f"chat:{calls}"}, {"function": last}]
+    train(micro_config(tmp_path / "run", rewards=rewards, steps=1, **EPISODES, **{"warm_start.steps": 0}))
     lines = read_rollouts(tmp_path / "run", 1)
     for line in lines:
         told = [turn["role"] for turn in line["turns"]].count("tool")
@@ -128,9 +129,16 @@ def test_its_tools_are_those_that_trl_finds():
 TOOLS = {"calls": 1, "errors": 0, "bad_calls": 0, "reward": 1.0, "failure": None}
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
+def test_a_damaged_record_of_an_episode_is_named(whole, tmp_path):
+    [line, *_] = read_rollouts(whole, 1)
+    (tmp_path / "rollouts").mkdir()
+
+    def read(damage):
+        written = zstandard.compress(json.dumps(line | damage).encode() + b"\n")
+        (tmp_path / "rollouts/step_000001.jsonl.zst").write_bytes(written)
+        return read_rollouts(tmp_path, 1)
+
+    for damage, words in (
         ({"turns": None}, "its 'turns' is None"),
         ({"turns": [{"role": "assistant"}]}, "its 'turns' is "),
         ({"turns": ["said"]}, "its 'turns' is "),
@@ -138,19 +146,11 @@ TOOLS = {"calls": 1, "errors": 0, "bad_calls": 0, "reward": 1.0, "failure": None
         ({"tools": {"reward": 1.0}}, "its 'tools' is "),
         ({"tools": TOOLS | {"reward": "1"}}, "its 'tools' is "),
         ({"tools": TOOLS | {"failure": 3}}, "its 'tools' is "),
-        ({"tools": TOOLS | {"reward": None, "failure": {"kind": "died", "message": "m"}}}, None),
-    ],
-)
-def test_a_damaged_record_of_an_episode_is_named(whole, tmp_path, damage, words):
-    [line, *_] = read_rollouts(whole, 1)
-    (tmp_path / "rollouts").mkdir()
-    written = zstandard.compress(json.dumps(line | damage).encode() + b"\n")
-    (tmp_path / "rollouts/step_000001.jsonl.zst").write_bytes(written)
-    if words is None:
-        assert read_rollouts(tmp_path, 1) == [line | damage]
-    else:
+    ):
         with pytest.raises(ValueError, match=f"line 1 is damaged: {words}"):
-            read_rollouts(tmp_path, 1)
+            read(damage)
+    failed = {"tools": TOOLS | {"reward": None, "failure": {"kind": "died", "message": "m"}}}
+    assert read(failed) == [line | failed]
 
 
 def test_a_run_brings_its_environment_to_eval_and_sample(whole, tmp_path):
@@ -171,11 +171,9 @@ def test_a_run_brings_its_environment_to_eval_and_sample(whole, tmp_path):
 @pytest.mark.slow
 def test_contract_9_a_stopped_run_with_turns_goes_on_to_the_same_bits(micro_config, whole, tmp_path):
     folder = tmp_path / "again"
-    options = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "eval.limit": 3, "steps": 2}
-    options |= {"rollout.temperature": 1.3, "reward.on_error": "drop_sample"}
-    with pytest.raises(BaseException, match="stopped after step 1"):
-        train(micro_config(folder, **options), stop_after=1)
-    train(micro_config(folder, **options), resume="auto")
+    with pytest.raises(Stopped):
+        train(micro_config(folder, **WHOLE), stop_after=1)
+    train(micro_config(folder, **WHOLE), resume="auto")
     for step in (1, 2):
         assert read_rollouts(folder, step) == read_rollouts(whole, step)
 
@@ -195,9 +193,10 @@ def test_contract_6_a_failing_environment_is_named_and_never_a_zero(micro_config
     assert all(line["parts"].keys() == {"environment"} for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
+def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Learner, "__init__", lambda *_: pytest.fail("loaded a policy"))
+    monkeypatch.setattr("grpo.steps.opening.load_policy", lambda *_: pytest.fail("loaded a policy"))
+    for given, words in (
         ({"environment": "nowhere.py:Env"}, "nowhere.py is not an existing Python file"),
         ({"environment": f"{CASES}/incrementing.py:Increment"}, "has no class 'Increment'"),
         ({"environment": {"": INCREMENT}}, "needs a name for each environment"),
@@ -205,53 +204,46 @@ def test_contract_6_a_failing_environment_is_named_and_never_a_zero(micro_config
         ({"tools": [f"{CASES}/guessing.py:triple"]}, "'triple' is not there"),
         ({"rewards": []}, r"rewards=\[\] scores nothing"),
         ({"environment": INCREMENT, "max_turns": 0}, "max_turns"),
-    ],
-)
-def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tmp_path, monkeypatch, given, words):
-    monkeypatch.setattr(Learner, "__init__", lambda *_: pytest.fail("loaded a policy"))
-    monkeypatch.setattr("grpo.steps.opening.load_policy", lambda *_: pytest.fail("loaded a policy"))
-    with pytest.raises((ValueError, RewardError), match=words):
-        train(micro_config(tmp_path / "run", **given))
+    ):
+        with pytest.raises((ValueError, RewardError), match=words):
+            train(micro_config(tmp_path / "run", **given))
 
 
-def test_a_warm_start_learns_calls_and_not_their_results(micro_config, tmp_path, monkeypatch):
-    """A marked solution is an episode; what the tool wrote is no target."""
+@pytest.fixture
+def taught(monkeypatch):
+    """The rows of the warm start, each with the text of what a tool wrote."""
     seen, forward_backward = [], Learner.forward_backward
 
     def spy(learner, batch, *rest):
-        seen.extend([] if batch.from_rollouts else batch.rows)
+        for row in () if batch.from_rollouts else batch.rows:
+            [sample] = row.samples
+            written = [i for i, own in zip(sample.token_ids, sample.sampled, strict=True) if not own]
+            seen.append((sample, learner.policy.tokenizer.decode(written)))
         return forward_backward(learner, batch, *rest)
 
     monkeypatch.setattr(Learner, "forward_backward", spy)
+    return seen
+
+
+def test_a_warm_start_learns_calls_and_not_their_results(micro_config, tmp_path, taught):
+    """A marked solution is an episode; what the tool wrote is no target."""
     given = {"environment": "word_game", "data.name": "word_game", "rewards": [], "steps": 1, "warm_start.steps": 1}
     train(micro_config(tmp_path / "run", **given))
-    torch.manual_seed(0)
-    assert seen
-    for row in seen:
-        [sample] = row.samples
+    assert taught
+    for sample, _ in taught:
         assert 0 < sample.num_sampled < len(sample.token_ids)
         assert sample.sampled[0]
 
 
-def test_a_warm_start_shows_what_the_calculator_writes(micro_config, tmp_path, monkeypatch):
+def test_a_warm_start_shows_what_the_calculator_writes(micro_config, tmp_path, taught):
     """The solutions say 3.00 and 7, as GSM8K's may; the episode says what the policy will read."""
-    seen, forward_backward = [], Learner.forward_backward
-
-    def spy(learner, batch, *rest):
-        seen.extend((row, learner.policy.tokenizer) for row in batch.rows if not batch.from_rollouts)
-        return forward_backward(learner, batch, *rest)
-
-    monkeypatch.setattr(Learner, "forward_backward", spy)
     solution = "He pays <<2*1.50=3.00>>3.00 and <<3+3=7>>7.\n#### 3"
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": f"{i}?", "answer": solution}) + "\n" for i in range(8)))
     given = {"environment": "calculator", "data.name": str(data), "data.limit": None, "warm_start.steps": 1, "steps": 1}
     train(micro_config(tmp_path / "run", **given))
-    assert seen
-    for row, tokenizer in seen:
-        [sample] = row.samples
-        written = [i for i, own in zip(sample.token_ids, sample.sampled, strict=True) if not own]
-        assert tokenizer.decode(written) == "3>>6>>"
+    assert taught
+    assert {written for _, written in taught} == {"3>>6>>"}
 
 
 def test_without_tools_nothing_changes():

@@ -18,14 +18,13 @@ from engine_cases import (
     states,
     taught,
 )
+from resumed import whole_and_parts
 from serving_cases import Running
 from transformers import DeepseekV3ForCausalLM
 
 from grpo.cli.commands.inspect import inspect
 from grpo.cli.parse import main
-from grpo.run import checkpoint
 from grpo.run.records import read_metrics
-from grpo.run.stop import Stopped
 from grpo.task.check import check_plan
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
@@ -112,19 +111,14 @@ def test_a_saved_policy_and_a_worker_see_the_same(policy, tmp_path):
 
 @pytest.mark.slow
 def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_config, tmp_path):
-    given = BOTH_WAYS | {"loss.beta": 0.1, "eval.limit": 4}
-    train(micro_config(tmp_path / "whole", **given))
-    with pytest.raises(Stopped):
-        train(micro_config(tmp_path / "run", **given), stop_after=2)
-    train(micro_config(tmp_path / "run", **given), resume="auto")
-    one, two = (checkpoint.load(tmp_path / f"{name}/checkpoints/step_000003").tensors for name in ("whole", "run"))
-    assert all(torch.equal(tensor, two["policy"][name]) for name, tensor in one["policy"].items())
-    far = [line["mismatch/logprob_abs_max"] for line in read_metrics(tmp_path / "run") if "reward/mean" in line]
+    given = BOTH_WAYS | {"loss.beta": 0.1, "eval.limit": 4, "warm_start.steps": 1}
+    _, run = whole_and_parts(lambda folder: micro_config(folder, **given), tmp_path, stop_after=2)
+    far = [line["mismatch/logprob_abs_max"] for line in read_metrics(run) if "reward/mean" in line]
     assert len(far) == 3
     assert max(far) < 1e-4
-    assert states(Policy.load(tmp_path / "run/policy"), [3, 4], [5]).isfinite().all()
-    assert json.loads((tmp_path / "run/policy/config.json").read_text())["prompt_attention"] == "bidirectional"
-    assert main(["eval", str(tmp_path / "run"), "--eval.limit", "2", "--threads", "1"]) == 0
+    assert states(Policy.load(run / "policy"), [3, 4], [5]).isfinite().all()
+    assert json.loads((run / "policy/config.json").read_text())["prompt_attention"] == "bidirectional"
+    assert main(["eval", str(run), "--eval.limit", "2", "--threads", "1"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -146,7 +140,11 @@ def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp
     given = BOTH_WAYS | {"active_heads": 0.75, "warm_start.steps": 0}
     train(micro_config(tmp_path / "run", model=str(tmp_path / "plain"), steps=1, **given))
     model = str(tmp_path / "run/checkpoints/step_000001")
-    assert_stock_is_refused(model, tmp_path / "out", "prompt_attention=bidirectional", capsys)
+    for folder in ("run", "run/policy", "run/checkpoints/step_000001"):
+        assert_stock_is_refused(str(tmp_path / folder), tmp_path / "out", "prompt_attention=bidirectional", capsys)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    assert "prompt_attention=bidirectional" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"prompt_attention=bidirectional \(so model says.*causally alone"):
         check_plan(micro_config(tmp_path / "next", model=model, **{"rollout.backend": "vllm", "warm_start.steps": 0}))
     counted = inspect(model)
@@ -155,22 +153,6 @@ def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp
     given = {"distill.teacher": f"{model}@http://[::1]:9/v1", "loss.advantage": "distill"}
     with pytest.raises(ValueError, match=r"distill\.teacher=.* has prompt_attention=bidirectional"):
         check_teacher(micro_config(tmp_path / "r", model=str(tmp_path / "plain"), **given))
-
-
-def test_a_pool_of_vllm_is_refused_before_it_starts(policy):
-    with pytest.raises(RolloutError, match="vLLM reads prompts causally"):
-        VLLMPool(policy, PoolOptions(vllm=VLLMSettings()))
-
-
-def test_a_teacher_behind_an_address_is_refused_by_name(policy, random_policy, micro_config, tmp_path):
-    policy.save(tmp_path / "teacher")
-    random_policy(31).save(tmp_path / "student")
-    given = {
-        "loss.advantage": "distill",
-        "distill.teacher": f"{tmp_path / 'teacher'}@http://[::1]:9/v1",
-    }
-    with pytest.raises(ValueError, match=r"distill\.teacher=.* has prompt_attention=bidirectional"):
-        check_teacher(micro_config(tmp_path / "r", model=str(tmp_path / "student"), **given))
 
 
 def test_a_chat_is_refused_once_the_policy_has_written_in_it(policy, tmp_path):
@@ -190,7 +172,9 @@ def test_a_chat_is_refused_once_the_policy_has_written_in_it(policy, tmp_path):
         server.end()
 
 
-def test_trl_an_export_and_a_damaged_field_are_refused_by_name(policy, micro_config, tmp_path, capsys):
+def test_a_pool_of_vllm_trl_and_a_damaged_field_are_refused_by_name(policy, tmp_path):
+    with pytest.raises(RolloutError, match="vLLM reads prompts causally"):
+        VLLMPool(policy, PoolOptions(vllm=VLLMSettings()))
     with pytest.raises(BridgeError, match="prompt_attention=bidirectional"):
         rollout_func(policy)
     policy.save(tmp_path / "p")
@@ -198,10 +182,3 @@ def test_trl_an_export_and_a_damaged_field_are_refused_by_name(policy, micro_con
     (tmp_path / "p/config.json").write_text(json.dumps(config | {"prompt_attention": "sideways"}))
     with pytest.raises(PolicyError, match="prompt_attention='sideways': use causal or bidirectional"):
         Policy.load(tmp_path / "p")
-    train(micro_config(tmp_path / "run", **BOTH_WAYS, steps=1))
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
-    assert "prompt_attention=bidirectional" in capsys.readouterr().err
-    for part in ("policy", "checkpoints/step_000001"):
-        model = str(tmp_path / "run" / part)
-        assert_stock_is_refused(model, tmp_path / "out", "prompt_attention=bidirectional", capsys)
-    assert not (tmp_path / "out").exists()

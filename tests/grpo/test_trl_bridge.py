@@ -8,7 +8,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
-from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo.trl_bridge import BridgeError, HeadAge, rollout_func
@@ -76,7 +75,7 @@ class Recorder:
 
     def __init__(self, policy, dataset, folder, *, draft_tokens=2, **options):
         self.rollout = rollout_func(policy, draft_tokens=draft_tokens, warn_every=1)
-        self.returned, self.published, self.scored, self.prompts = [], [], [], []
+        self.returned, self.published, self.scored, self.prompts, self.warnings = [], [], [], [], []
 
         def call(prompts, trainer):
             self.prompts.append(prompts)
@@ -95,7 +94,10 @@ class Recorder:
             return out
 
         self.trainer._get_per_token_logps_and_entropies = spy
-        self.trainer.train()
+        with pytest.MonkeyPatch.context() as patch:
+            logger = logging.getLogger("grpo.trl_bridge")
+            patch.setattr(logger, "warning", lambda said, *given: self.warnings.append(said % given if given else said))
+            self.trainer.train()
 
     def rows(self, call):
         out = self.returned[call]
@@ -108,20 +110,10 @@ class Recorder:
 
 
 @pytest.fixture(scope="module", params=ADAPTERS)
-def record(request, micro_policy, dataset, tmp_path_factory) -> Recorder:
+def record(request, micro_policy, hf_policy, dataset, tmp_path_factory) -> Recorder:
     policy, drafts = micro_policy(0), 2
     if request.param == "llama":
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=policy.config.vocab_size,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            initializer_range=0.2,
-            bos_token_id=None,
-        )
-        policy, drafts = Policy(LlamaForCausalLM(config), None, policy.tokenizer), 0
+        policy, drafts = hf_policy("llama", 0, num_hidden_layers=1), 0
     policy.trunk.generation_config.eos_token_id = list(range(90))  # so many stop tokens that some completions stop
     folder = tmp_path_factory.mktemp("trl")
     return Recorder(policy, dataset, folder, draft_tokens=drafts, peft_config=ADAPTERS[request.param])
@@ -203,10 +195,11 @@ def test_acceptance_and_age_of_the_head_are_logged(record):
         assert line["draft/tokens_per_forward"] >= 1
 
 
-def test_an_ageing_head_is_warned_of(micro_policy, dataset, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="grpo.trl_bridge"):
-        Recorder(micro_policy(1), dataset, tmp_path)
-    [warning] = [record.getMessage() for record in caplog.records if record.name == "grpo.trl_bridge"]
+def test_an_ageing_head_is_warned_of(record):
+    if record.rollout.policy.mtp is None:
+        assert record.warnings == []
+        return
+    [warning] = record.warnings
     assert "the MTP head is 1 steps older than the policy" in warning
     assert "at step 0" in warning
     assert "at step 1" in warning
@@ -307,9 +300,12 @@ def test_chat_prompts_get_the_chat_template_of_the_tokenizer(idle):
     assert out["prompt_ids"] == [trainer.processing_class("user: 2 + 3\nbot:")["input_ids"]] * G
 
 
-@pytest.mark.slow
-def test_prompts_that_are_no_whole_groups_are_refused(idle):
+def test_sharded_weights_and_prompts_that_are_no_whole_groups_are_refused(idle, monkeypatch):
     rollout, trainer = idle
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "accelerator", SimpleNamespace(distributed_type="FSDP"))
+        with pytest.raises(BridgeError, match=r"shards its weights \(FSDP\)"):
+            rollout(["a"] * G, trainer)
     trainer.model.train()
     for prompts in (["a"] * (G + 1), ["a"] * (G - 1) + ["b"]):
         with pytest.raises(BridgeError, match=r"no whole groups of num_generations=4; make per_device_train_batch"):
@@ -338,13 +334,6 @@ def test_a_trainer_that_cannot_be_sampled_for_is_refused(micro_policy, dataset, 
     with pytest.raises(BridgeError, match=message):
         trainer.train()
     assert rollout.pool is None
-
-
-def test_sharded_weights_are_refused(idle):
-    rollout, trainer = idle
-    trainer.accelerator = SimpleNamespace(distributed_type="FSDP")
-    with pytest.raises(BridgeError, match=r"shards its weights \(FSDP\)"):
-        rollout(["a"] * G, trainer)
 
 
 def test_drafts_without_a_head_are_refused(micro_policy):

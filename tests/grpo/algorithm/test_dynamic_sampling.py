@@ -45,12 +45,6 @@ def _names(drawn) -> list[str]:
     return [group.prompt.prompt_id for group in drawn.groups]
 
 
-def test_what_is_tied():
-    for rewards, tied in ([1.0, 1.0], True), ([0.0, 1.0], False), ([None, 1.0], True), ([None, None], True):
-        assert is_tied(GroupScore(rewards, {})) is tied
-    assert not is_tied(GroupScore([None, 1.0, 0.5], {}))
-
-
 ROUNDED = 0.1 + 0.2, 0.3
 
 
@@ -63,6 +57,7 @@ ROUNDED = 0.1 + 0.2, 0.3
         ((-ROUNDED[0], -ROUNDED[1]), True),
         ((1e6 * ROUNDED[0], 1e6 * ROUNDED[1]), True),
         ((0.0, 1e-17), True),
+        ((None, 1.0), True),
         ((0.0, 0.5), False),
         ((0.3, 0.3001), False),
         ((None, 0.3, 0.3001), False),

@@ -128,11 +128,3 @@ def test_a_batch_is_tied_where_no_advantage_is_left():
     assert not untied.tied
     assert TrainingBatch([tied], torch.zeros(1, 1), 1, 1).all_tied
     assert not TrainingBatch([tied, untied], torch.zeros(2, 1), 2, 2).all_tied
-
-
-@pytest.mark.parametrize("budget", [1, 7, 8, 1000])
-def test_splitting_keeps_every_sample_once(budget):
-    samples = [Sample(i, [i + 1] * (i % 4 + 1)) for i in range(9)]
-    rows = split_rows([5, 5, 5], samples, budget)
-    assert [sample for row in rows for sample in row.samples] == samples
-    assert all(row.length <= budget or len(row.samples) == 1 for row in rows)

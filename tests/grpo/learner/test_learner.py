@@ -10,13 +10,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from small_learner import last_work, small_learner, supervised_learner, term_of
+from small_learner import assert_close, gradients_of, last_work, learner_of, same, snapshot, supervised_learner, term_of
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.config.learner import LearnerOptions, MTPOptions
-from grpo.config.loss import LossOptions
-from grpo.learner.batch import collate, micro_batches, split_rows
+from grpo.learner.batch import collate, micro_batches
 from grpo.learner.learner import Learner
 from grpo.learner.optimizer import at_once, norm_of, schedule
 from grpo.learner.prepare import supervised, tokens_in_loss
@@ -32,17 +30,6 @@ from rollout.group import Completion, Prompt, RolloutGroup
 
 CPU = torch.device("cpu")
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]  # the third group is tied
-
-
-def _learner(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given) -> Learner:
-    """A learner whose options are given by their own names, wherever they belong."""
-    loss = {name: given.pop(name) for name in list(given) if name in LossOptions.model_fields}
-    options = {
-        name: given.pop(name) for name in list(given) if name in LearnerOptions.model_fields and name != "schedule"
-    }
-    head = MTPOptions(loss_weight=mtp, depth=depth)
-    options = {"learning_rate": 1e-3, "max_grad_norm": 1e9} | options
-    return small_learner(policy, LearnerOptions(**options), head, LossOptions(**loss), **given)
 
 
 def _groups(policy: Policy, seed: int = 0, lengths=((4, 2, 6), (1, 5, 3), (2, 2, 3))) -> list[RolloutGroup]:
@@ -79,7 +66,7 @@ def _stock_logprobs(policy: Policy, prompt: list[int], completions: list[list[in
 
 
 def _rows(policy: Policy, **given) -> list[PackedRow]:
-    return _learner(policy).prepare(_groups(policy, **given), _scores()).rows
+    return learner_of(policy).prepare(_groups(policy, **given), _scores()).rows
 
 
 @torch.no_grad()
@@ -92,27 +79,6 @@ def _all_logprobs(learner: Learner, rows: list[PackedRow], budget: int) -> dict[
     return found
 
 
-def _gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-def _snapshot(learner: Learner) -> dict[str, torch.Tensor]:
-    """Parameters and AdamW's state, by name."""
-    tensors, state = learner.state()
-    flat = {f"{kind}/{name}": t.clone() for kind, mapping in tensors.items() for name, t in mapping.items()}
-    return flat | {"version": torch.tensor(state["policy_version"])}
-
-
-def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def _assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], relative: float = 1e-5) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name] - b[name]).norm() <= relative * b[name].norm() + 1e-9, name
-
-
 # ---- contract 10: a packed group computes what padded rows compute --------------------------------------------------
 
 
@@ -120,7 +86,7 @@ def _assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], relati
 @pytest.mark.parametrize("budget", [1, 30, 10_000])
 def test_contract_10_packed_logprobs_are_those_of_padded_rows(micro_policy, budget, temperature):
     policy = micro_policy(0)
-    learner = _learner(policy, temperature=temperature)
+    learner = learner_of(policy, temperature=temperature)
     groups = _groups(policy)
     with torch.no_grad():
         packed = _all_logprobs(learner, learner.prepare(groups, _scores()).rows, budget)
@@ -133,22 +99,12 @@ def test_contract_10_packed_logprobs_are_those_of_padded_rows(micro_policy, budg
                 assert abs(got[0] - expected[0]) < 1e-4  # the first token, which the shared prompt predicts
 
 
-def test_the_step_size_is_the_kl_of_one_completion_of_each_group_by_hand(micro_policy):
-    learner = _learner(micro_policy(0))
-    rows = learner.prepare(_groups(learner.policy), _scores()).rows
-    now = {(index, 0): values for index, values in _all_logprobs(learner, rows, 10_000).items()}
-    halved = {index: [value + math.log(2) for value in values] for index, values in now.items()}
-    assert learner.likelihood.moved(rows, now) == pytest.approx(0, abs=1e-7)
-    # Each token has half the probability that it had: 1/2 - 1 - ln 1/2.
-    assert learner.likelihood.moved(rows, halved) == pytest.approx(0.1931, abs=1e-4)
-
-
 @pytest.mark.parametrize("budget", [8, 10_000])
 def test_a_step_tells_how_far_it_has_moved_the_policy(micro_policy, budget):
     """On one completion of each group, also where it is cut into several rows. The advantage of the first group's first
     one is zero, so it is the second; the third group is tied."""
     policy = micro_policy(0)
-    learner = _learner(policy, learning_rate=1e-2, tokens_per_micro_batch=budget)
+    learner = learner_of(policy, learning_rate=1e-2, tokens_per_micro_batch=budget)
     groups, scores = _groups(policy), _scores([[0.5, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
 
     @torch.no_grad()
@@ -186,7 +142,7 @@ def _head_outputs(policy: Policy, ids: list[int], hidden: torch.Tensor, start: i
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temperature):
     policy, depth = micro_policy(1), 4
-    learner = _learner(policy, mtp=2.0, depth=depth, temperature=temperature)
+    learner = learner_of(policy, mtp=2.0, depth=depth, temperature=temperature)
     batch = learner.prepare(_groups(policy, seed=1), _scores(), step=1)
     rows, tokens = batch.rows, batch.num_completion_tokens
     weights = [1.0, 0.6, 0.36, 0.216]
@@ -216,10 +172,10 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temper
 )
 def test_contract_10_micro_batches_and_split_rows_change_nothing(micro_policy, given):
     """One forward for all; a row each; and rows that are cut, so that a group meets its prompt twice."""
-    results = []
+    results, groups = [], _groups(micro_policy(2), seed=2)
     for budget in (10_000, 20, 9):
         policy = micro_policy(2)
-        learner = _learner(
+        learner = learner_of(
             policy,
             mtp=1.0,
             tokens_per_micro_batch=budget,
@@ -228,26 +184,26 @@ def test_contract_10_micro_batches_and_split_rows_change_nothing(micro_policy, g
             learning_rate=1e-9,
             **given,
         )
-        batch = learner.prepare(_groups(policy, seed=2), _scores())
+        batch = learner.prepare(groups, _scores())
         metrics = learner.step(batch, 1)
-        results.append((len(batch.rows), metrics, _gradients(policy)))
+        results.append((len(batch.rows), metrics, gradients_of(policy)))
     assert results[0][0] == 3 < results[2][0]
     for _, metrics, gradients in results[1:]:
-        _assert_close(gradients, results[0][2])
+        assert_close(gradients, results[0][2])
         for name, value in results[0][1].items():
             if not name.startswith("time/"):
                 assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_contract_10_a_tied_group_adds_nothing_and_stays_in_the_denominator(micro_policy):
-    whole, part = _learner(micro_policy(0)), _learner(micro_policy(0))
+    whole, part = learner_of(micro_policy(0)), learner_of(micro_policy(0))
     groups = _groups(whole.policy)
     batch = whole.prepare(groups, _scores())
     assert (batch.tied_groups, batch.num_samples, batch.num_completion_tokens) == (1, 9, 28)
     whole.step(batch, 1)
     part.step(part.prepare(groups[:2], _scores(REWARDS[:2])), 1)
     assert tokens_in_loss(last_work(whole).rows) == 21  # its forward was spared
-    _assert_close(_gradients(whole.policy), {n: g * 21 / 28 for n, g in _gradients(part.policy).items()})
+    assert_close(gradients_of(whole.policy), {n: g * 21 / 28 for n, g in gradients_of(part.policy).items()})
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -255,7 +211,7 @@ def test_contract_10_a_tied_group_that_teaches_the_head_needs_no_gradient_of_the
     states, metrics, gradients = [], [], []
     for spared in (True, False):
         policy = micro_policy(2)
-        learner = _learner(policy, mtp=1.0, updates_per_batch=updates, learning_rate=1e-3)
+        learner = learner_of(policy, mtp=1.0, updates_per_batch=updates, learning_rate=1e-3)
         kept, preceding, differentiable = learner._rows_that_count, learner.likelihood.preceding, []
         if not spared:
             learner._rows_that_count = lambda *given, kept=kept: [replace(r, learns=True) for r in kept(*given)]
@@ -272,9 +228,9 @@ def test_contract_10_a_tied_group_that_teaches_the_head_needs_no_gradient_of_the
         )  # one micro-batch, and another one of the tied group if it is spared
         assert differentiable.count(False) - 2 == (updates if spared else 0)  # two see how far the step has moved
         states.append({name: p.detach() for name, p in policy.named_parameters()})
-        gradients.append(_gradients(policy))
-    _assert_close(*states)
-    _assert_close(*gradients)
+        gradients.append(gradients_of(policy))
+    assert_close(*states)
+    assert_close(*gradients)
     assert metrics[0]["loss/mtp"] > 0
     for name in metrics[0].keys() - {"time/learn", "time/draft_head"}:
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4, abs=1e-6), name
@@ -283,20 +239,20 @@ def test_contract_10_a_tied_group_that_teaches_the_head_needs_no_gradient_of_the
 @pytest.mark.parametrize("mtp", [1.0, 0.0])  # the head learns from the tied group too, or it learns nothing
 def test_contract_10_a_tied_group_counts_for_bnpo_whatever_the_head_does(micro_policy, mtp):
     """In one micro-batch, its local mean over tokens is the global one of dapo."""
-    local, whole = (_learner(micro_policy(0), loss_type=kind, mtp=mtp) for kind in ("bnpo", "dapo"))
+    local, whole = (learner_of(micro_policy(0), loss_type=kind, mtp=mtp) for kind in ("bnpo", "dapo"))
     for learner in (local, whole):
         learner.step(learner.prepare(_groups(learner.policy), _scores()), 1)
-    _assert_close(_gradients(local.policy.trunk), _gradients(whole.policy.trunk))
+    assert_close(gradients_of(local.policy.trunk), gradients_of(whole.policy.trunk))
 
 
-def _stock_entropies(policy: Policy, groups: list[RolloutGroup]) -> list[torch.Tensor]:
+def _stock_entropies(policy: Policy, groups: list[RolloutGroup], temperature: float = 1.0) -> list[torch.Tensor]:
     """Of every completion's tokens, by transformers' own forward."""
     entropies = []
     for group in groups:
         for completion in group.completions:
             ids = group.prompt.token_ids + completion.token_ids
             logits = policy.trunk(input_ids=torch.tensor([ids])).logits[0, len(group.prompt.token_ids) - 1 : -1]
-            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+            entropies.append(torch.distributions.Categorical(logits=logits / temperature).entropy())
     return entropies
 
 
@@ -309,7 +265,7 @@ def test_top_entropy_is_the_top_of_the_whole_step(micro_policy, budget, masking)
     groups[0].completions[2].finish_reason = "length"
     counted = [not masking or c.finish_reason == "stop" for group in groups for c in group.completions]
     by_hand = copy.deepcopy(policy)
-    learner = _learner(
+    learner = learner_of(
         policy, top_entropy_quantile=0.5, tokens_per_micro_batch=budget, mask_truncated_completions=masking
     )
     metrics = learner.step(learner.prepare(groups, _scores()), 1)
@@ -330,13 +286,13 @@ def test_top_entropy_is_the_top_of_the_whole_step(micro_policy, budget, masking)
     loss.backward()
     assert metrics["loss/policy"] == pytest.approx(loss.item(), abs=1e-5)
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
-    expected = {name: g for name, g in _gradients(by_hand.trunk).items() if g.norm() > 1e-6}
-    _assert_close({name: policy.trunk.get_parameter(name).grad for name in expected}, expected, relative=1e-3)
+    expected = {name: g for name, g in gradients_of(by_hand.trunk).items() if g.norm() > 1e-6}
+    assert_close({name: policy.trunk.get_parameter(name).grad for name in expected}, expected, relative=1e-3)
 
 
 def test_top_entropy_follows_the_policy_from_update_to_update(micro_policy):
     policy = micro_policy(3)
-    learner = _learner(policy, top_entropy_quantile=0.3, updates_per_batch=3, learning_rate=1e-2, epsilon=0.05)
+    learner = learner_of(policy, top_entropy_quantile=0.3, updates_per_batch=3, learning_rate=1e-2, epsilon=0.05)
     [thresholds, anchors], term = ([], []), term_of(learner, "policy")
     look_ahead = term.before_update
 
@@ -363,7 +319,7 @@ def test_contract_1_the_stop_token_is_learned_even_where_it_is_the_padding(micro
     groups = _groups(policy)
     for completion in groups[0].completions:
         completion.token_ids[-1] = stop
-    learner = _learner(policy, learning_rate=1e-2)
+    learner = learner_of(policy, learning_rate=1e-2)
     rows = learner.prepare(groups, _scores([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])).rows
     before = _all_logprobs(learner, rows, 1000)[0]
     learner.step(learner.prepare(groups, _scores([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])), 1)
@@ -380,27 +336,30 @@ def test_contract_7_the_draft_head_never_touches_the_trunks_gradient(micro_polic
         if lora:
             torch.manual_seed(0)
             policy.add_lora(4, 8.0)
-        learner = _learner(policy, mtp=weight)
+        learner = learner_of(policy, mtp=weight)
         groups = _groups(policy, seed=3)[:2]  # no tied group: its forward would be spared without the head
         learner.step(learner.prepare(groups, _scores(REWARDS[:2])), 1)
-        gradients.append(_gradients(policy.trunk))
-        assert bool(_gradients(policy.mtp)) == bool(weight)
+        gradients.append(gradients_of(policy.trunk))
+        assert bool(gradients_of(policy.mtp)) == bool(weight)
     assert gradients[0]
-    assert _same(*gradients)
+    assert same(*gradients)
+
+
+def _shift(groups: list[RolloutGroup], nats: float) -> None:
+    for completion in (completion for group in groups for completion in group.completions):
+        completion.logprobs = [logprob - nats for logprob in completion.logprobs]
 
 
 def test_contract_8_the_samplers_floats_stay_out_of_the_loss_and_are_compared(micro_policy):
     gradients, metrics = [], []
     for shift in (0.0, 0.5):
         policy = micro_policy(4)
-        learner = _learner(policy)
+        learner = learner_of(policy)
         groups = _groups(policy, seed=4)
-        for group in groups:
-            for completion in group.completions:
-                completion.logprobs = [logprob - shift for logprob in completion.logprobs]
+        _shift(groups, shift)
         metrics.append(learner.step(learner.prepare(groups, _scores()), 1))
-        gradients.append(_gradients(policy))
-    assert _same(*gradients)
+        gradients.append(gradients_of(policy))
+    assert same(*gradients)
     assert metrics[0]["policy/ratio_mean"] == metrics[1]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
     assert metrics[0]["policy/clip_fraction"] == 0
     assert metrics[0]["mismatch/logprob_abs_mean"] < 1e-5
@@ -412,15 +371,13 @@ def test_contract_8_the_samplers_floats_stay_out_of_the_loss_and_are_compared(mi
 def test_contract_8_the_correction_is_on_where_it_was_asked_for(micro_policy):
     policy = micro_policy(4)
     groups = _groups(policy, seed=4)
-    for group in groups:
-        for completion in group.completions:
-            completion.logprobs = [logprob - 0.5 for logprob in completion.logprobs]
-    plain, corrected = _learner(micro_policy(4)), _learner(policy, importance_correction="token_truncate")
+    _shift(groups, 0.5)
+    plain, corrected = learner_of(micro_policy(4)), learner_of(policy, importance_correction="token_truncate")
     plain.step(plain.prepare(groups, _scores()), 1)
     metrics = corrected.step(corrected.prepare(groups, _scores()), 1)
     assert metrics["mismatch/weight_mean"] == pytest.approx(math.exp(0.5), rel=1e-3)
-    scaled = {name: g * math.exp(0.5) for name, g in _gradients(plain.policy).items()}
-    _assert_close(_gradients(policy), scaled, relative=1e-3)
+    scaled = {name: g * math.exp(0.5) for name, g in gradients_of(plain.policy).items()}
+    assert_close(gradients_of(policy), scaled, relative=1e-3)
 
 
 # ---- one step by hand -----------------------------------------------------------------------------------------------
@@ -435,7 +392,7 @@ def test_one_step_of_grpo_against_hand_worked_numbers(micro_policy):
     policy = micro_policy(5)
     groups = _groups(policy, seed=5)
     by_hand = copy.deepcopy(policy)
-    learner = _learner(policy, betas=(0.9, 0.95), weight_decay=0.1, learning_rate=1e-2)
+    learner = learner_of(policy, betas=(0.9, 0.95), weight_decay=0.1, learning_rate=1e-2)
     before = {name: p.detach().clone() for name, p in policy.trunk.named_parameters()}
     metrics = learner.step(learner.prepare(groups, _scores()), 1)
 
@@ -452,10 +409,10 @@ def test_one_step_of_grpo_against_hand_worked_numbers(micro_policy):
             value -= advantage * len(logprobs) / tokens
     loss.backward()
     assert metrics["loss/policy"] == pytest.approx(value, abs=1e-6)
-    expected = {name: g for name, g in _gradients(by_hand.trunk).items() if g.abs().sum() > 0}
-    got = {name: g for name, g in _gradients(policy.trunk).items() if name in expected}
-    _assert_close(got, expected, relative=1e-4)
-    norm = sum(g.double().square().sum() for g in _gradients(policy.trunk).values()).sqrt()
+    expected = {name: g for name, g in gradients_of(by_hand.trunk).items() if g.abs().sum() > 0}
+    got = {name: g for name, g in gradients_of(policy.trunk).items() if name in expected}
+    assert_close(got, expected, relative=1e-4)
+    norm = sum(g.double().square().sum() for g in gradients_of(policy.trunk).values()).sqrt()
     assert metrics["learner/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert metrics["learner/learning_rate"] == 1e-2
 
@@ -497,7 +454,7 @@ def test_the_norm_of_many_tensors_is_a_few_kernels_on_an_accelerator():
 
 def test_later_steps_are_those_of_torchs_own_adamw_with_clipped_gradients(micro_policy):
     policy = micro_policy(5)
-    learner = _learner(policy, mtp=1.0, max_grad_norm=0.05, learning_rate=1e-3)
+    learner = learner_of(policy, mtp=1.0, max_grad_norm=0.05, learning_rate=1e-3)
     twin = copy.deepcopy(policy)
     pairs = list(zip(policy.named_parameters(), twin.named_parameters(), strict=True))
     oracle = torch.optim.AdamW(
@@ -512,7 +469,7 @@ def test_later_steps_are_those_of_torchs_own_adamw_with_clipped_gradients(micro_
         metrics = learner.step(learner.prepare(_groups(policy, seed=step), _scores()), step)
         assert metrics["learner/grad_norm"] > 0.05
         for module in (policy.trunk, policy.mtp):
-            clipped = sum(g.double().square().sum() for g in _gradients(module).values()).sqrt()
+            clipped = sum(g.double().square().sum() for g in gradients_of(module).values()).sqrt()
             assert clipped == pytest.approx(0.05, rel=1e-3)
         for (_, p), (_, q) in pairs:
             q.grad = None if p.grad is None else p.grad.clone()
@@ -521,97 +478,38 @@ def test_later_steps_are_those_of_torchs_own_adamw_with_clipped_gradients(micro_
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
-def test_the_gradient_predicts_how_the_surrogate_falls(micro_policy):
-    """A finite difference: one small step of plain gradient descent lowers the loss by about lr · |g|²."""
-    policy = micro_policy(6)
-    groups = _groups(policy, seed=6)
-    learner = _learner(policy, learning_rate=1e-12)
-    learner.step(learner.prepare(groups, _scores()), 1)
-    gradients = _gradients(policy.trunk)
-
-    def surrogate() -> float:
-        total, tokens = 0.0, sum(len(c.token_ids) for group in groups for c in group.completions)
-        for group, rewards in zip(groups[:2], REWARDS[:2], strict=True):
-            ids = [completion.token_ids for completion in group.completions]
-            now = _stock_logprobs(policy, group.prompt.token_ids, ids)
-            for logprobs, completion, advantage in zip(now, group.completions, _advantages(rewards), strict=True):
-                ratio = (logprobs.double() - torch.tensor(completion.logprobs, dtype=torch.float64)).exp()
-                total -= advantage * ratio.sum().item() / tokens
-        return total
-
-    squared = sum(g.double().square().sum().item() for g in gradients.values())
-    rate = 1e-3 / squared
-    with torch.no_grad():
-        before = surrogate()
-        for name, parameter in policy.trunk.named_parameters():
-            parameter -= rate * gradients[name]
-        after = surrogate()
-    assert (before - after) / (rate * squared) == pytest.approx(1.0, rel=0.1)
-
-
-def test_a_step_raises_the_rewarded_completion_and_lowers_the_other(micro_policy):
-    policy = micro_policy(7)
-    groups = _groups(policy, seed=7)[:1]
-    learner = _learner(policy, learning_rate=1e-3)
-    batch = learner.prepare(groups, _scores([[1.0, None, 0.0]]))
-    before = _all_logprobs(learner, batch.rows, 1000)
-    learner.step(batch, 1)
-    after = _all_logprobs(learner, batch.rows, 1000)
-    assert set(before) == {0, 2}  # the one without a reward has no place in the batch
-    assert sum(after[0]) > sum(before[0])
-    assert sum(after[2]) < sum(before[2])
-
-
-def test_several_updates_on_a_batch_meet_the_clip(micro_policy):
-    policy = micro_policy(8)
-    learner = _learner(policy, updates_per_batch=4, learning_rate=1e-2, epsilon=0.05)
-    metrics = learner.step(learner.prepare(_groups(policy, seed=8), _scores()), 1)
-    assert metrics["learner/updates"] == 4
-    assert learner.policy_version == 1
-    assert metrics["policy/clip_fraction"] > 0
-    assert metrics["policy/ratio_mean"] != 1.0
-
-
 # ---- what a step leaves alone ---------------------------------------------------------------------------------------
 
 
-def test_an_all_tied_batch_changes_nothing_and_says_so(micro_policy):
-    policy = micro_policy(0)
-    learner = _learner(policy, mtp=1.0, weight_decay=0.1)
-    learner.step(learner.prepare(_groups(policy), _scores()), 1)  # momentum that would move on
-    before = _snapshot(learner)
-    batch = learner.prepare(_groups(policy, seed=1), _scores([[1.0] * 3, [0.0] * 3, [0.5, None, None]]))
-    metrics = learner.step(batch, 2)
-    assert batch.tied_groups == 3
-    assert metrics["learner/updates"] == 0
-    assert _same(before, _snapshot(learner))
-
-
-def test_a_batch_without_any_reward_changes_nothing_not_even_with_an_entropy_bonus(micro_policy):
-    policy = micro_policy(0)
-    learner = _learner(policy, entropy_coef=0.1)
-    learner.step(learner.prepare(_groups(policy), _scores()), 1)
-    before = _snapshot(learner)
-    metrics = learner.step(learner.prepare(_groups(policy), _scores([[None] * 3] * 3)), 2)
-    assert metrics["learner/updates"] == 0
-    assert _same(before, _snapshot(learner))
-
-
-@pytest.mark.parametrize("given", [{"beta": 0.1}, {"entropy_coef": 0.01}])
-def test_a_tied_batch_still_feels_the_kl_and_the_entropy_bonus(micro_policy, given):
-    policy = micro_policy(0)
-    learner = _learner(policy, **given)
-    learner.step(learner.prepare(_groups(policy), _scores()), 1)
-    before = _snapshot(learner)
-    metrics = learner.step(learner.prepare(_groups(policy), _scores([[1.0] * 3] * 3)), 2)
-    assert metrics["learner/updates"] == 1
-    assert not _same(before, _snapshot(learner))
+@pytest.mark.parametrize(
+    ("given", "rewards", "moves"),
+    [
+        ({"mtp": 1.0, "weight_decay": 0.1}, [[1.0] * 3, [0.0] * 3, [0.5, None, None]], False),
+        ({"entropy_coef": 0.1}, [[None] * 3] * 3, False),
+        ({"mask_truncated_completions": True}, REWARDS, False),
+        ({"beta": 0.1}, [[1.0] * 3] * 3, True),
+        ({"entropy_coef": 0.01}, [[1.0] * 3] * 3, True),
+    ],
+)
+def test_a_tied_batch_moves_nothing_but_by_the_kl_and_the_entropy_bonus(micro_policy, given, rewards, moves):
+    """Nor does the momentum of the step before. Where no completion has a reward, nothing does, and where all were
+    truncated and are masked."""
+    learner = learner_of(micro_policy(0), **given)
+    learner.step(learner.prepare(_groups(learner.policy), _scores()), 1)
+    before, groups = snapshot(learner), _groups(learner.policy, seed=1)
+    if rewards is REWARDS:
+        for completion in (completion for group in groups for completion in group.completions):
+            completion.finish_reason = "length"
+    metrics = learner.step(learner.prepare(groups, _scores(rewards)), 2)
+    assert metrics.get("learner/updates", 0) == moves
+    assert ("learner/grad_norm" in metrics) == moves
+    assert same(before, snapshot(learner)) != moves
 
 
 def test_contract_2_the_old_policy_is_scored_at_the_temperature_of_the_new_one(micro_policy):
     """Where nothing moves between two updates, their ratio is 1."""
     policy = micro_policy(0)
-    learner = _learner(policy, temperature=0.7, updates_per_batch=2)
+    learner = learner_of(policy, temperature=0.7, updates_per_batch=2)
     for group in learner.optimizer.param_groups:
         group["peak"] = 0.0
     metrics = learner.step(learner.prepare(_groups(policy), _scores()), 1)
@@ -624,57 +522,41 @@ def test_the_entropy_bonus_has_the_gradient_of_the_mean_entropy(micro_policy):
     """By transformers' own forward. All groups are tied, so that nothing else has a gradient."""
     policy, temperature = micro_policy(0), 0.7
     by_hand, groups = copy.deepcopy(policy), _groups(policy)
-    learner = _learner(policy, entropy_coef=0.3, temperature=temperature, learning_rate=1e-9)
+    learner = learner_of(policy, entropy_coef=0.3, temperature=temperature, learning_rate=1e-9)
     learner.step(learner.prepare(groups, _scores([[1.0] * 3] * 3)), 1)
-    entropies = []
-    for group in groups:
-        for completion in group.completions:
-            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
-            logits = by_hand.trunk(input_ids=ids).logits[0, len(group.prompt.token_ids) - 1 : -1] / temperature
-            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+    entropies = _stock_entropies(by_hand, groups, temperature)
     (-0.3 * torch.cat(entropies).mean()).backward()
-    expected = {name: g for name, g in _gradients(by_hand.trunk).items() if g.norm() > 1e-7}
+    expected = {name: g for name, g in gradients_of(by_hand.trunk).items() if g.norm() > 1e-7}
     assert len(expected) > 10
-    got = _gradients(policy.trunk)
-    _assert_close({name: got[name] for name in expected}, expected, relative=1e-4)
+    got = gradients_of(policy.trunk)
+    assert_close({name: got[name] for name in expected}, expected, relative=1e-4)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(micro_policy):
+@pytest.mark.parametrize("part", ["the loss", "trunk.lm_head.weight", "mtp.eh_proj.weight"])
+def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(micro_policy, part):
     policy = micro_policy(0)
-    learner = _learner(policy, mtp=1.0)
+    learner = learner_of(policy, mtp=1.0)
     learner.step(learner.prepare(_groups(policy), _scores()), 1)
-    before = _snapshot(learner)
-    batch = learner.prepare(_groups(policy), _scores())
-    rows = [
-        PackedRow(row.prompt_token_ids, [replace(sample, advantage=math.nan) for sample in row.samples])
-        for row in batch.rows
-    ]
-    with pytest.raises(NonFiniteStep, match="step 2: the loss is nan"):
-        learner.step(replace(batch, rows=rows), 2)
-    assert _same(before, _snapshot(learner))
-    assert not _gradients(policy)
-
-
-@pytest.mark.parametrize("part", ["trunk.lm_head.weight", "mtp.eh_proj.weight"])
-def test_a_gradient_that_is_not_finite_changes_nothing(micro_policy, part):
-    policy = micro_policy(0)
-    learner = _learner(policy, mtp=1.0)
-    learner.step(learner.prepare(_groups(policy), _scores()), 1)
-    before = _snapshot(learner)
-    hook = policy.get_parameter(part).register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(NonFiniteStep, match="step 2: the gradient norm is"):
-        learner.step(learner.prepare(_groups(policy), _scores()), 2)
-    hook.remove()
-    assert _same(before, _snapshot(learner))
-    assert not _gradients(policy)
-    learner.step(learner.prepare(_groups(policy), _scores()), 2)
-    assert not _same(before, _snapshot(learner))
+    before, batch = snapshot(learner), learner.prepare(_groups(policy), _scores())
+    if part == "the loss":
+        rows = [replace(row, samples=[replace(s, advantage=math.nan) for s in row.samples]) for row in batch.rows]
+        with pytest.raises(NonFiniteStep, match="step 2: the loss is nan"):
+            learner.step(replace(batch, rows=rows), 2)
+    else:
+        hook = policy.get_parameter(part).register_hook(lambda gradient: gradient * math.inf)
+        with pytest.raises(NonFiniteStep, match="step 2: the gradient norm is"):
+            learner.step(batch, 2)
+        hook.remove()
+    assert same(before, snapshot(learner))
+    assert not gradients_of(policy)
+    learner.step(batch, 2)
+    assert not same(before, snapshot(learner))
 
 
 def test_updates_before_one_that_is_not_finite_are_counted_as_a_new_version(micro_policy):
     """Nobody may go on sampling with weights that carry the version of others (contract 5)."""
     policy = micro_policy(0)
-    learner = _learner(policy, updates_per_batch=2)
+    learner = learner_of(policy, updates_per_batch=2)
     calls = []
 
     def second_time(gradient: torch.Tensor) -> torch.Tensor:
@@ -682,7 +564,7 @@ def test_updates_before_one_that_is_not_finite_are_counted_as_a_new_version(micr
         return gradient * (math.inf if len(calls) > 1 else 1.0)
 
     policy.get_parameter("trunk.lm_head.weight").register_hook(second_time)
-    before = _snapshot(learner)
+    before = snapshot(learner)
     with pytest.raises(NonFiniteStep):
         learner.step(learner.prepare(_groups(policy), _scores()), 1)
     assert not torch.equal(before["policy/trunk.lm_head.weight"], policy.lm_head)
@@ -699,21 +581,16 @@ def test_contract_2_the_kl_is_zero_at_the_first_step_and_only_there(micro_policy
     policy = micro_policy(9)
     if lora:
         policy.add_lora(4, 8.0)
-    learner = _learner(policy, beta=0.1, kl_estimator=estimator, learning_rate=1e-2, temperature=0.7)
+    learner = learner_of(policy, beta=0.1, kl_estimator=estimator, learning_rate=1e-2, temperature=0.7)
     assert (learner.likelihood.reference is None) == lora  # adapters off need no copy
     batch = learner.prepare(_groups(policy, seed=9), _scores())
+    reference = {} if lora else dict(learner.likelihood.reference.named_parameters())
+    before = {name: parameter.clone() for name, parameter in reference.items()}
     first, second = learner.step(batch, 1), learner.step(batch, 2)
     assert first["loss/kl"] == 0.0
     assert abs(second["loss/kl"]) > 1e-6
-
-
-def test_the_reference_is_frozen_and_not_optimised(micro_policy):
-    policy = micro_policy(9)
-    learner = _learner(policy, beta=0.1, learning_rate=1e-2)
-    before = {name: p.clone() for name, p in learner.likelihood.reference.named_parameters()}
-    learner.step(learner.prepare(_groups(policy, seed=9), _scores()), 1)
     optimised = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
-    for name, parameter in learner.likelihood.reference.named_parameters():
+    for name, parameter in reference.items():
         assert torch.equal(parameter, before[name])
         assert not parameter.requires_grad
         assert id(parameter) not in optimised
@@ -722,7 +599,7 @@ def test_the_reference_is_frozen_and_not_optimised(micro_policy):
 def test_lora_trains_the_adapters_and_the_head_alone(micro_policy):
     policy = micro_policy(9)
     policy.add_lora(4, 8.0)
-    learner = _learner(policy, mtp=1.0)
+    learner = learner_of(policy, mtp=1.0)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     published = {name: t.clone() for name, t in learner.weights().items()}
     learner.step(learner.prepare(_groups(policy, seed=9), _scores()), 1)
@@ -736,23 +613,13 @@ def test_lora_trains_the_adapters_and_the_head_alone(micro_policy):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_what_makes_a_converted_policy_exact_stays_as_it_is(micro_policy, lora):
+def test_what_makes_a_converted_policy_exact_stays_as_it_is(hf_policy, lora):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    policy = Policy(convert_dense(LlamaForCausalLM(config).eval()), None, micro_policy(0).tokenizer)
+    dense = hf_policy("llama", 0, vocab_size=320, num_hidden_layers=2, tie_word_embeddings=True)
+    policy = Policy(convert_dense(dense.trunk), None, dense.tokenizer)
     if lora:
         policy.add_lora(4, 8.0)
-    learner = _learner(policy, weight_decay=0.1, learning_rate=1e-2)
+    learner = learner_of(policy, weight_decay=0.1, learning_rate=1e-2)
     names = frozen_parameter_names(policy.config)
     frozen = {n: p for n, p in policy.trunk.named_parameters() if n.endswith(tuple(names))}
     assert len(frozen) == 4
@@ -772,34 +639,17 @@ def test_what_makes_a_converted_policy_exact_stays_as_it_is(micro_policy, lora):
 # ---- preparing a batch ----------------------------------------------------------------------------------------------
 
 
-def test_prepare_gives_every_scored_sample_its_advantage_and_place(micro_policy):
-    policy = micro_policy(0)
-    learner = _learner(policy, scale_rewards="none", tokens_per_micro_batch=8)
-    groups = _groups(policy)
-    batch = learner.prepare(groups, _scores([[1.0, None, 0.0], [2.0, 2.0, 5.0], [None, None, None]]))
-    samples = {sample.index: sample for row in batch.rows for sample in row.samples}
-    assert {index: sample.advantage for index, sample in samples.items()} == {0: 0.5, 2: -0.5, 3: -1, 4: -1, 5: 2}
-    assert batch.advantages.tolist() == [[0.5, 0.0, -0.5], [-1.0, -1.0, 2.0], [0.0, 0.0, 0.0]]
-    for index, sample in samples.items():
-        completion = groups[index // 3].completions[index % 3]
-        assert sample.token_ids == completion.token_ids
-        assert sample.sampling_logprobs == completion.logprobs
-    assert batch.num_samples == 5
-    assert batch.num_completion_tokens == sum(len(sample.token_ids) for sample in samples.values())
-    assert all(row.length <= 8 or len(row.samples) == 1 for row in batch.rows)
-
-
 def test_several_rewards_can_be_normalised_each_before_they_are_summed(micro_policy):
     parts = {"right": [1.0, 1.0, 0.0], "short": [0.1, 0.3, 0.2]}
     score = GroupScore([1.1, 1.3, 0.2], parts)
-    learner = _learner(
+    learner = learner_of(
         micro_policy(0), multi_objective_aggregation="normalize_then_sum", reward_weights={"right": 1.0, "short": 1.0}
     )
     groups = _groups(learner.policy)[:1]
     # The docstring of advantages.multi_objective works these out.
     expected = torch.tensor([[-0.2984, 1.1152, -0.8168]])
     torch.testing.assert_close(learner.prepare(groups, [score]).advantages, expected, rtol=0, atol=1e-4)
-    summed = _learner(micro_policy(0)).prepare(groups, [score]).advantages
+    summed = learner_of(micro_policy(0)).prepare(groups, [score]).advantages
     torch.testing.assert_close(summed, torch.tensor([[0.3981, 0.7394, -1.1376]]), rtol=0, atol=1e-4)
 
 
@@ -807,36 +657,23 @@ def test_truncated_completions_leave_the_loss_and_its_denominator(micro_policy):
     policy = micro_policy(0)
     groups = _groups(policy)
     groups[0].completions[2].finish_reason = "length"  # 6 of the 28 tokens
-    learner = _learner(policy, mask_truncated_completions=True)
+    groups[0].completions[2].logprobs = [-99.0] * 6
+    learner = learner_of(policy, mask_truncated_completions=True)
     batch = learner.prepare(groups, _scores())
     assert batch.num_completion_tokens == 22
     assert batch.num_samples == 9
     metrics = learner.step(batch, 1)
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)  # a mean over the tokens that are in the loss
-    masked = _gradients(policy)
-    plain = _learner(micro_policy(0))
+    assert metrics["mismatch/logprob_abs_max"] < 1e-4
+    masked = gradients_of(policy)
+    plain = learner_of(micro_policy(0))
     scores = _scores()
     rows = [
         PackedRow(row.prompt_token_ids, [s for s in row.samples if s.finish_reason == "stop"])
         for row in plain.prepare(groups, scores).rows
     ]
     plain.step(replace(batch, rows=rows), 1)
-    _assert_close(masked, _gradients(plain.policy))
-
-
-def test_a_batch_of_truncated_completions_is_no_failure(micro_policy):
-    """It moves nothing, momentum of the step before included."""
-    policy = micro_policy(0)
-    groups = _groups(policy)
-    learner = _learner(policy, mask_truncated_completions=True)
-    learner.step(learner.prepare(groups, _scores()), 1)
-    before = {name: tensor.clone() for name, tensor in policy.trunk.state_dict().items()}
-    for group in groups:
-        for completion in group.completions:
-            completion.finish_reason = "length"
-    metrics = learner.step(learner.prepare(groups, _scores()), 2)
-    assert "learner/grad_norm" not in metrics
-    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.trunk.state_dict().items())
+    assert_close(masked, gradients_of(plain.policy))
 
 
 # ---- the MTP head's rest, supervised steps, schedules, state -------------------------------------------------------
@@ -847,7 +684,7 @@ def test_the_head_rests_while_drafts_gain_nothing(micro_policy, monkeypatch):
     """By what drafts gained in the rollouts that are learned from, which the record has."""
     policy = micro_policy(0)
     monkeypatch.setattr(draft_head, "IDLE_EVERY", 3)
-    learner = _learner(policy, mtp=1.0)
+    learner = learner_of(policy, mtp=1.0)
     taught = {}
     for gain in (0.9, 1.09, 1.1, 2.0):
         groups = _groups(policy)
@@ -866,16 +703,6 @@ def test_the_head_rests_while_drafts_gain_nothing(micro_policy, monkeypatch):
     assert learner.step(learner.prepare(_groups(policy), _scores()), 1)["time/draft_head"] > 0
 
 
-def test_the_heads_gradient_does_not_depend_on_how_rows_are_split(micro_policy):
-    gradients = []
-    for budget in (10_000, 9):
-        policy = micro_policy(2)
-        learner = _learner(policy, mtp=1.0, tokens_per_micro_batch=budget)
-        learner.step(learner.prepare(_groups(policy, seed=2), _scores()), 1)
-        gradients.append(_gradients(policy.mtp))
-    _assert_close(*gradients)
-
-
 @pytest.mark.slow
 def test_a_supervised_step_is_the_mean_cross_entropy_of_the_solutions(micro_policy):
     policy = micro_policy(0)
@@ -891,9 +718,7 @@ def test_a_supervised_step_is_the_mean_cross_entropy_of_the_solutions(micro_poli
     for step in range(2, 30):
         last = learner.step(supervised(rows, step))
     assert last["loss/sft"] < 0.5 * metrics["loss/sft"]
-    # Its teacher stands still now.
-    settled = [learner.step(supervised(rows, step))["loss/mtp"] for step in range(30, 150)]
-    assert settled[-1] < 0.2 * metrics["loss/mtp"]
+    assert last["loss/mtp"] < metrics["loss/mtp"]
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(micro_policy):
@@ -902,13 +727,13 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(micro_policy)
     for checkpointing in (False, True):
         policy = micro_policy(0)
         policy.trunk.eval()
-        learner = _learner(policy, mtp=1.0, gradient_checkpointing=checkpointing)
+        learner = learner_of(policy, mtp=1.0, gradient_checkpointing=checkpointing)
         batch, calls = learner.prepare(_groups(policy), _scores()), []
         policy.trunk.model.layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         metrics = learner.step(batch, 1)
-        gradients.append(_gradients(policy))
+        gradients.append(gradients_of(policy))
         forwards.append((len(calls), metrics["moe/load_max"]))
-    _assert_close(*gradients)
+    assert_close(*gradients)
     # Two groups learn, and one teaches the head alone. The last two tell how far the step has moved the policy.
     assert [count for count, _ in forwards] == [4, 5]
     assert forwards[1][1] == forwards[0][1]
@@ -917,7 +742,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(micro_policy)
 def test_load_statistics_count_the_tokens_of_the_completions_once(micro_policy):
     policy = micro_policy(0)
     policy.add_lora(4, 8.0)
-    learner = _learner(policy, beta=0.1)
+    learner = learner_of(policy, beta=0.1)
     batch = learner.prepare(_groups(policy), _scores())
     metrics = learner.step(batch, 1)
     counts = last_work(learner).fixed["balance"][0].chosen
@@ -929,7 +754,7 @@ def test_load_statistics_count_the_tokens_of_the_completions_once(micro_policy):
 
 
 def test_the_schedule_scales_both_learning_rates(micro_policy):
-    learner = _learner(micro_policy(0), mtp=1.0, learning_rate=1e-3, schedule=schedule("linear", 4, 0))
+    learner = learner_of(micro_policy(0), mtp=1.0, learning_rate=1e-3, schedule=schedule("linear", 4, 0))
     for step, factor in ((1, 1.0), (2, 0.75), (4, 0.25)):
         metrics = learner.step(learner.prepare(_groups(learner.policy, seed=step), _scores()), step)
         assert metrics["learner/learning_rate"] == pytest.approx(factor * 1e-3)
@@ -944,7 +769,7 @@ def test_contract_9_a_learner_goes_on_from_its_state_with_the_same_bits(micro_po
         if lora:
             torch.manual_seed(1)
             policy.add_lora(4, 8.0)
-        return _learner(policy, mtp=1.0, beta=0.1, learning_rate=1e-2)
+        return learner_of(policy, mtp=1.0, beta=0.1, learning_rate=1e-2)
 
     whole = fresh()
     groups = [_groups(micro_policy(0), seed=step) for step in range(4)]
@@ -953,17 +778,17 @@ def test_contract_9_a_learner_goes_on_from_its_state_with_the_same_bits(micro_po
     tensors, state = copy.deepcopy(whole.state())
     assert state == {"policy_version": 2}
     resumed = fresh()
-    assert not _same(_snapshot(whole), _snapshot(resumed))
+    assert not same(snapshot(whole), snapshot(resumed))
     resumed.load_state(tensors, state)
-    assert _same(_snapshot(whole), _snapshot(resumed))
+    assert same(snapshot(whole), snapshot(resumed))
     for learner in (whole, resumed):
         learner.step(learner.prepare(groups[3], _scores()), 3)
-    assert _same(_snapshot(whole), _snapshot(resumed))
+    assert same(snapshot(whole), snapshot(resumed))
 
 
 def test_moments_come_back_on_the_device_of_their_parameter(micro_policy):
     """A checkpoint is read on the CPU. `meta` stands for any other device: it only knows where a tensor is."""
-    learner = _learner(micro_policy(0), mtp=1.0, advantage="gae")
+    learner = learner_of(micro_policy(0), mtp=1.0, advantage="gae")
     learner.step(learner.prepare(_groups(learner.policy), _scores()), 1)
     tensors, state = learner.state()
     assert len(tensors["optimizer"]) > 100
@@ -977,26 +802,14 @@ def test_moments_come_back_on_the_device_of_their_parameter(micro_policy):
 
 
 def test_the_state_of_another_policy_is_refused_by_name(micro_policy):
-    learner, adapted = _learner(micro_policy(0)), micro_policy(0)
+    learner, adapted = learner_of(micro_policy(0)), micro_policy(0)
     adapted.add_lora(4, 8.0)
-    tensors, state = _learner(adapted).state()
+    tensors, state = learner_of(adapted).state()
     with pytest.raises(ValueError, match=r"another policy: .*lora.*check model and lora"):
         learner.load_state(tensors, state)
     few, all_ = micro_policy(0), micro_policy(0)
     few.add_lora(4, 8.0, ["q_proj"])
     all_.add_lora(4, 8.0)
-    tensors, state = _learner(few).state()
+    tensors, state = learner_of(few).state()
     with pytest.raises(ValueError, match=r"another policy: it lacks .*lora_A.*check model and lora"):
-        _learner(all_).load_state(tensors, state)
-
-
-def test_split_rows_of_a_group_score_the_same(micro_policy):
-    policy = micro_policy(0)
-    learner = _learner(policy)
-    group = _groups(policy)[2]
-    samples = [Sample(i, c.token_ids) for i, c in enumerate(group.completions)]
-    with torch.no_grad():
-        whole = _all_logprobs(learner, split_rows(group.prompt.token_ids, samples, 1000), 1000)
-        cut = _all_logprobs(learner, split_rows(group.prompt.token_ids, samples, 10), 1000)
-    for index, logprobs in whole.items():
-        assert cut[index] == pytest.approx(logprobs, abs=1e-5)
+        learner_of(all_).load_state(tensors, state)

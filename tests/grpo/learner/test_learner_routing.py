@@ -4,13 +4,9 @@ import copy
 
 import pytest
 import torch
-from small_learner import last_work, small_learner, term_of
+from small_learner import last_work, learner_of, term_of
 
-from grpo.config.learner import LearnerOptions, MTPOptions
-from grpo.config.loss import LossOptions
-from grpo.learner.batch import collate, split_rows
 from grpo.learner.learner import Learner
-from grpo.learner.row import Sample
 from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.routing.replay import RoutingReplay
@@ -25,9 +21,7 @@ SCORES = [GroupScore([1.0, 0.0], {"exact": [1.0, 0.0]})]
 
 
 def _learner(policy, replay=True, **given) -> Learner:
-    loss = {name: given.pop(name) for name in list(given) if name in LossOptions.model_fields}
-    options = LearnerOptions(routing_replay=replay, learning_rate=1e-3, **given)
-    return small_learner(policy, options, MTPOptions(loss_weight=0), LossOptions(**loss))
+    return learner_of(policy, routing_replay=replay, **given)
 
 
 def _padded(policy, ids, routing=None):
@@ -64,22 +58,6 @@ def _with_other_routers(sampler):
     return policy
 
 
-def test_rows_are_laid_out_with_their_experts():
-    prompt_routing = torch.arange(4).view(2, 1, 2)  # two tokens, one layer, k = 2
-    samples = [Sample(0, [1, 2, 3], routing=10 + torch.arange(6).view(3, 1, 2)), Sample(1, [4])]
-    whole = collate(split_rows([7, 8], samples, 100, prompt_routing), CPU)
-    assert whole.routing[0, :, 0].tolist() == [[0, 1], [2, 3], [10, 11], [12, 13], [14, 15], [-1, -1]]
-    split = collate(split_rows([7, 8], samples, 5, prompt_routing), CPU)
-    assert split.routing[1, :, 0].tolist() == [
-        [0, 1],
-        [2, 3],
-        [-1, -1],
-        [-1, -1],
-        [-1, -1],
-    ]  # again the prompt, padding
-    assert collate(split_rows([7, 8], [Sample(0, [1])], 100), CPU).routing is None
-
-
 @pytest.mark.parametrize("budget", [100, 8])
 def test_the_learner_scores_with_the_samplers_experts_prompt_included(sampler, budget):
     group, policy = _sampled(sampler), _with_other_routers(sampler)
@@ -98,7 +76,7 @@ def test_the_learner_scores_with_the_samplers_experts_prompt_included(sampler, b
 def test_the_gradient_is_that_of_padded_rows_with_the_same_experts(sampler):
     group, policy = _sampled(sampler), _with_other_routers(sampler)
     by_hand = copy.deepcopy(policy)
-    learner = _learner(policy, advantage="rloo", max_grad_norm=1e9)  # advantages 1 and -1
+    learner = _learner(policy, advantage="rloo")  # advantages 1 and -1
     learner.step(learner.prepare([group], SCORES), 1)
     loss = torch.zeros(())
     for completion, advantage in zip(group.completions, (1.0, -1.0), strict=True):
@@ -192,7 +170,7 @@ def test_an_engine_that_records_nothing_is_named(sampler):
 
 def test_a_run_replays_what_its_engine_records(micro_config, tmp_path):
     """End to end, with drafts: every token that was read has its experts, and both sides agree on them."""
-    given = {"learner.routing_replay": True, "steps": 2, "balance.bias_rate": 0.01}
+    given = {"learner.routing_replay": True, "steps": 2, "balance.bias_rate": 0.01, "warm_start.steps": 0}
     train(micro_config(tmp_path / "run", **given))
     for line in read_metrics(tmp_path / "run"):
         if line["step"]:

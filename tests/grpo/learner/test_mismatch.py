@@ -42,12 +42,6 @@ def test_contract_8_rollouts_of_an_older_version_are_corrected(random_policy):
     assert third["mismatch/weight_mean"] != 1
 
 
-def test_what_the_user_chose_about_the_correction_stays(random_policy):
-    metrics = steps(learner_of(random_policy(1), importance_correction="none"), [0, 0])[1]
-    assert metrics["mismatch/age_mean"] == 1
-    assert "mismatch/weight_mean" not in metrics
-
-
 def test_the_age_is_a_mean_over_tokens(random_policy):
     learner = learner_of(random_policy(1))
     groups, scores = groups_of(2)
@@ -72,12 +66,14 @@ def test_contract_8_precision_and_backend_decide(
     config = micro_config(tmp_path, **options)
     policy = micro_policy().cast(getattr(torch, config.dtype))
     learner = build.grpo_learner(policy, config, {})
-    learner.step(learner.prepare(*groups_of(2)), 1)
+    metrics = learner.step(learner.prepare(*groups_of(2)), 1)
+    assert ("mismatch/weight_mean" in metrics) == corrects
+    assert {"mismatch/logprob_abs_mean", "mismatch/logprob_abs_max", "mismatch/kl"} <= metrics.keys()
     assert last_work(learner).fixed["policy"].correction == ("token_truncate" if corrects else None)
 
 
 def test_every_token_is_recorded_with_both_log_probabilities(micro_config, tmp_path):
-    train(micro_config(tmp_path / "run", steps=2))
+    train(micro_config(tmp_path / "run", steps=2, **{"warm_start.steps": 0}))
     lines = [line for step in (1, 2) for line in read_rollouts(tmp_path / "run", step)]
     learned = [line for line in lines if line["policy_logprobs"] is not None]
     assert len(learned) > len(lines) / 2

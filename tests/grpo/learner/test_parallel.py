@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import many_ranks
@@ -100,18 +101,11 @@ def _check(found: dict) -> None:
 
 
 @pytest.mark.slow
-def test_contract_15_two_ranks_give_the_gradients_of_one(tmp_path):
-    """One layout and two steps; the slow tests below have five, and the other layouts."""
-    [found] = _differences(2, tmp_path, {"fsdp": CASES[2]["fsdp"] | {"steps": 2}}).values()
-    _check(found)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "case"),
     [pytest.param(size, case, marks=[pytest.mark.long] * (size > 2)) for size in CASES for case in CASES[size]],
 )
-def test_every_layout_learns_as_one_process(differences, size, case):
+def test_contract_15_every_layout_learns_as_one_process(differences, size, case):
     _check(differences(size)[case])
 
 
@@ -123,59 +117,44 @@ def test_a_layout_in_bf16_learns_as_one_process_up_to_rounding(tmp_path):
     assert found["same_bits"]
 
 
-@pytest.mark.parametrize(
-    ("options", "size", "named"),
-    [
+def test_sizes_that_do_not_fit_the_number_of_processes_are_named():
+    for options, size, named in (
         ({"fsdp": 2}, 1, "fsdp=2, tensor=1 need a multiple of 2 processes, and there are 1"),
         ({"tensor": 2}, 3, "fsdp=None, tensor=2 need a multiple of 2 processes, and there are 3"),
         ({"fsdp": 2, "tensor": 2}, 2, "need a multiple of 4 processes"),
         ({"expert": 3}, 2, "learner.parallel.expert=3 must divide fsdp x tensor = 2"),
         ({"tensor": 4, "expert": 2}, 4, "multiple of tensor = 4"),
-    ],
-)
-def test_sizes_that_do_not_fit_the_number_of_processes_are_named(options, size, named):
-    with pytest.raises(ValueError, match=re.escape(named)):
-        ParallelOptions(**options).shares(size)
+    ):
+        with pytest.raises(ValueError, match=re.escape(named)):
+            ParallelOptions(**options).shares(size)
+
+
+V2 = DeepseekV2Config(moe_intermediate_size=16)  # by its plan one projection is split in two kinds of parts
+THREE = Qwen2Config(num_attention_heads=6, num_key_value_heads=3)
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "shape", "targets", "named"),
     [
-        ({"tensor": 3}, "learner.parallel.tensor=3 does not divide the width of an expert, 16"),
-        ({"tensor": 8}, "tensor=8 leaves each rank 2 of an expert's 16 units, which must be a multiple of 4"),
-        ({"expert": 3}, "learner.parallel.expert=3 does not divide this model's 4 routed experts"),
+        ({"tensor": 3}, SHAPE, None, "learner.parallel.tensor=3 does not divide the width of an expert, 16"),
+        ({"tensor": 8}, SHAPE, None, "leaves each rank 2 of an expert's 16 units, which must be a multiple of 4"),
+        ({"expert": 3}, SHAPE, None, "learner.parallel.expert=3 does not divide this model's 4 routed experts"),
+        ({"tensor": 2, "expert": 4}, SHAPE, [], None),
+        ({}, SHAPE, [], None),
+        ({"tensor": 2}, V2, ["kv_a_proj_with_mqa"], "tensor=2 splits some of lora.targets .* know, .'mla_kv_a_proj'"),
+        ({"tensor": 2}, V2, ["o_proj"], None),
+        ({"tensor": 2}, THREE, None, "does not divide this model's 3 key/value heads"),
+        ({"expert": 2}, Qwen2Config(), None, "expert=2 needs a model with routed experts"),
+        ({"expert": 2}, Qwen3MoeConfig(num_experts=4), None, None),
+        ({"expert": 3}, Qwen3MoeConfig(num_experts=4), None, "expert=3 does not divide this model's 4 routed experts"),
+        ({"expert": 2}, JetMoeConfig(), None, "expert=2 has no plan in transformers for a model of type 'jetmoe'"),
+        ({"tensor": 2}, GPT2Config(), None, "tensor=2 has no plan in transformers for a model of type 'gpt2'"),
     ],
 )
-def test_what_a_layout_cannot_do_is_named_before_a_model_is_loaded(options, named):
-    with pytest.raises(ValueError, match=re.escape(named)):
-        refuse_layout(ParallelOptions(**options), SHAPE, None)
-
-
-def test_what_a_layout_can_do_is_not_refused():
-    refuse_layout(ParallelOptions(tensor=2, expert=4), SHAPE, LoraOptions())
-    refuse_layout(ParallelOptions(), SHAPE, LoraOptions())
-
-
-def test_adapters_of_weights_that_are_split_in_another_way_are_refused():
-    """By its plan DeepSeek-V2 splits this projection in two kinds of parts."""
-    shape, two = DeepseekV2Config(moe_intermediate_size=16), ParallelOptions(tensor=2)
-    with pytest.raises(ValueError, match="tensor=2 splits some of lora.targets .* know, .'mla_kv_a_proj'"):
-        refuse_layout(two, shape, LoraOptions(targets=["kv_a_proj_with_mqa"]))
-    refuse_layout(two, shape, LoraOptions(targets=["o_proj"]))
-
-
-def test_other_architectures_are_split_where_transformers_has_a_plan():
-    with pytest.raises(ValueError, match="does not divide this model's 3 key/value heads"):
-        refuse_layout(ParallelOptions(tensor=2), Qwen2Config(num_attention_heads=6, num_key_value_heads=3), None)
-    with pytest.raises(ValueError, match="expert=2 needs a model with routed experts"):
-        refuse_layout(ParallelOptions(expert=2), Qwen2Config(), None)
-    refuse_layout(ParallelOptions(expert=2), Qwen3MoeConfig(num_experts=4), None)
-    with pytest.raises(ValueError, match="expert=3 does not divide this model's 4 routed experts"):
-        refuse_layout(ParallelOptions(expert=3), Qwen3MoeConfig(num_experts=4), None)
-    with pytest.raises(ValueError, match="expert=2 has no plan in transformers for a model of type 'jetmoe'"):
-        refuse_layout(ParallelOptions(expert=2), JetMoeConfig(), None)
-    with pytest.raises(ValueError, match="tensor=2 has no plan in transformers for a model of type 'gpt2'"):
-        refuse_layout(ParallelOptions(tensor=2), GPT2Config(), None)
+def test_what_a_layout_cannot_do_is_named_before_a_model_is_loaded(options, shape, targets, named):
+    lora = None if targets is None else LoraOptions(targets=targets or None)
+    with pytest.raises(ValueError, match=named) if named else nullcontext():
+        refuse_layout(ParallelOptions(**options), shape, lora)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
@@ -191,6 +170,15 @@ def run(run_words):
         return run_words(folder, command, **slow | given)
 
     return words
+
+
+def _until_a_step_after(step: int, folder: Path) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists() and len(read_metrics(folder)) > step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step after {step}")
 
 
 def _weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -230,48 +218,40 @@ def test_supervised_fine_tuning_of_two_ranks_is_that_of_one(run, tmp_path):
         assert torch.allclose(tensor, _weights(two, 3)[name], rtol=1e-3, atol=2e-5), name
 
 
-FAILS = """
-def fails(completions, **_):
-    if not all("####" in completion for completion in completions):  # a gold solution passes the dry run
-        raise ValueError("this reward is broken")
-    return [1.0] * len(completions)
+LATE = """
+def late(completions, trainer_state, **_):
+    if trainer_state.global_step >= 1:
+        raise ValueError('this reward fails late')
+    return [float(len(completion)) for completion in completions]
 """
 
 
 @pytest.mark.slow
-def test_a_failure_of_rank_0_ends_every_rank_with_its_message(run, tmp_path):
-    (tmp_path / "own.py").write_text(FAILS)
-    ended = end_of(start_ranks(run(tmp_path / "r", reward=f"{tmp_path / 'own.py'}:fails")))
-    assert [code for code, _, _ in ended] == [1, 1]
-    assert "this reward is broken" in ended[0][2]
-    assert ended[1][2].startswith("quartet: rank 0 failed: RewardFailed:")
-    assert "this reward is broken" in ended[1][2]
-    for _, _, shown in ended:
-        assert "Traceback" not in shown
-
-
-@pytest.mark.long
-def test_a_failure_of_rank_0_saves_the_last_whole_step(run, tmp_path):
+def test_a_failure_of_rank_0_ends_every_rank_with_its_message_and_saves_the_last_whole_step(run, tmp_path):
     """Every rank learns of it at the same point, so together they can still save what was learned."""
-    (tmp_path / "own.py").write_text(
-        "def late(completions, trainer_state, **_):\n"
-        "    if trainer_state.global_step >= 2:\n"
-        "        raise ValueError('this reward fails late')\n"
-        "    return [float(len(completion)) for completion in completions]\n"
-    )
-    given = {"steps": 5, "checkpoint.every": 100}
+    (tmp_path / "own.py").write_text(LATE)
+    given = {"steps": 3, "checkpoint.every": 100, "warm_start.steps": 0}
     ended = end_of(start_ranks(run(tmp_path / "r", reward=f"{tmp_path / 'own.py'}:late", **given)))
     assert [code for code, _, _ in ended] == [1, 1], ended
-    assert "this reward fails late" in ended[0][2]
-    assert "this reward fails late" in ended[1][2]
-    assert list(checkpoint.saved(tmp_path / "r/checkpoints")) == [2]
+    assert ended[1][2].startswith("quartet: rank 0 failed: RewardFailed:")
+    for _, _, shown in ended:
+        assert "this reward fails late" in shown
+        assert "Traceback" not in shown
+    assert list(checkpoint.saved(tmp_path / "r/checkpoints")) == [1]
 
 
 @pytest.mark.long
-def test_a_refusal_of_rank_0_ends_every_rank(run, tmp_path):
-    ended = end_of(start_ranks(run(tmp_path / "r", prompts_per_step=99)))
-    assert [code for code, _, _ in ended] == [1, 1]
-    assert "prompts_per_step=99, but there are" in ended[1][2]
+@pytest.mark.parametrize(
+    ("size", "given", "said"),
+    [
+        (2, {"prompts_per_step": 99}, "prompts_per_step=99, but there are"),
+        (3, {}, "FSDP cannot spread 4 experts over 3 ranks, since one would get none"),
+    ],
+)
+def test_a_refusal_ends_every_rank(run, tmp_path, size, given, said):
+    ended = end_of(start_ranks(run(tmp_path / "r", **given), size=size))
+    assert [code for code, _, _ in ended] == [1] * size
+    assert all(said in shown for _, _, shown in ended)
 
 
 @pytest.mark.long
@@ -325,37 +305,11 @@ def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_ends_the_run_on_all(r
     assert [code for code, _, _ in done] == [0, 0], done
 
 
-@pytest.mark.long
-def test_a_rank_that_would_get_no_expert_is_refused(run, tmp_path):
-    ended = end_of(start_ranks(run(tmp_path / "r"), size=3))
-    assert [code for code, _, _ in ended] == [1, 1, 1]
-    assert "FSDP cannot spread 4 experts over 3 ranks, since one would get none" in ended[0][2]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_ends_the_other(run, tmp_path, victim):
-    folder = tmp_path / "r"
-    processes = start_ranks(run(folder, steps=100000))
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and read_metrics(folder)):
-        time.sleep(0.1)
-    processes[victim].kill()
-    ended = end_of(processes)
-    assert ended[victim][0] == -signal.SIGKILL
-    assert ended[1 - victim][0] == 1
-    said = ended[1 - victim][2]
-    assert "quartet: " in said
-    assert f"rank {victim} (process {processes[victim].pid}) is gone without a word" in said
-
-
 @pytest.mark.slow
 def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
     folder = tmp_path / "r"
     processes = start_ranks(run(folder, steps=100000, **{"checkpoint.every": 100000}))
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and read_metrics(folder)):
-        time.sleep(0.1)
+    _until_a_step_after(0, folder)
     for process in processes:
         process.send_signal(signal.SIGTERM)
     ended = end_of(processes)
@@ -404,12 +358,8 @@ def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(
     for moment in range(10):
         before = len(read_metrics(folder)) if moment else 0
         processes = start_ranks(run(folder, steps=100000) + (["--resume", "auto"] if moment else []))
-        victim, deadline = noise.randrange(2), time.monotonic() + 240
-        while time.monotonic() < deadline and not (
-            (folder / "metrics.jsonl").exists() and len(read_metrics(folder)) > before + 1
-        ):
-            time.sleep(0.05)
-        assert len(read_metrics(folder)) > before + 1, "it goes on from the last checkpoint"
+        victim = noise.randrange(2)
+        _until_a_step_after(before + 1, folder)  # it goes on from the last checkpoint
         time.sleep(noise.random())
         processes[victim].kill()
         ended = end_of(processes, timeout=30)
@@ -421,29 +371,22 @@ def test_ranks_killed_at_ten_moments_end_the_others_by_name_and_the_run_goes_on(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.long)])
-def test_a_run_of_two_ranks_resumes_on_another_number(run, tmp_path, size):
-    """The curve goes on: the same steps as of a run that was never interrupted, within rounding."""
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_run_of_two_ranks_resumes_on_any_number(run, tmp_path, size):
+    """The curve goes on: the same steps as of a run that was never interrupted, within rounding; on two the same
+    bits."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = end_of(start_ranks(run(whole, steps=4)))
-    assert [code for code, _, _ in done] == [0, 0], done
-    first = end_of(start_ranks([*run(parts, steps=4), "--stop_after", "2"]))
-    assert [code for code, _, _ in first] == [143, 143], first
-    ended = end_of(start_ranks([*run(parts, steps=4), "--resume", "auto"], size))
-    assert [code for code, _, _ in ended] == [0] * size, ended
+    for words, ranks, code in (
+        (run(whole, steps=4), 2, 0),
+        ([*run(parts, steps=4), "--stop_after", "2"], 2, 143),
+        ([*run(parts, steps=4), "--resume", "auto"], size, 0),
+    ):
+        ended = end_of(start_ranks(words, ranks))
+        assert [each for each, _, _ in ended] == [code] * ranks, ended
     assert [line["step"] for line in read_metrics(parts)] == [1, 2, 3, 4]
+    close = {"rtol": 0, "atol": 0} if size == 2 else {"rtol": 1e-3, "atol": 2e-5}
     for name, tensor in _weights(whole, 4).items():
-        assert torch.allclose(tensor, _weights(parts, 4)[name], rtol=1e-3, atol=2e-5), name
-
-
-@pytest.mark.long
-def test_a_run_of_two_ranks_resumes_on_two_to_the_same_bits(run, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert [code for code, _, _ in end_of(start_ranks(run(whole, steps=3)))] == [0, 0]
-    assert [code for code, _, _ in end_of(start_ranks([*run(parts, steps=3), "--stop_after", "1"]))] == [143, 143]
-    assert [code for code, _, _ in end_of(start_ranks([*run(parts, steps=3), "--resume", "auto"]))] == [0, 0]
-    for name, tensor in _weights(whole, 3).items():
-        assert torch.equal(tensor, _weights(parts, 3)[name]), name
+        torch.testing.assert_close(_weights(parts, 4)[name], tensor, **close)
 
 
 @pytest.mark.long

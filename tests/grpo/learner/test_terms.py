@@ -3,18 +3,18 @@
 import copy
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 from recorded import groups_of
-from small_learner import last_work, small_learner
+from small_learner import assert_close, gradients_of, last_work, learner_of, same, snapshot
 
 from grpo.config.balance import BalanceOptions
 from grpo.config.features import Feature
-from grpo.config.learner import LearnerOptions, MTPOptions
-from grpo.config.loss import LossOptions
+from grpo.config.learner import LearnerOptions
 from grpo.learner import build
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
@@ -23,13 +23,10 @@ from grpo.learner.prepare import recorded
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.term import Term
 
-BOTH = {"balance": BalanceOptions(bias_rate=0.01), "mtp": MTPOptions(depth=2)}
+BOTH = {"balance": BalanceOptions(bias_rate=0.01), "mtp": 1.0, "depth": 2}
 
 
-def learner_of(policy, *, loss: dict | None = None, balance=None, mtp=None, teacher=None, **options) -> Learner:
-    options = LearnerOptions(**{"learning_rate": 1e-2, "max_grad_norm": 1e9, "tokens_per_micro_batch": 40} | options)
-    mtp = mtp or MTPOptions(loss_weight=0)
-    return small_learner(policy, options, mtp, LossOptions(**loss or {}), balance=balance, teacher=teacher)
+small = partial(learner_of, learning_rate=1e-2, tokens_per_micro_batch=40)
 
 
 def batch_of(learner: Learner, seed: int = 5, tied: bool = False):
@@ -37,26 +34,6 @@ def batch_of(learner: Learner, seed: int = 5, tied: bool = False):
     for score in scores if tied else ():
         score.rewards[:] = [1.0] * 3
     return learner.prepare(groups, scores, step=1)
-
-
-def gradients(learner: Learner) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in learner.policy.named_parameters() if p.grad is not None}
-
-
-def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
-    """Weights and AdamW's moments."""
-    parts, _ = learner.state()
-    return {f"{part}/{name}": tensor.clone() for part, tensors in parts.items() for name, tensor in tensors.items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert (one[name] - other[name]).norm() <= 1e-4 * other[name].norm() + 1e-7, name
 
 
 class Confidence(Term):
@@ -154,7 +131,7 @@ def test_a_rank_with_fewer_micro_batches_reads_the_shortest_row_for_company(micr
     assert ([own.counts, company.counts], own.rows, company.rows) == ([True, False], rows[1:2], rows[:1])
     learner.ranks, learner._shared = ALONE, lambda rows: iter([company])
     assert "loss/total" not in learner.forward_backward(batch)
-    assert not any(gradient.any() for gradient in gradients(learner).values())
+    assert not any(gradient.any() for gradient in gradients_of(learner.policy).values())
 
 
 def test_lessons_are_read_by_the_terms_that_learn_from_them_alone(micro_policy):
@@ -174,11 +151,11 @@ def test_lessons_are_read_by_the_terms_that_learn_from_them_alone(micro_policy):
 
 
 def test_a_users_term_adds_its_gradient_and_no_other(micro_policy, monkeypatch):
-    plain = learner_of(micro_policy(0))
+    plain = small(micro_policy(0))
     file = SimpleNamespace(term=lambda policy, config, load: Confidence())
     monkeypatch.setitem(sys.modules, "grpo.learner.terms.confidence", file)
     monkeypatch.setattr(build, "FEATURES", (Feature("confidence", term=True), *build.FEATURES))
-    learner, by_hand = learner_of(micro_policy(0)), micro_policy(0)
+    learner, by_hand = small(micro_policy(0)), micro_policy(0)
     [before, after] = [each.forward_backward(batch_of(each)) for each in (plain, learner)]
     groups, loss = groups_of(3)[0], 0.0
     for group in groups:
@@ -189,20 +166,20 @@ def test_a_users_term_adds_its_gradient_and_no_other(micro_policy, monkeypatch):
     loss = loss / sum(len(completion.token_ids) for group in groups for completion in group.completions)
     loss.backward()
     assert after["loss/total"] - before["loss/total"] == pytest.approx(loss.item(), abs=1e-5)
-    parts, whole = gradients(plain), gradients(learner)
+    parts, whole = gradients_of(plain.policy), gradients_of(learner.policy)
     expected = {name: p.grad for name, p in by_hand.named_parameters() if p.grad is not None}
     assert len(expected) > 10
-    close(whole, {name: part + expected.get(name, 0.0) for name, part in parts.items()})
+    assert_close(whole, {name: part + expected.get(name, 0.0) for name, part in parts.items()}, 1e-4)
     assert max((whole[name] - parts[name]).abs().max().item() for name in expected) > 1e-4
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [("balance", {"balance": BalanceOptions(bias_rate=0.1)}), ("draft_head", {"mtp": MTPOptions()})]
+    ("name", "given"), [("balance", {"balance": BalanceOptions(bias_rate=0.1)}), ("draft_head", {"mtp": 1.0})]
 )
 def test_a_term_that_is_not_in_the_table_is_not_there(micro_policy, monkeypatch, name, given):
-    assert name in {term.name for term in learner_of(micro_policy(0), **given).terms}
+    assert name in {term.name for term in small(micro_policy(0), **given).terms}
     monkeypatch.setattr(build, "FEATURES", tuple(feature for feature in build.FEATURES if feature.name != name))
-    learner = learner_of(micro_policy(0), **given)
+    learner = small(micro_policy(0), **given)
     assert name not in {term.name for term in learner.terms}
     metrics = learner.step(batch_of(learner))
     assert metrics["learner/updates"] == 1
@@ -211,26 +188,26 @@ def test_a_term_that_is_not_in_the_table_is_not_there(micro_policy, monkeypatch,
 
 @pytest.mark.parametrize(("name", "advantage"), [("value", "gae"), ("value", "rank_softmax"), ("distill", "distill")])
 def test_an_estimator_whose_term_is_not_there_is_refused_by_name(micro_policy, monkeypatch, name, advantage):
-    given = {"loss": {"advantage": advantage}, "teacher": micro_policy(1)}
-    assert name in {term.name for term in learner_of(micro_policy(0), **given).terms}
+    given = {"advantage": advantage, "teacher": micro_policy(1)}
+    assert name in {term.name for term in small(micro_policy(0), **given).terms}
     monkeypatch.setattr(build, "FEATURES", tuple(feature for feature in build.FEATURES if feature.name != name))
     with pytest.raises(ValueError, match=rf"loss\.advantage={advantage}: no term of the loss estimates it; use .*rloo"):
-        learner_of(micro_policy(0), **given)
+        small(micro_policy(0), **given)
 
 
 def test_gradients_add_up_until_the_optimizer_takes_them(micro_policy):
-    learner = learner_of(micro_policy(0), **BOTH)
+    learner = small(micro_policy(0), **BOTH)
     learner.step(batch_of(learner, seed=1))  # there is momentum
     before, batches = snapshot(learner), [batch_of(learner, seed) for seed in (2, 3)]
     alone = []
     for batch in batches:
-        other = learner_of(copy.deepcopy(learner.policy), **BOTH)
+        other = small(copy.deepcopy(learner.policy), **BOTH)
         other.policy_version = 1
         other.forward_backward(batch)
-        alone.append(gradients(other))
+        alone.append(gradients_of(other.policy))
     for batch in batches:
         learner.forward_backward(batch)
-    close(gradients(learner), {name: alone[0][name] + alone[1][name] for name in alone[0]})
+    assert_close(gradients_of(learner.policy), {name: alone[0][name] + alone[1][name] for name in alone[0]}, 1e-4)
     assert same(snapshot(learner), before)
     assert learner.policy_version == 1
     assert learner.optim_step()["learner/updates"] == 1
@@ -244,20 +221,21 @@ def test_gradients_add_up_until_the_optimizer_takes_them(micro_policy):
 
 
 def test_a_batch_that_is_counted_twice_is_one_update(micro_policy):
-    once, twice = (learner_of(micro_policy(0)) for _ in range(2))
+    once, twice = (small(micro_policy(0)) for _ in range(2))
     once.forward_backward(batch_of(once))
     batch = batch_of(twice)
     for _ in range(2):
         twice.forward_backward(batch)
-    close(gradients(twice), {name: 2 * gradient for name, gradient in gradients(once).items()})
+    expected = {name: 2 * gradient for name, gradient in gradients_of(once.policy).items()}
+    assert_close(gradients_of(twice.policy), expected, 1e-4)
     assert twice.optim_step()["learner/updates"] == 1
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_the_same_batch_after_an_update_goes_on_from_the_policy_before_it(micro_policy, updates):
     """By hand, and as a step: the same bits. What the learner's own steps would do has no say in it."""
-    whole = learner_of(micro_policy(0), updates_per_batch=2, **BOTH)
-    by_hand = learner_of(micro_policy(0), updates_per_batch=updates, **BOTH)
+    whole = small(micro_policy(0), updates_per_batch=2, **BOTH)
+    by_hand = small(micro_policy(0), updates_per_batch=updates, **BOTH)
     expected, batch = whole.step(batch_of(whole)), batch_of(by_hand)
     metrics = by_hand.forward_backward(batch) | by_hand.optim_step(ends=False)
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
@@ -273,7 +251,7 @@ def test_the_same_batch_after_an_update_goes_on_from_the_policy_before_it(micro_
 
 @pytest.mark.parametrize("raising", ["term", "on_micro_batch"])
 def test_an_exception_in_the_middle_leaves_no_gradient(micro_policy, monkeypatch, raising):
-    learner, undisturbed = (learner_of(micro_policy(0), **BOTH) for _ in range(2))
+    learner, undisturbed = (small(micro_policy(0), **BOTH) for _ in range(2))
     learner.forward_backward(batch_of(learner))  # whose gradient goes, too
     calls, scalar = [], PolicyTerm.scalar
 
@@ -289,7 +267,7 @@ def test_an_exception_in_the_middle_leaves_no_gradient(micro_policy, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             learner.forward_backward(batch, on_micro_batch=by_caller)
     assert calls == [True, True]
-    assert gradients(learner) == {}
+    assert gradients_of(learner.policy) == {}
     assert learner.optim_step() == {}
     for each in (learner, undisturbed):
         each.step(batch_of(each, 3))
@@ -297,7 +275,7 @@ def test_an_exception_in_the_middle_leaves_no_gradient(micro_policy, monkeypatch
 
 
 def test_a_state_that_is_loaded_knows_no_batch(micro_policy):
-    learner = learner_of(micro_policy(0), **BOTH)
+    learner = small(micro_policy(0), **BOTH)
     tensors, state = copy.deepcopy(learner.state())
     assert tensors.keys() == {"policy", "optimizer"}
     batch, metrics = batch_of(learner), []
@@ -306,7 +284,7 @@ def test_a_state_that_is_loaded_knows_no_batch(micro_policy):
         learner.forward_backward(batch)
         learner.optimizer.state.clear()
         learner.load_state(tensors, state)
-        assert gradients(learner) == {}
+        assert gradients_of(learner.policy) == {}
         assert learner.optim_step() == {}
     timeless = [{n: v for n, v in each.items() if not n.startswith("time/")} for each in metrics]
     assert timeless[0] == timeless[1]
@@ -314,7 +292,7 @@ def test_a_state_that_is_loaded_knows_no_batch(micro_policy):
 
 
 def test_the_version_moves_once_a_step_and_again_where_it_was_published(micro_policy):
-    learner = learner_of(micro_policy(0), updates_per_batch=3)
+    learner = small(micro_policy(0), updates_per_batch=3)
     learner.step(batch_of(learner))
     assert learner.policy_version == 1
     learner.weights()  # between two steps

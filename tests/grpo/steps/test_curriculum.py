@@ -6,7 +6,6 @@ from torch import nn
 
 from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptStream
-from grpo.learner.optimizer import ramp
 from grpo.learner.parallel import ALONE
 from grpo.run.records import read_metrics
 from grpo.steps.collector import Collector
@@ -48,11 +47,6 @@ def _collector(examples, config) -> Collector:
 
 def _ids(examples) -> list[str]:
     return [example.example_id for example in examples]
-
-
-def test_a_ramp_is_straight_and_then_flat():
-    assert [ramp(step, 5, 2, 10) for step in range(1, 8)] == [2, 4, 6, 8, 10, 10, 10]
-    assert ramp(1, 1, 2, 10) == 10
 
 
 def test_without_options_it_is_the_shuffled_stream():
@@ -120,7 +114,8 @@ def test_a_state_of_other_data_is_refused():
 
 
 def test_a_run_with_a_curriculum(micro_config, tmp_path):
-    config = micro_config(tmp_path / "r", **{"curriculum.steps": 3, "curriculum.shortest_share": 0.3})
+    given = {"curriculum.steps": 3, "curriculum.shortest_share": 0.3, "warm_start.steps": 0}
+    config = micro_config(tmp_path / "r", **given)
     with Task.of(config) as task:
         curriculum_examples = task.train
     train(config)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,14 +42,25 @@ def events(folder: Path, kind: str) -> list[dict]:
     return [event for event in lines if event["event"] == kind]
 
 
-def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config, micro_policy, tmp_path, monkeypatch):
+@pytest.fixture
+def opened(micro_config, micro_policy, tmp_path, monkeypatch):
+    """`opened(**options)`: what the pool of a run with two workers is opened with."""
     given: list[PoolOptions] = []
     monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
+
+    @contextmanager
+    def of_run(**options):
+        config = micro_config(tmp_path, **{"rollout.workers": 2} | options)
+        with RunLog(tmp_path, "", LogOptions(trackers=[]), quiet=True) as run_log:
+            open_run_pool(run_of(config, run_log), micro_policy())
+            yield given.pop()
+
+    return of_run
+
+
+def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo.steps.pool, "TIMEOUT_S", 7.5)
-    config = micro_config(tmp_path, **{"rollout.workers": 2})
-    with signals.heard(lambda number: None), RunLog(tmp_path, "", LogOptions(trackers=[]), quiet=True) as run_log:
-        open_run_pool(run_of(config, run_log), micro_policy())
-        [options] = given
+    with signals.heard(lambda number: None), opened() as options:
         assert options.timeout_s == 7.5
         options.on_lost("worker 1", "it died", "it is replaced")
         options.check_stop()
@@ -58,19 +71,12 @@ def test_a_lost_worker_is_an_event_and_a_stop_ends_the_wait_for_one(micro_config
     assert (event["what"], event["reason"], event["action"]) == ("worker 1", "it died", "it is replaced")
 
 
-def test_what_was_lost_is_a_metric_of_its_step(micro_config, tmp_path, monkeypatch):
-    counts = iter([{"faults/worker": 2.0}, {}])
-    monkeypatch.setattr(Task, "lost", lambda _: {"faults/reward_worker": 1.0})
-    monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
-    train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0}))
-    lines = read_metrics(tmp_path / "run")
-    assert [(line.get("faults/worker"), line["faults/reward_worker"]) for line in lines] == [(2, 1), (None, 1)]
-    assert events(tmp_path / "run", "undocumented_metric") == []
-
-
-def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypatch):
+def test_what_was_lost_is_a_metric_of_its_step_and_samplers_sleep_while_the_learner_works(
+    micro_config, tmp_path, monkeypatch
+):
     """Only the order of the calls can be seen without a GPU."""
     calls: list[str] = []
+    counts = iter([{"faults/worker": 2.0}, {}])
 
     def noted(owner, name, word):
         real = getattr(owner, name)
@@ -79,10 +85,15 @@ def test_samplers_sleep_while_the_learner_works(micro_config, tmp_path, monkeypa
     for name in ("publish", "sample", "sleep"):
         noted(LocalPool, name, name)
     noted(Learner, "forward_backward", "learn")
+    monkeypatch.setattr(Task, "lost", lambda _: {"faults/reward_worker": 1.0})
+    monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
     train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0, "eval.limit": 0}))
     seen = [call for call, former in zip(calls, [None, *calls], strict=False) if call != former]
     assert seen[: seen.index("sleep") + 3] == ["publish", "sample", "sleep", "learn", "publish"]
     assert seen.count("sleep") == 2
+    lines = read_metrics(tmp_path / "run")
+    assert [(line.get("faults/worker"), line["faults/reward_worker"]) for line in lines] == [(2, 1), (None, 1)]
+    assert events(tmp_path / "run", "undocumented_metric") == []
 
 
 def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(micro_config, tmp_path, monkeypatch):
@@ -108,28 +119,15 @@ def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(m
     assert all(awake)
 
 
-def test_a_run_says_who_is_where(micro_config, micro_policy, tmp_path, monkeypatch):
-    given: list[PoolOptions] = []
-    monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
-    config = micro_config(tmp_path, **{"rollout.workers": 2})
-    with RunLog(tmp_path, "", LogOptions(trackers=[]), quiet=True) as run_log:
-        open_run_pool(run_of(config, run_log), micro_policy())
-        [options] = given
+def test_a_run_says_who_is_where(opened, tmp_path):
+    with opened() as options:
         options.on_ready(1, {"node": "1a2b3c4d on a", "process": 7, "threads": 1})
     assert (options.gpus, options.placement_timeout_s, options.colocate) == (1.0, 300.0, None)
     [learner], [worker] = events(tmp_path, "learner"), events(tmp_path, "worker")
     assert (learner["rank"], learner["process"]) == (0, os.getpid())
     assert (worker["worker"], worker["node"], worker["process"]) == (1, "1a2b3c4d on a", 7)
-
-
-@pytest.mark.parametrize(("device", "gpus"), [("cpu", 0.0), ("auto", 1.0)])
-def test_workers_of_a_run_on_a_cpu_use_no_gpu(micro_config, micro_policy, tmp_path, monkeypatch, device, gpus):
-    given: list[PoolOptions] = []
-    monkeypatch.setattr(grpo.steps.pool, "open_pool", lambda _, options: given.append(options))
-    config = micro_config(tmp_path, **{"rollout.workers": 1, "device": device})
-    with RunLog(tmp_path, "", LogOptions(trackers=[]), quiet=True) as run_log:
-        open_run_pool(run_of(config, run_log), micro_policy())
-    assert given[0].gpus == gpus
+    with opened(device="cpu") as options:
+        assert options.gpus == 0.0
 
 
 @pytest.mark.long
@@ -225,25 +223,19 @@ def test_a_run_whose_worker_was_killed_goes_on_and_tells(start, tmp_path):
 
 
 @pytest.mark.long
-def test_sigterm_ends_a_run_that_waits_for_a_stopped_worker(start, tmp_path):
-    run = start()
-    until_step(run, 2)
-    worker = below(run, "ray::Worker")
-    worker.suspend()
-    run.terminate()
-    code, [said] = ends(run, tmp_path / "stderr")
-    assert (code, "go on with --resume auto" in said) == (143, True)
-    assert not worker.is_running()
-
-
-@pytest.mark.long
-def test_a_stopped_worker_is_replaced_after_its_time(start, tmp_path):
+def test_a_stopped_worker_is_replaced_after_its_time_and_sigterm_ends_a_run_that_waits(start, tmp_path):
     run = start(timeout_s=30.0)
     until_step(run, 2)
     below(run, "ray::Worker").suspend()
     until_step(run, 6)
     [event] = events(tmp_path / "run", "lost")
     assert event["reason"] == "its shard took longer than 30 s"
+    worker = below(run, "ray::Worker")
+    worker.suspend()
+    run.terminate()
+    code, [said] = ends(run, tmp_path / "stderr")
+    assert (code, "go on with --resume auto" in said) == (143, True)
+    assert not worker.is_running()
 
 
 @pytest.mark.slow
@@ -263,6 +255,4 @@ def test_a_run_whose_ray_dies_ends_with_one_message(start, tmp_path, name):
     below(run, name).kill()
     code, [said] = ends(run, tmp_path / "stderr")
     assert code == 1
-    assert "Ray's" in said
-    assert "has died" in said
-    assert said.endswith("go on with --resume auto")
+    assert re.search("Ray's.* has died.*go on with --resume auto$", said)

@@ -41,38 +41,53 @@ def observe(micro_config, tmp_path):
 RIGHT, WRONG, MIXED = [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]
 
 
-def test_it_is_said_after_the_first_two_steps_and_once(observe):
-    told = observe([[RIGHT, RIGHT]] * (2 * STEPS + 1))
-    assert [i for i, words in enumerate(told, start=1) if words] == [OPENING]
+TEACHES, TIED = [MIXED], [RIGHT, RIGHT]
 
 
-def test_later_it_takes_five_steps(observe):
-    told = observe([[MIXED]] + [[RIGHT, RIGHT]] * (2 * STEPS + 1))
-    assert [i for i, words in enumerate(told, start=1) if words] == [1 + STEPS]
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([TIED] * (2 * STEPS + 1), [OPENING]),  # after the first two, and once
+        ([TEACHES] + [TIED] * (2 * STEPS + 1), [1 + STEPS]),  # later it takes five
+        ([[WRONG]] * 3 + [TEACHES] + [TIED] * 2 * STEPS, [OPENING, 4 + STEPS]),
+        ([TEACHES] + [TIED] * (STEPS - 1) + [[RIGHT, MIXED]] + [TIED] * STEPS, [1 + 2 * STEPS]),  # counted anew
+        ([TEACHES] + [TIED] * (STEPS - 1), []),
+    ],
+)
+def test_a_standstill_is_said_once_and_sooner_at_the_start(observe, steps, said):
+    assert [i for i, words in enumerate(observe(steps), start=1) if words] == said
 
 
-def test_a_standstill_after_a_bad_start_is_said_as_well(observe):
-    told = observe([[WRONG]] * 3 + [[MIXED]] + [[RIGHT]] * 2 * STEPS)
-    assert [i for i, words in enumerate(told, start=1) if words] == [OPENING, 4 + STEPS]
-
-
-def test_a_step_that_teaches_something_starts_the_count_again(observe):
-    told = observe([[MIXED]] + [[RIGHT]] * (STEPS - 1) + [[RIGHT, MIXED]] + [[RIGHT]] * STEPS)
-    assert [i for i, words in enumerate(told, start=1) if words] == [1 + 2 * STEPS]
-    assert not any(observe([[MIXED]] + [[RIGHT]] * (STEPS - 1)))
-
-
-def test_full_marks_ask_for_harder_problems(observe):
-    why, change = observe([[RIGHT, RIGHT]] * OPENING)[-1]
-    assert why == "every completion got full marks: the problems are too easy for this policy"
-    for way in (
-        "harder problems: data.name or data.task_options (now word_problems)",
-        "rollout.temperature (now 1)",
-        "rollout.group_size (now 4)",
-    ):
+@pytest.mark.parametrize(
+    ("groups", "given", "why", "ways", "others"),
+    [
+        (
+            [RIGHT, RIGHT],
+            {},
+            "every completion got full marks: the problems are too easy for this policy",
+            [
+                "harder problems: data.name or data.task_options (now word_problems)",
+                *("rollout.temperature (now 1)", "rollout.group_size (now 4)", "rollout.refill_draws (now 0)"),
+            ],
+            ["warm"],
+        ),
+        (
+            [RIGHT, WRONG],
+            {},
+            "inside each group all completions got the same",
+            ["leave out problems", "rollout.temperature", "rollout.group_size", "rollout.refill_draws"],
+            ["cut at"],
+        ),
+        ([[None, None]], {}, "no completion has a score: the rewards abstained or failed", ["quartet reward test"], []),
+        ([MIXED], {"tied": True}, "left out of the loss", ["rollout.max_completion_tokens"], []),
+    ],
+)
+def test_what_was_scored_says_why_and_what_to_change(observe, groups, given, why, ways, others):
+    said, change = observe([groups] * STEPS, **given)[OPENING - 1 if not given else STEPS - 1]
+    assert why in said
+    for way in ways:
         assert way in "; ".join(change)
-    assert "rollout.refill_draws (now 0)" in "; ".join(change)
-    assert "warm" not in "; ".join(change)
+    assert not [word for word in others if word in "; ".join([said, *change])]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 0.1])
@@ -81,13 +96,9 @@ def test_no_marks_ask_for_a_warm_start_and_easier_problems(observe, value):
     assert why.startswith(f"every completion got the same reward, {value:g}: the policy never does better")
     assert "100% of them were cut at rollout.max_completion_tokens=10" in why
     for way in (
-        "warm_start.steps (now 3)",
-        "rollout.group_size (now 4)",
-        "curriculum.shortest_share",
-        "quartet reward",
+        *("warm_start.steps (now 3)", "rollout.group_size (now 4)", "curriculum.shortest_share", "quartet reward"),
+        *("rollout.temperature (now 1)", "rollout.refill_draws (now 0)"),
     ):
-        assert way in "; ".join(change)
-    for way in ("rollout.temperature (now 1)", "rollout.refill_draws (now 0)"):
         assert way in "; ".join(change)
     assert change[0].startswith("let completions end: raise rollout.max_completion_tokens (now 10)")
     assert "harder" not in "; ".join(change)
@@ -112,45 +123,16 @@ def test_answers_in_a_form_that_the_reward_does_not_read_are_counted(observe, te
     assert ("quartet reward test" in change[0]) == read
 
 
-def test_a_resumed_run_is_not_at_its_start(micro_config, tmp_path):
+@pytest.mark.parametrize(("first", "teaches", "expected"), [(41, None, [40 + STEPS]), (1, 4, [OPENING, 4 + STEPS])])
+def test_a_resumed_run_is_not_at_its_start(micro_config, tmp_path, first, teaches, expected):
+    """And one that began badly is told of a later standstill."""
+    said = []
+    log = SimpleNamespace(nothing_learned=lambda step, *_: said.append(step))
     task = SimpleNamespace(first_reward="gsm8k", full_marks=1.0)
-    said = []
-    log = SimpleNamespace(nothing_learned=lambda step, *_: said.append(step))
     listener = TiedSteps(SimpleNamespace(config=micro_config(tmp_path), log=log), task)
-    drawn = Drawn([], [])
-    for step in range(41, 50):
-        listener.learns(step, drawn, SimpleNamespace(all_tied=True))
-    assert said == [40 + STEPS]
-
-
-def test_a_run_that_began_badly_is_told_of_a_later_standstill(micro_config, tmp_path):
-    said = []
-    log = SimpleNamespace(nothing_learned=lambda step, *_: said.append(step))
-    run = SimpleNamespace(config=micro_config(tmp_path), log=log)
-    listener = TiedSteps(run, SimpleNamespace(first_reward="gsm8k", full_marks=1.0))
-    for step in range(1, 20):
-        listener.learns(step, Drawn([], []), SimpleNamespace(all_tied=step != 4))
-    assert said == [OPENING, 4 + STEPS]
-
-
-def test_groups_that_are_all_right_or_all_wrong_ask_for_those_between(observe):
-    why, change = observe([[RIGHT, WRONG]] * OPENING)[-1]
-    assert "inside each group all completions got the same" in why
-    assert "cut at" not in why
-    for way in ("leave out problems", "rollout.temperature", "rollout.group_size", "rollout.refill_draws"):
-        assert way in "; ".join(change)
-
-
-def test_scores_that_are_missing_ask_for_a_look_at_the_reward(observe):
-    why, change = observe([[[None, None]]] * OPENING)[-1]
-    assert why == "no completion has a score: the rewards abstained or failed"
-    assert "quartet reward test" in "; ".join(change)
-
-
-def test_completions_that_are_all_left_out_of_the_loss_are_said(observe):
-    why, change = observe([[MIXED]] * STEPS, tied=True)[-1]
-    assert "left out of the loss" in why
-    assert "rollout.max_completion_tokens" in "; ".join(change)
+    for step in range(first, first + 19):
+        listener.learns(step, Drawn([], []), SimpleNamespace(all_tied=step != teaches))
+    assert said == expected
 
 
 @pytest.mark.parametrize(
@@ -177,7 +159,7 @@ def test_what_a_teacher_teaches_has_no_advantages_and_is_no_tied_step(micro_conf
 def test_a_run_says_it_in_a_line_and_an_event(micro_config, tmp_path, capsys):
     path = tmp_path / "never.py"
     path.write_text("def never(completions, **_):\n    return [0.0] * len(completions)\n")
-    options = {"steps": STEPS + 1, "warm_start.steps": 0, "prompts_per_step": 2, "data.template": "{question}"}
+    options = {"steps": OPENING + 1, "warm_start.steps": 0, "prompts_per_step": 2, "data.template": "{question}"}
     train(micro_config(tmp_path / "r", **options, rewards=[{"function": f"{path}:never"}]))
     events = [json.loads(line) for line in (tmp_path / "r/events.jsonl").read_text().splitlines()]
     [event] = [event for event in events if event["event"] == "nothing_learned"]

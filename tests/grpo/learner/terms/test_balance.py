@@ -2,52 +2,31 @@
 
 import copy
 import math
-import random
 
 import pytest
 import torch
-from small_learner import last_work, small_learner, supervised_learner
+from recorded import groups_of
+from small_learner import gradients_of, last_work, learner_of, supervised_learner
 
 from grpo.config.balance import BalanceOptions
-from grpo.config.learner import LearnerOptions, MTPOptions
-from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.prepare import supervised
 from grpo.learner.row import PackedRow, Sample
 from policies.policy import Policy, digest
 from rewards.group_score import GroupScore
-from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.pools import open_pool
 
 ALL = {"bias_rate": 0.01, "entropy_weight": 0.1, "sequence_weight": 0.1}
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]
 
 
-def _learner(policy: Policy, balance: dict, loss: dict | None = None, **given) -> Learner:
-    options = LearnerOptions(**{"learning_rate": 1e-3, "max_grad_norm": 1e9} | given)
-    return small_learner(
-        policy, options, MTPOptions(loss_weight=0), LossOptions(**loss or {}), balance=BalanceOptions(**balance)
-    )
-
-
-def _groups(seed: int = 0) -> list[RolloutGroup]:
-    rng = random.Random(seed)
-    groups = []
-    for g in range(3):
-        lengths = [rng.randrange(2, 9) for _ in range(3)]
-        ids = [[rng.randrange(2, 200) for _ in range(length)] for length in lengths]
-        completions = [Completion(tokens, [-1.0] * len(tokens), "", "stop", 0) for tokens in ids]
-        groups.append(RolloutGroup(Prompt(f"p/{g}", "", [rng.randrange(2, 200) for _ in range(2 + g)]), completions))
-    return groups
+def _learner(policy: Policy, balance: dict, **given) -> Learner:
+    return learner_of(policy, balance=BalanceOptions(**balance), **given)
 
 
 def _step(learner: Learner, step: int = 1, rewards=REWARDS, seed: int = 0) -> dict[str, float]:
     scores = [GroupScore(list(row), {"exact": list(row)}) for row in rewards]
-    return learner.step(learner.prepare(_groups(seed), scores), step)
-
-
-def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    return learner.step(learner.prepare(groups_of(3, seed)[0], scores), step)
 
 
 def _biases(policy: Policy) -> torch.Tensor:
@@ -72,8 +51,8 @@ def test_a_loss_adds_its_own_gradient_times_its_weight(random_policy, name):
     gradients = []
     for weight in (0.0, 0.5, 1.0):
         policy = _moe(random_policy)
-        metrics = _step(_learner(policy, {name: weight}, {"entropy_coef": 1e-12}))  # reads tied groups in every case
-        gradients.append(_gradients(policy))
+        metrics = _step(_learner(policy, {name: weight}, entropy_coef=1e-12))  # reads tied groups in every case
+        gradients.append(gradients_of(policy))
         if weight:
             layers_mean = metrics[f"loss/balance_{name.removesuffix('_weight')}"]
             added = metrics["loss/total"] - metrics["loss/policy"]
@@ -91,8 +70,8 @@ def test_sequence_loss_bias_and_statistics_do_not_see_micro_batches(random_polic
     whole, cut = _moe(random_policy), _moe(random_policy)
     balance = {"sequence_weight": 0.5, "bias_rate": 0.01}
     metrics = [_step(_learner(whole, balance)), _step(_learner(cut, balance, tokens_per_micro_batch=budget))]
-    for name, expected in _gradients(whole).items():
-        torch.testing.assert_close(_gradients(cut)[name], expected, rtol=1e-3, atol=1e-6)
+    for name, expected in gradients_of(whole).items():
+        torch.testing.assert_close(gradients_of(cut)[name], expected, rtol=1e-3, atol=1e-6)
     assert torch.equal(_biases(whole), _biases(cut))
     for name, value in metrics[0].items():
         if name.startswith(("moe/", "loss/balance")):
@@ -115,7 +94,7 @@ def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_step(random_polic
     assert len(seen) > 6
     assert all(torch.equal(bias, before) for bias in seen)  # frozen for old log-probabilities and every update
     counts = last_work(learner).fixed["balance"][0].chosen
-    tokens = sum(len(c.token_ids) for group in _groups()[:2] for c in group.completions)  # the third is tied
+    tokens = sum(len(c.token_ids) for group in groups_of(2, 0)[0] for c in group.completions)  # the third is tied
     assert counts.sum(1).tolist() == [2 * 3 * tokens] * 2
     expected = before + 0.25 * (counts.float().mean(1, keepdim=True) - counts).sign()
     assert torch.equal(_biases(policy), expected)
@@ -158,7 +137,7 @@ def test_contract_9_a_balanced_learner_goes_on_with_the_same_bits(random_policy)
 def test_the_reference_of_a_lora_run_keeps_the_bias_of_step_0(random_policy):
     policy = _moe(random_policy)
     policy.add_lora(2, 4.0)
-    learner = _learner(policy, {"bias_rate": 1.0}, {"beta": 0.1}, learning_rate=1e-12)
+    learner = _learner(policy, {"bias_rate": 1.0}, beta=0.1, learning_rate=1e-12)
     assert _step(learner)["loss/kl"] == pytest.approx(0, abs=1e-6)
     moved = _biases(policy)
     assert _step(learner, 2)["loss/kl"] > 1e-3  # the policy routes elsewhere now, the reference does not
@@ -170,7 +149,7 @@ def test_gradient_checkpointing_changes_no_balance_gradient(random_policy):
     for checkpointing in (False, True):
         policy = _moe(random_policy)
         _step(_learner(policy, ALL, gradient_checkpointing=checkpointing))
-        gradients.append((_gradients(policy), _biases(policy)))
+        gradients.append((gradients_of(policy), _biases(policy)))
     for name, expected in gradients[0][0].items():
         torch.testing.assert_close(gradients[1][0][name], expected, rtol=1e-4, atol=1e-7)
     assert torch.equal(gradients[0][1], gradients[1][1])

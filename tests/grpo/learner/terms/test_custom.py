@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from recorded import groups_of
+from small_learner import assert_close as close_to
+from small_learner import gradients_of
 
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
@@ -30,15 +32,12 @@ def learner_of(policy, loss: LossOptions | None = None, *, reference=None, **mor
 
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
-    named = learner.policy.trunk.named_parameters()
-    return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+    return gradients_of(learner.policy.trunk)
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
+    close_to(one, other, 1e-4)
     assert any(gradient.any() for gradient in other.values())
-    for name, gradient in other.items():
-        torch.testing.assert_close(one[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def logprobs_by_hand(policy, prompt: list[int], completion: list[int]) -> torch.Tensor:
@@ -77,20 +76,17 @@ def test_contract_8_a_loss_by_its_name_corrects_what_another_engine_has_sampled(
     assert far > 1e-4, "the correction changes nothing here, so this test would not see that it is lost"
 
 
-def test_a_loss_where_the_first_term_is_no_policy_loss_has_its_own_options():
-    options = LossOptions(beta=0.25)
-    term = as_term(options, SupervisedTerm())
-    assert isinstance(term, PolicyTerm)
-    assert (term.options, term.sampler_differs, term.longest) == (options, False, None)
-
-
-def test_truncated_completions_are_masked_as_the_batch_was_prepared():
-    first = PolicyTerm(LossOptions(mask_truncated_completions=True))
+def test_options_of_a_loss_are_those_of_the_batch_or_its_own():
+    """Truncated completions are masked as the batch was prepared. Beside gold solutions a loss has its own options."""
+    first, options = PolicyTerm(LossOptions(mask_truncated_completions=True)), LossOptions(beta=0.25)
     term = as_term("grpo", first)
     assert (term.options.loss_type, term.options.mask_truncated_completions) == ("grpo", True)
     assert as_term(LossOptions(mask_truncated_completions=True), first).options.mask_truncated_completions
     with pytest.raises(ValueError, match=r"=False: .* by loss\.mask_truncated_completions=True; set it"):
         as_term(LossOptions(), first)
+    term = as_term(options, SupervisedTerm())
+    assert isinstance(term, PolicyTerm)
+    assert (term.options, term.sampler_differs, term.longest) == (options, False, None)
 
 
 def test_a_function_is_read_by_how_many_parameters_it_needs():

@@ -1,7 +1,6 @@
 """On-policy distillation: hand-worked numbers, the gradient of the KL by autograd, transformers' own forward, a run."""
 
 import copy
-import doctest
 import json
 import shutil
 from dataclasses import replace
@@ -14,7 +13,6 @@ from small_learner import small_learner
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
-from grpo.learner.terms import distill as module
 from grpo.learner.terms.distill import distill, top_logprobs
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
@@ -34,7 +32,6 @@ def test_the_likeliest_tokens_of_a_position_are_those_of_log_softmax():
         assert torch.allclose(logprobs, best.values)
         assert not logprobs.requires_grad
     assert top_logprobs(hidden, head, 99)[0].shape == (5, 7)
-    assert doctest.testmod(module).failed == 0
 
 
 def learner_of(policy, teacher, temperature, top_k, **options) -> Learner:
@@ -64,37 +61,25 @@ def test_its_policy_gradient_is_in_expectation_that_of_the_reverse_kl():
     assert torch.allclose(found, expected, atol=1e-12)
 
 
-def by_hand(policy, teacher, groups, temperature):
-    """The gradient and the KL by one forward of transformers for each completion."""
+def by_hand(policy, teacher, groups, temperature, k):
+    """The gradient and the KL by one forward of transformers for each completion; with k over the teacher's k likeliest
+    tokens and the rest, from whole distributions."""
     total, kl = torch.zeros(()), 0.0
     tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
-    for group in groups:
-        for completion in group.completions:
-            ids, start = torch.tensor([group.prompt.token_ids + completion.token_ids]), len(group.prompt.token_ids)
-            both = []
-            for one in (policy, teacher):
-                logits = one.trunk(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / temperature
-                both.append(torch.log_softmax(logits, -1).gather(-1, ids[0, start:, None])[:, 0])
-            own, other = both[0], both[1].detach()
+    prompts = [group.prompt for group in groups for _ in group.completions]
+    for prompt, completion in zip(prompts, (c for group in groups for c in group.completions), strict=True):
+        ids, start = torch.tensor([prompt.token_ids + completion.token_ids]), len(prompt.token_ids)
+        own, other = (
+            (one.trunk(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
+            for one in (policy, teacher)
+        )
+        if k is None:
+            own, other = (x.gather(-1, ids[0, start:, None])[:, 0] for x in (own, other.detach()))
             total = total - ((other - own.detach()) * own).sum() / tokens
             kl += (own.detach() - other).sum().item() / tokens
-    total.backward()
-    return {name: p.grad for name, p in policy.trunk.named_parameters() if p.grad is not None}, kl
-
-
-def top_by_hand(policy, teacher, groups, temperature, k):
-    """The same with the KL over the teacher's k likeliest tokens and the rest, from whole distributions."""
-    total, kl = torch.zeros(()), 0.0
-    tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
-    for group in groups:
-        for completion in group.completions:
-            ids, start = torch.tensor([group.prompt.token_ids + completion.token_ids]), len(group.prompt.token_ids)
-            p, q = (
-                (one.trunk(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / temperature).softmax(-1)
-                for one in (policy, teacher)
-            )
-            order = q.detach().argsort(-1, descending=True)
-            p, q = (x.gather(-1, order) for x in (p, q.detach()))
+        else:
+            order = other.detach().argsort(-1, descending=True)
+            p, q = (x.exp().gather(-1, order) for x in (own, other.detach()))
             p, q = (torch.cat([x[:, :k], x[:, k:].sum(-1, keepdim=True)], -1) for x in (p, q))
             divergence = (p * (p / q).log()).sum() / tokens
             total, kl = total + divergence, kl + divergence.item()
@@ -116,8 +101,7 @@ def test_the_learners_gradient_is_that_of_transformers_own_forward(
     before = copy.deepcopy(teacher.trunk.state_dict())
     learner = learner_of(policy, teacher, temperature, top_k, tokens_per_micro_batch=budget)
     metrics = learner.step(learner.prepare(groups, scores), 1)
-    given = copies, teacher, groups, temperature
-    expected, kl = by_hand(*given) if top_k is None else top_by_hand(*given, top_k)
+    expected, kl = by_hand(copies, teacher, groups, temperature, top_k)
     assert metrics["loss/teacher_kl"] == pytest.approx(kl, abs=1e-4)
     assert len(expected) > 10
     for name, gradient in expected.items():

@@ -1,19 +1,17 @@
 """PPO and rank_softmax: value head, token advantages by hand, the step they take, and what is saved of them."""
 
 import copy
-import doctest
 import math
 
 import pytest
 import torch
+from resumed import whole_and_parts
 from safetensors import safe_open
-from small_learner import small_learner, term_of
+from small_learner import assert_close, gradients_of, learner_of, term_of
 
 import grpo.learner.terms.value
 from grpo.algorithm import values as value_functions
-from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
-from grpo.config.run import TrainConfig
 from grpo.config.value import ValueOptions
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.learner import Learner
@@ -22,8 +20,6 @@ from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.value import ValueHead, explained_variance, with_token_advantages
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
-from grpo.run.stop import Stopped
-from grpo.train import train
 from policies.logprobs import token_logprobs
 from rewards.group_score import LARGEST, GroupScore
 from rewards.records import read_rollouts
@@ -34,11 +30,9 @@ LENGTHS = ((4, 2, 6), (1, 5, 3), (2, 2, 3))
 
 
 def _learner(policy, advantage="gae", *, value=None, **given) -> Learner:
-    names = LearnerOptions.model_fields
-    options = {"learning_rate": 1e-3} | {k: given.pop(k) for k in list(given) if k in names}
-    loss = LossOptions(advantage=advantage, **given)
-    head = MTPOptions(loss_weight=0)
-    return small_learner(policy, LearnerOptions(**options), head, loss, value=ValueOptions(**(value or {})))
+    return learner_of(
+        policy, advantage=advantage, value=ValueOptions(**(value or {})), **{"max_grad_norm": 1.0} | given
+    )
 
 
 def _groups(seed=0) -> list[RolloutGroup]:
@@ -57,14 +51,6 @@ def _groups(seed=0) -> list[RolloutGroup]:
 
 def _scores(rewards=REWARDS) -> list[GroupScore]:
     return [GroupScore(list(row), {"exact": list(row)}) for row in rewards]
-
-
-def _gradients(module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-def test_docstring_examples():
-    assert doctest.testmod(grpo.learner.terms.value).failed == 0
 
 
 def _batch(bad_in_loss: bool = True) -> TrainingBatch:
@@ -138,13 +124,10 @@ def test_a_weight_is_that_of_its_completion_also_after_one_without_a_reward(unwh
 
 
 def test_another_loss_may_be_asked_for():
-    assert LossOptions(advantage="rank_softmax").loss_type == "reinforce"
-    assert LossOptions(advantage="rank_softmax", loss_type="dapo").loss_type == "dapo"
+    for given, loss in (({}, "reinforce"), ({"loss_type": "dapo"}, "dapo")):
+        assert LossOptions(advantage="rank_softmax", **given).loss_type == loss
     assert LossOptions(advantage="gae").loss_type == "dapo"
-
-
-def test_nothing_is_explained_where_all_returns_are_one():
-    assert explained_variance(torch.rand(3), torch.ones(3)) == {}
+    assert explained_variance(torch.rand(3), torch.ones(3)) == {}, "all returns are one"
 
 
 def test_the_value_head_starts_at_zero_and_draws_nothing_from_the_global_noise():
@@ -202,7 +185,7 @@ def test_one_step_against_the_stock_model(micro_policy, advantage, monkeypatch):
     (loss + 0.1 * value).backward()
     assert metrics["loss/policy"] == pytest.approx(loss.item(), abs=1e-5)
     assert metrics["loss/value"] == pytest.approx(value.item(), abs=1e-5)
-    for name, expected in (_gradients(by_hand.trunk) | _gradients(head)).items():
+    for name, expected in (gradients_of(by_hand.trunk) | gradients_of(head)).items():
         module = term_of(learner, "value").head if name.startswith("layers.") else policy.trunk
         got = module.get_parameter(name).grad
         assert (got - expected).norm() <= 1e-3 * expected.norm() + 1e-7, name
@@ -215,11 +198,9 @@ def test_contract_10_micro_batches_change_nothing_with_values(micro_policy, adva
         policy = micro_policy(2)
         learner = _learner(policy, advantage, tokens_per_micro_batch=budget, learning_rate=1e-9)
         metrics.append(learner.step(learner.prepare(_groups(2), _scores()), 1))
-        gradients.append(_gradients(policy.trunk) | _gradients(term_of(learner, "value").head))
+        gradients.append(gradients_of(policy.trunk) | gradients_of(term_of(learner, "value").head))
     for other in gradients[1:]:
-        assert other.keys() == gradients[0].keys()
-        for name, g in other.items():
-            assert (g - gradients[0][name]).norm() <= 1e-5 * gradients[0][name].norm() + 1e-8, name
+        assert_close(other, gradients[0])
     for name in ("loss/policy", "loss/value", "value/grad_norm", "loss/total"):
         assert [m[name] for m in metrics] == pytest.approx([metrics[0][name]] * 3, rel=1e-4, abs=1e-6)
 
@@ -253,34 +234,6 @@ def test_every_rank_values_its_share_of_the_rows(micro_policy):
     assert all(torch.allclose(both[i], values, atol=1e-6) for i, values in alone.items())
 
 
-@pytest.mark.slow
-def test_the_values_learn_what_the_score_will_be(micro_policy, monkeypatch):
-    monkeypatch.setattr(value_functions, "CLIPRANGE", 1e9)
-    policy = micro_policy(0)
-    monkeypatch.setattr(grpo.learner.terms.value, "RATE", 1e-2)
-    learner = _learner(policy, learning_rate=1e-12, value={"lam": 1})
-    groups = _groups()
-    first = learner.step(learner.prepare(groups, _scores()), 1)
-    for step in range(2, 60):
-        last = learner.step(learner.prepare(groups, _scores()), step)
-    assert last["loss/value"] < 0.1 * first["loss/value"]
-    assert last["value/explained_variance"] > 0.7  # first tokens share one state, and differ in their score
-    assert first["value/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # V = 0
-
-
-def test_the_value_loss_does_not_reach_the_trunk(micro_policy, monkeypatch):
-    gradients = []
-    for weight in (0.1, 5.0):
-        monkeypatch.setattr(grpo.learner.terms.value, "WEIGHT", weight)
-        policy = micro_policy(3)
-        learner = _learner(policy)
-        with torch.no_grad():
-            term_of(learner, "value").head.layers[-1].weight.fill_(0.1)
-        learner.step(learner.prepare(_groups(3), _scores()), 1)
-        gradients.append(_gradients(policy.trunk))
-    assert all(torch.equal(gradients[0][name], g) for name, g in gradients[1].items())
-
-
 def test_truncated_completions_that_are_masked_teach_no_values(micro_policy):
     """What such a completion would have got is nobody's business: the same step, whatever its reward is."""
     steps = []
@@ -291,7 +244,7 @@ def test_truncated_completions_that_are_masked_teach_no_values(micro_policy):
         rewards = [[1.0, reward, 0.5], *REWARDS[1:]]
         metrics = learner.forward_backward(learner.prepare(groups, _scores(rewards)))
         head, trunk = term_of(learner, "value").head, learner.policy.trunk
-        steps.append((metrics["loss/value"], _gradients(head), _gradients(trunk)))
+        steps.append((metrics["loss/value"], gradients_of(head), gradients_of(trunk)))
     (loss, *gradients), (same, *others), (other, *_) = steps
     assert loss == pytest.approx(same, rel=1e-6)
     for one, two in zip(gradients, others, strict=True):
@@ -319,26 +272,19 @@ def test_several_updates_meet_the_clips(micro_policy, monkeypatch):
     assert metrics["value/clip_fraction"] > 0
 
 
-def test_an_all_zero_batch_takes_no_step_and_a_tied_one_learns_from_its_values(micro_policy):
-    learner = _learner(micro_policy(0))
-    nothing = learner.prepare(_groups(), _scores([[0.0] * 3] * 3))  # V = 0 and no score anywhere
-    assert nothing.tied_groups == 3
-    assert learner.step(nothing, 1)["learner/updates"] == 0
-    tied = learner.prepare(_groups(), _scores([[1.0] * 3] * 3))
-    assert tied.tied_groups == 3
-    assert learner.step(tied, 2)["learner/updates"] == 1
-
-
 def test_equal_advantages_are_whitened_to_zero_and_the_values_learn_all_the_same(micro_policy):
     """V = 0 and λ = 1: every advantage is the score, 1, of which whitening leaves 0. Every return is 1, the value
-    loss ½ (0 - 1)²."""
+    loss ½ (0 - 1)². Where the score is 0, too, no step is taken."""
     learner = _learner(micro_policy(0), value={"lam": 1.0})
+    nothing = learner.prepare(_groups(), _scores([[0.0] * 3] * 3))
+    assert nothing.tied_groups == 3
+    assert learner.step(nothing, 1)["learner/updates"] == 0
     batch = learner.prepare(_groups(), _scores([[1.0] * 3] * 3))
-    assert batch.all_tied
+    assert (batch.all_tied, batch.tied_groups) == (True, 3)
     assert all(sample.returns == [1.0] * len(sample.token_ids) for row in batch.rows for sample in row.samples)
     head = term_of(learner, "value").head
     before = copy.deepcopy(head.state_dict())
-    metrics = learner.step(batch, 1)
+    metrics = learner.step(batch, 2)
     assert metrics["learner/updates"] == 1
     assert metrics["loss/value"] == pytest.approx(0.5)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
@@ -352,46 +298,27 @@ def test_the_largest_scores_that_a_reward_may_give_take_a_finite_step(micro_poli
     assert metrics["learner/updates"] == 1.0
 
 
-def test_the_value_head_is_never_published(micro_policy):
+def test_the_value_head_is_never_published_and_a_state_with_another_estimator_is_refused(micro_policy):
     learner, plain = _learner(micro_policy(0)), _learner(micro_policy(0), "group_relative")
     assert ["value" in {term.name for term in each.terms} for each in (learner, plain)] == [True, False]
     assert learner.weights().keys() == plain.weights().keys()
-    assert "value" in learner.state()[0]
-    assert "value" not in plain.state()[0]
+    assert ["value" in each.state()[0] for each in (learner, plain)] == [True, False]
+    for saved, resumed in ((learner, plain), (plain, learner)):
+        with pytest.raises(ValueError, match=r"the checkpoint's value tensors .* resume with .*loss\.advantage"):
+            resumed.load_state(*saved.state())
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [("gae", "group_relative"), ("group_relative", "gae")])
-def test_a_state_with_another_estimator_is_refused(micro_policy, saved, resumed):
-    tensors, state = _learner(micro_policy(0), saved).state()
-    learner = _learner(micro_policy(0), resumed)
-    with pytest.raises(ValueError, match=r"the checkpoint's value tensors .* resume with .*loss\.advantage"):
-        learner.load_state(tensors, state)
-
-
-@pytest.mark.parametrize("advantage", [pytest.param(name, marks=pytest.mark.slow) for name in ("gae", "rank_softmax")])
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["gae", "rank_softmax"])
 def test_contract_9_a_stopped_run_with_values_resumes_to_the_same_bits(micro_config, tmp_path, advantage):
-    def config(folder) -> TrainConfig:
-        given = {"loss.advantage": advantage, "learner.updates_per_batch": 2, "data.limit": 10, "steps": 4}
-        return micro_config(folder, **given)
-
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    train(config(whole))
-    with pytest.raises(Stopped):
-        train(config(folder), stop_after=2)
-    train(config(folder), resume="auto")
-    first, second = (checkpoint.load(path / "checkpoints/step_000004") for path in (whole, folder))
-    assert first.state == second.state
-    assert first.tensors.keys() == second.tensors.keys() == {"policy", "optimizer", "value"}
-    for part, tensors in first.tensors.items():
-        assert [name for name, t in tensors.items() if not torch.equal(t, second.tensors[part][name])] == []
-    assert any(name.startswith("value.") for name in first.tensors["optimizer"])
-    before = checkpoint.load(folder / "checkpoints/step_000002").tensors["value"]
-    assert all(not torch.equal(t, before[name]) for name, t in first.tensors["value"].items())
-    for step in range(1, 5):
-        assert read_rollouts(folder, step) == read_rollouts(whole, step)
+    given = {"loss.advantage": advantage, "learner.updates_per_batch": 2, "data.limit": 10, "warm_start.steps": 0}
+    _, folder = whole_and_parts(lambda path: micro_config(path, **given), tmp_path)
+    before, after = (checkpoint.load(folder / f"checkpoints/step_{step:06d}").tensors for step in (1, 3))
+    assert after.keys() == {"policy", "optimizer", "value"}
+    assert any(name.startswith("value.") for name in after["optimizer"])
+    assert all(not torch.equal(t, before["value"][name]) for name, t in after["value"].items())
     line = read_rollouts(folder, 3)[0]
     assert len(line["advantage"]) == len(line["token_ids"])
-    metrics = read_metrics(folder)[2]
-    assert {"loss/value", "value/clip_fraction", "value/grad_norm"} <= metrics.keys()
+    assert {"loss/value", "value/clip_fraction", "value/grad_norm"} <= read_metrics(folder)[2].keys()
     with safe_open(folder / "policy/model.safetensors", framework="pt") as saved:
         assert not any(name.startswith(("value", "layers")) for name in saved.keys())  # noqa: SIM118
