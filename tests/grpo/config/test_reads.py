@@ -118,9 +118,8 @@ def test_contract_18_supervised_steps_read_all_their_options(micro_config, polic
         sft(SftConfig(output_dir=tmp_path / "r", eval={"limit": 2}, learner={"workers": 0}, **given, **small))
         acts = {"environment": "calculator"}
         sft(SftConfig(output_dir=tmp_path / "e", eval={"limit": 2}, **given, **small, **acts))
-        task_of(
-            SftConfig(output_dir=tmp_path / "h", **given | {"data": [rows, {"name": "word_problems"}]}), scores=False
-        ).close()
+        several = given | {"data": [rows, {"name": "word_problems"}]}
+        task_of(SftConfig(output_dir=tmp_path / "h", **several), scores=False).close()
     assert unread(SftConfig, reads) == set()
 
 

@@ -151,15 +151,10 @@ def test_a_pipe_gets_a_line_of_every_step_and_no_control_code(tmp_path, monkeypa
     assert text.splitlines()[0] == line
 
 
-def _command(model: str, folder: object, steps: int) -> list[str]:
-    words = [sys.executable, "-m", "grpo", "train", "--model", model, "--output_dir", str(folder)]
-    words += f"--steps {steps} --threads 1 --prompts_per_step 2 --data.task_options.levels [1] --data.limit 8".split()
-    words += ["--rollout.group_size", "2", "--rollout.max_completion_tokens", "6", "--log.trackers", "[]"]
-    return [*words, "--checkpoint.every", "1000"]
-
-
 @pytest.mark.slow
-def test_ctrl_c_on_a_terminal_ends_the_run_in_the_panel_and_leaves_the_terminal_sane(model, tmp_path):
+def test_ctrl_c_on_a_terminal_ends_the_run_in_the_panel_and_leaves_the_terminal_sane(run_words, tmp_path):
+    given = {"steps": 5000, "prompts_per_step": 2, "rollout.group_size": 2, "checkpoint.every": 1000}
+    command = [sys.executable, *run_words(tmp_path / "run", **given)]
     screen = Screen()
 
     def own_terminal() -> None:
@@ -168,7 +163,7 @@ def test_ctrl_c_on_a_terminal_ends_the_run_in_the_panel_and_leaves_the_terminal_
 
     ends = {"stdin": screen.slave, "stdout": screen.slave, "stderr": screen.slave, "preexec_fn": own_terminal}
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(_command(model, tmp_path / "run", 5000), env=environment, **ends)
+    process = subprocess.Popen(command, env=environment, **ends)
     try:
         screen.wait_for("step 3/5000", 120)
         os.write(screen.master, b"\x03")
@@ -189,14 +184,3 @@ def test_the_panel_tells_of_the_stop_that_was_asked_for(tmp_path):
             assert log.note(STOPPING)
             screen.wait_for("Ctrl-C again ends the run at once")
     assert screen.is_sane()
-
-
-@pytest.mark.long
-def test_a_run_in_a_pipe_writes_no_escape_byte(model, tmp_path):
-    environment = os.environ | {"FORCE_COLOR": "", "TERM": "xterm"}
-    command = _command(model, tmp_path / "run", 2)
-    done = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert b"\x1b" not in done.stdout + done.stderr
-    assert b"\r" not in done.stdout
-    assert len(re.findall(rb"^step     [12]  ", done.stdout, re.MULTILINE)) == 2

@@ -50,26 +50,23 @@ def both(refuse_all) -> str:
     return words
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    usual = {"warm_start.steps": 0, "rollout.group_size": 2}
+    for given, message in (
         ({"log.trackers": ["swanlab"]}, "log.trackers: 'swanlab' is not installed"),
         ({"rollout.max_completion_tokens": 100_000}, "pass the policy's context of 256 with max_completion_tokens="),
-        ({"loss.advantage": "{}:two"}, r"own.py:two: two(rewards_PG, steps) is called with rewards_PG, and missing"),
-        ({"loss.advantage": "{}:breaks"}, "own.py:breaks failed when it was tried: AttributeError: 'Tensor'"),
-        ({"loss.loss_type": "{}:unknown"}, "has aggregate='dapoo', which is no loss; use one of grpo, dr_grpo, dapo"),
-        ({"loss.loss_type": "{}:three"}, "is called with ratio, advantages, policy_logprobs, options, and too many"),
-        ({"loss.loss_type": "{}:scalar"}, "own.py:scalar gave []; give a tensor [2, 2]"),
-        ({"lora.targets": ["qproj"], "warm_start.steps": 0}, "lora.targets: 'qproj' matches no module"),
-    ],
-)
-def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_path, given, message):
-    (tmp_path / "own.py").write_text(OWN)
-    given = {k: v.format(tmp_path / "own.py") if isinstance(v, str) else v for k, v in given.items()}
-    config = micro_config(tmp_path / "r", **{"warm_start.steps": 0, "rollout.group_size": 2, **given})
-    config.log.trackers = config.log.trackers or []
-    words = both([lambda: summary.dry_run(config), lambda: launch(config)])
-    assert message in words
+        ({"loss.advantage": f"{own}:two"}, "two(rewards_PG, steps) is called with rewards_PG, and missing"),
+        ({"loss.advantage": f"{own}:breaks"}, "own.py:breaks failed when it was tried: AttributeError: 'Tensor'"),
+        ({"loss.loss_type": f"{own}:unknown"}, "aggregate='dapoo', which is no loss; use one of grpo, dr_grpo, dapo"),
+        ({"loss.loss_type": f"{own}:three"}, "called with ratio, advantages, policy_logprobs, options, and too many"),
+        ({"loss.loss_type": f"{own}:scalar"}, "own.py:scalar gave []; give a tensor [2, 2]"),
+        ({"lora.targets": ["qproj"]}, "lora.targets: 'qproj' matches no module"),
+    ):
+        config = micro_config(tmp_path / "r", **usual | given)
+        words = both([lambda config=config: summary.dry_run(config), lambda config=config: launch(config)])
+        assert message in words
     assert not [path for path in (tmp_path / "r").rglob("*") if path.suffix == ".safetensors"]  # nothing was learned
 
 
@@ -110,7 +107,8 @@ def test_damaged_weights_are_found_without_loading_them(micro_config, micro_poli
 def test_the_plan_of_a_resume_refuses_other_rewards(micro_config, tmp_path):
     reward = tmp_path / "mine.py"
     reward.write_text("def score(completions): return [len(c) for c in completions]\n")
-    config = micro_config(tmp_path / "r", steps=1, rewards=[{"function": f"{reward}:score"}])
+    given = {"steps": 1, "warm_start.steps": 1, "rollout.max_completion_tokens": 4}
+    config = micro_config(tmp_path / "r", rewards=[{"function": f"{reward}:score"}], **given)
     train(config)
     reward.write_text("def score(completions): return [1.0 for c in completions]\n")
     words = both([lambda: summary.dry_run(config, resume="auto"), lambda: train(config, resume="auto")])
@@ -121,7 +119,8 @@ def test_the_plan_of_a_resume_refuses_other_rewards(micro_config, tmp_path):
 
 
 def test_a_checkpoint_that_continues_a_preset_is_refused_in_the_plan(micro_config, tmp_path):
-    train(micro_config(tmp_path / "r", steps=1, **{"warm_start.steps": 0}))
+    given = {"steps": 1, "warm_start.steps": 0, "rollout.max_completion_tokens": 4}
+    train(micro_config(tmp_path / "r", **given))
     config = micro_config(tmp_path / "next", model=str(tmp_path / "r" / "checkpoints" / "step_000001"))
     assert "continues the preset" in both([lambda: summary.dry_run(config), lambda: train(config)])
 
