@@ -7,15 +7,12 @@ import torch
 from trl import GRPOConfig
 
 from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
-from grpo.cli.config.convert import ConvertConfig
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
 from grpo.cli.config.serve import ServeConfig
-from grpo.cli.quantize.options import QuantizeConfig
 from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
-from rewards.commands.options import RewardTestConfig
 from rewards.config.data import SourceOptions
 from rewards.config.names import recorded_options
 from rewards.config.options import ConfigError, _options, dump_yaml, load
@@ -73,14 +70,12 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would():
     [
         ({"rollout.group_size": 1}, "rollout.group_size=1"),
         ({"loss.beta": 0.1, "loss.kl_estimator": "none"}, "beta=0.1 weighs a KL penalty, but kl_estimator=none comput"),
-        ({"rollout.accept": "margin"}, "accept=margin (command line): it is gone, since training takes no unverified"),
         ({"rollout.temperature": 0}, "rollout.temperature=0"),
         ({"rollout.top_p": 0.9}, "rollout.top_p=0.9"),  # contract 2: there is none in training
         ({"loss.epsilon": -0.1}, "loss.epsilon=-0.1"),
         ({"loss.loss_type": "sapo", "loss.epsilon": 0.1}, "epsilon=0.1: loss_type sapo does not read it"),
         ({"loss.loss_type": "cispo", "loss.epsilon_high": 5.0, "loss.delta": 2.0}, "use epsilon_high, the cap"),
         ({"loss.advantage": "rank_softmax", "loss.epsilon_high": 0.28}, "loss_type reinforce does not read it"),
-        ({"loss.sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0 (command line): it is gone, since the temper"),
         ({"learner.learning_rate": 0}, "learner.learning_rate=0"),
         ({"learner.learning_rate": float("nan")}, "learner.learning_rate"),
         ({"mtp.depth": 0}, "mtp.depth=0"),
@@ -167,39 +162,6 @@ def test_eval_has_the_defaults_of_training():
     for name in ("temperature", "max_completion_tokens", "draft_tokens"):
         assert getattr(ours.rollout, name) == getattr(rollout, name)
     assert ours.data.name == data.name
-
-
-def test_the_names_of_an_older_version_work_with_a_word(caplog, tmp_path):
-    new = {"data.name": "gsm8k", "data.few_shot": 2, "rollout.temperature": 0.5, "eval.samples": 3, "eval.limit": 9}
-    old = {"data": "gsm8k", "few_shot": 2, "temperature": 0.5, "samples": 3, "limit": 9}
-    config = load(EvalConfig, None, new)
-    assert caplog.text == ""
-    assert load(EvalConfig, None, old) == EvalConfig(**old) == config
-    assert caplog.text.count("limit is eval.limit now; the old name works until 0.3") == 2
-    assert load(EvalConfig, None, {"rollout.group_size": 3}).eval.samples == 3
-    assert load(SampleConfig, None, {"group_size": 3, "data": "gsm8k"}).samples == 3
-    assert SampleConfig(group_size=3).samples == 3
-    assert load(ServeConfig, None, {"max_completion_tokens": 9}).rollout.max_completion_tokens == 9
-    sft = load(SftConfig, None, {"output_dir": "r", "warm_start.steps": 7, "warm_start.learning_rate": 0.1})
-    assert (sft.steps, sft.learner.learning_rate) == (7, 0.1)
-    caplog.clear()
-    share = {"data.holdout": 0.1, "data.holdout_seed": 0}
-    for command in (TrainConfig, SftConfig, MtpConfig):
-        assert load(command, None, {"output_dir": "r"} | share).data[0].held_out == 0.1
-    assert caplog.text.count("data.holdout is data.held_out now") == 3
-    assert load(MtpConfig, None, {"output_dir": "r", "head.epochs": 3}).mtp.epochs == 3
-    (tmp_path / "config.yaml").write_text("output_dir: r\nhead: {epochs: 3, depth: 2}\n")
-    in_python = MtpConfig(output_dir="r", head={"epochs": 3, "depth": 2})
-    assert load(MtpConfig, tmp_path / "config.yaml", {}) == in_python
-    command, options = recorded_options(tmp_path / "config.yaml")
-    assert (command, options["mtp"]) == ("mtp", {"epochs": 3, "depth": 2})
-    assert "head is mtp now; the old name works until 0.3" in caplog.text
-    for old in ("holdout", "data.holdout"):
-        assert load(EvalConfig, None, {old: 0.1}).data.held_out == 0.1
-    assert load(ConvertConfig, None, {"heldout_tokens": 9}).held_out_tokens == 9
-    assert load(QuantizeConfig, None, {"calibrate": "t", "heldout_tokens": 9}).held_out_tokens == 9
-    tried = load(RewardTestConfig, None, {"data": "gsm8k", "limit": 5, "on_error": "drop_sample"})
-    assert (tried.data.name, tried.data.limit, tried.reward.on_error) == ("gsm8k", 5, "drop_sample")
 
 
 def test_what_a_run_of_version_0_2_has_recorded_of_its_data_is_read(tmp_path):

@@ -90,12 +90,6 @@ def test_a_metric_that_is_no_number_or_not_documented_is_told_of(tmp_path):
     assert "did you mean 'reward/mean'" in event["error"]
 
 
-def test_metrics_that_an_older_version_wrote_are_read_under_their_names_of_today(tmp_path):
-    line = {"step": 1, "draft/heldout_acceptance_depth_1": 0.5, "reward/mean": 0.25}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert read_metrics(tmp_path) == [{"step": 1, "draft/held_out_acceptance_depth_1": 0.5, "reward/mean": 0.25}]
-
-
 def test_evaluation_joins_the_line_of_its_step(tmp_path):
     with _open(tmp_path)[0] as log:
         log.evaluation(0, {"accuracy": 0.25})

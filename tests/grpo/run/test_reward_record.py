@@ -1,7 +1,6 @@
 """What a reward function leaves in the run's record, and what its failures do to advantages."""
 
 import hashlib
-import json
 
 import pytest
 import torch
@@ -127,19 +126,6 @@ def test_a_mended_function_resumes_after_its_failure(micro_config, tmp_path):
     file.write_text(mended.replace("float(len(c))", "0.5"))
     with pytest.raises(ValueError, match=r"mine.py holds another reward function 'fails'"):
         train(config, resume="auto")
-
-
-def test_a_run_of_an_older_version_compares_whole_files(file, stopped):
-    record = stopped.output_dir / "rewards.json"
-    [former] = read_rewards(stopped.output_dir)
-    del former["code_sha256"]
-    record.write_text(json.dumps([former]))
-    with pytest.raises(Stopped):
-        train(stopped, resume="auto", stop_after=2)
-    record.write_text(json.dumps([former]))
-    file.write_text(f"# mine\n{SOURCE}")
-    with pytest.raises(ValueError, match="mine.py holds another reward function 'talks'"):
-        train(stopped, resume="auto")
 
 
 FAULTY = """

@@ -230,21 +230,14 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
     steps = list(checkpoint.saved(folder / "checkpoints"))
     [event] = _events(folder, "failed")
     assert type(error).__name__ in event["error"]
+    aborted = [(event["step"], event["function"], event["message"]) for event in _events(folder, "reward_error")]
+    assert aborted == ([(2, "letters", "boom")] if owner is Task else [])
     if saved == "warm start":
         assert steps == []
         assert list(checkpoint.saved(folder / "warm_start_checkpoints")) == [2] == [event["saved_step"]]
     elif saved:
         assert steps == [saved] == [event["saved_step"]]
     _resumes_to_the_same(micro_config, folder, whole)
-
-
-@pytest.mark.slow
-def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
-    _fails_at_call(monkeypatch, Task, "score", 2, REWARD)
-    with pytest.raises(RewardFailed):
-        train(micro_config(tmp_path / "run", **SMALL | {"eval.limit": 0}))
-    [event] = _events(tmp_path / "run", "reward_error")
-    assert (event["step"], event["function"], event["message"]) == (2, "letters", "boom")
 
 
 @pytest.mark.slow

@@ -41,19 +41,14 @@ def test_the_command_has_a_bounded_spin_before_torch_is_loaded(tmp_path):
     assert f"GOMP_SPINCOUNT = '{WAITING['GOMP_SPINCOUNT']}'" in done.stderr
 
 
-def test_what_the_user_chose_stays(monkeypatch):
+def test_what_the_user_chose_stays_and_so_does_what_a_program_that_has_loaded_torch_has(monkeypatch):
     for name in CHOICES:
         monkeypatch.delenv(name, raising=False)
     assert waiting_variables() == WAITING
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert waiting_variables() == {}
-
-
-def test_a_program_that_has_loaded_torch_keeps_its_environment(monkeypatch):
-    for name in CHOICES:
-        monkeypatch.delenv(name, raising=False)
     wait_briefly()
     assert not set(CHOICES) & os.environ.keys()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert waiting_variables() == {}
 
 
 def test_the_number_follows_from_the_size_alone(monkeypatch):
