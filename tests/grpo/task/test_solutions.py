@@ -5,7 +5,7 @@ import pytest
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.task.task import Task
 
-WORDS = {"name": "word_problems", "levels": [1], "limit": 60}
+WORDS = {"name": "word_problems", "task_options": {"levels": [1]}, "limit": 60}
 SHORT = {"model": "tiny", "rewards": [{"function": "gsm8k"}], "prompts_per_step": 4}
 
 
@@ -44,7 +44,7 @@ def test_validation_problems_are_the_last_ones_and_never_trained_on(tmp_path):
 def test_a_problem_that_is_there_twice_is_not_kept_for_validation(tmp_path):
     rows = [f'{{"question": "{a} + 1?", "answer": "#### {a + 1}"}}' for a in (1, 2, 3, 4, 5, 6, 7, 1)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
-    with task_of(tmp_path, name=str(tmp_path / "data.jsonl"), validation=2) as task:
+    with task_of(tmp_path, name=str(tmp_path / "data.jsonl"), task_options={}, validation=2) as task:
         assert [example.question for example in task.validation] == ["7 + 1?"]
 
 
