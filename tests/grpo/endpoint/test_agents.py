@@ -31,7 +31,7 @@ from rollout.sampling import SamplingParams
 
 AGENTS = Path(__file__).parents[2] / "cases/agents.py"
 ONCE, TWICE = f"{AGENTS}:once", f"{AGENTS}:twice"
-SHORT = {"warm_start.steps": 0, "steps": 2}
+SHORT = {"warm_start.steps": 0, "steps": 2, "prompts_per_step": 2, "rollout.prompts_per_shard": 1}
 
 
 def learned(folder) -> dict[str, torch.Tensor]:
@@ -131,9 +131,9 @@ def test_contract_12_agents_ahead_are_on_schedule_and_resume_to_the_same_tokens(
 
 @pytest.mark.slow
 def test_an_agent_gets_columns_and_its_number_is_a_reward(micro_config, tmp_path):
-    given = {"agent": f"{AGENTS}:columns", "rewards": [], "rollout.max_completion_tokens": 6}
+    given = {"agent": f"{AGENTS}:columns", "rewards": [], "rollout.max_completion_tokens": 6, "prompts_per_step": 4}
     for name in ("a", "b"):
-        train(micro_config(tmp_path / name, **given, **SHORT))
+        train(micro_config(tmp_path / name, **SHORT | given))
     lines = read_rollouts(tmp_path / "a", 1)
     assert all(line["parts"].keys() == {"agent"} and line["reward"] == line["parts"]["agent"] for line in lines)
     assert len({line["reward"] % 1 for line in lines}) > 8  # every episode has random numbers of its own,

@@ -33,7 +33,7 @@ from rollout.local_pool import LocalPool
 
 SLOW = [pytest.mark.slow, pytest.mark.long]
 SMALL = {"data.limit": 10, "learner.tokens_per_micro_batch": 64, "checkpoint.every": 100}
-SMALL |= {"eval.limit": 3, "eval.every": 2, "rollout.max_completion_tokens": 6}
+SMALL |= {"eval.limit": 1, "eval.every": 2, "rollout.max_completion_tokens": 6}
 
 
 def _terminate(kind: signal.Signals = signal.SIGTERM) -> None:
