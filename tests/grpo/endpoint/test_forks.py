@@ -193,13 +193,13 @@ def tokenizer_with(template):
 
 
 def test_the_chat_template_decides_whether_an_agent_forks_and_a_check_says_so():
-    sampler = AgentSampler(SimpleNamespace(check_stop=None), AgentOptions(agent="agent.py:solve"), 1.0)
     for template, kind in {"qwen3": ForkingEpisode, "qwen2_5": Episode}.items():
+        sampler = AgentSampler(SimpleNamespace(check_stop=None), AgentOptions(agent="agent.py:solve"), 1.0)
         tokenizer = tokenizer_with(template)
         assert sampler.kind(SimpleNamespace(policy=SimpleNamespace(tokenizer=tokenizer))) is kind
         note = examine_text(tokenizer, [0])[0].note
         assert ("without thoughts before a user's message" in note) == (kind is ForkingEpisode)
-    sampler.close()
+        sampler.close()
 
 
 def test_the_plan_says_how_many_rows_forks_cost(micro_config, model, tmp_path, capsys):

@@ -244,7 +244,7 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
 def test_a_step_that_fails_after_its_first_update_is_kept_with_its_line(micro_config, tmp_path, monkeypatch):
     _fails_at_call(monkeypatch, Update, "make", 3 + 4, NonFiniteStep("the gradient norm is nan"))
     with pytest.raises(NonFiniteStep):
-        train(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2, "eval.limit": 0}))
+        train(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [2]
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
 
