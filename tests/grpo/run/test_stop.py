@@ -246,7 +246,7 @@ def test_a_step_that_fails_after_its_first_update_is_kept_with_its_line(micro_co
     with pytest.raises(NonFiniteStep):
         train(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [2]
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2]
 
 
 def test_a_failure_that_cannot_be_saved_is_told_as_it_is(micro_config, tmp_path, monkeypatch, capsys):
