@@ -118,9 +118,8 @@ def test_contract_18_supervised_steps_read_all_their_options(micro_config, polic
         sft(SftConfig(output_dir=tmp_path / "r", eval={"limit": 2}, learner={"workers": 0}, **given, **small))
         acts = {"environment": "calculator"}
         sft(SftConfig(output_dir=tmp_path / "e", eval={"limit": 2}, **given, **small, **acts))
-        task_of(
-            SftConfig(output_dir=tmp_path / "h", **given | {"data": [rows, {"name": "word_problems"}]}), scores=False
-        ).close()
+        several = given | {"data": [rows, {"name": "word_problems"}]}
+        task_of(SftConfig(output_dir=tmp_path / "h", **several), scores=False).close()
     assert unread(SftConfig, reads) == set()
 
 
@@ -129,18 +128,18 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, row
     from grpo.steps.vllm import vllm_settings
     from grpo.train import train
 
-    model = {"model": str(policy_folder), "warm_start.steps": 0}
+    model = {"model": str(policy_folder)}
     ties = {"rewards": [{"function": "gsm8k_format"}], "rollout.refill_draws": 1}
     judge = {"rewards": [{"function": f"model:{policy_folder.parent / 'judge'}"}]}
     variants: list[dict[str, Any]] = [
-        {"eval.limit": 2, "checkpoint.keep_best": True, "curriculum.shortest_share": 0.5} | ties,
+        {"eval.limit": 2, "checkpoint.keep_best": True, "curriculum.shortest_share": 0.5, "warm_start.steps": 1} | ties,
         {"lora.rank": 2, "loss.importance_correction": "token_truncate"},
         {"loss.advantage": "gae"},
         model | judge | {"loss.advantage": "distill", "distill.teacher": str(policy_folder)},
         {"environment": "calculator"},
-        {"agent": f"{AGENTS}:once", "steps": 1},
+        {"agent": f"{AGENTS}:once"},
     ]
-    small = {"steps": 2, "prompts_per_step": 2, "rollout.max_completion_tokens": 6}
+    small = {"steps": 1, "prompts_per_step": 2, "rollout.max_completion_tokens": 6, "warm_start.steps": 0}
     with recorded() as reads:
         for number, options in enumerate(variants):
             train(micro_config(tmp_path / str(number), **small | options))

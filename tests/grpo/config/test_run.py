@@ -6,8 +6,6 @@ import pytest
 import torch
 from trl import GRPOConfig
 
-import grpo
-import rewards
 from grpo.algorithm.losses import Logprobs, WholeStep, policy_loss
 from grpo.cli.config.inference import EvalConfig, SampleConfig, defaults_of_run
 from grpo.cli.config.serve import ServeConfig
@@ -22,8 +20,6 @@ from rewards.config.reward import ScoringOptions
 from rewards.config.yaml_file import to_yaml
 from rewards.group_score import FailurePolicy
 
-CONFIGS = [TrainConfig, SftConfig, EvalConfig, SampleConfig]
-
 # Ours <- TRL's, where the names differ.
 TRL_NAMES = {
     "importance_correction": None,  # `vllm_importance_sampling_correction` and `.._mode`; ours is off, contract 8
@@ -32,26 +28,11 @@ TRL_NAMES = {
 }
 
 
-def test_a_kl_penalty_without_an_estimator_is_refused():
-    with pytest.raises(ConfigError, match="beta=0.1 weighs a KL penalty, but kl_estimator=none computes none"):
-        LossOptions(beta=0.1, kl_estimator="none")
-    assert LossOptions(kl_estimator="none").beta == 0
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_option_says_what_it_does(config):
-    for option in _options(config.model_construct()):
-        if not option.is_group and option.model is None:
-            assert re.fullmatch(r".{9,}[.]", option.help), option.key
-
-
-def test_every_option_is_read_somewhere():
-    """An option that no code reads would be a promise that nobody keeps (a `seed` that never reached the sampler)."""
-    files = [file for package in (grpo, rewards) for file in Path(package.__file__).parent.rglob("*.py")]
-    code = "".join(file.read_text() for file in files if file.parent.name != "config")
-    names = {option.key.rpartition(".")[2] for config in CONFIGS for option in _options(config.model_construct())}
-    unread = {name for name in names if not re.search(rf"\.{name}\b|\"{name}\"", code)}
-    assert unread == set()
+def test_every_option_says_what_it_does():
+    for config in (TrainConfig, SftConfig, EvalConfig, SampleConfig):
+        for option in _options(config.model_construct()):
+            if not option.is_group and option.model is None:
+                assert re.fullmatch(r".{9,}[.]", option.help), option.key
 
 
 def test_loss_options_have_the_defaults_of_trl():
@@ -71,38 +52,24 @@ def test_loss_options_are_those_of_the_loss():
     assert (one, first) == (two, second)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "abort",
-        "drop_sample",
-        "drop_group",
-        "score=0",
-        "score=-1.5",
-        "score=1e-3",
-        "score",
-        "zero",
-        "score=x",
-        "score=inf",
-    ],
-)
-def test_what_a_failure_means_is_refused_where_the_scorer_would(words):
-    try:
-        FailurePolicy.parse(words)
-        usable = True
-    except RuntimeError:
-        usable = False
-    if usable:
-        assert ScoringOptions(on_error=words).on_error == words
-    else:
-        with pytest.raises(ConfigError):
-            ScoringOptions(on_error=words)
+def test_what_a_failure_means_is_refused_where_the_scorer_would():
+    usable = ["abort", "drop_sample", "drop_group", "score=0", "score=-1.5", "score=1e-3"]
+    for words in (*usable, "score", "zero", "score=x", "score=inf"):
+        if words in usable:
+            FailurePolicy.parse(words)
+            assert ScoringOptions(on_error=words).on_error == words
+        else:
+            with pytest.raises(RuntimeError):
+                FailurePolicy.parse(words)
+            with pytest.raises(ConfigError):
+                ScoringOptions(on_error=words)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"rollout.group_size": 1}, "rollout.group_size=1"),
+        ({"loss.beta": 0.1, "loss.kl_estimator": "none"}, "beta=0.1 weighs a KL penalty, but kl_estimator=none comput"),
         ({"rollout.temperature": 0}, "rollout.temperature=0"),
         ({"rollout.top_p": 0.9}, "rollout.top_p=0.9"),  # contract 2: there is none in training
         ({"loss.epsilon": -0.1}, "loss.epsilon=-0.1"),
@@ -121,11 +88,6 @@ def test_impossible_values_are_refused_by_name(overrides, message):
     with pytest.raises(ConfigError) as refusal:
         load(TrainConfig, None, {"output_dir": "r"} | overrides)
     assert any(message in problem for problem in refusal.value.problems)
-
-
-def test_cispo_with_its_cap_is_fine():
-    config = load(TrainConfig, None, {"output_dir": "r", "loss.loss_type": "cispo", "loss.epsilon_high": 5.0})
-    assert config.loss.epsilon_high == 5.0
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "reinforce"])
@@ -218,10 +180,8 @@ def test_what_a_run_of_version_0_2_has_recorded_of_its_data_is_read(tmp_path):
     with pytest.raises(ConfigError, match=r"data.system_prompt=Hi .command line.: it is gone, since the messages"):
         load(TrainConfig, None, {"output_dir": "r", "data.system_prompt": "Hi"})
     # Levels are those of word_problems; other data never read them.
-    assert (
-        load(TrainConfig, None, {"output_dir": "r", "data": {"name": "gsm8k", "levels": [3]}}).data[0].task_options
-        == {}
-    )
+    other = load(TrainConfig, None, {"output_dir": "r", "data": {"name": "gsm8k", "levels": [3]}})
+    assert other.data[0].task_options == {}
 
 
 def test_reward_models_of_version_0_2_are_rewards(tmp_path):
@@ -264,9 +224,6 @@ def test_a_run_of_0_2_goes_on_without_what_left_and_says_what_it_had_set(key):
     assert ": it is gone, since " in word
     with pytest.raises(ConfigError, match=f"{key}.* it is gone, since "):
         load(TrainConfig, None, {"output_dir": "r", key: given})
-
-
-def test_a_server_of_vllm_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match=r"backend=vllm .command line.: it is gone, since .* run quartet export"):
         load(ServeConfig, None, {"model": "runs/demo", "backend": "vllm"})
 
@@ -284,10 +241,3 @@ def test_what_a_command_does_not_use_is_refused_unless_it_is_its_default(monkeyp
     recorded = usual | {"rollout.workers": 2, "curriculum.draft_depth": 1}
     assert load(SftConfig, None, recorded, on_removed=words.append).output_dir == Path("r")
     assert [word.partition(":")[0] for word in words] == ["curriculum.draft_depth=1"]
-
-
-def test_what_no_gpu_has_run_says_so_in_its_help():
-    """Until a GPU has: vLLM there, and learners that sum by NCCL."""
-    options = {option.key: option for option in _options(TrainConfig.model_construct())}
-    for key in ("rollout.backend", "learner.workers"):
-        assert "xperimental: never run on a GPU" in options[key].help, key

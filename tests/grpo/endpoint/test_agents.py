@@ -17,7 +17,7 @@ from grpo.cli.why.explain import explain
 from grpo.config.environment import AgentOptions
 from grpo.endpoint.agent_sampler import AgentSampler
 from grpo.learner.learner import Learner
-from grpo.run.records import read_metrics
+from grpo.run.records import read_events, read_metrics
 from grpo.run.stop import Stopped, signals
 from grpo.train import train
 from rewards.commands.options import ReplayConfig
@@ -25,14 +25,13 @@ from rewards.commands.replay import replay
 from rewards.group_score import RewardFailed
 from rewards.protocol import RewardError
 from rewards.records import read_rollouts
-from rollout.conversations import CACHE_TOKENS
 from rollout.group import Prompt
 from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
 
 AGENTS = Path(__file__).parents[2] / "cases/agents.py"
 ONCE, TWICE = f"{AGENTS}:once", f"{AGENTS}:twice"
-SHORT = {"warm_start.steps": 0, "steps": 2}
+SHORT = {"warm_start.steps": 0, "steps": 2, "prompts_per_step": 2, "rollout.prompts_per_shard": 1}
 
 
 def learned(folder) -> dict[str, torch.Tensor]:
@@ -86,38 +85,28 @@ def test_contract_1_the_learner_scores_what_was_sampled(whole):
     assert metrics[0]["eval/part/agent"] > 0  # held-out problems are the agent's too
 
 
-@pytest.mark.long
-def test_contract_4_any_number_of_processes_gives_the_same_bits(micro_config, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.endpoint.agents.WORKERS", 1)
-    monkeypatch.setattr("grpo.endpoint.agent_sampler.WORKERS", 1)
-    train(micro_config(tmp_path / "one", agent=TWICE, **SHORT))
-    assert [sampled(tmp_path / "one", step) for step in (1, 2)] == [sampled(whole, step) for step in (1, 2)]
-    one, four = learned(tmp_path / "one"), learned(whole)
-    assert all(torch.equal(one[name], four[name]) for name in one)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "given",
+    ("given", "patched"),
     [
-        {"rollout.workers": 2},
-        pytest.param({"cache": 0}, marks=pytest.mark.long),
-        pytest.param({"rollout.draft_tokens": None}, marks=pytest.mark.long),
+        ({"rollout.workers": 2}, {}),
+        pytest.param({}, {"agents.WORKERS": 1, "agent_sampler.WORKERS": 1}, marks=pytest.mark.long),
+        pytest.param({}, {"agent_sampler.CACHE_TOKENS": 0}, marks=pytest.mark.long),
+        pytest.param({"rollout.draft_tokens": None}, {}, marks=pytest.mark.long),
     ],
 )
-def test_contract_4_workers_and_the_cache_between_turns_change_no_bit(
-    micro_config, whole, tmp_path, given, monkeypatch
+def test_contract_4_workers_processes_and_the_cache_between_turns_change_no_bit(
+    micro_config, whole, tmp_path, given, patched, monkeypatch
 ):
     monkeypatch.setattr("grpo.learner.terms.draft_head.PAYS", 0.0)  # a head that gains nothing yet learns all the same
-    given = dict(given)
-    kept = given.pop("cache", CACHE_TOKENS)
-    monkeypatch.setattr("grpo.endpoint.agent_sampler.CACHE_TOKENS", kept)
+    for name, value in patched.items():
+        monkeypatch.setattr(f"grpo.endpoint.{name}", value)
     train(micro_config(tmp_path / "other", agent=TWICE, **SHORT | given))
     assert [sampled(tmp_path / "other", step) for step in (1, 2)] == [sampled(whole, step) for step in (1, 2)]
     other, one = learned(tmp_path / "other"), learned(whole)
     assert all(torch.equal(other[name], one[name]) for name in one)
     metrics = read_metrics(tmp_path / "other")[1]
-    assert ("agent/cached_tokens" in metrics) == (kept > 0)
+    assert ("agent/cached_tokens" in metrics) == ("agent_sampler.CACHE_TOKENS" not in patched)
     assert ("draft/gain" in metrics) == ("rollout.draft_tokens" in given)
 
 
@@ -140,68 +129,55 @@ def test_contract_12_agents_ahead_are_on_schedule_and_resume_to_the_same_tokens(
     assert set(ages) == set(range(ahead + 1))
 
 
-@pytest.mark.long
-def test_contract_9_a_stopped_run_goes_on_to_the_same_bits(micro_config, whole, tmp_path):
-    config = micro_config(tmp_path / "again", agent=TWICE, **SHORT, **{"eval.limit": 2})
-    with pytest.raises(BaseException, match="stopped after step 1"):
-        train(config, stop_after=1)
-    train(config, resume="auto")
-    assert [sampled(tmp_path / "again", step) for step in (1, 2)] == [sampled(whole, step) for step in (1, 2)]
-    again, uncut = learned(tmp_path / "again"), learned(whole)
-    assert all(torch.equal(again[name], uncut[name]) for name in again)
-
-
 @pytest.mark.slow
 def test_an_agent_gets_columns_and_its_number_is_a_reward(micro_config, tmp_path):
-    given = {"agent": f"{AGENTS}:columns", "rewards": [], "rollout.max_completion_tokens": 6}
+    given = {"agent": f"{AGENTS}:columns", "rewards": [], "rollout.max_completion_tokens": 6, "prompts_per_step": 4}
     for name in ("a", "b"):
-        train(micro_config(tmp_path / name, **given, **SHORT))
+        train(micro_config(tmp_path / name, **SHORT | given))
     lines = read_rollouts(tmp_path / "a", 1)
     assert all(line["parts"].keys() == {"agent"} and line["reward"] == line["parts"]["agent"] for line in lines)
     assert len({line["reward"] % 1 for line in lines}) > 8  # every episode has random numbers of its own,
     assert sampled(tmp_path / "a", 2) == sampled(tmp_path / "b", 2)  # and the same ones in the same run
 
 
-@pytest.mark.parametrize(
-    ("fate", "said"),
-    [
-        ("raises", r"raised: RuntimeError: no such tool \(line \d+ in fails\)"),
-        pytest.param("hangs", r"timeout: no result after 3 s, stuck at agents.py", marks=pytest.mark.slow),
-        ("dies", "died: the process that ran it ended"),
-        pytest.param("leaves", "raised: SystemExit: enough", marks=pytest.mark.slow),
-        pytest.param("words", "not_a_number: returned 'good'; return a number or None", marks=pytest.mark.slow),
-        pytest.param("nan", "nan", marks=pytest.mark.slow),
-        pytest.param("silent", "asked_nothing: it got no answer of the policy", marks=pytest.mark.slow),
-        pytest.param("greedy", "memory: it needs more memory", marks=pytest.mark.slow),
-    ],
-)
-def test_contract_6_an_agent_that_fails_is_named_and_never_a_zero(micro_config, tmp_path, fate, said):
-    data = tmp_path / "data.jsonl"
-    rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}", "fate": fate if i == 3 else ""} for i in range(8)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {
-        "agent": f"{AGENTS}:fails",
-        "data.name": str(data),
-        "data.limit": None,
-        "rewards": [],
-        "program_timeout_s": 3,
-    }
-    given |= {"steps": 1, "prompts_per_step": 8, "rollout.group_size": 2, "warm_start.steps": 0}
-    config = micro_config(tmp_path / "drop", **given, **{"reward.on_error": "drop_sample"})
-    train(config)
-    lines = read_rollouts(tmp_path / "drop", 1)
-    wrong = [line for line in lines if line["prompt_id"].endswith("3")]
-    assert [line["reward"] for line in wrong] == [None, None]
-    assert [line["reward"] for line in lines if line not in wrong] == [1.0] * 14
-    events = [json.loads(line) for line in (tmp_path / "drop/events.jsonl").read_text().splitlines()]
-    errors = [event for event in events if event["event"] == "reward_error"]
-    assert len(errors) == 2
-    if fate == "raises":
-        with pytest.raises(RewardFailed, match=rf"reward 'agent' failed on prompt '.*3', sample 0: .*{said}"):
-            train(micro_config(tmp_path / "abort", **given))
-    if fate != "nan":
-        assert read_metrics(tmp_path / "drop")[0]["tools/failures"] == 2
-        assert re.search(said, errors[0]["message"])
+FATES = {
+    "raises": r"raised: RuntimeError: no such tool \(line \d+ in fails\)",
+    "hangs": r"timeout: no result after 3 s, stuck at agents.py",
+    "dies": "died: the process that ran it ended",
+    "leaves": "raised: SystemExit: enough",
+    "words": "not_a_number: returned 'good'; return a number or None",
+    "nan": "",
+    "silent": "asked_nothing: it got no answer of the policy",
+    "greedy": "memory: it needs more memory",
+}
+
+
+def _write_data(file, fates, **more):
+    rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} | more | {"fate": f} for i, f in enumerate(fates)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"data.name": str(file), "data.limit": None}
+
+
+def test_contract_6_an_agent_that_fails_is_named_and_never_a_zero(micro_config, tmp_path):
+    fates = [*FATES, "", ""]
+    given = {"agent": f"{AGENTS}:fails", "rewards": [], "program_timeout_s": 3}
+    given |= {"steps": 1, "prompts_per_step": len(fates), "rollout.group_size": 2, "warm_start.steps": 0}
+    data = _write_data(tmp_path / "data.jsonl", fates)
+    train(micro_config(tmp_path / "drop", **given, **data, **{"reward.on_error": "drop_sample"}))
+    rewards, said = {}, {}
+    for line in read_rollouts(tmp_path / "drop", 1):
+        rewards.setdefault(fates[int(line["prompt_id"].rpartition("/")[2])], []).append(line["reward"])
+    assert rewards == {fate: [None, None] for fate in FATES} | {"": [1.0] * 4}
+    for event in read_events(tmp_path / "drop"):
+        if event["event"] == "reward_error":
+            said.setdefault(fates[int(event["prompt_id"].rpartition("/")[2])], []).append(event["message"])
+    assert {fate: len(messages) for fate, messages in said.items()} == dict.fromkeys(FATES, 2)
+    assert [fate for fate, words in FATES.items() if not re.search(words, said[fate][0])] == []
+    assert read_metrics(tmp_path / "drop")[0]["tools/failures"] == 2 * (len(FATES) - 1)  # and a number that is none
+    data = _write_data(tmp_path / "data.jsonl", ["", "raises", ""])
+    given |= {"prompts_per_step": 3}
+    with pytest.raises(RewardFailed, match=rf"reward 'agent' failed on prompt '.*1', sample 0: .*{FATES['raises']}"):
+        train(micro_config(tmp_path / "abort", **given, **data))
 
 
 def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
@@ -211,9 +187,10 @@ def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
         train(config)
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
+def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Learner, "__init__", lambda *_: pytest.fail("loaded a policy"))
+    monkeypatch.setattr("grpo.steps.opening.load_policy", lambda *_: pytest.fail("loaded a policy"))
+    for given, words in (
         ({"agent": "nowhere.py:agent"}, "nowhere.py is not an existing Python file"),
         ({"agent": f"{AGENTS}:other"}, "'other' is not there"),
         ({"agent": f"{AGENTS}:nowhere"}, "has no parameter `base_url`"),
@@ -223,22 +200,15 @@ def test_an_agent_whose_requests_are_refused_is_told_of(micro_config, tmp_path):
         ({"learner.routing_replay": True}, "learner.routing_replay=true with agent"),
         ({"loss.advantage": "gae"}, "loss.advantage=gae with agent"),
         ({"prompt_attention": "bidirectional"}, "would be seen whole too"),
-    ],
-)
-def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tmp_path, monkeypatch, given, words):
-    monkeypatch.setattr(Learner, "__init__", lambda *_: pytest.fail("loaded a policy"))
-    monkeypatch.setattr("grpo.steps.opening.load_policy", lambda *_: pytest.fail("loaded a policy"))
-    with pytest.raises((ValueError, RewardError), match=words):
-        train(micro_config(tmp_path / "run", **({"agent": ONCE} | given)))
+    ):
+        with pytest.raises((ValueError, RewardError), match=words):
+            train(micro_config(tmp_path / "run", **({"agent": ONCE} | given)))
 
 
 def test_a_column_with_a_name_of_the_agents_own_is_refused(micro_config, tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text(
-        "".join(json.dumps({"question": f"{i}?", "answer": "#### 1", "api_key": "x"}) + "\n" for i in range(8))
-    )
+    data = _write_data(tmp_path / "data.jsonl", [""] * 8, api_key="x")
     with pytest.raises(ValueError, match="column 'api_key' has the name of what every agent gets"):
-        train(micro_config(tmp_path / "run", agent=ONCE, **{"data.name": str(data), "data.limit": None}))
+        train(micro_config(tmp_path / "run", agent=ONCE, **data))
 
 
 @pytest.fixture

@@ -196,7 +196,6 @@ CASES = {
     "null": (raw("null"), None, {"malformed_calls": 1}),
     "a text": ("There are 24 <tool> calls {}.", None, {}),
 }  # fmt: skip
-HOSTILE = [name for name, (_, _, counts) in CASES.items() if counts]
 CUT = {"no end mark": (CASES["no end mark"][0], [SOLVED], {})}  # by a limit, just there
 
 
@@ -220,12 +219,6 @@ def test_the_same_prompt_twice_in_a_request_has_noise_of_its_own(qwen):
     jobs = served_by(qwen).jobs(asked)
     keys = [(job.prompt.text, job.prompt.first_sample) for job in jobs]
     assert keys == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3)]
-
-
-def test_thirty_malformed_or_hostile_calls_are_among_the_cases_of_the_two_tests_below():
-    """Each of them is counted by the first, and its tokens stay what they are by the second."""
-    assert len(HOSTILE) >= 30
-    assert len({CASES[name][0] for name in HOSTILE}) == len(HOSTILE)
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -398,34 +391,28 @@ def test_a_stop_text_ends_an_answer_with_calls_and_is_no_part_of_it(qwen, text, 
     assert (streamed or None, len(calls)) == (content, 1)
 
 
-@pytest.mark.parametrize(
-    ("body", "param", "why"),
-    [
-        ({"tool_choice": "required"}, "tool_choice", "a forced call would not be drawn from its distribution"),
-        ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice", "leave it out"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "a grammar would draw from another"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "ask for JSON"),
-        ({"tools": [ADD, ADD]}, "tools", "two tools have one name"),
-        ({"tools": [{"type": "function"}]}, "tools", "a tool is"),
-        ({"tools": [{"type": "function", "function": {"name": 3}}]}, "tools", "a tool is"),
-        ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "bool"),
-    ],
-)
-def test_what_would_change_the_distribution_is_refused_by_name(body, param, why):
-    with pytest.raises(ApiError) as refused:
-        asked_of([USER], **body)
-    assert refused.value.param == param
-    assert why in str(refused.value)
+def test_what_would_change_the_distribution_is_refused_by_name():
+    for body, why in (
+        ({"tool_choice": "required"}, "a forced call would not be drawn from its distribution"),
+        ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, "leave it out"),
+        ({"response_format": {"type": "json_object"}}, "a grammar would draw from another"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "ask for JSON"),
+        ({"tools": [ADD, ADD]}, "two tools have one name"),
+        ({"tools": [{"type": "function"}]}, "a tool is"),
+        ({"tools": [{"type": "function", "function": {"name": 3}}]}, "a tool is"),
+        ({"parallel_tool_calls": "no"}, "bool"),
+    ):
+        with pytest.raises(ApiError, match=why) as refused:
+            asked_of([USER], **body)
+        assert [refused.value.param] == list(body)
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [None, 3, [], {"properties": 3}, {"properties": {"a": 3}}, {"properties": {"a": {"anyOf": [{"type": 3}]}}}],
-)
-def test_a_schema_that_is_none_does_no_harm(qwen, parameters):
-    tools = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
-    whole, _ = answer_to(served_by(qwen), asked_of([USER], tools=tools), f"{call('add', a='3')}<|im_end|>")
-    assert json.loads(whole["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": "3"}
+def test_a_schema_that_is_none_does_no_harm(qwen):
+    wrong = [{"properties": 3}, {"properties": {"a": 3}}, {"properties": {"a": {"anyOf": [{"type": 3}]}}}]
+    for parameters in (None, 3, [], *wrong):
+        tools = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
+        whole, _ = answer_to(served_by(qwen), asked_of([USER], tools=tools), f"{call('add', a='3')}<|im_end|>")
+        assert json.loads(whole["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": "3"}
 
 
 @pytest.fixture

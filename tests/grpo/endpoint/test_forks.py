@@ -192,18 +192,14 @@ def tokenizer_with(template):
     return tokenizer
 
 
-@pytest.mark.parametrize(("template", "kind"), [("qwen3", ForkingEpisode), ("qwen2_5", Episode)])
-def test_the_chat_template_decides_whether_an_agent_forks(template, kind):
-    sampler = AgentSampler(SimpleNamespace(check_stop=None), AgentOptions(agent="agent.py:solve"), 1.0)
-    engine = SimpleNamespace(policy=SimpleNamespace(tokenizer=tokenizer_with(template)))
-    assert sampler.kind(engine) is kind
-    sampler.close()
-
-
-def test_a_check_says_after_what_thoughts_are_dropped():
-    notes = {name: examine_text(tokenizer_with(name), [0])[0].note for name in ("qwen3", "qwen2_5")}
-    assert "without thoughts before a user's message" in notes["qwen3"]
-    assert "without thoughts" not in notes["qwen2_5"]
+def test_the_chat_template_decides_whether_an_agent_forks_and_a_check_says_so():
+    for template, kind in {"qwen3": ForkingEpisode, "qwen2_5": Episode}.items():
+        sampler = AgentSampler(SimpleNamespace(check_stop=None), AgentOptions(agent="agent.py:solve"), 1.0)
+        tokenizer = tokenizer_with(template)
+        assert sampler.kind(SimpleNamespace(policy=SimpleNamespace(tokenizer=tokenizer))) is kind
+        note = examine_text(tokenizer, [0])[0].note
+        assert ("without thoughts before a user's message" in note) == (kind is ForkingEpisode)
+        sampler.close()
 
 
 def test_the_plan_says_how_many_rows_forks_cost(micro_config, model, tmp_path, capsys):

@@ -1,11 +1,8 @@
 import errno
-import json
 import os
 import random
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,44 +47,28 @@ def test_a_checkpoints_files_have_the_mode_that_the_umask_gives(tmp_path):
     )
 
 
-def test_contract_9_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
+@pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_contract_9_a_killed_save_leaves_the_previous_checkpoint(tmp_path, step):
+    """Or, of a save over the only checkpoint (step 1), one of the two."""
     outcomes = []
     for call in range(1, 100):
         root = tmp_path / str(call)
         _save(root, 1, 1.0)
-        killed = kills_itself(lambda root=root: _save(root, 2, 2.0, keep=1), call)
+        killed = kills_itself(lambda root=root: _save(root, step, 2.0, keep=1), call)
         newest = checkpoint.find(root, "auto")
         outcomes.append(_value(newest))
-        assert newest.name == f"step_{int(outcomes[-1]):06d}"
+        assert newest.name == f"step_{min(step, int(outcomes[-1])):06d}"
         for visible in root.glob("step_*"):
             _value(visible)
-        _save(root, 3, 3.0)
+        _save(root, step, 3.0)
+        assert _value(checkpoint.find(root, "auto")) == 3.0
         assert not list(root.glob(".step_*")), "the next save cleans up"
         if not killed:
             break
     assert not killed
-    assert len(outcomes) > 12, "the save was killed at many moments"
     assert outcomes == sorted(outcomes)
-    assert outcomes.count(1.0) > 8
-    assert outcomes.count(2.0) > 3, "and also while the older checkpoint was being removed"
-
-
-@pytest.mark.slow
-def test_contract_9_a_killed_save_over_the_only_checkpoint_leaves_one_of_the_two(tmp_path):
-    outcomes = []
-    for call in range(1, 100):
-        root = tmp_path / str(call)
-        _save(root, 1, 1.0)
-        killed = kills_itself(lambda root=root: _save(root, 1, 2.0), call)
-        outcomes.append(_value(checkpoint.find(root, "auto")))
-        _save(root, 1, 3.0)
-        assert _value(checkpoint.find(root, "auto")) == 3.0
-        assert [path.name for path in root.iterdir()] == ["step_000001"]
-        if not killed:
-            break
-    assert not killed
-    assert outcomes == sorted(outcomes)
-    assert set(outcomes) == {1.0, 2.0}
+    assert outcomes.count(1.0) > 8, "the save was killed at many moments"
+    assert outcomes.count(2.0) > (3 if step == 2 else 0), "and also while the older checkpoint was being removed"
 
 
 def test_contract_9_every_file_and_both_folders_reach_the_disk_in_order(tmp_path, monkeypatch):
@@ -146,24 +127,22 @@ def test_contract_9_random_states_and_bits_come_back(tmp_path):
     assert torch.rand(3, generator=again).equal(torch.rand(3, generator=generator))
 
 
-@pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
-def test_a_damaged_file_is_named_with_the_checkpoint_to_resume_from(tmp_path, name, damage):
+def test_a_damaged_file_is_named_with_the_checkpoint_to_resume_from(tmp_path):
     _save(tmp_path, 9, 9.0)
     _save(tmp_path, 10, 10.0)
-    path = _save(tmp_path, 11, 11.0)
     (tmp_path / "step_000010" / "state.json").write_text("{}")  # so that step 9 is the one before that is intact
-    content = bytearray((path / name).read_bytes())
-    if damage == "flip":
-        content[-3] ^= 1
-    if damage == "cut":
-        del content[-3:]
-    (path / name).write_bytes(content)
-    if damage == "delete":
-        (path / name).unlink()
-    assert checkpoint.find(tmp_path, "auto") == path, "a damaged checkpoint is not skipped in silence"
-    with pytest.raises(CheckpointError, match=rf"step_000011 is damaged: {name}.*resume from .*step_000009"):
-        checkpoint.load(path)
+    for name in ("policy.safetensors", "optimizer.safetensors", "state.json"):
+        for damage in ("flip", "cut", "delete"):
+            path = _save(tmp_path, 11, 11.0)
+            content = bytearray((path / name).read_bytes())
+            (path / name).unlink()
+            if damage == "flip":
+                (path / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+            if damage == "cut":
+                (path / name).write_bytes(content[:-3])
+            assert checkpoint.find(tmp_path, "auto") == path, "a damaged checkpoint is not skipped in silence"
+            with pytest.raises(CheckpointError, match=rf"step_000011 is damaged: {name}.*resume from .*step_000009"):
+                checkpoint.load(path)
 
 
 def test_any_flipped_byte_of_the_manifest_is_seen(tmp_path):
@@ -182,22 +161,15 @@ def test_damage_with_nothing_before_it_says_so(tmp_path):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize(
-    ("function", "error"),
-    [
-        ("fsync", OSError(errno.ENOSPC, "No space left on device")),
-        ("save_file", OSError(errno.ENOSPC, "No space left on device")),
-        ("replace", OSError(errno.ENOSPC, "No space left on device")),
-    ],
-)
-def test_a_full_disk_names_path_bytes_and_way_out(tmp_path, monkeypatch, function, error):
+@pytest.mark.parametrize(("owner", "function"), [(os, "fsync"), (tensor_files, "save_file"), (os, "replace")])
+def test_a_full_disk_names_path_bytes_and_way_out(tmp_path, monkeypatch, owner, function):
     _save(tmp_path, 1, 1.0)
 
     def full(*args, **kwargs):
-        raise error
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_files if function == "save_file" else os, function, full)
+        patch.setattr(owner, function, full)
         with pytest.raises(CheckpointError, match=r"step_000002: .*needs \d+ bytes, \d+ are free: make room"):
             _save(tmp_path, 2, 2.0, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
@@ -220,20 +192,11 @@ def test_a_failed_replacement_puts_the_former_checkpoint_back(tmp_path, monkeypa
     assert _value(tmp_path / "step_000001") == 1.0
 
 
-@pytest.mark.parametrize(
-    ("value", "key"),
-    [
-        ((1, 2), "state.a.b"),
-        (float("nan"), "state.a.b"),
-        (torch.zeros(2), "state.a.b"),
-        ([0, {"c": b"x"}], r"state.a.b\[1\].c"),
-        ({3: "x"}, "state.a.b"),
-        (Path("x"), "state.a.b"),
-    ],
-)
-def test_state_that_json_would_change_is_refused_by_key(tmp_path, value, key):
-    with pytest.raises(CheckpointError, match=f"^{key} is .*JSON takes only"):
-        checkpoint.save(tmp_path, 1, {}, {"a": {"b": value}})
+def test_state_that_json_would_change_is_refused_by_key(tmp_path):
+    for value in ((1, 2), float("nan"), torch.zeros(2), [0, {"c": b"x"}], {3: "x"}, Path("x")):
+        key = r"state.a.b\[1\].c" if isinstance(value, list) else "state.a.b"
+        with pytest.raises(CheckpointError, match=f"^{key} is .*JSON takes only"):
+            checkpoint.save(tmp_path, 1, {}, {"a": {"b": value}})
     assert not list(tmp_path.iterdir())
 
 
@@ -262,51 +225,6 @@ def test_find(tmp_path):
         checkpoint.find(root, str(root / "step_000005"))
 
 
-def test_the_manifest_lists_every_other_file(tmp_path):
-    path = _save(tmp_path, 3, 3.0)
-    files = json.loads((path / "manifest.json").read_text())["files"]
-    assert sorted([*files, "manifest.json"]) == sorted(file.name for file in path.iterdir())
-    assert all(file["bytes"] == (path / name).stat().st_size for name, file in files.items())
-
-
-SAVES = """
-import sys, torch
-from pathlib import Path
-from grpo.run import checkpoint
-torch.set_num_threads(1)
-root, step = Path(sys.argv[1]), int(sys.argv[2])
-print("ready", flush=True)
-while True:
-    step += 1
-    tensors = {"policy": {"weight": torch.full((3, 4), float(step)), "big": torch.full((400, 400), float(step))},
-               "optimizer": {"step": torch.tensor(float(step))}}
-    checkpoint.save(root, step, tensors, {"value": float(step)}, keep=2)
-    print(step, flush=True)
-"""
-
-
-@pytest.mark.long
-def test_contract_9_kill_9_at_random_moments_of_real_saves_loses_nothing_that_was_announced(tmp_path):
-    """A process saves one checkpoint after the other until it is killed; the next goes on behind what it left."""
-    generator, step = random.Random(5), 0
-    for _ in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVES, str(tmp_path), str(step)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(generator.uniform(0.01, 0.25))
-        process.kill()
-        announced = [int(line) for line in process.stdout.read().split()]
-        process.wait()
-        newest = checkpoint.find(tmp_path, "auto")
-        found = 0 if newest is None else int(_value(newest))
-        assert found in ((announced or [step])[-1], (announced or [step])[-1] + 1)
-        for visible in tmp_path.glob("step_*"):
-            _value(visible)
-        step = found
-    assert step > 8, "many saves were made in between"
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 600 kB."""
@@ -317,16 +235,6 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small tmpfs is not permitted here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_disk_that_is_really_full_loses_nothing(small_disk):
-    tensors = {"policy": {"weight": torch.full((3, 4), 1.0), "big": torch.zeros(300, 300)}}  # 360 kB
-    checkpoint.save(small_disk, 1, tensors, {"value": 1.0})
-    for attempt in (2, 3):
-        with pytest.raises(CheckpointError, match=rf"step_00000{attempt}: .*needs \d+ bytes, \d+ are free: make room"):
-            checkpoint.save(small_disk, attempt, tensors, {"value": 2.0}, keep=1)
-        assert [path.name for path in small_disk.iterdir()] == ["step_000001"]
-        assert checkpoint.load(small_disk / "step_000001").state == {"value": 1.0}
 
 
 def test_a_policy_that_a_full_disk_refuses_leaves_the_former_one(small_disk, micro_policy):

@@ -9,28 +9,19 @@ from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain é 五 text", "plain é 五 text"),
-        ("a\nb\tc\r", r"a\nb\tc\r"),
-        ("\x1b[2J\x00\x7f\x9b", r"\x1b[2J\x00\x7f\x9b"),
-        ("abc\u202ecba", r"abc\u202ecba"),  # right-to-left override
-        ("\ud800", r"\ud800"),
-    ],
-)
-def test_control_characters_are_made_visible(text, shown):
-    assert visible(text) == shown
-
-
-def test_long_text_is_cut_in_the_middle():
+def test_control_characters_are_made_visible_and_long_text_is_cut_in_the_middle():
+    for text, shown in {
+        "plain é 五 text": "plain é 五 text",
+        "a\nb\tc\r": r"a\nb\tc\r",
+        "\x1b[2J\x00\x7f\x9b": r"\x1b[2J\x00\x7f\x9b",
+        "abc\u202ecba": r"abc\u202ecba",  # right-to-left override
+        "\ud800": r"\ud800",
+    }.items():
+        assert visible(text) == shown
     assert visible("0123456789", limit=5) == "012[... 5 characters ...]89"
     assert visible("0123456789", limit=1) == "0[... 9 characters ...]"
     assert visible("0123456789", limit=10) == "0123456789"
-
-
-def test_what_a_terminal_cannot_encode_is_escaped():
-    assert visible("é五", encoding="ascii") == r"\xe9\u4e94"
+    assert visible("é五", encoding="ascii") == r"\xe9\u4e94"  # which the terminal cannot encode
 
 
 def test_the_step_line_has_numbers_that_mean_something_and_leaves_out_what_was_not_measured():

@@ -1,16 +1,15 @@
 """The live panel: its curves and clock, what a real terminal gets, Ctrl-C on one, and a pipe that gets lines alone."""
 
-import fcntl
 import os
 import pty
 import re
-import subprocess
 import sys
 import termios
 import threading
 import time
 
 import pytest
+from copies import Copy
 from rich.console import Console
 
 from grpo.config.run import LogOptions
@@ -89,6 +88,8 @@ def test_a_terminal_gets_the_panel_and_keeps_its_last_state(tmp_path):
                 progress.update(task, completed=3)
                 screen.wait_for("step 2: sampling")
                 screen.wait_for("3/8")
+                assert log.note(STOPPING)
+                screen.wait_for("Ctrl-C again ends the run at once")
             log.step(2, STEP | {"reward/mean": 0.75})
             log.event("worker", host="here")
             log.console.print("the end")
@@ -151,24 +152,20 @@ def test_a_pipe_gets_a_line_of_every_step_and_no_control_code(tmp_path, monkeypa
     assert text.splitlines()[0] == line
 
 
-def _command(model: str, folder: object, steps: int) -> list[str]:
-    words = [sys.executable, "-m", "grpo", "train", "--model", model, "--output_dir", str(folder)]
-    words += f"--steps {steps} --threads 1 --prompts_per_step 2 --data.task_options.levels [1] --data.limit 8".split()
-    words += ["--rollout.group_size", "2", "--rollout.max_completion_tokens", "6", "--log.trackers", "[]"]
-    return [*words, "--checkpoint.every", "1000"]
+IN_ITS_TERMINAL = """
+import fcntl, runpy, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+runpy.run_module("grpo", run_name="__main__")
+"""
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_a_terminal_ends_the_run_in_the_panel_and_leaves_the_terminal_sane(model, tmp_path):
+def test_ctrl_c_on_a_terminal_ends_the_run_in_the_panel_and_leaves_the_terminal_sane(run_words, tmp_path):
+    given = {"steps": 5000, "prompts_per_step": 2, "rollout.group_size": 2, "checkpoint.every": 1000}
+    command = [sys.executable, "-c", IN_ITS_TERMINAL, *run_words(tmp_path / "run", **given)[2:]]
     screen = Screen()
-
-    def own_terminal() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    ends = {"stdin": screen.slave, "stdout": screen.slave, "stderr": screen.slave, "preexec_fn": own_terminal}
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(_command(model, tmp_path / "run", 5000), env=environment, **ends)
+    ends = {"stdin": screen.slave, "stdout": screen.slave, "stderr": screen.slave, "start_new_session": True}
+    process = Copy(command, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"}, **ends)
     try:
         screen.wait_for("step 3/5000", 120)
         os.write(screen.master, b"\x03")
@@ -179,24 +176,3 @@ def test_ctrl_c_on_a_terminal_ends_the_run_in_the_panel_and_leaves_the_terminal_
     assert screen.is_sane()
     assert re.search(r"quartet: stopped after step \d+; go on with --resume auto\s*$", screen.text)
     assert screen.text.startswith("loading torch and transformers ...")
-
-
-def test_the_panel_tells_of_the_stop_that_was_asked_for(tmp_path):
-    screen = Screen()
-    with os.fdopen(os.dup(screen.slave), "w") as stream:
-        console = Terminal(file=stream, _environ={"TERM": "xterm"})
-        with RunLog(tmp_path / "demo", "", LogOptions(trackers=[]), last=4, console=console) as log:
-            assert log.note(STOPPING)
-            screen.wait_for("Ctrl-C again ends the run at once")
-    assert screen.is_sane()
-
-
-@pytest.mark.long
-def test_a_run_in_a_pipe_writes_no_escape_byte(model, tmp_path):
-    environment = os.environ | {"FORCE_COLOR": "", "TERM": "xterm"}
-    command = _command(model, tmp_path / "run", 2)
-    done = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert b"\x1b" not in done.stdout + done.stderr
-    assert b"\r" not in done.stdout
-    assert len(re.findall(rb"^step     [12]  ", done.stdout, re.MULTILINE)) == 2

@@ -1,6 +1,7 @@
 """Contract 9: a stopped run resumes to the same bits. N steps = k steps + stop + resume."""
 
 import errno
+import functools
 import json
 import re
 import shutil
@@ -52,7 +53,7 @@ KINDS = {
 
 
 def _config(micro_config, folder: Path, kind: str, **given):
-    options = {"steps": STEPS, "learner.weight_decay": 0.01, "warm_start.batch_size": 3} | KINDS[kind]
+    options = {"steps": STEPS, "learner.weight_decay": 0.01, "warm_start.steps": 1} | KINDS[kind]
     options["rollout.max_completion_tokens"] = 6
     if "dynamic" in kind:
         options["rewards"] = [{"function": f"{folder.parent / 'coarse.py'}:coarse"}]
@@ -94,14 +95,12 @@ def _untimed(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(micro_config, tmp_path_factory):
     """`whole(kind)`: the folder of an uninterrupted run of that kind, made once."""
-    folders: dict[str, Path] = {}
 
+    @functools.cache
     def folder_of(kind: str) -> Path:
-        if kind not in folders:
-            folder = tmp_path_factory.mktemp("whole") / "run"
-            train(_config(micro_config, folder, kind))
-            folders[kind] = folder
-        return folders[kind]
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        train(_config(micro_config, folder, kind), resume="auto")  # which has nothing to go on with
+        return folder
 
     return folder_of
 
@@ -149,13 +148,14 @@ def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, 
 
 @pytest.mark.slow
 def test_contract_9_several_stops_are_as_good_as_one(micro_config, whole, tmp_path):
-    folder = tmp_path / "run"
-    _stop_after(micro_config, folder, "full", 1)
-    for k in (2, 4):
+    """And the newest checkpoints are kept."""
+    folder, given = tmp_path / "run", {"checkpoint.keep": 2}
+    for k in (1, 2, 4):
         with pytest.raises(Stopped):
-            train(_config(micro_config, folder, "full"), resume="auto", stop_after=k)
-    train(_config(micro_config, folder, "full"), resume="auto")
+            train(_config(micro_config, folder, "full", **given), resume="auto", stop_after=k)
+    train(_config(micro_config, folder, "full", **given), resume="auto")
     _assert_same_checkpoint(folder, whole("full"), STEPS)
+    assert list(checkpoint.saved(folder / "checkpoints")) == [4, 5]
 
 
 @pytest.mark.slow
@@ -193,92 +193,80 @@ def test_a_run_that_was_cut_off_behind_its_checkpoint_writes_no_step_twice(micro
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step_{i:06d}" for i in (2, 4, 5)]
 
 
-def test_resume_from_a_path_goes_back_and_drops_what_came_later(micro_config, whole, tmp_path):
-    reference, folder = whole("full"), tmp_path / "run"
-    shutil.copytree(reference, folder)
-    path = str(folder / "checkpoints/step_000002")
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of a run that has ended."""
+    return Path(shutil.copytree(whole("full"), tmp_path / "run"))
+
+
+def test_resume_from_a_path_goes_back_and_drops_what_came_later(micro_config, whole, finished):
+    path = str(finished / "checkpoints/step_000002")
     with pytest.raises(Stopped):
-        train(_config(micro_config, folder, "full"), resume=path, stop_after=3)
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"step_{i:06d}" for i in (1, 2, 3)]
-    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
-    assert not (folder / "rollouts/step_000004.jsonl.zst").exists()
-    _assert_same_checkpoint(folder, reference, 3)
+        train(_config(micro_config, finished, "full"), resume=path, stop_after=3)
+    assert list(checkpoint.saved(finished / "checkpoints")) == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(finished)] == [1, 2, 3]
+    assert not (finished / "rollouts/step_000004.jsonl.zst").exists()
+    _assert_same_checkpoint(finished, whole("full"), 3)
 
 
-def test_resume_of_a_finished_run_takes_no_step(micro_config, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole("full"), folder)
-    before = _untimed(folder)
-    train(_config(micro_config, folder, "full"), resume="auto")
-    assert _untimed(folder) == before
+def test_resume_of_a_finished_run_takes_no_step_but_those_that_it_is_given(micro_config, finished):
+    before = _untimed(finished)
+    train(_config(micro_config, finished, "full"), resume="auto")
+    assert _untimed(finished) == before
+    train(_config(micro_config, finished, "full", steps=STEPS + 1), resume="auto")
+    assert [line["step"] for line in read_metrics(finished)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_finished_run_can_be_given_more_steps(micro_config, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole("full"), folder)
-    train(_config(micro_config, folder, "full", steps=STEPS + 1), resume="auto")
-    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
-
-
-def test_resume_where_nothing_is_saved_starts_from_the_beginning(micro_config, whole, tmp_path):
-    folder = tmp_path / "run"
-    train(_config(micro_config, folder, "full"), resume="auto")
-    assert _untimed(folder) == _untimed(whole("full"))
-
-
-def test_resume_from_what_is_no_checkpoint_lists_those_there_are(micro_config, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole("full"), folder)
-    with pytest.raises(checkpoint.CheckpointError, match=r"is no checkpoint .*step_000005"):
-        train(_config(micro_config, folder, "full"), resume=str(tmp_path / "nowhere"))
-
-
-def test_a_resume_with_another_configuration_is_refused_with_the_differences(micro_config, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole("full"), folder)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    changed = _config(
-        micro_config, folder, "full", **{"learner.learning_rate": 0.5, "rollout.group_size": 2, "lora.rank": 4}
-    )
-    with pytest.raises(ValueError) as refusal:
-        train(changed, resume="auto")
-    message = str(refusal.value)
-    for part in (
-        "  learner.learning_rate: 0.01 then, 0.5 now",
-        "  rollout.group_size: 4 then, 2 now",
-        "lora",
-        "force=True",
-    ):
-        assert part in message
-    assert "checkpoint.every" not in message
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.slow
-def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_path):
-    folder = tmp_path / "run"
-    _stop_after(micro_config, folder, "full", 2)
-    changed = _config(micro_config, folder, "full", **{"learner.learning_rate": 1e-3})
-    train(changed, resume="auto", force=True)
-    rates = [line["learner/learning_rate"] for line in read_metrics(folder)]
-    assert rates == [1e-2, 1e-2, 1e-3, 1e-3, 1e-3]
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events][-3:] == ["resume", "config_changed", "end"]
-    assert "learning_rate: 0.001" in (folder / "config.yaml").read_text()
+CHANGED = {"learner.learning_rate": 0.5, "rollout.group_size": 2, "lora.rank": 4}
+DIFFERENCES = (
+    r"(?s)(?=.*  learner.learning_rate: 0.01 then, 0.5 now)(?=.*  rollout.group_size: 4 then, 2 now)(?=.*lora)"
+)
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("given", "flags", "message"),
     [
-        {"checkpoint.every": 4, "checkpoint.keep": 1},
-        {"eval.every": 1, "eval.limit": 2},
-        {"reward.timeout_s": 3.0, "threads": None},
-        {"steps": 9},
+        (CHANGED, {"resume": "auto"}, DIFFERENCES),
+        ({}, {"resume": "nowhere"}, r"is no checkpoint .*step_000005"),
+        ({}, {"force": True}, 'force=True only lets resume go on .* never overwrites a run; add resume="auto"'),
+        (
+            {"steps": STEPS + 1},
+            {"resume": "auto", "stop_after": 5},
+            "stop_after=5: the run goes on from step 5; give a later step",
+        ),
+        ({"steps": 3}, {"resume": "auto", "force": True}, "step_000005 is of step 5, the run ends at step 3"),
     ],
 )
-def test_what_does_not_touch_the_training_may_change(micro_config, whole, given):
-    folder = whole("full")
-    refuse_changed_config(folder / "config.yaml", _config(micro_config, folder, "full", **given))
+def test_a_resume_that_makes_no_sense_is_refused_and_touches_nothing(micro_config, finished, given, flags, message):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, checkpoint.CheckpointError), match=message) as refusal:
+        train(_config(micro_config, finished, "full", **given), **flags)
+    assert "checkpoint.every" not in str(refusal.value)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_forced_resume_goes_on_with_the_new_configuration(micro_config, tmp_path, capsys):
+    """Its line is short, and its record is not."""
+    folder = tmp_path / "run"
+    _stop_after(micro_config, folder, "full", 1)
+    capsys.readouterr()
+    changed = _config(micro_config, folder, "full", **{"learner.learning_rate": 0.5})
+    with pytest.raises(Stopped):
+        train(changed, resume="auto", force=True, stop_after=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["resume: step=1", "config_changed: learner.learning_rate=0.01 -> 0.5"]
+    assert [line["learner/learning_rate"] for line in read_metrics(folder)] == [1e-2, 0.5]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events][-3:] == ["resume", "config_changed", "end"]
+    assert "versions" in events[-3]["environment"]
+    assert "learning_rate: 0.5" in (folder / "config.yaml").read_text()
+
+
+def test_what_does_not_touch_the_training_may_change(micro_config, whole):
+    folder, free = whole("full"), {"checkpoint.every": 4, "checkpoint.keep": 1, "eval.every": 1, "eval.limit": 2}
+    free |= {"reward.timeout_s": 3.0, "threads": None, "steps": 9}
+    for key, value in free.items():
+        refuse_changed_config(folder / "config.yaml", _config(micro_config, folder, "full", **{key: value}))
 
 
 def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp_path, monkeypatch):
@@ -294,31 +282,18 @@ def test_null_is_a_value_and_not_what_an_older_run_did_not_say(micro_config, tmp
         refuse_changed_config(saved, config)
 
 
-def test_a_run_that_has_used_a_cassette_goes_on_with_force_only(micro_config, tmp_path):
-    config, saved = _config(micro_config, tmp_path, "full"), tmp_path / "config.yaml"
-    saved.write_text(dump_yaml(config) + "cassette: {file: null, mode: replay, faults: {}}\n")
-    refuse_changed_config(saved, config)
-    saved.write_text(dump_yaml(config) + "cassette: {file: answers.jsonl, mode: record, faults: {late: 0.1}}\n")
-    with pytest.raises(ValueError, match=r"cassette.file=answers.jsonl: it is gone, since .* with --force asks them"):
-        refuse_changed_config(saved, config)
-
-
-@pytest.mark.slow
-def test_steps_are_part_of_a_schedule_that_decays_over_them(micro_config, whole):
-    folder = whole("cosine")
-    longer = _config(micro_config, folder, "cosine", steps=9)
+def test_steps_are_part_of_a_schedule_that_decays_over_them(micro_config, tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_yaml(_config(micro_config, tmp_path, "cosine")))
     with pytest.raises(ValueError, match="steps: 5 then, 9 now"):
-        refuse_changed_config(folder / "config.yaml", longer)
+        refuse_changed_config(tmp_path / "config.yaml", _config(micro_config, tmp_path, "cosine", steps=9))
 
 
-def test_a_forced_resume_with_another_model_loses_nothing(micro_config, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole("full"), folder)
-    adapted = _config(micro_config, folder, "full", **{"lora.rank": 4})
-    path = str(folder / "checkpoints/step_000002")
+def test_a_forced_resume_with_another_model_loses_nothing(micro_config, finished):
+    adapted = _config(micro_config, finished, "full", **{"lora.rank": 4})
+    path = str(finished / "checkpoints/step_000002")
     with pytest.raises(ValueError, match="the checkpoint is of another policy"):
         train(adapted, resume=path, force=True)
-    assert len(list((folder / "checkpoints").iterdir())) == STEPS
+    assert len(list((finished / "checkpoints").iterdir())) == STEPS
 
 
 def _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start: int):
@@ -326,6 +301,7 @@ def _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start: int):
     model, folder = tmp_path / "model", tmp_path / "run"
     micro_policy(3).save(model)
     given = {"model": str(model), "lora.rank": 4, "warm_start.steps": warm_start, "steps": 2}
+    given |= {"rollout.max_completion_tokens": 4}
     config = micro_config(folder, **given)
     with pytest.raises(Stopped):
         train(config, stop_after=1)
@@ -342,32 +318,30 @@ def _change_one_weight(file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("warm_start", [pytest.param(0, marks=pytest.mark.long), 2])
-def test_adapters_are_not_continued_on_other_base_weights(micro_config, micro_policy, tmp_path, warm_start):
+def test_adapters_are_continued_on_other_base_weights_by_force_alone(micro_config, micro_policy, tmp_path, warm_start):
     config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start)
-    shutil.copytree(file.parent, tmp_path / "original")
+    original, folder = shutil.copytree(file.parent, tmp_path / "original"), tmp_path / "run"
     _change_one_weight(file)
     named = "warm start .*warm_start" if warm_start else "model='.*model'"
     with pytest.raises(ValueError, match=rf"{named}: the base weights are not those .* of step 1 .*force=True"):
         train(config, resume="auto")
     with pytest.raises(PolicyError, match=r"the base weights are not those .*put back the files"):
-        load_found(find_policy(str(tmp_path / "run")), config)
-    shutil.copytree(tmp_path / "original", file.parent, dirs_exist_ok=True)
+        load_found(find_policy(str(folder)), config)
+    shutil.copytree(original, file.parent, dirs_exist_ok=True)
     for dtype in ("float32", "bfloat16"):
-        load_found(find_policy(str(tmp_path / "run")), config.model_copy(update={"dtype": dtype}))
+        load_found(find_policy(str(folder)), config.model_copy(update={"dtype": dtype}))
+    shutil.copytree(folder, tmp_path / "stopped")
     train(config, resume="auto")
-    assert [line["step"] for line in read_metrics(tmp_path / "run") if "reward/mean" in line] == [1, 2]
-
-
-@pytest.mark.slow
-def test_a_forced_resume_puts_adapters_on_other_base_weights_and_says_so(micro_config, micro_policy, tmp_path):
-    config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, 0)
+    assert [line["step"] for line in read_metrics(folder) if "reward/mean" in line] == [1, 2]
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "stopped", folder)
     _change_one_weight(file)
     train(config, resume="auto", force=True)
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "base_changed"] == [1]
     # What is saved from now on belongs to the new base, and an earlier version's checkpoint names none.
-    saved = checkpoint.load(tmp_path / "run" / "checkpoints/step_000002")
-    policy = load_found(find_policy(str(tmp_path / "run/checkpoints/step_000002")), config, merged=False)
+    saved = checkpoint.load(folder / "checkpoints/step_000002")
+    policy = load_found(find_policy(str(folder / "checkpoints/step_000002")), config, merged=False)
     assert base_changed(policy, saved, "") is None
     del saved.state["base"]
     assert base_changed(micro_policy(0), saved, "") is None
@@ -381,26 +355,36 @@ def test_the_checkpoint_of_another_run_brings_its_configuration_along(micro_conf
     with pytest.raises(ValueError, match=r"(?s)was started with .*learner.learning_rate: 0.01 then, 0.5 now.*seed: 0"):
         train(changed, resume=path)
     assert not folder.exists()
-    train(_config(micro_config, folder, "full"), resume=path)
-    _assert_same_checkpoint(folder, reference, STEPS)
-
-
-@pytest.mark.parametrize("force", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_checkpoint_of_another_command_is_refused(micro_config, micro_preset, whole, tmp_path, force):
     with pytest.raises(Stopped):
-        sft(_sft_config(micro_preset, tmp_path / "sft"), stop_after=2)
-    ours, theirs = whole("full") / "checkpoints/step_000002", tmp_path / "sft/checkpoints/step_000002"
-    with pytest.raises(ValueError, match="step_000002 was saved by another command of quartet"):
-        train(_config(micro_config, tmp_path / "run", "full"), resume=str(theirs), force=force)
-    with pytest.raises(ValueError, match="step_000002 was saved by another command of quartet"):
-        sft(_sft_config(micro_preset, tmp_path / "sft"), resume=str(ours), force=force)
+        train(_config(micro_config, folder, "full"), resume=path, stop_after=4)
+    _assert_same_checkpoint(folder, reference, 4)
+
+
+def test_the_checkpoint_of_another_command_is_refused_and_so_is_what_sft_cannot_go_on_with(
+    micro_config, micro_preset, whole, tmp_path
+):
+    folder = tmp_path / "sft"
+    with pytest.raises(Stopped):
+        sft(_sft_config(micro_preset, folder, **{"eval.limit": 0}), stop_after=2)
+    ours, theirs = whole("full") / "checkpoints/step_000002", folder / "checkpoints/step_000002"
+    for force in (False, True):
+        with pytest.raises(ValueError, match="step_000002 was saved by another command of quartet"):
+            train(_config(micro_config, tmp_path / "run", "full"), resume=str(theirs), force=force)
+        with pytest.raises(ValueError, match="step_000002 was saved by another command of quartet"):
+            sft(_sft_config(micro_preset, folder), resume=str(ours), force=force)
+    with pytest.raises(ValueError, match="prompts_per_step: 4 then, 5 now"):
+        sft(_sft_config(micro_preset, folder, **{"prompts_per_step": 5}), resume="auto")
+    with pytest.raises(ValueError, match="force=True only lets"):
+        sft(_sft_config(micro_preset, folder), force=True)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        sft(_sft_config(micro_preset, folder))
 
 
 def test_other_training_data_are_noticed(micro_config, tmp_path):
     rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} for i in range(10)]
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"data.name": str(data), "data.limit": None, "steps": 2}
+    given = {"data.name": str(data), "data.limit": None, "steps": 2, "warm_start.steps": 0}
     with pytest.raises(Stopped):
         train(_config(micro_config, tmp_path / "run", "full", **given), stop_after=1)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
@@ -408,25 +392,16 @@ def test_other_training_data_are_noticed(micro_config, tmp_path):
         train(_config(micro_config, tmp_path / "run", "full", **given), resume="auto")
 
 
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(micro_config, tmp_path):
-    folder = tmp_path / "run"
-    _stop_after(micro_config, folder, "full", 2)
-    file = folder / "checkpoints/step_000002/policy.safetensors"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(micro_config, whole, finished):
+    file = finished / "checkpoints/step_000005/policy.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(checkpoint.CheckpointError, match=r"policy.safetensors.*resume from .*step_000001"):
-        train(_config(micro_config, folder, "full"), resume="auto")
-    train(_config(micro_config, folder, "full"), resume=str(folder / "checkpoints/step_000001"))
-    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.slow
-def test_only_the_newest_checkpoints_are_kept(micro_config, tmp_path):
-    folder = tmp_path / "run"
-    train(_config(micro_config, folder, "full", **{"checkpoint.keep": 2}))
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+    with pytest.raises(checkpoint.CheckpointError, match=r"policy.safetensors.*resume from .*step_000004"):
+        train(_config(micro_config, finished, "full"), resume="auto")
+    train(_config(micro_config, finished, "full"), resume=str(finished / "checkpoints/step_000004"))
+    assert [line["step"] for line in read_metrics(finished)] == [1, 2, 3, 4, 5]
+    _assert_same_checkpoint(finished, whole("full"), STEPS)
 
 
 @pytest.mark.slow
@@ -448,36 +423,6 @@ def test_a_full_disk_during_a_save_loses_nothing(micro_config, whole, tmp_path, 
     assert _untimed(folder) == _untimed(whole("full"))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"force": True}, 'force=True only lets resume go on .* never overwrites a run; add resume="auto"'),
-        ({"resume": "auto", "stop_after": 5}, "stop_after=5: the run goes on from step 5; give a later step"),
-        ({"resume": "auto", "force": True, "steps": 3}, "step_000005 is of step 5, the run ends at step 3"),
-    ],
-)
-def test_flags_that_make_no_sense_are_refused(micro_config, whole, tmp_path, flags, message):
-    folder = tmp_path / "run"
-    shutil.copytree(whole("full"), folder)
-    steps = flags.get("steps", STEPS + 1)
-    with pytest.raises(ValueError, match=message):
-        train(_config(micro_config, folder, "full", steps=steps), **{k: v for k, v in flags.items() if k != "steps"})
-
-
-def test_the_line_of_a_resume_is_short_and_its_record_is_not(micro_config, tmp_path, capsys):
-    folder = tmp_path / "run"
-    _stop_after(micro_config, folder, "full", 1)
-    capsys.readouterr()
-    changed = _config(micro_config, folder, "full", **{"learner.learning_rate": 0.5})
-    with pytest.raises(Stopped):
-        train(changed, resume="auto", force=True, stop_after=2)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "resume: step=1"
-    assert lines[1] == "config_changed: learner.learning_rate=0.01 -> 0.5"
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert "versions" in next(event for event in events if event["event"] == "resume")["environment"]
-
-
 # ---- the best checkpoint --------------------------------------------------------------------------------------------
 
 
@@ -492,13 +437,8 @@ def test_the_best_checkpoint_by_accuracy_stays_and_becomes_a_policy(micro_config
 
     monkeypatch.setattr(RunLog, "evaluation", told)
     folder = tmp_path / "run"
-    given = {
-        "checkpoint.keep_best": True,
-        "checkpoint.keep": 1,
-        "checkpoint.every": 2,
-        "eval.every": 1,
-        "eval.limit": 2,
-    }
+    given = {"checkpoint.keep_best": True, "checkpoint.keep": 1, "checkpoint.every": 2}
+    given |= {"eval.every": 1, "eval.limit": 2}
     with pytest.raises(Stopped):
         train(_config(micro_config, folder, "full", **given), stop_after=4)
     assert list(checkpoint.saved(folder / "checkpoints")) == [3, 4]
@@ -559,17 +499,27 @@ def _sft_config(model: str, folder: Path, **given):
     return load(SftConfig, None, SFT | {"model": model, "output_dir": folder} | given)
 
 
+@pytest.fixture(scope="module")
+def supervised(micro_preset, tmp_path_factory):
+    """`supervised(limit)`: the folder of an uninterrupted run over so many examples, made once."""
+
+    @functools.cache
+    def folder_of(limit: int) -> Path:
+        folder = tmp_path_factory.mktemp("sft") / "run"
+        results = sft(_sft_config(micro_preset, folder, **{"data.limit": limit}))
+        evaluated = [f"{when}, {how}" for when in ("before", "after") for how in ("sampled", "greedy")]
+        assert list(results.evaluations) == evaluated
+        return folder
+
+    return folder_of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "limit"), [pytest.param(2, 18, marks=pytest.mark.long), (3, 12), (5, 18)]
 )  # 12: an epoch ends behind step 3
-def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset, tmp_path, k, limit):
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    given = {"data.limit": limit}
-    results = sft(_sft_config(micro_preset, whole, **given))
-    assert list(results.evaluations) == [
-        f"{when}, {how}" for when in ("before", "after") for how in ("sampled", "greedy")
-    ]
+def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset, supervised, tmp_path, k, limit):
+    whole, folder, given = supervised(limit), tmp_path / "run", {"data.limit": limit}
     with pytest.raises(Stopped, match=f'stopped after step {k}; go on with resume="auto"'):
         sft(_sft_config(micro_preset, folder, **given), stop_after=k)
     assert not (folder / "policy").exists()
@@ -595,10 +545,9 @@ def test_contract_9_supervised_fine_tuning_resumes_to_the_same_bits(micro_preset
     ],
 )
 def test_contract_9_a_failure_in_supervised_fine_tuning_saves_the_last_whole_step(
-    micro_preset, tmp_path, monkeypatch, owner, name, call, error
+    micro_preset, supervised, tmp_path, monkeypatch, owner, name, call, error
 ):
-    folder, given = tmp_path / "run", {"checkpoint.every": 100}
-    sft(_sft_config(micro_preset, tmp_path / "whole", **given))
+    folder, given = tmp_path / "run", {"checkpoint.every": 100, "data.limit": 18}
     real, calls = getattr(owner, name), []
 
     def fails(*arguments):
@@ -613,59 +562,51 @@ def test_contract_9_a_failure_in_supervised_fine_tuning_saves_the_last_whole_ste
             sft(_sft_config(micro_preset, folder, **given))
     assert list(checkpoint.saved(folder / "checkpoints")) == [3]
     sft(_sft_config(micro_preset, folder, **given), resume="auto")
-    _assert_same_checkpoint(folder, tmp_path / "whole", 6)
-    assert _untimed(folder) == _untimed(tmp_path / "whole")
+    _assert_same_checkpoint(folder, supervised(18), 6)
+    assert _untimed(folder) == _untimed(supervised(18))
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, tmp_path, monkeypatch, kind):
+def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, tmp_path, monkeypatch):
     forward_backward = Learner.forward_backward
 
     def interrupted(self, batch, *rest):
         if batch.step == 3:
-            signal.raise_signal(kind)
+            signal.raise_signal(signal.SIGINT)
         return forward_backward(self, batch, *rest)
 
     monkeypatch.setattr(Learner, "forward_backward", interrupted)
     with pytest.raises(Stopped, match='stopped after step 3; go on with resume="auto"'):
-        sft(_sft_config(micro_preset, tmp_path / "run", **{"checkpoint.every": 100}))
+        sft(_sft_config(micro_preset, tmp_path / "run", **{"checkpoint.every": 100, "eval.limit": 0}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [3]
 
 
-@pytest.mark.slow
-def test_what_sft_refuses(micro_preset, tmp_path):
-    with pytest.raises(Stopped):
-        sft(_sft_config(micro_preset, tmp_path / "run"), stop_after=2)
-    with pytest.raises(ValueError, match="prompts_per_step: 4 then, 5 now"):
-        sft(_sft_config(micro_preset, tmp_path / "run", **{"prompts_per_step": 5}), resume="auto")
-    with pytest.raises(ValueError, match="force=True only lets"):
-        sft(_sft_config(micro_preset, tmp_path / "run"), force=True)
-    with pytest.raises(FileExistsError, match="already holds a run"):
-        sft(_sft_config(micro_preset, tmp_path / "run"))
+GONE = [
+    ("curriculum", "draft_depth", "1"),
+    ("curriculum", "completion_tokens", "5"),
+    ("warm_start", "levels", "[2]"),
+    ("mtp", "idle_every", "null"),
+    ("loss", "importance_clip_min", "0.5"),
+    ("value", "cliprange_value", "0.1"),
+]
 
 
-@pytest.mark.parametrize(
-    ("section", "option", "value"),
-    [
-        ("curriculum", "draft_depth", "1"),
-        ("curriculum", "completion_tokens", "5"),
-        ("warm_start", "levels", "[2]"),
-        ("mtp", "idle_every", "null"),
-        ("loss", "importance_clip_min", "0.5"),
-        ("value", "cliprange_value", "0.1"),
-    ],
-)
-def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(
-    micro_config, tmp_path, monkeypatch, section, option, value
-):
+def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(micro_config, tmp_path, monkeypatch):
     """Only where what is learned would be another thing: a timeout that is gone changes no bit."""
-    gone = {f"{section}.{option}": ("it gained nothing", None), "rollout.publish_timeout_s": ("it is bounded", 600.0)}
+    gone = {f"{section}.{option}": ("it gained nothing", "its default") for section, option, _ in GONE}
+    gone |= {"rollout.publish_timeout_s": ("it is bounded", 600.0)}
     monkeypatch.setattr(names, "_removed", lambda: gone)
     config = micro_config(tmp_path)
-    file = tmp_path / "config.yaml"
-    file.write_text(dump_yaml(config).replace("rollout:\n", "rollout:\n  publish_timeout_s: 7.0\n"))
+    file, now = tmp_path / "config.yaml", dump_yaml(config)
+    file.write_text(now.replace("rollout:\n", "rollout:\n  publish_timeout_s: 7.0\n"))
     refuse_changed_config(file, config)
-    file.write_text(dump_yaml(config).replace(f"\n{section}:\n", f"\n{section}:\n  {option}: {value}\n"))
-    said = f"{section}.{option}={value}: it is gone, since "
-    with pytest.raises(ValueError, match=re.escape(said) + r"[^\n]*\n.*use --force"):
+    for section, option, value in GONE:
+        file.write_text(now.replace(f"\n{section}:\n", f"\n{section}:\n  {option}: {value}\n"))
+        said = f"{section}.{option}={value}: it is gone, since "
+        with pytest.raises(ValueError, match=re.escape(said) + r"[^\n]*\n.*use --force"):
+            refuse_changed_config(file, config)
+    monkeypatch.undo()
+    file.write_text(now + "cassette: {file: null, mode: replay, faults: {}}\n")
+    refuse_changed_config(file, config)
+    file.write_text(now + "cassette: {file: answers.jsonl, mode: record, faults: {late: 0.1}}\n")
+    with pytest.raises(ValueError, match=r"cassette.file=answers.jsonl: it is gone, since .* with --force asks them"):
         refuse_changed_config(file, config)

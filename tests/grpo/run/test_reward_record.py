@@ -1,7 +1,6 @@
 """What a reward function leaves in the run's record, and what its failures do to advantages."""
 
 import hashlib
-import json
 
 import pytest
 import torch
@@ -34,6 +33,9 @@ def talks(completion, completion_ids, answer, trainer_state, log_extra, log_metr
 """
 
 
+QUICK = {"warm_start.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 6}
+
+
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "mine.py"
@@ -41,10 +43,19 @@ def file(tmp_path):
     return path
 
 
+@pytest.fixture
+def stopped(file, micro_config):
+    """The configuration of a run that was stopped after a step of three."""
+    config = micro_config(file.parent / "run", rewards=[{"function": f"{file}:talks"}], **QUICK)
+    with pytest.raises(Stopped):
+        train(config, stop_after=1)
+    return config
+
+
 def test_extras_metrics_and_state_land_in_the_record(file, micro_config):
     folder = file.parent / "run"
     rewards = [{"function": f"{file}:talks"}, {"function": "gsm8k", "weight": 0.5, "name": "right"}]
-    train(micro_config(folder, rewards=rewards, **{"eval.limit": 2, "warm_start.steps": 0}))
+    train(micro_config(folder, rewards=rewards, **QUICK | {"eval.limit": 2}))
     for step in (1, 2, 3):
         for line in read_rollouts(folder, step):
             assert line["extras"]["letters"] == sum(c.isalpha() for c in line["text"])
@@ -60,17 +71,18 @@ def test_extras_metrics_and_state_land_in_the_record(file, micro_config):
     assert (right["function"], right["name"], right["weight"], right["sha256"]) == ("gsm8k", "right", 0.5, None)
 
 
-def test_a_resumed_run_refuses_a_changed_reward_file(file, micro_config):
-    folder = file.parent / "run"
-    config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **{"warm_start.steps": 0, "steps": 1})
-    train(config)
-    config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **{"warm_start.steps": 0, "steps": 2})
+def test_a_resumed_run_refuses_a_changed_reward_and_no_other_change_of_its_file(file, stopped):
+    folder = stopped.output_dir
+    file.write_text(f"# mine\n{SOURCE}\ndef unrelated():\n    return 1\n")
+    with pytest.raises(Stopped):
+        train(stopped, resume="auto", stop_after=2)
+    assert "rewards_changed" not in [event["event"] for event in read_events(folder)]
     file.write_text(SOURCE.replace("/ 10", "/ 20"))
     with pytest.raises(ValueError, match=r"mine.py holds another reward function .* force=True"):
-        train(config, resume="auto")
+        train(stopped, resume="auto")
     former = read_rewards(folder)
-    train(config, resume="auto", force=True)
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    train(stopped, resume="auto", force=True)
+    events = read_events(folder)
     [event] = [event for event in events if event["event"] == "rewards_changed"]
     assert event["former"] == former
     assert read_rewards(folder)[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest() != former[0]["sha256"]
@@ -96,7 +108,7 @@ def test_a_mended_function_resumes_after_its_failure(micro_config, tmp_path):
     file, folder = tmp_path / "mine.py", tmp_path / "run"
     file.write_text(MENDABLE)
     rewards = [{"function": f"{file}:fails"}, {"function": f"{file}:other"}]
-    config = micro_config(folder, rewards=rewards, **{"warm_start.steps": 0, "eval.limit": 0})
+    config = micro_config(folder, rewards=rewards, **QUICK)
     with pytest.raises(RewardFailed, match="boom"):
         train(config)
     mended = MENDABLE.replace('raise ValueError("boom")', "return [0.0] * len(completions)")
@@ -114,16 +126,6 @@ def test_a_mended_function_resumes_after_its_failure(micro_config, tmp_path):
     file.write_text(mended.replace("float(len(c))", "0.5"))
     with pytest.raises(ValueError, match=r"mine.py holds another reward function 'fails'"):
         train(config, resume="auto")
-
-
-def test_an_unrelated_change_of_the_file_does_not_block_a_resume(file, micro_config):
-    folder, given = file.parent / "run", {"warm_start.steps": 0, "eval.limit": 0}
-    config = micro_config(folder, rewards=[{"function": f"{file}:talks"}], **given)
-    with pytest.raises(Stopped):
-        train(config, stop_after=1)
-    file.write_text(f"# mine\n{SOURCE}\ndef unrelated():\n    return 1\n")
-    train(config, resume="auto")
-    assert "rewards_changed" not in [event["event"] for event in read_events(folder)]
 
 
 FAULTY = """
@@ -177,10 +179,8 @@ def test_advantages_under_drop_sample_equal_those_of_the_remaining_seven(tmp_pat
         completions = [Completion([5 + i, 6], [-1.0, -2.0], text, "stop", 0) for i, text in enumerate(texts)]
         return RolloutGroup(Prompt(name, "?", [7, 8], {"answer": "#### 1"}), completions)
 
-    data, scoring = (
-        SourceOptions(task_options={"levels": [1]}, limit=4),
-        ScoringOptions(on_error="drop_sample", timeout_s=0.8),
-    )
+    data = SourceOptions(task_options={"levels": [1]}, limit=4)
+    scoring = ScoringOptions(on_error="drop_sample", timeout_s=0.8)
     with Task(data, rewards, scoring) as task:
         with_fault = [group("a", [*seven[:4], fault, *seven[4:]]), group("b", [*second, fault])]
         scores = task.score(with_fault)

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,76 +13,68 @@ from grpo.train import train
 from rewards.config.options import dump_yaml
 from rewards.group_score import RewardFailed
 
-CASES = Path(__file__).parents[2] / "cases"
-QUICK = {"warm_start.steps": 0, "eval.limit": 0}
+QUICK = {"warm_start.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 4}
+QUICK |= {"prompts_per_step": 2, "rollout.group_size": 4}
 
-# Each reward, and the file that changes between start and resume.
-REWARDS = {
-    "a helper's module": (
-        {"mine.py": "from helper import mark\ndef f(completions, **_):\n    return [mark(c) for c in completions]\n"},
-        "mine.py:f",
-        {"helper.py": "def mark(text):\n    return float(len(text))\n"},
-    ),
-    "a module that is imported late": (
-        {"mine.py": "def f(completions, **_):\n    import late\n    return [late.ONE] * len(completions)\n"},
-        "mine.py:f",
-        {"late.py": "ONE = 1.0\n"},
-    ),
-    "a module that only a later step imports": (
-        {
-            "mine.py": "def f(completions, trainer_state, **_):\n"
-            "    if trainer_state.global_step:\n"
-            "        from later import two\n"
-            "    return [1.0] * len(completions)\n"
-        },
-        "mine.py:f",
-        {"later.py": "two = 2\n"},
-    ),
-    "a module that a module imports": (
-        {
-            "mine.py": "import first\ndef f(completions, **_):\n    return [first.mark()] * len(completions)\n",
-            "first.py": "def mark():\n    import second\n    return second.ONE\n",
-        },
-        "mine.py:f",
-        {"second.py": "ONE = 1.0\n"},
-    ),
-    "a module whose name is not written": (
-        {
-            "mine.py": "import importlib\nhelper = importlib.import_module('hel' + 'per')\n"
-            "def f(completions, **_):\n    return [helper.ONE] * len(completions)\n"
-        },
-        "mine.py:f",
-        {"helper.py": "ONE = 1.0\n"},
-    ),
-    "a file that is read when it is loaded": (
-        {
-            "mine.py": "import json, pathlib\n"
-            "TABLE = json.loads(pathlib.Path(__file__).with_name('t.json').read_text())\n"
-            "def f(completions, **_):\n    return [TABLE['mark']] * len(completions)\n"
-        },
-        "mine.py:f",
-        {"t.json": '{"mark": 1.0}'},
-    ),
-    "a file that is read when it is called": (
-        {
-            "mine.py": "import os\ndef f(completions, **_):\n"
-            "    with open(os.path.join(os.path.dirname(__file__), 't.txt')) as file:\n"
-            "        return [float(file.read())] * len(completions)\n"
-        },
-        "mine.py:f",
-        {"t.txt": "1.0"},
-    ),
-    "a file that only one step reads": (
-        {
-            "mine.py": "import os\nHERE = os.path.dirname(__file__)\n"
-            "def f(completions, trainer_state, **_):\n"
-            "    if trainer_state.global_step == 0 and trainer_state.max_steps > 1 and len(completions) > 2:\n"
-            "        return [float(open(HERE + '/t.txt').read())] * len(completions)\n"
-            "    return [1.0] * len(completions)\n"
-        },
-        "mine.py:f",
-        {"t.txt": "1.0"},
-    ),
+# Rewards, a tool and an advantage; what they use; and the files that count.
+FILES = {
+    "imports.py": "from helper import mark\ndef imports(completions, **_):\n"
+    "    return [mark(c) for c in completions]\n",
+    "helper.py": "def mark(text):\n    return 1.0\n",
+    "imports_late.py": "def imports_late(completions, **_):\n"
+    "    import late\n    return [late.ONE] * len(completions)\n",
+    "late.py": "ONE = 1.0\n",
+    "imports_later.py": "def imports_later(completions, trainer_state, **_):\n"
+    "    if trainer_state.global_step:\n        from later import two\n"
+    "    return [1.0] * len(completions)\n",
+    "later.py": "two = 1.0\n",
+    "chain.py": "import first\ndef chain(completions, **_):\n    return [first.mark()] * len(completions)\n",
+    "first.py": "def mark():\n    import second\n    return second.ONE\n",
+    "second.py": "ONE = 1.0\n",
+    "unnamed.py": "import importlib\nbuilt = importlib.import_module('bu' + 'ilt')\n"
+    "def unnamed(completions, **_):\n    return [built.ONE] * len(completions)\n",
+    "built.py": "ONE = 1.0\n",
+    "loads.py": "import json, pathlib\n"
+    "TABLE = json.loads(pathlib.Path(__file__).with_name('loaded.json').read_text())\n"
+    "def loads(completions, **_):\n    return [TABLE['mark']] * len(completions)\n",
+    "loaded.json": '{"mark": 1.0}',
+    "reads.py": "import os\ndef reads(completions, **_):\n"
+    "    with open(os.path.join(os.path.dirname(__file__), 'read.txt')) as file:\n"
+    "        return [float(file.read())] * len(completions)\n",
+    "read.txt": "1.0",
+    "reads_once.py": "import os\nHERE = os.path.dirname(__file__)\n"
+    "def reads_once(completions, trainer_state, **_):\n"
+    "    if trainer_state.global_step == 0 and trainer_state.max_steps > 1 and len(completions) > 2:\n"
+    "        return [float(open(HERE + '/once.txt').read())] * len(completions)\n"
+    "    return [1.0] * len(completions)\n",
+    "once.txt": "1.0",
+    "judging/__init__.py": "from .limits import LIMIT\nHERE = 1.0\n",
+    "judging/limits.py": "LIMIT = 1.0\n",
+    "judging/marks.py": "from . import limits\nfrom .deep.table import TABLE\n"
+    "def f(completions, **_):\n    from .more import more\n"
+    "    return [limits.LIMIT + TABLE + more()] * len(completions)\n",
+    "judging/more.py": "def more():\n    return 1.0\n",
+    "judging/deep/__init__.py": "",
+    "judging/deep/table.py": "from ..limits import LIMIT\nTABLE = 1.0\n",
+    "tool.py": "from adding import plus\ndef add(a: int, b: int) -> int:\n"
+    "    '''Adds.\n\n    Args:\n        a: one\n        b: another\n    '''\n    return plus(a, b) * 1.0\n",
+    "adding.py": "def plus(a, b):\n    return a + b + 1.0\n",
+    "loss.py": "from grpo import advantage\nfrom scales import scale\n@advantage\ndef centred(rewards_PG):\n"
+    "    return (rewards_PG - rewards_PG.nanmean(1, keepdim=True)) * scale() * 1.0\n",
+    "scales.py": "def scale():\n    return 1.0\n",
+}
+USED = {
+    "imports.py:imports": ["helper.py"],
+    "imports_late.py:imports_late": ["late.py"],
+    "imports_later.py:imports_later": ["later.py"],
+    "chain.py:chain": ["second.py"],
+    "unnamed.py:unnamed": ["built.py"],
+    "loads.py:loads": ["loaded.json"],
+    "reads.py:reads": ["read.txt"],
+    "reads_once.py:reads_once": ["once.txt"],
+    "judging.marks:f": ["judging/__init__.py", "judging/deep/table.py", "judging/limits.py", "judging/more.py"],
+    "tool.py:add": ["adding.py", "tool.py"],
+    "loss.py:centred": ["loss.py", "scales.py"],
 }
 
 
@@ -93,60 +84,38 @@ def write(folder, files):
         (folder / name).write_text(text)
 
 
-def change(folder, files):
-    for name, text in files.items():
-        (folder / name).write_text(text.replace("1.0", "3.0").replace("two = 2", "two = 3").replace("len(text)", "2"))
-
-
-def stopped(config):
+def stopped(config, step=1, **given):
     with pytest.raises(Stopped):
-        train(config, stop_after=1)
+        train(config, stop_after=step, **given)
 
 
-def refused(config, *names):
-    for name in names:
-        with pytest.raises(ValueError, match=rf"{name}.*, which is not what it was .*force=True"):
-            train(config, resume="auto")
+def refused(config, function, *names):
+    with pytest.raises(ValueError, match=rf"{function} uses .*, which is not what it was .*force=True") as error:
+        train(config, resume="auto")
+    assert [name for name in names if f"/{name}" not in str(error.value)] == []
 
 
-@pytest.mark.parametrize("case", REWARDS)
-def test_contract_23_a_resume_with_another_file_of_a_reward_is_refused(case, micro_config, tmp_path):
-    files, function, changing = REWARDS[case]
-    write(tmp_path, files | changing)
-    config = micro_config(tmp_path / "run", rewards=[{"function": f"{tmp_path}/{function}"}], **QUICK)
+def test_contract_23_a_resume_with_another_file_of_a_function_is_refused(micro_config, tmp_path, monkeypatch):
+    """Of each of them, whichever way the function has it: all that have changed are named."""
+    monkeypatch.syspath_prepend(tmp_path)
+    write(tmp_path, FILES)
+    functions = [name if name.startswith("judging") else f"{tmp_path}/{name}" for name in USED]
+    *rewards, tool, advantage = functions
+    given = {"rewards": [{"function": function} for function in rewards]}
+    given |= {"tools": [tool], "loss.advantage": advantage, "rollout.max_completion_tokens": 16}
+    config = micro_config(tmp_path / "run", **QUICK | given)
     stopped(config)
-    change(tmp_path, changing)
-    refused(config, *changing)
+    changing = [name for names in USED.values() for name in names]
+    write(tmp_path, {name: FILES[name].replace("1.0", "3.0") for name in changing})
+    refused(config, "", *changing)
+    write(tmp_path, FILES)
+    stopped(config, 2, resume="auto")
+    write(tmp_path, {name: FILES[name].replace("1.0", "3.0") for name in changing})
     train(config, resume="auto", force=True)
     [event] = [event for event in read_events(tmp_path / "run") if event["event"] == "sources_changed"]
-    assert event["files"] == {f"{tmp_path}/{function}": [str(tmp_path / name) for name in changing]}
-
-
-PACKAGE = {
-    "judging/__init__.py": "from .limits import LIMIT\n",
-    "judging/limits.py": "LIMIT = 1.0\n",
-    "judging/marks.py": "from . import limits\nfrom .deep.table import TABLE\n"
-    "def f(completions, **_):\n    from .late import more\n"
-    "    return [limits.LIMIT + TABLE + more()] * len(completions)\n",
-    "judging/late.py": "def more():\n    return 1.0\n",
-    "judging/deep/__init__.py": "",
-    "judging/deep/table.py": "from ..limits import LIMIT\nTABLE = 1.0\n",
-}
-
-
-def test_contract_23_relative_imports_of_a_package_count(micro_config, tmp_path, monkeypatch):
-    write(tmp_path, PACKAGE)
-    monkeypatch.syspath_prepend(tmp_path)
-    config = micro_config(tmp_path / "run", rewards=[{"function": "judging.marks:f"}], **QUICK)
-    stopped(config)
-    for name in ("judging/limits.py", "judging/late.py", "judging/deep/table.py"):
-        change(tmp_path, {name: PACKAGE[name]})
-        refused(config, name)
-        write(tmp_path, {name: PACKAGE[name]})
-    (tmp_path / "judging/__init__.py").write_text("LIMIT = 5\n")
-    refused(config, "judging/__init__.py")
-    write(tmp_path, PACKAGE)
-    train(config, resume="auto")
+    found = {function: sorted(paths) for function, paths in event["files"].items()}
+    expected = zip(functions, USED.values(), strict=True)
+    assert found == {function: [str(tmp_path / name) for name in names] for function, names in expected}
 
 
 AGENT = """
@@ -166,27 +135,13 @@ OF_AGENT = {
     "def weight():\n    return float(pathlib.Path(__file__).with_name('w.txt').read_text())\n",
     "w.txt": "1.0",
 }
-
-
-def test_contract_23_a_resume_with_another_agent_is_refused(micro_config, tmp_path):
-    write(tmp_path, OF_AGENT)
-    given = {"rewards": [], "rollout.max_completion_tokens": 4, "prompts_per_step": 2, "rollout.group_size": 2}
-    config = micro_config(tmp_path / "run", agent=f"{tmp_path}/agent.py:play", **given, **QUICK)
-    stopped(config)
-    for name, text in {
-        "agent.py": AGENT.replace("prompt + WORDS", "prompt[1:] + WORDS"),
-        "talk.py": "WORDS = 'so'\n",
-        "rules.py": "def weight():\n    return 2.0\n",
-        "w.txt": "2.0",
-    }.items():
-        write(tmp_path, {name: text})
-        refused(config, f"agent.py:play uses .*{name}")
-        write(tmp_path, OF_AGENT)
-    write(tmp_path, {"agent.py": f"# mine\n{AGENT}\ndef unrelated():\n    return 1\n"})
-    train(config, resume="auto")
-
-
-ENVIRONMENT = """
+OTHERS_OF_AGENT = {
+    "agent.py": AGENT.replace("prompt + WORDS", "prompt[1:] + WORDS"),
+    "talk.py": "WORDS = 'so'\n",
+    "rules.py": "def weight():\n    return 2.0\n",
+    "w.txt": "2.0",
+}
+GAME = """
 import pathlib
 import board
 HERE = pathlib.Path(__file__).parent
@@ -207,67 +162,35 @@ class Game:
     def get_reward(self):
         return 1.0
 """
-OF_ENVIRONMENT = {"game.py": ENVIRONMENT, "board.py": "SIDE = 3\n", "words.txt": "left right", "first.txt": "begin"}
+OF_GAME = {"game.py": GAME, "board.py": "SIDE = 3\n", "words.txt": "left right", "first.txt": "begin"}
+OTHERS_OF_GAME = {
+    "game.py": GAME.replace("WORDS[0]", "WORDS[1]"),
+    "board.py": "SIDE = 4\n",
+    "words.txt": "right left",
+    "first.txt": "start",
+}
 
 
-def test_contract_23_a_resume_with_another_environment_is_refused(micro_config, tmp_path):
-    write(tmp_path, OF_ENVIRONMENT)
-    given = {"environment": f"{tmp_path}/game.py:Game", "rollout.max_completion_tokens": 16}
-    config = micro_config(tmp_path / "run", **given, **QUICK)
+@pytest.mark.parametrize(
+    ("option", "function", "files", "others"),
+    [
+        ("agent", "agent.py:play", OF_AGENT, OTHERS_OF_AGENT),
+        ("environment", "game.py:Game", OF_GAME, OTHERS_OF_GAME),
+    ],
+)
+def test_contract_23_a_resume_with_another_agent_or_environment_is_refused(
+    micro_config, tmp_path, option, function, files, others
+):
+    write(tmp_path, files)
+    given = {option: f"{tmp_path}/{function}"}
+    given |= {"rewards": []} if option == "agent" else {"rollout.max_completion_tokens": 16}
+    config = micro_config(tmp_path / "run", **QUICK | {"rollout.group_size": 2} | given)
     stopped(config)
-    for name, text in {
-        "game.py": ENVIRONMENT.replace("WORDS[0]", "WORDS[1]"),
-        "board.py": "SIDE = 4\n",
-        "words.txt": "right left",
-        "first.txt": "start",
-    }.items():
-        write(tmp_path, {name: text})
-        refused(config, f"game.py:Game uses .*{name}")
-        write(tmp_path, OF_ENVIRONMENT)
-    train(config, resume="auto")
-
-
-TOOL = """
-from adding import plus
-def add(a: int, b: int) -> int:
-    '''Adds.
-
-    Args:
-        a: one
-        b: another
-    '''
-    return plus(a, b)
-"""
-
-
-def test_contract_23_a_resume_with_another_tool_is_refused(micro_config, tmp_path):
-    write(tmp_path, {"tool.py": TOOL, "adding.py": "def plus(a, b):\n    return a + b\n"})
-    config = micro_config(tmp_path / "run", tools=[f"{tmp_path}/tool.py:add"], **QUICK)
-    stopped(config)
-    write(tmp_path, {"adding.py": "def plus(a, b):\n    return a + b + 1\n"})
-    refused(config, "tool.py:add uses .*adding.py")
-    write(tmp_path, {"adding.py": "def plus(a, b):\n    return a + b\n", "tool.py": TOOL.replace("(a, b)", "(b, a)")})
-    refused(config, "tool.py:add uses .*tool.py")
-
-
-LOSS = """
-from grpo import advantage
-from scales import scale
-
-@advantage
-def centred(rewards_PG):
-    return (rewards_PG - rewards_PG.nanmean(1, keepdim=True)) * scale()
-"""
-
-
-def test_contract_23_a_resume_with_another_advantage_is_refused(micro_config, tmp_path):
-    write(tmp_path, {"loss.py": LOSS, "scales.py": "def scale():\n    return 1.0\n"})
-    config = micro_config(tmp_path / "run", **{"loss.advantage": f"{tmp_path}/loss.py:centred"}, **QUICK)
-    stopped(config)
-    write(tmp_path, {"scales.py": "def scale():\n    return 2.0\n"})
-    refused(config, "loss.py:centred uses .*scales.py")
-    write(tmp_path, {"scales.py": "def scale():\n    return 1.0\n", "loss.py": LOSS.replace("* scale()", "/ scale()")})
-    refused(config, "loss.py:centred uses .*loss.py")
+    write(tmp_path, others)
+    refused(config, function, *others)
+    own = function.partition(":")[0]
+    write(tmp_path, files | {own: f"# mine\n{files[own]}\ndef unrelated():\n    return 1\n"})
+    stopped(config, 2, resume="auto")
 
 
 def test_contract_23_a_function_of_this_process_counts(micro_config, tmp_path, monkeypatch):
@@ -276,8 +199,7 @@ def test_contract_23_a_function_of_this_process_counts(micro_config, tmp_path, m
     from of_script import f
 
     config = micro_config(tmp_path / "run", **QUICK)
-    with pytest.raises(Stopped):
-        train(config, reward=f, stop_after=1)
+    stopped(config, reward=f)
     write(tmp_path, {"of_script.py": "BONUS = 2.0\ndef f(completions, **_):\n    return [BONUS] * len(completions)\n"})
     del sys.modules["of_script"]
     from of_script import f
@@ -301,37 +223,51 @@ def f(completions, **_):
 HELPER = "def one():\n    return 1.0\n"
 
 
-def test_contract_23_the_same_content_goes_on(micro_config, tmp_path):
-    """A new date, a comment and a file that the reward itself writes are no changes; a file that is gone is one."""
-    write(tmp_path, {"mine.py": READS, "helper.py": HELPER, "t.txt": "abc", "seen.txt": "before", "unread.txt": "a"})
-    config = micro_config(tmp_path / "run", rewards=[{"function": f"{tmp_path}/mine.py:f"}], **QUICK)
+@pytest.fixture(scope="module")
+def run(micro_config, tmp_path_factory):
+    """The configuration of a run that was stopped, in the folder of its reward; tests put its files back."""
+    folder = tmp_path_factory.mktemp("reads")
+    write(folder, {"mine.py": READS, "helper.py": HELPER, "t.txt": "abc", "seen.txt": "before", "unread.txt": "a"})
+    config = micro_config(folder / "run", rewards=[{"function": f"{folder}/mine.py:f"}], **QUICK)
     stopped(config)
-    (tmp_path / "t.txt").rename(tmp_path / "elsewhere.txt")
+    return config
+
+
+def test_contract_20_a_dry_run_refuses_it_too_and_a_damaged_record_names_itself(run, capsys):
+    folder = run.output_dir.parent
+    write(folder, {"t.txt": "abcd", "run.yaml": dump_yaml(run)})
+    assert main(["train", str(folder / "run.yaml"), "--dry_run", "--resume", "auto"]) == 1
+    assert "t.txt, which is not what it was" in " ".join(capsys.readouterr().err.split())
+    write(folder, {"t.txt": "abc"})
+    record = folder / "run/sources.json"
+    kept = record.read_text()
+    record.write_text(json.dumps({"letters": 3}))
+    with pytest.raises(ValueError, match=r"sources.json is no record of files"):
+        train(run, resume="auto")
+    record.write_text(kept)
+
+
+def test_contract_23_the_same_content_goes_on(run):
+    """A new date, a comment and a file that the reward itself writes are no changes; a file that is gone is one. A run
+    of an older version, which has no record, goes on and is recorded."""
+    folder = run.output_dir.parent
+    (folder / "t.txt").rename(folder / "elsewhere.txt")
     with pytest.raises((ValueError, RewardFailed), match=r"t\.txt"):
-        train(config, resume="auto")
-    (tmp_path / "elsewhere.txt").rename(tmp_path / "t.txt")
-    write(tmp_path, {"helper.py": f"# one\n{HELPER}", "unread.txt": "b", "seen.txt": "other", "log.txt": ""})
-    os.utime(tmp_path / "t.txt")
-    with pytest.raises(Stopped):
-        train(config, resume="auto", stop_after=2)
-    write(tmp_path, {"t.txt": "abcd"})
-    refused(config, "t.txt")  # whose date is newer than the start of the run that goes on
-
-
-def test_a_run_of_an_older_version_goes_on_and_is_recorded(micro_config, tmp_path):
-    write(tmp_path, {"mine.py": READS, "helper.py": HELPER, "t.txt": "abc"})
-    config = micro_config(tmp_path / "run", rewards=[{"function": f"{tmp_path}/mine.py:f"}], **QUICK)
-    stopped(config)
-    (tmp_path / "run/sources.json").unlink()
-    write(tmp_path, {"helper.py": HELPER.replace("1.0", "2.0")})
-    with pytest.raises(Stopped):
-        train(config, resume="auto", stop_after=2)
-    write(tmp_path, {"helper.py": HELPER})
-    refused(config, "helper.py")
+        train(run, resume="auto")
+    (folder / "elsewhere.txt").rename(folder / "t.txt")
+    write(folder, {"helper.py": f"# one\n{HELPER}", "unread.txt": "b", "seen.txt": "other", "log.txt": ""})
+    os.utime(folder / "t.txt")
+    stopped(run, 2, resume="auto")
+    write(folder, {"t.txt": "abcd"})
+    refused(run, "", "t.txt")  # whose date is newer than the start of the run that goes on
+    (folder / "run/sources.json").unlink()
+    train(run, resume="auto")
+    write(folder, {"helper.py": HELPER.replace("1.0", "2.0")})
+    refused(run, "", "helper.py")
 
 
 FAILS = "from helper import one\ndef f(completions, **_):\n    return [one(c) for c in completions]\n"
-FAULT = "import os\nCALLS = []\ndef one(text):\n    CALLS.append(1)\n    return 1.0 if len(CALLS) < 25 else 1 / 0\n"
+FAULT = "import os\nCALLS = []\ndef one(text):\n    CALLS.append(1)\n    return 1.0 if len(CALLS) < 12 else 1 / 0\n"
 
 
 def test_the_mended_helper_of_a_reward_that_failed_goes_on(micro_config, tmp_path):
@@ -340,28 +276,9 @@ def test_the_mended_helper_of_a_reward_that_failed_goes_on(micro_config, tmp_pat
     with pytest.raises(RewardFailed, match="division by zero"):
         train(config)
     write(tmp_path, {"helper.py": "def one(text):\n    return 1.0\n"})
-    with pytest.raises(Stopped):
-        train(config, resume="auto", stop_after=2)
+    stopped(config, 2, resume="auto")
     events = [event["event"] for event in read_events(tmp_path / "run")]
     assert "reward_mended" in events
     assert "sources_changed" not in events
     write(tmp_path, {"helper.py": "def one(text):\n    return 2.0\n"})
-    refused(config, "helper.py")  # it has not failed since
-
-
-def test_contract_20_a_dry_run_refuses_it_too(micro_config, tmp_path, capsys):
-    write(tmp_path, {"mine.py": READS, "helper.py": HELPER, "t.txt": "abc"})
-    config = micro_config(tmp_path / "run", rewards=[{"function": f"{tmp_path}/mine.py:f"}], **QUICK)
-    stopped(config)
-    write(tmp_path, {"t.txt": "abcd"})
-    (tmp_path / "run.yaml").write_text(dump_yaml(config))
-    assert main(["train", str(tmp_path / "run.yaml"), "--dry_run", "--resume", "auto"]) == 1
-    assert "t.txt, which is not what it was" in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_damaged_record_of_files_names_itself(micro_config, tmp_path):
-    config = micro_config(tmp_path / "run", **QUICK)
-    stopped(config)
-    (tmp_path / "run/sources.json").write_text(json.dumps({"letters": 3}))
-    with pytest.raises(ValueError, match=r"sources.json is no record of files"):
-        train(config, resume="auto")
+    refused(config, "", "helper.py")  # it has not failed since

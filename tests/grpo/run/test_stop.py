@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import ray
+from copies import Copy
 
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
@@ -31,7 +32,8 @@ from rollout.faults import RolloutError
 from rollout.local_pool import LocalPool
 
 SLOW = [pytest.mark.slow, pytest.mark.long]
-SMALL = {"data.limit": 10, "learner.tokens_per_micro_batch": 64, "checkpoint.every": 100, "eval.limit": 3}
+SMALL = {"data.limit": 10, "learner.tokens_per_micro_batch": 64, "checkpoint.every": 100}
+SMALL |= {"eval.limit": 1, "eval.every": 2, "rollout.max_completion_tokens": 6}
 
 
 def _terminate(kind: signal.Signals = signal.SIGTERM) -> None:
@@ -84,36 +86,26 @@ def _resumes_to_the_same(micro_config, folder, whole, **given) -> None:
     assert [name for name in first if not first[name].equal(second[name])] == []
 
 
+def _marked(marks, *rows):
+    return [pytest.param(*row, marks=marks) for row in rows]
+
+
 @pytest.mark.parametrize(
     ("kind", "owner", "name", "call", "saved", "message"),
     [
-        pytest.param(
-            signal.SIGHUP,
-            supervise,
-            "warm_start",
-            1,
-            None,
-            "stopped after step 1 of the warm start; go on",
-            marks=pytest.mark.slow,
+        (signal.SIGINT, Learner, "weights", 3, 2, "after step 2"),  # published after the second update
+        *_marked(
+            pytest.mark.slow,
+            (signal.SIGHUP, supervise, "warm_start", 1, None, "after step 1 of the warm start"),
+            (signal.SIGINT, Learner, "forward_backward", 2, None, "after step 2 of the warm start"),
+            (signal.SIGTERM, Engine, "sample", 1, None, "before step 1"),  # the evaluation before GRPO
+            (signal.SIGINT, Learner, "prepare", 1, None, "before step 1"),
         ),
-        pytest.param(
-            signal.SIGINT,
-            Learner,
-            "forward_backward",
-            2,
-            None,
-            "stopped after step 2 of the warm start; go on",
-            marks=pytest.mark.slow,
+        *_marked(
+            SLOW,
+            (signal.SIGTERM, Learner, "prepare", 2, 1, "after step 1"),
+            (signal.SIGHUP, Learner, "prepare", 3, 2, "after step 2"),
         ),
-        pytest.param(  # the evaluation before GRPO
-            signal.SIGTERM, Engine, "sample", 1, None, "stopped before step 1; go on", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            signal.SIGINT, Learner, "prepare", 1, None, "stopped before step 1; go on", marks=pytest.mark.slow
-        ),
-        pytest.param(signal.SIGTERM, Learner, "prepare", 2, 1, "stopped after step 1; go on", marks=SLOW),
-        pytest.param(signal.SIGHUP, Learner, "prepare", 3, 2, "stopped after step 2; go on", marks=SLOW),
-        (signal.SIGINT, Learner, "weights", 3, 2, "stopped after step 2; go on"),  # published after the second update
     ],
 )
 def test_contract_9_a_signal_at_any_time_leaves_a_step_boundary(
@@ -122,7 +114,7 @@ def test_contract_9_a_signal_at_any_time_leaves_a_step_boundary(
     folder, handler = tmp_path / "run", signal.getsignal(kind)
     with monkeypatch.context() as patch:
         _at_call(patch, owner, name, call, kind)
-        with pytest.raises(Stopped, match=message) as stopped:
+        with pytest.raises(Stopped, match=f"stopped {message}; go on") as stopped:
             train(micro_config(folder, **SMALL))
     assert stopped.value.number == kind
     assert signal.getsignal(kind) == handler
@@ -170,37 +162,22 @@ def test_a_step_whose_first_update_is_made_is_finished(micro_config, tmp_path, m
 
 
 @pytest.mark.slow
-def test_contract_9_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on(micro_config, tmp_path, monkeypatch):
-    given = {"eval.every": 2, "steps": 3}
-    train(micro_config(tmp_path / "whole", **SMALL | given))
+@pytest.mark.parametrize("last", [2, 3])
+def test_contract_9_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on(
+    micro_config, whole, tmp_path, monkeypatch, last
+):
     folder, record = tmp_path / "run", HeldOut.evaluate
 
     def interrupted(self, step, *rest):
-        if step == 2:
+        if step == last:
             _terminate()
         return record(self, step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(HeldOut, "evaluate", interrupted)
-        with pytest.raises(Stopped, match="stopped after step 2"):
-            train(micro_config(folder, **SMALL | given))
-    assert "eval/reward_mean" not in read_metrics(folder)[2]
-    _resumes_to_the_same(micro_config, folder, tmp_path / "whole", **given)
-
-
-@pytest.mark.slow
-def test_a_stop_in_the_last_evaluation_loses_nothing(micro_config, whole, tmp_path, monkeypatch):
-    folder, record = tmp_path / "run", HeldOut.evaluate
-
-    def interrupted(self, step, *rest):
-        if step == 3:
-            _terminate()
-        return record(self, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(HeldOut, "evaluate", interrupted)
-        with pytest.raises(Stopped, match="stopped after step 3"):
+        with pytest.raises(Stopped, match=f"stopped after step {last}"):
             train(micro_config(folder, **SMALL))
+    assert "eval/reward_mean" not in read_metrics(folder)[last]
     assert not (folder / "policy").exists()
     _resumes_to_the_same(micro_config, folder, whole)
     assert (folder / "policy").exists()
@@ -210,18 +187,15 @@ def _events(folder, name: str) -> list[dict]:
     return [e for e in map(json.loads, (folder / "events.jsonl").read_text().splitlines()) if e["event"] == name]
 
 
-def _fails_at_call(monkeypatch, owner, name: str, number: int, error: Exception, after: bool = False) -> None:
-    """`owner.name` raises when it is called for the number-th time, `after` it has done its work or before."""
+def _fails_at_call(monkeypatch, owner, name: str, number: int, error: Exception) -> None:
+    """`owner.name` raises when it is called for the number-th time."""
     real, calls = getattr(owner, name), []
 
     def called(*args, **kwargs):
         calls.append(1)
-        if len(calls) == number and not after:
-            raise error
-        result = real(*args, **kwargs)
         if len(calls) == number:
             raise error
-        return result
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, called)
 
@@ -234,17 +208,14 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
     ("owner", "name", "call", "error", "saved"),
     [
         (Task, "score", 4, REWARD, 1),  # two in the evaluation before GRPO, then one a step
-        pytest.param(LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1, marks=pytest.mark.slow),
-        pytest.param(  # one before step 1, then one a step
-            LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2, marks=pytest.mark.slow
-        ),
-        pytest.param(  # the warm start takes the first three
-            Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None, marks=pytest.mark.slow
-        ),
-        pytest.param(RunLog, "rollouts", 5, FULL, 2, marks=pytest.mark.slow),
-        pytest.param(HeldOut, "evaluate", 2, REWARD, 3, marks=pytest.mark.slow),
-        pytest.param(
-            Learner, "forward_backward", 3, NonFiniteStep("the loss is nan"), "warm start", marks=pytest.mark.slow
+        *_marked(
+            pytest.mark.slow,
+            (LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1),
+            (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
+            (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes three
+            (RunLog, "rollouts", 5, FULL, 2),
+            (HeldOut, "evaluate", 3, REWARD, 3),
+            (Learner, "forward_backward", 3, NonFiniteStep("the loss is nan"), "warm start"),
         ),
     ],
 )
@@ -259,6 +230,8 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
     steps = list(checkpoint.saved(folder / "checkpoints"))
     [event] = _events(folder, "failed")
     assert type(error).__name__ in event["error"]
+    aborted = [(event["step"], event["function"], event["message"]) for event in _events(folder, "reward_error")]
+    assert aborted == ([(2, "letters", "boom")] if owner is Task else [])
     if saved == "warm start":
         assert steps == []
         assert list(checkpoint.saved(folder / "warm_start_checkpoints")) == [2] == [event["saved_step"]]
@@ -268,21 +241,12 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
 
 
 @pytest.mark.slow
-def test_a_reward_that_aborts_is_an_event(micro_config, tmp_path, monkeypatch):
-    _fails_at_call(monkeypatch, Task, "score", 2, REWARD)
-    with pytest.raises(RewardFailed):
-        train(micro_config(tmp_path / "run", **SMALL | {"eval.limit": 0}))
-    [event] = _events(tmp_path / "run", "reward_error")
-    assert (event["step"], event["function"], event["message"]) == (2, "letters", "boom")
-
-
-@pytest.mark.slow
 def test_a_step_that_fails_after_its_first_update_is_kept_with_its_line(micro_config, tmp_path, monkeypatch):
     _fails_at_call(monkeypatch, Update, "make", 3 + 4, NonFiniteStep("the gradient norm is nan"))
     with pytest.raises(NonFiniteStep):
-        train(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2, "eval.limit": 0}))
+        train(micro_config(tmp_path / "run", **SMALL | {"learner.updates_per_batch": 2}))
     assert list(checkpoint.saved(tmp_path / "run/checkpoints")) == [2]
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2]
 
 
 def test_a_failure_that_cannot_be_saved_is_told_as_it_is(micro_config, tmp_path, monkeypatch, capsys):
@@ -319,16 +283,20 @@ def test_a_run_whose_events_cannot_be_written_either_is_saved_and_told(micro_con
     _resumes_to_the_same(micro_config, folder, whole)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGHUP"), ("SIGHUP", "SIGTERM"), ("SIGTERM", "SIGINT")],
-)
-def test_the_second_signal_ends_the_process_at_once(first, second):
-    code = "import os, signal, time\nfrom grpo.run.stop import signals\nwith signals.heard(lambda number: None):\n"
-    code += f"    os.kill(os.getpid(), signal.{first})\n    assert signals.number\n    print('once', flush=True)\n"
-    code += f"    os.kill(os.getpid(), signal.{second})\n    time.sleep(60)\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (-signal.Signals[second], "once\n")
+def _output_of(code: str) -> tuple[int, str, str]:
+    """How a process that runs this ends, and what it prints."""
+    with Copy([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        printed, errors = process.communicate(timeout=60)
+    return process.returncode, printed, errors
+
+
+def test_the_second_signal_ends_the_process_at_once():
+    pairs = [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGHUP")]
+    for first, second in (*pairs, ("SIGHUP", "SIGTERM"), ("SIGTERM", "SIGINT")):
+        code = "import os, signal, time\nfrom grpo.run.stop import signals\nwith signals.heard(lambda number: None):\n"
+        code += f"    os.kill(os.getpid(), signal.{first})\n    assert signals.number\n    print('once', flush=True)\n"
+        code += f"    os.kill(os.getpid(), signal.{second})\n    time.sleep(60)\n"
+        assert _output_of(code)[:2] == (-signal.Signals[second], "once\n"), (first, second)
 
 
 @pytest.mark.slow
@@ -403,19 +371,17 @@ def test_a_terminal_that_is_closed_ends_nothing_before_its_time():
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "asked"), [(signal.SIGHUP, False), (signal.SIGTERM, False), (signal.SIGINT, True)], ids=str
-)
-def test_of_the_signals_that_were_ignored_sigint_alone_asks(kind, asked):
+def test_of_the_signals_that_were_ignored_sigint_alone_asks():
     """`nohup` ignores SIGHUP, and means it. A script ignores SIGINT for its background jobs, whatever they are."""
-    before = signal.signal(kind, signal.SIG_IGN)
-    try:
-        with signals.heard(lambda number: None):
-            _terminate(kind)
-            assert bool(signals.number) == asked
-        assert signal.getsignal(kind) == signal.SIG_IGN
-    finally:
-        signal.signal(kind, before)
+    for kind, asked in ((signal.SIGHUP, False), (signal.SIGTERM, False), (signal.SIGINT, True)):
+        before = signal.signal(kind, signal.SIG_IGN)
+        try:
+            with signals.heard(lambda number: None):
+                _terminate(kind)
+                assert bool(signals.number) == asked, kind
+            assert signal.getsignal(kind) == signal.SIG_IGN
+        finally:
+            signal.signal(kind, before)
 
 
 def test_check_raises_once_it_was_asked_for_and_the_former_handler_comes_back():
@@ -429,13 +395,11 @@ def test_check_raises_once_it_was_asked_for_and_the_former_handler_comes_back():
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-@pytest.mark.parametrize(
-    ("end", "words"),
-    [("os._exit(1)", True), ("os.kill(os.getpid(), 9)", True), ("sys.exit(3)", False), ("1 / 0", False)],
-)
-def test_a_process_that_is_killed_has_last_words(end, words):
+def test_a_process_that_is_killed_has_last_words():
     """Also where a child outlives it."""
-    script = f"""
+    killed, ends = ["os._exit(1)", "os.kill(os.getpid(), 9)"], ["sys.exit(3)", "1 / 0"]
+    for end in (*killed, *ends):
+        script = f"""
 import os, subprocess, sys
 from grpo.run.stop import last_words
 with last_words("go on"):
@@ -443,6 +407,6 @@ with last_words("go on"):
     print(child.pid, flush=True)
     {end}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    os.kill(int(done.stdout), signal.SIGKILL)
-    assert ("go on" in done.stderr.splitlines()) == words
+        _, printed, errors = _output_of(script)
+        os.kill(int(printed), signal.SIGKILL)
+        assert ("go on" in errors.splitlines()) == (end in killed), end

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 from rich.table import Table
 from rich.text import Text
 
@@ -27,45 +26,30 @@ def test_newlines_and_tabs_stay_and_everything_else_is_escaped():
     assert escaped("\ud83d") == r"\ud83d"
 
 
-def _reward(folder, model):
-    file = folder / "mine.py"
-    file.write_text(f"def grade(completions, **_):\n    raise ValueError('first line\\nsecond ' + {EVIL!r})\n")
-    return ["--model", model, "--rewards", f"[{{function: '{file}:grade'}}]"]
-
-
-def _column(folder, model):
-    file = folder / "data.jsonl"
-    file.write_text(json.dumps({EVIL: "x", "answer": "#### 5"}) + "\n")
-    return ["--model", model, "--data.name", str(file)]
-
-
-def _bad_cell(folder, model):
-    file = folder / "data.csv"
-    file.write_text(f"question,answer\n2 + 3,{EVIL.replace(chr(13), '')}\n")
-    return ["--model", model, "--data.name", str(file)]
-
-
-def _model_type(folder, model):
-    (folder / "model").mkdir()
-    (folder / "model/config.json").write_text(json.dumps({"model_type": f"x{EVIL}"}))
-    return ["--model", str(folder / "model")]
-
-
-def _option(folder, model):
-    return ["--model", model, f"--steps{EVIL}", "3"]
-
-
-@pytest.mark.parametrize("hostile", [_reward, _column, _bad_cell, _model_type, _option])
-def test_an_error_shows_control_characters_and_sends_none(tmp_path, model, capsys, hostile):
-    words = ["train", "--output_dir", str(tmp_path / "r"), "--threads", "1", "--dry_run", *hostile(tmp_path, model)]
-    assert main(words) in (1, 2)
-    shown = capsys.readouterr()
-    assert shown.err.startswith("quartet: ")
-    assert r"\x1b]0;owned\x07" in shown.err
-    assert not CONTROL.search(shown.err)
-    assert not CONTROL.search(shown.out)
-    if hostile is _reward:
-        assert "first line\nsecond " in shown.err
+def test_an_error_shows_control_characters_and_sends_none(tmp_path, model, capsys):
+    files = {
+        "mine.py": f"def grade(completions, **_):\n    raise ValueError('first line\\nsecond ' + {EVIL!r})\n",
+        "column.jsonl": json.dumps({EVIL: "x", "answer": "#### 5"}) + "\n",
+        "cell.csv": f"question,answer\n2 + 3,{EVIL.replace(chr(13), '')}\n",
+        "model/config.json": json.dumps({"model_type": f"x{EVIL}"}),
+    }
+    (tmp_path / "model").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for hostile in (
+        ["--rewards", f"[{{function: '{tmp_path}/mine.py:grade'}}]"],
+        ["--data.name", f"{tmp_path}/column.jsonl"],
+        ["--data.name", f"{tmp_path}/cell.csv"],
+        ["--model", f"{tmp_path}/model"],
+        [f"--steps{EVIL}", "3"],
+    ):
+        words = ["train", "--output_dir", str(tmp_path / "r"), "--threads", "1", "--dry_run"]
+        assert main([*words, *([] if "--model" in hostile else ["--model", model]), *hostile]) in (1, 2)
+        shown = capsys.readouterr()
+        assert shown.err.startswith("quartet: ")
+        assert r"\x1b]0;owned\x07" in shown.err
+        assert not CONTROL.search(shown.err + shown.out)
+        assert ("first line\nsecond " in shown.err) == ("--rewards" in hostile)
 
 
 def test_tables_titles_and_lines_on_the_terminal_are_only_text():

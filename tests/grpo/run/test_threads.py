@@ -14,7 +14,7 @@ import grpo.run.hardware
 from grpo.run.hardware import threads_for
 from grpo.source.policy_source import load_policy, read_shape, with_threads
 from grpo.train import train
-from policies.openmp import CHOICES, WAITING
+from policies.openmp import CHOICES, WAITING, wait_briefly, waiting_variables
 from rewards.config.options import dump_yaml
 
 ROOT = Path(__file__).parents[3]
@@ -29,37 +29,26 @@ def two_cores(monkeypatch) -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def display(*words: str, **variables: str) -> str:
+def test_the_command_has_a_bounded_spin_before_torch_is_loaded(tmp_path):
     """What OpenMP goes by in a fresh interpreter."""
+    command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(tmp_path), "--print_config"]
     kept = {name: value for name, value in os.environ.items() if name not in CHOICES}
-    environment = kept | {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)} | variables
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
+    environment = kept | {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("this torch comes with another OpenMP runtime than libgomp")
-    return done.stderr
+    assert f"GOMP_SPINCOUNT = '{WAITING['GOMP_SPINCOUNT']}'" in done.stderr
 
 
-def test_the_command_has_a_bounded_spin_before_torch_is_loaded(tmp_path):
-    words = ["-m", "grpo", "train", "--output_dir", str(tmp_path), "--print_config"]
-    assert f"GOMP_SPINCOUNT = '{WAITING['GOMP_SPINCOUNT']}'" in display(*words)
-
-
-@pytest.mark.slow
-def test_what_the_user_chose_stays(tmp_path):
-    words = ["-m", "grpo", "train", "--output_dir", str(tmp_path), "--print_config"]
-    shown = display(*words, OMP_WAIT_POLICY="ACTIVE")
-    assert "OMP_WAIT_POLICY = 'ACTIVE'" in shown
-    assert f"GOMP_SPINCOUNT = '{WAITING['GOMP_SPINCOUNT']}'" not in shown
-
-
-def test_a_program_that_has_loaded_torch_keeps_its_environment(monkeypatch):
-    from policies.openmp import wait_briefly
-
+def test_what_the_user_chose_stays_and_so_does_what_a_program_that_has_loaded_torch_has(monkeypatch):
     for name in CHOICES:
         monkeypatch.delenv(name, raising=False)
+    assert waiting_variables() == WAITING
     wait_briefly()
     assert not set(CHOICES) & os.environ.keys()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert waiting_variables() == {}
 
 
 def test_the_number_follows_from_the_size_alone(monkeypatch):
@@ -68,10 +57,10 @@ def test_the_number_follows_from_the_size_alone(monkeypatch):
     assert [threads_for(size) for size in (2_800_000, 135_000_000, 10**12)] == [1, 16, 64]
 
 
-@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("5,2", 5), (" 4 ", 4), ("", 1), ("0", 1), ("many", 1)])
-def test_omp_num_threads_is_the_users_choice(monkeypatch, said, threads):
-    monkeypatch.setenv("OMP_NUM_THREADS", said)
-    assert threads_for(2_800_000) == threads
+def test_omp_num_threads_is_the_users_choice(monkeypatch):
+    for said, threads in {"3": 3, "5,2": 5, " 4 ": 4, "": 1, "0": 1, "many": 1}.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert threads_for(2_800_000) == threads
 
 
 def test_a_policy_alone_is_given_its_threads_too(micro_config, tmp_path, monkeypatch):

@@ -28,10 +28,12 @@ class Tracker:
         self.told.append((name, columns, data, step))
 
 
-def test_wandb_gets_a_table():
-    wandb = Tracker("wandb")
-    log_rollouts(wandb, 7, LINES)
+def test_wandb_gets_a_table_and_tensorboard_has_none():
+    wandb, board = Tracker("wandb"), Tracker("tensorboard")
+    for tracker in (wandb, board):
+        log_rollouts(tracker, 7, LINES)
     assert wandb.told == [("rollouts", COLUMNS, ROWS, 7)]
+    assert board.told == []
 
 
 def test_trackio_gets_a_table(monkeypatch):
@@ -50,9 +52,3 @@ def test_mlflow_gets_a_file_for_each_step(monkeypatch):
     log_rollouts(Tracker("mlflow"), 7, LINES)
     columns = {name: list(values) for name, values in zip(COLUMNS, zip(*ROWS, strict=True), strict=True)}
     assert told == [(columns, "rollouts/step_000007.json")]
-
-
-def test_tensorboard_has_no_tables():
-    board = Tracker("tensorboard")
-    log_rollouts(board, 7, LINES)
-    assert board.told == []

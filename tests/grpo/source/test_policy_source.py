@@ -15,11 +15,14 @@ from grpo.task.reward_models import saved_model
 from grpo.train import train
 from policies.policy import PolicyError
 
+SHORT = {"steps": 1, "warm_start.steps": 0, "rollout.max_completion_tokens": 4}
+
 
 @pytest.fixture(scope="module", params=[None, pytest.param({"rank": 2}, marks=pytest.mark.slow)], ids=["full", "lora"])
 def unfinished(request, micro_config, tmp_path_factory):
     """(its configuration, its folder): a run that was stopped after step 2 of 3."""
-    config = micro_config(tmp_path_factory.mktemp("source") / "run", lora=request.param)
+    given = {"warm_start.steps": 1, "rollout.max_completion_tokens": 4, "lora": request.param}
+    config = micro_config(tmp_path_factory.mktemp("source") / "run", **given)
     with pytest.raises(Stopped):
         train(config, stop_after=2)
     return config, config.output_dir
@@ -41,34 +44,34 @@ def test_an_unfinished_run_means_its_newest_checkpoint_for_every_command(unfinis
 
 def test_training_goes_on_from_an_unfinished_run_of_another_folder(unfinished, micro_config, tmp_path):
     _, folder = unfinished
-    given = {"model": str(folder), "warm_start.steps": 0, "learner.learning_rate": 1e-30, "steps": 1}
-    result = train(micro_config(tmp_path / "next", **given))
+    given = {"model": str(folder), "learner.learning_rate": 1e-30}
+    result = train(micro_config(tmp_path / "next", **SHORT | given))
     before = load_policy(micro_config(tmp_path / "x", model=str(folder))).trunk.state_dict()
     after = result.policy.trunk.state_dict()
     assert all(torch.allclose(tensor, after[name], atol=1e-6) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("more", [{}, {"lora.rank": 2}], ids=["full", "lora"])
-def test_a_run_that_began_with_the_folder_of_another_run_is_evaluated_before_its_end(micro_config, tmp_path, more):
-    train(micro_config(tmp_path / "first", steps=1))
-    given = {"model": str(tmp_path / "first"), "warm_start.steps": 0, "steps": 2}
-    config = micro_config(tmp_path / "second", **given, **more)
-    with pytest.raises(Stopped):
-        train(config, stop_after=1)
-    source = find_policy(str(tmp_path / "second"))
-    assert (source.base, source.step) == (str(tmp_path / "first/policy"), 1)
-    assert load_found(source, config).tokenizer is not None
+def test_a_run_that_began_with_the_folder_of_another_run_is_evaluated_before_its_end(micro_config, tmp_path):
+    train(micro_config(tmp_path / "first", **SHORT))
+    for name, more in {"full": {}, "lora": {"lora.rank": 2}}.items():
+        given = {"model": str(tmp_path / "first"), "steps": 2} | more
+        config = micro_config(tmp_path / name, **SHORT | given)
+        with pytest.raises(Stopped):
+            train(config, stop_after=1)
+        source = find_policy(str(tmp_path / name))
+        assert (source.base, source.step) == (str(tmp_path / "first/policy"), 1)
+        assert load_found(source, config).tokenizer is not None
 
 
-@pytest.mark.parametrize("more", [{}, {"lora.rank": 2}], ids=["full", "lora"])
-def test_a_checkpoint_without_a_draft_head_gets_one_where_it_is_asked_for(micro_config, random_policy, tmp_path, more):
+def test_a_checkpoint_without_a_draft_head_gets_one_where_it_is_asked_for(micro_config, random_policy, tmp_path):
     random_policy(mtp=False).save(tmp_path / "headless")
-    given = {"model": str(tmp_path / "headless"), "rollout.draft_tokens": 0, "warm_start.steps": 0, "steps": 1}
-    train(micro_config(tmp_path / "run", **given, **more))
-    checkpoint = str(tmp_path / "run/checkpoints/step_000001")
-    assert load_policy(micro_config(tmp_path / "x", model=checkpoint)).mtp is None
-    assert load_policy(MtpConfig(output_dir=tmp_path / "x", model=checkpoint)).mtp is not None
-    assert not stores_head(checkpoint)
+    for name, more in {"full": {}, "lora": {"lora.rank": 2}}.items():
+        given = {"model": str(tmp_path / "headless"), "rollout.draft_tokens": 0} | more
+        train(micro_config(tmp_path / name, **SHORT | given))
+        checkpoint = str(tmp_path / name / "checkpoints/step_000001")
+        assert load_policy(micro_config(tmp_path / "x", model=checkpoint)).mtp is None
+        assert load_policy(MtpConfig(output_dir=tmp_path / "x", model=checkpoint)).mtp is not None
+        assert not stores_head(checkpoint)
 
 
 def test_weights_that_would_stay_packed_are_refused_before_anything_is_learned(
@@ -92,11 +95,9 @@ def test_what_another_library_loads_must_be_saved(unfinished):
     assert saved_model(str(folder / "warm_start")) == str(folder / "warm_start")
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [("tinny", "did you mean the preset 'tiny'"), ("./nowhere", "there is no such folder"), ("gpt2", "OWNER/gpt2")],
-)
-def test_what_is_not_there_is_refused_by_every_way_in(micro_config, tmp_path, model, message):
-    for ask in (find_policy, saved_model, lambda name: load_policy(micro_config(tmp_path / "r", model=name))):
-        with pytest.raises(PolicyError, match=message):
-            ask(model)
+def test_what_is_not_there_is_refused_by_every_way_in(micro_config, tmp_path):
+    words = {"tinny": "did you mean the preset 'tiny'", "./nowhere": "there is no such folder", "gpt2": "OWNER/gpt2"}
+    for model, message in words.items():
+        for ask in (find_policy, saved_model, lambda name: load_policy(micro_config(tmp_path / "r", model=name))):
+            with pytest.raises(PolicyError, match=message):
+                ask(model)

@@ -39,37 +39,33 @@ def scalar(ratio, advantages, policy_logprobs, options): return (ratio * advanta
 """
 
 
-def both(refuse_all) -> str:
-    """What all of these say, which is the same."""
+def both(config, *runs, dry_run=summary.dry_run, **flags) -> str:
+    """What the plan says and each of these runs, which is the same."""
     said = set()
-    for refuse in refuse_all:
+    for refuse in (dry_run, *runs):
         with command_line(), pytest.raises((ValueError, OSError, RuntimeError)) as error:
-            refuse()
+            refuse(config, **flags)
         said.add(str(error.value))
     [words] = said
     return words
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    usual = {"warm_start.steps": 0, "rollout.group_size": 2}
+    for given, message in (
         ({"log.trackers": ["swanlab"]}, "log.trackers: 'swanlab' is not installed"),
         ({"rollout.max_completion_tokens": 100_000}, "pass the policy's context of 256 with max_completion_tokens="),
-        ({"loss.advantage": "{}:two"}, r"own.py:two: two(rewards_PG, steps) is called with rewards_PG, and missing"),
-        ({"loss.advantage": "{}:breaks"}, "own.py:breaks failed when it was tried: AttributeError: 'Tensor'"),
-        ({"loss.loss_type": "{}:unknown"}, "has aggregate='dapoo', which is no loss; use one of grpo, dr_grpo, dapo"),
-        ({"loss.loss_type": "{}:three"}, "is called with ratio, advantages, policy_logprobs, options, and too many"),
-        ({"loss.loss_type": "{}:scalar"}, "own.py:scalar gave []; give a tensor [2, 2]"),
-        ({"lora.targets": ["qproj"], "warm_start.steps": 0}, "lora.targets: 'qproj' matches no module"),
-    ],
-)
-def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_path, given, message):
-    (tmp_path / "own.py").write_text(OWN)
-    given = {k: v.format(tmp_path / "own.py") if isinstance(v, str) else v for k, v in given.items()}
-    config = micro_config(tmp_path / "r", **{"warm_start.steps": 0, "rollout.group_size": 2, **given})
-    config.log.trackers = config.log.trackers or []
-    words = both([lambda: summary.dry_run(config), lambda: launch(config)])
-    assert message in words
+        ({"loss.advantage": f"{own}:two"}, "two(rewards_PG, steps) is called with rewards_PG, and missing"),
+        ({"loss.advantage": f"{own}:breaks"}, "own.py:breaks failed when it was tried: AttributeError: 'Tensor'"),
+        ({"loss.loss_type": f"{own}:unknown"}, "aggregate='dapoo', which is no loss; use one of grpo, dr_grpo, dapo"),
+        ({"loss.loss_type": f"{own}:three"}, "called with ratio, advantages, policy_logprobs, options, and too many"),
+        ({"loss.loss_type": f"{own}:scalar"}, "own.py:scalar gave []; give a tensor [2, 2]"),
+        ({"lora.targets": ["qproj"]}, "lora.targets: 'qproj' matches no module"),
+    ):
+        config = micro_config(tmp_path / "r", **usual | given)
+        assert message in both(config, launch)
     assert not [path for path in (tmp_path / "r").rglob("*") if path.suffix == ".safetensors"]  # nothing was learned
 
 
@@ -81,8 +77,7 @@ def test_what_only_a_dense_policy_cannot_do(micro_config, hf_policy, tmp_path):
     ):
         more = {"warm_start.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
         config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **more)
-        words = both([lambda config=config: summary.dry_run(config), lambda config=config: train(config)])
-        assert message in words
+        assert message in both(config, train)
 
 
 def test_dynamic_heads_are_replayed_where_there_are_no_experts(micro_config, tmp_path, monkeypatch):
@@ -90,7 +85,7 @@ def test_dynamic_heads_are_replayed_where_there_are_no_experts(micro_config, tmp
     given = {"warm_start.steps": 0, "learner.routing_replay": True, "active_heads": 0.5}
     summary.dry_run(micro_config(tmp_path / "r", model="dense", **given))
     none = micro_config(tmp_path / "r", model="dense", **given | {"active_heads": None})
-    assert "(no experts or dynamic heads)" in both([lambda: summary.dry_run(none), lambda: train(none)])
+    assert "(no experts or dynamic heads)" in both(none, train)
 
 
 def test_damaged_weights_are_found_without_loading_them(micro_config, micro_policy, tmp_path):
@@ -98,7 +93,7 @@ def test_damaged_weights_are_found_without_loading_them(micro_config, micro_poli
     file = tmp_path / "m" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **{"warm_start.steps": 0})
-    assert "is damaged" in both([lambda: summary.dry_run(config), lambda: train(config)])
+    assert "is damaged" in both(config, train)
     file.unlink()
     (tmp_path / "m" / "tokenizer_config.json").unlink()
     (tmp_path / "m" / "tokenizer.json").unlink()
@@ -110,33 +105,34 @@ def test_damaged_weights_are_found_without_loading_them(micro_config, micro_poli
 def test_the_plan_of_a_resume_refuses_other_rewards(micro_config, tmp_path):
     reward = tmp_path / "mine.py"
     reward.write_text("def score(completions): return [len(c) for c in completions]\n")
-    config = micro_config(tmp_path / "r", steps=1, rewards=[{"function": f"{reward}:score"}])
+    given = {"steps": 1, "warm_start.steps": 1, "rollout.max_completion_tokens": 4}
+    config = micro_config(tmp_path / "r", rewards=[{"function": f"{reward}:score"}], **given)
     train(config)
     reward.write_text("def score(completions): return [1.0 for c in completions]\n")
-    words = both([lambda: summary.dry_run(config, resume="auto"), lambda: train(config, resume="auto")])
-    assert "holds another reward function 'score'" in words
+    assert "holds another reward function 'score'" in both(config, train, resume="auto")
     summary.dry_run(config, resume="auto", force=True)
     begun = micro_config(tmp_path / "next", model=str(tmp_path / "r" / "checkpoints" / "step_000001"))
     summary.dry_run(begun)  # the checkpoint's base is the warm start's policy
 
 
 def test_a_checkpoint_that_continues_a_preset_is_refused_in_the_plan(micro_config, tmp_path):
-    train(micro_config(tmp_path / "r", steps=1, **{"warm_start.steps": 0}))
+    given = {"steps": 1, "warm_start.steps": 0, "rollout.max_completion_tokens": 4}
+    train(micro_config(tmp_path / "r", **given))
     config = micro_config(tmp_path / "next", model=str(tmp_path / "r" / "checkpoints" / "step_000001"))
-    assert "continues the preset" in both([lambda: summary.dry_run(config), lambda: train(config)])
+    assert "continues the preset" in both(config, train)
 
 
 def test_model_data_and_reward_are_refused_together(micro_config, tmp_path, capsys):
     """docs/commands.md: all of them at once. Also the data and the reward where the model is there."""
     wrong = {"data.name": str(tmp_path / "nowhere.jsonl"), "rewards": [{"function": "nowhere.py:score"}]}
     config = micro_config(tmp_path / "r", model="./nowhere", **wrong, **{"log.trackers": ["swanlab"]})
-    words = both([lambda: summary.dry_run(config), lambda: launch(config), lambda: train(config)])
+    words = both(config, launch, train)
     head, *lines = words.split("\n  ")
     assert head == "4 things are wrong with this run:"
     for key, line in zip(("log.trackers", "model='./nowhere'", "there is no file", "nowhere.py"), lines, strict=True):
         assert key in line
     two = micro_config(tmp_path / "r", **wrong)
-    assert both([lambda: summary.dry_run(two), lambda: train(two)]).startswith("2 things are wrong with this run:")
+    assert both(two, train).startswith("2 things are wrong with this run:")
     args = ["train", "--model", "./nowhere", "--output_dir", str(tmp_path / "r"), "--data.name", wrong["data.name"]]
     codes = [main([*args, *more]) for more in ([], ["--dry_run"])]
     assert codes == [1, 1]
@@ -148,10 +144,10 @@ def test_model_data_and_reward_are_refused_together(micro_config, tmp_path, caps
 def test_a_supervised_run_and_one_of_the_head_are_checked_alike(micro_preset, random_policy, tmp_path):
     long = {"model": micro_preset, "output_dir": tmp_path / "r", "rollout.max_completion_tokens": 100_000}
     config = load(SftConfig, None, {**long, "data.task_options.levels": [1], "data.limit": 24, "eval.limit": 2})
-    assert "pass the policy's context" in both([lambda: summary.dry_run(config), lambda: sft(config)])
+    assert "pass the policy's context" in both(config, sft)
     given = {"output_dir": tmp_path / "r", "data.limit": 24, "data.task_options.levels": [1]}
     head = load(MtpConfig, None, {"model": micro_preset, **given, "mtp.solutions": 23, "eval.limit": 2})
-    assert "mtp.solutions=23, but" in both([lambda: summary.mtp_dry_run(head), lambda: mtp(head)])
+    assert "mtp.solutions=23, but" in both(head, mtp, dry_run=summary.mtp_dry_run)
 
 
 def test_a_layout_that_does_not_fit_the_processes_is_refused_in_the_plan(micro_config, tmp_path):
@@ -167,8 +163,8 @@ def test_contract_20_weights_that_stay_packed_are_refused_without_them(micro_con
     file.write_text(json.dumps(json.loads(file.read_text()) | packing))
     given = {"rollout.draft_tokens": 0, "warm_start.steps": 0, "mtp.depth": 4}
     config = micro_config(tmp_path / "run", model=str(tmp_path / "llama"), **given)
-    said = both([lambda: summary.dry_run(config), lambda: train(config)])
-    assert "its weights stay packed (bitsandbytes), and such a policy cannot be saved" in said
+    said = "its weights stay packed (bitsandbytes), and such a policy cannot be saved"
+    assert said in both(config, train)
     assert not (tmp_path / "run").exists()
 
 
@@ -177,4 +173,4 @@ def test_contract_20_a_dry_run_of_mtp_refuses_the_flags_that_the_run_refuses(mic
     given = {"model": str(tmp_path / "model"), "output_dir": tmp_path / "head", "steps": 2, "threads": 1}
     config = load(MtpConfig, None, given)
     for flags in ({"force": True}, {"resume": "nowhere"}):
-        both([lambda flags=flags: summary.mtp_dry_run(config, **flags), lambda flags=flags: mtp(config, **flags)])
+        both(config, mtp, dry_run=summary.mtp_dry_run, **flags)

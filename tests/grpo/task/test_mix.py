@@ -1,6 +1,7 @@
 """Several sources of data, with weights and rewards of their own, in a run."""
 
 import json
+import shutil
 import textwrap
 
 import pytest
@@ -26,7 +27,7 @@ from rewards.data.examples import Example
 from rewards.records import read_rollouts
 
 WORDS = {"name": "word_problems", "task_options": {"levels": [1]}, "limit": 24}
-SHORT = {"warm_start.steps": 0, "steps": 3}
+SHORT = {"warm_start.steps": 0, "steps": 3, "rollout.max_completion_tokens": 6, "eval.limit": 2}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def rows(tmp_path_factory):
     return file
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mixed(micro_config, letters, rows):
     """The options of a run with two sources, of which the second one has a reward of its own."""
     rewards = [{"function": letters, "name": "letters"}, {"function": letters, "name": "more", "weight": 0.5}]
@@ -59,11 +60,19 @@ def _policy(folder):
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed, letters, tmp_path, capsys):
-    train(mixed(tmp_path / "whole", **{"eval.limit": 2}))
+def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed, letters, rows, tmp_path, capsys):
+    """And not with another mix, which is named."""
+    train(mixed(tmp_path / "whole"))
     with pytest.raises(Stopped):
-        train(mixed(tmp_path / "parts", **{"eval.limit": 2}), stop_after=2)
-    train(mixed(tmp_path / "parts", **{"eval.limit": 2}), resume="auto")
+        train(mixed(tmp_path / "parts"), stop_after=2)
+    other = mixed(tmp_path / "parts", data=[WORDS | {"weight": 3}, {"name": str(rows)}])
+    with pytest.raises(ValueError, match=r"  data: "):
+        train(other, resume="auto")
+    shutil.copytree(tmp_path / "parts", tmp_path / "other")
+    other = other.model_copy(update={"output_dir": tmp_path / "other"})
+    with pytest.raises(ValueError, match=r"began with word_problems × 2, own.jsonl × 1, and now has word_problems × 3"):
+        train(other, resume="auto", force=True)
+    train(mixed(tmp_path / "parts"), resume="auto")
     assert _sampled(tmp_path / "parts") == _sampled(tmp_path / "whole")
     for name, tensor in _policy(tmp_path / "whole").items():
         assert torch.equal(_policy(tmp_path / "parts")[name], tensor), name
@@ -93,22 +102,12 @@ def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed
 
 
 def test_one_source_in_a_list_gives_the_bits_that_it_gives_alone(micro_config, tmp_path):
-    short = {"steps": 1, "warm_start.steps": 1}
+    short = {"steps": 1, "warm_start.steps": 1, "warm_start.batch_size": 2, "rollout.max_completion_tokens": 6}
     train(micro_config(tmp_path / "alone", **short))
     train(micro_config(tmp_path / "listed", **short, data=[WORDS]))
     assert _sampled(tmp_path / "alone", 1) == _sampled(tmp_path / "listed", 1)
     for name, tensor in _policy(tmp_path / "alone").items():
         assert torch.equal(_policy(tmp_path / "listed")[name], tensor), name
-
-
-def test_a_resume_refuses_a_changed_mix_by_name(mixed, rows, tmp_path):
-    with pytest.raises(Stopped):
-        train(mixed(tmp_path / "r"), stop_after=1)
-    other = mixed(tmp_path / "r", data=[WORDS | {"weight": 3}, {"name": str(rows)}])
-    with pytest.raises(ValueError, match=r"  data: "):
-        train(other, resume="auto")
-    with pytest.raises(ValueError, match=r"began with word_problems × 2, own.jsonl × 1, and now has word_problems × 3"):
-        train(other, resume="auto", force=True)
 
 
 def test_sources_are_written_in_short_and_read_the_same_again(tmp_path):
@@ -119,15 +118,10 @@ def test_sources_are_written_in_short_and_read_the_same_again(tmp_path):
     assert load(TrainConfig, tmp_path / "config.yaml", {}) == config
     with pytest.raises(ConfigError, match=r"data.limit=3 .command line.: data is a list of 2; change it in the file"):
         load(TrainConfig, tmp_path / "config.yaml", {"data.limit": 3})
-
-
-def test_one_source_is_written_without_a_list(tmp_path):
-    """By a person and by us: the record of such a run is that of version 0.2."""
-    forms = [{"name": "gsm8k"}, [{"name": "gsm8k"}], ["gsm8k"], "gsm8k"]
-    configs = [load(TrainConfig, None, {"output_dir": tmp_path, "data": form, "data.limit": 3}) for form in forms[:1]]
-    configs += [TrainConfig(output_dir=tmp_path, data=form) for form in forms[1:]]
-    assert [config.data[0].name for config in configs] == ["gsm8k"] * 4
-    assert parse_yaml(dump_yaml(configs[0]))["data"]["limit"] == 3
+    one = load(TrainConfig, None, {"output_dir": tmp_path, "data": {"name": "gsm8k"}, "data.limit": 3})
+    assert parse_yaml(dump_yaml(one))["data"]["limit"] == 3  # one source without a list, as version 0.2 wrote it
+    forms = [[{"name": "gsm8k"}], ["gsm8k"], "gsm8k"]
+    assert {TrainConfig(output_dir=tmp_path, data=form).data[0].name for form in forms} == {"gsm8k"}
 
 
 def test_the_sources_of_version_0_2_are_read(tmp_path, caplog):
@@ -160,21 +154,15 @@ def test_an_order_that_version_0_2_recorded_for_a_list_of_one_source_goes_on():
     assert alone.take(4) == mixed.take(4)
 
 
-@pytest.mark.parametrize(
-    ("sources", "words"),
-    [
+def test_what_is_wrong_with_a_list_on_the_command_line_is_named(capsys):
+    for sources, words in (
         ("[{name: gsm8k, wieght: 2}, a]", "data[0].wieght=2 (command line): no such option; did you mean"),
         ("[{name: gsm8k, weight: 0}, a]", "data[0].weight=0 (command line): expected greater than 0"),
         ("[{weight: 2}, a]", "data[0].name is required: there are several sources"),
         ("[gsm8k, gsm8k]", "data: two sources are called 'gsm8k'; give one of them another label"),
-    ],
-)
-def test_what_is_wrong_with_a_list_on_the_command_line_is_named(sources, words, capsys):
-    assert main(["train", "--output_dir", "r", "--data", sources, "--print_config"]) == 2
-    assert words in capsys.readouterr().err
-
-
-def test_sources_agree_on_what_belongs_to_the_run():
+    ):
+        assert main(["train", "--output_dir", "r", "--data", sources, "--print_config"]) == 2
+        assert words in capsys.readouterr().err
     with pytest.raises(ConfigError, match="data: there is no source"):
         TrainConfig(output_dir="r", data=[])
     sources = [{"name": "a", "chat_template_kwargs": {"enable_thinking": False}}, {"name": "b"}]
@@ -187,10 +175,7 @@ def test_sources_agree_on_what_belongs_to_the_run():
     [
         ({"curriculum.shortest_share": 0.5}, "the weights would not hold"),
         ({"prompts_per_step": 30}, "takes up to 11 different prompts from the source own.jsonl, which has"),
-        (
-            {"data": [WORDS | {"rewards": ["nobody"]}]},
-            "no reward is called 'nobody'; the rewards",
-        ),
+        ({"data": [WORDS | {"rewards": ["nobody"]}]}, "no reward is called 'nobody'; the rewards"),
         ({"data": [WORDS | {"rewards": ["more"]}]}, "rewards: 'letters' scores no source"),
     ],
 )

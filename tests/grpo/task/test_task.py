@@ -79,31 +79,29 @@ def test_solutions_come_from_the_chosen_column(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     data = SourceOptions(name=str(tmp_path), solution_column="worked")
     with _task(data, [RewardOptions(function="gsm8k_format")]) as task:
-        tokenizer = small_tokenizer(task.corpus())
-        [sample] = task.solution(task.train[0], tokenizer, 0).samples
-        assert tokenizer.decode(sample.token_ids[:-1]) == "2+3=5\n#### 5".replace("2+3=5", "5")
+        assert task.train[0].solution == "5\n#### 5"
 
 
-@pytest.mark.parametrize(
-    ("data", "rewards", "message"),
-    [
-        ({"template": "{qestion}"}, GSM8K, r"asks for \{qestion\}; the columns are"),
-        ({"prompt_column": "problem"}, GSM8K, "no column 'problem'; its columns are question, answer, topic"),
-        ({"split": "test"}, GSM8K, "is for evaluation and must not be trained on"),
-        ({}, [RewardOptions(function="gsm8q")], "gsm8k"),
-        ({}, GSM8K * 2, "two rewards are called 'gsm8k'"),
-        ({}, [RewardOptions(function="{folder}/wants.py:wants_gold")], "asks for the column 'gold'"),
-        ({}, [RewardOptions(function="{folder}/wants.py:fails")], "boom"),
-    ],
-)
-def test_what_can_be_refused_is_refused_before_a_policy_is_loaded(folder, data, rewards, message):
+def test_what_can_be_refused_is_refused_before_a_policy_is_loaded(folder):
     (folder / "wants.py").write_text(
         "def wants_gold(completions, gold): return [0.0] * len(completions)\n"
         "def fails(completions, **_): raise ValueError('boom')\n"
     )
-    rewards = [r.model_copy(update={"function": r.function.replace("{folder}", str(folder))}) for r in rewards]
-    with pytest.raises((ValueError, RewardError), match=message):
-        _task(SourceOptions(name=str(folder), **data), rewards)
+    unknown, wants, fails = (
+        [RewardOptions(function=name)]
+        for name in ("gsm8q", f"{folder}/wants.py:wants_gold", f"{folder}/wants.py:fails")
+    )
+    for data, rewards, message in (
+        ({"template": "{qestion}"}, GSM8K, r"asks for \{qestion\}; the columns are"),
+        ({"prompt_column": "problem"}, GSM8K, "no column 'problem'; its columns are question, answer, topic"),
+        ({"split": "test"}, GSM8K, "is for evaluation and must not be trained on"),
+        ({}, unknown, "gsm8k"),
+        ({}, GSM8K * 2, "two rewards are called 'gsm8k'"),
+        ({}, wants, "asks for the column 'gold'"),
+        ({}, fails, "boom"),
+    ):
+        with pytest.raises((ValueError, RewardError), match=message):
+            _task(SourceOptions(name=str(folder), **data), rewards)
     assert not reward_workers()
 
 
@@ -141,17 +139,14 @@ def test_real_gsm8k_is_a_task(gsm8k_folder):
         assert all("<<" in example.columns["answer"] for example in task.train)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tmp_path):
+    data = SourceOptions(task_options={"levels": [1]}, limit=8)
+    for given, message in (
         ({"prompts_per_step": 9}, "prompts_per_step=9, but there are 8 training examples"),
         ({"prompts_per_step": 8, "warm_start": {"steps": 1}}, "warm_start.batch_size=16, but there are 8"),
-    ],
-)
-def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tmp_path, given, message):
-    config = TrainConfig(output_dir=tmp_path, data=SourceOptions(task_options={"levels": [1]}, limit=8), **given)
-    with pytest.raises(ValueError, match=message):
-        Task.of(config)
+    ):
+        with pytest.raises(ValueError, match=message):
+            Task.of(TrainConfig(output_dir=tmp_path, data=data, **given))
     assert not reward_workers()
 
 
@@ -172,14 +167,9 @@ def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored
 def test_full_marks_are_what_the_gold_solution_gets(tmp_path):
     """A reward may give more than 1: correct is what is marked like the gold solution, not what is marked 1."""
     reward = tmp_path / "generous.py"
-    reward.write_text(
-        "def generous(completions, **_):\n    return [1.5 if '####' in c else 1.0 for c in completions]\n"
-    )
-    with Task(
-        SourceOptions(task_options={"levels": [1]}, limit=4),
-        [RewardOptions(function=f"{reward}:generous")],
-        ScoringOptions(),
-    ) as task:
+    reward.write_text("def generous(completions, **_): return [1.5 if '####' in c else 1.0 for c in completions]\n")
+    data = SourceOptions(task_options={"levels": [1]}, limit=4)
+    with _task(data, [RewardOptions(function=f"{reward}:generous")]) as task:
         assert task.full_marks == 1.5
 
 
@@ -200,7 +190,6 @@ def test_a_chat_prompt_of_a_model_without_a_template_is_refused_before_it_is_loa
 ):
     micro_policy().save(tmp_path / "m")
     config = micro_config(tmp_path / "r", **{"data.template": "chat", "model": str(tmp_path / "m")})
-    with pytest.raises(
-        ValueError, match=r"template=chat with model=.* .no chat template.: use a format string such as .{question}\\n."
-    ):
+    said = r"template=chat with model=.* .no chat template.: use a format string such as .{question}\\n."
+    with pytest.raises(ValueError, match=said):
         check_plan(config)

@@ -77,6 +77,9 @@ def test_the_sdk_trains_samples_saves_and_goes_on(server, client):
     found = sampling.sample(types.ModelInput.from_ints(TOKENS[:2]), 3, types.SamplingParams(max_tokens=4)).result()
     assert [len(sequence.tokens) for sequence in found.sequences] == [4, 4, 4]
     assert len({sequence.sequence_id for sequence in found.sequences}) == 3
+    [first, *_] = found.sequences
+    scored = sampling.compute_logprobs(types.ModelInput.from_ints([*TOKENS[:2], *first.tokens])).result()
+    assert first.logprobs == pytest.approx(scored[2:], abs=2e-5)
     prompt = types.ModelInput.from_ints(TOKENS)
     logprobs = sampling.compute_logprobs(prompt).result()
     forward = training.forward([datum()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"]
@@ -122,7 +125,7 @@ def test_a_loss_of_the_clients_own_has_its_gradient(client):
     assert list(found[0]) == pytest.approx(list(found[1]), abs=1e-4)
 
 
-def test_errors_come_in_the_form_of_the_sdk(client):
+def test_errors_come_in_the_form_of_the_sdk_and_the_model_goes_on(client):
     training = client.create_lora_training_client(base_model="llama", rank=4).result()
     with pytest.raises(tinker.RequestFailedError, match="its formula is not published") as refusal:
         training.forward_backward([datum()], "stable_reinforce").result()
@@ -136,22 +139,19 @@ def test_errors_come_in_the_form_of_the_sdk(client):
         tinker.RestClient(base_url=client._base_url, api_key="tml-any").publish_checkpoint_from_tinker_path(
             "tinker://a/weights/b"
         ).result()
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"loss_fn_inputs": {"target_tokens": types.TensorData.from_torch_sparse(torch.eye(5))}}, "a sparse tensor"),
-        ({"model_input": types.ModelInput(chunks=[types.ImageChunk(data=b"", format="png")])}, "pictures or sound"),
-    ],
-)
-def test_a_request_whose_data_cannot_be_read_fails_and_its_model_goes_on(client, changes, words):
-    training = client.create_lora_training_client(base_model="llama", rank=4).result()
     inputs = {"model_input": types.ModelInput.from_ints(TOKENS[:-1]), "loss_fn_inputs": {"target_tokens": TOKENS[1:]}}
-    with pytest.raises(tinker.RequestFailedError, match=words) as refusal:
-        training.forward_backward([types.Datum(**inputs | changes)], "cross_entropy").result()
-    assert refusal.value.category == types.RequestErrorCategory.User
-    training.forward([datum()], "cross_entropy").result(timeout=20)
+    picture = types.ModelInput(chunks=[types.ImageChunk(data=b"", format="png")])
+    sparse = types.TensorData.from_torch_sparse(torch.eye(5))
+    with_sparse = inputs | {"loss_fn_inputs": {"target_tokens": sparse}}
+    for datums, loss, config, words in (
+        (with_sparse, "cross_entropy", {}, "a sparse tensor"),
+        (inputs | {"model_input": picture}, "cross_entropy", {}, "pictures or sound"),
+        (inputs, "dro", {"beta": float("nan")}, r"loss_fn_config\['beta'\]=nan"),
+    ):
+        with pytest.raises(tinker.RequestFailedError, match=words) as refusal:
+            training.forward_backward([types.Datum(**datums)], loss, config or None).result()
+        assert refusal.value.category == types.RequestErrorCategory.User
+        training.forward([datum()], "cross_entropy").result(timeout=20)
 
 
 def test_a_key_is_asked_for_where_there_is_one(base, tmp_path):
@@ -183,26 +183,21 @@ def sampled_by(server, changes=None, params=None):
     return server.ask("asample", request | (changes or {}))
 
 
-@pytest.mark.parametrize(
-    ("changes", "params", "words"),
-    [
+def test_a_sample_out_of_bounds_is_a_bad_request_before_anything_is_kept(server):
+    before = len(server.service.jobs)
+    for changes, params, words in (
         ({"num_samples": 10**9}, {}, "num_samples=1000000000: use 1 to 1024"),
-        ({"num_samples": -1}, {}, "num_samples=-1: use 1 to 1024"),
         ({}, {"max_tokens": 0}, "max_tokens=0: use 1 or more"),
         ({"seq_id": 10**300}, {}, "seq_id=1000"),
-    ],
-)
-def test_a_sample_out_of_bounds_is_a_bad_request_before_anything_is_kept(server, changes, params, words):
-    before = len(server.service.jobs)
-    status, said = sampled_by(server, changes, params)
-    assert status == 400
-    assert words in said["detail"]
-    assert len(server.service.jobs) == before
+    ):
+        status, said = sampled_by(server, changes, params)
+        assert status == 400
+        assert words in said["detail"]
+        assert len(server.service.jobs) == before
     assert sampled_by(server)[0] == 200  # and it goes on
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", '"nan"'])
-def test_numbers_that_are_not_finite_are_bad_requests(server, client, number):
+def test_numbers_that_are_not_finite_are_bad_requests(server, client):
     """Of every place that reads one; JSON has no such number, and Python's own reader takes it."""
     training = client.create_lora_training_client(base_model="llama", rank=2).result()
     session = training.model_id.partition(":")[0]
@@ -212,28 +207,22 @@ def test_numbers_that_are_not_finite_are_bad_requests(server, client, number):
     bodies = {
         "asample": f'{{{sampled}, "sampling_params": {{"temperature": N}}}}',
         "optim_step": f'{{"model_id": "{training.model_id}", "seq_id": 1, "adam_params": {{"learning_rate": N}}}}',
+        "create_session": '{"tags": [], "user_metadata": {"rate": [1, N]}, "sdk_version": "1"}',
     }
-    if number != '"nan"':  # there it is a text
-        bodies["create_session"] = '{"tags": [], "user_metadata": {"rate": [1, N]}, "sdk_version": "1"}'
-    for path, body in bodies.items():
-        status, said = server.ask(path, body.replace("N}", number + "}").replace("N]", number + "]").encode())
-        assert status == 400, said
-        assert "use a finite number" in said["detail"]
-        assert any(name in said["detail"] for name in ("sampling_params.temperature=", "learning_rate=", "rate.1="))
+    for number in ("NaN", "Infinity", "-Infinity", "1e999", '"nan"'):
+        for path, body in bodies.items():
+            if (path, number) == ("create_session", '"nan"'):
+                continue  # there it is a text
+            status, said = server.ask(path, body.replace("N}", number + "}").replace("N]", number + "]").encode())
+            assert status == 400, said
+            assert "use a finite number" in said["detail"]
+            assert any(name in said["detail"] for name in ("sampling_params.temperature=", "learning_rate=", "rate.1="))
     training.forward([datum()], "cross_entropy").result()  # number 1 was not taken
 
 
-def test_a_setting_of_a_loss_that_is_not_finite_is_refused_by_name(client):
-    training = client.create_lora_training_client(base_model="llama", rank=2).result()
-    with pytest.raises(tinker.RequestFailedError, match=r"loss_fn_config\['beta'\]=nan") as refusal:
-        training.forward_backward([datum()], "dro", {"beta": float("nan")}).result()
-    assert refusal.value.category == types.RequestErrorCategory.User
-
-
-@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_hostile_requests_get_an_error_in_form_and_the_server_goes_on(server, client, count):
+def test_hostile_requests_get_an_error_in_form_and_the_server_goes_on(server, client):
     """Malformed, huge, half-sent: by a seed, over every path."""
-    draw = random.Random(count)
+    draw = random.Random(200)
     training = client.create_lora_training_client(base_model="llama", rank=2).result()
     want = training.forward([datum()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data
     paths = [route.path.removeprefix("/api/v1/") for route in app(server.service).routes]
@@ -241,7 +230,7 @@ def test_hostile_requests_get_an_error_in_form_and_the_server_goes_on(server, cl
     keys = ["model_id", "session_id", "seq_id", "model_seq_id", "base_model", "path", "request_id", "prompt", "type"]
     keys += ["sampling_params", "sampling_session_id", "lora_config", "adam_params", "optimizer", "num_samples", "tags"]
     statuses = set()
-    for _ in range(count):
+    for _ in range(250):
         path = draw.choice([*paths, "nothing", "sessions/%2e%2e/finish"])
         path = path.replace("{session}", "..").replace("{run}", "%2e%2e").replace("{place:path}", "../../x")
         path = path.replace("{sampler}", draw.choice(["..", training.model_id]))

@@ -111,34 +111,26 @@ def test_where_it_fails_to_take_weights_it_holds_nobodys(base, saved, monkeypatc
 
 def test_a_request_is_read():
     found = asked(sampling_params={"temperature": 0.5, "seed": 7, "stop": ["\n"], "top_k": -1, "top_p": 1})
-    params = SamplingParams(
-        group_size=3,
-        temperature=0.5,
-        max_completion_tokens=6,
-        stop_token_ids=STOPS,
-        stop_strings=("\n",),
-        seed=7,
-    )
+    params = SamplingParams(3, 0.5, 6, STOPS, stop_strings=("\n",), seed=7)
     assert (found.prompt, found.count, found.params, found.key, found.last) == (PROMPT, 3, params, "", 0)
     plain = read({"prompt": request_of()["prompt"], "sampling_params": {}}, "client", STOPS)
     assert (plain.count, plain.key, plain.last) == (1, "client", 0)
     assert (plain.params.group_size, plain.params.temperature, plain.params.seed) == (1, 1.0, 0)
     assert (plain.params.stop_token_ids, plain.params.stop_strings) == (STOPS, ())
+    chunks = [{"tokens": [5, 9]}, {"type": "encoded_text", "tokens": [12]}]
+    assert asked(prompt={"chunks": chunks}).prompt == [5, 9, 12]
 
 
-@pytest.mark.parametrize(
-    ("stop", "ids", "strings"),
-    [
+def test_what_ends_a_sample():
+    for stop, ids, strings in (
         (None, STOPS, ()),
         ([], (), ()),  # asked for: no token ends it
         ("a", STOPS, ("a",)),
         (["a", "b"], STOPS, ("a", "b")),
         ([3, 4], (3, 4), ()),
-    ],
-)
-def test_what_ends_a_sample(stop, ids, strings):
-    params = asked(sampling_params={"stop": stop}).params
-    assert (params.stop_token_ids, params.stop_strings) == (ids, strings)
+    ):
+        params = asked(sampling_params={"stop": stop}).params
+        assert (params.stop_token_ids, params.stop_strings) == (ids, strings)
 
 
 def test_a_seed_is_the_noise_whoever_asks(base):
@@ -151,14 +143,8 @@ def test_a_seed_is_the_noise_whoever_asks(base):
     assert tokens(sampler, sampling_params={"seed": 1}) != tokens(sampler, sampling_params={"seed": 2})
 
 
-def test_prompts_in_several_chunks_are_one():
-    chunks = [{"tokens": [5, 9]}, {"type": "encoded_text", "tokens": [12]}]
-    assert asked(prompt={"chunks": chunks}).prompt == [5, 9, 12]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
+def test_what_cannot_be_sampled_is_refused_by_name():
+    for changes, words in (
         ({"topk_prompt_logprobs": 3}, "topk_prompt_logprobs: not here"),
         ({"prompt": {"chunks": [{"type": "image", "tokens": []}]}}, "a chunk of type image"),
         ({"prompt": {"chunks": []}}, "it has no token; send at least one"),
@@ -168,11 +154,9 @@ def test_prompts_in_several_chunks_are_one():
         ({"num_samples": MOST_SAMPLES + 1}, f"use 1 to {MOST_SAMPLES}"),
         ({"prompt_logprobs": True, "prompt_logprobs_last_n": 4}, "prompt_logprobs_last_n=4: use 1 to 3"),
         ({"prompt_logprobs": True, "prompt_logprobs_last_n": -1}, "prompt_logprobs_last_n=-1: use 1 to 3"),
-    ],
-)
-def test_what_cannot_be_sampled_is_refused_by_name(changes, words):
-    with pytest.raises(Refused, match=words):
-        asked(**changes)
+    ):
+        with pytest.raises(Refused, match=words):
+            asked(**changes)
 
 
 def test_the_bounds_themselves_are_taken():
@@ -199,14 +183,9 @@ def test_a_sample_is_the_engines_up_to_the_end_of_the_context(base):
         assert [len(one.tokens) for one in found] == [length] * 3
         assert {one.stopped for one in found} == {False}
         assert of_prompt is None
-
-
-def test_a_sample_that_a_stop_token_ends_is_said_to_have_stopped(base):
-    sampler = Sampler(base, torch.float32)
-    [first, *_] = tokens(sampler)
-    found, _ = sampler.sample(asked(sampling_params={"stop": [first[2]]}))
-    assert found[0].tokens == first[: first.index(first[2]) + 1]
-    assert found[0].stopped
+    first = found[0].tokens
+    cut, _ = sampler.sample(asked(sampling_params={"stop": [first[2]], "seed": 3}))
+    assert (cut[0].tokens, cut[0].stopped) == (first[: first.index(first[2]) + 1], True)
 
 
 def test_no_sample_is_cut_short_in_silence(base):
@@ -224,21 +203,19 @@ def test_no_sample_is_cut_short_in_silence(base):
         sampler.sample(asked(sampling_params={"temperature": -1.0}))
 
 
-@pytest.mark.parametrize("last", [None, 2])
-def test_log_probabilities_of_the_prompt_are_those_of_what_it_holds(base, saved, last):
+def test_log_probabilities_of_the_prompt_are_those_of_what_it_holds(base, saved):
     """The first token has none, and neither have those that nobody asked for."""
     spec, folder = saved(1)
     sampler = Sampler(base, torch.float32)
     sampler.take("one", spec, folder)
-    more = {} if last is None else {"prompt_logprobs_last_n": last}
-    _, found = sampler.sample(asked(prompt_logprobs=True, **more))
     trained = Trainer(base, spec)
     trained.load(tensor_files.read(folder, {"policy"}), optimizer=False)
     with torch.no_grad():
         ids = torch.tensor([PROMPT])
         hidden = trained.policy.hidden(ids, torch.arange(4)[None], torch.zeros_like(ids))[0]
         expected, _ = logprobs_from_hidden(hidden[:-1], trained.policy.output, ids[0, 1:])
-    count = last or 3
-    assert len(found) == len(PROMPT)
-    assert all(math.isnan(value) for value in found[:-count])
-    assert found[-count:] == pytest.approx(expected[-count:].tolist(), abs=1e-4)
+    for count, more in ((3, {}), (2, {"prompt_logprobs_last_n": 2})):
+        _, found = sampler.sample(asked(prompt_logprobs=True, **more))
+        assert len(found) == len(PROMPT)
+        assert all(math.isnan(value) for value in found[:-count])
+        assert found[-count:] == pytest.approx(expected[-count:].tolist(), abs=1e-4)
