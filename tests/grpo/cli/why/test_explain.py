@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from rich.console import Console
 
 from grpo.cli.parse import main
 from grpo.cli.why import explain as explaining
 from grpo.cli.why.explain import explain, read_alternative
-from grpo.cli.why.report import answer, opponents, show
+from grpo.cli.why.report import answer, opponents
 from grpo.cli.why.rewind import read_config
 from grpo.run import checkpoint
 from grpo.steps.ahead import Batches
@@ -22,7 +21,8 @@ from grpo.train import train
 from policies.policy import Policy
 from rewards.records import read_rollouts, rollout_path
 
-OPTIONS = {"eval.limit": 8, "learner.updates_per_batch": 2, "learner.learning_rate": 3e-3}
+OPTIONS = {"eval.limit": 4, "learner.updates_per_batch": 2, "learner.learning_rate": 3e-3}
+ONE = {"steps": 1, "warm_start.steps": 0}
 TAKE = Batches.take  # as it is without a test
 # Letters as in `letters`; where the prompt is FLIPPED, the sign of the reward is wrong.
 SABOTAGE = """
@@ -96,8 +96,8 @@ def test_the_step_itself_comes_out_to_the_same_bits(run):
 @pytest.mark.parametrize("flipped", [0, pytest.param(3, marks=pytest.mark.long)])
 def test_a_flipped_reward_is_the_first_thing_named(micro_config, tmp_path, flipped):
     """Four groups of nearly one prompt and many completions: without a mistake they agree."""
-    data = [{"question": f"Tom has {i} apples.", "answer": "1"} for i in range(8)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    rows = [json.dumps({"question": f"Tom has {i} apples.", "answer": "1"}) for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
     options = {
         "data.name": str(tmp_path / "data.jsonl"),
         "data.limit": None,
@@ -153,7 +153,7 @@ def test_one_group_token_by_token(run, capsys):
 
 
 def test_a_run_without_held_out_problems_is_measured_by_problems_that_the_step_did_not_draw(micro_config, tmp_path):
-    train(micro_config(tmp_path / "run", steps=1))
+    train(micro_config(tmp_path / "run", **ONE))
     found = explain(tmp_path / "run", 1)
     assert found.held_out == "the gold solutions of 20 other training problems"  # 24 in all, 4 of them drawn
     assert found.before != found.after
@@ -162,7 +162,7 @@ def test_a_run_without_held_out_problems_is_measured_by_problems_that_the_step_d
 def test_a_step_of_tied_groups_changed_nothing(micro_config, tmp_path):
     (tmp_path / "mine.py").write_text("def same(completions, **_):\n    return [1.0] * len(completions)\n")
     rewards = [{"function": f"{tmp_path}/mine.py:same"}]
-    train(micro_config(tmp_path / "run", steps=1, rewards=rewards))
+    train(micro_config(tmp_path / "run", **ONE, rewards=rewards))
     found = explain(tmp_path / "run", 1)
     assert answer(found) == [
         "Step 1 changed nothing: in each of its 4 groups all rewards are equal, so there was nothing to prefer."
@@ -171,10 +171,8 @@ def test_a_step_of_tied_groups_changed_nothing(micro_config, tmp_path):
     assert all(group.effect == 0.0 for group in found.groups)
 
 
-def test_the_command_answers_in_words_first_and_escapes_what_others_wrote(run, tmp_path, capsys, caplog):
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    assert main(["why", str(copy), "3", "--heldout", "2", "--json", str(tmp_path / "out.json")]) == 0
+def test_the_command_answers_in_words_first(run, tmp_path, capsys, caplog):
+    assert main(["why", str(run), "3", "--heldout", "2", "--json", str(tmp_path / "out.json")]) == 0
     said = capsys.readouterr().out
     assert "--heldout is --held_out now; the old name works until 0.3" in caplog.text
     assert said.startswith("cost: 0 recorded steps from checkpoint 2")
@@ -182,20 +180,6 @@ def test_the_command_answers_in_words_first_and_escapes_what_others_wrote(run, t
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["groups"]) == 4
     assert found["step"] == 3
-    shown = explain(run, 3, held_out=2, groups=1)
-    hostile = replace(shown, groups=[replace(shown.groups[0], prompt="\x1b[31m[red]", prompt_id="a\x07\nb")])
-    hostile.groups[0].effect = hostile.change
-    console = Console(width=200, record=True)
-    show(hostile, console)
-    text = console.export_text()
-    assert "\x1b" not in text
-    assert "\x07" not in text
-    assert "\\x1b[31m[red]" in text
-
-
-def test_limits_of_rewards_are_free_where_rewards_are(run):
-    words = ["rewards=[{function: gsm8k}]", "reward.timeout_s=60"]
-    assert read_alternative(run, words).reward.timeout_s == 60
 
 
 def test_what_cannot_be_explained_is_refused_by_name(run, tmp_path, capsys, monkeypatch):
@@ -210,9 +194,10 @@ def test_what_cannot_be_explained_is_refused_by_name(run, tmp_path, capsys, monk
     }.items():
         assert main(["why", str(run), *words]) != 0
         assert message in capsys.readouterr().err
+    words = ["rewards=[{function: gsm8k}]", "reward.timeout_s=60"]  # limits of rewards are free where rewards are
+    assert read_alternative(run, words).reward.timeout_s == 60
     assert main(["why", str(tmp_path), "1"]) == 1
     assert "is no run folder" in capsys.readouterr().err
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     lines = read_rollouts(copy, 3)

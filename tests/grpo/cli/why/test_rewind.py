@@ -56,7 +56,7 @@ def flat(learner: Learner) -> dict[str, torch.Tensor]:
 def test_a_replayed_step_leaves_the_bits_of_its_checkpoint(micro_config, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(draft_head, "PAYS", math.inf)  # the head rests wherever a gain is known, also in the record
     monkeypatch.setattr(draft_head, "IDLE_EVERY", 2)
-    train(micro_config(tmp_path / "run", **KINDS[kind]))
+    train(micro_config(tmp_path / "run", **{"warm_start.steps": 1} | KINDS[kind]))
     root = tmp_path / "run/checkpoints"
     saved = checkpoint.load(checkpoint.saved(root)[3])
     expected = {f"{k}/{n}": t for k, part in saved.tensors.items() for n, t in part.items() if k != "ahead"}
