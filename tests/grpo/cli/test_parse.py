@@ -388,12 +388,14 @@ def test_stop_after_and_resume(model, letters, tmp_path, capsys):
     assert [line["learner/learning_rate"] for line in read_metrics(tmp_path / "r")] == [1e-6, 0.5]
 
 
-def test_eval_prints_the_options_that_a_run_brings_along(run, capsys):
+def test_eval_and_mtp_print_the_options_that_a_run_brings_along(run, capsys):
     assert main(["eval", str(run), "--print_config"]) == 0
     shown = capsys.readouterr().out
     assert "max_completion_tokens: 6" in shown
     assert "letters.py:letters" in shown
     assert "limit: 3" in shown
+    assert main(["mtp", str(run), "--output_dir", "a", "--print_config"]) == 0
+    assert "letters.py:letters" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedModel, cache_utils, masking_utils
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from grpo.cli.commands import check as check_module
@@ -66,23 +66,13 @@ llama, mixtral = _modeling("llama"), _modeling("mixtral")
 # ---- what is broken, and in which line it is named -------------------------------------------------------------------
 
 
-def _visible(ahead: int) -> Callable[..., torch.Tensor]:
-    """A mask under which a token sees so many after it."""
-
+def _sees_the_next_token(patch):
     def mask(inputs_embeds, cache=None, **rest):
         new, past = inputs_embeds.shape[1], 0 if cache is None else cache.get_seq_length()
-        hidden = torch.ones(new, past + new).triu(past + 1 + ahead).bool()
+        hidden = torch.ones(new, past + new).triu(past + 2).bool()
         return torch.zeros(len(inputs_embeds), 1, *hidden.shape).masked_fill(hidden, -1e30)
 
-    return mask
-
-
-def _sees_everything(patch):
-    patch.setattr(llama, "create_causal_mask", _visible(ahead=1000))
-
-
-def _sees_the_next_token(patch):
-    patch.setattr(llama, "create_causal_mask", _visible(ahead=1))
+    patch.setattr(llama, "create_causal_mask", mask)
 
 
 def _window_ignored(kind: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -103,10 +93,6 @@ def _position_off_by_one(patch):
     _instead(patch, llama.LlamaRotaryEmbedding, "forward", forward)
 
 
-def _attention_across_packed_rows(patch):
-    patch.setattr(llama, "create_causal_mask", lambda position_ids=None, **rest: create_causal_mask(**rest))
-
-
 def _state_across_packed_rows(patch):
     """Falcon-H1's own recurrent state goes on where the next row begins."""
 
@@ -124,16 +110,6 @@ def _entry_overwritten(patch):
         return update(self, keys, values, *args, **rest)
 
     patch.setattr(DynamicLayer, "update", wrong)
-
-
-def _keys_of_another_layer(patch):
-    update = DynamicCache.update
-
-    def wrong(self, keys, values, layer_idx, *args, **rest):
-        all_keys, all_values = update(self, keys, values, layer_idx, *args, **rest)
-        return (self.layers[0].keys if keys.shape[-2] == 1 else all_keys), all_values
-
-    patch.setattr(DynamicCache, "update", wrong)
 
 
 def _mixtral_router(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
@@ -165,15 +141,6 @@ def _never_tied(patch):
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
-
-
-def padding_is_seen(patch):
-    _instead(
-        patch,
-        _modeling("llama"),
-        "create_causal_mask",
-        lambda usual, attention_mask=None, **rest: usual(attention_mask=None, **rest),
-    )
 
 
 def the_padding_mask_is_read_backwards(patch):
@@ -245,15 +212,6 @@ def the_state_moves_to_the_next_row(patch):
 
 
 # ---- caches ----------------------------------------------------------------------------------------------------------
-
-
-def a_decoded_token_takes_the_last_place(patch):
-    def update(usual, self, keys, values, *args, **rest):
-        if self.is_initialized and keys.shape[-2] == 1:
-            self.keys, self.values = self.keys[..., :-1, :], self.values[..., :-1, :]
-        return usual(self, keys, values, *args, **rest)
-
-    _instead(patch, cache_utils.DynamicLayer, "update", update)
 
 
 def keys_stay_where_rows_are_reordered(patch):
@@ -391,7 +349,6 @@ BROKEN: dict[str, list[tuple[str, Callable[[Any], None]]]] = {
         ("qwen3_moe", _router(lambda usual, self, states: usual(self, states + 0.3 * torch.randn_like(states)))),
     ],
     "causal": [
-        ("llama", _sees_everything),
         ("llama", _sees_the_next_token),
         ("qwen3_moe", _router(_with_capacity)),
         ("qwen3_moe", _router(_over_the_batch)),
@@ -401,11 +358,9 @@ BROKEN: dict[str, list[tuple[str, Callable[[Any], None]]]] = {
     "prefill + decode = whole forward": [
         ("llama", _position_off_by_one),
         ("llama", _entry_overwritten),
-        ("llama", _keys_of_another_layer),
         ("mistral", the_window_of_a_prompt_is_wider_than_its_cache),
         ("mistral", the_window_of_the_cache_forgets_a_token_early),
         ("llama", _rotation_of_decode(lambda positions: 0.5 if positions.shape[-1] == 1 else 1.0, "llama")),
-        ("llama", a_decoded_token_takes_the_last_place),
         ("llama", every_layer_writes_to_the_first),
         ("lfm2", a_convolution_moves_twice),
         ("granite", decode_leaves_out_the_scale),
@@ -421,7 +376,6 @@ BROKEN: dict[str, list[tuple[str, Callable[[Any], None]]]] = {
         ("llama", _mlp(lambda x: x + 0.3 * (x.roll(1, 0) - x))),
     ],
     "left = right padding": [
-        ("llama", padding_is_seen),
         ("qwen3", the_padding_mask_is_read_backwards),
         ("gpt2", _positions_ignored(_modeling("gpt2").GPT2Model)),
         ("lfm2", _reads_padding("lfm2")),
@@ -434,7 +388,6 @@ BROKEN: dict[str, list[tuple[str, Callable[[Any], None]]]] = {
     ],
     "packed = alone": [
         ("llama", _positions_ignored(llama.LlamaModel)),
-        ("llama", _attention_across_packed_rows),
         ("llama", only_the_first_packed_row_is_apart),
         ("falcon_h1", _state_across_packed_rows),
     ],

@@ -14,7 +14,6 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from serving_cases import Running, until
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
@@ -30,29 +29,6 @@ from rollout.engine import Engine
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.serving import Serving
-
-torch.set_num_threads(1)
-CHAT = (
-    "{% if tools %}tools: {{ tools | tojson }}{{ '\n' }}{% endif %}"
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<<{{ call.function.arguments.x }}={% endfor %}{{ '\n' }}{% endfor %}"
-)
-
-
-@pytest.fixture(scope="module")
-def model(random_policy, tmp_path_factory) -> str:
-    policy = random_policy(3)
-    policy.tokenizer.chat_template = CHAT
-    folder = tmp_path_factory.mktemp("policies") / "micro"
-    policy.save(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def running(model):
-    server = Running(model)
-    yield server
-    server.end()
 
 
 @pytest.fixture
@@ -125,11 +101,16 @@ def test_n_and_several_prompts_are_choices_in_order(running, engine):
     assert answer["usage"]["completion_tokens"] == sum(len(c["token_ids"]) for c in answer["choices"])
 
 
-def test_without_a_seed_the_answer_names_the_one_that_was_drawn(running):
+def test_an_answer_names_its_policy_and_without_a_seed_the_one_that_was_drawn(running):
     first, second = (running.complete("7 + 5 = ", seed=None, max_tokens=30) for _ in range(2))
     assert first["seed"] != second["seed"]
     again = running.complete("7 + 5 = ", seed=first["seed"], max_tokens=30)
     assert again["choices"][0]["text"] == first["choices"][0]["text"]
+    assert (again["policy_version"], again["accept"]) == (0, "exact")
+    assert again["system_fingerprint"] == "policy-version-0-exact"
+    assert again["choices"][0]["policy_version"] == 0
+    chunks = running.stream("/v1/completions", {"prompt": "1", "max_tokens": 2})
+    assert {chunk["policy_version"] for chunk in chunks} == {0}
 
 
 def test_token_ids_temperature_stop_and_limit(running, engine):
@@ -147,15 +128,6 @@ def test_token_ids_temperature_stop_and_limit(running, engine):
         ),
     ):
         assert answer == text[: text.index(stop)]
-
-
-def test_every_answer_names_its_policy(running):
-    answer = running.complete("1", max_tokens=2)
-    assert (answer["policy_version"], answer["accept"]) == (0, "exact")
-    assert answer["system_fingerprint"] == "policy-version-0-exact"
-    assert answer["choices"][0]["policy_version"] == 0
-    chunks = running.stream("/v1/completions", {"prompt": "1", "max_tokens": 2})
-    assert {chunk["policy_version"] for chunk in chunks} == {0}
 
 
 # ---- chats and log-probabilities ----
@@ -246,20 +218,17 @@ def test_a_wrong_request_gets_an_error_in_openais_form(running, body, status, pa
     assert len(error["message"]) < 400
 
 
-@pytest.mark.parametrize(
-    ("message", "said"),
-    [
+def test_a_wrong_message_is_named(running):
+    for message, said in (
         ("hello", "a message is an object"),
         ({"role": "robot", "content": "a"}, "one of system, developer"),
         ({"role": "user"}, "content is missing"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "parts of type text alone"),
         ({"role": "assistant", "tool_calls": [{"function": 3}]}, "a call of a tool is"),
-    ],
-)
-def test_a_wrong_message_is_named(running, message, said):
-    status, answer, _ = running.ask("/v1/chat/completions", {"model": "micro", "messages": [message]})
-    assert (status, answer["error"]["param"]) == (400, "messages.0")
-    assert said in answer["error"]["message"]
+    ):
+        status, answer, _ = running.ask("/v1/chat/completions", {"model": "micro", "messages": [message]})
+        assert (status, answer["error"]["param"]) == (400, "messages.0")
+        assert said in answer["error"]["message"]
 
 
 def test_other_addresses_types_and_hosts_get_errors_in_the_same_form(running):
@@ -303,20 +272,17 @@ def test_a_body_that_does_not_arrive_is_given_up(running, monkeypatch):
 # ---- clients that go away, and too many of them ----
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_row(running, slow, stream):
-    before = running.batcher.counts.cancelled
-    sent = running.begins({"stream": stream})
-    until(lambda: running.batcher.rows == 1)
-    sent.close()
-    until(lambda: running.batcher.rows == 0)
-    assert running.batcher.counts.cancelled == before + 1
-
-
-def test_too_many_requests_get_429_and_all_others_their_tokens(model, engine, slow, monkeypatch):
+def test_clients_that_go_away_free_their_rows_and_too_many_get_429(model, engine, slow, monkeypatch):
+    """All others get their tokens."""
     monkeypatch.setattr(serving, "MOST_WAITING", 2)
     server = Running(model, max_batch_size=1, draft_tokens=0)
     try:
+        for cancelled, stream in enumerate((True, False), start=1):
+            sent = server.begins({"stream": stream})
+            until(lambda: server.batcher.rows == 1)
+            sent.close()
+            until(lambda: server.batcher.rows == 0)
+            assert server.batcher.counts.cancelled == cancelled
         busy = server.begins({"max_tokens": 200})
         until(lambda: server.batcher.rows == 1)
         with ThreadPoolExecutor(2) as threads:
