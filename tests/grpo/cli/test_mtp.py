@@ -64,7 +64,7 @@ def config(taught, letters):
             "threads": 1,
             "steps": STEPS,
             "prompts_per_step": 4,
-            "data.task_options.levels": [1],
+            **({} if "data.name" in given else {"data.task_options.levels": [1]}),
             "data.limit": 10,
             "rollout.group_size": 4,
             "rollout.max_completion_tokens": 16,
@@ -104,9 +104,6 @@ UNCOMPARED = ("time/", "speed/", "memory/", "run/", "canary/")
 
 def _untimed(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith(UNCOMPARED)} for line in read_metrics(folder)]
-
-
-# ---- a run ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
@@ -222,9 +219,6 @@ def test_null_drafts_from_the_whole_vocabulary_again(whole, config, tmp_path):
     assert Policy.load(tmp_path / "run/policy").draft_ids is None
 
 
-# ---- contract 9 -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.long), STEPS + 2])
 def test_contract_9_a_stopped_run_resumes_to_the_same_bits(whole, config, tmp_path, k):
@@ -324,9 +318,6 @@ def test_a_checkpoint_of_an_unfinished_run_can_be_evaluated_and_exported(whole, 
     assert "from teaching the draft head" in (tmp_path / "exported/README.md").read_text()
 
 
-# ---- contract 3, with a trimmed vocabulary --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("vocabulary", [pytest.param(None, marks=pytest.mark.slow), 2 * FULL_ROW])
 def test_contract_3_a_trimmed_vocabulary_changes_no_token(random_policy, vocabulary):
     """Also behind publications of another vocabulary, and of none."""
@@ -357,9 +348,6 @@ def test_contract_3_a_trimmed_vocabulary_changes_no_token(random_policy, vocabul
 
 def _tokens(groups: list[RolloutGroup]) -> list[list[int]]:
     return [c.token_ids for group in groups for c in group.completions]
-
-
-# ---- the learner ----------------------------------------------------------------------------------------------------
 
 
 def _learner(policy: Policy, temperature: float = 0.9, **given) -> HeadLearner:
@@ -541,9 +529,6 @@ def test_groups_are_cut():
     rows = rows_of(groups, 7)
     shapes = [(row.prompt_token_ids, [sample.index for sample in row.samples], row.group) for row in rows]
     assert shapes == [([1, 2, 3], [0, 1], 0), ([1, 2, 3], [2], 0), ([1], [0], 1)]
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -53,9 +53,6 @@ def run(model, letters, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-# ---- help and configuration -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("command", MODELS)
 def test_help_names_and_explains_every_option(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
@@ -364,9 +361,6 @@ def test_examples_are_usable(capsys, monkeypatch):
     assert "shows_its_work" in capsys.readouterr().out
 
 
-# ---- the commands ---------------------------------------------------------------------------------------------------
-
-
 def test_train_makes_a_run_from_a_file_and_no_second_one_in_its_folder(run, model, capsys):
     assert [line["step"] for line in read_metrics(run)] == [0, 1, 2]
     assert (run / "policy/model.safetensors").is_file()
@@ -509,9 +503,6 @@ def test_the_module_is_the_command_and_hands_over_the_exit_code(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "did you mean steps?" in done.stderr
-
-
-# ---- signals --------------------------------------------------------------------------------------------------------
 
 
 class Process:

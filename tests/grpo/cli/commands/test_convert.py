@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def source(texts, tmp_path_factory) -> str:
     ids = [i for text in texts for i in (*tokenizer(text).input_ids, 0)]
     blocks = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for step in range(100):
+    for step in range(80):
         rows = blocks[torch.arange(8 * step, 8 * step + 8) % len(blocks)]
         model(rows, labels=rows).loss.backward()
         optimizer.step()
@@ -90,7 +91,7 @@ def logits(source, texts) -> Callable[[object], torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_the_exact_form_says_so_and_is_the_dense_model(convert, logits, source, capsys):
+def test_the_exact_form_says_so_and_is_the_dense_model_and_noise_is_reported(convert, logits, source, capsys):
     folder, report = convert()
     expected = logits(source)
     assert (logits(folder) - expected).abs().max() <= 1e-3 * expected.abs().max()
@@ -100,6 +101,13 @@ def test_the_exact_form_says_so_and_is_the_dense_model(convert, logits, source, 
     assert report["parity"]["greedy_identical"]
     assert report["against"] == "the dense model"
     assert report["compression"] is report["draft_agreement"] is None
+    shutil.rmtree(folder.parent)
+    folder, report = convert("--ffn", "moe", "--experts.shared_experts", "1", "--experts.noise", "0.05")
+    assert report["against"] == "the policy with noise"
+    assert report["parity"]["greedy_identical"]
+    assert report["noise"]["max_logit_difference"] > 0.01
+    assert (logits(folder) - expected).abs().max() > 0.01
+    assert "noise on the experts" in capsys.readouterr().out
 
 
 def test_experts_are_on_disk_and_their_router_learns(convert, logits, source):
@@ -117,16 +125,6 @@ def test_experts_are_on_disk_and_their_router_learns(convert, logits, source):
     policy.trunk(ids, labels=ids).loss.backward()
     gradient = policy.trunk.model.layers[1].mlp.gate.weight.grad
     assert gradient.abs().max() > 1e-6
-
-
-@pytest.mark.slow
-def test_noise_on_experts_is_reported_and_the_file_holds_the_noisy_policy(convert, logits, source, capsys):
-    folder, report = convert("--ffn", "moe", "--experts.shared_experts", "1", "--experts.noise", "0.05")
-    assert report["against"] == "the policy with noise"
-    assert report["parity"]["greedy_identical"]
-    assert report["noise"]["max_logit_difference"] > 0.01
-    assert (logits(folder) - logits(source)).abs().max() > 0.01
-    assert "noise on the experts" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -187,10 +185,14 @@ def test_everything_at_once(convert, text, logits):
     assert torch.equal(logits(policy.trunk), logits(folder))
 
 
-@pytest.mark.parametrize("step", ["calibration_text", "load_dense", "observe", "compress", "recover",
-                                  "shard_feed_forward", "start_head", "save_as", "parity"])  # fmt: skip
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError], ids=["ctrl-c", "error"])
-def test_nothing_is_left_wherever_it_ends(source, text, tmp_path, monkeypatch, capsys, step, interruption):
+STEPS = ("calibration_text", "load_dense", "observe", "compress", "recover", "shard_feed_forward", "start_head")
+STEPS += ("save_as", "parity")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_nothing_is_left_wherever_it_ends(source, text, tmp_path, monkeypatch, capsys, step):
+    interruption = (OSError, KeyboardInterrupt, recovery.RecoveryDiverged)[STEPS.index(step) % 3]
+
     def stop(*_: object, **__: object) -> None:
         raise interruption("no space left")
 
@@ -260,10 +262,3 @@ def test_a_recovery_that_did_harm_says_so(convert, text, capsys, rate, harmful):
     words = ["--rank", "20", "--calibrate", text, *SMALL, "--recover", "6", "--recovery.learning_rate", rate]
     convert(*words)
     assert ("recovery did harm" in capsys.readouterr().out) == harmful
-
-
-def test_a_recovery_that_diverges_is_an_error_that_names_the_way_out(source, text, tmp_path, capsys):
-    words = ["--rank", "24", "--calibrate", text, *SMALL, "--recover", "20", "--recovery.learning_rate", "1e30"]
-    assert main(["convert", source, str(tmp_path / "new/policy"), *words]) == 1
-    assert "use a smaller recovery.learning_rate" in capsys.readouterr().err
-    assert list((tmp_path / "new").iterdir()) == []

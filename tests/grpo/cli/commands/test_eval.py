@@ -70,9 +70,6 @@ def shown(monkeypatch) -> Console:
     return console
 
 
-# ---- what a run brings along ----------------------------------------------------------------------------------------
-
-
 def test_a_run_folder_brings_its_held_out_problems_along(trained):
     """`quartet eval RUN` meets the problems, prompts and noise of the run's own last evaluation."""
     folder, summary = trained
@@ -126,9 +123,6 @@ def test_a_failing_reward_does_not_end_an_evaluation(trained, tmp_path, shown):
     text = shown.export_text()
     assert "0 abstained, 8 failed" in text
     assert "REWARD FAILED 12 times (picky: raised)" in text  # greedy, too
-
-
-# ---- which policy ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[None, pytest.param(4, marks=pytest.mark.slow)], ids=["full", "lora"])
@@ -314,9 +308,6 @@ def test_a_checkpoint_on_a_preset_without_warm_start_says_what_is_missing(copied
         evaluate_model(_config(folder / "checkpoints/step_000001", limit=2), QUIET)
 
 
-# ---- ways of sampling -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_drafts_never_change_an_evaluation(trained):
     folder, _ = trained
@@ -386,9 +377,6 @@ def test_how_stop_strings_are_given(capsys, trained):
         assert f"{key}=a (command line): {why}" in capsys.readouterr().err
 
 
-# ---- perplexity and memory ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["ours", "qwen3"])
 def test_perplexity_is_that_of_each_solution_scored_alone_by_the_stock_model(kind, random_policy, hf_policy):
     policy = random_policy(1) if kind == "ours" else hf_policy(kind, 1)
@@ -436,9 +424,6 @@ def test_peak_memory_grows_and_stays():
     held += 1
     del held
     assert peak_memory_gib()["rss"] >= before
-
-
-# ---- files, table, exit code ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

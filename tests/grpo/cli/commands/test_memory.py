@@ -28,7 +28,6 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.learner.learner import Learner
-from grpo.source.policy_source import meta_policy
 from grpo.task import table
 from policies.anatomy import anatomy
 from policies.logprobs import CHUNK_ELEMENTS
@@ -116,14 +115,11 @@ def test_a_rank_holds_its_share(layout, cut):
     given = Shares.of(ParallelOptions(**layout))
     assert {part: weight.numel() / given.held(names[part], weight) for part in cut} == cut
     assert given.held("trunk.a.lora_A.default.weight", weight) == weight.numel()
+    assert Shares(fsdp=2).held("trunk.model.norm.weight", torch.empty(33)) == 17  # rounded up
+    assert Shares.of(ParallelOptions(fsdp=1), 3) == Shares(replicate=3)  # whole copies
     ranks = given.ranks
     with pytest.raises(ValueError, match=f"and there are {ranks + 1}"):
         Shares.of(ParallelOptions(**{"fsdp": given.fsdp} | layout), ranks + 1)
-
-
-def test_a_row_that_cannot_be_halved_is_rounded_up():
-    assert Shares.of(ParallelOptions(fsdp=1), 3) == Shares(replicate=3)  # whole copies
-    assert Shares(fsdp=2).held("trunk.model.norm.weight", torch.empty(33)) == 17
 
 
 def test_what_is_shared_shrinks_and_what_is_gathered_stays(random_policy):
@@ -257,15 +253,11 @@ def test_layers_with_a_window_keep_as_many_entries(hf_policy):
 
 
 def test_a_micro_batch_has_one_completion_at_least(random_policy):
-    shape = random_policy().config
-    given = {"rollout.max_completion_tokens": 4096}
-    plans = [
-        MemoryOfRun(
-            shape, True, options(TrainConfig, torch.float32, **given, **{"learner.tokens_per_micro_batch": size})
-        )
-        for size in (512, 4096)
-    ]
-    assert plans[0].learner().activations == plans[1].learner().activations
+    found = []
+    for size in (512, 4096):
+        given = {"rollout.max_completion_tokens": 4096, "learner.tokens_per_micro_batch": size}
+        found.append(MemoryOfRun(random_policy().config, True, options(TrainConfig, **given)).learner().activations)
+    assert found[0] == found[1]
 
 
 def saved_for_backward(policy: Policy, tokens: int) -> int:
@@ -311,20 +303,14 @@ def test_what_samples_ahead_is_a_worker_with_a_copy_of_its_own(random_policy):
     older, _ = MemoryOfRun(shape, True, options(TrainConfig, **{"rollout.ahead": 2})).devices()
     trained = sum(p.numel() for p in random_policy().parameters())
     assert 4 * trained == older.older == older.peak - learner.peak
-
-
-@pytest.mark.parametrize(
-    ("given", "samplers"),
-    [
+    for given, samplers in (
         ({}, 0),
         ({"ahead": 1}, 1),
         ({"ahead": 2}, 1),
         ({"ahead": 1, "workers": 3}, 3),
         ({"ahead": 1, "backend": "vllm"}, 0),
-    ],
-)
-def test_the_ray_workers_of_a_run(given, samplers):
-    assert RolloutOptions(**given).samplers == samplers
+    ):
+        assert RolloutOptions(**given).samplers == samplers
 
 
 def test_each_kind_of_device_has_a_column(random_policy):
@@ -336,24 +322,14 @@ def test_each_kind_of_device_has_a_column(random_policy):
     assert learner.sampler == learner.rollout == worker.weights == worker.moments == 0
     (alone,) = MemoryOfRun(shape, True, options(SftConfig)).devices()
     assert (alone.sampler, alone.publication) == (0, 0)
+    (taught,) = MemoryOfRun(shape, True, options(MtpConfig)).devices()
+    head = sum(p.numel() for p in random_policy().mtp.parameters())
+    assert (taught.gradients, taught.moments, taught.masters) == (4 * head, 8 * head, 0)
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(memory_table.table([warm, learner, worker]))
     shown = console.export_text()
     assert "each of 4 workers" in shown
     assert "reference" not in shown
-
-
-def test_teaching_a_head_trains_the_head_alone(random_policy):
-    policy = random_policy()
-    (device,) = MemoryOfRun(policy.config, True, options(MtpConfig)).devices()
-    assert policy.mtp is not None
-    head = sum(p.numel() for p in policy.mtp.parameters())
-    assert (device.gradients, device.moments, device.masters) == (4 * head, 8 * head, 0)
-
-
-def test_nothing_is_allocated(random_policy):
-    policy = meta_policy(random_policy().config, True, torch.bfloat16)
-    assert {tensor.device.type for tensor in tensors_of(policy)} == {"meta"}
 
 
 def test_docstring_examples():
@@ -428,14 +404,7 @@ def test_moonlights_tokenizer_is_converted_without_running_its_code(tmp_path, mo
     monkeypatch.setattr("sys.argv", ["moonlight_tokenizer.py", str(tmp_path)])
     runpy.run_path(str(GPUS / "moonlight_tokenizer.py"), run_name="__main__")
     tokenizer = read_tokenizer(tmp_path)
-    assert tokenizer.encode("Hello 123<|im_end|>") == [
-        72,
-        257,
-        111,
-        258,
-        50,
-        51,
-        263,
-    ]  # H|ello| 123: " 1" merges before "12"
+    ids = [72, 257, 111, 258, 50, 51, 263]  # H|ello| 123: " 1" merges before "12"
+    assert tokenizer.encode("Hello 123<|im_end|>") == ids
     assert (len(tokenizer), tokenizer.eos_token_id) == (266, 263)
     assert tokenizer.decode([265]) == "<|reserved_token_265|>"

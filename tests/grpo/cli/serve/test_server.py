@@ -57,9 +57,6 @@ def alone(engine: Engine, text: str, seed: int, sample: int = 0, limit: int = 40
     return engine.sample([Prompt("", text, ids, first_sample=sample)], params)[0].completions[0]
 
 
-# ---- the same seed, the same tokens ----
-
-
 @pytest.mark.slow
 def test_contract_4_the_same_seed_gives_the_same_tokens_alone_in_a_batch_streamed_and_without_drafts(
     model, running, engine
@@ -130,9 +127,6 @@ def test_token_ids_temperature_stop_and_limit(running, engine):
         assert answer == text[: text.index(stop)]
 
 
-# ---- chats and log-probabilities ----
-
-
 def test_a_chat_gets_what_its_template_makes_of_messages_and_tools(running, engine):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": "48/2"}'}}
     messages = [
@@ -171,9 +165,6 @@ def test_log_probabilities_are_those_of_the_sampler(running, engine):
     asked = {"model": "micro", "messages": [{"role": "user", "content": "3"}], "logprobs": True, "max_tokens": 4}
     content = running.ask("/v1/chat/completions", asked)[1]["choices"][0]["logprobs"]["content"]
     assert all(entry["logprob"] <= 0 and bytes(entry["bytes"]).decode() == entry["token"] for entry in content)
-
-
-# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
@@ -269,9 +260,6 @@ def test_a_body_that_does_not_arrive_is_given_up(running, monkeypatch):
     assert running.complete("1", max_tokens=1)["choices"]
 
 
-# ---- clients that go away, and too many of them ----
-
-
 def test_clients_that_go_away_free_their_rows_and_too_many_get_429(model, engine, slow, monkeypatch):
     """All others get their tokens."""
     monkeypatch.setattr(serving, "MOST_WAITING", 2)
@@ -317,9 +305,6 @@ def test_a_fault_of_the_engine_is_told_and_the_next_request_is_served(running, m
     assert (status, answer["error"]["type"]) == (500, "server_error")
     assert "MemoryError: none left" in answer["error"]["message"]
     assert running.complete("1 + 1")["choices"]
-
-
-# ---- keys, margins, newer policies ----
 
 
 def test_another_address_needs_a_key(tmp_path, model, capsys):
@@ -394,9 +379,6 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
         assert server.ask("/health")[1]["policy_version"] == 3
     finally:
         server.end()
-
-
-# ---- the command ----
 
 
 @pytest.mark.long
