@@ -6,7 +6,7 @@ import pytest
 
 from grpo.algorithm.statistics import estimate, wilson_interval
 from grpo.config.run import EvalOptions, LogOptions
-from grpo.evaluation.evaluate import as_metrics, evaluate, failure_kinds
+from grpo.evaluation.evaluate import Evaluation, as_metrics, evaluate, failure_kinds
 from grpo.evaluation.gain import held_out_gain
 from grpo.evaluation.held_out import HeldOut
 from grpo.run.log import RunLog
@@ -47,6 +47,12 @@ def _prompts(count: int) -> list[Prompt]:
 def _task(*rewards: RewardOptions, on_error: str = "abort") -> Task:
     data = SourceOptions(task_options={"levels": [1]}, limit=4)
     return Task(data, rewards or [RewardOptions(function="gsm8k")], ScoringOptions(on_error=on_error))
+
+
+def _evaluated(*completions: Completion, prompts: int = 2, **options) -> Evaluation:
+    """By gsm8k, of a pool that answers each prompt with these."""
+    with _task() as task:
+        return evaluate(FakePool([*completions]), task, _prompts(prompts), replace(SAMPLING, **options))
 
 
 class PoolOfBrokenWeights(FakePool):
@@ -103,33 +109,21 @@ def test_an_evaluation_counts_what_was_sampled():
     assert len(result.groups) == 5
 
 
-def test_lengths_and_speeds_are_those_of_what_was_sampled():
+def test_one_completion_a_problem_has_the_wilson_interval_and_the_policys_own_tokens_count():
     """What tools or the user write is not the policy's."""
-    answer = _completion("#### 42", 10)
-    pool = FakePool([replace(answer, sampled=[True] * 2 + [False] * 8)])
-    with _task() as task:
-        result = evaluate(pool, task, _prompts(3), replace(SAMPLING, group_size=1))
+    answer = replace(_completion("#### 42", 10), sampled=[True] * 2 + [False] * 8)
+    result = _evaluated(answer, prompts=7, group_size=1)
     assert result.length_mean == 2.0
-    assert result.tokens_per_second == pytest.approx(6 / result.seconds)
-
-
-def test_one_completion_a_problem_has_the_wilson_interval():
-    pool = FakePool([_completion("#### 42")])
-    with _task() as task:
-        result = evaluate(pool, task, _prompts(7), replace(SAMPLING, group_size=1))
+    assert result.tokens_per_second == pytest.approx(14 / result.seconds)
     assert result.interval == pytest.approx(wilson_interval(7, 7))
 
 
 def test_pass_at_k_and_majorities_of_several_samples():
     """Of every four completions one is right, in third place, and two agree on the same wrong number."""
-    pool = FakePool([_completion(text) for text in ("#### 7", "#### 7.0", "#### 42", "no idea")])
-    with _task() as task:
-        result = evaluate(pool, task, _prompts(3), replace(SAMPLING, group_size=4))
-    assert {k: (passed.value, passed.problems) for k, passed in result.pass_at.items()} == {
-        1: (0.25, 3),
-        2: (0.5, 3),
-        4: (1.0, 3),
-    }
+    said = ("#### 7", "#### 7.0", "#### 42", "no idea")
+    result = _evaluated(*(_completion(text) for text in said), prompts=3, group_size=4)
+    assert {k: passed.value for k, passed in result.pass_at.items()} == {1: 0.25, 2: 0.5, 4: 1.0}
+    assert {passed.problems for passed in result.pass_at.values()} == {3}
     # of 1: a wrong number twice, the right one, none; of 2: 7 against 42; of 4: 7
     assert {k: vote.value for k, vote in result.majority_at.items()} == {1: 0.25, 2: 0.5, 4: 0.0}
     assert result.accuracy == result.pass_at[1].value
@@ -140,11 +134,9 @@ def test_pass_at_k_and_majorities_of_several_samples():
 
 def test_drafts_and_fallbacks_are_summed_over_completions():
     drafted = [DraftStats(4, [4, 4], [3, 1], fallbacks=1), DraftStats(6, [6, 6, 6], [5, 3, 3], fallbacks=2)]
-    pool = FakePool([replace(_completion("#### 42"), draft=draft) for draft in drafted])
-    with _task() as task:
-        result = evaluate(pool, task, _prompts(2), SAMPLING)
-        one_token = replace(_completion("#### 42", 1), draft=DraftStats(0, [0, 0], [0, 0]))
-        plain = evaluate(FakePool([one_token] * 2), task, _prompts(2), SAMPLING)
+    result = _evaluated(*(replace(_completion("#### 42"), draft=draft) for draft in drafted))
+    one_token = replace(_completion("#### 42", 1), draft=DraftStats(0, [0, 0], [0, 0]))
+    plain = _evaluated(one_token, one_token)
     assert result.acceptance == [8 / 10, 4 / 10, 3 / 6]
     assert result.fallback_rate == 3 / 10
     assert (plain.acceptance, plain.fallback_rate, plain.tokens_per_forward) == ([], 0.0, 1.0)
@@ -177,11 +169,8 @@ def test_contract_6_a_completion_without_a_mark_is_not_counted_as_wrong(own):
     assert (result.pass_at[2].value, result.pass_at[2].problems) == (1.0, 3)  # of the two that have a mark
     assert (result.pass_at[4].problems, result.pass_at[4].low, result.pass_at[4].high) == (0, 0.0, 1.0)
     assert failure_kinds(result.failures) == {"own: raised": 3}
-    assert {(failure.prompt_id, failure.sample_index) for failure in result.failures} == {
-        ("p/0", 1),
-        ("p/1", 1),
-        ("p/2", 1),
-    }
+    assert {failure.prompt_id for failure in result.failures} == {"p/0", "p/1", "p/2"}
+    assert {failure.sample_index for failure in result.failures} == {1}
 
 
 def test_a_number_that_stands_in_for_a_failure_is_a_mark_and_the_failure_stays_counted(own):
@@ -203,15 +192,9 @@ def test_every_batch_is_scored_and_handed_on_before_the_next_is_sampled():
     def handed_on(groups, scores):
         events.append(("scored", [group.prompt.prompt_id for group in groups], [score.rewards for score in scores]))
 
+    pool, sampling = Watched([_completion("#### 42")]), replace(SAMPLING, group_size=1)
     with _task() as task:
-        evaluate(
-            Watched([_completion("#### 42")]),
-            task,
-            _prompts(3),
-            replace(SAMPLING, group_size=1),
-            prompts_per_batch=2,
-            on_batch=handed_on,
-        )
+        evaluate(pool, task, _prompts(3), sampling, prompts_per_batch=2, on_batch=handed_on)
     assert events == [
         ("sampled", ["p/0", "p/1"]),
         ("scored", ["p/0", "p/1"], [[1.0], [1.0]]),
@@ -221,11 +204,9 @@ def test_every_batch_is_scored_and_handed_on_before_the_next_is_sampled():
 
 
 def test_metrics_of_an_evaluation_are_documented():
-    with _task() as task:
-        right = evaluate(FakePool([_completion("#### 42"), _completion("#### 41")]), task, _prompts(2), SAMPLING)
-    metrics = as_metrics(
-        {"sampled": replace(right, seconds=1.5), "greedy": replace(right, by_problem=[1.0, 1.0], seconds=0.5)}
-    )
+    right = _evaluated(_completion("#### 42"), _completion("#### 41"))
+    greedy = replace(right, by_problem=[1.0, 1.0], seconds=0.5)
+    metrics = as_metrics({"sampled": replace(right, seconds=1.5), "greedy": greedy})
     assert (metrics["eval/accuracy"], metrics["eval/accuracy_greedy"]) == (0.5, 1.0)
     assert metrics["eval/part/gsm8k"] == 0.5
     assert metrics["time/evaluate"] == 2.0
@@ -245,20 +226,21 @@ def _events(folder):
 
 def test_inside_a_run_failures_are_events_and_results_are_metrics(own, tmp_path):
     pool = FakePool([_completion("#### 42"), _completion("fail")])
-    options = EvalOptions(samples=2)
-    folder = tmp_path / "run"
-    with _task(own, on_error="drop_sample") as task, RunLog(folder, "", LogOptions(trackers=[]), quiet=True) as log:
-        for step in (0, 5):
-            results = _held_out(pool, task, options, log).evaluate(step)
-    assert results["sampled"].without_mark == 2
+    folder, options = tmp_path / "run", EvalOptions(samples=2)
+    with RunLog(folder, "", LogOptions(trackers=[]), quiet=True) as log:
+        with _task(own, on_error="drop_sample") as task:
+            for step in (0, 5):
+                results = _held_out(pool, task, options, log).evaluate(step)
+        assert results["sampled"].without_mark == 2
+        rows = [(row["step"], row["eval/accuracy"], row["eval/reward_errors"]) for row in read_metrics(folder)]
+        with _task(own) as task, pytest.raises(RewardError, match="boom"):
+            _held_out(pool, task, options, log).evaluate(7)
+    assert rows == [(0, 1.0, 2), (5, 1.0, 2)]
     failed = [event for event in _events(folder) if event["event"] == "reward_error"]
-    assert [(e["step"], e["evaluation"], e["prompt_id"], e["kind"]) for e in failed] == [
-        (step, "sampled", prompt, "raised") for step in (0, 5) for prompt in ("p/0", "p/1")
-    ]
-    assert [(row["step"], row["eval/accuracy"], row["eval/reward_errors"]) for row in read_metrics(folder)] == [
-        (0, 1.0, 2),
-        (5, 1.0, 2),
-    ]
+    found = [(e["step"], e["evaluation"], e["prompt_id"], e["kind"]) for e in failed[:4]]
+    assert found == [(step, "sampled", prompt, "raised") for step in (0, 5) for prompt in ("p/0", "p/1")]
+    [aborted] = failed[4:]
+    assert (aborted["step"], aborted["prompt_id"], aborted["sample_index"]) == (7, "p/0", 1)
 
 
 def test_a_named_evaluation_records_what_each_problem_got(own, tmp_path):
@@ -274,16 +256,3 @@ def test_a_named_evaluation_records_what_each_problem_got(own, tmp_path):
     assert read_problems(folder, "eval/reward_mean") == {}
     gain = held_out_gain(read_metrics(folder), read_problems(folder, "eval/accuracy"))
     assert (gain.value, gain.of, gain.is_paired) == (0.0, "the same 2 problems", True)
-
-
-def test_inside_a_run_that_aborts_the_failure_is_an_event_too(own, tmp_path):
-    pool = FakePool([_completion("#### 42"), _completion("fail")])
-    folder = tmp_path / "run"
-    with (
-        _task(own) as task,
-        RunLog(folder, "", LogOptions(trackers=[]), quiet=True) as log,
-        pytest.raises(RewardError, match="boom"),
-    ):
-        _held_out(pool, task, EvalOptions(samples=2), log).evaluate(5)
-    [event] = [event for event in _events(folder) if event["event"] == "reward_error"]
-    assert (event["step"], event["prompt_id"], event["sample_index"]) == (5, "p/0", 1)
