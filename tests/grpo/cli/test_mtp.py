@@ -264,10 +264,6 @@ DIED = RolloutError("workers died 4 times")
         (LocalPool, "sample", 3, _fail(DIED), "workers died 4 times", [2]),
         (LocalPool, "publish", 2, _fail(DIED), "workers died 4 times", [3, 4, 5, 6, 7]),  # one before, one at the end
         (Corpus, "add", 2, _fail(OSError("No space left on device")), "No space left on device", [1]),
-        pytest.param(
-            *(DraftHeadTerm, "lesson", 1, _fail(NonFiniteStep("the loss is nan")), "the loss is nan", [3]),
-            marks=pytest.mark.long,
-        ),
         # in the middle of an epoch
         (Update, "make", 5, _fail(NonFiniteStep("the gradient is nan")), "the gradient is nan", [3]),
         (HeadLearner, "teach", 3, _fail(NonFiniteStep("the loss is nan")), "the loss is nan", [3, 4, 5]),

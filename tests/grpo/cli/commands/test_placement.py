@@ -30,23 +30,24 @@ def placed(ranks: int, workers: int, gpus: float = ANY, **given) -> list[tuple[s
     return [(it.name, it.count, it.phases["sampling"]) for it in on_devices(learner, worker, config, gpus)]
 
 
-def test_workers_have_gpus_of_their_own_as_ray_packs_them():
-    assert placed(2, 4) == [("each of 2 ranks", 2, 10), ("each of 4 workers", 4, 3)]
-    assert placed(1, 1)[1] == ("the worker", 1, 3)
-    assert placed(2, 4, gpus=0) == [("each of 2 ranks", 2, 10), ("a worker", 4, 3)]  # on CPUs
-
-
-def test_workers_are_beside_a_learner_where_there_are_no_other_gpus():
-    assert placed(16, 16, gpus=16) == [("each of 16 ranks and worker, in turn", 16, 13)]
-    assert placed(2, 1, gpus=2) == [("one rank and worker, in turn", 1, 13), ("the other rank", 1, 10)]
-    by_ray = {"learner.workers": 2}  # each has a whole GPU, and the workers others
-    assert placed(2, 5, gpus=2, **by_ray) == [("each of 2 ranks", 2, 10), ("each of 5 workers", 5, 3)]
-
-
-def test_where_there_is_no_other_gpu_they_take_turns_and_with_ahead_workers_have_none():
-    assert placed(1, 1, gpus=1) == [("learner and worker, in turn", 1, 13)]
-    assert placed(1, 1, gpus=2) == [("each of 1 ranks", 1, 10), ("the worker", 1, 3)]
-    assert placed(1, 1, gpus=1, **{"rollout.ahead": 1})[1] == ("a worker, on CPUs", 1, 3)
+@pytest.mark.parametrize(
+    ("ranks", "workers", "gpus", "given", "expected"),
+    [  # GPUs of their own as Ray packs them
+        (2, 4, ANY, {}, [("each of 2 ranks", 2, 10), ("each of 4 workers", 4, 3)]),
+        (1, 1, ANY, {}, [("each of 1 ranks", 1, 10), ("the worker", 1, 3)]),
+        (2, 4, 0, {}, [("each of 2 ranks", 2, 10), ("a worker", 4, 3)]),  # on CPUs
+        # beside a learner, where there are no others
+        (16, 16, 16, {}, [("each of 16 ranks and worker, in turn", 16, 13)]),
+        (2, 1, 2, {}, [("one rank and worker, in turn", 1, 13), ("the other rank", 1, 10)]),
+        (1, 1, 1, {}, [("learner and worker, in turn", 1, 13)]),
+        (1, 1, 2, {}, [("each of 1 ranks", 1, 10), ("the worker", 1, 3)]),
+        # by Ray each rank has a whole GPU, and the workers others
+        (2, 5, 2, {"learner.workers": 2}, [("each of 2 ranks", 2, 10), ("each of 5 workers", 5, 3)]),
+        (1, 1, 1, {"rollout.ahead": 1}, [("each of 1 ranks", 1, 10), ("a worker, on CPUs", 1, 3)]),
+    ],
+)
+def test_where_workers_are(ranks, workers, gpus, given, expected):
+    assert placed(ranks, workers, gpus, **given) == expected
 
 
 def test_who_is_away_holds_nothing_while_the_learner_works():
@@ -77,10 +78,6 @@ def test_what_else_was_in_no_plan(random_policy):
         shape, True, options(**{"rollout.backend": "vllm", "rollout.vllm.url": "http://a:1"})
     ).devices()
     assert elsewhere.sampler == elsewhere.rollout == 0
-
-
-def test_a_supervised_run_on_a_cpu_has_nothing_in_main_memory_besides_its_learner(random_policy):
-    assert MemoryOfRun(random_policy().config, True, options(SftConfig)).devices()[0].host == 0
 
 
 def test_vllm_has_a_gpu_of_its_own_where_there_is_one_and_sleeps_elsewhere(random_policy):
@@ -132,9 +129,10 @@ def test_what_fits_only_together_is_named_together_and_what_cannot_fit_is_said(r
     assert "learner.workers" not in on_cpus
 
 
-def test_a_supervised_run_gets_no_advice_about_samplers(random_policy):
-    config = options(SftConfig)
-    assert "rollout.workers" not in advice(random_policy().config, config, 1e-6)
+def test_a_supervised_run_has_no_samplers_and_nothing_in_main_memory_besides_its_learner(random_policy):
+    shape, config = random_policy().config, options(SftConfig)
+    assert MemoryOfRun(shape, True, config).devices()[0].host == 0
+    assert "rollout.workers" not in advice(shape, config, 1e-6)
 
 
 @pytest.mark.parametrize(("gib", "code"), [pytest.param(16, 0, marks=pytest.mark.slow), (0.01, 1)])

@@ -32,10 +32,8 @@ class _Hub(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             said = {"url": f"{hub_.url}/{REPO}", "name": REPO, "id": "1"}
         elif path.endswith("/preupload/main"):
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            said = {"files": files}
+            as_usual = {"uploadMode": "regular", "shouldIgnore": False}
+            said = {"files": [{"path": f["path"]} | as_usual for f in json.loads(body)["files"]]}
         elif path.endswith("/commit/main"):
             said = {"success": True, "commitOid": "c" * 40, "commitUrl": f"{hub_.url}/{REPO}/commit/{'c' * 40}"}
         elif path.startswith("/api/models/"):
@@ -103,17 +101,14 @@ def test_without_a_folder_nothing_is_left(the_hub, run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_a_name_that_is_none_is_refused(the_hub, run, capsys):
+    for arguments, message in (
         (["--push_to_hub", "words"], "'words' has no owner: write OWNER/NAME"),
         (["--push_to_hub", "a/b/c"], "'a/b/c' is no name of a repository"),
         ([], "name the folder to write, DST, or a repository: --push_to_hub OWNER/NAME"),
-    ],
-)
-def test_a_name_that_is_none_is_refused(the_hub, run, arguments, message, capsys):
-    assert main(["export", str(run), *arguments]) == 1
-    assert message in capsys.readouterr().err
+    ):
+        assert main(["export", str(run), *arguments]) == 1
+        assert message in capsys.readouterr().err
     assert the_hub.seen == []
 
 

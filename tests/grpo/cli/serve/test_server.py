@@ -1,6 +1,5 @@
 """`quartet serve` as clients meet it: OpenAI's own, and those that send half a request or go away."""
 
-import asyncio
 import http.client
 import json
 import re
@@ -423,13 +422,3 @@ def test_openais_own_clients(running, engine):
         with pytest.raises(openai.BadRequestError) as refused:
             client.completions.create(**asked, top_p=0.5)
         assert (refused.value.param, refused.value.code) == ("top_p", "unsupported_value")
-
-    async def many() -> list[str]:
-        async with openai.AsyncOpenAI(**options) as client:
-            answers = await asyncio.gather(*(client.completions.create(**asked | {"seed": i}) for i in range(8)))
-            stream = await client.completions.create(**asked, stream=True)
-            streamed = "".join([part.choices[0].text async for part in stream])
-            return [*(answer.choices[0].text for answer in answers), streamed]
-
-    texts = [alone(engine, "9 + 1 = ", i, limit=20).text for i in range(8)]
-    assert asyncio.run(many()) == [*texts, one.text]
