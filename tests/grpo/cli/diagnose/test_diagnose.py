@@ -2,15 +2,19 @@
 without one. A run has 4 steps with 4 groups of 4 completions, unless a test says otherwise, as a run writes them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 import zstandard
+from broken_runs import broken, healthy, make
 
 from grpo.cli.diagnose.detectors import DETECTORS
 from grpo.cli.diagnose.record import Record
 from grpo.cli.diagnose.report import diagnose
 from grpo.cli.parse import main
+from grpo.config.run import TrainConfig
+from grpo.train import train
 from rewards.records import rollout_path
 
 OPTIONS = {
@@ -363,3 +367,24 @@ def test_a_long_run_is_read_at_its_beginning_its_end_and_between(tmp_path):
     assert len(steps) == 16
     assert steps[0] == 1
     assert steps[-1] == 40
+
+
+DEMO = Path(__file__).parents[4] / "benchmarks/learn/words.yaml"
+WARM_UP = {"steps": 1, "learner.learning_rate": 1e-12, "eval.limit": 0, "log.trackers": []}
+
+
+@pytest.mark.slow
+@pytest.mark.long  # three minutes of a warm start, and a third of a minute for each of fifteen runs
+@pytest.mark.parametrize("unseen", [False, True], ids=["tuned", "unseen"])
+def test_the_cause_comes_first_or_second_and_healthy_runs_get_none(tmp_path_factory, tmp_path, unseen):
+    warm = tmp_path_factory.getbasetemp() / "warm"
+    if not warm.exists():
+        train(TrainConfig.read(DEMO, **WARM_UP, threads=1, output_dir=str(warm)))
+    kinds = {}
+    for seed, (name, overrides) in enumerate((broken(warm / "policy", tmp_path, unseen) | healthy(unseen)).items()):
+        run = make(name, warm / "policy", tmp_path, overrides, seed + 1)
+        kinds[name] = [finding["kind"] for finding in diagnose(Record(run))]
+    causes = [name for name in kinds if not name.startswith("healthy")]
+    assert len(causes) == 12
+    assert sum(name in kinds[name][:2] for name in causes) >= 10, kinds
+    assert [kinds[name] for name in healthy(unseen)] == [[], [], []]
