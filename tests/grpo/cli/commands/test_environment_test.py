@@ -241,7 +241,7 @@ def test_an_order_that_depends_on_the_hash_seed_is_found(tried, monkeypatch, nam
 def test_what_is_kept_of_ended_episodes_is_found(tried, monkeypatch):
     monkeypatch.setattr(pool, "subprocess", subprocess)  # a copy would write into memory that other tests have freed
     monkeypatch.setattr("grpo.cli.commands.environment_test.MANY", 200)
-    [problem] = tried("Hoards").problems
+    [problem] = tried("Hoards", EMPTY).problems
     assert "something is kept of episodes that have ended" in problem
 
 
@@ -285,7 +285,7 @@ def test_the_command_prints_a_table_writes_json_and_exits_by_what_it_found(folde
 
 def test_a_narrow_terminal_shows_every_script_and_printing_is_a_note(tried):
     shown = StringIO()
-    check = tried("Prints")
+    check = tried("Prints", GOLD, EMPTY, ODD)
     show_check(check, Terminal(file=shown, width=80))
     assert all(script in shown.getvalue() for script in check.scripts)
     assert "note: it prints: 'scored 1.0" in shown.getvalue()
