@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module, metadata
 from pathlib import Path
@@ -36,10 +37,10 @@ MICRO_RUN = shlex.split(
 TINY = ["train", "--model", "tiny", "--device", "cpu"]
 
 
-def ends(words: list[str], code: int) -> None:
+def ends(words: list[str], code: int, command: Callable[[list[str]], int] = main) -> None:
     """As `argparse` ends a process."""
     with pytest.raises(SystemExit) as end:
-        main(words)
+        command(words)
     assert end.value.code == code
 
 
@@ -158,12 +159,7 @@ def test_a_misspelt_command_is_answered_with_the_nearest_one(capsys, words, answ
         "usage: quartet [-h] [--version] COMMAND ...",
         f"quartet: error: {answer}",
     ]
-
-
-def test_a_misspelt_command_of_quartet_reward_is_answered_with_the_nearest_one(capsys):
-    with pytest.raises(SystemExit) as end:
-        quartet_reward(["tset", "gsm8k"])
-    assert end.value.code == 2
+    ends(["tset", "gsm8k"], 2, quartet_reward)
     assert "tset: no such command; did you mean quartet-reward test?" in capsys.readouterr().err
 
 
@@ -217,6 +213,9 @@ def test_a_run_without_a_folder_gets_one_with_the_time(tmp_path, capsys, monkeyp
     shown = capsys.readouterr().err
     assert "output_dir: --resume needs the run folder; give it, as in --output_dir runs/" in shown
     assert ("runs/train-20260101-000000" in shown) == (command == "train")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # several processes need a folder by name
+    assert main([command, "--model", "tiny", "--device", "cpu", "--print_config"]) == 2
+    assert "output_dir" in capsys.readouterr().err
 
 
 def test_the_folder_is_chosen_once_and_printed(model, letters, tmp_path, capsys, monkeypatch):
@@ -225,12 +224,6 @@ def test_the_folder_is_chosen_once_and_printed(model, letters, tmp_path, capsys,
     [folder] = Path("runs").iterdir()
     assert f"run folder: {folder}\n" in capsys.readouterr().out
     assert f"output_dir: {folder}\n" in (folder / "config.yaml").read_text()
-
-
-def test_several_processes_need_a_folder_by_name(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([*TINY, "--print_config"]) == 2
-    assert "output_dir" in capsys.readouterr().err
 
 
 def test_help_and_typos_answer_without_loading_what_is_slow():
@@ -495,14 +488,6 @@ def test_a_package_that_is_missing_is_named_and_nothing_hides_it(tmp_path):
 def test_every_expected_error_is_where_the_table_says():
     for module, name in EXPECTED.items():
         assert issubclass(getattr(import_module(module), name), Exception)
-
-
-@pytest.mark.slow
-def test_the_module_is_the_command_and_hands_over_the_exit_code(tmp_path):
-    command = [sys.executable, "-m", "grpo", "train", "--output_dir", str(tmp_path / "r"), "--stepz", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "did you mean steps?" in done.stderr
 
 
 class Process:

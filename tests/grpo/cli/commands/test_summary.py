@@ -135,13 +135,9 @@ def test_the_table_of_evaluations_fits_a_terminal_and_says_what_it_counts(shown)
     for name in ("correct", "accuracy (95 %)", "tokens/forward", "tokens/s"):
         assert name in heading  # each in one piece, on one line
     assert "no mark" not in text
-
-
-def test_completions_without_a_mark_are_seen(shown):
     failure = RewardFailure("mine", "a", 0, "timeout", "no result after 10 s")
-    summary.evaluations(
-        {"sampled": replace(RESULT, without_mark=2, failures=[failure]), "greedy": replace(RESULT, without_mark=1)}
-    )
+    unmarked = replace(RESULT, without_mark=2, failures=[failure])
+    summary.evaluations({"sampled": unmarked, "greedy": replace(RESULT, without_mark=1)})
     assert "3 more completions have no mark; rewards failed 1 times" in shown.export_text()
 
 
@@ -197,7 +193,7 @@ def _dry_run(shown: Console, config) -> dict[str, str]:
     return dict(cells)
 
 
-def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_config, tmp_path):
+def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_config, micro_preset, tmp_path):
     shown.width = 200
     given = {"eval.limit": 7, "steps": 5, "learner.updates_per_batch": 2, "rollout.group_size": 3}
     given |= {"warm_start.schedule": "constant", "learner.schedule": "linear"}
@@ -213,6 +209,10 @@ def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_co
     assert rows["completions in all"] == "60"
     assert {"weights", "AdamW moments", "at most, about", "disk: checkpoints", "disk: policies"} <= rows.keys()
     assert rows["disk: checkpoints"].endswith("(5 kept)")  # every step, keep: null
+    given = {"model": micro_preset, "output_dir": tmp_path / "r", "data.task_options.levels": [1]}
+    rows = _dry_run(shown, load(SftConfig, None, given))
+    assert rows["warm start"] == "200 steps × 16 examples"
+    assert "steps" not in rows
     assert not list(tmp_path.iterdir())
 
 
@@ -232,14 +232,6 @@ def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_confi
     assert rows["parameters"] == f"{total / 1e6:,.1f} M, trained {adapters / 1e6:,.1f} M ({adapters / total:.1%})"
     saved = adapters + sum(p.numel() for p in policy.mtp.parameters())
     assert rows["disk: checkpoints"] == f"{3 * 12 * saved / 2**20:,.1f} MiB (3 kept)"
-
-
-def test_a_dry_run_of_a_supervised_run(shown, micro_preset, tmp_path):
-    given = {"model": micro_preset, "output_dir": tmp_path / "r", "data.task_options.levels": [1]}
-    rows = _dry_run(shown, load(SftConfig, None, given))
-    assert rows["warm start"] == "200 steps × 16 examples"
-    assert "steps" not in rows
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
