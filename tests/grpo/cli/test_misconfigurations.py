@@ -25,15 +25,16 @@ def form_of(number: int, name: str) -> str:
 
 
 def rehearse(path: Path) -> tuple[int, str]:
-    """What `quartet rehearse` says of a configuration, a script or a command line: a copy of this process, in the
-    case's folder and with its modules; a script has its own, as it imports TRL."""
+    """What `quartet rehearse` says of a configuration, a script or a command line: a copy of this process, which has
+    torch and transformers already, in the case's folder."""
     known = {"PYTHONPATH": f"{ROOT}{os.pathsep}{path.parent}"}
-    start = subprocess.Popen if path.suffix == ".py" else Copy
     words = [sys.executable, "-m", "grpo", "rehearse", path.name]
-    with start(
-        words, cwd=path.parent, env=os.environ | known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        said, _ = process.communicate(timeout=300)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = Copy(words, cwd=path.parent, env=os.environ | known, **pipes)
+    try:
+        said, _ = process.communicate()
+    finally:
+        process.kill()
     return process.returncode, said
 
 
