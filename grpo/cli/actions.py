@@ -41,9 +41,17 @@ def _of_command(options: Any, brought: Mapping[str, Any]) -> dict[str, Any]:
     known = {name: value for name, value in brought.items() if name in options.model_fields}
     defaults = options.model_construct()
     for name in {"data", "rollout", "eval"} & set(known):
-        section = type(getattr(defaults, name)).model_fields
-        known[name] = {key: value for key, value in known[name].items() if key in section}
+        default, sources = getattr(defaults, name), known[name]
+        section = type(default[0] if isinstance(default, list) else default).model_fields
+        if isinstance(sources, list):
+            known[name] = [_within(section, source) for source in sources]
+        else:
+            known[name] = _within(section, sources)
     return known
+
+
+def _within(section: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key in section}
 
 
 def _load_for_policy(args: argparse.Namespace, model: str) -> tuple[Any, bool]:

@@ -300,9 +300,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     `flags` are the parser's other options, for `load` to suggest. Raises ConfigError for a stray word.
     """
     words = _join(_with_whole_keys(sys.argv[1:] if argv is None else argv), re.compile(r"--\w+(\.[\w-]+)+").fullmatch)
-    unknown = {word for word in parser.parse_known_args(words)[1] if "=" not in word}
-    args, rest = parser.parse_known_args(_join(words, unknown.__contains__))  # no value taken for a positional
-    options = getattr(args, "options_parser", parser)._option_string_actions
+    seen, unknown = parser.parse_known_args(words)
+    words = _join(words, {word for word in unknown if "=" not in word}.__contains__)  # no value taken for a positional
+    options = getattr(seen, "options_parser", parser)._option_string_actions
+    # Keys inside a mapping: argparse takes a word that it does not know, with a space in it, for a positional.
+    inside = {word for word in words if re.match(r"--\w+(\.[\w-]+)+=", word) and word.partition("=")[0] not in options}
+    args, rest = parser.parse_known_args([word for word in words if word not in inside])
+    rest += [word for word in words if word in inside]
     flags = {name: action for name, action in options.items() if name in action.option_strings}  # as help spells them
     args.flags = [name.lstrip("-") for name, action in flags.items() if not isinstance(action, _Override)]
     extra = {}

@@ -1,24 +1,18 @@
 """25 misconfigurations from public issues, as our YAML, as scripts for TRL and as command lines of verl.
 
 `write` makes the files of one beside a model of two layers: data, rewards, tools, a configuration. A good report names
-the option or the fact (`says`, a regular expression). `python -m misconfigurations FOLDER`, with `tests/cases` in
-PYTHONPATH, asks `quartet train --dry_run`, TRL's own constructor and `quartet rehearse`, and prints the table.
+the option or the fact (`says`, a regular expression).
 """
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -520,69 +514,7 @@ def write(name: str, folder: Path) -> dict[str, Path]:
     return forms
 
 
-def run(folder: Path, arguments: list[str], timeout: float = 300) -> tuple[int, str]:
-    """Run Python in the folder of a case; what it printed, and its exit code (124 where it took too long)."""
-    known = {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        ended = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=folder,
-            env=os.environ | known,
-            timeout=timeout,
-            capture_output=True,
-            text=True,
-        )
-    except subprocess.TimeoutExpired as late:
-        return 124, f"{late.stdout or ''}{late.stderr or ''}"
-    return ended.returncode, ended.stdout + ended.stderr
-
-
-def dry_run(folder: Path) -> tuple[int, str]:
-    """What the check of the plan alone says."""
-    return run(folder, ["-m", "grpo", "train", "config.yaml", "--dry_run"])
-
-
-CONSTRUCT = """
-import runpy, sys, warnings
-import trl
-trl.GRPOTrainer.train = lambda self, *args, **kwargs: None
-runpy.run_path("train.py")
-"""
-
-
-def constructed(folder: Path) -> tuple[int, str]:
-    """What TRL says when the script is run up to `trainer.train()`, which does nothing here."""
-    return run(folder, ["-c", CONSTRUCT])
-
-
-def rehearse(path: Path) -> tuple[int, str]:
-    """What `quartet rehearse` says of a configuration, a script or a command line."""
-    return run(path.parent, ["-m", "grpo", "rehearse", path.name])
-
-
 def named(case: Misconfiguration, code: int, said: str) -> str | None:
     """The line of a report that names the mistake: any line of a refusal, else one that warns."""
     lines = [line.strip() for line in said.splitlines() if code or re.search(r"(?i)warn", line)]
     return next((line for line in reversed(lines) if re.search(case.says, line)), None)
-
-
-def rows_of_table(folder: Path) -> Iterator[tuple[str, ...]]:
-    """Ask the three for every case; a cell has the line that names the mistake, or how the report missed it."""
-
-    def cell(case: Misconfiguration, code: int, said: str) -> str:
-        line = named(case, code, said)
-        return f"named: {line[:90]}" if line else f"exit {code}, not named" if code else "silent"
-
-    for number, (name, case) in enumerate(CASES.items()):
-        place = folder / f"{number}"  # a report that names the folder must not name the mistake by that
-        forms = write(name, place)
-        dry = cell(case, *dry_run(place)) if "yaml" in forms else "-"
-        trl = cell(case, *constructed(place)) if "trl" in forms else "-"
-        asked = {form: cell(case, *rehearse(path)) for form, path in forms.items()}
-        yield name, case.issue, dry, trl, " · ".join(f"{form} {answer}" for form, answer in asked.items())
-
-
-if __name__ == "__main__":
-    print("| case | issue | `--dry_run` | TRL | `rehearse` |\n|---|---|---|---|---|")
-    for row in rows_of_table(Path(sys.argv[1])):
-        print("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |", flush=True)

@@ -37,6 +37,26 @@ def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+ENDLESS = {"steps": 100000, "checkpoint.every": 100000}
+
+
+def _begun(command: list[str], folder: Path, **environment: str) -> subprocess.Popen:
+    """A run that has taken a step."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=os.environ | environment, **pipes)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and read_metrics(folder)):
+        time.sleep(0.2)
+    return process
+
+
+def _interrupted(process: subprocess.Popen) -> str:
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    return said
+
+
 @pytest.fixture
 def two_nodes(monkeypatch):
     """The address of a simulated cluster that asks for a token, with four processors on each node."""
@@ -59,15 +79,8 @@ def test_four_samplers_on_two_nodes_and_learners_on_one_say_where_they_are_and_e
     words, tmp_path, two_nodes
 ):
     folder = tmp_path / "run"
-    command = words(folder, **{"steps": 100000, "checkpoint.every": 100000, "rollout.workers": 4})
-    environment = os.environ | {"RAY_ADDRESS": two_nodes}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and read_metrics(folder)):
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    process = _begun(words(folder, **ENDLESS, **{"rollout.workers": 4}), folder, RAY_ADDRESS=two_nodes)
+    said = _interrupted(process)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     learners, workers = ([event for event in events if event["event"] == kind] for kind in ("learner", "worker"))
     assert [event["rank"] for event in learners] == [0, 1]
@@ -127,15 +140,9 @@ def test_ray_train_is_asked_for_a_gpu_for_each_rank(monkeypatch, micro_config, t
 @pytest.mark.slow
 def test_ctrl_c_saves_and_leaves_no_process(words, tmp_path):
     folder = tmp_path / "run"
-    given = {"steps": 100000, "checkpoint.every": 100000}
-    process = subprocess.Popen(words(folder, **given), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and read_metrics(folder)):
-        time.sleep(0.2)
+    process = _begun(words(folder, **ENDLESS), folder)
     below = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    said = _interrupted(process)
     [step] = checkpoint.saved(folder / "checkpoints")
     assert f"stopped after step {step}; go on with --resume auto" in said
     assert not [child for child in psutil.wait_procs(below, timeout=10)[1] if child.is_running()]

@@ -1,25 +1,41 @@
 """25 misconfigurations from public issues, given to `quartet rehearse`: each must be named; a sound one is silent."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from misconfigurations import CASES, command, configuration, named, rehearse, script, write
+from copies import Copy
+from misconfigurations import CASES, command, configuration, named, script, write
 
+ROOT = Path(__file__).parents[3]
+IN_CI = {"gold_does_not_score": "yaml", "missing_column": "trl", "format_never_matches": "verl"}
 # What verl's command does not say: the memory of its devices (--device_gib).
-UNSEEN = [("memory_too_small", "verl")]
-IN_CI = [("gold_does_not_score", "yaml"), ("missing_column", "trl"), ("format_never_matches", "verl")]
-FORMS = [
-    pytest.param(
-        *(name, form),
-        marks=[
-            *[pytest.mark.xfail(strict=True, reason="the command does not say it")] * ((name, form) in UNSEEN),
-            pytest.mark.slow if (name, form) in IN_CI else pytest.mark.long,
-        ],
-    )
-    for name, case in CASES.items()
-    for form, changes in (("yaml", case.options), ("trl", case.trl), ("verl", case.verl))
-    if changes is not None
-]
+UNSEEN = ("memory_too_small", "verl")
+
+
+def form_of(number: int, name: str) -> str:
+    """The three forms in turn. What sets them apart is read by grpo/cli/migration, which has tests of its own."""
+    case = CASES[name]
+    kinds = {"yaml": case.options, "trl": case.trl, "verl": case.verl}
+    forms = [form for form, changes in kinds.items() if changes is not None and (name, form) != UNSEEN]
+    return IN_CI.get(name) or forms[number % len(forms)]
+
+
+def rehearse(path: Path) -> tuple[int, str]:
+    """What `quartet rehearse` says of a configuration, a script or a command line: a copy of this process, which has
+    torch and transformers already, in the case's folder."""
+    known = {"PYTHONPATH": f"{ROOT}{os.pathsep}{path.parent}"}
+    words = [sys.executable, "-m", "grpo", "rehearse", path.name]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = Copy(words, cwd=path.parent, env=os.environ | known, **pipes)
+    try:
+        said, _ = process.communicate()
+    finally:
+        process.kill()
+    return process.returncode, said
 
 
 def problems(said: str) -> str:
@@ -27,20 +43,25 @@ def problems(said: str) -> str:
     return "\n".join(line for line in said.splitlines() if line.startswith(("ends", "spoils", "warns")))
 
 
-@pytest.mark.parametrize(("name", "form"), FORMS)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form_of(number, name), marks=pytest.mark.slow if name in IN_CI else pytest.mark.long)
+        for number, name in enumerate(CASES)
+    ],
+)
 def test_a_misconfiguration_is_named(name, form, tmp_path):
-    forms = write(name, tmp_path / "case")
-    code, said = rehearse(forms[form])
+    code, said = rehearse(write(name, tmp_path / "case")[form])
     line = named(CASES[name], code, problems(said))
     assert line, said
     assert code or line.startswith("warns"), "a report with a problem ends with an exit code for CI"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["yaml", "trl", "verl"])
-def test_a_sound_configuration_draws_nothing(form, tmp_path):
-    code, said = rehearse(write("sound", tmp_path / "case")[form])
-    assert code == 0, said
+def test_a_sound_configuration_draws_nothing(tmp_path):
+    for path in write("sound", tmp_path / "case").values():
+        code, said = rehearse(path)
+        assert code == 0, said
 
 
 def test_each_case_has_a_public_issue_and_compiles():

@@ -60,15 +60,12 @@ def test_contract_16_the_share_depends_on_content_alone(tmp_path):
         train, held = questions(task.train), questions(task.held_out)
     assert 20 <= len(held) <= 60
     assert len(train) + len(held) == 200
+    share = [in_held_out(problem_fingerprint(f"What is {i} + 1?"), 0.1) for i in range(10_000)]
+    assert 850 < sum(share) < 1_150
     with task_of({"name": str(second), "held_out": 0.2}, held_out=None, seed=5) as task:
         assert questions(task.train) >= train
         assert questions(task.held_out) >= held
         assert not questions(task.train) & questions(task.held_out)
-
-
-def test_the_share_is_a_share():
-    held = [in_held_out(problem_fingerprint(f"What is {i} + 1?"), 0.1) for i in range(10_000)]
-    assert 850 < sum(held) < 1_150
 
 
 def test_contract_16_a_folder_without_a_test_file_can_be_split_too(tmp_path):
@@ -96,25 +93,20 @@ def test_a_share_that_cannot_be_held_out_is_refused(tmp_path, data, options, mes
 def test_contract_16_equal_rows_of_two_files_are_refused_by_name(tmp_path):
     write_rows(tmp_path / "train.jsonl", range(20))
     write_rows(tmp_path / "test.jsonl", range(17, 30))
-    message = (
-        r"3 of 13 problems that are to be evaluated are trained on too .*/test/0 \(it is .*/train/17\).*data.held_out"
-    )
+    message = r"3 of 13 problems .* are trained on too .*/test/0 \(it is .*/train/17\).*data.held_out"
     with pytest.raises(ValueError, match=message):
         task_of({"name": str(tmp_path)}, held_out=None)
 
 
-@pytest.mark.parametrize(
-    ("trained", "evaluated", "same"),
-    [
+def test_what_counts_as_the_same_problem():
+    for trained, evaluated, same in (
         ("What is 2 + 3?", "what is  2 + 3 ?", True),
         ("He said: “Two.”", 'He said "two"', True),
         ("What is 2 + 3?", "What is 2 - 3?", False),
         ("What is 2.5 + 3?", "What is 25 + 3?", False),
         ("What is 2 + 3?", "What is 2 + 3 + 1?", False),
-    ],
-)
-def test_what_counts_as_the_same_problem(trained, evaluated, same):
-    assert (problem_fingerprint(trained) == problem_fingerprint(evaluated)) == same
+    ):
+        assert (problem_fingerprint(trained) == problem_fingerprint(evaluated)) == same, evaluated
 
 
 def test_contract_16_a_problem_is_what_its_prompt_shows(tmp_path):
@@ -165,11 +157,10 @@ def evaluate(model: Path, **given):
 
 def test_contract_16_a_run_remembers_what_it_was_trained_on(trained_run, tmp_path, capsys):
     """Also a policy inside a run, a run that goes on from it, and a copy of the rows under another name."""
+    assert problem_fingerprint("What is 0 + 1?") in trained_on(trained_run)  # a worked example
     copied = write_rows(tmp_path / "practice.jsonl", [50, 3, 51])
     for model in (trained_run, trained_run / "policy"):
-        with pytest.raises(
-            ValueError, match=r"1 of 3 .* were trained on by the run that the model comes from: .*tice/1"
-        ):
+        with pytest.raises(ValueError, match="1 of 3 .* trained on by the run that the model comes from: .*tice/1"):
             evaluate(model, data=str(copied))
     fresh = write_rows(tmp_path / "fresh.jsonl", [50, 51])
     assert evaluate(trained_run, data=str(fresh)).trained_on == 0
@@ -185,10 +176,6 @@ def test_contract_16_a_run_remembers_what_it_was_trained_on(trained_run, tmp_pat
     config = load(TrainConfig, None, given | {"data.name": str(tmp_path / "next")})
     with pytest.raises(ValueError, match="1 of 2 .* were trained on by the run that the model comes from"):
         Task.of(config)
-
-
-def test_contract_16_worked_examples_count_as_met(trained_run):
-    assert problem_fingerprint("What is 0 + 1?") in trained_on(trained_run)
 
 
 def test_contract_16_a_chain_of_runs_remembers_every_link(tmp_path):
@@ -222,12 +209,8 @@ def test_contract_16_a_share_by_other_columns_than_the_runs_is_refused(micro_pol
     """It would be of other problems, most of which the run has learned from."""
     rows = write_rows(tmp_path / "rows.jsonl", range(60))
     micro_policy().save(tmp_path / "policy")
-    given = {
-        "output_dir": str(tmp_path),
-        "data.name": str(rows),
-        "data.held_out": 0.25,
-        "data.template": "{question}\n",
-    }
+    given = {"output_dir": str(tmp_path), "data.name": str(rows), "data.held_out": 0.25}
+    given["data.template"] = "{question}\n"
     (tmp_path / "config.yaml").write_text(dump_yaml(load(TrainConfig, None, given)))
     (tmp_path / "environment.json").write_text("{}")
     words = ["eval", str(tmp_path), "--threads", "1", "--eval.samples", "0", "--rollout.max_completion_tokens", "2"]

@@ -1,12 +1,16 @@
+"""Prompts as texts and tokens; the order of one source and of several: exact on resume, close to the weights."""
+
 import json
 import random
+from fractions import Fraction
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from grpo.data.mix import MixedStream, next_source
 from grpo.data.prompts import PromptStream, PromptTemplate, encode_prompt
-from rewards.data.examples import Example, load_examples
+from rewards.data.examples import Example
 from rollout.group import Prompt
 
 SHOT = Example("shot", "1 + 1 = ?", "1 + 1 = 2\n#### 2", {"question": "1 + 1 = ?", "answer": "#### 2", "level": 1})
@@ -22,14 +26,9 @@ def tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    texts = [f"{e.question}\n{e.solution}" for e in load_examples("word_problems", "train", limit=300)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
-        ),
-    )
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(["2 + 3 = ?\n"], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=CHAT)
 
 
@@ -45,14 +44,11 @@ def test_a_format_string_over_the_columns(tokenizer):
     assert tokenizer.decode(prompt.token_ids) == prompt.text
 
 
-def test_the_question_field_is_the_prompt_column():
-    example = Example("0", "the problem", "", {"question": "another column", "problem": "the problem"})
-    assert PromptTemplate("{question}").render(example) == "the problem"
-
-
-def test_few_shot_examples_come_first_with_their_solutions():
+def test_few_shot_examples_come_first_with_their_solutions_and_the_question_is_the_prompt_column():
     template = PromptTemplate("Q: {question}\nA: ", few_shot=[SHOT])
     assert template.render(EXAMPLE) == "Q: 1 + 1 = ?\nA: 1 + 1 = 2\n#### 2\n\nQ: 2 + 3 = ?\nA: "
+    example = Example("0", "the problem", "", {"question": "another column", "problem": "the problem"})
+    assert PromptTemplate("{question}").render(example) == "the problem"
 
 
 def test_the_chat_template(tokenizer):
@@ -92,16 +88,12 @@ def test_without_examples_in_it_the_users_form_is_that_of_every_turn():
         PromptTemplate({"user": "{topic}"}).messages(EXAMPLE)
 
 
-def test_the_chat_template_writes_its_own_special_tokens(tokenizer):
-    add_special_tokens(tokenizer, "<s> $A")
-    ids = encode_prompt(EXAMPLE, tokenizer, PromptTemplate("chat")).token_ids
-    assert ids[:1] == [tokenizer.bos_token_id] != ids[1:2]
-
-
-def test_a_format_string_gets_bos_and_stays_open(tokenizer):
+def test_the_chat_template_writes_its_own_special_tokens_and_a_format_string_gets_bos_and_stays_open(tokenizer):
     bare = encode_prompt(EXAMPLE, tokenizer, PromptTemplate()).token_ids
     add_special_tokens(tokenizer, "<s> $A </s>")
     assert encode_prompt(EXAMPLE, tokenizer, PromptTemplate()).token_ids == [tokenizer.bos_token_id, *bare]
+    ids = encode_prompt(EXAMPLE, tokenizer, PromptTemplate("chat")).token_ids
+    assert ids[:1] == [tokenizer.bos_token_id] != ids[1:2]
 
 
 @pytest.mark.parametrize("field", ["solution", "question.__class__", "", "0"])
@@ -125,16 +117,13 @@ def test_a_template_that_cannot_work_is_refused_at_once(options, message):
     assert message in str(error.value)
 
 
-def test_chat_without_a_chat_template_is_refused(tokenizer):
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="has no chat template; use a format string"):
-        encode_prompt(EXAMPLE, tokenizer, PromptTemplate("chat"))
-
-
-def test_a_prompt_without_tokens_is_refused():
+def test_a_prompt_without_tokens_or_a_chat_template_is_refused(tokenizer):
     empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(ValueError, match="the prompt of sum/0 has no tokens"):
         encode_prompt(EXAMPLE, empty, PromptTemplate())
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template; use a format string"):
+        encode_prompt(EXAMPLE, tokenizer, PromptTemplate("chat"))
 
 
 def numbered(n):
@@ -147,24 +136,15 @@ def ids(examples):
 
 @pytest.mark.parametrize(("size", "n"), [(10, 5), (10, 3), (10, 10), (7, 6), (1, 1)])
 def test_contract_9_a_stopped_run_resumes_to_the_same_data_order(size, n):
-    uninterrupted = PromptStream(numbered(size), seed=4)
-    for _ in range(12):
-        state = json.loads(json.dumps(uninterrupted.state_dict()))
+    whole = PromptStream(numbered(size), seed=4)
+    steps = [ids(whole.take(n)) for _ in range(24)]
+    stopped = PromptStream(numbered(size), seed=4)
+    for step in range(24):
         resumed = PromptStream(numbered(size), seed=4)
-        resumed.load_state_dict(state)
-        assert resumed.take(n) == uninterrupted.take(n)
-        assert resumed.state_dict() == uninterrupted.state_dict()
-
-
-def test_contract_9_the_steps_after_a_resume_are_the_same_too():
-    whole = PromptStream(numbered(10), seed=1)
-    steps = [ids(whole.take(4)) for _ in range(30)]
-    stopped = PromptStream(numbered(10), seed=1)
-    for step in range(30):
-        fresh = PromptStream(numbered(10), seed=1)
-        fresh.load_state_dict(stopped.state_dict())
-        assert [ids(fresh.take(4)) for _ in range(30 - step)] == steps[step:]
-        stopped.take(4)
+        resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+        assert [ids(resumed.take(n)) for _ in range(24 - step)] == steps[step:]
+        assert resumed.state_dict() == whole.state_dict()
+        stopped.take(n)
 
 
 def test_contract_23_another_column_that_rewards_read_is_refused():
@@ -177,17 +157,6 @@ def test_contract_23_another_column_that_rewards_read_is_refused():
         with_tests("a", "c").load_state_dict(state)
     del state["columns"]  # as version 0.2.0 has saved it
     with_tests("a", "c").load_state_dict(state)
-
-
-def test_resuming_at_an_epoch_boundary_starts_the_next_epoch():
-    stream = PromptStream(numbered(6), seed=2)
-    first = ids(stream.take(6))
-    resumed = PromptStream(numbered(6), seed=2)
-    resumed.load_state_dict(stream.state_dict())
-    second = ids(resumed.take(6))
-    assert sorted(first) == sorted(second) == list("012345")
-    assert first != second
-    assert ids(stream.take(6)) == second
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7])
@@ -211,6 +180,15 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone():
     assert ids(PromptStream(numbered(20), seed=1).take(20)) != first
 
 
+def test_other_data_or_another_seed_do_not_resume():
+    state = PromptStream(numbered(5), seed=0).state_dict()
+    with pytest.raises(ValueError, match="began with the data order of seed=0, not of seed=1"):
+        PromptStream(numbered(5), seed=1).load_state_dict(state)
+    changed = [*numbered(4), Example("4", "9 + 9 = ?", "18")]
+    with pytest.raises(ValueError, match="training data have changed"):
+        PromptStream(changed, seed=0).load_state_dict(state)
+
+
 def test_a_step_larger_than_the_data_is_refused():
     stream = PromptStream(numbered(3))
     with pytest.raises(ValueError, match="cannot take 4 different prompts from 3 examples; use 1 to 3"):
@@ -221,10 +199,75 @@ def test_a_step_larger_than_the_data_is_refused():
         PromptStream([])
 
 
-def test_other_data_or_another_seed_do_not_resume():
-    state = PromptStream(numbered(5), seed=0).state_dict()
-    with pytest.raises(ValueError, match="began with the data order of seed=0, not of seed=1"):
-        PromptStream(numbered(5), seed=1).load_state_dict(state)
-    changed = [*numbered(4), Example("4", "9 + 9 = ?", "18")]
-    with pytest.raises(ValueError, match="training data have changed"):
-        PromptStream(changed, seed=0).load_state_dict(state)
+WEIGHTS = [
+    {"a": 2, "b": 1},
+    {"a": 1, "b": 1, "c": 1},
+    {"a": 0.7, "b": 0.1, "c": 0.2},
+    {"a": 1, "b": 2, "c": 3, "d": 5, "e": 50},
+]
+
+
+def _examples(label, count=60):
+    return [Example(f"{label}/{i}", f"{label}{i} = ?", str(i)) for i in range(count)]
+
+
+def _stream(weights, seed=3, count=60):
+    return MixedStream({label: _examples(label, count) for label in weights}, weights, seed)
+
+
+def _ids(examples):
+    return [example.example_id for example in examples]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_counts_of_every_window_are_close_to_the_weights(weights):
+    shares = [Fraction(str(weight)) / sum(Fraction(str(w)) for w in weights.values()) for weight in weights.values()]
+    counts, prefixes = [0] * len(shares), [[0] * len(shares)]
+    for number in range(1, 1001):
+        counts[next_source(shares, counts)] += 1
+        prefixes.append(list(counts))
+        assert all(abs(count - number * share) < 1 for count, share in zip(counts, shares, strict=True))
+    most = _stream(weights).most(16)
+    windows = [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(prefixes, prefixes[16:], strict=False)]
+    assert all(count <= limit for window in windows for count, limit in zip(window, most.values(), strict=True))
+    assert all(max(window[i] for window in windows) >= limit - 1 for i, limit in enumerate(most.values()))
+
+
+def test_each_source_keeps_the_order_and_the_epochs_that_it_has_alone():
+    stream = _stream({"a": 2, "b": 1}, count=7)
+    taken = [name for _ in range(20) for name in _ids(stream.take(6))]
+    mixed = "".join(name[0] for name in taken)  # whole weights are met exactly
+    assert all(mixed[i : i + 3].count("a") == 2 for i in range(0, len(mixed), 3))
+    for label, count in (("a", 4), ("b", 2)):
+        alone = PromptStream(_examples(label, 7), 3)
+        expected = [name for _ in range(20) for name in _ids(alone.take(count))]
+        assert [name for name in taken if name[0] == label] == expected
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9])  # each source is in the middle of an epoch
+def test_a_stream_goes_on_where_it_was_saved(steps):
+    stream = _stream({"a": 2, "b": 1, "c": 0.3}, count=11)
+    for _ in range(steps):
+        stream.take(5)
+    state = json.loads(json.dumps(stream.state_dict()))
+    wanted = [_ids(stream.take(5)) for _ in range(12)]
+    other = _stream({"a": 2, "b": 1, "c": 0.3}, count=11)
+    other.take(3)
+    other.load_state_dict(state)
+    assert [_ids(other.take(5)) for _ in range(12)] == wanted
+
+
+def test_a_changed_mix_is_refused_by_name():
+    state = _stream({"a": 2, "b": 1}).state_dict()
+    with pytest.raises(ValueError, match=r"data: the run began with a × 2, b × 1, and now has a × 3, b × 1"):
+        _stream({"a": 3, "b": 1}).load_state_dict(state)
+    with pytest.raises(ValueError, match="and now has a × 2, c × 1"):
+        _stream({"a": 2, "c": 1}).load_state_dict(state)
+    with pytest.raises(ValueError, match="source a: the training data have changed"):
+        _stream({"a": 2, "b": 1}, count=59).load_state_dict(state)
+    with pytest.raises(ValueError, match="source a: the run began with the data order of seed=3, not of seed=4"):
+        _stream({"a": 2, "b": 1}, seed=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="the training data have changed"):
+        PromptStream(_examples("a"), 3).load_state_dict(state)
+    with pytest.raises(ValueError, match="the run began with one source, and now has a × 2, b × 1"):
+        _stream({"a": 2, "b": 1}).load_state_dict(PromptStream(_examples("a"), 3).state_dict())

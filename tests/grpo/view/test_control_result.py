@@ -63,13 +63,9 @@ def test_rewards_without_verdicts_have_no_interval(run):
     assert not found.is_accuracy
     assert found.grpo.results["sampled"].value == 3.5
     assert found.grpo.curve[-1].sampled.low is None
-
-
-def test_a_run_without_an_sft_stage_has_a_start_only(run):
-    result = control_result()
-    write_control(run, result | {"seconds": {"grpo": 60.0, "start": 0}})
+    write_control(run, control_result() | {"seconds": {"grpo": 60.0, "start": 0}})
     found = read_control(run)
-    assert found.policies["start"].name == "start"
+    assert found.policies["start"].name == "start"  # without an SFT stage
     assert not found.has_sft_stage
 
 
@@ -82,14 +78,11 @@ def test_a_way_that_was_not_asked_for_is_not_shown(run):
     assert set(read_control(run).grpo.results) == {"greedy"}
 
 
-def test_without_a_control_there_is_nothing(run):
+def test_the_page_is_told_of_the_control_and_says_it(run):
     assert read_control(run) is None
     overview = RunFiles(run).overview()
     assert overview["control"] is None
     assert not any("GRPO is" in sentence for sentence in overview["headline"])
-
-
-def test_the_page_is_told_of_the_control_and_says_it(run):
     write_control(run, control_result())
     overview = RunFiles(run).overview()
     assert overview["control"]["policies"]["rejection"]["curve"][1]["sampled"]["value"] == 0.6
@@ -153,14 +146,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("command", ["report", "compare"])
-def test_a_damaged_control_is_named_with_a_way_out(run, capsys, command, damage):
+def test_a_damaged_control_is_named_with_a_way_out(run, capsys, damage):
     write_control(run, {}).write_text(DAMAGES[damage](control_result()))
-    assert main([command, str(run)]) == 1
-    message = capsys.readouterr().err
-    assert str(run / CONTROL) in message
-    assert "`quartet control` writes it again after you remove it" in message
-    assert "Traceback" not in message
+    for command in ("report", "compare"):
+        assert main([command, str(run)]) == 1
+        message = capsys.readouterr().err
+        assert str(run / CONTROL) in message
+        assert "`quartet control` writes it again after you remove it" in message
+        assert "Traceback" not in message
 
 
 def test_a_control_that_is_a_pipe_is_not_waited_for(run):

@@ -66,9 +66,6 @@ def test_a_click_on_seconds_opens_no_step(controlled):
     cards, _ = drawn(controlled)
     assert cards["Reward"]["click"] == "#/0/step/1"
     assert cards[CONTROLS]["click"] == ""
-
-
-def test_a_run_without_a_control_has_no_such_card(controlled):
     cards, _ = drawn(controlled | {"control": None})
     assert CONTROLS not in cards
 
@@ -115,32 +112,17 @@ def test_a_reward_that_is_always_0_is_a_result_and_drawn():
     assert list(cards) == ["Reward", "Held out, 95 % intervals"]
 
 
-def test_no_two_curves_of_a_chart_have_the_same_name():
-    rows = [
-        {
-            "draft/tokens_per_forward": 1.5,
-            "eval/tokens_per_forward": 1.7,
-            "reward/mean": 0.1 * step,
-            "reward/part/a_b": 0.2,
-            "reward/part/a b": 0.3,
-            "faults/errors": 1,
-            "reward/errors": step,
-        }
-        for step in range(3)
-    ]
-    cards, _ = drawn(overview(rows))
-    for card in cards.values():
-        names = [line["name"] for line in card["data"] if line.get("showlegend") is not False]
-        assert len(names) == len(set(names)), names
+def test_no_two_curves_of_a_chart_have_the_same_name(controlled):
+    made = {"draft/tokens_per_forward": 1.5, "eval/tokens_per_forward": 1.7, "reward/part/a_b": 0.2}
+    made |= {"reward/part/a b": 0.3, "faults/errors": 1}
+    rows = [made | {"reward/mean": 0.1 * step, "reward/errors": step} for step in range(3)]
+    for shown in (controlled, overview(rows)):
+        cards, _ = drawn(shown)
+        for card in cards.values():
+            names = [line["name"] for line in card["data"] if line.get("showlegend") is not False]
+            assert len(names) == len(set(names)), names
     names = [line["name"] for line in cards["Tokens per forward"]["data"]]
     assert names == ["draft/tokens_per_forward", "eval/tokens_per_forward"]
-
-
-def test_the_curves_of_a_real_run_have_names_of_their_own(controlled):
-    cards, _ = drawn(controlled)
-    for card in cards.values():
-        names = [line["name"] for line in card["data"] if line.get("showlegend") is not False]
-        assert len(names) == len(set(names)), names
 
 
 def test_the_names_of_curves_are_above_the_plot_and_cover_no_tick(controlled):

@@ -66,21 +66,22 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("one", "two"):
         shutil.copytree(CASE, folder / name)
+    wrong = {"draft": [1], "logprobs": "no", "versions": {}, "advantage": {"a": 1}, "finish_reason": [2]}
+    _write(folder / "two", 4, [line | wrong for line in read_rollouts(CASE, 4)])
+    os.remove(rollout_path(folder / "two", 3))
+    os.symlink("/dev/zero", rollout_path(folder / "two", 3))
     served = Served(str(folder / "one"), str(folder / "two"))
     yield served
     assert served.end() == 130
     assert served.rest.strip() == "quartet: interrupted"
 
 
-def test_it_listens_on_this_machine_alone(served):
+def test_it_listens_on_this_machine_alone_and_data_need_the_token(served):
     assert served.address.startswith("http://127.0.0.1:")
-
-
-@pytest.mark.parametrize("token", ["", "wrong", "é"])
-def test_data_needs_the_token(served, token):
-    status, body, _ = served.get("/api/runs", token.encode().decode("latin-1"))
-    assert status == 403
-    assert "the token is missing or wrong" in json.loads(body)["error"]
+    for token in ("", "wrong", "é"):
+        status, body, _ = served.get("/api/runs", token.encode().decode("latin-1"))
+        assert status == 403
+        assert "the token is missing or wrong" in json.loads(body)["error"]
 
 
 def test_every_question_is_answered(served):
@@ -120,20 +121,10 @@ def test_the_page_loads_nothing_from_elsewhere(served):
     assert served.get("/assets/server.py")[0] == 404
 
 
-def test_a_record_that_no_run_writes_is_shown_or_said(tmp_path):
-    shutil.copytree(CASE, tmp_path / "run")
-    lines = read_rollouts(CASE, 4)
-    wrong = {"draft": [1], "logprobs": "no", "versions": {}, "advantage": {"a": 1}, "finish_reason": [2]}
-    _write(tmp_path / "run", 4, [line | wrong for line in lines])
-    os.remove(rollout_path(tmp_path / "run", 3))
-    os.symlink("/dev/zero", rollout_path(tmp_path / "run", 3))
-    served = Served(str(tmp_path / "run"))
-    try:
-        assert served.get("/api/0/group/4/0")[0] == 200
-        status, body, _ = served.get("/api/0/step/3")
-        assert (status, "is no plain file" in json.loads(body)["error"]) == (400, True)
-    finally:
-        served.end()
+def test_a_record_that_no_run_writes_is_shown_or_said(served):
+    assert served.get("/api/1/group/4/0")[0] == 200
+    status, body, _ = served.get("/api/1/step/3")
+    assert (status, "is no plain file" in json.loads(body)["error"]) == (400, True)
 
 
 class _Scripts(HTMLParser):

@@ -34,6 +34,11 @@ def copy(run, tmp_path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 
+@pytest.fixture
+def resume(copy) -> list[str]:
+    return ["train", str(copy / "config.yaml"), "--output_dir", str(copy), "--resume", "auto"]
+
+
 def refused(words: list[str], capsys, *parts: str) -> None:
     assert main(words) in (1, 2)
     shown = capsys.readouterr().err
@@ -53,17 +58,7 @@ def chat_model(micro_policy, tmp_path_factory) -> Path:
 def test_a_chat_template_that_fails_is_found_by_the_dry_run(chat_model, tmp_path, capsys, fault):
     (chat_model / "chat_template.jinja").write_text(BROKEN[fault])
     words = ["train", "--model", str(chat_model), "--output_dir", str(tmp_path / "r"), "--data.template", "chat"]
-    words += [
-        "--data.task_options.levels",
-        "[1]",
-        "--data.limit",
-        "8",
-        "--eval.limit",
-        "2",
-        "--threads",
-        "1",
-        "--dry_run",
-    ]
+    words += ["--data.task_options.levels", "[1]", "--data.limit", "8", "--eval.limit", "2", "--dry_run"]
     refused(words, capsys, f"the chat template of '{chat_model}' (chat_template.jinja", "fails on the roles user: ")
 
 
@@ -87,39 +82,33 @@ def test_so_it_is_by_the_dry_run_of_mtp_and_only_where_it_is_used(chat_model, tm
         ("\xff\n", "line 3 is damaged: 'utf-8' codec"),
     ],
 )
-def test_a_bad_line_in_the_metrics_is_named(copy, capsys, line, message):
+def test_a_bad_line_in_the_metrics_is_named(copy, resume, capsys, line, message):
     with (copy / "metrics.jsonl").open("ab") as file:
         file.write(line.encode("latin-1"))
     refused(["report", str(copy)], capsys, str(copy / "metrics.jsonl"), message)
-    refused(["train", str(copy / "config.yaml"), "--output_dir", str(copy), "--resume", "auto"], capsys, message)
+    refused(resume, capsys, message)
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"hardware": null}', "\x00", "[" * 5000])
-def test_a_damaged_environment_is_named(copy, capsys, content):
-    (copy / "environment.json").write_text(content)
-    refused(["report", str(copy)], capsys, str(copy / "environment.json"))
+def test_damaged_records_of_the_machine_and_of_rewards_are_named(copy, resume, capsys):
+    for content in ("", "null", "[]", "{}", '{"hardware": null}', "\x00", "[" * 5000):
+        (copy / "environment.json").write_text(content)
+        refused(["report", str(copy)], capsys, str(copy / "environment.json"))
+    for content in ("", "null", "{}", "[1]", '[{"name": "x"}]', "[" * 5000):
+        (copy / "rewards.json").write_text(content)
+        refused(resume, capsys, str(copy / "rewards.json"))
 
 
-@pytest.mark.parametrize("content", ["", "null", "{}", "[1]", '[{"name": "x"}]', "[" * 5000])
-def test_damaged_rewards_are_named_on_resume(copy, capsys, content):
-    (copy / "rewards.json").write_text(content)
-    words = ["train", str(copy / "config.yaml"), "--output_dir", str(copy), "--resume", "auto"]
-    refused(words, capsys, str(copy / "rewards.json"))
-
-
-@pytest.mark.parametrize("content", ["", "null\n", "data: null\n", "data: {name: [}\n", "a: &a [*a]\n", "data: 3\n"])
-def test_a_damaged_config_of_a_run_is_named(copy, capsys, content):
-    (copy / "config.yaml").write_text(content)
-    for words in (["eval", str(copy)], ["mtp", str(copy), "--output_dir", str(copy / "m")]):
-        refused(words, capsys, str(copy / "config.yaml"))
-    refused(["reward", "replay", str(copy), "--with", "gsm8k"], capsys, str(copy / "config.yaml"))
-    refused(["export", str(copy), str(copy / "new")], capsys, str(copy / "config.yaml") if content else "config.yaml")
-
-
-def test_damaged_rollouts_are_named(copy, capsys):
+def test_damaged_configs_and_rollouts_of_a_run_are_named(copy, capsys):
     path = copy / "rollouts/step_000001.jsonl.zst"
     path.write_bytes(path.read_bytes()[:-20])
-    refused(["reward", "replay", str(copy), "--with", "gsm8k"], capsys, str(path), "is damaged")
+    replay = ["reward", "replay", str(copy), "--with", "gsm8k"]
+    refused(replay, capsys, str(path), "is damaged")
+    file = copy / "config.yaml"
+    for content in ("", "null\n", "data: null\n", "data: {name: [}\n", "a: &a [*a]\n", "data: 3\n"):
+        file.write_text(content)
+        for words in (["eval", str(copy)], ["mtp", str(copy), "--output_dir", str(copy / "m")], replay):
+            refused(words, capsys, str(file))
+        refused(["export", str(copy), str(copy / "new")], capsys, str(file) if content else "config.yaml")
 
 
 @pytest.mark.parametrize("name", ["environment.json", "config.yaml"])

@@ -9,7 +9,8 @@ from io import StringIO
 
 import pytest
 
-from grpo.cli.commands.environment_test import Stage, check_environment, show_check
+from grpo.cli.commands import environment_test as module
+from grpo.cli.commands.environment_test import AFTER_BAD_CALLS, EMPTY, GOLD, ODD, Stage, check_environment, show_check
 from grpo.cli.config.environment_test import EnvironmentTestConfig
 from grpo.cli.parse import main
 from policies.presets import small_tokenizer
@@ -40,6 +41,9 @@ class Number:
             why: A reason.
         """
         self.score, self.done = float(number == self.secret), number == self.secret
+        return self._answer(number)
+
+    def _answer(self, number):
         return f"{'higher' if number < self.secret else 'lower'} {random.randrange(100)}"
 
     def get_reward(self) -> float:
@@ -85,29 +89,17 @@ class NaN(Number):
 
 
 class Hangs(Number):
-    def guess(self, number: int, why: str = "") -> str:
-        """Guess.
-
-        Args:
-            number: The guess.
-            why: A reason.
-        """
+    def _answer(self, number):
         if number == 10**18:
             time.sleep(60)
-        return super().guess(number, why)
+        return super()._answer(number)
 
 
 class Raises(Number):
-    def guess(self, number: int, why: str = "") -> str:
-        """Guess.
-
-        Args:
-            number: The guess.
-            why: A reason.
-        """
+    def _answer(self, number):
         if number < 1:
             raise ValueError("from 1 on")
-        return super().guess(number, why)
+        return super()._answer(number)
 
 
 class Leaks(Number):
@@ -117,14 +109,8 @@ class Leaks(Number):
         PLAYED.append(secret)
         return super().reset(secret)
 
-    def guess(self, number: int, why: str = "") -> str:
-        """Guess.
-
-        Args:
-            number: The guess.
-            why: A reason.
-        """
-        return f"{super().guess(number, why)} after {len(PLAYED)} games"
+    def _answer(self, number):
+        return f"{super()._answer(number)} after {len(PLAYED)} games"
 
 
 class Shares(Number):
@@ -136,15 +122,9 @@ class Shares(Number):
         self.guesses[secret] = 0
         return super().reset(secret)
 
-    def guess(self, number: int, why: str = "") -> str:
-        """Guess.
-
-        Args:
-            number: The guess.
-            why: A reason.
-        """
+    def _answer(self, number):
         self.guesses[self.secret] += 1
-        return f"{super().guess(number, why)}, guess {self.guesses[self.secret]}"
+        return f"{super()._answer(number)}, guess {self.guesses[self.secret]}"
 
 
 class Differs(Number):
@@ -153,14 +133,7 @@ class Differs(Number):
 
 
 class Unordered(Number):
-    def guess(self, number: int, why: str = "") -> str:
-        """Guess.
-
-        Args:
-            number: The guess.
-            why: A reason.
-        """
-        super().guess(number, why)
+    def _answer(self, number):
         return " ".join({"higher", "lower", "right", "near", "far"})
 
 
@@ -202,12 +175,16 @@ def _few(monkeypatch):
 
 
 @pytest.fixture
-def tried(folder):
-    """What is found of a class in own.py, on one row."""
+def tried(folder, monkeypatch):
+    """What is found of a class in own.py, on one row, with all scripts or with these."""
+    plays = module._plays
 
-    def tried(name, **options):
+    def tried(name, *scripts, **options):
         options = {"data.name": str(folder / "rows.jsonl"), "data.limit": 1, "program_timeout_s": 5.0} | options
-        return check_environment(f"{folder}/own.py:{name}", load(EnvironmentTestConfig, None, options))
+        with monkeypatch.context() as patch:
+            if scripts:
+                patch.setattr(module, "_plays", lambda *given: {name: plays(*given)[name] for name in scripts})
+            return check_environment(f"{folder}/own.py:{name}", load(EnvironmentTestConfig, None, options))
 
     return tried
 
@@ -223,30 +200,30 @@ def test_an_honest_environment_passes_with_full_marks_for_its_demonstration(trie
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "scripts", "words"),
     [
-        ("Free", "empty turn: 2 of 2 episodes get full marks"),
-        ("Never", "demonstration: 2 of 2 episodes miss full marks"),
-        ("Fragile", "after bad calls: the rewards are not those of the demonstration alone"),
-        ("NaN", "demonstration: 2 of 2 episodes fail, first on .*/0: get_reward gives nan"),
-        ("Leaks", "an episode goes another way one after the other: demonstration, on .*/0: .* after"),
-        ("Shares", "an episode goes another way made anew for each turn: demonstration, on .*/0: .* guess 2"),
-        ("Differs", "reset: .*reset gave the rollouts of one group different texts"),
+        ("Free", [GOLD, EMPTY], "empty turn: 2 of 2 episodes get full marks"),
+        ("Never", [GOLD], "demonstration: 2 of 2 episodes miss full marks"),
+        ("Fragile", [GOLD, AFTER_BAD_CALLS], "after bad calls: the rewards are not those of the demonstration alone"),
+        ("NaN", [GOLD], "demonstration: 2 of 2 episodes fail, first on .*/0: get_reward gives nan"),
+        ("Leaks", [GOLD], "an episode goes another way one after the other: demonstration, on .*/0: .* after"),
+        ("Shares", [GOLD], "an episode goes another way made anew for each turn: demonstration, on .*/0: .* guess 2"),
+        ("Differs", [GOLD], "reset: .*reset gave the rollouts of one group different texts"),
     ],
 )
-def test_what_an_environment_does_wrong_is_named(tried, name, words):
-    check = tried(name)
+def test_what_an_environment_does_wrong_is_named(tried, name, scripts, words):
+    check = tried(name, *scripts)
     assert any(re.search(words, problem) for problem in check.problems), check.problems
 
 
 def test_a_tool_that_raises_is_told_and_no_problem(tried):
-    check = tried("Raises")
+    check = tried("Raises", GOLD, ODD)
     assert check.problems == []
     assert sum(script["raised"] for script in check.scripts.values()) > 0
 
 
 def test_a_tool_that_hangs_is_named_with_its_line_and_is_not_tried_in_every_row(tried):
-    check = tried("Hangs", program_timeout_s=0.3)
+    check = tried("Hangs", ODD, program_timeout_s=0.3)
     [problem] = check.problems
     assert "1 of 2 episodes fail" in problem or "2 of 2 episodes fail" in problem
     assert "timeout: no result after 0.3 s, stuck at own.py" in problem
@@ -256,7 +233,7 @@ def test_a_tool_that_hangs_is_named_with_its_line_and_is_not_tried_in_every_row(
 @pytest.mark.parametrize("name", ["BeginsUnordered", pytest.param("Unordered", marks=pytest.mark.slow)])
 def test_an_order_that_depends_on_the_hash_seed_is_found(tried, monkeypatch, name):
     monkeypatch.setattr(pool, "subprocess", subprocess)  # copies of this process have its seed
-    check = tried(name)
+    check = tried(name, GOLD)
     assert [way for way, count in check.differing.items() if count] == ["in another process with another hash seed"]
 
 
@@ -264,7 +241,7 @@ def test_an_order_that_depends_on_the_hash_seed_is_found(tried, monkeypatch, nam
 def test_what_is_kept_of_ended_episodes_is_found(tried, monkeypatch):
     monkeypatch.setattr(pool, "subprocess", subprocess)  # a copy would write into memory that other tests have freed
     monkeypatch.setattr("grpo.cli.commands.environment_test.MANY", 200)
-    [problem] = tried("Hoards").problems
+    [problem] = tried("Hoards", EMPTY).problems
     assert "something is kept of episodes that have ended" in problem
 
 
@@ -282,7 +259,7 @@ def test_the_memory_of_other_children_is_not_counted(folder):
 
 
 def test_a_tool_alone_can_be_tried(tried):
-    check = tried("double")
+    check = tried("double", EMPTY, ODD)
     assert (check.problems, check.tools) == ([], ["double"])
     assert "nothing shows that full marks can be had" in check.notes[0]
 
@@ -308,7 +285,7 @@ def test_the_command_prints_a_table_writes_json_and_exits_by_what_it_found(folde
 
 def test_a_narrow_terminal_shows_every_script_and_printing_is_a_note(tried):
     shown = StringIO()
-    check = tried("Prints")
+    check = tried("Prints", GOLD, EMPTY, ODD)
     show_check(check, Terminal(file=shown, width=80))
     assert all(script in shown.getvalue() for script in check.scripts)
     assert "note: it prints: 'scored 1.0" in shown.getvalue()

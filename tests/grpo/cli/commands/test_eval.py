@@ -1,9 +1,11 @@
 """`quartet eval`: what a run brings along, which policy is meant, what is written; figures checked by other means."""
 
+import io
 import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from grpo.run import checkpoint
 from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
 from policies import tensor_files
-from policies.policy import Policy, PolicyError
+from policies.policy import PolicyError
 from rewards.config.names import leaves
 from rewards.config.options import ConfigError, load
 from rollout.faults import RolloutError
@@ -49,7 +51,8 @@ def trained(micro_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "run"
     given = {
         "seed": 3,
-        "steps": 2,
+        "steps": 1,
+        "warm_start.steps": 1,
         "data.task_options.levels": [1, 2],
         "data.template": "Q: {question}\nA: ",
         "data.few_shot": 1,
@@ -59,7 +62,12 @@ def trained(micro_config, tmp_path_factory):
     return folder, train(micro_config(folder, **given))
 
 
-# ---- what a run brings along ----------------------------------------------------------------------------------------
+@pytest.fixture
+def shown(monkeypatch) -> Console:
+    """What a command prints on a terminal of 80 columns."""
+    console = Console(width=80, force_terminal=False, record=True, file=io.StringIO())
+    monkeypatch.setattr("grpo.cli.commands.summary.CONSOLE", console)
+    return console
 
 
 def test_a_run_folder_brings_its_held_out_problems_along(trained):
@@ -67,7 +75,9 @@ def test_a_run_folder_brings_its_held_out_problems_along(trained):
     folder, summary = trained
     config = _config(folder)
     assert (config.data.template, config.eval.limit) == ("Q: {question}\nA: ", 5)
+    before = {file: file.read_bytes() for file in (folder / "policy").iterdir()}
     results = evaluate_model(config, QUIET).results
+    assert {file: file.read_bytes() for file in (folder / "policy").iterdir()} == before
     for name in ("sampled", "greedy"):
         assert _same_results(results[name], summary.evaluations[f"after GRPO, {name}"])
     assert results["sampled"].groups[0].prompt.text.count("Q: ") == 2  # the worked example is there
@@ -80,9 +90,10 @@ def test_other_data_come_without_the_runs_split_columns_and_limit(trained):
     assert not {"name", "split", "levels", "prompt_column", "solution_column"} & brought["data"].keys()
     assert "eval" not in brought
     assert defaults_of_run(folder, data="word_problems") == defaults_of_run(folder)
+    assert defaults_of_run(folder.parent) == {}  # no run
 
 
-def test_a_failing_reward_does_not_end_an_evaluation(trained, tmp_path):
+def test_a_failing_reward_does_not_end_an_evaluation(trained, tmp_path, shown):
     folder, _ = trained
     assert "on_error: abort" in (folder / "config.yaml").read_text()
     first = evaluate_model(_config(folder, **{"eval.samples": 0, "data.few_shot": 0}), QUIET).results["greedy"]
@@ -100,18 +111,10 @@ def test_a_failing_reward_does_not_end_an_evaluation(trained, tmp_path):
     document = eval_report.as_json(evaluation)["evaluations"]["sampled"]
     assert document["failures"] == {"picky: raised": 8}
     assert document["first_failures"][0]["message"].startswith("ValueError: not this one")
-    shown = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     eval_report.show(evaluation, shown)
     text = shown.export_text()
     assert "0 abstained, 8 failed" in text
     assert "REWARD FAILED 12 times (picky: raised)" in text  # greedy, too
-
-
-def test_a_folder_that_is_no_run_brings_nothing(tmp_path):
-    assert defaults_of_run(tmp_path) == {}
-
-
-# ---- which policy ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[None, pytest.param(4, marks=pytest.mark.slow)], ids=["full", "lora"])
@@ -125,6 +128,12 @@ def unfinished(request, micro_config, tmp_path_factory):
     shutil.rmtree(folder / "stopped/policy")
     shutil.rmtree(folder / "stopped/checkpoints/step_000003")
     return folder
+
+
+@pytest.fixture
+def copied(unfinished, tmp_path) -> Callable[[str], Path]:
+    """`copied("run")`: a copy, which a test may change."""
+    return lambda name: Path(shutil.copytree(unfinished / name, tmp_path / name))
 
 
 @pytest.mark.slow
@@ -144,9 +153,8 @@ def test_an_unfinished_run_is_its_newest_checkpoint_and_says_so(unfinished):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_its_run_removes_meanwhile_is_evaluated_all_the_same(unfinished, tmp_path, monkeypatch):
-    folder, task = tmp_path / "run", eval_command.Task
-    shutil.copytree(unfinished / "stopped", folder)
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_evaluated_all_the_same(copied, monkeypatch):
+    folder, task = copied("stopped"), eval_command.Task
 
     def rotated(*arguments, **named):
         shutil.rmtree(folder / "checkpoints")
@@ -159,11 +167,8 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_evaluated_all_the_same(u
 
 
 @pytest.mark.parametrize(("module", "moment"), [(checkpoint, "fault"), (tensor_files, "read")])
-def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_one(
-    unfinished, tmp_path, monkeypatch, module, moment
-):
-    folder, real, removed = tmp_path / "run", getattr(module, moment), []
-    shutil.copytree(unfinished / "stopped", folder)
+def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_one(copied, monkeypatch, module, moment):
+    folder, real, removed = copied("stopped"), getattr(module, moment), []
 
     def rotated(*arguments, **named):
         if not removed:
@@ -177,10 +182,9 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_on
     assert set(found.saved.tensors) == {"policy"}
 
 
-def test_a_reader_repairs_nothing_in_a_run_that_may_be_alive(unfinished, tmp_path):
+def test_a_reader_repairs_nothing_in_a_run_that_may_be_alive(copied):
     """Between two renames of a save the former checkpoint is hidden; put back, it would fail that save."""
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished / "stopped", folder)
+    folder = copied("stopped")
     os.rename(folder / "checkpoints/step_000002", folder / "checkpoints/.step_000002.replaced")
     assert find_policy(str(folder)).checkpoint == folder / "checkpoints/step_000001"
     assert (folder / "checkpoints/.step_000002.replaced").is_dir()
@@ -193,10 +197,8 @@ def _change(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "generation_config.json"])
-def test_a_policy_that_is_not_what_its_run_wrote_is_refused_by_name(unfinished, tmp_path, name):
-    run, stopped = tmp_path / "run", tmp_path / "stopped"
-    shutil.copytree(unfinished / "run", run)
-    shutil.copytree(unfinished / "stopped", stopped)
+def test_a_policy_that_is_not_what_its_run_wrote_is_refused_by_name(copied, tmp_path, name):
+    run, stopped = copied("run"), copied("stopped")
     (run / "policy/notes.txt").write_text("a file of mine harms nothing")
     find_policy(str(run))
     load_found(find_policy(str(run)), _config(run))
@@ -205,18 +207,15 @@ def test_a_policy_that_is_not_what_its_run_wrote_is_refused_by_name(unfinished, 
     for folder in (run, stopped):
         with pytest.raises(PolicyError, match=rf"is damaged: {name} is .*digests.json says .*; restore the file"):
             evaluate_model(_config(folder), QUIET)
-    for folder in (run, stopped):
         with pytest.raises(PolicyError, match=f"is damaged: {name} is "):
             export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_policy_that_was_changed_on_purpose_is_accepted_without_its_digests(unfinished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(unfinished / "run", run)
-    (run / "policy/generation_config.json").write_text(
-        (run / "policy/generation_config.json").read_text().replace("{", '{"top_k": 7,', 1)
-    )
+def test_a_policy_that_was_changed_on_purpose_is_accepted_without_its_digests(copied, tmp_path):
+    run = copied("run")
+    options = run / "policy/generation_config.json"
+    options.write_text(options.read_text().replace("{", '{"top_k": 7,', 1))
     (run / "policy/digests.json").unlink()
     load_found(find_policy(str(run)), _config(run))
     export(run, tmp_path / "out")
@@ -236,14 +235,6 @@ def test_a_checkpoint_of_a_run_can_be_named(unfinished):
     )
 
 
-def test_the_end_of_a_run_is_its_policy_unless_it_went_on(unfinished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished / "run", folder)
-    found = find_policy(str(folder))
-    assert found.folder == str(folder / "policy")
-    assert (found.meaning, found.step) == ("the end of the run", 3)
-
-
 def _dated(folder, policy: float, checkpoints: float):
     """The folder with every file of policy/ and of checkpoints/ of that time."""
     for part, when in (("policy", policy), ("checkpoints", checkpoints)):
@@ -252,12 +243,12 @@ def _dated(folder, policy: float, checkpoints: float):
     return str(folder)
 
 
-def test_whether_a_run_went_on_is_not_told_by_the_times_of_its_files(unfinished, tmp_path):
+def test_whether_a_run_went_on_is_not_told_by_the_times_of_its_files(unfinished, copied):
     """A copy without `cp -p` has times in the order of copying."""
-    folder, newest = tmp_path / "run", "checkpoints/step_000003"
-    shutil.copytree(unfinished / "run", folder)
+    folder, newest = copied("run"), "checkpoints/step_000003"
     for times in ((1e9, 2e9), (2e9, 1e9)):
-        assert find_policy(_dated(folder, *times)).meaning == "the end of the run"
+        found = find_policy(_dated(folder, *times))
+        assert (found.folder, found.meaning, found.step) == (str(folder / "policy"), "the end of the run", 3)
     last = folder / "checkpoints/step_000005"
     shutil.copytree(unfinished / "run/checkpoints/step_000002", last)
     for times in ((1e9, 2e9), (2e9, 1e9)):
@@ -272,18 +263,16 @@ def test_whether_a_run_went_on_is_not_told_by_the_times_of_its_files(unfinished,
     assert "it went on" in find_policy(_dated(folder, 2e9, 1e9)).meaning
 
 
-def test_a_resumed_run_records_its_new_end(unfinished, micro_config, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished / "run", folder)
+def test_a_resumed_run_records_its_new_end(copied):
+    folder = copied("run")
     config = load(TrainConfig, folder / "config.yaml", {"output_dir": str(folder), "steps": 4})
     train(config, resume="auto", force=True)
     found = find_policy(str(folder))
     assert (found.meaning, found.step) == ("the end of the run", 4)
 
 
-def test_before_the_first_checkpoint_it_is_the_warm_start(unfinished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished / "stopped", folder)
+def test_before_the_first_checkpoint_it_is_the_warm_start(copied):
+    folder = copied("stopped")
     shutil.rmtree(folder / "checkpoints")
     found = find_policy(str(folder))
     assert (found.folder, found.meaning) == (str(folder / "warm_start"), "the warm start; no step of GRPO is saved yet")
@@ -292,21 +281,13 @@ def test_before_the_first_checkpoint_it_is_the_warm_start(unfinished, tmp_path):
         find_policy(str(folder))
 
 
-def test_a_checkpoint_on_a_preset_without_warm_start_says_what_is_missing(micro_config, tmp_path):
-    train(micro_config(tmp_path / "r", **{"steps": 1, "warm_start.steps": 0}))
+def test_a_checkpoint_on_a_preset_without_warm_start_says_what_is_missing(copied):
+    folder = copied("run")
+    shutil.rmtree(folder / "warm_start")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"warm_start": config["warm_start"] | {"steps": 0}}))
     with pytest.raises(PolicyError, match="whose tokenizer is saved at the end of the run only"):
-        evaluate_model(_config(tmp_path / "r/checkpoints/step_000001", **{"eval.limit": 2}), QUIET)
-
-
-def test_evaluation_leaves_the_policy_alone(trained):
-    folder, _ = trained
-    before = Policy.load(folder / "policy").state_dict()
-    evaluate_model(_config(folder), QUIET)
-    after = Policy.load(folder / "policy").state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-
-
-# ---- ways of sampling -----------------------------------------------------------------------------------------------
+        evaluate_model(_config(folder / "checkpoints/step_000001", **{"eval.limit": 2}), QUIET)
 
 
 @pytest.mark.slow
@@ -333,8 +314,9 @@ def test_several_samples_greedy_only_and_sampled_only(trained):
     greedy = evaluate_model(_config(folder, rewards=rewards, **{"eval.samples": 0}), QUIET).results
     assert list(greedy) == ["greedy"]
     assert _same_results(greedy["greedy"], both["greedy"])
-    options = {"eval.samples": 3, "eval.greedy": False}
-    sampled = evaluate_model(_config(folder, rewards=rewards, **options), QUIET).results
+    sampled = evaluate_model(
+        _config(folder, rewards=rewards, **{"eval.samples": 3, "eval.greedy": False}), QUIET
+    ).results
     assert list(sampled) == ["sampled"]
     assert _same_results(sampled["sampled"], both["sampled"])
     with pytest.raises(ConfigError, match="eval.samples=0 and eval.greedy=false leave nothing to evaluate"):
@@ -381,9 +363,6 @@ def test_how_stop_strings_are_given(capsys, trained):
         assert f"{key}=a (command line): {why}" in capsys.readouterr().err
 
 
-# ---- perplexity and memory ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["ours", "qwen3"])
 def test_perplexity_is_that_of_each_solution_scored_alone_by_the_stock_model(kind, random_policy, hf_policy):
     policy = random_policy(1) if kind == "ours" else hf_policy(kind, 1)
@@ -415,15 +394,6 @@ def test_solutions_beyond_the_context_are_left_out_and_counted(random_policy):
     assert gold_perplexity(policy, []) is None
 
 
-def test_a_policy_that_says_the_solution_by_heart_has_perplexity_one(random_policy):
-    policy = random_policy(1)
-    with torch.no_grad():
-        whole = torch.tensor([[2, 3, 4]])
-        token = policy.trunk(whole).logits[0, -1].argmax().item()
-        policy.trunk.get_output_embeddings().weight.mul_(1000)
-    assert gold_perplexity(policy, [PackedRow([2, 3, 4], [Sample(0, [token])])]).value == pytest.approx(1.0)
-
-
 def test_peak_memory_grows_and_stays():
     before = peak_memory_gib()["rss"]
     assert 0.01 < before < 100
@@ -433,13 +403,16 @@ def test_peak_memory_grows_and_stays():
     assert peak_memory_gib()["rss"] >= before
 
 
-# ---- files, table, exit code ----------------------------------------------------------------------------------------
-
-
-def test_every_completion_is_kept_with_its_mark(trained, tmp_path):
-    folder, _ = trained
+@pytest.fixture
+def own(tmp_path) -> str:
+    """A reward with verdicts, some of them right."""
     (tmp_path / "own.py").write_text("def own(completions, **_): return [float(len(c) % 2) for c in completions]\n")
-    rewards = [{"function": f"{tmp_path}/own.py:own"}]
+    return f"{tmp_path}/own.py:own"
+
+
+def test_every_completion_is_kept_with_its_mark(trained, own, tmp_path):
+    folder, _ = trained
+    rewards = [{"function": own}]
     evaluation = evaluate_model(_config(folder, output=tmp_path / "out", rewards=rewards, **{"eval.samples": 2}), QUIET)
     rows = [json.loads(line) for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
     assert [(row["way"], row["sample"]) for row in rows] == [("sampled", 0), ("sampled", 1)] * 5 + [("greedy", 0)] * 5
@@ -470,49 +443,33 @@ def test_weights_that_are_not_finite_name_the_problem_and_the_other_completions_
     assert kept == ["how many\n", "3 + 4\n", "7 left?\n"]
 
 
-def test_a_folder_that_holds_completions_is_not_overwritten(trained, tmp_path):
+def test_a_folder_that_holds_completions_is_not_overwritten(trained, tmp_path, capsys):
     folder, _ = trained
+    (tmp_path / "out/1").mkdir(parents=True)
+    (tmp_path / "out/1/completions.jsonl").write_text("precious\n")
+    assert main(["eval", str(folder), str(folder), "--threads", "1", "--output", str(tmp_path / "out")]) == 1
+    assert f"output={tmp_path}/out/1 already holds completions.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out/completions.jsonl").exists()  # of the first policy
     (tmp_path / "completions.jsonl").write_text("precious\n")
     with pytest.raises(FileExistsError, match=r"already holds completions.jsonl; choose another folder"):
         evaluate_model(_config(folder, output=tmp_path), QUIET)
     assert (tmp_path / "completions.jsonl").read_text() == "precious\n"
 
 
-def test_a_full_folder_of_a_later_policy_is_said_before_the_first_is_evaluated(trained, tmp_path, capsys):
-    folder, _ = trained
-    (tmp_path / "out/1").mkdir(parents=True)
-    (tmp_path / "out/1/completions.jsonl").write_text("precious\n")
-    assert main(["eval", str(folder), str(folder), "--threads", "1", "--output", str(tmp_path / "out")]) == 1
-    assert f"output={tmp_path}/out/1 already holds completions.jsonl" in capsys.readouterr().err
-    assert not (tmp_path / "out/completions.jsonl").exists()
-
-
-def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, tmp_path, capsys, monkeypatch):
+def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, own, tmp_path, shown):
     folder, _ = trained
     out = tmp_path / "e.json"
-    console = Console(width=80, force_terminal=False, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    monkeypatch.setattr("grpo.cli.commands.summary.CONSOLE", console)
     words = ["eval", str(folder), "--threads", "1", "--eval.samples", "4", "--json", str(out)]
-    (tmp_path / "own.py").write_text("def own(completions, **_): return [float(len(c) % 2) for c in completions]\n")
-    words += ["--rewards", f"[{{function: '{tmp_path}/own.py:own'}}]"]
+    words += ["--rewards", own]
     assert main([*words, "--output", str(tmp_path / "kept")]) == 0
-    text = console.export_text()
+    text = shown.export_text()
     table = [line for line in text.splitlines() if line[:1] in "┃│┏┡└"]
     assert table
     assert all(len(line) <= 80 for line in table)
     assert "…" not in "".join(table)
     for label in (
-        *(
-            "accuracy",
-            "correct",
-            "pass@2",
-            "pass@4",
-            "majority of 4",
-            "BLEU",
-            "tokens per second",
-            "tokens per forward",
-        ),
-        *("drafts accepted, by depth", "fallback rate"),
+        *("accuracy", "correct", "pass@2", "pass@4", "majority of 4", "BLEU", "tokens per second"),
+        *("tokens per forward", "drafts accepted, by depth", "fallback rate"),
     ):
         assert sum(label in line for line in table) == 1
     assert f"policy: {folder}/policy (the end of the run)" in text
@@ -540,32 +497,22 @@ def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, tmp_pa
     assert {"hardware", "versions", "command"} <= document["environment"].keys()
 
 
-def test_an_evaluation_without_any_mark_fails(trained, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_without_any_mark_fails(trained, tmp_path, shown):
     folder, _ = trained
     path = tmp_path / "mute.py"
     path.write_text("def mute(completions, **_):\n    return [None] * len(completions)\n")
-    console = Console(width=80, force_terminal=False, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    monkeypatch.setattr("grpo.cli.commands.summary.CONSOLE", console)
     assert main(["eval", str(folder), "--threads", "1", "--rewards", f"[{{function: '{path}:mute'}}]"]) == 1
-    text = console.export_text()
+    text = shown.export_text()
     assert "5 abstained, 0 failed" in text
     assert "no completion has a mark: this evaluation says nothing about the policy" in text
 
 
-def test_prompts_beyond_the_context_are_refused_before_anything_is_sampled(trained, monkeypatch):
+def test_what_is_wrong_is_said_before_anything_is_sampled_or_loaded(trained, monkeypatch):
     folder, _ = trained
     monkeypatch.setattr("grpo.cli.commands.eval.open_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
     with pytest.raises(ValueError, match=r"5 prompts, the first of them 'word_problems/.* context of 256 with max_com"):
         evaluate_model(_config(folder, **{"rollout.max_completion_tokens": 250}), QUIET)
-
-
-def test_what_is_wrong_is_said_before_the_policy_is_loaded(trained, monkeypatch):
-    folder, _ = trained
-
-    def never(*_, **__):
-        raise AssertionError("the policy was loaded")
-
-    monkeypatch.setattr("grpo.cli.commands.policy_in_use.load_found", never)
+    monkeypatch.setattr("grpo.cli.commands.policy_in_use.load_found", lambda *_, **__: pytest.fail("it was loaded"))
     for given, message in (
         ({"data.name": "no_such.jsonl"}, "no file or folder"),
         ({"data.template": "{nothing}"}, "asks for {nothing}"),

@@ -1,15 +1,21 @@
-"""A run's policy in other tools: stock transformers, its MTP module, peft; and a card that says what the run says."""
+"""A run's policy in other tools: stock transformers, its MTP module, peft; a card that says what the run says; and what
+the hub's API gets."""
 
+import base64
 import copy
 import json
 import shutil
 import signal
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 import zoo
+from huggingface_hub import constants
+from local_server import serving
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import MtpModel
@@ -23,6 +29,7 @@ from grpo.run.records import read_metrics
 from grpo.source.policy_source import load_policy, save_policy
 from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
+from policies.files import hub
 from policies.files.digests import digests
 from policies.policy import Policy, PolicyError
 from policies.presets import small_tokenizer
@@ -91,6 +98,17 @@ def run(request, runs):
     return runs[request.param]
 
 
+@pytest.fixture
+def copied(runs, tmp_path) -> Callable[[str, bool], Path]:
+    """`copied("full", True)`: a copy of this run's folder, which a test may change."""
+    return lambda *kind: Path(shutil.copytree(runs[kind][0], tmp_path / "run"))
+
+
+def card_of(folder: Path, exported: Path) -> str:
+    export(folder, exported)
+    return (exported / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_stock_transformers_loads_the_live_policy(run, base, tmp_path):
     folder, live = run
@@ -105,9 +123,8 @@ def test_stock_transformers_loads_the_live_policy(run, base, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_policy_saved_before_vllms_fields_were_written_is_exported_with_them(runs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs["full", True][0], run)
+def test_a_policy_saved_before_vllms_fields_were_written_is_exported_with_them(runs, copied, tmp_path):
+    run = copied("full", True)
     (run / "policy/digests.json").unlink()  # it had none then
     file = run / "policy" / "config.json"
     now = json.loads(file.read_text())
@@ -122,9 +139,8 @@ def test_a_policy_saved_before_vllms_fields_were_written_is_exported_with_them(r
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_weights_that_were_saved_for_their_owner_alone_are_exported_for_all_who_may_read(runs, tmp_path, adapter):
-    run = tmp_path / "run"
-    shutil.copytree(runs["lora", False][0], run)
+def test_weights_that_were_saved_for_their_owner_alone_are_exported_for_all_who_may_read(copied, tmp_path, adapter):
+    run = copied("lora", False)
     (run / "policy/model.safetensors").chmod(0o600)
     export(run, tmp_path / "exported", adapter=adapter)
     weights = [file.stat().st_mode & 0o777 for file in (tmp_path / "exported").glob("*.safetensors")]
@@ -205,10 +221,9 @@ def test_a_checkpoint_inside_a_run_is_exported_as_of_its_step(runs, tmp_path):
     )
 
 
-def test_the_adapters_of_a_policy_are_those_of_its_step(runs, base, tmp_path):
+def test_the_adapters_of_a_policy_are_those_of_its_step(runs, base, copied, tmp_path):
     """Of the best policy, or of a run that went on: not of the newest checkpoint."""
-    folder = tmp_path / "run"
-    shutil.copytree(runs["lora", False][0], folder)
+    folder = copied("lora", False)
     first = load_policy(ModelOptions(model=str(folder / "checkpoints/step_000001")))
     save_policy(first, folder / "best_policy", 1)
     export(folder / "best_policy", tmp_path / "adapter", adapter=True)
@@ -243,8 +258,7 @@ def test_the_card_of_a_dense_model_in_mla_form_names_no_program_that_cannot_serv
 
 def test_the_card_says_what_the_run_says(runs, base, tmp_path):
     folder, _ = runs["lora", True]
-    export(folder, tmp_path / "exported")
-    card = (tmp_path / "exported/README.md").read_text()
+    card = card_of(folder, tmp_path / "exported")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
@@ -270,67 +284,47 @@ def test_the_card_says_what_the_run_says(runs, base, tmp_path):
     assert served in body
 
 
-def test_the_card_links_the_report_of_the_run_and_brings_it(runs, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(runs["full", True][0], folder)
-    export(folder, tmp_path / "without")
-    assert "`quartet report run` writes its curves" in (tmp_path / "without/README.md").read_text()
+def test_the_card_links_the_report_of_the_run_and_names_every_resume_with_its_machine(copied, tmp_path):
+    folder = copied("full", True)
+    assert "`quartet report run` writes its curves" in card_of(folder, tmp_path / "without")
     (folder / "report.html").write_text("<html>a report")
-    export(folder, tmp_path / "with")
-    assert "[The report of the run](run/report.html)" in (tmp_path / "with/README.md").read_text()
-    assert (tmp_path / "with/run/report.html").read_text() == "<html>a report"
-
-
-def test_the_card_claims_nothing_that_the_run_did_not_record(runs, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(runs["full", False][0], folder)
-    lines = [line for line in read_metrics(folder) if "reward/mean" in line]
-    kept = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    export(folder, tmp_path / "exported")
-    card = (tmp_path / "exported/README.md").read_text()
-    assert "The run evaluated no held-out problems." in card
-    assert "| before" not in card
-    assert "use_mtp" not in card
-    (folder / "metrics.jsonl").unlink()
-    export(folder, tmp_path / "again")
-    assert "The run recorded no training step." in (tmp_path / "again/README.md").read_text()
-
-
-def test_an_accuracy_that_is_no_share_of_whole_problems_gets_no_interval(runs, tmp_path):
-    """Completions without a mark are left out of the accuracy, so its denominator is not the number of problems."""
-    folder = tmp_path / "run"
-    shutil.copytree(runs["full", False][0], folder)
-    lines = read_metrics(folder)
-    lines[0]["eval/accuracy"], lines[-1]["eval/accuracy"] = 2 / 5, 3 / 6
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    export(folder, tmp_path / "exported")
-    card, (low, high) = (tmp_path / "exported/README.md").read_text(), wilson_interval(3, 6)
-    assert "| before (step 0) | 6 | 0.400 | - |" in card
-    assert f"| after (step 2) | 6 | 0.500 | {low:.3f}-{high:.3f} |" in card
-    lines[-1]["eval/without_mark"] = 3
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    export(folder, tmp_path / "unmarked")
-    assert "| after (step 2) | 6 | 0.500 | - |" in (tmp_path / "unmarked/README.md").read_text()
-
-
-def test_every_resume_is_named_with_its_machine(runs, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(runs["full", False][0], folder)
     here = json.loads((folder / "environment.json").read_text())
     here["hardware"]["cpu"] = "Another CPU"
     event = {"time": "2026-12-01T00:00:00", "event": "resume", "step": 1, "environment": here}
     with (folder / "events.jsonl").open("a") as events:
         events.write(json.dumps(event) + "\n")
-    export(folder, tmp_path / "exported")
-    assert "resumed at step 1, 2026-12-01T00:00:00: Another CPU" in (tmp_path / "exported/README.md").read_text()
+    card = card_of(folder, tmp_path / "with")
+    assert "[The report of the run](run/report.html)" in card
+    assert (tmp_path / "with/run/report.html").read_text() == "<html>a report"
+    assert "resumed at step 1, 2026-12-01T00:00:00: Another CPU" in card
 
 
-def test_the_origin_is_found_through_runs_that_continue_runs(runs, base, tmp_path):
-    first, _ = runs["full", True]
-    second = tmp_path / "second"
-    shutil.copytree(first, second)
-    config = yaml.safe_load((second / "config.yaml").read_text()) | {"model": str(first / "policy")}
+def test_the_card_claims_nothing_that_the_run_did_not_record(copied, tmp_path):
+    """Completions without a mark are left out of the accuracy, so its denominator is not the number of problems."""
+    folder = copied("full", False)
+    lines = read_metrics(folder)
+
+    def card(number: int, rows: list[dict]) -> str:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return card_of(folder, tmp_path / str(number))
+
+    lines[0]["eval/accuracy"], lines[-1]["eval/accuracy"] = 2 / 5, 3 / 6
+    said, (low, high) = card(0, lines), wilson_interval(3, 6)
+    assert "| before (step 0) | 6 | 0.400 | - |" in said  # 2 of 5 is no share of 6 problems
+    assert f"| after (step 2) | 6 | 0.500 | {low:.3f}-{high:.3f} |" in said
+    assert "| after (step 2) | 6 | 0.500 | - |" in card(1, [*lines[:-1], lines[-1] | {"eval/without_mark": 3}])
+    trained = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines if "reward/mean" in line]
+    said = card(2, trained)
+    assert "The run evaluated no held-out problems." in said
+    assert "| before" not in said
+    assert "use_mtp" not in said
+    assert "The run recorded no training step." in card(3, [])
+
+
+def test_the_origin_is_found_through_runs_that_continue_runs(runs, base, copied, tmp_path):
+    second = copied("full", True)
+    first = {"model": str(runs["full", True][0] / "policy")}
+    config = yaml.safe_load((second / "config.yaml").read_text()) | first
     (second / "config.yaml").write_text(yaml.safe_dump(config))
     origin = origin_of(str(second / "checkpoints/step_000001"))
     assert origin.model == str(base[True])
@@ -342,11 +336,9 @@ def test_the_origin_is_found_through_runs_that_continue_runs(runs, base, tmp_pat
 
 def test_an_existing_destination_is_left_alone(runs, tmp_path, capsys):
     (tmp_path / "there").write_text("mine")
-    with pytest.raises(FileExistsError, match="there.* exists; remove it or name another"):
-        export(runs["full", True][0], tmp_path / "there")
-    assert (tmp_path / "there").read_text() == "mine"
     assert main(["export", str(runs["full", True][0]), str(tmp_path / "there")]) == 1
-    assert "exists; remove it" in capsys.readouterr().err
+    assert "exists; remove it or name another" in capsys.readouterr().err
+    assert (tmp_path / "there").read_text() == "mine"
 
 
 def test_what_is_no_run_or_has_no_adapter_is_refused_and_nothing_is_left(runs, base, tmp_path):
@@ -363,9 +355,8 @@ def test_what_is_no_run_or_has_no_adapter_is_refused_and_nothing_is_left(runs, b
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_damaged_policy_is_not_passed_on(runs, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(runs["full", True][0], folder)
+def test_a_damaged_policy_is_not_passed_on(copied, tmp_path):
+    folder = copied("full", True)
     file = folder / "policy/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(PolicyError, match="model.safetensors .* is damaged"):
@@ -373,30 +364,29 @@ def test_a_damaged_policy_is_not_passed_on(runs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_failure_half_way_leaves_nothing(runs, tmp_path, monkeypatch):
+def test_a_failure_or_a_signal_half_way_leaves_nothing(runs, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError("disk full")
 
+    run = runs["full", True][0]
     monkeypatch.setattr("grpo.cli.commands.export.model_card", fail)
     with pytest.raises(OSError, match="disk full"):
-        export(runs["full", True][0], tmp_path / "out")
+        export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        monkeypatch.setattr(
+            "grpo.cli.commands.export.model_card", lambda *_, number=number: signal.raise_signal(number)
+        )
+        before = signal.getsignal(number)
+        assert main(["export", str(run), str(tmp_path / "out")]) == 128 + number
+        said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        assert capsys.readouterr().err == f"quartet: {said}\n"
+        assert signal.getsignal(number) == before
+        assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_half_way_leaves_nothing(runs, tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr("grpo.cli.commands.export.model_card", lambda *_: signal.raise_signal(number))
-    before = signal.getsignal(number)
-    assert main(["export", str(runs["full", True][0]), str(tmp_path / "out")]) == 128 + number
-    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
-    assert capsys.readouterr().err == f"quartet: {said}\n"
-    assert signal.getsignal(number) == before
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_adapters_whose_base_has_changed_are_refused(runs, base, random_policy, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(runs["lora", True][0], folder)
+def test_adapters_whose_base_has_changed_are_refused(copied, random_policy, tmp_path):
+    folder = copied("lora", True)
     other = random_policy(8, n_routed_experts=8, n_group=4, topk_group=2)
     other.save(tmp_path / "other")
     config = yaml.safe_load((folder / "config.yaml").read_text()) | {"model": str(tmp_path / "other")}
@@ -420,3 +410,129 @@ def test_an_expert_bias_that_moved_is_not_lost_in_an_adapter(base, micro_config,
     with pytest.raises(ExportError, match=r"moved .*e_score_correction_bias \(balance.bias_rate\).* drop --adapter"):
         export(tmp_path / "run", tmp_path / "out", adapter=True)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+
+
+REPO = "someone/words"
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Answers as the recorded API of the hub does, with every file in the commit itself."""
+
+    def _answer(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        body, path = self.rfile.read(length), self.path.partition("?")[0]
+        hub_, status, said = self.server, 200, {}
+        hub_.seen.append((self.command, path, self.headers.get("Authorization"), body))
+        if self.headers.get("Authorization") != "Bearer hf_good" and self.command != "HEAD":
+            status, said = 401, {"error": "Invalid username or password."}
+        elif path == "/api/whoami-v2":
+            said = {"type": "user", "name": "someone", "auth": {"type": "access_token"}}
+        elif path in hub_.refuses:
+            status, said = 403, {"error": "You have read access only"}
+        elif path == "/api/repos/create":
+            said = {"url": f"{hub_.url}/{REPO}", "name": REPO, "id": "1"}
+        elif path.endswith("/preupload/main"):
+            as_usual = {"uploadMode": "regular", "shouldIgnore": False}
+            said = {"files": [{"path": f["path"]} | as_usual for f in json.loads(body)["files"]]}
+        elif path.endswith("/commit/main"):
+            said = {"success": True, "commitOid": "c" * 40, "commitUrl": f"{hub_.url}/{REPO}/commit/{'c' * 40}"}
+        elif path.startswith("/api/models/"):
+            said = {"id": REPO, "sha": "a" * 40, "siblings": []}
+        text = json.dumps(said).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(text)
+
+    do_GET = do_POST = do_HEAD = do_PUT = _answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def the_hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.seen, server.refuses, server.url = [], set(), f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    hub.unreachable.cache_clear()
+    with serving(server):
+        yield server
+    hub.unreachable.cache_clear()
+
+
+@pytest.fixture
+def pushed(runs) -> str:
+    return str(runs["full", False][0])
+
+
+def committed(server) -> dict[str, bytes]:
+    [body] = [body for _, path, _, body in server.seen if path == f"/api/models/{REPO}/commit/main"]
+    lines = [json.loads(line) for line in body.splitlines()]
+    return {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+    }
+
+
+def test_an_export_is_pushed_whole_with_its_card(the_hub, pushed, tmp_path, capsys):
+    assert main(["export", pushed, str(tmp_path / "out"), "--push_to_hub", REPO]) == 0
+    sent = committed(the_hub)
+    assert sent == {
+        str(f.relative_to(tmp_path / "out")): f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()
+    }
+    assert {"config.json", "README.md", "run/config.yaml", "model.safetensors"} <= set(sent)
+    assert f'from_pretrained("{REPO}")' in sent["README.md"].decode()
+    [made] = [json.loads(body) for _, path, _, body in the_hub.seen if path == "/api/repos/create"]
+    assert (made["name"], made["organization"], made["visibility"]) == ("words", "someone", "private")
+    assert f"pushed to {the_hub.url}/{REPO}" in capsys.readouterr().out
+
+
+def test_without_a_folder_nothing_is_left(the_hub, pushed, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert main(["export", pushed, "--push_to_hub", REPO]) == 0
+    assert "README.md" in committed(the_hub)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_none_is_refused(the_hub, pushed, capsys):
+    for arguments, message in (
+        (["--push_to_hub", "words"], "'words' has no owner: write OWNER/NAME"),
+        (["--push_to_hub", "a/b/c"], "'a/b/c' is no name of a repository"),
+        ([], "name the folder to write, DST, or a repository: --push_to_hub OWNER/NAME"),
+    ):
+        assert main(["export", pushed, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert the_hub.seen == []
+
+
+def test_nothing_is_written_without_a_network_or_a_token(the_hub, pushed, tmp_path, monkeypatch, capsys):
+    command = ["export", pushed, str(tmp_path / "out"), "--push_to_hub", REPO]
+    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    assert main(command) == 1
+    assert "the hub does not know who you are" in capsys.readouterr().err
+    hub.unreachable.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(command) == 1
+    assert "HF_HUB_OFFLINE is set, so nothing is fetched. Leave it out" in capsys.readouterr().err
+    hub.unreachable.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert main(command) == 1
+    assert "http://127.0.0.1:9 cannot be reached" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_of_the_hub_is_told_and_the_folder_kept(the_hub, pushed, tmp_path, capsys):
+    the_hub.refuses.add("/api/repos/create")
+    the_hub.refuses.add(f"/api/models/{REPO}/preupload/main")
+    assert main(["export", pushed, str(tmp_path / "out"), "--push_to_hub", REPO]) == 1
+    said = capsys.readouterr().err
+    assert "the hub refused it: " in said
+    assert "403" in said
+    assert said.rstrip().endswith(f"the export is in {tmp_path / 'out'}")
+    assert (tmp_path / "out/README.md").is_file()

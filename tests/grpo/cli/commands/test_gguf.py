@@ -27,13 +27,15 @@ def test_a_file_is_a_policy_and_a_misspelt_one_is_no_file(file):
             find_policy(name)
 
 
-def test_inspect_sample_and_evaluate(file, tmp_path, capsys):
+def test_inspect_sample_evaluate_and_convert(file, tmp_path, capsys):
     assert main(["policy", "inspect", file, "--json", str(tmp_path / "parts.json")]) == 0
     assert json.loads((tmp_path / "parts.json").read_text())["model_type"] == "llama"
     assert main(["sample", file, "--prompt", "2 + 3 =", "--json", str(tmp_path / "said.json"), *SHORT]) == 0
     assert len(json.loads((tmp_path / "said.json").read_text())["groups"]) == 1
     assert main(["eval", file, "--eval.limit", "2", "--eval.samples", "0", *SHORT]) == 0
     assert "2 problems" in capsys.readouterr().out
+    assert main(["convert", file, str(tmp_path / "mla"), "--threads", "1"]) == 0
+    assert Policy.load(tmp_path / "mla").backend == "native"
 
 
 @pytest.mark.slow
@@ -49,8 +51,3 @@ def test_train_dry_and_for_a_step_on_a_folder_that_holds_the_file(file, tmp_path
     assert main(["export", run, str(tmp_path / "adapter"), "--adapter"]) == 1
     assert "is a GGUF file, which peft cannot load by name; drop --adapter" in " ".join(capsys.readouterr().err.split())
     assert main(["export", run, str(tmp_path / "exported")]) == 0
-
-
-def test_convert(file, tmp_path):
-    assert main(["convert", file, str(tmp_path / "mla"), "--threads", "1"]) == 0
-    assert Policy.load(tmp_path / "mla").backend == "native"

@@ -44,17 +44,13 @@ def test_a_folder_is_counted_by_what_it_stores(random_policy, tmp_path, mtp, dep
     assert counted.mtp_depth == depth
     assert counted.mtp_parameters == (sum(p.numel() for p in policy.mtp.parameters()) if mtp else 0)
     assert counted.context == 256  # as far as this policy reaches
+    policy.config.num_nextn_predict_layers = 2
+    policy.config.save_pretrained(tmp_path / "bare")
+    assert inspect(str(tmp_path / "bare")).mtp_depth == 2  # the configuration alone suffices
     (tmp_path / "run").mkdir()
     (tmp_path / "run/environment.json").write_text("{}")
     shutil.copytree(tmp_path / "policy", tmp_path / "run/policy")
     assert inspect(str(tmp_path / "run")) == counted
-
-
-def test_the_configuration_alone_suffices(random_policy, tmp_path):
-    policy = random_policy(1)
-    policy.config.num_nextn_predict_layers = 2
-    policy.config.save_pretrained(tmp_path)
-    assert inspect(str(tmp_path)).mtp_depth == 2
 
 
 def test_a_hub_id_is_counted_from_its_index_without_its_weights(random_policy, tmp_path, monkeypatch):
@@ -119,19 +115,26 @@ def test_models_that_also_see_or_have_no_heads_are_counted(kind, tmp_path):
     assert "cache and FLOPs" in shown.export_text()
 
 
-def test_experts_whose_number_has_another_name_are_counted(tmp_path):
+def test_experts_whose_number_has_another_name_and_contexts_without_an_end_are_counted(tmp_path):
     sizes = TEXT | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
-    counted = inspect(_as_published("aria_text", tmp_path, **sizes))
+    counted = inspect(_as_published("aria_text", tmp_path / "aria", **sizes))
     assert counted.experts.per_token == 2
     assert counted.active_parameters < counted.parameters
+    sizes = {"vocab_size": 64, "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 48}
+    assert inspect(_as_published("xlnet", tmp_path / "xlnet", **sizes)).context == 4096  # it has no longest context
 
 
-def test_a_model_that_writes_no_text_is_refused_in_a_sentence(tmp_path):
-    clip = _as_published("clip", tmp_path)
-    with pytest.raises(PolicyError, match="is of type 'clip', of which transformers makes no causal language model"):
-        inspect(clip)
-    with pytest.raises(PolicyError, match="is of type 'clip', of which transformers makes no causal language model"):
-        Policy.load(clip)
+def test_a_model_that_writes_no_text_or_has_another_form_is_refused_in_a_sentence(tmp_path, capsys):
+    clip = _as_published("clip", tmp_path / "clip")
+    for read in (inspect, Policy.load):
+        with pytest.raises(
+            PolicyError, match="is of type 'clip', of which transformers makes no causal language model"
+        ):
+            read(clip)
+    assert main(["policy", "inspect", _as_published("blt", tmp_path / "blt")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("quartet: a model of type 'blt' cannot be counted: ")
+    assert len(said) < 500
 
 
 def test_a_model_that_has_no_class_for_its_language_model_alone_is_counted_whole(tmp_path):
@@ -150,15 +153,3 @@ def test_what_adapters_reach_is_said_with_the_rest_and_the_reason(tmp_path, caps
     routed = inspect("tiny")
     assert 0.95 < routed.lora_reach < 1
     assert routed.lora_left == {"mlp.gate": "adapted where `router` is a target"}
-
-
-def test_a_model_without_a_longest_context_is_counted(tmp_path):
-    sizes = {"vocab_size": 64, "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 48}
-    assert inspect(_as_published("xlnet", tmp_path, **sizes)).context == 4096
-
-
-def test_a_model_of_another_form_is_refused_in_a_sentence(tmp_path, capsys):
-    assert main(["policy", "inspect", _as_published("blt", tmp_path)]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("quartet: a model of type 'blt' cannot be counted: ")
-    assert len(said) < 500

@@ -1,4 +1,5 @@
-"""Memory from a configuration alone, against what real policies, learners and engines hold."""
+"""Memory from a configuration alone, against what real policies, learners and engines hold; who shares a GPU, and what
+is recommended where they do not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from rich.console import Console
 from small_learner import small_learner, term_of
 
 from grpo.cli.commands import machine, memory, memory_table, shares
+from grpo.cli.commands.machine import LessMemory
 from grpo.cli.commands.memory import MemoryOfRun, activation_bytes, derived_bytes, storage_bytes, tensors_of
+from grpo.cli.commands.memory_table import DeviceMemory, on_devices
 from grpo.cli.commands.shares import Shares
 from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
@@ -28,12 +31,12 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
 from grpo.learner.learner import Learner
-from grpo.source.policy_source import meta_policy
 from grpo.task import table
 from policies.anatomy import anatomy
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rewards.config.options import load
+from rollout.backends.vllm.settings import KV_CACHE_BYTES
 from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
 from rollout.worker import Worker
@@ -116,14 +119,11 @@ def test_a_rank_holds_its_share(layout, cut):
     given = Shares.of(ParallelOptions(**layout))
     assert {part: weight.numel() / given.held(names[part], weight) for part in cut} == cut
     assert given.held("trunk.a.lora_A.default.weight", weight) == weight.numel()
+    assert Shares(fsdp=2).held("trunk.model.norm.weight", torch.empty(33)) == 17  # rounded up
+    assert Shares.of(ParallelOptions(fsdp=1), 3) == Shares(replicate=3)  # whole copies
     ranks = given.ranks
     with pytest.raises(ValueError, match=f"and there are {ranks + 1}"):
         Shares.of(ParallelOptions(**{"fsdp": given.fsdp} | layout), ranks + 1)
-
-
-def test_a_row_that_cannot_be_halved_is_rounded_up():
-    assert Shares.of(ParallelOptions(fsdp=1), 3) == Shares(replicate=3)  # whole copies
-    assert Shares(fsdp=2).held("trunk.model.norm.weight", torch.empty(33)) == 17
 
 
 def test_what_is_shared_shrinks_and_what_is_gathered_stays(random_policy):
@@ -257,15 +257,11 @@ def test_layers_with_a_window_keep_as_many_entries(hf_policy):
 
 
 def test_a_micro_batch_has_one_completion_at_least(random_policy):
-    shape = random_policy().config
-    given = {"rollout.max_completion_tokens": 4096}
-    plans = [
-        MemoryOfRun(
-            shape, True, options(TrainConfig, torch.float32, **given, **{"learner.tokens_per_micro_batch": size})
-        )
-        for size in (512, 4096)
-    ]
-    assert plans[0].learner().activations == plans[1].learner().activations
+    found = []
+    for size in (512, 4096):
+        given = {"rollout.max_completion_tokens": 4096, "learner.tokens_per_micro_batch": size}
+        found.append(MemoryOfRun(random_policy().config, True, options(TrainConfig, **given)).learner().activations)
+    assert found[0] == found[1]
 
 
 def saved_for_backward(policy: Policy, tokens: int) -> int:
@@ -311,20 +307,14 @@ def test_what_samples_ahead_is_a_worker_with_a_copy_of_its_own(random_policy):
     older, _ = MemoryOfRun(shape, True, options(TrainConfig, **{"rollout.ahead": 2})).devices()
     trained = sum(p.numel() for p in random_policy().parameters())
     assert 4 * trained == older.older == older.peak - learner.peak
-
-
-@pytest.mark.parametrize(
-    ("given", "samplers"),
-    [
+    for given, samplers in (
         ({}, 0),
         ({"ahead": 1}, 1),
         ({"ahead": 2}, 1),
         ({"ahead": 1, "workers": 3}, 3),
         ({"ahead": 1, "backend": "vllm"}, 0),
-    ],
-)
-def test_the_ray_workers_of_a_run(given, samplers):
-    assert RolloutOptions(**given).samplers == samplers
+    ):
+        assert RolloutOptions(**given).samplers == samplers
 
 
 def test_each_kind_of_device_has_a_column(random_policy):
@@ -336,24 +326,14 @@ def test_each_kind_of_device_has_a_column(random_policy):
     assert learner.sampler == learner.rollout == worker.weights == worker.moments == 0
     (alone,) = MemoryOfRun(shape, True, options(SftConfig)).devices()
     assert (alone.sampler, alone.publication) == (0, 0)
+    (taught,) = MemoryOfRun(shape, True, options(MtpConfig)).devices()
+    head = sum(p.numel() for p in random_policy().mtp.parameters())
+    assert (taught.gradients, taught.moments, taught.masters) == (4 * head, 8 * head, 0)
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(memory_table.table([warm, learner, worker]))
     shown = console.export_text()
     assert "each of 4 workers" in shown
     assert "reference" not in shown
-
-
-def test_teaching_a_head_trains_the_head_alone(random_policy):
-    policy = random_policy()
-    (device,) = MemoryOfRun(policy.config, True, options(MtpConfig)).devices()
-    assert policy.mtp is not None
-    head = sum(p.numel() for p in policy.mtp.parameters())
-    assert (device.gradients, device.moments, device.masters) == (4 * head, 8 * head, 0)
-
-
-def test_nothing_is_allocated(random_policy):
-    policy = meta_policy(random_policy().config, True, torch.bfloat16)
-    assert {tensor.device.type for tensor in tensors_of(policy)} == {"meta"}
 
 
 def test_docstring_examples():
@@ -428,14 +408,138 @@ def test_moonlights_tokenizer_is_converted_without_running_its_code(tmp_path, mo
     monkeypatch.setattr("sys.argv", ["moonlight_tokenizer.py", str(tmp_path)])
     runpy.run_path(str(GPUS / "moonlight_tokenizer.py"), run_name="__main__")
     tokenizer = read_tokenizer(tmp_path)
-    assert tokenizer.encode("Hello 123<|im_end|>") == [
-        72,
-        257,
-        111,
-        258,
-        50,
-        51,
-        263,
-    ]  # H|ello| 123: " 1" merges before "12"
+    ids = [72, 257, 111, 258, 50, 51, 263]  # H|ello| 123: " 1" merges before "12"
+    assert tokenizer.encode("Hello 123<|im_end|>") == ids
     assert (len(tokenizer), tokenizer.eos_token_id) == (266, 263)
     assert tokenizer.decode([265]) == "<|reserved_token_265|>"
+
+
+ANY = float("inf")
+
+
+def planned(kind: type = TrainConfig, **given):
+    return load(kind, None, {"output_dir": "x", **given})
+
+
+def placed(ranks: int, workers: int, gpus: float = ANY, **given) -> list[tuple[str, int, int]]:
+    """(name, how many, GiB while sampling) of devices, where a learner holds 10 and a worker 3."""
+    learner = DeviceMemory(f"each of {ranks} ranks", ranks, weights=10)
+    worker = DeviceMemory("a worker", workers, sampler=2, rollout=1)
+    config = planned(**{"rollout.workers": workers} | given)
+    return [(it.name, it.count, it.phases["sampling"]) for it in on_devices(learner, worker, config, gpus)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "gpus", "given", "expected"),
+    [  # GPUs of their own as Ray packs them
+        (2, 4, ANY, {}, [("each of 2 ranks", 2, 10), ("each of 4 workers", 4, 3)]),
+        (1, 1, ANY, {}, [("each of 1 ranks", 1, 10), ("the worker", 1, 3)]),
+        (2, 4, 0, {}, [("each of 2 ranks", 2, 10), ("a worker", 4, 3)]),  # on CPUs
+        # beside a learner, where there are no others
+        (16, 16, 16, {}, [("each of 16 ranks and worker, in turn", 16, 13)]),
+        (2, 1, 2, {}, [("one rank and worker, in turn", 1, 13), ("the other rank", 1, 10)]),
+        (1, 1, 1, {}, [("learner and worker, in turn", 1, 13)]),
+        (1, 1, 2, {}, [("each of 1 ranks", 1, 10), ("the worker", 1, 3)]),
+        # by Ray each rank has a whole GPU, and the workers others
+        (2, 5, 2, {"learner.workers": 2}, [("each of 2 ranks", 2, 10), ("each of 5 workers", 5, 3)]),
+        (1, 1, 1, {"rollout.ahead": 1}, [("each of 1 ranks", 1, 10), ("a worker, on CPUs", 1, 3)]),
+    ],
+)
+def test_where_workers_are(ranks, workers, gpus, given, expected):
+    assert placed(ranks, workers, gpus, **given) == expected
+
+
+def test_who_is_away_holds_nothing_while_the_learner_works():
+    learner = DeviceMemory("a", weights=10, activations=7)
+    worker = DeviceMemory("b", sampler=4, derived=2, rollout=3)
+    both = learner.beside(worker, "both", in_turn=True)
+    assert (both.phases["sampling"], both.phases["learning"], both.phases["saving"]) == (19, 17, 16)
+    assert learner.beside(worker, "both", in_turn=False).phases["learning"] == 23
+
+
+def test_a_plan_of_workers_beside_a_learner_is_the_sum_of_both(random_policy):
+    shape, given = random_policy().config, {"rollout.workers": 1}
+    [both] = MemoryOfRun(shape, True, planned(**given)).devices(1)
+    learner, worker = MemoryOfRun(shape, True, planned(**given)).devices(2)
+    assert both.phases["sampling"] == learner.phases["sampling"] + worker.phases["sampling"]
+    assert both.phases["learning"] == learner.phases["learning"]
+    assert both.host == learner.host + worker.host
+    assert worker.host == learner.host > 0
+
+
+def test_what_else_was_in_no_plan(random_policy):
+    """vLLM, whose copy is its own."""
+    shape = random_policy().config
+    [own], [vllm] = (MemoryOfRun(shape, True, planned(**more)).devices() for more in ({}, {"rollout.backend": "vllm"}))
+    assert own.sampler == 0 < vllm.sampler
+    assert vllm.rollout == KV_CACHE_BYTES
+    [elsewhere] = MemoryOfRun(
+        shape, True, planned(**{"rollout.backend": "vllm", "rollout.vllm.url": "http://a:1"})
+    ).devices()
+    assert elsewhere.sampler == elsewhere.rollout == 0
+
+
+def test_vllm_has_a_gpu_of_its_own_where_there_is_one_and_sleeps_elsewhere(random_policy):
+    memory = MemoryOfRun(random_policy().config, True, planned(**{"rollout.backend": "vllm"}))
+    assert [device.name for device in memory.devices(2)] == ["learner", "vLLM"]
+    [both] = memory.devices(1)
+    assert both.in_turn
+    ahead = {"rollout.backend": "vllm", "rollout.ahead": 1}
+    [both] = MemoryOfRun(random_policy().config, True, planned(**ahead)).devices(1)
+    assert not both.in_turn
+
+
+def advice(shape, config, gib: float, gpus: float = ANY) -> str:
+    there = machine.Memory("memory", gib * machine.GIB, gib * machine.GIB, gpus)
+    search = LessMemory(config, lambda other: there.used(MemoryOfRun(shape, True, other).devices(gpus)), gpus)
+    return search.words()
+
+
+def recommended(said: str) -> dict[str, str]:
+    return dict(re.findall(r"([a-z_.]+): ([\w.]+)", said))
+
+
+def test_what_is_recommended_makes_it_fit_and_is_not_set_yet(random_policy):
+    shape = random_policy(hidden_size=128).config
+    set_already = {"learner.gradient_checkpointing": True, "dtype": "bfloat16", "rollout.workers": 1}
+    config = planned(**set_already, **{"learner.tokens_per_micro_batch": 8192})
+    there = machine.Memory("", machine.GIB, 0, ANY)
+    full = there.used(MemoryOfRun(shape, True, config).devices(ANY)) * (1 - machine.SPARE)  # GiB
+    said = advice(shape, config, full)  # a fifth too little
+    assert said.startswith("it fits with ")
+    assert not recommended(said).keys() & set_already.keys()
+    for key, value in recommended(said).items():
+        changed = load(TrainConfig, None, {"output_dir": "x", **set_already, key: value})
+        size = there.used(MemoryOfRun(shape, True, changed).devices(ANY)) * (1 - machine.SPARE)
+        assert size <= full * (1 - machine.SPARE), key
+
+
+@pytest.mark.slow
+def test_what_fits_only_together_is_named_together_and_what_cannot_fit_is_said(random_policy):
+    shape = random_policy(hidden_size=128).config
+    config = planned(**{"rollout.workers": 1, "rollout.max_completion_tokens": 64})
+    several = advice(shape, config, 0.18)
+    assert several.endswith(" together")
+    assert len(recommended(several)) > 1
+    least = advice(shape, config, 1e-6)
+    assert least.startswith("no option makes it fit, even with ")
+    assert least.endswith("use larger devices or a smaller model")
+    on_cpus = advice(shape, config, 0.9, gpus=0)  # two processes
+    assert "learner.workers" not in on_cpus
+
+
+def test_a_supervised_run_has_no_samplers_and_nothing_in_main_memory_besides_its_learner(random_policy):
+    shape, config = random_policy().config, planned(SftConfig)
+    assert MemoryOfRun(shape, True, config).devices()[0].host == 0
+    assert "rollout.workers" not in advice(shape, config, 1e-6)
+
+
+@pytest.mark.parametrize(("gib", "code"), [pytest.param(16, 0, marks=pytest.mark.slow), (0.01, 1)])
+def test_a_run_that_does_not_fit_has_an_exit_code(micro_config, tmp_path, capsys, gib, code):
+    config = micro_config(tmp_path / "r")
+    words = ["train", "--model", config.model, "--output_dir", str(tmp_path / "r"), "--data.task_options.levels", "[1]"]
+    words += ["--rollout.max_completion_tokens", "16"]
+    assert main([*words, "--dry_run", "--device_gib", str(gib)]) == code
+    shown = capsys.readouterr().out
+    assert ("DOES NOT FIT" in shown) == bool(code)
+    assert "main memory: about" in shown

@@ -17,6 +17,7 @@ from grpo.config.run import TrainConfig
 from grpo.run.stop import Stopped
 from policies.cut import cut
 from rewards.config.options import load
+from rollout.group import Prompt
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -98,19 +99,12 @@ def test_a_run_of_several_sources_is_rehearsed(bare_model, tmp_path):
     assert len(result.steps) == 2
 
 
-@pytest.mark.usefixtures("no_steps")
-def test_a_tool_may_take_one_type_or_another(bare_model, tmp_path):
-    (tmp_path / "tools.py").write_text(LOOK_UP.replace("name: str", "name: int | str").replace("{}[name]", "str(name)"))
-    result = rehearse(_config(bare_model, tmp_path, tools=[f"{tmp_path}/tools.py:look_up"]))
-    assert "raised 0 of 3" in result.facts["tools"]["look_up"]
-
-
-@pytest.mark.usefixtures("no_steps")
 @pytest.mark.parametrize(("prompts", "late"), [(32, True), (4, False)])
-def test_a_slow_reward_ends_nothing_and_matters_for_large_batches(bare_model, tmp_path, monkeypatch, prompts, late):
-    monkeypatch.setattr(module, "try_functions", lambda *_: (0.025, 0.025))
-    given = {"prompts_per_step": prompts, "rollout.group_size": 8}
-    found = [each for each in rehearse(_config(bare_model, tmp_path, **given)).findings if "batch takes" in each.what]
+def test_a_slow_reward_ends_nothing_and_matters_for_large_batches(bare_model, tmp_path, prompts, late):
+    result = Rehearsal("tiny")
+    config = _config(bare_model, tmp_path, **{"prompts_per_step": prompts, "rollout.group_size": 8})
+    module.look_at_time(result, config, (1000, 1000), [Prompt("a", "", [1] * 20)], (0.025, 0.025))
+    found = [each for each in result.findings if "batch takes" in each.what]
     assert [each.effect for each in found] == ["warns"] * late
 
 
@@ -205,11 +199,14 @@ def test_a_template_that_is_applied_twice_and_a_model_that_thinks(chat_model, tm
 
 
 def test_a_sentence_that_is_said_twice_and_a_tool_that_always_raises(bare_model, tmp_path, no_steps):
-    (tmp_path / "own_tools.py").write_text(LOOK_UP)
+    file = tmp_path / "own_tools.py"
+    either = LOOK_UP.replace("look_up(name: str", "say(name: int | str").replace("{}[name]", "str(name)")
+    file.write_text(LOOK_UP + either)
     said = "Write the number after four hashes."
-    options = {"tools": [f"{tmp_path / 'own_tools.py'}:look_up"], "data.template": f"{said} {{question}} {said}\n"}
-    found = rehearse(_config(bare_model, tmp_path, **options)).findings
-    lines = [f"{finding.effect} {finding.key}: {finding.what}" for finding in found]
+    options = {"tools": [f"{file}:look_up", f"{file}:say"], "data.template": f"{said} {{question}} {said}\n"}
+    result = rehearse(_config(bare_model, tmp_path, **options))
+    assert "raised 0 of 3" in result.facts["tools"]["say"]
+    lines = [f"{finding.effect} {finding.key}: {finding.what}" for finding in result.findings]
     assert f"warns data.template: every prompt says twice '{said}'" in lines
     assert any(line.startswith("warns tools: look_up raised at every one of 3 calls: {'error': ") for line in lines)
 
@@ -222,16 +219,17 @@ def test_a_message_names_its_option():
 
 
 def test_the_command_prints_the_worst_last_and_ends_with_1(bare_model, tmp_path, no_steps, capsys):
-    words = [
-        "rehearse",
-        "--model",
-        str(bare_model),
-        "--output_dir",
-        str(tmp_path / "run"),
+    words = ["rehearse", "--model", str(bare_model), "--output_dir", str(tmp_path / "run")]
+    words += [
         "--data.task_options.levels",
         "[1]",
+        "--data.limit",
+        "60",
+        "--rollout.max_completion_tokens",
+        "8",
+        "--json",
+        str(tmp_path / "out.json"),
     ]
-    words += ["--data.limit", "60", "--rollout.max_completion_tokens", "8", "--json", str(tmp_path / "out.json")]
     assert main(words) == 1
     shown = capsys.readouterr().out
     assert "spoils  rollout.max_completion_tokens: " in shown.splitlines()[-3]

@@ -32,33 +32,32 @@ def _sampled(config: SampleConfig, path: Path) -> Sampled:
 
 
 def test_prompts_are_lines_of_json(tmp_path):
-    path = _write(
-        tmp_path / "mine.jsonl", '{"prompt": "2 + 3 = ?", "topic": "sums"}', "", '{"prompt": "Grüße\\u2028!"}'
-    )
+    row = {"prompt": "2 + 3 = ?", "topic": "sums"}
+    path = _write(tmp_path / "mine.jsonl", json.dumps(row), "", '{"prompt": "Grüße\\u2028!"}')
     first, second = read_prompts(path)
-    assert (first.example_id, first.question, first.columns) == (
-        "line 1",
-        "2 + 3 = ?",
-        {"prompt": "2 + 3 = ?", "topic": "sums"},
-    )
+    assert (first.example_id, first.question, first.columns) == ("line 1", "2 + 3 = ?", row)
     assert (second.example_id, second.question) == ("line 3", "Grüße\u2028!")
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("text", "message"),
     [
-        ((), r"bad.jsonl holds no prompts; write one \{\"prompt\": ...\} a line"),
-        (('{"prompt": "a"}', '{"prompt": "b'), r"bad.jsonl, line 2: not JSON"),
-        (('{"promt": "a"}',), r'bad.jsonl, line 1: expected \{"prompt": "some text"\}, got \{"promt": "a"\}'),
-        (('{"prompt": 3}',), "line 1: expected"),
-        (('{"prompt": ""}',), "line 1: expected"),
-        (('["a"]',), "line 1: expected"),
-        (("2 + 3 = ?",), "line 1: not JSON"),
+        ("", r"bad.jsonl holds no prompts; write one \{\"prompt\": ...\} a line"),
+        ('{"prompt": "a"}\n{"prompt": "b\n', r"bad.jsonl, line 2: not JSON"),
+        ('{"promt": "a"}\n', r'bad.jsonl, line 1: expected \{"prompt": "some text"\}, got \{"promt": "a"\}'),
+        ('{"prompt": 3}', "line 1: expected"),
+        ('{"prompt": ""}', "line 1: expected"),
+        ('["a"]', "line 1: expected"),
+        ("2 + 3 = ?", "line 1: not JSON"),
+        ('{"prompt": "\xff"}', "bad.jsonl"),  # as it is encoded below, it is no text
+        (None, "bad.jsonl: there is no such file"),
     ],
 )
-def test_bad_prompts_are_named_by_file_and_line(tmp_path, lines, message):
+def test_bad_prompts_are_named_by_file_and_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "bad.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
-        read_prompts(_write(tmp_path / "bad.jsonl", *lines))
+        read_prompts(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.slow
@@ -69,36 +68,6 @@ def test_a_completion_ends_at_a_stop_string(model, tmp_path):
     [cut] = _groups(model, path, stop=stop)
     for one, other in zip(whole["completions"], cut["completions"], strict=True):
         assert other["text"] == one["text"].split(stop)[0]
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.jsonl: there is no such file"):
-        read_prompts(tmp_path / "nowhere.jsonl")
-
-
-def test_a_file_that_is_not_text_is_named(tmp_path):
-    (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
-    with pytest.raises(ValueError, match="bad.jsonl"):
-        read_prompts(tmp_path / "bad.jsonl")
-
-
-def test_groups_have_the_documented_form(model, tmp_path):
-    path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}', '{"prompt": "How many?"}')
-    groups = _groups(model, path, **{"rollout.draft_tokens": 2})
-    assert [group["prompt"] for group in groups] == ["Tom has 5 pens. ", "How many?"]
-    for group in groups:
-        assert list(group) == ["prompt", "completions"]
-        assert len(group["completions"]) == 3
-        for completion in group["completions"]:
-            assert list(completion) == ["text", "token_ids", "logprobs", "finish_reason", "draft"]
-            assert len(completion["token_ids"]) == len(completion["logprobs"]) <= 12
-            assert max(completion["logprobs"]) <= 0
-            assert completion["finish_reason"] in ("stop", "length")
-            draft = completion["draft"]
-            counts = ["target_forwards", "drafted", "accepted", "fallbacks", "depths"]
-            assert list(draft) == [*counts, "cost", "plain_cost"]
-            assert len(draft["drafted"]) == len(draft["accepted"]) == 2
-    assert json.loads(json.dumps(groups, allow_nan=False)) == groups
 
 
 @pytest.mark.slow
@@ -146,22 +115,16 @@ def test_contract_2_logprobs_are_those_of_the_stock_model(model, tmp_path):
         torch.testing.assert_close(torch.tensor(completion["logprobs"]), expected, rtol=0, atol=1e-4)
 
 
-def test_a_template_goes_around_the_prompt_and_the_prompt_is_reported_as_given(model, tmp_path):
-    path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?", "name": "Ann"}')
-    config = load(
-        SampleConfig,
-        None,
-        {"model": model, "threads": 1, "data.template": "{name}: {prompt}\n", "rollout.max_completion_tokens": 4},
-    )
-    [group] = _sampled(config, path).groups
-    assert group.prompt.text == "Ann: 2 + 3 = ?\n"
-    assert groups_as_json([group])[0]["prompt"] == "2 + 3 = ?"
-
-
 def test_prompts_that_cannot_be_continued_are_refused(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", json.dumps({"prompt": "pens " * 300}))
     with pytest.raises(RolloutError, match=r"prompt 'line 1' has \d+ tokens; .*passes the context of 256"):
         _groups(model, path)
+    both = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}', json.dumps({"prompt": "pens " * 300}))
+    sampled = _sampled(
+        load(SampleConfig, None, {"model": model, "threads": 1, "rollout.max_completion_tokens": 4}), both
+    )
+    assert [group.prompt.prompt_id for group in sampled.groups] == ["line 1"]
+    assert sampled.faults.startswith("prompt 'line 2' has ")
     path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}')
     with pytest.raises(ValueError, match=r"asks for \{prom\}; the columns are"):
         _groups(model, path, **{"data.template": "{prom}"})
@@ -169,17 +132,11 @@ def test_prompts_that_cannot_be_continued_are_refused(model, tmp_path):
         _groups(model, path, **{"data.template": "chat"})
 
 
-def test_a_prompt_that_cannot_be_continued_costs_no_other_one(model, tmp_path):
-    path = _write(tmp_path / "p.jsonl", '{"prompt": "2 + 3 = ?"}', json.dumps({"prompt": "pens " * 300}))
-    options = {"model": model, "threads": 1, "samples": 3, "rollout.max_completion_tokens": 12}
-    sampled = _sampled(load(SampleConfig, None, options), path)
-    assert [group.prompt.prompt_id for group in sampled.groups] == ["line 1"]
-    assert sampled.faults.startswith("prompt 'line 2' has ")
-
-
 def test_margin_is_counted_and_named(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}')
     [group] = _groups(model, path, **{"rollout.margin": 1e9, "rollout.draft_tokens": 2})
+    assert json.loads(json.dumps(group, allow_nan=False)) == group
+    assert all(len(c["draft"]["drafted"]) == len(c["draft"]["accepted"]) == 2 for c in group["completions"])
     assert all(c["draft"]["fallbacks"] >= c["draft"]["target_forwards"] - 1 for c in group["completions"])
     with pytest.raises(RolloutError, match="accept=margin takes drafts unverified, but there are none"):
         _groups(model, path, **{"rollout.margin": 2.0, "rollout.draft_tokens": 0})
@@ -230,9 +187,10 @@ def test_a_prompt_looks_as_the_run_was_trained_on(run, tmp_path, monkeypatch, ca
 
 def test_a_template_of_the_command_line_wins_over_the_runs(run, tmp_path, monkeypatch):
     texts = _texts(monkeypatch)
-    words = ["--prompt", "2 + 3 = ", "--data.template", "{prompt}", "--data.few_shot", "0"]
-    _sample(run[0], *words, out=tmp_path / "out.json")
-    assert texts == ["2 + 3 = "]
+    words = ["--prompt", "2 + 3 = ", "--data.template", "Sum: {prompt}", "--data.few_shot", "0"]
+    [group] = _sample(run[0], *words, out=tmp_path / "new/folder/out.json")
+    assert texts == ["Sum: 2 + 3 = "]
+    assert group["prompt"] == "2 + 3 = "  # as it was given
 
 
 @pytest.mark.slow
@@ -255,22 +213,16 @@ def test_prompts_come_from_the_command_line_and_standard_input(model, tmp_path, 
     assert [group["prompt"] for group in groups] == ["Tom has", "-3 + 5 =", "Ann has", "2 + 3 =", "7 pens"]
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_standard_input_or_a_command_without_prompts_is_refused(model, monkeypatch, capsys):
+    for given, message in (
         (b"\n\n", "standard input holds no prompts"),
         (b"\xff\n", "standard input is not UTF-8 text"),
         (b'a\n{"prompt": \n', "standard input, line 2: not JSON"),
         (b'{"promt": "a"}\n', "standard input, line 1: expected"),
-    ],
-)
-def test_standard_input_without_prompts_is_named(model, monkeypatch, capsys, given, message):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
-    assert main(["sample", model, "--prompts", "-"]) == 1
-    assert message in capsys.readouterr().err
-
-
-def test_an_empty_prompt_and_no_prompt_are_refused(model, capsys):
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        assert main(["sample", model, "--prompts", "-"]) == 1
+        assert message in capsys.readouterr().err
     assert main(["sample", model, "--prompt", ""]) == 1
     assert '--prompt "": is empty' in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -135,13 +135,9 @@ def test_the_table_of_evaluations_fits_a_terminal_and_says_what_it_counts(shown)
     for name in ("correct", "accuracy (95 %)", "tokens/forward", "tokens/s"):
         assert name in heading  # each in one piece, on one line
     assert "no mark" not in text
-
-
-def test_completions_without_a_mark_are_seen(shown):
     failure = RewardFailure("mine", "a", 0, "timeout", "no result after 10 s")
-    summary.evaluations(
-        {"sampled": replace(RESULT, without_mark=2, failures=[failure]), "greedy": replace(RESULT, without_mark=1)}
-    )
+    unmarked = replace(RESULT, without_mark=2, failures=[failure])
+    summary.evaluations({"sampled": unmarked, "greedy": replace(RESULT, without_mark=1)})
     assert "3 more completions have no mark; rewards failed 1 times" in shown.export_text()
 
 
@@ -183,31 +179,12 @@ def test_the_summary_says_that_only_training_gained_and_what_the_decay_may_accou
 
 
 @pytest.mark.parametrize("given", [{"steps": 5}, {"after": 0.7}])
-def test_the_summary_says_nothing_of_a_gain_that_needs_no_word(shown, tmp_path, given):
+def test_the_summary_says_nothing_of_a_gain_that_needs_no_word_and_survives_a_damaged_record(shown, tmp_path, given):
     summary.summary(Result(_gains(tmp_path, **given, warm_schedule="linear"), None, {}))
     assert "went from" not in shown.export_text()
-
-
-def test_the_end_of_a_run_survives_a_damaged_record(shown, tmp_path):
-    (_gains(tmp_path) / "held_out.jsonl").write_text("{}\n")
+    (tmp_path / "held_out.jsonl").write_text("{}\n")
     summary.summary(Result(tmp_path, None, {}))
     assert "not known" in shown.export_text()
-
-
-@pytest.mark.parametrize(("schedule", "is_told"), [("constant", True), ("linear", False)])
-def test_the_plan_says_where_the_rate_decays_first(shown, micro_config, tmp_path, schedule, is_told):
-    shown.width = 200
-    given = {"warm_start.schedule": schedule, "learner.schedule": "linear", "eval.limit": 0}
-    rows = _dry_run(shown, micro_config(tmp_path / "r", **given))
-    assert ("first decay of the rate" in rows) == is_told
-    assert not is_told or "warm_start.schedule: linear" in rows["first decay of the rate"]
-
-
-def test_a_long_path_is_not_broken_into_lines(shown, tmp_path):
-    folder = tmp_path / ("a-long-name-" * 8)
-    folder.mkdir()
-    summary.summary(Result(folder, None, {}))
-    assert str(folder) in shown.export_text()
 
 
 def _dry_run(shown: Console, config) -> dict[str, str]:
@@ -216,10 +193,12 @@ def _dry_run(shown: Console, config) -> dict[str, str]:
     return dict(cells)
 
 
-def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_config, tmp_path):
-    shown.width = 160
+def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_config, micro_preset, tmp_path):
+    shown.width = 200
     given = {"eval.limit": 7, "steps": 5, "learner.updates_per_batch": 2, "rollout.group_size": 3}
+    given |= {"warm_start.schedule": "constant", "learner.schedule": "linear"}
     rows = _dry_run(shown, micro_config(tmp_path / "r", **given))
+    assert "warm_start.schedule: linear" in rows["first decay of the rate"]
     assert rows["training examples"] == "24 (word_problems, train)"
     assert rows["held-out examples"] == "7"
     assert rows["warm start"] == "3 steps × 4 examples"
@@ -230,13 +209,19 @@ def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_co
     assert rows["completions in all"] == "60"
     assert {"weights", "AdamW moments", "at most, about", "disk: checkpoints", "disk: policies"} <= rows.keys()
     assert rows["disk: checkpoints"].endswith("(5 kept)")  # every step, keep: null
+    given = {"model": micro_preset, "output_dir": tmp_path / "r", "data.task_options.levels": [1]}
+    rows = _dry_run(shown, load(SftConfig, None, given))
+    assert rows["warm start"] == "200 steps × 16 examples"
+    assert "steps" not in rows
     assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_config, micro_policy, tmp_path):
     """Against a real learner; the estimate's vocabulary is the preset's. The MTP head is saved beside the adapters."""
     shown.width = 160
-    rows = _dry_run(shown, micro_config(tmp_path / "r", **{"lora.rank": 4, "steps": 7, "checkpoint.every": 3}))
+    given = {"warm_start.schedule": "linear", "learner.schedule": "linear"}
+    rows = _dry_run(shown, micro_config(tmp_path / "r", **{"lora.rank": 4, "steps": 7, "checkpoint.every": 3} | given))
+    assert "first decay of the rate" not in rows
     policy = micro_policy(0)
     total = sum(p.numel() for p in policy.trunk.parameters()) + 2 * 32 * (VOCABULARY - len(policy.tokenizer))
     policy.add_lora(4, 8.0)
@@ -247,16 +232,6 @@ def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_confi
     assert rows["parameters"] == f"{total / 1e6:,.1f} M, trained {adapters / 1e6:,.1f} M ({adapters / total:.1%})"
     saved = adapters + sum(p.numel() for p in policy.mtp.parameters())
     assert rows["disk: checkpoints"] == f"{3 * 12 * saved / 2**20:,.1f} MiB (3 kept)"
-
-
-def test_a_dry_run_of_a_supervised_run(shown, micro_preset, tmp_path):
-    config = load(
-        SftConfig, None, {"model": micro_preset, "output_dir": tmp_path / "r", "data.task_options.levels": [1]}
-    )
-    rows = _dry_run(shown, config)
-    assert rows["warm start"] == "200 steps × 16 examples"
-    assert "steps" not in rows
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -293,12 +268,13 @@ def test_a_dry_run_refuses_the_output_folder_that_a_run_would(shown, micro_confi
 
 
 def test_a_dry_run_of_a_resume_is_that_of_the_run_that_goes_on(shown, micro_config, tmp_path):
-    train(micro_config(tmp_path / "r", steps=1))
-    summary.dry_run(micro_config(tmp_path / "r", steps=1), resume="auto")
+    given = {"steps": 1, "warm_start.steps": 0}
+    train(micro_config(tmp_path / "r", **given))
+    summary.dry_run(micro_config(tmp_path / "r", **given), resume="auto")
     with pytest.raises(ValueError, match="prompts_per_step: 4 then, 3 now"):
-        summary.dry_run(micro_config(tmp_path / "r", steps=1, prompts_per_step=3), resume="auto")
+        summary.dry_run(micro_config(tmp_path / "r", **given, prompts_per_step=3), resume="auto")
     with pytest.raises(FileExistsError, match="already holds a run"):
-        summary.dry_run(micro_config(tmp_path / "r", steps=1))
+        summary.dry_run(micro_config(tmp_path / "r", **given))
 
 
 def test_the_disk_has_room_for_the_best_and_for_a_warm_start(micro_config, tmp_path):
@@ -382,10 +358,9 @@ def test_the_limit_of_a_container_is_this_machines_memory(tmp_path, monkeypatch)
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(machine, "LIMITS", (str(limit), str(tmp_path / "none")))
     whole, _ = machine.main_memory()
-    limit.write_text("max\n")
-    assert machine.main_memory()[0] == whole
-    limit.write_text(f"{2**28}\n")
-    assert machine.main_memory()[0] == 2**28 >= machine.main_memory()[1]
+    for text, size in (("max", whole), (f"{2**28}", 2**28)):
+        limit.write_text(f"{text}\n")
+        assert machine.main_memory()[0] == size >= machine.main_memory()[1]
 
 
 def test_a_result_shows_its_folder_and_the_accuracies(tmp_path):

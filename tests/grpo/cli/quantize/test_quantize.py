@@ -1,6 +1,7 @@
 """`quartet quantize`: the files that it writes, what reads them, its report, and what is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,30 +159,25 @@ def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch, capfd
     said = refused(capfd, source, str(tmp_path / "out"), "--calibrate", "word_problems")
     assert "pip install 'quartet-rl[quantize]'" in said
     assert not (tmp_path / "out").exists()
-
-
-def test_packed_weights_name_what_they_need(monkeypatch):
     monkeypatch.setattr(packed, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"model='some' holds quantised weights.*quartet-rl\[quantize\]"):
         packed.loading("some")
 
 
-@pytest.mark.parametrize(
-    ("given", "why"),
-    [
+def test_packed_weights_that_would_be_read_as_others_are_refused():
+    """transformers drops what it does not multiply out, silently."""
+    symmetric = {"weights": {"symmetric": True}}
+    few = symmetric | {"input_activations": {"num_bits": 8}}
+    for given, why in (
         ({"format": "int-quantized"}, "format='int-quantized', and pack-quantized alone is read"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is set"),
-        ({"config_groups": {"a": {"weights": {"symmetric": True}, "input_activations": {}}, "b": {
-            "weights": {"symmetric": True}, "input_activations": {"num_bits": 8}}}}, "activations have few bits"),
+        ({"config_groups": {"a": symmetric | {"input_activations": {}}, "b": few}}, "activations have few bits"),
         ({"config_groups": {"a": {"weights": {"symmetric": False}}}}, "zero points of routed experts"),
-    ],
-)  # fmt: skip
-def test_packed_weights_that_would_be_read_as_others_are_refused(given, why):
-    """transformers drops what it does not multiply out, silently."""
-    for shape in (DeepseekV3Config, LlamaConfig):
-        assert packed.unreadable(shape(quantization_config=PACKED)) is None
-        config = shape(quantization_config=PACKED | given)
-        assert any(why in fault for fault in contradictions(config))
+    ):
+        for shape in (DeepseekV3Config, LlamaConfig):
+            assert packed.unreadable(shape(quantization_config=PACKED)) is None
+            config = shape(quantization_config=PACKED | given)
+            assert any(why in fault for fault in contradictions(config))
 
 
 @pytest.mark.usefixtures("without_packages")
@@ -221,16 +217,12 @@ def without_packages(monkeypatch) -> None:
 @pytest.mark.usefixtures("without_packages")
 def test_evaluation_data_and_a_quantised_source_are_refused(capfd, source, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "2 + 3 = ?", "answer": "5"}) + "\n")
-    said = refused(capfd, source, str(tmp_path / "out"), "--calibrate", str(tmp_path / "test.jsonl"))
-    assert "is for evaluation and must not be trained on" in said
     (tmp_path / "test.txt").write_text("2 + 3 = 5\n" * 4000)
-    said = refused(capfd, source, str(tmp_path / "out"), "--calibrate", str(tmp_path / "test.txt"))
-    assert "is for evaluation and must not be trained on" in said
+    for name in ("test.jsonl", "test.txt"):
+        said = refused(capfd, source, str(tmp_path / "out"), "--calibrate", str(tmp_path / name))
+        assert "is for evaluation and must not be trained on" in said
     config = json.loads((Path(source) / "config.json").read_text())
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in Path(source).iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = shutil.copytree(source, tmp_path / "copy")
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": PACKED}))
     said = refused(capfd, str(copy), str(tmp_path / "out"), "--calibrate", "word_problems")
     assert "is quantised already; name the policy that it was made from" in said

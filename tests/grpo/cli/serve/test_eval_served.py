@@ -14,6 +14,9 @@ from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.cli.parse import main
 from grpo.train import train
 from rewards.config.options import load
+from rollout.faults import RolloutError
+from rollout.group import Prompt
+from rollout.sampling import SamplingParams
 
 QUIET = Console(quiet=True)
 
@@ -21,7 +24,9 @@ QUIET = Console(quiet=True)
 @pytest.fixture(scope="module")
 def trained(micro_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "run"
-    train(micro_config(folder, **{"data.template": "Q: {question}\nA: ", "data.few_shot": 1, "eval.limit": 5}))
+    train(
+        micro_config(folder, **{"steps": 1, "data.template": "Q: {question}\nA: ", "data.few_shot": 1, "eval.limit": 5})
+    )
     return folder
 
 
@@ -37,6 +42,8 @@ def test_an_evaluation_over_http_gives_the_tokens_and_scores_of_one_in_this_proc
             evaluate_model(load(EvalConfig, None, options | {"model": address}), QUIET)
         config = load(EvalConfig, None, options | {"model": address, "api_key_file": key, "output": tmp_path / "out"})
         there = evaluate_model(config, QUIET)
+        with pytest.raises(ValueError, match="data.chat_template_kwargs=.*thinking.*shows its chat template {};"):
+            ServedPool(address, "key-of-the-test", 1, {"thinking": False})
     finally:
         server.end()
     for way in ("sampled", "greedy"):
@@ -44,7 +51,7 @@ def test_an_evaluation_over_http_gives_the_tokens_and_scores_of_one_in_this_proc
         assert ids[0] == ids[1]
         for name in ("prompts", "reward_mean", "correct", "length_mean", "clipped", "parts", "rewards_by_problem"):
             assert getattr(here.results[way], name) == getattr(there.results[way], name), name
-    assert "served as 'run': the end of the run; policy version 3; what it was trained on" in there.source.meaning
+    assert "served as 'run': the end of the run; policy version 1; what it was trained on" in there.source.meaning
     assert there.perplexity is None
     assert len((tmp_path / "out/completions.jsonl").read_text().splitlines()) == 5 * 4
 
@@ -77,10 +84,6 @@ class _Other(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_server_of_somebody_else_is_asked_for_one_completion_at_a_time():
-    from rollout.faults import RolloutError
-    from rollout.group import Prompt
-    from rollout.sampling import SamplingParams
-
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Other)
     server.seeds = []
     with serving(server):
@@ -109,9 +112,6 @@ class _Chat(_Other):
 
 
 def test_variables_of_the_chat_template_reach_a_server_of_somebody_else():
-    from rollout.group import Prompt
-    from rollout.sampling import SamplingParams
-
     prompt = Prompt("a", "2 + 2", [], {}, [{"role": "user", "content": "2 + 2"}])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Chat)
     with serving(server):
@@ -121,25 +121,12 @@ def test_variables_of_the_chat_template_reach_a_server_of_somebody_else():
             assert group.texts == [said]
 
 
-def test_other_variables_of_the_chat_template_than_our_server_has_are_refused(trained):
-    server = Running(str(trained))
-    try:
-        ServedPool(f"http://{server.address}", "", 1)
-        with pytest.raises(ValueError, match="data.chat_template_kwargs=.*thinking.*shows its chat template {};"):
-            ServedPool(f"http://{server.address}", "", 1, {"thinking": False})
-    finally:
-        server.end()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["http://127.0.0.1:1x"], "does not answer as OpenAI's API does"),
-        (["http://127.0.0.1:1"], "does not answer as OpenAI's API does"),
-        (["http://127.0.0.1:1", "--rollout.margin", "2"], "rollout.margin: the server at"),
-        (["http://127.0.0.1:1", "--api_key_file", "nowhere"], "api_key_file=nowhere: there is no such file"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_said(capsys, words, said):
-    assert main(["eval", *words, "--eval.limit", "2"]) == 1
-    assert said in capsys.readouterr().err
+def test_what_cannot_be_evaluated_is_said(capsys):
+    for address, words, said in (
+        ("http://127.0.0.1:1x", [], "does not answer as OpenAI's API does"),
+        ("http://127.0.0.1:1", [], "does not answer as OpenAI's API does"),
+        ("http://127.0.0.1:1", ["--rollout.margin", "2"], "rollout.margin: the server at"),
+        ("http://127.0.0.1:1", ["--api_key_file", "nowhere"], "api_key_file=nowhere: there is no such file"),
+    ):
+        assert main(["eval", address, *words, "--eval.limit", "2"]) == 1
+        assert said in capsys.readouterr().err

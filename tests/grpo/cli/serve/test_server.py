@@ -1,6 +1,5 @@
 """`quartet serve` as clients meet it: OpenAI's own, and those that send half a request or go away."""
 
-import asyncio
 import http.client
 import json
 import re
@@ -9,17 +8,19 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-import torch
 from serving_cases import Running, until
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.parse import main
+from grpo.cli.serve import replicas
 from grpo.cli.serve import server as serving
 from grpo.cli.serve.server import Follower, load_engine, read_key
 from grpo.endpoint import app as application
@@ -30,29 +31,6 @@ from rollout.engine import Engine
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.serving import Serving
-
-torch.set_num_threads(1)
-CHAT = (
-    "{% if tools %}tools: {{ tools | tojson }}{{ '\n' }}{% endif %}"
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<<{{ call.function.arguments.x }}={% endfor %}{{ '\n' }}{% endfor %}"
-)
-
-
-@pytest.fixture(scope="module")
-def model(random_policy, tmp_path_factory) -> str:
-    policy = random_policy(3)
-    policy.tokenizer.chat_template = CHAT
-    folder = tmp_path_factory.mktemp("policies") / "micro"
-    policy.save(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def running(model):
-    server = Running(model)
-    yield server
-    server.end()
 
 
 @pytest.fixture
@@ -79,9 +57,6 @@ def alone(engine: Engine, text: str, seed: int, sample: int = 0, limit: int = 40
     stops = tuple(engine.policy.stop_token_ids)
     params = SamplingParams(1, temperature, limit, stops, seed)
     return engine.sample([Prompt("", text, ids, first_sample=sample)], params)[0].completions[0]
-
-
-# ---- the same seed, the same tokens ----
 
 
 @pytest.mark.slow
@@ -125,11 +100,16 @@ def test_n_and_several_prompts_are_choices_in_order(running, engine):
     assert answer["usage"]["completion_tokens"] == sum(len(c["token_ids"]) for c in answer["choices"])
 
 
-def test_without_a_seed_the_answer_names_the_one_that_was_drawn(running):
+def test_an_answer_names_its_policy_and_without_a_seed_the_one_that_was_drawn(running):
     first, second = (running.complete("7 + 5 = ", seed=None, max_tokens=30) for _ in range(2))
     assert first["seed"] != second["seed"]
     again = running.complete("7 + 5 = ", seed=first["seed"], max_tokens=30)
     assert again["choices"][0]["text"] == first["choices"][0]["text"]
+    assert (again["policy_version"], again["accept"]) == (0, "exact")
+    assert again["system_fingerprint"] == "policy-version-0-exact"
+    assert again["choices"][0]["policy_version"] == 0
+    chunks = running.stream("/v1/completions", {"prompt": "1", "max_tokens": 2})
+    assert {chunk["policy_version"] for chunk in chunks} == {0}
 
 
 def test_token_ids_temperature_stop_and_limit(running, engine):
@@ -147,18 +127,6 @@ def test_token_ids_temperature_stop_and_limit(running, engine):
         ),
     ):
         assert answer == text[: text.index(stop)]
-
-
-def test_every_answer_names_its_policy(running):
-    answer = running.complete("1", max_tokens=2)
-    assert (answer["policy_version"], answer["accept"]) == (0, "exact")
-    assert answer["system_fingerprint"] == "policy-version-0-exact"
-    assert answer["choices"][0]["policy_version"] == 0
-    chunks = running.stream("/v1/completions", {"prompt": "1", "max_tokens": 2})
-    assert {chunk["policy_version"] for chunk in chunks} == {0}
-
-
-# ---- chats and log-probabilities ----
 
 
 def test_a_chat_gets_what_its_template_makes_of_messages_and_tools(running, engine):
@@ -199,9 +167,6 @@ def test_log_probabilities_are_those_of_the_sampler(running, engine):
     asked = {"model": "micro", "messages": [{"role": "user", "content": "3"}], "logprobs": True, "max_tokens": 4}
     content = running.ask("/v1/chat/completions", asked)[1]["choices"][0]["logprobs"]["content"]
     assert all(entry["logprob"] <= 0 and bytes(entry["bytes"]).decode() == entry["token"] for entry in content)
-
-
-# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
@@ -246,20 +211,17 @@ def test_a_wrong_request_gets_an_error_in_openais_form(running, body, status, pa
     assert len(error["message"]) < 400
 
 
-@pytest.mark.parametrize(
-    ("message", "said"),
-    [
+def test_a_wrong_message_is_named(running):
+    for message, said in (
         ("hello", "a message is an object"),
         ({"role": "robot", "content": "a"}, "one of system, developer"),
         ({"role": "user"}, "content is missing"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "parts of type text alone"),
         ({"role": "assistant", "tool_calls": [{"function": 3}]}, "a call of a tool is"),
-    ],
-)
-def test_a_wrong_message_is_named(running, message, said):
-    status, answer, _ = running.ask("/v1/chat/completions", {"model": "micro", "messages": [message]})
-    assert (status, answer["error"]["param"]) == (400, "messages.0")
-    assert said in answer["error"]["message"]
+    ):
+        status, answer, _ = running.ask("/v1/chat/completions", {"model": "micro", "messages": [message]})
+        assert (status, answer["error"]["param"]) == (400, "messages.0")
+        assert said in answer["error"]["message"]
 
 
 def test_other_addresses_types_and_hosts_get_errors_in_the_same_form(running):
@@ -300,23 +262,17 @@ def test_a_body_that_does_not_arrive_is_given_up(running, monkeypatch):
     assert running.complete("1", max_tokens=1)["choices"]
 
 
-# ---- clients that go away, and too many of them ----
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_row(running, slow, stream):
-    before = running.batcher.counts.cancelled
-    sent = running.begins({"stream": stream})
-    until(lambda: running.batcher.rows == 1)
-    sent.close()
-    until(lambda: running.batcher.rows == 0)
-    assert running.batcher.counts.cancelled == before + 1
-
-
-def test_too_many_requests_get_429_and_all_others_their_tokens(model, engine, slow, monkeypatch):
+def test_clients_that_go_away_free_their_rows_and_too_many_get_429(model, engine, slow, monkeypatch):
+    """All others get their tokens."""
     monkeypatch.setattr(serving, "MOST_WAITING", 2)
     server = Running(model, max_batch_size=1, **{"rollout.draft_tokens": 0})
     try:
+        for cancelled, stream in enumerate((True, False), start=1):
+            sent = server.begins({"stream": stream})
+            until(lambda: server.batcher.rows == 1)
+            sent.close()
+            until(lambda: server.batcher.rows == 0)
+            assert server.batcher.counts.cancelled == cancelled
         busy = server.begins({"max_tokens": 200})
         until(lambda: server.batcher.rows == 1)
         with ThreadPoolExecutor(2) as threads:
@@ -351,9 +307,6 @@ def test_a_fault_of_the_engine_is_told_and_the_next_request_is_served(running, m
     assert (status, answer["error"]["type"]) == (500, "server_error")
     assert "MemoryError: none left" in answer["error"]["message"]
     assert running.complete("1 + 1")["choices"]
-
-
-# ---- keys, margins, newer policies ----
 
 
 def test_another_address_needs_a_key(tmp_path, model, capsys):
@@ -432,9 +385,6 @@ def test_a_run_that_goes_on_is_followed_and_an_answer_is_of_one_policy(tmp_path,
         server.end()
 
 
-# ---- the command ----
-
-
 @pytest.mark.long
 def test_sigterm_lets_running_requests_finish(model):
     command = [
@@ -490,12 +440,30 @@ def test_openais_own_clients(running, engine):
             client.completions.create(**asked, top_p=0.5)
         assert (refused.value.param, refused.value.code) == ("top_p", "unsupported_value")
 
-    async def many() -> list[str]:
-        async with openai.AsyncOpenAI(**options) as client:
-            answers = await asyncio.gather(*(client.completions.create(**asked | {"seed": i}) for i in range(8)))
-            stream = await client.completions.create(**asked, stream=True)
-            streamed = "".join([part.choices[0].text async for part in stream])
-            return [*(answer.choices[0].text for answer in answers), streamed]
 
-    texts = [alone(engine, "9 + 1 = ", i, limit=20).text for i in range(8)]
-    assert asyncio.run(many()) == [*texts, one.text]
+class Stop(Exception):
+    pass
+
+
+def test_a_replica_builds_its_own_application_by_a_plain_function(monkeypatch):
+    """Ray Serve 2.60 takes a partial for the application, and answers every request with status 500."""
+    given: dict[str, Any] = {}
+
+    def ingress(build):
+        given["build"] = build
+        raise Stop
+
+    config = types.SimpleNamespace(HTTPOptions=lambda **_: None)
+    nothing = {name: lambda **_: None for name in ("start", "shutdown", "deployment")}
+    serve = types.SimpleNamespace(ingress=ingress, config=config, **nothing)
+    monkeypatch.setitem(sys.modules, "ray.serve", serve)
+    monkeypatch.setitem(sys.modules, "ray.serve.config", config)
+    monkeypatch.setattr("ray.serve", serve, raising=False)
+    monkeypatch.setattr(replicas, "start_ray", lambda **_: None)
+    monkeypatch.setattr(replicas, "stop_ray", lambda: None)
+    monkeypatch.setattr(replicas.signal, "signal", lambda *_: None)
+    asked = load(ServeConfig, None, {"model": "micro", "replicas": 2})
+    with pytest.raises(Stop):
+        replicas.serve_replicas(asked, lambda own, say: (own.replicas, own.threads), print)
+    assert isinstance(given["build"], types.FunctionType)
+    assert given["build"]() == 1

@@ -1,6 +1,8 @@
-"""`quartet why` against brute force: training again without a group, or with other options."""
+"""`quartet why` against brute force: training again without a group, or with other options; a run's recorded steps,
+taken again, have the bits that the run had."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,21 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from rich.console import Console
 
 from grpo.cli.parse import main
 from grpo.cli.why import explain as explaining
 from grpo.cli.why.explain import explain, read_alternative
-from grpo.cli.why.report import answer, opponents, show
-from grpo.cli.why.rewind import read_config
+from grpo.cli.why.report import answer, opponents
+from grpo.cli.why.rewind import Rewind, difference, read_config
+from grpo.learner.learner import Learner
+from grpo.learner.terms import draft_head
 from grpo.run import checkpoint
+from grpo.run.records import read_metrics
 from grpo.steps.ahead import Batches
 from grpo.task.task import Task
 from grpo.train import train
 from policies.policy import Policy
 from rewards.records import read_rollouts, rollout_path
+from rollout.depth import draft_gain
 
-OPTIONS = {"eval.limit": 8, "learner.updates_per_batch": 2, "learner.learning_rate": 3e-3}
+OPTIONS = {"eval.limit": 4, "learner.updates_per_batch": 2, "learner.learning_rate": 3e-3}
+ONE = {"steps": 1, "warm_start.steps": 0}
 TAKE = Batches.take  # as it is without a test
 # Letters as in `letters`; where the prompt is FLIPPED, the sign of the reward is wrong.
 SABOTAGE = """
@@ -96,8 +102,8 @@ def test_the_step_itself_comes_out_to_the_same_bits(run):
 @pytest.mark.parametrize("flipped", [0, pytest.param(3, marks=pytest.mark.long)])
 def test_a_flipped_reward_is_the_first_thing_named(micro_config, tmp_path, flipped):
     """Four groups of nearly one prompt and many completions: without a mistake they agree."""
-    data = [{"question": f"Tom has {i} apples.", "answer": "1"} for i in range(8)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    rows = [json.dumps({"question": f"Tom has {i} apples.", "answer": "1"}) for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
     options = {
         "data.name": str(tmp_path / "data.jsonl"),
         "data.limit": None,
@@ -153,7 +159,7 @@ def test_one_group_token_by_token(run, capsys):
 
 
 def test_a_run_without_held_out_problems_is_measured_by_problems_that_the_step_did_not_draw(micro_config, tmp_path):
-    train(micro_config(tmp_path / "run", steps=1))
+    train(micro_config(tmp_path / "run", **ONE))
     found = explain(tmp_path / "run", 1)
     assert found.held_out == "the gold solutions of 20 other training problems"  # 24 in all, 4 of them drawn
     assert found.before != found.after
@@ -162,7 +168,7 @@ def test_a_run_without_held_out_problems_is_measured_by_problems_that_the_step_d
 def test_a_step_of_tied_groups_changed_nothing(micro_config, tmp_path):
     (tmp_path / "mine.py").write_text("def same(completions, **_):\n    return [1.0] * len(completions)\n")
     rewards = [{"function": f"{tmp_path}/mine.py:same"}]
-    train(micro_config(tmp_path / "run", steps=1, rewards=rewards))
+    train(micro_config(tmp_path / "run", **ONE, rewards=rewards))
     found = explain(tmp_path / "run", 1)
     assert answer(found) == [
         "Step 1 changed nothing: in each of its 4 groups all rewards are equal, so there was nothing to prefer."
@@ -171,30 +177,14 @@ def test_a_step_of_tied_groups_changed_nothing(micro_config, tmp_path):
     assert all(group.effect == 0.0 for group in found.groups)
 
 
-def test_the_command_answers_in_words_first_and_escapes_what_others_wrote(run, tmp_path, capsys, caplog):
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    assert main(["why", str(copy), "3", "--held_out", "2", "--json", str(tmp_path / "out.json")]) == 0
+def test_the_command_answers_in_words_first(run, tmp_path, capsys, caplog):
+    assert main(["why", str(run), "3", "--held_out", "2", "--json", str(tmp_path / "out.json")]) == 0
     said = capsys.readouterr().out
     assert said.startswith("cost: 0 recorded steps from checkpoint 2")
     assert "because of group " in said.splitlines()[1] + said.splitlines()[2]
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["groups"]) == 4
     assert found["step"] == 3
-    shown = explain(run, 3, held_out=2, groups=1)
-    hostile = replace(shown, groups=[replace(shown.groups[0], prompt="\x1b[31m[red]", prompt_id="a\x07\nb")])
-    hostile.groups[0].effect = hostile.change
-    console = Console(width=200, record=True)
-    show(hostile, console)
-    text = console.export_text()
-    assert "\x1b" not in text
-    assert "\x07" not in text
-    assert "\\x1b[31m[red]" in text
-
-
-def test_limits_of_rewards_are_free_where_rewards_are(run):
-    words = ["rewards=[{function: gsm8k}]", "reward.timeout_s=60"]
-    assert read_alternative(run, words).reward.timeout_s == 60
 
 
 def test_what_cannot_be_explained_is_refused_by_name(run, tmp_path, capsys, monkeypatch):
@@ -209,9 +199,10 @@ def test_what_cannot_be_explained_is_refused_by_name(run, tmp_path, capsys, monk
     }.items():
         assert main(["why", str(run), *words]) != 0
         assert message in capsys.readouterr().err
+    words = ["rewards=[{function: gsm8k}]", "reward.timeout_s=60"]  # limits of rewards are free where rewards are
+    assert read_alternative(run, words).reward.timeout_s == 60
     assert main(["why", str(tmp_path), "1"]) == 1
     assert "is no run folder" in capsys.readouterr().err
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     lines = read_rollouts(copy, 3)
@@ -232,3 +223,63 @@ def test_what_cannot_be_explained_is_refused_by_name(run, tmp_path, capsys, monk
     assert "learner.routing_replay" in capsys.readouterr().err
     monkeypatch.setattr(explaining, "AFFORDABLE", 1e-9)
     assert [group.effect for group in explain(run, 3).groups].count(None) == 3
+
+
+KINDS = {
+    "full": {},
+    "preset": {"warm_start.steps": 0, "rollout.draft_tokens": None},
+    "lora": {"lora.rank": 4, "loss.beta": 0.1},
+    "ppo": {"loss.advantage": "gae", "loss.beta": 0.1, "learner.updates_per_batch": 2},
+    "bfloat16": {"dtype": "bfloat16"},
+    "ahead": {"rollout.ahead": 1, "balance.bias_rate": 0.01},
+}
+
+
+def replayed(folder: Path, step: int, begins: int) -> Learner:
+    """The learner after `step`, by the records from the step `begins` on."""
+    config = read_config(folder)
+    with Task.of(config, scores=False) as task:
+        rewind = Rewind(config, step, task)
+        assert rewind.begins == begins
+        for each in range(rewind.begins + 1, step + 1):
+            rewind.replay(each)
+        return rewind.learner
+
+
+def recorded_gains(folder: Path) -> list[float | None]:
+    """What drafts gained in the groups of each step, which says whether the head learns from them."""
+    config = read_config(folder)
+    with Task.of(config, scores=False) as task:
+        rewind = Rewind(config, 1, task)
+        groups = [rewind.recorded(step)[0] for step in range(1, config.steps + 1)]
+    return [draft_gain([c for group in of_step for c in group.completions]) for of_step in groups]
+
+
+def flat(learner: Learner) -> dict[str, torch.Tensor]:
+    return {f"{kind}/{name}": t for kind, part in learner.state()[0].items() for name, t in part.items()}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("full", "ppo"))) for kind in KINDS]
+)
+def test_a_replayed_step_leaves_the_bits_of_its_checkpoint(micro_config, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(draft_head, "PAYS", math.inf)  # the head rests wherever a gain is known, also in the record
+    monkeypatch.setattr(draft_head, "IDLE_EVERY", 2)
+    train(micro_config(tmp_path / "run", **{"warm_start.steps": 1} | KINDS[kind]))
+    root = tmp_path / "run/checkpoints"
+    saved = checkpoint.load(checkpoint.saved(root)[3])
+    expected = {f"{k}/{n}": t for k, part in saved.tensors.items() for n, t in part.items() if k != "ahead"}
+    shutil.rmtree(checkpoint.saved(root)[2])
+    for begins in (1, 0):  # one step before the last is replayed, then both, from the warm start
+        found = flat(replayed(tmp_path / "run", 3, begins))
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        shutil.rmtree(checkpoint.saved(root)[1], ignore_errors=True) if begins else None
+    assert recorded_gains(tmp_path / "run") == [line.get("draft/gain") for line in read_metrics(tmp_path / "run")]
+
+
+def test_a_difference_is_relative_and_of_the_learner_alone():
+    recorded = {"loss/policy": 0.5, "learner/grad_norm": 2.0, "loss/kl": None, "reward/mean": 1.0}
+    again = {"loss/policy": 0.5, "learner/grad_norm": 1.0, "loss/kl": 1.0, "reward/mean": 9.0, "policy/entropy": 1.0}
+    assert difference(recorded, again) == (2, "learner/grad_norm", 0.5)
+    assert difference({}, again) == (0, "", 0.0)

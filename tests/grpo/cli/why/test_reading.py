@@ -145,16 +145,12 @@ def test_the_clip_removes_what_it_holds_back_at_the_second_update(learner):
     assert read(learner(**options)).groups[0].removed()["clip"] == 0.0
 
 
-def test_without_names_only_what_the_loss_has():
+def test_cosines_and_what_the_loss_has_by_hand():
     assert list(without(LossOptions(loss_type="reinforce"), None)) == ["as it is"]
     found = without(LossOptions(beta=0.1, top_entropy_quantile=0.2, delta=2.0), "token_mask")
     assert list(found) == ["as it is", "clip", "low entropy", "importance weights"]
-    assert found["clip"][0].delta is None
-    assert found["clip"][0].epsilon == NO_CLIP
+    assert (found["clip"][0].delta, found["clip"][0].epsilon) == (None, NO_CLIP)
     assert all(options.beta == 0 for options, _ in found.values())
-
-
-def test_cosines_by_hand():
     # g = (3, 0) and the rest (-1, 1): G = (2, 1).
     part = Part(dot=6.0, square=9.0)
     assert part.cosine(math.sqrt(5)) == pytest.approx(2 / math.sqrt(5))

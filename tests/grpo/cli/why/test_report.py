@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 from rich.console import Console
 
 from grpo.cli.why.explain import Alternative, Explanation, GroupPart, TokenPart
@@ -98,9 +97,13 @@ def test_one_group_is_shown_with_its_tokens_and_what_others_would_have_done():
     assert " - " in row
     assert "group 0" not in text.replace("group 1", "")
     assert text.count("2 + 2 = ?") == 1
+    hostile = shown(replace(FOUND, groups=[replace(FOUND.groups[0], prompt="\x1b[31m[red]", prompt_id="a\x07\nb")]))
+    assert "\x1b" not in hostile
+    assert "\x07" not in hostile
+    assert "\\x1b[31m[red]" in hostile
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25])
-def test_what_was_removed_has_a_column_where_something_was(share):
-    groups = [replace(part(0, 0.1), removed={"clip": share}), part(1, 0.1)]
-    assert ("-clip" in shown(replace(FOUND, groups=groups)).split("prompt")[0]) == bool(share)
+def test_what_was_removed_has_a_column_where_something_was():
+    for share in (0.0, 0.25):
+        groups = [replace(part(0, 0.1), removed={"clip": share}), part(1, 0.1)]
+        assert ("-clip" in shown(replace(FOUND, groups=groups)).split("prompt")[0]) == bool(share)
