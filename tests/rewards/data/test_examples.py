@@ -46,6 +46,9 @@ def test_a_folder_gives_the_file_of_the_split(folder):
     assert [e.question for e in load_examples(folder, "test", purpose="eval")] == ["0 + 1 = ?", "1 + 1 = ?"]
     assert load_examples(folder / "train.jsonl", "train") == train
     assert load_examples(folder, "train", limit=3) == train[:3]
+    for source, split in [(folder, "test"), (folder / "test.jsonl", "train"), (folder / "train.jsonl", "test")]:
+        with pytest.raises(ValueError, match=r"'test' of .* is for evaluation"):
+            load_examples(source, split)
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
