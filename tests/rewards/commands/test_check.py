@@ -131,23 +131,25 @@ def test_the_example_of_the_issue_passes_and_gold_means_its_own_full_marks():
     assert higher.problems == ["gold solution: 12 of 12 miss full marks"]
 
 
-def test_a_reward_that_looks_for_the_answer_anywhere_is_found_out(file):
-    found = check(f"{file}:contains")
+def test_marks_for_what_is_wrong_are_problems(file):
+    found = check(f"{file}:contains")  # which looks for the answer anywhere
     assert kinds(found)["wrong"] == 12  # `6 + 6 = 12 ... #### 13` holds 12 as well
     assert "gold, last digit raised: 12 of 12 get full marks" in found.problems
     assert "gold, then a wrong one: 12 of 12 get full marks" in found.notes
     fault = next(surprise for surprise in found.surprises if surprise.kind == "wrong")
     assert (fault.score, fault.expected, fault.fault) == (1.0, "below 1", True)
     assert fault.prompt_id.startswith("word_problems/1/")
-
-
-def test_gold_that_misses_full_marks_is_a_problem_and_a_score_that_minds_spaces_is_a_note(file):
     found = check(f"{file}:last_line")
     assert found.problems == []
     assert "gold between blank lines: 12 of 12 score not as it does" in found.notes
-    # The column that gold stands in is wrong: nothing is right then.
-    wrong = check(f"{file}:last_line", arguments={"answer": ["none"] * 1000})
+    wrong = check(f"{file}:last_line", arguments={"answer": ["none"] * 1000})  # the column of gold is wrong
     assert wrong.problems == ["gold solution: 12 of 12 miss full marks"]
+    assert check("gsm8k_format").problems == [
+        "gold, last digit raised: 12 of 12 get full marks",
+        "gold of another row: 12 of 12 get full marks",
+    ]
+    found = check("gsm8k_format", shaping=True)
+    assert (found.problems, found.surprises) == ([], [])
 
 
 def test_scores_that_differ_are_told_apart_by_what_they_differ_with(file, monkeypatch):
@@ -173,10 +175,7 @@ def test_a_reward_that_depends_on_its_batch_is_found_out_in_a_few_rows(file):
     rare = check(f"{file}:knows_its_neighbours", shaping=True)  # gold is as it is alone, other kinds are not
     assert rare.differing["alone"] > 0
     assert "gold of another row" in rare.problems[-1]
-
-
-def test_the_rounding_of_a_model_that_scores_batches_is_no_dependence(file):
-    assert check(f"{file}:rounds", shaping=True).differing["alone"] == 0
+    assert check(f"{file}:rounds", shaping=True).differing["alone"] == 0  # as a model that scores batches rounds
 
 
 def test_correlation_with_length_by_hand(file, tmp_path):
@@ -188,20 +187,14 @@ def test_correlation_with_length_by_hand(file, tmp_path):
     assert check("gsm8k").length_correlation["gold"] is None  # constant
 
 
-def test_a_shaping_reward_is_not_asked_about_the_answer():
-    assert check("gsm8k_format").problems == [
-        "gold, last digit raised: 12 of 12 get full marks",
-        "gold of another row: 12 of 12 get full marks",
-    ]
-    found = check("gsm8k_format", shaping=True)
-    assert (found.problems, found.surprises) == ([], [])
-
-
-def test_everything_that_a_function_may_ask_for_is_there(file):
+def test_everything_that_a_function_may_ask_for_is_there(file, tmp_path):
     found = check(f"{file}:everything", arguments={"bonus": 0.5})
     assert found.full_marks == 1.5
     assert found.problems == []
     assert "completion_ids were made up: the bytes of the text, one token each" in found.notes
+    (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')
+    found = check(f"{file}:everything", **{"data.name": str(tmp_path / "rows.jsonl")})
+    assert any("no wrong completion could be made" in note for note in found.notes)
 
 
 def test_abstentions_and_slowness_are_said(file):
@@ -293,13 +286,8 @@ def test_what_is_printed_and_written(file, tmp_path, capsys, caplog):
     assert main(["reward", "test", "gsm8k", "--data", "word_problems", "--limit", "5"]) == 0  # as version 0.1 had it
     assert "limit is data.limit now; the old name works until 0.3" in caplog.text
     assert capsys.readouterr().out.rstrip().endswith("passed")
-
-
-def test_text_that_is_no_unicode_is_written_all_the_same(file, tmp_path, capsys):
-    out = tmp_path / "found.json"
-    assert main(["reward", "test", f"{file}:ranks", "--json", str(out)]) == 1  # full marks for the hostile ones too
-    texts = {surprise["completion"] for surprise in json.loads(out.read_text())["surprises"]}
-    assert HOSTILE[-1] in texts
+    assert main(["reward", "test", f"{file}:ranks", *words]) == 1  # full marks for texts that are no Unicode, too
+    assert HOSTILE[-1] in {surprise["completion"] for surprise in json.loads(out.read_text())["surprises"]}
     assert "\ud800" in HOSTILE[-1]
 
 
@@ -356,12 +344,6 @@ def test_an_answer_that_says_the_same_is_no_wrong_one(golds):
     rows = [dict(row) for row in probes([Example(str(i), "?", gold) for i, gold in enumerate(golds)])]
     assert not any("other" in row for row in rows)
     assert [row.get("wrong", "")[-4:] for row in rows] in (["", ""], ["# 43", "42.1"])
-
-
-def test_data_without_a_wrong_completion_says_so(tmp_path, file):
-    (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')
-    found = check(f"{file}:everything", **{"data.name": str(tmp_path / "rows.jsonl")})
-    assert any("no wrong completion could be made" in note for note in found.notes)
 
 
 def test_a_judge_shows_its_cost_what_was_kept_and_what_failed():
