@@ -54,15 +54,9 @@ def test_trl(tmp_path: Path) -> None:
 
 
 def test_trl_with_a_function_that_is_called_reward(tmp_path: Path) -> None:
-    table = {
-        "step": [1],
-        "prompt": [QUESTION],
-        "completion": [ANSWER],
-        "reward": [0.25],
-        "style": [1.0],
-        "advantage": [0.5],
-    }
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "completions_00001.parquet")
+    table = {"step": [1], "prompt": [QUESTION], "completion": [ANSWER], "reward": [0.25], "style": [1.0]}
+    path = tmp_path / "completions_00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(table | {"advantage": [0.5]}), path)
     row = only(tmp_path)
     assert (row.form, row.reward, row.parts) == ("trl", 1.25, {"reward": 0.25, "style": 1.0})
 
@@ -75,10 +69,7 @@ def test_verl(tmp_path: Path) -> None:
     assert [(t.group, t.sample, t.step, t.reward) for t in traces] == [("q7", 0, 3, 1.0), ("q7", 1, 3, 1.0)]
     assert traces[0].columns["gts"] == "5"
     assert len(groups_of(traces)) == 1
-
-
-def test_verl_groups_by_prompt_without_ids(tmp_path: Path) -> None:
-    rows = [{"input": text, "output": "5", "gts": "5", "score": 1, "step": 1} for text in "aba"]
+    rows = [{"input": text, "output": "5", "gts": "5", "score": 1, "step": 1} for text in "aba"]  # without ids
     assert [len(group) for group in groups_of(read_traces(lines(tmp_path / "1.jsonl", *rows)))] == [2, 1]
 
 
@@ -207,6 +198,8 @@ def test_common(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there are no rollouts"):
         read_traces(tmp_path)
+    with pytest.raises(ValueError, match="empty.jsonl: there are no rollouts"):
+        read_traces(lines(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match=r"x.jsonl: its columns are a, b; expected rollouts of TRL"):
         read_traces(lines(tmp_path / "x.jsonl", {"a": 1, "b": 2}))
     row = {"prompt": "a", "completion": "b", "reward": 1}
@@ -218,9 +211,3 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     whole.write_text('{"prompt": "ha\n' + json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="z.jsonl, line 1 is damaged"):
         read_traces(whole)
-
-
-def test_files_without_a_rollout_are_no_pass(tmp_path: Path) -> None:
-    empty = lines(tmp_path / "empty.jsonl")
-    with pytest.raises(ValueError, match="empty.jsonl: there are no rollouts"):
-        read_traces(empty)
