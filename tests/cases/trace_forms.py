@@ -280,20 +280,12 @@ def honest_rows(
     scaled: bool = True,
     version: int | None = None,
 ) -> list[Row]:
-    """The rows of a run in which nothing is wrong.
+    """The rows of a run in which nothing is wrong: `groups` problems of a step, with `size` samples each.
 
-    Args:
-        seed: what differs from run to run
-        steps: steps of the run
-        groups: problems of a step
-        size: samples of a problem
-        style: `words`, `thinking` (thoughts before the answer), `tools` (two or three turns) or `short` (yes or no)
-        right: the share of right answers at the first step
-        sentences: how many sentences the solutions have, step by step (the last value holds from there on)
-        gain: what `right` gains in a step
-        tokens: whether turns have ids and log-probabilities
-        scaled: whether advantages are divided by the spread of the group
-        version: of the weights, where it is the same for all steps
+    In the style `thinking` thoughts stand before the answer, in `tools` it has two or three turns, in `short` it is yes
+    or no. The share of right answers is `right` at first and `gain` more with each step; the solutions have so many
+    `sentences` step by step, and the last number holds from there on. With `tokens` turns have ids and
+    log-probabilities, `scaled` advantages are divided by the spread of the group, and a `version` is that of all steps.
     """
     rng = random.Random(seed)
     rows = []
