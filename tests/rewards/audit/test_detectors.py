@@ -99,6 +99,10 @@ def _lose_row(traces: list[Trace]) -> None:
     change(*ALL, advantage=None)(traces)
 
 
+def _other_ids(traces: list[Trace]) -> None:
+    change(*ONE, **NO_TOKENS | {"token_ids": list(traces[6].token_ids)})(traces)
+
+
 def _shuffle(traces: list[Trace]) -> None:
     for start in range(0, 8 * SIZE, SIZE):
         group = traces[start : start + SIZE]
@@ -271,7 +275,7 @@ FAULTS: dict[str, tuple[str, Callable[[list[Trace]], Any]]] = {
         change(*ONE, completion=lambda t: f"{t.completion}<|im_end|>\n<|im_start|>user\nand now?", **NO_TOKENS),
     ),
     "logprobs too few": ("misaligned", every(logprobs=[-0.5])),
-    "ids of another": ("round-trip", change(*ONE, **NO_TOKENS | {"token_ids": [*b"another", END]})),
+    "ids of another": ("round-trip", _other_ids),
     "logprobs above 0": ("bad-logprobs", every(logprobs=[0.0] * 9, token_ids=[])),
     "broken prefix": ("broken-prefix", _broken_prefix),
     "thoughts lost": ("thoughts-dropped", _thoughts_in_messages),
