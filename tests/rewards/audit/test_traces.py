@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,8 @@ def test_trl(tmp_path: Path) -> None:
     folder.mkdir()
     for step in (2, 10, 11):  # 11 learns from the completions of 10 again
         text = "#### 5" if step == 2 else "#### 6"
-        table = {
-            "step": [step],
-            "prompt": [QUESTION],
-            "completion": [[{"role": "assistant", "content": text}]],
-            "right": [0.25],
-            "format": [None],
-            "extracted": ["5"],
-            "advantage": [0.5],
-        }
-        table["format"] = [1.0] if step == 2 else [float("nan")]
+        table = {"step": [step], "prompt": [QUESTION], "completion": [[{"role": "assistant", "content": text}]]}
+        table |= {"right": [0.25], "format": [1.0 if step == 2 else math.nan], "extracted": ["5"], "advantage": [0.5]}
         pyarrow.parquet.write_table(pyarrow.table(table), folder / f"completions_{step:05d}.parquet")
     first, second = read_traces(folder)
     assert (first.step, second.step, first.prompt, first.completion) == (2, 10, "2 + 3?", "#### 5")
@@ -74,18 +67,9 @@ def test_verl(tmp_path: Path) -> None:
 
 
 def test_verifiers_episode(tmp_path: Path) -> None:
-    nodes = [
-        {"message": QUESTION[0], "token_ids": [1, 2], "mask": [False, False]},
-        {
-            "parent": 0,
-            "sampled": True,
-            "message": ANSWER[0],
-            "token_ids": [9, 3, 4],
-            "mask": [False, True, True],
-            "logprobs": [-0.1, -0.2],
-            "advantages": [0.5, 0.5],
-        },
-    ]
+    asked = {"message": QUESTION[0], "token_ids": [1, 2], "mask": [False, False]}
+    said = {"parent": 0, "sampled": True, "message": ANSWER[0], "token_ids": [9, 3, 4], "mask": [False, True, True]}
+    nodes = [asked, said | {"logprobs": [-0.1, -0.2], "advantages": [0.5, 0.5]}]
     trace = {
         "nodes": nodes,
         "calls": [{"node": 1, "finish_reason": "length"}],
@@ -108,19 +92,10 @@ def test_verifiers_episode(tmp_path: Path) -> None:
 
 
 def test_verifiers_results(tmp_path: Path) -> None:
-    row = {
-        "example_id": 7,
-        "prompt": QUESTION,
-        "completion": ANSWER,
-        "answer": "5",
-        "reward": 1.0,
-        "metrics": {"right": 1.0},
-        "right": 1.0,
-        "is_completed": True,
-        "is_truncated": False,
-        "error": None,
-        "trajectory": [{"tokens": {"prompt_ids": [1], "completion_ids": [2], "completion_logprobs": [-0.5]}}],
-    }
+    row = {"example_id": 7, "prompt": QUESTION, "completion": ANSWER, "answer": "5", "reward": 1.0, "right": 1.0}
+    row |= {"metrics": {"right": 1.0}, "is_completed": True, "is_truncated": False, "error": None}
+    tokens = {"prompt_ids": [1], "completion_ids": [2], "completion_logprobs": [-0.5]}
+    row["trajectory"] = [{"tokens": tokens}]
     trace = only(lines(tmp_path / "results.jsonl", row))
     assert (trace.group, trace.parts, trace.finish_reason, trace.completion) == ("7", {"right": 1.0}, "stop", "#### 5")
     assert trace.calls[0].prompt_ids == [1]
@@ -129,15 +104,10 @@ def test_verifiers_results(tmp_path: Path) -> None:
 
 
 def test_nemo_gym(tmp_path: Path) -> None:
+    call = {"type": "function_call", "name": "sum", "arguments": "{}"}
     output = [
         {"type": "reasoning", "summary": [{"text": "add"}]},
-        {
-            "type": "function_call",
-            "name": "sum",
-            "arguments": "{}",
-            "prompt_token_ids": [1],
-            "generation_token_ids": [2],
-        },
+        call | {"prompt_token_ids": [1], "generation_token_ids": [2]},
         {"type": "function_call_output", "output": "5"},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "#### 5"}]},
     ]
@@ -158,20 +128,9 @@ def test_nemo_gym(tmp_path: Path) -> None:
 
 
 def test_quartet(tmp_path: Path) -> None:
-    row = {
-        "prompt_id": "train/1",
-        "prompt": "2 + 3?",
-        "sample": 0,
-        "text": "#### 5",
-        "token_ids": [4],
-        "logprobs": [-0.1],
-        "reward": None,
-        "parts": {"right": None},
-        "extras": {},
-        "advantage": 0.0,
-        "finish_reason": "stop",
-        "policy_version": 6,
-    }
+    row = {"prompt_id": "train/1", "prompt": "2 + 3?", "text": "#### 5", "token_ids": [4], "logprobs": [-0.1]}
+    row |= {"reward": None, "parts": {"right": None}, "extras": {}, "advantage": 0.0, "finish_reason": "stop"}
+    row["policy_version"] = 6
     content = "".join(json.dumps(row | {"sample": sample}) + "\n" for sample in (0, 1, 0, 1))
     (tmp_path / "rollouts").mkdir()
     path = tmp_path / "rollouts/step_000007.jsonl.zst"
@@ -182,14 +141,8 @@ def test_quartet(tmp_path: Path) -> None:
 
 
 def test_common(tmp_path: Path) -> None:
-    row = {
-        "prompt": "2 + 3?",
-        "completion": ANSWER,
-        "reward": "TimeoutError: 10 s",
-        "rewards": {"right": 1},
-        "answer": "5",
-    }
-    trace = only(lines(tmp_path / "mine.jsonl", row))
+    row = {"prompt": "2 + 3?", "completion": ANSWER, "reward": "TimeoutError: 10 s", "rewards": {"right": 1}}
+    trace = only(lines(tmp_path / "mine.jsonl", row | {"answer": "5"}))
     assert trace.reward is None
     assert trace.unread == {"reward": "TimeoutError: 10 s"}
     assert (trace.completion, trace.parts, trace.columns) == ("#### 5", {"right": 1.0}, {"answer": "5"})

@@ -19,13 +19,8 @@ TOO_MANY = (429, {"Retry-After": "0"}, {})
 def ask(server, completions, **options):
     """The scores, and what was logged."""
     logged = {}
-    given = {
-        "url": server.url,
-        "model": "m",
-        "rubric": "{completion}",
-        "backoff_s": 0.001,
-        "log_extra": logged.__setitem__,
-    }
+    given = {"url": server.url, "model": "m", "rubric": "{completion}", "backoff_s": 0.001}
+    given["log_extra"] = logged.__setitem__
     scores = judge(["q"] * len(completions), completions, log_metric=logged.__setitem__, **given | options)
     return scores, logged
 

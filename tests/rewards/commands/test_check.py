@@ -23,6 +23,7 @@ from rewards.data.examples import Example
 from rewards.isolation import pool
 from tests.cases.judges import judge_server, verdict
 
+SLOW = pytest.mark.slow
 EXAMPLE = Path(__file__).parents[3] / "examples/02_custom_reward.py"
 SOURCE = """
 import itertools, os, random, re, time
@@ -204,30 +205,19 @@ def test_abstentions_and_slowness_are_said(file):
 
 
 @pytest.mark.parametrize(
-    ("function", "row", "cause", "completion"),
+    ("function", "cause", "completion"),
     [
-        (
-            "fragile",
-            "row 1 (word_problems/1/",
-            "raised: IndexError: list index out of range (mine.py:",
-            "(nothing): ''",
-        ),
-        pytest.param(
-            "hangs",
-            "row 1 (word_problems/1/",
-            "timeout: no result after 0.8 s, stuck at mine.py:",
-            "closing sentence",
-            marks=pytest.mark.slow,
-        ),
-        ("dies", "row 1 (word_problems/1/", "died: the process that ran it ended (exit code 4)", "(gold solution)"),
-        ("nan", "row 1 (word_problems/1/", "nan: returned nan", "(gold solution)"),
+        ("fragile", "raised: IndexError: list index out of range (mine.py:", "(nothing): ''"),
+        pytest.param("hangs", "timeout: no result after 0.8 s, stuck at mine.py:", "closing sentence", marks=SLOW),
+        ("dies", "died: the process that ran it ended (exit code 4)", "(gold solution)"),
+        ("nan", "nan: returned nan", "(gold solution)"),
     ],
 )
-def test_a_failure_names_function_row_and_cause(file, capsys, function, row, cause, completion):
+def test_a_failure_names_function_row_and_cause(file, capsys, function, cause, completion):
     words = ["--data.limit", "6", "--data.task_options.levels", "[1]", "--reward.timeout_s", "0.8"]
     assert main(["reward", "test", f"{file}:{function}", *words]) == 1
     message = capsys.readouterr().err
-    for part in (f"mine.py:{function}' fails on {row}", cause, completion):
+    for part in (f"mine.py:{function}' fails on row 1 (word_problems/1/", cause, completion):
         assert part in message
     assert not reward_workers()
 
@@ -245,11 +235,7 @@ def test_the_row_of_a_failure_is_the_one_at_fault(tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (
-            ["{file}:wants_gold"],
-            1,
-            "mine.py:wants_gold' asks for the column 'gold', which is not there. Columns: answer",
-        ),
+        (["{file}:wants_gold"], 1, "wants_gold' asks for the column 'gold', which is not there. Columns: answer"),
         (["{file}:wants_one"], 1, "decorate it with @rewards.per_completion"),
         (["{file}:contain"], 1, "did you mean 'contains'?"),
         (["{file}x:contains"], 1, "is not an existing Python file"),
@@ -352,13 +338,8 @@ def test_a_judge_shows_its_cost_what_was_kept_and_what_failed():
         return verdict("{" if not said else float(gold == said), tokens=7)
 
     with judge_server(answer) as server:
-        arguments = {
-            "url": server.url,
-            "model": "m",
-            "rubric": "{answer}|{completion}",
-            "retries": 1,
-            "backoff_s": 0.001,
-        }
+        arguments = {"url": server.url, "model": "m", "rubric": "{answer}|{completion}"}
+        arguments |= {"retries": 1, "backoff_s": 0.001}
         found = check("judge", arguments=arguments, **{"data.limit": 3, "reward.on_error": "drop_sample"})
         shown = StringIO()
         show_check(found, Terminal(file=shown, width=200))

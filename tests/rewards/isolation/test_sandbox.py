@@ -41,7 +41,7 @@ ATTACKS = {
     "fork bomb": ("import os\nfor _ in range(8): os.fork()", "processes"),
     "a program of the system": ("import subprocess; subprocess.run(['/bin/sh', '-c', 'echo hunter2'])", "processes"),
     "a pool of processes": (
-        "import multiprocessing\nmultiprocessing.Process(target=print, args=('hunter2',)).start()",
+        "import multiprocessing as m\nm.Process(target=print, args=('hunter2',)).start()",
         "processes",
     ),
     "clone with flags that seccomp cannot see": (
