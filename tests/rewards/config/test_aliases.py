@@ -108,7 +108,7 @@ def test_each_command_is_led_to_its_own_option_and_to_none_that_it_lacks():
 
 
 def test_a_word_with_several_meanings_shows_them_all_and_one_that_is_like_nothing_none():
-    assert said("workers") == "no such option; did you mean reward.workers, rollout.workers or learner.workers?"
+    assert said("workers") == "no such option; did you mean rollout.workers or learner.workers?"
     for name in ("use_something", "foo", "eval_limits_of_time", "mtp.colour", "zero_stage"):
         assert said(name) == "no such option; see --help all for all options"
 
