@@ -5,7 +5,6 @@ import dataclasses
 import re
 
 import pytest
-from trl import GRPOConfig
 
 from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.parse import build_parser
@@ -115,6 +114,8 @@ def test_a_word_with_several_meanings_shows_them_all_and_one_that_is_like_nothin
 
 def test_every_option_of_trls_grpo_config_is_answered():
     """With an option that there is, or with a reason; never with a guess."""
+    from trl import GRPOConfig  # which is slow to import
+
     known = names(TrainConfig)
     for field in dataclasses.fields(GRPOConfig):
         if field.name in known:

@@ -275,7 +275,7 @@ tricky = st.sampled_from(["on", "no", "1e-3", "007", "null", "2026-01-31", "12:3
 number = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     model=text | tricky,
     note=st.none() | text,

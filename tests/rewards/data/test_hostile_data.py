@@ -77,9 +77,7 @@ def no_tokenizer(monkeypatch):
     monkeypatch.setattr("policies.presets.small_tokenizer", never)
 
 
-@pytest.mark.parametrize(
-    ("command", "kind"), [("train", "jsonl"), ("train", "csv"), ("train", "word"), ("sft", "word"), ("mtp", "word")]
-)
+@pytest.mark.parametrize(("command", "kind"), [("train", "jsonl"), ("train", "csv"), ("sft", "word"), ("mtp", "word")])
 def test_a_prompt_of_ten_megabytes_is_a_bad_row_by_number(tmp_path, capsys, no_tokenizer, kind, command):
     text = "a" * 10_000_000 if kind == "word" else "2 + 3 = " * 1_250_000
     if kind == "csv":
