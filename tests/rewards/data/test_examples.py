@@ -217,7 +217,7 @@ def test_a_file_that_cannot_be_used_is_named(name, content, message, tmp_path, m
         load_examples(tmp_path / name, "train")
 
 
-@pytest.mark.parametrize("function", ["gsm8k", "gsm8k_lm_eval"])
+@pytest.mark.parametrize("function", ["gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval"])
 def test_a_gold_answer_that_the_reward_cannot_read_is_a_bad_row(function, tmp_path):
     rows = [*ROWS[:2], {"question": "2 + 1 = ?", "answer": "It is three."}, {"question": "q", "answer": "#### none"}]
     data = SourceOptions(name=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
