@@ -1,13 +1,9 @@
 """The examination of `quartet audit`: 200 planted faults must be found and named, and honest traces draw no finding."""
 
-import json
-import math
 import re
-import runpy
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -59,60 +55,14 @@ def test_a_planted_fault_is_found_and_named(kind, form, seed, tmp_path):
     trace = plant(kind, form, seed, tmp_path)
     found = run_audit(trace)
     assert any(names(trace, finding) for finding in found), f"{kind} in {form} at {sorted(trace.where)}: {found}"
-    if kind in HACKED and form == "verl":  # they are what their functions return
-        assert_scored(trace, list(rows_of(trace)))
+    if kind in HACKED:  # the recorded rewards are what their functions return
+        assert not [finding for finding in found if finding.text.startswith("scored-otherwise")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_trace_whose_rewards_are_true_draws_no_finding(name, tmp_path):
-    trace = honest(name, tmp_path)
-    assert run_audit(trace) == []
-    rows = list(rows_of(trace))
-    assert len(rows) >= 60
-    for reward, recorded in assert_scored(trace, rows).items():
-        assert len(set(recorded)) > 1, reward
-
-
-def rows_of(trace: Trace) -> Iterator[dict[str, Any]]:
-    """The rows of a trace with the keys `prompt`, `text`, `gold` and `parts`, read here and by no reader of ours."""
-    import pandas
-
-    if trace.format == "trl":
-        for path in sorted(trace.path.glob("completions/*.parquet")):
-            for row in pandas.read_parquet(path).to_dict("records"):
-                yield {"text": said(row["completion"]), "gold": row["answer"], "parts": row}
-        return
-    pattern = "**/*rollouts.jsonl" if trace.format == "verifiers" else "*.jsonl"
-    files = [trace.path] if trace.path.is_file() else sorted({*trace.path.glob(pattern), *trace.path.glob("*.jsonl")})
-    for row in (json.loads(line) for path in files for line in path.read_text().splitlines()):
-        if trace.format == "verl":
-            yield {"text": row["output"], "gold": row["gts"], "parts": row}
-        elif trace.format == "verifiers":
-            yield {"text": said(row["completion"]), "gold": row["answer"], "parts": row}
-        else:
-            texts = [part["text"] for item in row["response"]["output"] for part in item.get("content", ())]
-            yield {"text": texts[-1], "gold": row["expected_answer"], "parts": row}
-
-
-def said(completion: Any) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def assert_scored(trace: Trace, rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Each reward gives now what is recorded."""
-    found = {}
-    for name, where in trace.rewards.items():
-        file, function = where.rsplit(":", 1)
-        texts, golds = [row["text"] for row in rows], [row["gold"] for row in rows]
-        again = runpy.run_path(file)[function](texts, answer=golds)
-        found[name] = [without_none(row["parts"][name]) for row in rows]
-        assert found[name] == [without_none(value) for value in again], name
-    return found
-
-
-def without_none(value: float | None) -> float:
-    return -1.0 if value is None or math.isnan(value) else value
+    assert run_audit(honest(name, tmp_path)) == []
 
 
 def test_the_exam_has_200_faults_of_every_kind():

@@ -272,7 +272,9 @@ def test_what_is_printed_and_written(file, tmp_path, capsys, caplog):
     assert main(["reward", "test", "gsm8k", "--data", "word_problems", "--limit", "5"]) == 0  # as version 0.1 had it
     assert "limit is data.limit now; the old name works until 0.3" in caplog.text
     assert capsys.readouterr().out.rstrip().endswith("passed")
-    assert main(["reward", "test", f"{file}:ranks", "--json", str(out)]) == 1  # full marks for texts that are no Unicode, too
+    assert (
+        main(["reward", "test", f"{file}:ranks", "--json", str(out)]) == 1
+    )  # full marks for texts that are no Unicode, too
     assert HOSTILE[-1] in {surprise["completion"] for surprise in json.loads(out.read_text())["surprises"]}
     assert "\ud800" in HOSTILE[-1]
 
