@@ -60,7 +60,6 @@ class Trace:
     the columns `prompt` and `answer`, and `tokenizer` a folder, where a case has them. An honest trace has no kind.
     """
 
-    format: str
     kind: str | None
     path: Path
     where: frozenset[tuple[str, int]]
@@ -628,22 +627,18 @@ def write(
     rewards = folder / "rewards.py"
     rewards.write_text(plan.rewards)
     names = [name for name in rows[0].parts if f"def {name}(" in plan.rewards]
-    held_out = None
-    if plan.held_out:
-        held_out = folder / "held_out.jsonl"
-        held_out.write_text(
-            "".join(json.dumps({"prompt": question, "answer": gold}) + "\n" for question, gold in plan.held_out)
-        )
+    held_out = folder / "held_out.jsonl"
+    problems = [{"prompt": question, "answer": gold} for question, gold in plan.held_out]
+    held_out.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     if tokens:
         (folder / "tokenizer").mkdir()
         tokenizer().save(str(folder / "tokenizer" / "tokenizer.json"))
     return Trace(
-        form,
         kind,
         path / "rollouts.jsonl" if form == "gym" else path,
         located(rows, where, form, bool(plan.changes.get("by_step"))),
         {name: f"{rewards}:{name}" for name in names},
-        held_out,
+        held_out if problems else None,
         folder / "tokenizer" if tokens else None,
     )
 
