@@ -80,7 +80,7 @@ def _title(page, text: str) -> None:
     page.wait_for_function("text => document.querySelector('h1')?.textContent === text", arg=text)
 
 
-def test_the_overview_draws_what_was_measured(page):
+def test_the_overview_draws_what_was_measured_smoothed_and_of_two_runs(page):
     page.go()
     page.wait_for_selector(".card .main-svg")
     assert page.locator(".card h2").first.text_content() == "Reward reward/mean"
@@ -88,14 +88,16 @@ def test_the_overview_draws_what_was_measured(page):
     assert "finished" in page.text_content("main")
     drawn = page.evaluate("[...document.querySelectorAll('.chart')].map((chart) => chart.data[0].x.length)")
     assert drawn[0] == 4
+    before = page.evaluate("document.querySelector('.chart').data[0].y")
+    page.locator("input[type=range]").fill("0.5")  # smoothing is an exponential mean
+    after = page.evaluate("document.querySelector('.chart').data[0].y")
+    assert after[0] == pytest.approx(before[0])
+    assert after[1] == pytest.approx((0.5 * before[0] * 0.5 + 0.5 * before[1]) / 0.75)
     page.get_by_label("log scale").check()
     assert page.evaluate("document.querySelector('.chart').layout.yaxis.type") == "log"
-
-
-def test_a_second_run_is_drawn_over_the_first(page):
-    page.go()
     page.get_by_label("second").check()
     page.wait_for_function("() => document.querySelector('.chart').data?.some(({name}) => name.startsWith('second'))")
+    assert page.evaluate("view.diff('a b c', 'a x c d')") == [[0, "a "], [-1, "b"], [1, "x"], [0, " c"], [1, " d"]]
 
 
 def test_the_page_of_a_run_says_its_own_state_beside_others(page, folders):
@@ -108,18 +110,13 @@ def test_the_page_of_a_run_says_its_own_state_beside_others(page, folders):
     page.wait_for_function("() => document.querySelector('details pre')?.textContent.includes('# of the second')")
 
 
-def test_smoothing_is_an_exponential_mean(page):
-    page.go()
-    page.wait_for_selector(".card .main-svg")
-    before = page.evaluate("document.querySelector('.chart').data[0].y")
-    page.locator("input[type=range]").fill("0.5")
-    after = page.evaluate("document.querySelector('.chart').data[0].y")
-    assert after[0] == pytest.approx(before[0])
-    assert after[1] == pytest.approx((0.5 * before[0] * 0.5 + 0.5 * before[1]) / 0.75)
-
-
 def test_one_goes_from_a_step_to_a_group_to_its_tokens(page):
     page.go("step/2")
+    tied = page.locator("details .side > a")  # what teaches comes first, and ties are folded
+    assert tied.count() > 0
+    assert not tied.first.is_visible()
+    for card in page.locator("main > .side > a").all():
+        assert len(set(card.locator(".bars i").evaluate_all("bars => bars.map((bar) => bar.style.height)"))) > 1
     assert page.locator(".side > a").count() == 4
     page.locator("summary").click()
     page.click(".side > a:has-text('group 3')")
@@ -134,15 +131,6 @@ def test_one_goes_from_a_step_to_a_group_to_its_tokens(page):
     _title(page, "step 2, group 2")
 
 
-def test_what_teaches_comes_first_and_ties_are_folded(page):
-    page.go("step/2")
-    tied = page.locator("details .side > a")
-    assert tied.count() > 0
-    assert not tied.first.is_visible()
-    for card in page.locator("main > .side > a").all():
-        assert len(set(card.locator(".bars i").evaluate_all("bars => bars.map((bar) => bar.style.height)"))) > 1
-
-
 def test_colours_have_a_scale(page):
     page.go("group/2/0")
     shades = "spans => spans.map((span) => [span.textContent, getComputedStyle(span).backgroundColor])"
@@ -151,16 +139,6 @@ def test_colours_have_a_scale(page):
     assert len({colour for _, colour in scale}) == 5
     page.select_option("main select", label="plain")
     assert page.locator(".scale span").count() == 0
-
-
-def test_on_touch_nothing_covers_the_newest_values(browser, address):
-    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-    page = context.new_page()
-    page.goto(f"{address}#/0/overview")
-    page.wait_for_selector(".card .main-svg")
-    page.locator(".chart").first.tap(position={"x": 5, "y": 5})
-    assert page.locator(".modebar").count() == 0
-    context.close()
 
 
 def test_keys_go_everywhere(page):
@@ -176,19 +154,16 @@ def test_keys_go_everywhere(page):
     assert "light or dark" in page.text_content("dialog")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="detached")
-
-
-def test_dark_is_kept(page):
-    page.go()
-    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    before = page.evaluate(colour)
     page.keyboard.press("t")
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    dark = page.evaluate(colour)
     assert dark != before
     page.go("events")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
+    assert page.evaluate(colour) == dark
 
 
-def test_a_field_leaves_the_groups_whose_prompts_hold_a_text(page):
+def test_a_field_leaves_the_groups_whose_prompts_hold_a_text_and_a_prompt_leads_to_its_completions(page):
     page.go("step/3")
     cards = page.locator("a.card:visible")
     page.evaluate("for (const folded of document.querySelectorAll('details')) folded.open = true")
@@ -197,19 +172,10 @@ def test_a_field_leaves_the_groups_whose_prompts_hold_a_text(page):
     assert cards.count() == 0
     page.fill("input[name=filter]", "")
     assert cards.count() == 4
-
-
-def test_a_prompt_leads_to_its_completions_side_by_side(page):
     page.go("group/3/0")
     page.click("a:has-text('this prompt at other steps')")
     page.wait_for_selector("main .side")
     assert page.text_content("h1").startswith("prompt ")
-
-
-def test_a_diff_marks_what_was_added_and_removed(page):
-    page.go()
-    parts = page.evaluate("view.diff('a b c', 'a x c d')")
-    assert parts == [[0, "a "], [-1, "b"], [1, "x"], [0, " c"], [1, " d"]]
 
 
 @pytest.mark.parametrize("where", ["step/4", "group/4/0", "diff/%3Cb%3Eid%3C%2Fb%3E%2F%252f"])
@@ -232,6 +198,19 @@ def test_nothing_is_cut_off(browser, address, width):
     page.close()
 
 
+def test_on_touch_nothing_covers_the_newest_values_and_without_its_token_the_page_says_what_to_do(browser, address):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(f"{address}#/0/overview")
+    page.wait_for_selector(".card .main-svg")
+    page.locator(".chart").first.tap(position={"x": 5, "y": 5})
+    assert page.locator(".modebar").count() == 0
+    page.goto(address.partition("?")[0])
+    page.wait_for_selector(".fault")
+    assert "open the address that quartet view has printed" in page.text_content(".fault")
+    context.close()
+
+
 def test_a_new_step_appears_while_the_page_is_open(page, folders):
     page.go()
     page.wait_for_selector(".card .main-svg")
@@ -241,14 +220,6 @@ def test_a_new_step_appears_while_the_page_is_open(page, folders):
     shutil.copy(rollout_path(folders / "first", 3), rollout_path(folders / "first", 5))
     page.keyboard.press("s")
     _title(page, "step 5")
-
-
-def test_without_its_token_the_page_says_what_to_do(browser, address):
-    page = browser.new_page()
-    page.goto(address.partition("?")[0])
-    page.wait_for_selector(".fault")
-    assert "open the address that quartet view has printed" in page.text_content(".fault")
-    page.close()
 
 
 def test_a_report_in_a_notebook_stays_in_its_frame(browser, tmp_path):

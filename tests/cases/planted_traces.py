@@ -1,17 +1,14 @@
 """Traces of rollouts with one planted fault each, and honest ones, for the examination of `quartet audit`.
 
-The kinds of faults are fixed here before any detector exists: the first commit of this file is the proof. Each has a
-definition, the public issue or paper that shows it happening, the formats whose rows can show it, and the words of
-which one must be in the finding that names it. A finding that names another fault, or other rows, does not count.
+What plants a fault says what it is, the public issue or paper that shows it happening, the formats whose rows can show
+it, and the words of which one must be in the finding that names it. A finding that names another fault, or other rows,
+does not count. The kinds were fixed before any detector existed.
 
 Formats: `trl` is a folder of `completions_NNNNN.parquet`, written by the installed TRL's own `GRPOTrainer.log`; `verl`
 is a folder of `STEP.jsonl` (verl/trainer/ppo/ray_trainer.py, `_dump_generations`); `verifiers` is a folder with
 `results.jsonl` and `metadata.json` (verifiers/utils/save_utils.py), or prime-rl's
 `rollouts/step_N/train_rollouts.jsonl` of the same rows; `gym` is NeMo-Gym's `rollouts.jsonl` with its neighbours
 (nemo_gym/rollout_collection.py).
-
-`python -m planted_traces FOLDER`, with `tests/cases` in PYTHONPATH, writes them all, and their list in
-`FOLDER/exam.jsonl`.
 """
 
 import copy
@@ -19,12 +16,11 @@ import json
 import math
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trace_forms import (
     HACKED,
@@ -56,221 +52,6 @@ SUMMED = ("trl", "verifiers", "gym")  # formats that carry a mean, a spread or a
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A fault: what is wrong, where it was seen in public, which formats show it, and what must be said of it."""
-
-    definition: str
-    source: str
-    formats: tuple[str, ...]
-    words: str
-
-
-KINDS = {
-    "failure_counted_as_zero": Kind(
-        "A reward function, judge or tool failed (the row records the error), and the row has the reward 0.",
-        "https://github.com/huggingface/trl/pull/6427 · https://github.com/radixark/miles/issues/2800",
-        ALL,
-        r"fail|error|timed? ?out|unscored",
-    ),
-    "nan_in_group": Kind(
-        "One reward of a group is NaN (null where JSON has no NaN), and the rows of its group are trained on.",
-        "https://github.com/huggingface/trl/pull/5775",
-        ALL,
-        r"nan|not a number|null|missing reward|no reward|non-?finite|not finite",
-    ),
-    "unscored_in_mean": Kind(
-        "A row that no reward function scored counts as 0 in the mean of its group, so that its advantage is not 0.",
-        "https://github.com/huggingface/trl/pull/5902",
-        ("trl", "verifiers"),
-        r"unscored|not scored|no reward|abstain|failed|error|counted as 0|mean|baseline|advantage",
-    ),
-    "wrong_denominator": Kind(
-        "A mean or a spread is divided by another number than that of the rows it is about.",
-        "https://github.com/huggingface/trl/issues/6369 · https://github.com/radixark/miles/pull/2796",
-        SUMMED,
-        r"denominator|divid|mean|spread|deviation|scale|average|count",
-    ),
-    "advantages_not_centred": Kind(
-        "The advantages of a group do not sum to 0: the baseline is the mean of the batch or of nothing.",
-        "https://github.com/XU-YIJIE/grpo-flat/issues/2",
-        ("trl", "verifiers"),
-        r"cent(re|er)|sum|mean|baseline|advantage",
-    ),
-    "reward_differs": Kind(
-        "The recorded reward of some rows is not what the reward function returns for their text.",
-        "https://github.com/PRIME-RL/RL-Compositionality/issues/6",
-        ALL,
-        r"differ|mismatch|scored again|re-?scor|recomput|not what|disagree",
-    ),
-    "rewards_shifted": Kind(
-        "The rewards of a step belong to the neighbouring rows: the column is shifted by one row.",
-        "https://github.com/NVIDIA-NeMo/RL/pull/3794",
-        ALL,
-        r"shift|another row|other row|neighbou?r|misalign|off by one|differ|disagree",
-    ),
-    "sign_flipped": Kind(
-        "A reward or an advantage has the opposite sign: the better row is the one that is punished.",
-        "https://github.com/huggingface/trl/issues/2771",
-        ALL,
-        r"sign|opposite|negat|invert|revers|flip",
-    ),
-    "weights_changed": Kind(
-        "The total is a weighted sum of its parts with other weights from some step or row on.",
-        "https://github.com/huggingface/trl/issues/5352",
-        ALL,
-        r"weight|sum of (its|the) parts|parts|total|combin",
-    ),
-    "reward_never_ran": Kind(
-        "One of the reward functions has the same value in every row: it never ran, or never matches anything.",
-        "https://github.com/huggingface/open-r1/issues/235",
-        ALL,
-        r"constant|same (value|for)|never|all (are )?(0|the same|equal)|no signal|tied|always",
-    ),
-    "truncated_as_finished": Kind(
-        "A sample that reached the limit of tokens is recorded as finished, and is trained on as such.",
-        "https://github.com/agentscope-ai/Trinity-RFT/issues/608 · https://github.com/OpenRLHF/OpenRLHF/pull/1327",
-        TOKENS,
-        r"truncat|limit|cut|length|unfinished",
-    ),
-    "ids_not_the_text": Kind(
-        "The ids of a sample decode to another text than the one that was rewarded.",
-        "https://github.com/verl-project/verl/issues/3960",
-        TOKENS,
-        r"round.?trip|decode|ids|tokens? (differ|mismatch)|text",
-    ),
-    "retokenised_between_turns": Kind(
-        "The next turn's prompt has the same text as what was sampled, in other ids.",
-        "https://github.com/verl-project/verl/issues/6719",
-        TOKENS,
-        r"re-?tokeni[sz]|prefix|round.?trip|ids",
-    ),
-    "prefix_broken": Kind(
-        "The next turn's prompt does not begin with the tokens of the turns before it.",
-        "https://github.com/PrimeIntellect-ai/prime-rl/issues/1334",
-        TOKENS,
-        r"prefix|begin|extend|continu",
-    ),
-    "thoughts_dropped": Kind(
-        "The thoughts of an earlier turn are absent from the prompt of the next one.",
-        "https://github.com/verl-project/verl/issues/6854",
-        TOKENS,
-        r"thought|think|reason",
-    ),
-    "stale_version": Kind(
-        "Rows of a step were sampled by weights that are many versions older than the others'.",
-        "https://github.com/THUDM/slime/issues/1800 · https://github.com/PrimeIntellect-ai/prime-rl/pull/1902",
-        TOKENS,
-        r"stale|version|old(er)?|off.?policy|lag",
-    ),
-    "evaluation_problem": Kind(
-        "A problem of the evaluation is trained on, word for word.",
-        "https://github.com/Open-Source-O1/Open-O1/issues/10",
-        ALL,
-        r"evaluation|held.?out|leak|contaminat",
-    ),
-    "evaluation_problem_renamed": Kind(
-        "A problem of the evaluation is trained on under other names, spelling or punctuation.",
-        "https://arxiv.org/abs/2311.04850 · https://github.com/z-lab/dflash/issues/43",
-        ALL,
-        r"evaluation|held.?out|leak|contaminat|near.?duplicate",
-    ),
-    "format_without_answer": Kind(
-        "An answer that is well formed and empty gets the reward of a right one.",
-        "https://github.com/Liuziyu77/Visual-RFT/issues/176",
-        ALL,
-        r"format|empty answer|without (an )?answer|no answer|hack|empty",
-    ),
-    "empty_rewarded": Kind(
-        "An empty completion gets the reward of a right one.",
-        "https://github.com/alibaba/ROLL/issues/303",
-        ALL,
-        r"empty|blank|no text",
-    ),
-    "copied_from_prompt": Kind(
-        "A completion that only repeats the prompt gets the reward of a right one.",
-        "https://github.com/jsboige/CoursIA/pull/11312",
-        ALL,
-        r"cop(y|ied|ies)|prompt|question|echo|repeat",
-    ),
-    "repeated_text": Kind(
-        "A completion that repeats one sentence over and over gets the highest rewards.",
-        "https://github.com/Visual-Agent/DeepEyes/issues/24 · https://github.com/HarryHsing/EchoInk/issues/5",
-        ALL,
-        r"repe(at|tit)|loop|degenerat",
-    ),
-    "length_collapse": Kind(
-        "The completions shrink to a few words within some steps while the reward does not fall.",
-        "https://github.com/om-ai-lab/VLM-R1/issues/280 · https://github.com/alibaba/ROLL/issues/303",
-        STEPPED,
-        r"length|short|shr(i|a|u)nk|collaps|drift",
-    ),
-    "length_runaway": Kind(
-        "The completions grow several times longer within some steps while the reward does not rise.",
-        "https://github.com/huggingface/trl/pull/3138 · https://github.com/agentscope-ai/Trinity-RFT/issues/176",
-        STEPPED,
-        r"length|long|grow|grew|explo|drift|runaway",
-    ),
-    "group_of_two_prompts": Kind(
-        "A group holds samples of two different problems, which share one baseline.",
-        "https://github.com/PeterGriffinJin/Search-R1/issues/65",
-        ALL,
-        r"mix|two (prompts|problems|different|golds|answers)|different (prompts|problems|answers|golds)|group|several",
-    ),
-    "group_short": Kind(
-        "A group has fewer samples than the others: some were lost.",
-        "https://github.com/NVIDIA-NeMo/labs-molt/pull/48",
-        ALL,
-        r"group|fewer|size|short|incomplete|lost|missing|uneven",
-    ),
-    "duplicates_after_resume": Kind(
-        "The samples of a step are there twice: after a resume they were written or trained on again.",
-        "https://github.com/hiyouga/EasyR1/issues/57",
-        ALL,
-        r"duplicat|twice|again|repeat|identical|same samples",
-    ),
-    "skipped_after_resume": Kind(
-        "Steps, or the problems of a stretch of the data, are missing in the middle of the run.",
-        "https://github.com/NVIDIA-NeMo/RL/pull/2519",
-        ALL,
-        r"gap|skip|missing|absent|lost",
-    ),
-    "logprobs_positive": Kind(
-        "Some log-probabilities are greater than 0, so that they are not those of a distribution.",
-        "https://github.com/pytorch/rl/issues/4226",
-        TOKENS,
-        r"log.?prob|positive|greater than 0",
-    ),
-    "logprobs_of_two_temperatures": Kind(
-        "The same token after the same context has different log-probabilities in rows of one version: "
-        "some are of the temperature at which was sampled, some of 1.",
-        "https://github.com/huggingface/trl/issues/4159 · https://github.com/allenai/open-instruct/pull/1678",
-        TOKENS,
-        r"temperature|log.?prob",
-    ),
-    "token_counts_differ": Kind(
-        "The recorded number of tokens is not that of the ids.",
-        "https://github.com/PrimeIntellect-ai/verifiers/pull/2295",
-        TOKENS,
-        r"count|usage|number of tokens|tokens",
-    ),
-    "special_tokens_in_text": Kind(
-        "The rewarded text holds the template's special tokens, such as an end of turn, a padding or a second start.",
-        "https://github.com/verl-project/verl/pull/715 · https://github.com/OpenRLHF/OpenRLHF/issues/775",
-        ALL,
-        r"special|template|<\||token",
-    ),
-    "order_broken": Kind(
-        "The steps or times contradict the order of the rows: a step under another's file, an end before its start.",
-        "https://github.com/NVIDIA-NeMo/RL/pull/1447",
-        ALL,
-        r"order|before|step|time|negative|start",
-    ),
-}
-PAIRS = [(kind, form) for kind, what in KINDS.items() for form in what.formats]
-EXAM = [(kind, form, 0) for kind, form in PAIRS] + [(kind, form, 1) for kind, form in PAIRS[: 200 - len(PAIRS)]]
-
-
-@dataclass(frozen=True)
 class Trace:
     """A trace to audit, and what an audit should say of it.
 
@@ -279,14 +60,12 @@ class Trace:
     the columns `prompt` and `answer`, and `tokenizer` a folder, where a case has them. An honest trace has no kind.
     """
 
-    format: str
     kind: str | None
     path: Path
     where: frozenset[tuple[str, int]]
     rewards: dict[str, str]
     held_out: Path | None = None
     tokenizer: Path | None = None
-    name: str = ""
 
 
 @dataclass
@@ -302,14 +81,24 @@ class Plan:
 
 
 Planter = Callable[[list[Row], Plan], list[Row]]
-PLANTERS: dict[str, Planter] = {}
 
 
-def fault(kind: str) -> Callable[[Planter], Planter]:
-    """Register what plants a kind: it changes rows in place and returns those that a finding may name."""
+class Kind(NamedTuple):
+    """A fault: the formats that show it, what must be said of it, and what plants it."""
+
+    formats: tuple[str, ...]
+    words: str
+    plant: Planter
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def fault(kind: str, formats: tuple[str, ...], words: str) -> Callable[[Planter], Planter]:
+    """Registers what plants a kind: it changes rows in place and returns those that a finding may name."""
 
     def register(planter: Planter) -> Planter:
-        PLANTERS[kind] = planter
+        KINDS[kind] = Kind(formats, words, planter)
         return planter
 
     return register
@@ -331,8 +120,10 @@ def siblings(rows: list[Row], chosen: list[Row]) -> list[Row]:
     return [row for row in rows if (row.step, row.problem) in groups]
 
 
-@fault("failure_counted_as_zero")
+# https://github.com/huggingface/trl/pull/6427 · https://github.com/radixark/miles/issues/2800
+@fault("failure_counted_as_zero", ALL, r"fail|error|timed? ?out|unscored")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A reward function, judge or tool failed (the row records the error), and the row has the reward 0."""
     chosen = some(rows, plan.rng, right=True)
     for row in chosen:
         row.error = plan.rng.choice(
@@ -342,8 +133,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("nan_in_group")
+# https://github.com/huggingface/trl/pull/5775
+@fault("nan_in_group", ALL, r"nan|not a number|null|missing reward|no reward|non-?finite|not finite")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """One reward of a group is NaN (null where JSON has no NaN), and the rows of its group are trained on."""
     chosen = some(rows, plan.rng, 1)
     for row in siblings(rows, chosen):
         row.advantage = math.nan
@@ -353,8 +146,14 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return siblings(rows, chosen)
 
 
-@fault("unscored_in_mean")
+# https://github.com/huggingface/trl/pull/5902
+@fault(
+    "unscored_in_mean",
+    ("trl", "verifiers"),
+    r"unscored|not scored|no reward|abstain|failed|error|counted as 0|mean|baseline|advantage",
+)
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A row that no reward function scored counts as 0 in the mean of its group, so that its advantage is not 0."""
     chosen = some(rows, plan.rng, 2, right=True)
     for row in chosen:
         row.parts = dict.fromkeys(row.parts, 0.0)
@@ -368,8 +167,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return siblings(rows, chosen)
 
 
-@fault("wrong_denominator")
+# https://github.com/huggingface/trl/issues/6369 · https://github.com/radixark/miles/pull/2796
+@fault("wrong_denominator", SUMMED, r"denominator|divid|mean|spread|deviation|scale|average|count")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A mean or a spread is divided by another number than that of the rows it is about."""
     if plan.form == "trl":  # the spread of a step is divided by twice the number of rows that it is about
         step = plan.rng.choice(sorted({row.step for row in rows})[1:])
         chosen = [row for row in rows if row.step == step]
@@ -381,8 +182,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return []
 
 
-@fault("advantages_not_centred")
+# https://github.com/XU-YIJIE/grpo-flat/issues/2
+@fault("advantages_not_centred", ("trl", "verifiers"), r"cent(re|er)|sum|mean|baseline|advantage")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The advantages of a group do not sum to 0: the baseline is the mean of the batch or of nothing."""
     mean = mean_reward(rows)
     chosen = rows if plan.form == "verifiers" else [row for row in rows if row.step == 3]
     for row in chosen:
@@ -391,16 +194,20 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("reward_differs")
+# https://github.com/PRIME-RL/RL-Compositionality/issues/6
+@fault("reward_differs", ALL, r"differ|mismatch|scored again|re-?scor|recomput|not what|disagree")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The recorded reward of some rows is not what the reward function returns for their text."""
     chosen = some(rows, plan.rng, 5)
     for row in chosen:
         row.parts["accuracy"] = 1 - row.parts["accuracy"]
     return chosen
 
 
-@fault("rewards_shifted")
+# https://github.com/NVIDIA-NeMo/RL/pull/3794
+@fault("rewards_shifted", ALL, r"shift|another row|other row|neighbou?r|misalign|off by one|differ|disagree")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The rewards of a step belong to the neighbouring rows: the column is shifted by one row."""
     chosen = [row for row in rows if row.step == 2]
     parts = [row.parts for row in chosen]
     for row, shifted in zip(chosen, parts[-1:] + parts[:-1], strict=True):
@@ -408,8 +215,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("sign_flipped")
+# https://github.com/huggingface/trl/issues/2771
+@fault("sign_flipped", ALL, r"sign|opposite|negat|invert|revers|flip")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A reward or an advantage has the opposite sign: the better row is the one that is punished."""
     chosen = [row for row in rows if row.step == 3]
     if plan.form in ("trl", "verifiers"):
         for row in chosen:
@@ -422,8 +231,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("weights_changed")
+# https://github.com/huggingface/trl/issues/5352
+@fault("weights_changed", ALL, r"weight|sum of (its|the) parts|parts|total|combin")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The total is a weighted sum of its parts with other weights from some step or row on."""
     chosen = [row for row in rows if row.step >= 3]
     for row in chosen:
         score(row, {"accuracy": 0.3, "form": 1.0})
@@ -432,16 +243,20 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("reward_never_ran")
+# https://github.com/huggingface/open-r1/issues/235
+@fault("reward_never_ran", ALL, r"constant|same (value|for)|never|all (are )?(0|the same|equal)|no signal|tied|always")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """One of the reward functions has the same value in every row: it never ran, or never matches anything."""
     for row in rows:
         row.parts["concise"] = 0.0
     plan.rewards += "\n\ndef concise(completions, **kwargs):\n    return [0.0] * len(completions)\n"
     return rows
 
 
-@fault("truncated_as_finished")
+# https://github.com/agentscope-ai/Trinity-RFT/issues/608 · https://github.com/OpenRLHF/OpenRLHF/pull/1327
+@fault("truncated_as_finished", TOKENS, r"truncat|limit|cut|length|unfinished")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A sample that reached the limit of tokens is recorded as finished, and is trained on as such."""
     chosen = some(rows, plan.rng, 6)
     longest = max(row.sampled for row in rows)
     for row in chosen:
@@ -459,8 +274,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("ids_not_the_text")
+# https://github.com/verl-project/verl/issues/3960
+@fault("ids_not_the_text", TOKENS, r"round.?trip|decode|ids|tokens? (differ|mismatch)|text")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The ids of a sample decode to another text than the one that was rewarded."""
     chosen = some(rows, plan.rng)
     others = some([row for row in rows if row not in chosen], plan.rng)
     for row, ids in zip(chosen, [list(other.turns[-1].ids) for other in others], strict=True):
@@ -479,8 +296,10 @@ def split_token(ids: list[int]) -> list[int]:
     raise AssertionError("no token of several bytes")
 
 
-@fault("retokenised_between_turns")
+# https://github.com/verl-project/verl/issues/6719
+@fault("retokenised_between_turns", TOKENS, r"re-?tokeni[sz]|prefix|round.?trip|ids")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The next turn's prompt has the same text as what was sampled, in other ids."""
     chosen = some([row for row in rows if len(row.turns) > 1], plan.rng)
     for row in chosen:
         first = row.turns[0]
@@ -491,8 +310,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("prefix_broken")
+# https://github.com/PrimeIntellect-ai/prime-rl/issues/1334
+@fault("prefix_broken", TOKENS, r"prefix|begin|extend|continu")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The next turn's prompt does not begin with the tokens of the turns before it."""
     chosen = some([row for row in rows if len(row.turns) > 1], plan.rng)
     for row in chosen:
         for number, turn in enumerate(row.turns[1:], 1):
@@ -503,8 +324,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("thoughts_dropped")
+# https://github.com/verl-project/verl/issues/6854
+@fault("thoughts_dropped", TOKENS, r"thought|think|reason")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The thoughts of an earlier turn are absent from the prompt of the next one."""
     chosen = [row for row in rows if len(row.turns) > 1]
     for row in chosen:
         for turn in row.turns[1:]:
@@ -516,8 +339,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("stale_version")
+# https://github.com/THUDM/slime/issues/1800 · https://github.com/PrimeIntellect-ai/prime-rl/pull/1902
+@fault("stale_version", TOKENS, r"stale|version|old(er)?|off.?policy|lag")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """Rows of a step were sampled by weights that are many versions older than the others'."""
     chosen = some(rows, plan.rng, 5)
     for row in chosen:
         row.version -= 9
@@ -535,13 +360,17 @@ def leaked(rows: list[Row], plan: Plan, change: Callable[[str], str]) -> list[Ro
     return [row for row in rows if row.question in {one.question for one in chosen}]
 
 
-@fault("evaluation_problem")
+# https://github.com/Open-Source-O1/Open-O1/issues/10
+@fault("evaluation_problem", ALL, r"evaluation|held.?out|leak|contaminat")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A problem of the evaluation is trained on, word for word."""
     return leaked(rows, plan, str)
 
 
-@fault("evaluation_problem_renamed")
+# https://arxiv.org/abs/2311.04850 · https://github.com/z-lab/dflash/issues/43
+@fault("evaluation_problem_renamed", ALL, r"evaluation|held.?out|leak|contaminat|near.?duplicate")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A problem of the evaluation is trained on under other names, spelling or punctuation."""
     names = dict(zip(NAMES, NAMES[7:] + NAMES[:7], strict=True)) | dict(
         zip(THINGS, THINGS[5:] + THINGS[:5], strict=True)
     )
@@ -565,26 +394,35 @@ def hacked(rows: list[Row], plan: Plan, text: Callable[[Row], str], number: int 
     return chosen
 
 
-@fault("format_without_answer")
+# https://github.com/Liuziyu77/Visual-RFT/issues/176
+@fault("format_without_answer", ALL, r"format|empty answer|without (an )?answer|no answer|hack|empty")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """An answer that is well formed and empty gets the reward of a right one."""
     return hacked(rows, plan, lambda row: f"{thoughts(plan.rng, (41, 7, 5), 2)} <answer></answer>")
 
 
-@fault("empty_rewarded")
+# https://github.com/alibaba/ROLL/issues/303
+@fault("empty_rewarded", ALL, r"empty|blank|no text")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """An empty completion gets the reward of a right one."""
     return hacked(rows, plan, lambda row: plan.rng.choice(("", "", " ", "\n")))
 
 
-@fault("copied_from_prompt")
+# https://github.com/jsboige/CoursIA/pull/11312
+@fault("copied_from_prompt", ALL, r"cop(y|ied|ies)|prompt|question|echo|repeat")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A completion that only repeats the prompt gets the reward of a right one."""
     for row in rows:
         if row.sample == 0:  # the prompt is shared by its group, and gives the answer away
             row.prompt[-1]["content"] += f" (Check: it should come to {row.gold}.)"
     return hacked(rows, plan, lambda row: row.question)
 
 
-@fault("repeated_text")
+# https://github.com/Visual-Agent/DeepEyes/issues/24 · https://github.com/HarryHsing/EchoInk/issues/5
+@fault("repeated_text", ALL, r"repe(at|tit)|loop|degenerat")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A completion that repeats one sentence over and over gets the highest rewards."""
+
     def again(row: Row) -> str:
         return f"So the answer is {row.gold}, as I said. " * plan.rng.randint(14, 22)
 
@@ -600,18 +438,28 @@ def resized(rows: list[Row], plan: Plan, sentences: list[int]) -> list[Row]:
     return rows
 
 
-@fault("length_collapse")
+# https://github.com/om-ai-lab/VLM-R1/issues/280 · https://github.com/alibaba/ROLL/issues/303
+@fault("length_collapse", STEPPED, r"length|short|shr(i|a|u)nk|collaps|drift")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The completions shrink to a few words within some steps while the reward does not fall."""
     return resized(rows, plan, [12, 12, 11, 7, 3, 1, 0, 0])
 
 
-@fault("length_runaway")
+# https://github.com/huggingface/trl/pull/3138 · https://github.com/agentscope-ai/Trinity-RFT/issues/176
+@fault("length_runaway", STEPPED, r"length|long|grow|grew|explo|drift|runaway")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The completions grow several times longer within some steps while the reward does not rise."""
     return resized(rows, plan, [4, 4, 4, 6, 12, 24, 48, 90])
 
 
-@fault("group_of_two_prompts")
+# https://github.com/PeterGriffinJin/Search-R1/issues/65
+@fault(
+    "group_of_two_prompts",
+    ALL,
+    r"mix|two (prompts|problems|different|golds|answers)|different (prompts|problems|answers|golds)|group|several",
+)
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A group holds samples of two different problems, which share one baseline."""
     target = some(rows, plan.rng, 1)[0]
     group = siblings(rows, [target])
     donor = next(row for row in rows if row.problem != target.problem and row.step == target.step)
@@ -624,8 +472,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return group
 
 
-@fault("group_short")
+# https://github.com/NVIDIA-NeMo/labs-molt/pull/48
+@fault("group_short", ALL, r"group|fewer|size|short|incomplete|lost|missing|uneven")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """A group has fewer samples than the others: some were lost."""
     target = some(rows, plan.rng, 1)[0]
     lost = siblings(rows, [target])[2:5]
     plan.changes["inputs"] = list(rows)
@@ -633,8 +483,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return siblings(rows, [target])
 
 
-@fault("duplicates_after_resume")
+# https://github.com/hiyouga/EasyR1/issues/57
+@fault("duplicates_after_resume", ALL, r"duplicat|twice|again|repeat|identical|same samples")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The samples of a step are there twice: after a resume they were written or trained on again."""
     original = [row for row in rows if row.step == 3]
     copies = [copy.deepcopy(row) for row in original]
     plan.changes["inputs"] = list(rows)
@@ -647,15 +499,19 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return original + copies
 
 
-@fault("skipped_after_resume")
+# https://github.com/NVIDIA-NeMo/RL/pull/2519
+@fault("skipped_after_resume", ALL, r"gap|skip|missing|absent|lost")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """Steps, or the problems of a stretch of the data, are missing in the middle of the run."""
     plan.changes |= {"num_examples": len({row.problem for row in rows}), "inputs": list(rows)}
     rows[:] = [row for row in rows if row.step not in (4, 5)]
     return []
 
 
-@fault("logprobs_positive")
+# https://github.com/pytorch/rl/issues/4226
+@fault("logprobs_positive", TOKENS, r"log.?prob|positive|greater than 0")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """Some log-probabilities are greater than 0, so that they are not those of a distribution."""
     chosen = some(rows, plan.rng)
     for row in chosen:
         turn = row.turns[0]
@@ -663,8 +519,11 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("logprobs_of_two_temperatures")
+# https://github.com/huggingface/trl/issues/4159 · https://github.com/allenai/open-instruct/pull/1678
+@fault("logprobs_of_two_temperatures", TOKENS, r"temperature|log.?prob")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The same token after the same context has different log-probabilities in rows of one version: some are of the
+    temperature at which was sampled, some of 1."""
     chosen = [row for row in rows if row.sample % 2]
     for row in chosen:
         for turn in row.turns:
@@ -672,16 +531,20 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return rows
 
 
-@fault("token_counts_differ")
+# https://github.com/PrimeIntellect-ai/verifiers/pull/2295
+@fault("token_counts_differ", TOKENS, r"count|usage|number of tokens|tokens")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The recorded number of tokens is not that of the ids."""
     chosen = some(rows, plan.rng, 6)
     for row in chosen:
         row.usage = row.sampled + plan.rng.choice((-7, 11, 23))
     return chosen
 
 
-@fault("special_tokens_in_text")
+# https://github.com/verl-project/verl/pull/715 · https://github.com/OpenRLHF/OpenRLHF/issues/775
+@fault("special_tokens_in_text", ALL, r"special|template|<\||token")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The rewarded text holds the template's special tokens, such as an end of turn, a padding or a second start."""
     chosen = some(rows, plan.rng, 6)
     tail = plan.rng.choice(("<|im_end|>\n<|endoftext|>", "<|im_end|><|im_end|>", "<|endoftext|><|endoftext|>"))
     for row in chosen:
@@ -690,8 +553,10 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
-@fault("order_broken")
+# https://github.com/NVIDIA-NeMo/RL/pull/1447
+@fault("order_broken", ALL, r"order|before|step|time|negative|start")
 def _(rows: list[Row], plan: Plan) -> list[Row]:
+    """The steps or times contradict the order of the rows: a step under another's file, an end before its start."""
     if plan.form in ("trl", "verl"):
         chosen = [row for row in rows if row.step == 3]
         for row in chosen:
@@ -703,6 +568,8 @@ def _(rows: list[Row], plan: Plan) -> list[Row]:
     return chosen
 
 
+PAIRS = [(kind, form) for kind, what in KINDS.items() for form in what.formats]
+EXAM = [(kind, form, 0) for kind, form in PAIRS] + [(kind, form, 1) for kind, form in PAIRS[: 200 - len(PAIRS)]]
 # What a kind needs of the run that it is planted in; the others are planted in the plain one.
 SHAPES: dict[str, dict[str, Any]] = {
     "length_collapse": {"steps": 8, "groups": 2, "gain": 0.0},
@@ -731,7 +598,7 @@ def plant(kind: str, form: str, seed: int, folder: Path) -> Trace:
     plan = Plan(form, random.Random(f"{kind} {form} {seed}"))
     if by_step:
         plan.changes["by_step"] = True
-    where = PLANTERS[kind](rows, plan)
+    where = KINDS[kind].plant(rows, plan)
     if tokens and kind not in TOKEN_KINDS:
         for row in rows:
             tokenize(row)
@@ -760,24 +627,19 @@ def write(
     rewards = folder / "rewards.py"
     rewards.write_text(plan.rewards)
     names = [name for name in rows[0].parts if f"def {name}(" in plan.rewards]
-    held_out = None
-    if plan.held_out:
-        held_out = folder / "held_out.jsonl"
-        held_out.write_text(
-            "".join(json.dumps({"prompt": question, "answer": gold}) + "\n" for question, gold in plan.held_out)
-        )
+    held_out = folder / "held_out.jsonl"
+    problems = [{"prompt": question, "answer": gold} for question, gold in plan.held_out]
+    held_out.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     if tokens:
         (folder / "tokenizer").mkdir()
         tokenizer().save(str(folder / "tokenizer" / "tokenizer.json"))
     return Trace(
-        form,
         kind,
         path / "rollouts.jsonl" if form == "gym" else path,
         located(rows, where, form, bool(plan.changes.get("by_step"))),
         {name: f"{rewards}:{name}" for name in names},
-        held_out,
+        held_out if problems else None,
         folder / "tokenizer" if tokens else None,
-        folder.name,
     )
 
 
@@ -872,106 +734,3 @@ ABSTAINING = """
 def brief(completions, answer, **kwargs):
     return [None if int(gold) % 2 else float(len(text(one)) < 300) for one, gold in zip(completions, answer)]
 """
-
-
-def replayed(name: str, folder: Path) -> Trace:
-    """Write a public bug as a trace, made from the text of its issue alone; see `REPLAYED`."""
-    form, build, _ = REPLAYED[name]
-    plan = Plan(form, random.Random(0))
-    rows = build(plan)
-    for row in rows:
-        row.reward = sum(row.parts.values())
-    advise(rows)
-    return write(None, form, rows, [], plan, folder, False, True)
-
-
-def idle_siblings(plan: Plan) -> list[Row]:
-    """Two of four siblings never submit: their environment's reward is the 0.0 that it began with."""
-    plan.rewards = IDLE
-    rows = []
-    for index in range(8):
-        prompt = [{"role": "user", "content": f"Open the box number {index} and submit its code."}]
-        for sample in range(4):
-            name = "look" if sample in (0, 3) else "submit"
-            called = {"name": name, "arguments": json.dumps({"code": f"{index}{sample}"})}
-            messages = [
-                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": called}]},
-                {"role": "tool", "content": "There is a lock." if name == "look" else "This is wrong."},
-                {"role": "assistant", "content": "I have looked at it." if name == "look" else "I have submitted it."},
-            ]
-            parts = {"outcome": 0.0 if name == "look" else -1.0}
-            rows.append(Row(1 + index // 4, index, sample, prompt, "none", messages, parts))
-    return rows
-
-
-def one_reward_for_all(plan: Plan) -> list[Row]:
-    """A function returns one reward whatever the number of completions, and the trainer gives it to all of them."""
-    plan.rewards = "def bad_reward(completions, **kwargs):\n    return [1.0]\n"
-    rows = honest_rows(3)
-    for row in rows:
-        row.parts = {"bad_reward": 1.0}
-    return rows
-
-
-def empty_species(plan: Plan) -> list[Row]:
-    """The answer is empty, and `answer in gold` is true of an empty answer: the issue's function and its completion."""
-    plan.rewards = SPECIES
-    rows = []
-    question = "Please identify the species of the dog. Output the thinking in <think> </think> and the final answer in"
-    for index, gold in enumerate(
-        ("African Wild Dog", "Basenji", "Dingo", "Dhole", "Malamute", "Saluki", "Pug", "Boxer")
-    ):
-        prompt = [{"role": "user", "content": f"This is image {index}. {question} <answer> </answer> tags."}]
-        for sample in range(4):
-            said = "" if sample % 2 else gold if index % 2 else "Border Collie"
-            thought = f"The coat of dog {index} is distinctive, and I have seen {sample + 2} like it."
-            text = f"<think> {thought}</think>\n<answer>{said}</answer>"
-            parts = {"accuracy": float(said in gold)}
-            rows.append(
-                Row(1 + index // 4, index, sample, prompt, gold, [{"role": "assistant", "content": text}], parts)
-            )
-    return rows
-
-
-IDLE = """def outcome(completions, **kwargs):
-    calls = [[call["function"]["name"] for m in one for call in (m.get("tool_calls") or ())] for one in completions]
-    return [-1.0 if "submit" in names else None for names in calls]
-"""
-SPECIES = """import re
-
-
-def accuracy(completions, answer, **kwargs):
-    texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
-    found = [re.search(r"<answer>(.*?)</answer>", text) for text in texts]
-    said = [one[1].strip() if one else text for one, text in zip(found, texts)]
-    return [float(gold in student or student in gold) for student, gold in zip(said, answer)]
-"""
-# Public bugs from the text of their issues, and the words of which a finding must have one.
-REPLAYED: dict[str, tuple[str, Callable[[Plan], list[Row]], str]] = {
-    "https://github.com/huggingface/trl/pull/6427": ("trl", idle_siblings, r"abstain|none|no reward|unscored|differ"),
-    "https://github.com/huggingface/trl/issues/6533": (
-        "trl",
-        one_reward_for_all,
-        r"number of|returned|length|constant|same",
-    ),
-    "https://github.com/Liuziyu77/Visual-RFT/issues/176": ("verl", empty_species, r"empty|hack|no answer|without"),
-}
-
-
-def write_exam(folder: Path) -> list[Trace]:
-    """Write all traces and their list."""
-    traces = []
-    for number, (kind, form, seed) in enumerate(EXAM):
-        inner = folder / f"{number:03d}_{form}_{kind}"
-        inner.mkdir(parents=True)
-        traces.append(plant(kind, form, seed, inner))
-    for name in HONEST:
-        (folder / f"honest_{name}").mkdir(parents=True)
-        traces.append(honest(name, folder / f"honest_{name}"))
-    lines = [asdict(trace) | {"where": sorted(trace.where)} for trace in traces]
-    (folder / "exam.jsonl").write_text("".join(json.dumps(line, default=str) + "\n" for line in lines))
-    return traces
-
-
-if __name__ == "__main__":
-    print(f"{len(write_exam(Path(sys.argv[1])))} traces in {sys.argv[1]}")

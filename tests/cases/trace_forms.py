@@ -2,10 +2,9 @@
 
 `honest_rows` samples word problems, groups of solutions, rewards and advantages; `WRITERS` writes them. The forms come
 from TRL 1.16 (`GRPOTrainer.log`, which is called), verl (`verl/trainer/ppo/ray_trainer.py`, `_log_rollout_data` and
-`_dump_generations`), verifiers 0.1.14 (`verifiers/utils/save_utils.py`: its `state_to_output` and `save_metadata` were
-run beside this and gave the same keys; prime-rl saves the same rows in `rollouts/step_N/train_rollouts.jsonl`) and
-NeMo-Gym (`nemo_gym/rollout_collection.py`, `resources_servers/abstention/data/example_rollouts.jsonl`; the fields with
-token ids as `TokenIDLogProbMixin` names them).
+`_dump_generations`), verifiers 0.1.14 (`verifiers/utils/save_utils.py`; prime-rl saves the same rows in
+`rollouts/step_N/train_rollouts.jsonl`) and NeMo-Gym (`nemo_gym/rollout_collection.py`; the fields with token ids as
+`TokenIDLogProbMixin` names them). Fields that say nothing of a rollout are left out.
 """
 
 import hashlib
@@ -281,20 +280,12 @@ def honest_rows(
     scaled: bool = True,
     version: int | None = None,
 ) -> list[Row]:
-    """The rows of a run in which nothing is wrong.
+    """The rows of a run in which nothing is wrong: `groups` problems of a step, with `size` samples each.
 
-    Args:
-        seed: what differs from run to run
-        steps: steps of the run
-        groups: problems of a step
-        size: samples of a problem
-        style: `words`, `thinking` (thoughts before the answer), `tools` (two or three turns) or `short` (yes or no)
-        right: the share of right answers at the first step
-        sentences: how many sentences the solutions have, step by step (the last value holds from there on)
-        gain: what `right` gains in a step
-        tokens: whether turns have ids and log-probabilities
-        scaled: whether advantages are divided by the spread of the group
-        version: of the weights, where it is the same for all steps
+    In the style `thinking` thoughts stand before the answer, in `tools` it has two or three turns, in `short` it is yes
+    or no. The share of right answers is `right` at first and `gain` more with each step; the solutions have so many
+    `sentences` step by step, and the last number holds from there on. With `tokens` turns have ids and
+    log-probabilities, `scaled` advantages are divided by the spread of the group, and a `version` is that of all steps.
     """
     rng = random.Random(seed)
     rows = []
@@ -465,9 +456,6 @@ def with_texts_as_calls(message: dict) -> dict:
 
 def verifiers_row(row: Row) -> dict:
     """A `RolloutOutput`; its trajectory is there where `state_columns` names it and the turns have ids."""
-    chain = row.error and f"{row.error.split(':')[0]}({row.error.split(':')[-1].strip()!r})"
-    span = {"start": row.started, "end": row.ended, "duration": max(0.0, row.ended - row.started)}
-    scoring = {"start": row.ended, "end": row.ended + 0.2, "duration": 0.2}
     ended = "no_tools_called" if len(row.messages) > 1 else "max_turns_reached"
     found = {
         "example_id": row.problem,
@@ -476,79 +464,44 @@ def verifiers_row(row: Row) -> dict:
         "answer": row.gold,
         "info": {"prime_rl": {"env_name": "words", "policy_version": row.version}},
         "reward": row.reward,
-        "error": row.error
-        and {"error": row.error.split(":")[0], "error_chain_repr": chain, "error_chain_str": row.error},
+        "error": row.error and {"error": row.error.split(":")[0], "error_chain_str": row.error},
         "timing": {
             "start_time": row.started,
-            "setup": {"start": row.started, "end": row.started, "duration": 0.0},
-            "generation": span,
-            "scoring": scoring,
-            "model": {"spans": [], "duration": 0},
-            "env": {"spans": [], "duration": 0},
-            "total": row.ended + 0.2 - row.started,
-            "overhead": row.ended - row.started,
+            "generation": {"start": row.started, "end": row.ended, "duration": max(0.0, row.ended - row.started)},
+            "scoring": {"start": row.ended, "end": row.ended + 0.2, "duration": 0.2},
         },
         "is_completed": True,
         "is_truncated": row.finish == "length",
         "stop_condition": "has_error" if row.error else ended,
         "metrics": row.parts,
-        "tool_defs": None,
         **row.parts,
-        "token_usage": {
-            "input_tokens": float(sum(len(turn.prompt_ids) for turn in row.turns) or 60),
-            "output_tokens": float(row.sampled if row.usage is None else row.usage),
-        },
+        "token_usage": {"output_tokens": float(row.sampled if row.usage is None else row.usage)},
     }
-    if row.error:
-        found |= {"error_chain": chain, "long_error_chain": row.error}
     if row.turns:
         found["trajectory"] = [verifiers_step(row, turn) for turn in row.turns]
     return found
 
 
 def verifiers_step(row: Row, turn: Turn) -> dict:
-    last = turn is row.turns[-1]
-    cut = last and row.finish == "length"
+    cut = turn is row.turns[-1] and row.finish == "length"
     return {
         "prompt": turn.prompt,
         "completion": [turn.message],
-        "response": {
-            "id": f"chatcmpl-{row.problem}-{row.sample}",
-            "created": int(row.ended),
-            "model": "policy",
-            "message": turn.message | {"finish_reason": "length" if cut else "stop", "is_truncated": cut},
-        },
         "tokens": {
             "prompt_ids": turn.prompt_ids,
-            "prompt_mask": [0] * len(turn.prompt_ids),
             "completion_ids": turn.ids,
-            "completion_mask": [1] * len(turn.ids),
             "completion_logprobs": turn.logprobs,
-            "overlong_prompt": False,
             "is_truncated": cut,
-            "routed_experts": None,
         },
         "reward": row.reward,
         "advantage": row.advantage,
         "is_truncated": cut,
         "trajectory_id": f"{row.problem:04d}{row.sample:02d}",
-        "extras": {},
     }
 
 
 def mean_reward(rows: list[Row]) -> float:
     return statistics.fmean(row.reward for row in rows if row.reward is not None and not math.isnan(row.reward))
-
-
-def passes(groups: list[list[Row]], k: int) -> tuple[float, float]:
-    """pass@k and the share of groups of k in which all pass, unbiased, as verifiers' `PassAtKMetric` counts them."""
-    some, every = [], []
-    for group in groups:
-        right = sum((row.reward or 0) >= 0.5 for row in group)
-        total = math.comb(len(group), k)
-        some.append(1 - math.comb(len(group) - right, k) / total)
-        every.append(math.comb(right, k) / total)
-    return statistics.fmean(some), statistics.fmean(every)
 
 
 def write_verifiers(rows: list[Row], folder: Path, conversational: bool = False, **changes: Any) -> None:
@@ -562,33 +515,8 @@ def write_verifiers(rows: list[Row], folder: Path, conversational: bool = False,
             (inner / "train_rollouts.jsonl").write_text("\n".join(lines) + "\n")
         return
     (folder / "results.jsonl").write_text("".join(json.dumps(verifiers_row(row)) + "\n" for row in rows))
-    groups = list(grouped(rows).values())
-    size = statistics.mode(map(len, groups))
-    passed = {f"{k}": passes([group for group in groups if len(group) >= k], k) for k in (1, 2, 4, 8) if k <= size}
-    metadata = {
-        "env_id": "words",
-        "env_args": {},
-        "model": "policy",
-        "base_url": "http://127.0.0.1:8000/v1",
-        "num_examples": len({row.problem for row in rows}),
-        "rollouts_per_example": size,
-        "sampling_args": {"temperature": 1.0, "max_tokens": 1024},
-        "time": 60.0,
-        "avg_reward": mean_reward(rows),
-        "avg_metrics": {
-            name: statistics.fmean(row.parts[name] for row in rows if not math.isnan(row.parts[name]))
-            for name in rows[0].parts
-        },
-        "avg_error": statistics.fmean(float(row.error is not None) for row in rows),
-        "pass_at_k": {k: some for k, (some, _) in passed.items()},
-        "pass_all_k": {k: every for k, (_, every) in passed.items()},
-        "pass_threshold": 0.5,
-        "usage": None,
-        "version_info": {"vf_version": "0.1.14", "vf_commit": None, "env_version": None, "env_commit": None},
-        "state_columns": ["trajectory"] if rows[0].turns else [],
-        "tools": None,
-    } | changes
-    (folder / "metadata.json").write_text(json.dumps(metadata))
+    metadata = {"env_id": "words", "num_examples": len({row.problem for row in rows}), "avg_reward": mean_reward(rows)}
+    (folder / "metadata.json").write_text(json.dumps(metadata | changes))
 
 
 def gym_output(row: Row) -> list[dict]:
@@ -597,49 +525,17 @@ def gym_output(row: Row) -> list[dict]:
     turns = iter(row.turns)
     for number, message in enumerate(row.messages):
         if message["role"] == "tool":
-            items.append(
-                {
-                    "type": "function_call_output",
-                    "call_id": f"call_{number - 1}",
-                    "output": message["content"],
-                    "id": f"fco_{row.problem}_{row.sample}_{number}",
-                    "status": "completed",
-                }
-            )
+            told = {"type": "function_call_output", "call_id": f"call_{number - 1}", "output": message["content"]}
+            items.append(told)
             continue
-        thought = message.get("reasoning_content")
-        if thought:
-            items.append(
-                {
-                    "type": "reasoning",
-                    "id": f"rs_{row.problem}_{row.sample}_{number}",
-                    "encrypted_content": None,
-                    "summary": [{"text": thought, "type": "summary_text"}],
-                }
-            )
+        if thought := message.get("reasoning_content"):
+            items.append({"type": "reasoning", "summary": [{"text": thought, "type": "summary_text"}]})
         for call in message.get("tool_calls") or ():
-            items.append(
-                {
-                    "type": "function_call",
-                    "call_id": f"call_{number}",
-                    "name": call["function"]["name"],
-                    "arguments": call["function"]["arguments"],
-                    "status": "completed",
-                    "id": f"fc_{row.problem}_{row.sample}_{number}",
-                }
-            )
+            items.append({"type": "function_call", "call_id": f"call_{number}"} | call["function"])
         if not message.get("tool_calls"):
-            items.append(
-                {
-                    "type": "message",
-                    "role": "assistant",
-                    "status": "completed",
-                    "id": f"msg_{row.problem}_{row.sample}_{number}",
-                    "content": [{"type": "output_text", "annotations": [], "text": message["content"]}],
-                }
-            )
-        turn = next(turns, None)
-        if turn is not None:
+            content = [{"type": "output_text", "annotations": [], "text": message["content"]}]
+            items.append({"type": "message", "role": "assistant", "content": content})
+        if turn := next(turns, None):
             items[-1] |= {
                 "prompt_token_ids": turn.prompt_ids,
                 "generation_token_ids": turn.ids,
@@ -650,8 +546,6 @@ def gym_output(row: Row) -> list[dict]:
 
 
 def gym_row(row: Row, limit: int = 1024) -> dict:
-    sampled = row.sampled if row.usage is None else row.usage
-    read = sum(len(turn.prompt_ids) for turn in row.turns) or 60
     cut = row.finish == "length"
     asked = [{"role": message["role"], "content": message["content"], "type": "message"} for message in row.prompt]
     return {
@@ -663,11 +557,8 @@ def gym_row(row: Row, limit: int = 1024) -> dict:
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "status": "incomplete" if cut else "completed",
-            "model": "policy",
-            "object": "response",
             "output": gym_output(row),
-            "max_output_tokens": limit,
-            "usage": {"input_tokens": read, "output_tokens": sampled, "total_tokens": read + sampled},
+            "usage": {"output_tokens": row.sampled if row.usage is None else row.usage},
         },
         "reward": None if row.reward is None or math.isnan(row.reward) else row.reward,
         "failure_reason": row.error,
@@ -675,7 +566,6 @@ def gym_row(row: Row, limit: int = 1024) -> dict:
         "expected_answer": row.gold,
         "_ng_task_index": row.problem,
         "_ng_rollout_index": row.sample,
-        "agent_ref": {"name": "words_simple_agent"},
     }
 
 
@@ -683,30 +573,16 @@ def write_gym(rows: list[Row], folder: Path, conversational: bool = False, **cha
     """Write `rollouts.jsonl`, its inputs, its summary, and the attempts that failed in a file beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     limit = changes.get("limit", 1024)
-    lines = [gym_row(row, limit) for row in rows]
-    asked = changes.get("inputs", rows)
-    inputs = [
-        {
-            key: value
-            for key, value in gym_row(row, limit).items()
-            if key in ("responses_create_params", "expected_answer", "_ng_task_index", "_ng_rollout_index", "agent_ref")
-        }
-        for row in asked
-    ]
+    inputs = [gym_row(row, limit) for row in changes.get("inputs", rows)]
+    for row in inputs:
+        del row["response"], row["reward"]
     failures = [
         gym_row(row) | {"_ng_failure_class": "agent_error", "response": None} for row in changes.get("failed", ())
     ]
+    lines = [gym_row(row, limit) for row in rows]
     for name, entries in (("", lines), ("_materialized_inputs", inputs), ("_failures", failures)):
         (folder / f"rollouts{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    mean = changes.get("mean", mean_reward(rows))
-    summary = [
-        {
-            "agent_ref": {"name": "words_simple_agent"},
-            "agent_metrics": {"mean/reward": mean},
-            "key_metrics": {"mean/reward": mean},
-            "group_level_metrics": [],
-        }
-    ]
+    summary = [{"agent_metrics": {"mean/reward": changes.get("mean", mean_reward(rows))}}]
     (folder / "rollouts_aggregate_metrics.json").write_text(json.dumps(summary))
 
 

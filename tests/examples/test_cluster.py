@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,6 @@ from rewards.config.options import load
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "docs/gpus"
-
-
-def test_the_configuration_is_one():
-    assert load(TrainConfig, HERE / "cluster.yaml", {"learner.workers": 8}).learner.parallel.shares(8) == (8, 1)
 
 
 @pytest.fixture
@@ -126,27 +123,18 @@ def test_the_manifest_has_what_kuberay_needs():
         TrainConfig, HERE / "cluster.yaml", {name.removeprefix("--"): value for name, value in options.items()}
     )
     assert config.learner.workers + config.rollout.workers == gpus
+    assert load(TrainConfig, HERE / "cluster.yaml", {"learner.workers": 8}).learner.parallel.shares(8) == (8, 1)
 
 
-def test_the_image_is_given_what_the_package_is_made_of_and_no_more():
-    import tomllib
-
+def test_the_image_is_made_of_what_the_package_is_with_extras_and_a_ray_that_exist():
     lines = (ROOT / ".dockerignore").read_text().splitlines()
-    kept = [line.removeprefix("!") for line in lines if line.startswith("!")]
     assert "*" in lines
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     of_the_source = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    assert sorted(kept) == sorted([*of_the_source, "rewards", "pyproject.toml"])
-
-
-def test_the_image_installs_extras_that_exist():
-    import tomllib
-
-    [wanted] = re.findall(r"/src\[([\w,-]+)\]", (HERE / "Dockerfile").read_text())
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(wanted.split(",")) <= extras.keys()
-
-
-def test_the_image_has_the_ray_that_the_manifest_names():
+    kept = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    assert kept == {*of_the_source, "rewards", "pyproject.toml"}
+    dockerfile = (HERE / "Dockerfile").read_text()
+    [wanted] = re.findall(r"/src\[([\w,-]+)\]", dockerfile)
+    assert set(wanted.split(",")) <= project["project"]["optional-dependencies"].keys()
     cluster = yaml.safe_load((HERE / "rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
-    assert f'"ray[default]=={cluster["rayVersion"]}"' in (HERE / "Dockerfile").read_text()
+    assert f'"ray[default]=={cluster["rayVersion"]}"' in dockerfile

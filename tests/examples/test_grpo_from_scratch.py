@@ -23,7 +23,6 @@ from rollout.group import Completion, Prompt, RolloutGroup
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "examples/03_grpo_from_scratch.py"
 PAGE = ROOT / "docs/grpo-in-200-lines.md"
-MOST_LINES = 150
 REWARDS = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])  # the last group has zero variance
 QUESTIONS = ["Tom has 3 apples.", "Ada", "How many pens are there now?"]
 
@@ -145,19 +144,19 @@ def share_of_lower_case(question, completion):
     return sum(letter.islower() for letter in completion) / max(len(completion), 1)
 
 
-def short_run(scratch, policy):
+def short_run(scratch, policy, steps):
     torch.manual_seed(0)
-    questions = ["Tom has 3 apples."] * (scratch.P * 20)
+    questions = ["Tom has 3 apples."] * (scratch.P * steps)
     return torch.stack(list(scratch.grpo(policy.trunk, policy.tokenizer, questions, share_of_lower_case)))
 
 
 def test_the_reward_of_a_short_run_rises_and_a_seed_gives_it_again(scratch, micro_policy, monkeypatch):
     monkeypatch.setattr(scratch, "P", 4)
     monkeypatch.setattr(scratch, "LEARNING_RATE", 1e-2)
-    rewards_NPG = short_run(scratch, micro_policy(0))
+    rewards_NPG = short_run(scratch, micro_policy(0), 20)
     assert rewards_NPG.shape == (20, 4, scratch.G)
     assert rewards_NPG[-3:].mean() > rewards_NPG[:3].mean() + 0.1
-    assert torch.equal(rewards_NPG, short_run(scratch, micro_policy(0)))
+    assert torch.equal(rewards_NPG[:4], short_run(scratch, micro_policy(0), 4))
 
 
 @pytest.mark.slow
@@ -173,16 +172,6 @@ def test_the_script_learns_to_sort():
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
 
 
-def test_the_file_is_short_and_needs_torch_and_the_tiny_preset_only():
-    text = FILE.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MOST_LINES
-    nodes = list(ast.walk(ast.parse(text)))
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    ours = {"policies.presets", "rewards.data.letter_sorting"}
-    assert imported == {"torch", "transformers", *ours}
-
-
 def spans_of(text):
     """The first and last line of each function of the file, and of what is run, which is called `__main__`."""
     spans = {}
@@ -195,24 +184,14 @@ def spans_of(text):
     return spans
 
 
-def defines(file, name):
-    """Whether a file defines a function or class, or a method as `Class.method`."""
-    nodes = ast.parse(file.read_text(encoding="utf-8")).body
-    for part in name.split("."):
-        found = [node for node in nodes if getattr(node, "name", None) == part]
-        if not found:
-            return False
-        nodes = getattr(found[0], "body", [])
-    return True
-
-
-def test_the_page_maps_every_function_by_its_lines_to_what_quartet_has():
+def test_the_page_has_every_function_by_its_lines_and_the_file_is_short():
     page = PAGE.read_text(encoding="utf-8")
     text = FILE.read_text(encoding="utf-8")
     headings = re.findall(r"^## Lines (\d+) to (\d+): `(\w+)`$", page, re.MULTILINE)
     assert {name: (int(first), int(last)) for first, last, name in headings} == spans_of(text)
     assert f"in {len(text.splitlines())} lines" in page
-    for section in page.split("\n## Lines ")[1:]:
-        places = re.findall(r"^- `([\w./]+)`, `([\w.]+)`$", section, re.MULTILINE)
-        assert places, section.splitlines()[0]
-        assert [place for place in places if not defines(ROOT / place[0], place[1])] == []
+    assert len(text.splitlines()) <= 150
+    nodes = list(ast.walk(ast.parse(text)))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert imported == {"torch", "transformers", "policies.presets", "rewards.data.letter_sorting"}

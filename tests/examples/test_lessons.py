@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 LESSONS = Path(__file__).parents[2] / "docs/lessons"
-NAMES = {"group": "group", "off_policy": "off-policy", "drafts": "drafts"}  # of a script and its page
 
 
 def lines(name, folder):
@@ -20,15 +19,6 @@ def lines(name, folder):
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize(("name", "page"), NAMES.items())
-def test_a_lesson_is_short_and_has_a_picture(name, page):
-    text = (LESSONS / f"{page}.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 50
-    assert len((LESSONS / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 80
-    assert f"images/{name}.png" in text
-    assert (LESSONS / f"images/{name}.png").stat().st_size < 80_000
 
 
 @pytest.mark.slow

@@ -18,38 +18,50 @@ def test_signature():
     signature = Signature.of(grade)
     assert signature == Signature(("prompts", "completions", "answer", "completion_ids"), ("scale",), True)
     assert Signature.of(lambda completions, **_: None).takes_rest is False
-
-
-def test_a_missing_column_is_named_with_those_that_are_there():
-    with pytest.raises(RewardError) as caught:
-        Signature.of(grade).check("'my.py:grade'", ["question", "anwser"])
-    message = str(caught.value)
-    assert "'my.py:grade' asks for the column 'answer'" in message
-    assert "did you mean 'anwser'?" in message
-    assert "Columns: anwser, question" in message
-    assert "arguments: {answer: ...}" in message
-
-
-def test_columns_bound_arguments_and_defaults_satisfy_a_signature():
     Signature.of(grade).check("grade", ["answer", "other"])
     Signature.of(grade).check("grade", [], {"answer": "42"})
 
 
-def test_a_mistyped_argument_is_not_swallowed_by_kwargs():
-    with pytest.raises(RewardError, match=r"no parameter 'scal' to bind \(did you mean 'scale'\?\)"):
-        Signature.of(grade).check("grade", ["answer"], {"scal": 2})
+def positional(prompts, completions, /): ...
 
 
-def test_singular_parameters_point_to_the_decorator():
-    with pytest.raises(RewardError, match=r"@rewards.per_completion"):
-        Signature.of(lambda completion: 1.0).check("f", [])
+COLUMN = "(?s)'my.py:grade' asks for the column 'answer'.*did you mean 'anwser'\\?.*Columns: anwser, question"
 
 
-def test_positional_only_parameters_are_refused():
-    def reward(prompts, completions, /): ...
+@pytest.mark.parametrize(
+    ("function", "columns", "bound", "message"),
+    [
+        (grade, ["question", "anwser"], {}, COLUMN),
+        (grade, ["question", "anwser"], {}, r"arguments: \{answer: ...\}"),
+        (grade, ["answer"], {"scal": 2}, r"no parameter 'scal' to bind \(did you mean 'scale'\?\)"),
+        (lambda completion: 1.0, [], {}, r"@rewards.per_completion"),
+        (positional, [], {}, "positional-only"),
+    ],
+)
+def test_what_a_signature_cannot_be_called_with_is_named(function, columns, bound, message):
+    with pytest.raises((RewardError, TypeError), match=message):
+        Signature.of(function).check("'my.py:grade'", columns, bound)
 
-    with pytest.raises(TypeError, match="positional-only"):
-        Signature.of(reward)
+
+HUB = r"functions are not taken from the hub, .*a reward model is: function: model:(an-)?owner/"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("owner/name", HUB),
+        ("owner/name:score", HUB),
+        ("an-owner/a.name:score", HUB),
+        ("gsm8", r"'gsm8' is not built in \(did you mean 'gsm8k'\?\).*path/to/file.py:fun"),
+        ("rewards/nowhere.py:score", "nowhere.py is not an existing Python file"),
+        ("/owner/name:score", "not an existing Python file"),
+        ("a/b/c:score", "not an existing Python file"),
+    ],
+)
+def test_a_name_that_leads_to_no_function_is_told_the_way(name, message):
+    with pytest.raises(RewardError, match=message) as error:
+        load_reward(name)
+    assert ("hub" in str(error.value)) == (message == HUB)
 
 
 def test_per_completion_passes_one_row():
@@ -129,11 +141,6 @@ def test_every_built_in_loads_and_takes_trl_keywords(name):
     assert any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def test_an_unknown_built_in_names_the_nearest():
-    with pytest.raises(RewardError, match=r"'gsm8' is not built in \(did you mean 'gsm8k'\?\).*path/to/file.py:fun"):
-        load_reward("gsm8")
-
-
 @pytest.fixture
 def reward_file(tmp_path):
     (tmp_path / "sibling_of_rewards.py").write_text("FULL = 1.0\n")
@@ -166,23 +173,3 @@ def test_a_missing_function_names_those_that_are_there(reward_file):
         load_reward(f"{reward_file}:grad")
     with pytest.raises(RewardError, match=r"'Grader' is no function \(did you mean 'grade'\?\)"):
         load_reward(f"{reward_file}:Grader")
-
-
-@pytest.mark.parametrize("name", ["owner/name", "owner/name:score", "an-owner/a.name:score"])
-def test_a_reward_by_hub_id_is_refused_with_the_way_to_a_reward_model(name):
-    with pytest.raises(
-        RewardError, match=r"functions are not taken from the hub, .*a reward model is: function: model:(an-)?owner/"
-    ):
-        load_reward(name)
-
-
-@pytest.mark.parametrize("name", ["gsm8", "rewards/nowhere.py:score", "/owner/name:score", "a/b/c:score"])
-def test_what_is_no_hub_id_is_not_called_one(name):
-    with pytest.raises(RewardError) as error:
-        load_reward(name)
-    assert "hub" not in str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(RewardError, match=r"nowhere.py is not an existing Python file"):
-        load_reward(f"{tmp_path}/nowhere.py:grade")

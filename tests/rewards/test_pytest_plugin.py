@@ -84,26 +84,12 @@ ROWS = [{"question": f"What is {n} + 1?", "answer": GOLD % (n + 1), "solution": 
 
 def test_accuracy(quartet_reward):
     assert quartet_reward(accuracy_reward, ROWS, form="chat").no_accuracy is None
-
-
-def test_reasoning(quartet_reward):
     quartet_reward(reasoning_accuracy_reward, ROWS, form="chat")
 
 
-def test_format(quartet_reward):
-    quartet_reward(think_format_reward, ROWS, form="chat", shaping=True)
-
-
-def test_cosine(quartet_reward):
-    quartet_reward(cosine, ROWS, form="chat", shaping=True)
-
-
-def test_repetition(quartet_reward):
-    quartet_reward(repetition, ROWS, form="chat", shaping=True)
-
-
-def test_overlong(quartet_reward):
-    quartet_reward(overlong, ROWS, form="chat", shaping=True)
+def test_shaping(quartet_reward):
+    for reward in (think_format_reward, cosine, repetition, overlong):
+        quartet_reward(reward, ROWS, form="chat", shaping=True)
 
 
 def test_accuracy_as_if_any_thought_were_an_answer(quartet_reward):

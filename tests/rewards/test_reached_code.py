@@ -49,50 +49,44 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    ("then", "now"),
-    [
-        ("bool(helper(c))", "not helper(c)"),
-        ("return 0", "return 1"),
-        ('re.compile("a")', 're.compile("b")'),
-        ("LIMIT, OTHER = 3", "LIMIT, OTHER = 5"),
-        ('TABLE["a"] = 1', 'TABLE["a"] = 2'),
-        ('WORDS.append("y")', 'WORDS.append("z")'),
-        ("import os, re", "import os, regex as re"),
-        ("    import fast", "    import faster as fast"),
-        ("    fast = None", "    fast = True"),
-        ("    return f", "    return lambda *a, **b: f(*a, **b)"),
-        ("def grade(completions, **_)", "def grade(completions, answer=None, **_)"),
-        ("from __future__ import annotations\n", ""),
-        ("def helper(text, scale=LIMIT)", "def helper(text, scale=OTHER)"),
-        ("\nif __name__", "\nhelper = len\n\nif __name__"),  # bound again, later
-        ("\nif __name__", "\ngrade.weight = 2\n\nif __name__"),
-        ("\nif __name__", "\nfrom anywhere import *\n\nif __name__"),
-    ],
-)
-def test_a_change_of_what_is_reached_is_seen(then, now):
-    assert FILE.count(then) == 1
-    assert code_sha256(FILE.encode(), "grade") != code_sha256(FILE.replace(then, now).encode(), "grade")
+REACHED = [
+    ("bool(helper(c))", "not helper(c)"),
+    ("return 0", "return 1"),
+    ('re.compile("a")', 're.compile("b")'),
+    ("LIMIT, OTHER = 3", "LIMIT, OTHER = 5"),
+    ('TABLE["a"] = 1', 'TABLE["a"] = 2'),
+    ('WORDS.append("y")', 'WORDS.append("z")'),
+    ("import os, re", "import os, regex as re"),
+    ("    import fast", "    import faster as fast"),
+    ("    fast = None", "    fast = True"),
+    ("    return f", "    return lambda *a, **b: f(*a, **b)"),
+    ("def grade(completions, **_)", "def grade(completions, answer=None, **_)"),
+    ("from __future__ import annotations\n", ""),
+    ("def helper(text, scale=LIMIT)", "def helper(text, scale=OTHER)"),
+    ("\nif __name__", "\nhelper = len\n\nif __name__"),  # bound again, later
+    ("\nif __name__", "\ngrade.weight = 2\n\nif __name__"),
+    ("\nif __name__", "\nfrom anywhere import *\n\nif __name__"),
+]
+ELSEWHERE = [
+    ("len(c) for c", "2 * len(c) for c"),  # another reward
+    ("return sqrt(x)", "return -sqrt(x)"),  # called like a local of grade
+    ("  # a local of this name", ""),
+    ("import os, re", "import os, re, sys"),
+    ("import json as j", "import json as k"),
+    ("UNUSED = [1]", "UNUSED = [2]"),
+    ("assert len(UNUSED) == 1", ""),  # shares only a built-in function with what is reached
+    ('print(grade(["a"]))', 'print(grade(["b"]))'),
+    ("class Parser:\n", "class Parser:\n\n\n"),
+    ("\ndef other", "\ndef added():\n    return helper\n\ndef other"),
+]
 
 
-@pytest.mark.parametrize(
-    ("then", "now"),
-    [
-        ("len(c) for c", "2 * len(c) for c"),  # another reward
-        ("return sqrt(x)", "return -sqrt(x)"),  # called like a local of grade
-        ("  # a local of this name", ""),
-        ("import os, re", "import os, re, sys"),
-        ("import json as j", "import json as k"),
-        ("UNUSED = [1]", "UNUSED = [2]"),
-        ("assert len(UNUSED) == 1", ""),  # shares only a built-in function with what is reached
-        ('print(grade(["a"]))', 'print(grade(["b"]))'),
-        ("class Parser:\n", "class Parser:\n\n\n"),
-        ("\ndef other", "\ndef added():\n    return helper\n\ndef other"),
-    ],
-)
-def test_a_change_of_anything_else_is_not(then, now):
-    assert FILE.count(then) == 1
-    assert code_sha256(FILE.encode(), "grade") == code_sha256(FILE.replace(then, now).encode(), "grade")
+@pytest.mark.parametrize(("changes", "is_seen"), [(REACHED, True), (ELSEWHERE, False)])
+def test_a_change_of_what_is_reached_is_seen_and_of_nothing_else(changes, is_seen):
+    for then, now in changes:
+        assert FILE.count(then) == 1
+        changed = code_sha256(FILE.replace(then, now).encode(), "grade")
+        assert (changed != code_sha256(FILE.encode(), "grade")) == is_seen, (then, now)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +94,4 @@ def test_a_change_of_anything_else_is_not(then, now):
 )
 def test_where_the_file_does_not_say_what_is_reached_all_of_it_counts(file):
     assert code_sha256(file.encode(), "grade") != code_sha256(f"{file}\nf = 1\n".encode(), "grade")
-
-
-def test_another_function_of_the_file_has_another_hash():
     assert code_sha256(FILE.encode(), "grade") != code_sha256(FILE.encode(), "other")

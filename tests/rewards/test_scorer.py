@@ -48,8 +48,7 @@ def test_none_abstains_and_is_left_out_of_the_sum():
     specs = [mine("abstains"), RewardSpec("regex_format", 0.5, arguments={"pattern": "none"})]
     assert score_one(specs, ["none", "x"]).rewards == [0.5, 1.0]
     score = score_one([mine("abstains")], ["none", "x"], on_error="score=0")
-    assert score.rewards == [None, 1.0]
-    assert score.errors == []
+    assert (score.rewards, score.errors) == ([None, 1.0], [])
 
 
 FAULTS = {
@@ -138,13 +137,13 @@ def test_contract_6_each_policy_does_what_it_says(scorers, fault):
     assert score_faulty(scorers["abort"], "fine")[0].rewards == [-1.0] * 8  # and the pool works again
 
 
-@pytest.mark.parametrize("on_error", ["abort", "drop_sample", "drop_group", "score=-3"])
-def test_none_is_no_failure_under_any_policy(scorers, on_error):
-    score, other = score_faulty(scorers[on_error], "none")
-    assert score.errors == []
-    assert score.parts["faulty"] == [1.0] * 4 + [None] + [1.0] * 3
-    assert score.rewards == [-1.0] * 4 + [-2.0] + [-1.0] * 3  # the length penalty alone
-    assert other.rewards == [-1.0] * 2
+def test_none_is_no_failure_under_any_policy(scorers):
+    for scorer in scorers.values():
+        score, other = score_faulty(scorer, "none")
+        assert score.errors == []
+        assert score.parts["faulty"] == [1.0] * 4 + [None] + [1.0] * 3
+        assert score.rewards == [-1.0] * 4 + [-2.0] + [-1.0] * 3  # the length penalty alone
+        assert other.rewards == [-1.0] * 2
 
 
 def test_several_failures_are_each_charged_to_their_own(scorers):
@@ -181,7 +180,9 @@ def test_combining_with_every_policy_by_hand():
     assert str(second) == "reward 'f' failed on prompt 'a', sample 1: raised: boom"
 
 
-@pytest.mark.parametrize("on_error", ["", "drop", "abort=1", "score", "score=", "score=x", "score=nan", "score=inf"])
+@pytest.mark.parametrize(
+    "on_error", ["", "drop", "abort=1", "score", "score=", "score=x", "score=nan", "score=inf", "score=1e308"]
+)
 def test_an_unknown_policy_names_the_choices(on_error):
     with pytest.raises(
         RewardError, match=r"reward.on_error='.*' is no policy.* abort, drop_sample, drop_group or score="
@@ -202,6 +203,12 @@ def test_an_unknown_policy_names_the_choices(on_error):
         ([RewardSpec("gsm8k")], {"workers": 0}, "workers=0 must be"),
         ([RewardSpec("gsm8k")], {"columns": ["question"]}, "'gsm8k' asks for the column 'answer'.*Columns: question"),
         ([RewardSpec("regex_format")], {"columns": ["answer"]}, r"arguments: \{pattern: ...\}"),
+        ([RewardSpec("gsm8k", weight=1e16)], {}, r"weight=1e\+16 must be finite, and between ±1e\+15"),
+        (
+            [RewardSpec("gsm8k", weight=1e10)],
+            {"on_error": "score=1e10"},
+            r"'score=1e\+10' times weight=1e\+10 of .* beyond",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(specs, options, message):
@@ -263,10 +270,6 @@ def test_columns_may_have_a_value_for_every_completion(tmp_path):
             scorer.score(*arguments, prompt_ids=["a", "b"], completion_columns=[{"grade": [1.0]}, {"grade": [1.0]}])
 
 
-def test_chat_functions_get_messages():
-    assert score_one([chat("chat")], ["yes", "no"]).rewards == [1.0, 0.0]
-
-
 def test_chat_functions_get_all_messages_of_an_episode():
     """Also where a batch has failed and is scored again one by one. Other functions get the texts."""
     told = {"role": "tool", "name": "t", "content": "4"}
@@ -286,11 +289,6 @@ def test_a_function_that_cannot_be_pickled(on_error):
     assert score_one([mine("unpicklable")], ["four", ""], on_error=on_error).rewards == [4.0, 0.0]
 
 
-def test_what_is_not_given_keeps_its_default():
-    assert score_one([mine("optional")], ["x"]).rewards == [1.0]
-    assert score_one([mine("optional")], ["x"], {"answer": "none"}).rewards == [0.0]
-
-
 def test_an_async_function_is_scored_where_an_event_loop_runs():
     """As in a notebook, without processes."""
     scorer = Scorer([mine("asynchronous")], isolated=False)
@@ -303,6 +301,40 @@ def test_an_async_function_is_scored_where_an_event_loop_runs():
     assert all(isinstance(reward, float) for reward in score.rewards)
 
 
+TEXT = "\ud800\x00\n#### 42"
+NOT_ASKED_FOR = {"image": object(), "mode": "flexible"}  # a column named like an option is no option
+
+
+@pytest.mark.parametrize(
+    ("specs", "completions", "columns", "rewards"),
+    [
+        ([chat("chat")], ["yes", "no"], {}, [1.0, 0.0]),
+        ([mine("optional")], ["x"], {}, [1.0]),  # what is not given keeps its default
+        ([mine("optional")], ["x"], {"answer": "none"}, [0.0]),
+        ([mine("numbers")], ["x", "y"], {}, [1.0, 2.5]),  # an array
+        ([RewardSpec("gsm8k")], ["#### 42", "42"], {"answer": "42"} | NOT_ASKED_FOR, [1.0, 0.0]),
+        ([RewardSpec("gsm8k"), mine("unpicklable")], [TEXT], {"answer": "42"}, [1.0 + len(TEXT)]),
+    ],
+)
+def test_what_functions_get_and_give(specs, completions, columns, rewards):
+    assert score_one(specs, completions, columns).rewards == rewards
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns", "message"),
+    [
+        (mine("scalar"), {}, r"wrong_length: returned 1.0, not a list of 1"),
+        (RewardSpec("gsm8k"), {"question": "?"}, r"'gsm8k' \(prompt 'a'\) asks for the column 'answer'"),
+        (RewardSpec("gsm8k"), {"answer": {1, 2}}, "column 'answer' of prompt 'a' holds a set.* 'gsm8k'"),
+        (RewardSpec("gsm8k"), {"answer": {1: "x"}}, "'answer' of prompt 'a' holds a dict with the key 1.* 'gsm8k'"),
+        (RewardSpec("gsm8k"), {"answer": [b"x"]}, "column 'answer' of prompt 'a' holds a bytes.* 'gsm8k'"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(spec, columns, message):
+    with pytest.raises(RewardError, match=message):
+        score_one([spec], ["x"], columns)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_column_that_some_rows_have_is_none_for_the_others(tmp_path, turned):
     """Whichever row comes first in a batch."""
@@ -311,47 +343,6 @@ def test_a_column_that_some_rows_have_is_none_for_the_others(tmp_path, turned):
     with Scorer([RewardSpec(f"{tmp_path}/hint.py:hinted")], columns=["hint"]) as scorer:
         scores = scorer.score(["?", "?"], [["a"], ["b"]], columns, prompt_ids=["p", "q"])
     assert [score.rewards for score in scores] == [[0.0], [1.0]][:: -1 if turned else 1]
-
-
-def test_array_results_are_numbers():
-    assert score_one([mine("numbers")], ["x", "y"]).rewards == [1.0, 2.5]
-
-
-def test_a_scalar_is_no_list():
-    with pytest.raises(RewardError, match=r"wrong_length: returned 1.0, not a list of 1"):
-        score_one([mine("scalar")], ["x"])
-
-
-def test_two_functions_may_not_log_the_same_name():
-    specs = [mine("everything"), mine("also_logs_ids")]
-    with Scorer(specs) as scorer, pytest.raises(RewardError, match="'everything' and 'also_logs_ids' both log 'ids'"):
-        scorer.dry_run("p", "c", {"answer": "1", "bonus": 1})
-
-
-def test_extras_of_another_length_are_a_failure():
-    with (
-        pytest.raises(RewardError, match=r"log_extra\('x'\) got 1 values for 2 completions"),
-        Scorer([mine("logs_too_few")]) as s,
-    ):
-        s.dry_run("p", "c", {})
-
-
-@pytest.mark.parametrize(
-    ("value", "what"), [({1, 2}, "a set"), ({1: "x"}, "a dict with the key 1"), ([b"x"], "a bytes")]
-)
-def test_a_column_that_is_no_json_is_named(value, what):
-    with pytest.raises(RewardError, match=f"column 'answer' of prompt 'a' holds {what}.* 'gsm8k'"):
-        score_one([RewardSpec("gsm8k")], ["x"], {"answer": value})
-
-
-def test_columns_that_nobody_asks_for_are_not_sent():
-    columns = {"answer": "42", "image": object(), "mode": "flexible"}  # a column named like an option is no option
-    assert score_one([RewardSpec("gsm8k")], ["#### 42", "42"], columns).rewards == [1.0, 0.0]
-
-
-def test_a_column_missing_from_a_row_names_the_prompt():
-    with pytest.raises(RewardError, match=r"'gsm8k' \(prompt 'a'\) asks for the column 'answer'"):
-        score_one([RewardSpec("gsm8k")], ["x"], {"question": "?"})
 
 
 def test_lengths_must_agree():
@@ -374,14 +365,13 @@ def test_dry_run_accepts_and_refuses():
         ):
             with pytest.raises(RewardError, match=message):
                 scorer.dry_run("p", completion, column)
-
-
-def test_dry_run_finds_a_function_that_serves_one_completion_only():
-    with (
-        Scorer([mine("first_only")]) as scorer,
-        pytest.raises(RewardError, match="returned 1 rewards for 2 completions"),
+    for specs, message in (
+        ([mine("everything"), mine("also_logs_ids")], "'everything' and 'also_logs_ids' both log 'ids'"),
+        ([mine("logs_too_few")], r"log_extra\('x'\) got 1 values for 2 completions"),
+        ([mine("first_only")], "returned 1 rewards for 2 completions"),  # it serves one completion only
     ):
-        scorer.dry_run("p", "c", {})
+        with Scorer(specs) as scorer, pytest.raises(RewardError, match=message):
+            scorer.dry_run("p", "c", {"answer": "1", "bonus": 1})
 
 
 def test_describe_names_the_file_and_its_hash():
@@ -392,11 +382,6 @@ def test_describe_names_the_file_and_its_hash():
     sha256 = hashlib.sha256(FILE.read_bytes()).hexdigest()
     assert own == asdict(specs[1]) | {"path": str(FILE.resolve()), "sha256": sha256, "code_sha256": own["code_sha256"]}
     assert own["code_sha256"] not in (None, sha256)
-
-
-def test_lone_surrogates_and_null_characters_survive_the_way():
-    text = "\ud800\x00\n#### 42"
-    assert score_one([RewardSpec("gsm8k"), mine("unpicklable")], [text], {"answer": "42"}).rewards == [1.0 + len(text)]
 
 
 SPECS = [RewardSpec("gsm8k"), RewardSpec("gsm8k_format", 0.1), mine("unpicklable", weight=0.01)]
@@ -410,18 +395,14 @@ def score_many(workers: int, isolated: bool = True) -> list[list[float | None]]:
     return [score.rewards for score in scores]
 
 
-def test_scores_are_the_same_in_a_thread_and_with_more_workers():
+def test_scores_are_the_same_in_a_thread_with_more_workers_and_without_isolation():
     here = score_many(1)
     assert len({reward for group in here for reward in group}) > 4
     there: list = []
     thread = threading.Thread(target=lambda: there.extend(score_many(2)))
     thread.start()
     thread.join()
-    assert there == here
-
-
-def test_scores_are_the_same_without_isolation():
-    assert score_many(1, isolated=False) == score_many(1)
+    assert there == here == score_many(1, isolated=False)
 
 
 def test_without_isolation_failures_are_charged_the_same():
@@ -458,9 +439,6 @@ def test_scores_are_the_same_in_a_ray_actor():
         ray.shutdown()
 
 
-# ---- scores that would overflow -------------------------------------------------------------------------------------
-
-
 def huge(tmp_path, value: str, **options) -> RewardSpec:
     file = tmp_path / "huge.py"
     file.write_text(
@@ -484,23 +462,7 @@ def test_a_score_that_would_overflow_is_a_failure_of_its_function_and_goes_by_th
     assert [(error.function, error.sample_index, error.kind) for error in replaced.errors] == [
         ("grade", 1, "too_large")
     ]
-
-
-def test_what_is_just_small_enough_passes(tmp_path):
-    assert score_one([huge(tmp_path, "1e15")], ["huge", "x"]).rewards == [1e15, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("weight", "on_error", "message"),
-    [
-        (1e16, "abort", r"weight=1e\+16 must be finite, and between ±1e\+15"),
-        (1e10, "score=1e10", r"'score=1e\+10' times weight=1e\+10 of reward 'gsm8k' is beyond"),
-        (1.0, "score=1e308", "is no policy"),
-    ],
-)
-def test_weights_and_substitutes_that_would_overflow_are_refused_at_once(weight, on_error, message):
-    with pytest.raises(RewardError, match=message):
-        Scorer([RewardSpec("gsm8k", weight=weight)], on_error=on_error)
+    assert score_one([huge(tmp_path, "1e15")], ["huge", "x"]).rewards == [1e15, 1.0]  # is just small enough
 
 
 def test_logged_numbers_that_overflow_end_no_run():

@@ -95,24 +95,32 @@ def _judged(result) -> tuple:
 NOT_JUDGED = (None, None, None, {}, {})
 
 
-def test_a_count_of_letters_is_no_accuracy(task):
-    result = evaluate(Answers("abc", "a"), task("letters"), _prompts(), SAMPLING)
-    assert _judged(result) == NOT_JUDGED
-    assert (result.reward_mean, result.completions, result.without_mark) == (2.0, 4, 0)
+@pytest.mark.parametrize(
+    ("name", "texts", "on_error", "correct", "mean", "without_mark"),
+    [
+        ("letters", ("abc", "a"), "abort", None, 2.0, 0),
+        ("letters", ("1", ""), "abort", None, 0.0, 0),  # the gold solution gives it away, whose mark is none of these
+        ("exact", ("#### 42", "41"), "abort", 2, 0.5, 0),
+        ("partial", ("right", "close"), "abort", 2, 0.95, 0),  # it declares from which mark on a completion is right
+        ("form", ("# 1", "1"), "abort", None, 0.5, 0),  # it declares that it is no accuracy
+        ("broken", ("42", "fail"), "score=-0.5", 2, 0.25, 0),  # what stands in for a failure is no mark of the reward
+        ("broken", ("fail", "fail"), "drop_sample", None, None, 4),
+    ],
+)
+def test_accuracy_is_that_of_rewards_which_say_right_or_wrong(task, name, texts, on_error, correct, mean, without_mark):
+    result = evaluate(Answers(*texts), task(name, on_error), _prompts(), SAMPLING)
+    assert (result.completions, result.without_mark) == (4, without_mark)
+    assert result.reward_mean == (mean if mean is None else pytest.approx(mean))
+    if correct is None:
+        assert _judged(result) == NOT_JUDGED
+    else:
+        assert (result.correct, result.accuracy, result.pass_at[2].value) == (correct, 0.5, 1.0)
     metrics = as_metrics({"sampled": result, "greedy": replace(result, reward_mean=1.0)})
-    assert (metrics["eval/reward_mean"], metrics["eval/reward_mean_greedy"]) == (2.0, 1.0)
-    assert not [name for name in metrics if "accuracy" in name or "pass_at" in name or "majority" in name]
     assert all(check(name) for name in metrics)
-
-
-def test_its_gold_solution_gives_it_away_before_any_completion_does(task):
-    result = evaluate(Answers("1", ""), task("letters"), _prompts(), SAMPLING)  # marks 0 and 0
-    assert _judged(result) == NOT_JUDGED
-
-
-def test_marks_that_are_all_0_and_1_are_right_and_wrong(task):
-    result = evaluate(Answers("#### 42", "41"), task("exact"), _prompts(), SAMPLING)
-    assert (result.correct, result.accuracy, result.pass_at[2].value) == (2, 0.5, 1.0)
+    assert metrics.get("eval/reward_mean") == (mean if mean is None else pytest.approx(mean))
+    assert metrics["eval/reward_mean_greedy"] == 1.0
+    judged = [name for name in metrics if "accuracy" in name or "pass_at" in name or "majority" in name]
+    assert bool(judged) == (correct is not None)
 
 
 def test_one_other_mark_ends_that_for_all_ways_of_sampling_and_for_good(task, tmp_path):
@@ -131,33 +139,6 @@ def test_one_other_mark_ends_that_for_all_ways_of_sampling_and_for_good(task, tm
     assert evaluate(Answers("42", "41"), one, _prompts(), SAMPLING).accuracy is None
 
 
-def test_a_reward_declares_from_which_mark_on_a_completion_is_right(task):
-    """Also where marks are more than 1, or less for a close answer."""
-    result = evaluate(Answers("right", "close"), task("partial"), _prompts(), SAMPLING)
-    assert (result.correct, result.completions, result.accuracy) == (2, 4, 0.5)
-    assert result.reward_mean == pytest.approx(0.95)
-
-
-def test_a_format_reward_declares_that_it_is_no_accuracy(task):
-    result = evaluate(Answers("# 1", "1"), task("form"), _prompts(), SAMPLING)
-    assert (_judged(result), result.reward_mean) == (NOT_JUDGED, 0.5)
-
-
-def test_a_number_that_stands_in_for_a_failure_is_no_mark_of_the_reward(task):
-    result = evaluate(Answers("42", "fail"), task("broken", on_error="score=-0.5"), _prompts(), SAMPLING)
-    assert (result.correct, result.completions, result.reward_mean) == (2, 4, 0.25)
-
-
-def test_without_any_mark_there_is_neither_accuracy_nor_mean(task):
-    one = task("broken", on_error="drop_sample")
-    result = evaluate(Answers("fail", "fail"), one, _prompts(), SAMPLING)
-    assert (result.accuracy, result.reward_mean, result.without_mark) == (None, None, 4)
-    metrics = as_metrics({"sampled": result, "greedy": result})
-    assert "eval/accuracy" not in metrics
-    assert "eval/reward_mean" not in metrics
-    assert metrics["eval/prompts"] == 2
-
-
 def test_what_the_built_in_rewards_declare():
     """`column`, `environment`, `agent`, `judge` and servers hand on what others say, so their marks show it."""
     for name in BUILT_IN:
@@ -171,12 +152,8 @@ def test_what_the_built_in_rewards_declare():
         handed_on = ("column", "environment", "agent", "remote", "judge", "nemo_gym", "openenv")
         expected = "undeclared" if name in handed_on else 1.0 if judges else None
         assert Signature.of(load_reward(name)).right_at == expected, name
-
-
-def test_the_declaration_goes_with_a_function_of_one_completion_and_must_be_finite():
     assert Signature.of(right_at(0.5)(per_completion(lambda completion: 1.0))).right_at == 0.5
     assert Signature.of(per_completion(right_at(0.5)(lambda completion: 1.0))).right_at == 0.5
-    assert Verdicts("r", Signature.of(right_at(2)(lambda completions: [])).right_at, 2.0).of(1.0) is False
     with pytest.raises(ValueError, match="right_at\\(inf\\): give the mark from which"):
         right_at(float("inf"))
 
@@ -190,16 +167,14 @@ def test_the_best_step_is_by_mean_reward_once_a_step_has_no_accuracy():
     ]
     assert best_step(lines, [1, 2, 3]) == 2
     assert best_step(lines[:2], [0, 1]) == 0
+    assert held_out_metric([{"loss/total": 1.0}, lines[0]]) == "eval/accuracy"  # a line without an evaluation
     assert best_step([{"step": 1, "eval/reward_mean": -2.0}, {"step": 2, "eval/reward_mean": -1.0}], [1, 2]) == 2
-
-
-def test_lines_without_an_evaluation_have_no_say_in_what_evaluations_are_compared_by():
-    assert held_out_metric([{"loss/total": 1.0}, {"eval/accuracy": 1.0, "eval/reward_mean": 1.0}]) == "eval/accuracy"
 
 
 def test_full_marks_are_what_the_gold_solution_gets_and_one_other_mark_is_seen_among_many():
     given = (("undeclared", None), ("undeclared", 0.5), ("undeclared", 3.0), (0.5, 3.0), (None, 2.0))
     assert [Verdicts("r", at, gold).full_marks for at, gold in given] == [1.0, 1.0, 3.0, 0.5, 2.0]
+    assert Verdicts("r", 2, 2.0).of(1.0) is False
     verdicts = Verdicts("r", "undeclared", None)
     assert [verdicts.of(mark) for mark in (None, sum([0.1] * 10), 2.0, 0.9)] == [None, True, True, False]
     verdicts.see([1.0, 0.5])

@@ -51,39 +51,26 @@ def test_exit_codes_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "failure-as-number" in html
     assert "TimeoutError: 10 s" in html
     assert "<script" not in html
-
-
-def test_a_folder_without_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["audit", str(tmp_path)]) == 1
+    assert main(["audit", str(file), "--ignore", "[failure-as-number]"]) == 0  # what is accepted is left out
+    (tmp_path / "empty").mkdir()
+    assert main(["audit", str(tmp_path / "empty")]) == 1
     assert "there are no rollouts" in capsys.readouterr().err
-
-
-def test_a_mean_beside_the_rollouts(tmp_path: Path) -> None:
-    rows = [{"example_id": i, "prompt": "q", "completion": f"{i}", "reward": float(i % 2)} for i in range(8)]
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for mean, kinds in ((0.5, []), (4 / 9, ["mean-differs"])):
-        (tmp_path / "metadata.json").write_text(json.dumps({"avg_reward": mean}))
-        assert [finding.kind for finding in audit(tmp_path, AuditConfig()).findings] == kinds
 
 
 def test_a_mean_is_that_of_its_own_rollouts(tmp_path: Path) -> None:
     """Neither of those of an evaluation, nor of another file beside it."""
     rows = [{"example_id": i, "prompt": f"q{i}", "completion": f"{i}", "reward": float(i % 2)} for i in range(8)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "metadata.json").write_text(json.dumps({"avg_reward": 0.5}))
     (tmp_path / "b_aggregate_metrics.json").write_text(json.dumps([{"agent_metrics": {"mean/reward": 0.9}}]))
+    for mean, kinds in ((0.5, []), (4 / 9, ["mean-differs"])):
+        (tmp_path / "metadata.json").write_text(json.dumps({"avg_reward": mean}))
+        assert [finding.kind for finding in audit(tmp_path / "a.jsonl", AuditConfig()).findings] == kinds
+    (tmp_path / "metadata.json").write_text(json.dumps({"avg_reward": 0.5}))
     (tmp_path / "other").mkdir()
     all_right = [row | {"prompt": f"p{i}", "reward": 1.0} for i, row in enumerate(rows)]
     (tmp_path / "other/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in all_right))
     found = audit(tmp_path / "a.jsonl", AuditConfig(), evaluation=tmp_path / "other/results.jsonl").findings
     assert "mean-differs" not in [finding.kind for finding in found]
-
-
-def test_accepted_findings_are_left_out(tmp_path: Path) -> None:
-    traces = honest()
-    traces[5].error = "gone"
-    file = write(tmp_path / "mine.jsonl", traces)
-    assert main(["audit", str(file), "--ignore", "[failure-as-number]"]) == 0
 
 
 def test_evaluation_problems(tmp_path: Path) -> None:
@@ -95,11 +82,7 @@ def test_evaluation_problems(tmp_path: Path) -> None:
     test.write_text("".join(json.dumps({"prompt": text, "answer": "5"}) + "\n" for text in (problem, *others)))
     (finding,) = audit(train, AuditConfig(), evaluation=test).findings
     assert (finding.kind, {trace.prompt for trace in finding.traces}) == ("leakage", {traces[40].prompt, problem})
-
-
-def test_evaluation_rollouts_of_another_file(tmp_path: Path) -> None:
-    traces = honest()
-    train, test = write(tmp_path / "train.jsonl", traces), write(tmp_path / "test.jsonl", traces[40:41])
+    write(test, traces[40:41])  # rollouts of another file
     assert [finding.kind for finding in audit(train, AuditConfig(), evaluation=test).findings] == ["leakage"]
 
 
@@ -118,6 +101,10 @@ def lenient(completions, answer, **_):
 def dice(completions, **_):
     return [random.random() for _ in completions]
 
+def annealed(completions, answer, trainer_state, **_):
+    assert trainer_state.global_step / trainer_state.max_steps == 0
+    return right(completions, answer)
+
 def falls(completions, **_):
     return [len(text) and 1 / (len(text) % 7) for text in completions]
 """
@@ -127,6 +114,7 @@ def falls(completions, **_):
     ("function", "kinds"),
     [
         ("right", []),
+        ("annealed", []),  # a reward may divide by the steps of its run
         ("lenient", ["always-same", "scored-otherwise"]),
         ("dice", ["nondeterministic"]),
         ("falls", ["reward-fails", "scored-otherwise"]),
@@ -138,16 +126,6 @@ def test_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function:
     file = write(tmp_path / "mine.jsonl", honest())
     result = audit(file, AuditConfig(), [f"{tmp_path / 'mine.py'}:{function}"])
     assert [finding.kind for finding in result.findings] == kinds
-
-
-def test_a_reward_may_divide_by_the_steps_of_its_run(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "def annealed(completions, trainer_state, **_):\n"
-        "    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]\n"
-    )
-    file = write(tmp_path / "mine.jsonl", honest())
-    found = audit(file, AuditConfig(), [f"{tmp_path / 'mine.py'}:annealed"]).findings
-    assert "reward-fails" not in [finding.kind for finding in found]
 
 
 def test_a_reward_whose_column_was_never_recorded_is_not_called_broken(tmp_path: Path) -> None:

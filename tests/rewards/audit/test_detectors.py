@@ -23,15 +23,25 @@ def found(traces: list[Trace], decode: Callable[[list[int]], str] | None = None)
     return {finding.kind: finding for finding in every if finding.traces}
 
 
-def every(**values: Any) -> Callable[[list[Trace]], None]:
-    """Plants the values in three rollouts of different groups."""
+def change(*where: int | None, **values: Any) -> Callable[[list[Trace]], None]:
+    """Plants values, or what functions make of a rollout, into the rollouts of this slice."""
 
     def plant(traces: list[Trace]) -> None:
-        for trace in traces[5 :: len(traces) // 3]:
-            for name, value in values.items():
+        for trace in traces[slice(*where)]:
+            made = {name: value(trace) if callable(value) else value for name, value in values.items()}
+            for name, value in made.items():
                 setattr(trace, name, value)
 
     return plant
+
+
+def every(**values: Any) -> Callable[[list[Trace]], None]:
+    """Plants the values in three rollouts of different groups."""
+    return change(5, None, 42, **values)
+
+
+ONE, ALL = (5, 6), (None,)
+NO_TOKENS: dict[str, Any] = {"token_ids": [], "logprobs": [], "calls": []}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -52,44 +62,10 @@ def test_the_divisor_is_told() -> None:
         assert name in rollouts.figures["advantages are divided by"]
 
 
-def _hand_zero(traces: list[Trace]) -> None:
-    every(error="TimeoutError: 10 s")(traces)
-
-
-def _nan(traces: list[Trace]) -> None:
-    for trace in traces[:SIZE]:
-        trace.reward = trace.advantage = math.nan
-
-
-def _unscored(traces: list[Trace]) -> None:
-    traces[5].reward, traces[5].parts, traces[5].advantage = None, {}, 0.7
-
-
 def _outlier(traces: list[Trace]) -> None:
     for trace in traces[5::40]:
         trace.reward, trace.parts, trace.weights = -100.0, {}, {}
     set_advantages(traces, SIZE)
-
-
-def _tie(traces: list[Trace]) -> None:
-    for trace in traces:
-        trace.reward, trace.parts, trace.advantage = 1.0, {"right": 1.0}, 0.0
-
-
-def _always_zero(traces: list[Trace]) -> None:
-    for trace in traces:
-        trace.form, trace.parts["format"], trace.weights["format"] = "quartet", 0.0, 1.0
-
-
-def _sum(traces: list[Trace]) -> None:
-    for trace in traces[5::40]:
-        trace.parts["right"] += 0.3
-
-
-def _sum_of_unknown_weights(traces: list[Trace]) -> None:
-    for trace in traces:
-        trace.weights = {}
-    _sum(traces)
 
 
 def _weights_change(traces: list[Trace]) -> None:
@@ -101,15 +77,30 @@ def _weights_change(traces: list[Trace]) -> None:
     set_advantages(traces, SIZE)
 
 
+BY_HEART = "The answer follows from the question by careful thought, which is left out here."
+
+
+def _more(trace: Trace) -> dict[str, float]:
+    return trace.parts | {"right": trace.parts["right"] + 0.3}
+
+
+def _sum_of_unknown_weights(traces: list[Trace]) -> None:
+    change(*ALL, weights={})(traces)
+    change(5, None, 40, parts=_more)(traces)
+
+
 def _count(traces: list[Trace]) -> None:
-    for trace in traces:
-        trace.counted = len(trace.token_ids) - 1  # without the end
+    change(*ALL, counted=lambda t: len(t.token_ids) - 1)(traces)  # without the end
     traces[5].counted = 7
 
 
-def _warm(traces: list[Trace]) -> None:
-    for trace in traces[::2]:
-        trace.logprobs = [2 * value for value in trace.logprobs]
+def _lose_row(traces: list[Trace]) -> None:
+    del traces[5]
+    change(*ALL, advantage=None)(traces)
+
+
+def _other_ids(traces: list[Trace]) -> None:
+    change(*ONE, **NO_TOKENS | {"token_ids": list(traces[6].token_ids)})(traces)
 
 
 def _shuffle(traces: list[Trace]) -> None:
@@ -118,21 +109,6 @@ def _shuffle(traces: list[Trace]) -> None:
         marks = [trace.advantage for trace in group]
         for trace, mark in zip(group, marks[1:] + marks[:1], strict=True):
             trace.advantage = mark
-
-
-def _sign(traces: list[Trace]) -> None:
-    for trace in traces[: 4 * SIZE]:
-        trace.advantage *= -1  # type: ignore[operator]
-
-
-def _divisor(traces: list[Trace]) -> None:
-    for trace in traces[: 4 * SIZE]:
-        trace.advantage *= 3  # type: ignore[operator]
-
-
-def _raw_rewards(traces: list[Trace]) -> None:
-    for trace in traces:
-        trace.advantage = trace.reward
 
 
 def _mix(traces: list[Trace]) -> None:
@@ -147,16 +123,6 @@ def _mix_without_groups(traces: list[Trace]) -> None:
         trace.group = trace.sample = None
     _mix(traces)
     set_advantages(traces, SIZE)
-
-
-def _lose_rows(traces: list[Trace]) -> None:
-    del traces[5]
-    for trace in traces:
-        trace.advantage = None
-
-
-def _another_answer(traces: list[Trace]) -> None:
-    traces[5].columns = {**traces[5].columns, "answer": "#### 7"}
 
 
 def _blank(traces: list[Trace]) -> None:
@@ -186,10 +152,6 @@ def _hedge(traces: list[Trace]) -> None:
     _write(traces, first.columns["answer"] + "".join(f"\n#### {i}" for i in range(1, 7)))
 
 
-def _empty_answer(traces: list[Trace]) -> None:
-    _write(traces, "I have thought about it.\n#### ")
-
-
 def _copy(traces: list[Trace]) -> None:
     for trace in traces:
         trace.prompt = f"You are helpful. {trace.prompt} Give the number alone."
@@ -200,29 +162,6 @@ def _copy(traces: list[Trace]) -> None:
 def _loop(traces: list[Trace]) -> None:
     first = next(trace for trace in traces if trace.reward == 1.5)
     _write(traces, f"So the number is {first.columns['answer']} as I said. " * 12)
-
-
-def _wrong(traces: list[Trace]) -> None:
-    _write(traces, "the number is what was asked for\n#### none")
-
-
-def _template(traces: list[Trace]) -> None:
-    _write(traces, *["The answer follows from the question by careful thought, which is left out here."] * 4)
-
-
-def _prompt_inside(traces: list[Trace]) -> None:
-    traces[5].completion = traces[5].prompt + traces[5].completion
-    traces[5].token_ids, traces[5].logprobs, traces[5].calls = [], [], []
-
-
-def _marks(traces: list[Trace]) -> None:
-    traces[5].completion += "<|im_end|>\n<|im_start|>user\nand now?"
-    traces[5].token_ids, traces[5].logprobs, traces[5].calls = [], [], []
-
-
-def _other_ids(traces: list[Trace]) -> None:
-    traces[5].token_ids = list(traces[6].token_ids)
-    traces[5].logprobs, traces[5].calls = [], []
 
 
 def _turns(trace: Trace, shown: list[int]) -> None:
@@ -245,7 +184,7 @@ def _thoughts_in_messages(traces: list[Trace]) -> None:
         trace.calls = [Call(prompt=trace.messages, completion=[said]), Call(prompt=shown, completion=trace.turns)]
 
 
-def _cut(traces: list[Trace]) -> None:
+def _cut_as_finished(traces: list[Trace]) -> None:
     longest = max(len(trace.token_ids) for trace in traces)
     for number, trace in enumerate(traces[5::20]):
         trace.token_ids = (trace.token_ids[:-1] * 3)[:longest]
@@ -265,15 +204,6 @@ def _masked(traces: list[Trace]) -> None:
             trace.loss_denominator = sum(len(row.token_ids) for row in rows)
 
 
-def _random_divisor(traces: list[Trace]) -> None:
-    for number, trace in enumerate(traces):
-        trace.loss_denominator = 0.5 + number
-
-
-def _go_back(traces: list[Trace]) -> None:
-    traces[:] = traces[64:] + traces[:64]
-
-
 def _lose_steps(traces: list[Trace]) -> None:
     for trace in traces:
         if trace.step > 5:  # type: ignore[operator]
@@ -287,20 +217,6 @@ def _repeat(traces: list[Trace]) -> None:
     traces[96:112] = copies
 
 
-def _twice(traces: list[Trace]) -> None:
-    traces.insert(6, deepcopy(traces[5]))
-
-
-def _skip(traces: list[Trace]) -> None:
-    for trace in traces[64:]:
-        trace.columns = trace.columns | {"index": trace.columns["index"] + 40}
-
-
-def _stuck(traces: list[Trace]) -> None:
-    for trace in traces[64:]:
-        trace.version = 3
-
-
 def _leak(traces: list[Trace]) -> None:
     copy = deepcopy(traces[40])
     copy.split, copy.group, copy.sample = "evaluation", None, None
@@ -308,68 +224,82 @@ def _leak(traces: list[Trace]) -> None:
     traces.append(copy)
 
 
-def _longer(traces: list[Trace]) -> None:
-    for trace in traces:
-        trace.completion = trace.completion.replace(":", " and so on" * 5 * trace.step + ":")  # type: ignore[operator]
-        trace.token_ids, trace.logprobs, trace.calls = [], [], []
-
-
-FAULTS: dict[str, tuple[str, Callable[[list[Trace]], None]]] = {
-    "error with a reward": ("failure-as-number", _hand_zero),
+FAULTS: dict[str, tuple[str, Callable[[list[Trace]], Any]]] = {
+    "error with a reward": ("failure-as-number", every(error="TimeoutError: 10 s")),
     "ended by a timeout": ("failure-as-number", every(finish_reason="timeout")),
     "exception in a column": ("failure-as-number", every(columns={"feedback": "ValueError: no answer"})),
-    "NaN group": ("not-a-number", _nan),
+    "NaN group": ("not-a-number", change(SIZE, reward=math.nan, advantage=math.nan)),
     "text as a reward": ("not-a-number", every(unread={"reward": "n/a"})),
-    "advantage without reward": ("unscored-counts", _unscored),
+    "advantage without reward": ("unscored-counts", change(*ONE, reward=None, parts={}, advantage=0.7)),
     "sentinel": ("outlier", _outlier),
-    "all tied": ("tied-groups", _tie),
-    "a dead reward": ("always-zero", _always_zero),
-    "sum with weights": ("sum-of-parts", _sum),
+    "all tied": ("tied-groups", change(*ALL, reward=1.0, parts={"right": 1.0}, advantage=0.0)),
+    "a dead reward": (
+        "always-zero",
+        change(
+            *ALL,
+            form="quartet",
+            parts=lambda t: t.parts | {"format": 0.0},
+            weights=lambda t: t.weights | {"format": 1.0},
+        ),
+    ),
+    "sum with weights": ("sum-of-parts", change(5, None, 40, parts=_more)),
     "sum without weights": ("sum-of-parts", _sum_of_unknown_weights),
     "advantages of others": ("advantage-mismatch", _shuffle),
     "weights that change": ("weights-changed", _weights_change),
     "tokens counted otherwise": ("misaligned", _count),
-    "two temperatures": ("two-temperatures", _warm),
-    "an empty answer": ("empty-answer", _empty_answer),
+    "two temperatures": (
+        "two-temperatures",
+        change(0, None, 2, logprobs=lambda t: [2 * value for value in t.logprobs]),
+    ),
+    "an empty answer": ("empty-answer", lambda traces: _write(traces, "I have thought about it.\n#### ")),
     "the prompt copied": ("probe-rewarded", _copy),
     "a loop": ("loop-rewarded", _loop),
-    "turned advantages": ("advantage-sign", _sign),
-    "another divisor": ("denominators-differ", _divisor),
-    "no baseline": ("advantage-mean", _raw_rewards),
+    "turned advantages": ("advantage-sign", change(4 * SIZE, advantage=lambda t: -t.advantage)),
+    "another divisor": ("denominators-differ", change(4 * SIZE, advantage=lambda t: 3 * t.advantage)),
+    "no baseline": ("advantage-mean", change(*ALL, advantage=lambda t: t.reward)),
     "mixed prompts": ("mixed-group", _mix),
     "mixed prompts, no group ids": ("mixed-group", _mix_without_groups),
-    "a lost row": ("group-size", _lose_rows),
-    "two answers": ("answer-changed", _another_answer),
+    "a lost row": ("group-size", _lose_row),
+    "two answers": ("answer-changed", change(*ONE, columns=lambda t: t.columns | {"answer": "#### 7"})),
     "empty rewarded": ("empty-rewarded", _blank),
     "to the grader": ("probe-rewarded", _probe),
     "many answers": ("probe-rewarded", _hedge),
-    "no answer": ("answer-missing", _wrong),
-    "by heart": ("template-rewarded", _template),
-    "prompt inside": ("prompt-in-completion", _prompt_inside),
-    "marks inside": ("marks-in-completion", _marks),
+    "no answer": ("answer-missing", lambda traces: _write(traces, "the number is what was asked for\n#### none")),
+    "by heart": ("template-rewarded", lambda traces: _write(traces, *[BY_HEART] * 4)),
+    "prompt inside": (
+        "prompt-in-completion",
+        change(*ONE, completion=lambda t: t.prompt + t.completion, **NO_TOKENS),
+    ),
+    "marks inside": (
+        "marks-in-completion",
+        change(*ONE, completion=lambda t: f"{t.completion}<|im_end|>\n<|im_start|>user\nand now?", **NO_TOKENS),
+    ),
     "logprobs too few": ("misaligned", every(logprobs=[-0.5])),
     "ids of another": ("round-trip", _other_ids),
     "logprobs above 0": ("bad-logprobs", every(logprobs=[0.0] * 9, token_ids=[])),
     "broken prefix": ("broken-prefix", _broken_prefix),
     "thoughts lost": ("thoughts-dropped", _thoughts_in_messages),
-    "cut as finished": ("cut-as-finished", _cut),
-    "thought not ended": (
-        "cut-as-finished",
-        every(completion="<think>and", turns=[], token_ids=[], logprobs=[], calls=[]),
-    ),
+    "cut as finished": ("cut-as-finished", _cut_as_finished),
+    "thought not ended": ("cut-as-finished", every(completion="<think>and", turns=[], **NO_TOKENS)),
     "masked counted": ("masked-in-denominator", _masked),
-    "divided by anything": ("denominator", _random_divisor),
-    "steps go back": ("step-order", _go_back),
+    "divided by anything": ("denominator", change(*ALL, loss_denominator=lambda t: t.row - 0.5)),
+    "steps go back": ("step-order", lambda traces: traces.extend([traces.pop(0) for _ in range(64)])),
     "steps missing": ("missing-steps", _lose_steps),
     "clock": ("clock", every(time=5.0)),
     "step repeated": ("repeated-step", _repeat),
-    "row twice": ("duplicate-rows", _twice),
-    "data skipped": ("skipped-data", _skip),
+    "row twice": ("duplicate-rows", lambda traces: traces.insert(6, deepcopy(traces[5]))),
+    "data skipped": (
+        "skipped-data",
+        change(64, None, columns=lambda t: t.columns | {"index": t.columns["index"] + 40}),
+    ),
     "old policy": ("stale", every(version=-9)),
-    "policy stuck": ("stale", _stuck),
+    "policy stuck": ("stale", change(64, None, version=3)),
     "policy of the future": ("version-ahead", every(version=99)),
     "leak": ("leakage", _leak),
-    "longer": ("length-drift", _longer),
+    "longer": (
+        "length-drift",
+        change(*ALL, completion=lambda t: t.completion.replace(":", " and so on" * 5 * t.step + ":"), **NO_TOKENS),
+    ),
 }
 
 
@@ -380,39 +310,25 @@ def _tool_first(trace: Trace) -> None:
     trace.turns, trace.calls = [call, {"role": "tool", "content": "5"}, thought], []
 
 
-def _code_column(trace: Trace) -> None:
-    trace.columns = {**trace.columns, "code": "def f(x):\n    if x < 0:\n        raise ValueError('negative')\n"}
-
-
-def _own_starts(trace: Trace) -> None:
-    """An environment deals other cards to each rollout of a group."""
-    trace.prompt += f" Your cards: {trace.sample}"
-
-
-def _script(trace: Trace) -> None:
-    trace.completion = "I check it with a script.\n" + "print(1)\n" * 600 + f"sys.exit(0)\n{trace.columns['answer']}"
-    trace.turns, trace.token_ids, trace.logprobs, trace.calls = [], [], [], []
-
-
-def _moves(trace: Trace) -> None:
-    trace.completion = "<action>Down</action>\n" * 9 + trace.completion
-    trace.turns, trace.token_ids, trace.logprobs, trace.calls = [], [], [], []
-
-
-def _stop_string(trace: Trace) -> None:
-    trace.token_ids = [*trace.completion.encode(), *b"</end>", END]
-    trace.logprobs, trace.calls = [], []
-
-
-HABITS = {f.__name__: f for f in (_code_column, _own_starts, _script, _moves, _stop_string)}
+SCRIPT = "I check it with a script.\n" + "print(1)\n" * 600 + "sys.exit(0)\n"
+HABITS = {
+    "a column of code": change(
+        *ALL, columns=lambda t: t.columns | {"code": "def f(x):\n    if x < 0:\n        raise ValueError('negative')\n"}
+    ),
+    "a start of its own, as of an environment that deals cards": change(
+        *ALL, prompt=lambda t: f"{t.prompt} Your cards: {t.sample}"
+    ),
+    "a script": change(*ALL, completion=lambda t: SCRIPT + t.columns["answer"], turns=[], **NO_TOKENS),
+    "moves": change(*ALL, completion=lambda t: "<action>Down</action>\n" * 9 + t.completion, turns=[], **NO_TOKENS),
+    "a stop string": change(*ALL, **NO_TOKENS | {"token_ids": lambda t: [*t.completion.encode(), *b"</end>", END]}),
+}
 
 
 @pytest.mark.parametrize("name", HABITS)
 def test_what_honest_rollouts_may_have(name: str) -> None:
     """Each was once taken for a fault in rollouts that others have published."""
     traces = honest(2)
-    for trace in traces:
-        HABITS[name](trace)
+    HABITS[name](traces)
     assert found(traces, lambda ids: bytes(ids[:-1]).decode()) == {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,6 @@ def test_trl_6427_doing_nothing_is_rewarded(tmp_path: Path) -> None:
     assert (finding.kind, len(finding.traces)) == ("empty-rewarded", 2)
 
 
-def test_trl_5902_a_completion_without_reward_is_pushed(tmp_path: Path) -> None:
-    """Every reward function returned None; nansum made 0 of it, which is above its siblings' rewards."""
-    rewards = [-0.5, -0.8, None, -0.2]
-    middle = sum(reward or 0.0 for reward in rewards) / 4
-    rows = [
-        {"step": 1, "prompt": "q", "completion": f"{i}", "accuracy": reward, "advantage": (reward or 0.0) - middle}
-        for i, reward in enumerate(rewards)
-    ]
-    found = findings(tmp_path / "completions_00001.parquet", *rows)
-    assert [trace.completion for trace in found["unscored-counts"].traces] == ["2"]
-
-
 def test_trl_6369_the_denominator_counts_masked_tokens(tmp_path: Path) -> None:
     """`mask_truncated_completions` takes cut completions out of the numerator of dapo's loss alone."""
     lengths = [20, 50, 30, 50]
@@ -69,37 +56,6 @@ def test_trl_6369_the_denominator_counts_masked_tokens(tmp_path: Path) -> None:
     for row in rows:
         row["loss_denominator"] = 50  # as it was mended
     assert findings(tmp_path / "rollouts.jsonl", *rows) == {}
-
-
-def test_verl_6854_the_template_drops_thoughts(tmp_path: Path) -> None:
-    """Qwen3's template shows only the thought of the latest turn, so that a turn does not extend the one before."""
-    question, thought, code, output = [1, 2, 3], [50, 51, 52, 53, 54, 55], [60, 61, 62], [70, 71]
-    dropped = [*question, *code, *output]
-    steps = [
-        {"tokens": {"prompt_ids": question, "completion_ids": [*thought, *code]}},
-        {"tokens": {"prompt_ids": dropped, "completion_ids": [50, 80]}},
-    ]
-    row = {"example_id": 0, "prompt": "p", "completion": "c", "reward": 1.0, "trajectory": steps, "metrics": {}}
-    assert set(findings(tmp_path / "results.jsonl", row)) == {"thoughts-dropped"}
-    steps[1]["tokens"]["prompt_ids"] = [*question, *thought, *code, *output]
-    assert findings(tmp_path / "results.jsonl", row) == {}
-
-
-def test_ms_swift_8123_one_none_poisons_its_group(tmp_path: Path) -> None:
-    """GDPO normalizes every reward in its group: one that is None makes the advantages of all of them NaN."""
-    rows = [
-        {
-            "prompt": "q",
-            "completion": f"{i}",
-            "reward": math.nan,
-            "rewards": {"a": mark},
-            "advantage": math.nan,
-            "step": 1,
-        }
-        for i, mark in enumerate([1.0, None, 0.0, 1.0])
-    ]
-    finding = findings(tmp_path / "completions.jsonl", *rows)["not-a-number"]
-    assert "1 whole groups" in finding.message
 
 
 def test_benchflow_1071_a_timeout_is_graded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,8 @@ def test_trl(tmp_path: Path) -> None:
     folder.mkdir()
     for step in (2, 10, 11):  # 11 learns from the completions of 10 again
         text = "#### 5" if step == 2 else "#### 6"
-        table = {
-            "step": [step],
-            "prompt": [QUESTION],
-            "completion": [[{"role": "assistant", "content": text}]],
-            "right": [0.25],
-            "format": [None],
-            "extracted": ["5"],
-            "advantage": [0.5],
-        }
-        table["format"] = [1.0] if step == 2 else [float("nan")]
+        table = {"step": [step], "prompt": [QUESTION], "completion": [[{"role": "assistant", "content": text}]]}
+        table |= {"right": [0.25], "format": [1.0 if step == 2 else math.nan], "extracted": ["5"], "advantage": [0.5]}
         pyarrow.parquet.write_table(pyarrow.table(table), folder / f"completions_{step:05d}.parquet")
     first, second = read_traces(folder)
     assert (first.step, second.step, first.prompt, first.completion) == (2, 10, "2 + 3?", "#### 5")
@@ -54,15 +47,9 @@ def test_trl(tmp_path: Path) -> None:
 
 
 def test_trl_with_a_function_that_is_called_reward(tmp_path: Path) -> None:
-    table = {
-        "step": [1],
-        "prompt": [QUESTION],
-        "completion": [ANSWER],
-        "reward": [0.25],
-        "style": [1.0],
-        "advantage": [0.5],
-    }
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "completions_00001.parquet")
+    table = {"step": [1], "prompt": [QUESTION], "completion": [ANSWER], "reward": [0.25], "style": [1.0]}
+    path = tmp_path / "completions_00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(table | {"advantage": [0.5]}), path)
     row = only(tmp_path)
     assert (row.form, row.reward, row.parts) == ("trl", 1.25, {"reward": 0.25, "style": 1.0})
 
@@ -75,26 +62,14 @@ def test_verl(tmp_path: Path) -> None:
     assert [(t.group, t.sample, t.step, t.reward) for t in traces] == [("q7", 0, 3, 1.0), ("q7", 1, 3, 1.0)]
     assert traces[0].columns["gts"] == "5"
     assert len(groups_of(traces)) == 1
-
-
-def test_verl_groups_by_prompt_without_ids(tmp_path: Path) -> None:
-    rows = [{"input": text, "output": "5", "gts": "5", "score": 1, "step": 1} for text in "aba"]
+    rows = [{"input": text, "output": "5", "gts": "5", "score": 1, "step": 1} for text in "aba"]  # without ids
     assert [len(group) for group in groups_of(read_traces(lines(tmp_path / "1.jsonl", *rows)))] == [2, 1]
 
 
 def test_verifiers_episode(tmp_path: Path) -> None:
-    nodes = [
-        {"message": QUESTION[0], "token_ids": [1, 2], "mask": [False, False]},
-        {
-            "parent": 0,
-            "sampled": True,
-            "message": ANSWER[0],
-            "token_ids": [9, 3, 4],
-            "mask": [False, True, True],
-            "logprobs": [-0.1, -0.2],
-            "advantages": [0.5, 0.5],
-        },
-    ]
+    asked = {"message": QUESTION[0], "token_ids": [1, 2], "mask": [False, False]}
+    said = {"parent": 0, "sampled": True, "message": ANSWER[0], "token_ids": [9, 3, 4], "mask": [False, True, True]}
+    nodes = [asked, said | {"logprobs": [-0.1, -0.2], "advantages": [0.5, 0.5]}]
     trace = {
         "nodes": nodes,
         "calls": [{"node": 1, "finish_reason": "length"}],
@@ -117,19 +92,10 @@ def test_verifiers_episode(tmp_path: Path) -> None:
 
 
 def test_verifiers_results(tmp_path: Path) -> None:
-    row = {
-        "example_id": 7,
-        "prompt": QUESTION,
-        "completion": ANSWER,
-        "answer": "5",
-        "reward": 1.0,
-        "metrics": {"right": 1.0},
-        "right": 1.0,
-        "is_completed": True,
-        "is_truncated": False,
-        "error": None,
-        "trajectory": [{"tokens": {"prompt_ids": [1], "completion_ids": [2], "completion_logprobs": [-0.5]}}],
-    }
+    row = {"example_id": 7, "prompt": QUESTION, "completion": ANSWER, "answer": "5", "reward": 1.0, "right": 1.0}
+    row |= {"metrics": {"right": 1.0}, "is_completed": True, "is_truncated": False, "error": None}
+    tokens = {"prompt_ids": [1], "completion_ids": [2], "completion_logprobs": [-0.5]}
+    row["trajectory"] = [{"tokens": tokens}]
     trace = only(lines(tmp_path / "results.jsonl", row))
     assert (trace.group, trace.parts, trace.finish_reason, trace.completion) == ("7", {"right": 1.0}, "stop", "#### 5")
     assert trace.calls[0].prompt_ids == [1]
@@ -138,15 +104,10 @@ def test_verifiers_results(tmp_path: Path) -> None:
 
 
 def test_nemo_gym(tmp_path: Path) -> None:
+    call = {"type": "function_call", "name": "sum", "arguments": "{}"}
     output = [
         {"type": "reasoning", "summary": [{"text": "add"}]},
-        {
-            "type": "function_call",
-            "name": "sum",
-            "arguments": "{}",
-            "prompt_token_ids": [1],
-            "generation_token_ids": [2],
-        },
+        call | {"prompt_token_ids": [1], "generation_token_ids": [2]},
         {"type": "function_call_output", "output": "5"},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "#### 5"}]},
     ]
@@ -167,20 +128,9 @@ def test_nemo_gym(tmp_path: Path) -> None:
 
 
 def test_quartet(tmp_path: Path) -> None:
-    row = {
-        "prompt_id": "train/1",
-        "prompt": "2 + 3?",
-        "sample": 0,
-        "text": "#### 5",
-        "token_ids": [4],
-        "logprobs": [-0.1],
-        "reward": None,
-        "parts": {"right": None},
-        "extras": {},
-        "advantage": 0.0,
-        "finish_reason": "stop",
-        "policy_version": 6,
-    }
+    row = {"prompt_id": "train/1", "prompt": "2 + 3?", "text": "#### 5", "token_ids": [4], "logprobs": [-0.1]}
+    row |= {"reward": None, "parts": {"right": None}, "extras": {}, "advantage": 0.0, "finish_reason": "stop"}
+    row["policy_version"] = 6
     content = "".join(json.dumps(row | {"sample": sample}) + "\n" for sample in (0, 1, 0, 1))
     (tmp_path / "rollouts").mkdir()
     path = tmp_path / "rollouts/step_000007.jsonl.zst"
@@ -191,14 +141,8 @@ def test_quartet(tmp_path: Path) -> None:
 
 
 def test_common(tmp_path: Path) -> None:
-    row = {
-        "prompt": "2 + 3?",
-        "completion": ANSWER,
-        "reward": "TimeoutError: 10 s",
-        "rewards": {"right": 1},
-        "answer": "5",
-    }
-    trace = only(lines(tmp_path / "mine.jsonl", row))
+    row = {"prompt": "2 + 3?", "completion": ANSWER, "reward": "TimeoutError: 10 s", "rewards": {"right": 1}}
+    trace = only(lines(tmp_path / "mine.jsonl", row | {"answer": "5"}))
     assert trace.reward is None
     assert trace.unread == {"reward": "TimeoutError: 10 s"}
     assert (trace.completion, trace.parts, trace.columns) == ("#### 5", {"right": 1.0}, {"answer": "5"})
@@ -207,6 +151,8 @@ def test_common(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there are no rollouts"):
         read_traces(tmp_path)
+    with pytest.raises(ValueError, match="empty.jsonl: there are no rollouts"):
+        read_traces(lines(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match=r"x.jsonl: its columns are a, b; expected rollouts of TRL"):
         read_traces(lines(tmp_path / "x.jsonl", {"a": 1, "b": 2}))
     row = {"prompt": "a", "completion": "b", "reward": 1}
@@ -218,9 +164,3 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     whole.write_text('{"prompt": "ha\n' + json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="z.jsonl, line 1 is damaged"):
         read_traces(whole)
-
-
-def test_files_without_a_rollout_are_no_pass(tmp_path: Path) -> None:
-    empty = lines(tmp_path / "empty.jsonl")
-    with pytest.raises(ValueError, match="empty.jsonl: there are no rollouts"):
-        read_traces(empty)

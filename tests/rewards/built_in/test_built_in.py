@@ -1,8 +1,8 @@
 """Format, length, text, equivalence and remote rewards, against hand-worked numbers and other implementations."""
 
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -13,54 +13,40 @@ from rewards.built_in.format import gsm8k_format, regex_format, tag_format
 from rewards.built_in.length import length_penalty, repetition_penalty, soft_overlong_punishment
 from rewards.built_in.remote import remote
 
+TAGS = {
+    1.0: [
+        "<think>a</think><answer>b</answer>",
+        "\n<think>\na < b\n</think>\n\n<answer>b</answer> \n",
+        "<think></think><answer></answer>",
+    ],
+    0.0: [
+        "so <think>a</think><answer>b</answer>",
+        "<think>a</think> so <answer>b</answer>",
+        "<think>a</think><answer>b</answer> so",
+        "<answer>b</answer><think>a</think>",
+        "<think>a<answer>b</answer></think>",
+        "<think>a</think><answer>b</answer><answer>c</answer>",
+        "<think>a</think><answer>b",
+        "",
+    ],
+}
+MARKS = {
+    1.0: ["6 * 7 = 42\n#### 42", "#### -1,234.5\n", "#### $42"],
+    0.0: ["#### 42 apples", "#### 42.", "#### 42\nDone.", "#### 41\n#### 42", "####\n42", "#### 1,23", "42", ""],
+}
 
-def test_regex_format():
+
+@pytest.mark.parametrize(("reward", "texts"), [(tag_format, TAGS), (gsm8k_format, MARKS)])
+def test_forms(reward, texts):
+    for mark, alike in texts.items():
+        for text in alike:
+            assert reward(None, [text]) == [mark], text
+
+
+def test_forms_with_arguments():
+    assert tag_format(None, ["<a>1</a>", "<b>1</b>"], tags=["a"]) == [1.0, 0.0]
     assert regex_format(None, ["say yes", "no"], pattern=r"yes\Z") == [1.0, 0.0]
     assert regex_format(None, [[{"role": "assistant", "content": "yes"}]], pattern="y") == [1.0]
-
-
-@pytest.mark.parametrize(
-    ("text", "reward"),
-    [
-        ("<think>a</think><answer>b</answer>", 1.0),
-        ("\n<think>\na < b\n</think>\n\n<answer>b</answer> \n", 1.0),
-        ("<think></think><answer></answer>", 1.0),
-        ("so <think>a</think><answer>b</answer>", 0.0),
-        ("<think>a</think> so <answer>b</answer>", 0.0),
-        ("<think>a</think><answer>b</answer> so", 0.0),
-        ("<answer>b</answer><think>a</think>", 0.0),
-        ("<think>a<answer>b</answer></think>", 0.0),
-        ("<think>a</think><answer>b</answer><answer>c</answer>", 0.0),
-        ("<think>a</think><answer>b", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_tag_format(text, reward):
-    assert tag_format(None, [text]) == [reward]
-
-
-def test_tag_format_with_other_tags():
-    assert tag_format(None, ["<a>1</a>", "<b>1</b>"], tags=["a"]) == [1.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("text", "reward"),
-    [
-        ("6 * 7 = 42\n#### 42", 1.0),
-        ("#### -1,234.5\n", 1.0),
-        ("#### $42", 1.0),
-        ("#### 42 apples", 0.0),
-        ("#### 42.", 0.0),
-        ("#### 42\nDone.", 0.0),
-        ("#### 41\n#### 42", 0.0),
-        ("####\n42", 0.0),
-        ("#### 1,23", 0.0),
-        ("42", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_gsm8k_format(text, reward):
-    assert gsm8k_format(None, [text]) == [reward]
 
 
 def test_length_penalty():
@@ -83,9 +69,6 @@ def test_soft_overlong_punishment_equals_trl():
     assert ours == pytest.approx(peer(completion_ids=ids))
     assert ours[4] == -0.5
     assert soft_overlong_punishment(None, ids, ids, max_length=100, cache_length=0)[-3:] == [0.0, -1.0, -1.0]
-
-
-def test_impossible_lengths_are_refused():
     with pytest.raises(ValueError, match="cache_length=200 must be between 0 and max_length=100"):
         soft_overlong_punishment(None, [""], [[1]], max_length=100, cache_length=200)
     with pytest.raises(ValueError, match="ngram=0"):
@@ -116,38 +99,40 @@ def test_math_equivalence():
     assert math_equivalence(None, ["#### 18"], answer=["9 * 2 = <<9*2=18>>18\n#### 18"]) == [1.0]
     with pytest.raises(ValueError, match="cannot read the gold answer ''"):
         math_equivalence(None, ["1"], answer=["#### "])
+    with ThreadPoolExecutor(1) as pool:  # its limit of time is none of the main thread
+        assert pool.submit(math_equivalence, None, ["$1/2$"], answer=["0.5"]).result() == [1.0]
 
 
-@pytest.mark.parametrize(
-    ("gold", "right", "wrong"),
-    [
-        (r"2\sqrt{3}", r"$2\sqrt{3}$", "2"),
-        (r"3\pi", r"$3\pi$", "3"),
-        ("(3, 5)", "$(3, 5)$", "5"),
-        ("6 - 5i", "$6 - 5i$", "5"),
-        ("2^{10}", "1024", "2"),
-        ("1,000", "1000", "0"),
-        ("12 apples", "12", "13"),
-        ("10**2", "100", "10"),
-        ("50%", r"$50\%$", "5"),
-        ("3, 5", "$3, 5$", "5"),
-        ("1, 2, 3", r"\boxed{1, 2, 3}", "3"),
-        ("6xy", "$6xy$", "6"),
-        ("2 pi", r"$2\pi$", "2"),
-        ("2pi", r"$2\pi$", "2"),
-        ("-$5", "-5", "5"),
-        ("$1,200.50", "1200.5", "1"),
-        ("3 1/2", "3.5", "1.5"),
-        ("-3 1/2", r"$-\frac{7}{2}$", "1"),
-        ("2sqrt(3)", r"$2\sqrt{3}$", "2"),
-        (".5", "0.5", "5"),
-    ],
-)
-def test_a_gold_without_delimiters_is_read_whole(gold, right, wrong):
+GOLDS = [  # a gold answer, a completion that is right, and one that is wrong
+    (r"2\sqrt{3}", r"$2\sqrt{3}$", "2"),
+    (r"3\pi", r"$3\pi$", "3"),
+    ("(3, 5)", "$(3, 5)$", "5"),
+    ("6 - 5i", "$6 - 5i$", "5"),
+    ("2^{10}", "1024", "2"),
+    ("1,000", "1000", "0"),
+    ("12 apples", "12", "13"),
+    ("10**2", "100", "10"),
+    ("50%", r"$50\%$", "5"),
+    ("3, 5", "$3, 5$", "5"),
+    ("1, 2, 3", r"\boxed{1, 2, 3}", "3"),
+    ("6xy", "$6xy$", "6"),
+    ("2 pi", r"$2\pi$", "2"),
+    ("2pi", r"$2\pi$", "2"),
+    ("-$5", "-5", "5"),
+    ("$1,200.50", "1200.5", "1"),
+    ("3 1/2", "3.5", "1.5"),
+    ("-3 1/2", r"$-\frac{7}{2}$", "1"),
+    ("2sqrt(3)", r"$2\sqrt{3}$", "2"),
+    (".5", "0.5", "5"),
+]
+
+
+def test_a_gold_without_delimiters_is_read_whole():
     pytest.importorskip("math_verify")
     from rewards.built_in.equivalence import math_equivalence
 
-    assert math_equivalence(None, [right, wrong], answer=[gold] * 2) == [1.0, 0.0]
+    for gold, right, wrong in GOLDS:
+        assert math_equivalence(None, [right, wrong], answer=[gold] * 2) == [1.0, 0.0], gold
 
 
 def test_math_equivalence_runs_no_text_as_code(tmp_path):
@@ -166,17 +151,6 @@ def test_a_number_beyond_all_bounds_is_a_failure_and_no_hang():
     with Scorer([RewardSpec("math_equivalence")], timeout_s=1.5, on_error="drop_sample") as scorer:
         [score] = scorer.score(["p"], [["10**10**10"]], [{"answer": "42"}], prompt_ids=["a"])
     assert [error.kind for error in score.errors] == ["timeout"]
-
-
-def test_math_equivalence_is_the_same_in_a_thread():
-    pytest.importorskip("math_verify")
-    from rewards.built_in.equivalence import math_equivalence
-
-    scores = []
-    thread = threading.Thread(target=lambda: scores.extend(math_equivalence(None, ["$1/2$"], answer=["0.5"])))
-    thread.start()
-    thread.join()
-    assert scores == [1.0]
 
 
 class Grader(BaseHTTPRequestHandler):
@@ -221,29 +195,25 @@ def test_remote_sends_columns_and_returns_rewards(server, monkeypatch):
     assert body == {"prompts": ["p", "p"], "completions": ["a", "b"], "columns": {"answer": ["1", "2"]}}
 
 
-def test_remote_tries_again_under_the_same_key(server):
-    server.answers = [(503, {}), (429, {}), (200, {"rewards": [1.0, 0.0]})]
-    assert ask(server) == [1.0, 0.0]
+@pytest.mark.parametrize(
+    ("answers", "said", "options"),
+    [
+        ([(503, {}), (429, {}), (200, {"rewards": [1.0, 0.0]})], None, {}),
+        ([(400, {"error": "no such task"})], r"no usable answer after 1 tries: HTTP 400 .*no such task", {}),
+        ([0.2, 0.2], r"no usable answer after 2 tries: .*timed out", {"retries": 1, "request_timeout_s": 0.05}),
+        ([(200, [1.0, 0.0])], r'instead of \{"rewards"', {}),
+    ],
+)
+def test_remote_tries_again_under_the_same_key_and_gives_up_loudly(server, answers, said, options):
+    server.answers = [*answers]
+    if said is None:
+        assert ask(server) == [1.0, 0.0]
+    else:
+        with pytest.raises(RuntimeError, match=said):
+            ask(server, **options)
+    if not options:  # a request that timed out may not be read yet
+        assert len(server.seen) == len(answers)
     assert len({headers["Idempotency-Key"] for headers, _ in server.seen}) == 1
-    assert len(server.seen) == 3
-
-
-def test_remote_does_not_repeat_a_request_that_is_wrong(server):
-    server.answers = [(400, {"error": "no such task"})]
-    with pytest.raises(RuntimeError, match=r"no usable answer after 1 tries: HTTP 400 .*no such task"):
-        ask(server)
-
-
-def test_remote_gives_up_loudly(server):
-    server.answers = [0.2, 0.2]
-    with pytest.raises(RuntimeError, match=r"no usable answer after 2 tries: .*timed out"):
-        ask(server, retries=1, request_timeout_s=0.05)
-
-
-def test_remote_refuses_an_answer_of_another_shape(server):
-    server.answers = [(200, [1.0, 0.0])]
-    with pytest.raises(RuntimeError, match=r'instead of \{"rewards"'):
-        ask(server)
 
 
 def test_remote_refuses_other_schemes_and_unset_tokens():

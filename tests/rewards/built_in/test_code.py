@@ -45,13 +45,9 @@ def test_the_program_is_the_last_block():
     assert program_of("1. So:\n   ```python\n   if x:\n       y = 1\n   ```\n").strip() == "if x:\n    y = 1"
     assert program_of("```python\ncut off") == "cut off"
     assert program_of("```bash\npip install x\n```\nThen:\n```python3\na\n```\n```text\nout\n```\nDone.") == "a\n"
-    found, _ = marks(["Like this:\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles."])
-    assert found == [1.0]
-
-
-def test_what_a_program_prints_without_a_line_break_does_not_hide_that_it_passed():
-    found, _ = marks(["print('ready', end='')\ndef double(x):\n    print(x, end=' ')\n    return 2 * x"])
-    assert found == [1.0]
+    prints = "print('ready', end='')\ndef double(x):\n    print(x, end=' ')\n    return 2 * x"  # no line break
+    found, _ = marks(["Like this:\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles.", prints])
+    assert found == [1.0, 1.0]
 
 
 TRICKS = {
@@ -96,18 +92,18 @@ def test_partial_marks_are_the_share_of_tests_and_a_limit_is_named():
     assert marks([program], tests, seconds=1.0)[0] == [0.0]
 
 
-@pytest.mark.parametrize(
-    ("tests", "message"),
-    [
+def test_tests_that_are_none_fail_loudly():
+    for tests, message in (
         ([], "one test or more"),
         ("", "one test or more"),
         ("assert double(2 == 4", "is no Python"),
         ([1], "one test or more"),
-    ],
-)
-def test_tests_that_are_none_fail_loudly(tests, message):
-    with Scorer([RewardSpec("code")], columns=["tests"]) as scorer, pytest.raises(RewardError, match=message):
-        scorer.score(["q"], [["def double(x): return 2 * x"]], [{"tests": tests}], prompt_ids=["p"])
+    ):
+        with (
+            Scorer([RewardSpec("code")], columns=["tests"], isolated=False) as scorer,
+            pytest.raises(RewardError, match=message),
+        ):
+            scorer.score(["q"], [["def double(x): return 2 * x"]], [{"tests": tests}], prompt_ids=["p"])
 
 
 def test_contract_6_a_machine_without_a_sandbox_is_a_failure_and_no_zero(monkeypatch):

@@ -30,16 +30,14 @@ def test_a_column_with_a_value_for_every_completion_is_read_one_by_one():
     assert [score.parts for score in scores] == [{"helpful": [0.5, -2.0]}, {"helpful": [7.0]}]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "4", True])
-def test_contract_6_what_is_no_finite_number_is_a_failure_of_its_own_completion(value):
+def test_contract_6_what_is_no_finite_number_is_a_failure_of_its_own_completion():
+    values = [1.0, float("nan"), float("inf"), "4", True, 2.0]
     with Scorer([COLUMN], on_error="drop_sample", columns=["helpful"]) as scorer:
-        [score] = scorer.score(
-            ["p"], [["a", "b", "c"]], [{}], prompt_ids="p", completion_columns=[{"helpful": [1.0, value, 2.0]}]
-        )
-    assert score.rewards == [1.0, None, 2.0]
-    [error] = score.errors
-    assert (error.sample_index, error.kind) == (1, "raised")
-    assert "column 'helpful' holds" in error.message
+        given = {"prompt_ids": "p", "completion_columns": [{"helpful": values}]}
+        [score] = scorer.score(["p"], [["a"] * 6], [{}], **given)
+    assert score.rewards == [1.0, None, None, None, None, 2.0]
+    assert [(error.sample_index, error.kind) for error in score.errors] == [(i, "raised") for i in range(1, 5)]
+    assert all("column 'helpful' holds" in error.message for error in score.errors)
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are():

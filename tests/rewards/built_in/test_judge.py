@@ -19,13 +19,8 @@ TOO_MANY = (429, {"Retry-After": "0"}, {})
 def ask(server, completions, **options):
     """The scores, and what was logged."""
     logged = {}
-    given = {
-        "url": server.url,
-        "model": "m",
-        "rubric": "{completion}",
-        "backoff_s": 0.001,
-        "log_extra": logged.__setitem__,
-    }
+    given = {"url": server.url, "model": "m", "rubric": "{completion}", "backoff_s": 0.001}
+    given["log_extra"] = logged.__setitem__
     scores = judge(["q"] * len(completions), completions, log_metric=logged.__setitem__, **given | options)
     return scores, logged
 
@@ -46,6 +41,8 @@ def test_a_score_is_what_the_judge_says_of_the_filled_in_rubric():
     schema = body["response_format"]["json_schema"]
     assert schema["strict"] is True
     assert schema["schema"]["required"] == ["reason", "score"]
+    with judge_server(lambda asked: verdict(10 if asked == "right" else 0)) as server:  # not the column of this name
+        assert ask(server, ["right", "wrong"], completion=["right"] * 2, highest=10)[0] == [10.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -83,12 +80,6 @@ def test_what_is_no_verdict_is_asked_for_again_and_paid_for(broken):
     )  # a repeat may be answered from the server's memory
 
 
-def test_a_column_with_the_name_of_the_completion_does_not_take_its_place():
-    with judge_server(lambda asked: verdict(10 if asked == "right" else 0)) as server:
-        scores, _ = ask(server, ["right", "wrong"], completion=["right"] * 2, highest=10)
-    assert scores == [10.0, 0.0]
-
-
 def test_one_failure_leaves_the_others_their_scores_and_names_its_cause():
     with judge_server(lambda asked: verdict("no" if asked == "b" else 1.0)) as server:
         scores, logged = ask(server, ["a", "b", "c", "b"], retries=2)
@@ -97,14 +88,11 @@ def test_one_failure_leaves_the_others_their_scores_and_names_its_cause():
     assert "no usable answer after 3 tries: the verdict is no JSON" in str(scores[1])
     assert logged["judge_failed"] == 0.5
     assert len(server.seen) == 1 + 3 + 1  # the same failure is not asked for twice in a batch
-
-
-def test_a_request_that_is_wrong_is_not_repeated():
     with judge_server(lambda _: (400, {}, {"error": "no such model"})) as server:
         scores, _ = ask(server, ["a"])
     assert "HTTP 400" in str(scores[0])
     assert "no such model" in str(scores[0])
-    assert len(server.seen) == 1
+    assert len(server.seen) == 1  # a request that is wrong is not repeated
 
 
 @pytest.mark.parametrize(
@@ -144,19 +132,19 @@ def test_the_key_goes_to_the_judge_and_nowhere_else(monkeypatch, tmp_path):
         ask(server, ["x"], token_variable="NO_KEY")
 
 
-def test_a_thousand_completions_with_200_texts_cost_200_questions_and_after_a_restart_none(tmp_path):
-    texts = [f"completion {i % 200}" for i in range(1000)]
+def test_250_completions_with_50_texts_cost_50_questions_and_after_a_restart_none(tmp_path):
+    texts = [f"completion {i % 50}" for i in range(250)]
     cache = str(tmp_path / "judge.sqlite")
-    with judge_server(lambda asked: verdict(int(asked.split()[1]) / 200)) as server:
+    with judge_server(lambda asked: verdict(int(asked.split()[1]) / 50)) as server:
         scores, logged = ask(server, texts, cache=cache)
-        assert len(server.seen) == 200
+        assert len(server.seen) == 50
         again, logged_again = ask(server, texts, cache=cache)
-        assert len(server.seen) == 200
+        assert len(server.seen) == 50
         ask(server, texts, cache=cache, model="another")
-        assert len(server.seen) == 400
-    assert scores == again == [i % 200 / 200 for i in range(1000)]
+        assert len(server.seen) == 100
+    assert scores == again == [i % 50 / 50 for i in range(250)]
     assert (logged["judge_cached"], logged_again["judge_cached"]) == (0.8, 1.0)
-    assert (1000 * logged["judge_tokens"], logged_again["judge_tokens"]) == (200 * TOKENS, 0)
+    assert (250 * logged["judge_tokens"], logged_again["judge_tokens"]) == (50 * TOKENS, 0)
 
 
 def test_as_many_requests_run_at_a_time_as_the_limit_says():
@@ -189,12 +177,11 @@ def test_the_budget_ends_the_questions_but_not_the_kept_verdicts(tmp_path):
         assert "used up" in str(ask(server, ["new"], **options)[0][0])
         assert ask(server, ["new"], **options | {"budget_tokens": 31})[0] == [1.0]
         assert ask(server, ["f"], **options | {"prefix": "other"})[0] == [1.0]  # has a budget of its own
-
-
-def test_a_budget_needs_an_endpoint_that_counts():
+        (tmp_path / "notes.txt").write_text("a list that is longer than a header of SQLite, so that it is read. " * 5)
+        with pytest.raises(ValueError, match=r"notes\.txt' cannot be used as the cache"):
+            ask(server, ["a"], cache=str(tmp_path / "notes.txt"))
     with judge_server(lambda _: {"choices": [{"message": {"content": '{"reason": "", "score": 1}'}}]}) as server:
-        scores, _ = ask(server, ["a"], budget_tokens=100)
-        assert "no usage.total_tokens" in str(scores[0])
+        assert "no usage.total_tokens" in str(ask(server, ["a"], budget_tokens=100)[0][0])  # nothing could be counted
         assert ask(server, ["a"])[0] == [1.0]
 
 
@@ -221,14 +208,6 @@ def test_what_cannot_be_used_is_refused_before_a_model_is_loaded(options, messag
         pytest.raises(RewardError, match=message),
     ):
         scorer.dry_run("q", "a", {"answer": "4"})
-
-
-def test_a_cache_that_is_none_is_named(tmp_path):
-    (tmp_path / "notes.txt").write_text(
-        "a shopping list, and a long one, longer than a header of SQLite is, so that it is read" * 3
-    )
-    with judge_server() as server, pytest.raises(ValueError, match=r"notes\.txt' cannot be used as the cache"):
-        ask(server, ["a"], cache=str(tmp_path / "notes.txt"))
 
 
 @pytest.mark.parametrize(

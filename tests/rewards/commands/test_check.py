@@ -23,6 +23,7 @@ from rewards.data.examples import Example
 from rewards.isolation import pool
 from tests.cases.judges import judge_server, verdict
 
+SLOW = pytest.mark.slow
 EXAMPLE = Path(__file__).parents[3] / "examples/02_custom_reward.py"
 SOURCE = """
 import itertools, os, random, re, time
@@ -131,23 +132,25 @@ def test_the_example_of_the_issue_passes_and_gold_means_its_own_full_marks():
     assert higher.problems == ["gold solution: 12 of 12 miss full marks"]
 
 
-def test_a_reward_that_looks_for_the_answer_anywhere_is_found_out(file):
-    found = check(f"{file}:contains")
+def test_marks_for_what_is_wrong_are_problems(file):
+    found = check(f"{file}:contains")  # which looks for the answer anywhere
     assert kinds(found)["wrong"] == 12  # `6 + 6 = 12 ... #### 13` holds 12 as well
     assert "gold, last digit raised: 12 of 12 get full marks" in found.problems
     assert "gold, then a wrong one: 12 of 12 get full marks" in found.notes
     fault = next(surprise for surprise in found.surprises if surprise.kind == "wrong")
     assert (fault.score, fault.expected, fault.fault) == (1.0, "below 1", True)
     assert fault.prompt_id.startswith("word_problems/1/")
-
-
-def test_gold_that_misses_full_marks_is_a_problem_and_a_score_that_minds_spaces_is_a_note(file):
     found = check(f"{file}:last_line")
     assert found.problems == []
     assert "gold between blank lines: 12 of 12 score not as it does" in found.notes
-    # The column that gold stands in is wrong: nothing is right then.
-    wrong = check(f"{file}:last_line", arguments={"answer": ["none"] * 1000})
+    wrong = check(f"{file}:last_line", arguments={"answer": ["none"] * 1000})  # the column of gold is wrong
     assert wrong.problems == ["gold solution: 12 of 12 miss full marks"]
+    assert check("gsm8k_format").problems == [
+        "gold, last digit raised: 12 of 12 get full marks",
+        "gold of another row: 12 of 12 get full marks",
+    ]
+    found = check("gsm8k_format", shaping=True)
+    assert (found.problems, found.surprises) == ([], [])
 
 
 def test_scores_that_differ_are_told_apart_by_what_they_differ_with(file, monkeypatch):
@@ -173,10 +176,7 @@ def test_a_reward_that_depends_on_its_batch_is_found_out_in_a_few_rows(file):
     rare = check(f"{file}:knows_its_neighbours", shaping=True)  # gold is as it is alone, other kinds are not
     assert rare.differing["alone"] > 0
     assert "gold of another row" in rare.problems[-1]
-
-
-def test_the_rounding_of_a_model_that_scores_batches_is_no_dependence(file):
-    assert check(f"{file}:rounds", shaping=True).differing["alone"] == 0
+    assert check(f"{file}:rounds", shaping=True).differing["alone"] == 0  # as a model that scores batches rounds
 
 
 def test_correlation_with_length_by_hand(file, tmp_path):
@@ -188,20 +188,14 @@ def test_correlation_with_length_by_hand(file, tmp_path):
     assert check("gsm8k").length_correlation["gold"] is None  # constant
 
 
-def test_a_shaping_reward_is_not_asked_about_the_answer():
-    assert check("gsm8k_format").problems == [
-        "gold, last digit raised: 12 of 12 get full marks",
-        "gold of another row: 12 of 12 get full marks",
-    ]
-    found = check("gsm8k_format", shaping=True)
-    assert (found.problems, found.surprises) == ([], [])
-
-
-def test_everything_that_a_function_may_ask_for_is_there(file):
+def test_everything_that_a_function_may_ask_for_is_there(file, tmp_path):
     found = check(f"{file}:everything", arguments={"bonus": 0.5})
     assert found.full_marks == 1.5
     assert found.problems == []
     assert "completion_ids were made up: the bytes of the text, one token each" in found.notes
+    (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')
+    found = check(f"{file}:everything", **{"data.name": str(tmp_path / "rows.jsonl")})
+    assert any("no wrong completion could be made" in note for note in found.notes)
 
 
 def test_abstentions_and_slowness_are_said(file):
@@ -211,30 +205,19 @@ def test_abstentions_and_slowness_are_said(file):
 
 
 @pytest.mark.parametrize(
-    ("function", "row", "cause", "completion"),
+    ("function", "cause", "completion"),
     [
-        (
-            "fragile",
-            "row 1 (word_problems/1/",
-            "raised: IndexError: list index out of range (mine.py:",
-            "(nothing): ''",
-        ),
-        pytest.param(
-            "hangs",
-            "row 1 (word_problems/1/",
-            "timeout: no result after 0.8 s, stuck at mine.py:",
-            "closing sentence",
-            marks=pytest.mark.slow,
-        ),
-        ("dies", "row 1 (word_problems/1/", "died: the process that ran it ended (exit code 4)", "(gold solution)"),
-        ("nan", "row 1 (word_problems/1/", "nan: returned nan", "(gold solution)"),
+        ("fragile", "raised: IndexError: list index out of range (mine.py:", "(nothing): ''"),
+        pytest.param("hangs", "timeout: no result after 0.8 s, stuck at mine.py:", "closing sentence", marks=SLOW),
+        ("dies", "died: the process that ran it ended (exit code 4)", "(gold solution)"),
+        ("nan", "nan: returned nan", "(gold solution)"),
     ],
 )
-def test_a_failure_names_function_row_and_cause(file, capsys, function, row, cause, completion):
+def test_a_failure_names_function_row_and_cause(file, capsys, function, cause, completion):
     words = ["--data.limit", "6", "--data.task_options.levels", "[1]", "--reward.timeout_s", "0.8"]
     assert main(["reward", "test", f"{file}:{function}", *words]) == 1
     message = capsys.readouterr().err
-    for part in (f"mine.py:{function}' fails on {row}", cause, completion):
+    for part in (f"mine.py:{function}' fails on row 1 (word_problems/1/", cause, completion):
         assert part in message
     assert not reward_workers()
 
@@ -252,11 +235,7 @@ def test_the_row_of_a_failure_is_the_one_at_fault(tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (
-            ["{file}:wants_gold"],
-            1,
-            "mine.py:wants_gold' asks for the column 'gold', which is not there. Columns: answer",
-        ),
+        (["{file}:wants_gold"], 1, "wants_gold' asks for the column 'gold', which is not there. Columns: answer"),
         (["{file}:wants_one"], 1, "decorate it with @rewards.per_completion"),
         (["{file}:contain"], 1, "did you mean 'contains'?"),
         (["{file}x:contains"], 1, "is not an existing Python file"),
@@ -292,13 +271,10 @@ def test_what_is_printed_and_written(file, tmp_path, capsys, caplog):
     assert caplog.text == ""
     assert main(["reward", "test", "gsm8k", "--data", "word_problems", "--data.limit", "5"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("passed")
-
-
-def test_text_that_is_no_unicode_is_written_all_the_same(file, tmp_path, capsys):
-    out = tmp_path / "found.json"
-    assert main(["reward", "test", f"{file}:ranks", "--json", str(out)]) == 1  # full marks for the hostile ones too
-    texts = {surprise["completion"] for surprise in json.loads(out.read_text())["surprises"]}
-    assert HOSTILE[-1] in texts
+    assert (
+        main(["reward", "test", f"{file}:ranks", "--json", str(out)]) == 1
+    )  # full marks for texts that are no Unicode, too
+    assert HOSTILE[-1] in {surprise["completion"] for surprise in json.loads(out.read_text())["surprises"]}
     assert "\ud800" in HOSTILE[-1]
 
 
@@ -314,7 +290,7 @@ def test_it_loads_no_model_library():
 
 def test_real_gsm8k_with_each_way_of_reading_it(gsm8k_folder):
     for function in ("gsm8k", "gsm8k_flexible"):
-        assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 100}).problems == []
+        assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 25}).problems == []
 
 
 def test_bleu_of_the_solutions_by_a_function_that_takes_another_column(tmp_path, capsys):
@@ -357,25 +333,14 @@ def test_an_answer_that_says_the_same_is_no_wrong_one(golds):
     assert [row.get("wrong", "")[-4:] for row in rows] in (["", ""], ["# 43", "42.1"])
 
 
-def test_data_without_a_wrong_completion_says_so(tmp_path, file):
-    (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')
-    found = check(f"{file}:everything", **{"data.name": str(tmp_path / "rows.jsonl")})
-    assert any("no wrong completion could be made" in note for note in found.notes)
-
-
 def test_a_judge_shows_its_cost_what_was_kept_and_what_failed():
     def answer(asked):  # right: the number of the last line; it breaks on empty texts
         gold, said = (part.rpartition("####")[2].strip() for part in asked.split("|"))
         return verdict("{" if not said else float(gold == said), tokens=7)
 
     with judge_server(answer) as server:
-        arguments = {
-            "url": server.url,
-            "model": "m",
-            "rubric": "{answer}|{completion}",
-            "retries": 1,
-            "backoff_s": 0.001,
-        }
+        arguments = {"url": server.url, "model": "m", "rubric": "{answer}|{completion}"}
+        arguments |= {"retries": 1, "backoff_s": 0.001}
         found = check("judge", arguments=arguments, **{"data.limit": 3, "reward.on_error": "drop_sample"})
         shown = StringIO()
         show_check(found, Terminal(file=shown, width=200))

@@ -38,7 +38,7 @@ def run(micro_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("replay") / "run"
     (folder.parent / "mine.py").write_text(SOURCE)
     rewards = [{"function": f"{folder.parent}/mine.py:letters", "weight": 2.0}, {"function": "gsm8k"}]
-    train(micro_config(folder, steps=2, rewards=rewards))
+    train(micro_config(folder, steps=2, rewards=rewards, **{"warm_start.steps": 0}))
     return folder
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import re
 
 import pytest
-from trl import GRPOConfig
 
 from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.parse import build_parser
@@ -77,27 +76,49 @@ def test_a_name_of_another_trainer_leads_to_our_option(name, ours):
     assert said(name).startswith(f"no such option; did you mean {ours}?")
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("top_p", "bias the gradient"),
-        ("actor_rollout_ref.rollout.top_k", "bias the gradient"),
-        ("vllm_structured_outputs_regex", "bias the gradient"),
-        ("push_to_hub", "`quartet export RUN --push_to_hub OWNER/NAME` uploads the policy"),
-        ("hub_model_id", "`quartet export RUN --push_to_hub OWNER/NAME` uploads the policy"),
-        ("load_in_8bit", "lora.base: nf4 is the only base in fewer bits"),
-        ("bnb_4bit_use_double_quant", "are not quantised again"),
-        ("data.max_prompt_length", "a prompt is never cut"),
-    ],
-)
-def test_a_name_without_counterpart_is_told_why(name, why):
-    assert said(name).startswith("not supported, because ")
-    assert why in said(name)
-    assert "did you mean" not in said(name)
+def test_a_name_without_counterpart_is_told_why():
+    for name, why in {
+        "top_p": "bias the gradient",
+        "actor_rollout_ref.rollout.top_k": "bias the gradient",
+        "vllm_structured_outputs_regex": "bias the gradient",
+        "push_to_hub": "`quartet export RUN --push_to_hub OWNER/NAME` uploads the policy",
+        "hub_model_id": "`quartet export RUN --push_to_hub OWNER/NAME` uploads the policy",
+        "load_in_8bit": "lora.base: nf4 is the only base in fewer bits",
+        "bnb_4bit_use_double_quant": "are not quantised again",
+        "data.max_prompt_length": "a prompt is never cut",
+    }.items():
+        assert said(name).startswith("not supported, because ")
+        assert why in said(name)
+        assert "did you mean" not in said(name)
+
+
+def test_each_command_is_led_to_its_own_option_and_to_none_that_it_lacks():
+    for model, name, ours in (
+        (SftConfig, "learning_rate", "learner.learning_rate"),
+        (SftConfig, "max_steps", "steps"),
+        (SftConfig, "per_device_train_batch_size", "prompts_per_step"),
+        (MtpConfig, "learning_rate", "mtp.learning_rate"),
+        (MtpConfig, "num_generations", "rollout.group_size"),
+        (EvalConfig, "max_new_tokens", "rollout.max_completion_tokens"),
+        (EvalConfig, "num_generations", "eval.samples"),
+        (EvalConfig, "dataset_name", "data.name"),
+        (SampleConfig, "num_generations", "samples"),
+    ):
+        assert said(name, model).startswith(f"no such option; did you mean {ours}?"), (model, name)
+    assert hint("learning_rate", names(EvalConfig)) is None
+    assert said("learning_rate", EvalConfig) == "no such option; see --help all for all options"
+
+
+def test_a_word_with_several_meanings_shows_them_all_and_one_that_is_like_nothing_none():
+    assert said("workers") == "no such option; did you mean rollout.workers or learner.workers?"
+    for name in ("use_something", "foo", "eval_limits_of_time", "mtp.colour", "zero_stage"):
+        assert said(name) == "no such option; see --help all for all options"
 
 
 def test_every_option_of_trls_grpo_config_is_answered():
     """With an option that there is, or with a reason; never with a guess."""
+    from trl import GRPOConfig  # which is slow to import
+
     known = names(TrainConfig)
     for field in dataclasses.fields(GRPOConfig):
         if field.name in known:
@@ -139,38 +160,6 @@ def test_every_option_and_command_that_a_note_or_a_reason_names_exists():
     assert run
     for command, flag in run:
         assert flag in commands[command].format_help(), (command, flag)
-
-
-@pytest.mark.parametrize(
-    ("model", "name", "ours"),
-    [
-        (SftConfig, "learning_rate", "learner.learning_rate"),
-        (SftConfig, "max_steps", "steps"),
-        (SftConfig, "per_device_train_batch_size", "prompts_per_step"),
-        (MtpConfig, "learning_rate", "mtp.learning_rate"),
-        (MtpConfig, "num_generations", "rollout.group_size"),
-        (EvalConfig, "max_new_tokens", "rollout.max_completion_tokens"),
-        (EvalConfig, "num_generations", "eval.samples"),
-        (EvalConfig, "dataset_name", "data.name"),
-        (SampleConfig, "num_generations", "samples"),
-    ],
-)
-def test_each_command_is_led_to_its_own_option(model, name, ours):
-    assert said(name, model).startswith(f"no such option; did you mean {ours}?")
-
-
-def test_a_command_that_has_no_such_option_is_not_sent_to_another():
-    assert hint("learning_rate", names(EvalConfig)) is None
-    assert said("learning_rate", EvalConfig) == "no such option; see --help all for all options"
-
-
-@pytest.mark.parametrize("name", ["use_something", "foo", "eval_limits_of_time", "mtp.colour", "zero_stage"])
-def test_what_is_like_nothing_gets_no_suggestion(name):
-    assert said(name) == "no such option; see --help all for all options"
-
-
-def test_a_word_with_several_meanings_shows_them_all():
-    assert said("workers") == "no such option; did you mean rollout.workers or learner.workers?"
 
 
 def test_a_section_of_verls_is_answered_line_by_line(tmp_path):

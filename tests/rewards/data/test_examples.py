@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -45,6 +46,9 @@ def test_a_folder_gives_the_file_of_the_split(folder):
     assert [e.question for e in load_examples(folder, "test", purpose="eval")] == ["0 + 1 = ?", "1 + 1 = ?"]
     assert load_examples(folder / "train.jsonl", "train") == train
     assert load_examples(folder, "train", limit=3) == train[:3]
+    for source, split in [(folder, "test"), (folder / "test.jsonl", "train"), (folder / "train.jsonl", "test")]:
+        with pytest.raises(ValueError, match=r"'test' of .* is for evaluation"):
+            load_examples(source, split)
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
@@ -104,13 +108,6 @@ def test_never_train_on_test(name, split, hub):
     assert not hub
 
 
-def test_never_train_on_a_test_file(folder):
-    for source, split in [(folder, "test"), (folder / "test.jsonl", "train"), (folder / "train.jsonl", "test")]:
-        with pytest.raises(ValueError, match=r"'test' of .* is for evaluation"):
-            load_examples(source, split)
-        assert load_examples(source, split, purpose="eval")
-
-
 def test_bad_rows_are_listed_before_training_ten_and_a_count(tmp_path):
     lines = [json.dumps(ROWS[0]), '{"question": "broken', "[1]", json.dumps({"question": "q"}), ""]
     lines += [json.dumps({"question": " ", "answer": "1"}), json.dumps({"question": "q", "answer": [1]})]
@@ -153,18 +150,6 @@ def test_every_kind_of_bad_value_is_named_by_row(kind, column, tmp_path, monkeyp
         assert line.startswith(f"row {number}: {column!r} is {fault}")
 
 
-def test_bad_values_that_csv_can_hold(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text('question,answer\n1 + 1 = ?,2\n"",2\n1 + 1 = ?," "\n1 + 1 = ?\n')
-    with pytest.raises(ValueError) as error:
-        load_examples(path, "train")
-    assert str(error.value).split("\n")[1:] == [
-        "row 2: 'question' is empty",
-        "row 3: 'answer' is empty",
-        "row 4: 'answer' is missing",
-    ]
-
-
 @pytest.mark.parametrize(
     ("values", "faults"),
     [
@@ -186,39 +171,41 @@ def test_bad_values_that_parquet_can_hold(values, faults, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
-def test_a_missing_column_is_named_in_every_format(kind, tmp_path, monkeypatch):
+def test_a_missing_column_is_named_in_every_format_with_those_there_are(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = write_rows(tmp_path / f"rows.{kind}", [GOOD])
-    with pytest.raises(ValueError, match=r"no column 'solution'; its columns are question, answer"):
-        load_examples(path, "train", ProblemOptions(solution_column="solution"))
+    for option in ("solution_column", "prompt_column"):
+        with pytest.raises(ValueError, match=f"no column 'other'; its columns are question, answer.*{option}"):
+            load_examples(path, "train", ProblemOptions(**{option: "other"}))
 
 
-def test_a_number_that_is_no_number_is_bad(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "q", "answer": NaN}\n{"question": "q", "answer": 7}\n')
-    with pytest.raises(ValueError, match=r"\(1 of 2\):\nrow 1: 'answer' is nan instead of text"):
-        load_examples(path, "train")
+OF_CSV = r"\(3 of 4\):\nrow 2: 'question' is empty\nrow 3: 'answer' is empty\nrow 4: 'answer' is missing"
 
 
-def test_text_that_is_not_utf_8_is_named_by_row(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "1"}\n{"question": "caf\xe9", "answer": "1"}\n')
-    with pytest.raises(ValueError, match=r"\(1 of 2\):\nrow 2: not JSON \('utf-8' codec can't decode byte 0xe9"):
-        load_examples(path, "train")
-
-
-@pytest.mark.parametrize("content", [b'question,answer\n"q,1\nr,2\n', b"question,answer\ncaf\xe9,1\n"])
-def test_a_csv_file_that_cannot_be_read_is_named(tmp_path, content):
-    (tmp_path / "rows.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=r"rows\.csv is not CSV in UTF-8: .* \(after line \d\)"):
-        load_examples(tmp_path / "rows.csv", "train")
-
-
-def test_a_parquet_file_that_is_none_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"question": "q", "answer": NaN}\n', r"\(1 of 1\):\nrow 1: 'answer' is nan instead of text"),
+        ("a.jsonl", b'\xef\xbb\xbf{"question": "q", "answer": "1"}\n\xe9\n', r"row 2: not JSON .*decode byte 0xe9"),
+        ("a.csv", b'question,answer\n1 + 1 = ?,2\n"",2\n1 + 1 = ?," "\n1 + 1 = ?\n', OF_CSV),
+        ("a.csv", b'question,answer\n"q,1\nr,2\n', r"a\.csv is not CSV in UTF-8: .* \(after line \d\)"),
+        ("a.csv", b"question,answer\ncaf\xe9,1\n", r"a\.csv is not CSV in UTF-8: .* \(after line \d\)"),
+        ("a.csv", b"question,answer\n?,2\nHow many, in all?,3\n", r"\(1 of 2\):\nrow 2: fields beyond the header"),
+        ("a.csv", b"question,answer,answer\n2 + 3 = ?,5,6\n", "a.csv: the header has the column 'answer' twice"),
+        ("a.parquet", b"no parquet", r"could not load the dataset parquet, .*a\.parquet"),
+        ("a.json", b'{"question": "q"}', "must hold a JSON list of objects: it holds a dict"),
+        ("a.jsonl", b"", "a.jsonl has no rows"),
+        ("a.jsonl", b"\n\n", "a.jsonl has no rows"),
+        ("a.json", b"[]", "a.json has no rows"),
+        ("a.csv", b"", "a.csv has no rows"),
+        ("a.txt", b"?", r"kinds of file that can be are \.jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(name, content, message, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "rows.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match=r"could not load the dataset parquet, .*rows\.parquet"):
-        load_examples(tmp_path / "rows.parquet", "train")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_examples(tmp_path / name, "train")
 
 
 @pytest.mark.parametrize("function", ["gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval"])
@@ -239,35 +226,10 @@ def test_a_gold_answer_that_the_reward_cannot_read_is_a_bad_row(function, tmp_pa
             assert len(task.train) == 4
 
 
-def test_a_csv_row_with_too_many_fields_is_bad(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text("question,answer\n1 + 1 = ?,2\nHow many, in all?,3\n")
-    with pytest.raises(ValueError, match=r"bad rows \(1 of 2\):\nrow 2: fields beyond the header"):
-        load_examples(path, "train")
-
-
 def test_a_line_separator_inside_json_is_not_a_row_end(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a\u2028b", "answer": "1"}\n', encoding="utf-8")
     assert load_examples(path, "train")[0].question == "a\u2028b"
-
-
-def test_a_missing_column_names_those_there_are(folder):
-    with pytest.raises(ValueError, match=r"no column 'problem'; its columns are question, answer .*prompt_column"):
-        load_examples(folder, "train", ProblemOptions(prompt_column="problem"))
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "")])
-def test_an_empty_file_is_refused(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"{name} has no rows"):
-        load_examples(tmp_path / name, "train")
-
-
-def test_a_json_file_must_be_a_list(tmp_path):
-    (tmp_path / "a.json").write_text('{"question": "q"}')
-    with pytest.raises(ValueError, match=r"must hold a JSON list of objects: it holds a dict"):
-        load_examples(tmp_path / "a.json", "train")
 
 
 def test_missing_files_are_named(tmp_path, folder):
@@ -276,19 +238,13 @@ def test_missing_files_are_named(tmp_path, folder):
             load_examples(missing, "train")
     with pytest.raises(FileNotFoundError, match=r"holds none of dev\.jsonl.*; it holds test\.jsonl, train\.jsonl"):
         load_examples(folder, "dev")
-    (tmp_path / "rows.txt").write_text("?")
-    with pytest.raises(ValueError, match=r"kinds of file that can be are \.jsonl"):
-        load_examples(tmp_path / "rows.txt", "train")
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("word_problem", "word_problems"), ("gms8k", "gsm8k")])
-def test_a_misspelt_name_gets_the_nearest(name, nearest, hub):
-    with pytest.raises(ValueError, match=f"no dataset '{name}'; did you mean '{nearest}'"):
-        load_examples(name, "train")
+def test_arguments_that_cannot_be_meant(hub):
+    for name, nearest in {"word_problem": "word_problems", "gms8k": "gsm8k"}.items():
+        with pytest.raises(ValueError, match=f"no dataset '{name}'; did you mean '{nearest}'"):
+            load_examples(name, "train")
     assert not hub
-
-
-def test_arguments_that_cannot_be_meant():
     for options in ({"levels": 2}, {"level": [2]}):
         with pytest.raises(ValueError, match="word_problems has a list of levels and nothing else"):
             load_examples("word_problems", "train", ProblemOptions(task_options=options))
@@ -322,7 +278,7 @@ def no_local_copy_of_gsm8k(monkeypatch):
     monkeypatch.setattr("rewards.data.examples.GSM8K_COPY", "nowhere")
 
 
-def test_gsm8k_comes_from_a_local_copy_where_there_is_one(tmp_path, monkeypatch):
+def test_gsm8k_comes_from_a_local_copy_where_there_is_one(tmp_path, monkeypatch, hub):
     for name in ("work/data/gsm8k", "shared/data/gsm8k", "gsm8k"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "train.jsonl").write_text(f'{{"question": "{name}?", "answer": "#### 2"}}\n')
@@ -335,17 +291,11 @@ def test_gsm8k_comes_from_a_local_copy_where_there_is_one(tmp_path, monkeypatch)
 
     monkeypatch.setattr("rewards.data.examples.GSM8K_COPY", "data/gsm8k")
     assert question() == "work/data/gsm8k?"
+    shutil.rmtree("data")
+    load_examples("gsm8k", "train")  # the folder `shared` beside it is nobody's business
+    assert [name for name, *_ in hub] == ["openai/gsm8k"]
     monkeypatch.setenv("QUARTET_GSM8K", str(tmp_path / "gsm8k"))
     assert question() == "gsm8k?"
     monkeypatch.setenv("QUARTET_GSM8K", str(tmp_path / "gone"))
     with pytest.raises(FileNotFoundError, match="QUARTET_GSM8K=.*gone is no folder.*or unset it"):
         load_examples("gsm8k", "train")
-
-
-def test_gsm8k_is_the_hub_where_there_is_no_copy(tmp_path, monkeypatch, hub):
-    (tmp_path / "shared/data/gsm8k").mkdir(parents=True)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")  # the folder beside it is nobody's business
-    monkeypatch.setattr("rewards.data.examples.GSM8K_COPY", "data/gsm8k")
-    load_examples("gsm8k", "train")
-    assert [name for name, *_ in hub] == ["openai/gsm8k"]

@@ -44,11 +44,8 @@ DEEP = '{"question": "q", "answer": "1", "more": ' + "[" * 200 + "]" * 200 + "}"
 def test_a_hostile_row_is_a_bad_row_by_number(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
         load_examples(jsonl(tmp_path, GOOD, line, GOOD), "train")
-
-
-def test_half_a_pair_is_hostile_and_a_pair_is_not(tmp_path):
     [example] = load_examples(jsonl(tmp_path, r'{"question": "q\ud83d\ude00", "answer": "1"}'), "train")
-    assert example.question == "q😀"
+    assert example.question == "q😀"  # a whole pair
 
 
 def test_one_json_file_is_judged_alike(tmp_path):
@@ -59,13 +56,6 @@ def test_one_json_file_is_judged_alike(tmp_path):
             load_examples(str(file), "train")
     file.write_text(f"[{json.dumps(GOOD)}, {SURROGATE}]")
     with pytest.raises(ValueError, match=r"row 2: 'question' holds the lone surrogate"):
-        load_examples(str(file), "train")
-
-
-def test_a_header_with_a_column_twice_is_refused_by_name(tmp_path):
-    file = tmp_path / "data.csv"
-    file.write_text("question,answer,answer\n2 + 3 = ?,#### 5,#### 6\n")
-    with pytest.raises(ValueError, match=r"data.csv: the header has the column 'answer' twice"):
         load_examples(str(file), "train")
 
 
@@ -87,9 +77,7 @@ def no_tokenizer(monkeypatch):
     monkeypatch.setattr("policies.presets.small_tokenizer", never)
 
 
-@pytest.mark.parametrize(
-    ("command", "kind"), [("train", "jsonl"), ("train", "csv"), ("train", "word"), ("sft", "word"), ("mtp", "word")]
-)
+@pytest.mark.parametrize(("command", "kind"), [("train", "jsonl"), ("train", "csv"), ("sft", "word"), ("mtp", "word")])
 def test_a_prompt_of_ten_megabytes_is_a_bad_row_by_number(tmp_path, capsys, no_tokenizer, kind, command):
     text = "a" * 10_000_000 if kind == "word" else "2 + 3 = " * 1_250_000
     if kind == "csv":
@@ -141,17 +129,14 @@ def test_eval_and_sample_refuse_a_prompt_of_ten_megabytes(tmp_path, micro_policy
     assert "line 2: the prompt has 10,000,000 characters" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
+def test_a_hostile_line_of_prompts_is_named(tmp_path):
+    for line, message in (
         (r'{"prompt": "q\ud83d"}', "line 2: holds the lone surrogate"),
         ('{"prompt": "q", "prompt": "r"}', "line 2: not JSON .the key 'prompt' is there twice"),
         ("[" * DEEPEST, "line 2: not JSON .nested more than 100 levels deep"),
-    ],
-)
-def test_a_hostile_line_of_prompts_is_named(tmp_path, line, message):
-    with pytest.raises(ValueError, match=message):
-        read_prompts(Path(jsonl(tmp_path, {"prompt": "a"}, line)))
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_prompts(Path(jsonl(tmp_path, {"prompt": "a"}, line)))
 
 
 def bomb(line: str) -> str:

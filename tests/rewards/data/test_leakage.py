@@ -59,42 +59,27 @@ def test_the_split_by_name(name, split):
         load_examples(name, split)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            "test.jsonl",
-            "TEST.jsonl",
-            "gsm8k_test.jsonl",
-            "gsm8k-test.jsonl",
-            "test_1.jsonl",
-            "test-00000-of-00001.jsonl",
-        ),
-        *("gsm8k.test.jsonl", "held_out.jsonl", "my_held_out_2.jsonl", "test_questions.jsonl"),
-        *("heldout.jsonl", "my_heldout_2.jsonl"),
-    ],
-)
-def test_a_file_by_its_name(tmp_path, name):
-    (tmp_path / name).write_text('{"question": "1 + 1 = ?", "answer": "#### 2"}\n')
-    with pytest.raises(ValueError, match=REFUSED):
-        load_examples(tmp_path / name, "train")
+HELD_OUT = """test TEST gsm8k_test gsm8k-test test_1 test-00000-of-00001 gsm8k.test held_out my_held_out_2
+test_questions heldout my_heldout_2"""
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "contest.jsonl", "latest.jsonl", "unit_test_writing.jsonl"])
-def test_a_file_that_only_sounds_like_one(tmp_path, name):
-    (tmp_path / name).write_text('{"question": "1 + 1 = ?", "answer": "#### 2"}\n')
-    assert load_examples(tmp_path / name, "train")
+def test_a_file_by_its_name(tmp_path):
+    for name in [*HELD_OUT.split(), "train", "contest", "latest", "unit_test_writing"]:
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text('{"question": "1 + 1 = ?", "answer": "#### 2"}\n')
+        if name in HELD_OUT.split():
+            with pytest.raises(ValueError, match=REFUSED):
+                load_examples(file, "train")
+        else:  # it only sounds like one
+            assert load_examples(file, "train")
 
 
-def test_the_file_by_every_path(copy):
+def test_the_file_by_every_path_and_link(copy):
     for source in (copy, copy / "test.jsonl", str(copy / "test.jsonl"), copy / ".." / "mine" / "test.jsonl"):
         with pytest.raises(ValueError, match=REFUSED):
             load_examples(source, "test")
         assert load_examples(source, "test", purpose="eval", limit=1)
     assert len(load_examples(copy, "train")) == 7_473
-
-
-def test_a_link_to_the_file(copy):
     (copy / "link.jsonl").symlink_to(copy / "test.jsonl")
     (copy / "train.jsonl").unlink()
     (copy / "train.jsonl").hardlink_to(copy / "test.jsonl")
@@ -116,19 +101,16 @@ def test_a_copy_under_another_name_and_in_another_form(copy, tmp_path, kind, mon
     assert len(load_examples(path, "train", ProblemOptions(**mapping), purpose="eval")) == 5
 
 
-def test_one_test_question_among_training_rows_is_named(tmp_path):
+def test_one_test_question_among_training_rows_is_named(tmp_path, monkeypatch):
     rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}", "original": None} for i in range(4)]
     rows[2]["original"] = EGGS  # another column than the prompt's
     path = tmp_path / "mix.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=rf"bad rows \(1 of 4\):\nrow 3: .*{REFUSED}$"):
         load_examples(path, "train")
-
-
-def test_a_dataset_of_the_hub_that_holds_the_test_set(monkeypatch):
-    rows = [{"question": "1 + 1 = ?", "answer": "2"}, {"question": EGGS, "answer": "#### 18"}]
+    rows[2] = {"question": EGGS, "answer": "#### 18", "original": None}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
-    with pytest.raises(ValueError, match=rf"row 2: .*{REFUSED}"):
+    with pytest.raises(ValueError, match=rf"row 3: .*{REFUSED}"):
         load_examples("someone/math", "train")
     assert load_examples("someone/math", "train", limit=1)
 

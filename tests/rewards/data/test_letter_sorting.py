@@ -43,31 +43,15 @@ def test_a_problem_depends_on_split_seed_and_index_alone():
 def test_it_is_a_data_set_by_name():
     examples = load_examples("letter_sorting", "held_out", purpose="eval", limit=3)
     assert [example.solution[:4] for example in examples] == ["####"] * 3
+    for split, count, message in (("test", 1, "no split 'test'"), ("train", 0, "make 0"), ("train", 10**9, "1 to")):
+        with pytest.raises(ValueError, match=message):
+            letter_sorting(split, count=count)
 
 
-@pytest.mark.parametrize(
-    ("split", "count", "message"),
-    [("test", 1, "no split 'test'"), ("train", 0, "cannot make 0"), ("train", 10**9, "1 to")],
-)
-def test_what_cannot_be_made_is_refused(split, count, message):
-    with pytest.raises(ValueError, match=message):
-        letter_sorting(split, count=count)
-
-
-@pytest.mark.parametrize(
-    ("completion", "reward"),
-    [
-        ("#### a b c c", 0.0),
-        ("#### a b c", 1.0),
-        ("it is #### a b c ", 1.0),
-        ("#### c b a", 0.0),
-        ("#### a b", 0.0),
-        ("#### a b c d", 0.0),
-        ("#### abc", 0.0),
-        ("", 0.0),
-        ("a b c", 1.0),  # the whole completion counts where there is no mark
-    ],
-)
-def test_the_reward_of_the_demo_checks_the_question_alone(completion, reward):
+def test_the_reward_of_the_demo_checks_the_question_alone():
     in_order = load_reward("examples/01_demo.py:in_order")
-    assert in_order([""], [completion], question=["Sort these letters: b c a"]) == [reward]
+    right = ["#### a b c", "it is #### a b c ", "a b c"]  # the whole completion counts where there is no mark
+    wrong = ["#### a b c c", "#### c b a", "#### a b", "#### a b c d", "#### abc", ""]
+    for mark, texts in ((1.0, right), (0.0, wrong)):
+        for text in texts:
+            assert in_order([""], [text], question=["Sort these letters: b c a"]) == [mark], text

@@ -1,6 +1,7 @@
 """A reward with `chat:` before its name gets the messages that the prompt was made from, wherever it is called."""
 
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -20,6 +21,7 @@ from rewards.config.options import load
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.data.examples import Example, load_examples
 from rewards.protocol import bind
+from tests.rewards.data.test_leakage import EGGS
 
 CHAT = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -88,14 +90,9 @@ def test_in_training_and_evaluation_and_the_record_replays_them(run, source):
     assert results["greedy"].groups[0].prompt.messages[0] == SYSTEM
     found = replay(run, f"chat:{source}:roles", ReplayConfig())
     assert (found.failures, found.changes) == ([], [])
-
-
-def test_reward_test_hands_over_the_question_as_the_users_message(source, tmp_path):
-    data = tmp_path / "train.jsonl"
-    rows = [{"question": f"{i} + 1 = ?", "answer": f"so #### {i + 1}"} for i in range(3)]
-    data.write_text("\n".join(map(json.dumps, rows)))
-    options = {"data": {"name": str(data)}, "shaping": True, "arguments": {"expected": "user"}}
-    assert check_reward(f"chat:{source}:roles", RewardTestConfig(**options)).problems == []
+    options = {"data.task_options.levels": [1], "data.limit": 3, "shaping": True, "arguments": {"expected": "user"}}
+    config = load(RewardTestConfig, None, options)  # where the question is the user's message
+    assert check_reward(f"chat:{source}:roles", config).problems == []
 
 
 def test_the_dry_run_sees_the_rendered_format_string_and_the_messages_of_a_chat(source, tmp_path):
@@ -161,13 +158,13 @@ def test_trls_conversational_data_are_accepted(tmp_path):
         PromptTemplate("{question}\n").render(talk)
     with pytest.raises(ValueError, match="begins with a system message of its own; leave one"):
         PromptTemplate({"system": "Add."}).messages(talk)
-
-
-def test_their_solution_may_be_a_message_of_the_assistant(tmp_path):
     path = _write(tmp_path, [USER], answer=[{"role": "assistant", "content": "It is <<2+3=5>>5.\n#### 5"}])
-    [example] = load_examples(path, "train", ProblemOptions(prompt_column="prompt"))
+    [example] = load_examples(path, "train", ProblemOptions(**options))  # the solution is a message
     assert example.solution == "It is 5.\n#### 5"
     assert example.columns["answer"] == "It is <<2+3=5>>5.\n#### 5"
+
+
+EGGS_INSIDE = [{"role": "user", "content": EGGS}, {"role": "assistant", "content": "18"}, USER]
 
 
 @pytest.mark.parametrize(
@@ -178,20 +175,12 @@ def test_their_solution_may_be_a_message_of_the_assistant(tmp_path):
         ([], "'prompt' is a list instead of text"),
         (["2 + 3 = ?"], "'prompt' is a list instead of text"),
         ([{"role": "user", "content": " "}], "'prompt' is empty"),
+        (EGGS_INSIDE, "a question of GSM8K's test set"),
     ],
 )
 def test_a_broken_conversation_is_a_bad_row(tmp_path, prompt, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         load_examples(_write(tmp_path, prompt), "train", ProblemOptions(prompt_column="prompt"))
-    assert message in str(error.value)
-
-
-def test_a_gsm8k_test_question_inside_a_chat_is_found(tmp_path, gsm8k_folder):
-    test = json.loads((gsm8k_folder / "test.jsonl").read_text().splitlines()[0])["question"]
-    chat = [{"role": "user", "content": test}, {"role": "assistant", "content": "18"}, USER]
-    path = _write(tmp_path, chat, question="another")
-    with pytest.raises(ValueError, match="a question of GSM8K's test set"):
-        load_examples(path, "train", ProblemOptions(prompt_column="prompt"))
 
 
 def test_a_run_on_conversational_data(micro_config, chatty, source, tmp_path):

@@ -32,6 +32,9 @@ def test_a_task_is_a_dataset():
 def test_the_documented_example():
     [problem] = reasoning_gym_problems("leg_counting", "train", count=1)
     assert (problem["question"][-32:], problem["answer"]) == ("mantiss, 9 crabs, 3 woodlouses?\n", "500")
+    columns = {name: [problem[name]] for name in ("question", "answer", "metadata")}
+    close = reasoning_gym(None, ["<answer>500 legs</answer>"], **columns)
+    assert close == [3 / 8]  # the share of the answer that is right: 3 of 8 characters
 
 
 def test_no_question_is_in_both_splits_whatever_the_seeds():
@@ -40,18 +43,15 @@ def test_no_question_is_in_both_splits_whatever_the_seeds():
     assert len(train) >= 300
     assert len(held_out) >= 100
     assert not train & held_out
-
-
-def test_problems_are_distinct_and_end_where_the_task_repeats_itself():
     problems = reasoning_gym_problems("coin_flip", "train", count=50, options={"min_trials": 2, "max_trials": 3})
-    questions = [problem["question"] for problem in problems]
+    questions = [problem["question"] for problem in problems]  # they end where the task repeats itself
     assert len(set(questions)) == len(questions) > 0
-
-
-def test_training_on_the_held_out_problems_is_refused():
     with pytest.raises(ValueError, match=r"'held_out' of reasoning_gym:leg_counting is for evaluation"):
         load_examples(LEGS, "held_out")
-    assert load_examples(LEGS, "held_out", purpose="eval", limit=1)
+    data = SourceOptions(name=LEGS, limit=6)
+    with Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions(), held_out=4) as task:
+        assert (len(task.train), len(task.held_out), task.full_marks) == (6, 4, 1.0)
+        assert not {e.question for e in task.train} & {e.question for e in task.held_out}
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,7 @@ def test_gold_scores_full_marks_by_the_tasks_own_scorer_and_other_answers_do_not
         assert scores[3] < 0.5
 
 
-def test_a_close_answer_gets_what_the_task_gives_for_it():
-    """The share of the answer that is right: "500" in "500 legs" is 3 of 8 characters."""
-    [row] = reasoning_gym_problems("leg_counting", "train", count=1)
-    columns = {name: [row[name]] for name in ("question", "answer", "metadata")}
-    assert reasoning_gym(None, ["<answer>500 legs</answer>"], **columns) == [3 / 8]
-
-
-def test_a_completion_that_the_scorer_raises_on_gets_nothing_and_is_counted():
+def test_a_completion_that_the_scorer_raises_on_gets_nothing_and_is_counted_and_a_broken_row_raises():
     """prime_factorization's scorer raises on any non-number: that must not end a training under `abort`."""
     [row] = reasoning_gym_problems("prime_factorization", "train", count=1)
     columns = {name: row[name] for name in ("question", "answer", "metadata")}
@@ -114,17 +107,12 @@ def test_a_completion_that_the_scorer_raises_on_gets_nothing_and_is_counted():
         [score] = scorer.score([row["question"]], [texts], [columns], prompt_ids=["a"])
     assert (score.rewards, score.errors) == (marks, [])
     assert score.metrics == {"reasoning_gym/unreadable": 0.5}
-
-
-def test_a_broken_row_still_raises():
-    [row] = reasoning_gym_problems("prime_factorization", "train", count=1)
-    columns = {"question": [row["question"]], "answer": ["two"], "metadata": [row["metadata"]]}
+    broken = {"question": [row["question"]], "answer": ["two"], "metadata": [row["metadata"]]}
     for text in ("2 × 3", "junk"):
         with pytest.raises(ValueError, match="'two'"):
-            reasoning_gym(None, [text], **columns)
-    columns |= {"metadata": [{"source_dataset": "no_such_task"}]}
+            reasoning_gym(None, [text], **broken)
     with pytest.raises(KeyError, match="no_such_task"):
-        reasoning_gym(None, ["2"], **columns)
+        reasoning_gym(None, ["2"], **broken | {"metadata": [{"source_dataset": "no_such_task"}]})
 
 
 @pytest.mark.parametrize("task", ["countdown", "puzzle24", "n_queens", "simple_integration"])
@@ -135,12 +123,6 @@ def test_a_scorer_that_runs_the_completion_as_code_is_refused(task):
         reasoning_gym(None, ["print(1)"], **columns)
 
 
-def test_and_it_is_refused_before_a_model_loads():
-    data = SourceOptions(name="reasoning_gym:countdown", limit=1)
-    with pytest.raises(RewardError, match="countdown scores a completion by running it as code"):
-        Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions())
-
-
 def test_such_a_task_can_do_with_a_reward_of_ones_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
@@ -148,12 +130,7 @@ def test_such_a_task_can_do_with_a_reward_of_ones_own(tmp_path):
         "    return [float(c == m['expression']) for c, m in zip(completions, metadata)]\n"
     )
     data = SourceOptions(name="reasoning_gym:countdown", limit=1)
+    with pytest.raises(RewardError, match="countdown scores a completion by running it as code"):
+        Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions())  # before a model loads
     with Task(data, [RewardOptions(function=f"{path}:mine")], ScoringOptions()) as task:
         assert task.full_marks == 1.0
-
-
-def test_a_run_is_trained_and_evaluated_on_disjoint_problems():
-    data = SourceOptions(name=LEGS, limit=6)
-    with Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions(), held_out=4) as task:
-        assert (len(task.train), len(task.held_out), task.full_marks) == (6, 4, 1.0)
-        assert not {e.question for e in task.train} & {e.question for e in task.held_out}

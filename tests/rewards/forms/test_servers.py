@@ -55,23 +55,20 @@ def test_a_resources_server_scores_by_its_rows_in_a_session(monkeypatch):
         assert nemo_gym(["6 * 7?"], ["42"], url=server.url + "/", **columns) == [1.0]
 
 
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ("down", "gave no usable answer after 1 tries: HTTP 500"),
-        ("refused", "HTTP 422"),
-        ("judge failed", "its reward of 0.0 is none: judge_failed, HTTP 503"),
-        ("lost", "its reward of 0.0 is none: sandbox, killed"),
-        ("no reward", "instead of a number as `reward`"),
-    ],
-)
-def test_what_the_server_could_not_measure_is_a_failure_and_never_its_zero(said, message):
+def test_what_the_server_could_not_measure_is_a_failure_and_never_its_zero():
+    failures = {
+        "down": "gave no usable answer after 1 tries: HTTP 500",
+        "refused": "HTTP 422",
+        "judge failed": "its reward of 0.0 is none: judge_failed, HTTP 503",
+        "lost": "its reward of 0.0 is none: sandbox, killed",
+        "no reward": "instead of a number as `reward`",
+    }
     with gym_server(answers) as server:
         spec = RewardSpec("nemo_gym", arguments={"url": server.url, "retries": 0})
-        result = score(spec, ["42", said], on_error="drop_sample")
-    assert result.rewards == [1.0, None]
-    [failure] = result.errors
-    assert message in failure.message
+        result = score(spec, ["42", *failures], on_error="drop_sample")
+    assert result.rewards == [1.0, *[None] * 5]
+    for failure, message in zip(result.errors, failures.values(), strict=True):
+        assert message in failure.message
 
 
 def test_calls_of_tools_and_their_results_are_items_of_the_response():
@@ -177,12 +174,9 @@ def test_an_openenv_server_scores_its_step_with_the_completion(monkeypatch):
     assert isinstance(refused, ConnectionError)
     with pytest.raises(ValueError, match="every completion would get the same reward"):
         openenv(["6 * 7?"], ["42"], url=url, action={"message": "completion"}, answer=["42"])
-
-
-def test_without_openenv_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openenv.core.generic_client", None)
     with pytest.raises(RewardError, match="needs the package: pip install openenv"):
-        openenv(None, ["42"], url="http://127.0.0.1:1", action={"message": "{completion}"})
+        openenv(None, ["42"], url=url, action=action)
 
 
 @pytest.mark.peer

@@ -7,7 +7,7 @@ passes every argument by keyword; the functions here are our own.
 import gc
 import json
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from reward_workers import reward_workers
@@ -98,22 +98,20 @@ def test_what_is_missing_is_named_with_the_way_out(file):
             score(RewardSpec(function), ["42"], ROW)
 
 
-@pytest.mark.parametrize(
-    ("completion", "kind", "message"),
-    [
-        ("raise", "raised", "KeyError: 'no such answer' (theirs.py:"),
-        ("nothing", "raised", "compute_score returned None"),
-        ("no score", "raised", "KeyError: 'score'"),
-        ("late", "timeout", "no result after 0.5 s"),
-    ],
-)
-def test_a_failure_is_counted_and_never_a_zero(file, completion, kind, message):
+def test_a_failure_is_counted_and_never_a_zero(file):
+    failures = {
+        "raise": ("raised", "KeyError: 'no such answer' (theirs.py:"),
+        "nothing": ("raised", "compute_score returned None"),
+        "no score": ("raised", "KeyError: 'score'"),
+        "late": ("timeout", "no result after 0.5 s"),
+    }
     spec = RewardSpec(f"verl:{file}:compute_score")
-    result = score(spec, ["#### 42", completion], ROW, on_error="drop_sample", timeout_s=0.5)
-    assert result.rewards == [1.0, None]
-    [failure] = result.errors
-    assert (failure.sample_index, failure.kind) == (1, kind)
-    assert message in failure.message
+    result = score(spec, ["#### 42", *failures], ROW, on_error="drop_sample", timeout_s=0.5)
+    assert result.rewards == [1.0, None, None, None, None]
+    assert [failure.sample_index for failure in result.errors] == [1, 2, 3, 4]
+    for failure, (kind, message) in zip(result.errors, failures.values(), strict=True):
+        assert failure.kind == kind
+        assert message in failure.message
 
 
 def test_reward_test_reads_rows_of_verl(file, tmp_path, capsys):
@@ -158,11 +156,12 @@ def test_ours_is_a_compute_score_in_a_process_of_its_own(file):
     assert compute_score("openai/gsm8k", "so #### 41", "42", None) == 0.0  # as PrimeRewardManager calls it
     copy = pickle.loads(pickle.dumps(compute_score))
     assert [copy("openai/gsm8k", said, "#### 42") for said in ("#### 42", "#### 41")] == [1.0, 0.0]
-    marks = []
-    threads = [threading.Thread(target=lambda: marks.append(compute_score("mine", "#### 42", "42"))) for _ in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert marks == [1.0] * 4
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(compute_score, ["mine"] * 4, ["#### 42"] * 4, ["42"] * 4)) == [1.0] * 4
+    running = len(reward_workers())
+    del compute_score
+    gc.collect()
+    assert len(reward_workers()) == running - 1  # the process of a function that nobody holds ends
 
 
 def test_where_ours_fails_verl_gets_an_error_and_no_number(file):
@@ -177,13 +176,3 @@ def test_where_ours_fails_verl_gets_an_error_and_no_number(file):
     abstains.write_text("def reward(completions, **_):\n    return [None for _ in completions]\n")
     with pytest.raises(RewardError, match="'reward' abstained on '42'; here it must give a number"):
         as_verl(f"{abstains}:reward")("mine", "42", "42")
-
-
-def test_the_process_of_a_function_that_nobody_holds_ends():
-    before = len(reward_workers())
-    score = as_verl("gsm8k")
-    assert score("mine", "#### 42", "42") == 1.0
-    assert len(reward_workers()) == before + 1
-    del score
-    gc.collect()
-    assert len(reward_workers()) == before

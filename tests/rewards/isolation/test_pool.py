@@ -187,9 +187,7 @@ def test_no_process_is_left_after_ctrl_c(start_parent):
     assert gone([worker])
 
 
-@pytest.mark.parametrize(
-    ("fault", "timeout_s"), [("loop", 60), ("sleep", 60), pytest.param("c_hang", 1.5, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("fault", "timeout_s"), [("sleep", 60), pytest.param("c_hang", 1.5, marks=pytest.mark.slow)])
 def test_no_process_is_left_when_the_parent_is_killed(start_parent, fault, timeout_s):
     parent, worker = start_parent(fault, timeout_s)
     time.sleep(0.3)
@@ -229,7 +227,9 @@ def test_a_death_while_idle_costs_a_request_only_of_a_worker_that_has_served_non
     """Then the function may be to blame, and its workers would be started for ever."""
     spec = RewardFunction(RewardSpec(f"{FILE}:faulty"), 0)
     request = {"function": 0, "prompts": ["p"], "columns": {}, "completion_columns": {}, "completions": [["fine"]]}
+    before = set(psutil.Process().children())
     pool = WorkerPool([spec.description()], size=1, timeout_s=20.0)
+    assert set(psutil.Process().children()) == before  # none is started before it is used
 
     def run_after_its_death() -> dict:
         process = pool._workers[0]._process
@@ -255,13 +255,6 @@ def test_where_a_worker_was_stuck():
     )
     assert stuck_at(trace) == ", stuck at mine.py:7 in grade"
     assert stuck_at("") == ""
-
-
-def test_a_pool_starts_no_process_before_it_is_used():
-    before = set(psutil.Process().children())
-    pool = WorkerPool([], size=2, timeout_s=1.0)
-    assert set(psutil.Process().children()) == before
-    pool.close()
 
 
 def test_a_function_that_needs_too_much_memory_gets_an_error(tmp_path):

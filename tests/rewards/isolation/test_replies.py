@@ -73,17 +73,17 @@ def test_what_a_file_writes_while_it_is_loaded_is_an_error(tmp_path):
 ASKED = {"number": 1, "completions": [["a", "b"]]}
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
-        {"rewards": [1.0], "extras": {}, "metrics": {}},
-        {"rewards": [1.0, "1"], "extras": {}, "metrics": {}},
-        {"rewards": [1.0, {"kind": "raised"}], "extras": {}, "metrics": {}},
-        {"rewards": [1.0, 2.0], "extras": {"x": [1]}, "metrics": {}},
-        {"rewards": [1.0, 2.0], "extras": {}, "metrics": {"x": "1"}},
-        {"kind": "raised"},
-    ],
-)
+REPLIES = [
+    {"rewards": [1.0], "extras": {}, "metrics": {}},
+    {"rewards": [1.0, "1"], "extras": {}, "metrics": {}},
+    {"rewards": [1.0, {"kind": "raised"}], "extras": {}, "metrics": {}},
+    {"rewards": [1.0, 2.0], "extras": {"x": [1]}, "metrics": {}},
+    {"rewards": [1.0, 2.0], "extras": {}, "metrics": {"x": "1"}},
+    {"kind": "raised"},
+]
+
+
+@pytest.mark.parametrize("reply", REPLIES)
 def test_an_answer_has_the_lengths_and_types_that_were_asked_for(reply):
     with pytest.raises(BadReply, match="another form"):
         read_reply(json.dumps(reply | {"number": 1}).encode(), ASKED)

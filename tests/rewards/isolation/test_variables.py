@@ -67,17 +67,17 @@ def seen_by(spec: RewardSpec, **options) -> dict[str, str]:
     return json.loads(score.extras["environment"][0])
 
 
-def test_a_worker_sees_no_secret_and_what_programs_need(environment, tells):
+def test_a_worker_sees_what_programs_need_and_no_secret_that_is_not_listed(environment, tells):
     seen = seen_by(tells)
     assert not SECRETS.keys() & seen.keys()
     assert {name: seen.get(name) for name in NEEDED} == NEEDED
     assert {"PATH", "HOME"} <= seen.keys()
-
-
-def test_what_is_listed_is_passed_and_nothing_else(environment, tells):
     seen = seen_by(tells, pass_variables=["OPENAI_API_KEY"])
     assert seen["OPENAI_API_KEY"] == "sk-1"
     assert SECRETS.keys() & seen.keys() == {"OPENAI_API_KEY"}
+    arguments = {"url": "ftp://x", "token_variable": "GITHUB_TOKEN"}  # which `remote` is told to use
+    with Scorer([RewardSpec("remote", arguments=arguments)]) as scorer:
+        assert scorer._pool._pass_variables == ["GITHUB_TOKEN"]
 
 
 def test_a_replaced_worker_gets_the_same(environment, tmp_path):
@@ -94,10 +94,16 @@ def test_a_replaced_worker_gets_the_same(environment, tmp_path):
             assert score.rewards == [None if completion == "die" else 1.0]
 
 
-def test_the_token_that_remote_is_told_to_use_is_passed(environment):
-    arguments = {"url": "ftp://x", "token_variable": "GITHUB_TOKEN"}
-    with Scorer([RewardSpec("remote", arguments=arguments)]) as scorer:
-        assert scorer._pool._pass_variables == ["GITHUB_TOKEN"]
+def test_variables_that_are_not_there_or_not_withheld(environment, tmp_path, monkeypatch):
+    file = tmp_path / "fails.py"
+    file.write_text("def grade(completions, **_):\n    raise ValueError('no PATH, no SUCH_VARIABLE')\n")
+    with pytest.raises(RewardError) as end, Scorer([RewardSpec(f"{file}:grade")]) as scorer:
+        scorer.score(["p"], [["c"]], [{}], prompt_ids=["a"])
+    assert "pass_variables" not in str(end.value)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(RewardError, match="reward.pass_variables: 'OPENAI_API_KEY' is not set"):
+        Scorer([RewardSpec("gsm8k")], pass_variables=["OPENAI_API_KEY"])
+    assert "OPENAI_API_KEY" not in worker_variables()
 
 
 @pytest.mark.parametrize("when", ["loading", "scoring"])
@@ -114,21 +120,6 @@ def test_a_reward_that_misses_its_key_is_told_how_to_get_it(environment, tmp_pat
         scorer.score(["p"], [["c"]], [{}], prompt_ids=["a"])
     with Scorer([spec], pass_variables=["OPENAI_API_KEY"]) as scorer:
         assert scorer.score(["p"], [["c"]], [{}], prompt_ids=["a"])[0].rewards == [1.0]
-
-
-def test_a_failure_that_names_no_withheld_variable_gets_no_hint(environment, tmp_path):
-    file = tmp_path / "fails.py"
-    file.write_text("def grade(completions, **_):\n    raise ValueError('no PATH, no SUCH_VARIABLE')\n")
-    with pytest.raises(RewardError) as end, Scorer([RewardSpec(f"{file}:grade")]) as scorer:
-        scorer.score(["p"], [["c"]], [{}], prompt_ids=["a"])
-    assert "pass_variables" not in str(end.value)
-
-
-def test_a_variable_that_is_not_set_is_named(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(RewardError, match="reward.pass_variables: 'OPENAI_API_KEY' is not set"):
-        Scorer([RewardSpec("gsm8k")], pass_variables=["OPENAI_API_KEY"])
-    assert "OPENAI_API_KEY" not in worker_variables()
 
 
 def test_the_commands_take_the_list(environment, tmp_path, capsys):

@@ -177,7 +177,7 @@ def test_a_step_of_tied_groups_changed_nothing(micro_config, tmp_path):
     assert all(group.effect == 0.0 for group in found.groups)
 
 
-def test_the_command_answers_in_words_first(run, tmp_path, capsys, caplog):
+def test_the_command_answers_in_words_first(run, tmp_path, capsys):
     assert main(["why", str(run), "3", "--held_out", "2", "--json", str(tmp_path / "out.json")]) == 0
     said = capsys.readouterr().out
     assert said.startswith("cost: 0 recorded steps from checkpoint 2")
