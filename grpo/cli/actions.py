@@ -406,7 +406,6 @@ def environment_test(args: argparse.Namespace) -> int:
 # Errors whose message is written for the user, beside ValueError and OSError; anything else is a bug and keeps its
 # traceback.
 EXPECTED = {
-    "grpo.cli.commands.recovery": "RecoveryDiverged",
     "grpo.learner.parallel": "RankFailed",
     "grpo.learner.update": "NonFiniteStep",
     "grpo.run.checkpoint": "CheckpointError",

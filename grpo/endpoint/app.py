@@ -1,4 +1,4 @@
-"""The server as an ASGI application. uvicorn serves it in one process, and Ray Serve mounts it in each replica."""
+"""The server as an ASGI application, which uvicorn serves."""
 
 from __future__ import annotations
 

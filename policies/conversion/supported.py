@@ -10,7 +10,7 @@ REFUSED_FAMILIES = {
     "qwen2": "its q_proj, k_proj and v_proj have biases, and MLA's query has none",
     "qwen3": "it normalises each query and key head (q_norm, k_norm), and MLA does not",
     "smollm3": "some of its layers have no rotary embedding, and MLA rotates in every layer",
-    "deepseek_v3": "it is MLA already, and `--rank` compresses only dense checkpoints",
+    "deepseek_v3": "it is MLA already",
 }
 
 

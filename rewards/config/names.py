@@ -303,4 +303,4 @@ def _here(target: str, known: Collection[str]) -> list[str]:
     if target.startswith("--"):
         return [target]
     last = target.rpartition(".")[2]
-    return [key for key in (target, f"mtp.{last}", f"recovery.{last}", last) if key in known]
+    return [key for key in (target, f"mtp.{last}", last) if key in known]

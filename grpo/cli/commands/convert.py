@@ -1,4 +1,4 @@
-"""`quartet convert`: measure, compress, recover, cut into experts, start a draft head, save, load again, compare."""
+"""`quartet convert`: cut into experts, start a draft head, save, load again, compare."""
 
 from __future__ import annotations
 
@@ -10,48 +10,29 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Column, Table
-from transformers import DeepseekV3ForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from grpo.cli.commands.recovery import WINDOWS_PER_STEP, recover
 from grpo.cli.config.convert import ConvertConfig
 from grpo.data.calibration_text import WINDOW, CalibrationText, calibration_text
 from grpo.run.console import progress_bars
 from grpo.source.policy_source import check_model
-from policies.conversion.calibration import observe
-from policies.conversion.compress import check_sizes, compress
 from policies.conversion.dense import convert_dense, load_dense, new_folder, parity_prompts, require_parity, save_as
 from policies.conversion.experts import ExpertShards, add_noise, shard_feed_forward
 from policies.conversion.head import draft_agreement, self_written, start_head
-from policies.conversion.parity import Fidelity, ParityReport, fidelity, parity
-from policies.conversion.supported import check_convertible, dense_shape
+from policies.conversion.parity import ParityReport, parity
+from policies.conversion.supported import check_convertible
 from policies.devices import device_of
 from policies.policy import Policy, read_config, read_tokenizer
 
 
 @dataclass
-class Compression:
-    """`cache` and `dense_cache` are numbers per token and layer. `recovered` is None where nothing was trained."""
-
-    cache: int
-    dense_cache: int
-    rotary: int
-    latents: int
-    compressed: Fidelity
-    recovered: Fidelity | None = None
-    steps: int = 0
-    steps_asked: int = 0
-
-
-@dataclass
 class Conversion:
-    """`parity` compares the saved policy with the dense model, or with that after compression or noise: `against` says
-    which. `noise` is how far noise on the experts moved it. `draft_agreement` is a share of the held-out tokens."""
+    """`parity` compares the saved policy with the dense model, or with that after noise: `against` names which. `noise`
+    is how far noise on the experts moved it. `draft_agreement` is a share of the held-out tokens."""
 
     destination: str
     parity: ParityReport
     against: str = "the dense model"
-    compression: Compression | None = None
     noise: ParityReport | None = None
     draft_agreement: float | None = None
 
@@ -70,7 +51,7 @@ class Converter:
 
     def convert(self, destination: Path, console: Console) -> Conversion:
         """Writes `destination`, complete or not at all. What is wrong with the source, the destination, the sizes or
-        the text is raised before any weight is read; RecoveryDiverged and ParityFailed come later."""
+        the text is raised before any weight is read; ParityFailed comes later."""
         with new_folder(destination) as folder:
             check_model(self.source)
             self._check()
@@ -91,10 +72,8 @@ class Converter:
         config = self.config
         dense = read_config(self.source)
         check_convertible(dense)
-        if config.rank is not None:
-            check_sizes(dense, config.rank, config.rotary)
-        elif config.calibrate is not None and not self.mtp:
-            raise ValueError(f"calibrate={config.calibrate!r} is for --rank and --mtp; the exact form needs no text")
+        if config.calibrate is not None and not self.mtp:
+            raise ValueError(f"calibrate={config.calibrate!r} is for --mtp; the exact form needs no text")
         if config.ffn != "dense":
             self.shards = ExpertShards(**config.experts.model_dump(exclude={"noise"}))
             self.shards.check(dense)
@@ -103,7 +82,7 @@ class Converter:
             self.text = calibration_text(
                 config.calibrate,
                 read_tokenizer(self.source),
-                tokens=max(config.calibrate_tokens, config.recover * WINDOWS_PER_STEP * window),
+                tokens=config.calibrate_tokens,
                 held_out_tokens=config.held_out_tokens,
                 window=window,
             )
@@ -111,12 +90,7 @@ class Converter:
     def _build(self, dense: Policy) -> Policy:
         """Returns the policy to save; `result` gets what the report says."""
         config, result, self.reference = self.config, self.result, dense.trunk
-        if config.rank is None:
-            trunk = convert_dense(dense.trunk)
-        else:
-            assert self.text is not None
-            trunk, result.compression = self._compress(dense.trunk, self.text, config.rank)
-            self.reference, result.against = trunk, "the compressed policy"
+        trunk = convert_dense(dense.trunk)
         if self.shards is not None:
             trunk = shard_feed_forward(trunk, self.shards, config.seed)
             if config.experts.noise:
@@ -137,38 +111,6 @@ class Converter:
             result.draft_agreement = draft_agreement(policy, text.held_out)
         return policy
 
-    def _compress(
-        self, dense: PreTrainedModel, text: CalibrationText, rank: int
-    ) -> tuple[DeepseekV3ForCausalLM, Compression]:
-        """Returns the compressed model, after its recovery, and what that cost."""
-        config = self.config
-        measured = text.windows[: -(-config.calibrate_tokens // len(text.windows[0]))]
-        with self._bar("measuring the dense model", len(measured)) as advance:
-            moments = observe(dense, measured, advance)
-        with self._bar("compressing", 1):
-            student, split = compress(dense, moments, rank, config.rotary)
-        _, groups, head_dim = dense_shape(dense.config)
-        result = Compression(
-            cache=rank,
-            dense_cache=2 * groups * head_dim,
-            rotary=2 * len(split.rotary),
-            latents=split.latents,
-            compressed=fidelity(dense, student, text.held_out),
-            steps_asked=config.recover,
-        )
-        if config.recover:
-            bar = self.progress.add_task("recovering", total=config.recover, unit="steps")
-
-            def on_step(step: int, loss: float) -> None:
-                self.progress.update(bar, completed=step, description=f"recovering, KL {loss:.4f}")
-
-            result.steps = recover(
-                student, dense, text.windows, config.recover, config.recovery, seed=config.seed, on_step=on_step
-            )
-            self.progress.remove_task(bar)
-            result.recovered = fidelity(dense, student, text.held_out)
-        return student, result
-
     @contextmanager
     def _bar(self, what: str, total: int) -> Iterator[Callable[[], None]]:
         task = self.progress.add_task(what, total=total, unit="windows" if total > 1 else "")
@@ -177,18 +119,11 @@ class Converter:
 
 
 def show(conversion: Conversion, console: Console) -> None:
-    """Print what compression cost and recovery regained, what noise did, and the parity report of the saved policy."""
+    """Print what noise did, and the parity report of the saved policy."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    if (compression := conversion.compression) is not None:
-        console.print(_table(compression))
-        if compression.steps < compression.steps_asked:
-            say(f"recovery was ended at step {compression.steps} of {compression.steps_asked}; what it reached is kept")
-        after = compression.recovered
-        if after is not None and after.kl_mean > compression.compressed.kl_mean:
-            say("recovery did harm: the KL has grown; lower recovery.learning_rate, or leave --recover out")
     if (noise := conversion.noise) is not None:
         say(
             f"noise on the experts: max logit difference {noise.max_logit_difference:.1e}, "
@@ -198,24 +133,3 @@ def show(conversion: Conversion, console: Console) -> None:
     if conversion.draft_agreement is not None:
         say(f"{'first drafts agree':<22} {100 * conversion.draft_agreement:.1f} % of held-out tokens, untrained")
     say(f"written to {conversion.destination}")
-
-
-def _table(compression: Compression) -> Table:
-    before, after = compression.compressed, compression.recovered
-    compressed = {"compressed": before} | ({f"after {compression.steps} steps": after} if after else {})
-    headings = ("dense", *compressed)
-    table = Table(
-        "",
-        *(Column(heading, justify="right") for heading in headings),
-        title=f"{before.num_tokens:,} held-out tokens",
-        title_justify="left",
-    )
-    cache = f"{compression.cache} (−{100 * (1 - compression.cache / compression.dense_cache):.0f} %)"
-    split = f"{compression.latents} + {compression.rotary}"
-    table.add_row("cached numbers a token and layer", f"{compression.dense_cache}", *[cache for _ in compressed])
-    table.add_row("latents + rotary key", "", *[split for _ in compressed])
-    table.add_row("mean KL from dense, nats a token", "0", *[f"{f.kl_mean:.4f}" for f in compressed.values()])
-    table.add_row("top-1 agreement", "100 %", *[f"{100 * f.top1_agreement:.1f} %" for f in compressed.values()])
-    perplexities = [f"{f.perplexity:.3f}" for f in compressed.values()]
-    table.add_row("perplexity", f"{before.dense_perplexity:.3f}", *perplexities)
-    return table

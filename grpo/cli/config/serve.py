@@ -41,9 +41,6 @@ class ServeConfig(ModelOptions):
     """A file with the key that clients must send, as `Authorization: Bearer KEY`."""
     max_batch_size: int = Field(default=32, ge=1)
     """Completions that are decoded together; the others wait."""
-    replicas: int = Field(default=1, ge=1)
-    """Copies of the policy, each in a process with `threads` processors (1 by default), by Ray Serve where there are
-    several (extra `serve-ray`)."""
 
     state: Path = Path("runs/tinker")
     """The folder that keeps what `--train` trains; a server that begins again with it goes on from there."""

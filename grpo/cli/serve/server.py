@@ -131,10 +131,6 @@ def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
 def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> None:
     """Serve until a signal comes. Then no new request is taken, and those that run have SHUTDOWN_S seconds."""
     read_key(config.api_key_file, config.host)  # refuses what is wrong before anything listens
-    if config.replicas > 1:
-        from grpo.cli.serve.replicas import serve_replicas
-
-        return serve_replicas(config, partial(begin, follow=follow), say)
     listening, address = listen(config.host, config.port)
     gc.freeze()  # else a body with a million parts makes the collector read all modules again and again: .9 s for .2
     with listening:

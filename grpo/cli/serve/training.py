@@ -28,8 +28,6 @@ def serve_training(config: ServeConfig, say: Callable[[str], None] = print) -> N
         from grpo.tinker.service import Service
     except ModuleNotFoundError as error:
         raise ValueError(PACKAGES) from error
-    if config.replicas != 1:
-        raise ValueError(f"--train: replicas={config.replicas}: it has one engine")
     key = read_key(config.api_key_file, config.host)
     use = PolicyInUse(config)
     listening, address = listen(config.host, config.port)

@@ -20,7 +20,6 @@ from serving_cases import Running, until
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.parse import main
-from grpo.cli.serve import replicas
 from grpo.cli.serve import server as serving
 from grpo.cli.serve.server import Follower, load_engine, read_key
 from grpo.endpoint import app as application
@@ -441,29 +440,3 @@ def test_openais_own_clients(running, engine):
         assert (refused.value.param, refused.value.code) == ("top_p", "unsupported_value")
 
 
-class Stop(Exception):
-    pass
-
-
-def test_a_replica_builds_its_own_application_by_a_plain_function(monkeypatch):
-    """Ray Serve 2.60 takes a partial for the application, and answers every request with status 500."""
-    given: dict[str, Any] = {}
-
-    def ingress(build):
-        given["build"] = build
-        raise Stop
-
-    config = types.SimpleNamespace(HTTPOptions=lambda **_: None)
-    nothing = {name: lambda **_: None for name in ("start", "shutdown", "deployment")}
-    serve = types.SimpleNamespace(ingress=ingress, config=config, **nothing)
-    monkeypatch.setitem(sys.modules, "ray.serve", serve)
-    monkeypatch.setitem(sys.modules, "ray.serve.config", config)
-    monkeypatch.setattr("ray.serve", serve, raising=False)
-    monkeypatch.setattr(replicas, "start_ray", lambda **_: None)
-    monkeypatch.setattr(replicas, "stop_ray", lambda: None)
-    monkeypatch.setattr(replicas.signal, "signal", lambda *_: None)
-    asked = load(ServeConfig, None, {"model": "micro", "replicas": 2})
-    with pytest.raises(Stop):
-        replicas.serve_replicas(asked, lambda own, say: (own.replicas, own.threads), print)
-    assert isinstance(given["build"], types.FunctionType)
-    assert given["build"]() == 1
