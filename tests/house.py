@@ -19,6 +19,7 @@ import tempfile
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from statistics import median
@@ -56,6 +57,12 @@ def modules_of(root: Path, package: str) -> dict[str, Path]:
     return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    """All nodes of a module, which several questions are about."""
+    return [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+
+
 def modules_imported(module: str, file: Path, modules: Mapping[str, Path]) -> set[str]:
     """Which of `modules` this one imports: at its top, inside functions and under TYPE_CHECKING.
 
@@ -63,7 +70,7 @@ def modules_imported(module: str, file: Path, modules: Mapping[str, Path]) -> se
     """
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     imported = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.Import):
             imported |= {(alias.name, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -152,7 +159,7 @@ def density(counted: Counter[str]) -> dict[str, float]:
 def function_lengths(files: Iterable[Path]) -> list[int]:
     lengths = []
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in nodes_of(file):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lengths.append(node.end_lineno - node.lineno + 1)
     return sorted(lengths)

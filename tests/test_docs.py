@@ -92,11 +92,24 @@ def of(language: str) -> list[Any]:
     ]
 
 
+DEMO = {"  steps: 400": "  steps: 5", "prompts_per_step: 32": "prompts_per_step: 4", "limit: 512": "limit: 8"}
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder like a user's: the repository's examples and docs are there, and what else a page writes is written."""
-    for name in ("examples", "docs"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    """A folder like a user's: the repository's examples and docs are there, and what else a page writes is written.
+    The demo is a small one."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "examples").mkdir()
+    for path in (ROOT / "examples").iterdir():
+        (tmp_path / "examples" / path.name).symlink_to(path)
+    small = tmp_path / "examples/01_demo.yaml"
+    text = small.read_text(encoding="utf-8")
+    small.unlink()
+    for full, less in DEMO.items():
+        assert full in text
+        text = text.replace(full, less)
+    small.write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -96,31 +96,36 @@ NOT_JUDGED = (None, None, None, {}, {})
 
 
 @pytest.mark.parametrize(
-    ("name", "texts", "on_error", "correct", "mean", "without_mark"),
+    ("name", "texts", "on_error", "correct", "mean"),
     [
-        ("letters", ("abc", "a"), "abort", None, 2.0, 0),
-        ("letters", ("1", ""), "abort", None, 0.0, 0),  # the gold solution gives it away, whose mark is none of these
-        ("exact", ("#### 42", "41"), "abort", 2, 0.5, 0),
-        ("partial", ("right", "close"), "abort", 2, 0.95, 0),  # it declares from which mark on a completion is right
-        ("form", ("# 1", "1"), "abort", None, 0.5, 0),  # it declares that it is no accuracy
-        ("broken", ("42", "fail"), "score=-0.5", 2, 0.25, 0),  # what stands in for a failure is no mark of the reward
-        ("broken", ("fail", "fail"), "drop_sample", None, None, 4),
+        ("letters", ("abc", "a"), "abort", None, 2.0),
+        ("letters", ("1", ""), "abort", None, 0.0),  # the gold solution gives it away, whose mark is none of these
+        ("exact", ("#### 42", "41"), "abort", 2, 0.5),
+        ("partial", ("right", "close"), "abort", 2, 0.95),  # it declares from which mark on a completion is right
+        ("form", ("# 1", "1"), "abort", None, 0.5),  # it declares that it is no accuracy
+        ("broken", ("42", "fail"), "score=-0.5", 2, 0.25),  # what stands in for a failure is no mark of the reward
     ],
 )
-def test_accuracy_is_that_of_rewards_which_say_right_or_wrong(task, name, texts, on_error, correct, mean, without_mark):
+def test_accuracy_is_that_of_rewards_which_say_right_or_wrong(task, name, texts, on_error, correct, mean):
     result = evaluate(Answers(*texts), task(name, on_error), _prompts(), SAMPLING)
-    assert (result.completions, result.without_mark) == (4, without_mark)
-    assert result.reward_mean == (mean if mean is None else pytest.approx(mean))
+    assert (result.completions, result.without_mark, result.reward_mean) == (4, 0, pytest.approx(mean))
     if correct is None:
         assert _judged(result) == NOT_JUDGED
     else:
         assert (result.correct, result.accuracy, result.pass_at[2].value) == (correct, 0.5, 1.0)
     metrics = as_metrics({"sampled": result, "greedy": replace(result, reward_mean=1.0)})
     assert all(check(name) for name in metrics)
-    assert metrics.get("eval/reward_mean") == (mean if mean is None else pytest.approx(mean))
-    assert metrics["eval/reward_mean_greedy"] == 1.0
+    assert (metrics["eval/reward_mean"], metrics["eval/reward_mean_greedy"]) == (pytest.approx(mean), 1.0)
     judged = [name for name in metrics if "accuracy" in name or "pass_at" in name or "majority" in name]
     assert bool(judged) == (correct is not None)
+
+
+def test_without_any_mark_there_is_neither_accuracy_nor_mean(task):
+    result = evaluate(Answers("fail", "fail"), task("broken", "drop_sample"), _prompts(), SAMPLING)
+    assert (result.accuracy, result.reward_mean, result.without_mark) == (None, None, 4)
+    metrics = as_metrics({"sampled": result, "greedy": result})
+    assert not {"eval/accuracy", "eval/reward_mean"} & metrics.keys()
+    assert metrics["eval/prompts"] == 2
 
 
 def test_one_other_mark_ends_that_for_all_ways_of_sampling_and_for_good(task, tmp_path):
@@ -174,7 +179,7 @@ def test_the_best_step_is_by_mean_reward_once_a_step_has_no_accuracy():
 def test_full_marks_are_what_the_gold_solution_gets_and_one_other_mark_is_seen_among_many():
     given = (("undeclared", None), ("undeclared", 0.5), ("undeclared", 3.0), (0.5, 3.0), (None, 2.0))
     assert [Verdicts("r", at, gold).full_marks for at, gold in given] == [1.0, 1.0, 3.0, 0.5, 2.0]
-    assert Verdicts("r", 2, 2.0).of(1.0) is False
+    assert Verdicts("r", 2.0, 2.0).of(1.0) is False
     verdicts = Verdicts("r", "undeclared", None)
     assert [verdicts.of(mark) for mark in (None, sum([0.1] * 10), 2.0, 0.9)] == [None, True, True, False]
     verdicts.see([1.0, 0.5])

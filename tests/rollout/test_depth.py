@@ -109,9 +109,6 @@ def test_the_table_is_read_back_and_a_broken_one_is_named(tmp_path):
     for change in ({}, {"graphs": [[1.0, 2.0]]}, {"reading": 0.25}):
         replace(TABLE, **change).save(file)
         assert CostTable.load(file) == replace(TABLE, **change)
-    for more in ({}, {"lookups": [[1.0]]}):  # of older versions, one of which looked drafts up
-        file.write_text(json.dumps({"rows": [1], "rounds": [[1.0]]} | more))
-        assert CostTable.load(file) == CostTable([1], [[1.0]])
     for content, words in BROKEN:
         file.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=words):

@@ -366,11 +366,14 @@ def test_progress_draws_on_a_terminal_and_nothing_elsewhere(tmp_path):
             progress.refresh()
         assert ("120/256 completions" in shown.getvalue()) == (terminal and not quiet)
         assert bool(shown.getvalue()) == (terminal and not quiet)
-        if quiet:
-            log.step(1, {"reward/mean": 1.0})
-            log.event("signal", name="SIGTERM")
-            log.rollouts(1, [_group()], [_score()], [[0.0, 0.0]])
-            assert shown.getvalue() == ""
+
+
+def test_quiet_prints_nothing(tmp_path, capsys):
+    with RunLog(tmp_path, CONFIG, LogOptions(trackers=[]), quiet=True) as log:
+        log.step(1, {"reward/mean": 1.0})
+        log.event("signal", name="SIGTERM")
+        log.rollouts(1, [_group()], [_score()], [[0.0, 0.0]])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_without_unicode_does_not_end_the_run(tmp_path):

@@ -153,11 +153,14 @@ def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tm
 def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored(tmp_path):
     (tmp_path / "words.jsonl").write_text("".join(f'{{"question": "Say {w}.", "answer": "{w}"}}\n' for w in "abcdefgh"))
     given = {"output_dir": tmp_path / "r", "data": SourceOptions(name=str(tmp_path / "words.jsonl"), held_out=0.25)}
-    given |= {"warm_start": {"steps": 1, "batch_size": 2}}
-    with Task.of(SftConfig(**given)) as task:
+    supervised, warm_start = {"steps": 1, "prompts_per_step": 2}, {"warm_start": {"steps": 1, "batch_size": 2}}
+    with Task.of(SftConfig(**given, **supervised)) as task:
         assert {example.solution for example in task.train} <= set("abcdefgh")
         assert (task.describe_rewards(), task.lost(), reward_workers()) == ([], {}, [])
-    for config in (SftConfig(**given, eval={"limit": 2}), TrainConfig(**given)):  # both score
+    for config in (
+        SftConfig(**given, **supervised, eval={"limit": 2}),
+        TrainConfig(**given, **warm_start),
+    ):  # both score
         with pytest.raises(ValueError, match="the gold answer 'a' has no number"):
             Task.of(config)
     with pytest.raises(RewardError, match="'nonsense'"):  # one that was asked for is checked

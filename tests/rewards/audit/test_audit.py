@@ -114,7 +114,7 @@ def falls(completions, **_):
     ("function", "kinds"),
     [
         ("right", []),
-        ("annealed", []),  # a reward may divide by the steps of its run
+        ("annealed", ["scored-otherwise"]),  # it may divide by the steps of its run
         ("lenient", ["always-same", "scored-otherwise"]),
         ("dice", ["nondeterministic"]),
         ("falls", ["reward-fails", "scored-otherwise"]),

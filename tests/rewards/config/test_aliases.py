@@ -93,7 +93,7 @@ def test_a_name_without_counterpart_is_told_why():
 
 
 def test_each_command_is_led_to_its_own_option_and_to_none_that_it_lacks():
-    for model, name, ours in (
+    for model, name, option in (
         (SftConfig, "learning_rate", "learner.learning_rate"),
         (SftConfig, "max_steps", "steps"),
         (SftConfig, "per_device_train_batch_size", "prompts_per_step"),
@@ -104,7 +104,7 @@ def test_each_command_is_led_to_its_own_option_and_to_none_that_it_lacks():
         (EvalConfig, "dataset_name", "data.name"),
         (SampleConfig, "num_generations", "samples"),
     ):
-        assert said(name, model).startswith(f"no such option; did you mean {ours}?"), (model, name)
+        assert said(name, model).startswith(f"no such option; did you mean {option}?"), (model, name)
     assert hint("learning_rate", names(EvalConfig)) is None
     assert said("learning_rate", EvalConfig) == "no such option; see --help all for all options"
 

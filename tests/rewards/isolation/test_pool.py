@@ -205,9 +205,9 @@ def test_a_program_that_forgets_to_close_leaves_nothing(start_parent):
 
 @pytest.mark.slow
 def test_an_import_that_hangs_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("rewards.isolation.pool.START_TIMEOUT_S", 1.5)
+    monkeypatch.setattr("rewards.isolation.pool.START_TIMEOUT_S", 6.0)  # a busy machine needs some to begin
     (tmp_path / "mine.py").write_text("import time\ntime.sleep(1000)\n")
-    with pytest.raises(RewardError, match=r"no result after 1.5 s, stuck at mine.py:2 in <module>"):
+    with pytest.raises(RewardError, match=r"no result after 6 s, stuck at mine.py:2 in <module>"):
         Scorer([RewardSpec(f"{tmp_path / 'mine.py'}:grade")])
 
 

@@ -514,7 +514,7 @@ def test_what_is_wrong_is_said_before_anything_is_sampled_or_loaded(trained, mon
         evaluate_model(_config(folder, **{"rollout.max_completion_tokens": 250}), QUIET)
     monkeypatch.setattr("grpo.cli.commands.policy_in_use.load_found", lambda *_, **__: pytest.fail("it was loaded"))
     for given, message in (
-        ({"data.name": "no_such.jsonl"}, "no file or folder"),
+        ({"data.name": "no_such.jsonl", "data.task_options": {}}, "no file or folder"),
         ({"data.template": "{nothing}"}, "asks for {nothing}"),
         ({"eval.split": "nowhere"}, "has no split 'nowhere'"),
     ):
