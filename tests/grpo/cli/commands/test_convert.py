@@ -4,10 +4,8 @@ text that it reads."""
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 

@@ -8,11 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-import types
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 from serving_cases import Running, until
@@ -438,5 +436,3 @@ def test_openais_own_clients(running, engine):
         with pytest.raises(openai.BadRequestError) as refused:
             client.completions.create(**asked, top_p=0.5)
         assert (refused.value.param, refused.value.code) == ("top_p", "unsupported_value")
-
-
