@@ -126,7 +126,7 @@ $(BIN)/.created:
 
 $(RUN_STAMP): pyproject.toml rewards/pyproject.toml $(BIN)/.created
 	@echo "Installing quartet and its packages into $(VENV) (the first time takes some minutes) ..."
-	$(PIP) --editable rewards --editable '.[math,text,tensorboard,gguf,view]'
+	$(PIP) --editable rewards --editable '.[math,tensorboard,gguf,view]'
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml rewards/pyproject.toml $(BIN)/.created

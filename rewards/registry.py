@@ -29,7 +29,6 @@ _MODULES = {
     "equivalence": ("math_equivalence",),
     "format": ("regex_format", "tag_format", "gsm8k_format"),
     "length": ("length_penalty", "repetition_penalty", "soft_overlong_punishment"),
-    "text": ("bleu", "chrf"),
     "remote": ("remote",),
     "judge": ("judge",),
     "code": ("code",),

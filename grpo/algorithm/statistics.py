@@ -1,4 +1,4 @@
-"""The statistics of an evaluation: intervals, pass@k, majority votes, BLEU. Pure functions.
+"""The statistics of an evaluation: intervals, pass@k, majority votes. Pure functions.
 
 Axes: N problems, n completions of one problem.
 """
@@ -168,13 +168,3 @@ def answer_reader(function: str, arguments: dict[str, Any]) -> Callable[[str], H
         return " ".join(answer.casefold().split()) or None
 
     return read
-
-
-def corpus_bleu(completions: Sequence[str], solutions: Sequence[str]) -> tuple[float, str] | None:
-    """Corpus BLEU, 0 to 100 (Papineni et al. 2002), and sacrebleu's signature of it; None without sacrebleu."""
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError:
-        return None
-    bleu = BLEU()
-    return float(bleu.corpus_score(list(completions), [list(solutions)]).score), str(bleu.get_signature())

@@ -75,7 +75,6 @@ class Evaluation:
     majority_at: dict[int, Estimate] = field(default_factory=dict)
     acceptance: list[float] = field(default_factory=list)
     fallback_rate: float = 0.0
-    bleu: float | None = None
     failures: list[RewardFailure] = field(default_factory=list)
     by_problem: list[float | None] = field(default_factory=list, repr=False)
     rewards_by_problem: list[float | None] = field(default_factory=list, repr=False)

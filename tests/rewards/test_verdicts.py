@@ -147,8 +147,6 @@ def test_one_other_mark_ends_that_for_all_ways_of_sampling_and_for_good(task, tm
 def test_what_the_built_in_rewards_declare():
     """`column`, `environment`, `agent`, `judge` and servers hand on what others say, so their marks show it."""
     for name in BUILT_IN:
-        if name in ("bleu", "chrf"):
-            pytest.importorskip("sacrebleu")
         judges = (name.startswith("gsm8k") and name != "gsm8k_format") or name in (
             "math_equivalence",
             "reasoning_gym",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import psutil
 import torch
 from rich.console import Console
 
-from grpo.algorithm.statistics import corpus_bleu
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.commands.served import is_address, open_served
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
@@ -56,7 +55,6 @@ class ModelEvaluation:
     rewards: list[dict[str, Any]]
     results: dict[str, Evaluation]
     perplexity: Perplexity | None
-    bleu_signature: str | None
     peak_memory_gib: dict[str, float]
     no_accuracy: str | None = None  # why there is none
 
@@ -199,7 +197,6 @@ class _Evaluator:
                 completions.close()
             if isinstance(sampler, AgentSampler):
                 sampler.close()
-        bleus = {name: _bleu(result, task) for name, result in results.items()}
         return ModelEvaluation(
             config=config,
             source=self.use.source if self.use else sampler.source,
@@ -207,9 +204,8 @@ class _Evaluator:
             problems=len(prompts),
             trained_on=sum(fingerprint in self.met for fingerprint in task.fingerprints(task.held_out)),
             rewards=task.scorer.describe(),
-            results={name: replace(result, bleu=bleus[name][0]) for name, result in results.items()},
+            results=results,
             perplexity=policy and _perplexity(policy, task),
-            bleu_signature=next(signature for _, signature in bleus.values()),
             peak_memory_gib=peak_memory_gib(),
             no_accuracy=task.verdicts.note,
         )
@@ -238,18 +234,6 @@ class _Evaluator:
 def _perplexity(policy: Policy, task: Task) -> Perplexity | None:
     stop = policy.stop_token_ids[0]
     return gold_perplexity(policy, [task.solution(e, policy.tokenizer, stop) for e in task.held_out if e.solution])
-
-
-def _bleu(result: Evaluation, task: Task) -> tuple[float | None, str | None]:
-    """Returns BLEU of all completions against the gold solutions as they are trained on; None where there are none."""
-    pairs = [
-        (text, example.solution)
-        for group, example in zip(result.groups, task.held_out, strict=True)
-        for text in group.texts
-        if example.solution
-    ]
-    score = corpus_bleu([text for text, _ in pairs], [solution for _, solution in pairs]) if pairs else None
-    return score or (None, None)
 
 
 def peak_memory_gib() -> dict[str, float]:

@@ -67,8 +67,6 @@ def _cells(result: Evaluation) -> dict[str, str]:
     cells["reward, mean"] = "-" if result.reward_mean is None else f"{result.reward_mean:.3f}"
     if len(result.parts) > 1:
         cells |= {f"  {name}": f"{value:.3f}" for name, value in result.parts.items()}
-    if result.bleu is not None:
-        cells["BLEU against the solutions"] = f"{result.bleu:.1f}"
     cells |= {
         "completion tokens, mean": f"{result.length_mean:.1f}",
         "cut at the limit": f"{result.clipped:.1%}",
@@ -135,7 +133,6 @@ def as_json(evaluation: ModelEvaluation) -> dict[str, Any]:
         "evaluations": {name: _values(result) for name, result in evaluation.results.items()},
         "interval_method": INTERVAL_METHOD,
         "gold_perplexity": perplexity and (vars(perplexity) | {"perplexity": perplexity.value}),
-        "bleu_signature": evaluation.bleu_signature,
         "peak_memory_gib": evaluation.peak_memory_gib,
         "rewards": evaluation.rewards,
         "options": config.model_dump(mode="json"),

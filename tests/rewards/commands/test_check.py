@@ -293,15 +293,15 @@ def test_real_gsm8k_with_each_way_of_reading_it(gsm8k_folder):
         assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 25}).problems == []
 
 
-def test_bleu_of_the_solutions_by_a_function_that_takes_another_column(tmp_path, capsys):
-    pytest.importorskip("sacrebleu")
+def test_a_column_of_another_name_is_taken_by_a_function_of_two_lines(tmp_path, capsys):
     mine = tmp_path / "mine.py"
     mine.write_text(
-        "from rewards.built_in.text import bleu\n\n\n"
-        "def of_answer(prompts, completions, answer, **_):\n    return bleu(prompts, completions, answer)\n"
+        "def same(prompts, completions, reference, **_):\n"
+        "    return [float(text == gold) for text, gold in zip(completions, reference)]\n\n\n"
+        "def of_answer(prompts, completions, answer, **_):\n    return same(prompts, completions, answer)\n"
     )
-    assert check(f"{mine}:of_answer").problems == []  # only gold itself has BLEU 1
-    assert main(["reward", "test", "bleu", "--data.limit", "3"]) == 1
+    assert check(f"{mine}:of_answer").problems == []
+    assert main(["reward", "test", f"{mine}:same", "--data.limit", "3"]) == 1
     assert "Wrap it in a function of two lines" in capsys.readouterr().err
 
 

@@ -22,6 +22,9 @@ def letters(completions, **_):
 def half(completions, **_):
     return [0.5 * score for score in letters(completions)]
 
+def of_reference(completions, reference):
+    return [float(text == gold) for text, gold in zip(completions, reference)]
+
 def needs_everything(completions, completion_ids, trainer_state, question, answer, level):
     assert all("####" in gold for gold in answer) and all(isinstance(n, int) for n in level)
     return [len(ids) + 100.0 * trainer_state.global_step for ids in completion_ids]
@@ -117,7 +120,11 @@ def test_the_run_is_not_touched_and_json_goes_where_it_is_told(run, tmp_path, ca
         (["{run}", "--with", "gsm8k", "--against", "leters"], 1, "did you mean 'letters'?"),
         (["{run}", "--with", "{run}/../mine.py:half", "--arguments.x", "1"], 1, "no parameter 'x' to bind"),
         (["{run}", "--with", "gsm8"], 1, "did you mean 'gsm8k'?"),
-        (["{run}", "--with", "bleu"], 1, "asks for the column 'reference', which is not there"),
+        (
+            ["{run}", "--with", "{run}/../mine.py:of_reference"],
+            1,
+            "asks for the column 'reference', which is not there",
+        ),
         (["{run}/..", "--with", "gsm8k"], 1, "is no run folder: it has no config.yaml"),
         (["{run}", "--with", "gsm8k", "--reward.on_error", "drop_group"], 2, "on_error=drop_group"),
     ],
