@@ -109,15 +109,17 @@ class RunConfig(RewardsOptions, ModelOptions):
 
     @model_validator(mode="after")
     def _every_reward_scores(self) -> Self:
-        labels = {RewardSpec(reward.function, name=reward.name).label: reward.function for reward in self.rewards}
-        named = [name for source in self.data for name in source.rewards or labels]
-        if unknown := [name for name in named if name not in labels]:
+        functions = {RewardSpec(reward.function, name=reward.name).label: reward.function for reward in self.rewards}
+        scoring = set()
+        for source in self.data:
+            scoring.update(source.rewards or functions)
+        for label in sorted(scoring - set(functions)):
             raise ValueError(
-                f"data.rewards: no reward is called {unknown[0]!r}; the rewards of the run are "
-                f"{', '.join(labels) or 'none'}"
+                f"data.rewards: no reward is called {label!r}; the rewards of the run are {', '.join(functions) or 'none'}"
             )
-        if idle := [label for label, function in labels.items() if label not in named and function not in OF_EPISODES]:
-            raise ValueError(f"rewards: {idle[0]!r} scores no source of data; name it in data.rewards, or drop it")
+        for label, function in functions.items():
+            if label not in scoring and function not in OF_EPISODES:
+                raise ValueError(f"rewards: {label!r} scores no source of data; name it in data.rewards, or drop it")
         return self
 
     @classmethod
