@@ -115,7 +115,8 @@ class RunConfig(RewardsOptions, ModelOptions):
             scoring.update(source.rewards or functions)
         for label in sorted(scoring - set(functions)):
             raise ValueError(
-                f"data.rewards: no reward is called {label!r}; the rewards of the run are {', '.join(functions) or 'none'}"
+                f"data.rewards: no reward is called {label!r}; the rewards of the run are "
+                f"{', '.join(functions) or 'none'}"
             )
         for label, function in functions.items():
             if label not in scoring and function not in OF_EPISODES:
