@@ -164,10 +164,12 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     """sft, train with a warm start, eval and sample, as a user types them."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n')
     common = ["--threads=1", "--data.task_options.levels=[1]", "--data.limit=12", "--eval.limit=4", "--log.trackers=[]"]
-    common += ["--rollout.max_completion_tokens", "8", "--warm_start.steps", "2", "--warm_start.batch_size", "2"]
+    common += ["--rollout.max_completion_tokens", "8"]
     model = ["--model", saved("qwen2")]
-    assert main(["sft", *model, *common, "--output_dir", str(tmp_path / "sft")]) == 0
+    sft = ["--steps", "2", "--prompts_per_step", "2"]
+    assert main(["sft", *model, *common, *sft, "--output_dir", str(tmp_path / "sft")]) == 0
     grpo = ["--steps", "2", "--prompts_per_step", "2", "--rollout.group_size", "2"]
+    grpo += ["--warm_start.steps", "2", "--warm_start.batch_size", "2"]
     grpo += ["--rewards", f"[{{function: {letters}}}]"]
     assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "train")]) == 0
     assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "dry"), "--dry_run"]) == 0

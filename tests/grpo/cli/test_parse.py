@@ -389,7 +389,7 @@ def test_eval_and_mtp_print_the_options_that_a_run_brings_along(run, capsys):
 def test_sft_trains_and_its_policy_samples(model, tmp_path, capsys):
     words = ["--output_dir", str(tmp_path / "sft"), "--model", model, "--threads", "1"]
     words += ["--data.task_options.levels", "[1]"]
-    words += ["--warm_start.steps", "3", "--data.limit", "20", "--eval.limit", "2", "--log.trackers", "[]"]
+    words += ["--steps", "3", "--data.limit", "20", "--eval.limit", "2", "--log.trackers", "[]"]
     words += ["--rollout.max_completion_tokens", "5"]
     assert main(["sft", *words]) == 0
     shown = capsys.readouterr().out
