@@ -110,7 +110,7 @@ class RunConfig(RewardsOptions, ModelOptions):
     @model_validator(mode="after")
     def _every_reward_scores(self) -> Self:
         functions = {RewardSpec(reward.function, name=reward.name).label: reward.function for reward in self.rewards}
-        scoring = set()
+        scoring: set[str] = set()
         for source in self.data:
             scoring.update(source.rewards or functions)
         for label in sorted(scoring - set(functions)):
