@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from grpo.config.run import LearningConfig, RunConfig, TrainConfig
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
+from rewards.config.names import sources_of
 from rewards.config.options import dump_yaml, load
-from rewards.config.yaml_file import differences, parse_yaml
+from rewards.config.yaml_file import differences, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from policies.policy import Policy
@@ -21,7 +22,20 @@ FREE_TO_CHANGE = (
     *("learner.workers", "learner.parallel", "program_timeout_s"),
 )
 # Options that are gone, and without which a run would not go on to the same bits.
-LEARNED = ("loss.", "value.", "curriculum.", "warm_start.", "mtp.", "cassette.")
+LEARNED = (
+    *(
+        "loss.",
+        "value.",
+        "curriculum.",
+        "warm_start.",
+        "mtp.",
+        "cassette.",
+        "distill.",
+        "rewards[]",
+        "data.held_out_seed",
+    ),
+    *("learner.on_non_finite", "rollout.threads_per_worker", "rollout.compile"),
+)
 
 
 def saved_state(
@@ -77,12 +91,20 @@ def refuse_changed_config(saved: Path, config: RunConfig) -> None:
         if not key.startswith(free)
     ]
     changed += [f"  {text}" for text in gone if text.startswith(LEARNED)]
+    if isinstance(config, TrainConfig) and config.agent and _kept_thoughts(saved):
+        changed.append("  data.thoughts: 'keep' then; now an agent learns each turn as its chat template shows it")
     if changed:
         raise ValueError(
             f"{saved.parent} was started with another configuration:\n"
             + "\n".join(changed)
             + "\nresume it as it was, or use --force to go on with the new one"
         )
+
+
+def _kept_thoughts(saved: Path) -> bool:
+    """Whether a run of 0.2 learned its turns as they were sampled, also where the chat template rewrites them."""
+    options, _ = read_yaml(saved)
+    return any(source.get("thoughts") == "keep" for source in sources_of(options))
 
 
 class BaseWeights:

@@ -73,7 +73,6 @@ class SourceOptions(PromptOptions):
 
 
 Source = TypeVar("Source", bound=SourceOptions)
-OF_THE_RUN = ("chat_template_kwargs", "thoughts")  # of the one policy and its one template
 
 
 def check_sources(sources: list[Source]) -> list[Source]:
@@ -81,10 +80,8 @@ def check_sources(sources: list[Source]) -> list[Source]:
     where two have the same, where they differ in what belongs to the run, and where there is no source."""
     if not sources:
         raise ValueError("data: there is no source; give one, as in data: {name: gsm8k}")
-    for name in OF_THE_RUN:
-        values = [getattr(source, name, None) for source in sources]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"data: {name} belongs to the whole run; give every source the same")
+    if any(source.chat_template_kwargs != sources[0].chat_template_kwargs for source in sources):
+        raise ValueError("data: chat_template_kwargs belongs to the whole run; give every source the same")
     if len(sources) == 1:
         return sources
     if unnamed := [i for i, source in enumerate(sources) if "name" not in source.model_fields_set]:

@@ -610,3 +610,39 @@ def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(mic
     file.write_text(now + "cassette: {file: answers.jsonl, mode: record, faults: {late: 0.1}}\n")
     with pytest.raises(ValueError, match=r"cassette.file=answers.jsonl: it is gone, since .* with --force asks them"):
         refuse_changed_config(file, config)
+
+
+def test_contract_9_what_left_after_0_2_is_not_gone_on_with_unnoticed_where_bits_depend_on_it(micro_config, tmp_path):
+    config = micro_config(tmp_path)
+    file, now = tmp_path / "config.yaml", dump_yaml(config)
+    for section, option, value in (
+        ("learner", "on_non_finite", "skip"),
+        ("rollout", "threads_per_worker", "4"),
+        ("rollout", "compile", "off"),
+        ("distill", "reward_weight", "0.5"),
+        ("data", "held_out_seed", "3"),
+    ):
+        assert f"\n{section}:\n" in now, section
+        file.write_text(now.replace(f"\n{section}:\n", f"\n{section}:\n  {option}: {value}\n"))
+        with pytest.raises(
+            ValueError, match=rf"{section}.{option}='?{value}'?: it is gone, since [^\n]*\n.*use --force"
+        ):
+            refuse_changed_config(file, config)
+    file.write_text(now.replace("\nrewards:\n- ", "\nrewards:\n- columns: {answer: gold}\n  "))
+    assert "columns" in file.read_text()
+    with pytest.raises(ValueError, match=r"rewards\[\].columns=.*it is gone, since [^\n]*\n.*use --force"):
+        refuse_changed_config(file, config)
+
+
+def test_contract_9_an_agents_run_that_kept_thoughts_is_not_gone_on_with_unnoticed(micro_config, tmp_path):
+    """0.2 kept them by default, and today's agents learn each turn as a server shows it."""
+    file = tmp_path / "config.yaml"
+    for agent, refused in (("agents.py:once", True), (None, False)):
+        config = micro_config(tmp_path, agent=agent)
+        for thoughts in ("keep", "fork"):
+            file.write_text(dump_yaml(config).replace("\ndata:\n", f"\ndata:\n  thoughts: {thoughts}\n"))
+            if refused and thoughts == "keep":
+                with pytest.raises(ValueError, match=r"data.thoughts: 'keep' then.*\n.*use --force"):
+                    refuse_changed_config(file, config)
+            else:
+                refuse_changed_config(file, config)
