@@ -35,13 +35,14 @@ class EnvironmentSpec:
 
     `tools` are functions, `path.py:function`. `environments` are pairs of a name and `path.py:Class`; a single one that
     serves all prompts has the name "". `max_turns`: of the policy in one episode. The calls of a turn may take
-    `timeout_s`, in one of `workers` processes.
+    `timeout_s`, in one of `workers` processes, each of which may hold `memory_mb` MiB of data.
     """
 
     tools: tuple[str, ...] = ()
     environments: tuple[tuple[str, str], ...] = ()
     max_turns: int = 8
     timeout_s: float = 10.0
+    memory_mb: int | None = None
     workers: int = 1
 
 

@@ -25,6 +25,9 @@ class EnvironmentOptions(Options):
     program_timeout_s: float | None = Field(default=None, gt=0)
     """Seconds that the calls of one turn may take, or one call of the agent; then its process is killed (see
     reward.on_error). null: 10 for tools and environments, 120 for an agent."""
+    program_memory_mb: int | None = Field(default=None, ge=1)
+    """Most MiB of data that a process of tools or of the agent may hold; null sets no limit. An episode that needs more
+    fails alone (see reward.on_error)."""
 
     @property
     def has_tools(self) -> bool:

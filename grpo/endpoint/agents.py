@@ -16,12 +16,14 @@ TIMEOUT_S = 120.0  # where the options do not say; an agent thinks longer than a
 
 
 def open_agents(options: AgentOptions) -> WorkerPool:
-    """Return the processes in which the agent runs. Raises RewardError if they cannot load it."""
+    """Return the processes in which the agent runs. Raises RewardError if they cannot load it, or have too little
+    memory."""
     scoring = options.reward if isinstance(options, RewardsOptions) else ScoringOptions()
     pool = WorkerPool(
         [{"kind": "agent", "function": options.agent}],
         size=WORKERS,
         timeout_s=options.program_timeout_s or TIMEOUT_S,
+        memory=(options.program_memory_mb or 0) << 20,
         pass_variables=scoring.pass_variables,
     )
     try:

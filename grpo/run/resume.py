@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FREE_TO_CHANGE = (
     *("output_dir", "steps", "log", "checkpoint", "eval", "threads"),
     *("reward.timeout_s", "reward.pass_variables"),
-    *("learner.workers", "learner.parallel", "program_timeout_s"),
+    *("learner.workers", "learner.parallel", "program_timeout_s", "program_memory_mb"),
 )
 # Options that are gone, and without which a run would not go on to the same bits.
 LEARNED = (

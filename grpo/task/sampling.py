@@ -90,6 +90,7 @@ def environment_of(options: object) -> EnvironmentSpec | None:
         environments=tuple(environments.items()),
         max_turns=options.max_turns,
         timeout_s=options.program_timeout_s or TURN_TIMEOUT_S,
+        memory_mb=options.program_memory_mb,
     )
 
 

@@ -141,7 +141,8 @@ def stuck_at(trace: str) -> str:
 class WorkerPool:
     """Runs requests on up to `size` workers. Several threads may call it; one call runs at a time.
 
-    `memory` limits the bytes of data of each worker (RLIMIT_DATA); beyond it a function gets a MemoryError.
+    `memory` limits the bytes of data of each worker (RLIMIT_DATA) in whole MiB; beyond it a function gets a
+    MemoryError.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class WorkerPool:
             try:
                 worker.ask({"functions": self._functions}, START_TIMEOUT_S)
             except OSError as error:
-                why = self._drop(worker)["message"]
+                why = f"{self._drop(worker)['message']}{self._limit()}"
                 raise RewardError(f"a worker for rewards, tools or agents cannot start: {why}") from error
         return not any(worker.ready for worker in self._workers)
 
@@ -292,7 +293,10 @@ class WorkerPool:
                 worker.ready, self._signatures = True, reply["signatures"]
             else:
                 names = ", ".join(function["function"] for function in self._functions)
-                raise RewardError(reply.get("error") or f"loading {names} failed: {reply['message']}")
+                raise RewardError((reply.get("error") or f"loading {names} failed: {reply['message']}") + self._limit())
+
+    def _limit(self) -> str:
+        return f"; it may need more memory than program_memory_mb={self._memory >> 20}" if self._memory else ""
 
     def _lose(self, worker: WorkerProcess, late: bool = False, wrote: str = "") -> dict:
         self._lost.append(worker.asked)

@@ -126,7 +126,8 @@ def answers_of(spec: EnvironmentSpec, name: str) -> Answers | None:
 
 
 def open_workers(spec: EnvironmentSpec) -> WorkerPool:
-    """The processes in which tools run. Raises RewardError if something cannot be loaded there."""
+    """The processes in which tools run. Raises RewardError if something cannot be loaded there, or not with so little
+    memory."""
     environments = {name: path_of(spec, name) for name, _ in spec.environments}
     description = {
         "kind": "environments",
@@ -134,7 +135,8 @@ def open_workers(spec: EnvironmentSpec) -> WorkerPool:
         "tools": list(spec.tools),
         "environments": environments,
     }
-    pool = WorkerPool([description], size=spec.workers, timeout_s=spec.timeout_s)
+    memory = (spec.memory_mb or 0) << 20
+    pool = WorkerPool([description], size=spec.workers, timeout_s=spec.timeout_s, memory=memory)
     pool.run([])
     return pool
 

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import time
 import urllib.error
 import urllib.request
@@ -66,7 +65,6 @@ def fails(base_url, api_key, prompt, fate):
     if fate == "words":
         return "good"
     if fate == "greedy":
-        resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         return [0] * 10**9
     return float("nan") if fate == "nan" else 1.0
 

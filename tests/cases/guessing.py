@@ -3,7 +3,6 @@
 import asyncio
 import os
 import random
-import resource
 import signal
 import time
 
@@ -39,10 +38,8 @@ class Guess:
 class Slow(Guess):
     """An async tool. The second call hangs, dies, ends the episode, needs memory or writes much, as `fate` says."""
 
-    def reset(self, fate: str = "", most_mb: int = 0, **columns) -> str | None:
+    def reset(self, fate: str = "", **columns) -> str | None:
         super().reset()
-        if most_mb:
-            resource.setrlimit(resource.RLIMIT_DATA, (most_mb << 20, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         self.fate, self.done = fate, False
         return f" {random.randrange(10)}{' now' * columns.get('long', 0)}"
 

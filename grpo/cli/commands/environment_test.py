@@ -167,6 +167,7 @@ def check_environment(environment: str, config: EnvironmentTestConfig) -> Enviro
         **_is_of(environment),
         max_turns=config.max_turns,
         timeout_s=config.program_timeout_s,
+        memory_mb=config.program_memory_mb,
     )
     data = config.data
     examples = load_examples(data.name, data.split, data, purpose="eval", limit=data.limit)

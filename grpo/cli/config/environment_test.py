@@ -30,3 +30,5 @@ class EnvironmentTestConfig(Options):
     """Seconds that the calls of one turn may take."""
     full_marks: float | None = None
     """What `get_reward` gives for a right episode; null: 1, or what the first demonstration gets where that is more."""
+    program_memory_mb: int | None = Field(default=None, ge=1)
+    """Most MiB of data that the process of the tools may hold; null sets no limit."""

@@ -160,7 +160,7 @@ def _write_data(file, fates, **more):
 
 def test_contract_6_an_agent_that_fails_is_named_and_never_a_zero(micro_config, tmp_path):
     fates = [*FATES, "", ""]
-    given = {"agent": f"{AGENTS}:fails", "rewards": [], "program_timeout_s": 3}
+    given = {"agent": f"{AGENTS}:fails", "rewards": [], "program_memory_mb": 2000, "program_timeout_s": 3}
     given |= {"steps": 1, "prompts_per_step": len(fates), "rollout.group_size": 2, "warm_start.steps": 0}
     data = _write_data(tmp_path / "data.jsonl", fates)
     train(micro_config(tmp_path / "drop", **given, **data, **{"reward.on_error": "drop_sample"}))

@@ -230,22 +230,17 @@ def test_what_happened_is_recorded(sampled):
     assert sum(c.tools.bad_calls for c in completions(sampled)) > 0
 
 
-HUNGRY = {"fate": "hungry", "most_mb": 300}
-
-
 @pytest.mark.parametrize(
-    ("fate", "kind", "words", "timeout_s"),
+    ("fate", "kind", "words", "limits"),
     [
-        pytest.param(
-            {"fate": "hangs"}, "timeout", "no result after 0.5 s, stuck at guessing.py", 0.5, marks=pytest.mark.slow
-        ),
-        ({"fate": "dies"}, "died", "exit code 3", SLOW.timeout_s),
-        (HUNGRY, "memory", "it needs more memory than its process may have", 10.0),
+        pytest.param("hangs", "timeout", "no result after 0.5 s, stuck at guessing.py", {}, marks=pytest.mark.slow),
+        ("dies", "died", "exit code 3", {}),
+        ("hungry", "memory", "it needs more memory than its process may have", {"memory_mb": 300, "timeout_s": 10.0}),
     ],
 )
-def test_contract_6_a_tool_that_cannot_go_on_is_a_failure_of_its_rollout_alone(engine, fate, kind, words, timeout_s):
-    params = replace(EPISODES, environment=replace(SLOW, timeout_s=timeout_s), group_size=2)
-    prompts = [replace(PROMPTS[2], text="a", columns=fate), replace(PROMPTS[6], text="b", columns={})]
+def test_contract_6_a_tool_that_cannot_go_on_is_a_failure_of_its_rollout_alone(engine, fate, kind, words, limits):
+    params = replace(EPISODES, environment=replace(SLOW, **limits), group_size=2)
+    prompts = [replace(PROMPTS[2], text="a", columns={"fate": fate}), replace(PROMPTS[6], text="b", columns={})]
     failed, well = engine.sample(prompts, params)
     found = [c.tools.failure for c in failed.completions if c.tools.failure]
     assert found
@@ -253,18 +248,26 @@ def test_contract_6_a_tool_that_cannot_go_on_is_a_failure_of_its_rollout_alone(e
         assert failure["kind"] == kind
         assert words in failure["message"]
     assert all(c.tools.failure is None and c.tools.reward is not None for c in well.completions)
-    assert tokens([well]) == tokens(engine.sample(prompts[1:], params))
+    unlimited = replace(params, environment=replace(params.environment, memory_mb=None))
+    assert tokens([well]) == tokens(engine.sample(prompts[1:], unlimited))
 
 
 @pytest.mark.slow
 def test_what_other_episodes_hold_is_no_failure_of_this_one(engine):
-    """Eight episodes of 60 MiB in a process of 400: objects are dropped, and their episodes repeated."""
-    params = replace(EPISODES, environment=replace(SLOW, timeout_s=10.0), group_size=8)
-    unlimited = engine.sample([replace(PROMPTS[6], text="b", columns={"fate": "large"})], params)
-    groups = engine.sample([replace(PROMPTS[6], text="b", columns={"fate": "large", "most_mb": 400})], params)
+    """Eight episodes of 60 MiB in a process of 300: objects are dropped, and their episodes repeated."""
+    params = replace(EPISODES, environment=replace(SLOW, memory_mb=300, timeout_s=10.0), group_size=8)
+    prompts = [replace(PROMPTS[6], text="b", columns={"fate": "large"})]
+    groups = engine.sample(prompts, params)
     assert sum(c.tools.reward >= 2 for c in completions(groups)) > 5
     assert all(c.tools.failure is None for c in completions(groups))
-    assert tokens(groups) == tokens(unlimited)
+    unlimited = replace(params, environment=replace(params.environment, memory_mb=None))
+    assert groups == engine.sample(prompts, unlimited)
+
+
+def test_too_little_memory_to_begin_names_the_option(engine):
+    little = replace(EPISODES, environment=replace(SLOW, memory_mb=3))
+    with pytest.raises(RuntimeError, match="it may need more memory than program_memory_mb=3"):
+        engine.sample(PROMPTS[:1], little)
 
 
 @pytest.mark.parametrize("fate", ["writes", "floods"])
