@@ -4,12 +4,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import ray
 
-from rollout.cluster import Cluster
+from rollout.cluster import Cluster, Seclusion
 from rollout.faults import Faults, RolloutError
 
 
@@ -151,3 +152,62 @@ def test_ray_never_has_a_handler_of_its_own_while_it_starts_works_and_ends():
     """Neither in Python nor in C++, of which Python does not know."""
     done = subprocess.run([sys.executable, "-c", HANDLERS], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
+def test_a_gcs_server_under_sigstop_holds_no_question(monkeypatch):
+    """The real one, which nobody watches here, as that of a cluster on other machines."""
+    monkeypatch.setattr("rollout.cluster.ASK_S", 2.0)
+    cluster = Cluster(1)
+    gcs = cluster.processes.pop("gcs_server")
+    try:
+        assert cluster.ask(ray.cluster_resources)["CPU"] == 1
+        stop(gcs)
+        for question in (ray.cluster_resources, ray.nodes, ray.available_resources):
+            with pytest.raises(RolloutError, match=f"has not answered {question.__name__} for 2 s"):
+                cluster.ask(question)
+    finally:
+        gcs.resume()
+        cluster.close()
+
+
+OTHER = """
+import rollout.cluster
+import os, signal, subprocess, sys
+rollout.cluster.LONGEST_FOLDER = 200
+from rollout.cluster import Seclusion
+seclusion = Seclusion()
+child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"])
+print(seclusion.folder, child.pid, flush=True)
+if sys.stdin.readline().strip() == "alone":
+    seclusion._watcher.kill()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind")
+@pytest.mark.parametrize("how", ["watched", "alone"])
+def test_the_folder_and_processes_of_a_killed_run_are_removed_and_those_of_a_living_one_stay(
+    tmp_path, monkeypatch, how
+):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("rollout.cluster.LONGEST_FOLDER", 200)
+    with subprocess.Popen([sys.executable, "-c", OTHER], stdin=-1, stdout=-1, text=True) as other:
+        words = {*other.stdout.readline().split(), *other.stdout.readline().split()} - {"up"}
+        [pid] = [word for word in words if word.isdigit()]
+        [folder] = map(Path, words - {pid})
+        Seclusion().end()
+        assert (folder / "token").exists()  # it lives
+        assert psutil.pid_exists(int(pid))
+        other.stdin.write(f"{how}\n")
+    end = time.monotonic() + 30
+    while how == "watched" and folder.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert folder.exists() == (how == "alone")
+    seclusion = Seclusion()
+    assert not folder.exists()
+    assert psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=10)[1] == []
+    seclusion.end()
+    assert list(tmp_path.iterdir()) == []

@@ -712,3 +712,48 @@ def test_contract_4_requests_of_agents_are_decoded_where_their_caches_are_and_ou
     pool.publish(policies[1].weights(), 1)
     with pytest.raises(RolloutError, match="holds policy version 1, but version 0 was asked for"):
         talked(relay)
+
+
+@pytest.mark.long
+def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_are_sent_once_more(
+    cluster, random_policy, monkeypatch
+):
+    """rollout.ahead: a thread gives the weights to a new worker, while the learner makes its copy and goes on. The
+    update comes after the digest, and before the bytes are in shared memory."""
+    policy = random_policy(24)
+    pool = open_pool(policy, PoolOptions(workers=1, prompts_per_shard=2))
+    try:
+        expected, put, sent = pool.sample(PROMPTS, PARAMS), pool.cluster.put, []
+
+        def torn(message, *arguments):
+            if not sent:
+                pool.keep()
+                with torch.no_grad():
+                    for parameter in policy.parameters():
+                        parameter.add_(1)
+            sent.append(message)
+            return put(message, *arguments)
+
+        monkeypatch.setattr(pool.cluster, "put", torn)
+        ray.kill(pool.workers.actors[0])
+        assert pool.sample(PROMPTS, PARAMS) == expected
+        assert len(sent) == 2
+        monkeypatch.setattr(pool, "publish_timeout_s", 3.0)
+        monkeypatch.setattr(pool.sender, "difference", lambda held: "trunk.norm")  # and one that never holds them
+        ray.kill(pool.workers.actors[0])
+        with pytest.raises(RolloutError, match="does not hold what was published as version 0: .* is trunk.norm"):
+            pool.sample(PROMPTS, PARAMS)
+    finally:
+        pool.close()
+
+
+@pytest.mark.long
+def test_ctrl_c_while_a_second_pool_samples_leaves_no_process(script):
+    line(script, "sampled 1")
+    script.stdin.write("\n")
+    script.stdin.flush()
+    line(script, "sampling")
+    running = ray_processes(script)
+    os.killpg(script.pid, signal.SIGINT)  # as a terminal does, to the whole group
+    assert script.wait(timeout=60) != 0
+    assert psutil.wait_procs(running, timeout=20)[1] == []

@@ -1,6 +1,7 @@
 """Where workers are: places in a cluster, and clusters that nobody guards."""
 
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from rollout.cluster import Seclusion, start_ray, stop_ray
 from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.places import Places, refuse_open
+from rollout.pools import PoolOptions, open_pool
 from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
 from rollout.worker import Worker
@@ -101,3 +103,49 @@ def test_a_worker_sleeps_until_the_next_publication(random_policy):
     [message] = sender.messages(policy.publication(), 0)
     assert worker.publish(message) == held
     assert worker.sample(PROMPTS, PARAMS, 0) == before
+
+
+@pytest.fixture
+def nodes() -> Iterator:
+    """Simulated machines: of the first one nothing is to be had."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": {"worker_niceness": 0}})
+    ray.init(address=cluster.address, logging_level="error")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.long
+def test_a_machine_that_leaves_is_one_loss_and_one_that_comes_is_used(random_policy, nodes):
+    """The tokens are those of one process, whoever samples them."""
+    policy, lost, ready = random_policy(21), [], {}
+    expected = open_pool(policy, PoolOptions(prompts_per_shard=1)).sample(PROMPTS, PARAMS)
+    with pytest.raises(RolloutError, match=r"needs 3 x 1 CPU, and within 1 s the cluster had no place"):
+        open_pool(policy, PoolOptions(workers=3, placement_timeout_s=1))
+    first, second = nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=2)
+    options = PoolOptions(
+        workers=3,
+        prompts_per_shard=1,
+        on_lost=lambda *what: lost.append(what),
+        on_ready=lambda worker, where: ready.update({worker: where["node"][:8]}),
+    )
+    pool = open_pool(policy, options)
+    assert sorted(ready) == [0, 1, 2]
+    assert sorted(ready.values()) == sorted([first.node_id[:8], *[second.node_id[:8]] * 2])
+    assert pool.sample(PROMPTS, PARAMS) == expected
+    nodes.remove_node(second)
+    assert pool.sample(PROMPTS, PARAMS) == expected
+    assert len(pool.confirmed) == 1
+    assert [action for *_, action in lost] == ["it is replaced"]
+    assert pool.metrics()["faults/node"] == 1
+    pool.publish(policy.publication(), 1)  # it goes on with one
+    third = nodes.add_node(num_cpus=2)
+    pool.workers.wait_for(3)
+    pool._settle()
+    assert pool.confirmed == {0, 1, 2}
+    assert sorted(ready.values()) == sorted([first.node_id[:8], *[third.node_id[:8]] * 2])
+    for group, other in zip(pool.sample(PROMPTS, PARAMS), expected, strict=True):
+        assert [c.token_ids for c in group.completions] == [c.token_ids for c in other.completions]
+    pool.close()

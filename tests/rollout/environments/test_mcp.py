@@ -1,7 +1,9 @@
 """MCP servers as environments, by the official SDK: what is asked, what fails and how, and how their processes end."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager
@@ -187,3 +189,33 @@ def test_what_is_no_server_is_refused_by_name(monkeypatch):
     listed.clear()
     with pytest.raises(ValueError, match="MCP server 'any' lists no tools"):
         mcp("any")
+
+
+PARENT = """
+import json, sys, time
+from rewards.isolation.pool import WorkerPool
+path, request = json.loads(sys.argv[1])
+function = {"kind": "environments", "function": "mcp", "tools": [], "environments": {"": path}}
+pool = WorkerPool([function], size=1, timeout_s=60)
+print(pool.run([request])[0]["results"], flush=True)
+try:
+    time.sleep(120)
+finally:
+    pool.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
+def test_a_server_ends_with_the_run(tmp_path, ended_by):
+    """Also one that heeds neither the end of its input nor SIGTERM."""
+    pytest.importorskip("mcp", reason=NEEDS)
+    pids = tmp_path / "pids"
+    asked = [path_of(spec_of(f"{STUB} --deaf --pid {pids}"), ""), request_of([["count", {}]]) | {"function": 0}]
+    command = [sys.executable, "-c", PARENT, json.dumps(asked)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "[['1', False]]\n"
+        servers = list(map(int, pids.read_text().split()))
+        assert psutil.pid_exists(servers[-1])
+        parent.send_signal(ended_by)
+    assert all(map(gone, servers))

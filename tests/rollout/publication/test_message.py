@@ -1,10 +1,14 @@
 """Messages: what a worker gets of a publication, and that it holds the learner's bits afterwards."""
 
+import gc
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
+import rollout.publication.message
 from policies.policy import Policy
 from rollout.engine import Engine
 from rollout.faults import RolloutError
@@ -150,3 +154,47 @@ def test_contract_5_a_worker_that_holds_something_else_is_told_by_the_first_tens
         ({name: tensor.half() for name, tensor in weights.items()}, "a"),
     ):
         assert sender.difference(digests(held)) == name
+
+
+def memory() -> dict[int, int]:
+    """Bytes of all tensors of this process by their address; views are counted once."""
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    tracemalloc.start()  # NumPy tells it of its arrays
+    yield
+    tracemalloc.stop()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_publication_never_holds_a_second_copy_of_the_weights(random_policy, monkeypatch, traced, adapters):
+    """As from a GPU or from shards, where each tensor is copied to the host: a part and a tensor, and nothing after."""
+    policy = random_policy(3)
+    if adapters:
+        policy.add_lora(2, 4.0, ["experts", "o_proj"])
+    sizes, sender = [tensor.nbytes for tensor in policy.weights().values()], Sender(part_bytes=20_000)
+    gc.collect()
+    before, traced_before = memory(), tracemalloc.get_traced_memory()[0]
+    monkeypatch.setattr(rollout.publication.message, "_on_host", lambda tensor: tensor.detach().clone())
+
+    def held() -> int:
+        tensors = sum(size for address, size in memory().items() if address not in before)
+        return tensors + tracemalloc.get_traced_memory()[0] - traced_before
+
+    small = 0.25 * sum(sizes)  # names and digests, and what Python keeps of its own
+    limit = sender.part_bytes + 2 * max(sizes) + small  # the tensor that fills a part, and a merged one
+    assert limit < 0.75 * sum(sizes)
+    for version in range(2):
+        sent, most = 0, 0
+        for message in sender.messages(policy.publication(), version):
+            sent += message.bytes
+            most = max(most, held())
+            del message
+        gc.collect()
+        assert most <= limit
+        assert held() < small
+        assert sent >= (0.02 if version and adapters else 1) * sum(sizes)
