@@ -231,7 +231,7 @@ def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
 
 
 def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):
-    train(micro_config(tmp_path / "run", **HEADS, steps=1))
+    train(micro_config(tmp_path / "run", **HEADS | {"warm_start.steps": 1, "steps": 1}))
     for part in ("policy", "checkpoints/step_000001"):
         assert_stock_is_refused(str(tmp_path / "run" / part), tmp_path / "out", "dynamic heads (active_heads)", capsys)
 
