@@ -418,27 +418,6 @@ def test_without_isolation_failures_are_charged_the_same():
         Scorer([mine("fault")], isolated=False)
 
 
-@pytest.mark.slow
-def test_scores_are_the_same_in_a_ray_actor():
-    ray = pytest.importorskip("ray")
-
-    class Grader:  # local, so that it travels by value: Ray's workers cannot import this file
-        def __init__(self, specs):
-            self.scorer = Scorer(specs)
-
-        def grade(self, completions, columns):
-            ids = list(map(str, range(len(completions))))
-            scores = self.scorer.score(["p"] * len(completions), completions, columns, prompt_ids=ids)
-            return [score.rewards for score in scores]
-
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        actor = ray.remote(Grader).remote(SPECS)
-        assert ray.get(actor.grade.remote(BATCH, COLUMNS)) == score_many(1)
-    finally:
-        ray.shutdown()
-
-
 def huge(tmp_path, value: str, **options) -> RewardSpec:
     file = tmp_path / "huge.py"
     file.write_text(

@@ -190,7 +190,8 @@ def test_full_marks_are_what_the_gold_solution_gets_and_one_other_mark_is_seen_a
 @pytest.fixture(scope="module")
 def run(micro_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verdicts") / "run"
-    given = {"steps": 2, "eval.limit": 3, "eval.every": 1, "eval.samples": 2, "checkpoint.keep_best": True}
+    given = {"steps": 2, "warm_start.steps": 0, "eval.limit": 3, "eval.every": 1, "eval.samples": 2}
+    given |= {"checkpoint.keep_best": True}
     return folder, train(micro_config(folder, **given))
 
 

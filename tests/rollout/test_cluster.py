@@ -116,44 +116,6 @@ def test_a_full_object_store_is_waited_for_counted_once_and_named_if_it_stays_fu
     cluster._closed.set()
 
 
-HANDLERS = """
-import ctypes, signal, sys, threading
-import ray
-from rollout.cluster import start_ray, stop_ray
-
-signal.signal(signal.SIGTERM, lambda *_: None)
-library, action, over, seen = ctypes.CDLL(None), ctypes.create_string_buffer(512), threading.Event(), set()
-
-def look():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        library.sigaction(int(number), None, action)  # the address of the handler comes first
-        seen.add((number, action.raw[:8], signal.getsignal(number)))
-
-def watch():
-    while not over.wait(0.001):
-        look()
-
-look()
-usual, watcher = set(seen), threading.Thread(target=watch)
-watcher.start()
-start_ray(1)
-assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42
-stop_ray()
-over.set()
-watcher.join()
-look()
-sys.exit(repr(seen - usual) if seen != usual else 0)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the form of a signal's action is the system's own")
-def test_ray_never_has_a_handler_of_its_own_while_it_starts_works_and_ends():
-    """Neither in Python nor in C++, of which Python does not know."""
-    done = subprocess.run([sys.executable, "-c", HANDLERS], capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
 def test_a_gcs_server_under_sigstop_holds_no_question(monkeypatch):

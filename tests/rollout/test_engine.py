@@ -269,12 +269,6 @@ def test_contract_4_tokens_do_not_depend_on_the_batch(engine, plain):
             assert tokens([group]) == together[group.prompt.prompt_id]
 
 
-def test_contract_4_a_samples_tokens_do_not_depend_on_the_group_size(engine):
-    small, large = (engine.sample(PROMPTS, replace(PARAMS, group_size=size)) for size in (2, 6))
-    for a, b in zip(small, large, strict=True):
-        assert tokens([a]) == tokens([b])[:2]
-
-
 def test_contract_4_the_random_state_of_the_process_plays_no_part(engine, plain):
     torch.manual_seed(1)
     state = torch.get_rng_state()

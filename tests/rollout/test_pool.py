@@ -3,12 +3,12 @@
 Ray takes seconds to start: the tests share one cluster of three processors, and a pool of two workers in it.
 """
 
+import copy
 import gc
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -26,6 +27,7 @@ from talks import BASE, TURNS, talked
 import rollout.cluster
 from policies.openmp import WAITING
 from policies.policy import Policy, digest
+from rewards import RewardSpec, Scorer
 from rollout.cluster import start_ray
 from rollout.depth import Workload
 from rollout.engine import Engine
@@ -162,12 +164,6 @@ def test_contract_5_a_worker_without_weights_refuses_to_sample(policies):
     assert len(worker.sample(PROMPTS[:1], PARAMS, 0)) == 1
 
 
-def test_a_bad_prompt_is_named_and_costs_no_other_one(policies, expected):
-    with pytest.raises(RolloutError, match="'p/x' has no tokens") as caught:
-        open_pool(policies[0], PoolOptions(prompts_per_shard=2)).sample([Prompt("p/x", "", []), *PROMPTS], PARAMS)
-    assert tokens(caught.value.groups) == tokens(expected(0))
-
-
 @pytest.mark.parametrize(("why", "replaced"), [("it was killed", [0]), ("to give took too long", [0, 1])])
 def test_a_worker_that_dies_while_it_gives_its_weights_costs_no_other_one(why, replaced):
     """The taker lives, and gets the weights from another worker. If the call is late, it may be either of them."""
@@ -194,19 +190,18 @@ def test_contract_4_workers_sample_what_one_engine_samples(pool, expected):
 
 
 @pytest.mark.slow
-def test_contract_4_the_number_of_workers_changes_nothing(pool, policies, expected):
+def test_contract_4_the_number_of_workers_changes_nothing(pool, policies, expected, monkeypatch):
     single = open_pool(policies[0], PoolOptions(workers=1, prompts_per_shard=2))
     try:
         assert single.sample(PROMPTS, PARAMS) == expected(0)
         reversed_groups = single.sample(PROMPTS[::-1], PARAMS)
         assert tokens(reversed_groups) == tokens(expected(0))[::-1]
         ray.kill(single.workers.actors[0])
-        assert single.sample(PROMPTS, PARAMS) == expected(0)  # its successor got the weights from the learner again
-        with learning(policies[0]):
-            ray.kill(single.workers.actors[0])
-            single.publish_timeout_s = 0.0
+        with learning(policies[0]), monkeypatch.context() as patch:
+            patch.setattr(single, "publish_timeout_s", 0.0)
             with pytest.raises(RolloutError, match="no worker is left that holds version 0, and the learner cannot"):
                 single.sample(PROMPTS, PARAMS)
+        assert single.sample(PROMPTS, PARAMS) == expected(0)  # the successor gets the weights from the learner again
     finally:
         single.close()
     assert ray.is_initialized()  # the cluster was there before the pool
@@ -219,12 +214,6 @@ def test_contract_5_every_worker_samples_with_what_was_published_last(pool, poli
     assert groups == expected(1)
     assert {completion.policy_version for group in groups for completion in group.completions} == {1}
     assert tokens(groups) != tokens(expected(0))
-
-
-def test_contract_5_a_worker_refuses_a_version_that_it_does_not_hold(pool):
-    for worker in pool.workers.actors:
-        with pytest.raises(RolloutError, match="holds policy version 0, but version 7 was asked for"):
-            ray.get(worker.sample.remote(PROMPTS, PARAMS, 7))
 
 
 def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(pool, policies, monkeypatch, expected):
@@ -319,6 +308,21 @@ def test_workers_wait_briefly_for_their_threads_and_are_as_important_as_the_lear
     assert ray.get([call(worker, seen) for worker in pool.workers.actors]) == [(WAITING, os.nice(0))] * 2
 
 
+@pytest.mark.slow
+def test_rewards_in_a_ray_actor_give_the_scores_that_they_give_here(pool):
+    faulty = Path(__file__).parents[1] / "cases/faulty_rewards.py"
+    specs = [RewardSpec("gsm8k"), RewardSpec("gsm8k_format", 0.1), RewardSpec(f"{faulty}:unpicklable", weight=0.01)]
+
+    def grade(_: object) -> list[float | None]:  # local, so that it travels by value: workers cannot import this file
+        with Scorer(specs) as scorer:
+            [score] = scorer.score(["p"], [["#### 1", "#### 2", "none"]], [{"answer": "2"}], prompt_ids=["a"])
+        return score.rewards
+
+    scores = grade(None)
+    assert len(set(scores)) == 3
+    assert ray.get(call(pool.workers.actors[0], grade)) == scores
+
+
 # ---- workers that die ----
 
 
@@ -381,13 +385,17 @@ def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_i
 
 @pytest.mark.slow
 def test_workers_that_keep_dying_stop_the_run_with_advice(pool, monkeypatch):
+    """A start takes seconds, so this worker only counts as dead. That real deaths are noticed has tests of its own."""
     monkeypatch.setattr(pool.faults, "most", 0)
-    ray.kill(pool.workers.actors[0])
-    lost: list[tuple] = []
+    before, lost = list(pool.workers.actors), []
     monkeypatch.setattr(pool.faults, "on_lost", lambda *what: lost.append(what))
-    with pytest.raises(RolloutError, match=r"\d+ losses since .* the last one .* worker 0: .*lower rollout.workers or"):
+    monkeypatch.setattr(pool.workers, "_get", Mock(side_effect=ray.exceptions.RayActorError()))
+    with pytest.raises(
+        RolloutError, match=r"\d+ losses since .* the last one .* worker \d: .*lower rollout.workers or"
+    ):
         pool.sample(PROMPTS, PARAMS)
-    assert [(what, action) for what, _, action in lost] == [("worker 0", "the run ends")]
+    assert [action for *_, action in lost] == ["the run ends"]
+    assert pool.workers.actors == before
     monkeypatch.undo()
 
 
@@ -429,17 +437,19 @@ def test_contract_13_every_worker_samples_the_canaries_and_a_new_one_passes_thos
     groups = pool.sample_on_each(PROMPTS[:2], PARAMS)
     local = expected(0)[:2]
     assert groups == {"worker 0": local, "worker 1": local}
-    ray.kill(pool.workers.actors[0])
-    assert pool.sample(PROMPTS, PARAMS) == expected(0)
-    pool.workers.wait_for(2)
-    pool._settle()  # its successor has passed
-    assert pool.passed == {0, 1}
-    *_, passed = pool.canaries
-    for completion in passed[0].completions:
+    *asked, passed = pool.canaries
+    others = copy.deepcopy(passed)
+    for completion in others[0].completions:
         completion.logprobs[0] += 0.1  # as if the others were other samplers
-    ray.kill(pool.workers.actors[1])
-    with pytest.raises(RolloutError, match="worker 1, which is new, samples other canaries than those before it"):
+    pool.canaries = (*asked, others)
+    ray.kill(pool.workers.actors[0])
+    with pytest.raises(RolloutError, match="worker 0, which is new, samples other canaries than those before it"):
         again(pool)
+    assert pool.passed == {1}
+    pool.canaries = (*asked, passed)
+    again(pool)
+    assert pool.passed == {0, 1}
+    assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
 @pytest.mark.long
@@ -587,27 +597,45 @@ def test_a_ray_that_does_not_start_is_named_and_leaves_nothing(monkeypatch):
 
 # ---- processes ----
 
-SCRIPT = textwrap.dedent(
-    """
-    import os, sys
-    from policies.policy import Policy
-    from rollout.group import Prompt
-    from rollout.pools import PoolOptions, open_pool
-    from rollout.sampling import EnvironmentSpec, SamplingParams
+SCRIPT = """
+import ctypes, os, signal, sys, threading
+import ray
+from policies.policy import Policy
+from rollout.group import Prompt
+from rollout.pools import PoolOptions, open_pool
+from rollout.sampling import SamplingParams
 
-    pool = open_pool(Policy.load(sys.argv[1]), PoolOptions(workers=1))
-    params = SamplingParams(2, max_completion_tokens=4)
-    print("sampled", len(pool.sample([Prompt("p", "", [3, 4])], params)), flush=True)
-    input()
-    pool.close()
-    print("closed", os.environ.get("RAY_AUTH_MODE"), flush=True)
-    while True:  # until it is interrupted
-        pool = open_pool(Policy.load(sys.argv[1]), PoolOptions(workers=1))
-        print("sampling", flush=True)
-        while True:
-            pool.sample([Prompt("p", "", [3, 4])] * 8, params)
-    """
-)
+library, action, over, seen = ctypes.CDLL(None), ctypes.create_string_buffer(512), threading.Event(), set()
+
+def look():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        library.sigaction(int(number), None, action)  # the address of the handler comes first
+        seen.add((number, action.raw[:8], signal.getsignal(number)))
+
+def watch():
+    while not over.wait(0.001):
+        look()
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+look()
+usual, watcher = set(seen), threading.Thread(target=watch)
+watcher.start()
+policy, params = Policy.load(sys.argv[1]), SamplingParams(2, max_completion_tokens=4)
+pool = open_pool(policy, PoolOptions(workers=1))
+print("sampled", len(pool.sample([Prompt("p", "", [3, 4])], params)), flush=True)
+input()
+pool.close()
+over.set()
+watcher.join()
+look()
+print("handlers", seen - usual, flush=True)
+print("closed", os.environ.get("RAY_AUTH_MODE"), flush=True)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+pool = open_pool(policy, PoolOptions(workers=1))
+print("sampling", flush=True)
+while True:  # until it is interrupted
+    pool.sample([Prompt("p", "", [3, 4])] * 8, params)
+"""
 
 
 @pytest.fixture
@@ -633,10 +661,11 @@ def script(policies, tmp_path) -> Iterator[subprocess.Popen]:
     process.wait()
 
 
-def line(script: subprocess.Popen, word: str) -> None:
+def line(script: subprocess.Popen, word: str) -> str:
+    """What the script prints after this word."""
     for text in script.stdout:
         if text.startswith(word):
-            return
+            return text.removeprefix(word).strip()
     raise AssertionError(f"the script ended before it said {word!r}")
 
 
@@ -656,8 +685,19 @@ def is_loopback(ip: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+def begin_second_pool(script: subprocess.Popen) -> None:
+    """Close the first pool. Ray had no handler of its own while it started, worked and ended, neither in Python nor in
+    C++, of which Python does not know."""
+    script.stdin.write("\n")
+    script.stdin.flush()
+    handlers = line(script, "handlers")
+    assert handlers == "set()" or sys.platform != "linux"  # the form of a signal's action is the system's own
+    assert line(script, "closed") == "None"
+
+
 @pytest.mark.slow
-def test_a_cluster_listens_on_loopback_only_and_neither_close_nor_ctrl_c_leaves_anything_behind(script):
+def test_a_cluster_listens_on_loopback_only_and_neither_close_nor_a_signal_leaves_anything_behind(script):
+    """The signal reaches the script alone. test_parse.py sends one to the group of a run with workers."""
     line(script, "sampled 1")
     running = ray_processes(script)
     listening = set()
@@ -672,25 +712,26 @@ def test_a_cluster_listens_on_loopback_only_and_neither_close_nor_ctrl_c_leaves_
     assert Path(folder).is_dir()
     assert listening
     assert [ip for ip in listening if not is_loopback(ip)] == []
-    script.stdin.write("\n")
-    script.stdin.flush()
-    line(script, "closed None")
+    begin_second_pool(script)
     assert psutil.wait_procs(running, timeout=20)[1] == []
     assert not Path(folder).parent.exists()
     line(script, "sampling")
     running = ray_processes(script)
-    os.killpg(script.pid, signal.SIGINT)  # as a terminal does, to the whole group
+    script.send_signal(signal.SIGINT)
     assert script.wait(timeout=60) != 0
-    assert psutil.wait_procs(running, timeout=20)[1] == []
+    assert psutil.wait_procs(running, timeout=30)[1] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
-def test_a_script_that_is_ended_alone_leaves_no_process(script, number):
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
+def test_a_signal_while_a_second_pool_samples_leaves_no_process(script, number, send):
+    """A terminal sends Ctrl-C to the whole group."""
     line(script, "sampled 1")
+    begin_second_pool(script)
+    line(script, "sampling")
     running = ray_processes(script)
-    script.send_signal(number)
-    script.wait(timeout=60)
+    send(script.pid, number)
+    assert script.wait(timeout=60) != 0
     assert psutil.wait_procs(running, timeout=30)[1] == []
 
 
@@ -745,15 +786,3 @@ def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_a
             pool.sample(PROMPTS, PARAMS)
     finally:
         pool.close()
-
-
-@pytest.mark.long
-def test_ctrl_c_while_a_second_pool_samples_leaves_no_process(script):
-    line(script, "sampled 1")
-    script.stdin.write("\n")
-    script.stdin.flush()
-    line(script, "sampling")
-    running = ray_processes(script)
-    os.killpg(script.pid, signal.SIGINT)  # as a terminal does, to the whole group
-    assert script.wait(timeout=60) != 0
-    assert psutil.wait_procs(running, timeout=20)[1] == []

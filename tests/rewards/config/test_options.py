@@ -324,21 +324,6 @@ def test_a_text_of_lines_has_line_breaks_as_help_shows_them(typed, read, tmp_pat
     assert load(TrainConfig, tmp_path / "a.yaml", {}).data[0].template == r"\neg {question}"
 
 
-@pytest.mark.parametrize(
-    ("typed", "read"),
-    [
-        ("{system: Be brief.}", {"system": "Be brief."}),
-        ('{"user": "{question}\\n"}', {"user": "{question}\n"}),
-        ("{question}: {answer}", "{question}: {answer}"),
-        ("[INST] {question} [/INST]", "[INST] {question} [/INST]"),
-    ],
-)
-def test_messages_are_told_from_a_format_string(typed, read):
-    parser = argparse.ArgumentParser()
-    add_options(parser, TrainConfig)
-    assert parse(parser, ["--data.template", typed]).overrides == {"data.template": read}
-
-
 def test_what_an_older_version_had_is_refused_by_name_and_left_out_of_a_run_that_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(names, "_removed", lambda: {"rollout.publish_deltas": ("it gained nothing", False)})
     file = tmp_path / "old.yaml"

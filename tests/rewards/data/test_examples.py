@@ -100,11 +100,15 @@ def test_a_failing_hub_is_explained(monkeypatch):
         load_examples("gsm8k", "train")
 
 
-@pytest.mark.parametrize("split", ["test", "test[:10]", "train+test[:50%]", "held_out", "heldout", "all"])
-@pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k", "someone/sums", "word_problems"])
-def test_never_train_on_test(name, split, hub):
-    with pytest.raises(ValueError, match=r"is for evaluation and must not be trained on; .*eval.split"):
-        load_examples(name, split)
+SPLITS = ("test", "Test", "test[:10]", "TEST[:1]", "train+test[:50%]", "train[:5]+test[-10:]", "train + test[10%:20%]")
+NAMES = ("gsm8k", "openai/gsm8k", "openai/gsm8k:main", "openai/gsm8k:socratic", "someone/sums", "word_problems")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_never_train_on_test(name, hub):
+    for split in (*SPLITS, "train+test", "held_out", "heldout", "all"):
+        with pytest.raises(ValueError, match=r"is for evaluation and must not be trained on; .*eval.split"):
+            load_examples(name, split)
     assert not hub
 
 

@@ -59,14 +59,6 @@ def test_one_json_file_is_judged_alike(tmp_path):
         load_examples(str(file), "train")
 
 
-def test_the_dry_run_finds_a_lone_surrogate(tmp_path, capsys):
-    file = jsonl(tmp_path, GOOD, SURROGATE)
-    assert (
-        main(["train", "--model", "tiny", "--output_dir", str(tmp_path / "r"), "--data.name", file, "--dry_run"]) == 1
-    )
-    assert "row 2: 'question' holds the lone surrogate" in capsys.readouterr().err
-
-
 def never(*_, **__):
     pytest.fail("a text of 10 MB reached a tokenizer")
 

@@ -50,15 +50,6 @@ def test_case_blanks_and_punctuation_do_not_hide_a_question(text):
     assert not is_gsm8k_test_question([text + " now", text.replace("16", "17"), 16, None, ["list"]])
 
 
-@pytest.mark.parametrize(
-    "split", ["test", "test[:10]", "train+test", "train[:5]+test[-10:]", "train + test[10%:20%]", "Test", "TEST[:1]"]
-)
-@pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k", "openai/gsm8k:main", "openai/gsm8k:socratic"])
-def test_the_split_by_name(name, split):
-    with pytest.raises(ValueError, match=REFUSED):
-        load_examples(name, split)
-
-
 HELD_OUT = """test TEST gsm8k_test gsm8k-test test_1 test-00000-of-00001 gsm8k.test held_out my_held_out_2
 test_questions heldout my_heldout_2"""
 
