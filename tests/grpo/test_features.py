@@ -54,8 +54,8 @@ def tree(folder):
 
 
 def demo(folder, start=subprocess.Popen):
-    """Two steps by the code in this folder: the weights, and the metrics that it documents. A clock measures what drafts
-    cost, so their number is fixed."""
+    """Two steps by the code in this folder: the weights, and the metrics that it documents. A clock measures what
+    drafts cost, so their number is fixed."""
     code = "import json, sys; from grpo.run.metrics import documented; print(json.dumps(documented())); "
     code += "from grpo.__main__ import main; sys.exit(main())"
     words = [str(folder / "benchmarks/learn/words.yaml"), *SHORT, "--output_dir", str(folder / "run")]
