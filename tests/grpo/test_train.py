@@ -183,20 +183,6 @@ def test_contract_3_drafts_change_no_token(run, as_run, tmp_path):
     assert all("draft/acceptance_depth_1" not in line for line in read_metrics(tmp_path / "plain"))
 
 
-@pytest.mark.slow
-def test_contract_4_two_ray_workers_sample_the_same_tokens(run, as_run, tmp_path):
-    folder = tmp_path / "workers"
-    before = set(psutil.Process().children(recursive=True))
-    train(as_run(folder, **{"rollout.workers": 2}))
-    lines = read_metrics(folder)
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert all(line.keys() >= EVERY_STEP for line in lines)
-    assert _sampled(folder) == _sampled(run)
-    left = [p for p in set(psutil.Process().children(recursive=True)) - before if p.is_running()]
-    _, alive = psutil.wait_procs(left, timeout=10)
-    assert not alive, [process.cmdline() for process in alive]
-
-
 def test_a_second_run_into_the_same_folder_is_refused(run, micro_config):
     before = (run / "metrics.jsonl").read_bytes()
     processes = len(psutil.Process().children())
