@@ -57,6 +57,7 @@ def _be(words: Sequence[str], ends: dict[int, int], passed: Collection[int], fol
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _let_go(ends, passed)
+        _forget_ranks()
         faulthandler.enable(2)
         Path("/proc/self/comm").write_text(NAME)
         _run([str(word) for word in words])
@@ -79,6 +80,12 @@ def _let_go(ends: dict[int, int], passed: Collection[int]) -> None:
             os.dup2(nothing, fd, inheritable=False)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, encoding="utf-8", closefd=False) for fd in (1, 2))
+
+
+def _forget_ranks() -> None:
+    """A test before may have been alone in this process, and the copy may be one of several."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _run(words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Starts a script, or copies of this process, as N ranks on this machine's CPUs, as torchrun would."""
+"""Starts a script, or a function, as N ranks on this machine's CPUs, as torchrun would."""
 
 import multiprocessing
 import os
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from copies import Copy
 from torch.distributed import TCPStore
 
 
@@ -19,10 +20,13 @@ def meeting(size: int) -> tuple[TCPStore, dict[str, str]]:
 
 
 def start_ranks(command: Sequence[str], size: int = 2) -> list[subprocess.Popen]:
+    """They are copies of this process, which need not import torch for 5 s; where there is a GPU, which a copy cannot
+    use, they are fresh interpreters."""
+    start = subprocess.Popen if torch.cuda.is_available() else Copy
     store, shared = meeting(size)
     shared |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     processes = [
-        subprocess.Popen(
+        start(
             [sys.executable, *command],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -57,8 +61,8 @@ def run_ranks(command: Sequence[str], size: int) -> list[str]:
 
 
 def results_of_ranks(function: Callable[..., Any], *arguments: Any, size: int = 2) -> list[Any]:
-    """What `function` returns on each rank; ranks wait for each other in it. They are copies of this process, which
-    need not import torch for 5 s; where there is a GPU, for which autograd has threads, they begin anew."""
+    """What `function` returns on each rank; ranks wait for each other in it. They are copies, too; where there is a
+    GPU, for which autograd has threads, they begin anew."""
     _store, shared = meeting(size)
     with multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork").Pool(size) as pool:
         return pool.starmap(_be_rank, [(rank, shared, function, arguments) for rank in range(size)], chunksize=1)

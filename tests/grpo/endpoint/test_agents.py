@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from agents import ask
@@ -101,7 +102,10 @@ def test_contract_4_workers_processes_and_the_cache_between_turns_change_no_bit(
     monkeypatch.setattr("grpo.learner.terms.draft_head.PAYS", 0.0)  # a head that gains nothing yet learns all the same
     for name, value in patched.items():
         monkeypatch.setattr(f"grpo.endpoint.{name}", value)
+    before = set(psutil.Process().children(recursive=True))
     train(micro_config(tmp_path / "other", agent=TWICE, **SHORT | given))
+    left = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=10)[1]
+    assert not left, [process.cmdline() for process in left]
     assert [sampled(tmp_path / "other", step) for step in (1, 2)] == [sampled(whole, step) for step in (1, 2)]
     other, one = learned(tmp_path / "other"), learned(whole)
     assert all(torch.equal(other[name], one[name]) for name in one)

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -29,6 +30,7 @@ from policies.policy import Policy, PolicyError
 from rewards.config import names
 from rewards.config.options import dump_yaml, load
 from rewards.records import read_rollouts
+from rollout.cluster import start_ray
 
 STEPS = 5
 CURRICULUM = {"curriculum.steps": 4, "curriculum.shortest_share": 0.5}
@@ -158,7 +160,15 @@ def test_contract_9_several_stops_are_as_good_as_one(micro_config, whole, tmp_pa
     assert list(checkpoint.saved(folder / "checkpoints")) == [4, 5]
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    start_ray(2)
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.long), "lora, curriculum, dynamic sampling"])
 def test_contract_9_with_two_ray_workers(micro_config, whole, tmp_path, kind):
     folder, given = tmp_path / "run", {"rollout.workers": 2}
