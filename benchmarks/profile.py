@@ -51,10 +51,10 @@ from policies.decoding import absorbed, latent_cache, linear
 from policies.policy import Policy
 from rewards.data.word_problems import word_problems
 from rollout.backends.hf import RowCache
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoding
 
 KINDS = "products", "attention", "cache", "norms", "gates", "sampling", "rows", "python"
 PREFIX, STEP = "kind: ", "kind: rows"

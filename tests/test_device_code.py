@@ -19,10 +19,10 @@ from small_learner import small_learner
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.config.learner import LearnerOptions, MTPOptions
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoding
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("policies", "rollout", "grpo", "rewards")
@@ -37,16 +37,16 @@ KNOWS = {
     "policies/decoding/linear.py": "kernels: blocked matrices",
     "policies/decoding/quantized.py": "kernels: int8",
     "policies/lora.py": "kernels: a product in bf16",
-    "rollout/choice.py": "kernels: the choice of a token",
+    "rollout/sampling.py": "kernels: the choice of a token",
     "rollout/compiled/graph.py": "kernels: what a graph holds",
     "rollout/compiled/recorded.py": "kernels: graphs of CUDA",
     "rollout/compiled/rounds.py": "kernels: where a graph can be had",
     "rollout/compiled/store.py": "kernels: compiled or recorded",
-    "rollout/backends/vllm/inside/quartet_tensors.py": "handles of tensors for another process",
-    "rollout/backends/vllm/inside/quartet_transfer.py": "handles of tensors for another process",
-    "rollout/engine.py": "how many rows are decoded together",
+    "rollout/vllm/inside/quartet_tensors.py": "handles of tensors for another process",
+    "rollout/vllm/inside/quartet_transfer.py": "handles of tensors for another process",
+    "rollout/decoding/engine.py": "how many rows are decoded together",
     "rollout/places.py": "which GPU a worker gets",
-    "rollout/shard.py": "how many tokens are prefilled together",
+    "rollout/decoding/shard.py": "how many tokens are prefilled together",
     "grpo/learner/optimizer.py": "a sum in pieces",
     "grpo/learner/parallel.py": "what a run prints",
     "grpo/task/sampling.py": "where nobody has tried compiled rounds",

@@ -18,10 +18,10 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from policies import attention, devices
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoding
 
 ROOT = Path(__file__).parents[1]
 DEVICE = os.environ.get("QUARTET_GPU_TESTS")

@@ -14,15 +14,15 @@ from grpo.endpoint.batcher import Batcher
 from grpo.endpoint.episode import Episode
 from grpo.endpoint.forks import ForkingEpisode
 from rewards.isolation.pool import WorkerPool
-from rollout.conversations import CACHE_TOKENS
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.environments.protocol import seeds
+from rollout.environments.thoughts import dropping
 from rollout.faults import OnFinished, RolloutError, not_finite
 from rollout.group import Prompt, RolloutGroup
-from rollout.local_pool import LocalPool
 from rollout.relay import Relay
+from rollout.requests.conversations import CACHE_TOKENS
 from rollout.sampling import SamplingParams
-from rollout.thoughts import dropping
+from rollout.workers.local_pool import LocalPool
 
 METRICS = {
     "agent/segments_mean": "texts of an episode, mean; absent where each is the data's prompt continued",

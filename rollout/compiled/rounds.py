@@ -19,7 +19,7 @@ from rollout.compiled import store
 from rollout.compiled.graph import Bucket, Inputs, most_rows, takes_any_rows, takes_any_size
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.store import CompiledRound, find
-from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, MOST_ROWS
+from rollout.cost_table import FEW_ROWS, GRAPH_DEPTHS, MOST_ROWS
 from rollout.drafts.head import Drafter
 from rollout.rows import Rows, Tokens
 from rollout.sampling import SamplingParams

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
-from rollout.depth import GRAPH_DEPTHS, DepthController, Patience
+from rollout.cost_table import GRAPH_DEPTHS
+from rollout.drafts.depth import DepthController, Patience
 from rollout.drafts.head import Drafter
 from rollout.group import RolloutGroup
 from rollout.rows import Prefilled, Rows

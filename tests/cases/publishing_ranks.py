@@ -14,10 +14,10 @@ from grpo.steps.pool import NoPool
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import whole
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.publication.digests import digests
 from rollout.publication.message import Sender
-from rollout.worker import Receiver
+from rollout.workers.worker import Receiver
 
 
 def main(source: Path) -> list[tuple[int, bool, int]]:

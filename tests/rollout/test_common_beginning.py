@@ -7,12 +7,12 @@ import torch
 from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens
 
 from policies.decoding.absorbed import AbsorbedTrunk
-from rollout import common_beginning
-from rollout.common_beginning import SHARED, beginning_of
-from rollout.engine import Engine
+from rollout.decoding import common_beginning
+from rollout.decoding.common_beginning import SHARED, beginning_of
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 from rollout.request import Request
-from rollout.serving import Serving
-from rollout.shard import Decoding
+from rollout.requests.serving import Serving
 
 SYSTEM = prompts_of(140, seed=7)[0].token_ids
 ALIKE = [replace(prompt, token_ids=[*SYSTEM, *prompt.token_ids]) for prompt in PROMPTS]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from talks import BASE, TURNS, talked
 
-from rollout.conversations import LEAST, Conversation, Conversations
-from rollout.depth import CostTable
-from rollout.engine import Engine
+from rollout.cost_table import CostTable
+from rollout.decoding.engine import Engine
 from rollout.group import Completion, Prompt
 from rollout.request import Request
-from rollout.serving import Serving
+from rollout.requests.conversations import LEAST, Conversation, Conversations
+from rollout.requests.serving import Serving
 
 CHEAP = CostTable(rows=[1, 8], rounds=[[1.0, 1.01, 1.02], [1.0, 1.9, 2.8]], reading=0.01)
 

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from rollout import costs
-from rollout.depth import Workload
-from rollout.engine import Engine
-from rollout.shard import Decoding
+from rollout.cost_table import Workload
+from rollout.decoding import costs
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 
 WORK = Workload(4, completion_tokens=60)
 

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import pytest
 from talks import BASE, TURNS, talked
 
-from rollout.desk import Answering, Desk
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt
-from rollout.ray_relay import CALLS, RayRelay
 from rollout.relay import Relay
 from rollout.request import Request
+from rollout.requests.desk import Answering, Desk
+from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
-from rollout.workers import Call, Workers
+from rollout.workers.actors import Call, Workers
+from rollout.workers.ray_relay import CALLS, RayRelay
 
 KEPT = 10_000
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from engine_cases import PROMPTS, STOPS
 
-from rollout.depth import CostTable
+from rollout.cost_table import CostTable
+from rollout.decoding.engine import Engine
 from rollout.drafts.speculative import confident_drafts
-from rollout.engine import Engine
 from rollout.request import News, Request
+from rollout.requests.serving import UNREAD, Serving
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, pick
-from rollout.serving import UNREAD, Serving
 
 BASE = SamplingParams(group_size=1, temperature=1.0, max_completion_tokens=40, stop_token_ids=STOPS)
 

@@ -8,20 +8,21 @@ import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens, unrolled_logits
 
+import rollout.decoding.shard
 import rollout.rows
-import rollout.shard
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.routing.routers import RoutingRecorder
-from rollout.depth import CostTable, DepthController
+from rollout.cost_table import CostTable
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 from rollout.drafts import head
+from rollout.drafts.depth import DepthController
 from rollout.drafts.drafts import Drafts
-from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt
-from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
 from rollout.rows import Rows
-from rollout.shard import Decoding
+from rollout.workers.local_pool import LocalPool
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_one_prefill_reads_prompts_of_like_length(policy, monkeypatch):
     monkeypatch.setattr(
         AbsorbedTrunk, "__call__", lambda trunk, ids, *rest: read.append(ids.shape) or forward(trunk, ids, *rest)
     )
-    monkeypatch.setattr(rollout.shard, "CPU_PREFILL_TOKENS", 400)
+    monkeypatch.setattr(rollout.decoding.shard, "CPU_PREFILL_TOKENS", 400)
     prompts = [Prompt(str(i), "", [2 + (i + j) % 9 for j in range(n)]) for i, n in enumerate(lengths)]
     Decoding(Engine(policy).decoder, prompts, replace(PARAMS, group_size=1))
     assert [tuple(shape) for shape in read] == [(2, 120), (4, 30), (1, 10)]

@@ -8,9 +8,9 @@ import torch
 from engine_cases import PARAMS, PROMPTS, completions, tokens
 
 from policies.decoding.absorbed import AbsorbedTrunk
-from rollout.engine import Engine
-from rollout.shard import Decoding
-from rollout.shared_rows import SharedDecoding, first_of, parted
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
+from rollout.decoding.shared_rows import SharedDecoding, first_of, parted
 
 
 @pytest.fixture

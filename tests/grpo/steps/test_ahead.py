@@ -31,8 +31,8 @@ from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.records import read_rollouts
-from rollout.cluster import start_ray
-from rollout.local_pool import LocalPool
+from rollout.workers.cluster import start_ray
+from rollout.workers.local_pool import LocalPool
 
 SMALL = {"prompts_per_step": 2, "rollout.max_completion_tokens": 6}
 RUN = SMALL | {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2, "warm_start.steps": 0}

@@ -9,11 +9,11 @@ import torch
 
 from policies.paths import Paths
 from policies.policy import Policy
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Completion, Prompt
 from rollout.request import News, Request
+from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
 
 CONTEXT = 32
 BASE = SamplingParams(group_size=1, stop_token_ids=(), seed=3)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from engine_cases import PARAMS, completions, prompts_of
 
-from rollout.depth import CostTable, Patience, draft_gain
+from rollout.cost_table import CostTable
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
+from rollout.drafts.depth import Patience, draft_gain
 from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.head import MOST_HELD, Drafter
-from rollout.engine import Engine
 from rollout.group import Completion, DraftStats, RolloutGroup
 from rollout.rows import Prefilled, Rows
-from rollout.shard import Decoding
 
 FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20, stop_token_ids=())
 

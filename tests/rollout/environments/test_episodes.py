@@ -20,7 +20,7 @@ from grpo.learner.row import PackedRow, Sample
 from policies.logprobs import token_logprobs
 from policies.paths import Paths
 from rewards.episode import ToolStats
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.environments.episodes import Arena, Episode, Episodes, first_messages
 from rollout.environments.format import Call, Turn
 from rollout.environments.protocol import chosen, columns_of, seeds

@@ -10,11 +10,11 @@ import torch
 
 import rollout.publication.message
 from policies.policy import Policy
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.publication.digests import digests
 from rollout.publication.message import Message, Moved, Sender, pack, unpack
-from rollout.worker import Receiver
+from rollout.workers.worker import Receiver
 
 TARGETS = {"attention": ["o_proj", "kv_b_proj"], "everything": ["o_proj", "experts", "router", "lm_head", "mtp"]}
 

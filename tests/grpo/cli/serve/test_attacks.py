@@ -20,7 +20,7 @@ from grpo.endpoint.asked import ChatAsked
 from grpo.endpoint.connections import most_connections, settings
 from rewards.config.json_file import parse_json
 from rollout.request import Request
-from rollout.serving import Serving
+from rollout.requests.serving import Serving
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "word " * 10_000}}
 

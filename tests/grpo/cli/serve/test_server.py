@@ -24,10 +24,10 @@ from grpo.endpoint import app as application
 from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
 from rewards.config.options import load
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Prompt
+from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from policies.policy import Policy
 from policies.presets import small_tokenizer
-from rollout.backends.vllm.process import SERVER
-from rollout.backends.vllm.weights import (
+from rollout.vllm.process import SERVER
+from rollout.vllm.weights import (
     Update,
     Updates,
     in_checkpoint_layout,

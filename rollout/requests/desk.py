@@ -8,13 +8,13 @@ from functools import partial
 
 import torch
 
-from rollout.depth import CostTable
-from rollout.engine import Engine
+from rollout.cost_table import CostTable
+from rollout.decoding.engine import Engine
 from rollout.group import Completion, Prompt
 from rollout.relay import ROUNDS
 from rollout.request import News, Request
+from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rewards.isolation.chat_template import render
-from rollout.conversations import common
-from rollout.group import RolloutGroup
+from rollout.group import RolloutGroup, common
 
 PLACE = "\ue000answer\ue000"  # stands for an answer, to find where the template shows it
 BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no whole character

@@ -7,12 +7,12 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from rollout.desk import Answering
 from rollout.faults import RolloutError
 from rollout.group import Completion
 from rollout.relay import Relay
+from rollout.requests.desk import Answering
 from rollout.sampling import SamplingParams
-from rollout.workers import Call
+from rollout.workers.actors import Call
 
 CALLS = count()
 WAIT_S = 0.02  # that a new request may wait for the completions of others before a worker that is idle gets it

@@ -1,6 +1,6 @@
 """One copy of the policy on one device, without Ray. A rollout worker has one.
 
-The engine holds weights and everything derived from them; `rollout.shard` decodes with them.
+The engine holds weights and everything derived from them; `rollout.decoding.shard` decodes with them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from policies.allocator import keep_freed_memory
+from policies.decoding.quantized import PLAIN, Copies
 from policies.policy import Policy
 from rollout.backends import Decoder, derive
-from rollout.depth import MAX_DEPTH, CostTable, Workload
+from rollout.cost_table import MAX_DEPTH, CostTable, Workload
+from rollout.decoding.shard import Decoding
+from rollout.decoding.shared_rows import SharedDecoding
+from rollout.environments.stage import Stage
 from rollout.faults import RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
-from rollout.pool import PLAIN, Copies
 from rollout.publication.digests import Held, digests
 from rollout.sampling import DraftVocabulary, SamplingParams
-from rollout.shard import Decoding
-from rollout.shared_rows import SharedDecoding
-from rollout.stage import Stage
 
 
 class Engine:
@@ -136,7 +136,7 @@ class Engine:
             shares = on_cpu and params.group_size > 1 and getattr(self.trunk, "rows_can_part", True)
             decoding = (SharedDecoding if shares else Decoding)(self.decoder, prompts, params)
         else:
-            from rollout.episode_decoding import EpisodeDecoding
+            from rollout.decoding.episode_decoding import EpisodeDecoding
 
             decoding = EpisodeDecoding(self.decoder, prompts, params, episodes)
         announced = 0
@@ -164,7 +164,7 @@ class Engine:
     def measure_costs(self, work: Workload, depth: int = MAX_DEPTH) -> CostTable:
         """Time drafting and verifying for this work, with at most as many rows as are decoded at once. The depth
         controller uses the result from now on."""
-        from rollout.costs import measure
+        from rollout.decoding.costs import measure
 
         self.costs = measure(self.decoder, replace(work, rows=min(work.rows, self.max_rows)), depth)
         return self.costs

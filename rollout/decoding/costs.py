@@ -13,10 +13,10 @@ from policies.decoding.latent_cache import LatentCache
 from policies.devices import wait_for
 from rollout.backends import Decoder
 from rollout.compiled.graph import most_rows, takes_any_size
-from rollout.depth import GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
+from rollout.cost_table import GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
+from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoding
 
 REPEATS = 7
 READ_ROWS = 4

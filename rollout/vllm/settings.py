@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from policies.policy import Policy
-from rollout.backends.vllm.process import interpreter
+from rollout.vllm.process import interpreter
 
 MAX_ROWS = 256  # completions that are decoded together, as many as in our own engine
 KV_CACHE_BYTES = 2 << 30  # on a CPU; vLLM waits with rows that have no place in it

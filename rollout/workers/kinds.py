@@ -14,9 +14,9 @@ from rollout.pool import Pool
 from rollout.pool import PoolOptions as PoolOptions
 
 POOLS = {
-    "local": "rollout.local_pool:LocalPool",
-    "ray": "rollout.ray_pool:RayPool",
-    "vllm": "rollout.backends.vllm.pool:VLLMPool",
+    "local": "rollout.workers.local_pool:LocalPool",
+    "ray": "rollout.workers.ray_pool:RayPool",
+    "vllm": "rollout.vllm.pool:VLLMPool",
 }
 
 

@@ -27,7 +27,7 @@ class Chosen(WeightTransferInitInfo):
 
 @dataclass
 class Published(WeightTransferUpdateInfo):
-    """A file of tensors and the header of its Update (see rollout/backends/vllm/weights.py). Without a file a model,
+    """A file of tensors and the header of its Update (see rollout/vllm/weights.py). Without a file a model,
     such as the draft head, takes the weights that came last."""
 
     path: str | None = None

@@ -61,7 +61,7 @@ def read(path: str, tensors: list[list[Any]]) -> dict[str, torch.Tensor]:
 
 
 def digests(weights: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Digests of type, shape and bits, as rollout/backends/vllm/weights.py makes them."""
+    """Digests of type, shape and bits, as rollout/vllm/weights.py makes them."""
     by_name = {}
     for name, tensor in weights.items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rollout.backends.vllm.completions import Row, seed_of
 from rollout.group import Completion
 from rollout.relay import ROUNDS, Relay
 from rollout.sampling import SamplingParams
+from rollout.vllm.completions import Row, seed_of
 
 
 class VLLMRelay(Relay):

@@ -3,7 +3,7 @@ token ids with their log-probabilities.
 
 vLLM's own interpreter runs this file, so it imports nothing of quartet. `quartet train` starts it; by hand it is
 
-    QUARTET_VLLM_TOKEN=... .vllm/bin/python rollout/backends/vllm/inside/quartet_server.py --port 8765
+    QUARTET_VLLM_TOKEN=... .vllm/bin/python rollout/vllm/inside/quartet_server.py --port 8765
 
 and `rollout.vllm.url` names it. Requests are answered one after the other, each with the header
 `Authorization: Bearer TOKEN`:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policies.decoding.latent_cache import LatentCache
+from rollout.group import common
 
 CACHE_TOKENS = 1 << 14  # of all conversations together, where nothing else is asked for
 LEAST = 16  # tokens from a cache: fewer are not worth a forward of their own
@@ -52,11 +53,3 @@ class Conversations:
             self.held.remove(found[0])
             self.held.append(found[0])
         return found
-
-
-def common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Counts the tokens, or the characters, with which both begin."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
-        return shorter
-    return next(place for place in range(shorter) if one[place] != other[place])

@@ -14,13 +14,9 @@ from policies.attention import sees_prompts_whole
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.routing.heads import DynamicHeadsConfig
-from rollout.backends.vllm import weights as wire
-from rollout.backends.vllm.client import Client, Lost
-from rollout.backends.vllm.completions import Row
-from rollout.backends.vllm.process import VLLMProcess
-from rollout.backends.vllm.settings import VLLMSettings
-from rollout.depth import CostTable, Workload
+from rollout.cost_table import CostTable, Workload
 from rollout.environments.episodes import Episodes
+from rollout.environments.stage import Stage
 from rollout.faults import Faults, OnFinished, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
 from rollout.places import Places, visible_gpus
@@ -28,7 +24,11 @@ from rollout.pool import Pool, PoolOptions
 from rollout.publication.canaries import other_canaries
 from rollout.relay import Relay
 from rollout.sampling import SamplingParams
-from rollout.stage import Stage
+from rollout.vllm import weights as wire
+from rollout.vllm.client import Client, Lost
+from rollout.vllm.completions import Row
+from rollout.vllm.process import VLLMProcess
+from rollout.vllm.settings import VLLMSettings
 
 METRICS = {"faults/vllm": "restarts: vLLM died, or was late with a forward or a publication, count"}
 LOAD_S = 600.0  # vLLM imports itself and makes the model
@@ -294,7 +294,7 @@ class VLLMPool(Pool):
     def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
         """Returns a relay whose requests vLLM answers as they come. Raises RolloutError for parameters that it cannot
         sample with."""
-        from rollout.backends.vllm.relay import VLLMRelay
+        from rollout.vllm.relay import VLLMRelay
 
         self.check_stop()
         self._check(params)

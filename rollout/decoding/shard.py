@@ -17,11 +17,11 @@ from torch import Tensor
 
 from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
-from rollout.common_beginning import beginning_of
+from rollout.decoding.common_beginning import beginning_of
+from rollout.decoding.results import Results
 from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.speculative import until_end, verify_draft
 from rollout.group import Prompt, RolloutGroup
-from rollout.results import Results
 from rollout.rows import Prefilled, Rows, Tokens, prefill_size
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, row_key
 from rollout.stop_strings import StopStrings

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollout.decoding.shard import Decoding
 from rollout.drafts.drafts import Drafted
 from rollout.rows import Rows
-from rollout.shard import Decoding
 
 
 class SharedDecoding(Decoding):

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from policies.lora import has_adapter
 from policies.policy import Policy
-from rollout.depth import CostTable, Workload
-from rollout.engine import Engine
+from rollout.cost_table import CostTable, Workload
+from rollout.decoding.engine import Engine
 from rollout.faults import OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
 from rollout.pool import Pool, PoolOptions

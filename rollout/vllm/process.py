@@ -14,8 +14,8 @@ from pathlib import Path
 from select import select
 from typing import Any
 
-from rollout.backends.vllm.client import Lost
 from rollout.faults import RolloutError
+from rollout.vllm.client import Lost
 
 SERVER = Path(__file__).parent / "inside" / "quartet_server.py"
 PYTHON = Path(".vllm/bin/python")  # where `make vllm` puts it

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
-from rollout.conversations import common
-from rollout.group import Prompt
+from rollout.group import Prompt, common
 from rollout.sampling import SamplingParams
 
 SHARED = 128  # tokens; a forward of its own for fewer gains little

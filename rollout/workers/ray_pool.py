@@ -13,8 +13,7 @@ from torch import Tensor
 
 from policies.devices import empty_cache
 from policies.policy import Policy
-from rollout.cluster import Cluster
-from rollout.depth import CostTable, Workload
+from rollout.cost_table import CostTable, Workload
 from rollout.faults import Faults, OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
 from rollout.places import Places
@@ -24,7 +23,8 @@ from rollout.publication.digests import Held
 from rollout.publication.message import Message, Moved, Sender
 from rollout.relay import Relay
 from rollout.sampling import SamplingParams
-from rollout.workers import START_TIMEOUT_S, Call, Lost, Workers
+from rollout.workers.actors import START_TIMEOUT_S, Call, Lost, Workers
+from rollout.workers.cluster import Cluster
 
 METRICS = {
     "faults/worker": "Ray workers replaced that died or were late with a shard or a publication, count",
@@ -332,7 +332,7 @@ class RayPool(Pool):
 
     def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
         """Returns a relay whose requests the workers answer as they come."""
-        from rollout.ray_relay import RayRelay
+        from rollout.workers.ray_relay import RayRelay
 
         self.check_stop()
         return RayRelay(self, self._version(), params, cache_tokens, max_rows)

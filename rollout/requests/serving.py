@@ -15,14 +15,14 @@ from torch import Tensor
 
 from policies.devices import has_float64
 from rollout.backends import Decoder
-from rollout.common_beginning import beginning_of
-from rollout.conversations import Conversation, Conversations
+from rollout.decoding.common_beginning import beginning_of
+from rollout.decoding.results import Results
+from rollout.decoding.shard import Decoding
 from rollout.group import Completion, Prompt
 from rollout.request import News, Request
-from rollout.results import Results
+from rollout.requests.conversations import Conversation, Conversations
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import SamplingParams, row_key
-from rollout.shard import Decoding
 from rollout.stop_strings import StopStrings
 
 UNREAD = 64  # rounds without a draft; in the next one the draft head drafts, so that what it has not read stays short

@@ -15,11 +15,11 @@ from typing import Any
 
 from policies.openmp import waiting_variables
 from rewards.isolation.variables import OPENED
-from rollout.cluster import Cluster
 from rollout.faults import Faults, Kind, RolloutError, why_died
 from rollout.places import Places
 from rollout.pool import OnReady
-from rollout.worker import Worker
+from rollout.workers.cluster import Cluster
+from rollout.workers.worker import Worker
 
 START_TIMEOUT_S = 600.0  # a worker may take at least so long to start
 POLL_S = 0.2  # how often a waiting pool checks whether it should go on waiting

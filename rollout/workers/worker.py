@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from policies import devices
+from policies.decoding.quantized import PLAIN, Copies
 from policies.lora import Adapter
 from policies.policy import Policy
 from policies.publication import Publication
-from rollout.depth import CostTable, Workload
-from rollout.desk import Answering, Desk
-from rollout.engine import Engine
+from rollout.cost_table import CostTable, Workload
+from rollout.decoding.engine import Engine
 from rollout.faults import Kind, RolloutError, why_died
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.places import here
-from rollout.pool import PLAIN, Copies
 from rollout.publication.digests import Held
 from rollout.publication.message import PART_BYTES, Message, everything, unpack
+from rollout.requests.desk import Answering, Desk
 from rollout.sampling import SamplingParams
 
 

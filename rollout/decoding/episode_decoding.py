@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
+from rollout.decoding.shard import Decoding
 from rollout.drafts.drafts import Drafted
 from rollout.environments.episodes import Episodes
 from rollout.group import Prompt
 from rollout.rows import Rows
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoding
 
 
 class EpisodeDecoding(Decoding):
