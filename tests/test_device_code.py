@@ -19,6 +19,7 @@ from small_learner import small_learner
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.config.learner import LearnerOptions, MTPOptions
+from rollout.decoding.batch import Batch
 from rollout.decoding.engine import Engine
 from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
@@ -46,7 +47,7 @@ KNOWS = {
     "rollout/vllm/inside/quartet_transfer.py": "handles of tensors for another process",
     "rollout/decoding/engine.py": "how many rows are decoded together",
     "rollout/places.py": "which GPU a worker gets",
-    "rollout/decoding/shard.py": "how many tokens are prefilled together",
+    "rollout/decoding/batch.py": "how many tokens are prefilled together",
     "grpo/learner/optimizer.py": "a sum in pieces",
     "grpo/learner/parallel.py": "what a run prints",
     "grpo/task/sampling.py": "where nobody has tried compiled rounds",
@@ -138,11 +139,11 @@ def test_contract_19_a_round_of_decoding_is_read_once(random_policy, monkeypatch
     """A round in which no row ends: what the host has to know of it comes in one copy."""
     prompts = [Prompt(f"p/{i}", "", [5 + i, 7, 9 + 3 * i, 11][: 2 + i]) for i in range(3)]
     params = SamplingParams(group_size=2, max_completion_tokens=40, draft_tokens=drafts)
-    decoding = Decoding(Engine(random_policy(2), torch.float32).decoder, prompts, params)
+    decoding = Decoding(Batch(Engine(random_policy(2), torch.float32).decoder, prompts, params))
     for _ in range(2):
-        decoding.forward()
+        decoding.decode_round()
     with counted(monkeypatch) as counts:
-        decoding.forward()
+        decoding.decode_round()
     assert counts.total() <= 1, counts
 
 

@@ -21,7 +21,7 @@ from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.store import CompiledRound, find
 from rollout.cost_table import FEW_ROWS, GRAPH_DEPTHS, MOST_ROWS
 from rollout.drafts.head import Drafter
-from rollout.rows import Rows, Tokens
+from rollout.rows import Drafted, Rows, Tokens
 from rollout.sampling import SamplingParams
 
 ROWS = (1, 2, 4, FEW_ROWS)  # places of a graph that takes no other number
@@ -183,7 +183,10 @@ class Rounds:
             if drafter:
                 drafter.unread = unread
             return None
-        tokens = Tokens(*(x[:count] for x in results))
+        tokens = Tokens(*(x[:count] for x in results[:5]))
+        if depth:
+            drafts, accepted = results[5:]
+            tokens.drafted, tokens.accepted = Drafted(drafts[:count]), accepted[:count]
         if head:
             head.advance(live.unread)
             live.unread = torch.zeros_like(live.unread)

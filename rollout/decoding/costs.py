@@ -14,6 +14,7 @@ from policies.devices import wait_for
 from rollout.backends import Decoder
 from rollout.compiled.graph import most_rows, takes_any_size
 from rollout.cost_table import GRAPH_DEPTHS, MAX_DEPTH, PROMPT_TOKENS, CostTable, Workload
+from rollout.decoding.batch import Batch
 from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
@@ -95,9 +96,9 @@ def _rounds(decoder: Decoder, work: Workload, rows: int, ways: list[Way]) -> dic
         times = {}
         for way, decoding in decodings.items():
             if way.by_graph:
-                decoding.forward()
+                decoding.decode_round()
             started = time.perf_counter()
-            decoding.forward()
+            decoding.decode_round()
             wait_for(decoder.trunk.device)
             times[way] = 1e3 * (time.perf_counter() - started)
         turns.append(times)
@@ -136,15 +137,17 @@ def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
     vocabulary = len(decoder.trunk.embedding)
     prompt = Prompt("costs", "", [7 * i % vocabulary for i in range(length)])
     params = SamplingParams(rows, 1.0, completion, draft_tokens=way.depth, compiled=way.by_graph)
-    decoding = Decoding(decoder, [prompt], params, aborts=False)
-    decoding.forward()
-    if written > 0 and decoding.live is not None:
-        for cache in (decoding.cache, decoding.drafter.cache if decoding.drafter else None):
+    batch = Batch(decoder, [prompt], params, aborts=False)
+    decoding = Decoding(batch)
+    decoding.decode_round()
+    head = batch.drafts.head
+    if written > 0:
+        for cache in (batch.reader.latents, head.cache if head else None):
             if cache is not None:
-                _lengthen(getattr(cache, "latents", cache), written)
-        decoding.live.count = decoding.live.count + written
-        if decoding.drafter:
-            decoding.drafter.known = None
+                _lengthen(cache, written)
+        batch.live.count = batch.live.count + written
+        if head:
+            head.known = None
     return decoding
 
 

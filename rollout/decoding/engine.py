@@ -18,8 +18,8 @@ from policies.decoding.quantized import PLAIN, Copies
 from policies.policy import Policy
 from rollout.backends import Decoder, derive
 from rollout.cost_table import MAX_DEPTH, CostTable, Workload
+from rollout.decoding.batch import Batch
 from rollout.decoding.shard import Decoding
-from rollout.decoding.shared_rows import SharedDecoding
 from rollout.environments.stage import Stage
 from rollout.faults import RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
@@ -134,20 +134,20 @@ class Engine:
         if episodes is None:
             on_cpu = self.policy.device.type == "cpu"  # elsewhere a round costs the same for few rows as for many
             shares = on_cpu and params.group_size > 1 and getattr(self.trunk, "rows_can_part", True)
-            decoding = (SharedDecoding if shares else Decoding)(self.decoder, prompts, params)
+            batch = Batch(self.decoder, prompts, params, shares=shares)
         else:
-            from rollout.decoding.episode_decoding import EpisodeDecoding
+            from rollout.decoding.episode_batch import EpisodeBatch
 
-            decoding = EpisodeDecoding(self.decoder, prompts, params, episodes)
-        announced = 0
+            batch = EpisodeBatch(self.decoder, prompts, params, episodes)
+        decoding, announced = Decoding(batch), 0
         while True:
-            if on_finished and decoding.ended_rows > announced:  # some end with their first token, in the prefill
-                on_finished(decoding.ended_rows - announced)
-                announced = decoding.ended_rows
+            if on_finished and batch.ended > announced:  # some end with their first token, in the prefill
+                on_finished(batch.ended - announced)
+                announced = batch.ended
             if decoding.done:
                 break
-            decoding.forward()
-        groups = decoding.groups()
+            decoding.decode_round()
+        groups = batch.groups()
         if episodes:
             episodes.finish(groups)
         if fault := not_finite(groups):

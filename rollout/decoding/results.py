@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rollout.drafts.drafts import Drafted
 from rollout.group import Completion, DraftStats, FinishReason, Prompt, RolloutGroup
-from rollout.rows import Rows
+from rollout.rows import Drafted, Rows
 from rollout.stop_strings import StopStrings
 
 

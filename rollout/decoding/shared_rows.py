@@ -7,91 +7,72 @@ its answers that is few: of eight completions of the demo's problems three diffe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rollout.decoding.shard import Decoding
-from rollout.drafts.drafts import Drafted
+from rollout.decoding.reader import Reader
 from rollout.rows import Rows
 
 
-class SharedDecoding(Decoding):
-    """Decodes a shard of groups. `place_R` tells which row of the cache a live row has.
+class SharedReader(Reader):
+    """`place_R` is the row of the cache that a live row has.
 
     Rows part when they choose different tokens, and for good before the first round with drafts: the draft head reads
     each row by itself.
     """
 
-    shares = True  # until rows part for good
-    place_R = torch.empty(0, dtype=torch.long)
+    def __init__(self, trunk: Any, records_routing: bool = False) -> None:
+        super().__init__(trunk, records_routing)
+        self.shares = True  # until rows part for good
+        self.place_R = torch.empty(0, dtype=torch.long, device=trunk.device)
 
-    def _prefill(self, numbers: Sequence[int]) -> tuple[Rows, Any]:
-        rows, cache = super()._prefill(numbers)
-        group = self.params.group_size
-        place_R = torch.arange(len(numbers), device=self.device).repeat_interleave(group)
+    def clear(self) -> None:
+        super().clear()
+        self.place_R = self.place_R[:0]
+
+    def add(self, rows: Rows, cache: Any, group: int) -> None:
+        place_R = torch.arange(len(rows.index) // group, device=rows.index.device).repeat_interleave(group)
         if self.shares:
             place_R, parents = parted(place_R, rows)
             cache.select(parents * group)
         self.place_R = torch.cat([self.place_R, place_R + self._places()])
-        return rows, cache
-
-    def _admit(self, places: int) -> None:
-        if not self.held:
-            self.place_R = self.place_R[:0]
-        super()._admit(places)
+        super().add(rows, cache, group)
 
     def _places(self) -> int:
         """Counts the rows of the cache."""
         return int(self.place_R.max()) + 1 if len(self.place_R) else 0
 
-    def _keep(self, rows: Tensor) -> None:
-        if not self.shares:
-            return super()._keep(rows)
-        assert self.live is not None
-        places, self.place_R = torch.unique(self.place_R[rows], return_inverse=True)
-        self.live = self.live.select(rows)
-        self.cache.select(places)
-        if self.drafter:
-            self.drafter.select(self.live, rows)
-
-    # ---- one round ----------------------------------------------------------------------------------------------
-
-    def _plan(self, live: Rows) -> int:
-        depth = super()._plan(live)
-        if depth:
-            self._part_for_good()
-        return depth
-
-    def _forward_by_graph(self, live: Rows, rounds: Any) -> tuple[Drafted | None, Tensor]:
-        self._part_for_good()
-        return super()._forward_by_graph(live, rounds)
-
-    def _part_for_good(self) -> None:
+    def select(self, rows: Tensor) -> None:
         if self.shares:
-            self.cache.select(self.place_R)
+            rows, self.place_R = torch.unique(self.place_R[rows], return_inverse=True)
+        super().select(rows)
+
+    def part_rows(self) -> None:
+        if self.shares:
+            super().select(self.place_R)
             self.shares = False
 
-    def _read_tokens(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(
+        self, rows: Rows, inputs_RS: Tensor, positions_RS: Tensor, some_wait: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self.shares:
-            return super()._read_tokens(inputs, positions)
-        assert self.live is not None
-        first = first_of(self.place_R, self.live.alive)
-        hidden, logits, routing = super()._read_tokens(inputs[first], positions[first])
+            return super().read(rows, inputs_RS, positions_RS, some_wait)
+        first = first_of(self.place_R, rows.alive)
+        hidden, logits, routing = super().read(rows, inputs_RS[first], positions_RS[first], some_wait)
         place_R = self.place_R
         return hidden[place_R], logits[place_R], None if routing is None else routing[place_R]
 
-    def _advance(self, live: Rows, kept_R: Tensor) -> None:
+    def advance(self, rows: Rows, kept_R: Tensor) -> None:
         if not self.shares:
-            return super()._advance(live, kept_R)
+            return super().advance(rows, kept_R)
         kept = kept_R.new_zeros(self._places()).scatter_reduce(0, self.place_R, kept_R, "amax")
-        self.cache.advance(kept)
-        place_R, parents = parted(self.place_R, live)
+        super().advance(rows, kept)
+        place_R, parents = parted(self.place_R, rows)
         if len(torch.unique(parents)) < len(parents):  # else all that share a place still agree
             self.place_R = place_R
-            self.cache.select(parents)
+            super().select(parents)
 
 
 def parted(place_R: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,17 @@
-"""The draft head's part in decoding a shard: what it has read of each row, and what it drafts next."""
+"""The draft head's part in decoding a shard: what it has read of each row, and what it drafts next.
+
+One row, whose prompt is p, over five rounds; the fourth makes two drafts d1 d2, of which d1 is right:
+
+    round                 prefill  1        2        3        4                5
+    the row gets          a1       a2       a3       a4       d1 = a5, a6      a7
+    `prefilled`           p        p        p        p        -                -
+    `unread`              a1       a1 a2    a1 to a3 a1 to a4 a5 a6            a5 to a7
+    the head's cache has  -        -        -        -        p a1 to a4       p a1 to a4
+
+The head reads what is unread when it next drafts (`_catch_up`), then drafts one token after the other. What it adds to
+its cache meanwhile is rolled back: accepted or not, those entries follow from its own states and not from the trunk's.
+`Rows.unread` is the number of unread tokens of each row, `known` what the host has read of these numbers.
+"""
 
 from __future__ import annotations
 

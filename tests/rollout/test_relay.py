@@ -106,7 +106,7 @@ def test_another_call_begins_a_batch_of_its_own(taught_policy):
     assert desk.serving is before
     desk.answer(second, request, [])
     assert desk.serving is not before
-    assert desk.serving.conversations.held == []
+    assert desk.serving.batch.conversations.held == []
     desk.close()
     assert desk.serving is None
 

@@ -134,8 +134,8 @@ def test_a_head_that_does_not_pay_off_still_reads_in_time(policy, monkeypatch):
     serving.add(client.request)
     while serving.busy:
         serving.round()
-        depths.append(serving.undrafted == 0)
-        assert serving.live is None or int(serving.live.unread.max()) <= UNREAD + 2
+        depths.append(serving.batch.drafts.undrafted == 0)
+        assert int(serving.batch.live.unread.max()) <= UNREAD + 2
     drafts = [i for i, drafted in enumerate(depths) if drafted]
     assert [b - a for a, b in pairwise(drafts)] == [UNREAD + 1] * (len(drafts) - 1)
     assert len(drafts) == 3

@@ -71,8 +71,8 @@ def served(engine: Engine, clients: Iterator[Client], rounds: int) -> tuple[list
             asked.append(next(clients))
             serving.add(asked[-1].request)
         serving.round()
-        longest = int(serving.cache.lengths_R.max())
-        widths.append((max(part.length for part in serving.cache.parts), longest))
+        longest = int(serving.batch.reader.cache.lengths_R.max())
+        widths.append((max(part.length for part in serving.batch.reader.cache.parts), longest))
     return [client for client in asked if client.completion is not None], widths
 
 
