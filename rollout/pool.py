@@ -32,7 +32,7 @@ class Sampler(Protocol):
         RolloutError that names the failed ones has the other `groups`."""
         ...
 
-    def keep(self) -> None:
+    def keep_weights(self) -> None:
         """Is told that the learner is about to change the published weights, which what is sampled still needs."""
 
 

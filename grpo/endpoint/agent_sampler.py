@@ -87,8 +87,8 @@ class AgentSampler:
             self._kind = ForkingEpisode if dropping(engine.policy.tokenizer) else Episode
         return self._kind
 
-    def keep(self) -> None:
-        self.pool.keep()
+    def keep_weights(self) -> None:
+        self.pool.keep_weights()
 
     def _watch(self, future: Future[Any], sampling: _Sampling, on_finished: OnFinished | None) -> None:
         """Wait for the end. Raises what stops the run or has ended the decoding."""

@@ -114,7 +114,7 @@ class Batches:
             complete = self.run.ranks.from_first(self._completed)
             self._older = None if complete else (self.learner.policy_version, self._copy())
             if not complete:
-                self.collector.pool.keep()  # for a worker that takes the place of one that died
+                self.collector.pool.keep_weights()  # for a worker that takes the place of one that died
 
     def _completed(self) -> bool:
         """Tells whether no batch is being sampled now. Raises what the sampling has raised, if it has ended."""

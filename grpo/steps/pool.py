@@ -55,7 +55,7 @@ class NoPool:
         if self.in_turn:
             empty_cache()
 
-    def keep(self) -> None:
+    def keep_weights(self) -> None:
         pass
 
     def sleep(self) -> None:

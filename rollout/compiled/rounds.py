@@ -173,7 +173,7 @@ class Rounds:
         unread = drafter.unread if drafter else []
         if head and drafter:
             inputs.unread = of_places(live.unread)
-            tokens_RS, hidden_RSD = drafter.take(live, readable(depth))
+            tokens_RS, hidden_RSD = drafter.take_unread(live, readable(depth))
             inputs.unread_tokens_BS, inputs.unread_hidden_BSD = of_places(tokens_RS), of_places(hidden_RSD)
             inputs.head_lengths, inputs.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
         results = self.graphs.run(self.decoder, bucket, inputs)

@@ -153,7 +153,7 @@ class Batch:
         if self.params.record_routing:
             self.results.add_prompt_routing(numbers, trunk.routing(), lengths, longest)
         cache = cache.fan_out(self.params.group_size, self.room, self.longest)
-        self.drafts.begin(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, lengths))
+        self.drafts.add_prompts(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, lengths))
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
         return self.begin_rows(numbers, lengths, last), cache
 

@@ -126,7 +126,7 @@ class Engine:
         is raised at the end with their `groups`.
         """
         self._check_params(params)
-        episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
+        episodes, prompts, faults = self.stage.begin_episodes(prompts, params, partial(self._fault, params))
         lacks_costs = self.costs is None or (self.costs.graphs is None and params.compiled)
         if params.draft_tokens is None and self.head is not None and prompts and lacks_costs:
             longest = max(len(prompt.token_ids) for prompt in prompts)

@@ -58,15 +58,15 @@ class EpisodeBatch(Batch):
         ids: Tensor = torch.tensor(padded, dtype=torch.long, device=self.device)  # also where no tool wrote anything
         inputs = torch.cat([results.token_ids[part.index, part.count - 1][:, None], ids], dim=1)
         positions = (part.prompt_length + part.count - 1)[:, None] + results.steps[: longest + 1]
-        cache = self.reader.cache.take(rows, new + 1)
+        cache = self.reader.cache.take_rows(rows, new + 1)
         hidden = trunk(inputs, positions.clamp(max=self.decoder.context - 1), cache)
         if self.params.record_routing:
             results.add_routing(part, trunk.routing(), longest + 1)
         cache.advance(new + 1)
-        self.reader.cache.put(rows, cache)
+        self.reader.cache.put_rows(rows, cache)
         results.stopped[part.index] = False
         results.add(part, ids, torch.zeros_like(ids, dtype=torch.float32), new, torch.zeros_like(part.waits), None)
-        self.drafts.keep(part, ids, hidden[:, :-1], new)
+        self.drafts.add_verified(part, ids, hidden[:, :-1], new)
         part.count, part.alive = part.count + new, torch.ones_like(part.alive)
         last = hidden[part.every, new][:, None]
         self.postprocess.choose(part, trunk.logits(last), last, None, self.noise(part, 1))

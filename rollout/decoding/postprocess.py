@@ -61,7 +61,7 @@ class Postprocess:
         if drafted:
             rows.last = targets.gather(1, (tokens.kept - 1).clamp(min=0)[:, None])[:, 0]
         rows.count = count
-        self.drafts.keep(rows, targets, tokens.hidden, tokens.kept)
+        self.drafts.add_verified(rows, targets, tokens.hidden, tokens.kept)
 
     def _sample(
         self, rows: Rows, logits_RSV: Tensor, drafted: Drafted | None, noise: Noise

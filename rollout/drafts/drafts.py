@@ -40,22 +40,22 @@ class Drafts:
             self.head = Drafter(decoder, params, self.room, longest, self.max_depth + 1)
         self.cost = self.plain_cost = 0.0  # of all rounds, in milliseconds
 
-    def begin(self, prefilled: Prefilled) -> None:
+    def add_prompts(self, prefilled: Prefilled) -> None:
         """Adds rows of these prompts after the live ones."""
         if self.head:
             if self.head.cache is not None and (costs := self.controller.costs):  # else it may never read them
                 self.cost += costs.reading * prefilled.token_ids_PT.numel()
-            self.head.hold(prefilled)
+            self.head.add_prompts(prefilled)
 
     def clear(self) -> None:
         """No row is live any more."""
         if self.head:
             self.head.forget()
 
-    def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
+    def add_verified(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
         if self.head:
-            self.head.keep(live, tokens_RS, hidden_RSD, kept_R)
+            self.head.add_unread(live, tokens_RS, hidden_RSD, kept_R)
 
     def plan(self, live: Rows, alive: int, most: int) -> int:
         """Tells how many tokens are drafted next. `alive` of the rows go on; the one with the most room can still use

@@ -21,7 +21,7 @@ class Stage:
         self.tokenizer = tokenizer
         self.arena: Arena | None = None
 
-    def begin(
+    def begin_episodes(
         self, prompts: Sequence[Prompt], params: SamplingParams, fault: Callable[[Prompt], str | None]
     ) -> tuple[Episodes | None, list[Prompt], list[str]]:
         """Begin the episodes, which are None without an environment. Returns them, the prompts that can be continued,
@@ -34,10 +34,10 @@ class Stage:
                 self.close()
                 self.arena = Arena(params.environment, self.tokenizer, params.stop_token_ids)
             episodes = Episodes(self.arena, params)
-            begun = episodes.begin(prompts)
+            begun = episodes.begin_episodes(prompts)
         faults = [prompt if isinstance(prompt, str) else fault(prompt) for prompt in begun]
         if episodes:
-            episodes.keep([not why for why in faults])
+            episodes.keep_prompts([not why for why in faults])
         sound = [prompt for prompt, why in zip(begun, faults, strict=True) if isinstance(prompt, Prompt) and not why]
         return episodes, sound, [why for why in faults if why]
 

@@ -173,7 +173,7 @@ class RequestBatch(Batch):
         hidden = self.decoder.trunk(token_ids, positions.clamp(max=self.decoder.context - 1), cache)
         cache.advance(new_R)
         heads = [one.head.cut(read + 1) for one, read in beginnings if one.head is not None]
-        self.drafts.begin(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, new_R, heads))
+        self.drafts.add_prompts(Prefilled(torch.tensor(numbers, device=self.device), token_ids, hidden, new_R, heads))
         last = hidden[torch.arange(len(numbers), device=self.device), new_R - 1]
         return self.begin_rows(numbers, read_R + new_R, last), cache
 

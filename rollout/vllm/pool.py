@@ -133,7 +133,7 @@ class VLLMPool(Pool):
         self.asleep = False
         source = Publication.of(weights)
         try:
-            update = self.updates.take(source)  # ranks that share the weights gather them here, once
+            update = self.updates.next_update(source)  # ranks that share the weights gather them here, once
 
             def act() -> None:
                 fits = update.whole or self.updates.follows
@@ -154,7 +154,7 @@ class VLLMPool(Pool):
                 "them again in the middle of a step: go on with --resume auto"
             )
         self.updates.forget()
-        return self.updates.take(source)
+        return self.updates.next_update(source)
 
     def _send(self, update: wire.Update, version: int) -> None:
         held, unused = self._upload(update, version)
@@ -238,7 +238,7 @@ class VLLMPool(Pool):
         """
         version = self.version
         assert version is not None
-        episodes, prompts, faults = self.stage.begin(prompts, params, partial(self._fault, params))
+        episodes, prompts, faults = self.stage.begin_episodes(prompts, params, partial(self._fault, params))
         size, drafts = params.group_size, self.settings.draft_tokens
         rows = [Row(prompt, sample, drafts) for prompt in prompts for sample in range(size)]
         live, goes_on = list(range(len(rows))), False
@@ -300,7 +300,7 @@ class VLLMPool(Pool):
         self._check(params)
         return VLLMRelay(self, self._published_version(), params, max_rows)
 
-    def keep(self) -> None:
+    def keep_weights(self) -> None:
         if self.published is not None:
             source, version = self.published
             self.published = source.copy(), version

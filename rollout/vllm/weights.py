@@ -62,7 +62,7 @@ class Updates:
         self._names: dict[str, str] = {}  # of the tensors under adapters, in the layout
         self._under: dict[str, Tensor] = {}  # the tensors of `merged` without their adapters
 
-    def take(self, weights: Mapping[str, Tensor]) -> Update:
+    def next_update(self, weights: Mapping[str, Tensor]) -> Update:
         """Reads `Publication.parts`, in order, since other ranks may take part. If what it returns does not arrive,
         call `forget`."""
         now, last = Publication.of(weights), self._last

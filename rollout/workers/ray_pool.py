@@ -337,8 +337,8 @@ class RayPool(Pool):
         self.check_stop()
         return RayRelay(self, self._version(), params, cache_tokens, max_rows)
 
-    def keep(self) -> None:
-        self.sender.keep()
+    def keep_weights(self) -> None:
+        self.sender.copy_weights()
 
     def sleep(self) -> None:
         if not self.in_turn:

@@ -34,7 +34,7 @@ class Receiver:
         self._taking: int | None = None  # the version of which parts are yet to come
         self._device = engine.policy.device
 
-    def take(self, message: Message) -> Held:
+    def take_message(self, message: Message) -> Held:
         """Loads a part of a publication. After the last one it returns the digests of what the engine decodes with
         then, and nothing before, nor where what it holds is not what the publication follows."""
         engine, policy = self.engine, self.engine.policy
@@ -93,7 +93,7 @@ class Worker:
     def publish(self, message: Message) -> Held:
         """Take weights over; returns the digests of what the engine holds from now on (contract 5)."""
         self.desk.close()
-        return self.receiver.take(message)
+        return self.receiver.take_message(message)
 
     def give(self, worker: Any) -> tuple[Held | tuple[Kind, str], int]:
         """Give another worker the weights of this one, in parts through Ray's store. Returns the digests of what it

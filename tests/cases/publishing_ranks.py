@@ -37,7 +37,7 @@ def main(source: Path) -> list[tuple[int, bool, int]]:
         if ranks.first:
             tensors = 0
             for message in sender.messages(policy.publication(), version):
-                tensors, held = tensors + len(message.tensors), worker.take(message)
+                tensors, held = tensors + len(message.tensors), worker.take_message(message)
         else:
             others.publish(policy.publication(), version)
         merged = {name: whole(tensor) for name, tensor in policy.weights().items()}

@@ -727,7 +727,7 @@ def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_a
 
         def torn(message, *arguments):
             if not sent:
-                pool.keep()
+                pool.keep_weights()
                 with torch.no_grad():
                     for parameter in policy.parameters():
                         parameter.add_(1)

@@ -160,10 +160,10 @@ def test_the_head_is_given_what_each_row_has_unread_in_order(policy):
 
     def keep(live: Rows, *tokens: list[int], kept: list[int]) -> None:
         ids = torch.tensor(tokens)
-        drafter.keep(live, ids, ids[..., None].float(), torch.tensor(kept))
+        drafter.add_unread(live, ids, ids[..., None].float(), torch.tensor(kept))
 
     def taken(live: Rows, width: int) -> list[list[int]]:
-        ids, states = drafter.take(live, width)
+        ids, states = drafter.take_unread(live, width)
         assert ids.shape[1] == width
         assert torch.equal(states[..., 0], ids.float())
         return [row[:count] for row, count in zip(ids.tolist(), live.unread.tolist(), strict=True)]

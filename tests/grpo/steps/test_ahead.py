@@ -294,7 +294,7 @@ def by_hand(ahead: int, collect, **given) -> Batches:
     learner.state = lambda: [{"policy": {"w": torch.tensor(learner.policy_version)}}]
     collector = SimpleNamespace(prompt=None, state_dict=lambda: {"order": 1}, version=0)
     collector.collect = lambda step, quiet=False: collect(step, quiet, collector.version)
-    collector.pool = SimpleNamespace(keep=lambda: run.done.append(("keep", batches.next)))
+    collector.pool = SimpleNamespace(keep_weights=lambda: run.done.append(("keep", batches.next)))
     collector.snapshot = lambda: f"before {batches.next}"
     collector.put_back = lambda before: run.done.append(before)
     collector.load_state_dict = lambda state: run.done.append(state["order"])

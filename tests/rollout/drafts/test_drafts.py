@@ -38,13 +38,13 @@ def test_a_prompt_that_joins_after_the_head_has_begun_is_read_at_once_and_counte
     plain = Engine(policy).sample(prompts_of(12, 12, 12), replace(FREE, draft_tokens=0))
     _, *both = (one.token_ids for one in completions(plain))  # the last two are decoded first
     stop = next(token for token in both[0][4:] if token not in [*both[0][:4], *both[1]])
-    begun, begin = [], Drafts.begin
+    begun, begin = [], Drafts.add_prompts
 
     def noted(drafts, prefilled):
         begun.append(drafts.head.cache is not None)
         begin(drafts, prefilled)
 
-    monkeypatch.setattr(Drafts, "begin", noted)
+    monkeypatch.setattr(Drafts, "add_prompts", noted)
     monkeypatch.setattr(Drafts, "add_cost", lambda *given, **named: None)
     engine = Engine(policy, costs=costs, max_rows=2)
     found = completions(engine.sample(prompts_of(12, 12, 12), replace(FREE, stop_token_ids=(stop,))))
@@ -107,8 +107,8 @@ def test_what_can_be_drafted(drafts_of, given, depth, has_head):
     if drafts.head:
         assert drafts.head.given[2:] == (drafts.room, 7, depth + 1)
     else:
-        drafts.begin(None)
-        drafts.keep(None, None, None, None)
+        drafts.add_prompts(None)
+        drafts.add_verified(None, None, None, None)
         drafts.catch_up(None, False)
         assert (drafts.of_graph(None), drafts.plan(None, 1, 9)) == (0, 0)
 
@@ -142,11 +142,11 @@ def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
     """Eight missed tokens take 2 ms, and a prompt of six that joins later 1.5."""
     drafts, live, prompts = drafts_of(None, DEEP), object(), SimpleNamespace(token_ids_PT=torch.zeros(2, 3))
     head = drafts.head
-    drafts.begin(prompts)
+    drafts.add_prompts(prompts)
     assert drafts.cost == 0
     head.cache = "cache"
-    drafts.begin(prompts)
-    drafts.keep(live, "tokens", "hidden", "kept")
+    drafts.add_prompts(prompts)
+    drafts.add_verified(live, "tokens", "hidden", "kept")
     former = drafts.reading
     assert drafts.draft(live, 2, "noise", 0.5) == Drafted(live, 2)
     assert drafts.reading is not former
@@ -155,9 +155,9 @@ def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
     assert head.asked[-1][0] == "draft"
     drafts.catch_up(live, fits=False)
     assert head.asked == [
-        ("hold", (prompts,)),
-        ("hold", (prompts,)),
-        ("keep", (live, "tokens", "hidden", "kept")),
+        ("add_prompts", (prompts,)),
+        ("add_prompts", (prompts,)),
+        ("add_unread", (live, "tokens", "hidden", "kept")),
         ("draft", (live, 2, "noise", 0.5)),
         ("read_ahead", (live,)),
     ]
@@ -173,7 +173,7 @@ def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
     assert math.isfinite(many.cost), "of more rows than drafts were measured for"
     fixed = drafts_of(2)
     fixed.head.cache = "cache"
-    fixed.begin(prompts)
+    fixed.add_prompts(prompts)
     fixed.catch_up(live, fits=True)
     fixed.add_cost(1, got(kept=[1]), False)
     assert (fixed.cost, fixed.plain_cost) == (0, 0)
@@ -220,13 +220,13 @@ def test_what_was_put_together_is_not_of_a_row_that_comes_after_it(policy):
 
         live = started(*range(6))
         for _ in range(2):
-            drafter.keep(live, torch.full((6, 2), 7), torch.ones(6, 2, width), torch.full((6,), 2))
+            drafter.add_unread(live, torch.full((6, 2), 7), torch.ones(6, 2, width), torch.full((6,), 2))
         live = live.select(torch.tensor([0]))
         put_together(drafter, live)
         assert len(drafter.unread) == 1
         new = started(0, number=drafter.number)
-        drafter.keep(new, torch.tensor([[8, 9]]), torch.ones(1, 2, width), torch.tensor([1]))
-        tokens, _ = drafter.take(new, int(new.unread.max()))
+        drafter.add_unread(new, torch.tensor([[8, 9]]), torch.ones(1, 2, width), torch.tensor([1]))
+        tokens, _ = drafter.take_unread(new, int(new.unread.max()))
         assert tokens.tolist() == [[8]]
 
 

@@ -205,7 +205,7 @@ def test_weights_that_the_learner_changes_while_they_are_sent_again_are_sent_onc
     def stream(tensors):
         if not moved:
             moved.append(True)
-            case.pool.keep()
+            case.pool.keep_weights()
             case.move()
         return whole(tensors)
 
