@@ -182,8 +182,8 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
     from grpo.learner.build import make
     from policies.policy import Policy
     from rewards import RewardSpec, Scorer
-    from rollout.pools import PoolOptions, open_pool
     from rollout.sampling import SamplingParams
+    from rollout.workers.kinds import PoolOptions, open_pool
 
     dtype = getattr(torch, args.dtype)
     policy = Policy.load(folder, dtype).to(args.device)

@@ -77,7 +77,7 @@ class Check:
         return torch.float32 if self.small else torch.bfloat16
 
     def engine(self) -> Any:
-        from rollout.engine import Engine
+        from rollout.decoding.engine import Engine
 
         return Engine(self.policy(), self.dtype)
 
@@ -290,7 +290,7 @@ def sleep(check: Check) -> dict[str, Any]:
     """A worker leaves the device and comes back: what the device holds meanwhile, seconds, and the same tokens."""
     from policies.publication import Publication
     from rollout.publication.message import everything
-    from rollout.worker import Worker
+    from rollout.workers.worker import Worker
 
     policy, name = check.policy(), str(check.dtype).removeprefix("torch.")
     messages = list(everything(Publication(policy.weights()), 0))

@@ -51,10 +51,12 @@ from policies.decoding import absorbed, latent_cache, linear
 from policies.policy import Policy
 from rewards.data.word_problems import word_problems
 from rollout.backends.hf import RowCache
-from rollout.engine import Engine
+from rollout.decoding.batch import Batch
+from rollout.decoding.engine import Engine
+from rollout.decoding.postprocess import Postprocess
+from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoding
 
 KINDS = "products", "attention", "cache", "norms", "gates", "sampling", "rows", "python"
 PREFIX, STEP = "kind: ", "kind: rows"
@@ -72,8 +74,9 @@ def places_of(trunk: Any) -> list[tuple[Any, str, str]]:
         *((owner, name, "norms") for owner, name in ((F, "rms_norm"), (absorbed, "rotate"))),
         (absorbed.RotaryTable, "__call__", "norms"),
         (type(trunk), "__call__", "gates"),
-        *((Decoding, name, "sampling") for name in ("_noise", "_settle")),
-        (Decoding, "_take", "rows"),
+        (Batch, "noise", "sampling"),
+        (Postprocess, "choose", "sampling"),
+        (Postprocess, "note", "rows"),
     ]
     if isinstance(trunk, absorbed.AbsorbedTrunk):
         return places
@@ -127,15 +130,15 @@ def ranges(trunk: Any, counts: Sequence[Counter[str]] | None = None) -> Iterator
 @contextmanager
 def steps(before: Callable[[], Any] = nullcontext) -> Iterator[list[float]]:
     """Gives the seconds of every round of decoding, each of which runs inside of `before()`."""
-    forward, seconds = Decoding.forward, list[float]()
+    decode_round, seconds = Decoding.decode_round, list[float]()
 
     def timed(decoding: Decoding) -> None:
         began = time.perf_counter()
         with before():
-            forward(decoding)
+            decode_round(decoding)
         seconds.append(time.perf_counter() - began)
 
-    with patch.object(Decoding, "forward", timed):
+    with patch.object(Decoding, "decode_round", timed):
         yield seconds
 
 

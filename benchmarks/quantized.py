@@ -25,10 +25,10 @@ from grpo.config.policy import ModelOptions  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 from grpo.source.policy_source import load_policy  # noqa: E402
 from policies.decoding.linear import FixedLinear  # noqa: E402
+from policies.decoding.quantized import Copies  # noqa: E402
 from rewards.data.word_problems import word_problems  # noqa: E402
-from rollout.engine import Engine  # noqa: E402
+from rollout.decoding.engine import Engine  # noqa: E402
 from rollout.group import Prompt  # noqa: E402
-from rollout.pool import Copies  # noqa: E402
 from rollout.sampling import SamplingParams  # noqa: E402
 
 KINDS = "none", "int8", "int4"

@@ -93,8 +93,8 @@ def generate(model: Path, device: str, dtype: torch.dtype) -> Sampler:
 
 def ours(model: Path, depth: int | None, device: str, dtype: torch.dtype, compiled: bool) -> Sampler:
     from policies.policy import Policy
-    from rollout.depth import FEW_ROWS, Workload
-    from rollout.engine import Engine
+    from rollout.cost_table import FEW_ROWS, Workload
+    from rollout.decoding.engine import Engine
     from rollout.group import Prompt
     from rollout.sampling import SamplingParams
 
@@ -309,8 +309,9 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     from policies.policy import Policy
     from rewards.config.names import recorded_options
     from rewards.config.options import load
-    from rollout.depth import PROMPT_TOKENS, Workload, tokens_per_forward
-    from rollout.engine import Engine
+    from rollout.cost_table import PROMPT_TOKENS, Workload
+    from rollout.decoding.engine import Engine
+    from rollout.drafts.depth import tokens_per_forward
     from rollout.sampling import SamplingParams
 
     path = args.gain / "config.yaml"

@@ -128,8 +128,13 @@ def start(tree: Path, words: list[str], ranks: int, log: Path) -> list[subproces
 def inside(words: list[str]) -> int:
     """In the tree: the command, with costs of drafts that are the same everywhere, and a policy of two small layers."""
     from policies import presets
-    from rollout import costs
-    from rollout.depth import CostTable
+
+    try:
+        from rollout.cost_table import CostTable
+        from rollout.decoding import costs
+    except ImportError:  # a commit before the rooms of rollout/
+        from rollout import costs
+        from rollout.depth import CostTable
 
     def measure(decoder: Any, work: Any, depth: int) -> CostTable:
         sizes = costs._sizes(work.rows)

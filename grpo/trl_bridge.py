@@ -21,10 +21,10 @@ from grpo.task.sampling import sampling_params
 from policies.attention import sees_prompts_whole
 from policies.lora import ADAPTER
 from policies.policy import Policy, digest
-from rollout.depth import Workload
+from rollout.cost_table import Workload
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Pool, PoolOptions
-from rollout.pools import open_pool
+from rollout.workers.kinds import open_pool
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

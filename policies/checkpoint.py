@@ -133,7 +133,7 @@ def _load_trunk(
         raise _unusable(source, "config.json or a weight", error) from error
     refuse_untied(source, trunk)
     if in_4_bits or codes:
-        four_bit.settle(trunk)
+        four_bit.as_ordinary_model(trunk)
     return trunk, report
 
 

@@ -28,7 +28,7 @@ def loading(dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": "cpu"}}
 
 
-def settle(trunk: PreTrainedModel) -> None:
+def as_ordinary_model(trunk: PreTrainedModel) -> None:
     """Make a model that was just loaded from few bits one of ours: its configuration does not say so, and is saved as
     that of an ordinary model; and no forward writes to its weights."""
     for part in trunk.modules():

@@ -9,21 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rollout.engine import Engine
+    from rollout.decoding.engine import Engine
     from rollout.faults import RolloutError
     from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
-    from rollout.pools import open_pool
     from rollout.sampling import SamplingParams
+    from rollout.workers.kinds import open_pool
 
 _HOMES = {
     "Completion": "rollout.group",
     "DraftStats": "rollout.group",
-    "Engine": "rollout.engine",
+    "Engine": "rollout.decoding.engine",
     "Prompt": "rollout.group",
     "RolloutError": "rollout.faults",
     "RolloutGroup": "rollout.group",
     "SamplingParams": "rollout.sampling",
-    "open_pool": "rollout.pools",
+    "open_pool": "rollout.workers.kinds",
 }
 __all__ = [
     "Completion",

@@ -185,3 +185,11 @@ class RolloutGroup:
 
 def _sums(one: Iterable[int], other: Iterable[int]) -> list[int]:
     return [x + y for x, y in zip_longest(one, other, fillvalue=0)]
+
+
+def common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Counts the tokens, or the characters, with which both begin."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(place for place in range(shorter) if one[place] != other[place])

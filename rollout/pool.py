@@ -1,4 +1,4 @@
-"""What every sampler can do, and what one is opened with. `rollout.pools` opens them."""
+"""What every sampler can do, and what one is opened with. `rollout.workers.kinds` opens them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rollout.depth import CostTable, Workload
+from policies.decoding.quantized import PLAIN, Copies
+from rollout.cost_table import CostTable, Workload
 from rollout.faults import OnFinished, OnLost
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.digests import Held
@@ -19,17 +20,6 @@ TIMEOUT_S = 3600.0  # of a shard: far above any that was measured, so that only 
 PUBLISH_TIMEOUT_S = 600.0  # of new weights
 PLACEMENT_TIMEOUT_S = 300.0  # of room in the cluster
 OnReady = Callable[[int, dict[str, Any]], None]  # gets the number of a worker that has started, and where it is
-
-
-@dataclass(frozen=True)
-class Copies:
-    """The kinds, `none`, `int8` or `int4`, of what is sampled by and of what drafts are made by; see quantized.py."""
-
-    trunk: str = "none"
-    drafts: str = "none"
-
-
-PLAIN = Copies()
 
 
 class Sampler(Protocol):
@@ -42,7 +32,7 @@ class Sampler(Protocol):
         RolloutError that names the failed ones has the other `groups`."""
         ...
 
-    def keep(self) -> None:
+    def keep_weights(self) -> None:
         """Is told that the learner is about to change the published weights, which what is sampled still needs."""
 
 
@@ -111,7 +101,7 @@ class PoolOptions:
 
     @property
     def kind(self) -> str:
-        """The name of the pool in the table of `rollout.pools`."""
+        """The name of the pool in the table of `rollout.workers.kinds`."""
         if self.vllm is not None:
             return "vllm"
         return "ray" if self.workers else "local"

@@ -90,14 +90,26 @@ class Rows:
 
 
 @dataclass
-class Tokens:
-    """What a round gives for R rows, see `Round.forward`."""
+class Drafted:
+    """Drafts [R, K]. `confident_RK` are taken unverified (`accept: margin`)."""
 
-    targets: Tensor
-    logprobs: Tensor
-    hidden: Tensor
-    kept: Tensor
-    stopped: Tensor
-    drafts: Tensor | None = None
-    accepted: Tensor | None = None
-    cut: Tensor | None = None  # which rows stop at a stop string; no graph finds one
+    tokens_RK: Tensor
+    confident_RK: Tensor | None = None
+
+    @property
+    def depth(self) -> int:
+        return self.tokens_RK.shape[1]
+
+
+@dataclass
+class Tokens:
+    """What a round gives R rows: S tokens each, of which they keep the first `kept`."""
+
+    targets: Tensor  # [R, S], the trunk's own choices
+    logprobs: Tensor  # [R, S]
+    hidden: Tensor  # [R, S, D], the states that precede them
+    kept: Tensor  # [R]
+    stopped: Tensor  # [R], whether the last token that is kept ends the completion
+    drafted: Drafted | None = None
+    accepted: Tensor | None = None  # [R], drafts that were right
+    cut: Tensor | None = None  # [R], whether a stop string ends it; no graph finds one

@@ -13,13 +13,12 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from rollout.choice import at_once, operator
 
 FULL_ROW = 1024  # vocabularies up to this size take a noise for every token
 Chosen: TypeAlias = Tensor | slice  # which rows
@@ -58,7 +57,7 @@ class SamplingParams:
     replays them. `stop_strings` end a completion with the token that completes one of them, and its text before the
     string. They are never used in training, where the text is that of the tokens. With an `environment` a completion is
     an episode of several turns, and `max_completion_tokens` limits all that is sampled and written in it. No token
-    depends on `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/depth.py).
+    depends on `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/drafts/depth.py).
     """
 
     group_size: int = 8
@@ -127,7 +126,7 @@ class Noise:
     """The noise of rows at their positions. One object serves the drafts and the verification of the same positions.
 
     `keys_N2` [..., 2] and `positions` [...] are broadcast against each other; `positions` counts from the completion's
-    first token. Where noise and choice are one operator (see choice.py), it is drawn only there: `tensors` are the keys
+    first token. Where noise and choice are one operator (see `at_once`), it is drawn only there: `tensors` are the keys
     and positions then, and else two words of each row and the noise of its tokens or blocks.
     """
 
@@ -258,7 +257,34 @@ def choose_by_keys(
     return _choose(logits_NV, temperature, noise, DraftVocabulary.of(drafted) if drafted else None)
 
 
-choose_at_once = operator(choose_by_keys)
+def at_once(device: torch.device) -> bool:
+    """Whether noise and choice are one operator there: every call of a kernel costs the host time.
+
+    A CPU calls the plain functions: there nothing is saved, and the noise of a block is shared by its drafts and their
+    verification.
+    """
+    return device.type != "cpu"
+
+
+@cache
+def _function(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What the operator computes with: compiled on CUDA, so that a round calls a few kernels and not a hundred.
+
+    No GPU has run this yet.
+    """
+    from torch.utils._triton import has_triton
+
+    if kind == "cuda" and has_triton():
+        return torch.compile(choose_by_keys, dynamic=True)
+    return choose_by_keys
+
+
+@torch.library.custom_op("quartet::choose", mutates_args=())
+def choose_at_once(
+    logits_NV: Tensor, keys_N2: Tensor, positions_N: Tensor, temperature: float, vocabulary: int, drafted: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    choose = _function(logits_NV.device.type)
+    return choose(logits_NV, keys_N2, positions_N, temperature, vocabulary, drafted)
 
 
 def _choose(

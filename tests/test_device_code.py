@@ -19,10 +19,11 @@ from small_learner import small_learner
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.config.learner import LearnerOptions, MTPOptions
-from rollout.engine import Engine
+from rollout.decoding.batch import Batch
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoding
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("policies", "rollout", "grpo", "rewards")
@@ -37,16 +38,16 @@ KNOWS = {
     "policies/decoding/linear.py": "kernels: blocked matrices",
     "policies/decoding/quantized.py": "kernels: int8",
     "policies/lora.py": "kernels: a product in bf16",
-    "rollout/choice.py": "kernels: the choice of a token",
+    "rollout/sampling.py": "kernels: the choice of a token",
     "rollout/compiled/graph.py": "kernels: what a graph holds",
     "rollout/compiled/recorded.py": "kernels: graphs of CUDA",
     "rollout/compiled/rounds.py": "kernels: where a graph can be had",
     "rollout/compiled/store.py": "kernels: compiled or recorded",
-    "rollout/backends/vllm/inside/quartet_tensors.py": "handles of tensors for another process",
-    "rollout/backends/vllm/inside/quartet_transfer.py": "handles of tensors for another process",
-    "rollout/engine.py": "how many rows are decoded together",
+    "rollout/vllm/inside/quartet_tensors.py": "handles of tensors for another process",
+    "rollout/vllm/inside/quartet_transfer.py": "handles of tensors for another process",
+    "rollout/decoding/engine.py": "how many rows are decoded together",
     "rollout/places.py": "which GPU a worker gets",
-    "rollout/shard.py": "how many tokens are prefilled together",
+    "rollout/decoding/batch.py": "how many tokens are prefilled together",
     "grpo/learner/optimizer.py": "a sum in pieces",
     "grpo/learner/parallel.py": "what a run prints",
     "grpo/task/sampling.py": "where nobody has tried compiled rounds",
@@ -138,11 +139,11 @@ def test_contract_19_a_round_of_decoding_is_read_once(random_policy, monkeypatch
     """A round in which no row ends: what the host has to know of it comes in one copy."""
     prompts = [Prompt(f"p/{i}", "", [5 + i, 7, 9 + 3 * i, 11][: 2 + i]) for i in range(3)]
     params = SamplingParams(group_size=2, max_completion_tokens=40, draft_tokens=drafts)
-    decoding = Decoding(Engine(random_policy(2), torch.float32).decoder, prompts, params)
+    decoding = Decoding(Batch(Engine(random_policy(2), torch.float32).decoder, prompts, params))
     for _ in range(2):
-        decoding.forward()
+        decoding.decode_round()
     with counted(monkeypatch) as counts:
-        decoding.forward()
+        decoding.decode_round()
     assert counts.total() <= 1, counts
 
 

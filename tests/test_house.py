@@ -44,16 +44,17 @@ FEATURES = (
     *("grpo.run.panel", "grpo.source.agreement", "grpo.source.vllm_token"),
     *("grpo.steps.vllm", "grpo.task.reward_models", "policies.conversion", "policies.decoding", "policies.files.hub"),
     *("policies.files.packed", "rewards.built_in", "rewards.http_post", "rewards.isolation.pool", "rollout.backends"),
-    *("rollout.cluster", "rollout.compiled", "rollout.costs", "rollout.drafts", "rollout.engine"),
+    *("rollout.compiled", "rollout.decoding.costs", "rollout.decoding.engine", "rollout.drafts"),
     *("rollout.environments", "rollout.places", "rollout.publication.message", "rollout.publication.rounded"),
-    *("rollout.ray_pool", "rollout.serving", "rollout.stop_strings", "rollout.worker", "rollout.workers"),
+    *("rollout.requests.serving", "rollout.stop_strings", "rollout.workers.actors", "rollout.workers.cluster"),
+    *("rollout.workers.ray_pool", "rollout.workers.worker"),
     *("bitsandbytes", "datasets", "gguf", "ray", "reasoning_gym", "starlette", "uvicorn", "vllm"),
 )
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 PAGES = ("reference", "guides/combinations")
 MORE = f"""
 import contextlib, io, runpy
-import rollout.ray_pool
+import rollout.workers.ray_pool
 answer["ray"] = [*sys.modules]
 for page in {PAGES}:
     with contextlib.redirect_stdout(io.StringIO()) as written:
@@ -159,7 +160,7 @@ def _write(root: Path, **sources: str) -> None:
 def test_an_import_that_goes_up_and_a_circle_are_found(tmp_path):
     _write(
         tmp_path,
-        policies__lora="def f():\n    from rollout.engine import Engine\n",
+        policies__lora="def f():\n    from rollout.decoding.engine import Engine\n",
         rewards__text="from . import length\nimport tests.conftest\n",
         rewards__length="if TYPE_CHECKING:\n    from .text import score\n",
         rollout__pool="import torch, grpo.algorithm.losses\nfrom policies import lora\n",
@@ -249,7 +250,7 @@ def test_training_loads_no_feature_that_nobody_has_asked_for(fresh):
     assert [name for name in ours if name not in modules] == []
     loaded = _features_among(fresh["training"])
     assert [name for name in loaded if name != "bitsandbytes"] == []  # which peft imports where it is installed
-    assert "rollout.ray_pool" in _features_among(fresh["ray"])
+    assert "rollout.workers.ray_pool" in _features_among(fresh["ray"])
 
 
 def test_rewards_load_neither_torch_nor_ray():

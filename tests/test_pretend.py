@@ -18,10 +18,11 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from policies import attention, devices
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.engine import Engine
+from rollout.decoding.batch import Batch
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.shard import Decoding
 
 ROOT = Path(__file__).parents[1]
 DEVICE = os.environ.get("QUARTET_GPU_TESTS")
@@ -60,11 +61,11 @@ def test_the_device_tests_pass_and_no_count_has_risen():
 def count(policy: Policy, drafts: int) -> tuple[int, int]:
     """The synchronisations and operators of a round in which no row ends."""
     params = SamplingParams(group_size=2, max_completion_tokens=40, draft_tokens=drafts)
-    decoding = Decoding(Engine(policy.to(pretend.NAME), torch.float32).decoder, PROMPTS, params)
+    decoding = Decoding(Batch(Engine(policy.to(pretend.NAME), torch.float32).decoder, PROMPTS, params))
     for _ in range(2):
-        decoding.forward()
+        decoding.decode_round()
     with pretend.counted() as counts:
-        decoding.forward()
+        decoding.decode_round()
     print(counts.waits, counts.operators)
     return counts.waits.total(), counts.operators.total()
 

@@ -7,12 +7,12 @@ gain nothing.
 import sys
 
 import grpo.steps.pool
-import rollout.workers
+import rollout.workers.actors
 from grpo.__main__ import main
-from rollout.depth import CostTable, Workload
-from rollout.ray_pool import RayPool
+from rollout.cost_table import CostTable, Workload
+from rollout.workers.ray_pool import RayPool
 
-rollout.workers.START_TIMEOUT_S = 120.0
+rollout.workers.actors.START_TIMEOUT_S = 120.0
 grpo.steps.pool.TIMEOUT_S, grpo.steps.pool.PUBLISH_TIMEOUT_S = 120.0, 20.0
 measure = RayPool.use_costs
 

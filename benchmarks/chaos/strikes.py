@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import psutil
 
 from benchmarks.chaos.run import TITLES, Watched, alive, title
-from rollout.cluster import Seclusion
+from rollout.workers.cluster import Seclusion
 
 MOMENT_S = 300.0  # in which every moment comes again
 MOMENTS = ("idle", "sampling", "publishing", "saving")

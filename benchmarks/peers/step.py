@@ -103,8 +103,8 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
 
 def opened(name: str, policy: Any, dtype: Any, step: Step) -> Any:
     """Our own engine in this process, or vLLM in a process of its own."""
-    from rollout.backends.vllm.settings import VLLMSettings
-    from rollout.pools import PoolOptions, open_pool
+    from rollout.vllm.settings import VLLMSettings
+    from rollout.workers.kinds import PoolOptions, open_pool
 
     if name == "ours":
         return open_pool(policy, PoolOptions(dtype=dtype))

@@ -43,7 +43,7 @@ def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
     from ray.train.v2._internal.execution.callback import ControllerCallback
     from ray.train.v2.api import data_parallel_trainer, exceptions
 
-    from rollout.cluster import start_ray, stop_ray
+    from rollout.workers.cluster import start_ray, stop_ray
 
     if "RAY_ADDRESS" not in os.environ:  # it would ask the dashboard, which our own cluster has none of
         data_parallel_trainer.PlacementGroupCleanerCallback = ControllerCallback

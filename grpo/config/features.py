@@ -1,7 +1,7 @@
 """The table of features: a line each. Without its line and its files a feature is gone, and nothing else changes.
 
 A feature may bring a section of options (grpo/config/NAME.py), a term of the loss (grpo/learner/terms/NAME.py) and a
-listener (grpo/steps/NAME.py), whose METRICS say what it writes. Samplers have the table of rollout/pools.py.
+listener (grpo/steps/NAME.py), whose METRICS say what it writes. Samplers have the table of rollout/workers/kinds.py.
 """
 
 from __future__ import annotations

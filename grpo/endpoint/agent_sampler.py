@@ -14,15 +14,15 @@ from grpo.endpoint.batcher import Batcher
 from grpo.endpoint.episode import Episode
 from grpo.endpoint.forks import ForkingEpisode
 from rewards.isolation.pool import WorkerPool
-from rollout.conversations import CACHE_TOKENS
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.environments.protocol import seeds
+from rollout.environments.thoughts import dropping
 from rollout.faults import OnFinished, RolloutError, not_finite
 from rollout.group import Prompt, RolloutGroup
-from rollout.local_pool import LocalPool
 from rollout.relay import Relay
+from rollout.requests.conversations import CACHE_TOKENS
 from rollout.sampling import SamplingParams
-from rollout.thoughts import dropping
+from rollout.workers.local_pool import LocalPool
 
 METRICS = {
     "agent/segments_mean": "texts of an episode, mean; absent where each is the data's prompt continued",
@@ -87,8 +87,8 @@ class AgentSampler:
             self._kind = ForkingEpisode if dropping(engine.policy.tokenizer) else Episode
         return self._kind
 
-    def keep(self) -> None:
-        self.pool.keep()
+    def keep_weights(self) -> None:
+        self.pool.keep_weights()
 
     def _watch(self, future: Future[Any], sampling: _Sampling, on_finished: OnFinished | None) -> None:
         """Wait for the end. Raises what stops the run or has ended the decoding."""

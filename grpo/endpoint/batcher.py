@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from rollout.conversations import CACHE_TOKENS
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.relay import Relay
 from rollout.request import News, Request
+from rollout.requests.conversations import CACHE_TOKENS
+from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
 
 
 class Full(Exception):

@@ -10,8 +10,8 @@ from typing import Any
 from grpo.endpoint.asked import Asked, ChatAsked
 from grpo.endpoint.episode import Episode, Growing, Recorded, Said, plain
 from grpo.endpoint.served import Job
+from rollout.environments.thoughts import shown
 from rollout.group import Completion, Prompt
-from rollout.thoughts import shown
 
 
 class ForkingEpisode(Episode):

@@ -13,7 +13,7 @@ from statistics import pstdev
 
 from rewards.group_score import GroupScore, mean
 from rewards.ties import tied
-from rollout.depth import draft_gain, drafts_by_depth, tokens_per_forward
+from rollout.drafts.depth import draft_gain, drafts_by_depth, tokens_per_forward
 from rollout.group import Completion, RolloutGroup
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.
@@ -158,7 +158,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         ),
     } | _tool_metrics(completions)
     if any(completion.segments for completion in completions):
-        from rollout.thoughts import costs
+        from rollout.environments.thoughts import costs
 
         metrics |= costs(groups)
     for name in sorted({name for score in scores for name in score.parts}):

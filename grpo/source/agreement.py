@@ -105,7 +105,7 @@ def _refusal(kind: str, reason: str) -> PolicyError:
 
 def by_sampler(policy: Policy) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens that the engine has sampled: by it, and by the model's own forward."""
-    from rollout.engine import Engine
+    from rollout.decoding.engine import Engine
 
     params = SamplingParams(group_size=2, max_completion_tokens=TOKENS)
     prompts = [Prompt(f"agreement/{n}", "", token_ids) for n, token_ids in enumerate(tried_prompts(policy))]

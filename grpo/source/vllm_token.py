@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from grpo.config.sampling import VLLMOptions
-from rollout.backends.vllm.process import INTERPRETER, TOKEN, interpreter, state_of
+from rollout.vllm.process import INTERPRETER, TOKEN, interpreter, state_of
 
 
 def vllm_token(options: VLLMOptions) -> str:

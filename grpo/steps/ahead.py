@@ -3,7 +3,12 @@
 With `rollout.ahead: k` the batch of step t is sampled with the weights of step t - 1 - k, the first k + 1 with those of
 the start. A thread hands the batches to the workers, one after the other, and between two of them the workers get the
 next weights where the schedule says so. What a batch depends on follows from its step, never from the clock: the moment
-at which it is ready changes no bit.
+at which it is ready changes no bit. With k = 1:
+
+    the learner works on     -           batch 1     batch 2     batch 3
+    its weights after that   0           1           2           3
+    sampled meanwhile        batch 1     batch 2     batch 3     batch 4
+    with the weights of      0           0           1           2
 
 Before the learner updates the policy in step t, the batches up to t - 1 + k are complete, the weights of step t - 1 are
 published, and batch t + k has begun. So one batch at most needs weights that the learner no longer has. A copy of them
@@ -109,7 +114,7 @@ class Batches:
             complete = self.run.ranks.from_first(self._completed)
             self._older = None if complete else (self.learner.policy_version, self._copy())
             if not complete:
-                self.collector.pool.keep()  # for a worker that takes the place of one that died
+                self.collector.pool.keep_weights()  # for a worker that takes the place of one that died
 
     def _completed(self) -> bool:
         """Tells whether no batch is being sampled now. Raises what the sampling has raised, if it has ended."""

@@ -11,10 +11,10 @@ from grpo.config.sampling import RolloutOptions
 from grpo.run.log import RunLog
 from grpo.source.vllm_token import vllm_token
 from policies.policy import Policy
-from rollout.backends.vllm.pool import VLLMPool
-from rollout.backends.vllm.settings import VLLMSettings
 from rollout.pool import Pool, PoolOptions
-from rollout.pools import open_pool
+from rollout.vllm.pool import VLLMPool
+from rollout.vllm.settings import VLLMSettings
+from rollout.workers.kinds import open_pool
 
 NO_KEYED_NOISE = (
     "vLLM draws with seeds of its own: its tokens are not those of our engine, nor the same with other drafts, threads "

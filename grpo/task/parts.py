@@ -139,8 +139,8 @@ def tokenizer_of(plan: Plan, task: Task) -> PreTrainedTokenizerBase | None:
 def _ask_server(options: VLLMOptions) -> None:
     """Asks the server, or the interpreter that would run it, for its version. A server has ten seconds to answer."""
     from grpo.source.vllm_token import installed_vllm, vllm_token
-    from rollout.backends.vllm.client import Client
-    from rollout.backends.vllm.process import interpreter
+    from rollout.vllm.client import Client
+    from rollout.vllm.process import interpreter
 
     if options.url:
         state, where = Client(options.url, vllm_token(options)).state(), f"rollout.vllm.url={options.url}"

@@ -16,7 +16,7 @@ from grpo.config.sampling import AnswerOptions, RolloutOptions, SamplingOptions
 from grpo.learner.row import PackedRow
 from policies import devices
 from policies.policy import Policy
-from rollout.depth import GRAPH_DEPTHS
+from rollout.cost_table import GRAPH_DEPTHS
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import EnvironmentSpec, SamplingParams
 

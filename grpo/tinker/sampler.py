@@ -21,7 +21,7 @@ from grpo.tinker.wire import Refused, Sampled
 from policies import tensor_files
 from policies.logprobs import logprobs_from_hidden
 from policies.policy import Policy
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import ENDED, Prompt
 from rollout.sampling import SamplingParams

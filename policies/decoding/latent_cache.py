@@ -253,7 +253,7 @@ class LatentCache:
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows)
 
-    def take(self, rows: Tensor, new: Tensor | None = None) -> LatentCache:
+    def take_rows(self, rows: Tensor, new: Tensor | None = None) -> LatentCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         cache, reach = copy.copy(self), int(self.lengths_R[rows].max())
         cache.lengths_R, cache.known_longest, cache.layers_RTE = self.lengths_R[rows], reach, []
@@ -264,7 +264,7 @@ class LatentCache:
             cache.layers_RTE.append(part)
         return cache
 
-    def put(self, rows: Tensor, cache: LatentCache) -> None:
+    def put_rows(self, rows: Tensor, cache: LatentCache) -> None:
         """The inverse of `take`: these rows become what they are there."""
         reach = cache.longest
         self.lengths_R, self.known_longest = self.lengths_R.index_copy(0, rows, cache.lengths_R), None

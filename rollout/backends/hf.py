@@ -144,11 +144,11 @@ class RowCache:
         self.latents.select(slots)
         self._place(order.argsort().view_as(slots_RK))
 
-    def take(self, rows: Tensor, new: Tensor) -> RowCache:
+    def take_rows(self, rows: Tensor, new: Tensor) -> RowCache:
         """A copy of these rows, in ascending order, for a forward of them alone. `put` brings them back."""
         slots_RK = self.slots_RK[rows]
         order = slots_RK.flatten().sort().values
-        return RowCache(self.latents.take(order), torch.searchsorted(order, slots_RK), self.layers)
+        return RowCache(self.latents.take_rows(order), torch.searchsorted(order, slots_RK), self.layers)
 
     def excerpt(self, rows: Tensor) -> RowCache:
         slots_RK = self.slots_RK[rows]
@@ -158,9 +158,9 @@ class RowCache:
     def cut(self, length: int) -> RowCache:
         return RowCache(self.latents.cut(length), self.slots_RK, self.layers)
 
-    def put(self, rows: Tensor, cache: RowCache) -> None:
+    def put_rows(self, rows: Tensor, cache: RowCache) -> None:
         """The inverse of `take`."""
-        self.latents.put(self.slots_RK[rows].flatten().sort().values, cache.latents)
+        self.latents.put_rows(self.slots_RK[rows].flatten().sort().values, cache.latents)
 
 
 class RowCaches:
@@ -193,8 +193,8 @@ class RowCaches:
         for cache in self.caches:
             cache.select(rows)
 
-    def take(self, rows: Tensor, new: Tensor) -> RowCaches:
-        return RowCaches([cache.take(rows, new) for cache in self.caches])
+    def take_rows(self, rows: Tensor, new: Tensor) -> RowCaches:
+        return RowCaches([cache.take_rows(rows, new) for cache in self.caches])
 
     def excerpt(self, rows: Tensor) -> RowCaches:
         return RowCaches([cache.excerpt(rows) for cache in self.caches])
@@ -202,9 +202,9 @@ class RowCaches:
     def cut(self, length: int) -> RowCaches:
         return RowCaches([cache.cut(length) for cache in self.caches])
 
-    def put(self, rows: Tensor, cache: RowCaches) -> None:
+    def put_rows(self, rows: Tensor, cache: RowCaches) -> None:
         for here, there in zip(self.caches, cache.caches, strict=True):
-            here.put(rows, there)
+            here.put_rows(rows, there)
 
 
 _CACHE: ContextVar[PromptCache | RowCache | RowCaches] = ContextVar("cache of the forward that runs")

@@ -39,7 +39,7 @@ class RowStates(States):
             return forward(*inputs, **options)
         whole = None
         for length, rows in self.parts:
-            part = self.take(rows, layer=forward.__self__.layer_idx)
+            part = self.take_rows(rows, layer=forward.__self__.layer_idx)
             at_once = length if self.goes_on or not part.tensors else 1
             for start in range(0, length, at_once):
                 places = self.number_RS[rows, start : start + at_once]
@@ -47,7 +47,7 @@ class RowStates(States):
                 out = forward(*of_part, **options_of_part | {"cache": part})
                 whole = out.new_zeros(*self.number_RS.shape, out.shape[-1]) if whole is None else whole
                 whole[rows, start : start + at_once] = out
-            self.put(rows, part)
+            self.put_rows(rows, part)
         return whole
 
     def advance(self, kept_R: Tensor) -> None:
@@ -60,13 +60,13 @@ class RowStates(States):
             joined.tensors[key] = torch.cat([state, *(other.tensors[key] for other in others)])
         return joined
 
-    def take(self, rows: Tensor, new: Tensor | None = None, layer: int | None = None) -> RowStates:
+    def take_rows(self, rows: Tensor, new: Tensor | None = None, layer: int | None = None) -> RowStates:
         """A copy of these rows, for a forward of them alone. `put` brings them back."""
         part = RowStates(new, self.goes_on)
         part.tensors = {key: state[rows] for key, state in self.tensors.items() if layer in (None, key[1])}
         return part
 
-    def put(self, rows: Tensor, part: RowStates) -> None:
+    def put_rows(self, rows: Tensor, part: RowStates) -> None:
         """The inverse of `take`."""
         for key, state in part.tensors.items():
             if key not in self.tensors:

@@ -170,12 +170,12 @@ class StockRows:
         parts = [_renumbered(part, number) for part in self.parts]
         self.parts = _trimmed([part for part in parts if len(part.rows_R)])
 
-    def take(self, rows: Tensor, new: Tensor) -> StockRows:
+    def take_rows(self, rows: Tensor, new: Tensor) -> StockRows:
         """These rows for a forward of `new` tokens each, which reads them from their beginning: while they waited, the
         others went on in the same states."""
         return StockRows(self.sampler, [], self.token_ids_RT[rows], self.lengths_R[rows], new)
 
-    def put(self, rows: Tensor, cache: StockRows) -> None:
+    def put_rows(self, rows: Tensor, cache: StockRows) -> None:
         """The rows that `take` took, with what they have read."""
         number = torch.arange(len(self.lengths_R), device=rows.device)
         number[rows] = -1

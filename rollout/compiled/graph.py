@@ -22,7 +22,7 @@ from policies.decoding.absorbed import AbsorbedBlock
 from policies.decoding.kernels import attention, plain_attention
 from policies.decoding.linear import FixedLinear
 from rollout.backends import Decoder
-from rollout.depth import FEW_ROWS, MOST_ROWS
+from rollout.cost_table import FEW_ROWS, MOST_ROWS
 from rollout.drafts.speculative import until_end, verify_draft
 from rollout.sampling import DraftVocabulary, Noise, choose
 

@@ -19,9 +19,9 @@ from rollout.compiled import store
 from rollout.compiled.graph import Bucket, Inputs, most_rows, takes_any_rows, takes_any_size
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.store import CompiledRound, find
-from rollout.depth import FEW_ROWS, GRAPH_DEPTHS, MOST_ROWS
+from rollout.cost_table import FEW_ROWS, GRAPH_DEPTHS, MOST_ROWS
 from rollout.drafts.head import Drafter
-from rollout.rows import Rows, Tokens
+from rollout.rows import Drafted, Rows, Tokens
 from rollout.sampling import SamplingParams
 
 ROWS = (1, 2, 4, FEW_ROWS)  # places of a graph that takes no other number
@@ -173,7 +173,7 @@ class Rounds:
         unread = drafter.unread if drafter else []
         if head and drafter:
             inputs.unread = of_places(live.unread)
-            tokens_RS, hidden_RSD = drafter.take(live, readable(depth))
+            tokens_RS, hidden_RSD = drafter.take_unread(live, readable(depth))
             inputs.unread_tokens_BS, inputs.unread_hidden_BSD = of_places(tokens_RS), of_places(hidden_RSD)
             inputs.head_lengths, inputs.head_layer = of_places(head.lengths_R), head.layers_RTE[0]
         results = self.graphs.run(self.decoder, bucket, inputs)
@@ -183,7 +183,10 @@ class Rounds:
             if drafter:
                 drafter.unread = unread
             return None
-        tokens = Tokens(*(x[:count] for x in results))
+        tokens = Tokens(*(x[:count] for x in results[:5]))
+        if depth:
+            drafts, accepted = results[5:]
+            tokens.drafted, tokens.accepted = Drafted(drafts[:count]), accepted[:count]
         if head:
             head.advance(live.unread)
             live.unread = torch.zeros_like(live.unread)

@@ -27,7 +27,7 @@ from policies import devices
 from rollout.backends import Decoder
 from rollout.compiled.graph import Bucket, Inputs, Round, weights
 from rollout.compiled.recorded import RecordedRound
-from rollout.depth import MOST_ROWS
+from rollout.cost_table import MOST_ROWS
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "quartet/rounds"
 # Without the second one Inductor would write the numbers of SMALL weights, such as a router's bias, into the code.

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rollout.backends import Decoder
-from rollout.depth import GRAPH_DEPTHS, DepthController, Patience
+from rollout.cost_table import GRAPH_DEPTHS
+from rollout.drafts.depth import DepthController, Patience
 from rollout.drafts.head import Drafter
 from rollout.group import RolloutGroup
-from rollout.rows import Prefilled, Rows
+from rollout.rows import Drafted, Prefilled, Rows, Tokens
 from rollout.sampling import Noise, SamplingParams
-
-
-@dataclass
-class Drafted:
-    """Drafts [R, k]. `confident_RK` are taken unverified (`accept: margin`)."""
-
-    tokens_RK: Tensor
-    confident_RK: Tensor | None = None
-
-    @property
-    def depth(self) -> int:
-        return self.tokens_RK.shape[1]
 
 
 class Drafts:
@@ -34,7 +22,8 @@ class Drafts:
     `max_depth` is 0 and `head` is None where nothing can be drafted.
     """
 
-    def __init__(self, decoder: Decoder, params: SamplingParams, longest: int) -> None:
+    def __init__(self, decoder: Decoder, params: SamplingParams, longest: int, most_tokens: int | None = None) -> None:
+        """`longest`: tokens of the longest prompt; `most_tokens`: of a completion, if not those of `params`."""
         has_head, costs = decoder.head is not None, decoder.costs
         self.device = decoder.trunk.device
         self.max_depth = params.draft_tokens or 0
@@ -45,32 +34,36 @@ class Drafts:
         self.reading = Patience()  # what the draft head has missed
         self.controller = DepthController(None if self.fixed else costs, self.max_depth, params.head_accepted)
         # A forward writes k + 1 tokens after a row's end; only those that the row keeps are counted.
-        self.room = params.max_completion_tokens + self.max_depth + 1
+        self.room = (most_tokens or params.max_completion_tokens) + self.max_depth + 1
         self.head: Drafter | None = None
         if has_head and self.max_depth > 0:
             self.head = Drafter(decoder, params, self.room, longest, self.max_depth + 1)
         self.cost = self.plain_cost = 0.0  # of all rounds, in milliseconds
 
-    def begin(self, prefilled: Prefilled) -> None:
+    def add_prompts(self, prefilled: Prefilled) -> None:
         """Adds rows of these prompts after the live ones."""
         if self.head:
             if self.head.cache is not None and (costs := self.controller.costs):  # else it may never read them
                 self.cost += costs.reading * prefilled.token_ids_PT.numel()
-            self.head.hold(prefilled)
+            self.head.add_prompts(prefilled)
 
-    def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
+    def clear(self) -> None:
+        """No row is live any more."""
+        if self.head:
+            self.head.forget()
+
+    def add_verified(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
         if self.head:
-            self.head.keep(live, tokens_RS, hidden_RSD, kept_R)
+            self.head.add_unread(live, tokens_RS, hidden_RSD, kept_R)
 
     def plan(self, live: Rows, alive: int, most: int) -> int:
         """Tells how many tokens are drafted next. `alive` of the rows go on; the one with the most room can still use
         `most` drafts. The draft head waits until drafting is worth what it has to read first."""
-        if not self.max_depth or most < 1:
+        if not self.head or most < 1:
             return 0
         if self.fixed:
             return min(self.max_depth, most)
-        assert self.head is not None  # else nothing can be drafted
         depth, speed = self.controller.choose(alive, most)
         missed = self.head.missed(live) if depth else 0
         waits = missed and not self._reads(missed, self.controller.plain(alive), speed)
@@ -94,10 +87,9 @@ class Drafts:
         assert self.controller.costs is not None
         return self.reading.over(self.controller.costs.reading * missed, 1 / slower - 1 / speed)
 
-    def draft(self, live: Rows, depth: int, noise: Noise, temperature: float | Tensor) -> Drafted | None:
-        """Make so many drafts. `temperature` is that of all rows, or of each [R]."""
-        if not depth or not self.head:
-            return None
+    def draft(self, live: Rows, depth: int, noise: Noise, temperature: float | Tensor) -> Drafted:
+        """Make so many drafts, as `plan` says. `temperature` is that of all rows, or of each [R]."""
+        assert self.head is not None
         self.reading = Patience()  # it has missed nothing then
         self._add_reading(self.head, live)
         return Drafted(*self.head.draft(live, depth, noise, temperature))
@@ -110,14 +102,14 @@ class Drafts:
             if not fits:
                 self.head.read_ahead(live)
 
-    def add_cost(self, alive: int, drafted: Drafted | None, kept_R: Tensor, by_graph: bool) -> None:
-        """Add the cost of a round in which the live rows got `kept_R` tokens."""
+    def add_cost(self, alive: int, tokens: Tokens, by_graph: bool) -> None:
+        """Add the cost of a round in which `alive` rows got these tokens."""
         if costs := self.controller.costs:
             cost = plain = costs.milliseconds(alive, 0, by_graph)
-            if drafted:  # else each row got one token: a short round notices a sum
-                measured = costs.milliseconds(alive, drafted.depth, by_graph)
+            if tokens.drafted:  # else each row got one token: a short round notices a sum
+                measured = costs.milliseconds(alive, tokens.drafted.depth, by_graph)
                 cost = measured if math.isfinite(measured) else plain  # of more rows than the table has
-                plain *= int(kept_R.sum()) / alive
+                plain *= int(tokens.kept.sum()) / alive
             self.cost, self.plain_cost = self.cost + cost, self.plain_cost + plain
 
     def with_costs(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
@@ -133,10 +125,10 @@ class Drafts:
         if costs := self.controller.costs:
             self.cost += costs.reading * head.missed(live)
 
-    def observe(self, live: Rows, alive: int, drafted: Drafted, accepted_R: Tensor) -> None:
-        """Tell the controller what was accepted."""
-        if self.fixed:
+    def observe(self, live: Rows, alive: int, tokens: Tokens) -> None:
+        """Tell the controller which drafts were accepted, in a round of `alive` rows."""
+        if self.fixed or tokens.drafted is None or tokens.accepted is None:
             return  # there is nothing to choose
-        steps = torch.arange(drafted.depth, device=self.device)
-        agreed = (steps < accepted_R[:, None]) & live.alive[:, None]
+        steps = torch.arange(tokens.drafted.depth, device=self.device)
+        agreed = (steps < tokens.accepted[:, None]) & live.alive[:, None]
         self.controller.observe(alive, agreed.sum(0).tolist())

@@ -1,4 +1,17 @@
-"""The draft head's part in decoding a shard: what it has read of each row, and what it drafts next."""
+"""The draft head's part in decoding a shard: what it has read of each row, and what it drafts next.
+
+One row, whose prompt is p, over five rounds; the fourth makes two drafts d1 d2, of which d1 is right:
+
+    round                 prefill  1        2        3        4                5
+    the row gets          a1       a2       a3       a4       d1 = a5, a6      a7
+    `prefilled`           p        p        p        p        -                -
+    `unread`              a1       a1 a2    a1 to a3 a1 to a4 a5 a6            a5 to a7
+    the head's cache has  -        -        -        -        p a1 to a4       p a1 to a4
+
+The head reads what is unread when it next drafts (`_catch_up`), then drafts one token after the other. What it adds to
+its cache meanwhile is rolled back: accepted or not, those entries follow from its own states and not from the trunk's.
+`Rows.unread` is the number of unread tokens of each row, `known` what the host has read of these numbers.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +63,7 @@ class Drafter:
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
-    def hold(self, prefilled: Prefilled) -> None:
+    def add_prompts(self, prefilled: Prefilled) -> None:
         """Adds rows of these prompts after the live ones."""
         if self.cache is None:
             self.prefilled.append(prefilled)
@@ -67,7 +80,7 @@ class Drafter:
         prefilled = [_of_rows(part, numbers_R) for part in self.prefilled]
         self.prefilled = [part for part in prefilled if len(part.numbers_P)]
         if sum(part.tokens_RS.numel() for part in self.unread) > MOST_HELD * int(live.unread.sum()):
-            tokens_RS, hidden_RSD = self.take(live, int(live.unread.max()))
+            tokens_RS, hidden_RSD = self.take_unread(live, int(live.unread.max()))
             none = torch.zeros_like(live.unread)
             self.unread = [Unread(self.number, live.index, none, tokens_RS, hidden_RSD, live.unread)]
             self.number += 1
@@ -76,7 +89,7 @@ class Drafter:
         """Drop everything: no row is live any more."""
         self.cache, self.prefilled, self.unread = None, [], []
 
-    def keep(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
+    def add_unread(self, live: Rows, tokens_RS: Tensor, hidden_RSD: Tensor, kept_R: Tensor) -> None:
         """The first `kept_R` of these tokens were verified; `hidden_RSD` are the states that precede them."""
         self.unread.append(Unread(self.number, live.index, live.unread, tokens_RS, hidden_RSD, kept_R))
         self.number += 1
@@ -95,7 +108,7 @@ class Drafter:
         rows = int((live.unread - self.most_new).clamp(min=0).sum())
         return rows + prompts * min(len(live.index), count) // max(count, 1)
 
-    def take(self, live: Rows, width: int) -> tuple[Tensor, Tensor]:
+    def take_unread(self, live: Rows, width: int) -> tuple[Tensor, Tensor]:
         """Takes what the draft head reads now: tokens [R, width], states [R, width, D], `live.unread` of each row."""
         held, self.unread = self.unread, []
         if len(held) == 1 and held[0].index_R is live.index:  # the round before drafted, and no row left
@@ -140,7 +153,7 @@ class Drafter:
     def _catch_up(self, live: Rows) -> Tensor:
         """Read what was verified since the last draft; returns the output for each row's newest token [R, D]."""
         width, longest = self.known if self.known and self.cache else (int(live.unread.max()), None)
-        out = self._read_tokens(live, *self.take(live, width))
+        out = self._read_tokens(live, *self.take_unread(live, width))
         self.ready(live).advance(live.unread, longest)
         out = out[live.every, live.unread - 1]
         live.unread, self.known = torch.zeros_like(live.unread), None
@@ -148,7 +161,7 @@ class Drafter:
 
     def read_ahead(self, live: Rows) -> None:
         """Read all that is unread but the newest token of each row."""
-        tokens, hidden = self.take(live, int(live.unread.max()))
+        tokens, hidden = self.take_unread(live, int(live.unread.max()))
         self._read_tokens(live, tokens, hidden)
         last_R = (live.unread - 1).clamp(min=0)
         self.ready(live).advance(last_R)

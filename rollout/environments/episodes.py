@@ -84,7 +84,7 @@ class Episodes:
         self.episodes: list[Episode] = []
         self._asked: list[tuple[list[tuple[int, Turn]], Future[list[dict[str, Any]]]]] = []
 
-    def begin(self, prompts: Sequence[Prompt]) -> list[Prompt | str]:
+    def begin_episodes(self, prompts: Sequence[Prompt]) -> list[Prompt | str]:
         """Each prompt as the policy sees it, with the tools and what `reset` said, or why it cannot begin."""
         wrong: dict[int, str] = {}
         for number, prompt in enumerate(prompts):
@@ -108,7 +108,7 @@ class Episodes:
         first = {episode.number: episode for episode in reversed(self.episodes)}
         return [wrong.get(i) or self._begun(first[i], by_prompt[i]) for i in range(len(prompts))]
 
-    def keep(self, sampled: Sequence[bool]) -> None:
+    def keep_prompts(self, sampled: Sequence[bool]) -> None:
         """Keeps those of the prompts that are sampled, by their places in `begin`."""
         self.episodes = [episode for episode in self.episodes if sampled[episode.number]]
 

@@ -106,7 +106,7 @@ class Sender:
         self._digests = {name: by_name[name] if name in by_name else self._digests[name] for name in now}
         self._last, self.version = now if now.fixed else Publication({}), version
 
-    def keep(self) -> None:
+    def copy_weights(self) -> None:
         """Make a copy, which `again` reads from now on: the learner goes on while samplers still need this version."""
         self._source = self._source.copy()
 

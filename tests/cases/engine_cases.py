@@ -14,8 +14,8 @@ from grpo.learner.likelihood import logprobs_of_groups
 from grpo.learner.row import PackedRow, Sample
 from policies.mtp import draft_loss
 from policies.policy import Policy
+from rollout.decoding.engine import Engine
 from rollout.drafts.head import Drafter
-from rollout.engine import Engine
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.sampling import Noise, SamplingParams, choose, row_key
 

@@ -14,10 +14,10 @@ from grpo.steps.pool import NoPool
 from policies.policy import Policy
 from policies.publication import Publication
 from policies.sharding import whole
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.publication.digests import digests
 from rollout.publication.message import Sender
-from rollout.worker import Receiver
+from rollout.workers.worker import Receiver
 
 
 def main(source: Path) -> list[tuple[int, bool, int]]:
@@ -37,7 +37,7 @@ def main(source: Path) -> list[tuple[int, bool, int]]:
         if ranks.first:
             tensors = 0
             for message in sender.messages(policy.publication(), version):
-                tensors, held = tensors + len(message.tensors), worker.take(message)
+                tensors, held = tensors + len(message.tensors), worker.take_message(message)
         else:
             others.publish(policy.publication(), version)
         merged = {name: whole(tensor) for name, tensor in policy.weights().items()}

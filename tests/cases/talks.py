@@ -10,8 +10,8 @@ from engine_cases import STOPS, prompts_of
 from rollout.group import Completion, Prompt
 from rollout.relay import Relay
 from rollout.request import News, Request
+from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
 
 BASE = SamplingParams(group_size=1, temperature=0.9, max_completion_tokens=9, stop_token_ids=STOPS)
 TURNS = 4

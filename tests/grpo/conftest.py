@@ -9,7 +9,7 @@ import pytest
 import yaml
 from copies import OF_REWARDS
 
-import rollout.costs
+import rollout.decoding.costs
 from grpo.run import hardware
 from rewards.config import options, yaml_file
 from rewards.data import word_problems as module
@@ -56,8 +56,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         patch.setattr(options, "to_yaml", to_yaml)
         patch.setattr(module, "word_problems", word_problems)
         patch.setattr(hardware, "_version", VERSION)
-        patch.setattr(rollout.costs, "REPEATS", 1)
-        patch.setattr(rollout.costs, "_sizes", lambda most: sorted({1, most}))
+        patch.setattr(rollout.decoding.costs, "REPEATS", 1)
+        patch.setattr(rollout.decoding.costs, "_sizes", lambda most: sorted({1, most}))
         patch.setattr(yaml_file, "_Loader", loader)
         patch.setattr(pool, "subprocess", OF_REWARDS)
         if item.path.stem != "test_publisher":

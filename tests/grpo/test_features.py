@@ -16,7 +16,7 @@ from grpo.config.features import FEATURES
 from grpo.run.metrics import documented
 
 ROOT = Path(__file__).parents[2]
-TABLE, SAMPLERS = "grpo/config/features.py", "rollout/pools.py"
+TABLE, SAMPLERS = "grpo/config/features.py", "rollout/workers/kinds.py"
 # By feature: its files and folders, the file of its table and how its line there begins, if it has one.
 LEAVING = {
     "distill": (
@@ -30,8 +30,11 @@ LEAVING = {
     "tied_steps": (["grpo/steps/tied_steps.py"], (TABLE, 'Feature("tied_steps"')),
     "alarms": (["grpo/steps/alarms.py", "grpo/algorithm/alarms.py"], (TABLE, 'Feature("alarms"')),
     "mix": (["grpo/steps/mix.py", "grpo/task/mix.py", "grpo/data/mix.py"], (TABLE, 'Feature("mix"')),
-    "Ray workers": (["rollout/ray_pool.py", "rollout/worker.py", "rollout/workers.py"], (SAMPLERS, '"ray"')),
-    "vLLM": (["rollout/backends/vllm", "grpo/steps/vllm.py", "grpo/source/vllm_token.py"], (SAMPLERS, '"vllm"')),
+    "Ray workers": (
+        ["rollout/workers/ray_pool.py", "rollout/workers/worker.py", "rollout/workers/actors.py"],
+        (SAMPLERS, '"ray"'),
+    ),
+    "vLLM": (["rollout/vllm", "grpo/steps/vllm.py", "grpo/source/vllm_token.py"], (SAMPLERS, '"vllm"')),
     "agents": (["grpo/endpoint"], None),
     "environments and tools": (["rollout/environments"], None),
     "graphs": (["rollout/compiled"], None),

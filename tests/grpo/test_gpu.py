@@ -27,11 +27,11 @@ from rewards.group_score import GroupScore
 from rewards.records import read_rollouts
 from rollout.compiled import rounds
 from rollout.compiled.recorded import RecordedRound
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
-from rollout.worker import Worker
+from rollout.workers.worker import Worker
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.cuda.is_available()

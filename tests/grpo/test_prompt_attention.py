@@ -30,11 +30,11 @@ from grpo.task.reward_models import check_teacher
 from grpo.train import train
 from grpo.trl_bridge import BridgeError, rollout_func
 from policies.policy import Policy, PolicyError
-from rollout.backends.vllm.pool import VLLMPool
-from rollout.backends.vllm.settings import VLLMSettings
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.pool import PoolOptions
+from rollout.vllm.pool import VLLMPool
+from rollout.vllm.settings import VLLMSettings
 
 CPU = torch.device("cpu")
 BOTH_WAYS = {"prompt_attention": "bidirectional"}

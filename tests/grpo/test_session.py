@@ -28,7 +28,7 @@ from grpo.train import train
 from rewards.config.options import dump_yaml
 from rewards.group_score import GroupScore
 from rollout.faults import RolloutError
-from rollout.local_pool import LocalPool
+from rollout.workers.local_pool import LocalPool
 
 LOOPS = Path(__file__).parents[2] / "examples/09_own_loop"
 QUICK = {"warm_start.steps": 0}

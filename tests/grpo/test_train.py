@@ -27,8 +27,8 @@ from policies.policy import Policy, PolicyError
 from rewards.config.yaml_file import parse_yaml
 from rewards.protocol import RewardError
 from rewards.records import read_rollouts
-from rollout.depth import CostTable
-from rollout.engine import Engine
+from rollout.cost_table import CostTable
+from rollout.decoding.engine import Engine
 
 EVERY_STEP = {
     *("reward/mean", "reward/std", "reward/part/letters", "reward/abstained", "reward/errors"),

@@ -17,8 +17,8 @@ from rewards import RewardSpec, Scorer, load_reward
 from rewards.data.word_problems import word_problems
 from rewards.protocol import bind
 from rollout.group import Prompt
-from rollout.pools import open_pool
 from rollout.sampling import SamplingParams
+from rollout.workers.kinds import open_pool
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")
 

@@ -6,7 +6,7 @@ import torch
 from policies import lora
 from policies.mtp import draft_loss
 from policies.policy import Policy, digest
-from rollout.pools import open_pool
+from rollout.workers.kinds import open_pool
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30], [4, 4, 100, 8, 61, 3]])
 CONFIGS = {

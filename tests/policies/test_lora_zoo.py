@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from grpo.cli.commands.export import ExportError, _refuse_lost_adapters, peft_config
 from policies import lora
 from policies.policy import Policy, digest
-from rollout.pools import open_pool
+from rollout.workers.kinds import open_pool
 
 FEW = ("gpt2", "phi3", "granitemoe", "glm4", "qwen3_5_moe", "mamba2")  # of different structures
 BELOW = {  # 95 %, with the reason that weighs most; for others that is an indexer

@@ -10,19 +10,19 @@ import psutil
 import pytest
 import ray
 
-from rollout.cluster import Cluster, Seclusion
 from rollout.faults import Faults, RolloutError
+from rollout.workers.cluster import Cluster, Seclusion
 
 
 @pytest.fixture
 def ray_process(monkeypatch):
     """A Cluster whose raylet is a process that only sleeps."""
-    monkeypatch.setattr("rollout.cluster.STOPPED_S", 0.5)
-    monkeypatch.setattr("rollout.cluster.LEAVE_S", 2.0)
+    monkeypatch.setattr("rollout.workers.cluster.STOPPED_S", 0.5)
+    monkeypatch.setattr("rollout.workers.cluster.LEAVE_S", 2.0)
     with subprocess.Popen(["sleep", "600"]) as sleeps:
         process = psutil.Process(sleeps.pid)
-        monkeypatch.setattr("rollout.cluster._vital_processes", lambda: {"raylet": process})
-        monkeypatch.setattr("rollout.cluster.start_ray", lambda *_: None)
+        monkeypatch.setattr("rollout.workers.cluster._vital_processes", lambda: {"raylet": process})
+        monkeypatch.setattr("rollout.workers.cluster.start_ray", lambda *_: None)
         yield process
         sleeps.kill()
 
@@ -34,7 +34,7 @@ def stop(process: psutil.Process) -> None:
 
 
 def test_a_raylet_that_is_stopped_for_a_moment_is_waited_for(ray_process, monkeypatch):
-    monkeypatch.setattr("rollout.cluster.STOPPED_S", 60.0)
+    monkeypatch.setattr("rollout.workers.cluster.STOPPED_S", 60.0)
     cluster = Cluster(1)
     stop(ray_process)
     goes_on = threading.Timer(0.5, ray_process.resume)
@@ -59,7 +59,7 @@ def test_a_raylet_that_stays_stopped_is_killed_and_named(ray_process):
 
 def test_a_raylet_of_somebody_else_that_stays_stopped_is_named_and_lives(ray_process, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("rollout.cluster.LEAVE_S", 0.2)
+    monkeypatch.setattr("rollout.workers.cluster.LEAVE_S", 0.2)
     cluster = Cluster(1)
     stop(ray_process)
     with pytest.raises(RolloutError, match=rf"Ray's raylet \(process {ray_process.pid}\) has died or was stopped, and"):
@@ -77,7 +77,7 @@ def test_what_the_gcs_server_does_not_answer_is_an_error_after_a_while(ray_proce
     def nodes() -> None:
         hangs.wait(60)
 
-    monkeypatch.setattr("rollout.cluster.ASK_S", 0.5)
+    monkeypatch.setattr("rollout.workers.cluster.ASK_S", 0.5)
     with pytest.raises(RolloutError, match="gcs_server has not answered nodes for 0.5 s.*--resume auto"):
         cluster.ask(nodes)
     ray_process.kill()
@@ -120,7 +120,7 @@ def test_a_full_object_store_is_waited_for_counted_once_and_named_if_it_stays_fu
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
 def test_a_gcs_server_under_sigstop_holds_no_question(monkeypatch):
     """The real one, which nobody watches here, as that of a cluster on other machines."""
-    monkeypatch.setattr("rollout.cluster.ASK_S", 2.0)
+    monkeypatch.setattr("rollout.workers.cluster.ASK_S", 2.0)
     cluster = Cluster(1)
     gcs = cluster.processes.pop("gcs_server")
     try:
@@ -135,10 +135,10 @@ def test_a_gcs_server_under_sigstop_holds_no_question(monkeypatch):
 
 
 OTHER = """
-import rollout.cluster
+import rollout.workers.cluster
 import os, signal, subprocess, sys
-rollout.cluster.LONGEST_FOLDER = 200
-from rollout.cluster import Seclusion
+rollout.workers.cluster.LONGEST_FOLDER = 200
+from rollout.workers.cluster import Seclusion
 seclusion = Seclusion()
 child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"])
 print(seclusion.folder, child.pid, flush=True)
@@ -155,7 +155,7 @@ def test_the_folder_and_processes_of_a_killed_run_are_removed_and_those_of_a_liv
     tmp_path, monkeypatch, how
 ):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr("rollout.cluster.LONGEST_FOLDER", 200)
+    monkeypatch.setattr("rollout.workers.cluster.LONGEST_FOLDER", 200)
     with subprocess.Popen([sys.executable, "-c", OTHER], stdin=-1, stdout=-1, text=True) as other:
         words = {*other.stdout.readline().split(), *other.stdout.readline().split()} - {"up"}
         [pid] = [word for word in words if word.isdigit()]

@@ -7,12 +7,12 @@ import torch
 from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens
 
 from policies.decoding.absorbed import AbsorbedTrunk
-from rollout import common_beginning
-from rollout.common_beginning import SHARED, beginning_of
-from rollout.engine import Engine
+from rollout.decoding import common_beginning
+from rollout.decoding.batch import Batch
+from rollout.decoding.common_beginning import SHARED, beginning_of
+from rollout.decoding.engine import Engine
 from rollout.request import Request
-from rollout.serving import Serving
-from rollout.shard import Decoding
+from rollout.requests.serving import Serving
 
 SYSTEM = prompts_of(140, seed=7)[0].token_ids
 ALIKE = [replace(prompt, token_ids=[*SYSTEM, *prompt.token_ids]) for prompt in PROMPTS]
@@ -40,11 +40,11 @@ def test_tokens_that_are_prefilled_by_hand(engine, read, monkeypatch):
     """Eight prompts of 141 to 170 tokens: four of them and then four, with padding; or 140 tokens once, and what comes
     after them in all prompts, at most 30 tokens, in one forward."""
     with torch.inference_mode():
-        Decoding(engine.decoder, ALIKE, PARAMS)
+        Batch(engine.decoder, ALIKE, PARAMS).admit_waiting()
         assert read == [140, 8 * 30]
         read.clear()
         monkeypatch.setattr(common_beginning, "SHARED", 141)
-        Decoding(engine.decoder, ALIKE, PARAMS)
+        Batch(engine.decoder, ALIKE, PARAMS).admit_waiting()
     assert read == [4 * 170, 4 * 144]
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from talks import BASE, TURNS, talked
 
-from rollout.conversations import LEAST, Conversation, Conversations
-from rollout.depth import CostTable
-from rollout.engine import Engine
+from rollout.cost_table import CostTable
+from rollout.decoding.engine import Engine
 from rollout.group import Completion, Prompt
 from rollout.request import Request
-from rollout.serving import Serving
+from rollout.requests.conversations import LEAST, Conversation, Conversations
+from rollout.requests.serving import Serving
 
 CHEAP = CostTable(rows=[1, 8], rounds=[[1.0, 1.01, 1.02], [1.0, 1.9, 2.8]], reading=0.01)
 
@@ -30,7 +30,7 @@ def compare(engine: Engine, **base) -> list[Completion]:
         assert other.cached == 0
     assert all(one.cached >= LEAST for turn, one in enumerate(kept) if turn % TURNS)
     assert not any(one.cached for one in kept[::TURNS])
-    assert len(serving.conversations.held) <= 7
+    assert len(serving.batch.conversations.held) <= 7
     return kept
 
 
@@ -87,9 +87,9 @@ def test_a_short_text_is_kept_without_the_padding_of_a_longer_one(hf_policy):
         serving.add(Request(Prompt(str(length), "", [5 + length] * length), serving.params, lambda news: None))
     while serving.busy:
         serving.round()
-    serving._keep(torch.tensor([], dtype=torch.long))
-    assert len(serving.conversations.held) == 2
-    for one in serving.conversations.held:
+    serving.batch.keep_rows(torch.tensor([], dtype=torch.long))
+    assert len(serving.batch.conversations.held) == 2
+    for one in serving.batch.conversations.held:
         latents = one.trunk.latents
         entries = latents.prefix.longest + latents.capacity
         assert entries < len(one.token_ids)
@@ -105,7 +105,7 @@ def test_what_cannot_be_kept_is_read_again(random_policy, hf_policy, kind):
         policy = random_policy(3, prompt_attention="bidirectional")
     kept, serving = served(Engine(policy, max_rows=4), 10_000, draft_tokens=0)
     assert not any(one.cached for one in kept)
-    assert serving.conversations.held == []
+    assert serving.batch.conversations.held == []
 
 
 def of(*token_ids: int) -> Conversation:

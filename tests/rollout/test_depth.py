@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from rollout.depth import CostTable, DepthController
+from rollout.cost_table import CostTable
+from rollout.drafts.depth import DepthController
 
 TABLE = CostTable(rows=[1, 4], rounds=[[10.0, 12.0, 14.0], [20.0, 28.0, 41.0]])
 

@@ -8,13 +8,13 @@ import torch
 
 MODULES = (
     "policies.logprobs",
-    "rollout.costs",
-    "rollout.depth",
+    "rollout.decoding.costs",
+    "rollout.drafts.depth",
     "rollout.drafts.speculative",
     "rollout.group",
     "rollout.rows",
     "rollout.sampling",
-    "rollout.shared_rows",
+    "rollout.decoding.shared_rows",
 )
 
 

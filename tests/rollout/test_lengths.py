@@ -1,5 +1,5 @@
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.ray_pool import Lengths
+from rollout.workers.ray_pool import Lengths
 
 
 def group(name: str, *lengths: int) -> RolloutGroup:

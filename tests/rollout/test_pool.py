@@ -24,25 +24,25 @@ import ray
 import torch
 from talks import BASE, TURNS, talked
 
-import rollout.cluster
+import rollout.workers.cluster
 from policies.openmp import WAITING
 from policies.policy import Policy, digest
 from rewards import RewardSpec, Scorer
-from rollout.cluster import start_ray
-from rollout.depth import Workload
-from rollout.engine import Engine
+from rollout.cost_table import Workload
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
-from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
-from rollout.pools import open_pool
 from rollout.publication.digests import digests
 from rollout.publication.message import Sender
-from rollout.ray_pool import Given, RayPool
+from rollout.requests.serving import Serving
 from rollout.sampling import EnvironmentSpec, SamplingParams
-from rollout.serving import Serving
-from rollout.worker import Worker
-from rollout.workers import Call
+from rollout.workers.actors import Call
+from rollout.workers.cluster import start_ray
+from rollout.workers.kinds import open_pool
+from rollout.workers.local_pool import LocalPool
+from rollout.workers.ray_pool import Given, RayPool
+from rollout.workers.worker import Worker
 
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 10 + 3 * i)]) for i in range(7)]
 PARAMS = SamplingParams(
@@ -583,10 +583,10 @@ def test_a_ray_that_does_not_start_is_named_and_leaves_nothing(monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(rollout.cluster, "_seclusion", None)
-    for name in rollout.cluster.Seclusion.VARIABLES:
+    monkeypatch.setattr(rollout.workers.cluster, "_seclusion", None)
+    for name in rollout.workers.cluster.Seclusion.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(rollout.cluster.Seclusion, "_tell_ray", lambda _: None)  # the shared cluster goes on
+    monkeypatch.setattr(rollout.workers.cluster.Seclusion, "_tell_ray", lambda _: None)  # the shared cluster goes on
     with pytest.raises(RolloutError, match=r"Ray did not start: The current node timed out.*rollout.workers=0"):
         start_ray(1)
     [process] = started
@@ -602,7 +602,7 @@ import ctypes, os, signal, sys, threading
 import ray
 from policies.policy import Policy
 from rollout.group import Prompt
-from rollout.pools import PoolOptions, open_pool
+from rollout.workers.kinds import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
 
 library, action, over, seen = ctypes.CDLL(None), ctypes.create_string_buffer(512), threading.Event(), set()
@@ -768,7 +768,7 @@ def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_a
 
         def torn(message, *arguments):
             if not sent:
-                pool.keep()
+                pool.keep_weights()
                 with torch.no_grad():
                     for parameter in policy.parameters():
                         parameter.add_(1)

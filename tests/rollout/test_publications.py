@@ -13,12 +13,12 @@ from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.depth import CostTable
-from rollout.engine import Engine
+from rollout.cost_table import CostTable
+from rollout.decoding.engine import Engine
 from rollout.group import Prompt, RolloutGroup
-from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
 from rollout.sampling import SamplingParams
+from rollout.workers.local_pool import LocalPool
 
 CHEAP = CostTable(rows=[1], rounds=[[1.0, 1.01, 1.02, 1.03, 1.04]])
 

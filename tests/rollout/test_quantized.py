@@ -15,13 +15,13 @@ from grpo.learner.likelihood import logprobs_of_groups
 from grpo.steps.publisher import Publisher
 from policies.decoding import absorbed, quantized
 from policies.decoding.linear import kind_of
+from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
-from rollout.pool import Copies
-from rollout.pools import PoolOptions, open_pool
 from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
+from rollout.workers.kinds import PoolOptions, open_pool
 
 KINDS = ("int8", "int4")
 # Of the sampler's mean |log-probability - the learner's|, in nats. This policy's weights are large, so that rounding

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import pytest
 from talks import BASE, TURNS, talked
 
-from rollout.desk import Answering, Desk
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt
-from rollout.ray_relay import CALLS, RayRelay
 from rollout.relay import Relay
 from rollout.request import Request
+from rollout.requests.desk import Answering, Desk
+from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
-from rollout.workers import Call, Workers
+from rollout.workers.actors import Call, Workers
+from rollout.workers.ray_relay import CALLS, RayRelay
 
 KEPT = 10_000
 
@@ -106,7 +106,7 @@ def test_another_call_begins_a_batch_of_its_own(taught_policy):
     assert desk.serving is before
     desk.answer(second, request, [])
     assert desk.serving is not before
-    assert desk.serving.conversations.held == []
+    assert desk.serving.batch.conversations.held == []
     desk.close()
     assert desk.serving is None
 

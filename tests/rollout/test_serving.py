@@ -8,12 +8,12 @@ import pytest
 import torch
 from engine_cases import PROMPTS, STOPS
 
-from rollout.depth import CostTable
+from rollout.cost_table import CostTable
+from rollout.decoding.engine import Engine
 from rollout.drafts.speculative import confident_drafts
-from rollout.engine import Engine
 from rollout.request import News, Request
+from rollout.requests.serving import UNREAD, Serving
 from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, pick
-from rollout.serving import UNREAD, Serving
 
 BASE = SamplingParams(group_size=1, temperature=1.0, max_completion_tokens=40, stop_token_ids=STOPS)
 
@@ -134,8 +134,8 @@ def test_a_head_that_does_not_pay_off_still_reads_in_time(policy, monkeypatch):
     serving.add(client.request)
     while serving.busy:
         serving.round()
-        depths.append(serving.undrafted == 0)
-        assert serving.live is None or int(serving.live.unread.max()) <= UNREAD + 2
+        depths.append(serving.batch.drafts.undrafted == 0)
+        assert int(serving.batch.live.unread.max()) <= UNREAD + 2
     drafts = [i for i, drafted in enumerate(depths) if drafted]
     assert [b - a for a, b in pairwise(drafts)] == [UNREAD + 1] * (len(drafts) - 1)
     assert len(drafts) == 3

@@ -8,20 +8,22 @@ import pytest
 import torch
 from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens, unrolled_logits
 
+import rollout.decoding.batch
 import rollout.rows
-import rollout.shard
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.routing.routers import RoutingRecorder
-from rollout.depth import CostTable, DepthController
+from rollout.cost_table import CostTable
+from rollout.decoding.batch import Batch
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 from rollout.drafts import head
+from rollout.drafts.depth import DepthController
 from rollout.drafts.drafts import Drafts
-from rollout.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt
-from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
 from rollout.rows import Rows
-from rollout.shard import Decoding
+from rollout.workers.local_pool import LocalPool
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,9 @@ def test_one_prefill_reads_prompts_of_like_length(policy, monkeypatch):
     monkeypatch.setattr(
         AbsorbedTrunk, "__call__", lambda trunk, ids, *rest: read.append(ids.shape) or forward(trunk, ids, *rest)
     )
-    monkeypatch.setattr(rollout.shard, "CPU_PREFILL_TOKENS", 400)
+    monkeypatch.setattr(rollout.decoding.batch, "CPU_PREFILL_TOKENS", 400)
     prompts = [Prompt(str(i), "", [2 + (i + j) % 9 for j in range(n)]) for i, n in enumerate(lengths)]
-    Decoding(Engine(policy).decoder, prompts, replace(PARAMS, group_size=1))
+    Decoding(Batch(Engine(policy).decoder, prompts, replace(PARAMS, group_size=1)))
     assert [tuple(shape) for shape in read] == [(2, 120), (4, 30), (1, 10)]
 
 
@@ -60,10 +62,11 @@ def test_contract_4_rows_that_waited_get_the_same_tokens(policy, plain, max_rows
 def test_finished_rows_leave_and_waiting_ones_take_their_places(policy, plain):
     engine = Engine(policy, max_rows=16)
     with torch.inference_mode():
-        decoding, seen = Decoding(engine.decoder, PROMPTS, replace(PARAMS, draft_tokens=2)), []
+        batch, seen = Batch(engine.decoder, PROMPTS, replace(PARAMS, draft_tokens=2)), []
+        decoding = Decoding(batch)
         while not decoding.done:
-            seen.append((decoding.alive, len(decoding.waiting)))
-            decoding.forward()
+            seen.append((batch.counts.alive, len(batch.waiting)))
+            decoding.decode_round()
     assert seen[0] == (16, 4)
     assert max(alive for alive, _ in seen) <= 16
     waiting = [count for _, count in seen]
@@ -71,20 +74,21 @@ def test_finished_rows_leave_and_waiting_ones_take_their_places(policy, plain):
     refills = [i for i in range(1, len(seen)) if waiting[i] < waiting[i - 1]]
     assert len(refills) >= 2
     assert all(seen[i][0] > 4 for i in refills)  # beside rows that were still going on
-    assert tokens(decoding.groups()) == plain
+    assert tokens(batch.groups()) == plain
 
 
 def test_a_row_ends_with_the_last_token_that_its_limit_allows(random_policy):
     """The prompt gives the first token and each forward one more. It takes no forward to see that there is no room."""
     params = replace(PARAMS, stop_token_ids=(), max_completion_tokens=5, draft_tokens=0)
     with torch.inference_mode():
-        decoding, left = Decoding(Engine(random_policy(11)).decoder, PROMPTS[:2], params), []
+        batch, left = Batch(Engine(random_policy(11)).decoder, PROMPTS[:2], params), []
+        decoding = Decoding(batch)
         for _ in range(4):  # and not until it is done, which would be never
             left.append(decoding.done)
-            decoding.forward()
+            decoding.decode_round()
     assert left == [False] * 4
     assert decoding.done
-    assert {len(ids) for ids in tokens(decoding.groups())} == {5}
+    assert {len(ids) for ids in tokens(batch.groups())} == {5}
 
 
 # ---- depths that change ----
@@ -112,10 +116,13 @@ def test_contract_3_any_sequence_of_depths_gives_the_same_tokens(policy, plain, 
 def test_the_head_begins_once_the_time_lost_without_it_is_what_reading_takes(policy, monkeypatch):
     """One row, a prompt of 12 tokens, 1 ms to read each. A round of one draft takes 11 ms instead of 10 for 1.75 tokens
     instead of 1, so 26/7 ms a token are lost: 12 ms after four rounds."""
-    depths, draft = [], Drafts.draft
-    monkeypatch.setattr(
-        Drafts, "draft", lambda self, rows, depth, *rest: depths.append(depth) or draft(self, rows, depth, *rest)
-    )
+    depths, plan = [], Drafts.plan
+
+    def noted(drafts, *rest):
+        depths.append(plan(drafts, *rest))
+        return depths[-1]
+
+    monkeypatch.setattr(Drafts, "plan", noted)
     costs = CostTable(rows=[1], rounds=[[10.0, 11.0]], reading=1.0)
     params = replace(PARAMS, group_size=1, draft_tokens=None, stop_token_ids=())
     engine = Engine(policy, costs=costs)
@@ -133,19 +140,19 @@ def test_graphs_with_drafts_wait_too_and_caches_are_no_longer_than_they_need(pol
     """1 and 2.734 tokens in 2 and 3 ms lose .903 ms a token. To read 12 tokens takes 3 ms: after four rounds."""
     costs = CostTable([1], [[10.0] * 9], graphs=[[2.0, 2.5, 9.0, 3.0]], reading=0.25)
     params = replace(PARAMS, group_size=1, draft_tokens=None, compiled=True)
-    decoding = Decoding(Engine(policy, costs=costs).decoder, prompts_of(12), params)
-    assert decoding.live is not None
-    assert [decoding.drafts.of_graph(decoding.live) for _ in range(6)] == [0] * 4 + [3, 0]  # nothing was read: again
-    assert decoding.room == params.max_completion_tokens + 4
-    assert Decoding(Engine(policy, costs=costs).decoder, prompts_of(12), replace(params, compiled=False)).room == 49
+    decoder = Engine(policy, costs=costs).decoder
+    batch = Batch(decoder, prompts_of(12), params)
+    batch.admit_waiting()
+    assert [batch.drafts.of_graph(batch.live) for _ in range(6)] == [0] * 4 + [3, 0]  # nothing was read: again
+    assert batch.room == params.max_completion_tokens + 4
+    assert Batch(decoder, prompts_of(12), replace(params, compiled=False)).room == 49
 
 
 @torch.inference_mode()
 def test_the_head_is_given_what_each_row_has_unread_in_order(policy):
     """Rows that left give it nothing, also where another row has their index now; nor do tokens that were not kept."""
-    drafter = Decoding(Engine(policy).decoder, prompts_of(12), replace(PARAMS, draft_tokens=3)).drafter
+    drafter = Batch(Engine(policy).decoder, prompts_of(12), replace(PARAMS, draft_tokens=3)).drafts.head
     assert drafter is not None
-    drafter.forget()
 
     def rows(*index: int) -> Rows:
         which = torch.tensor(index)
@@ -153,10 +160,10 @@ def test_the_head_is_given_what_each_row_has_unread_in_order(policy):
 
     def keep(live: Rows, *tokens: list[int], kept: list[int]) -> None:
         ids = torch.tensor(tokens)
-        drafter.keep(live, ids, ids[..., None].float(), torch.tensor(kept))
+        drafter.add_unread(live, ids, ids[..., None].float(), torch.tensor(kept))
 
     def taken(live: Rows, width: int) -> list[list[int]]:
-        ids, states = drafter.take(live, width)
+        ids, states = drafter.take_unread(live, width)
         assert ids.shape[1] == width
         assert torch.equal(states[..., 0], ids.float())
         return [row[:count] for row, count in zip(ids.tolist(), live.unread.tolist(), strict=True)]
@@ -189,18 +196,13 @@ def test_what_only_rows_that_left_had_is_forgotten(policy):
     """Others join where a quarter of the places is free, so that a shard that never drafts would hold ever more."""
     dear = CostTable(rows=[1], rounds=[[1.0, 9.0]])
     params = replace(PARAMS, group_size=1, draft_tokens=None)
-    decoding, most, total = (
-        Decoding(Engine(policy, max_rows=4, costs=dear).decoder, prompts_of(*[12] * 24), params),
-        0,
-        0,
-    )
-    assert decoding.drafter is not None
+    batch = Batch(Engine(policy, max_rows=4, costs=dear).decoder, prompts_of(*[12] * 24), params)
+    decoding, most, total = Decoding(batch), 0, 0
     while not decoding.done:
-        decoding.forward()
-        if decoding.live is not None:
-            held = sum(part.tokens_RS.numel() for part in decoding.drafter.unread)
-            most = max(most, held - head.MOST_HELD * int(decoding.live.unread.sum()))
-            total += int(decoding.alive)
+        decoding.decode_round()
+        held = sum(part.tokens_RS.numel() for part in batch.drafts.head.unread)
+        most = max(most, held - head.MOST_HELD * int(batch.live.unread.sum()))
+        total += batch.counts.alive
     assert total > 300
     assert most <= 16  # a few rounds of four rows
 

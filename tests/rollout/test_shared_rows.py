@@ -8,9 +8,11 @@ import torch
 from engine_cases import PARAMS, PROMPTS, completions, tokens
 
 from policies.decoding.absorbed import AbsorbedTrunk
-from rollout.engine import Engine
-from rollout.shard import Decoding
-from rollout.shared_rows import SharedDecoding, first_of, parted
+from rollout.decoding.batch import Batch
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
+from rollout.decoding.shared_rows import first_of, parted
+from rollout.drafts.drafts import Drafts
 
 
 @pytest.fixture
@@ -23,11 +25,12 @@ def rows_read(monkeypatch) -> list[int]:
     return read
 
 
-def decoded(engine, params, kind, prompts=PROMPTS):
-    decoding = kind(engine.decoder, prompts, params)
+def decoded(engine, params, shares):
+    batch = Batch(engine.decoder, PROMPTS, params, shares=shares)
+    decoding = Decoding(batch)
     while not decoding.done:
-        decoding.forward()
-    return decoding.groups()
+        decoding.decode_round()
+    return batch.groups()
 
 
 def rows(last, alive):
@@ -53,7 +56,7 @@ def test_what_has_ended_asks_for_no_row():
 def test_contract_4_shared_rows_change_no_token(policy, temperature, max_rows):
     params = replace(PARAMS, temperature=temperature, draft_tokens=0, group_size=6)
     engine = Engine(policy, max_rows=max_rows)
-    alone, shared = (decoded(engine, params, kind) for kind in (Decoding, SharedDecoding))
+    alone, shared = (decoded(engine, params, shares) for shares in (False, True))
     assert tokens(shared) == tokens(alone)
     for one, other in zip(completions(alone), completions(shared), strict=True):
         assert other.logprobs == pytest.approx(one.logprobs, abs=1e-5)
@@ -63,7 +66,7 @@ def test_contract_4_shared_rows_change_no_token(policy, temperature, max_rows):
 def test_a_group_that_agrees_is_one_row_in_an_engine_too(policy, rows_read):
     """At a temperature of almost nothing all six completions of a prompt are the same."""
     params = replace(PARAMS, temperature=1e-4, draft_tokens=0, group_size=6)
-    groups = decoded(Engine(policy), params, SharedDecoding)
+    groups = decoded(Engine(policy), params, shares=True)
     assert all(len({tuple(c.token_ids) for c in group.completions}) == 1 for group in groups)
     Engine(policy).sample(PROMPTS, params)
     assert max(rows_read) <= len(PROMPTS)
@@ -71,42 +74,43 @@ def test_a_group_that_agrees_is_one_row_in_an_engine_too(policy, rows_read):
 
 def test_contract_3_rows_part_for_good_before_they_draft(policy, monkeypatch):
     """Two rounds without drafts, then two drafts in every round: the tokens are those without any."""
-    plan, rounds = Decoding._plan, []
+    plan, rounds = Drafts.plan, []
     monkeypatch.setattr(
-        Decoding, "_plan", lambda self, live: rounds.append(0) or (plan(self, live) if len(rounds) > 2 else 0)
+        Drafts, "plan", lambda self, *rest: rounds.append(0) or (plan(self, *rest) if len(rounds) > 2 else 0)
     )
     engine, params = Engine(policy), replace(PARAMS, draft_tokens=2, group_size=6, temperature=0.5)
-    drafted = decoded(engine, params, SharedDecoding)
+    drafted = decoded(engine, params, shares=True)
     assert sum(sum(c.draft.accepted) for c in completions(drafted)) > 0
     rounds.clear()
-    assert tokens(drafted) == tokens(decoded(engine, replace(params, draft_tokens=0), Decoding))
+    assert tokens(drafted) == tokens(decoded(engine, replace(params, draft_tokens=0), shares=False))
 
 
 def test_the_routing_of_shared_rows_is_that_of_each(policy):
     params = replace(PARAMS, temperature=0.3, draft_tokens=0, group_size=6, record_routing=True)
-    alone, shared = (decoded(Engine(policy), params, kind) for kind in (Decoding, SharedDecoding))
+    alone, shared = (decoded(Engine(policy), params, shares) for shares in (False, True))
     for one, other in zip(completions(alone), completions(shared), strict=True):
         assert torch.equal(one.routing, other.routing)
 
 
 def test_contract_3_a_prompt_whose_rows_have_all_ended_disturbs_no_other(policy, monkeypatch):
     """Its rows are still there when drafts begin: the others attend to their own prompts."""
-    plan, depth = Decoding._plan, [0]
-    monkeypatch.setattr(Decoding, "_plan", lambda self, live: plan(self, live) if depth[0] else 0)
-    monkeypatch.setattr(Decoding, "_retire", lambda self: self._count())  # nothing leaves
+    plan, depth = Drafts.plan, [0]
+    monkeypatch.setattr(Drafts, "plan", lambda self, *rest: plan(self, *rest) if depth[0] else 0)
+    monkeypatch.setattr(Batch, "retire_ended", lambda self: self.count_rows())  # nothing leaves
     engine, params = Engine(policy), replace(PARAMS, draft_tokens=2, group_size=6, temperature=1.0)
-    expected = tokens(decoded(engine, replace(params, draft_tokens=0), Decoding))
+    expected = tokens(decoded(engine, replace(params, draft_tokens=0), shares=False))
     for ended in (0, 1, 2):
         depth[0] = 0
-        decoding = SharedDecoding(engine.decoder, PROMPTS, params)
+        batch = Batch(engine.decoder, PROMPTS, params, shares=True)
+        decoding = Decoding(batch)
         rows = range(6 * ended, 6 * ended + 6)
-        decoding.results.stopped[list(rows)] = True
-        decoding._count()
+        batch.results.stopped[list(rows)] = True
+        batch.count_rows()
         for _ in range(3):  # others part meanwhile
-            decoding.forward()
+            decoding.decode_round()
         depth[0] = 1
         while not decoding.done:
-            decoding.forward()
+            decoding.decode_round()
         others = [i for i in range(len(expected)) if i not in rows]
-        sampled = tokens(decoding.groups())
+        sampled = tokens(batch.groups())
         assert [sampled[i] for i in others] == [expected[i] for i in others]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from rollout.stop_strings import StopStrings

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from policies.presets import small_tokenizer
 from rewards.isolation.chat_template import render
+from rollout.environments.thoughts import TOOL, USER, costs, dropping, shown
 from rollout.group import Completion, Prompt, RolloutGroup, Segment
-from rollout.thoughts import TOOL, USER, costs, dropping, shown
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 

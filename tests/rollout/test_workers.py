@@ -8,14 +8,14 @@ import pytest
 import ray
 import torch
 
-from rollout.cluster import Seclusion, start_ray, stop_ray
 from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.places import Places, refuse_open
-from rollout.pools import PoolOptions, open_pool
 from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
-from rollout.worker import Worker
+from rollout.workers.cluster import Seclusion, start_ray, stop_ray
+from rollout.workers.kinds import PoolOptions, open_pool
+from rollout.workers.worker import Worker
 
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 10 + 3 * i)]) for i in range(6)]
 PARAMS = SamplingParams(group_size=2, max_completion_tokens=8, draft_tokens=0)

@@ -12,7 +12,7 @@ import zoo
 from grpo.config.learner import LearnerOptions
 from grpo.source.agreement import by_learner, by_sampler, check_agreement
 from rewards.group_score import GroupScore
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 

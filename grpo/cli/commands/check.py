@@ -36,10 +36,10 @@ from policies.policy import Policy, checkpoint_layers, read_tokenizer
 from policies.presets import PRESETS, small_tokenizer
 from policies.sharding import routed_experts
 from rollout.backends.stock import CACHES
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
+from rollout.environments.thoughts import dropping
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.thoughts import dropping
 
 TRANSFORMERS, OURS, TRL = "transformers", "quartet", "TRL"
 PROMPT, DECODED = 21, 8  # tokens; windows, chunks and blocks of the small model are shorter

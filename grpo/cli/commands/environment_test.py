@@ -132,9 +132,11 @@ class Stage:
         params = SamplingParams(group_size=2, max_completion_tokens=MOST_TOKENS, environment=self.arena.spec)
         rows = [play.example for play in plays]
         episodes = Episodes(self.arena, params)
-        begun = episodes.begin([Prompt(e.example_id, f"{e.question}\n", [0], e.columns, e.messages) for e in rows])
+        begun = episodes.begin_episodes(
+            [Prompt(e.example_id, f"{e.question}\n", [0], e.columns, e.messages) for e in rows]
+        )
         first = {i: prompt.messages or [] for i, prompt in enumerate(begun) if isinstance(prompt, Prompt)}
-        episodes.keep([i in first for i in range(len(rows))])
+        episodes.keep_prompts([i in first for i in range(len(rows))])
         own = [plays[episode.number] for episode in episodes.episodes]
         scripts = [chain(play.turns, repeat(play.turns[-1] if play.endless else "")) for play in own]
         completions = [Completion([], [], "", "stop", 0) for _ in scripts]

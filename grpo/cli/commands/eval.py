@@ -33,11 +33,11 @@ from policies.policy import Policy
 from rewards.config.data import SourceOptions
 from rewards.data.examples import default_held_out_split
 from rewards.group_score import GroupScore
-from rollout.depth import Workload
+from rollout.cost_table import Workload
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
-from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
+from rollout.workers.kinds import PoolOptions, open_pool
 
 COMPLETIONS = "completions.jsonl"
 

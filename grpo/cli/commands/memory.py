@@ -211,7 +211,7 @@ class MemoryOfRun:
         copy = storage_bytes(tensors_of(policy))
         sampler = DeviceMemory("sampler", sampler=copy, rollout=cache + logits, host=copy)
         if rollout.backend == "vllm":
-            from rollout.backends.vllm.settings import KV_CACHE_BYTES
+            from rollout.vllm.settings import KV_CACHE_BYTES
 
             vllm_cache = 0 if on_gpu else rollout.vllm.engine.get("kv_cache_memory_bytes", KV_CACHE_BYTES)
             elsewhere = DeviceMemory("sampler")

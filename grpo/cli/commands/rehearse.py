@@ -38,8 +38,8 @@ from rewards.commands.probes import misprint
 from rewards.config.data import is_chat
 from rewards.scorer import BATCH
 from rewards.ties import tied
+from rollout.environments.thoughts import TOOL, dropping
 from rollout.group import Prompt
-from rollout.thoughts import TOOL, dropping
 
 SAMPLED, TRIED = 400, 20  # examples whose tokens are counted, and those that rewards are tried on
 MANY = 0.1  # a share of examples that is no accident

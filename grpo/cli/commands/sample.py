@@ -20,7 +20,7 @@ from rewards.config.json_file import parse_json, unfit
 from rewards.data.examples import Example, beyond_context, load_examples
 from rollout.faults import RolloutError
 from rollout.group import RolloutGroup
-from rollout.pools import PoolOptions, open_pool
+from rollout.workers.kinds import PoolOptions, open_pool
 
 
 def prompts_of(texts: Sequence[str], file: Path | None) -> list[Example]:

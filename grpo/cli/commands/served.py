@@ -79,7 +79,7 @@ class ServedPool:
         text = template.render(example) if messages is None else "".join(f"{m['content']}\n" for m in messages)
         return Prompt(example.example_id, text, [], example.columns, messages)
 
-    def keep(self) -> None:
+    def keep_weights(self) -> None:
         """Does nothing: its weights do not change."""
 
     def sample(

@@ -37,9 +37,9 @@ from policies.lora import reach, reach_in_words
 from policies.mtp import MTPHead
 from rewards.config.data import names_of
 from rewards.console import Terminal, visible
-from rollout.depth import tokens_per_forward
+from rollout.drafts.depth import tokens_per_forward
+from rollout.environments.thoughts import dropping
 from rollout.group import Completion, RolloutGroup
-from rollout.thoughts import dropping
 
 STYLES = ("", "green", "bold green", "bold cyan", "bold blue")  # by depth; deeper ones look like the last
 LEGEND = Text.assemble(

@@ -78,7 +78,7 @@ class Migration:
                 self.lacks(name, value)
 
     def sample_with_vllm(self, option: str, value: Any, engine: Mapping[str, Any]) -> None:
-        from rollout.backends.vllm.process import interpreter  # it loads torch
+        from rollout.vllm.process import interpreter  # it loads torch
 
         if interpreter().is_file():
             self.put("rollout.backend", "vllm")

@@ -22,8 +22,8 @@ from grpo.cli.commands.served import key_of
 from grpo.cli.config.serve import MOST_WAITING, SHUTDOWN_S, WAIT_S, ServeConfig
 from grpo.run.listening import listen
 from grpo.source.policy_source import PolicySource, find_policy
-from rollout.depth import Workload
-from rollout.engine import Engine
+from rollout.cost_table import Workload
+from rollout.decoding.engine import Engine
 
 if TYPE_CHECKING:
     from grpo.endpoint.served import Served

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from grpo.cli.launch import launch
 from grpo.run import checkpoint
 from grpo.run.records import read_metrics
-from rollout.cluster import Seclusion
+from rollout.workers.cluster import Seclusion
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_ray_train_is_asked_for_a_gpu_for_each_rank(monkeypatch, micro_config, t
             return SimpleNamespace(return_value=None)
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
-    monkeypatch.setattr("rollout.cluster.start_ray", lambda *_: None)
+    monkeypatch.setattr("rollout.workers.cluster.start_ray", lambda *_: None)
     monkeypatch.setattr("grpo.cli.launch.device_of", lambda _: torch.device("cuda"))
     given = {"learner.workers": 2, "rollout.workers": 2, "threads": 3}
     launch(micro_config(tmp_path / "r", **given))

@@ -32,12 +32,12 @@ from grpo.task.task import Task
 from policies.conversion.head import start_head
 from policies.policy import Policy
 from rewards.config.options import load
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
 from rollout.sampling import FULL_ROW, SamplingParams, row_key
+from rollout.workers.local_pool import LocalPool
 
 STEPS, EPOCHS = 3, 4
 

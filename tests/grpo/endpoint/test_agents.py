@@ -27,8 +27,8 @@ from rewards.group_score import RewardFailed
 from rewards.protocol import RewardError
 from rewards.records import read_rollouts
 from rollout.group import Prompt
-from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
+from rollout.workers.kinds import PoolOptions, open_pool
 
 AGENTS = Path(__file__).parents[2] / "cases/agents.py"
 ONCE, TWICE = f"{AGENTS}:once", f"{AGENTS}:twice"

@@ -16,7 +16,7 @@ from grpo.endpoint.episode import Episode
 from grpo.learner.batch import collate
 from grpo.learner.prepare import estimate, pack
 from rewards.group_score import GroupScore
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.relay import Relay
 from rollout.request import Request

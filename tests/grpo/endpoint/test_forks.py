@@ -31,7 +31,7 @@ from policies.presets import small_tokenizer
 from rewards.group_score import GroupScore
 from rewards.isolation.chat_template import render
 from rewards.records import read_rollouts
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 

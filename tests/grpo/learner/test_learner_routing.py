@@ -12,7 +12,7 @@ from grpo.train import train
 from policies.routing.replay import RoutingReplay
 from policies.routing.routers import RoutingRecorder, routers
 from rewards.group_score import GroupScore
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 

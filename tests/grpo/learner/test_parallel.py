@@ -321,7 +321,7 @@ def test_sigterm_to_every_rank_saves_and_ends_all_of_them(run, tmp_path):
 STOPS = """
 import os, runpy, signal, sys
 import grpo.session, grpo.steps.pool
-from rollout.depth import Workload
+from rollout.cost_table import Workload
 
 def costs(run, task, pool, *_):
     os.kill(os.getpid(), signal.SIGTERM)

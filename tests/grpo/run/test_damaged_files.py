@@ -37,7 +37,8 @@ from rewards.config.options import load
 from rewards.config.yaml_file import changed_options
 from rewards.data.examples import load_examples
 from rewards.records import read_rollouts, recorded_steps
-from rollout.depth import CostTable, DepthController
+from rollout.cost_table import CostTable
+from rollout.drafts.depth import DepthController
 
 PRINTED = (ValueError, OSError, *(getattr(import_module(module), name) for module, name in EXPECTED.items()))
 CHAOS = int(os.environ.get("QUARTET_CHAOS", "1"))

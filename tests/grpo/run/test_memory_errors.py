@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import rollout.engine
+import rollout.decoding.engine
 from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.parse import main
 from grpo.config.learner import LearnerOptions
@@ -17,7 +17,7 @@ from grpo.learner.likelihood import Likelihood
 from grpo.run.memory_errors import NAMES, WAYS, OutOfMemory, is_full, phase
 from policies.policy import Policy
 from rewards.config.options import load
-from rollout.local_pool import LocalPool
+from rollout.workers.local_pool import LocalPool
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.06 GiB is "
@@ -29,14 +29,14 @@ PLACES = {
     "evaluating": (LocalPool, "sample", "lower rollout.max_completion_tokens=6"),
     "sampling": (LocalPool, "sample", "lower rollout.prompts_per_shard=2, lower rollout.max_completion_to"),
     "learning": (Likelihood, "forward", "lower learner.tokens_per_micro_batch=8192, set learner.gradient_check"),
-    "publishing": (rollout.engine.Engine, "publish", "set rollout.workers: 1"),
+    "publishing": (rollout.decoding.engine.Engine, "publish", "set rollout.workers: 1"),
     "stepping": (torch.optim.AdamW, "step", "start more processes, which share the weights (learner.parallel.fsdp)"),
 }
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_a_run_says_in_one_message_what_was_going_on_and_what_to_lower(name, run_words, tmp_path, monkeypatch, capsys):
-    sample, forward = rollout.engine.Engine.sample, Likelihood.forward
+    sample, forward = rollout.decoding.engine.Engine.sample, Likelihood.forward
 
     def full(*given, **named):
         if name == "learning" and not torch.is_grad_enabled():  # the canaries of a publication

@@ -30,7 +30,7 @@ from policies.policy import Policy, PolicyError
 from rewards.config import names
 from rewards.config.options import dump_yaml, load
 from rewards.records import read_rollouts
-from rollout.cluster import start_ray
+from rollout.workers.cluster import start_ray
 
 STEPS = 5
 CURRICULUM = {"curriculum.steps": 4, "curriculum.shortest_share": 0.5}

@@ -27,9 +27,9 @@ from grpo.train import train
 from policies import tensor_files
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.records import read_rollouts
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
-from rollout.local_pool import LocalPool
+from rollout.workers.local_pool import LocalPool
 
 SLOW = [pytest.mark.slow, pytest.mark.long]
 SMALL = {"data.limit": 10, "learner.tokens_per_micro_batch": 64, "checkpoint.every": 100}

@@ -31,8 +31,8 @@ from grpo.task.task import Task
 from grpo.train import train
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.records import read_rollouts
-from rollout.cluster import start_ray
-from rollout.local_pool import LocalPool
+from rollout.workers.cluster import start_ray
+from rollout.workers.local_pool import LocalPool
 
 SMALL = {"prompts_per_step": 2, "rollout.max_completion_tokens": 6}
 RUN = SMALL | {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2, "warm_start.steps": 0}
@@ -294,7 +294,7 @@ def by_hand(ahead: int, collect, **given) -> Batches:
     learner.state = lambda: [{"policy": {"w": torch.tensor(learner.policy_version)}}]
     collector = SimpleNamespace(prompt=None, state_dict=lambda: {"order": 1}, version=0)
     collector.collect = lambda step, quiet=False: collect(step, quiet, collector.version)
-    collector.pool = SimpleNamespace(keep=lambda: run.done.append(("keep", batches.next)))
+    collector.pool = SimpleNamespace(keep_weights=lambda: run.done.append(("keep", batches.next)))
     collector.snapshot = lambda: f"before {batches.next}"
     collector.put_back = lambda before: run.done.append(before)
     collector.load_state_dict = lambda state: run.done.append(state["order"])

@@ -22,9 +22,9 @@ from rewards.data.examples import Example
 from rewards.group_score import GroupScore, RewardFailed, RewardFailure
 from rewards.records import read_rollouts
 from rewards.verdicts import Verdicts
-from rollout.depth import head_accepted
+from rollout.drafts.depth import head_accepted
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
-from rollout.local_pool import LocalPool
+from rollout.workers.local_pool import LocalPool
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from grpo.run.stop import Stopped, signals
 from grpo.steps.pool import open_run_pool
 from grpo.task.task import Task
 from grpo.train import train
-from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
+from rollout.workers.local_pool import LocalPool
 
 ROOT = Path(__file__).parents[3]
 

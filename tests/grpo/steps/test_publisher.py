@@ -24,14 +24,14 @@ from grpo.steps import publisher as module
 from grpo.steps.publisher import Publisher
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.cluster import start_ray
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt
-from rollout.local_pool import LocalPool
 from rollout.pool import Pool, PoolOptions
-from rollout.pools import open_pool
 from rollout.sampling import SamplingParams
+from rollout.workers.cluster import start_ray
+from rollout.workers.kinds import open_pool
+from rollout.workers.local_pool import LocalPool
 
 PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=12, draft_tokens=2)
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 14 + i)]) for i in range(3)]

@@ -11,7 +11,7 @@ from grpo.tinker.trainer import Spec, Trainer
 from grpo.tinker.wire import Refused
 from policies import tensor_files
 from policies.logprobs import logprobs_from_hidden
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 

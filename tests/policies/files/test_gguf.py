@@ -10,7 +10,7 @@ from policies.files import gguf
 from policies.paths import Paths
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from policies.presets import small_tokenizer
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 from tests.cases.gemma_gguf import write_gemma_gguf

@@ -36,7 +36,7 @@ from policies.conversion.dense import convert_dense
 from policies.policy import Policy, PolicyError
 from policies.routing.heads import DynamicHeadsForCausalLM, head_weights, with_dynamic_heads
 from policies.routing.routers import routers
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 
 CPU = torch.device("cpu")
 FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}

@@ -10,12 +10,12 @@ from policies.attention import attending_by
 from policies.paths import Paths
 from policies.policy import Policy, PolicyError
 from rollout.backends.hf import _attend
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
-from rollout.local_pool import LocalPool
-from rollout.pools import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
+from rollout.workers.kinds import PoolOptions, open_pool
+from rollout.workers.local_pool import LocalPool
 
 STOPS = tuple(range(7, 280, 15))
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 8 + n)]) for i, n in enumerate((9, 1, 17, 4, 4, 30))]

@@ -9,11 +9,11 @@ import torch
 
 from policies.paths import Paths
 from policies.policy import Policy
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.group import Completion, Prompt
 from rollout.request import News, Request
+from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
 
 CONTEXT = 32
 BASE = SamplingParams(group_size=1, stop_token_ids=(), seed=3)
@@ -71,8 +71,8 @@ def served(engine: Engine, clients: Iterator[Client], rounds: int) -> tuple[list
             asked.append(next(clients))
             serving.add(asked[-1].request)
         serving.round()
-        longest = int(serving.cache.lengths_R.max())
-        widths.append((max(part.length for part in serving.cache.parts), longest))
+        longest = int(serving.batch.reader.cache.lengths_R.max())
+        widths.append((max(part.length for part in serving.batch.reader.cache.parts), longest))
     return [client for client in asked if client.completion is not None], widths
 
 

@@ -15,12 +15,13 @@ from rollout.compiled.graph import Bucket, Inputs, Round, weights
 from rollout.compiled.recorded import RecordedRound
 from rollout.compiled.rounds import Graphs
 from rollout.compiled.store import SMALL, CompiledRound
-from rollout.depth import FEW_ROWS, CostTable, draft_gain
-from rollout.engine import Engine
+from rollout.cost_table import FEW_ROWS, CostTable
+from rollout.decoding.engine import Engine
+from rollout.drafts.depth import draft_gain
 from rollout.group import Prompt, RolloutGroup
 from rollout.request import Request
+from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
 
 CASES = {
     "one row": (PROMPTS[:1], replace(PARAMS, group_size=1)),

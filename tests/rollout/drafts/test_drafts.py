@@ -8,13 +8,15 @@ import pytest
 import torch
 from engine_cases import PARAMS, completions, prompts_of
 
-from rollout.depth import CostTable, Patience, draft_gain
+from rollout.cost_table import CostTable
+from rollout.decoding.batch import Batch
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
+from rollout.drafts.depth import Patience, draft_gain
 from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.head import MOST_HELD, Drafter
-from rollout.engine import Engine
 from rollout.group import Completion, DraftStats, RolloutGroup
 from rollout.rows import Prefilled, Rows
-from rollout.shard import Decoding
 
 FREE = replace(PARAMS, group_size=1, draft_tokens=None, max_completion_tokens=20, stop_token_ids=())
 
@@ -36,13 +38,13 @@ def test_a_prompt_that_joins_after_the_head_has_begun_is_read_at_once_and_counte
     plain = Engine(policy).sample(prompts_of(12, 12, 12), replace(FREE, draft_tokens=0))
     _, *both = (one.token_ids for one in completions(plain))  # the last two are decoded first
     stop = next(token for token in both[0][4:] if token not in [*both[0][:4], *both[1]])
-    begun, begin = [], Drafts.begin
+    begun, begin = [], Drafts.add_prompts
 
     def noted(drafts, prefilled):
         begun.append(drafts.head.cache is not None)
         begin(drafts, prefilled)
 
-    monkeypatch.setattr(Drafts, "begin", noted)
+    monkeypatch.setattr(Drafts, "add_prompts", noted)
     monkeypatch.setattr(Drafts, "add_cost", lambda *given, **named: None)
     engine = Engine(policy, costs=costs, max_rows=2)
     found = completions(engine.sample(prompts_of(12, 12, 12), replace(FREE, stop_token_ids=(stop,))))
@@ -63,6 +65,12 @@ class Head:
 
 DEEP = CostTable(rows=[1], rounds=[[10.0, 11.0, 12.0, 13.0, 14.0]], reading=0.25)
 SHALLOW = replace(DEEP, rounds=[[10.0, 11.0, 12.0]])
+
+
+def got(drafted=0, kept=(), accepted=()) -> SimpleNamespace:
+    """What rows got of a round, as far as drafts are told of it."""
+    drafts = Drafted(torch.zeros(len(kept), drafted)) if drafted else None
+    return SimpleNamespace(drafted=drafts, kept=torch.tensor(kept), accepted=torch.tensor(accepted))
 
 
 @pytest.fixture
@@ -99,10 +107,10 @@ def test_what_can_be_drafted(drafts_of, given, depth, has_head):
     if drafts.head:
         assert drafts.head.given[2:] == (drafts.room, 7, depth + 1)
     else:
-        drafts.begin(None)
-        drafts.keep(None, None, None, None)
+        drafts.add_prompts(None)
+        drafts.add_verified(None, None, None, None)
         drafts.catch_up(None, False)
-        assert (drafts.of_graph(None), drafts.draft(None, 1, None, 1.0)) == (0, None)
+        assert (drafts.of_graph(None), drafts.plan(None, 1, 9)) == (0, 0)
 
 
 def test_the_plan_of_a_fixed_number(drafts_of):
@@ -110,7 +118,7 @@ def test_the_plan_of_a_fixed_number(drafts_of):
     assert [drafts.plan(None, 1, most) for most in (-1, 0, 1, 2, 9)] == [0, 0, 1, 2, 2]
     assert drafts_of(0).plan(None, 1, 9) == drafts_of().plan(None, 1, 9) == 0
     assert drafts.of_graph(None) == 2
-    drafts.observe(None, 1, None, None)
+    drafts.observe(None, 1, got(drafted=2))
 
 
 @pytest.mark.parametrize(
@@ -134,13 +142,12 @@ def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
     """Eight missed tokens take 2 ms, and a prompt of six that joins later 1.5."""
     drafts, live, prompts = drafts_of(None, DEEP), object(), SimpleNamespace(token_ids_PT=torch.zeros(2, 3))
     head = drafts.head
-    drafts.begin(prompts)
+    drafts.add_prompts(prompts)
     assert drafts.cost == 0
     head.cache = "cache"
-    drafts.begin(prompts)
-    drafts.keep(live, "tokens", "hidden", "kept")
+    drafts.add_prompts(prompts)
+    drafts.add_verified(live, "tokens", "hidden", "kept")
     former = drafts.reading
-    assert drafts.draft(live, 0, "noise", 0.5) is None
     assert drafts.draft(live, 2, "noise", 0.5) == Drafted(live, 2)
     assert drafts.reading is not former
     assert isinstance(drafts.reading, Patience)
@@ -148,27 +155,27 @@ def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
     assert head.asked[-1][0] == "draft"
     drafts.catch_up(live, fits=False)
     assert head.asked == [
-        ("hold", (prompts,)),
-        ("hold", (prompts,)),
-        ("keep", (live, "tokens", "hidden", "kept")),
+        ("add_prompts", (prompts,)),
+        ("add_prompts", (prompts,)),
+        ("add_unread", (live, "tokens", "hidden", "kept")),
         ("draft", (live, 2, "noise", 0.5)),
         ("read_ahead", (live,)),
     ]
     assert drafts.cost == 1.5 + 3 * 2
-    drafts.add_cost(2, None, torch.tensor([1, 1]), False)
+    drafts.add_cost(2, got(kept=[1, 1]), False)
     assert (drafts.cost, drafts.plain_cost) == (17.5, 10)
-    drafts.add_cost(2, Drafted(torch.zeros(2, 3)), torch.tensor([4, 2]), False)
+    drafts.add_cost(2, got(drafted=3, kept=[4, 2]), False)
     assert (drafts.cost, drafts.plain_cost) == (30.5, 40)  # three tokens of each row in 13 ms
-    drafts.add_cost(1, None, torch.tensor([1]), True)
+    drafts.add_cost(1, got(kept=[1]), True)
     assert drafts.cost == float("inf"), "graphs were not measured"
     many = drafts_of(None, CostTable([1, 128, 256], [[1, 1.1], [9, 12], [15]]))
-    many.add_cost(130, Drafted(torch.zeros(130, 1)), torch.tensor([2] * 130), False)
+    many.add_cost(130, got(drafted=1, kept=[2] * 130), False)
     assert math.isfinite(many.cost), "of more rows than drafts were measured for"
     fixed = drafts_of(2)
     fixed.head.cache = "cache"
-    fixed.begin(prompts)
+    fixed.add_prompts(prompts)
     fixed.catch_up(live, fits=True)
-    fixed.add_cost(1, None, torch.tensor([1]), False)
+    fixed.add_cost(1, got(kept=[1]), False)
     assert (fixed.cost, fixed.plain_cost) == (0, 0)
 
 
@@ -184,7 +191,7 @@ def test_costs_are_shared_by_forwards_and_what_was_accepted_is_told(drafts_of):
         assert (completion.draft.cost, completion.draft.plain_cost) == costs
     drafts.controller.observe = lambda *given: told.append(given)
     live = SimpleNamespace(alive=torch.tensor([True, False, True]))
-    drafts.observe(live, 2, Drafted(torch.zeros(3, 2)), torch.tensor([2, 1, 1]))
+    drafts.observe(live, 2, got(drafted=2, kept=[1, 1, 1], accepted=[2, 1, 1]))
     assert told == [(2, [2, 1])]
 
 
@@ -213,13 +220,13 @@ def test_what_was_put_together_is_not_of_a_row_that_comes_after_it(policy):
 
         live = started(*range(6))
         for _ in range(2):
-            drafter.keep(live, torch.full((6, 2), 7), torch.ones(6, 2, width), torch.full((6,), 2))
+            drafter.add_unread(live, torch.full((6, 2), 7), torch.ones(6, 2, width), torch.full((6,), 2))
         live = live.select(torch.tensor([0]))
         put_together(drafter, live)
         assert len(drafter.unread) == 1
         new = started(0, number=drafter.number)
-        drafter.keep(new, torch.tensor([[8, 9]]), torch.ones(1, 2, width), torch.tensor([1]))
-        tokens, _ = drafter.take(new, int(new.unread.max()))
+        drafter.add_unread(new, torch.tensor([[8, 9]]), torch.ones(1, 2, width), torch.tensor([1]))
+        tokens, _ = drafter.take_unread(new, int(new.unread.max()))
         assert tokens.tolist() == [[8]]
 
 
@@ -237,10 +244,11 @@ def test_a_head_that_never_drafts_holds_the_prompts_of_live_rows_only(policy):
     engine, prompts = Engine(policy, costs=dear, max_rows=8), prompts_of(*range(1, 31))
     params = replace(PARAMS, draft_tokens=None, group_size=2, max_completion_tokens=12)
     with torch.inference_mode():
-        decoding = Decoding(engine.decoder, prompts, params)
+        batch = Batch(engine.decoder, prompts, params)
+        decoding = Decoding(batch)
         most = 0
         while not decoding.done:
-            decoding.forward()
-            most = max(most, sum(len(part.numbers_P) for part in decoding.drafter.prefilled))
-    assert sum(decoding.groups()[-1].completions[0].draft.drafted) == 0
+            decoding.decode_round()
+            most = max(most, sum(len(part.numbers_P) for part in batch.drafts.head.prefilled))
+    assert sum(batch.groups()[-1].completions[0].draft.drafted) == 0
     assert most <= MOST_HELD * 8 // 2

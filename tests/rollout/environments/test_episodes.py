@@ -20,7 +20,7 @@ from grpo.learner.row import PackedRow, Sample
 from policies.logprobs import token_logprobs
 from policies.paths import Paths
 from rewards.episode import ToolStats
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.environments.episodes import Arena, Episode, Episodes, first_messages
 from rollout.environments.format import Call, Turn
 from rollout.environments.protocol import chosen, columns_of, seeds
@@ -349,7 +349,7 @@ def test_the_beginning_and_the_turns_of_episodes_by_hand():
     answers.append([{"observation": said} for said in ("!", "!", "one", "other", None, None, None, None)])
     answers[0][5] = {"kind": "died", "message": "m"}
     sent = {"a": {"x": 1}, "b": {"x": object()}}
-    begun = episodes.begin([Prompt(name, name, [7], sent.get(name, {})) for name in "abcde"])
+    begun = episodes.begin_episodes([Prompt(name, name, [7], sent.get(name, {})) for name in "abcde"])
     assert (begun[0].text, begun[0].token_ids, begun[0].messages) == ("[2]", [2], [{"role": "user", "content": "a!"}])
     assert "prompt 'b': column 'x' cannot be sent" in begun[1]
     assert "prompt 'c': reset gave the rollouts of one group different texts" in begun[2]
@@ -357,7 +357,7 @@ def test_the_beginning_and_the_turns_of_episodes_by_hand():
     assert told == [[(f"2/0/{name}/{sample}", [], []) for name in "acde" for sample in (0, 1)]]
     assert episodes.episodes[1].request["columns"] == {"x": 1}
     assert episodes.episodes[1].request["seeds"] == list(seeds(episodes.params, "a", 1))
-    episodes.keep([True, False, False, False, True])
+    episodes.keep_prompts([True, False, False, False, True])
     one, two, three, four = episodes.episodes
     assert (one.begins, one.length) == (0, 0)
 

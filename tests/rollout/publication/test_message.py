@@ -10,11 +10,11 @@ import torch
 
 import rollout.publication.message
 from policies.policy import Policy
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.publication.digests import digests
 from rollout.publication.message import Message, Moved, Sender, pack, unpack
-from rollout.worker import Receiver
+from rollout.workers.worker import Receiver
 
 TARGETS = {"attention": ["o_proj", "kv_b_proj"], "everything": ["o_proj", "experts", "router", "lm_head", "mtp"]}
 
@@ -42,7 +42,7 @@ def take(sender: Sender, weights, version: int) -> Message:
 def given(worker: Receiver, to: Receiver) -> dict:
     """What a worker holds that has got everything from another."""
     for message in worker.messages(20_000):
-        held = to.take(message)
+        held = to.take_message(message)
     return held
 
 
@@ -69,9 +69,9 @@ def test_a_new_worker_gets_everything_and_one_that_missed_a_version_refuses_the_
     learn(policy)
     message = take(sender, policy.publication(), 1)
     with pytest.raises(RolloutError, match="holds policy version -1, and what it got follows version 0"):
-        worker.take(message)
+        worker.take_message(message)
     [again] = sender.again()
-    assert worker.take(again) == digests(policy.weights())
+    assert worker.take_message(again) == digests(policy.weights())
     assert again.bytes > message.bytes
 
 
@@ -83,14 +83,14 @@ def test_a_worker_gives_another_one_what_it_holds(random_policy, targets):
         policy.add_lora(2, 4.0, TARGETS[targets])
     sender, workers = Sender(), [receiver(policy), receiver(policy)]
     for version in range(2):
-        workers[0].take(take(sender, policy.publication(), version))
+        workers[0].take_message(take(sender, policy.publication(), version))
         learn(policy) if version == 0 else None
     assert given(*workers) == digests(policy.weights())
     assert workers[1].engine.version == 1
     learn(policy)
     message = take(sender, policy.publication(), 2)
     for worker in workers:
-        assert worker.take(message) == digests(policy.weights())
+        assert worker.take_message(message) == digests(policy.weights())
 
 
 @pytest.mark.parametrize("targets", [None, *TARGETS])
@@ -100,16 +100,16 @@ def test_what_is_kept_is_given_again_after_the_learner_has_moved_on(random_polic
         policy.add_lora(2, 4.0, TARGETS[targets])
     sender, worker, former = Sender(), receiver(policy), receiver(policy)
     for message in sender.messages(policy.publication(), 0):
-        former.take(message)
+        former.take_message(message)
     published = digests(policy.weights())
-    sender.keep()
+    sender.copy_weights()
     learn(policy)
     [again] = sender.again()
-    assert worker.take(again) == published != digests(policy.weights())
+    assert worker.take_message(again) == published != digests(policy.weights())
     change = take(sender, policy.publication(), 1)  # the next publication follows as if nothing had been kept
     assert (change.since == 0) == bool(targets)
     for each in (worker, former):
-        assert each.take(change) == digests(policy.weights())
+        assert each.take_message(change) == digests(policy.weights())
     learn(policy)
     with pytest.raises(Moved):
         list(sender.again())
@@ -119,9 +119,9 @@ def test_parts_of_two_publications_are_not_mixed(random_policy):
     policy = random_policy(3)
     sender, worker = Sender(part_bytes=20_000), receiver(policy)
     first, second = (list(sender.messages(policy.weights(), version)) for version in range(2))
-    assert [worker.take(part) for part in (*first[:2], second[0], *first[2:])][-1] == {}
+    assert [worker.take_message(part) for part in (*first[:2], second[0], *first[2:])][-1] == {}
     assert worker.engine.version == -1
-    assert [worker.take(part) for part in second][-1] == digests(policy.weights())
+    assert [worker.take_message(part) for part in second][-1] == digests(policy.weights())
     assert worker.engine.version == 1
 
 

@@ -36,10 +36,10 @@ from policies.anatomy import anatomy
 from policies.logprobs import CHUNK_ELEMENTS
 from policies.policy import Policy, PolicyError, read_config, read_tokenizer
 from rewards.config.options import load
-from rollout.backends.vllm.settings import KV_CACHE_BYTES
-from rollout.local_pool import LocalPool
 from rollout.pool import PoolOptions
-from rollout.worker import Worker
+from rollout.vllm.settings import KV_CACHE_BYTES
+from rollout.workers.local_pool import LocalPool
+from rollout.workers.worker import Worker
 
 ROOT = Path(__file__).parents[4]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -19,8 +19,8 @@ from grpo.endpoint import connections, served
 from grpo.endpoint.asked import ChatAsked
 from grpo.endpoint.connections import most_connections, settings
 from rewards.config.json_file import parse_json
+from rollout.decoding.shard import Decoding
 from rollout.request import Request
-from rollout.serving import Serving
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "word " * 10_000}}
 
@@ -204,13 +204,13 @@ def test_a_client_that_reads_nothing_is_left(monkeypatch):
 
 
 def test_at_the_end_of_the_grace_period_requests_get_an_error(model, monkeypatch, capfd):
-    forward = Serving.forward
+    forward = Decoding.decode_round
 
     def slowly(self):
         time.sleep(0.05)
         forward(self)
 
-    monkeypatch.setattr(Serving, "forward", slowly)
+    monkeypatch.setattr(Decoding, "decode_round", slowly)
     server = Running(model, shutdown_s=0.2, max_batch_size=2, **{"rollout.draft_tokens": 0})
     asked = [server.begins({"stream": False}), server.begins({"stream": True}), half(server.address)]
     until(lambda: server.batcher.rows == 2)

@@ -24,22 +24,22 @@ from grpo.endpoint import app as application
 from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
 from rewards.config.options import load
-from rollout.engine import Engine
+from rollout.decoding.engine import Engine
+from rollout.decoding.shard import Decoding
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
-from rollout.serving import Serving
 
 
 @pytest.fixture
 def slow(monkeypatch):
     """Rounds take long enough for the test to act in between, and nothing ends at a stop token."""
-    forward = Serving.forward
+    forward = Decoding.decode_round
 
     def slowly(self):
         time.sleep(0.02)
         forward(self)
 
-    monkeypatch.setattr(Serving, "forward", slowly)
+    monkeypatch.setattr(Decoding, "decode_round", slowly)
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +299,7 @@ def test_a_fault_of_the_engine_is_told_and_the_next_request_is_served(running, m
         raise MemoryError("none left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Serving, "forward", broken)
+        patch.setattr(Decoding, "decode_round", broken)
         status, answer, _ = running.ask("/v1/completions", {"model": "micro", "prompt": "1 + 1", "seed": 1})
     assert (status, answer["error"]["type"]) == (500, "server_error")
     assert "MemoryError: none left" in answer["error"]["message"]

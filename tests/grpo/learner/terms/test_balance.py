@@ -14,7 +14,7 @@ from grpo.learner.prepare import supervised
 from grpo.learner.row import PackedRow, Sample
 from policies.policy import Policy, digest
 from rewards.group_score import GroupScore
-from rollout.pools import open_pool
+from rollout.workers.kinds import open_pool
 
 ALL = {"bias_rate": 0.01, "entropy_weight": 0.1, "sequence_weight": 0.1}
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]

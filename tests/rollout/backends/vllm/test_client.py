@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from local_server import serving
 
-from rollout.backends.vllm.client import PROTOCOL, Client, Lost
 from rollout.faults import RolloutError
+from rollout.vllm.client import PROTOCOL, Client, Lost
 
 STATE = {"protocol": PROTOCOL, "vllm": "0.32.0", "on_cpu": True, "tried": True, "tried_versions": ["0.32.0"]}
 

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from policies.presets import small_tokenizer
-from rollout.backends.vllm.completions import Row, draft_stats, seed_of
 from rollout.group import Completion, DraftStats, Prompt
 from rollout.sampling import SamplingParams
+from rollout.vllm.completions import Row, draft_stats, seed_of
 
 TOKENIZER = small_tokenizer(["two and three is five"])
 

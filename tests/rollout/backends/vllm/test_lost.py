@@ -19,15 +19,15 @@ from talking import Talking
 from vllm_cases import gone
 
 from policies.policy import Policy
-from rollout.backends.vllm import pool as pool_module
-from rollout.backends.vllm.pool import VLLMPool
-from rollout.backends.vllm.process import VLLMProcess
-from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
 from rollout.group import Completion, RolloutGroup
 from rollout.pool import PoolOptions
 from rollout.request import Request
 from rollout.sampling import EnvironmentSpec, SamplingParams
+from rollout.vllm import pool as pool_module
+from rollout.vllm.pool import VLLMPool
+from rollout.vllm.process import VLLMProcess
+from rollout.vllm.settings import VLLMSettings
 
 PROMPTS, CANARIES = prompts_of(9, 1, 17), prompts_of(4)
 PARAMS = SamplingParams(3, 0.7, 8, seed=5, step=2)
@@ -75,7 +75,7 @@ def fake_servers(monkeypatch, tmp_path) -> list[dict]:
         return Copy([command[0], str(CASES / "vllm_fake.py"), str(tmp_path / "strikes"), *command[1:]], **options)
 
     replaced = SimpleNamespace(**vars(subprocess) | {"Popen": popen})
-    monkeypatch.setattr("rollout.backends.vllm.process.subprocess", replaced)
+    monkeypatch.setattr("rollout.vllm.process.subprocess", replaced)
     return environments
 
 
@@ -205,7 +205,7 @@ def test_weights_that_the_learner_changes_while_they_are_sent_again_are_sent_onc
     def stream(tensors):
         if not moved:
             moved.append(True)
-            case.pool.keep()
+            case.pool.keep_weights()
             case.move()
         return whole(tensors)
 

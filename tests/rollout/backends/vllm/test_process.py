@@ -10,15 +10,15 @@ import pytest
 from copies import Copy
 from vllm_cases import gone
 
-from rollout.backends.vllm.client import Client
-from rollout.backends.vllm.process import SERVER, VLLMProcess, state_of
 from rollout.faults import RolloutError
+from rollout.vllm.client import Client
+from rollout.vllm.process import SERVER, VLLMProcess, state_of
 
 PYTHON = Path(sys.executable)
 OF_A_TRAINER = """
 import sys, time
 from pathlib import Path
-from rollout.backends.vllm.process import VLLMProcess
+from rollout.vllm.process import VLLMProcess
 process = VLLMProcess(Path(sys.executable), Path(sys.argv[1]), 1, lambda: None)
 print(process.process.pid, flush=True)
 time.sleep(60)

@@ -17,13 +17,13 @@ from grpo.learner.learner import Learner
 from grpo.steps.publisher import Publisher
 from policies.policy import Policy
 from rewards.group_score import GroupScore
-from rollout.backends.vllm.pool import VLLMPool
-from rollout.backends.vllm.process import VLLMProcess
-from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.pool import PoolOptions
 from rollout.sampling import SamplingParams
+from rollout.vllm.pool import VLLMPool
+from rollout.vllm.process import VLLMProcess
+from rollout.vllm.settings import VLLMSettings
 
 pytestmark = needs_vllm
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 14 + i)]) for i in range(3)]

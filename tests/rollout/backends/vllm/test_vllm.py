@@ -19,13 +19,13 @@ from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.policy import Policy
-from rollout.backends.vllm.pool import VLLMPool
-from rollout.backends.vllm.process import VLLMProcess
-from rollout.backends.vllm.settings import VLLMSettings
 from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.pool import PoolOptions
 from rollout.sampling import EnvironmentSpec, SamplingParams
+from rollout.vllm.pool import VLLMPool
+from rollout.vllm.process import VLLMProcess
+from rollout.vllm.settings import VLLMSettings
 
 pytestmark = needs_vllm
 PROMPTS = prompts_of(9, 1, 17, 4, 30, 11)

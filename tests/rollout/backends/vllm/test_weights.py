@@ -12,8 +12,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from policies.policy import Policy
 from policies.presets import small_tokenizer
-from rollout.backends.vllm.process import SERVER
-from rollout.backends.vllm.weights import (
+from rollout.vllm.process import SERVER
+from rollout.vllm.weights import (
     Update,
     Updates,
     in_checkpoint_layout,
@@ -109,7 +109,7 @@ def test_adapters_travel_as_a_and_b_and_are_merged_by_the_worker(random_policy, 
     held: dict = {}
     for version in range(3):
         learn(policy)
-        update = updates.take(policy.publication())
+        update = updates.next_update(policy.publication())
         assert update.whole == (version == 0)
         held |= travelled(update)
         agree(policy, held, update, **limits)
@@ -127,7 +127,7 @@ def test_what_cannot_travel_as_a_and_b_travels_merged():
     updates, held = Updates(policy, head=False), {}
     for _ in range(2):
         learn(policy)
-        update = updates.take(policy.publication())
+        update = updates.next_update(policy.publication())
         held |= travelled(update)
         agree(policy, held, update, rtol=0.0, atol=1e-6)
     assert not update.whole
@@ -140,7 +140,7 @@ def test_without_drafts_the_head_stays_at_home(random_policy):
     policy.add_lora(2, 4.0, ["o_proj", "mtp"])
     last = f"model.layers.{policy.config.num_hidden_layers}."
     for head in (True, False):
-        update = Updates(policy, head=head).take(policy.publication())
+        update = Updates(policy, head=head).next_update(policy.publication())
         assert any(name.startswith(last) for name in [*update.tensors, *update.adapters]) == head
 
 
@@ -148,10 +148,10 @@ def test_after_a_publication_that_failed_everything_travels(random_policy):
     policy = random_policy(3)
     policy.add_lora(2, 4.0, ["o_proj"])
     updates = Updates(policy, head=True)
-    first, second = (updates.take(policy.publication()) for _ in range(2))
+    first, second = (updates.next_update(policy.publication()) for _ in range(2))
     assert (second.whole, second.base) == (False, first.base)
     updates.forget()
-    third = updates.take(policy.publication())
+    third = updates.next_update(policy.publication())
     assert third.whole
     assert third.base != first.base
 

@@ -1,0 +1,59 @@
+"""The trunk, and the cache of what it has read of each live row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from policies.decoding.latent_cache import LatentCache
+from rollout.rows import Rows
+
+
+class Reader:
+    """Each live row has a row of the cache, in the same order. In `rollout.decoding.shared_rows` several have one."""
+
+    def __init__(self, trunk: Any, records_routing: bool = False) -> None:
+        self.trunk, self.records_routing = trunk, records_routing
+        self.cache: Any = None  # a LatentCache, or what a trunk of transformers keeps
+        self.parts: list[Any] = []  # the caches of prompts that were just read
+
+    @property
+    def latents(self) -> LatentCache | None:
+        """Our own entries. A cache of transformers has none."""
+        latents = getattr(self.cache, "latents", self.cache)
+        return latents if isinstance(latents, LatentCache) else None
+
+    def clear(self) -> None:
+        """No row is live any more."""
+        self.cache = None
+
+    def add(self, rows: Rows, cache: Any, group: int) -> None:
+        """The cache of the next prompts, which has `group` rows for each. `join` puts it after that of live rows."""
+        self.parts.append(cache)
+
+    def join(self) -> None:
+        first, *others = self.parts if self.cache is None else [self.cache, *self.parts]
+        self.cache = first.join(others) if others else first
+        self.parts = []
+
+    def select(self, rows: Tensor) -> None:
+        """These rows stay."""
+        self.cache.select(rows)
+
+    def part_rows(self) -> None:
+        """From now on each live row has its own row of the cache."""
+
+    def read(
+        self, rows: Rows, inputs_RS: Tensor, positions_RS: Tensor, some_wait: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The hidden states [R, S, D] and the logits [R, S, V] after these tokens, and their routing, if recorded."""
+        states = getattr(self.cache, "states", None)
+        if states is not None and some_wait:  # the states of rows that wait for their tools stay as they are
+            states.new_R = (~rows.waits).long()
+        hidden = self.trunk(inputs_RS, positions_RS, self.cache)
+        return hidden, self.trunk.logits(hidden), self.trunk.routing() if self.records_routing else None
+
+    def advance(self, rows: Rows, kept_R: Tensor) -> None:
+        """The cache keeps what the rows keep of the round."""
+        self.cache.advance(kept_R)

@@ -1,0 +1,1 @@
+"""Requests that join and leave a batch while it is decoded, and the conversations that they continue."""
