@@ -30,8 +30,8 @@ from policies.policy import Policy  # noqa: E402
 from rewards.data.examples import load_examples  # noqa: E402
 from rollout.compiled import rounds, store  # noqa: E402
 from rollout.compiled.graph import Bucket  # noqa: E402
+from rollout.cost_table import Workload  # noqa: E402
 from rollout.decoding.engine import Engine  # noqa: E402
-from rollout.drafts.depth import Workload  # noqa: E402
 from rollout.group import Prompt  # noqa: E402
 from rollout.sampling import SamplingParams  # noqa: E402
 

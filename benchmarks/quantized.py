@@ -25,11 +25,10 @@ from grpo.config.policy import ModelOptions  # noqa: E402
 from grpo.run.hardware import describe  # noqa: E402
 from grpo.source.policy_source import load_policy  # noqa: E402
 from policies.decoding.linear import FixedLinear  # noqa: E402
-from policies.decoding.quantized import Copies  # noqa: E402
 from rewards.data.word_problems import word_problems  # noqa: E402
 from rollout.decoding.engine import Engine  # noqa: E402
 from rollout.group import Prompt  # noqa: E402
-from rollout.sampling import SamplingParams  # noqa: E402
+from rollout.sampling import Copies, SamplingParams  # noqa: E402
 
 KINDS = "none", "int8", "int4"
 CONTEXT, TOKENS = 96, 8  # of the prompt, and decoded in a measurement

@@ -311,7 +311,7 @@ def gain(args: argparse.Namespace) -> dict[str, Any]:
     from rewards.config.options import load
     from rollout.cost_table import PROMPT_TOKENS, Workload
     from rollout.decoding.engine import Engine
-    from rollout.drafts.depth import tokens_per_forward
+    from rollout.draft_stats import tokens_per_forward
     from rollout.sampling import SamplingParams
 
     path = args.gain / "config.yaml"

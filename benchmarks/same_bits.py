@@ -12,6 +12,7 @@ bit, JSON by value. `RENAMED` says what a newer commit calls otherwise. The exit
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -133,10 +134,10 @@ def inside(words: list[str]) -> int:
         from rollout.cost_table import CostTable
         from rollout.decoding import costs
     except ImportError:  # a commit before the rooms of rollout/
-        from rollout import costs
-        from rollout.depth import CostTable
+        costs = importlib.import_module("rollout.costs")
+        CostTable = importlib.import_module("rollout.depth").CostTable
 
-    def measure(decoder: Any, work: Any, depth: int) -> CostTable:
+    def measure(decoder: Any, work: Any, depth: int) -> Any:
         sizes = costs._sizes(work.rows)
         table = [[(1 + 0.02 * rows) * (1 + 0.15 * k) for k in range(depth + 1)] for rows in sizes]
         return CostTable(sizes, table)

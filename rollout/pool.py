@@ -9,12 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from policies.decoding.quantized import PLAIN, Copies
 from rollout.cost_table import CostTable, Workload
 from rollout.faults import OnFinished, OnLost
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.digests import Held
-from rollout.sampling import SamplingParams
+from rollout.sampling import PLAIN, Copies, SamplingParams
 
 TIMEOUT_S = 3600.0  # of a shard: far above any that was measured, so that only a worker that hangs is killed
 PUBLISH_TIMEOUT_S = 600.0  # of new weights

@@ -29,6 +29,18 @@ WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
+class Copies:
+    """The kinds, `none`, `int8` or `int4`, of what is sampled by and of what drafts are made by; see
+    policies/decoding/quantized.py."""
+
+    trunk: str = "none"
+    drafts: str = "none"
+
+
+PLAIN = Copies()
+
+
+@dataclass(frozen=True)
 class EnvironmentSpec:
     """The tools of a run and their environments, see rollout/environments/protocol.py.
 

@@ -15,7 +15,7 @@ from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at
 from grpo.run.metrics import mean_of
 from grpo.task.task import Task
 from rewards.group_score import GroupScore, RewardFailure
-from rollout.drafts.depth import drafts_by_depth, tokens_per_forward
+from rollout.draft_stats import drafts_by_depth, tokens_per_forward
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Sampler

@@ -14,7 +14,7 @@ from grpo.algorithm import advantages, own
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import TrainingBatch, split_rows
 from grpo.learner.row import PackedRow, Sample
-from rollout.drafts.depth import draft_gain
+from rollout.draft_stats import draft_gain
 from rollout.group import ENDED, RolloutGroup
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from statistics import pstdev
 
 from rewards.group_score import GroupScore, mean
 from rewards.ties import tied
-from rollout.drafts.depth import draft_gain, drafts_by_depth, tokens_per_forward
+from rollout.draft_stats import draft_gain, drafts_by_depth, tokens_per_forward
 from rollout.group import Completion, RolloutGroup
 
 # <d> stands for a number, <name> for any name. A value covers one step unless its row says otherwise.

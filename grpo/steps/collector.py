@@ -19,7 +19,7 @@ from grpo.steps.loop import Run
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.group_score import GroupScore, RewardFailed
-from rollout.drafts.depth import head_accepted
+from rollout.draft_stats import head_accepted
 from rollout.faults import OnFinished
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Sampler

@@ -18,7 +18,6 @@ from grpo.run.stop import signals
 from grpo.steps.loop import Run
 from grpo.task.sampling import sampling_params
 from grpo.task.task import Task
-from policies.decoding.quantized import Copies
 from policies.devices import empty_cache
 from policies.policy import Policy
 from policies.publication import Publication
@@ -27,7 +26,7 @@ from policies.sharding import everyone, whole
 from rollout.cost_table import FEW_ROWS, MOST_ROWS, PROMPT_TOKENS, CostTable, Workload
 from rollout.pool import PUBLISH_TIMEOUT_S, TIMEOUT_S, Pool, PoolOptions, Sampler
 from rollout.publication.digests import Held
-from rollout.sampling import SamplingParams
+from rollout.sampling import Copies, SamplingParams
 from rollout.workers.kinds import open_pool
 
 PROMPTS_READ = 256  # whose lengths say how long sequences become

@@ -24,17 +24,6 @@ TILE = 16  # outputs that the kernels compute together
 _KIND: ContextVar[str] = ContextVar("kind", default="none")
 
 
-@dataclass(frozen=True)
-class Copies:
-    """The kinds, `none`, `int8` or `int4`, of what is sampled by and of what drafts are made by."""
-
-    trunk: str = "none"
-    drafts: str = "none"
-
-
-PLAIN = Copies()
-
-
 @contextmanager
 def held_as(kind: str) -> Iterator[None]:
     """Every FixedLinear that is made in the block holds its matrix in this kind."""

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.draft_head import AbsorbedHead
-from policies.decoding.quantized import PLAIN, Copies, held_as
+from policies.decoding.quantized import held_as
 from policies.policy import Policy
 from rollout.cost_table import CostTable
-from rollout.sampling import DraftVocabulary
+from rollout.sampling import PLAIN, Copies, DraftVocabulary
 
 if TYPE_CHECKING:
     from rollout.backends.hf import HFTrunk

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from policies.allocator import keep_freed_memory
-from policies.decoding.quantized import PLAIN, Copies
 from policies.policy import Policy
 from rollout.backends import Decoder, derive
 from rollout.cost_table import MAX_DEPTH, CostTable, Workload
@@ -24,7 +23,7 @@ from rollout.environments.stage import Stage
 from rollout.faults import RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
 from rollout.publication.digests import Held, digests
-from rollout.sampling import DraftVocabulary, SamplingParams
+from rollout.sampling import PLAIN, Copies, DraftVocabulary, SamplingParams
 
 
 class Engine:

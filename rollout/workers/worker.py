@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from policies import devices
-from policies.decoding.quantized import PLAIN, Copies
 from policies.lora import Adapter
 from policies.policy import Policy
 from policies.publication import Publication
@@ -21,7 +20,7 @@ from rollout.places import here
 from rollout.publication.digests import Held
 from rollout.publication.message import PART_BYTES, Message, everything, unpack
 from rollout.requests.desk import Answering, Desk
-from rollout.sampling import SamplingParams
+from rollout.sampling import PLAIN, Copies, SamplingParams
 
 
 class Receiver:

@@ -8,7 +8,9 @@ import torch
 
 MODULES = (
     "policies.logprobs",
+    "rollout.cost_table",
     "rollout.decoding.costs",
+    "rollout.draft_stats",
     "rollout.drafts.depth",
     "rollout.drafts.speculative",
     "rollout.group",

@@ -25,7 +25,7 @@ from frequencies import z_score
 from policies.logprobs import shifted_logprobs
 from policies.policy import Policy
 from rollout.decoding.engine import Engine
-from rollout.drafts.depth import tokens_per_forward
+from rollout.draft_stats import tokens_per_forward
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams

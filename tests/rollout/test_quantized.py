@@ -15,12 +15,12 @@ from grpo.learner.likelihood import logprobs_of_groups
 from grpo.steps.publisher import Publisher
 from policies.decoding import absorbed, quantized
 from policies.decoding.linear import kind_of
-from policies.decoding.quantized import Copies
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
+from rollout.sampling import Copies
 from rollout.workers.kinds import PoolOptions, open_pool
 
 KINDS = ("int8", "int4")

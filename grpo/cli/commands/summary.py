@@ -37,7 +37,7 @@ from policies.lora import reach, reach_in_words
 from policies.mtp import MTPHead
 from rewards.config.data import names_of
 from rewards.console import Terminal, visible
-from rollout.drafts.depth import tokens_per_forward
+from rollout.draft_stats import tokens_per_forward
 from rollout.environments.thoughts import dropping
 from rollout.group import Completion, RolloutGroup
 

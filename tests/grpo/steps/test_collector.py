@@ -22,7 +22,7 @@ from rewards.data.examples import Example
 from rewards.group_score import GroupScore, RewardFailed, RewardFailure
 from rewards.records import read_rollouts
 from rewards.verdicts import Verdicts
-from rollout.drafts.depth import head_accepted
+from rollout.draft_stats import head_accepted
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 from rollout.workers.local_pool import LocalPool
 

@@ -17,7 +17,7 @@ from rollout.compiled.rounds import Graphs
 from rollout.compiled.store import SMALL, CompiledRound
 from rollout.cost_table import FEW_ROWS, CostTable
 from rollout.decoding.engine import Engine
-from rollout.drafts.depth import draft_gain
+from rollout.draft_stats import draft_gain
 from rollout.group import Prompt, RolloutGroup
 from rollout.request import Request
 from rollout.requests.serving import Serving

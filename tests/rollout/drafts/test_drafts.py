@@ -12,7 +12,8 @@ from rollout.cost_table import CostTable
 from rollout.decoding.batch import Batch
 from rollout.decoding.engine import Engine
 from rollout.decoding.shard import Decoding
-from rollout.drafts.depth import Patience, draft_gain
+from rollout.draft_stats import draft_gain
+from rollout.drafts.depth import Patience
 from rollout.drafts.drafts import Drafted, Drafts
 from rollout.drafts.head import MOST_HELD, Drafter
 from rollout.group import Completion, DraftStats, RolloutGroup

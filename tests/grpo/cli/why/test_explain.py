@@ -25,7 +25,7 @@ from grpo.task.task import Task
 from grpo.train import train
 from policies.policy import Policy
 from rewards.records import read_rollouts, rollout_path
-from rollout.drafts.depth import draft_gain
+from rollout.draft_stats import draft_gain
 
 OPTIONS = {"eval.limit": 4, "learner.updates_per_batch": 2, "learner.learning_rate": 3e-3}
 ONE = {"steps": 1, "warm_start.steps": 0}
