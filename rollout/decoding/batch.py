@@ -162,8 +162,11 @@ class Batch:
         tokens of the prompts give."""
         group = self.params.group_size
         self.admitted += len(numbers) * group
-        indices = [i * group + sample for i in numbers for sample in range(group)]
-        keys = [self.settings.noise_key(number, sample) for number in numbers for sample in range(group)]
+        indices, keys = [], []
+        for number in numbers:
+            for sample in range(group):
+                indices.append(number * group + sample)
+                keys.append(self.settings.noise_key(number, sample))
         rows = Rows.start(
             torch.tensor(indices, device=self.device),
             torch.tensor(keys, dtype=torch.int32, device=self.device),

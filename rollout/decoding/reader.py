@@ -33,9 +33,11 @@ class Reader:
         self.parts.append(cache)
 
     def join(self) -> None:
-        first, *others = self.parts if self.cache is None else [self.cache, *self.parts]
-        self.cache = first.join(others) if others else first
-        self.parts = []
+        caches, self.parts = self.parts, []
+        if self.cache is None:
+            self.cache = caches.pop(0)
+        if caches:
+            self.cache = self.cache.join(caches)
 
     def select(self, rows: Tensor) -> None:
         """These rows stay."""
@@ -52,7 +54,8 @@ class Reader:
         if states is not None and some_wait:  # the states of rows that wait for their tools stay as they are
             states.new_R = (~rows.waits).long()
         hidden = self.trunk(inputs_RS, positions_RS, self.cache)
-        return hidden, self.trunk.logits(hidden), self.trunk.routing() if self.records_routing else None
+        routing = self.trunk.routing() if self.records_routing else None
+        return hidden, self.trunk.logits(hidden), routing
 
     def advance(self, rows: Rows, kept_R: Tensor) -> None:
         """The cache keeps what the rows keep of the round."""
