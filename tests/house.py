@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("policies", "rollout", "rewards", "grpo")
+PACKAGES = ("policies", "rollout", "rewards", "review", "grpo")
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "examples/**/*.md")
 CPU_SECONDS = ".cache/cpu_seconds.json"  # of the last whole runs of tests, written by conftest.py
 

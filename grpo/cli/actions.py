@@ -321,13 +321,13 @@ def export(args: argparse.Namespace) -> None:
 
 
 def view(args: argparse.Namespace) -> None:
-    from grpo.view.server import view
+    from review.page.server import view
 
     view(args.runs, args.host, args.port)
 
 
 def report(args: argparse.Namespace) -> None:
-    from grpo.view.report import report
+    from review.page.report import report
 
     print(report(args.run, args.output or args.run / "report.html", args.steps))
 
@@ -341,7 +341,7 @@ def why(args: argparse.Namespace) -> None:
 
 
 def diagnose(args: argparse.Namespace) -> int:
-    from grpo.cli.diagnose.report import tell
+    from review.findings.report import tell
     from rewards.console import Terminal
 
     result = tell(args.run, Terminal())
@@ -350,7 +350,7 @@ def diagnose(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    from grpo.view.compare import as_json, compare, show
+    from review.compare.compare import as_json, compare, show
     from rewards.console import Terminal
 
     comparison = compare(args.runs, args.metrics, args.steps)

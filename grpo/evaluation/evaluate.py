@@ -11,9 +11,9 @@ from statistics import fmean
 
 from rich.progress import Progress
 
-from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
 from grpo.run.metrics import mean_of
 from grpo.task.task import Task
+from review.statistics.estimates import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.depth import drafts_by_depth, tokens_per_forward
 from rollout.faults import RolloutError

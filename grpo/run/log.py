@@ -33,7 +33,10 @@ from grpo.run.console import progress_bars, sample_table, step_line
 from grpo.run.json_lines import append_line, json_line, open_lines
 from grpo.run.lock import RunLock, refuse_folder
 from grpo.run.metrics import check
-from grpo.run.records import (
+from grpo.run.stop import Stopped
+from grpo.run.trackers import installed, log_rollouts, start
+from policies.files.atomic import tidy, write_file
+from review.readers.run_folder import (
     HELD_OUT,
     TURNS,
     holds_a_run,
@@ -43,9 +46,6 @@ from grpo.run.records import (
     rollout_lines,
     truncate,
 )
-from grpo.run.stop import Stopped
-from grpo.run.trackers import installed, log_rollouts, start
-from policies.files.atomic import tidy, write_file
 from rewards.config.json_file import read_objects, whole_lines
 from rewards.config.yaml_file import changed_options
 from rewards.console import Terminal, visible

@@ -223,7 +223,7 @@ def test_a_new_step_appears_while_the_page_is_open(page, folders):
 
 
 def test_a_report_in_a_notebook_stays_in_its_frame(browser, tmp_path):
-    from grpo.view.report import Report, report
+    from review.page.report import Report, report
 
     page = browser.new_page()
     page.set_content(f"<title>notebook</title>{Report(report(CASE, tmp_path / 'r.html'))._repr_html_()}")
@@ -237,7 +237,7 @@ def test_a_report_in_a_notebook_stays_in_its_frame(browser, tmp_path):
 
 
 def test_of_a_batch_that_was_sampled_ahead_a_step_has_only_the_wait(browser, tmp_path):
-    from grpo.view.report import report
+    from review.page.report import report
 
     shutil.copytree(CASE, tmp_path / "run")
     times = {"time/rollout": 8.0, "time/reward": 1.0, "time/wait": 2.0, "time/learn": 5.0}
@@ -255,7 +255,7 @@ def test_of_a_batch_that_was_sampled_ahead_a_step_has_only_the_wait(browser, tmp
 
 
 def test_a_report_works_from_its_file(browser, tmp_path):
-    from grpo.view.report import report
+    from review.page.report import report
 
     page = browser.new_page()
     errors: list[str] = []

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from grpo.algorithm.statistics import INTERVAL_METHOD, Estimate
 from grpo.cli.commands.eval import COMPLETIONS, ModelEvaluation
 from grpo.evaluation.evaluate import Evaluation, failure_kinds
-from grpo.evaluation.paired import PairedDifference, compare
 from grpo.run import hardware
+from review.statistics.estimates import INTERVAL_METHOD, Estimate
+from review.statistics.paired import PairedDifference, compare
 
 FAILURES_SHOWN = 5
 FAILURES_KEPT = 100

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from grpo.algorithm.statistics import wilson_interval
 from grpo.run import hardware
 from grpo.run.metrics import meaning
-from grpo.run.records import read_metrics
 from policies.files import hub
 from policies.layout import WeightFiles
+from review.readers.run_folder import read_metrics
+from review.statistics.estimates import wilson_interval
 from rewards.config.json_file import expecting, read_json, read_objects, whole_lines
 from rewards.config.names import recorded_options, sources_of
 from rewards.verdicts import ACCURACY, held_out_metric, judged_problems

@@ -16,7 +16,6 @@ from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerB
 
 from grpo.cli.commands import machine, memory_table
 from grpo.cli.commands.memory import MemoryOfRun
-from grpo.cli.diagnose.gains import decays_first, told
 from grpo.config.learner import ParallelOptions
 from grpo.config.mtp import HeadOptions, MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
@@ -35,6 +34,7 @@ from policies.checkpoint import check_policy
 from policies.devices import device_of
 from policies.lora import reach, reach_in_words
 from policies.mtp import MTPHead
+from review.findings.gains import decays_first, told
 from rewards.config.data import names_of
 from rewards.console import Terminal, visible
 from rollout.depth import tokens_per_forward

@@ -11,9 +11,9 @@ from grpo.learner.batch import collate
 from grpo.learner.learner import Learner
 from grpo.learner.row import PackedRow, Sample
 from grpo.run.metrics import rollout_metrics
-from grpo.run.records import rollout_lines
 from policies.mtp import draft_loss
 from policies.policy import Policy
+from review.readers.run_folder import rollout_lines
 from rewards.episode import ToolStats
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup

@@ -26,12 +26,12 @@ from grpo.config.mtp import defaults_of_run as mtp_defaults_of_run
 from grpo.config.run import LogOptions, TrainConfig
 from grpo.run import checkpoint, hardware
 from grpo.run.log import Resume, RunLog
-from grpo.run.records import read_metrics, truncate
 from grpo.run.reward_record import read_rewards
 from grpo.train import train
 from policies.files.digests import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
+from review.readers.run_folder import read_metrics, truncate
 from rewards.commands.replay import _settings
 from rewards.config.options import load
 from rewards.config.yaml_file import changed_options

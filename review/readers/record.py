@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any
 
-from grpo.algorithm.statistics import answer_reader
-from grpo.cli.diagnose.gains import Gains, label_of, options_of_run
-from grpo.run.records import TURNS, check_run, read_events, read_metrics
-from grpo.view.reading import check_files, read_step
+from review.findings.gains import Gains, label_of, options_of_run
+from review.readers.plain_files import check_files, read_step
+from review.readers.run_folder import TURNS, check_run, read_events, read_metrics
+from review.statistics.estimates import answer_reader
 from rewards.episode import answer_of
 from rewards.records import recorded_steps, split_groups
 

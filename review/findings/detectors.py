@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from grpo.algorithm.alarms import FEATURES, SAID, SUSPECTS, Moments, compared, judged
-from grpo.algorithm.statistics import mean_interval
-from grpo.cli.diagnose import gains
-from grpo.cli.diagnose.gains import Cause, label_of
-from grpo.cli.diagnose.record import FEW, Group, Record, answer_text
-from grpo.run.records import TURNS
+from review.findings import gains
+from review.findings.alarms import FEATURES, SAID, SUSPECTS, Moments, compared, judged
+from review.findings.gains import Cause, label_of
+from review.readers.record import FEW, Group, Record, answer_text
+from review.readers.run_folder import TURNS
+from review.statistics.estimates import mean_interval
 from rewards.built_in.gsm8k import MARKED
 from rewards.config.names import recorded_options, sources_of
 from rewards.ties import tied as is_tied

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo.view import page
-from grpo.view.run_files import RunFiles, finite
+from review.page import page
+from review.page.run_files import RunFiles, finite
 from tests.cases.control_results import control_result, rewards, write_control
 
 CASES = Path(__file__).parents[2] / "cases"

@@ -10,8 +10,8 @@ from typing import Any
 from rich import box
 from rich.table import Column, Table
 
-from grpo.algorithm.statistics import mean_interval
-from grpo.view.control_result import NAMES, WAYS, ControlResult, Measured
+from review.readers.control_result import NAMES, WAYS, ControlResult, Measured
+from review.statistics.estimates import mean_interval
 
 NOTE = (
     "GRPO minus a control: by seed with its paired 95 % interval over the problems; three seeds and more also have the "

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from grpo.cli.diagnose.detectors import DETECTORS, EXPLAINED
-from grpo.cli.diagnose.record import Record
+from review.findings.detectors import DETECTORS, EXPLAINED
+from review.readers.record import Record
 from rewards.console import visible
 
 

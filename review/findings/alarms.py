@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from grpo.algorithm.statistics import student_t
+from review.statistics.estimates import student_t
 from rewards.built_in.gsm8k import NUMBER, extract_answer, gold_answer
 
 WINDOW = 5  # steps that are looked at together

@@ -11,13 +11,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from grpo.algorithm.statistics import wilson_interval
 from grpo.run import hardware
 from grpo.run.metrics import meaning
-from grpo.run.records import TURNS, check_run, read_events, read_metrics
-from grpo.view.control_result import read_control
-from grpo.view.headline import control_sentences, headline
-from grpo.view.reading import check_files, find_tokenizer, has_prompt, read_step, token_texts
+from review.page.headline import control_sentences, headline
+from review.readers.control_result import read_control
+from review.readers.plain_files import check_files, find_tokenizer, has_prompt, read_step, token_texts
+from review.readers.run_folder import TURNS, check_run, read_events, read_metrics
+from review.statistics.estimates import wilson_interval
 from rewards.group_score import RewardFailure
 from rewards.records import recorded_steps, rollout_path, split_groups
 from rewards.ties import tied

@@ -11,12 +11,12 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer
 
-from grpo.algorithm.statistics import wilson_interval
 from grpo.cli.parse import main
 from grpo.run import hardware
-from grpo.run.records import read_metrics
-from grpo.view.reading import check_files, find_tokenizer, read_step, token_texts
-from grpo.view.run_files import RunFiles, finite
+from review.page.run_files import RunFiles, finite
+from review.readers.plain_files import check_files, find_tokenizer, read_step, token_texts
+from review.readers.run_folder import read_metrics
+from review.statistics.estimates import wilson_interval
 from rewards.records import read_rollouts, rollout_path, split_groups
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"
@@ -78,7 +78,7 @@ def test_a_prompt_is_found_wherever_it_was_drawn(folder, monkeypatch):
     rollout_path(run.folder, 3).write_bytes(b"no record")
     assert run.places(name) == [expected[0], expected[2]]
     assert run.places("never drawn") == []
-    monkeypatch.setattr("grpo.view.run_files.PLACES_AT_MOST", 1)
+    monkeypatch.setattr("review.page.run_files.PLACES_AT_MOST", 1)
     assert run.places(name) == expected[2:]
 
 
@@ -163,7 +163,7 @@ def test_a_large_file_is_not_read(folder, monkeypatch):
         file.truncate(2**29 + 1)
     with pytest.raises(ValueError, match=r"metrics.jsonl has 512 MiB; the page reads 512 at most"):
         RunFiles(folder).overview()
-    monkeypatch.setattr("grpo.view.reading.MOST_BYTES", 100_000)
+    monkeypatch.setattr("review.readers.plain_files.MOST_BYTES", 100_000)
     rollout_path(folder, 2).write_bytes(zstandard.ZstdCompressor().compress(b" " * 2**20))
     assert rollout_path(folder, 2).stat().st_size < 100
     with pytest.raises(ValueError, match="would unpack to 1 MiB; the page reads 0 at most"):
@@ -203,7 +203,7 @@ def test_a_decoder_of_sentencepiece_is_used(tmp_path):
 
 
 def test_a_long_text_ends_in_numbers(monkeypatch):
-    monkeypatch.setattr("grpo.view.reading.TEXT_AT_MOST", 3)
+    monkeypatch.setattr("review.readers.plain_files.TEXT_AT_MOST", 3)
     tokenizer = find_tokenizer(CASE)
     first, *_, last = token_texts(tokenizer, [tokenizer.token_to_id("a")] * 6)
     assert (first, last[0]) == ("a", "<")

@@ -19,8 +19,8 @@ from copies import Copy
 
 from grpo.cli.parse import main
 from grpo.evaluation.held_out import Result
-from grpo.view.page import self_contained
-from grpo.view.server import unique_names
+from review.page.page import self_contained
+from review.page.server import unique_names
 from rewards.records import read_rollouts, rollout_path
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"

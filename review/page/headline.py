@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from grpo.algorithm.statistics import wilson_interval
-from grpo.view.control_result import GRPO, REJECTION, SUPERVISED, WAYS, ControlResult, Measured, Policy
+from review.readers.control_result import GRPO, REJECTION, SUPERVISED, WAYS, ControlResult, Measured, Policy
+from review.statistics.estimates import wilson_interval
 from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
 
 TRAINED = "reward/mean"

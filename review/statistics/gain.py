@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Any
 
-from grpo.algorithm.statistics import student_t, wilson_interval
-from grpo.evaluation.paired import paired_difference
+from review.statistics.estimates import student_t, wilson_interval
+from review.statistics.paired import paired_difference
 from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
 
 MEAN = "reward/mean"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.view.page import self_contained
-from grpo.view.run_files import RunFiles, finite
 from policies.files.atomic import write_file
+from review.page.page import self_contained
+from review.page.run_files import RunFiles, finite
 
 GROUPS_PER_STEP = 8
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.evaluation.gain import Gain, held_out_gain, training_gain
-from grpo.run.records import read_metrics, read_problems
+from review.readers.run_folder import read_metrics, read_problems
+from review.statistics.gain import Gain, held_out_gain, training_gain
 from rewards.config.names import recorded_options
 from rewards.config.yaml_file import flat
 from rewards.verdicts import ACCURACY, held_out_metric

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.view import page
+from review.page import page
 
 CASES = Path(__file__).parents[2] / "cases"
 ASSETS = Path(page.__file__).parent / "assets"

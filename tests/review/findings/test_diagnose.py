@@ -9,12 +9,12 @@ import yaml
 import zstandard
 from broken_runs import broken, healthy, make
 
-from grpo.cli.diagnose.detectors import DETECTORS
-from grpo.cli.diagnose.record import Record
-from grpo.cli.diagnose.report import diagnose
 from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
 from grpo.train import train
+from review.findings.detectors import DETECTORS
+from review.findings.report import diagnose
+from review.readers.record import Record
 from rewards.records import rollout_path
 
 OPTIONS = {
@@ -369,7 +369,7 @@ def test_a_long_run_is_read_at_its_beginning_its_end_and_between(tmp_path):
     assert steps[-1] == 40
 
 
-DEMO = Path(__file__).parents[4] / "benchmarks/learn/words.yaml"
+DEMO = Path(__file__).parents[3] / "benchmarks/learn/words.yaml"
 WARM_UP = {"steps": 1, "learner.learning_rate": 1e-12, "eval.limit": 0, "log.trackers": []}
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.run.listening import listen
-from grpo.view.page import ASSETS, PACKAGES, plotly, shell
-from grpo.view.run_files import RunFiles, finite
+from review.page.page import ASSETS, PACKAGES, plotly, shell
+from review.page.run_files import RunFiles, finite
+from rewards.listening import listen
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:",

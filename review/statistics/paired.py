@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
-from grpo.algorithm.statistics import mean_interval
 from grpo.evaluation.evaluate import Evaluation
+from review.statistics.estimates import mean_interval
 
 LOST_AND_WON = 2  # problems that are added on either side
 

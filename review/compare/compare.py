@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from grpo.algorithm.statistics import mean_interval
-from grpo.run.records import check_run, read_metrics
-from grpo.view import control_over_seeds
-from grpo.view.control_over_seeds import Contrasts, contrasts
-from grpo.view.control_result import WAYS, read_control
+from review.compare import control_over_seeds
+from review.compare.control_over_seeds import Contrasts, contrasts
+from review.readers.control_result import WAYS, read_control
+from review.readers.run_folder import check_run, read_metrics
+from review.statistics.estimates import mean_interval
 from rewards.config.names import recorded_options
 from rewards.config.yaml_file import flat
 from rewards.verdicts import ACCURACY, MEAN_REWARD

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from grpo.algorithm.statistics import wilson_interval
 from grpo.cli.parse import main
-from grpo.run.records import CONTROL
-from grpo.view.control_result import read_control
-from grpo.view.headline import control_sentences
-from grpo.view.run_files import RunFiles
+from review.page.headline import control_sentences
+from review.page.run_files import RunFiles
+from review.readers.control_result import read_control
+from review.readers.run_folder import CONTROL
+from review.statistics.estimates import wilson_interval
 from tests.cases.control_results import control_result, from_the_beginning, points, rewards, write_control
 
 CASE = Path(__file__).parents[2] / "cases/run_to_view"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.algorithm.statistics import wilson_interval
-from grpo.run.records import CONTROL, CONTROL_FROM_BEGINNING
-from grpo.view.reading import check_files
+from review.readers.plain_files import check_files
+from review.readers.run_folder import CONTROL, CONTROL_FROM_BEGINNING
+from review.statistics.estimates import wilson_interval
 from rewards.config.json_file import expecting, read_json
 from rewards.records import is_metric
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from grpo.cli.parse import main
-from grpo.view.compare import Point, compare
-from grpo.view.headline import difference_interval, headline
+from review.compare.compare import Point, compare
+from review.page.headline import difference_interval, headline
 from tests.cases.control_results import control_result, write_control
 
 
