@@ -231,10 +231,10 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
 
 def _reference(args: argparse.Namespace) -> None:
-    from grpo.run import metrics
+    from review.readers import run_folder
     from rewards.config.options import reference_page
 
     for name, command in _commands().items():
         if command.options and getattr(command.options, "command", "") == name:  # else they are another command's
             print(f"# quartet {name}\n\n{reference_page(command.options)}")
-    print(f"# Metrics\n\n{metrics.table()}", end="")
+    print(f"# Metrics\n\n{run_folder.table()}", end="")

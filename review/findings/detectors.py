@@ -12,7 +12,8 @@ from typing import Any
 
 from review.findings import gains
 from review.findings.alarms import FEATURES, SAID, SUSPECTS, Moments, compared, judged
-from review.findings.gains import Cause, label_of
+from review.findings.gains import Cause
+from review.readers.gains import label_of
 from review.readers.record import FEW, Group, Record, answer_text
 from review.readers.run_folder import TURNS
 from review.statistics.estimates import mean_interval

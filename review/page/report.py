@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policies.files.atomic import write_file
 from review.page.page import self_contained
 from review.page.run_files import RunFiles, finite
 
@@ -44,7 +43,12 @@ def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Pa
             answers[f"0/group/{step}/{number}"] = run.group(step, number)
     answers["0/overview"] = overview | {"recorded": list(steps)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, self_contained(f"{run.name}: report", finite(answers)))
+    partial = output.with_name(f".{output.name}.partial")  # a report that is there stays whole until the new one is
+    try:
+        partial.write_text(self_contained(f"{run.name}: report", finite(answers)), encoding="utf-8")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
     return output
 
 

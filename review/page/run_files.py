@@ -11,12 +11,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from grpo.run import hardware
-from grpo.run.metrics import meaning
 from review.page.headline import control_sentences, headline
+from review.page.tokens import find_tokenizer, token_texts
 from review.readers.control_result import read_control
-from review.readers.plain_files import check_files, find_tokenizer, has_prompt, read_step, token_texts
-from review.readers.run_folder import TURNS, check_run, read_events, read_metrics
+from review.readers.machine import caption, read_machine
+from review.readers.plain_files import check_files, has_prompt, read_step
+from review.readers.run_folder import ENVIRONMENT, TURNS, check_run, meaning, read_events, read_metrics
 from review.statistics.estimates import wilson_interval
 from rewards.group_score import RewardFailure
 from rewards.records import recorded_steps, rollout_path, split_groups
@@ -43,7 +43,7 @@ class RunFiles:
     def overview(self, after: int = -1) -> dict[str, Any]:
         """Returns metrics of the steps from `after` on, their meaning, the machine, the steps with recorded
         rollouts, and the controls of `quartet control` if it has been run."""
-        options, machine = self.folder / "config.yaml", self.folder / hardware.FILE
+        options, machine = self.folder / "config.yaml", self.folder / ENVIRONMENT
         check_files(self.folder / "metrics.jsonl", options, machine)
         measured = read_metrics(self.folder)
         control = read_control(self.folder)
@@ -57,7 +57,7 @@ class RunFiles:
             "meanings": {name: meaning(name.removesuffix("/low").removesuffix("/high")) for name in names},
             "recorded": recorded_steps(self.folder),
             "config": options.read_text(encoding="utf-8", errors="replace") if options.is_file() else "",
-            "machine": hardware.caption(hardware.read(machine)) if machine.is_file() else "",
+            "machine": caption(read_machine(machine)) if machine.is_file() else "",
             "ended": next((e for e in reversed(self.events()) if e["event"] in TURNS), None),
         }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any
 
-from review.findings.gains import Gains, label_of, options_of_run
+from review.readers.gains import Gains, label_of, options_of_run
 from review.readers.plain_files import check_files, read_step
 from review.readers.run_folder import TURNS, check_run, read_events, read_metrics
 from review.statistics.estimates import answer_reader

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
-from grpo.evaluation.evaluate import Evaluation
 from review.statistics.estimates import mean_interval
 
 LOST_AND_WON = 2  # problems that are added on either side
@@ -66,18 +65,3 @@ def _interval(differences: Sequence[float], otherwise: float) -> tuple[float, fl
     more = [*differences, *[-added, added] * LOST_AND_WON]
     intervals = list(filter(None, map(mean_interval, (differences, more))))
     return min(low for low, _ in intervals), max(high for _, high in intervals)
-
-
-def compare(first: Evaluation, second: Evaluation) -> PairedDifference:
-    """Over the problems that both have a mark for, by `prompt_id`: by the share that is right where both have an
-    accuracy, else by the mean reward."""
-    judged = first.interval is not None and second.interval is not None
-
-    def by_id(evaluation: Evaluation) -> dict[str, float]:
-        values = evaluation.by_problem if judged else evaluation.rewards_by_problem
-        ids = [group.prompt.prompt_id for group in evaluation.groups]
-        return {name: value for name, value in zip(ids, values, strict=True) if value is not None}
-
-    a, b = by_id(first), by_id(second)
-    both = [name for name in a if name in b]
-    return paired_difference([a[name] for name in both], [b[name] for name in both], 1.0 if judged else None)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from grpo.config.features import FEATURES
-from grpo.run.metrics import documented
+from review.readers.run_folder import documented
 
 ROOT = Path(__file__).parents[2]
 TABLE, SAMPLERS = "grpo/config/features.py", "rollout/pools.py"
@@ -77,7 +77,7 @@ def leave(features, folder):
     rest = {name: meaning for name, meaning in documented().items() if f'"{name}": "' not in written}
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    code = "import json; from grpo.run.metrics import documented; print(json.dumps(documented()))"
+    code = "import json; from review.readers.run_folder import documented; print(json.dumps(documented()))"
     assert json.loads(run(folder, code)) == rest
     return rest
 

@@ -19,9 +19,8 @@ from grpo.data.trained_on import TRAINED_ON
 from grpo.evaluation.evaluate import Evaluation, as_metrics, evaluate, failure_kinds
 from grpo.evaluation.held_out import HeldOut
 from grpo.run.log import RunLog
-from grpo.run.metrics import check
 from grpo.task.task import Task
-from review.readers.run_folder import read_metrics, read_problems
+from review.readers.run_folder import check, read_metrics, read_problems
 from review.statistics.estimates import estimate, wilson_interval
 from review.statistics.gain import held_out_gain
 from review.statistics.paired import paired_difference

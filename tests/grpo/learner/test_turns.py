@@ -10,10 +10,10 @@ from grpo.algorithm.values import gae
 from grpo.learner.batch import collate
 from grpo.learner.learner import Learner
 from grpo.learner.row import PackedRow, Sample
+from grpo.run.json_lines import rollout_lines
 from grpo.run.metrics import rollout_metrics
 from policies.mtp import draft_loss
 from policies.policy import Policy
-from review.readers.run_folder import rollout_lines
 from rewards.episode import ToolStats
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup

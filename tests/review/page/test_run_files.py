@@ -12,9 +12,10 @@ import zstandard
 from tokenizers import Tokenizer
 
 from grpo.cli.parse import main
-from grpo.run import hardware
 from review.page.run_files import RunFiles, finite
-from review.readers.plain_files import check_files, find_tokenizer, read_step, token_texts
+from review.page.tokens import find_tokenizer, token_texts
+from review.readers.machine import caption
+from review.readers.plain_files import check_files, read_step
 from review.readers.run_folder import read_metrics
 from review.statistics.estimates import wilson_interval
 from rewards.records import read_rollouts, rollout_path, split_groups
@@ -50,7 +51,7 @@ def test_the_overview_has_every_metric_with_its_meaning_and_intervals(run):
     assert all(found["meanings"].values())
     assert found["recorded"] == [1, 2, 3, 4]
     assert found["ended"]["how"] == "finished"
-    assert found["machine"] == hardware.caption(json.loads((CASE / "environment.json").read_text()))
+    assert found["machine"] == caption(json.loads((CASE / "environment.json").read_text()))
     assert "on 16 problems. The difference is" in found["headline"][0]
     assert [row["step"] for row in run.overview(after=3)["rows"]] == [3, 4]
 
@@ -203,7 +204,7 @@ def test_a_decoder_of_sentencepiece_is_used(tmp_path):
 
 
 def test_a_long_text_ends_in_numbers(monkeypatch):
-    monkeypatch.setattr("review.readers.plain_files.TEXT_AT_MOST", 3)
+    monkeypatch.setattr("review.page.tokens.TEXT_AT_MOST", 3)
     tokenizer = find_tokenizer(CASE)
     first, *_, last = token_texts(tokenizer, [tokenizer.token_to_id("a")] * 6)
     assert (first, last[0]) == ("a", "<")
