@@ -171,7 +171,7 @@ def show(comparison: Comparison, console: Console) -> None:
         control_over_seeds.NOTE: set(comparison.controls),
     }
     folders = " ".join(str(run.folder) for group in groups.values() for run in group)
-    for line in (*filter(notes.get, notes), f"`quartet view {folders}` draws the curves over one another"):
+    for line in (*filter(notes.get, notes), f"`quartet-review view {folders}` draws the curves over one another"):
         console.print(line, highlight=False, soft_wrap=True)
 
 

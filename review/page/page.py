@@ -11,7 +11,7 @@ from typing import Any
 
 SCRIPTS = ("base.js", "controls.js", "charts.js", "rollouts.js", "events.js", "main.js")
 ASSETS = (*SCRIPTS, "view.css")
-PACKAGES = "the page of a run needs Starlette, uvicorn and Plotly: pip install 'quartet-rl[view]'"
+PACKAGES = "the page of a run needs Starlette, uvicorn, Plotly and tokenizers: pip install 'quartet-review[view]'"
 FRAME = """<!doctype html>
 <html lang="en">
 <head>
@@ -28,6 +28,12 @@ FRAME = """<!doctype html>
 </body>
 </html>
 """
+
+
+def check_packages(*names: str) -> None:
+    """Raises ValueError, which names the extra `view`, if one of these packages is missing. None is imported."""
+    if any(importlib.util.find_spec(name) is None for name in names):
+        raise ValueError(PACKAGES)
 
 
 def shell() -> str:
@@ -49,9 +55,10 @@ def self_contained(title: str, answers: Mapping[str, Any]) -> str:
 def plotly() -> str:
     """Plotly's script as its Python package ships it. Raises ValueError without it. The package itself is not
     imported, which would take a second."""
+    check_packages("plotly")
     package = importlib.util.find_spec("plotly")
-    if package is None or package.origin is None:
-        raise ValueError(PACKAGES)
+    assert package is not None
+    assert package.origin is not None
     return (Path(package.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from review.page.page import self_contained
+from review.page.page import check_packages, self_contained
 from review.page.run_files import RunFiles, finite
 
 GROUPS_PER_STEP = 8
@@ -30,7 +30,8 @@ class Report:
 def report(folder: Path, output: Path, steps: Sequence[int] | None = None) -> Path:
     """Write the report of a run. `steps`: those whose rollouts it contains, without it the first, middle and last one.
     Of each step the groups with the widest spread of rewards are chosen, at most GROUPS_PER_STEP. Raises ValueError for
-    a folder that is no run, FileNotFoundError for a step that was not recorded."""
+    a folder that is no run and without the extra `view`, FileNotFoundError for a step that was not recorded."""
+    check_packages("plotly", "tokenizers")
     run = RunFiles(folder)
     overview = run.overview()
     recorded: list[int] = overview["recorded"]

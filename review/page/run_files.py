@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from review.page.headline import control_sentences, headline
 from review.page.tokens import find_tokenizer, token_texts
@@ -22,6 +20,9 @@ from rewards.group_score import RewardFailure
 from rewards.records import recorded_steps, rollout_path, split_groups
 from rewards.ties import tied
 from rewards.verdicts import ACCURACY, judged_problems
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FAILURE = [field.name for field in fields(RewardFailure)]
 PLACES_AT_MOST = 200  # steps of a prompt; to parse their records takes seconds

@@ -1,4 +1,4 @@
-"""`quartet view`: the page of one or more runs on this machine, by Starlette and uvicorn.
+"""`quartet view`: the page of one or more runs on this machine, with Starlette and uvicorn.
 
 It listens on loopback unless told otherwise. Whoever asks for data shows the token that is in the printed address, so
 that another user of the machine, or a web page that guesses the port, sees nothing.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from review.page.page import ASSETS, PACKAGES, plotly, shell
+from review.page.page import ASSETS, check_packages, plotly, shell
 from review.page.run_files import RunFiles, finite
 from rewards.listening import listen
 
@@ -75,18 +75,15 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
 
 def app(shown: Shown, token: str) -> Any:
     """Returns the Starlette application. Raises ValueError without the packages of the extra `view`."""
-    try:
-        from starlette.applications import Starlette
-        from starlette.responses import HTMLResponse, JSONResponse, Response
-        from starlette.routing import Route
-    except ModuleNotFoundError as error:
-        raise ValueError(PACKAGES) from error
-    plotly()
+    check_packages("starlette", "uvicorn", "plotly", "tokenizers")
+    from starlette.applications import Starlette
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
 
     def answer(make: Callable[[dict[str, str]], Any]) -> Callable[..., Any]:
         def handler(request: Any) -> Response:
             if not hmac.compare_digest(request.headers.get("x-token", "").encode(), token.encode()):
-                fault = "the token is missing or wrong; open the address that quartet view has printed"
+                fault = "the token is missing or wrong; open the address that the server has printed"
                 return JSONResponse({"error": fault}, 403, HEADERS)
             try:
                 content = make(dict(request.query_params) | dict(request.path_params))

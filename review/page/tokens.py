@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from typing import TYPE_CHECKING, Any
 
 from review.readers.plain_files import check_files
 from rewards.config.json_file import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer  # of the extra `view`: overviews and events do without it
 
 TEXT_AT_MOST = 10_000_000  # characters of a completion; later tokens are numbers
 OPEN_AT_MOST = 8  # tokens in the middle of a character, which has four bytes
@@ -20,6 +20,8 @@ OPEN_AT_MOST = 8  # tokens in the middle of a character, which has four bytes
 def find_tokenizer(folder: Path) -> Tokenizer | None:
     """Returns the tokenizer of a run: None where it is damaged or missing, or where decoding could take any time or
     memory. Only what decodes is loaded: the expressions that split and normalize text may be slow ones too."""
+    from tokenizers import Tokenizer
+
     paths = sorted(folder.glob("**/tokenizer.json"), key=lambda path: len(path.parts))
     if not paths:
         return None
@@ -51,6 +53,8 @@ def token_texts(tokenizer: Tokenizer | None, token_ids: Sequence[int]) -> list[s
     tokenizer they are numbers."""
     if tokenizer is None:
         return [f"{token} " for token in token_ids]
+    from tokenizers.decoders import DecodeStream
+
     stream, texts, length, opened = DecodeStream(skip_special_tokens=False), list[str](), 0, list[int]()
     for token in token_ids:
         opened.append(token)

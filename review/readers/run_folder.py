@@ -28,7 +28,9 @@ def check_run(folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"RUN={folder}: there is no such folder")
     if not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"RUN={folder}: is no run folder (no metrics.jsonl in it)")
+        inner = next(folder.glob("*/metrics.jsonl"), None)
+        way_out = f"one of the runs in it, such as {inner.parent}" if inner else "the output_dir of a run"
+        raise ValueError(f"RUN={folder}: is no run folder (no metrics.jsonl in it); name {way_out}")
     return folder
 
 

@@ -207,7 +207,7 @@ def test_on_touch_nothing_covers_the_newest_values_and_without_its_token_the_pag
     assert page.locator(".modebar").count() == 0
     page.goto(address.partition("?")[0])
     page.wait_for_selector(".fault")
-    assert "open the address that quartet view has printed" in page.text_content(".fault")
+    assert "open the address that the server has printed" in page.text_content(".fault")
     context.close()
 
 

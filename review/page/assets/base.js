@@ -7,14 +7,14 @@ view.recorded = answers ? JSON.parse(answers.textContent) : null; // a report co
 view.ask = async (path, query = {}) => {
   if (view.recorded) {
     if (path in view.recorded) return view.recorded[path];
-    throw new Error("this is not part of the report; `quartet view` on the run folder shows it");
+    throw new Error("this is not part of the report; `quartet-review view` on the run folder shows it");
   }
   const given = new URLSearchParams(Object.entries(query).filter(([, value]) => value !== "" && value != null));
   let response;
   try {
     response = await fetch(`/api/${path}?${given}`, { headers: { "x-token": view.token } });
   } catch {
-    throw new Error("quartet view does not answer any more; start it again");
+    throw new Error("the server does not answer any more; start it again");
   }
   const found = await response.json();
   if (!response.ok) throw new Error(found.error);

@@ -63,7 +63,7 @@ def test_a_run_that_has_not_got_so_far_is_not_counted(make, capsys):
     assert "one seed: the value itself; it says nothing about how far another seed would be from it" in shown
     assert "two seeds: their mean and the two values" in shown
     assert "three seeds" not in shown
-    assert f"`quartet view {' '.join(map(str, [runs[0], runs[1], runs[2]]))}`" in shown
+    assert f"`quartet-review view {' '.join(map(str, [runs[0], runs[1], runs[2]]))}`" in shown
 
 
 def test_json_has_the_value_of_every_run(make, tmp_path, capsys):

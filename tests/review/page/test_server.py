@@ -164,7 +164,7 @@ def test_a_result_is_drawn_as_its_report_which_a_notebook_shows_in_a_frame(tmp_p
     assert base in attributes["srcdoc"]
     assert attributes["srcdoc"].replace(base, "", 1) == drawn.path.read_text(encoding="utf-8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'quartet-rl\[view\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'quartet-review\[view\]'"):
         Result(tmp_path / "run", None, {}).plot()
 
 
