@@ -257,7 +257,7 @@ def test_training_loads_no_feature_that_nobody_has_asked_for(fresh):
 
 
 @pytest.mark.parametrize("package", ["rewards", "review"])
-def test_what_loads_neither_torch_nor_ray(package):
+def test_light_packages_load_neither_torch_nor_ray(package):
     code = f"import sys, pkgutil, importlib, {package}\n"
     code += f"for module in pkgutil.walk_packages({package}.__path__, '{package}.'):\n"
     code += "    importlib.import_module(module.name)\n"
