@@ -174,8 +174,8 @@ def test_a_field_leaves_the_groups_whose_prompts_hold_a_text_and_a_prompt_leads_
     assert cards.count() == 4
     page.go("group/3/0")
     page.click("a:has-text('this prompt at other steps')")
+    page.wait_for_selector("h1:has-text('prompt ')")  # the page of the group has columns of .side, too
     page.wait_for_selector("main .side")
-    assert page.text_content("h1").startswith("prompt ")
 
 
 @pytest.mark.parametrize("where", ["step/4", "group/4/0", "diff/%3Cb%3Eid%3C%2Fb%3E%2F%252f"])
