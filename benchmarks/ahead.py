@@ -33,8 +33,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # else `rollout` would be a file here
 
 from grpo.run.hardware import describe  # noqa: E402
-from grpo.run.records import read_metrics  # noqa: E402
 from policies.openmp import CHOICES  # noqa: E402
+from review.readers.run_folder import read_metrics  # noqa: E402
 
 BAR = 0.9
 ROOT = HERE.parent

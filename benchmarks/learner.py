@@ -320,7 +320,7 @@ def _ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from grpo.run import hardware
+    from review.readers.machine import caption
 
     settings = report["settings"]
     print(
@@ -336,7 +336,7 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{pair:48} learn {ratio['learn']:.2f}x  step {ratio['step']:.2f}x  memory {ratio['memory']:.2f}")
     versions = report["environment"]["versions"]
     named = [f"{package} {versions[package]}" for package in ("transformers", "trl")]
-    print(f"\n{' · '.join([hardware.caption(report['environment']), *named])}")
+    print(f"\n{' · '.join([caption(report['environment']), *named])}")
 
 
 if __name__ == "__main__":

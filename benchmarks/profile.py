@@ -44,11 +44,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import SMOLLM2
-from grpo.run.hardware import caption, describe
+from grpo.run.hardware import describe
 from policies import presets
 from policies.conversion.dense import convert_dense
 from policies.decoding import absorbed, latent_cache, linear
 from policies.policy import Policy
+from review.readers.machine import caption
 from rewards.data.word_problems import word_problems
 from rollout.backends.hf import RowCache
 from rollout.decoding.batch import Batch

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 VARIABLE = "QUARTET_OPENED"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 OF_THE_SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/run", "/usr/share")
-OURS = ("rewards", "rollout", "policies", "grpo")  # packages, next to this one in a copy of the repository
+OURS = ("rewards", "review", "rollout", "policies", "grpo")  # packages, next to this one in a copy of the repository
 
 _thread = threading.local()
 _process = ""  # whose code runs in this process: a worker's, also in threads that the code starts

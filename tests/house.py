@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("policies", "rollout", "rewards", "grpo")
+PACKAGES = ("policies", "rollout", "rewards", "review", "grpo")
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "examples/**/*.md")
 CPU_SECONDS = ".cache/cpu_seconds.json"  # of the last whole runs of tests, written by conftest.py
 
@@ -100,12 +100,21 @@ def arrows_of(root: Path, package: str = "grpo") -> dict[str, set[str]]:
     return {room: others - {room} for room, others in rooms.items()}
 
 
+def street_of(root: Path) -> dict[str, set[str]]:
+    """Which packages each package imports."""
+    modules = {name: file for package in PACKAGES for name, file in modules_of(root, package).items()}
+    street: dict[str, set[str]] = {module.split(".")[0]: set() for module in modules}
+    for module, file in modules.items():
+        street[module.split(".")[0]] |= {other.split(".")[0] for other in modules_imported(module, file, modules)}
+    return {package: others - {package} for package, others in street.items()}
+
+
 def floors_of(rooms: Mapping[str, set[str]]) -> int:
     """How many rooms the longest chain of imports has. Raises CycleError where there is a circle."""
     height: dict[str, int] = {}
     for room in TopologicalSorter(rooms).static_order():  # what a room imports comes before it
         height[room] = 1 + max((height[other] for other in rooms[room]), default=0)
-    return max(height.values())
+    return max(height.values(), default=0)
 
 
 def circle_of(graph: Mapping[str, set[str]]) -> str:
@@ -186,8 +195,8 @@ _FRESH = """
 import grpo.train, json, sys
 answer = {"files": [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] in sys.argv[1:]]}
 
-import grpo.run.metrics
-grpo.run.metrics.documented()
+import grpo.run.log
+grpo.run.log.check("loss/kl")
 answer["training"] = [*sys.modules]
 
 from grpo.cli.parse import _commands
@@ -223,8 +232,11 @@ def numbers(root: Path, answer: Mapping[str, Any]) -> dict[str, float]:
     settings = {command: once(keys) for command, keys in answer["settings"].items()}
     found: dict[str, float] = {"settings of quartet train": len(settings["train"])}
     found["settings of all commands"] = len(set().union(*settings.values()))
-    for package in ("grpo", "rollout"):
-        rooms = arrows_of(root, package)
+    street = street_of(root)
+    found |= {"packages": len(street), "floors of packages": floors_of(street)}
+    found["arrows between packages"] = sum(map(len, street.values()))
+    for package in ("grpo", "rollout", "review"):
+        rooms = arrows_of(root, package)  # none in a commit that lacks the package
         found |= {f"rooms of {package}": len(rooms), f"floors of {package}": floors_of(rooms)}
         found[f"arrows between rooms of {package}"] = sum(map(len, rooms.values()))
     loaded = [Path(file) for file in answer["files"]]

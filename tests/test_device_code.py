@@ -26,7 +26,7 @@ from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("policies", "rollout", "grpo", "rewards")
+PACKAGES = ("policies", "rollout", "grpo", "rewards", "review")
 VENDORS = ("cuda", "xpu", "mps")
 QUESTIONS = ("has_cuda", "is_cpu", "is_cuda", "is_xpu", "is_mps")
 # The files that may know. A line here is a promise to look at that file on every new kind of device.

@@ -171,6 +171,8 @@ def understand(words: list[str]) -> None:
             understand_quartet(arguments)
         case ["quartet-reward", command, *arguments]:
             understand_quartet([*(() if command == "audit" else ["reward"]), command, *arguments])
+        case ["quartet-review", *arguments]:
+            understand_quartet(arguments)
         case ["accelerate", "launch", *arguments] | ["torchrun", *arguments]:
             understand_quartet(arguments[arguments.index("grpo") + 1 :])
         case ["make", target, *_]:
@@ -242,7 +244,7 @@ def test_files_options_and_metrics_that_are_named_exist(page):
         elif re.fullmatch(r"[a-z]+/[a-z_<>/0-9]+", span) and span.partition("/")[0] in areas:
             measured = re.sub(r"<\w+>", "<>", re.sub(r"_\d+$", "_<>", span))
             there = bool({span, measured} & metrics) or (ROOT / span).exists()
-        elif re.fullmatch(r"(?:examples|benchmarks|docs|tests|grpo|rollout|rewards|policies)/[\w./-]*", span):
+        elif re.fullmatch(r"(?:examples|benchmarks|docs|tests|grpo|rollout|rewards|review|policies)/[\w./-]*", span):
             there = (ROOT / span).exists()
         else:
             there = True
@@ -253,7 +255,7 @@ def test_files_options_and_metrics_that_are_named_exist(page):
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source():
     """What is between two … of a heading must be in one message of the source, in this order."""
     texts = [(ROOT / "grpo/task/table.yaml").read_text(encoding="utf-8")]
-    for package in ("grpo", "rollout", "rewards", "policies"):
+    for package in ("grpo", "rollout", "rewards", "review", "policies"):
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):
@@ -276,7 +278,7 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copy(ROOT / "mkdocs.yml", folder)
-    for name in ("examples", "benchmarks", "grpo", "rollout", "rewards", "policies"):
+    for name in ("examples", "benchmarks", "grpo", "rollout", "rewards", "review", "policies"):
         (folder / name).symlink_to(ROOT / name)
     words = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)

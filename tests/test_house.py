@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "policies": set(),
     "rollout": {"policies", "rewards"},  # of rewards the isolated processes and an episode alone, see below
     "rewards": set(),
-    "grpo": {"policies", "rollout", "rewards"},
+    "review": {"rewards"},
+    "grpo": {"policies", "rollout", "rewards", "review"},
 }
 # The rooms of grpo from top to bottom: each imports those below it alone.
 FLOORS = (
@@ -29,15 +30,16 @@ FLOORS = (
     ("steps", "evaluation", "tinker"),
     ("task",),
     ("source", "endpoint"),
-    ("learner", "view"),
+    ("learner",),
     ("run",),
     ("data", "algorithm"),
     ("config",),
 )
 # What `import grpo.train` does not load: a run imports these when it is asked for them.
 FEATURES = (
-    *("grpo.cli", "grpo.endpoint", "grpo.cli.launch", "grpo.cli.mtp", "grpo.trl_bridge", "grpo.view", "grpo.tinker"),
-    *("grpo.algorithm.alarms", "grpo.algorithm.in_flight", "rewards.data.reasoning_gym", "rewards.data.word_problems"),
+    *("grpo.cli", "grpo.endpoint", "grpo.cli.launch", "grpo.cli.mtp", "grpo.trl_bridge", "grpo.tinker"),
+    *("review.compare", "review.findings", "review.page", "grpo.algorithm.in_flight"),
+    *("rewards.data.reasoning_gym", "rewards.data.word_problems"),
     *("grpo.learner.eight_bit", "grpo.learner.terms.custom", "grpo.learner.terms.supervised"),
     *("grpo.learner.terms.balance", "grpo.learner.terms.distill", "grpo.learner.terms.draft_head"),
     *("grpo.learner.terms.teacher_server", "grpo.learner.terms.value"),
@@ -147,6 +149,8 @@ def test_imports_go_down_without_circles():
     assert _against_the_arrows(ROOT) == []
     assert _upwards(ROOT, FLOORS) == []
     assert [circle for package in MAY_IMPORT for circle in _circles(ROOT, package)] == []
+    assert set(house.PACKAGES) == set(MAY_IMPORT)
+    assert house.circle_of(house.street_of(ROOT)) == ""
 
 
 def _write(root: Path, **sources: str) -> None:
@@ -253,29 +257,39 @@ def test_training_loads_no_feature_that_nobody_has_asked_for(fresh):
     assert "rollout.workers.ray_pool" in _features_among(fresh["ray"])
 
 
-def test_rewards_load_neither_torch_nor_ray():
-    code = "import sys, pkgutil, importlib, rewards\n"
-    code += "for module in pkgutil.walk_packages(rewards.__path__, 'rewards.'):\n"
+@pytest.mark.parametrize("package", ["rewards", "review"])
+def test_light_packages_load_neither_torch_nor_ray(package):
+    code = f"import sys, pkgutil, importlib, {package}\n"
+    code += f"for module in pkgutil.walk_packages({package}.__path__, '{package}.'):\n"
     code += "    importlib.import_module(module.name)\n"
     code += "print(*{'torch', 'ray', 'transformers'} & set(sys.modules))"
     assert _python("-c", code).split() == []
 
 
+def test_diagnose_loads_neither_numpy_nor_what_the_page_needs():
+    code = "import sys\nfrom review.__main__ import main\nassert main(sys.argv[1:]) == 0\n"
+    heavy = {"torch", "ray", "transformers", "numpy", "tokenizers", "starlette", "uvicorn", "plotly"}
+    code += f"print(*{heavy} & set(sys.modules))"
+    *printed, loaded = _python("-c", code, "diagnose", "tests/cases/run_to_view").split("\n")[:-1]
+    assert printed[-1] == "Nothing was found."
+    assert loaded == ""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Both distributions as a user gets them: wheels made from source distributions, then installed into a folder."""
+    """All distributions as a user gets them: wheels made from source distributions, then installed into a folder."""
     folder = tmp_path_factory.mktemp("wheel")
-    for project in (ROOT / "rewards", ROOT):
+    for project in (ROOT / "rewards", ROOT / "review", ROOT):
         _python("-m", "build", "--no-isolation", "--outdir", str(folder), str(project))
     files = sorted(folder.glob("*.whl"))
-    assert len(files) == len(list(folder.glob("*.tar.gz"))) == 2
+    assert len(files) == len(list(folder.glob("*.tar.gz"))) == 3
     options = ["--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check"]
     _python("-m", "pip", "install", "--quiet", *options, "--target", str(folder / "site"), *map(str, files))
     return folder / "site"
 
 
 @pytest.mark.slow
-def test_the_wheels_hold_the_four_packages_and_nothing_else(wheel):
+def test_the_wheels_hold_the_packages_and_nothing_else(wheel):
     shipped = {file.relative_to(wheel).as_posix() for file in wheel.rglob("*") if file.is_file()}
     written = {
         file.relative_to(ROOT).as_posix()
@@ -283,8 +297,9 @@ def test_the_wheels_hold_the_four_packages_and_nothing_else(wheel):
         for file in (ROOT / package).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
-    of_the_project = {f"rewards/{name}" for name in ("pyproject.toml", "README.md", "LICENSE")}
-    commands = {"bin/quartet", "bin/quartet-reward"}
+    files = ("pyproject.toml", "README.md", "LICENSE")
+    of_the_project = {f"{package}/{name}" for package in ("rewards", "review") for name in files}
+    commands = {"bin/quartet", "bin/quartet-reward", "bin/quartet-review"}
     assert {file for file in shipped if ".dist-info/" not in file} == (written - of_the_project) | commands
     assert {f"{package}/py.typed" for package in MAY_IMPORT} <= shipped
 
@@ -293,9 +308,11 @@ def test_the_wheels_hold_the_four_packages_and_nothing_else(wheel):
         return {line.partition("/")[0] for line in record if ".py," in line}
 
     assert packages("quartet_rewards") == {"rewards"}
-    assert packages("quartet_rl") == set(MAY_IMPORT) - {"rewards"}
-    needed = (wheel / f"quartet_rl-{VERSION}.dist-info/METADATA").read_text().splitlines()
-    assert f"Requires-Dist: quartet-rewards=={VERSION}" in needed
+    assert packages("quartet_review") == {"review"}
+    assert packages("quartet_rl") == set(MAY_IMPORT) - {"rewards", "review"}
+    for distribution, below in (("rl", "rewards"), ("rl", "review"), ("review", "rewards")):
+        needed = (wheel / f"quartet_{distribution}-{VERSION}.dist-info/METADATA").read_text().splitlines()
+        assert f"Requires-Dist: quartet-{below}=={VERSION}" in needed
 
 
 @pytest.mark.slow
@@ -308,7 +325,7 @@ def test_the_wheels_work_from_an_empty_folder(wheel, tmp_path):
         assert Path(file).parent == wheel / package
         assert set(names) == _public_names(package), package
     assert {"load_reward", "right_at"} <= _public_names("rewards")
-    for command in ("quartet", "quartet-reward"):
+    for command in ("quartet", "quartet-reward", "quartet-review"):
         printed = _python(str(wheel / "bin" / command), "--version", cwd=tmp_path, path=wheel)
         assert printed == f"{command} {VERSION}\n"
     usage = _python("-m", "grpo", "--help", cwd=tmp_path, path=wheel)

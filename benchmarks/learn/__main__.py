@@ -29,8 +29,9 @@ from benchmarks.learn import page
 from benchmarks.learn.contenders import NAMES
 from benchmarks.learn.tasks import ROOT, TASKS, start
 from benchmarks.peers.process import Started, clean
-from grpo.run.hardware import caption, describe
+from grpo.run.hardware import describe
 from policies.files.digests import DIGESTS
+from review.readers.machine import caption
 
 RESULTS = ROOT / "benchmarks/results/learn.json"
 POLICIES = ROOT / "runs/learn/policies"

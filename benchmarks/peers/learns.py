@@ -56,8 +56,8 @@ def warm(task: Task, policy: Path) -> None:
 @contextmanager
 def stopped_when_reached(run: Path, task: Task) -> Iterator[None]:
     """Ctrl-C for the run in this folder, once the reward that is asked for has been reached."""
-    from grpo.run.records import read_metrics
     from grpo.run.stop import Stopped
+    from review.readers.run_folder import read_metrics
 
     over = threading.Event()
 
@@ -78,8 +78,8 @@ def stopped_when_reached(run: Path, task: Task) -> Iterator[None]:
 
 def run_ours(task: Task, policy: Path) -> dict[str, list[float]]:
     from grpo.config.run import TrainConfig
-    from grpo.run.records import read_metrics
     from grpo.train import train
+    from review.readers.run_folder import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"

@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
-from grpo.algorithm.statistics import estimate, pass_at_k
+from review.statistics.estimates import estimate, pass_at_k
 from rewards.data.examples import load_examples
 
 FEWEST_LINES = 2

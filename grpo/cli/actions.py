@@ -320,42 +320,12 @@ def export(args: argparse.Namespace) -> None:
     print(escaped(message))
 
 
-def view(args: argparse.Namespace) -> None:
-    from grpo.view.server import view
-
-    view(args.runs, args.host, args.port)
-
-
-def report(args: argparse.Namespace) -> None:
-    from grpo.view.report import report
-
-    print(report(args.run, args.output or args.run / "report.html", args.steps))
-
-
 def why(args: argparse.Namespace) -> None:
     from grpo.cli.why.report import tell
     from rewards.console import Terminal
 
     options = {name: getattr(args, name) for name in ("group", "groups", "tokens", "held_out", "what_if")}
     write(args.json, asdict(tell(args.run, args.step, Terminal(), **options)))
-
-
-def diagnose(args: argparse.Namespace) -> int:
-    from grpo.cli.diagnose.report import tell
-    from rewards.console import Terminal
-
-    result = tell(args.run, Terminal())
-    write(args.json, result)
-    return EXIT_ERROR if result["findings"] else 0
-
-
-def compare(args: argparse.Namespace) -> None:
-    from grpo.view.compare import as_json, compare, show
-    from rewards.console import Terminal
-
-    comparison = compare(args.runs, args.metrics, args.steps)
-    show(comparison, Terminal())
-    write(args.json, as_json(comparison))
 
 
 def from_trl(args: argparse.Namespace) -> int:

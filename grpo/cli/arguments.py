@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rewards.commands.command_line import Argument, argument, json_argument
+from rewards.commands.command_line import Argument, argument, json_argument, version_of
 
 
 def _flag(name: str, what: str) -> Argument:
@@ -97,16 +96,6 @@ EXPORT = (
     argument("--push_to_hub", metavar="OWNER/NAME", help="upload it; a new repository is private"),
     _flag("adapter", "the adapters of a LoRA run alone, in peft's format"),
 )
-VIEW = (
-    argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder; several are drawn over one another"),
-    argument("--host", default="127.0.0.1", help="the address to listen on, by default this machine alone"),
-    argument("--port", type=int, default=0, help="by default one that is free"),
-)
-REPORT = (
-    argument("run", type=Path, metavar="RUN", help="a run folder"),
-    argument("--output", type=Path, metavar="FILE.html", help="by default report.html in the run folder"),
-    argument("--steps", type=int, nargs="+", metavar="N", help="steps whose rollouts it shows; by default three"),
-)
 _WHAT = "the step with other options on the same rollouts, such as loss.advantage=rloo; give it again for another one"
 WHY = (
     argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it is touched"),
@@ -118,16 +107,6 @@ WHY = (
     argument("--what_if", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=_WHAT),
     json_argument("all that was found"),
 )
-_WHAT = "a run folder, also of a run that goes on, is stuck or has failed; nothing in it is touched"
-DIAGNOSE = (argument("run", type=Path, metavar="RUN", help=_WHAT), json_argument("what was found"))
-_RUNS = "run folders; those that differ in nothing but the seed are one group"
-COMPARE = (
-    argument("runs", type=Path, nargs="+", metavar="RUN", help=_RUNS),
-    argument("--metrics", nargs="+", default=[], metavar="NAME", help="by default reward/mean and eval/accuracy"),
-    argument("--steps", type=int, nargs="+", default=[], metavar="N", help="by default at most twelve, evenly spaced"),
-    json_argument("what the tables show"),
-)
-
 
 _OUT = argument("--out", type=Path, default=Path("run.yaml"), metavar="RUN.yaml", help="the file to write; run.yaml")
 _MIGRATION = "the options, and what has no counterpart,"
@@ -145,7 +124,4 @@ FROM_VERL = (argument("source", metavar="RUN.sh", help=_WHAT), _OUT, json_argume
 
 
 def version() -> str:
-    try:
-        return metadata.version("quartet-rl")
-    except metadata.PackageNotFoundError:
-        return "(run from its source, not installed)"
+    return version_of("quartet-rl")

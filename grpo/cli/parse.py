@@ -14,6 +14,7 @@ from grpo.cli import actions, arguments
 from grpo.cli.actions import expected_errors
 from grpo.run.stop import signals
 from policies.openmp import wait_briefly
+from review import commands
 from rewards.commands import command_line, table
 from rewards.commands.command_line import Command, fail, failed, prepare_output
 
@@ -83,34 +84,7 @@ def _commands() -> dict[str, Command]:
             MtpConfig,
             "runs/demo --output_dir runs/demo_mtp",
         ),
-        "view": Command(
-            "a page of one or more runs, live",
-            actions.view,
-            arguments.VIEW,
-            example="runs/demo",
-            about="Serve a page of one or more runs, live while they train: curves, and rollouts token by token.",
-        ),
-        "report": Command(
-            "the same page as one HTML file",
-            actions.report,
-            arguments.REPORT,
-            example="runs/demo",
-            about="Write the page of `quartet view` as one HTML file to send away.",
-        ),
-        "compare": Command(
-            "the curves of several runs, in numbers",
-            actions.compare,
-            arguments.COMPARE,
-            example="runs/seed0 runs/seed1 runs/other0 runs/other1",
-            about="Compare the curves of runs: the mean over seeds, with its interval.",
-        ),
-        "diagnose": Command(
-            "what to change first in a run that does not learn",
-            actions.diagnose,
-            arguments.DIAGNOSE,
-            example="runs/demo",
-            about="Find out what to change first in a run that does not learn, and why.",
-        ),
+        **commands.commands(),
         "why": Command(
             "what a step changed, and which groups and tokens did it",
             actions.why,
@@ -231,10 +205,10 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
 
 def _reference(args: argparse.Namespace) -> None:
-    from grpo.run import metrics
+    from review.readers import run_folder
     from rewards.config.options import reference_page
 
     for name, command in _commands().items():
         if command.options and getattr(command.options, "command", "") == name:  # else they are another command's
             print(f"# quartet {name}\n\n{reference_page(command.options)}")
-    print(f"# Metrics\n\n{metrics.table()}", end="")
+    print(f"# Metrics\n\n{run_folder.table()}", end="")

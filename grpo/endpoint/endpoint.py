@@ -15,7 +15,7 @@ from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.app import HANDLERS, questions
 from grpo.endpoint.connections import settings
 from grpo.endpoint.episode import Episode
-from grpo.run.listening import listen
+from rewards.listening import listen
 
 
 class Endpoint:

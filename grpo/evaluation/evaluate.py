@@ -11,9 +11,9 @@ from statistics import fmean
 
 from rich.progress import Progress
 
-from grpo.algorithm.statistics import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
 from grpo.run.metrics import mean_of
 from grpo.task.task import Task
+from review.statistics.estimates import Estimate, estimate, majority_at_k, pass_at_k, powers_of_two
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.draft_stats import drafts_by_depth, tokens_per_forward
 from rollout.faults import RolloutError
@@ -21,25 +21,6 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
-METRICS = {
-    "eval/accuracy": "held-out completions that the first reward calls right, fraction; only where it says so",
-    "eval/accuracy_greedy": "the same for greedy completions, fraction",
-    "eval/reward_mean": "score of a held-out completion, mean",
-    "eval/reward_mean_greedy": "the same for greedy completions, mean",
-    "eval/part/<name>": "value of the reward function `name` on held-out completions, mean",
-    "eval/source/<name>/accuracy": "eval/accuracy of one of several sources of data, by its first reward",
-    "eval/source/<name>/reward_mean": "eval/reward_mean of that source",
-    "eval/source/<name>/length_mean": "eval/completion_length_mean of that source, tokens",
-    "eval/pass_at_<d>": "held-out prompts that at least one of d completions solves, fraction",
-    "eval/majority_at_<d>": "held-out prompts whose most frequent answer among d completions is right, fraction",
-    "eval/without_mark": "held-out completions without a mark (the reward abstained or failed), count",
-    "eval/reward_errors": "failures of reward functions on held-out completions, count",
-    "eval/prompts": "held-out prompts evaluated, count",
-    "eval/completion_length_mean": "length of a held-out completion, stop token included, mean, tokens",
-    "eval/completion_clipped": "held-out completions cut by max_completion_tokens, fraction",
-    "eval/tokens_per_forward": "draft/tokens_per_forward on held-out prompts",
-    "time/evaluate": "held-out evaluation, off the training clock, seconds",
-}
 OnFinished = Callable[[int], None]
 OnBatch = Callable[[Sequence[RolloutGroup], Sequence[GroupScore]], None]
 

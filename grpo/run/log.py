@@ -30,22 +30,12 @@ from rich.progress import Progress
 from grpo.config.run import LogOptions
 from grpo.run import hardware
 from grpo.run.console import progress_bars, sample_table, step_line
-from grpo.run.json_lines import append_line, json_line, open_lines
+from grpo.run.json_lines import append_line, json_line, keep_lines, open_lines, rollout_lines, truncate
 from grpo.run.lock import RunLock, refuse_folder
-from grpo.run.metrics import check
-from grpo.run.records import (
-    HELD_OUT,
-    TURNS,
-    holds_a_run,
-    is_evaluation,
-    keep_lines,
-    read_events,
-    rollout_lines,
-    truncate,
-)
 from grpo.run.stop import Stopped
 from grpo.run.trackers import installed, log_rollouts, start
 from policies.files.atomic import tidy, write_file
+from review.readers.run_folder import ENVIRONMENT, HELD_OUT, TURNS, check, holds_a_run, is_evaluation, read_events
 from rewards.config.json_file import read_objects, whole_lines
 from rewards.config.yaml_file import changed_options
 from rewards.console import Terminal, visible
@@ -293,7 +283,7 @@ class RunLog:
         if resume_step is None:
             if any(event["event"] == "end" for event in read_events(self.output_dir)):
                 self._write_event("begin", {})  # after one that ended before its first step
-            write_file(self.output_dir / hardware.FILE, json.dumps(here, indent=1) + "\n")
+            write_file(self.output_dir / ENVIRONMENT, json.dumps(here, indent=1) + "\n")
         else:
             self.event("resume", step=resume_step, unshown={"environment": here})
             if file.exists():

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo.run.log import RunLog
-from grpo.run.records import read_events
 from grpo.run.sources import Sources
 from policies.files.atomic import write_file
+from review.readers.run_folder import read_events
 from rewards.config.json_file import expecting, read_json
 
 FILE = "rewards.json"

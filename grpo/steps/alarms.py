@@ -1,4 +1,4 @@
-"""Alarms where a reward seems to be hacked; see grpo/algorithm/alarms.py for what they look at."""
+"""Alarms where a reward seems to be hacked; see review/findings/alarms.py for what they look at."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from itertools import compress
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from grpo.algorithm.alarms import Alarm, Alarms, Watched
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import TrainingBatch
 from grpo.steps.listener import Listener
 from grpo.task.task import Task
+from review.findings.alarms import Alarm, Alarms, Watched
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 

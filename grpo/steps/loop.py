@@ -24,12 +24,12 @@ from grpo.run.checkpoint import Checkpoint
 from grpo.run.lock import RunLock
 from grpo.run.log import NoLog, Resume, RunLog
 from grpo.run.memory_errors import Phase, phase
-from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_sources, refuse_changed_sources
 from grpo.run.sources import Sources
 from grpo.run.stop import Stopped, last_words, say_stopping, signals
 from policies.devices import peak_gib
+from review.readers.run_folder import best_step, read_metrics
 from rewards.config.options import dump_yaml
 
 Config = TypeVar("Config", bound=RunConfig)

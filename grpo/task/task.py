@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.algorithm.statistics import answer_reader
 from grpo.config.environment import OF_EPISODES, AgentOptions, rewards_of
 from grpo.config.mtp import MtpConfig, scores_nothing
 from grpo.config.run import LearningConfig, RunConfig, TrainConfig
@@ -28,6 +27,7 @@ from grpo.source.policy_source import known_context
 from grpo.task.sampling import Actor, agent_of, environment_of
 from policies.devices import device_of
 from policies.policy import Policy
+from review.statistics.estimates import answer_reader
 from rewards.config.data import SourceOptions
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.data.examples import Example, beyond_context, default_held_out_split, gold_checks, load_examples, too_long

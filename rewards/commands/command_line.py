@@ -1,4 +1,5 @@
-"""A command line of several commands: how they are declared, parsed and ended. `quartet` and `quartet-reward` are two.
+"""A command line of several commands: how they are declared, parsed and ended. `quartet`, `quartet-reward` and
+`quartet-review` are three.
 
 Modules that a command works with are imported inside its function, so that --help and a typo answer at once.
 """
@@ -11,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
-OURS = ("", "policies", "rollout", "rewards", "grpo")
+OURS = ("", "policies", "rollout", "rewards", "review", "grpo")
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -156,6 +158,28 @@ def prepare_output() -> None:
             os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(EscapingFormatter())
+
+
+def run(parser: argparse.ArgumentParser, commands: Mapping[str, Command], words: Sequence[str]) -> int:
+    """Runs the command that `words` name. Returns the exit code."""
+    from rewards.config.options import parse
+
+    prepare_output()
+    args = None
+    try:
+        args = parse(build_parser(parser, commands, words), words)
+        return int(args.command(args) or 0)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except Exception as error:
+        return failed(error, args)
+
+
+def version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "(run from its source, not installed)"
 
 
 def failed(

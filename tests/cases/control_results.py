@@ -2,7 +2,7 @@
 
 import json
 
-from grpo.run.records import CONTROL
+from review.readers.run_folder import CONTROL
 
 PROBLEMS = 512
 

@@ -23,7 +23,7 @@ from types import ModuleType
 
 import pytest
 
-OURS = ("policies", "rollout", "rewards", "grpo")
+OURS = ("policies", "rollout", "rewards", "review", "grpo")
 LINUX_ALONE = {
     os: "sched_getaffinity sched_setaffinity memfd_create pidfd_open eventfd posix_fadvise posix_fallocate setns",
     select: "epoll",

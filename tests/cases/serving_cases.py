@@ -13,8 +13,8 @@ import uvicorn
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.serve.server import begin
 from grpo.endpoint.connections import settings
-from grpo.run.listening import listen
 from rewards.config.options import load
+from rewards.listening import listen
 
 
 class Running:

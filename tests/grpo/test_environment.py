@@ -11,10 +11,10 @@ from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
-from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.task.sampling import environment_of
 from grpo.train import train
+from review.readers.run_folder import read_metrics
 from rewards.commands.options import ReplayConfig
 from rewards.commands.replay import replay
 from rewards.config.options import load

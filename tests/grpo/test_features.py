@@ -13,7 +13,7 @@ from copies import Copy
 from safetensors import safe_open
 
 from grpo.config.features import FEATURES
-from grpo.run.metrics import documented
+from review.readers.run_folder import documented
 
 ROOT = Path(__file__).parents[2]
 TABLE, SAMPLERS = "grpo/config/features.py", "rollout/workers/kinds.py"
@@ -28,7 +28,7 @@ LEAVING = {
     "draft_head": (["grpo/learner/terms/draft_head.py"], (TABLE, 'Feature("draft_head"')),
     "curriculum": (["grpo/config/curriculum.py", "grpo/steps/curriculum.py"], (TABLE, 'Feature("curriculum"')),
     "tied_steps": (["grpo/steps/tied_steps.py"], (TABLE, 'Feature("tied_steps"')),
-    "alarms": (["grpo/steps/alarms.py", "grpo/algorithm/alarms.py"], (TABLE, 'Feature("alarms"')),
+    "alarms": (["grpo/steps/alarms.py", "review/findings/alarms.py"], (TABLE, 'Feature("alarms"')),
     "mix": (["grpo/steps/mix.py", "grpo/task/mix.py", "grpo/data/mix.py"], (TABLE, 'Feature("mix"')),
     "Ray workers": (
         ["rollout/workers/ray_pool.py", "rollout/workers/worker.py", "rollout/workers/actors.py"],
@@ -40,7 +40,7 @@ LEAVING = {
     "graphs": (["rollout/compiled"], None),
     "reward models": (["grpo/task/reward_models.py"], None),
     "conversion of dense models": (["policies/conversion"], None),
-    "the page": (["grpo/view"], None),
+    "the page": (["review/page", "review/compare"], None),
     "TRL's users": (["grpo/trl_bridge.py"], None),
 }
 ALONE = [pytest.param([feature], id=feature, marks=pytest.mark.long) for feature in LEAVING]
@@ -51,7 +51,7 @@ SHORT += ["--rollout.max_completion_tokens=12", "--rollout.draft_tokens=2", "--d
 
 def tree(folder):
     """A copy of what is installed, and of word problems, whose run drafts and has a draft head that learns."""
-    for package in ("grpo", "policies", "rewards", "rollout", "benchmarks/learn"):
+    for package in ("grpo", "policies", "review", "rewards", "rollout", "benchmarks/learn"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 

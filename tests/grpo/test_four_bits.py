@@ -15,7 +15,6 @@ from grpo.cli.commands import summary
 from grpo.cli.commands.export import export
 from grpo.cli.commands.memory import MemoryOfRun
 from grpo.config.run import TrainConfig
-from grpo.run.records import read_metrics
 from grpo.run.resume import base_digest
 from grpo.run.stop import Stopped
 from grpo.source.policy_source import find_policy, load_found
@@ -23,6 +22,7 @@ from grpo.task.check import check_plan
 from grpo.train import train
 from policies import four_bit
 from policies.policy import Policy, PolicyError, digest
+from review.readers.run_folder import read_metrics
 from rewards.config.options import load
 
 needs_bitsandbytes = pytest.mark.skipif(util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

@@ -19,10 +19,10 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.learner.learner import Learner
 from grpo.run import checkpoint
 from grpo.run.memory_errors import OutOfMemory, phase
-from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.decoding import kernels
 from policies.policy import Policy
+from review.readers.run_folder import read_metrics
 from rewards.group_score import GroupScore
 from rewards.records import read_rollouts
 from rollout.compiled import rounds

@@ -16,13 +16,13 @@ from grpo.config.run import TrainConfig
 from grpo.learner.batch import collate
 from grpo.learner.row import PackedRow, Sample
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics
 from grpo.source.agreement import check_agreement
 from grpo.source.policy_source import load_policy
 from grpo.task.check import check_plan
 from grpo.train import train
 from policies.paths import Paths
 from policies.policy import Policy, PolicyError
+from review.readers.run_folder import read_metrics
 from rewards.records import read_rollouts
 
 CPU = torch.device("cpu")

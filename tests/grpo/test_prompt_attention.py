@@ -24,12 +24,12 @@ from transformers import DeepseekV3ForCausalLM
 
 from grpo.cli.commands.inspect import inspect
 from grpo.cli.parse import main
-from grpo.run.records import read_metrics
 from grpo.task.check import check_plan
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
 from grpo.trl_bridge import BridgeError, rollout_func
 from policies.policy import Policy, PolicyError
+from review.readers.run_folder import read_metrics
 from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.pool import PoolOptions

@@ -21,10 +21,10 @@ from grpo.config.run import SftConfig
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.head_learner import HeadLearner
 from grpo.run.checkpoint import CheckpointError
-from grpo.run.records import read_events, read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.train import train
+from review.readers.run_folder import read_events, read_metrics
 from rewards.config.options import dump_yaml
 from rewards.group_score import GroupScore
 from rollout.faults import RolloutError

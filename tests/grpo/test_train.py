@@ -15,8 +15,6 @@ from grpo.learner.terms import draft_head
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint, resume
-from grpo.run.metrics import check
-from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.steps.ahead import Batches
 from grpo.steps.loop import Run
@@ -24,6 +22,7 @@ from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
 from policies.layout import frozen_parameter_names
 from policies.policy import Policy, PolicyError
+from review.readers.run_folder import check, read_metrics
 from rewards.config.yaml_file import parse_yaml
 from rewards.protocol import RewardError
 from rewards.records import read_rollouts

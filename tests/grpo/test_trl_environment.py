@@ -10,9 +10,9 @@ from incrementing import IncrementEnv
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.presets import small_tokenizer
+from review.readers.run_folder import read_metrics
 from rewards.records import read_rollouts
 from rollout.environments.format import Call, Turn, TurnFormat
 

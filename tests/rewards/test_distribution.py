@@ -1,66 +1,19 @@
 """quartet-rewards in an environment that has what it asks for and nothing else, and the recipe of CI there."""
 
-import importlib.metadata
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import tomllib
-import venv
-from pathlib import Path
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
+from light_environment import HEAVY, ROOT, light_environment, run
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples/11_rewards_in_ci"
-PROJECT = tomllib.loads((ROOT / "rewards/pyproject.toml").read_text())["project"]
-HEAVY = ("torch", "ray", "transformers", "trl", "peft", "datasets", "numpy")
-
-
-def needed(requirements: list[str]) -> set[str]:
-    """The distributions that these requirements bring, as they are installed here."""
-    names: set[str] = set()
-    waiting = [Requirement(text) for text in requirements]
-    while waiting:
-        requirement = waiting.pop()
-        if requirement.name not in names and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
-            names.add(requirement.name)
-            waiting += map(Requirement, importlib.metadata.requires(requirement.name) or [])
-    return names
-
-
-def link(names: set[str], site: Path) -> None:
-    """Puts what is installed here under these names into another environment, without the commands."""
-    for name in names:
-        tops = {file.parts[0] for file in importlib.metadata.files(name) if file.parts[0] not in ("..", "__pycache__")}
-        folder = Path(str(importlib.metadata.distribution(name).locate_file("")))
-        for top in tops:
-            if not (site / top).exists():
-                (site / top).symlink_to(folder / top)
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Variables by which `python` and `pip` are those of an environment with pip and what quartet-rewards needs, and
-    the index is a folder with its wheel."""
-    folder = tmp_path_factory.mktemp("environment")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "wheels")]
-    subprocess.run([*build, str(ROOT / "rewards")], check=True, capture_output=True)
-    venv.create(folder / "venv", with_pip=False, symlinks=True)
-    [site] = (folder / "venv").glob("lib/python*/site-packages")
-    link(needed(["pip", *PROJECT["dependencies"], *PROJECT["optional-dependencies"]["pytest"]]), site)
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "PIP"))}
-    of_pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder / "wheels"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    return variables | of_pip | {"PATH": f"{folder / 'venv/bin'}:{os.environ['PATH']}"}
-
-
-def run(line: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    shell = ["bash", "-eo", "pipefail", "-c", line]  # as GitHub runs it
-    return subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return light_environment(tmp_path_factory.mktemp("environment"), ["rewards"], "pytest")
 
 
 @pytest.mark.slow

@@ -12,10 +12,9 @@ from grpo.cli.commands.eval import CompletionsFile, evaluate_model
 from grpo.cli.commands.export import export
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.evaluation.evaluate import as_metrics, evaluate, evaluate_ways
-from grpo.run.metrics import check
-from grpo.run.records import best_step, read_metrics
 from grpo.task.task import Task
 from grpo.train import train
+from review.readers.run_folder import best_step, check, read_metrics
 from rewards import BUILT_IN, Signature, load_reward, per_completion, right_at
 from rewards.config.data import SourceOptions
 from rewards.config.options import load

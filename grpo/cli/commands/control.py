@@ -26,10 +26,10 @@ from grpo.config.run import EvalOptions, SftConfig, TrainConfig
 from grpo.config.sampling import SamplingOptions
 from grpo.evaluation.best_point import BestPoint
 from grpo.run import hardware
-from grpo.run.records import CONTROL, CONTROL_FROM_BEGINNING, read_events, read_metrics
 from grpo.session import Session
 from grpo.task.task import Task
 from policies.files.atomic import write_file
+from review.readers.run_folder import CONTROL, CONTROL_FROM_BEGINNING, read_events, read_metrics
 from rewards.config.names import recorded_options
 from rewards.config.options import load
 from rewards.group_score import GroupScore

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from grpo.algorithm.statistics import INTERVAL_METHOD, Estimate
 from grpo.cli.commands.eval import COMPLETIONS, ModelEvaluation
 from grpo.evaluation.evaluate import Evaluation, failure_kinds
-from grpo.evaluation.paired import PairedDifference, compare
+from grpo.evaluation.paired import compare
 from grpo.run import hardware
+from review.readers.machine import caption
+from review.statistics.estimates import INTERVAL_METHOD, Estimate
+from review.statistics.paired import PairedDifference
 
 FAILURES_SHOWN = 5
 FAILURES_KEPT = 100
@@ -109,7 +111,7 @@ def _notes(evaluation: ModelEvaluation) -> list[str]:
         notes.append("no completion has a mark: this evaluation says nothing about the policy")
     if evaluation.config.output:
         notes.append(f"every completion: {evaluation.config.output / COMPLETIONS}")
-    return [*notes, hardware.caption(hardware.describe())]
+    return [*notes, caption(hardware.describe())]
 
 
 def paired_as_json(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:

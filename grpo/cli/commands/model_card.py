@@ -10,12 +10,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from grpo.algorithm.statistics import wilson_interval
-from grpo.run import hardware
-from grpo.run.metrics import meaning
-from grpo.run.records import read_metrics
 from policies.files import hub
 from policies.layout import WeightFiles
+from review.readers.machine import caption, read_machine
+from review.readers.run_folder import ENVIRONMENT, meaning, read_metrics
+from review.statistics.estimates import wilson_interval
 from rewards.config.json_file import expecting, read_json, read_objects, whole_lines
 from rewards.config.names import recorded_options, sources_of
 from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
@@ -82,7 +81,7 @@ def model_card(
     """Returns the card of `what` of `run`, exported as `name` into `folder`; `base`: the adapters' base, None if
     merged. `left` says what the export leaves out. `step` is the exported one; later numbers are left out."""
     command, options = recorded_options(run / "config.yaml")
-    here = hardware.read(run / hardware.FILE)
+    here = read_machine(run / ENVIRONMENT)
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     lines = [line for line in lines if step is None or line["step"] <= step]
     with expecting(run / "config.yaml", "configuration of a run"):
@@ -222,12 +221,12 @@ def _training(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 def _machines(run: Path, here: dict[str, Any]) -> Iterator[str]:
     """Yields the machine of the start, and of every resume."""
-    rows = [f"- started {here['time']}: {hardware.caption(here)}"]
+    rows = [f"- started {here['time']}: {caption(here)}"]
     path = run / "events.jsonl"
     with expecting(path, "record of events"):
         for event in read_objects(path, whole_lines(path)) if path.is_file() else []:
             if event.get("event") == "resume" and "environment" in event:
-                machine = hardware.caption(event["environment"])
+                machine = caption(event["environment"])
                 rows.append(f"- resumed at step {event['step']}, {event['time']}: {machine}")
     yield "\n".join(rows)
     yield ", ".join(f"{package} {version}" for package, version in here["versions"].items())

@@ -21,7 +21,6 @@ from grpo.config.run import TrainConfig
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.memory_errors import OutOfMemory
-from grpo.run.records import read_events, read_metrics
 from grpo.run.stop import Stopped
 from grpo.task.plan import REFUSALS, Plan
 from grpo.task.table import option
@@ -31,6 +30,7 @@ from policies import presets, tensor_files
 from policies.cut import cut_model
 from policies.mtp import MTPHead
 from policies.policy import Policy
+from review.readers.run_folder import read_events, read_metrics
 from rewards.config.options import dump_yaml
 
 FAILURES = (*REFUSALS, NonFiniteStep, OutOfMemory)

@@ -16,7 +16,6 @@ from transformers import DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerB
 
 from grpo.cli.commands import machine, memory_table
 from grpo.cli.commands.memory import MemoryOfRun
-from grpo.cli.diagnose.gains import decays_first, told
 from grpo.config.learner import ParallelOptions
 from grpo.config.mtp import HeadOptions, MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
@@ -35,6 +34,8 @@ from policies.checkpoint import check_policy
 from policies.devices import device_of
 from policies.lora import reach, reach_in_words
 from policies.mtp import MTPHead
+from review.findings.gains import decays_first, told
+from review.readers.machine import caption
 from rewards.config.data import names_of
 from rewards.console import Terminal, visible
 from rollout.draft_stats import tokens_per_forward
@@ -81,7 +82,7 @@ def summary(result: Result) -> None:
     if gains:
         CONSOLE.print("\n".join(["", *gains]), markup=False, highlight=False, soft_wrap=True)
     names = [f"  {path.name}{'/' if path.is_dir() else ''}" for path in sorted(result.folder.iterdir())]
-    lines = ["", hardware.caption(hardware.describe()), f"the files of the run are in {result.folder}:", *names]
+    lines = ["", caption(hardware.describe()), f"the files of the run are in {result.folder}:", *names]
     lines.append(f"`quartet view {result.folder}` shows its curves and rollouts")
     CONSOLE.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)  # paths stay in one piece
 

@@ -20,8 +20,8 @@ import torch
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.commands.served import key_of
 from grpo.cli.config.serve import MOST_WAITING, SHUTDOWN_S, WAIT_S, ServeConfig
-from grpo.run.listening import listen
 from grpo.source.policy_source import PolicySource, find_policy
+from rewards.listening import listen
 from rollout.cost_table import Workload
 from rollout.decoding.engine import Engine
 

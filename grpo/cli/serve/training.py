@@ -11,8 +11,8 @@ import torch
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.config.serve import SHUTDOWN_S, ServeConfig
 from grpo.cli.serve.server import read_key
-from grpo.run.listening import listen
 from policies.attention import sees_prompts_whole
+from rewards.listening import listen
 
 PACKAGES = "quartet serve --train needs the packages of the extra tinker: pip install 'quartet-rl[tinker]'"
 

@@ -15,8 +15,8 @@ from grpo.config.run import TrainConfig
 from grpo.evaluation.perplexity import gold_perplexity
 from grpo.learner.row import PackedRow
 from grpo.learner.update import NonFiniteStep
-from grpo.run.records import read_metrics
 from grpo.task.check import task_of
+from review.readers.run_folder import read_metrics
 from rewards.config.options import add_options, parse
 from rewards.records import read_rollouts, split_groups
 from rewards.ties import tied

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from grpo.algorithm.alarms import (
+from grpo.train import train
+from review.findings.alarms import (
     FEATURES,
     LEAST_Z,
     LIMITS,
@@ -23,8 +24,7 @@ from grpo.algorithm.alarms import (
     repeated,
     values_of,
 )
-from grpo.run.records import read_events, read_metrics
-from grpo.train import train
+from review.readers.run_folder import read_events, read_metrics
 
 WORDS = [f"w{i}" for i in range(200)]
 

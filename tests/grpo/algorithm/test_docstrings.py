@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.parametrize(
     "module",
     [
-        *(f"algorithm.{name}" for name in ("advantages", "values", "losses", "surrogates", "alarms")),
+        *(f"algorithm.{name}" for name in ("advantages", "values", "losses", "surrogates")),
         *(f"learner.{name}" for name in ("optimizer", "eight_bit", "terms.distill", "terms.policy", "terms.value")),
     ],
 )

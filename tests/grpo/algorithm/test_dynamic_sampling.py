@@ -7,8 +7,8 @@ from grpo.algorithm.values import rank_softmax_weights
 from grpo.config.loss import Advantage, LossOptions
 from grpo.learner.prepare import estimate
 from grpo.run.metrics import rollout_metrics
-from grpo.run.records import read_metrics
 from grpo.train import train
+from review.readers.run_folder import read_metrics
 from rewards.commands import replay as reward_replay
 from rewards.group_score import GroupScore
 from rewards.records import read_rollouts

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.algorithm.statistics import (
+from review.statistics.estimates import (
     Estimate,
     Z,
     answer_reader,

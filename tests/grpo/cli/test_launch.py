@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from grpo.cli.launch import launch
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics
+from review.readers.run_folder import read_metrics
 from rollout.workers.cluster import Seclusion
 
 

@@ -24,13 +24,13 @@ from grpo.learner.terms.draft_head import DraftHeadTerm
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint
 from grpo.run.log import RunLog
-from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.source.policy_source import find_policy, load_found
 from grpo.task.task import Task
 from policies.conversion.head import start_head
 from policies.policy import Policy
+from review.readers.run_folder import read_metrics
 from rewards.config.options import load
 from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError

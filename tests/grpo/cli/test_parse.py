@@ -22,8 +22,8 @@ from grpo.cli.config.inference import EvalConfig, SampleConfig
 from grpo.cli.parse import SECTIONS, _commands, build_parser, main
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.run.records import read_metrics
 from policies.policy import Policy
+from review.readers.run_folder import read_metrics
 from rewards.__main__ import main as quartet_reward
 from rewards.config.options import _options, load, parse
 from rewards.records import read_rollouts

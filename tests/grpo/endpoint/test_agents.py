@@ -18,9 +18,9 @@ from grpo.cli.why.explain import explain
 from grpo.config.environment import AgentOptions
 from grpo.endpoint.agent_sampler import AgentSampler
 from grpo.learner.learner import Learner
-from grpo.run.records import read_events, read_metrics
 from grpo.run.stop import Stopped, signals
 from grpo.train import train
+from review.readers.run_folder import read_events, read_metrics
 from rewards.commands.options import ReplayConfig
 from rewards.commands.replay import replay
 from rewards.group_score import RewardFailed

@@ -24,10 +24,10 @@ from grpo.endpoint.forks import ForkingEpisode
 from grpo.learner.batch import collate
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.prepare import pack
-from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.policy import Policy
 from policies.presets import small_tokenizer
+from review.readers.run_folder import read_metrics
 from rewards.group_score import GroupScore
 from rewards.isolation.chat_template import render
 from rewards.records import read_rollouts

@@ -12,19 +12,18 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from grpo.algorithm.statistics import estimate, wilson_interval
 from grpo.cli.commands.eval_report import pairs, show_paired
 from grpo.cli.parse import main
 from grpo.config.run import EvalOptions, LogOptions
 from grpo.data.trained_on import TRAINED_ON
 from grpo.evaluation.evaluate import Evaluation, as_metrics, evaluate, failure_kinds
-from grpo.evaluation.gain import held_out_gain
 from grpo.evaluation.held_out import HeldOut
-from grpo.evaluation.paired import paired_difference
 from grpo.run.log import RunLog
-from grpo.run.metrics import check
-from grpo.run.records import read_metrics, read_problems
 from grpo.task.task import Task
+from review.readers.run_folder import check, read_metrics, read_problems
+from review.statistics.estimates import estimate, wilson_interval
+from review.statistics.gain import held_out_gain
+from review.statistics.paired import paired_difference
 from rewards import RewardError
 from rewards.config.data import SourceOptions
 from rewards.config.json_file import write_json

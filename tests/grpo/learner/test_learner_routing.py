@@ -7,10 +7,10 @@ import torch
 from small_learner import last_work, learner_of, term_of
 
 from grpo.learner.learner import Learner
-from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.routing.replay import RoutingReplay
 from policies.routing.routers import RoutingRecorder, routers
+from review.readers.run_folder import read_metrics
 from rewards.group_score import GroupScore
 from rollout.decoding.engine import Engine
 from rollout.group import Completion, Prompt, RolloutGroup

@@ -12,7 +12,7 @@ from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.master_weights import MasterWeights
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics
+from review.readers.run_folder import read_metrics
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup
 

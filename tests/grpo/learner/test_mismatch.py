@@ -11,9 +11,9 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner import build
 from grpo.learner.learner import Learner
-from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.policy import Policy
+from review.readers.run_folder import read_metrics
 from rewards.records import read_rollouts
 
 

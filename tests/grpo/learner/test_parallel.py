@@ -21,7 +21,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config, GPT2Config, JetMoeC
 from grpo.config.learner import LoraOptions, ParallelOptions
 from grpo.learner.parallel import ALONE, join, refuse_layout
 from grpo.run import checkpoint
-from grpo.run.records import read_events, read_metrics
+from review.readers.run_folder import read_events, read_metrics
 from rewards.records import read_rollouts
 
 HERE = Path(__file__).parents[2] / "cases"

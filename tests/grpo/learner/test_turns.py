@@ -10,8 +10,8 @@ from grpo.algorithm.values import gae
 from grpo.learner.batch import collate
 from grpo.learner.learner import Learner
 from grpo.learner.row import PackedRow, Sample
+from grpo.run.json_lines import rollout_lines
 from grpo.run.metrics import rollout_metrics
-from grpo.run.records import rollout_lines
 from policies.mtp import draft_loss
 from policies.policy import Policy
 from rewards.episode import ToolStats

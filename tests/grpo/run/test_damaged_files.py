@@ -24,14 +24,16 @@ from grpo.cli.commands.sample import read_prompts
 from grpo.cli.config.inference import defaults_of_run
 from grpo.config.mtp import defaults_of_run as mtp_defaults_of_run
 from grpo.config.run import LogOptions, TrainConfig
-from grpo.run import checkpoint, hardware
+from grpo.run import checkpoint
+from grpo.run.json_lines import truncate
 from grpo.run.log import Resume, RunLog
-from grpo.run.records import read_metrics, truncate
 from grpo.run.reward_record import read_rewards
 from grpo.train import train
 from policies.files.digests import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
+from review.readers.machine import read_machine
+from review.readers.run_folder import read_metrics
 from rewards.commands.replay import _settings
 from rewards.config.options import load
 from rewards.config.yaml_file import changed_options
@@ -145,7 +147,7 @@ READERS: dict[str, list[Callable[[Path], Any]]] = {
     "metrics.jsonl": [read_metrics, _card, lambda run: truncate(run, 1)],
     "events.jsonl": [_card],
     "rewards.json": [read_rewards],
-    "environment.json": [lambda run: hardware.read(run / "environment.json"), _card],
+    "environment.json": [lambda run: read_machine(run / "environment.json"), _card],
     "draft_costs.json": [_costs],
     "config.yaml": [
         lambda run: load(TrainConfig, run / "config.yaml", {}),

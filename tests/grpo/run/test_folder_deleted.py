@@ -6,7 +6,7 @@ import pytest
 
 from grpo.cli.parse import main
 from grpo.run.json_lines import append_line, open_lines
-from grpo.run.records import read_metrics
+from review.readers.run_folder import read_metrics
 from rewards.config.options import to_yaml
 
 REWARD = """

@@ -19,12 +19,12 @@ from grpo.config.run import LogOptions, SftConfig
 from grpo.run import lock
 from grpo.run.lock import FolderInUse, RunLock
 from grpo.run.log import RunLog
-from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.sft import sft
 from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.train import train
+from review.readers.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[3]
 HOLDS = """

@@ -15,14 +15,14 @@ import torch
 import zstandard
 from rich.console import Console
 
-from grpo.cli.diagnose.detectors import failed
-from grpo.cli.diagnose.record import Record
 from grpo.config.run import LogOptions
 from grpo.run import log as run_log
 from grpo.run.hardware import command
 from grpo.run.log import Resume, RunLog
-from grpo.run.records import read_events, read_metrics
-from grpo.view.run_files import RunFiles
+from review.findings.detectors import failed
+from review.page.run_files import RunFiles
+from review.readers.record import Record
+from review.readers.run_folder import read_events, read_metrics
 from rewards.group_score import GroupScore, RewardFailure
 from rewards.records import read_rollouts
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from grpo.run.metrics import check, documented, meaning, rollout_metrics, tail_share
+from grpo.run.metrics import rollout_metrics, tail_share
+from review.readers.run_folder import check, documented, meaning
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
 ROOT = Path(__file__).parents[3]
-SOURCES = [path for package in ("grpo", "rollout", "policies") for path in (ROOT / package).rglob("*.py")]
+SOURCES = [path for package in ("grpo", "rollout", "review", "policies") for path in (ROOT / package).rglob("*.py")]
 
 
 def _completion(tokens: int, reason: str, draft: DraftStats) -> Completion:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from grpo.cli.parse import main
-from grpo.run.records import read_metrics
 from grpo.source.policy_source import find_policy
-from grpo.view.run_files import RunFiles
 from policies.policy import Policy
+from review.page.run_files import RunFiles
+from review.readers.run_folder import read_metrics
 from rewards.records import read_rollouts
 
 CASE = Path(__file__).parents[2] / "cases/run_0.2.0"  # stopped after step 2 of 3; step_3.json is what 0.2.0 made next

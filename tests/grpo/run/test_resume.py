@@ -18,7 +18,6 @@ from grpo.learner.learner import Learner
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, log, resume
 from grpo.run.log import RunLog
-from grpo.run.records import best_step, read_metrics
 from grpo.run.resume import base_changed, refuse_changed_config
 from grpo.run.stop import Stopped
 from grpo.sft import sft
@@ -27,6 +26,7 @@ from grpo.train import train
 from policies import tensor_files
 from policies.files.digests import DIGESTS, write_digests
 from policies.policy import Policy, PolicyError
+from review.readers.run_folder import best_step, read_metrics
 from rewards.config import names
 from rewards.config.options import dump_yaml, load
 from rewards.records import read_rollouts

@@ -9,11 +9,11 @@ from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
-from grpo.run.records import read_events, read_metrics
 from grpo.run.reward_record import read_rewards
 from grpo.run.stop import Stopped
 from grpo.task.task import Task
 from grpo.train import train
+from review.readers.run_folder import read_events, read_metrics
 from rewards.config.data import SourceOptions
 from rewards.config.reward import RewardOptions, ScoringOptions
 from rewards.group_score import RewardFailed

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from grpo.cli.parse import main
-from grpo.run.records import read_events
 from grpo.run.stop import Stopped
 from grpo.train import train
+from review.readers.run_folder import read_events
 from rewards.config.options import dump_yaml
 from rewards.group_score import RewardFailed
 

@@ -19,12 +19,12 @@ from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.run import checkpoint, log
 from grpo.run.log import RunLog
-from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped, signals
 from grpo.steps import supervise
 from grpo.task.task import Task
 from grpo.train import train
 from policies import tensor_files
+from review.readers.run_folder import read_metrics
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.records import read_rollouts
 from rollout.decoding.engine import Engine

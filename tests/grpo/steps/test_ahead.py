@@ -22,13 +22,13 @@ from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.run import checkpoint
-from grpo.run.records import read_events, read_metrics
 from grpo.run.stop import Stopped, signals
 from grpo.session import Session
 from grpo.steps.ahead import OLDER, POLL_S, Batches
 from grpo.steps.collector import Collector
 from grpo.task.task import Task
 from grpo.train import train
+from review.readers.run_folder import read_events, read_metrics
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.records import read_rollouts
 from rollout.workers.cluster import start_ray

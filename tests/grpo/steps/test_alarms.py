@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo.algorithm.alarms import WINDOW
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.steps.alarms import AlarmListener
+from review.findings.alarms import WINDOW
 from rewards.episode import ToolStats
 from rewards.group_score import GroupScore
 from rollout.group import Completion, Prompt, RolloutGroup

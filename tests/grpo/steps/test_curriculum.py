@@ -7,13 +7,13 @@ from torch import nn
 from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptStream
 from grpo.learner.parallel import ALONE
-from grpo.run.records import read_metrics
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of_steps
 from grpo.task.task import Task
 from grpo.train import train
+from review.readers.run_folder import read_metrics
 from rewards.data.examples import Example
 from rewards.records import read_rollouts
 from rollout.group import Prompt

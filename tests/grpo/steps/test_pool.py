@@ -21,11 +21,11 @@ from grpo.config.run import LogOptions
 from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE
 from grpo.run.log import RunLog
-from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped, signals
 from grpo.steps.pool import open_run_pool
 from grpo.task.task import Task
 from grpo.train import train
+from review.readers.run_folder import read_metrics
 from rollout.pool import PoolOptions
 from rollout.workers.local_pool import LocalPool
 

@@ -14,10 +14,10 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.data.mix import MixedStream
 from grpo.data.prompts import PromptStream
-from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.task.check import check_plan, task_of
 from grpo.train import train
+from review.readers.run_folder import read_metrics
 from rewards.commands.options import ReplayConfig
 from rewards.commands.replay import replay
 from rewards.config.data import names_of

@@ -19,10 +19,10 @@ from transformers import (
 
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.config.run import TrainConfig
-from grpo.run.records import read_metrics
 from grpo.task.reward_models import ModelRewards
 from grpo.task.task import Task
 from grpo.train import train
+from review.readers.run_folder import read_metrics
 from rewards.config.data import SourceOptions
 from rewards.config.options import load
 from rewards.config.reward import RewardOptions, ScoringOptions

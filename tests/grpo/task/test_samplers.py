@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.config.run import SftConfig
 from grpo.config.sampling import AnswerOptions, RolloutOptions, SamplingOptions
-from grpo.run.records import read_events
 from grpo.steps.vllm import vllm_settings
 from grpo.task.check import check_plan
 from grpo.task.sampling import sampling_params
@@ -17,6 +16,7 @@ from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
 from policies.policy import Policy
 from policies.presets import small_tokenizer
+from review.readers.run_folder import read_events
 from rewards.config.options import ConfigError, load
 from rewards.records import read_rollouts
 from rollout.compiled import rounds

@@ -14,9 +14,9 @@ import uvicorn
 from tinker import types
 
 from grpo.endpoint.connections import settings
-from grpo.run.listening import listen
 from grpo.tinker.app import app
 from grpo.tinker.service import Service
+from rewards.listening import listen
 
 TOKENS = [5, 9, 12, 7, 3, 8]
 

@@ -29,13 +29,13 @@ from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms import balance
 from grpo.learner.terms.term import Work
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.train import train
 from policies.conversion.dense import convert_dense
 from policies.policy import Policy, PolicyError
 from policies.routing.heads import DynamicHeadsForCausalLM, head_weights, with_dynamic_heads
 from policies.routing.routers import routers
+from review.readers.run_folder import read_metrics
 from rollout.decoding.engine import Engine
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from grpo.cli.parse import main
-from grpo.run.records import read_metrics
 from grpo.train import train
+from review.readers.run_folder import read_metrics
 from rewards.commands.options import ReplayConfig
 from rewards.commands.replay import replay
 from rewards.config.options import load

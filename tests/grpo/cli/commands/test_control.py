@@ -10,9 +10,9 @@ from rich.console import Console
 from grpo.cli.commands import control as module
 from grpo.cli.commands.control import control, curve, show
 from grpo.cli.parse import main
-from grpo.run.records import CONTROL, read_metrics
 from grpo.task.task import Task
 from grpo.train import train
+from review.readers.run_folder import CONTROL, read_metrics
 from rewards.config.names import recorded_options
 from rewards.group_score import GroupScore
 from rewards.records import read_rollouts, recorded_steps

@@ -20,12 +20,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from grpo.algorithm.statistics import wilson_interval
 from grpo.cli.commands.export import ExportError, _refuse_moved_parts, export, origin_of
 from grpo.cli.commands.model_card import _for_other_programs
 from grpo.cli.parse import main
 from grpo.config.policy import ModelOptions
-from grpo.run.records import read_metrics
 from grpo.source.policy_source import load_policy, save_policy
 from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
@@ -33,6 +31,8 @@ from policies.files import hub
 from policies.files.digests import digests
 from policies.policy import Policy, PolicyError
 from policies.presets import small_tokenizer
+from review.readers.run_folder import read_metrics
+from review.statistics.estimates import wilson_interval
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30, 11, 4]])
 LORA = {"lora.rank": 2, "lora.targets": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts", "router"]}

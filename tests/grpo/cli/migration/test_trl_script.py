@@ -10,7 +10,7 @@ import pytest
 from grpo.cli.migration.trl_script import read_trl_script
 from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
-from grpo.run.records import read_metrics
+from review.readers.run_folder import read_metrics
 from rewards.config.options import load
 
 NOTE = "open('child', 'w').write(str(os.getpid()))"

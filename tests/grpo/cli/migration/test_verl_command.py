@@ -9,7 +9,7 @@ from datasets import Dataset
 from grpo.cli.migration.verl_command import ACTOR, overrides, read_verl_command
 from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
-from grpo.run.records import read_metrics
+from review.readers.run_folder import read_metrics
 from rewards.config.names import trainers
 from rewards.data.examples import load_examples
 from rewards.registry import load_reward

@@ -19,11 +19,11 @@ from grpo.cli.why.rewind import Rewind, difference, read_config
 from grpo.learner.learner import Learner
 from grpo.learner.terms import draft_head
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics
 from grpo.steps.ahead import Batches
 from grpo.task.task import Task
 from grpo.train import train
 from policies.policy import Policy
+from review.readers.run_folder import read_metrics
 from rewards.records import read_rollouts, rollout_path
 from rollout.draft_stats import draft_gain
 

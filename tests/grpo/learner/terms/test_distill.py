@@ -14,11 +14,11 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.terms.distill import distill, top_logprobs
-from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped
 from grpo.task.check import check_plan
 from grpo.task.reward_models import check_teacher
 from grpo.train import train
+from review.readers.run_folder import read_metrics
 from rewards.records import read_rollouts
 
 

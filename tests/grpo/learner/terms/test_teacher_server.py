@@ -17,9 +17,9 @@ from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms import teacher_server
 from grpo.learner.terms.distill import TeacherPolicy
 from grpo.learner.terms.teacher_server import TeacherError, TeacherServer
-from grpo.run.records import read_metrics
 from grpo.train import train
 from policies.policy import Policy
+from review.readers.run_folder import read_metrics
 from rewards.config.options import dump_yaml
 
 

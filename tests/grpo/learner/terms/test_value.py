@@ -19,8 +19,8 @@ from grpo.learner.parallel import Ranks
 from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.value import ValueHead, explained_variance, with_token_advantages
 from grpo.run import checkpoint
-from grpo.run.records import read_metrics
 from policies.logprobs import token_logprobs
+from review.readers.run_folder import read_metrics
 from rewards.group_score import LARGEST, GroupScore
 from rewards.records import read_rollouts
 from rollout.group import Completion, Prompt, RolloutGroup

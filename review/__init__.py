@@ -1,0 +1,1 @@
+"""Read the runs of quartet without torch: their page, comparisons of runs, and what to change first."""

@@ -1,0 +1,142 @@
+"""What a run folder says of the run, as the detectors look at it: options, curves, events and groups of completions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median, variance
+from typing import Any
+
+from review.readers.gains import Gains, label_of, options_of_run
+from review.readers.plain_files import check_files, read_step
+from review.readers.run_folder import TURNS, check_run, read_events, read_metrics
+from review.statistics.estimates import answer_reader
+from rewards.episode import answer_of
+from rewards.records import recorded_steps, split_groups
+
+STEPS = 16  # whose rollouts are read: the first, the last, and some between
+FEW = 8  # groups; of fewer nothing is said
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt at one step that have a mark. `marks` are those of the first reward, `answers` what
+    is read of the texts as the final answer; None where there is none."""
+
+    step: int
+    lines: Sequence[dict[str, Any]]
+    marks: Sequence[float]
+    answers: Sequence[Hashable | None]
+
+    @cached_property
+    def majority(self) -> tuple[Hashable | None, float]:
+        """The most frequent answer and its share."""
+        answer, count = Counter(self.answers).most_common(1)[0]
+        return answer, count / len(self.answers)
+
+    @property
+    def mark_of_majority(self) -> float:
+        """The best mark that the most frequent answer got."""
+        return max(mark for mark, answer in zip(self.marks, self.answers, strict=True) if answer == self.majority[0])
+
+    @property
+    def is_one_text(self) -> bool:
+        return len({line["text"] for line in self.lines}) == 1
+
+    def all_have(self, mark: float) -> bool:
+        return all(abs(other - mark) < 1e-6 for other in self.marks)
+
+
+def answer_text(line: Mapping[str, Any]) -> str:
+    """What a reward reads of a recorded completion: of an episode the policy's last turn."""
+    return answer_of(line["text"], line.get("turns") or [])
+
+
+class Record:
+    """A run of `quartet train`, from its folder. Raises ValueError for a folder that holds no such run."""
+
+    def __init__(self, folder: Path) -> None:
+        file = check_run(folder) / "config.yaml"
+        check_files(file, folder / "metrics.jsonl", folder / "events.jsonl")
+        command, options = options_of_run(folder)
+        if command != "train":
+            raise ValueError(f"RUN={folder} is a run of quartet {command}; name one of quartet train, which has groups")
+        self.folder, self.options = folder, options  # by dotted key
+        self.rows, self.events = read_metrics(folder), read_events(folder)
+        self.gains = Gains.of(folder, options, self.rows)
+        self.rewards: list[dict[str, Any]] = self.options.get("rewards") or [{}]
+        first = self.rewards[0]
+        self.first_reward = label_of(first)
+        self.read_answer = answer_reader(str(first.get("function")), first.get("arguments") or {})
+        self.steps = max((row["step"] for row in self.rows if "completion/tokens" in row), default=0)
+        self.faults: list[str] = []  # what is wrong with rollouts that cannot be read
+        self.groups = [group for group in self._groups() if len(group.marks) > 1]
+        half = max(self.steps / 2, min((group.step for group in self.groups), default=0))
+        self.early = [group for group in self.groups if group.step <= half]  # with these the run begins
+        self.marks = [mark for group in self.groups for mark in group.marks]
+        self.top = max([mark for mark in self.marks if mark > 0], default=1.0)  # full marks
+        self.start = fmean([mark for group in self.early for mark in group.marks] or [self.top]) / self.top
+        # By the gold answers: how the score and being right correlate inside groups; and how many completions with the
+        # best mark are wrong, where nearly all well-formed ones have it.
+        self.right = median(self.series(*self.watched("right")) or [0.0])
+        wrong = self.series(*self.watched("format"))
+        self.wrong_at_best = median(wrong) if wrong else None
+        self.learns_by_others = len(self.rewards) > 1 and self.right > 0.5  # parts of the score beside the first
+        lengths = {row["step"]: row.get("completion/length_mean") or 1.0 for row in self.rows}
+        nats = {row["step"]: row.get("policy/step_kl") for row in self.rows}  # a token
+        self.moves = {step: max(kl, 0.0) * lengths[step] for step, kl in nats.items() if kl is not None}  # a completion
+
+    def _groups(self) -> list[Group]:
+        steps, groups = recorded_steps(self.folder), list[Group]()
+        places = {round(i * (len(steps) - 1) / (STEPS - 1)) for i in range(STEPS)} if steps else set()
+        for step in (steps[index] for index in sorted(places)):
+            try:
+                groups += [self._group(step, lines) for lines in split_groups(read_step(self.folder, step))]
+            except (OSError, ValueError) as error:
+                self.faults.append(str(error))
+        return groups
+
+    def _group(self, step: int, lines: Sequence[dict[str, Any]]) -> Group:
+        marks = [line["parts"].get(self.first_reward, line.get("reward")) for line in lines]
+        scored = [(line, float(mark)) for line, mark in zip(lines, marks, strict=True) if mark is not None]
+        answers = [self.read_answer(answer_text(line)) for line, _ in scored]
+        return Group(step, [line for line, _ in scored], [mark for _, mark in scored], answers)
+
+    def option(self, key: str) -> str:
+        """The option as a sentence names it."""
+        return f"{key} (now {self.options[key]})" if key in self.options else key
+
+    def share(self, groups: Sequence[Group], holds: Callable[[Group], bool]) -> float:
+        """The share of the groups of which it holds; 0 of a FEW."""
+        return fmean(map(holds, groups)) if len(groups) >= FEW else 0.0
+
+    def series(self, *names: str) -> list[float]:
+        """The values of the first of these metrics that was recorded, over the steps."""
+        each = ([row[name] for row in self.rows if row.get(name) is not None] for name in names)
+        return next(filter(None, each), [])
+
+    def mean(self, name: str) -> float:
+        return fmean(self.series(name) or [0.0])
+
+    @property
+    def state(self) -> str:
+        ends = [event for event in self.events if event["event"] in TURNS]
+        how = ends[-1].get("how") if ends else None
+        return f"step {self.steps} of {self.options.get('steps')}, {how or 'in progress or killed'}"
+
+    def watched(self, kind: str) -> tuple[str, str]:
+        """The metrics of an alarm: of the score, else of the first reward."""
+        return f"alarm/{kind}/score", f"alarm/{kind}/{self.first_reward}"
+
+    @cached_property
+    def rise(self) -> tuple[float, float, float]:
+        """The mark of the first reward in the first and the last third of the steps, and the difference in standard
+        errors."""
+        values = self.series(f"reward/part/{self.first_reward}", "reward/mean") or self.marks or [0.0]
+        third = max(len(values) // 3, 1)
+        first, last = values[:third], values[-third:]
+        spread = variance(first) + variance(last) if third > 1 else float("inf")
+        return fmean(first), fmean(last), (fmean(last) - fmean(first)) / max((spread / third) ** 0.5, 1e-9)

@@ -1,0 +1,390 @@
+"""`quartet diagnose`: every cause on a miniature run that has it, with numbers worked out by hand, and silence on runs
+without one. A run has 4 steps with 4 groups of 4 completions, unless a test says otherwise, as a run writes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+import zstandard
+from broken_runs import broken, healthy, make
+
+from grpo.cli.parse import main
+from grpo.config.run import TrainConfig
+from grpo.train import train
+from review.findings.detectors import DETECTORS
+from review.findings.report import diagnose
+from review.readers.record import Record
+from rewards.records import rollout_path
+
+OPTIONS = {
+    "model": "tiny",
+    "steps": 4,
+    "rewards": [{"function": "gsm8k", "name": None}],
+    "data": {"name": "word_problems", "levels": [1], "template": "{question}\n", "solution_column": "answer"},
+    "rollout": {"temperature": 1.0, "group_size": 4, "max_completion_tokens": 64},
+    "learner": {"learning_rate": 1e-4},
+    "warm_start": {"steps": 0},
+    "loss": {"scale_rewards": "none"},
+}
+METRICS = {"completion/tokens": 240, "completion/length_mean": 20.0, "policy/step_kl": 0.01, "reward/part/gsm8k": 0.5}
+EVALUATED = [{"step": step, "eval/accuracy": p, "eval/prompts": 50} for step, p in ((0, 0.5), (6, 0.55))]
+
+GAINED = [{"step": step, "eval/accuracy": p, "eval/prompts": 400} for step, p in ((0, 0.5), (6, 0.7))]
+WARM = {"steps": 900, "learning_rate": 2e-3, "schedule": "constant"}
+DECAYS = {"warm_start": WARM, "learner": {"schedule": "linear"}}
+
+
+def group(*marks, text="#### {}"):
+    return [(text.format(sample), mark) for sample, mark in enumerate(marks)]
+
+
+MIXED, WRONG = group(1.0, 0.0, 0.0, 0.0), group(0.0, 0.0, 0.0, 0.0)
+RIGHT, SURE = [("#### 7", 1.0)] * 4, [("#### 3", 0.0)] * 4
+ON = [("#### 1 ...", 1.0), ("#### 1\n#### 2 ...", 0.0), ("#### 3<|end|> it...", 0.0), ("#### 4\n#### 4...", 0.0)]
+RISES = {"steps": ((MIXED,) * 4,) * 6, "metrics": {"reward/part/gsm8k": [0.30, 0.32, 0.4, 0.4, 0.50, 0.52]}}
+PARTS = group(*({"gsm8k": 0.0, "form": mark} for mark in (0.0, 1.0, 0.0, 1.0)))
+FORM_FIRST = group(*({"form": 1.0, "gsm8k": mark} for mark in (0.0, 1.0, 0.0, 1.0)))
+GSM8K, FORM = {"function": "gsm8k"}, {"function": "mine.py:form"}
+
+
+def write(folder, steps=((MIXED,) * 4,) * 4, metrics=None, options=None, events=(), evaluations=()):
+    """A run whose steps have these groups of (text, mark). `metrics` are of every step, or lists of one for each."""
+    (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+    options = options or {}
+    tree = {key: value | options.get(key, {}) if isinstance(value, dict) else value for key, value in OPTIONS.items()}
+    tree |= {key: value for key, value in options.items() if not isinstance(tree[key], dict)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    rows = []
+    for number, groups in enumerate(steps, start=1):
+        values = {name: v[number - 1] if isinstance(v, list) else v for name, v in (METRICS | (metrics or {})).items()}
+        rows.append({"step": number} | values)
+        lines = []
+        for place, completions in enumerate(groups):
+            for sample, (text, mark) in enumerate(completions):
+                parts = mark if isinstance(mark, dict) else {"gsm8k": mark}
+                line = {"prompt_id": f"{number}/{place}", "prompt": "?", "sample": sample, "text": text}
+                line |= {"reward": sum(parts.values()), "parts": parts, "extras": {}, "token_ids": [1]}
+                lines.append(line | {"finish_reason": "length" if text.endswith("...") else "stop"})
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        rollout_path(folder, number).write_bytes(zstandard.compress(content.encode()))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *evaluations]))
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+CASES = {
+    "failed": (
+        {"events": [{"event": "end", "how": "failed", "after_step": 3, "error": "OSError: disk"}]},
+        "after step 3: OSError: disk.",
+    ),
+    "unmarked": ({"metrics": {"reward/abstained": [0.0, 0.0, 0.2, 0.4]}}, "15% of the completions have no mark"),
+    "temperature": (
+        {"steps": ((SURE,) * 4,) * 4, "options": {"rollout": {"temperature": 1e-6}}},
+        "In 100% of the groups",
+    ),
+    "rate_high": (  # 2 nats a token · 20 tokens
+        {"metrics": {"policy/step_kl": [0.01, 0.01, 2.0, 0.01], "reward/part/gsm8k": [0.5, 0.5, 0.0, 0.0]}},
+        "Step 3 moved the policy by a KL of 40 nats a completion, where one or two are many, and the marks went from "
+        "0.5 to 0.",
+    ),
+    "stop_token": ({"steps": ((ON,) * 4,) * 4}, "100% of the completions were cut, and 75% go on"),
+    "sign_flipped": ({"metrics": {"alarm/right/gsm8k": [-1.0, -0.5, -0.9, -0.7]}}, "r = -0.80."),
+    "reward_constant": (
+        {"steps": ((group(1.0, 1.0, 1.0, 1.0),) * 4,) * 4, "metrics": {"alarm/format/gsm8k": [0.3, 0.4, 0.2, 0.3]}},
+        "All 64 completions got the mark 1 of gsm8k, and 70% of them are right",
+    ),
+    "template": (
+        {"steps": ((group(0.0, 0.0, 0.0, 0.0, text="it is"),) * 3 + (MIXED,),) * 4},
+        "In 75% of the groups most",
+    ),
+    "answer_column": (  # of the first half, one of eight sure groups is right
+        {"steps": ((SURE,) * 4, (SURE, SURE, SURE, RIGHT), (MIXED,) * 4, (MIXED,) * 4)},
+        "In 8 of 8 groups 75% or more of the completions give one and the same answer, and in 12% of them",
+    ),
+    "all_solved": (
+        {"steps": ((RIGHT, RIGHT, RIGHT, group(1.0, 1.0, 1.0, 0.0)),) * 4},
+        "75% of the groups get full marks alone, and the run begins with 94% of all marks",
+    ),
+    "none_solved": ({"steps": ((WRONG,) * 4,) * 4}, "In 100% of the groups no completion gets more than 0,"),
+    "hacked": (
+        {"metrics": {"alarm/length/gsm8k": [0.9, 0.85, 0.95, 0.9], "alarm/right/gsm8k": 0.1, "group/tied": 0.95}},
+        "The score follows the length of completions (r = +0.90).",
+    ),
+    "group_size": (
+        {"options": {"rollout": {"group_size": 2}}, "metrics": {"group/tied": 0.95}},
+        "Groups have 2 completions, and 95% of them are tied.",
+    ),
+    "tied": (
+        {
+            "metrics": {"group/tied": 0.95},
+            "events": [{"event": "nothing_learned", "why": "they are dull", "change": ["rollout.refill_draws: 2"]}],
+        },
+        "95% of the groups are tied and teach nothing: they are dull.",
+    ),
+    "rate_low": (  # √(1e-7 · 20 / 2) = .001 a step, and 8 steps are planned
+        {"metrics": {"policy/step_kl": 1e-7}, "options": {"steps": 8}},
+        "all 8 steps together can change the share of right answers by 0.8% at most",
+    ),
+    "other_part": (
+        {"steps": ((PARTS,) * 4,) * 4, "options": {"rewards": [GSM8K, FORM]}},
+        "the score goes with form (r = 1.00), and not with gsm8k (r = 0.00).",
+    ),
+    "noise": (
+        {"steps": (([("#### 1", 0.0), ("#### 1", 1.0), *WRONG[2:]],) * 4,) * 4},
+        "Of 16 texts that came twice or more for one prompt 16 got different marks, by 1 on average.",
+    ),
+    "tiny_differences": (  # .003 apart
+        {"steps": ((group(0.8, 0.801, 0.802, 0.803),) * 4,) * 4},
+        "In 100% of the groups that are not tied the marks differ by less than a hundredth of 0.803.",
+    ),
+    "weights": ({"metrics": {"policy/ratio_mean": 1.5}}, "policy/ratio_mean is 0.5 away from 1:"),
+    "entropy": (
+        {"steps": ((MIXED,) * 4,) * 2 + ((SURE,) * 4,) * 2, "metrics": {"policy/entropy": [0.8, 0.4, 0.1, 0.01]}},
+        "In 100% of the later groups all completions are one text without full marks; the entropy went from 0.8 to "
+        "0.01 nats a token.",
+    ),
+    "clipped": ({"metrics": {"completion/clipped": [0.0, 0.1, 0.4, 0.6]}}, "50% of the later completions are cut"),
+    # In training ± 12.706 √((.0002 + .0002) / 2). Wilson's intervals of .5 and .55 over 50 problems are .366 to .634
+    # and .413 to .679, so that the difference is .05 - √(.137² + .134²) and .05 + √(.129² + .134²). A gain of .2
+    # needs 2.8² (.5² + .7 · .3) / .2² = 90.2 problems.
+    "evaluation": (
+        RISES | {"evaluations": EVALUATED},
+        "Training reward went from 0.310 to 0.510: +0.200 (95 % interval +0.020 to +0.380; 2 steps at either end), and "
+        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.141 to +0.236; 50 problems). So few",
+    ),
+    "training_only": (
+        RISES | {"evaluations": [row | {"eval/prompts": 400} for row in EVALUATED]},
+        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.019 to +0.118; 400 problems). No gain on",
+    ),
+    "rate_decay": (
+        RISES | {"evaluations": GAINED, "options": DECAYS},
+        "held-out accuracy from 0.500 to 0.700: +0.200 (95 % interval +0.133 to +0.265; 400 problems). GRPO starts "
+        "from a warm start of 900 steps at the constant rate 0.002, and learner.schedule=linear is the first decay",
+    ),
+}
+
+
+CHANGES = {
+    "temperature": "raise rollout.temperature (now 1e-06) to 1",
+    "rate_high": "lower learner.learning_rate (now 0.0001), 10 times perhaps",  # √40 is nearer to 10 than to 1
+    "rate_low": "raise learner.learning_rate (now 0.0001), 100 times perhaps",  # 1 / .008 = 125
+    "tied": "rollout.refill_draws: 2",
+    "evaluation": "raise eval.limit to 91, or take 2 seeds",
+    "rate_decay": "set warm_start.schedule: linear, and run again: a gain from there is not from the decay",
+}
+
+
+def test_every_detector_has_a_case():
+    assert [detector.__name__ for detector in DETECTORS] == list(CASES)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_cause_is_found_with_its_number_and_nothing_before_it(tmp_path, kind):
+    run, words = CASES[kind]
+    findings = diagnose(Record(write(tmp_path, **run)))
+    if kind == "other_part":  # the first part has no mark at all, which is said first
+        assert findings.pop(0)["kind"] == "none_solved"
+    assert findings[0]["kind"] == kind
+    assert words in findings[0]["what"]
+    assert findings[0]["change"].startswith(CHANGES.get(kind, ""))
+
+
+HEALTHY = {
+    "much is solved, and a fifth is left": {"steps": ((RIGHT, RIGHT, RIGHT, MIXED),) * 4},
+    "plain": {},
+    "solved at its end": {"steps": ((MIXED,) * 4,) * 2 + ((RIGHT,) * 4,) * 2},
+    "half of it solved": {"steps": ((RIGHT, RIGHT, MIXED, MIXED),) * 4},
+    "sure and wrong now and then": {"steps": ((SURE, MIXED, MIXED, MIXED),) * 4},
+    "form first": {
+        "steps": ((FORM_FIRST,) * 4,) * 4,
+        "options": {"rewards": [FORM, GSM8K]},
+        "metrics": {"alarm/right/score": 1.0},
+    },
+    "a great step that did good": {
+        "steps": ((MIXED,) * 4,) * 6,
+        "metrics": {"policy/step_kl": 2.0, "reward/part/gsm8k": [0.1, 0.11, 0.3, 0.4, 0.50, 0.52]},
+    },
+    "marks of length and of being right": {"metrics": {"alarm/length/gsm8k": 0.85, "alarm/right/gsm8k": 0.9}},
+    "a gain on held-out problems too": RISES | {"evaluations": GAINED},
+    "a gain after a warm start that decayed": RISES
+    | {"evaluations": GAINED, "options": DECAYS | {"warm_start": WARM | {"schedule": "linear"}}},
+    "a gain at a constant rate": RISES | {"evaluations": GAINED, "options": {"warm_start": WARM}},
+    "a decay and no gain": {"options": DECAYS},
+    "lengths that differ by chance": {"metrics": {"alarm/repetition/gsm8k": [1.0, -1.0, 0.6, 0.7]}},
+    "the form is paid, and nothing is right yet": {
+        "metrics": {"alarm/format/gsm8k": 1.0, "alarm/formed/gsm8k": 1.0, "reward/part/gsm8k": 0.25}
+    },
+    "few groups": {"steps": ((WRONG, WRONG),) * 3},
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_run_gets_no_finding(tmp_path, name):
+    assert diagnose(Record(write(tmp_path, **HEALTHY[name]))) == []
+
+
+def problems(folder, *evaluations, metric="eval/accuracy"):
+    """held_out.jsonl, with a list of what each problem got for each step."""
+    lines = [
+        {"step": step, "metric": metric, "by_problem": {f"p{i}": value for i, value in enumerate(values)}}
+        for step, values in evaluations
+    ]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_held_out_problems_are_compared_one_by_one_where_they_are_recorded(tmp_path):
+    """Of 50 problems 2 were lost and 5 won. With two more on either side it is 3 / 54 ± 2.006 √(.2044 / 54)."""
+    before = [1.0] * 25 + [0.0] * 25
+    after = [0.0] * 2 + [1.0] * 28 + [0.0] * 20
+    evaluations = [
+        {"step": step, "eval/accuracy": sum(v) / 50, "eval/prompts": 50} for step, v in ((0, before), (6, after))
+    ]
+    run = write(tmp_path, **RISES, evaluations=evaluations)
+    unpaired = Record(run).gains.held_out
+    problems(run, (0, before), (6, [0.0] * 50), (6, after))  # the last record of a step counts
+    paired = Record(run).gains.held_out
+    assert (paired.low, paired.high) == pytest.approx((-0.0678, 0.1789), abs=1e-4)
+    assert paired.high - paired.low < 0.7 * (unpaired.high - unpaired.low)
+    assert paired.of == "the same 50 problems"
+    [finding] = diagnose(Record(run))
+    assert finding["kind"] == "training_only"  # 50 pairs would show a gain of .2
+    assert "+0.060 (95 % interval -0.0" in finding["what"]
+
+
+def test_a_reward_without_verdicts_is_compared_by_its_mean(tmp_path):
+    before, after = [0.2, 0.4, 0.3] * 20, [0.1, 0.3, 0.2] * 20
+    rows = [{"step": step, "eval/reward_mean": value, "eval/prompts": 60} for step, value in ((0, 0.3), (6, 0.2))]
+    run = write(tmp_path, **RISES, evaluations=rows)
+    assert diagnose(Record(run)) == []  # of means without their problems no interval is known
+    problems(run, (0, before), (6, after), metric="eval/reward_mean")
+    [finding] = diagnose(Record(run))
+    assert finding["kind"] == "training_only"
+    assert "the held-out reward from 0.300 to 0.200: -0.100" in finding["what"]
+    assert finding["what"].endswith("Held-out problems got worse.")
+
+
+def test_a_policy_that_quartet_sft_trained_at_a_constant_rate(tmp_path):
+    teacher = tmp_path / "sft"
+    teacher.mkdir()
+    learner = {"learning_rate": 2e-3, "schedule": "constant"}
+    (teacher / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "steps": 9, "learner": learner}))
+    options = {"model": str(teacher / "policy"), "learner": {"schedule": "cosine"}}
+    [finding] = diagnose(Record(write(tmp_path / "run", **RISES, evaluations=GAINED, options=options)))
+    assert finding["kind"] == "rate_decay"
+    assert finding["change"].startswith(f"train {teacher} again with quartet sft --learner.schedule linear")
+
+
+def test_the_answer_of_an_episode_is_the_policys_last_turn(tmp_path):
+    """A tool has the last word in the text; each of four policies answers something else."""
+    run = write(tmp_path, steps=((WRONG,) * 4,) * 4)
+    for step in range(1, 5):
+        path = rollout_path(run, step)
+        lines = [json.loads(line) for line in zstandard.decompress(path.read_bytes()).splitlines()]
+        for line in lines:
+            line["turns"] = [{"role": "assistant", "content": line["text"]}]
+            line["text"] += " >> #### 42"
+        path.write_bytes(zstandard.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    assert [finding["kind"] for finding in diagnose(Record(run))] == ["none_solved"]
+    assert {len(set(group.answers)) for group in Record(run).groups} == {4}
+
+
+@pytest.mark.parametrize(("mark", "is_found"), [(0.5, True), (1.0, True), (0.0, False)])
+def test_a_constant_reward_without_gold_answers(tmp_path, mark, is_found):
+    """A 0 for all may be right; a 1 for four different answers is not, and .5 is no verdict."""
+    findings = diagnose(Record(write(tmp_path, steps=((group(mark, mark, mark, mark),) * 4,) * 4)))
+    assert (findings[0]["kind"] == "reward_constant") == is_found
+    assert not is_found or "of a group 25% give the same answer" in findings[0]["what"]
+
+
+def test_a_reward_under_another_name_is_read_as_what_it_is(tmp_path):
+    steps = ((group(*[{"correct": 0.0}] * 4, text="it is"),) * 4,) * 4
+    findings = diagnose(Record(write(tmp_path, steps, options={"rewards": [GSM8K | {"name": "correct"}]})))
+    assert findings[0]["kind"] == "template"
+
+
+def test_the_template_of_the_run_that_taught_the_policy(tmp_path):
+    teacher = write(tmp_path / "teacher", options={"data": {"template": "Q: {question}\nA:"}})
+    findings = diagnose(Record(write(tmp_path / "run", options={"model": str(teacher / "policy")})))
+    assert [finding["kind"] for finding in findings] == ["template"]
+    assert "'{question}\\n'" in findings[0]["what"]
+    assert "begins with 25% of the marks" in findings[0]["what"]
+    assert findings[0]["change"] == "set data.template to 'Q: {question}\\nA:'"
+
+
+def test_the_command_prints_in_order_what_to_change_and_touches_nothing(tmp_path, capsys):
+    run = write(tmp_path / "run", **CASES["group_size"][0] | {"events": CASES["failed"][0]["events"]})
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["diagnose", str(run), "--json", str(tmp_path / "out.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("step 4 of 4, failed; marks 0.5, at the end 0.5; 16 groups read")
+    assert [lines[1][:14], lines[3][:14]] == ["1. failed: The", "2. group_size:"]
+    assert lines[4] == "   Change: raise rollout.group_size (now 2), to 8 perhaps."
+    assert [finding["kind"] for finding in json.loads((tmp_path / "out.json").read_text())["findings"]] == [
+        "failed",
+        "group_size",
+    ]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_runs_of_which_something_is_missing(tmp_path, capsys):
+    def said(code: int) -> str:
+        assert main(["diagnose", str(tmp_path)]) == code
+        return capsys.readouterr().out
+
+    rollout_path(write(tmp_path, options={"steps": 60}), 2).write_bytes(b"no zstandard")
+    out = said(0)
+    for words in ("step 4 of 60, in progress or killed", "12 groups read", "step_000002", "Nothing was found."):
+        assert words in out
+    assert "1 records of rollouts cannot be read" in out
+    for path in (write(tmp_path, metrics={"group/tied": 1.0}) / "rollouts").iterdir():
+        path.unlink()
+    out = said(1)
+    assert "1. tied: 100% of the groups" in out
+    assert "There are no rollouts that can be read" in out
+    write(tmp_path, steps=())
+    assert "No step is recorded yet." in said(0)
+
+
+def test_what_is_no_run_of_train_is_refused(tmp_path, capsys):
+    run = write(tmp_path / "sft")
+    (run / "held_out.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match="held_out.jsonl"):
+        Record(run)
+    (run / "config.yaml").write_text("model: tiny\nsteps: 3\n")
+    for folder, words in (
+        (run, "is a run of quartet sft"),
+        (tmp_path, "no metrics.jsonl"),
+        (tmp_path / "x", "no such"),
+    ):
+        assert main(["diagnose", str(folder)]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_a_long_run_is_read_at_its_beginning_its_end_and_between(tmp_path):
+    record = Record(write(tmp_path, steps=((MIXED,),) * 40))
+    steps = [group.step for group in record.groups]
+    assert len(steps) == 16
+    assert steps[0] == 1
+    assert steps[-1] == 40
+
+
+DEMO = Path(__file__).parents[3] / "benchmarks/learn/words.yaml"
+WARM_UP = {"steps": 1, "learner.learning_rate": 1e-12, "eval.limit": 0, "log.trackers": []}
+
+
+@pytest.mark.slow
+@pytest.mark.long  # three minutes of a warm start, and a third of a minute for each of fifteen runs
+@pytest.mark.parametrize("unseen", [False, True], ids=["tuned", "unseen"])
+def test_the_cause_comes_first_or_second_and_healthy_runs_get_none(tmp_path_factory, tmp_path, unseen):
+    warm = tmp_path_factory.getbasetemp() / "warm"
+    if not warm.exists():
+        train(TrainConfig.read(DEMO, **WARM_UP, threads=1, output_dir=str(warm)))
+    kinds = {}
+    for seed, (name, overrides) in enumerate((broken(warm / "policy", tmp_path, unseen) | healthy(unseen)).items()):
+        run = make(name, warm / "policy", tmp_path, overrides, seed + 1)
+        kinds[name] = [finding["kind"] for finding in diagnose(Record(run))]
+    causes = [name for name in kinds if not name.startswith("healthy")]
+    assert len(causes) == 12
+    assert sum(name in kinds[name][:2] for name in causes) >= 10, kinds
+    assert [kinds[name] for name in healthy(unseen)] == [[], [], []]
