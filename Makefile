@@ -68,7 +68,7 @@ test-slow: $(DEV_STAMP) ## the long proofs
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "slow and not gpu and not peer and not browser" $(ARGS)
 
 test-vllm: $(DEV_STAMP) $(VLLM_STAMP) ## install vLLM, then run the tests that need it
-	$(PYTEST) -m peer tests/rollout/backends/vllm $(ARGS)
+	$(PYTEST) -m peer tests/rollout/vllm $(ARGS)
 
 test-browser: $(DEV_STAMP) ## install playwright, then look at the page of a run in chromium, which must be installed
 	$(PIP) 'playwright>=1.50'

@@ -310,7 +310,7 @@ def test_workers_wait_briefly_for_their_threads_and_are_as_important_as_the_lear
 
 @pytest.mark.slow
 def test_rewards_in_a_ray_actor_give_the_scores_that_they_give_here(pool):
-    faulty = Path(__file__).parents[1] / "cases/faulty_rewards.py"
+    faulty = Path(__file__).parents[2] / "cases/faulty_rewards.py"
     specs = [RewardSpec("gsm8k"), RewardSpec("gsm8k_format", 0.1), RewardSpec(f"{faulty}:unpicklable", weight=0.01)]
 
     def grade(_: object) -> list[float | None]:  # local, so that it travels by value: workers cannot import this file
@@ -363,7 +363,7 @@ def test_contract_4_episodes_are_the_same_with_workers_and_after_one_is_killed_i
     the worker whose child it is."""
     policy = random_policy(23, vocab_size=471)
     policy.tokenizer.add_tokens([f"<<{number}=" for number in range(200)])
-    echo = Path(__file__).parents[1] / "cases" / "guessing.py"
+    echo = Path(__file__).parents[2] / "cases" / "guessing.py"
     spec = EnvironmentSpec(environments=(("", f"{echo}:Guess"),), max_turns=4)
     prompts = [replace(prompt, text="3 + 4 = 7, how many"[: 5 + i]) for i, prompt in enumerate(PROMPTS)]
     params = replace(PARAMS, max_completion_tokens=40, environment=spec)
@@ -648,7 +648,7 @@ def script(policies, tmp_path) -> Iterator[subprocess.Popen]:
     }
     process = subprocess.Popen(
         [sys.executable, tmp_path / "script.py", tmp_path / "policy"],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -30,7 +30,7 @@ from rollout.vllm.settings import VLLMSettings
 pytestmark = needs_vllm
 PROMPTS = prompts_of(9, 1, 17, 4, 30, 11)
 PARAMS = SamplingParams(3, 0.7, 24, tuple(range(7, 280, 15)), seed=5, step=2, draft_tokens=2)
-GUESSING = Path(__file__).parents[3] / "cases/guessing.py"
+GUESSING = Path(__file__).parents[2] / "cases/guessing.py"
 EXACT = 1e-4  # nats, in float32; a fault moves log-probabilities by far more
 
 

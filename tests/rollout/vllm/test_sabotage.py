@@ -54,7 +54,7 @@ class Server:
 def start(folder: Path) -> Server:
     file, python = folder / "fault", folder / "python"
     file.write_text("")
-    script = Path(__file__).parents[3] / "cases/vllm_sabotage.py"
+    script = Path(__file__).parents[2] / "cases/vllm_sabotage.py"
     python.write_text(f'#!/bin/sh\nexec {shlex.join([str(PYTHON), str(script), str(file)])} "$@"\n')
     python.chmod(0o755)
     return Server(VLLMProcess(python, folder / "vllm.log", 1, lambda: None), file)

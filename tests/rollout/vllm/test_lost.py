@@ -32,7 +32,7 @@ from rollout.vllm.settings import VLLMSettings
 PROMPTS, CANARIES = prompts_of(9, 1, 17), prompts_of(4)
 PARAMS = SamplingParams(3, 0.7, 8, seed=5, step=2)
 LIMIT_S = 3.0
-CASES = Path(__file__).parents[3] / "cases"
+CASES = Path(__file__).parents[2] / "cases"
 GUESSING = CASES / "guessing.py"
 
 
