@@ -2,7 +2,7 @@
 
 Every completion is a request to `URL/completions`: prompt and completion as token ids, of which the server gives the
 log-probabilities, and one token more that nobody reads. OpenAI's own endpoint gives none of given tokens. vLLM scores
-them at temperature 1, whatever the request says. Our own vLLM server (rollout/backends/vllm) holds the policy that is
+them at temperature 1, whatever the request says. Our own vLLM server (rollout/vllm) holds the policy that is
 sampled from, so a teacher needs a server of its own.
 """
 
