@@ -40,7 +40,7 @@ class LMHead:
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
 
 
-def last_states(trunk: PreTrainedModel, by: States, **options: Any) -> tuple[Tensor, Any]:
+def last_states(trunk: PreTrainedModel, by: States, **options: object) -> tuple[Tensor, Any]:
     """The states [B, T, D] that the LM head of a model multiplies, and all that transformers gave with them."""
     if by == "decoder":
         out = decoder(trunk)(**options)
@@ -66,6 +66,6 @@ def scale_and_cap(config: Any) -> tuple[float, float | None]:
     return scale, next((cap for name in CAPS if (cap := _number(config, name))), None)
 
 
-def _number(config: Any, name: str) -> float | None:
+def _number(config: object, name: str) -> float | None:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, int | float) else None

@@ -250,7 +250,7 @@ def _adapt_parameter(layer: ParamWrapper, base: nn.Module, split: Split | None) 
     compute with local tensors there."""
     name, forward = layer.parameter_name, base.forward
 
-    def adapted(*inputs: Any) -> Any:
+    def adapted(*inputs: object) -> Any:
         weight = base._parameters[name]
         if layer.disable_adapters:
             return forward(*inputs)

@@ -199,7 +199,7 @@ def per_completion(function: Reward) -> Reward:
     return reward
 
 
-def _note(extras: dict[str, list], i: int, count: int, column: str, value: Any) -> None:
+def _note(extras: dict[str, list], i: int, count: int, column: str, value: object) -> None:
     extras.setdefault(column, [None] * count)[i] = value
 
 

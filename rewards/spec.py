@@ -152,7 +152,7 @@ def check_specs(specs: Sequence[RewardSpec], substitute: float) -> None:
             raise RewardError(f"reward {spec.label!r}: arguments hold {culprit}; use plain JSON values")
 
 
-def _not_json(value: Any) -> str | None:
+def _not_json(value: object) -> str | None:
     """The part of `value` that JSON cannot hold unchanged, in words, or None."""
     if value is None or isinstance(value, str | int | float):
         return None

@@ -63,7 +63,7 @@ def _block(weight_OI: Tensor) -> Any:
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
 
 
-def _product(x: Tensor, blocked: Any, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, blocked: object, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
 
 

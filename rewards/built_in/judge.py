@@ -47,7 +47,7 @@ def judge(
     cache: str | None = None,
     body: Mapping[str, Any] | None = None,
     prefix: str = "judge",
-    trainer_state: Any = None,
+    trainer_state: object = None,
     log_extra: Callable[[str, list], None] | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     **columns,

@@ -48,7 +48,7 @@ class Command(NamedTuple):
         return self.about or f"{self.help[:1].upper()}{self.help[1:]}."
 
 
-def argument(*names: str, **settings: Any) -> Argument:
+def argument(*names: str, **settings: object) -> Argument:
     """What a command takes besides its options, as the arguments of `add_argument`."""
     return names, settings
 

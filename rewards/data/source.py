@@ -85,7 +85,7 @@ def _json_or_error(text: bytes) -> Any:
         return error
 
 
-def load_dataset(name: str, subset: str | None = None, **options: Any) -> Iterable[Any]:
+def load_dataset(name: str, subset: str | None = None, **options: object) -> Iterable[Any]:
     source = ", ".join([name, *([subset] if subset else []), *map(str, options.values())])
     try:
         import datasets  # slow to import

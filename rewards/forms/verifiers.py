@@ -95,7 +95,7 @@ def _watch(rubric: Any) -> None:
 
 def _watched(function: Callable[..., Any]) -> Callable[..., Awaitable[float]]:
     @functools.wraps(function)
-    async def watched(*values: Any, **named: Any) -> float:
+    async def watched(*values: object, **named: object) -> float:
         try:
             result = function(*values, **named)
             return float(await result if inspect.isawaitable(result) else result)

@@ -65,7 +65,7 @@ def _are(values: Any, kind: Any, count: int) -> bool:
     return isinstance(values, list) and len(values) == count and all(isinstance(value, kind) for value in values)
 
 
-def _nested(value: Any, level: int = 0) -> bool:
+def _nested(value: object, level: int = 0) -> bool:
     """It is nested more deeply than MOST_NESTED."""
     if not isinstance(value, dict | list):
         return False

@@ -223,7 +223,7 @@ def _parts(decoder: Decoder, bucket: Bucket) -> list[tuple[str, Any]]:
     return parts
 
 
-def _tensors(part: Any) -> dict[str, Tensor]:
+def _tensors(part: object) -> dict[str, Tensor]:
     tensors = {}
     for name, value in vars(part).items():
         if isinstance(value, Tensor) and name not in ("experts", "chosen"):  # those of the last call
@@ -279,7 +279,7 @@ def run_few_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_u
     return torch.einsum("end,ne->nd", out, share_NE)
 
 
-def _copy(part: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _copy(part: object, name: str, tensors: dict[str, Tensor]) -> Any:
     copied = copy.copy(part)
     for key, value in vars(part).items():
         if isinstance(value, FixedLinear):

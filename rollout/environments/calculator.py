@@ -75,7 +75,7 @@ class Calculator:
 
     pure = True
 
-    def reset(self, **columns: Any) -> None:
+    def reset(self, **columns: object) -> None:
         """Keeps nothing between problems."""
 
     def calculate(self, expression: str) -> str:

@@ -48,7 +48,7 @@ class Mcp:
     _timeout_s: float
     _session: _Session | None = None
 
-    def reset(self, **columns: Any) -> None:
+    def reset(self, **columns: object) -> None:
         """Nothing happens before the first call, which begins the session."""
 
     def get_reward(self) -> None:
@@ -104,7 +104,7 @@ def _tools_of(server: str) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def _method(name: str, schema: dict[str, Any]) -> Callable[..., str]:
-    def call(self: Mcp, /, **arguments: Any) -> str:
+    def call(self: Mcp, /, **arguments: object) -> str:
         return self._call(name, arguments)
 
     call.__name__, call.__doc__ = name, schema["description"]

@@ -132,7 +132,7 @@ class Engine:
         self._call("update_weights", told)
         self._call("finish_weight_update")
 
-    def _call(self, method: str, *arguments: Any) -> list[Any]:
+    def _call(self, method: str, *arguments: object) -> list[Any]:
         """Gives what each worker of vLLM answers."""
         return self.engine.collective_rpc(method, args=arguments)
 
@@ -314,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_: object) -> None:
         pass
 
 
