@@ -29,7 +29,7 @@ Load = Callable[[str], Policy]
 OWN_BACKENDS = ("native", "transformers")
 
 
-def terms_of(policy: Policy, config: Any, load: Load | None = None, *, rollouts: bool = False) -> list[Term]:
+def terms_of(policy: Policy, config: object, load: Load | None = None, *, rollouts: bool = False) -> list[Term]:
     """The terms beside the first that `config` asks for, with `rollouts` those that learn from them too. `load` gives
     the policy of another name, such as a teacher."""
     features = [feature for feature in FEATURES if feature.term and (rollouts or feature.section != "train")]
@@ -38,7 +38,7 @@ def terms_of(policy: Policy, config: Any, load: Load | None = None, *, rollouts:
     return [term for term in terms if term is not None]
 
 
-def check_terms(policy: Policy, config: Any) -> None:
+def check_terms(policy: Policy, config: object) -> None:
     """Raises ValueError where a term cannot be had of this policy, whose weights may be missing."""
     for feature in FEATURES:
         if feature.term:

@@ -32,7 +32,7 @@ def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float], *, rounds: bo
             self.block_size = block_of(p) or p.numel() + 1  # which divides nothing: fp32
             return super()._new_buffer(torch.empty_like(p, dtype=torch.float32), signed)  # also of a bfloat16 weight
 
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: object = None) -> None:
             """The chance depends on how many steps were made before: a run that goes on makes the same ones, and
             ranks that hold the same weight round it alike."""
             done = max((int(state["step"]) for state in self.state.values()), default=0)

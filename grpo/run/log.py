@@ -196,7 +196,7 @@ class RunLog:
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
             self._track(lambda tracker: log_rollouts(tracker, step, lines))
 
-    def event(self, event: str, /, *, unshown: Mapping[str, Any] | None = None, **fields: Any) -> None:
+    def event(self, event: str, /, *, unshown: Mapping[str, Any] | None = None, **fields: object) -> None:
         """Record what does not happen every step (a failure, a resume, a signal); show the first few of each.
 
         `unshown` goes into the record alone.

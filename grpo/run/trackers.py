@@ -80,7 +80,7 @@ def log_rollouts(tracker: Any, step: int, lines: Sequence[Mapping[str, Any]]) ->
         mlflow.log_table(table, f"rollouts/step_{step:06d}.json")
 
 
-def _storable(value: Any) -> Any:
+def _storable(value: object) -> Any:
     """Replaces lone surrogates, which UTF-8 lacks, and takes the mean of advantages of single tokens."""
     if isinstance(value, list):
         return sum(value) / max(1, len(value))

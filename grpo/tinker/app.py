@@ -298,7 +298,7 @@ async def _refused(_: Request, error: Any) -> Response:
     return JSONResponse({"detail": str(error)}, error.status, HEADERS)
 
 
-async def _not_here(request: Request, error: Any) -> Response:
+async def _not_here(request: Request, error: object) -> Response:
     message = f"{request.method} {request.url.path}: this server has no such part of Tinker's API"
     return JSONResponse({"detail": message}, 404, HEADERS)
 

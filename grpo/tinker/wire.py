@@ -66,7 +66,7 @@ def understood(kind: type[Asked], body: bytes) -> Asked:
     return asked
 
 
-def _not_finite(value: Any, place: str = "") -> tuple[str, float] | None:
+def _not_finite(value: object, place: str = "") -> tuple[str, float] | None:
     """The place and the value of the first number that is not finite.
 
     >>> _not_finite({"a": [1, {"b": float("inf")}]})

@@ -218,7 +218,7 @@ def _apart(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
 
 
-def _logprobs(model: PreTrainedModel, token_ids: Tensor, **options: Any) -> Tensor:
+def _logprobs(model: PreTrainedModel, token_ids: Tensor, **options: object) -> Tensor:
     return model(input_ids=token_ids, use_cache=False, **options).logits.float().log_softmax(-1)
 
 
@@ -381,7 +381,7 @@ def _routed(model: PreTrainedModel, row: Tensor, experts: int) -> list[tuple[nn.
     """Each router in a forward of a row: its inputs, and its scores [T, experts]."""
     calls: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         scores = _scores(output, experts)
         if scores is not None and inputs:
             calls.append((module, inputs, scores))
@@ -397,7 +397,7 @@ def _routed(model: PreTrainedModel, row: Tensor, experts: int) -> list[tuple[nn.
     return calls
 
 
-def _scores(output: Any, experts: int) -> Any:
+def _scores(output: object, experts: int) -> Any:
     parts = output if isinstance(output, tuple | list) else [output]
     fits = (
         part for part in parts if isinstance(part, Tensor) and part.is_floating_point() and part.shape[-1] == experts

@@ -58,7 +58,7 @@ UNLIKE_REWARD = "def unlike(completion_ids, **_):\n    return [sum(ids) % 997 / 
 UNLIKE_WEIGHT = 1e-4
 
 
-def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: Any, faults: bool) -> None:
+def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: object, faults: bool) -> None:
     """Trains a small policy for two steps, and tells what the steps say of the real run."""
     with tempfile.TemporaryDirectory(prefix="rehearsal_") as place, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(place)
@@ -80,7 +80,7 @@ def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: An
             result.faults[name] = fault(disturbed, result)
 
 
-def write_policy(plan: Plan, tokenizer: Any, folder: Path) -> str:
+def write_policy(plan: Plan, tokenizer: object, folder: Path) -> str:
     """Writes a random policy of the plan's architecture that knows all tokens. Returns what `model` is then. A preset
     is small enough. Raises ValueError where no small model can be built."""
     if plan.source.base in presets.PRESETS:
@@ -176,7 +176,7 @@ def full_disk(config: TrainConfig, result: Rehearsal) -> str:
     return _disturbed(config, result, tensor_files, "save_file", full)
 
 
-def _disturbed(config: TrainConfig, result: Rehearsal, owner: Any, name: str, function: Callable[..., Any]) -> str:
+def _disturbed(config: TrainConfig, result: Rehearsal, owner: object, name: str, function: Callable[..., Any]) -> str:
     """Trains with another function in this place; where the run ends, it is resumed without."""
     try:
         with patch.object(owner, name, function):

@@ -167,7 +167,7 @@ def _check(values: dict[str, Any]) -> None:
         raise ValueError("; ".join([*problems, "correct the command"]))
 
 
-def _needed(name: str, default: Any, value: Any) -> str:
+def _needed(name: str, default: object, value: object) -> str:
     """What an option is to be; empty if its value is that."""
     if name in TEXTS:
         several = value if isinstance(value, list) else [value]
