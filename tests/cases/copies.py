@@ -103,6 +103,9 @@ def _run(words: list[str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
+WITH_COPIES = SimpleNamespace(**vars(subprocess) | {"Popen": Copy})  # in place of a module's `subprocess`
+
+
 def _of_rewards(command: Sequence[str], **given: Any) -> subprocess.Popen:
     is_limited = command[-1] != "0"  # in memory, of which this process holds much
     return (subprocess.Popen if is_limited or sys.platform != "linux" else Copy)(command, **given)

@@ -9,16 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from copies import Copy
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples/quickstart.ipynb"
 RUNNER = """
-import ast, json, sys
+import ast, json, subprocess, sys
+from copies import Copy
 
+subprocess.Popen = Copy  # of the commands in cells: none imports torch again
+small = sys.argv[2] == "micro"
 names = {"__name__": "__main__"}
 for cell in json.load(open(sys.argv[1], encoding="utf-8"))["cells"]:
     if cell["cell_type"] == "code":
-        tree = ast.parse("".join(cell["source"]))
+        source = "".join(cell["source"])
+        if small:
+            source = source.replace('"model": "tiny"', '"model": "micro"')
+        tree = ast.parse(source)
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, cell["id"], "exec"), names)
         if last is not None:  # a notebook shows its value
@@ -32,13 +39,15 @@ def cells():
     return [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
 
 
-def run(folder, **variables):
-    """What the cells print, in a process of their own that finds this repository's packages."""
+def run(folder, preset="tiny", **variables):
+    """What the cells print, in a process of their own, which knows the presets of this one."""
     variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", RUNNER, str(NOTEBOOK)]
-    done = subprocess.run(command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    command = [sys.executable, "-c", RUNNER, str(NOTEBOOK), preset]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with Copy(command, cwd=folder, env=os.environ | variables, **pipes) as process:
+        said, errors = process.communicate()
+    assert process.returncode == 0, said[-3000:] + errors[-3000:]
+    return said
 
 
 def test_it_is_a_notebook_and_keeps_no_output_that_may_become_old():
@@ -52,8 +61,8 @@ def test_it_is_a_notebook_and_keeps_no_output_that_may_become_old():
 
 
 @pytest.mark.slow
-def test_its_cells_run_in_an_empty_folder(tmp_path):
-    said = run(tmp_path, QUARTET_SHORT="1")
+def test_its_cells_run_in_an_empty_folder(micro_preset, tmp_path):
+    said = run(tmp_path, micro_preset, QUARTET_SHORT="1")
     for part in ("after GRPO, greedy", "<iframe", "<table", "replay: ", "Result('quickstart_runs/own'"):
         assert part in said
     assert len(list((tmp_path / "quickstart_runs").iterdir())) == 8  # the first, two times three seeds, your own loop

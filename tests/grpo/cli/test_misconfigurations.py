@@ -50,7 +50,7 @@ def problems(said: str) -> str:
         for number, name in enumerate(CASES)
     ],
 )
-def test_a_misconfiguration_is_named(name, form, tmp_path):
+def test_a_misconfiguration_is_named(copied_scripts, name, form, tmp_path):
     code, said = rehearse(write(name, tmp_path / "case")[form])
     line = named(CASES[name], code, problems(said))
     assert line, said
@@ -58,7 +58,7 @@ def test_a_misconfiguration_is_named(name, form, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sound_configuration_draws_nothing(tmp_path):
+def test_a_sound_configuration_draws_nothing(copied_scripts, tmp_path):
     for path in write("sound", tmp_path / "case").values():
         code, said = rehearse(path)
         assert code == 0, said

@@ -28,7 +28,7 @@ def small(hf_policy, tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
-def test_a_script_of_forty_lines_becomes_a_file_that_trains(small, tmp_path, monkeypatch, capsys):
+def test_a_script_of_forty_lines_becomes_a_file_that_trains(copied_scripts, small, tmp_path, monkeypatch, capsys):
     """Two rewards, LoRA and vLLM; what is lost is said."""
     assert len(FORTY_LINES.read_text().splitlines()) in range(35, 56)
     monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ open("went_on", "w").close()
 
 
 @pytest.mark.slow
-def test_what_a_script_sets_on_its_trainer_is_said(tmp_path, monkeypatch):
+def test_what_a_script_sets_on_its_trainer_is_said(copied_scripts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "train.py"
     script.write_text(AFTERWARDS)
@@ -187,7 +187,9 @@ def test_what_a_script_sets_on_its_trainer_is_said(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_script_without_a_trainer_is_refused_with_its_last_words(tmp_path, monkeypatch, text, timeout_s, message):
+def test_a_script_without_a_trainer_is_refused_with_its_last_words(
+    copied_scripts, tmp_path, monkeypatch, text, timeout_s, message
+):
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "train.py"
     script.write_text(text)
