@@ -34,7 +34,7 @@ def read_packed(trunk: PreTrainedModel) -> bool:
     return bool(mixers)
 
 
-def _names_used(function: Any) -> tuple[str, ...]:
+def _names_used(function: Callable[..., object]) -> tuple[str, ...]:
     return inspect.unwrap(function).__code__.co_names
 
 
@@ -48,7 +48,7 @@ class States:
         """The states of these rows, or of each several times."""
         self.tensors = {key: state[rows] for key, state in self.tensors.items()}
 
-    def read(self, forward: Callable[..., Any], inputs: Any, options: dict[str, Any]) -> Any:
+    def read(self, forward: Callable[..., Any], inputs: tuple, options: dict[str, Any]) -> Any:
         """The forward of a mixer that goes on from here."""
         return forward(*inputs, **options)
 

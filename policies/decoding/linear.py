@@ -59,7 +59,7 @@ def will_block(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu" and _can_block()
 
 
-def _block(weight_OI: Tensor) -> Any:
+def _block(weight_OI: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
 
 
