@@ -62,7 +62,7 @@ def block_of(weight: Tensor) -> int:
 def parts(moment: Tensor) -> dict[str, Tensor]:
     """Gives what a checkpoint keeps of an entry of the optimizer's state, by the end of its name: itself, or codes
     [..., N] and scales [..., N / block], sharded as it is."""
-    local: Any = moment.to_local() if isinstance(moment, DTensor) else moment
+    local: Tensor = moment.to_local() if isinstance(moment, DTensor) else moment
     if not hasattr(local, "codes"):
         return {"": moment}
     return {CODES: _spread(local.codes, moment), SCALE: _spread(local.scale.view(*local.shape[:-1], -1), moment)}
@@ -77,7 +77,7 @@ def moment_of(
     weight, or a run goes on from fp32 moments.
     """
     fresh = cast(Any, optimizer)._new_buffer(weight, signed)
-    local: Any = fresh.to_local() if isinstance(fresh, DTensor) else fresh
+    local: Tensor = fresh.to_local() if isinstance(fresh, DTensor) else fresh
     if scale is not None and hasattr(local, "codes") and _local(like(scale, weight)).numel() == local.scale.numel():
         local.codes.copy_(_local(like(value, weight)))
         local.scale.copy_(_local(like(scale, weight)).flatten())

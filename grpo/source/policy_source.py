@@ -113,7 +113,9 @@ def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
 def _run_config(run: Path) -> TrainConfig | SftConfig | MtpConfig:
     file = run / "config.yaml"
     command, _ = recorded_options(file)
-    kind: Any = {cls.command: cls for cls in (TrainConfig, SftConfig, MtpConfig)}[command]
+    kind: type[TrainConfig] | type[SftConfig] | type[MtpConfig] = {
+        cls.command: cls for cls in (TrainConfig, SftConfig, MtpConfig)
+    }[command]
     return load(kind, file, {}, on_removed=lambda text: None)
 
 

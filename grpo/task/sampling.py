@@ -115,7 +115,11 @@ class Actor:
         return None
 
     def begun(
-        self, prompt: Prompt, messages: object, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
+        self,
+        prompt: Prompt,
+        messages: list[dict[str, Any]] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[int],
     ) -> Prompt:
         """The prompt as its episodes began, from the messages that were recorded of it."""
         return prompt

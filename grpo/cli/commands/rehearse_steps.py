@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import psutil
@@ -32,6 +32,14 @@ from policies.cut import cut_model
 from policies.mtp import MTPHead
 from policies.policy import Policy
 from rewards.config.options import dump_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from rewards.group_score import GroupScore
+    from rollout.group import RolloutGroup
 
 FAILURES = (*REFUSALS, NonFiniteStep, OutOfMemory)
 LATEST_S, HANGS_S = 120.0, 2.0  # until the first step of a run that is killed, and of a worker that hangs
@@ -168,7 +176,7 @@ def full_disk(config: TrainConfig, result: Rehearsal) -> str:
     """Lets the disk refuse the checkpoint of the second step."""
     save_file = tensor_files.save_file
 
-    def full(tensors: Any, values: Any, path: Path) -> None:
+    def full(tensors: Mapping[str, Tensor], values: Iterable[Tensor], path: Path) -> None:
         if "step_000002" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, values, path)
@@ -193,7 +201,7 @@ def _to_workers(act: Callable[[psutil.Process], None], limits: Mapping[str, floa
     def fault(config: TrainConfig, result: Rehearsal) -> str:
         score, met = Task.score, list[int]()
 
-        def disturbing(task: Task, groups: Any) -> Any:
+        def disturbing(task: Task, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
             for process in psutil.Process().children(recursive=True) if not met else ():
                 with contextlib.suppress(psutil.Error):
                     if any(mark in " ".join(process.cmdline()) for mark in WORKERS):

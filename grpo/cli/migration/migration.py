@@ -19,7 +19,7 @@ class Unsupported:
 
     option: str
     """Its name there, such as `top_p`, or an argument of the trainer, such as `callbacks`."""
-    value: Any
+    value: object
     reason: str
     """Why it is not carried over, and the way out."""
     changes_training: bool = True

@@ -148,7 +148,7 @@ def _causes(ways: list[tuple[list[Decision], str | None]]) -> list[str]:
     return list(dict.fromkeys(causes))
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
         return parse_yaml(text)
     except YAMLError:  # hydra knows escapes that YAML does not
