@@ -89,7 +89,7 @@ def build_parser(
     return parser
 
 
-def _add_group(parser: argparse.ArgumentParser) -> Any:
+def _add_group(parser: argparse.ArgumentParser) -> argparse._SubParsersAction[argparse.ArgumentParser]:
     """Places for commands; without one of them the parser's help is printed."""
     parser.set_defaults(command=lambda _: parser.print_help())
     return parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -97,7 +97,7 @@ def _add_group(parser: argparse.ArgumentParser) -> Any:
 
 def _add_sections(
     parser: argparse.ArgumentParser, commands: Mapping[str, Command], sections: Mapping[str, Sequence[str]]
-) -> Any:
+) -> argparse._SubParsersAction[argparse.ArgumentParser]:
     """Places for commands that help lists section by section, which argparse cannot do."""
     parser.set_defaults(command=lambda _: parser.print_help())
     places = parser.add_subparsers(metavar="COMMAND", help=argparse.SUPPRESS)

@@ -91,7 +91,7 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # lone surrogates, as JSON escapes
 
 
-def with_inner(row: object, names: Iterable[str]) -> Any:
+def with_inner(row: object, names: Iterable[str]) -> object:
     """The row with a column for each of the names that is a value inside a column; what is no row stays as it is.
 
     >>> with_inner({"reward_model": {"ground_truth": "42"}}, ["reward_model.ground_truth"])

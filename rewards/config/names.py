@@ -11,7 +11,7 @@ from typing import Any
 
 from rewards.config.yaml_file import Place, parse_yaml, read_yaml, to_yaml
 
-ABSENT: Any = object()
+ABSENT: object = object()
 WORKS_UNTIL = "0.4"  # a name of 0.2
 ANSWERING = ("eval", "sample", "serve", "quantize")  # the commands that do not learn
 FOLDER = Path(__file__).parent
@@ -29,7 +29,7 @@ def removed(key: str) -> str | None:
     return f"it is gone, since {_removed()[key][0]}" if key in _removed() else None
 
 
-def default_then(key: str) -> Any:
+def default_then(key: str) -> object:
     """The default of an option that is gone; ABSENT for any other key."""
     return _removed()[key][1] if key in _removed() else ABSENT
 

@@ -70,7 +70,7 @@ class OneOrMore:
         return core_schema.no_info_before_validator_function(cls.listed, handler(annotation), serialization=as_written)
 
     @staticmethod
-    def listed(value: object) -> Any:
+    def listed(value: object) -> list[object]:
         """A list of the options. Python may give them as objects, also of a class with fewer options."""
         items = value if isinstance(value, list) else [value]
         return [
@@ -79,7 +79,7 @@ class OneOrMore:
         ]
 
     @staticmethod
-    def shorten(items: object, dump: Callable[[Any], Any]) -> Any:
+    def shorten(items: object, dump: Callable[[Any], Any]) -> object:
         dumped = dump(items)
         return dumped[0] if len(dumped) == 1 else dumped
 
@@ -119,7 +119,7 @@ class Options(BaseModel):
 class _Option(NamedTuple):
     key: str  # rollout.group_size; inside a list rewards[].function
     field: FieldInfo
-    default: Any  # PydanticUndefined where a value is required
+    default: object  # PydanticUndefined where a value is required
     model: type[BaseModel] | None = None  # whose options come below this one
     in_list: bool = False  # below each item of this one
 
@@ -193,7 +193,7 @@ class _Override(argparse.Action):
         namespace.overrides = {**others, self.dest: value}
 
 
-def _value(annotation: object, text: str, lines: bool = False) -> Any:
+def _value(annotation: object, text: str, lines: bool = False) -> object:
     """A value from the command line: YAML, but an option that takes text gets it as it was written (see Lines).
 
     An option that takes a text or a list of texts gets a list if the words begin with `[`. One that takes a text or
@@ -222,7 +222,7 @@ class _Help(argparse.Action):
         super().__init__(option_strings, absent, nargs="?", metavar="all", default=absent, help=what)
         self.common = common
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: Any = None) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: object, option: str | None = None) -> None:
         if value == "all" or not self.common:
             parser.print_help()
             parser.exit()

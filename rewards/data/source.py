@@ -78,7 +78,7 @@ def _csv_rows(path: Path) -> list[Any]:
             raise ValueError(f"{path} is not CSV in UTF-8: {error} (after line {reader.line_num})") from error
 
 
-def _json_or_error(text: bytes) -> Any:
+def _json_or_error(text: bytes) -> object:
     try:
         return parse_json(text)
     except ValueError as error:

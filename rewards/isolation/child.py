@@ -169,7 +169,7 @@ KINDS = {
 }
 
 
-def _value_of(result: object) -> Any:
+def _value_of(result: object) -> object:
     """The result of a function, sync or async. Where an event loop runs, as in a notebook, another thread waits."""
     if not inspect.isawaitable(result):
         return result
@@ -208,7 +208,7 @@ def _number(value: object) -> float | dict | None:
     return {"kind": "not_a_number", "message": f"returned {value!r:.80}"}
 
 
-def plain(value: object) -> Any:
+def plain(value: object) -> object:
     """A form that JSON can hold of a logged extra that it cannot."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 

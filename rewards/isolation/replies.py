@@ -61,7 +61,7 @@ def _is_failure(value: dict[str, Any]) -> bool:
     return isinstance(value.get("kind"), str) and isinstance(value.get("message"), str)
 
 
-def _are(values: Any, kind: Any, count: int) -> bool:
+def _are(values: object, kind: type | tuple[type, ...], count: int) -> bool:
     return isinstance(values, list) and len(values) == count and all(isinstance(value, kind) for value in values)
 
 

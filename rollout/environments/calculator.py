@@ -45,7 +45,7 @@ def evaluate(expression: str) -> str:
 
 
 def _value(node: ast.expr) -> Fraction:
-    value: Any
+    value: object
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         if node.value == math.inf:  # Python reads 1e999 so
             raise ValueError("a number is too large (inf)")

@@ -110,7 +110,7 @@ class TurnFormat:
             self._opening = self._render([_USER], add_generation_prompt=True)
 
     @cached_property
-    def opening(self) -> Any:
+    def opening(self) -> regex.Pattern[str]:
         """A pattern of how a call begins, of the package regex."""
         if self._response_template is None:
             return regex.compile("<<")

@@ -39,7 +39,7 @@ class Verifiers:
         await self._task.score(trace)
         return float(trace.reward)
 
-    async def _call(self, place: int, tool: str, arguments: dict[str, Any]) -> Any:
+    async def _call(self, place: int, tool: str, arguments: dict[str, Any]) -> object:
         result = getattr(self._toolsets[place], tool)(**arguments)
         return await result if inspect.isawaitable(result) else result
 
@@ -74,7 +74,7 @@ def verifiers(task: Any) -> type[Verifiers]:
 def _method(title: str, place: int, name: str, tool: Callable[..., Any]) -> Callable[..., Any]:
     """A method with the tool's signature, and a docstring that describes each argument, as transformers wants it."""
 
-    async def call(self: Verifiers, **arguments: object) -> Any:
+    async def call(self: Verifiers, **arguments: object) -> object:
         return await self._call(place, name, arguments)
 
     about, _, described = inspect.cleandoc(tool.__doc__ or title).partition("Args:")

@@ -115,7 +115,7 @@ class Workers:
             self.pause()
         return there
 
-    def call(self, i: int, method: str, *arguments: object) -> Any:
+    def call(self, i: int, method: str, *arguments: object) -> object:
         return getattr(self.actors[i], method).remote(*arguments)
 
     def pause(self) -> None:

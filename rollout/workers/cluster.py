@@ -118,7 +118,7 @@ class Cluster:
                 )
         return answer.result()
 
-    def put(self, value: object, faults: Faults, limit_s: float, while_waiting: Callable[[], None]) -> Any:
+    def put(self, value: object, faults: Faults, limit_s: float, while_waiting: Callable[[], None]) -> object:
         """A reference to `value` in shared memory. A full one is waited for: RolloutError after `limit_s` seconds."""
         errors, began, waits = self.ray.exceptions, time.monotonic(), False
         while True:

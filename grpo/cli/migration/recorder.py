@@ -17,8 +17,14 @@ from collections.abc import Callable
 from enum import Enum
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
+    from trl import GRPOTrainer
 
 MOST_STREAMED = 10_000  # rows of a stream that are written
 SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "completion")  # columns, the best first
@@ -102,7 +108,7 @@ def note_values(config: Any) -> None:
     config.__init__, config.__post_init__ = __init__, __post_init__
 
 
-def with_adapters(model: object, config: object, *_: object, **__: object) -> Any:
+def with_adapters(model: object, config: object, *_: object, **__: object) -> object:
     if isinstance(model, Model):
         model.record["lora"] = values_of(config)
     return model
@@ -110,7 +116,7 @@ def with_adapters(model: object, config: object, *_: object, **__: object) -> An
 
 def note_source(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
-    def load_dataset(path: str, name: str | None = None, *rest: object, **arguments: object) -> Any:
+    def load_dataset(path: str, name: str | None = None, *rest: object, **arguments: object) -> Dataset | DatasetDict:
         loaded = load(path, name, *rest, **arguments)
         if not rest and not {"data_files", "data_dir", "revision"} & set(arguments) and not Path(path).exists():
             for split, rows in loaded.items() if isinstance(loaded, dict) else [(arguments.get("split"), loaded)]:
@@ -121,7 +127,7 @@ def note_source(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_dataset
 
 
-def trainer_class(real: Any) -> type:
+def trainer_class(real: type[GRPOTrainer]) -> type:
     class GRPOTrainer:
         """Writes down what it is made of, and what the script sets later; then it ends the process, where it would
         train. No `finally` and no thread of the script goes on."""
@@ -139,7 +145,7 @@ def trainer_class(real: Any) -> type:
             facts["assigned"].append(f"{name} = {plain(value)}")
             write_facts()
 
-        def __getattr__(self, _: str) -> Any:
+        def __getattr__(self, _: str) -> MagicMock:
             return MagicMock()
 
         def add_callback(self, callback: object) -> None:
@@ -207,7 +213,7 @@ def model_facts(model: object) -> dict[str, Any]:
         return record | {"type": None}
 
 
-def values_of(config: Any) -> dict[str, Any]:
+def values_of(config: PeftConfig) -> dict[str, Any]:
     """What kind of configuration of peft's it is, its values, and the defaults of LoRA."""
     from peft import LoraConfig
 
@@ -245,7 +251,7 @@ def data_facts(train: object, test: object, folder: Path) -> dict[str, Any]:
     return summaries
 
 
-def rows_facts(rows: Any) -> dict[str, Any]:
+def rows_facts(rows: Dataset) -> dict[str, Any]:
     """Tells how many rows there are and what the first one has; their source, if every row can be read from there."""
     first: dict[str, Any] = next(iter(rows), {})
     solution = next((name for name in SOLUTIONS if name in first), "")
@@ -258,7 +264,7 @@ def rows_facts(rows: Any) -> dict[str, Any]:
     }
 
 
-def write_rows(rows: Any, file: Path, solution: str) -> None:
+def write_rows(rows: Dataset, file: Path, solution: str) -> None:
     """Writes a line for each row, with a text in the column GOLD, since every row has a gold solution here."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:
@@ -267,7 +273,7 @@ def write_rows(rows: Any, file: Path, solution: str) -> None:
             lines.write(json.dumps({**row, GOLD: gold}, ensure_ascii=False, default=str) + "\n")
 
 
-def tokenizer_facts(tokenizer: Any) -> dict[str, Any] | None:
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     """Tells the tokenizer's name, and whether its chat template is another one than that which it was loaded with."""
     from transformers import AutoTokenizer
 
