@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rollout.group import Completion
 from rollout.relay import ROUNDS, Relay
 from rollout.sampling import SamplingParams
 from rollout.vllm.completions import Row, seed_of
 
-if TYPE_CHECKING:
-    from rollout.vllm.pool import VLLMPool
-
 
 class VLLMRelay(Relay):
     """Its server is asked for some steps at a time. A new one gets all requests that have not ended."""
 
-    def __init__(self, pool: VLLMPool, version: int, params: SamplingParams, max_rows: int) -> None:
+    def __init__(self, pool: Any, version: int, params: SamplingParams, max_rows: int) -> None:
         """`pool` is the VLLMPool that has the server."""
         super().__init__(pool.policy, version, max_rows, pool.context)
         self.pool, self.params = pool, params

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rollout.faults import RolloutError
 from rollout.group import Completion
@@ -14,9 +14,6 @@ from rollout.requests.desk import Answering
 from rollout.sampling import SamplingParams
 from rollout.workers.actors import Call
 
-if TYPE_CHECKING:
-    from rollout.workers.ray_pool import RayPool
-
 CALLS = count()
 WAIT_S = 0.02  # that a new request may wait for the completions of others before a worker that is idle gets it
 
@@ -24,7 +21,7 @@ WAIT_S = 0.02  # that a new request may wait for the completions of others befor
 class RayRelay(Relay):
     """Requests with the same `home` are decoded by the same worker, which has kept their caches, while it is there."""
 
-    def __init__(self, pool: RayPool, version: int, params: SamplingParams, cache_tokens: int, max_rows: int) -> None:
+    def __init__(self, pool: Any, version: int, params: SamplingParams, cache_tokens: int, max_rows: int) -> None:
         """`pool` is the RayPool that has the workers."""
         super().__init__(pool.policy, version, max_rows * len(pool.workers.actors))
         self.pool = pool
