@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A policy that learns and its samplers, as a configuration says: with its warm start, its curriculum and its
+    """A policy that learns and its samplers, as a configuration says: with its SFT stage, its curriculum and its
     schedule. Every rank of a run calls the same primitives in the same order, and gets the same values.
 
-    With the configuration of `quartet sft`, and in a warm start, it learns from `solutions`, and samples only to
+    With the configuration of `quartet sft`, and in an SFT stage, it learns from `solutions`, and samples only to
     evaluate.
 
     >>> with Session.open(TrainConfig(output_dir="runs/mine", steps=20)) as session:
@@ -94,18 +94,18 @@ class Session:
         stop_after: int | None = None,
         force: bool = False,
     ) -> Iterator[Self]:
-        """Everything that can be refused is refused before the folder is touched. The policy has its warm start,
+        """Everything that can be refused is refused before the folder is touched. The policy has its SFT stage,
         samplers hold its weights, and the held-out problems have been evaluated. With LoRA another session may be the
         `base`: both have the frozen weights of one policy, in memory once, each with adapters of its own."""
         flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
         with open_run(config, config.steps, **flags) as (run, task):
-            from grpo.steps.supervise import supervised_session, warm_start
+            from grpo.steps.supervise import run_sft_stage, supervised_session
 
             if isinstance(config, SftConfig):
                 session = supervised_session(cls, run, task)
             else:
-                if base is None and config.warm_start.steps:
-                    warm_start(run, task, cls, BestPoint)
+                if base is None and config.sft.steps:
+                    run_sft_stage(run, task, cls, BestPoint)
                 session = grpo_session(cls, run, task, base)
             with session.begun():
                 yield session
@@ -338,7 +338,7 @@ class Session:
         return metrics
 
     def _learn(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
-        rate = f"{'warm_start' if self.run.inner else 'learner'}.learning_rate"
+        rate = f"{'sft' if self.run.inner else 'learner'}.learning_rate"
         if self._examples:
             return self.run.learn(act, rate=rate, batch=self.run.folder / "events.jsonl", examples=self._examples)
         return self.run.learn(act, rate=rate, batch=rollout_path(self.run.folder, self.step))
@@ -348,7 +348,7 @@ class Session:
     def publish(self) -> None:
         """The samplers get the weights, where they hold others. Of what is sampled ahead the schedule decides that, but
         for a step after which something is evaluated."""
-        schedule = self.batches.ahead and self.batches.is_asked
+        schedule = self.batches.staleness and self.batches.is_asked
         if not schedule or self._evaluates(self.step) or self.step == self.run.last:
             self.batches.settle()
             self._publish()

@@ -60,7 +60,7 @@ class Faults:
         self.unreported: defaultdict[str, float] = defaultdict(float)
         self._missing: set[Hashable] = set()  # lost work
         self._began = 0.0  # when the first of it began
-        self._lock = Lock()  # with rollout.ahead a thread samples while another asks for the metrics
+        self._lock = Lock()  # with rollout.staleness a thread samples while another asks for the metrics
 
     def published(self) -> None:
         """Is told of a publication: losses count anew from here on, and work that was missing is given up."""

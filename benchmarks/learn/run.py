@@ -45,7 +45,7 @@ def learn(task: Task, name: str, policy: Path, *, seed: int, rate: float, steps:
     it is one of the search."""
     contender = importlib.import_module(f"benchmarks.learn.contenders.{name}")
     options = {
-        **{"model": str(policy), "seed": seed, "steps": max(steps, 1), "warm_start.steps": 0},
+        **{"model": str(policy), "seed": seed, "steps": max(steps, 1), "sft.steps": 0},
         **{"eval.limit": 2 * task.held_out, "eval.samples": SAMPLES},
         **{"learner.learning_rate": rate * rate_of(task)},
         **contender.OPTIONS,

@@ -71,7 +71,7 @@ def grpo_learner(
             load=load,
             reward_weights=reward_weights,
             sampler_differs=config.dtype != "float32"
-            or config.rollout.ahead > 0
+            or config.rollout.staleness > 0
             or config.rollout.quantization != "none"
             or (config.rollout.backend or policy.backend) not in OWN_BACKENDS,
             schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),

@@ -27,7 +27,7 @@ LEARNED = (
         "loss.",
         "value.",
         "curriculum.",
-        "warm_start.",
+        "sft.",
         "mtp.",
         "cassette.",
         "distill.",

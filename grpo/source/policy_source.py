@@ -1,6 +1,6 @@
 """Which policy a preset, a folder, a run, a checkpoint or a hub id means, and how it is loaded.
 
-Every command asks here. A run means the policy at its end, else its newest checkpoint, else its warm start.
+Every command asks here. A run means the policy at its end, else its newest checkpoint, else its SFT stage.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
                 raise  # else its run has removed it, and there is a newer one
     if (folder / "warm_start").is_dir():
         policy = str(folder / "warm_start")
-        return PolicySource(policy, "the warm start; no step of GRPO is saved yet", policy)
+        return PolicySource(policy, "the SFT stage; no step of GRPO is saved yet", policy)
     raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
 
 

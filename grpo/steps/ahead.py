@@ -1,6 +1,6 @@
 """Batches that are sampled while the learner works on earlier ones (contract 12).
 
-With `rollout.ahead: k` the batch of step t is sampled with the weights of step t - 1 - k, the first k + 1 with those of
+With `rollout.staleness: k` the batch of step t is sampled with the weights of step t - 1 - k, the first k + 1 with those of
 the start. A thread hands the batches to the workers, one after the other, and between two of them the workers get the
 next weights where the schedule says so. What a batch depends on follows from its step, never from the clock: the moment
 at which it is ready changes no bit. With k = 1:
@@ -44,7 +44,7 @@ class Batches:
 
     def __init__(self, run: Run[Any], collector: Collector, learner: Learner, publish: Callable[[], object]) -> None:
         self.run, self.collector, self.learner, self.publish = run, collector, learner, publish
-        self.ahead = 0 if run.inner else run.config.whole_rollout.ahead
+        self.staleness = 0 if run.inner else run.config.whole_rollout.staleness
         self.ready: dict[int, Drawn] = {}
         self.next = 1  # the first batch that was not begun
         self.is_asked = False  # a loop of one's own may sample by itself
@@ -53,12 +53,12 @@ class Batches:
         self._error: BaseException | None = None
         self._before: tuple[int, Any] = (0, None)  # a step whose batch was not sampled ahead, the collector before it
         self._older: tuple[int, dict[str, Tensor]] | None = None  # version and weights of the batch that is sampled
-        self._thread = ThreadPoolExecutor(1, "sampling") if self.ahead and run.ranks.first else None
+        self._thread = ThreadPoolExecutor(1, "sampling") if self.staleness and run.ranks.first else None
 
     def begin(self) -> None:
         """Take the batches that a checkpoint holds. One whose weights the learner has no longer is sampled here."""
         state, self._saved, saved = self._saved, {}, self.run.saved
-        if not self.ahead:
+        if not self.staleness:
             return
         from grpo.algorithm.in_flight import drawn_of
 
@@ -75,7 +75,7 @@ class Batches:
     def take(self, step: int) -> Drawn:
         """The batch of this step. Raises what its sampling has raised."""
         is_first, self.is_asked = not self.is_asked, True
-        if not self.ahead:
+        if not self.staleness:
             self.begins(step)
             return self.run.ranks.from_first(partial(self.collector.collect, step))
         self.next = max(self.next, step) if is_first else self.next  # what a loop has sampled itself is gone
@@ -95,7 +95,7 @@ class Batches:
     def go_on(self, step: int, wait: bool = False) -> None:
         """Begin the batches up to `step` + ahead, each when the one before is complete: all of them where it `wait`s,
         those that can begin now where it does not. The learner holds the weights of `step` - 1, or no batch is left."""
-        while self.is_asked and self.next <= min(step + self.ahead, self.run.last):
+        while self.is_asked and self.next <= min(step + self.staleness, self.run.last):
             if wait:
                 self.run.ranks.from_first(self.complete)
             elif not self.run.ranks.from_first(self._completed):
@@ -105,10 +105,10 @@ class Batches:
 
     def before_update(self, step: int) -> None:
         """The learner has the weights of `step` - 1 for the last time."""
-        if not self.ahead or not self.is_asked:
+        if not self.staleness or not self.is_asked:
             return
         self.go_on(step, wait=True)
-        if self.ahead == 1:  # the next step waits for this batch anyway, and no copy is needed
+        if self.staleness == 1:  # the next step waits for this batch anyway, and no copy is needed
             self.run.ranks.from_first(self.complete)
         else:
             complete = self.run.ranks.from_first(self._completed)
@@ -168,7 +168,7 @@ class Batches:
         """The state as JSON takes it, when the batch that is sampled is complete."""
         self.settle()
         state = self.collector.state_dict()
-        if self.ahead:
+        if self.staleness:
             from grpo.algorithm.in_flight import plain
 
             waiting = {step: drawn for step, drawn in self.ready.items() if step > self.run.step}
@@ -192,7 +192,7 @@ class Batches:
     @property
     def _lacks(self) -> bool:
         """The step that is saved has learned, and a batch that the weights before it sample is not there."""
-        return self._older is not None and self.next <= min(self.run.step + self.ahead, self.run.last)
+        return self._older is not None and self.next <= min(self.run.step + self.staleness, self.run.last)
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.learner.state()[0]["policy"].items()}

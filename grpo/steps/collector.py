@@ -106,14 +106,14 @@ class Collector:
 
         with Progress(disable=True) if quiet else self.run.log.progress() as progress:
             prompts = self.prompts(self.config.prompts_per_step, step)
-            drawn = draw_groups(prompts, options.refill_draws, sample, replacements)
+            drawn = draw_groups(prompts, options.max_resamples, sample, replacements)
         self.learn_drafts(drawn.all_groups)
         for failure in (failure for score in drawn.all_scores for failure in score.errors):
             self.run.log.event("reward_error", step=step, **vars(failure))
         drawn.metrics |= measured | rollout_metrics(drawn.all_groups, drawn.all_scores)
         for listener in self.listeners:
             drawn.metrics |= listener.metrics(step)
-        drawn.metrics |= drawn.counts() if options.refill_draws else {}
+        drawn.metrics |= drawn.counts() if options.max_resamples else {}
         signals.check()
         return drawn
 

@@ -89,10 +89,10 @@ def shared_policy(run: Run[TrainConfig], plain: Policy | None, of: Run[TrainConf
 
 
 def grpo_session(session_of: Callable[..., Any], run: Run[TrainConfig], task: Task, base: Any = None) -> Any:
-    """A session of `grpo.session` that learns by GRPO; after a warm start it begins with the policy of that. `base` is
+    """A session of `grpo.session` that learns by GRPO; after an SFT stage it begins with the policy of that. `base` is
     another session, whose frozen weights it shares."""
     config, ranks = run.config, run.ranks
-    start = str(run.folder / "warm_start") if config.warm_start.steps else None
+    start = str(run.folder / "warm_start") if config.sft.steps else None
     again, beside = partial(first_policy, run, task, start), partial(load_beside, config)
     policy = again() if base is None else shared_policy(run, base.plain, base.run)
     counts = four_bit.counts(policy.trunk)
@@ -112,8 +112,8 @@ def base_weights(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeigh
     """Lets checkpoints of LoRA keep the digest of the weights under the adapters."""
     if not run.config.lora:
         return {}
-    warm = f"warm start {run.folder / 'warm_start'}"
-    source = warm if run.config.warm_start.steps else f"model={run.config.model!r}"
+    warm = f"SFT stage {run.folder / 'warm_start'}"
+    source = warm if run.config.sft.steps else f"model={run.config.model!r}"
 
     def on_change(changed: str) -> None:
         if not run.forced:

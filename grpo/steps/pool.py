@@ -124,7 +124,7 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
         timeout_s=TIMEOUT_S,
         publish_timeout_s=PUBLISH_TIMEOUT_S,
         gpus=0.0 if run.config.device == "cpu" else 1.0,
-        colocate=False if rollout.ahead else None,
+        colocate=False if rollout.staleness else None,
         copies=Copies(rollout.quantization, rollout.quantization),
         check_stop=signals.check,
         on_lost=on_lost,
@@ -149,7 +149,7 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
 
 def _on_this_gpu(rollout: RolloutOptions, policy: Policy) -> bool:
     """Whether workers or vLLM use the GPU of this rank while it does not learn: where there are no other GPUs."""
-    if rollout.ahead or rollout.vllm.url or not (rollout.samplers or rollout.backend == "vllm"):
+    if rollout.staleness or rollout.vllm.url or not (rollout.samplers or rollout.backend == "vllm"):
         return False
     from rollout.places import Places
 

@@ -1,4 +1,4 @@
-"""Supervised steps on prompts and gold solutions: the learner of `quartet sft`, and the warm start of a run of GRPO."""
+"""Supervised steps on prompts and gold solutions: the learner of `quartet sft`, and the SFT stage of a run of GRPO."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def supervised_session(session_of: Callable[..., Any], run: Run[Any], task: Task
     return session
 
 
-def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any], best_of: Callable[..., Any]) -> None:
+def run_sft_stage(
+    run: Run[TrainConfig], task: Task, session_of: Callable[..., Any], best_of: Callable[..., Any]
+) -> None:
     """Supervised steps into `warm_start/`, unless the run that is being resumed has made them.
 
     `best_of(session, folder)` keeps the best point by the validation problems (grpo/evaluation/best_point.py)."""
@@ -60,7 +62,7 @@ def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any]
         if not run.resumes:
             run.alone(shutil.rmtree, steps, ignore_errors=True)
         started = time.perf_counter()
-        part = run.part(steps.name, run.config.warm_start.steps, " of the warm start")
+        part = run.part(steps.name, run.config.sft.steps, " of the SFT stage")
         session = supervised_session(session_of, part, task)
         best = best_of(session, run.folder / "warm_start_best")
         part.restore(learner=session.learner, prompts=session.collector.stream, best=best)
@@ -80,11 +82,11 @@ def supervise(session: Any, best: Any) -> None:
     """The loop of `quartet sft` on a part of a run, with a look at the validation problems."""
     run, size = session.run, session.config.supervision.batch_size
     with run, run.log.progress() as progress:
-        bar = progress.add_task("warm start", total=run.last, completed=run.start)
+        bar = progress.add_task("SFT stage", total=run.last, completed=run.start)
         for step in run.steps():
             batch = session.prepare(session.solutions(size))
             metrics = session.learn(batch)
             best.look(step)
             session.record(step, metrics)
             session.save_if_due(step)
-            progress.update(bar, advance=1, description=f"warm start, loss {metrics.get('loss/sft', nan):.3f}")
+            progress.update(bar, advance=1, description=f"SFT stage, loss {metrics.get('loss/sft', nan):.3f}")

@@ -29,7 +29,7 @@ class TiedSteps(Listener):
     answer."""
 
     def __init__(self, run: Run[TrainConfig], task: Task) -> None:
-        self.run, self.first_reward, self.full_marks = run, task.first_reward, task.full_marks
+        self.run, self.first_reward, self.max_score = run, task.first_reward, task.max_score
         self.by_teacher = run.config.loss.advantage == "distill"  # with any advantages
         self.in_a_row: list[Drawn] = []
         self.told = False
@@ -72,7 +72,7 @@ class TiedSteps(Listener):
         scores = [score for drawn in self.in_a_row for score in drawn.scores]
         rewards = [reward for score in scores for reward in score.rewards if reward is not None]
         marks = [mark for score in scores for mark in score.parts.get(self.first_reward, []) if mark is not None]
-        right = [mark >= self.full_marks for mark in marks]
+        right = [mark >= self.max_score for mark in marks]
         if not self._without_variance():
             return (
                 "the rewards differ, but every completion that could teach something was left out of the loss",
@@ -104,12 +104,12 @@ class TiedSteps(Listener):
         """The most certain reason first: random weights, then a form that the reward does not read."""
         same = f"every completion got the same reward, {reward:g}"
         config = self.run.config
-        if self.opening and config.model in presets.PRESETS and not config.warm_start.steps:
+        if self.opening and config.model in presets.PRESETS and not config.sft.steps:
             return (
-                f"{same}: the weights of the preset {config.model!r} are random, and warm_start.steps is 0, so the "
+                f"{same}: the weights of the preset {config.model!r} are random, and sft.steps is 0, so the "
                 f"policy cannot answer anything{self._cut()}",
                 [
-                    "train it on reference solutions first: warm_start.steps: 300 (now 0)",
+                    "train it on reference solutions first: sft.steps: 300 (now 0)",
                     f"or start from a trained policy: model (now {config.model}): a checkpoint folder or a hub id",
                 ],
             )
@@ -142,7 +142,7 @@ class TiedSteps(Listener):
         limit = self.run.config.rollout.max_completion_tokens
         return [
             *([f"let completions end: raise rollout.max_completion_tokens (now {limit})"] if self._cut() else []),
-            f"train longer on reference solutions first: warm_start.steps (now {self.run.config.warm_start.steps})",
+            f"train longer on reference solutions first: sft.steps (now {self.run.config.sft.steps})",
             "begin with easier problems: curriculum.shortest_share below 1",
             *self._spread(),
             "give parts of the marks for parts of the answer, by a second reward (rewards)",
@@ -155,7 +155,7 @@ class TiedSteps(Listener):
         return [
             f"raise rollout.temperature (now {rollout.temperature:g})",
             f"use a larger rollout.group_size (now {rollout.group_size})",
-            f"sample tied groups again: rollout.refill_draws (now {rollout.refill_draws})",
+            f"sample tied groups again: rollout.max_resamples (now {rollout.max_resamples})",
         ]
 
     def _cut(self) -> str:

@@ -179,7 +179,7 @@ class Task:
         task.trainer_state["output_dir"] = str(config.output_dir)
         try:
             if isinstance(config, TrainConfig) and learns:
-                _refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, task.solved)
+                _refuse_too_few("sft.batch_size", config.sft.batch_size, task.solved)
             grpo = isinstance(config, TrainConfig)
             _refuse_too_few("prompts_per_step", config.prompts_per_step, task.unsolved if grpo else task.solved)
             if isinstance(config, TrainConfig):
@@ -303,8 +303,8 @@ class Task:
         return declared if declared and len(self.reward_weights) == 1 else [*declared, "score"]
 
     @property
-    def full_marks(self) -> float:
-        return self.verdicts.full_marks
+    def max_score(self) -> float:
+        return self.verdicts.max_score
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
         """The scores of each group, by the rewards of the run."""

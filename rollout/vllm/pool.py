@@ -174,8 +174,8 @@ class VLLMPool(Pool):
         return answer["held"], answer["unused"]
 
     def _publish_again(self) -> None:
-        """Publish what was published last to a new server, to the bit. With rollout.ahead the learner may be about to
-        change it in another thread: then `keep` has made a copy, which is read next."""
+        """Sync the last weights to a new server, bit for bit. With rollout.staleness the learner may be about to change
+        them in another thread: then `keep` has made a copy, which is read next."""
         deadline = time.monotonic() + self.settings.publish_s
         while True:
             assert self.published is not None

@@ -165,7 +165,7 @@ class RayPool(Pool):
 
     def _stream_again(self, to: Sequence[int]) -> None:
         """Publish once more from the learner's tensors. Some move in a forward of the learner and come back (peft's
-        routed experts). With rollout.ahead the learner may update them in another thread while they are read: then
+        routed experts). With rollout.staleness the learner may update them in another thread while they are read: then
         `keep` has made a copy."""
         deadline = time.monotonic() + self.publish_timeout_s
         while True:

@@ -45,7 +45,7 @@ LEAVING = {
 }
 ALONE = [pytest.param([feature], id=feature, marks=pytest.mark.long) for feature in LEAVING]
 CASES = [pytest.param([*LEAVING], id="all"), *ALONE]  # CI tries them all at once, a nightly run each alone
-SHORT = ["--steps=2", "--warm_start.steps=3", "--eval.limit=0", "--prompts_per_step=4", "--checkpoint.every=1"]
+SHORT = ["--steps=2", "--sft.steps=3", "--eval.limit=0", "--prompts_per_step=4", "--checkpoint.every=1"]
 SHORT += ["--rollout.max_completion_tokens=12", "--rollout.draft_tokens=2", "--data.limit=200", "--log.trackers=[]"]
 
 

@@ -26,7 +26,7 @@ from policies.policy import Policy, PolicyError, digest
 from rewards.config.options import load
 
 needs_bitsandbytes = pytest.mark.skipif(util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-NF4 = {"lora.rank": 4, "lora.base": "nf4", "warm_start.steps": 0}
+NF4 = {"lora.rank": 4, "lora.base": "nf4", "sft.steps": 0}
 
 
 def options(tmp_path, **given):

@@ -165,9 +165,9 @@ def test_a_run_trains_on_the_device(micro_config, tmp_path):
 
 FULL = {
     "loss.advantage": "gae", "loss.beta": 0.1, "learner.routing_replay": True, "learner.updates_per_batch": 2,
-    "eval.limit": 4, "steps": 2, "warm_start.steps": 0,
+    "eval.limit": 4, "steps": 2, "sft.steps": 0,
 }  # fmt: skip
-ADAPTERS = {"lora.rank": 2, "loss.beta": 0.1, "steps": 2, "warm_start.steps": 1}
+ADAPTERS = {"lora.rank": 2, "loss.beta": 0.1, "steps": 2, "sft.steps": 1}
 
 
 @pytest.mark.parametrize("options", [FULL, ADAPTERS], ids=["full", "adapters"])

@@ -31,7 +31,7 @@ from rollout.faults import RolloutError
 from rollout.workers.local_pool import LocalPool
 
 LOOPS = Path(__file__).parents[2] / "examples/09_own_loop"
-QUICK = {"warm_start.steps": 0}
+QUICK = {"sft.steps": 0}
 SHORT = QUICK | {"eval.limit": 0, "steps": 4, "checkpoint.every": 10}
 
 
@@ -116,7 +116,7 @@ def written(config, path):
     [
         {},
         pytest.param(QUICK | {"learner.updates_per_batch": 2, "loss.beta": 0.1}, marks=pytest.mark.slow),
-        pytest.param({"rollout.ahead": 1}, marks=pytest.mark.slow),
+        pytest.param({"rollout.staleness": 1}, marks=pytest.mark.slow),
     ],
     ids=["plain", "two updates", "ahead"],
 )
@@ -124,7 +124,7 @@ def test_contract_17_a_loop_over_the_primitives_gives_the_bits_of_quartet_train(
     micro_config, tmp_path, monkeypatch, options
 ):
     steps = 4  # one more than an epoch has
-    if "rollout.ahead" in options:
+    if "rollout.staleness" in options:
         without_ray(monkeypatch)
     config = micro_config(tmp_path / "ours", steps=steps, **options | {"data.limit": 12})
     train(config)
@@ -156,7 +156,7 @@ def test_contract_17_a_loop_that_supervises_gives_the_bits_of_quartet_sft(micro_
 @pytest.mark.slow
 def test_contract_17_on_two_ranks_too(micro_config, random_policy, tmp_path):
     random_policy(0).save(tmp_path / "model")
-    given = {"model": str(tmp_path / "model"), "device": "cpu", "warm_start.steps": 0, "steps": 2}
+    given = {"model": str(tmp_path / "model"), "device": "cpu", "sft.steps": 0, "steps": 2}
     config = micro_config(tmp_path / "ours", rewards=[{"function": "gsm8k_format"}], **given)
     file = written(config, tmp_path / "run.yaml")
     run_ranks(["-m", "grpo", "train", str(file)], 2)
@@ -448,7 +448,7 @@ def test_a_loop_that_samples_itself_has_nothing_sampled_ahead(micro_config, tmp_
     seen = []
     without_ray(monkeypatch)
     for ahead in (0, 1):
-        config = micro_config(tmp_path / str(ahead), steps=2, **QUICK | {"rollout.ahead": ahead})
+        config = micro_config(tmp_path / str(ahead), steps=2, **QUICK | {"rollout.staleness": ahead})
         with Session.open(config) as session:
             for step in session.run.steps():
                 groups = session.sample(session.prompts(step), step=step)
@@ -487,7 +487,7 @@ def test_a_step_that_fails_takes_no_prompts_with_it_either(micro_config, tmp_pat
 
 @pytest.mark.slow
 def test_sessions_share_one_frozen_base(micro_config, tmp_path):
-    lora = {"lora": {"rank": 2}, "steps": 2, "warm_start.steps": 1}
+    lora = {"lora": {"rank": 2}, "steps": 2, "sft.steps": 1}
     first, second = (micro_config(tmp_path / name, seed=seed, **lora) for seed, name in enumerate(("one", "two")))
     with Session.open(first) as one, Session.open(second, base=one) as two:
         weights, others = dict(one.policy.trunk.named_parameters()), dict(two.policy.trunk.named_parameters())

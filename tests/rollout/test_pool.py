@@ -759,7 +759,7 @@ def test_contract_4_requests_of_agents_are_decoded_where_their_caches_are_and_ou
 def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_are_sent_once_more(
     cluster, random_policy, monkeypatch
 ):
-    """rollout.ahead: a thread gives the weights to a new worker, while the learner makes its copy and goes on. The
+    """rollout.staleness: a thread gives the weights to a new worker, while the learner makes its copy and goes on. The
     update comes after the digest, and before the bytes are in shared memory."""
     policy = random_policy(24)
     pool = open_pool(policy, PoolOptions(workers=1, prompts_per_shard=2))

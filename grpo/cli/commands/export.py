@@ -66,7 +66,7 @@ class Run:
 
     @property
     def base(self) -> str:
-        """GRPO started from this: the warm start that the run made, else its `model`; folders have their whole path."""
+        """GRPO started from this: the SFT stage that the run made, else its `model`; folders have their whole path."""
         warm = self.folder / "warm_start"
         base = find_policy(str(warm) if warm.is_dir() else str(self.config["model"])).folder
         return str(Path(base).resolve()) if Path(base).is_dir() else base

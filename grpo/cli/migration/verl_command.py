@@ -247,7 +247,7 @@ class _Reading:
         if values["algorithm.adv_estimator"] == "gae":
             self.put("value.lam", values["algorithm.lam"])
         if values["algorithm.filter_groups.enable"]:
-            self.put("rollout.refill_draws", values["algorithm.filter_groups.max_num_gen_batches"] or 10)
+            self.put("rollout.max_resamples", values["algorithm.filter_groups.max_num_gen_batches"] or 10)
         if engine not in (None, "hf"):
             self.migration.sample_with_vllm(f"{ROLLOUT}.name", engine, {})
         if values[f"{MODEL}.lora_rank"]:

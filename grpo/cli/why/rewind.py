@@ -107,7 +107,7 @@ class Rewind:
     def make(self, other: TrainConfig | None = None, reward_weights: Mapping[str, float] | None = None) -> ReadLearner:
         """Returns a learner at the start of the run, by its configuration or by another one."""
         config = other or self.config
-        learned = {"model": str(config.output_dir / "warm_start")} if config.warm_start.steps else {}
+        learned = {"model": str(config.output_dir / "warm_start")} if config.sft.steps else {}
         by_us = config.rollout.model_copy(update={"backend": None})  # nothing is sampled, so no server is asked
         began = config.model_copy(update={**learned, "rollout": by_us})
         policy = load_policy(began, self.task.corpus(), head=self.has_head)

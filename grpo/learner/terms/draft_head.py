@@ -123,7 +123,7 @@ def head_loss(
     """The draft loss of the rows that teach, weighted. Where this micro-batch has none of them it is None, or
     `together` that of its first row, with weight zero.
 
-    With `train_trunk` it is the loss on gold tokens, and the trunk's as well (`quartet sft` only, contract 7).
+    With `train_base_model` it is the loss on gold tokens, and the trunk's as well (`quartet sft` only, contract 7).
     """
     teach = [row.group in weights for row in mini.rows]
     weight = next(iter(weights.values())) if any(teach) else 0.0
@@ -135,7 +135,7 @@ def head_loss(
     of_samples = [teaches for row, teaches in zip(mini.rows, teach, strict=True) for _ in row.samples]
     rows, counted = torch.tensor([*chosen, *of_samples], device=preceding_BTD.device).tensor_split([len(chosen)])
     times = mini.times(counted)
-    if isinstance(options, SftMTPOptions) and options.train_trunk:
+    if isinstance(options, SftMTPOptions) and options.train_base_model:
         loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, times)
     else:
         first = min(mini.beginnings[tree] for tree in chosen)

@@ -328,7 +328,7 @@ def test_families_of_models_write_calls_in_forms_of_their_own(template, known, s
 
 
 def test_a_base_model_calls_in_the_marks_of_its_solutions():
-    """Without a chat template the conversation is in lines, as an environment writes it, so that a warm start in an
+    """Without a chat template the conversation is in lines, as an environment writes it, so that an SFT stage in an
     environment is one for an agent."""
     tokenizer = tokenizer_of(None)
     episode, message, _, new = goes_on(tokenizer, "Each gets <<48/2=<|end|>", tools=[CALCULATE])

@@ -127,7 +127,7 @@ def read_or_refuse(read: Callable[[], Any], name: str) -> None:
 def run(micro_config, tmp_path_factory) -> Path:
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    train(micro_config(folder, steps=2, **{"rollout.draft_tokens": None, "warm_start.steps": 0}))
+    train(micro_config(folder, steps=2, **{"rollout.draft_tokens": None, "sft.steps": 0}))
     with RunLog(folder, (folder / "config.yaml").read_text(), LogOptions(trackers=[]), quiet=True, resume=Resume(2)):
         pass  # a resume, whose machine events.jsonl describes
     return folder

@@ -98,7 +98,7 @@ def test_a_run_refuses_the_folder_of_another_one(micro_config, micro_preset, tmp
 
 @pytest.mark.slow
 def test_the_lock_is_free_after_a_refusal_a_stop_a_failure_and_the_end(micro_config, tmp_path, monkeypatch):
-    folder, given = tmp_path / "run", {"warm_start.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 4}
+    folder, given = tmp_path / "run", {"sft.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 4}
     with Run.open(micro_config(folder, **given), 3, []), pytest.raises(FolderInUse):
         train(micro_config(folder, **given), resume="auto")
     with pytest.raises(Stopped):

@@ -35,9 +35,9 @@ from rollout.workers.cluster import start_ray
 from rollout.workers.local_pool import LocalPool
 
 SMALL = {"prompts_per_step": 2, "rollout.max_completion_tokens": 6}
-RUN = SMALL | {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2, "warm_start.steps": 0}
+RUN = SMALL | {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2, "sft.steps": 0}
 BOOM = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom"))
-HARD = {"curriculum.shortest_share": 0.5, "rollout.refill_draws": 1}
+HARD = {"curriculum.shortest_share": 0.5, "rollout.max_resamples": 1}
 both = pytest.mark.parametrize("ahead", [1, 2])
 
 
@@ -77,7 +77,7 @@ def without_ray(in_process):
 
 @pytest.fixture(scope="module")
 def options(micro_config):
-    return lambda folder, ahead, **given: micro_config(folder, **RUN | HARD | {"rollout.ahead": ahead} | given)
+    return lambda folder, ahead, **given: micro_config(folder, **RUN | HARD | {"rollout.staleness": ahead} | given)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,7 @@ def by_hand(ahead: int, collect, **given) -> Batches:
     """Batches of a run of five steps. `publish` gives the workers the version of the learner, and `collect` gets its
     arguments and the version of the workers; `done` notes what else happens."""
     run = {"inner": False, "saved": None, "ranks": ALONE, "step": 0, "last": 5, "done": []} | given
-    config = SimpleNamespace(whole_rollout=SimpleNamespace(ahead=ahead))
+    config = SimpleNamespace(whole_rollout=SimpleNamespace(staleness=ahead))
     run = SimpleNamespace(config=config, timed=lambda name: nullcontext(), **run)
     learner = SimpleNamespace(policy_version=run.step, policy="policy", masters="masters")
     learner.state = lambda: [{"policy": {"w": torch.tensor(learner.policy_version)}}]
@@ -315,7 +315,7 @@ def learn(batches: Batches, step: int) -> None:
     batches.before_update(step)
     batches.learner.policy_version += 1
     batches.run.step = step
-    if not batches.ahead:
+    if not batches.staleness:
         batches.publish()
 
 
@@ -351,7 +351,7 @@ def test_contract_12_what_is_sampled_ahead_by_hand(ahead):
 def test_only_the_first_rank_has_a_thread_and_only_where_it_samples_ahead(ahead, first):
     batches = by_hand(ahead, None, ranks=SimpleNamespace(first=first))
     assert bool(batches._thread) == bool(ahead and first)
-    assert by_hand(1, None, inner=True).ahead == 0
+    assert by_hand(1, None, inner=True).staleness == 0
 
 
 @both
@@ -453,7 +453,7 @@ def test_contract_15_two_ranks_sample_ahead_as_one_process(run_words, tmp_path, 
 
     def words(name: str, *more: str) -> list[str]:
         # the costs that null measures differ between two runs
-        given = {"steps": 5, "rollout.draft_tokens": 2, "rollout.ahead": ahead, "checkpoint.keep": "null"}
+        given = {"steps": 5, "rollout.draft_tokens": 2, "rollout.staleness": ahead, "checkpoint.keep": "null"}
         return [*run_words(tmp_path / name, **given), *more]
 
     run_ranks(words("whole"), 2)

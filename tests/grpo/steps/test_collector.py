@@ -47,7 +47,7 @@ def recorded(folder, step):
 
 @pytest.mark.slow
 def test_contract_9_what_became_of_the_drafts_of_a_step_is_what_the_next_one_expects(micro_config, tmp_path, expected):
-    given = {"steps": 3, "eval.limit": 0, "warm_start.steps": 0}
+    given = {"steps": 3, "eval.limit": 0, "sft.steps": 0}
     folder = tmp_path / "run"
     train(micro_config(folder, **given))
     shares = [recorded(folder, step) for step in (1, 2)]
@@ -118,7 +118,7 @@ def by_hand(micro_config, tmp_path, monkeypatch):
 
 def test_a_refilled_step_counts_all_that_was_drawn(by_hand, monkeypatch):
     """Drafts of groups that were replaced count too. Only a first draw has whole shards: one of 8 and 4 forwards."""
-    refill = {"rollout.refill_draws": 1}
+    refill = {"rollout.max_resamples": 1}
     collector = by_hand([[1.0, None], [1.0, 0.0]], ("a", "b"), **refill)
     drawn, log = collector.collect(3), collector.run.log
     assert (len(drawn.groups), drawn.refilled) == (1, 1)
@@ -176,7 +176,7 @@ def test_no_graphs_are_planned_where_experts_are_recorded(by_hand, monkeypatch, 
 
 
 def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
-    options = {"curriculum.shortest_share": 0.5, "rollout.ahead": 1}
+    options = {"curriculum.shortest_share": 0.5, "rollout.staleness": 1}
     collector = by_hand([[1.0, 0.0]], **options)
     collector.collect(1, quiet=True)
     assert (collector.run.log.bars, capsys.readouterr().out) == ([[]], ""), "quiet draws no bars"

@@ -114,7 +114,7 @@ def test_a_state_of_other_data_is_refused():
 
 
 def test_a_run_with_a_curriculum(micro_config, tmp_path):
-    given = {"curriculum.steps": 3, "curriculum.shortest_share": 0.3, "warm_start.steps": 0}
+    given = {"curriculum.steps": 3, "curriculum.shortest_share": 0.3, "sft.steps": 0}
     config = micro_config(tmp_path / "r", **given)
     with Task.of(config) as task:
         curriculum_examples = task.train

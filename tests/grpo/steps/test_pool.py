@@ -87,7 +87,7 @@ def test_what_was_lost_is_a_metric_of_its_step_and_samplers_sleep_while_the_lear
     noted(Learner, "forward_backward", "learn")
     monkeypatch.setattr(Task, "lost", lambda _: {"faults/reward_worker": 1.0})
     monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
-    train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0, "eval.limit": 0}))
+    train(micro_config(tmp_path / "run", **{"steps": 2, "sft.steps": 0, "eval.limit": 0}))
     seen = [call for call, former in zip(calls, [None, *calls], strict=False) if call != former]
     assert seen[: seen.index("sleep") + 3] == ["publish", "sample", "sleep", "learn", "publish"]
     assert seen.count("sleep") == 2
@@ -113,7 +113,7 @@ def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(m
 
     for name, function in (("sleep", sleep), ("publish", publish), ("sample", sample)):
         monkeypatch.setattr(LocalPool, name, function)
-    config = micro_config(tmp_path / "run", **{"steps": 3, "warm_start.steps": 0, "eval.limit": 0})
+    config = micro_config(tmp_path / "run", **{"steps": 3, "sft.steps": 0, "eval.limit": 0})
     train(config, reward=lambda completions, **_: [1.0] * len(completions))
     assert len(awake) >= 3
     assert all(awake)

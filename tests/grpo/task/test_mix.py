@@ -27,7 +27,7 @@ from rewards.data.examples import Example
 from rewards.records import read_rollouts
 
 WORDS = {"name": "word_problems", "task_options": {"levels": [1]}, "limit": 24}
-SHORT = {"warm_start.steps": 0, "steps": 3, "rollout.max_completion_tokens": 6, "eval.limit": 2}
+SHORT = {"sft.steps": 0, "steps": 3, "rollout.max_completion_tokens": 6, "eval.limit": 2}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed
 
 
 def test_one_source_in_a_list_gives_the_bits_that_it_gives_alone(micro_config, tmp_path):
-    short = {"steps": 1, "warm_start.steps": 1, "warm_start.batch_size": 2, "rollout.max_completion_tokens": 6}
+    short = {"steps": 1, "sft.steps": 1, "sft.batch_size": 2, "rollout.max_completion_tokens": 6}
     train(micro_config(tmp_path / "alone", **short))
     train(micro_config(tmp_path / "listed", **short, data=[WORDS]))
     assert _sampled(tmp_path / "alone", 1) == _sampled(tmp_path / "listed", 1)

@@ -40,7 +40,7 @@ from rollout.decoding.engine import Engine
 
 CPU = torch.device("cpu")
 FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
-HEADS = {"active_heads": 0.5, "warm_start.steps": 0}  # of the two heads that a micro policy has
+HEADS = {"active_heads": 0.5, "sft.steps": 0}  # of the two heads that a micro policy has
 
 
 def with_heads(policy: Policy, active: float = 0.75, shared: int = 1) -> Policy:
@@ -231,7 +231,7 @@ def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
 
 
 def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):
-    train(micro_config(tmp_path / "run", **HEADS | {"warm_start.steps": 1, "steps": 1}))
+    train(micro_config(tmp_path / "run", **HEADS | {"sft.steps": 1, "steps": 1}))
     for part in ("policy", "checkpoints/step_000001"):
         assert_stock_is_refused(str(tmp_path / "run" / part), tmp_path / "out", "dynamic heads (active_heads)", capsys)
 

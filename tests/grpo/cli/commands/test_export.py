@@ -76,7 +76,7 @@ def runs(base, micro_config, tmp_path_factory) -> dict[tuple[str, bool], tuple[P
     for kind, options in (("full", {}), ("lora", LORA)):
         for mtp in (True, False):
             folder, live = tmp_path_factory.mktemp(kind) / "run", []
-            given = {"model": str(base[mtp]), "warm_start.steps": 0, "steps": 2, "eval.limit": 6, **options}
+            given = {"model": str(base[mtp]), "sft.steps": 0, "steps": 2, "eval.limit": 6, **options}
             given |= {"prompts_per_step": 2, "rollout.max_completion_tokens": 6}
             given |= {} if mtp else {"rollout.draft_tokens": 0}
             if kind == "lora" and mtp:  # adapters in the draft head and in what it shares with the trunk, too
@@ -405,7 +405,7 @@ def test_adapters_whose_base_has_changed_are_refused(copied, random_policy, tmp_
 
 
 def test_an_expert_bias_that_moved_is_not_lost_in_an_adapter(base, micro_config, tmp_path):
-    given = {"model": str(base[True]), "warm_start.steps": 0, "steps": 1, "balance.bias_rate": 0.1, **LORA}
+    given = {"model": str(base[True]), "sft.steps": 0, "steps": 1, "balance.bias_rate": 0.1, **LORA}
     train(micro_config(tmp_path / "run", **given))
     with pytest.raises(ExportError, match=r"moved .*e_score_correction_bias \(balance.bias_rate\).* drop --adapter"):
         export(tmp_path / "run", tmp_path / "out", adapter=True)

@@ -199,7 +199,7 @@ def test_contract_13_a_new_one_passes_the_canaries_that_the_lost_one_has_passed(
 
 
 def test_weights_that_the_learner_changes_while_they_are_sent_again_are_sent_once_more(case, monkeypatch):
-    """rollout.ahead: a thread samples, and the learner makes its copy while that sends."""
+    """rollout.staleness: a thread samples, and the learner makes its copy while that sends."""
     expected = case.sample()
 
     def stream(tensors):
