@@ -1,7 +1,7 @@
 """Batches that are sampled while the learner works on earlier ones (contract 12).
 
-With `rollout.staleness: k` the batch of step t is sampled with the weights of step t - 1 - k, the first k + 1 with those of
-the start. A thread hands the batches to the workers, one after the other, and between two of them the workers get the
+With `rollout.staleness: k` the batch of step t is sampled with the weights of step t - 1 - k, the first k + 1 with
+those of the start. A thread hands the batches to the workers, one after the other, and between two of them the workers get the
 next weights where the schedule says so. What a batch depends on follows from its step, never from the clock: the moment
 at which it is ready changes no bit. With k = 1:
 
