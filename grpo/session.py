@@ -32,7 +32,7 @@ from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.steps.opening import grpo_session, open_run
 from grpo.steps.pool import NoPool, open_run_pool, open_sampler, sampling_of, use_costs_of_run
-from grpo.steps.publisher import Publisher, open_publisher, refuse_mismatch
+from grpo.steps.weight_sync import WeightSync, open_weight_sync, refuse_mismatch
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.data.examples import Example
@@ -60,7 +60,7 @@ class Session:
     ...         groups = session.sample(session.prompts(step), step=step)
     ...         batch = session.prepare(groups, session.score(groups))
     ...         metrics = session.forward_backward(batch) | session.optim_step()
-    ...         session.publish()
+    ...         session.sync_weights()
     ...         session.record(step, metrics)
     """
 
@@ -70,9 +70,9 @@ class Session:
         """`plain` shares the frozen weights, without adapters: what other sessions begin with."""
         self.run, self.task, self.learner, self.collector, self.config = run, task, learner, collector, run.config
         self.policy, self.ranks, self.plain = learner.policy, run.ranks, plain
-        self.batches = Batches(run, collector, learner, self._publish)
-        self.canaries: SamplingParams | None = None  # None: there are samplers only while it evaluates
-        self.publisher: Publisher | None = None
+        self.batches = Batches(run, collector, learner, self._sync_weights)
+        self.sync_check: SamplingParams | None = None  # None: there are samplers only while it evaluates
+        self.weight_sync: WeightSync | None = None
         self.pool: Pool = NoPool()
         collector.pool = self.pool
         sampling = replace(sampling_of(run, self.policy, run.config.eval.samples), environment=task.actor.environment)
@@ -115,9 +115,9 @@ class Session:
         """The steps are inside, after the first evaluation."""
         run, task = self.run, self.task
         with ExitStack() as stack:
-            if self.canaries:
-                self.publisher = stack.enter_context(open_publisher(run, self.learner, self.canaries))
-                self.pool = self.publisher.pool
+            if self.sync_check:
+                self.weight_sync = stack.enter_context(open_weight_sync(run, self.learner, self.sync_check))
+                self.pool = self.weight_sync.pool
                 self.collector.pool = stack.enter_context(open_sampler(run, task, self.pool))
                 self.held_out.pool = stack.enter_context(open_sampler(run, task, self.pool))  # agents have a memory
                 run.alone(use_costs_of_run, run, task, self.pool, self.policy, self.collector.sampling)
@@ -137,7 +137,7 @@ class Session:
     def draw(self, step: int) -> Drawn:
         """The prompts of a step, their groups and scores; tied groups are refilled, and what the next steps need is
         sampled ahead, as the configuration says."""
-        self._publish_refused()
+        self._sync_refused()
         drawn = self.batches.take(step)
         self.run.metrics |= drawn.metrics
         self.batches.go_on(step)
@@ -167,7 +167,7 @@ class Session:
             self.collector.learn_drafts(groups)
             return groups
 
-        self._publish_refused()
+        self._sync_refused()
         return self.ranks.from_first(act)
 
     def score(
@@ -253,8 +253,8 @@ class Session:
         if scores is not None or drawn is groups:
             self._prepared = drawn, batch
             self._keep(drawn, batch)
-            for listener in self.collector.listeners if self.ranks.first else ():
-                self.run.metrics |= listener.learns(self.step, drawn, batch)
+            for callback in self.collector.callbacks if self.ranks.first else ():
+                self.run.metrics |= callback.on_update_begin(self.step, drawn, batch)
         return batch
 
     def _refuse_held_out(self, prompts: Iterable[Sequence[int]]) -> None:
@@ -308,8 +308,8 @@ class Session:
 
             metrics = self._learn(lambda: self.learner.forward_backward(batch, term, advance))
         if term is not None and term.teaches(batch):
-            for listener in self.collector.listeners:
-                listener.taught()
+            for callback in self.collector.callbacks:
+                callback.on_custom_loss()
         first = self._drawn is batch and not (self.learner.updates or batch.age(self.learner.policy_version))
         if first and self.config.dtype == "float32" and self.config.rollout.quantization == "none":
             refuse_mismatch(self.policy, self.config.model, metrics)
@@ -345,22 +345,22 @@ class Session:
 
     # ---- publishing, evaluating, keeping ----------------------------------------------------------------------------
 
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         """The samplers get the weights, where they hold others. Of what is sampled ahead the schedule decides that, but
         for a step after which something is evaluated."""
         schedule = self.batches.staleness and self.batches.is_asked
         if not schedule or self._evaluates(self.step) or self.step == self.run.last:
             self.batches.settle()
-            self._publish()
+            self._sync_weights()
 
-    def _publish(self, anew: bool = False) -> None:
-        if self.publisher is not None:
-            self.publisher.keep_up(self.run, anew)
+    def _sync_weights(self, anew: bool = False) -> None:
+        if self.weight_sync is not None:
+            self.weight_sync.keep_up(self.run, anew)
 
-    def _publish_refused(self) -> None:
+    def _sync_refused(self) -> None:
         """Nothing is sampled with a version that was not admitted: it is published and checked again."""
-        if self.publisher is not None and self.publisher.version is None:
-            self._publish()
+        if self.weight_sync is not None and self.weight_sync.version is None:
+            self._sync_weights()
 
     def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:
         """The held-out problems or others, by way of sampling and greedily, as metrics of the run; with `when` they are
@@ -368,9 +368,9 @@ class Session:
         if problems is not None:
             self.task.refuse_trained_on(problems)
         with ExitStack() as stack:
-            if self.publisher is None:
+            if self.weight_sync is None:
                 self.held_out.pool = stack.enter_context(closing(self.open_pool()))
-            self._publish_refused()
+            self._sync_refused()
             return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
 
     def open_pool(self) -> Pool:
@@ -395,12 +395,12 @@ class Session:
         return checkpoint.save(Path(folder), self.run.step, *self.run.state())
 
     def load(self, path: Path | str) -> None:
-        """The policy, its optimizer, the order of the data and what listeners keep, as they were when this checkpoint
+        """The policy, its optimizer, the order of the data and what callbacks keep, as they were when this checkpoint
         was saved; the samplers get the weights. Raises CheckpointError for a damaged one, ValueError for another
         policy's."""
         self.batches.settle()
         self.run.load(checkpoint.load(Path(path), together=True))
-        self._publish(anew=True)  # another policy may have had the same version
+        self._sync_weights(anew=True)  # another policy may have had the same version
         self.batches.begin()
 
     def finish(self) -> Result:
@@ -408,7 +408,7 @@ class Session:
         run, held_out = self.run, self.held_out
         if held_out.prompts and not run.ended_before:
             self.batches.settle()
-            self._publish()  # what a loop of one's own may not have done
+            self._sync_weights()  # what a loop of one's own may not have done
             self.evaluate(when=f"after{self._of_grpo}")
         save_policy(self.policy, run.folder / "policy", run.last)
         self._save_best()
@@ -418,8 +418,8 @@ class Session:
         return self.held_out.due(step, self.run.last)
 
     def _evaluated(self, step: int, results: Any) -> None:
-        for listener in self.collector.listeners:
-            listener.evaluated(step, results)
+        for callback in self.collector.callbacks:
+            callback.on_evaluate(step, results)
 
     def _keep(self, drawn: Drawn, batch: TrainingBatch, policy_logprobs: Any = None) -> None:
         """The completions in the folder of the run."""

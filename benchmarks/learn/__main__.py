@@ -30,7 +30,7 @@ from benchmarks.learn.contenders import NAMES
 from benchmarks.learn.tasks import ROOT, TASKS, start
 from benchmarks.peers.process import Started, clean
 from grpo.run.hardware import caption, describe
-from policies.files.digests import DIGESTS
+from policies.files.checksums import CHECKSUMS
 
 RESULTS = ROOT / "benchmarks/results/learn.json"
 POLICIES = ROOT / "runs/learn/policies"
@@ -91,7 +91,7 @@ def policy_of(run: Run) -> Path:
 
 def digest(policy: Path) -> str:
     """Says which weights a saved policy has."""
-    files = json.loads((policy / DIGESTS).read_text())["files"]
+    files = json.loads((policy / CHECKSUMS).read_text())["files"]
     return " ".join(of["sha256"][:12] for name, of in sorted(files.items()) if name.endswith(".safetensors"))
 
 

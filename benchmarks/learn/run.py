@@ -73,7 +73,7 @@ def learned(session: Any, contender: Any, step: int) -> Drawn:
     """Takes a step as the contender draws it, and gives what it drew."""
     drawn = contender.draw(session, step) if hasattr(contender, "draw") else session.draw(step)
     metrics = session.learn(session.prepare(drawn))
-    session.publish()
+    session.sync_weights()
     session.record(step, metrics)
     return drawn
 

@@ -35,7 +35,7 @@ from grpo.learner.terms.term import Term, Work, read
 from grpo.learner.tree import Tree, forest
 from grpo.learner.update import Update
 from policies.policy import Policy, checkpoint_layers
-from policies.publication import Publication
+from policies.synced_weights import SyncedWeights
 from rollout.group import RolloutGroup
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Learner:
         self._configured = [{name: group[name] for name in NUMBERS} for group in self.optimizer.param_groups]
         self._open: list[Work] = []  # whose gradients wait for the optimizer
         self._done: list[Work] = []  # of the last update, which may be made again
-        self._published: int | None = None  # the last version that was read for a publication
+        self._synced: int | None = None  # the last version that was read for a publication
 
     @property
     def updates(self) -> int:
@@ -226,7 +226,7 @@ class Learner:
         metrics = {"learner/grad_norm": norms.pop(""), "learner/learning_rate": norms.pop("learning_rate")}
         metrics |= {f"{term.name}/grad_norm": norms[term.name] for term in self.terms if term.keeps_module}
         begins = works[-1].update == 0 and works[-1].batch.from_rollouts
-        if begins or self.policy_version == self._published:
+        if begins or self.policy_version == self._synced:
             self.policy_version += 1
         for work in works:
             work.update += 1
@@ -314,10 +314,10 @@ class Learner:
 
     # ---- weights and state --------------------------------------------------------------------------------------
 
-    def weights(self) -> Publication:
+    def weights(self) -> SyncedWeights:
         """Gives what is published; it is to be read before the next step."""
-        self._published = self.policy_version
-        return self.policy.publication()
+        self._synced = self.policy_version
+        return self.policy.synced_weights()
 
     def set_numbers(self, **numbers: Any) -> None:
         """Sets `betas`, `eps` and `weight_decay` of AdamW from now on, also after a resume; weight decay is on matrices
@@ -338,7 +338,7 @@ class Learner:
         """The inverse of `state`; what waits or goes on does so no more. Raises ValueError naming what does not fit."""
         learner_state.put(tensors, *self._stateful)
         self._drop()
-        self._done, self._published = [], None
+        self._done, self._synced = [], None
         self.policy_version = state["policy_version"]
         for group, configured in zip(self.optimizer.param_groups, self._configured, strict=True):
             group.update(configured)

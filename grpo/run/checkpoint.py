@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 from policies import tensor_files
 from policies.files.atomic import fsync, write_file
-from policies.files.digests import fault, listing, size_and_hash
+from policies.files.checksums import fault, listing, size_and_hash
 from policies.sharding import everyone, leads, place
 from policies.tensor_files import Tensors
 from rewards.config.json_file import read_json

@@ -36,7 +36,7 @@ from policies.checkpoint import check_policy
 from policies.devices import device_of
 from policies.files import gguf
 from policies.files.atomic import write_file
-from policies.files.digests import write_digests
+from policies.files.checksums import write_checksums
 from policies.layout import auto_class
 from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError, read_config
@@ -358,7 +358,7 @@ def save_policy(policy: Policy, folder: Path, step: int) -> None:
         return
     path = checkpoint.saved(folder.parent / "checkpoints").get(step)
     write_file(folder / RECORD, json.dumps({"step": step, "checkpoint": _digest(path) if path else None}) + "\n")
-    write_digests(folder)
+    write_checksums(folder)
 
 
 def _went_on(run: Path, newest: Path) -> bool:

@@ -1,9 +1,9 @@
 """Batches that are sampled while the learner works on earlier ones (contract 12).
 
 With `rollout.staleness: k` the batch of step t is sampled with the weights of step t - 1 - k, the first k + 1 with
-those of the start. A thread hands the batches to the workers, one after the other, and between two of them the workers get the
-next weights where the schedule says so. What a batch depends on follows from its step, never from the clock: the moment
-at which it is ready changes no bit. With k = 1:
+those of the start. A thread hands the batches to the workers, one after the other, and between two of them the workers
+get the next weights where the schedule says so. What a batch depends on follows from its step, never from the clock:
+the moment at which it is ready changes no bit. With k = 1:
 
     the learner works on     -           batch 1     batch 2     batch 3
     its weights after that   0           1           2           3
@@ -42,8 +42,10 @@ class Batches:
     learner's weights to the workers, where these hold other ones.
     """
 
-    def __init__(self, run: Run[Any], collector: Collector, learner: Learner, publish: Callable[[], object]) -> None:
-        self.run, self.collector, self.learner, self.publish = run, collector, learner, publish
+    def __init__(
+        self, run: Run[Any], collector: Collector, learner: Learner, sync_weights: Callable[[], object]
+    ) -> None:
+        self.run, self.collector, self.learner, self.sync_weights = run, collector, learner, sync_weights
         self.staleness = 0 if run.inner else run.config.whole_rollout.staleness
         self.ready: dict[int, Drawn] = {}
         self.next = 1  # the first batch that was not begun
@@ -100,7 +102,7 @@ class Batches:
                 self.run.ranks.from_first(self.complete)
             elif not self.run.ranks.from_first(self._completed):
                 return
-            self.publish()
+            self.sync_weights()
             self._start()
 
     def before_update(self, step: int) -> None:
@@ -201,4 +203,4 @@ class Batches:
         """The learner takes these weights, and the workers get them."""
         put_weights(weights, self.learner.policy, self.learner.masters)
         self.learner.policy_version = version
-        self.publish()
+        self.sync_weights()

@@ -14,8 +14,8 @@ from grpo.learner.learner import Learner
 from grpo.learner.parallel import ALONE, joined
 from grpo.run.resume import BaseWeights
 from grpo.source.policy_source import holds_head, load_beside, load_policy, with_threads
+from grpo.steps.callback import callbacks_of
 from grpo.steps.collector import Collector
-from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of, sampling_of_steps
 from grpo.task.check import check_plan, open_task
@@ -101,9 +101,9 @@ def grpo_session(session_of: Callable[..., Any], run: Run[TrainConfig], task: Ta
     plain = policy.sharing(head=True) if config.lora and ranks.layout is None else None
     learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
     stream = task.stream(config.seed)
-    collector = Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, listeners_of(run, task))
+    collector = Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, callbacks_of(run, task))
     session = session_of(run, task, learner, collector, plain)
-    session.held_out.every, session.canaries = config.eval.every, sampling_of(run, policy, 1)
+    session.held_out.every, session.sync_check = config.eval.every, sampling_of(run, policy, 1)
     run.restore(learner=learner, curriculum=session.batches, **base_weights(run, learner))
     return session
 

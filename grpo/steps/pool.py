@@ -21,18 +21,18 @@ from grpo.task.task import Task
 from policies.decoding.quantized import Copies
 from policies.devices import empty_cache
 from policies.policy import Policy
-from policies.publication import Publication
 from policies.routing.routers import has_routers
 from policies.sharding import everyone, whole
+from policies.synced_weights import SyncedWeights
 from rollout.cost_table import FEW_ROWS, MOST_ROWS, PROMPT_TOKENS, CostTable, Workload
-from rollout.pool import PUBLISH_TIMEOUT_S, TIMEOUT_S, Pool, PoolOptions, Sampler
-from rollout.publication.digests import Held
+from rollout.pool import SYNC_TIMEOUT_S, TIMEOUT_S, Pool, PoolOptions, Sampler
 from rollout.sampling import SamplingParams
+from rollout.weight_sync.checksums import Held
 from rollout.workers.kinds import open_pool
 
 PROMPTS_READ = 256  # whose lengths say how long sequences become
 
-Reads = Callable[[Publication, Publication | None], Iterator[Tensor]]
+Reads = Callable[[SyncedWeights, SyncedWeights | None], Iterator[Tensor]]
 
 
 class NoPool:
@@ -45,11 +45,11 @@ class NoPool:
     asleep = False
 
     def __init__(self, reads: Reads | None = None, in_turn: bool = False) -> None:
-        self.reads, self.in_turn, self._last = reads, in_turn, Publication({})
+        self.reads, self.in_turn, self._last = reads, in_turn, SyncedWeights({})
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def sync_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         if self.reads:
-            last, self._last = self._last, Publication.of(weights)
+            last, self._last = self._last, SyncedWeights.of(weights)
         for tensor in self.reads(self._last, last) if self.reads else weights.values():
             whole(tensor)  # every rank gathers it when rank 0 does
         if self.in_turn:
@@ -104,11 +104,11 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
     rollout, dtype, run_log = run.config.whole_rollout.model_copy(update=changes), run.config.dtype, run.log
     if not run.ranks.first:
         _places(rollout)
-        reads: Reads | None = Publication.read_parts if rollout.samplers else None
+        reads: Reads | None = SyncedWeights.read_parts if rollout.samplers else None
         if rollout.backend == "vllm":
-            reads = Publication.parts
+            reads = SyncedWeights.parts
         part = NoPool(reads, in_turn=_on_this_gpu(rollout, policy))
-        part.publish(policy.publication(), 0)
+        part.sync_weights(policy.synced_weights(), 0)
         return part
 
     def on_lost(what: str, reason: str, action: str) -> None:
@@ -122,7 +122,7 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
         dtype=getattr(torch, dtype),
         prompts_per_shard=rollout.prompts_per_shard,
         timeout_s=TIMEOUT_S,
-        publish_timeout_s=PUBLISH_TIMEOUT_S,
+        sync_timeout_s=SYNC_TIMEOUT_S,
         gpus=0.0 if run.config.device == "cpu" else 1.0,
         colocate=False if rollout.staleness else None,
         copies=Copies(rollout.quantization, rollout.quantization),

@@ -21,7 +21,7 @@ from grpo.steps.loop import Run
 from grpo.steps.opening import first_policy
 from grpo.steps.pool import sampling_of
 from grpo.task.task import Task
-from policies.files.digests import write_digests
+from policies.files.checksums import write_checksums
 from policies.policy import Policy
 
 
@@ -74,7 +74,7 @@ def run_sft_stage(
             run.alone(best.folder.rename, folder)
         else:
             session.policy.save(folder)
-        run.alone(write_digests, folder)
+        run.alone(write_checksums, folder)
     run.alone(shutil.rmtree, steps, ignore_errors=True)
 
 

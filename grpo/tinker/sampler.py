@@ -99,7 +99,7 @@ class Sampler:
             policy = spec.build(self.base)
             state.put_weights(tensor_files.read(folder, {"policy"})["policy"], policy, MasterWeights(policy))
         self.of, self.count = "", self.count + 1  # where it fails, it holds nobody's
-        self.engine.publish(policy.weights(), self.count)
+        self.engine.sync_weights(policy.weights(), self.count)
         self.of = name
 
     def sample(self, asked: Asked) -> tuple[list[Sampled], list[float] | None]:

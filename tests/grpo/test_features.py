@@ -27,7 +27,7 @@ LEAVING = {
     "value": (["grpo/config/value.py", "grpo/learner/terms/value.py"], (TABLE, 'Feature("value"')),
     "draft_head": (["grpo/learner/terms/draft_head.py"], (TABLE, 'Feature("draft_head"')),
     "curriculum": (["grpo/config/curriculum.py", "grpo/steps/curriculum.py"], (TABLE, 'Feature("curriculum"')),
-    "tied_steps": (["grpo/steps/tied_steps.py"], (TABLE, 'Feature("tied_steps"')),
+    "zero_variance_steps": (["grpo/steps/zero_variance_steps.py"], (TABLE, 'Feature("zero_variance_steps"')),
     "alarms": (["grpo/steps/alarms.py", "grpo/algorithm/alarms.py"], (TABLE, 'Feature("alarms"')),
     "mix": (["grpo/steps/mix.py", "grpo/task/mix.py", "grpo/data/mix.py"], (TABLE, 'Feature("mix"')),
     "Ray workers": (

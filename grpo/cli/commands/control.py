@@ -232,7 +232,7 @@ def _reject(config: TrainConfig, timed: bool) -> BestPoint | None:
             correct = [_correct(session.task, score) for score in scores]
             batch = session.prepare(groups, scores, correct)
             metrics = session.learn(batch)
-            session.publish()
+            session.sync_weights()
             session.record(step, metrics)
             if not timed:
                 best.look(step)

@@ -80,9 +80,9 @@ class SharedMemory(WeightTransferEngine[Chosen, Published]):
     def confirm(self) -> tuple[dict[str, str], list[str]]:
         """The digests of what was read, and the names of the tensors that no model took. The tensors are dropped."""
         unused = [name for name, each in self.weights.items() if each.numel() and not self.copies.of(each)]
-        digests = tensors.digests(self.read)
+        checksums = tensors.checksums(self.read)
         self.read, self.weights = {}, {}
-        return digests, unused
+        return checksums, unused
 
     def shutdown(self) -> None:
         self.held = {}

@@ -29,7 +29,7 @@ from grpo.run.log import Resume, RunLog
 from grpo.run.records import read_metrics, truncate
 from grpo.run.reward_record import read_rewards
 from grpo.train import train
-from policies.files.digests import size_and_hash
+from policies.files.checksums import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
 from rewards.commands.replay import _settings

@@ -25,7 +25,7 @@ from grpo.sft import sft
 from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
 from policies import tensor_files
-from policies.files.digests import DIGESTS, write_digests
+from policies.files.checksums import CHECKSUMS, write_checksums
 from policies.policy import Policy, PolicyError
 from rewards.config import names
 from rewards.config.options import dump_yaml, load
@@ -322,8 +322,8 @@ def _change_one_weight(file: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] += 1e-3
     save_file(tensors, file, {"format": "pt"})
-    if (file.parent / DIGESTS).exists():  # changed on purpose, and not damaged
-        write_digests(file.parent)
+    if (file.parent / CHECKSUMS).exists():  # changed on purpose, and not damaged
+        write_checksums(file.parent)
 
 
 @pytest.mark.slow
@@ -603,11 +603,11 @@ GONE = [
 def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(micro_config, tmp_path, monkeypatch):
     """Only where what is learned would be another thing: a timeout that is gone changes no bit."""
     gone = {f"{section}.{option}": ("it gained nothing", "its default") for section, option, _ in GONE}
-    gone |= {"rollout.publish_timeout_s": ("it is bounded", 600.0)}
+    gone |= {"rollout.sync_timeout_s": ("it is bounded", 600.0)}
     monkeypatch.setattr(names, "_removed", lambda: gone)
     config = micro_config(tmp_path)
     file, now = tmp_path / "config.yaml", dump_yaml(config)
-    file.write_text(now.replace("rollout:\n", "rollout:\n  publish_timeout_s: 7.0\n"))
+    file.write_text(now.replace("rollout:\n", "rollout:\n  sync_timeout_s: 7.0\n"))
     refuse_changed_config(file, config)
     for section, option, value in GONE:
         file.write_text(now.replace(f"\n{section}:\n", f"\n{section}:\n  {option}: {value}\n"))

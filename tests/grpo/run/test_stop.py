@@ -211,7 +211,13 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
         *_marked(
             pytest.mark.slow,
             (LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1),
-            (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
+            (
+                LocalPool,
+                "sync_weights",
+                3,
+                RolloutError("workers died 4 times"),
+                2,
+            ),  # one before step 1, then one a step
             (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the SFT stage takes three
             (RunLog, "rollouts", 5, FULL, 2),
             (HeldOut, "evaluate", 3, REWARD, 3),

@@ -299,10 +299,10 @@ def by_hand(ahead: int, collect, **given) -> Batches:
     collector.put_back = lambda before: run.done.append(before)
     collector.load_state_dict = lambda state: run.done.append(state["order"])
 
-    def publish() -> None:
+    def sync_weights() -> None:
         collector.version = learner.policy_version
 
-    batches = Batches(run, collector, learner, publish)
+    batches = Batches(run, collector, learner, sync_weights)
     return batches
 
 
@@ -316,7 +316,7 @@ def learn(batches: Batches, step: int) -> None:
     batches.learner.policy_version += 1
     batches.run.step = step
     if not batches.staleness:
-        batches.publish()
+        batches.sync_weights()
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])

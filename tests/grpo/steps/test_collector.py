@@ -12,9 +12,9 @@ from grpo.data.prompts import PromptStream
 from grpo.learner.parallel import ALONE
 from grpo.run.stop import Stopped, signals
 from grpo.steps import pool
+from grpo.steps.callback import Callback
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
-from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of_steps
 from grpo.train import train
@@ -133,11 +133,11 @@ def test_a_refilled_step_counts_all_that_was_drawn(by_hand, monkeypatch):
         collector.collect(4)
 
 
-def test_the_first_listener_that_chooses_has_its_problems_and_what_the_reward_cannot_do_is_an_event(by_hand):
+def test_the_first_callback_that_chooses_has_its_problems_and_what_the_reward_cannot_do_is_an_event(by_hand):
     collector = by_hand([], ("a", "bbb", "cc"))
-    chooser, draws, failed = Listener(), [], RewardFailed("boom", FAILURE)
-    chooser.choose = lambda count, step, draw: draws.append(draw) or collector.task.train[-count:]
-    collector.listeners = [Listener(), chooser, Listener()]
+    chooser, draws, failed = Callback(), [], RewardFailed("boom", FAILURE)
+    chooser.choose_prompts = lambda count, step, draw: draws.append(draw) or collector.task.train[-count:]
+    collector.callbacks = [Callback(), chooser, Callback()]
     assert ([prompt.prompt_id for prompt in collector.prompts(1, step=1)], draws) == (["cc"], [0])
     assert collector.prompt("bbb").prompt_id == "bbb"
     collector.task.score = Mock(side_effect=failed)

@@ -73,13 +73,13 @@ def test_it_takes_the_weights_of_one_sampler_after_the_other(base, saved):
 
 def test_weights_that_it_holds_are_not_published_again(base, saved, monkeypatch):
     sampler, versions = Sampler(base, torch.float32), []
-    publish = sampler.engine.publish
+    publish = sampler.engine.sync_weights
 
     def noted(weights, version):
         versions.append(version)
         publish(weights, version)
 
-    monkeypatch.setattr(sampler.engine, "publish", noted)
+    monkeypatch.setattr(sampler.engine, "sync_weights", noted)
     spec, folder = saved(1)
     for name in ("one", "one", "one"):
         sampler.take(name, spec, folder)

@@ -30,7 +30,7 @@ from grpo.source.policy_source import load_policy, save_policy
 from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
 from policies.files import hub
-from policies.files.digests import digests
+from policies.files.checksums import checksums
 from policies.policy import Policy, PolicyError
 from policies.presets import small_tokenizer
 
@@ -399,7 +399,7 @@ def test_adapters_whose_base_has_changed_are_refused(copied, random_policy, tmp_
     del document["state"]["base"]
     (saved / "state.json").write_text(json.dumps(document))
     (saved / "manifest.json").unlink()
-    (saved / "manifest.json").write_text(digests(saved))
+    (saved / "manifest.json").write_text(checksums(saved))
     with pytest.raises(ExportError, match="do not add up to .*export without --adapter"):
         export(folder, tmp_path / "out", adapter=True)
 

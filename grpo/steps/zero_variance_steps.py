@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import TrainingBatch
-from grpo.steps.listener import Listener
+from grpo.steps.callback import Callback
 from grpo.task.task import Task
 from policies import presets
 from rewards.config.data import names_of
@@ -20,11 +20,11 @@ STEPS = 5  # in a row, before it is said
 OPENING = 2  # so many are enough at the start of a run: it has not learned anything yet
 
 
-def listener(run: Run[TrainConfig], task: Task) -> Listener:
-    return TiedSteps(run, task)
+def callback(run: Run[TrainConfig], task: Task) -> Callback:
+    return ZeroVarianceSteps(run, task)
 
 
-class TiedSteps(Listener):
+class ZeroVarianceSteps(Callback):
     """Counts the steps in a row whose advantages were all zero. Full marks of the task's first reward are a right
     answer."""
 
@@ -35,7 +35,7 @@ class TiedSteps(Listener):
         self.told = False
         self.opening = True  # no step has taught anything yet
 
-    def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
+    def on_update_begin(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
         if step > OPENING and not self.in_a_row:
             self.opening = False  # a resumed run began long ago
         diagnosis = self.observe(drawn, batch.all_tied and not self.by_teacher)
@@ -43,7 +43,7 @@ class TiedSteps(Listener):
             self.run.log.nothing_learned(step, *diagnosis)
         return {}
 
-    def taught(self) -> None:
+    def on_custom_loss(self) -> None:
         self.in_a_row = []
         if self.opening:
             self.opening = self.told = False  # a later standstill has another reason
@@ -52,7 +52,7 @@ class TiedSteps(Listener):
         """Why nothing is learned, and what to change, after a step whose batch was `tied` or not. None if the step
         taught something, if it is too early, and if it was said before."""
         if not tied:
-            self.taught()
+            self.on_custom_loss()
             return None
         self.in_a_row = [*self.in_a_row, drawn][-STEPS:]
         if self.told or len(self.in_a_row) < self._needed():

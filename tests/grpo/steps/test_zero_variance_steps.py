@@ -7,7 +7,7 @@ import pytest
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.learner.row import Sample
-from grpo.steps.tied_steps import OPENING, STEPS, TiedSteps
+from grpo.steps.zero_variance_steps import OPENING, STEPS, ZeroVarianceSteps
 from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
@@ -20,7 +20,7 @@ def observe(micro_config, tmp_path):
     def run(steps, tied=None, reason="stop", text="x", **options):
         config = micro_config(tmp_path, **options)
         task = SimpleNamespace(first_reward="gsm8k", max_score=1.0)
-        listener = TiedSteps(SimpleNamespace(config=config), task)
+        callback = ZeroVarianceSteps(SimpleNamespace(config=config), task)
         told = []
         for groups in steps:
             completion = Completion([1], [0.0], text, reason, 0, DraftStats())
@@ -32,7 +32,7 @@ def observe(micro_config, tmp_path):
                 [GroupScore(rewards, {"gsm8k": rewards}) for rewards in groups],
             )
             differ = any(len({r for r in rewards if r is not None}) > 1 for rewards in groups)
-            told.append(listener.observe(drawn, not differ if tied is None else tied))
+            told.append(callback.observe(drawn, not differ if tied is None else tied))
         return told
 
     return run
@@ -129,9 +129,9 @@ def test_a_resumed_run_is_not_at_its_start(micro_config, tmp_path, first, teache
     said = []
     log = SimpleNamespace(nothing_learned=lambda step, *_: said.append(step))
     task = SimpleNamespace(first_reward="gsm8k", max_score=1.0)
-    listener = TiedSteps(SimpleNamespace(config=micro_config(tmp_path), log=log), task)
+    callback = ZeroVarianceSteps(SimpleNamespace(config=micro_config(tmp_path), log=log), task)
     for step in range(first, first + 19):
-        listener.learns(step, Drawn([], []), SimpleNamespace(all_tied=step != teaches))
+        callback.on_update_begin(step, Drawn([], []), SimpleNamespace(all_tied=step != teaches))
     assert said == expected
 
 
@@ -150,10 +150,10 @@ def test_a_sample_with_an_advantage_in_the_loss_is_something_to_learn_from(sampl
 
 def test_what_a_teacher_teaches_has_no_advantages_and_is_no_tied_step(micro_config, tmp_path):
     config = micro_config(tmp_path, **{"loss.advantage": "distill", "distill.teacher": "tiny"})
-    listener = TiedSteps(SimpleNamespace(config=config), SimpleNamespace(first_reward="gsm8k", max_score=1.0))
+    callback = ZeroVarianceSteps(SimpleNamespace(config=config), SimpleNamespace(first_reward="gsm8k", max_score=1.0))
     batch = SimpleNamespace(all_tied=True)
-    assert [listener.learns(step, None, batch) for step in range(STEPS + 1)] == [{}] * (STEPS + 1)
-    assert not listener.in_a_row
+    assert [callback.on_update_begin(step, None, batch) for step in range(STEPS + 1)] == [{}] * (STEPS + 1)
+    assert not callback.in_a_row
 
 
 def test_a_run_says_it_in_a_line_and_an_event(micro_config, tmp_path, capsys):
