@@ -144,12 +144,12 @@ def test_contract_2_log_probabilities_agree_with_trls(record):
 
 
 def test_contract_5_every_call_samples_with_the_weights_of_that_moment(record, micro_policy):
-    first, second = (checksum(weights) for weights in record.published)
+    first, second = (checksum(weights) for weights in record.synced)
     assert first != second
     out = record.returned[1]
     plain = Policy.from_skeleton(record.rollout.policy.skeleton())
     differences = []
-    for weights in record.published:
+    for weights in record.synced:
         plain.load_weights(weights)
         worst = 0.0
         for prompt, completion, logprobs in zip(out["prompt_ids"], out["completion_ids"], out["logprobs"], strict=True):
@@ -165,7 +165,7 @@ def test_contract_5_every_call_samples_with_the_weights_of_that_moment(record, m
 def test_contract_4_the_key_is_step_and_call_and_drafts_change_no_token(record):
     """Another engine with the recorded weights, without drafts, finds the tokens of both calls."""
     pool = open_pool(record.rollout.policy)
-    for call, weights in enumerate(record.published):
+    for call, weights in enumerate(record.synced):
         pool.sync_weights(weights, call)
         out = record.returned[call]
         prompts = [Prompt(f"trl/train/{i}", "", out["prompt_ids"][i * G]) for i in range(2)]
