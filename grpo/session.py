@@ -107,11 +107,11 @@ class Session:
                 if base is None and config.sft.steps:
                     run_sft_stage(run, task, cls, BestPoint)
                 session = grpo_session(cls, run, task, base)
-            with session.begun():
+            with session.start_steps():
                 yield session
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
+    def start_steps(self) -> Iterator[None]:
         """The steps are inside, after the first evaluation."""
         run, task = self.run, self.task
         with ExitStack() as stack:
@@ -120,9 +120,9 @@ class Session:
                 self.pool = self.weight_sync.pool
                 self.collector.pool = stack.enter_context(open_sampler(run, task, self.pool))
                 self.held_out.pool = stack.enter_context(open_sampler(run, task, self.pool))  # agents have a memory
-                run.alone(use_costs_of_run, run, task, self.pool, self.policy, self.collector.sampling)
+                run.on_first_rank(use_costs_of_run, run, task, self.pool, self.policy, self.collector.sampling)
             stack.enter_context(run)
-            self.batches.begin()
+            self.batches.start_sampling()
             if self._evaluates(run.step) and not self.held_out.done(run.step):
                 self.evaluate(when=f"before{self._of_grpo}" if run.step == 0 else None)
             yield
@@ -138,7 +138,7 @@ class Session:
         """The prompts of a step, their groups and scores; tied groups are refilled, and what the next steps need is
         sampled ahead, as the configuration says."""
         self._sync_refused()
-        drawn = self.batches.take(step)
+        drawn = self.batches.take_batch(step)
         self.run.metrics |= drawn.metrics
         self.batches.go_on(step)
         return drawn
@@ -148,11 +148,11 @@ class Session:
 
         def choose() -> list[Prompt]:
             if draw == 0:
-                self.collector.begin(step)
+                self.collector.begin_step(step)
             return self.collector.prompts(count or self.config.prompts_per_step, step, draw)
 
         if draw == 0:
-            self.batches.begins(step)
+            self.batches.snapshot_before(step)
         return self.ranks.from_first(choose)
 
     def sample(self, prompts: Sequence[Prompt], *, step: int, draw: int = 0, **changes: Any) -> list[RolloutGroup]:
@@ -190,12 +190,12 @@ class Session:
         """Prompts of the training data with their gold solutions, the next ones in the order of the data."""
         token = self.policy.stop_token_ids[0]
 
-        def take() -> tuple[list[str], list[PackedRow]]:
-            examples: list[Example] = self.collector.stream.take(count)
+        def take_solutions() -> tuple[list[str], list[PackedRow]]:
+            examples: list[Example] = self.collector.stream.take_examples(count)
             rows = [self.task.solution(example, self.policy.tokenizer, token) for example in examples]
             return [example.example_id for example in examples], rows
 
-        self._examples, rows = self.ranks.from_first(take)
+        self._examples, rows = self.ranks.from_first(take_solutions)
         return rows
 
     def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
@@ -227,7 +227,7 @@ class Session:
         Rows of `solutions` become a batch for supervised steps, lessons that `quartet mtp` has recorded one for the
         draft head. Groups without scores are not recorded. Raises ValueError for a prompt of a held-out problem
         (contract 16), and for lessons where there is no draft head."""
-        self.run.alone(self.pool.sleep)
+        self.run.on_first_rank(self.pool.sleep)
         if isinstance(groups, Drawn):
             drawn = groups
         elif groups and isinstance(groups[0], PackedRow):
@@ -350,7 +350,7 @@ class Session:
         for a step after which something is evaluated."""
         schedule = self.batches.staleness and self.batches.is_asked
         if not schedule or self._evaluates(self.step) or self.step == self.run.last:
-            self.batches.settle()
+            self.batches.wait_for_sampling()
             self._sync_weights()
 
     def _sync_weights(self, anew: bool = False) -> None:
@@ -398,16 +398,16 @@ class Session:
         """The policy, its optimizer, the order of the data and what callbacks keep, as they were when this checkpoint
         was saved; the samplers get the weights. Raises CheckpointError for a damaged one, ValueError for another
         policy's."""
-        self.batches.settle()
+        self.batches.wait_for_sampling()
         self.run.load(checkpoint.load(Path(path), together=True))
         self._sync_weights(anew=True)  # another policy may have had the same version
-        self.batches.begin()
+        self.batches.start_sampling()
 
     def finish(self) -> Result:
         """Evaluate at the end, and write the policy to `output_dir/policy`."""
         run, held_out = self.run, self.held_out
         if held_out.prompts and not run.ended_before:
-            self.batches.settle()
+            self.batches.wait_for_sampling()
             self._sync_weights()  # what a loop of one's own may not have done
             self.evaluate(when=f"after{self._of_grpo}")
         save_policy(self.policy, run.folder / "policy", run.last)

@@ -78,7 +78,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
         run.restore(learner=learner, prompts=streams)
         if learner.ended:
             run.last = run.start
-        with session.begun():
+        with session.start_steps():
             with run.log.progress() as progress:
                 bar = progress.add_task("sampling what the draft head learns from", total=config.steps)
                 teaching = progress.add_task("teaching the draft head", total=config.mtp.epochs)
@@ -152,9 +152,9 @@ class Streams:
             "solutions": task.stream(config.seed + 1, taught),
         }
 
-    def take(self) -> dict[str, list[Example]]:
+    def take_examples(self) -> dict[str, list[Example]]:
         """The examples of the next step."""
-        return {name: self.streams[name].take(count) if count else [] for name, count in self.counts.items()}
+        return {name: self.streams[name].take_examples(count) if count else [] for name, count in self.counts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: stream.state_dict() for name, stream in self.streams.items()}
@@ -167,7 +167,7 @@ class Streams:
 def _sample(session: Session, streams: Streams, learner: HeadLearner, corpus: Corpus, step: int) -> dict[str, float]:
     """A step of the corpus: the rollouts of the next prompts and the next solutions, as the trunk reads them."""
     run, task, policy, most = session.run, session.task, learner.policy, learner.head_options.tokens_per_update
-    examples = streams.take()
+    examples = streams.take_examples()
     prompts = [task.prompt(example, policy.tokenizer) for kind in KINDS for example in examples[kind]]
     groups = session.sample(prompts, step=step, head_accepted=())
     metrics = rollout_metrics(groups, [])

@@ -15,7 +15,7 @@ from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.optimizer import schedule
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import ONE_PROCESS, Ranks
 from grpo.learner.prepare import OWN_ESTIMATORS
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.term import Term
@@ -51,7 +51,7 @@ def grpo_learner(
     policy: Policy,
     config: TrainConfig,
     reward_weights: Mapping[str, float],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_PROCESS,
     reload: Callable[[], Policy] | None = None,
     load: Load | None = None,
     kind: Callable[..., Any] = Learner,

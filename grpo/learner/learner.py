@@ -28,7 +28,7 @@ from grpo.learner.batch import MicroBatch, TrainingBatch, by_completion, collate
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, groups_of
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import ONE_PROCESS, Ranks
 from grpo.learner.prepare import Advantages, estimate, pack
 from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work, read
@@ -65,7 +65,7 @@ class Learner:
         loss: LossOptions | None = None,
         reward_weights: Mapping[str, float] | None = None,
         schedule: Callable[[int], float] = lambda step: 1.0,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
         """`terms` add up in this order; `likelihood` computes the log-probabilities that they read. `prepare` estimates
         advantages by `loss` and, where each reward is normalised by itself, by `reward_weights`."""
@@ -266,7 +266,7 @@ class Learner:
         teaches = not batch.all_tied or any(term.teaches(batch) for term in terms)
         if batch.rows and teaches:
             for term in terms:
-                term.begin(work)
+                term.begin_update(work)
             work.rows = self._rows_that_count(work)
             work.minis = list(self._shared(work.rows))
         return work
@@ -332,7 +332,7 @@ class Learner:
         counters: dict[str, Any] = {"policy_version": self.policy_version}
         numbers = {name: list(value) if name == "betas" else value for name, value in self.numbers.items()}
         counters |= {"numbers": numbers} if numbers else {}
-        return learner_state.take(*self._stateful), counters
+        return learner_state.collect_tensors(*self._stateful), counters
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
         """The inverse of `state`; what waits or goes on does so no more. Raises ValueError naming what does not fit."""

@@ -79,7 +79,7 @@ def save(
     target = root / f"step_{step:06d}"
     partial, replaced = (root / f".{target.name}.{suffix}" for suffix in ("partial", "replaced"))
 
-    def begin() -> None:
+    def make_partial() -> None:
         root.mkdir(parents=True, exist_ok=True)
         _recover(root)
         for leftover in root.glob(".step_*"):
@@ -99,7 +99,7 @@ def save(
         fsync(root)
 
     try:
-        _together(target, tensors, begin if leads() else None)
+        _together(target, tensors, make_partial if leads() else None)
         written = _together(target, tensors, write)
         _together(target, tensors, finish if leads() else None)
     except CheckpointError:

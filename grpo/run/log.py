@@ -99,7 +99,7 @@ class RunLog:
         tracker_names = installed(self._options.trackers)
         refuse_folder(output_dir, resuming=resume is not None)
         self._lock = lock or RunLock(output_dir)
-        self._lock.take()
+        self._lock.lock_folder()
         refuse_folder(output_dir, resuming=resume is not None)  # another run may have begun and ended meanwhile
         resumes = holds_a_run(output_dir)
         self.output_dir = output_dir

@@ -24,7 +24,7 @@ from transformers.distributed import DistributedConfig
 from grpo.config.mtp import MtpConfig
 from grpo.config.policy import ArchitectureOptions, ModelOptions
 from grpo.config.run import LearningConfig, SftConfig, TrainConfig
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import ONE_PROCESS, Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.hardware import saved_threads, threads_for
@@ -211,7 +211,7 @@ def with_threads(config: Config, resume: str | None, shape: PretrainedConfig) ->
 
 
 def load_policy(
-    options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ALONE, *, head: bool = False
+    options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ONE_PROCESS, *, head: bool = False
 ) -> Policy:
     """The policy that `options.model` means, on its device: a preset gets fresh weights, and a tokenizer learned from
     `corpus`. Several ranks share it, as `learner.parallel` says; what is not in safetensors rank 0 makes for all.

@@ -38,8 +38,8 @@ class Batches:
     """The scored groups of each step. The collector's state and the batches that nothing was learned from yet are its
     own.
 
-    Every rank calls its methods, and rank 0 samples. `begin` is called before the first step. `publish` hands the
-    learner's weights to the workers, where these hold other ones.
+    Every rank calls its methods, and rank 0 samples. `start_sampling` comes before the first step. `sync_weights` hands
+    the learner's weights to the workers if these hold other ones.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Batches:
         self._older: tuple[int, dict[str, Tensor]] | None = None  # version and weights of the batch that is sampled
         self._thread = ThreadPoolExecutor(1, "sampling") if self.staleness and run.ranks.first else None
 
-    def begin(self) -> None:
+    def start_sampling(self) -> None:
         """Take the batches that a checkpoint holds. One whose weights the learner has no longer is sampled here."""
         state, self._saved, saved = self._saved, {}, self.run.saved
         if not self.staleness:
@@ -74,21 +74,21 @@ class Batches:
             self.run.ranks.from_first(self.complete)
             self._hold(version, newer)
 
-    def take(self, step: int) -> Drawn:
+    def take_batch(self, step: int) -> Drawn:
         """The batch of this step. Raises what its sampling has raised."""
         is_first, self.is_asked = not self.is_asked, True
         if not self.staleness:
-            self.begins(step)
+            self.snapshot_before(step)
             return self.run.ranks.from_first(partial(self.collector.collect, step))
         self.next = max(self.next, step) if is_first else self.next  # what a loop has sampled itself is gone
         self.go_on(step - 1, wait=True)
-        return self.run.ranks.from_first(partial(self._take, step))
+        return self.run.ranks.from_first(partial(self._take_ready, step))
 
-    def begins(self, step: int) -> None:
+    def snapshot_before(self, step: int) -> None:
         """The prompts of a step come next, which `undo` takes back."""
         self._before = step, self.collector.snapshot()
 
-    def _take(self, step: int) -> Drawn:
+    def _take_ready(self, step: int) -> Drawn:
         if step not in self.ready:
             self.complete()
         self.ready = {other: drawn for other, drawn in self.ready.items() if other >= step}
@@ -136,12 +136,12 @@ class Batches:
 
     def complete(self) -> None:
         """Wait for the batch that is sampled. Raises what its sampling has raised."""
-        self.settle()
+        self.wait_for_sampling()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def settle(self) -> None:
+    def wait_for_sampling(self) -> None:
         """Waits until nothing is sampled. A batch that failed leaves no trace, and its error waits for `complete`."""
         if self._sampling is None:
             return
@@ -161,14 +161,14 @@ class Batches:
 
     def undo(self) -> None:
         """The step in progress is undone. What was sampled ahead stays: its weights were the right ones."""
-        self.settle()
+        self.wait_for_sampling()
         step, before = self._before
         if step > self.run.step:
             self.collector.put_back(before)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON takes it, when the batch that is sampled is complete."""
-        self.settle()
+        self.wait_for_sampling()
         state = self.collector.state_dict()
         if self.staleness:
             from grpo.algorithm.in_flight import plain
@@ -181,7 +181,7 @@ class Batches:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads all but the batches, for which `begin` makes the prompts anew from the data."""
+        """Loads all but the batches, for which `start_sampling` makes the prompts anew from the data."""
         self.collector.load_state_dict(state)
         self._saved = state
 

@@ -49,7 +49,7 @@ class Collector:
 
     # ---- one draw ---------------------------------------------------------------------------------------------------
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """The prompts of `step` come next."""
         self.task.reached(step - 1)
         for callback in self.callbacks:
@@ -58,7 +58,7 @@ class Collector:
     def prompts(self, count: int, step: int, draw: int = 0) -> list[Prompt]:
         """Different prompts: those that a callback chooses, or the next ones of the data."""
         chosen = (callback.choose_prompts(count, step, draw) for callback in self.callbacks)
-        examples = next((some for some in chosen if some is not None), None) or self.stream.take(count)
+        examples = next((some for some in chosen if some is not None), None) or self.stream.take_examples(count)
         return [self.task.prompt(example, self.tokenizer) for example in examples]
 
     def params(self, step: int) -> SamplingParams:
@@ -85,7 +85,7 @@ class Collector:
 
     def collect(self, step: int, quiet: bool = False) -> Drawn:
         """The scored groups of a step, with an event for every reward that failed. `quiet` draws no bars."""
-        self.begin(step)
+        self.begin_step(step)
         options, params = self.config.rollout, self.params(step)
         measured: dict[str, float] = defaultdict(float)
 

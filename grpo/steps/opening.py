@@ -11,7 +11,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE, joined
+from grpo.learner.parallel import ONE_PROCESS, joined
 from grpo.run.resume import BaseWeights
 from grpo.source.policy_source import holds_head, load_beside, load_policy, with_threads
 from grpo.steps.callback import callbacks_of
@@ -44,7 +44,7 @@ def open_run(
     with ExitStack() as stack:
         stack.enter_context(python_words())
         config = with_threads(config, resume, check_plan(config).shape)
-        ranks = ALONE
+        ranks = ONE_PROCESS
         if isinstance(config, LearningConfig):
             ranks = stack.enter_context(joined(device_of(config.device).type == "cpu", config.learner.parallel))
         task = stack.enter_context(open_task(config, scores=ranks.first))

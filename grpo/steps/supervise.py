@@ -60,7 +60,7 @@ def run_sft_stage(
     folder, steps = run.folder / "warm_start", run.folder / "warm_start_checkpoints"
     if not (run.resumes and folder.exists()):
         if not run.resumes:
-            run.alone(shutil.rmtree, steps, ignore_errors=True)
+            run.on_first_rank(shutil.rmtree, steps, ignore_errors=True)
         started = time.perf_counter()
         part = run.part(steps.name, run.config.sft.steps, " of the SFT stage")
         session = supervised_session(session_of, part, task)
@@ -71,11 +71,11 @@ def run_sft_stage(
         chosen: dict[str, Any] = {"step": best.step, "accuracy": best.value} if best.prompts else {}
         run.log.event("warm_start_done", seconds=seconds, **chosen, folder=str(folder))
         if best.prompts:
-            run.alone(best.folder.rename, folder)
+            run.on_first_rank(best.folder.rename, folder)
         else:
             session.policy.save(folder)
-        run.alone(write_checksums, folder)
-    run.alone(shutil.rmtree, steps, ignore_errors=True)
+        run.on_first_rank(write_checksums, folder)
+    run.on_first_rank(shutil.rmtree, steps, ignore_errors=True)
 
 
 def supervise(session: Any, best: Any) -> None:

@@ -90,7 +90,7 @@ class Sampler:
         self.base, self.of, self.count = base, "", 0
         self.engine = Engine(base.merged(), dtype)
 
-    def take(self, name: str, spec: Spec | None, folder: Path | None) -> None:
+    def hold_weights(self, name: str, spec: Spec | None, folder: Path | None) -> None:
         """Hold the weights of this sampler: those in `folder`, of a policy of this `spec`, or the base's."""
         if name == self.of:
             return

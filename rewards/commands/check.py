@@ -20,8 +20,8 @@ from rewards.registry import find_reward
 from rewards.scorer import BATCH, RewardSpec, Scorer
 from rewards.verdicts import Verdicts
 
-ALONE = 100  # gold solutions, and other completions, that are scored one by one at most
-ALONE_S = 10.0  # and for how long at most
+MOST_SINGLE = 100  # gold solutions, and other completions, that are scored one by one at most
+SINGLE_S = 10.0  # and for how long at most
 ROUNDING = 1e-5  # of a model that scores a batch at once
 STRONG = 0.5  # a correlation with length that is worth a look
 STATE = {"global_step": 0, "max_steps": 1, "epoch": 0.0}
@@ -212,12 +212,12 @@ class Trial:
     def score_alone(self, scorer: Scorer) -> None:
         """Completions in calls of their own tell how long a gold solution takes, and whether the batch changes a
         score."""
-        rows = range(min(len(self.examples), ALONE))
+        rows = range(min(len(self.examples), MOST_SINGLE))
         kinds = range(max(map(len, self.probes)) - 1)
         others = dict.fromkeys((i, 1 + (i + j) % (len(self.probes[i]) - 1)) for j in kinds for i in rows)  # all soon
         times, alone = [], {}
-        end = time.perf_counter() + ALONE_S
-        for i, j in [*((i, 0) for i in rows), *list(others)[:ALONE]]:
+        end = time.perf_counter() + SINGLE_S
+        for i, j in [*((i, 0) for i in rows), *list(others)[:MOST_SINGLE]]:
             started = time.perf_counter()
             alone[i, j] = self._score(scorer, [i], [[self.probes[i][j]]])[0][0]
             times += [1000 * (time.perf_counter() - started)] if j == 0 else []

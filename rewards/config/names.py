@@ -79,7 +79,7 @@ def drop_unused(
         then = default_then(key) if removed(key) else elsewhere.get(key, ABSENT)
         same = then is not ABSENT and (value == then or plain(value) == plain(then))
         if same or (tell and then is not ABSENT):
-            take(options, key)
+            take_option(options, key)
             if tell and not same and (why := removed(key)):
                 tell(f"{key}={to_yaml(value, inline=True)}: {why}")
 
@@ -90,11 +90,11 @@ def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], No
     _rename(options, tell)
     if command and "data" in options:
         options["data"] = renew_data(options["data"], tell)
-    url, teacher = take(options, "distill.url"), get(options, "distill.teacher")
+    url, teacher = take_option(options, "distill.url"), get(options, "distill.teacher")
     if isinstance(url, str) and teacher:
         put(options, "distill.teacher", f"{teacher}@{url}")
     _renew_rewards(options, tell or (lambda old, new: None))
-    settle(command, options)
+    settle_data(command, options)
     return options
 
 
@@ -103,7 +103,7 @@ def _rename(options: dict[str, Any], tell: Callable[[str, str], None] | None) ->
     for old, new in _older()["renamed"].items():
         if get(options, old, ABSENT) is ABSENT or get(options, new, ABSENT) is not ABSENT:
             continue
-        put(options, new, take(options, old))
+        put(options, new, take_option(options, old))
         if tell:
             tell(old, new)
 
@@ -124,7 +124,7 @@ def _renew_rewards(options: dict[str, Any], tell: Callable[[str, str], None]) ->
     for model in models:
         if not isinstance(model, dict) or not {"name", "model"} <= model.keys():
             return  # a message about the option follows
-    for model in take(options, "reward_models"):
+    for model in take_option(options, "reward_models"):
         if model.get("chat") is True:
             model["kind"] = "chat_classifier"
         arguments = {name: model[name] for name in ("kind", "label") if model.get(name) is not None}
@@ -180,14 +180,14 @@ def sources_of(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     return data if isinstance(data, list) else [data]
 
 
-def settle(command: str, options: dict[str, Any], tell: Callable[[str, str], None] | None = None) -> None:
+def settle_data(command: str, options: dict[str, Any], tell: Callable[[str, str], None] | None = None) -> None:
     """Reads together what a file and a command line may each have a part of: the options of data.
 
     `rollout.compile: auto` of 0.2 compiled nothing in a command that does not learn."""
     if command and "data" in options:
         options["data"] = renew_data(options["data"], tell)
     if command in ANSWERING and get(options, "rollout.compile") == "auto":
-        take(options, "rollout.compile")
+        take_option(options, "rollout.compile")
 
 
 def renew_keys(
@@ -249,7 +249,7 @@ def get(options: Any, key: str, default: Any = None) -> Any:
     return options
 
 
-def take(options: dict[str, Any], key: str) -> Any:
+def take_option(options: dict[str, Any], key: str) -> Any:
     """Takes an option out, and its section where that is empty then; ABSENT where it is not there."""
     *parents, last = key.split(".")
     section = get(options, ".".join(parents), ABSENT) if parents else options
@@ -257,7 +257,7 @@ def take(options: dict[str, Any], key: str) -> Any:
         return ABSENT
     value = section.pop(last)
     if parents and not section:
-        take(options, ".".join(parents))
+        take_option(options, ".".join(parents))
     return value
 
 

@@ -394,7 +394,7 @@ def load(
             _set(data, key, value)
         except ConfigError as error:
             problems += error.problems
-    names.settle(command, data, tell)
+    names.settle_data(command, data, tell)
     defaults = model_cls.model_construct()
     options = {option.key: option for option in _options(defaults)}
     leaves = {key for key, option in options.items() if option.model is None or option.in_list}

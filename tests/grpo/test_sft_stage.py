@@ -11,7 +11,7 @@ from rich.console import Console
 from grpo.config.run import LogOptions, SftConfig
 from grpo.evaluation.best_point import BestPoint
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.learner.update import NonFiniteStep
 from grpo.run.log import RunLog
 from grpo.session import Session
@@ -24,7 +24,7 @@ from policies.policy import Policy
 def _warm(policy: Policy, config, folder, console=None) -> dict[str, float]:
     with Task.of(config) as task, RunLog(folder, "", LogOptions(trackers=[]), quiet=True, console=console) as log:
         where = {"checkpoints": folder / "warm_start_checkpoints", "saved": None}
-        run = Run(config, log, ALONE, last=config.supervision.steps, of=" of the SFT stage", **where)
+        run = Run(config, log, ONE_PROCESS, last=config.supervision.steps, of=" of the SFT stage", **where)
         session = supervised_session(Session, run, task, policy)
         supervise(session, BestPoint(session, folder / "best"))
         return dict(run.metrics)
@@ -123,7 +123,7 @@ def test_grpo_begins_with_the_best_point_by_the_validation_problems(micro_config
 
     config = _config(micro_config, tmp_path / "run", **{"data.validation": 4})
     with Task.of(config) as task, RunLog(tmp_path / "run", "", LogOptions(trackers=[]), quiet=True) as log:
-        run = Run(config, log, ALONE, checkpoints=tmp_path / "steps", saved=None, last=4, of=" of the SFT stage")
+        run = Run(config, log, ONE_PROCESS, checkpoints=tmp_path / "steps", saved=None, last=4, of=" of the SFT stage")
         session = supervised_session(Session, run, task)
         supervise(session, Looked(session, tmp_path / "best"))
     assert kept == [(1, 1), (2, 2), (3, 2), (4, 2)]

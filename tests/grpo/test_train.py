@@ -201,7 +201,7 @@ def test_a_run_that_never_took_a_step_leaves_no_stale_sft_stage(micro_config, tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "begin", interrupt)
+        patch.setattr(Batches, "start_sampling", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(micro_config(tmp_path / "r", **{"sft.steps": 1}))
     first = _weights(tmp_path / "r/warm_start")

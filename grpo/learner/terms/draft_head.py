@@ -52,7 +52,7 @@ class DraftHeadTerm(Term):
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
         return groups_of(self.module, self.options.learning_rate, weight_decay)
 
-    def begin(self, work: Work) -> None:
+    def begin_update(self, work: Work) -> None:
         batch = work.batch
         work.fixed[self.name] = teaching(self.policy, self.options, work.rows, batch.step, batch.draft_gain)
         self.seconds = 0.0

@@ -49,7 +49,7 @@ class PolicyTerm(Term):
         settled: Settled = work.fixed[self.name]
         return settled.reads_tied
 
-    def begin(self, work: Work) -> None:
+    def begin_update(self, work: Work) -> None:
         """KL and entropy are of every token, the highest entropies those of the step; bnpo counts its micro-batch.
         Raises ValueError where `beta` asks for a reference that is not there."""
         likelihood, beta = work.likelihood, self.options.beta

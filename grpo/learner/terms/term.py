@@ -96,7 +96,7 @@ class Term:
         """Tells whether it has something to teach where every advantage of a batch is zero."""
         return False
 
-    def begin(self, work: Work) -> None:
+    def begin_update(self, work: Work) -> None:
         """It is called before the first update and before `needs`; `work.rows` are still all rows of the batch."""
 
     def needs(self, row: PackedRow, work: Work) -> bool:

@@ -255,7 +255,7 @@ def goes_on(tokenizer, text, **more):
     asked = asked_of([USER], **more)
     [job] = episode.jobs(asked)
     completion = completion_of(tokenizer, text, params_of(tokenizer).stop_token_ids)
-    job.keep(completion)
+    job.keep_completion(completion)
     answer = Answer(episode, asked, [job])
     answer.done[0] = completion
     message = answer.whole()["choices"][0]["message"]
@@ -264,7 +264,7 @@ def goes_on(tokenizer, text, **more):
     assert len(episode.segments) == 1
     begun = [*episode.segments[0].prompt.token_ids, *completion.token_ids]
     assert job.prompt.token_ids[: len(begun)] == begun
-    job.keep(completion_of(tokenizer, f"24{tokenizer.eos_token}", params_of(tokenizer).stop_token_ids))
+    job.keep_completion(completion_of(tokenizer, f"24{tokenizer.eos_token}", params_of(tokenizer).stop_token_ids))
     return episode, message, completion, job.prompt.token_ids[len(begun) :]
 
 

@@ -19,7 +19,7 @@ from start_ranks import end_of, results_of_ranks, start_ranks
 from transformers import DeepseekV2Config, DeepseekV3Config, GPT2Config, JetMoeConfig, Qwen2Config, Qwen3MoeConfig
 
 from grpo.config.learner import LoraOptions, ParallelOptions
-from grpo.learner.parallel import ALONE, join, refuse_layout
+from grpo.learner.parallel import ONE_PROCESS, join, refuse_layout
 from grpo.run import checkpoint
 from grpo.run.records import read_events, read_metrics
 from rewards.records import read_rollouts
@@ -29,9 +29,9 @@ HERE = Path(__file__).parents[2] / "cases"
 
 def test_one_process_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join(True, ParallelOptions()) is ALONE
-    assert ALONE.sum_metrics({"a": 1.0}) == {"a": 1.0}
-    assert ALONE.share([1, 2]) == [1, 2]
+    assert join(True, ParallelOptions()) is ONE_PROCESS
+    assert ONE_PROCESS.sum_metrics({"a": 1.0}) == {"a": 1.0}
+    assert ONE_PROCESS.share([1, 2]) == [1, 2]
 
 
 def test_one_process_where_several_were_asked_for_is_refused(monkeypatch):

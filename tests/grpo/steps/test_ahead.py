@@ -20,7 +20,7 @@ from start_ranks import end_of, run_ranks, start_ranks
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.run import checkpoint
 from grpo.run.records import read_events, read_metrics
 from grpo.run.stop import Stopped, signals
@@ -287,7 +287,7 @@ def test_contract_9_a_batch_that_fails_just_before_the_update_undoes_the_step(op
 def by_hand(ahead: int, collect, **given) -> Batches:
     """Batches of a run of five steps. `publish` gives the workers the version of the learner, and `collect` gets its
     arguments and the version of the workers; `done` notes what else happens."""
-    run = {"inner": False, "saved": None, "ranks": ALONE, "step": 0, "last": 5, "done": []} | given
+    run = {"inner": False, "saved": None, "ranks": ONE_PROCESS, "step": 0, "last": 5, "done": []} | given
     config = SimpleNamespace(whole_rollout=SimpleNamespace(staleness=ahead))
     run = SimpleNamespace(config=config, timed=lambda name: nullcontext(), **run)
     learner = SimpleNamespace(policy_version=run.step, policy="policy", masters="masters")
@@ -308,7 +308,7 @@ def by_hand(ahead: int, collect, **given) -> Batches:
 
 def learn(batches: Batches, step: int) -> None:
     """A step of the loop, whose evaluation publishes where nothing is sampled ahead."""
-    assert batches.take(step).draws == [step]
+    assert batches.take_batch(step).draws == [step]
     while not batches._idle():
         time.sleep(0.001)
     batches.go_on(step)
@@ -330,7 +330,7 @@ def test_contract_12_what_is_sampled_ahead_by_hand(ahead):
         return Drawn([], [], [step])
 
     batches = by_hand(ahead, collect)
-    batches.begin()
+    batches.start_sampling()
     for step in range(1, 6):
         learn(batches, step)
         state = batches.state_dict()
@@ -364,7 +364,7 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
         assert step < 3 or learned.wait(60)
 
     batches = by_hand(ahead, collect)
-    batches.begin()
+    batches.start_sampling()
     batches.is_asked = True
     try:
         batches.before_update(1)
@@ -398,7 +398,7 @@ def test_contract_9_a_batch_that_fails_after_the_update_is_sampled_again_by_hand
         return Drawn([], [], [step])
 
     batches = by_hand(2, collect)
-    batches.begin()
+    batches.start_sampling()
     learn(batches, 1)
     batches.complete()
     monkeypatch.setattr("grpo.steps.ahead.wait", wait_for)
@@ -410,14 +410,14 @@ def test_contract_9_a_batch_that_fails_after_the_update_is_sampled_again_by_hand
     assert batches.tensors() == {OLDER: {"w": torch.tensor(1)}}
     assert batches.run.done[-1] == "before 5"
     with pytest.raises(RewardFailed):
-        batches.take(3)
+        batches.take_batch(3)
     batches.complete()
 
     failing.clear()
     monkeypatch.setattr("grpo.steps.ahead.put_weights", lambda *given: held.append(given))
     again = by_hand(2, collect, step=2, saved=SimpleNamespace(tensors=batches.tensors()))
     again.load_state_dict(state)
-    again.begin()
+    again.start_sampling()
     assert again.run.done == [1]
     assert held == [({"w": torch.tensor(version)}, "policy", "masters") for version in (1, 2)]
     assert (list(again.ready), again.next, again.learner.policy_version, again.collector.version) == ([3, 4], 5, 2, 2)

@@ -9,7 +9,7 @@ import torch
 from rich.progress import Progress
 
 from grpo.data.prompts import PromptStream
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.run.stop import Stopped, signals
 from grpo.steps import pool
 from grpo.steps.callback import Callback
@@ -107,7 +107,7 @@ def by_hand(micro_config, tmp_path, monkeypatch):
             device=torch.device("cpu"),
             trunk=torch.nn.Module(),
         )
-        run = Run(config, log, ALONE, saved=None, last=3)
+        run = Run(config, log, ONE_PROCESS, saved=None, last=3)
         sampling = sampling_of_steps(run, task, policy)
         collector = Collector(run, task, policy, sampling, PromptStream(task.train), [curriculum])
         collector.pool = SimpleNamespace(sample=sample)
@@ -180,10 +180,10 @@ def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
     collector = by_hand([[1.0, 0.0]], **options)
     collector.collect(1, quiet=True)
     assert (collector.run.log.bars, capsys.readouterr().out) == ([[]], ""), "quiet draws no bars"
-    collector.stream.take(1)
+    collector.stream.take_examples(1)
     before, snapshot = collector.state_dict(), collector.snapshot()
     collector.collect(2, quiet=True)
-    collector.stream.take(1)
+    collector.stream.take_examples(1)
     assert collector.state_dict() != before
     collector.put_back(snapshot)
     assert collector.state_dict() == before

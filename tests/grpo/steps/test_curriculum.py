@@ -6,7 +6,7 @@ from torch import nn
 
 from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptStream
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.run.records import read_metrics
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
@@ -40,7 +40,7 @@ def _collector(examples, config) -> Collector:
         actor=SimpleNamespace(environment=None),
     )
     policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native", trunk=nn.Module())
-    run = Run(config, None, ALONE, saved=None, last=9)
+    run = Run(config, None, ONE_PROCESS, saved=None, last=9)
     stream, callbacks = PromptStream(examples, config.seed), [_curriculum(examples, config)]
     return Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, callbacks)
 
@@ -52,7 +52,7 @@ def _ids(examples) -> list[str]:
 def test_without_options_it_is_the_shuffled_stream():
     collector, stream = _collector(EXAMPLES, _config(seed=3)), PromptStream(EXAMPLES, 3)
     for step in range(1, 8):
-        assert [prompt.prompt_id for prompt in collector.prompts(4, step)] == _ids(stream.take(4))
+        assert [prompt.prompt_id for prompt in collector.prompts(4, step)] == _ids(stream.take_examples(4))
     [curriculum] = collector.callbacks
     assert curriculum.step_metrics(7) == {}
 

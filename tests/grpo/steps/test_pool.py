@@ -19,7 +19,7 @@ from start_ranks import results_of_ranks
 import grpo.steps.pool
 from grpo.config.run import LogOptions
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.run.log import RunLog
 from grpo.run.records import read_metrics
 from grpo.run.stop import Stopped, signals
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 
 def run_of(config, run_log) -> SimpleNamespace:
     """As much of a run as its pool asks for."""
-    return SimpleNamespace(config=config, log=run_log, ranks=ALONE)
+    return SimpleNamespace(config=config, log=run_log, ranks=ONE_PROCESS)
 
 
 def events(folder: Path, kind: str) -> list[dict]:

@@ -23,7 +23,7 @@ from grpo.cli.parse import main
 from grpo.config.balance import BalanceOptions
 from grpo.learner.batch import collate
 from grpo.learner.likelihood import Likelihood
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.learner.prepare import supervised
 from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms import balance
@@ -169,7 +169,7 @@ def test_heads_are_balanced_and_counted_as_experts_are(policy):
     term = balance.term(policy, SimpleNamespace(balance=BalanceOptions(bias_rate=0.1, sequence_weight=1.0)))
     rows = [PackedRow([3, 4, 5], [Sample(0, [6, 7, 8, 9])])]
     mini, likelihood = collate(rows, CPU), Likelihood(policy, watchers=[term])
-    work = Work(supervised(rows), likelihood, ALONE, [term], iter, rows)
+    work = Work(supervised(rows), likelihood, ONE_PROCESS, [term], iter, rows)
     before = [r.e_score_correction_bias.clone() for r in routers(policy.trunk, "self_attn").values()]
     term.before_update(work)
     loss = term.scalar(mini, likelihood.forward(mini), work)

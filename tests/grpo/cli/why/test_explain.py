@@ -57,7 +57,7 @@ def retrained(run, copy, micro_config, monkeypatch, without: int | None = None, 
         pick = {name: [getattr(drawn, name)[i] for i in kept] for name in ("groups", "scores", "draws")}
         return replace(drawn, **pick)
 
-    monkeypatch.setattr(Batches, "take", less)
+    monkeypatch.setattr(Batches, "take_batch", less)
     config = micro_config(copy, **OPTIONS | other)
     train(config, resume="auto", force=bool(other))
     return measured(config, copy / "policy")
