@@ -30,7 +30,7 @@ class FolderInUse(OSError):
 
 
 class RunLock:
-    """Held from `lock_folder` to `release`, and no longer than this process lives: the system releases it, not the file.
+    """Held from `lock_folder` to `release`, and only while this process lives: the system releases it, not the file.
 
     Where the folder exists it is taken at once, so that a run that goes on reads nothing that another one is writing.
     A folder that does not exist is made by `lock_folder` only. Raises FolderInUse. A file system without locks gives a

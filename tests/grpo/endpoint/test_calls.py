@@ -62,7 +62,7 @@ class Written:
         self.engine, self.counts, self.most_waiting = engine_of(tokenizer), Counts(), 8
         self._changed = threading.Lock()
 
-    count = Batcher.count
+    add_counts = Batcher.add_counts
 
     def submit(self, requests) -> None:
         """The policy calls once, and answers once it has read a result."""

@@ -29,7 +29,7 @@ from rollout.drafts.depth import draft_gain
 
 OPTIONS = {"eval.limit": 4, "learner.updates_per_batch": 2, "learner.learning_rate": 3e-3}
 ONE = {"steps": 1, "sft.steps": 0}
-TAKE = Batches.take  # as it is without a test
+TAKE = Batches.take_batch  # as it is without a test
 # Letters as in `letters`; where the prompt is FLIPPED, the sign of the reward is wrong.
 SABOTAGE = """
 def letters(completions, prompts, **_):
