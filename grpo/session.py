@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -179,7 +180,7 @@ class Session:
             with self.run.timed("time/reward"):
                 if rewards is not None:
                     scores = self.task.score_by(rewards, groups)
-                    for failure in (failure for score in scores for failure in score.errors):
+                    for failure in chain.from_iterable(score.errors for score in scores):
                         self.run.log.event("reward_error", step=self.step, **vars(failure))
                     return scores
                 return self.collector.score(groups, self.step)
@@ -211,10 +212,10 @@ class Session:
 
     def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
         """The policy's log-probability of each token of completions, given as token ids by prompt: [P][G][Lc]."""
-        groups = [
-            RolloutGroup(prompt, [Completion(list(ids), [0.0] * len(ids), "", "stop", 0) for ids in of_prompt])
-            for prompt, of_prompt in zip(prompts, completions, strict=True)
-        ]
+        groups = []
+        for prompt, of_prompt in zip(prompts, completions, strict=True):
+            read = [Completion(list(ids), [0.0] * len(ids), "", "stop", 0) for ids in of_prompt]
+            groups.append(RolloutGroup(prompt, read))
         return logprobs_of_groups(self.policy, groups, self.config.rollout.temperature)
 
     def prepare(
@@ -236,7 +237,7 @@ class Session:
             return supervised(rows, self.step)
         elif groups and not isinstance(groups[0], RolloutGroup):
             lessons = cast("Sequence[Lesson]", groups)
-            self._refuse_held_out(token_ids for lesson in lessons for token_ids in lesson.prompts)
+            self._refuse_held_out(chain.from_iterable(lesson.prompts for lesson in lessons))
             if self.policy.mtp is None:
                 raise ValueError("recorded lessons teach a draft head, and this policy has none: see quartet mtp")
             return recorded(lessons, self.step)

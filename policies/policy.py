@@ -64,7 +64,7 @@ class Policy(nn.Module):
         self.attend_to_prompts()
         self.recurrent = mixers.read_packed(trunk)
         if "text_config" in trunk.config.sub_configs:  # what reads pictures stays as it is
-            kept = {id(p) for part in (trunk.get_decoder(), trunk.get_output_embeddings()) for p in part.parameters()}
+            kept = set(map(id, (*trunk.get_decoder().parameters(), *trunk.get_output_embeddings().parameters())))
             for parameter in trunk.parameters():
                 if id(parameter) not in kept:
                     parameter.requires_grad_(False)

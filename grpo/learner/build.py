@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def make(
     differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
     first = PolicyTerm(loss, sampler_differs=differs, longest=rollout.max_completion_tokens)
     terms = [first, *terms_of(policy, config, load, rollouts=True)]
-    known = [*OWN_ESTIMATORS, *(name for term in terms for name in term.estimators)]
+    known = [*OWN_ESTIMATORS, *chain.from_iterable(term.estimators for term in terms)]
     if loss.advantage not in known and not is_own(loss.advantage):
         raise ValueError(f"loss.advantage={loss.advantage}: no term of the loss estimates it; use {', '.join(known)}")
     reference = None

@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ class Learner:
         self.update = Update(self.masters, groups, options, schedule)
         self.optimizer = self.update.optimizer
         self.numbers: dict[str, Any] = {}  # of AdamW, other than the options say
-        self._configured = [{name: group[name] for name in NUMBERS} for group in self.optimizer.param_groups]
+        self._configured = [_numbers_of(group) for group in self.optimizer.param_groups]
         self._open: list[Work] = []  # whose gradients wait for the optimizer
         self._done: list[Work] = []  # of the last update, which may be made again
         self._synced: int | None = None  # the last version that was read for a publication
@@ -106,7 +107,7 @@ class Learner:
         """Advantages by the chosen estimator or as they are given, groups packed with their prompt once. A completion
         without reward has no place in it."""
         options = self.options
-        lengths_PG = [[len(completion.token_ids) for completion in group.completions] for group in groups]
+        lengths_PG = [_lengths(group) for group in groups]
         estimated, tied_P = estimate(scores, self.loss, self.reward_weights, lengths_PG)
         batch = pack(
             groups,
@@ -249,8 +250,12 @@ class Learner:
                 moved.append(self.likelihood.moved(work.rows, before))
         if moved:
             metrics["policy/step_kl"] = fmean(moved)
-        for term in {id(term): term for work in works for term in work.terms}.values():
-            metrics |= term.end([work for work in works if any(own is term for own in work.terms)])
+        works_of: dict[int, tuple[Term, list[Work]]] = {}
+        for work in works:
+            for term in work.terms:
+                works_of.setdefault(id(term), (term, []))[1].append(work)
+        for term, of_term in works_of.values():
+            metrics |= term.end(of_term)
         return metrics
 
     # ---- the batch that is learned from ------------------------------------------------------------------------
@@ -296,7 +301,7 @@ class Learner:
         some that count nothing."""
         most, ranks = self.options.tokens_per_micro_batch, self.ranks
         shared = [self._trees(rows, reader) for reader in range(ranks.readers)]
-        numbers = [sum(1 for _ in cut(trees, most)) for trees in shared]
+        numbers = [len(list(cut(trees, most))) for trees in shared]
         yield from micro_batches(shared[ranks.reader], most, self.policy.device)
         for _ in range(max(numbers) - numbers[ranks.reader]):
             shortest = min(rows, key=lambda row: row.length)
@@ -309,7 +314,7 @@ class Learner:
             return ranks.share(rows, reader)
         if ranks.readers > 1:
             own = ranks.share(forest(rows, most, within_groups=True), reader)
-            rows = [row for tree in own for row in tree.rows]
+            rows = list(chain.from_iterable(tree.rows for tree in own))
         return forest(rows, most)
 
     # ---- weights and state --------------------------------------------------------------------------------------
@@ -352,3 +357,13 @@ class Learner:
         if self.likelihood.reference is not None:
             modules["reference"] = self.likelihood.reference
         return self.policy, self.masters, self.optimizer, modules
+
+
+def _lengths(group: RolloutGroup) -> list[int]:
+    """The number of tokens of each completion."""
+    return [len(completion.token_ids) for completion in group.completions]
+
+
+def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """AdamW's numbers of a group of parameters."""
+    return {name: group[name] for name in NUMBERS}

@@ -55,7 +55,7 @@ def put(
     optimizer: torch.optim.Optimizer,
     modules: Mapping[str, nn.Module],
 ) -> None:
-    """The inverse of `collect_tensors`. Raises ValueError naming what does not fit this learner; then nothing changed."""
+    """The inverse of `collect_tensors`. Raises ValueError naming what does not fit; then nothing was changed."""
     release(policy)
     now = _named_parameters(policy, modules) | dict(policy.named_buffers())
     wrong = [f"{n} {list(t.shape)}" for n, t in tensors["policy"].items() if n not in now or now[n].shape != t.shape]

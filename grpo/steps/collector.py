@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from rich.progress import Progress
@@ -108,7 +109,7 @@ class Collector:
             prompts = self.prompts(self.config.prompts_per_step, step)
             drawn = draw_groups(prompts, options.max_resamples, sample, replacements)
         self.learn_drafts(drawn.all_groups)
-        for failure in (failure for score in drawn.all_scores for failure in score.errors):
+        for failure in chain.from_iterable(score.errors for score in drawn.all_scores):
             self.run.log.event("reward_error", step=step, **vars(failure))
         drawn.metrics |= measured | rollout_metrics(drawn.all_groups, drawn.all_scores)
         for callback in self.callbacks:
@@ -119,7 +120,7 @@ class Collector:
 
     def learn_drafts(self, groups: Sequence[RolloutGroup]) -> None:
         """The next step chooses how much it drafts by what became of the drafts of these."""
-        self.head_accepted = head_accepted(c for group in groups for c in group.completions)
+        self.head_accepted = head_accepted(chain.from_iterable(group.completions for group in groups))
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt of one of the training problems, again."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -138,7 +139,8 @@ class WeightSync:
         known: dict[str, Scores] = {}
         scores = {}
         for sampler, groups in sampled.items():
-            tokens = str([[completion.token_ids for completion in group.completions] for group in groups])
+            completions = chain.from_iterable(group.completions for group in groups)
+            tokens = str([completion.token_ids for completion in completions])
             if tokens not in known:
                 known[tokens] = score(groups, temperature)
             scores[sampler] = known[tokens]

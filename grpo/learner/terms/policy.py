@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -75,7 +76,7 @@ class PolicyTerm(Term):
             with work.likelihood.replaying(mini):
                 entropy = work.likelihood.forward(mini).entropy
             entropies += [entropy[mini.loss_mask].cpu()] if mini.counts else []
-        read = [entropy for part in work.ranks.gather(entropies) for entropy in part]
+        read = chain.from_iterable(work.ranks.gather(entropies))
         settled.top = top_entropy_of(torch.cat([torch.zeros(0), *read]), self.options.top_entropy_quantile)
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:

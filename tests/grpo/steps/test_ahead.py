@@ -375,7 +375,7 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
         learned.set()
         batches.undo()
     assert batches._sampling is None
-    batches._take(2)
+    batches._take_ready(2)
     assert list(batches.ready) == [2, 3]
 
 
