@@ -1,11 +1,11 @@
 """Does sampling ahead pay? One thread for the worker and one for the learner, against one process with two threads.
 
-Short runs of `quartet train`, in turn: the demo (examples/01_demo.yaml, after a short warm start of its own) and
+Short runs of `quartet train`, in turn: the demo (examples/01_demo.yaml, after a short SFT stage of its own) and
 SmolLM2 (benchmarks/ahead_smollm2.yaml, if it was prepared). Seconds are those of a step of GRPO, in the mean over
 the steps after the first three, from which the pipeline is full.
 
-    two threads      rollout.ahead: 0, one process with two threads
-    one thread       rollout.ahead: 0, one process with one thread: what its rollout and its learning take alone
+    two threads      rollout.staleness: 0, one process with two threads
+    one thread       rollout.staleness: 0, one process with one thread: what its rollout and its learning take alone
     two at once      the same twice, side by side: what both take while the other core is busy
     ahead 1, 2       a worker with one thread, a learner with one thread
 
@@ -38,7 +38,7 @@ from review.readers.run_folder import read_metrics  # noqa: E402
 
 BAR = 0.9
 ROOT = HERE.parent
-ROWS: dict[str, tuple[int, int]] = {  # threads of the learner, rollout.ahead
+ROWS: dict[str, tuple[int, int]] = {  # threads of the learner, rollout.staleness
     "two threads": (2, 0),
     "one thread": (1, 0),
     "two at once": (1, 0),
@@ -96,7 +96,7 @@ def pays(words: list[object], steps: int, repeats: int) -> dict[str, Any]:
         for repeat in range(repeats):
             for row, (threads, ahead) in ROWS.items():
                 out = Path(folder) / f"{row} {repeat}".replace(" ", "_")
-                given = ["--threads", threads, "--rollout.ahead", ahead, "--steps", steps + FILLED]
+                given = ["--threads", threads, "--rollout.staleness", ahead, "--steps", steps + FILLED]
                 quartet("train", *words, *QUIET, *given, "--output_dir", out, times=1 + (row == "two at once"))
                 taken[row].append(seconds_of(steps_of(out)))
                 if repeat == 0 and row == "one thread":
@@ -118,7 +118,7 @@ def pays(words: list[object], steps: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--warm_start_steps", type=int, default=300, help="of the demo's policy, before what is timed")
+    parser.add_argument("--sft_steps", type=int, default=300, help="of the demo's policy, before what is timed")
     parser.add_argument("--demo_steps", type=int, default=12)
     parser.add_argument("--smollm2_steps", type=int, default=4)
     parser.add_argument("--smollm2", type=Path, default=ROOT / "models/smollm2-135m-mla")
@@ -137,11 +137,11 @@ def main() -> None:
 
     if options.only != "smollm2":
         with tempfile.TemporaryDirectory() as folder:
-            policy, given = Path(folder) / "warm", ["--warm_start.steps", options.warm_start_steps, "--threads", 2]
+            policy, given = Path(folder) / "warm", ["--sft.steps", options.sft_steps, "--threads", 2]
             demo = ROOT / "benchmarks/learn/words.yaml"
             quartet("train", demo, "--output_dir", policy, "--steps", 1, *QUIET, *given)
             print("demo", flush=True)
-            words = [demo, "--model", policy / "policy", "--warm_start.steps", 0]
+            words = [demo, "--model", policy / "policy", "--sft.steps", 0]
             keep("demo", pays(words, options.demo_steps, options.repeats))
     if options.only != "demo" and not options.smollm2.exists():
         print(f"SmolLM2 is left out: {options.smollm2} is not there; `make smollm2` prepares it")

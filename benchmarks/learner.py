@@ -215,7 +215,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[Seconds, float]:
             metrics = learner.step(learner.prepare(groups, scores), step)
             learner.update.zero()  # as `quartet train` does
             learned = time.perf_counter()
-            pool.publish(learner.weights(), learner.policy_version)
+            pool.sync_weights(learner.weights(), learner.policy_version)
             _wait_for_device(args)
             ended = time.perf_counter()
             assert {len(c.token_ids) for group in groups for c in group.completions} == {args.tokens}

@@ -247,13 +247,13 @@ def recorded(check: Check) -> dict[str, Any]:
 
 def publication(check: Check) -> dict[str, Any]:
     """New weights reach a sampler with a copy of its own: all digests, and it samples what the learner says."""
-    from rollout.publication.digests import first_difference
+    from rollout.weight_sync.checksums import first_difference
 
     engine, policy = check.engine(), check.policy()
     learner = check.learner(policy)
     check.step(learner, engine.sample(check.prompts(2), check.params(4)))
     weights = learner.weights()
-    seconds = check.seconds(lambda: engine.publish(weights, 1))
+    seconds = check.seconds(lambda: engine.sync_weights(weights, 1))
     different = first_difference(dict(weights.items()), engine.held())
     assert different is None, f"{different} is not what was published"
     metrics = check.step(learner, engine.sample(check.prompts(2), check.params(4, step=2)), 2)
@@ -288,12 +288,12 @@ def memory(check: Check) -> dict[str, Any]:
 
 def sleep(check: Check) -> dict[str, Any]:
     """A worker leaves the device and comes back: what the device holds meanwhile, seconds, and the same tokens."""
-    from policies.publication import Publication
-    from rollout.publication.message import everything
+    from policies.synced_weights import SyncedWeights
+    from rollout.weight_sync.message import everything
     from rollout.workers.worker import Worker
 
     policy, name = check.policy(), str(check.dtype).removeprefix("torch.")
-    messages = list(everything(Publication(policy.weights()), 0))
+    messages = list(everything(SyncedWeights(policy.weights()), 0))
     worker = Worker(policy.skeleton(), name, name, str(check.device), torch.get_num_threads())
     del policy
 
@@ -302,7 +302,7 @@ def sleep(check: Check) -> dict[str, Any]:
 
     def wake() -> None:
         for message in messages:
-            worker.publish(message)
+            worker.sync_weights(message)
 
     result = {"wake": check.seconds(wake)}
     ask = check.prompts(2), check.params(2), 0

@@ -57,7 +57,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     for kind in KINDS:
         engines[kind] = Engine(policy, dtype, copies=Copies(kind, kind))
         started = time.perf_counter()
-        engines[kind].publish(weights, 1)
+        engines[kind].sync_weights(weights, 1)
         publications[kind] = time.perf_counter() - started
     prompt = Prompt("p", "", [7 * i % policy.config.vocab_size for i in range(CONTEXT)])
     seconds: dict[tuple[str, int, int], list[float]] = {}

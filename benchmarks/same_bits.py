@@ -37,17 +37,19 @@ HERE = Path(__file__).resolve()
 RENAMED: list[tuple[str, str]] = []
 # Names that a newer commit leaves out, since the feature has gone: the base's values are not looked at.
 REMOVED = [r"sources", r"empty", r"lookups", r"pass_rates", r"skipped_in_a_row"]
+OLD_OPTIONS = {"--sft.": "--warm_start.", "--rollout.staleness": "--rollout.ahead"}
+OLD_OPTIONS |= {"--rollout.max_resamples": "--rollout.refill_draws"}
 UNTIMED = re.compile(r"^(time/|speed/|memory/)|seconds|^(time|pid|rss)$")
 
 FEW = ["--model", "micro", "--prompts_per_step", "8", "--rollout.group_size", "4", "--eval.limit", "16"]
 WORDS = ["--model", "micro", "--data.name", "word_problems", "--data.levels", "[1]", "--eval.limit", "16"]
-SHORT = [*FEW, *WORDS, "--warm_start.steps", "20", "--steps", "4", "--rollout.max_completion_tokens", "24"]
+SHORT = [*FEW, *WORDS, "--sft.steps", "20", "--steps", "4", "--rollout.max_completion_tokens", "24"]
 LETTERS = ["--rewards", "[{function: TESTS/cases/letters.py:letters}]"]  # which ties no group, so that steps teach
 SHORT += LETTERS
 LEARNS = [*SHORT, "--rollout.draft_tokens", "2", "--learner.learning_rate", "1e-3"]  # no gain is measured: no rest
 # The options of examples/07_word_game.yaml, which other commits have under other names.
 GAME = ["--data.name", "word_game", "--environment", "word_game", "--max_turns", "3", *FEW, *LETTERS]
-GAME += ["--warm_start.batch_size", "32", "--warm_start.learning_rate", "2e-3", "--warm_start.warmup_steps", "20"]
+GAME += ["--sft.batch_size", "32", "--sft.learning_rate", "2e-3", "--sft.warmup_steps", "20"]
 GAME += ["--rollout.max_completion_tokens", "32", "--rollout.draft_tokens", "0", "--rollout.prompts_per_shard", "32"]
 GAME += ["--learner.learning_rate", "4e-4", "--learner.tokens_per_micro_batch", "4096", "--mtp.loss_weight", "0"]
 GAME += ["--loss.scale_rewards", "none", "--eval.every", "15"]
@@ -66,14 +68,14 @@ SCENARIOS: dict[str, list[list[str]]] = {
             "4",
             "--curriculum.shortest_share",
             "0.5",
-            "--rollout.refill_draws",
+            "--rollout.max_resamples",
             "1",
         ]
     ],
-    "environment": [["train", *GAME, "--warm_start.steps", "30", "--steps", "3"]],
+    "environment": [["train", *GAME, "--sft.steps", "30", "--steps", "3"]],
     "agent": [["train", *LEARNS, "--agent", "TESTS/cases/agents.py:once"]],
     # A worker would measure costs of its own, so the number of drafts is fixed.
-    "ahead": [["train", *LEARNS, "--rollout.ahead", "2", "--rollout.draft_tokens", "2", "--steps", "6"]],
+    "ahead": [["train", *LEARNS, "--rollout.staleness", "2", "--rollout.draft_tokens", "2", "--steps", "6"]],
     "ranks": [["train", *LEARNS, "--device", "cpu", "--learner.parallel.fsdp", "2"]],
     "sft": [["sft", *WORDS, "--steps", "20"]],
     "mtp": [
@@ -126,6 +128,18 @@ def start(tree: Path, words: list[str], ranks: int, log: Path) -> list[subproces
     return processes
 
 
+def old_word(word: str) -> str:
+    """The word of a command line under the names that options had in 0.2.
+
+    >>> old_word("--sft.steps")
+    '--warm_start.steps'
+    """
+    for new, old in OLD_OPTIONS.items():
+        if word.startswith(new):
+            return old + word.removeprefix(new)
+    return word
+
+
 def inside(words: list[str]) -> int:
     """In the tree: the command, with costs of drafts that are the same everywhere, and a policy of two small layers."""
     from policies import presets
@@ -150,7 +164,10 @@ def inside(words: list[str]) -> int:
         "num_hidden_layers": 2,
     }
     from grpo.__main__ import main
+    from rewards.config import names
 
+    if not hasattr(names, "new_key"):  # a commit before these names
+        words = [old_word(word) for word in words]
     sys.argv = ["quartet", *words]
     return int(main() or 0)
 

@@ -31,7 +31,7 @@ RUN: dict[str, Any] = {
     "agent": f"{Path(__file__).resolve()}:talk",
     "steps": 6,
     "prompts_per_step": 4,
-    "warm_start.steps": 0,
+    "sft.steps": 0,
     "rollout.group_size": 4,
     "rollout.max_completion_tokens": ANSWER,
     "learner.learning_rate": 1e-6,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -32,7 +33,7 @@ from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.steps.opening import grpo_session, open_run
 from grpo.steps.pool import NoPool, open_run_pool, open_sampler, sampling_of, use_costs_of_run
-from grpo.steps.publisher import Publisher, open_publisher, refuse_mismatch
+from grpo.steps.weight_sync import WeightSync, open_weight_sync, refuse_mismatch
 from grpo.task.task import Task
 from policies.policy import Policy
 from rewards.data.examples import Example
@@ -51,10 +52,10 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A policy that learns and its samplers, as a configuration says: with its warm start, its curriculum and its
+    """A policy that learns and its samplers, as a configuration says: with its SFT stage, its curriculum and its
     schedule. Every rank of a run calls the same primitives in the same order, and gets the same values.
 
-    With the configuration of `quartet sft`, and in a warm start, it learns from `solutions`, and samples only to
+    With the configuration of `quartet sft`, and in an SFT stage, it learns from `solutions`, and samples only to
     evaluate.
 
     >>> with Session.open(TrainConfig(output_dir="runs/mine", steps=20)) as session:
@@ -62,7 +63,7 @@ class Session:
     ...         groups = session.sample(session.prompts(step), step=step)
     ...         batch = session.prepare(groups, session.score(groups))
     ...         metrics = session.forward_backward(batch) | session.optim_step()
-    ...         session.publish()
+    ...         session.sync_weights()
     ...         session.record(step, metrics)
     """
 
@@ -72,9 +73,9 @@ class Session:
         """`plain` shares the frozen weights, without adapters: what other sessions begin with."""
         self.run, self.task, self.learner, self.collector, self.config = run, task, learner, collector, run.config
         self.policy, self.ranks, self.plain = learner.policy, run.ranks, plain
-        self.batches = Batches(run, collector, learner, self._publish)
-        self.canaries: SamplingParams | None = None  # None: there are samplers only while it evaluates
-        self.publisher: Publisher | None = None
+        self.batches = Batches(run, collector, learner, self._sync_weights)
+        self.sync_check: SamplingParams | None = None  # None: there are samplers only while it evaluates
+        self.weight_sync: WeightSync | None = None
         self.pool: Pool = NoPool()
         collector.pool = self.pool
         sampling = replace(sampling_of(run, self.policy, run.config.eval.samples), environment=task.actor.environment)
@@ -96,35 +97,35 @@ class Session:
         stop_after: int | None = None,
         force: bool = False,
     ) -> Iterator[Self]:
-        """Everything that can be refused is refused before the folder is touched. The policy has its warm start,
+        """Everything that can be refused is refused before the folder is touched. The policy has its SFT stage,
         samplers hold its weights, and the held-out problems have been evaluated. With LoRA another session may be the
         `base`: both have the frozen weights of one policy, in memory once, each with adapters of its own."""
         flags: dict[str, Any] = {"resume": resume, "stop_after": stop_after, "force": force}
         with open_run(config, config.steps, **flags) as (run, task):
-            from grpo.steps.supervise import supervised_session, warm_start
+            from grpo.steps.supervise import run_sft_stage, supervised_session
 
             if isinstance(config, SftConfig):
                 session = supervised_session(cls, run, task)
             else:
-                if base is None and config.warm_start.steps:
-                    warm_start(run, task, cls, BestPoint)
+                if base is None and config.sft.steps:
+                    run_sft_stage(run, task, cls, BestPoint)
                 session = grpo_session(cls, run, task, base)
-            with session.begun():
+            with session.start_steps():
                 yield session
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
+    def start_steps(self) -> Iterator[None]:
         """The steps are inside, after the first evaluation."""
         run, task = self.run, self.task
         with ExitStack() as stack:
-            if self.canaries:
-                self.publisher = stack.enter_context(open_publisher(run, self.learner, self.canaries))
-                self.pool = self.publisher.pool
+            if self.sync_check:
+                self.weight_sync = stack.enter_context(open_weight_sync(run, self.learner, self.sync_check))
+                self.pool = self.weight_sync.pool
                 self.collector.pool = stack.enter_context(open_sampler(run, task, self.pool))
                 self.held_out.pool = stack.enter_context(open_sampler(run, task, self.pool))  # agents have a memory
-                run.alone(use_costs_of_run, run, task, self.pool, self.policy, self.collector.sampling)
+                run.on_first_rank(use_costs_of_run, run, task, self.pool, self.policy, self.collector.sampling)
             stack.enter_context(run)
-            self.batches.begin()
+            self.batches.start_sampling()
             if self._evaluates(run.step) and not self.held_out.done(run.step):
                 self.evaluate(when=f"before{self._of_grpo}" if run.step == 0 else None)
             yield
@@ -139,8 +140,8 @@ class Session:
     def draw(self, step: int) -> Drawn:
         """The prompts of a step, their groups and scores; tied groups are refilled, and what the next steps need is
         sampled ahead, as the configuration says."""
-        self._publish_refused()
-        drawn = self.batches.take(step)
+        self._sync_refused()
+        drawn = self.batches.take_batch(step)
         self.run.metrics |= drawn.metrics
         self.batches.go_on(step)
         return drawn
@@ -150,11 +151,11 @@ class Session:
 
         def choose() -> list[Prompt]:
             if draw == 0:
-                self.collector.begin(step)
+                self.collector.begin_step(step)
             return self.collector.prompts(count or self.config.prompts_per_step, step, draw)
 
         if draw == 0:
-            self.batches.begins(step)
+            self.batches.snapshot_before(step)
         return self.ranks.from_first(choose)
 
     def sample(self, prompts: Sequence[Prompt], *, step: int, draw: int = 0, **changes: Any) -> list[RolloutGroup]:
@@ -169,7 +170,7 @@ class Session:
             self.collector.learn_drafts(groups)
             return groups
 
-        self._publish_refused()
+        self._sync_refused()
         return self.ranks.from_first(act)
 
     def score(
@@ -181,7 +182,7 @@ class Session:
             with self.run.timed("time/reward"):
                 if rewards is not None:
                     scores = self.task.score_by(rewards, groups)
-                    for failure in (failure for score in scores for failure in score.errors):
+                    for failure in chain.from_iterable(score.errors for score in scores):
                         self.run.log.event("reward_error", step=self.step, **vars(failure))
                     return scores
                 return self.collector.score(groups, self.step)
@@ -192,12 +193,12 @@ class Session:
         """Prompts of the training data with their gold solutions, the next ones in the order of the data."""
         token = self.policy.stop_token_ids[0]
 
-        def take() -> tuple[list[str], list[PackedRow]]:
-            examples: list[Example] = self.collector.stream.take(count)
+        def take_solutions() -> tuple[list[str], list[PackedRow]]:
+            examples: list[Example] = self.collector.stream.take_examples(count)
             rows = [self.task.solution(example, self.policy.tokenizer, token) for example in examples]
             return [example.example_id for example in examples], rows
 
-        self._examples, rows = self.ranks.from_first(take)
+        self._examples, rows = self.ranks.from_first(take_solutions)
         return rows
 
     def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
@@ -213,10 +214,10 @@ class Session:
 
     def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
         """The policy's log-probability of each token of completions, given as token ids by prompt: [P][G][Lc]."""
-        groups = [
-            RolloutGroup(prompt, [Completion(list(ids), [0.0] * len(ids), "", "stop", 0) for ids in of_prompt])
-            for prompt, of_prompt in zip(prompts, completions, strict=True)
-        ]
+        groups = []
+        for prompt, of_prompt in zip(prompts, completions, strict=True):
+            read = [Completion(list(ids), [0.0] * len(ids), "", "stop", 0) for ids in of_prompt]
+            groups.append(RolloutGroup(prompt, read))
         return logprobs_of_groups(self.policy, groups, self.config.rollout.temperature)
 
     def prepare(
@@ -229,7 +230,7 @@ class Session:
         Rows of `solutions` become a batch for supervised steps, lessons that `quartet mtp` has recorded one for the
         draft head. Groups without scores are not recorded. Raises ValueError for a prompt of a held-out problem
         (contract 16), and for lessons where there is no draft head."""
-        self.run.alone(self.pool.sleep)
+        self.run.on_first_rank(self.pool.sleep)
         if isinstance(groups, Drawn):
             drawn = groups
         elif groups and isinstance(groups[0], PackedRow):
@@ -238,7 +239,7 @@ class Session:
             return supervised(rows, self.step)
         elif groups and not isinstance(groups[0], RolloutGroup):
             lessons = cast("Sequence[Lesson]", groups)
-            self._refuse_held_out(token_ids for lesson in lessons for token_ids in lesson.prompts)
+            self._refuse_held_out(chain.from_iterable(lesson.prompts for lesson in lessons))
             if self.policy.mtp is None:
                 raise ValueError("recorded lessons teach a draft head, and this policy has none: see quartet mtp")
             return recorded(lessons, self.step)
@@ -255,8 +256,8 @@ class Session:
         if scores is not None or drawn is groups:
             self._prepared = drawn, batch
             self._keep(drawn, batch)
-            for listener in self.collector.listeners if self.ranks.first else ():
-                self.run.metrics |= listener.learns(self.step, drawn, batch)
+            for callback in self.collector.callbacks if self.ranks.first else ():
+                self.run.metrics |= callback.on_update_begin(self.step, drawn, batch)
         return batch
 
     def _refuse_held_out(self, prompts: Iterable[Sequence[int]]) -> None:
@@ -310,8 +311,8 @@ class Session:
 
             metrics = self._learn(lambda: self.learner.forward_backward(batch, term, advance))
         if term is not None and term.teaches(batch):
-            for listener in self.collector.listeners:
-                listener.taught()
+            for callback in self.collector.callbacks:
+                callback.on_custom_loss()
         first = self._drawn is batch and not (self.learner.updates or batch.age(self.learner.policy_version))
         if first and self.config.dtype == "float32" and self.config.rollout.quantization == "none":
             refuse_mismatch(self.policy, self.config.model, metrics)
@@ -340,29 +341,29 @@ class Session:
         return metrics
 
     def _learn(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
-        rate = f"{'warm_start' if self.run.inner else 'learner'}.learning_rate"
+        rate = f"{'sft' if self.run.inner else 'learner'}.learning_rate"
         if self._examples:
             return self.run.learn(act, rate=rate, batch=self.run.folder / "events.jsonl", examples=self._examples)
         return self.run.learn(act, rate=rate, batch=rollout_path(self.run.folder, self.step))
 
     # ---- publishing, evaluating, keeping ----------------------------------------------------------------------------
 
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         """The samplers get the weights, where they hold others. Of what is sampled ahead the schedule decides that, but
         for a step after which something is evaluated."""
-        schedule = self.batches.ahead and self.batches.is_asked
+        schedule = self.batches.staleness and self.batches.is_asked
         if not schedule or self._evaluates(self.step) or self.step == self.run.last:
-            self.batches.settle()
-            self._publish()
+            self.batches.wait_for_sampling()
+            self._sync_weights()
 
-    def _publish(self, anew: bool = False) -> None:
-        if self.publisher is not None:
-            self.publisher.keep_up(self.run, anew)
+    def _sync_weights(self, anew: bool = False) -> None:
+        if self.weight_sync is not None:
+            self.weight_sync.keep_up(self.run, anew)
 
-    def _publish_refused(self) -> None:
+    def _sync_refused(self) -> None:
         """Nothing is sampled with a version that was not admitted: it is published and checked again."""
-        if self.publisher is not None and self.publisher.version is None:
-            self._publish()
+        if self.weight_sync is not None and self.weight_sync.version is None:
+            self._sync_weights()
 
     def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:
         """The held-out problems or others, by way of sampling and greedily, as metrics of the run; with `when` they are
@@ -370,9 +371,9 @@ class Session:
         if problems is not None:
             self.task.refuse_trained_on(problems)
         with ExitStack() as stack:
-            if self.publisher is None:
+            if self.weight_sync is None:
                 self.held_out.pool = stack.enter_context(closing(self.open_pool()))
-            self._publish_refused()
+            self._sync_refused()
             return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
 
     def open_pool(self) -> Pool:
@@ -397,20 +398,20 @@ class Session:
         return checkpoint.save(Path(folder), self.run.step, *self.run.state())
 
     def load(self, path: Path | str) -> None:
-        """The policy, its optimizer, the order of the data and what listeners keep, as they were when this checkpoint
+        """The policy, its optimizer, the order of the data and what callbacks keep, as they were when this checkpoint
         was saved; the samplers get the weights. Raises CheckpointError for a damaged one, ValueError for another
         policy's."""
-        self.batches.settle()
+        self.batches.wait_for_sampling()
         self.run.load(checkpoint.load(Path(path), together=True))
-        self._publish(anew=True)  # another policy may have had the same version
-        self.batches.begin()
+        self._sync_weights(anew=True)  # another policy may have had the same version
+        self.batches.start_sampling()
 
     def finish(self) -> Result:
         """Evaluate at the end, and write the policy to `output_dir/policy`."""
         run, held_out = self.run, self.held_out
         if held_out.prompts and not run.ended_before:
-            self.batches.settle()
-            self._publish()  # what a loop of one's own may not have done
+            self.batches.wait_for_sampling()
+            self._sync_weights()  # what a loop of one's own may not have done
             self.evaluate(when=f"after{self._of_grpo}")
         save_policy(self.policy, run.folder / "policy", run.last)
         self._save_best()
@@ -420,8 +421,8 @@ class Session:
         return self.held_out.due(step, self.run.last)
 
     def _evaluated(self, step: int, results: Mapping[str, Evaluation]) -> None:
-        for listener in self.collector.listeners:
-            listener.evaluated(step, results)
+        for callback in self.collector.callbacks:
+            callback.on_evaluate(step, results)
 
     def _keep(
         self, drawn: Drawn, batch: TrainingBatch, policy_logprobs: Mapping[int, Sequence[float]] | None = None

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on prompts and gold solutions, the draft head trained beside the trunk.
 
-The warm start is the same loop on a part of a run of GRPO (grpo/steps/supervise.py).
+The SFT stage is the same loop on a part of a run of GRPO (grpo/steps/supervise.py).
 """
 
 from __future__ import annotations

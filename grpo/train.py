@@ -29,7 +29,7 @@ def train(
             drawn = session.draw(step)  # prompts, groups of completions and their scores
             batch = session.prepare(drawn)  # advantages, in packed rows
             metrics = session.learn(batch)  # forward, backward, a step of the optimizer
-            session.publish()
+            session.sync_weights()
             session.record(step, metrics)
             session.save_if_due(step)
             session.evaluate_if_due(step)

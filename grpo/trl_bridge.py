@@ -20,7 +20,7 @@ from grpo.run.metrics import rollout_metrics
 from grpo.task.sampling import sampling_params
 from policies.attention import sees_prompts_whole
 from policies.lora import ADAPTER
-from policies.policy import Policy, digest
+from policies.policy import Policy, checksum
 from rollout.cost_table import Workload
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Pool, PoolOptions
@@ -98,7 +98,7 @@ class rollout_func:
         self.options = PoolOptions(workers, threads=threads_per_worker, prompts_per_shard=prompts_per_shard)
         self.head_age = HeadAge(warn_every)
         self.pool: Pool | None = None
-        self.publications = 0
+        self.syncs = 0
         self.calls: dict[str, tuple[int, int]] = {}  # mode: (global step, calls within it)
         freeze_exact_parts(policy)
 
@@ -117,8 +117,8 @@ class rollout_func:
         last, count = self.calls.get(mode, (step, 0))
         call = count if last == step else 0
         self.calls[mode] = step, call + 1
-        self.publications += 1
-        self.pool.publish(self.policy.publication(), self.publications)
+        self.syncs += 1
+        self.pool.sync_weights(self.policy.synced_weights(), self.syncs)
         longest, drafts = trainer.max_completion_length, self.draft_tokens
         options = SamplingOptions(temperature=trainer.temperature, max_completion_tokens=longest, draft_tokens=drafts)
         params = sampling_params(self.policy, options, size, trainer.args.seed).at(step, call)
@@ -219,7 +219,7 @@ class HeadAge:
     def __init__(self, warn_every: int) -> None:
         self.warn_every = warn_every
         self.trained_at = self.warned_at = 0
-        self.trained_digest = ""
+        self.trained_checksum = ""
         self.fresh: list[float] = []  # acceptance per depth when the draft head was last trained
 
     def steps(self, step: int) -> int:
@@ -227,8 +227,8 @@ class HeadAge:
 
     def note(self, step: int, head: Mapping[str, Tensor], acceptance: list[float]) -> str | None:
         """Notes weights and acceptance of the draft head at a step; returns what there is to warn of, now and then."""
-        if (now := digest(head)) != self.trained_digest:
-            self.trained_digest, self.trained_at, self.warned_at, self.fresh = now, step, step, acceptance
+        if (now := checksum(head)) != self.trained_checksum:
+            self.trained_checksum, self.trained_at, self.warned_at, self.fresh = now, step, step, acceptance
         if step - self.warned_at < self.warn_every:
             return None
         self.warned_at = step

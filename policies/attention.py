@@ -140,7 +140,10 @@ class Packing:
     @cached_property
     def blocks(self) -> list[Block]:
         """The blocks of the kernel on a CPU. Every token is a query of one block or of two, and padding of none."""
-        return [block for row, numbers in enumerate(self.segment.tolist()) for block in self._row(row, numbers)]
+        blocks: list[Block] = []
+        for row, numbers in enumerate(self.segment.tolist()):
+            blocks += self._row(row, numbers)
+        return blocks
 
     def _row(self, row: int, numbers: list[int]) -> Iterator[Block]:
         length = max((n for n, number in enumerate(numbers, start=1) if number >= 0), default=0)
@@ -184,8 +187,9 @@ class Packing:
             )
             for at in range(0, queries, STRIP)
         ]
-        names = "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
-        joined = [torch.cat([getattr(part, name) for part in parts], dim=2) for name in names]
+        joined = []
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+            joined.append(torch.cat([getattr(part, name) for part in parts], dim=2))
         return BlockMask.from_kv_blocks(*joined, mask_mod=self.sees_from(0), seq_lengths=(queries, length))
 
     def sees_from(self, query: int) -> Sees:

@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from policies import four_bit, lora, sharding
 from policies.files import gguf
 from policies.files.atomic import heed_umask, write_folder
-from policies.files.digests import DIGESTS, fault
+from policies.files.checksums import CHECKSUMS, fault
 from policies.layout import PolicyError, WeightFiles, auto_class, find_file, is_language_model
 from policies.mtp import MTPHead
 
@@ -190,10 +190,10 @@ def check_policy(folder: Path) -> None:
 
     A folder without digests passes: it comes from another tool.
     """
-    if (folder / DIGESTS).is_file() and (damage := fault(folder, DIGESTS)):
+    if (folder / CHECKSUMS).is_file() and (damage := fault(folder, CHECKSUMS)):
         raise PolicyError(
             f"model={str(folder)!r} is damaged: {damage}; restore the file from a copy, or delete "
-            f"{folder / DIGESTS} if you have changed the policy yourself"
+            f"{folder / CHECKSUMS} if you have changed the policy yourself"
         )
 
 

@@ -162,9 +162,10 @@ def frozen_parameter_names(config: PretrainedConfig) -> list[str]:
     """
     if not getattr(config, "quartet_exact_mla", False):
         return []
-    projection = "kv_a_proj_with_mqa"
-    return [
-        f"model.layers.{layer}.self_attn.{name}"
-        for layer in range(config.num_hidden_layers)
-        for name in ("kv_a_layernorm.weight", f"{projection}.bias", f"{projection}.base_layer.bias")
-    ]
+    projection, names = "kv_a_proj_with_mqa", []
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.self_attn"
+        names.append(f"{prefix}.kv_a_layernorm.weight")
+        names.append(f"{prefix}.{projection}.bias")
+        names.append(f"{prefix}.{projection}.base_layer.bias")
+    return names

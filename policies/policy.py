@@ -30,11 +30,11 @@ from policies.layout import FIXED_FIELDS, PolicyError, auto_class
 from policies.lm_head import LMHead, last_states, scale_and_cap
 from policies.mtp import MTPHead, cast_in_place
 from policies.paths import Paths
-from policies.publication import Publication
 from policies.routing.heads import with_dynamic_heads
 from policies.scoring import has_indexer
+from policies.synced_weights import SyncedWeights
 
-__all__ = ["Policy", "PolicyError", "checkpoint_layers", "digest", "read_config", "read_tokenizer"]
+__all__ = ["Policy", "PolicyError", "checkpoint_layers", "checksum", "read_config", "read_tokenizer"]
 
 
 BOUNDLESS = 1 << 20  # tokens
@@ -64,7 +64,7 @@ class Policy(nn.Module):
         self.attend_to_prompts()
         self.recurrent = mixers.read_packed(trunk)
         if "text_config" in trunk.config.sub_configs:  # what reads pictures stays as it is
-            kept = {id(p) for part in (trunk.get_decoder(), trunk.get_output_embeddings()) for p in part.parameters()}
+            kept = set(map(id, (*trunk.get_decoder().parameters(), *trunk.get_output_embeddings().parameters())))
             for parameter in trunk.parameters():
                 if id(parameter) not in kept:
                     parameter.requires_grad_(False)
@@ -230,9 +230,9 @@ class Policy(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Every tensor on which sampling depends, with adapters merged: parameters, buffers such as the expert bias,
         and the draft vocabulary."""
-        return dict(self.publication())
+        return dict(self.synced_weights())
 
-    def publication(self) -> Publication:
+    def synced_weights(self) -> SyncedWeights:
         """The tensors of `weights`, with each adapter apart from its weight until that is read."""
         tensors: dict[str, Tensor] = {}
         adapters: dict[str, lora.Adapter] = {}
@@ -245,7 +245,7 @@ class Policy(nn.Module):
             tensors["draft_ids"] = self.draft_ids
         named = self.named_parameters(remove_duplicate=False) if adapters else ()
         frozen = (name.replace(".base_layer", "") for name, parameter in named if not parameter.requires_grad)
-        return Publication(tensors, adapters, frozenset(frozen))
+        return SyncedWeights(tensors, adapters, frozenset(frozen))
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -340,7 +340,7 @@ def checkpoint_layers(trunk: PreTrainedModel) -> list[GradientCheckpointingLayer
     return layers
 
 
-def digest(weights: Mapping[str, Tensor]) -> str:
+def checksum(weights: Mapping[str, Tensor]) -> str:
     """A fingerprint of names, shapes and bits, the same in every process (contract 5)."""
     fingerprint = hashlib.blake2b(digest_size=16)
     for name in sorted(weights):

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain, product
 from typing import Any
 
 from rewards.group_score import FailurePolicy, GroupScore, GroupTally, RewardFailed, RewardFailure
@@ -196,30 +197,32 @@ class Scorer:
     ) -> list[GroupScore]:
         weights = {function.label: function.spec.weight for function in self._functions}
         tallies = [GroupTally(group.prompt_id, len(group.completions), weights) for group in groups]
-        calls = [(function, batch) for function in self._functions for batch in self._batches(groups)]
-        replies = self._pool.run(
-            [function.request([groups[i] for i in batch], trainer_state) for function, batch in calls]
-        )
+        calls, requests = [], []
+        for function, batch in product(self._functions, self._batches(groups)):
+            calls.append((function, batch))
+            requests.append(function.request(groups[batch.start : batch.stop], trainer_state))
+        replies = self._pool.run(requests)
         suspects: list[tuple[RewardFunction, range, dict]] = []
         for (function, batch), reply in zip(calls, replies, strict=True):
             assert reply is not None
-            places = [(tallies[i], sample) for i in batch for sample in range(tallies[i].size)]
+            places = [(tallies[i], sample) for i, sample in _samples(tallies, batch)]
             # A worker may have been killed from outside, so only a second death is a failure.
             if rerun and "kind" in reply and (len(places) > 1 or reply["kind"] == "died"):
                 suspects.append((function, batch, reply))
             else:
                 self._note(function, places, reply)
         for function, batch, reply in suspects:
-            alone = [(i, sample) for i in batch for sample in range(tallies[i].size)]
+            alone = list(_samples(tallies, batch))
             requests = [function.request([groups[i].only(sample)], trainer_state) for i, sample in alone]
             single_replies = self._pool.run(requests, stop_at_failure=policy.action == "abort")
             for (i, sample), single in zip(alone, single_replies, strict=True):
                 if single is not None:
                     self._note(function, [(tallies[i], sample)], single)
-            if not any(error.function == function.label for i in batch for error in tallies[i].errors):
+            errors = chain.from_iterable(tallies[i].errors for i in batch)
+            if not any(error.function == function.label for error in errors):
                 self._warn(function, reply)
         if policy.action == "abort":
-            for failure in (error for tally in tallies for error in tally.errors):
+            for failure in chain.from_iterable(tally.errors for tally in tallies):
                 raise RewardFailed(self._explain(failure), failure)
         return [tally.result(policy) for tally in tallies]
 
@@ -269,3 +272,10 @@ class Scorer:
             "failure means: 'drop_sample' (leave this completion out), 'drop_group' (leave its whole group out), "
             "'score=0' (count it as 0). A function that cannot judge a completion should return None"
         )
+
+
+def _samples(tallies: Sequence[GroupTally], batch: range) -> Iterator[tuple[int, int]]:
+    """The group and the sample index of every completion of a batch."""
+    for i in batch:
+        for sample in range(tallies[i].size):
+            yield i, sample

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import PurePath
 from typing import Any
 
@@ -83,19 +84,19 @@ class RewardFunction:
     def request(self, groups: Sequence[Group], trainer_state: Mapping[str, Any] | None) -> dict[str, Any]:
         """The message for a batch. Raises RewardError if something that the function asks for is missing."""
         per_completion = groups[0].completion_columns
-        names = self._columns([*dict.fromkeys(name for group in groups for name in group.columns), *per_completion])
+        of_groups = dict.fromkeys(chain.from_iterable(group.columns for group in groups))
+        columns, completion_columns = {}, {}
+        for name in self._columns([*of_groups, *per_completion]):
+            if name in per_completion:
+                completion_columns[name] = [list(group.completion_columns[name]) for group in groups]
+            else:
+                columns[name] = [self._value(group, name) for group in groups]
         request: dict[str, Any] = {
             "function": self.index,
             "prompts": [(group.messages if self.spec.reads_chat else None) or group.prompt for group in groups],
             "completions": [(group.turns if self.spec.reads_chat else None) or group.completions for group in groups],
-            "columns": {
-                name: [self._value(group, name) for group in groups] for name in names if name not in per_completion
-            },
-            "completion_columns": {
-                name: [list(group.completion_columns[name]) for group in groups]
-                for name in names
-                if name in per_completion
-            },
+            "columns": columns,
+            "completion_columns": completion_columns,
         }
         ids = [group.completion_ids for group in groups]
         for name, value in {

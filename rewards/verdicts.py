@@ -16,7 +16,7 @@ class Verdicts:
     """What a reward declares with `rewards.right_at`, or what its marks show.
 
     A reward that declares nothing is believed as long as every mark of it is 0 or 1: the first other one ends that for
-    good. `full_marks`, accuracy or not, is 1, or what a gold solution gets where that is more, unless the reward
+    good. `max_score`, accuracy or not, is 1, or what a gold solution gets where that is more, unless the reward
     declares another mark.
 
     >>> verdicts = Verdicts("letters", "undeclared", gold=None)
@@ -32,7 +32,7 @@ class Verdicts:
         self.declared = right_at != "undeclared"
         self.right_at = right_at if isinstance(right_at, float) else 1.0
         self.are_given = right_at is not None
-        self.full_marks = self.right_at if isinstance(right_at, float) else max(1.0, gold or 0.0)
+        self.max_score = self.right_at if isinstance(right_at, float) else max(1.0, gold or 0.0)
         self.see([gold])
 
     def see(self, marks: Iterable[float | None]) -> None:

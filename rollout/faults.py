@@ -56,15 +56,15 @@ class Faults:
 
     def __init__(self, on_lost: OnLost = lambda what, reason, action: None, most: int = MOST_LOST) -> None:
         self.on_lost, self.most = on_lost, most
-        self.since_publication = 0
+        self.since_sync = 0
         self.unreported: defaultdict[str, float] = defaultdict(float)
         self._missing: set[Hashable] = set()  # lost work
         self._began = 0.0  # when the first of it began
-        self._lock = Lock()  # with rollout.ahead a thread samples while another asks for the metrics
+        self._lock = Lock()  # with rollout.staleness a thread samples while another asks for the metrics
 
-    def published(self) -> None:
+    def on_weight_sync(self) -> None:
         """Is told of a publication: losses count anew from here on, and work that was missing is given up."""
-        self.since_publication = 0
+        self.since_sync = 0
         self._missing.clear()
 
     def lost(
@@ -72,12 +72,12 @@ class Faults:
     ) -> None:
         """Is told of a loss: `work`, which had begun at `since` of time.monotonic(), is to be done again. Raises
         RolloutError where too much was lost."""
-        self.since_publication += 1
-        given_up = self.since_publication > self.most
+        self.since_sync += 1
+        given_up = self.since_sync > self.most
         self.on_lost(what, reason, "the run ends" if given_up else action)
         if given_up:
             raise RolloutError(
-                f"{self.since_publication} losses since the last publication; the last one was {what}: {reason}. "
+                f"{self.since_sync} losses since the last publication; the last one was {what}: {reason}. "
                 f"{VLLM_ADVICE if kind == 'vllm' else ADVICE}; go on with --resume auto"
             )
         with self._lock:

@@ -12,11 +12,11 @@ from torch import Tensor
 from rollout.cost_table import CostTable, Workload
 from rollout.faults import OnFinished, OnLost
 from rollout.group import Prompt, RolloutGroup
-from rollout.publication.digests import Held
 from rollout.sampling import PLAIN, Copies, SamplingParams
+from rollout.weight_sync.checksums import Held
 
 TIMEOUT_S = 3600.0  # of a shard: far above any that was measured, so that only a worker that hangs is killed
-PUBLISH_TIMEOUT_S = 600.0  # of new weights
+SYNC_TIMEOUT_S = 600.0  # of new weights
 PLACEMENT_TIMEOUT_S = 300.0  # of room in the cluster
 OnReady = Callable[[int, dict[str, Any]], None]  # gets the number of a worker that has started, and where it is
 
@@ -40,10 +40,10 @@ class Pool(Sampler, Protocol):
 
     asleep: bool = False  # samplers have left the learner's GPUs, until the next publication
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None: ...
+    def sync_weights(self, weights: Mapping[str, Tensor], version: int) -> None: ...
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        """The groups of all these prompts by every engine, under its name: canaries (publication/canaries.py)."""
+        """The groups of all these prompts by every engine, under its name: canaries (weight_sync/sync_check.py)."""
         ...
 
     def sleep(self) -> None:
@@ -76,7 +76,7 @@ class PoolOptions:
 
     With `workers` Ray's actors sample, each with `threads` processors and, where the cluster has GPUs, `gpus` of one.
     The pool waits `placement_timeout_s` for room in the cluster at `address`. A worker that takes longer than
-    `timeout_s` for a shard, or `publish_timeout_s` to take new weights over, is replaced, as if it had died. With
+    `timeout_s` for a shard, or `sync_timeout_s` to take new weights over, is replaced, as if it had died. With
     `colocate` workers and learner take turns on the same GPUs; None: where there are no others. `on_lost` gets what
     died or was late, such as "worker 1", the reason, and what is done; `on_ready` gets the number of each worker that
     has started, and where it is. With `vllm`, its VLLMSettings, a server of vLLM samples in their place.
@@ -88,7 +88,7 @@ class PoolOptions:
     prompts_per_shard: int = 8
     address: str | None = None
     timeout_s: float = TIMEOUT_S
-    publish_timeout_s: float = PUBLISH_TIMEOUT_S
+    sync_timeout_s: float = SYNC_TIMEOUT_S
     gpus: float = 1.0
     placement_timeout_s: float = PLACEMENT_TIMEOUT_S
     colocate: bool | None = None

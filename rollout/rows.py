@@ -86,7 +86,10 @@ class Rows:
 
     @staticmethod
     def concat(parts: Sequence[Rows]) -> Rows:
-        return Rows(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+        tensors = {}
+        for name in vars(parts[0]):
+            tensors[name] = torch.cat([vars(part)[name] for part in parts])
+        return Rows(**tensors)
 
 
 @dataclass

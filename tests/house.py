@@ -37,14 +37,14 @@ CPU_SECONDS = ".cache/cpu_seconds.json"  # of the last whole runs of tests, writ
 # teacher, curricula, alarms, evaluation, checkpoints and records of a run, the command line, pages.
 CORE = """
 policies/__init__ policies/policy policies/checkpoint policies/layout policies/logprobs policies/attention
-policies/publication policies/decoding/absorbed policies/decoding/latent_cache policies/decoding/linear
+policies/synced_weights policies/decoding/absorbed policies/decoding/latent_cache policies/decoding/linear
 policies/decoding/experts policies/routing/routers rollout/__init__ rollout/decoding/engine rollout/group
 rollout/workers/local_pool rollout/pool rollout/workers/kinds rollout/decoding/results rollout/rows rollout/sampling
 rollout/decoding/settings rollout/decoding/rounds rollout/decoding/reader rollout/decoding/postprocess
 rollout/decoding/batch rollout/decoding/shard rollout/environments/stage rollout/stop_strings
 rollout/backends/__init__ rewards/__init__ rewards/config/data rewards/config/reward rewards/data/examples
 rewards/group_score rewards/protocol rewards/scorer rewards/spec rewards/ties grpo/__init__ grpo/train grpo/session
-grpo/steps/loop grpo/steps/collector grpo/steps/listener grpo/steps/publisher grpo/task/task grpo/task/sampling
+grpo/steps/loop grpo/steps/collector grpo/steps/callback grpo/steps/weight_sync grpo/task/task grpo/task/sampling
 grpo/source/policy_source grpo/algorithm/advantages grpo/algorithm/losses grpo/algorithm/surrogates
 grpo/config/features grpo/config/learner grpo/config/loss grpo/config/run grpo/config/sampling grpo/data/prompts
 grpo/learner/batch grpo/learner/build grpo/learner/learner grpo/learner/likelihood grpo/learner/optimizer

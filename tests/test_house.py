@@ -47,7 +47,7 @@ FEATURES = (
     *("grpo.steps.vllm", "grpo.task.reward_models", "policies.conversion", "policies.decoding", "policies.files.hub"),
     *("policies.files.packed", "rewards.built_in", "rewards.http_post", "rewards.isolation.pool", "rollout.backends"),
     *("rollout.compiled", "rollout.decoding.costs", "rollout.decoding.engine", "rollout.drafts"),
-    *("rollout.environments", "rollout.places", "rollout.publication.message", "rollout.publication.rounded"),
+    *("rollout.environments", "rollout.places", "rollout.weight_sync.message", "rollout.weight_sync.rounded"),
     *("rollout.requests.serving", "rollout.stop_strings", "rollout.workers.actors", "rollout.workers.cluster"),
     *("rollout.workers.ray_pool", "rollout.workers.worker"),
     *("bitsandbytes", "datasets", "gguf", "ray", "reasoning_gym", "starlette", "uvicorn", "vllm"),

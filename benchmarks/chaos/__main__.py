@@ -42,7 +42,7 @@ OPTIONS: dict[str, Any] = {
     "data.task_options.levels": "[1]",
     "data.limit": 64,
     "prompts_per_step": 8,
-    "warm_start.steps": 0,
+    "sft.steps": 0,
     "rollout.workers": 2,
     "rollout.group_size": 4,
     "rollout.max_completion_tokens": 24,
@@ -56,7 +56,7 @@ OPTIONS: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "own cluster": {},  # measures its costs
-    "own cluster, ahead": {"rollout.ahead": 1, "rollout.draft_tokens": 2},
+    "own cluster, ahead": {"rollout.staleness": 1, "rollout.draft_tokens": 2},
     "three nodes": {"rollout.draft_tokens": 2},
 }
 REWARD = """

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 AWAY_S = 15.0  # after which nothing of a run that has ended may be there
 SHARED_MEMORY = Path("/dev/shm")
 # With Ray's own names for what an actor does at this moment, as they are in the titles of its process.
-TITLES = {"sampling": ".sample", "publishing": ".publish", "measuring": ".measure_costs"}
+TITLES = {"sampling": ".sample", "publishing": ".sync_weights", "measuring": ".measure_costs"}
 
 
 class Watched:

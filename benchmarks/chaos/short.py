@@ -13,7 +13,7 @@ from rollout.cost_table import CostTable, Workload
 from rollout.workers.ray_pool import RayPool
 
 rollout.workers.actors.START_TIMEOUT_S = 120.0
-grpo.steps.pool.TIMEOUT_S, grpo.steps.pool.PUBLISH_TIMEOUT_S = 120.0, 20.0
+grpo.steps.pool.TIMEOUT_S, grpo.steps.pool.SYNC_TIMEOUT_S = 120.0, 20.0
 measure = RayPool.use_costs
 
 

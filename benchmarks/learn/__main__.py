@@ -1,4 +1,4 @@
-"""How much is learned from how much: contenders on tasks, from one warm start a seed, with intervals over seeds.
+"""How much is learned from how much: contenders on tasks, from one SFT stage a seed, with intervals over seeds.
 
     make learn                                       # word problems, five seeds: at most 40 minutes
     make learn-all                                   # spelling too, in pieces of at most 40 minutes
@@ -6,7 +6,7 @@
     python -m benchmarks.learn --table               # docs/learning.md anew, from the JSON alone
 
 Two runs go at a time, one thread each: those of a seed side by side, so that both have the same machine. A run that the
-JSON has is not made again, so a piece goes on where it was stopped. A warm start has other bits on another kind of
+JSON has is not made again, so a piece goes on where it was stopped. An SFT stage has other bits on another kind of
 machine: what a seed lacks is then made with all that it has, since only runs from one policy are compared. Before the
 seeds that count, every contender gets the same search of its learning rate: RATES on the seeds and the problems of the
 search, of which the highest mean after the longest runs is taken.
@@ -30,7 +30,7 @@ from benchmarks.learn.contenders import NAMES
 from benchmarks.learn.tasks import ROOT, TASKS, start
 from benchmarks.peers.process import Started, clean
 from grpo.run.hardware import describe
-from policies.files.digests import DIGESTS
+from policies.files.checksums import CHECKSUMS
 from review.readers.machine import caption
 
 RESULTS = ROOT / "benchmarks/results/learn.json"
@@ -92,7 +92,7 @@ def policy_of(run: Run) -> Path:
 
 def digest(policy: Path) -> str:
     """Says which weights a saved policy has."""
-    files = json.loads((policy / DIGESTS).read_text())["files"]
+    files = json.loads((policy / CHECKSUMS).read_text())["files"]
     return " ".join(of["sha256"][:12] for name, of in sorted(files.items()) if name.endswith(".safetensors"))
 
 

@@ -45,7 +45,7 @@ def learn(task: Task, name: str, policy: Path, *, seed: int, rate: float, steps:
     it is one of the search."""
     contender = importlib.import_module(f"benchmarks.learn.contenders.{name}")
     options = {
-        **{"model": str(policy), "seed": seed, "steps": max(steps, 1), "warm_start.steps": 0},
+        **{"model": str(policy), "seed": seed, "steps": max(steps, 1), "sft.steps": 0},
         **{"eval.limit": 2 * task.held_out, "eval.samples": SAMPLES},
         **{"learner.learning_rate": rate * rate_of(task)},
         **contender.OPTIONS,
@@ -73,7 +73,7 @@ def learned(session: Any, contender: Any, step: int) -> Drawn:
     """Takes a step as the contender draws it, and gives what it drew."""
     drawn = contender.draw(session, step) if hasattr(contender, "draw") else session.draw(step)
     metrics = session.learn(session.prepare(drawn))
-    session.publish()
+    session.sync_weights()
     session.record(step, metrics)
     return drawn
 

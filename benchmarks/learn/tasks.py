@@ -1,4 +1,4 @@
-"""What the contenders learn: each task has a policy that a warm start has made, and problems that no step has seen."""
+"""What the contenders learn: each task has a policy that an SFT stage has made, and problems that no step has seen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 @dataclass(frozen=True)
 class Task:
     """`config` is a file of the repository, `changes` are options over it. The policy that all contenders of a seed
-    begin with is that of the configuration's warm start. A contender has a run of each number of `steps`, after which
+    begin with is that of the configuration's SFT stage. A contender has a run of each number of `steps`, after which
     `held_out` problems are answered."""
 
     name: str
@@ -50,7 +50,7 @@ TASKS = {
                 "data.task_options": {"min_word_len": 3, "max_word_len": 7},
                 "rewards": [{"function": "reasoning_gym"}],
                 "rollout.max_completion_tokens": 16,
-                "warm_start.batch_size": 32,
+                "sft.batch_size": 32,
             },
         ),
     )
@@ -70,7 +70,7 @@ def config_of(task: Task, folder: Path, **changes: Any) -> TrainConfig:
 
 
 def start(task: Task, seed: int, folder: Path) -> Path:
-    """The policy of a seed: that of the warm start, in `folder`, which is made once."""
+    """The policy of a seed: that of the SFT stage, in `folder`, which is made once."""
     policy = folder / "warm_start"
     if not (folder / "policy").exists():
         from grpo.train import train

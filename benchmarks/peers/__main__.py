@@ -119,8 +119,8 @@ def task(form: Form, names: Sequence[str], folder: Path) -> dict[str, Any]:
     started.wait(form.limit_s)
     ended = started.end()
     if ended.code != 0:
-        return {"contenders": {name: {"error": f"the warm start: {clean(ended.last_line)}"} for name in names}}
-    print(f"warm start: {ended.seconds:.0f} s", flush=True)
+        return {"contenders": {name: {"error": f"the SFT stage: {clean(ended.last_line)}"} for name in names}}
+    print(f"SFT stage: {ended.seconds:.0f} s", flush=True)
 
     def run(name: str, number: int) -> dict[str, Any]:
         seeded = folder / f"task_{number}.json"

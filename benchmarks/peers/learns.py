@@ -3,7 +3,7 @@
     python -m benchmarks.peers.learns warm SETTINGS.json POLICY        # the policy that all of them begin with
     python -m benchmarks.peers.learns trl SETTINGS.json OUT.json POLICY
 
-The policy is the demo's (MoE, MLA, a draft head), after a short warm start that is not counted. All contenders get the
+The policy is the demo's (MoE, MLA, a draft head), after a short SFT stage that is not counted. All contenders get the
 same problems in batches of equal size, the same loss, learning rate and schedule. Seconds are those of the steps;
 loading is left out. The prompts come in each contender's own order, as their defaults have it.
 """

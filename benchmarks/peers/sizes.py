@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Task:
-    """Word problems of the demo, from a policy that a warm start has made, until the mean reward is `target`.
+    """Word problems of the demo, from a policy that an SFT stage has made, until the mean reward is `target`.
 
     The reward of a step is the mean over the last `window` steps.
     """
@@ -57,7 +57,7 @@ class Task:
     tokens: int = 64
     learning_rate: float = 4e-4
     window: int = 8
-    target: float = 0.72  # the warm start leaves about .62
+    target: float = 0.72  # the SFT stage leaves about .62
     steps: int = 50
     threads: int = 1
     seed: int = 0

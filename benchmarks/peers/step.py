@@ -48,7 +48,7 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     from grpo.config.run import TrainConfig
     from grpo.data.prompts import PromptTemplate, encode_prompt
     from grpo.learner.build import make
-    from grpo.steps.publisher import Publisher
+    from grpo.steps.weight_sync import WeightSync
     from policies.policy import Policy
     from rewards import RewardSpec, Scorer
     from rollout.sampling import SamplingParams
@@ -66,10 +66,10 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
     )
     pool = opened(name, policy, dtype, step)
     params = SamplingParams(group_size=step.group_size, max_completion_tokens=step.tokens, seed=step.seed)
-    publisher = Publisher(pool, learner, params)
+    weight_sync = WeightSync(pool, learner, params)
     found: dict[str, Any] = {"seconds": {"sampling": [], "learning": [], "publishing": [], "step": []}, "prompts": []}
     with Scorer([RewardSpec(f"{__file__}:reward")], columns=list(prompts[0].columns)) as scorer:
-        publisher.publish()
+        weight_sync.sync_weights()
         for number in range(1, step.steps + 2):
             chosen = prompts[(number - 1) * step.prompts : number * step.prompts]
             if number == 2:
@@ -87,7 +87,7 @@ def run_ours(name: str, step: Step, warm: Path) -> dict[str, Any]:
             metrics = learner.step(learner.prepare(groups, scores), number)
             learner.update.zero()
             learned = time.perf_counter()
-            publisher.publish()
+            weight_sync.sync_weights()
             ended = time.perf_counter()
             assert {len(c.token_ids) for group in groups for c in group.completions} == {step.tokens}
             assert metrics["learner/updates"] == 1

@@ -110,8 +110,8 @@ def _task(report: Mapping[str, Any]) -> str:
         rows.append([*line, number(result["first_reward"]), number(result["best_reward"])])
     head = ["", "steps, seed by seed", "seconds", "seconds a step", "reward at first", "at best"]
     text = (
-        f"\n## To a reward\n\nThe demo's policy (MoE, MLA, a draft head) after {sizes['warm_start']} steps of warm "
-        f"start, word problems of level {sizes['level']}, {sizes['prompts']} prompts × {sizes['group_size']} "
+        f"\n## To a reward\n\nThe demo's policy (MoE, MLA, a draft head) after an SFT stage of {sizes['warm_start']} "
+        f"steps, word problems of level {sizes['level']}, {sizes['prompts']} prompts × {sizes['group_size']} "
         f"completions; until the mean reward of {sizes['window']} steps is {sizes['target']}. Loss, learning rate, "
         "schedule (constant) and Adam's second beta are equal; TRL trains no draft head, and its own "
         "rollouts use none.\n\n"

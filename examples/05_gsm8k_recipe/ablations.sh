@@ -40,7 +40,7 @@ grpo() { # NAME [OPTION ...]
 sft sft_full "$exact"
 sft sft_dense "$dense"
 sft sft_moe "$runs/moe" --balance.bias_rate 0.001
-sft sft_mtp_in_trunk "$runs/with_head" --mtp.train_trunk true --mtp.loss_weight 0.3 --mtp.depth 1
+sft sft_mtp_in_trunk "$runs/with_head" --mtp.train_base_model true --mtp.loss_weight 0.3 --mtp.depth 1
 
 # The first steps of the recipe's own run are the arm to compare with.
 [ -d "$runs/grpo_full" ] || quartet export "runs/gsm8k/grpo/checkpoints/step_$(printf %06d "$grpo_steps")" "$runs/grpo_full"

@@ -20,6 +20,6 @@ with Session.open(TrainConfig.read(sys.argv[1], output_dir=sys.argv[2])) as sess
         groups = session.sample(session.prompts(step), step=step, group_size=16)
         batch = session.prepare(groups, list(map(best_alone, session.score(groups))))
         metrics = session.forward_backward(batch, minus_log_likelihood) | session.optim_step()
-        session.publish()
+        session.sync_weights()
         session.record(step, metrics)
     print(session.finish())

@@ -5,16 +5,16 @@ import sys
 from statistics import pvariance
 
 from grpo import Session, TrainConfig
-from grpo.steps.listener import Listener
+from grpo.steps.callback import Callback
 
 
-class ByDifficulty(Listener):
+class ByDifficulty(Callback):
     """Draws in proportion to the variance of the last rewards, without replacement (Efraimidis & Spirakis 2006)."""
 
     def __init__(self, examples):
         self.examples, self.variances = examples, {}
 
-    def choose(self, count, step, draw):
+    def choose_prompts(self, count, step, draw):
         noise = random.Random(f"{step}/{draw}")
 
         def key(example):
@@ -23,16 +23,16 @@ class ByDifficulty(Listener):
 
         return sorted(self.examples, key=key)[-count:]
 
-    def sampled(self, step, groups, scores):
+    def on_groups_sampled(self, step, groups, scores):
         for group, score in zip(groups, scores, strict=True):
             rewards = [reward for reward in score.rewards if reward is not None] or [0.0, 1.0]
             self.variances[group.prompt.prompt_id] = pvariance(rewards)
 
 
 with Session.open(TrainConfig.read(sys.argv[1], output_dir=sys.argv[2])) as session:
-    session.collector.listeners.append(ByDifficulty(session.task.unsolved))
+    session.collector.callbacks.append(ByDifficulty(session.task.unsolved))
     for step in session.run.steps():
         metrics = session.learn(session.prepare(session.draw(step)))
-        session.publish()
+        session.sync_weights()
         session.record(step, metrics)
     print(session.finish())

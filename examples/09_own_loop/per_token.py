@@ -22,6 +22,6 @@ with Session.open(TrainConfig.read(sys.argv[1], output_dir=sys.argv[2])) as sess
         scores = session.score(groups)
         batch = session.prepare(groups, scores, list(map(advantages, groups, scores)))
         metrics = session.forward_backward(batch) | session.optim_step()
-        session.publish()
+        session.sync_weights()
         session.record(step, metrics)
     print(session.finish())

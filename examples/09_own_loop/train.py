@@ -8,7 +8,7 @@ with Session.open(TrainConfig.read(sys.argv[1], **dict(word.split("=", 1) for wo
     for step in session.run.steps():
         batch = session.prepare(session.draw(step))
         metrics = session.learn(batch)  # session.forward_backward(batch) | session.optim_step(), once or more often
-        session.publish()
+        session.sync_weights()
         session.record(step, metrics)
         session.save_if_due(step)
         session.evaluate_if_due(step)

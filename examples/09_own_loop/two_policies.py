@@ -23,6 +23,6 @@ with Session.open(first) as one, Session.open(second, base=one) as two:
         for player, own, other in ((one, *groups), (two, *reversed(groups))):
             batch = player.prepare(own, list(map(wins, own, other)))
             metrics = player.forward_backward(batch) | player.optim_step()
-            player.publish()
+            player.sync_weights()
             player.record(step, metrics)
     print(one.finish(), two.finish(), sep="\n")

@@ -54,11 +54,11 @@ def is_tied(score: GroupScore) -> bool:
 
 def draw_groups(
     prompts: Sequence[Prompt],
-    refill_draws: int,
+    max_resamples: int,
     sample: SampleAndScore,
     replacements: Callable[[list[Prompt], int], Sequence[Prompt]],
 ) -> Drawn:
-    """Sample a group of every prompt; then, at most `refill_draws` times, one for every group that is tied.
+    """Sample a group of every prompt; then, at most `max_resamples` times, one for every group that is tied.
 
     `sample(prompts, draw)` must put `draw` into its noise keys, so that a prompt that is drawn again sees new noise
     (contract 4). `replacements(tied_prompts, draw)` gives one prompt for each: the same, or another. A refill that is
@@ -66,7 +66,7 @@ def draw_groups(
     """
     groups, scores = sample(prompts, 0)
     drawn = Drawn(list(groups), list(scores), [0] * len(groups))
-    for draw in range(1, refill_draws + 1):
+    for draw in range(1, max_resamples + 1):
         places = drawn.tied
         if not places:
             break

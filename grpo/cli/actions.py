@@ -84,7 +84,7 @@ def _show_ways(args: argparse.Namespace, name: str) -> int:
 
     load(args.options, None, args.overrides | {"device": "cpu"}, args.flags)  # any other device is asked by torch
     demo = Path("examples/01_demo.yaml")
-    first = str(demo) if demo.is_file() else "--model tiny --warm_start.steps 300"
+    first = str(demo) if demo.is_file() else "--model tiny --sft.steps 300"
     own = "--model MODEL --data.name mine.jsonl"
     ways = [f"train {first}", f"train {own} --rewards mine.py:f", f"rehearse {own} --rewards mine.py:f"]
     if name == "sft":

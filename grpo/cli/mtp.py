@@ -29,8 +29,8 @@ from grpo.run.metrics import rollout_metrics
 from grpo.run.stop import signals
 from grpo.session import Session
 from grpo.source.policy_source import find_policy
+from grpo.steps.callback import Callback
 from grpo.steps.collector import Collector
-from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
 from grpo.steps.opening import first_policy, open_run
 from grpo.steps.pool import sampling_of
@@ -74,11 +74,11 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
         collector = Collector(run, task, policy, params, streams.streams["taught"], [Depths(run.log)])
         session = Session(run, task, learner, collector)
         corpus, sampling = Corpus(run.folder / "corpus"), session.held_out.sampling
-        session.canaries = session.held_out.sampling = replace(sampling, draft_tokens=config.mtp.depth)
+        session.sync_check = session.held_out.sampling = replace(sampling, draft_tokens=config.mtp.depth)
         run.restore(learner=learner, prompts=streams)
         if learner.ended:
             run.last = run.start
-        with session.begun():
+        with session.start_steps():
             with run.log.progress() as progress:
                 bar = progress.add_task("sampling what the draft head learns from", total=config.steps)
                 teaching = progress.add_task("teaching the draft head", total=config.mtp.epochs)
@@ -91,7 +91,7 @@ def mtp(config: MtpConfig, *, resume: str | None = None, stop_after: int | None 
                     if learner.ended:
                         run.last = step
                     if step == run.last:
-                        session.publish()
+                        session.sync_weights()
                     session.record(step, metrics)
                     run.save_if_due(also=step >= config.steps)  # an epoch takes long
                     progress.update(bar, completed=min(step, config.steps))
@@ -152,9 +152,9 @@ class Streams:
             "solutions": task.stream(config.seed + 1, taught),
         }
 
-    def take(self) -> dict[str, list[Example]]:
+    def take_examples(self) -> dict[str, list[Example]]:
         """The examples of the next step."""
-        return {name: self.streams[name].take(count) if count else [] for name, count in self.counts.items()}
+        return {name: self.streams[name].take_examples(count) if count else [] for name, count in self.counts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: stream.state_dict() for name, stream in self.streams.items()}
@@ -167,7 +167,7 @@ class Streams:
 def _sample(session: Session, streams: Streams, learner: HeadLearner, corpus: Corpus, step: int) -> dict[str, float]:
     """A step of the corpus: the rollouts of the next prompts and the next solutions, as the trunk reads them."""
     run, task, policy, most = session.run, session.task, learner.policy, learner.head_options.tokens_per_update
-    examples = streams.take()
+    examples = streams.take_examples()
     prompts = [task.prompt(example, policy.tokenizer) for kind in KINDS for example in examples[kind]]
     groups = session.sample(prompts, step=step, head_accepted=())
     metrics = rollout_metrics(groups, [])
@@ -201,13 +201,13 @@ def _teach(run: Run[MtpConfig], learner: HeadLearner, corpus: Corpus, step: int)
         return run.learn(lambda: learner.teach(taught, held_out, epoch, step), rate="mtp.learning_rate")
 
 
-class Depths(Listener):
+class Depths(Callback):
     """Records which share of the drafts at every depth was accepted in an evaluation."""
 
     def __init__(self, log: RunLog) -> None:
         self.log = log
 
-    def evaluated(self, step: int, results: Mapping[str, Any]) -> None:
+    def on_evaluate(self, step: int, results: Mapping[str, Any]) -> None:
         accepted = enumerate(results["sampled"].acceptance, start=1)
         self.log.evaluation(step, {f"eval/acceptance_depth_{depth}": share for depth, share in accepted})
 

@@ -1,7 +1,7 @@
 """The table of features: a line each. Without its line and its files a feature is gone, and nothing else changes.
 
 A feature may bring a section of options (grpo/config/NAME.py), a term of the loss (grpo/learner/terms/NAME.py) and a
-listener (grpo/steps/NAME.py), whose METRICS say what it writes. Samplers have the table of rollout/workers/kinds.py.
+callback (grpo/steps/NAME.py), whose METRICS say what it writes. Samplers have the table of rollout/workers/kinds.py.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class Feature:
     name: str
     section: Literal["sft", "train"] | None = None
     term: bool = False
-    listener: bool = False
+    callback: bool = False
 
 
-# Terms add up, and listeners are asked, in this order.
+# Terms add up, and callbacks are asked, in this order.
 FEATURES = (
     Feature("distill", section="train", term=True),
     Feature("balance", section="sft", term=True),
     Feature("value", section="train", term=True),
     Feature("draft_head", term=True),
-    Feature("curriculum", section="train", listener=True),
-    Feature("tied_steps", listener=True),
-    Feature("alarms", listener=True),
-    Feature("mix", listener=True),
+    Feature("curriculum", section="train", callback=True),
+    Feature("zero_variance_steps", callback=True),
+    Feature("alarms", callback=True),
+    Feature("mix", callback=True),
 )
 
 

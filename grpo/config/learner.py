@@ -1,4 +1,4 @@
-"""Options of the learner: optimizer, ranks, adapters, draft head, warm start."""
+"""Options of the learner: optimizer, ranks, adapters, draft head, SFT stage."""
 
 from __future__ import annotations
 
@@ -122,21 +122,21 @@ class MTPOptions(Options):
 class SftMTPOptions(MTPOptions):
     """Training of the draft head during supervised steps."""
 
-    train_trunk: bool = False
+    train_base_model: bool = False
     """Cross-entropy on the gold tokens through draft head and trunk (DeepSeek-V3; loss_weight 0.3 or 0.1 there), in
     place of teaching the draft head alone."""
 
 
-class WarmStartOptions(Options):
+class SftStageOptions(Options):
     """Supervised steps on the gold solutions before GRPO."""
 
     steps: int = Field(default=0, ge=0)
-    """Optimizer steps; 0 skips the warm start."""
+    """Optimizer steps; 0 skips the SFT stage."""
     batch_size: int = Field(default=16, ge=1)
     """Examples per step."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Decay over the warm start."""
+    """Decay over the SFT stage."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""

@@ -20,8 +20,8 @@ from grpo.config.learner import (
     MTPOptions,
     SftLearnerOptions,
     SftMTPOptions,
+    SftStageOptions,
     UpdateOptions,
-    WarmStartOptions,
 )
 from grpo.config.loss import LossOptions
 from grpo.config.policy import ArchitectureOptions, ModelOptions
@@ -126,7 +126,7 @@ class RunConfig(RewardsOptions, ModelOptions):
     @classmethod
     def read(cls, file: Path | str, **overrides: object) -> Self:
         """The configuration in a YAML file, with these options in place of its own: `read(file, steps=20)`, and by
-        `**{"rollout.ahead": 1}` those of a section. Raises ConfigError with all that is wrong."""
+        `**{"rollout.staleness": 1}` those of a section. Raises ConfigError with all that is wrong."""
         return load(cls, Path(file), overrides)
 
     @property
@@ -142,7 +142,7 @@ class LearningConfig(sections("sft"), EnvironmentOptions, ArchitectureOptions, R
     mtp: MTPOptions = MTPOptions()
 
     @property
-    def supervision(self) -> WarmStartOptions:
+    def supervision(self) -> SftStageOptions:
         """Gives the options of the run's supervised steps; each command has them in another place."""
         raise NotImplementedError
 
@@ -167,13 +167,13 @@ class SftConfig(LearningConfig):
     mtp: SftMTPOptions = SftMTPOptions()
 
     @property
-    def supervision(self) -> WarmStartOptions:
+    def supervision(self) -> SftStageOptions:
         rates = {name: getattr(self.learner, name) for name in ("learning_rate", "schedule", "warmup_steps")}
-        return WarmStartOptions(steps=self.steps, batch_size=self.prompts_per_step, **rates)
+        return SftStageOptions(steps=self.steps, batch_size=self.prompts_per_step, **rates)
 
 
 class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ignore[misc]
-    """GRPO, after an optional warm start: sample groups, score them, favour what scored above its group."""
+    """GRPO, after an optional SFT stage: sample groups, score them, favour what scored above its group."""
 
     command: ClassVar[str] = "train"
     # What `quartet train --help` shows; `--help all` shows all.
@@ -181,7 +181,7 @@ class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ign
         *("model", "output_dir", "data.name", "data.template", "rewards", "steps", "prompts_per_step"),
         *("rollout.group_size", "rollout.temperature", "rollout.max_completion_tokens"),
         *("learner.learning_rate", "learner.tokens_per_micro_batch", "loss.loss_type", "loss.beta", "lora.rank"),
-        *("warm_start.steps", "eval.limit", "eval.every", "checkpoint.every", "seed"),
+        *("sft.steps", "eval.limit", "eval.every", "checkpoint.every", "seed"),
     )
     steps: int = Field(default=100, ge=1)
     """Steps of GRPO; one step samples, scores and learns once."""
@@ -191,11 +191,11 @@ class TrainConfig(sections("train"), AgentOptions, LearningConfig):  # type: ign
     learner: LearnerOptions = LearnerOptions()
     eval: GrpoEvalOptions = GrpoEvalOptions()
     checkpoint: GrpoCheckpointOptions = GrpoCheckpointOptions()
-    warm_start: WarmStartOptions = WarmStartOptions()
+    sft: SftStageOptions = SftStageOptions()
     lora: LoraOptions | None = None
     """Adapters; null updates every weight."""
     loss: LossOptions = LossOptions()
 
     @property
-    def supervision(self) -> WarmStartOptions:
-        return self.warm_start
+    def supervision(self) -> SftStageOptions:
+        return self.sft

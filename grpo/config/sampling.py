@@ -29,7 +29,7 @@ class AnswerOptions(SamplingOptions):
     """`on` decodes with compiled graphs while at most 32 completions are left (8 with experts), where the policy is our
     own, on a CPU. A graph takes a minute or two once, and is kept in ~/.cache/quartet. On a GPU it records CUDA graphs
     (experimental: never run on a GPU). In float32 graphs change no token."""
-    margin: float | None = Field(default=None, ge=0)
+    lossy_margin: float | None = Field(default=None, ge=0)
     """Take a draft unverified (and count it) where its best token leads the second by more than this many nats. That is
     lossy; null never changes a token."""
 
@@ -73,7 +73,7 @@ class RolloutOptions(WorkersOptions):
     """What samples: our engine, which decodes DeepSeek-V3 policies itself (`native`) and other models by transformers'
     own forward (null: the one that fits), or vLLM in an environment of its own (on a GPU experimental: never run on a
     GPU)."""
-    ahead: Literal[0, 1, 2] = 0
+    staleness: Literal[0, 1, 2] = 0
     """1 samples the next batch while the learner works on this one, with weights that are one step older, by at least
     one worker. 2 samples one more, with weights two steps older, so that a slow batch delays nothing. Timing changes no
     bit; the importance correction is on."""
@@ -82,14 +82,14 @@ class RolloutOptions(WorkersOptions):
     """The matrices that our engine samples and drafts with, routed experts included, in fewer bits than those that are
     learned, on a CPU; each publication makes them anew. The importance correction is on. Held-out problems are answered
     with them too."""
-    refill_draws: int = Field(default=0, ge=0)
+    max_resamples: int = Field(default=0, ge=0)
     """Dynamic sampling: the next prompts of the data take the place of tied groups, at most this many times per step; 0
     keeps them."""
 
     @property
     def samplers(self) -> int:
         """Ray workers that the run has: sampling ahead needs one, and vLLM none."""
-        return 0 if self.backend == "vllm" else max(self.workers, min(self.ahead, 1))
+        return 0 if self.backend == "vllm" else max(self.workers, min(self.staleness, 1))
 
     @classmethod
     def of(cls, options: SamplingOptions) -> Self:

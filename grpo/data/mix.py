@@ -51,13 +51,13 @@ class MixedStream(PromptStream):
         slack = 2 - Fraction(1, max(len(self.shares) - 1, 1)) if len(self.shares) > 1 else 0
         return {label: min(n, int(n * share + slack)) for label, share in zip(self.weights, self.shares, strict=True)}
 
-    def take(self, n: int) -> list[Example]:
+    def take_examples(self, n: int) -> list[Example]:
         """The next n examples, all different. Raises ValueError where a source has too few."""
         labels, turns = list(self.weights), list[str]()
         for _ in range(n):
             turns.append(labels[next_source(self.shares, list(self.counts.values()))])
             self.counts[turns[-1]] += 1
-        chosen = {label: iter(self.streams[label].take(turns.count(label))) for label in dict.fromkeys(turns)}
+        chosen = {label: iter(self.streams[label].take_examples(turns.count(label))) for label in dict.fromkeys(turns)}
         return [next(chosen[label]) for label in turns]
 
     def state_dict(self) -> dict[str, Any]:

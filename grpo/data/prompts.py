@@ -189,11 +189,11 @@ def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template
 class PromptStream:
     """Examples without end, in an order that a stopped run resumes (contract 9).
 
-    Every epoch is shuffled anew, by a key of (seed, epoch). One `take` never holds an example twice: where it
+    Every epoch is shuffled anew, by a key of (seed, epoch). One `take_examples` never holds an example twice: where it
     runs from one epoch into the next, those that it has from the old one move to the end of the new one.
 
     >>> stream = PromptStream([Example(str(i), f"{i} + 1 = ?", str(i + 1)) for i in range(3)])
-    >>> [example.example_id for example in stream.take(2) + stream.take(2)]
+    >>> [example.example_id for example in stream.take_examples(2) + stream.take_examples(2)]
     ['1', '0', '2', '0']
     """
 
@@ -207,7 +207,7 @@ class PromptStream:
         self._examples, self._seed = examples, seed
         self._go_to(epoch=0, position=0, carried=[])
 
-    def take(self, n: int) -> list[Example]:
+    def take_examples(self, n: int) -> list[Example]:
         """The next n examples, all different. Raises ValueError where the data set has fewer than n."""
         if not 1 <= n <= len(self._examples):
             raise ValueError(

@@ -75,7 +75,7 @@ class AgentSampler:
     def _engine(self, params: SamplingParams) -> Engine | Relay:
         rows = ROWS_OF_WORKER * WORKERS
         if isinstance(self.pool, LocalPool):
-            engine = copy.copy(self.pool.published())
+            engine = copy.copy(self.pool.synced_engine())
             engine.max_rows = min(engine.max_rows, rows)
             return engine
         relay: Relay = self.pool.relay(params, CACHE_TOKENS, rows)

@@ -133,7 +133,7 @@ class Answer:
         if self.calls is None:
             return Reply(text_message(completion.text))
         reply = self.calls.reply(self.jobs[index].prompt, completion, index)
-        self.served.batcher.count(reply.counts)
+        self.served.batcher.add_counts(reply.counts)
         return reply
 
     def _reason(self, completion: Completion, reply: Reply) -> str:

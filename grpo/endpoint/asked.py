@@ -24,7 +24,7 @@ from rollout.sampling import LOWEST_TEMPERATURE
 MOST_STOPS, STOP_CHARACTERS, MOST_COMPLETIONS = 16, 1000, 128
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WHOLE = "tokens are drawn from the whole distribution of the policy, as it was trained"
-SAMPLED_ALONE = "only the sampled token has a log-probability here"
+ONLY_SAMPLED = "only the sampled token has a log-probability here"
 SHORT = reprlib.Repr()  # of a value that may have a million parts
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 60, 60
 
@@ -190,7 +190,7 @@ class CompletionAsked(Asked):
     @model_validator(mode="after")
     def _no_others(self) -> CompletionAsked:
         if self.logprobs:
-            raise ApiError(f"logprobs={self.logprobs}: {SAMPLED_ALONE}; use 0", param="logprobs")
+            raise ApiError(f"logprobs={self.logprobs}: {ONLY_SAMPLED}; use 0", param="logprobs")
         return self
 
     @property
@@ -207,7 +207,7 @@ class ChatAsked(Asked):
     With `tool_choice: none` it shows the tools, too, and a call in the answer is text."""
 
     ONLY = Asked.ONLY | {
-        "top_logprobs": ((0,), SAMPLED_ALONE),
+        "top_logprobs": ((0,), ONLY_SAMPLED),
         "tool_choice": (
             ("auto", "none"),
             "the policy decides whether it calls a tool; a forced call would not be drawn from its distribution",

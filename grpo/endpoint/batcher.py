@@ -123,7 +123,7 @@ class Batcher:
             self._changed.notify()
         self._thread.join(30)
 
-    def count(self, more: Mapping[str, int]) -> None:
+    def add_counts(self, more: Mapping[str, int]) -> None:
         """Adds to the counts what was seen in a thread of its own."""
         with self._changed:
             for name, value in more.items():

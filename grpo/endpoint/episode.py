@@ -52,15 +52,15 @@ class Growing:
 
 @dataclass(frozen=True)
 class Recorded(Job):
-    """`keep` gets the completion before the client does. `home` is the episode's, see `Request`."""
+    """`keep_completion` gets the completion before the client does. `home` is the episode's, see `Request`."""
 
-    keep: Callable[[Completion], None] = lambda completion: None
+    keep_completion: Callable[[Completion], None] = lambda completion: None
     home: int = 0
 
     def request(self, tell: Callable[[int, News], None]) -> Request:
         def told(news: News) -> None:
             if news.completion is not None:
-                self.keep(news.completion)
+                self.keep_completion(news.completion)
             tell(self.index, news)
 
         return Request(self.prompt, self.params, told, self.home)
@@ -105,7 +105,7 @@ class Episode(Served):
             if not known:
                 self.segments.append(segment)
 
-        def keep(completion: Completion) -> None:
+        def keep_completion(completion: Completion) -> None:
             reply = calls.reply(prompt, completion) if calls else Reply(text_message(completion.text))
             with self._lock:
                 if self.ended:
@@ -117,7 +117,7 @@ class Episode(Served):
                 self.answers.append(completion)
                 self.bad_calls += reply.bad
 
-        return [Recorded(0, replace(prompt, first_sample=self.sample), params, keep, self.home)]
+        return [Recorded(0, replace(prompt, first_sample=self.sample), params, keep_completion, self.home)]
 
     def end(self) -> None:
         """The agent has returned or failed: later requests are refused, and answers that are not there do not count."""

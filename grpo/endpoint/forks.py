@@ -27,12 +27,12 @@ class ForkingEpisode(Episode):
         assert isinstance(job, Recorded)
         before = [plain(message) for message in asked.messages] if isinstance(asked, ChatAsked) else []
 
-        def keep(completion: Completion) -> None:
-            job.keep(completion)
+        def keep_completion(completion: Completion) -> None:
+            job.keep_completion(completion)
             if before and not self.ended:
                 self.given[_key([*before, self.turns[-1]])] = completion.token_ids
 
-        return [replace(job, keep=keep)]
+        return [replace(job, keep_completion=keep_completion)]
 
     def _read(self, asked: Asked) -> tuple[Prompt, Said]:
         prompt, said = super()._read(asked)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +88,7 @@ class MicroBatch:
     @property
     def samples(self) -> list[Sample]:
         """The C completions, row by row."""
-        return [sample for row in self.rows for sample in row.samples]
+        return list(chain.from_iterable(row.samples for row in self.rows))
 
     @property
     def scored(self) -> Tensor:
@@ -127,7 +128,7 @@ def by_completion(rows: Sequence[PackedRow], values: Mapping[tuple[int, int], li
     >>> by_completion(rows, {(4, 0): [0.1, 0.2], (4, 2): [0.3]})
     {4: [0.1, 0.2, 0.3]}
     """
-    samples = sorted((sample for row in rows for sample in row.samples), key=lambda s: (s.index, s.start))
+    samples = sorted(chain.from_iterable(row.samples for row in rows), key=lambda s: (s.index, s.start))
     lacking = {sample.index for sample in samples if (sample.index, sample.start) not in values}
     whole: dict[int, list[float]] = {}
     for sample in samples:
@@ -191,8 +192,8 @@ def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) ->
             before[b, at] = torch.arange(branch.start - 1, branch.stop - 1)
             before[b, branch.start] = branch.preceding
     turn = (marks == BEGINS).cumsum(1).where(marks > READ, marks)
-    packed = [row for tree in trees for row in tree.rows]
-    samples = [sample for row in packed for sample in row.samples]
+    packed = list(chain.from_iterable(tree.rows for tree in trees))
+    samples = list(chain.from_iterable(row.samples for row in packed))
     mask = torch.zeros(len(samples), max(len(sample.token_ids) for sample in samples), dtype=torch.bool)
     for c, sample in enumerate(samples):
         mask[c, : len(sample.token_ids)] = torch.tensor(sample.sampled or True)
@@ -201,7 +202,11 @@ def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) ->
     else:
         advantages = torch.tensor([sample.advantage for sample in samples])
     places, cells = ((of.flatten() > 0).nonzero()[:, 0] for of in (turn, mask))
-    stand = [b * shape[1] + at for b, tree in enumerate(trees) for _, of_samples in tree.places() for at in of_samples]
+    stand, of_rows = [], []
+    for b, tree in enumerate(trees):
+        of_rows += [b] * len(tree.rows)
+        for _, of_samples in tree.places():
+            stand += [b * shape[1] + at for at in of_samples]
     sampled = nn.utils.rnn.pad_sequence(stand, batch_first=True)[mask]
     tensors = {
         "token_ids": token_ids,
@@ -220,7 +225,6 @@ def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) ->
     }
     routing = _routing(trees, shape)
     sent = _sent(tensors if routing is None else {"routing": routing} | tensors, device)
-    of_rows = [b for b, tree in enumerate(trees) for _ in tree.rows]
     beginnings = [len(tree.root.after[0].token_ids) for tree in trees]
     return MicroBatch(rows=packed, trees=of_rows, beginnings=beginnings, **sent)
 
@@ -242,16 +246,14 @@ def _padded(per_token: Sequence[Sequence[float]], longest: int) -> Tensor:
 def _routing(trees: Sequence[Tree], shape: tuple[int, int]) -> Tensor | None:
     """Pads the recorded choices of routers to [B, T, routers, k]; None where no row has any. Of a token that several
     samples share it is the choice that the first of them has recorded."""
-    recorded = [
-        (b, at, routing)
-        for b, tree in enumerate(trees)
-        for row, (of_prompt, of_samples) in zip(tree.rows, tree.places(), strict=True)
-        for at, routing in [
-            (of_prompt, row.prompt_routing),
-            *zip(of_samples, [sample.routing for sample in row.samples], strict=True),
-        ]
-        if routing is not None
-    ]
+    recorded: list[tuple[int, Any, Tensor]] = []
+    for b, tree in enumerate(trees):
+        for row, (of_prompt, of_samples) in zip(tree.rows, tree.places(), strict=True):
+            if row.prompt_routing is not None:
+                recorded.append((b, of_prompt, row.prompt_routing))
+            for sample, at in zip(row.samples, of_samples, strict=True):
+                if sample.routing is not None:
+                    recorded.append((b, at, sample.routing))
     shapes = {routing.shape[1:] for *_, routing in recorded}
     if not shapes:
         return None

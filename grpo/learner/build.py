@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from grpo.config.run import TrainConfig
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.optimizer import schedule
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import ONE_PROCESS, Ranks
 from grpo.learner.prepare import OWN_ESTIMATORS
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.term import Term
@@ -51,7 +52,7 @@ def grpo_learner(
     policy: Policy,
     config: TrainConfig,
     reward_weights: Mapping[str, float],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_PROCESS,
     reload: Callable[[], Policy] | None = None,
     load: Load | None = None,
     kind: type[Learner] = Learner,
@@ -71,7 +72,7 @@ def grpo_learner(
             load=load,
             reward_weights=reward_weights,
             sampler_differs=config.dtype != "float32"
-            or config.rollout.ahead > 0
+            or config.rollout.staleness > 0
             or config.rollout.quantization != "none"
             or (config.rollout.backend or policy.backend) not in OWN_BACKENDS,
             schedule=schedule(config.learner.schedule, config.steps, config.learner.warmup_steps),
@@ -97,7 +98,7 @@ def make(
     differs = policy.trunk.dtype != torch.float32 if sampler_differs is None else sampler_differs
     first = PolicyTerm(loss, sampler_differs=differs, longest=rollout.max_completion_tokens)
     terms = [first, *terms_of(policy, config, load, rollouts=True)]
-    known = [*OWN_ESTIMATORS, *(name for term in terms for name in term.estimators)]
+    known = [*OWN_ESTIMATORS, *chain.from_iterable(term.estimators for term in terms)]
     if loss.advantage not in known and not is_own(loss.advantage):
         raise ValueError(f"loss.advantage={loss.advantage}: no term of the loss estimates it; use {', '.join(known)}")
     reference = None

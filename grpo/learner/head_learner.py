@@ -205,7 +205,7 @@ class HeadLearner(Learner):
 
     def _copy(self) -> dict[str, dict[str, Tensor]]:
         """Weights and moments as they are now."""
-        parts = learner_state.take(*self._stateful)
+        parts = learner_state.collect_tensors(*self._stateful)
         return {file: {name: tensor.clone() for name, tensor in tensors.items()} for file, tensors in parts.items()}
 
     def _undo(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:

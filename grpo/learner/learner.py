@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,14 @@ from grpo.learner.batch import MicroBatch, TrainingBatch, by_completion, collate
 from grpo.learner.likelihood import Likelihood
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, groups_of
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import ONE_PROCESS, Ranks
 from grpo.learner.prepare import Advantages, estimate, pack
 from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work, read
 from grpo.learner.tree import Tree, forest
 from grpo.learner.update import Update
 from policies.policy import Policy, checkpoint_layers
-from policies.publication import Publication
+from policies.synced_weights import SyncedWeights
 from rollout.group import RolloutGroup
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Learner:
         loss: LossOptions | None = None,
         reward_weights: Mapping[str, float] | None = None,
         schedule: Callable[[int], float] = lambda step: 1.0,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
         """`terms` add up in this order; `likelihood` computes the log-probabilities that they read. `prepare` estimates
         advantages by `loss` and, where each reward is normalised by itself, by `reward_weights`."""
@@ -84,10 +85,10 @@ class Learner:
         self.update = Update(self.masters, groups, options, schedule)
         self.optimizer = self.update.optimizer
         self.numbers: dict[str, Any] = {}  # of AdamW, other than the options say
-        self._configured = [{name: group[name] for name in NUMBERS} for group in self.optimizer.param_groups]
+        self._configured = [_numbers_of(group) for group in self.optimizer.param_groups]
         self._open: list[Work] = []  # whose gradients wait for the optimizer
         self._done: list[Work] = []  # of the last update, which may be made again
-        self._published: int | None = None  # the last version that was read for a publication
+        self._synced: int | None = None  # the last version that was read for a publication
 
     @property
     def updates(self) -> int:
@@ -106,7 +107,7 @@ class Learner:
         """Advantages by the chosen estimator or as they are given, groups packed with their prompt once. A completion
         without reward has no place in it."""
         options = self.options
-        lengths_PG = [[len(completion.token_ids) for completion in group.completions] for group in groups]
+        lengths_PG = [_lengths(group) for group in groups]
         estimated, tied_P = estimate(scores, self.loss, self.reward_weights, lengths_PG)
         batch = pack(
             groups,
@@ -226,7 +227,7 @@ class Learner:
         metrics = {"learner/grad_norm": norms.pop(""), "learner/learning_rate": norms.pop("learning_rate")}
         metrics |= {f"{term.name}/grad_norm": norms[term.name] for term in self.terms if term.keeps_module}
         begins = works[-1].update == 0 and works[-1].batch.from_rollouts
-        if begins or self.policy_version == self._published:
+        if begins or self.policy_version == self._synced:
             self.policy_version += 1
         for work in works:
             work.update += 1
@@ -249,8 +250,12 @@ class Learner:
                 moved.append(self.likelihood.moved(work.rows, before))
         if moved:
             metrics["policy/step_kl"] = fmean(moved)
-        for term in {id(term): term for work in works for term in work.terms}.values():
-            metrics |= term.end([work for work in works if any(own is term for own in work.terms)])
+        works_of: dict[int, tuple[Term, list[Work]]] = {}
+        for work in works:
+            for term in work.terms:
+                works_of.setdefault(id(term), (term, []))[1].append(work)
+        for term, of_term in works_of.values():
+            metrics |= term.end(of_term)
         return metrics
 
     # ---- the batch that is learned from ------------------------------------------------------------------------
@@ -266,7 +271,7 @@ class Learner:
         teaches = not batch.all_tied or any(term.teaches(batch) for term in terms)
         if batch.rows and teaches:
             for term in terms:
-                term.begin(work)
+                term.begin_update(work)
             work.rows = self._rows_that_count(work)
             work.minis = list(self._shared(work.rows))
         return work
@@ -296,7 +301,7 @@ class Learner:
         some that count nothing."""
         most, ranks = self.options.tokens_per_micro_batch, self.ranks
         shared = [self._trees(rows, reader) for reader in range(ranks.readers)]
-        numbers = [sum(1 for _ in cut(trees, most)) for trees in shared]
+        numbers = [len(list(cut(trees, most))) for trees in shared]
         yield from micro_batches(shared[ranks.reader], most, self.policy.device)
         for _ in range(max(numbers) - numbers[ranks.reader]):
             shortest = min(rows, key=lambda row: row.length)
@@ -309,15 +314,15 @@ class Learner:
             return ranks.share(rows, reader)
         if ranks.readers > 1:
             own = ranks.share(forest(rows, most, within_groups=True), reader)
-            rows = [row for tree in own for row in tree.rows]
+            rows = list(chain.from_iterable(tree.rows for tree in own))
         return forest(rows, most)
 
     # ---- weights and state --------------------------------------------------------------------------------------
 
-    def weights(self) -> Publication:
+    def weights(self) -> SyncedWeights:
         """Gives what is published; it is to be read before the next step."""
-        self._published = self.policy_version
-        return self.policy.publication()
+        self._synced = self.policy_version
+        return self.policy.synced_weights()
 
     def set_numbers(self, **numbers: object) -> None:
         """Sets `betas`, `eps` and `weight_decay` of AdamW from now on, also after a resume; weight decay is on matrices
@@ -332,13 +337,13 @@ class Learner:
         counters: dict[str, Any] = {"policy_version": self.policy_version}
         numbers = {name: list(value) if name == "betas" else value for name, value in self.numbers.items()}
         counters |= {"numbers": numbers} if numbers else {}
-        return learner_state.take(*self._stateful), counters
+        return learner_state.collect_tensors(*self._stateful), counters
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
         """The inverse of `state`; what waits or goes on does so no more. Raises ValueError naming what does not fit."""
         learner_state.put(tensors, *self._stateful)
         self._drop()
-        self._done, self._published = [], None
+        self._done, self._synced = [], None
         self.policy_version = state["policy_version"]
         for group, configured in zip(self.optimizer.param_groups, self._configured, strict=True):
             group.update(configured)
@@ -352,3 +357,13 @@ class Learner:
         if self.likelihood.reference is not None:
             modules["reference"] = self.likelihood.reference
         return self.policy, self.masters, self.optimizer, modules
+
+
+def _lengths(group: RolloutGroup) -> list[int]:
+    """The number of tokens of each completion."""
+    return [len(completion.token_ids) for completion in group.completions]
+
+
+def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """AdamW's numbers of a group of parameters."""
+    return {name: group[name] for name in NUMBERS}

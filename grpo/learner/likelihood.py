@@ -131,4 +131,7 @@ def logprobs_of_groups(policy: Policy, groups: Sequence[RolloutGroup], temperatu
     mini, likelihood = collate(rows, policy.device), Likelihood(policy, temperature=temperature)
     with likelihood.replaying(mini):
         values = iter(likelihood.forward(mini).logprobs.tolist())
-    return [[next(values)[: len(c.token_ids)] for c in group.completions] for group in groups]
+    scored = []
+    for group in groups:
+        scored.append([next(values)[: len(c.token_ids)] for c in group.completions])
+    return scored

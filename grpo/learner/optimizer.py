@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def norm_of(alike: Sequence[Tensor]) -> Tensor:
     and of the part of a rank less so. Elsewhere every kernel that is launched costs time, and torch has one for all.
     """
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in alike]
-    pieces = [piece for part in parts for piece in part.flatten().split(PIECE)]
+    pieces = list(chain.from_iterable(part.flatten().split(PIECE) for part in parts))
     on_cpu = parts[0].device.type == "cpu"
     total = torch.stack([piece.square().sum() for piece in pieces]).sum() if on_cpu else at_once(parts)
     if isinstance(first := alike[0], DTensor):

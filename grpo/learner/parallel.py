@@ -164,7 +164,7 @@ class Ranks:
         return f"{' and '.join(gone) or 'a rank on another machine'} is gone without a word; see what it has printed"
 
 
-ALONE = Ranks()
+ONE_PROCESS = Ranks()
 
 
 def refuse_processes(cpu: bool, options: ParallelOptions, size: int = 0) -> None:
@@ -180,7 +180,7 @@ def refuse_processes(cpu: bool, options: ParallelOptions, size: int = 0) -> None
 
 
 def join(cpu: bool, options: ParallelOptions) -> Ranks:
-    """This process among those that accelerate, torchrun or Ray Train has launched; ALONE where there are no others.
+    """This process among those that accelerate, torchrun or Ray Train has launched; ONE_PROCESS if there are no others.
 
     Raises ValueError as `refuse_processes`, and for a `learner.parallel` of several where nobody has launched any.
     """
@@ -188,7 +188,7 @@ def join(cpu: bool, options: ParallelOptions) -> Ranks:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     fsdp, copies = options.shares(size)
     if size == 1:
-        return ALONE
+        return ONE_PROCESS
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and os.path.isdir("/sys/class/net/lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens on the interface of the host's name
     from accelerate import PartialState

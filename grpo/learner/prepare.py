@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -36,7 +37,9 @@ def estimate(
     tokens of each completion. A term of the loss that brings an estimator begins with the advantages of the group."""
     rewards_PG = [score.rewards for score in scores]
     if own.is_own(loss.advantage):
-        parts = {name: [score.parts[name] for score in scores] for name in scores[0].parts}
+        parts = {}
+        for name in scores[0].parts:
+            parts[name] = [score.parts[name] for score in scores]
         return own.estimate(loss.advantage, rewards_PG, lengths_PG or [[1] * len(row) for row in rewards_PG], parts)
     match loss.advantage:
         case "rloo":
@@ -45,19 +48,21 @@ def estimate(
             return advantages.reinforce_plus_plus(rewards_PG)
         case "reinforce_plus_plus_baseline":
             return advantages.reinforce_plus_plus(rewards_PG, baseline=True)
-    unknown = any(name not in score.parts for score in scores for name in reward_weights)  # marks of a loop's own
+    unknown = any(reward_weights.keys() - score.parts.keys() for score in scores)  # marks of a loop's own
     if loss.multi_objective_aggregation == "sum_then_normalize" or unknown:
         return advantages.group_relative(rewards_PG, loss.scale_rewards)
-    parts_PGK = [
-        [
-            [None if reward is None else score.parts[name][i] for name in reward_weights]
-            for i, reward in enumerate(score.rewards)
-        ]
-        for score in scores
-    ]
+    parts_PGK = [_parts_by_completion(score, reward_weights) for score in scores]
     return advantages.multi_objective(
         parts_PGK, list(reward_weights.values()), "normalize_then_sum", loss.scale_rewards
     )
+
+
+def _parts_by_completion(score: GroupScore, names: Iterable[str]) -> list[list[float | None]]:
+    """What each function gave each completion of a group [G][K]; None where the completion has no reward."""
+    parts_GK: list[list[float | None]] = []
+    for i, reward in enumerate(score.rewards):
+        parts_GK.append([None if reward is None else score.parts[name][i] for name in names])
+    return parts_GK
 
 
 def pack(
@@ -100,12 +105,12 @@ def pack(
             count += len(samples)
             routing = _recorded(group.prompt_routing, group) if routing_replay else None
             rows += split_rows(list(prompt), samples, max_tokens, routing, group=g)
-    versions, completions = Counter[int](), [completion for group in groups for completion in group.completions]
+    versions, completions = Counter[int](), list(chain.from_iterable(group.completions for group in groups))
     for completion in completions:
         versions.update(completion.versions or {completion.policy_version: completion.num_sampled})
     return TrainingBatch(
         rows,
-        by_group if isinstance(by_group, Tensor) else [[list(of) for of in group] for group in by_group],
+        by_group if isinstance(by_group, Tensor) else [list(map(list, group)) for group in by_group],
         count,
         tokens_in_loss(rows),
         tied_groups=int(tied_P.sum()),
@@ -119,21 +124,24 @@ def _by_group(advantages: Any, groups: Sequence[RolloutGroup]) -> Advantages:
     if isinstance(advantages, Tensor) and advantages.dim() == 2:
         return advantages
     if isinstance(advantages[0][0], int | float) or getattr(advantages[0][0], "ndim", 1) == 0:
-        return torch.tensor([[float(advantage) for advantage in of] for of in advantages], dtype=torch.float32)
-    return [
-        [
-            (each.tolist() if hasattr(each, "tolist") else list(each))[: len(c.token_ids)]
-            for each, c in zip(of, group.completions, strict=True)
-        ]
-        for of, group in zip(advantages, groups, strict=True)
-    ]
+        return torch.tensor([list(map(float, of)) for of in advantages], dtype=torch.float32)
+    by_group: list[list[list[float]]] = []
+    for of, group in zip(advantages, groups, strict=True):
+        by_group.append([])
+        for each, c in zip(of, group.completions, strict=True):
+            values = each.tolist() if hasattr(each, "tolist") else list(each)
+            by_group[-1].append(values[: len(c.token_ids)])
+    return by_group
 
 
 def supervised(rows: Sequence[PackedRow], step: int = 0) -> TrainingBatch:
     """A batch of gold solutions, one in each row."""
-    rows = [replace(row, group=i, samples=[replace(s, index=i) for s in row.samples]) for i, row in enumerate(rows)]
+    numbered = []
+    for i, row in enumerate(rows):
+        samples = [replace(sample, index=i) for sample in row.samples]
+        numbered.append(replace(row, group=i, samples=samples))
     tokens = sum(row.num_completion_tokens for row in rows)
-    return TrainingBatch(rows, torch.zeros(len(rows), 1), len(rows), tokens, step)
+    return TrainingBatch(numbered, torch.zeros(len(rows), 1), len(rows), tokens, step)
 
 
 def recorded(lessons: Sequence[Lesson], step: int = 0, draft_depth: int | None = None) -> TrainingBatch:
@@ -143,7 +151,8 @@ def recorded(lessons: Sequence[Lesson], step: int = 0, draft_depth: int | None =
 
 
 def tokens_in_loss(rows: Sequence[PackedRow]) -> int:
-    return sum(sample.num_sampled for row in rows for sample in row.samples if sample.in_loss)
+    samples = chain.from_iterable(row.samples for row in rows)
+    return sum(sample.num_sampled for sample in samples if sample.in_loss)
 
 
 def _recorded(routing: Tensor | None, group: RolloutGroup) -> Tensor:

@@ -19,7 +19,7 @@ Tensors = dict[str, dict[str, Tensor]]
 OTHERS = {"policy", "optimizer", "draft", "ahead"}
 
 
-def take(
+def collect_tensors(
     policy: Policy, masters: MasterWeights, optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]
 ) -> Tensors:
     """Trained parameters (adapters as they are, masters for bf16), AdamW's moments (in 8 bits codes and scales), and
@@ -55,7 +55,7 @@ def put(
     optimizer: torch.optim.Optimizer,
     modules: Mapping[str, nn.Module],
 ) -> None:
-    """The inverse of `take`. Raises ValueError naming what does not fit this learner; then nothing was changed."""
+    """The inverse of `collect_tensors`. Raises ValueError naming what does not fit; then nothing was changed."""
     release(policy)
     now = _named_parameters(policy, modules) | dict(policy.named_buffers())
     wrong = [f"{n} {list(t.shape)}" for n, t in tensors["policy"].items() if n not in now or now[n].shape != t.shape]
@@ -96,7 +96,7 @@ def put(
 
 @torch.no_grad()
 def put_weights(weights: Mapping[str, Tensor], policy: Policy, masters: MasterWeights) -> None:
-    """The policy takes the weights that `take` gives under "policy"."""
+    """The policy takes the weights that `collect_tensors` gives under "policy"."""
     release(policy)
     now = dict(policy.named_parameters()) | dict(policy.named_buffers())
     for name, tensor in weights.items():

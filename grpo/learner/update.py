@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from types import SimpleNamespace
 
 import torch
@@ -34,11 +35,10 @@ class Update:
         """`groups` have `params`, `peak` (the learning rate at its highest) and `weight_decay`; `schedule(step)` is the
         factor of the peak."""
         self.masters, self.options, self.schedule, self.count = masters, options, schedule, 0
-        moved = [
-            group | {"params": part, "lr": group["peak"]}
-            for group in groups
-            for part in by_mesh([masters.of(parameter) for parameter in group["params"]])
-        ]
+        moved = []
+        for group in groups:
+            parameters = [masters.of(parameter) for parameter in group["params"]]
+            moved += [group | {"params": part, "lr": group["peak"]} for part in by_mesh(parameters)]
         self.optimizer: torch.optim.Optimizer
         if options.optimizer != "adamw":
             from grpo.learner.eight_bit import adamw_8bit
@@ -65,7 +65,7 @@ class Update:
         Returns the learning rate and the norms before clipping, by module. Raises NonFiniteStep, and then nothing has
         moved.
         """
-        ranks.average_gradients(tensor for group in self.optimizer.param_groups for tensor in group["params"])
+        ranks.average_gradients(self._moved())
         norms = {name: self._clip(module) for name, module in modules.items()}
         if not math.isfinite(sum(norms.values())):
             self.zero()
@@ -79,11 +79,15 @@ class Update:
             group["lr"] = torch.full_like(former, rate) if isinstance(former, Tensor) else rate
         with phase("stepping", SimpleNamespace(learner=self.options)):
             self.optimizer.step()
-            moved = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+            moved = list(self._moved())
             torch.autograd.graph.increment_version(moved)  # fused steps do not, and who shares the weights must see it
             self.masters.write_back()
         self.count += 1
         return norms | {"learning_rate": peak * scale}
+
+    def _moved(self) -> Iterator[Tensor]:
+        """The tensors that the optimizer moves."""
+        return chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
 
     def _clip(self, module: nn.Module) -> float:
         """Clip the gradient of what the optimizer moves in place of a module's parameters; returns its norm before."""

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 from policies import tensor_files
 from policies.files.atomic import fsync, write_file
-from policies.files.digests import fault, listing, size_and_hash
+from policies.files.checksums import fault, listing, size_and_hash
 from policies.sharding import everyone, leads, place
 from policies.tensor_files import Tensors
 from rewards.config.json_file import read_json
@@ -79,7 +79,7 @@ def save(
     target = root / f"step_{step:06d}"
     partial, replaced = (root / f".{target.name}.{suffix}" for suffix in ("partial", "replaced"))
 
-    def begin() -> None:
+    def make_partial() -> None:
         root.mkdir(parents=True, exist_ok=True)
         _recover(root)
         for leftover in root.glob(".step_*"):
@@ -99,7 +99,7 @@ def save(
         fsync(root)
 
     try:
-        _together(target, tensors, begin if leads() else None)
+        _together(target, tensors, make_partial if leads() else None)
         written = _together(target, tensors, write)
         _together(target, tensors, finish if leads() else None)
     except CheckpointError:

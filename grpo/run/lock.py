@@ -30,10 +30,10 @@ class FolderInUse(OSError):
 
 
 class RunLock:
-    """Held from `take` to `release`, and no longer than this process lives: the system releases it, not the file.
+    """Held from `lock_folder` to `release`, and only while this process lives: the system releases it, not the file.
 
     Where the folder exists it is taken at once, so that a run that goes on reads nothing that another one is writing.
-    A folder that does not exist is made by `take` alone. Raises FolderInUse. A file system without locks gives a
+    A folder that does not exist is made by `lock_folder` only. Raises FolderInUse. A file system without locks gives a
     warning, and no protection.
     """
 
@@ -41,9 +41,9 @@ class RunLock:
         """`key` is the option that names the folder."""
         self.folder, self.key, self._descriptor = folder, key, -1
         if os.path.isdir(folder):  # also where the system refuses the name: RunLog says so, with the way out
-            self.take()
+            self.lock_folder()
 
-    def take(self) -> None:
+    def lock_folder(self) -> None:
         if self._descriptor >= 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,7 @@ class RunLog:
         tracker_names = installed(self._options.trackers)
         refuse_folder(output_dir, resuming=resume is not None)
         self._lock = lock or RunLock(output_dir)
-        self._lock.take()
+        self._lock.lock_folder()
         refuse_folder(output_dir, resuming=resume is not None)  # another run may have begun and ended meanwhile
         resumes = holds_a_run(output_dir)
         self.output_dir = output_dir
@@ -134,7 +134,7 @@ class RunLog:
         if step == last or step % max(1, min(50, last // 10)) == 0:
             names = [name for name in ("loss/sft", "loss/mtp") if name in metrics]
             shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
-            self.say(f"warm start {step:4d}/{last}  {shown}")
+            self.say(f"SFT stage {step:4d}/{last}  {shown}")
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Record held-out results, as `eval/NAME` where a name has no area yet, and show them in one line.

@@ -27,7 +27,7 @@ LEARNED = (
         "loss.",
         "value.",
         "curriculum.",
-        "warm_start.",
+        "sft.",
         "mtp.",
         "cassette.",
         "distill.",
@@ -118,24 +118,24 @@ class BaseWeights:
         self, policy: Policy, trained: Collection[str], source: str, step: int, on_change: Callable[[str], None]
     ) -> None:
         self.source, self.step, self.on_change = source, step, on_change
-        self.digest = base_digest(policy, trained)
+        self.checksum = base_checksum(policy, trained)
 
     def state_dict(self) -> str:
-        return self.digest
+        return self.checksum
 
     def load_state_dict(self, then: str) -> None:
         """Calls `on_change` with the reason where the adapters of a checkpoint belong on other weights."""
-        if then != self.digest:
-            self.on_change(_other_base(self.source, self.step, then, self.digest))
+        if then != self.checksum:
+            self.on_change(_other_base(self.source, self.step, then, self.checksum))
 
 
-def base_digest(policy: Policy, names: Collection[str]) -> str:
+def base_checksum(policy: Policy, names: Collection[str]) -> str:
     """A digest of the weights that a checkpoint does not hold; `kept` are the names that it does hold.
 
     For a LoRA run these are the base weights. Bits and names count, and how many files they came from does not.
     """
     from policies import four_bit  # with transformers, which readers of a run's records do not need
-    from policies.policy import digest
+    from policies.policy import checksum
 
     has_head = any(name.startswith("mtp.") for name in names)  # where it has none, one was added since
     weights = {
@@ -143,7 +143,7 @@ def base_digest(policy: Policy, names: Collection[str]) -> str:
         for n, weight in policy.named_parameters()
         if n not in names and (has_head or not n.startswith("mtp."))
     }
-    return digest({n + end: part for n, weight in weights.items() for end, part in four_bit.parts(weight).items()})
+    return checksum({n + end: part for n, weight in weights.items() for end, part in four_bit.parts(weight).items()})
 
 
 def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:
@@ -153,7 +153,7 @@ def base_changed(policy: Policy, saved: Checkpoint, source: str) -> str | None:
     has no digest, so it is not checked.
     """
     then = saved.state.get("base")
-    now = base_digest(policy, saved.tensors["policy"]) if then else None
+    now = base_checksum(policy, saved.tensors["policy"]) if then else None
     return None if then is None or now is None or then == now else _other_base(source, saved.step, then, now)
 
 

@@ -1,6 +1,6 @@
 """Which policy a preset, a folder, a run, a checkpoint or a hub id means, and how it is loaded.
 
-Every command asks here. A run means the policy at its end, else its newest checkpoint, else its warm start.
+Every command asks here. A run means the policy at its end, else its newest checkpoint, else its SFT stage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.distributed import DistributedConfig
 from grpo.config.mtp import MtpConfig
 from grpo.config.policy import ArchitectureOptions, ModelOptions
 from grpo.config.run import LearningConfig, SftConfig, TrainConfig
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import ONE_PROCESS, Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from grpo.run.hardware import saved_threads, threads_for
@@ -36,7 +36,7 @@ from policies.checkpoint import check_policy
 from policies.devices import device_of
 from policies.files import gguf
 from policies.files.atomic import write_file
-from policies.files.digests import write_digests
+from policies.files.checksums import write_checksums
 from policies.layout import auto_class
 from policies.mtp import MTPHead
 from policies.policy import Policy, PolicyError, read_config
@@ -99,7 +99,7 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
                 raise  # else its run has removed it, and there is a newer one
     if (folder / "warm_start").is_dir():
         policy = str(folder / "warm_start")
-        return PolicySource(policy, "the warm start; no step of GRPO is saved yet", policy)
+        return PolicySource(policy, "the SFT stage; no step of GRPO is saved yet", policy)
     raise PolicyError(f"model={model!r} is a run that has not saved a policy yet; go on with it: --resume auto")
 
 
@@ -213,7 +213,7 @@ def with_threads(config: Config, resume: str | None, shape: PretrainedConfig) ->
 
 
 def load_policy(
-    options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ALONE, *, head: bool = False
+    options: ModelOptions, corpus: Iterable[str] = (), ranks: Ranks = ONE_PROCESS, *, head: bool = False
 ) -> Policy:
     """The policy that `options.model` means, on its device: a preset gets fresh weights, and a tokenizer learned from
     `corpus`. Several ranks share it, as `learner.parallel` says; what is not in safetensors rank 0 makes for all.
@@ -360,7 +360,7 @@ def save_policy(policy: Policy, folder: Path, step: int) -> None:
         return
     path = checkpoint.saved(folder.parent / "checkpoints").get(step)
     write_file(folder / RECORD, json.dumps({"step": step, "checkpoint": _digest(path) if path else None}) + "\n")
-    write_digests(folder)
+    write_checksums(folder)
 
 
 def _went_on(run: Path, newest: Path) -> bool:

@@ -1,9 +1,9 @@
 """Batches that are sampled while the learner works on earlier ones (contract 12).
 
-With `rollout.ahead: k` the batch of step t is sampled with the weights of step t - 1 - k, the first k + 1 with those of
-the start. A thread hands the batches to the workers, one after the other, and between two of them the workers get the
-next weights where the schedule says so. What a batch depends on follows from its step, never from the clock: the moment
-at which it is ready changes no bit. With k = 1:
+With `rollout.staleness: k` the batch of step t is sampled with the weights of step t - 1 - k, the first k + 1 with
+those of the start. A thread hands the batches to the workers, one after the other, and between two of them the workers
+get the next weights where the schedule says so. What a batch depends on follows from its step, never from the clock:
+the moment at which it is ready changes no bit. With k = 1:
 
     the learner works on     -           batch 1     batch 2     batch 3
     its weights after that   0           1           2           3
@@ -38,13 +38,15 @@ class Batches:
     """The scored groups of each step. The collector's state and the batches that nothing was learned from yet are its
     own.
 
-    Every rank calls its methods, and rank 0 samples. `begin` is called before the first step. `publish` hands the
-    learner's weights to the workers, where these hold other ones.
+    Every rank calls its methods, and rank 0 samples. `start_sampling` comes before the first step. `sync_weights` hands
+    the learner's weights to the workers if these hold other ones.
     """
 
-    def __init__(self, run: Run[Any], collector: Collector, learner: Learner, publish: Callable[[], object]) -> None:
-        self.run, self.collector, self.learner, self.publish = run, collector, learner, publish
-        self.ahead = 0 if run.inner else run.config.whole_rollout.ahead
+    def __init__(
+        self, run: Run[Any], collector: Collector, learner: Learner, sync_weights: Callable[[], object]
+    ) -> None:
+        self.run, self.collector, self.learner, self.sync_weights = run, collector, learner, sync_weights
+        self.staleness = 0 if run.inner else run.config.whole_rollout.staleness
         self.ready: dict[int, Drawn] = {}
         self.next = 1  # the first batch that was not begun
         self.is_asked = False  # a loop of one's own may sample by itself
@@ -53,12 +55,12 @@ class Batches:
         self._error: BaseException | None = None
         self._before: tuple[int, Any] = (0, None)  # a step whose batch was not sampled ahead, the collector before it
         self._older: tuple[int, dict[str, Tensor]] | None = None  # version and weights of the batch that is sampled
-        self._thread = ThreadPoolExecutor(1, "sampling") if self.ahead and run.ranks.first else None
+        self._thread = ThreadPoolExecutor(1, "sampling") if self.staleness and run.ranks.first else None
 
-    def begin(self) -> None:
+    def start_sampling(self) -> None:
         """Take the batches that a checkpoint holds. One whose weights the learner has no longer is sampled here."""
         state, self._saved, saved = self._saved, {}, self.run.saved
-        if not self.ahead:
+        if not self.staleness:
             return
         from grpo.algorithm.in_flight import drawn_of
 
@@ -72,21 +74,21 @@ class Batches:
             self.run.ranks.from_first(self.complete)
             self._hold(version, newer)
 
-    def take(self, step: int) -> Drawn:
+    def take_batch(self, step: int) -> Drawn:
         """The batch of this step. Raises what its sampling has raised."""
         is_first, self.is_asked = not self.is_asked, True
-        if not self.ahead:
-            self.begins(step)
+        if not self.staleness:
+            self.snapshot_before(step)
             return self.run.ranks.from_first(partial(self.collector.collect, step))
         self.next = max(self.next, step) if is_first else self.next  # what a loop has sampled itself is gone
         self.go_on(step - 1, wait=True)
-        return self.run.ranks.from_first(partial(self._take, step))
+        return self.run.ranks.from_first(partial(self._take_ready, step))
 
-    def begins(self, step: int) -> None:
+    def snapshot_before(self, step: int) -> None:
         """The prompts of a step come next, which `undo` takes back."""
         self._before = step, self.collector.snapshot()
 
-    def _take(self, step: int) -> Drawn:
+    def _take_ready(self, step: int) -> Drawn:
         if step not in self.ready:
             self.complete()
         self.ready = {other: drawn for other, drawn in self.ready.items() if other >= step}
@@ -95,20 +97,20 @@ class Batches:
     def go_on(self, step: int, wait: bool = False) -> None:
         """Begin the batches up to `step` + ahead, each when the one before is complete: all of them where it `wait`s,
         those that can begin now where it does not. The learner holds the weights of `step` - 1, or no batch is left."""
-        while self.is_asked and self.next <= min(step + self.ahead, self.run.last):
+        while self.is_asked and self.next <= min(step + self.staleness, self.run.last):
             if wait:
                 self.run.ranks.from_first(self.complete)
             elif not self.run.ranks.from_first(self._completed):
                 return
-            self.publish()
+            self.sync_weights()
             self._start()
 
     def before_update(self, step: int) -> None:
         """The learner has the weights of `step` - 1 for the last time."""
-        if not self.ahead or not self.is_asked:
+        if not self.staleness or not self.is_asked:
             return
         self.go_on(step, wait=True)
-        if self.ahead == 1:  # the next step waits for this batch anyway, and no copy is needed
+        if self.staleness == 1:  # the next step waits for this batch anyway, and no copy is needed
             self.run.ranks.from_first(self.complete)
         else:
             complete = self.run.ranks.from_first(self._completed)
@@ -134,12 +136,12 @@ class Batches:
 
     def complete(self) -> None:
         """Wait for the batch that is sampled. Raises what its sampling has raised."""
-        self.settle()
+        self.wait_for_sampling()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def settle(self) -> None:
+    def wait_for_sampling(self) -> None:
         """Waits until nothing is sampled. A batch that failed leaves no trace, and its error waits for `complete`."""
         if self._sampling is None:
             return
@@ -159,16 +161,16 @@ class Batches:
 
     def undo(self) -> None:
         """The step in progress is undone. What was sampled ahead stays: its weights were the right ones."""
-        self.settle()
+        self.wait_for_sampling()
         step, before = self._before
         if step > self.run.step:
             self.collector.put_back(before)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON takes it, when the batch that is sampled is complete."""
-        self.settle()
+        self.wait_for_sampling()
         state = self.collector.state_dict()
-        if self.ahead:
+        if self.staleness:
             from grpo.algorithm.in_flight import plain
 
             waiting = {step: drawn for step, drawn in self.ready.items() if step > self.run.step}
@@ -179,7 +181,7 @@ class Batches:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads all but the batches, for which `begin` makes the prompts anew from the data."""
+        """Loads all but the batches, for which `start_sampling` makes the prompts anew from the data."""
         self.collector.load_state_dict(state)
         self._saved = state
 
@@ -192,7 +194,7 @@ class Batches:
     @property
     def _lacks(self) -> bool:
         """The step that is saved has learned, and a batch that the weights before it sample is not there."""
-        return self._older is not None and self.next <= min(self.run.step + self.ahead, self.run.last)
+        return self._older is not None and self.next <= min(self.run.step + self.staleness, self.run.last)
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.learner.state()[0]["policy"].items()}
@@ -201,4 +203,4 @@ class Batches:
         """The learner takes these weights, and the workers get them."""
         put_weights(weights, self.learner.policy, self.learner.masters)
         self.learner.policy_version = version
-        self.publish()
+        self.sync_weights()

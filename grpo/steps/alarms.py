@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import TrainingBatch
-from grpo.steps.listener import Listener
+from grpo.steps.callback import Callback
 from grpo.task.task import Task
 from review.findings.alarms import Alarm, Alarms, Watched
 from rewards.group_score import GroupScore
@@ -31,21 +31,21 @@ METRICS = {
 }
 
 
-def listener(run: Run[TrainConfig], task: Task) -> Listener | None:
-    return AlarmListener(task.watched_rewards(), run.log.event) if run.ranks.first else None
+def callback(run: Run[TrainConfig], task: Task) -> Callback | None:
+    return AlarmCallback(task.watched_rewards(), run.log.event) if run.ranks.first else None
 
 
-class AlarmListener(Listener):
+class AlarmCallback(Callback):
     """Records an event for each alarm. `rewards` are the marks that are watched."""
 
     def __init__(self, rewards: Sequence[str], event: Callable[..., None]) -> None:
         self.alarms, self.event = Alarms(rewards), event
 
-    def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
+    def on_update_begin(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
         self._sound(step, self.alarms.observe(list(map(_watched, drawn.all_groups, drawn.all_scores))))
         return self.alarms.values
 
-    def evaluated(self, step: int, results: Mapping[str, Any]) -> None:
+    def on_evaluate(self, step: int, results: Mapping[str, Any]) -> None:
         """An alarm where the reward rises and held-out accuracy falls; by gold answers where the data have them."""
         result = results.get("sampled")
         if result is None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 from rich.progress import Progress
@@ -14,7 +15,7 @@ from grpo.algorithm.dynamic_sampling import Drawn, draw_groups
 from grpo.data.prompts import PromptStream
 from grpo.run.metrics import rollout_metrics, tail_share
 from grpo.run.stop import signals
-from grpo.steps.listener import Listener
+from grpo.steps.callback import Callback
 from grpo.steps.loop import Run
 from grpo.task.task import Task
 from policies.policy import Policy
@@ -31,7 +32,7 @@ Snapshot: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]], tuple[float, .
 
 class Collector:
     """Draws the groups of each step from `pool`, which is set before the first. `sampling` is how completions are
-    sampled. Its state is the order of the data, what listeners keep, and `head_accepted`: what became of the draft
+    sampled. Its state is the order of the data, what callbacks keep, and `head_accepted`: what became of the draft
     head's drafts in the last step."""
 
     pool: Sampler
@@ -43,25 +44,25 @@ class Collector:
         policy: Policy,
         sampling: SamplingParams,
         stream: PromptStream,
-        listeners: Sequence[Listener] = (),
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.run, self.task, self.listeners, self.stream, self.sampling = run, task, list(listeners), stream, sampling
+        self.run, self.task, self.callbacks, self.stream, self.sampling = run, task, list(callbacks), stream, sampling
         self.config, self.tokenizer = run.config, policy.tokenizer
         self.backend = run.config.whole_rollout.backend or policy.backend
         self.head_accepted: tuple[float, ...] = ()
 
     # ---- one draw ---------------------------------------------------------------------------------------------------
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """The prompts of `step` come next."""
         self.task.reached(step - 1)
-        for listener in self.listeners:
-            listener.begins(step)
+        for callback in self.callbacks:
+            callback.on_step_begin(step)
 
     def prompts(self, count: int, step: int, draw: int = 0) -> list[Prompt]:
-        """Different prompts: those that a listener chooses, or the next ones of the data."""
-        chosen = (listener.choose(count, step, draw) for listener in self.listeners)
-        examples = next((some for some in chosen if some is not None), None) or self.stream.take(count)
+        """Different prompts: those that a callback chooses, or the next ones of the data."""
+        chosen = (callback.choose_prompts(count, step, draw) for callback in self.callbacks)
+        examples = next((some for some in chosen if some is not None), None) or self.stream.take_examples(count)
         return [self.task.prompt(example, self.tokenizer) for example in examples]
 
     def params(self, step: int) -> SamplingParams:
@@ -80,15 +81,15 @@ class Collector:
         except RewardFailed as error:
             self.run.log.event("reward_error", step=step, **vars(error.failure))
             raise
-        for listener in self.listeners:
-            listener.sampled(step, groups, scores)
+        for callback in self.callbacks:
+            callback.on_groups_sampled(step, groups, scores)
         return scores
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def collect(self, step: int, quiet: bool = False) -> Drawn:
         """The scored groups of a step, with an event for every reward that failed. `quiet` draws no bars."""
-        self.begin(step)
+        self.begin_step(step)
         options, params = self.config.rollout, self.params(step)
         measured: dict[str, float] = defaultdict(float)
 
@@ -109,20 +110,20 @@ class Collector:
 
         with Progress(disable=True) if quiet else self.run.log.progress() as progress:
             prompts = self.prompts(self.config.prompts_per_step, step)
-            drawn = draw_groups(prompts, options.refill_draws, sample, replacements)
+            drawn = draw_groups(prompts, options.max_resamples, sample, replacements)
         self.learn_drafts(drawn.all_groups)
-        for failure in (failure for score in drawn.all_scores for failure in score.errors):
+        for failure in chain.from_iterable(score.errors for score in drawn.all_scores):
             self.run.log.event("reward_error", step=step, **vars(failure))
         drawn.metrics |= measured | rollout_metrics(drawn.all_groups, drawn.all_scores)
-        for listener in self.listeners:
-            drawn.metrics |= listener.metrics(step)
-        drawn.metrics |= drawn.counts() if options.refill_draws else {}
+        for callback in self.callbacks:
+            drawn.metrics |= callback.step_metrics(step)
+        drawn.metrics |= drawn.counts() if options.max_resamples else {}
         signals.check()
         return drawn
 
     def learn_drafts(self, groups: Sequence[RolloutGroup]) -> None:
         """The next step chooses how much it drafts by what became of the drafts of these."""
-        self.head_accepted = head_accepted(c for group in groups for c in group.completions)
+        self.head_accepted = head_accepted(chain.from_iterable(group.completions for group in groups))
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt of one of the training problems, again."""
@@ -133,23 +134,23 @@ class Collector:
 
     def snapshot(self) -> Snapshot:
         """Gives what `put_back` needs to undo what is collected from now on."""
-        return self.stream.state_dict(), [listener.state_dict() for listener in self.listeners], self.head_accepted
+        return self.stream.state_dict(), [callback.state_dict() for callback in self.callbacks], self.head_accepted
 
     def put_back(self, before: Snapshot) -> None:
         stream, states, self.head_accepted = before
         self.stream.load_state_dict(stream)
-        for listener, state in zip(self.listeners, states, strict=True):
-            listener.load_state_dict(state)
+        for callback, state in zip(self.callbacks, states, strict=True):
+            callback.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON takes it."""
         state: dict[str, Any] = {"stream": self.stream.state_dict()}
-        for listener in self.listeners:
-            state |= listener.state_dict()
+        for callback in self.callbacks:
+            state |= callback.state_dict()
         return state | ({"head_accepted": list(self.head_accepted)} if self.head_accepted else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
-        for listener in self.listeners:
-            listener.load_state_dict(state)
+        for callback in self.callbacks:
+            callback.load_state_dict(state)
         self.head_accepted = tuple(state.get("head_accepted", ()))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.config.run import TrainConfig
 from grpo.learner.optimizer import ramp
-from grpo.steps.listener import Listener
+from grpo.steps.callback import Callback
 from grpo.task.task import Task
 from rewards.data.examples import Example
 
@@ -26,18 +26,18 @@ METRICS = {
 }
 
 
-def listener(run: Run[TrainConfig], task: Task) -> Listener:
+def callback(run: Run[TrainConfig], task: Task) -> Callback:
     return Curriculum(run, task)
 
 
-class Curriculum(Listener):
+class Curriculum(Callback):
     """Which problems a step draws. Without an option it has no say.
 
     `shortest_share` opens the examples by the length of their gold solution, shortest first. Of the open examples,
     those drawn least often come first.
 
     >>> curriculum = Curriculum(run, task)              # of a run with curriculum.shortest_share: 0.3
-    >>> [example] = curriculum.choose(1, step=1)
+    >>> [example] = curriculum.choose_prompts(1, step=1)
     """
 
     def __init__(self, run: Run[TrainConfig], task: Task) -> None:
@@ -53,7 +53,7 @@ class Curriculum(Listener):
         share = ramp(step, self.options.steps, self.options.shortest_share, 1.0)
         return self.examples[: math.ceil(round(share * len(self.examples), 6))]  # 0.2 + 0.4 is no 0.6
 
-    def choose(self, count: int, step: int, draw: int = 0) -> list[Example] | None:
+    def choose_prompts(self, count: int, step: int, draw: int = 0) -> list[Example] | None:
         """`count` different examples. Raises ValueError if there are too few."""
         if not self.chooses:
             return None
@@ -71,7 +71,7 @@ class Curriculum(Listener):
         self.seen.update(example.example_id for example in chosen)
         return chosen
 
-    def metrics(self, step: int) -> dict[str, float]:
+    def step_metrics(self, step: int) -> dict[str, float]:
         """curriculum/* where it has a say."""
         if not self.chooses:
             return {}

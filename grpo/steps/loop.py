@@ -17,7 +17,7 @@ import psutil
 
 from grpo.config.run import RunConfig, SftConfig, TrainConfig
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE, Ranks
+from grpo.learner.parallel import ONE_PROCESS, Ranks
 from grpo.learner.update import NonFiniteStep
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
@@ -89,7 +89,7 @@ class Run(Generic[Config]):
         resume: str | None = None,
         stop_after: int | None = None,
         force: bool = False,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = ONE_PROCESS,
         sources: Sources | None = None,
     ) -> Iterator[Self]:
         """Lock the folder, read what the run goes on from, open its files and listen to signals.
@@ -198,7 +198,7 @@ class Run(Generic[Config]):
         """Tells whether the step in progress has changed the policy."""
         return self._learner.updates != self._updates
 
-    def alone(self, act: Callable[..., object], *arguments: object, **named: object) -> None:
+    def on_first_rank(self, act: Callable[..., object], *arguments: object, **named: object) -> None:
         """Rank 0 acts, while the others wait. If it fails or is stopped, they end as it does."""
         self.ranks.from_first(lambda: act(*arguments, **named) and None)
 

@@ -9,7 +9,7 @@ from grpo.algorithm.dynamic_sampling import Drawn, is_tied
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import TrainingBatch
 from grpo.run.metrics import mean_of
-from grpo.steps.listener import Listener
+from grpo.steps.callback import Callback
 from grpo.task.task import Task
 
 if TYPE_CHECKING:
@@ -23,17 +23,17 @@ METRICS = {
 }
 
 
-def listener(run: Run[TrainConfig], task: Task) -> Listener | None:
+def callback(run: Run[TrainConfig], task: Task) -> Callback | None:
     return SourceMetrics(task) if task.parts else None
 
 
-class SourceMetrics(Listener):
+class SourceMetrics(Callback):
     """Measures each source of a step that was drawn from it."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
 
-    def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
+    def on_update_begin(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
         metrics: dict[str, float | None] = {}
         pairs = list(zip(drawn.all_groups, drawn.all_scores, strict=True))
         for label, part in self.task.parts.items():

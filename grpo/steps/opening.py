@@ -11,11 +11,11 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.build import grpo_learner
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE, joined
+from grpo.learner.parallel import ONE_PROCESS, joined
 from grpo.run.resume import BaseWeights
 from grpo.source.policy_source import holds_head, load_beside, load_policy, with_threads
+from grpo.steps.callback import callbacks_of
 from grpo.steps.collector import Collector
-from grpo.steps.listener import listeners_of
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of, sampling_of_steps
 from grpo.task.check import check_plan, open_task
@@ -48,7 +48,7 @@ class LearningSession(Protocol):
     collector: Collector
     batches: Batches
     plain: Policy | None
-    canaries: SamplingParams | None
+    sync_check: SamplingParams | None
 
     @property
     def held_out(self) -> Periodic: ...
@@ -77,7 +77,7 @@ def open_run(
     with ExitStack() as stack:
         stack.enter_context(python_words())
         config = with_threads(config, resume, check_plan(config).shape)
-        ranks = ALONE
+        ranks = ONE_PROCESS
         if isinstance(config, LearningConfig):
             ranks = stack.enter_context(joined(device_of(config.device).type == "cpu", config.learner.parallel))
         task = stack.enter_context(open_task(config, scores=ranks.first))
@@ -124,10 +124,10 @@ def shared_policy(run: Run[TrainConfig], plain: Policy | None, of: Run[TrainConf
 def grpo_session(
     session_of: Callable[..., Session], run: Run[TrainConfig], task: Task, base: LearningSession | None = None
 ) -> Session:
-    """A session of `grpo.session` that learns by GRPO; after a warm start it begins with the policy of that. `base` is
+    """A session of `grpo.session` that learns by GRPO; after an SFT stage it begins with the policy of that. `base` is
     another session, whose frozen weights it shares."""
     config, ranks = run.config, run.ranks
-    start = str(run.folder / "warm_start") if config.warm_start.steps else None
+    start = str(run.folder / "warm_start") if config.sft.steps else None
     again, beside = partial(first_policy, run, task, start), partial(load_beside, config)
     policy = again() if base is None else shared_policy(run, base.plain, base.run)
     counts = four_bit.counts(policy.trunk)
@@ -136,9 +136,9 @@ def grpo_session(
     plain = policy.sharing(head=True) if config.lora and ranks.layout is None else None
     learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
     stream = task.stream(config.seed)
-    collector = Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, listeners_of(run, task))
+    collector = Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, callbacks_of(run, task))
     session = session_of(run, task, learner, collector, plain)
-    session.held_out.every, session.canaries = config.eval.every, sampling_of(run, policy, 1)
+    session.held_out.every, session.sync_check = config.eval.every, sampling_of(run, policy, 1)
     run.restore(learner=learner, curriculum=session.batches, **base_weights(run, learner))
     return session
 
@@ -147,8 +147,8 @@ def base_weights(run: Run[TrainConfig], learner: Learner) -> dict[str, BaseWeigh
     """Lets checkpoints of LoRA keep the digest of the weights under the adapters."""
     if not run.config.lora:
         return {}
-    warm = f"warm start {run.folder / 'warm_start'}"
-    source = warm if run.config.warm_start.steps else f"model={run.config.model!r}"
+    warm = f"SFT stage {run.folder / 'warm_start'}"
+    source = warm if run.config.sft.steps else f"model={run.config.model!r}"
 
     def on_change(changed: str) -> None:
         if not run.forced:

@@ -20,18 +20,18 @@ from grpo.task.sampling import sampling_params
 from grpo.task.task import Task
 from policies.devices import empty_cache
 from policies.policy import Policy
-from policies.publication import Publication
 from policies.routing.routers import has_routers
 from policies.sharding import everyone, whole
+from policies.synced_weights import SyncedWeights
 from rollout.cost_table import FEW_ROWS, MOST_ROWS, PROMPT_TOKENS, CostTable, Workload
-from rollout.pool import PUBLISH_TIMEOUT_S, TIMEOUT_S, Pool, PoolOptions, Sampler
-from rollout.publication.digests import Held
+from rollout.pool import SYNC_TIMEOUT_S, TIMEOUT_S, Pool, PoolOptions, Sampler
 from rollout.sampling import Copies, SamplingParams
+from rollout.weight_sync.checksums import Held
 from rollout.workers.kinds import open_pool
 
 PROMPTS_READ = 256  # whose lengths say how long sequences become
 
-Reads = Callable[[Publication, Publication | None], Iterator[Tensor]]
+Reads = Callable[[SyncedWeights, SyncedWeights | None], Iterator[Tensor]]
 
 
 class NoPool:
@@ -44,11 +44,11 @@ class NoPool:
     asleep = False
 
     def __init__(self, reads: Reads | None = None, in_turn: bool = False) -> None:
-        self.reads, self.in_turn, self._last = reads, in_turn, Publication({})
+        self.reads, self.in_turn, self._last = reads, in_turn, SyncedWeights({})
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def sync_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         if self.reads:
-            last, self._last = self._last, Publication.of(weights)
+            last, self._last = self._last, SyncedWeights.of(weights)
         for tensor in self.reads(self._last, last) if self.reads else weights.values():
             whole(tensor)  # every rank gathers it when rank 0 does
         if self.in_turn:
@@ -103,11 +103,11 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: object) -> Pool:
     rollout, dtype, run_log = run.config.whole_rollout.model_copy(update=changes), run.config.dtype, run.log
     if not run.ranks.first:
         _places(rollout)
-        reads: Reads | None = Publication.read_parts if rollout.samplers else None
+        reads: Reads | None = SyncedWeights.read_parts if rollout.samplers else None
         if rollout.backend == "vllm":
-            reads = Publication.parts
+            reads = SyncedWeights.parts
         part = NoPool(reads, in_turn=_on_this_gpu(rollout, policy))
-        part.publish(policy.publication(), 0)
+        part.sync_weights(policy.synced_weights(), 0)
         return part
 
     def on_lost(what: str, reason: str, action: str) -> None:
@@ -121,9 +121,9 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: object) -> Pool:
         dtype=getattr(torch, dtype),
         prompts_per_shard=rollout.prompts_per_shard,
         timeout_s=TIMEOUT_S,
-        publish_timeout_s=PUBLISH_TIMEOUT_S,
+        sync_timeout_s=SYNC_TIMEOUT_S,
         gpus=0.0 if run.config.device == "cpu" else 1.0,
-        colocate=False if rollout.ahead else None,
+        colocate=False if rollout.staleness else None,
         copies=Copies(rollout.quantization, rollout.quantization),
         check_stop=signals.check,
         on_lost=on_lost,
@@ -148,7 +148,7 @@ def open_run_pool(run: Run[Any], policy: Policy, **changes: object) -> Pool:
 
 def _on_this_gpu(rollout: RolloutOptions, policy: Policy) -> bool:
     """Whether workers or vLLM use the GPU of this rank while it does not learn: where there are no other GPUs."""
-    if rollout.ahead or rollout.vllm.url or not (rollout.samplers or rollout.backend == "vllm"):
+    if rollout.staleness or rollout.vllm.url or not (rollout.samplers or rollout.backend == "vllm"):
         return False
     from rollout.places import Places
 

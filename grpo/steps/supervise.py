@@ -1,4 +1,4 @@
-"""Supervised steps on prompts and gold solutions: the learner of `quartet sft`, and the warm start of a run of GRPO."""
+"""Supervised steps on prompts and gold solutions: the learner of `quartet sft`, and the SFT stage of a run of GRPO."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grpo.steps.loop import Run
 from grpo.steps.opening import LearningSession, Session, first_policy
 from grpo.steps.pool import sampling_of
 from grpo.task.task import Task
-from policies.files.digests import write_digests
+from policies.files.checksums import write_checksums
 from policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def supervised_session(
     return session
 
 
-def warm_start(
+def run_sft_stage(
     run: Run[TrainConfig], task: Task, session_of: Callable[..., LearningSession], best_of: Callable[..., Best]
 ) -> None:
     """Supervised steps into `warm_start/`, unless the run that is being resumed has made them.
@@ -79,9 +79,9 @@ def warm_start(
     folder, steps = run.folder / "warm_start", run.folder / "warm_start_checkpoints"
     if not (run.resumes and folder.exists()):
         if not run.resumes:
-            run.alone(shutil.rmtree, steps, ignore_errors=True)
+            run.on_first_rank(shutil.rmtree, steps, ignore_errors=True)
         started = time.perf_counter()
-        part = run.part(steps.name, run.config.warm_start.steps, " of the warm start")
+        part = run.part(steps.name, run.config.sft.steps, " of the SFT stage")
         session = supervised_session(session_of, part, task)
         best = best_of(session, run.folder / "warm_start_best")
         part.restore(learner=session.learner, prompts=session.collector.stream, best=best)
@@ -90,22 +90,22 @@ def warm_start(
         chosen: dict[str, Any] = {"step": best.step, "accuracy": best.value} if best.prompts else {}
         run.log.event("warm_start_done", seconds=seconds, **chosen, folder=str(folder))
         if best.prompts:
-            run.alone(best.folder.rename, folder)
+            run.on_first_rank(best.folder.rename, folder)
         else:
             session.policy.save(folder)
-        run.alone(write_digests, folder)
-    run.alone(shutil.rmtree, steps, ignore_errors=True)
+        run.on_first_rank(write_checksums, folder)
+    run.on_first_rank(shutil.rmtree, steps, ignore_errors=True)
 
 
 def supervise(session: LearningSession, best: Best) -> None:
     """The loop of `quartet sft` on a part of a run, with a look at the validation problems."""
     run, size = session.run, session.run.config.supervision.batch_size
     with run, run.log.progress() as progress:
-        bar = progress.add_task("warm start", total=run.last, completed=run.start)
+        bar = progress.add_task("SFT stage", total=run.last, completed=run.start)
         for step in run.steps():
             batch = session.prepare(session.solutions(size))
             metrics = session.learn(batch)
             best.look(step)
             session.record(step, metrics)
             session.save_if_due(step)
-            progress.update(bar, advance=1, description=f"warm start, loss {metrics.get('loss/sft', nan):.3f}")
+            progress.update(bar, advance=1, description=f"SFT stage, loss {metrics.get('loss/sft', nan):.3f}")

@@ -64,7 +64,7 @@ class Acting(Actor):
         ids, sampled = form.demonstration(marked, self._answers[name])
         return PackedRow(form.tools_prompt(first_messages(prompt, None)), [Sample(0, ids, sampled=sampled)])
 
-    def begun(
+    def begun_prompt(
         self,
         prompt: Prompt,
         messages: list[dict[str, Any]] | None,

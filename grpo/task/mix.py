@@ -54,8 +54,8 @@ class Mix(Task):
                 )
             learns = self.unsolved if isinstance(config, TrainConfig) else self.solved
             self._refuse_too_few("prompts_per_step", config.prompts_per_step, learns)
-            if isinstance(config, TrainConfig) and config.warm_start.steps:
-                self._refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, self.solved)
+            if isinstance(config, TrainConfig) and config.sft.steps:
+                self._refuse_too_few("sft.batch_size", config.sft.batch_size, self.solved)
             self._refuse_overlap_of_sources()
         except BaseException:
             self.close()
@@ -177,7 +177,7 @@ def options_of_source(config: LearningConfig | MtpConfig, source: SourceOptions)
     if not _has_held_out(source, config.eval.split):
         changes["eval"] = config.eval.model_copy(update={"limit": 0})
     if isinstance(config, TrainConfig):
-        changes["warm_start"] = config.warm_start.model_copy(update={"batch_size": 1})
+        changes["sft"] = config.sft.model_copy(update={"batch_size": 1})
     return config.model_copy(update=changes)
 
 

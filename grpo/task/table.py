@@ -162,7 +162,7 @@ def _device_that(holds: Callable[[torch.device], bool]) -> Form:
 
 def _adapters_alone(options: object) -> bool:
     lora = option(options, "lora")
-    return bool(lora and not option(options, "warm_start.steps") and "head_router" not in (lora.targets or ()))
+    return bool(lora and not option(options, "sft.steps") and "head_router" not in (lora.targets or ()))
 
 
 def _preset_as_teacher(options: object) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -179,7 +180,7 @@ class Task:
         task.trainer_state["output_dir"] = str(config.output_dir)
         try:
             if isinstance(config, TrainConfig) and learns:
-                _refuse_too_few("warm_start.batch_size", config.warm_start.batch_size, task.solved)
+                _refuse_too_few("sft.batch_size", config.sft.batch_size, task.solved)
             grpo = isinstance(config, TrainConfig)
             _refuse_too_few("prompts_per_step", config.prompts_per_step, task.unsolved if grpo else task.solved)
             if isinstance(config, TrainConfig):
@@ -247,7 +248,9 @@ class Task:
         if self.train and self.train[0].example_id.startswith("word_problems/"):
             from rewards.data.word_problems import shared_with_training
 
-            templates, numbers = shared_with_training(*([e.example_id for e in s] for s in (self.train, self.held_out)))
+            train = [example.example_id for example in self.train]
+            held_out = [example.example_id for example in self.held_out]
+            templates, numbers = shared_with_training(train, held_out)
             line += f"; {templates:,} share a template with training, {numbers:,} share their numbers"
         run_log.say(line)
 
@@ -303,8 +306,8 @@ class Task:
         return declared if declared and len(self.reward_weights) == 1 else [*declared, "score"]
 
     @property
-    def full_marks(self) -> float:
-        return self.verdicts.full_marks
+    def max_score(self) -> float:
+        return self.verdicts.max_score
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
         """The scores of each group, by the rewards of the run."""
@@ -320,7 +323,7 @@ class Task:
         functions = rewards if isinstance(rewards, Sequence) else [rewards]
         specs = [RewardSpec(name_callable(function)) for function in functions]
         models = self.models.names if self.models else []
-        columns = [*{name for group in groups for name in group.prompt.columns}, *models, *self.actor.columns]
+        columns = [*set(chain.from_iterable(group.prompt.columns for group in groups)), *models, *self.actor.columns]
         with closing(Scorer(specs, columns=columns, on_error=self.on_error)) as scorer:
             return self._score(scorer, groups, self._model_columns(groups))
 
@@ -335,7 +338,7 @@ class Task:
             [group.texts for group in groups],
             [group.prompt.columns for group in groups],
             prompt_ids=[group.prompt.prompt_id for group in groups],
-            completion_ids=[[c.token_ids for c in group.completions] for group in groups],
+            completion_ids=[_token_ids(group) for group in groups],
             completion_columns=self.actor.added(columns, groups),
             trainer_state=self.trainer_state,
             messages=[group.prompt.messages for group in groups],
@@ -407,3 +410,7 @@ def _two_splits(
     train = [] if count == 0 else load(split=data.split, limit=count)
     split = held_out_split or default_held_out_split(data.name)
     return train, [] if held_out == 0 else load(split=split, purpose="eval", limit=held_out)
+
+
+def _token_ids(group: RolloutGroup) -> list[list[int]]:
+    return [completion.token_ids for completion in group.completions]

@@ -90,7 +90,7 @@ class Sampler:
         self.base, self.of, self.count = base, "", 0
         self.engine = Engine(base.merged(), dtype)
 
-    def take(self, name: str, spec: Spec | None, folder: Path | None) -> None:
+    def hold_weights(self, name: str, spec: Spec | None, folder: Path | None) -> None:
         """Hold the weights of this sampler: those in `folder`, of a policy of this `spec`, or the base's."""
         if name == self.of:
             return
@@ -99,7 +99,7 @@ class Sampler:
             policy = spec.build(self.base)
             state.put_weights(tensor_files.read(folder, {"policy"})["policy"], policy, MasterWeights(policy))
         self.of, self.count = "", self.count + 1  # where it fails, it holds nobody's
-        self.engine.publish(policy.weights(), self.count)
+        self.engine.sync_weights(policy.weights(), self.count)
         self.of = name
 
     def sample(self, asked: Asked) -> tuple[list[Sampled], list[float] | None]:

@@ -87,7 +87,7 @@ class Requests:
             part.mkdir(parents=True, exist_ok=True)
             tidy(part)
 
-    def keep(self, number: int, kind: str, body: bytes) -> None:
+    def keep_request(self, number: int, kind: str, body: bytes) -> None:
         write_file(self.requests / f"{number:08d}.{kind}", body)
 
     def keep_result(self, number: int, form: str, content: bytes) -> None:
@@ -151,7 +151,7 @@ class Service:
     def __init__(self, base: Policy, name: str, folder: Path, dtype: torch.dtype) -> None:
         self.base, self.name, self.folder = base, name, folder
         self.lock = RunLock(folder, "state")
-        self.lock.take()
+        self.lock.lock_folder()
         for part in ("sessions", "models", "samplers"):
             (folder / part).mkdir(exist_ok=True)
             tidy(folder / part)
@@ -266,7 +266,7 @@ class Service:
             self._admit(number, body, model)
             if model is None:
                 model = self.models[model_id] = Model(self.folder / "models" / _file(model_id), model_id)
-            model.files.keep(number, kind, body)
+            model.files.keep_request(number, kind, body)
             return self._enter(Job(model, number, kind, body))
 
     def ask_sampler(self, id_: str, number: int | None, body: bytes) -> Job:
@@ -276,7 +276,7 @@ class Service:
             if (known := self.jobs.get(f"{id_}:{number}")) is not None:
                 return known
             self._admit(number, body)
-            sampling.files.keep(number, "sample", body)
+            sampling.files.keep_request(number, "sample", body)
             return self._enter_sample(Job(sampling, number, "sample", body))
 
     def job(self, request_id: str) -> Job:
@@ -417,7 +417,7 @@ class Service:
         if sampling.path is not None:
             _, folder = self._folder_of(sampling.path)
             spec = _spec(folder)
-        self.sampler.take(sampling.id, spec, folder)
+        self.sampler.hold_weights(sampling.id, spec, folder)
         sequences, of_prompt = self.sampler.sample(asked)
         with self._mutex:
             old = _numbers(sampling.files.requests)[:-RESULTS]

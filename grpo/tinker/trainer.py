@@ -16,7 +16,7 @@ from grpo.config.learner import LearnerOptions
 from grpo.learner import state
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, groups_of
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.learner.update import NonFiniteStep, Update
 from grpo.tinker.losses import Loss, check_datum, loss_of
 from grpo.tinker.wire import Datum, ForwardBackward, Outputs, Refused
@@ -114,7 +114,7 @@ class Trainer:
                 if not math.isfinite(whole.item()):
                     raise Refused(f"the loss is {whole.item()}")
                 if request.backward and whole.requires_grad:
-                    self.update.backward(whole, 0, ALONE)
+                    self.update.backward(whole, 0, ONE_PROCESS)
                 total += whole.item()
                 for place, each in zip(places, logprobs, strict=True):
                     outputs.by_datum[place] = {"logprobs": each.detach()}
@@ -150,7 +150,7 @@ class Trainer:
             group.update(numbers, weight_decay=params["weight_decay"])
         self.update.options = OPTIONS.model_copy(update={"max_grad_norm": params["grad_clip_norm"] or math.inf})
         try:
-            norms = self.update.make(0, ALONE, {"": self.policy.trunk}, params["learning_rate"])
+            norms = self.update.make(0, ONE_PROCESS, {"": self.policy.trunk}, params["learning_rate"])
         except NonFiniteStep as error:
             raise Refused(f"optim_step: {error}; nothing moved, and the gradients are dropped") from None
         self.update.zero()
@@ -158,7 +158,7 @@ class Trainer:
 
     def state(self, *, optimizer: bool = True) -> state.Tensors:
         """What is trained, and with `optimizer` AdamW's moments."""
-        tensors = state.take(self.policy, self.masters, self.update.optimizer, {})
+        tensors = state.collect_tensors(self.policy, self.masters, self.update.optimizer, {})
         return tensors if optimizer else {"policy": tensors["policy"]}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], *, optimizer: bool = True) -> None:

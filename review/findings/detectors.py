@@ -103,7 +103,7 @@ def template(record: Record) -> Cause:
         return True, what, f"set data.template to {theirs!r}"
     none = record.share(record.early, lambda group: group.majority[0] is None)
     what = f"In {none:.0%} of the groups most completions have no answer in the form that {record.first_reward} reads."
-    change = f"show the form in {record.option('data.template')} or by data.few_shot, or teach it by warm_start.steps; "
+    change = f"show the form in {record.option('data.template')} or by data.few_shot, or teach it by sft.steps; "
     reads_a_form = record.rewards[0].get("function") in FORMS
     return none > 0.7 and reads_a_form, what, change + "a chat model needs data.template: chat"
 
@@ -137,7 +137,7 @@ def none_solved(record: Record) -> Cause:
     low = min(record.marks, default=0.0)
     none = record.share(record.groups, lambda group: group.all_have(low))
     what = f"In {none:.0%} of the groups no completion gets more than {low:g}, so that none is better than another."
-    change = f"take easier problems: {_data(record)}; or warm_start.steps, or a reward with parts; see that a gold "
+    change = f"take easier problems: {_data(record)}; or sft.steps, or a reward with parts; see that a gold "
     change += "solution gets full marks: quartet reward test"
     return none > 0.9 and low < record.top and not record.learns_by_others, what, change
 
@@ -237,7 +237,7 @@ def weights(record: Record) -> Cause:
     off = {name: abs(median(record.series(name) or [value]) - value) for name, value in usual.items()}
     name = max(off, key=lambda name: off[name])
     what = f"{name} is {off[name]:.3g} away from {usual[name]:g}: the completions are of another policy than the one "
-    ways = map(record.option, ("rollout.ahead", "learner.updates_per_batch", "rollout.quantization"))
+    ways = map(record.option, ("rollout.staleness", "learner.updates_per_batch", "rollout.quantization"))
     change = f"lower {', '.join(ways)}, or see why sampler and learner differ (mismatch/*)"
     return off[name] > 0.2, what + "that learns from them.", change
 

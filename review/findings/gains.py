@@ -47,17 +47,17 @@ def rate_decay(gains: Gains) -> Cause:
 
 
 def decays_first(warm_steps: int, warm_schedule: str, schedule: str) -> bool:
-    """Whether the learning rate is constant in the warm start and decays in GRPO."""
+    """Whether the learning rate is constant in the SFT stage and decays in GRPO."""
     return warm_steps > 0 and warm_schedule == "constant" and schedule != "constant"
 
 
 def _constant_start(options: Mapping[str, Any]) -> tuple[str, str]:
     """The supervised steps at a constant rate from which GRPO starts, and what to set instead; "" without any."""
-    steps, rate = options.get("warm_start.steps") or 0, options.get("warm_start.learning_rate")
+    steps, rate = options.get("sft.steps") or 0, options.get("sft.learning_rate")
     if steps:
-        if options.get("warm_start.schedule") != "constant":
+        if options.get("sft.schedule") != "constant":
             return "", ""
-        return f"a warm start of {steps} steps at the constant rate {rate}", "set warm_start.schedule: linear"
+        return f"an SFT stage of {steps} steps at the constant rate {rate}", "set sft.schedule: linear"
     model = Path(str(options.get("model")))
     for folder in (model, model.parent):
         if not (folder / "config.yaml").is_file():

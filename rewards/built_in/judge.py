@@ -147,7 +147,7 @@ def _outcomes(
             new = {waiting.pop(future): future.result() for future in done}
             asked |= new
             right = {digest: Verdict(o.score, o.reason) for digest, o in new.items() if o.error is None}
-            verdicts.keep(right, account, sum(outcome.tokens for outcome in new.values()))
+            verdicts.keep_verdicts(right, account, sum(outcome.tokens for outcome in new.values()))
     outcomes = []
     for digest in digests:
         if outcome := asked.pop(digest, None):

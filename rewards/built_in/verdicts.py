@@ -51,7 +51,7 @@ class Verdicts:
         rows = {digest: self._database.execute(query, (digest,)).fetchone() for digest in digests}
         return {digest: Verdict(*row) for digest, row in rows.items() if row}
 
-    def keep(self, verdicts: Mapping[str, Verdict], account: str, tokens: int) -> None:
+    def keep_verdicts(self, verdicts: Mapping[str, Verdict], account: str, tokens: int) -> None:
         """Keeps verdicts and what they took together: no verdict is there whose tokens are not accounted for."""
         with self._database:
             rows = [(digest, *verdict) for digest, verdict in verdicts.items()]

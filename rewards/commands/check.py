@@ -20,8 +20,8 @@ from rewards.registry import find_reward
 from rewards.scorer import BATCH, RewardSpec, Scorer
 from rewards.verdicts import Verdicts
 
-ALONE = 100  # gold solutions, and other completions, that are scored one by one at most
-ALONE_S = 10.0  # and for how long at most
+MOST_SINGLE = 100  # gold solutions, and other completions, that are scored one by one at most
+SINGLE_S = 10.0  # and for how long at most
 ROUNDING = 1e-5  # of a model that scores a batch at once
 STRONG = 0.5  # a correlation with length that is worth a look
 STATE = {"global_step": 0, "max_steps": 1, "epoch": 0.0}
@@ -71,7 +71,7 @@ class RewardCheck:
     sha256: str | None
     data: str
     rows: int
-    full_marks: float
+    max_score: float
     shaping: bool = False
     kinds: list[KindResult] = field(default_factory=list)
     differing: dict[str, int] = field(default_factory=dict)
@@ -102,9 +102,9 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
     with Scorer([spec], timeout_s=scoring.timeout_s, pass_variables=scoring.pass_variables, **options) as scorer:
         trial = Trial(spec, scoring, examples)
         verdicts = Verdicts(spec.label, scorer.right_at(spec.label), trial.dry_run(scorer))
-        full_marks = verdicts.full_marks if config.full_marks is None else config.full_marks
+        max_score = verdicts.max_score if config.max_score is None else config.max_score
         sha256 = scorer.describe()[0]["sha256"]
-        trial.check = check = RewardCheck(function, sha256, data.name, len(examples), full_marks, config.shaping)
+        trial.check = check = RewardCheck(function, sha256, data.name, len(examples), max_score, config.shaping)
         started = time.perf_counter()
         trial.scores = trial.score(scorer)
         check.completions_per_second = sum(map(len, trial.scores)) / (time.perf_counter() - started)
@@ -212,12 +212,12 @@ class Trial:
     def score_alone(self, scorer: Scorer) -> None:
         """Completions in calls of their own tell how long a gold solution takes, and whether the batch changes a
         score."""
-        rows = range(min(len(self.examples), ALONE))
+        rows = range(min(len(self.examples), MOST_SINGLE))
         kinds = range(max(map(len, self.probes)) - 1)
         others = dict.fromkeys((i, 1 + (i + j) % (len(self.probes[i]) - 1)) for j in kinds for i in rows)  # all soon
         times, alone = [], {}
-        end = time.perf_counter() + ALONE_S
-        for i, j in [*((i, 0) for i in rows), *list(others)[:ALONE]]:
+        end = time.perf_counter() + SINGLE_S
+        for i, j in [*((i, 0) for i in rows), *list(others)[:MOST_SINGLE]]:
             started = time.perf_counter()
             alone[i, j] = self._score(scorer, [i], [[self.probes[i][j]]])[0][0]
             times += [1000 * (time.perf_counter() - started)] if j == 0 else []
@@ -230,14 +230,14 @@ class Trial:
     def judge(self) -> None:
         """Compare every score with what its kind should get."""
         check = self.check
-        below = f"below {check.full_marks:g}"
-        due = {"full": f"{check.full_marks:g}", "less": below, "same": "as gold", "odd": below}
+        below = f"below {check.max_score:g}"
+        due = {"full": f"{check.max_score:g}", "less": below, "same": "as gold", "odd": below}
         for kind, (expected, meaning) in KINDS.items():
             places = [(i, j) for i, row in enumerate(self.probes) for j, probe in enumerate(row) if probe.kind == kind]
             values = [score for i, j in places if (score := self.scores[i][j]) is not None]
             unexpected = [] if check.shaping else [(i, j) for i, j in places if self._is_unexpected(expected, i, j)]
             mean, low, high = fmean(values) if values else None, min(values, default=None), max(values, default=None)
-            full = sum(value >= check.full_marks for value in values)
+            full = sum(value >= check.max_score for value in values)
             abstained = len(places) - len(values)
             check.kinds.append(KindResult(kind, len(places), mean, low, high, full, abstained, len(unexpected)))
             fault = expected in ("full", "less")
@@ -260,7 +260,7 @@ class Trial:
 
     def _is_unexpected(self, expected: str, i: int, j: int) -> bool:
         score = self.scores[i][j]
-        full = score is not None and score >= self.check.full_marks
+        full = score is not None and score >= self.check.max_score
         return {"full": not full, "less": full, "odd": full, "same": not _equal(score, self.scores[i][0])}[expected]
 
     def weigh(self) -> None:

@@ -35,7 +35,7 @@ class RewardTestConfig(CallOptions):
     command: ClassVar[str] = "reward test"
     data: TriedDataOptions = TriedDataOptions()
     reward: TriedScoringOptions = TriedScoringOptions()
-    full_marks: float | None = None
+    max_score: float | None = None
     """What a right completion scores; by default what the function declares (`rewards.right_at`), else 1, or what the
     first gold solution gets where that is more."""
     shaping: bool = False

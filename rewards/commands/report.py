@@ -22,7 +22,7 @@ SURPRISES_PER_KIND, CHANGES, FAILURES = 2, 8, 3
 def show_check(check: RewardCheck, console: Console) -> None:
     say = partial(_say, console)
     source = f", SHA-256 {check.sha256[:12]}" if check.sha256 else ""
-    say(f"reward {check.function}{source}, on {check.rows} rows of {check.data}; full marks: {check.full_marks:g}")
+    say(f"reward {check.function}{source}, on {check.rows} rows of {check.data}; full marks: {check.max_score:g}")
     console.print(_kinds(check))
     same = ", ".join(f"{name}: {f'{count} differ' if count else 'the same'}" for name, count in check.differing.items())
     say(f"determinism   {same}")

@@ -59,7 +59,7 @@ class SourceOptions(PromptOptions):
     """Only the first so many training problems have a worked solution: supervised steps learn from these, and GRPO from
     the others, whose answers only the rewards read. null: both take all problems."""
     validation: int = Field(default=0, ge=0)
-    """Keep so many training problems, the last ones, to choose by: a warm start then begins GRPO with its best point.
+    """Keep so many training problems, the last ones, to choose by: an SFT stage then begins GRPO with its best point.
     They are never learned from, and no result is reported on them."""
     held_out: float | None = Field(default=None, gt=0, lt=1)
     """Hold out this share of the examples for evaluation, where the data has no split for it. The content of a problem

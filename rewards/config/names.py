@@ -18,10 +18,32 @@ FOLDER = Path(__file__).parent
 
 
 @cache
+def _older() -> dict[str, dict[str, Any]]:
+    return parse_yaml((FOLDER / "older.yaml").read_text(encoding="utf-8"))
+
+
+@cache
 def _removed() -> dict[str, tuple[str, Any]]:
     """The options of 0.2 that are gone: why, and the default that they had."""
-    table = parse_yaml((FOLDER / "older.yaml").read_text(encoding="utf-8"))["removed"]
-    return {key: (why, default) for why, options in table.items() for key, default in options.items()}
+    return {key: (why, default) for why, options in _older()["removed"].items() for key, default in options.items()}
+
+
+def new_key(key: str) -> str:
+    """The name of today for an option of 0.2, which may be in a section with another name; any other key as it is.
+
+    >>> new_key("warm_start.steps"), new_key("steps")
+    ('sft.steps', 'steps')
+    """
+    for old, new in _older()["renamed"].items():
+        if key == old or key.startswith(f"{old}."):
+            return f"{new}{key[len(old) :]}"
+    return key
+
+
+def renamed(key: str) -> str | None:
+    """The question for an option of 0.2 that has another name now; None for any other key."""
+    new = new_key(key)
+    return None if new == key else f"did you mean {new}?"
 
 
 def removed(key: str) -> str | None:
@@ -57,7 +79,7 @@ def drop_unused(
         then = default_then(key) if removed(key) else elsewhere.get(key, ABSENT)
         same = then is not ABSENT and (value == then or plain(value) == plain(then))
         if same or (tell and then is not ABSENT):
-            take(options, key)
+            take_option(options, key)
             if tell and not same and (why := removed(key)):
                 tell(f"{key}={to_yaml(value, inline=True)}: {why}")
 
@@ -65,14 +87,25 @@ def drop_unused(
 def renew(command: str, former: Mapping[str, Any], tell: Callable[[str, str], None] | None = None) -> dict[str, Any]:
     """Gives options of `quartet COMMAND`, by section, today's form. `tell` gets each name of 0.2 and today's."""
     options: dict[str, Any] = _copy(former)
+    _rename(options, tell)
     if command and "data" in options:
         options["data"] = renew_data(options["data"], tell)
-    url, teacher = take(options, "distill.url"), get(options, "distill.teacher")
+    url, teacher = take_option(options, "distill.url"), get(options, "distill.teacher")
     if isinstance(url, str) and teacher:
         put(options, "distill.teacher", f"{teacher}@{url}")
     _renew_rewards(options, tell or (lambda old, new: None))
-    settle(command, options)
+    settle_data(command, options)
     return options
+
+
+def _rename(options: dict[str, Any], tell: Callable[[str, str], None] | None) -> None:
+    """Give options their new names. Options with both names keep both: the old one is then refused."""
+    for old, new in _older()["renamed"].items():
+        if get(options, old, ABSENT) is ABSENT or get(options, new, ABSENT) is not ABSENT:
+            continue
+        put(options, new, take_option(options, old))
+        if tell:
+            tell(old, new)
 
 
 def _renew_rewards(options: dict[str, Any], tell: Callable[[str, str], None]) -> None:
@@ -91,7 +124,7 @@ def _renew_rewards(options: dict[str, Any], tell: Callable[[str, str], None]) ->
     for model in models:
         if not isinstance(model, dict) or not {"name", "model"} <= model.keys():
             return  # a message about the option follows
-    for model in take(options, "reward_models"):
+    for model in take_option(options, "reward_models"):
         if model.get("chat") is True:
             model["kind"] = "chat_classifier"
         arguments = {name: model[name] for name in ("kind", "label") if model.get(name) is not None}
@@ -147,28 +180,39 @@ def sources_of(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     return data if isinstance(data, list) else [data]
 
 
-def settle(command: str, options: dict[str, Any], tell: Callable[[str, str], None] | None = None) -> None:
+def settle_data(command: str, options: dict[str, Any], tell: Callable[[str, str], None] | None = None) -> None:
     """Reads together what a file and a command line may each have a part of: the options of data.
 
     `rollout.compile: auto` of 0.2 compiled nothing in a command that does not learn."""
     if command and "data" in options:
         options["data"] = renew_data(options["data"], tell)
     if command in ANSWERING and get(options, "rollout.compile") == "auto":
-        take(options, "rollout.compile")
+        take_option(options, "rollout.compile")
 
 
-def renew_keys(command: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def renew_keys(
+    command: str, overrides: Mapping[str, Any], tell: Callable[[str, str], None] | None = None
+) -> dict[str, Any]:
     """Does the same to options by their whole key, as a command line gives them."""
     renewed = {}
     for key, value in overrides.items():
+        new = new_key(key)
+        if new in overrides:  # given under both names: the old one is refused
+            new = key
+        if new != key and tell:
+            tell(key, new)
         is_short = command and key == "data" and isinstance(value, str)
-        renewed["data.name" if is_short else key] = value
+        renewed["data.name" if is_short else new] = value
     return renewed
 
 
 def new_place(place: Place) -> Place:
     """Tells where an option of a file is in today's form."""
-    return ("data", *place[2:]) if place[:2] == ("data", "sources") else place
+    if place[:2] == ("data", "sources"):
+        return ("data", *place[2:])
+    old = ".".join(map(str, place))
+    new = new_key(old)
+    return place if new == old else tuple(new.split("."))
 
 
 def recorded_options(file: Path) -> tuple[str, dict[str, Any]]:
@@ -205,7 +249,7 @@ def get(options: object, key: str, default: object = None) -> Any:
     return options
 
 
-def take(options: dict[str, Any], key: str) -> Any:
+def take_option(options: dict[str, Any], key: str) -> Any:
     """Takes an option out, and its section where that is empty then; ABSENT where it is not there."""
     *parents, last = key.split(".")
     section = get(options, ".".join(parents), ABSENT) if parents else options
@@ -213,7 +257,7 @@ def take(options: dict[str, Any], key: str) -> Any:
         return ABSENT
     value = section.pop(last)
     if parents and not section:
-        take(options, ".".join(parents))
+        take_option(options, ".".join(parents))
     return value
 
 

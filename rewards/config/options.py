@@ -385,7 +385,7 @@ def load(
     command = getattr(model_cls, "command", "")
     tell = None if on_removed else warn_of_old_name
     data, lines = names.renew(command, data, tell), {names.new_place(place): n for place, n in lines.items()}
-    overrides = names.renew_keys(command, overrides)
+    overrides = names.renew_keys(command, overrides, tell)
     for key, value in overrides.items():
         if fault := unfit(value):  # bytes on the command line that are no text
             problems.append(describe(key, {}, "command line", fault))
@@ -394,7 +394,7 @@ def load(
             _set(data, key, value)
         except ConfigError as error:
             problems += error.problems
-    names.settle(command, data, tell)
+    names.settle_data(command, data, tell)
     defaults = model_cls.model_construct()
     options = {option.key: option for option in _options(defaults)}
     leaves = {key for key, option in options.items() if option.model is None or option.in_list}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import ErrorDetails
 
-from rewards.config.names import hint, removed
+from rewards.config.names import hint, removed, renamed
 from rewards.config.yaml_file import Place, show_place, to_yaml
 
 SIMILAR = 0.7  # of 1: below it a suggestion misleads
@@ -42,7 +42,7 @@ def unknown_option(
     this command has no use for it."""
     query = re.sub(r"\[\d+\]", "[]", key).replace("-", "_")
     names = list(names)
-    way_out = removed(query) or hint(query, names) or _nearest(query, names)
+    way_out = removed(query) or renamed(query) or hint(query, names) or _nearest(query, names)
     what = way_out if way_out.startswith(("not supported", "it is gone")) else f"no such option; {way_out}"
     if query in elsewhere and not way_out.startswith("it is gone"):
         what = f"quartet {command} does not use it; {hint(query, names) or 'leave it out'}"
@@ -106,7 +106,8 @@ class Source(NamedTuple):
         if place in self.lines or not typed:
             leaves = list(_leaves(place, value))
             # A section of another trainer, or one that has options which are gone, is told by its options.
-            foreign = any(hint(show_place(leaf), self.names) or removed(show_place(leaf)) for leaf, _ in leaves[1:])
+            below = [show_place(leaf) for leaf, _ in leaves[1:]]
+            foreign = any(hint(key, self.names) or removed(key) or renamed(key) for key in below)
             for leaf, content in leaves[1:] if foreign else leaves[:1]:
                 if not foreign or not isinstance(content, Mapping):
                     problems.append(

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -235,7 +235,7 @@ def _checked(
     """`needed` are the columns of the prompt and of the solution."""
     if not rows:
         raise ValueError(f"{source} has no rows")
-    columns = list(dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row))
+    columns = list(dict.fromkeys(chain.from_iterable(row for _, row in rows if isinstance(row, dict))))
     if columns and (missing := [column for column in needed if column not in columns]):
         raise ValueError(
             f"{source} has no column {missing[0]!r}; its columns are {', '.join(columns)} "

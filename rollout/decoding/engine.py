@@ -22,8 +22,8 @@ from rollout.decoding.shard import Decoding
 from rollout.environments.stage import Stage
 from rollout.faults import RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
-from rollout.publication.digests import Held, digests
 from rollout.sampling import PLAIN, Copies, DraftVocabulary, SamplingParams
+from rollout.weight_sync.checksums import Held, checksums
 
 
 class Engine:
@@ -49,7 +49,7 @@ class Engine:
         self.stage = Stage(policy.tokenizer)
         self._derive()
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def sync_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy new weights and rebuild everything derived from them."""
         self._release()
         self.policy.load_weights(weights)
@@ -68,7 +68,7 @@ class Engine:
 
     def held(self) -> Held:
         """The digests of the weights that are decoded with; empty where nothing was derived from the newest ones."""
-        return digests(self.policy.weights()) if self.derived else {}
+        return checksums(self.policy.weights()) if self.derived else {}
 
     def _derive(self) -> None:
         self.trunk, self.head = derive(self.policy, self.dtype, self.copies)

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from policies.attention import sees_prompts_whole
 from policies.policy import Policy
-from policies.publication import Publication
 from policies.routing.heads import DynamicHeadsConfig
+from policies.synced_weights import SyncedWeights
 from rollout.cost_table import CostTable, Workload
 from rollout.environments.episodes import Episodes
 from rollout.environments.stage import Stage
@@ -21,7 +21,6 @@ from rollout.faults import Faults, OnFinished, RolloutError, not_finite, prompt_
 from rollout.group import Prompt, RolloutGroup
 from rollout.places import Places, visible_gpus
 from rollout.pool import Pool, PoolOptions
-from rollout.publication.canaries import other_canaries
 from rollout.relay import Relay
 from rollout.sampling import SamplingParams
 from rollout.vllm import weights as wire
@@ -29,6 +28,7 @@ from rollout.vllm.client import Client, Lost
 from rollout.vllm.completions import Row
 from rollout.vllm.process import VLLMProcess
 from rollout.vllm.settings import VLLMSettings
+from rollout.weight_sync.sync_check import sync_check_difference
 
 METRICS = {"faults/vllm": "restarts: vLLM died, or was late with a forward or a publication, count"}
 LOAD_S = 600.0  # vLLM imports itself and makes the model
@@ -70,9 +70,9 @@ class VLLMPool(Pool):
         self.faults = Faults(options.on_lost)
         self.version: int | None = None  # that vLLM has confirmed
         self.updates = wire.Updates(policy, head=settings.draft_tokens > 0)
-        self.digests: dict[str, str] = {}  # of all that was published, by its name in the layout
-        self.published: tuple[Publication, int] | None = None  # the learner's tensors, or a copy of them
-        self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None  # of this version
+        self.checksums: dict[str, str] = {}  # of all that was published, by its name in the layout
+        self.synced: tuple[SyncedWeights, int] | None = None  # the learner's tensors, or a copy of them
+        self.sync_check: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None  # of this version
         self.process: VLLMProcess | None = None
         # GPUs that are not the learner's where this machine has any, else its own, in turn unless it samples ahead.
         in_turn, learners = Places(1, options.threads, 1.0, 0.0, options.colocate).taken(policy)
@@ -81,7 +81,7 @@ class VLLMPool(Pool):
         self._is_lost = False
         try:
             self._open()
-            self.publish(policy.publication(), 0)
+            self.sync_weights(policy.synced_weights(), 0)
         except BaseException:
             self.close()
             raise
@@ -125,13 +125,13 @@ class VLLMPool(Pool):
         again = "it is started again"
         self.faults.lost("vllm", "vLLM", f"{why} (its log: {self.settings.log})", work=work, since=began, action=again)
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def sync_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """vLLM confirms the digest of every tensor that it was sent, and that it has loaded all of them, before it
         samples with them (contract 5)."""
-        self.faults.published()
-        self.version = self.published = self.canaries = None
+        self.faults.on_weight_sync()
+        self.version = self.synced = self.sync_check = None
         self.asleep = False
-        source = Publication.of(weights)
+        source = SyncedWeights.of(weights)
         try:
             update = self.updates.next_update(source)  # ranks that share the weights gather them here, once
 
@@ -143,9 +143,9 @@ class VLLMPool(Pool):
         except BaseException:
             self.updates.forget()
             raise
-        self.published = source, version
+        self.synced = source, version
 
-    def _everything(self, source: Publication) -> wire.Update:
+    def _everything(self, source: SyncedWeights) -> wire.Update:
         """All weights, for a server that holds nothing. Raises RolloutError where other ranks would have to take
         part."""
         if any(isinstance(tensor, DTensor) for tensor in source.tensors.values()):
@@ -163,24 +163,24 @@ class VLLMPool(Pool):
             raise RolloutError(
                 f"vLLM does not hold what was published as version {version}: the first tensor that differs is {wrong}"
             )
-        self.digests = held if update.whole else self.digests | held
+        self.checksums = held if update.whole else self.checksums | held
         self.version = version
 
     def _upload(self, update: wire.Update, version: int) -> tuple[dict[str, str], list[str]]:
         header, size = update.header() | {"version": version}, wire.length(update.tensors)
         parts = wire.stream(update.tensors)
-        answer = self.client.upload("/publish", header, parts, size, limit_s=self.settings.publish_s)
+        answer = self.client.upload("/publish", header, parts, size, limit_s=self.settings.sync_s)
         self.faults.unreported["publish/bytes"] += size
         return answer["held"], answer["unused"]
 
-    def _publish_again(self) -> None:
-        """Publish what was published last to a new server, to the bit. With rollout.ahead the learner may be about to
-        change it in another thread: then `keep` has made a copy, which is read next."""
-        deadline = time.monotonic() + self.settings.publish_s
+    def _sync_again(self) -> None:
+        """Sync the last weights to a new server, bit for bit. With rollout.staleness the learner may be about to change
+        them in another thread: then `keep` has made a copy, which is read next."""
+        deadline = time.monotonic() + self.settings.sync_s
         while True:
-            assert self.published is not None
-            source, version = self.published
-            if self._upload(self._everything(source), version)[0] == self.digests:
+            assert self.synced is not None
+            source, version = self.synced
+            if self._upload(self._everything(source), version)[0] == self.checksums:
                 break
             if time.monotonic() > deadline:
                 raise RolloutError(
@@ -190,9 +190,9 @@ class VLLMPool(Pool):
             self.check_stop()
             time.sleep(PAUSE_S)
         self.version = version
-        if self.canaries is not None:
-            prompts, params, passed = self.canaries
-            if fault := other_canaries(self._answer(prompts, params)[0], passed, self.precision):
+        if self.sync_check is not None:
+            prompts, params, passed = self.sync_check
+            if fault := sync_check_difference(self._answer(prompts, params)[0], passed, self.precision):
                 raise RolloutError(f"vLLM, which was started again, {fault} (version {version})")
 
     def sample(
@@ -201,7 +201,7 @@ class VLLMPool(Pool):
         """One group per prompt, as `Engine.sample` gives them, with its errors. Raises RolloutError for parameters that
         vLLM cannot sample with, and where its server fails or is lost too often."""
         self.check_stop()
-        self._published_version()
+        self._synced_version()
         self._check(params)
         told = 0
 
@@ -213,7 +213,7 @@ class VLLMPool(Pool):
 
         def act() -> tuple[list[RolloutGroup], list[str]]:
             if self.version is None:
-                self._publish_again()
+                self._sync_again()
             return self._answer(prompts, params, tell)
 
         groups, faults = self._mended("sample", act)
@@ -223,10 +223,10 @@ class VLLMPool(Pool):
             raise RolloutError("\n".join(faults), groups)
         return groups
 
-    def _published_version(self) -> int:
-        if self.published is None:
+    def _synced_version(self) -> int:
+        if self.synced is None:
             raise RolloutError("vLLM has not confirmed the last publication: publish the weights again")
-        return self.published[1]
+        return self.synced[1]
 
     def _answer(
         self, prompts: Sequence[Prompt], params: SamplingParams, tell: Callable[[int], None] = lambda ended: None
@@ -286,9 +286,9 @@ class VLLMPool(Pool):
         return prompt_fault(prompt, params, vocabulary, self.context)
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        self.canaries = None
+        self.sync_check = None
         groups = self.sample(prompts, params)
-        self.canaries = prompts, params, groups
+        self.sync_check = prompts, params, groups
         return {"vLLM": groups}
 
     def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
@@ -298,19 +298,19 @@ class VLLMPool(Pool):
 
         self.check_stop()
         self._check(params)
-        return VLLMRelay(self, self._published_version(), params, max_rows)
+        return VLLMRelay(self, self._synced_version(), params, max_rows)
 
     def keep_weights(self) -> None:
-        if self.published is not None:
-            source, version = self.published
-            self.published = source.copy(), version
+        if self.synced is not None:
+            source, version = self.synced
+            self.synced = source.copy(), version
 
     def sleep(self) -> None:
         """vLLM leaves the GPU that it shares with the learner. Experimental: never run on a GPU."""
-        if not self.in_turn or self.published is None:
+        if not self.in_turn or self.synced is None:
             return
-        self.version, self.published, self.asleep = None, None, True
-        self._mended("sleep", lambda: list(self.client.post("/sleep", {}, limit_s=self.settings.publish_s)))
+        self.version, self.synced, self.asleep = None, None, True
+        self._mended("sleep", lambda: list(self.client.post("/sleep", {}, limit_s=self.settings.sync_s)))
 
     def _check(self, params: SamplingParams) -> None:
         params.check()

@@ -30,7 +30,7 @@ class VLLMRelay(Relay):
         """Raises Lost where the server is."""
         if self.pool.version is None:
             self.held, self.gone, self.goes_on = set(), set(), False
-            self.pool._publish_again()
+            self.pool._sync_again()
         new = {number: request for number, request in self.requests.items() if number not in self.held}
         job = {
             "version": self.version,

@@ -23,7 +23,7 @@ class VLLMSettings:
     """Where vLLM is: a server that runs already (`url`, `token`), or an interpreter to start one with (`python`).
 
     `engine` are more arguments of vLLM's engine. `draft_tokens` drafts are made in every forward, by the policy's MTP
-    head. A server of our own appends to `log`. `silence_s` may pass without a finished forward, `publish_s` until new
+    head. A server of our own appends to `log`. `silence_s` may pass without a finished forward, `sync_s` until new
     weights are loaded.
     """
 
@@ -34,7 +34,7 @@ class VLLMSettings:
     draft_tokens: int = 0
     log: Path = Path("vllm.log")
     silence_s: float = 300.0
-    publish_s: float = 600.0
+    sync_s: float = 600.0
     without: Sequence[str] = ()  # bypasses of inside/quartet_bypasses.py that a test leaves out
 
     def load(

@@ -21,8 +21,8 @@ from policies.layout import expert_views
 from policies.lora import Adapter
 from policies.mtp_layers import head_state, layer_name
 from policies.policy import Policy
-from policies.publication import Publication
 from policies.sharding import whole
+from policies.synced_weights import SyncedWeights
 
 ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it, as inside/quartet_tensors.py reads them
 
@@ -57,15 +57,15 @@ class Updates:
     def __init__(self, policy: Policy, *, head: bool) -> None:
         self.policy, self.head = policy, head
         self.merged: list[str] = []
-        self._last: Publication | None = None
+        self._last: SyncedWeights | None = None
         self._base = ""
         self._names: dict[str, str] = {}  # of the tensors under adapters, in the layout
         self._under: dict[str, Tensor] = {}  # the tensors of `merged` without their adapters
 
     def next_update(self, weights: Mapping[str, Tensor]) -> Update:
-        """Reads `Publication.parts`, in order, since other ranks may take part. If what it returns does not arrive,
+        """Reads `SyncedWeights.parts`, in order, since other ranks may take part. If what it returns does not arrive,
         call `forget`."""
-        now, last = Publication.of(weights), self._last
+        now, last = SyncedWeights.of(weights), self._last
         changed = {name: whole(plain_weight(tensor)) for name, tensor in now.changes(last).items()}
         adapters = {name: replace(each, a=whole(each.a), b=whole(each.b)) for name, each in now.adapters.items()}
         first = len(changed) == len(now)
@@ -160,7 +160,7 @@ def stream(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
 def first_difference(tensors: Mapping[str, Tensor], held: Mapping[str, str]) -> str | None:
     """The first tensor that vLLM did not load as it was sent; None where there is none.
 
-    hashlib, and not the faster digests of rollout.publication, since vLLM's environment need have nothing else.
+    hashlib, and not the faster digests of rollout.weight_sync, since vLLM's environment need have nothing else.
     """
     for name, tensor in tensors.items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -14,8 +14,8 @@ from rollout.decoding.engine import Engine
 from rollout.faults import OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
 from rollout.pool import Pool, PoolOptions
-from rollout.publication.digests import Held
 from rollout.sampling import SamplingParams
+from rollout.weight_sync.checksums import Held
 
 
 class LocalPool(Pool):
@@ -32,24 +32,24 @@ class LocalPool(Pool):
         self.shares = policy.trunk.dtype == dtype and not has_adapter(policy) and not split
         self.engine = Engine(policy if self.shares else policy.merged(), dtype, copies=options.copies)
         self.prompts_per_shard, self.check_stop = options.prompts_per_shard, options.check_stop
-        self._published = self._writes()
+        self._synced = self._writes()
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def sync_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         if self.shares:
             state = self.engine.policy.state_dict()
             if any(name in state and state[name].data_ptr() != tensor.data_ptr() for name, tensor in weights.items()):
                 self.shares, self.engine.policy = False, self.engine.policy.merged()
-        self.engine.publish(weights, version)
-        self._published = self._writes()
+        self.engine.sync_weights(weights, version)
+        self._synced = self._writes()
 
     def _writes(self) -> int:
         """Tells how often torch has written to the weights that are shared."""
         shared = self.engine.policy.state_dict(keep_vars=True).values() if self.shares else ()
         return sum(tensor._version for tensor in shared)
 
-    def published(self) -> Engine:
+    def synced_engine(self) -> Engine:
         """The engine. Raises RolloutError where the policy has learned since the weights that it decodes with."""
-        if self._writes() != self._published:
+        if self._writes() != self._synced:
             raise RolloutError("the policy has learned since its last publication: publish its weights first")
         return self.engine
 
@@ -64,7 +64,7 @@ class LocalPool(Pool):
                 on_finished(ended)
 
         self.check_stop()
-        engine = self.published()
+        engine = self.synced_engine()
         groups, faults = [], []
         for shard in shards(prompts, self.prompts_per_shard):
             try:
@@ -78,7 +78,7 @@ class LocalPool(Pool):
 
     def sample_on_each(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         self.check_stop()
-        return {"the sampler": self.published().sample(prompts, params)}
+        return {"the sampler": self.synced_engine().sample(prompts, params)}
 
     def held(self) -> dict[str, Held]:
         if self.shares and self.engine.derived:  # it reads the learner's own

@@ -18,11 +18,11 @@ from rollout.faults import Faults, OnFinished, RolloutError
 from rollout.group import Prompt, RolloutGroup, shards
 from rollout.places import Places
 from rollout.pool import Pool, PoolOptions
-from rollout.publication.canaries import other_canaries
-from rollout.publication.digests import Held
-from rollout.publication.message import Message, Moved, Sender
 from rollout.relay import Relay
 from rollout.sampling import SamplingParams
+from rollout.weight_sync.checksums import Held
+from rollout.weight_sync.message import Message, Moved, Sender
+from rollout.weight_sync.sync_check import sync_check_difference
 from rollout.workers.actors import START_TIMEOUT_S, Call, Lost, Workers
 from rollout.workers.cluster import Cluster
 
@@ -82,7 +82,7 @@ class RayPool(Pool):
         self.prompts_per_shard, self.precision, self.check_stop = options.prompts_per_shard, dtype, options.check_stop
         self.policy = policy
         self.faults, self.lengths = Faults(options.on_lost), Lengths()
-        self.timeout_s, self.publish_timeout_s = options.timeout_s, options.publish_timeout_s
+        self.timeout_s, self.sync_timeout_s = options.timeout_s, options.sync_timeout_s
         places = Places(options.workers, options.threads, options.gpus, options.placement_timeout_s, options.colocate)
         self.in_turn, learners = places.taken(policy)
         self.cluster = Cluster(places.count * places.threads, options.address, learners)
@@ -91,36 +91,36 @@ class RayPool(Pool):
         precisions = (str(kind).removeprefix("torch.") for kind in (next(policy.parameters()).dtype, dtype))
         arguments = (policy.skeleton(), *precisions, "auto" if places.gpus else "cpu", places.threads, options.copies)
         self.sender = Sender(cast=dtype if policy.backend == "transformers" else None)
-        self.published: int | None = None  # the version that the confirmed workers hold
+        self.synced: int | None = None  # the version that the confirmed workers hold
         self.confirmed: set[int] = set()
         self.costs: CostTable | None = None
         # Prompts and parameters of the canaries of this version, and what a worker has sampled that passed them.
-        self.canaries: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None
+        self.sync_check: tuple[Sequence[Prompt], SamplingParams, list[RolloutGroup]] | None = None
         self.passed: set[int] = set()  # the workers that have passed them
         try:
             self.workers = Workers(places, arguments, self.cluster, self.check_stop, self.faults, options.on_ready)
             self.workers.wait_for(places.count)
-            self.publish(policy.publication(), 0)
+            self.sync_weights(policy.synced_weights(), 0)
         except BaseException:  # also a stop of the run: a pool whose making failed can be closed only here
             self.close()
             raise
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def sync_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Every worker that is there confirms the digests of what it holds before any worker samples with it
         (contract 5). One that starts later gets the weights then.
 
         Where the policy has adapters, a worker that holds the version before gets A and B, and what else is trained. If
         this is cut short, no worker samples before the next publication.
         """
-        self.published, self.canaries, self.asleep = None, None, False
-        self.faults.published()
+        self.synced, self.sync_check, self.asleep = None, None, False
+        self.faults.on_weight_sync()
         if self.in_turn:
             empty_cache()
         started = time.monotonic()
         self._stream(self.sender.messages(weights, version), self.workers.there() or self.workers.wait_for(1))
         self._settle()
         self.faults.unreported["time/confirm"] += time.monotonic() - started
-        self.published = version
+        self.synced = version
 
     def _stream(self, messages: Iterator[Message], to: Sequence[int], *, again: bool = False) -> None:
         """These workers take a publication over, all at once and part by part. Those are not confirmed afterwards that
@@ -132,7 +132,7 @@ class RayPool(Pool):
         """
         former, self.confirmed, self.passed = self.confirmed, set(), set()
         held: dict[int, Held] = {}
-        late = f"to take the weights over took longer than {self.publish_timeout_s:g} s"
+        late = f"to take the weights over took longer than {self.sync_timeout_s:g} s"
         taking, since = set(to), None
         try:
             for message in messages:
@@ -141,10 +141,10 @@ class RayPool(Pool):
                     taking &= former if since is not None else taking
                 if not taking:
                     break
-                limit_s = self.publish_timeout_s
+                limit_s = self.sync_timeout_s
                 sent = self.cluster.put(message, self.faults, limit_s, self.workers.while_waiting)
                 self.faults.unreported["publish/bytes"] += message.bytes
-                calls = {self.workers.call(i, "publish", sent): Call(i, None, limit_s, late) for i in taking}
+                calls = {self.workers.call(i, "sync_weights", sent): Call(i, None, limit_s, late) for i in taking}
                 while calls:
                     for call, answer, lost in self.workers.ended(calls):
                         if lost:
@@ -165,9 +165,9 @@ class RayPool(Pool):
 
     def _stream_again(self, to: Sequence[int]) -> None:
         """Publish once more from the learner's tensors. Some move in a forward of the learner and come back (peft's
-        routed experts). With rollout.ahead the learner may update them in another thread while they are read: then
+        routed experts). With rollout.staleness the learner may update them in another thread while they are read: then
         `keep` has made a copy."""
-        deadline = time.monotonic() + self.publish_timeout_s
+        deadline = time.monotonic() + self.sync_timeout_s
         while True:
             try:
                 return self._stream(self.sender.again(), to, again=True)
@@ -220,10 +220,10 @@ class RayPool(Pool):
                         self.faults.done(("job", call.what[0]))
                         yield call.what[0], answer
                     else:
-                        assert self.canaries is not None
+                        assert self.sync_check is not None
                         new = f"worker {call.worker}, which is new,"
-                        if fault := other_canaries(_sound(answer), self.canaries[2], self.precision):
-                            raise RolloutError(f"{new} {fault} (version {self.published})")
+                        if fault := sync_check_difference(_sound(answer), self.sync_check[2], self.precision):
+                            raise RolloutError(f"{new} {fault} (version {self.synced})")
                         self.passed.add(call.worker)
         finally:
             for call in calls.values():
@@ -233,7 +233,7 @@ class RayPool(Pool):
     @property
     def ready(self) -> set[int]:
         """Gives the workers that may sample."""
-        return self.passed if self.canaries else self.confirmed
+        return self.passed if self.sync_check else self.confirmed
 
     def _all_in(self) -> bool:
         return bool(self.ready) and self.ready.issuperset(self.workers.there())
@@ -250,16 +250,16 @@ class RayPool(Pool):
         def ask(i: int, what: object, limit_s: float, late: str, method: str, *arguments: object) -> None:
             calls[self.workers.call(i, method, *arguments)] = Call(i, what, limit_s, late)
 
-        limit = f"took longer than {self.publish_timeout_s:g} s"
+        limit = f"took longer than {self.sync_timeout_s:g} s"
         for i in sorted(self.confirmed.intersection(free)):
-            if self.canaries and i not in self.passed:
-                prompts, params, _ = self.canaries
+            if self.sync_check and i not in self.passed:
+                prompts, params, _ = self.sync_check
                 arguments = list(prompts), params, self.sender.version, self.costs
-                ask(i, None, self.publish_timeout_s, f"its canaries {limit}", "sample", *arguments)
+                ask(i, None, self.sync_timeout_s, f"its canaries {limit}", "sample", *arguments)
             elif lacking and (waiting or everyone):
                 taker = lacking.pop(0)
                 told = f"to give worker {taker} its weights worker {i} {limit}"
-                ask(i, Given(taker), self.publish_timeout_s, told, "give", self.workers.actors[taker])
+                ask(i, Given(taker), self.sync_timeout_s, told, "give", self.workers.actors[taker])
             elif waiting:
                 job = waiting.pop()
                 method, arguments = job[1]
@@ -284,9 +284,9 @@ class RayPool(Pool):
             self._confirm(taker)
 
     def _version(self) -> int:
-        if self.published is None:
+        if self.synced is None:
             raise RolloutError("the last publication was not confirmed by every worker: publish the weights again")
-        return self.published
+        return self.synced
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, on_finished: OnFinished | None = None
@@ -315,11 +315,11 @@ class RayPool(Pool):
         """Sample on each worker that holds the weights; one that is lost meanwhile is replaced, and passes them
         later."""
         self.check_stop()
-        version, self.canaries, groups = self._version(), None, dict[int, list[RolloutGroup]]()
-        late = f"its canaries took longer than {self.publish_timeout_s:g} s"
+        version, self.sync_check, groups = self._version(), None, dict[int, list[RolloutGroup]]()
+        late = f"its canaries took longer than {self.sync_timeout_s:g} s"
         while not groups:
             self._settle()
-            arguments, limit_s = (list(prompts), params, version, self.costs), self.publish_timeout_s
+            arguments, limit_s = (list(prompts), params, version, self.costs), self.sync_timeout_s
             calls = {self.workers.call(i, "sample", *arguments): Call(i, 0, limit_s, late) for i in self.confirmed}
             while calls:
                 for call, answer, lost in self.workers.ended(calls):
@@ -327,7 +327,7 @@ class RayPool(Pool):
                         self._replace(call, lost)
                     else:
                         groups[call.worker] = _sound(answer)
-        self.canaries, self.passed = (prompts, params, groups[min(groups)]), set(groups)
+        self.sync_check, self.passed = (prompts, params, groups[min(groups)]), set(groups)
         return {f"worker {i}": groups[i] for i in sorted(groups)}
 
     def relay(self, params: SamplingParams, cache_tokens: int, max_rows: int) -> Relay:
@@ -343,9 +343,9 @@ class RayPool(Pool):
     def sleep(self) -> None:
         if not self.in_turn:
             return
-        self.published, self.asleep = None, True
-        late = f"it took longer than {self.publish_timeout_s:g} s to leave the GPU"
-        calls = {self.workers.call(i, "sleep"): Call(i, None, self.publish_timeout_s, late) for i in self.confirmed}
+        self.synced, self.asleep = None, True
+        late = f"it took longer than {self.sync_timeout_s:g} s to leave the GPU"
+        calls = {self.workers.call(i, "sleep"): Call(i, None, self.sync_timeout_s, late) for i in self.confirmed}
         while calls:
             for call, _, lost in self.workers.ended(calls):
                 if lost:

@@ -11,16 +11,16 @@ from torch import Tensor
 from policies import devices
 from policies.lora import Adapter
 from policies.policy import Policy
-from policies.publication import Publication
+from policies.synced_weights import SyncedWeights
 from rollout.cost_table import CostTable, Workload
 from rollout.decoding.engine import Engine
 from rollout.faults import Kind, RolloutError, why_died
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.places import here
-from rollout.publication.digests import Held
-from rollout.publication.message import PART_BYTES, Message, everything, unpack
 from rollout.requests.desk import Answering, Desk
 from rollout.sampling import PLAIN, Copies, SamplingParams
+from rollout.weight_sync.checksums import Held
+from rollout.weight_sync.message import PART_BYTES, Message, everything, unpack
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -64,12 +64,12 @@ class Receiver:
         if not message.last:
             self._taking = message.version
             return {}
-        engine.publish(policy.weights(), message.version)
+        engine.sync_weights(policy.weights(), message.version)
         return engine.held()
 
     def messages(self, part_bytes: int = PART_BYTES) -> Iterator[Message]:
         """All that it holds, for a new worker."""
-        weights = Publication(self.engine.policy.weights() | self._under, self._adapters)
+        weights = SyncedWeights(self.engine.policy.weights() | self._under, self._adapters)
         return everything(weights, self.engine.version, part_bytes)
 
 
@@ -92,7 +92,7 @@ class Worker:
         """Answers as soon as the worker can be given something to do: where it is."""
         return here()
 
-    def publish(self, message: Message) -> Held:
+    def sync_weights(self, message: Message) -> Held:
         """Take weights over; returns the digests of what the engine holds from now on (contract 5)."""
         self.desk.close()
         return self.receiver.take_message(message)
@@ -107,7 +107,7 @@ class Worker:
         try:
             for message in self.receiver.messages():
                 sent += message.bytes
-                held = ray.get(worker.publish.remote(message))
+                held = ray.get(worker.sync_weights.remote(message))
         except ray.exceptions.RayActorError as error:
             return why_died(error), sent
         return held, sent

@@ -1,8 +1,8 @@
 """Runs that are broken on purpose, each in one way and named after what `quartet diagnose` should say; healthy ones.
 
-`python tests/cases/broken_runs.py POLICY FOLDER [tuned|unseen] [NAME ...]` makes them of a warm-started tiny policy:
-8 steps of 8 prompts with 8 completions each. The detectors were tuned on one set; the other one has other seeds and
-other broken values, and was looked at once they were done.
+`python tests/cases/broken_runs.py POLICY FOLDER [tuned|unseen] [NAME ...]` makes them of a tiny policy after an SFT
+stage: 8 steps of 8 prompts with 8 completions each. The detectors were tuned on one set; the other one has other seeds
+and other broken values, and was looked at once they were done.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
     "prompts_per_step": 8,
     "data.name": "word_problems",
     "data.task_options.levels": [1, 2],
-    "warm_start.steps": 0,
+    "sft.steps": 0,
     "rollout.group_size": 8,
     "rollout.max_completion_tokens": 64,
     "rollout.draft_tokens": 0,

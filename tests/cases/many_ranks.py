@@ -23,7 +23,7 @@ from grpo.config.learner import LearnerOptions, MTPOptions, ParallelOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import collate
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE, join
+from grpo.learner.parallel import ONE_PROCESS, join
 from policies.policy import Policy
 from policies.presets import PRESETS, build
 from policies.sharding import release, routed_experts, whole
@@ -140,7 +140,7 @@ def main(folder: Path, cases: dict) -> dict[str, dict]:
         again = run(path, case, ranks, "adamw")
         counted = exchanged(path, case, ranks) if "count_bytes" in case else {}
         if rank == 0:
-            alone = {optimizer: run(path, case, ALONE, optimizer) for optimizer in ("sgd", "adamw")}
+            alone = {optimizer: run(path, case, ONE_PROCESS, optimizer) for optimizer in ("sgd", "adamw")}
             losses = [
                 abs(two[key] - one[key]) / max(abs(one[key]), 1e-2)
                 for one, two in zip(alone["adamw"][1], found["adamw"][1], strict=True)

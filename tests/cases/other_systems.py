@@ -109,7 +109,7 @@ def lock_a_folder(folder: Path) -> None:
     from grpo.run.lock import FolderInUse, RunLock
 
     with RunLock(folder) as lock:
-        lock.take()
+        lock.lock_folder()
         with pytest.raises(FolderInUse, match=f"process {os.getpid()} on host"):
             RunLock(folder)
     RunLock(folder).release()

@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from grpo.cli.config.serve import ServeConfig
-from grpo.cli.serve.server import begin
+from grpo.cli.serve.server import begin_serving
 from grpo.endpoint.connections import settings
 from rewards.config.options import load
 from rewards.listening import listen
@@ -22,7 +22,7 @@ class Running:
 
     def __init__(self, model: str, *, shutdown_s: int = 10, **given: Any) -> None:
         options = {"model": model, "threads": 1, "rollout.draft_tokens": 2, "rollout.max_completion_tokens": 40} | given
-        self.application, self.served = begin(load(ServeConfig, None, options))
+        self.application, self.served = begin_serving(load(ServeConfig, None, options))
         self.socket, self.address = listen("127.0.0.1", 0)
         self.server = uvicorn.Server(settings(self.application, lifespan="on", timeout_graceful_shutdown=shutdown_s))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})

@@ -47,16 +47,16 @@ class Engine:
         self.held: dict[str, Any] = {}
         self.asked: dict[str, Any] = {}
 
-    def publish(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
+    def sync_weights(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
         struck("publish")
         if not header["whole"] and header["base"] != self.base:
             raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
         read = tensors.read(path, header["tensors"])
         self.held = read if header["whole"] else {**self.held, **read}
-        weights = tensors.digests(tensors.merged(self.held, header["adapters"]))
+        weights = tensors.checksums(tensors.merged(self.held, header["adapters"]))
         self.key = hashlib.sha256(str(sorted(weights.items())).encode()).hexdigest()
         self.version, self.base = header["version"], header["base"]
-        return {"held": tensors.digests(read), "unused": []}
+        return {"held": tensors.checksums(read), "unused": []}
 
     def sleep(self) -> None:
         struck("sleep")

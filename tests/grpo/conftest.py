@@ -14,7 +14,7 @@ from grpo.run import hardware
 from rewards.config import options, yaml_file
 from rewards.data import word_problems as module
 from rewards.isolation import pool
-from rollout.publication import canaries
+from rollout.weight_sync import sync_check
 
 TEXTS: dict[str, str] = {}
 MAKE, PROBLEMS = options.to_yaml, functools.cache(module.word_problems)
@@ -61,5 +61,5 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         patch.setattr(yaml_file, "_Loader", loader)
         patch.setattr(pool, "subprocess", OF_REWARDS)
         if item.path.stem != "test_publisher":
-            patch.setattr(canaries, "TOKENS", 4)
+            patch.setattr(sync_check, "TOKENS", 4)
         return (yield)

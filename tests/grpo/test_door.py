@@ -62,7 +62,7 @@ def unmarked(rewards_PG):
 """
 
 
-QUICK = {"warm_start.steps": 0}
+QUICK = {"sft.steps": 0}
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ INCREMENT, SLOW = f"{CASES}/incrementing.py:IncrementEnv", f"{CASES}/guessing.py
 
 
 EPISODES = {"environment": INCREMENT, "rollout.max_completion_tokens": 40, "rollout.temperature": 1.3}
-WHOLE = EPISODES | {"eval.limit": 3, "steps": 2, "reward.on_error": "drop_sample", "warm_start.steps": 1}
+WHOLE = EPISODES | {"eval.limit": 3, "steps": 2, "reward.on_error": "drop_sample", "sft.steps": 1}
 
 
 class Eager(TurnFormat):
@@ -54,7 +54,7 @@ def _eager():
 
 @pytest.fixture(scope="module")
 def whole(micro_config, tmp_path_factory):
-    """A run of two steps, with a warm start, an evaluation and drafts."""
+    """A run of two steps, with an SFT stage, an evaluation and drafts."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     train(micro_config(folder, **WHOLE))
     return folder
@@ -101,7 +101,7 @@ def test_rewards_read_all_messages_with_chat_and_the_last_turn_without(micro_con
     (tmp_path / "mine.py").write_text(CHAT)
     calls, last = f"{tmp_path}/mine.py:calls", f"{tmp_path}/mine.py:last"
     rewards = [{"function": f"chat:{calls}"}, {"function": last}]
-    train(micro_config(tmp_path / "run", rewards=rewards, steps=1, **EPISODES, **{"warm_start.steps": 0}))
+    train(micro_config(tmp_path / "run", rewards=rewards, steps=1, **EPISODES, **{"sft.steps": 0}))
     lines = read_rollouts(tmp_path / "run", 1)
     for line in lines:
         told = [turn["role"] for turn in line["turns"]].count("tool")
@@ -184,7 +184,7 @@ def test_contract_6_a_failing_environment_is_named_and_never_a_zero(micro_config
     rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}", "fate": "nan" if i == 3 else ""} for i in range(8)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"environment": SLOW, "data.name": str(data), "data.limit": None, "steps": 1, "prompts_per_step": 8}
-    given |= {"warm_start.steps": 0, "rewards": []}
+    given |= {"sft.steps": 0, "rewards": []}
     with pytest.raises(RewardFailed, match=r"reward 'environment' failed on prompt '.*3', sample 0: nan"):
         train(micro_config(tmp_path / "abort", **given))
     train(micro_config(tmp_path / "drop", **given, **{"reward.on_error": "drop_sample"}))
@@ -211,7 +211,7 @@ def test_what_cannot_begin_is_refused_before_a_policy_is_loaded(micro_config, tm
 
 @pytest.fixture
 def taught(monkeypatch):
-    """The rows of the warm start, each with the text of what a tool wrote."""
+    """The rows of the SFT stage, each with the text of what a tool wrote."""
     seen, forward_backward = [], Learner.forward_backward
 
     def spy(learner, batch, *rest):
@@ -225,9 +225,9 @@ def taught(monkeypatch):
     return seen
 
 
-def test_a_warm_start_learns_calls_and_not_their_results(micro_config, tmp_path, taught):
+def test_an_sft_stage_learns_calls_and_not_their_results(micro_config, tmp_path, taught):
     """A marked solution is an episode; what the tool wrote is no target."""
-    given = {"environment": "word_game", "data.name": "word_game", "rewards": [], "steps": 1, "warm_start.steps": 1}
+    given = {"environment": "word_game", "data.name": "word_game", "rewards": [], "steps": 1, "sft.steps": 1}
     train(micro_config(tmp_path / "run", **given))
     assert taught
     for sample, _ in taught:
@@ -235,12 +235,12 @@ def test_a_warm_start_learns_calls_and_not_their_results(micro_config, tmp_path,
         assert sample.sampled[0]
 
 
-def test_a_warm_start_shows_what_the_calculator_writes(micro_config, tmp_path, taught):
+def test_an_sft_stage_shows_what_the_calculator_writes(micro_config, tmp_path, taught):
     """The solutions say 3.00 and 7, as GSM8K's may; the episode says what the policy will read."""
     solution = "He pays <<2*1.50=3.00>>3.00 and <<3+3=7>>7.\n#### 3"
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": f"{i}?", "answer": solution}) + "\n" for i in range(8)))
-    given = {"environment": "calculator", "data.name": str(data), "data.limit": None, "warm_start.steps": 1, "steps": 1}
+    given = {"environment": "calculator", "data.name": str(data), "data.limit": None, "sft.steps": 1, "steps": 1}
     train(micro_config(tmp_path / "run", **given))
     assert taught
     assert {written for _, written in taught} == {"3>>6>>"}

@@ -27,7 +27,7 @@ LEAVING = {
     "value": (["grpo/config/value.py", "grpo/learner/terms/value.py"], (TABLE, 'Feature("value"')),
     "draft_head": (["grpo/learner/terms/draft_head.py"], (TABLE, 'Feature("draft_head"')),
     "curriculum": (["grpo/config/curriculum.py", "grpo/steps/curriculum.py"], (TABLE, 'Feature("curriculum"')),
-    "tied_steps": (["grpo/steps/tied_steps.py"], (TABLE, 'Feature("tied_steps"')),
+    "zero_variance_steps": (["grpo/steps/zero_variance_steps.py"], (TABLE, 'Feature("zero_variance_steps"')),
     "alarms": (["grpo/steps/alarms.py", "review/findings/alarms.py"], (TABLE, 'Feature("alarms"')),
     "mix": (["grpo/steps/mix.py", "grpo/task/mix.py", "grpo/data/mix.py"], (TABLE, 'Feature("mix"')),
     "Ray workers": (
@@ -45,7 +45,7 @@ LEAVING = {
 }
 ALONE = [pytest.param([feature], id=feature, marks=pytest.mark.long) for feature in LEAVING]
 CASES = [pytest.param([*LEAVING], id="all"), *ALONE]  # CI tries them all at once, a nightly run each alone
-SHORT = ["--steps=2", "--warm_start.steps=3", "--eval.limit=0", "--prompts_per_step=4", "--checkpoint.every=1"]
+SHORT = ["--steps=2", "--sft.steps=3", "--eval.limit=0", "--prompts_per_step=4", "--checkpoint.every=1"]
 SHORT += ["--rollout.max_completion_tokens=12", "--rollout.draft_tokens=2", "--data.limit=200", "--log.trackers=[]"]
 
 

@@ -15,18 +15,18 @@ from grpo.cli.commands import summary
 from grpo.cli.commands.export import export
 from grpo.cli.commands.memory import MemoryOfRun
 from grpo.config.run import TrainConfig
-from grpo.run.resume import base_digest
+from grpo.run.resume import base_checksum
 from grpo.run.stop import Stopped
 from grpo.source.policy_source import find_policy, load_found
 from grpo.task.check import check_plan
 from grpo.train import train
 from policies import four_bit
-from policies.policy import Policy, PolicyError, digest
+from policies.policy import Policy, PolicyError, checksum
 from review.readers.run_folder import read_metrics
 from rewards.config.options import load
 
 needs_bitsandbytes = pytest.mark.skipif(util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-NF4 = {"lora.rank": 4, "lora.base": "nf4", "warm_start.steps": 0}
+NF4 = {"lora.rank": 4, "lora.base": "nf4", "sft.steps": 0}
 
 
 def options(tmp_path, **given):
@@ -67,16 +67,17 @@ def test_a_run_stops_goes_on_to_the_same_bits_and_ends_as_an_ordinary_policy(fol
         check_plan(micro_config(tmp_path / "next", model=str(checkpoint), **NF4))
     parts = train(config("parts"), resume="auto")
     ends = [
-        digest(Policy.load(tmp_path / name / "policy", getattr(torch, dtype)).weights()) for name in ("whole", "parts")
+        checksum(Policy.load(tmp_path / name / "policy", getattr(torch, dtype)).weights())
+        for name in ("whole", "parts")
     ]
-    assert ends[0] == ends[1] == digest(whole.policy.weights()) == digest(parts.policy.weights())
-    assert digest(of_step_1.weights()) != ends[0]
+    assert ends[0] == ends[1] == checksum(whole.policy.weights()) == checksum(parts.policy.weights())
+    assert checksum(of_step_1.weights()) != ends[0]
     last = find_policy(str(tmp_path / "whole/checkpoints/step_000002"))
-    assert digest(load_found(last, config("whole")).weights()) == ends[0]
+    assert checksum(load_found(last, config("whole")).weights()) == ends[0]
     assert "quant" not in (tmp_path / "whole/policy/config.json").read_text()
     assert "over a base in 4 bits" in export(tmp_path / "parts", tmp_path / "adapter", adapter=True)
     assert "over a base in 4 bits" not in export(tmp_path / "parts", tmp_path / "merged")
-    assert digest(Policy.load(tmp_path / "merged", getattr(torch, dtype)).weights()) == ends[0]
+    assert checksum(Policy.load(tmp_path / "merged", getattr(torch, dtype)).weights()) == ends[0]
     metrics = read_metrics(tmp_path / "whole")
     farthest = [row["mismatch/logprob_abs_max"] for row in metrics if "mismatch/logprob_abs_max" in row]
     assert farthest
@@ -99,7 +100,7 @@ def test_another_base_is_refused_also_where_its_codes_are_the_same(folder, micro
             weight.mul_(2)
     other.save(tmp_path / "other")
     policies = [Policy.load(path, in_4_bits=True) for path in (folder, tmp_path / "other", folder)]
-    digests = [base_digest(policy, []) for policy in policies]
+    digests = [base_checksum(policy, []) for policy in policies]
     assert digests[0] == digests[2] != digests[1]
 
     Policy.load(folder).save(place)

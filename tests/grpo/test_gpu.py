@@ -29,8 +29,8 @@ from rollout.compiled import rounds
 from rollout.compiled.recorded import RecordedRound
 from rollout.decoding.engine import Engine
 from rollout.group import Prompt, RolloutGroup
-from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
+from rollout.weight_sync.message import Sender
 from rollout.workers.worker import Worker
 
 pytestmark = pytest.mark.gpu
@@ -114,7 +114,7 @@ def test_recorded_rounds_change_no_token(random_policy, monkeypatch):
             replayed = engine.sample(PROMPTS[:2], replace(params, compiled=True))
             assert [c.token_ids for group in replayed for c in group.completions] == eager
         assert {bucket.drafts for bucket, _ in engine.graphs[0].loaded} == {0, 2}
-        engine.publish({n: w.to(DEVICE) for n, w in random_policy(3).publication().items()}, version + 1)
+        engine.sync_weights({n: w.to(DEVICE) for n, w in random_policy(3).synced_weights().items()}, version + 1)
 
 
 def test_drafts_change_no_token(random_policy):
@@ -133,7 +133,7 @@ def test_what_was_learned_is_sampled_from_once_it_is_published(random_policy):
     before = engine.sample(PROMPTS, PARAMS)
     learner.step(_batch(learner, before), 1)
     stale = learner.step(_batch(learner, engine.sample(PROMPTS, PARAMS.at(2))), 2)
-    engine.publish(learner.weights(), learner.policy_version)
+    engine.sync_weights(learner.weights(), learner.policy_version)
     fresh = learner.step(_batch(learner, engine.sample(PROMPTS, PARAMS.at(3))), 3)
     assert stale["mismatch/logprob_abs_max"] > 1e-2
     assert fresh["mismatch/logprob_abs_max"] <= 1e-4
@@ -165,9 +165,9 @@ def test_a_run_trains_on_the_device(micro_config, tmp_path):
 
 FULL = {
     "loss.advantage": "gae", "loss.beta": 0.1, "learner.routing_replay": True, "learner.updates_per_batch": 2,
-    "eval.limit": 4, "steps": 2, "warm_start.steps": 0,
+    "eval.limit": 4, "steps": 2, "sft.steps": 0,
 }  # fmt: skip
-ADAPTERS = {"lora.rank": 2, "loss.beta": 0.1, "steps": 2, "warm_start.steps": 1}
+ADAPTERS = {"lora.rank": 2, "loss.beta": 0.1, "steps": 2, "sft.steps": 1}
 
 
 @pytest.mark.parametrize("options", [FULL, ADAPTERS], ids=["full", "adapters"])
@@ -187,8 +187,8 @@ def test_a_worker_takes_a_publication_sleeps_and_samples_on_the_device(random_po
     policy = random_policy(2)
     worker = Worker(policy.skeleton(), "float32", "float32", DEVICE.type, 1)
     for version in (0, 1):
-        for message in Sender().messages(policy.publication(), version):
-            held = worker.publish(message)
+        for message in Sender().messages(policy.synced_weights(), version):
+            held = worker.sync_weights(message)
         assert held
         found = worker.sample(PROMPTS, PARAMS, version)
         expected = Engine(policy, torch.float32).sample(PROMPTS, PARAMS)

@@ -99,7 +99,7 @@ def saved(hf_policy, tmp_path_factory):
 @pytest.fixture(scope="module")
 def config_of(micro_config, saved):
     """`config_of(output_dir, "qwen2", **options)`: three steps of four prompts."""
-    plain = {"rollout.draft_tokens": None, "mtp.depth": 4, "warm_start.steps": 0}
+    plain = {"rollout.draft_tokens": None, "mtp.depth": 4, "sft.steps": 0}
     return lambda folder, kind, **given: micro_config(folder, **plain | {"model": saved(kind)} | given)
 
 
@@ -161,7 +161,7 @@ def test_what_is_saved_is_what_transformers_loads(config_of, saved, tmp_path, ki
 
 @pytest.mark.slow
 def test_the_commands_take_it(saved, tmp_path, capsys, letters):
-    """sft, train with a warm start, eval and sample, as a user types them."""
+    """sft, train with an SFT stage, eval and sample, as a user types them."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n')
     common = ["--threads=1", "--data.task_options.levels=[1]", "--data.limit=12", "--eval.limit=4", "--log.trackers=[]"]
     common += ["--rollout.max_completion_tokens", "8"]
@@ -169,7 +169,7 @@ def test_the_commands_take_it(saved, tmp_path, capsys, letters):
     sft = ["--steps", "2", "--prompts_per_step", "2"]
     assert main(["sft", *model, *common, *sft, "--output_dir", str(tmp_path / "sft")]) == 0
     grpo = ["--steps", "2", "--prompts_per_step", "2", "--rollout.group_size", "2"]
-    grpo += ["--warm_start.steps", "2", "--warm_start.batch_size", "2"]
+    grpo += ["--sft.steps", "2", "--sft.batch_size", "2"]
     grpo += ["--rewards", f"[{{function: {letters}}}]"]
     assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "train")]) == 0
     assert main(["train", *model, *common, *grpo, "--output_dir", str(tmp_path / "dry"), "--dry_run"]) == 0

@@ -111,7 +111,7 @@ def test_a_saved_policy_and_a_worker_see_the_same(policy, tmp_path):
 
 @pytest.mark.slow
 def test_contract_9_a_run_trains_stops_goes_on_and_its_policy_remembers(micro_config, tmp_path):
-    given = BOTH_WAYS | {"loss.beta": 0.1, "eval.limit": 4, "warm_start.steps": 1}
+    given = BOTH_WAYS | {"loss.beta": 0.1, "eval.limit": 4, "sft.steps": 1}
     _, run = whole_and_parts(lambda folder: micro_config(folder, **given), tmp_path, stop_after=2)
     far = [line["mismatch/logprob_abs_max"] for line in read_metrics(run) if "reward/mean" in line]
     assert len(far) == 3
@@ -137,7 +137,7 @@ def test_what_cannot_see_prompts_whole_is_refused_by_name(micro_config, tmp_path
 def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp_path, capsys):
     """Its run began with a policy that attends causally, by all of its heads."""
     random_policy(31, num_attention_heads=4, num_key_value_heads=4).save(tmp_path / "plain")
-    given = BOTH_WAYS | {"active_heads": 0.75, "warm_start.steps": 0}
+    given = BOTH_WAYS | {"active_heads": 0.75, "sft.steps": 0}
     train(micro_config(tmp_path / "run", model=str(tmp_path / "plain"), steps=1, **given))
     model = str(tmp_path / "run/checkpoints/step_000001")
     for folder in ("run", "run/policy", "run/checkpoints/step_000001"):
@@ -146,7 +146,7 @@ def test_a_checkpoint_is_what_its_run_asked_for(random_policy, micro_config, tmp
     assert "prompt_attention=bidirectional" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"prompt_attention=bidirectional \(so model says.*causally alone"):
-        check_plan(micro_config(tmp_path / "next", model=model, **{"rollout.backend": "vllm", "warm_start.steps": 0}))
+        check_plan(micro_config(tmp_path / "next", model=model, **{"rollout.backend": "vllm", "sft.steps": 0}))
     counted = inspect(model)
     assert (counted.active_heads, counted.heads, counted.prompt_attention) == (3, 4, "bidirectional")
     assert counted == inspect(str(tmp_path / "run/policy"))

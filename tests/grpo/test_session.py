@@ -31,7 +31,7 @@ from rollout.faults import RolloutError
 from rollout.workers.local_pool import LocalPool
 
 LOOPS = Path(__file__).parents[2] / "examples/09_own_loop"
-QUICK = {"warm_start.steps": 0}
+QUICK = {"sft.steps": 0}
 SHORT = QUICK | {"eval.limit": 0, "steps": 4, "checkpoint.every": 10}
 
 
@@ -116,7 +116,7 @@ def written(config, path):
     [
         {},
         pytest.param(QUICK | {"learner.updates_per_batch": 2, "loss.beta": 0.1}, marks=pytest.mark.slow),
-        pytest.param({"rollout.ahead": 1}, marks=pytest.mark.slow),
+        pytest.param({"rollout.staleness": 1}, marks=pytest.mark.slow),
     ],
     ids=["plain", "two updates", "ahead"],
 )
@@ -124,7 +124,7 @@ def test_contract_17_a_loop_over_the_primitives_gives_the_bits_of_quartet_train(
     micro_config, tmp_path, monkeypatch, options
 ):
     steps = 4  # one more than an epoch has
-    if "rollout.ahead" in options:
+    if "rollout.staleness" in options:
         without_ray(monkeypatch)
     config = micro_config(tmp_path / "ours", steps=steps, **options | {"data.limit": 12})
     train(config)
@@ -156,7 +156,7 @@ def test_contract_17_a_loop_that_supervises_gives_the_bits_of_quartet_sft(micro_
 @pytest.mark.slow
 def test_contract_17_on_two_ranks_too(micro_config, random_policy, tmp_path):
     random_policy(0).save(tmp_path / "model")
-    given = {"model": str(tmp_path / "model"), "device": "cpu", "warm_start.steps": 0, "steps": 2}
+    given = {"model": str(tmp_path / "model"), "device": "cpu", "sft.steps": 0, "steps": 2}
     config = micro_config(tmp_path / "ours", rewards=[{"function": "gsm8k_format"}], **given)
     file = written(config, tmp_path / "run.yaml")
     run_ranks(["-m", "grpo", "train", str(file)], 2)
@@ -178,7 +178,7 @@ def test_drawing_is_prompts_sampling_and_scoring(micro_config, tmp_path):
             assert [score.rewards for score in drawn.scores] == [score.rewards for score in scores]
             for session, batch in ((one, one.prepare(drawn)), (two, two.prepare(groups, scores))):
                 session.record(step, session.forward_backward(batch) | session.optim_step())
-                session.publish()
+                session.sync_weights()
     assert all(
         torch.equal(tensor, dict(two.policy.named_parameters())[name]) for name, tensor in one.policy.named_parameters()
     )
@@ -199,12 +199,12 @@ def test_a_first_batch_that_sampler_and_learner_read_differently_stops_the_run(m
 
 
 def test_contract_13_what_was_refused_is_checked_again_before_anything_is_sampled(session, monkeypatch):
-    prompts, publisher = session.prompts(1), session.publisher
+    prompts, weight_sync = session.prompts(1), session.weight_sync
     expected = session.sample(prompts, step=1)
     with monkeypatch.context() as patch:
-        patch.setattr(publisher, "scores", lambda *_: 1 / 0)
+        patch.setattr(weight_sync, "scores", lambda *_: 1 / 0)
         for act in (
-            lambda: publisher.publish(),
+            lambda: weight_sync.sync_weights(),
             lambda: session.draw(1),
             lambda: session.sample(prompts, step=1),
             lambda: session.evaluate(),
@@ -212,7 +212,7 @@ def test_contract_13_what_was_refused_is_checked_again_before_anything_is_sample
             with pytest.raises(ZeroDivisionError):
                 act()
     assert session.sample(prompts, step=1) == expected
-    assert publisher.version == 0
+    assert weight_sync.version == 0
 
 
 def test_an_advantage_of_each_token_is_the_gradients_weight(session):
@@ -327,7 +327,7 @@ def test_contract_9_numbers_of_ones_own_are_those_of_the_checkpoint(micro_config
                 session.forward_backward(session.prepare(session.draw(step)))
                 session.optim_step(**{"betas": (0.5, 0.6), "eps": 1e-6, "weight_decay": 0.1} if step == 2 else {})
                 seen[-1] += (numbers(session),)
-                session.publish()
+                session.sync_weights()
                 session.record(step, {})
                 session.save_if_due(step)
 
@@ -349,11 +349,11 @@ def test_a_checkpoint_of_a_session_brings_it_back(micro_config, tmp_path):
                 before = {name: p.detach().clone() for name, p in session.policy.named_parameters()}
             drawn = session.draw(step)
             session.record(step, session.learn(session.prepare(drawn)))
-            session.publish()
-        version = session.publisher.version
+            session.sync_weights()
+        version = session.weight_sync.version
         session.load(path)
         assert all(torch.equal(before[name], p) for name, p in session.policy.named_parameters())
-        assert session.publisher.version == session.learner.policy_version == version - 2
+        assert session.weight_sync.version == session.learner.policy_version == version - 2
         again = session.sample(session.prompts(3), step=3)
     assert [c.token_ids for g in again for c in g.completions] == sampled(tmp_path / "r")["step_000003.jsonl.zst"]
 
@@ -380,8 +380,8 @@ def test_contract_5_a_policy_that_is_loaded_reaches_the_samplers_though_its_vers
         session.load(start)
         session.forward_backward(batch, loss)
         session.optim_step(0.05)
-        session.publish()
-        assert session.publisher.version == session.learner.policy_version == 1
+        session.sync_weights()
+        assert session.weight_sync.version == session.learner.policy_version == 1
         path = session.save(tmp_path / loss.__name__)
         known.append((path, session.sample(prompts, step=1)))
     (one, by_one), (_, by_other) = known
@@ -393,7 +393,7 @@ def test_contract_5_a_policy_that_is_loaded_reaches_the_samplers_though_its_vers
 def test_a_damaged_checkpoint_changes_neither_the_policy_nor_what_is_sampled(session, batch, tmp_path):
     path = session.save(tmp_path / "kept")
     session.learn(batch)
-    session.publish()
+    session.sync_weights()
     weights = [parameter.detach().clone() for parameter in session.policy.parameters()]
     prompts = session.prompts(1)
     before = session.sample(prompts, step=1)
@@ -429,7 +429,7 @@ def test_the_last_evaluation_is_of_what_a_loop_has_learned_and_it_is_not_told_th
     with Session.open(micro_config(tmp_path / "r", **QUICK | {"eval.limit": 2, "lora.rank": 2})) as session:
 
         def noted(held_out, *rest):
-            versions.append(session.publisher.version)
+            versions.append(session.weight_sync.version)
             return evaluate(held_out, *rest)
 
         monkeypatch.setattr(HeldOut, "evaluate", noted)
@@ -448,15 +448,15 @@ def test_a_loop_that_samples_itself_has_nothing_sampled_ahead(micro_config, tmp_
     seen = []
     without_ray(monkeypatch)
     for ahead in (0, 1):
-        config = micro_config(tmp_path / str(ahead), steps=2, **QUICK | {"rollout.ahead": ahead})
+        config = micro_config(tmp_path / str(ahead), steps=2, **QUICK | {"rollout.staleness": ahead})
         with Session.open(config) as session:
             for step in session.run.steps():
                 groups = session.sample(session.prompts(step), step=step)
                 seen.append([group.prompt.prompt_id for group in groups])
                 session.forward_backward(session.prepare(groups, session.score(groups)))
                 session.record(step, session.optim_step())
-                session.publish()
-                assert session.publisher.version == step
+                session.sync_weights()
+                assert session.weight_sync.version == step
             assert session.batches.ready == {}
     assert seen[:2] == seen[2:]
 
@@ -474,7 +474,7 @@ def test_a_step_that_fails_takes_no_prompts_with_it_either(micro_config, tmp_pat
                     raise OSError("the reward's server is gone")
                 groups = session.sample(prompts, step=step)
                 session.record(step, session.learn(session.prepare(groups, session.score(groups))))
-                session.publish()
+                session.sync_weights()
                 session.save_if_due(step)
             session.finish()
 
@@ -487,7 +487,7 @@ def test_a_step_that_fails_takes_no_prompts_with_it_either(micro_config, tmp_pat
 
 @pytest.mark.slow
 def test_sessions_share_one_frozen_base(micro_config, tmp_path):
-    lora = {"lora": {"rank": 2}, "steps": 2, "warm_start.steps": 1}
+    lora = {"lora": {"rank": 2}, "steps": 2, "sft.steps": 1}
     first, second = (micro_config(tmp_path / name, seed=seed, **lora) for seed, name in enumerate(("one", "two")))
     with Session.open(first) as one, Session.open(second, base=one) as two:
         weights, others = dict(one.policy.trunk.named_parameters()), dict(two.policy.trunk.named_parameters())
@@ -497,7 +497,7 @@ def test_sessions_share_one_frozen_base(micro_config, tmp_path):
         before = {name: weight.detach().clone() for name, weight in others.items()}
         for step in one.run.steps():
             one.record(step, one.learn(one.prepare(one.draw(step))))
-            one.publish()
+            one.sync_weights()
         assert all(torch.equal(before[name], weight) for name, weight in others.items())
         moved = [name for name in weights if name not in frozen]
         assert any(not torch.equal(weights[name], others[name]) for name in moved)
@@ -608,11 +608,11 @@ def test_problems_with_different_rewards_are_drawn_more_often(own_run, tmp_path,
     metrics = read_metrics(tmp_path / "r")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     problems = [SimpleNamespace(example_id=str(i)) for i in range(10)]
-    listener = loop["ByDifficulty"](problems)
+    callback = loop["ByDifficulty"](problems)
     groups = [SimpleNamespace(prompt=SimpleNamespace(prompt_id=problem.example_id)) for problem in problems]
     scores = [GroupScore([1.0, None, float(i != 3)], {}) for i in range(10)]
-    listener.sampled(1, groups, scores)
-    drawn = [listener.choose(2, step, 0) for step in range(400)]
+    callback.on_groups_sampled(1, groups, scores)
+    drawn = [callback.choose_prompts(2, step, 0) for step in range(400)]
     assert all(first is not second for first, second in drawn)
     assert sum(likeliest.example_id == "3" for _, likeliest in drawn) == pytest.approx(400 * 25 / 34, abs=40)
 
@@ -647,7 +647,7 @@ def weights(folder, step):
 def learn_one_step(session, step):
     batch = session.prepare(session.draw(step))
     metrics = session.forward_backward(batch) | session.optim_step()
-    session.publish()
+    session.sync_weights()
     session.record(step, metrics)
     session.save_if_due(step)
 

@@ -43,7 +43,7 @@ EVERY_STEP = {
 }
 
 
-QUICK = {"warm_start.steps": 0}
+QUICK = {"sft.steps": 0}
 
 
 def _events(folder: Path, kind: str) -> list[dict]:
@@ -61,7 +61,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run(micro_config, tmp_path_factory) -> Path:
-    """The folder of a run with a warm start, evaluation and TensorBoard."""
+    """The folder of a run with an SFT stage, evaluation and TensorBoard."""
     folder = tmp_path_factory.mktemp("run") / "micro"
     results = train(micro_config(folder, **{"eval.limit": 6, "eval.every": 2, "log.trackers": None}))
     assert results.folder == folder
@@ -74,7 +74,7 @@ def run(micro_config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def as_run(run, micro_config):
-    """`as_run(folder, **options)`: a run that begins where the warm start of `run` ended."""
+    """`as_run(folder, **options)`: a run that begins where the SFT stage of `run` ended."""
     return lambda folder, **given: micro_config(folder, **QUICK | {"model": str(run / "warm_start")} | given)
 
 
@@ -136,7 +136,7 @@ def test_rollouts_hold_what_was_sampled_and_what_it_was_worth(run):
 
 
 def test_contract_2_stock_transformers_gives_the_warm_policys_samples_their_logprobs(run):
-    """The warm start loads in stock transformers, and is the policy that step 1 sampled from."""
+    """The SFT stage loads in stock transformers, and is the policy that step 1 sampled from."""
     model = AutoModelForCausalLM.from_pretrained(run / "warm_start")
     tokenizer = AutoTokenizer.from_pretrained(run / "warm_start")
     for line in read_rollouts(run, 1)[:6]:
@@ -164,7 +164,7 @@ def test_the_same_configuration_gives_the_same_bits_with_adapters(micro_config, 
     """peft draws the first values of the adapters: `seed` must reach them, too."""
     for i, name in enumerate("ab"):
         torch.manual_seed(i)
-        train(micro_config(tmp_path / name, steps=1, **{"lora.rank": 4, "warm_start.steps": 1}))
+        train(micro_config(tmp_path / name, steps=1, **{"lora.rank": 4, "sft.steps": 1}))
     first, second = _weights(tmp_path / "a/policy"), _weights(tmp_path / "b/policy")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     warm = _weights(tmp_path / "a/warm_start")
@@ -193,18 +193,18 @@ def test_a_second_run_into_the_same_folder_is_refused(run, micro_config):
     assert len(psutil.Process().children()) == processes  # the processes that score are gone
 
 
-def test_a_run_that_never_took_a_step_leaves_no_stale_warm_start(micro_config, tmp_path, monkeypatch):
-    """Interrupted between warm start and step 1, then started anew with another configuration."""
+def test_a_run_that_never_took_a_step_leaves_no_stale_sft_stage(micro_config, tmp_path, monkeypatch):
+    """Interrupted between SFT stage and step 1, then started anew with another configuration."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "begin", interrupt)
+        patch.setattr(Batches, "start_sampling", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train(micro_config(tmp_path / "r", **{"warm_start.steps": 1}))
+            train(micro_config(tmp_path / "r", **{"sft.steps": 1}))
     first = _weights(tmp_path / "r/warm_start")
-    train(micro_config(tmp_path / "r", steps=1, **{"warm_start.steps": 2}))
+    train(micro_config(tmp_path / "r", steps=1, **{"sft.steps": 2}))
     assert not torch.equal(_weights(tmp_path / "r/warm_start")["trunk.lm_head.weight"], first["trunk.lm_head.weight"])
 
 
@@ -289,7 +289,7 @@ def test_a_score_that_overflows_by_its_weight_is_named_and_goes_by_the_policy(mi
     with pytest.raises(
         RewardError, match=r"reward 'grade' failed on prompt 'word_problems/.*too_large: returned 1e\+308"
     ):
-        train(micro_config(tmp_path / "a", rewards=rewards, **{"warm_start.steps": 0}))
+        train(micro_config(tmp_path / "a", rewards=rewards, **{"sft.steps": 0}))
     train(micro_config(tmp_path / "b", steps=1, rewards=rewards, **QUICK | {"reward.on_error": "drop_sample"}))
     [line] = read_metrics(tmp_path / "b")
     assert line["reward/errors"] > 0
@@ -341,7 +341,7 @@ def test_an_all_tied_run_changes_nothing_and_says_so(run, own, as_run, tmp_path)
 
 def test_contract_4_a_step_sees_new_noise_where_nothing_else_is_new(micro_config, tmp_path):
     """One prompt and a policy that does not move: only the step in the key tells two rollouts apart."""
-    given = {"data.limit": 1, "prompts_per_step": 1, "steps": 2, "warm_start.steps": 0, "learner.learning_rate": 1e-30}
+    given = {"data.limit": 1, "prompts_per_step": 1, "steps": 2, "sft.steps": 0, "learner.learning_rate": 1e-30}
     train(micro_config(tmp_path / "run", **given))
     first, second = (read_rollouts(tmp_path / "run", step) for step in (1, 2))
     assert {line["prompt_id"] for line in first + second} == {first[0]["prompt_id"]}
@@ -388,7 +388,7 @@ def test_a_loss_that_is_not_finite_aborts_with_the_batch_and_the_way_out(micro_c
 @pytest.mark.slow
 def test_kl_towards_the_reference_starts_at_zero(micro_config, tmp_path):
     for name, lora in (("full", {}), ("lora", {"lora.rank": 4})):
-        train(micro_config(tmp_path / name, steps=2, **{"loss.beta": 0.1, "warm_start.steps": 1}, **lora))
+        train(micro_config(tmp_path / name, steps=2, **{"loss.beta": 0.1, "sft.steps": 1}, **lora))
         kls = [line["loss/kl"] for line in read_metrics(tmp_path / name)]
         assert kls[0] == 0.0
         assert kls[1] > 0
@@ -432,7 +432,7 @@ def test_a_converted_dense_model_is_a_policy_too(converted, micro_config, tmp_pa
         Policy.load(converted, add_mtp=True).save(tmp_path / "drafts")
         converted = str(tmp_path / "drafts")
     monkeypatch.setattr(draft_head, "PAYS", 0.0)  # a new head pays nothing yet, and is to learn in every step
-    drafts = {"rollout.draft_tokens": None, "warm_start.steps": 0, "model": converted}
+    drafts = {"rollout.draft_tokens": None, "sft.steps": 0, "model": converted}
     train(micro_config(tmp_path / "r", steps=2, **drafts | given))
     for line in read_metrics(tmp_path / "r"):
         assert line["mismatch/logprob_abs_mean"] < 1e-4
@@ -508,8 +508,8 @@ def test_a_run_that_was_cut_off_between_its_last_evaluation_and_its_policy_recor
     assert [line["step"] for line in lines if "reward/mean" in line] == [1]
 
 
-def test_a_damaged_warm_start_is_refused_by_a_resume_and_steps_of_one_that_is_done_go(micro_config, tmp_path):
-    config = micro_config(tmp_path / "r", steps=2, **{"warm_start.steps": 1})
+def test_a_damaged_sft_stage_is_refused_by_a_resume_and_steps_of_one_that_is_done_go(micro_config, tmp_path):
+    config = micro_config(tmp_path / "r", steps=2, **{"sft.steps": 1})
     with pytest.raises(Stopped):
         train(config, stop_after=1)
     file = tmp_path / "r/warm_start/model.safetensors"
@@ -612,7 +612,7 @@ def test_an_interruption_before_the_first_step_is_an_event_without_metrics(micro
 
     monkeypatch.setattr(Run, "steps", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(micro_config(tmp_path / "r", **{"warm_start.steps": 0}))
+        train(micro_config(tmp_path / "r", **{"sft.steps": 0}))
     [end] = _events(tmp_path / "r", "end")
     assert (end["how"], end["after_step"]) == ("interrupted", None)
     assert not read_metrics(tmp_path / "r")

@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo.trl_bridge import BridgeError, HeadAge, rollout_func
 from policies.logprobs import shifted_logprobs
-from policies.policy import Policy, digest
+from policies.policy import Policy, checksum
 from rewards import RewardSpec, Scorer, load_reward
 from rewards.data.word_problems import word_problems
 from rewards.protocol import bind
@@ -75,12 +75,12 @@ class Recorder:
 
     def __init__(self, policy, dataset, folder, *, draft_tokens=2, **options):
         self.rollout = rollout_func(policy, draft_tokens=draft_tokens, warn_every=1)
-        self.returned, self.published, self.scored, self.prompts, self.warnings = [], [], [], [], []
+        self.returned, self.synced, self.scored, self.prompts, self.warnings = [], [], [], [], []
 
         def call(prompts, trainer):
             self.prompts.append(prompts)
             self.returned.append(self.rollout(prompts, trainer))
-            self.published.append({name: t.clone() for name, t in self.rollout.pool.engine.policy.state_dict().items()})
+            self.synced.append({name: t.clone() for name, t in self.rollout.pool.engine.policy.state_dict().items()})
             return self.returned[-1]
 
         self.trainer = make_trainer(policy, call, dataset, folder, **options)
@@ -144,12 +144,12 @@ def test_contract_2_log_probabilities_agree_with_trls(record):
 
 
 def test_contract_5_every_call_samples_with_the_weights_of_that_moment(record, micro_policy):
-    first, second = (digest(weights) for weights in record.published)
+    first, second = (checksum(weights) for weights in record.synced)
     assert first != second
     out = record.returned[1]
     plain = Policy.from_skeleton(record.rollout.policy.skeleton())
     differences = []
-    for weights in record.published:
+    for weights in record.synced:
         plain.load_weights(weights)
         worst = 0.0
         for prompt, completion, logprobs in zip(out["prompt_ids"], out["completion_ids"], out["logprobs"], strict=True):
@@ -165,8 +165,8 @@ def test_contract_5_every_call_samples_with_the_weights_of_that_moment(record, m
 def test_contract_4_the_key_is_step_and_call_and_drafts_change_no_token(record):
     """Another engine with the recorded weights, without drafts, finds the tokens of both calls."""
     pool = open_pool(record.rollout.policy)
-    for call, weights in enumerate(record.published):
-        pool.publish(weights, call)
+    for call, weights in enumerate(record.synced):
+        pool.sync_weights(weights, call)
         out = record.returned[call]
         prompts = [Prompt(f"trl/train/{i}", "", out["prompt_ids"][i * G]) for i in range(2)]
         stops = tuple(record.trainer.eos_token_ids)
@@ -180,7 +180,7 @@ def test_the_trained_policy_is_saved_with_its_head(record, tmp_path):
     policy.save(tmp_path / "policy")
     loaded = Policy.load(tmp_path / "policy")
     now = policy.weights()
-    assert digest(loaded.weights()) == digest(now)
+    assert checksum(loaded.weights()) == checksum(now)
     assert any(name.startswith("mtp.") for name in now) == (policy.mtp is not None)
 
 

@@ -147,7 +147,7 @@ def test_a_class_of_trl_runs_unchanged_in_both(model, micro_config, tmp_path):
         "rollout.draft_tokens": None,
         "mtp.depth": 4,
         "mtp.every": 1,
-        "warm_start.steps": 0,
+        "sft.steps": 0,
         "steps": 1,
         "learner.learning_rate": 1e-4,
     }

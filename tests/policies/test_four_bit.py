@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from policies import four_bit, lora
-from policies.policy import Policy, digest
+from policies.policy import Policy, checksum
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30, 11, 12], [4, 4, 100, 8, 61, 3, 90, 1]])
 DTYPES = [torch.float32, torch.bfloat16]
@@ -111,7 +111,7 @@ def test_a_saved_policy_is_an_ordinary_one(folder, tmp_path, dtype):
     assert files["config.json"] == Policy.load(folder, dtype).skeleton()["config.json"]
     assert "quant" not in (tmp_path / "policy/config.json").read_text()
     again = Policy.load(tmp_path / "policy", dtype)
-    assert digest(again.weights()) == digest(policy.weights())
+    assert checksum(again.weights()) == checksum(policy.weights())
     sampler = Policy.from_skeleton(files, dtype)
     sampler.load_weights(policy.weights())
     assert torch.equal(logits(again), logits(sampler))
@@ -126,4 +126,4 @@ def test_any_causal_model(hf_policy, tmp_path):
     sampler.load_weights(policy.weights())
     assert (logits(sampler).log_softmax(-1) - logits(policy).log_softmax(-1)).abs().max() < 1e-4
     policy.save(tmp_path / "saved")
-    assert digest(Policy.load(tmp_path / "saved").weights()) == digest(policy.weights())
+    assert checksum(Policy.load(tmp_path / "saved").weights()) == checksum(policy.weights())

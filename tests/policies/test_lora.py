@@ -5,7 +5,7 @@ import torch
 
 from policies import lora
 from policies.mtp import draft_loss
-from policies.policy import Policy, digest
+from policies.policy import Policy, checksum
 from rollout.workers.kinds import open_pool
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30], [4, 4, 100, 8, 61, 3]])
@@ -126,9 +126,9 @@ def test_contract_5_adapters_of_every_part_reach_the_sampler(policy):
             if ".lora_" in name or "e_score_correction_bias" in name:
                 tensor.add_(0.05 * torch.randn_like(tensor))
     published = policy.weights()
-    assert digest(pool.engine.policy.weights()) != digest(published)
-    pool.publish(published, 1)
-    assert digest(pool.engine.policy.weights()) == digest(published)
+    assert checksum(pool.engine.policy.weights()) != checksum(published)
+    pool.sync_weights(published, 1)
+    assert checksum(pool.engine.policy.weights()) == checksum(published)
     engine, base = pool.engine, random_weights(policy)
     changed = {name for name, tensor in published.items() if not torch.equal(tensor, base[name])}
     assert {"trunk.model.layers.0.self_attn.o_proj.weight", "mtp.eh_proj.weight", "trunk.lm_head.weight"} <= changed
@@ -219,7 +219,7 @@ def test_merged_weights_compute_what_the_adapted_model_computes_also_when_saved(
     policy.save(tmp_path / "policy")
     loaded = Policy.load(tmp_path / "policy")
     assert not lora.has_adapter(loaded.trunk)
-    assert digest(loaded.weights()) == digest(merged)
+    assert checksum(loaded.weights()) == checksum(merged)
     assert lora.has_adapter(policy.trunk)  # and goes on learning
 
 

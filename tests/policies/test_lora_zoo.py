@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.cli.commands.export import ExportError, _refuse_lost_adapters, peft_config
 from policies import lora
-from policies.policy import Policy, digest
+from policies.policy import Policy, checksum
 from rollout.workers.kinds import open_pool
 
 FEW = ("gpt2", "phi3", "granitemoe", "glm4", "qwen3_5_moe", "mamba2")  # of different structures
@@ -87,8 +87,8 @@ def test_adapters_reach_a_sampler_and_peft(kind, tmp_path):
     policy.trunk.float()
     policy.add_lora(4, 8.0)
     pool = open_pool(policy)
-    pool.publish(moved(policy).weights(), 1)
-    assert digest(pool.engine.policy.weights()) == digest(policy.weights())
+    pool.sync_weights(moved(policy).weights(), 1)
+    assert checksum(pool.engine.policy.weights()) == checksum(policy.weights())
     zoo.tiny(kind).save_pretrained(tmp_path / "base")
     factors = {n.replace(".default", ""): t for n, t in policy.trunk.state_dict().items() if ".lora_" in n}
     (tmp_path / "adapter").mkdir()

@@ -11,7 +11,7 @@ from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.draft_head import AbsorbedHead
 from policies.logprobs import logprobs_from_hidden
 from policies.mtp import DEPTH_DECAY, draft_loss
-from policies.policy import Policy, PolicyError, digest
+from policies.policy import Policy, PolicyError, checksum
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -201,10 +201,10 @@ def test_a_damaged_draft_vocabulary_is_refused_with_the_way_out(random_policy, t
 
 def test_contract_5_a_publication_carries_the_draft_vocabulary(random_policy):
     policy, other = random_policy(4), random_policy(5)
-    plain = digest(policy.weights())
+    plain = checksum(policy.weights())
     policy.draft_ids = trimmed(policy)
     published = policy.weights()
-    assert digest(published) != plain
+    assert checksum(published) != plain
     other.load_weights(published)
     assert torch.equal(other.draft_ids, policy.draft_ids)
     policy.draft_ids[0] = 1  # no memory is shared

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from policies.policy import Policy, PolicyError, digest
+from policies.policy import Policy, PolicyError, checksum
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30]])
 LAYER = "model.layers.2."  # the head's place after a trunk of two layers
@@ -213,9 +213,9 @@ def test_published_names_and_shapes_must_be_those_of_the_policy(random_policy):
 
 def test_the_digest_changes_with_a_bit_a_name_a_shape_and_a_type():
     weights = {"a": torch.arange(4.0), "b": torch.zeros(2, dtype=torch.bfloat16), "c": torch.tensor(3)}
-    original = digest(weights)
-    assert digest(dict(reversed(weights.items()))) == original  # their order does not matter
-    assert digest({name: tensor.clone() for name, tensor in weights.items()}) == original
+    original = checksum(weights)
+    assert checksum(dict(reversed(weights.items()))) == original  # their order does not matter
+    assert checksum({name: tensor.clone() for name, tensor in weights.items()}) == original
     flipped = weights["a"].clone()
     flipped.view(torch.int32)[2] ^= 1
     changed = [
@@ -228,9 +228,9 @@ def test_the_digest_changes_with_a_bit_a_name_a_shape_and_a_type():
         {"a": weights["a"], "b": weights["b"]},
         {"a": weights["c"], "b": weights["b"], "c": weights["a"]},
     ]
-    assert len({original, *map(digest, changed)}) == 1 + len(changed)
+    assert len({original, *map(checksum, changed)}) == 1 + len(changed)
     weight = torch.arange(6.0).view(2, 3)
-    assert digest({"w": weight.T}) == digest({"w": weight.T.contiguous()}) != digest({"w": weight.view(3, 2)})
+    assert checksum({"w": weight.T}) == checksum({"w": weight.T.contiguous()}) != checksum({"w": weight.view(3, 2)})
 
 
 @pytest.mark.parametrize(("prompt", "implementation"), [(5, "sdpa_packed"), (20, "sdpa")])

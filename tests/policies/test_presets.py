@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from grpo.config.policy import ModelOptions
 from grpo.source.policy_source import load_policy
-from policies.policy import Policy, digest
+from policies.policy import Policy, checksum
 from policies.presets import PRESETS, build, small_tokenizer
 
 CORPUS = [
@@ -30,10 +30,10 @@ def test_the_seed_fixes_the_weights_and_the_random_state_is_left_alone(preset):
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    first = digest(build(preset, CORPUS, seed=3).weights())
+    first = checksum(build(preset, CORPUS, seed=3).weights())
     assert torch.rand(1) == expected
-    assert digest(build(preset, CORPUS, seed=3).weights()) == first
-    assert digest(build(preset, CORPUS, seed=4).weights()) != first
+    assert checksum(build(preset, CORPUS, seed=3).weights()) == first
+    assert checksum(build(preset, CORPUS, seed=4).weights()) != first
 
 
 @torch.no_grad()

@@ -173,9 +173,9 @@ def test_the_best_step_is_by_mean_reward_once_a_step_has_no_accuracy():
     assert best_step([{"step": 1, "eval/reward_mean": -2.0}, {"step": 2, "eval/reward_mean": -1.0}], [1, 2]) == 2
 
 
-def test_full_marks_are_what_the_gold_solution_gets_and_one_other_mark_is_seen_among_many():
+def test_max_score_are_what_the_gold_solution_gets_and_one_other_mark_is_seen_among_many():
     given = (("undeclared", None), ("undeclared", 0.5), ("undeclared", 3.0), (0.5, 3.0), (None, 2.0))
-    assert [Verdicts("r", at, gold).full_marks for at, gold in given] == [1.0, 1.0, 3.0, 0.5, 2.0]
+    assert [Verdicts("r", at, gold).max_score for at, gold in given] == [1.0, 1.0, 3.0, 0.5, 2.0]
     assert Verdicts("r", 2.0, 2.0).of(1.0) is False
     verdicts = Verdicts("r", "undeclared", None)
     assert [verdicts.of(mark) for mark in (None, sum([0.1] * 10), 2.0, 0.9)] == [None, True, True, False]
@@ -189,7 +189,7 @@ def test_full_marks_are_what_the_gold_solution_gets_and_one_other_mark_is_seen_a
 @pytest.fixture(scope="module")
 def run(micro_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verdicts") / "run"
-    given = {"steps": 2, "warm_start.steps": 0, "eval.limit": 3, "eval.every": 1, "eval.samples": 2}
+    given = {"steps": 2, "sft.steps": 0, "eval.limit": 3, "eval.every": 1, "eval.samples": 2}
     given |= {"checkpoint.keep_best": True}
     return folder, train(micro_config(folder, **given))
 

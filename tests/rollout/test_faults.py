@@ -31,7 +31,7 @@ def test_seconds_are_those_in_which_any_lost_work_was_missing(clock):
     clock.now = 10
     faults.done("a")
     faults.done("never lost")
-    faults.published()
+    faults.on_weight_sync()
     faults.lost("worker", "worker 0", "killed", work="c", since=20)
     clock.now = 25
     faults.done("c")
@@ -43,7 +43,7 @@ def test_too_many_losses_between_two_publications_end_the_run_with_the_culprit()
     told = []
     faults = Faults(lambda *what: told.append(what), most=1)
     faults.lost("worker", "worker 0", "first", work="a", since=0)
-    faults.published()
+    faults.on_weight_sync()
     faults.lost("worker", "worker 1", "second", work="a", since=0)
     with pytest.raises(RolloutError, match="^2 losses since .* was worker 1: third. .*--resume auto$"):
         faults.lost("worker", "worker 1", "third", work="a", since=0)

@@ -113,8 +113,8 @@ def _warm_seconds(folder: Path) -> float:
 
 
 def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) -> list[Candidate]:
-    start = str(folder / "warm_start") if config.warm_start.steps else config.model
-    rate, budget = config.warm_start.learning_rate, seconds["grpo"]
+    start = str(folder / "warm_start") if config.sft.steps else config.model
+    rate, budget = config.sft.learning_rate, seconds["grpo"]
     found = [
         Candidate(
             f"supervised_{rate * share:g}",
@@ -126,7 +126,7 @@ def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) ->
         )
         for share in RATES
     ]
-    if config.warm_start.steps:
+    if config.sft.steps:
         words = f"supervised steps from the beginning, one decay over all seconds, rate {rate:g}"
         whole = budget + seconds["start"]
         found.append(Candidate(CONTROL_FROM_BEGINNING, "supervised", words, config.model, whole, rate))
@@ -179,14 +179,14 @@ def curve(folder: Path) -> list[dict[str, float]]:
 
 
 def _supervised(config: TrainConfig, candidate: Candidate, own: Path, steps: int) -> SftConfig:
-    rates = {"learning_rate": candidate.rate, "schedule": "linear", "warmup_steps": config.warm_start.warmup_steps}
+    rates = {"learning_rate": candidate.rate, "schedule": "linear", "warmup_steps": config.sft.warmup_steps}
     learner = {name: getattr(config.learner, name) for name in SftLearnerOptions.model_fields} | rates
     kept = {name: getattr(config, name) for name in SftConfig.model_fields if name in TrainConfig.model_fields}
     of_control = {
         "model": candidate.model,
         "output_dir": own,
         "steps": steps,
-        "prompts_per_step": config.warm_start.batch_size,
+        "prompts_per_step": config.sft.batch_size,
         "learner": learner,
         "mtp": {"loss_weight": 0.0},  # seconds for the base model only
         "rollout": {name: getattr(config.rollout, name) for name in SamplingOptions.model_fields},
@@ -218,7 +218,7 @@ def _rejecting(config: TrainConfig, candidate: Candidate, own: Path, steps: int)
         "model": candidate.model,
         "output_dir": own,
         "steps": steps,
-        "warm_start": config.warm_start.model_copy(update={"steps": 0}),
+        "sft": config.sft.model_copy(update={"steps": 0}),
         "eval": config.eval.model_copy(update={"every": None}),
         "checkpoint": config.checkpoint.model_copy(update={"every": steps, "keep_best": False}),
         "log": config.log.model_copy(update={"trackers": []}),
@@ -237,7 +237,7 @@ def _reject(config: TrainConfig, timed: bool) -> BestPoint | None:
             correct = [_correct(session.task, score) for score in scores]
             batch = session.prepare(groups, scores, correct)
             metrics = session.learn(batch)
-            session.publish()
+            session.sync_weights()
             session.record(step, metrics)
             if not timed:
                 best.look(step)
@@ -264,7 +264,7 @@ def _evaluate(
     folder: Path, config: TrainConfig, seconds: dict[str, float], controls: Sequence[dict[str, Any]], console: Console
 ) -> dict[str, Any]:
     """All policies on the held-out problems with the same noise, and how far GRPO is above each of the others."""
-    start = folder / "warm_start" if config.warm_start.steps else Path(config.model)
+    start = folder / "warm_start" if config.sft.steps else Path(config.model)
     policies = {"start": start, "grpo": folder / "policy"}
     policies |= {each["kind"]: folder / "control" / each["name"] / "best_policy" for each in controls}
     options = EvalConfig.model_validate(defaults_of_run(folder) | {"model": str(folder), "threads": config.threads})

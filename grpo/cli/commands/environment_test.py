@@ -86,7 +86,7 @@ class EnvironmentCheck:
     data: str
     rows: int
     tools: list[str]
-    full_marks: float = 1.0
+    max_score: float = 1.0
     scripts: dict[str, dict[str, Any]] = field(default_factory=dict)
     differing: dict[str, int] = field(default_factory=dict)
     growth_mib: float | None = None
@@ -186,7 +186,7 @@ def check_environment(environment: str, config: EnvironmentTestConfig) -> Enviro
             trial.play_again(stage, Stage(spec, tokenizer, hash_seed=1))
             trial.play_often(stage)
     check.printed = printed.getvalue()
-    trial.judge(config.full_marks)
+    trial.judge(config.max_score)
     return check
 
 
@@ -238,13 +238,13 @@ class _Trial:
             grown = f"its process grew by {self.check.growth_mib:,.0f} MiB in {played} episodes"
             self.check.problems.append(f"{grown}: something is kept of episodes that have ended")
 
-    def judge(self, full_marks: float | None) -> None:
+    def judge(self, max_score: float | None) -> None:
         """Compares what each kind of script got with what it should get."""
         check, rewards = self.check, {script: [o.tools.reward for o in all_] for script, all_ in self.outcomes.items()}
         gold = rewards.get(GOLD, [])
         highest = max((reward for reward in gold if reward is not None), default=1.0)
-        check.full_marks = max(1.0, highest) if full_marks is None else full_marks
-        full = {script: sum((reward or 0.0) >= check.full_marks for reward in all_) for script, all_ in rewards.items()}
+        check.max_score = max(1.0, highest) if max_score is None else max_score
+        full = {script: sum((reward or 0.0) >= check.max_score for reward in all_) for script, all_ in rewards.items()}
         for script, outcomes in self.outcomes.items():
             check.scripts[script] = _counts(outcomes) | {"full": full[script]}
             if failed := [outcome for outcome in outcomes if outcome.failure]:

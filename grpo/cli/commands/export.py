@@ -44,7 +44,7 @@ from policies.checkpoint import check_policy
 from policies.conversion.dense import LICENCE_FILES
 from policies.files import gguf, hub
 from policies.files.atomic import heed_umask
-from policies.files.digests import DIGESTS
+from policies.files.checksums import CHECKSUMS
 from policies.layout import FIXED_FIELDS, WeightFiles, auto_class, find_file
 from policies.policy import Policy, read_config
 from policies.routing.heads import DynamicHeadsConfig
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def base(self) -> str:
-        """GRPO started from this: the warm start that the run made, else its `model`; folders have their whole path."""
+        """GRPO started from this: the SFT stage that the run made, else its `model`; folders have their whole path."""
         warm = self.folder / "warm_start"
         base = find_policy(str(warm) if warm.is_dir() else str(self.config["model"])).folder
         return str(Path(base).resolve()) if Path(base).is_dir() else base
@@ -163,7 +163,7 @@ def _write_merged(source: PolicySource, run: Run, folder: Path) -> None:
     shape = read_config(source.folder)
     check_policy(Path(source.folder))
     # The export may be edited, and the record names a checkpoint of the run.
-    shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(DIGESTS, RECORD))
+    shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(CHECKSUMS, RECORD))
     if isinstance(shape, DeepseekV3Config):  # a policy that was saved before we wrote these fields
         file = folder / "config.json"
         fields = json.loads(file.read_text(encoding="utf-8")) | FIXED_FIELDS

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from grpo.cli.commands.memory_table import WARM_START, DeviceMemory
+from grpo.cli.commands.memory_table import SFT_STAGE, DeviceMemory
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import LearningConfig, RunConfig, TrainConfig
 from grpo.task.plan import Plan
@@ -63,8 +63,8 @@ class Memory(NamedTuple):
         needed: dict[str, float] = {}
         for warm in (True, False):  # one after the other
             for it in devices:
-                for phase, size in it.phases.items() if (it.name == WARM_START) == warm else ():
-                    part = f"{phase} in the warm start" if warm else phase
+                for phase, size in it.phases.items() if (it.name == SFT_STAGE) == warm else ():
+                    part = f"{phase} in the SFT stage" if warm else phase
                     needed[part] = needed.get(part, 0.0) + it.count * (size + PROCESS)
         return needed
 
@@ -89,7 +89,7 @@ def verdicts(
 
 def _main_memory(devices: Sequence[DeviceMemory], at_hand: bool) -> Verdict:
     """Returns what the processes of a run on GPUs hold in main memory, if all of them are on one machine."""
-    needed = sum(it.count * ((it.peak if it.on_host else it.host) + PROCESS) for it in devices if it.name != WARM_START)
+    needed = sum(it.count * ((it.peak if it.on_host else it.host) + PROCESS) for it in devices if it.name != SFT_STAGE)
     if at_hand and "RAY_ADDRESS" not in os.environ:
         return _verdict("main memory", {"loading": needed}, *main_memory(), lambda: "use more machines, or more memory")
     each = ", ".join(f"{it.name} {it.host / GIB:,.1f}" for it in devices if it.host)
@@ -192,8 +192,8 @@ class LessMemory:
             if config.dtype == "bfloat16" and not config.learner.rounds:
                 yield [{"learner.optimizer": "adamw_8bit_stochastic"}]
         if isinstance(config, TrainConfig):
-            if config.whole_rollout.ahead == 2:
-                yield [{"rollout.ahead": 1}]
+            if config.whole_rollout.staleness == 2:
+                yield [{"rollout.staleness": 1}]
             if config.loss.beta:
                 yield [{"loss.beta": 0.0}]
             if config.lora is None:

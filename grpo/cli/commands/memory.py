@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, PretrainedConfig
 
-from grpo.cli.commands.memory_table import WARM_START, DeviceMemory, each_of, on_devices
+from grpo.cli.commands.memory_table import SFT_STAGE, DeviceMemory, each_of, on_devices
 from grpo.cli.commands.shares import Shares, largest_bytes, moment_bytes
 from grpo.config.mtp import HeadOptions, MtpConfig
 from grpo.config.policy import ModelOptions
@@ -58,7 +58,7 @@ class MemoryOfRun:
         self.dtype = getattr(torch, config.dtype)
 
     def devices(self, gpus: float = 0) -> list[DeviceMemory]:
-        """Returns one entry per kind of device: a warm start, the learner (rank 0 with the sampler where there are no
+        """Returns one entry per kind of device: an SFT stage, the learner (rank 0 with the sampler where there are no
         Ray workers), the other ranks where there are any, and a Ray worker, or what is on a GPU together. `gpus`: see
         `on_devices`. Raises ValueError for adapters that the model cannot have, and for a `learner.parallel` that fits
         no run."""
@@ -70,7 +70,7 @@ class MemoryOfRun:
             teacher, learner = self._teacher_bytes(), self.learner()
             learner = replace(learner, teacher=teacher, host=max(learner.host, teacher))
             reads_weights = reads_weights and not config.lora
-            warm = [replace(self.learner(warm_start=True), name=WARM_START)] if config.warm_start.steps else []
+            warm = [replace(self.learner(sft_stage=True), name=SFT_STAGE)] if config.sft.steps else []
         else:
             learner = self.learner()
             return [learner if gpus else replace(learner, host=0)]
@@ -83,7 +83,7 @@ class MemoryOfRun:
             if ranks == 1 and reads_weights:
                 sampler = replace(sampler, sampler=0, host=0)
             name = "learner and sampler" if ranks == 1 else "rank 0, which samples"
-            sleeps = bool(gpus) and rollout.backend == "vllm" and not rollout.ahead
+            sleeps = bool(gpus) and rollout.backend == "vllm" and not rollout.staleness
             both = replace(learner, count=1).beside(sampler, name, in_turn=sleeps)
             both = replace(both, host=max(learner.host, sampler.host))  # one is moved before the other is made
             others = [replace(learner, name=each_of(ranks - 1, "other rank"), count=ranks - 1)] if ranks > 1 else []
@@ -92,12 +92,12 @@ class MemoryOfRun:
             return [replace(device, host=0) for device in devices]
         return devices
 
-    def learner(self, *, warm_start: bool = False, processes: int = 0) -> DeviceMemory:
-        """Returns what `Learner` holds on each of so many ranks (0: see `Shares.of`). A warm start trains all, without
+    def learner(self, *, sft_stage: bool = False, processes: int = 0) -> DeviceMemory:
+        """Returns what `Learner` holds on each of so many ranks (0: see `Shares.of`). An SFT stage trains all, without
         reference."""
         config, dtype = self.config, self.dtype
         assert isinstance(config, LearningConfig)
-        options, grpo = config.learner, config if isinstance(config, TrainConfig) and not warm_start else None
+        options, grpo = config.learner, config if isinstance(config, TrainConfig) and not sft_stage else None
         shares = Shares.of(options.parallel, processes or options.workers)
         adapters = grpo.lora if grpo else None
         policy = meta_policy(self.shape, self.head, dtype)
@@ -149,7 +149,7 @@ class MemoryOfRun:
             shares.ranks,
             weights=held(weights, Tensor.element_size) + held(value) + buffers - saved,
             masters=0 if options.rounds else held(below),
-            older=held(trained, older) if grpo and grpo.rollout.ahead > 1 else 0,
+            older=held(trained, older) if grpo and grpo.rollout.staleness > 1 else 0,
             gradients=held(taught | value),
             moments=held(taught | value, lambda weight: moment_bytes(weight) if eight_bits else 8),
             reference=held(plain, Tensor.element_size) + buffers if grpo and grpo.loss.beta > 0 and not adapters else 0,

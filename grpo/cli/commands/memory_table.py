@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from grpo.config.run import LearningConfig, RunConfig
 
-WARM_START = "warm start"  # it is over before GRPO begins
+SFT_STAGE = "SFT stage"  # it is over before GRPO begins
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DeviceMemory:
     teacher: int = 0  # of loss.advantage: distill
     sampler: int = 0  # its own copy of the policy
     derived: int = 0  # from that copy, for decoding
-    older: int = 0  # weights that the batch in flight needs (rollout.ahead: 2)
+    older: int = 0  # weights that the batch in flight needs (rollout.staleness: 2)
     buffers: int = 0  # that FSDP keeps from its first step on
     loading: int = 0  # what is whole for a moment while shares are read
     activations: int = 0
@@ -88,7 +88,7 @@ def on_devices(learner: DeviceMemory, worker: DeviceMemory, config: RunConfig, g
         return [learner, worker]
     placed_by_ray = isinstance(config, LearningConfig) and config.learner.workers > 0
     no_others = gpus <= ranks and not placed_by_ray
-    if no_others and config.whole_rollout.ahead:  # Ray is shown the GPUs that the learners leave: none
+    if no_others and config.whole_rollout.staleness:  # Ray is shown the GPUs that the learners leave: none
         return [learner, replace(worker, name=f"{worker.name}, on CPUs", on_host=True)]
     if not no_others:
         return [learner, replace(worker, name=each_of(workers, "worker"))]

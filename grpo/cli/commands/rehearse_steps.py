@@ -52,12 +52,12 @@ SHOWN = (
 )
 # fmt: off
 MOST = {
-    "prompts_per_step": 2, "rollout.group_size": 4, "rollout.max_completion_tokens": 32, "rollout.refill_draws": 1,
-    "warm_start.steps": 1, "warm_start.batch_size": 2, "eval.limit": 2, "eval.samples": 2, "rollout.draft_tokens": 2,
+    "prompts_per_step": 2, "rollout.group_size": 4, "rollout.max_completion_tokens": 32, "rollout.max_resamples": 1,
+    "sft.steps": 1, "sft.batch_size": 2, "eval.limit": 2, "eval.samples": 2, "rollout.draft_tokens": 2,
 }
 OTHERWISE = {  # what makes a run large or sends something away
     "steps": 2, "checkpoint.every": 1, "device": "cpu", "dtype": "float32", "log": {"trackers": []},
-    "rollout.backend": None, "rollout.vllm": {}, "rollout.workers": 0, "rollout.ahead": 0,
+    "rollout.backend": None, "rollout.vllm": {}, "rollout.workers": 0, "rollout.staleness": 0,
     "learner.workers": 0, "learner.parallel": {}, "learner.optimizer": "adamw",
 }
 # fmt: on

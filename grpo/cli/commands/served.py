@@ -165,7 +165,7 @@ class ServedPool:
 def open_served(config: EvalConfig) -> ServedPool:
     """Returns the server that `config.model` is the address of. Raises ValueError where it does not answer, and for
     options that only a policy in this process could follow. Drafts change no token, so `draft_tokens` has no effect."""
-    ours = {"rollout.margin": config.rollout.margin is not None, "tools and environment": config.has_tools}
+    ours = {"rollout.lossy_margin": config.rollout.lossy_margin is not None, "tools and environment": config.has_tools}
     if wrong := [name for name, is_set in ours.items() if is_set]:
         raise ValueError(
             f"{', '.join(wrong)}: the server at {config.model} decides that; give it to `quartet serve`, or evaluate "

@@ -71,7 +71,7 @@ def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 CONSOLE = Terminal()
-DECAYS_FIRST = "in GRPO: it alone may account for a gain. Set warm_start.schedule: linear to see what GRPO adds"
+DECAYS_FIRST = "in GRPO: it alone may account for a gain. Set sft.schedule: linear to see what GRPO adds"
 
 
 def summary(result: Result) -> None:
@@ -250,7 +250,7 @@ class DryRun:
         yield "rewards", rewards if task.scores else "none: nothing is scored"
         warm, grpo = config.supervision, isinstance(config, TrainConfig)
         if warm.steps:
-            yield "warm start", f"{warm.steps:,} steps × {warm.batch_size} examples"
+            yield "SFT stage", f"{warm.steps:,} steps × {warm.batch_size} examples"
             if grpo and decays_first(warm.steps, warm.schedule, config.learner.schedule):
                 yield "first decay of the rate", DECAYS_FIRST
         if isinstance(config, TrainConfig):
@@ -287,9 +287,9 @@ class DryRun:
         policies *= 1 + best + (grpo and config.supervision.steps > 0)
         yield "disk: policies", _gib(policies)
         self.disk = policies + each * min(copies + 1, saved)  # the next one is complete before the oldest is deleted
-        if isinstance(config, TrainConfig) and config.lora and config.warm_start.steps:  # whose checkpoints hold all
-            whole = alone.learner(warm_start=True, processes=1)
-            count = (config.warm_start.steps - 1) // every
+        if isinstance(config, TrainConfig) and config.lora and config.sft.steps:  # whose checkpoints hold all
+            whole = alone.learner(sft_stage=True, processes=1)
+            count = (config.sft.steps - 1) // every
             count = min(config.checkpoint.keep + 1, count) if config.checkpoint.keep else count
             self.disk = max(self.disk, policies + count * (whole.gradients + whole.moments))
 

@@ -28,7 +28,7 @@ class EnvironmentTestConfig(Options):
     """Turns in one episode."""
     program_timeout_s: float = Field(default=10.0, gt=0)
     """Seconds that the calls of one turn may take."""
-    full_marks: float | None = None
+    max_score: float | None = None
     """What `get_reward` gives for a right episode; null: 1, or what the first demonstration gets where that is more."""
     program_memory_mb: int | None = Field(default=None, ge=1)
     """Most MiB of data that the process of the tools may hold; null sets no limit."""

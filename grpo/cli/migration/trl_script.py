@@ -22,7 +22,7 @@ from typing import Any
 from grpo.cli.migration.functions import Functions
 from grpo.cli.migration.migration import Migration, carried, relative
 from grpo.config.loss import UNREAD
-from rewards.config.names import take
+from rewards.config.names import take_option
 
 RECORDER = Path(__file__).with_name("recorder.py")  # a program, so that no module of ours hides one of the script's
 ENGINE = {
@@ -156,7 +156,7 @@ class _Reading:
         if kind == "cispo" and values["epsilon_high"] is None:
             self.put("loss.epsilon_high", values["epsilon"])  # there the cap is epsilon, too
         for name in UNREAD.get(kind, ()):  # TRL does not read it either
-            take(self.migration.options, f"loss.{name}")
+            take_option(self.migration.options, f"loss.{name}")
         if kind == "bnpo":
             self.lacks("per_device_train_batch_size", values["per_device_train_batch_size"])
         corrects = values["use_vllm"] and values["vllm_importance_sampling_correction"]

@@ -19,7 +19,7 @@ from grpo.cli.migration.migration import Migration, Unsupported, carried, change
 from grpo.cli.migration.shell import Decision, how_to_give, outcomes
 from grpo.cli.migration.shell_words import names_in, shown
 from grpo.config.loss import UNREAD
-from rewards.config.names import take, trainers
+from rewards.config.names import take_option, trainers
 from rewards.config.yaml_file import parse_yaml, to_yaml
 from rewards.data.source import file_rows
 
@@ -247,7 +247,7 @@ class _Reading:
         if values["algorithm.adv_estimator"] == "gae":
             self.put("value.lam", values["algorithm.lam"])
         if values["algorithm.filter_groups.enable"]:
-            self.put("rollout.refill_draws", values["algorithm.filter_groups.max_num_gen_batches"] or 10)
+            self.put("rollout.max_resamples", values["algorithm.filter_groups.max_num_gen_batches"] or 10)
         if engine not in (None, "hf"):
             self.migration.sample_with_vllm(f"{ROLLOUT}.name", engine, {})
         if values[f"{MODEL}.lora_rank"]:
@@ -271,7 +271,7 @@ class _Reading:
         elif mode != "vanilla":
             self.lacks(LOSS_MODE, mode)
         for name in unread:
-            take(self.migration.options, f"loss.{name}")
+            take_option(self.migration.options, f"loss.{name}")
 
     def _cispo(self) -> None:
         low, high, mean = (

@@ -104,7 +104,9 @@ class Follower:
         return True
 
 
-def begin(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> tuple[Any, Served]:
+def begin_serving(
+    config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False
+) -> tuple[Any, Served]:
     """Returns the ASGI application and what it serves. Raises ValueError without the packages of the extra `serve`."""
     try:
         from grpo.endpoint.app import app
@@ -134,7 +136,7 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bo
     listening, address = listen(config.host, config.port)
     gc.freeze()  # else a body with a million parts makes the collector read all modules again and again: .9 s for .2
     with listening:
-        application, served = begin(config, partial(print, file=sys.stderr, flush=True), follow=follow)
+        application, served = begin_serving(config, partial(print, file=sys.stderr, flush=True), follow=follow)
         import uvicorn
 
         from grpo.endpoint.connections import settings

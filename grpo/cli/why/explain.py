@@ -197,7 +197,7 @@ class _Explainer:
         self.groups, self.scores = rewind.recorded(self.step)
         before = self._measure(rewind.learner)
         try:
-            metrics = rewind.take(rewind.learner, self.groups, self.scores, self.step)
+            metrics = rewind.take_step(rewind.learner, self.groups, self.scores, self.step)
         except NonFiniteStep as error:
             raise NonFiniteStep(
                 f"{error}: this step changed nothing, and neither gradient nor effect can be told"
@@ -243,7 +243,7 @@ class _Explainer:
         learner = self.rewind.back()
         if left:
             groups, scores = [self.groups[i] for i in left], [self.scores[i] for i in left]
-            self.rewind.take(learner, groups, scores, self.step)
+            self.rewind.take_step(learner, groups, scores, self.step)
         return self._measure(learner)
 
     def _part(self, number: int, reader: Reader) -> GroupPart:

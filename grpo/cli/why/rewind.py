@@ -107,7 +107,7 @@ class Rewind:
     def make(self, other: TrainConfig | None = None, reward_weights: Mapping[str, float] | None = None) -> ReadLearner:
         """Returns a learner at the start of the run, by its configuration or by another one."""
         config = other or self.config
-        learned = {"model": str(config.output_dir / "warm_start")} if config.warm_start.steps else {}
+        learned = {"model": str(config.output_dir / "warm_start")} if config.sft.steps else {}
         by_us = config.rollout.model_copy(update={"backend": None})  # nothing is sampled, so no server is asked
         began = config.model_copy(update={**learned, "rollout": by_us})
         policy = load_policy(began, self.task.corpus(), head=self.has_head)
@@ -124,7 +124,7 @@ class Rewind:
         """Take a recorded step. Runs of version 0.2 could skip one that was not finite: it moved nothing."""
         groups, scores = self.recorded(step)
         with suppress(NonFiniteStep):
-            self.take(self.learner, groups, scores, step)
+            self.take_step(self.learner, groups, scores, step)
 
     def recorded(self, step: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
         """Returns the groups of a step in the order in which they were learned from, each with its recorded rewards.
@@ -138,7 +138,9 @@ class Rewind:
             example = examples.get(first["prompt_id"])
             prompt = None if example is None else self.task.prompt(example, tokenizer)
             if prompt is not None:
-                prompt = self.task.actor.begun(prompt, first.get("messages"), tokenizer, self.policy.stop_token_ids)
+                prompt = self.task.actor.begun_prompt(
+                    prompt, first.get("messages"), tokenizer, self.policy.stop_token_ids
+                )
             if prompt is None or prompt.text != first["prompt"]:
                 what = "is not there" if prompt is None else "has another text"
                 raise ValueError(
@@ -155,7 +157,7 @@ class Rewind:
                     )
         return groups, scores
 
-    def take(
+    def take_step(
         self, learner: ReadLearner, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], step: int
     ) -> dict[str, float]:
         """Takes a step of the learner, as `quartet train` takes it."""

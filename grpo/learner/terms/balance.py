@@ -90,7 +90,7 @@ class BalanceTerm(Term):
 
     def before_update(self, work: Work) -> None:
         if work.update == 0:
-            work.fixed[self.name] = [load.begin(work.rows) for load in self.loads]
+            work.fixed[self.name] = [load.begin_count(work.rows) for load in self.loads]
 
     @contextmanager
     def recording(self, policy: Policy) -> Iterator[list[RoutingRecorder]]:
@@ -151,7 +151,7 @@ class Load:
             router.e_score_correction_bias.data = router.e_score_correction_bias.data.float()
         self.first_bias = [router.e_score_correction_bias.clone() for router in of_layers.values()]
 
-    def begin(self, rows: Sequence[PackedRow]) -> Count:
+    def begin_count(self, rows: Sequence[PackedRow]) -> Count:
         """Gives an empty count for a batch whose rows these are."""
         device = next(iter(self.routers.values())).weight.device
         return Count(

@@ -110,7 +110,7 @@ class OfAll(Term):
     def needs(self, row: PackedRow, work: Work) -> bool:
         return True
 
-    def begin(self, work: Work) -> None:
+    def begin_update(self, work: Work) -> None:
         """Raises ValueError where there is no reference to score by."""
         likelihood = work.likelihood
         if self.with_reference and likelihood.reference is None and not has_adapter(likelihood.policy.trunk):

@@ -55,7 +55,7 @@ class DraftHeadTerm(Term):
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
         return groups_of(self.module, self.options.learning_rate, weight_decay)
 
-    def begin(self, work: Work) -> None:
+    def begin_update(self, work: Work) -> None:
         batch = work.batch
         work.fixed[self.name] = teaching(self.policy, self.options, work.rows, batch.step, batch.draft_gain)
         self.seconds = 0.0
@@ -126,7 +126,7 @@ def head_loss(
     """The draft loss of the rows that teach, weighted. Where this micro-batch has none of them it is None, or
     `together` that of its first row, with weight zero.
 
-    With `train_trunk` it is the loss on gold tokens, and the trunk's as well (`quartet sft` only, contract 7).
+    With `train_base_model` it is the loss on gold tokens, and the trunk's as well (`quartet sft` only, contract 7).
     """
     teach = [row.group in weights for row in mini.rows]
     weight = next(iter(weights.values())) if any(teach) else 0.0
@@ -138,7 +138,7 @@ def head_loss(
     of_samples = [teaches for row, teaches in zip(mini.rows, teach, strict=True) for _ in row.samples]
     rows, counted = torch.tensor([*chosen, *of_samples], device=preceding_BTD.device).tensor_split([len(chosen)])
     times = mini.times(counted)
-    if isinstance(options, SftMTPOptions) and options.train_trunk:
+    if isinstance(options, SftMTPOptions) and options.train_base_model:
         loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, times)
     else:
         first = min(mini.beginnings[tree] for tree in chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -49,7 +50,7 @@ class PolicyTerm(Term):
         settled: Settled = work.fixed[self.name]
         return settled.reads_tied
 
-    def begin(self, work: Work) -> None:
+    def begin_update(self, work: Work) -> None:
         """KL and entropy are of every token, the highest entropies those of the step; bnpo counts its micro-batch.
         Raises ValueError where `beta` asks for a reference that is not there."""
         likelihood, beta = work.likelihood, self.options.beta
@@ -75,7 +76,7 @@ class PolicyTerm(Term):
             with work.likelihood.replaying(mini):
                 entropy = work.likelihood.forward(mini).entropy
             entropies += [entropy[mini.loss_mask].cpu()] if mini.counts else []
-        read = [entropy for part in work.ranks.gather(entropies) for entropy in part]
+        read = chain.from_iterable(work.ranks.gather(entropies))
         settled.top = top_entropy_of(torch.cat([torch.zeros(0), *read]), self.options.top_entropy_quantile)
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:

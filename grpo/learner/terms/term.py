@@ -57,7 +57,10 @@ class Work:
 
 def read(notes: Sequence[Mapping[str, list[Noted]]]) -> dict[str, float]:
     """The metrics of a step, from the notes of its micro-batches. All tensors are read in one copy."""
-    tensors = [x for part in notes for values in part.values() for x, _ in values if isinstance(x, Tensor)]
+    tensors: list[Tensor] = []
+    for part in notes:
+        for values in part.values():
+            tensors += [x for x, _ in values if isinstance(x, Tensor)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else [])
     sums: dict[str, float] = defaultdict(float)
     for part in notes:
@@ -96,7 +99,7 @@ class Term:
         """Tells whether it has something to teach where every advantage of a batch is zero."""
         return False
 
-    def begin(self, work: Work) -> None:
+    def begin_update(self, work: Work) -> None:
         """It is called before the first update and before `needs`; `work.rows` are still all rows of the batch."""
 
     def needs(self, row: PackedRow, work: Work) -> bool:

@@ -104,7 +104,7 @@ class Engine:
         self._call("init_weight_transfer_engine", {"bypasses": sorted(self.chosen)})
         self.context = self.engine.model_config.max_model_len
 
-    def publish(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
+    def sync_weights(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
         """Load a publication. Returns the digests of it, and in `unused` the names of what no worker has loaded."""
         if not header["whole"] and header["base"] != self.base:
             raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
@@ -230,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({"/state": self._state})
 
     def do_POST(self) -> None:
-        ways = {"/load": self._load, "/publish": self._publish, "/sleep": self._sleep}
+        ways = {"/load": self._load, "/publish": self._sync_weights, "/sleep": self._sleep}
         self._answer(ways | {"/sample": self._sample, "/answer": self._agents})
 
     def _answer(self, ways: dict[str, Any]) -> None:
@@ -263,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RuntimeError("it holds another model, or the same one with other options: start it anew")
         self._state()
 
-    def _publish(self) -> None:
+    def _sync_weights(self) -> None:
         header, length = json.loads(self.rfile.readline()), int(self.headers["Content-Length"])
         engine, count = self._engine(), header["bytes"]
         held = os.memfd_create("quartet_weights")  # memory without a name: nothing is left of it if we are killed
@@ -274,7 +274,7 @@ class Handler(BaseHTTPRequestHandler):
                         raise ConnectionError(f"{count} bytes of {length} are missing")
                     file.write(read)
                     count -= len(read)
-            self._say(200, engine.publish(f"/proc/{os.getpid()}/fd/{held}", header))
+            self._say(200, engine.sync_weights(f"/proc/{os.getpid()}/fd/{held}", header))
         finally:
             os.close(held)
 

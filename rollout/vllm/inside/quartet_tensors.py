@@ -65,7 +65,7 @@ def read(path: str, tensors: list[list[Any]]) -> dict[str, torch.Tensor]:
     return tensors_read
 
 
-def digests(weights: dict[str, torch.Tensor]) -> dict[str, str]:
+def checksums(weights: dict[str, torch.Tensor]) -> dict[str, str]:
     """Digests of type, shape and bits, as rollout/vllm/weights.py makes them."""
     by_name = {}
     for name, tensor in weights.items():

@@ -26,7 +26,7 @@ class Chosen(WeightTransferInitInfo):
 
 
 @dataclass
-class Published(WeightTransferUpdateInfo):
+class Synced(WeightTransferUpdateInfo):
     """A file of tensors and the header of its Update (see rollout/vllm/weights.py). Without a file a model,
     such as the draft head, takes the weights that came last."""
 
@@ -34,10 +34,10 @@ class Published(WeightTransferUpdateInfo):
     header: dict[str, Any] | None = None
 
 
-class SharedMemory(WeightTransferEngine[Chosen, Published]):
+class SharedMemory(WeightTransferEngine[Chosen, Synced]):
     """vLLM's worker calls start_weight_update, update_weights and finish_weight_update, once for each of its models."""
 
-    init_info_cls, update_info_cls = Chosen, Published
+    init_info_cls, update_info_cls = Chosen, Synced
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
@@ -60,7 +60,7 @@ class SharedMemory(WeightTransferEngine[Chosen, Published]):
         else:
             super().update_weights(update_info)
 
-    def receive_weights(self, update_info: Published) -> None:
+    def receive_weights(self, update_info: Synced) -> None:
         if update_info.path is not None:
             assert update_info.header is not None
             header = update_info.header
@@ -80,9 +80,9 @@ class SharedMemory(WeightTransferEngine[Chosen, Published]):
     def confirm(self) -> tuple[dict[str, str], list[str]]:
         """The digests of what was read, and the names of the tensors that no model took. The tensors are dropped."""
         unused = [name for name, each in self.weights.items() if each.numel() and not self.copies.of(each)]
-        digests = tensors.digests(self.read)
+        checksums = tensors.checksums(self.read)
         self.read, self.weights = {}, {}
-        return digests, unused
+        return checksums, unused
 
     def shutdown(self) -> None:
         self.held = {}

@@ -374,7 +374,7 @@ def test_a_reward_that_does_not_rise_raises_no_held_out_alarm():
 @pytest.mark.slow
 def test_an_untrained_run_raises_no_alarm(micro_config, tmp_path):
     """Random weights, the reward of the demo, and an evaluation after every step."""
-    options = {"rewards": [{"function": "gsm8k"}], "warm_start.steps": 0, "eval.every": 1, "eval.limit": 4}
+    options = {"rewards": [{"function": "gsm8k"}], "sft.steps": 0, "eval.every": 1, "eval.limit": 4}
     options |= {"mtp.loss_weight": 0.0, "checkpoint.every": 9, "rollout.draft_tokens": 0}
     train(micro_config(tmp_path / "run", **options, steps=WINDOW + 1))
     assert [event for event in read_events(tmp_path / "run") if event["event"] == "alarm"] == []
@@ -386,7 +386,7 @@ def test_a_run_warns_records_examples_and_measures(micro_config, tmp_path, capsy
         "def long(completions, completion_ids, **_):\n    return [len(ids) / 48 for ids in completion_ids]\n"
     )
     reward = {"rewards": [{"function": f"{tmp_path / 'mine.py'}:long"}], "mtp.loss_weight": 0.0}
-    options = {"prompts_per_step": 8, "rollout.max_completion_tokens": 48, "warm_start.steps": 0} | reward
+    options = {"prompts_per_step": 8, "rollout.max_completion_tokens": 48, "sft.steps": 0} | reward
     train(micro_config(tmp_path / "run", **options, steps=WINDOW))
     events = [event for event in read_events(tmp_path / "run") if event["event"] == "alarm"]
     assert [(event["kind"], event["reward"], event["step"]) for event in events] == [("length", "long", WINDOW)]

@@ -157,7 +157,7 @@ def _groups(folder, step=1) -> list[list[dict]]:
 
 
 def test_contract_4_a_refill_sees_new_noise_and_replaces_tied_groups_alone(micro_config, coarse, plain, tmp_path):
-    train(micro_config(tmp_path / "r", rewards=coarse, steps=1, **{"rollout.refill_draws": 8}))
+    train(micro_config(tmp_path / "r", rewards=coarse, steps=1, **{"rollout.max_resamples": 8}))
     before, after = _groups(plain), _groups(tmp_path / "r")
     tied = [len({line["reward"] for line in group}) < 2 for group in before]
     [line] = read_metrics(tmp_path / "r")

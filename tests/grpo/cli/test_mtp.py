@@ -262,7 +262,14 @@ DIED = RolloutError("workers died 4 times")
     [  # the end of the corpus is saved, and every epoch
         (LocalPool, "sample", 3, _fail(Stopped()), 'stopped after step 2; go on with resume="auto"', [2]),
         (LocalPool, "sample", 3, _fail(DIED), "workers died 4 times", [2]),
-        (LocalPool, "publish", 2, _fail(DIED), "workers died 4 times", [3, 4, 5, 6, 7]),  # one before, one at the end
+        (
+            LocalPool,
+            "sync_weights",
+            2,
+            _fail(DIED),
+            "workers died 4 times",
+            [3, 4, 5, 6, 7],
+        ),  # one before, one at the end
         (Corpus, "add", 2, _fail(OSError("No space left on device")), "No space left on device", [1]),
         # in the middle of an epoch
         (Update, "make", 5, _fail(NonFiniteStep("the gradient is nan")), "the gradient is nan", [3]),
@@ -328,7 +335,7 @@ def test_contract_3_a_trimmed_vocabulary_changes_no_token(random_policy, vocabul
     engine = Engine(policy)
     for version, every in enumerate((3, 7, None)):
         source.draft_ids = None if every is None else torch.arange(0, size, every)
-        engine.publish(source.weights(), version)
+        engine.sync_weights(source.weights(), version)
         assert (engine.draft_vocabulary is None) == (every is None)
         groups = engine.sample(prompts, replace(params, draft_tokens=3))
         assert _tokens(groups) == plain
@@ -588,7 +595,7 @@ def test_a_checkpoint_folder_brings_nothing_along_and_the_head_of_a_checkpoint_i
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.steps.publisher.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
+    monkeypatch.setattr("grpo.steps.weight_sync.open_run_pool", lambda *_, **__: pytest.fail("sampling was prepared"))
     with pytest.raises(ValueError, match=r"10 prompts, the first of them .* context of 256 with max_completion_tokens"):
         mtp(config(tmp_path / "run", **{"rollout.max_completion_tokens": 250}))
 

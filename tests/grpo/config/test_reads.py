@@ -129,17 +129,17 @@ def test_contract_18_grpo_reads_all_its_options(micro_config, policy_folder, row
     from grpo.train import train
 
     model = {"model": str(policy_folder)}
-    ties = {"rewards": [{"function": "gsm8k_format"}], "rollout.refill_draws": 1}
+    ties = {"rewards": [{"function": "gsm8k_format"}], "rollout.max_resamples": 1}
     judge = {"rewards": [{"function": f"model:{policy_folder.parent / 'judge'}"}]}
     variants: list[dict[str, Any]] = [
-        {"eval.limit": 2, "checkpoint.keep_best": True, "curriculum.shortest_share": 0.5, "warm_start.steps": 1} | ties,
+        {"eval.limit": 2, "checkpoint.keep_best": True, "curriculum.shortest_share": 0.5, "sft.steps": 1} | ties,
         {"lora.rank": 2, "loss.importance_correction": "token_truncate"},
         {"loss.advantage": "gae"},
         model | judge | {"loss.advantage": "distill", "distill.teacher": str(policy_folder)},
         {"environment": "calculator"},
         {"agent": f"{AGENTS}:once"},
     ]
-    small = {"steps": 1, "prompts_per_step": 2, "rollout.max_completion_tokens": 6, "warm_start.steps": 0}
+    small = {"steps": 1, "prompts_per_step": 2, "rollout.max_completion_tokens": 6, "sft.steps": 0}
     with recorded() as reads:
         for number, options in enumerate(variants):
             train(micro_config(tmp_path / str(number), **small | options))

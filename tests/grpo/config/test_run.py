@@ -12,6 +12,7 @@ from grpo.cli.config.serve import ServeConfig
 from grpo.config.loss import LossOptions
 from grpo.config.run import SftConfig, TrainConfig
 from grpo.config.sampling import RolloutOptions
+from rewards.commands.options import RewardTestConfig
 from rewards.config import names
 from rewards.config.data import SourceOptions
 from rewards.config.names import recorded_options
@@ -195,6 +196,40 @@ def test_reward_models_of_version_0_2_are_rewards(tmp_path):
     assert options["rewards"] == [judge, other]
     with pytest.raises(ConfigError, match="reward_models.* it is gone, since a reward model is a reward"):
         load(EvalConfig, None, {"reward_models": models})
+
+
+RENAMED_AFTER_0_2 = {  # by the option of today: the command, its name in 0.2, and a value that is not the default
+    "sft.steps": (TrainConfig, "warm_start.steps", 5),
+    "sft.schedule": (TrainConfig, "warm_start.schedule", "constant"),
+    "rollout.staleness": (TrainConfig, "rollout.ahead", 2),
+    "rollout.max_resamples": (TrainConfig, "rollout.refill_draws", 3),
+    "rollout.lossy_margin": (SampleConfig, "rollout.margin", 1.5),
+    "mtp.train_base_model": (SftConfig, "mtp.train_trunk", True),
+    "max_score": (RewardTestConfig, "full_marks", 2.0),
+}
+
+
+@pytest.mark.parametrize("key", RENAMED_AFTER_0_2)
+def test_a_name_of_0_2_is_read_everywhere_with_a_notice_and_refused_beside_the_new_one(key, tmp_path, caplog):
+    command, old, value = RENAMED_AFTER_0_2[key]
+    required = {"output_dir": "r"} if command in (TrainConfig, SftConfig) else {}
+    section, _, last = old.rpartition(".")
+    nested = {section: {last: value}} if section else {old: value}
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(required | nested))
+    expected = load(command, None, required | {key: value})
+    assert load(command, None, required | {old: value}) == expected
+    assert load(command, file, {}) == expected
+    assert [text.partition(";")[0] for text in caplog.messages] == [
+        f"{old} is {key} now",
+        "warm_start is sft now" if section == "warm_start" else f"{old} is {key} now",
+    ]
+    caplog.clear()
+    assert load(command, file, {}, on_removed=lambda text: None) == expected  # of a run that is resumed
+    assert not caplog.messages
+    assert command(**required, **nested) == expected
+    with pytest.raises(ConfigError, match=rf"{old}=.* .command line.: no such option; did you mean {key}\?"):
+        load(command, None, required | {key: value, old: value})
 
 
 LEFT_AFTER_0_2 = {  # its default, and a value that somebody may have set

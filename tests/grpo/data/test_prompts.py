@@ -137,14 +137,14 @@ def ids(examples):
 @pytest.mark.parametrize(("size", "n"), [(10, 5), (10, 3), (10, 10), (7, 6), (1, 1)])
 def test_contract_9_a_stopped_run_resumes_to_the_same_data_order(size, n):
     whole = PromptStream(numbered(size), seed=4)
-    steps = [ids(whole.take(n)) for _ in range(24)]
+    steps = [ids(whole.take_examples(n)) for _ in range(24)]
     stopped = PromptStream(numbered(size), seed=4)
     for step in range(24):
         resumed = PromptStream(numbered(size), seed=4)
         resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
-        assert [ids(resumed.take(n)) for _ in range(24 - step)] == steps[step:]
+        assert [ids(resumed.take_examples(n)) for _ in range(24 - step)] == steps[step:]
         assert resumed.state_dict() == whole.state_dict()
-        stopped.take(n)
+        stopped.take_examples(n)
 
 
 def test_contract_23_another_column_that_rewards_read_is_refused():
@@ -162,7 +162,7 @@ def test_contract_23_another_column_that_rewards_read_is_refused():
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7])
 def test_every_epoch_holds_every_example_once_and_no_step_holds_one_twice(n):
     stream = PromptStream(numbered(7), seed=0)
-    steps = [ids(stream.take(n)) for _ in range(35)]
+    steps = [ids(stream.take_examples(n)) for _ in range(35)]
     assert all(len(set(step)) == n for step in steps)
     taken = [example_id for step in steps for example_id in step]
     assert len(taken) == 35 * n
@@ -172,12 +172,12 @@ def test_every_epoch_holds_every_example_once_and_no_step_holds_one_twice(n):
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone():
     random.seed(0)
-    first = ids(PromptStream(numbered(20), seed=0).take(20))
+    first = ids(PromptStream(numbered(20), seed=0).take_examples(20))
     random.seed(1)
     stream = PromptStream(numbered(20), seed=0)
-    assert ids(stream.take(20)) == first
-    assert ids(stream.take(20)) != first
-    assert ids(PromptStream(numbered(20), seed=1).take(20)) != first
+    assert ids(stream.take_examples(20)) == first
+    assert ids(stream.take_examples(20)) != first
+    assert ids(PromptStream(numbered(20), seed=1).take_examples(20)) != first
 
 
 def test_other_data_or_another_seed_do_not_resume():
@@ -192,9 +192,9 @@ def test_other_data_or_another_seed_do_not_resume():
 def test_a_step_larger_than_the_data_is_refused():
     stream = PromptStream(numbered(3))
     with pytest.raises(ValueError, match="cannot take 4 different prompts from 3 examples; use 1 to 3"):
-        stream.take(4)
+        stream.take_examples(4)
     with pytest.raises(ValueError, match="cannot take 0"):
-        stream.take(0)
+        stream.take_examples(0)
     with pytest.raises(ValueError, match="at least one example"):
         PromptStream([])
 
@@ -235,12 +235,12 @@ def test_the_counts_of_every_window_are_close_to_the_weights(weights):
 
 def test_each_source_keeps_the_order_and_the_epochs_that_it_has_alone():
     stream = _stream({"a": 2, "b": 1}, count=7)
-    taken = [name for _ in range(20) for name in _ids(stream.take(6))]
+    taken = [name for _ in range(20) for name in _ids(stream.take_examples(6))]
     mixed = "".join(name[0] for name in taken)  # whole weights are met exactly
     assert all(mixed[i : i + 3].count("a") == 2 for i in range(0, len(mixed), 3))
     for label, count in (("a", 4), ("b", 2)):
         alone = PromptStream(_examples(label, 7), 3)
-        expected = [name for _ in range(20) for name in _ids(alone.take(count))]
+        expected = [name for _ in range(20) for name in _ids(alone.take_examples(count))]
         assert [name for name in taken if name[0] == label] == expected
 
 
@@ -248,13 +248,13 @@ def test_each_source_keeps_the_order_and_the_epochs_that_it_has_alone():
 def test_a_stream_goes_on_where_it_was_saved(steps):
     stream = _stream({"a": 2, "b": 1, "c": 0.3}, count=11)
     for _ in range(steps):
-        stream.take(5)
+        stream.take_examples(5)
     state = json.loads(json.dumps(stream.state_dict()))
-    wanted = [_ids(stream.take(5)) for _ in range(12)]
+    wanted = [_ids(stream.take_examples(5)) for _ in range(12)]
     other = _stream({"a": 2, "b": 1, "c": 0.3}, count=11)
-    other.take(3)
+    other.take_examples(3)
     other.load_state_dict(state)
-    assert [_ids(other.take(5)) for _ in range(12)] == wanted
+    assert [_ids(other.take_examples(5)) for _ in range(12)] == wanted
 
 
 def test_a_changed_mix_is_refused_by_name():

@@ -32,7 +32,7 @@ from rollout.workers.kinds import PoolOptions, open_pool
 
 AGENTS = Path(__file__).parents[2] / "cases/agents.py"
 ONCE, TWICE = f"{AGENTS}:once", f"{AGENTS}:twice"
-SHORT = {"warm_start.steps": 0, "steps": 2, "prompts_per_step": 2, "rollout.prompts_per_shard": 1}
+SHORT = {"sft.steps": 0, "steps": 2, "prompts_per_step": 2, "rollout.prompts_per_shard": 1}
 
 
 def learned(folder) -> dict[str, torch.Tensor]:
@@ -119,7 +119,7 @@ def test_contract_4_workers_processes_and_the_cache_between_turns_change_no_bit(
 def test_contract_12_agents_ahead_are_on_schedule_and_resume_to_the_same_tokens(micro_config, tmp_path, ahead):
     """Whatever the number of workers, the age of the weights is the schedule's; what was in flight is resumed. Weights
     agree to rounding: the importance correction reads the sampler's floats, whose last bits follow from its batches."""
-    given = {"agent": TWICE, "rollout.ahead": ahead, "warm_start.steps": 0, "steps": 4}
+    given = {"agent": TWICE, "rollout.staleness": ahead, "sft.steps": 0, "steps": 4}
     train(micro_config(tmp_path / "one", **given))
     with pytest.raises(BaseException, match="stopped after step 2"):
         train(micro_config(tmp_path / "two", **given), stop_after=2)
@@ -165,7 +165,7 @@ def _write_data(file, fates, **more):
 def test_contract_6_an_agent_that_fails_is_named_and_never_a_zero(micro_config, tmp_path):
     fates = [*FATES, "", ""]
     given = {"agent": f"{AGENTS}:fails", "rewards": [], "program_memory_mb": 2000, "program_timeout_s": 3}
-    given |= {"steps": 1, "prompts_per_step": len(fates), "rollout.group_size": 2, "warm_start.steps": 0}
+    given |= {"steps": 1, "prompts_per_step": len(fates), "rollout.group_size": 2, "sft.steps": 0}
     data = _write_data(tmp_path / "data.jsonl", fates)
     train(micro_config(tmp_path / "drop", **given, **data, **{"reward.on_error": "drop_sample"}))
     rewards, said = {}, {}

@@ -62,7 +62,7 @@ class Written:
         self.engine, self.counts, self.most_waiting = engine_of(tokenizer), Counts(), 8
         self._changed = threading.Lock()
 
-    count = Batcher.count
+    add_counts = Batcher.add_counts
 
     def submit(self, requests) -> None:
         """The policy calls once, and answers once it has read a result."""
@@ -255,7 +255,7 @@ def goes_on(tokenizer, text, **more):
     asked = asked_of([USER], **more)
     [job] = episode.jobs(asked)
     completion = completion_of(tokenizer, text, params_of(tokenizer).stop_token_ids)
-    job.keep(completion)
+    job.keep_completion(completion)
     answer = Answer(episode, asked, [job])
     answer.done[0] = completion
     message = answer.whole()["choices"][0]["message"]
@@ -264,7 +264,7 @@ def goes_on(tokenizer, text, **more):
     assert len(episode.segments) == 1
     begun = [*episode.segments[0].prompt.token_ids, *completion.token_ids]
     assert job.prompt.token_ids[: len(begun)] == begun
-    job.keep(completion_of(tokenizer, f"24{tokenizer.eos_token}", params_of(tokenizer).stop_token_ids))
+    job.keep_completion(completion_of(tokenizer, f"24{tokenizer.eos_token}", params_of(tokenizer).stop_token_ids))
     return episode, message, completion, job.prompt.token_ids[len(begun) :]
 
 
@@ -328,7 +328,7 @@ def test_families_of_models_write_calls_in_forms_of_their_own(template, known, s
 
 
 def test_a_base_model_calls_in_the_marks_of_its_solutions():
-    """Without a chat template the conversation is in lines, as an environment writes it, so that a warm start in an
+    """Without a chat template the conversation is in lines, as an environment writes it, so that an SFT stage in an
     environment is one for an agent."""
     tokenizer = tokenizer_of(None)
     episode, message, _, new = goes_on(tokenizer, "Each gets <<48/2=<|end|>", tools=[CALCULATE])

@@ -279,7 +279,7 @@ def test_an_answer_that_nobody_waited_for_is_not_learned_from(begin):
     _, two = ask(episode, prompt=TASK)
     late = job_of(episode, prompt="late")
     done = episode.finish({})
-    late.keep(two)  # after the end
+    late.keep_completion(two)  # after the end
     assert len(done.turns) == 1
     assert done.token_ids == two.token_ids
     assert [segment.prompt_token_ids for segment in done.segments] == []

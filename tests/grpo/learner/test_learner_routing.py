@@ -170,7 +170,7 @@ def test_an_engine_that_records_nothing_is_named(sampler):
 
 def test_a_run_replays_what_its_engine_records(micro_config, tmp_path):
     """End to end, with drafts: every token that was read has its experts, and both sides agree on them."""
-    given = {"learner.routing_replay": True, "steps": 2, "balance.bias_rate": 0.01, "warm_start.steps": 0}
+    given = {"learner.routing_replay": True, "steps": 2, "balance.bias_rate": 0.01, "sft.steps": 0}
     train(micro_config(tmp_path / "run", **given))
     for line in read_metrics(tmp_path / "run"):
         if line["step"]:

@@ -127,8 +127,8 @@ def test_the_largest_mismatch_is_that_of_the_step_not_a_sum(micro_policy):
 
 @pytest.mark.slow
 def test_contract_9_a_bf16_run_resumes_to_the_same_bits(micro_config, tmp_path):
-    """Warm start, masters, correction and publication, end to end."""
-    given = {"dtype": "bfloat16", "learner.learning_rate": 1e-4, "warm_start.steps": 1, "seed": 1}
+    """SFT stage, masters, correction and publication, end to end."""
+    given = {"dtype": "bfloat16", "learner.learning_rate": 1e-4, "sft.steps": 1, "seed": 1}
     whole, _ = whole_and_parts(lambda folder: micro_config(folder, **given), tmp_path)
     learned = [line for line in read_metrics(whole) if line.get("learner/updates")]
     assert len(learned) == 3

@@ -73,7 +73,7 @@ def test_contract_8_precision_and_backend_decide(
 
 
 def test_every_token_is_recorded_with_both_log_probabilities(micro_config, tmp_path):
-    train(micro_config(tmp_path / "run", steps=2, **{"warm_start.steps": 0}))
+    train(micro_config(tmp_path / "run", steps=2, **{"sft.steps": 0}))
     lines = [line for step in (1, 2) for line in read_rollouts(tmp_path / "run", step)]
     learned = [line for line in lines if line["policy_logprobs"] is not None]
     assert len(learned) > len(lines) / 2

@@ -19,7 +19,7 @@ from start_ranks import end_of, results_of_ranks, start_ranks
 from transformers import DeepseekV2Config, DeepseekV3Config, GPT2Config, JetMoeConfig, Qwen2Config, Qwen3MoeConfig
 
 from grpo.config.learner import LoraOptions, ParallelOptions
-from grpo.learner.parallel import ALONE, join, refuse_layout
+from grpo.learner.parallel import ONE_PROCESS, join, refuse_layout
 from grpo.run import checkpoint
 from review.readers.run_folder import read_events, read_metrics
 from rewards.records import read_rollouts
@@ -29,9 +29,9 @@ HERE = Path(__file__).parents[2] / "cases"
 
 def test_one_process_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join(True, ParallelOptions()) is ALONE
-    assert ALONE.sum_metrics({"a": 1.0}) == {"a": 1.0}
-    assert ALONE.share([1, 2]) == [1, 2]
+    assert join(True, ParallelOptions()) is ONE_PROCESS
+    assert ONE_PROCESS.sum_metrics({"a": 1.0}) == {"a": 1.0}
+    assert ONE_PROCESS.share([1, 2]) == [1, 2]
 
 
 def test_one_process_where_several_were_asked_for_is_refused(monkeypatch):
@@ -161,7 +161,7 @@ def test_what_a_layout_cannot_do_is_named_before_a_model_is_loaded(options, shap
 @pytest.fixture(scope="module")
 def run(run_words):
     """`run(folder, reward=...)`: the words of a small run behind `python -m grpo`."""
-    few = {"warm_start.steps": 2, "warm_start.batch_size": 4, "learner.learning_rate": 1e-4}
+    few = {"sft.steps": 2, "sft.batch_size": 4, "learner.learning_rate": 1e-4}
 
     def words(folder: Path, command: str = "train", **given: object) -> list[str]:
         slow = few if command == "train" else {"prompts_per_step": 4}
@@ -194,7 +194,7 @@ def test_a_run_of_two_ranks_through_accelerate_is_that_of_one(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("learning in 2 processes on cpu") == 1
     assert done.stdout.count("step     1  reward") == 1, "rank 0 alone logs"
-    assert done.stdout.count("warm start    2/2") == 1
+    assert done.stdout.count("SFT stage    2/2") == 1
     assert [line["step"] for line in read_metrics(two)] == [1, 2]
     for step in (1, 2):
         tokens = [[line["token_ids"] for line in read_rollouts(folder, step)] for folder in (one, two)]
@@ -228,7 +228,7 @@ def late(completions, trainer_state, **_):
 def test_a_failure_of_rank_0_ends_every_rank_with_its_message_and_saves_the_last_whole_step(run, tmp_path):
     """Every rank learns of it at the same point, so together they can still save what was learned."""
     (tmp_path / "own.py").write_text(LATE)
-    given = {"steps": 3, "checkpoint.every": 100, "warm_start.steps": 0}
+    given = {"steps": 3, "checkpoint.every": 100, "sft.steps": 0}
     ended = end_of(start_ranks(run(tmp_path / "r", reward=f"{tmp_path / 'own.py'}:late", **given)))
     assert [code for code, _, _ in ended] == [1, 1], ended
     assert ended[1][2].startswith("quartet: rank 0 failed: RewardFailed:")
@@ -291,7 +291,7 @@ runpy.run_module("grpo", run_name="__main__")
 @pytest.mark.long
 def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_ends_the_run_on_all(run, tmp_path):
     folder = tmp_path / "r"
-    ended = end_of(start_ranks(["-c", CANNOT_WRITE, *run(folder, **{"warm_start.steps": 0})[2:]]))
+    ended = end_of(start_ranks(["-c", CANNOT_WRITE, *run(folder, **{"sft.steps": 0})[2:]]))
     assert [code for code, _, _ in ended] == [1, 1], ended
     said = r"quartet: cannot write checkpoint \S+step_000001: rank 1 of 2: .*00002-of-00002.safetensors'; needs"
     for _, _, shown in ended:
@@ -299,7 +299,7 @@ def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_ends_the_run_on_all(r
     assert not list((folder / "checkpoints").iterdir())
     [failed] = [event for event in read_events(folder) if event["event"] == "failed"]
     assert failed["saved_step"] == 0
-    done = end_of(start_ranks([*run(folder, **{"warm_start.steps": 0}), "--resume", "auto"]))
+    done = end_of(start_ranks([*run(folder, **{"sft.steps": 0}), "--resume", "auto"]))
     assert [code for code, _, _ in done] == [0, 0], done
 
 
@@ -344,7 +344,7 @@ runpy.run_module("grpo", run_name="__main__")
 @pytest.mark.parametrize("moment", [pytest.param("measuring", marks=pytest.mark.long), "opening"])
 def test_a_stop_before_the_first_step_ends_every_rank_alike(run, tmp_path, moment):
     """Rank 0 tells the others, or they wait for it inside a publication."""
-    ended = end_of(start_ranks(["-c", STOPS, moment, *run(tmp_path / "r", **{"warm_start.steps": 0})[2:]]))
+    ended = end_of(start_ranks(["-c", STOPS, moment, *run(tmp_path / "r", **{"sft.steps": 0})[2:]]))
     said = "quartet: stopped before step 1; go on with --resume auto\n"
     assert [(code, errors) for code, _, errors in ended] == [(143, said)] * 2
 

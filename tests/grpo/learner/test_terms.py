@@ -18,7 +18,7 @@ from grpo.config.learner import LearnerOptions
 from grpo.learner import build
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.learner.prepare import recorded
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.term import Term
@@ -129,7 +129,7 @@ def test_a_rank_with_fewer_micro_batches_reads_the_shortest_row_for_company(micr
     learner.ranks = SimpleNamespace(share=lambda rows, reader=1: rows[reader::2], reader=1, readers=2)
     [own, company] = learner._shared(rows)
     assert ([own.counts, company.counts], own.rows, company.rows) == ([True, False], rows[1:2], rows[:1])
-    learner.ranks, learner._shared = ALONE, lambda rows: iter([company])
+    learner.ranks, learner._shared = ONE_PROCESS, lambda rows: iter([company])
     assert "loss/total" not in learner.forward_backward(batch)
     assert not any(gradient.any() for gradient in gradients_of(learner.policy).values())
 

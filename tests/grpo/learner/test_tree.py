@@ -275,7 +275,7 @@ def test_gold_solutions_that_begin_alike_teach_trunk_and_draft_head_as_alone(ran
     for least in (2, ALONE):
         shares(least)
         policy = random_policy(1)
-        learner = supervised_learner(policy, mtp=SftMTPOptions(depth=2, loss_weight=0.3, train_trunk=True))
+        learner = supervised_learner(policy, mtp=SftMTPOptions(depth=2, loss_weight=0.3, train_base_model=True))
         metrics = learner.forward_backward(supervised(rows, 1))
         results.append((metrics, {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}))
         assert sum(mini.token_ids.numel() for mini in learner._open[0].minis) == (19 if least == 2 else 44)

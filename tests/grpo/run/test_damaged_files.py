@@ -29,7 +29,7 @@ from grpo.run.json_lines import truncate
 from grpo.run.log import Resume, RunLog
 from grpo.run.reward_record import read_rewards
 from grpo.train import train
-from policies.files.digests import size_and_hash
+from policies.files.checksums import size_and_hash
 from policies.layout import INDEX, WeightFiles
 from policies.policy import Policy
 from review.readers.machine import read_machine
@@ -129,7 +129,7 @@ def read_or_refuse(read: Callable[[], Any], name: str) -> None:
 def run(micro_config, tmp_path_factory) -> Path:
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    train(micro_config(folder, steps=2, **{"rollout.draft_tokens": None, "warm_start.steps": 0}))
+    train(micro_config(folder, steps=2, **{"rollout.draft_tokens": None, "sft.steps": 0}))
     with RunLog(folder, (folder / "config.yaml").read_text(), LogOptions(trackers=[]), quiet=True, resume=Resume(2)):
         pass  # a resume, whose machine events.jsonl describes
     return folder

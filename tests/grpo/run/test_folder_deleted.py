@@ -29,7 +29,7 @@ def letters(completions, trainer_state, **_):
 def test_the_run_ends_with_a_message_and_goes_on(micro_config, tmp_path, capsys, gone, said):
     reward = tmp_path / "deletes.py"
     reward.write_text(REWARD.format(gone=str(tmp_path / gone)))
-    given = {"rewards": [{"function": f"{reward}:letters"}], "warm_start.steps": 0}
+    given = {"rewards": [{"function": f"{reward}:letters"}], "sft.steps": 0}
     config = micro_config(tmp_path / "run", **given)
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config.model_dump(mode="json")))

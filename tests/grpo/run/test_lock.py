@@ -32,7 +32,7 @@ import subprocess, sys, time
 from pathlib import Path
 from grpo.run.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
-lock.take()
+lock.lock_folder()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
 print(child.pid, flush=True)
 time.sleep(60)
@@ -59,8 +59,8 @@ def test_the_refusal_names_process_and_host_and_ends_with_that_process(tmp_path,
 def test_a_folder_that_is_not_there_is_made_by_taking_it(tmp_path):
     with RunLock(tmp_path / "a/b") as lock:
         assert not (tmp_path / "a").exists()
-        lock.take()
-        lock.take()
+        lock.lock_folder()
+        lock.lock_folder()
         with pytest.raises(FolderInUse):
             RunLock(tmp_path / "a/b")
     RunLock(tmp_path / "a/b")
@@ -98,7 +98,7 @@ def test_a_run_refuses_the_folder_of_another_one(micro_config, micro_preset, tmp
 
 @pytest.mark.slow
 def test_the_lock_is_free_after_a_refusal_a_stop_a_failure_and_the_end(micro_config, tmp_path, monkeypatch):
-    folder, given = tmp_path / "run", {"warm_start.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 4}
+    folder, given = tmp_path / "run", {"sft.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 4}
     with Run.open(micro_config(folder, **given), 3, []), pytest.raises(FolderInUse):
         train(micro_config(folder, **given), resume="auto")
     with pytest.raises(Stopped):

@@ -29,7 +29,7 @@ PLACES = {
     "evaluating": (LocalPool, "sample", "lower rollout.max_completion_tokens=6"),
     "sampling": (LocalPool, "sample", "lower rollout.prompts_per_shard=2, lower rollout.max_completion_to"),
     "learning": (Likelihood, "forward", "lower learner.tokens_per_micro_batch=8192, set learner.gradient_check"),
-    "publishing": (rollout.decoding.engine.Engine, "publish", "set rollout.workers: 1"),
+    "publishing": (rollout.decoding.engine.Engine, "sync_weights", "set rollout.workers: 1"),
     "stepping": (torch.optim.AdamW, "step", "start more processes, which share the weights (learner.parallel.fsdp)"),
 }
 

@@ -111,7 +111,7 @@ def test_former_steps_are_on_the_curve_and_time_left_is_that_of_the_last_steps(m
     monkeypatch.setattr("grpo.run.panel.time.monotonic", lambda: now[0])
     console = Console(force_terminal=True, width=100)
     panel = Panel(console, "demo", 10, [{"step": 1, "reward/mean": 0.25}, {"step": 2, "reward/mean": None}])
-    for step, seconds in ((3, 50), (4, 6)):  # the first one has waited for the warm start: its own 2 seconds count
+    for step, seconds in ((3, 50), (4, 6)):  # the first one has waited for the SFT stage: its own 2 seconds count
         now[0] += seconds
         panel.step(step, STEP)
     with console.capture() as shown:

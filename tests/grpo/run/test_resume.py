@@ -24,7 +24,7 @@ from grpo.sft import sft
 from grpo.source.policy_source import find_policy, load_found
 from grpo.train import train
 from policies import tensor_files
-from policies.files.digests import DIGESTS, write_digests
+from policies.files.checksums import CHECKSUMS, write_checksums
 from policies.policy import Policy, PolicyError
 from review.readers.run_folder import best_step, read_metrics
 from rewards.config import names
@@ -47,15 +47,15 @@ KINDS = {
         "data.limit": 14,
         "curriculum.steps": 4,
         "curriculum.shortest_share": 0.3,
-        "rollout.refill_draws": 2,
+        "rollout.max_resamples": 2,
     },
-    "dynamic sampling, epochs end inside refills": {"data.limit": 10, "rollout.refill_draws": 2},
-    "lora, curriculum, dynamic sampling": {"data.limit": 14, "lora.rank": 4, **CURRICULUM, "rollout.refill_draws": 2},
+    "dynamic sampling, epochs end inside refills": {"data.limit": 10, "rollout.max_resamples": 2},
+    "lora, curriculum, dynamic sampling": {"data.limit": 14, "lora.rank": 4, **CURRICULUM, "rollout.max_resamples": 2},
 }
 
 
 def _config(micro_config, folder: Path, kind: str, **given):
-    options = {"steps": STEPS, "learner.weight_decay": 0.01, "warm_start.steps": 1} | KINDS[kind]
+    options = {"steps": STEPS, "learner.weight_decay": 0.01, "sft.steps": 1} | KINDS[kind]
     options["rollout.max_completion_tokens"] = 6
     if "dynamic" in kind:
         options["rewards"] = [{"function": f"{folder.parent / 'coarse.py'}:coarse"}]
@@ -306,33 +306,33 @@ def test_a_forced_resume_with_another_model_loses_nothing(micro_config, finished
     assert len(list((finished / "checkpoints").iterdir())) == STEPS
 
 
-def _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start: int):
+def _lora_on_a_folder(micro_config, micro_policy, tmp_path, sft_steps: int):
     """A LoRA run that was stopped after step 1, its configuration, and the file of the weights that it builds on."""
     model, folder = tmp_path / "model", tmp_path / "run"
     micro_policy(3).save(model)
-    given = {"model": str(model), "lora.rank": 4, "warm_start.steps": warm_start, "steps": 2}
+    given = {"model": str(model), "lora.rank": 4, "sft.steps": sft_steps, "steps": 2}
     given |= {"rollout.max_completion_tokens": 4}
     config = micro_config(folder, **given)
     with pytest.raises(Stopped):
         train(config, stop_after=1)
-    return config, (folder / "warm_start" if warm_start else model) / "model.safetensors"
+    return config, (folder / "warm_start" if sft_steps else model) / "model.safetensors"
 
 
 def _change_one_weight(file: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] += 1e-3
     save_file(tensors, file, {"format": "pt"})
-    if (file.parent / DIGESTS).exists():  # changed on purpose, and not damaged
-        write_digests(file.parent)
+    if (file.parent / CHECKSUMS).exists():  # changed on purpose, and not damaged
+        write_checksums(file.parent)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("warm_start", [pytest.param(0, marks=pytest.mark.long), 2])
-def test_adapters_are_continued_on_other_base_weights_by_force_alone(micro_config, micro_policy, tmp_path, warm_start):
-    config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, warm_start)
+@pytest.mark.parametrize("sft_steps", [pytest.param(0, marks=pytest.mark.long), 2])
+def test_adapters_are_continued_on_other_base_weights_by_force_alone(micro_config, micro_policy, tmp_path, sft_steps):
+    config, file = _lora_on_a_folder(micro_config, micro_policy, tmp_path, sft_steps)
     original, folder = shutil.copytree(file.parent, tmp_path / "original"), tmp_path / "run"
     _change_one_weight(file)
-    named = "warm start .*warm_start" if warm_start else "model='.*model'"
+    named = "SFT stage .*warm_start" if sft_steps else "model='.*model'"
     with pytest.raises(ValueError, match=rf"{named}: the base weights are not those .* of step 1 .*force=True"):
         train(config, resume="auto")
     with pytest.raises(PolicyError, match=r"the base weights are not those .*put back the files"):
@@ -394,7 +394,7 @@ def test_other_training_data_are_noticed(micro_config, tmp_path):
     rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} for i in range(10)]
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"data.name": str(data), "data.limit": None, "steps": 2, "warm_start.steps": 0}
+    given = {"data.name": str(data), "data.limit": None, "steps": 2, "sft.steps": 0}
     with pytest.raises(Stopped):
         train(_config(micro_config, tmp_path / "run", "full", **given), stop_after=1)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
@@ -593,7 +593,7 @@ def test_contract_9_supervised_fine_tuning_is_stopped_by_a_signal(micro_preset, 
 GONE = [
     ("curriculum", "draft_depth", "1"),
     ("curriculum", "completion_tokens", "5"),
-    ("warm_start", "levels", "[2]"),
+    ("sft", "levels", "[2]"),
     ("mtp", "idle_every", "null"),
     ("loss", "importance_clip_min", "0.5"),
     ("value", "cliprange_value", "0.1"),
@@ -603,11 +603,11 @@ GONE = [
 def test_contract_9_a_run_whose_option_is_gone_is_not_gone_on_with_unnoticed(micro_config, tmp_path, monkeypatch):
     """Only where what is learned would be another thing: a timeout that is gone changes no bit."""
     gone = {f"{section}.{option}": ("it gained nothing", "its default") for section, option, _ in GONE}
-    gone |= {"rollout.publish_timeout_s": ("it is bounded", 600.0)}
+    gone |= {"rollout.sync_timeout_s": ("it is bounded", 600.0)}
     monkeypatch.setattr(names, "_removed", lambda: gone)
     config = micro_config(tmp_path)
     file, now = tmp_path / "config.yaml", dump_yaml(config)
-    file.write_text(now.replace("rollout:\n", "rollout:\n  publish_timeout_s: 7.0\n"))
+    file.write_text(now.replace("rollout:\n", "rollout:\n  sync_timeout_s: 7.0\n"))
     refuse_changed_config(file, config)
     for section, option, value in GONE:
         file.write_text(now.replace(f"\n{section}:\n", f"\n{section}:\n  {option}: {value}\n"))

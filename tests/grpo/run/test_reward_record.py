@@ -33,7 +33,7 @@ def talks(completion, completion_ids, answer, trainer_state, log_extra, log_metr
 """
 
 
-QUICK = {"warm_start.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 6}
+QUICK = {"sft.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 6}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from review.readers.run_folder import read_events
 from rewards.config.options import dump_yaml
 from rewards.group_score import RewardFailed
 
-QUICK = {"warm_start.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 4}
+QUICK = {"sft.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 4}
 QUICK |= {"prompts_per_step": 2, "rollout.group_size": 4}
 
 # Rewards, a tool and an advantage; what they use; and the files that count.

@@ -96,8 +96,8 @@ def _marked(marks, *rows):
         (signal.SIGINT, Learner, "weights", 3, 2, "after step 2"),  # published after the second update
         *_marked(
             pytest.mark.slow,
-            (signal.SIGHUP, supervise, "warm_start", 1, None, "after step 1 of the warm start"),
-            (signal.SIGINT, Learner, "forward_backward", 2, None, "after step 2 of the warm start"),
+            (signal.SIGHUP, supervise, "run_sft_stage", 1, None, "after step 1 of the SFT stage"),
+            (signal.SIGINT, Learner, "forward_backward", 2, None, "after step 2 of the SFT stage"),
             (signal.SIGTERM, Engine, "sample", 1, None, "before step 1"),  # the evaluation before GRPO
             (signal.SIGINT, Learner, "prepare", 1, None, "before step 1"),
         ),
@@ -143,7 +143,7 @@ def test_contract_9_the_step_in_progress_is_given_up_between_two_micro_batches(
         with pytest.raises(Stopped, match="stopped after step 1"):
             train(micro_config(folder, **SMALL))
     assert len(losses) == 2 < len(read_rollouts(folder, 2)) / 4, "two micro-batches of step 2, and no more"
-    assert updates == [1, 2, 3, 1]  # those of the warm start, and step 1
+    assert updates == [1, 2, 3, 1]  # those of the SFT stage, and step 1
     assert list(checkpoint.saved(folder / "checkpoints")) == [1]
     _resumes_to_the_same(micro_config, folder, whole)
 
@@ -211,11 +211,17 @@ REWARD = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom")
         *_marked(
             pytest.mark.slow,
             (LocalPool, "sample", 4, RolloutError("workers died 4 times"), 1),
-            (LocalPool, "publish", 3, RolloutError("workers died 4 times"), 2),  # one before step 1, then one a step
-            (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the warm start takes three
+            (
+                LocalPool,
+                "sync_weights",
+                3,
+                RolloutError("workers died 4 times"),
+                2,
+            ),  # one before step 1, then one a step
+            (Update, "backward", 3 + 4, NonFiniteStep("the loss is nan"), None),  # the SFT stage takes three
             (RunLog, "rollouts", 5, FULL, 2),
             (HeldOut, "evaluate", 3, REWARD, 3),
-            (Learner, "forward_backward", 3, NonFiniteStep("the loss is nan"), "warm start"),
+            (Learner, "forward_backward", 3, NonFiniteStep("the loss is nan"), "SFT stage"),
         ),
     ],
 )
@@ -232,7 +238,7 @@ def test_contract_9_a_failure_saves_the_last_whole_step(
     assert type(error).__name__ in event["error"]
     aborted = [(event["step"], event["function"], event["message"]) for event in _events(folder, "reward_error")]
     assert aborted == ([(2, "letters", "boom")] if owner is Task else [])
-    if saved == "warm start":
+    if saved == "SFT stage":
         assert steps == []
         assert list(checkpoint.saved(folder / "warm_start_checkpoints")) == [2] == [event["saved_step"]]
     elif saved:
@@ -344,10 +350,10 @@ def test_a_second_signal_in_a_command_that_takes_notes_once_ends_it_where_it_is(
 
 def test_a_stop_travels_between_processes_with_what_it_says():
     stopped = Stopped(number=signal.SIGINT, everywhere=True)
-    stopped.at(3, " of the warm start")
+    stopped.at(3, " of the SFT stage")
     stopped.at(9)
     copy = pickle.loads(pickle.dumps(stopped))
-    assert str(copy) == "stopped after step 3 of the warm start; go on with --resume auto"
+    assert str(copy) == "stopped after step 3 of the SFT stage; go on with --resume auto"
     assert vars(copy) == {"number": signal.SIGINT, "everywhere": True, "saved": True}
 
 

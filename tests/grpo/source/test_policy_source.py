@@ -15,13 +15,13 @@ from grpo.task.reward_models import saved_model
 from grpo.train import train
 from policies.policy import PolicyError
 
-SHORT = {"steps": 1, "warm_start.steps": 0, "rollout.max_completion_tokens": 4}
+SHORT = {"steps": 1, "sft.steps": 0, "rollout.max_completion_tokens": 4}
 
 
 @pytest.fixture(scope="module", params=[None, pytest.param({"rank": 2}, marks=pytest.mark.slow)], ids=["full", "lora"])
 def unfinished(request, micro_config, tmp_path_factory):
     """(its configuration, its folder): a run that was stopped after step 2 of 3."""
-    given = {"warm_start.steps": 1, "rollout.max_completion_tokens": 4, "lora": request.param}
+    given = {"sft.steps": 1, "rollout.max_completion_tokens": 4, "lora": request.param}
     config = micro_config(tmp_path_factory.mktemp("source") / "run", **given)
     with pytest.raises(Stopped):
         train(config, stop_after=2)
@@ -29,7 +29,7 @@ def unfinished(request, micro_config, tmp_path_factory):
 
 
 def test_an_unfinished_run_means_its_newest_checkpoint_for_every_command(unfinished, micro_config, tmp_path):
-    """Training had taken the warm start where an evaluation took the newest checkpoint."""
+    """Training had taken the SFT stage where an evaluation took the newest checkpoint."""
     config, folder = unfinished
     assert find_policy(str(folder)).step == 2
     start = load_policy(micro_config(tmp_path / "next", model=str(folder)))
@@ -81,7 +81,7 @@ def test_weights_that_would_stay_packed_are_refused_before_anything_is_learned(
     hf_policy("llama").save(tmp_path / "llama")
     packed = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="bitsandbytes"))
     monkeypatch.setattr(LlamaForCausalLM, "hf_quantizer", packed, raising=False)
-    given = {"model": str(tmp_path / "llama"), "rollout.draft_tokens": 0, "warm_start.steps": 0}
+    given = {"model": str(tmp_path / "llama"), "rollout.draft_tokens": 0, "sft.steps": 0}
     given |= {"mtp.depth": 4}  # nothing of a draft head
     with pytest.raises(PolicyError, match="its weights stay packed .bitsandbytes.*use a dequantised copy"):
         train(micro_config(tmp_path / "run", **given))

@@ -20,7 +20,7 @@ from start_ranks import end_of, run_ranks, start_ranks
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.evaluation.held_out import HeldOut
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.run import checkpoint
 from grpo.run.stop import Stopped, signals
 from grpo.session import Session
@@ -35,9 +35,9 @@ from rollout.workers.cluster import start_ray
 from rollout.workers.local_pool import LocalPool
 
 SMALL = {"prompts_per_step": 2, "rollout.max_completion_tokens": 6}
-RUN = SMALL | {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2, "warm_start.steps": 0}
+RUN = SMALL | {"steps": 6, "eval.limit": 3, "eval.every": 3, "checkpoint.every": 2, "sft.steps": 0}
 BOOM = RewardFailed("boom", RewardFailure("letters", "a", 0, "raised", "boom"))
-HARD = {"curriculum.shortest_share": 0.5, "rollout.refill_draws": 1}
+HARD = {"curriculum.shortest_share": 0.5, "rollout.max_resamples": 1}
 both = pytest.mark.parametrize("ahead", [1, 2])
 
 
@@ -77,7 +77,7 @@ def without_ray(in_process):
 
 @pytest.fixture(scope="module")
 def options(micro_config):
-    return lambda folder, ahead, **given: micro_config(folder, **RUN | HARD | {"rollout.ahead": ahead} | given)
+    return lambda folder, ahead, **given: micro_config(folder, **RUN | HARD | {"rollout.staleness": ahead} | given)
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +287,8 @@ def test_contract_9_a_batch_that_fails_just_before_the_update_undoes_the_step(op
 def by_hand(ahead: int, collect, **given) -> Batches:
     """Batches of a run of five steps. `publish` gives the workers the version of the learner, and `collect` gets its
     arguments and the version of the workers; `done` notes what else happens."""
-    run = {"inner": False, "saved": None, "ranks": ALONE, "step": 0, "last": 5, "done": []} | given
-    config = SimpleNamespace(whole_rollout=SimpleNamespace(ahead=ahead))
+    run = {"inner": False, "saved": None, "ranks": ONE_PROCESS, "step": 0, "last": 5, "done": []} | given
+    config = SimpleNamespace(whole_rollout=SimpleNamespace(staleness=ahead))
     run = SimpleNamespace(config=config, timed=lambda name: nullcontext(), **run)
     learner = SimpleNamespace(policy_version=run.step, policy="policy", masters="masters")
     learner.state = lambda: [{"policy": {"w": torch.tensor(learner.policy_version)}}]
@@ -299,24 +299,24 @@ def by_hand(ahead: int, collect, **given) -> Batches:
     collector.put_back = lambda before: run.done.append(before)
     collector.load_state_dict = lambda state: run.done.append(state["order"])
 
-    def publish() -> None:
+    def sync_weights() -> None:
         collector.version = learner.policy_version
 
-    batches = Batches(run, collector, learner, publish)
+    batches = Batches(run, collector, learner, sync_weights)
     return batches
 
 
 def learn(batches: Batches, step: int) -> None:
     """A step of the loop, whose evaluation publishes where nothing is sampled ahead."""
-    assert batches.take(step).draws == [step]
+    assert batches.take_batch(step).draws == [step]
     while not batches._idle():
         time.sleep(0.001)
     batches.go_on(step)
     batches.before_update(step)
     batches.learner.policy_version += 1
     batches.run.step = step
-    if not batches.ahead:
-        batches.publish()
+    if not batches.staleness:
+        batches.sync_weights()
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
@@ -330,7 +330,7 @@ def test_contract_12_what_is_sampled_ahead_by_hand(ahead):
         return Drawn([], [], [step])
 
     batches = by_hand(ahead, collect)
-    batches.begin()
+    batches.start_sampling()
     for step in range(1, 6):
         learn(batches, step)
         state = batches.state_dict()
@@ -351,7 +351,7 @@ def test_contract_12_what_is_sampled_ahead_by_hand(ahead):
 def test_only_the_first_rank_has_a_thread_and_only_where_it_samples_ahead(ahead, first):
     batches = by_hand(ahead, None, ranks=SimpleNamespace(first=first))
     assert bool(batches._thread) == bool(ahead and first)
-    assert by_hand(1, None, inner=True).ahead == 0
+    assert by_hand(1, None, inner=True).staleness == 0
 
 
 @both
@@ -364,7 +364,7 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
         assert step < 3 or learned.wait(60)
 
     batches = by_hand(ahead, collect)
-    batches.begin()
+    batches.start_sampling()
     batches.is_asked = True
     try:
         batches.before_update(1)
@@ -375,7 +375,7 @@ def test_weights_that_a_batch_still_needs_are_kept_before_the_learner_changes_th
         learned.set()
         batches.undo()
     assert batches._sampling is None
-    batches._take(2)
+    batches._take_ready(2)
     assert list(batches.ready) == [2, 3]
 
 
@@ -398,7 +398,7 @@ def test_contract_9_a_batch_that_fails_after_the_update_is_sampled_again_by_hand
         return Drawn([], [], [step])
 
     batches = by_hand(2, collect)
-    batches.begin()
+    batches.start_sampling()
     learn(batches, 1)
     batches.complete()
     monkeypatch.setattr("grpo.steps.ahead.wait", wait_for)
@@ -410,14 +410,14 @@ def test_contract_9_a_batch_that_fails_after_the_update_is_sampled_again_by_hand
     assert batches.tensors() == {OLDER: {"w": torch.tensor(1)}}
     assert batches.run.done[-1] == "before 5"
     with pytest.raises(RewardFailed):
-        batches.take(3)
+        batches.take_batch(3)
     batches.complete()
 
     failing.clear()
     monkeypatch.setattr("grpo.steps.ahead.put_weights", lambda *given: held.append(given))
     again = by_hand(2, collect, step=2, saved=SimpleNamespace(tensors=batches.tensors()))
     again.load_state_dict(state)
-    again.begin()
+    again.start_sampling()
     assert again.run.done == [1]
     assert held == [({"w": torch.tensor(version)}, "policy", "masters") for version in (1, 2)]
     assert (list(again.ready), again.next, again.learner.policy_version, again.collector.version) == ([3, 4], 5, 2, 2)
@@ -453,7 +453,7 @@ def test_contract_15_two_ranks_sample_ahead_as_one_process(run_words, tmp_path, 
 
     def words(name: str, *more: str) -> list[str]:
         # the costs that null measures differ between two runs
-        given = {"steps": 5, "rollout.draft_tokens": 2, "rollout.ahead": ahead, "checkpoint.keep": "null"}
+        given = {"steps": 5, "rollout.draft_tokens": 2, "rollout.staleness": ahead, "checkpoint.keep": "null"}
         return [*run_words(tmp_path / name, **given), *more]
 
     run_ranks(words("whole"), 2)

@@ -9,12 +9,12 @@ import torch
 from rich.progress import Progress
 
 from grpo.data.prompts import PromptStream
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.run.stop import Stopped, signals
 from grpo.steps import pool
+from grpo.steps.callback import Callback
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
-from grpo.steps.listener import Listener
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of_steps
 from grpo.train import train
@@ -47,7 +47,7 @@ def recorded(folder, step):
 
 @pytest.mark.slow
 def test_contract_9_what_became_of_the_drafts_of_a_step_is_what_the_next_one_expects(micro_config, tmp_path, expected):
-    given = {"steps": 3, "eval.limit": 0, "warm_start.steps": 0}
+    given = {"steps": 3, "eval.limit": 0, "sft.steps": 0}
     folder = tmp_path / "run"
     train(micro_config(folder, **given))
     shares = [recorded(folder, step) for step in (1, 2)]
@@ -107,7 +107,7 @@ def by_hand(micro_config, tmp_path, monkeypatch):
             device=torch.device("cpu"),
             trunk=torch.nn.Module(),
         )
-        run = Run(config, log, ALONE, saved=None, last=3)
+        run = Run(config, log, ONE_PROCESS, saved=None, last=3)
         sampling = sampling_of_steps(run, task, policy)
         collector = Collector(run, task, policy, sampling, PromptStream(task.train), [curriculum])
         collector.pool = SimpleNamespace(sample=sample)
@@ -118,7 +118,7 @@ def by_hand(micro_config, tmp_path, monkeypatch):
 
 def test_a_refilled_step_counts_all_that_was_drawn(by_hand, monkeypatch):
     """Drafts of groups that were replaced count too. Only a first draw has whole shards: one of 8 and 4 forwards."""
-    refill = {"rollout.refill_draws": 1}
+    refill = {"rollout.max_resamples": 1}
     collector = by_hand([[1.0, None], [1.0, 0.0]], ("a", "b"), **refill)
     drawn, log = collector.collect(3), collector.run.log
     assert (len(drawn.groups), drawn.refilled) == (1, 1)
@@ -133,11 +133,11 @@ def test_a_refilled_step_counts_all_that_was_drawn(by_hand, monkeypatch):
         collector.collect(4)
 
 
-def test_the_first_listener_that_chooses_has_its_problems_and_what_the_reward_cannot_do_is_an_event(by_hand):
+def test_the_first_callback_that_chooses_has_its_problems_and_what_the_reward_cannot_do_is_an_event(by_hand):
     collector = by_hand([], ("a", "bbb", "cc"))
-    chooser, draws, failed = Listener(), [], RewardFailed("boom", FAILURE)
-    chooser.choose = lambda count, step, draw: draws.append(draw) or collector.task.train[-count:]
-    collector.listeners = [Listener(), chooser, Listener()]
+    chooser, draws, failed = Callback(), [], RewardFailed("boom", FAILURE)
+    chooser.choose_prompts = lambda count, step, draw: draws.append(draw) or collector.task.train[-count:]
+    collector.callbacks = [Callback(), chooser, Callback()]
     assert ([prompt.prompt_id for prompt in collector.prompts(1, step=1)], draws) == (["cc"], [0])
     assert collector.prompt("bbb").prompt_id == "bbb"
     collector.task.score = Mock(side_effect=failed)
@@ -176,14 +176,14 @@ def test_no_graphs_are_planned_where_experts_are_recorded(by_hand, monkeypatch, 
 
 
 def test_a_step_that_is_put_back_leaves_nothing(by_hand, capsys):
-    options = {"curriculum.shortest_share": 0.5, "rollout.ahead": 1}
+    options = {"curriculum.shortest_share": 0.5, "rollout.staleness": 1}
     collector = by_hand([[1.0, 0.0]], **options)
     collector.collect(1, quiet=True)
     assert (collector.run.log.bars, capsys.readouterr().out) == ([[]], ""), "quiet draws no bars"
-    collector.stream.take(1)
+    collector.stream.take_examples(1)
     before, snapshot = collector.state_dict(), collector.snapshot()
     collector.collect(2, quiet=True)
-    collector.stream.take(1)
+    collector.stream.take_examples(1)
     assert collector.state_dict() != before
     collector.put_back(snapshot)
     assert collector.state_dict() == before

@@ -6,7 +6,7 @@ from torch import nn
 
 from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptStream
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.steps.collector import Collector
 from grpo.steps.curriculum import Curriculum
 from grpo.steps.loop import Run
@@ -40,9 +40,9 @@ def _collector(examples, config) -> Collector:
         actor=SimpleNamespace(environment=None),
     )
     policy = SimpleNamespace(tokenizer=None, mtp=None, stop_token_ids=[], backend="native", trunk=nn.Module())
-    run = Run(config, None, ALONE, saved=None, last=9)
-    stream, listeners = PromptStream(examples, config.seed), [_curriculum(examples, config)]
-    return Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, listeners)
+    run = Run(config, None, ONE_PROCESS, saved=None, last=9)
+    stream, callbacks = PromptStream(examples, config.seed), [_curriculum(examples, config)]
+    return Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, callbacks)
 
 
 def _ids(examples) -> list[str]:
@@ -52,32 +52,32 @@ def _ids(examples) -> list[str]:
 def test_without_options_it_is_the_shuffled_stream():
     collector, stream = _collector(EXAMPLES, _config(seed=3)), PromptStream(EXAMPLES, 3)
     for step in range(1, 8):
-        assert [prompt.prompt_id for prompt in collector.prompts(4, step)] == _ids(stream.take(4))
-    [curriculum] = collector.listeners
-    assert curriculum.metrics(7) == {}
+        assert [prompt.prompt_id for prompt in collector.prompts(4, step)] == _ids(stream.take_examples(4))
+    [curriculum] = collector.callbacks
+    assert curriculum.step_metrics(7) == {}
 
 
 def test_short_ones_come_first_and_longer_ones_as_they_open():
     curriculum = _curriculum(EXAMPLES, _config(steps=5, shortest_share=0.2))
-    assert set(_ids(curriculum.choose(2, 1))) == set(BY_LENGTH[:2])
-    assert set(_ids(curriculum.choose(2, 2))) == set(BY_LENGTH[2:4])  # 0.4 is open: the two that nobody has seen
-    assert set(_ids(curriculum.choose(2, 3))) == set(BY_LENGTH[4:6])
-    assert curriculum.metrics(3) == {"curriculum/open": 0.6, "curriculum/seen": 0.6}
-    assert set(_ids(curriculum.choose(4, 5))) == set(BY_LENGTH[6:])
-    again = [_ids(curriculum.choose(5, step)) for step in (6, 7)]
+    assert set(_ids(curriculum.choose_prompts(2, 1))) == set(BY_LENGTH[:2])
+    assert set(_ids(curriculum.choose_prompts(2, 2))) == set(BY_LENGTH[2:4])  # 0.4 is open: two are new
+    assert set(_ids(curriculum.choose_prompts(2, 3))) == set(BY_LENGTH[4:6])
+    assert curriculum.step_metrics(3) == {"curriculum/open": 0.6, "curriculum/seen": 0.6}
+    assert set(_ids(curriculum.choose_prompts(4, 5))) == set(BY_LENGTH[6:])
+    again = [_ids(curriculum.choose_prompts(5, step)) for step in (6, 7)]
     assert sorted(again[0] + again[1]) == sorted(BY_LENGTH)  # nobody a third time before everybody was there twice
 
 
 def test_a_step_is_filled_even_where_too_few_are_open():
     curriculum = _curriculum(EXAMPLES, _config(steps=9, shortest_share=0.1))
-    assert set(_ids(curriculum.choose(4, 1))) == set(BY_LENGTH[:4])
+    assert set(_ids(curriculum.choose_prompts(4, 1))) == set(BY_LENGTH[:4])
     with pytest.raises(ValueError, match="cannot take 11 different prompts from 10 examples"):
-        curriculum.choose(11, 1)
+        curriculum.choose_prompts(11, 1)
 
 
 def test_draws_within_a_step_differ_and_hold_no_example_twice():
     curriculum = _curriculum(EXAMPLES, _config(shortest_share=0.9))
-    draws = [tuple(_ids(curriculum.choose(5, 1, draw))) for draw in range(6)]
+    draws = [tuple(_ids(curriculum.choose_prompts(5, 1, draw))) for draw in range(6)]
     assert len(set(draws)) == 6
     assert all(len(set(draw)) == 5 for draw in draws)
 
@@ -114,7 +114,7 @@ def test_a_state_of_other_data_is_refused():
 
 
 def test_a_run_with_a_curriculum(micro_config, tmp_path):
-    given = {"curriculum.steps": 3, "curriculum.shortest_share": 0.3, "warm_start.steps": 0}
+    given = {"curriculum.steps": 3, "curriculum.shortest_share": 0.3, "sft.steps": 0}
     config = micro_config(tmp_path / "r", **given)
     with Task.of(config) as task:
         curriculum_examples = task.train

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
-import publishing_ranks
 import pytest
+import syncing_ranks
 from start_ranks import results_of_ranks
 
 import grpo.steps.pool
 from grpo.config.run import LogOptions
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.run.log import RunLog
 from grpo.run.stop import Stopped, signals
 from grpo.steps.pool import open_run_pool
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 
 def run_of(config, run_log) -> SimpleNamespace:
     """As much of a run as its pool asks for."""
-    return SimpleNamespace(config=config, log=run_log, ranks=ALONE)
+    return SimpleNamespace(config=config, log=run_log, ranks=ONE_PROCESS)
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -82,14 +82,14 @@ def test_what_was_lost_is_a_metric_of_its_step_and_samplers_sleep_while_the_lear
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *given, **named: (calls.append(word), real(*given, **named))[1])
 
-    for name in ("publish", "sample", "sleep"):
+    for name in ("sync_weights", "sample", "sleep"):
         noted(LocalPool, name, name)
     noted(Learner, "forward_backward", "learn")
     monkeypatch.setattr(Task, "lost", lambda _: {"faults/reward_worker": 1.0})
     monkeypatch.setattr(LocalPool, "metrics", lambda _: next(counts))
-    train(micro_config(tmp_path / "run", **{"steps": 2, "warm_start.steps": 0, "eval.limit": 0}))
+    train(micro_config(tmp_path / "run", **{"steps": 2, "sft.steps": 0, "eval.limit": 0}))
     seen = [call for call, former in zip(calls, [None, *calls], strict=False) if call != former]
-    assert seen[: seen.index("sleep") + 3] == ["publish", "sample", "sleep", "learn", "publish"]
+    assert seen[: seen.index("sleep") + 3] == ["sync_weights", "sample", "sleep", "learn", "sync_weights"]
     assert seen.count("sleep") == 2
     lines = read_metrics(tmp_path / "run")
     assert [(line.get("faults/worker"), line["faults/reward_worker"]) for line in lines] == [(2, 1), (None, 1)]
@@ -103,7 +103,7 @@ def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(m
     def sleep(pool) -> None:
         pool.asleep = True
 
-    def publish(pool, weights, version, real=LocalPool.publish) -> None:
+    def sync_weights(pool, weights, version, real=LocalPool.sync_weights) -> None:
         pool.asleep = False
         real(pool, weights, version)
 
@@ -111,9 +111,9 @@ def test_samplers_that_left_the_gpu_get_the_weights_though_nothing_was_learned(m
         awake.append(not pool.asleep)
         return real(pool, *given)
 
-    for name, function in (("sleep", sleep), ("publish", publish), ("sample", sample)):
+    for name, function in (("sleep", sleep), ("sync_weights", sync_weights), ("sample", sample)):
         monkeypatch.setattr(LocalPool, name, function)
-    config = micro_config(tmp_path / "run", **{"steps": 3, "warm_start.steps": 0, "eval.limit": 0})
+    config = micro_config(tmp_path / "run", **{"steps": 3, "sft.steps": 0, "eval.limit": 0})
     train(config, reward=lambda completions, **_: [1.0] * len(completions))
     assert len(awake) >= 3
     assert all(awake)
@@ -134,7 +134,7 @@ def test_a_run_says_who_is_where(opened, tmp_path):
 def test_ranks_that_share_a_policy_publish_its_adapters_alone(micro_policy, tmp_path):
     """Rank 0 gathers everything once, and later A, B and the draft head; the other ranks take part."""
     micro_policy(0).save(tmp_path / "policy")
-    told, _ = results_of_ranks(publishing_ranks.main, tmp_path / "policy")
+    told, _ = results_of_ranks(syncing_ranks.main, tmp_path / "policy")
     first, *later = told
     assert first[0] == first[2]
     head = sum(name.startswith("mtp.") for name in micro_policy(0).weights())

@@ -53,7 +53,7 @@ def both(config, *runs, dry_run=summary.dry_run, **flags) -> str:
 def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_path):
     own = tmp_path / "own.py"
     own.write_text(OWN)
-    usual = {"warm_start.steps": 0, "rollout.group_size": 2}
+    usual = {"sft.steps": 0, "rollout.group_size": 2}
     for given, message in (
         ({"log.trackers": ["swanlab"]}, "log.trackers: 'swanlab' is not installed"),
         ({"rollout.max_completion_tokens": 100_000}, "pass the policy's context of 256 with max_completion_tokens="),
@@ -75,14 +75,14 @@ def test_what_only_a_dense_policy_cannot_do(micro_config, hf_policy, tmp_path):
         ({"balance.entropy_weight": 0.1}, "balance.entropy_weight=0.1, but this policy has no routed experts"),
         ({"learner.routing_replay": True}, "(no experts or dynamic heads): there is nothing to be replayed"),
     ):
-        more = {"warm_start.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
+        more = {"sft.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
         config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **more)
         assert message in both(config, train)
 
 
 def test_dynamic_heads_are_replayed_where_there_are_no_experts(micro_config, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "dense", PRESETS["micro"] | {"first_k_dense_replace": 2})
-    given = {"warm_start.steps": 0, "learner.routing_replay": True, "active_heads": 0.5}
+    given = {"sft.steps": 0, "learner.routing_replay": True, "active_heads": 0.5}
     summary.dry_run(micro_config(tmp_path / "r", model="dense", **given))
     none = micro_config(tmp_path / "r", model="dense", **given | {"active_heads": None})
     assert "(no experts or dynamic heads)" in both(none, train)
@@ -92,7 +92,7 @@ def test_damaged_weights_are_found_without_loading_them(micro_config, micro_poli
     micro_policy().save(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **{"warm_start.steps": 0})
+    config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **{"sft.steps": 0})
     assert "is damaged" in both(config, train)
     file.unlink()
     (tmp_path / "m" / "tokenizer_config.json").unlink()
@@ -105,18 +105,18 @@ def test_damaged_weights_are_found_without_loading_them(micro_config, micro_poli
 def test_the_plan_of_a_resume_refuses_other_rewards(micro_config, tmp_path):
     reward = tmp_path / "mine.py"
     reward.write_text("def score(completions): return [len(c) for c in completions]\n")
-    given = {"steps": 1, "warm_start.steps": 1, "rollout.max_completion_tokens": 4}
+    given = {"steps": 1, "sft.steps": 1, "rollout.max_completion_tokens": 4}
     config = micro_config(tmp_path / "r", rewards=[{"function": f"{reward}:score"}], **given)
     train(config)
     reward.write_text("def score(completions): return [1.0 for c in completions]\n")
     assert "holds another reward function 'score'" in both(config, train, resume="auto")
     summary.dry_run(config, resume="auto", force=True)
     begun = micro_config(tmp_path / "next", model=str(tmp_path / "r" / "checkpoints" / "step_000001"))
-    summary.dry_run(begun)  # the checkpoint's base is the warm start's policy
+    summary.dry_run(begun)  # the checkpoint's base is the SFT stage's policy
 
 
 def test_a_checkpoint_that_continues_a_preset_is_refused_in_the_plan(micro_config, tmp_path):
-    given = {"steps": 1, "warm_start.steps": 0, "rollout.max_completion_tokens": 4}
+    given = {"steps": 1, "sft.steps": 0, "rollout.max_completion_tokens": 4}
     train(micro_config(tmp_path / "r", **given))
     config = micro_config(tmp_path / "next", model=str(tmp_path / "r" / "checkpoints" / "step_000001"))
     assert "continues the preset" in both(config, train)
@@ -161,7 +161,7 @@ def test_contract_20_weights_that_stay_packed_are_refused_without_them(micro_con
     file = tmp_path / "llama/config.json"
     packing = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     file.write_text(json.dumps(json.loads(file.read_text()) | packing))
-    given = {"rollout.draft_tokens": 0, "warm_start.steps": 0, "mtp.depth": 4}
+    given = {"rollout.draft_tokens": 0, "sft.steps": 0, "mtp.depth": 4}
     config = micro_config(tmp_path / "run", model=str(tmp_path / "llama"), **given)
     said = "its weights stay packed (bitsandbytes), and such a policy cannot be saved"
     assert said in both(config, train)

@@ -27,7 +27,7 @@ from rewards.data.examples import Example
 from rewards.records import read_rollouts
 
 WORDS = {"name": "word_problems", "task_options": {"levels": [1]}, "limit": 24}
-SHORT = {"warm_start.steps": 0, "steps": 3, "rollout.max_completion_tokens": 6, "eval.limit": 2}
+SHORT = {"sft.steps": 0, "steps": 3, "rollout.max_completion_tokens": 6, "eval.limit": 2}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed
 
 
 def test_one_source_in_a_list_gives_the_bits_that_it_gives_alone(micro_config, tmp_path):
-    short = {"steps": 1, "warm_start.steps": 1, "warm_start.batch_size": 2, "rollout.max_completion_tokens": 6}
+    short = {"steps": 1, "sft.steps": 1, "sft.batch_size": 2, "rollout.max_completion_tokens": 6}
     train(micro_config(tmp_path / "alone", **short))
     train(micro_config(tmp_path / "listed", **short, data=[WORDS]))
     assert _sampled(tmp_path / "alone", 1) == _sampled(tmp_path / "listed", 1)
@@ -149,9 +149,9 @@ def test_the_sources_of_version_0_2_are_read(tmp_path, caplog):
 def test_an_order_that_version_0_2_recorded_for_a_list_of_one_source_goes_on():
     examples = [Example(str(i), f"{i} + 1 = ?", str(i + 1)) for i in range(9)]
     mixed, alone = MixedStream({"words": examples}, {"words": 1.0}), PromptStream(examples)
-    mixed.take(4)
+    mixed.take_examples(4)
     alone.load_state_dict(mixed.state_dict())
-    assert alone.take(4) == mixed.take(4)
+    assert alone.take_examples(4) == mixed.take_examples(4)
 
 
 def test_what_is_wrong_with_a_list_on_the_command_line_is_named(capsys):
@@ -193,7 +193,7 @@ def test_supervised_steps_and_the_draft_head_take_a_mix(mixed, tmp_path, command
     config = command.model_validate(given)
     check_plan(config)
     with task_of(config) as task:
-        taken = task.stream(0, [*task.train[:12], *task.train[-6:]]).take(6)
+        taken = task.stream(0, [*task.train[:12], *task.train[-6:]]).take_examples(6)
     assert [example.example_id.startswith("word_problems/") for example in taken].count(True) == 4
 
 

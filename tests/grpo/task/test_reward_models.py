@@ -240,7 +240,7 @@ def test_a_run_learns_from_a_reward_model_and_records_its_scores(folders, micro_
         reward_model("ppl", folders / "policy", weight=0.0, kind="perplexity").model_dump(),
         {"function": f"{own}:own", "weight": 0.1},
     ]
-    train(micro_config(tmp_path / "run", rewards=rewards, **{"steps": 2, "warm_start.steps": 0}))
+    train(micro_config(tmp_path / "run", rewards=rewards, **{"steps": 2, "sft.steps": 0}))
     evaluated = load(EvalConfig, None, defaults_of_run(tmp_path / "run"))
     assert [reward.name for reward in evaluated.rewards] == ["rm_score", "ppl", None]
     metrics = {line["step"]: line for line in read_metrics(tmp_path / "run")}

@@ -23,7 +23,7 @@ from rollout.compiled import rounds
 from rollout.compiled.recorded import RecordedRound
 from rollout.faults import RolloutError
 
-DENSE = {"rollout.draft_tokens": 0, "mtp.depth": 4, "warm_start.steps": 0}  # nothing of a draft head
+DENSE = {"rollout.draft_tokens": 0, "mtp.depth": 4, "sft.steps": 0}  # nothing of a draft head
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def test_graphs_are_chosen_by_what_is_planned_and_refused_by_name(micro_policy, 
     assert by_controller == [False, False, True]  # three times as many graphs
     assert [compiled({"compile": compile}, AnswerOptions) for compile in ("on", "off")] == [True, False]
     assert not compiled({"backend": "vllm"}, rounds=10**9)
-    with pytest.raises(ValueError, match=r"compile=on: rollout.margin=1.0 takes drafts unverified.*leave it out"):
-        compiled({"compile": "on", "margin": 1.0}, AnswerOptions)
+    with pytest.raises(ValueError, match=r"compile=on: rollout.lossy_margin=1.0 takes drafts unverified.*leave it out"):
+        compiled({"compile": "on", "lossy_margin": 1.0}, AnswerOptions)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="no C\\+\\+ compiler .no-such-compiler"):
         compiled({"compile": "on"}, AnswerOptions)
@@ -134,7 +134,7 @@ def test_a_run_by_graphs_has_the_tokens_of_one_without_and_says_so(micro_config,
     tokens = {}
     for name, fewest in (("graphs", 1), ("eager", 10**9)):
         monkeypatch.setattr("grpo.task.sampling.FEWEST_ROUNDS", fewest)
-        train(micro_config(tmp_path / name, steps=2, **{"warm_start.steps": 0}))
+        train(micro_config(tmp_path / name, steps=2, **{"sft.steps": 0}))
         steps = [read_rollouts(tmp_path / name, step) for step in (1, 2)]
         tokens[name] = [line["token_ids"] for lines in steps for line in lines]
         told = [event for event in read_events(tmp_path / name) if event["event"] == "graphs"]

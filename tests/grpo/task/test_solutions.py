@@ -23,7 +23,7 @@ def test_supervised_steps_take_the_solved_problems_and_grpo_the_others(tmp_path)
         everything = ids(task.train)
         assert ids(task.solved) == everything[:20]
         assert ids(task.unsolved) == everything[20:]
-        assert set(ids(task.stream(0).take(40))) == set(everything[20:])
+        assert set(ids(task.stream(0).take_examples(40))) == set(everything[20:])
         texts = list(task.corpus())  # of a preset's tokenizer
         assert [("####" in text) for text in texts] == [True] * 20 + [False] * 40
     with task_of(tmp_path) as task:

@@ -50,7 +50,7 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         (NF4 | {"learner.workers": 2}, "nf4 with several ranks .* learn in one process, or set lora.base to null"),
         (NF4 | {"learner.parallel.fsdp": 2}, "lora.base=nf4 with several ranks"),
         (NF4 | {"learner.parallel.tensor": 2}, "lora.base=nf4 with several ranks"),
-        (NF4 | {"warm_start.steps": 3}, "warm_start.steps=3 with lora.base=nf4: .* run quartet sft before"),
+        (NF4 | {"sft.steps": 3}, "sft.steps=3 with lora.base=nf4: .* run quartet sft before"),
         (NF4 | {"model": "tiny"}, "lora.base=nf4 with model='tiny' .a preset.: .* random weights; train it before"),
         (NF4 | {"model": "a.gguf"}, "lora.base=nf4 with model='a.gguf' .*: .* name the model that it was made from"),
     ],
@@ -95,7 +95,7 @@ def test_what_a_device_cannot_do_is_named_with_the_way_out(kind, given, words, a
 
 
 def test_all_contradictions_are_found_at_once():
-    given = {"eval.every": 2, "rollout.ahead": 1, "checkpoint.keep_best": True, "rollout.refill_draws": 1}
+    given = {"eval.every": 2, "rollout.staleness": 1, "checkpoint.keep_best": True, "rollout.max_resamples": 1}
     with pytest.raises(ConfigError) as error:
         load(MtpConfig, None, {"output_dir": "r", **given})
     assert sorted(line.partition("=")[0] for line in error.value.problems) == sorted(given)

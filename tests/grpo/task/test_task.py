@@ -143,7 +143,7 @@ def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tm
     data = SourceOptions(task_options={"levels": [1]}, limit=8)
     for given, message in (
         ({"prompts_per_step": 9}, "prompts_per_step=9, but there are 8 training examples"),
-        ({"prompts_per_step": 8, "warm_start": {"steps": 1}}, "warm_start.batch_size=16, but there are 8"),
+        ({"prompts_per_step": 8, "sft": {"steps": 1}}, "sft.batch_size=16, but there are 8"),
     ):
         with pytest.raises(ValueError, match=message):
             Task.of(TrainConfig(output_dir=tmp_path, data=data, **given))
@@ -153,13 +153,13 @@ def test_a_step_that_asks_for_more_examples_than_there_are_is_refused_at_once(tm
 def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored(tmp_path):
     (tmp_path / "words.jsonl").write_text("".join(f'{{"question": "Say {w}.", "answer": "{w}"}}\n' for w in "abcdefgh"))
     given = {"output_dir": tmp_path / "r", "data": SourceOptions(name=str(tmp_path / "words.jsonl"), held_out=0.25)}
-    supervised, warm_start = {"steps": 1, "prompts_per_step": 2}, {"warm_start": {"steps": 1, "batch_size": 2}}
+    supervised, sft_stage = {"steps": 1, "prompts_per_step": 2}, {"sft": {"steps": 1, "batch_size": 2}}
     with Task.of(SftConfig(**given, **supervised)) as task:
         assert {example.solution for example in task.train} <= set("abcdefgh")
         assert (task.describe_rewards(), task.lost(), reward_workers()) == ([], {}, [])
     for config in (
         SftConfig(**given, **supervised, eval={"limit": 2}),
-        TrainConfig(**given, **warm_start),
+        TrainConfig(**given, **sft_stage),
     ):  # both score
         with pytest.raises(ValueError, match="the gold answer 'a' has no number"):
             Task.of(config)
@@ -167,13 +167,13 @@ def test_supervised_training_needs_no_number_in_its_data_where_nothing_is_scored
         Task.of(SftConfig(**given, rewards=[RewardOptions(function="nonsense")]))
 
 
-def test_full_marks_are_what_the_gold_solution_gets(tmp_path):
+def test_max_score_are_what_the_gold_solution_gets(tmp_path):
     """A reward may give more than 1: correct is what is marked like the gold solution, not what is marked 1."""
     reward = tmp_path / "generous.py"
     reward.write_text("def generous(completions, **_): return [1.5 if '####' in c else 1.0 for c in completions]\n")
     data = SourceOptions(task_options={"levels": [1]}, limit=4)
     with _task(data, [RewardOptions(function=f"{reward}:generous")]) as task:
-        assert task.full_marks == 1.5
+        assert task.max_score == 1.5
 
 
 def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_the_first_step(folder, random_policy):

@@ -62,29 +62,29 @@ def test_it_takes_the_weights_of_one_sampler_after_the_other(base, saved):
     plain = tokens(sampler)
     found = {}
     for name, of in (("one", one), ("other", other), ("base", (None, None)), ("one", one)):
-        sampler.take(name, *of)
+        sampler.hold_weights(name, *of)
         found.setdefault(name, []).append(tokens(sampler))
     assert found["one"][0] == found["one"][1]
     assert found["base"] == [plain]
     assert len({str(each) for each in (plain, found["one"][0], found["other"][0])}) == 3
-    fresh.take("other", *other)
+    fresh.hold_weights("other", *other)
     assert [tokens(fresh)] == found["other"]
 
 
 def test_weights_that_it_holds_are_not_published_again(base, saved, monkeypatch):
     sampler, versions = Sampler(base, torch.float32), []
-    publish = sampler.engine.publish
+    publish = sampler.engine.sync_weights
 
     def noted(weights, version):
         versions.append(version)
         publish(weights, version)
 
-    monkeypatch.setattr(sampler.engine, "publish", noted)
+    monkeypatch.setattr(sampler.engine, "sync_weights", noted)
     spec, folder = saved(1)
     for name in ("one", "one", "one"):
-        sampler.take(name, spec, folder)
+        sampler.hold_weights(name, spec, folder)
     assert versions == [1]
-    sampler.take("base", None, None)
+    sampler.hold_weights("base", None, None)
     assert versions == [1, 2]  # no version stands for two weights
 
 
@@ -92,16 +92,16 @@ def test_where_it_fails_to_take_weights_it_holds_nobodys(base, saved, monkeypatc
     """The engine may have taken a part of them. The sampler before, too, is published again before it answers."""
     one, other = saved(1), saved(2)
     sampler = Sampler(base, torch.float32)
-    sampler.take("one", *one)
+    sampler.hold_weights("one", *one)
     want = tokens(sampler)
     derive = sampler.engine._derive
     with monkeypatch.context() as patch:
         patch.setattr(sampler.engine, "_derive", lambda: 1 / 0)  # it has the tensors by then
         with pytest.raises(ZeroDivisionError):
-            sampler.take("other", *other)
+            sampler.hold_weights("other", *other)
         assert sampler.of == ""
     assert sampler.engine._derive == derive
-    sampler.take("one", *one)
+    sampler.hold_weights("one", *one)
     assert tokens(sampler) == want
     assert sampler.of == "one"
 
@@ -207,7 +207,7 @@ def test_log_probabilities_of_the_prompt_are_those_of_what_it_holds(base, saved)
     """The first token has none, and neither have those that nobody asked for."""
     spec, folder = saved(1)
     sampler = Sampler(base, torch.float32)
-    sampler.take("one", spec, folder)
+    sampler.hold_weights("one", spec, folder)
     trained = Trainer(base, spec)
     trained.load(tensor_files.read(folder, {"policy"}), optimizer=False)
     with torch.no_grad():

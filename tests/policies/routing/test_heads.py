@@ -23,7 +23,7 @@ from grpo.cli.parse import main
 from grpo.config.balance import BalanceOptions
 from grpo.learner.batch import collate
 from grpo.learner.likelihood import Likelihood
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.learner.prepare import supervised
 from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms import balance
@@ -40,7 +40,7 @@ from rollout.decoding.engine import Engine
 
 CPU = torch.device("cpu")
 FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
-HEADS = {"active_heads": 0.5, "warm_start.steps": 0}  # of the two heads that a micro policy has
+HEADS = {"active_heads": 0.5, "sft.steps": 0}  # of the two heads that a micro policy has
 
 
 def with_heads(policy: Policy, active: float = 0.75, shared: int = 1) -> Policy:
@@ -169,7 +169,7 @@ def test_heads_are_balanced_and_counted_as_experts_are(policy):
     term = balance.term(policy, SimpleNamespace(balance=BalanceOptions(bias_rate=0.1, sequence_weight=1.0)))
     rows = [PackedRow([3, 4, 5], [Sample(0, [6, 7, 8, 9])])]
     mini, likelihood = collate(rows, CPU), Likelihood(policy, watchers=[term])
-    work = Work(supervised(rows), likelihood, ALONE, [term], iter, rows)
+    work = Work(supervised(rows), likelihood, ONE_PROCESS, [term], iter, rows)
     before = [r.e_score_correction_bias.clone() for r in routers(policy.trunk, "self_attn").values()]
     term.before_update(work)
     loss = term.scalar(mini, likelihood.forward(mini), work)
@@ -231,7 +231,7 @@ def test_other_numbers_and_other_models_are_refused_by_name(policy, tmp_path):
 
 
 def test_an_export_is_refused_by_name(micro_config, tmp_path, capsys):
-    train(micro_config(tmp_path / "run", **HEADS | {"warm_start.steps": 1, "steps": 1}))
+    train(micro_config(tmp_path / "run", **HEADS | {"sft.steps": 1, "steps": 1}))
     for part in ("policy", "checkpoints/step_000001"):
         assert_stock_is_refused(str(tmp_path / "run" / part), tmp_path / "out", "dynamic heads (active_heads)", capsys)
 

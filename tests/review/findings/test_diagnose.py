@@ -24,7 +24,7 @@ OPTIONS = {
     "data": {"name": "word_problems", "levels": [1], "template": "{question}\n", "solution_column": "answer"},
     "rollout": {"temperature": 1.0, "group_size": 4, "max_completion_tokens": 64},
     "learner": {"learning_rate": 1e-4},
-    "warm_start": {"steps": 0},
+    "sft": {"steps": 0},
     "loss": {"scale_rewards": "none"},
 }
 METRICS = {"completion/tokens": 240, "completion/length_mean": 20.0, "policy/step_kl": 0.01, "reward/part/gsm8k": 0.5}
@@ -32,7 +32,7 @@ EVALUATED = [{"step": step, "eval/accuracy": p, "eval/prompts": 50} for step, p 
 
 GAINED = [{"step": step, "eval/accuracy": p, "eval/prompts": 400} for step, p in ((0, 0.5), (6, 0.7))]
 WARM = {"steps": 900, "learning_rate": 2e-3, "schedule": "constant"}
-DECAYS = {"warm_start": WARM, "learner": {"schedule": "linear"}}
+DECAYS = {"sft": WARM, "learner": {"schedule": "linear"}}
 
 
 def group(*marks, text="#### {}"):
@@ -118,7 +118,7 @@ CASES = {
     "tied": (
         {
             "metrics": {"group/tied": 0.95},
-            "events": [{"event": "nothing_learned", "why": "they are dull", "change": ["rollout.refill_draws: 2"]}],
+            "events": [{"event": "nothing_learned", "why": "they are dull", "change": ["rollout.max_resamples: 2"]}],
         },
         "95% of the groups are tied and teach nothing: they are dull.",
     ),
@@ -160,7 +160,7 @@ CASES = {
     "rate_decay": (
         RISES | {"evaluations": GAINED, "options": DECAYS},
         "held-out accuracy from 0.500 to 0.700: +0.200 (95 % interval +0.133 to +0.265; 400 problems). GRPO starts "
-        "from a warm start of 900 steps at the constant rate 0.002, and learner.schedule=linear is the first decay",
+        "from an SFT stage of 900 steps at the constant rate 0.002, and learner.schedule=linear is the first decay",
     ),
 }
 
@@ -169,9 +169,9 @@ CHANGES = {
     "temperature": "raise rollout.temperature (now 1e-06) to 1",
     "rate_high": "lower learner.learning_rate (now 0.0001), 10 times perhaps",  # √40 is nearer to 10 than to 1
     "rate_low": "raise learner.learning_rate (now 0.0001), 100 times perhaps",  # 1 / .008 = 125
-    "tied": "rollout.refill_draws: 2",
+    "tied": "rollout.max_resamples: 2",
     "evaluation": "raise eval.limit to 91, or take 2 seeds",
-    "rate_decay": "set warm_start.schedule: linear, and run again: a gain from there is not from the decay",
+    "rate_decay": "set sft.schedule: linear, and run again: a gain from there is not from the decay",
 }
 
 
@@ -207,9 +207,9 @@ HEALTHY = {
     },
     "marks of length and of being right": {"metrics": {"alarm/length/gsm8k": 0.85, "alarm/right/gsm8k": 0.9}},
     "a gain on held-out problems too": RISES | {"evaluations": GAINED},
-    "a gain after a warm start that decayed": RISES
-    | {"evaluations": GAINED, "options": DECAYS | {"warm_start": WARM | {"schedule": "linear"}}},
-    "a gain at a constant rate": RISES | {"evaluations": GAINED, "options": {"warm_start": WARM}},
+    "a gain after an SFT stage that decayed": RISES
+    | {"evaluations": GAINED, "options": DECAYS | {"sft": WARM | {"schedule": "linear"}}},
+    "a gain at a constant rate": RISES | {"evaluations": GAINED, "options": {"sft": WARM}},
     "a decay and no gain": {"options": DECAYS},
     "lengths that differ by chance": {"metrics": {"alarm/repetition/gsm8k": [1.0, -1.0, 0.6, 0.7]}},
     "the form is paid, and nothing is right yet": {
@@ -374,7 +374,7 @@ WARM_UP = {"steps": 1, "learner.learning_rate": 1e-12, "eval.limit": 0, "log.tra
 
 
 @pytest.mark.slow
-@pytest.mark.long  # three minutes of a warm start, and a third of a minute for each of fifteen runs
+@pytest.mark.long  # three minutes of an SFT stage, and a third of a minute for each of fifteen runs
 @pytest.mark.parametrize("unseen", [False, True], ids=["tuned", "unseen"])
 def test_the_cause_comes_first_or_second_and_healthy_runs_get_none(tmp_path_factory, tmp_path, unseen):
     warm = tmp_path_factory.getbasetemp() / "warm"

@@ -117,9 +117,9 @@ def kinds(found) -> dict[str, int]:
     return {kind.kind: kind.full for kind in found.kinds}
 
 
-def test_the_example_of_the_issue_passes_and_gold_means_its_own_full_marks():
+def test_the_example_of_the_issue_passes_and_gold_means_its_own_max_score():
     found = check(f"{EXAMPLE}:shows_its_work")
-    assert found.full_marks == 1.0
+    assert found.max_score == 1.0
     assert found.problems == []
     assert kinds(found) == dict.fromkeys(KINDS, 0) | {"gold": 12, "padded": 12}
     assert found.differing == {"scored again": 0, "in this process": 0, "among other completions": 0, "alone": 0}
@@ -128,7 +128,7 @@ def test_the_example_of_the_issue_passes_and_gold_means_its_own_full_marks():
     assert found.latency_ms["p50"] <= found.latency_ms["p95"] <= found.latency_ms["p99"] <= found.latency_ms["max"]
     assert found.completions_per_second > 0
     assert len(found.sha256) == 64
-    higher = check(f"{EXAMPLE}:shows_its_work", full_marks=2.0)
+    higher = check(f"{EXAMPLE}:shows_its_work", max_score=2.0)
     assert higher.problems == ["gold solution: 12 of 12 miss full marks"]
 
 
@@ -190,7 +190,7 @@ def test_correlation_with_length_by_hand(file, tmp_path):
 
 def test_everything_that_a_function_may_ask_for_is_there(file, tmp_path):
     found = check(f"{file}:everything", arguments={"bonus": 0.5})
-    assert found.full_marks == 1.5
+    assert found.max_score == 1.5
     assert found.problems == []
     assert "completion_ids were made up: the bytes of the text, one token each" in found.notes
     (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')

@@ -41,7 +41,7 @@ def run(micro_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("replay") / "run"
     (folder.parent / "mine.py").write_text(SOURCE)
     rewards = [{"function": f"{folder.parent}/mine.py:letters", "weight": 2.0}, {"function": "gsm8k"}]
-    train(micro_config(folder, steps=2, rewards=rewards, **{"warm_start.steps": 0}))
+    train(micro_config(folder, steps=2, rewards=rewards, **{"sft.steps": 0}))
     return folder
 
 
@@ -138,7 +138,7 @@ def test_data_that_have_changed_are_refused(micro_config, tmp_path, letters):
     data = tmp_path / "data.jsonl"
     rows = [{"question": f"{n} + 1 = ?", "answer": f"#### {n + 1}"} for n in range(6)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"data.name": str(data), "warm_start.steps": 0, "steps": 1}
+    options = {"data.name": str(data), "sft.steps": 0, "steps": 1}
     train(micro_config(tmp_path / "run", **options))
     assert replay(tmp_path / "run", letters, ReplayConfig()).changes == []
     data.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))

@@ -325,17 +325,15 @@ def test_a_text_of_lines_has_line_breaks_as_help_shows_them(typed, read, tmp_pat
 
 
 def test_what_an_older_version_had_is_refused_by_name_and_left_out_of_a_run_that_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(names, "_removed", lambda: {"rollout.publish_deltas": ("it gained nothing", False)})
+    monkeypatch.setattr(names, "_removed", lambda: {"rollout.sync_deltas": ("it gained nothing", False)})
     file = tmp_path / "old.yaml"
-    file.write_text("output_dir: runs/a\nrollout:\n  publish_deltas: true\n  group_size: 4\n")
+    file.write_text("output_dir: runs/a\nrollout:\n  sync_deltas: true\n  group_size: 4\n")
     with pytest.raises(ConfigError) as error:
         load(TrainConfig, file, {})
     [problem] = error.value.problems
-    assert problem.startswith(f"rollout.publish_deltas=true ({file}, line 3): it is gone, since")
+    assert problem.startswith(f"rollout.sync_deltas=true ({file}, line 3): it is gone, since")
     words: list[str] = []
-    config = load(TrainConfig, file, {"rollout.publish_deltas": True}, on_removed=words.append)
+    config = load(TrainConfig, file, {"rollout.sync_deltas": True}, on_removed=words.append)
     assert config.rollout.group_size == 4
-    assert [word.partition(":")[0] for word in words] == ["rollout.publish_deltas=true"]
-    assert (
-        load(TrainConfig, file, {"rollout.publish_deltas": False}).rollout.group_size == 4
-    )  # its default says nothing
+    assert [word.partition(":")[0] for word in words] == ["rollout.sync_deltas=true"]
+    assert load(TrainConfig, file, {"rollout.sync_deltas": False}).rollout.group_size == 4  # its default says nothing

@@ -95,15 +95,15 @@ def test_a_solution_that_is_learned_from_must_fit_too(tmp_path, micro_preset):
     options = {"output_dir": tmp_path / "r", "data.name": file, "model": micro_preset, "eval.limit": 0}
     options |= {"rewards": [{"function": "length_penalty", "arguments": {"target": 1}}], "prompts_per_step": 2}
     with pytest.raises(ValueError, match=r"row 2: 'answer' has 1,000,000 characters"):
-        Task.of(load(TrainConfig, None, options | {"warm_start.steps": 1, "warm_start.batch_size": 2}))
-    with Task.of(load(TrainConfig, None, options | {"warm_start.steps": 0})) as task:  # a reward may read what it likes
+        Task.of(load(TrainConfig, None, options | {"sft.steps": 1, "sft.batch_size": 2}))
+    with Task.of(load(TrainConfig, None, options | {"sft.steps": 0})) as task:  # a reward may read what it likes
         assert max(map(len, task.corpus())) == LONGEST_TEXT  # and the tokenizer of a preset learns from its beginning
 
 
 def test_what_a_template_makes_long_is_refused_before_it_is_tokenised(tmp_path, random_policy, micro_config):
     policy = random_policy(0)
     file = jsonl(tmp_path, *[GOOD | {"story": "s" * (CHARACTERS_PER_TOKEN * policy.max_length)}] * 4)
-    options = {"data.name": file, "data.template": "{story}{question}", "warm_start.steps": 0}
+    options = {"data.name": file, "data.template": "{story}{question}", "sft.steps": 0}
     with Task.of(micro_config(tmp_path / "r", **options)) as task:
         policy.tokenizer = None
         with pytest.raises(ValueError, match=r"prompt of '.*/data/0' has .* characters, more than a context of 256"):

@@ -72,7 +72,7 @@ def run(micro_config, chatty, source, tmp_path_factory):
     given = {
         "model": chatty,
         "steps": 1,
-        "warm_start.steps": 0,
+        "sft.steps": 0,
         "data.template": {"system": "Be brief."},
         "data.few_shot": 1,
         "eval.limit": 2,
@@ -188,7 +188,7 @@ def test_a_run_on_conversational_data(micro_config, chatty, source, tmp_path):
     given = {
         "model": chatty,
         "steps": 1,
-        "warm_start.steps": 0,
+        "sft.steps": 0,
         "data.name": data,
         "data.prompt_column": "prompt",
         "data.template": "chat",

@@ -50,7 +50,7 @@ def test_no_question_is_in_both_splits_whatever_the_seeds():
         load_examples(LEGS, "held_out")
     data = SourceOptions(name=LEGS, limit=6)
     with Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions(), held_out=4) as task:
-        assert (len(task.train), len(task.held_out), task.full_marks) == (6, 4, 1.0)
+        assert (len(task.train), len(task.held_out), task.max_score) == (6, 4, 1.0)
         assert not {e.question for e in task.train} & {e.question for e in task.held_out}
 
 
@@ -83,7 +83,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["leg_counting", "gcd", "word_sorting", "sudoku", "calendar_arithmetic"])
-def test_gold_scores_full_marks_by_the_tasks_own_scorer_and_other_answers_do_not(task):
+def test_gold_scores_max_score_by_the_tasks_own_scorer_and_other_answers_do_not(task):
     for row in reasoning_gym_problems(task, "train", count=3):
         gold = row["answer"]
         texts = [gold, f"<answer>{gold}</answer>", f"so\n#### {gold}", "no idea"]
@@ -133,4 +133,4 @@ def test_such_a_task_can_do_with_a_reward_of_ones_own(tmp_path):
     with pytest.raises(RewardError, match="countdown scores a completion by running it as code"):
         Task(data, [RewardOptions(function="reasoning_gym")], ScoringOptions())  # before a model loads
     with Task(data, [RewardOptions(function=f"{path}:mine")], ScoringOptions()) as task:
-        assert task.full_marks == 1.0
+        assert task.max_score == 1.0

@@ -190,7 +190,7 @@ def test_contract_5_adapters_arrive_merged_and_later_weights_replace_them(hf_pol
         for name, parameter in policy.trunk.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.3)
-    pool.publish(policy.weights(), 1)
+    pool.sync_weights(policy.weights(), 1)
     groups = pool.sample(PROMPTS, PARAMS)
     assert tokens(groups) != tokens(plain)
     assert differences(policy, groups, PARAMS.temperature).max() < 1e-4

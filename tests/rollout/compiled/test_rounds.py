@@ -79,17 +79,17 @@ def assert_same(engine: Engine, prompts: list[Prompt], params: SamplingParams) -
 @quick_and_slow
 def test_contracts_3_and_4_a_graph_changes_no_token(policy, random_policy, made, case):
     """Also with the weights of a publication, which needs no other graph."""
-    before = {name: tensor.clone() for name, tensor in policy.publication().items()}
+    before = {name: tensor.clone() for name, tensor in policy.synced_weights().items()}
     engine, (prompts, params) = Engine(policy), CASES[case]
     first = assert_same(engine, prompts, params)
     graphs = list(made)
     assert graphs
     assert max(bucket.rows for bucket in graphs) <= FEW_ROWS
     assert {bucket.drafts for bucket in graphs} == {params.draft_tokens}
-    engine.publish(random_policy(12, attention_bias=True).publication(), version=1)
+    engine.sync_weights(random_policy(12, attention_bias=True).synced_weights(), version=1)
     assert tokens(assert_same(engine, prompts, params)) != tokens(first)
     assert len(set(made)) == len(made)
-    engine.publish(before, version=2)
+    engine.sync_weights(before, version=2)
     assert tokens(assert_same(engine, prompts, params)) == tokens(first)
 
 
@@ -322,14 +322,14 @@ def test_contracts_3_and_4_a_recorded_round_changes_no_token(policy, random_poli
     monkeypatch.setattr(rounds, "find", find)
     for name in ("takes_any_size", "takes_any_rows"):
         monkeypatch.setattr(rounds, name, lambda of: False)
-    before = {name: tensor.clone() for name, tensor in policy.publication().items()}
+    before = {name: tensor.clone() for name, tensor in policy.synced_weights().items()}
     engine, (prompts, params) = Engine(policy), CASES[case]
     first = assert_same(engine, prompts, params)
     assert recorded
-    engine.publish(random_policy(12, attention_bias=True).publication(), version=1)
+    engine.sync_weights(random_policy(12, attention_bias=True).synced_weights(), version=1)
     assert all(one.module is one.replay is None for one in recorded), "else old weights keep their memory"
     assert tokens(assert_same(engine, prompts, params)) != tokens(first)
-    engine.publish(before, version=2)
+    engine.sync_weights(before, version=2)
     assert tokens(assert_same(engine, prompts, params)) == tokens(first)
 
 
@@ -345,7 +345,7 @@ def test_a_compiled_round_is_kept_on_disk_without_weights(random_policy, tmp_pat
         engine = Engine(random_policy(seed).cast(dtype), dtype)
         engine.graphs = [Graphs(told.append)]
         compare(engine, prompts, params)
-        engine.publish(random_policy(seed + 5).publication(), version=1)
+        engine.sync_weights(random_policy(seed + 5).synced_weights(), version=1)
         compare(engine, prompts, params)
         assert len(list(tmp_path.glob("*.pt2"))) == len(told) == len(set(told)) > 0
     for path in tmp_path.glob("*.pt2"):

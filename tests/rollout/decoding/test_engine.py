@@ -296,7 +296,7 @@ def test_contract_4_samples_of_a_group_and_prompts_of_another_name_differ(engine
 
 def test_contract_5_what_is_published_is_taken_over_and_not_shared(random_policy):
     source, engine = random_policy(1), Engine(random_policy(2))
-    engine.publish(source.weights(), 1)
+    engine.sync_weights(source.weights(), 1)
     before = tokens(engine.sample(PROMPTS, PARAMS))
     with torch.no_grad():
         for parameter in source.parameters():
@@ -310,7 +310,7 @@ def test_contract_5_a_publication_that_is_refused_changes_nothing(random_policy)
     weights = random_policy(1).weights()
     weights.pop("trunk.model.norm.weight")
     with pytest.raises(ValueError, match="lacks.*trunk.model.norm.weight"):
-        engine.publish(weights, 1)
+        engine.sync_weights(weights, 1)
     assert engine.version == 0
     assert tokens(engine.sample(PROMPTS, PARAMS)) == before
 

@@ -12,15 +12,15 @@ from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
-from grpo.steps.publisher import Publisher
+from grpo.steps.weight_sync import WeightSync
 from policies.decoding import absorbed, quantized
 from policies.decoding.linear import kind_of
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
-from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
 from rollout.sampling import Copies
+from rollout.weight_sync.rounded import logprobs_of_trunk, rounded_trunk
 from rollout.workers.kinds import PoolOptions, open_pool
 
 KINDS = ("int8", "int4")
@@ -84,9 +84,9 @@ def test_contract_2_log_probabilities_are_those_of_the_quantised_policy(random_p
 def test_contract_5_each_publication_rounds_anew_and_the_correction_is_on(random_policy, kind):
     learner = learner_of(random_policy(17))
     pool = open_pool(learner.policy, PoolOptions(copies=Copies(kind, kind)))
-    publisher = Publisher(pool, learner, replace(PARAMS, draft_tokens=2), kind)
+    weight_sync = WeightSync(pool, learner, replace(PARAMS, draft_tokens=2), kind)
     for version in range(3):
-        metrics = publisher.publish()
+        metrics = weight_sync.sync_weights()
         assert 0 < metrics["canary/logprob_abs_mean"] < 1e-5
         fresh = Engine(learner.policy, copies=Copies(kind, kind))
         assert torch.equal(pool.engine.trunk.blocks[1].out.weight, fresh.trunk.blocks[1].out.weight)
@@ -125,18 +125,18 @@ def test_contract_13_canaries_catch_a_stale_scale(random_policy, kind, dtype):
     for sabotages in (False, True):
         policy = random_policy(5).cast(dtype)
         pool = open_pool(copy.deepcopy(policy), PoolOptions(dtype=dtype, copies=Copies(kind, kind)))
-        publisher = Publisher(pool, learner_of(policy), replace(PARAMS, draft_tokens=2), kind)
-        publisher.publish()
+        weight_sync = WeightSync(pool, learner_of(policy), replace(PARAMS, draft_tokens=2), kind)
+        weight_sync.sync_weights()
         if sabotages:
             stale_scale(pool.engine)
         with torch.no_grad():
             policy.trunk.model.layers[0].self_attn.o_proj.weight.mul_(1.01 if dtype == torch.float32 else 1.5)
-        publisher.learner.policy_version = 1
+        weight_sync.learner.policy_version = 1
         if not sabotages:
-            assert publisher.publish()
+            assert weight_sync.sync_weights()
             continue
         with pytest.raises(RolloutError, match="the sampler computes other log-probabilities .* version 1: mean"):
-            publisher.publish()
+            weight_sync.sync_weights()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,13 +144,13 @@ def test_contract_13_canaries_catch_an_error_of_the_decoder_itself(random_policy
     """Rounded matrices are compared with the same decoder, which would hide it."""
     policy = random_policy(5).cast(dtype)
     pool = open_pool(copy.deepcopy(policy), PoolOptions(dtype=dtype, copies=Copies("int8", "int8")))
-    publisher = Publisher(pool, learner_of(policy), replace(PARAMS, draft_tokens=2), "int8")
-    assert publisher.publish()
+    weight_sync = WeightSync(pool, learner_of(policy), replace(PARAMS, draft_tokens=2), "int8")
+    assert weight_sync.sync_weights()
     rotate = absorbed.rotate
     monkeypatch.setattr(absorbed, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
-    publisher.learner.policy_version = 1
+    weight_sync.learner.policy_version = 1
     with pytest.raises(RolloutError, match="the decoder of the samplers, without rounding, computes other log-prob"):
-        publisher.publish()
+        weight_sync.sync_weights()
 
 
 def test_models_of_transformers_are_refused(hf_policy):

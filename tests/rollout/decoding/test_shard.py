@@ -282,7 +282,7 @@ def test_costs_are_measured_once_and_kept(policy):
     assert costs.rows == [1, 2, 4, 8, 16, 24, 32]
     assert all(len(rounds) >= 2 and min(rounds) > 0 for rounds in costs.rounds)
     engine.sample(PROMPTS, replace(PARAMS, draft_tokens=None, max_completion_tokens=4))
-    engine.publish(policy.weights(), 1)
+    engine.sync_weights(policy.weights(), 1)
     assert engine.costs is costs
 
 

@@ -44,7 +44,7 @@ class Case:
         self.file.write_text("")
         self.told: list[tuple[str, ...]] = []
         self.settings = VLLMSettings(
-            python=Path(sys.executable), log=folder / "vllm.log", silence_s=LIMIT_S, publish_s=LIMIT_S
+            python=Path(sys.executable), log=folder / "vllm.log", silence_s=LIMIT_S, sync_s=LIMIT_S
         )
         self.pool = VLLMPool(policy, PoolOptions(vllm=self.settings, on_lost=lambda *what: self.told.append(what)))
 
@@ -149,7 +149,7 @@ def test_one_that_has_died_while_nobody_asked_is_found_at_the_next_call(case):
     os.kill(case.pid, signal.SIGKILL)
     assert case.sample() == expected
     os.kill(case.pid, signal.SIGKILL)
-    case.pool.publish(case.policy.publication(), 1)
+    case.pool.sync_weights(case.policy.synced_weights(), 1)
     assert len(case.told) == 2
 
 
@@ -168,14 +168,14 @@ def test_contract_5_with_adapters_a_new_one_gets_everything_and_the_next_publica
                     if "lora_" in name:
                         parameter.add_(0.3)
             case.strike(*["publish SIGKILL"] * (version - 1))
-            case.pool.publish(policy.publication(), version)
+            case.pool.sync_weights(policy.synced_weights(), version)
             sent = case.pool.metrics()["publish/bytes"]
             assert sent < whole / 3 if version == 1 else sent == whole
             expected = case.sample()
             case.strike("sample SIGKILL")
             assert case.sample() == expected
             assert case.pool.metrics()["publish/bytes"] == whole
-        case.pool.publish(policy.publication(), 3)
+        case.pool.sync_weights(policy.synced_weights(), 3)
         assert case.pool.metrics()["publish/bytes"] < whole / 3
     finally:
         case.pool.close()
@@ -199,7 +199,7 @@ def test_contract_13_a_new_one_passes_the_canaries_that_the_lost_one_has_passed(
 
 
 def test_weights_that_the_learner_changes_while_they_are_sent_again_are_sent_once_more(case, monkeypatch):
-    """rollout.ahead: a thread samples, and the learner makes its copy while that sends."""
+    """rollout.staleness: a thread samples, and the learner makes its copy while that sends."""
     expected = case.sample()
 
     def stream(tensors):
@@ -244,7 +244,7 @@ def test_it_leaves_a_gpu_that_it_shares_until_the_next_publication(case, monkeyp
         pool.sleep()
         with pytest.raises(RolloutError, match="has not confirmed the last publication"):
             pool.sample(PROMPTS, PARAMS)
-        pool.publish(case.policy.publication(), 0)
+        pool.sync_weights(case.policy.synced_weights(), 0)
         assert pool.sample(PROMPTS, PARAMS) == expected
     finally:
         pool.close()
@@ -274,6 +274,6 @@ def test_requests_of_agents_outlive_a_server(case):
     assert answers(case) == expected
     assert case.pool.metrics()["faults/vllm"] == 1
     assert answers(case, cancelled=2) == expected[:2]
-    case.pool.published = None
+    case.pool.synced = None
     with pytest.raises(RolloutError, match="has not confirmed the last publication"):
         answers(case)

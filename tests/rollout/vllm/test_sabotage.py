@@ -14,7 +14,7 @@ from vllm_cases import HEADS, PYTHON, needs_vllm
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
-from grpo.steps.publisher import Publisher
+from grpo.steps.weight_sync import WeightSync
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.faults import RolloutError
@@ -88,14 +88,14 @@ def refused(policy: Policy, server: Server, dtype: torch.dtype, fault: str) -> s
     server.file.write_text("")
     pool = VLLMPool(policy, PoolOptions(vllm=server.settings(params.draft_tokens or 0), dtype=dtype))
     learner = learner_of(policy)
-    publisher = Publisher(pool, learner, params)
-    assert publisher.publish()["canary/logprob_abs_mean"] > 0
+    weight_sync = WeightSync(pool, learner, params)
+    assert weight_sync.sync_weights()["canary/logprob_abs_mean"] > 0
     learn(learner, pool, params)
     server.file.write_text(fault)
     with pytest.raises(RolloutError) as error:
-        publisher.publish()
+        weight_sync.sync_weights()
     server.file.write_text("")
-    publisher.publish()
+    weight_sync.sync_weights()
     return str(error.value)
 
 

@@ -54,7 +54,7 @@ def is_wrong(policy: Policy, settings: VLLMSettings) -> bool:
     except RolloutError as error:
         return "size of tensor" in str(error)
     try:
-        pool.publish(moved(policy).publication(), 1)
+        pool.sync_weights(moved(policy).synced_weights(), 1)
         return worst_gap(policy, pool, replace(PARAMS, draft_tokens=settings.draft_tokens)) > 100 * EXACT
     except RolloutError as error:
         return "not finite" in str(error)
@@ -90,7 +90,7 @@ def test_logprobs_are_the_learners_after_every_publication(policy, pool):
         moved(policy)
         if version == 2:
             assert worst_gap(policy, pool, PARAMS) > 100 * EXACT
-        pool.publish(policy.publication(), version)
+        pool.sync_weights(policy.synced_weights(), version)
         for temperature in (0.7, 1.0, 0.0, 4.0):
             assert worst_gap(policy, pool, replace(PARAMS, temperature=temperature)) < EXACT
     assert pool.metrics()["publish/bytes"] > 0
@@ -110,15 +110,15 @@ def test_adapters_travel_alone_and_are_merged_there(random_policy, pool):
                 if "lora_" in name:
                     parameter.add_(0.3 * torch.randn_like(parameter))
         assert worst_gap(policy, other, PARAMS) > 100 * EXACT
-        other.publish(policy.publication(), version)
+        other.sync_weights(policy.synced_weights(), version)
         assert worst_gap(policy, other, PARAMS) < EXACT
     assert 0 < other.metrics()["publish/bytes"] / 2 < whole / 3
-    pool.publish(pool.policy.publication(), 3)  # everything, by another trainer
+    pool.sync_weights(pool.policy.synced_weights(), 3)  # everything, by another trainer
     with pytest.raises(RolloutError, match="does not hold the weights under these adapters"):
-        other.publish(policy.publication(), 4)
-    other.publish(policy.publication(), 5)
+        other.sync_weights(policy.synced_weights(), 4)
+    other.sync_weights(policy.synced_weights(), 5)
     assert worst_gap(policy, other, PARAMS) < EXACT
-    pool.publish(pool.policy.publication(), 6)
+    pool.sync_weights(pool.policy.synced_weights(), 6)
 
 
 def test_the_same_request_gives_the_same_bits_whatever_came_between(pool):
@@ -222,7 +222,7 @@ def test_an_existing_server_and_what_it_refuses(random_policy, tmp_path):
         for _ in range(2):
             pool = VLLMPool(policy, PoolOptions(vllm=settings))
             assert worst_gap(moved(policy), pool, params) > EXACT
-            pool.publish(policy.publication(), 1)
+            pool.sync_weights(policy.synced_weights(), 1)
             assert worst_gap(policy, pool, params) < EXACT
             pool.close()
         assert process.process.poll() is None  # it is not ours to end

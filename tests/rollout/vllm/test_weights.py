@@ -40,7 +40,7 @@ def test_the_layout_is_that_of_a_saved_checkpoint(random_policy, tmp_path, case)
     policy = random_policy(3, **CASES[case])
     policy.save(tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
-    sent = in_checkpoint_layout(policy, policy.publication())
+    sent = in_checkpoint_layout(policy, policy.synced_weights())
     assert sent.keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in sent.items())
 
@@ -57,7 +57,7 @@ def test_the_experts_of_another_model_are_named_one_by_one(tmp_path):
     policy = qwen3_moe()
     policy.trunk.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    sent = in_checkpoint_layout(policy, policy.publication())
+    sent = in_checkpoint_layout(policy, policy.synced_weights())
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in sent
     assert sent.keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in sent.items())
@@ -92,7 +92,7 @@ def travelled(update: Update) -> dict:
 
 
 def agree(policy: Policy, held: dict, update: Update, **limits: float) -> None:
-    expected = in_checkpoint_layout(policy, policy.publication())
+    expected = in_checkpoint_layout(policy, policy.synced_weights())
     found = inside().merged(held, json.loads(json.dumps(update.header()))["adapters"])
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
@@ -109,7 +109,7 @@ def test_adapters_travel_as_a_and_b_and_are_merged_by_the_worker(random_policy, 
     held: dict = {}
     for version in range(3):
         learn(policy)
-        update = updates.next_update(policy.publication())
+        update = updates.next_update(policy.synced_weights())
         assert update.whole == (version == 0)
         held |= travelled(update)
         agree(policy, held, update, **limits)
@@ -127,7 +127,7 @@ def test_what_cannot_travel_as_a_and_b_travels_merged():
     updates, held = Updates(policy, head=False), {}
     for _ in range(2):
         learn(policy)
-        update = updates.next_update(policy.publication())
+        update = updates.next_update(policy.synced_weights())
         held |= travelled(update)
         agree(policy, held, update, rtol=0.0, atol=1e-6)
     assert not update.whole
@@ -140,7 +140,7 @@ def test_without_drafts_the_head_stays_at_home(random_policy):
     policy.add_lora(2, 4.0, ["o_proj", "mtp"])
     last = f"model.layers.{policy.config.num_hidden_layers}."
     for head in (True, False):
-        update = Updates(policy, head=head).next_update(policy.publication())
+        update = Updates(policy, head=head).next_update(policy.synced_weights())
         assert any(name.startswith(last) for name in [*update.tensors, *update.adapters]) == head
 
 
@@ -148,10 +148,10 @@ def test_after_a_publication_that_failed_everything_travels(random_policy):
     policy = random_policy(3)
     policy.add_lora(2, 4.0, ["o_proj"])
     updates = Updates(policy, head=True)
-    first, second = (updates.next_update(policy.publication()) for _ in range(2))
+    first, second = (updates.next_update(policy.synced_weights()) for _ in range(2))
     assert (second.whole, second.base) == (False, first.base)
     updates.forget()
-    third = updates.next_update(policy.publication())
+    third = updates.next_update(policy.synced_weights())
     assert third.whole
     assert third.base != first.base
 

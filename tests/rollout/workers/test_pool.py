@@ -26,17 +26,17 @@ from talks import BASE, TURNS, talked
 
 import rollout.workers.cluster
 from policies.openmp import WAITING
-from policies.policy import Policy, digest
+from policies.policy import Policy, checksum
 from rewards import RewardSpec, Scorer
 from rollout.cost_table import Workload
 from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import PoolOptions
-from rollout.publication.digests import digests
-from rollout.publication.message import Sender
 from rollout.requests.serving import Serving
 from rollout.sampling import EnvironmentSpec, SamplingParams
+from rollout.weight_sync.checksums import checksums
+from rollout.weight_sync.message import Sender
 from rollout.workers.actors import Call
 from rollout.workers.cluster import start_ray
 from rollout.workers.kinds import open_pool
@@ -73,7 +73,7 @@ def shared(cluster, policies) -> Iterator[RayPool]:
 @pytest.fixture
 def pool(shared, policies) -> RayPool:
     """The shared pool, both of whose workers hold version 0 again."""
-    shared.publish(policies[0].weights(), 0)
+    shared.sync_weights(policies[0].weights(), 0)
     shared.workers.wait_for(2)
     shared._settle()
     return shared
@@ -84,7 +84,7 @@ def expected(policies) -> Callable[[int], list[RolloutGroup]]:
     """What one engine in this process samples after version 0, and after version 1."""
     local = open_pool(policies[0], PoolOptions(prompts_per_shard=2))
     sampled = [local.sample(PROMPTS, PARAMS)]
-    local.publish(policies[1].weights(), 1)
+    local.sync_weights(policies[1].weights(), 1)
     sampled.append(local.sample(PROMPTS, PARAMS))
     return sampled.__getitem__
 
@@ -132,17 +132,17 @@ def test_contract_5_a_local_pool_never_samples_with_weights_that_were_not_publis
         policy.mtp.norm.weight.add_(1.0)
     with pytest.raises(RolloutError, match="has learned since its last publication: publish its weights first"):
         pool.sample(PROMPTS, PARAMS)
-    pool.publish(policy.weights(), 1)
+    pool.sync_weights(policy.weights(), 1)
     assert {c.policy_version for group in pool.sample(PROMPTS, PARAMS) for c in group.completions} == {1}
 
 
 def test_a_local_pool_keeps_weights_of_others_apart_from_the_policy(random_policy, policies, expected):
     policy = random_policy(21)
     pool = open_pool(policy, PoolOptions(prompts_per_shard=2))
-    before = digest(policy.weights())
-    pool.publish(policies[1].weights(), 1)
+    before = checksum(policy.weights())
+    pool.sync_weights(policies[1].weights(), 1)
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
-    assert digest(policy.weights()) == before
+    assert checksum(policy.weights()) == before
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_contract_5_a_worker_without_weights_refuses_to_sample(policies):
     with pytest.raises(RolloutError, match="holds policy version -1, but version 0 was asked for"):
         worker.sample(PROMPTS, PARAMS, 0)
     [message] = Sender().messages(policies[0].weights(), 0)
-    assert worker.publish(message) == digests(policies[0].weights())
+    assert worker.sync_weights(message) == checksums(policies[0].weights())
     assert len(worker.sample(PROMPTS[:1], PARAMS, 0)) == 1
 
 
@@ -198,7 +198,7 @@ def test_contract_4_the_number_of_workers_changes_nothing(pool, policies, expect
         assert tokens(reversed_groups) == tokens(expected(0))[::-1]
         ray.kill(single.workers.actors[0])
         with learning(policies[0]), monkeypatch.context() as patch:
-            patch.setattr(single, "publish_timeout_s", 0.0)
+            patch.setattr(single, "sync_timeout_s", 0.0)
             with pytest.raises(RolloutError, match="no worker is left that holds version 0, and the learner cannot"):
                 single.sample(PROMPTS, PARAMS)
         assert single.sample(PROMPTS, PARAMS) == expected(0)  # the successor gets the weights from the learner again
@@ -209,7 +209,7 @@ def test_contract_4_the_number_of_workers_changes_nothing(pool, policies, expect
 
 
 def test_contract_5_every_worker_samples_with_what_was_published_last(pool, policies, expected):
-    pool.publish(policies[1].weights(), 1)
+    pool.sync_weights(policies[1].weights(), 1)
     groups = pool.sample(PROMPTS, PARAMS)
     assert groups == expected(1)
     assert {completion.policy_version for group in groups for completion in group.completions} == {1}
@@ -220,10 +220,10 @@ def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(
     with monkeypatch.context() as patch:
         patch.setattr(Sender, "difference", lambda self, held: max(held))
         with pytest.raises(RolloutError, match=r"worker \d does not hold .* version 1: .* is trunk.model.norm"):
-            pool.publish(policies[1].weights(), 1)
+            pool.sync_weights(policies[1].weights(), 1)
     with pytest.raises(RolloutError, match="publish"):
         pool.sample(PROMPTS, PARAMS)
-    pool.publish(policies[1].weights(), 1)
+    pool.sync_weights(policies[1].weights(), 1)
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
 
 
@@ -242,8 +242,8 @@ def test_contract_5_with_adapters_workers_get_a_and_b_alone_and_a_new_one_everyt
                     parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(version)))
         if version == 3:
             ray.kill(pool.workers.actors[1])
-        pool.publish(policy.publication(), version)
-        local.publish(policy.weights(), version)
+        pool.sync_weights(policy.synced_weights(), version)
+        local.sync_weights(policy.weights(), version)
         assert pool.sample(PROMPTS, PARAMS) == local.sample(PROMPTS, PARAMS)
         if version == 3:  # its successor has started, and gets the weights from the other worker
             pool.workers.wait_for(2)
@@ -262,10 +262,10 @@ def test_contract_5_a_worker_whose_digests_differ_after_a_and_b_gets_everything(
         with torch.no_grad():
             worker.engine.policy.trunk.get_input_embeddings().weight.add_(1)
 
-    pool.publish(policy.publication(), 0)
+    pool.sync_weights(policy.synced_weights(), 0)
     ray.get(call(pool.workers.actors[0], spoil))
     pool.metrics()
-    pool.publish(policy.publication(), 1)
+    pool.sync_weights(policy.synced_weights(), 1)
     assert pool.metrics()["publish/bytes"] > sum(t.nbytes for t in policy.weights().values())
     assert tokens(pool.sample(PROMPTS, PARAMS)) == tokens(
         open_pool(policy, PoolOptions(prompts_per_shard=2)).sample(PROMPTS, PARAMS)
@@ -286,7 +286,7 @@ def test_a_publication_is_in_shared_memory_part_by_part(pool, policies, expected
 
     monkeypatch.setattr(ray, "put", put)
     monkeypatch.setattr(pool.sender, "part_bytes", 20_000)
-    pool.publish(policies[1].weights(), 1)
+    pool.sync_weights(policies[1].weights(), 1)
     assert sum(sizes.values()) == sum(tensor.nbytes for tensor in policies[1].weights().values())
     assert 0 < max(held) < 0.5 * sum(sizes.values())
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
@@ -332,7 +332,7 @@ def test_contract_4_a_worker_that_dies_is_replaced_and_gives_the_same_tokens(poo
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
     assert pool.workers.actors[0] is not before[0]
     assert pool.workers.actors[1] is before[1]
-    assert pool.faults.since_publication == 1
+    assert pool.faults.since_sync == 1
 
 
 @pytest.mark.slow
@@ -351,7 +351,7 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, polici
         pool.workers.wait_for(2)
         pool._settle()
     assert pool.confirmed == {0, 1}
-    pool.publish(policies[0].weights(), 0)  # and one that dies between two steps
+    pool.sync_weights(policies[0].weights(), 0)  # and one that dies between two steps
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
 
 
@@ -422,10 +422,10 @@ def test_contract_4_a_late_worker_is_replaced_and_its_shard_sampled_again(pool, 
 def test_contract_5_a_stopped_worker_is_named_in_a_publication_and_replaced(pool, policies, expected, monkeypatch):
     lost: list[tuple] = []
     monkeypatch.setattr(pool.faults, "on_lost", lambda *what: lost.append(what))
-    monkeypatch.setattr(pool, "publish_timeout_s", 5.0)
+    monkeypatch.setattr(pool, "sync_timeout_s", 5.0)
     before = list(pool.workers.actors)
     psutil.Process(ray.get(call(before[1], lambda _: os.getpid()))).suspend()
-    pool.publish(policies[1].weights(), 1)
+    pool.sync_weights(policies[1].weights(), 1)
     reason = "to take the weights over took longer than 5 s"
     assert lost == [("worker 1", reason, "it is replaced")]
     assert pool.workers.actors[0] is before[0]
@@ -437,16 +437,16 @@ def test_contract_13_every_worker_samples_the_canaries_and_a_new_one_passes_thos
     groups = pool.sample_on_each(PROMPTS[:2], PARAMS)
     local = expected(0)[:2]
     assert groups == {"worker 0": local, "worker 1": local}
-    *asked, passed = pool.canaries
+    *asked, passed = pool.sync_check
     others = copy.deepcopy(passed)
     for completion in others[0].completions:
         completion.logprobs[0] += 0.1  # as if the others were other samplers
-    pool.canaries = (*asked, others)
+    pool.sync_check = (*asked, others)
     ray.kill(pool.workers.actors[0])
     with pytest.raises(RolloutError, match="worker 0, which is new, samples other canaries than those before it"):
         again(pool)
     assert pool.passed == {1}
-    pool.canaries = (*asked, passed)
+    pool.sync_check = (*asked, passed)
     again(pool)
     assert pool.passed == {0, 1}
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
@@ -469,7 +469,7 @@ def test_what_while_waiting_raises_ends_every_wait(pool, policies, monkeypatch):
     for wait in (
         lambda: pool.use_costs(None, Workload(2)),
         lambda: pool.sample(PROMPTS[:2], PARAMS),
-        lambda: pool.publish(policies[1].weights(), 1),
+        lambda: pool.sync_weights(policies[1].weights(), 1),
     ):
         polls = []
         with pytest.raises(GivenUp):
@@ -506,7 +506,7 @@ def test_a_dead_process_of_ray_is_named_before_it_takes_this_one_along(pool, pol
         monkeypatch.setitem(pool.cluster.processes, name, psutil.Process(process.pid))
         pool.cluster.check(ask=True)
         process.kill()  # now it is a zombie, like a raylet for which no process waits
-        for use in (lambda: pool.sample(PROMPTS, PARAMS), lambda: pool.publish(policies[1].weights(), 1)):
+        for use in (lambda: pool.sample(PROMPTS, PARAMS), lambda: pool.sync_weights(policies[1].weights(), 1)):
             with pytest.raises(RolloutError, match=rf"Ray's {name} \(process {process.pid}\) has died.*--resume auto"):
                 use()
 
@@ -600,7 +600,7 @@ def test_a_ray_that_does_not_start_is_named_and_leaves_nothing(monkeypatch):
 SCRIPT = """
 import ctypes, os, signal, sys, threading
 import ray
-from policies.policy import Policy
+from policies.policy import Policy, checksum
 from rollout.group import Prompt
 from rollout.workers.kinds import PoolOptions, open_pool
 from rollout.sampling import SamplingParams
@@ -750,7 +750,7 @@ def test_contract_4_requests_of_agents_are_decoded_where_their_caches_are_and_ou
     found = talked(relay, lambda rounds: ray.kill(killed) if rounds == 4 else None)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert pool.metrics()["faults/worker"] == 1
-    pool.publish(policies[1].weights(), 1)
+    pool.sync_weights(policies[1].weights(), 1)
     with pytest.raises(RolloutError, match="holds policy version 1, but version 0 was asked for"):
         talked(relay)
 
@@ -759,7 +759,7 @@ def test_contract_4_requests_of_agents_are_decoded_where_their_caches_are_and_ou
 def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_are_sent_once_more(
     cluster, random_policy, monkeypatch
 ):
-    """rollout.ahead: a thread gives the weights to a new worker, while the learner makes its copy and goes on. The
+    """rollout.staleness: a thread gives the weights to a new worker, while the learner makes its copy and goes on. The
     update comes after the digest, and before the bytes are in shared memory."""
     policy = random_policy(24)
     pool = open_pool(policy, PoolOptions(workers=1, prompts_per_shard=2))
@@ -779,7 +779,7 @@ def test_contract_5_weights_that_the_learner_updates_while_they_are_sent_again_a
         ray.kill(pool.workers.actors[0])
         assert pool.sample(PROMPTS, PARAMS) == expected
         assert len(sent) == 2
-        monkeypatch.setattr(pool, "publish_timeout_s", 3.0)
+        monkeypatch.setattr(pool, "sync_timeout_s", 3.0)
         monkeypatch.setattr(pool.sender, "difference", lambda held: "trunk.norm")  # and one that never holds them
         ray.kill(pool.workers.actors[0])
         with pytest.raises(RolloutError, match="does not hold what was published as version 0: .* is trunk.norm"):

@@ -11,8 +11,8 @@ import torch
 from rollout.faults import RolloutError
 from rollout.group import Prompt
 from rollout.places import Places, refuse_open
-from rollout.publication.message import Sender
 from rollout.sampling import SamplingParams
+from rollout.weight_sync.message import Sender
 from rollout.workers.cluster import Seclusion, start_ray, stop_ray
 from rollout.workers.kinds import PoolOptions, open_pool
 from rollout.workers.worker import Worker
@@ -93,15 +93,15 @@ def test_a_worker_sleeps_until_the_next_publication(random_policy):
     """On a GPU it leaves the memory; here only that it has nothing to decode with, and then the same tokens."""
     policy, sender = random_policy(21), Sender()
     worker = Worker(policy.skeleton(), "float32", "float32", "cpu", threads=1)
-    [message] = sender.messages(policy.publication(), 0)
-    held = worker.publish(message)
+    [message] = sender.messages(policy.synced_weights(), 0)
+    held = worker.sync_weights(message)
     before = worker.sample(PROMPTS, PARAMS, 0)
     worker.sleep()
     assert not hasattr(worker.engine, "trunk")
     with pytest.raises(RolloutError, match="sleeps until the next publication"):
         worker.sample(PROMPTS, PARAMS, 0)
-    [message] = sender.messages(policy.publication(), 0)
-    assert worker.publish(message) == held
+    [message] = sender.messages(policy.synced_weights(), 0)
+    assert worker.sync_weights(message) == held
     assert worker.sample(PROMPTS, PARAMS, 0) == before
 
 
@@ -140,7 +140,7 @@ def test_a_machine_that_leaves_is_one_loss_and_one_that_comes_is_used(random_pol
     assert len(pool.confirmed) == 1
     assert [action for *_, action in lost] == ["it is replaced"]
     assert pool.metrics()["faults/node"] == 1
-    pool.publish(policy.publication(), 1)  # it goes on with one
+    pool.sync_weights(policy.synced_weights(), 1)  # it goes on with one
     third = nodes.add_node(num_cpus=2)
     pool.workers.wait_for(3)
     pool._settle()

@@ -25,7 +25,7 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def run(micro_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
-    train(micro_config(folder, steps=2, **{"warm_start.steps": 0}))
+    train(micro_config(folder, steps=2, **{"sft.steps": 0}))
     return folder
 
 

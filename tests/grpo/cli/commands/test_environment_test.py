@@ -189,7 +189,7 @@ def tried(folder, monkeypatch):
     return tried
 
 
-def test_an_honest_environment_passes_with_full_marks_for_its_demonstration(tried):
+def test_an_honest_environment_passes_with_max_score_for_its_demonstration(tried):
     check = tried("Number", **{"data.limit": 3})
     assert (check.problems, check.printed, set(check.differing.values())) == ([], "", {0})
     gold, after, empty, bad, *_, endless = check.scripts.values()

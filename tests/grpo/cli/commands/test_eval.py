@@ -52,7 +52,7 @@ def trained(micro_config, tmp_path_factory):
     given = {
         "seed": 3,
         "steps": 1,
-        "warm_start.steps": 1,
+        "sft.steps": 1,
         "data.task_options.levels": [1, 2],
         "data.template": "Q: {question}\nA: ",
         "data.few_shot": 1,
@@ -271,21 +271,21 @@ def test_a_resumed_run_records_its_new_end(copied):
     assert (found.meaning, found.step) == ("the end of the run", 4)
 
 
-def test_before_the_first_checkpoint_it_is_the_warm_start(copied):
+def test_before_the_first_checkpoint_it_is_the_sft_stage(copied):
     folder = copied("stopped")
     shutil.rmtree(folder / "checkpoints")
     found = find_policy(str(folder))
-    assert (found.folder, found.meaning) == (str(folder / "warm_start"), "the warm start; no step of GRPO is saved yet")
+    assert (found.folder, found.meaning) == (str(folder / "warm_start"), "the SFT stage; no step of GRPO is saved yet")
     shutil.rmtree(folder / "warm_start")
     with pytest.raises(PolicyError, match="has not saved a policy yet"):
         find_policy(str(folder))
 
 
-def test_a_checkpoint_on_a_preset_without_warm_start_says_what_is_missing(copied):
+def test_a_checkpoint_on_a_preset_without_sft_stage_says_what_is_missing(copied):
     folder = copied("run")
     shutil.rmtree(folder / "warm_start")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"warm_start": config["warm_start"] | {"steps": 0}}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"sft": config["sft"] | {"steps": 0}}))
     with pytest.raises(PolicyError, match="whose tokenizer is saved at the end of the run only"):
         evaluate_model(_config(folder / "checkpoints/step_000001", **{"eval.limit": 2}), QUIET)
 

@@ -28,7 +28,7 @@ from grpo.source.policy_source import load_policy, save_policy
 from grpo.train import train
 from policies.conversion.dense import convert_checkpoint
 from policies.files import hub
-from policies.files.digests import digests
+from policies.files.checksums import checksums
 from policies.policy import Policy, PolicyError
 from policies.presets import small_tokenizer
 from review.readers.run_folder import read_metrics
@@ -76,7 +76,7 @@ def runs(base, micro_config, tmp_path_factory) -> dict[tuple[str, bool], tuple[P
     for kind, options in (("full", {}), ("lora", LORA)):
         for mtp in (True, False):
             folder, live = tmp_path_factory.mktemp(kind) / "run", []
-            given = {"model": str(base[mtp]), "warm_start.steps": 0, "steps": 2, "eval.limit": 6, **options}
+            given = {"model": str(base[mtp]), "sft.steps": 0, "steps": 2, "eval.limit": 6, **options}
             given |= {"prompts_per_step": 2, "rollout.max_completion_tokens": 6}
             given |= {} if mtp else {"rollout.draft_tokens": 0}
             if kind == "lora" and mtp:  # adapters in the draft head and in what it shares with the trunk, too
@@ -399,13 +399,13 @@ def test_adapters_whose_base_has_changed_are_refused(copied, random_policy, tmp_
     del document["state"]["base"]
     (saved / "state.json").write_text(json.dumps(document))
     (saved / "manifest.json").unlink()
-    (saved / "manifest.json").write_text(digests(saved))
+    (saved / "manifest.json").write_text(checksums(saved))
     with pytest.raises(ExportError, match="do not add up to .*export without --adapter"):
         export(folder, tmp_path / "out", adapter=True)
 
 
 def test_an_expert_bias_that_moved_is_not_lost_in_an_adapter(base, micro_config, tmp_path):
-    given = {"model": str(base[True]), "warm_start.steps": 0, "steps": 1, "balance.bias_rate": 0.1, **LORA}
+    given = {"model": str(base[True]), "sft.steps": 0, "steps": 1, "balance.bias_rate": 0.1, **LORA}
     train(micro_config(tmp_path / "run", **given))
     with pytest.raises(ExportError, match=r"moved .*e_score_correction_bias \(balance.bias_rate\).* drop --adapter"):
         export(tmp_path / "run", tmp_path / "out", adapter=True)

@@ -96,14 +96,14 @@ KINDS = {
 }
 
 
-def _as_published(kind: str, folder: Path, **options) -> str:
+def _as_synced(kind: str, folder: Path, **options) -> str:
     AutoConfig.for_model(kind, **options).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_that_also_see_or_have_no_heads_are_counted(kind, tmp_path):
-    folder = _as_published(kind, tmp_path, **KINDS[kind])
+    folder = _as_synced(kind, tmp_path, **KINDS[kind])
     counted = inspect(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
@@ -117,35 +117,35 @@ def test_models_that_also_see_or_have_no_heads_are_counted(kind, tmp_path):
 
 def test_experts_whose_number_has_another_name_and_contexts_without_an_end_are_counted(tmp_path):
     sizes = TEXT | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
-    counted = inspect(_as_published("aria_text", tmp_path / "aria", **sizes))
+    counted = inspect(_as_synced("aria_text", tmp_path / "aria", **sizes))
     assert counted.experts.per_token == 2
     assert counted.active_parameters < counted.parameters
     sizes = {"vocab_size": 64, "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 48}
-    assert inspect(_as_published("xlnet", tmp_path / "xlnet", **sizes)).context == 4096  # it has no longest context
+    assert inspect(_as_synced("xlnet", tmp_path / "xlnet", **sizes)).context == 4096  # it has no longest context
 
 
 def test_a_model_that_writes_no_text_or_has_another_form_is_refused_in_a_sentence(tmp_path, capsys):
-    clip = _as_published("clip", tmp_path / "clip")
+    clip = _as_synced("clip", tmp_path / "clip")
     for read in (inspect, Policy.load):
         with pytest.raises(
             PolicyError, match="is of type 'clip', of which transformers makes no causal language model"
         ):
             read(clip)
-    assert main(["policy", "inspect", _as_published("blt", tmp_path / "blt")]) == 1
+    assert main(["policy", "inspect", _as_synced("blt", tmp_path / "blt")]) == 1
     said = capsys.readouterr().err
     assert said.startswith("quartet: a model of type 'blt' cannot be counted: ")
     assert len(said) < 500
 
 
 def test_a_model_that_has_no_class_for_its_language_model_alone_is_counted_whole(tmp_path):
-    aria = _as_published("aria", tmp_path, text_config=TEXT, vision_config=EYES | {"model_type": "idefics3_vision"})
+    aria = _as_synced("aria", tmp_path, text_config=TEXT, vision_config=EYES | {"model_type": "idefics3_vision"})
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(aria))
     assert inspect(aria).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_what_adapters_reach_is_said_with_the_rest_and_the_reason(tmp_path, capsys):
-    small = _as_published("gpt2", tmp_path, n_layer=1, n_embd=32, n_head=2, n_positions=64)
+    small = _as_synced("gpt2", tmp_path, n_layer=1, n_embd=32, n_head=2, n_positions=64)
     assert main(["policy", "inspect", small]) == 0
     assert "100.0% of the matrices of the trunk" in capsys.readouterr().out
     counted = inspect(small)

@@ -175,7 +175,7 @@ def test_a_reference_is_a_second_policy_unless_adapters_can_be_switched_off(rand
     config = options(TrainConfig, **{"loss.beta": 0.1})
     foretold = MemoryOfRun(policy.config, True, config).learner()
     assert foretold.reference == storage_bytes(tensors_of(learner.likelihood.reference))
-    assert MemoryOfRun(policy.config, True, config).learner(warm_start=True).reference == 0
+    assert MemoryOfRun(policy.config, True, config).learner(sft_stage=True).reference == 0
     adapted = options(TrainConfig, **{"loss.beta": 0.1, "lora.rank": 2})
     assert MemoryOfRun(policy.config, True, adapted).learner().reference == 0
 
@@ -196,8 +196,8 @@ def test_a_teacher_is_held_whole_on_every_rank(hf_policy, random_policy, tmp_pat
     [without] = MemoryOfRun(shape, True, options(TrainConfig, dtype)).devices()
     assert with_it.peak - without.peak == with_it.teacher > 0
     assert [row for row in memory_table.table([replace(with_it, teacher=2**30)]).columns[0].cells if "teacher" in row]
-    warm = MemoryOfRun(shape, True, options(TrainConfig, dtype, **given | {"warm_start.steps": 1})).devices()[0]
-    assert (warm.name, warm.teacher) == ("warm start", 0)
+    warm = MemoryOfRun(shape, True, options(TrainConfig, dtype, **given | {"sft.steps": 1})).devices()[0]
+    assert (warm.name, warm.teacher) == ("SFT stage", 0)
     elsewhere = options(TrainConfig, dtype, **given | {"distill.teacher": f"{folder}@http://127.0.0.1:9/v1"})
     assert MemoryOfRun(shape, True, elsewhere).devices() == [without]
 
@@ -300,29 +300,29 @@ def test_checkpointing_keeps_one_layer(random_policy):
 
 def test_what_samples_ahead_is_a_worker_with_a_copy_of_its_own(random_policy):
     shape = random_policy().config
-    learner, worker = MemoryOfRun(shape, True, options(TrainConfig, **{"rollout.ahead": 1})).devices()
+    learner, worker = MemoryOfRun(shape, True, options(TrainConfig, **{"rollout.staleness": 1})).devices()
     assert (learner.name, learner.sampler, worker.name) == ("learner", 0, "the worker")
     assert worker.sampler > 0
     assert learner.older == 0
-    older, _ = MemoryOfRun(shape, True, options(TrainConfig, **{"rollout.ahead": 2})).devices()
+    older, _ = MemoryOfRun(shape, True, options(TrainConfig, **{"rollout.staleness": 2})).devices()
     trained = sum(p.numel() for p in random_policy().parameters())
     assert 4 * trained == older.older == older.peak - learner.peak
     for given, samplers in (
         ({}, 0),
-        ({"ahead": 1}, 1),
-        ({"ahead": 2}, 1),
-        ({"ahead": 1, "workers": 3}, 3),
-        ({"ahead": 1, "backend": "vllm"}, 0),
+        ({"staleness": 1}, 1),
+        ({"staleness": 2}, 1),
+        ({"staleness": 1, "workers": 3}, 3),
+        ({"staleness": 1, "backend": "vllm"}, 0),
     ):
         assert RolloutOptions(**given).samplers == samplers
 
 
 def test_each_kind_of_device_has_a_column(random_policy):
     shape = random_policy().config
-    both = {"warm_start.steps": 3, "rollout.workers": 4, "lora.rank": 2}
+    both = {"sft.steps": 3, "rollout.workers": 4, "lora.rank": 2}
     warm, learner, worker = MemoryOfRun(shape, True, options(TrainConfig, **both)).devices()
-    assert [device.name for device in (warm, learner, worker)] == ["warm start", "learner", "each of 4 workers"]
-    assert warm.gradients > learner.gradients  # the warm start trains every weight, adapters or not
+    assert [device.name for device in (warm, learner, worker)] == ["SFT stage", "learner", "each of 4 workers"]
+    assert warm.gradients > learner.gradients  # the SFT stage trains every weight, adapters or not
     assert learner.sampler == learner.rollout == worker.weights == worker.moments == 0
     (alone,) = MemoryOfRun(shape, True, options(SftConfig)).devices()
     assert (alone.sampler, alone.publication) == (0, 0)
@@ -443,7 +443,7 @@ def placed(ranks: int, workers: int, gpus: float = ANY, **given) -> list[tuple[s
         (1, 1, 2, {}, [("each of 1 ranks", 1, 10), ("the worker", 1, 3)]),
         # by Ray each rank has a whole GPU, and the workers others
         (2, 5, 2, {"learner.workers": 2}, [("each of 2 ranks", 2, 10), ("each of 5 workers", 5, 3)]),
-        (1, 1, 1, {"rollout.ahead": 1}, [("each of 1 ranks", 1, 10), ("a worker, on CPUs", 1, 3)]),
+        (1, 1, 1, {"rollout.staleness": 1}, [("each of 1 ranks", 1, 10), ("a worker, on CPUs", 1, 3)]),
     ],
 )
 def test_where_workers_are(ranks, workers, gpus, given, expected):
@@ -485,7 +485,7 @@ def test_vllm_has_a_gpu_of_its_own_where_there_is_one_and_sleeps_elsewhere(rando
     assert [device.name for device in memory.devices(2)] == ["learner", "vLLM"]
     [both] = memory.devices(1)
     assert both.in_turn
-    ahead = {"rollout.backend": "vllm", "rollout.ahead": 1}
+    ahead = {"rollout.backend": "vllm", "rollout.staleness": 1}
     [both] = MemoryOfRun(random_policy().config, True, planned(**ahead)).devices(1)
     assert not both.in_turn
 

@@ -134,19 +134,19 @@ def test_prompts_that_cannot_be_continued_are_refused(model, tmp_path):
 
 def test_margin_is_counted_and_named(model, tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}')
-    [group] = _groups(model, path, **{"rollout.margin": 1e9, "rollout.draft_tokens": 2})
+    [group] = _groups(model, path, **{"rollout.lossy_margin": 1e9, "rollout.draft_tokens": 2})
     assert json.loads(json.dumps(group, allow_nan=False)) == group
     assert all(len(c["draft"]["drafted"]) == len(c["draft"]["accepted"]) == 2 for c in group["completions"])
     assert all(c["draft"]["fallbacks"] >= c["draft"]["target_forwards"] - 1 for c in group["completions"])
     with pytest.raises(RolloutError, match="accept=margin takes drafts unverified, but there are none"):
-        _groups(model, path, **{"rollout.margin": 2.0, "rollout.draft_tokens": 0})
+        _groups(model, path, **{"rollout.lossy_margin": 2.0, "rollout.draft_tokens": 0})
 
 
 @pytest.fixture(scope="module")
 def run(micro_config, tmp_path_factory):
     """A run whose template, worked example and sampling are not the defaults, and its configuration."""
     folder = tmp_path_factory.mktemp("sample") / "run"
-    given = {"steps": 1, "warm_start.steps": 0, "data.template": "Q: {question}\nA: ", "data.few_shot": 1, "seed": 3}
+    given = {"steps": 1, "sft.steps": 0, "data.template": "Q: {question}\nA: ", "data.few_shot": 1, "seed": 3}
     config = micro_config(folder, **given | {"rollout.temperature": 0.8})
     train(config)
     return folder, config
@@ -198,7 +198,7 @@ def test_a_checkpoint_inside_a_run_brings_the_runs_template(micro_config, tmp_pa
     given = {"data.template": "{problem} = ", "data.prompt_column": "problem", "data.limit": None}
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(f'{{"problem": "{i} + 1", "answer": "{i + 1}"}}\n' for i in range(8)))
-    options = {"steps": 2, "warm_start.steps": 1, "data.name": str(file)}
+    options = {"steps": 2, "sft.steps": 1, "data.name": str(file)}
     train(micro_config(tmp_path / "run", **given | options))
     texts = _texts(monkeypatch)
     _sample(tmp_path / "run/checkpoints/step_000001", "--prompt", "3 + 1", out=tmp_path / "out.json")

@@ -156,7 +156,7 @@ def test_the_summary_shows_results_and_where_things_lie(shown, tmp_path):
 def _gains(folder, *, prompts=400, steps=6, warm_schedule="constant", after=0.55):
     """A run whose training reward rises by .2; its held-out accuracy goes from .5 to `after`."""
     warm = {"steps": 900, "learning_rate": 2e-3, "schedule": warm_schedule}
-    options = {"rewards": [{"function": "gsm8k"}], "warm_start": warm, "learner": {"schedule": "linear"}}
+    options = {"rewards": [{"function": "gsm8k"}], "sft": warm, "learner": {"schedule": "linear"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(options | {"loss": {"beta": 0.0}}))
     rows = [{"step": i + 1, "reward/mean": mean} for i, mean in enumerate([0.30, 0.32, 0.4, 0.4, 0.50, 0.52][:steps])]
     rows += [{"step": s, "eval/accuracy": p, "eval/prompts": prompts} for s, p in ((0, 0.5), (steps, after))]
@@ -174,8 +174,8 @@ def test_the_summary_says_that_only_training_gained_and_what_the_decay_may_accou
     )
     assert [lines[place].startswith(numbers) for place in found] == [True, True]
     assert lines[found[0]].endswith("No gain on held-out problems is shown.")
-    assert "a warm start of 900 steps at the constant rate 0.002" in lines[found[1]]
-    assert lines[found[1] + 1].startswith("  what may help: set warm_start.schedule: linear")
+    assert "an SFT stage of 900 steps at the constant rate 0.002" in lines[found[1]]
+    assert lines[found[1] + 1].startswith("  what may help: set sft.schedule: linear")
 
 
 @pytest.mark.parametrize("given", [{"steps": 5}, {"after": 0.7}])
@@ -196,12 +196,12 @@ def _dry_run(shown: Console, config) -> dict[str, str]:
 def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_config, micro_preset, tmp_path):
     shown.width = 200
     given = {"eval.limit": 7, "steps": 5, "learner.updates_per_batch": 2, "rollout.group_size": 3}
-    given |= {"warm_start.schedule": "constant", "learner.schedule": "linear"}
+    given |= {"sft.schedule": "constant", "learner.schedule": "linear"}
     rows = _dry_run(shown, micro_config(tmp_path / "r", **given))
-    assert "warm_start.schedule: linear" in rows["first decay of the rate"]
+    assert "sft.schedule: linear" in rows["first decay of the rate"]
     assert rows["training examples"] == "24 (word_problems, train)"
     assert rows["held-out examples"] == "7"
-    assert rows["warm start"] == "3 steps × 4 examples"
+    assert rows["SFT stage"] == "3 steps × 4 examples"
     assert rows["steps"] == "5"
     assert rows["prompts per step"] == "4"
     assert rows["completions per step"] == "12 (4 prompts × 3)"
@@ -211,7 +211,7 @@ def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_co
     assert rows["disk: checkpoints"].endswith("(5 kept)")  # every step, keep: null
     given = {"model": micro_preset, "output_dir": tmp_path / "r", "data.task_options.levels": [1]}
     rows = _dry_run(shown, load(SftConfig, None, given))
-    assert rows["warm start"] == "200 steps × 16 examples"
+    assert rows["SFT stage"] == "200 steps × 16 examples"
     assert "steps" not in rows
     assert not list(tmp_path.iterdir())
 
@@ -219,7 +219,7 @@ def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_co
 def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_config, micro_policy, tmp_path):
     """Against a real learner; the estimate's vocabulary is the preset's. The MTP head is saved beside the adapters."""
     shown.width = 160
-    given = {"warm_start.schedule": "linear", "learner.schedule": "linear"}
+    given = {"sft.schedule": "linear", "learner.schedule": "linear"}
     rows = _dry_run(shown, micro_config(tmp_path / "r", **{"lora.rank": 4, "steps": 7, "checkpoint.every": 3} | given))
     assert "first decay of the rate" not in rows
     policy = micro_policy(0)
@@ -268,7 +268,7 @@ def test_a_dry_run_refuses_the_output_folder_that_a_run_would(shown, micro_confi
 
 
 def test_a_dry_run_of_a_resume_is_that_of_the_run_that_goes_on(shown, micro_config, tmp_path):
-    given = {"steps": 1, "warm_start.steps": 0}
+    given = {"steps": 1, "sft.steps": 0}
     train(micro_config(tmp_path / "r", **given))
     summary.dry_run(micro_config(tmp_path / "r", **given), resume="auto")
     with pytest.raises(ValueError, match="prompts_per_step: 4 then, 3 now"):
@@ -277,7 +277,7 @@ def test_a_dry_run_of_a_resume_is_that_of_the_run_that_goes_on(shown, micro_conf
         summary.dry_run(micro_config(tmp_path / "r", **given))
 
 
-def test_the_disk_has_room_for_the_best_and_for_a_warm_start(micro_config, tmp_path):
+def test_the_disk_has_room_for_the_best_and_for_an_sft_stage(micro_config, tmp_path):
     def disk(**given):
         run = summary.DryRun(
             micro_config(tmp_path / "r", steps=100, **{"checkpoint.every": 50, "eval.limit": 2} | given), None
@@ -287,8 +287,8 @@ def test_the_disk_has_room_for_the_best_and_for_a_warm_start(micro_config, tmp_p
 
     plain = disk()
     assert disk(**{"checkpoint.keep_best": True, "eval.every": 10}) > plain
-    adapters = disk(**{"lora.rank": 2, "warm_start.steps": 0})
-    assert disk(**{"lora.rank": 2, "warm_start.steps": 200}) > 2 * adapters
+    adapters = disk(**{"lora.rank": 2, "sft.steps": 0})
+    assert disk(**{"lora.rank": 2, "sft.steps": 200}) > 2 * adapters
 
 
 @pytest.mark.slow
@@ -306,11 +306,11 @@ def test_a_dry_run_holds_its_estimates_against_this_machine(shown, micro_config,
     assert memory.startswith("memory: fits only when others give some back: about")
     assert disk.startswith(f"disk at {tmp_path}: DOES NOT FIT: about 0.0 GiB are needed, there are 0.0 GiB; ")
     memory, _ = told(total=0.3, free=0.2, room=7)
-    assert memory.startswith("memory: DOES NOT FIT when loading in the warm start: about")
+    assert memory.startswith("memory: DOES NOT FIT when loading in the SFT stage: about")
     assert memory.endswith("use larger devices or a smaller model")  # torch alone needs more
 
 
-def test_every_worker_counts_and_a_warm_start_is_over_before_grpo_begins(tmp_path):
+def test_every_worker_counts_and_an_sft_stage_is_over_before_grpo_begins(tmp_path):
     def peak(name, gib, count=1):
         return DeviceMemory(name, count, weights=int(gib * machine.GIB))
 
@@ -321,7 +321,7 @@ def test_every_worker_counts_and_a_warm_start_is_over_before_grpo_begins(tmp_pat
 
     assert needed([peak("learner and sampler", 2)]) == 2.4
     assert needed([peak("learner", 2), peak("each of 3 workers", 1, 3)]) == pytest.approx(6.6)
-    assert needed([peak("warm start", 5), peak("learner", 2), peak("the worker", 1)]) == pytest.approx(5.4)
+    assert needed([peak("SFT stage", 5), peak("learner", 2), peak("the worker", 1)]) == pytest.approx(5.4)
 
 
 def test_where_a_run_does_not_fit_it_says_at_which_part(tmp_path):

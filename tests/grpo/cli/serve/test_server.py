@@ -330,7 +330,7 @@ def test_another_address_needs_a_key(tmp_path, model, capsys):
 
 
 def test_margin_says_so_and_is_counted(model):
-    server = Running(model, **{"rollout.margin": 0.5})
+    server = Running(model, **{"rollout.lossy_margin": 0.5})
     try:
         answer = server.complete("8 + 8 = ", max_tokens=40)
         assert (answer["accept"], answer["system_fingerprint"]) == ("margin", "policy-version-0-margin")

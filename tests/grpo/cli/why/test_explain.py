@@ -28,8 +28,8 @@ from rewards.records import read_rollouts, rollout_path
 from rollout.draft_stats import draft_gain
 
 OPTIONS = {"eval.limit": 4, "learner.updates_per_batch": 2, "learner.learning_rate": 3e-3}
-ONE = {"steps": 1, "warm_start.steps": 0}
-TAKE = Batches.take  # as it is without a test
+ONE = {"steps": 1, "sft.steps": 0}
+TAKE = Batches.take_batch  # as it is without a test
 # Letters as in `letters`; where the prompt is FLIPPED, the sign of the reward is wrong.
 SABOTAGE = """
 def letters(completions, prompts, **_):
@@ -57,7 +57,7 @@ def retrained(run, copy, micro_config, monkeypatch, without: int | None = None, 
         pick = {name: [getattr(drawn, name)[i] for i in kept] for name in ("groups", "scores", "draws")}
         return replace(drawn, **pick)
 
-    monkeypatch.setattr(Batches, "take", less)
+    monkeypatch.setattr(Batches, "take_batch", less)
     config = micro_config(copy, **OPTIONS | other)
     train(config, resume="auto", force=bool(other))
     return measured(config, copy / "policy")
@@ -227,11 +227,11 @@ def test_what_cannot_be_explained_is_refused_by_name(run, tmp_path, capsys, monk
 
 KINDS = {
     "full": {},
-    "preset": {"warm_start.steps": 0, "rollout.draft_tokens": None},
+    "preset": {"sft.steps": 0, "rollout.draft_tokens": None},
     "lora": {"lora.rank": 4, "loss.beta": 0.1},
     "ppo": {"loss.advantage": "gae", "loss.beta": 0.1, "learner.updates_per_batch": 2},
     "bfloat16": {"dtype": "bfloat16"},
-    "ahead": {"rollout.ahead": 1, "balance.bias_rate": 0.01},
+    "ahead": {"rollout.staleness": 1, "balance.bias_rate": 0.01},
 }
 
 
@@ -265,12 +265,12 @@ def flat(learner: Learner) -> dict[str, torch.Tensor]:
 def test_a_replayed_step_leaves_the_bits_of_its_checkpoint(micro_config, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(draft_head, "PAYS", math.inf)  # the head rests wherever a gain is known, also in the record
     monkeypatch.setattr(draft_head, "IDLE_EVERY", 2)
-    train(micro_config(tmp_path / "run", **{"warm_start.steps": 1} | KINDS[kind]))
+    train(micro_config(tmp_path / "run", **{"sft.steps": 1} | KINDS[kind]))
     root = tmp_path / "run/checkpoints"
     saved = checkpoint.load(checkpoint.saved(root)[3])
     expected = {f"{k}/{n}": t for k, part in saved.tensors.items() for n, t in part.items() if k != "ahead"}
     shutil.rmtree(checkpoint.saved(root)[2])
-    for begins in (1, 0):  # one step before the last is replayed, then both, from the warm start
+    for begins in (1, 0):  # one step before the last is replayed, then both, from the SFT stage
         found = flat(replayed(tmp_path / "run", 3, begins))
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

@@ -12,7 +12,7 @@ from grpo.config.balance import BalanceOptions
 from grpo.learner.learner import Learner
 from grpo.learner.prepare import supervised
 from grpo.learner.row import PackedRow, Sample
-from policies.policy import Policy, digest
+from policies.policy import Policy, checksum
 from rewards.group_score import GroupScore
 from rollout.workers.kinds import open_pool
 
@@ -114,11 +114,11 @@ def test_contract_5_the_bias_is_published_and_part_of_the_digest(random_policy):
     policy = _moe(random_policy)
     learner = _learner(policy, {"bias_rate": 0.25}, learning_rate=1e-12)
     pool = open_pool(policy)
-    before = digest(learner.weights())
+    before = checksum(learner.weights())
     _step(learner)
-    assert digest(learner.weights()) != before
-    pool.publish(learner.weights(), learner.policy_version)
-    assert digest(pool.engine.policy.weights()) == digest(learner.weights())
+    assert checksum(learner.weights()) != before
+    pool.sync_weights(learner.weights(), learner.policy_version)
+    assert checksum(pool.engine.policy.weights()) == checksum(learner.weights())
     sampled_with = torch.stack([block.gate_bias for block in pool.engine.trunk.blocks])
     assert torch.equal(sampled_with, _biases(policy))
 

@@ -136,7 +136,7 @@ def options_of(folders, micro_config, output, **given):
     options = {
         "model": str(folders / "student"),
         "loss.advantage": "distill",
-        "warm_start.steps": 0,
+        "sft.steps": 0,
         "rollout.draft_tokens": 0,
     }
     return micro_config(output, **options | {"distill.teacher": str(folders / "teacher")} | given)

@@ -55,10 +55,10 @@ def _gradients(policy, options: MTPOptions) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def test_train_trunk_adds_the_heads_gradient_to_the_trunks(random_policy):
+def test_train_base_model_adds_the_heads_gradient_to_the_trunks(random_policy):
     """Its gradient is that of λ/tokens · loss through hidden states, embeddings and LM head, beside the SFT loss's."""
     plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3))
-    trained = _gradients(random_policy(1), SftMTPOptions(depth=2, loss_weight=0.3, train_trunk=True))
+    trained = _gradients(random_policy(1), SftMTPOptions(depth=2, loss_weight=0.3, train_base_model=True))
     policy = random_policy(1)
     mini = collate(ROWS, torch.device("cpu"))
     (0.3 / 9 * gold_draft_loss(policy, _preceding(policy, mini), mini, [0, 1], 2)).backward()
@@ -70,6 +70,6 @@ def test_train_trunk_adds_the_heads_gradient_to_the_trunks(random_policy):
 
 
 def test_contract_7_grpo_refuses_it(tmp_path):
-    with pytest.raises(ConfigError, match="mtp.train_trunk=true .command line.: quartet train does not use it"):
-        load(TrainConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True})
-    assert load(SftConfig, None, {"output_dir": tmp_path, "mtp.train_trunk": True}).mtp.train_trunk
+    with pytest.raises(ConfigError, match="mtp.train_base_model=true .command line.: quartet train does not use it"):
+        load(TrainConfig, None, {"output_dir": tmp_path, "mtp.train_base_model": True})
+    assert load(SftConfig, None, {"output_dir": tmp_path, "mtp.train_base_model": True}).mtp.train_base_model

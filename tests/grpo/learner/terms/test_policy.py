@@ -42,7 +42,7 @@ def test_what_is_settled_before_the_first_update(given, differs, age, correction
     more = {} if differs is None else {"sampler_differs": differs}
     work = work_of(batch=SimpleNamespace(age=lambda version: age))
     work.likelihood = SimpleNamespace(reference=object(), entropy_grad=False)
-    PolicyTerm(LossOptions(**given), **more).begin(work)
+    PolicyTerm(LossOptions(**given), **more).begin_update(work)
     assert work.fixed == {"policy": Settled(correction, reads_tied)}
     assert work.fixed["policy"].scale == 1
 

@@ -144,7 +144,7 @@ def at(folders, url):
 
 
 def options_of(folders, **given):
-    options = {"model": str(folders / "student"), "loss.advantage": "distill", "warm_start.steps": 0}
+    options = {"model": str(folders / "student"), "loss.advantage": "distill", "sft.steps": 0}
     options |= {"rollout.draft_tokens": 0, "distill.teacher": str(folders / "teacher"), "rollout.temperature": 1.0}
     return options | given
 

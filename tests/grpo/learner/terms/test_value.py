@@ -311,7 +311,7 @@ def test_the_value_head_is_never_published_and_a_state_with_another_estimator_is
 @pytest.mark.slow
 @pytest.mark.parametrize("advantage", ["gae", "rank_softmax"])
 def test_contract_9_a_stopped_run_with_values_resumes_to_the_same_bits(micro_config, tmp_path, advantage):
-    given = {"loss.advantage": advantage, "learner.updates_per_batch": 2, "data.limit": 10, "warm_start.steps": 0}
+    given = {"loss.advantage": advantage, "learner.updates_per_batch": 2, "data.limit": 10, "sft.steps": 0}
     _, folder = whole_and_parts(lambda path: micro_config(path, **given), tmp_path)
     before, after = (checkpoint.load(folder / f"checkpoints/step_{step:06d}").tensors for step in (1, 3))
     assert after.keys() == {"policy", "optimizer", "value"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import TrainConfig
 from grpo.learner.batch import TrainingBatch
-from grpo.steps.listener import Listener
+from grpo.steps.callback import Callback
 from grpo.task.task import Task
 from policies import presets
 from rewards.config.data import names_of
@@ -20,22 +20,22 @@ STEPS = 5  # in a row, before it is said
 OPENING = 2  # so many are enough at the start of a run: it has not learned anything yet
 
 
-def listener(run: Run[TrainConfig], task: Task) -> Listener:
-    return TiedSteps(run, task)
+def callback(run: Run[TrainConfig], task: Task) -> Callback:
+    return ZeroVarianceSteps(run, task)
 
 
-class TiedSteps(Listener):
+class ZeroVarianceSteps(Callback):
     """Counts the steps in a row whose advantages were all zero. Full marks of the task's first reward are a right
     answer."""
 
     def __init__(self, run: Run[TrainConfig], task: Task) -> None:
-        self.run, self.first_reward, self.full_marks = run, task.first_reward, task.full_marks
+        self.run, self.first_reward, self.max_score = run, task.first_reward, task.max_score
         self.by_teacher = run.config.loss.advantage == "distill"  # with any advantages
         self.in_a_row: list[Drawn] = []
         self.told = False
         self.opening = True  # no step has taught anything yet
 
-    def learns(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
+    def on_update_begin(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
         if step > OPENING and not self.in_a_row:
             self.opening = False  # a resumed run began long ago
         diagnosis = self.observe(drawn, batch.all_tied and not self.by_teacher)
@@ -43,7 +43,7 @@ class TiedSteps(Listener):
             self.run.log.nothing_learned(step, *diagnosis)
         return {}
 
-    def taught(self) -> None:
+    def on_custom_loss(self) -> None:
         self.in_a_row = []
         if self.opening:
             self.opening = self.told = False  # a later standstill has another reason
@@ -52,7 +52,7 @@ class TiedSteps(Listener):
         """Why nothing is learned, and what to change, after a step whose batch was `tied` or not. None if the step
         taught something, if it is too early, and if it was said before."""
         if not tied:
-            self.taught()
+            self.on_custom_loss()
             return None
         self.in_a_row = [*self.in_a_row, drawn][-STEPS:]
         if self.told or len(self.in_a_row) < self._needed():
@@ -72,7 +72,7 @@ class TiedSteps(Listener):
         scores = [score for drawn in self.in_a_row for score in drawn.scores]
         rewards = [reward for score in scores for reward in score.rewards if reward is not None]
         marks = [mark for score in scores for mark in score.parts.get(self.first_reward, []) if mark is not None]
-        right = [mark >= self.full_marks for mark in marks]
+        right = [mark >= self.max_score for mark in marks]
         if not self._without_variance():
             return (
                 "the rewards differ, but every completion that could teach something was left out of the loss",
@@ -104,12 +104,12 @@ class TiedSteps(Listener):
         """The most certain reason first: random weights, then a form that the reward does not read."""
         same = f"every completion got the same reward, {reward:g}"
         config = self.run.config
-        if self.opening and config.model in presets.PRESETS and not config.warm_start.steps:
+        if self.opening and config.model in presets.PRESETS and not config.sft.steps:
             return (
-                f"{same}: the weights of the preset {config.model!r} are random, and warm_start.steps is 0, so the "
+                f"{same}: the weights of the preset {config.model!r} are random, and sft.steps is 0, so the "
                 f"policy cannot answer anything{self._cut()}",
                 [
-                    "train it on reference solutions first: warm_start.steps: 300 (now 0)",
+                    "train it on reference solutions first: sft.steps: 300 (now 0)",
                     f"or start from a trained policy: model (now {config.model}): a checkpoint folder or a hub id",
                 ],
             )
@@ -142,7 +142,7 @@ class TiedSteps(Listener):
         limit = self.run.config.rollout.max_completion_tokens
         return [
             *([f"let completions end: raise rollout.max_completion_tokens (now {limit})"] if self._cut() else []),
-            f"train longer on reference solutions first: warm_start.steps (now {self.run.config.warm_start.steps})",
+            f"train longer on reference solutions first: sft.steps (now {self.run.config.sft.steps})",
             "begin with easier problems: curriculum.shortest_share below 1",
             *self._spread(),
             "give parts of the marks for parts of the answer, by a second reward (rewards)",
@@ -155,7 +155,7 @@ class TiedSteps(Listener):
         return [
             f"raise rollout.temperature (now {rollout.temperature:g})",
             f"use a larger rollout.group_size (now {rollout.group_size})",
-            f"sample tied groups again: rollout.refill_draws (now {rollout.refill_draws})",
+            f"sample tied groups again: rollout.max_resamples (now {rollout.max_resamples})",
         ]
 
     def _cut(self) -> str:

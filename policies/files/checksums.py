@@ -10,10 +10,10 @@ from typing import Any
 
 from policies.files.atomic import write_file
 
-DIGESTS = "digests.json"  # of a policy's folder
+CHECKSUMS = "digests.json"  # of a policy's folder
 
 
-def digests(folder: Path) -> str:
+def checksums(folder: Path) -> str:
     """JSON for all files that are in `folder` now: {"files": {"config.json": {"bytes": .., "sha256": ".."}, ..}}."""
     return listing({file.name: size_and_hash(file) for file in folder.iterdir() if file.is_file()})
 
@@ -23,10 +23,10 @@ def listing(files: Mapping[str, dict[str, Any]]) -> str:
     return json.dumps({"files": dict(sorted(files.items()))}, indent=1)
 
 
-def write_digests(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Write them beside the files of a complete policy, for `policies.checkpoint.check_policy`."""
-    (folder / DIGESTS).unlink(missing_ok=True)
-    write_file(folder / DIGESTS, digests(folder))
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    write_file(folder / CHECKSUMS, checksums(folder))
 
 
 def fault(folder: Path, name: str, needed: Collection[str] = (), share: slice = slice(None)) -> str | None:

@@ -43,7 +43,7 @@ def test_contracts_2_3_and_4_hold_after_two_publications_with_an_update_between(
     learner, pool = learner_of(policy, params.temperature), LocalPool(policy, PoolOptions(prompts_per_shard=3))
     seen = []
     for version in (1, 2):
-        pool.publish(learner.weights(), version)
+        pool.sync_weights(learner.weights(), version)
         engine = pool.engine
         assert_lossless(engine, prompts, params, depths=(1, 9))
         assert_lossless(engine, prompts, replace(params, temperature=0.0, group_size=1), depths=(3,))
@@ -67,9 +67,9 @@ def test_contract_3_the_distribution_is_the_updated_policys(random_policy, draft
     learner, engine = learner_of(policy, 0.8), Engine(random_policy(99, vocab_size=6))
     params = SamplingParams(20_000, 0.8, 3, (2,), seed=1, draft_tokens=draft_tokens)
     prompt, before = Prompt("toy", "", [3, 4]), enumerated(policy, [3, 4], 0.8, length=3, stop=2)
-    engine.publish(learner.weights(), 1)
+    engine.sync_weights(learner.weights(), 1)
     updated(learner, engine.sample([prompt], replace(params, group_size=8)), 1)
-    engine.publish(learner.weights(), 2)
+    engine.sync_weights(learner.weights(), 2)
     [group] = engine.sample([prompt], params)
     counts = Counter(tuple(completion.token_ids) for completion in group.completions)
     assert abs(z_score(counts, enumerated(policy, [3, 4], 0.8, length=3, stop=2))) < 4

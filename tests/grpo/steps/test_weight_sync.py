@@ -19,9 +19,9 @@ from grpo.config.loss import LossOptions
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.run.stop import Stopped, signals
-from grpo.steps import few_bits
-from grpo.steps import publisher as module
-from grpo.steps.publisher import Publisher
+from grpo.steps import quantized
+from grpo.steps import weight_sync as module
+from grpo.steps.weight_sync import WeightSync
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.decoding.engine import Engine
@@ -143,13 +143,13 @@ SABOTAGE = {
 
 def refused(learner: Learner, pool: Pool, sabotage: Callable[[], None]) -> str:
     """An honest publication passes; the next one, after `sabotage` and a step, is refused with these words."""
-    publisher = Publisher(pool, learner, params_of(learner.policy))
-    metrics = publisher.publish()
+    weight_sync = WeightSync(pool, learner, params_of(learner.policy))
+    metrics = weight_sync.sync_weights()
     assert 0 < metrics["canary/logprob_abs_mean"] <= metrics["canary/logprob_abs_max"]
     learn(learner, pool)
     sabotage()
     with pytest.raises(RolloutError) as error:
-        publisher.publish()
+        weight_sync.sync_weights()
     return str(error.value)
 
 
@@ -218,21 +218,21 @@ def test_contract_13_workers_are_refused_by_name(cluster, policy_of, backend):
 
 
 @pytest.fixture
-def publisher(policy_of) -> Publisher:
+def weight_sync(policy_of) -> WeightSync:
     policy = policy_of("native")
-    return Publisher(open_pool(policy), learner_of(policy), PARAMS)
+    return WeightSync(open_pool(policy), learner_of(policy), PARAMS)
 
 
-def test_contract_13_canaries_change_no_token_of_the_run(publisher):
-    pool = publisher.pool
+def test_contract_13_canaries_change_no_token_of_the_run(weight_sync):
+    pool = weight_sync.pool
     before = pool.sample(PROMPTS, PARAMS)
-    publisher.publish()
+    weight_sync.sync_weights()
     assert pool.sample(PROMPTS, PARAMS) == before
 
 
-def test_canaries_that_fail_once_are_made_again(publisher, monkeypatch):
-    sample, calls = publisher.pool.sample_on_each, []
-    tied = publisher.prompts[0][0].token_ids
+def test_canaries_that_fail_once_are_made_again(weight_sync, monkeypatch):
+    sample, calls = weight_sync.pool.sample_on_each, []
+    tied = weight_sync.prompts[0][0].token_ids
 
     def flip(prompts, params):
         """An expert takes another's place at a token of one prompt, whatever is sampled after it."""
@@ -243,47 +243,47 @@ def test_canaries_that_fail_once_are_made_again(publisher, monkeypatch):
                 group.completions[0].logprobs[3] += 0.2
         return sampled
 
-    monkeypatch.setattr(publisher.pool, "sample_on_each", flip)
-    metrics = publisher.publish()
+    monkeypatch.setattr(weight_sync.pool, "sample_on_each", flip)
+    metrics = weight_sync.sync_weights()
     assert calls == [0, 1]
     assert metrics["canary/repeats"] == 1
     assert metrics["canary/logprob_abs_max"] < 1e-4
 
 
-def test_samplers_get_the_weights_when_these_have_moved_or_when_they_have_let_them_go(publisher, monkeypatch):
+def test_samplers_get_the_weights_when_these_have_moved_or_when_they_have_let_them_go(weight_sync, monkeypatch):
     """Samplers that have left the learner's GPUs hold no weights, though the version is still the one they had."""
-    pool, versions = publisher.pool, []
+    pool, versions = weight_sync.pool, []
     run = SimpleNamespace(timed=nullcontext, phase=nullcontext, metrics={})
-    publish = pool.publish
+    publish = pool.sync_weights
 
     def wakes(weights, version) -> None:
         versions.append(version)
         publish(weights, version)
         pool.asleep = False
 
-    monkeypatch.setattr(pool, "publish", wakes)
-    publisher.keep_up(run)
-    publisher.keep_up(run)
+    monkeypatch.setattr(pool, "sync_weights", wakes)
+    weight_sync.keep_up(run)
+    weight_sync.keep_up(run)
     assert versions == [0]
     pool.asleep = True
-    publisher.keep_up(run)
-    publisher.keep_up(run)
+    weight_sync.keep_up(run)
+    weight_sync.keep_up(run)
     assert versions == [0, 0]
-    publisher.keep_up(run, anew=True)
+    weight_sync.keep_up(run, anew=True)
     assert versions == [0, 0, 0]
-    learn(publisher.learner, pool)
-    publisher.keep_up(run)
-    publisher.keep_up(run)
+    learn(weight_sync.learner, pool)
+    weight_sync.keep_up(run)
+    weight_sync.keep_up(run)
     assert versions == [0, 0, 0, 1]
     assert run.metrics["canary/repeats"] == 0
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
-def test_contract_13_a_version_that_was_not_admitted_is_published_again(publisher, monkeypatch, error):
-    publisher.publish()
-    scores = publisher.scores
+def test_contract_13_a_version_that_was_not_admitted_is_published_again(weight_sync, monkeypatch, error):
+    weight_sync.sync_weights()
+    scores = weight_sync.scores
     run = SimpleNamespace(timed=nullcontext, phase=nullcontext, metrics={})
-    publisher.keep_up(run)
+    weight_sync.keep_up(run)
     assert run.metrics == {}  # they hold it already
 
     def wrong(sampled, temperature):
@@ -292,27 +292,27 @@ def test_contract_13_a_version_that_was_not_admitted_is_published_again(publishe
         found = scores(sampled, temperature)
         return {worker: [[[x - 1 for x in row] for row in rows] for rows in found[worker]] for worker in found}
 
-    monkeypatch.setattr(publisher, "scores", wrong)
+    monkeypatch.setattr(weight_sync, "scores", wrong)
     for anew in (True, False):  # the second time as before the next sampling
         with pytest.raises(RuntimeError if error else RolloutError):
-            publisher.keep_up(run, anew)
-        assert publisher.version is None
-    monkeypatch.setattr(publisher, "scores", scores)
-    publisher.keep_up(run)
-    assert run.metrics["canary/repeats"] == publisher.version == 0
+            weight_sync.keep_up(run, anew)
+        assert weight_sync.version is None
+    monkeypatch.setattr(weight_sync, "scores", scores)
+    weight_sync.keep_up(run)
+    assert run.metrics["canary/repeats"] == weight_sync.version == 0
 
 
-def test_each_sampler_is_scored_by_its_own_tokens_and_the_same_tokens_once(publisher, monkeypatch):
-    pool, calls = publisher.pool, []
+def test_each_sampler_is_scored_by_its_own_tokens_and_the_same_tokens_once(weight_sync, monkeypatch):
+    pool, calls = weight_sync.pool, []
 
     def score(*given):
         calls.append(given)
         return logprobs_of_groups(*given)
 
     monkeypatch.setattr(module, "logprobs_of_groups", score)
-    first, second = (pool.sample(publisher.prompts[0], PARAMS.at(step)) for step in (1, 2))
+    first, second = (pool.sample(weight_sync.prompts[0], PARAMS.at(step)) for step in (1, 2))
     sampled = {"one": first, "two": copy.deepcopy(first), "three": second}
-    scores = publisher.scores(sampled, PARAMS.temperature)
+    scores = weight_sync.scores(sampled, PARAMS.temperature)
     assert len(calls) == 2
     for sampler, groups in sampled.items():
         for group, rows in zip(groups, scores[sampler], strict=True):
@@ -330,17 +330,17 @@ def test_contract_13_copies_in_few_bits_are_compared_without_rounding_too(policy
         asked.append(given)
         return fault
 
-    monkeypatch.setattr(few_bits, "scorer", lambda policy, copies: partial(logprobs_of_groups, policy))
-    monkeypatch.setattr(few_bits, "fault_without_rounding", looked)
+    monkeypatch.setattr(quantized, "scorer", lambda policy, copies: partial(logprobs_of_groups, policy))
+    monkeypatch.setattr(quantized, "fault_without_rounding", looked)
     learner = learner_of(policy)
-    publisher = Publisher(open_pool(policy), learner, params_of(policy), copies="int8")
+    weight_sync = WeightSync(open_pool(policy), learner, params_of(policy), copies="int8")
     if fault is None:
-        assert publisher.publish()["canary/repeats"] == 0
-        assert publisher.version == 0
+        assert weight_sync.sync_weights()["canary/repeats"] == 0
+        assert weight_sync.version == 0
     else:
         with pytest.raises(RolloutError, match=fault):
-            publisher.publish()
-        assert publisher.version is None
+            weight_sync.sync_weights()
+        assert weight_sync.version is None
     assert [(given[0] is policy, *given[2:]) for given in asked[:1]] == [(True, 4 * PARAMS.temperature, 0)]
 
 
@@ -348,18 +348,18 @@ def test_a_publication_that_a_stop_cuts_short_has_no_canaries_and_does_not_undo_
     """What was learned counts: the step gets its line, and the next sampling is given up."""
     policy = policy_of("native")
     pool = open_pool(policy, PoolOptions(check_stop=signals.check))
-    publisher = Publisher(pool, learner_of(policy), PARAMS)
-    assert publisher.publish()["canary/repeats"] == 0
+    weight_sync = WeightSync(pool, learner_of(policy), PARAMS)
+    assert weight_sync.sync_weights()["canary/repeats"] == 0
     monkeypatch.setattr(signals, "number", signal.SIGTERM)
-    assert publisher.publish() == {}
+    assert weight_sync.sync_weights() == {}
     with pytest.raises(Stopped):
-        pool.sample(publisher.prompts[0], PARAMS)
-    monkeypatch.setattr(pool, "publish", Mock(side_effect=Stopped))
-    assert publisher.publish() == {}
-    assert publisher.version == 0
+        pool.sample(weight_sync.prompts[0], PARAMS)
+    monkeypatch.setattr(pool, "sync_weights", Mock(side_effect=Stopped))
+    assert weight_sync.sync_weights() == {}
+    assert weight_sync.version == 0
 
 
 def test_a_context_shorter_than_the_canaries_has_short_ones(policy_of):
     policy = policy_of("native", max_position_embeddings=5)
-    metrics = Publisher(LocalPool(policy), learner_of(policy), PARAMS).publish()
+    metrics = WeightSync(LocalPool(policy), learner_of(policy), PARAMS).sync_weights()
     assert metrics["canary/logprob_abs_max"] < 1e-4

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -22,9 +23,9 @@ from policies.sharding import routed_experts
 from rollout.faults import RolloutError
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Pool
-from rollout.publication.canaries import Agreement, Scores, canary_params, canary_prompts, compare
-from rollout.publication.digests import first_difference
 from rollout.sampling import SamplingParams
+from rollout.weight_sync.checksums import first_difference
+from rollout.weight_sync.sync_check import Agreement, Scores, compare, sync_check_params, sync_check_prompts
 
 ADVICE = (
     "Nothing was sampled with it. The last step is saved: go on with --resume auto. If this comes again, the sampler "
@@ -40,16 +41,16 @@ MISMATCH, MISMATCH_MEAN = 0.1, 1e-3
 
 
 @contextmanager
-def open_publisher(run: Run[Any], learner: Learner, params: SamplingParams) -> Iterator[Publisher]:
-    """Opens the pool of a run, which holds the learner's weights; see `Publisher`."""
+def open_weight_sync(run: Run[Any], learner: Learner, params: SamplingParams) -> Iterator[WeightSync]:
+    """Opens the pool of a run, which holds the learner's weights; see `WeightSync`."""
     with closing(open_run_pool(run, learner.policy)) as pool:
-        publisher = Publisher(pool, learner, params, run.config.whole_rollout.quantization)
+        weight_sync = WeightSync(pool, learner, params, run.config.whole_rollout.quantization)
         with run.phase("publishing"):
-            publisher.publish()
-        yield publisher
+            weight_sync.sync_weights()
+        yield weight_sync
 
 
-class Publisher:
+class WeightSync:
     """Hands a learner's weights to the samplers of a pool. `params`: how the run samples.
 
     A version is admitted when every sampler holds the published tensors and its canaries have the learner's
@@ -64,19 +65,19 @@ class Publisher:
         policy = learner.policy
         self.dtype, self.context = policy.trunk.dtype, policy.max_length
         vocabulary = policy.config.get_text_config().vocab_size
-        self.prompts = [canary_prompts(vocabulary, self.context, attempt) for attempt in range(ATTEMPTS)]
+        self.prompts = [sync_check_prompts(vocabulary, self.context, attempt) for attempt in range(ATTEMPTS)]
 
-    def publish(self) -> dict[str, float]:
+    def sync_weights(self) -> dict[str, float]:
         """Every rank takes part. Returns canary/* of this publication, nothing where a stop has cut it short."""
         learner, version = self.learner, self.learner.policy_version
         weights, ranks = learner.weights(), learner.ranks
         self.version = None
         with suppress(Stopped):  # what was learned counts, and the next sampling is given up
-            self.pool.publish(weights, version)
+            self.pool.sync_weights(weights, version)
         started = time.perf_counter()
-        ranks.from_first(partial(self._compare_digests, weights, version))
+        ranks.from_first(partial(self._compare_checksums, weights, version))
         for attempt in range(ATTEMPTS):
-            params = canary_params(self.params.at(version, attempt), self.context)
+            params = sync_check_params(self.params.at(version, attempt), self.context)
             sampled = ranks.from_first(partial(self._sampled, self.prompts[attempt], params))
             if not sampled:
                 self.version = version
@@ -84,7 +85,7 @@ class Publisher:
             scores = self.scores(sampled, params.temperature)
             agreement: Agreement = ranks.from_first(partial(compare, sampled, scores, version, self.dtype))
             if self.copies != "none" and not agreement.fault:
-                from grpo.steps.few_bits import fault_without_rounding
+                from grpo.steps.quantized import fault_without_rounding
 
                 groups = next(iter(sampled.values()))
                 fault = fault_without_rounding(learner.policy, groups, params.temperature, version)
@@ -107,7 +108,7 @@ class Publisher:
         moved = anew or self.version != self.learner.policy_version
         if moved or self.learner.ranks.from_first(lambda: self.pool.asleep):
             with run.timed("time/publish"), run.phase("publishing"):
-                run.metrics |= self.publish()
+                run.metrics |= self.sync_weights()
 
     def _sampled(self, prompts: list[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
         """The canaries; nothing once a stop was asked for, since the publication may have been cut short."""
@@ -116,7 +117,7 @@ class Publisher:
         except Stopped:
             return {}
 
-    def _compare_digests(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def _compare_checksums(self, weights: Mapping[str, Tensor], version: int) -> None:
         if self.learner.ranks.size > 1:  # ranks that share the weights would have to gather them all again
             return
         for sampler, held in self.pool.held().items():
@@ -132,13 +133,14 @@ class Publisher:
         policy = self.learner.policy
         score: Callable[[Sequence[RolloutGroup], float], Scores] = partial(logprobs_of_groups, policy)
         if self.copies != "none":
-            from grpo.steps.few_bits import scorer
+            from grpo.steps.quantized import scorer
 
             score = scorer(policy, self.copies)
         known: dict[str, Scores] = {}
         scores = {}
         for sampler, groups in sampled.items():
-            tokens = str([[completion.token_ids for completion in group.completions] for group in groups])
+            completions = chain.from_iterable(group.completions for group in groups)
+            tokens = str([completion.token_ids for completion in completions])
             if tokens not in known:
                 known[tokens] = score(groups, temperature)
             scores[sampler] = known[tokens]

@@ -9,8 +9,8 @@ from functools import partial
 from grpo.learner.likelihood import logprobs_of_groups
 from policies.policy import Policy
 from rollout.group import RolloutGroup
-from rollout.publication.canaries import Scores, compare
-from rollout.publication.rounded import logprobs_of_trunk, rounded_trunk
+from rollout.weight_sync.rounded import logprobs_of_trunk, rounded_trunk
+from rollout.weight_sync.sync_check import Scores, compare
 
 
 def scorer(policy: Policy, copies: str) -> Callable[[Sequence[RolloutGroup], float], Scores]:

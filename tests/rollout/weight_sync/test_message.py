@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-import rollout.publication.message
+import rollout.weight_sync.message
 from policies.policy import Policy
 from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
-from rollout.publication.digests import digests
-from rollout.publication.message import Message, Moved, Sender, pack, unpack
+from rollout.weight_sync.checksums import checksums
+from rollout.weight_sync.message import Message, Moved, Sender, pack, unpack
 from rollout.workers.worker import Receiver
 
 TARGETS = {"attention": ["o_proj", "kv_b_proj"], "everything": ["o_proj", "experts", "router", "lm_head", "mtp"]}
@@ -55,7 +55,7 @@ def test_weights_survive_their_journey():
         "empty": torch.zeros(0, 3),
     }
     arrived = unpack(pack(weights))
-    assert digests(arrived) == digests(weights)
+    assert checksums(arrived) == checksums(weights)
     for name, tensor in weights.items():
         assert torch.equal(arrived[name], tensor)
         assert arrived[name].dtype == tensor.dtype
@@ -65,13 +65,13 @@ def test_a_new_worker_gets_everything_and_one_that_missed_a_version_refuses_the_
     policy = random_policy(3)
     policy.add_lora(2, 4.0, TARGETS["attention"])
     sender, worker = Sender(), receiver(policy)
-    take(sender, policy.publication(), 0)
+    take(sender, policy.synced_weights(), 0)
     learn(policy)
-    message = take(sender, policy.publication(), 1)
+    message = take(sender, policy.synced_weights(), 1)
     with pytest.raises(RolloutError, match="holds policy version -1, and what it got follows version 0"):
         worker.take_message(message)
     [again] = sender.again()
-    assert worker.take_message(again) == digests(policy.weights())
+    assert worker.take_message(again) == checksums(policy.weights())
     assert again.bytes > message.bytes
 
 
@@ -83,14 +83,14 @@ def test_a_worker_gives_another_one_what_it_holds(random_policy, targets):
         policy.add_lora(2, 4.0, TARGETS[targets])
     sender, workers = Sender(), [receiver(policy), receiver(policy)]
     for version in range(2):
-        workers[0].take_message(take(sender, policy.publication(), version))
+        workers[0].take_message(take(sender, policy.synced_weights(), version))
         learn(policy) if version == 0 else None
-    assert given(*workers) == digests(policy.weights())
+    assert given(*workers) == checksums(policy.weights())
     assert workers[1].engine.version == 1
     learn(policy)
-    message = take(sender, policy.publication(), 2)
+    message = take(sender, policy.synced_weights(), 2)
     for worker in workers:
-        assert worker.take_message(message) == digests(policy.weights())
+        assert worker.take_message(message) == checksums(policy.weights())
 
 
 @pytest.mark.parametrize("targets", [None, *TARGETS])
@@ -99,17 +99,17 @@ def test_what_is_kept_is_given_again_after_the_learner_has_moved_on(random_polic
     if targets:
         policy.add_lora(2, 4.0, TARGETS[targets])
     sender, worker, former = Sender(), receiver(policy), receiver(policy)
-    for message in sender.messages(policy.publication(), 0):
+    for message in sender.messages(policy.synced_weights(), 0):
         former.take_message(message)
-    published = digests(policy.weights())
+    published = checksums(policy.weights())
     sender.copy_weights()
     learn(policy)
     [again] = sender.again()
-    assert worker.take_message(again) == published != digests(policy.weights())
-    change = take(sender, policy.publication(), 1)  # the next publication follows as if nothing had been kept
+    assert worker.take_message(again) == published != checksums(policy.weights())
+    change = take(sender, policy.synced_weights(), 1)  # the next publication follows as if nothing had been kept
     assert (change.since == 0) == bool(targets)
     for each in (worker, former):
-        assert each.take_message(change) == digests(policy.weights())
+        assert each.take_message(change) == checksums(policy.weights())
     learn(policy)
     with pytest.raises(Moved):
         list(sender.again())
@@ -121,7 +121,7 @@ def test_parts_of_two_publications_are_not_mixed(random_policy):
     first, second = (list(sender.messages(policy.weights(), version)) for version in range(2))
     assert [worker.take_message(part) for part in (*first[:2], second[0], *first[2:])][-1] == {}
     assert worker.engine.version == -1
-    assert [worker.take_message(part) for part in second][-1] == digests(policy.weights())
+    assert [worker.take_message(part) for part in second][-1] == checksums(policy.weights())
     assert worker.engine.version == 1
 
 
@@ -129,13 +129,13 @@ def test_a_publication_that_is_cut_short_is_followed_by_a_whole_one(random_polic
     policy = random_policy(3)
     policy.add_lora(2, 4.0, TARGETS["attention"])
     sender = Sender()
-    take(sender, policy.publication(), 0)
-    cut = policy.publication()
+    take(sender, policy.synced_weights(), 0)
+    cut = policy.synced_weights()
     name, adapter = next(iter(cut.adapters.items()))
     cut.adapters[name] = replace(adapter, a=None)
     with pytest.raises(AttributeError):
         take(sender, cut, 1)
-    assert take(sender, policy.publication(), 2).since is None
+    assert take(sender, policy.synced_weights(), 2).since is None
 
 
 def test_contract_5_a_worker_that_holds_something_else_is_told_by_the_first_tensor():
@@ -144,7 +144,7 @@ def test_contract_5_a_worker_that_holds_something_else_is_told_by_the_first_tens
     sender = Sender(cast=torch.bfloat16)
     take(sender, weights, 1)
     for held in (weights, {name: tensor.bfloat16() for name, tensor in weights.items()}):
-        assert sender.difference(digests(held)) is None
+        assert sender.difference(checksums(held)) is None
     moved = weights | {"b": torch.tensor([0.1, 0.2])}
     for held, name in (
         (moved, "b"),
@@ -153,7 +153,7 @@ def test_contract_5_a_worker_that_holds_something_else_is_told_by_the_first_tens
         (weights | {"c": torch.zeros(1)}, "c"),
         ({name: tensor.half() for name, tensor in weights.items()}, "a"),
     ):
-        assert sender.difference(digests(held)) == name
+        assert sender.difference(checksums(held)) == name
 
 
 def memory() -> dict[int, int]:
@@ -179,7 +179,7 @@ def test_a_publication_never_holds_a_second_copy_of_the_weights(random_policy, m
     sizes, sender = [tensor.nbytes for tensor in policy.weights().values()], Sender(part_bytes=20_000)
     gc.collect()
     before, traced_before = memory(), tracemalloc.get_traced_memory()[0]
-    monkeypatch.setattr(rollout.publication.message, "_on_host", lambda tensor: tensor.detach().clone())
+    monkeypatch.setattr(rollout.weight_sync.message, "_on_host", lambda tensor: tensor.detach().clone())
 
     def held() -> int:
         tensors = sum(size for address, size in memory().items() if address not in before)
@@ -190,7 +190,7 @@ def test_a_publication_never_holds_a_second_copy_of_the_weights(random_policy, m
     assert limit < 0.75 * sum(sizes)
     for version in range(2):
         sent, most = 0, 0
-        for message in sender.messages(policy.publication(), version):
+        for message in sender.messages(policy.synced_weights(), version):
             sent += message.bytes
             most = max(most, held())
             del message

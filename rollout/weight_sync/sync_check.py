@@ -56,7 +56,7 @@ class Agreement:
     fault: str | None
 
 
-def canary_prompts(vocabulary: int, context: int, attempt: int = 0) -> list[Prompt]:
+def sync_check_prompts(vocabulary: int, context: int, attempt: int = 0) -> list[Prompt]:
     """Prompts of tokens from everywhere in the vocabulary, the same for every version.
 
     A second attempt has other prompts. Two experts that are tied within rounding at one token of a prompt change every
@@ -70,7 +70,7 @@ def canary_prompts(vocabulary: int, context: int, attempt: int = 0) -> list[Prom
     ]
 
 
-def canary_params(params: SamplingParams, context: int) -> SamplingParams:
+def sync_check_params(params: SamplingParams, context: int) -> SamplingParams:
     """The parameters of canaries, which are `params` but hotter, short, of full length, and with drafts that need no
     table of costs."""
     drafts = DRAFTS if params.draft_tokens is None else params.draft_tokens
@@ -144,7 +144,9 @@ def _wrong_slope(own_N: torch.Tensor, score_N: torch.Tensor) -> float | None:
     return slope if slope > 0 and abs(slope - 1) > SLOPE + ERRORS * error else None
 
 
-def other_canaries(groups: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype) -> str | None:
+def sync_check_difference(
+    groups: Sequence[RolloutGroup], passed: Sequence[RolloutGroup], dtype: torch.dtype
+) -> str | None:
     """Tells how the canaries of a sampler differ from those of one that has passed, or None.
 
     The tokens are the same up to ties, and where two completions part, no more of them is compared.

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from policies.four_bit import plain_weight
-from policies.publication import Publication
 from policies.sharding import whole
+from policies.synced_weights import SyncedWeights
 from rollout.faults import RolloutError
-from rollout.publication.digests import Held, digest_of
+from rollout.weight_sync.checksums import Held, checksum_of
 
 PackedTensor = tuple[str, list[int], np.ndarray]
 PackedWeights = dict[str, PackedTensor]
@@ -82,29 +82,29 @@ class Sender:
         """Samplers may hold tensors in the type `cast`. A message is sent from `part_bytes` on."""
         self.cast, self.part_bytes = cast, part_bytes
         self.version: int | None = None
-        self._last: Publication | None = None  # of which the fixed tensors need not be sent again
-        self._source = Publication({})  # references to the learner's tensors
-        self._digests: dict[str, dict[str, str]] = {}  # by tensor and type
+        self._last: SyncedWeights | None = None  # of which the fixed tensors need not be sent again
+        self._source = SyncedWeights({})  # references to the learner's tensors
+        self._checksums: dict[str, dict[str, str]] = {}  # by tensor and type
 
     def messages(self, weights: Mapping[str, Tensor], version: int) -> Iterator[Message]:
         """A publication in parts. Each must be put where workers read it before the next is asked for: its tensors may
         be the learner's own memory. If they are not all asked for, the next publication is whole.
 
-        Ranks that share the weights gather what `Publication.parts` says.
+        Ranks that share the weights gather what `SyncedWeights.parts` says.
         """
-        now, last, former = Publication.of(weights), self._last, self.version
+        now, last, former = SyncedWeights.of(weights), self._last, self.version
         self._last = self.version = None
         self._source, changed = now, now.changes(last)
         since = former if len(changed) < len(now) else None
         by_name: dict[str, dict[str, str]] = {}
 
         def seen(name: str, value: Tensor) -> None:
-            by_name[name] = self._digests_of(value)
+            by_name[name] = self._checksums_of(value)
 
         names = now.read(last)
         yield from _messages(now, names, changed, version, since, self.part_bytes, seen)
-        self._digests = {name: by_name[name] if name in by_name else self._digests[name] for name in now}
-        self._last, self.version = now if now.fixed else Publication({}), version
+        self._checksums = {name: by_name[name] if name in by_name else self._checksums[name] for name in now}
+        self._last, self.version = now if now.fixed else SyncedWeights({}), version
 
     def copy_weights(self) -> None:
         """Make a copy, which `again` reads from now on: the learner goes on while samplers still need this version."""
@@ -119,26 +119,26 @@ class Sender:
             raise RolloutError(f"no worker is left that holds version {version}, {NOT_AGAIN}")
 
         def seen(name: str, value: Tensor) -> None:
-            if self._digests_of(value) != self._digests[name]:
+            if self._checksums_of(value) != self._checksums[name]:
                 raise Moved(f"no worker is left that holds version {version}, {NOT_AGAIN}")
 
         yield from _messages(source, list(source), source.tensors, version, None, self.part_bytes, seen)
 
-    def _digests_of(self, value: Tensor) -> dict[str, str]:
+    def _checksums_of(self, value: Tensor) -> dict[str, str]:
         kinds = {value.dtype, self.cast or value.dtype}
-        return {str(kind).removeprefix("torch."): digest_of(value.to(kind)) for kind in kinds}
+        return {str(kind).removeprefix("torch."): checksum_of(value.to(kind)) for kind in kinds}
 
     def difference(self, held: Held) -> str | None:
         """The first tensor that a worker does not hold as it was published, see `first_difference`."""
-        for name, digests in self._digests.items():
+        for name, digests in self._checksums.items():
             kind, digest = held.get(name, ("", ""))
             if not digest or digests.get(kind) != digest:
                 return name
-        return next((name for name in held if name not in self._digests), None)
+        return next((name for name in held if name not in self._checksums), None)
 
 
 def _messages(
-    weights: Publication,
+    weights: SyncedWeights,
     names: Sequence[str],
     sent: Container[str],
     version: int,
@@ -172,7 +172,7 @@ def _messages(
         yield Message(version, since, part is parts[0], part is parts[-1], pack(tensors), adapters)
 
 
-def everything(weights: Publication, version: int, part_bytes: int = PART_BYTES) -> Iterator[Message]:
+def everything(weights: SyncedWeights, version: int, part_bytes: int = PART_BYTES) -> Iterator[Message]:
     """Reads all that a worker gives to one that holds nothing, or something else than it should."""
     return _messages(weights, list(weights), weights.tensors, version, None, part_bytes)
 

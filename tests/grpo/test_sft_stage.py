@@ -11,7 +11,7 @@ from rich.console import Console
 from grpo.config.run import LogOptions, SftConfig
 from grpo.evaluation.best_point import BestPoint
 from grpo.learner.learner import Learner
-from grpo.learner.parallel import ALONE
+from grpo.learner.parallel import ONE_PROCESS
 from grpo.learner.update import NonFiniteStep
 from grpo.run.log import RunLog
 from grpo.session import Session
@@ -24,14 +24,14 @@ from policies.policy import Policy
 def _warm(policy: Policy, config, folder, console=None) -> dict[str, float]:
     with Task.of(config) as task, RunLog(folder, "", LogOptions(trackers=[]), quiet=True, console=console) as log:
         where = {"checkpoints": folder / "warm_start_checkpoints", "saved": None}
-        run = Run(config, log, ALONE, last=config.supervision.steps, of=" of the warm start", **where)
+        run = Run(config, log, ONE_PROCESS, last=config.supervision.steps, of=" of the SFT stage", **where)
         session = supervised_session(Session, run, task, policy)
         supervise(session, BestPoint(session, folder / "best"))
         return dict(run.metrics)
 
 
 def _config(micro_config, folder, **given):
-    return micro_config(folder, **{"warm_start.steps": 4, "warm_start.batch_size": 4} | given)
+    return micro_config(folder, **{"sft.steps": 4, "sft.batch_size": 4} | given)
 
 
 def _moved(policy: Policy, before: Policy) -> set[str]:
@@ -46,9 +46,7 @@ def _events(folder) -> list[dict]:
 def test_the_policy_learns_the_solutions_in_place_and_its_head_beside_it(micro_policy, micro_config, tmp_path):
     policy, console = micro_policy(0), Console(file=io.StringIO(), width=200)
     before = copy.deepcopy(policy)
-    config = _config(
-        micro_config, tmp_path, **{"warm_start.steps": 25, "warm_start.warmup_steps": 5, "mtp.learning_rate": 1e-2}
-    )
+    config = _config(micro_config, tmp_path, **{"sft.steps": 25, "sft.warmup_steps": 5, "mtp.learning_rate": 1e-2})
     metrics = _warm(policy, config, tmp_path / "r", console)
     assert "24/25" in console.file.getvalue()
     assert "25/25" in console.file.getvalue()
@@ -75,13 +73,13 @@ def test_every_example_is_seen_before_one_comes_again(micro_policy, micro_config
         return forward_backward(self, batch, *rest)
 
     monkeypatch.setattr(Learner, "forward_backward", note)
-    _warm(micro_policy(0), _config(micro_config, tmp_path, **{"warm_start.steps": 6}), tmp_path / "r")
+    _warm(micro_policy(0), _config(micro_config, tmp_path, **{"sft.steps": 6}), tmp_path / "r")
     assert len(seen) == 24 == len({tuple(ids) for ids in seen})
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_the_head_is_taught_in_every_step(micro_policy, micro_config, tmp_path, command):
-    config = _config(micro_config, tmp_path, **{"warm_start.steps": 3})
+    config = _config(micro_config, tmp_path, **{"sft.steps": 3})
     if command == "sft":
         given = {name: getattr(config, name) for name in ("model", "output_dir", "threads", "data", "rewards")}
         config = SftConfig(**given, steps=3, prompts_per_step=4, mtp={"depth": 2}, log={"trackers": []})
@@ -98,11 +96,11 @@ def test_without_a_loss_weight_the_head_stays_as_it_is(micro_policy, micro_confi
     assert not any(name.startswith("mtp.") for name in moved)
 
 
-def test_a_warm_start_that_diverges_says_so(micro_policy, micro_config, tmp_path):
+def test_an_sft_stage_that_diverges_says_so(micro_policy, micro_config, tmp_path):
     policy = micro_policy(0)
     with torch.no_grad():
         policy.lm_head[0, 0] = math.nan
-    with pytest.raises(NonFiniteStep, match=r"step 1: the loss is nan.*Lower warm_start.learning_rate"):
+    with pytest.raises(NonFiniteStep, match=r"step 1: the loss is nan.*Lower sft.learning_rate"):
         _warm(policy, _config(micro_config, tmp_path), tmp_path / "r")
     [event] = [event for event in _events(tmp_path / "r") if event["event"] == "non_finite"]
     assert len(set(event["examples"])) == 4
@@ -125,7 +123,7 @@ def test_grpo_begins_with_the_best_point_by_the_validation_problems(micro_config
 
     config = _config(micro_config, tmp_path / "run", **{"data.validation": 4})
     with Task.of(config) as task, RunLog(tmp_path / "run", "", LogOptions(trackers=[]), quiet=True) as log:
-        run = Run(config, log, ALONE, checkpoints=tmp_path / "steps", saved=None, last=4, of=" of the warm start")
+        run = Run(config, log, ONE_PROCESS, checkpoints=tmp_path / "steps", saved=None, last=4, of=" of the SFT stage")
         session = supervised_session(Session, run, task)
         supervise(session, Looked(session, tmp_path / "best"))
     assert kept == [(1, 1), (2, 2), (3, 2), (4, 2)]

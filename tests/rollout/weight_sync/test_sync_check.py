@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from rollout.group import Completion, Prompt, RolloutGroup
-from rollout.publication.canaries import (
+from rollout.sampling import SamplingParams
+from rollout.weight_sync.sync_check import (
     COMPLETIONS,
     DRAFTS,
     HOTTER,
     PROMPT_TOKENS,
     PROMPTS,
     TOKENS,
-    canary_params,
-    canary_prompts,
     compare,
-    other_canaries,
+    sync_check_difference,
+    sync_check_params,
+    sync_check_prompts,
 )
-from rollout.sampling import SamplingParams
 
 
 def canaries(spread: float, slope: float, noise: float) -> tuple[dict, dict]:
@@ -81,9 +81,9 @@ def test_contract_13_a_learner_whose_score_is_no_number_is_refused_at_that_token
 
 def test_a_new_worker_whose_canaries_are_no_numbers_is_refused():
     passed, others = (canaries(0.2, 1.0, 0.0)[0]["worker 1"] for _ in range(2))
-    assert other_canaries(others, passed, torch.bfloat16) is None
+    assert sync_check_difference(others, passed, torch.bfloat16) is None
     others[2].completions[0].logprobs[3] = float("nan")
-    assert "samples other canaries" in other_canaries(others, passed, torch.bfloat16)
+    assert "samples other canaries" in sync_check_difference(others, passed, torch.bfloat16)
 
 
 def test_canaries_are_sampled_like_the_run_but_hotter_short_and_to_the_end():
@@ -99,7 +99,7 @@ def test_canaries_are_sampled_like_the_run_but_hotter_short_and_to_the_end():
         step=4,
         draw=1,
     )
-    params = canary_params(run, 1000)
+    params = sync_check_params(run, 1000)
     assert params == replace(
         run,
         group_size=COMPLETIONS,
@@ -110,19 +110,19 @@ def test_canaries_are_sampled_like_the_run_but_hotter_short_and_to_the_end():
         draft_tokens=DRAFTS,
         record_routing=False,
     )
-    assert [canary_params(replace(run, draft_tokens=k), 1000).draft_tokens for k in (0, 3)] == [0, 3]
-    assert [canary_params(run, context).max_completion_tokens for context in (1, 5, 2 * TOKENS)] == [1, 3, TOKENS]
+    assert [sync_check_params(replace(run, draft_tokens=k), 1000).draft_tokens for k in (0, 3)] == [0, 3]
+    assert [sync_check_params(run, context).max_completion_tokens for context in (1, 5, 2 * TOKENS)] == [1, 3, TOKENS]
 
 
 def test_prompts_of_canaries_fill_half_of_a_short_context_with_tokens_from_everywhere():
-    prompts = canary_prompts(50_000, 1000)
+    prompts = sync_check_prompts(50_000, 1000)
     ids = [token for prompt in prompts for token in prompt.token_ids]
     assert (len(prompts), {len(prompt.token_ids) for prompt in prompts}) == (PROMPTS, {PROMPT_TOKENS})
     assert len(set(ids)) == len(ids)
     assert min(ids) < 10_000 < 40_000 < max(ids) < 50_000
-    assert canary_prompts(50_000, 1000) == prompts
-    assert max(token for prompt in canary_prompts(7, 1000) for token in prompt.token_ids) < 7
-    assert [len(canary_prompts(300, context)[0].token_ids) for context in (1, 2, 5, 6)] == [1, 1, 2, 3]
+    assert sync_check_prompts(50_000, 1000) == prompts
+    assert max(token for prompt in sync_check_prompts(7, 1000) for token in prompt.token_ids) < 7
+    assert [len(sync_check_prompts(300, context)[0].token_ids) for context in (1, 2, 5, 6)] == [1, 1, 2, 3]
 
 
 @pytest.mark.parametrize("faulty", ["worker 1", "worker 2"])
@@ -161,7 +161,7 @@ def test_a_new_worker_may_part_late_at_a_tie_and_not_early():
             for completion in group.completions:
                 completion.token_ids[at:] = [token + 100 for token in completion.token_ids[at:]]
                 completion.logprobs[place] += change
-        return other_canaries(others, passed, torch.float32)
+        return sync_check_difference(others, passed, torch.float32)
 
     assert parted(8) is parted(5) is parted(4) is None
     assert parted(3) == "samples other canaries than those before it: 18 of 48 tokens, 0 nats apart"

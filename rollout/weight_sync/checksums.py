@@ -12,7 +12,7 @@ from policies.sharding import whole
 Held = dict[str, tuple[str, str]]  # by tensor: its type, and its digest
 
 
-def digest_of(tensor: Tensor) -> str:
+def checksum_of(tensor: Tensor) -> str:
     """A digest of shape, type and bits, the same in every process; as fast as memory, and not made against forgery."""
     import xxhash  # which decoding alone does without
 
@@ -22,8 +22,8 @@ def digest_of(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def digests(weights: Mapping[str, Tensor]) -> Held:
-    return {name: (str(t.dtype).removeprefix("torch."), digest_of(t)) for name, t in weights.items()}
+def checksums(weights: Mapping[str, Tensor]) -> Held:
+    return {name: (str(t.dtype).removeprefix("torch."), checksum_of(t)) for name, t in weights.items()}
 
 
 def first_difference(weights: Mapping[str, Tensor], held: Held) -> str | None:
@@ -32,6 +32,6 @@ def first_difference(weights: Mapping[str, Tensor], held: Held) -> str | None:
     A sampler may hold a tensor in another type, and then what counts is the value in that type.
     """
     for name, tensor in weights.items():
-        if name not in held or digest_of(tensor.to(getattr(torch, held[name][0]))) != held[name][1]:
+        if name not in held or checksum_of(tensor.to(getattr(torch, held[name][0]))) != held[name][1]:
             return name
     return next((name for name in held if name not in weights), None)

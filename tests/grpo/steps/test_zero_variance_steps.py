@@ -7,7 +7,7 @@ import pytest
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.learner.row import Sample
-from grpo.steps.tied_steps import OPENING, STEPS, TiedSteps
+from grpo.steps.zero_variance_steps import OPENING, STEPS, ZeroVarianceSteps
 from grpo.train import train
 from rewards.group_score import GroupScore
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
@@ -19,8 +19,8 @@ def observe(micro_config, tmp_path):
 
     def run(steps, tied=None, reason="stop", text="x", **options):
         config = micro_config(tmp_path, **options)
-        task = SimpleNamespace(first_reward="gsm8k", full_marks=1.0)
-        listener = TiedSteps(SimpleNamespace(config=config), task)
+        task = SimpleNamespace(first_reward="gsm8k", max_score=1.0)
+        callback = ZeroVarianceSteps(SimpleNamespace(config=config), task)
         told = []
         for groups in steps:
             completion = Completion([1], [0.0], text, reason, 0, DraftStats())
@@ -32,7 +32,7 @@ def observe(micro_config, tmp_path):
                 [GroupScore(rewards, {"gsm8k": rewards}) for rewards in groups],
             )
             differ = any(len({r for r in rewards if r is not None}) > 1 for rewards in groups)
-            told.append(listener.observe(drawn, not differ if tied is None else tied))
+            told.append(callback.observe(drawn, not differ if tied is None else tied))
         return told
 
     return run
@@ -67,7 +67,7 @@ def test_a_standstill_is_said_once_and_sooner_at_the_start(observe, steps, said)
             "every completion got full marks: the problems are too easy for this policy",
             [
                 "harder problems: data.name or data.task_options (now word_problems)",
-                *("rollout.temperature (now 1)", "rollout.group_size (now 4)", "rollout.refill_draws (now 0)"),
+                *("rollout.temperature (now 1)", "rollout.group_size (now 4)", "rollout.max_resamples (now 0)"),
             ],
             ["warm"],
         ),
@@ -75,7 +75,7 @@ def test_a_standstill_is_said_once_and_sooner_at_the_start(observe, steps, said)
             [RIGHT, WRONG],
             {},
             "inside each group all completions got the same",
-            ["leave out problems", "rollout.temperature", "rollout.group_size", "rollout.refill_draws"],
+            ["leave out problems", "rollout.temperature", "rollout.group_size", "rollout.max_resamples"],
             ["cut at"],
         ),
         ([[None, None]], {}, "no completion has a score: the rewards abstained or failed", ["quartet reward test"], []),
@@ -91,13 +91,13 @@ def test_what_was_scored_says_why_and_what_to_change(observe, groups, given, why
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 0.1])
-def test_no_marks_ask_for_a_warm_start_and_easier_problems(observe, value):
+def test_no_marks_ask_for_an_sft_stage_and_easier_problems(observe, value):
     why, change = observe([[[value, value]] * 2] * OPENING, reason="length")[-1]
     assert why.startswith(f"every completion got the same reward, {value:g}: the policy never does better")
     assert "100% of them were cut at rollout.max_completion_tokens=10" in why
     for way in (
-        *("warm_start.steps (now 3)", "rollout.group_size (now 4)", "curriculum.shortest_share", "quartet reward"),
-        *("rollout.temperature (now 1)", "rollout.refill_draws (now 0)"),
+        *("sft.steps (now 3)", "rollout.group_size (now 4)", "curriculum.shortest_share", "quartet reward"),
+        *("rollout.temperature (now 1)", "rollout.max_resamples (now 0)"),
     ):
         assert way in "; ".join(change)
     assert change[0].startswith("let completions end: raise rollout.max_completion_tokens (now 10)")
@@ -105,15 +105,15 @@ def test_no_marks_ask_for_a_warm_start_and_easier_problems(observe, value):
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
-def test_random_weights_without_a_warm_start_are_the_first_reason(observe, reason):
-    told = observe([[WRONG, WRONG]] * OPENING, reason=reason, text="is 42", model="tiny", **{"warm_start.steps": 0})
+def test_random_weights_without_an_sft_stage_are_the_first_reason(observe, reason):
+    told = observe([[WRONG, WRONG]] * OPENING, reason=reason, text="is 42", model="tiny", **{"sft.steps": 0})
     why, change = told[-1]
     assert why.startswith("every completion got the same reward, 0: the weights of the preset 'tiny' are random")
     assert ("cut at" in why) == (reason == "length")
-    assert "warm_start.steps: 300 (now 0)" in change[0]
+    assert "sft.steps: 300 (now 0)" in change[0]
     assert "model (now tiny)" in change[1]
-    assert "random" not in observe([[WRONG]] * OPENING, model="tiny")[-1][0]  # it had a warm start
-    assert "random" not in observe([[RIGHT]] * OPENING, model="tiny", **{"warm_start.steps": 0})[-1][0]
+    assert "random" not in observe([[WRONG]] * OPENING, model="tiny")[-1][0]  # it had an SFT stage
+    assert "random" not in observe([[RIGHT]] * OPENING, model="tiny", **{"sft.steps": 0})[-1][0]
 
 
 @pytest.mark.parametrize(("text", "read"), [("So it is 42.", True), ("**42**", True), ("142", False), ("42 x", False)])
@@ -128,10 +128,10 @@ def test_a_resumed_run_is_not_at_its_start(micro_config, tmp_path, first, teache
     """And one that began badly is told of a later standstill."""
     said = []
     log = SimpleNamespace(nothing_learned=lambda step, *_: said.append(step))
-    task = SimpleNamespace(first_reward="gsm8k", full_marks=1.0)
-    listener = TiedSteps(SimpleNamespace(config=micro_config(tmp_path), log=log), task)
+    task = SimpleNamespace(first_reward="gsm8k", max_score=1.0)
+    callback = ZeroVarianceSteps(SimpleNamespace(config=micro_config(tmp_path), log=log), task)
     for step in range(first, first + 19):
-        listener.learns(step, Drawn([], []), SimpleNamespace(all_tied=step != teaches))
+        callback.on_update_begin(step, Drawn([], []), SimpleNamespace(all_tied=step != teaches))
     assert said == expected
 
 
@@ -150,16 +150,16 @@ def test_a_sample_with_an_advantage_in_the_loss_is_something_to_learn_from(sampl
 
 def test_what_a_teacher_teaches_has_no_advantages_and_is_no_tied_step(micro_config, tmp_path):
     config = micro_config(tmp_path, **{"loss.advantage": "distill", "distill.teacher": "tiny"})
-    listener = TiedSteps(SimpleNamespace(config=config), SimpleNamespace(first_reward="gsm8k", full_marks=1.0))
+    callback = ZeroVarianceSteps(SimpleNamespace(config=config), SimpleNamespace(first_reward="gsm8k", max_score=1.0))
     batch = SimpleNamespace(all_tied=True)
-    assert [listener.learns(step, None, batch) for step in range(STEPS + 1)] == [{}] * (STEPS + 1)
-    assert not listener.in_a_row
+    assert [callback.on_update_begin(step, None, batch) for step in range(STEPS + 1)] == [{}] * (STEPS + 1)
+    assert not callback.in_a_row
 
 
 def test_a_run_says_it_in_a_line_and_an_event(micro_config, tmp_path, capsys):
     path = tmp_path / "never.py"
     path.write_text("def never(completions, **_):\n    return [0.0] * len(completions)\n")
-    options = {"steps": OPENING + 1, "warm_start.steps": 0, "prompts_per_step": 2, "data.template": "{question}"}
+    options = {"steps": OPENING + 1, "sft.steps": 0, "prompts_per_step": 2, "data.template": "{question}"}
     train(micro_config(tmp_path / "r", **options, rewards=[{"function": f"{path}:never"}]))
     events = [json.loads(line) for line in (tmp_path / "r/events.jsonl").read_text().splitlines()]
     [event] = [event for event in events if event["event"] == "nothing_learned"]
@@ -167,6 +167,6 @@ def test_a_run_says_it_in_a_line_and_an_event(micro_config, tmp_path, capsys):
     assert event["why"].startswith("every completion got the same reward, 0: ")
     shown = capsys.readouterr().out
     assert shown.count("nothing_learned") == 1
-    assert "what may help: train it on reference solutions first: warm_start.steps: 300 (now 0)" in shown
+    assert "what may help: train it on reference solutions first: sft.steps: 300 (now 0)" in shown
     assert "characters ..." not in shown.split("nothing_learned")[1].split("step ")[0]  # nothing is cut
     assert len(event["change"]) == 2

@@ -12,11 +12,11 @@ from grpo.config.learner import ParallelOptions
 from grpo.learner.parallel import join
 from grpo.steps.pool import NoPool
 from policies.policy import Policy
-from policies.publication import Publication
 from policies.sharding import whole
+from policies.synced_weights import SyncedWeights
 from rollout.decoding.engine import Engine
-from rollout.publication.digests import digests
-from rollout.publication.message import Sender
+from rollout.weight_sync.checksums import checksums
+from rollout.weight_sync.message import Sender
 from rollout.workers.worker import Receiver
 
 
@@ -26,7 +26,7 @@ def main(source: Path) -> list[tuple[int, bool, int]]:
     policy = Policy.load(source, layout=ranks.layout)
     torch.manual_seed(0)
     policy.add_lora(4, 8.0)
-    others, sender = NoPool(Publication.read_parts), Sender(part_bytes=10_000)
+    others, sender = NoPool(SyncedWeights.read_parts), Sender(part_bytes=10_000)
     worker = Receiver(Engine(Policy.from_skeleton(policy.skeleton())))
     told = []
     for version in range(3):
@@ -36,11 +36,11 @@ def main(source: Path) -> list[tuple[int, bool, int]]:
                     parameter.add_(0.01 * (1 + version))
         if ranks.first:
             tensors = 0
-            for message in sender.messages(policy.publication(), version):
+            for message in sender.messages(policy.synced_weights(), version):
                 tensors, held = tensors + len(message.tensors), worker.take_message(message)
         else:
-            others.publish(policy.publication(), version)
+            others.sync_weights(policy.synced_weights(), version)
         merged = {name: whole(tensor) for name, tensor in policy.weights().items()}
         if ranks.first:
-            told.append((tensors, held == digests(merged), len(merged)))
+            told.append((tensors, held == checksums(merged), len(merged)))
     return told
