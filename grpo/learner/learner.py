@@ -248,7 +248,7 @@ class Learner:
                 self.policy_logprobs = by_completion(work.batch.rows, before)
                 moved.append(self.likelihood.moved(work.rows, before))
         if moved:
-            metrics["policy/step_kl"] = fmean(moved)
+            metrics["policy/approx_kl"] = fmean(moved)
         for term in {id(term): term for work in works for term in work.terms}.values():
             metrics |= term.end([work for work in works if any(own is term for own in work.terms)])
         return metrics

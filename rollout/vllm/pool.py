@@ -30,7 +30,7 @@ from rollout.vllm.completions import Row
 from rollout.vllm.process import VLLMProcess
 from rollout.vllm.settings import VLLMSettings
 
-METRICS = {"faults/vllm": "restarts: vLLM died, or was late with a forward or a publication, count"}
+METRICS = {"faults/vllm": "restarts: vLLM died, or was late with a forward or a weight sync, count"}
 LOAD_S = 600.0  # vLLM imports itself and makes the model
 PAUSE_S = 0.2  # until weights are read again that were moving
 LOST_ELSEWHERE = "See its log, start it again at the address in rollout.vllm.url, and go on with --resume auto"
@@ -170,7 +170,7 @@ class VLLMPool(Pool):
         header, size = update.header() | {"version": version}, wire.length(update.tensors)
         parts = wire.stream(update.tensors)
         answer = self.client.upload("/publish", header, parts, size, limit_s=self.settings.publish_s)
-        self.faults.unreported["publish/bytes"] += size
+        self.faults.unreported["sync/bytes"] += size
         return answer["held"], answer["unused"]
 
     def _publish_again(self) -> None:

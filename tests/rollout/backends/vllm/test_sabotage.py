@@ -89,7 +89,7 @@ def refused(policy: Policy, server: Server, dtype: torch.dtype, fault: str) -> s
     pool = VLLMPool(policy, PoolOptions(vllm=server.settings(params.draft_tokens or 0), dtype=dtype))
     learner = learner_of(policy)
     publisher = Publisher(pool, learner, params)
-    assert publisher.publish()["canary/logprob_abs_mean"] > 0
+    assert publisher.publish()["sync_check/logprob_abs_mean"] > 0
     learn(learner, pool, params)
     server.file.write_text(fault)
     with pytest.raises(RolloutError) as error:
