@@ -73,7 +73,7 @@ def seconds_of(steps: list[dict[str, Any]]) -> dict[str, float]:
         "rollout": fmean(step["time/rollout"] + step.get("time/reward", 0.0) for step in full),
         "learn": fmean(max(0.0, step["time/learn"] - wait) for step, wait in zip(full, waited, strict=True)),
         "wait": fmean(waited),
-        "publish": fmean(step.get("time/publish", 0.0) for step in full),
+        "publish": fmean(step.get("time/sync", 0.0) for step in full),
     }
 
 

@@ -34,7 +34,23 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve()
 # What a newer commit calls otherwise: patterns of names in JSON, in tensor files and of files. The base's names are
 # rewritten before they are compared.
-RENAMED: list[tuple[str, str]] = []
+RENAMED: list[tuple[str, str]] = [
+    (r"^group/tied$", "group/zero_variance"),
+    (r"^group/refilled$", "group/resampled"),
+    (r"^source/(.+)/tied$", r"source/\1/zero_variance"),
+    (r"^completion/clipped$", "completion/truncated"),
+    (r"^eval/completion_clipped$", "eval/completion_truncated"),
+    (r"^eval/without_mark$", "eval/unscored"),
+    (r"^policy/step_kl$", "policy/approx_kl"),
+    (r"^loss/own$", "loss/custom"),
+    (r"^alarm/right/", "alarm/correct/"),
+    (r"^agent/segments_mean$", "agent/branches_mean"),
+    (r"^forks/(rows|tokens)$", r"branches/\1"),
+    (r"^corpus/taught_tokens$", "corpus/trained_tokens"),
+    (r"^draft/head_age$", "draft/mtp_head_age"),
+    (r"^publish/bytes$", "sync/bytes"),
+    (r"^canary/", "sync_check/"),
+]
 # Names that a newer commit leaves out, since the feature has gone: the base's values are not looked at.
 REMOVED = [r"sources", r"empty", r"lookups", r"pass_rates", r"skipped_in_a_row"]
 OLD_OPTIONS = {"--sft.": "--warm_start.", "--rollout.staleness": "--rollout.ahead"}

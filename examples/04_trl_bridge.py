@@ -61,7 +61,7 @@ def main() -> None:
         if "reward" in line:
             print(
                 f"step {line['step']:3d}  reward {line['reward']:.3f}  "
-                f"tokens per forward {line['draft/tokens_per_forward']:.2f}  head age {line['draft/head_age']:.0f}"
+                f"tokens per forward {line['draft/tokens_per_forward']:.2f}  head age {line['draft/mtp_head_age']:.0f}"
             )
     print(f"saved with its MTP head in {FOLDER}/trained: quartet eval {FOLDER}/trained")
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METRICS = {"draft/head_age": "steps of TRL's trainer since the MTP head was last trained (TRL bridge only), count"}
+METRICS = {"draft/mtp_head_age": "steps of TRL's trainer since the MTP head was last trained (TRL bridge only), count"}
 PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}  # trainer attributes
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP")
 # what makes an adapter more than W + ΔW, or trains weights outside of adapters
@@ -54,7 +54,7 @@ class rollout_func:
     Hence `dtype=None`: bfloat16 where the trainer autocasts to it, else the precision of the weights.
 
     TRL does not train the MTP head. Tokens stay exact, but drafts are accepted less where the policy moves away from
-    it: `draft/acceptance_depth_*` and `draft/head_age` are logged by the trainer, and every `warn_every` steps a
+    it: `draft/acceptance_depth_*` and `draft/mtp_head_age` are logged by the trainer, and every `warn_every` steps a
     warning says how the acceptance has changed. `draft_tokens` means what `rollout.draft_tokens` does in a config.
 
     Raises BridgeError for drafts without a draft head, and in the first call for a trainer that trains another model or
@@ -167,7 +167,7 @@ class rollout_func:
         if self.policy.mtp is not None and acceptance:
             if warning := self.head_age.note(step, self.policy.mtp.state_dict(), acceptance):
                 logger.warning(warning)
-            metrics["draft/head_age"] = float(self.head_age.steps(step))
+            metrics["draft/mtp_head_age"] = float(self.head_age.steps(step))
         for name, value in metrics.items():
             trainer._log_metric(name, value)  # what reward functions get as `log_metric`
 

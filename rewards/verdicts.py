@@ -71,10 +71,10 @@ def judged_problems(line: Mapping[str, Any]) -> float:
     """Gives over how many problems the accuracy of an evaluation is a mean; 0 where some completions have no mark,
     since its record does not say it then.
 
-    >>> judged_problems({"eval/prompts": 10.0}), judged_problems({"eval/prompts": 10.0, "eval/without_mark": 3.0})
+    >>> judged_problems({"eval/prompts": 10.0}), judged_problems({"eval/prompts": 10.0, "eval/unscored": 3.0})
     (10.0, 0.0)
     """
-    return 0.0 if line.get("eval/without_mark") else line.get("eval/prompts") or 0.0
+    return 0.0 if line.get("eval/unscored") else line.get("eval/prompts") or 0.0
 
 
 def held_out_metric(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -60,7 +60,7 @@ class Pool(Sampler, Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """faults/* and publish/* since the last call; empty without workers."""
+        """faults/* and sync/* since the last call; empty without workers."""
         return {}
 
     def close(self) -> None: ...

@@ -38,7 +38,8 @@ FLOORS = (
 # What `import grpo.train` does not load: a run imports these when it is asked for them.
 FEATURES = (
     *("grpo.cli", "grpo.endpoint", "grpo.cli.launch", "grpo.cli.mtp", "grpo.trl_bridge", "grpo.tinker"),
-    *("review.compare", "review.findings", "review.page", "grpo.algorithm.in_flight"),
+    *("review.compare", "review.findings", "review.page", "review.readers.old_metrics"),
+    *("grpo.algorithm.in_flight",),
     *("rewards.data.reasoning_gym", "rewards.data.word_problems"),
     *("grpo.learner.eight_bit", "grpo.learner.terms.custom", "grpo.learner.terms.supervised"),
     *("grpo.learner.terms.balance", "grpo.learner.terms.distill", "grpo.learner.terms.draft_head"),

@@ -41,8 +41,8 @@ class Drawn:
 
     def counts(self) -> dict[str, float]:
         return {
-            "group/tied": len(self.tied) / len(self.groups),
-            "group/refilled": float(self.refilled),
+            "group/zero_variance": len(self.tied) / len(self.groups),
+            "group/resampled": float(self.refilled),
             "group/drawn": float(len(self.all_groups)),
         }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm.dynamic_sampling import Drawn
+from review.readers.old_metrics import with_new_names
 from rewards.episode import ToolStats
 from rewards.group_score import GroupScore, RewardFailure
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup, Segment
@@ -56,7 +57,7 @@ def drawn_of(record: Mapping[str, Any], prompt_of: PromptOf) -> Drawn:
         "scores": [_score(each) for each in record["scores"]],
         "replaced": [(group_of(one, prompt_of), _score(other)) for one, other in record["replaced"]],
     }
-    return Drawn(**{**record, **made})
+    return Drawn(**{**record, **made, "metrics": with_new_names(record["metrics"])})
 
 
 def _completion(record: Mapping[str, Any]) -> Completion:

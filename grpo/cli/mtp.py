@@ -44,14 +44,14 @@ from rewards.data.examples import Example
 from rollout.group import RolloutGroup
 
 METRICS = {
-    "corpus/taught_tokens": "tokens that this step has kept for the draft head to learn from (quartet mtp), count",
-    "corpus/held_out_tokens": "the same of rollouts that tell what an epoch gains, and are not learned from, count",
-    "draft/held_out_acceptance_depth_<d>": "drafts at depth d that the trunk would have taken in held-out rollouts "
-    "after an epoch / chains of that depth (quartet mtp)",
+    "corpus/trained_tokens": "tokens of this step on which the MTP head is trained (quartet mtp), count",
+    "corpus/held_out_tokens": "the same of held-out rollouts, which measure what an epoch gains, count",
+    "draft/held_out_acceptance_depth_<d>": "drafts at depth d that the base model would have accepted in held-out "
+    "rollouts after an epoch / chains of that depth (quartet mtp)",
     "draft/held_out_tokens_per_forward": "1 + the sum of draft/held_out_acceptance_depth_<d>",
     "draft/vocabulary_coverage": "sampled tokens that are in the trimmed draft vocabulary, fraction",
-    "curriculum/draft_depth": "depth to which the draft head is unrolled at this step",
-    "speed/taught_tokens_per_second": "tokens of an epoch that the draft head has learned from / seconds (quartet mtp)",
+    "curriculum/draft_depth": "depth to which the MTP head is unrolled at this step",
+    "speed/trained_tokens_per_second": "tokens of an epoch on which the MTP head was trained / seconds (quartet mtp)",
     "eval/acceptance_depth_<d>": "draft/acceptance_depth_<d> on held-out prompts (quartet mtp)",
 }
 FITTED_EXAMPLES = 128  # training examples that a new draft head is fitted to

@@ -25,7 +25,7 @@ from rollout.sampling import SamplingParams
 from rollout.workers.local_pool import LocalPool
 
 METRICS = {
-    "agent/segments_mean": "texts of an episode, mean; absent where each is the data's prompt continued",
+    "agent/branches_mean": "trajectory branches of an episode, mean; absent if every episode only continues its prompt",
     "agent/cached_tokens": "tokens of requests that earlier ones had read, absent if no cache is kept, count",
 }
 WAIT_S = 0.01  # that a request may wait for others before it joins the running batch

@@ -205,9 +205,9 @@ def as_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
     metrics = {name: value for name, value in judged.items() if value is not None} | {
         "eval/prompts": sampled.prompts,
         "eval/completion_length_mean": sampled.length_mean,
-        "eval/completion_clipped": sampled.clipped,
+        "eval/completion_truncated": sampled.clipped,
         "eval/tokens_per_forward": sampled.tokens_per_forward,
-        "eval/without_mark": sampled.without_mark + greedy.without_mark,
+        "eval/unscored": sampled.without_mark + greedy.without_mark,
         "eval/reward_errors": len(sampled.failures) + len(greedy.failures),
         "time/evaluate": sampled.seconds + greedy.seconds,
     }

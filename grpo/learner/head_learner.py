@@ -157,7 +157,7 @@ class HeadLearner(Learner):
             "learner/learning_rate": metrics["learner/learning_rate"],
             "learner/updates": float(len(order)),
             "curriculum/draft_depth": float(depth),
-            "speed/taught_tokens_per_second": tokens / (time.perf_counter() - began),
+            "speed/trained_tokens_per_second": tokens / (time.perf_counter() - began),
             loss: losses / tokens,
             **coverage,
         }

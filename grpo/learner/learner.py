@@ -249,7 +249,7 @@ class Learner:
                 self.policy_logprobs = by_completion(work.batch.rows, before)
                 moved.append(self.likelihood.moved(work.rows, before))
         if moved:
-            metrics["policy/step_kl"] = fmean(moved)
+            metrics["policy/approx_kl"] = fmean(moved)
         works_of: dict[int, tuple[Term, list[Work]]] = {}
         for work in works:
             for term in work.terms:

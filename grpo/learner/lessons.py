@@ -23,6 +23,7 @@ from policies.files.atomic import write_folder
 from policies.policy import Policy
 
 KINDS = ("taught", "held_out")
+TOKENS = {"taught": "corpus/trained_tokens", "held_out": "corpus/held_out_tokens"}  # the metrics
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Corpus:
         with write_folder(self._of(step)) as partial:
             partial.mkdir(parents=True)
             tensor_files.write(tensors, partial)
-        return {f"corpus/{kind}_tokens": float(sum(lesson.tokens for lesson in lessons[kind])) for kind in KINDS}
+        return {TOKENS[kind]: float(sum(lesson.tokens for lesson in lessons[kind])) for kind in KINDS}
 
     def lessons(self, kind: str, steps: int, device: torch.device) -> StoredLessons:
         """All lessons of one kind of steps 1 … `steps`. Raises OSError for a step that is not there."""

@@ -21,16 +21,16 @@ TEXT_WIDTH = 96
 # The step in words: template, scale, and the metric shown.
 _WORDS: dict[str, tuple[str, float, str]] = {
     "reward": ("reward {:.3f}", 1, "reward/mean"),
-    "tied": ("tied {:.0f}%", 100, "group/tied"),
-    "step": ("step KL {:.2g}", 1, "policy/step_kl"),
+    "zero variance": ("zero-variance {:.0f}%", 100, "group/zero_variance"),
+    "approx KL": ("approx KL {:.2g}", 1, "policy/approx_kl"),
     "norm": ("grad norm {:.2g}", 1, "learner/grad_norm"),
     "length": ("length {:.1f}", 1, "completion/length_mean"),
-    "clipped": ("clipped {:.0f}%", 100, "completion/clipped"),
+    "truncated": ("truncated {:.0f}%", 100, "completion/truncated"),
     "entropy": ("entropy {:.3f}", 1, "policy/entropy"),
     "forward": ("{:.2f} tokens/forward", 1, "draft/tokens_per_forward"),
     "held out": ("held out {:.2f} tokens/forward", 1, "draft/held_out_tokens_per_forward"),
     "speed": ("{:.0f} tokens/s", 1, "speed/completion_tokens_per_second"),
-    "taught": ("{:.0f} tokens/s", 1, "speed/taught_tokens_per_second"),
+    "trained": ("{:.0f} tokens/s", 1, "speed/trained_tokens_per_second"),
     "time": ("{:.1f} s", 1, "time/step"),
 }
 
@@ -38,8 +38,8 @@ _WORDS: dict[str, tuple[str, float, str]] = {
 def step_words(metrics: Mapping[str, float], without: Collection[str] = ()) -> list[str]:
     """Gives what a person reads of a step; what was not measured is left out, and so is what `without` names.
 
-    >>> step_words({"reward/mean": 0.5, "group/tied": 0.25, "time/step": 1.44}, without=["reward"])
-    ['tied 25%', '1.4 s']
+    >>> step_words({"reward/mean": 0.5, "group/zero_variance": 0.25, "time/step": 1.44}, without=["reward"])
+    ['zero-variance 25%', '1.4 s']
     """
     shown = [row for key, row in _WORDS.items() if key not in without and row[2] in metrics]
     return [template.format(metrics[name] * scale) for template, scale, name in shown]
@@ -48,8 +48,8 @@ def step_words(metrics: Mapping[str, float], without: Collection[str] = ()) -> l
 def step_line(step: int, metrics: Mapping[str, float]) -> str:
     """One step in one line.
 
-    >>> step_line(7, {"reward/mean": 0.5, "group/tied": 0.25, "time/step": 1.44})
-    'step     7  reward 0.500  tied 25%  1.4 s'
+    >>> step_line(7, {"reward/mean": 0.5, "group/zero_variance": 0.25, "time/step": 1.44})
+    'step     7  reward 0.500  zero-variance 25%  1.4 s'
     """
     return "  ".join([f"step {step:5d}", *step_words(metrics)])
 

@@ -35,8 +35,17 @@ from grpo.run.lock import RunLock, refuse_folder
 from grpo.run.stop import Stopped
 from grpo.run.trackers import installed, log_rollouts, start
 from policies.files.atomic import tidy, write_file
-from review.readers.run_folder import ENVIRONMENT, HELD_OUT, TURNS, check, holds_a_run, is_evaluation, read_events
-from rewards.config.json_file import read_objects, whole_lines
+from review.readers.run_folder import (
+    ENVIRONMENT,
+    HELD_OUT,
+    TURNS,
+    check,
+    holds_a_run,
+    is_evaluation,
+    measured_rows,
+    read_events,
+)
+from rewards.config.json_file import whole_lines
 from rewards.config.yaml_file import changed_options
 from rewards.console import Terminal, visible
 from rewards.group_score import GroupScore
@@ -106,10 +115,14 @@ class RunLog:
             truncate(output_dir, resume.step)
         self.unwritten: dict[str, Any] | None = None
         self._metrics, self._events = (open_lines(output_dir / f"{name}.jsonl") for name in ("metrics", "events"))
-        former = read_objects(output_dir / "metrics.jsonl", whole_lines(output_dir / "metrics.jsonl"))
+        former = measured_rows(output_dir / "metrics.jsonl", whole_lines(output_dir / "metrics.jsonl"))
         self._former_evaluations = {line["step"] for line in former if is_evaluation(line)}
-        if resume and resume.unwritten is not None and resume.unwritten not in former:
-            append_line(self._metrics, resume.unwritten)
+        if resume and resume.unwritten is not None:
+            from review.readers.old_metrics import with_new_names
+
+            unwritten = with_new_names(resume.unwritten)
+            if unwritten not in former:
+                append_line(self._metrics, unwritten)
         self._ends_before = self._early_ends(resumes and resume is not None)
         self._describe_run(config_yaml, resume.step if resume and resumes else None)
         self._trackers = [start(name, output_dir, config_yaml, resume.step if resume else 0) for name in tracker_names]

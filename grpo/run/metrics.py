@@ -31,12 +31,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         "reward/std": mean_of(pstdev(rewards) for rewards in scored if rewards),
         "reward/abstained": mean_of(reward is None for score in scores for reward in score.rewards),
         "reward/errors": sum(len(score.errors) for score in scores),
-        "group/tied": mean_of(tied(score.rewards) for score in scores),
+        "group/zero_variance": mean_of(tied(score.rewards) for score in scores),
         "group/dropped": sum(score.dropped for score in scores),
         "completion/tokens": sum(lengths),
         "completion/length_mean": mean_of(lengths),
         "completion/length_max": max(lengths, default=None),
-        "completion/clipped": mean_of(reason == "length" for reason in reasons),
+        "completion/truncated": mean_of(reason == "length" for reason in reasons),
         "completion/aborted": mean_of(reason == "abort" for reason in reasons),
         "policy/entropy": mean_of(
             -logprob for c in completions for logprob, own in zip_longest(c.logprobs, c.sampled, fillvalue=True) if own
@@ -94,7 +94,7 @@ def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float | None]:
         "tools/bad_calls": sum(tools.bad_calls for _, tools in episodes) / turns,
         "tools/failures": sum(tools.failure is not None for _, tools in episodes),
         "tools/tokens": sum(len(completion.token_ids) - completion.num_sampled for completion, _ in episodes),
-        "agent/segments_mean": mean_of(max(1, len(c.segments)) for c, _ in episodes) if any_segments else None,
+        "agent/branches_mean": mean_of(max(1, len(c.segments)) for c, _ in episodes) if any_segments else None,
         "agent/cached_tokens": sum(completion.cached for completion, _ in episodes) or None,
     }
 

@@ -28,7 +28,7 @@ CURVES = {
     "held-out reward": ("eval/reward_mean",),
 }
 HELD_OUT = ("accuracy", "held-out reward")  # of which one is shown
-PHASES = {"sampling": "time/rollout", "reward": "time/reward", "learning": "time/learn", "publishing": "time/publish"}
+PHASES = {"sampling": "time/rollout", "reward": "time/reward", "learning": "time/learn", "publishing": "time/sync"}
 WIDTH, BESIDE = 40, 48  # columns of a curve, and of the words beside it
 NAME = 20  # columns of the run's name; of a longer one the end is shown
 FRAMES_PER_SECOND, STEPS_TIMED = 2, 20

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from grpo.steps.loop import Run
 
 METRICS = {
-    "alarm/length/<name>": "correlation of the marks of `name` with length inside groups; alarms look at five steps",
+    "alarm/length/<name>": "correlation of the scores of `name` with length inside groups; alarms look at five steps",
     "alarm/repetition/<name>": "the same with the share of 3-grams of tokens that a completion had before",
-    "alarm/copied/<name>": "the same with: the answer is a number of the question, and wrong",
-    "alarm/right/<name>": "the same with being right, where the data have gold answers of numbers",
+    "alarm/copied/<name>": "the same with: the answer is a number of the question, and incorrect",
+    "alarm/correct/<name>": "the same with being correct; only if the reference answers are numbers",
     "alarm/formed/<name>": "the same with: the answer has the form `#### 42` or a box",
-    "alarm/format/<name>": "wrong completions among those with the best mark of `name`; only where nine of ten "
+    "alarm/format/<name>": "incorrect completions among those with the best score of `name`; only if nine of ten "
     "well-formed ones have it; fraction",
     "alarm/identical": "completions whose text another prompt got too, fraction",
 }
@@ -51,10 +51,10 @@ class AlarmCallback(Callback):
         if result is None:
             return
         completions = [one for group in result.groups for one in _watched(group, None)]
-        right = [one.right for one in completions if one.right is not None]
-        accuracy = fmean(right) if right else result.accuracy
+        correct = [one.correct for one in completions if one.correct is not None]
+        accuracy = fmean(correct) if correct else result.accuracy
         if accuracy is not None:
-            self._sound(step, self.alarms.evaluated(accuracy, len(right) or result.completions))
+            self._sound(step, self.alarms.evaluated(accuracy, len(correct) or result.completions))
 
     def _sound(self, step: int, alarms: Sequence[Alarm]) -> None:
         for alarm in alarms:

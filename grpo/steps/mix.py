@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from grpo.steps.loop import Run
 
 METRICS = {
-    "source/<name>/groups": "groups sampled from one of several sources of data, refills included, count",
+    "source/<name>/groups": "groups sampled from one of several sources of data, resampled ones included, count",
     "source/<name>/reward_mean": "reward/mean of that source",
-    "source/<name>/tied": "group/tied of that source, of all groups that were sampled, fraction",
+    "source/<name>/zero_variance": "group/zero_variance of that source, of all groups that were sampled, fraction",
     "source/<name>/length_mean": "completion/length_mean of that source, tokens",
 }
 
@@ -43,7 +43,7 @@ class SourceMetrics(Callback):
             metrics |= {
                 f"source/{label}/groups": float(len(own)),
                 f"source/{label}/reward_mean": mean_of(r for _, score in own for r in score.rewards if r is not None),
-                f"source/{label}/tied": fmean(is_tied(score) for _, score in own),
+                f"source/{label}/zero_variance": fmean(is_tied(score) for _, score in own),
                 f"source/{label}/length_mean": fmean(c.num_sampled for group, _ in own for c in group.completions),
             }
         return {name: value for name, value in metrics.items() if value is not None}

@@ -68,7 +68,7 @@ class WeightSync:
         self.prompts = [sync_check_prompts(vocabulary, self.context, attempt) for attempt in range(ATTEMPTS)]
 
     def sync_weights(self) -> dict[str, float]:
-        """Every rank takes part. Returns canary/* of this publication, nothing where a stop has cut it short."""
+        """Every rank takes part. Returns sync_check/* of this publication, nothing where a stop has cut it short."""
         learner, version = self.learner, self.learner.policy_version
         weights, ranks = learner.weights(), learner.ranks
         self.version = None
@@ -96,10 +96,10 @@ class WeightSync:
             ranks.from_first(partial(_refuse, agreement.fault))
         self.version = version
         return {
-            "canary/logprob_abs_mean": agreement.mean,
-            "canary/logprob_abs_max": agreement.most,
-            "canary/repeats": float(attempt),
-            "time/canaries": time.perf_counter() - started,
+            "sync_check/logprob_abs_mean": agreement.mean,
+            "sync_check/logprob_abs_max": agreement.most,
+            "sync_check/repeats": float(attempt),
+            "time/sync_check": time.perf_counter() - started,
         }
 
     def keep_up(self, run: Run[Any], anew: bool = False) -> None:
@@ -107,7 +107,7 @@ class WeightSync:
         have left the learner's GPUs hold none, though a step without an update has moved nothing."""
         moved = anew or self.version != self.learner.policy_version
         if moved or self.learner.ranks.from_first(lambda: self.pool.asleep):
-            with run.timed("time/publish"), run.phase("publishing"):
+            with run.timed("time/sync"), run.phase("publishing"):
                 run.metrics |= self.sync_weights()
 
     def _sampled(self, prompts: list[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from review.compare import control_over_seeds
 from review.compare.control_over_seeds import Contrasts, contrasts
 from review.readers.control_result import WAYS, read_control
+from review.readers.old_metrics import new_metric
 from review.readers.run_folder import check_run, read_metrics
 from review.statistics.estimates import mean_interval
 from rewards.config.names import recorded_options
@@ -90,6 +91,7 @@ def compare(folders: Sequence[Path], metrics: Sequence[str] = (), steps: Sequenc
     [0.771, 0.754]
     """
     runs = [Run(folder) for folder in folders]
+    metrics = [new_metric(name) for name in metrics]
     groups: dict[str, list[Run]] = {}
     for run in runs:
         same = next((group for group in groups.values() if group[0].options == run.options), None)

@@ -72,7 +72,7 @@ class Watched:
     repetition: float
     copied: float
     formed: bool
-    right: float | None
+    correct: float | None
     marks: Mapping[str, float | None]
     gold: str | None = None
     sampled: tuple[int, ...] | None = None  # of an episode: its tokens in all turns; `text` is the last turn
@@ -92,13 +92,13 @@ class Watched:
         several `turns` the last one. `ids` are the tokens that the policy sampled, without what tools wrote.
 
         >>> seen = Watched.of("a", "What is 6 * 7?", "#### 42", "#### 6", [1, 2, 3, 4], {"mine": 1.0})
-        >>> seen.length, seen.repetition, seen.copied, seen.formed, seen.right
+        >>> seen.length, seen.repetition, seen.copied, seen.formed, seen.correct
         (4.0, 0.0, 1.0, True, 0.0)
         """
         reply, gold = extract_answer(text, "flexible"), _gold(answer)
         formed = extract_answer(text) is not None or extract_answer(text, "boxed") is not None
         copied = reply is not None and reply != gold and reply in _numbers(question)
-        right = None if gold is None else float(reply == gold)
+        correct = None if gold is None else float(reply == gold)
         return cls(
             prompt_id,
             text,
@@ -106,7 +106,7 @@ class Watched:
             repetition=repeated(ids),
             copied=float(copied),
             formed=formed,
-            right=right,
+            correct=correct,
             marks=marks,
             gold=None if answer is None else str(answer if gold is None else gold.normalize()),
             sampled=tuple(ids) if turns > 1 else None,
@@ -200,7 +200,7 @@ class Moments:
 
 SCORE = "score"  # the name of the marks that are the sum of all rewards
 SUSPECTS = ("length", "repetition", "copied")
-FEATURES = (*SUSPECTS, "right", "formed")
+FEATURES = (*SUSPECTS, "correct", "formed")
 
 
 @dataclass(frozen=True)
@@ -226,9 +226,9 @@ def look(groups: Sequence[Sequence[Watched]], reward: str) -> Step:
             moments[name] += Moments.of(pairs)
     flat = [pair for group in marked for pair in group]
     top = max((mark for _, mark in flat), default=-math.inf)
-    best = [seen for seen, mark in flat if mark >= top - SAME and seen.right is not None]
-    formed = [mark for seen, mark in flat if seen.formed and seen.right is not None]
-    wrong, formed_best = sum(seen.right == 0 for seen in best), sum(mark >= top - SAME for mark in formed)
+    best = [seen for seen, mark in flat if mark >= top - SAME and seen.correct is not None]
+    formed = [mark for seen, mark in flat if seen.formed and seen.correct is not None]
+    wrong, formed_best = sum(seen.correct == 0 for seen in best), sum(mark >= top - SAME for mark in formed)
     return Step(moments, len(best), wrong, formed_best, len(formed), top)
 
 
@@ -260,9 +260,9 @@ def believed(steps: Sequence[Step], of_parts: bool = False) -> dict[str, float]:
     """
     totals = _totals(steps)
     # A policy that nearly always has the form differs by it in few groups: z tells whether they are enough.
-    compared_by = {name: r for name in ("right", "formed") if (r := totals[name].r) is not None}
+    compared_by = {name: r for name in ("correct", "formed") if (r := totals[name].r) is not None}
     values = values_of(steps) | compared_by
-    if of_parts and totals["right"].groups and "right" not in values:
+    if of_parts and totals["correct"].groups and "correct" not in values:
         return {}
     by_chance = {name for name in (*SUSPECTS, "formed") if abs(totals[name].z) < LEAST_Z}
     return compared({name: value for name, value in values.items() if name not in by_chance})
@@ -272,10 +272,10 @@ def compared(values: Mapping[str, float]) -> dict[str, float]:
     """Leaves out the value of `format` where there is nothing to compare. That a reward pays for the form is known
     where completions of another form got less, and where right answers got no more than wrong ones.
 
-    >>> compared({"format": 1.0}), compared({"format": 0.3, "formed": 0.9, "right": 0.2})
-    ({}, {'format': 0.3, 'formed': 0.9, 'right': 0.2})
+    >>> compared({"format": 1.0}), compared({"format": 0.3, "formed": 0.9, "correct": 0.2})
+    ({}, {'format': 0.3, 'formed': 0.9, 'correct': 0.2})
     """
-    pays_by_form = values.get("formed", 0.0) > max(values.get("right", 0.0), 0.0)
+    pays_by_form = values.get("formed", 0.0) > max(values.get("correct", 0.0), 0.0)
     is_told = pays_by_form and values.get("format", 1.0) < 1.0
     return {name: value for name, value in values.items() if name != "format" or is_told}
 
@@ -284,13 +284,13 @@ def judged(values: Mapping[str, float]) -> str | None:
     """The kind of alarm that these values of a reward mean, or None: of the features beyond their limits the one that
     goes with the marks best, and better than being right does.
 
-    >>> judged({"length": 0.9, "repetition": 0.6, "right": 0.2}), judged({"length": 0.9, "right": 0.95})
+    >>> judged({"length": 0.9, "repetition": 0.6, "correct": 0.2}), judged({"length": 0.9, "correct": 0.95})
     ('length', None)
     """
     strength = {name: abs(values[name]) if name == "length" else values[name] for name in SUSPECTS if name in values}
     if strength:
         name = max(strength, key=lambda name: strength[name])
-        if strength[name] >= LIMITS[name] and strength[name] > values.get("right", 0.0):
+        if strength[name] >= LIMITS[name] and strength[name] > values.get("correct", 0.0):
             return name
     return "format" if values.get("format", 0.0) >= LIMITS["format"] else None
 
@@ -407,7 +407,7 @@ def _examples(kind: str, reward: str, value: float, groups: Sequence[Sequence[Wa
     """Completions with high marks, those first that show the feature most, of different prompts."""
 
     def order(seen: Watched) -> tuple[float, float]:
-        feature = getattr(seen, kind) if kind in FEATURES else -(seen.right or 0.0)
+        feature = getattr(seen, kind) if kind in FEATURES else -(seen.correct or 0.0)
         return (seen.mark(reward) or 0.0, math.copysign(feature, value) if kind == "length" else feature)
 
     firsts = sorted((max(group, key=order) for group in groups if group), key=order, reverse=True)[:EXAMPLES]

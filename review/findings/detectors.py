@@ -165,20 +165,20 @@ def _differs_from_zero(values: list[float]) -> bool:
 
 def group_size(record: Record) -> Cause:
     size = int(record.options.get("rollout.group_size") or 8)
-    what = f"Groups have {size} completions, and {record.mean('group/tied'):.0%} of them are tied."
+    what = f"Groups have {size} completions, and {record.mean('group/zero_variance'):.0%} of them have zero variance."
     return size < 4, what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
 
 
 def tied(record: Record) -> Cause:
     """The marks of nearly all groups are equal, some at the top and some at the bottom."""
-    ties = record.mean("group/tied")
+    ties = record.mean("group/zero_variance")
     notice = next((event for event in record.events if event["event"] == "nothing_learned"), {})
     why = notice.get("why") or "some problems are too easy and others too hard"
     ways: list[str] = notice.get("change") or [
         "leave out problems that are always or never solved",
         f"raise {record.option('rollout.group_size')}",
     ]
-    return ties > 0.9, f"{ties:.0%} of the groups are tied and teach nothing: {why}.", "; ".join(ways)
+    return ties > 0.9, f"{ties:.0%} of the groups have zero variance and teach nothing: {why}.", "; ".join(ways)
 
 
 def rate_low(record: Record) -> Cause:
@@ -252,7 +252,7 @@ def entropy(record: Record) -> Cause:
 
 
 def clipped(record: Record) -> Cause:
-    values = record.series("completion/clipped")
+    values = record.series("completion/truncated")
     cut = fmean(values[len(values) // 2 :] or [0.0])
     change = f"raise {record.option('rollout.max_completion_tokens')}, or pay for brevity by a second reward"
     return cut > 0.25, f"{cut:.0%} of the later completions are cut before their end.", change

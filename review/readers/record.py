@@ -81,12 +81,12 @@ class Record:
         self.start = fmean([mark for group in self.early for mark in group.marks] or [self.top]) / self.top
         # By the gold answers: how the score and being right correlate inside groups; and how many completions with the
         # best mark are wrong, where nearly all well-formed ones have it.
-        self.right = median(self.series(*self.watched("right")) or [0.0])
+        self.right = median(self.series(*self.watched("correct")) or [0.0])
         wrong = self.series(*self.watched("format"))
         self.wrong_at_best = median(wrong) if wrong else None
         self.learns_by_others = len(self.rewards) > 1 and self.right > 0.5  # parts of the score beside the first
         lengths = {row["step"]: row.get("completion/length_mean") or 1.0 for row in self.rows}
-        nats = {row["step"]: row.get("policy/step_kl") for row in self.rows}  # a token
+        nats = {row["step"]: row.get("policy/approx_kl") for row in self.rows}  # a token
         self.moves = {step: max(kl, 0.0) * lengths[step] for step, kl in nats.items() if kl is not None}  # a completion
 
     def _groups(self) -> list[Group]:

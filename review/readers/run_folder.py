@@ -64,12 +64,14 @@ def read_problems(output_dir: Path, metric: str) -> dict[int, dict[str, float | 
     """What each held-out problem got by `metric`, by step and prompt_id: of the evaluations that have a record, which
     are the first and the last one. Of several records of a step the last one counts. Raises ValueError for a damaged
     file."""
+    from review.readers.old_metrics import new_metric
+
     path = output_dir / HELD_OUT
     if not path.is_file():
         return {}
     with expecting(path, "record of held-out problems"):
         lines = read_objects(path, whole_lines(path))
-        return {int(line["step"]): dict(line["by_problem"]) for line in lines if line["metric"] == metric}
+        return {int(line["step"]): dict(line["by_problem"]) for line in lines if new_metric(line["metric"]) == metric}
 
 
 def holds_a_run(output_dir: Path) -> bool:
@@ -83,7 +85,10 @@ def is_evaluation(line: Mapping[str, Any]) -> bool:
 
 
 def measured_rows(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. Raises ValueError naming the line that holds no step, or what is no number."""
+    """The lines of metrics.jsonl, with the metrics' names of today. Raises ValueError naming the line that holds no
+    step, or what is no number."""
+    from review.readers.old_metrics import with_new_names
+
     rows = read_objects(path, lines)
     for number, row in enumerate(rows, start=1):
         if type(step := row.get("step")) is not int or not 0 <= step < 1e9:
@@ -91,7 +96,7 @@ def measured_rows(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
         if wrong := [name for name, value in row.items() if not is_metric(value)]:
             fault = f"{wrong[0]!r:.60} is {row[wrong[0]]!r:.60}, no finite number"
             raise ValueError(f"{path}, line {number} is damaged: {fault}; remove the line")
-    return rows
+    return [with_new_names(row) for row in rows]
 
 
 def best_step(lines: Sequence[Mapping[str, Any]], saved: Collection[int], window: int | None = None) -> int | None:
@@ -121,14 +126,15 @@ METRICS = {
     "reward/metric/<name>": "what a reward function reported under `name`, mean over groups",
     "reward/abstained": "completions without a score (abstained, or dropped after a failure), fraction",
     "reward/errors": "failures of reward functions (raised, timed out, not a finite number), count",
-    "group/tied": "groups whose scores are all equal up to rounding, or fewer than two, fraction; they teach nothing",
+    "group/zero_variance": "zero-variance groups: all scores equal up to rounding, or fewer than two; they teach "
+    "nothing; fraction",
     "group/dropped": "groups taken out because a reward failed (reward.on_error: drop_group), count",
-    "group/refilled": "tied groups whose place a refill took (dynamic sampling), count",
-    "group/drawn": "groups sampled, refills included, count",
+    "group/resampled": "zero-variance groups replaced by another group (dynamic sampling), count",
+    "group/drawn": "groups sampled, resampled ones included, count",
     "completion/tokens": "completion tokens sampled, stop tokens included, count; without what tools wrote",
     "completion/length_mean": "length of a completion, stop token included, mean, tokens",
     "completion/length_max": "length of the longest completion, tokens",
-    "completion/clipped": "completions cut by max_completion_tokens (finish_reason length), fraction",
+    "completion/truncated": "completions truncated at max_completion_tokens (finish_reason length), fraction",
     "completion/out_of_turns": "completions cut by max_turns (finish_reason max_turns), fraction; with tools",
     "completion/aborted": "completions whose sampling was given up (finish_reason abort), fraction",
     "tools/turns_mean": "turns of the policy in a completion, mean; with an agent its answers",
@@ -141,29 +147,31 @@ METRICS = {
     "loss/policy": "policy term of the loss, by the chosen loss_type",
     "loss/kl": "KL of the policy from the reference, before beta, mean, nats per token",
     "policy/entropy": "entropy of the sampling policy, nats per token: the mean of -log-probability of what it sampled",
-    "policy/step_kl": "how far the step moved the policy: KL of the one before it from the one after (k3 estimate), on "
-    "one completion of each of the first eight groups that were learned from, mean, nats per token",
+    "policy/approx_kl": "approximate KL of the policy before the step from the policy after it (k3 estimate), on one "
+    "completion of each of the first eight groups that were learned from, mean, nats per token",
     "policy/ratio_mean": "importance ratio of policy to old policy, mean over tokens, 1 when on-policy",
     "policy/clip_fraction": "tokens whose ratio the clip holds back, fraction",
     "policy/clip_fraction_low": "tokens held back at the lower bound, fraction",
     "policy/clip_fraction_high": "tokens held back at the upper bound, fraction",
-    "mismatch/logprob_abs_mean": "mean |learner's - sampler's log-probability|, nats; age makes it more than canary/*",
+    "mismatch/logprob_abs_mean": "train-inference mismatch: mean |learner's - sampler's log-probability|, nats; "
+    "larger than sync_check/* if the weights are older",
     "mismatch/logprob_abs_max": "the largest of them",
-    "mismatch/kl": "KL of the sampler from the learner (k3 estimate), mean, nats per token",
-    "mismatch/age_mean": "versions between the sampler and the learner, mean over tokens (absent at 0)",
-    "mismatch/weight_mean": "importance correction of the sampler's mismatch, mean over tokens",
+    "mismatch/kl": "train-inference mismatch: KL of the sampler from the learner (k3 estimate), mean, nats per token",
+    "mismatch/age_mean": "staleness: versions between the sampler and the learner, mean over tokens (absent at 0)",
+    "mismatch/weight_mean": "importance weight that corrects the train-inference mismatch, mean over tokens",
     "draft/acceptance_depth_<d>": "drafts accepted at depth d / drafts made at depth d",
     "draft/drafted_depth_<d>": "drafts made at depth d, count",
-    "draft/tokens_per_forward": "completion tokens after the first / decoding forwards of the trunk; 1 without drafts",
+    "draft/tokens_per_forward": "completion tokens after the first / decoding forwards of the base model; 1 without "
+    "drafts",
     "draft/gain": "cost of the tokens without drafts / of their rounds, by draft_costs.json and of all draws; 1 where "
-    "none was made, absent where no table chooses how many: rollout.draft_tokens a number, vLLM, no draft head",
+    "none was made, absent where no table chooses how many: rollout.draft_tokens a number, vLLM, no MTP head",
     "rollout/tail": "forwards of a shard in which an eighth of its completions or fewer were still decoded, fraction, "
     "mean over the shards of the first draw",
-    "draft/fallback_rate": "forwards that fell back to plain decoding / forwards of the trunk",
+    "draft/fallback_rate": "forwards that fell back to plain decoding / forwards of the base model",
     "faults/reward_worker": "processes of reward functions that died or passed reward.timeout_s; as all faults/* since "
     "the last line, and absent at 0, count",
     "faults/reward_seconds": "from the start of what they scored to its being scored again or given up, seconds",
-    "publish/bytes": "weights that the rollout workers got since the last line, one copy for each node, bytes",
+    "sync/bytes": "weights sent to the rollout workers since the last line, one copy for each node, bytes",
     "learner/learning_rate": "learning rate of the policy at this step",
     "learner/grad_norm": "norm of the gradient before clipping",
     "learner/updates": "optimizer updates in this step, count",
@@ -174,7 +182,7 @@ METRICS = {
     "time/reward": "scoring them, seconds",
     "time/learn": "log-probabilities, backward and optimizer, seconds",
     "time/wait": "waiting for the batch that is sampled ahead; part of time/learn but for the first, seconds",
-    "time/publish": "handing the new weights to the sampler, seconds",
+    "time/sync": "weight sync: sending the new weights to the sampler, and its check; seconds",
     "time/checkpoint": "writing a checkpoint, seconds",
     "speed/completion_tokens_per_second": "completion tokens / time/rollout",
     "run/interruptions": "times that the run was stopped or interrupted before this step (absent at 0), count",
@@ -182,7 +190,7 @@ METRICS = {
     "run/killed": "times that it ended before this step without a word, as for want of memory (absent at 0), count",
     "run/finished": "for trackers, at the end: 1 where the run came to its end, 0 where it was stopped or failed",
     "log/not_finite": "metrics of this step that were NaN or infinite, written as null, count",
-    "eval/accuracy": "held-out completions that the first reward calls right, fraction; only where it says so",
+    "eval/accuracy": "held-out completions that the first reward calls correct, fraction; only if it says so",
     "eval/accuracy_greedy": "the same for greedy completions, fraction",
     "eval/reward_mean": "score of a held-out completion, mean",
     "eval/reward_mean_greedy": "the same for greedy completions, mean",
@@ -191,12 +199,12 @@ METRICS = {
     "eval/source/<name>/reward_mean": "eval/reward_mean of that source",
     "eval/source/<name>/length_mean": "eval/completion_length_mean of that source, tokens",
     "eval/pass_at_<d>": "held-out prompts that at least one of d completions solves, fraction",
-    "eval/majority_at_<d>": "held-out prompts whose most frequent answer among d completions is right, fraction",
-    "eval/without_mark": "held-out completions without a mark (the reward abstained or failed), count",
+    "eval/majority_at_<d>": "held-out prompts whose most frequent answer among d completions is correct, fraction",
+    "eval/unscored": "held-out completions without a score (the reward abstained or failed), count",
     "eval/reward_errors": "failures of reward functions on held-out completions, count",
     "eval/prompts": "held-out prompts evaluated, count",
     "eval/completion_length_mean": "length of a held-out completion, stop token included, mean, tokens",
-    "eval/completion_clipped": "held-out completions cut by max_completion_tokens, fraction",
+    "eval/completion_truncated": "held-out completions truncated at max_completion_tokens, fraction",
     "eval/tokens_per_forward": "draft/tokens_per_forward on held-out prompts",
     "time/evaluate": "held-out evaluation, off the training clock, seconds",
 }

@@ -21,8 +21,8 @@ BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no whole charact
 THOUGHT = "adding both"
 USER, TOOL = "a user's message", "a tool's result"
 METRICS = {
-    "forks/rows": "texts of episodes besides their first ones: a template or an agent that rewrites, count",
-    "forks/tokens": "tokens of these texts' prompts with which no earlier text of the episode begins, count",
+    "branches/rows": "trajectory branches after the first of an episode: a template or an agent rewrote history, count",
+    "branches/tokens": "prompt tokens of these branches that are not a prefix of an earlier branch, count",
 }
 
 
@@ -125,7 +125,7 @@ def costs(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     >>> segments = [Segment(0, [1, 2]), Segment(2, [1, 2, 6, 4])]
     >>> one = Completion([5, 6, 7], [-0.1, -0.3, -0.2], "", "stop", 0, segments=segments)
     >>> costs([RolloutGroup(Prompt("a", "", [1, 2]), [one])])
-    {'forks/rows': 1, 'forks/tokens': 2}
+    {'branches/rows': 1, 'branches/tokens': 2}
     """
     rows = tokens = 0
     for group in groups:
@@ -136,4 +136,4 @@ def costs(groups: Sequence[RolloutGroup]) -> dict[str, float]:
             for number, prompt_ids in enumerate(prompts[1:], start=1):
                 alike = max(common(text, prompt_ids) for text in texts[:number])
                 tokens += len(prompt_ids) - alike
-    return {"forks/rows": rows, "forks/tokens": tokens}
+    return {"branches/rows": rows, "branches/tokens": tokens}

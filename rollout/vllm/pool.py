@@ -30,7 +30,7 @@ from rollout.vllm.process import VLLMProcess
 from rollout.vllm.settings import VLLMSettings
 from rollout.weight_sync.sync_check import sync_check_difference
 
-METRICS = {"faults/vllm": "restarts: vLLM died, or was late with a forward or a publication, count"}
+METRICS = {"faults/vllm": "restarts: vLLM died, or was late with a forward or a weight sync, count"}
 LOAD_S = 600.0  # vLLM imports itself and makes the model
 PAUSE_S = 0.2  # until weights are read again that were moving
 LOST_ELSEWHERE = "See its log, start it again at the address in rollout.vllm.url, and go on with --resume auto"
@@ -170,7 +170,7 @@ class VLLMPool(Pool):
         header, size = update.header() | {"version": version}, wire.length(update.tensors)
         parts = wire.stream(update.tensors)
         answer = self.client.upload("/publish", header, parts, size, limit_s=self.settings.sync_s)
-        self.faults.unreported["publish/bytes"] += size
+        self.faults.unreported["sync/bytes"] += size
         return answer["held"], answer["unused"]
 
     def _sync_again(self) -> None:

@@ -16,11 +16,12 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
 METRICS = {
-    "canary/logprob_abs_mean": "mismatch/logprob_abs_mean of a publication's canaries, which both score with the same "
-    "weights: what precision and backend alone give, nats",
-    "canary/logprob_abs_max": "the largest of them",
-    "canary/repeats": "1 where a publication's first canaries differed by more than is allowed, and its second did not",
-    "time/canaries": "sampling the canaries, scoring them, comparing digests; part of time/publish, seconds",
+    "sync_check/logprob_abs_mean": "mismatch/logprob_abs_mean on the prompts of the weight-sync check, which sampler "
+    "and learner score with the same weights: the effect of precision and backend only, nats",
+    "sync_check/logprob_abs_max": "the largest of them",
+    "sync_check/repeats": "1 if the check passed only at its second attempt, with other prompts",
+    "time/sync_check": "weight-sync check: sampling its prompts, scoring them, comparing checksums; part of "
+    "time/sync, seconds",
 }
 PROMPTS, PROMPT_TOKENS, COMPLETIONS, TOKENS = 3, 12, 4, 4  # many rows, few rounds: a round is what takes time
 # A policy that is sure of every token gives log-probabilities of zero whatever is wrong; this much hotter it does not.

@@ -27,10 +27,10 @@ from rollout.workers.actors import START_TIMEOUT_S, Call, Lost, Workers
 from rollout.workers.cluster import Cluster
 
 METRICS = {
-    "faults/worker": "Ray workers replaced that died or were late with a shard or a publication, count",
+    "faults/worker": "Ray workers replaced because they died, or were late with a shard or a weight sync, count",
     "faults/node": "Ray workers that were replaced since their machine left the cluster, count",
     "faults/object_store": "times that Ray's object store was full and was waited for, count",
-    "time/confirm": "from the message to the last worker's confirmation; part of time/publish, seconds",
+    "time/sync_transfer": "sending the weights to the Ray workers, until all confirm them; part of time/sync, seconds",
 }
 
 
@@ -119,7 +119,7 @@ class RayPool(Pool):
         started = time.monotonic()
         self._stream(self.sender.messages(weights, version), self.workers.there() or self.workers.wait_for(1))
         self._settle()
-        self.faults.unreported["time/confirm"] += time.monotonic() - started
+        self.faults.unreported["time/sync_transfer"] += time.monotonic() - started
         self.synced = version
 
     def _stream(self, messages: Iterator[Message], to: Sequence[int], *, again: bool = False) -> None:
@@ -143,7 +143,7 @@ class RayPool(Pool):
                     break
                 limit_s = self.sync_timeout_s
                 sent = self.cluster.put(message, self.faults, limit_s, self.workers.while_waiting)
-                self.faults.unreported["publish/bytes"] += message.bytes
+                self.faults.unreported["sync/bytes"] += message.bytes
                 calls = {self.workers.call(i, "sync_weights", sent): Call(i, None, limit_s, late) for i in taking}
                 while calls:
                     for call, answer, lost in self.workers.ended(calls):
@@ -275,7 +275,7 @@ class RayPool(Pool):
                 self._replace(replace(call, worker=taker), lost)
             return  # else the taker gets the weights from another worker
         held, sent = _sound(answer)
-        self.faults.unreported["publish/bytes"] += sent
+        self.faults.unreported["sync/bytes"] += sent
         if isinstance(held, tuple):
             self._replace(replace(call, worker=taker), held)
         elif wrong := self.sender.difference(held):

@@ -112,7 +112,7 @@ def test_a_feature_leaves_whole(features, whole, tmp_path):
         parts = ("agent/", "alarm/", "heads/", "moe/", "value/")
         assert {name for name in documented() if name.startswith(parts)} < gone
         assert {"loss/teacher_kl", "loss/mtp", "curriculum/seen", "faults/worker", "faults/vllm"} < gone
-        assert "draft/head_age" in gone
+        assert "draft/mtp_head_age" in gone
 
 
 def test_every_feature_of_the_table_is_tried():

@@ -35,5 +35,5 @@ def test_a_run_learns_with_a_quantised_sampler(tmp_path, micro_config):
     mismatch = [row["mismatch/logprob_abs_mean"] for row in rows if "mismatch/logprob_abs_mean" in row]
     assert len(mismatch) == 3
     assert all(1e-6 < value < 0.1 for value in mismatch)  # in float32 it would be 1e-7 without rounding
-    assert all(row["canary/logprob_abs_mean"] < 1e-5 for row in rows if "canary/logprob_abs_mean" in row)
+    assert all(row["sync_check/logprob_abs_mean"] < 1e-5 for row in rows if "sync_check/logprob_abs_mean" in row)
     assert sum("mismatch/weight_mean" in row for row in rows) == 3  # the importance correction is on

@@ -596,10 +596,10 @@ def test_examples_of_loops_learn(own_run, tmp_path, monkeypatch, name):
     run_loop(monkeypatch, name, own_run, tmp_path / "r")
     metrics = read_metrics(tmp_path / "r")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
-    assert any(line.get("policy/step_kl", 0) > 0 for line in metrics)
+    assert any(line.get("policy/approx_kl", 0) > 0 for line in metrics)
     assert (tmp_path / "r/policy/model.safetensors").exists()
     if name == "best_of_n.py":  # the best becomes likelier
-        assert metrics[-1]["loss/own"] < metrics[0]["loss/own"]
+        assert metrics[-1]["loss/custom"] < metrics[0]["loss/custom"]
 
 
 def test_problems_with_different_rewards_are_drawn_more_often(own_run, tmp_path, monkeypatch):
@@ -629,7 +629,7 @@ def test_dpo_prefers_what_was_chosen(own_run, tmp_path, monkeypatch):
     pairs = [{"prompt": f"{i}+1=", "chosen": "aa", "rejected": "zz"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     run_loop(monkeypatch, "dpo.py", own_run, tmp_path / "r", tmp_path / "pairs.jsonl")
-    losses = [line["loss/own"] for line in read_metrics(tmp_path / "r")]
+    losses = [line["loss/custom"] for line in read_metrics(tmp_path / "r")]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: policy and reference are the same
     assert losses[-1] < losses[0] - 0.01
 

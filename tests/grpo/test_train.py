@@ -31,14 +31,14 @@ from rollout.decoding.engine import Engine
 
 EVERY_STEP = {
     *("reward/mean", "reward/std", "reward/part/letters", "reward/abstained", "reward/errors"),
-    *("group/tied", "group/dropped"),
-    *("completion/tokens", "completion/length_mean", "completion/length_max", "completion/clipped"),
+    *("group/zero_variance", "group/dropped"),
+    *("completion/tokens", "completion/length_mean", "completion/length_max", "completion/truncated"),
     *("loss/policy", "policy/entropy", "policy/clip_fraction", "policy/ratio_mean"),
     *("mismatch/logprob_abs_mean", "mismatch/kl"),
     *("draft/acceptance_depth_1", "draft/acceptance_depth_2", "draft/tokens_per_forward", "draft/fallback_rate"),
     *("moe/load_min", "moe/load_max", "moe/max_violation"),
     *("learner/learning_rate", "learner/grad_norm", "learner/updates"),
-    *("time/step", "time/rollout", "time/reward", "time/learn", "time/publish"),
+    *("time/step", "time/rollout", "time/reward", "time/learn", "time/sync"),
     *("speed/completion_tokens_per_second", "memory/rss_gib"),
 }
 
@@ -331,7 +331,7 @@ def test_contract_6_a_failure_is_data_and_the_run_goes_on(
 def test_an_all_tied_run_changes_nothing_and_says_so(run, own, as_run, tmp_path):
     train(as_run(tmp_path / "r", steps=2, rewards=[{"function": f"{own}:equal"}]))
     for line in read_metrics(tmp_path / "r"):
-        assert line["group/tied"] == 1.0
+        assert line["group/zero_variance"] == 1.0
         assert line["learner/updates"] == 0
     trained, warm = _weights(tmp_path / "r/policy"), _weights(run / "warm_start")
     assert all(torch.equal(tensor, warm[name]) for name, tensor in trained.items())

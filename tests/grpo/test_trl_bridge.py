@@ -187,9 +187,9 @@ def test_the_trained_policy_is_saved_with_its_head(record, tmp_path):
 def test_acceptance_and_age_of_the_head_are_logged(record):
     first, second = (line for line in record.trainer.state.log_history if "loss" in line)
     if record.rollout.policy.mtp is None:
-        assert "draft/head_age" not in first
+        assert "draft/mtp_head_age" not in first
         return
-    assert (first["draft/head_age"], second["draft/head_age"]) == (0, 1)
+    assert (first["draft/mtp_head_age"], second["draft/mtp_head_age"]) == (0, 1)
     for line in (first, second):
         assert 0 <= line["draft/acceptance_depth_2"] <= 1
         assert line["draft/tokens_per_forward"] >= 1

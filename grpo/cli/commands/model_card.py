@@ -21,7 +21,14 @@ from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
 
 REPORT = "report.html"
 SHOWN_METRICS = (
-    *("reward/mean", "reward/std", "completion/length_mean", "completion/clipped", "policy/entropy", "group/tied"),
+    *(
+        "reward/mean",
+        "reward/std",
+        "completion/length_mean",
+        "completion/truncated",
+        "policy/entropy",
+        "group/zero_variance",
+    ),
     *("draft/tokens_per_forward", "draft/acceptance_depth_1", "moe/load_min", "moe/load_max"),
     *("speed/completion_tokens_per_second", "time/step"),
 )

@@ -45,7 +45,7 @@ FAILURES = (*REFUSALS, NonFiniteStep, OutOfMemory)
 LATEST_S, HANGS_S = 120.0, 2.0  # until the first step of a run that is killed, and of a worker that hangs
 WORKERS = ("rewards.isolation.child", "ray::")  # in the command lines of processes that score, act and sample
 # Metrics that a fault may change; canaries are drafted by costs that each run measures, and round otherwise.
-BY_CHANCE = ("time/", "speed/", "memory/", "faults/", "run/", "publish/", "canary/")
+BY_CHANCE = ("time/", "speed/", "memory/", "faults/", "run/", "sync/", "sync_check/")
 SHOWN = (
     *("reward/mean", "reward/errors", "reward/abstained", "tools/calls_mean", "tools/failures"),
     *("time/rollout", "time/reward", "time/learn", "time/step"),

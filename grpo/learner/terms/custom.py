@@ -19,8 +19,8 @@ from grpo.learner.terms.term import Term, Work
 from policies.lora import has_adapter
 
 Loss = str | LossOptions | Term | Callable[..., Tensor]
-METRICS = {"loss/own": "the loss that a loop of your own gave to forward_backward, as it is summed up"}
-NAME = "loss/own"
+METRICS = {"loss/custom": "custom loss that your loop gave to forward_backward, summed over its parts"}
+NAME = "loss/custom"
 
 
 def as_term(loss: Loss, first: Term) -> Term:

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from grpo.config.run import LearningConfig
 
 METRICS = {
-    "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
+    "loss/mtp": "loss of the MTP head over its depths, detached from the base model; nats per token",
     "loss/mtp_tv": "the same by total variation (quartet mtp): share of drafts rejected at best, fraction",
-    "time/draft_head": "the draft head and its loss, without most of its backward; and all that tied groups take which "
-    "are read for it alone; part of time/learn, seconds",
+    "time/mtp_head": "forward of the MTP head and its loss, without most of its backward, and all work on "
+    "zero-variance groups that are read only for it; part of time/learn, seconds",
 }
 PAYS = 1.1  # least gain of a step's rollouts that is worth what the draft head's learning takes
 IDLE_EVERY = 10  # often enough to learn that drafts pay again, for a tenth of the cost
@@ -94,7 +94,7 @@ class DraftHeadTerm(Term):
     def end(self, works: Sequence[Work]) -> dict[str, float]:
         if not any(work.fixed.get(self.name) for work in works):
             return {}
-        return {"time/draft_head": self.seconds + sum(work.seconds_apart for work in works)}
+        return {"time/mtp_head": self.seconds + sum(work.seconds_apart for work in works)}
 
 
 def teaching(

@@ -9,7 +9,7 @@ from grpo.learner.likelihood import Forward
 from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work
 
-METRICS = {"loss/sft": "cross-entropy of the gold solutions in the SFT stage, mean, nats per token"}
+METRICS = {"loss/sft": "cross-entropy of the worked solutions in the SFT stage, mean, nats per token"}
 
 
 class SupervisedTerm(Term):

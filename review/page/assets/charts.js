@@ -7,25 +7,25 @@
   const CHARTS = [
     ["Reward", /^reward\/(mean|part\/.*)$/, "result"],
     ["Held out, 95 % intervals", /^eval\/(accuracy|accuracy_greedy|reward_mean|reward_mean_greedy|pass_at_\d+)$/, "result"],
-    ["Groups that are tied", /^group\/tied$/],
+    ["Zero-variance groups", /^group\/zero_variance$/],
     ["Entropy, nats per token", /^policy\/entropy$/],
     ["Length, tokens", /^completion\/length_(mean|max)$/],
-    ["Cut and given up, share", /^completion\/(clipped|aborted)$/],
-    ["KL and mismatch, nats", /^(loss\/kl|mismatch\/(kl|logprob_abs_mean|logprob_abs_max)|canary\/logprob_abs_mean)$/],
+    ["Truncated and aborted, share", /^completion\/(truncated|aborted)$/],
+    ["KL and mismatch, nats", /^(loss\/kl|mismatch\/(kl|logprob_abs_mean|logprob_abs_max)|sync_check\/logprob_abs_mean)$/],
     ["Ratio and clipping", /^(policy\/clip_fraction|policy\/ratio_mean|mismatch\/weight_mean)$/],
     ["Loss", /^loss\/(total|policy|mtp|value|sft)$/],
     ["Gradient norm", /^learner\/grad_norm$/],
     ["Tokens per forward", /^(draft|eval)\/tokens_per_forward$/],
     ["Drafts accepted, by depth", /^draft\/acceptance_depth_\d+$/],
     ["Experts: load, 1 is even", /^moe\/load_(min|max)$/],
-    ["Seconds of a step", /^time\/(rollout|reward|wait|learn|publish|evaluate|checkpoint)$/, "stack"],
+    ["Seconds of a step", /^time\/(rollout|reward|wait|learn|sync|evaluate|checkpoint)$/, "stack"],
     ["Tokens per second", /^speed\/completion_tokens_per_second$/],
     ["Memory, GiB", /^memory\/.*gib$/],
     ["Faults", /^(faults\/.*|reward\/(errors|abstained)|run\/(interruptions|failures)|rollout\/restarts|log\/not_finite)$/],
   ];
   // What a curve is called; its metric is named beside the title of the card. Others are called by the end of their metric.
   const NAMES = { "reward/mean": "all rewards", "eval/accuracy": "sampled", "eval/accuracy_greedy": "greedy", "eval/reward_mean": "sampled",
-    "eval/reward_mean_greedy": "greedy", "mismatch/kl": "KL to the sampler", "loss/kl": "KL to the reference", "canary/logprob_abs_mean": "canaries, mean" };
+    "eval/reward_mean_greedy": "greedy", "mismatch/kl": "KL to the sampler", "loss/kl": "KL to the reference", "sync_check/logprob_abs_mean": "sync check, mean" };
   const nameOf = (metric) => NAMES[metric] ?? metric.split("/").slice(1).join(" ").replaceAll("_", " ");
 
   // Metrics of one chart that would have the same name are called in full: "draft/tokens_per_forward".

@@ -38,7 +38,7 @@
     const cards = groups.map((group, g) => card([group, g]));
     const [tied, telling] = [true, false].map((wanted) => cards.filter((_, g) => groups[g].tied === wanted));
     const filter = (text) => cards.forEach((one, g) => { one.style.display = groups[g].prompt.toLowerCase().includes(text.toLowerCase()) ? "" : "none"; });
-    const folded = view.make("details", { open: !telling.length }, view.make("summary", {}, `${tied.length} tied groups, whose completions have the same reward, so that they teach nothing`),
+    const folded = view.make("details", { open: !telling.length }, view.make("summary", {}, `${tied.length} zero-variance groups: their completions have the same reward, so they teach nothing`),
       view.make("div", { class: "side" }, tied));
     const go = (offset) => { const other = steps[at + offset]; if (other !== undefined) location.hash = view.link(run, "step", other); };
     const choice = view.make("select", { onchange: (event) => { location.hash = view.link(run, "step", event.target.value); } },
@@ -46,7 +46,7 @@
     return { title: `step ${step}`, previous: () => go(-1), next: () => go(1), nodes: [
       view.make("div", { class: "tools" }, view.make("button", { onclick: () => go(-1), disabled: at <= 0 }, "←"), choice, view.make("button", { onclick: () => go(1), disabled: at === steps.length - 1 }, "→"),
         view.make("label", {}, "prompts with", view.make("input", { name: "filter", oninput: (event) => filter(event.target.value) })),
-        view.make("span", { class: "soft" }, `${groups.length} groups, ${tied.length} tied; a bar is the reward of a completion, from ${view.show(lowest)} to ${view.show(highest)}`),
+        view.make("span", { class: "soft" }, `${groups.length} groups, ${tied.length} with zero variance; a bar is the reward of a completion, from ${view.show(lowest)} to ${view.show(highest)}`),
         view.make("code", { class: "soft", title: "type this to see what the step has done, and because of what" }, `quartet why RUN ${step}`)),
       failures.map((event) => view.make("p", { class: "fault" }, `${event.event}: ${cut(String(event.error), 400)}`)),
       view.make("div", { class: "side" }, telling), tied.length ? folded : ""] };

@@ -65,10 +65,10 @@ def test_repeated_ngrams_are_those_that_the_penalty_counts(ids, share):
 )
 def test_what_is_seen_of_a_completion(text, copied, formed, right):
     seen = Watched.of("p", "6 boxes of 7 at $1,200?", "6 * 7 = 42\n#### 42", text, [1], {})
-    assert (seen.copied, seen.formed, seen.right) == (copied, formed, right)
+    assert (seen.copied, seen.formed, seen.correct) == (copied, formed, right)
     assert Watched.of("p", "6 * 7 of 42?", None, "#### 42", [1], {}).copied == 1.0
     assert Watched.of("p", "42 of 6?", "#### 42", "#### 42", [1], {}).copied == 0.0
-    assert Watched.of("p", "6 * 7?", "no number", "#### 42", [1], {}).right is None
+    assert Watched.of("p", "6 * 7?", "no number", "#### 42", [1], {}).correct is None
 
 
 def rollouts(pay, seed=0, skill=0.5, steps=WINDOW, formed=1.0):
@@ -96,16 +96,16 @@ def noisy(value, rng):
 
 
 HONEST = {
-    "right": lambda seen, rng: seen.right,
-    "right, in the right form": lambda seen, rng: float(seen.right and seen.formed),
-    "right, and a little for shortness": lambda seen, rng: seen.right - 0.002 * seen.length,
-    "right, and a fifth for the form": lambda seen, rng: seen.right + 0.2 * seen.formed,
-    "right nine times of ten": lambda seen, rng: seen.right if rng.random() < 0.9 else 1 - seen.right,
+    "right": lambda seen, rng: seen.correct,
+    "right, in the right form": lambda seen, rng: float(seen.correct and seen.formed),
+    "right, and a little for shortness": lambda seen, rng: seen.correct - 0.002 * seen.length,
+    "right, and a fifth for the form": lambda seen, rng: seen.correct + 0.2 * seen.formed,
+    "right nine times of ten": lambda seen, rng: seen.correct if rng.random() < 0.9 else 1 - seen.correct,
 }
 HACKED = {
     "length": lambda seen, rng: min(seen.length / 60, 1.0),
     "repetition": lambda seen, rng: noisy(seen.repetition, rng),
-    "copied": lambda seen, rng: max(seen.copied, 0.2 * seen.right),
+    "copied": lambda seen, rng: max(seen.copied, 0.2 * seen.correct),
     "format": lambda seen, rng: float(seen.formed),
 }
 
@@ -167,11 +167,11 @@ UNTRAINED = {
     "groups of 2, a judge's noise": (noise, lambda seen, rng: rng.random(), {"size": 2, "prompts": 4}),
     "one prompt a step": (numbers, lambda seen, rng: rng.random(), {"prompts": 1}),
     "a short run": (numbers, lambda seen, rng: seen.length / 60, {"steps": WINDOW - 1}),
-    "now and then right by chance": (numbers, lambda seen, rng: seen.right, {}),
+    "now and then right by chance": (numbers, lambda seen, rng: seen.correct, {}),
     "one number that is rarely right": (one_number, lambda seen, rng: float(rng.random() < 0.02), {}),
     "right, and a fifth for the form": (
         lambda seen, rng: numbers(seen, rng) if rng.random() < 0.5 else noise(seen, rng),
-        lambda seen, rng: seen.right + 0.2 * seen.formed,
+        lambda seen, rng: seen.correct + 0.2 * seen.formed,
         {},
     ),
     "one word, and an environment's reward": (last_words, lambda seen, rng: float(rng.random() < 0.9), {"turns": 3}),
@@ -207,7 +207,9 @@ def test_the_score_of_a_length_penalty_and_no_right_answer_raises_no_alarm():
     """Length is all that its score differs by, and it is paid for on purpose."""
     watch = Alarms(["gsm8k", "score"])
     for groups in rollouts(lambda seen, rng: 0.0, skill=0.0, steps=2 * WINDOW):
-        scored = [[replace(s, marks={"gsm8k": s.right, "score": s.right - s.length / 99}) for s in g] for g in groups]
+        scored = [
+            [replace(s, marks={"gsm8k": s.correct, "score": s.correct - s.length / 99}) for s in g] for g in groups
+        ]
         assert watch.observe(scored) == []
         assert watch.values["alarm/length/score"] == pytest.approx(-1.0)
 
@@ -247,7 +249,7 @@ def test_a_policy_that_nearly_always_has_the_form_shows_what_is_paid_in_five_gro
     """As the demo's policy does: one of 128 completions a step has another form, and a fifth are wrong."""
     watch, found = Alarms(["mine"]), []
     for groups in rollouts(lambda seen, rng: 1.0, skill=0.8, steps=WINDOW):
-        other = replace(groups[0][0], formed=False, right=0.0, marks={"mine": 0.0})
+        other = replace(groups[0][0], formed=False, correct=0.0, marks={"mine": 0.0})
         found += watch.observe([[other, *groups[0][1:]], *groups[1:]])
     assert [alarm.kind for alarm in found] == ["format"]
 
@@ -262,7 +264,7 @@ def test_an_alarm_waits_for_a_whole_window_and_enough_groups():
 
 def test_what_has_no_mark_or_no_gold_answer_does_not_count():
     [groups] = rollouts(HACKED["format"], steps=1)
-    unknown, unmarked = Watched(**vars(groups[0][0]) | {"right": None}), Watched(**vars(groups[0][1]) | {"marks": {}})
+    unknown, unmarked = Watched(**vars(groups[0][0]) | {"correct": None}), Watched(**vars(groups[0][1]) | {"marks": {}})
     step = look([[unknown, unmarked]], "mine")
     assert (step.best, step.formed, step.moments["length"].groups) == (0, 0, 0)
     watch = Alarms(["mine"])
@@ -290,10 +292,10 @@ def test_examples_have_the_highest_marks_and_then_the_most_of_the_feature():
 def test_of_the_features_beyond_their_limits_the_strongest_names_the_alarm():
     assert judged({"length": -0.95, "repetition": 0.6}) == "length"
     assert judged({"length": 0.6, "repetition": 0.55}) is None  # length explains more, and not enough
-    assert judged({"copied": 0.7, "right": 0.71}) is None
-    assert judged({"format": LIMITS["format"], "right": 0.2}) == "format"
+    assert judged({"copied": 0.7, "correct": 0.71}) is None
+    assert judged({"format": LIMITS["format"], "correct": 0.2}) == "format"
     assert judged({}) is None
-    assert (judged({"length": LIMITS["length"]}), judged({"copied": 0.7, "right": 0.7})) == ("length", None)
+    assert (judged({"length": LIMITS["length"]}), judged({"copied": 0.7, "correct": 0.7})) == ("length", None)
 
 
 def test_a_reward_for_the_form_is_one_that_every_well_formed_completion_gets():
@@ -301,7 +303,7 @@ def test_a_reward_for_the_form_is_one_that_every_well_formed_completion_gets():
     step = look(groups, "mine")
     flat = [seen for group in groups for seen in group]
     assert (step.best, step.formed) == (sum(seen.formed for seen in flat),) * 2
-    wrong = [seen for seen in flat if seen.formed and not seen.right]
+    wrong = [seen for seen in flat if seen.formed and not seen.correct]
     assert values_of([step])["format"] == pytest.approx(len(wrong) / step.best)
     [groups] = rollouts(HONEST["right"], steps=1)
     assert "format" not in values_of([look(groups, "mine")])
@@ -335,9 +337,9 @@ def test_a_reward_that_rises_while_held_out_accuracy_falls(before, after, rises,
     """Once, however often the run evaluates."""
     watch, found, last = Alarms(["mine"]), [], WINDOW + 2
     assert watch.evaluated(before, 128) == []
-    for step, groups in enumerate(rollouts(lambda seen, rng: seen.right, steps=last), start=1):
+    for step, groups in enumerate(rollouts(lambda seen, rng: seen.correct, steps=last), start=1):
         level = step / 10 if rises else -step / 10
-        watch.observe([[replace(s, marks={"mine": s.right + level}) for s in group] for group in groups])
+        watch.observe([[replace(s, marks={"mine": s.correct + level}) for s in group] for group in groups])
         if step == last or step % every == 0:
             found += watch.evaluated(before + (after - before) * step / last, 128)
     assert [alarm.kind for alarm in found] == (["held_out"] if sounds else [])

@@ -68,7 +68,7 @@ def test_contract_10_tied_means_one_thing_wherever_it_is_asked(rewards, tied):
     score, group = GroupScore(list(rewards), {"r": list(rewards)}), RolloutGroup(_prompt("a"), [])
     contrast = GroupScore([0.0, 2.0, None][: len(rewards)], {"r": [0.0, 2.0, None][: len(rewards)]})
     assert is_tied(score) is tied
-    assert rollout_metrics([group], [score])["group/tied"] == tied
+    assert rollout_metrics([group], [score])["group/zero_variance"] == tied
     assert sum(map(reward_replay.tied, [list(rewards)])) == tied
     drawn = draw_groups([_prompt("a")], 1, lambda prompts, draw: ([group], [contrast if draw else score]), _same)
     assert (drawn.refilled == 1) is tied
@@ -114,7 +114,7 @@ def test_tied_groups_are_drawn_again_and_only_these():
     assert sample.calls == [(["a", "b", "c"], 0), (["a", "c"], 1), (["a"], 2)]
     assert (_names(drawn), drawn.draws) == (["a", "b", "c"], [2, 0, 1])
     assert [group.prompt.prompt_id for group, _ in drawn.replaced] == ["a", "c", "a"]
-    assert drawn.counts() == {"group/tied": 0.0, "group/refilled": 2.0, "group/drawn": 6.0}
+    assert drawn.counts() == {"group/zero_variance": 0.0, "group/resampled": 2.0, "group/drawn": 6.0}
 
 
 def test_new_prompts_take_the_places_until_the_budget_is_spent():
@@ -123,7 +123,7 @@ def test_new_prompts_take_the_places_until_the_budget_is_spent():
     assert sample.calls == [(["a", "b", "c"], 0), (["new1.0", "new1.1"], 1), (["new2.0"], 2)]
     assert (_names(drawn), drawn.draws) == (["a", "b", "new1.1"], [0, 0, 1])
     assert [group.prompt.prompt_id for group in drawn.all_groups] == ["a", "b", "new1.1", "new1.0", "c", "new2.0"]
-    assert drawn.counts() == {"group/tied": 1 / 3, "group/refilled": 1.0, "group/drawn": 6.0}
+    assert drawn.counts() == {"group/zero_variance": 1 / 3, "group/resampled": 1.0, "group/drawn": 6.0}
     drawn = draw_groups([_prompt(name) for name in "abc"], 9, Sampler(sample.mixed), _new)
     assert (_names(drawn), drawn.draws) == (["new3.0", "b", "new1.1"], [3, 0, 1])
     assert drawn.tied == []
@@ -147,7 +147,7 @@ def coarse(tmp_path_factory) -> list[dict]:
 def plain(micro_config, coarse, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain") / "run"
     train(micro_config(folder, rewards=coarse, steps=1))
-    assert 0 < read_metrics(folder)[0]["group/tied"] < 1, "the test needs tied groups and others"
+    assert 0 < read_metrics(folder)[0]["group/zero_variance"] < 1, "the test needs tied groups and others"
     return folder
 
 
@@ -161,8 +161,8 @@ def test_contract_4_a_refill_sees_new_noise_and_replaces_tied_groups_alone(micro
     before, after = _groups(plain), _groups(tmp_path / "r")
     tied = [len({line["reward"] for line in group}) < 2 for group in before]
     [line] = read_metrics(tmp_path / "r")
-    assert line["group/refilled"] == sum(group[0]["draw"] > 0 for group in after) > 0
-    assert line["group/tied"] == sum(len({line["reward"] for line in group}) < 2 for group in after) / 4
+    assert line["group/resampled"] == sum(group[0]["draw"] > 0 for group in after) > 0
+    assert line["group/zero_variance"] == sum(len({line["reward"] for line in group}) < 2 for group in after) / 4
     assert line["group/drawn"] > 4
     assert line["completion/tokens"] > sum(len(line["token_ids"]) for group in after for line in group)
     for was_tied, former, group in zip(tied, before, after, strict=True):
@@ -178,5 +178,5 @@ def test_contract_4_a_refill_sees_new_noise_and_replaces_tied_groups_alone(micro
 
 def test_a_budget_of_zero_changes_nothing_and_logs_nothing(plain):
     [line] = read_metrics(plain)
-    assert not {"group/refilled", "group/drawn"} & line.keys()
+    assert not {"group/resampled", "group/drawn"} & line.keys()
     assert {line["draw"] for line in read_rollouts(plain, 1)} == {0}

@@ -17,7 +17,7 @@ from grpo.config.mtp import HeadOptions, MtpConfig, defaults_of_run
 from grpo.config.run import SftConfig
 from grpo.learner.batch import collate, micro_batches
 from grpo.learner.head_learner import HeadLearner, noise_keys
-from grpo.learner.lessons import KINDS, Corpus
+from grpo.learner.lessons import KINDS, TOKENS, Corpus
 from grpo.learner.prepare import recorded, supervised
 from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.draft_head import DraftHeadTerm
@@ -99,7 +99,7 @@ def _tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 # A publication that is cut short or fails has no canaries in the line of its step.
-UNCOMPARED = ("time/", "speed/", "memory/", "run/", "canary/")
+UNCOMPARED = ("time/", "speed/", "memory/", "run/", "sync_check/")
 
 
 def _untimed(folder: Path) -> list[dict]:
@@ -172,7 +172,7 @@ def test_the_corpus_is_on_disk_and_held_out_prompts_are_not_in_what_is_taught(wh
     corpus = Corpus(whole / "corpus")
     for kind in KINDS:
         lessons = corpus.lessons(kind, STEPS, torch.device("cpu"))
-        counted = sum(line.get(f"corpus/{kind}_tokens", 0) for line in read_metrics(whole))
+        counted = sum(line.get(TOKENS[kind], 0) for line in read_metrics(whole))
         assert sum(lesson.tokens for lesson in lessons) == counted > 0
         for lesson in lessons:
             assert lesson.preceding.shape[:2] == lesson.token_ids.shape
@@ -437,7 +437,7 @@ def test_a_run_ends_where_three_epochs_have_gained_nothing(config, tmp_path, mon
     mtp(config(folder, **given))
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert "time/publish" in lines[-1]
+    assert "time/sync" in lines[-1]
     saved = [_tensors(folder, step)["policy/mtp.eh_proj.weight"] for step in (1, 4)]
     assert torch.equal(*saved)
     mtp(config(folder, **given), resume="auto")

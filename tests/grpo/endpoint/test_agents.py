@@ -82,7 +82,7 @@ def test_contract_1_the_learner_scores_what_was_sampled(whole):
             assert line["policy_version"] == step - 1
     metrics = read_metrics(whole)
     assert metrics[1]["mismatch/logprob_abs_max"] < 1e-4
-    assert (metrics[1]["agent/segments_mean"], metrics[1]["tools/calls_mean"]) == (2, 3)
+    assert (metrics[1]["agent/branches_mean"], metrics[1]["tools/calls_mean"]) == (2, 3)
     assert metrics[0]["eval/part/agent"] > 0  # held-out problems are the agent's too
 
 

@@ -229,7 +229,7 @@ def test_contracts_1_and_9_a_run_learns_what_was_sampled_and_goes_on_to_the_same
             forks += len(line.get("segments", [])) > 1
     assert forks > 2
     metrics = read_metrics(tmp_path / "whole")[-1]
-    assert metrics["forks/rows"] > 0
-    assert metrics["forks/tokens"] > metrics["forks/rows"]
+    assert metrics["branches/rows"] > 0
+    assert metrics["branches/tokens"] > metrics["branches/rows"]
     one, two = (load_file(next((tmp_path / run / "policy").glob("model*.safetensors"))) for run in ("whole", "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)

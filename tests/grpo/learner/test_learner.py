@@ -118,7 +118,7 @@ def test_a_step_tells_how_far_it_has_moved_the_policy(micro_policy, budget):
     log_ratio = logprobs() - before
     expected = (log_ratio.exp() - 1 - log_ratio).mean().item()
     assert expected > 1e-3
-    assert metrics["policy/step_kl"] == pytest.approx(expected, rel=1e-3)
+    assert metrics["policy/approx_kl"] == pytest.approx(expected, rel=1e-3)
 
 
 def _head_outputs(policy: Policy, ids: list[int], hidden: torch.Tensor, start: int, depth: int):
@@ -232,7 +232,7 @@ def test_contract_10_a_tied_group_that_teaches_the_head_needs_no_gradient_of_the
     assert_close(*states)
     assert_close(*gradients)
     assert metrics[0]["loss/mtp"] > 0
-    for name in metrics[0].keys() - {"time/learn", "time/draft_head"}:
+    for name in metrics[0].keys() - {"time/learn", "time/mtp_head"}:
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4, abs=1e-6), name
 
 
@@ -700,7 +700,7 @@ def test_the_head_rests_while_drafts_gain_nothing(micro_policy, monkeypatch):
     assert list(teaching(policy, options, rows, 3, gain=1.2)) == [0, 1, 2]
     assert teaching(policy, options, rows[2:], 3, gain=1.0) == {}
     assert all(list(teaching(policy, options, rows, step, gain=None)) == [0, 1, 2] for step in range(1, 7))
-    assert learner.step(learner.prepare(_groups(policy), _scores()), 1)["time/draft_head"] > 0
+    assert learner.step(learner.prepare(_groups(policy), _scores()), 1)["time/mtp_head"] > 0
 
 
 @pytest.mark.slow

@@ -82,4 +82,4 @@ def test_every_token_is_recorded_with_both_log_probabilities(micro_config, tmp_p
     assert {line["backend"] for line in lines} == {"native"}
     assert [{line["policy_version"] for line in read_rollouts(tmp_path / "run", step)} for step in (1, 2)] == [{0}, {1}]
     metrics = read_metrics(tmp_path / "run")
-    assert all(0 < line["canary/logprob_abs_mean"] < 1e-4 for line in metrics if "learner/updates" in line)
+    assert all(0 < line["sync_check/logprob_abs_mean"] < 1e-4 for line in metrics if "learner/updates" in line)

@@ -95,7 +95,7 @@ def test_summands_metrics_and_seconds_of_a_step_by_hand(micro_policy):
     }
     work = last_work(learner)
     assert (work.batch.step, work.update, work.seconds_apart, work.minis) == (7, 2, 2, ())
-    assert "policy/step_kl" in metrics
+    assert "policy/approx_kl" in metrics
     assert learner.updates == 2
     assert learner.forward_backward(work.batch)["loss/total"] == 9
     tied = replace(batch, rows=[replace(row, samples=[]) for row in batch.rows])
@@ -146,7 +146,7 @@ def test_lessons_are_read_by_the_terms_that_learn_from_them_alone(micro_policy):
     metrics = learner.step(recorded([SimpleNamespace(tokens=3), SimpleNamespace(tokens=4)]), 2)
     assert metrics["seen"] == 7
     assert learner.policy.lm_head.grad.unique().tolist() == [2.0]
-    assert {"learner/updates", "policy/step_kl"}.isdisjoint(metrics)
+    assert {"learner/updates", "policy/approx_kl"}.isdisjoint(metrics)
     assert learner.policy_version == 0
 
 

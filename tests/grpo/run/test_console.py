@@ -27,8 +27,8 @@ def test_control_characters_are_made_visible_and_long_text_is_cut_in_the_middle(
 def test_the_step_line_has_numbers_that_mean_something_and_leaves_out_what_was_not_measured():
     metrics = {"loss/policy": -0.01234, "draft/tokens_per_forward": 3.141, "policy/entropy": 0.5}
     assert step_line(12, metrics) == "step    12  entropy 0.500  3.14 tokens/forward"
-    metrics |= {"policy/step_kl": 0.001234, "learner/grad_norm": 12.345, "group/tied": 0.25}
-    shown = "step    12  tied 25%  step KL 0.0012  grad norm 12  entropy 0.500  3.14 tokens/forward"
+    metrics |= {"policy/approx_kl": 0.001234, "learner/grad_norm": 12.345, "group/zero_variance": 0.25}
+    shown = "step    12  zero-variance 25%  approx KL 0.0012  grad norm 12  entropy 0.500  3.14 tokens/forward"
     assert step_line(12, metrics) == shown
 
 

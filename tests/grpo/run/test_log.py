@@ -65,11 +65,11 @@ def _events(folder: Path, kind: str) -> list[dict]:
 
 def test_a_step_is_one_sorted_json_line_and_one_console_line(tmp_path):
     log, shown = _open(tmp_path / "run")
-    log.step(1, {"time/step": 1.44, "reward/mean": torch.tensor(0.5), "group/tied": numpy.float32(0.25)})
+    log.step(1, {"time/step": 1.44, "reward/mean": torch.tensor(0.5), "group/zero_variance": numpy.float32(0.25)})
     # Flushed, so that others can follow the run.
     line = (tmp_path / "run/metrics.jsonl").read_text()
-    assert line == '{"step": 1, "group/tied": 0.25, "reward/mean": 0.5, "time/step": 1.44}\n'
-    assert shown.getvalue() == "step     1  reward 0.500  tied 25%  1.4 s\n"
+    assert line == '{"step": 1, "group/zero_variance": 0.25, "reward/mean": 0.5, "time/step": 1.44}\n'
+    assert shown.getvalue() == "step     1  reward 0.500  zero-variance 25%  1.4 s\n"
     log.close()
 
 
@@ -242,6 +242,24 @@ def test_contract_9_a_resume_removes_what_came_after_its_checkpoint(tmp_path):
     with _open(tmp_path, resume=Resume(0))[0]:
         assert read_metrics(tmp_path) == []
         assert not list((tmp_path / "rollouts").iterdir())
+
+
+def test_a_resumed_log_of_old_names_reads_as_one_series(tmp_path):
+    """The line that the disk had refused is part of a checkpoint of 0.2, so it has old names too."""
+    (tmp_path / "checkpoints").mkdir()
+    first, second = ({"step": step, "group/tied": step / 4} for step in (1, 2))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(first) + "\n")
+    for _ in range(2):  # it is written once
+        with _open(tmp_path, resume=Resume(2, second))[0]:
+            pass
+    with _open(tmp_path, resume=Resume(2))[0] as log:
+        log.step(3, {"group/zero_variance": 0.75})
+    assert [(row["step"], row["group/zero_variance"]) for row in read_metrics(tmp_path)] == [
+        (1, 0.25),
+        (2, 0.5),
+        (3, 0.75),
+    ]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_half_a_line_of_a_killed_writer_spoils_no_later_line(tmp_path):

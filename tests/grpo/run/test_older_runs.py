@@ -29,6 +29,11 @@ def test_an_older_run_goes_on_with_the_step_that_it_would_have_made(folder):
     assert [line["token_ids"] for line in read_rollouts(folder / "run", 3)] == expected["token_ids"]
     made = read_metrics(folder / "run")[3]
     assert {name: made[name] for name in expected["metrics"]} == pytest.approx(expected["metrics"], rel=1e-4)
+    written = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in written if "reward/mean" in line}
+    assert ["policy/step_kl" in line for line in steps.values()] == [True, True, False]
+    series = [row["policy/approx_kl"] for row in read_metrics(folder / "run") if "reward/mean" in row]
+    assert series == [steps[1]["policy/step_kl"], steps[2]["policy/step_kl"], steps[3]["policy/approx_kl"]]
     assert find_policy("run").step == 3
 
 

@@ -19,7 +19,7 @@ from grpo.run.stop import STOPPING
 from rewards.console import Terminal
 
 STEP = {
-    **{"reward/mean": 0.5, "group/tied": 0.25, "policy/step_kl": 0.00123, "learner/grad_norm": 0.314},
+    **{"reward/mean": 0.5, "group/zero_variance": 0.25, "policy/approx_kl": 0.00123, "learner/grad_norm": 0.314},
     **{"time/step": 2.0, "time/rollout": 1.0, "time/learn": 0.9, "speed/completion_tokens_per_second": 1234.0},
 }
 
@@ -101,7 +101,7 @@ def test_a_terminal_gets_the_panel_and_keeps_its_last_state(tmp_path):
     assert re.search(r"\.\.\.\S*/demo +step 2/4 .* 0:0\d gone, about 0:0\d left", after)
     assert re.search(r"reward +0\.750 +▁█ +0\.500 to 0\.750, step 2", after)
     assert re.search(r"accuracy +0\.250 +▁ +0\.250 to 0\.250, step 0", after)
-    assert "tied 25%  step KL 0.0012  grad norm 0.31  1234 tokens/s  2.0 s" in after
+    assert "zero-variance 25%  approx KL 0.0012  grad norm 0.31  1234 tokens/s  2.0 s" in after
     assert "sampling 50%  learning 45%" in after
     assert "step 2: sampling" not in after  # it is over
 
@@ -148,7 +148,7 @@ def test_a_pipe_gets_a_line_of_every_step_and_no_control_code(tmp_path, monkeypa
     assert steps == [1, 2, 3, 4, 5]
     assert "\x1b" not in text
     assert "\r" not in text
-    line = "step     1  reward 0.500  tied 25%  step KL 0.0012  grad norm 0.31  1234 tokens/s  2.0 s"
+    line = "step     1  reward 0.500  zero-variance 25%  approx KL 0.0012  grad norm 0.31  1234 tokens/s  2.0 s"
     assert text.splitlines()[0] == line
 
 

@@ -143,7 +143,7 @@ def test_contract_9_a_stopped_run_resumes_to_the_same_bits(micro_config, whole, 
     assert ("lora" in kind) == any(".lora_" in name for name in after)
     assert ("reference" in kind) == any(name.startswith("reference/") for name in after)
     if "dynamic" in kind:
-        assert sum(line["group/refilled"] for line in read_metrics(folder)) > 0
+        assert sum(line["group/resampled"] for line in read_metrics(folder)) > 0
     if "curriculum" in kind:
         assert read_metrics(folder)[-1]["curriculum/seen"] > 0.2
 

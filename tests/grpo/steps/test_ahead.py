@@ -103,7 +103,7 @@ def kept(folder, step: int) -> dict:
 
 def untimed(folder) -> list[dict]:
     # A publication that a stop cuts short has no canaries.
-    parts = ("time/", "speed/", "memory/", "run/", "publish/", "canary/", "faults/")
+    parts = ("time/", "speed/", "memory/", "run/", "sync/", "sync_check/", "faults/")
     return [{k: v for k, v in line.items() if not k.startswith(parts)} for line in read_metrics(folder)]
 
 

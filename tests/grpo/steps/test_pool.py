@@ -219,7 +219,7 @@ def test_a_run_whose_worker_was_killed_goes_on_and_tells(start, tmp_path):
     assert "was killed or crashed" in event["reason"]
     told = [line for line in read_metrics(tmp_path / "run") if "faults/worker" in line]
     assert [line["faults/worker"] for line in told] == [1]
-    assert 0 < told[0]["faults/sampling_seconds"] < told[0]["time/rollout"] + told[0].get("time/publish", 0)
+    assert 0 < told[0]["faults/sampling_seconds"] < told[0]["time/rollout"] + told[0].get("time/sync", 0)
 
 
 @pytest.mark.long

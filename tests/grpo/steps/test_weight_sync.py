@@ -145,7 +145,7 @@ def refused(learner: Learner, pool: Pool, sabotage: Callable[[], None]) -> str:
     """An honest publication passes; the next one, after `sabotage` and a step, is refused with these words."""
     weight_sync = WeightSync(pool, learner, params_of(learner.policy))
     metrics = weight_sync.sync_weights()
-    assert 0 < metrics["canary/logprob_abs_mean"] <= metrics["canary/logprob_abs_max"]
+    assert 0 < metrics["sync_check/logprob_abs_mean"] <= metrics["sync_check/logprob_abs_max"]
     learn(learner, pool)
     sabotage()
     with pytest.raises(RolloutError) as error:
@@ -246,8 +246,8 @@ def test_canaries_that_fail_once_are_made_again(weight_sync, monkeypatch):
     monkeypatch.setattr(weight_sync.pool, "sample_on_each", flip)
     metrics = weight_sync.sync_weights()
     assert calls == [0, 1]
-    assert metrics["canary/repeats"] == 1
-    assert metrics["canary/logprob_abs_max"] < 1e-4
+    assert metrics["sync_check/repeats"] == 1
+    assert metrics["sync_check/logprob_abs_max"] < 1e-4
 
 
 def test_samplers_get_the_weights_when_these_have_moved_or_when_they_have_let_them_go(weight_sync, monkeypatch):
@@ -275,7 +275,7 @@ def test_samplers_get_the_weights_when_these_have_moved_or_when_they_have_let_th
     weight_sync.keep_up(run)
     weight_sync.keep_up(run)
     assert versions == [0, 0, 0, 1]
-    assert run.metrics["canary/repeats"] == 0
+    assert run.metrics["sync_check/repeats"] == 0
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
@@ -299,7 +299,7 @@ def test_contract_13_a_version_that_was_not_admitted_is_published_again(weight_s
         assert weight_sync.version is None
     monkeypatch.setattr(weight_sync, "scores", scores)
     weight_sync.keep_up(run)
-    assert run.metrics["canary/repeats"] == weight_sync.version == 0
+    assert run.metrics["sync_check/repeats"] == weight_sync.version == 0
 
 
 def test_each_sampler_is_scored_by_its_own_tokens_and_the_same_tokens_once(weight_sync, monkeypatch):
@@ -335,7 +335,7 @@ def test_contract_13_copies_in_few_bits_are_compared_without_rounding_too(policy
     learner = learner_of(policy)
     weight_sync = WeightSync(open_pool(policy), learner, params_of(policy), copies="int8")
     if fault is None:
-        assert weight_sync.sync_weights()["canary/repeats"] == 0
+        assert weight_sync.sync_weights()["sync_check/repeats"] == 0
         assert weight_sync.version == 0
     else:
         with pytest.raises(RolloutError, match=fault):
@@ -349,7 +349,7 @@ def test_a_publication_that_a_stop_cuts_short_has_no_canaries_and_does_not_undo_
     policy = policy_of("native")
     pool = open_pool(policy, PoolOptions(check_stop=signals.check))
     weight_sync = WeightSync(pool, learner_of(policy), PARAMS)
-    assert weight_sync.sync_weights()["canary/repeats"] == 0
+    assert weight_sync.sync_weights()["sync_check/repeats"] == 0
     monkeypatch.setattr(signals, "number", signal.SIGTERM)
     assert weight_sync.sync_weights() == {}
     with pytest.raises(Stopped):
@@ -362,4 +362,4 @@ def test_a_publication_that_a_stop_cuts_short_has_no_canaries_and_does_not_undo_
 def test_a_context_shorter_than_the_canaries_has_short_ones(policy_of):
     policy = policy_of("native", max_position_embeddings=5)
     metrics = WeightSync(LocalPool(policy), learner_of(policy), PARAMS).sync_weights()
-    assert metrics["canary/logprob_abs_max"] < 1e-4
+    assert metrics["sync_check/logprob_abs_max"] < 1e-4

@@ -89,7 +89,7 @@ def test_contract_9_a_run_that_stops_in_mid_epoch_goes_on_to_the_same_bits(mixed
     for line in metrics[1:]:
         groups = {label: line[f"source/{label}/groups"] for label in ("word_problems", "own.jsonl")}
         assert sum(groups.values()) == 4
-        assert all(f"source/own.jsonl/{name}" in line for name in ("reward_mean", "tied", "length_mean"))
+        assert all(f"source/own.jsonl/{name}" in line for name in ("reward_mean", "zero_variance", "length_mean"))
         means = [groups[label] * line[f"source/{label}/reward_mean"] for label in groups]
         assert sum(means) / 4 == pytest.approx(line["reward/mean"])
     assert {"eval/source/own.jsonl/reward_mean", "eval/source/word_problems/reward_mean"} <= metrics[0].keys()

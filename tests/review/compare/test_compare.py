@@ -178,7 +178,7 @@ def test_completions_without_a_mark_leave_no_interval_and_no_verdict():
     """Nobody knows then over how many problems the accuracy is a mean."""
     for end in (0, 2):
         rows = _evaluations(0.2, 0.6)
-        rows[end]["eval/without_mark"] = 460
+        rows[end]["eval/unscored"] = 460
         [sentence] = headline(rows)
         assert sentence.endswith("The difference is +0.400; it has no interval, since some completions have no mark.")
 

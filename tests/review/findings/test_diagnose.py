@@ -27,7 +27,7 @@ OPTIONS = {
     "sft": {"steps": 0},
     "loss": {"scale_rewards": "none"},
 }
-METRICS = {"completion/tokens": 240, "completion/length_mean": 20.0, "policy/step_kl": 0.01, "reward/part/gsm8k": 0.5}
+METRICS = {"completion/tokens": 240, "completion/length_mean": 20.0, "policy/approx_kl": 0.01, "reward/part/gsm8k": 0.5}
 EVALUATED = [{"step": step, "eval/accuracy": p, "eval/prompts": 50} for step, p in ((0, 0.5), (6, 0.55))]
 
 GAINED = [{"step": step, "eval/accuracy": p, "eval/prompts": 400} for step, p in ((0, 0.5), (6, 0.7))]
@@ -84,12 +84,12 @@ CASES = {
         "In 100% of the groups",
     ),
     "rate_high": (  # 2 nats a token · 20 tokens
-        {"metrics": {"policy/step_kl": [0.01, 0.01, 2.0, 0.01], "reward/part/gsm8k": [0.5, 0.5, 0.0, 0.0]}},
+        {"metrics": {"policy/approx_kl": [0.01, 0.01, 2.0, 0.01], "reward/part/gsm8k": [0.5, 0.5, 0.0, 0.0]}},
         "Step 3 moved the policy by a KL of 40 nats a completion, where one or two are many, and the marks went from "
         "0.5 to 0.",
     ),
     "stop_token": ({"steps": ((ON,) * 4,) * 4}, "100% of the completions were cut, and 75% go on"),
-    "sign_flipped": ({"metrics": {"alarm/right/gsm8k": [-1.0, -0.5, -0.9, -0.7]}}, "r = -0.80."),
+    "sign_flipped": ({"metrics": {"alarm/correct/gsm8k": [-1.0, -0.5, -0.9, -0.7]}}, "r = -0.80."),
     "reward_constant": (
         {"steps": ((group(1.0, 1.0, 1.0, 1.0),) * 4,) * 4, "metrics": {"alarm/format/gsm8k": [0.3, 0.4, 0.2, 0.3]}},
         "All 64 completions got the mark 1 of gsm8k, and 70% of them are right",
@@ -108,22 +108,28 @@ CASES = {
     ),
     "none_solved": ({"steps": ((WRONG,) * 4,) * 4}, "In 100% of the groups no completion gets more than 0,"),
     "hacked": (
-        {"metrics": {"alarm/length/gsm8k": [0.9, 0.85, 0.95, 0.9], "alarm/right/gsm8k": 0.1, "group/tied": 0.95}},
+        {
+            "metrics": {
+                "alarm/length/gsm8k": [0.9, 0.85, 0.95, 0.9],
+                "alarm/correct/gsm8k": 0.1,
+                "group/zero_variance": 0.95,
+            }
+        },
         "The score follows the length of completions (r = +0.90).",
     ),
     "group_size": (
-        {"options": {"rollout": {"group_size": 2}}, "metrics": {"group/tied": 0.95}},
-        "Groups have 2 completions, and 95% of them are tied.",
+        {"options": {"rollout": {"group_size": 2}}, "metrics": {"group/zero_variance": 0.95}},
+        "Groups have 2 completions, and 95% of them have zero variance.",
     ),
     "tied": (
         {
-            "metrics": {"group/tied": 0.95},
+            "metrics": {"group/zero_variance": 0.95},
             "events": [{"event": "nothing_learned", "why": "they are dull", "change": ["rollout.max_resamples: 2"]}],
         },
-        "95% of the groups are tied and teach nothing: they are dull.",
+        "95% of the groups have zero variance and teach nothing: they are dull.",
     ),
     "rate_low": (  # √(1e-7 · 20 / 2) = .001 a step, and 8 steps are planned
-        {"metrics": {"policy/step_kl": 1e-7}, "options": {"steps": 8}},
+        {"metrics": {"policy/approx_kl": 1e-7}, "options": {"steps": 8}},
         "all 8 steps together can change the share of right answers by 0.8% at most",
     ),
     "other_part": (
@@ -144,7 +150,7 @@ CASES = {
         "In 100% of the later groups all completions are one text without full marks; the entropy went from 0.8 to "
         "0.01 nats a token.",
     ),
-    "clipped": ({"metrics": {"completion/clipped": [0.0, 0.1, 0.4, 0.6]}}, "50% of the later completions are cut"),
+    "clipped": ({"metrics": {"completion/truncated": [0.0, 0.1, 0.4, 0.6]}}, "50% of the later completions are cut"),
     # In training ± 12.706 √((.0002 + .0002) / 2). Wilson's intervals of .5 and .55 over 50 problems are .366 to .634
     # and .413 to .679, so that the difference is .05 - √(.137² + .134²) and .05 + √(.129² + .134²). A gain of .2
     # needs 2.8² (.5² + .7 · .3) / .2² = 90.2 problems.
@@ -199,13 +205,13 @@ HEALTHY = {
     "form first": {
         "steps": ((FORM_FIRST,) * 4,) * 4,
         "options": {"rewards": [FORM, GSM8K]},
-        "metrics": {"alarm/right/score": 1.0},
+        "metrics": {"alarm/correct/score": 1.0},
     },
     "a great step that did good": {
         "steps": ((MIXED,) * 4,) * 6,
-        "metrics": {"policy/step_kl": 2.0, "reward/part/gsm8k": [0.1, 0.11, 0.3, 0.4, 0.50, 0.52]},
+        "metrics": {"policy/approx_kl": 2.0, "reward/part/gsm8k": [0.1, 0.11, 0.3, 0.4, 0.50, 0.52]},
     },
-    "marks of length and of being right": {"metrics": {"alarm/length/gsm8k": 0.85, "alarm/right/gsm8k": 0.9}},
+    "marks of length and of being right": {"metrics": {"alarm/length/gsm8k": 0.85, "alarm/correct/gsm8k": 0.9}},
     "a gain on held-out problems too": RISES | {"evaluations": GAINED},
     "a gain after an SFT stage that decayed": RISES
     | {"evaluations": GAINED, "options": DECAYS | {"sft": WARM | {"schedule": "linear"}}},
@@ -337,7 +343,7 @@ def test_runs_of_which_something_is_missing(tmp_path, capsys):
     for words in ("step 4 of 60, in progress or killed", "12 groups read", "step_000002", "Nothing was found."):
         assert words in out
     assert "1 records of rollouts cannot be read" in out
-    for path in (write(tmp_path, metrics={"group/tied": 1.0}) / "rollouts").iterdir():
+    for path in (write(tmp_path, metrics={"group/zero_variance": 1.0}) / "rollouts").iterdir():
         path.unlink()
     out = said(1)
     assert "1. tied: 100% of the groups" in out

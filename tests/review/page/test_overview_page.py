@@ -82,7 +82,7 @@ def test_rewards_are_not_called_an_accuracy(tmp_path):
     ("metrics", "title", "value"),
     [
         ({"reward/errors": 0, "reward/abstained": 0.0, "faults/reward_worker": 0}, "Faults", 0),
-        ({"completion/clipped": 0.0, "completion/aborted": 0.0}, "Cut and given up, share", 0),
+        ({"completion/truncated": 0.0, "completion/aborted": 0.0}, "Truncated and aborted, share", 0),
         ({"draft/tokens_per_forward": 1.0, "eval/tokens_per_forward": 1.0}, "Tokens per forward", 1),
         ({"policy/ratio_mean": 1 - 5e-8, "policy/clip_fraction": 0.0}, "Ratio and clipping", "0 and 1"),
     ],

@@ -85,7 +85,7 @@ def test_a_prompt_is_found_wherever_it_was_drawn(folder, monkeypatch):
 
 def test_an_accuracy_of_nobody_knows_how_many_problems_has_no_interval(folder):
     first, *others = (json.loads(line) for line in (CASE / "metrics.jsonl").read_text().splitlines())
-    rows = [first | {"eval/without_mark": 3}, *others]
+    rows = [first | {"eval/unscored": 3}, *others]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = RunFiles(folder).overview()["rows"]
     assert "eval/accuracy" in found[0]

@@ -87,7 +87,7 @@ def test_contract_5_each_publication_rounds_anew_and_the_correction_is_on(random
     weight_sync = WeightSync(pool, learner, replace(PARAMS, draft_tokens=2), kind)
     for version in range(3):
         metrics = weight_sync.sync_weights()
-        assert 0 < metrics["canary/logprob_abs_mean"] < 1e-5
+        assert 0 < metrics["sync_check/logprob_abs_mean"] < 1e-5
         fresh = Engine(learner.policy, copies=Copies(kind, kind))
         assert torch.equal(pool.engine.trunk.blocks[1].out.weight, fresh.trunk.blocks[1].out.weight)
         assert torch.equal(pool.engine.trunk.blocks[1].gate_up, fresh.trunk.blocks[1].gate_up)

@@ -130,7 +130,7 @@ def test_costs_by_hand():
     forked = Completion([5, 6, 7, 8], [-0.1] * 4, "", "stop", 0, segments=segments)
     plain = Completion([5, 6], [-0.1] * 2, "", "stop", 0)
     groups = [RolloutGroup(Prompt("a", "", [1, 2]), [forked, plain])]
-    assert costs(groups) == {"forks/rows": 2, "forks/tokens": 4}
+    assert costs(groups) == {"branches/rows": 2, "branches/tokens": 4}
 
 
 def lines(messages):

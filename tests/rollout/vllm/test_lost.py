@@ -106,7 +106,7 @@ def test_one_that_is_lost_while_it_samples_is_replaced_and_gives_the_same(case, 
     assert HOW[number].replace("MOMENT", "sample").replace("PID", str(former)) in why
     assert str(case.settings.log) in why
     found = case.pool.metrics()
-    assert (found["faults/vllm"], found["publish/bytes"] > 0) == (1, True)
+    assert (found["faults/vllm"], found["sync/bytes"] > 0) == (1, True)
     assert found["faults/sampling_seconds"] > (LIMIT_S if number == "SIGSTOP" else 0)
     assert gone(former)
     assert case.sample() == expected
@@ -161,7 +161,7 @@ def test_contract_5_with_adapters_a_new_one_gets_everything_and_the_next_publica
     policy.add_lora(2, 4.0, ["q_proj", "experts"])
     case = Case(policy, tmp_path)
     try:
-        whole = case.pool.metrics()["publish/bytes"]
+        whole = case.pool.metrics()["sync/bytes"]
         for version in (1, 2):
             with torch.no_grad():
                 for name, parameter in policy.named_parameters():
@@ -169,14 +169,14 @@ def test_contract_5_with_adapters_a_new_one_gets_everything_and_the_next_publica
                         parameter.add_(0.3)
             case.strike(*["publish SIGKILL"] * (version - 1))
             case.pool.sync_weights(policy.synced_weights(), version)
-            sent = case.pool.metrics()["publish/bytes"]
+            sent = case.pool.metrics()["sync/bytes"]
             assert sent < whole / 3 if version == 1 else sent == whole
             expected = case.sample()
             case.strike("sample SIGKILL")
             assert case.sample() == expected
-            assert case.pool.metrics()["publish/bytes"] == whole
+            assert case.pool.metrics()["sync/bytes"] == whole
         case.pool.sync_weights(policy.synced_weights(), 3)
-        assert case.pool.metrics()["publish/bytes"] < whole / 3
+        assert case.pool.metrics()["sync/bytes"] < whole / 3
     finally:
         case.pool.close()
 
@@ -187,7 +187,7 @@ def test_a_server_by_url_is_not_ours_to_start(case):
     os.kill(server.process.pid, signal.SIGKILL)
     with pytest.raises(RolloutError, match="is lost.*start it again at the address in rollout.vllm.url"):
         other.sample(PROMPTS, PARAMS)
-    assert other.metrics().keys() == {"publish/bytes"}
+    assert other.metrics().keys() == {"sync/bytes"}
     server.close()
 
 

@@ -89,7 +89,7 @@ def refused(policy: Policy, server: Server, dtype: torch.dtype, fault: str) -> s
     pool = VLLMPool(policy, PoolOptions(vllm=server.settings(params.draft_tokens or 0), dtype=dtype))
     learner = learner_of(policy)
     weight_sync = WeightSync(pool, learner, params)
-    assert weight_sync.sync_weights()["canary/logprob_abs_mean"] > 0
+    assert weight_sync.sync_weights()["sync_check/logprob_abs_mean"] > 0
     learn(learner, pool, params)
     server.file.write_text(fault)
     with pytest.raises(RolloutError) as error:

@@ -93,7 +93,7 @@ def test_logprobs_are_the_learners_after_every_publication(policy, pool):
         pool.sync_weights(policy.synced_weights(), version)
         for temperature in (0.7, 1.0, 0.0, 4.0):
             assert worst_gap(policy, pool, replace(PARAMS, temperature=temperature)) < EXACT
-    assert pool.metrics()["publish/bytes"] > 0
+    assert pool.metrics()["sync/bytes"] > 0
     assert {c.policy_version for c in completions(pool.sample(PROMPTS, PARAMS))} == {2}
 
 
@@ -103,7 +103,7 @@ def test_adapters_travel_alone_and_are_merged_there(random_policy, pool):
     policy.add_lora(2, 4.0, ["q_proj", "o_proj", "gate_proj", "experts", "mtp"])
     settings = VLLMSettings(url=pool.client.url, token=pool.client.token, draft_tokens=2)
     other = VLLMPool(policy, PoolOptions(vllm=settings))
-    whole = other.metrics()["publish/bytes"]
+    whole = other.metrics()["sync/bytes"]
     for version in (1, 2):
         with torch.no_grad():
             for name, parameter in policy.named_parameters():
@@ -112,7 +112,7 @@ def test_adapters_travel_alone_and_are_merged_there(random_policy, pool):
         assert worst_gap(policy, other, PARAMS) > 100 * EXACT
         other.sync_weights(policy.synced_weights(), version)
         assert worst_gap(policy, other, PARAMS) < EXACT
-    assert 0 < other.metrics()["publish/bytes"] / 2 < whole / 3
+    assert 0 < other.metrics()["sync/bytes"] / 2 < whole / 3
     pool.sync_weights(pool.policy.synced_weights(), 3)  # everything, by another trainer
     with pytest.raises(RolloutError, match="does not hold the weights under these adapters"):
         other.sync_weights(policy.synced_weights(), 4)
@@ -253,7 +253,7 @@ def test_a_run_trains_is_logged_resumes_to_the_same_bits_and_leaves_no_process(m
         PRESETS[micro_preset].update(kept)
     for line in whole.metrics:
         assert 0 < line["mismatch/logprob_abs_mean"] < 1e-5
-        assert 0 < line["canary/logprob_abs_max"] < EXACT
+        assert 0 < line["sync_check/logprob_abs_max"] < EXACT
     a, b = (result.policy.state_dict() for result in (whole, parts))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
     events = [json.loads(line) for line in (tmp_path / "whole/events.jsonl").read_text().splitlines()]

@@ -248,7 +248,7 @@ def test_contract_5_with_adapters_workers_get_a_and_b_alone_and_a_new_one_everyt
         if version == 3:  # its successor has started, and gets the weights from the other worker
             pool.workers.wait_for(2)
             pool._settle()
-        sent.append(pool.metrics()["publish/bytes"])
+        sent.append(pool.metrics()["sync/bytes"])
     assert sent[1] == sent[2] < 0.2 * sent[0]
     assert sent[3] == sent[0] + sent[1]
     assert pool.sample(PROMPTS, PARAMS) == local.sample(PROMPTS, PARAMS)
@@ -266,7 +266,7 @@ def test_contract_5_a_worker_whose_digests_differ_after_a_and_b_gets_everything(
     ray.get(call(pool.workers.actors[0], spoil))
     pool.metrics()
     pool.sync_weights(policy.synced_weights(), 1)
-    assert pool.metrics()["publish/bytes"] > sum(t.nbytes for t in policy.weights().values())
+    assert pool.metrics()["sync/bytes"] > sum(t.nbytes for t in policy.weights().values())
     assert tokens(pool.sample(PROMPTS, PARAMS)) == tokens(
         open_pool(policy, PoolOptions(prompts_per_shard=2)).sample(PROMPTS, PARAMS)
     )

@@ -312,7 +312,7 @@ def test_the_card_claims_nothing_that_the_run_did_not_record(copied, tmp_path):
     said, (low, high) = card(0, lines), wilson_interval(3, 6)
     assert "| before (step 0) | 6 | 0.400 | - |" in said  # 2 of 5 is no share of 6 problems
     assert f"| after (step 2) | 6 | 0.500 | {low:.3f}-{high:.3f} |" in said
-    assert "| after (step 2) | 6 | 0.500 | - |" in card(1, [*lines[:-1], lines[-1] | {"eval/without_mark": 3}])
+    assert "| after (step 2) | 6 | 0.500 | - |" in card(1, [*lines[:-1], lines[-1] | {"eval/unscored": 3}])
     trained = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines if "reward/mean" in line]
     said = card(2, trained)
     assert "The run evaluated no held-out problems." in said
