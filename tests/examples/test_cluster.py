@@ -132,7 +132,7 @@ def test_the_image_is_made_of_what_the_package_is_with_extras_and_a_ray_that_exi
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     of_the_source = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     kept = {line.removeprefix("!") for line in lines if line.startswith("!")}
-    assert kept == {*of_the_source, "rewards", "pyproject.toml"}
+    assert kept == {*of_the_source, "rewards", "review", "pyproject.toml"}
     dockerfile = (HERE / "Dockerfile").read_text()
     [wanted] = re.findall(r"/src\[([\w,-]+)\]", dockerfile)
     assert set(wanted.split(",")) <= project["project"]["optional-dependencies"].keys()
