@@ -82,7 +82,7 @@ class Shell:
         self.status: bool | None = True
         self.cause = ""  # of a status that is not known
         self.output: list[str] | None = None  # what a substitution writes; None: nobody reads it
-        self.printed, self.line = "", 0
+        self.printed, self.source, self.line = "", "", 0
         self.fails_at_once = self.refuses_unset = self.misses_source = False
         self.assigned = ""  # the variable whose value is being read
         self.asked: list[str] = []  # the variable whose value depends on a module
@@ -102,8 +102,10 @@ class Shell:
             pass
         return None
 
-    def refuse(self, what: str) -> NoReturn:
-        raise ValueError(f"line {self.line} of the shell text: {what} is not read; {self.way_out()}")
+    def refuse(self, source: str = "") -> NoReturn:
+        """Raises ValueError for what is not read: the statement, or a part of it."""
+        source = (source or self.source).splitlines()[0]
+        raise ValueError(f"line {self.line} of the shell text: `{source}` is not read; {self.way_out()}")
 
     def undecided(self, cause: str) -> NoReturn:
         """Refuses a condition, and names the variables that would decide it."""
@@ -120,7 +122,7 @@ class Shell:
     def assign(self, name: str, value: Value) -> None:
         """Sets a variable. One whose value only a program knows is read from the environment."""
         if name == "IFS":
-            self.refuse("another IFS")
+            self.refuse()
         self.variables[name] = self._given(name, value) if isinstance(value, str) else value
 
     def _given(self, name: str, value: str) -> str:
@@ -136,7 +138,7 @@ class Shell:
         name, array, source = assignment["Name"]["Value"], assignment.get("Array"), assignment["Text"]
         appends = assignment.get("Append")
         if "Index" in assignment or (array is None and isinstance(self.variables.get(name), list)):
-            self.refuse(f"`{source}`, an element of an array,")
+            self.refuse(source)
         if array is None:
             self.assigned = name
             text = self.words.text(assignment.get("Value"))
@@ -150,7 +152,7 @@ class Shell:
         values = self.words.all(name) if appends else []
         for element in array.get("Elems", []):
             if "Index" in element:
-                self.refuse(f"`{source}`, an array with names,")
+                self.refuse(source)
             values = values + self.words.fields(element["Value"])
         self.assign(name, values)
 
@@ -220,7 +222,7 @@ class Shell:
         if sign == "||":
             return self._condition(first) or self._condition(second)
         if node["Type"] not in ("Word", "UnaryTest", "BinaryTest"):
-            self.refuse(f"`{node['Text']}`")
+            self.refuse(node["Text"])
         left = self.settled(self.words.text(first))
         if node["Type"] != "BinaryTest":
             return self._checked(sign or "-n", left)
@@ -234,7 +236,7 @@ class Shell:
         is_negated = len(words) > 1 and words[0] == "!"
         words = words[is_negated:]
         if len(words) > 3:
-            self.refuse(f"`[ {' '.join(words)} ]`")
+            self.refuse()
         elif len(words) == 3:
             result = self._compared(*words)
         else:
@@ -244,8 +246,7 @@ class Shell:
     def _checked(self, sign: str, text: str) -> bool:
         text = self.settled(text)
         empty = is_empty(text)
-        is_required = bool(empty) and not is_known(text)  # `settled` has left the mark
-        if sign not in ("-n", "-z") or empty is None or is_required:
+        if sign not in ("-n", "-z") or empty is None:
             self.undecided(f"{sign} {text}")
         return empty == (sign == "-z")
 
@@ -271,10 +272,11 @@ class Shell:
 
     def run(self, statement: Node) -> None:
         line = self.line = statement["Pos"]["Line"]
+        self.source = statement["Text"]
         node = statement.get("Cmd", {"Type": "CallExpr"})
         carry_out = getattr(self, f"_{node['Type'].lower()}", None)
         if carry_out is None or statement.get("Negated"):
-            self.refuse(f"`{statement['Text'].splitlines()[0]}`")
+            self.refuse()
         output = self.output
         for redirect in statement.get("Redirs", []):
             if redirect["Op"][0] != "<" and redirect.get("N", {}).get("Value", "1") == "1":
@@ -323,7 +325,7 @@ class Shell:
         for branch in node.get("Items", []):
             if any(matches(word, self.words.pattern(pattern)) for pattern in branch["Patterns"]):
                 if branch["Op"] != ";;":
-                    self.refuse(f"`{branch['Op']}`")
+                    self.refuse(branch["Op"])
                 self.run_all(branch.get("Stmts", []))
                 return
 
@@ -333,10 +335,10 @@ class Shell:
 
     def _declclause(self, node: Node) -> None:
         if node["Variant"]["Value"] != "export":
-            self.refuse(f"`{node['Text']}`")
+            self.refuse(node["Text"])
         for each in node.get("Args", []):
             if "Name" not in each:
-                self.refuse(f"`{node['Text']}`")
+                self.refuse()
             if "Naked" not in each:
                 self.set(each)
             self.exported = self.exported | {each["Name"]["Value"]}
@@ -353,7 +355,7 @@ class Shell:
         shell = self
         if assignments and words:  # they are for this command only
             if words[0] in self.functions or self.builtin(words[0]):
-                self.refuse(f"`{node['Text']}`, variables for {words[0]},")
+                self.refuse()
             shell = self.copy()
             shell.exported = self.exported | {each["Name"]["Value"] for each in assignments}
         shell.status = True
@@ -373,7 +375,7 @@ class Shell:
         elif builtin := self.builtin(name):
             builtin(arguments)
         elif name in REFUSED or words[:2] == ["printf", "-v"]:
-            self.refuse(f"`{' '.join(map(shown, words))}`")
+            self.refuse()
         else:
             self._outside(words)
 
@@ -402,7 +404,7 @@ class Shell:
         elif (name in SHELLS or name.endswith(".sh")) and files and self.path(words[files[0]]).is_file():
             self._nested(self.path(words[files[0]]), words[files[0] + 1 :])
         elif name not in LOOKS_FOR and any(self.program in word for word in words):
-            self.refuse(f"a command that {name} starts")
+            self.refuse()
         elif asks:
             self.status = find_spec(asks[1]) is not None
             self.asked.append(self.assigned)
@@ -453,7 +455,7 @@ class Shell:
     def do_set(self, words: list[str]) -> None:
         for word in words:
             if not re.fullmatch(r"[-+][a-zA-Z]+|pipefail", word):
-                self.refuse(f"`set {' '.join(words)}`")
+                self.refuse()
             if "e" in word and word != "pipefail":
                 self.fails_at_once = word[0] == "-"
             if "u" in word:
@@ -462,27 +464,27 @@ class Shell:
     def do_unset(self, words: list[str]) -> None:
         for word in words:
             if not word.isidentifier():
-                self.refuse(f"`unset {shown(word)}`")
+                self.refuse()
             self.variables.pop(word, None)
 
     def do_eval(self, words: list[str]) -> None:
-        self._pass_over(f"`eval {' '.join(words)}`", is_known(" ".join(words)))
+        self._pass_over(is_known(" ".join(words)))
 
     def do_source(self, words: list[str]) -> None:
-        self._pass_over(f"`source {words[0]}`", is_known(words[0]) and self.path(words[0]).is_file())
+        self._pass_over(is_known(words[0]) and self.path(words[0]).is_file())
 
-    def _pass_over(self, what: str, is_here: bool) -> None:
+    def _pass_over(self, is_here: bool) -> None:
         """Notes a text that is not here. What it would set is not known, and does not count as empty."""
         if is_here:
-            self.refuse(what)
+            self.refuse()
         self.misses_source = True
-        self.note(f"{shown(what)} is not read; give the variables that it sets.")
-        self._unknown([what])
+        self.note(f"`{self.source}` is not read; give the variables that it sets.")
+        self._unknown([self.source])
 
     def do_cd(self, words: list[str]) -> None:
         folder = words[-1] if words else "~"
         if folder == "-":
-            self.refuse("`cd -`")
+            self.refuse()
         self.variables["PWD"] = os.path.normpath(self.path(folder)) if is_known(folder) else folder
         self.status = True
 

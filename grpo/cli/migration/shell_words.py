@@ -33,7 +33,7 @@ class Variables(Protocol):
     arguments: list[str]
     variables: dict[str, Value]
 
-    def refuse(self, what: str) -> NoReturn: ...
+    def refuse(self, source: str = "") -> NoReturn: ...
 
     def substitute(self, node: Node) -> str: ...
 
@@ -64,9 +64,10 @@ def shown(text: str) -> str:
 
 
 def is_empty(text: str) -> bool | None:
-    """Whether a text is empty, as far as that is known; a variable that is not set is."""
-    text = MARK.sub(lambda found: found[0] if found[1] == UNKNOWN else found[2] * (found[1] == SECRET), text)
-    return None if text and not MARK.sub("", text) else not text
+    """Whether a text is empty, as far as that is known; a secret is not."""
+    if MARK.sub(lambda found: found[2] * (found[1] == SECRET), text):
+        return False
+    return None if text else True
 
 
 def matches(text: str, pattern: str) -> bool:
@@ -88,7 +89,7 @@ class Words:
         """The words that one word becomes: arrays and blanks of variables make several, or none."""
         literal = "".join(part["Value"] if part["Type"] == "Lit" else "x" for part in word["Parts"])
         if BRACES.search(literal):
-            self.shell.refuse(f"`{word['Text']}`, braces without quotes,")
+            self.shell.refuse(word["Text"])
         return list(self._fields(word["Parts"]))
 
     def _fields(self, parts: list[Node]) -> Iterator[str]:
@@ -114,7 +115,7 @@ class Words:
         parts = []
         for text, how in self.pieces(word["Parts"]):
             if how != "quoted" and "[" in text:
-                self.shell.refuse(f"`{word['Text']}`, brackets in a pattern,")
+                self.shell.refuse(word["Text"])
             parts.append(escape(text) if how == "quoted" else text)
         return "".join(parts)
 
@@ -136,7 +137,7 @@ class Words:
             elif kind == "CmdSubst":
                 yield self.shell.substitute(part), how
             else:
-                self.shell.refuse(f"`{part['Text']}`")
+                self.shell.refuse(part["Text"])
 
     def _literal(self, text: str, quoted: bool, first: bool) -> Iterator[Piece]:
         if first and not quoted and re.match(r"~(/|$)", text):
@@ -159,7 +160,7 @@ class Words:
         changes_letters = operator in LETTERS and "Word" not in operation
         is_read = not operator or (not several and (operator in DEFAULTS or changes_letters))
         if node.keys() - PARAMETER or not is_read or (several and "Repl" in node):
-            self.shell.refuse(f"`{node['Text']}`")
+            self.shell.refuse(node["Text"])
         if several:
             yield from self._several(self.all(name), how, joined=quoted and "*" in (name, index))
             return
@@ -179,7 +180,7 @@ class Words:
         old, new = self.text(replacement["Orig"]), self.text(replacement.get("With"))
         is_pattern = old[:1] in ("", "#", "%") or self.pattern(replacement["Orig"]) != escape(old)
         if is_pattern or not is_known(old + new):
-            self.shell.refuse(f"`{replacement['Orig']['Text']}`, a pattern to replace,")
+            self.shell.refuse(replacement["Orig"]["Text"])
         return value.replace(old, new, -1 if replacement.get("All") else 1)
 
     @staticmethod
@@ -208,7 +209,7 @@ class Words:
         if not name.isidentifier():
             return mark(f"${name}")
         if not re.fullmatch(r"\d*", index):
-            self.shell.refuse(f"`{name}[{index}]`, an index that is not a number,")
+            self.shell.refuse(f"{name}[{index}]")
         return dict(enumerate(self.all(name))).get(int(index or 0))
 
     def _defaulted(self, name: str, value: str | None, node: Node, quoted: bool) -> Iterator[Piece]:
@@ -229,7 +230,7 @@ class Words:
     def computed(self, node: Node | None, source: str) -> str:
         """The value of an arithmetic expression, or a mark where one of its variables is not known."""
         if node is None:
-            self.shell.refuse(f"`{source}`")
+            self.shell.refuse(source)
         try:
             return str(self._value(node))
         except NotKnown as error:
@@ -243,7 +244,7 @@ class Words:
         if node["Type"] == "ParenArithm":
             return self._value(node["X"])
         if node["Type"] != "BinaryArithm" or node["Op"] not in OPERATORS:
-            self.shell.refuse(f"`{node['Text']}`")
+            self.shell.refuse(node["Text"])
         return int(OPERATORS[node["Op"]](self._value(node["X"]), self._value(node["Y"])))
 
     def _number(self, word: Node) -> int:
@@ -255,7 +256,7 @@ class Words:
         if not is_known(text):
             raise NotKnown(names_in(text)[0])
         if not re.fullmatch(r"[-+]?(0|[1-9]\d*)", text.strip()):
-            self.shell.refuse(f"`{text}` in a sum")
+            self.shell.refuse(text)
         return int(text)
 
 
