@@ -60,23 +60,19 @@ class Undecided(ValueError):
     """A condition or an output that only a program or the machine decides."""
 
 
-class Shell:
+class Shell(Words):
     """The state of one shell: its variables, and where it is."""
 
     def __init__(self, program: str, environment: Mapping[str, str], file: Path | None = None):
         self.program = program
         self.given = {name: value for name, value in environment.items() if not IS_SECRET.search(name)}
-        self.variables: dict[str, Value] = dict(self.given)
-        for name in environment:
-            if IS_SECRET.search(name) and environment[name]:
-                self.variables[name] = mark(f"${name}", name, SECRET)
-        self.variables.setdefault("PWD", os.getcwd())
-        for name in OF_MACHINE:
-            self.variables.setdefault(name, mark(f"${name}", name))
+        self.variables: dict[str, Value] = {name: mark(f"${name}", name) for name in OF_MACHINE}
+        self.variables |= {"PWD": os.getcwd()} | self.given
+        for name in environment.keys() - self.given.keys():
+            self.variables[name] = environment[name] and mark(f"${name}", name, SECRET)
         self.exported = {*environment, "PWD"}
         self.arguments: list[str] = []
         self.functions: dict[str, Node] = {}
-        self.words = Words(self)
         self.notes: dict[str, None] = {}
         self.ends: list[str] = []
         self.status: bool | None = True
@@ -141,7 +137,7 @@ class Shell:
             self.refuse(source)
         if array is None:
             self.assigned = name
-            text = self.words.text(assignment.get("Value"))
+            text = self.text(assignment.get("Value"))
             before = self.variables.get(name, "") if appends else ""
             if name in self.asked:
                 text = self.given.get(name, text)
@@ -149,11 +145,11 @@ class Shell:
             self.assigned = ""
             self.assign(name, f"{before}{text}")
             return
-        values = self.words.all(name) if appends else []
+        values = self.all(name) if appends else []
         for element in array.get("Elems", []):
             if "Index" in element:
                 self.refuse(source)
-            values = values + self.words.fields(element["Value"])
+            values = values + self.fields(element["Value"])
         self.assign(name, values)
 
     def missing(self, name: str, source: str, required: bool = False) -> str:
@@ -182,7 +178,6 @@ class Shell:
         """A shell within this one: what it sets, this one does not see."""
         inner = copy(self)
         inner.variables, inner.functions = dict(self.variables), dict(self.functions)
-        inner.words = Words(inner)
         return inner
 
     # ---- conditions
@@ -223,13 +218,15 @@ class Shell:
             return self._condition(first) or self._condition(second)
         if node["Type"] not in ("Word", "UnaryTest", "BinaryTest"):
             self.refuse(node["Text"])
-        left = self.settled(self.words.text(first))
+        left = self.settled(self.text(first))
         if node["Type"] != "BinaryTest":
             return self._checked(sign or "-n", left)
-        right = self.words.text(second)
-        if sign in EQUAL and is_known(left + right):
-            return matches(left, self.words.pattern(second)) != (sign == "!=")
-        return self._compared(left, sign, right)
+        right = self.text(second)
+        if sign not in EQUAL:
+            return self._compared(left, sign, right)
+        if not is_known(left + right):
+            self.undecided(f"{left} {sign} {right}")
+        return matches(left, self.pattern(second)) != (sign == "!=")
 
     def do_test(self, words: list[str]) -> None:
         words = words[:-1] if words[-1:] == ["]"] else words
@@ -259,7 +256,7 @@ class Shell:
         self.undecided(f"{left} {sign} {right}")
 
     def _arithmcmd(self, node: Node) -> None:
-        value = self.words.computed(node.get("X"), node["Text"])
+        value = self.computed(node.get("X"), node["Text"])
         if not is_known(value):
             self.undecided(value)
         self.status = value != "0"
@@ -318,12 +315,12 @@ class Shell:
         self.run_all(branch["Then"] if branch else ())
 
     def _caseclause(self, node: Node) -> None:
-        word = self.settled(self.words.text(node["Word"]))
+        word = self.settled(self.text(node["Word"]))
         if not is_known(word):
             self.undecided(f"case {word}")
         self.status = True
         for branch in node.get("Items", []):
-            if any(matches(word, self.words.pattern(pattern)) for pattern in branch["Patterns"]):
+            if any(matches(word, self.pattern(pattern)) for pattern in branch["Patterns"]):
                 if branch["Op"] != ";;":
                     self.refuse(branch["Op"])
                 self.run_all(branch.get("Stmts", []))
@@ -347,7 +344,7 @@ class Shell:
     def _callexpr(self, node: Node) -> None:
         words: list[str] = []
         for word in node.get("Args", []):
-            fields = self.words.fields(word)
+            fields = self.fields(word)
             if words[:1] in (["["], ["test"]) and '"' not in word["Text"]:  # bash drops what is not set
                 fields = [each for each in fields if is_known(each) or self.settled(each)]
             words += fields
@@ -368,12 +365,12 @@ class Shell:
     def _call(self, words: list[str]) -> None:
         name, arguments = words[0], words[1:]
         at = words.index(self.program) if self.program in words else 0
-        if at and words[at - 1] == "-m" and not self.builtin(name):
-            raise Reached(*words[at + 1 :])
         if body := self.functions.get(name):
             self._call_function(body, arguments)
         elif builtin := self.builtin(name):
             builtin(arguments)
+        elif at and words[at - 1] == "-m":
+            raise Reached(*words[at + 1 :])
         elif name in REFUSED or words[:2] == ["printf", "-v"]:
             self.refuse()
         else:
@@ -397,12 +394,12 @@ class Shell:
     def _outside(self, words: list[str]) -> None:
         """A program that is not started. Its status is not known, nor what it writes."""
         name = words[0].rpartition("/")[2]
-        files = [number for number, word in enumerate(words) if word.endswith(".sh")]
+        script = next((word for word in words if word.endswith(".sh")), "")
         asks = IMPORTS.fullmatch(" ".join(words))
         if name in SUCCEED:
             self.status = True
-        elif (name in SHELLS or name.endswith(".sh")) and files and self.path(words[files[0]]).is_file():
-            self._nested(self.path(words[files[0]]), words[files[0] + 1 :])
+        elif (name in SHELLS or script == words[0]) and self.path(script).is_file():
+            self._nested(self.path(script), words[words.index(script) + 1 :])
         elif name not in LOOKS_FOR and any(self.program in word for word in words):
             self.refuse()
         elif asks:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from glob import escape
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from grpo.cli.migration.shell_tree import Node
 
@@ -24,20 +24,6 @@ Piece = tuple[str, str]
 """A text and how it is treated: `literal`, `quoted`, `split` at its blanks, or `break` between two words."""
 Value = str | list[str]
 """A variable's: a text, or the elements of an array."""
-
-
-class Variables(Protocol):
-    """What a word's expansion asks its shell for."""
-
-    file: str
-    arguments: list[str]
-    variables: dict[str, Value]
-
-    def refuse(self, source: str = "") -> NoReturn: ...
-
-    def substitute(self, node: Node) -> str: ...
-
-    def missing(self, name: str, source: str, required: bool = False) -> str: ...
 
 
 def mark(source: str, name: str = "", kind: str = UNKNOWN) -> str:
@@ -80,16 +66,26 @@ def matches(text: str, pattern: str) -> bool:
 
 
 class Words:
-    """Expands the words of one shell."""
+    """Expands the words of a shell, which has the variables and carries out what words ask for."""
 
-    def __init__(self, shell: Variables):
-        self.shell = shell
+    file: str
+    arguments: list[str]
+    variables: dict[str, Value]
+
+    def refuse(self, source: str = "") -> NoReturn:
+        raise NotImplementedError
+
+    def substitute(self, node: Node) -> str:
+        raise NotImplementedError
+
+    def missing(self, name: str, source: str, required: bool = False) -> str:
+        raise NotImplementedError
 
     def fields(self, word: Node) -> list[str]:
         """The words that one word becomes: arrays and blanks of variables make several, or none."""
         literal = "".join(part["Value"] if part["Type"] == "Lit" else "x" for part in word["Parts"])
         if BRACES.search(literal):
-            self.shell.refuse(word["Text"])
+            self.refuse(word["Text"])
         return list(self._fields(word["Parts"]))
 
     def _fields(self, parts: list[Node]) -> Iterator[str]:
@@ -115,7 +111,7 @@ class Words:
         parts = []
         for text, how in self.pieces(word["Parts"]):
             if how != "quoted" and "[" in text:
-                self.shell.refuse(word["Text"])
+                self.refuse(word["Text"])
             parts.append(escape(text) if how == "quoted" else text)
         return "".join(parts)
 
@@ -135,13 +131,13 @@ class Words:
             elif kind == "ArithmExp":
                 yield self.computed(part.get("X"), part["Text"]), how
             elif kind == "CmdSubst":
-                yield self.shell.substitute(part), how
+                yield self.substitute(part), how
             else:
-                self.shell.refuse(part["Text"])
+                self.refuse(part["Text"])
 
     def _literal(self, text: str, quoted: bool, first: bool) -> Iterator[Piece]:
         if first and not quoted and re.match(r"~(/|$)", text):
-            yield str(self.shell.variables.get("HOME", "~")), "quoted"
+            yield str(self.variables.get("HOME", "~")), "quoted"
             text = text[1:]
         for escaped, plain in re.findall(r"\\(.)|([^\\]+|\\$)", text, re.S):
             if plain:
@@ -160,7 +156,7 @@ class Words:
         changes_letters = operator in LETTERS and "Word" not in operation
         is_read = not operator or (not several and (operator in DEFAULTS or changes_letters))
         if node.keys() - PARAMETER or not is_read or (several and "Repl" in node):
-            self.shell.refuse(node["Text"])
+            self.refuse(node["Text"])
         if several:
             yield from self._several(self.all(name), how, joined=quoted and "*" in (name, index))
             return
@@ -168,7 +164,7 @@ class Words:
         if operator in DEFAULTS:
             yield from self._defaulted(name, value, node, quoted)
         elif value is None:
-            yield self.shell.missing(name, node["Text"]), how
+            yield self.missing(name, node["Text"]), how
         elif not is_known(value) and (operator or "Repl" in node):
             yield mark(node["Text"], *names_in(value)[:1]), how
         elif "Repl" in node:
@@ -180,7 +176,7 @@ class Words:
         old, new = self.text(replacement["Orig"]), self.text(replacement.get("With"))
         is_pattern = old[:1] in ("", "#", "%") or self.pattern(replacement["Orig"]) != escape(old)
         if is_pattern or not is_known(old + new):
-            self.shell.refuse(replacement["Orig"]["Text"])
+            self.refuse(replacement["Orig"]["Text"])
         return value.replace(old, new, -1 if replacement.get("All") else 1)
 
     @staticmethod
@@ -196,20 +192,20 @@ class Words:
     def all(self, name: str) -> list[str]:
         """The elements of an array, none if it is not set."""
         if name in ("@", "*"):
-            return self.shell.arguments
-        value = self.shell.variables.get(name, [])
+            return self.arguments
+        value = self.variables.get(name, [])
         return [value] if isinstance(value, str) else value
 
     def get(self, name: str, index: str = "") -> str | None:
         """The value of a variable, an argument or an element; None if it is not set."""
         if name in ("0", "BASH_SOURCE"):
-            return self.shell.file
+            return self.file
         if name.isdigit():
-            return dict(enumerate(self.shell.arguments, 1)).get(int(name))
+            return dict(enumerate(self.arguments, 1)).get(int(name))
         if not name.isidentifier():
             return mark(f"${name}")
         if not re.fullmatch(r"\d*", index):
-            self.shell.refuse(f"{name}[{index}]")
+            self.refuse(f"{name}[{index}]")
         return dict(enumerate(self.all(name))).get(int(index or 0))
 
     def _defaulted(self, name: str, value: str | None, node: Node, quoted: bool) -> Iterator[Piece]:
@@ -220,7 +216,7 @@ class Words:
         elif absent == (operator[-1] == "+"):
             yield ("" if operator[-1] == "+" else value or ""), how
         elif operator[-1] == "?":
-            yield self.shell.missing(name, node["Text"], required=True), how
+            yield self.missing(name, node["Text"], required=True), how
         else:
             for text, each in self.pieces(default["Parts"] if default else [], quoted):
                 yield text, how if each == "literal" else each
@@ -230,7 +226,7 @@ class Words:
     def computed(self, node: Node | None, source: str) -> str:
         """The value of an arithmetic expression, or a mark where one of its variables is not known."""
         if node is None:
-            self.shell.refuse(source)
+            self.refuse(source)
         try:
             return str(self._value(node))
         except NotKnown as error:
@@ -244,7 +240,7 @@ class Words:
         if node["Type"] == "ParenArithm":
             return self._value(node["X"])
         if node["Type"] != "BinaryArithm" or node["Op"] not in OPERATORS:
-            self.shell.refuse(node["Text"])
+            self.refuse(node["Text"])
         return int(OPERATORS[node["Op"]](self._value(node["X"]), self._value(node["Y"])))
 
     def _number(self, word: Node) -> int:
@@ -256,7 +252,7 @@ class Words:
         if not is_known(text):
             raise NotKnown(names_in(text)[0])
         if not re.fullmatch(r"[-+]?(0|[1-9]\d*)", text.strip()):
-            self.shell.refuse(text)
+            self.refuse(text)
         return int(text)
 
 

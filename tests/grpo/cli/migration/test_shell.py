@@ -118,8 +118,8 @@ PPO a=1 \\
 E=5
 """,
     "a function starts it": """
-train() { PPO n=$1 "$@" 2>&1 | tee log.txt; }
-if [[ "${NODE_RANK:-0}" -eq 0 ]]; then train 4 a='["console","wandb"]'; else train 8; fi
+train() { "$@" n=2 2>&1 | tee log.txt; }
+if [[ "${NODE_RANK:-0}" -eq 0 ]]; then train PPO n=1 a='["console","wandb"]'; else train PPO; fi
 """,
     "here-documents": """
 cat <<EOF > /dev/null
@@ -252,6 +252,7 @@ def test_a_value_that_nobody_knows_is_reported_by_name(script, text, name):
         ("\ncommand -v nvcc >/dev/null && B=8", "command -v nvcc"),
         ("A=x\n[ $A -gt 4 ] && B=8", "x -gt 4"),
         ("A=x\n[[ $A =~ x ]] && B=8", "x =~ x"),
+        ("\n[[ x == *$B_OF_NOBODY ]] && B=8", "B_OF_NOBODY=VALUE"),
     ],
 )
 def test_a_condition_that_nobody_can_decide_is_refused_by_name(script, text, name):
