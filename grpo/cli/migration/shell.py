@@ -256,7 +256,7 @@ class Shell(Words):
         self.undecided(f"{left} {sign} {right}")
 
     def _arithmcmd(self, node: Node) -> None:
-        value = self.computed(node.get("X"), node["Text"])
+        value = self.computed(node["X"], node["Text"])
         if not is_known(value):
             self.undecided(value)
         self.status = value != "0"

@@ -129,7 +129,7 @@ class Words:
             elif kind == "ParamExp":
                 yield from self._parameter(part, quoted)
             elif kind == "ArithmExp":
-                yield self.computed(part.get("X"), part["Text"]), how
+                yield self.computed(part["X"], part["Text"]), how
             elif kind == "CmdSubst":
                 yield self.substitute(part), how
             else:
@@ -223,10 +223,8 @@ class Words:
 
     # ---- sums
 
-    def computed(self, node: Node | None, source: str) -> str:
+    def computed(self, node: Node, source: str) -> str:
         """The value of an arithmetic expression, or a mark where one of its variables is not known."""
-        if node is None:
-            self.refuse(source)
         try:
             return str(self._value(node))
         except NotKnown as error:
