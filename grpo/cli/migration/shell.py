@@ -1,27 +1,28 @@
 """Reads a shell script up to the command that it starts, as bash would run it, and runs nothing.
 
-Assignments, conditions, loops, functions and the builtins that change variables are carried out here. No other program
-is started. A condition that depends on one is taken both ways: `outcomes` returns what the script does in each case.
+It reads what verl's launch scripts use: assignments, arrays, `if`, `case`, functions and a few builtins. Anything else
+is refused with its line. So is a condition that only a program, a file or a variable that is not set would decide.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from grpo.cli.migration.shell_tree import Node, parse
-from grpo.cli.migration.shell_words import MARK as MARKS
 from grpo.cli.migration.shell_words import (
+    MARK,
     SECRET,
     UNKNOWN,
     UNSET,
-    NotKnown,
     Value,
     Words,
     is_empty,
@@ -32,229 +33,151 @@ from grpo.cli.migration.shell_words import (
     shown,
 )
 
-MOST_OUTCOMES = 256
-MOST_COMMANDS = 20_000
 IS_SECRET = re.compile("KEY|TOKEN(?!S|_LEN)|SECRET|PASS")  # variables whose values are not written
-OF_MACHINE = {"HOSTNAME", "RANDOM", "SECONDS", "UID", "EUID", "PPID", "OSTYPE", "HOSTTYPE", "LINENO", "EPOCHSECONDS"}
-PREFIXES = {"nohup", "exec", "command", "builtin", "env", "sudo", "time"}
+OF_MACHINE = {"HOSTNAME", "RANDOM", "SECONDS", "UID", "EUID", "OSTYPE"}
 LOOKS_FOR = {"pkill", "pgrep", "grep", "killall", "ps"}  # they may name the command, and do not start it
+OTHER_NAMES = {"[": "test", ".": "source"}
 SHELLS = {"bash", "sh", "zsh"}
-IMPORTS = re.compile(r"import ([A-Za-z_]\w*)( as \w+)?;?")
-UNARY = {f"-{letter}" for letter in "abcdefghknoprstuvwxzGLNOS"}
-FAIL = {"CallExpr", "DeclClause", "LetClause", "TestClause", "ArithmCmd", "Subshell"}  # under `set -e`
-ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=", re.S)
-BINARY = {"=", "==", "!=", "=~", "<", ">", "-eq", "-ne", "-lt", "-le", "-gt", "-ge", "-nt", "-ot", "-ef"}
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A condition that depends on the machine or on a variable that is not set, and the way that was taken."""
-
-    condition: str
-    causes: tuple[str, ...]
-    """The variables to give, or the condition itself."""
-    choice: int
-    choices: int
-
-
-@dataclass
-class Outcome:
-    """What a script does when its undecided conditions are taken in one way."""
-
-    words: list[str] | None
-    """The arguments of the command; None if the script ends without it."""
-    decisions: list[Decision]
-    notes: list[str]
-    end: str = ""
-    """How the script ends without the command."""
+SUCCEED = {":", "true", "mkdir"}
+REFUSED = {"break", "continue", "false", "getopts", "mapfile", "popd", "pushd", "read", "readarray", "return", "shift"}
+IMPORTS = re.compile(r"(?:\S*/)?python[\d.]* -c\s+import ([A-Za-z_]\w*)(?: as \w+)?;?\s*")
+EQUAL = {"=", "==", "!="}
+NUMBER = re.compile(r"\s*[-+]?\d+\s*")
+NUMBERS = {f"-{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+FAIL = {"CallExpr", "TestClause", "ArithmCmd"}  # under `set -e`
+DEEPEST = 50
 
 
 class Reached(Exception):
-    def __init__(self, words: list[str]):
-        self.words = words
+    """The command, whose arguments it has."""
 
 
 class Ended(Exception):
     """`exit`, or a command that fails under `set -e`."""
 
 
-class Returned(Exception):
-    pass
+class Undecided(ValueError):
+    """A condition or an output that only a program or the machine decides."""
 
 
-class Leaves(Exception):
-    """`break` and `continue`."""
+class Shell(Words):
+    """The state of one shell: its variables, and where it is."""
 
-    def __init__(self, loops: int, goes_on: bool):
-        self.loops, self.goes_on = loops, goes_on
-
-
-class FromOutside(Exception):
-    """What a substitution writes depends on a program or on an undecided condition."""
-
-
-def outcomes(text: str, program: str, environment: Mapping[str, str], file: Path | None = None) -> list[Outcome]:
-    """What the script does up to the command that has the word `program`, for each way of its undecided conditions.
-
-    Raises ValueError for what cannot be read, and where there are too many ways.
-    """
-    script = parse(text.translate(dict.fromkeys((0xE000, 0xE001, 0xE002))))
-    plans: list[list[int]] = [[]]
-    found: list[Outcome] = []
-    while plans:
-        plan = plans.pop()
-        shell = Shell(program, environment, plan, file)
-        outcome = shell.outcome(script)
-        found.append(outcome)
-        choices = [decision.choice for decision in outcome.decisions]
-        for place in range(len(plan), len(choices)):
-            others = range(1, outcome.decisions[place].choices)
-            plans += [[*choices[:place], other] for other in others]
-        if len(found) + len(plans) > MOST_OUTCOMES:
-            causes = sorted({cause for decision in outcome.decisions for cause in decision.causes})
-            raise ValueError(f"too many conditions are undecided; give {', '.join(causes)}, or the command itself")
-    return found
-
-
-class Shell:
-    """The state of one shell: its variables, and which ways it takes."""
-
-    def __init__(self, program: str, environment: Mapping[str, str], plan: Iterable[int], file: Path | None):
-        self.program, self.plan = program, list(plan)
+    def __init__(self, program: str, environment: Mapping[str, str], file: Path | None = None):
+        self.program = program
         self.given = {name: value for name, value in environment.items() if not IS_SECRET.search(name)}
-        self.variables: dict[str, Value] = dict(self.given)
-        for name in environment:
-            if IS_SECRET.search(name) and environment[name]:
-                self.variables[name] = mark(f"${name}", name, SECRET)
-        self.variables.setdefault("PWD", os.getcwd())
-        for name in OF_MACHINE:
-            self.variables.setdefault(name, mark(f"${name}", name))
-        self.exported = set(environment)
+        self.variables: dict[str, Value] = {name: mark(f"${name}", name) for name in OF_MACHINE}
+        self.variables |= {"PWD": os.getcwd()} | self.given
+        for name in environment.keys() - self.given.keys():
+            self.variables[name] = environment[name] and mark(f"${name}", name, SECRET)
+        self.exported = {*environment, "PWD"}
         self.arguments: list[str] = []
-        self.named: set[str] = set()
         self.functions: dict[str, Node] = {}
-        self.locals: list[dict[str, Value | None]] = []
-        self.words = Words(self)
-        self.decisions: dict[str, Decision] = {}
         self.notes: dict[str, None] = {}
-        self.file = "bash"
-        self.status: int | None = 0
+        self.ends: list[str] = []
+        self.status: bool | None = True
         self.cause = ""  # of a status that is not known
         self.output: list[str] | None = None  # what a substitution writes; None: nobody reads it
-        self.printed, self.line = "", 0
-        self.fails_at_once = self.refuses_unset = self.substitutes = self.misses_source = self.guesses = False
+        self.printed, self.source, self.line = "", "", 0
+        self.fails_at_once = self.refuses_unset = self.misses_source = False
         self.assigned = ""  # the variable whose value is being read
-        self.probes: list[str] = []  # modules that the script asks for
-        self.conditions = self.commands = self.depth = 0
-        if file:
-            self.enter_file(str(file))
+        self.asked: list[str] = []  # the variable whose value depends on a module
+        self.depth = 0
+        self.file = str(file or "bash")
 
-    def enter_file(self, file: str) -> None:
-        self.file = file
-        self.variables["BASH_SOURCE"] = {"0": file}
+    def command(self, text: str) -> list[str] | None:
+        """The arguments of the first command that has the word `program`; None if the script ends without it.
 
-    def outcome(self, script: list[Node]) -> Outcome:
-        words, end = None, "it ends without one"
+        Raises ValueError for what is not read.
+        """
         try:
-            self.run_all(script)
+            self.run_all(parse(text.translate(dict.fromkeys((0xE000, 0xE001, 0xE002)))))
         except Reached as reached:
-            words = reached.words
-        except Ended as ended:
-            end = str(ended)
-        except (Returned, Leaves):
+            return list(reached.args)
+        except Ended:
             pass
-        return Outcome(words, list(self.decisions.values()), list(self.notes), end)
+        return None
+
+    def refuse(self, source: str = "") -> NoReturn:
+        """Raises ValueError for what is not read: the statement, or a part of it."""
+        source = (source or self.source).splitlines()[0]
+        raise ValueError(f"line {self.line} of the shell text: `{source}` is not read; {self.way_out()}")
+
+    def undecided(self, cause: str) -> NoReturn:
+        """Refuses a condition, and names the variables that would decide it."""
+        names = [name for name in names_in(cause) if name.isidentifier() or name.isdigit()]
+        ways = [*map(how_to_give, dict.fromkeys(names)), self.way_out()]
+        problem = f"`{' '.join(shown(cause).split())}` cannot be decided without running it"
+        raise Undecided(f"line {self.line} of the shell text: {problem}; {', or '.join(ways)}")
+
+    def way_out(self) -> str:
+        return f"pass the command itself: paste the words from `python3 -m {self.program}` on"
 
     # ---- variables
 
-    def assign(self, name: str, value: Value, index: Node | None = None) -> None:
+    def assign(self, name: str, value: Value) -> None:
         """Sets a variable. One whose value only a program knows is read from the environment."""
-        if isinstance(value, str) and index is None:
-            value = self._given(name, value)
-        if index is None:
-            old = self.variables.get(name)
-            if isinstance(old, dict) and isinstance(value, str):
-                value = old | {"0": value}
-            self.variables[name] = value
-            return
-        array = self.array(name)
-        array[self.words.index(name, index)] = str(value)
-        self.variables[name] = array
+        if name == "IFS":
+            self.refuse()
+        self.variables[name] = self._given(name, value) if isinstance(value, str) else value
 
     def _given(self, name: str, value: str) -> str:
-        nameless = [source for kind, cause, source in MARKS.findall(value) if kind == UNKNOWN and not cause]
+        nameless = [source for kind, cause, source in MARK.findall(value) if kind == UNKNOWN and not cause]
         if not nameless:
             return value
         if name in self.given:
             self.note(f"{name}={self.given[name]} is read from the environment in place of {nameless[0]}.")
             return self.given[name]
-        return MARKS.sub(lambda found: mark(found[3], found[2] or name, found[1]), value)
-
-    def array(self, name: str) -> dict[str, str]:
-        value = self.variables.get(name, {})
-        return dict(value) if isinstance(value, dict) else {"0": value}
+        return MARK.sub(lambda found: mark(found[3], found[2] or name, found[1]), value)
 
     def set(self, assignment: Node) -> None:
-        name, index, appends = assignment["Name"]["Value"], assignment.get("Index"), assignment.get("Append", False)
-        if array := assignment.get("Array"):
-            self._set_array(name, array.get("Elems", []), appends)
+        name, array, source = assignment["Name"]["Value"], assignment.get("Array"), assignment["Text"]
+        appends = assignment.get("Append")
+        if "Index" in assignment or (array is None and isinstance(self.variables.get(name), list)):
+            self.refuse(source)
+        if array is None:
+            self.assigned = name
+            text = self.text(assignment.get("Value"))
+            before = self.variables.get(name, "") if appends else ""
+            if name in self.asked:
+                text = self.given.get(name, text)
+            self.asked.clear()
+            self.assigned = ""
+            self.assign(name, f"{before}{text}")
             return
-        probes, self.assigned = len(self.probes), name
-        text = self.words.text(assignment.get("Value"))
-        self.assigned = ""
-        if len(self.probes) > probes:
-            text = self.given.get(name, text)
-        if appends:
-            text = (self.words.get(name, index) or "") + text
-        self.assign(name, text, index)
-
-    def _set_array(self, name: str, elements: list[Node], appends: bool) -> None:
-        array = self.array(name) if appends else {}
-        for element in elements:
-            if index := element.get("Index"):
-                array[self.words.index(name, index)] = self.words.text(element.get("Value"))
-                continue
-            for text in self.words.fields(element["Value"]):
-                array[str(max((int(key) for key in array if key.isdigit()), default=-1) + 1)] = text
-        self.variables[name] = array
-
-    def special(self, name: str) -> str:
-        known = {"#": str(len(self.arguments)), "0": self.file, "-": "", "@": " ".join(self.arguments)}
-        if name == "?" and self.status is not None:
-            return str(self.status)
-        return known.get(name, mark(f"${name}"))
+        values = self.all(name) if appends else []
+        for element in array.get("Elems", []):
+            if "Index" in element:
+                self.refuse(source)
+            values = values + self.fields(element["Value"])
+        self.assign(name, values)
 
     def missing(self, name: str, source: str, required: bool = False) -> str:
         """The text of a variable that is not set. Where bash would end the script for want of it, a note names it."""
         if required or self.refuses_unset:
             self.note(f"{name} is not set, and bash would end the script for want of it; {how_to_give(name)}.")
-            if name.isidentifier():
-                self.variables[name] = mark(source, name)
+            self.variables[name] = mark(source, name)
             return mark(source, name)
         return "" if name == self.assigned else mark(source, name, UNSET)  # `S=$S$x` begins with an empty text
 
     def substitute(self, node: Node) -> str:
         """What `$(...)` writes, and a mark where a program would write it."""
         inner = self.copy()
-        inner.output, inner.substitutes = [], True
+        inner.output = []
         try:
             inner.run_all(node.get("Stmts", []))
-        except (Ended, Returned):
+        except Ended:
             pass
-        except FromOutside:
+        except Undecided:
             self.status, self.cause = None, node["Text"]
             return mark(node["Text"])
         self.status = inner.status
-        return "".join(inner.output or []).rstrip("\n")
+        return "".join(inner.output).rstrip("\n")
 
     def copy(self) -> Shell:
         """A shell within this one: what it sets, this one does not see."""
-        inner = Shell.__new__(Shell)
-        inner.__dict__.update(self.__dict__)
+        inner = copy(self)
         inner.variables, inner.functions = dict(self.variables), dict(self.functions)
-        inner.named, inner.exported = set(self.named), set(self.exported)
-        inner.arguments = list(self.arguments)
-        inner.words = Words(inner)
         return inner
 
     # ---- conditions
@@ -266,36 +189,77 @@ class Shell:
         """The text for a condition, where a variable that is not set counts as empty, as it does in bash."""
         if self.refuses_unset or self.misses_source:
             return text
-        for kind, name, source in MARKS.findall(text):
+        for kind, name, source in MARK.findall(text):
             if kind == UNSET:
                 self.note(f"{name} is not set and counts as empty in a condition, as in bash; {how_to_give(name)}.")
                 text = text.replace(mark(source, name, UNSET), "")
         return text
 
-    def decide(self, condition: str, causes: Iterable[str] = (), choices: int = 2) -> int:
-        """Which way an undecided condition takes, the same one wherever it is asked again."""
-        if self.substitutes:
-            raise FromOutside
-        if condition not in self.decisions:
-            place = len(self.decisions)
-            choice = self.plan[place] if place < len(self.plan) else 0
-            named = tuple(dict.fromkeys(causes)) or (f"`{' '.join(condition.split())[:80]}`",)
-            self.decisions[condition] = Decision(condition, named, choice, choices)
-        return self.decisions[condition].choice
-
     def holds(self, statements: Sequence[Node]) -> bool:
-        """Whether a condition holds; where nobody knows, the way that is planned."""
-        self.conditions += 1
+        """Whether a condition holds. Raises Undecided where nobody knows."""
+        fails_at_once, self.fails_at_once = self.fails_at_once, False
         self.run_all(statements)
-        self.conditions -= 1
+        self.fails_at_once = fails_at_once
         if self.status is None:
-            self.guesses = True
-            self.status = self.decide(shown(self.cause), names_in(self.cause))
-        return self.status == 0
+            self.undecided(self.cause)
+        return self.status
 
-    def concludes(self, result: bool | None, cause: str) -> None:
-        self.status = None if result is None else int(not result)
-        self.cause = cause
+    def _testclause(self, node: Node) -> None:
+        self.status = self._condition(node["X"])
+
+    def _condition(self, node: Node) -> bool:
+        """Whether what stands in `[[ ... ]]` holds."""
+        sign, first, second = node.get("Op", ""), node.get("X", node), node.get("Y", node)
+        if sign == "!":
+            return not self._condition(first)
+        if sign == "&&":
+            return self._condition(first) and self._condition(second)
+        if sign == "||":
+            return self._condition(first) or self._condition(second)
+        if node["Type"] not in ("Word", "UnaryTest", "BinaryTest"):
+            self.refuse(node["Text"])
+        left = self.settled(self.text(first))
+        if node["Type"] != "BinaryTest":
+            return self._checked(sign or "-n", left)
+        right = self.text(second)
+        if sign not in EQUAL:
+            return self._compared(left, sign, right)
+        if not is_known(left + right):
+            self.undecided(f"{left} {sign} {right}")
+        return matches(left, self.pattern(second)) != (sign == "!=")
+
+    def do_test(self, words: list[str]) -> None:
+        words = words[:-1] if words[-1:] == ["]"] else words
+        is_negated = len(words) > 1 and words[0] == "!"
+        words = words[is_negated:]
+        if len(words) > 3:
+            self.refuse()
+        elif len(words) == 3:
+            result = self._compared(*words)
+        else:
+            result = self._checked(words[0] if len(words) == 2 else "-n", "".join(words[-1:]))
+        self.status = result != is_negated
+
+    def _checked(self, sign: str, text: str) -> bool:
+        text = self.settled(text)
+        empty = is_empty(text)
+        if sign not in ("-n", "-z") or empty is None:
+            self.undecided(f"{sign} {text}")
+        return empty == (sign == "-z")
+
+    def _compared(self, left: str, sign: str, right: str) -> bool:
+        left, right = self.settled(left), self.settled(right)
+        if sign in EQUAL and is_known(left + right):
+            return (left == right) != (sign == "!=")
+        if sign in NUMBERS and NUMBER.fullmatch(left) and NUMBER.fullmatch(right):
+            return NUMBERS[sign](int(left), int(right))
+        self.undecided(f"{left} {sign} {right}")
+
+    def _arithmcmd(self, node: Node) -> None:
+        value = self.computed(node["X"], node["Text"])
+        if not is_known(value):
+            self.undecided(value)
+        self.status = value != "0"
 
     # ---- commands
 
@@ -304,32 +268,27 @@ class Shell:
             self.run(statement)
 
     def run(self, statement: Node) -> None:
-        self.line, node = statement["Pos"]["Line"], statement.get("Cmd", {"Type": "CallExpr"})
-        self.commands += 1
-        if self.commands > MOST_COMMANDS:
-            raise ValueError(f"line {self.line} of the shell text: it does not end after {MOST_COMMANDS:,} commands")
-        if statement.get("Negated"):
-            self.status = int(self.holds([statement | {"Negated": False}]))
-            return
+        line = self.line = statement["Pos"]["Line"]
+        self.source = statement["Text"]
+        node = statement.get("Cmd", {"Type": "CallExpr"})
+        carry_out = getattr(self, f"_{node['Type'].lower()}", None)
+        if carry_out is None or statement.get("Negated"):
+            self.refuse()
         output = self.output
         for redirect in statement.get("Redirs", []):
             if redirect["Op"][0] != "<" and redirect.get("N", {}).get("Value", "1") == "1":
                 self.output = None
-        carry_out = getattr(self, f"_{node['Type'].lower()}", None)
-        if carry_out is None:
-            raise ValueError(f"line {self.line} of the shell text cannot be read: {node['Type']} is not supported")
-        try:
-            carry_out(node)
-        finally:
-            self.output = output
-        if node["Type"] in FAIL and self.fails_at_once and self.status and not self.conditions:
-            raise Ended(f"line {statement['Pos']['Line']} fails, and `set -e` ends the script there")
+        carry_out(node)
+        self.output = output
+        if node["Type"] in FAIL and self.fails_at_once and self.status is False:
+            self.end(f"line {line} fails, and `set -e` ends the script there")
+
+    def end(self, why: str) -> NoReturn:
+        self.ends.append(why)
+        raise Ended
 
     def _block(self, node: Node) -> None:
         self.run_all(node["Stmts"])
-
-    def _timeclause(self, node: Node) -> None:
-        self.run(node["Stmt"])
 
     def _binarycmd(self, node: Node) -> None:
         if node["Op"] in ("|", "|&"):
@@ -338,13 +297,13 @@ class Shell:
             self.run(node["Y"])
 
     def _pipeline(self, node: Node) -> None:
-        if self.substitutes and self.output is not None:
-            raise FromOutside
+        if self.output is not None:
+            self.undecided(node["Text"])
         for part in (node["X"], node["Y"]):
             inner = self.copy()
-            inner.output, inner.conditions = None, 1
+            inner.fails_at_once = False
             inner.run(part)
-        self.concludes(None if self.conditions else True, node["Text"])
+        self.status, self.cause = None, node["Text"]
 
     def _ifclause(self, node: Node) -> None:
         branch: Node | None = node
@@ -352,260 +311,126 @@ class Shell:
             if self.holds(branch["Cond"]):
                 break
             branch = branch.get("Else")
-        self.status = 0
+        self.status = True
         self.run_all(branch["Then"] if branch else ())
 
     def _caseclause(self, node: Node) -> None:
-        word, branches, passes = self.settled(self.words.text(node["Word"])), node.get("Items", []), False
-        planned = None
+        word = self.settled(self.text(node["Word"]))
         if not is_known(word):
-            takes_all = bool(branches) and any(pattern["Text"] == "*" for pattern in branches[-1]["Patterns"])
-            choices = len(branches) + (not takes_all)
-            planned = self.decide(f"case {shown(word)} (line {node['Pos']['Line']})", names_in(word), choices)
-        self.status = 0
-        for number, branch in enumerate(branches):
-            is_chosen = number == planned if planned is not None else self._takes(word, branch["Patterns"])
-            if passes or is_chosen:
+            self.undecided(f"case {word}")
+        self.status = True
+        for branch in node.get("Items", []):
+            if any(matches(word, self.pattern(pattern)) for pattern in branch["Patterns"]):
+                if branch["Op"] != ";;":
+                    self.refuse(branch["Op"])
                 self.run_all(branch.get("Stmts", []))
-                if branch["Op"] == ";;":
-                    return
-                passes = branch["Op"] == ";&"
-
-    def _takes(self, word: str, patterns: list[Node]) -> bool:
-        return any(matches(word, self.words.pattern(pattern)) for pattern in patterns)
-
-    def _forclause(self, node: Node) -> None:
-        loop = node["Loop"]
-        if loop["Type"] == "CStyleLoop":
-            self._count(loop, node["Do"])
-            return
-        words = [word for each in loop.get("Items", []) for word in self.words.fields(each)]
-        for word in words if "InPos" in loop else self.arguments:
-            self.assign(loop["Name"]["Value"], word)
-            if self._leaves(node["Do"]):
-                break
-
-    def _count(self, loop: Node, body: list[Node]) -> None:
-        self._compute(loop.get("Init"))
-        while True:
-            self.guesses = False
-            goes_on = "Cond" not in loop or self._compute(loop["Cond"]) != "0"
-            guesses = self.guesses
-            if not goes_on or self._leaves(body) or guesses:  # how often is not known: at most once
-                break
-            self._compute(loop.get("Post"))
-
-    def _compute(self, node: Node | None) -> str:
-        value = self.words.computed(node, f"(({node['Text']}))" if node else "")
-        if is_known(value):
-            return value
-        self.guesses = True
-        return str(1 - self.decide(shown(value), names_in(value)))
-
-    def _whileclause(self, node: Node) -> None:
-        while True:
-            self.guesses = False
-            holds, waits = self.holds(node["Cond"]), self.guesses
-            if holds == node.get("Until", False) or self._leaves(node["Do"]):
-                break
-            if waits:  # for the machine, and the loop ends when that has what it waits for
-                break
-        self.status = 0
-
-    def _leaves(self, body: list[Node]) -> bool:
-        """Runs the body of a loop once, and tells whether the loop is left."""
-        try:
-            self.run_all(body)
-        except Leaves as leaves:
-            if leaves.loops > 1:
-                raise Leaves(leaves.loops - 1, leaves.goes_on) from None
-            return not leaves.goes_on
-        return False
-
-    def _subshell(self, node: Node) -> None:
-        inner = self.copy()
-        try:
-            inner.run_all(node["Stmts"])
-        except Ended:
-            inner.status = inner.status or 1
-        self.status, self.cause = inner.status, inner.cause
+                return
 
     def _funcdecl(self, node: Node) -> None:
-        self.functions[node["Name"]["Value"]], self.status = node["Body"], 0
-
-    def _arithmcmd(self, node: Node) -> None:
-        value = self.words.computed(node.get("X"), node["Text"])
-        self.concludes(value != "0" if is_known(value) else None, value)
-
-    def _letclause(self, node: Node) -> None:
-        for each in node["Exprs"]:
-            self._arithmcmd({"X": each, "Text": node["Text"]})
-
-    def _testclause(self, node: Node) -> None:
-        condition = Condition(self)
-        self.concludes(condition.holds(node["X"]), condition.cause("[[", "]]"))
+        self.functions[node["Name"]["Value"]] = node["Body"]
+        self.status = True
 
     def _declclause(self, node: Node) -> None:
-        assigned = [each for each in node.get("Args", []) if "Naked" not in each]
-        words = [each["Name"]["Value"] for each in node.get("Args", []) if "Naked" in each and "Name" in each]
+        if node["Variant"]["Value"] != "export":
+            self.refuse(node["Text"])
         for each in node.get("Args", []):
-            words += self.words.fields(each["Value"]) if "Naked" in each and "Value" in each else []
-        names = {word for word in words if word.isidentifier()} | {each["Name"]["Value"] for each in assigned}
-        options = "".join(word[1:] for word in words if word.startswith("-"))
-        self.exported |= names if node["Variant"]["Value"] == "export" or "x" in options else set()
-        self.named |= names if "A" in options else set()
-        if self.locals and node["Variant"]["Value"] == "local":
-            for name in names:
-                self.locals[-1].setdefault(name, self.variables.get(name))
-        for each in assigned:
-            self.set(each)
-        for word in words:
-            if match := ASSIGNMENT.match(word):  # an expanded one, such as `export "$PAIR"`
-                self.assign(match[1], word[match.end() :])
-        self.status = 0
+            if "Name" not in each:
+                self.refuse()
+            if "Naked" not in each:
+                self.set(each)
+            self.exported = self.exported | {each["Name"]["Value"]}
+        self.status = True
 
     def _callexpr(self, node: Node) -> None:
         words: list[str] = []
         for word in node.get("Args", []):
-            fields = self.words.fields(word)
+            fields = self.fields(word)
             if words[:1] in (["["], ["test"]) and '"' not in word["Text"]:  # bash drops what is not set
                 fields = [each for each in fields if is_known(each) or self.settled(each)]
             words += fields
         assignments = node.get("Assigns", [])
-        before = dict(self.variables)
-        if not node.get("Args"):
-            self.status = 0
+        shell = self
+        if assignments and words:  # they are for this command only
+            if words[0] in self.functions or self.builtin(words[0]):
+                self.refuse()
+            shell = self.copy()
+            shell.exported = self.exported | {each["Name"]["Value"] for each in assignments}
+        shell.status = True
         for assignment in assignments:
-            self.set(assignment)
-        if not node.get("Args"):
-            return
-        ours = {assignment["Name"]["Value"] for assignment in assignments}  # for this command only
-        exported = self.exported
-        self.exported = exported | ours
-        try:
-            self._call(words)
-        finally:
-            self.exported = exported | (self.exported - ours)
-            for name in ours:
-                if name in before:
-                    self.variables[name] = before[name]
-                else:
-                    self.variables.pop(name, None)
+            shell.set(assignment)
+        if words:
+            shell._call(words)
+        self.status, self.cause = shell.status, shell.cause
 
     def _call(self, words: list[str]) -> None:
+        name, arguments = words[0], words[1:]
         at = words.index(self.program) if self.program in words else 0
-        if at and words[at - 1] == "-m" and not self.builtin(words[0]) and words[0] not in LOOKS_FOR:
-            raise Reached(words[at + 1 :])
-        while words and words[0] in PREFIXES and len(words) > 1 and not words[1].startswith("-"):
-            words = words[1:]
-            while words and (given := ASSIGNMENT.match(words[0])):  # of env
-                self.assign(given[1], words[0][given.end() :])
-                self.exported.add(given[1])
-                words = words[1:]
-        if not words:
-            self.status = 0
-        elif body := self.functions.get(words[0]):
-            self._call_function(body, words[1:])
-        elif builtin := self.builtin(words[0]):
-            self.status, self.cause = 0, ""
-            builtin(words[1:])
+        if body := self.functions.get(name):
+            self._call_function(body, arguments)
+        elif builtin := self.builtin(name):
+            builtin(arguments)
+        elif at and words[at - 1] == "-m":
+            raise Reached(*words[at + 1 :])
+        elif name in REFUSED or words[:2] == ["printf", "-v"]:
+            self.refuse()
         else:
             self._outside(words)
 
     def builtin(self, name: str) -> Callable[[list[str]], None] | None:
-        names = {"[": "test", ".": "source", ":": "true"}
-        return getattr(self, f"do_{names.get(name, name)}", None) if re.fullmatch(r"[a-z:.[]+", name) else None
+        return getattr(self, f"do_{OTHER_NAMES.get(name, name)}", None)
 
     def _call_function(self, body: Node, arguments: list[str]) -> None:
-        if self.depth > 50:
-            raise ValueError("a function of the shell text calls itself without end")
         before, self.arguments = self.arguments, arguments
-        self.locals.append({})
+        self._descend()
+        self.run(body)
+        self.depth -= 1
+        self.arguments = before
+
+    def _descend(self) -> None:
         self.depth += 1
-        try:
-            self.run(body)
-        except Returned:
-            pass
-        finally:
-            self.depth -= 1
-            self.arguments = before
-            for name, value in self.locals.pop().items():
-                if value is None:
-                    self.variables.pop(name, None)
-                else:
-                    self.variables[name] = value
+        if self.depth > DEEPEST:
+            self.refuse("a function or a file that calls itself without end")
 
     def _outside(self, words: list[str]) -> None:
         """A program that is not started. Its status is not known, nor what it writes."""
         name = words[0].rpartition("/")[2]
-        if name in SHELLS and "-c" in words[:-1]:
-            at = words.index("-c") + 1
-            self._nested(words[at], words[at + 2 :])
-        elif name in SHELLS or name.endswith(".sh"):
-            files = [number for number, word in enumerate(words) if word.endswith(".sh")]
-            if files and (path := self.path(words[files[0]])).is_file():
-                self._nested(path.read_text(encoding="utf-8"), words[files[0] + 1 :], str(path))
-                return
-            self._unknown(words)
-        elif name not in LOOKS_FOR and (inner := next((word for word in words[1:] if self.starts(word)), None)):
-            self._nested(inner, [])  # of ssh, srun, docker
-        elif (module := self._imported(words, name)) is not None:
-            found = find_spec(module) is not None
-            self.probes.append(module)
+        script = next((word for word in words if word.endswith(".sh")), "")
+        asks = IMPORTS.fullmatch(" ".join(words))
+        if name in SUCCEED:
+            self.status = True
+        elif (name in SHELLS or script == words[0]) and self.path(script).is_file():
+            self._nested(self.path(script), words[words.index(script) + 1 :])
+        elif name not in LOOKS_FOR and any(self.program in word for word in words):
+            self.refuse()
+        elif asks:
+            self.status = find_spec(asks[1]) is not None
+            self.asked.append(self.assigned)
             way = f"; to say otherwise, {how_to_give(self.assigned)}" if self.assigned else ""
-            self.note(f"The script asks for {module}, which is {'' if found else 'not '}installed here{way}.")
-            self.concludes(found, "")
+            self.note(f"The script asks for {asks[1]}, which is {'' if self.status else 'not '}installed here{way}.")
         else:
             self._unknown(words)
 
-    def starts(self, text: str) -> bool:
-        return re.search(rf"-m\s+{re.escape(self.program)}\b", text) is not None
-
-    @staticmethod
-    def _imported(words: list[str], name: str) -> str | None:
-        """The module of `python3 -c 'import MODULE'`, which asks whether this machine has it."""
-        asks = re.fullmatch(r"python[\d.]*", name) and len(words) == 3 and words[1] == "-c"
-        match = IMPORTS.fullmatch(words[2].strip()) if asks else None
-        return match[1] if match else None
-
     def _unknown(self, words: list[str]) -> None:
+        self.status, self.cause = None, " ".join(words)
         if self.output is not None:
-            raise FromOutside
-        self.concludes(None if self.conditions else True, " ".join(words))
+            self.undecided(self.cause)
 
-    def _nested(self, text: str, arguments: list[str], file: str = "bash") -> None:
+    def _nested(self, path: Path, arguments: list[str]) -> None:
         """Another shell, which has what is exported."""
-        if self.depth > 50:
-            raise ValueError(f"{file} starts itself without end")
         inner = self.copy()
         inner.variables = {name: value for name, value in self.variables.items() if name in self.exported}
-        inner.functions, inner.arguments, inner.depth = {}, arguments, self.depth + 1
+        inner.functions, inner.arguments = {}, arguments
         inner.fails_at_once = inner.refuses_unset = False
-        inner.enter_file(file)
-        try:
-            inner.run_all(parse(text))
-        except Ended as ended:
-            self.printed = str(ended)
-            inner.status = inner.status or 0
+        inner.file = str(path)
+        inner._descend()
+        with suppress(Ended):
+            inner.run_all(parse(path.read_text(encoding="utf-8")))
         self.status, self.cause = inner.status, inner.cause
 
     def path(self, file: str) -> Path:
         return Path(str(self.variables["PWD"])) / Path(file).expanduser()
 
     # ---- builtins
-
-    def do_true(self, words: list[str]) -> None:
-        pass
-
-    do_trap = do_wait = do_umask = do_ulimit = do_shopt = do_alias = do_mkdir = do_sleep = do_rm = do_touch = do_true
-
-    def do_false(self, words: list[str]) -> None:
-        self.status = 1
-
-    def do_test(self, words: list[str]) -> None:
-        words = words[:-1] if words[-1:] == ["]"] else words
-        condition, tree = Condition(self), _tree(words) if words else None
-        self.concludes(tree is not None and condition.holds(tree), condition.cause("[", "]"))
 
     def do_echo(self, words: list[str]) -> None:
         while words and re.fullmatch(r"-[neE]+", words[0]):
@@ -614,204 +439,69 @@ class Shell:
 
     def write(self, text: str) -> None:
         self.printed = shown(text).strip()
+        self.status = True
         if self.output is not None:
             self.output.append(text)
 
     def do_exit(self, words: list[str]) -> None:
-        code = words[0] if words else str(self.status or 0)
-        self.status = int(code) if code.isdigit() else 1
+        code = words[0] if words else "0"
+        self.status = code == "0"
         printed = f", after it prints {self.printed!r}" if self.printed else ""
-        raise Ended(f"line {self.line} ends it with exit {code}{printed}")
-
-    def do_return(self, words: list[str]) -> None:
-        if words:
-            self.status = int(words[0]) if words[0].isdigit() else None
-        raise Returned
-
-    def do_break(self, words: list[str]) -> None:
-        raise Leaves(int(words[0]) if words else 1, False)
-
-    def do_continue(self, words: list[str]) -> None:
-        raise Leaves(int(words[0]) if words else 1, True)
-
-    def do_shift(self, words: list[str]) -> None:
-        count = int(words[0]) if words else 1
-        self.status = int(count > len(self.arguments))
-        if not self.status:
-            self.arguments = self.arguments[count:]
+        self.end(f"line {self.line} ends it with exit {shown(code)}{printed}")
 
     def do_set(self, words: list[str]) -> None:
-        while words and re.match(r"[-+]", words[0]):
-            word, *words = words
-            on, letters = word[0] == "-", word[1:]
-            if word in ("--", "-"):
-                self.arguments = words
-                return
-            option = words.pop(0) if "o" in letters and words else ""
-            self.fails_at_once = on if "e" in letters or option == "errexit" else self.fails_at_once
-            self.refuses_unset = on if "u" in letters or option == "nounset" else self.refuses_unset
-        if words:
-            self.arguments = words
+        for word in words:
+            if not re.fullmatch(r"[-+][a-zA-Z]+|pipefail", word):
+                self.refuse()
+            if "e" in word and word != "pipefail":
+                self.fails_at_once = word[0] == "-"
+            if "u" in word:
+                self.refuses_unset = word[0] == "-"
 
     def do_unset(self, words: list[str]) -> None:
         for word in words:
-            name, _, index = word.partition("[")
-            if index:
-                array = self.array(name)
-                array.pop(index[:-1], None)
-                self.variables[name] = array
-            else:
-                self.variables.pop(name, None)
+            if not word.isidentifier():
+                self.refuse()
+            self.variables.pop(word, None)
 
     def do_eval(self, words: list[str]) -> None:
-        text = " ".join(words)
-        if is_known(text):
-            self.run_all(parse(text))
-        else:
-            self._unknown(["eval", *words])
+        self._pass_over(is_known(" ".join(words)))
 
     def do_source(self, words: list[str]) -> None:
-        file = words[0] if words else ""
-        if is_known(file) and (path := self.path(file)).is_file():
-            try:
-                script = parse(path.read_text(encoding="utf-8", errors="replace"))
-            except ValueError:
-                script = None
-            if script is not None:
-                with suppress(Returned):
-                    self.run_all(script)
-                return
-        self.misses_source = True
-        self.note(f"{shown(file)}, which the script sources, is not read; give the variables that it sets.")
-        self._unknown(["source", *words])
+        self._pass_over(is_known(words[0]) and self.path(words[0]).is_file())
 
-    def do_read(self, words: list[str]) -> None:
-        names = [word for word in words if word.isidentifier()] or ["REPLY"]
-        for name in names:
-            self.assign(name, mark(f"${name}"))
-        self.concludes(None, " ".join(["read", *words]))
+    def _pass_over(self, is_here: bool) -> None:
+        """Notes a text that is not here. What it would set is not known, and does not count as empty."""
+        if is_here:
+            self.refuse()
+        self.misses_source = True
+        self.note(f"`{self.source}` is not read; give the variables that it sets.")
+        self._unknown([self.source])
 
     def do_cd(self, words: list[str]) -> None:
-        words = [word for word in words if not word.startswith("-")]
-        folder = words[0] if words else str(self.variables.get("HOME", ""))
-        if is_known(folder):
-            folder = os.path.normpath(os.path.join(str(self.variables["PWD"]), folder))
-        self.variables["PWD"] = folder
+        folder = words[-1] if words else "~"
+        if folder == "-":
+            self.refuse()
+        self.variables["PWD"] = os.path.normpath(self.path(folder)) if is_known(folder) else folder
+        self.status = True
 
     def do_pwd(self, words: list[str]) -> None:
         self.write(f"{self.variables['PWD']}\n")
 
     def do_dirname(self, words: list[str]) -> None:
-        self._of_path([word for word in words if word != "--"], lambda path: os.path.dirname(path.rstrip("/")) or ".")
+        path = words[-1]
+        self.write(f"{os.path.dirname(path.rstrip('/')) or '.'}\n" if is_known(path) else path)
 
     def do_basename(self, words: list[str]) -> None:
-        words = [word for word in words if word != "--"]
-        end = words[1] if len(words) == 2 else ""
-        self._of_path(words[:1], lambda path: path.rstrip("/").rpartition("/")[2].removesuffix(end))
-
-    def _of_path(self, words: list[str], change: Callable[[str], str]) -> None:
-        for word in words:
-            self.write((change(word) if is_known(word) else word) + "\n")
+        path, *ends = [word for word in words if word != "--"]
+        name = path.rstrip("/").rpartition("/")[2].removesuffix("".join(ends))
+        self.write(f"{name}\n" if is_known(path) else path)
 
     def do_date(self, words: list[str]) -> None:
         if len(words) == 1 and re.fullmatch(r"\+(%[YmdHMSyjFTs]|[^%])*", words[0]):
             self.write(time.strftime(words[0][1:]) + "\n")
         else:
             self._unknown(["date", *words])
-
-
-class Condition:
-    """`[ ... ]`, or `[[ ... ]]`, whose words are expanded here; None is what nobody knows."""
-
-    def __init__(self, shell: Shell):
-        self.shell, self.read = shell, list[str]()
-
-    def cause(self, opening: str, closing: str) -> str:
-        return " ".join([opening, *self.read, closing])
-
-    def holds(self, node: Node | str) -> bool | None:
-        if isinstance(node, str) or node["Type"] == "Word":
-            return self._checked("-n", node)
-        operator = node.get("Op", "")
-        if node["Type"] == "ParenTest":
-            return self.holds(node["X"])
-        if operator == "!":
-            value = self.holds(node["X"])
-            return None if value is None else not value
-        if operator in ("&&", "||"):
-            values, decides = [self.holds(node["X"]), self.holds(node["Y"])], operator == "||"
-            return decides if decides in values else None if None in values else not decides
-        return self._compared(node) if node["Type"] == "BinaryTest" else self._checked(operator, node["X"])
-
-    def _text(self, word: Node | str) -> str:
-        return self.shell.settled(word if isinstance(word, str) else self.shell.words.text(word))
-
-    def _checked(self, operator: str, word: Node | str) -> bool | None:
-        text = self._text(word)
-        self.read.append(text if operator in ("-n", "-z") else f"{operator} {text}")
-        if operator in ("-n", "-z"):
-            empty = is_empty(text)
-            if empty is None or (empty and not is_known(text)):  # `settled` has left a variable that is required
-                return None
-            return empty == (operator == "-z")
-        if operator == "-v":
-            return bool(self.shell.variables.get(text))
-        return None if text else False
-
-    def _compared(self, node: Node) -> bool | None:
-        operator, pattern = node["Op"], node["Y"]
-        left, right = self._text(node["X"]), self._text(pattern)
-        self.read += [left, operator, right]
-        if not is_known(left) or not is_known(right) or operator in ("-nt", "-ot", "-ef"):
-            return None
-        if operator.startswith("-"):
-            return self._numbers(left, operator, right, strict=isinstance(pattern, str))
-        if operator == "=~":
-            return self._found(left, self.shell.words.pattern(pattern))
-        if operator in "<>":
-            return left < right if operator == "<" else left > right
-        same = left == right if isinstance(pattern, str) else matches(left, self.shell.words.pattern(pattern))
-        return same != (operator == "!=")
-
-    def _numbers(self, left: str, operator: str, right: str, strict: bool) -> bool | None:
-        if strict and not all(re.fullmatch(r"\s*[-+]?\d+\s*", each) for each in (left, right)):
-            return False  # bash prints an error, and the condition does not hold
-        try:
-            first, second = (self.shell.words.evaluated(each.strip()) for each in (left, right))
-        except NotKnown:
-            return None
-        order = {"-eq": first == second, "-ne": first != second, "-lt": first < second, "-le": first <= second}
-        return (order | {"-gt": first > second, "-ge": first >= second})[operator]
-
-    def _found(self, text: str, pattern: str) -> bool | None:
-        if "[:" in pattern:  # a class such as [:digit:], which Python does not have
-            return None
-        try:
-            found = re.search(pattern, text)
-        except re.error:
-            return None
-        if found:
-            groups = {str(number): group or "" for number, group in enumerate((found[0], *found.groups()))}
-            self.shell.variables["BASH_REMATCH"] = groups
-        return found is not None
-
-
-def _tree(words: list[str]) -> Node | str | None:
-    """The words of `[` as the tree that `[[` has; None where bash prints an error, and the condition does not hold."""
-    for word, operator in (("-o", "||"), ("-a", "&&")):
-        if word in words[1:-1]:
-            at = words.index(word, 1)
-            first, second = _tree(words[:at]), _tree(words[at + 1 :])
-            return {"Type": "BinaryTest", "Op": operator, "X": first or "", "Y": second or ""}
-    if words[0] == "!" and len(words) > 1:
-        return {"Type": "UnaryTest", "Op": "!", "X": _tree(words[1:]) or ""}
-    if words[0] == "(" and words[-1] == ")" and len(words) > 2:
-        return _tree(words[1:-1])
-    if len(words) == 3 and words[1] in BINARY:
-        return {"Type": "BinaryTest", "Op": words[1], "X": words[0], "Y": words[2]}
-    if len(words) == 2 and words[0] in UNARY:
-        return {"Type": "UnaryTest", "Op": words[0], "X": words[1]}
-    return words[0] if len(words) == 1 else None
 
 
 def how_to_give(name: str) -> str:

@@ -8,37 +8,22 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from glob import escape
+from typing import NoReturn
 
-from grpo.cli.migration.shell_tree import Node, arithmetic
+from grpo.cli.migration.shell_tree import Node
 
 MARK = re.compile("\ue000([?0*])(\\w*)\ue001(.*?)\ue002", re.S)
 UNKNOWN, UNSET, SECRET = "?0*"
-ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
+FIELDS = re.compile("(?:\ue000.*?\ue002|[^ \t\n])+|[ \t\n]+", re.S)
+BRACES = re.compile(r"(?<!\\)\{[^{}]*(,|\.\.)[^{}]*\}")
+PARAMETER = {"Type", "Pos", "End", "Text", "Dollar", "Short", "Rbrace", "Param", "Index", "Exp", "Repl"}
 Piece = tuple[str, str]
 """A text and how it is treated: `literal`, `quoted`, `split` at its blanks, or `break` between two words."""
-Value = str | dict[str, str]
-"""A variable's: a text, or the elements of an array by index."""
-
-
-class Variables(Protocol):
-    """What a word's expansion asks its shell for."""
-
-    arguments: list[str]
-    variables: dict[str, Value]
-    assigned: str
-    """The variable whose value is being expanded."""
-    named: set[str]
-    """Arrays whose indices are texts."""
-
-    def assign(self, name: str, value: Value, index: Node | None = None) -> None: ...
-
-    def substitute(self, node: Node) -> str: ...
-
-    def special(self, name: str) -> str: ...
-
-    def missing(self, name: str, source: str, required: bool = False) -> str: ...
+Value = str | list[str]
+"""A variable's: a text, or the elements of an array."""
 
 
 def mark(source: str, name: str = "", kind: str = UNKNOWN) -> str:
@@ -65,59 +50,49 @@ def shown(text: str) -> str:
 
 
 def is_empty(text: str) -> bool | None:
-    """Whether a text is empty, as far as that is known; a variable that is not set is."""
-    text = MARK.sub(lambda found: found[0] if found[1] == UNKNOWN else found[2] * (found[1] == SECRET), text)
-    return None if text and not MARK.sub("", text) else not text
+    """Whether a text is empty, as far as that is known; a secret is not."""
+    if MARK.sub(lambda found: found[2] * (found[1] == SECRET), text):
+        return False
+    return None if text else True
 
 
 def matches(text: str, pattern: str) -> bool:
     """Whether a pattern of the shell takes the whole text.
 
-    >>> matches("npu0", "[n]p*"), matches("*", r"\\*")
+    >>> matches("npu0", "np*"), matches("*", "[*]")
     (True, True)
     """
-    return re.compile(expression(pattern), re.S).fullmatch(text) is not None
-
-
-def expression(pattern: str) -> str:
-    """A pattern of the shell as a regular expression."""
-    parts, at = [], 0
-    while at < len(pattern):
-        letter, at = pattern[at], at + 1
-        group = re.compile(r"[!^]?\]?[^]]*\]").match(pattern, at) if letter == "[" else None
-        if letter == "\\" and at < len(pattern):
-            parts.append(re.escape(pattern[at]))
-            at += 1
-        elif group:
-            inner = group[0][:-1].replace("\\", "\\\\")
-            parts.append(f"[{re.sub('^!', '^', inner)}]")
-            at = group.end()
-        else:
-            parts.append({"*": ".*", "?": "."}.get(letter, re.escape(letter)))
-    return "".join(parts)
+    return fnmatchcase(text, pattern)
 
 
 class Words:
-    """Expands the words of one shell."""
+    """Expands the words of a shell, which has the variables and carries out what words ask for."""
 
-    def __init__(self, shell: Variables):
-        self.shell = shell
+    file: str
+    arguments: list[str]
+    variables: dict[str, Value]
+
+    def refuse(self, source: str = "") -> NoReturn:
+        raise NotImplementedError
+
+    def substitute(self, node: Node) -> str:
+        raise NotImplementedError
+
+    def missing(self, name: str, source: str, required: bool = False) -> str:
+        raise NotImplementedError
 
     def fields(self, word: Node) -> list[str]:
-        """The words that one word becomes: braces, arrays and blanks of variables make several, or none."""
-        return [field for parts in _braced(word["Parts"]) for field in self._fields(parts)]
+        """The words that one word becomes: arrays and blanks of variables make several, or none."""
+        literal = "".join(part["Value"] if part["Type"] == "Lit" else "x" for part in word["Parts"])
+        if BRACES.search(literal):
+            self.refuse(word["Text"])
+        return list(self._fields(word["Parts"]))
 
     def _fields(self, parts: list[Node]) -> Iterator[str]:
         current: str | None = None
-        separators = re.escape(self._separators()) or " "
         for text, how in self.pieces(parts):
-            texts = [text]
-            if how == "split":
-                texts = re.findall(rf"(?:\ue000.*?\ue002|[^{separators}])+|[{separators}]+", text, re.S)
-            elif how == "break":
-                texts = [" "]
-            for part in texts:
-                if how in ("split", "break") and not part.strip(self._separators() + " "):
+            for part in FIELDS.findall(text) if how == "split" else [text]:
+                if how == "break" or (how == "split" and not part.strip(" \t\n")):
                     if current is not None:
                         yield current
                     current = None
@@ -126,18 +101,19 @@ class Words:
         if current is not None:
             yield current
 
-    def _separators(self) -> str:
-        return str(self.shell.variables.get("IFS", " \t\n"))
-
     def text(self, word: Node | None) -> str:
         """The word as one text, for assignments and conditions."""
         pieces = self.pieces(word["Parts"]) if word else ()
-        return "".join(" " if how == "break" else text for text, how in pieces)
+        return "".join(text for text, _ in pieces)
 
-    def pattern(self, word: Node | None) -> str:
+    def pattern(self, word: Node) -> str:
         """The word as a pattern: what is quoted stands for itself."""
-        pieces = self.pieces(word["Parts"]) if word else ()
-        return "".join(re.sub(r"(\W)", r"\\\1", text) if how == "quoted" else text for text, how in pieces)
+        parts = []
+        for text, how in self.pieces(word["Parts"]):
+            if how != "quoted" and "[" in text:
+                self.refuse(word["Text"])
+            parts.append(escape(text) if how == "quoted" else text)
+        return "".join(parts)
 
     def pieces(self, parts: list[Node], quoted: bool = False) -> Iterator[Piece]:
         how = "quoted" if quoted else "split"
@@ -145,23 +121,23 @@ class Words:
             kind, text = part["Type"], part.get("Value", "")
             if kind == "Lit":
                 yield from self._literal(text, quoted, first=number == 0)
-            elif kind == "SglQuoted":
-                yield self._escaped(text) if part.get("Dollar") else text, "quoted"
+            elif kind == "SglQuoted" and not part.get("Dollar"):
+                yield text, "quoted"
             elif kind == "DblQuoted":
                 yield "", "quoted"
                 yield from self.pieces(part.get("Parts", []), quoted=True)
             elif kind == "ParamExp":
                 yield from self._parameter(part, quoted)
             elif kind == "ArithmExp":
-                yield self.computed(part.get("X"), part["Text"]), how
+                yield self.computed(part["X"], part["Text"]), how
             elif kind == "CmdSubst":
-                yield self.shell.substitute(part), how
+                yield self.substitute(part), how
             else:
-                yield part["Text"], "literal"
+                self.refuse(part["Text"])
 
     def _literal(self, text: str, quoted: bool, first: bool) -> Iterator[Piece]:
         if first and not quoted and re.match(r"~(/|$)", text):
-            yield str(self.shell.variables.get("HOME", "~")), "quoted"
+            yield str(self.variables.get("HOME", "~")), "quoted"
             text = text[1:]
         for escaped, plain in re.findall(r"\\(.)|([^\\]+|\\$)", text, re.S):
             if plain:
@@ -169,213 +145,113 @@ class Words:
             elif escaped != "\n":  # else the line goes on
                 yield f"\\{escaped}" if quoted and escaped not in '$`"\\' else escaped, "quoted"
 
-    @staticmethod
-    def _escaped(text: str) -> str:
-        return re.sub(r"\\(.)", lambda found: ESCAPES.get(found[1], found[0]), text)
-
     # ---- variables
 
     def _parameter(self, node: Node, quoted: bool) -> Iterator[Piece]:
         how = "quoted" if quoted else "split"
-        name, index, operator = node["Param"]["Value"], node.get("Index"), node.get("Exp", {}).get("Op", "")
-        several = name in ("@", "*") or _takes_all(index)
-        if node.get("Length"):
-            yield self._length(name, index, node["Text"]), how
+        name, operation = node["Param"]["Value"], node.get("Exp", {})
+        index = node["Index"]["Text"] if "Index" in node else ""
+        operator = operation.get("Op", "")
+        several = name in ("@", "*") or index in ("@", "*")
+        changes_letters = operator in LETTERS and "Word" not in operation
+        is_read = not operator or (not several and (operator in DEFAULTS or changes_letters))
+        if node.keys() - PARAMETER or not is_read or (several and "Repl" in node):
+            self.refuse(node["Text"])
+        if several:
+            yield from self._several(self.all(name), how, joined=quoted and "*" in (name, index))
             return
-        if node.get("Excl"):
-            raise ValueError(f"{node['Text']} cannot be read: a name in a variable is not supported")
-        values = self._values(name, index)
-        if several and (values or operator not in DEFAULTS) and operator not in ("+", ":+"):
-            if slice_ := node.get("Slice"):
-                values, node = self._sliced(values, name, slice_), {}
-            for number, value in enumerate(values):
-                if number:
-                    joined = quoted and (name == "*" or (index or {}).get("Text") == "*")
-                    yield (self._separators()[:1], "quoted") if joined else ("", "break")
-                yield value if operator in DEFAULTS else self._changed(value, node), how
-            return
-        yield from self._defaulted(name, values, node, quoted)
-
-    def _array(self, name: str) -> dict[str, str]:
-        value = self.shell.variables.get(name, {})
-        return value if isinstance(value, dict) else {"0": value}
-
-    def _values(self, name: str, index: Node | None) -> list[str]:
-        """All values that a name means, and none where it is not set."""
-        if name in ("@", "*"):
-            return self.shell.arguments
-        if _takes_all(index):
-            return list(self._array(name).values())
         value = self.get(name, index)
-        return [] if value is None else [value]
+        if operator in DEFAULTS:
+            yield from self._defaulted(name, value, node, quoted)
+        elif value is None:
+            yield self.missing(name, node["Text"]), how
+        elif not is_known(value) and (operator or "Repl" in node):
+            yield mark(node["Text"], *names_in(value)[:1]), how
+        elif "Repl" in node:
+            yield self._replaced(value, node["Repl"]), how
+        else:
+            yield LETTERS.get(operator, str)(value), how
 
-    def get(self, name: str, index: Node | None) -> str | None:
-        if name.isdigit() and name != "0":
-            return dict(enumerate(self.shell.arguments, 1)).get(int(name))
-        if not name.isidentifier():
-            return self.shell.special(name)
-        array = self._array(name)
-        key = "0" if index is None else self.index(name, index)
-        if key.startswith("-") and name not in self.shell.named:  # counted from the end
-            return dict(zip(range(-len(array), 0), array.values(), strict=True)).get(int(key))
-        return array.get(key)
+    def _replaced(self, value: str, replacement: Node) -> str:
+        old, new = self.text(replacement["Orig"]), self.text(replacement.get("With"))
+        is_pattern = old[:1] in ("", "#", "%") or self.pattern(replacement["Orig"]) != escape(old)
+        if is_pattern or not is_known(old + new):
+            self.refuse(replacement["Orig"]["Text"])
+        return value.replace(old, new, -1 if replacement.get("All") else 1)
 
-    def index(self, name: str, index: Node) -> str:
-        """The index of an element: a sum, or the text itself where the array has names."""
-        if name in self.shell.named:
-            return self.text(index) if index["Type"] == "Word" else index["Text"]
-        return self.computed(index, index["Text"])
-
-    def _length(self, name: str, index: Node | None, source: str) -> str:
-        values = self._values(name, index)
-        if name in ("@", "*") or _takes_all(index):
-            return str(len(values))
-        return str(len("".join(values))) if is_known("".join(values)) else mark(source, *names_in("".join(values))[:1])
-
-    def _defaulted(self, name: str, values: list[str], node: Node, quoted: bool) -> Iterator[Piece]:
-        how, source, operation = "quoted" if quoted else "split", node["Text"], node.get("Exp", {})
-        value, operator, default = " ".join(values), operation.get("Op", ""), operation.get("Word")
-        if operator not in DEFAULTS:
-            yield (self._changed(value, node) if values else self.shell.missing(name, source)), how
+    @staticmethod
+    def _several(values: list[str], how: str, joined: bool) -> Iterator[Piece]:
+        if joined:
+            yield " ".join(values), how
             return
-        absent = is_empty(value) if values and operator[0] == ":" else not values
-        if operator[-1] == "+" and absent is not None:
-            absent = not absent
-        if absent is None:
-            yield mark(source, *names_in(value)[:1]), how
-        elif not absent:
-            yield ("" if operator[-1] == "+" else value), how
+        for number, value in enumerate(values):
+            if number:
+                yield " ", "break"
+            yield value, how
+
+    def all(self, name: str) -> list[str]:
+        """The elements of an array, none if it is not set."""
+        if name in ("@", "*"):
+            return self.arguments
+        value = self.variables.get(name, [])
+        return [value] if isinstance(value, str) else value
+
+    def get(self, name: str, index: str = "") -> str | None:
+        """The value of a variable, an argument or an element; None if it is not set."""
+        if name in ("0", "BASH_SOURCE"):
+            return self.file
+        if name.isdigit():
+            return dict(enumerate(self.arguments, 1)).get(int(name))
+        if not name.isidentifier():
+            return mark(f"${name}")
+        if not re.fullmatch(r"\d*", index):
+            self.refuse(f"{name}[{index}]")
+        return dict(enumerate(self.all(name))).get(int(index or 0))
+
+    def _defaulted(self, name: str, value: str | None, node: Node, quoted: bool) -> Iterator[Piece]:
+        how, operator, default = "quoted" if quoted else "split", node["Exp"]["Op"], node["Exp"].get("Word")
+        absent = is_empty(value or "") if operator[0] == ":" else value is None
+        if absent is None and value is not None:
+            yield mark(node["Text"], *names_in(value)[:1]), how
+        elif absent == (operator[-1] == "+"):
+            yield ("" if operator[-1] == "+" else value or ""), how
         elif operator[-1] == "?":
-            yield self.shell.missing(name, source, required=True), how
-        elif operator[-1] == "=":
-            self.shell.assign(name, self.text(default), node.get("Index"))
-            yield "".join(self._values(name, node.get("Index"))), how
+            yield self.missing(name, node["Text"], required=True), how
         else:
             for text, each in self.pieces(default["Parts"] if default else [], quoted):
                 yield text, how if each == "literal" else each
 
-    def _sliced(self, values: list[str], name: str, bounds: Node) -> list[str]:
-        """Those of several values that `${A[@]:first:count}` takes."""
-        first, count = self._bounds(bounds) or (0, None)
-        values = [self.shell.special("0"), *values] if name in ("@", "*") else values
-        return values[first:] if count is None else values[first:][:count]
-
-    def _bounds(self, bounds: Node) -> tuple[int, int | None] | None:
-        numbers = [self.computed(bounds[name], "") for name in ("Offset", "Length") if name in bounds]
-        if not all(map(is_known, numbers)):
-            return None
-        return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None
-
-    def _changed(self, value: str, node: Node) -> str:
-        """The value after `#`, `%`, `/`, `^`, `,` or `:first:count`."""
-        operation, replacement, bounds = node.get("Exp"), node.get("Repl"), node.get("Slice")
-        if not (operation or replacement or bounds):
-            return value
-        if not is_known(value):
-            return mark(node["Text"], *names_in(value)[:1])
-        if replacement:
-            return self._replaced(value, replacement)
-        if bounds:
-            return self._part(value, bounds, node["Text"])
-        operator, word = (operation or {})["Op"], (operation or {}).get("Word")
-        if operator in ("#", "##", "%", "%%"):
-            return self._trimmed(value, operator, word)
-        if word or operator not in LETTERS:
-            raise ValueError(f"{node['Text']} cannot be read: {operator} is not supported")
-        return LETTERS[operator](value)
-
-    def _part(self, value: str, bounds: Node, source: str) -> str:
-        numbers = self._bounds(bounds)
-        if numbers is None:
-            return mark(source)
-        first, count = numbers
-        if count is None or count < 0:
-            return value[first:count]
-        return value[first:][:count]
-
-    def _trimmed(self, value: str, operator: str, word: Node | None) -> str:
-        at_end, longest = operator[0] == "%", len(operator) == 2
-        pattern = re.compile(expression(self.pattern(word)), re.S)
-        cuts = range(len(value) + 1)
-        for cut in cuts if at_end == longest else reversed(cuts):
-            removed, kept = (value[cut:], value[:cut]) if at_end else (value[:cut], value[cut:])
-            if pattern.fullmatch(removed):
-                return kept
-        return value
-
-    def _replaced(self, value: str, replacement: Node) -> str:
-        pattern, new = self.pattern(replacement.get("Orig")), self.text(replacement.get("With"))
-        if pattern[:1] == "#":
-            pattern = f"^(?:{expression(pattern[1:])})"
-        elif pattern[:1] == "%":
-            pattern = f"(?:{expression(pattern[1:])})$"
-        else:
-            pattern = expression(pattern)
-        return re.compile(pattern, re.S).sub(lambda _: new, value, count=0 if replacement.get("All") else 1)
-
     # ---- sums
 
-    def computed(self, node: Node | None, source: str) -> str:
+    def computed(self, node: Node, source: str) -> str:
         """The value of an arithmetic expression, or a mark where one of its variables is not known."""
         try:
-            return str(self.value(node))
+            return str(self._value(node))
         except NotKnown as error:
             return mark(source, str(error))
         except ZeroDivisionError:
             raise ValueError(f"{source} divides by 0") from None
 
-    def value(self, node: Node | None) -> int:
-        if node is None:
-            return 0
-        kind, sign = node["Type"], node.get("Op", "")
-        if kind == "Word":
+    def _value(self, node: Node) -> int:
+        if node["Type"] == "Word":
             return self._number(node)
-        if kind == "ParenArithm":
-            return self.value(node["X"])
-        if kind == "UnaryArithm" and sign in ("++", "--"):
-            before = self._number(node["X"], counts=True)
-            after = before + (1 if sign == "++" else -1)
-            self._store(node["X"], after)
-            return before if node.get("Post") else after
-        if kind == "UnaryArithm":
-            value = self.value(node["X"])
-            return {"-": -value, "+": value, "!": int(not value), "~": ~value}[sign]
-        if sign == "?":
-            return self.value(node["Y"]["X"] if self.value(node["X"]) else node["Y"]["Y"])
-        if sign[-1] == "=" and sign not in ("==", "!=", "<=", ">="):
-            value = self.value(node["Y"])
-            if sign != "=":
-                value = OPERATORS[sign[:-1]](self._number(node["X"], counts=True), value)
-            self._store(node["X"], value)
-            return value
-        return int(OPERATORS[sign](self.value(node["X"]), self.value(node["Y"])))
+        if node["Type"] == "ParenArithm":
+            return self._value(node["X"])
+        if node["Type"] != "BinaryArithm" or node["Op"] not in OPERATORS:
+            self.refuse(node["Text"])
+        return int(OPERATORS[node["Op"]](self._value(node["X"]), self._value(node["Y"])))
 
-    def _number(self, word: Node, counts: bool = False) -> int:
-        """The value of a number or a variable. One that is not set counts from 0, and has no value elsewhere."""
-        name, index = _variable(word)
-        if name is None:
-            text = self.text(word)
-        elif (value := self.get(name, index)) is not None:
-            text = "0" if value.strip() == name else value
-        elif counts or name == self.shell.assigned:
-            return 0
-        else:
+    def _number(self, word: Node) -> int:
+        """The value of a number or a variable."""
+        name = word["Text"]
+        text = self.get(name) if name.isidentifier() else self.text(word)
+        if text is None:
             raise NotKnown(name)
         if not is_known(text):
             raise NotKnown(names_in(text)[0])
-        return self.evaluated(text.strip())
-
-    def evaluated(self, text: str) -> int:
-        """The value of a text that a variable holds: `12`, `0x1f`, or a sum."""
-        if re.fullmatch(r"[-+]?\d+|0[xX][\da-fA-F]+", text):
-            return int(text, 16 if text[:2] in ("0x", "0X") else 8 if re.match(r"0\d", text) else 10)
-        return self.value(arithmetic(text))
-
-    def _store(self, word: Node, value: int) -> None:
-        name, index = _variable(word)
-        if name is None:
-            raise ValueError(f"{word['Text']} is no variable, and cannot be set")
-        self.shell.assign(name, str(value), index)
+        if not re.fullmatch(r"[-+]?(0|[1-9]\d*)", text.strip()):
+            self.refuse(text)
+        return int(text)
 
 
 class NotKnown(Exception):
@@ -386,20 +262,14 @@ def _quotient(left: int, right: int) -> int:
     return abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
 
 
-DEFAULTS = (":-", "-", ":=", "=", ":?", "?", ":+", "+")
+DEFAULTS = (":-", "-", ":?", "?", ":+", "+")
 LETTERS = {"^^": str.upper, ",,": str.lower}
-OPERATORS: dict[str, Callable[[int, int], int]] = {
+OPERATORS = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
     "/": _quotient,
     "%": lambda left, right: left - _quotient(left, right) * right,
-    "**": lambda left, right: left ** min(right, 64),
-    "<<": lambda left, right: left << min(right, 64),
-    ">>": operator.rshift,
-    "&": operator.and_,
-    "|": operator.or_,
-    "^": operator.xor,
     "&&": lambda left, right: bool(left and right),
     "||": lambda left, right: bool(left or right),
     "==": operator.eq,
@@ -408,66 +278,4 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "<=": operator.le,
     ">": operator.gt,
     ">=": operator.ge,
-    ",": lambda left, right: right,
 }
-
-
-def _takes_all(index: Node | None) -> bool:
-    return index is not None and index["Text"] in ("@", "*")
-
-
-def _variable(word: Node) -> tuple[str | None, Node | None]:
-    """The variable of a sum that stands without `$`, and its index."""
-    if word["Type"] == "Word" and len(word["Parts"]) == 1:
-        [part] = word["Parts"]
-        if part["Type"] == "Lit" and part["Value"].isidentifier():
-            return part["Value"], None
-        if part["Type"] == "ParamExp" and not part["Text"].startswith("$"):
-            return part["Param"]["Value"], part["Index"]
-    return None, None
-
-
-# ---- braces ----------------------------------------------------------------------------------------------------------
-
-
-def _braced(parts: list[Node]) -> list[list[Node]]:
-    """The words that `{a,b}` and `{1..3}` make of one; a variable within braces is not looked at."""
-    found: list[list[Node]] = [[]]
-    for part in parts:
-        texts = braces(part["Value"]) if part["Type"] == "Lit" else [None]
-        found = [[*before, part if text is None else part | {"Value": text}] for before in found for text in texts]
-    return found
-
-
-def braces(text: str) -> list[str]:
-    """
-    >>> braces("x{a,b{1..2}}y"), braces("{b}")
-    (['xay', 'xb1y', 'xb2y'], ['{b}'])
-    """
-    for opening in re.finditer(r"(?<!\\){", text):
-        parts, end = _alternatives(text, opening.end())
-        if parts:
-            rest = braces(text[end:])
-            middle = [each for part in parts for each in braces(part)]
-            return [text[: opening.start()] + each + after for each in middle for after in rest]
-    return [text]
-
-
-def _alternatives(text: str, start: int) -> tuple[list[str], int]:
-    """The texts between the commas of a brace that ends, and its end."""
-    parts, depth = [""], 0
-    for at in range(start, len(text)):
-        letter = text[at]
-        if letter == "}" and not depth:
-            numbers = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", parts[0])
-            if numbers and len(parts) == 1:
-                first, last = int(numbers[1]), int(numbers[2])
-                step = 1 if last >= first else -1
-                parts = [str(number) for number in range(first, last + step, step)][:1000]
-            return parts if len(parts) > 1 or numbers else [], at + 1
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [], 0

@@ -16,8 +16,8 @@ from typing import Any
 from yaml import YAMLError
 
 from grpo.cli.migration.migration import Migration, Unsupported, carried, changes_training, relative
-from grpo.cli.migration.shell import Decision, how_to_give, outcomes
-from grpo.cli.migration.shell_words import names_in, shown
+from grpo.cli.migration.shell import Shell, how_to_give
+from grpo.cli.migration.shell_words import is_known, names_in, shown
 from grpo.config.loss import UNREAD
 from rewards.config.names import take_option, trainers
 from rewards.config.yaml_file import parse_yaml, to_yaml
@@ -75,45 +75,33 @@ def _renamed(name: str) -> str:
     return trainers()["verl"].get(name, {}).get("now", name)
 
 
-def overrides(text: str) -> dict[str, Any]:
-    """The options of the command in a text, with the values that bash would give them.
-
-    >>> overrides("LR=1e-5\\npython3 -m verl.trainer.main_ppo a.lr=$LR +a.names='[x, y]'")
-    {'a.lr': 1e-05, 'a.names': ['x', 'y']}
-    """
-    given = read_overrides(text)
-    return given.values | {name: value for name, (value, _) in given.unknown.items()}
-
-
 @dataclass
 class Overrides:
     """The options that a command sets."""
 
     values: dict[str, Any]
     unknown: dict[str, tuple[str, list[str]]]
-    """Those whose value the text does not decide, with the values that they may have and what would decide it."""
+    """Those whose value the text does not decide, with the text and the variables that would decide it."""
     notes: list[str]
 
 
 def read_overrides(text: str, file: Path | None = None) -> Overrides:
-    """Reads a shell text up to its command. Raises ValueError if it has none, or ends before it."""
-    found = outcomes(text, PROGRAM, os.environ, file)
-    reached = [outcome for outcome in found if outcome.words is not None]
-    if not reached:
-        ends = "" if PROGRAM not in text else f"; {found[0].end}"
-        raise ValueError(f"there is no command of {PROGRAM} in it{ends}")
-    ways = [(outcome.decisions, _assignments(outcome.words or [])) for outcome in reached]
-    names = dict.fromkeys(name for _, options in ways for name in options)
-    result = Overrides({}, {}, list(dict.fromkeys(note for outcome in reached for note in outcome.notes)))
-    for name in names:
-        values = [(decisions, options.get(name)) for decisions, options in ways]
-        written = list(dict.fromkeys(value for _, value in values))
-        in_values = [cause for value in written if value for cause in names_in(value)]
-        causes = list(dict.fromkeys([*_causes(values), *in_values]))
-        if causes:
-            result.unknown[name] = " or ".join("not set" if each is None else shown(each) for each in written), causes
+    """Reads a shell text up to its command. Raises ValueError if it has none, or ends before it.
+
+    >>> read_overrides("LR=1e-5\\npython3 -m verl.trainer.main_ppo a.lr=$LR +a.names='[x, y]'").values
+    {'a.lr': 1e-05, 'a.names': ['x', 'y']}
+    """
+    shell = Shell(PROGRAM, os.environ, file)
+    words = shell.command(text)
+    if words is None:
+        ends = "".join(f"; {end}" for end in shell.ends[-1:])
+        raise ValueError(f"there is no command of {PROGRAM} in it{ends}; {shell.way_out()}")
+    result = Overrides({}, {}, list(shell.notes))
+    for name, value in _assignments(words).items():
+        if is_known(value):
+            result.values[name] = _value(value)
         else:
-            result.values[name] = _value(written[0] or "")
+            result.unknown[name] = shown(value), list(dict.fromkeys(names_in(value)))
     return result
 
 
@@ -129,23 +117,6 @@ def _assignments(words: list[str]) -> dict[str, str]:
     pairs = [(OF_HYDRA.get(name, name), equals, value) for name, equals, value in pairs]
     known = OF_HYDRA.values()
     return {name: value for name, _, value in pairs if not name.startswith("-") or name in known}
-
-
-def _causes(ways: list[tuple[list[Decision], str | None]]) -> list[str]:
-    """What decides between several values: the conditions at which ways with other values part."""
-    if len({value for _, value in ways}) < 2:
-        return []
-    depth = 0
-    while len({decisions[depth] for decisions, _ in ways}) == 1:
-        depth += 1
-    groups: dict[Decision, list[tuple[list[Decision], str | None]]] = {}
-    for decisions, value in ways:
-        groups.setdefault(decisions[depth], []).append((decisions, value))
-    causes = [cause for group in groups.values() for cause in _causes(group)]
-    outcomes_of_groups = [{value for _, value in group} for group in groups.values()]
-    if any(each != outcomes_of_groups[0] for each in outcomes_of_groups):
-        causes = [*next(iter(groups)).causes, *causes]
-    return list(dict.fromkeys(causes))
 
 
 def _value(text: str) -> object:

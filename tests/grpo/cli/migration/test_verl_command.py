@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 from datasets import Dataset
 
-from grpo.cli.migration.verl_command import ACTOR, overrides, read_verl_command
+from grpo.cli.migration.verl_command import ACTOR, read_overrides, read_verl_command
 from grpo.cli.parse import main
 from grpo.config.run import TrainConfig
 from review.readers.run_folder import read_metrics
@@ -184,7 +184,7 @@ def test_a_wrong_value_ends_the_command_without_a_traceback(tmp_path, capsys):
 def test_a_setting_that_is_no_secret_is_read(monkeypatch):
     monkeypatch.setenv("MAX_TOKEN_LEN", "8")
     monkeypatch.setenv("MAX_TOKENS", "9")
-    assert overrides(f"{PPO} a=${{MAX_TOKEN_LEN:-1}} b=${{MAX_TOKENS:-1}}") == {"a": 8, "b": 9}
+    assert read_overrides(f"{PPO} a=${{MAX_TOKEN_LEN:-1}} b=${{MAX_TOKENS:-1}}").values == {"a": 8, "b": 9}
 
 
 def test_defaults_of_verls_are_written_where_ours_are_others(files):
@@ -217,12 +217,11 @@ def test_what_a_shell_file_computes_is_read():
     python3 -m verl.trainer.main_ppo "${ACTOR[@]}" ${ONE[@]} n=$n_prompts twice=$((n_prompts * 2)) \\
         rank=${RANK_OF_NOBODY} '+names={a.\\\\{*\\\\}:{}}' "$@"
     """
-    values = overrides(text)
-    assert values.pop("names").startswith("{a.")
-    assert values == {
-        **{"actor.lr": 1e-6, "actor.length": 2072, "one.a": 1, "one.b": "x", "n": 16, "twice": 32},
-        **{"rank": "${RANK_OF_NOBODY}"},
-    }
+    found = read_overrides(text)
+    assert found.unknown == {"rank": ("${RANK_OF_NOBODY}", ["RANK_OF_NOBODY"])}
+    assert found.values.pop("names").startswith("{a.")
+    expected = {"actor.lr": 1e-6, "actor.length": 2072, "one.a": 1, "one.b": "x", "n": 16, "twice": 32}
+    assert found.values == expected
     migration = read_verl_command(f"{PPO} data.train_batch_size=$NOBODYS")
     [each] = [each for each in migration.unsupported if each.option == "data.train_batch_size"]
     assert "not in the text" in each.reason
@@ -230,13 +229,13 @@ def test_what_a_shell_file_computes_is_read():
 
 def test_variables_are_those_that_bash_would_have(monkeypatch):
     monkeypatch.setenv("LR", "5")
-    assert overrides(f"A_OF_NOBODY=${{A_OF_NOBODY:-3}}\n{PPO} a=$A_OF_NOBODY") == {"a": 3}
-    assert overrides(f"A_OF_NOBODY=\nB=${{A_OF_NOBODY:-${{LR:-4}}}}\n{PPO} b=$B") == {"b": 5}
-    assert overrides(f"LR=1\nLR=2\n{PPO} a=$LR\nLR=3") == {"a": 2}
-    assert overrides(f"export LR=3 && {PPO} a=$LR") == {"a": 3}
-    assert overrides(f"LR=3 {PPO} a=$LR 2>&1 | tee --x=y") == {"a": 5}
-    assert overrides(f"LR=\n{PPO} a=1$LR") == {"a": 1}
-    assert overrides(f"RATE=$LR\nLR=2\n{PPO} a=$RATE b=$LR") == {"a": 5, "b": 2}
+    assert read_overrides(f"A_OF_NOBODY=${{A_OF_NOBODY:-3}}\n{PPO} a=$A_OF_NOBODY").values == {"a": 3}
+    assert read_overrides(f"A_OF_NOBODY=\nB=${{A_OF_NOBODY:-${{LR:-4}}}}\n{PPO} b=$B").values == {"b": 5}
+    assert read_overrides(f"LR=1\nLR=2\n{PPO} a=$LR\nLR=3").values == {"a": 2}
+    assert read_overrides(f"export LR=3 && {PPO} a=$LR").values == {"a": 3}
+    assert read_overrides(f"LR=3 {PPO} a=$LR 2>&1 | tee --x=y").values == {"a": 5}
+    assert read_overrides(f"LR=\n{PPO} a=1$LR").values == {"a": 1}
+    assert read_overrides(f"RATE=$LR\nLR=2\n{PPO} a=$RATE b=$LR").values == {"a": 5, "b": 2}
 
 
 @pytest.mark.parametrize(
@@ -262,15 +261,14 @@ def test_steps_are_counted_over_the_rows_that_are_taken(files):
 def test_a_secret_of_the_environment_is_not_written(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "hidden")
     monkeypatch.setenv("MODEL_PATH", "models/small")
-    assert overrides(f"{PPO} a.key=$WANDB_API_KEY a.path=${{MODEL_PATH}}") == {
-        "a.key": "$WANDB_API_KEY",
-        "a.path": "models/small",
-    }
+    found = read_overrides(f"{PPO} a.key=$WANDB_API_KEY a.path=${{MODEL_PATH}}")
+    assert found.values == {"a.path": "models/small"}
+    assert found.unknown == {"a.key": ("$WANDB_API_KEY", ["WANDB_API_KEY"])}
 
 
 def test_a_text_without_a_command_is_refused():
     with pytest.raises(ValueError, match=r"no command of verl\.trainer\.main_ppo"):
-        overrides("python3 train.py\n")
+        read_overrides("python3 train.py\n")
 
 
 @pytest.mark.slow
