@@ -293,6 +293,10 @@ class Shell(Words):
     def _binarycmd(self, node: Node) -> None:
         if node["Op"] in ("|", "|&"):
             self._pipeline(node)
+        elif node["Op"] == "||" and node["Y"]["Text"].strip() in ("true", ":"):  # however the program ends
+            fails_at_once, self.fails_at_once = self.fails_at_once, False
+            self.run(node["X"])
+            self.fails_at_once, self.status = fails_at_once, True
         elif self.holds([node["X"]]) == (node["Op"] == "&&"):
             self.run(node["Y"])
 

@@ -52,6 +52,11 @@ fi
     actor_rollout_ref.actor.ppo_mini_batch_size=${{mini}} "${{EXTRA[@]}}" "$@"
 """
 SCRIPTS = {
+    "a program whose end does not matter": """
+set -e
+nobody_has_this --stop || true
+PPO n=1
+""",
     "if, elif and else": """
 if [ "$KIND" = a ]; then N=1; elif [[ $KIND == b* && -z "${NO:-}" ]]; then N=2; else N=3; fi
 PPO n=$N
