@@ -43,6 +43,8 @@ from rollout.pool import Pool
 from rollout.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from grpo.learner.lessons import Lesson
     from grpo.learner.terms.custom import Loss
     from grpo.learner.terms.term import Term
@@ -417,11 +419,13 @@ class Session:
     def _evaluates(self, step: int) -> bool:
         return self.held_out.due(step, self.run.last)
 
-    def _evaluated(self, step: int, results: Any) -> None:
+    def _evaluated(self, step: int, results: Mapping[str, Evaluation]) -> None:
         for listener in self.collector.listeners:
             listener.evaluated(step, results)
 
-    def _keep(self, drawn: Drawn, batch: TrainingBatch, policy_logprobs: Any = None) -> None:
+    def _keep(
+        self, drawn: Drawn, batch: TrainingBatch, policy_logprobs: Mapping[int, Sequence[float]] | None = None
+    ) -> None:
         """The completions in the folder of the run."""
         self.run.log.rollouts(
             self.step,

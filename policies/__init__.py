@@ -6,7 +6,7 @@ The public names are loaded when they are first used: importing the package load
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from policies.layout import PolicyError
@@ -22,7 +22,7 @@ _HOMES = {
 __all__ = ["PRESETS", "Policy", "PolicyError", "build"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -13,7 +13,7 @@ d_n, d_r = the unrotated and rotated part of a query, d_v of a value, S tokens t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -204,7 +204,7 @@ def _flops(trunk: nn.Module, config: PretrainedConfig, context: int) -> tuple[fl
     return 2 * weights + expanded * mean, 2 * (absorbed + head.numel()) + latent * (context + 1)
 
 
-def _experts(trunk: nn.Module, config: Any) -> Experts | None:
+def _experts(trunk: nn.Module, config: object) -> Experts | None:
     stacks = [name for name, p in trunk.named_parameters() if p.dim() == 3 and name.endswith(".experts.down_proj")]
     if not stacks:
         return None

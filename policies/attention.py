@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,9 @@ from transformers.masking_utils import sdpa_mask
 from policies import devices
 from policies.scoring import capped, sdpa, with_sink
 from policies.tiles import kernel_options, length_of, padded
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
 
 ATTENTION = "sdpa_packed"
 PROMPT_ATTENTION = "prompt_attention"  # a field of config.json that only we read
@@ -257,7 +260,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, cap: float | None
+        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, cap: float | None
     ) -> tuple[Tensor, Tensor]:
         k, v = _for_every_head(query, key, value)
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -277,7 +280,7 @@ class _PackedAttention(torch.autograd.Function):
         return out, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, total = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else grad
         k, v = _for_every_head(query, key, value)

@@ -172,7 +172,7 @@ def _tokens(fields: dict[str, Any]) -> dict[str, Any]:
     }
     inside: dict[int, int] = {}
 
-    def put(value: Any) -> Any:
+    def put(value: object) -> object:
         if isinstance(value, list):
             return [put(item) for item in value]
         if not isinstance(value, int) or value < VOCABULARY:

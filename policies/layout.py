@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,6 +24,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.hub import cached_file
+
+if TYPE_CHECKING:
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 Shape = tuple[int, ...]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,7 +41,7 @@ OPTIONAL: dict[str, Any] = {
 }
 
 
-def auto_class(config: PretrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass]:
     """The class of transformers that builds a policy. A model that reads pictures too is built whole where its folder
     says so, or where transformers has no class for its language model alone."""
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)

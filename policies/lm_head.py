@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from policies.paths import States
 from policies.sharding import decoder
@@ -40,12 +40,12 @@ class LMHead:
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
 
 
-def last_states(trunk: PreTrainedModel, by: States, **options: Any) -> tuple[Tensor, Any]:
+def last_states(trunk: PreTrainedModel, by: States, **options: object) -> tuple[Tensor, Any]:
     """The states [B, T, D] that the LM head of a model multiplies, and all that transformers gave with them."""
     if by == "decoder":
         out = decoder(trunk)(**options)
         return out.last_hidden_state, out
-    lm_head: Any = trunk.get_output_embeddings()
+    lm_head: nn.Module = trunk.get_output_embeddings()
     lm_head.forward = lambda states: states
     try:
         out = trunk(**options)
@@ -54,7 +54,7 @@ def last_states(trunk: PreTrainedModel, by: States, **options: Any) -> tuple[Ten
     return out.logits, out
 
 
-def scale_and_cap(config: Any) -> tuple[float, float | None]:
+def scale_and_cap(config: PretrainedConfig) -> tuple[float, float | None]:
     """What the model of this configuration does to its logits, by the fields that are known to say so. The load check
     compares the result with the model's own forward."""
     scale = 1.0
@@ -66,6 +66,6 @@ def scale_and_cap(config: Any) -> tuple[float, float | None]:
     return scale, next((cap for name in CAPS if (cap := _number(config, name))), None)
 
 
-def _number(config: Any, name: str) -> float | None:
+def _number(config: object, name: str) -> float | None:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, int | float) else None

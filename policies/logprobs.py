@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from policies.lm_head import LMHead
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
 
 CHUNK = 256  # rows of logits held in fp32 at a time: 256 · 49,152 · 4 bytes = 50 MB
 LEAST_LOGPROB = -1000.0  # a token of less has the probability 0, in fp64 too, and 0 · -1000 is 0 where 0 · -∞ is NaN
@@ -121,7 +124,7 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids_NK: Tensor, how: _How
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids_NK: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
         rows, parts = how.tiles(len(hidden), weight, bias)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -147,7 +150,7 @@ class _Scored(torch.autograd.Function):
         return logits_NK - totals_N[:, None], entropies_N
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids_NK, totals, entropies = ctx.saved_tensors
         how: _How = ctx.how
         rows, parts = how.tiles(len(hidden), weight, bias)

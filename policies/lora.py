@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +92,13 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _is_read(around: nn.Module, name: str) -> bool:
     """Whether a module of transformers reads the weight of a linear layer that it has, past an adapter."""
-    form: Any = type(around)
+    form: type = type(around)
     own = form.__module__.startswith("transformers.models.")
     return own and re.search(OWN_READING.format(re.escape(name)), _source(form)) is not None
 
 
 @functools.cache
-def _source(form: Any) -> str:
+def _source(form: type) -> str:
     return inspect.getsource(form)
 
 
@@ -250,7 +249,7 @@ def _adapt_parameter(layer: ParamWrapper, base: nn.Module, split: Split | None) 
     compute with local tensors there."""
     name, forward = layer.parameter_name, base.forward
 
-    def adapted(*inputs: Any) -> Any:
+    def adapted(*inputs: object) -> Tensor:
         weight = base._parameters[name]
         if layer.disable_adapters:
             return forward(*inputs)

@@ -34,7 +34,7 @@ def read_packed(trunk: PreTrainedModel) -> bool:
     return bool(mixers)
 
 
-def _names_used(function: Any) -> tuple[str, ...]:
+def _names_used(function: Callable[..., object]) -> tuple[str, ...]:
     return inspect.unwrap(function).__code__.co_names
 
 
@@ -48,7 +48,7 @@ class States:
         """The states of these rows, or of each several times."""
         self.tensors = {key: state[rows] for key, state in self.tensors.items()}
 
-    def read(self, forward: Callable[..., Any], inputs: Any, options: dict[str, Any]) -> Any:
+    def read(self, forward: Callable[..., Any], inputs: tuple, options: dict[str, Any]) -> Any:
         """The forward of a mixer that goes on from here."""
         return forward(*inputs, **options)
 
@@ -76,7 +76,7 @@ class States:
         return state
 
 
-def _forward(forward: Callable[..., Any], *inputs: Any, packing: Packing | None = None, **options: Any) -> Any:
+def _forward(forward: Callable[..., Any], *inputs: object, packing: Packing | None = None, **options: object) -> Any:
     """The forward of a mixer. Without `packing` rows are ordinary ones. No mask is needed: padding is at the right."""
     if packing is None:
         states = options.get("cache")
@@ -161,7 +161,7 @@ def _first_branch(segment_T: Tensor, ends_T: Tensor, number_T: Tensor) -> Branch
     return first
 
 
-def placed(value: Any, shape: tuple[int, ...], places: Tensor) -> Any:
+def placed(value: object, shape: tuple[int, ...], places: Tensor) -> Any:
     """All tensors of `value` that have an entry for each token of rows of this shape, with the tokens at `places`."""
     if isinstance(value, Tensor):
         return value.flatten(0, 1)[places] if value.shape[:2] == shape else value

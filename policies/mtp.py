@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from policies.attention import Packing, packed_attention
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
 
 Divergence = Literal["kl", "tv"]
 DEPTH_DECAY = 0.6  # weight of depth d in the draft loss ∝ 0.6^(d-1) (FastMTP)
@@ -212,7 +215,7 @@ class _Divergences(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         teacher_ND: Tensor,
         head_VD: Tensor,
         drafts: Sequence[tuple[Tensor, Tensor, Tensor]],
@@ -240,7 +243,7 @@ class _Divergences(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return (*[None] * 6, *[gradient * upstream for gradient in ctx.saved_tensors])
 
 

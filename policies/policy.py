@@ -159,7 +159,7 @@ class Policy(nn.Module):
             packing=packing,
         ).last_hidden_state
 
-    def _mask(self, packing: Packing) -> Any:
+    def _mask(self, packing: Packing) -> Tensor | dict[str, Tensor | None] | None:
         """The mask of packed rows: one for each kind of layer where some have none, or where a model attends by itself
         and a window slides."""
         how, dtype = self.config._attn_implementation, self.trunk.dtype

@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from verifiers.v1 import Task, Trace
 
 
-def refuse(kind: Any, more: Mapping[str, Any]) -> None:
+def refuse(kind: type[Task], more: Mapping[str, Any]) -> None:
     """Raises ValueError for a class of `v1.Task` that needs what only verifiers has, by these or by `more`."""
     from verifiers import v1
 
@@ -30,7 +33,7 @@ def refuse(kind: Any, more: Mapping[str, Any]) -> None:
             )
 
 
-def trace_of(task: Any, turns: Sequence[dict[str, Any]]) -> Any:
+def trace_of(task: Task, turns: Sequence[dict[str, Any]]) -> Trace:
     """The messages of an episode as the trace that the task's rewards read."""
     from verifiers import v1
 

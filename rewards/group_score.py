@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from rewards.protocol import RewardError, did_you_mean
 
@@ -121,7 +120,7 @@ class GroupTally:
         else:
             self.parts[function][sample] = value
 
-    def note_extra(self, column: str, sample: int, value: Any) -> None:
+    def note_extra(self, column: str, sample: int, value: object) -> None:
         self.extras.setdefault(column, [None] * self.size)[sample] = value
 
     def note_metric(self, name: str, value: float) -> None:

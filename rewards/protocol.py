@@ -34,6 +34,7 @@ Messages = list[dict[str, Any]]
 Completions = list[Any]  # strings or lists of chat messages
 RightAt = float | None | Literal["undeclared"]  # see `right_at`
 AnyReward = TypeVar("AnyReward", bound=Reward)
+T = TypeVar("T")
 
 PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -103,7 +104,7 @@ class Signature:
                 )
 
 
-async def awaited(result: Awaitable[Any]) -> Any:
+async def awaited(result: Awaitable[T]) -> T:
     """The value of what an async function has returned, in a coroutine, as event loops ask for one."""
     return await result
 
@@ -199,7 +200,7 @@ def per_completion(function: Reward) -> Reward:
     return reward
 
 
-def _note(extras: dict[str, list], i: int, count: int, column: str, value: Any) -> None:
+def _note(extras: dict[str, list], i: int, count: int, column: str, value: object) -> None:
     extras.setdefault(column, [None] * count)[i] = value
 
 

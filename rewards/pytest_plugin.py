@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from rewards.commands.check import RewardCheck
     from rewards.protocol import Reward
 
@@ -74,7 +76,7 @@ def quartet_reward(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[.
     return check
 
 
-def _name_of(reward: Any, module: Any) -> str:
+def _name_of(reward: object, module: ModuleType) -> str:
     """The name by which a process of its own finds a function that the test's file defines or imports."""
     name = next((name for name, value in vars(module).items() if value is reward), None)
     if name is None:

@@ -91,5 +91,5 @@ def _episode_fault(line: dict[str, Any]) -> str | None:
     return None if known and is_metric(tools["reward"]) else f"its 'tools' is {tools!r:.60}"
 
 
-def _is_message(turn: Any) -> bool:
+def _is_message(turn: object) -> bool:
     return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)

@@ -196,7 +196,7 @@ def name_callable(reward: Reward) -> str:
 
 
 def _attribute_of(module: ModuleType, source: Source, what: str) -> Callable[..., Any]:
-    def is_function(value: Any) -> bool:
+    def is_function(value: object) -> bool:
         return callable(value) and not isinstance(value, type)
 
     function: Any = getattr(module, source.attribute, None)

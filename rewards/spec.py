@@ -43,7 +43,7 @@ class RewardSpec:
 class Group:
     """One prompt with its completions, and what functions may ask for beside them."""
 
-    prompt: Any
+    prompt: str | Messages
     completions: list[str]
     columns: Mapping[str, Any]
     prompt_id: str
@@ -117,7 +117,7 @@ class RewardFunction:
         others = (*PROVIDED, *self.spec.arguments)
         return [name for name in (*signature.required, *optional, *rest) if name not in others]
 
-    def _value(self, group: Group, name: str) -> Any:
+    def _value(self, group: Group, name: str) -> object:
         if name not in group.columns and name not in self.signature.required:
             return None  # other prompts have it
         if name not in group.columns:
@@ -152,7 +152,7 @@ def check_specs(specs: Sequence[RewardSpec], substitute: float) -> None:
             raise RewardError(f"reward {spec.label!r}: arguments hold {culprit}; use plain JSON values")
 
 
-def _not_json(value: Any) -> str | None:
+def _not_json(value: object) -> str | None:
     """The part of `value` that JSON cannot hold unchanged, in words, or None."""
     if value is None or isinstance(value, str | int | float):
         return None

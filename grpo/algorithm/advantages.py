@@ -13,7 +13,7 @@ Conventions are TRL's: std divides by n - 1, and EPSILON is added to it. Arithme
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from grpo.config.loss import Aggregation, ScaleRewards
 from rewards.ties import ABSOLUTE, RELATIVE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Rewards: TypeAlias = Tensor | Sequence[Sequence[float | None]]
 
@@ -146,7 +149,7 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs() <= ABSOLUTE + RELATIVE * torch.maximum(a.abs(), b.abs())
 
 
-def as_tensor(rewards: Any) -> Tensor:
+def as_tensor(rewards: Tensor | Sequence) -> Tensor:
     """fp64 rewards from a tensor or nested lists; None becomes NaN."""
     rewards = rewards if isinstance(rewards, Tensor) else torch.from_numpy(np.array(rewards, dtype=np.float64))
     rewards = rewards.detach().double()

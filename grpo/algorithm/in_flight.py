@@ -71,7 +71,7 @@ def _score(record: Mapping[str, Any]) -> GroupScore:
     return GroupScore(**{**record, "errors": [RewardFailure(**error) for error in record["errors"]]})
 
 
-def _numbers(value: Any) -> Any:
+def _numbers(value: object) -> Any:
     """The record with the numbers that are not finite."""
     if isinstance(value, dict):
         found = value.get(NOT_FINITE) if len(value) == 1 else None

@@ -18,6 +18,8 @@ from rewards.isolation.output import escaped
 
 if TYPE_CHECKING:
     from grpo.cli.migration.migration import Migration
+    from grpo.config.mtp import MtpConfig
+    from grpo.config.run import RunConfig, SftConfig, TrainConfig
 
 
 def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) -> Any:
@@ -36,7 +38,7 @@ def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) ->
     return config
 
 
-def _of_command(options: Any, brought: Mapping[str, Any]) -> dict[str, Any]:
+def _of_command(options: type[RunConfig], brought: Mapping[str, Any]) -> dict[str, Any]:
     """Returns those options of a run that the command has, too."""
     known = {name: value for name, value in brought.items() if name in options.model_fields}
     defaults = options.model_construct()
@@ -93,7 +95,7 @@ def _show_ways(args: argparse.Namespace, name: str) -> int:
     return fail(f"{name}: name a file or a policy, such as\n{lines}", EXIT_USAGE)
 
 
-def _settle_folder(args: argparse.Namespace, config: Any) -> None:
+def _settle_folder(args: argparse.Namespace, config: TrainConfig | SftConfig | MtpConfig) -> None:
     """Prints the run folder if the user named none. A resumed run has one already, which must be named."""
     from rewards.config.options import ConfigError
 

@@ -54,7 +54,7 @@ def _through_ray(config: LearningConfig, flags: dict[str, Any]) -> Result:
     workers, threads = config.learner.workers, config.threads or 1
 
     class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: Any) -> None:
+        def _register_sigint_handler(self, controller: object) -> None:
             """Registers none: ours tells the ranks, which save."""
 
     def tell(number: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -77,7 +77,7 @@ class LossOptions(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _third_phase(cls, options: Any) -> Any:
+    def _third_phase(cls, options: object) -> object:
         """rank_softmax updates by -mean(weight · Â · log π), unless another loss is asked for by name."""
         if isinstance(options, dict) and options.get("advantage") == "rank_softmax":
             return {"loss_type": "reinforce"} | options

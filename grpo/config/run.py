@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -124,7 +124,7 @@ class RunConfig(RewardsOptions, ModelOptions):
         return self
 
     @classmethod
-    def read(cls, file: Path | str, **overrides: Any) -> Self:
+    def read(cls, file: Path | str, **overrides: object) -> Self:
         """The configuration in a YAML file, with these options in place of its own: `read(file, steps=20)`, and by
         `**{"rollout.ahead": 1}` those of a section. Raises ConfigError with all that is wrong."""
         return load(cls, Path(file), overrides)

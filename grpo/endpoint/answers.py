@@ -57,7 +57,7 @@ class Answer:
         ids, logprobs = self._without_stop(news.token_ids, news.logprobs)
         scored = self._logprobs(ids, logprobs, index) if self.asked.wants_logprobs and ids else None
 
-        def add(delta: dict[str, Any], logprobs: Any = None, reason: str | None = None, **ids: Any) -> None:
+        def add(delta: dict[str, Any], logprobs: object = None, reason: str | None = None, **ids: object) -> None:
             content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
             choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason, **ids}
             chunks.append(self._chunk([choice], news.version))

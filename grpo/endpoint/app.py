@@ -265,11 +265,11 @@ def is_loopback_host(name: str) -> bool:
         return name.lower() in LOOPBACK
 
 
-async def _refused(_: Request, error: Any) -> Response:
+async def _refused(_: Request, error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status, HEADERS | error.headers)
 
 
-async def _not_found(request: Request, error: Any) -> Response:
+async def _not_found(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {str(error.detail).lower()}"
     return JSONResponse(ApiError(message, error.status_code).body(), error.status_code, HEADERS)
 

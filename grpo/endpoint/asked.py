@@ -31,10 +31,10 @@ SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 60, 60
 Kind = TypeVar("Kind", bound="Asked")
 
 
-def _prompts(value: Any) -> list[Any]:
+def _prompts(value: object) -> list[Any]:
     """A text, token ids, or a list of one of them becomes a list of prompts."""
 
-    def is_ids(part: Any) -> bool:
+    def is_ids(part: object) -> bool:
         return isinstance(part, list) and bool(part) and all(type(token) is int for token in part)
 
     prompts = [value] if is_ids(value) or isinstance(value, str) else value
@@ -45,7 +45,7 @@ def _prompts(value: Any) -> list[Any]:
     return prompts
 
 
-def _stops(value: Any) -> list[str]:
+def _stops(value: object) -> list[str]:
     stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError("give a text or a list of texts, none of them empty")
@@ -62,7 +62,7 @@ def _temperature(value: float | None) -> float | None:
     return value
 
 
-def message_of(value: Any) -> dict[str, Any]:
+def message_of(value: object) -> dict[str, Any]:
     """A message gets its content as one text. What else it has is passed on to the chat template."""
     if not isinstance(value, dict) or value.get("role") not in ROLES:
         raise ValueError(f"a message is an object whose role is one of {', '.join(ROLES)}")

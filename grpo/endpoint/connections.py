@@ -98,7 +98,7 @@ def most_connections() -> tuple[int, int]:
     return MOST_CONNECTIONS, MOST_ACCEPTED
 
 
-def settings(application: Starlette, **more: Any) -> uvicorn.Config:
+def settings(application: Starlette, **more: object) -> uvicorn.Config:
     """Every server of ours has, besides its `own` settings, a quiet log, and nothing but HTTP/1.1."""
     common: dict[str, Any] = {"log_level": "error", "http": Connection, "ws": "none", "server_header": False}
     return uvicorn.Config(application, backlog=max(1, most_connections()[1]), **common | more)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -57,7 +56,7 @@ class Endpoint:
             episode.requests += 1
         return episode
 
-    async def _refused(self, request: Request, error: Any) -> Response:
+    async def _refused(self, request: Request, error: object) -> Response:
         if episode := self.episodes.get(request.path_params.get("episode", "")):
             episode.refusal = str(error)
         return await HANDLERS[ApiError](request, error)

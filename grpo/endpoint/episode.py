@@ -248,7 +248,7 @@ def plain(message: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_answer(said: Said, completion: Completion, message: Any) -> Said:
+def _with_answer(said: Said, completion: Completion, message: dict[str, Any]) -> Said:
     if isinstance(said, str):
         return said + completion.text
     return [*said, message] if isinstance(said[0], dict) else [*said, *completion.token_ids]

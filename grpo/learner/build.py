@@ -29,7 +29,7 @@ Load = Callable[[str], Policy]
 OWN_BACKENDS = ("native", "transformers")
 
 
-def terms_of(policy: Policy, config: Any, load: Load | None = None, *, rollouts: bool = False) -> list[Term]:
+def terms_of(policy: Policy, config: object, load: Load | None = None, *, rollouts: bool = False) -> list[Term]:
     """The terms beside the first that `config` asks for, with `rollouts` those that learn from them too. `load` gives
     the policy of another name, such as a teacher."""
     features = [feature for feature in FEATURES if feature.term and (rollouts or feature.section != "train")]
@@ -38,7 +38,7 @@ def terms_of(policy: Policy, config: Any, load: Load | None = None, *, rollouts:
     return [term for term in terms if term is not None]
 
 
-def check_terms(policy: Policy, config: Any) -> None:
+def check_terms(policy: Policy, config: object) -> None:
     """Raises ValueError where a term cannot be had of this policy, whose weights may be missing."""
     for feature in FEATURES:
         if feature.term:
@@ -54,8 +54,8 @@ def grpo_learner(
     ranks: Ranks = ALONE,
     reload: Callable[[], Policy] | None = None,
     load: Load | None = None,
-    kind: Callable[..., Any] = Learner,
-) -> Any:
+    kind: type[Learner] = Learner,
+) -> Learner:
     """A learner, or another `kind` of one, around a policy without adapters.
 
     `reload` gives the same policy again, for a reference where it is sharded and so cannot be copied; `load` gives the
@@ -83,14 +83,14 @@ def grpo_learner(
 
 def make(
     policy: Policy,
-    config: Any,
+    config: TrainConfig,
     *,
     load: Load | None = None,
     sampler_differs: bool | None = None,
     reload: Callable[[], Policy] | None = None,
-    kind: Callable[..., Any] = Learner,
+    kind: type[Learner] = Learner,
     **more: Any,
-) -> Any:
+) -> Learner:
     """A GRPO learner from the sections `learner`, `loss`, `rollout`, `mtp` and those of terms. `sampler_differs` from
     it in precision or backend; None: it does below fp32."""
     loss, options, rollout = config.loss, config.learner, config.rollout

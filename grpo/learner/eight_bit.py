@@ -32,7 +32,7 @@ def adamw_8bit(groups: Sequence[dict], betas: tuple[float, float], *, rounds: bo
             self.block_size = block_of(p) or p.numel() + 1  # which divides nothing: fp32
             return super()._new_buffer(torch.empty_like(p, dtype=torch.float32), signed)  # also of a bfloat16 weight
 
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: object = None) -> None:
             """The chance depends on how many steps were made before: a run that goes on makes the same ones, and
             ranks that hold the same weight round it alike."""
             done = max((int(state["step"]) for state in self.state.values()), default=0)
@@ -62,7 +62,7 @@ def block_of(weight: Tensor) -> int:
 def parts(moment: Tensor) -> dict[str, Tensor]:
     """Gives what a checkpoint keeps of an entry of the optimizer's state, by the end of its name: itself, or codes
     [..., N] and scales [..., N / block], sharded as it is."""
-    local: Any = moment.to_local() if isinstance(moment, DTensor) else moment
+    local: Tensor = moment.to_local() if isinstance(moment, DTensor) else moment
     if not hasattr(local, "codes"):
         return {"": moment}
     return {CODES: _spread(local.codes, moment), SCALE: _spread(local.scale.view(*local.shape[:-1], -1), moment)}
@@ -77,7 +77,7 @@ def moment_of(
     weight, or a run goes on from fp32 moments.
     """
     fresh = cast(Any, optimizer)._new_buffer(weight, signed)
-    local: Any = fresh.to_local() if isinstance(fresh, DTensor) else fresh
+    local: Tensor = fresh.to_local() if isinstance(fresh, DTensor) else fresh
     if scale is not None and hasattr(local, "codes") and _local(like(scale, weight)).numel() == local.scale.numel():
         local.codes.copy_(_local(like(value, weight)))
         local.scale.copy_(_local(like(scale, weight)).flatten())

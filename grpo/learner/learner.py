@@ -319,7 +319,7 @@ class Learner:
         self._published = self.policy_version
         return self.policy.publication()
 
-    def set_numbers(self, **numbers: Any) -> None:
+    def set_numbers(self, **numbers: object) -> None:
         """Sets `betas`, `eps` and `weight_decay` of AdamW from now on, also after a resume; weight decay is on matrices
         only."""
         self.numbers |= numbers

@@ -226,7 +226,7 @@ def _everywhere(error: CheckpointError) -> CheckpointError:
     return error
 
 
-def _refuse_non_json(value: Any, key: str) -> None:
+def _refuse_non_json(value: object, key: str) -> None:
     """Refuse what JSON would change or not take: a tuple, a key that is no string, NaN, any other type."""
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
         for name, entry in value.items():

@@ -81,7 +81,7 @@ def sample_table(
     return table
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     if isinstance(value, Sequence):  # an advantage of every token
         value = sum(value) / max(1, len(value))
     return "-" if value is None else f"{value:+.3f}"

@@ -63,7 +63,7 @@ def json_line(values: dict[str, Any]) -> str:
         return json.dumps(_null_for_nan(values), allow_nan=False, default=str) + "\n"
 
 
-def _null_for_nan(value: Any) -> Any:
+def _null_for_nan(value: object) -> object:
     if isinstance(value, dict):
         return {key: _null_for_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsFloat
 
 import zstandard
 from rich.console import Console
@@ -186,7 +186,7 @@ class RunLog:
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
             self._track(lambda tracker: log_rollouts(tracker, step, lines))
 
-    def event(self, event: str, /, *, unshown: Mapping[str, Any] | None = None, **fields: Any) -> None:
+    def event(self, event: str, /, *, unshown: Mapping[str, Any] | None = None, **fields: object) -> None:
         """Record what does not happen every step (a failure, a resume, a signal); show the first few of each.
 
         `unshown` goes into the record alone.
@@ -338,7 +338,7 @@ class NoLog:
         return lambda *_, **__: None
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: SupportsFloat | str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError) as error:

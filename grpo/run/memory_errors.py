@@ -66,7 +66,7 @@ WAYS: dict[Phase, tuple[Way, ...]] = {
 
 
 @contextmanager
-def phase(name: Phase, options: Any) -> Iterator[None]:
+def phase(name: Phase, options: object) -> Iterator[None]:
     """Names what is going on inside it: full memory raises OutOfMemory, which says what was going on and what to lower.
     Of phases inside each other the innermost is named.
 
@@ -99,7 +99,7 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
-def _ways_out(name: Phase, options: Any) -> str:
+def _ways_out(name: Phase, options: object) -> str:
     ways = []
     for way in WAYS[name]:
         with suppress(AttributeError):  # an option that this command does not have

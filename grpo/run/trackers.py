@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 # The table of rollouts: its columns, and what a line of the record calls them.
 COLUMNS = {
@@ -32,7 +35,7 @@ def installed(names: Sequence[str] | None) -> list[str]:
     return list(names)
 
 
-def start(name: str, output_dir: Path, config_yaml: str, resume_step: int) -> Any:
+def start(name: str, output_dir: Path, config_yaml: str, resume_step: int) -> GeneralTracker:
     """A started accelerate tracker: log(values, step), finish(). Files of TensorBoard and wandb go below output_dir.
 
     Raises ValueError with the tracker's own words where it cannot start: nobody is logged in, or no server answers.
@@ -61,7 +64,7 @@ def start(name: str, output_dir: Path, config_yaml: str, resume_step: int) -> An
     return tracker
 
 
-def log_rollouts(tracker: Any, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+def log_rollouts(tracker: GeneralTracker, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
     """The completions of a step as a table of the tracker, where it has tables: wandb, trackio and MLflow. `lines` are
     those of the record, see `rollout_lines`."""
     if tracker.name not in ("wandb", "trackio", "mlflow"):
@@ -80,7 +83,7 @@ def log_rollouts(tracker: Any, step: int, lines: Sequence[Mapping[str, Any]]) ->
         mlflow.log_table(table, f"rollouts/step_{step:06d}.json")
 
 
-def _storable(value: Any) -> Any:
+def _storable(value: object) -> object:
     """Replaces lone surrogates, which UTF-8 lacks, and takes the mean of advantages of single tokens."""
     if isinstance(value, list):
         return sum(value) / max(1, len(value))

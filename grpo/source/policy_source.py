@@ -113,7 +113,9 @@ def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
 def _run_config(run: Path) -> TrainConfig | SftConfig | MtpConfig:
     file = run / "config.yaml"
     command, _ = recorded_options(file)
-    kind: Any = {cls.command: cls for cls in (TrainConfig, SftConfig, MtpConfig)}[command]
+    kind: type[TrainConfig] | type[SftConfig] | type[MtpConfig] = {
+        cls.command: cls for cls in (TrainConfig, SftConfig, MtpConfig)
+    }[command]
     return load(kind, file, {}, on_removed=lambda text: None)
 
 
@@ -189,7 +191,7 @@ def read_shape(options: ModelOptions, source: PolicySource | None = None) -> tup
     return shape, source.base in presets.PRESETS or has_head
 
 
-def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype, tokenizer: Any = None) -> Policy:
+def meta_policy(shape: PretrainedConfig, head: bool, dtype: torch.dtype, tokenizer: object = None) -> Policy:
     """A policy without storage."""
     with torch.device("meta"):
         trunk = auto_class(shape).from_config(shape, dtype=dtype)
@@ -241,7 +243,7 @@ def load_beside(options: ModelOptions, model: str) -> Policy:
     return load_policy(ModelOptions(model=model, dtype=options.dtype, device=options.device))
 
 
-def template_options(options: Any) -> dict[str, Any]:
+def template_options(options: object) -> dict[str, Any]:
     """What a run hands to the chat template wherever it writes a prompt."""
     data = getattr(options, "data", None)
     first = data[0] if isinstance(data, list) else data

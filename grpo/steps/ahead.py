@@ -197,7 +197,7 @@ class Batches:
     def _copy(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.learner.state()[0]["policy"].items()}
 
-    def _hold(self, version: int, weights: Any) -> None:
+    def _hold(self, version: int, weights: object) -> None:
         """The learner takes these weights, and the workers get them."""
         put_weights(weights, self.learner.policy, self.learner.masters)
         self.learner.policy_version = version

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.progress import Progress
 
@@ -24,6 +24,9 @@ from rollout.faults import OnFinished
 from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
+
+# The states of the data and of the listeners, and what became of the last drafts.
+Snapshot: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]], tuple[float, ...]]
 
 
 class Collector:
@@ -128,11 +131,11 @@ class Collector:
 
     # ---- its state --------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> Any:
+    def snapshot(self) -> Snapshot:
         """Gives what `put_back` needs to undo what is collected from now on."""
         return self.stream.state_dict(), [listener.state_dict() for listener in self.listeners], self.head_accepted
 
-    def put_back(self, before: Any) -> None:
+    def put_back(self, before: Snapshot) -> None:
         stream, states, self.head_accepted = before
         self.stream.load_state_dict(stream)
         for listener, state in zip(self.listeners, states, strict=True):

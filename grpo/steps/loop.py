@@ -140,7 +140,7 @@ class Run(Generic[Config]):
         part.sources = self.sources
         return part
 
-    def restore(self, **parts: Any) -> None:
+    def restore(self, **parts: object) -> None:
         """Take these parts (learner, prompts, ...) back to the checkpoint, and save them from now on.
 
         A learner has `state` and `load_state`, with tensors; every other part has `state_dict` and `load_state_dict`.
@@ -198,7 +198,7 @@ class Run(Generic[Config]):
         """Tells whether the step in progress has changed the policy."""
         return self._learner.updates != self._updates
 
-    def alone(self, act: Callable[..., object], *arguments: Any, **named: Any) -> None:
+    def alone(self, act: Callable[..., object], *arguments: object, **named: object) -> None:
         """Rank 0 acts, while the others wait. If it fails or is stopped, they end as it does."""
         self.ranks.from_first(lambda: act(*arguments, **named) and None)
 
@@ -214,7 +214,7 @@ class Run(Generic[Config]):
         metrics[name] += time.perf_counter() - started
 
     def learn(
-        self, act: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: Any
+        self, act: Callable[[], dict[str, float]], *, rate: str, batch: Path | None = None, **unshown: object
     ) -> dict[str, float]:
         """Return the metrics that `act` returns, and add them to those of the step. A step that is not finite makes no
         update: NonFiniteStep says what to do. `rate` is the option of the learning rate, `batch` the file that holds

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import LearningConfig, TrainConfig
@@ -26,7 +26,40 @@ from policies.paths import Paths
 from policies.policy import Policy, PolicyError
 from rewards.config.problems import python_words
 
+if TYPE_CHECKING:
+    from grpo.learner.batch import TrainingBatch
+    from grpo.learner.row import PackedRow
+    from grpo.steps.ahead import Batches
+    from rollout.sampling import SamplingParams
+
 Config = TypeVar("Config", bound=LearningConfig | MtpConfig)
+
+
+class Periodic(Protocol):
+    every: int | None
+
+
+class LearningSession(Protocol):
+    """What is read and set here of a `grpo.session.Session`, whose module imports this one."""
+
+    run: Run[Any]
+    policy: Policy
+    learner: Learner
+    collector: Collector
+    batches: Batches
+    plain: Policy | None
+    canaries: SamplingParams | None
+
+    @property
+    def held_out(self) -> Periodic: ...
+    def solutions(self, count: int, /) -> list[PackedRow]: ...
+    def prepare(self, rows: Sequence[PackedRow], /) -> TrainingBatch: ...
+    def learn(self, batch: TrainingBatch, /) -> dict[str, float]: ...
+    def record(self, step: int, metrics: dict[str, float], /) -> None: ...
+    def save_if_due(self, step: int, /) -> None: ...
+
+
+Session = TypeVar("Session", bound=LearningSession)
 
 
 @contextmanager
@@ -88,7 +121,9 @@ def shared_policy(run: Run[TrainConfig], plain: Policy | None, of: Run[TrainConf
     return plain.sharing(head=False)
 
 
-def grpo_session(session_of: Callable[..., Any], run: Run[TrainConfig], task: Task, base: Any = None) -> Any:
+def grpo_session(
+    session_of: Callable[..., Session], run: Run[TrainConfig], task: Task, base: LearningSession | None = None
+) -> Session:
     """A session of `grpo.session` that learns by GRPO; after a warm start it begins with the policy of that. `base` is
     another session, whose frozen weights it shares."""
     config, ranks = run.config, run.ranks
@@ -99,7 +134,7 @@ def grpo_session(session_of: Callable[..., Any], run: Run[TrainConfig], task: Ta
     if counts["in_4_bits"]:
         run.log.event("base_in_4_bits", **counts)
     plain = policy.sharing(head=True) if config.lora and ranks.layout is None else None
-    learner: Learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
+    learner = grpo_learner(policy, config, task.reward_weights, ranks, again, beside)
     stream = task.stream(config.seed)
     collector = Collector(run, task, policy, sampling_of_steps(run, task, policy), stream, listeners_of(run, task))
     session = session_of(run, task, learner, collector, plain)

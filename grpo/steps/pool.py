@@ -96,7 +96,7 @@ def sampling_of_steps(run: Run[TrainConfig], task: Task, policy: Policy) -> Samp
     return replace(sampling, record_routing=replays, environment=task.actor.environment)
 
 
-def open_run_pool(run: Run[Any], policy: Policy, **changes: Any) -> Pool:
+def open_run_pool(run: Run[Any], policy: Policy, **changes: object) -> Pool:
     """The pool that `rollout` asks for, with `changes`; on a rank that does not sample the part that it takes in
     publications. A stop that is asked for interrupts its work, what is lost is an event. Raises Stopped where a stop
     was asked for before it was ready."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import nan
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo.config.learner import LearnerOptions
 from grpo.config.run import TrainConfig
@@ -18,11 +19,27 @@ from grpo.learner.optimizer import schedule
 from grpo.learner.terms.supervised import SupervisedTerm
 from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
-from grpo.steps.opening import first_policy
+from grpo.steps.opening import LearningSession, Session, first_policy
 from grpo.steps.pool import sampling_of
 from grpo.task.task import Task
 from policies.files.digests import write_digests
 from policies.policy import Policy
+
+if TYPE_CHECKING:
+    from rollout.group import Prompt
+
+
+class Best(Protocol):
+    """The best point of supervised steps by the validation problems: a `grpo.evaluation.best_point.BestPoint`."""
+
+    folder: Path
+    prompts: list[Prompt]
+    step: int
+    value: float
+
+    def look(self, step: int) -> float | None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 def supervised_learner(run: Run[Any], policy: Policy) -> Learner:
@@ -41,7 +58,9 @@ def supervised_learner(run: Run[Any], policy: Policy) -> Learner:
         )
 
 
-def supervised_session(session_of: Callable[..., Any], run: Run[Any], task: Task, policy: Policy | None = None) -> Any:
+def supervised_session(
+    session_of: Callable[..., Session], run: Run[Any], task: Task, policy: Policy | None = None
+) -> Session:
     """A session of `grpo.session` that learns from gold solutions."""
     config, policy = run.config, policy or first_policy(run, task)
     stream = task.stream(config.seed, task.solved)
@@ -51,7 +70,9 @@ def supervised_session(session_of: Callable[..., Any], run: Run[Any], task: Task
     return session
 
 
-def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any], best_of: Callable[..., Any]) -> None:
+def warm_start(
+    run: Run[TrainConfig], task: Task, session_of: Callable[..., LearningSession], best_of: Callable[..., Best]
+) -> None:
     """Supervised steps into `warm_start/`, unless the run that is being resumed has made them.
 
     `best_of(session, folder)` keeps the best point by the validation problems (grpo/evaluation/best_point.py)."""
@@ -76,9 +97,9 @@ def warm_start(run: Run[TrainConfig], task: Task, session_of: Callable[..., Any]
     run.alone(shutil.rmtree, steps, ignore_errors=True)
 
 
-def supervise(session: Any, best: Any) -> None:
+def supervise(session: LearningSession, best: Best) -> None:
     """The loop of `quartet sft` on a part of a run, with a look at the validation problems."""
-    run, size = session.run, session.config.supervision.batch_size
+    run, size = session.run, session.run.config.supervision.batch_size
     with run, run.log.progress() as progress:
         bar = progress.add_task("warm start", total=run.last, completed=run.start)
         for step in run.steps():

@@ -64,7 +64,13 @@ class Acting(Actor):
         ids, sampled = form.demonstration(marked, self._answers[name])
         return PackedRow(form.tools_prompt(first_messages(prompt, None)), [Sample(0, ids, sampled=sampled)])
 
-    def begun(self, prompt: Prompt, messages: Any, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Prompt:
+    def begun(
+        self,
+        prompt: Prompt,
+        messages: list[dict[str, Any]] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[int],
+    ) -> Prompt:
         """`reset` is not called."""
         if not (self.environment and messages):
             return prompt

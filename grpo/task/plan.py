@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import DeepseekV3Config, GenerationConfig
@@ -51,7 +50,7 @@ class Plan:
         configuration of a model alone."""
         return self.source.checkpoint is None and any(Path(self.source.folder).glob("*.safetensors"))
 
-    def bare_policy(self, tokenizer: Any = None) -> Policy:
+    def bare_policy(self, tokenizer: object = None) -> Policy:
         """The policy without storage."""
         policy = meta_policy(self.shape, self.head, getattr(torch, self.options.dtype), tokenizer)
         base = self.source.base

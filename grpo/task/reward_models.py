@@ -9,13 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.run import TrainConfig
 from grpo.data.prompts import PromptTemplate, apply_chat_template, encode_prompt
@@ -156,7 +156,7 @@ def _check(chosen: RewardModel) -> None:
 class _Model(ABC):
     """What the two kinds share: the context, batches, padding."""
 
-    model: Any
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     def __init__(self, options: RewardModel, device: torch.device) -> None:

@@ -114,6 +114,12 @@ class Actor:
         """A solution as an episode to learn from; None: it is a text."""
         return None
 
-    def begun(self, prompt: Prompt, messages: Any, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Prompt:
+    def begun(
+        self,
+        prompt: Prompt,
+        messages: list[dict[str, Any]] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[int],
+    ) -> Prompt:
         """The prompt as its episodes began, from the messages that were recorded of it."""
         return prompt

@@ -105,7 +105,7 @@ def _of_model(plan: Plan, form: Form) -> str | bool:
         return False
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     return value if isinstance(value, str) else to_yaml(value, inline=True)
 
 

@@ -327,7 +327,9 @@ class Task:
     def _model_columns(self, groups: Sequence[RolloutGroup]) -> list[dict[str, list[float]]]:
         return self.models.columns(groups) if self.models else [{} for _ in groups]
 
-    def _score(self, scorer: Scorer, groups: Sequence[RolloutGroup], columns: Any) -> list[GroupScore]:
+    def _score(
+        self, scorer: Scorer, groups: Sequence[RolloutGroup], columns: Sequence[Mapping[str, Any]]
+    ) -> list[GroupScore]:
         return scorer.score(
             [group.prompt.text for group in groups],
             [group.texts for group in groups],

@@ -95,7 +95,7 @@ class _Api:
     def __init__(self, service: Service, key: str | None) -> None:
         self.service, self.key = service, key
 
-    def answering(self, act: Callable[[Request, bytes], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
+    def answering(self, act: Callable[[Request, bytes], Awaitable[object]]) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
             self._refuse_strangers(request)
             try:
@@ -126,61 +126,61 @@ class _Api:
 
     # ---- clients and sessions ------------------------------------------------------------------------------------
 
-    async def health(self, request: Request, body: bytes) -> Any:
+    async def health(self, request: Request, body: bytes) -> dict[str, str]:
         return {"status": "ok"}
 
-    async def client_config(self, request: Request, body: bytes) -> Any:
+    async def client_config(self, request: Request, body: bytes) -> dict[str, Any]:
         return CONFIG
 
-    async def dynamic_config(self, request: Request, body: bytes) -> Any:
+    async def dynamic_config(self, request: Request, body: bytes) -> dict[str, int]:
         return {"refresh_interval_sec": 3600}
 
-    async def telemetry(self, request: Request, body: bytes) -> Any:
+    async def telemetry(self, request: Request, body: bytes) -> dict[str, str]:
         return {"status": "accepted"}  # and not looked at
 
-    async def capabilities(self, request: Request, body: bytes) -> Any:
+    async def capabilities(self, request: Request, body: bytes) -> dict[str, Any]:
         context = self.service.base.max_length
         model = {"model_name": self.service.name, "max_context_length": context, "trainable": True, "sampleable": True}
         return {"supported_models": [model]}
 
-    async def create_session(self, request: Request, body: bytes) -> Any:
+    async def create_session(self, request: Request, body: bytes) -> dict[str, str]:
         asked = wire.understood(types.CreateSessionRequest, body)
         content = {"tags": asked.tags, "user_metadata": asked.user_metadata}
         return {"session_id": await asyncio.to_thread(self.service.create_session, content)}
 
-    async def heartbeat(self, request: Request, body: bytes) -> Any:
+    async def heartbeat(self, request: Request, body: bytes) -> dict[str, str]:
         self.service.session(wire.understood(types.SessionHeartbeatRequest, body).session_id)
         return {"type": "session_heartbeat"}
 
-    async def finish(self, request: Request, body: bytes) -> Any:
+    async def finish(self, request: Request, body: bytes) -> dict[str, str]:
         self.service.session(request.path_params["session"])
         return {}
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    async def create_model(self, request: Request, body: bytes) -> Any:
+    async def create_model(self, request: Request, body: bytes) -> Job:
         asked = wire.understood(types.CreateModelRequest, body)
         return await self._ask(self._id(asked.session_id, asked.model_seq_id), 0, "create_model", asked)
 
-    async def load_weights(self, request: Request, body: bytes) -> Any:
+    async def load_weights(self, request: Request, body: bytes) -> Job:
         asked = wire.understood(types.LoadWeightsRequest, body)
         if asked.session_id is not None:
             return await self._ask(self._id(asked.session_id, asked.model_seq_id or 0), 0, "load_weights", asked)
         return await self._ask_later(asked, "load_weights")
 
-    async def forward_backward(self, request: Request, body: bytes) -> Any:
+    async def forward_backward(self, request: Request, body: bytes) -> Job:
         asked = await asyncio.to_thread(wire.message_of, body)  # data that are wrong are the result's to say
         if asked.seq_id < 1:
             raise Refused(f"seq_id={asked.seq_id}: number the requests of a model from 1 on")
         return await asyncio.to_thread(self.service.ask, asked.model_id, asked.seq_id, "forward_backward", body)
 
-    async def optim_step(self, request: Request, body: bytes) -> Any:
+    async def optim_step(self, request: Request, body: bytes) -> Job:
         return await self._ask_later(wire.understood(types.OptimStepRequest, body), "optim_step")
 
-    async def save_weights(self, request: Request, body: bytes) -> Any:
+    async def save_weights(self, request: Request, body: bytes) -> Job:
         return await self._ask_later(wire.understood(types.SaveWeightsRequest, body), "save_weights")
 
-    async def save_weights_for_sampler(self, request: Request, body: bytes) -> Any:
+    async def save_weights_for_sampler(self, request: Request, body: bytes) -> Job:
         asked = wire.understood(types.SaveWeightsForSamplerRequest, body)
         return await self._ask_later(asked, "save_weights_for_sampler")
 
@@ -198,7 +198,7 @@ class _Api:
         body = asked.model_dump_json(exclude_none=True).encode()
         return await asyncio.to_thread(self.service.ask, model_id, number, kind, body)
 
-    async def get_info(self, request: Request, body: bytes) -> Any:
+    async def get_info(self, request: Request, body: bytes) -> dict[str, Any]:
         asked = wire.understood(types.GetInfoRequest, body)
         model = self.service.model(asked.model_id)
         rank = model.spec.rank if model.spec else 0
@@ -208,14 +208,14 @@ class _Api:
 
     # ---- sampling ------------------------------------------------------------------------------------------------
 
-    async def create_sampling_session(self, request: Request, body: bytes) -> Any:
+    async def create_sampling_session(self, request: Request, body: bytes) -> dict[str, str]:
         asked = wire.understood(types.CreateSamplingSessionRequest, body)
         if asked.model_path is None and asked.base_model != self.service.name:
             raise Refused(f"base_model={asked.base_model!r:.80}: this server has {self.service.name!r}")
         add, number = self.service.add_sampler, asked.sampling_session_seq_id
         return {"sampling_session_id": await asyncio.to_thread(add, asked.session_id, number, asked.model_path)}
 
-    async def sample(self, request: Request, body: bytes) -> Any:
+    async def sample(self, request: Request, body: bytes) -> dict[str, Any]:
         asked = wire.understood(types.SampleRequest, body)
         if asked.sampling_session_id is None:
             raise Refused("sampling_session_id: create a sampling session first")
@@ -225,13 +225,13 @@ class _Api:
         names = [f"{job.request_id}:{sample}" for sample in range(asked.num_samples)]
         return {"request_id": job.request_id, "sample_sequence_ids": names}
 
-    async def get_sampler(self, request: Request, body: bytes) -> Any:
+    async def get_sampler(self, request: Request, body: bytes) -> dict[str, Any]:
         sampling = self.service.sampling_session(request.path_params["sampler"])
         return {"sampler_id": sampling.id, "base_model": self.service.name, "model_path": sampling.path}
 
     # ---- results and what is saved -------------------------------------------------------------------------------
 
-    async def retrieve_future(self, request: Request, body: bytes) -> Any:
+    async def retrieve_future(self, request: Request, body: bytes) -> Response:
         asked = wire.understood(types.FutureRetrieveRequest, body)
         job = self.service.job(asked.request_id)
         end = asyncio.get_running_loop().time() + WAIT_S
@@ -246,11 +246,11 @@ class _Api:
         media = "application/x-protobuf" if form == "pb" else "application/json"
         return Response(content, media_type=media, headers=HEADERS)
 
-    async def training_runs(self, request: Request, body: bytes) -> Any:
+    async def training_runs(self, request: Request, body: bytes) -> dict[str, Any]:
         runs = [self._run(model.id) for model in self.service.models.values()]
         return {"training_runs": runs, "cursor": {"offset": 0, "limit": len(runs), "total_count": len(runs)}}
 
-    async def training_run(self, request: Request, body: bytes) -> Any:
+    async def training_run(self, request: Request, body: bytes) -> dict[str, Any]:
         return self._run(request.path_params["run"])
 
     def _run(self, run: str) -> dict[str, Any]:
@@ -263,15 +263,15 @@ class _Api:
             "last_request_time": at,
         } | _lora(model.spec.rank if model.spec else 0)
 
-    async def checkpoints(self, request: Request, body: bytes) -> Any:
+    async def checkpoints(self, request: Request, body: bytes) -> dict[str, Any]:
         return {"checkpoints": self.service.checkpoints(self.service.model(request.path_params["run"]))}
 
-    async def delete_checkpoint(self, request: Request, body: bytes) -> Any:
+    async def delete_checkpoint(self, request: Request, body: bytes) -> dict[str, str]:
         model = self.service.model(request.path_params["run"])
         await asyncio.to_thread(self.service.delete_checkpoint, model, request.path_params["place"])
         return {}
 
-    async def weights_info(self, request: Request, body: bytes) -> Any:
+    async def weights_info(self, request: Request, body: bytes) -> dict[str, Any]:
         spec = self.service.spec_of(wire.understood(_Path, body).tinker_path)
         flags = {name: getattr(spec, name) for name in ("train_unembed", "train_mlp", "train_attn")}
         return {"base_model": self.service.name} | _lora(spec.rank) | flags
@@ -294,11 +294,11 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _refused(_: Request, error: Any) -> Response:
+async def _refused(_: Request, error: ApiRefusal) -> Response:
     return JSONResponse({"detail": str(error)}, error.status, HEADERS)
 
 
-async def _not_here(request: Request, error: Any) -> Response:
+async def _not_here(request: Request, error: object) -> Response:
     message = f"{request.method} {request.url.path}: this server has no such part of Tinker's API"
     return JSONResponse({"detail": message}, 404, HEADERS)
 

@@ -18,7 +18,11 @@ from tinker.proto import tinker_public_pb2 as messages
 from torch import Tensor
 
 Asked = TypeVar("Asked", bound=BaseModel)
-DTYPES = {messages.DTYPE_FLOAT32: np.float32, messages.DTYPE_INT64: np.int64, messages.DTYPE_INT32: np.int32}
+DTYPES: dict[int, type[np.number]] = {
+    messages.DTYPE_FLOAT32: np.float32,
+    messages.DTYPE_INT64: np.int64,
+    messages.DTYPE_INT32: np.int32,
+}
 PICTURES = "this server trains on text: a datum has a chunk of pictures or sound; send encoded_text chunks alone"
 
 
@@ -66,7 +70,7 @@ def understood(kind: type[Asked], body: bytes) -> Asked:
     return asked
 
 
-def _not_finite(value: Any, place: str = "") -> tuple[str, float] | None:
+def _not_finite(value: object, place: str = "") -> tuple[str, float] | None:
     """The place and the value of the first number that is not finite.
 
     >>> _not_finite({"a": [1, {"b": float("inf")}]})
@@ -109,7 +113,7 @@ def read_forward_backward(body: bytes) -> ForwardBackward:
     )
 
 
-def _datum(message: Any, place: int) -> Datum:
+def _datum(message: messages.Datum, place: int) -> Datum:
     tokens: list[int] = []
     for chunk in message.model_input:
         if not chunk.HasField("encoded_text"):
@@ -122,14 +126,14 @@ def _datum(message: Any, place: int) -> Datum:
     return Datum(tokens, inputs)
 
 
-def _numbers(content: bytes, dtype: Any, place: str) -> np.ndarray:
+def _numbers(content: bytes, dtype: type[np.number], place: str) -> np.ndarray:
     try:
         return np.frombuffer(content, dtype=dtype)
     except ValueError as error:
         raise Refused(f"{place}: {error}") from None
 
 
-def _tensor(message: Any, place: str) -> Tensor:
+def _tensor(message: messages.Tensor, place: str) -> Tensor:
     if message.dtype not in DTYPES:
         raise Refused(f"{place}: its dtype is number {message.dtype}; send float32 or int64")
     if message.HasField("sparse_csr"):

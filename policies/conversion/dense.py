@@ -39,7 +39,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,13 +165,13 @@ def require_parity(report: ParityReport, source: str, destination: str | Path) -
         raise ParityFailed(f"{source} and its converted form differ; {destination} not written\n{report}")
 
 
-def dense_rotary(model: Any) -> tuple[Tensor, float]:
+def dense_rotary(model: PreTrainedModel) -> tuple[Tensor, float]:
     """Frequencies [head_dim / 2] of a dense model, and its factor on cos and sin."""
     rotary = type(model.model.rotary_emb)(model.config)  # casting a model casts its frequencies too
     return rotary.inv_freq, float(rotary.attention_scaling)
 
 
-def mla_config(model: Any, frequencies: Tensor, latents: int, unrotated: int = 0) -> DeepseekV3Config:
+def mla_config(model: PreTrainedModel, frequencies: Tensor, latents: int, unrotated: int = 0) -> DeepseekV3Config:
     """The configuration of the MLA form of the dense `model`: a rotary key with these `frequencies`, one for each pair,
     `latents` beside the constants, and `unrotated` dimensions of a query for the latent."""
     dense = model.config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +119,6 @@ def fidelity(dense: PreTrainedModel, model: PreTrainedModel, windows: Sequence[T
     )
 
 
-def _greedy(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
+def _greedy(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Tensor:
     mask = torch.ones_like(ids)
     return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from policies.decoding.experts import route
 from policies.decoding.latent_cache import LatentCache
@@ -16,7 +15,7 @@ from policies.decoding.latent_cache import LatentCache
 class HeadChoice:
     """The router of a layer's attention heads, and attention by those that it chooses."""
 
-    def __init__(self, router: Any, active: int, shared: int) -> None:
+    def __init__(self, router: nn.Module, active: int, shared: int) -> None:
         # The shared heads are chosen like the others: by a bias of infinity, with the weight of a logit of 0, 1.
         self.shared = shared
         self.gate = F.pad(router.weight.detach().float(), (0, 0, shared, 0))

@@ -59,11 +59,11 @@ def will_block(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu" and _can_block()
 
 
-def _block(weight_OI: Tensor) -> Any:
+def _block(weight_OI: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
 
 
-def _product(x: Tensor, blocked: Any, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, blocked: object, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
 
 

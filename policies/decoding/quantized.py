@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +132,7 @@ def _arranged(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return packed, torch.stack([scales.T, torch.zeros_like(scales.T)], -1).contiguous()
 
 
-def _product(kind: str, x: Tensor, codes: Any, scales: Any) -> Tensor:
+def _product(kind: str, x: Tensor, codes: object, scales: object) -> Tensor:
     if kind == "int8":
         return torch._weight_int8pack_mm(x, codes, scales)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, scales)

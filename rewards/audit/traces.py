@@ -175,7 +175,7 @@ def groups_of(traces: Iterable[Trace]) -> list[list[Trace]]:
     return list(groups.values())
 
 
-def text_of(content: Any) -> str:
+def text_of(content: object) -> str:
     """The text of a message's content, of a message, or of messages. Pictures and sounds are a mark of their own.
 
     >>> text_of([{"role": "user", "content": [{"type": "text", "text": "2 + 3?"}]}])
@@ -265,14 +265,14 @@ def _trace(file: str, row: int, form: str, fields: dict[str, Any]) -> Trace:
     return trace
 
 
-def _number(trace: Trace, name: str, value: Any) -> float | None:
+def _number(trace: Trace, name: str, value: object) -> float | None:
     if value is None or isinstance(value, int | float):
         return None if value is None else float(value)
     trace.unread[name] = value
     return None
 
 
-def _error(value: Any) -> str | None:
+def _error(value: object) -> str | None:
     """Says in one line what failed; None where nothing did."""
     if isinstance(value, Mapping):
         parts = [value.get("type") or value.get("kind") or value.get("error"), value.get("message")]
@@ -280,7 +280,7 @@ def _error(value: Any) -> str | None:
     return str(value) if value else None
 
 
-def _messages(value: Any) -> list[Message]:
+def _messages(value: object) -> list[Message]:
     """Messages without the keys that a table had to add."""
     if not isinstance(value, list):
         return []
@@ -355,7 +355,7 @@ def _verifiers(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 

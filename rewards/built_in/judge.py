@@ -21,7 +21,7 @@ from typing import Any
 
 from rewards.built_in.verdicts import Verdict, Verdicts
 from rewards.http_post import Tries, Unusable, bearer, post
-from rewards.protocol import PROVIDED, Completions, text_of
+from rewards.protocol import PROVIDED, Completions, Messages, text_of
 
 CACHE = "judge.sqlite"  # in the folder of a run
 SYSTEM = (
@@ -47,7 +47,7 @@ def judge(
     cache: str | None = None,
     body: Mapping[str, Any] | None = None,
     prefix: str = "judge",
-    trainer_state: Any = None,
+    trainer_state: object = None,
     log_extra: Callable[[str, list], None] | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     **columns,
@@ -196,7 +196,7 @@ def _verdict(answer: Any, lowest: float, highest: float) -> Verdict:
     return Verdict(float(score), reason.encode(errors="backslashreplace").decode())
 
 
-def _json(text: Any, what: str) -> Any:
+def _json(text: str | bytes, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
@@ -226,7 +226,7 @@ def _response_format(lowest: float, highest: float) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
 
-def _as_text(prompt: Any) -> str:
+def _as_text(prompt: str | Messages) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {text_of([message])}" for message in prompt)

@@ -50,7 +50,7 @@ class Command(NamedTuple):
         return self.about or f"{self.help[:1].upper()}{self.help[1:]}."
 
 
-def argument(*names: str, **settings: Any) -> Argument:
+def argument(*names: str, **settings: object) -> Argument:
     """What a command takes besides its options, as the arguments of `add_argument`."""
     return names, settings
 
@@ -91,7 +91,7 @@ def build_parser(
     return parser
 
 
-def _add_group(parser: argparse.ArgumentParser) -> Any:
+def _add_group(parser: argparse.ArgumentParser) -> argparse._SubParsersAction[argparse.ArgumentParser]:
     """Places for commands; without one of them the parser's help is printed."""
     parser.set_defaults(command=lambda _: parser.print_help())
     return parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -99,7 +99,7 @@ def _add_group(parser: argparse.ArgumentParser) -> Any:
 
 def _add_sections(
     parser: argparse.ArgumentParser, commands: Mapping[str, Command], sections: Mapping[str, Sequence[str]]
-) -> Any:
+) -> argparse._SubParsersAction[argparse.ArgumentParser]:
     """Places for commands that help lists section by section, which argparse cannot do."""
     parser.set_defaults(command=lambda _: parser.print_help())
     places = parser.add_subparsers(metavar="COMMAND", help=argparse.SUPPRESS)

@@ -56,7 +56,7 @@ def expecting(path: Path | str, what: str) -> Iterator[None]:
         raise ValueError(f"{path} is no {what}, or it is damaged: {type(error).__name__}: {error}") from error
 
 
-def unfit(value: Any, level: int = 0) -> str | None:
+def unfit(value: object, level: int = 0) -> str | None:
     """Says why tokenizers, rewards and records cannot take `value`, or None: a lone surrogate, or nested too deeply.
 
     >>> unfit({"question": "q37\\ud83d"})
@@ -84,14 +84,14 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Writes JSON for a person and for programs: indented, and in UTF-8. Folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # lone surrogates, as JSON escapes
 
 
-def with_inner(row: Any, names: Iterable[str]) -> Any:
+def with_inner(row: object, names: Iterable[str]) -> object:
     """The row with a column for each of the names that is a value inside a column; what is no row stays as it is.
 
     >>> with_inner({"reward_model": {"ground_truth": "42"}}, ["reward_model.ground_truth"])

@@ -11,7 +11,7 @@ from typing import Any
 
 from rewards.config.yaml_file import Place, parse_yaml, read_yaml, to_yaml
 
-ABSENT: Any = object()
+ABSENT: object = object()
 WORKS_UNTIL = "0.4"  # a name of 0.2
 ANSWERING = ("eval", "sample", "serve", "quantize")  # the commands that do not learn
 FOLDER = Path(__file__).parent
@@ -29,7 +29,7 @@ def removed(key: str) -> str | None:
     return f"it is gone, since {_removed()[key][0]}" if key in _removed() else None
 
 
-def default_then(key: str) -> Any:
+def default_then(key: str) -> object:
     """The default of an option that is gone; ABSENT for any other key."""
     return _removed()[key][1] if key in _removed() else ABSENT
 
@@ -106,7 +106,7 @@ def _renew_rewards(options: dict[str, Any], tell: Callable[[str, str], None]) ->
         tell("reward_models", f"rewards[].function: {made['function']}")
 
 
-def renew_data(data: Any, tell: Callable[[str, str], None] | None = None) -> Any:
+def renew_data(data: object, tell: Callable[[str, str], None] | None = None) -> Any:
     """Gives sources of data as a list, or as a mapping if there is one, under today's names.
 
     >>> renew_data({"template": "chat", "sources": ["gsm8k", {"name": "my.jsonl", "template": "{question}"}]})
@@ -197,7 +197,7 @@ def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def get(options: Any, key: str, default: Any = None) -> Any:
+def get(options: object, key: str, default: object = None) -> Any:
     for name in key.split("."):
         if not isinstance(options, Mapping) or name not in options:
             return default
@@ -217,7 +217,7 @@ def take(options: dict[str, Any], key: str) -> Any:
     return value
 
 
-def put(options: dict[str, Any], key: str, value: Any) -> None:
+def put(options: dict[str, Any], key: str, value: object) -> None:
     *parents, last = key.split(".")
     for name in parents:
         if not isinstance(options.get(name), dict):
@@ -227,12 +227,12 @@ def put(options: dict[str, Any], key: str, value: Any) -> None:
     options[last] = options[last] | value if merged else value
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Gives the value as a YAML file holds it: a list for a tuple, a text for a path."""
     return parse_yaml(to_yaml(value))
 
 
-def _copy(options: Any) -> Any:
+def _copy(options: object) -> Any:
     if isinstance(options, list):
         return [_copy(item) for item in options]
     return {name: _copy(value) for name, value in options.items()} if isinstance(options, dict) else options

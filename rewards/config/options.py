@@ -65,12 +65,12 @@ class OneOrMore:
     command line, `--data.name gsm8k`. A configuration that we write has that form, too."""
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, annotation: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, annotation: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         as_written = core_schema.wrap_serializer_function_ser_schema(cls.shorten)
         return core_schema.no_info_before_validator_function(cls.listed, handler(annotation), serialization=as_written)
 
     @staticmethod
-    def listed(value: Any) -> Any:
+    def listed(value: object) -> list[object]:
         """A list of the options. Python may give them as objects, also of a class with fewer options."""
         items = value if isinstance(value, list) else [value]
         return [
@@ -79,7 +79,7 @@ class OneOrMore:
         ]
 
     @staticmethod
-    def shorten(items: Any, dump: Callable[[Any], Any]) -> Any:
+    def shorten(items: object, dump: Callable[[Any], Any]) -> object:
         dumped = dump(items)
         return dumped[0] if len(dumped) == 1 else dumped
 
@@ -96,7 +96,7 @@ class Options(BaseModel):
         defer_build=True,  # a command has options of its own alone, and must say something within a second
     )
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: object) -> None:
         """Raises ConfigError with what the command line says of such options. Files and parts of other options are
         validated without it."""
         if command := getattr(type(self), "command", ""):
@@ -110,7 +110,7 @@ class Options(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
         """What is a command's has its name, and commands know of each other's options."""
         if command := cls.__dict__.get("command"):
             COMMANDS[command] = cls
@@ -119,7 +119,7 @@ class Options(BaseModel):
 class _Option(NamedTuple):
     key: str  # rollout.group_size; inside a list rewards[].function
     field: FieldInfo
-    default: Any  # PydanticUndefined where a value is required
+    default: object  # PydanticUndefined where a value is required
     model: type[BaseModel] | None = None  # whose options come below this one
     in_list: bool = False  # below each item of this one
 
@@ -148,11 +148,11 @@ class _Option(NamedTuple):
         return "" if self.default is PydanticUndefined else to_yaml(self.default, inline=True)
 
 
-def _members(annotation: Any) -> list[Any]:
+def _members(annotation: object) -> list[Any]:
     return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
 
 
-def _type_name(annotation: Any) -> str:
+def _type_name(annotation: object) -> str:
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[-1]  # which says what it looks like
     if get_origin(annotation) is Literal:
@@ -188,12 +188,12 @@ def _options(defaults: BaseModel, prefix: str = "") -> Iterator[_Option]:
 class _Override(argparse.Action):
     """Collects `--a.b VALUE` in `namespace.overrides`; the last one given wins."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: Any = None) -> None:
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: object, option: object = None) -> None:
         others = {key: other for key, other in namespace.overrides.items() if key != self.dest}
         namespace.overrides = {**others, self.dest: value}
 
 
-def _value(annotation: Any, text: str, lines: bool = False) -> Any:
+def _value(annotation: object, text: str, lines: bool = False) -> object:
     """A value from the command line: YAML, but an option that takes text gets it as it was written (see Lines).
 
     An option that takes a text or a list of texts gets a list if the words begin with `[`. One that takes a text or
@@ -222,7 +222,7 @@ class _Help(argparse.Action):
         super().__init__(option_strings, absent, nargs="?", metavar="all", default=absent, help=what)
         self.common = common
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: Any = None) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: object, option: str | None = None) -> None:
         if value == "all" or not self.common:
             parser.print_help()
             parser.exit()
@@ -321,7 +321,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return args
 
 
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
+def _set(data: dict[str, Any], key: str, value: object) -> None:
     """`_set(data, "a.b", 1)` makes `data["a"]["b"]` 1; raises ConfigError where `a` is no mapping."""
     *parents, last = key.split(".")
     for depth, part in enumerate(parents, start=1):

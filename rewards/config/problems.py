@@ -25,7 +25,7 @@ _IN_PYTHON = {
 _commands = 0
 
 
-def describe(key: str, value: Any, where: str, what: str) -> str:
+def describe(key: str, value: object, where: str, what: str) -> str:
     """`describe("steps", "x", "command line", "expected …")` is `steps=x (command line): expected …`.
 
     A mapping is not shown: it may be long.
@@ -36,7 +36,7 @@ def describe(key: str, value: Any, where: str, what: str) -> str:
 
 
 def unknown_option(
-    key: str, value: Any, where: str, names: Iterable[str], command: str = "", elsewhere: Collection[str] = ()
+    key: str, value: object, where: str, names: Iterable[str], command: str = "", elsewhere: Collection[str] = ()
 ) -> str:
     """About an unknown option: our name for another trainer's option, or why we have none, or the nearest name, or that
     this command has no use for it."""
@@ -67,7 +67,7 @@ def _nearest(query: str, names: list[str]) -> str:
     return f"did you mean {' or '.join([', '.join(shown[:-1]), shown[-1]] if shown[1:] else shown)}?"
 
 
-def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
+def _leaves(place: Place, value: object) -> Iterator[tuple[Place, Any]]:
     """`value` at its place, then what is inside it, if it is a mapping."""
     yield place, value
     if isinstance(value, Mapping):
@@ -96,7 +96,7 @@ class Source(NamedTuple):
                 return f"{self.file}, line {self.lines[place[:length]]}"
         return "command line" if any(path[: len(place)] == place for path in paths) else ""
 
-    def unknown(self, place: Place, value: Any) -> list[str]:
+    def unknown(self, place: Place, value: object) -> list[str]:
         typed = [key for key in self.overrides if tuple(key.split("."))[: len(place)] == place]
         names = [*self.names, *self.flags]
         problems = [
@@ -132,7 +132,7 @@ class Source(NamedTuple):
             place = longer
         return place
 
-    def explain(self, errors: Iterable[ErrorDetails], data: Any) -> list[str]:
+    def explain(self, errors: Iterable[ErrorDetails], data: object) -> list[str]:
         """One line per place; what the members of a union expect is joined by "or"."""
         problems: dict[str, list[str]] = {}
         for error in errors:

@@ -78,7 +78,7 @@ class RewardsOptions(Options):
 
     @field_validator("rewards", mode="before")
     @classmethod
-    def _by_name(cls, rewards: Any) -> Any:
+    def _by_name(cls, rewards: object) -> object:
         """Read `mine.py:f` as a list of one function, and each name in a list as a function of weight 1."""
         if isinstance(rewards, str) and re.match(r"[\w./~]", rewards):  # else it is a list with a slip in it
             rewards = [rewards]

@@ -39,7 +39,7 @@ _Loader.yaml_constructors = {
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever either version of YAML would not read back as text."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -80,7 +80,7 @@ def _construct(text: str, lines: dict[Place, list[int]]) -> Any:
     return value
 
 
-def to_yaml(value: Any, inline: bool = False) -> str:
+def to_yaml(value: object, inline: bool = False) -> str:
     """Plain values (also models and paths) as YAML that `parse_yaml` reads back, on one line if `inline`."""
     from pydantic_core import to_jsonable_python  # an image without it reads YAML all the same
 
@@ -166,7 +166,7 @@ def changed_options(saved: Path, now: str) -> dict[str, tuple[Any, Any]]:
     return differences(read_yaml(saved)[0], parse_yaml(now))
 
 
-def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+def differences(before: object, now: object) -> dict[str, tuple[Any, Any]]:
     """Tells what two trees of options differ in, by dotted key.
 
     >>> differences({"steps": 3, "lora": {"rank": 4}}, {"steps": 5, "lora": {"rank": 4}})
@@ -180,7 +180,7 @@ def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: object, prefix: str = "") -> dict[str, Any]:
     """A tree of options by dotted key; lists are values.
 
     >>> flat({"steps": 3, "lora": {"rank": 4}})

@@ -257,7 +257,7 @@ def _checked(
     return examples
 
 
-def _fault(row: Any, needed: list[str]) -> str | None:
+def _fault(row: object, needed: list[str]) -> str | None:
     """Tells what is wrong with a row, or None."""
     if isinstance(row, ValueError):
         return f"not JSON ({row})"

@@ -8,10 +8,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewards.data.source import REASONING_GYM as PREFIX
 from rewards.protocol import RewardError
+
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
 
 SPLITS = ("train", "held_out")
 JUNK = ("I do not know.", "lorem ipsum dolor sit amet", "?!")  # texts without an answer
@@ -43,7 +46,7 @@ def reasoning_gym_problems(
     return problems
 
 
-def _problems(dataset: Any, task: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
+def _problems(dataset: ProceduralDataset, task: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
     met = set()
     for index in range(len(dataset)):
         entry = dataset[index]
@@ -57,7 +60,7 @@ def _problems(dataset: Any, task: str, split: str, seed: int) -> Iterator[dict[s
         yield identity | {"question": question, "answer": entry["answer"], "metadata": metadata}
 
 
-def _dataset(task: str, seed: int, size: int, options: dict[str, Any]) -> Any:
+def _dataset(task: str, seed: int, size: int, options: dict[str, Any]) -> ProceduralDataset:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

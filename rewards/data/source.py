@@ -78,14 +78,14 @@ def _csv_rows(path: Path) -> list[Any]:
             raise ValueError(f"{path} is not CSV in UTF-8: {error} (after line {reader.line_num})") from error
 
 
-def _json_or_error(text: bytes) -> Any:
+def _json_or_error(text: bytes) -> object:
     try:
         return parse_json(text)
     except ValueError as error:
         return error
 
 
-def load_dataset(name: str, subset: str | None = None, **options: Any) -> Iterable[Any]:
+def load_dataset(name: str, subset: str | None = None, **options: object) -> Iterable[Any]:
     source = ", ".join([name, *([subset] if subset else []), *map(str, options.values())])
     try:
         import datasets  # slow to import

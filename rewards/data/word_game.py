@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Any
 
 _WORDS = "ant bat bee cat cow cub dog eel elk emu ewe fly fox gnu hen hog jay owl pig ram rat sow yak"
 LENGTH, GUESSES, COUNT = 7, 3, 5_000
@@ -24,7 +23,7 @@ class WordGame:
     ('before', 'yes', 1.0)
     """
 
-    def reset(self, question: str, word: str, **columns: Any) -> None:
+    def reset(self, question: str, word: str, **columns: object) -> None:
         """Begin a game with the list of words `question`, of which `word` is to be found."""
         self._words, self._word = question.split(), word
         self._guesses: list[str] = []

@@ -59,7 +59,7 @@ def nemo_gym(
         return list(threads.map(score, range(len(completions))))
 
 
-def _reward(answer: Any) -> float:
+def _reward(answer: object) -> float:
     """The reward of an answer. Raises ValueError for one without, or where it stands for a failure of the server."""
     if not isinstance(answer, dict) or not isinstance(answer.get("reward"), int | float):
         raise ValueError(f"/verify answered {json.dumps(answer)[:200]} instead of a number as `reward`")
@@ -70,7 +70,7 @@ def _reward(answer: Any) -> float:
     return float(answer["reward"])
 
 
-def response_of(completion: Any) -> dict[str, Any]:
+def response_of(completion: object) -> dict[str, Any]:
     """The completion, a text or chat messages with calls of tools and their results, as a response of NeMo-Gym.
 
     >>> response_of("42")["output"][0]["content"]

@@ -9,21 +9,26 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewards.episode_trace import refuse, trace_of
 from rewards.forms.ours import Isolated
 from rewards.isolation.child import as_messages
 from rewards.protocol import PROVIDED, Messages, Reward, RewardError, text_of
 
+if TYPE_CHECKING:
+    from verifiers import Rubric
+    from verifiers.types import State
+    from verifiers.v1 import Task
+
 Scored = tuple[float, Mapping[str, Any]]  # the reward, and what is logged
 
 _FAILURES: ContextVar[list[Exception]] = ContextVar("failures")  # of the functions of a rubric, for one completion
 
 
-def reward_of(theirs: Any) -> Reward:
+def reward_of(theirs: object) -> Reward:
     """The reward of a Rubric, of an Environment or the `load_environment` that makes one, or of a class of `v1.Task`.
 
     Their functions get the prompt and the completion as messages. Other columns of a row are what they ask for by name,
@@ -41,7 +46,9 @@ def reward_of(theirs: Any) -> Reward:
         raise RewardError(f"{theirs!r} is neither a Rubric, an Environment nor a v1.Task of verifiers")
     loop = asyncio.new_event_loop()  # one for all batches, since a judge's client belongs to a loop
 
-    def verifiers(prompts: list, completions: list, log_extra: Any = None, **columns: list) -> list[Any]:
+    def verifiers(
+        prompts: list, completions: list, log_extra: Callable[[str, list], None] | None = None, **columns: list
+    ) -> list[Any]:
         rows = [
             {name: values[i] for name, values in columns.items() if name not in PROVIDED}
             for i in range(len(completions))
@@ -61,11 +68,11 @@ def reward_of(theirs: Any) -> Reward:
     return verifiers
 
 
-async def _all(scores: Any) -> list[Any]:
+async def _all(scores: Iterable[Awaitable[Scored]]) -> list[Any]:
     return await asyncio.gather(*scores, return_exceptions=True)
 
 
-def _of_rubric(rubric: Any) -> Callable[..., Awaitable[Scored]]:
+def _of_rubric(rubric: Rubric) -> Callable[..., Awaitable[Scored]]:
     if getattr(rubric, "has_group_rewards", False):
         raise RewardError("a rubric with functions of whole groups cannot be a reward: batches are cut anywhere here")
     if hasattr(rubric, "env_map"):  # a row without a route gets 0.0 there
@@ -86,7 +93,7 @@ def _of_rubric(rubric: Any) -> Callable[..., Awaitable[Scored]]:
     return score
 
 
-def _watch(rubric: Any) -> None:
+def _watch(rubric: Rubric) -> None:
     for part in getattr(rubric, "rubrics", ()):
         _watch(part)
     pairs = zip(rubric.funcs, rubric.weights, strict=True)
@@ -95,7 +102,7 @@ def _watch(rubric: Any) -> None:
 
 def _watched(function: Callable[..., Any]) -> Callable[..., Awaitable[float]]:
     @functools.wraps(function)
-    async def watched(*values: Any, **named: Any) -> float:
+    async def watched(*values: object, **named: object) -> float:
         try:
             result = function(*values, **named)
             return float(await result if inspect.isawaitable(result) else result)
@@ -106,7 +113,7 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Awaitable[float]]:
     return watched
 
 
-def _of_task(kind: Any) -> Callable[..., Awaitable[Scored]]:
+def _of_task(kind: type[Task]) -> Callable[..., Awaitable[Scored]]:
     from verifiers import v1
 
     states = [toolset for toolset in kind.toolsets(kind.config_type()()) if type(toolset.state) is not v1.State]
@@ -147,7 +154,7 @@ def as_verifiers(function: str, weight: float = 1.0, **options: Any) -> Any:
         return await asyncio.to_thread(reward.mark, state["prompt"], text_of(state["completion"]), columns)
 
     class Ours(verifiers.Rubric):
-        async def _call_individual_reward_func(self, func: Any, state: Any) -> float:
+        async def _call_individual_reward_func(self, func: Callable[..., Awaitable[float]], state: State) -> float:
             return await func(state)  # theirs makes 0.0 of an exception
 
     of_state.__name__ = reward.label

@@ -63,7 +63,7 @@ def reward_of(compute_score: Callable[..., Any]) -> Reward:
     return per_completion(one)
 
 
-def _mark(result: Any, log_extra: Callable[[str, Any], None] | None) -> Any:
+def _mark(result: object, log_extra: Callable[[str, Any], None] | None) -> Any:
     if isinstance(result, dict):
         for name, value in result.items():
             if log_extra and name != "score":

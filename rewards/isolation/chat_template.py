@@ -6,15 +6,21 @@ import atexit
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewards.isolation.pool import WorkerPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LIMIT_S, MEMORY = 10.0, 1 << 30  # a template takes milliseconds
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    **options: Any,
 ) -> str:
     """The text of `tokenizer.apply_chat_template(messages, tools, tokenize=False, **options)`, which is the function of
     transformers. Raises ValueError with what the template raises, or with the limit that it exceeds. A run's

@@ -169,7 +169,7 @@ KINDS = {
 }
 
 
-def _value_of(result: Any) -> Any:
+def _value_of(result: object) -> object:
     """The result of a function, sync or async. Where an event loop runs, as in a notebook, another thread waits."""
     if not inspect.isawaitable(result):
         return result
@@ -196,7 +196,7 @@ def _flat(groups: list[list]) -> list:
     return [value for group in groups for value in group]
 
 
-def _number(value: Any) -> float | dict | None:
+def _number(value: object) -> float | dict | None:
     """A float for any number (int, bool, numpy or torch scalar), None for None, or else a failure."""
     if value is None:
         return None
@@ -208,7 +208,7 @@ def _number(value: Any) -> float | dict | None:
     return {"kind": "not_a_number", "message": f"returned {value!r:.80}"}
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A form that JSON can hold of a logged extra that it cannot."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 

@@ -106,7 +106,7 @@ class LoadedEnvironments:
             self._episodes.popitem(last=False)
         return reply
 
-    def wait(self, result: Any) -> Any:
+    def wait(self, result: object) -> Any:
         """The result, also of an async function."""
         return self._loop.run_until_complete(awaited(result)) if inspect.isawaitable(result) else result
 

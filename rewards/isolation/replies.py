@@ -61,11 +61,11 @@ def _is_failure(value: dict[str, Any]) -> bool:
     return isinstance(value.get("kind"), str) and isinstance(value.get("message"), str)
 
 
-def _are(values: Any, kind: Any, count: int) -> bool:
+def _are(values: object, kind: type | tuple[type, ...], count: int) -> bool:
     return isinstance(values, list) and len(values) == count and all(isinstance(value, kind) for value in values)
 
 
-def _nested(value: Any, level: int = 0) -> bool:
+def _nested(value: object, level: int = 0) -> bool:
     """It is nested more deeply than MOST_NESTED."""
     if not isinstance(value, dict | list):
         return False

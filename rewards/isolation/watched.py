@@ -26,7 +26,7 @@ class WatchedReward(LoadedReward):
         calls: list[tuple[Mapping[str, Any], dict[str, Any]]] = []
         function = self.reward
 
-        def watched(**arguments: Any) -> Any:
+        def watched(**arguments: object) -> object:
             calls.append((arguments, copy.deepcopy(arguments)))
             return function(**arguments)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policies.decoding.absorbed import AbsorbedTrunk
@@ -18,6 +20,25 @@ from rollout.sampling import PLAIN, Copies, DraftVocabulary
 if TYPE_CHECKING:
     from rollout.backends.hf import HFTrunk
     from rollout.backends.stock import StockTrunk
+
+
+class Cache(Protocol):
+    """What a trunk keeps of the tokens that it has read, for each live row: a LatentCache, or a cache of HFTrunk or
+    StockTrunk."""
+
+    def advance(self, kept_R: Tensor, /) -> None: ...
+    def select(self, rows: Tensor, /) -> None: ...
+    def join(self, others: Sequence[Self], /) -> Self: ...
+
+
+class Trunk(Protocol):
+    """What reads tokens: an AbsorbedTrunk, an HFTrunk or a StockTrunk. Each has caches of its own kind."""
+
+    device: torch.device
+
+    def __call__(self, token_ids_BS: Tensor, position_ids_BS: Tensor, cache: Any, /) -> Tensor: ...
+    def logits(self, hidden: Tensor, /) -> Tensor: ...
+    def routing(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

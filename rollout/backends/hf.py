@@ -176,7 +176,7 @@ class RowCaches:
         for cache in self.caches:
             cache.plan(new)
 
-    def attend(self, module: nn.Module, *arguments: Any) -> Tensor:
+    def attend(self, module: nn.Module, *arguments: object) -> Tensor:
         return self.of_layer[module.layer_idx].attend(module, *arguments)
 
     def advance(self, kept_R: Tensor) -> None:

@@ -73,7 +73,7 @@ class RowStates(States):
                 self.tensors[key] = state.new_zeros(len(self.number_RS), *state.shape[1:])
             self.tensors[key][rows] = state
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *_: object, **options: object) -> tuple[Tensor, Tensor]:
         """Takes the place of the method of transformers' caches that attention calls, and keeps nothing."""
         return keys, values
 

@@ -251,7 +251,7 @@ def _renumbered(part: Part, number: Tensor) -> Part:
     return replace(part, rows_R=rows) if len(stays) == len(part.rows_R) else part.select(stays, rows)
 
 
-def _reorder(cache: Any, rows: Tensor) -> None:
+def _reorder(cache: object, rows: Tensor) -> None:
     """These rows of a cache, in place."""
     if isinstance(cache, Cache):
         cache.reorder_cache(rows)
@@ -260,7 +260,7 @@ def _reorder(cache: Any, rows: Tensor) -> None:
         setattr(cache, name, _indexed(value, rows))
 
 
-def _indexed(value: Any, rows: Tensor) -> Any:
+def _indexed(value: object, rows: Tensor) -> Any:
     if isinstance(value, Tensor) and value.dim() > 1:
         return value[rows]
     if isinstance(value, dict):
@@ -310,7 +310,7 @@ def _joined_layer(layers: Sequence[Any], pads: Sequence[int], length: int) -> An
     return layer
 
 
-def _trim_layer(layer: Any, length: int) -> None:
+def _trim_layer(layer: object, length: int) -> None:
     """Keep what a layer holds of the last `length` columns."""
     for name, axis in SEQUENCES.items():
         entries = getattr(layer, name, None)
@@ -321,7 +321,7 @@ def _trim_layer(layer: Any, length: int) -> None:
         layer.cumulative_length = length
 
 
-def _room(layer: Any, length: int) -> int:
+def _room(layer: object, length: int) -> int:
     """How many entries a layer holds of `length` columns."""
     return min(layer.sliding_window - 1, length) if isinstance(layer, DynamicSlidingWindowLayer) else length
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from rollout.backends import Decoder
 from rollout.cost_table import FEW_ROWS, MOST_ROWS
 from rollout.drafts.speculative import until_end, verify_draft
 from rollout.sampling import DraftVocabulary, Noise, choose
+
+Copied = TypeVar("Copied")
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _parts(decoder: Decoder, bucket: Bucket) -> list[tuple[str, Any]]:
     return parts
 
 
-def _tensors(part: Any) -> dict[str, Tensor]:
+def _tensors(part: object) -> dict[str, Tensor]:
     tensors = {}
     for name, value in vars(part).items():
         if isinstance(value, Tensor) and name not in ("experts", "chosen"):  # those of the last call
@@ -279,7 +281,7 @@ def run_few_experts(x_ND: Tensor, weights_Nk: Tensor, experts_Nk: Tensor, gate_u
     return torch.einsum("end,ne->nd", out, share_NE)
 
 
-def _copy(part: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _copy(part: Copied, name: str, tensors: dict[str, Tensor]) -> Copied:
     copied = copy.copy(part)
     for key, value in vars(part).items():
         if isinstance(value, FixedLinear):

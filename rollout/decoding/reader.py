@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from policies.decoding.latent_cache import LatentCache
 from rollout.rows import Rows
 
+if TYPE_CHECKING:
+    from rollout.backends import Cache, Trunk
+
 
 class Reader:
     """Each live row has a row of the cache, in the same order. In `rollout.decoding.shared_rows` several have one."""
 
-    def __init__(self, trunk: Any, records_routing: bool = False) -> None:
+    def __init__(self, trunk: Trunk, records_routing: bool = False) -> None:
         self.trunk, self.records_routing = trunk, records_routing
-        self.cache: Any = None  # a LatentCache, or what a trunk of transformers keeps
-        self.parts: list[Any] = []  # the caches of prompts that were just read
+        self.cache: Any = None  # a Cache; what is more than that depends on the trunk
+        self.parts: list[Cache] = []  # the caches of prompts that were just read
 
     @property
     def latents(self) -> LatentCache | None:
@@ -28,7 +31,7 @@ class Reader:
         """No row is live any more."""
         self.cache = None
 
-    def add(self, rows: Rows, cache: Any, group: int) -> None:
+    def add(self, rows: Rows, cache: Cache, group: int) -> None:
         """The cache of the next prompts, which has `group` rows for each. `join` puts it after that of live rows."""
         self.parts.append(cache)
 

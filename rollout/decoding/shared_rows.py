@@ -7,13 +7,16 @@ its answers that is few: of eight completions of the demo's problems three diffe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rollout.decoding.reader import Reader
 from rollout.rows import Rows
+
+if TYPE_CHECKING:
+    from rollout.backends import Cache, Trunk
 
 
 class SharedReader(Reader):
@@ -23,7 +26,7 @@ class SharedReader(Reader):
     each row by itself.
     """
 
-    def __init__(self, trunk: Any, records_routing: bool = False) -> None:
+    def __init__(self, trunk: Trunk, records_routing: bool = False) -> None:
         super().__init__(trunk, records_routing)
         self.shares = True  # until rows part for good
         self.place_R = torch.empty(0, dtype=torch.long, device=trunk.device)
@@ -32,7 +35,7 @@ class SharedReader(Reader):
         super().clear()
         self.place_R = self.place_R[:0]
 
-    def add(self, rows: Rows, cache: Any, group: int) -> None:
+    def add(self, rows: Rows, cache: Cache, group: int) -> None:
         place_R = torch.arange(len(rows.index) // group, device=rows.index.device).repeat_interleave(group)
         if self.shares:
             place_R, parents = parted(place_R, rows)

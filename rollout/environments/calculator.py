@@ -45,7 +45,7 @@ def evaluate(expression: str) -> str:
 
 
 def _value(node: ast.expr) -> Fraction:
-    value: Any
+    value: object
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         if node.value == math.inf:  # Python reads 1e999 so
             raise ValueError("a number is too large (inf)")
@@ -75,7 +75,7 @@ class Calculator:
 
     pure = True
 
-    def reset(self, **columns: Any) -> None:
+    def reset(self, **columns: object) -> None:
         """Keeps nothing between problems."""
 
     def calculate(self, expression: str) -> str:

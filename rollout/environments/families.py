@@ -19,7 +19,7 @@ from trl.chat_template_utils import (
 )
 
 
-def _form(anchor: str, opening: str, closing: str, end: str, **arguments: Any) -> dict[str, Any]:
+def _form(anchor: str, opening: str, closing: str, end: str, **arguments: object) -> dict[str, Any]:
     """Returns a response template in which a call is named in `opening`, and its JSON goes up to `closing`."""
     call = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
     calls = {"open_pattern": opening, "close_pattern": closing, "repeats": True, "content": "json", "transform": call}

@@ -110,7 +110,7 @@ class TurnFormat:
             self._opening = self._render([_USER], add_generation_prompt=True)
 
     @cached_property
-    def opening(self) -> Any:
+    def opening(self) -> regex.Pattern[str]:
         """A pattern of how a call begins, of the package regex."""
         if self._response_template is None:
             return regex.compile("<<")
@@ -266,7 +266,7 @@ class TurnFormat:
         last = self.write(Turn(solution[start:]))
         return ids + last, sampled + [True] * len(last)
 
-    def checked(self, name: str, arguments: Any) -> Call:
+    def checked(self, name: str, arguments: object) -> Call:
         """The call with its arguments in the types of the tool, "7" as 7 for an int. Raises BadCall."""
         if name not in self._parameters:
             raise BadCall(f"There is no tool {name!r}. Tools: {', '.join(self._parameters)}.")

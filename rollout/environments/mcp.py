@@ -19,10 +19,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewards.isolation.environments import OWN, EnvironmentFailed
 from rewards.isolation.variables import worker_variables
+
+if TYPE_CHECKING:
+    from mcp import StdioServerParameters
 
 LIST_TIMEOUT_S = 60.0  # for a server to start and to list its tools
 KINDS = {-32000: "died", -32001: "timeout"}  # of failures, by the SDK's codes CONNECTION_CLOSED and REQUEST_TIMEOUT
@@ -48,7 +51,7 @@ class Mcp:
     _timeout_s: float
     _session: _Session | None = None
 
-    def reset(self, **columns: Any) -> None:
+    def reset(self, **columns: object) -> None:
         """Nothing happens before the first call, which begins the session."""
 
     def get_reward(self) -> None:
@@ -104,7 +107,7 @@ def _tools_of(server: str) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def _method(name: str, schema: dict[str, Any]) -> Callable[..., str]:
-    def call(self: Mcp, /, **arguments: Any) -> str:
+    def call(self: Mcp, /, **arguments: object) -> str:
         return self._call(name, arguments)
 
     call.__name__, call.__doc__ = name, schema["description"]
@@ -195,7 +198,7 @@ async def _at_address(url: str, timeout_s: float, statuses: list[int]) -> AsyncI
         yield streams
 
 
-def _command(server: str) -> Any:
+def _command(server: str) -> StdioServerParameters:
     """The command as the SDK takes it. Raises ValueError for one that is not there."""
     from mcp import StdioServerParameters
 

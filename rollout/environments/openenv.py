@@ -17,7 +17,7 @@ class OpenEnv:
     _url: str
     _client: Any = None
 
-    def reset(self, **columns: Any) -> None:
+    def reset(self, **columns: object) -> None:
         """Begin an episode, with the data's columns. Its seed is drawn from `random`: it follows the rollout's key."""
         self._close()
         self._client = _client(self._url)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rewards.isolation.sandbox import Limits, SandboxUnavailable, run_python, unavailable
 
 LONGEST_ANSWER = 2000  # characters of what a program printed that the policy reads
@@ -33,7 +31,7 @@ class Python:
         if problem := unavailable():
             raise SandboxUnavailable(problem)
 
-    def reset(self, **columns: Any) -> None:
+    def reset(self, **columns: object) -> None:
         """Keeps nothing between problems, nor between calls."""
 
     def run(self, program: str) -> str:

@@ -50,7 +50,7 @@ class _Limited:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
 
-    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **_: Any) -> str:
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **_: object) -> str:
         try:
             return render(self._tokenizer, messages)
         except ValueError as error:

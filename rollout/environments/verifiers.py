@@ -19,7 +19,7 @@ class Verifiers:
 
     _kind: Any  # the class of the task
 
-    async def reset(self, **columns: Any) -> None:
+    async def reset(self, **columns: object) -> None:
         """Begin the task whose data are the columns with the names of its fields."""
         fields = self._kind.data_type().model_fields
         data = self._kind.data_type()(**{name: value for name, value in columns.items() if name in fields})
@@ -39,7 +39,7 @@ class Verifiers:
         await self._task.score(trace)
         return float(trace.reward)
 
-    async def _call(self, place: int, tool: str, arguments: dict[str, Any]) -> Any:
+    async def _call(self, place: int, tool: str, arguments: dict[str, Any]) -> object:
         result = getattr(self._toolsets[place], tool)(**arguments)
         return await result if inspect.isawaitable(result) else result
 
@@ -74,7 +74,7 @@ def verifiers(task: Any) -> type[Verifiers]:
 def _method(title: str, place: int, name: str, tool: Callable[..., Any]) -> Callable[..., Any]:
     """A method with the tool's signature, and a docstring that describes each argument, as transformers wants it."""
 
-    async def call(self: Verifiers, **arguments: Any) -> Any:
+    async def call(self: Verifiers, **arguments: object) -> object:
         return await self._call(place, name, arguments)
 
     about, _, described = inspect.cleandoc(tool.__doc__ or title).partition("Args:")

@@ -150,7 +150,7 @@ class Client:
                 f"vLLM at {self.url} refuses our token; it is read from the file rollout.vllm.token_file or else the "
                 "environment variable QUARTET_VLLM_TOKEN, and must be the one that the server was started with"
             )
-        answer: Any = {"ended": 0}
+        answer: dict[str, Any] = {"ended": 0}
         for line in lines:
             answer = json.loads(line)
             if not isinstance(answer, dict):

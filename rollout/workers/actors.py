@@ -115,7 +115,7 @@ class Workers:
             self.pause()
         return there
 
-    def call(self, i: int, method: str, *arguments: Any) -> Any:
+    def call(self, i: int, method: str, *arguments: object) -> object:
         return getattr(self.actors[i], method).remote(*arguments)
 
     def pause(self) -> None:
@@ -141,7 +141,7 @@ class Workers:
             ended += [(call := calls.pop(reference), None, ("worker", call.late)) for reference in late]
         return ended
 
-    def _get(self, reference: Any) -> Any:
+    def _get(self, reference: object) -> Any:
         """Gets what a worker returns; a RolloutError is returned too, since it may hold groups."""
         errors = self.ray.exceptions
         try:

@@ -92,7 +92,7 @@ class Cluster:
                 "or rollout.prompts_per_shard; go on with --resume auto"
             )
 
-    def ask(self, call: Callable[..., T], *arguments: Any) -> T:
+    def ask(self, call: Callable[..., T], *arguments: object) -> T:
         """Makes a `call` of Ray's that the cluster's gcs_server has to answer: such calls know no time limit. Raises
         RolloutError where that has died, or has not answered for ASK_S seconds; the call is left in a thread.
 
@@ -118,7 +118,7 @@ class Cluster:
                 )
         return answer.result()
 
-    def put(self, value: Any, faults: Faults, limit_s: float, while_waiting: Callable[[], None]) -> Any:
+    def put(self, value: object, faults: Faults, limit_s: float, while_waiting: Callable[[], None]) -> object:
         """A reference to `value` in shared memory. A full one is waited for: RolloutError after `limit_s` seconds."""
         errors, began, waits = self.ray.exceptions, time.monotonic(), False
         while True:
@@ -276,7 +276,7 @@ def _silence_remarks() -> None:
     if getattr(show, "without_remarks", False):
         return
 
-    def without_remarks(data: dict[str, Any], *arguments: Any, **named: Any) -> None:
+    def without_remarks(data: dict[str, Any], *arguments: object, **named: object) -> None:
         if data.get("pid") != "raylet":
             show(data, *arguments, **named)
 

@@ -247,7 +247,7 @@ class RayPool(Pool):
         if not self.confirmed and not busy:
             return self._stream_again(lacking) if lacking else self.workers.pause()
 
-        def ask(i: int, what: Any, limit_s: float, late: str, method: str, *arguments: Any) -> None:
+        def ask(i: int, what: object, limit_s: float, late: str, method: str, *arguments: object) -> None:
             calls[self.workers.call(i, method, *arguments)] = Call(i, what, limit_s, late)
 
         limit = f"took longer than {self.publish_timeout_s:g} s"
@@ -370,7 +370,7 @@ class RayPool(Pool):
         self.cluster.close()
 
 
-def _sound(answer: Any) -> Any:
+def _sound(answer: object) -> Any:
     """Passes on what a worker has answered, unless it is an error."""
     if isinstance(answer, RolloutError):
         raise answer

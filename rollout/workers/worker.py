@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from rollout.publication.digests import Held
 from rollout.publication.message import PART_BYTES, Message, everything, unpack
 from rollout.requests.desk import Answering, Desk
 from rollout.sampling import PLAIN, Copies, SamplingParams
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 
 class Receiver:
@@ -94,7 +97,7 @@ class Worker:
         self.desk.close()
         return self.receiver.take_message(message)
 
-    def give(self, worker: Any) -> tuple[Held | tuple[Kind, str], int]:
+    def give(self, worker: ActorHandle) -> tuple[Held | tuple[Kind, str], int]:
         """Give another worker the weights of this one, in parts through Ray's store. Returns the digests of what it
         holds then, or why it is lost, and the bytes that were sent."""
         import ray

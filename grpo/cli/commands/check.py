@@ -16,13 +16,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -40,6 +46,9 @@ from rollout.decoding.engine import Engine
 from rollout.environments.thoughts import dropping
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
 
 TRANSFORMERS, OURS, TRL = "transformers", "quartet", "TRL"
 PROMPT, DECODED = 21, 8  # tokens; windows, chunks and blocks of the small model are shorter
@@ -218,7 +227,7 @@ def _apart(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
 
 
-def _logprobs(model: PreTrainedModel, token_ids: Tensor, **options: Any) -> Tensor:
+def _logprobs(model: PreTrainedModel, token_ids: Tensor, **options: object) -> Tensor:
     return model(input_ids=token_ids, use_cache=False, **options).logits.float().log_softmax(-1)
 
 
@@ -281,7 +290,9 @@ def _packed(model: PreTrainedModel, rows: Sequence[Tensor]) -> float:
     return max(_apart(mine, _alone(model, row)) for mine, row in zip(out.split(list(LENGTHS)), rows, strict=True))
 
 
-def _by_trl(trainer: Any, add_head: Callable[[Any], None], model: PreTrainedModel, rows: Sequence[Tensor]) -> float:
+def _by_trl(
+    trainer: type[GRPOTrainer], add_head: Callable[[Any], None], model: PreTrainedModel, rows: Sequence[Tensor]
+) -> float:
     """TRL's function: prompts padded at the left and completions at the right."""
     add_head(patched := copy.deepcopy(model))
     completions = [row[-n:] for row, n in zip(rows, (4, 6, DECODED), strict=True)]
@@ -381,7 +392,7 @@ def _routed(model: PreTrainedModel, row: Tensor, experts: int) -> list[tuple[nn.
     """Each router in a forward of a row: its inputs, and its scores [T, experts]."""
     calls: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         scores = _scores(output, experts)
         if scores is not None and inputs:
             calls.append((module, inputs, scores))
@@ -397,7 +408,7 @@ def _routed(model: PreTrainedModel, row: Tensor, experts: int) -> list[tuple[nn.
     return calls
 
 
-def _scores(output: Any, experts: int) -> Any:
+def _scores(output: object, experts: int) -> Tensor | None:
     parts = output if isinstance(output, tuple | list) else [output]
     fits = (
         part for part in parts if isinstance(part, Tensor) and part.is_floating_point() and part.shape[-1] == experts
@@ -479,7 +490,7 @@ def reach_of_lora(shape: PretrainedConfig) -> Row:
 # ---- tokens and templates --------------------------------------------------------------------------------------------
 
 
-def examine_text(tokenizer: Any, stops: Sequence[int], vocabulary: int | None = None) -> list[Row]:
+def examine_text(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], vocabulary: int | None = None) -> list[Row]:
     """The rows of the table that a tokenizer gives, for an embedding of so many tokens."""
     template, trip, ends = Row("template"), Row("round trip"), Row("stop and pad")
     end, words, wrong = _template(tokenizer)
@@ -517,7 +528,7 @@ def examine_text(tokenizer: Any, stops: Sequence[int], vocabulary: int | None = 
     return [template, trip, ends]
 
 
-def _template(tokenizer: Any) -> tuple[int | None, str, bool]:
+def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str, bool]:
     """The token that ends a turn, what the template does to what was said before, and whether that is wrong."""
     if not tokenizer.chat_template:
         return None, "none", False

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -22,7 +22,7 @@ from grpo.cli.commands.eval import ModelEvaluation, evaluate_model
 from grpo.cli.commands.eval_report import pairs
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
 from grpo.config.learner import SftLearnerOptions
-from grpo.config.run import EvalOptions, SftConfig, TrainConfig
+from grpo.config.run import EvalOptions, RunConfig, SftConfig, TrainConfig
 from grpo.config.sampling import SamplingOptions
 from grpo.evaluation.best_point import BestPoint
 from grpo.run import hardware
@@ -35,10 +35,15 @@ from rewards.config.options import load
 from rewards.group_score import GroupScore
 from rewards.verdicts import held_out_metric
 
+if TYPE_CHECKING:
+    from grpo.evaluation.evaluate import Evaluation
+
 RATES = (1.0, 0.3)  # of the run's supervised rate, from the start of GRPO
 POINTS = 5  # at which a control answers the held-out problems
 TIMED, UNTIMED = 10, 3  # steps of a short run that tell what a step takes; the first ones are slower
 VALIDATION = 256  # problems, where the run kept none
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -251,7 +256,7 @@ def _correct(task: Task, score: GroupScore) -> list[float]:
     return [float(mark is not None and mark == best) for mark in marks]
 
 
-def _unevaluated(config: Any) -> Any:
+def _unevaluated(config: Config) -> Config:
     return config.model_copy(update={"eval": config.eval.model_copy(update={"limit": 0})})
 
 
@@ -287,7 +292,7 @@ def _evaluate(
     }
 
 
-def _figures(result: Any) -> dict[str, Any]:
+def _figures(result: Evaluation) -> dict[str, Any]:
     return {"accuracy": result.accuracy, "interval_95": result.interval, "reward_mean": result.reward_mean}
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat, zip_longest
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import psutil
@@ -32,6 +32,9 @@ from rollout.environments.format import BadCall, Turn, TurnFormat
 from rollout.environments.protocol import BUILT_IN, MCP, path_of, tools_of
 from rollout.group import Completion, Prompt, RolloutGroup, ToolStats
 from rollout.sampling import EnvironmentSpec, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LONG = 10_000  # characters of a long argument
 GOLD, AFTER_BAD_CALLS, EMPTY, BAD = "demonstration", "after bad calls", "empty turn", "bad calls"
@@ -111,7 +114,7 @@ class ScriptForm(TurnFormat):
 class Stage:
     """Plays scripts in an environment that has a process of its own. `hash_seed` orders the sets in there."""
 
-    def __init__(self, spec: EnvironmentSpec, tokenizer: Any, hash_seed: int = 0) -> None:
+    def __init__(self, spec: EnvironmentSpec, tokenizer: PreTrainedTokenizerBase, hash_seed: int = 0) -> None:
         with patch.dict(os.environ, PYTHONHASHSEED=str(hash_seed)):
             self.arena = Arena(spec, tokenizer, [tokenizer.eos_token_id])
         self.form = self.arena.formats[""] = ScriptForm(tokenizer, tools_of(spec, ""), plain=True)

@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard, constants
@@ -49,6 +49,9 @@ from policies.layout import FIXED_FIELDS, WeightFiles, auto_class, find_file
 from policies.policy import Policy, read_config
 from policies.routing.heads import DynamicHeadsConfig
 from rewards.config.names import recorded_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", REPORT, TRAINED_ON)
 # Modules that peft takes for routed experts or the router in models whose experts transformers stacks.
@@ -211,7 +214,7 @@ def _refuse_lost_adapters(policy: Policy, folder: Path) -> None:
         raise ExportError(f"peft gives some layers of this model other names ({lost[0][:200]} ...); drop --adapter")
 
 
-def peft_config(model: Any, rank: int, alpha: float, base: str) -> LoraConfig:
+def peft_config(model: PreTrainedModel, rank: int, alpha: float, base: str) -> LoraConfig:
     """Returns the configuration under which `PeftModel.from_pretrained(base, ...)` puts our adapters where they were.
     In a model whose experts transformers stacks, peft takes gate_proj, up_proj and down_proj among target_modules for
     the routed experts. As target_parameters, with `.weight`, they mean the dense and shared ones."""

@@ -34,7 +34,7 @@ def inspect(model: str, context: int | None = None) -> Anatomy:
     return anatomy(shape, depth, context=context, lora_rank=lora.rank, lora_alpha=lora.alpha)
 
 
-def _mtp_depth(model: str, shape: Any) -> int:
+def _mtp_depth(model: str, shape: object) -> int:
     """Returns how many MTP layers are stored, as far as that is known without fetching weights."""
     if not isinstance(shape, DeepseekV3Config):
         return 0

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -268,12 +268,12 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def tensors_of(holder: Any) -> Iterator[Tensor]:
+def tensors_of(holder: object) -> Iterator[Tensor]:
     """Yields every tensor of a module, of one of our own plain objects, or of several."""
     return parts_of(holder, Tensor)
 
 
-def parts_of(holder: Any, kind: type[Part]) -> Iterator[Part]:
+def parts_of(holder: object, kind: type[Part]) -> Iterator[Part]:
     if isinstance(holder, kind):
         yield holder
     elif isinstance(holder, nn.Module):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from statistics import fmean, median
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from grpo.cli.commands import machine
 from grpo.cli.commands.check import TRANSFORMERS, examine_text
@@ -40,6 +40,9 @@ from rewards.scorer import BATCH
 from rewards.ties import tied
 from rollout.environments.thoughts import TOOL, dropping
 from rollout.group import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLED, TRIED = 400, 20  # examples whose tokens are counted, and those that rewards are tried on
 MANY = 0.1  # a share of examples that is no accident
@@ -197,7 +200,9 @@ def look_at_time(
 # ---- texts ----------------------------------------------------------------------------------------------------------
 
 
-def look_at_lengths(result: Rehearsal, config: TrainConfig, task: Task, tokenizer: Any) -> list[Prompt]:
+def look_at_lengths(
+    result: Rehearsal, config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
     """Counts the tokens of prompts and gold solutions, against the limits of the run. Returns some prompts."""
     examples = task.train[:: max(1, len(task.train) // SAMPLED)]
     prompts = [task.prompt(example, tokenizer) for example in examples]

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import psutil
@@ -32,6 +32,14 @@ from policies.mtp import MTPHead
 from policies.policy import Policy
 from review.readers.run_folder import read_events, read_metrics
 from rewards.config.options import dump_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from rewards.group_score import GroupScore
+    from rollout.group import RolloutGroup
 
 FAILURES = (*REFUSALS, NonFiniteStep, OutOfMemory)
 LATEST_S, HANGS_S = 120.0, 2.0  # until the first step of a run that is killed, and of a worker that hangs
@@ -58,7 +66,7 @@ UNLIKE_REWARD = "def unlike(completion_ids, **_):\n    return [sum(ids) % 997 / 
 UNLIKE_WEIGHT = 1e-4
 
 
-def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: Any, faults: bool) -> None:
+def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: object, faults: bool) -> None:
     """Trains a small policy for two steps, and tells what the steps say of the real run."""
     with tempfile.TemporaryDirectory(prefix="rehearsal_") as place, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(place)
@@ -80,7 +88,7 @@ def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: An
             result.faults[name] = fault(disturbed, result)
 
 
-def write_policy(plan: Plan, tokenizer: Any, folder: Path) -> str:
+def write_policy(plan: Plan, tokenizer: object, folder: Path) -> str:
     """Writes a random policy of the plan's architecture that knows all tokens. Returns what `model` is then. A preset
     is small enough. Raises ValueError where no small model can be built."""
     if plan.source.base in presets.PRESETS:
@@ -168,7 +176,7 @@ def full_disk(config: TrainConfig, result: Rehearsal) -> str:
     """Lets the disk refuse the checkpoint of the second step."""
     save_file = tensor_files.save_file
 
-    def full(tensors: Any, values: Any, path: Path) -> None:
+    def full(tensors: Mapping[str, Tensor], values: Iterable[Tensor], path: Path) -> None:
         if "step_000002" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, values, path)
@@ -176,7 +184,7 @@ def full_disk(config: TrainConfig, result: Rehearsal) -> str:
     return _disturbed(config, result, tensor_files, "save_file", full)
 
 
-def _disturbed(config: TrainConfig, result: Rehearsal, owner: Any, name: str, function: Callable[..., Any]) -> str:
+def _disturbed(config: TrainConfig, result: Rehearsal, owner: object, name: str, function: Callable[..., Any]) -> str:
     """Trains with another function in this place; where the run ends, it is resumed without."""
     try:
         with patch.object(owner, name, function):
@@ -193,7 +201,7 @@ def _to_workers(act: Callable[[psutil.Process], None], limits: Mapping[str, floa
     def fault(config: TrainConfig, result: Rehearsal) -> str:
         score, met = Task.score, list[int]()
 
-        def disturbing(task: Task, groups: Any) -> Any:
+        def disturbing(task: Task, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
             for process in psutil.Process().children(recursive=True) if not met else ():
                 with contextlib.suppress(psutil.Error):
                     if any(mark in " ".join(process.cmdline()) for mark in WORKERS):

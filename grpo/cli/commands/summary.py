@@ -231,7 +231,7 @@ class DryRun:
         """Says whether the run fits the memory that is `there`, and the disk."""
         devices = self.memory.devices(there.gpus)
 
-        def used(other: Any) -> float:
+        def used(other: TrainConfig) -> float:
             return there.used(MemoryOfRun(self.plan.shape, self.head, other).devices(there.gpus))
 
         def less() -> str:

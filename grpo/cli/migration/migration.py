@@ -19,7 +19,7 @@ class Unsupported:
 
     option: str
     """Its name there, such as `top_p`, or an argument of the trainer, such as `callbacks`."""
-    value: Any
+    value: object
     reason: str
     """Why it is not carried over, and the way out."""
     changes_training: bool = True
@@ -46,7 +46,7 @@ class Migration:
         tree = self.options | {"rewards": self.rewards}
         return {name: tree[name] for name in TrainConfig.model_fields if name in tree}
 
-    def put(self, key: str, value: Any) -> None:
+    def put(self, key: str, value: object) -> None:
         put(self.options, key, value)
 
     def carry_over(self, kind: str, values: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Migration:
                 known = ", ".join(dict.fromkeys(map(str, choices.values())))
                 self.unsupported.append(Unsupported(name, value, f"{key} is one of {known}; set the nearest by hand"))
 
-    def lacks(self, option: str, value: Any, **facts: Any) -> None:
+    def lacks(self, option: str, value: object, **facts: object) -> None:
         """Notes that an option is not carried over; `facts` are for the reason in its row."""
         rows = (table.get(option, {}) for table in trainers().values())
         reason = next((row["reason"] for row in rows if "reason" in row), "").format(**facts) or reason_of(option)
@@ -77,7 +77,7 @@ class Migration:
             if name not in known and not both_off and not (name in defaults and value == defaults[name]):
                 self.lacks(name, value)
 
-    def sample_with_vllm(self, option: str, value: Any, engine: Mapping[str, Any]) -> None:
+    def sample_with_vllm(self, option: str, value: object, engine: Mapping[str, Any]) -> None:
         from rollout.vllm.process import interpreter  # it loads torch
 
         if interpreter().is_file():

@@ -17,8 +17,14 @@ from collections.abc import Callable
 from enum import Enum
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
+    from trl import GRPOTrainer
 
 MOST_STREAMED = 10_000  # rows of a stream that are written
 SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "completion")  # columns, the best first
@@ -31,7 +37,7 @@ class Model(MagicMock):
     """Stands for a model that the script loads: it has its name and the arguments, and takes every call."""
 
 
-def model_of(_: type, pretrained_model_name_or_path: Any, *__: Any, **arguments: Any) -> Model:
+def model_of(_: type, pretrained_model_name_or_path: object, *__: object, **arguments: object) -> Model:
     """Takes the place of `from_pretrained`."""
     model = Model(name="model")
     model.name_or_path = str(pretrained_model_name_or_path)
@@ -41,7 +47,7 @@ def model_of(_: type, pretrained_model_name_or_path: Any, *__: Any, **arguments:
     return model
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Gives the value as JSON holds it; what it cannot hold is its text."""
     if isinstance(value, Enum):
         return plain(value.value)
@@ -102,7 +108,7 @@ def note_values(config: Any) -> None:
     config.__init__, config.__post_init__ = __init__, __post_init__
 
 
-def with_adapters(model: Any, config: Any, *_: Any, **__: Any) -> Any:
+def with_adapters(model: object, config: object, *_: object, **__: object) -> object:
     if isinstance(model, Model):
         model.record["lora"] = values_of(config)
     return model
@@ -110,7 +116,7 @@ def with_adapters(model: Any, config: Any, *_: Any, **__: Any) -> Any:
 
 def note_source(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
-    def load_dataset(path: str, name: str | None = None, *rest: Any, **arguments: Any) -> Any:
+    def load_dataset(path: str, name: str | None = None, *rest: object, **arguments: object) -> Dataset | DatasetDict:
         loaded = load(path, name, *rest, **arguments)
         if not rest and not {"data_files", "data_dir", "revision"} & set(arguments) and not Path(path).exists():
             for split, rows in loaded.items() if isinstance(loaded, dict) else [(arguments.get("split"), loaded)]:
@@ -121,7 +127,7 @@ def note_source(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_dataset
 
 
-def trainer_class(real: Any) -> type:
+def trainer_class(real: type[GRPOTrainer]) -> type:
     class GRPOTrainer:
         """Writes down what it is made of, and what the script sets later; then it ends the process, where it would
         train. No `finally` and no thread of the script goes on."""
@@ -135,17 +141,17 @@ def trainer_class(real: Any) -> type:
                 self.train()
             write_facts()
 
-        def __setattr__(self, name: str, value: Any) -> None:
+        def __setattr__(self, name: str, value: object) -> None:
             facts["assigned"].append(f"{name} = {plain(value)}")
             write_facts()
 
-        def __getattr__(self, _: str) -> Any:
+        def __getattr__(self, _: str) -> MagicMock:
             return MagicMock()
 
-        def add_callback(self, callback: Any) -> None:
+        def add_callback(self, callback: object) -> None:
             self.callbacks = callback
 
-        def train(self, *_: Any, **__: Any) -> None:
+        def train(self, *_: object, **__: object) -> None:
             write_facts()
             sys.stdout.flush()
             os._exit(0)
@@ -196,7 +202,7 @@ def defaults_of(config: type) -> dict[str, Any]:
     return plain({field.name: field.default for field in fields} | made)
 
 
-def model_facts(model: Any) -> dict[str, Any]:
+def model_facts(model: object) -> dict[str, Any]:
     from transformers import AutoConfig
 
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
@@ -207,7 +213,7 @@ def model_facts(model: Any) -> dict[str, Any]:
         return record | {"type": None}
 
 
-def values_of(config: Any) -> dict[str, Any]:
+def values_of(config: PeftConfig) -> dict[str, Any]:
     """What kind of configuration of peft's it is, its values, and the defaults of LoRA."""
     from peft import LoraConfig
 
@@ -215,7 +221,7 @@ def values_of(config: Any) -> dict[str, Any]:
     return {"kind": type(config).__name__, "values": plain(values), "defaults": defaults_of(LoraConfig)}
 
 
-def function_of(value: Any) -> dict[str, Any]:
+def function_of(value: object) -> dict[str, Any]:
     """Tells where others find a function or a class: its file and its name there; only its text if nowhere."""
     if isinstance(value, str | Model):
         return {"model": value if isinstance(value, str) else value.record["name"]}
@@ -231,7 +237,7 @@ def function_of(value: Any) -> dict[str, Any]:
     return {"text": plain(value)}
 
 
-def data_facts(train: Any, test: Any, folder: Path) -> dict[str, Any]:
+def data_facts(train: object, test: object, folder: Path) -> dict[str, Any]:
     """Tells what the rows are. They are written into files, unless they are those of a dataset of the hub as it is."""
     if isinstance(test, dict):
         test = next(iter(test.values()), None)
@@ -245,7 +251,7 @@ def data_facts(train: Any, test: Any, folder: Path) -> dict[str, Any]:
     return summaries
 
 
-def rows_facts(rows: Any) -> dict[str, Any]:
+def rows_facts(rows: Dataset) -> dict[str, Any]:
     """Tells how many rows there are and what the first one has; their source, if every row can be read from there."""
     first: dict[str, Any] = next(iter(rows), {})
     solution = next((name for name in SOLUTIONS if name in first), "")
@@ -258,7 +264,7 @@ def rows_facts(rows: Any) -> dict[str, Any]:
     }
 
 
-def write_rows(rows: Any, file: Path, solution: str) -> None:
+def write_rows(rows: Dataset, file: Path, solution: str) -> None:
     """Writes a line for each row, with a text in the column GOLD, since every row has a gold solution here."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:
@@ -267,7 +273,7 @@ def write_rows(rows: Any, file: Path, solution: str) -> None:
             lines.write(json.dumps({**row, GOLD: gold}, ensure_ascii=False, default=str) + "\n")
 
 
-def tokenizer_facts(tokenizer: Any) -> dict[str, Any] | None:
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     """Tells the tokenizer's name, and whether its chat template is another one than that which it was loaded with."""
     from transformers import AutoTokenizer
 

@@ -51,7 +51,7 @@ def _program() -> str:
     return path
 
 
-def _joined_comment(node: Any) -> Node | None:
+def _joined_comment(node: object) -> Node | None:
     """A comment that ends with a backslash: shfmt 4.2 joins the next line to its command, and bash does not."""
     if isinstance(node, dict) and "Hash" in node and node.get("Text", "").endswith("\\\n"):
         return node
@@ -59,7 +59,7 @@ def _joined_comment(node: Any) -> Node | None:
     return next((found for each in below if (found := _joined_comment(each))), None)
 
 
-def _note_texts(node: Any, content: bytes) -> None:
+def _note_texts(node: object, content: bytes) -> None:
     below = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     for each in list(below):
         _note_texts(each, content)

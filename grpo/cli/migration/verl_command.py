@@ -148,7 +148,7 @@ def _causes(ways: list[tuple[list[Decision], str | None]]) -> list[str]:
     return list(dict.fromkeys(causes))
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
         return parse_yaml(text)
     except YAMLError:  # hydra knows escapes that YAML does not
@@ -167,7 +167,7 @@ def _check(values: dict[str, Any]) -> None:
         raise ValueError("; ".join([*problems, "correct the command"]))
 
 
-def _needed(name: str, default: Any, value: Any) -> str:
+def _needed(name: str, default: object, value: object) -> str:
     """What an option is to be; empty if its value is that."""
     if name in TEXTS:
         several = value if isinstance(value, list) else [value]

@@ -112,7 +112,9 @@ class Rewind:
         began = config.model_copy(update={**learned, "rollout": by_us})
         policy = load_policy(began, self.task.corpus(), head=self.has_head)
         weights = dict(self.task.reward_weights if reward_weights is None else reward_weights)
-        return grpo_learner(policy, config, weights, load=partial(load_beside, config), kind=ReadLearner)
+        learner = grpo_learner(policy, config, weights, load=partial(load_beside, config), kind=ReadLearner)
+        assert isinstance(learner, ReadLearner)
+        return learner
 
     @property
     def policy(self) -> Policy:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from grpo.learner.terms.term import Term, Work
 from policies.policy import Policy
 from policies.routing.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
 from policies.routing.routers import Part, RoutingRecorder, routers
+
+if TYPE_CHECKING:
+    from grpo.config.run import LearningConfig
 
 METRICS = {
     "loss/balance_entropy": "log E - H(mean soft choice), before its weight, mean over layers, nats; 0 is balanced",
@@ -42,12 +45,12 @@ METRICS = {
 PREFIX: dict[Part, str] = {"mlp": "moe", "self_attn": "heads"}  # of the names of metrics
 
 
-def term(policy: Policy, config: Any, load: Any = None) -> BalanceTerm | None:
+def term(policy: Policy, config: LearningConfig, load: object = None) -> BalanceTerm | None:
     loads = loads_of(policy, config.balance)
     return BalanceTerm(loads, config.balance) if loads else None
 
 
-def check(policy: Policy, config: Any) -> None:
+def check(policy: Policy, config: LearningConfig) -> None:
     """Raises ValueError where balance is asked for, and there is nothing to balance."""
     loads_of(policy, config.balance)
 

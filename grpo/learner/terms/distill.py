@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from policies.logprobs import CHUNK_ELEMENTS, LEAST_LOGPROB, logprobs_from_hidde
 from policies.policy import Policy
 
 if TYPE_CHECKING:
+    from grpo.config.run import TrainConfig
     from rewards.group_score import GroupScore
 
 METRICS = {
@@ -61,7 +62,7 @@ class TeacherPolicy:
         return top_logprobs(hidden_ND, self.policy.output, k, likelihood.temperature)
 
 
-def term(policy: Policy, config: Any, load: Callable[[str], Policy] | None) -> DistillTerm | None:
+def term(policy: Policy, config: TrainConfig, load: Callable[[str], Policy] | None) -> DistillTerm | None:
     """Raises ValueError where the variable with the key of a server is not set."""
     options: DistillOptions = config.distill
     if options.teacher is None:

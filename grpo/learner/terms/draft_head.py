@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from policies.logprobs import CHUNK_ELEMENTS, logprobs_from_hidden
 from policies.mtp import Divergence, draft_loss
 from policies.policy import Policy
 
+if TYPE_CHECKING:
+    from grpo.config.run import LearningConfig
+
 METRICS = {
     "loss/mtp": "loss of the draft head over its depths, detached from the trunk; nats per token",
     "loss/mtp_tv": "the same by total variation (quartet mtp): share of drafts rejected at best, fraction",
@@ -31,7 +34,7 @@ PAYS = 1.1  # least gain of a step's rollouts that is worth what the draft head'
 IDLE_EVERY = 10  # often enough to learn that drafts pay again, for a tenth of the cost
 
 
-def term(policy: Policy, config: Any, load: Any = None) -> DraftHeadTerm | None:
+def term(policy: Policy, config: LearningConfig, load: object = None) -> DraftHeadTerm | None:
     return None if policy.mtp is None else DraftHeadTerm(policy, config.mtp)
 
 

@@ -102,7 +102,7 @@ class TeacherServer:
 def _read(answer: bytes, ids: list[int], start: int, k: int) -> list[Position]:
     """Raises Unusable for an answer that does not score these tokens."""
     try:
-        scores: Any = json.loads(answer)["choices"][0]["prompt_logprobs"]
+        scores: list[dict[str, dict[str, Any]]] = json.loads(answer)["choices"][0]["prompt_logprobs"]
         positions = [{int(token): float(it["logprob"]) for token, it in place.items()} for place in scores[start:]]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise Unusable(f"an answer without prompt_logprobs ({type(error).__name__}: {error})") from error

@@ -25,6 +25,7 @@ from policies.devices import wide
 from policies.policy import Policy
 
 if TYPE_CHECKING:
+    from grpo.config.run import TrainConfig
     from rewards.group_score import GroupScore
 
 METRICS = {
@@ -39,7 +40,7 @@ WEIGHT = 0.1  # of its loss; AdamW's steps hardly depend on it
 RANK_TEMPERATURE = 1.0  # weights are softmax(rank / this)
 
 
-def term(policy: Policy, config: Any, load: Any = None) -> ValueTerm | None:
+def term(policy: Policy, config: TrainConfig, load: object = None) -> ValueTerm | None:
     advantage = config.loss.advantage
     if advantage not in ValueTerm.estimators:
         return None

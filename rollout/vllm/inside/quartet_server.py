@@ -35,11 +35,15 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import quartet_bypasses as bypasses
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
 
 PROTOCOL = 4
 BEAT_S = 2.0  # while it samples it says so at least this often, once a step is done
@@ -132,7 +136,7 @@ class Engine:
         self._call("update_weights", told)
         self._call("finish_weight_update")
 
-    def _call(self, method: str, *arguments: Any) -> list[Any]:
+    def _call(self, method: str, *arguments: object) -> list[Any]:
         """Gives what each worker of vLLM answers."""
         return self.engine.collective_rpc(method, args=arguments)
 
@@ -143,7 +147,7 @@ class Engine:
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache")
 
-    def sample(self, job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    def sample(self, job: dict[str, Any], tell: Callable[[int], object]) -> dict[str, Any]:
         """Sample a job. `tell` gets the number of completions that have ended, and raises where nobody listens."""
         import torch
 
@@ -205,7 +209,7 @@ class Engine:
         self.engine.add_request(name, {"prompt_token_ids": ids}, params)
 
 
-def _completion(output: Any) -> dict[str, Any]:
+def _completion(output: CompletionOutput) -> dict[str, Any]:
     ids, drafts = list(output.token_ids), output.spec_decode_metrics
     return {
         "ids": ids,
@@ -314,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_: object) -> None:
         pass
 
 

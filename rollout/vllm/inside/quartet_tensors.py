@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
 ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it
 
@@ -20,7 +23,9 @@ class Copies(TorchDispatchMode):
         super().__init__()
         self.copied: Counter[int] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: OpOverload, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         if function is torch.ops.aten.copy_.default and args[0].device.type != "meta":
             self.copied[_place(args[1])] += args[1].numel()
         elif function in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):

@@ -39,7 +39,7 @@ class SharedMemory(WeightTransferEngine[Chosen, Published]):
 
     init_info_cls, update_info_cls = Chosen, Published
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
         self.chosen: frozenset[str] = frozenset()
         self.held: dict[str, torch.Tensor] = {}  # with adapters: all that was published, before W + ΔW
