@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import reprlib
 from contextlib import suppress
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -13,11 +12,11 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
-    ValidationError,
     model_validator,
 )
 
 from grpo.endpoint.api_error import ApiError
+from grpo.endpoint.body import SHORT
 from rewards.config.json_file import parse_json, unfit
 from rollout.sampling import LOWEST_TEMPERATURE
 
@@ -25,10 +24,6 @@ MOST_STOPS, STOP_CHARACTERS, MOST_COMPLETIONS = 16, 1000, 128
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WHOLE = "tokens are drawn from the whole distribution of the policy, as it was trained"
 SAMPLED_ALONE = "only the sampled token has a log-probability here"
-SHORT = reprlib.Repr()  # of a value that may have a million parts
-SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 60, 60
-
-Kind = TypeVar("Kind", bound="Asked")
 
 
 def _prompts(value: object) -> list[Any]:
@@ -233,24 +228,3 @@ class ChatAsked(Asked):
     @property
     def wants_logprobs(self) -> bool:
         return bool(self.logprobs)
-
-
-def read(kind: type[Kind], body: bytes) -> Kind:
-    """Returns the request in a body. Raises ApiError, which names the field and what would work."""
-    try:
-        request = parse_json(body)
-    except ValueError as error:
-        raise ApiError(f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(request, dict):
-        raise ApiError(f"the body is a JSON {type(request).__name__}; send an object", code="invalid_json")
-    if fault := unfit(request):
-        raise ApiError(f"the body {fault}", code="invalid_value")
-    try:
-        return kind.model_validate(request)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        param, message = ".".join(map(str, first["loc"])) or None, first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            raise ApiError(f"{param} is missing", param=param, code="missing_required_parameter") from None
-        fault = f"{param}={SHORT.repr(first['input'])}: {message}"
-        raise ApiError(fault, param=param, code="invalid_value") from None

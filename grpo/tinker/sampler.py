@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.endpoint.asked import MOST_STOPS, STOP_CHARACTERS
 from grpo.learner import state
 from grpo.learner.master_weights import MasterWeights
 from grpo.tinker.trainer import Spec
 from grpo.tinker.wire import Refused, Sampled
 from policies import tensor_files
+from policies.files.digests import fault
 from policies.logprobs import logprobs_from_hidden
 from policies.policy import Policy
+from rewards.config.json_file import read_json
 from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
 from rollout.group import ENDED, Prompt
@@ -42,8 +45,9 @@ class Asked:
     last: int  # tokens of the prompt whose log-probabilities are asked for
 
 
-def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) -> Asked:
-    """Understands a SampleRequest, as JSON. Raises Refused for what is not here, and for values that are wrong."""
+def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int], context: int) -> Asked:
+    """Understands a SampleRequest, as JSON, for a policy with this context. Raises Refused for what is not here, and
+    for values that are wrong."""
     for name in UNKNOWN:
         if request.get(name):
             raise Refused(f"{name}: not here; the server gives the log-probabilities of what is sampled and prompted")
@@ -54,6 +58,8 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) ->
         prompt += chunk["tokens"]
     if not prompt:
         raise Refused("prompt: it has no token; send at least one")
+    if len(prompt) > context:
+        raise Refused(f"prompt: it has {len(prompt):,} tokens, and the context is {context:,} tokens; shorten it")
     asked, count = request["sampling_params"], request.get("num_samples", 1)
     if asked.get("top_k", -1) not in (-1, 0) or asked.get("top_p", 1) != 1:
         raise Refused("sampling_params: top_k and top_p would change the distribution that is trained; leave them out")
@@ -64,6 +70,8 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) ->
         raise Refused(f"max_tokens={limit}: use 1 or more, or leave it out to sample to the end of the context")
     stop, seed = asked.get("stop"), asked.get("seed")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if len(stops) > MOST_STOPS or any(isinstance(s, str) and len(s) > STOP_CHARACTERS for s in stops):
+        raise Refused(f"stop: give at most {MOST_STOPS} texts or tokens, of at most {STOP_CHARACTERS:,} characters")
     texts, ids = tuple(s for s in stops if isinstance(s, str)), tuple(s for s in stops if isinstance(s, int))
     params = SamplingParams(
         group_size=count,
@@ -83,6 +91,16 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) ->
     return Asked(prompt, count, params, key if seed is None else "", last)
 
 
+def tensors_of(folder: Path) -> dict[str, Mapping[str, Tensor]]:
+    """What was saved in a folder. Raises Refused, which names the file that is not as it was written.
+
+    A folder of version 0.2 has no checksums, and passes.
+    """
+    if "files" in read_json(folder / "spec.json") and (why := fault(folder, "spec.json")):
+        raise Refused(f"{folder} is damaged: {why}")
+    return tensor_files.read(folder)
+
+
 class Sampler:
     """One engine, with weights of its own. `of` is which sampler's it holds."""
 
@@ -97,7 +115,7 @@ class Sampler:
         policy = self.base
         if spec is not None and folder is not None:
             policy = spec.build(self.base)
-            state.put_weights(tensor_files.read(folder, {"policy"})["policy"], policy, MasterWeights(policy))
+            state.put_weights(tensors_of(folder)["policy"], policy, MasterWeights(policy))
         self.of, self.count = "", self.count + 1  # where it fails, it holds nobody's
         self.engine.publish(policy.weights(), self.count)
         self.of = name

@@ -22,16 +22,17 @@ TOKENS = [5, 9, 12, 7, 3, 8]
 
 
 class Running:
-    def __init__(self, base, folder, key=None):
+    def __init__(self, base, folder, keys=()):
         self.service = Service(base, "llama", folder, torch.float32)
         self.socket, self.address = listen("127.0.0.1", 0)
-        self.server = uvicorn.Server(settings(app(self.service, key), lifespan="on"))
+        self.server = uvicorn.Server(settings(app(self.service, keys), lifespan="on"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
 
     def ask(self, path, body=None, headers=None, method=None):
         data = json.dumps(body).encode() if isinstance(body, dict) else body
-        request = urllib.request.Request(f"http://{self.address}/api/v1/{path}", data, headers or {}, method=method)
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        request = urllib.request.Request(f"http://{self.address}/api/v1/{path}", data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, json.loads(response.read())
@@ -133,9 +134,9 @@ def test_errors_come_in_the_form_of_the_sdk_and_the_model_goes_on(client):
     training.forward([datum()], "cross_entropy").result()  # and it goes on
     with pytest.raises(tinker.RequestFailedError, match="this server has 'llama'"):
         client.create_lora_training_client(base_model="none", rank=4).result()
-    with pytest.raises(tinker.BadRequestError, match="no weights are saved here"):
+    with pytest.raises(tinker.NotFoundError, match="nothing of this id here"):
         client.create_sampling_client(model_path="tinker://a/weights/b").result()
-    with pytest.raises(tinker.NotFoundError, match="no such part of Tinker's API"):
+    with pytest.raises(tinker.APIStatusError, match="no such part of the API"):
         tinker.RestClient(base_url=client._base_url, api_key="tml-any").publish_checkpoint_from_tinker_path(
             "tinker://a/weights/b"
         ).result()
@@ -155,23 +156,17 @@ def test_errors_come_in_the_form_of_the_sdk_and_the_model_goes_on(client):
 
 
 def test_a_key_is_asked_for_where_there_is_one(base, tmp_path):
-    running = Running(base, tmp_path / "state", key="tml-secret")
+    running = Running(base, tmp_path / "state", keys=["tml-secret"])
     try:
         assert running.ask("healthz")[0] == 401
         assert running.ask("healthz", headers={"X-API-Key": "tml-wrong"})[0] == 401
         assert running.ask("healthz", headers={"X-API-Key": "tml-secret"}) == (200, {"status": "ok"})
-        with pytest.raises(tinker.AuthenticationError, match="set TINKER_API_KEY"):
+        with pytest.raises(tinker.AuthenticationError, match="send X-API-Key: KEY"):
             tinker.ServiceClient(base_url=f"http://{running.address}", api_key="tml-wrong").create_sampling_client(
                 base_model="llama"
             ).result()
     finally:
         running.close()
-
-
-def test_without_a_key_no_other_host_name_is_answered(server):
-    status, said = server.ask("healthz", headers={"Host": "evil.example"})
-    assert status == 403
-    assert "evil.example" in said["detail"]
 
 
 def sampled_by(server, changes=None, params=None):
@@ -250,8 +245,7 @@ def test_hostile_requests_get_an_error_in_form_and_the_server_goes_on(server, cl
         statuses.add(status)
         assert status < 500, (path, body, said)
         assert status < 400 or isinstance(said["detail"], str)
-    assert {400, 404, 422} <= statuses
-    assert len(server.ask("create_session", b" " * (1 << 26) + b"{}")[1]["detail"]) < 200
+    assert {400, 404} <= statuses
     assert training.forward([datum()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data == pytest.approx(
         want, abs=0
     )

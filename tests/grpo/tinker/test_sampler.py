@@ -1,5 +1,6 @@
 """What a sampler holds, what it is asked, and the log-probabilities that it gives."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ def request_of(**changes):
 
 
 def asked(key="client", **changes):
-    return read(request_of(**changes), key, STOPS)
+    return read(request_of(**changes), key, STOPS, 64)
 
 
 @pytest.fixture
@@ -43,6 +44,7 @@ def saved(base, tmp_path):
                     parameter.copy_(0.3 * torch.randn_like(parameter))
         folder.mkdir()
         tensor_files.write(trainer.state(optimizer=False), folder)
+        (folder / "spec.json").write_text(json.dumps(spec.to_json()))
         return spec, folder
 
     return save
@@ -113,7 +115,7 @@ def test_a_request_is_read():
     found = asked(sampling_params={"temperature": 0.5, "seed": 7, "stop": ["\n"], "top_k": -1, "top_p": 1})
     params = SamplingParams(3, 0.5, 6, STOPS, stop_strings=("\n",), seed=7)
     assert (found.prompt, found.count, found.params, found.key, found.last) == (PROMPT, 3, params, "", 0)
-    plain = read({"prompt": request_of()["prompt"], "sampling_params": {}}, "client", STOPS)
+    plain = read({"prompt": request_of()["prompt"], "sampling_params": {}}, "client", STOPS, 64)
     assert (plain.count, plain.key, plain.last) == (1, "client", 0)
     assert (plain.params.group_size, plain.params.temperature, plain.params.seed) == (1, 1.0, 0)
     assert (plain.params.stop_token_ids, plain.params.stop_strings) == (STOPS, ())
