@@ -62,10 +62,6 @@ class Unknown(ApiError):
         super().__init__(message, 404)
 
 
-class DamagedFile(ValueError):
-    """A file is not as it was written; the message names it."""
-
-
 @dataclass
 class Job:
     """A request whose result may be waited for. It is in a file; `result` is one that could not be written."""
@@ -110,12 +106,12 @@ class Requests:
         return [(int(path.stem), _kind(path)[0], path.stat().st_size) for path in paths]
 
     def body(self, number: int) -> bytes:
-        """Returns what was asked under this number. Raises DamagedFile."""
+        """Returns what was asked under this number. Raises Refused where it is damaged."""
         [path] = self.requests.glob(f"{number:08d}.*")
         return _content(path)
 
     def result(self, number: int) -> tuple[str, bytes] | None:
-        """Returns the form and the content, or None where it is no longer kept. Raises DamagedFile."""
+        """Returns the form and the content, or None where it is no longer kept. Raises Refused."""
         for path in self.results.glob(f"{number:08d}.*"):
             with suppress(FileNotFoundError):
                 return _kind(path)[0], _content(path)
@@ -198,7 +194,7 @@ class Service:
     def create_session(self, content: Mapping[str, Any]) -> str:
         """A session with this content; its `owner` has what is made in it."""
         session = secrets.token_hex(8)
-        content = {"owner": "", "at": time.time()} | content
+        content = {"owner": "", "at": time.time(), **content}
         write_file(self.folder / "sessions" / f"{session}.json", json.dumps(content))
         with self._mutex:
             self.sessions[session] = _brief(content)
@@ -415,7 +411,7 @@ class Service:
     def _do(self, job: Job, act: Callable[[Job], tuple[str, bytes]]) -> None:
         try:
             form, content = act(job)
-        except (ApiError, DamagedFile) as error:
+        except ApiError as error:
             form, content = "json", json.dumps({"error": str(error), "category": "user"}).encode()
         except Exception as error:
             form, content = _fault("the server has a fault", error)
@@ -487,10 +483,10 @@ class Service:
         if request.get("base_model") not in (None, self.name):
             raise Refused(f"base_model={request['base_model']!r:.80}: this server has {self.name!r}")
         folder = self._folder_of(request["path"])
+        tensors = tensors_of(folder)
         if job.number == 0:
             self._begin(model, _spec(folder))
         assert model.trainer is not None
-        tensors = tensors_of(folder)
         if request["optimizer"] and "optimizer" not in tensors:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
         model.trainer.load(tensors, optimizer=request["optimizer"])
@@ -585,9 +581,9 @@ class Service:
         """The trainer as the last state has it that was kept."""
         folder = model.folder / "state"
         if (folder / "spec.json").is_file():
-            self._begin(model, _spec(folder))
-            assert model.trainer is not None
-            model.trainer.load(tensors_of(folder))
+            trainer = Trainer(self.base, _spec(folder))
+            trainer.load(tensors_of(folder))
+            model.trainer, model.spec = trainer, trainer.spec  # not before: half a state would be trained on
 
 
 def _fault(what: str, error: Exception) -> tuple[str, bytes]:
@@ -619,10 +615,10 @@ def _kind(path: Path) -> tuple[str, str]:
 
 
 def _content(path: Path) -> bytes:
-    """What is in such a file. Raises DamagedFile."""
+    """What is in such a file. Raises Refused."""
     content, (kind, digest) = path.read_bytes(), _kind(path)
     if digest and path.name != _named(int(path.stem), kind, content):
-        raise DamagedFile(f"{path} is damaged: it is not what was written")
+        raise Refused(f"{path} is damaged: it is not what was written")
     return content
 
 

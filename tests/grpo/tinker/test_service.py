@@ -1,6 +1,9 @@
 """Requests and their results: their order, what is asked twice, other clients, and a service that goes on."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -424,3 +427,123 @@ def test_results_are_in_files_and_those_of_samplers_whose_weights_are_gone_are_r
     with pytest.raises(Unknown, match="no longer kept"):
         jobs[0][0].read()
     assert "no weights are saved here" in error(sample(service, jobs[0][0].owner.id, 9))
+
+
+def test_a_damaged_or_exchanged_file_of_weights_is_refused_by_name(base, tmp_path, monkeypatch):
+    """What was saved, what a sampler has, and the state with which a service goes on."""
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 0.0)
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    client = Client(first)
+    client.learn()
+    paths = [answer(client.ask("save_weights", path=name))["path"] for name in ("one", "two")]
+    result(client.learn(rate=0.1)[1])
+    paths.append(answer(client.ask("save_weights", path="three"))["path"])
+    of_sampler = answer(client.ask("save_weights_for_sampler", path="four"))["path"]
+    first.close()
+    folder = first.models[client.model].folder
+    one, two, three = (folder / "weights" / name for name in ("one", "two", "three"))
+    flip(one / "policy.safetensors")
+    (two / "optimizer.safetensors").write_bytes((three / "optimizer.safetensors").read_bytes())  # of another step
+    spec = json.loads((three / "spec.json").read_text())
+    del spec["files"]
+    (three / "spec.json").write_text(json.dumps(spec))  # as version 0.2 wrote it: no checksum
+    flip(folder / "sampler_weights/four/policy.safetensors")
+    flip(folder / "state/policy.safetensors")
+    second = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        other = Client(second)
+        found = [second.ask(other.model, number + 1, "load_weights", loads(path)) for number, path in enumerate(paths)]
+        for job, part, file in zip(found, ("one", "two"), ("policy", "optimizer"), strict=False):
+            assert f"weights/{part} is damaged: {file}.safetensors is" in error(job)
+        answer(found[2])
+        sampler = second.add_sampler(other.session, 0, of_sampler)
+        assert "four is damaged: policy.safetensors is" in error(sample(second, sampler))
+        client.service = second
+        assert "state is damaged: policy.safetensors is" in error(client.learn()[1])
+    finally:
+        second.close()
+
+
+def test_a_damaged_request_or_result_is_refused_by_name(base, tmp_path):
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    sampler = first.add_sampler(first.create_session({}), 0, None)
+    samples(sample(first, sampler))
+    first.close()
+    waiting = sample(first, sampler, 1).request_id
+    files = first.samplers[sampler].files
+    for path in (files.requests / next(iter(files.requests.glob("00000001.*"))), *files.results.iterdir()):
+        flip(path)
+    second = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        assert "00000001.sample-" in (said := error(second.job(waiting)))
+        assert "is not what was written" in said
+        with pytest.raises(Refused, match=r"00000000\.pb-.* is not what was written"):
+            second.job(f"{sampler}:0").read()
+    finally:
+        second.close()
+    (tmp_path / "state/sessions/a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sessions/a\.json is damaged"):
+        Service(base, "llama", tmp_path / "state", torch.float32)
+
+
+def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
+    """Its files have no digest in their names, and its sessions no owner."""
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    session = first.create_session({})
+    sampler = first.add_sampler(session, 0, None)
+    want = samples(sample(first, sampler))[:2]
+    first.close()
+    waiting = sample(first, sampler, 1).request_id
+    files = first.samplers[sampler].files
+    for path in (*files.requests.iterdir(), *files.results.iterdir()):
+        path.rename(path.with_name(path.name.partition("-")[0]))
+    (tmp_path / f"state/sessions/{session}.json").write_text('{"tags": [], "metadata": null, "at": 1.5}')
+    second = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        assert samples(second.job(f"{sampler}:0"))[:2] == want
+        assert len(samples(second.job(waiting))[0]) == 2
+        assert second.owns("somebody", session)
+        assert second.owns("", session)
+    finally:
+        second.close()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def loads(path):
+    return json.dumps({"path": path, "optimizer": True}).encode()
+
+
+def test_a_service_that_was_killed_by_the_system_goes_on_with_what_waited(base, tmp_path):
+    """By SIGKILL, while a sample and requests of a model wait, one of them for a number that never comes."""
+    folder, (ends, begins) = tmp_path / "state", os.pipe()
+    child = os.fork()
+    if child == 0:
+        first = Service(base, "llama", folder, torch.float32)
+        first._do = lambda *_: time.sleep(60)  # nothing is done
+        client = Client(first)
+        client.learn()
+        client.number += 1
+        client.learn()
+        sampler = first.add_sampler(client.session, 99, None)
+        asked = [sample(first, sampler, number).request_id for number in range(2)]
+        os.write(begins, json.dumps([client.model, asked]).encode())
+        time.sleep(60)
+        os._exit(1)
+    model, asked = json.loads(os.read(ends, 4096))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    second = Service(base, "llama", folder, torch.float32)
+    try:
+        assert [len(samples(second.job(request_id))[0]) for request_id in asked] == [2, 2]
+        assert result(second.job(f"{model}:1"))[0] == "pb"
+        answer(second.job(f"{model}:2"))
+        assert not second.job(f"{model}:4").done.is_set()
+        answer(second.ask(model, 3, "optim_step", json.dumps({"adam_params": adam(1e-2)}).encode()))
+        answer(second.job(f"{model}:5"))
+    finally:
+        second.close()
