@@ -16,7 +16,6 @@ from starlette.types import Receive, Scope, Send
 from grpo.endpoint.answers import Answer, event
 from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked
-from grpo.endpoint.batcher import Full
 from grpo.endpoint.body import read
 from grpo.endpoint.door import ENDS, HEADERS, Door
 from grpo.endpoint.served import Job, Served
@@ -44,12 +43,7 @@ class Rows:
         self.served, self.loop = served, asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
         self.requests = [job.request(self._tell) for job in jobs]
-        try:
-            served.batcher.submit(self.requests)
-        except Full as full:
-            message = f"too many requests wait (at most {served.batcher.most_waiting}); try again in {full.retry_s} s"
-            headers = {"Retry-After": str(full.retry_s)}
-            raise ApiError(message, 429, code="rate_limit_exceeded", headers=headers) from None
+        served.batcher.submit(self.requests)
 
     def _tell(self, index: int, news: News) -> None:
         with suppress(RuntimeError):  # the loop has ended
@@ -132,11 +126,18 @@ def questions(of: Callable[[Request], Served], door: Door, prefix: str = "") -> 
         if name not in (None, served.name):
             message = f"the model {name!r:.60} does not exist; here it is {served.name!r}"
             raise ApiError(message, 404, param="model", code="model_not_found")
-        one = {"id": served.name, "object": "model", "created": 0, "owned_by": "quartet"}
-        one |= {"policy_version": served.batcher.engine.version, "meaning": served.meaning}
-        one |= {"max_model_len": served.context, "accept": served.defaults.accept}
-        one |= {"max_waiting": served.batcher.most_waiting}
-        one |= {"chat_template_kwargs": getattr(served.tokenizer, "chat_template_kwargs", {})}
+        one = {
+            "id": served.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "quartet",
+            "policy_version": served.batcher.engine.version,
+            "meaning": served.meaning,
+            "max_model_len": served.context,
+            "accept": served.defaults.accept,
+            "max_waiting": served.batcher.most_waiting,
+            "chat_template_kwargs": getattr(served.tokenizer, "chat_template_kwargs", {}),
+        }
         return {"object": "list", "data": [one]} if name is None else one
 
     return [

@@ -35,6 +35,17 @@ CONFIG = {  # by which the SDK is told what this server has
 }
 
 
+CONSTANT = {
+    "client/config": CONFIG,
+    "client/dynamic_config": {"refresh_interval_sec": 3600},
+    "telemetry": {"status": "accepted"},  # and not looked at
+    "sessions/{session}/finish": {},
+}
+LATER = {
+    "optim_step": types.OptimStepRequest,
+    "save_weights": types.SaveWeightsRequest,
+    "save_weights_for_sampler": types.SaveWeightsForSamplerRequest,
+}
 Act: TypeAlias = Callable[[Request], Awaitable[object]]
 
 
@@ -48,19 +59,12 @@ def app(service: Service, keys: Sequence[str] = ()) -> Starlette:
     machine are one."""
     door = Door(error_body, "X-API-Key: ", keys, MOST_HELD)
     api = _Api(service, door)
-    posts = {
-        "client/config": api.client_config,
-        "client/dynamic_config": api.dynamic_config,
+    posts: dict[str, Act] = {
         "create_session": api.create_session,
         "session_heartbeat": api.heartbeat,
-        "sessions/{session}/finish": api.finish,
-        "telemetry": api.telemetry,
         "create_model": api.create_model,
         "load_weights": api.load_weights,
         "get_info": api.get_info,
-        "optim_step": api.optim_step,
-        "save_weights": api.save_weights,
-        "save_weights_for_sampler": api.save_weights_for_sampler,
         "create_sampling_session": api.create_sampling_session,
         "asample": api.sample,
         "retrieve_future": api.retrieve_future,
@@ -74,6 +78,8 @@ def app(service: Service, keys: Sequence[str] = ()) -> Starlette:
         "training_runs/{run}": api.training_run,
         "training_runs/{run}/checkpoints": api.checkpoints,
     }
+    posts |= {path: constant(content) for path, content in CONSTANT.items()}
+    posts |= {kind: api.later(kind, body) for kind, body in LATER.items()}
     routes = [door.route(f"/api/v1/{path}", api.owned(act), "POST") for path, act in posts.items()]
     routes += [door.route(f"/api/v1/{path}", api.owned(act)) for path, act in gets.items()]
     routes.append(door.route("/api/v1/forward_backward", api.owned(api.forward_backward), "POST", PROTOBUF))
@@ -92,6 +98,13 @@ def owner_of(request: Request) -> str:
     """Returns what stands for the key of a request in the files of its sessions; nothing without keys."""
     key = request.state.key.encode()
     return hashlib.blake2b(key, digest_size=16).hexdigest() if key else ""
+
+
+def constant(content: dict[str, Any]) -> Act:
+    async def act(request: Request) -> dict[str, Any]:
+        return content
+
+    return act
 
 
 class _Path(BaseModel):
@@ -129,15 +142,6 @@ class _Api:
     async def health(self, request: Request) -> dict[str, Any]:
         return self.service.state()
 
-    async def client_config(self, request: Request) -> dict[str, Any]:
-        return CONFIG
-
-    async def dynamic_config(self, request: Request) -> dict[str, int]:
-        return {"refresh_interval_sec": 3600}
-
-    async def telemetry(self, request: Request) -> dict[str, str]:
-        return {"status": "accepted"}  # and not looked at
-
     async def capabilities(self, request: Request) -> dict[str, Any]:
         context = self.service.base.max_length
         model = {"model_name": self.service.name, "max_context_length": context, "trainable": True, "sampleable": True}
@@ -151,9 +155,6 @@ class _Api:
     async def heartbeat(self, request: Request) -> dict[str, str]:
         await self._read(request, types.SessionHeartbeatRequest)
         return {"type": "session_heartbeat"}
-
-    async def finish(self, request: Request) -> dict[str, str]:
-        return {}
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -174,19 +175,17 @@ class _Api:
             raise Refused(f"seq_id={asked.seq_id}: number the requests of a model from 1 on")
         return await asyncio.to_thread(self.service.ask, asked.model_id, asked.seq_id, "forward_backward", body)
 
-    async def optim_step(self, request: Request) -> Job:
-        return await self._ask_later(await self._read(request, types.OptimStepRequest), "optim_step")
-
-    async def save_weights(self, request: Request) -> Job:
-        return await self._ask_later(await self._read(request, types.SaveWeightsRequest), "save_weights")
-
-    async def save_weights_for_sampler(self, request: Request) -> Job:
-        asked = await self._read(request, types.SaveWeightsForSamplerRequest)
-        return await self._ask_later(asked, "save_weights_for_sampler")
-
     def _id(self, session: str, number: int) -> str:
         check_number("model_seq_id", number)
         return f"{session}:train:{number}"
+
+    def later(self, kind: str, body: type[BaseModel]) -> Act:
+        """Returns what asks a model that is there for something of this kind."""
+
+        async def act(request: Request) -> Job:
+            return await self._ask_later(await self._read(request, body), kind)
+
+        return act
 
     async def _ask_later(self, asked: Any, kind: str) -> Job:
         if asked.seq_id is None or asked.seq_id < 1:

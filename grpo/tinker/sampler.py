@@ -101,6 +101,12 @@ def tensors_of(folder: Path) -> dict[str, Mapping[str, Tensor]]:
     return tensor_files.read(folder)
 
 
+def spec_in(folder: Path) -> Spec:
+    """What the policy is that is kept in a folder."""
+    content = read_json(folder / "spec.json")
+    return Spec(**{name: content[name] for name in Spec().to_json()})
+
+
 class Sampler:
     """One engine, with weights of its own. `of` is which sampler's it holds."""
 
@@ -108,13 +114,13 @@ class Sampler:
         self.base, self.of, self.count = base, "", 0
         self.engine = Engine(base.merged(), dtype)
 
-    def take(self, name: str, spec: Spec | None, folder: Path | None) -> None:
-        """Hold the weights of this sampler: those in `folder`, of a policy of this `spec`, or the base's."""
+    def take(self, name: str, folder: Path | None) -> None:
+        """Hold the weights of this sampler: those in `folder`, or the base's."""
         if name == self.of:
             return
         policy = self.base
-        if spec is not None and folder is not None:
-            policy = spec.build(self.base)
+        if folder is not None:
+            policy = spec_in(folder).build(self.base)
             state.put_weights(tensors_of(folder)["policy"], policy, MasterWeights(policy))
         self.of, self.count = "", self.count + 1  # where it fails, it holds nobody's
         self.engine.publish(policy.weights(), self.count)

@@ -5,8 +5,8 @@ acknowledged, and so is its result before anybody sees it. A service that is kil
 with the last state that was kept and does again what came after it, to the same bits.
 
 FOLDER/sessions/ID.json                         a session
-FOLDER/models/ID/requests/00000003.optim_step-DIGEST   what was asked
-FOLDER/models/ID/results/00000003.json-DIGEST   what it came to (.pb: a protobuf message)
+FOLDER/models/ID/requests/00000003.optim_step   what was asked, with gzip, which has a checksum
+FOLDER/models/ID/results/00000003.json          what it came to (.pb: a protobuf message)
 FOLDER/models/ID/state/                         what is trained, as it was after a number; spec.json has checksums
 FOLDER/models/ID/weights/NAME/, sampler_weights/NAME/
 FOLDER/samplers/ID/                             its weights' path, its requests and results
@@ -14,7 +14,7 @@ FOLDER/samplers/ID/                             its weights' path, its requests 
 
 from __future__ import annotations
 
-import hashlib
+import gzip
 import json
 import re
 import secrets
@@ -23,20 +23,21 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from grpo.endpoint.api_error import ApiError
 from grpo.run.lock import RunLock
 from grpo.tinker import sampler, wire
-from grpo.tinker.sampler import Sampler, tensors_of
+from grpo.tinker.sampler import Sampler, spec_in, tensors_of
 from grpo.tinker.trainer import Spec, Trainer
 from grpo.tinker.wire import SCHEME, Refused
 from policies import tensor_files
@@ -53,6 +54,9 @@ TURNS = 16  # requests of one sampler in a row while others wait: each change of
 MOST_NUMBER = 10**8 - 1  # of requests, models and samplers: the names of their files have eight digits
 MOST_OF_ONE, MOST_WAITING = 1024, 8192  # requests that wait: of one model or sampler, and of all
 MOST_BYTES = 1 << 28  # of all requests that wait
+
+
+Thing = TypeVar("Thing")
 
 
 class Unknown(ApiError):
@@ -78,6 +82,10 @@ class Job:
     def request_id(self) -> str:
         return f"{self.owner.id}:{self.number}"
 
+    def body(self) -> bytes:
+        """What is asked, while it waits. Raises Refused where its file is damaged."""
+        return _content(self.owner.files.requests / f"{self.number:08d}.{self.kind}")
+
     def read(self) -> tuple[str, bytes]:
         """The result, once it is there: a protobuf message, or JSON. Raises Unknown where it is no longer kept."""
         if (found := self.result or self.owner.files.result(self.number)) is None:
@@ -95,26 +103,20 @@ class Requests:
             tidy(part)
 
     def keep(self, number: int, kind: str, body: bytes) -> None:
-        write_file(self.requests / _named(number, kind, body), body)
+        write_file(self.requests / f"{number:08d}.{kind}", gzip.compress(body, 1))
 
     def keep_result(self, number: int, form: str, content: bytes) -> None:
-        write_file(self.results / _named(number, form, content), content)
+        write_file(self.results / f"{number:08d}.{form}", gzip.compress(content, 1))
 
     def stored(self) -> list[tuple[int, str, int]]:
         """Returns the numbers, kinds and sizes of what was asked, in order."""
         paths = sorted(path for path in self.requests.iterdir() if not path.name.startswith("."))
-        return [(int(path.stem), _kind(path)[0], path.stat().st_size) for path in paths]
-
-    def body(self, number: int) -> bytes:
-        """Returns what was asked under this number. Raises Refused where it is damaged."""
-        [path] = self.requests.glob(f"{number:08d}.*")
-        return _content(path)
+        return [(int(path.stem), path.suffix[1:], path.stat().st_size) for path in paths]
 
     def result(self, number: int) -> tuple[str, bytes] | None:
-        """Returns the form and the content, or None where it is no longer kept. Raises Refused."""
-        for path in self.results.glob(f"{number:08d}.*"):
+        for form in ("pb", "json"):
             with suppress(FileNotFoundError):
-                return _kind(path)[0], _content(path)
+                return form, _content(self.results / f"{number:08d}.{form}")
         return None
 
     def remove(self, number: int) -> None:
@@ -209,17 +211,13 @@ class Service:
     def session(self, id_: str, owner: str = "") -> None:
         """Raises Unknown where the session of this id, or path, is not there for this owner."""
         if not self.owns(owner, id_):
-            raise Unknown(f"{id_!r:.120}: there is nothing of this id here, or it belongs to another key")
+            raise Unknown(f"{id_!r:.120}: there is nothing of this id here, or no longer")
 
     def model(self, model_id: str) -> Model:
-        if model_id not in self.models:
-            raise Unknown(f"model {model_id!r:.80}: there is none of this id")
-        return self.models[model_id]
+        return _found(self.models, model_id)
 
     def sampling_session(self, id_: str) -> SamplingSession:
-        if id_ not in self.samplers:
-            raise Unknown(f"sampling session {id_!r:.80}: there is none of this id")
-        return self.samplers[id_]
+        return _found(self.samplers, id_)
 
     def add_sampler(self, session: str, number: int, path: str | None) -> str:
         """A sampler of these weights; asked again with its number it is the same one."""
@@ -269,7 +267,7 @@ class Service:
 
     def spec_of(self, path: str) -> Spec:
         """What the policy is whose weights were saved there."""
-        return _spec(self._folder_of(path))
+        return spec_in(self._folder_of(path))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -299,12 +297,10 @@ class Service:
                 return known
             self._admit(id_, len(body))
             sampling.files.keep(number, "sample", body)
-            return self._enter_sample(Job(sampling, number, "sample", len(body)))
+            return self._enter(Job(sampling, number, "sample", len(body)))
 
     def job(self, request_id: str) -> Job:
-        if request_id not in self.jobs:
-            raise Unknown(f"request {request_id!r:.80}: nothing was asked under this id, or long ago")
-        return self.jobs[request_id]
+        return _found(self.jobs, request_id)
 
     def _admit(self, id_: str, size: int) -> None:
         """Raises ApiError if more would wait than may: of one model or sampler, in all, and bytes."""
@@ -320,27 +316,23 @@ class Service:
                     message += f"; request {model.next} of the model has not come"
                 raise ApiError(message, 429, headers={"Retry-After": "1"})
 
-    def _count(self, job: Job) -> None:
-        self._waiting[job.owner.id] += 1
-        self._waiting_bytes += job.size
-
     def _enter(self, job: Job) -> Job:
-        model = job.owner
-        assert isinstance(model, Model)
-        self._count(job)
-        self.jobs[job.request_id] = model.waiting[job.number] = job
+        with self._mutex:  # also while a service is made: a condition without its lock cannot notify
+            self._waiting[job.owner.id] += 1
+            self._waiting_bytes += job.size
+            self.jobs[job.request_id] = job
+            if isinstance(job.owner, SamplingSession):
+                self._samples.append(job)
+                self._wakes.notify()
+            else:
+                self._enter_model(job.owner, job)
+        return job
+
+    def _enter_model(self, model: Model, job: Job) -> None:
+        model.waiting[job.number] = job
         while (ready := model.waiting.pop(model.next, None)) is not None:
             model.next += 1
             self._training.put(ready)
-        return job
-
-    def _enter_sample(self, job: Job) -> Job:
-        with self._mutex:  # also while a service is made: a condition without its lock cannot notify
-            self._count(job)
-            self.jobs[job.request_id] = job
-            self._samples.append(job)
-            self._wakes.notify()
-        return job
 
     def _recover(self) -> None:
         """Take up what a service before has left. Raises ValueError, which names a damaged file."""
@@ -351,7 +343,7 @@ class Service:
             self.models[model.id] = model
             tidy(folder)
             if (folder / "spec.json").is_file():
-                model.spec = _spec(folder)
+                model.spec = spec_in(folder)
             if (folder / "state" / "spec.json").is_file():
                 model.next = _number(folder / "state") + 1
             finished = set(_numbers(model.files.results))
@@ -372,7 +364,7 @@ class Service:
                 self._finished(Job(sampling, number, ""))
             for number, kind, size in sampling.files.stored():
                 if f"{sampling.id}:{number}" not in self.jobs:
-                    self._enter_sample(Job(sampling, number, kind, size))
+                    self._enter(Job(sampling, number, kind, size))
 
     def _finished(self, job: Job) -> None:
         job.done.set()
@@ -434,13 +426,9 @@ class Service:
     def _of_sampler(self, job: Job) -> tuple[str, bytes]:
         sampling = job.owner
         assert isinstance(sampling, SamplingSession)
-        request, base = json.loads(sampling.files.body(job.number)), self.base
+        request, base = json.loads(job.body()), self.base
         asked = sampler.read(request, sampling.key(job.number), base.stop_token_ids, base.max_length)
-        spec, folder = None, None
-        if sampling.path is not None:
-            folder = self._folder_of(sampling.path)
-            spec = _spec(folder)
-        self.sampler.take(sampling.id, spec, folder)
+        self.sampler.take(sampling.id, None if sampling.path is None else self._folder_of(sampling.path))
         sequences, of_prompt = self.sampler.sample(asked)
         with self._mutex:
             old = _numbers(sampling.files.requests)[:-RESULTS]
@@ -454,7 +442,7 @@ class Service:
         act: Callable[[Model, Job, bytes], dict[str, Any] | bytes] = getattr(self, f"_{job.kind}")
         if job.number > 0 and model.trainer is None:
             self._restore(model)
-        answer = act(model, job, model.files.body(job.number))
+        answer = act(model, job, job.body())
         return ("pb", answer) if isinstance(answer, bytes) else ("json", json.dumps(answer).encode())
 
     def _create_model(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
@@ -485,7 +473,7 @@ class Service:
         folder = self._folder_of(request["path"])
         tensors = tensors_of(folder)
         if job.number == 0:
-            self._begin(model, _spec(folder))
+            self._begin(model, spec_in(folder))
         assert model.trainer is not None
         if request["optimizer"] and "optimizer" not in tensors:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
@@ -581,7 +569,7 @@ class Service:
         """The trainer as the last state has it that was kept."""
         folder = model.folder / "state"
         if (folder / "spec.json").is_file():
-            trainer = Trainer(self.base, _spec(folder))
+            trainer = Trainer(self.base, spec_in(folder))
             trainer.load(tensors_of(folder))
             model.trainer, model.spec = trainer, trainer.spec  # not before: half a state would be trained on
 
@@ -593,9 +581,10 @@ def _fault(what: str, error: Exception) -> tuple[str, bytes]:
     return "json", json.dumps({"error": said, "category": "server"}).encode()
 
 
-def _spec(folder: Path) -> Spec:
-    content = read_json(folder / "spec.json")
-    return Spec(**{name: content[name] for name in Spec().to_json()})
+def _found(things: Mapping[str, Thing], id_: str) -> Thing:
+    if id_ not in things:
+        raise Unknown(f"{id_!r:.120}: there is nothing of this id here, or no longer")
+    return things[id_]
 
 
 def _number(folder: Path) -> int:
@@ -603,23 +592,15 @@ def _number(folder: Path) -> int:
     return int(read_json(folder / "spec.json")["number"])
 
 
-def _named(number: int, kind: str, content: bytes) -> str:
-    """The name of the file of a request or result, with its digest."""
-    return f"{number:08d}.{kind}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
-
-
-def _kind(path: Path) -> tuple[str, str]:
-    """The kind, or form, and the digest in the name of such a file; version 0.2 wrote none."""
-    kind, _, digest = path.suffix[1:].partition("-")
-    return kind, digest
-
-
 def _content(path: Path) -> bytes:
-    """What is in such a file. Raises Refused."""
-    content, (kind, digest) = path.read_bytes(), _kind(path)
-    if digest and path.name != _named(int(path.stem), kind, content):
-        raise Refused(f"{path} is damaged: it is not what was written")
-    return content
+    """What is in the file of a request or result. Raises Refused where it is damaged."""
+    content = path.read_bytes()
+    if not content.startswith(b"\x1f\x8b"):  # as version 0.2 wrote it
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise Refused(f"{path} is damaged: {error}") from None
 
 
 def _brief(session: Mapping[str, Any]) -> dict[str, Any]:

@@ -195,12 +195,7 @@ def test_a_key_is_the_owner_of_what_was_made_with_it(base, tmp_path):
             ("POST", "load_weights", {"model_id": model, "seq_id": 9, "path": "none", "optimizer": False}, {}),
             ("POST", "load_weights", {"session_id": mine, "model_seq_id": 0, "path": path, "optimizer": False}, {}),
             ("POST", "forward_backward", message.SerializeToString(), protobuf),
-            (
-                "POST",
-                "create_sampling_session",
-                {"session_id": mine, "sampling_session_seq_id": 0, "model_path": path},
-                {},
-            ),
+            ("POST", "create_sampling_session", sampling, {}),
             ("POST", "asample", asked, {}),
             ("POST", "retrieve_future", {"request_id": f"{model}:0"}, {}),
             ("POST", "weights_info", {"tinker_path": path}, {}),

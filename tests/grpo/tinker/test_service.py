@@ -1,5 +1,6 @@
 """Requests and their results: their order, what is asked twice, other clients, and a service that goes on."""
 
+import gzip
 import json
 import os
 import signal
@@ -475,9 +476,8 @@ def test_a_damaged_request_or_result_is_refused_by_name(base, tmp_path):
         flip(path)
     second = Service(base, "llama", tmp_path / "state", torch.float32)
     try:
-        assert "00000001.sample-" in (said := error(second.job(waiting)))
-        assert "is not what was written" in said
-        with pytest.raises(Refused, match=r"00000000\.pb-.* is not what was written"):
+        assert "00000001.sample is damaged" in error(second.job(waiting))
+        with pytest.raises(Refused, match=r"00000000\.pb is damaged"):
             second.job(f"{sampler}:0").read()
     finally:
         second.close()
@@ -487,7 +487,7 @@ def test_a_damaged_request_or_result_is_refused_by_name(base, tmp_path):
 
 
 def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
-    """Its files have no digest in their names, and its sessions no owner."""
+    """Its files are as they were sent, and its sessions no owner."""
     first = Service(base, "llama", tmp_path / "state", torch.float32)
     session = first.create_session({})
     sampler = first.add_sampler(session, 0, None)
@@ -496,7 +496,7 @@ def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
     waiting = sample(first, sampler, 1).request_id
     files = first.samplers[sampler].files
     for path in (*files.requests.iterdir(), *files.results.iterdir()):
-        path.rename(path.with_name(path.name.partition("-")[0]))
+        path.write_bytes(gzip.decompress(path.read_bytes()))
     (tmp_path / f"state/sessions/{session}.json").write_text('{"tags": [], "metadata": null, "at": 1.5}')
     second = Service(base, "llama", tmp_path / "state", torch.float32)
     try:
