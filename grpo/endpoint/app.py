@@ -41,7 +41,7 @@ class Rows:
 
     def __init__(self, served: Served, jobs: Sequence[Job]) -> None:
         self.served, self.loop = served, asyncio.get_running_loop()
-        self.queue: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[int, News] | None] = asyncio.Queue()
         self.requests = [job.request(self._tell) for job in jobs]
         served.batcher.submit(self.requests)
 
@@ -50,10 +50,14 @@ class Rows:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, news))
 
     async def news(self) -> AsyncIterator[tuple[int, News]]:
-        """News come until every row has ended. Raises ApiError where one can get no more."""
+        """News come until every row has ended. Raises ApiError where one can get no more, and ClientDisconnect where
+        nobody waits for them."""
         ended = 0
         while ended < len(self.requests):
-            index, news = await self.queue.get()
+            item = await self.queue.get()
+            if item is None:
+                raise ClientDisconnect
+            index, news = item
             if news.error is not None:
                 raise ApiError(news.error, 503 if "has ended" in news.error else 500, code="decoding_failed")
             if news.completion is not None:
@@ -61,6 +65,12 @@ class Rows:
                 if news.completion.finish_reason == "abort":
                     raise ApiError("the policy's logits are not finite", 500, code="not_finite")
             yield index, news
+
+    async def watch(self, request: Request) -> None:
+        """Look whether the client, whose body was read, goes away."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.queue.put_nowait(None)
 
     def leave(self) -> None:
         """Nobody reads the rest: the rows are free."""
@@ -183,23 +193,11 @@ def prometheus(served: Served) -> str:
 
 async def _whole(request: Request, answer: Answer, rows: Rows) -> Response:
     """The answer comes in one piece. The rows are given up where the client goes away before."""
-
-    async def collect() -> None:
+    watching = asyncio.ensure_future(rows.watch(request))
+    try:
         async for index, news in rows.news():
             if news.completion is not None:
                 answer.done[index] = news.completion
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(collect()), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        tasks[0].result()
     finally:
-        for task in tasks:
-            task.cancel()
+        watching.cancel()
     return await asyncio.to_thread(lambda: JSONResponse(answer.whole(), headers=HEADERS))

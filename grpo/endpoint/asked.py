@@ -21,6 +21,7 @@ from rewards.config.json_file import parse_json, unfit
 from rollout.sampling import LOWEST_TEMPERATURE
 
 MOST_STOPS, STOP_CHARACTERS, MOST_COMPLETIONS = 16, 1000, 128
+Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WHOLE = "tokens are drawn from the whole distribution of the policy, as it was trained"
 SAMPLED_ALONE = "only the sampled token has a log-probability here"
@@ -40,15 +41,8 @@ def _prompts(value: object) -> list[Any]:
     return prompts
 
 
-def _stops(value: object) -> list[str]:
-    stops = [value] if isinstance(value, str) else value or []
-    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError("give a text or a list of texts, none of them empty")
-    if len(stops) > MOST_STOPS:
-        raise ValueError(f"give at most {MOST_STOPS} texts")
-    if any(len(stop) > STOP_CHARACTERS for stop in stops):
-        raise ValueError(f"give texts of at most {STOP_CHARACTERS:,} characters")
-    return stops
+def _stops(value: object) -> object:
+    return [value] if isinstance(value, str) else value or []
 
 
 def _temperature(value: float | None) -> float | None:
@@ -130,7 +124,7 @@ class Asked(BaseModel):
     temperature: Annotated[float | None, AfterValidator(_temperature)] = Field(default=None, ge=0, allow_inf_nan=False)
     max_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
-    stop: Annotated[Any, AfterValidator(_stops)] = []
+    stop: Annotated[list[Stop], FailFast(), BeforeValidator(_stops)] = Field(default=[], max_length=MOST_STOPS)
     n: int | None = Field(default=None, ge=1, le=MOST_COMPLETIONS)
     stream: bool | None = None
     stream_options: _Stream | None = None

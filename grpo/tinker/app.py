@@ -17,6 +17,7 @@ from tinker import types
 from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.door import HEADERS, JSON, MOST_BYTES, Door
 from grpo.tinker import sampler, wire
+from grpo.tinker.sampler import spec_in
 from grpo.tinker.service import Job, Service, check_number, session_of
 from grpo.tinker.wire import Asked, Refused
 
@@ -35,13 +36,13 @@ CONFIG = {  # by which the SDK is told what this server has
 }
 
 
-CONSTANT = {
+CONSTANT: dict[str, dict[str, Any]] = {
     "client/config": CONFIG,
     "client/dynamic_config": {"refresh_interval_sec": 3600},
     "telemetry": {"status": "accepted"},  # and not looked at
     "sessions/{session}/finish": {},
 }
-LATER = {
+LATER: dict[str, type[BaseModel]] = {
     "optim_step": types.OptimStepRequest,
     "save_weights": types.SaveWeightsRequest,
     "save_weights_for_sampler": types.SaveWeightsForSamplerRequest,
@@ -59,32 +60,32 @@ def app(service: Service, keys: Sequence[str] = ()) -> Starlette:
     machine are one."""
     door = Door(error_body, "X-API-Key: ", keys, MOST_HELD)
     api = _Api(service, door)
-    posts: dict[str, Act] = {
-        "create_session": api.create_session,
-        "session_heartbeat": api.heartbeat,
-        "create_model": api.create_model,
-        "load_weights": api.load_weights,
-        "get_info": api.get_info,
-        "create_sampling_session": api.create_sampling_session,
-        "asample": api.sample,
-        "retrieve_future": api.retrieve_future,
-        "weights_info": api.weights_info,
+    acts: dict[str, Act] = {
+        "POST create_session": api.create_session,
+        "POST session_heartbeat": api.heartbeat,
+        "POST create_model": api.create_model,
+        "POST load_weights": api.load_weights,
+        "POST get_info": api.get_info,
+        "POST forward_backward": api.forward_backward,
+        "POST create_sampling_session": api.create_sampling_session,
+        "POST asample": api.sample,
+        "POST retrieve_future": api.retrieve_future,
+        "POST weights_info": api.weights_info,
+        "GET healthz": api.health,
+        "GET get_server_capabilities": api.capabilities,
+        "GET samplers/{sampler}": api.get_sampler,
+        "GET training_runs": api.training_runs,
+        "GET training_runs/{run}": api.training_run,
+        "GET training_runs/{run}/checkpoints": api.checkpoints,
+        "DELETE training_runs/{run}/checkpoints/{place:path}": api.delete_checkpoint,
     }
-    gets = {
-        "healthz": api.health,
-        "get_server_capabilities": api.capabilities,
-        "samplers/{sampler}": api.get_sampler,
-        "training_runs": api.training_runs,
-        "training_runs/{run}": api.training_run,
-        "training_runs/{run}/checkpoints": api.checkpoints,
-    }
-    posts |= {path: constant(content) for path, content in CONSTANT.items()}
-    posts |= {kind: api.later(kind, body) for kind, body in LATER.items()}
-    routes = [door.route(f"/api/v1/{path}", api.owned(act), "POST") for path, act in posts.items()]
-    routes += [door.route(f"/api/v1/{path}", api.owned(act)) for path, act in gets.items()]
-    routes.append(door.route("/api/v1/forward_backward", api.owned(api.forward_backward), "POST", PROTOBUF))
-    delete = "/api/v1/training_runs/{run}/checkpoints/{place:path}"
-    routes.append(door.route(delete, api.owned(api.delete_checkpoint), "DELETE"))
+    acts |= {f"POST {path}": constant(content) for path, content in CONSTANT.items()}
+    acts |= {f"POST {kind}": api.later(kind, body) for kind, body in LATER.items()}
+    routes = []
+    for name, act in acts.items():
+        method, path = name.split()
+        media = PROTOBUF if act == api.forward_backward else JSON
+        routes.append(door.route(f"/api/v1/{path}", api.owned(act), method, media))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -271,7 +272,7 @@ class _Api:
 
     async def weights_info(self, request: Request) -> dict[str, Any]:
         asked = await self._read(request, _Path)
-        spec = self.service.spec_of(asked.tinker_path)
+        spec = spec_in(self.service.folder_of(asked.tinker_path))
         flags = {name: getattr(spec, name) for name in ("train_unembed", "train_mlp", "train_attn")}
         return {"base_model": self.service.name} | _lora(spec.rank) | flags
 

@@ -223,7 +223,7 @@ class Service:
         """A sampler of these weights; asked again with its number it is the same one."""
         check_number("sampling_session_seq_id", number)
         if path is not None:
-            self._folder_of(path)
+            self.folder_of(path)
         id_ = f"{session}:sample:{number}"
         with self._mutex:
             if id_ not in self.samplers:
@@ -235,7 +235,7 @@ class Service:
                 self.samplers[id_] = sampling
         return id_
 
-    def _folder_of(self, path: str) -> Path:
+    def folder_of(self, path: str) -> Path:
         """The folder of weights that were saved. Raises Refused for a path that leads nowhere."""
         parts = path.removeprefix(SCHEME).split("/")
         if path.startswith(SCHEME) and len(parts) == 3 and parts[1] in ("weights", "sampler_weights"):
@@ -263,11 +263,7 @@ class Service:
         return found
 
     def delete_checkpoint(self, model: Model, place: str) -> None:
-        shutil.rmtree(self._folder_of(f"{SCHEME}{model.id}/{place}"))
-
-    def spec_of(self, path: str) -> Spec:
-        """What the policy is whose weights were saved there."""
-        return spec_in(self._folder_of(path))
+        shutil.rmtree(self.folder_of(f"{SCHEME}{model.id}/{place}"))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -428,7 +424,7 @@ class Service:
         assert isinstance(sampling, SamplingSession)
         request, base = json.loads(job.body()), self.base
         asked = sampler.read(request, sampling.key(job.number), base.stop_token_ids, base.max_length)
-        self.sampler.take(sampling.id, None if sampling.path is None else self._folder_of(sampling.path))
+        self.sampler.take(sampling.id, None if sampling.path is None else self.folder_of(sampling.path))
         sequences, of_prompt = self.sampler.sample(asked)
         with self._mutex:
             old = _numbers(sampling.files.requests)[:-RESULTS]
@@ -470,7 +466,7 @@ class Service:
         request = json.loads(body)
         if request.get("base_model") not in (None, self.name):
             raise Refused(f"base_model={request['base_model']!r:.80}: this server has {self.name!r}")
-        folder = self._folder_of(request["path"])
+        folder = self.folder_of(request["path"])
         tensors = tensors_of(folder)
         if job.number == 0:
             self._begin(model, spec_in(folder))
