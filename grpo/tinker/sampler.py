@@ -18,7 +18,7 @@ from grpo.endpoint.asked import MOST_STOPS, STOP_CHARACTERS
 from grpo.learner import state
 from grpo.learner.master_weights import MasterWeights
 from grpo.tinker.trainer import Spec
-from grpo.tinker.wire import Refused, Sampled
+from grpo.tinker.wire import Refused
 from policies import tensor_files
 from policies.files.digests import fault
 from policies.logprobs import logprobs_from_hidden
@@ -26,7 +26,7 @@ from policies.policy import Policy
 from rewards.config.json_file import read_json
 from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
-from rollout.group import ENDED, Prompt
+from rollout.group import Completion, Prompt
 from rollout.sampling import SamplingParams
 
 MOST_SAMPLES = 1024
@@ -126,7 +126,7 @@ class Sampler:
         self.engine.publish(policy.weights(), self.count)
         self.of = name
 
-    def sample(self, asked: Asked) -> tuple[list[Sampled], list[float] | None]:
+    def sample(self, asked: Asked) -> tuple[list[Completion], list[float] | None]:
         """The samples, and the log-probabilities of the prompt's tokens where they are asked for, NaN for others."""
         context = self.engine.policy.max_length
         room = context - len(asked.prompt)
@@ -141,8 +141,7 @@ class Sampler:
             [group] = self.engine.sample([prompt], params)
         except (RolloutError, ValueError) as error:
             raise Refused(str(error)) from None
-        sampled = [Sampled(c.token_ids, c.logprobs, c.finish_reason in ENDED) for c in group.completions]
-        return sampled, self._of_prompt(asked.prompt, asked.last) if asked.last else None
+        return group.completions, self._of_prompt(asked.prompt, asked.last) if asked.last else None
 
     @torch.inference_mode()
     def _of_prompt(self, token_ids: list[int], last: int) -> list[float]:

@@ -144,6 +144,7 @@ class Model:
         self.trainer: Trainer | None = None
         self.kept_at = time.monotonic()
         self.loaded = -1  # the last request by which weights were loaded
+        self.damage = ""  # why nothing more is computed
 
 
 class SamplingSession:
@@ -436,9 +437,15 @@ class Service:
         model = job.owner
         assert isinstance(model, Model)
         act: Callable[[Model, Job, bytes], dict[str, Any] | bytes] = getattr(self, f"_{job.kind}")
+        try:
+            body = job.body()
+        except Refused as error:
+            model.damage = model.damage or f"model {model.id} ends: {error}"
+        if model.damage:  # what came after a request that is lost would be computed without it
+            raise Refused(model.damage)
         if job.number > 0 and model.trainer is None:
             self._restore(model)
-        answer = act(model, job, job.body())
+        answer = act(model, job, body)
         return ("pb", answer) if isinstance(answer, bytes) else ("json", json.dumps(answer).encode())
 
     def _create_model(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
@@ -450,7 +457,7 @@ class Service:
             raise Refused(f"optimizer_config.type={family!r:.40}: this server has adamw")
         lora = dict(request.get("lora_config") or {"rank": 0})
         lora["seed"] = int(model.id.rpartition(":")[2]) if lora.get("seed") is None else lora["seed"]
-        most = max(64, self.base.config.hidden_size)  # more adds nothing that a matrix could hold
+        most = max(64, self.base.trunk.get_input_embeddings().embedding_dim)  # of no use above
         if not 0 <= lora["rank"] <= most:
             raise Refused(f"lora_config.rank={lora['rank']}: use 1 to {most}, or 0 to train all weights")
         if not 0 <= lora["seed"] < 1 << 63:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.body import read, refuse_infinite
+from rollout.group import ENDED, Completion
 
 Asked = TypeVar("Asked", bound=BaseModel)
 DTYPES: dict[int, type[np.number]] = {
@@ -144,22 +145,13 @@ def write_outputs(outputs: Outputs) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """A sampled sequence with the log-probability of each of its tokens."""
-
-    tokens: Sequence[int]
-    logprobs: Sequence[float]
-    stopped: bool
-
-
-def write_samples(sequences: Sequence[Sampled], prompt_logprobs: Sequence[float] | None) -> bytes:
+def write_samples(sequences: Sequence[Completion], prompt_logprobs: Sequence[float] | None) -> bytes:
     """Sampled sequences as a SampleResponse; a prompt's log-probabilities are NaN where none was asked for."""
     message = messages.SampleResponse()
     for each in sequences:
         message.sequences.add(
-            stop_reason=messages.STOP_REASON_STOP if each.stopped else messages.STOP_REASON_LENGTH,
-            tokens=np.array(each.tokens, dtype=np.int32).tobytes(),
+            stop_reason=messages.STOP_REASON_STOP if each.finish_reason in ENDED else messages.STOP_REASON_LENGTH,
+            tokens=np.array(each.token_ids, dtype=np.int32).tobytes(),
             logprobs=np.array(each.logprobs, dtype=np.float32).tobytes(),
         )
     if prompt_logprobs is not None:

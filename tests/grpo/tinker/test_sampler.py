@@ -52,7 +52,7 @@ def saved(base, tmp_path):
 
 def tokens(sampler, **changes):
     found, _ = sampler.sample(asked(**changes))
-    return [one.tokens for one in found]
+    return [one.token_ids for one in found]
 
 
 # ---- whose weights it holds ------------------------------------------------------------------------------------------
@@ -180,14 +180,14 @@ def test_a_sample_is_the_engines_up_to_the_end_of_the_context(base):
         found, of_prompt = sampler.sample(request)
         params = replace(request.params, max_completion_tokens=length)
         [group] = Engine(base.merged(), torch.float32).sample([Prompt("", "", PROMPT)], params)
-        assert [one.tokens for one in found] == [c.token_ids for c in group.completions]
+        assert [one.token_ids for one in found] == [c.token_ids for c in group.completions]
         assert [one.logprobs for one in found] == [c.logprobs for c in group.completions]
-        assert [len(one.tokens) for one in found] == [length] * 3
-        assert {one.stopped for one in found} == {False}
+        assert [len(one.token_ids) for one in found] == [length] * 3
+        assert {one.finish_reason for one in found} == {"length"}
         assert of_prompt is None
-    first = found[0].tokens
+    first = found[0].token_ids
     cut, _ = sampler.sample(asked(sampling_params={"stop": [first[2]], "seed": 3}))
-    assert (cut[0].tokens, cut[0].stopped) == (first[: first.index(first[2]) + 1], True)
+    assert (cut[0].token_ids, cut[0].finish_reason) == (first[: first.index(first[2]) + 1], "stop")
 
 
 def test_no_sample_is_cut_short_in_silence(base):
@@ -200,7 +200,7 @@ def test_no_sample_is_cut_short_in_silence(base):
         sampler.sample(asked(prompt=full, sampling_params={"max_tokens": None}))
     last = {"chunks": [{"tokens": [5] * (context - 1)}]}
     found, _ = sampler.sample(asked(prompt=last, sampling_params={"max_tokens": None}))
-    assert [len(one.tokens) for one in found] == [1] * 3
+    assert [len(one.token_ids) for one in found] == [1] * 3
     with pytest.raises(Refused, match="temperature"):
         sampler.sample(asked(sampling_params={"temperature": -1.0}))
 

@@ -486,6 +486,24 @@ def test_a_damaged_request_or_result_is_refused_by_name(base, tmp_path):
         Service(base, "llama", tmp_path / "state", torch.float32)
 
 
+def test_a_model_whose_request_was_damaged_computes_nothing_after_it(base, tmp_path, monkeypatch):
+    """Else the next step would be made without its gradient."""
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 1e9)
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    client = Client(first)
+    for job in client.learn():
+        result(job)
+    first.close()
+    [path] = first.models[client.model].files.requests.glob("00000001.*")
+    flip(path)
+    client.service = second = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        for job in client.learn():
+            assert "00000001.forward_backward is damaged" in error(job)
+    finally:
+        second.close()
+
+
 def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
     """Its files are as they were sent, and its sessions no owner."""
     first = Service(base, "llama", tmp_path / "state", torch.float32)
