@@ -44,7 +44,8 @@ class Door:
 
         async def respond(request: Request) -> Response:
             request.state.key = self.admit(request.headers)
-            if method == "POST" and media_type(request.headers) != media:
+            sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if method == "POST" and sent != media:
                 raise ApiError(f"send the request as Content-Type: {media}", 415)
             try:
                 answer = await act(request)
@@ -130,10 +131,6 @@ class Door:
     async def _broken(self, _: Request, error: Exception) -> Response:
         message = f"the server has a fault: {type(error).__name__}; its standard error has more"
         return self.refusal(ApiError(message, 500))
-
-
-def media_type(headers: Headers) -> str:
-    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _too_large(most: int) -> ApiError:

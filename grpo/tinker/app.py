@@ -25,7 +25,7 @@ MOST_SMALL, MOST_DATA = 1 << 16, 1 << 26  # bytes of a body without a prompt, an
 MOST_HELD = 1 << 27  # bytes of large bodies that arrive at once
 PROTOBUF = "application/x-protobuf"
 IDS = ("session", "run", "sampler", "session_id", "model_id", "sampling_session_id", "request_id")
-WAIT_S = 20.0  # that a question for a result is held open
+WAIT_S = 5.0  # that a question for a result is held open: an end of the server waits for it
 CONFIG = {  # by which the SDK is told what this server has
     "pjwt_auth_enabled": False,
     "use_pyqwest_transport": False,  # HTTP/1.1, without a proxy
