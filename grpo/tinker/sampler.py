@@ -39,7 +39,6 @@ class Asked:
     names a seed of its own."""
 
     prompt: list[int]
-    count: int
     params: SamplingParams
     key: str
     last: int  # tokens of the prompt whose log-probabilities are asked for
@@ -88,7 +87,7 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int], co
             raise Refused(
                 f"prompt_logprobs_last_n={last}: use 1 to {len(prompt) - 1}, the prompt's tokens but its first"
             )
-    return Asked(prompt, count, params, key if seed is None else "", last)
+    return Asked(prompt, params, key if seed is None else "", last)
 
 
 def tensors_of(folder: Path) -> dict[str, Mapping[str, Tensor]]:

@@ -48,8 +48,6 @@ class Datum:
 class ForwardBackward:
     """A request for the loss of some data, and with `backward` for its gradient."""
 
-    model_id: str
-    number: int
     loss: str
     settings: dict[str, float | str]
     data: list[Datum]
@@ -88,9 +86,7 @@ def read_forward_backward(body: bytes) -> ForwardBackward:
     for name, value in message.loss_fn_config_v2.items():
         settings[name] = value.text if value.WhichOneof("value") == "text" else value.number
     data = [_datum(datum, place) for place, datum in enumerate(message.data)]
-    return ForwardBackward(
-        message.model_id, message.seq_id, message.loss_fn, settings, data, backward=not message.forward_only
-    )
+    return ForwardBackward(message.loss_fn, settings, data, backward=not message.forward_only)
 
 
 def _datum(message: messages.Datum, place: int) -> Datum:

@@ -114,9 +114,9 @@ def test_where_it_fails_to_take_weights_it_holds_nobodys(base, saved, monkeypatc
 def test_a_request_is_read():
     found = asked(sampling_params={"temperature": 0.5, "seed": 7, "stop": ["\n"], "top_k": -1, "top_p": 1})
     params = SamplingParams(3, 0.5, 6, STOPS, stop_strings=("\n",), seed=7)
-    assert (found.prompt, found.count, found.params, found.key, found.last) == (PROMPT, 3, params, "", 0)
+    assert (found.prompt, found.params, found.key, found.last) == (PROMPT, params, "", 0)
     plain = read({"prompt": request_of()["prompt"], "sampling_params": {}}, "client", STOPS, 64)
-    assert (plain.count, plain.key, plain.last) == (1, "client", 0)
+    assert (plain.key, plain.last) == ("client", 0)
     assert (plain.params.group_size, plain.params.temperature, plain.params.seed) == (1, 1.0, 0)
     assert (plain.params.stop_token_ids, plain.params.stop_strings) == (STOPS, ())
     chunks = [{"tokens": [5, 9]}, {"type": "encoded_text", "tokens": [12]}]
@@ -162,8 +162,8 @@ def test_what_cannot_be_sampled_is_refused_by_name():
 
 
 def test_the_bounds_themselves_are_taken():
-    assert asked(num_samples=MOST_SAMPLES).count == MOST_SAMPLES
-    assert asked(sampling_params={"top_k": 0}).count == 3
+    assert asked(num_samples=MOST_SAMPLES).params.group_size == MOST_SAMPLES
+    assert asked(sampling_params={"top_k": 0}).params.group_size == 3
     assert asked(prompt_logprobs=True).last == 3
     assert asked(prompt_logprobs=True, prompt_logprobs_last_n=1).last == 1
     assert asked(prompt_logprobs=True, prompt={"chunks": [{"tokens": [5]}]}).last == 0
