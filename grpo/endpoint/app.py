@@ -1,16 +1,13 @@
-"""The server as an ASGI application, which uvicorn serves."""
+"""OpenAI's API for a policy, as an ASGI application, which uvicorn serves."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from ipaddress import ip_address
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -18,16 +15,25 @@ from starlette.types import Receive, Scope, Send
 
 from grpo.endpoint.answers import Answer, event
 from grpo.endpoint.api_error import ApiError
-from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked, read
-from grpo.endpoint.batcher import Full
+from grpo.endpoint.asked import Asked, ChatAsked, CompletionAsked
+from grpo.endpoint.body import read
+from grpo.endpoint.door import ENDS, HEADERS, Door
 from grpo.endpoint.served import Job, Served
 from rollout.request import News
 
-MOST_BYTES, BODY_S = 1 << 22, 30.0  # of a body, and the seconds that it may take to arrive
-LARGE, MOST_LARGE = 1 << 16, 1 << 24  # a body of more bytes is large; so many bytes of large ones may be here at once
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-ENDS = "the server ends, and the request had no more time; send it again"
+BEARER = "Authorization: Bearer "
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """An error as OpenAI's clients read it.
+
+    >>> error_body(ApiError("max_tokens=0: use 1 or more", param="max_tokens"))
+    {'error': {'message': 'max_tokens=0: use 1 or more', 'type': 'invalid_request_error', 'param': 'max_tokens',
+     'code': None}}
+    """
+    kind = "rate_limit_error" if error.status == 429 else "server_error" if error.status >= 500 else None
+    kind = kind or "invalid_request_error"
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
 class Rows:
@@ -35,24 +41,23 @@ class Rows:
 
     def __init__(self, served: Served, jobs: Sequence[Job]) -> None:
         self.served, self.loop = served, asyncio.get_running_loop()
-        self.queue: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[int, News] | None] = asyncio.Queue()
         self.requests = [job.request(self._tell) for job in jobs]
-        try:
-            served.batcher.submit(self.requests)
-        except Full as full:
-            message = f"too many requests wait (at most {served.batcher.most_waiting}); try again in {full.retry_s} s"
-            headers = {"Retry-After": str(full.retry_s)}
-            raise ApiError(message, 429, code="rate_limit_exceeded", headers=headers) from None
+        served.batcher.submit(self.requests)
 
     def _tell(self, index: int, news: News) -> None:
         with suppress(RuntimeError):  # the loop has ended
             self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, news))
 
     async def news(self) -> AsyncIterator[tuple[int, News]]:
-        """News come until every row has ended. Raises ApiError where one can get no more."""
+        """News come until every row has ended. Raises ApiError where one can get no more, and ClientDisconnect where
+        nobody waits for them."""
         ended = 0
         while ended < len(self.requests):
-            index, news = await self.queue.get()
+            item = await self.queue.get()
+            if item is None:
+                raise ClientDisconnect
+            index, news = item
             if news.error is not None:
                 raise ApiError(news.error, 503 if "has ended" in news.error else 500, code="decoding_failed")
             if news.completion is not None:
@@ -60,6 +65,12 @@ class Rows:
                 if news.completion.finish_reason == "abort":
                     raise ApiError("the policy's logits are not finite", 500, code="not_finite")
             yield index, news
+
+    async def watch(self, request: Request) -> None:
+        """Look whether the client, whose body was read, goes away."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.queue.put_nowait(None)
 
     def leave(self) -> None:
         """Nobody reads the rest: the rows are free."""
@@ -79,7 +90,8 @@ class _Stream(StreamingResponse):
         except ClientDisconnect:
             pass
         except asyncio.CancelledError:  # by the server, when its grace period ends
-            await send({"type": "http.response.body", "body": event(ApiError(ENDS, 503).body()), "more_body": False})
+            last = event(error_body(ApiError(ENDS, 503)))
+            await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             self.rows.leave()
 
@@ -90,32 +102,25 @@ class _Stream(StreamingResponse):
                 for chunk in answer.pieces(index, news):
                     yield event(chunk)
         except ApiError as error:
-            yield event(error.body())
+            yield event(error_body(error))
             return
         for chunk in answer.closing():
             yield event(chunk)
         yield event("[DONE]")
 
 
-def questions(of: Callable[[Request], Served], key: str | None, prefix: str = "") -> list[Route]:
-    """Returns the routes of OpenAI's API under `prefix`; `of` says what is asked. With a `key` every question about
-    models needs it as `Authorization: Bearer KEY`; without one only a request that names a loopback host is answered,
-    so that no web page can ask by a name of its own."""
-    bodies = Bodies()
+def questions(of: Callable[[Request], Served], door: Door, prefix: str = "") -> list[Route]:
+    """Returns the routes of OpenAI's API under `prefix`; `of` finds what is asked."""
 
     def answering(kind: type[Asked]) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
-            _refuse_strangers(request, key)
             served = of(request)
-            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise ApiError("send the request as Content-Type: application/json", 415)
 
-            def understand(body: bytes) -> Answer:  # in a thread: meanwhile others are answered
+            def understand(body: bytes) -> Answer:
                 asked = read(kind, body)
                 return Answer(served, asked, served.jobs(asked))
 
-            async with bodies.of(request) as body:
-                answer = await asyncio.to_thread(understand, body)
+            answer = await door.read(request, understand)
             rows = Rows(served, answer.jobs)
             if answer.asked.stream:
                 return _Stream(answer, rows)
@@ -124,45 +129,44 @@ def questions(of: Callable[[Request], Served], key: str | None, prefix: str = ""
             finally:
                 rows.leave()
 
-        async def respond_in_time(request: Request) -> Response:
-            try:
-                return await respond(request)
-            except asyncio.CancelledError:  # by the server, when its grace period ends
-                raise ApiError(ENDS, 503) from None
+        return respond
 
-        return respond_in_time
-
-    def models(request: Request) -> Response:
-        _refuse_strangers(request, key)
+    async def models(request: Request) -> dict[str, Any]:
         served, name = of(request), request.path_params.get("name")
         if name not in (None, served.name):
             message = f"the model {name!r:.60} does not exist; here it is {served.name!r}"
             raise ApiError(message, 404, param="model", code="model_not_found")
-        one = {"id": served.name, "object": "model", "created": 0, "owned_by": "quartet"}
-        one |= {"policy_version": served.batcher.engine.version, "meaning": served.meaning}
-        one |= {"max_model_len": served.context, "accept": served.defaults.accept}
-        one |= {"max_waiting": served.batcher.most_waiting}
-        one |= {"chat_template_kwargs": getattr(served.tokenizer, "chat_template_kwargs", {})}
-        return JSONResponse({"object": "list", "data": [one]} if name is None else one, headers=HEADERS)
+        one = {
+            "id": served.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "quartet",
+            "policy_version": served.batcher.engine.version,
+            "meaning": served.meaning,
+            "max_model_len": served.context,
+            "accept": served.defaults.accept,
+            "max_waiting": served.batcher.most_waiting,
+            "chat_template_kwargs": getattr(served.tokenizer, "chat_template_kwargs", {}),
+        }
+        return {"object": "list", "data": [one]} if name is None else one
 
     return [
-        Route(f"{prefix}/v1/models", models),
-        Route(f"{prefix}/v1/models/{{name:path}}", models),
-        Route(f"{prefix}/v1/completions", answering(CompletionAsked), methods=["POST"]),
-        Route(f"{prefix}/v1/chat/completions", answering(ChatAsked), methods=["POST"]),
+        door.route(f"{prefix}/v1/models", models),
+        door.route(f"{prefix}/v1/models/{{name:path}}", models),
+        door.route(f"{prefix}/v1/completions", answering(CompletionAsked), "POST"),
+        door.route(f"{prefix}/v1/chat/completions", answering(ChatAsked), "POST"),
     ]
 
 
-def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitable[None]] | None = None) -> Starlette:
-    """Returns the application of one policy, see `questions`. `starts` runs beside the server until it ends."""
+def app(served: Served, keys: Sequence[str] = (), *, starts: Callable[[], Awaitable[None]] | None = None) -> Starlette:
+    """Returns the application of one policy. `starts` runs beside the server until it ends."""
+    door = Door(error_body, BEARER, keys)
 
-    def health(request: Request) -> Response:
+    def state() -> dict[str, Any]:
         alive, version = served.batcher.alive, served.batcher.engine.version
-        state = {"status": "ok" if alive else "the decoding thread has ended", "policy_version": version}
-        return JSONResponse(state, 200 if alive else 503, HEADERS)
+        return {"status": "ok" if alive else "the decoding thread has ended", "policy_version": version}
 
-    def metrics(request: Request) -> Response:
-        _refuse_strangers(request, key)
+    async def metrics(request: Request) -> Response:
         return PlainTextResponse(prometheus(served), 200, HEADERS, "text/plain; version=0.0.4")
 
     @asynccontextmanager
@@ -173,10 +177,8 @@ def app(served: Served, key: str | None = None, *, starts: Callable[[], Awaitabl
             beside.cancel()
         await asyncio.to_thread(served.batcher.close)
 
-    routes = [*questions(lambda request: served, key), Route("/health", health), Route("/metrics", metrics)]
-    application = Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
-    application.router.redirect_slashes = False  # a redirection is no answer in OpenAI's form
-    return application
+    routes = [*questions(lambda request: served, door), door.route("/metrics", metrics)]
+    return door.application(routes, state, lifespan)
 
 
 def prometheus(served: Served) -> str:
@@ -191,96 +193,11 @@ def prometheus(served: Served) -> str:
 
 async def _whole(request: Request, answer: Answer, rows: Rows) -> Response:
     """The answer comes in one piece. The rows are given up where the client goes away before."""
-
-    async def collect() -> None:
+    watching = asyncio.ensure_future(rows.watch(request))
+    try:
         async for index, news in rows.news():
             if news.completion is not None:
                 answer.done[index] = news.completion
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(collect()), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        tasks[0].result()
     finally:
-        for task in tasks:
-            task.cancel()
+        watching.cancel()
     return await asyncio.to_thread(lambda: JSONResponse(answer.whole(), headers=HEADERS))
-
-
-class Bodies:
-    """Reads the bodies of requests, and bounds what large ones hold together."""
-
-    def __init__(self) -> None:
-        self.held = 0  # bytes of large bodies
-
-    @asynccontextmanager
-    async def of(self, request: Request) -> AsyncIterator[bytes]:
-        """A body counts until the context ends."""
-        held = 0
-        try:
-            body = bytearray()
-            try:
-                async with asyncio.timeout(BODY_S):
-                    async for part in request.stream():
-                        body += part
-                        if len(body) > MOST_BYTES:
-                            raise ApiError(f"the body has more than {MOST_BYTES:,} bytes; shorten it", 413)
-                        if len(body) > LARGE:
-                            self.held, held = self.held + len(body) - held, len(body)
-                        if held and self.held > MOST_LARGE:
-                            message = "too many large bodies arrive at once; send this one again later"
-                            raise ApiError(message, 429, code="rate_limit_exceeded", headers={"Retry-After": "1"})
-            except TimeoutError:
-                raise ApiError(f"the body has not arrived within {BODY_S:g} s", 408) from None
-            yield bytes(body)
-        finally:
-            self.held -= held
-
-
-def _refuse_strangers(request: Request, key: str | None) -> None:
-    if key is not None:
-        answer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(answer.encode(), key.encode()):
-            whose = "the key of --api_key_file, or the api_key that an agent was given"
-            message = f"the key is missing or wrong; send Authorization: Bearer KEY, with {whose}"
-            raise ApiError(message, 401, code="invalid_api_key")
-        return
-    host = request.headers.get("host", "")
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if not is_loopback_host(name):
-        raise ApiError(f"host {host!r:.60}: without a key only {LOOPBACK[0]} and {LOOPBACK[1]} are answered", 403)
-
-
-def is_loopback_host(name: str) -> bool:
-    """Whether a request to this host has been sent to this machine: an address of it, or its own name."""
-    try:
-        return ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return name.lower() in LOOPBACK
-
-
-async def _refused(_: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, HEADERS | error.headers)
-
-
-async def _not_found(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {str(error.detail).lower()}"
-    return JSONResponse(ApiError(message, error.status_code).body(), error.status_code, HEADERS)
-
-
-async def _gone(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
-
-
-async def _broken(_: Request, error: Exception) -> Response:
-    message = f"the server has a fault: {type(error).__name__}; its standard error has more"
-    return JSONResponse(ApiError(message, 500).body(), 500, HEADERS)
-
-
-HANDLERS: dict[Any, Any] = {ApiError: _refused, HTTPException: _not_found, ClientDisconnect: _gone, Exception: _broken}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import reprlib
 from contextlib import suppress
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -13,22 +12,19 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
-    ValidationError,
     model_validator,
 )
 
 from grpo.endpoint.api_error import ApiError
+from grpo.endpoint.body import SHORT
 from rewards.config.json_file import parse_json, unfit
 from rollout.sampling import LOWEST_TEMPERATURE
 
 MOST_STOPS, STOP_CHARACTERS, MOST_COMPLETIONS = 16, 1000, 128
+Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WHOLE = "tokens are drawn from the whole distribution of the policy, as it was trained"
 ONLY_SAMPLED = "only the sampled token has a log-probability here"
-SHORT = reprlib.Repr()  # of a value that may have a million parts
-SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 60, 60
-
-Kind = TypeVar("Kind", bound="Asked")
 
 
 def _prompts(value: object) -> list[Any]:
@@ -45,15 +41,8 @@ def _prompts(value: object) -> list[Any]:
     return prompts
 
 
-def _stops(value: object) -> list[str]:
-    stops = [value] if isinstance(value, str) else value or []
-    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError("give a text or a list of texts, none of them empty")
-    if len(stops) > MOST_STOPS:
-        raise ValueError(f"give at most {MOST_STOPS} texts")
-    if any(len(stop) > STOP_CHARACTERS for stop in stops):
-        raise ValueError(f"give texts of at most {STOP_CHARACTERS:,} characters")
-    return stops
+def _stops(value: object) -> object:
+    return [value] if isinstance(value, str) else value or []
 
 
 def _temperature(value: float | None) -> float | None:
@@ -135,7 +124,7 @@ class Asked(BaseModel):
     temperature: Annotated[float | None, AfterValidator(_temperature)] = Field(default=None, ge=0, allow_inf_nan=False)
     max_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
-    stop: Annotated[Any, AfterValidator(_stops)] = []
+    stop: Annotated[list[Stop], FailFast(), BeforeValidator(_stops)] = Field(default=[], max_length=MOST_STOPS)
     n: int | None = Field(default=None, ge=1, le=MOST_COMPLETIONS)
     stream: bool | None = None
     stream_options: _Stream | None = None
@@ -233,24 +222,3 @@ class ChatAsked(Asked):
     @property
     def wants_logprobs(self) -> bool:
         return bool(self.logprobs)
-
-
-def read(kind: type[Kind], body: bytes) -> Kind:
-    """Returns the request in a body. Raises ApiError, which names the field and what would work."""
-    try:
-        request = parse_json(body)
-    except ValueError as error:
-        raise ApiError(f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(request, dict):
-        raise ApiError(f"the body is a JSON {type(request).__name__}; send an object", code="invalid_json")
-    if fault := unfit(request):
-        raise ApiError(f"the body {fault}", code="invalid_value")
-    try:
-        return kind.model_validate(request)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        param, message = ".".join(map(str, first["loc"])) or None, first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            raise ApiError(f"{param} is missing", param=param, code="missing_required_parameter") from None
-        fault = f"{param}={SHORT.repr(first['input'])}: {message}"
-        raise ApiError(fault, param=param, code="invalid_value") from None

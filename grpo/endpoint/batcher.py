@@ -10,20 +10,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from grpo.endpoint.api_error import ApiError
 from rollout.decoding.engine import Engine
 from rollout.relay import Relay
 from rollout.request import News, Request
 from rollout.requests.conversations import CACHE_TOKENS
 from rollout.requests.serving import Serving
 from rollout.sampling import SamplingParams
-
-
-class Full(Exception):
-    """Too many requests wait; after `retry_s` whole seconds it is worth trying again."""
-
-    def __init__(self, retry_s: int) -> None:
-        super().__init__(retry_s)
-        self.retry_s = retry_s
 
 
 @dataclass
@@ -94,12 +87,14 @@ class Batcher:
         return len(self._new) + sum(len(batch.asked) for batch in list(self._batches))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Lets them join the batch. Raises Full, and then none of them does."""
+        """Lets them join the batch. Raises ApiError if too many wait, and then none of them does."""
         with self._changed:
             free, waiting = max(0, self.engine.max_rows - self.rows), self.waiting
             if waiting + len(requests) > self.most_waiting + free:
                 self.counts.refused += 1
-                raise Full(max(1, math.ceil(self._seconds * waiting / self.engine.max_rows)))
+                retry_s = max(1, math.ceil(self._seconds * waiting / self.engine.max_rows))
+                message = f"too many requests wait (at most {self.most_waiting}); try again in {retry_s} s"
+                raise ApiError(message, 429, code="rate_limit_exceeded", headers={"Retry-After": str(retry_s)})
             self._new += [] if self._closed else requests
             self._changed.notify()
         for request in requests if self._closed else ():

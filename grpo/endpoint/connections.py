@@ -80,7 +80,8 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _refuse(self, message: str, status: int) -> None:
-        body = json.dumps(ApiError(message, status).body()).encode()
+        application: Any = self.config.app
+        body = json.dumps(application.state.door.form(ApiError(message, status))).encode()
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
         self.transport.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
         self.transport.close()

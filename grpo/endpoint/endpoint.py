@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import secrets
 import threading
+from typing import Any
 
 import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 
 from grpo.endpoint.api_error import ApiError
-from grpo.endpoint.app import HANDLERS, questions
+from grpo.endpoint.app import BEARER, error_body, questions
 from grpo.endpoint.connections import settings
+from grpo.endpoint.door import Door
 from grpo.endpoint.episode import Episode
 from rewards.listening import listen
 
@@ -22,9 +23,9 @@ class Endpoint:
 
     def __init__(self) -> None:
         self.key, self.episodes = secrets.token_hex(16), dict[str, Episode]()
-        routes = questions(self._of, self.key, "/episodes/{episode}")
-        application = Starlette(routes=routes, exception_handlers=HANDLERS | {ApiError: self._refused})
-        application.router.redirect_slashes = False  # a redirection is no answer in OpenAI's form
+        self._door = door = Door(error_body, BEARER, [self.key])
+        application = door.application(questions(self._of, door, "/episodes/{episode}"), lambda: {"status": "ok"})
+        application.add_exception_handler(ApiError, self._refused)
         self._socket, self._address = listen("127.0.0.1", 0)
         self._server = uvicorn.Server(settings(application, lifespan="off", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(
@@ -56,7 +57,7 @@ class Endpoint:
             episode.requests += 1
         return episode
 
-    async def _refused(self, request: Request, error: object) -> Response:
+    async def _refused(self, request: Request, error: Any) -> Response:
         if episode := self.episodes.get(request.path_params.get("episode", "")):
             episode.refusal = str(error)
-        return await HANDLERS[ApiError](request, error)
+        return self._door.refusal(error)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from tinker import types
 
-from grpo.endpoint.app import HEADERS, LOOPBACK, is_loopback_host
+from grpo.endpoint.api_error import ApiError
+from grpo.endpoint.door import HEADERS, JSON, MOST_BYTES, Door
 from grpo.tinker import sampler, wire
-from grpo.tinker.service import Job, Service, Unknown, check_number
-from grpo.tinker.wire import Refused
+from grpo.tinker.sampler import spec_in
+from grpo.tinker.service import Job, Service, check_number, session_of
+from grpo.tinker.wire import Asked, Refused
 
-MOST_BYTES, BODY_S = 1 << 26, 120.0  # of a body, and the seconds that it may take to arrive
-WAIT_S = 20.0  # that a question for a result is held open
+MOST_SMALL, MOST_DATA = 1 << 16, 1 << 26  # bytes of a body without a prompt, and of one with data
+MOST_HELD = 1 << 27  # bytes of large bodies that arrive at once
+PROTOBUF = "application/x-protobuf"
+IDS = ("session", "run", "sampler", "session_id", "model_id", "sampling_session_id", "request_id")
+WAIT_S = 5.0  # that a question for a result is held open: an end of the server waits for it
 CONFIG = {  # by which the SDK is told what this server has
     "pjwt_auth_enabled": False,
     "use_pyqwest_transport": False,  # HTTP/1.1, without a proxy
@@ -33,58 +36,76 @@ CONFIG = {  # by which the SDK is told what this server has
 }
 
 
-class ApiRefusal(Exception):
-    """A request that gets no future."""
+CONSTANT: dict[str, dict[str, Any]] = {
+    "client/config": CONFIG,
+    "client/dynamic_config": {"refresh_interval_sec": 3600},
+    "telemetry": {"status": "accepted"},  # and not looked at
+    "sessions/{session}/finish": {},
+}
+LATER: dict[str, type[BaseModel]] = {
+    "optim_step": types.OptimStepRequest,
+    "save_weights": types.SaveWeightsRequest,
+    "save_weights_for_sampler": types.SaveWeightsForSamplerRequest,
+}
+Act: TypeAlias = Callable[[Request], Awaitable[object]]
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """An error as Tinker's SDK reads it."""
+    return {"detail": str(error)}
 
 
-def app(service: Service, key: str | None = None) -> Starlette:
-    """Returns the application. With a `key` every request needs it as X-API-Key; without one any key will do, and only
-    a request that names a loopback host is answered."""
-    api = _Api(service, key)
-    posts = {
-        "client/config": api.client_config,
-        "client/dynamic_config": api.dynamic_config,
-        "create_session": api.create_session,
-        "session_heartbeat": api.heartbeat,
-        "sessions/{session}/finish": api.finish,
-        "telemetry": api.telemetry,
-        "create_model": api.create_model,
-        "load_weights": api.load_weights,
-        "get_info": api.get_info,
-        "forward_backward": api.forward_backward,
-        "optim_step": api.optim_step,
-        "save_weights": api.save_weights,
-        "save_weights_for_sampler": api.save_weights_for_sampler,
-        "create_sampling_session": api.create_sampling_session,
-        "asample": api.sample,
-        "retrieve_future": api.retrieve_future,
-        "weights_info": api.weights_info,
+def app(service: Service, keys: Sequence[str] = ()) -> Starlette:
+    """Returns the application. Who shows one of the `keys` has what was made with it; without keys all clients of this
+    machine are one."""
+    door = Door(error_body, "X-API-Key: ", keys, MOST_HELD)
+    api = _Api(service, door)
+    acts: dict[str, Act] = {
+        "POST create_session": api.create_session,
+        "POST session_heartbeat": api.heartbeat,
+        "POST create_model": api.create_model,
+        "POST load_weights": api.load_weights,
+        "POST get_info": api.get_info,
+        "POST forward_backward": api.forward_backward,
+        "POST create_sampling_session": api.create_sampling_session,
+        "POST asample": api.sample,
+        "POST retrieve_future": api.retrieve_future,
+        "POST weights_info": api.weights_info,
+        "GET healthz": api.health,
+        "GET get_server_capabilities": api.capabilities,
+        "GET samplers/{sampler}": api.get_sampler,
+        "GET training_runs": api.training_runs,
+        "GET training_runs/{run}": api.training_run,
+        "GET training_runs/{run}/checkpoints": api.checkpoints,
+        "DELETE training_runs/{run}/checkpoints/{place:path}": api.delete_checkpoint,
     }
-    gets = {
-        "healthz": api.health,
-        "get_server_capabilities": api.capabilities,
-        "samplers/{sampler}": api.get_sampler,
-        "training_runs": api.training_runs,
-        "training_runs/{run}": api.training_run,
-        "training_runs/{run}/checkpoints": api.checkpoints,
-    }
-    routes = [Route(f"/api/v1/{path}", api.answering(act), methods=["POST"]) for path, act in posts.items()]
-    routes += [Route(f"/api/v1/{path}", api.answering(act)) for path, act in gets.items()]
-    delete = "/api/v1/training_runs/{run}/checkpoints/{place:path}"
-    routes.append(Route(delete, api.answering(api.delete_checkpoint), methods=["DELETE"]))
+    acts |= {f"POST {path}": constant(content) for path, content in CONSTANT.items()}
+    acts |= {f"POST {kind}": api.later(kind, body) for kind, body in LATER.items()}
+    routes = []
+    for name, act in acts.items():
+        method, path = name.split()
+        media = PROTOBUF if act == api.forward_backward else JSON
+        routes.append(door.route(f"/api/v1/{path}", api.owned(act), method, media))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.close)
 
-    application = Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
-    application.router.redirect_slashes = False
-    return application
+    return door.application(routes, service.state, lifespan)
+
+
+def owner_of(request: Request) -> str:
+    """Returns what stands for the key of a request in the files of its sessions; nothing without keys."""
+    key = request.state.key.encode()
+    return hashlib.blake2b(key, digest_size=16).hexdigest() if key else ""
+
+
+def constant(content: dict[str, Any]) -> Act:
+    async def act(request: Request) -> dict[str, Any]:
+        return content
+
+    return act
 
 
 class _Path(BaseModel):
@@ -92,102 +113,80 @@ class _Path(BaseModel):
 
 
 class _Api:
-    def __init__(self, service: Service, key: str | None) -> None:
-        self.service, self.key = service, key
+    def __init__(self, service: Service, door: Door) -> None:
+        self.service, self.door = service, door
 
-    def answering(self, act: Callable[[Request, bytes], Awaitable[object]]) -> Callable[[Request], Awaitable[Response]]:
-        async def respond(request: Request) -> Response:
-            self._refuse_strangers(request)
-            try:
-                answer = await act(request, await _body(request))
-            except ValidationError as error:
-                first = error.errors(include_url=False, include_input=False)[0]
-                place = ".".join(map(str, first["loc"]))
-                raise ApiRefusal(422, f"{place}: {first['msg']}" if place else first["msg"]) from None
-            except Refused as error:
-                raise ApiRefusal(400, str(error)) from None
-            except Unknown as error:
-                raise ApiRefusal(404, str(error)) from None
-            if isinstance(answer, Job):
-                answer = {"request_id": answer.request_id}
-            return answer if isinstance(answer, Response) else JSONResponse(answer, headers=HEADERS)
+    def owned(self, act: Act) -> Act:
+        """Returns `act` for the owner of what the address names. A job that it begins is named in the answer."""
+
+        async def respond(request: Request) -> object:
+            self._refuse_others(request, request.path_params)
+            answer = await act(request)
+            return {"request_id": answer.request_id} if isinstance(answer, Job) else answer
 
         return respond
 
-    def _refuse_strangers(self, request: Request) -> None:
-        if self.key is not None:
-            if not hmac.compare_digest(request.headers.get("x-api-key", "").encode(), self.key.encode()):
-                raise ApiRefusal(401, "the key is missing or wrong: set TINKER_API_KEY to that of --api_key_file")
-            return
-        host = request.headers.get("host", "")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if not is_loopback_host(name):
-            raise ApiRefusal(403, f"host {host!r:.60}: without a key only {LOOPBACK[0]} and {LOOPBACK[1]} are answered")
+    async def _read(self, request: Request, kind: type[Asked], most: int = MOST_SMALL) -> Asked:
+        asked = await self.door.read(request, lambda body: wire.understood(kind, body), most)
+        self._refuse_others(request, vars(asked))
+        return asked
+
+    def _refuse_others(self, request: Request, named: Mapping[str, Any]) -> None:
+        """Raises Unknown if something that is named belongs to another key."""
+        for name, value in named.items():
+            is_id = name in IDS or (isinstance(value, str) and value.startswith(wire.SCHEME))
+            if is_id and value is not None:
+                self.service.session(value, owner_of(request))
 
     # ---- clients and sessions ------------------------------------------------------------------------------------
 
-    async def health(self, request: Request, body: bytes) -> dict[str, str]:
-        return {"status": "ok"}
+    async def health(self, request: Request) -> dict[str, Any]:
+        return self.service.state()
 
-    async def client_config(self, request: Request, body: bytes) -> dict[str, Any]:
-        return CONFIG
-
-    async def dynamic_config(self, request: Request, body: bytes) -> dict[str, int]:
-        return {"refresh_interval_sec": 3600}
-
-    async def telemetry(self, request: Request, body: bytes) -> dict[str, str]:
-        return {"status": "accepted"}  # and not looked at
-
-    async def capabilities(self, request: Request, body: bytes) -> dict[str, Any]:
+    async def capabilities(self, request: Request) -> dict[str, Any]:
         context = self.service.base.max_length
         model = {"model_name": self.service.name, "max_context_length": context, "trainable": True, "sampleable": True}
         return {"supported_models": [model]}
 
-    async def create_session(self, request: Request, body: bytes) -> dict[str, str]:
-        asked = wire.understood(types.CreateSessionRequest, body)
-        content = {"tags": asked.tags, "user_metadata": asked.user_metadata}
+    async def create_session(self, request: Request) -> dict[str, str]:
+        asked = await self._read(request, types.CreateSessionRequest)
+        content = {"tags": asked.tags, "metadata": asked.user_metadata, "owner": owner_of(request)}
         return {"session_id": await asyncio.to_thread(self.service.create_session, content)}
 
-    async def heartbeat(self, request: Request, body: bytes) -> dict[str, str]:
-        self.service.session(wire.understood(types.SessionHeartbeatRequest, body).session_id)
+    async def heartbeat(self, request: Request) -> dict[str, str]:
+        await self._read(request, types.SessionHeartbeatRequest)
         return {"type": "session_heartbeat"}
-
-    async def finish(self, request: Request, body: bytes) -> dict[str, str]:
-        self.service.session(request.path_params["session"])
-        return {}
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    async def create_model(self, request: Request, body: bytes) -> Job:
-        asked = wire.understood(types.CreateModelRequest, body)
+    async def create_model(self, request: Request) -> Job:
+        asked = await self._read(request, types.CreateModelRequest)
         return await self._ask(self._id(asked.session_id, asked.model_seq_id), 0, "create_model", asked)
 
-    async def load_weights(self, request: Request, body: bytes) -> Job:
-        asked = wire.understood(types.LoadWeightsRequest, body)
+    async def load_weights(self, request: Request) -> Job:
+        asked = await self._read(request, types.LoadWeightsRequest)
         if asked.session_id is not None:
             return await self._ask(self._id(asked.session_id, asked.model_seq_id or 0), 0, "load_weights", asked)
         return await self._ask_later(asked, "load_weights")
 
-    async def forward_backward(self, request: Request, body: bytes) -> Job:
-        asked = await asyncio.to_thread(wire.message_of, body)  # data that are wrong are the result's to say
+    async def forward_backward(self, request: Request) -> Job:
+        asked, body = await self.door.read(request, wire.message_of, MOST_DATA)  # the result tells of wrong data
+        self._refuse_others(request, {"model_id": asked.model_id})
         if asked.seq_id < 1:
             raise Refused(f"seq_id={asked.seq_id}: number the requests of a model from 1 on")
         return await asyncio.to_thread(self.service.ask, asked.model_id, asked.seq_id, "forward_backward", body)
 
-    async def optim_step(self, request: Request, body: bytes) -> Job:
-        return await self._ask_later(wire.understood(types.OptimStepRequest, body), "optim_step")
-
-    async def save_weights(self, request: Request, body: bytes) -> Job:
-        return await self._ask_later(wire.understood(types.SaveWeightsRequest, body), "save_weights")
-
-    async def save_weights_for_sampler(self, request: Request, body: bytes) -> Job:
-        asked = wire.understood(types.SaveWeightsForSamplerRequest, body)
-        return await self._ask_later(asked, "save_weights_for_sampler")
-
     def _id(self, session: str, number: int) -> str:
-        self.service.session(session)
         check_number("model_seq_id", number)
         return f"{session}:train:{number}"
+
+    def later(self, kind: str, body: type[BaseModel]) -> Act:
+        """Returns what asks a model that is there for something of this kind."""
+
+        async def act(request: Request) -> Job:
+            return await self._ask_later(await self._read(request, body), kind)
+
+        return act
 
     async def _ask_later(self, asked: Any, kind: str) -> Job:
         if asked.seq_id is None or asked.seq_id < 1:
@@ -198,8 +197,8 @@ class _Api:
         body = asked.model_dump_json(exclude_none=True).encode()
         return await asyncio.to_thread(self.service.ask, model_id, number, kind, body)
 
-    async def get_info(self, request: Request, body: bytes) -> dict[str, Any]:
-        asked = wire.understood(types.GetInfoRequest, body)
+    async def get_info(self, request: Request) -> dict[str, Any]:
+        asked = await self._read(request, types.GetInfoRequest)
         model = self.service.model(asked.model_id)
         rank = model.spec.rank if model.spec else 0
         name = self.service.name
@@ -208,31 +207,31 @@ class _Api:
 
     # ---- sampling ------------------------------------------------------------------------------------------------
 
-    async def create_sampling_session(self, request: Request, body: bytes) -> dict[str, str]:
-        asked = wire.understood(types.CreateSamplingSessionRequest, body)
+    async def create_sampling_session(self, request: Request) -> dict[str, str]:
+        asked = await self._read(request, types.CreateSamplingSessionRequest)
         if asked.model_path is None and asked.base_model != self.service.name:
             raise Refused(f"base_model={asked.base_model!r:.80}: this server has {self.service.name!r}")
         add, number = self.service.add_sampler, asked.sampling_session_seq_id
         return {"sampling_session_id": await asyncio.to_thread(add, asked.session_id, number, asked.model_path)}
 
-    async def sample(self, request: Request, body: bytes) -> dict[str, Any]:
-        asked = wire.understood(types.SampleRequest, body)
+    async def sample(self, request: Request) -> dict[str, Any]:
+        asked = await self._read(request, types.SampleRequest, MOST_BYTES)
         if asked.sampling_session_id is None:
             raise Refused("sampling_session_id: create a sampling session first")
-        sampler.read(asked.model_dump(exclude_none=True), "", ())  # its bounds, before anything is kept or allocated
+        sampler.read(asked.model_dump(exclude_none=True), "", (), self.service.base.max_length)  # before it is kept
         kept = asked.model_dump_json(exclude_none=True).encode()
         job = await asyncio.to_thread(self.service.ask_sampler, asked.sampling_session_id, asked.seq_id, kept)
         names = [f"{job.request_id}:{sample}" for sample in range(asked.num_samples)]
         return {"request_id": job.request_id, "sample_sequence_ids": names}
 
-    async def get_sampler(self, request: Request, body: bytes) -> dict[str, Any]:
+    async def get_sampler(self, request: Request) -> dict[str, Any]:
         sampling = self.service.sampling_session(request.path_params["sampler"])
         return {"sampler_id": sampling.id, "base_model": self.service.name, "model_path": sampling.path}
 
     # ---- results and what is saved -------------------------------------------------------------------------------
 
-    async def retrieve_future(self, request: Request, body: bytes) -> Response:
-        asked = wire.understood(types.FutureRetrieveRequest, body)
+    async def retrieve_future(self, request: Request) -> Response:
+        asked = await self._read(request, types.FutureRetrieveRequest)
         job = self.service.job(asked.request_id)
         end = asyncio.get_running_loop().time() + WAIT_S
         pause = 0.002
@@ -243,19 +242,19 @@ class _Api:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.1)
         form, content = await asyncio.to_thread(job.read)
-        media = "application/x-protobuf" if form == "pb" else "application/json"
-        return Response(content, media_type=media, headers=HEADERS)
+        return Response(content, media_type=PROTOBUF if form == "pb" else JSON, headers=HEADERS)
 
-    async def training_runs(self, request: Request, body: bytes) -> dict[str, Any]:
-        runs = [self._run(model.id) for model in self.service.models.values()]
+    async def training_runs(self, request: Request) -> dict[str, Any]:
+        owner = owner_of(request)
+        runs = [self._run(model_id) for model_id in list(self.service.models) if self.service.owns(owner, model_id)]
         return {"training_runs": runs, "cursor": {"offset": 0, "limit": len(runs), "total_count": len(runs)}}
 
-    async def training_run(self, request: Request, body: bytes) -> dict[str, Any]:
+    async def training_run(self, request: Request) -> dict[str, Any]:
         return self._run(request.path_params["run"])
 
     def _run(self, run: str) -> dict[str, Any]:
         model = self.service.model(run)
-        at = self.service.session(run.partition(":")[0])["at"]
+        at = self.service.sessions[session_of(run)]["at"]
         return {
             "training_run_id": run,
             "base_model": self.service.name,
@@ -263,58 +262,20 @@ class _Api:
             "last_request_time": at,
         } | _lora(model.spec.rank if model.spec else 0)
 
-    async def checkpoints(self, request: Request, body: bytes) -> dict[str, Any]:
+    async def checkpoints(self, request: Request) -> dict[str, Any]:
         return {"checkpoints": self.service.checkpoints(self.service.model(request.path_params["run"]))}
 
-    async def delete_checkpoint(self, request: Request, body: bytes) -> dict[str, str]:
+    async def delete_checkpoint(self, request: Request) -> dict[str, str]:
         model = self.service.model(request.path_params["run"])
         await asyncio.to_thread(self.service.delete_checkpoint, model, request.path_params["place"])
         return {}
 
-    async def weights_info(self, request: Request, body: bytes) -> dict[str, Any]:
-        spec = self.service.spec_of(wire.understood(_Path, body).tinker_path)
+    async def weights_info(self, request: Request) -> dict[str, Any]:
+        asked = await self._read(request, _Path)
+        spec = spec_in(self.service.folder_of(asked.tinker_path))
         flags = {name: getattr(spec, name) for name in ("train_unembed", "train_mlp", "train_attn")}
         return {"base_model": self.service.name} | _lora(spec.rank) | flags
 
 
 def _lora(rank: int) -> dict[str, Any]:
     return {"is_lora": rank > 0, "lora_rank": rank or None}
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                body += part
-                if len(body) > MOST_BYTES:
-                    raise ApiRefusal(413, f"the body has more than {MOST_BYTES:,} bytes; send fewer data at once")
-    except TimeoutError:
-        raise ApiRefusal(400, f"the body has not arrived within {BODY_S:g} s") from None
-    return bytes(body)
-
-
-async def _refused(_: Request, error: ApiRefusal) -> Response:
-    return JSONResponse({"detail": str(error)}, error.status, HEADERS)
-
-
-async def _not_here(request: Request, error: object) -> Response:
-    message = f"{request.method} {request.url.path}: this server has no such part of Tinker's API"
-    return JSONResponse({"detail": message}, 404, HEADERS)
-
-
-async def _gone(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
-
-
-async def _broken(_: Request, error: Exception) -> Response:
-    message = f"the server has a fault: {type(error).__name__}; its standard error has more"
-    return JSONResponse({"detail": message}, 500, HEADERS)
-
-
-HANDLERS: dict[Any, Any] = {
-    ApiRefusal: _refused,
-    HTTPException: _not_here,
-    ClientDisconnect: _gone,
-    Exception: _broken,
-}

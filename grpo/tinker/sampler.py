@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.endpoint.asked import MOST_STOPS, STOP_CHARACTERS
 from grpo.learner import state
 from grpo.learner.master_weights import MasterWeights
 from grpo.tinker.trainer import Spec
-from grpo.tinker.wire import Refused, Sampled
+from grpo.tinker.wire import Refused
 from policies import tensor_files
+from policies.files.checksums import fault
 from policies.logprobs import logprobs_from_hidden
 from policies.policy import Policy
+from rewards.config.json_file import read_json
 from rollout.decoding.engine import Engine
 from rollout.faults import RolloutError
-from rollout.group import ENDED, Prompt
+from rollout.group import Completion, Prompt
 from rollout.sampling import SamplingParams
 
 MOST_SAMPLES = 1024
@@ -36,14 +39,14 @@ class Asked:
     names a seed of its own."""
 
     prompt: list[int]
-    count: int
     params: SamplingParams
     key: str
     last: int  # tokens of the prompt whose log-probabilities are asked for
 
 
-def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) -> Asked:
-    """Understands a SampleRequest, as JSON. Raises Refused for what is not here, and for values that are wrong."""
+def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int], context: int) -> Asked:
+    """Understands a SampleRequest, as JSON, for a policy with this context. Raises Refused for what is not here, and
+    for values that are wrong."""
     for name in UNKNOWN:
         if request.get(name):
             raise Refused(f"{name}: not here; the server gives the log-probabilities of what is sampled and prompted")
@@ -54,6 +57,8 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) ->
         prompt += chunk["tokens"]
     if not prompt:
         raise Refused("prompt: it has no token; send at least one")
+    if len(prompt) > context:
+        raise Refused(f"prompt: it has {len(prompt):,} tokens, and the context is {context:,} tokens; shorten it")
     asked, count = request["sampling_params"], request.get("num_samples", 1)
     if asked.get("top_k", -1) not in (-1, 0) or asked.get("top_p", 1) != 1:
         raise Refused("sampling_params: top_k and top_p would change the distribution that is trained; leave them out")
@@ -64,6 +69,8 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) ->
         raise Refused(f"max_tokens={limit}: use 1 or more, or leave it out to sample to the end of the context")
     stop, seed = asked.get("stop"), asked.get("seed")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if len(stops) > MOST_STOPS or any(isinstance(s, str) and len(s) > STOP_CHARACTERS for s in stops):
+        raise Refused(f"stop: give at most {MOST_STOPS} texts or tokens, of at most {STOP_CHARACTERS:,} characters")
     texts, ids = tuple(s for s in stops if isinstance(s, str)), tuple(s for s in stops if isinstance(s, int))
     params = SamplingParams(
         group_size=count,
@@ -80,7 +87,23 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int]) ->
             raise Refused(
                 f"prompt_logprobs_last_n={last}: use 1 to {len(prompt) - 1}, the prompt's tokens but its first"
             )
-    return Asked(prompt, count, params, key if seed is None else "", last)
+    return Asked(prompt, params, key if seed is None else "", last)
+
+
+def tensors_of(folder: Path) -> dict[str, Mapping[str, Tensor]]:
+    """What was saved in a folder. Raises Refused, which names the file that is not as it was written.
+
+    A folder of version 0.2 has no checksums, and passes.
+    """
+    if "files" in read_json(folder / "spec.json") and (why := fault(folder, "spec.json")):
+        raise Refused(f"{folder} is damaged: {why}")
+    return tensor_files.read(folder)
+
+
+def spec_in(folder: Path) -> Spec:
+    """What the policy is that is kept in a folder."""
+    content = read_json(folder / "spec.json")
+    return Spec(**{name: content[name] for name in Spec().to_json()})
 
 
 class Sampler:
@@ -90,19 +113,19 @@ class Sampler:
         self.base, self.of, self.count = base, "", 0
         self.engine = Engine(base.merged(), dtype)
 
-    def hold_weights(self, name: str, spec: Spec | None, folder: Path | None) -> None:
-        """Hold the weights of this sampler: those in `folder`, of a policy of this `spec`, or the base's."""
+    def hold_weights(self, name: str, folder: Path | None) -> None:
+        """Hold the weights of this sampler: those in `folder`, or the base's."""
         if name == self.of:
             return
         policy = self.base
-        if spec is not None and folder is not None:
-            policy = spec.build(self.base)
-            state.put_weights(tensor_files.read(folder, {"policy"})["policy"], policy, MasterWeights(policy))
+        if folder is not None:
+            policy = spec_in(folder).build(self.base)
+            state.put_weights(tensors_of(folder)["policy"], policy, MasterWeights(policy))
         self.of, self.count = "", self.count + 1  # where it fails, it holds nobody's
         self.engine.sync_weights(policy.weights(), self.count)
         self.of = name
 
-    def sample(self, asked: Asked) -> tuple[list[Sampled], list[float] | None]:
+    def sample(self, asked: Asked) -> tuple[list[Completion], list[float] | None]:
         """The samples, and the log-probabilities of the prompt's tokens where they are asked for, NaN for others."""
         context = self.engine.policy.max_length
         room = context - len(asked.prompt)
@@ -117,8 +140,7 @@ class Sampler:
             [group] = self.engine.sample([prompt], params)
         except (RolloutError, ValueError) as error:
             raise Refused(str(error)) from None
-        sampled = [Sampled(c.token_ids, c.logprobs, c.finish_reason in ENDED) for c in group.completions]
-        return sampled, self._of_prompt(asked.prompt, asked.last) if asked.last else None
+        return group.completions, self._of_prompt(asked.prompt, asked.last) if asked.last else None
 
     @torch.inference_mode()
     def _of_prompt(self, token_ids: list[int], last: int) -> list[float]:

@@ -5,15 +5,16 @@ acknowledged, and so is its result before anybody sees it. A service that is kil
 with the last state that was kept and does again what came after it, to the same bits.
 
 FOLDER/sessions/ID.json                         a session
-FOLDER/models/ID/requests/00000003.optim_step   what was asked
+FOLDER/models/ID/requests/00000003.optim_step   what was asked, with gzip, which has a checksum
 FOLDER/models/ID/results/00000003.json          what it came to (.pb: a protobuf message)
-FOLDER/models/ID/state/                         what is trained, as it was after a number
+FOLDER/models/ID/state/                         what is trained, as it was after a number; spec.json has checksums
 FOLDER/models/ID/weights/NAME/, sampler_weights/NAME/
 FOLDER/samplers/ID/                             its weights' path, its requests and results
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import secrets
@@ -22,23 +23,28 @@ import sys
 import threading
 import time
 import traceback
+import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from grpo.endpoint.api_error import ApiError
 from grpo.run.lock import RunLock
 from grpo.tinker import sampler, wire
-from grpo.tinker.sampler import Sampler
+from grpo.tinker.sampler import Sampler, spec_in, tensors_of
 from grpo.tinker.trainer import Spec, Trainer
-from grpo.tinker.wire import Refused
+from grpo.tinker.wire import SCHEME, Refused
 from policies import tensor_files
 from policies.files.atomic import tidy, write_file, write_folder
+from policies.files.checksums import size_and_hash
 from policies.policy import Policy
+from rewards.config.json_file import read_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 KEEP_STATE_S = 30.0  # between two states of a model that are kept: what came after the last one is done again
@@ -46,12 +52,18 @@ RESULTS = 4096  # the last ones of each model and sampler are kept
 UNNAMED = 16  # weights for sampling without a name that are kept of each model
 TURNS = 16  # requests of one sampler in a row while others wait: each change of weights merges adapters again
 MOST_NUMBER = 10**8 - 1  # of requests, models and samplers: the names of their files have eight digits
-MOST_WAITING = 1 << 28  # bytes of requests that wait, of all clients: they are in memory until they are done
-MOST_METADATA = 1 << 16  # bytes of what a session is called; a session stays in memory
+MOST_OF_ONE, MOST_WAITING = 1024, 8192  # requests that wait: of one model or sampler, and of all
+MOST_BYTES = 1 << 28  # of all requests that wait
 
 
-class Unknown(Exception):
-    """There is no such thing here; the message names it."""
+Thing = TypeVar("Thing")
+
+
+class Unknown(ApiError):
+    """There is no such thing here, or not for this key; the message names it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 404)
 
 
 @dataclass
@@ -61,15 +73,18 @@ class Job:
     owner: Model | SamplingSession
     number: int
     kind: str
-    body: bytes
+    size: int = 0  # bytes of its body, while it waits
     again: bool = False  # it was done before the service was killed, and its result is known
     result: tuple[str, bytes] | None = None
     done: threading.Event = field(default_factory=threading.Event)
-    size: int = 0  # bytes of `body`, which is dropped when the request is done
 
     @property
     def request_id(self) -> str:
         return f"{self.owner.id}:{self.number}"
+
+    def body(self) -> bytes:
+        """What is asked, while it waits. Raises Refused where its file is damaged."""
+        return _content(self.owner.files.requests / f"{self.number:08d}.{self.kind}")
 
     def read(self) -> tuple[str, bytes]:
         """The result, once it is there: a protobuf message, or JSON. Raises Unknown where it is no longer kept."""
@@ -88,20 +103,20 @@ class Requests:
             tidy(part)
 
     def keep_request(self, number: int, kind: str, body: bytes) -> None:
-        write_file(self.requests / f"{number:08d}.{kind}", body)
+        write_file(self.requests / f"{number:08d}.{kind}", gzip.compress(body, 1))
 
     def keep_result(self, number: int, form: str, content: bytes) -> None:
-        write_file(self.results / f"{number:08d}.{form}", content)
+        write_file(self.results / f"{number:08d}.{form}", gzip.compress(content, 1))
 
-    def stored(self) -> list[tuple[int, str, bytes]]:
-        """Returns the numbers, kinds and bodies, in order."""
+    def stored(self) -> list[tuple[int, str, int]]:
+        """Returns the numbers, kinds and sizes of what was asked, in order."""
         paths = sorted(path for path in self.requests.iterdir() if not path.name.startswith("."))
-        return [(int(path.stem), path.suffix[1:], path.read_bytes()) for path in paths]
+        return [(int(path.stem), path.suffix[1:], path.stat().st_size) for path in paths]
 
     def result(self, number: int) -> tuple[str, bytes] | None:
         for form in ("pb", "json"):
             with suppress(FileNotFoundError):
-                return form, (self.results / f"{number:08d}.{form}").read_bytes()
+                return form, _content(self.results / f"{number:08d}.{form}")
         return None
 
     def remove(self, number: int) -> None:
@@ -129,6 +144,7 @@ class Model:
         self.trainer: Trainer | None = None
         self.kept_at = time.monotonic()
         self.loaded = -1  # the last request by which weights were loaded
+        self.damage = ""  # why nothing more is computed
 
 
 class SamplingSession:
@@ -165,6 +181,7 @@ class Service:
         self._samples: list[Job] = []
         self._wakes = threading.Condition(self._mutex)
         self._closed = False
+        self._waiting = Counter[str]()  # requests, by the model or sampler
         self._waiting_bytes = 0
         self._recover()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._train, self._sample)]
@@ -173,38 +190,41 @@ class Service:
 
     # ---- what is there -------------------------------------------------------------------------------------------
 
-    def create_session(self, request: Mapping[str, Any]) -> str:
+    def state(self) -> dict[str, Any]:
+        alive = all(thread.is_alive() for thread in self._threads)
+        return {"status": "ok" if alive else "a computing thread has ended"}
+
+    def create_session(self, content: Mapping[str, Any]) -> str:
+        """A session with this content; its `owner` has what is made in it."""
         session = secrets.token_hex(8)
-        content = {"tags": request.get("tags", []), "metadata": request.get("user_metadata"), "at": time.time()}
-        written = json.dumps(content)
-        if len(written) > MOST_METADATA:
-            raise Refused(f"tags and user_metadata: {len(written):,} bytes; keep at most {MOST_METADATA:,}")
-        write_file(self.folder / "sessions" / f"{session}.json", written)
+        content = {"owner": "", "at": time.time(), **content}
+        write_file(self.folder / "sessions" / f"{session}.json", json.dumps(content))
         with self._mutex:
-            self.sessions[session] = content
+            self.sessions[session] = _brief(content)
         return session
 
-    def session(self, session: str) -> dict[str, Any]:
-        if session not in self.sessions:
-            raise Unknown(f"session {session!r:.60}: there is none of this id; make a new ServiceClient")
-        return self.sessions[session]
+    def owns(self, owner: str, id_: str) -> bool:
+        """Whether the session of an id or a path is there for this owner. One of version 0.2 has no owner and is there
+        for all."""
+        session = self.sessions.get(session_of(id_))
+        return session is not None and session.get("owner", owner) == owner
+
+    def session(self, id_: str, owner: str = "") -> None:
+        """Raises Unknown where the session of this id, or path, is not there for this owner."""
+        if not self.owns(owner, id_):
+            raise Unknown(f"{id_!r:.120}: there is nothing of this id here, or no longer")
 
     def model(self, model_id: str) -> Model:
-        if model_id not in self.models:
-            raise Unknown(f"model {model_id!r:.80}: there is none of this id")
-        return self.models[model_id]
+        return _found(self.models, model_id)
 
     def sampling_session(self, id_: str) -> SamplingSession:
-        if id_ not in self.samplers:
-            raise Unknown(f"sampling session {id_!r:.80}: there is none of this id")
-        return self.samplers[id_]
+        return _found(self.samplers, id_)
 
     def add_sampler(self, session: str, number: int, path: str | None) -> str:
         """A sampler of these weights; asked again with its number it is the same one."""
-        self.session(session)
         check_number("sampling_session_seq_id", number)
         if path is not None:
-            self._folder_of(path)
+            self.folder_of(path)
         id_ = f"{session}:sample:{number}"
         with self._mutex:
             if id_ not in self.samplers:
@@ -216,15 +236,15 @@ class Service:
                 self.samplers[id_] = sampling
         return id_
 
-    def _folder_of(self, path: str) -> tuple[Model, Path]:
-        """The model and the folder of weights that were saved. Raises Refused for a path that leads nowhere."""
-        parts = path.removeprefix("tinker://").split("/")
-        if path.startswith("tinker://") and len(parts) == 3 and parts[1] in ("weights", "sampler_weights"):
+    def folder_of(self, path: str) -> Path:
+        """The folder of weights that were saved. Raises Refused for a path that leads nowhere."""
+        parts = path.removeprefix(SCHEME).split("/")
+        if path.startswith(SCHEME) and len(parts) == 3 and parts[1] in ("weights", "sampler_weights"):
             model = self.models.get(parts[0])
             if model is not None and (NAME.fullmatch(parts[2]) or parts[2].startswith("@")):
                 folder = model.folder / parts[1] / parts[2]
                 if (folder / "spec.json").is_file():
-                    return model, folder
+                    return folder
         raise Refused(f"path {path!r:.120}: no weights are saved here under it; it is tinker://RUN/weights/NAME")
 
     def checkpoints(self, model: Model) -> list[dict[str, Any]]:
@@ -239,17 +259,12 @@ class Service:
                     place = f"{part}/{path.name}"
                     found.append(
                         {"checkpoint_id": place, "checkpoint_type": kind, "time": at, "size_bytes": size}
-                        | {"tinker_path": f"tinker://{model.id}/{place}"}
+                        | {"tinker_path": f"{SCHEME}{model.id}/{place}"}
                     )
         return found
 
     def delete_checkpoint(self, model: Model, place: str) -> None:
-        _, folder = self._folder_of(f"tinker://{model.id}/{place}")
-        shutil.rmtree(folder)
-
-    def spec_of(self, path: str) -> Spec:
-        """What the policy is whose weights were saved there."""
-        return _spec(self._folder_of(path)[1])
+        shutil.rmtree(self.folder_of(f"{SCHEME}{model.id}/{place}"))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -263,11 +278,13 @@ class Service:
             model = self.models.get(model_id) if number == 0 else self.model(model_id)
             if model is not None and number < model.next:
                 raise Unknown(f"request {number} of model {model_id}: its result is no longer kept")
-            self._admit(number, body, model)
+            is_missing = model is not None and bool(model.waiting) and number == model.next
+            if not is_missing:  # others wait for this one: without it they would wait for ever
+                self._admit(model_id, len(body))
             if model is None:
                 model = self.models[model_id] = Model(self.folder / "models" / _file(model_id), model_id)
             model.files.keep_request(number, kind, body)
-            return self._enter(Job(model, number, kind, body))
+            return self._enter(Job(model, number, kind, len(body)))
 
     def ask_sampler(self, id_: str, number: int | None, body: bytes) -> Job:
         sampling = self.sampling_session(id_)
@@ -275,82 +292,76 @@ class Service:
         with self._mutex:
             if (known := self.jobs.get(f"{id_}:{number}")) is not None:
                 return known
-            self._admit(number, body)
+            self._admit(id_, len(body))
             sampling.files.keep_request(number, "sample", body)
-            return self._enter_sample(Job(sampling, number, "sample", body))
+            return self._enter(Job(sampling, number, "sample", len(body)))
 
     def job(self, request_id: str) -> Job:
-        if request_id not in self.jobs:
-            raise Unknown(f"request {request_id!r:.80}: nothing was asked under this id, or long ago")
-        return self.jobs[request_id]
+        return _found(self.jobs, request_id)
 
-    def _admit(self, number: int, body: bytes, model: Model | None = None) -> None:
-        """Raises Refused if the requests that wait have too many bytes."""
-        if self._waiting_bytes + len(body) <= MOST_WAITING:
-            return
-        if model is not None and model.waiting and number == model.next:
-            return  # others wait for this one: without it they would wait for ever
-        way = "wait for results, and send it again"
-        if model is not None and number > model.next:
-            way = f"send request {model.next} of the model first"
-        raise Refused(
-            f"seq_id={number}: the request has {len(body)} bytes, and {self._waiting_bytes} bytes wait already, of "
-            f"{MOST_WAITING} at most; {way}"
-        )
-
-    def _count(self, job: Job) -> None:
-        job.size = len(job.body)
-        self._waiting_bytes += job.size
+    def _admit(self, id_: str, size: int) -> None:
+        """Raises ApiError if more would wait than may: of one model or sampler, in all, and bytes."""
+        for what, count, most in (
+            (f"requests of {id_}", self._waiting[id_] + 1, MOST_OF_ONE),
+            ("requests", self._waiting.total() + 1, MOST_WAITING),
+            ("bytes of requests", self._waiting_bytes + size, MOST_BYTES),
+        ):
+            if count > most:
+                message = f"{count:,} {what} would wait, and at most {most:,} may; wait for results, and send it again"
+                model = self.models.get(id_)
+                if model is not None and model.waiting:
+                    message += f"; request {model.next} of the model has not come"
+                raise ApiError(message, 429, headers={"Retry-After": "1"})
 
     def _enter(self, job: Job) -> Job:
-        model = job.owner
-        assert isinstance(model, Model)
-        self._count(job)
-        self.jobs[job.request_id] = model.waiting[job.number] = job
+        with self._mutex:  # also while a service is made: a condition without its lock cannot notify
+            self._waiting[job.owner.id] += 1
+            self._waiting_bytes += job.size
+            self.jobs[job.request_id] = job
+            if isinstance(job.owner, SamplingSession):
+                self._samples.append(job)
+                self._wakes.notify()
+            else:
+                self._enter_model(job.owner, job)
+        return job
+
+    def _enter_model(self, model: Model, job: Job) -> None:
+        model.waiting[job.number] = job
         while (ready := model.waiting.pop(model.next, None)) is not None:
             model.next += 1
             self._training.put(ready)
-        return job
-
-    def _enter_sample(self, job: Job) -> Job:
-        with self._mutex:  # also while a service is made: a condition without its lock cannot notify
-            self._count(job)
-            self.jobs[job.request_id] = job
-            self._samples.append(job)
-            self._wakes.notify()
-        return job
 
     def _recover(self) -> None:
-        """Take up what a service before has left."""
+        """Take up what a service before has left. Raises ValueError, which names a damaged file."""
         for path in sorted((self.folder / "sessions").glob("*.json")):
-            self.sessions[path.stem] = json.loads(path.read_bytes())
+            self.sessions[path.stem] = _brief(read_json(path))
         for folder in sorted((self.folder / "models").iterdir()):
             model = Model(folder, folder.name.replace(".", ":"))
             self.models[model.id] = model
             tidy(folder)
             if (folder / "spec.json").is_file():
-                model.spec = _spec(folder)
+                model.spec = spec_in(folder)
             if (folder / "state" / "spec.json").is_file():
                 model.next = _number(folder / "state") + 1
             finished = set(_numbers(model.files.results))
             for number in finished:
                 if number < model.next:
-                    self._finished(Job(model, number, "", b""))
-            for number, kind, body in model.files.stored():
+                    self._finished(Job(model, number, ""))
+            for number, kind, size in model.files.stored():
                 if number >= model.next:
-                    job = Job(model, number, kind, body, again=number in finished)
+                    job = Job(model, number, kind, size, again=number in finished)
                     if job.again:
                         job.done.set()
                     self._enter(job)
         for folder in sorted(path.parent for path in (self.folder / "samplers").glob("*/sampler.json")):
-            content = json.loads((folder / "sampler.json").read_bytes())
+            content = read_json(folder / "sampler.json")
             sampling = SamplingSession(folder, content["id"], content["path"], content["place"])
             self.samplers[sampling.id] = sampling
             for number in _numbers(sampling.files.results):
-                self._finished(Job(sampling, number, "", b""))
-            for number, kind, body in sampling.files.stored():
+                self._finished(Job(sampling, number, ""))
+            for number, kind, size in sampling.files.stored():
                 if f"{sampling.id}:{number}" not in self.jobs:
-                    self._enter_sample(Job(sampling, number, kind, body))
+                    self._enter(Job(sampling, number, kind, size))
 
     def _finished(self, job: Job) -> None:
         job.done.set()
@@ -389,7 +400,7 @@ class Service:
     def _do(self, job: Job, act: Callable[[Job], tuple[str, bytes]]) -> None:
         try:
             form, content = act(job)
-        except (Refused, Unknown) as error:
+        except ApiError as error:
             form, content = "json", json.dumps({"error": str(error), "category": "user"}).encode()
         except Exception as error:
             form, content = _fault("the server has a fault", error)
@@ -399,8 +410,8 @@ class Service:
             except Exception as error:  # such as a full disk
                 job.result = _fault("the request was handled, but its result could not be kept", error)
         with self._mutex:
+            self._waiting[job.owner.id] -= 1
             self._waiting_bytes -= job.size
-        job.body = b""
         job.done.set()
         self.jobs.pop(f"{job.owner.id}:{job.number - RESULTS}", None)
         if isinstance(job.owner, Model):
@@ -412,12 +423,9 @@ class Service:
     def _of_sampler(self, job: Job) -> tuple[str, bytes]:
         sampling = job.owner
         assert isinstance(sampling, SamplingSession)
-        asked = sampler.read(json.loads(job.body), sampling.key(job.number), self.base.stop_token_ids)
-        spec, folder = None, None
-        if sampling.path is not None:
-            _, folder = self._folder_of(sampling.path)
-            spec = _spec(folder)
-        self.sampler.hold_weights(sampling.id, spec, folder)
+        request, base = json.loads(job.body()), self.base
+        asked = sampler.read(request, sampling.key(job.number), base.stop_token_ids, base.max_length)
+        self.sampler.hold_weights(sampling.id, None if sampling.path is None else self.folder_of(sampling.path))
         sequences, of_prompt = self.sampler.sample(asked)
         with self._mutex:
             old = _numbers(sampling.files.requests)[:-RESULTS]
@@ -428,14 +436,20 @@ class Service:
     def _of_model(self, job: Job) -> tuple[str, bytes]:
         model = job.owner
         assert isinstance(model, Model)
-        act: Callable[[Model, Job], dict[str, Any] | bytes] = getattr(self, f"_{job.kind}")
+        act: Callable[[Model, Job, bytes], dict[str, Any] | bytes] = getattr(self, f"_{job.kind}")
+        try:
+            body = job.body()
+        except Refused as error:
+            model.damage = model.damage or f"model {model.id} ends: {error}"
+        if model.damage:  # what came after a request that is lost would be computed without it
+            raise Refused(model.damage)
         if job.number > 0 and model.trainer is None:
             self._restore(model)
-        answer = act(model, job)
+        answer = act(model, job, body)
         return ("pb", answer) if isinstance(answer, bytes) else ("json", json.dumps(answer).encode())
 
-    def _create_model(self, model: Model, job: Job) -> dict[str, Any]:
-        request = json.loads(job.body)
+    def _create_model(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
+        request = json.loads(body)
         if (name := request["base_model"]) != self.name:
             raise Refused(f"base_model={name!r:.80}: this server has {self.name!r}")
         family = request.get("optimizer_config", {}).get("type", "adamw")
@@ -443,8 +457,9 @@ class Service:
             raise Refused(f"optimizer_config.type={family!r:.40}: this server has adamw")
         lora = dict(request.get("lora_config") or {"rank": 0})
         lora["seed"] = int(model.id.rpartition(":")[2]) if lora.get("seed") is None else lora["seed"]
-        if not 0 <= lora["rank"] <= 4096:
-            raise Refused(f"lora_config.rank={lora['rank']}: use 1 to 4096, or 0 to train all weights")
+        most = max(64, self.base.trunk.get_input_embeddings().embedding_dim)  # of no use above
+        if not 0 <= lora["rank"] <= most:
+            raise Refused(f"lora_config.rank={lora['rank']}: use 1 to {most}, or 0 to train all weights")
         if not 0 <= lora["seed"] < 1 << 63:
             raise Refused(f"lora_config.seed={lora['seed']}: use 0 to {(1 << 63) - 1}")
         self._begin(model, Spec(**lora))
@@ -454,40 +469,40 @@ class Service:
         model.trainer, model.spec = Trainer(self.base, spec), spec
         write_file(model.folder / "spec.json", json.dumps(spec.to_json()))
 
-    def _load_weights(self, model: Model, job: Job) -> dict[str, Any]:
-        request = json.loads(job.body)
+    def _load_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
+        request = json.loads(body)
         if request.get("base_model") not in (None, self.name):
             raise Refused(f"base_model={request['base_model']!r:.80}: this server has {self.name!r}")
-        _, folder = self._folder_of(request["path"])
+        folder = self.folder_of(request["path"])
+        tensors = tensors_of(folder)
         if job.number == 0:
-            self._begin(model, _spec(folder))
+            self._begin(model, spec_in(folder))
         assert model.trainer is not None
-        tensors = tensor_files.read(folder)
         if request["optimizer"] and "optimizer" not in tensors:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
         model.trainer.load(tensors, optimizer=request["optimizer"])
         model.loaded = job.number
         return {"path": request["path"], "type": "load_weights"}
 
-    def _forward_backward(self, model: Model, job: Job) -> dict[str, Any] | bytes:
-        request = wire.read_forward_backward(job.body)
+    def _forward_backward(self, model: Model, job: Job, body: bytes) -> dict[str, Any] | bytes:
+        request = wire.read_forward_backward(body)
         if job.again and not request.backward:
             return {}
         return wire.write_outputs(self._trainer(model).forward_backward(request))
 
-    def _optim_step(self, model: Model, job: Job) -> dict[str, Any]:
-        request = json.loads(job.body)
+    def _optim_step(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
+        request = json.loads(body)
         if "adam_params" not in request:
             raise Refused("optimizer_params: this server has AdamW; send adam_params")
         return {"metrics": self._trainer(model).optim_step(request["adam_params"]), "type": "optim_step"}
 
-    def _save_weights(self, model: Model, job: Job) -> dict[str, Any]:
-        request = json.loads(job.body)
+    def _save_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
+        request = json.loads(body)
         path = self._save(model, job, "weights", request.get("path") or f"{job.number:08d}", request, optimizer=True)
         return {"path": path, "type": "save_weights"}
 
-    def _save_weights_for_sampler(self, model: Model, job: Job) -> dict[str, Any]:
-        request = json.loads(job.body)
+    def _save_weights_for_sampler(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
+        request = json.loads(body)
         if request.get("kind", "snapshot") != "snapshot":
             raise Refused("kind='inflight': weights that change while they sample are not here; use kind='snapshot'")
         if (name := request.get("path")) is not None:
@@ -497,7 +512,7 @@ class Service:
         id_ = self.add_sampler(model.id.partition(":")[0], request.get("sampling_session_seq_id") or 0, path)
         unnamed = sorted((model.folder / "sampler_weights").glob("@*"))
         for folder in unnamed[:-UNNAMED]:
-            self._release(f"tinker://{model.id}/sampler_weights/{folder.name}")
+            self._release(f"{SCHEME}{model.id}/sampler_weights/{folder.name}")
             shutil.rmtree(folder)
         return {"sampling_session_id": id_, "type": "save_weights_for_sampler"}
 
@@ -516,7 +531,7 @@ class Service:
         if not (NAME.fullmatch(name) or name == f"@{job.number:08d}"):
             raise Refused(f"path={name!r:.120}: a name has letters, digits and . _ - alone, 100 at most")
         folder = model.folder / part / name
-        path = f"tinker://{model.id}/{part}/{name}"
+        path = f"{SCHEME}{model.id}/{part}/{name}"
         if job.again:
             return path
         if folder.exists() and not request.get("overwrite") and _number(folder) != job.number:
@@ -539,7 +554,8 @@ class Service:
         with write_folder(folder) as partial:
             partial.mkdir()
             tensor_files.write(trainer.state(optimizer=optimizer), partial)
-            (partial / "spec.json").write_text(json.dumps(trainer.spec.to_json() | {"number": number}))
+            sums = {"files": {file.name: size_and_hash(file) for file in partial.iterdir()}}
+            (partial / "spec.json").write_text(json.dumps(trainer.spec.to_json() | {"number": number} | sums))
 
     def _keep_state(self, model: Model, job: Job) -> None:
         """Keep what is trained now and then, where no gradient waits; and at once what was loaded, since its folder may
@@ -556,9 +572,9 @@ class Service:
         """The trainer as the last state has it that was kept."""
         folder = model.folder / "state"
         if (folder / "spec.json").is_file():
-            self._begin(model, _spec(folder))
-            assert model.trainer is not None
-            model.trainer.load(tensor_files.read(folder))
+            trainer = Trainer(self.base, spec_in(folder))
+            trainer.load(tensors_of(folder))
+            model.trainer, model.spec = trainer, trainer.spec  # not before: half a state would be trained on
 
 
 def _fault(what: str, error: Exception) -> tuple[str, bytes]:
@@ -568,14 +584,31 @@ def _fault(what: str, error: Exception) -> tuple[str, bytes]:
     return "json", json.dumps({"error": said, "category": "server"}).encode()
 
 
-def _spec(folder: Path) -> Spec:
-    content = json.loads((folder / "spec.json").read_bytes())
-    return Spec(**{name: content[name] for name in Spec().to_json()})
+def _found(things: Mapping[str, Thing], id_: str) -> Thing:
+    if id_ not in things:
+        raise Unknown(f"{id_!r:.120}: there is nothing of this id here, or no longer")
+    return things[id_]
 
 
 def _number(folder: Path) -> int:
     """The number of the request after which these weights were written."""
-    return int(json.loads((folder / "spec.json").read_bytes())["number"])
+    return int(read_json(folder / "spec.json")["number"])
+
+
+def _content(path: Path) -> bytes:
+    """What is in the file of a request or result. Raises Refused where it is damaged."""
+    content = path.read_bytes()
+    if not content.startswith(b"\x1f\x8b"):  # as version 0.2 wrote it
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise Refused(f"{path} is damaged: {error}") from None
+
+
+def _brief(session: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays in memory of a session; its names and metadata may be long."""
+    return {name: session[name] for name in ("owner", "at") if name in session}
 
 
 def _numbers(folder: Path) -> list[int]:
@@ -592,3 +625,12 @@ def check_number(name: str, number: int | None) -> int:
 
 def _file(id_: str) -> str:
     return id_.replace(":", ".")
+
+
+def session_of(id_: str) -> str:
+    """The session in an id, or a path.
+
+    >>> session_of("tinker://5f:train:0/weights/a")
+    '5f'
+    """
+    return id_.removeprefix(SCHEME).partition(":")[0]

@@ -6,9 +6,9 @@ Axes: N tokens of a datum, K targets of each token where there are several.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,16 +17,22 @@ from pydantic import BaseModel
 from tinker.proto import tinker_public_pb2 as messages
 from torch import Tensor
 
+from grpo.endpoint.api_error import ApiError
+from grpo.endpoint.body import read, refuse_infinite
+from rollout.group import ENDED, Completion
+
 Asked = TypeVar("Asked", bound=BaseModel)
 DTYPES: dict[int, type[np.number]] = {
     messages.DTYPE_FLOAT32: np.float32,
     messages.DTYPE_INT64: np.int64,
     messages.DTYPE_INT32: np.int32,
 }
+MOST_NUMBERS = 1 << 20  # of a tensor: each target of a token takes a copy of its hidden states
+SCHEME = "tinker://"
 PICTURES = "this server trains on text: a datum has a chunk of pictures or sound; send encoded_text chunks alone"
 
 
-class Refused(ValueError):
+class Refused(ApiError):
     """What the caller has to change; it reaches him as an error of category `user`."""
 
 
@@ -42,8 +48,6 @@ class Datum:
 class ForwardBackward:
     """A request for the loss of some data, and with `backward` for its gradient."""
 
-    model_id: str
-    number: int
     loss: str
     settings: dict[str, float | str]
     data: list[Datum]
@@ -59,58 +63,30 @@ class Outputs:
 
 
 def understood(kind: type[Asked], body: bytes) -> Asked:
-    """The request in a body of JSON. Raises pydantic's ValidationError, or Refused for a number that is not finite.
-
-    JSON has no such number: it would be kept as null, and fail only where it is read.
-    """
-    asked = kind.model_validate_json(body)
-    if (found := _not_finite(asked.model_dump())) is not None:
-        place, value = found
-        raise Refused(f"{place}={value}: use a finite number")
+    """Returns the request in a body of JSON. Raises ApiError, also for a number in a text that is not finite."""
+    asked = read(kind, body)
+    refuse_infinite(asked.model_dump())
     return asked
 
 
-def _not_finite(value: object, place: str = "") -> tuple[str, float] | None:
-    """The place and the value of the first number that is not finite.
-
-    >>> _not_finite({"a": [1, {"b": float("inf")}]})
-    ('a.1.b', inf)
-    """
-    if isinstance(value, float):
-        return None if math.isfinite(value) else (place, value)
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    for key, item in items:
-        if isinstance(item, float | dict | list | tuple):  # of a long prompt no number is one of these
-            found = _not_finite(item, f"{place}.{key}" if place else str(key))
-            if found is not None:
-                return found
-    return None
-
-
-def message_of(body: bytes) -> messages.ForwardBackwardRequest:
-    """The message, whose data are not looked at yet. Raises Refused for what is none."""
+def message_of(body: bytes) -> tuple[messages.ForwardBackwardRequest, bytes]:
+    """Returns the message, whose data are not looked at yet, and the body. Raises Refused for what is none."""
     message = messages.ForwardBackwardRequest()
     try:
         message.ParseFromString(body)
     except DecodeError as error:
         raise Refused(f"forward_backward: the body is no ForwardBackwardRequest ({error})") from None
-    return message
+    return message, body
 
 
 def read_forward_backward(body: bytes) -> ForwardBackward:
     """Raises Refused for what is no such message, or has tensors that cannot be read."""
-    message = message_of(body)
+    message, _ = message_of(body)
     settings: dict[str, float | str] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         settings[name] = value.text if value.WhichOneof("value") == "text" else value.number
     data = [_datum(datum, place) for place, datum in enumerate(message.data)]
-    return ForwardBackward(
-        message.model_id, message.seq_id, message.loss_fn, settings, data, backward=not message.forward_only
-    )
+    return ForwardBackward(message.loss_fn, settings, data, backward=not message.forward_only)
 
 
 def _datum(message: messages.Datum, place: int) -> Datum:
@@ -140,7 +116,9 @@ def _tensor(message: messages.Tensor, place: str) -> Tensor:
         raise Refused(f"{place}: a sparse tensor; send a dense one")
     values = _numbers(message.dense, DTYPES[message.dtype], place)
     shape = list(message.shape) or [values.size]
-    if any(size < 0 for size in shape) or int(np.prod(shape)) != values.size:
+    if values.size > MOST_NUMBERS:
+        raise Refused(f"{place}: {values.size:,} numbers; send at most {MOST_NUMBERS:,}")
+    if any(size < 0 for size in shape) or math.prod(shape) != values.size:
         raise Refused(f"{place}: its shape is {shape}, and it has {values.size} numbers")
     return torch.from_numpy(values.copy()).view(shape)
 
@@ -163,22 +141,13 @@ def write_outputs(outputs: Outputs) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """A sampled sequence with the log-probability of each of its tokens."""
-
-    tokens: Sequence[int]
-    logprobs: Sequence[float]
-    stopped: bool
-
-
-def write_samples(sequences: Sequence[Sampled], prompt_logprobs: Sequence[float] | None) -> bytes:
+def write_samples(sequences: Sequence[Completion], prompt_logprobs: Sequence[float] | None) -> bytes:
     """Sampled sequences as a SampleResponse; a prompt's log-probabilities are NaN where none was asked for."""
     message = messages.SampleResponse()
     for each in sequences:
         message.sequences.add(
-            stop_reason=messages.STOP_REASON_STOP if each.stopped else messages.STOP_REASON_LENGTH,
-            tokens=np.array(each.tokens, dtype=np.int32).tobytes(),
+            stop_reason=messages.STOP_REASON_STOP if each.finish_reason in ENDED else messages.STOP_REASON_LENGTH,
+            tokens=np.array(each.token_ids, dtype=np.int32).tobytes(),
             logprobs=np.array(each.logprobs, dtype=np.float32).tobytes(),
         )
     if prompt_logprobs is not None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,33 +18,36 @@ import torch
 from grpo.cli.commands.policy_in_use import PolicyInUse
 from grpo.cli.commands.served import key_of
 from grpo.cli.config.serve import MOST_WAITING, SHUTDOWN_S, WAIT_S, ServeConfig
+from grpo.endpoint.hosts import is_loopback
 from grpo.source.policy_source import PolicySource, find_policy
 from rewards.listening import listen
 from rollout.cost_table import Workload
 from rollout.decoding.engine import Engine
 
 if TYPE_CHECKING:
+    from socket import socket
+
+    from starlette.applications import Starlette
+
     from grpo.endpoint.served import Served
 
 PACKAGES = "quartet serve needs the packages of the extra serve: pip install 'quartet-rl[serve]'"
 
 
-def read_key(file: Path | None, host: str) -> str | None:
-    """Returns the key that clients must show. Raises ValueError for another address than loopback without one."""
+def read_keys(file: Path | None, host: str) -> list[str]:
+    """Returns the keys of which clients must show one, one a line of the file; none without a file. Raises ValueError
+    for another address than loopback without any."""
     if file is None:
-        loopback = host.lower() == "localhost"
-        with suppress(ValueError):
-            loopback = loopback or ipaddress.ip_address(host).is_loopback
-        if not loopback:
+        if not is_loopback(host):
             raise ValueError(
                 f"host={host!r} lets other machines in; give a file with a key, --api_key_file FILE, or leave --host "
                 "out"
             )
-        return None
-    key = key_of(file)
-    if len(key) < 8 or not key.isascii() or not key.isprintable():
-        raise ValueError(f"api_key_file={file}: a key has 8 printable ASCII characters or more, in one line")
-    return key
+        return []
+    keys = key_of(file).split("\n")
+    if any(len(key) < 8 or not key.isascii() or not key.isprintable() for key in keys):
+        raise ValueError(f"api_key_file={file}: a key has 8 printable ASCII characters or more, and a line of its own")
+    return keys
 
 
 def load_engine(use: PolicyInUse, newer: PolicySource | None = None, like: Engine | None = None) -> Engine:
@@ -115,7 +116,7 @@ def begin_serving(
     from grpo.endpoint.batcher import Batcher
     from grpo.endpoint.served import Served
 
-    key = read_key(config.api_key_file, config.host)
+    keys = read_keys(config.api_key_file, config.host)
     use = PolicyInUse(config)
 
     def load(newer: PolicySource) -> Engine:
@@ -127,21 +128,26 @@ def begin_serving(
     engine.check([], params)
     batcher = Batcher(engine, params, most_waiting=MOST_WAITING, wait_s=WAIT_S)
     served = Served(config.called, batcher, params, use.source.meaning)
-    return app(served, key, starts=partial(follower.keep_up, served) if follower else None), served
+    return app(served, keys, starts=partial(follower.keep_up, served) if follower else None), served
 
 
 def serve(config: ServeConfig, say: Callable[[str], None] = print, *, follow: bool = False) -> None:
-    """Serve until a signal comes. Then no new request is taken, and those that run have SHUTDOWN_S seconds."""
-    read_key(config.api_key_file, config.host)  # refuses what is wrong before anything listens
+    """Serve until a signal comes, see `answer`."""
+    read_keys(config.api_key_file, config.host)  # refuses what is wrong before anything listens
     listening, address = listen(config.host, config.port)
     gc.freeze()  # else a body with a million parts makes the collector read all modules again and again: .9 s for .2
     with listening:
         application, served = begin_serving(config, partial(print, file=sys.stderr, flush=True), follow=follow)
-        import uvicorn
-
-        from grpo.endpoint.connections import settings
-
         version = f"policy version {served.batcher.engine.version}"
         say(f"{served.name} ({version}, {served.meaning}) at http://{address}/v1   (Ctrl-C ends it)")
-        timeouts = {"lifespan": "on", "timeout_graceful_shutdown": SHUTDOWN_S, "timeout_keep_alive": 75}
-        uvicorn.Server(settings(application, **timeouts)).run(sockets=[listening])
+        answer(application, listening)
+
+
+def answer(application: Starlette, listening: socket) -> None:
+    """Answer until a signal comes. Then no new request is taken, and those that run have SHUTDOWN_S seconds."""
+    import uvicorn
+
+    from grpo.endpoint.connections import settings
+
+    config = settings(application, lifespan="on", timeout_graceful_shutdown=SHUTDOWN_S, timeout_keep_alive=75)
+    uvicorn.Server(config).run(sockets=[listening])

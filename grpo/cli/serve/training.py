@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
-from grpo.cli.config.serve import SHUTDOWN_S, ServeConfig
-from grpo.cli.serve.server import read_key
+from grpo.cli.config.serve import ServeConfig
+from grpo.cli.serve.server import answer, read_keys
 from policies.attention import sees_prompts_whole
 from rewards.listening import listen
 
@@ -21,14 +20,11 @@ def serve_training(config: ServeConfig, say: Callable[[str], None] = print) -> N
     """Serve until a signal comes; what waits then is done by the next server with the same state folder. Raises
     ValueError without the packages of the extra, and for a policy whose prompts are seen whole."""
     try:
-        import uvicorn
-
-        from grpo.endpoint.connections import settings
         from grpo.tinker.app import app
         from grpo.tinker.service import Service
     except ModuleNotFoundError as error:
         raise ValueError(PACKAGES) from error
-    key = read_key(config.api_key_file, config.host)
+    keys = read_keys(config.api_key_file, config.host)
     use = PolicyInUse(config)
     listening, address = listen(config.host, config.port)
     gc.freeze()
@@ -40,6 +36,5 @@ def serve_training(config: ServeConfig, say: Callable[[str], None] = print) -> N
         with use.phase("loading"):
             service = Service(policy, config.name or config.model, config.state, getattr(torch, config.dtype))
         say(f"{service.name} trains and samples at http://{address}   (Ctrl-C ends it; state in {config.state})")
-        say(f"export TINKER_BASE_URL=http://{address} TINKER_API_KEY={'<the key>' if key else 'tml-here'}")
-        timeouts: dict[str, Any] = {"lifespan": "on", "timeout_graceful_shutdown": SHUTDOWN_S, "timeout_keep_alive": 75}
-        uvicorn.Server(settings(app(service, key), **timeouts)).run(sockets=[listening])
+        say(f"export TINKER_BASE_URL=http://{address} TINKER_API_KEY={'<the key>' if keys else 'tml-here'}")
+        answer(app(service, keys), listening)

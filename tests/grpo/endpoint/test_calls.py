@@ -14,8 +14,9 @@ from tokenizers import processors
 
 from grpo.endpoint.answers import Answer
 from grpo.endpoint.api_error import ApiError
-from grpo.endpoint.asked import ChatAsked, CompletionAsked, read
+from grpo.endpoint.asked import ChatAsked, CompletionAsked
 from grpo.endpoint.batcher import Batcher, Counts
+from grpo.endpoint.body import read
 from grpo.endpoint.endpoint import Endpoint
 from grpo.endpoint.episode import Episode
 from grpo.endpoint.served import Served

@@ -10,8 +10,9 @@ import torch
 
 from grpo.config.loss import LossOptions
 from grpo.endpoint.api_error import ApiError
-from grpo.endpoint.asked import ChatAsked, CompletionAsked, read
+from grpo.endpoint.asked import ChatAsked, CompletionAsked
 from grpo.endpoint.batcher import Batcher
+from grpo.endpoint.body import read
 from grpo.endpoint.episode import Episode
 from grpo.learner.batch import collate
 from grpo.learner.prepare import estimate, pack

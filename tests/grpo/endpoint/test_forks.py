@@ -17,8 +17,9 @@ from grpo.cli.commands.check import examine_text
 from grpo.cli.commands.summary import dry_run
 from grpo.config.environment import AgentOptions
 from grpo.endpoint.agent_sampler import AgentSampler
-from grpo.endpoint.asked import ChatAsked, CompletionAsked, read
+from grpo.endpoint.asked import ChatAsked, CompletionAsked
 from grpo.endpoint.batcher import Batcher
+from grpo.endpoint.body import read
 from grpo.endpoint.episode import Episode
 from grpo.endpoint.forks import ForkingEpisode
 from grpo.learner.batch import collate

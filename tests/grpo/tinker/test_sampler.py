@@ -1,5 +1,6 @@
 """What a sampler holds, what it is asked, and the log-probabilities that it gives."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -26,12 +27,12 @@ def request_of(**changes):
 
 
 def asked(key="client", **changes):
-    return read(request_of(**changes), key, STOPS)
+    return read(request_of(**changes), key, STOPS, 64)
 
 
 @pytest.fixture
 def saved(base, tmp_path):
-    """`saved(seed)`: the spec of adapters that move the base far, and the folder that holds them."""
+    """`saved(seed)`: the folder of adapters that move the base far."""
 
     def save(seed):
         spec, folder = Spec(rank=2, seed=seed), tmp_path / f"adapters{seed}"
@@ -43,14 +44,15 @@ def saved(base, tmp_path):
                     parameter.copy_(0.3 * torch.randn_like(parameter))
         folder.mkdir()
         tensor_files.write(trainer.state(optimizer=False), folder)
-        return spec, folder
+        (folder / "spec.json").write_text(json.dumps(spec.to_json()))
+        return folder
 
     return save
 
 
 def tokens(sampler, **changes):
     found, _ = sampler.sample(asked(**changes))
-    return [one.tokens for one in found]
+    return [one.token_ids for one in found]
 
 
 # ---- whose weights it holds ------------------------------------------------------------------------------------------
@@ -61,13 +63,13 @@ def test_it_takes_the_weights_of_one_sampler_after_the_other(base, saved):
     sampler, fresh = Sampler(base, torch.float32), Sampler(base, torch.float32)
     plain = tokens(sampler)
     found = {}
-    for name, of in (("one", one), ("other", other), ("base", (None, None)), ("one", one)):
-        sampler.hold_weights(name, *of)
+    for name, of in (("one", one), ("other", other), ("base", None), ("one", one)):
+        sampler.hold_weights(name, of)
         found.setdefault(name, []).append(tokens(sampler))
     assert found["one"][0] == found["one"][1]
     assert found["base"] == [plain]
     assert len({str(each) for each in (plain, found["one"][0], found["other"][0])}) == 3
-    fresh.hold_weights("other", *other)
+    fresh.hold_weights("other", other)
     assert [tokens(fresh)] == found["other"]
 
 
@@ -80,11 +82,11 @@ def test_weights_that_it_holds_are_not_published_again(base, saved, monkeypatch)
         publish(weights, version)
 
     monkeypatch.setattr(sampler.engine, "sync_weights", noted)
-    spec, folder = saved(1)
+    folder = saved(1)
     for name in ("one", "one", "one"):
-        sampler.hold_weights(name, spec, folder)
+        sampler.hold_weights(name, folder)
     assert versions == [1]
-    sampler.hold_weights("base", None, None)
+    sampler.hold_weights("base", None)
     assert versions == [1, 2]  # no version stands for two weights
 
 
@@ -92,16 +94,16 @@ def test_where_it_fails_to_take_weights_it_holds_nobodys(base, saved, monkeypatc
     """The engine may have taken a part of them. The sampler before, too, is published again before it answers."""
     one, other = saved(1), saved(2)
     sampler = Sampler(base, torch.float32)
-    sampler.hold_weights("one", *one)
+    sampler.hold_weights("one", one)
     want = tokens(sampler)
     derive = sampler.engine._derive
     with monkeypatch.context() as patch:
         patch.setattr(sampler.engine, "_derive", lambda: 1 / 0)  # it has the tensors by then
         with pytest.raises(ZeroDivisionError):
-            sampler.hold_weights("other", *other)
+            sampler.hold_weights("other", other)
         assert sampler.of == ""
     assert sampler.engine._derive == derive
-    sampler.hold_weights("one", *one)
+    sampler.hold_weights("one", one)
     assert tokens(sampler) == want
     assert sampler.of == "one"
 
@@ -112,9 +114,9 @@ def test_where_it_fails_to_take_weights_it_holds_nobodys(base, saved, monkeypatc
 def test_a_request_is_read():
     found = asked(sampling_params={"temperature": 0.5, "seed": 7, "stop": ["\n"], "top_k": -1, "top_p": 1})
     params = SamplingParams(3, 0.5, 6, STOPS, stop_strings=("\n",), seed=7)
-    assert (found.prompt, found.count, found.params, found.key, found.last) == (PROMPT, 3, params, "", 0)
-    plain = read({"prompt": request_of()["prompt"], "sampling_params": {}}, "client", STOPS)
-    assert (plain.count, plain.key, plain.last) == (1, "client", 0)
+    assert (found.prompt, found.params, found.key, found.last) == (PROMPT, params, "", 0)
+    plain = read({"prompt": request_of()["prompt"], "sampling_params": {}}, "client", STOPS, 64)
+    assert (plain.key, plain.last) == ("client", 0)
     assert (plain.params.group_size, plain.params.temperature, plain.params.seed) == (1, 1.0, 0)
     assert (plain.params.stop_token_ids, plain.params.stop_strings) == (STOPS, ())
     chunks = [{"tokens": [5, 9]}, {"type": "encoded_text", "tokens": [12]}]
@@ -160,8 +162,8 @@ def test_what_cannot_be_sampled_is_refused_by_name():
 
 
 def test_the_bounds_themselves_are_taken():
-    assert asked(num_samples=MOST_SAMPLES).count == MOST_SAMPLES
-    assert asked(sampling_params={"top_k": 0}).count == 3
+    assert asked(num_samples=MOST_SAMPLES).params.group_size == MOST_SAMPLES
+    assert asked(sampling_params={"top_k": 0}).params.group_size == 3
     assert asked(prompt_logprobs=True).last == 3
     assert asked(prompt_logprobs=True, prompt_logprobs_last_n=1).last == 1
     assert asked(prompt_logprobs=True, prompt={"chunks": [{"tokens": [5]}]}).last == 0
@@ -178,14 +180,14 @@ def test_a_sample_is_the_engines_up_to_the_end_of_the_context(base):
         found, of_prompt = sampler.sample(request)
         params = replace(request.params, max_completion_tokens=length)
         [group] = Engine(base.merged(), torch.float32).sample([Prompt("", "", PROMPT)], params)
-        assert [one.tokens for one in found] == [c.token_ids for c in group.completions]
+        assert [one.token_ids for one in found] == [c.token_ids for c in group.completions]
         assert [one.logprobs for one in found] == [c.logprobs for c in group.completions]
-        assert [len(one.tokens) for one in found] == [length] * 3
-        assert {one.stopped for one in found} == {False}
+        assert [len(one.token_ids) for one in found] == [length] * 3
+        assert {one.finish_reason for one in found} == {"length"}
         assert of_prompt is None
-    first = found[0].tokens
+    first = found[0].token_ids
     cut, _ = sampler.sample(asked(sampling_params={"stop": [first[2]], "seed": 3}))
-    assert (cut[0].tokens, cut[0].stopped) == (first[: first.index(first[2]) + 1], True)
+    assert (cut[0].token_ids, cut[0].finish_reason) == (first[: first.index(first[2]) + 1], "stop")
 
 
 def test_no_sample_is_cut_short_in_silence(base):
@@ -198,17 +200,17 @@ def test_no_sample_is_cut_short_in_silence(base):
         sampler.sample(asked(prompt=full, sampling_params={"max_tokens": None}))
     last = {"chunks": [{"tokens": [5] * (context - 1)}]}
     found, _ = sampler.sample(asked(prompt=last, sampling_params={"max_tokens": None}))
-    assert [len(one.tokens) for one in found] == [1] * 3
+    assert [len(one.token_ids) for one in found] == [1] * 3
     with pytest.raises(Refused, match="temperature"):
         sampler.sample(asked(sampling_params={"temperature": -1.0}))
 
 
 def test_log_probabilities_of_the_prompt_are_those_of_what_it_holds(base, saved):
     """The first token has none, and neither have those that nobody asked for."""
-    spec, folder = saved(1)
+    folder = saved(1)
     sampler = Sampler(base, torch.float32)
-    sampler.hold_weights("one", spec, folder)
-    trained = Trainer(base, spec)
+    sampler.hold_weights("one", folder)
+    trained = Trainer(base, Spec(rank=2, seed=1))
     trained.load(tensor_files.read(folder, {"policy"}), optimizer=False)
     with torch.no_grad():
         ids = torch.tensor([PROMPT])

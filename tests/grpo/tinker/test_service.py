@@ -1,6 +1,10 @@
 """Requests and their results: their order, what is asked twice, other clients, and a service that goes on."""
 
+import gzip
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 import torch
 from tinker.proto import tinker_public_pb2 as messages
 
+from grpo.endpoint.api_error import ApiError
 from grpo.run.lock import FolderInUse
 from grpo.tinker import service as of_service
 from grpo.tinker.service import Service, Unknown
@@ -206,12 +211,20 @@ def test_requests_that_wait_have_a_bound_and_the_missing_one_is_taken(service, m
     client = Client(service)
     answer(service.job(f"{client.model}:0"))
     body = json.dumps({"adam_params": adam(1e-2)}).encode()
-    monkeypatch.setattr(of_service, "MOST_WAITING", 3 * len(body))
     jobs = [service.ask(client.model, number, "optim_step", body) for number in (2, 3, 4)]
-    with pytest.raises(Refused, match=rf"seq_id=5: .* {len(body)} bytes, .* send request 1 of the model first"):
-        service.ask(client.model, 5, "optim_step", body)
+    for name, most, words in (
+        ("MOST_OF_ONE", 3, f"4 requests of {client.model} would wait, and at most 3 may"),
+        ("MOST_WAITING", 3, "4 requests would wait"),
+        ("MOST_BYTES", 3 * len(body), f"{4 * len(body)} bytes of requests would wait"),
+    ):
+        with monkeypatch.context() as bound:
+            bound.setattr(of_service, name, most)
+            with pytest.raises(ApiError, match=f"{words}.*; request 1 of the model has not come") as refused:
+                service.ask(client.model, 5, "optim_step", body)
+        assert (refused.value.status, refused.value.headers) == (429, {"Retry-After": "1"})
+    monkeypatch.setattr(of_service, "MOST_BYTES", 3 * len(body))
     other = Client.__new__(Client)
-    with pytest.raises(Refused, match="wait for results"):
+    with pytest.raises(ApiError, match="wait for results"):
         other.__init__(service)
     jobs.append(service.ask(client.model, 1, "forward_backward", supervised(client.model, 1, TOKENS)))
     assert ["error" in json.loads(result(job)[1]) for job in jobs[:1]] == [False]
@@ -220,7 +233,7 @@ def test_requests_that_wait_have_a_bound_and_the_missing_one_is_taken(service, m
     answer(client.ask("optim_step", adam_params=adam(1e-2)))
 
 
-def test_numbers_that_name_no_file_are_refused_and_what_is_kept_of_a_session_has_a_bound(service):
+def test_numbers_that_name_no_file_are_refused(service):
     client = Client(service)
     sampler = service.add_sampler(client.session, 0, None)
     for number in (-1, 10**8, 10**300):
@@ -230,9 +243,6 @@ def test_numbers_that_name_no_file_are_refused_and_what_is_kept_of_a_session_has
             sample(service, sampler, number)
         with pytest.raises(Refused, match=f"sampling_session_seq_id={number}"):
             service.add_sampler(client.session, number, None)
-    with pytest.raises(Refused, match="user_metadata: .* bytes; keep at most 65,536"):
-        service.create_session({"tags": [], "user_metadata": {"note": "x" * (1 << 16)}})
-    assert len(service.sessions) == 1
 
 
 def test_weights_that_were_loaded_stay_those_of_their_time(base, tmp_path, monkeypatch):
@@ -418,3 +428,140 @@ def test_results_are_in_files_and_those_of_samplers_whose_weights_are_gone_are_r
     with pytest.raises(Unknown, match="no longer kept"):
         jobs[0][0].read()
     assert "no weights are saved here" in error(sample(service, jobs[0][0].owner.id, 9))
+
+
+def test_a_damaged_or_exchanged_file_of_weights_is_refused_by_name(base, tmp_path, monkeypatch):
+    """What was saved, what a sampler has, and the state with which a service goes on."""
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 0.0)
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    client = Client(first)
+    client.learn()
+    paths = [answer(client.ask("save_weights", path=name))["path"] for name in ("one", "two")]
+    result(client.learn(rate=0.1)[1])
+    paths.append(answer(client.ask("save_weights", path="three"))["path"])
+    of_sampler = answer(client.ask("save_weights_for_sampler", path="four"))["path"]
+    first.close()
+    folder = first.models[client.model].folder
+    one, two, three = (folder / "weights" / name for name in ("one", "two", "three"))
+    flip(one / "policy.safetensors")
+    (two / "optimizer.safetensors").write_bytes((three / "optimizer.safetensors").read_bytes())  # of another step
+    spec = json.loads((three / "spec.json").read_text())
+    del spec["files"]
+    (three / "spec.json").write_text(json.dumps(spec))  # as version 0.2 wrote it: no checksum
+    flip(folder / "sampler_weights/four/policy.safetensors")
+    flip(folder / "state/policy.safetensors")
+    second = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        other = Client(second)
+        found = [second.ask(other.model, number + 1, "load_weights", loads(path)) for number, path in enumerate(paths)]
+        for job, part, file in zip(found, ("one", "two"), ("policy", "optimizer"), strict=False):
+            assert f"weights/{part} is damaged: {file}.safetensors is" in error(job)
+        answer(found[2])
+        sampler = second.add_sampler(other.session, 0, of_sampler)
+        assert "four is damaged: policy.safetensors is" in error(sample(second, sampler))
+        client.service = second
+        assert "state is damaged: policy.safetensors is" in error(client.learn()[1])
+    finally:
+        second.close()
+
+
+def test_a_damaged_request_or_result_is_refused_by_name(base, tmp_path):
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    sampler = first.add_sampler(first.create_session({}), 0, None)
+    samples(sample(first, sampler))
+    first.close()
+    waiting = sample(first, sampler, 1).request_id
+    files = first.samplers[sampler].files
+    for path in (files.requests / next(iter(files.requests.glob("00000001.*"))), *files.results.iterdir()):
+        flip(path)
+    second = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        assert "00000001.sample is damaged" in error(second.job(waiting))
+        with pytest.raises(Refused, match=r"00000000\.pb is damaged"):
+            second.job(f"{sampler}:0").read()
+    finally:
+        second.close()
+    (tmp_path / "state/sessions/a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sessions/a\.json is damaged"):
+        Service(base, "llama", tmp_path / "state", torch.float32)
+
+
+def test_a_model_whose_request_was_damaged_computes_nothing_after_it(base, tmp_path, monkeypatch):
+    """Else the next step would be made without its gradient."""
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 1e9)
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    client = Client(first)
+    for job in client.learn():
+        result(job)
+    first.close()
+    [path] = first.models[client.model].files.requests.glob("00000001.*")
+    flip(path)
+    client.service = second = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        for job in client.learn():
+            assert "00000001.forward_backward is damaged" in error(job)
+    finally:
+        second.close()
+
+
+def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
+    """Its files are as they were sent, and its sessions no owner."""
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    session = first.create_session({})
+    sampler = first.add_sampler(session, 0, None)
+    want = samples(sample(first, sampler))[:2]
+    first.close()
+    waiting = sample(first, sampler, 1).request_id
+    files = first.samplers[sampler].files
+    for path in (*files.requests.iterdir(), *files.results.iterdir()):
+        path.write_bytes(gzip.decompress(path.read_bytes()))
+    (tmp_path / f"state/sessions/{session}.json").write_text('{"tags": [], "metadata": null, "at": 1.5}')
+    second = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        assert samples(second.job(f"{sampler}:0"))[:2] == want
+        assert len(samples(second.job(waiting))[0]) == 2
+        assert second.owns("somebody", session)
+        assert second.owns("", session)
+    finally:
+        second.close()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def loads(path):
+    return json.dumps({"path": path, "optimizer": True}).encode()
+
+
+def test_a_service_that_was_killed_by_the_system_goes_on_with_what_waited(base, tmp_path):
+    """By SIGKILL, while a sample and requests of a model wait, one of them for a number that never comes."""
+    folder, (ends, begins) = tmp_path / "state", os.pipe()
+    child = os.fork()
+    if child == 0:
+        first = Service(base, "llama", folder, torch.float32)
+        first._do = lambda *_: time.sleep(60)  # nothing is done
+        client = Client(first)
+        client.learn()
+        client.number += 1
+        client.learn()
+        sampler = first.add_sampler(client.session, 99, None)
+        asked = [sample(first, sampler, number).request_id for number in range(2)]
+        os.write(begins, json.dumps([client.model, asked]).encode())
+        time.sleep(60)
+        os._exit(1)
+    model, asked = json.loads(os.read(ends, 4096))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    second = Service(base, "llama", folder, torch.float32)
+    try:
+        assert [len(samples(second.job(request_id))[0]) for request_id in asked] == [2, 2]
+        assert result(second.job(f"{model}:1"))[0] == "pb"
+        answer(second.job(f"{model}:2"))
+        assert not second.job(f"{model}:4").done.is_set()
+        answer(second.ask(model, 3, "optim_step", json.dumps({"adam_params": adam(1e-2)}).encode()))
+        answer(second.job(f"{model}:5"))
+    finally:
+        second.close()

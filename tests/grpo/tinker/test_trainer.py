@@ -40,7 +40,7 @@ def data(vocabulary, name, sizes=(7, 4, 11), seed=1):
 
 
 def ask(datums, name="cross_entropy", backward=True, **config):
-    return ForwardBackward("m", 1, name, config, datums, backward)
+    return ForwardBackward(name, config, datums, backward)
 
 
 def plain_loss(model, datums, name):

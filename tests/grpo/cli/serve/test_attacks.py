@@ -6,7 +6,6 @@ import json
 import socket
 import threading
 import time
-import urllib.request
 from contextlib import contextmanager
 
 import pytest
@@ -14,7 +13,6 @@ import uvicorn
 from pydantic import ValidationError
 from serving_cases import Running, until
 
-from grpo.endpoint import app as application
 from grpo.endpoint import connections, served
 from grpo.endpoint.asked import ChatAsked
 from grpo.endpoint.connections import most_connections, settings
@@ -69,26 +67,6 @@ def test_completions_are_counted_before_a_prompt_is_read(running, monkeypatch):
     assert told["error"]["message"].startswith("1024000 completions in one request")
 
 
-def test_health_is_told_while_a_body_is_read(running, monkeypatch):
-    begun, goes_on, read = threading.Event(), threading.Event(), application.read
-
-    def slowly(kind, body):
-        begun.set()
-        goes_on.wait(20)
-        return read(kind, body)
-
-    monkeypatch.setattr(application, "read", slowly)
-    asking = threading.Thread(target=running.complete, args=["1"], kwargs={"max_tokens": 1})
-    asking.start()
-    try:
-        assert begun.wait(20)
-        with urllib.request.urlopen(f"http://{running.address}/health", timeout=5) as response:
-            assert response.status == 200
-    finally:
-        goes_on.set()
-        asking.join()
-
-
 def test_tools_and_what_a_template_makes_of_messages_are_measured_before_they_are_tokenised(running, monkeypatch):
     tokenizer = running.served.tokenizer
     monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: pytest.fail("it was tokenised"))
@@ -114,38 +92,6 @@ def test_half_a_character_in_the_arguments_of_a_call_is_no_fault_of_the_server(r
     monkeypatch.setattr(running.served.tokenizer, "chat_template", shows)
     asked = chat(messages=[{"role": "assistant", "tool_calls": [call]}])
     assert running.ask("/v1/chat/completions", asked)[0] == 200
-
-
-def test_large_bodies_are_bounded_together_and_small_ones_pass(running, monkeypatch):
-    monkeypatch.setattr(application, "LARGE", 2_000)
-    monkeypatch.setattr(application, "MOST_LARGE", 10_000)
-    with half(running.address, b" " * 6_000, 6_001) as first:
-        time.sleep(0.2)
-        with half(running.address, b" " * 6_000, 6_001) as second:
-            status, error = answer(second)
-        assert (status, error["code"]) == (429, "rate_limit_exceeded")
-        assert running.complete("1", max_tokens=1)["choices"]
-        first.close()
-        until(lambda: running.ask("/v1/completions", b" " * 6_000)[0] == 400)  # what the others held is free
-
-
-def test_a_head_that_does_not_arrive_or_is_no_http_is_given_up(running, monkeypatch):
-    with opened(running.address, b"\x16\x03\x01 no HTTP\r\n\r\n") as connection:
-        assert answer(connection)[0] == 400  # in OpenAI's form
-    monkeypatch.setattr(connections, "HEAD_S", 0.3)
-    with opened(running.address, b"POST /v1/comple") as part, opened(running.address) as nothing:
-        for _ in range(4):  # more of it does not help
-            part.sendall(b"t")
-            time.sleep(0.02)
-        status, error = answer(part)
-        assert (status, error["type"]) == (408, "invalid_request_error")
-        assert is_closed(nothing)
-    head = f"POST /v1/nothing HTTP/1.1\r\nHost: {running.address}\r\nContent-Length: 500\r\n\r\n"
-    with opened(running.address, head.encode()) as refused:  # and then the body goes on for ever
-        assert answer(refused)[0] == 404
-        refused.sendall(b" ")
-        assert is_closed(refused)
-    assert running.complete("1", max_tokens=1)["choices"]
 
 
 def test_the_newest_connection_takes_the_place_of_one_that_waits(running, monkeypatch):
