@@ -41,7 +41,7 @@ policies/synced_weights policies/decoding/absorbed policies/decoding/latent_cach
 policies/decoding/experts policies/routing/routers rollout/__init__ rollout/decoding/engine rollout/group
 rollout/workers/local_pool rollout/pool rollout/workers/kinds rollout/decoding/results rollout/rows rollout/sampling
 rollout/decoding/settings rollout/decoding/rounds rollout/decoding/reader rollout/decoding/postprocess
-rollout/decoding/batch rollout/decoding/shard rollout/environments/stage rollout/stop_strings
+rollout/decoding/batch rollout/decoding/shard rollout/decoding/stage rollout/stop_strings
 rollout/backends/__init__ rewards/__init__ rewards/config/data rewards/config/reward rewards/data/examples
 rewards/group_score rewards/protocol rewards/scorer rewards/spec rewards/ties grpo/__init__ grpo/train grpo/session
 grpo/steps/loop grpo/steps/collector grpo/steps/callback grpo/steps/weight_sync grpo/task/task grpo/task/sampling

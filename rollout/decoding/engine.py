@@ -19,7 +19,7 @@ from rollout.backends import Decoder, derive
 from rollout.cost_table import MAX_DEPTH, CostTable, Workload
 from rollout.decoding.batch import Batch
 from rollout.decoding.shard import Decoding
-from rollout.environments.stage import Stage
+from rollout.decoding.stage import Stage
 from rollout.faults import RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
 from rollout.sampling import PLAIN, Copies, DraftVocabulary, SamplingParams

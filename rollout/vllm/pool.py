@@ -15,8 +15,8 @@ from policies.policy import Policy
 from policies.routing.heads import DynamicHeadsConfig
 from policies.synced_weights import SyncedWeights
 from rollout.cost_table import CostTable, Workload
+from rollout.decoding.stage import Stage
 from rollout.environments.episodes import Episodes
-from rollout.environments.stage import Stage
 from rollout.faults import Faults, OnFinished, RolloutError, not_finite, prompt_fault
 from rollout.group import Prompt, RolloutGroup
 from rollout.places import Places, visible_gpus

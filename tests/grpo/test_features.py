@@ -17,7 +17,21 @@ from review.readers.run_folder import documented
 
 ROOT = Path(__file__).parents[2]
 TABLE, SAMPLERS = "grpo/config/features.py", "rollout/workers/kinds.py"
+ENVIRONMENTS = ("calculator", "episodes", "families", "format", "mcp", "openenv", "protocol", "python", "response")
+ENVIRONMENTS += ("verifiers",)
 # By feature: its files and folders, the file of its table and how its line there begins, if it has one.
+ENVIRONMENTS = [
+    "calculator",
+    "episodes",
+    "families",
+    "format",
+    "mcp",
+    "openenv",
+    "protocol",
+    "python",
+    "response",
+    "verifiers",
+]
 LEAVING = {
     "distill": (
         ["grpo/config/distill.py", "grpo/learner/terms/distill.py", "grpo/learner/terms/teacher_server.py"],
@@ -36,7 +50,7 @@ LEAVING = {
     ),
     "vLLM": (["rollout/vllm", "grpo/steps/vllm.py", "grpo/source/vllm_token.py"], (SAMPLERS, '"vllm"')),
     "agents": (["grpo/endpoint"], None),
-    "environments and tools": (["rollout/environments"], None),
+    "environments and tools": ([f"rollout/environments/{name}.py" for name in ENVIRONMENTS], None),
     "graphs": (["rollout/compiled"], None),
     "reward models": (["grpo/task/reward_models.py"], None),
     "conversion of dense models": (["policies/conversion"], None),
@@ -59,7 +73,7 @@ def tree(folder):
 def demo(folder, start=subprocess.Popen):
     """Two steps by the code in this folder: the weights, and the metrics that it documents. A clock measures what
     drafts cost, so their number is fixed."""
-    code = "import json, sys; from grpo.run.metrics import documented; print(json.dumps(documented())); "
+    code = "import json, sys; from review.readers.run_folder import documented; print(json.dumps(documented())); "
     code += "from grpo.__main__ import main; sys.exit(main())"
     words = [str(folder / "benchmarks/learn/words.yaml"), *SHORT, "--output_dir", str(folder / "run")]
     environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
