@@ -130,7 +130,7 @@ class Ranks:
                 listener.join(2)
                 if self._stopped:
                     raise Stopped(self._heard, self._stopped) from None
-                raise RankFailed(self._heard or self._who_is_gone()) from error
+                raise RankFailed(self._heard or self._tell_who_is_gone()) from error
             words = f"rank {self.rank} failed: {type(error).__name__}: {error}"
             with suppress(dist.DistError):
                 if isinstance(error, Stopped):
@@ -153,15 +153,24 @@ class Ranks:
                     self._heard = store.get("failed").decode()
                     return store.set(f"heard/{self.rank}", "")
 
-    def _who_is_gone(self) -> str:
-        """A process that was killed says nothing. On this machine its number tells."""
-        gone = [
-            f"rank {rank} (process {pid})"
+    def _tell_who_is_gone(self) -> str:
+        """A process that was killed says nothing. On this machine its number tells. The rank that looks first tells the
+        others, which would take it for gone, too, once it has ended."""
+        gone = {
+            rank: f"rank {rank} (process {pid})"
             for rank, (host, pid) in enumerate(self._processes)
             if host == socket.gethostname()
             and not (psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-        ]
-        return f"{' and '.join(gone) or 'a rank on another machine'} is gone without a word; see what it has printed"
+        }
+        who = " and ".join(gone.values()) or "a rank on another machine"
+        words = f"{who} is gone without a word; see what it has printed"
+        with suppress(dist.DistError):
+            words = self._store.compare_set("failed", "", words).decode()
+            self._store.set(f"heard/{self.rank}", "")
+            if self.first:  # the store ends with it
+                others = [f"heard/{rank}" for rank in range(1, self.size) if rank not in gone]
+                self._store.wait(others, timedelta(seconds=10))
+        return words
 
 
 ONE_PROCESS = Ranks()
