@@ -17,9 +17,6 @@ from review.readers.run_folder import documented
 
 ROOT = Path(__file__).parents[2]
 TABLE, SAMPLERS = "grpo/config/features.py", "rollout/workers/kinds.py"
-ENVIRONMENTS = ("calculator", "episodes", "families", "format", "mcp", "openenv", "protocol", "python", "response")
-ENVIRONMENTS += ("verifiers",)
-# By feature: its files and folders, the file of its table and how its line there begins, if it has one.
 ENVIRONMENTS = [
     "calculator",
     "episodes",
@@ -32,6 +29,7 @@ ENVIRONMENTS = [
     "response",
     "verifiers",
 ]
+# By feature: its files and folders, the file of its table and how its line there begins, if it has one.
 LEAVING = {
     "distill": (
         ["grpo/config/distill.py", "grpo/learner/terms/distill.py", "grpo/learner/terms/teacher_server.py"],

@@ -55,8 +55,10 @@ QWEN3_MOE = {
     **{"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
     **{"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
-CASES = {  # FSDP without more is in "value head", tensor without more in "heads, both ways, tensor"
+CASES = {
     2: {
+        "fsdp": {"parallel": {}},
+        "tensor": {"parallel": {"tensor": 2}},
         "fsdp with expert": {"parallel": {"fsdp": 2, "expert": 2}},
         "qwen3_moe, expert": {"parallel": {"fsdp": 2, "expert": 2}, "of_type": QWEN3_MOE},
         "copies": {"parallel": {"fsdp": 1}},

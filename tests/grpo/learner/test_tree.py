@@ -208,7 +208,7 @@ def _learned(policy, rows, budget, readers=1):
     return gradients, work.logprobs, metrics, sum(mini.token_ids.numel() for mini in work.minis)
 
 
-SLOW = [pytest.param(range(at, at + 50), marks=pytest.mark.slow) for at in (6, 56)]
+SLOW = [pytest.param(range(at, at + 50), marks=pytest.mark.slow) for at in (0, 50, 100, 150)]
 
 
 @pytest.mark.parametrize("seeds", [range(6), *SLOW])
