@@ -280,7 +280,7 @@ def at_once(device: torch.device) -> bool:
 
 @cache
 def _function(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What the operator computes with: compiled on CUDA, so that a round calls a few kernels and not a hundred.
+    """The function that the operator calls. On CUDA it is compiled, so that a round calls few kernels.
 
     No GPU has run this yet.
     """

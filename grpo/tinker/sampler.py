@@ -91,7 +91,7 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int], co
 
 
 def tensors_of(folder: Path) -> dict[str, Mapping[str, Tensor]]:
-    """What was saved in a folder. Raises Refused, which names the file that is not as it was written.
+    """The tensors that were saved in a folder. Raises Refused, which names the file that is not as it was written.
 
     A folder of version 0.2 has no checksums, and passes.
     """

@@ -607,7 +607,7 @@ def _content(path: Path) -> bytes:
 
 
 def _brief(session: Mapping[str, Any]) -> dict[str, Any]:
-    """What stays in memory of a session; its names and metadata may be long."""
+    """The part of a session that stays in memory. Its names and metadata may be long, so they stay on disk."""
     return {name: session[name] for name in ("owner", "at") if name in session}
 
 

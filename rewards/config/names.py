@@ -47,7 +47,7 @@ def renamed(key: str) -> str | None:
 
 
 def removed(key: str) -> str | None:
-    """What became of an option that 0.2 had; None for any other key."""
+    """Return why an option of 0.2 is gone, or None for any other key."""
     return f"it is gone, since {_removed()[key][0]}" if key in _removed() else None
 
 

@@ -37,7 +37,7 @@ class RowSettings:
         return row_key(self.params, prompt.prompt_id, prompt.first_sample + sample)
 
     def stop_strings(self, index: int) -> StopStrings | None:
-        """Those of the row with this index in the results."""
+        """The stop strings of the row with this index in the results."""
         return self.strings
 
     @property

@@ -161,7 +161,7 @@ class Shell(Words):
         return "" if name == self.assigned else mark(source, name, UNSET)  # `S=$S$x` begins with an empty text
 
     def substitute(self, node: Node) -> str:
-        """What `$(...)` writes, and a mark where a program would write it."""
+        """Return the text that `$(...)` writes. A mark stands for text that only a program could write."""
         inner = self.copy()
         inner.output = []
         try:
@@ -196,7 +196,7 @@ class Shell(Words):
         return text
 
     def holds(self, statements: Sequence[Node]) -> bool:
-        """Whether a condition holds. Raises Undecided where nobody knows."""
+        """Return whether a condition holds. Raises Undecided if that depends on a program."""
         fails_at_once, self.fails_at_once = self.fails_at_once, False
         self.run_all(statements)
         self.fails_at_once = fails_at_once
@@ -208,7 +208,7 @@ class Shell(Words):
         self.status = self._condition(node["X"])
 
     def _condition(self, node: Node) -> bool:
-        """Whether what stands in `[[ ... ]]` holds."""
+        """Return whether the condition inside of `[[ ... ]]` holds."""
         sign, first, second = node.get("Op", ""), node.get("X", node), node.get("Y", node)
         if sign == "!":
             return not self._condition(first)

@@ -107,7 +107,7 @@ class Words:
         return "".join(text for text, _ in pieces)
 
     def pattern(self, word: Node) -> str:
-        """The word as a pattern: what is quoted stands for itself."""
+        """Return the word as a pattern. Quoted text is matched literally."""
         parts = []
         for text, how in self.pieces(word["Parts"]):
             if how != "quoted" and "[" in text:
