@@ -46,7 +46,7 @@ for step in range(STEPS):
         scores = [float(text.rpartition("####")[2].strip() == answer) for text in texts]
         mean = sum(scores) / len(scores)
         rewards += scores
-        if 0 < mean < 1:  # a tied group teaches nothing
+        if 0 < mean < 1:  # a zero-variance group teaches nothing
             data += [datum(prompt, s, score - mean) for s, score in zip(sequences, scores, strict=True)]
     if data:
         learned = training.forward_backward(data, "importance_sampling")

@@ -254,9 +254,9 @@ class Policy(nn.Module):
         weights = dict(weights)
         draft_ids = weights.pop("draft_ids", None)  # it may be absent, or of another length than our own
         if unknown := [name for name in weights if name not in state]:
-            raise PolicyError(f"the publication has tensors that this policy lacks: {unknown[:5]}")
+            raise PolicyError(f"the synced weights have tensors that this policy lacks: {unknown[:5]}")
         if missing := [name for name in state if name not in weights]:
-            raise PolicyError(f"the publication lacks tensors of this policy: {missing[:5]}")
+            raise PolicyError(f"the synced weights lack tensors of this policy: {missing[:5]}")
         for name, tensor in weights.items():
             if tensor.shape != state[name].shape:
                 raise PolicyError(f"published {name} is {list(tensor.shape)}, here it is {list(state[name].shape)}")

@@ -77,7 +77,7 @@ class Faults:
         self.on_lost(what, reason, "the run ends" if given_up else action)
         if given_up:
             raise RolloutError(
-                f"{self.since_sync} losses since the last publication; the last one was {what}: {reason}. "
+                f"{self.since_sync} losses since the last weight sync; the last one was {what}: {reason}. "
                 f"{VLLM_ADVICE if kind == 'vllm' else ADVICE}; go on with --resume auto"
             )
         with self._lock:

@@ -108,7 +108,7 @@ class LoraOptions(Options):
 
 class MTPOptions(Options):
     """Training of the draft head beside the policy. During GRPO it rests while drafts gain less than a tenth in the
-    rollouts (`draft/gain`): it learns in every tenth step, from groups that are not tied. The gain follows from
+    rollouts (`draft/gain`): it learns in every tenth step, from groups whose rewards differ. The gain follows from
     draft_costs.json: runs that measured other costs may train their draft heads in other steps."""
 
     loss_weight: float = Field(default=1.0, ge=0)

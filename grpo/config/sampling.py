@@ -80,11 +80,11 @@ class RolloutOptions(WorkersOptions):
     vllm: VLLMOptions = VLLMOptions()
     quantization: Literal["none", "int8", "int4"] = "none"
     """The matrices that our engine samples and drafts with, routed experts included, in fewer bits than those that are
-    learned, on a CPU; each publication makes them anew. The importance correction is on. Held-out problems are answered
-    with them too."""
+    learned, on a CPU; each weight sync makes them again. The importance correction is on. Held-out problems are
+    answered with them too."""
     max_resamples: int = Field(default=0, ge=0)
-    """Dynamic sampling: the next prompts of the data take the place of tied groups, at most this many times per step; 0
-    keeps them."""
+    """Dynamic sampling: the next prompts of the data take the place of zero-variance groups, at most this many times
+    per step; 0 keeps them."""
 
     @property
     def samplers(self) -> int:

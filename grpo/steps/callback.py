@@ -34,8 +34,8 @@ class Callback:
         """Called before the prompts of a step are chosen."""
 
     def choose_prompts(self, count: int, step: int, draw: int) -> list[Example] | None:
-        """The problems of a draw, all different; None: the next ones of the data. `draw` counts the refills of a
-        step."""
+        """The problems of a draw, all different; None: the next ones of the data. `draw` counts the resamples of
+        a step."""
         return None
 
     def on_groups_sampled(self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> None:

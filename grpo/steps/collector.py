@@ -26,7 +26,7 @@ from rollout.group import Prompt, RolloutGroup
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
-# The states of the data and of the listeners, and what became of the last drafts.
+# The states of the data and of the callbacks, and what became of the last drafts.
 Snapshot: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]], tuple[float, ...]]
 
 
@@ -94,7 +94,7 @@ class Collector:
         measured: dict[str, float] = defaultdict(float)
 
         def sample(prompts: Sequence[Prompt], draw: int) -> tuple[list[RolloutGroup], list[GroupScore]]:
-            what = f"step {step}: {'sampling' if draw == 0 else f'refill {draw}'}"
+            what = f"step {step}: {'sampling' if draw == 0 else f'resample {draw}'}"
             bar = progress.add_task(what, total=len(prompts) * params.group_size)
             with self.run.timed("time/rollout", measured):
                 groups = self.sample(prompts, params.at(step, draw), partial(progress.advance, bar))

@@ -1,4 +1,4 @@
-"""Canaries of samplers that hold matrices in few bits: what they sample is scored by such matrices too."""
+"""The weight-sync check of quantised samplers: what they sample is scored by quantised matrices too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publishing what was learned, so that nobody samples with anything else (contracts 5 and 13)."""
+"""Weight sync: samplers get what was learned, so that nobody samples with anything else (contracts 5 and 13)."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def open_weight_sync(run: Run[Any], learner: Learner, params: SamplingParams) ->
 class WeightSync:
     """Hands a learner's weights to the samplers of a pool. `params`: how the run samples.
 
-    A version is admitted when every sampler holds the published tensors and its canaries have the learner's
-    log-probabilities; otherwise `publish` raises RolloutError, which names the sampler and what differs.
+    A version is admitted when every sampler holds the synced tensors and scores the check's prompts as the
+    learner does; otherwise `sync_weights` raises RolloutError, which names the sampler and what differs.
     """
 
     def __init__(self, pool: Pool, learner: Learner, params: SamplingParams, copies: str = "none") -> None:
@@ -68,7 +68,7 @@ class WeightSync:
         self.prompts = [sync_check_prompts(vocabulary, self.context, attempt) for attempt in range(ATTEMPTS)]
 
     def sync_weights(self) -> dict[str, float]:
-        """Every rank takes part. Returns sync_check/* of this publication, nothing where a stop has cut it short."""
+        """Every rank takes part. Returns sync_check/* of this sync, nothing if a stop has cut it short."""
         learner, version = self.learner, self.learner.policy_version
         weights, ranks = learner.weights(), learner.ranks
         self.version = None
@@ -111,7 +111,7 @@ class WeightSync:
                 run.metrics |= self.sync_weights()
 
     def _sampled(self, prompts: list[Prompt], params: SamplingParams) -> dict[str, list[RolloutGroup]]:
-        """The canaries; nothing once a stop was asked for, since the publication may have been cut short."""
+        """The prompts of the check, sampled. Nothing once a stop was asked for: the sync may have been cut short."""
         try:
             return self.pool.sample_on_each(prompts, params)
         except Stopped:
@@ -152,8 +152,8 @@ def _refuse(fault: str) -> NoReturn:
 
 
 def refuse_mismatch(policy: Policy, model: str, metrics: Mapping[str, float]) -> None:
-    """Raises RolloutError where the first batch shows that sampler and learner compute different models. The canaries
-    cannot: they are shorter than windows and blocks of many models."""
+    """Raises RolloutError where the first batch shows that sampler and learner compute different models. The prompts of
+    the weight-sync check cannot: they are shorter than windows and blocks of many models."""
     most, mean = metrics.get(FARTHEST, 0.0), metrics.get("mismatch/logprob_abs_mean", 0.0)
     if not (most > MISMATCH and (mean > MISMATCH_MEAN or not routed_experts(policy.config))):
         return

@@ -155,7 +155,7 @@ class ZeroVarianceSteps(Callback):
         return [
             f"raise rollout.temperature (now {rollout.temperature:g})",
             f"use a larger rollout.group_size (now {rollout.group_size})",
-            f"sample tied groups again: rollout.max_resamples (now {rollout.max_resamples})",
+            f"resample zero-variance groups: rollout.max_resamples (now {rollout.max_resamples})",
         ]
 
     def _cut(self) -> str:

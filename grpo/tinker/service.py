@@ -5,7 +5,7 @@ acknowledged, and so is its result before anybody sees it. A service that is kil
 with the last state that was kept and does again what came after it, to the same bits.
 
 FOLDER/sessions/ID.json                         a session
-FOLDER/models/ID/requests/00000003.optim_step   what was asked, with gzip, which has a checksum
+FOLDER/models/ID/requests/00000003.optim_step.crc   what was asked, after its checksum
 FOLDER/models/ID/results/00000003.json          what it came to (.pb: a protobuf message)
 FOLDER/models/ID/state/                         what is trained, as it was after a number; spec.json has checksums
 FOLDER/models/ID/weights/NAME/, sampler_weights/NAME/
@@ -14,7 +14,6 @@ FOLDER/samplers/ID/                             its weights' path, its requests 
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import secrets
@@ -103,15 +102,15 @@ class Requests:
             tidy(part)
 
     def keep_request(self, number: int, kind: str, body: bytes) -> None:
-        write_file(self.requests / f"{number:08d}.{kind}", gzip.compress(body, 1))
+        _keep(self.requests / f"{number:08d}.{kind}", body)
 
     def keep_result(self, number: int, form: str, content: bytes) -> None:
-        write_file(self.results / f"{number:08d}.{form}", gzip.compress(content, 1))
+        _keep(self.results / f"{number:08d}.{form}", content)
 
     def stored(self) -> list[tuple[int, str, int]]:
         """Returns the numbers, kinds and sizes of what was asked, in order."""
         paths = sorted(path for path in self.requests.iterdir() if not path.name.startswith("."))
-        return [(int(path.stem), path.suffix[1:], path.stat().st_size) for path in paths]
+        return [(_number_of(path), path.name.split(".")[1], path.stat().st_size) for path in paths]
 
     def result(self, number: int) -> tuple[str, bytes] | None:
         for form in ("pb", "json"):
@@ -129,7 +128,7 @@ class Requests:
         """Remove requests up to this one, and results long before it."""
         for folder, last in ((self.requests, number), (self.results, number - RESULTS)):
             for path in folder.iterdir():
-                if path.stem.isdigit() and int(path.stem) <= last:
+                if path.name[:8].isdigit() and _number_of(path) <= last:
                     path.unlink()
 
 
@@ -595,15 +594,20 @@ def _number(folder: Path) -> int:
     return int(read_json(folder / "spec.json")["number"])
 
 
+def _keep(path: Path, content: bytes) -> None:
+    """Write a request or result with its checksum. The name of the file tells that it has one."""
+    write_file(path.with_name(f"{path.name}.crc"), b"%08x\n" % zlib.crc32(content) + content)
+
+
 def _content(path: Path) -> bytes:
-    """What is in the file of a request or result. Raises Refused where it is damaged."""
-    content = path.read_bytes()
-    if not content.startswith(b"\x1f\x8b"):  # as version 0.2 wrote it
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise Refused(f"{path} is damaged: {error}") from None
+    """The content of a request or result. Raises Refused if it is damaged. Files of version 0.2 have no checksum."""
+    checked = path.with_name(f"{path.name}.crc")
+    if not checked.is_file():
+        return path.read_bytes()
+    checksum, _, content = checked.read_bytes().partition(b"\n")
+    if checksum != b"%08x" % zlib.crc32(content):
+        raise Refused(f"{path} is damaged: it is not as it was written")
+    return content
 
 
 def _brief(session: Mapping[str, Any]) -> dict[str, Any]:
@@ -613,7 +617,12 @@ def _brief(session: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbers(folder: Path) -> list[int]:
     """The numbers of the requests or results in a folder, in order."""
-    return sorted(int(path.stem) for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(_number_of(path) for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _number_of(path: Path) -> int:
+    """The number of a request or result, by the name of its file."""
+    return int(path.name.partition(".")[0])
 
 
 def check_number(name: str, number: int | None) -> int:

@@ -228,7 +228,7 @@ def tiny_differences(record: Record) -> Cause:
     spreads = [max(group.marks) - min(group.marks) for group in record.groups if not is_tied(group.marks)]
     size = max(map(abs, record.marks), default=0.0)
     small = fmean(spread < size / 100 for spread in spreads) if len(spreads) >= FEW else 0.0
-    what = f"In {small:.0%} of the groups that are not tied the marks differ by less than a hundredth of {size:.3g}."
+    what = f"In {small:.0%} of the groups whose marks differ they differ by less than a hundredth of {size:.3g}."
     return small > 0.5, what, f"round the reward, or set {record.option('loss.scale_rewards')} to none"
 
 

@@ -384,7 +384,9 @@ def load(
     unread = bool(problems)
     command = getattr(model_cls, "command", "")
     tell = None if on_removed else warn_of_old_name
-    data, lines = names.renew(command, data, tell), {names.new_place(place): n for place, n in lines.items()}
+    data = names.renew(command, data, tell)
+    # An old name stays in its place, too: where both names are given it is refused by its own line.
+    lines = {names.new_place(place): line for place, line in lines.items()} | lines
     overrides = names.renew_keys(command, overrides, tell)
     for key, value in overrides.items():
         if fault := unfit(value):  # bytes on the command line that are no text

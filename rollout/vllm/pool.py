@@ -225,7 +225,7 @@ class VLLMPool(Pool):
 
     def _synced_version(self) -> int:
         if self.synced is None:
-            raise RolloutError("vLLM has not confirmed the last publication: publish the weights again")
+            raise RolloutError("vLLM has not confirmed the last weight sync: sync the weights again")
         return self.synced[1]
 
     def _answer(

@@ -50,7 +50,7 @@ class LocalPool(Pool):
     def synced_engine(self) -> Engine:
         """The engine. Raises RolloutError where the policy has learned since the weights that it decodes with."""
         if self._writes() != self._synced:
-            raise RolloutError("the policy has learned since its last publication: publish its weights first")
+            raise RolloutError("the policy has learned since its last weight sync: sync its weights first")
         return self.engine
 
     def sample(

@@ -285,7 +285,7 @@ class RayPool(Pool):
 
     def _version(self) -> int:
         if self.synced is None:
-            raise RolloutError("the last publication was not confirmed by every worker: publish the weights again")
+            raise RolloutError("the last weight sync was not confirmed by every worker: sync the weights again")
         return self.synced
 
     def sample(

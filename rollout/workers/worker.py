@@ -143,4 +143,4 @@ class Worker:
                 f"a worker holds policy version {self.engine.version}, but version {version} was asked for"
             )
         if not self.engine.derived:
-            raise RolloutError("a worker sleeps until the next publication")
+            raise RolloutError("a worker sleeps until the next weight sync")

@@ -50,7 +50,7 @@ class Engine:
     def sync_weights(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
         struck("publish")
         if not header["whole"] and header["base"] != self.base:
-            raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
+            raise RuntimeError("it does not hold the weights under these adapters: sync everything again")
         read = tensors.read(path, header["tensors"])
         self.held = read if header["whole"] else {**self.held, **read}
         weights = tensors.checksums(tensors.merged(self.held, header["adapters"]))

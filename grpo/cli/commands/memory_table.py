@@ -116,7 +116,7 @@ ROWS = {
     "activations": "then: activations of a micro-batch ≈",
     "gathered": "with: layers that FSDP has gathered ≈",
     "rollout": "or: latent cache and logits ≈",
-    "publication": "or: publication of the weights",
+    "publication": "or: weight sync",
     "saving": "or: a whole weight, to save it",
     "peak": "at most, about",
     "host": "main memory while loading ≈",

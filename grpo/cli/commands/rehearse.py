@@ -140,7 +140,7 @@ def look_at_options(result: Rehearsal, config: TrainConfig, task: Task, *, fresh
         what = f"{rate:g} is outside of {low:g} to {high:g}, where GRPO has been seen to learn"
         result.add("spoils", "learner.learning_rate", what, f"take {1e-5 if config.lora else 1e-6:g}")
     if config.rollout.temperature < 0.2:
-        what = f"at {config.rollout.temperature:g} the completions of a group are alike, and tied groups teach nothing"
+        what = f"at {config.rollout.temperature:g} a group has zero variance, and teaches nothing"
         result.add("spoils", "rollout.temperature", what, "take 1.0")
     if config.eval.every and config.eval.every > steps:
         result.add("warns", "eval.every", f"{config.eval.every} is after the last of {steps} steps", "lower it")

@@ -180,7 +180,15 @@ def open_served(config: EvalConfig) -> ServedPool:
 
 
 def key_of(file: Path) -> str:
-    """Returns the key that is in a file. Raises ValueError where there is no such file."""
+    """The key that a client sends. Raises ValueError if there is no such file, or if it has several keys."""
+    key, *others = keys_in(file)
+    if others:
+        raise ValueError(f"api_key_file={file}: it has {1 + len(others)} keys; give a file with one key")
+    return key
+
+
+def keys_in(file: Path) -> list[str]:
+    """The keys in a file, one a line. Raises ValueError if there is no such file."""
     if not file.is_file():
         raise ValueError(f"api_key_file={file}: there is no such file; write the key into it")
-    return file.read_text(encoding="utf-8").strip()
+    return file.read_text(encoding="utf-8").strip().split("\n")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
-from grpo.cli.commands.served import key_of
+from grpo.cli.commands.served import keys_in
 from grpo.cli.config.serve import MOST_WAITING, SHUTDOWN_S, WAIT_S, ServeConfig
 from grpo.endpoint.hosts import is_loopback
 from grpo.source.policy_source import PolicySource, find_policy
@@ -44,7 +44,7 @@ def read_keys(file: Path | None, host: str) -> list[str]:
                 "out"
             )
         return []
-    keys = key_of(file).split("\n")
+    keys = keys_in(file)
     if any(len(key) < 8 or not key.isascii() or not key.isprintable() for key in keys):
         raise ValueError(f"api_key_file={file}: a key has 8 printable ASCII characters or more, and a line of its own")
     return keys

@@ -114,7 +114,7 @@ def _groups(step: Explanation, encoding: str) -> Table:
         mean = f"{sum(rewards) / len(rewards):.3g}" if rewards else "-"
         table.add_row(
             str(group.number),
-            "tied" if group.tied else mean,
+            "zero variance" if group.tied else mean,
             str(group.cut or ""),
             f"{group.norm:.3g}",
             f"{group.cosine:+.2f}",
@@ -150,7 +150,7 @@ def _tokens(step: Explanation, encoding: str) -> Table:
 
 def _what_if(step: Explanation, encoding: str) -> Table:
     numbers = [
-        Column(name, justify="right") for name in ("tied groups", "norm", "cosine with the real one", "held out")
+        Column(name, justify="right") for name in ("zero variance", "norm", "cosine with the real one", "held out")
     ]
     rollouts = Column("the same rollouts with", overflow="fold", ratio=1)
     table = Table(rollouts, *numbers, title="what if", title_justify="left")

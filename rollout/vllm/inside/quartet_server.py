@@ -107,9 +107,9 @@ class Engine:
     def sync_weights(self, path: str, header: dict[str, Any]) -> dict[str, Any]:
         """Load a publication. Returns the digests of it, and in `unused` the names of what no worker has loaded."""
         if not header["whole"] and header["base"] != self.base:
-            raise RuntimeError("it does not hold the weights under these adapters: publish everything again")
+            raise RuntimeError("it does not hold the weights under these adapters: sync everything again")
         if self.torn:
-            raise RuntimeError("a publication has failed in the middle: start this server anew")
+            raise RuntimeError("a weight sync has failed in the middle: restart this server")
         self.version, self.base, self.torn = None, None, True
         if not self.on_cpu and self.engine.is_sleeping():
             self.engine.wake_up()

@@ -230,6 +230,13 @@ def test_a_name_of_0_2_is_read_everywhere_with_a_notice_and_refused_beside_the_n
     assert command(**required, **nested) == expected
     with pytest.raises(ConfigError, match=rf"{old}=.* .command line.: no such option; did you mean {key}\?"):
         load(command, None, required | {key: value, old: value})
+    if section:
+        new_section, _, new_last = key.rpartition(".")
+        both = {section: {last: value}}
+        both[new_section] = both.get(new_section, {}) | {new_last: value}
+        file.write_text(to_yaml(required | both))
+        with pytest.raises(ConfigError, match=rf"{last}=.*, line \d+.: no such option; did you mean {key}"):
+            load(command, file, {})
 
 
 LEFT_AFTER_0_2 = {  # its default, and a value that somebody may have set

@@ -125,7 +125,7 @@ def test_a_refilled_step_counts_all_that_was_drawn(by_hand, monkeypatch):
     assert (drawn.replaced[0][0].prompt.prompt_id, drawn.groups[0].prompt.prompt_id) == ("b", "a")
     assert collector.head_accepted == (0.5, 0.6667)  # 8/16, and then 4/12 over 8/16
     assert (drawn.metrics["group/drawn"], drawn.metrics["rollout/tail"], collector.backend) == (2, 0.5, "native")
-    assert log.bars == [[("step 3: sampling", 1, 4)], [("step 3: refill 1", 1, 4)]]
+    assert log.bars == [[("step 3: sampling", 1, 4)], [("step 3: resample 1", 1, 4)]]
     assert log.reached == [2], "the step before has learned"
     assert log.events == [("reward_error", {"step": 3, **vars(FAILURE)})]
     monkeypatch.setattr(signals, "check", Mock(side_effect=Stopped))

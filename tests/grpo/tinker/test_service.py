@@ -1,6 +1,5 @@
 """Requests and their results: their order, what is asked twice, other clients, and a service that goes on."""
 
-import gzip
 import json
 import os
 import signal
@@ -403,7 +402,7 @@ def test_old_requests_and_results_are_not_kept(base, tmp_path, monkeypatch):
     result(last)
     service.close()
     folder: Path = service.models[client.model].files.results
-    assert sorted(int(path.stem) for path in folder.iterdir()) == [6, 7, 8]
+    assert sorted(int(path.name[:8]) for path in folder.iterdir()) == [6, 7, 8]
     assert not list(service.models[client.model].files.requests.iterdir())
     with pytest.raises(Unknown):
         service.job(f"{client.model}:1")
@@ -486,7 +485,11 @@ def test_a_damaged_request_or_result_is_refused_by_name(base, tmp_path):
         Service(base, "llama", tmp_path / "state", torch.float32)
 
 
-def test_a_model_whose_request_was_damaged_computes_nothing_after_it(base, tmp_path, monkeypatch):
+DAMAGES = [lambda path: flip(path), lambda path: flip(path, 0), lambda path: path.write_bytes(b"")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["last bytes", "first byte", "empty"])
+def test_a_model_whose_request_was_damaged_computes_nothing_after_it(base, tmp_path, monkeypatch, damage):
     """Else the next step would be made without its gradient."""
     monkeypatch.setattr(of_service, "KEEP_STATE_S", 1e9)
     first = Service(base, "llama", tmp_path / "state", torch.float32)
@@ -495,7 +498,7 @@ def test_a_model_whose_request_was_damaged_computes_nothing_after_it(base, tmp_p
         result(job)
     first.close()
     [path] = first.models[client.model].files.requests.glob("00000001.*")
-    flip(path)
+    damage(path)
     client.service = second = Service(base, "llama", tmp_path / "state", torch.float32)
     try:
         for job in client.learn():
@@ -514,7 +517,8 @@ def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
     waiting = sample(first, sampler, 1).request_id
     files = first.samplers[sampler].files
     for path in (*files.requests.iterdir(), *files.results.iterdir()):
-        path.write_bytes(gzip.decompress(path.read_bytes()))
+        path.with_suffix("").write_bytes(path.read_bytes().partition(b"\n")[2])
+        path.unlink()
     (tmp_path / f"state/sessions/{session}.json").write_text('{"tags": [], "metadata": null, "at": 1.5}')
     second = Service(base, "llama", tmp_path / "state", torch.float32)
     try:
@@ -526,9 +530,9 @@ def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
         second.close()
 
 
-def flip(path):
+def flip(path, place=-3):
     content = bytearray(path.read_bytes())
-    content[-3] ^= 1
+    content[place] ^= 1
     path.write_bytes(content)
 
 

@@ -142,7 +142,7 @@ CASES = {
     ),
     "tiny_differences": (  # .003 apart
         {"steps": ((group(0.8, 0.801, 0.802, 0.803),) * 4,) * 4},
-        "In 100% of the groups that are not tied the marks differ by less than a hundredth of 0.803.",
+        "In 100% of the groups whose marks differ they differ by less than a hundredth of 0.803.",
     ),
     "weights": ({"metrics": {"policy/ratio_mean": 1.5}}, "policy/ratio_mean is 0.5 away from 1:"),
     "entropy": (

@@ -25,6 +25,15 @@ TELLING = {
     "canary/repeats": 1.0,
     "source/a/b/tied": 0.5,
 }
+TOLD_TODAY = {
+    "group/zero_variance": 1.0,
+    "policy/approx_kl": 1e-9,
+    "completion/truncated": 0.9,
+    "alarm/length/letters": 0.9,
+    "alarm/correct/letters": -0.9,
+    "sync_check/repeats": 1.0,
+    "source/a/b/zero_variance": 0.5,
+}
 
 
 @pytest.fixture
@@ -32,9 +41,9 @@ def folders(tmp_path):
     """The run of 0.2 with old lines, and the same run with new ones."""
     old, new = (Path(shutil.copytree(CASES / "run_0.2.0/run", tmp_path / name / "run")) for name in ("old", "new"))
     lines = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
-    lines = [line | TELLING if "reward/mean" in line else line for line in lines]
-    write(old / "metrics.jsonl", lines)
-    write(new / "metrics.jsonl", map(with_new_names, lines))
+    write(old / "metrics.jsonl", [line | TELLING if "reward/mean" in line else line for line in lines])
+    lines = [with_new_names(line) for line in lines]
+    write(new / "metrics.jsonl", [line | TOLD_TODAY if "reward/mean" in line else line for line in lines])
     return old, new
 
 

@@ -242,7 +242,7 @@ def test_it_leaves_a_gpu_that_it_shares_until_the_next_publication(case, monkeyp
         assert (arguments["gpu_memory_utilization"], arguments["enable_sleep_mode"]) == (0.4, True)
         case.strike("sleep SIGKILL")
         pool.sleep()
-        with pytest.raises(RolloutError, match="has not confirmed the last publication"):
+        with pytest.raises(RolloutError, match="has not confirmed the last weight sync"):
             pool.sample(PROMPTS, PARAMS)
         pool.sync_weights(case.policy.synced_weights(), 0)
         assert pool.sample(PROMPTS, PARAMS) == expected
@@ -275,5 +275,5 @@ def test_requests_of_agents_outlive_a_server(case):
     assert case.pool.metrics()["faults/vllm"] == 1
     assert answers(case, cancelled=2) == expected[:2]
     case.pool.synced = None
-    with pytest.raises(RolloutError, match="has not confirmed the last publication"):
+    with pytest.raises(RolloutError, match="has not confirmed the last weight sync"):
         answers(case)

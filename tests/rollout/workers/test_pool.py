@@ -130,7 +130,7 @@ def test_contract_5_a_local_pool_never_samples_with_weights_that_were_not_publis
     assert pool.sample(PROMPTS, PARAMS) == expected(0)
     with torch.no_grad():
         policy.mtp.norm.weight.add_(1.0)
-    with pytest.raises(RolloutError, match="has learned since its last publication: publish its weights first"):
+    with pytest.raises(RolloutError, match="has learned since its last weight sync: sync its weights first"):
         pool.sample(PROMPTS, PARAMS)
     pool.sync_weights(policy.weights(), 1)
     assert {c.policy_version for group in pool.sample(PROMPTS, PARAMS) for c in group.completions} == {1}

@@ -98,7 +98,7 @@ def test_a_worker_sleeps_until_the_next_publication(random_policy):
     before = worker.sample(PROMPTS, PARAMS, 0)
     worker.sleep()
     assert not hasattr(worker.engine, "trunk")
-    with pytest.raises(RolloutError, match="sleeps until the next publication"):
+    with pytest.raises(RolloutError, match="sleeps until the next weight sync"):
         worker.sample(PROMPTS, PARAMS, 0)
     [message] = sender.messages(policy.synced_weights(), 0)
     assert worker.sync_weights(message) == held

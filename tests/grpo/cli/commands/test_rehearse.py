@@ -129,7 +129,7 @@ def test_numbers_that_spoil_a_run_are_named_all_at_once(bare_model, tmp_path, no
         "spoils rollout.max_completion_tokens: 60 of 60 gold solutions have more than 8 tokens (the longest 25)",
         "spoils steps: 4000 steps read the data 267 times",
         "spoils learner.warmup_steps: 4000 steps of warm-up in a run of 4000 never end at 1e-06",
-        "spoils rollout.temperature: at 0.01 the completions of a group are alike, and tied groups teach nothing",
+        "spoils rollout.temperature: at 0.01 a group has zero variance, and teaches nothing",
     }
 
 

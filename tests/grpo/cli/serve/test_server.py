@@ -15,6 +15,7 @@ import pytest
 from serving_cases import Running, until
 
 from grpo.cli.commands.policy_in_use import PolicyInUse
+from grpo.cli.commands.served import key_of
 from grpo.cli.config.serve import ServeConfig
 from grpo.cli.parse import main
 from grpo.cli.serve import server as serving
@@ -395,3 +396,13 @@ def test_openais_own_clients(running, engine):
         with pytest.raises(openai.BadRequestError) as refused:
             client.completions.create(**asked, top_p=0.5)
         assert (refused.value.param, refused.value.code) == ("top_p", "unsupported_value")
+
+
+def test_a_client_sends_one_key_and_never_shows_several(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("secret-of-ours\nand-of-yours\n")
+    with pytest.raises(ValueError, match="it has 2 keys; give a file with one key") as refused:
+        key_of(file)
+    assert "secret" not in str(refused.value)
+    file.write_text("secret-of-ours\n")
+    assert key_of(file) == "secret-of-ours"
