@@ -12,7 +12,7 @@ bit, JSON by value. `RENAMED` says what a newer commit calls otherwise. The exit
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -180,9 +180,8 @@ def inside(words: list[str]) -> int:
         "num_hidden_layers": 2,
     }
     from grpo.__main__ import main
-    from rewards.config import names
 
-    if not hasattr(names, "new_key"):  # a commit before these names
+    if importlib.util.find_spec("rollout.weight_sync") is None:  # a commit before these names
         words = [old_word(word) for word in words]
     sys.argv = ["quartet", *words]
     return int(main() or 0)

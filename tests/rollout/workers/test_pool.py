@@ -221,7 +221,7 @@ def test_contract_5_weights_that_a_worker_does_not_confirm_are_not_sampled_with(
         patch.setattr(Sender, "difference", lambda self, held: max(held))
         with pytest.raises(RolloutError, match=r"worker \d does not hold .* version 1: .* is trunk.model.norm"):
             pool.sync_weights(policies[1].weights(), 1)
-    with pytest.raises(RolloutError, match="publish"):
+    with pytest.raises(RolloutError, match="sync the weights again"):
         pool.sample(PROMPTS, PARAMS)
     pool.sync_weights(policies[1].weights(), 1)
     assert pool.sample(PROMPTS, PARAMS) == expected(1)
