@@ -154,7 +154,7 @@ options = {"temperature": 0.7, "output_dir": "out", "junk": 1}
 known = inspect.signature(GRPOConfig.__init__).parameters
 kwargs = {"model_init_kwargs": '{"dtype": "bfloat16"}', "chat_template_kwargs": '{"enable_thinking": false}'}
 args = GRPOConfig(max_steps=3, **kwargs, **{name: value for name, value in options.items() if name in known})
-trainer = GRPOTrainer("nobody/nothing", reward_funcs=(print,), args=args)
+trainer = GRPOTrainer("nobody/nothing", reward_funcs=(len,), args=args)
 trainer.epsilon_low = 0.1
 trainer.model.print_trainable_parameters()
 trainer.train()
@@ -173,7 +173,7 @@ def test_what_a_script_sets_on_its_trainer_is_said(copied_scripts, tmp_path, mon
     assert migration.options["dtype"] == "bfloat16"  # TRL reads JSON, as a command line gives it
     assert migration.options["data"]["chat_template_kwargs"] == {"enable_thinking": False}
     lost = {each.option: each.value for each in migration.unsupported}
-    assert lost == {"trainer": "epsilon_low = 0.1", "train_dataset": None, "reward_funcs": "print"}
+    assert lost == {"trainer": "epsilon_low = 0.1", "train_dataset": None, "reward_funcs": "len"}
 
 
 @pytest.mark.slow
