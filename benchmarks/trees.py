@@ -125,7 +125,7 @@ def main() -> None:
                 began = time.process_time()
                 learner.forward_backward(batch)
                 seconds[form].append(time.process_time() - began)
-                tokens[form] = sum(int((mini.segment >= 0).sum()) for mini in learner._open[0].minis)
+                tokens[form] = sum(int((mini.segment >= 0).sum()) for mini in learner.waiting[0].minis)
                 learner._drop()
         ratio = median(ours / rows for ours, rows in zip(seconds["trees"], seconds["rows"], strict=True))
         report[kind] = {"tokens": tokens, "cpu_seconds": seconds, "ratio": ratio}

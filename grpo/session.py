@@ -6,16 +6,18 @@ lines (contract 17).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.data.trained_on import Register, record_trained_on, trained_on
 from grpo.evaluation.best_point import BestPoint
 from grpo.evaluation.evaluate import Evaluation
 from grpo.evaluation.held_out import HeldOut, Result
@@ -24,6 +26,7 @@ from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
 from grpo.learner.prepare import Advantages, recorded, supervised
 from grpo.learner.row import PackedRow
+from grpo.learner.state import put_weights
 from grpo.run import checkpoint
 from grpo.run.metrics import rollout_metrics
 from grpo.run.stop import signals
@@ -33,6 +36,7 @@ from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.steps.opening import grpo_session, open_run
 from grpo.steps.pool import NoPool, open_run_pool, open_sampler, sampling_of, use_costs_of_run
+from grpo.steps.step import Step
 from grpo.steps.weight_sync import WeightSync, open_weight_sync, refuse_mismatch
 from grpo.task.task import Task
 from policies.policy import Policy
@@ -48,7 +52,6 @@ if TYPE_CHECKING:
 
     from grpo.learner.lessons import Lesson
     from grpo.learner.terms.custom import Loss
-    from grpo.learner.terms.term import Term
 
 
 class Session:
@@ -80,11 +83,11 @@ class Session:
         collector.pool = self.pool
         sampling = replace(sampling_of(run, self.policy, run.config.eval.samples), environment=task.actor.environment)
         self.held_out = HeldOut(task, self.policy, self.pool, run.log, sampling, self._evaluated)
-        self._own_loss: tuple[Loss, Term] | None = None  # the last one, which may go on with the same batch
-        self._prepared: tuple[Drawn, TrainingBatch] | None = None  # what the step learns from
-        self._examples: list[str] = []  # whose solutions were taken last, where it learns from solutions
+        before = run.ranks.from_first(lambda: trained_on(run.folder)) if run.resumes else frozenset()
+        self.register = Register(task.trained_on | before)
+        self.register.evaluate(self.held_out.prompts)
         self._of_grpo = " GRPO" if isinstance(self.config, TrainConfig) else ""
-        self._drawn: TrainingBatch | None = None  # the same, where the run itself has sampled it
+        run.finish_step = self._finish_step
 
     @classmethod
     @contextmanager
@@ -141,9 +144,10 @@ class Session:
         """The prompts of a step, their groups and scores; tied groups are refilled, and what the next steps need is
         sampled ahead, as the configuration says."""
         self._sync_refused()
-        drawn = self.batches.take_batch(step)
+        drawn = self.batches.take_batch(int(step))
         self.run.metrics |= drawn.metrics
-        self.batches.go_on(step)
+        self._count_sampled(drawn.all_groups)
+        self.batches.go_on(int(step))
         return drawn
 
     def prompts(self, step: int, count: int | None = None, draw: int = 0) -> list[Prompt]:
@@ -163,7 +167,7 @@ class Session:
         and the place in the group (contract 4). `changes` are of SamplingParams, such as `group_size`."""
 
         def act() -> list[RolloutGroup]:
-            params = replace(self.collector.params(step), **changes).at(step, draw)
+            params = replace(self.collector.params(step), **changes).at(int(step), draw)
             with self.run.timed("time/rollout"), self.run.log.progress() as progress:
                 bar = progress.add_task(f"step {step}: sampling", total=len(prompts) * params.group_size)
                 groups = self.collector.sample(prompts, params, partial(progress.advance, bar))
@@ -171,7 +175,14 @@ class Session:
             return groups
 
         self._sync_refused()
-        return self.ranks.from_first(act)
+        groups = self.ranks.from_first(act)
+        self._count_sampled(groups)
+        return groups
+
+    def _count_sampled(self, groups: Iterable[RolloutGroup]) -> None:
+        if self.run.in_progress is not None:
+            completions = chain.from_iterable(group.completions for group in groups)
+            self.run.in_progress.sampled += sum(completion.num_sampled for completion in completions)
 
     def score(
         self, groups: Sequence[RolloutGroup], rewards: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
@@ -193,13 +204,11 @@ class Session:
         """Prompts of the training data with their gold solutions, the next ones in the order of the data."""
         token = self.policy.stop_token_ids[0]
 
-        def take_solutions() -> tuple[list[str], list[PackedRow]]:
+        def take_solutions() -> list[PackedRow]:
             examples: list[Example] = self.collector.stream.take_examples(count)
-            rows = [self.task.solution(example, self.policy.tokenizer, token) for example in examples]
-            return [example.example_id for example in examples], rows
+            return [self.task.solution(example, self.policy.tokenizer, token) for example in examples]
 
-        self._examples, rows = self.ranks.from_first(take_solutions)
-        return rows
+        return self.ranks.from_first(take_solutions)
 
     def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
         """Texts as a group, as if the policy had sampled them now; each ends with the stop token."""
@@ -208,9 +217,12 @@ class Session:
             prompt = Prompt(prompt, prompt, tokenizer.encode(prompt), {})
         tokens = [[*tokenizer.encode(text, add_special_tokens=False), stop] for text in completions]
         [logprobs] = self.logprobs([prompt], [tokens])
-        version = self.learner.policy_version
-        texts = zip(tokens, logprobs, completions, strict=True)
-        return RolloutGroup(prompt, [Completion(ids, of_ids, text, "stop", version) for ids, of_ids, text in texts])
+        made = []
+        for ids, of_ids, text in zip(tokens, logprobs, completions, strict=True):
+            completion = Completion(ids, of_ids, text, "stop", self.learner.policy_version)
+            completion.temperature = self.learner.likelihood.temperature
+            made.append(completion)
+        return RolloutGroup(prompt, made)
 
     def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
         """The policy's log-probability of each token of completions, given as token ids by prompt: [P][G][Lc]."""
@@ -218,67 +230,77 @@ class Session:
         for prompt, of_prompt in zip(prompts, completions, strict=True):
             read = [Completion(list(ids), [0.0] * len(ids), "", "stop", 0) for ids in of_prompt]
             groups.append(RolloutGroup(prompt, read))
-        return logprobs_of_groups(self.policy, groups, self.config.rollout.temperature)
+        return logprobs_of_groups(self.policy, groups, self.learner.likelihood.temperature)
 
     def prepare(
         self,
-        groups: Drawn | Sequence[RolloutGroup] | Sequence[PackedRow] | Sequence[Lesson],
+        groups: Drawn | Sequence[RolloutGroup],
         scores: Sequence[GroupScore] | None = None,
         advantages: Advantages | Sequence[Sequence[float]] | None = None,
     ) -> TrainingBatch:
-        """The batch of a step: advantages by `loss.advantage`, or given for completions [P, G] or tokens [P, G, Lc].
-        Rows of `solutions` become a batch for supervised steps, lessons that `quartet mtp` has recorded one for the
-        draft head. Groups without scores are not recorded. Raises ValueError for a prompt of a held-out problem
-        (contract 16), and for lessons where there is no draft head."""
-        self.run.on_first_rank(self.pool.sleep)
-        if isinstance(groups, Drawn):
-            drawn = groups
-        elif groups and isinstance(groups[0], PackedRow):
-            rows = cast("Sequence[PackedRow]", groups)
-            self._refuse_held_out(row.prompt_token_ids for row in rows)
-            return supervised(rows, self.step)
-        elif groups and not isinstance(groups[0], RolloutGroup):
-            lessons = cast("Sequence[Lesson]", groups)
-            self._refuse_held_out(chain.from_iterable(lesson.prompts for lesson in lessons))
-            if self.policy.mtp is None:
-                raise ValueError("recorded lessons teach a draft head, and this policy has none: see quartet mtp")
-            return recorded(lessons, self.step)
-        else:
-            sampled = cast("Sequence[RolloutGroup]", groups)
-            self._refuse_held_out(group.prompt.token_ids for group in sampled)
-            unscored = [GroupScore([0.0] * len(group.completions), {}) for group in sampled]
-            drawn = Drawn(list(sampled), list(unscored if scores is None else scores), [0] * len(sampled))
-            self.run.metrics |= rollout_metrics(drawn.groups, drawn.scores)
-        self._examples = []
-        with self.run.phase("learning"):
-            batch = self.learner.prepare(drawn.groups, drawn.scores, advantages, self.step)
-        self._drawn = batch if drawn is groups else None
-        if scores is not None or drawn is groups:
-            self._prepared = drawn, batch
-            self._keep(drawn, batch)
-            for callback in self.collector.callbacks if self.ranks.first else ():
-                self.run.metrics |= callback.on_update_begin(self.step, drawn, batch)
-        return batch
+        """A batch of groups, with their scores, with advantages by `loss.advantage`, or with these advantages of
+        completions [P, G] or tokens [P, G, Lc]. What `draw` returns has its scores. No groups make an empty batch.
 
-    def _refuse_held_out(self, prompts: Iterable[Sequence[int]]) -> None:
-        """Raises ValueError where the token ids of a held-out problem's prompt are among these."""
-        held_out = {tuple(prompt.token_ids): prompt.prompt_id for prompt in self.held_out.prompts}
-        for token_ids in prompts:
-            if name := held_out.get(tuple(token_ids)):
-                raise ValueError(f"{name} is held out, and nothing may be learned from it; take it out of the batch")
+        Nothing is written or remembered; groups without scores will not be recorded. Raises ValueError for what does
+        not fit together, is not finite or was sampled at another temperature (`check_groups`), and for a prompt of a
+        problem that is held out (contract 16).
+        """
+        if not isinstance(groups, Drawn) and groups and not isinstance(groups[0], RolloutGroup):
+            return self._prepare_as_before(groups)
+        drawn = groups if isinstance(groups, Drawn) else Drawn(list(groups), list(scores or ()), [0] * len(groups))
+        if drawn is groups:
+            scores = drawn.scores
+        self.register.refuse_learning(group.prompt for group in drawn.groups)
+        with self.run.phase("learning"):
+            batch = self.learner.prepare(drawn.groups, scores, advantages, int(self.step))
+        return replace(batch, drawn=drawn, by_run=drawn is groups)
+
+    def _prepare_as_before(self, rows: Sequence[Any]) -> TrainingBatch:
+        """In version 0.2 `prepare` took rows and lessons, too."""
+        of_solutions = isinstance(rows[0], PackedRow)
+        name = "prepare_solutions" if of_solutions else "prepare_lessons"
+        warnings.warn(f"prepare takes groups; use {name} for these", FutureWarning, stacklevel=3)
+        return self.prepare_solutions(rows) if of_solutions else self.prepare_lessons(rows)
+
+    def prepare_solutions(self, rows: Sequence[PackedRow]) -> TrainingBatch:
+        """A batch of gold solutions, as `solutions` gives them, for supervised steps. Raises ValueError for a prompt of
+        a problem that is held out."""
+        self.register.refuse_learning(map(self._prompt_of_row, rows))
+        return supervised(rows, int(self.step))
+
+    def prepare_lessons(self, lessons: Sequence[Lesson]) -> TrainingBatch:
+        """A batch for the draft head, of lessons that `quartet mtp` has recorded. Raises ValueError for a prompt of a
+        problem that is held out, and where there is no draft head."""
+        self.register.refuse_learning(map(self._prompt_of_ids, chain.from_iterable(each.prompts for each in lessons)))
+        if self.policy.mtp is None:
+            raise ValueError("recorded lessons teach a draft head, and this policy has none: see quartet mtp")
+        return recorded(lessons, int(self.step))
+
+    def _prompt_of_row(self, row: PackedRow) -> Prompt:
+        return replace(self._prompt_of_ids(row.prompt_token_ids), prompt_id=row.example_id, fingerprint=row.fingerprint)
+
+    def _prompt_of_ids(self, token_ids: Sequence[int]) -> Prompt:
+        text = str(self.policy.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return Prompt("", text, list(token_ids))
+
+    def _prompts_of(self, batch: TrainingBatch) -> list[Prompt]:
+        if batch.drawn is not None:
+            return [group.prompt for group in batch.drawn.groups]
+        prompts = chain.from_iterable(lesson.prompts for lesson in batch.lessons)
+        return [*map(self._prompt_of_row, batch.rows), *map(self._prompt_of_ids, prompts)]
 
     # ---- learning ---------------------------------------------------------------------------------------------------
 
     def learn(self, batch: TrainingBatch) -> dict[str, float]:
-        """`learner.updates_per_batch` times `forward_backward` and `optim_step`, while these move the policy."""
+        """`learner.updates_per_batch` times `forward_backward` and `optim_step`, while these move the policy, and what
+        is done once a step."""
         metrics: dict[str, float] = {}
-        last = self.learner.options.updates_per_batch
-        for update in range(1, last + 1):
+        for _ in range(self.learner.options.updates_per_batch):
             before = self.learner.updates
-            metrics |= self.forward_backward(batch) | self.optim_step(ends=update == last)
+            metrics |= self.forward_backward(batch) | self.optim_step()
             if self.learner.updates == before:
                 break
-        return metrics
+        return metrics | self._finish_step()
 
     def forward_backward(
         self,
@@ -287,14 +309,10 @@ class Session:
         on_micro_batch: Callable[[int, int], None] | None = None,
     ) -> dict[str, float]:
         """Add the gradient of the loss to what waits for `optim_step`; see `Learner.forward_backward`, and `as_term`
-        for losses of your own. A stop is heeded, and sampling ahead goes on, until the weights move."""
-        term = None
-        if loss is not None:
-            from grpo.learner.terms.custom import as_term
-
-            if self._own_loss is None or self._own_loss[0] != loss:
-                self._own_loss = loss, as_term(loss, self.learner.terms[0])
-            term = self._own_loss[1]
+        for losses of your own. Samplers on the same GPU give up its memory first. The batch becomes one of the step's.
+        A stop is heeded, and sampling ahead goes on, until the weights move."""
+        self.run.on_first_rank(self.pool.sleep)
+        self._join_step(batch)
         moved = self.run.moved
         with self.run.log.progress() as progress:
             bar = progress.add_task(f"step {self.step}: learning", total=None)
@@ -305,18 +323,40 @@ class Session:
                     on_micro_batch(finished, total)
                 if not moved and finished * self.learner.options.updates_per_batch < total:
                     # Several ranks finish their step, which they are in together; so does a short one on solutions.
-                    if self.ranks.size == 1 and not self._examples:
+                    if self.ranks.size == 1 and batch.from_rollouts:
                         signals.check()
-                    self.batches.go_on(self.step)
+                    self.batches.go_on(int(self.step))
 
-            metrics = self._learn(lambda: self.learner.forward_backward(batch, term, advance))
-        if term is not None and term.teaches(batch):
+            metrics = self._learn(lambda: self.learner.forward_backward(batch, loss, advance), batch)
+        if loss is not None and self.learner.work_of(batch, loss) is not None:
             for callback in self.collector.callbacks:
                 callback.on_custom_loss()
-        first = self._drawn is batch and not (self.learner.updates or batch.age(self.learner.policy_version))
+        first = batch.by_run and not (self.learner.updates or batch.age(self.learner.policy_version))
         if first and self.config.dtype == "float32" and self.config.rollout.quantization == "none":
             refuse_mismatch(self.policy, self.config.model, metrics)
         return metrics
+
+    def _join_step(self, batch: TrainingBatch) -> None:
+        """The step learns from this batch, too: its problems are registered, its completions are in rollouts/."""
+        step = self.run.in_progress
+        if step is None or any(known is batch for known in step.batches):
+            return
+        if new := self.register.learn(self._prompts_of(batch)):
+            self.run.on_first_rank(record_trained_on, self.run.folder, new)
+        step.batches.append(batch)
+        drawn = batch.drawn
+        if drawn is None or not drawn.groups:
+            return
+        if not batch.by_run:
+            every = [each.drawn for each in step.batches if each.drawn is not None]
+            groups = list(chain.from_iterable(each.all_groups for each in every))
+            step.metrics |= rollout_metrics(groups, list(chain.from_iterable(each.all_scores for each in every)))
+        if drawn.scores:
+            step.kept = False
+            self._keep_rollouts(step, learned=False)
+            self.run.log.show_rollouts(int(step), drawn.groups, drawn.scores, batch.advantages)
+            for callback in self.collector.callbacks if self.ranks.first else ():
+                step.metrics |= callback.on_update_begin(int(step), drawn, batch)
 
     def optim_step(
         self,
@@ -325,32 +365,52 @@ class Session:
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         weight_decay: float | None = None,
-        ends: bool = True,
     ) -> dict[str, float]:
         """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`; where none waits,
-        nothing moves. AdamW's other numbers hold from now on; weight decay is on matrices only. `ends`: no other update
-        with the same batches follows in this step. From here on the step counts, whatever fails later."""
+        nothing moves. AdamW's other numbers hold from now on; weight decay is on matrices only. From here on the step
+        counts, whatever fails later. What is done once a step, such as moving the routers' biases, comes before the
+        weights are used elsewhere or the step is recorded."""
         if not self.run.moved:
-            self.batches.before_update(self.step)
+            self.batches.before_update(int(self.step))
         numbers = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.learner.set_numbers(**{name: value for name, value in numbers.items() if value is not None})
-        metrics = self._learn(lambda: self.learner.optim_step(learning_rate, ends=ends))
+        works, before = self.learner.waiting, self.learner.updates
+        batch = works[-1].batch if works else None
+        metrics = self._learn(lambda: self.learner.optim_step(learning_rate, step=int(self.step)), batch)
+        if self.run.in_progress is not None and self.learner.updates != before:
+            self.run.in_progress.moved, self.run.in_progress.kept = True, False
+            known = self.run.in_progress.works
+            known += [work for work in works if work not in known]
         self.run.reached()
-        if ends and self.run.moved:
-            self._keep_logprobs()
         return metrics
 
-    def _learn(self, act: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def _finish_step(self) -> dict[str, float]:
+        """What is done once a step, before its weights are used elsewhere or it ends; nothing where it was done."""
+        step = self.run.in_progress
+        if step is None:
+            return {}
+        metrics: dict[str, float] = {}
+        works, step.works = step.works, []
+        if works:
+            metrics = self._learn(lambda: self.learner.finish(works), works[-1].batch)
+        if not step.kept:
+            self._keep_rollouts(step, learned=True)
+            step.kept = True
+        return metrics
+
+    def _learn(self, act: Callable[[], dict[str, float]], batch: TrainingBatch | None) -> dict[str, float]:
         rate = f"{'sft' if self.run.inner else 'learner'}.learning_rate"
-        if self._examples:
-            return self.run.learn(act, rate=rate, batch=self.run.folder / "events.jsonl", examples=self._examples)
-        return self.run.learn(act, rate=rate, batch=rollout_path(self.run.folder, self.step))
+        if batch is not None and batch.kind == "solutions":
+            examples = [row.example_id for row in batch.rows]
+            return self.run.learn(act, rate=rate, batch=self.run.folder / "events.jsonl", examples=examples)
+        return self.run.learn(act, rate=rate, batch=rollout_path(self.run.folder, int(self.step)))
 
     # ---- publishing, evaluating, keeping ----------------------------------------------------------------------------
 
     def sync_weights(self) -> None:
         """The samplers get the weights, where they hold others. Of what is sampled ahead the schedule decides that, but
         for a step after which something is evaluated."""
+        self._finish_step()
         schedule = self.batches.staleness and self.batches.is_asked
         if not schedule or self._evaluates(self.step) or self.step == self.run.last:
             self.batches.wait_for_sampling()
@@ -361,54 +421,75 @@ class Session:
             self.weight_sync.keep_up(self.run, anew)
 
     def _sync_refused(self) -> None:
-        """Nothing is sampled with a version that was not admitted: it is published and checked again."""
-        if self.weight_sync is not None and self.weight_sync.version is None:
+        """Nothing is sampled with a version that was not admitted: it is published and checked again. Samplers that
+        have left the learner's GPUs get the weights anew."""
+        if self.weight_sync is None:
+            return
+        if self.weight_sync.version is None or self.ranks.from_first(lambda: self.pool.asleep):
+            self._finish_step()
             self._sync_weights()
 
     def evaluate(self, problems: Sequence[Example] | None = None, when: str | None = None) -> dict[str, Evaluation]:
-        """The held-out problems or others, by way of sampling and greedily, as metrics of the run; with `when` they are
-        in its result under names of their own. Raises ValueError for a problem that was trained on (contract 16)."""
-        if problems is not None:
-            self.task.refuse_trained_on(problems)
+        """The held-out problems, by way of sampling and greedily, as metrics of the run; with `when` they are in its
+        result under names of their own. Or other `problems`: that answers, and is recorded nowhere.
+
+        Raises ValueError for a problem that was learned from. From now on nothing is learned from these (contract 16).
+        """
+        step = int(self.step)
+        prompts = [self.task.prompt(example, self.policy.tokenizer) for example in problems or ()]
+        self.register.evaluate(prompts)
+        self._finish_step()
         with ExitStack() as stack:
             if self.weight_sync is None:
                 self.held_out.pool = stack.enter_context(closing(self.open_pool()))
             self._sync_refused()
-            return self.ranks.from_first(lambda: self.held_out.evaluate(self.step, when, problems))
+            if problems is None:
+                return self.ranks.from_first(lambda: self.held_out.evaluate(step, when))
+            return self.ranks.from_first(lambda: self.held_out.answer(prompts, step))
 
     def open_pool(self) -> Pool:
         """Samplers of the current weights, for a session that samples only to evaluate. Close them."""
         return open_run_pool(self.run, self.policy, prompts_per_shard=64)
 
     def evaluate_if_due(self, step: int) -> None:
+        self.run.refuse_other(step)
         if self._evaluates(step):
             self.evaluate()
 
-    def record(self, step: int, metrics: dict[str, float]) -> None:
-        """The line of the step in metrics.jsonl; where nothing was learned, its completions say so, too."""
-        self._keep_logprobs()
-        self.run.record(metrics | self.pool.metrics() | self.task.lost())
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The line of the step in metrics.jsonl, and in rollouts/ what the policy gave the completions that it learned
+        from. From here on the step counts. Raises ValueError for another step than the one in progress, and for one
+        that has its line."""
+        self.run.refuse_other(step)
+        self._finish_step()
+        self.run.record({**metrics, **self.pool.metrics(), **self.task.lost()})
 
     def save_if_due(self, step: int) -> None:
-        """A checkpoint every `checkpoint.every` steps, at the end, and where an evaluation may find the best."""
+        """A checkpoint every `checkpoint.every` steps, at the end, and where an evaluation may find the best. Raises
+        ValueError for another step than the one in progress."""
+        self.run.refuse_other(step)
+        self._finish_step()
         self.run.save_if_due(self._evaluates(step) and self.config.checkpoint.keep_best)
 
     def save(self, folder: Path | str) -> Path:
         """A checkpoint in `folder`, beside those of the run; the path for `load`."""
+        self._finish_step()
         return checkpoint.save(Path(folder), self.run.step, *self.run.state())
 
     def load(self, path: Path | str) -> None:
         """The policy, its optimizer, the order of the data and what callbacks keep, as they were when this checkpoint
-        was saved; the samplers get the weights. Raises CheckpointError for a damaged one, ValueError for another
-        policy's."""
+        was saved; the samplers get the weights, and gradients that wait are dropped. Raises CheckpointError for a
+        damaged one, ValueError for another policy's."""
         self.batches.wait_for_sampling()
         self.run.load(checkpoint.load(Path(path), together=True))
+        self.batches.snapshot_before(int(self.step))  # a step that is undone goes back to here
         self._sync_weights(anew=True)  # another policy may have had the same version
         self.batches.start_sampling()
 
     def finish(self) -> Result:
-        """Evaluate at the end, and write the policy to `output_dir/policy`."""
+        """Evaluate at the end, and write the policy to `output_dir/policy`. A step that the loop has left ends here."""
         run, held_out = self.run, self.held_out
+        run.leave()
         if held_out.prompts and not run.ended_before:
             self.batches.wait_for_sampling()
             self._sync_weights()  # what a loop of one's own may not have done
@@ -424,30 +505,35 @@ class Session:
         for callback in self.collector.callbacks:
             callback.on_evaluate(step, results)
 
-    def _keep(
-        self, drawn: Drawn, batch: TrainingBatch, policy_logprobs: Mapping[int, Sequence[float]] | None = None
-    ) -> None:
-        """The completions in the folder of the run."""
-        self.run.log.rollouts(
-            self.step,
-            drawn.groups,
-            drawn.scores,
-            batch.advantages,
-            draws=drawn.draws,
-            backend=self.collector.backend,
-            policy_logprobs=policy_logprobs,
-        )
-
-    def _keep_logprobs(self) -> None:
-        """Once it was learned from them, the completions again, with the policy's log-probabilities."""
-        if self._prepared is not None:
-            self._keep(*self._prepared, self.learner.policy_logprobs)
-        self._prepared = None
+    def _keep_rollouts(self, step: Step, *, learned: bool) -> None:
+        """The completions of all batches of the step with scores in the folder of the run; once something was learned,
+        with the policy's log-probabilities."""
+        groups, scores, draws = [], [], []
+        advantages: list[Any] = []
+        policy_logprobs: dict[int, list[float]] = {}
+        completions = 0
+        for batch in step.batches:
+            if batch.drawn is None or not batch.drawn.scores:
+                continue
+            for work in reversed(batch.works):  # that of the first loss counts
+                policy_logprobs |= {completions + index: values for index, values in work.policy_logprobs.items()}
+            groups += batch.drawn.groups
+            scores += batch.drawn.scores
+            draws += batch.drawn.draws
+            advantages += batch.advantages
+            completions += sum(len(group.completions) for group in batch.drawn.groups)
+        if groups:
+            known = policy_logprobs if learned else None
+            backend = self.collector.backend
+            self.run.log.rollouts(int(step), groups, scores, advantages, draws, backend, known)
 
     def _save_best(self) -> None:
+        """Save the weights of the best step as `best_policy`; the policy stays the one at the end."""
         run, learner = self.run, self.learner
         if (best := run.ranks.from_first(run.best_step)) is not None:
             stored = checkpoint.load(checkpoint.saved(run.checkpoints)[best], together=True)
-            learner.load_state(stored.tensors, stored.state["learner"])
+            at_the_end = learner.copy_weights()
+            put_weights(stored.tensors["policy"], learner.policy, learner.masters)
             save_policy(learner.policy, run.folder / "best_policy", best)
+            put_weights(at_the_end, learner.policy, learner.masters)
             run.log.event("best", step=best, folder=str(run.folder / "best_policy"))

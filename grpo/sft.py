@@ -21,7 +21,7 @@ def sft(
     with Session.open(config, resume=resume, stop_after=stop_after, force=force) as session:
         for step in session.run.steps():
             rows = session.solutions(config.prompts_per_step)  # prompts with their gold solutions
-            batch = session.prepare(rows)
+            batch = session.prepare_solutions(rows)
             metrics = session.learn(batch)  # forward, backward, a step of the optimizer
             session.record(step, metrics)
             session.save_if_due(step)

@@ -22,6 +22,7 @@ class Prompt:
 
     `messages` are the chat messages from which a chat template made `text`; rewards with `chat: true` get them.
     `first_sample` is the index in its group of the first completion that is sampled, which is part of the noise's key.
+    `fingerprint` is that of the problem it was made from (rewards/data/leakage.py), whatever an environment adds.
 
     >>> Prompt("gsm8k/train/0", "2 + 3 = ?", [17, 4, 21], {"answer": "#### 5"}).columns["answer"]
     '#### 5'
@@ -33,6 +34,7 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] | None = None
     first_sample: int = 0
+    fingerprint: str = field(default="", compare=False)
 
 
 def shards(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
@@ -102,7 +104,8 @@ class Completion:
     With an external agent `turns` are the messages that it and the policy have exchanged, and `segments` the parts of
     `token_ids` that follow a prompt of their own; without any all of them follow the prompt of the group.
 
-    `logprobs[t]` scores `token_ids[t]` under the temperature-scaled policy that really sampled it (contract 2).
+    `logprobs[t]` scores `token_ids[t]` under the policy at `temperature` that really sampled it (contract 2). Of tokens
+    from elsewhere `temperature` is None.
     `routing` [Lc, routers, k], integers: the experts and dynamic heads that the trunk used when it read
     `token_ids[t]`, see `RoutingReplay`; -1 for the last token, which it never read. `versions` [Lc] are the policy
     versions that sampled each token; it is empty where all are `policy_version`, the one that sampled the last. So many
@@ -122,6 +125,7 @@ class Completion:
     versions: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     cached: int = field(default=0, compare=False)
+    temperature: float | None = field(default=None, compare=False)
 
     def parts(self, prompt: Prompt) -> Iterator[tuple[list[int], slice]]:
         """Gives what the policy read first, and which tokens follow it: the whole completion after `prompt`, or each of

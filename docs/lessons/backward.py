@@ -45,7 +45,7 @@ def half_taught(folder, digits=4, chance=0.5, **options):
     first = SftConfig(output_dir=folder / "first", model="tiny", steps=1000, learner=learner, **common)
     with Session.open(first) as session:
         for step in session.run.steps():
-            session.learn(session.prepare(session.solutions(32)))
+            session.learn(session.prepare_solutions(session.solutions(32)))
             if step % 10 == 0 and fmean(chances(session, session.prompts(step, count=32))) >= chance:
                 break
         session.finish()

@@ -75,6 +75,17 @@ class LossOptions(Options):
     """Correction for a sampler that differs from the learner, with weights of at most 3; `auto` is token_truncate below
     float32, else none (TRL with vLLM: always sequence_mask)."""
 
+    def with_loss_type(self, loss_type: str) -> LossOptions:
+        """These options with another loss type. What that does not read, or reads as something else, is left out.
+
+        >>> LossOptions(epsilon=0.1, beta=0.2).with_loss_type("reinforce").beta
+        0.2
+        """
+        left_out = {"loss_type", *UNREAD.get(loss_type, ())}
+        if loss_type != self.loss_type and "cispo" in (loss_type, self.loss_type):
+            left_out.add("epsilon_high")  # a cap for the one, the end of a clip range for the other
+        return LossOptions.model_validate(self.model_dump(exclude=left_out) | {"loss_type": loss_type})
+
     @model_validator(mode="before")
     @classmethod
     def _third_phase(cls, options: object) -> object:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rewards.config.data import is_chat
 from rewards.data.examples import Example
+from rewards.data.leakage import problem_fingerprint
 from rollout.group import Prompt
 
 if TYPE_CHECKING:
@@ -183,7 +184,9 @@ def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template
             token_ids = token_ids[:-1]  # some tokenizers end every text with eos, and a prompt must stay open
     if not token_ids:
         raise ValueError(f"the prompt of {example.example_id} has no tokens: {text!r}")
-    return Prompt(example.example_id, text, token_ids, example.columns, template.messages(example))
+    fingerprint = problem_fingerprint(template.content(example))
+    messages = template.messages(example)
+    return Prompt(example.example_id, text, token_ids, example.columns, messages, fingerprint=fingerprint)
 
 
 class PromptStream:

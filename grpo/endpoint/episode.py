@@ -155,6 +155,7 @@ class Episode(Served):
             tools=stats,
             segments=begins,
             cached=sum(answer.cached for answer in self.answers),
+            temperature=self.temperature,
         )
 
     # ---- what a request says ------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from grpo.run.memory_errors import phase
 from grpo.task.task import Task
 from policies.policy import Policy
 from review.readers.run_folder import read_metrics
-from rewards.data.examples import Example
 from rewards.group_score import RewardFailed
 from rewards.verdicts import ACCURACY, MEAN_REWARD
+from rollout.group import Prompt
 from rollout.pool import Sampler
 from rollout.sampling import SamplingParams
 
@@ -58,26 +58,15 @@ class HeldOut:
         """Tells whether this step's evaluation is recorded. A run that was cut off before it still has to make it."""
         return any(line["step"] == step and "eval/prompts" in line for line in read_metrics(self.log.output_dir))
 
-    def evaluate(
-        self, step: int, when: str | None = None, problems: Sequence[Example] | None = None
-    ) -> dict[str, Evaluation]:
-        """Evaluates the held-out problems, or these `problems`; with `when` the results have names of their own.
+    def evaluate(self, step: int, when: str | None = None) -> dict[str, Evaluation]:
+        """Evaluates the held-out problems; with `when` the results have names of their own.
 
         They become metrics of the run, and each failed reward an event.
         """
-        prompts = self.prompts
-        if problems is not None:
-            prompts = [self.task.prompt(example, self.tokenizer) for example in problems]
-        if not prompts:
+        if not self.prompts:
             return {}
-        self.task.reached(step)
-        ways, options = both_ways(self.sampling), SimpleNamespace(samples=self.sampling.group_size)
         try:
-            with (
-                phase("evaluating", SimpleNamespace(eval=options, rollout=self.sampling)),
-                self.log.progress() as progress,
-            ):
-                results = evaluate_ways(self.pool, self.task, prompts, ways, AT_ONCE, progress)
+            results = self.answer(self.prompts, step)
         except RewardFailed as error:
             self.log.event("reward_error", step=step, evaluation="given up", **vars(error.failure))
             raise
@@ -85,12 +74,24 @@ class HeldOut:
             for failure in result.failures:
                 self.log.event("reward_error", step=step, evaluation=way, **vars(failure))
         self.log.evaluation(step, as_metrics(results) | source_metrics(self.task, results["sampled"]))
-        if when and problems is None:
+        if when:
             self._keep_problems(step, results["sampled"])
         self.heed(step, results)
         named = {f"{when}, {way}" if when else way: result for way, result in results.items()}
         self.results |= named if when else {}
         return named
+
+    def answer(self, prompts: Sequence[Prompt], step: int) -> dict[str, Evaluation]:
+        """Evaluates these prompts, by way of sampling and greedily. It is recorded nowhere."""
+        if not prompts:
+            return {}
+        self.task.reached(step)
+        ways, options = both_ways(self.sampling), SimpleNamespace(samples=self.sampling.group_size)
+        with (
+            phase("evaluating", SimpleNamespace(eval=options, rollout=self.sampling)),
+            self.log.progress() as progress,
+        ):
+            return evaluate_ways(self.pool, self.task, prompts, ways, AT_ONCE, progress)
 
     def _keep_problems(self, step: int, result: Evaluation) -> None:
         metric = MEAN_REWARD if result.accuracy is None else ACCURACY

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,18 @@ from grpo.learner.row import PackedRow, Sample
 from grpo.learner.tree import BEGINS, READ, Tree
 
 if TYPE_CHECKING:
+    from grpo.algorithm.dynamic_sampling import Drawn
     from grpo.learner.lessons import Lesson
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """All rows of one step and the counts that are global over it. Two batches are equal where they are the same."""
+    """What is learned from at once, with the counts that are global over it. Two batches are equal where they are the
+    same.
+
+    `works` keeps, for each loss, what its first forward has settled, such as log π_old. It stays with the batch,
+    whatever else is learned in between.
+    """
 
     rows: list[PackedRow]
     advantages: Tensor | list[list[list[float]]]  # [P, G], zero where a sample was left out; by token [P, G, Lc]
@@ -41,6 +47,10 @@ class TrainingBatch:
     draft_gain: float | None = None  # of their decoding; None where it is not known
     draft_depth: int | None = None  # how deep the draft head learns from lessons; None: as its options say
     lessons: Sequence[Lesson] = ()  # recorded ones, which the draft head learns from where there are no rows
+    kind: Literal["rollouts", "solutions", "lessons"] = "rollouts"
+    drawn: Drawn | None = None  # the groups that it was made of, without scores where none were given
+    by_run: bool = False  # whether the run has sampled them as it is configured
+    works: list[Any] = field(default_factory=list, repr=False)  # see `Work`, whose module imports this one
 
     def age(self, version: int) -> float:
         """Tells how many versions older than `version` the policy was that sampled a token, as the mean over tokens."""
@@ -54,7 +64,7 @@ class TrainingBatch:
     @property
     def from_rollouts(self) -> bool:
         """Tells whether a policy has sampled it."""
-        return bool(self.tokens_by_version)
+        return self.kind == "rollouts"
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) ->
     mask = torch.zeros(len(samples), max(len(sample.token_ids) for sample in samples), dtype=torch.bool)
     for c, sample in enumerate(samples):
         mask[c, : len(sample.token_ids)] = torch.tensor(sample.sampled or True)
-    if samples[0].token_advantages:
+    if any(sample.token_advantages for sample in samples):
         advantages = _padded([sample.token_advantages for sample in samples], mask.shape[1])
     else:
         advantages = torch.tensor([sample.advantage for sample in samples])

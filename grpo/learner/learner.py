@@ -4,9 +4,11 @@ One step of GRPO, in the order of the code below:
 1. score every completion against its group (`prepare`),
 2. compute the log-probabilities of what was sampled, under the policy that learns (`Likelihood.forward`),
 3. add up the terms of the loss on these, the policy loss first, and collect the gradient (`forward_backward`),
-4. clip the gradient and move the weights (`optim_step`).
+4. clip the gradient and move the weights (`optim_step`),
+5. once a step, see how far that went and what terms do then (`finish`).
 
-What a term does is in its file in grpo/learner/terms; the learner knows none by name.
+What a term does is in its file in grpo/learner/terms; the learner knows none by name. What a later call needs of an
+earlier one is in the batch that both are given, so the learner remembers no batch, except while gradients wait.
 """
 
 from __future__ import annotations
@@ -30,17 +32,18 @@ from grpo.learner.likelihood import Likelihood
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, groups_of
 from grpo.learner.parallel import ONE_PROCESS, Ranks
-from grpo.learner.prepare import Advantages, estimate, pack
+from grpo.learner.prepare import Advantages, check_groups, estimate, pack
 from grpo.learner.row import PackedRow
 from grpo.learner.terms.term import Term, Work, read
 from grpo.learner.tree import Tree, forest
 from grpo.learner.update import Update
 from policies.policy import Policy, checkpoint_layers
 from policies.synced_weights import SyncedWeights
+from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 
 if TYPE_CHECKING:
-    from rewards.group_score import GroupScore
+    from grpo.learner.terms.custom import Loss
 
 OnMicroBatch = Callable[[int, int], None]  # is told how many were read, of how many
 
@@ -54,6 +57,9 @@ class Learner:
     >>> learner = grpo_learner(policy, config, reward_weights)
     >>> batch = learner.prepare(groups, scores)
     >>> metrics = learner.forward_backward(batch) | learner.optim_step()
+    >>> metrics |= learner.finish(batch.works)
+
+    `waiting` is the work whose gradients wait for `optim_step`.
     """
 
     def __init__(
@@ -73,8 +79,7 @@ class Learner:
         self.policy, self.options, self.terms, self.likelihood = policy, options, terms, likelihood
         self.loss, self.reward_weights, self.ranks = loss or LossOptions(), reward_weights or {}, ranks
         self.policy_version = 0
-        self.policy_logprobs: dict[int, list[float]] = {}
-        """log π_old of what the last step learned from, by Sample.index; what needed no forward is not there."""
+        self.waiting: list[Work] = []
         freeze_exact_parts(policy)
         if options.gradient_checkpointing:
             checkpoint_layers(policy.trunk)
@@ -86,8 +91,6 @@ class Learner:
         self.optimizer = self.update.optimizer
         self.numbers: dict[str, Any] = {}  # of AdamW, other than the options say
         self._configured = [_numbers_of(group) for group in self.optimizer.param_groups]
-        self._open: list[Work] = []  # whose gradients wait for the optimizer
-        self._done: list[Work] = []  # of the last update, which may be made again
         self._synced: int | None = None  # the last version that was read for a publication
 
     @property
@@ -100,18 +103,25 @@ class Learner:
     def prepare(
         self,
         groups: Sequence[RolloutGroup],
-        scores: Sequence[GroupScore],
+        scores: Sequence[GroupScore] | None = None,
         advantages: Advantages | Sequence[Sequence[float]] | None = None,
         step: int = 0,
     ) -> TrainingBatch:
         """Advantages by the chosen estimator or as they are given, groups packed with their prompt once. A completion
-        without reward has no place in it."""
+        without reward has no place in it. Without scores and advantages every advantage is 0.
+
+        Raises ValueError, with the place in [group, sample], for what cannot be learned from: see `check_groups`.
+        """
         options = self.options
+        check_groups(groups, scores, advantages, self.likelihood.temperature)
+        if not groups:
+            return TrainingBatch([], torch.zeros(0, 0), 0, 0, step)
+        known = scores or [GroupScore([0.0] * len(group.completions), {}) for group in groups]
         lengths_PG = [_lengths(group) for group in groups]
-        estimated, tied_P = estimate(scores, self.loss, self.reward_weights, lengths_PG)
+        estimated, tied_P = estimate(known, self.loss, self.reward_weights, lengths_PG)
         batch = pack(
             groups,
-            scores,
+            known,
             estimated if advantages is None else advantages,
             tied_P,
             max_tokens=options.tokens_per_micro_batch if self.policy.paths.rows == "packed" else 0,
@@ -120,7 +130,7 @@ class Learner:
         )
         batch = replace(batch, step=step)
         for term in self.terms if advantages is None else ():
-            batch = term.prepare(batch, scores, self._work(batch, self.terms))
+            batch = term.prepare(batch, known, self._work(batch, self.terms))
         return batch
 
     # ---- one step ----------------------------------------------------------------------------------------------
@@ -128,39 +138,38 @@ class Learner:
     def step(
         self, batch: TrainingBatch, step: int | None = None, on_micro_batch: OnMicroBatch | None = None
     ) -> dict[str, float]:
-        """All updates on a batch: see `forward_backward` and `optim_step`."""
-        if step is not None:
-            batch = replace(batch, step=step)
+        """All updates on a batch that nothing was learned from: see `forward_backward`, `optim_step` and `finish`."""
+        batch = replace(batch, step=batch.step if step is None else step, works=[])
         metrics: dict[str, float] = {}
-        for update in range(1, self.options.updates_per_batch + 1):
+        for _ in range(self.options.updates_per_batch):
             metrics |= self.forward_backward(batch, on_micro_batch=on_micro_batch)
-            if self._open:
-                metrics |= self.optim_step(ends=update == self.options.updates_per_batch)
-        return metrics
+            metrics |= self.optim_step()
+        return metrics | self.finish(batch.works)
 
     def forward_backward(
         self,
         batch: TrainingBatch,
-        loss: Term | None = None,
+        loss: Loss | None = None,
         on_micro_batch: OnMicroBatch | None = None,
     ) -> dict[str, float]:
-        """Add the gradient of the loss on this batch to what waits for `optim_step`; with `loss` in place of the first
-        term. The same batch after an update goes on with what was settled before it, such as log π_old. Recorded
-        lessons are read by the draft head's term alone.
+        """Add the gradient of the loss on this batch to what waits for `optim_step`. `loss` takes the place of the
+        first term, see `as_term`. What the first forward of a batch for a loss has settled, such as log π_old, holds
+        for all later ones. Recorded lessons are read by the draft head's term alone.
 
         A batch in which every advantage is zero changes nothing, not even momentum, and says so in its metrics, unless
         a term teaches all the same. Raises NonFiniteStep, and then no gradient waits.
         """
         started = time.perf_counter()
-        terms = [loss, *self.terms[1:]] if loss else self.terms
-        work = self._begin(batch, [term for term in terms if term.reads_lessons] if batch.lessons else terms)
+        known = self.work_of(batch, loss)
+        work = known or self._begin(batch, loss)
         metrics = dict(batch.metrics)
         if age := batch.age(work.version):
             metrics["mismatch/age_mean"] = age
-        if not work.minis and not batch.lessons:
+        if not work.rows and not batch.lessons:
             return metrics | {"learner/updates": 0.0, "time/learn": batch.seconds + time.perf_counter() - started}
-        if not self._open:
+        if not self.waiting:
             self.update.zero()  # what the last update has left
+        work.minis = work.minis or list(self._shared(work.rows))
         try:
             for term in work.terms:
                 term.before_update(work)
@@ -169,8 +178,10 @@ class Learner:
             self._drop()
             raise
         work.seconds += time.perf_counter() - started
-        if work not in self._open:
-            self._open.append(work)
+        if known is None:
+            batch.works.append(work)
+        if work not in self.waiting:
+            self.waiting.append(work)
         return metrics | self.ranks.sum_metrics(sums) | {"time/learn": work.seconds}
 
     def _backward(self, work: Work, on_micro_batch: OnMicroBatch | None) -> dict[str, float]:
@@ -180,7 +191,7 @@ class Learner:
             began = time.perf_counter()
             work.number, work.notes = number, defaultdict(list)
             with self.likelihood.replaying(mini):
-                out = self.likelihood.forward(mini)
+                out = self.likelihood.forward(mini, temperature=work.temperature)
                 loss, total, in_total = out.preceding.new_zeros(()), None, True
                 for term in work.terms:
                     summand = term.scalar(mini, out, work)
@@ -201,7 +212,7 @@ class Learner:
                 notes.append(work.notes)
             if on_micro_batch:
                 total = len(work.minis) * self.options.updates_per_batch
-                on_micro_batch(work.update * len(work.minis) + number + 1, total)
+                on_micro_batch(min(work.update * len(work.minis) + number + 1, total), total)
         return read(notes)
 
     def _backward_of_lessons(self, work: Work) -> dict[str, float]:
@@ -211,43 +222,43 @@ class Learner:
                 self.update.backward(term.lesson(lesson, work), work.batch.step, self.ranks)
         return read([work.notes])
 
-    def optim_step(self, learning_rate: float | None = None, *, ends: bool = True) -> dict[str, float]:
-        """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`. Where none waits,
-        nothing moves. `ends`: no other update with the same batches follows in this step.
+    def optim_step(self, learning_rate: float | None = None, *, step: int | None = None) -> dict[str, float]:
+        """Move the weights by the gradients that wait, at `learning_rate` or at the schedule's rate in this step, by
+        default the batch's. Where none waits, nothing moves.
 
         Raises NonFiniteStep, and then nothing has moved.
         """
         started = time.perf_counter()
-        if not self._open:
+        if not self.waiting:
             return {}
-        works, self._open, self._done = self._open, [], self._open
-        step = works[-1].batch.step
+        works, self.waiting = self.waiting, []
+        step = works[-1].batch.step if step is None else step
         modules = {"": self.policy.trunk} | {term.name: term.module for term in self.terms if term.module is not None}
         norms = self.update.make(step, self.ranks, modules, learning_rate)
         metrics = {"learner/grad_norm": norms.pop(""), "learner/learning_rate": norms.pop("learning_rate")}
         metrics |= {f"{term.name}/grad_norm": norms[term.name] for term in self.terms if term.keeps_module}
-        begins = works[-1].update == 0 and works[-1].batch.from_rollouts
-        if begins or self.policy_version == self._synced:
+        of_rollouts = [work for work in works if work.batch.from_rollouts]
+        if any(work.update == 0 for work in of_rollouts) or self.policy_version == self._synced:
             self.policy_version += 1
         for work in works:
             work.update += 1
-        if works[-1].batch.from_rollouts:
-            metrics["learner/updates"] = float(works[-1].update)
-        if ends:
-            metrics |= self._end(works)
-            for work in works:
-                work.minis = ()  # they are made again where the same batch goes on
+        if of_rollouts:
+            metrics["learner/updates"] = float(max(work.update for work in of_rollouts))
         works[-1].seconds += time.perf_counter() - started
         return metrics | {"time/learn": sum(work.batch.seconds + work.seconds for work in works)}
 
-    def _end(self, works: Sequence[Work]) -> dict[str, float]:
-        """After the last update of a step: how far it has moved the policy, and what terms have to say."""
+    def finish(self, works: Sequence[Work]) -> dict[str, float]:
+        """Do what is done once a step, for the works that its updates were made with: measure how far the policy has
+        moved, and let terms do their part, such as move the routers' biases. Returns metrics."""
+        if not works:
+            return {}
+        started = time.perf_counter()
         metrics, moved = {}, []
         for work in works:
             if work.batch.from_rollouts:
                 before = self.ranks.union(work.logprobs)
-                self.policy_logprobs = by_completion(work.batch.rows, before)
-                moved.append(self.likelihood.moved(work.rows, before))
+                work.policy_logprobs = by_completion(work.batch.rows, before)
+                moved.append(self.likelihood.moved(work.rows, before, work.temperature))
         if moved:
             metrics["policy/approx_kl"] = fmean(moved)
         works_of: dict[int, tuple[Term, list[Work]]] = {}
@@ -256,29 +267,44 @@ class Learner:
                 works_of.setdefault(id(term), (term, []))[1].append(work)
         for term, of_term in works_of.values():
             metrics |= term.end(of_term)
-        return metrics
+        for work in works:
+            work.minis = ()  # they are made again where the same batch goes on
+        works[-1].seconds += time.perf_counter() - started
+        return metrics | {"time/learn": sum(work.batch.seconds + work.seconds for work in works)}
 
     # ---- the batch that is learned from ------------------------------------------------------------------------
 
-    def _begin(self, batch: TrainingBatch, terms: Sequence[Term]) -> Work:
-        """The work on this batch by these terms goes on, or it begins."""
-        for work in (*self._done, *self._open):
-            if work.batch is batch and work.terms[0] is terms[0]:
-                work.minis = work.minis or list(self._shared(work.rows))
+    def work_of(self, batch: TrainingBatch, loss: Loss | None) -> Work | None:
+        """What is done with a batch for this loss; None before its first forward."""
+        for work in batch.works:
+            if work.likelihood is self.likelihood and (work.loss is loss or work.loss == loss):
                 return work
-        work = self._work(batch, terms)
-        self.policy_logprobs = {}
+        return None
+
+    def _begin(self, batch: TrainingBatch, loss: Loss | None) -> Work:
+        """The first work on this batch for this loss. Raises ValueError for a loss that cannot be."""
+        first = self.terms[0]
+        if loss is not None:
+            from grpo.learner.terms.custom import as_term
+
+            first = as_term(loss, first)
+        terms = [first, *self.terms[1:]]
+        if batch.lessons:
+            terms = [term for term in terms if term.reads_lessons]
+        work = self._work(batch, terms, loss)
         teaches = not batch.all_tied or any(term.teaches(batch) for term in terms)
-        if batch.rows and teaches:
-            for term in terms:
-                term.begin_update(work)
-            work.rows = self._rows_that_count(work)
-            work.minis = list(self._shared(work.rows))
+        if not (batch.rows and teaches):
+            work.rows = ()
+            return work
+        for term in terms:
+            term.begin_update(work)
+        work.rows = self._rows_that_count(work)
         return work
 
-    def _work(self, batch: TrainingBatch, terms: Sequence[Term]) -> Work:
-        version = self.policy_version
-        return Work(batch, self.likelihood, self.ranks, terms, self._shared, batch.rows, version=version)
+    def _work(self, batch: TrainingBatch, terms: Sequence[Term], loss: object = None) -> Work:
+        own = replace(batch, works=[])  # so that a batch and its works do not keep each other in memory
+        parts = self.likelihood, self.ranks, terms, self._shared, batch.rows
+        return Work(own, *parts, loss, version=self.policy_version)
 
     def _rows_that_count(self, work: Work) -> list[PackedRow]:
         """A tied group's loss is zero: it is spared if no term reads it, or its gradient where none moves the trunk."""
@@ -294,7 +320,7 @@ class Learner:
     def _drop(self) -> None:
         """Drops the gradients that wait."""
         self.update.zero()
-        self._open = []
+        self.waiting = []
 
     def _shared(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
         """The micro-batches of this rank. All ranks gather weights together, so one that has fewer than another gets
@@ -324,6 +350,10 @@ class Learner:
         self._synced = self.policy_version
         return self.policy.synced_weights()
 
+    def copy_weights(self) -> dict[str, Tensor]:
+        """A copy of the weights that a checkpoint keeps of the policy; see `put_weights`."""
+        return {name: tensor.clone() for name, tensor in self.state()[0]["policy"].items()}
+
     def set_numbers(self, **numbers: object) -> None:
         """Sets `betas`, `eps` and `weight_decay` of AdamW from now on, also after a resume; weight decay is on matrices
         only."""
@@ -340,10 +370,10 @@ class Learner:
         return learner_state.collect_tensors(*self._stateful), counters
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
-        """The inverse of `state`; what waits or goes on does so no more. Raises ValueError naming what does not fit."""
+        """The inverse of `state`; gradients that wait are dropped. Raises ValueError naming what does not fit."""
         learner_state.put(tensors, *self._stateful)
         self._drop()
-        self._done, self._synced = [], None
+        self._synced = None
         self.policy_version = state["policy_version"]
         for group, configured in zip(self.optimizer.param_groups, self._configured, strict=True):
             group.update(configured)

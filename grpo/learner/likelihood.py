@@ -57,7 +57,8 @@ class Likelihood:
         self.policy, self.reference, self.watchers = policy, reference, watchers
         self.temperature, self.entropy_grad = temperature, entropy_grad
 
-    def forward(self, mini: MicroBatch, policy: Policy | None = None) -> Forward:
+    def forward(self, mini: MicroBatch, policy: Policy | None = None, temperature: float | None = None) -> Forward:
+        """Reads a micro-batch, at the temperature of the rollouts or at this one."""
         policy, learning = policy or self.policy, torch.is_grad_enabled()
         with torch.set_grad_enabled(learning and mini.learns):
             with ExitStack() as stack:
@@ -68,7 +69,7 @@ class Likelihood:
                 mini.of_scored(preceding),
                 policy.output,
                 mini.of_scored(mini.token_ids),
-                self.temperature,
+                self.temperature if temperature is None else temperature,
                 entropy_grad=self.entropy_grad,
             )
         return Forward(mini.by_completion(logprobs), mini.by_completion(entropy), preceding, records)
@@ -95,7 +96,12 @@ class Likelihood:
         return RoutingReplay([policy.trunk for policy in policies], mini.routing)
 
     @torch.no_grad()
-    def moved(self, rows: Sequence[PackedRow], before: Mapping[tuple[int, int], Sequence[float]]) -> float:
+    def moved(
+        self,
+        rows: Sequence[PackedRow],
+        before: Mapping[tuple[int, int], Sequence[float]],
+        temperature: float | None = None,
+    ) -> float:
         """KL(before ‖ now) of the policy in nats per token: the mean of r - 1 - log r over tokens that it sampled, with
         r the ratio of their probabilities now and before (Schulman's k3).
 
@@ -112,7 +118,7 @@ class Likelihood:
         for row in list(read.values())[:GROUPS_READ]:
             mini = collate([row], self.policy.device)
             with self.replaying(mini):
-                now = self.forward(mini).logprobs
+                now = self.forward(mini, temperature=temperature).logprobs
             [sample] = row.samples
             log_ratio = (now - mini.padded([before[sample.index, sample.start]]))[mini.mask]
             total += (log_ratio.expm1() - log_ratio).sum().item()

@@ -73,16 +73,16 @@ def schedule(kind: str, steps: int, warmup: int) -> Callable[[int], float]:
 
     >>> [round(schedule("linear", 4, 0)(step), 2) for step in (1, 2, 3, 4)]
     [1.0, 0.75, 0.5, 0.25]
-    >>> [schedule(kind, 4, 0)(0) for kind in ("constant", "linear", "cosine")]  # a learner that counts no steps
+    >>> [schedule(kind, 4, 2)(0) for kind in ("constant", "linear", "cosine")]  # a learner that counts no steps
     [1.0, 1.0, 1.0]
     """
 
     def factor(step: int) -> float:
-        if 0 < warmup >= step:
+        if 0 < step <= warmup:
             return step / warmup
         if kind == "constant":
             return 1.0
-        done = max(0, step - 1 - warmup) / max(steps - warmup, 1)
+        done = min(max(0, step - 1 - warmup) / max(steps - warmup, 1), 1.0)
         return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     return factor

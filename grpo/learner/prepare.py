@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from grpo.config.loss import LossOptions
 from grpo.learner.batch import TrainingBatch, split_rows
 from grpo.learner.row import PackedRow, Sample
 from rollout.draft_stats import draft_gain
-from rollout.group import ENDED, RolloutGroup
+from rollout.group import ENDED, Completion, RolloutGroup
 
 if TYPE_CHECKING:
     from grpo.learner.lessons import Lesson
@@ -25,6 +26,66 @@ if TYPE_CHECKING:
 
 OWN_ESTIMATORS = ("group_relative", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 Advantages: TypeAlias = Tensor | Sequence[Sequence[Sequence[float]]]  # [P, G], or by token [P, G, Lc]
+
+
+def check_groups(
+    groups: Sequence[RolloutGroup],
+    scores: Sequence[GroupScore] | None,
+    advantages: Advantages | Sequence[Sequence[float]] | None,
+    temperature: float,
+) -> None:
+    """Raises ValueError, with the place in [group, sample], where groups, scores and advantages do not fit together, a
+    number is not finite, or a completion was sampled at another temperature than log-probabilities are computed at."""
+    for name, of_groups in (("scores", scores), ("advantages", advantages)):
+        if of_groups is not None and len(of_groups) != len(groups):
+            raise ValueError(f"{name}: {len(of_groups)} for {len(groups)} groups; give one for each")
+    dims = set()
+    for g, group in enumerate(groups):
+        size = len(group.completions)
+        if size != len(groups[0].completions):
+            raise ValueError(
+                f"group {g} has {size} completions, and group 0 has {len(groups[0].completions)}; learn from groups of "
+                "different sizes in batches of their own"
+            )
+        rewards = [0.0] * size if scores is None else scores[g].rewards
+        given = {"rewards": rewards} if advantages is None else {"rewards": rewards, "advantages": advantages[g]}
+        for name, values in given.items():
+            if len(values) != size:
+                raise ValueError(f"group {g}: {len(values)} {name} for {size} completions; give one for each")
+        for i, (completion, reward) in enumerate(zip(group.completions, rewards, strict=True)):
+            place = f"group {g}, sample {i}"
+            if reward is not None:
+                _check_completion(place, completion, reward, temperature)
+            if advantages is not None:
+                dims.add(_check_advantage(place, advantages[g][i], len(completion.token_ids)))
+    if len(dims) > 1:
+        raise ValueError("advantages: some are of completions and some of tokens; give all alike")
+
+
+def _check_completion(place: str, completion: Completion, reward: float, temperature: float) -> None:
+    if not math.isfinite(reward):
+        raise ValueError(f"{place}: its reward is {reward}; give a finite number, or None to leave it out")
+    if completion.temperature not in (None, temperature):
+        raise ValueError(
+            f"{place} was sampled at temperature {completion.temperature:g}, and its log-probabilities are computed at "
+            f"rollout.temperature={temperature:g}; sample at that temperature, or set the option"
+        )
+    tokens, known = len(completion.token_ids), len(completion.logprobs)
+    if known != tokens:
+        raise ValueError(f"{place}: {known} log-probabilities for {tokens} tokens; give one for each")
+    if not all(map(math.isfinite, completion.logprobs)):
+        raise ValueError(f"{place}: one of its log-probabilities is not finite; leave it out by the reward None")
+
+
+def _check_advantage(place: str, advantage: Any, tokens: int) -> int:
+    """Gives the number of dimensions: 0 for one number, 1 for one of each token. A tensor may be padded at the end."""
+    values = torch.as_tensor(advantage, dtype=torch.float32)
+    padded = isinstance(advantage, Tensor) and len(values.shape) == 1 and len(values) > tokens
+    if values.dim() > 1 or (values.dim() == 1 and len(values) != tokens and not padded):
+        raise ValueError(f"{place}: advantages of shape {list(values.shape)} for {tokens} tokens; give one for each")
+    if not torch.isfinite(values[:tokens] if values.dim() else values).all():
+        raise ValueError(f"{place}: an advantage is not finite")
+    return values.dim()
 
 
 def estimate(
@@ -141,13 +202,14 @@ def supervised(rows: Sequence[PackedRow], step: int = 0) -> TrainingBatch:
         samples = [replace(sample, index=i) for sample in row.samples]
         numbered.append(replace(row, group=i, samples=samples))
     tokens = sum(row.num_completion_tokens for row in rows)
-    return TrainingBatch(numbered, torch.zeros(len(rows), 1), len(rows), tokens, step)
+    return TrainingBatch(numbered, torch.zeros(len(rows), 1), len(rows), tokens, step, kind="solutions")
 
 
 def recorded(lessons: Sequence[Lesson], step: int = 0, draft_depth: int | None = None) -> TrainingBatch:
     """A batch for the draft head, of what the trunk has read once."""
     tokens = sum(lesson.tokens for lesson in lessons)
-    return TrainingBatch([], torch.zeros(0, 1), 0, tokens, step, draft_depth=draft_depth, lessons=lessons)
+    of_lessons: dict[str, Any] = {"draft_depth": draft_depth, "lessons": lessons, "kind": "lessons"}
+    return TrainingBatch([], torch.zeros(0, 1), 0, tokens, step, **of_lessons)
 
 
 def tokens_in_loss(rows: Sequence[PackedRow]) -> int:

@@ -53,6 +53,8 @@ class PackedRow:
     prompt_routing: Tensor | None = None  # [Lp, routers, k]
     group: int = 0  # its place in the step; a group that is cut into several rows has it in all of them
     learns: bool = True  # False: the draft head alone learns from it, so that the trunk needs no gradient
+    example_id: str = field(default="", compare=False)  # of a gold solution
+    fingerprint: str = field(default="", compare=False)  # of its problem
 
     @property
     def length(self) -> int:

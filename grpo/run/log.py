@@ -181,8 +181,8 @@ class RunLog:
         backend: str | None = None,
         policy_logprobs: Mapping[int, Sequence[float]] | None = None,
     ) -> None:
-        """Keep all completions of a step, and now and then show a few; not when they come again with the learner's
-        log-probabilities, by [group, sample] flattened.
+        """Keep all completions of a step, also when they come again with the learner's log-probabilities, by [group,
+        sample] flattened.
 
         `advantages` [P, G] are numbers, or [P, G, Lc] one for every token, as lists, tensors or arrays. `draws` [P]:
         0, or the refill of dynamic sampling that a group comes from.
@@ -190,13 +190,20 @@ class RunLog:
         advantages = [_plain(row) for row in advantages]
         lines = rollout_lines(groups, scores, advantages, policy_logprobs)
         head = {"step": step} | ({"backend": backend} if backend else {})
-        size = len(lines) // max(len(groups), 1)
-        drawn = [draw for draw in draws or [0] * len(groups) for _ in range(size)]
+        drawn: list[int] = []
+        for draw, group in zip(draws or [0] * len(groups), groups, strict=True):
+            drawn += [draw] * len(group.completions)
         text = "".join(json_line({**head, "draw": draw, **line}) for draw, line in zip(drawn, lines, strict=True))
         write_file(rollout_path(self.output_dir, step), zstandard.compress(text.encode()))
-        shows = step == 1 or step % TABLE_EVERY == 0
-        if policy_logprobs is None and shows:
+
+    def show_rollouts(
+        self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], advantages: Any
+    ) -> None:
+        """Now and then show a few completions of a batch."""
+        if step == 1 or step % TABLE_EVERY == 0:
+            advantages = [_plain(row) for row in advantages]
             self.console.print(sample_table(step, groups, scores, advantages, encoding=self.console.encoding))
+            lines = rollout_lines(groups, scores, advantages)
             self._track(lambda tracker: log_rollouts(tracker, step, lines))
 
     def event(self, event: str, /, *, unshown: Mapping[str, Any] | None = None, **fields: object) -> None:

@@ -13,7 +13,8 @@ from rollout.group import Completion, RolloutGroup
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]) -> dict[str, float]:
-    """Measures what one step's P groups and their P GroupScores say: reward/*, group/*, completion/* and draft/*.
+    """Measures what the groups of one step, and the GroupScores of those that have one, say: reward/*, group/*,
+    completion/* and draft/*.
 
     What was not measured is left out: `reward/mean` if all abstained, acceptance without drafts.
 
@@ -30,9 +31,9 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         "reward/mean": mean_of(reward for rewards in scored for reward in rewards),
         "reward/std": mean_of(pstdev(rewards) for rewards in scored if rewards),
         "reward/abstained": mean_of(reward is None for score in scores for reward in score.rewards),
-        "reward/errors": sum(len(score.errors) for score in scores),
+        "reward/errors": sum(len(score.errors) for score in scores) if scores else None,
         "group/zero_variance": mean_of(tied(score.rewards) for score in scores),
-        "group/dropped": sum(score.dropped for score in scores),
+        "group/dropped": sum(score.dropped for score in scores) if scores else None,
         "completion/tokens": sum(lengths),
         "completion/length_mean": mean_of(lengths),
         "completion/length_max": max(lengths, default=None),

@@ -68,7 +68,7 @@ class Batches:
         self.ready = {int(step): drawn_of(drawn, prompt) for step, drawn in state.get("batches", {}).items()}
         self.next = max([self.run.step, *self.ready]) + 1
         if saved is not None and "older_version" in state:
-            newer, version = self._copy(), self.learner.policy_version
+            newer, version = self.learner.copy_weights(), self.learner.policy_version
             self._hold(state["older_version"], saved.tensors[OLDER])
             self._start()
             self.run.ranks.from_first(self.complete)
@@ -114,7 +114,7 @@ class Batches:
             self.run.ranks.from_first(self.complete)
         else:
             complete = self.run.ranks.from_first(self._completed)
-            self._older = None if complete else (self.learner.policy_version, self._copy())
+            self._older = None if complete else (self.learner.policy_version, self.learner.copy_weights())
             if not complete:
                 self.collector.pool.keep_weights()  # for a worker that takes the place of one that died
 
@@ -195,9 +195,6 @@ class Batches:
     def _lacks(self) -> bool:
         """The step that is saved has learned, and a batch that the weights before it sample is not there."""
         return self._older is not None and self.next <= min(self.run.step + self.staleness, self.run.last)
-
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self.learner.state()[0]["policy"].items()}
 
     def _hold(self, version: int, weights: object) -> None:
         """The learner takes these weights, and the workers get them."""

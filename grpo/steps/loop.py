@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
@@ -28,6 +27,7 @@ from grpo.run.resume import saved_state
 from grpo.run.reward_record import record_sources, refuse_changed_sources
 from grpo.run.sources import Sources
 from grpo.run.stop import Stopped, last_words, say_stopping, signals
+from grpo.steps.step import Step
 from policies.devices import peak_gib
 from review.readers.run_folder import best_step, read_metrics
 from rewards.config.options import dump_yaml
@@ -68,13 +68,12 @@ class Run(Generic[Config]):
         self.start = self.step = self.saved_step = saved.step if saved else 0  # `step` is the last whole one
         self.resumes = self.forced = False
         self.sources: Sources | None = None
+        self.in_progress: Step | None = None
+        self.finish_step: Callable[[], object] = lambda: None  # what is done once a step, if it was not done yet
         self.metrics: defaultdict[str, float] = defaultdict(float)  # of the step in progress
         self._parts: dict[str, Any] = {}
-        self._refused = self._recorded = -1  # the last step whose checkpoint the disk refused, that has its line
-        self._begun: int | None = None  # the step in progress
+        self._refused = -1  # the last step whose checkpoint the disk refused
         self._before: dict[str, Any] = {}
-        self._updates = 0
-        self._started = 0.0
 
     # ---- the folder -------------------------------------------------------------------------------------------------
 
@@ -162,18 +161,25 @@ class Run(Generic[Config]):
                 part.load_state(saved.tensors, saved.state[name])
             elif name in saved.state:
                 part.load_state_dict(saved.state[name])
+        if self.in_progress is not None:  # it goes on from here, and goes back to here where it is undone
+            self.in_progress.works.clear()
+            self._before = self._states_before()
 
     # ---- the steps --------------------------------------------------------------------------------------------------
 
-    def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are left. Between two of them the run ends if a signal has asked for it. A step
-        may become the `last` one before its time."""
-        for step in takewhile(lambda step: step <= self.last, count(self.start + 1)):
-            self._begun, self._updates, self._started = step, self._learner.updates, time.perf_counter()
-            self._before = {name: part.state_dict() for name, part in self._others.items() if not hasattr(part, "undo")}
-            self.metrics.clear()
+    def steps(self) -> Iterator[Step]:
+        """The steps that are left, one after the other. Between two of them the run ends if a signal has asked for it.
+        A step may become the `last` one before its time. One that an earlier loop has left is ended first."""
+        self.settle()
+        while self.step < self.last:
+            step = self.in_progress = Step(self.step + 1)
+            self.metrics = step.metrics
+            self._before = self._states_before()
             yield step
-            self.step, self._begun = step, None
+            if self.in_progress is not step:
+                raise RuntimeError(f"step {step} has ended: another loop over the steps of this run has begun")
+            self.finish_step()
+            self.step, self.in_progress = int(step), None
             if step < self.last and step == self.stop_after:
                 self.save()
                 raise Stopped(everywhere=True)
@@ -183,7 +189,7 @@ class Run(Generic[Config]):
     @property
     def now(self) -> int:
         """The step in progress; between steps the last whole one."""
-        return self.step if self._begun is None else self._begun
+        return self.step if self.in_progress is None else self.in_progress
 
     @property
     def _learner(self) -> Learner:
@@ -193,10 +199,18 @@ class Run(Generic[Config]):
     def _others(self) -> dict[str, Any]:
         return {name: part for name, part in self._parts.items() if not isinstance(part, Learner)}
 
+    def _states_before(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._others.items() if not hasattr(part, "undo")}
+
     @property
     def moved(self) -> bool:
         """Tells whether the step in progress has changed the policy."""
-        return self._learner.updates != self._updates
+        return self.in_progress is not None and self.in_progress.moved
+
+    def refuse_other(self, step: int) -> None:
+        """Raises ValueError for another step than the one in progress."""
+        if step != self.now:
+            raise ValueError(f"step={step}: step {self.now} is in progress; give the one that the loop is in")
 
     def on_first_rank(self, act: Callable[..., object], *arguments: object, **named: object) -> None:
         """Rank 0 acts, while the others wait. If it fails or is stopped, they end as it does."""
@@ -224,7 +238,7 @@ class Run(Generic[Config]):
             with self.phase("learning"):
                 metrics = act()
         except NonFiniteStep as error:
-            self.log.event("non_finite", step=self._begun, error=str(error), batch=str(batch), unshown=unshown)
+            self.log.event("non_finite", step=self.in_progress, error=str(error), batch=str(batch), unshown=unshown)
             where = f"; the batch is in {batch}" if batch else ""
             lower = f"{rate} or learner.max_grad_norm" if batch else rate
             raise NonFiniteStep(
@@ -236,27 +250,32 @@ class Run(Generic[Config]):
     def reached(self) -> None:
         """The step in progress counts, whatever fails later."""
         self._learner.update.zero()  # the next rollouts need the memory
-        if self._begun is None:
+        if self.in_progress is None:
             raise RuntimeError("an update outside of a step of the run: make it inside of `for step in run.steps():`")
-        self.step = self._begun
+        self.step = int(self.in_progress)
 
     def record(self, more: Mapping[str, float] | None = None) -> None:
-        """The line of the step in metrics.jsonl."""
-        self.metrics |= more or {}
+        """The line of the step in metrics.jsonl; from here on the step counts. Raises ValueError where it has one."""
+        step = self.in_progress
+        if step is None or step.recorded:
+            raise ValueError(f"step {self.now} has its line in metrics.jsonl already; record a step once, inside of it")
+        self.step, step.recorded = int(step), True
+        metrics = step.metrics
+        metrics |= more or {}
         if self.inner:
-            self.log.supervised(self.step, self.last, self.metrics)
+            self.log.supervised(self.step, self.last, metrics)
             return
-        self.metrics["time/step"] = time.perf_counter() - self._started
-        if "time/rollout" in self.metrics:
-            tokens = self.metrics["completion/tokens"]
-            self.metrics["speed/completion_tokens_per_second"] = tokens / self.metrics["time/rollout"]
-        self.metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
-        self.metrics |= {f"memory/{name}_gib": gib for name, gib in peak_gib().items()}
-        self._recorded = self.step
+        metrics["time/step"] = time.perf_counter() - step.started
+        if step.sampled:
+            metrics["completion/tokens"] = float(step.sampled)
+        if step.sampled and "time/rollout" in metrics:
+            metrics["speed/completion_tokens_per_second"] = step.sampled / metrics["time/rollout"]
+        metrics["memory/rss_gib"] = psutil.Process().memory_info().rss / 2**30
+        metrics |= {f"memory/{name}_gib": gib for name, gib in peak_gib().items()}
         supervises = isinstance(self.config, SftConfig)
-        self.log.step(self.step, self.metrics, show=not supervises)
+        self.log.step(self.step, metrics, show=not supervises)
         if supervises:
-            self.log.supervised(self.step, self.last, self.metrics)
+            self.log.supervised(self.step, self.last, metrics)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -311,9 +330,10 @@ class Run(Generic[Config]):
         was left by `break` or `return` keeps as much."""
         if getattr(error, "saved", False):
             return
-        if error is None and self._begun is None:  # the loop has ended by itself, with all that it wanted to save
+        if error is None and self.in_progress is None:  # the loop has ended by itself, with all that it wanted to save
             return
-        self._settle()
+        of_all = self.ranks.size == 1 or error is None or getattr(error, "everywhere", False)
+        self.settle(with_others=of_all or isinstance(error, Stopped))
         if error is None:
             self.save()
             return
@@ -324,24 +344,42 @@ class Run(Generic[Config]):
                 self.log.event("signal", name=name, action=action, saved_step=self.saved_step)
             error.at(self.step, self.of)
             return
-        of_all = self.ranks.size == 1 or getattr(error, "everywhere", False)
         if isinstance(error, Exception) and of_all:
             self._save_what_failed(error)
 
-    def _settle(self) -> None:
-        """The step in progress is undone where nothing was learned yet; else it is reached, and has its line."""
-        if self._begun is None:
+    def leave(self) -> None:
+        """End a step that its loop has left, and save the last whole one."""
+        if self.in_progress is not None:
+            self.settle()
+            self.save()
+
+    def settle(self, *, with_others: bool = True) -> None:
+        """End the step in progress. It is undone where nothing was learned and nothing recorded yet; else it is whole,
+        and has its line. `with_others`: every rank does the same, so that they can do together what is done once a
+        step."""
+        step = self.in_progress
+        if step is None:
             return
-        if self.moved:  # it was cut short after an update
-            self.step = self._begun
-        if self.step != self._begun:
+        if step.moved:  # it was cut short after an update
+            self.step = int(step)
+        if self.step != step:
             for name, state in self._before.items():
                 self._parts[name].load_state_dict(state)
             for part in self._others.values():
                 if hasattr(part, "undo"):
                     part.undo()
-        elif self._recorded != self.step:
-            self.record()
+        else:
+            if with_others:
+                self._finish_or_tell(step)
+            if not step.recorded:
+                self.record()
+        self.in_progress = None
+
+    def _finish_or_tell(self, step: Step) -> None:
+        try:
+            self.finish_step()
+        except Exception as error:  # what has ended the step is more important
+            self.log.event("unfinished", step=step, error=f"{type(error).__name__}: {error}")
 
     def _save_what_failed(self, error: Exception) -> None:
         not_saved: dict[str, Any] = {}

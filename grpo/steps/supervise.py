@@ -103,7 +103,7 @@ def supervise(session: LearningSession, best: Best) -> None:
     with run, run.log.progress() as progress:
         bar = progress.add_task("SFT stage", total=run.last, completed=run.start)
         for step in run.steps():
-            batch = session.prepare(session.solutions(size))
+            batch = session.prepare_solutions(session.solutions(size))
             metrics = session.learn(batch)
             best.look(step)
             session.record(step, metrics)

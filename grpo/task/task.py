@@ -220,11 +220,6 @@ class Task:
                 f"{len(both)} of the others are the same problems: {', '.join(both[:5])}. Take them out of the data"
             )
 
-    def refuse_trained_on(self, problems: Sequence[Example]) -> None:
-        """Raises ValueError where problems that are to be evaluated were trained on (contract 16)."""
-        known = dict.fromkeys(self.trained_on, "")
-        refuse_overlap(self.fingerprints(problems), known, "were trained on", f"{TAKE_OUT}.")
-
     def part_of(self, prompt_id: str) -> Task:
         """The task of the source that a prompt is from."""
         return self
@@ -289,10 +284,11 @@ class Task:
         """Prompt and gold solution as a row to learn from; the solution ends with the stop token. GSM8K's calculator
         marks (`<<48/2=24>>`) are dropped: nothing computes them at test time."""
         prompt, marked = self.prompt(example, tokenizer), example.columns.get(self.solution_column, example.solution)
-        if episode := self.actor.solution(prompt, marked, tokenizer, stop):
-            return episode
-        ids = [*tokenizer.encode(example.solution, add_special_tokens=False), stop]
-        return PackedRow(prompt.token_ids, [Sample(0, ids)])
+        row = self.actor.solution(prompt, marked, tokenizer, stop)
+        if row is None:
+            ids = [*tokenizer.encode(example.solution, add_special_tokens=False), stop]
+            row = PackedRow(prompt.token_ids, [Sample(0, ids)])
+        return replace(row, example_id=prompt.prompt_id, fingerprint=prompt.fingerprint)
 
     def reached(self, steps_done: int) -> None:
         """Set what rewards that ask for `trainer_state` receive from now on, by TRL's names."""

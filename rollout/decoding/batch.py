@@ -100,8 +100,9 @@ class Batch:
 
     def groups(self) -> list[RolloutGroup]:
         """What was sampled, once all have ended."""
-        decoder = self.decoder
-        groups = self.results.groups(self.prompts, decoder.tokenizer, self.settings.strings, decoder.version)
+        decoder, settings = self.decoder, self.settings
+        parts = self.prompts, decoder.tokenizer, settings.strings, decoder.version, settings.params.temperature
+        groups = self.results.groups(*parts)
         return self.drafts.with_costs(groups)
 
     # ---- prompts are admitted ------------------------------------------------------------------------------------

@@ -97,9 +97,14 @@ class Results:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "steps"}
 
     def groups(
-        self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None, version: int
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        strings: StopStrings | None,
+        version: int,
+        temperature: float,
     ) -> list[RolloutGroup]:
-        """The groups of all prompts; `version` is that of the policy."""
+        """The groups of all prompts; `version` is that of the policy, `temperature` what they were sampled with."""
         of_drafts = (self.forwards, self.drafted, self.accepted, self.fallbacks)
         stats = zip(*(x.tolist() for x in of_drafts), strict=True)
         of_tokens = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
@@ -123,6 +128,7 @@ class Results:
                     policy_version=version,
                     draft=DraftStats(forwards, drafted, accepted, fallbacks, depths[:count]),
                     routing=None if routing is None else routing[row, :count],
+                    temperature=temperature,
                 )
             )
         size = len(completions) // max(len(prompts), 1)

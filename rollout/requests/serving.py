@@ -212,8 +212,9 @@ class RequestBatch(Batch):
     def completion(self, place: int) -> Completion:
         """What the request at this place has got, which has ended."""
         only, request = self.results.of([place]), self.settings.requests[place]
-        parts = [self.prompts[place]], self.decoder.tokenizer, self.settings.ends.get(place), self.decoder.version
-        completion = only.groups(*parts)[0].completions[0]
+        of_policy = self.settings.ends.get(place), self.decoder.version, request.params.temperature
+        [group] = only.groups([self.prompts[place]], self.decoder.tokenizer, *of_policy)
+        [completion] = group.completions
         completion.draft.cost, completion.draft.plain_cost = round(request.cost, 3), round(request.plain_cost, 3)
         completion.cached = request.cached
         return completion

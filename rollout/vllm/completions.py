@@ -65,9 +65,11 @@ class Row:
         self.ids, self.logprobs = [*self.ids, *ids], self.logprobs + [0.0] * len(ids)
         self.draft.depths += [0] * len(ids)
 
-    def completion(self, tokenizer: PreTrainedTokenizerBase, version: int) -> Completion:
+    def completion(self, tokenizer: PreTrainedTokenizerBase, version: int, temperature: float) -> Completion:
         text = str(tokenizer.decode(self.ids[:-1] if self.reason == "stop" else self.ids))
-        return Completion(self.ids, self.logprobs, text, self.reason, version, self.draft)
+        completion = Completion(self.ids, self.logprobs, text, self.reason, version, self.draft)
+        completion.temperature = temperature
+        return completion
 
 
 def draft_stats(drafted: Sequence[int], accepted: Sequence[int], tokens: int, depth: int) -> DraftStats:

@@ -249,7 +249,7 @@ class VLLMPool(Pool):
                 rows[i].add(turn)
             live, goes_on = self._go_on(rows, live, episodes) if episodes else [], True
             tell(len(rows) - len(live))
-        made = [row.completion(self.policy.tokenizer, version) for row in rows]
+        made = [row.completion(self.policy.tokenizer, version, params.temperature) for row in rows]
         groups = [RolloutGroup(prompt, made[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
         if episodes:
             episodes.finish(groups)

@@ -53,8 +53,9 @@ class VLLMRelay(Relay):
         return [prompt.token_ids, seed, params.max_completion_tokens]
 
     def _completion(self, number: int, turn: Mapping[str, Any]) -> Completion:
-        row = Row(self.requests[number].prompt, 0, 0)
+        request = self.requests[number]
+        row = Row(request.prompt, 0, 0)
         row.add(turn)
-        completion = row.completion(self.policy.tokenizer, self.version)
+        completion = row.completion(self.policy.tokenizer, self.version, request.params.temperature)
         completion.cached = turn["cached"]
         return completion

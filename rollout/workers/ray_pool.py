@@ -341,7 +341,7 @@ class RayPool(Pool):
         self.sender.copy_weights()
 
     def sleep(self) -> None:
-        if not self.in_turn:
+        if not self.in_turn or self.asleep:
             return
         self.synced, self.asleep = None, True
         late = f"it took longer than {self.sync_timeout_s:g} s to leave the GPU"

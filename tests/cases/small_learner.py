@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,7 +46,7 @@ def small_learner(
         distill=distill,
         rollout=SimpleNamespace(temperature=temperature, max_completion_tokens=max_completion_tokens),
     )
-    return make(policy, config, load=lambda name: teacher, **more)
+    return watched(make(policy, config, load=lambda name: teacher, **more))
 
 
 def learner_of(policy: Policy, *, mtp: float = 0.0, depth: int = 3, **given: Any) -> Learner:
@@ -89,7 +90,19 @@ def supervised_learner(
     """For batches of gold solutions."""
     config = SimpleNamespace(mtp=mtp or SftMTPOptions(), balance=balance or BalanceOptions())
     terms = [SupervisedTerm(), *terms_of(policy, config)]
-    return Learner(policy, options or LearnerOptions(), terms, Likelihood(policy, watchers=terms))
+    return watched(Learner(policy, options or LearnerOptions(), terms, Likelihood(policy, watchers=terms)))
+
+
+def watched(learner: Learner) -> Learner:
+    """It keeps the works of its last step, for `last_work`."""
+    finish = learner.finish
+
+    def noted(works: Sequence[Work]) -> dict[str, float]:
+        learner.finished = list(works)
+        return finish(works)
+
+    learner.finish = noted
+    return learner
 
 
 def term_of(learner: Learner, name: str) -> Any:
@@ -98,6 +111,6 @@ def term_of(learner: Learner, name: str) -> Any:
 
 
 def last_work(learner: Learner) -> Work:
-    """What the last update was made from."""
-    [work] = learner._done
+    """What the last step was made from."""
+    [work] = learner.finished
     return work

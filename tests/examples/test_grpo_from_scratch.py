@@ -78,7 +78,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_learner(scratch, micro_polic
     batch = learner.prepare(groups_of(rows, tokens_BT, mask_BT, old_BS), scores, step=1)
     metrics = learner.forward_backward(batch)
     if updates == 2:
-        learner.optim_step(ends=False)
+        learner.optim_step()
         metrics = learner.forward_backward(batch)
         assert metrics["policy/clip_fraction"] > 0.1
     expected = gradients(learner.policy.trunk)

@@ -203,7 +203,7 @@ def _supervise(config: SftConfig, timed: bool) -> BestPoint | None:
         best = BestPoint(session, config.output_dir / "best_policy")
         session.held_out.every = max(1, config.steps // POINTS)
         for step in session.run.steps():
-            batch = session.prepare(session.solutions(config.prompts_per_step))
+            batch = session.prepare_solutions(session.solutions(config.prompts_per_step))
             metrics = session.learn(batch)
             session.record(step, metrics)
             if not timed:

@@ -89,7 +89,8 @@ class BalanceTerm(Term):
         return self.trains
 
     def before_update(self, work: Work) -> None:
-        if work.update == 0:
+        counts = work.fixed.get(self.name)
+        if counts is None or counts[0].ended:
             work.fixed[self.name] = [load.begin_count(work.rows) for load in self.loads]
 
     @contextmanager
@@ -110,8 +111,9 @@ class BalanceTerm(Term):
     def end(self, works: Sequence[Work]) -> dict[str, float]:
         """Move the biases by what all ranks have counted in the step; the statistics of the step."""
         metrics: dict[str, float] = {}
-        for number, load in enumerate(self.loads):
-            metrics |= load.end([work.fixed[self.name][number] for work in works], works[0].ranks)
+        counts = [work.fixed[self.name] for work in works]
+        for load, of_load in zip(self.loads, zip(*counts, strict=True), strict=True):
+            metrics |= load.end(of_load, works[0].ranks)
         return metrics
 
     @contextmanager
@@ -138,6 +140,7 @@ class Count:
     chosen: Tensor  # [layers, experts]
     entropies: Tensor  # [layers]
     sums: Counter[str] = field(default_factory=Counter)
+    ended: bool = False  # whether its step has ended: a later one counts anew
 
 
 class Load:
@@ -196,4 +199,6 @@ class Load:
         read = chosen.sum(1) / self.top_k  # tokens, once for every update
         metrics = load_statistics(chosen, entropies / read, list(self.routers), PREFIX[self.part])
         updates = read[0].item() / sum(count.tokens for count in counts)
+        for count in counts:
+            count.ended = True
         return metrics | {name: value / updates for name, value in sums.items()}

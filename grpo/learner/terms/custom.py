@@ -24,21 +24,20 @@ NAME = "loss/custom"
 
 
 def as_term(loss: Loss, first: Term) -> Term:
-    """Gives what `forward_backward` takes as its loss, as a term in place of `first`: a loss_type or "supervised",
-    options, a term, a function of four tensors (`PerToken`) or of one or two lists of them (`OfAll`). Raises ValueError
-    for others.
+    """Gives what `forward_backward` takes as its loss, as a term in place of `first`: a loss_type, which keeps the
+    other options of the configuration, or "supervised"; options, a term, a function of four tensors (`PerToken`) or of
+    one or two lists of them (`OfAll`). Raises ValueError for others.
     """
     if isinstance(loss, Term):
         return loss
     if loss == "supervised":
         return SupervisedTerm()
     if isinstance(loss, str | LossOptions):
-        options = LossOptions.model_validate({"loss_type": loss}) if isinstance(loss, str) else loss
+        configured = first.options if isinstance(first, PolicyTerm) else LossOptions()
+        options = configured.with_loss_type(loss) if isinstance(loss, str) else loss
         if isinstance(first, PolicyTerm):
             masks = first.options.mask_truncated_completions  # by which batches are packed
-            if isinstance(loss, str):
-                options = options.model_copy(update={"mask_truncated_completions": masks})
-            elif options.mask_truncated_completions != masks:
+            if options.mask_truncated_completions != masks:
                 raise ValueError(
                     f"mask_truncated_completions={options.mask_truncated_completions}: batches are prepared by "
                     f"loss.mask_truncated_completions={masks}; set it in the configuration"

@@ -58,7 +58,6 @@ class PolicyTerm(Term):
             raise ValueError(
                 f"beta={beta:g}: there is no reference; set loss.beta in the configuration, or lora, whose base is one"
             )
-        likelihood.entropy_grad |= self.options.entropy_coef != 0
         differs = self.sampler_differs or work.batch.age(work.version) > 0
         local = own.aggregate_of(self.options.loss_type) == "bnpo"
         reads_tied = self.teaches(work.batch) or local or self.options.top_entropy_quantile < 1
@@ -68,6 +67,7 @@ class PolicyTerm(Term):
     def before_update(self, work: Work) -> None:
         """Look ahead where the highest entropies are asked for, which are those of the whole step."""
         settled: Settled = work.fixed[self.name]
+        work.likelihood.entropy_grad = self.options.entropy_coef != 0
         settled.scale = work.batch.num_completion_tokens / max(tokens_in_loss(work.rows), 1)
         if self.options.top_entropy_quantile == 1:
             return

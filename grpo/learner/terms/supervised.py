@@ -13,10 +13,11 @@ METRICS = {"loss/sft": "cross-entropy of the worked solutions in the SFT stage, 
 
 
 class SupervisedTerm(Term):
-    """-Σ log π / N over the N sampled tokens of the batch. A batch for it has no advantages."""
+    """-Σ log π / N over the N sampled tokens of the batch, at temperature 1. Advantages do not count."""
 
     name = "supervised"
     in_total = False
+    temperature = 1.0
 
     def teaches(self, batch: TrainingBatch) -> bool:
         return True

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 Noted: TypeAlias = tuple[float | Tensor, float]  # a value and its factor
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
-    """A batch that is learned from, in one update or in several. `fixed` holds what terms settle before the first."""
+    """What is done with a batch for one loss, in one update or in several. The batch keeps it, and `fixed` holds what
+    terms settle before the first update. Its own `batch` is a copy that knows no works."""
 
     batch: TrainingBatch
     likelihood: Likelihood
@@ -39,6 +40,7 @@ class Work:
     terms: Sequence[Term]
     cut: Callable[[Sequence[PackedRow]], Iterator[MicroBatch]]  # rows into the micro-batches of this rank
     rows: Sequence[PackedRow]  # those that are read
+    loss: object = None  # as `forward_backward` was given it
     minis: Sequence[MicroBatch] = ()  # of this rank
     version: int = 0  # of the policy, before the first update
     update: int = 0  # updates that were made with it
@@ -47,7 +49,14 @@ class Work:
     seconds: float = 0.0
     seconds_apart: float = 0.0  # spent on micro-batches from which the trunk does not learn
     logprobs: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # before the first update, by segment
+    policy_logprobs: dict[int, list[float]] = field(default_factory=dict)  # the same of all ranks, by Sample.index
     fixed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def temperature(self) -> float:
+        """At which log-probabilities are computed: that of the rollouts, unless the loss has one of its own."""
+        own = self.terms[0].temperature if self.terms else None
+        return self.likelihood.temperature if own is None else own
 
     def note(self, name: str, value: float | Tensor, factor: float = 1.0) -> None:
         """A metric of this micro-batch, times `factor`: those of a step are added up, and of names that end in `_max`
@@ -85,6 +94,7 @@ class Term:
     module: nn.Module | None = None  # weights that no other term moves: their gradient is clipped by itself
     keeps_module = False  # whether a checkpoint keeps them under `name`; else they are the policy's
     reads_lessons = False  # whether it learns from recorded lessons, see `lesson`
+    temperature: float | None = None  # of the log-probabilities where it is the first term; None: of the rollouts
     reads_trees = True  # False: another policy that it asks reads no trees, see `Policy.reads_trees`
 
     def parameters(self, weight_decay: float) -> list[dict[str, Any]]:

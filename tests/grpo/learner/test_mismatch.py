@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from recorded import groups_of
-from small_learner import last_work, small_learner
+from small_learner import last_work, small_learner, watched
 
 from grpo.config.learner import LearnerOptions, MTPOptions
 from grpo.config.loss import LossOptions
@@ -65,7 +65,7 @@ def test_contract_8_precision_and_backend_decide(
         monkeypatch.setattr(Policy, "backend", backend)
     config = micro_config(tmp_path, **options)
     policy = micro_policy().cast(getattr(torch, config.dtype))
-    learner = build.grpo_learner(policy, config, {})
+    learner = watched(build.grpo_learner(policy, config, {}))
     metrics = learner.step(learner.prepare(*groups_of(2)), 1)
     assert ("mismatch/weight_mean" in metrics) == corrects
     assert {"mismatch/logprob_abs_mean", "mismatch/logprob_abs_max", "mismatch/kl"} <= metrics.keys()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from recorded import groups_of
-from small_learner import assert_close, gradients_of, last_work, learner_of, same, snapshot
+from small_learner import assert_close, gradients_of, last_work, learner_of, same, snapshot, watched
 
 from grpo.config.balance import BalanceOptions
 from grpo.config.features import Feature
@@ -63,7 +63,7 @@ class Number(Term):
 
 def learner_with(policy, *terms: Term, **options) -> Learner:
     options = LearnerOptions(**{"learning_rate": 1e-9, "max_grad_norm": 1e9, "tokens_per_micro_batch": 40} | options)
-    return Learner(policy, options, terms, Likelihood(policy))
+    return watched(Learner(policy, options, terms, Likelihood(policy)))
 
 
 @pytest.fixture
@@ -91,13 +91,14 @@ def test_summands_metrics_and_seconds_of_a_step_by_hand(micro_policy):
         **{f"seen/{number}": 5 for number in range(3)},
         "seen/all": 3 * 5 * 2,
         "seen_max": 5 * 6,
-        "time/learn": 10 + 2 * (5 + 1),  # the clock is read five times more in a backward pass, and once in a step
+        # the clock is read five times more in a backward pass, and once in an update and at the end
+        "time/learn": 10 + 2 * (5 + 1) + 1,
     }
     work = last_work(learner)
     assert (work.batch.step, work.update, work.seconds_apart, work.minis) == (7, 2, 2, ())
     assert "policy/approx_kl" in metrics
     assert learner.updates == 2
-    assert learner.forward_backward(work.batch)["loss/total"] == 9
+    assert learner.forward_backward(batch)["loss/total"] == 9
     tied = replace(batch, rows=[replace(row, samples=[]) for row in batch.rows])
     learner.terms = [Number(1)]
     assert learner.step(tied)["time/learn"] == 11
@@ -119,7 +120,7 @@ def test_a_loss_takes_the_place_of_the_first_term_alone(micro_policy):
     batch, other = batch_of(learner), Number(8)
     totals = [learner.forward_backward(batch, loss)["loss/total"] for loss in (None, other, None, other)]
     assert totals == [3 * 7, 3 * 14] * 2
-    assert len(learner._open) == 2
+    assert len(learner.waiting) == 2
 
 
 def test_a_rank_with_fewer_micro_batches_reads_the_shortest_row_for_company(micro_policy):
@@ -237,12 +238,13 @@ def test_the_same_batch_after_an_update_goes_on_from_the_policy_before_it(micro_
     whole = small(micro_policy(0), updates_per_batch=2, **BOTH)
     by_hand = small(micro_policy(0), updates_per_batch=updates, **BOTH)
     expected, batch = whole.step(batch_of(whole)), batch_of(by_hand)
-    metrics = by_hand.forward_backward(batch) | by_hand.optim_step(ends=False)
+    metrics = by_hand.forward_backward(batch) | by_hand.optim_step()
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
     metrics |= by_hand.forward_backward(batch) | by_hand.optim_step()
     assert metrics["policy/ratio_mean"] != pytest.approx(1.0, abs=1e-6)
+    metrics |= by_hand.finish(batch.works)
     assert same(snapshot(whole), snapshot(by_hand))
-    assert whole.policy_logprobs == by_hand.policy_logprobs != {}
+    assert last_work(whole).policy_logprobs == last_work(by_hand).policy_logprobs != {}
     timeless = [{n: v for n, v in each.items() if not n.startswith("time/")} for each in (metrics, expected)]
     assert timeless[0] == timeless[1]
     assert metrics["learner/updates"] == 2
@@ -299,7 +301,7 @@ def test_the_version_moves_once_a_step_and_again_where_it_was_published(micro_po
     batch, versions = batch_of(learner), []
     for published in (False, True, False):
         learner.forward_backward(batch)
-        learner.optim_step(ends=False)
+        learner.optim_step()
         versions.append(learner.policy_version)
         if published:
             learner.weights()

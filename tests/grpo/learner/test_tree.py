@@ -202,7 +202,7 @@ def _learned(policy, rows, budget, readers=1):
     if readers == 2:
         _two_readers(learner)
     metrics = learner.forward_backward(_batch(rows))
-    [work] = learner._open
+    [work] = learner.waiting
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
     return gradients, work.logprobs, metrics, sum(mini.token_ids.numel() for mini in work.minis)
@@ -278,7 +278,7 @@ def test_gold_solutions_that_begin_alike_teach_trunk_and_draft_head_as_alone(ran
         learner = supervised_learner(policy, mtp=SftMTPOptions(depth=2, loss_weight=0.3, train_base_model=True))
         metrics = learner.forward_backward(supervised(rows, 1))
         results.append((metrics, {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}))
-        assert sum(mini.token_ids.numel() for mini in learner._open[0].minis) == (19 if least == 2 else 44)
+        assert sum(mini.token_ids.numel() for mini in learner.waiting[0].minis) == (19 if least == 2 else 44)
     (found, gradients), (expected, wanted) = results
     assert found["loss/mtp"] == pytest.approx(expected["loss/mtp"], rel=1e-5)
     assert found["loss/sft"] == pytest.approx(expected["loss/sft"], rel=1e-5)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_learner import learner_of
+from small_learner import last_work, learner_of
 
 from grpo.algorithm.values import gae
 from grpo.learner.batch import collate
@@ -90,7 +90,7 @@ def test_the_loss_is_the_mean_over_sampled_tokens_alone(micro_policy, loss):
     assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.1, abs=1e-4)
     assert metrics["mismatch/logprob_abs_max"] == pytest.approx(0.1, abs=1e-4)
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0)
-    first = learner.policy_logprobs[0]
+    first = last_work(learner).policy_logprobs[0]
     assert [value != 0 for value in first] == SAMPLED[0]
 
 

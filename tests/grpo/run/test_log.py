@@ -152,7 +152,7 @@ def test_the_table_comes_every_few_steps_and_reads_no_markup(tmp_path, monkeypat
     log, shown = _open(tmp_path, terminal=True)
     group = _group(("[bold]4[/bold]\x1b[31m", "five"), prompt="[red]2 + 2")
     for step in (1, 2, 3, 4):
-        log.rollouts(step, [group], [_score((1.0, 0.5))], [[0.75, -0.75]])
+        log.show_rollouts(step, [group], [_score((1.0, 0.5))], [[0.75, -0.75]])
     text = shown.getvalue()
     assert [f"step {step}:" in text for step in (1, 2, 3, 4)] == [True, True, False, True]
     assert "[bold]4[/bold]\\x1b[31m" in text
@@ -390,14 +390,14 @@ def test_quiet_prints_nothing(tmp_path, capsys):
     with RunLog(tmp_path, CONFIG, LogOptions(trackers=[]), quiet=True) as log:
         log.step(1, {"reward/mean": 1.0})
         log.event("signal", name="SIGTERM")
-        log.rollouts(1, [_group()], [_score()], [[0.0, 0.0]])
+        log.show_rollouts(1, [_group()], [_score()], [[0.0, 0.0]])
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_without_unicode_does_not_end_the_run(tmp_path):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with RunLog(tmp_path, CONFIG, LogOptions(trackers=[]), console=Console(file=stream)) as log:
-        log.rollouts(1, [_group(("Zoë", "五"))], [_score()], [[0.0, 0.0]])
+        log.show_rollouts(1, [_group(("Zoë", "五"))], [_score()], [[0.0, 0.0]])
         log.event("signal", name="Zoë")
     stream.seek(0)
     assert "Zo\\xeb" in stream.read()

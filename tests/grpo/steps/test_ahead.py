@@ -291,7 +291,7 @@ def by_hand(ahead: int, collect, **given) -> Batches:
     config = SimpleNamespace(whole_rollout=SimpleNamespace(staleness=ahead))
     run = SimpleNamespace(config=config, timed=lambda name: nullcontext(), **run)
     learner = SimpleNamespace(policy_version=run.step, policy="policy", masters="masters")
-    learner.state = lambda: [{"policy": {"w": torch.tensor(learner.policy_version)}}]
+    learner.copy_weights = lambda: {"w": torch.tensor(learner.policy_version)}
     collector = SimpleNamespace(prompt=None, state_dict=lambda: {"order": 1}, version=0)
     collector.collect = lambda step, quiet=False: collect(step, quiet, collector.version)
     collector.pool = SimpleNamespace(keep_weights=lambda: run.done.append(("keep", batches.next)))

@@ -19,7 +19,7 @@ def row(**given) -> dict:
 def completion(found: dict) -> Completion:
     made = Row(Prompt("a", "", [9]), 0, 0)
     made.add(found)
-    return made.completion(TOKENIZER, 7)
+    return made.completion(TOKENIZER, 7, 1.0)
 
 
 def test_a_stop_token_ends_the_ids_and_not_the_text():
@@ -47,7 +47,7 @@ def test_two_turns_are_one_completion():
     assert seed == seed_of(params, "a", 1, at=5) != seed_of(params, "a", 1)
     assert 0 <= seed < 1 << 63
     made.add(row(ids=[7, 7, 7, 7], logprobs=[-0.1] * 4, reason="length", drafted=[2, 2], accepted=[2, 0]))
-    whole = made.completion(TOKENIZER, 4)
+    whole = made.completion(TOKENIZER, 4, 1.0)
     assert whole.token_ids == [5, 6, 2, 40, 41, 7, 7, 7, 7]
     assert whole.logprobs == [-1.0, -2.0, -0.5, 0.0, 0.0, -0.1, -0.1, -0.1, -0.1]
     assert (whole.finish_reason, whole.policy_version) == ("length", 4)
