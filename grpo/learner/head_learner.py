@@ -209,7 +209,7 @@ class HeadLearner(Learner):
         return {file: {name: tensor.clone() for name, tensor in tensors.items()} for file, tensors in parts.items()}
 
     def _undo(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._drop()
+        self.drop()
         learner_state.put(before, *self._stateful)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:

@@ -175,7 +175,7 @@ class Learner:
                 term.before_update(work)
             sums = self._backward_of_lessons(work) if batch.lessons else self._backward(work, on_micro_batch)
         except BaseException:
-            self._drop()
+            self.drop()
             raise
         work.seconds += time.perf_counter() - started
         if known is None:
@@ -317,8 +317,8 @@ class Learner:
                 rows.append(row if moves or not spares else replace(row, learns=False))
         return rows
 
-    def _drop(self) -> None:
-        """Drops the gradients that wait."""
+    def drop(self) -> None:
+        """Drop the gradients that wait."""
         self.update.zero()
         self.waiting = []
 
@@ -372,7 +372,7 @@ class Learner:
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
         """The inverse of `state`; gradients that wait are dropped. Raises ValueError naming what does not fit."""
         learner_state.put(tensors, *self._stateful)
-        self._drop()
+        self.drop()
         self._synced = None
         self.policy_version = state["policy_version"]
         for group, configured in zip(self.optimizer.param_groups, self._configured, strict=True):

@@ -363,6 +363,7 @@ class Run(Generic[Config]):
         if step.moved:  # it was cut short after an update
             self.step = int(step)
         if self.step != step:
+            self._learner.drop()  # gradients that wait are the step's
             for name, state in self._before.items():
                 self._parts[name].load_state_dict(state)
             for part in self._others.values():

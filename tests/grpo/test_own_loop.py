@@ -106,7 +106,7 @@ def test_what_comes_between_two_updates_of_a_batch_changes_neither_of_them(sessi
         if disturbed:
             session.logprobs([groups[0].prompt], [[groups[0].completions[0].token_ids]])
             session.learner.forward_backward(other, "reinforce")
-            session.learner._drop()
+            session.learner.drop()
             session.evaluate(session.task.held_out[:1])
         metrics = session.forward_backward(batch)
         ends.append(metrics["policy/ratio_mean"])
@@ -457,3 +457,19 @@ def test_a_stop_in_a_step_that_was_recorded_keeps_it(micro_config, tmp_path):
         stopped()
     assert [line["mine"] for line in lines_of(tmp_path)] == [1.0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_gradients_of_a_step_that_is_undone_reach_no_other_step(micro_config, tmp_path):
+    """The step is made again with the gradient of one batch, not of two."""
+    norms = []
+    with Session.open(micro_config(tmp_path, **SHORT)) as session:
+        for leaves in (True, False):
+            for step in session.run.steps():
+                groups = session.sample(session.prompts(step), step=step)
+                session.forward_backward(session.prepare(groups, alternating(groups)))
+                if leaves:
+                    norms.append(session.learner.update._clip(session.policy.trunk))
+                    break
+                norms.append(session.optim_step()["learner/grad_norm"])
+                break
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
