@@ -159,7 +159,7 @@ class Session:
             return self.collector.prompts(count or self.config.prompts_per_step, step, draw)
 
         if draw == 0:
-            self.batches.snapshot_before(step)
+            self.batches.snapshot_before(int(step))
         return self.ranks.from_first(choose)
 
     def sample(self, prompts: Sequence[Prompt], *, step: int, draw: int = 0, **changes: Any) -> list[RolloutGroup]:
@@ -208,6 +208,8 @@ class Session:
             examples: list[Example] = self.collector.stream.take_examples(count)
             return [self.task.solution(example, self.policy.tokenizer, token) for example in examples]
 
+        if self.run.in_progress is not None:
+            self.batches.snapshot_before(int(self.step))
         return self.ranks.from_first(take_solutions)
 
     def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
@@ -482,7 +484,7 @@ class Session:
         damaged one, ValueError for another policy's."""
         self.batches.wait_for_sampling()
         self.run.load(checkpoint.load(Path(path), together=True))
-        self.batches.snapshot_before(int(self.step))  # a step that is undone goes back to here
+        self.batches.snapshot_before(int(self.step), anew=True)  # a step that is undone goes back to here
         self._sync_weights(anew=True)  # another policy may have had the same version
         self.batches.start_sampling()
 

@@ -84,9 +84,11 @@ class Batches:
         self.go_on(step - 1, wait=True)
         return self.run.ranks.from_first(partial(self._take_ready, step))
 
-    def snapshot_before(self, step: int) -> None:
-        """The prompts of a step come next, which `undo` takes back."""
-        self._before = step, self.collector.snapshot()
+    def snapshot_before(self, step: int, anew: bool = False) -> None:
+        """What a step takes from the data comes next, which `undo` takes back: all of it, also where it takes more
+        than once. `anew`: from now on."""
+        if anew or self._before[0] != step:
+            self._before = step, self.collector.snapshot()
 
     def _take_ready(self, step: int) -> Drawn:
         if step not in self.ready:

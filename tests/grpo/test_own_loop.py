@@ -473,3 +473,21 @@ def test_gradients_of_a_step_that_is_undone_reach_no_other_step(micro_config, tm
                 norms.append(session.optim_step()["learner/grad_norm"])
                 break
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+TAKES = {
+    "prompts twice": lambda session, step: [*session.prompts(step, 2), *session.prompts(step, 2)],
+    "draw twice": lambda session, step: [group.prompt for _ in range(2) for group in session.draw(step).groups],
+    "solutions": lambda session, step: session.solutions(2),
+}
+
+
+@pytest.mark.parametrize("takes", TAKES)
+def test_a_step_that_is_undone_gives_back_all_that_it_took_from_the_data(micro_config, tmp_path, takes):
+    taken = []
+    with Session.open(micro_config(tmp_path, **SHORT)) as session:
+        for _ in range(3):
+            for step in session.run.steps():
+                taken.append([getattr(each, "prompt_id", each) for each in TAKES[takes](session, step)])
+                break
+    assert taken[0] == taken[1] == taken[2]
