@@ -341,10 +341,12 @@ class Session:
     def _join_step(self, batch: TrainingBatch) -> None:
         """The step learns from this batch, too: its problems are registered, its completions are in rollouts/."""
         step = self.run.in_progress
-        if step is None or any(known is batch for known in step.batches):
+        if step is not None and any(known is batch for known in step.batches):
             return
         if new := self.register.learn(self._prompts_of(batch)):
             self.run.on_first_rank(record_trained_on, self.run.folder, new)
+        if step is None:  # its gradient waits for the first update of a step
+            return
         step.batches.append(batch)
         drawn = batch.drawn
         if drawn is None or not drawn.groups:
@@ -372,6 +374,7 @@ class Session:
         nothing moves. AdamW's other numbers hold from now on; weight decay is on matrices only. From here on the step
         counts, whatever fails later. What is done once a step, such as moving the routers' biases, comes before the
         weights are used elsewhere or the step is recorded."""
+        self.run.refuse_outside()
         if not self.run.moved:
             self.batches.before_update(int(self.step))
         numbers = {"betas": betas, "eps": eps, "weight_decay": weight_decay}

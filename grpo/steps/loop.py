@@ -250,9 +250,13 @@ class Run(Generic[Config]):
     def reached(self) -> None:
         """The step in progress counts, whatever fails later."""
         self._learner.update.zero()  # the next rollouts need the memory
+        self.step = int(self.refuse_outside())
+
+    def refuse_outside(self) -> Step:
+        """The step in progress. Raises RuntimeError where there is none."""
         if self.in_progress is None:
             raise RuntimeError("an update outside of a step of the run: make it inside of `for step in run.steps():`")
-        self.step = int(self.in_progress)
+        return self.in_progress
 
     def record(self, more: Mapping[str, float] | None = None) -> None:
         """The line of the step in metrics.jsonl; from here on the step counts. Raises ValueError where it has one."""

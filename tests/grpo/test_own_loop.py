@@ -491,3 +491,15 @@ def test_a_step_that_is_undone_gives_back_all_that_it_took_from_the_data(micro_c
                 taken.append([getattr(each, "prompt_id", each) for each in TAKES[takes](session, step)])
                 break
     assert taken[0] == taken[1] == taken[2]
+
+
+def test_what_is_done_outside_of_a_step_moves_nothing_and_is_registered(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path, **SHORT)) as session:
+        groups = [session.group(problem(1).question, ["#### 2", "#### 3"])]
+        session.forward_backward(session.prepare(groups, alternating(groups)))
+        before = weights_of(session)
+        with pytest.raises(RuntimeError, match="an update outside of a step"):
+            session.optim_step()
+        assert same(before, weights_of(session))
+        with pytest.raises(ValueError, match="were trained on"):
+            session.evaluate([problem(1)])
