@@ -241,7 +241,8 @@ class Session:
         advantages: Advantages | Sequence[Sequence[float]] | None = None,
     ) -> TrainingBatch:
         """A batch of groups, with their scores, with advantages by `loss.advantage`, or with these advantages of
-        completions [P, G] or tokens [P, G, Lc]. What `draw` returns has its scores. No groups make an empty batch.
+        completions [P, G] or tokens [P, G, Lc]. What `draw` returns has its scores, in whose place `scores` may be
+        given. No groups make an empty batch.
 
         Nothing is written or remembered; groups without scores will not be recorded. Raises ValueError for what does
         not fit together, is not finite or was sampled at another temperature (`check_groups`), and for a prompt of a
@@ -249,13 +250,18 @@ class Session:
         """
         if not isinstance(groups, Drawn) and groups and not isinstance(groups[0], RolloutGroup):
             return self._prepare_as_before(groups)
-        drawn = groups if isinstance(groups, Drawn) else Drawn(list(groups), list(scores or ()), [0] * len(groups))
-        if drawn is groups:
-            scores = drawn.scores
+        by_run = False
+        if isinstance(groups, Drawn):
+            by_run = scores is None and bool(groups.metrics)  # which only a run measures
+            scores = groups.scores if scores is None else scores
+            draws = groups.draws if len(groups.draws) == len(groups.groups) else [0] * len(groups.groups)
+            drawn = replace(groups, scores=list(scores), draws=draws)
+        else:
+            drawn = Drawn(list(groups), list(scores or ()), [0] * len(groups))
         self.register.refuse_learning(group.prompt for group in drawn.groups)
         with self.run.phase("learning"):
             batch = self.learner.prepare(drawn.groups, scores, advantages, int(self.step))
-        return replace(batch, drawn=drawn, by_run=drawn is groups)
+        return replace(batch, drawn=drawn, by_run=by_run)
 
     def _prepare_as_before(self, rows: Sequence[Any]) -> TrainingBatch:
         """In version 0.2 `prepare` took rows and lessons, too."""

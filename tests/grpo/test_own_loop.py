@@ -10,6 +10,7 @@ import zstandard
 from safetensors.torch import load_file
 
 from grpo import Session
+from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.loss import LossOptions
 from grpo.data.trained_on import trained_on
 from grpo.learner.terms.custom import as_term
@@ -503,3 +504,18 @@ def test_what_is_done_outside_of_a_step_moves_nothing_and_is_registered(micro_co
         assert same(before, weights_of(session))
         with pytest.raises(ValueError, match="were trained on"):
             session.evaluate([problem(1)])
+
+
+def test_a_drawn_may_be_filtered_scored_anew_or_made_by_hand(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path, **SHORT)) as session:
+        for step in session.run.steps():
+            drawn = session.draw(step)
+            other = alternating(drawn.groups)
+            assert session.prepare(drawn, other).drawn.scores == other
+            some = Drawn(drawn.groups[:2], other[:2])
+            session.forward_backward(session.prepare(some))
+            session.forward_backward(session.prepare(replace(drawn, groups=drawn.groups[2:], scores=other[2:])))
+            session.record(step, session.optim_step())
+            break
+    assert [line["reward"] for line in rollouts(tmp_path, 1)] == [0.0, 1.0] * 8
+    assert lines_of(tmp_path)[0]["reward/mean"] == 0.5
