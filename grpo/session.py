@@ -357,7 +357,7 @@ class Session:
         drawn = batch.drawn
         if drawn is None or not drawn.groups:
             return
-        if not batch.by_run:
+        if not all(each.by_run for each in step.batches):  # what the run has drawn was measured
             every = [each.drawn for each in step.batches if each.drawn is not None]
             groups = list(chain.from_iterable(each.all_groups for each in every))
             step.metrics |= rollout_metrics(groups, list(chain.from_iterable(each.all_scores for each in every)))

@@ -519,3 +519,20 @@ def test_a_drawn_may_be_filtered_scored_anew_or_made_by_hand(micro_config, tmp_p
             break
     assert [line["reward"] for line in rollouts(tmp_path, 1)] == [0.0, 1.0] * 8
     assert lines_of(tmp_path)[0]["reward/mean"] == 0.5
+
+
+def test_the_metrics_of_a_step_do_not_depend_on_the_order_of_its_batches(micro_config, tmp_path):
+    measured = []
+    for order in (1, -1):
+        folder = tmp_path / str(order)
+        with Session.open(micro_config(folder, **SHORT)) as session:
+            for step in session.run.steps():
+                groups = [session.group(problem(n).question, ["#### 2", "#### 3"]) for n in (1, 2)]
+                batches = [session.prepare(session.draw(step)), session.prepare(groups, alternating(groups))]
+                for batch in batches[::order]:
+                    session.forward_backward(batch)
+                session.record(step, session.optim_step())
+                break
+        [line] = lines_of(folder)
+        measured.append({name: line[name] for name in ("reward/mean", "completion/length_mean", "reward/std")})
+    assert measured[0] == pytest.approx(measured[1])
