@@ -42,6 +42,8 @@ def check_groups(
     dims = set()
     for g, group in enumerate(groups):
         size = len(group.completions)
+        if not size:
+            raise ValueError(f"group {g} has no completions; leave it out")
         if size != len(groups[0].completions):
             raise ValueError(
                 f"group {g} has {size} completions, and group 0 has {len(groups[0].completions)}; learn from groups of "

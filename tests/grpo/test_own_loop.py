@@ -155,6 +155,7 @@ WRONG = {
     r"group 0, sample 0: advantages of shape \[0\]": lambda groups, given: put(given["advantages"][0], 0, []),
     "group 2, sample 1: an advantage is": lambda groups, given: put(given["advantages"][2][1], 0, math.nan),
     "some are of completions and some of tokens": lambda groups, given: put(given["advantages"][2], 1, 0.5),
+    "group 0 has no completions": lambda groups, given: groups[0].completions.clear(),
     "group 3 has 3 completions, and group 0 has 4": lambda groups, given: groups[3].completions.pop(),
     r"group 3, sample 0: \d+ log-probabilities": lambda groups, given: groups[3].completions[0].logprobs.pop(),
     "group 3, sample 1: one of its": lambda groups, given: put(groups[3].completions[1].logprobs, 0, math.nan),
