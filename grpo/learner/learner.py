@@ -276,14 +276,21 @@ class Learner:
 
     def work_of(self, batch: TrainingBatch, loss: Loss | None) -> Work | None:
         """What is done with a batch for this loss; None before its first forward."""
+        loss = self._unless_configured(loss)
         for work in batch.works:
             if work.likelihood is self.likelihood and (work.loss is loss or work.loss == loss):
                 return work
         return None
 
+    def _unless_configured(self, loss: Loss | None) -> Loss | None:
+        """The loss; None where it is the configured one, whether by its name or by its options."""
+        options = getattr(self.terms[0], "options", None)
+        is_name = isinstance(options, LossOptions) and loss == options.loss_type
+        return None if is_name or loss == options else loss
+
     def _begin(self, batch: TrainingBatch, loss: Loss | None) -> Work:
         """The first work on this batch for this loss. Raises ValueError for a loss that cannot be."""
-        first = self.terms[0]
+        first, loss = self.terms[0], self._unless_configured(loss)
         if loss is not None:
             from grpo.learner.terms.custom import as_term
 

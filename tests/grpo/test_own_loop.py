@@ -537,3 +537,14 @@ def test_the_metrics_of_a_step_do_not_depend_on_the_order_of_its_batches(micro_c
         [line] = lines_of(folder)
         measured.append({name: line[name] for name in ("reward/mean", "completion/length_mean", "reward/std")})
     assert measured[0] == pytest.approx(measured[1])
+
+
+def test_the_configured_loss_is_the_same_by_name_and_by_options(session):
+    groups = sampled(session)
+    batch = session.prepare(groups, alternating(groups))
+    session.forward_backward(batch)
+    session.optim_step(0.01)
+    losses = (None, session.config.loss, session.config.loss.loss_type)
+    ratios = [session.forward_backward(batch, loss)["policy/ratio_mean"] for loss in losses]
+    assert ratios[0] != pytest.approx(1.0, abs=1e-4)
+    assert ratios == pytest.approx(ratios[:1] * 3)
