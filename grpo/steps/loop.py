@@ -348,7 +348,7 @@ class Run(Generic[Config]):
                 self.log.event("signal", name=name, action=action, saved_step=self.saved_step)
             error.at(self.step, self.of)
             return
-        if isinstance(error, Exception) and of_all:
+        if of_all:  # also `sys.exit()` in a loop
             self._save_what_failed(error)
 
     def leave(self) -> None:
@@ -386,7 +386,7 @@ class Run(Generic[Config]):
         except Exception as error:  # what has ended the step is more important
             self.log.event("unfinished", step=step, error=f"{type(error).__name__}: {error}")
 
-    def _save_what_failed(self, error: Exception) -> None:
+    def _save_what_failed(self, error: BaseException) -> None:
         not_saved: dict[str, Any] = {}
         try:
             if self._refused != self.step:

@@ -548,3 +548,16 @@ def test_the_configured_loss_is_the_same_by_name_and_by_options(session):
     ratios = [session.forward_backward(batch, loss)["policy/ratio_mean"] for loss in losses]
     assert ratios[0] != pytest.approx(1.0, abs=1e-4)
     assert ratios == pytest.approx(ratios[:1] * 3)
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_loop_that_exits_keeps_its_step(micro_config, tmp_path, kind):
+    def loop():
+        with Session.open(micro_config(tmp_path, **SHORT)) as session:
+            for step in session.run.steps():
+                learn(session, step)
+                raise kind
+
+    with pytest.raises(kind):
+        loop()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
