@@ -561,3 +561,21 @@ def test_a_loop_that_exits_keeps_its_step(micro_config, tmp_path, kind):
     with pytest.raises(kind):
         loop()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_a_supervised_loss_leaves_out_what_is_masked(micro_config, tmp_path):
+    """Truncated completions change neither its mean nor, where there are only such, anything at all."""
+    with Session.open(micro_config(tmp_path, **SHORT | {"loss.mask_truncated_completions": True})) as session:
+        for _ in session.run.steps():
+            groups = sampled(session)
+            for i, completion in enumerate(completion for group in groups for completion in group.completions):
+                completion.finish_reason = "length" if i % 2 else "stop"
+            left_out = [GroupScore([None if i % 2 else 1.0 for i in range(4)], {}) for _ in groups]
+            batches = [session.prepare(groups, alternating(groups)), session.prepare(groups, left_out)]
+            losses = [session.forward_backward(batch, "supervised")["loss/sft"] for batch in batches]
+            assert losses[0] == pytest.approx(losses[1])
+            for group in groups:
+                for completion in group.completions:
+                    completion.finish_reason = "length"
+            assert session.forward_backward(session.prepare(groups), "supervised")["loss/sft"] == 0.0
+            break

@@ -13,7 +13,7 @@ METRICS = {"loss/sft": "cross-entropy of the worked solutions in the SFT stage, 
 
 
 class SupervisedTerm(Term):
-    """-Σ log π / N over the N sampled tokens of the batch, at temperature 1. Advantages do not count."""
+    """-Σ log π / N over the N sampled tokens in the loss, at temperature 1. Advantages do not count."""
 
     name = "supervised"
     in_total = False
@@ -26,6 +26,7 @@ class SupervisedTerm(Term):
         return True
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
-        loss = -forward.logprobs.sum() / work.batch.num_completion_tokens
+        in_loss = forward.logprobs.masked_fill(~mini.loss_mask, 0.0)
+        loss = -in_loss.sum() / max(work.batch.num_completion_tokens, 1)
         work.note("loss/sft", loss)
         return loss
