@@ -185,7 +185,7 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads all but the batches, for which `start_sampling` makes the prompts anew from the data."""
         self.collector.load_state_dict(state)
-        self._saved = state
+        self._saved, self._older, self._error = state, None, None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The older weights, where the batch that needs them could not be completed."""

@@ -579,3 +579,10 @@ def test_a_supervised_loss_leaves_out_what_is_masked(micro_config, tmp_path):
                     completion.finish_reason = "length"
             assert session.forward_backward(session.prepare(groups), "supervised")["loss/sft"] == 0.0
             break
+
+
+def test_a_checkpoint_after_a_load_has_no_weights_from_before_it(session, opened, tmp_path):
+    """With `rollout.staleness: 2` the weights that a batch ahead needs were kept; `load` gives up the batch."""
+    session.batches._older = (1, session.learner.copy_weights())
+    session.load(opened[1])
+    assert not (session.save(tmp_path) / "ahead.safetensors").exists()
