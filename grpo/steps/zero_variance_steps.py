@@ -32,13 +32,18 @@ class ZeroVarianceSteps(Callback):
         self.run, self.first_reward, self.max_score = run, task.first_reward, task.max_score
         self.by_teacher = run.config.loss.advantage == "distill"  # with any advantages
         self.in_a_row: list[Drawn] = []
+        self.step = 0  # of the last batch
         self.told = False
         self.opening = True  # no step has taught anything yet
 
     def on_update_begin(self, step: int, drawn: Drawn, batch: TrainingBatch) -> dict[str, float]:
         if step > OPENING and not self.in_a_row:
             self.opening = False  # a resumed run began long ago
-        diagnosis = self.observe(drawn, batch.all_tied and not self.by_teacher)
+        tied = batch.all_tied and not self.by_teacher
+        again, self.step = step == self.step, step
+        if tied and again:  # the batch before it has counted this step
+            return {}
+        diagnosis = self.observe(drawn, tied)
         if diagnosis:
             self.run.log.nothing_learned(step, *diagnosis)
         return {}

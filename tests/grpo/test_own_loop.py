@@ -586,3 +586,15 @@ def test_a_checkpoint_after_a_load_has_no_weights_from_before_it(session, opened
     session.batches._older = (1, session.learner.copy_weights())
     session.load(opened[1])
     assert not (session.save(tmp_path) / "ahead.safetensors").exists()
+
+
+def test_several_tied_batches_of_one_step_are_one_step_that_taught_nothing(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path, **SHORT)) as session:
+        for step in session.run.steps():
+            groups = session.sample(session.prompts(step), step=step)
+            tied = [GroupScore([1.0] * 4, {}) for _ in groups]
+            for _ in range(6):
+                session.forward_backward(session.prepare(groups, tied))
+            session.record(step, session.optim_step())
+            break
+    assert "nothing_learned" not in (tmp_path / "events.jsonl").read_text()
