@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from array import array
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from policies.files.atomic import write_file
@@ -12,6 +15,7 @@ from rollout.group import Prompt
 
 TRAINED_ON = "trained_on.txt"  # in a run folder: a fingerprint a line
 
+_of_text = lru_cache(8192)(problem_fingerprint)  # a step asks several times
 _FINGERPRINT = re.compile(rb"[0-9a-f]{12}")
 
 
@@ -68,8 +72,9 @@ class Register:
 def _keys(prompt: Prompt) -> list[str]:
     """By what the problem of a prompt is known; first the fingerprint that a file would have."""
     keys = [prompt.fingerprint] if prompt.fingerprint else []
-    keys += [problem_fingerprint(prompt.text)] if prompt.text else []
-    return [*keys, problem_fingerprint(f"token ids {prompt.token_ids}")]
+    keys += [_of_text(prompt.text)] if prompt.text else []
+    ids = array("q", prompt.token_ids).tobytes()
+    return [*keys, hashlib.sha256(b"token ids " + ids).hexdigest()[:12]]
 
 
 def record_trained_on(run: Path, fingerprints: Iterable[str]) -> None:
