@@ -480,6 +480,8 @@ class Session:
         ValueError for another step than the one in progress."""
         self.run.refuse_other(step)
         self._finish_step()
+        if self.run.step != step:  # it does not count yet, and has taken its prompts: no checkpoint has half a step
+            return
         self.run.save_if_due(self._evaluates(step) and self.config.checkpoint.keep_best)
 
     def save(self, folder: Path | str) -> Path:

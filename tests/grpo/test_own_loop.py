@@ -598,3 +598,19 @@ def test_several_tied_batches_of_one_step_are_one_step_that_taught_nothing(micro
             session.record(step, session.optim_step())
             break
     assert "nothing_learned" not in (tmp_path / "events.jsonl").read_text()
+
+
+def test_no_checkpoint_has_half_a_step(micro_config, tmp_path):
+    """A step that does not count yet is not saved as the one before it, with the data of both."""
+    config = micro_config(tmp_path, **SHORT | {"checkpoint.every": 1})
+    with Session.open(config) as session:
+        for step in session.run.steps():
+            prompts = session.prompts(step)
+            if step == 2:
+                session.save_if_due(step)
+                break
+            learn(session, step, session.sample(prompts, step=step))
+    with Session.open(config, resume="auto") as session:
+        for step in session.run.steps():
+            assert session.prompts(step) == prompts
+            break
