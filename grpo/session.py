@@ -405,6 +405,8 @@ class Session:
         if works:
             metrics = self._learn(lambda: self.learner.finish(works), works[-1].batch)
         if not step.kept:
+            for work in self.learner.waiting:  # for an update of a later step
+                self.learner.keep_logprobs(work)
             self._keep_rollouts(step, learned=True)
             step.kept = True
         return metrics

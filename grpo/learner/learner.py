@@ -256,8 +256,7 @@ class Learner:
         metrics, moved = {}, []
         for work in works:
             if work.batch.from_rollouts:
-                before = self.ranks.union(work.logprobs)
-                work.policy_logprobs = by_completion(work.batch.rows, before)
+                before = self.keep_logprobs(work)
                 moved.append(self.likelihood.moved(work.rows, before, work.temperature))
         if moved:
             metrics["policy/approx_kl"] = fmean(moved)
@@ -271,6 +270,12 @@ class Learner:
             work.minis = ()  # they are made again where the same batch goes on
         works[-1].seconds += time.perf_counter() - started
         return metrics | {"time/learn": sum(work.batch.seconds + work.seconds for work in works)}
+
+    def keep_logprobs(self, work: Work) -> dict[tuple[int, int], list[float]]:
+        """Put together what all ranks have read of a batch before its first update, for the record of its step."""
+        before = self.ranks.union(work.logprobs)
+        work.policy_logprobs = by_completion(work.batch.rows, before)
+        return before
 
     # ---- the batch that is learned from ------------------------------------------------------------------------
 

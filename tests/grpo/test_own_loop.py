@@ -614,3 +614,14 @@ def test_no_checkpoint_has_half_a_step(micro_config, tmp_path):
         for step in session.run.steps():
             assert session.prompts(step) == prompts
             break
+
+
+def test_a_step_whose_gradient_waits_for_a_later_one_records_its_logprobs(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path, **SHORT | {"steps": 2})) as session:
+        for step in session.run.steps():
+            groups = session.sample(session.prompts(step), step=step)
+            metrics = session.forward_backward(session.prepare(groups, alternating(groups)))
+            if step == 2:
+                metrics |= session.optim_step()
+            session.record(step, metrics)
+    assert all(line["policy_logprobs"] for line in rollouts(tmp_path, 1))
