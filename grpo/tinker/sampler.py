@@ -17,7 +17,7 @@ from torch import Tensor
 from grpo.endpoint.asked import MOST_STOPS, STOP_CHARACTERS
 from grpo.learner import state
 from grpo.learner.master_weights import MasterWeights
-from grpo.tinker.trainer import Spec
+from grpo.tinker.model import Spec
 from grpo.tinker.wire import Refused
 from policies import tensor_files
 from policies.files.checksums import fault

@@ -34,10 +34,11 @@ from typing import Any, TypeVar
 import torch
 
 from grpo.endpoint.api_error import ApiError
+from grpo.learner.learner import Learner
 from grpo.run.lock import RunLock
 from grpo.tinker import sampler, wire
+from grpo.tinker.model import Spec, forward_backward, learner_of, load_state, optim_step, state_of
 from grpo.tinker.sampler import Sampler, spec_in, tensors_of
-from grpo.tinker.trainer import Spec, Trainer
 from grpo.tinker.wire import SCHEME, Refused
 from policies import tensor_files
 from policies.files.atomic import tidy, write_file, write_folder
@@ -140,7 +141,7 @@ class Model:
         self.next = 0
         self.waiting: dict[int, Job] = {}
         self.spec: Spec | None = None
-        self.trainer: Trainer | None = None
+        self.learner: Learner | None = None
         self.kept_at = time.monotonic()
         self.loaded = -1  # the last request by which weights were loaded
         self.damage = ""  # why nothing more is computed
@@ -442,7 +443,7 @@ class Service:
             model.damage = model.damage or f"model {model.id} ends: {error}"
         if model.damage:  # what came after a request that is lost would be computed without it
             raise Refused(model.damage)
-        if job.number > 0 and model.trainer is None:
+        if job.number > 0 and model.learner is None:
             self._restore(model)
         answer = act(model, job, body)
         return ("pb", answer) if isinstance(answer, bytes) else ("json", json.dumps(answer).encode())
@@ -465,7 +466,7 @@ class Service:
         return {"model_id": model.id, "type": "create_model"}
 
     def _begin(self, model: Model, spec: Spec) -> None:
-        model.trainer, model.spec = Trainer(self.base, spec), spec
+        model.learner, model.spec = learner_of(self.base, spec), spec
         write_file(model.folder / "spec.json", json.dumps(spec.to_json()))
 
     def _load_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
@@ -476,10 +477,10 @@ class Service:
         tensors = tensors_of(folder)
         if job.number == 0:
             self._begin(model, spec_in(folder))
-        assert model.trainer is not None
+        assert model.learner is not None
         if request["optimizer"] and "optimizer" not in tensors:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
-        model.trainer.load(tensors, optimizer=request["optimizer"])
+        load_state(model.learner, tensors, optimizer=request["optimizer"])
         model.loaded = job.number
         return {"path": request["path"], "type": "load_weights"}
 
@@ -487,13 +488,13 @@ class Service:
         request = wire.read_forward_backward(body)
         if job.again and not request.backward:
             return {}
-        return wire.write_outputs(self._trainer(model).forward_backward(request))
+        return wire.write_outputs(forward_backward(self._learner(model), request))
 
     def _optim_step(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
         request = json.loads(body)
         if "adam_params" not in request:
             raise Refused("optimizer_params: this server has AdamW; send adam_params")
-        return {"metrics": self._trainer(model).optim_step(request["adam_params"]), "type": "optim_step"}
+        return {"metrics": optim_step(self._learner(model), request["adam_params"]), "type": "optim_step"}
 
     def _save_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
         request = json.loads(body)
@@ -538,42 +539,45 @@ class Service:
             if part == "sampler_weights":
                 why = "weights of this name exist, and samplers may have them; choose another name"
             raise Refused(f"path={name!r}: {why}")
-        self._write(self._trainer(model), folder, job.number, optimizer=optimizer)
+        self._write(model, folder, job.number, optimizer=optimizer)
         return path
 
-    def _trainer(self, model: Model) -> Trainer:
-        if model.trainer is None:
+    def _learner(self, model: Model) -> Learner:
+        if model.learner is None:
             raise Refused(f"model {model.id} could not be made; see its first request's error")
-        return model.trainer
+        return model.learner
 
     # ---- states --------------------------------------------------------------------------------------------------
 
-    def _write(self, trainer: Trainer, folder: Path, number: int, *, optimizer: bool = True) -> None:
+    def _write(self, model: Model, folder: Path, number: int, *, optimizer: bool = True) -> None:
+        tensors = state_of(self._learner(model), optimizer=optimizer)
+        assert model.spec is not None
         folder.parent.mkdir(exist_ok=True)
         with write_folder(folder) as partial:
             partial.mkdir()
-            tensor_files.write(trainer.state(optimizer=optimizer), partial)
+            tensor_files.write(tensors, partial)
             sums = {"files": {file.name: size_and_hash(file) for file in partial.iterdir()}}
-            (partial / "spec.json").write_text(json.dumps(trainer.spec.to_json() | {"number": number} | sums))
+            (partial / "spec.json").write_text(json.dumps(model.spec.to_json() | {"number": number} | sums))
 
     def _keep_state(self, model: Model, job: Job) -> None:
         """Keep what is trained now and then, where no gradient waits; and at once what was loaded, since its folder may
         change."""
         is_loaded = job.kind == "load_weights" and model.loaded == job.number
-        if model.trainer is None or not (is_loaded or job.kind == "optim_step"):
+        if model.learner is None or not (is_loaded or job.kind == "optim_step"):
             return
         if is_loaded or time.monotonic() - model.kept_at > KEEP_STATE_S:
-            self._write(model.trainer, model.folder / "state", job.number)
+            self._write(model, model.folder / "state", job.number)
             model.files.forget(job.number)
             model.kept_at = time.monotonic()
 
     def _restore(self, model: Model) -> None:
-        """The trainer as the last state has it that was kept."""
+        """The learner as the last state has it that was kept."""
         folder = model.folder / "state"
         if (folder / "spec.json").is_file():
-            trainer = Trainer(self.base, spec_in(folder))
-            trainer.load(tensors_of(folder))
-            model.trainer, model.spec = trainer, trainer.spec  # not before: half a state would be trained on
+            spec = spec_in(folder)
+            learner = learner_of(self.base, spec)
+            load_state(learner, tensors_of(folder))
+            model.learner, model.spec = learner, spec  # not before: half a state would be trained on
 
 
 def _fault(what: str, error: Exception) -> tuple[str, bytes]:

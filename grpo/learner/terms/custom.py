@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from grpo.config.loss import LossOptions
+from grpo.config.loss import LossOptions, LossType
 from grpo.learner.batch import MicroBatch, TrainingBatch, by_completion
 from grpo.learner.likelihood import Forward
 from grpo.learner.row import PackedRow
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.supervised import SupervisedTerm
 from grpo.learner.terms.term import Term, Work
+from grpo.learner.terms.token_losses import LOSSES, TokenLoss
 from policies.lora import has_adapter
 
 Loss = str | LossOptions | Term | Callable[..., Tensor]
@@ -25,13 +27,16 @@ NAME = "loss/custom"
 
 def as_term(loss: Loss, first: Term) -> Term:
     """Gives what `forward_backward` takes as its loss, as a term in place of `first`: a loss_type or "supervised",
-    options, a term, a function of four tensors (`PerToken`) or of one or two lists of them (`OfAll`). Raises ValueError
-    for others.
+    options, a term, a function of four tensors (`PerToken`) or of one or two lists of them (`OfAll`). A name of
+    token_losses.py that is not a loss_type is that loss with its defaults, as a mean over the step's tokens. Raises
+    ValueError for others.
     """
     if isinstance(loss, Term):
         return loss
     if loss == "supervised":
         return SupervisedTerm()
+    if isinstance(loss, str) and loss in LOSSES and loss not in get_args(LossType):
+        return PerToken(TokenLoss(loss))
     if isinstance(loss, str | LossOptions):
         options = LossOptions.model_validate({"loss_type": loss}) if isinstance(loss, str) else loss
         if isinstance(first, PolicyTerm):

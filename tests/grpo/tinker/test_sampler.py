@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grpo.tinker.model import Spec, learner_of, load_state, state_of
 from grpo.tinker.sampler import MOST_SAMPLES, Sampler, read
-from grpo.tinker.trainer import Spec, Trainer
 from grpo.tinker.wire import Refused
 from policies import tensor_files
 from policies.logprobs import logprobs_from_hidden
@@ -36,14 +36,14 @@ def saved(base, tmp_path):
 
     def save(seed):
         spec, folder = Spec(rank=2, seed=seed), tmp_path / f"adapters{seed}"
-        trainer = Trainer(base, spec)
+        learner = learner_of(base, spec)
         torch.manual_seed(seed)
         with torch.no_grad():
-            for parameter in trainer.policy.trunk.parameters():
+            for parameter in learner.policy.trunk.parameters():
                 if parameter.requires_grad:
                     parameter.copy_(0.3 * torch.randn_like(parameter))
         folder.mkdir()
-        tensor_files.write(trainer.state(optimizer=False), folder)
+        tensor_files.write(state_of(learner, optimizer=False), folder)
         (folder / "spec.json").write_text(json.dumps(spec.to_json()))
         return folder
 
@@ -210,8 +210,8 @@ def test_log_probabilities_of_the_prompt_are_those_of_what_it_holds(base, saved)
     folder = saved(1)
     sampler = Sampler(base, torch.float32)
     sampler.hold_weights("one", folder)
-    trained = Trainer(base, Spec(rank=2, seed=1))
-    trained.load(tensor_files.read(folder, {"policy"}), optimizer=False)
+    trained = learner_of(base, Spec(rank=2, seed=1))
+    load_state(trained, tensor_files.read(folder, {"policy"}), optimizer=False)
     with torch.no_grad():
         ids = torch.tensor([PROMPT])
         hidden = trained.policy.hidden(ids, torch.arange(4)[None], torch.zeros_like(ids))[0]
