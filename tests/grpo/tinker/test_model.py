@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from grpo.config.learner import LearnerOptions
+from grpo.learner import tree
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Likelihood
@@ -151,6 +152,19 @@ def test_several_targets_of_a_token_have_the_gradient_of_plain_torch(base):
         torch.testing.assert_close(gradient, want[key], atol=1e-5, rtol=1e-4)
 
 
+def test_data_that_begin_alike_are_rows_of_their_own(base, monkeypatch):
+    """The learner would read what they share once."""
+    monkeypatch.setattr(tree, "SHARED", 4)
+    learner = learner_of(base, Spec(0))
+    assert learner.policy.reads_trees
+    [datum] = data(len(base.tokenizer), "cross_entropy", sizes=(9,))
+    other = Datum([*datum.tokens[:6], 3, 4], {"target_tokens": datum.inputs["target_tokens"][:8]})
+    outputs = forward_backward(learner, ask([datum, other]))
+    [*_, want] = plain_loss(learner.policy.trunk, [datum, other], "cross_entropy")
+    for found, of in zip(outputs.by_datum, want, strict=True):
+        torch.testing.assert_close(found["logprobs"], of.detach(), atol=1e-5, rtol=0)
+
+
 def test_a_datum_may_fill_the_context(base):
     learner = learner_of(base, Spec(4))
     [datum] = data(len(base.tokenizer), "cross_entropy", sizes=(base.max_length,))
@@ -250,7 +264,7 @@ def test_a_gradient_that_fails_half_way_leaves_nothing_and_says_so(base, monkeyp
     hidden, calls = learner.policy.hidden, []
 
     def second_fails(*of):
-        calls.append(of)
+        calls.append(torch.is_grad_enabled())
         if len(calls) % 2 == 0:
             raise MemoryError("no memory")
         return hidden(*of)
@@ -264,6 +278,7 @@ def test_a_gradient_that_fails_half_way_leaves_nothing_and_says_so(base, monkeyp
     bad = Datum(first.tokens, first.inputs | {"logprobs": torch.full_like(first.inputs["logprobs"], -1e4)})
     with pytest.raises(Refused, match="^the loss is [^;]*$"):
         forward_backward(learner, ask([bad], "importance_sampling", backward=False))
+    assert not any(calls)  # what is not learned from keeps no activations
     found = gradients(learner.policy.trunk)
     assert found
     assert all(torch.equal(found[name], want[name]) for name in want)
