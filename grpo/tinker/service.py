@@ -608,9 +608,7 @@ class Service:
             return
         idle = [other for other in loaded if not other.gradients_wait]
         if not idle:
-            raise Refused(
-                f"gradients wait in {len(loaded)} models, and no more may be in memory; send optim_step first"
-            )
+            raise Refused(f"gradients wait in {len(loaded)} models, and no more may be in memory; send optim_step")
         oldest = min(idle, key=lambda other: other.used_at)
         self._keep(oldest)
         oldest.learner = None

@@ -276,7 +276,7 @@ def test_a_model_whose_gradient_waits_stays_in_memory(service, monkeypatch):
     client, body = Client(service), json.dumps({"adam_params": adam(1e-2)}).encode()
     job = service.ask(client.model, 1, "forward_backward", supervised(client.model, 1, TOKENS))
     assert result(job)[0] == "pb"
-    words = "gradients wait in 1 models, and no more may be in memory; send optim_step first"
+    words = "gradients wait in 1 models, and no more may be in memory; send optim_step"
     assert error(service.job(f"{Client(service).model}:0")) == words
     assert answer(service.ask(client.model, 2, "optim_step", body))["metrics"]["grad_norm"] > 0
     answer(service.job(f"{Client(service).model}:0"))
