@@ -16,7 +16,8 @@ from torch import Tensor
 from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward, Likelihood
 from grpo.learner.row import PackedRow, Sample
-from grpo.learner.terms.term import Term, Work
+from grpo.learner.terms.custom import PerToken
+from grpo.learner.terms.term import Work
 from grpo.learner.terms.token_losses import LOSSES, TokenLoss, fault_of
 from grpo.tinker.wire import Datum, Refused
 from policies.logprobs import logprobs_from_hidden
@@ -90,22 +91,16 @@ class States(Likelihood):
         return Forward(nothing, nothing, states)
 
 
-class DataTerm(Term):
+class DataTerm(PerToken):
     """The sum of a loss over the targets of these data. `found` has the log-probabilities of the targets of each datum,
     [N] or [N, K] float32 in nats, once it was read."""
 
-    name = "data"
     reads_trees = False  # a tree has no row for each datum
 
     def __init__(self, data: Sequence[Datum], loss: TokenLoss) -> None:
-        self.data, self.loss = data, loss
+        super().__init__(loss)
+        self.data = data
         self.found: dict[int, Tensor] = {}
-
-    def teaches(self, batch: TrainingBatch) -> bool:
-        return True
-
-    def needs(self, row: PackedRow, work: Work) -> bool:
-        return True
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor:
         total = self.sum_of(mini, forward.preceding, work.likelihood.policy)
@@ -129,7 +124,7 @@ class DataTerm(Term):
         none = torch.zeros(logprobs.numel())
         sampled, weights = flat.get("logprobs", none), flat.get("weights", none)
         advantages, mask = flat.get("advantages", weights), flat.get("sequence_ratio_mask", none + 1)
-        return self.loss(logprobs.flatten(), sampled, advantages, mask).sum()
+        return self.function(logprobs.flatten(), sampled, advantages, mask).sum()
 
     def _logprobs(self, states: Mapping[int, Tensor], policy: Policy) -> dict[int, Tensor]:
         """Log-probabilities of the targets, by the place of their datum, from states [T, D] by place. The LM head reads

@@ -23,7 +23,6 @@ import threading
 import time
 import traceback
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -184,9 +183,7 @@ class Service:
         self._samples: list[Job] = []
         self._wakes = threading.Condition(self._mutex)
         self._closed = False
-        self._waiting = Counter[str]()  # requests, by the model or sampler
-        self._waiting_of = Counter[str]()  # requests, by the owner
-        self._bytes_of = Counter[str]()  # their bytes, by the owner
+        self._waiting: dict[str, Job] = {}  # by their request_id
         self._recover()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._train, self._sample)]
         for thread in self._threads:
@@ -311,10 +308,12 @@ class Service:
         """Raises ApiError if more would wait than may: of one model or sampler, of its owner, and bytes. What one owner
         leaves waiting keeps no other from asking."""
         owner = self.owner(id_)
+        waiting = [job for job in self._waiting.values() if self.owner(job.owner.id) == owner]
+        of_one = [job for job in waiting if job.owner.id == id_]
         for what, count, most in (
-            (f"requests of {id_}", self._waiting[id_] + 1, MOST_OF_ONE),
-            ("requests", self._waiting_of[owner] + 1, MOST_WAITING),
-            ("bytes of requests", self._bytes_of[owner] + size, MOST_BYTES),
+            (f"requests of {id_}", len(of_one) + 1, MOST_OF_ONE),
+            ("requests", len(waiting) + 1, MOST_WAITING),
+            ("bytes of requests", sum(job.size for job in waiting) + size, MOST_BYTES),
         ):
             if count > most:
                 message = f"{count:,} {what} would wait, and at most {most:,} may; wait for results, and send it again"
@@ -325,21 +324,13 @@ class Service:
 
     def _enter(self, job: Job) -> Job:
         with self._mutex:  # also while a service is made: a condition without its lock cannot notify
-            self._count(job, 1)
-            self.jobs[job.request_id] = job
+            self.jobs[job.request_id] = self._waiting[job.request_id] = job
             if isinstance(job.owner, SamplingSession):
                 self._samples.append(job)
                 self._wakes.notify()
             else:
                 self._enter_model(job.owner, job)
         return job
-
-    def _count(self, job: Job, change: int) -> None:
-        """Count a request that begins to wait, or with -1 one that has been handled."""
-        owner = self.owner(job.owner.id)
-        self._waiting[job.owner.id] += change
-        self._waiting_of[owner] += change
-        self._bytes_of[owner] += change * job.size
 
     def _enter_model(self, model: Model, job: Job) -> None:
         model.waiting[job.number] = job
@@ -426,7 +417,7 @@ class Service:
             except Exception as error:  # such as a full disk
                 job.result = _fault("the request was handled, but its result could not be kept", error)
         with self._mutex:
-            self._count(job, -1)
+            del self._waiting[job.request_id]
             job.done.set()
             old = self.jobs.get(f"{job.owner.id}:{job.number - RESULTS}")
             if old is not None and old.done.is_set():

@@ -239,10 +239,11 @@ def test_requests_that_wait_have_a_bound_and_the_missing_one_is_taken(service, m
 def test_a_sample_that_waits_is_done_however_many_later_ones_came_before_it(service, monkeypatch):
     monkeypatch.setattr(of_service, "RESULTS", 3)
     sampler = service.add_sampler(service.create_session({}), 0, None)
-    numbers = [10, 11, 12, 13, 14, 15, 1]
+    numbers = [10, 11, 12, 13, 14, 15, 4, 1]
     with service._mutex:  # nothing is done before all are here
         jobs = [sample(service, sampler, number, sampling_params={"max_tokens": 1}) for number in numbers]
-    assert [len(samples(job)[0]) for job in jobs[-3:]] == [2] * 3
+    assert [len(samples(job)[0]) for job in jobs[-4:]] == [2] * 4
+    assert service.job(f"{sampler}:1") is jobs[-1]
     samples(sample(service, sampler, 16))
     files = service.samplers[sampler].files
     assert sorted(int(path.name[:8]) for path in files.requests.iterdir()) == [14, 15, 16]
