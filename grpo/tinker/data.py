@@ -82,9 +82,9 @@ def batch_of(data: Sequence[Datum], step: int) -> TrainingBatch:
 
 
 class States(Likelihood):
-    """The forward passes of a policy that learns from data. They score nothing, since the term does."""
+    """The forward passes of a policy that learns from data. They score nothing, since the term does, at temperature 1."""
 
-    def forward(self, mini: MicroBatch, policy: Policy | None = None) -> Forward:
+    def forward(self, mini: MicroBatch, policy: Policy | None = None, temperature: float | None = None) -> Forward:
         """`preceding` has the hidden state of each token [B, T, D], which predicts its targets."""
         states = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.segment, mini.until)
         nothing = states.new_zeros(mini.mask.shape)

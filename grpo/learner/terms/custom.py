@@ -27,14 +27,14 @@ NAME = "loss/custom"
 
 def as_term(loss: Loss, first: Term) -> Term:
     """Gives what `forward_backward` takes as its loss, as a term in place of `first`: a loss_type or "supervised",
-    options, a term, a function of four tensors (`PerToken`) or of one or two lists of them (`OfAll`). A name of
-    token_losses.py that is not a loss_type is that loss with its defaults, as a mean over the step's tokens. Raises
-    ValueError for others.
+    options, a term, a function of four tensors (`PerToken`) or of one or two lists of them (`OfAll`). Raises ValueError
+    for others.
     """
     if isinstance(loss, Term):
         return loss
     if loss == "supervised":
         return SupervisedTerm()
+    # Names of token_losses.py, with their defaults. One that is a loss_type, too, is the loss_type.
     if isinstance(loss, str) and loss in LOSSES and loss not in get_args(LossType):
         return PerToken(TokenLoss(loss))
     if isinstance(loss, str | LossOptions):

@@ -6,7 +6,8 @@ is true at sampled tokens. All are tensors [..., L], log-probabilities in nats; 
 sequence. Each returns the loss of every token, [..., L]. A session takes the mean over the tokens of the step
 (`Term.scalar`), and Tinker's server takes the sum.
 
-A function can be given to `session.forward_backward` as it is. With other settings, use `TokenLoss`.
+`session.forward_backward(batch, loss)` takes a name, except cispo, which is a loss_type there; a function as it is; or
+a `TokenLoss` with other settings.
 """
 
 from __future__ import annotations
