@@ -82,7 +82,7 @@ def batch_of(data: Sequence[Datum], step: int) -> TrainingBatch:
 
 
 class States(Likelihood):
-    """The forward passes of a policy that learns from data. They score nothing, since the term does, at temperature 1."""
+    """The forward passes of a policy that learns from data. They score nothing: the term does, at temperature 1."""
 
     def forward(self, mini: MicroBatch, policy: Policy | None = None, temperature: float | None = None) -> Forward:
         """`preceding` has the hidden state of each token [B, T, D], which predicts its targets."""
