@@ -93,7 +93,7 @@ class States(Likelihood):
 
 class DataTerm(PerToken):
     """The sum of a loss over the targets of these data. `found` has the log-probabilities of the targets of each datum,
-    [N] or [N, K] float32 in nats, once it was read."""
+    [N] or [N, K] in nats, once it was read."""
 
     reads_trees = False  # a tree has no row for each datum
 
@@ -136,6 +136,6 @@ class DataTerm(PerToken):
             alike = {place: of for place, of in targets.items() if of.shape[1:] == shape}
             hidden = torch.cat([states[place][: len(of)] for place, of in alike.items()])
             logprobs, _ = logprobs_from_hidden(hidden, head, torch.cat(list(alike.values())).to(hidden.device))
-            parts = logprobs.float().cpu().split([len(of) for of in alike.values()])
+            parts = logprobs.cpu().split([len(of) for of in alike.values()])
             found |= dict(zip(alike, parts, strict=True))
         return found

@@ -584,7 +584,10 @@ class Service:
             self._keep(model)
 
     def _keep(self, model: Model) -> None:
-        """Keep what is trained, as it is after the last request."""
+        """Keep what is trained, as it is after the last request. Nothing is kept of a model that a damaged request has
+        ended: the next service would go on without that request."""
+        if model.damage:
+            return
         self._write(model, model.folder / "state", model.last)
         model.files.forget(model.last)
         model.kept_at = time.monotonic()
