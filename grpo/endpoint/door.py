@@ -73,7 +73,7 @@ class Door:
 
     async def read(self, request: Request, understand: Callable[[bytes], Asked], most: int = MOST_BYTES) -> Asked:
         """Returns what `understand` makes of a body with at most `most` bytes, in a thread: others are answered
-        meanwhile."""
+        meanwhile. A large body counts as held until then, so `understand` may keep it."""
         if int(request.headers.get("content-length", 0)) > most:
             raise _too_large(most)
         body, held = bytearray(), 0
@@ -103,8 +103,7 @@ class Door:
         """Returns the application with these routes and /health, which needs no key and shows the `state`."""
 
         async def health(_: Request) -> Response:
-            shown = state()
-            return JSONResponse(shown, 200 if shown["status"] == "ok" else 503, HEADERS)
+            return self.health(state())
 
         handlers: dict[Any, Any] = {ApiError: self._refused, HTTPException: self._not_here}
         handlers |= {ClientDisconnect: self._gone, Exception: self._broken}
@@ -114,6 +113,10 @@ class Door:
         application.router.redirect_slashes = False  # a redirection is no answer in the API's form
         application.state.door = self  # for connections, which refuse what never becomes a request
         return application
+
+    def health(self, state: dict[str, Any]) -> Response:
+        """The state of a server; 503 unless its status is "ok"."""
+        return JSONResponse(state, 200 if state["status"] == "ok" else 503, HEADERS)
 
     def refusal(self, error: ApiError) -> Response:
         return JSONResponse(self.form(error), error.status, HEADERS | error.headers)

@@ -126,8 +126,8 @@ class _Api:
 
         return respond
 
-    async def _read(self, request: Request, kind: type[Asked], most: int = MOST_SMALL) -> Asked:
-        asked = await self.door.read(request, lambda body: wire.understood(kind, body), most)
+    async def _read(self, request: Request, kind: type[Asked]) -> Asked:
+        asked = await self.door.read(request, lambda body: wire.understood(kind, body), MOST_SMALL)
         self._refuse_others(request, vars(asked))
         return asked
 
@@ -140,8 +140,8 @@ class _Api:
 
     # ---- clients and sessions ------------------------------------------------------------------------------------
 
-    async def health(self, request: Request) -> dict[str, Any]:
-        return self.service.state()
+    async def health(self, request: Request) -> Response:
+        return self.door.health(self.service.state())
 
     async def capabilities(self, request: Request) -> dict[str, Any]:
         context = self.service.base.max_length
@@ -170,11 +170,14 @@ class _Api:
         return await self._ask_later(asked, "load_weights")
 
     async def forward_backward(self, request: Request) -> Job:
-        asked, body = await self.door.read(request, wire.message_of, MOST_DATA)  # the result tells of wrong data
-        self._refuse_others(request, {"model_id": asked.model_id})
-        if asked.seq_id < 1:
-            raise Refused(f"seq_id={asked.seq_id}: number the requests of a model from 1 on")
-        return await asyncio.to_thread(self.service.ask, asked.model_id, asked.seq_id, "forward_backward", body)
+        def ask(body: bytes) -> Job:
+            asked = wire.message_of(body)  # the result tells of wrong data
+            self._refuse_others(request, {"model_id": asked.model_id})
+            if asked.seq_id < 1:
+                raise Refused(f"seq_id={asked.seq_id}: number the requests of a model from 1 on")
+            return self.service.ask(asked.model_id, asked.seq_id, "forward_backward", body)
+
+        return await self.door.read(request, ask, MOST_DATA)
 
     def _id(self, session: str, number: int) -> str:
         check_number("model_seq_id", number)
@@ -215,14 +218,18 @@ class _Api:
         return {"sampling_session_id": await asyncio.to_thread(add, asked.session_id, number, asked.model_path)}
 
     async def sample(self, request: Request) -> dict[str, Any]:
-        asked = await self._read(request, types.SampleRequest, MOST_BYTES)
-        if asked.sampling_session_id is None:
-            raise Refused("sampling_session_id: create a sampling session first")
-        sampler.read(asked.model_dump(exclude_none=True), "", (), self.service.base.max_length)  # before it is kept
-        kept = asked.model_dump_json(exclude_none=True).encode()
-        job = await asyncio.to_thread(self.service.ask_sampler, asked.sampling_session_id, asked.seq_id, kept)
-        names = [f"{job.request_id}:{sample}" for sample in range(asked.num_samples)]
-        return {"request_id": job.request_id, "sample_sequence_ids": names}
+        def ask(body: bytes) -> dict[str, Any]:
+            asked = wire.understood(types.SampleRequest, body)
+            self._refuse_others(request, vars(asked))
+            if asked.sampling_session_id is None:
+                raise Refused("sampling_session_id: create a sampling session first")
+            sampler.read(asked.model_dump(exclude_none=True), "", (), self.service.base.max_length)  # before it is kept
+            kept = asked.model_dump_json(exclude_none=True).encode()
+            job = self.service.ask_sampler(asked.sampling_session_id, asked.seq_id, kept)
+            names = [f"{job.request_id}:{sample}" for sample in range(asked.num_samples)]
+            return {"request_id": job.request_id, "sample_sequence_ids": names}
+
+        return await self.door.read(request, ask, MOST_BYTES)
 
     async def get_sampler(self, request: Request) -> dict[str, Any]:
         sampling = self.service.sampling_session(request.path_params["sampler"])

@@ -6,8 +6,9 @@ Every request is decoded by itself, so that no token and no log-probability depe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from grpo.endpoint.asked import MOST_STOPS, STOP_CHARACTERS
 from grpo.learner import state
 from grpo.learner.master_weights import MasterWeights
-from grpo.tinker.trainer import Spec
+from grpo.tinker.model import Spec
 from grpo.tinker.wire import Refused
 from policies import tensor_files
 from policies.files.checksums import fault
@@ -90,14 +91,23 @@ def read(request: Mapping[str, Any], key: str, stop_token_ids: Sequence[int], co
     return Asked(prompt, params, key if seed is None else "", last)
 
 
-def tensors_of(folder: Path) -> dict[str, Mapping[str, Tensor]]:
-    """The tensors that were saved in a folder. Raises Refused, which names the file that is not as it was written.
+def tensors_of(folder: Path, only: Collection[str] | None = None) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors that were saved in a folder, or `only` these parts. Raises Refused, which names the file that is not
+    as it was written.
 
     A folder of version 0.2 has no checksums, and passes.
     """
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    _check(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
+    return tensor_files.read(folder, only)
+
+
+@lru_cache(maxsize=64)  # folders: a sampler comes back to the same ones in turns
+def _check(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
+    """Compare the files of a folder with their checksums. `files` are their names, sizes and times: as long as these
+    are the same, they are not read again."""
     if "files" in read_json(folder / "spec.json") and (why := fault(folder, "spec.json")):
         raise Refused(f"{folder} is damaged: {why}")
-    return tensor_files.read(folder)
 
 
 def spec_in(folder: Path) -> Spec:
@@ -120,7 +130,7 @@ class Sampler:
         policy = self.base
         if folder is not None:
             policy = spec_in(folder).build(self.base)
-            state.put_weights(tensors_of(folder)["policy"], policy, MasterWeights(policy))
+            state.put_weights(tensors_of(folder, {"policy"})["policy"], policy, MasterWeights(policy))
         self.of, self.count = "", self.count + 1  # where it fails, it holds nobody's
         self.engine.sync_weights(policy.weights(), self.count)
         self.of = name

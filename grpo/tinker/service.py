@@ -23,7 +23,6 @@ import threading
 import time
 import traceback
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,10 +33,11 @@ from typing import Any, TypeVar
 import torch
 
 from grpo.endpoint.api_error import ApiError
+from grpo.learner.learner import Learner
 from grpo.run.lock import RunLock
 from grpo.tinker import sampler, wire
+from grpo.tinker.model import Spec, forward_backward, learner_of, load_state, optim_step, state_of
 from grpo.tinker.sampler import Sampler, spec_in, tensors_of
-from grpo.tinker.trainer import Spec, Trainer
 from grpo.tinker.wire import SCHEME, Refused
 from policies import tensor_files
 from policies.files.atomic import tidy, write_file, write_folder
@@ -51,8 +51,9 @@ RESULTS = 4096  # the last ones of each model and sampler are kept
 UNNAMED = 16  # weights for sampling without a name that are kept of each model
 TURNS = 16  # requests of one sampler in a row while others wait: each change of weights merges adapters again
 MOST_NUMBER = 10**8 - 1  # of requests, models and samplers: the names of their files have eight digits
-MOST_OF_ONE, MOST_WAITING = 1024, 8192  # requests that wait: of one model or sampler, and of all
-MOST_BYTES = 1 << 28  # of all requests that wait
+MOST_OF_ONE, MOST_WAITING = 1024, 8192  # requests that wait: of one model or sampler, and of one owner
+MOST_BYTES = 1 << 28  # of the requests of one owner that wait
+MOST_LOADED = 16  # models of one owner in memory
 
 
 Thing = TypeVar("Thing")
@@ -140,8 +141,10 @@ class Model:
         self.next = 0
         self.waiting: dict[int, Job] = {}
         self.spec: Spec | None = None
-        self.trainer: Trainer | None = None
-        self.kept_at = time.monotonic()
+        self.learner: Learner | None = None
+        self.gradients_wait = False
+        self.last = -1  # the last request that was handled, and when
+        self.used_at = self.kept_at = time.monotonic()
         self.loaded = -1  # the last request by which weights were loaded
         self.damage = ""  # why nothing more is computed
 
@@ -180,8 +183,7 @@ class Service:
         self._samples: list[Job] = []
         self._wakes = threading.Condition(self._mutex)
         self._closed = False
-        self._waiting = Counter[str]()  # requests, by the model or sampler
-        self._waiting_bytes = 0
+        self._waiting: dict[str, Job] = {}  # by their request_id
         self._recover()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._train, self._sample)]
         for thread in self._threads:
@@ -212,6 +214,10 @@ class Service:
         """Raises Unknown where the session of this id, or path, is not there for this owner."""
         if not self.owns(owner, id_):
             raise Unknown(f"{id_!r:.120}: there is nothing of this id here, or no longer")
+
+    def owner(self, id_: str) -> str:
+        """The owner of an id or a path; empty for one of version 0.2, and without keys."""
+        return self.sessions.get(session_of(id_), {}).get("owner", "")
 
     def model(self, model_id: str) -> Model:
         return _found(self.models, model_id)
@@ -299,11 +305,15 @@ class Service:
         return _found(self.jobs, request_id)
 
     def _admit(self, id_: str, size: int) -> None:
-        """Raises ApiError if more would wait than may: of one model or sampler, in all, and bytes."""
+        """Raises ApiError if more would wait than may: of one model or sampler, of its owner, and bytes. What one owner
+        leaves waiting keeps no other from asking."""
+        owner = self.owner(id_)
+        waiting = [job for job in self._waiting.values() if self.owner(job.owner.id) == owner]
+        of_one = [job for job in waiting if job.owner.id == id_]
         for what, count, most in (
-            (f"requests of {id_}", self._waiting[id_] + 1, MOST_OF_ONE),
-            ("requests", self._waiting.total() + 1, MOST_WAITING),
-            ("bytes of requests", self._waiting_bytes + size, MOST_BYTES),
+            (f"requests of {id_}", len(of_one) + 1, MOST_OF_ONE),
+            ("requests", len(waiting) + 1, MOST_WAITING),
+            ("bytes of requests", sum(job.size for job in waiting) + size, MOST_BYTES),
         ):
             if count > most:
                 message = f"{count:,} {what} would wait, and at most {most:,} may; wait for results, and send it again"
@@ -314,9 +324,7 @@ class Service:
 
     def _enter(self, job: Job) -> Job:
         with self._mutex:  # also while a service is made: a condition without its lock cannot notify
-            self._waiting[job.owner.id] += 1
-            self._waiting_bytes += job.size
-            self.jobs[job.request_id] = job
+            self.jobs[job.request_id] = self._waiting[job.request_id] = job
             if isinstance(job.owner, SamplingSession):
                 self._samples.append(job)
                 self._wakes.notify()
@@ -409,11 +417,13 @@ class Service:
             except Exception as error:  # such as a full disk
                 job.result = _fault("the request was handled, but its result could not be kept", error)
         with self._mutex:
-            self._waiting[job.owner.id] -= 1
-            self._waiting_bytes -= job.size
-        job.done.set()
-        self.jobs.pop(f"{job.owner.id}:{job.number - RESULTS}", None)
+            del self._waiting[job.request_id]
+            job.done.set()
+            old = self.jobs.get(f"{job.owner.id}:{job.number - RESULTS}")
+            if old is not None and old.done.is_set():
+                del self.jobs[old.request_id]
         if isinstance(job.owner, Model):
+            job.owner.last, job.owner.used_at = job.number, time.monotonic()
             try:
                 self._keep_state(job.owner, job)
             except Exception as error:  # the next step tries again
@@ -427,9 +437,10 @@ class Service:
         self.sampler.hold_weights(sampling.id, None if sampling.path is None else self.folder_of(sampling.path))
         sequences, of_prompt = self.sampler.sample(asked)
         with self._mutex:
+            waiting = [other.number - 1 for other in self._samples if other.owner is sampling]
             old = _numbers(sampling.files.requests)[:-RESULTS]
             if old:
-                sampling.files.forget(old[-1])
+                sampling.files.forget(min([old[-1], *waiting]))
         return "pb", wire.write_samples(sequences, of_prompt)
 
     def _of_model(self, job: Job) -> tuple[str, bytes]:
@@ -442,7 +453,7 @@ class Service:
             model.damage = model.damage or f"model {model.id} ends: {error}"
         if model.damage:  # what came after a request that is lost would be computed without it
             raise Refused(model.damage)
-        if job.number > 0 and model.trainer is None:
+        if job.number > 0 and model.learner is None:
             self._restore(model)
         answer = act(model, job, body)
         return ("pb", answer) if isinstance(answer, bytes) else ("json", json.dumps(answer).encode())
@@ -465,7 +476,8 @@ class Service:
         return {"model_id": model.id, "type": "create_model"}
 
     def _begin(self, model: Model, spec: Spec) -> None:
-        model.trainer, model.spec = Trainer(self.base, spec), spec
+        self._make_room(model)
+        model.learner, model.spec = learner_of(self.base, spec), spec
         write_file(model.folder / "spec.json", json.dumps(spec.to_json()))
 
     def _load_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
@@ -476,24 +488,28 @@ class Service:
         tensors = tensors_of(folder)
         if job.number == 0:
             self._begin(model, spec_in(folder))
-        assert model.trainer is not None
+        assert model.learner is not None
         if request["optimizer"] and "optimizer" not in tensors:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
-        model.trainer.load(tensors, optimizer=request["optimizer"])
-        model.loaded = job.number
+        load_state(model.learner, tensors, optimizer=request["optimizer"])
+        model.loaded, model.gradients_wait = job.number, False
         return {"path": request["path"], "type": "load_weights"}
 
     def _forward_backward(self, model: Model, job: Job, body: bytes) -> dict[str, Any] | bytes:
         request = wire.read_forward_backward(body)
         if job.again and not request.backward:
             return {}
-        return wire.write_outputs(self._trainer(model).forward_backward(request))
+        outputs = forward_backward(self._learner(model), request)
+        model.gradients_wait = model.gradients_wait or request.backward
+        return wire.write_outputs(outputs)
 
     def _optim_step(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
         request = json.loads(body)
         if "adam_params" not in request:
             raise Refused("optimizer_params: this server has AdamW; send adam_params")
-        return {"metrics": self._trainer(model).optim_step(request["adam_params"]), "type": "optim_step"}
+        metrics = optim_step(self._learner(model), request["adam_params"])
+        model.gradients_wait = False
+        return {"metrics": metrics, "type": "optim_step"}
 
     def _save_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
         request = json.loads(body)
@@ -538,42 +554,68 @@ class Service:
             if part == "sampler_weights":
                 why = "weights of this name exist, and samplers may have them; choose another name"
             raise Refused(f"path={name!r}: {why}")
-        self._write(self._trainer(model), folder, job.number, optimizer=optimizer)
+        self._write(model, folder, job.number, optimizer=optimizer)
         return path
 
-    def _trainer(self, model: Model) -> Trainer:
-        if model.trainer is None:
+    def _learner(self, model: Model) -> Learner:
+        if model.learner is None:
             raise Refused(f"model {model.id} could not be made; see its first request's error")
-        return model.trainer
+        return model.learner
 
     # ---- states --------------------------------------------------------------------------------------------------
 
-    def _write(self, trainer: Trainer, folder: Path, number: int, *, optimizer: bool = True) -> None:
+    def _write(self, model: Model, folder: Path, number: int, *, optimizer: bool = True) -> None:
+        tensors = state_of(self._learner(model), optimizer=optimizer)
+        assert model.spec is not None
         folder.parent.mkdir(exist_ok=True)
         with write_folder(folder) as partial:
             partial.mkdir()
-            tensor_files.write(trainer.state(optimizer=optimizer), partial)
+            tensor_files.write(tensors, partial)
             sums = {"files": {file.name: size_and_hash(file) for file in partial.iterdir()}}
-            (partial / "spec.json").write_text(json.dumps(trainer.spec.to_json() | {"number": number} | sums))
+            (partial / "spec.json").write_text(json.dumps(model.spec.to_json() | {"number": number} | sums))
 
     def _keep_state(self, model: Model, job: Job) -> None:
         """Keep what is trained now and then, where no gradient waits; and at once what was loaded, since its folder may
         change."""
         is_loaded = job.kind == "load_weights" and model.loaded == job.number
-        if model.trainer is None or not (is_loaded or job.kind == "optim_step"):
+        if model.learner is None or not (is_loaded or job.kind == "optim_step"):
             return
         if is_loaded or time.monotonic() - model.kept_at > KEEP_STATE_S:
-            self._write(model.trainer, model.folder / "state", job.number)
-            model.files.forget(job.number)
-            model.kept_at = time.monotonic()
+            self._keep(model)
+
+    def _keep(self, model: Model) -> None:
+        """Keep what is trained, as it is after the last request. Nothing is kept of a model that a damaged request has
+        ended: the next service would go on without that request."""
+        if model.damage:
+            return
+        self._write(model, model.folder / "state", model.last)
+        model.files.forget(model.last)
+        model.kept_at = time.monotonic()
+
+    def _make_room(self, model: Model) -> None:
+        """Keep the state of the model that was used least recently, and free its memory, where its owner has as many as
+        may be in memory. Its next request brings it back. Raises Refused where gradients wait in all of them."""
+        owner = self.owner(model.id)
+        others = list(self.models.values())
+        loaded = [other for other in others if other.learner is not None and self.owner(other.id) == owner]
+        if len(loaded) < MOST_LOADED:
+            return
+        idle = [other for other in loaded if not other.gradients_wait]
+        if not idle:
+            raise Refused(f"gradients wait in {len(loaded)} models, and no more may be in memory; send optim_step")
+        oldest = min(idle, key=lambda other: other.used_at)
+        self._keep(oldest)
+        oldest.learner = None
 
     def _restore(self, model: Model) -> None:
-        """The trainer as the last state has it that was kept."""
+        """The learner as the last state has it that was kept."""
         folder = model.folder / "state"
         if (folder / "spec.json").is_file():
-            trainer = Trainer(self.base, spec_in(folder))
-            trainer.load(tensors_of(folder))
-            model.trainer, model.spec = trainer, trainer.spec  # not before: half a state would be trained on
+            self._make_room(model)
+            spec = spec_in(folder)
+            learner = learner_of(self.base, spec)
+            load_state(learner, tensors_of(folder))
+            model.learner, model.spec = learner, spec  # not before: half a state would be trained on
 
 
 def _fault(what: str, error: Exception) -> tuple[str, bytes]:

@@ -27,7 +27,7 @@ DTYPES: dict[int, type[np.number]] = {
     messages.DTYPE_INT64: np.int64,
     messages.DTYPE_INT32: np.int32,
 }
-MOST_NUMBERS = 1 << 20  # of a tensor: each target of a token takes a copy of its hidden states
+MOST_NUMBERS = 1 << 20  # of a tensor
 SCHEME = "tinker://"
 PICTURES = "this server trains on text: a datum has a chunk of pictures or sound; send encoded_text chunks alone"
 
@@ -69,19 +69,19 @@ def understood(kind: type[Asked], body: bytes) -> Asked:
     return asked
 
 
-def message_of(body: bytes) -> tuple[messages.ForwardBackwardRequest, bytes]:
-    """Returns the message, whose data are not looked at yet, and the body. Raises Refused for what is none."""
+def message_of(body: bytes) -> messages.ForwardBackwardRequest:
+    """Returns the message, whose data are not looked at yet. Raises Refused for what is none."""
     message = messages.ForwardBackwardRequest()
     try:
         message.ParseFromString(body)
     except DecodeError as error:
         raise Refused(f"forward_backward: the body is no ForwardBackwardRequest ({error})") from None
-    return message, body
+    return message
 
 
 def read_forward_backward(body: bytes) -> ForwardBackward:
     """Raises Refused for what is no such message, or has tensors that cannot be read."""
-    message, _ = message_of(body)
+    message = message_of(body)
     settings: dict[str, float | str] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         settings[name] = value.text if value.WhichOneof("value") == "text" else value.number

@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from grpo.config.loss import LossOptions
+from grpo.config.loss import LossOptions, LossType
 from grpo.learner.batch import MicroBatch, TrainingBatch, by_completion
 from grpo.learner.likelihood import Forward
 from grpo.learner.row import PackedRow
 from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.supervised import SupervisedTerm
 from grpo.learner.terms.term import Term, Work
+from grpo.learner.terms.token_losses import LOSSES, TokenLoss
 from policies.lora import has_adapter
 
 Loss = str | LossOptions | Term | Callable[..., Tensor]
@@ -32,6 +34,9 @@ def as_term(loss: Loss, first: Term) -> Term:
         return loss
     if loss == "supervised":
         return SupervisedTerm()
+    # Names of token_losses.py, with their defaults. One that is a loss_type, too, is the loss_type.
+    if isinstance(loss, str) and loss in LOSSES and loss not in get_args(LossType):
+        return PerToken(TokenLoss(loss))
     if isinstance(loss, str | LossOptions):
         configured = first.options if isinstance(first, PolicyTerm) else LossOptions()
         options = configured.with_loss_type(loss) if isinstance(loss, str) else loss

@@ -168,6 +168,12 @@ def guarded(request, open_server) -> Server:
     return open_server(request.param, (KEY, "another-key"))
 
 
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """A body that nobody refuses is given up long before its client is: the test fails by the answer."""
+    monkeypatch.setattr(doors, "BODY_S", 3.0)
+
+
 NUMBER = b'{"model": "micro", "prompt": "1", "user_metadata": {"rate": [1, N]}, "metadata": {"rate": [1, N]}}'
 HOSTILE = {
     "page of another host": ({"origin": "http://evil.example"}, 403, "origin 'http://evil.example'"),
@@ -202,6 +208,7 @@ def refused(server: Server, name: str) -> None:
     assert len(server.said(answer)) < 400
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_request_is_refused_in_the_form_of_the_api(server, name, capfd):
     refused(server, name)
@@ -268,19 +275,20 @@ def test_health_is_answered_while_large_bodies_trickle_and_one_is_read(server, m
             asking.join()
 
 
-def test_a_body_that_does_not_arrive_or_does_not_end_is_given_up(server, monkeypatch):
+def test_a_body_that_does_not_arrive_or_does_not_end_is_given_up(server, monkeypatch, impatient):
     with server.begin(b"800000\r\n" + b" " * 0x800000 + b"\r\n", about="Transfer-Encoding: chunked") as endless:
         assert answer_of(endless)[0] == 413
     monkeypatch.setattr(doors, "BODY_S", 0.2)
     server.begin().close()
     with server.begin() as late:
+        late.settimeout(5)
         status, answer = answer_of(late)
         assert (status, "has not arrived within 0.2 s" in server.said(answer)) == (408, True)
     monkeypatch.undo()
     assert server.asks_well()
 
 
-def test_large_bodies_are_bounded_together_and_small_ones_pass(server, monkeypatch):
+def test_large_bodies_are_bounded_together_and_small_ones_pass(server, monkeypatch, impatient):
     monkeypatch.setattr(doors, "LARGE", 2_000)
     monkeypatch.setattr(server.door, "most_held", 10_000)
     with server.begin(b" " * 6_000, 6_001) as first:
@@ -319,6 +327,7 @@ def test_a_head_that_does_not_arrive_or_is_no_http_is_given_up(server, monkeypat
     assert server.asks_well()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_300_hostile_requests_leave_no_memory(server):
     """Small ones of each kind, and bodies of some megabytes that are refused or left: 300 MB together."""
     names, process = list(HOSTILE), psutil.Process()

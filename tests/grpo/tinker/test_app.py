@@ -14,7 +14,9 @@ import uvicorn
 from tinker import types
 from tinker.proto import tinker_public_pb2 as messages
 
+from grpo.endpoint import door as of_door
 from grpo.endpoint.connections import settings
+from grpo.tinker import sampler as of_sampler
 from grpo.tinker.app import app
 from grpo.tinker.service import Service
 from rewards.listening import listen
@@ -27,7 +29,9 @@ class Running:
     def __init__(self, base, folder, keys=()):
         self.service = Service(base, "llama", folder, torch.float32)
         self.socket, self.address = listen("127.0.0.1", 0)
-        self.server = uvicorn.Server(settings(app(self.service, keys), lifespan="on"))
+        application = app(self.service, keys)
+        self.door = application.state.door
+        self.server = uvicorn.Server(settings(application, lifespan="on"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
 
@@ -258,6 +262,56 @@ def test_a_sample_out_of_bounds_is_a_bad_request_before_anything_is_kept(server)
     status, said = server.ask("create_session", noted)
     assert (status, said["detail"]) == (413, "the body has more than 65,536 bytes; shorten it")
     assert sampled_by(server)[0] == 200  # and it goes on
+
+
+@pytest.mark.parametrize("kind", ["sample", "forward_backward"])
+def test_health_is_answered_and_the_body_is_bounded_until_a_request_is_kept(server, monkeypatch, kind):
+    """Parsing and writing take a while, here until a large body has been seen to count."""
+    begun, goes_on, door, found = threading.Event(), threading.Event(), server.door, []
+    monkeypatch.setattr(of_door, "LARGE", 100)
+    name = "ask_sampler" if kind == "sample" else "ask"
+    ask = getattr(server.service, name)
+
+    def slowly(*of):
+        begun.set()
+        assert goes_on.wait(20)
+        return ask(*of)
+
+    model = f"{server.service.create_session({})}:train:0"
+    server.service.ask(model, 0, "create_model", b'{"base_model": "llama"}')
+    message = messages.ForwardBackwardRequest(model_id=model, seq_id=1, loss_fn="a" * 200)
+    body, protobuf = message.SerializeToString(), {"Content-Type": "application/x-protobuf"}
+
+    def send():
+        of_sample = kind == "sample"
+        found.append(sampled_by(server) if of_sample else server.ask("forward_backward", body, protobuf))
+
+    monkeypatch.setattr(server.service, name, slowly)
+    asking = threading.Thread(target=send)
+    asking.start()
+    try:
+        assert begun.wait(20)
+        assert server.ask("healthz") == (200, {"status": "ok"})
+        assert door.held > 100
+    finally:
+        goes_on.set()
+        asking.join()
+    assert [status for status, _ in found] == [200]
+    assert door.held == 0
+
+
+def test_a_sample_is_read_next_to_other_requests(server, monkeypatch):
+    """Not on the thread that answers: a prompt of 4 MB takes most of a second there."""
+    threads, read = [], of_sampler.read
+    monkeypatch.setattr(of_sampler, "read", lambda *of: threads.append(threading.current_thread()) or read(*of))
+    assert sampled_by(server)[0] == 200
+    assert server.thread not in threads
+
+
+def test_health_is_503_where_a_thread_has_ended(server, monkeypatch):
+    ended = {"status": "a computing thread has ended"}
+    monkeypatch.setattr(server.service, "state", lambda: ended)
+    assert server.ask("healthz") == (503, ended)
 
 
 def test_numbers_that_are_not_finite_are_bad_requests(server, client):

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grpo.tinker import sampler as of_sampler
+from grpo.tinker.model import Spec, learner_of, load_state, state_of
 from grpo.tinker.sampler import MOST_SAMPLES, Sampler, read
-from grpo.tinker.trainer import Spec, Trainer
 from grpo.tinker.wire import Refused
 from policies import tensor_files
+from policies.files.checksums import fault, size_and_hash
 from policies.logprobs import logprobs_from_hidden
 from rollout.decoding.engine import Engine
 from rollout.group import Prompt
@@ -36,14 +38,14 @@ def saved(base, tmp_path):
 
     def save(seed):
         spec, folder = Spec(rank=2, seed=seed), tmp_path / f"adapters{seed}"
-        trainer = Trainer(base, spec)
+        learner = learner_of(base, spec)
         torch.manual_seed(seed)
         with torch.no_grad():
-            for parameter in trainer.policy.trunk.parameters():
+            for parameter in learner.policy.trunk.parameters():
                 if parameter.requires_grad:
                     parameter.copy_(0.3 * torch.randn_like(parameter))
         folder.mkdir()
-        tensor_files.write(trainer.state(optimizer=False), folder)
+        tensor_files.write(state_of(learner, optimizer=False), folder)
         (folder / "spec.json").write_text(json.dumps(spec.to_json()))
         return folder
 
@@ -88,6 +90,23 @@ def test_weights_that_it_holds_are_not_published_again(base, saved, monkeypatch)
     assert versions == [1]
     sampler.hold_weights("base", None)
     assert versions == [1, 2]  # no version stands for two weights
+
+
+def test_files_that_stay_as_they_are_are_compared_with_their_checksums_once(base, saved, monkeypatch):
+    """A sampler that comes back in turns does not read all of them again. One that was changed is seen."""
+    folder, sampler, checked = saved(1), Sampler(base, torch.float32), []
+    sums = {file.name: size_and_hash(file) for file in folder.glob("*.safetensors")}
+    spec = json.loads((folder / "spec.json").read_text())
+    (folder / "spec.json").write_text(json.dumps(spec | {"files": sums}))
+    monkeypatch.setattr(of_sampler, "fault", lambda *of: checked.append(of) or fault(*of))
+    for name in ("one", "base", "one", "base"):
+        sampler.hold_weights(name, folder if name == "one" else None)
+    assert checked == [(folder, "spec.json")]
+    content = bytearray((folder / "policy.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "policy.safetensors").write_bytes(content)
+    with pytest.raises(Refused, match=r"is damaged: policy\.safetensors is"):
+        sampler.hold_weights("one", folder)
 
 
 def test_where_it_fails_to_take_weights_it_holds_nobodys(base, saved, monkeypatch):
@@ -210,8 +229,8 @@ def test_log_probabilities_of_the_prompt_are_those_of_what_it_holds(base, saved)
     folder = saved(1)
     sampler = Sampler(base, torch.float32)
     sampler.hold_weights("one", folder)
-    trained = Trainer(base, Spec(rank=2, seed=1))
-    trained.load(tensor_files.read(folder, {"policy"}), optimizer=False)
+    trained = learner_of(base, Spec(rank=2, seed=1))
+    load_state(trained, tensor_files.read(folder, {"policy"}), optimizer=False)
     with torch.no_grad():
         ids = torch.tensor([PROMPT])
         hidden = trained.policy.hidden(ids, torch.arange(4)[None], torch.zeros_like(ids))[0]

@@ -23,9 +23,9 @@ TOKENS = [5, 9, 12, 7, 3, 8]
 class Client:
     """Numbers its requests as the SDK does, and sends them in any order."""
 
-    def __init__(self, service: Service, rank=4, seed=None):
+    def __init__(self, service: Service, rank=4, seed=None, owner=""):
         self.service = service
-        self.session = service.create_session({})
+        self.session = service.create_session({"owner": owner})
         self.model = f"{self.session}:train:0"
         self.number = 0
         self.ask("create_model", base_model="llama", lora_config={"rank": rank} | ({"seed": seed} if seed else {}))
@@ -225,11 +225,62 @@ def test_requests_that_wait_have_a_bound_and_the_missing_one_is_taken(service, m
     other = Client.__new__(Client)
     with pytest.raises(ApiError, match="wait for results"):
         other.__init__(service)
+    monkeypatch.setattr(of_service, "MOST_WAITING", 3)
+    for key in ("one", "another"):  # who waits for nothing is not kept waiting by others
+        answer(service.job(f"{Client(service, owner=key).model}:0"))
+    monkeypatch.undo()
     jobs.append(service.ask(client.model, 1, "forward_backward", supervised(client.model, 1, TOKENS)))
     assert ["error" in json.loads(result(job)[1]) for job in jobs[:1]] == [False]
     assert [result(job)[0] for job in jobs] == ["json", "json", "json", "pb"]
     client.number = 5
     answer(client.ask("optim_step", adam_params=adam(1e-2)))
+
+
+def test_a_sample_that_waits_is_done_however_many_later_ones_came_before_it(service, monkeypatch):
+    monkeypatch.setattr(of_service, "RESULTS", 3)
+    sampler = service.add_sampler(service.create_session({}), 0, None)
+    numbers = [10, 11, 12, 13, 14, 15, 4, 1]
+    with service._mutex:  # nothing is done before all are here
+        jobs = [sample(service, sampler, number, sampling_params={"max_tokens": 1}) for number in numbers]
+    assert [len(samples(job)[0]) for job in jobs[-4:]] == [2] * 4
+    assert service.job(f"{sampler}:1") is jobs[-1]
+    samples(sample(service, sampler, 16))
+    files = service.samplers[sampler].files
+    assert sorted(int(path.name[:8]) for path in files.requests.iterdir()) == [14, 15, 16]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_models_that_do_not_fit_in_memory_come_back_from_disk_to_the_same_bits(base, tmp_path, monkeypatch, most):
+    """Three models of one owner in turns, where fewer may be in memory, and one of another owner."""
+
+    def run(name):
+        service = Service(base, "llama", tmp_path / name, torch.float32)
+        clients = [Client(service, seed=seed) for seed in (1, 2, 3)] + [Client(service, seed=4, owner="other")]
+        results = [result(job) for _ in range(3) for client in clients for job in client.learn()]
+        loaded = [service.model(client.model).learner is not None for client in clients]
+        service.close()
+        clients[0].service = Service(base, "llama", tmp_path / name, torch.float32)
+        results += [result(job) for job in clients[0].learn()]
+        clients[0].service.close()
+        return results, loaded
+
+    want, loaded = run("all")
+    assert loaded == [True] * 4
+    monkeypatch.setattr(of_service, "MOST_LOADED", most)
+    found, loaded = run("few")
+    assert found == want
+    assert loaded == [False, most == 2, True, True]
+
+
+def test_a_model_whose_gradient_waits_stays_in_memory(service, monkeypatch):
+    monkeypatch.setattr(of_service, "MOST_LOADED", 1)
+    client, body = Client(service), json.dumps({"adam_params": adam(1e-2)}).encode()
+    job = service.ask(client.model, 1, "forward_backward", supervised(client.model, 1, TOKENS))
+    assert result(job)[0] == "pb"
+    words = "gradients wait in 1 models, and no more may be in memory; send optim_step"
+    assert error(service.job(f"{Client(service).model}:0")) == words
+    assert answer(service.ask(client.model, 2, "optim_step", body))["metrics"]["grad_norm"] > 0
+    answer(service.job(f"{Client(service).model}:0"))
 
 
 def test_numbers_that_name_no_file_are_refused(service):
@@ -499,12 +550,14 @@ def test_a_model_whose_request_was_damaged_computes_nothing_after_it(base, tmp_p
     first.close()
     [path] = first.models[client.model].files.requests.glob("00000001.*")
     damage(path)
-    client.service = second = Service(base, "llama", tmp_path / "state", torch.float32)
-    try:
-        for job in client.learn():
-            assert "00000001.forward_backward is damaged" in error(job)
-    finally:
-        second.close()
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 0.0)
+    for _ in range(2):  # nothing that is kept afterwards hides it
+        client.service = Service(base, "llama", tmp_path / "state", torch.float32)
+        try:
+            for job in client.learn():
+                assert "00000001.forward_backward is damaged" in error(job)
+        finally:
+            client.service.close()
 
 
 def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
