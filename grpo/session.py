@@ -213,7 +213,10 @@ class Session:
         return self.ranks.from_first(take_solutions)
 
     def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
-        """Texts as a group, as if the policy had sampled them now; each ends with the stop token."""
+        """Texts as a group, as if the policy had sampled them now; each ends with the stop token. Raises ValueError
+        without texts."""
+        if not completions:
+            raise ValueError("completions=[]: a group needs at least one text")
         tokenizer, stop = self.policy.tokenizer, self.policy.stop_token_ids[0]
         if isinstance(prompt, str):
             prompt = Prompt(prompt, prompt, tokenizer.encode(prompt), {})

@@ -177,7 +177,9 @@ class Run(Generic[Config]):
             self._before = self._states_before()
             yield step
             if self.in_progress is not step:
-                raise RuntimeError(f"step {step} has ended: another loop over the steps of this run has begun")
+                raise RuntimeError(
+                    f"step {step} has ended, since the session was finished or another loop over its steps has begun"
+                )
             self.finish_step()
             self.step, self.in_progress = int(step), None
             if step < self.last and step == self.stop_after:

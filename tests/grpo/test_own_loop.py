@@ -289,7 +289,7 @@ def test_a_loop_whose_step_was_ended_by_another_one_is_told(micro_config, tmp_pa
         steps = session.run.steps()
         next(steps)
         next(session.run.steps())
-        with pytest.raises(RuntimeError, match="step 1 has ended: another loop"):
+        with pytest.raises(RuntimeError, match="step 1 has ended, since .* another loop"):
             next(steps)
 
 
