@@ -174,6 +174,7 @@ class Session:
             self.collector.learn_drafts(groups)
             return groups
 
+        self.batches.wait_for_sampling()  # the samplers do one thing at a time
         self._sync_refused()
         groups = self.ranks.from_first(act)
         self._count_sampled(groups)
@@ -339,7 +340,10 @@ class Session:
                     self.batches.go_on(int(self.step))
 
             metrics = self._learn(lambda: self.learner.forward_backward(batch, loss, advance), batch)
-        if loss is not None and self.learner.work_of(batch, loss) is not None:
+        work = self.learner.work_of(batch, loss)
+        if work is not None and self.run.in_progress is not None and work not in self.run.in_progress.read:
+            self.run.in_progress.read.append(work)
+        if work is not None and loss is not None:
             for callback in self.collector.callbacks:
                 callback.on_custom_loss()
         first = batch.by_run and not (self.learner.updates or batch.age(self.learner.policy_version))
@@ -360,7 +364,8 @@ class Session:
         drawn = batch.drawn
         if drawn is None or not drawn.groups:
             return
-        if not all(each.by_run for each in step.batches):  # what the run has drawn was measured
+        measured = [each.by_run and each.step == step for each in step.batches]  # by `draw`, in this step
+        if not all(measured):
             every = [each.drawn for each in step.batches if each.drawn is not None]
             groups = list(chain.from_iterable(each.all_groups for each in every))
             step.metrics |= rollout_metrics(groups, list(chain.from_iterable(each.all_scores for each in every)))
@@ -455,6 +460,7 @@ class Session:
         prompts = [self.task.prompt(example, self.policy.tokenizer) for example in problems or ()]
         self.register.evaluate(prompts)
         self._finish_step()
+        self.batches.wait_for_sampling()
         with ExitStack() as stack:
             if self.weight_sync is None:
                 self.held_out.pool = stack.enter_context(closing(self.open_pool()))
@@ -533,7 +539,7 @@ class Session:
         for batch in step.batches:
             if batch.drawn is None or not batch.drawn.scores:
                 continue
-            for work in reversed(batch.works):  # that of the first loss counts
+            for work in reversed([work for work in step.read if work in batch.works]):  # the first loss counts
                 policy_logprobs |= {completions + index: values for index, values in work.policy_logprobs.items()}
             groups += batch.drawn.groups
             scores += batch.drawn.scores

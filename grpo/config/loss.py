@@ -68,7 +68,7 @@ class LossOptions(Options):
     """Weight of the entropy bonus."""
     top_entropy_quantile: float = Field(default=1.0, ge=0, le=1)
     """Train on this share of the step's tokens, highest entropy first (TRL: of each micro-batch); 0 keeps the top one.
-    Below 1 it costs one more forward per update."""
+    Below 1 it costs one more forward per batch."""
     mask_truncated_completions: bool = False
     """Leave completions that hit the length limit out of the loss."""
     importance_correction: CorrectionMode | Literal["auto", "none"] = "auto"

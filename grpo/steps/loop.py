@@ -368,8 +368,8 @@ class Run(Generic[Config]):
             return
         if step.moved:  # it was cut short after an update
             self.step = int(step)
+        self._learner.drop()  # gradients that wait are the step's
         if self.step != step:
-            self._learner.drop()  # gradients that wait are the step's
             for name, state in self._before.items():
                 self._parts[name].load_state_dict(state)
             for part in self._others.values():

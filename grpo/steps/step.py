@@ -14,10 +14,10 @@ class Step(int):
     """The number of a step, and what became of it so far.
 
     `metrics` are those of its line in metrics.jsonl. `batches` are what it has learned from, in the order of their
-    first `forward_backward`. `works` have made updates after which nobody has called `Learner.finish`. `moved` tells
-    whether an update has changed the policy, `recorded` whether the step has its line, `kept` whether rollouts/ has all
-    that is known of its completions. `sampled` counts tokens, whether or not they are learned from. Where a step is
-    sent to another process, its number is.
+    first `forward_backward`, and `read` the work on them, one for each loss. `works` have made updates after which
+    nobody has called `Learner.finish`. `moved` tells whether an update has changed the policy, `recorded` whether the
+    step has its line, `kept` whether rollouts/ has all that is known of its completions. `sampled` counts tokens,
+    whether or not they are learned from. Where a step is sent to another process, its number is.
 
     >>> for step in session.run.steps():
     ...     session.learn(session.prepare(session.draw(step)))
@@ -26,6 +26,7 @@ class Step(int):
 
     metrics: defaultdict[str, float]
     batches: list[TrainingBatch]
+    read: list[Work]
     works: list[Work]
     moved: bool
     recorded: bool
@@ -35,7 +36,8 @@ class Step(int):
 
     def __new__(cls, number: int) -> Self:
         step = super().__new__(cls, number)
-        step.metrics, step.batches, step.works = defaultdict(float), [], []
+        step.metrics = defaultdict(float)
+        step.batches, step.read, step.works = [], [], []
         step.moved, step.recorded, step.kept = False, False, True
         step.sampled, step.started = 0, time.perf_counter()
         return step

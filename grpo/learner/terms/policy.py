@@ -24,7 +24,7 @@ FARTHEST = "mismatch/logprob_abs_max"
 
 @dataclass
 class Settled:
-    """What the policy loss settles before the first update of a batch, and `top` before each."""
+    """What the policy loss settles before the first update of a batch."""
 
     correction: CorrectionMode | None
     reads_tied: bool  # rows without an advantage too
@@ -65,11 +65,12 @@ class PolicyTerm(Term):
 
     @torch.no_grad()
     def before_update(self, work: Work) -> None:
-        """Look ahead where the highest entropies are asked for, which are those of the whole step."""
+        """Look ahead where the highest entropies are asked for, which are those of the whole batch before its first
+        update."""
         settled: Settled = work.fixed[self.name]
         work.likelihood.entropy_grad = self.options.entropy_coef != 0
         settled.scale = work.batch.num_completion_tokens / max(tokens_in_loss(work.rows), 1)
-        if self.options.top_entropy_quantile == 1:
+        if self.options.top_entropy_quantile == 1 or settled.top is not None:
             return
         entropies = []
         for mini in work.minis:
