@@ -328,7 +328,7 @@ def _took(result: dict[str, Any], name: str) -> float:
 
 def _difference(pair: dict[str, Any]) -> str:
     if pair["low"] is None:
-        return f"{pair['value']:+.2f} (unknown)"
+        return f"{pair['value']:+.2f} (no interval)"
     return f"{pair['value']:+.2f} ({pair['low']:+.2f} to {pair['high']:+.2f})"
 
 
