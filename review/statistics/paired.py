@@ -78,6 +78,6 @@ def _interval(differences: Sequence[float], most: float) -> tuple[float, float]:
     return min(low for low, _ in intervals), max(high for _, high in intervals)
 
 
-def _points(differences: Sequence[float]) -> tuple[float, ...]:
+def _points(differences: list[float]) -> tuple[float, ...]:
     quartiles = quantiles(differences, n=4, method="inclusive") if len(differences) > 1 else differences * 3
     return (min(differences), *quartiles, max(differences))
