@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -16,6 +17,7 @@ from rewards.audit.findings import ANSWERS, Finding, Rollouts, flatten, is_numbe
 from rewards.audit.options import AuditConfig
 from rewards.audit.traces import Trace, groups_of, read_traces, recorded_means, text_of
 from rewards.console import visible
+from rewards.isolation.child import plain
 from rewards.registry import CHAT
 from rewards.scorer import RewardSpec, Scorer
 
@@ -92,9 +94,9 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     groups = groups_of(trace for trace in rollouts.traces if trace.form != "problems")
     every = flatten(groups)
     columns = {
-        trace: next(({"answer": trace.columns[name]} for name in ANSWERS if name in trace.columns), {}) | trace.columns
-        for trace in every
-    }
+        trace: next(({"answer": row[name]} for name in ANSWERS if name in row), {}) | row
+        for trace, row in ((trace, json.loads(json.dumps(trace.columns, default=plain))) for trace in every)
+    }  # dates and bytes of parquet files as text, which a process of its own can be sent
     names = sorted({name for row in columns.values() for name in row})
     settings = config.reward
     with Scorer(

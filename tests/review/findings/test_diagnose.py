@@ -221,6 +221,8 @@ HEALTHY = {
     "the form is paid, and nothing is right yet": {
         "metrics": {"alarm/format/gsm8k": 1.0, "alarm/formed/gsm8k": 1.0, "reward/part/gsm8k": 0.25}
     },
+    "groups of three that learn": RISES | {"evaluations": GAINED, "options": {"rollout": {"group_size": 3}}},
+    "one reward of many that failed": {"steps": ((MIXED,) * 8,) * 4, "metrics": {"reward/errors": [1, 0, 0, 0]}},
     "few groups": {"steps": ((WRONG, WRONG),) * 3},
 }
 
