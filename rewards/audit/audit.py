@@ -93,10 +93,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     spec = RewardSpec(function, arguments=config.arguments)
     groups = groups_of(trace for trace in rollouts.traces if trace.form != "problems")
     every = flatten(groups)
-    columns = {
-        trace: next(({"answer": row[name]} for name in ANSWERS if name in row), {}) | row
-        for trace, row in ((trace, json.loads(json.dumps(trace.columns, default=plain))) for trace in every)
-    }  # dates and bytes of parquet files as text, which a process of its own can be sent
+    columns = {trace: _columns(trace) for trace in every}
     names = sorted({name for row in columns.values() for name in row})
     settings = config.reward
     with Scorer(
@@ -147,6 +144,14 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
         elif _is_shifted(pairs):
             what += "; they are those of a neighbouring row"
         yield Finding("scored-otherwise", what, [trace for trace, _, _ in other])
+
+
+def _columns(trace: Trace) -> dict[str, Any]:
+    """The columns, with the answer by the name that rewards ask for. Dates and bytes of parquet files are text, since
+    the function runs in a process of its own."""
+    columns: dict[str, Any] = json.loads(json.dumps(trace.columns, default=plain))
+    answer = next((columns[name] for name in ANSWERS if name in columns), None)
+    return columns if answer is None else {"answer": answer} | columns
 
 
 def _answer(trace: Trace) -> str:

@@ -517,23 +517,34 @@ def _leave_out_logged(traces: list[Trace]) -> None:
 
     They stand after the rewards, and no advantage depends on them: rollouts of a group with equal rewards have equal
     advantages, whatever was logged. Columns that never differ between such rollouts stay."""
-    names = list(traces[0].parts) if traces[0].form == "trl" else []
-    pairs = [
-        (one, other)
-        for group in groups_of(traces)
-        for one, other in combinations(group[:LOOKED_AT], 2)
-        if one.parts.keys() == other.parts.keys()
-    ]
+    if traces[0].form != "trl":
+        return
+    names = list(traces[0].parts)
+    pairs: list[tuple[Trace, Trace]] = []
+    for group in groups_of(traces):
+        pairs += combinations(group[:LOOKED_AT], 2)
     for count in range(1, len(names)):
-        alike = [pair for pair in pairs if all(pair[0].parts[name] == pair[1].parts[name] for name in names[:count])]
-        logged = [name for name in names[count:] if any(one.parts[name] != other.parts[name] for one, other in alike)]
-        same = all(abs(one.credit - other.credit) < SAME_ADVANTAGE for one, other in alike)
-        if logged and same and len(alike) >= FEW_PAIRS:
+        pairs = [pair for pair in pairs if _have_equal_part(*pair, names[count - 1])]
+        logged = set(names[count:])
+        for name in names[count:]:
+            if all(_have_equal_part(*pair, name) for pair in pairs):
+                logged.remove(name)
+        same = all(abs(one.credit - other.credit) < SAME_ADVANTAGE for one, other in pairs)
+        if logged and same and len(pairs) >= FEW_PAIRS:
             for trace in traces:
-                trace.columns |= {name: trace.parts.pop(name) for name in logged if name in trace.parts}
-                marks = [mark for mark in trace.parts.values() if mark is not None and mark == mark]
-                trace.reward = sum(marks) if marks else None
+                _move_to_columns(trace, logged)
             return
+
+
+def _have_equal_part(one: Trace, other: Trace, name: str) -> bool:
+    return one.parts.get(name) == other.parts.get(name)
+
+
+def _move_to_columns(trace: Trace, names: set[str]) -> None:
+    for name in names & trace.parts.keys():
+        trace.columns[name] = trace.parts.pop(name)
+    marks = [mark for mark in trace.parts.values() if mark is not None and mark == mark]
+    trace.reward = sum(marks) if marks else None
 
 
 def _without_repeats(traces: list[Trace]) -> list[Trace]:

@@ -308,9 +308,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print a row for each policy: its seconds, its accuracy, and how far GRPO is above it on the same problems."""
     numbers = ("seconds", "sampled", "greedy", "GRPO above it by")
     columns = [Column(name, justify="right") for name in numbers]
-    is_accuracy = all(
-        figures["accuracy"] is not None for ways in result["results"].values() for figures in ways.values()
-    )
+    is_accuracy = result["results"]["grpo"]["sampled"]["accuracy"] is not None
     measure, ending = ("accuracy", ", 95 % intervals") if is_accuracy else ("mean reward", "")
     title = f"{measure} on {result['problems']:,} held-out problems{ending}"
     table = Table("policy", *columns, title=title, title_justify="left")
@@ -319,8 +317,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         gain = "" if pair is None else _difference(pair)
         table.add_row(NAMES[name], f"{_took(result, name):,.0f}", _words(ways["sampled"]), _words(ways["greedy"]), gain)
     console.print(table)
-    pairs = (pair for ways in result["grpo_minus"].values() for pair in ways.values())
-    reasons = {pair.get("why_no_interval"): None for pair in pairs}  # each once
+    reasons: dict[str, None] = {}  # each once
+    for ways in result["grpo_minus"].values():
+        reasons |= dict.fromkeys(pair.get("why_no_interval") for pair in ways.values())
     for reason in filter(None, reasons):
         console.print(reason, highlight=False, soft_wrap=True)
 
